@@ -1,0 +1,118 @@
+"""kv-memory: documents as distilled key-value caches, stored on disk and decoded from without their text.
+
+The public names below are loaded on first use, so that `import kv_memory` and the command line start without torch. The
+errors are loaded at once: they cost nothing, and an `except` clause should never import a model library.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from kv_memory.errors import (
+    AdapterError,
+    AdapterMismatchError,
+    BinaryDocumentError,
+    CacheError,
+    CacheNotFoundError,
+    ConfigError,
+    ContextWindowError,
+    CorruptCacheError,
+    DocumentError,
+    DocumentNotFoundError,
+    DuplicateDocumentError,
+    EmptyDocumentError,
+    EncodingError,
+    FingerprintMismatchError,
+    KVMemoryError,
+    LineTooLongError,
+    ModelError,
+    ModelNotFoundError,
+    StoreError,
+    StoreFullError,
+    StoreLockedError,
+    StorePermissionError,
+    StoreVersionError,
+    TokenizerError,
+    UnreadableDocumentError,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from kv_memory.backbone import Backbone
+    from kv_memory.cache import DistilledCache, Fingerprint
+    from kv_memory.compress import Compressor
+    from kv_memory.config import DecodeSettings
+    from kv_memory.documents import Document
+    from kv_memory.generate import Generator
+    from kv_memory.memory import Answer, KVMemory
+    from kv_memory.store import Store
+
+__all__ = [
+    "AdapterError",
+    "AdapterMismatchError",
+    "Answer",
+    "Backbone",
+    "BinaryDocumentError",
+    "CacheError",
+    "CacheNotFoundError",
+    "Compressor",
+    "ConfigError",
+    "ContextWindowError",
+    "CorruptCacheError",
+    "DecodeSettings",
+    "DistilledCache",
+    "Document",
+    "DocumentError",
+    "DocumentNotFoundError",
+    "DuplicateDocumentError",
+    "EmptyDocumentError",
+    "EncodingError",
+    "Fingerprint",
+    "FingerprintMismatchError",
+    "Generator",
+    "KVMemory",
+    "KVMemoryError",
+    "LineTooLongError",
+    "ModelError",
+    "ModelNotFoundError",
+    "Store",
+    "StoreError",
+    "StoreFullError",
+    "StoreLockedError",
+    "StorePermissionError",
+    "StoreVersionError",
+    "TokenizerError",
+    "UnreadableDocumentError",
+    "UnsupportedModelError",
+    "__version__",
+]
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Answer": "kv_memory.memory",
+    "Backbone": "kv_memory.backbone",
+    "Compressor": "kv_memory.compress",
+    "DecodeSettings": "kv_memory.config",
+    "DistilledCache": "kv_memory.cache",
+    "Document": "kv_memory.documents",
+    "Fingerprint": "kv_memory.cache",
+    "Generator": "kv_memory.generate",
+    "KVMemory": "kv_memory.memory",
+    "Store": "kv_memory.store",
+}
+
+# Hidden from type checkers, for which a module-level __getattr__ makes every misspelt name valid.
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        try:
+            module = _LAZY[name]
+        except KeyError:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+        value = globals()[name] = getattr(import_module(module), name)
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -1,0 +1,302 @@
+"""One attention function for every supported model, and the cache it reads.
+
+Hugging Face's masks derive what a query may see from indices in the cache. In a composed cache index and position
+are different things, and in a distilled one they differ from head to head; so masks are made here, from positions.
+The function is registered under `ATTENTION` with Transformers' attention interface and selected per model; it hands
+the arithmetic on to Transformers' own SDPA function, and does it itself only where SDPA cannot (logit soft-capping).
+
+`ForwardContext` travels through the model as a keyword argument, the way Transformers passes flash-attention
+arguments, so that recomputation under gradient checkpointing and several threads on one model need no global state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+__all__ = ["ATTENTION", "AttentionObserver", "ForwardContext", "PositionedCache", "attention_probabilities"]
+
+ATTENTION = "kv_memory"
+NEVER = torch.iinfo(torch.int32).max  # the position of padding: later than every query, so never seen
+QUERY_BLOCK = 512  # queries handled at once where a mask is needed
+
+
+class PreallocatedLayer(DynamicLayer):
+    """A cache layer that grows inside a buffer instead of copying itself for every new token."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._buffers = keys, values
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+        self._show(length)
+
+    def _show(self, length: int) -> None:
+        keys, values = self._buffers
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+
+    def rewind(self, n_tokens: int) -> None:
+        """Forget the last `n_tokens` entries; the next ones take their room."""
+        assert self.keys is not None
+        self._show(self.keys.shape[2] - n_tokens)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append `(batch, num_kv_heads, new, head_dim)`; returns all keys and values so far."""
+        assert self.keys is not None and self.values is not None
+        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        keys, values = self._buffers
+        if end > keys.shape[2] or key_states.requires_grad:  # beyond what was planned, or training: copy
+            self._buffers = torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
+        else:
+            keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
+        self._show(end)
+        return self.keys, self.values
+
+
+class PositionedCache(DynamicCache):
+    """Keys and values with rotary embedding, and the position of every entry.
+
+    Args:
+        keys: `(num_layers, batch, num_kv_heads, capacity, head_dim)`; the first `length` entries are filled.
+        values: The same shape.
+        positions: Of the filled entries: `(length,)` or `(num_layers, num_kv_heads, length)`, integer.
+        next_position: Where the tokens that follow begin.
+
+    Attributes:
+        next_positions: `(batch,)`, where each row goes on.
+    """
+
+    def __init__(
+        self, keys: torch.Tensor, values: torch.Tensor, *, positions: torch.Tensor, next_position: int
+    ) -> None:
+        super().__init__()
+        length = positions.shape[-1]
+        self.layers = [PreallocatedLayer(k, v, length) for k, v in zip(keys, values, strict=True)]
+        self.composed_positions = positions
+        self.n_rows = keys.shape[1]
+        self.next_positions = torch.full((self.n_rows,), next_position, device=keys.device)
+        self.appended_positions = torch.empty(self.n_rows, 0, dtype=torch.int32, device=keys.device)
+
+    def append_positions(self, positions: torch.Tensor) -> None:
+        """Note the positions of tokens about to be prefilled: `(batch, new)`, `NEVER` for padding."""
+        new = positions.to(self.appended_positions)
+        self.appended_positions = torch.cat([self.appended_positions, new], dim=1)
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer: `(batch, num_kv_heads, length, head_dim)` each, views of what it holds."""
+        layer = self.layers[index]
+        assert isinstance(layer, PreallocatedLayer) and layer.keys is not None and layer.values is not None
+        return layer.keys, layer.values
+
+    def rewind(self, n_tokens: int) -> None:
+        """Forget the last `n_tokens` that were prefilled, as if they had never been read."""
+        if n_tokens == 0:
+            return
+        for layer in self.layers:
+            assert isinstance(layer, PreallocatedLayer)
+            layer.rewind(n_tokens)
+        self.appended_positions = self.appended_positions[:, :-n_tokens]
+        self.next_positions = self.next_positions - n_tokens
+
+    def key_positions(self, layer: int) -> torch.Tensor:
+        """Positions of all keys of one layer: `(batch, 1 or num_kv_heads, length)`."""
+        composed = self.composed_positions
+        composed = composed[None] if composed.ndim == 1 else composed[layer]
+        composed = composed.to(torch.int32).expand(self.n_rows, *composed.shape)
+        return torch.cat([composed, self.appended_positions[:, None].expand(-1, composed.shape[1], -1)], dim=2)
+
+
+class AttentionObserver(Protocol):
+    """Looks at queries and keys while a model reads."""
+
+    def observe(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        *,
+        scaling: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> None:
+        """Called once per layer, before attention.
+
+        Args:
+            layer: The layer's index.
+            query: `(batch, num_heads, new, head_dim)`, rotated.
+            key: `(batch, num_kv_heads, seq_len, head_dim)`, rotated; the last `new` belong to the queries.
+            scaling: Of the attention logits.
+            softcap: Of the attention logits, where the model has one.
+            window: How far a query of this layer looks back; None where it sees all.
+        """
+
+
+@dataclass
+class ForwardContext:
+    """What one forward pass of the model carries besides its tokens.
+
+    Attributes:
+        cache: Gives keys their positions; None where the tokens are alone in their sequence.
+        observer: Sees every layer's queries and keys.
+        routing: Tokens that go through the adapter: `(batch, new)`, or `(num_layers, batch, new)`; None for none.
+    """
+
+    cache: PositionedCache | None = None
+    observer: AttentionObserver | None = None
+    routing: torch.Tensor | None = None
+    masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict, repr=False)
+
+    def routing_of(self, layer: int) -> torch.Tensor | None:
+        """The tokens of one layer that go through the adapter, `(batch, new)`."""
+        if self.routing is None or self.routing.ndim == 2:
+            return self.routing
+        return self.routing[layer]
+
+
+def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    position_ids: torch.Tensor | None = None,
+    kv_memory: ForwardContext | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention with masks made from positions. The signature is Transformers' attention interface.
+
+    Args:
+        module: The attention layer.
+        query: `(batch, num_heads, new, head_dim)`.
+        key: `(batch, num_kv_heads, seq_len, head_dim)`.
+        value: The same shape as `key`.
+        attention_mask: Ignored: Transformers makes none for an attention function without a mask function.
+        scaling: Of the logits.
+        dropout: Refused in effect: these models are run with 0.
+        softcap: Of the logits (Gemma 2).
+        sliding_window: How far a query of this layer looks back.
+        position_ids: Of the queries, `(1 or batch, new)`.
+        kv_memory: The context; None when the model is called without a cache of ours.
+        **kwargs: What Transformers passes to other attention functions.
+
+    Returns:
+        `(batch, new, num_heads, head_dim)`, and None for the weights.
+    """
+    context = kv_memory or ForwardContext()
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if context.observer is not None:
+        context.observer.observe(layer, query, key, scaling=scaling, softcap=softcap, window=sliding_window)
+
+    new, length = query.shape[2], key.shape[2]
+    window = sliding_window if sliding_window is not None and length > 1 else None
+    plain = length == new and window is None and (context.cache is None or context.cache.n_rows == 1)
+    if softcap is None and (plain or new == 1):
+        mask = None if plain else _mask(context, layer, position_ids, new, length, window)
+        mask = _for_query_heads(mask, query, slice(None), length)
+        out, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=plain)
+        return out, None
+
+    # In blocks of queries, each against the keys up to its own end: a mask over all keys at once would double the
+    # work of a long prefill, since SDPA skips the upper triangle only where it may assume it.
+    mask = _mask(context, layer, position_ids, new, length, window)
+    blocks = []
+    for start in range(0, new, QUERY_BLOCK):
+        rows = slice(start, min(start + QUERY_BLOCK, new))
+        end = length - new + rows.stop
+        part = _for_query_heads(mask, query, rows, end)
+        q, k, v = query[:, :, rows], key[:, :, :end], value[:, :, :end]
+        if softcap is None:
+            out, _ = sdpa_attention_forward(module, q, k, v, part, scaling=scaling, is_causal=False)
+        else:
+            weights = attention_probabilities(q, k, part, scaling=scaling, softcap=softcap).to(v.dtype)
+            out = (weights @ repeat_kv(v, q.shape[1] // v.shape[1])).transpose(1, 2)
+        blocks.append(out)
+    return torch.cat(blocks, dim=1), None
+
+
+def attention_probabilities(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, *, scaling: float, softcap: float | None
+) -> torch.Tensor:
+    """Softmax of the attention logits in float32, written out.
+
+    Args:
+        query: `(batch, num_heads, new, head_dim)`.
+        key: `(batch, num_kv_heads, seq_len, head_dim)`.
+        mask: True where a query sees a key, broadcast to `(batch, num_heads, new, seq_len)`.
+        scaling: Of the logits.
+        softcap: Of the logits, or None.
+
+    Returns:
+        `(batch, num_heads, new, seq_len)`, float32.
+    """
+    logits = (query @ repeat_kv(key, query.shape[1] // key.shape[1]).transpose(2, 3)).float() * scaling
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if mask is not None:
+        logits = logits.masked_fill(~mask, torch.finfo(torch.float32).min)
+    return torch.softmax(logits, dim=-1)
+
+
+def _mask(
+    context: ForwardContext,
+    layer: int,
+    position_ids: torch.Tensor | None,
+    new: int,
+    length: int,
+    window: int | None,
+) -> torch.Tensor | None:
+    """Which key each query sees: `(batch, 1 or num_kv_heads, new, seq_len)`; None where every query sees all."""
+    cache = context.cache
+    per_head = cache is not None and cache.composed_positions.ndim == 3
+    # Without a window all that precedes the question is visible whatever its position, so layers share one mask.
+    shared = (-1, window) if window is None or not per_head else (layer, window)
+    if shared not in context.masks:
+        context.masks[shared] = _make_mask(cache, layer, position_ids, new, length, window)
+    return context.masks[shared]
+
+
+def _make_mask(
+    cache: PositionedCache | None,
+    layer: int,
+    position_ids: torch.Tensor | None,
+    new: int,
+    length: int,
+    window: int | None,
+) -> torch.Tensor | None:
+    assert position_ids is not None
+    queries = position_ids.to(torch.int32)[:, None, :, None]
+    if cache is None:
+        keys = position_ids.to(torch.int32)[:, None]
+    elif window is None:
+        composed = length - cache.appended_positions.shape[1]
+        keys = torch.nn.functional.pad(cache.appended_positions, (composed, 0), value=-1)[:, None]
+    else:
+        keys = cache.key_positions(layer)
+    mask = keys[:, :, None, :] <= queries
+    if window is not None:
+        mask &= keys[:, :, None, :] > queries - window
+    return None if new == 1 and bool(mask.all()) else mask
+
+
+def _for_query_heads(mask: torch.Tensor | None, query: torch.Tensor, rows: slice, end: int) -> torch.Tensor | None:
+    """The part of a mask for some queries and the keys up to `end`, one head of it per query head if it has heads."""
+    if mask is None:
+        return None
+    part = mask[:, :, rows, :end]
+    return part if part.shape[1] == 1 else part.repeat_interleave(query.shape[1] // part.shape[1], dim=1)
+
+
+AttentionInterface.register(ATTENTION, attention_forward)

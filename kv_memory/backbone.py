@@ -1,0 +1,384 @@
+"""Backbone: a causal language model, its tokenizer, its prompt form, and its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from kv_memory.attention import ATTENTION, NEVER, ForwardContext, PositionedCache
+from kv_memory.cache import FORMAT_VERSION, Fingerprint, dtype_from_name, dtype_name
+from kv_memory.embedded import EMBEDDED
+from kv_memory.errors import ContextWindowError, ModelError, UnsupportedModelError
+from kv_memory.loading import best_device, best_dtype, hash_parameters, hash_tokenizer, load_model
+from kv_memory.prompts import PASSAGE, PromptForm, PromptName, chat_form
+from kv_memory.rope import Rope
+
+__all__ = ["SUPPORTED", "Backbone"]
+
+# Transformers' model types whose attention goes through its attention interface with "rotate half" positions, and
+# which are proven in tests/test_architectures.py.
+SUPPORTED = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3",
+    "phi3": "Phi-3",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """The shared prefix, prefilled: `(num_layers, num_kv_heads, n_tokens, head_dim)` each, keys with positions on."""
+
+    ids: tuple[int, ...]
+    keys: torch.Tensor
+    values: torch.Tensor
+    regime: tuple[Any, ...]
+
+
+class Backbone:
+    """A causal language model that reads documents and answers questions.
+
+    The model is never changed: its weights stay frozen, and an adapter that is attached acts only on tokens a
+    compressor routes through it.
+
+    Args:
+        model: A Transformers causal LM of a supported architecture, in evaluation mode.
+        tokenizer: Its tokenizer.
+        prompt: A `PromptForm`, or `chat`, `passage`, or `auto`: the model's chat template where it has one.
+        name: What errors and listings call the model.
+        weights_sha256: Hash of the weights where it is known already; computed from the parameters otherwise.
+
+    Raises:
+        UnsupportedModelError: The architecture is not supported; names those that are.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        prompt: PromptName | PromptForm = "auto",
+        name: str | None = None,
+        weights_sha256: str | None = None,
+    ) -> None:
+        config = model.config
+        if config.model_type not in SUPPORTED:
+            raise UnsupportedModelError(
+                f"architecture {config.model_type!r} is not supported",
+                where=name or getattr(config, "_name_or_path", "") or type(model).__name__,
+                next_step=f"Use a model of one of these: {', '.join(SUPPORTED.values())}.",
+            )
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name or getattr(config, "_name_or_path", "") or type(model).__name__
+        self.config = config
+        self.lock = threading.RLock()  # rotary modules and routed layers hold state during a forward pass
+        self.decoder: nn.Module = model.get_decoder()
+        self.layers: Sequence[nn.Module] = self.decoder.layers
+        self.num_layers: int = config.num_hidden_layers
+        self.num_heads: int = config.num_attention_heads
+        self.num_kv_heads: int = config.num_key_value_heads
+        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.hidden_size: int = config.hidden_size
+        self.context_window: int = config.max_position_embeddings
+        self.weights_sha256 = weights_sha256 or hash_parameters(model)
+        per_layer = isinstance(getattr(self.decoder.rotary_emb, "rope_type", None), dict)
+        self.rope = Rope(
+            self.decoder.rotary_emb,
+            layer_types=list(config.layer_types) if per_layer else [None] * self.num_layers,
+            head_dim=self.head_dim,
+        )
+        model.set_attn_implementation(ATTENTION)
+        self.prompt = self._choose_prompt(prompt)
+        self._prefix: Prefix | None = None
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path = EMBEDDED,
+        *,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        device: str = "auto",
+        prompt: PromptName | PromptForm = "auto",
+        revision: str | None = None,
+    ) -> Backbone:
+        """Load a model by name.
+
+        Args:
+            name: `embedded`, a local folder, or a Hugging Face hub id.
+            dtype: `auto` takes bfloat16 where the processor or GPU is fast at it, else float32.
+            device: `auto` takes a GPU where there is one; or a torch device such as `cuda:1`.
+            prompt: See `Backbone`; `auto` is `passage` for the embedded model.
+            revision: Of a hub id.
+
+        Raises:
+            ModelNotFoundError: There is no such model.
+            TokenizerError: It has no usable tokenizer.
+            UnsupportedModelError: Its architecture is not supported.
+        """
+        device = best_device() if device == "auto" else device
+        torch_dtype = best_dtype(device) if dtype == "auto" else dtype_from_name(dtype)
+        name = str(name)
+        loaded = load_model(name, dtype=torch_dtype, device=device, revision=revision, supported=SUPPORTED)
+        if name == EMBEDDED and prompt == "auto":
+            prompt = "passage"  # answers far better behind worked examples than through its chat template
+        return cls(loaded.model, loaded.tokenizer, prompt=prompt, name=name, weights_sha256=loaded.weights_sha256)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's weights and of the caches it makes."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes one token takes in an uncompressed cache."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    def _choose_prompt(self, prompt: PromptName | PromptForm) -> PromptForm:
+        if isinstance(prompt, PromptForm):
+            return prompt
+        if prompt == "passage" or (prompt == "auto" and not getattr(self.tokenizer, "chat_template", None)):
+            return PASSAGE
+        return chat_form(self.tokenizer)
+
+    # -- fingerprint ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer_sha256(self) -> str:
+        """Hash of the tokenizer's vocabulary, merges and special tokens."""
+        return hash_tokenizer(self.tokenizer)
+
+    def fingerprint(
+        self, *, method: str, adapter: str = "", eta: int | None = None, keep_spans: str = ""
+    ) -> Fingerprint:
+        """The fingerprint of caches made by this model with this method. Arguments as in `Fingerprint`."""
+        rope = repr(sorted((getattr(self.config, "rope_parameters", None) or {}).items()))
+        prefix = ",".join(map(str, self.prefix_ids))
+        return Fingerprint(
+            format_version=FORMAT_VERSION,
+            architecture=self.config.model_type,
+            weights=self.weights_sha256,
+            tokenizer=self.tokenizer_sha256,
+            prompt=self.prompt.digest,
+            prefix=hashlib.sha256(prefix.encode()).hexdigest(),
+            method=method,
+            adapter=adapter,
+            eta=eta,
+            rope=hashlib.sha256(rope.encode()).hexdigest(),
+            dtype=dtype_name(self.dtype),
+            num_layers=self.num_layers,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            keep_spans=keep_spans,
+        )
+
+    # -- tokens --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """Token ids of the shared prefix, with the tokenizer's start token where the form wants it."""
+        ids = self.tokenizer(self.prompt.prefix, add_special_tokens=self.prompt.add_bos)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        while len(ids) > 1 and ids[-1] == end and not self.prompt.prefix.endswith(self.tokenizer.eos_token or "\0"):
+            ids = ids[:-1]  # some tokenizers close every text with an end token
+        return tuple(ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a piece of text, without special tokens."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def encode_document(self, text: str) -> list[int]:
+        """Token ids of a document in its wrapper; wrapper and text are tokenised apart."""
+        form = self.prompt
+        return self.encode(form.document_before) + self.encode(text) + self.encode(form.document_after)
+
+    def encode_question(self, question: str) -> list[int]:
+        """Token ids of a question in its wrapper."""
+        return self.encode(self.prompt.question(question))
+
+    # -- forward passes ------------------------------------------------------------------------------------------
+
+    @property
+    def prefix(self) -> Prefix:
+        """The shared prefix, prefilled on first use."""
+        if self._prefix is None:
+            with self.lock:
+                self._prefix = self._prefix or self._prefill_prefix(len(self.prefix_ids))
+        return self._prefix
+
+    def prefix_for(self, n_positions: int) -> Prefix:
+        """The prefix with the rotary frequencies of a sequence of `n_positions` in all."""
+        if self.prefix.regime == self.rope.regime(n_positions):
+            return self.prefix
+        return self._prefill_prefix(n_positions)
+
+    def _prefill_prefix(self, n_positions: int) -> Prefix:
+        cache = self.empty_cache(len(self.prefix_ids))
+        if self.prefix_ids:
+            self.read(torch.tensor([self.prefix_ids]), cache)
+        layers = [cache.layer(index) for index in range(self.num_layers)]
+        keys, values = torch.stack([k[0] for k, _ in layers]), torch.stack([v[0] for _, v in layers])
+        own, wanted = self.rope.regime(len(self.prefix_ids)), self.rope.regime(n_positions)
+        if own != wanted:
+            n_prefix = len(self.prefix_ids)
+            positions = torch.arange(n_prefix, device=keys.device)
+            free = self.rope.take_off(keys, positions, n_positions=n_prefix)
+            keys = self.rope.put_on(free, positions, n_positions=n_positions).to(keys.dtype)
+        return Prefix(self.prefix_ids, keys, values, wanted)
+
+    def empty_cache(self, capacity: int, *, batch_size: int = 1) -> PositionedCache:
+        """A cache without entries and with room for `capacity` of them."""
+        shape = (self.num_layers, batch_size, self.num_kv_heads, capacity, self.head_dim)
+        keys = torch.empty(shape, dtype=self.dtype, device=self.device)
+        none = torch.empty(0, dtype=torch.int32, device=self.device)
+        return PositionedCache(keys, torch.empty_like(keys), positions=none, next_position=0)
+
+    def prefixed_cache(self, capacity: int) -> PositionedCache:
+        """A cache that holds the shared prefix, with room for `capacity` more entries."""
+        n_prefix = len(self.prefix_ids)
+        prefix = self.prefix_for(n_prefix + capacity)
+        cache = self.empty_cache(n_prefix + capacity)
+        for index, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+            cache.update(keys[None], values[None], index)
+        cache.composed_positions = torch.arange(n_prefix, dtype=torch.int32, device=self.device)
+        cache.next_positions += n_prefix
+        return cache
+
+    def check_positions(self, n_positions: int, *, what: str) -> None:
+        """Raise unless the model can address `n_positions`.
+
+        Raises:
+            ContextWindowError: It cannot.
+        """
+        if n_positions > self.context_window:
+            raise ContextWindowError(
+                f"{what} needs {n_positions:,} positions, the model has {self.context_window:,}",
+                where=self.name,
+                next_step="Retrieve fewer or shorter documents, lower max_new_tokens, or use layout='packed'.",
+            )
+
+    def read(self, ids: torch.Tensor, cache: PositionedCache, *, context: ForwardContext | None = None) -> None:
+        """Prefill tokens into a cache, without computing logits.
+
+        Args:
+            ids: `(batch, n)` token ids.
+            cache: Grows by `n` entries.
+            context: Observer and routing; its cache is set here.
+        """
+        self._forward(self.decoder, ids, cache, lengths=None, context=context)
+
+    def logits(
+        self,
+        ids: torch.Tensor,
+        cache: PositionedCache,
+        *,
+        lengths: torch.Tensor | None = None,
+        every: bool = False,
+        context: ForwardContext | None = None,
+    ) -> torch.Tensor:
+        """Prefill tokens into a cache and return the logits for the token that follows.
+
+        Args:
+            ids: `(batch, n)` token ids, padded on the right.
+            cache: Grows by `n` entries.
+            lengths: `(batch,)` real tokens per row; all of them if None.
+            every: Return the logits after every token instead of the last.
+            context: Observer and routing; its cache is set here.
+
+        Returns:
+            `(batch, vocab_size)`, or `(batch, n, vocab_size)` with `every`; of the model's dtype.
+        """
+        last = torch.full((ids.shape[0],), ids.shape[1]) if lengths is None else lengths.cpu()
+        wanted, row_of = torch.unique(last - 1, return_inverse=True)
+        keep = 0 if every else wanted.to(self.device)
+        out = self._forward(self.model, ids, cache, lengths=lengths, context=context, logits_to_keep=keep)
+        logits: torch.Tensor = out.logits
+        return logits if every else logits[torch.arange(len(row_of)), row_of.to(logits.device)]
+
+    def _forward(
+        self,
+        module: Any,
+        ids: torch.Tensor,
+        cache: PositionedCache,
+        *,
+        lengths: torch.Tensor | None,
+        context: ForwardContext | None,
+        **kwargs: Any,
+    ) -> Any:
+        ids = ids.to(self.device)
+        n = ids.shape[1]
+        positions = cache.next_positions[:, None] + torch.arange(n, device=self.device)
+        if lengths is None:
+            cache.append_positions(positions)
+            step: torch.Tensor | int = n
+        else:
+            real = torch.arange(n, device=self.device) < lengths.to(self.device)[:, None]
+            cache.append_positions(positions.masked_fill(~real, NEVER))
+            step = lengths.to(self.device)
+        context = context or ForwardContext()
+        context.cache = cache
+        context.masks.clear()
+        with self.lock:
+            out = module(
+                input_ids=ids,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                kv_memory=context,
+                **kwargs,
+            )
+        cache.next_positions = cache.next_positions + step
+        return out
+
+    def hidden_after(self, ids: torch.Tensor, cache: PositionedCache, *, layer: int) -> torch.Tensor:
+        """Run only the first `layer` decoder layers and return what comes out of the last of them.
+
+        Args:
+            ids: `(1, n)` token ids.
+            cache: Is used up to `layer`; must not be used afterwards.
+            layer: How many layers to run, at least 1.
+
+        Returns:
+            `(1, n, hidden_size)`, of the model's dtype.
+        """
+        if not 1 <= layer <= self.num_layers:
+            raise ModelError(f"layer must lie in 1 to {self.num_layers}, got {layer}", where=self.name)
+        caught: list[torch.Tensor] = []
+
+        def stop(_module: nn.Module, _args: Any, output: Any) -> None:
+            caught.append(output[0] if isinstance(output, tuple) else output)
+            raise _EnoughRead
+
+        # Leaving by an exception runs exactly the layers asked for on every architecture. Cutting `decoder.layers`
+        # short was rejected: it changes the model under the feet of other threads.
+        handle = self.layers[layer - 1].register_forward_hook(stop)
+        try:
+            self.read(ids, cache)
+        except _EnoughRead:
+            pass
+        finally:
+            handle.remove()
+        return caught[0]
+
+
+class _EnoughRead(Exception):  # noqa: N818 (no error)
+    """Leaves a forward pass once the wanted layer has run."""

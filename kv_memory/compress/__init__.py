@@ -1,0 +1,15 @@
+"""From a document to its distilled cache: scorer, routed adapter, selectors, Compressor."""
+
+from kv_memory.compress.adapter import Adapter, AdapterConfig
+from kv_memory.compress.compressor import Compressor
+from kv_memory.compress.selectors import ObservedAttention, Reconstruction, Selector, SinkRecent
+
+__all__ = [
+    "Adapter",
+    "AdapterConfig",
+    "Compressor",
+    "ObservedAttention",
+    "Reconstruction",
+    "Selector",
+    "SinkRecent",
+]

@@ -1,0 +1,277 @@
+"""Adapter: the scorer and the routed LoRA of one model.
+
+On disk it is an ordinary PEFT folder, plus `scorer.safetensors` and `kv_distill.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kv_memory.backbone import Backbone
+from kv_memory.compress.routing import RoutedLinear, install_routing
+from kv_memory.compress.scorer import Scorer
+from kv_memory.errors import AdapterError, AdapterMismatchError, ConfigError
+
+__all__ = ["Adapter", "AdapterConfig", "default_eta"]
+
+ADAPTER_VERSION = 1
+_FILES = ("adapter_config.json", "adapter_model.safetensors", "scorer.safetensors", "kv_distill.json")
+
+
+def default_eta(num_layers: int) -> int:
+    """The layer whose output the scorer reads: 6 as in the paper, a quarter of the layers in shallow models."""
+    return 6 if num_layers >= 24 else max(1, num_layers // 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What `kv_distill.json` holds.
+
+    Attributes:
+        version: Of the adapter format.
+        base_model: Name of the model it was made for, for people.
+        base_weights: Hash of that model's weights.
+        architecture: Its model type.
+        num_layers: Of that model.
+        num_kv_heads: Of that model.
+        hidden_size: Of that model.
+        eta: The layer whose output the scorer reads.
+        per_head: One score per layer and KV head instead of one for all.
+        scorer_size: Width of the scorer's hidden layer.
+        trained_steps: Optimiser steps; 0 for an untrained adapter.
+    """
+
+    version: int = ADAPTER_VERSION
+    base_model: str
+    base_weights: str
+    architecture: str
+    num_layers: int
+    num_kv_heads: int
+    hidden_size: int
+    eta: int
+    per_head: bool = False
+    scorer_size: int = 256
+    trained_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.eta <= self.num_layers:
+            raise ConfigError(f"eta must lie in 1 to {self.num_layers}, got {self.eta}", where="eta")
+
+
+class Adapter:
+    """A scorer and a routed LoRA, attached to a backbone.
+
+    Attaching puts LoRA layers into the backbone's model. They act on routed tokens only: without a routing mask the
+    model's logits are bit-identical to those before. One adapter at a time.
+
+    Args:
+        backbone: The model it is attached to.
+        config: See `AdapterConfig`.
+        peft_model: The PEFT wrapper around the backbone's model.
+        scorer: On the backbone's device, float32.
+    """
+
+    def __init__(self, backbone: Backbone, config: AdapterConfig, peft_model: PeftModel, scorer: Scorer) -> None:
+        self.backbone = backbone
+        self.config = config
+        self.peft_model = peft_model
+        self.scorer = scorer
+        self._handles = install_routing(backbone.layers)
+        if backbone.config.model_type == "phi3":
+            for module in peft_model.modules():
+                if isinstance(module, RoutedLinear) and "qkv_proj" in getattr(module, "target_name", "qkv_proj"):
+                    out = module.get_base_layer().out_features
+                    if out == (backbone.num_heads + 2 * backbone.num_kv_heads) * backbone.head_dim:
+                        module.routed_features = backbone.num_heads * backbone.head_dim  # type: ignore[assignment]
+
+    @classmethod
+    def create(
+        cls,
+        backbone: Backbone,
+        *,
+        rank: int = 16,
+        alpha: float | None = None,
+        eta: int | None = None,
+        per_head: bool = False,
+        scorer_size: int = 256,
+        seed: int = 0,
+        zero_init: bool = True,
+    ) -> Adapter:
+        """A new, untrained adapter for a model.
+
+        Args:
+            backbone: The model; it must have no adapter yet.
+            rank: Of the LoRA on W_Q and W_O.
+            alpha: LoRA scaling; twice the rank if None.
+            eta: See `AdapterConfig`; `default_eta` if None.
+            per_head: See `AdapterConfig`.
+            scorer_size: See `AdapterConfig`.
+            seed: Of the initial weights.
+            zero_init: LoRA starts as no change at all; False starts it at random, for tests.
+        """
+        config = AdapterConfig(
+            base_model=backbone.name,
+            base_weights=backbone.weights_sha256,
+            architecture=backbone.config.model_type,
+            num_layers=backbone.num_layers,
+            num_kv_heads=backbone.num_kv_heads,
+            hidden_size=backbone.hidden_size,
+            eta=eta if eta is not None else default_eta(backbone.num_layers),
+            per_head=per_head,
+            scorer_size=scorer_size,
+        )
+        query = "qkv_proj" if backbone.config.model_type == "phi3" else "q_proj"
+        lora_config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha if alpha is not None else 2 * rank,  # type: ignore[arg-type]
+            target_modules=[query, "o_proj"],
+            init_lora_weights=zero_init,
+            task_type="CAUSAL_LM",
+        )
+        _refuse_second(backbone)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            peft_model = _wrap(backbone, lora_config, None)
+            scorer = _make_scorer(config)
+        return cls(backbone, config, peft_model, scorer.to(backbone.device))
+
+    @classmethod
+    def load(cls, folder: Path | str, backbone: Backbone) -> Adapter:
+        """Load an adapter folder and attach it.
+
+        Raises:
+            AdapterError: The folder is incomplete or malformed.
+            AdapterMismatchError: The adapter was made for other weights than the backbone's.
+        """
+        folder = Path(folder)
+        next_step = f"An adapter is a folder with {', '.join(_FILES)}."
+        missing = [name for name in _FILES if not (folder / name).is_file()]
+        if missing:  # PEFT would look for a pickled adapter_model.bin, or on the hub
+            raise AdapterError(f"no adapter here: {', '.join(missing)} missing", where=str(folder), next_step=next_step)
+        try:
+            data = json.loads((folder / "kv_distill.json").read_text())
+            if data.get("version") != ADAPTER_VERSION or set(data) != {f.name for f in fields(AdapterConfig)}:
+                raise AdapterError(
+                    f"adapter format version {data.get('version')}, this package reads {ADAPTER_VERSION}",
+                    where=str(folder / "kv_distill.json"),
+                    next_step="Use the version of kv-memory that made it, or train it again.",
+                )
+            config = AdapterConfig(**data)
+            tensors = load_file(folder / "scorer.safetensors")
+        except (ValueError, TypeError, AttributeError, SafetensorError) as error:
+            raise AdapterError(f"unreadable adapter: {error}", where=str(folder), next_step=next_step) from error
+        if config.base_weights != backbone.weights_sha256:
+            raise AdapterMismatchError(
+                f"the adapter was made for {config.base_model} (weights {config.base_weights[:12]}), "
+                f"loaded is {backbone.name} (weights {backbone.weights_sha256[:12]})",
+                where=str(folder),
+                next_step=f"Load {config.base_model}, or train an adapter for {backbone.name}.",
+            )
+        _refuse_second(backbone)
+        scorer = _make_scorer(config)
+        try:
+            scorer.load_state_dict(tensors)
+            peft_model = _wrap(backbone, LoraConfig.from_pretrained(str(folder)), folder)
+        except (RuntimeError, ValueError, TypeError, SafetensorError) as error:
+            raise AdapterError(f"unreadable adapter: {error}", where=str(folder), next_step=next_step) from error
+        return cls(backbone, config, peft_model, scorer.to(backbone.device))
+
+    def save(self, folder: Path | str) -> None:
+        """Write the adapter as a PEFT folder with `scorer.safetensors` and `kv_distill.json`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT looks the base model up on the hub to see if its vocabulary grew
+            self.peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+        scorer = {name: tensor.cpu().contiguous() for name, tensor in self.scorer.state_dict().items()}
+        save_file(scorer, folder / "scorer.safetensors")
+        (folder / "kv_distill.json").write_text(json.dumps(asdict(self.config), indent=2, sort_keys=True) + "\n")
+
+    @property
+    def sha256(self) -> str:
+        """Hash of everything that changes what the adapter does; the same before saving and after loading."""
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        lora: Any = self.peft_model.peft_config["default"]
+        digest.update(f"{lora.r}:{lora.lora_alpha}:{lora.use_rslora}".encode())
+        state: dict[str, torch.Tensor] = {**get_peft_model_state_dict(self.peft_model), **self.scorer.state_dict()}
+        for name, tensor in sorted(state.items()):
+            digest.update(f"{name}:{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def detach(self) -> None:
+        """Take the LoRA layers out of the model again; the adapter is of no use afterwards."""
+        for handle in self._handles:
+            handle.remove()
+        self.peft_model.unload()
+        _strip(self.backbone.model)
+
+    def score(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores from the hidden states after layer eta; see `Scorer.forward`."""
+        scores: torch.Tensor = self.scorer(hidden)
+        return scores
+
+    @staticmethod
+    def routing(positions: torch.Tensor, n_tokens: int) -> torch.Tensor:
+        """Which tokens go through the LoRA: those kept, in each layer by any of its heads.
+
+        Args:
+            positions: `(n_kept,)`, or `(num_layers, num_kv_heads, n_kept)`.
+            n_tokens: Of the document.
+
+        Returns:
+            Bool `(1, n_tokens)`, or `(num_layers, 1, n_tokens)`.
+        """
+        rows = positions.flatten(1) if positions.ndim == 3 else positions[None]
+        mask = torch.zeros(rows.shape[0], n_tokens, dtype=torch.bool, device=positions.device).scatter_(1, rows, True)
+        return mask[:, None] if positions.ndim == 3 else mask
+
+
+def _make_scorer(config: AdapterConfig) -> Scorer:
+    return Scorer(
+        hidden_size=config.hidden_size,
+        inner_size=config.scorer_size,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        per_head=config.per_head,
+    )
+
+
+def _refuse_second(backbone: Backbone) -> None:
+    if hasattr(backbone.model, "peft_config"):
+        raise AdapterError(
+            "the model carries an adapter already", where=backbone.name, next_step="Call `adapter.detach()` first."
+        )
+
+
+def _wrap(backbone: Backbone, config: LoraConfig, folder: Path | None) -> Any:
+    config._register_custom_module({nn.Linear: RoutedLinear})
+    # In the model's own dtype: float32 adapters on a bfloat16 model would make every projection cast its input, even
+    # where no token is routed. A trainer that wants float32 adapters casts them itself.
+    wrapped: Any
+    if folder is None:
+        wrapped = get_peft_model(backbone.model, config, autocast_adapter_dtype=False)
+    else:
+        wrapped = PeftModel.from_pretrained(backbone.model, str(folder), config=config, autocast_adapter_dtype=False)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(backbone.device, backbone.dtype)
+    return wrapped.eval().requires_grad_(False)
+
+
+def _strip(model: Any) -> None:
+    """PEFT leaves its configuration on the model it has left."""
+    if hasattr(model, "peft_config"):
+        del model.peft_config

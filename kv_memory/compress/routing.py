@@ -1,0 +1,94 @@
+"""The routed LoRA: a PEFT variant whose delta reaches only the tokens it is told to.
+
+PEFT's activated LoRA does the same for the last tokens of a sequence; ours takes a mask. The mask comes with the
+forward pass (`ForwardContext.routing`): a hook on each decoder layer puts it where the projections inside can see it,
+and takes it away when the layer is done. Without a mask a projection returns the frozen layer's own result, untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from peft.tuners.lora.layer import LoraVariant
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from kv_memory.attention import ForwardContext
+
+__all__ = ["RoutedLinear", "install_routing"]
+
+# Not an attribute of the modules: threads that decode while another one compresses must not see its mask.
+_MASK: ContextVar[torch.Tensor | None] = ContextVar("kv_memory_routing", default=None)
+
+
+class RoutedVariant(LoraVariant):
+    """Adds the LoRA delta to routed tokens only."""
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
+        """Nothing beyond what LoRA itself sets up."""
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """The frozen layer's result, plus the delta where the mask is set.
+
+        Args:
+            module: The LoRA layer.
+            active_adapter: Its adapter's name.
+            x: `(batch, n, in_features)`, input.
+            result: `(batch, n, out_features)`, of the frozen layer.
+            **kwargs: Of other variants; none are used.
+
+        Returns:
+            Shape and dtype of `result`; the same tensor where no token is routed.
+        """
+        mask = _MASK.get()
+        if mask is None:
+            return result
+        rows = mask.flatten().nonzero()[:, 0]
+        lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        picked = module.lora_dropout[active_adapter](x.flatten(0, -2)[rows].to(lora_a.weight.dtype))
+        delta = (lora_b(lora_a(picked)) * module.scaling[active_adapter]).to(result.dtype)
+        flat = result.flatten(0, -2)
+        n_query: int | None = getattr(module, "routed_features", None)
+        if n_query is not None:  # a fused projection (Phi-3): queries first, then keys and values, which stay as is
+            delta = nn.functional.pad(delta[:, :n_query], (0, flat.shape[1] - n_query))
+        return flat.index_add(0, rows, delta).view_as(result)
+
+
+class RoutedLinear(lora.Linear):
+    """PEFT's LoRA layer for `nn.Linear`, with the routed variant."""
+
+    def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> LoraVariant:
+        """Always the routed variant."""
+        return RoutedVariant()
+
+
+def install_routing(layers: Iterable[nn.Module]) -> list[RemovableHandle]:
+    """Let the decoder layers hand the forward pass's mask to the projections inside them.
+
+    Args:
+        layers: The model's decoder layers, in order.
+
+    Returns:
+        The hooks' handles.
+    """
+    handles = []
+    for index, layer in enumerate(layers):
+
+        def before(_module: nn.Module, args: Any, kwargs: dict[str, Any], index: int = index) -> None:
+            context: ForwardContext | None = kwargs.get("kv_memory")
+            _MASK.set(context.routing_of(index) if context is not None else None)
+
+        def after(_module: nn.Module, args: Any, output: Any) -> None:
+            _MASK.set(None)
+
+        # Hooks of the layer, not of the model: gradient checkpointing runs a layer again, in another thread even,
+        # with the arguments of the first time, and so finds its mask.
+        handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(layer.register_forward_hook(after, always_call=True))
+    return handles

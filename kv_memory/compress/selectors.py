@@ -1,0 +1,213 @@
+"""Training-free selectors: which tokens of a document to keep, without an adapter.
+
+A selector may watch the model read the document, and may ask it things afterwards; then it scores every token, for all
+heads together or for each layer and KV head. It never sees a question.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from kv_memory.attention import ForwardContext, PositionedCache, attention_probabilities
+from kv_memory.backbone import Backbone
+from kv_memory.config import SelectorName, check_choice
+
+__all__ = ["ObservedAttention", "Reconstruction", "Selector", "SinkRecent", "make_selector", "select"]
+
+OBSERVED_QUERIES = 256  # at once: their attention is written out in float32
+_REQUEST = "\n\nRepeat the previous text exactly.\n"
+_REQUEST_FROM = "\n\nRepeat the previous text exactly, from here on: "
+
+
+class Selector(Protocol):
+    """Scores the tokens of a document.
+
+    Attributes:
+        name: With its settings; part of the fingerprint.
+        extra_tokens: How many tokens it wants to ask after the document, at most.
+    """
+
+    name: str
+    extra_tokens: int
+
+    def watch(self, backbone: Backbone, *, n_prefix: int, n_tokens: int) -> ReceivedAttention | None:
+        """An observer for the prefill of the document, or None."""
+
+    def score(
+        self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, watched: ReceivedAttention | None
+    ) -> torch.Tensor:
+        """Score the tokens of a document that has been read; higher is kept.
+
+        Args:
+            backbone: The model that read it.
+            ids: `(1, n_tokens)`, the document.
+            cache: Prefix and document, as read. Left as it was found.
+            watched: What `watch` returned.
+
+        Returns:
+            `(n_tokens,)`, or `(num_layers, num_kv_heads, n_tokens)`; float32.
+        """
+
+
+class ReceivedAttention:
+    """Observer: how much attention each document token receives, per layer and KV head.
+
+    Args:
+        backbone: Whose layers and heads are observed.
+        n_prefix: Entries before the document, which are not scored.
+        n_tokens: Of the document.
+        reduce: `mean` over the queries that could see a token, or `max` over queries and over the query heads that
+            share a KV head.
+    """
+
+    def __init__(self, backbone: Backbone, *, n_prefix: int, n_tokens: int, reduce: str) -> None:
+        self._columns = slice(n_prefix, n_prefix + n_tokens)
+        self._mean = reduce == "mean"
+        self.scores = torch.zeros(backbone.num_layers, backbone.num_kv_heads, n_tokens, device=backbone.device)
+        self._context: ForwardContext | None = None
+
+    def observe(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        *,
+        scaling: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> None:
+        """Add one layer's attention; see `AttentionObserver`.
+
+        Prefix, document and request stand side by side here, so that indices serve as positions.
+        """
+        new, length = query.shape[2], key.shape[2]
+        kv_heads = key.shape[1]
+        for start in range(0, new, OBSERVED_QUERIES):
+            stop = min(start + OBSERVED_QUERIES, new)
+            end = length - new + stop
+            mask = torch.ones(stop - start, end, dtype=torch.bool, device=query.device).tril(end - (stop - start))
+            if window is not None:
+                mask = mask.triu(end - (stop - start) - window + 1)
+            weights = attention_probabilities(
+                query[:, :, start:stop], key[:, :, :end], mask, scaling=scaling, softcap=softcap
+            )
+            here = weights[0, :, :, self._columns].unflatten(0, (kv_heads, -1))  # (kv_heads, group, queries, tokens)
+            seen = slice(0, here.shape[-1])
+            if self._mean:
+                self.scores[layer, :, seen] += here.mean(1).sum(1)
+            else:
+                self.scores[layer, :, seen] = torch.maximum(self.scores[layer, :, seen], here.amax((1, 2)))
+
+
+class SinkRecent:
+    """The first tokens of the document and its last ones (StreamingLLM), the same for all heads."""
+
+    extra_tokens = 0
+
+    def __init__(self, *, n_sink: int = 4) -> None:
+        self._n_sink = n_sink
+        self.name = f"sink_recent:{n_sink}"
+
+    def watch(self, backbone: Backbone, *, n_prefix: int, n_tokens: int) -> None:
+        """Needs to see nothing."""
+
+    def score(
+        self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, watched: ReceivedAttention | None
+    ) -> torch.Tensor:
+        """Later is better, and the first `n_sink` are best."""
+        n_tokens = ids.shape[1]
+        scores = torch.arange(n_tokens, dtype=torch.float32)
+        scores[: self._n_sink] += n_tokens
+        return scores
+
+
+class ObservedAttention:
+    """The attention a token receives while the document is read, per layer and KV head (H2O, arXiv 2306.14048).
+
+    The mean over the queries that could see the token, not the sum: by the sum the first tokens of every document
+    would win for having been there longest.
+    """
+
+    name = "attention"
+    extra_tokens = 0
+
+    def watch(self, backbone: Backbone, *, n_prefix: int, n_tokens: int) -> ReceivedAttention:
+        """Watches the whole prefill."""
+        return ReceivedAttention(backbone, n_prefix=n_prefix, n_tokens=n_tokens, reduce="mean")
+
+    def score(
+        self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, watched: ReceivedAttention | None
+    ) -> torch.Tensor:
+        """Mean attention over the queries at or after each token."""
+        assert watched is not None
+        n_tokens = ids.shape[1]
+        return watched.scores / torch.arange(n_tokens, 0, -1, device=watched.scores.device)
+
+
+class Reconstruction:
+    """The attention a token receives while the model is asked to repeat the document (KVzip, arXiv 2505.23416).
+
+    The document is asked for part by part; the score is the maximum over the asking tokens and over the query heads
+    that share a KV head.
+
+    Args:
+        part_tokens: Length of the parts.
+    """
+
+    def __init__(self, *, part_tokens: int = 1024) -> None:
+        self._part = part_tokens
+        self.name = f"reconstruction:{part_tokens}"
+        self.extra_tokens = part_tokens + 64  # the request and its cue
+
+    def watch(self, backbone: Backbone, *, n_prefix: int, n_tokens: int) -> None:
+        """Needs to see nothing of the first reading."""
+
+    def score(
+        self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, watched: ReceivedAttention | None
+    ) -> torch.Tensor:
+        """Highest attention each token receives from the requests to repeat the document."""
+        n_tokens = ids.shape[1]
+        received = ReceivedAttention(
+            backbone, n_prefix=int(cache.next_positions[0]) - n_tokens, n_tokens=n_tokens, reduce="max"
+        )
+        for start in range(0, n_tokens, self._part):
+            request = backbone.encode(_REQUEST if start == 0 else _REQUEST_FROM)[:48]
+            cue = ids[0, max(0, start - 8) : start].tolist()
+            asking = torch.tensor([[*request, *cue, *ids[0, start : start + self._part].tolist()]])
+            backbone.read(asking, cache, context=ForwardContext(observer=received))
+            cache.rewind(asking.shape[1])
+        return received.scores
+
+
+def make_selector(name: SelectorName) -> Selector:
+    """The selector of this name with its default settings.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    check_choice(name, SelectorName, where="selector")
+    selectors: dict[str, type[Selector]] = {
+        "sink_recent": SinkRecent,
+        "attention": ObservedAttention,
+        "reconstruction": Reconstruction,
+    }
+    return selectors[name]()
+
+
+def select(scores: torch.Tensor, n_kept: int, *, forced: torch.Tensor | None = None) -> torch.Tensor:
+    """Positions of the highest scores, ascending.
+
+    Args:
+        scores: `(..., n_tokens)`.
+        n_kept: How many to keep in every row.
+        forced: `(n_tokens,)` bool; these are kept whatever their score.
+
+    Returns:
+        `(..., n_kept)`, int64. Of equal scores the earlier token is kept, so that the result never varies.
+    """
+    if forced is not None:
+        scores = scores.masked_fill(forced.to(scores.device), torch.inf)
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    return order[..., :n_kept].sort(dim=-1).values

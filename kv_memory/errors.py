@@ -1,0 +1,192 @@
+"""The exception tree. Every error says what happened, where, and the next step.
+
+```
+KVMemoryError
+├── ConfigError                  a setting outside its range (also a ValueError)
+├── ModelError
+│   ├── ModelNotFoundError       no such hub id, folder or embedded weights
+│   ├── UnsupportedModelError    an architecture whose caches we cannot make
+│   ├── TokenizerError           a model without a usable tokenizer
+│   └── ContextWindowError       more positions than the model can address
+├── AdapterError                 an adapter folder that is missing or malformed
+│   └── AdapterMismatchError     an adapter trained on other weights
+├── DocumentError
+│   ├── EmptyDocumentError       nothing but white space
+│   ├── UnreadableDocumentError  a path that is missing, forbidden or of an unknown type
+│   ├── BinaryDocumentError      bytes that are no text (NUL bytes, an image, an archive)
+│   ├── EncodingError            text that is not valid in the stated encoding
+│   ├── LineTooLongError         a line so long that it must be data, not prose
+│   ├── DuplicateDocumentError   one id, two texts, in one call
+│   └── DocumentNotFoundError    an id that the collection does not hold (also a KeyError)
+├── CacheError
+│   ├── CacheNotFoundError       no distilled cache for this text and setting (also a KeyError)
+│   ├── CorruptCacheError        bytes that are not what was written; quarantined, never decoded
+│   └── FingerprintMismatchError a cache made by another model, adapter, prompt or format
+└── StoreError
+    ├── StoreVersionError        a store written by a newer version
+    ├── StorePermissionError     a folder we may not write to
+    ├── StoreFullError           no space left; what was there before is untouched
+    └── StoreLockedError         another process holds the catalog for too long
+```
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdapterError",
+    "AdapterMismatchError",
+    "BinaryDocumentError",
+    "CacheError",
+    "CacheNotFoundError",
+    "ConfigError",
+    "ContextWindowError",
+    "CorruptCacheError",
+    "DocumentError",
+    "DocumentNotFoundError",
+    "DuplicateDocumentError",
+    "EmptyDocumentError",
+    "EncodingError",
+    "FingerprintMismatchError",
+    "KVMemoryError",
+    "LineTooLongError",
+    "ModelError",
+    "ModelNotFoundError",
+    "StoreError",
+    "StoreFullError",
+    "StoreLockedError",
+    "StorePermissionError",
+    "StoreVersionError",
+    "TokenizerError",
+    "UnreadableDocumentError",
+    "UnsupportedModelError",
+]
+
+
+class KVMemoryError(Exception):
+    """Base of every error this package raises on purpose.
+
+    Args:
+        what: What happened, one sentence without a final full stop.
+        where: The file, document id, setting or table it happened at.
+        next_step: What the user can do about it, as an instruction.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, next_step: str | None = None) -> None:
+        self.what = what
+        self.where = where
+        self.next_step = next_step
+        message = what if where is None else f"{what} [{where}]"
+        super().__init__(message if next_step is None else f"{message}. {next_step}")
+
+    def __str__(self) -> str:
+        # KeyError, a base of two subclasses, prints the repr of its argument.
+        return str(self.args[0])
+
+    def to_dict(self) -> dict[str, str | None]:
+        """The error for machines: `error`, `what`, `where`, `next_step`."""
+        return {
+            "error": type(self).__name__,
+            "what": self.what,
+            "where": self.where,
+            "next_step": self.next_step,
+        }
+
+
+class ConfigError(KVMemoryError, ValueError):
+    """A setting is outside its range or contradicts another one."""
+
+
+class ModelError(KVMemoryError):
+    """Something about the language model."""
+
+
+class ModelNotFoundError(ModelError):
+    """No model under this hub id or folder, or the embedded weights are not installed."""
+
+
+class UnsupportedModelError(ModelError):
+    """The architecture is not one of those whose caches can be made and moved."""
+
+
+class TokenizerError(ModelError):
+    """The model has no usable tokenizer."""
+
+
+class ContextWindowError(ModelError):
+    """More positions are asked for than the model can address."""
+
+
+class AdapterError(KVMemoryError):
+    """An adapter folder is missing, incomplete or malformed."""
+
+
+class AdapterMismatchError(AdapterError):
+    """The adapter was trained on other weights than the model that is loaded."""
+
+
+class DocumentError(KVMemoryError):
+    """Something about an input document."""
+
+
+class EmptyDocumentError(DocumentError):
+    """The document holds nothing but white space."""
+
+
+class UnreadableDocumentError(DocumentError):
+    """The path is missing, may not be read, or is of a type that has no reader."""
+
+
+class BinaryDocumentError(DocumentError):
+    """The bytes are no text."""
+
+
+class EncodingError(DocumentError):
+    """The bytes are not valid in the stated encoding."""
+
+
+class LineTooLongError(DocumentError):
+    """A line is so long that it must be data, not prose."""
+
+
+class DuplicateDocumentError(DocumentError):
+    """One id was given twice with different texts in one call."""
+
+
+class DocumentNotFoundError(DocumentError, KeyError):
+    """The collection holds no document of this id."""
+
+
+class CacheError(KVMemoryError):
+    """Something about a distilled cache."""
+
+
+class CacheNotFoundError(CacheError, KeyError):
+    """There is no distilled cache for this text under these settings."""
+
+
+class CorruptCacheError(CacheError):
+    """The bytes are not those that were written. The blob is quarantined, never decoded."""
+
+
+class FingerprintMismatchError(CacheError):
+    """The cache was made by another model, adapter, prompt or format."""
+
+
+class StoreError(KVMemoryError):
+    """Something about the store's folder or database."""
+
+
+class StoreVersionError(StoreError):
+    """The store was written by a newer version of this package."""
+
+
+class StorePermissionError(StoreError):
+    """The store's folder may not be read or written."""
+
+
+class StoreFullError(StoreError):
+    """No space is left on the device. What was there before is untouched."""
+
+
+class StoreLockedError(StoreError):
+    """Another process holds the catalog for longer than we wait."""

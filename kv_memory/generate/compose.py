@@ -1,0 +1,113 @@
+"""Compose: put distilled caches on positions, one behind the other, behind the shared prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from kv_memory.attention import PositionedCache
+from kv_memory.backbone import Backbone
+from kv_memory.cache import DistilledCache
+from kv_memory.config import Layout, check_choice
+
+__all__ = ["check_compatible", "compose", "span_of"]
+
+
+def span_of(cache: DistilledCache, layout: Layout) -> int:
+    """How many positions a document takes: its original length (`source`), or its kept entries (`packed`)."""
+    return cache.n_tokens if layout == "source" else cache.n_kept
+
+
+def check_compatible(backbone: Backbone, cache: DistilledCache) -> None:
+    """Raise unless the model can decode from this cache.
+
+    How the cache was distilled does not matter for that, so caches of several methods, adapters and dtypes may be
+    composed; model, tokenizer, prompt and positions must be the same.
+
+    Raises:
+        FingerprintMismatchError: Names the differing fields.
+    """
+    made = cache.fingerprint
+    mine = backbone.fingerprint(method=made.method, adapter=made.adapter, eta=made.eta, keep_spans=made.keep_spans)
+    made.check(replace(mine, dtype=made.dtype))
+
+
+@torch.no_grad()
+def compose(
+    backbone: Backbone,
+    caches: Sequence[DistilledCache],
+    *,
+    layout: Layout = "source",
+    n_question: int = 0,
+    n_new: int = 0,
+    batch_size: int = 1,
+) -> PositionedCache:
+    """Build the cache a question is answered from. The stored caches are copied, never changed.
+
+    Args:
+        backbone: The model that will decode.
+        caches: Distilled caches, in the order they shall be read; none at all is fine.
+        layout: `source`: each document keeps the span of its original length, as in the paper. `packed`: kept
+            entries stand side by side, so that more documents fit the context window.
+        n_question: Tokens of the longest question.
+        n_new: Tokens that will be decoded.
+        batch_size: Questions answered side by side.
+
+    Returns:
+        Prefix and documents on their positions, with room for question and answer.
+
+    Raises:
+        ContextWindowError: The model cannot address that many positions. Raised before any work.
+        FingerprintMismatchError: A cache belongs to another model or prompt.
+    """
+    check_choice(layout, Layout, where="layout")
+    n_prefix = len(backbone.prefix_ids)
+    start = n_prefix + sum(span_of(cache, layout) for cache in caches)
+    backbone.check_positions(
+        start + n_question + n_new,
+        what=f"a prefix of {n_prefix:,}, {len(caches)} documents over {start - n_prefix:,} positions ({layout}), "
+        f"a question of {n_question:,} and an answer of up to {n_new:,} tokens",
+    )
+    for cache in caches:
+        check_compatible(backbone, cache)
+
+    n_positions = start + n_question
+    n_entries = n_prefix + sum(cache.n_kept for cache in caches)
+    shape = (
+        backbone.num_layers,
+        batch_size,
+        backbone.num_kv_heads,
+        n_entries + n_question + n_new,
+        backbone.head_dim,
+    )
+    keys = torch.empty(shape, dtype=backbone.dtype, device=backbone.device)
+    values = torch.empty_like(keys)
+    prefix = backbone.prefix_for(n_positions)
+    keys[:, 0, :, :n_prefix], values[:, 0, :, :n_prefix] = prefix.keys, prefix.values
+
+    rows = [torch.arange(n_prefix, dtype=torch.int32)]
+    entry, position = n_prefix, n_prefix
+    for cache in caches:
+        inside = cache.positions if layout == "source" else torch.arange(cache.n_kept)
+        here = inside.to(torch.int32) + position
+        entries = slice(entry, entry + cache.n_kept)
+        backbone.rope.put_on(
+            cache.keys.to(backbone.device),
+            here.to(backbone.device),
+            n_positions=n_positions,
+            out=keys[:, 0, :, entries],
+        )
+        values[:, 0, :, entries] = cache.values.to(backbone.device)
+        rows.append(here)
+        entry += cache.n_kept
+        position += span_of(cache, layout)
+    if batch_size > 1:
+        for tensor in (keys, values):
+            tensor[:, 1:, :, :n_entries] = tensor[:, :1, :, :n_entries]
+
+    if any(row.ndim == 3 for row in rows):
+        rows = [row.cpu().expand(backbone.num_layers, backbone.num_kv_heads, -1) for row in rows]
+    positions = torch.cat([row.cpu() for row in rows], dim=-1).to(backbone.device)
+    return PositionedCache(keys, values, positions=positions, next_position=start)

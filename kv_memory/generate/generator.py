@@ -1,0 +1,228 @@
+"""Generator: prefill a question behind composed caches and decode the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kv_memory.attention import PositionedCache
+from kv_memory.backbone import Backbone
+from kv_memory.cache import DistilledCache
+from kv_memory.config import DecodeSettings, Layout
+from kv_memory.generate.compose import compose
+from kv_memory.generate.sampling import Sampler
+from kv_memory.generate.text import FinishReason, TextStream
+
+__all__ = ["Generation", "Generator", "Run", "iterate_in_thread"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One decoded answer.
+
+    Attributes:
+        text: Without the stop string.
+        token_ids: As decoded, the end token included.
+        finish_reason: `stop` (end token or stop string) or `length`.
+        n_prompt_tokens: Prefilled for this question; text of documents in distilled caches is never among them.
+        n_cached_tokens: Entries read from caches, the shared prefix included.
+        ttft_s: From the call to the first token, composing included.
+        total_s: From the call to the last token.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    n_prompt_tokens: int
+    n_cached_tokens: int
+    ttft_s: float
+    total_s: float
+
+
+class Generator:
+    """Answers questions from distilled caches. Safe to use from several threads.
+
+    Hugging Face's `generate` is not used: it streams by pushing from a thread of its own, cannot give every row of a
+    batch its own seed and stop, and derives positions from the length of the cache. Its logits warpers are.
+
+    Args:
+        backbone: The model.
+        layout: How documents are placed, see `compose`.
+    """
+
+    def __init__(self, backbone: Backbone, *, layout: Layout = "source") -> None:
+        self.backbone = backbone
+        self.layout: Layout = layout
+
+    def generate(
+        self, question: str, caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
+    ) -> Generation:
+        """Answer one question; see `stream_tokens` for arguments and errors."""
+        return self.generate_batch([question], caches, settings=settings)[0]
+
+    def generate_batch(
+        self, questions: Sequence[str], caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
+    ) -> list[Generation]:
+        """Answer several questions about the same documents as one batch.
+
+        Args:
+            questions: At least one.
+            caches: Distilled caches of the documents, in order.
+            settings: See `DecodeSettings`.
+
+        Raises:
+            ContextWindowError: Documents, question and answer do not fit the model. Raised before any work.
+            FingerprintMismatchError: A cache belongs to another model or prompt.
+        """
+        if not questions:
+            return []
+        run = self.start(questions, caches, settings=settings)
+        for _ in run.steps():
+            pass
+        return run.results()
+
+    def stream(
+        self, question: str, caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
+    ) -> Iterator[str]:
+        """Answer one question piece by piece; the pieces joined are the answer. Arguments as in `generate_batch`.
+
+        Errors are raised by the call itself, not by the first piece. Close the iterator to stop early.
+        """
+        run = self.start([question], caches, settings=settings)
+        return (pieces[0] for pieces in run.steps() if pieces[0])
+
+    async def astream(
+        self, question: str, caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
+    ) -> AsyncIterator[str]:
+        """`stream` for asyncio: every step runs in a thread, so that the event loop never waits for the model."""
+        pieces = await asyncio.to_thread(self.stream, question, caches, settings=settings)
+        async for piece in iterate_in_thread(pieces):
+            yield piece
+
+    def start(
+        self,
+        questions: Sequence[str],
+        caches: Sequence[DistilledCache] = (),
+        *,
+        texts: Sequence[str] = (),
+        settings: DecodeSettings | None = None,
+    ) -> Run:
+        """Begin a batch; for callers that want both the pieces and the figures. Errors as in `generate_batch`.
+
+        Args:
+            questions: At least one.
+            caches: Distilled caches of the documents, in order.
+            texts: Documents to prefill as text behind the caches and before the question: plain RAG, to compare.
+            settings: See `DecodeSettings`.
+        """
+        return Run(self.backbone, questions, caches, self.layout, settings or DecodeSettings(), texts=texts)
+
+
+async def iterate_in_thread(pieces: Iterator[str]) -> AsyncIterator[str]:
+    """An iterator that works hard, for asyncio: every step of it runs in a thread."""
+    step: asyncio.Future[str | None] | None = None
+    try:
+        while True:
+            step = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
+            piece = await asyncio.shield(step)
+            if piece is None:
+                return
+            yield piece
+    finally:
+        if step is not None and not step.done():  # cancelled in the middle of a step, which cannot be broken off
+            await asyncio.wait([step])
+        pieces.close()  # type: ignore[attr-defined]
+
+
+class Run:
+    """One batch of questions: composed when made, decoded by `steps`, summed up by `results`. See `Generator.start`."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        questions: Sequence[str],
+        caches: Sequence[DistilledCache],
+        layout: Layout,
+        settings: DecodeSettings,
+        *,
+        texts: Sequence[str] = (),
+    ) -> None:
+        self._start_s = time.perf_counter()
+        self._backbone = backbone
+        self._settings = settings
+        documents = [token for text in texts for token in backbone.encode_document(text)]
+        ids = [documents + backbone.encode_question(question) for question in questions]
+        self._lengths = torch.tensor([len(row) for row in ids])
+        width = int(self._lengths.max())
+        self._ids = torch.tensor([row + [0] * (width - len(row)) for row in ids])
+        self._cache: PositionedCache = compose(
+            backbone,
+            caches,
+            layout=layout,
+            n_question=width,
+            n_new=settings.max_new_tokens,
+            batch_size=len(questions),
+        )
+        self._n_cached = self._cache.composed_positions.shape[-1]
+        stop = (*settings.stop, *backbone.prompt.stop)
+        self._texts = [TextStream(backbone.tokenizer, stop=stop) for _ in questions]
+        self._samplers = [Sampler(settings, device=backbone.device) for _ in questions]
+        self._end_ids = _end_ids(backbone)
+        self._ttft_s = [0.0] * len(questions)
+        self._total_s = [0.0] * len(questions)
+
+    @torch.no_grad()
+    def steps(self) -> Iterator[list[str]]:
+        """Decode token by token; each step yields the new text of every row, empty for rows that are done."""
+        backbone, ragged = self._backbone, len(self._lengths) > 1 and bool((self._lengths != self._lengths[0]).any())
+        logits = backbone.logits(self._ids, self._cache, lengths=self._lengths if ragged else None)
+        for step in range(self._settings.max_new_tokens):
+            tokens = [
+                self._end_ids[0] if text.finished else sampler.pick(row)
+                for text, sampler, row in zip(self._texts, self._samplers, logits, strict=True)
+            ]
+            now_s = time.perf_counter() - self._start_s
+            pieces = []
+            last = step + 1 == self._settings.max_new_tokens
+            for row, (text, token) in enumerate(zip(self._texts, tokens, strict=True)):
+                if text.finished:
+                    pieces.append("")
+                    continue
+                if step == 0:
+                    self._ttft_s[row] = now_s
+                self._total_s[row] = now_s
+                pieces.append(text.push(token, is_end=token in self._end_ids, is_last=last))
+            yield pieces
+            if all(text.finished for text in self._texts):
+                return
+            logits = backbone.logits(torch.tensor(tokens)[:, None], self._cache)
+
+    def results(self) -> list[Generation]:
+        """The answers, once `steps` has ended."""
+        return [
+            Generation(
+                text=text.text,
+                token_ids=tuple(text.token_ids),
+                finish_reason=text.finish_reason,
+                n_prompt_tokens=int(length),
+                n_cached_tokens=self._n_cached,
+                ttft_s=ttft_s,
+                total_s=total_s,
+            )
+            for text, length, ttft_s, total_s in zip(
+                self._texts, self._lengths, self._ttft_s, self._total_s, strict=True
+            )
+        ]
+
+
+def _end_ids(backbone: Backbone) -> list[int]:
+    """Tokens that end an answer: the tokenizer's end token and those of the model's generation settings."""
+    ids: list[int] = []
+    config = getattr(backbone.model, "generation_config", None)
+    for value in (backbone.tokenizer.eos_token_id, getattr(config, "eos_token_id", None)):
+        ids += value if isinstance(value, list) else [] if value is None else [value]
+    return list(dict.fromkeys(ids)) or [-1]

@@ -1,0 +1,75 @@
+"""TextStream: tokens in, text out, as soon as it is certain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+__all__ = ["FinishReason", "TextStream"]
+
+FinishReason = Literal["stop", "length"]
+
+
+class TextStream:
+    """Turns the tokens of one answer into text piece by piece.
+
+    A piece is held back while it ends in the middle of a character, or could be the beginning of a stop string.
+
+    Args:
+        tokenizer: Of the model.
+        stop: Strings that end the answer.
+    """
+
+    def __init__(self, tokenizer: Any, *, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(dict.fromkeys(stop))
+        self.token_ids: list[int] = []
+        self.finished = False
+        self.finish_reason: FinishReason = "length"
+        self.text = ""
+        self._sent = 0
+        # Decoding only what follows `_read` keeps a long answer linear; tokenizers that look at the token before
+        # (sentencepiece drops a leading space) get some context from `_context` on.
+        self._context = 0
+        self._read = 0
+
+    def push(self, token: int, *, is_end: bool, is_last: bool) -> str:
+        """Take one token.
+
+        Args:
+            token: Its id.
+            is_end: It is an end token; it is noted but is no text.
+            is_last: No more tokens will follow; all that was held back comes out.
+
+        Returns:
+            The text that is certain now; may be empty.
+        """
+        self.token_ids.append(token)
+        if is_end:
+            self.finish_reason = "stop"
+        else:
+            self.text += self._decode_new(flush=is_last)
+        stopped_at = min((i for i in map(self.text.find, self._stop) if i >= 0), default=-1)
+        if stopped_at >= 0:
+            self.text, self.finish_reason = self.text[:stopped_at], "stop"
+        self.finished = is_end or is_last or stopped_at >= 0
+        until = len(self.text) if self.finished else len(self.text) - self._held()
+        piece, self._sent = self.text[self._sent : until], max(self._sent, until)
+        return piece
+
+    def _decode_new(self, *, flush: bool) -> str:
+        ids = self.token_ids
+        before = self._tokenizer.decode(ids[self._context : self._read], skip_special_tokens=True)
+        now: str = self._tokenizer.decode(ids[self._context :], skip_special_tokens=True)
+        if now.endswith("\ufffd") and not flush:  # the rest of the character is in the next token
+            return ""
+        self._context, self._read = self._read, len(ids)
+        return now[len(before) :]
+
+    def _held(self) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        for length in range(min(longest, len(self.text)), 0, -1):
+            if any(stop.startswith(self.text[-length:]) for stop in self._stop):
+                return length
+        return 0

@@ -1,0 +1,446 @@
+"""KVMemory: documents in, distilled caches on disk, answers out. The facade over everything else."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from kv_memory.answers import Answer, AnswerStream, ReadFrom
+from kv_memory.backbone import Backbone
+from kv_memory.cache import DistilledCache
+from kv_memory.compress import Adapter, Compressor
+from kv_memory.config import DecodeSettings, Layout, SelectorName, check_choice
+from kv_memory.documents import DocumentLike, read_documents
+from kv_memory.errors import CorruptCacheError
+from kv_memory.generate import Generation, Generator, iterate_in_thread
+from kv_memory.intake import AddProgress, AddReport, Intake
+from kv_memory.prompts import PromptForm, PromptName
+from kv_memory.retrieve import BM25Index, Hit
+from kv_memory.settings import MemorySettings, given_settings, resolve_settings
+from kv_memory.store import (
+    CheckReport,
+    DocumentRecord,
+    DocumentSummary,
+    GcReport,
+    Store,
+    StoreStats,
+)
+
+__all__ = ["AddProgress", "AddReport", "Answer", "AnswerStream", "KVMemory", "MemorySettings"]
+
+
+class KVMemory:
+    """A collection of documents, each read once and kept as distilled caches; made with `open`.
+
+    Example:
+        ```python
+        from kv_memory import KVMemory
+
+        with KVMemory.open("my-store") as memory:
+            memory.add(["The ferry to Skarholm leaves at 7.40 from pier 4."])
+            print(memory.ask("When does the ferry to Skarholm leave?").text)
+        ```
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        settings: MemorySettings,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        backbone: Backbone | None = None,
+        prompt_form: PromptForm | None = None,
+    ) -> None:
+        self.store = store
+        self.settings = settings
+        self._dtype = dtype
+        self._device = device
+        self._backbone = backbone
+        self._prompt_form = prompt_form
+        self._compressor: Compressor | None = None
+        self._index: tuple[int, BM25Index] | None = None
+        self._lock = threading.RLock()
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        model: str | Path | Backbone | None = None,
+        adapter: str | Path | None = None,
+        keep_ratio: float | None = None,
+        selector: SelectorName | None = None,
+        passage_tokens: int | Literal["auto"] | None = "auto",
+        prompt: PromptName | PromptForm | None = None,
+        layout: Layout | None = None,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        device: str = "auto",
+        collection: str = "default",
+        create: bool = True,
+        load_model: bool = True,
+    ) -> KVMemory:
+        """Open a store, or make one.
+
+        What is not given is as the store remembers it from the last `add`; a new store starts with the defaults of
+        `MemorySettings`, passages of 256 tokens for the embedded model and 1,024 for others.
+
+        Args:
+            path: The store's folder.
+            model: `embedded`, a model folder, a hub id, or a `Backbone`.
+            adapter: An adapter folder for that model.
+            keep_ratio: Share of the tokens kept, in (0, 1].
+            selector: The training-free selector used without an adapter.
+            passage_tokens: Longest passage; None keeps documents whole.
+            prompt: `auto`, `chat`, `passage`, or a `PromptForm` (with a `Backbone` give it the form instead).
+            layout: `source` or `packed`.
+            dtype: Of the model and its caches; `auto` takes bfloat16 where that is fast.
+            device: `auto`, `cpu`, `cuda`, ...
+            collection: Tenants are collections; every lookup stays in its own.
+            create: Make the store if there is none.
+            load_model: Load the model now, so that what is wrong with it shows now. False leaves that to the first
+                use; listing, checking and removing need no model.
+
+        Raises:
+            ConfigError: A setting is out of range.
+            ModelError: The model cannot be found, loaded or used; see its subclasses.
+            AdapterError: The adapter cannot be read or belongs to another model.
+            StoreError: The store cannot be opened; see its subclasses.
+        """
+        form = prompt if isinstance(prompt, PromptForm) else None
+        given = given_settings(
+            model=model.name if isinstance(model, Backbone) else model,
+            adapter=adapter,
+            keep_ratio=keep_ratio,
+            selector=selector,
+            passage_tokens=passage_tokens,
+            prompt=None if isinstance(prompt, PromptForm) else prompt,
+            layout=layout,
+        )
+        store = Store.open(path, collection=collection, create=create)
+        try:
+            settings = resolve_settings(given, store.settings())
+            backbone = model if isinstance(model, Backbone) else None
+            memory = cls(store, settings, dtype=dtype, device=device, backbone=backbone, prompt_form=form)
+            if load_model:
+                memory.compressor.backbone.prefix  # noqa: B018 (loads model and adapter, prefills the shared prefix)
+            return memory
+        except BaseException:
+            store.close()
+            raise
+
+    def close(self) -> None:
+        """Close the store. The model is freed with the object."""
+        self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def path(self) -> Path:
+        """The store's folder."""
+        return self.store.path
+
+    @property
+    def collection(self) -> str:
+        """The collection's name."""
+        return self.store.collection
+
+    @property
+    def backbone(self) -> Backbone:
+        """The model, loaded on first use."""
+        with self._lock:
+            if self._backbone is None:
+                self._backbone = Backbone.load(
+                    self.settings.model,
+                    dtype=self._dtype,  # type: ignore[arg-type]
+                    device=self._device,
+                    prompt=self._prompt_form or self.settings.prompt,
+                )
+            return self._backbone
+
+    @property
+    def compressor(self) -> Compressor:
+        """Reads documents; carries the adapter, loaded on first use."""
+        with self._lock:
+            if self._compressor is None:
+                folder = self.settings.adapter
+                adapter = None if folder is None else Adapter.load(folder, self.backbone)
+                self._compressor = Compressor(self.backbone, selector=self.settings.selector, adapter=adapter)
+            return self._compressor
+
+    # -- documents -----------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        documents: DocumentLike | Iterable[DocumentLike],
+        *,
+        encoding: str = "utf-8",
+        on_error: Literal["raise", "skip"] = "raise",
+        on_progress: Callable[[AddProgress], None] | None = None,
+    ) -> AddReport:
+        """Read documents, distil them, store them. What is there unchanged costs nothing; what changed is replaced.
+
+        Args:
+            documents: A text (`str`), a file or folder (`Path`), a `Document`, `(id, text)`, `(id, text, metadata)`,
+                or an iterable of these. The id of a file is its absolute path.
+            encoding: Of text files.
+            on_error: `skip` leaves bad documents out and reports them; `raise` stops before any work.
+            on_progress: Called after every passage.
+
+        Raises:
+            DocumentError: A document cannot be read; see its subclasses.
+            StoreError: It cannot be written; what was there before is untouched.
+        """
+        read = read_documents(documents, encoding=encoding, on_error=on_error)
+        report = self._intake(on_progress).add(read.documents, errors=read.errors, skipped=read.skipped)
+        self._remember()
+        return report
+
+    def refresh(self, *, on_progress: Callable[[AddProgress], None] | None = None) -> AddReport:
+        """Compress every stored passage that has no cache under the present settings, from its stored text."""
+        report = self._intake(on_progress).refresh()
+        self._remember()
+        return report
+
+    def _intake(self, on_progress: Callable[[AddProgress], None] | None) -> Intake:
+        return Intake(
+            self.store,
+            self.compressor,
+            keep_ratio=self.settings.keep_ratio,
+            passage_tokens=self.settings.passage_tokens,
+            on_progress=on_progress,
+        )
+
+    def _remember(self) -> None:
+        values = dataclasses.asdict(self.settings)
+        if self.store.settings() != values:
+            self.store.update_settings(values)
+
+    def remove(self, document_id: str | Path) -> None:
+        """Delete a document with its passages and caches.
+
+        Args:
+            document_id: Its id, or the path of a file that was added.
+
+        Raises:
+            DocumentNotFoundError: There is no such document.
+        """
+        id_ = document_id.resolve().as_posix() if isinstance(document_id, Path) else document_id
+        self.store.delete_document(id_)
+
+    def documents(self) -> list[DocumentSummary]:
+        """All documents, without their texts, ordered by id."""
+        return self.store.documents()
+
+    def document(self, document_id: str) -> DocumentRecord:
+        """One document with its passages.
+
+        Raises:
+            DocumentNotFoundError: There is no such document.
+        """
+        return self.store.document(document_id)
+
+    # -- questions -----------------------------------------------------------------------------------------------
+
+    def retrieve(self, question: str, *, top_k: int | None = None) -> list[Hit]:
+        """The passages that fit a question best, by BM25.
+
+        Args:
+            question: Any text.
+            top_k: How many at most; 1 for the embedded model and 3 for others if None.
+        """
+        revision = self.store.revision
+        with self._lock:
+            if self._index is None or self._index[0] != revision:
+                folder = self.path / "bm25" / self.collection
+                index = BM25Index.open(
+                    folder, revision=revision, passages=self.store.passages, lookup=self.store.passage
+                )
+                self._index = (revision, index)
+            index = self._index[1]
+        return index.retrieve(question, top_k=self.settings.top_k if top_k is None else top_k)
+
+    def ask(
+        self,
+        question: str,
+        *,
+        top_k: int | None = None,
+        settings: DecodeSettings | None = None,
+        read_from: ReadFrom = "caches",
+    ) -> Answer:
+        """Answer a question from the passages that fit it.
+
+        Args:
+            question: Any text.
+            top_k: See `retrieve`.
+            settings: How to decode.
+            read_from: `caches`: the text does not enter the prompt. `text`: it does, as in plain RAG, to compare.
+
+        Raises:
+            CacheNotFoundError: A passage has no cache under the present settings.
+            FingerprintMismatchError: Its cache was made by another model, adapter or prompt.
+            ContextWindowError: Passages, question and answer do not fit the model.
+        """
+        return self.stream(question, top_k=top_k, settings=settings, read_from=read_from).answer
+
+    def ask_many(
+        self, questions: Sequence[str], *, document_id: str, settings: DecodeSettings | None = None
+    ) -> list[Answer]:
+        """Answer several questions about one document as one batch; all its passages are read.
+
+        Raises:
+            DocumentNotFoundError: There is no such document.
+        """
+        start_s = time.perf_counter()
+        hits = [
+            Hit(
+                document_id=document_id,
+                ordinal=ordinal,
+                score=1.0,
+                text=passage.text,
+                text_sha256=passage.text_sha256,
+                metadata={},
+            )
+            for ordinal, passage in enumerate(self.document(document_id).passages)
+        ]
+        caches, fallbacks = self._caches(hits)
+        before_s = time.perf_counter() - start_s
+        generations = self._generator().generate_batch(questions, caches, settings=settings)
+        return [
+            _answer(question, generation, hits, before_s=before_s, read_from="caches", fallbacks=fallbacks)
+            for question, generation in zip(questions, generations, strict=True)
+        ]
+
+    def stream(
+        self,
+        question: str,
+        *,
+        top_k: int | None = None,
+        settings: DecodeSettings | None = None,
+        read_from: ReadFrom = "caches",
+    ) -> AnswerStream:
+        """`ask`, piece by piece: iterate for text, then read `.answer`. Arguments and errors as in `ask`."""
+        check_choice(read_from, ReadFrom, where="read_from")
+        hits = self.retrieve(question, top_k=top_k)
+        if not hits:
+            return AnswerStream(iter(()), lambda: _no_sources(question, read_from), sources=())
+        start_s = time.perf_counter()
+        caches, fallbacks = self._caches(hits) if read_from == "caches" else ([], ())
+        texts = [hit.text for hit in hits] if read_from == "text" else []
+        before_s = time.perf_counter() - start_s
+        run = self._generator().start([question], caches, texts=texts, settings=settings)
+
+        def pieces() -> Iterator[str]:
+            for step in run.steps():
+                if step[0]:
+                    yield step[0]
+
+        def finish() -> Answer:
+            return _answer(
+                question, run.results()[0], hits, before_s=before_s, read_from=read_from, fallbacks=fallbacks
+            )
+
+        return AnswerStream(pieces(), finish, sources=tuple(hits))
+
+    async def aask(
+        self,
+        question: str,
+        *,
+        top_k: int | None = None,
+        settings: DecodeSettings | None = None,
+        read_from: ReadFrom = "caches",
+    ) -> Answer:
+        """`ask` for asyncio: runs in a thread."""
+        return await asyncio.to_thread(self.ask, question, top_k=top_k, settings=settings, read_from=read_from)
+
+    async def astream(
+        self,
+        question: str,
+        *,
+        top_k: int | None = None,
+        settings: DecodeSettings | None = None,
+        read_from: ReadFrom = "caches",
+    ) -> AsyncIterator[str]:
+        """`stream` for asyncio: every step runs in a thread, so that the event loop never waits for the model."""
+        stream = await asyncio.to_thread(self.stream, question, top_k=top_k, settings=settings, read_from=read_from)
+        async for piece in iterate_in_thread(stream):
+            yield piece
+
+    def _generator(self) -> Generator:
+        return Generator(self.backbone, layout=self.settings.layout)
+
+    def _caches(self, hits: Sequence[Hit]) -> tuple[list[DistilledCache], tuple[str, ...]]:
+        """The hits' caches; of damaged ones the plain cache of their text, read now."""
+        fingerprint = self.compressor.fingerprint()
+        caches, fallbacks = [], []
+        for hit in hits:
+            try:
+                cache = self.store.get(hit.text_sha256, fingerprint, self.settings.keep_ratio)
+            except CorruptCacheError:
+                cache = self.compressor.compress(hit.text, keep_ratio=1.0)
+                fallbacks.append(hit.document_id)
+            caches.append(cache)
+        return caches, tuple(fallbacks)
+
+    # -- upkeep --------------------------------------------------------------------------------------------------
+
+    def stats(self) -> StoreStats:
+        """Counts and sizes of the collection."""
+        return self.store.stats()
+
+    def check(self) -> CheckReport:
+        """Compare catalog and blobs, verify every blob; damaged ones are quarantined."""
+        return self.store.check()
+
+    def gc(self) -> GcReport:
+        """Delete what nothing refers to any more."""
+        return self.store.gc()
+
+
+def _answer(
+    question: str,
+    generation: Generation,
+    hits: Sequence[Hit],
+    *,
+    before_s: float,
+    read_from: ReadFrom,
+    fallbacks: tuple[str, ...],
+) -> Answer:
+    return Answer(
+        question=question,
+        text=generation.text.strip(),
+        sources=tuple(hits),
+        finish_reason=generation.finish_reason,
+        n_prompt_tokens=generation.n_prompt_tokens,
+        n_cached_tokens=generation.n_cached_tokens,
+        ttft_s=before_s + generation.ttft_s,
+        total_s=before_s + generation.total_s,
+        read_from=read_from,
+        fallbacks=fallbacks,
+    )
+
+
+def _no_sources(question: str, read_from: ReadFrom) -> Answer:
+    return Answer(
+        question=question,
+        text="",
+        sources=(),
+        finish_reason="no_sources",
+        n_prompt_tokens=0,
+        n_cached_tokens=0,
+        ttft_s=0.0,
+        total_s=0.0,
+        read_from=read_from,
+    )

@@ -1,0 +1,123 @@
+"""Prompt forms: the shared prefix, the wrapper around each document, the wrapper around the question.
+
+A form is text only. Its three pieces are tokenised apart, so that no boundary ever merges, and the prefix is
+prefilled once and shared by all documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from kv_memory.errors import ConfigError
+
+__all__ = ["DEFAULT_SYSTEM_PROMPT", "PASSAGE", "PromptForm", "PromptName", "chat_form"]
+
+PromptName = Literal["auto", "chat", "passage"]
+DEFAULT_SYSTEM_PROMPT = "Answer the question from the documents. If they do not hold the answer, say so."
+_DOCUMENT, _SYSTEM = "\ue000document\ue000", "\ue000system\ue000"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptForm:
+    """How prefix, documents and question are put together.
+
+    Attributes:
+        name: `chat`, `passage`, or a name of your own.
+        prefix: Precedes everything and is never compressed: system prompt, template head, worked examples.
+        document_before: Precedes the text of each document.
+        document_after: Follows it.
+        question_before: Precedes the question.
+        question_after: Follows it, up to where the answer begins.
+        stop: Strings that end an answer in this form.
+        add_bos: Whether the tokenizer's own start token precedes the prefix (chat templates bring theirs).
+    """
+
+    name: str
+    prefix: str
+    document_before: str
+    document_after: str
+    question_before: str
+    question_after: str
+    stop: tuple[str, ...] = ()
+    add_bos: bool = True
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all fields that reach the model."""
+        fields = {name: value for name, value in asdict(self).items() if name not in {"name", "stop"}}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    def document(self, text: str) -> str:
+        """The text of a document in its wrapper."""
+        return f"{self.document_before}{text}{self.document_after}"
+
+    def question(self, text: str) -> str:
+        """A question in its wrapper."""
+        return f"{self.question_before}{text.strip()}{self.question_after}"
+
+
+# Two worked examples behind which even a 135M model answers in a few words. Their subjects are such that they answer
+# nobody's question by accident.
+PASSAGE = PromptForm(
+    name="passage",
+    prefix=(
+        "Answer each question with a few words from the passage above it.\n\n"
+        "Passage: The lighthouse of Orvik was built in 1874 by the engineer Maren Dahl. Its lamp burned whale oil "
+        "until 1921, when the harbour office replaced it with an electric light.\n"
+        "Question: Who built the lighthouse of Orvik?\n"
+        "Answer: Maren Dahl\n\n"
+        "Passage: Set the option retries to 0 to turn repeated requests off. The default is 3, and each attempt waits "
+        "twice as long as the one before it.\n"
+        "Question: How many times is a request repeated by default?\n"
+        "Answer: 3\n\n"
+    ),
+    document_before="Passage: ",
+    document_after="\n",
+    question_before="Question: ",
+    question_after="\nAnswer:",
+    stop=("\n",),
+)
+
+
+def chat_form(tokenizer: Any, *, system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> PromptForm:
+    """The form of a model's own chat template: system prompt and template head are the shared prefix.
+
+    Args:
+        tokenizer: A Transformers tokenizer with a chat template.
+        system_prompt: Goes into the system turn, or ahead of the documents where a template has no such turn.
+
+    Raises:
+        ConfigError: The template is missing or loses the text it is given.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            "this model's tokenizer has no chat template", where="prompt", next_step='Use prompt="passage".'
+        )
+    user = {"role": "user", "content": _DOCUMENT}
+    try:
+        text = _render(tokenizer, [{"role": "system", "content": _SYSTEM}, user])
+        if _SYSTEM not in text:
+            raise ValueError("the template drops the system turn")
+    except Exception:  # templates raise whatever they like for roles they do not know (Gemma: TemplateError)
+        text = _render(tokenizer, [{"role": "user", "content": f"{_SYSTEM}\n\n{_DOCUMENT}"}])
+    head, found, tail = text.partition(_DOCUMENT)
+    if not found or _SYSTEM not in head:
+        raise ConfigError(
+            "the chat template loses the text it is given", where="prompt", next_step='Use prompt="passage".'
+        )
+    return PromptForm(
+        name="chat",
+        prefix=head.replace(_SYSTEM, system_prompt),
+        document_before="",
+        document_after="\n\n",
+        question_before="",
+        question_after=tail,
+        add_bos=False,
+    )
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

@@ -1,0 +1,269 @@
+"""Finding the passages a question is about: BM25, kept on disk between runs.
+
+The index is one file, `bm25.index`: a line with the SHA-256 of the rest, then safetensors. bm25s has a format of its
+own, a folder of five files; it was rejected because no rename replaces a folder that has something in it, while a file
+is replaced at once, whoever else is writing. There is no pickle in either. Texts stay in the store and are looked up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import bm25s
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from kv_memory.config import check_choice
+from kv_memory.errors import ConfigError, DocumentNotFoundError
+from kv_memory.words import Language, question_words, words_of
+
+__all__ = ["BM25Index", "Hit", "Passage", "Retriever"]
+
+_FORMAT = 1  # of the file and of the words in it; a change of either makes every index be built again
+_FILE_NAME = "bm25.index"
+_ARRAYS = ("data", "indices", "indptr")  # of the sparse matrix of scores, word by word
+_STALE_S = 3600
+_log = logging.getLogger(__name__)
+
+
+class Passage(Protocol):
+    """What is indexed: one passage of a document, as the store holds it."""
+
+    @property
+    def document_id(self) -> str:
+        """The document it belongs to."""
+
+    @property
+    def ordinal(self) -> int:
+        """Its place in the document, from 0."""
+
+    @property
+    def text(self) -> str:
+        """Its text."""
+
+    @property
+    def text_sha256(self) -> str:
+        """SHA-256 of the text, in hex: the key of its distilled cache."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Its length in tokens."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The document's metadata."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """A passage that a question was found to be about.
+
+    Attributes:
+        document_id: The document it belongs to.
+        ordinal: Its place in the document, from 0.
+        score: The higher the better; comparable within one question only.
+        text: Its text.
+        text_sha256: SHA-256 of the text, in hex.
+        metadata: The document's metadata.
+    """
+
+    document_id: str
+    ordinal: int
+    score: float
+    text: str
+    text_sha256: str
+    metadata: Mapping[str, Any]
+
+
+class Retriever(Protocol):
+    """Anything that finds passages for a question."""
+
+    def retrieve(self, question: str, *, top_k: int) -> list[Hit]:
+        """At most `top_k` passages, the best first."""
+
+
+class BM25Index:
+    """BM25 over the passages of one collection; made with `open`.
+
+    Safe to use from several threads.
+    """
+
+    def __init__(
+        self,
+        scorer: Any,
+        rows: Sequence[tuple[str, int, str]],
+        *,
+        lookup: Callable[[str, int], Passage],
+        language: Language | None,
+    ) -> None:
+        self._scorer = scorer  # a bm25s.BM25, or None where no passage has a word
+        self._rows = rows
+        self._lookup = lookup
+        self._language = language
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        revision: int,
+        passages: Callable[[], Sequence[Passage]],
+        lookup: Callable[[str, int], Passage],
+        language: Language | None = None,
+    ) -> BM25Index:
+        """Load the index of a collection, or build and keep it.
+
+        A missing, outdated or damaged file is built again. Where it cannot be written, the index works all the same
+        and is built again next time; that is logged.
+
+        Args:
+            folder: Of this collection's index; made if missing.
+            revision: Of the collection's passages: a number that changes whenever they do.
+            passages: All passages; called only when the index is built.
+            lookup: The passage of a document id and ordinal; called for hits. May raise `DocumentNotFoundError`.
+            language: `en` for English stems and stop words; None for any language.
+
+        Raises:
+            ConfigError: `language` is unknown.
+        """
+        if language is not None:
+            check_choice(language, Language, where="language")
+        header = {"format": _FORMAT, "revision": revision, "language": language}
+        path = Path(folder) / _FILE_NAME
+        loaded = _read(path, header)
+        if loaded is None:
+            loaded = _build(passages(), language)
+            _write(path, header, *loaded)
+        return cls(*loaded, lookup=lookup, language=language)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def retrieve(self, question: str, *, top_k: int) -> list[Hit]:
+        """The passages that share words with the question, the best first.
+
+        A passage that has left the store or changed since the index was built is passed over.
+
+        Args:
+            question: Any text.
+            top_k: How many at most; more than there are is fine.
+
+        Returns:
+            Hits with a score above 0; among equal scores, in the order of document id and ordinal.
+
+        Raises:
+            ConfigError: `top_k` is below 1.
+        """
+        if top_k < 1:
+            raise ConfigError(f"top_k must be at least 1, got {top_k}", where="top_k")
+        if self._scorer is None:
+            return []
+        ids = self._scorer.get_tokens_ids(question_words(question, language=self._language))
+        scores = self._scorer.get_scores_from_ids(ids)
+        found = np.flatnonzero(scores > 0)
+        # Not bm25s's own top-k, which breaks ties at random. Rows lie in the order of ties, and the sort is stable.
+        hits: list[Hit] = []
+        for row in found[np.argsort(-scores[found], kind="stable")]:
+            document_id, ordinal, text_sha256 = self._rows[row]
+            try:
+                passage = self._lookup(document_id, ordinal)
+            except DocumentNotFoundError:
+                continue
+            if passage.text_sha256 != text_sha256:
+                continue
+            hits.append(
+                Hit(
+                    document_id=document_id,
+                    ordinal=ordinal,
+                    score=float(scores[row]),
+                    text=passage.text,
+                    text_sha256=text_sha256,
+                    metadata=passage.metadata,
+                )
+            )
+            if len(hits) == top_k:
+                break
+        return hits
+
+
+_Rows = list[tuple[str, int, str]]
+
+
+def _build(passages: Sequence[Passage], language: Language | None) -> tuple[Any, _Rows]:
+    ordered = sorted(passages, key=lambda passage: (passage.document_id, passage.ordinal))
+    vocabulary: dict[str, int] = {}
+    # Ids of our own, because bm25s numbers words in the order of a set, which differs from run to run.
+    ids = [[vocabulary.setdefault(w, len(vocabulary)) for w in words_of(p.text, language=language)] for p in ordered]
+    rows = [(p.document_id, p.ordinal, p.text_sha256) for p in ordered]
+    if not vocabulary:  # bm25s divides by the mean length
+        return None, rows
+    # Not BM25.index, which sets its logger to DEBUG and logs, whatever level the application has chosen.
+    scores = bm25s.BM25().build_index_from_ids(list(vocabulary.values()), ids, show_progress=False)
+    return _scorer(vocabulary, scores), rows
+
+
+def _scorer(vocabulary: dict[str, int], scores: dict[str, Any]) -> Any:
+    scorer = bm25s.BM25()
+    scorer.vocab_dict, scorer.scores, scorer.nonoccurrence_array = vocabulary, scores, None
+    return scorer
+
+
+def _write(path: Path, header: Mapping[str, Any], scorer: Any, rows: _Rows) -> None:
+    """Replace the file at once: a crash leaves the old one, or a temporary file that nobody reads."""
+    text = {"header": header, "rows": rows, "words": list(scorer.vocab_dict) if scorer else []}
+    arrays = {"text": np.frombuffer(json.dumps(text).encode(), dtype=np.uint8)}
+    if scorer:
+        arrays |= {name: np.ascontiguousarray(scorer.scores[name]) for name in _ARRAYS}
+    body = save(arrays)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f"{_FILE_NAME}*.tmp"):  # by crashes; another process may be writing a new one
+            if time.time() - left.stat().st_mtime > _STALE_S:
+                left.unlink(missing_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=_FILE_NAME, suffix=".tmp", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        # The folder is not synced: after a power cut the old file is as good as none.
+    except OSError as error:
+        _log.warning("the BM25 index cannot be kept and will be built again next time: %s", error)
+
+
+def _read(path: Path, header: Mapping[str, Any]) -> tuple[Any, _Rows] | None:
+    """The index, or None if there is none with this header, or it is damaged."""
+    try:
+        # Read, not mapped: it is hashed anyway, and a mapped file cannot be replaced on Windows.
+        digest, _, body = path.read_bytes().partition(b"\n")
+        if digest != hashlib.sha256(body).hexdigest().encode():
+            _log.warning("the BM25 index is damaged and will be built again: %s", path)
+            return None
+        arrays = load(body)
+        text = json.loads(arrays["text"].tobytes())
+        if text["header"] != header:
+            return None
+        rows: _Rows = [(document_id, ordinal, sha256) for document_id, ordinal, sha256 in text["rows"]]
+        if not text["words"]:
+            return None, rows
+        scores = {name: arrays[name] for name in _ARRAYS} | {"num_docs": len(rows)}
+        return _scorer({word: i for i, word in enumerate(text["words"])}, scores), rows
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        _log.warning("the BM25 index cannot be read and will be built again: %s", error)
+        return None

@@ -1,0 +1,115 @@
+"""Rotary positions: take them off keys, put them on.
+
+The cosines and sines come from the model's own rotary module, called in float32, so that every rope type the model
+knows (linear, llama3, yarn with its attention factor, longrope's short and long sets, Gemma 3's two thetas, Phi-3's
+partial rotation) is honoured without a second implementation of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Rope"]
+
+
+class Rope:
+    """The rotary embedding of one model, applied to keys of any layer at any positions.
+
+    Args:
+        rotary: The model's rotary module (`model.rotary_emb`), of the "rotate half" convention.
+        layer_types: One rope type name per layer for modules that take one (Gemma 3), else None for each.
+        head_dim: Of one key.
+    """
+
+    def __init__(self, rotary: nn.Module, *, layer_types: Sequence[str | None], head_dim: int) -> None:
+        self._rotary = rotary
+        self._head_dim = head_dim
+        # Layers with the same tables are rotated together.
+        self._groups: dict[str | None, list[int]] = {}
+        for layer, name in enumerate(layer_types):
+            self._groups.setdefault(name, []).append(layer)
+
+    def regime(self, n_positions: int) -> tuple[Any, ...]:
+        """A name for the frequencies in use when a sequence of `n_positions` is addressed.
+
+        Keys rotated under one regime may be reused under the same regime only: longrope changes its frequencies
+        once beyond the original context window, dynamic NTK with every length beyond it.
+        """
+        config = getattr(self._rotary, "config", None)
+        names = getattr(self._rotary, "rope_type", "default")
+        kinds = set(names.values()) if isinstance(names, dict) else {names}
+        if "longrope" in kinds:
+            parameters = getattr(config, "rope_parameters", None) or {}
+            original: int = (
+                parameters.get("original_max_position_embeddings")
+                or getattr(config, "original_max_position_embeddings", None)
+                or 0
+            )
+            return ("longrope", n_positions > original)
+        if any("dynamic" in kind for kind in kinds):
+            return ("dynamic", max(n_positions, getattr(config, "max_position_embeddings", 0)))
+        return ()
+
+    def put_on(
+        self, keys: torch.Tensor, positions: torch.Tensor, *, n_positions: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Rotate position-free keys to their positions, in float32.
+
+        Args:
+            keys: `(num_layers, num_kv_heads, seq_len, head_dim)`, without rotary embedding.
+            positions: `(seq_len,)` or `(num_layers, num_kv_heads, seq_len)`, integer.
+            n_positions: Length of the whole sequence the keys will be part of, the question included.
+            out: Where to write, of the shape of `keys`; a new tensor of their dtype if None.
+
+        Returns:
+            Keys with rotary embedding, shape and dtype of `out`.
+        """
+        return self._rotate(keys, positions, n_positions=n_positions, inverse=False, out=out)
+
+    def take_off(self, keys: torch.Tensor, positions: torch.Tensor, *, n_positions: int) -> torch.Tensor:
+        """Undo `put_on`. Shapes as there; the result is float32, so that nothing more than needed is lost."""
+        out = torch.empty_like(keys, dtype=torch.float32)
+        return self._rotate(keys, positions, n_positions=n_positions, inverse=True, out=out)
+
+    def _rotate(
+        self, keys: torch.Tensor, positions: torch.Tensor, *, n_positions: int, inverse: bool, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        if out is None:
+            out = torch.empty_like(keys)
+        for name, layers in self._groups.items():
+            cos, sin = self._tables(name, n_positions, keys.device)
+            if inverse:
+                # cos and sin carry the attention factor s; the inverse of s·R is Rᵀ/s, and s² = cos² + sin².
+                square = cos.square() + sin.square()
+                cos, sin = cos / square, -sin / square
+            index = slice(None) if len(layers) == keys.shape[0] else torch.tensor(layers, device=keys.device)
+            here = positions if positions.ndim == 1 else positions[index]
+            rotated = _rotate_half(keys[index].float(), cos[here.long()], sin[here.long()])
+            out[index] = rotated.to(out.dtype)
+        return out
+
+    def _tables(
+        self, layer_type: str | None, n_positions: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, `(n_positions, rotary_dim / 2)` each, float32.
+
+        All positions up to the last are asked for at once: rope types that look at the longest position then choose
+        the frequencies they would choose for the whole sequence.
+        """
+        like = torch.empty(1, dtype=torch.float32, device=device)
+        ids = torch.arange(n_positions, device=device)[None]
+        extra = () if layer_type is None else (layer_type,)
+        cos, sin = self._rotary(like, ids, *extra)
+        half = cos.shape[-1] // 2  # the module repeats each frequency, once for either half of the head
+        return cos[0, :, :half], sin[0, :, :half]
+
+
+def _rotate_half(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs (i, i + rotary_dim / 2); dimensions beyond rotary_dim pass. All float32."""
+    half = cos.shape[-1]
+    first, second = keys[..., :half], keys[..., half : 2 * half]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, keys[..., 2 * half :]], dim=-1)

@@ -1,0 +1,30 @@
+"""The store: a catalog of documents and distilled caches in SQL, and their tensors as checked files.
+
+`Store` is the way in. `documents` in, `DistilledCache` in and out; nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+from kv_memory.store.records import (
+    CacheInfo,
+    CheckReport,
+    DocumentRecord,
+    DocumentSummary,
+    GcReport,
+    PassageRecord,
+    StoredPassage,
+    StoreStats,
+)
+from kv_memory.store.store import Store
+
+__all__ = [
+    "CacheInfo",
+    "CheckReport",
+    "DocumentRecord",
+    "DocumentSummary",
+    "GcReport",
+    "PassageRecord",
+    "Store",
+    "StoreStats",
+    "StoredPassage",
+]

@@ -1,0 +1,192 @@
+"""Blobs: immutable bytes named by their SHA-256. The embedded form keeps them in diskcache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+import threading
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import diskcache
+from diskcache.core import DBNAME, MODE_BINARY
+
+from kv_memory.errors import CorruptCacheError, StoreError
+from kv_memory.store.disk import SafeTensorsDisk
+from kv_memory.store.faults import mapped
+
+__all__ = ["BlobAudit", "BlobStore", "DiskBlobs", "blob_key", "check_folder"]
+
+
+def blob_key(data: bytes) -> str:
+    """The name of a blob: the SHA-256 hex digest of its bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a path that diskcache would take for another one: it expands `$NAME` in what it is given.
+
+    Raises:
+        StoreError: The path holds the name of an environment variable.
+    """
+    if os.path.expandvars(folder) != str(folder):
+        raise StoreError(
+            "a store's path may not hold the name of an environment variable",
+            where=str(folder),
+            next_step="Rename the folder so that its path has no `$NAME` in it.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlobAudit:
+    """What lies in a blob store.
+
+    Attributes:
+        keys: Names of the blobs whose file is there. The bytes are not looked at.
+        strays: Files and rows that belong to no blob: unfinished writes, rows without a file, tampered rows.
+        freed_bytes: Size of the files that were removed; 0 unless it was asked for.
+    """
+
+    keys: frozenset[str]
+    strays: tuple[str, ...]
+    freed_bytes: int = 0
+
+
+class BlobStore(Protocol):
+    """Where blobs live. An implementation is thread-safe; it trusts the caller with keys, and checks no hashes."""
+
+    def put(self, key: str, data: bytes) -> None:
+        """Store a blob durably. A key that is there already is left as it is.
+
+        Raises:
+            StoreFullError: No space; nothing of this blob is left behind.
+            StorePermissionError: The folder may not be written.
+        """
+
+    def path(self, key: str) -> Path | None:
+        """The file of a blob, or None if there is no such blob.
+
+        Raises:
+            CorruptCacheError: The store's own entry for the key was tampered with.
+        """
+
+    def delete(self, key: str) -> int:
+        """Remove a blob if it is there; returns the bytes freed."""
+
+    def audit(self, *, repair: bool = False) -> BlobAudit:
+        """List what is there. With `repair`, remove what belongs to no blob. Nobody else may write meanwhile."""
+
+
+class DiskBlobs:
+    """Blobs in a folder of their own, kept by a hardened diskcache.
+
+    A folder of its own, because diskcache takes every file in it for its own. It is opened at the first use: opening
+    costs about 40 small transactions, which a command that reads only the catalog should not pay.
+
+    Args:
+        folder: Absolute; must exist.
+        timeout_s: How long to wait for another process's write, in seconds.
+    """
+
+    def __init__(self, folder: Path, *, timeout_s: float) -> None:
+        self.folder = folder
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._opened: Any = None
+
+    @property
+    def _cache(self) -> Any:
+        with self._lock:
+            if self._opened is None:
+                cache = diskcache.Cache(
+                    str(self.folder),
+                    timeout=self._timeout_s,
+                    disk=SafeTensorsDisk,
+                    # The defaults evict silently, even what was just written. Quotas and age live in the catalog.
+                    eviction_policy="none",
+                    cull_limit=0,
+                    size_limit=2**62,
+                )
+                self._opened = cache
+            return self._opened
+
+    def put(self, key: str, data: bytes) -> None:
+        """See `BlobStore.put`."""
+        with mapped(self.folder):
+            cache = self._cache
+            cache.disk.written.path = None
+            # With diskcache's default (NORMAL) a power cut can take a row whose catalog row is durable. Said for this
+            # thread's connection rather than as a setting: opening would then sync 40 times instead of twice.
+            cache.reset("sqlite_synchronous", 2, update=False)
+            try:
+                # add, not set: of two processes with the same blob the second drops its own file, where set would
+                # drop the first one's, which a reader may be about to open.
+                cache.add(key, data)
+            except BaseException:
+                # diskcache leaves the file behind when the row could not be written.
+                if (path := cache.disk.written.path) is not None:
+                    with suppress(OSError):
+                        os.unlink(path)
+                raise
+
+    def path(self, key: str) -> Path | None:
+        """See `BlobStore.path`."""
+        with mapped(self.folder):
+            handle = self._cache.get(key, read=True)
+            if handle is None:
+                return None
+            with handle:
+                return Path(handle.name)
+
+    def delete(self, key: str) -> int:
+        """See `BlobStore.delete`."""
+        with mapped(self.folder):
+            freed_bytes = 0
+            with suppress(CorruptCacheError):
+                if (path := self.path(key)) is not None:
+                    freed_bytes = path.stat().st_size
+            self._cache.delete(key)
+            return freed_bytes
+
+    def audit(self, *, repair: bool = False) -> BlobAudit:
+        """See `BlobStore.audit`. Reads diskcache's table itself: `iterkeys` and `check` stumble over tampered rows."""
+        with mapped(self.folder):
+            disk: SafeTensorsDisk = self._cache.disk
+            keys: set[str] = set()
+            files: set[str] = set()
+            strays: list[str] = []
+            freed_bytes = 0
+            database = self.folder / DBNAME
+            with closing(sqlite3.connect(database, timeout=self._timeout_s, isolation_level=None)) as connection:
+                rows = connection.execute("SELECT rowid, key, raw, mode, filename, value FROM Cache").fetchall()
+                for rowid, key, raw, mode, filename, value in rows:
+                    path = disk.confined(filename)
+                    ours = isinstance(key, str) and raw == 1 and mode == MODE_BINARY and value is None
+                    if ours and path is not None and os.path.isfile(path):
+                        keys.add(key)
+                        files.add(path)
+                        continue
+                    strays.append(f"row {rowid}")
+                    if repair:
+                        connection.execute("DELETE FROM Cache WHERE rowid = ?", (rowid,))
+            root = os.path.realpath(self.folder)
+            own = {os.path.join(root, DBNAME + suffix) for suffix in ("", "-wal", "-shm", "-journal")}
+            for folder, _, names in os.walk(root):
+                for path in (os.path.join(folder, name) for name in names):
+                    if path in files or path in own:
+                        continue
+                    strays.append(os.path.relpath(path, root))
+                    if repair:
+                        freed_bytes += os.lstat(path).st_size
+                        os.unlink(path)
+            return BlobAudit(keys=frozenset(keys), strays=tuple(sorted(strays)), freed_bytes=freed_bytes)
+
+    def close(self) -> None:
+        """Close this thread's connection; those of other threads close with their threads."""
+        with self._lock:
+            if self._opened is not None:
+                self._opened.close()
+                self._opened = None

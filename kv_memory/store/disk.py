@@ -1,0 +1,98 @@
+"""The hardened `Disk` of diskcache: files of bytes under string keys, and nothing that could be unpickled.
+
+diskcache 5.6.3 is the last release and unpickles on read (CVE-2025-69872): whoever can write to the folder can run code
+in every reader. This class never reaches that code. Contract: `diskcache.core.Disk`, 5.6.3.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import threading
+from collections.abc import Iterable
+from contextlib import nullcontext, suppress
+from typing import Any, BinaryIO
+
+import diskcache
+from diskcache.core import MODE_BINARY, UNKNOWN
+
+from kv_memory.errors import CorruptCacheError
+from kv_memory.store.durable import fsync_folder
+from kv_memory.store.faults import mapped
+
+__all__ = ["SafeTensorsDisk"]
+
+
+class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
+    """Keys are `str`, values are `bytes`, each value is one durable file inside the folder."""
+
+    def __init__(self, directory: str, **settings: Any) -> None:  # diskcache passes its own `disk_*` settings
+        super().__init__(directory, **settings)
+        self._root = os.path.realpath(directory)
+        self.written = threading.local()  # .path: the file this thread wrote last, for undoing a failed insert
+
+    def confined(self, filename: object) -> str | None:
+        """The full path of a row's `filename`, or None if it leaves the folder or is no value file."""
+        if not isinstance(filename, str) or not filename.endswith(".val") or "\0" in filename:
+            return None
+        path = os.path.realpath(os.path.join(self._root, filename))
+        return path if path.startswith(self._root + os.sep) else None
+
+    def put(self, key: Any) -> tuple[str, bool]:
+        """A key as it is stored."""
+        if type(key) is not str:
+            raise TypeError(f"blob keys are str, got {type(key).__name__}")
+        return key, True
+
+    def get(self, key: Any, raw: Any) -> str:
+        """A stored key; anything that was not stored as text is refused."""
+        if not raw or type(key) is not str:
+            raise CorruptCacheError("a blob key is not plain text and is not decoded", where=self._root)
+        return key
+
+    def store(self, value: Any, read: bool, key: Any = UNKNOWN) -> tuple[int, int, str, None]:
+        """Write a value as a file."""
+        if type(value) is not bytes or read:
+            raise TypeError(f"blobs are bytes, got {type(value).__name__}")
+        # Through a stream, because that branch always writes a file, however small.
+        size, mode, filename, _ = super().store(io.BytesIO(value), True, key=key)
+        self.written.path = os.path.join(self._root, filename)
+        return size, mode, filename, None
+
+    def fetch(self, mode: Any, filename: Any, value: Any, read: bool) -> BinaryIO:
+        """Open a value, whether or not `read` asks for its bytes; rows that others wrote are refused."""
+        path = self.confined(filename)
+        if mode != MODE_BINARY or value is not None or path is None:
+            raise CorruptCacheError("a blob's row is not one that this package writes", where=self._root)
+        try:
+            handle = open(path, "rb")  # noqa: SIM115  the caller closes it
+        except OSError as error:
+            # Cache.get takes every OSError for a missing key; a forbidden file, or one too many open, is not missing.
+            with mapped(path) if error.errno != errno.ENOENT else nullcontext():
+                raise
+        return handle
+
+    def remove(self, file_path: Any) -> None:
+        """Remove a value file; a row that points outside loses its row, never somebody else's file."""
+        if self.confined(file_path) is not None:
+            super().remove(file_path)
+
+    def _write(self, full_path: str, iterator: Iterable[bytes], mode: str, encoding: str | None = None) -> int:
+        temporary = full_path + ".tmp"
+        folder = os.path.dirname(full_path)
+        os.makedirs(folder, exist_ok=True)
+        try:
+            with open(temporary, "xb") as handle:
+                size = sum(handle.write(chunk) for chunk in iterator)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.rename(temporary, full_path)
+            for level in (folder, os.path.dirname(folder), self._root):  # both may be new
+                fsync_folder(level)
+        except BaseException:
+            for path in (temporary, full_path):
+                with suppress(OSError):
+                    os.unlink(path)
+            raise
+        return size

@@ -1,0 +1,217 @@
+"""Documents and passages: the queries, on a session that `Store` opens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from sqlalchemy import ColumnElement, Select, delete, exists, func, insert, select, update
+from sqlalchemy.orm import Session
+
+from kv_memory.errors import ConfigError, DocumentNotFoundError
+from kv_memory.store.records import DocumentRecord, DocumentSummary, PassageRecord, StoredPassage
+from kv_memory.store.schema import CacheRow, CollectionRow, DocumentRow, PassageRow, utc_now
+
+__all__ = [
+    "batches",
+    "bump_revision",
+    "delete_document",
+    "find_document",
+    "list_documents",
+    "load_document",
+    "referred_texts",
+    "select_passages",
+    "stored_passages",
+    "unreferenced",
+    "write_document",
+]
+
+T = TypeVar("T")
+
+
+def batches(items: Iterable[T], size: int = 500) -> Iterator[list[T]]:
+    """Lists of at most `size` items: SQLite bounds the variables of one statement, at 999 in old builds."""
+    everything = list(items)
+    for start in range(0, len(everything), size):
+        yield everything[start : start + size]
+
+
+def find_document(session: Session, collection_id: int, document_id: str) -> DocumentRow:
+    """The document's row.
+
+    Raises:
+        DocumentNotFoundError: The collection has no such document.
+    """
+    row = session.scalar(
+        select(DocumentRow).where(DocumentRow.collection_id == collection_id, DocumentRow.document_id == document_id)
+    )
+    if row is None:
+        raise DocumentNotFoundError(
+            f"no document {document_id!r} in this collection",
+            where=document_id,
+            next_step="List the ids with `kv-memory list`.",
+        )
+    return row
+
+
+def write_document(session: Session, collection_id: int, record: DocumentRecord) -> set[str]:
+    """Insert or replace a document; returns the texts that its previous version referred to and this one does not."""
+    try:
+        json.dumps(record.metadata)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"metadata must be what JSON can hold: {error}",
+            where=f"document {record.id!r}",
+            next_step="Use strings, numbers, booleans, None, lists and dicts with string keys.",
+        ) from error
+    passages = [
+        {"ordinal": ordinal, "text": passage.text, "text_sha256": passage.text_sha256, "n_tokens": passage.n_tokens}
+        for ordinal, passage in enumerate(record.passages)
+    ]
+    now = utc_now()
+    before: set[str] = set()
+    try:
+        row = find_document(session, collection_id, record.id)
+    except DocumentNotFoundError:
+        row = DocumentRow(collection_id=collection_id, document_id=record.id, created_at=now)
+        session.add(row)
+    else:
+        before = _texts_of(session, row)
+        session.execute(delete(PassageRow).where(PassageRow.document_pk == row.id))
+    row.content_sha256 = record.content_sha256
+    row.source_uri = record.source_uri
+    row.details = dict(record.metadata)
+    row.passage_tokens = record.passage_tokens
+    row.updated_at = now
+    session.flush()
+    if passages:
+        session.execute(insert(PassageRow), [{"document_pk": row.id, **passage} for passage in passages])
+    return before - {str(passage["text_sha256"]) for passage in passages}
+
+
+def delete_document(session: Session, collection_id: int, document_id: str) -> set[str]:
+    """Delete a document and its passages; returns the texts it referred to.
+
+    Raises:
+        DocumentNotFoundError: The collection has no such document.
+    """
+    row = find_document(session, collection_id, document_id)
+    texts = _texts_of(session, row)
+    session.execute(delete(DocumentRow).where(DocumentRow.id == row.id))
+    return texts
+
+
+def bump_revision(session: Session, collection_id: int) -> None:
+    """Say that the collection's passages have changed."""
+    session.execute(
+        update(CollectionRow).where(CollectionRow.id == collection_id).values(revision=CollectionRow.revision + 1)
+    )
+
+
+def load_document(session: Session, collection_id: int, document_id: str) -> DocumentRecord:
+    """A document with its passages.
+
+    Raises:
+        DocumentNotFoundError: The collection has no such document.
+    """
+    row = find_document(session, collection_id, document_id)
+    passages = session.execute(
+        select(PassageRow.text, PassageRow.n_tokens)
+        .where(PassageRow.document_pk == row.id)
+        .order_by(PassageRow.ordinal)
+    )
+    return DocumentRecord(
+        id=row.document_id,
+        content_sha256=row.content_sha256,
+        source_uri=row.source_uri,
+        metadata=row.details,
+        passage_tokens=row.passage_tokens,
+        passages=tuple(PassageRecord(text=text, n_tokens=n_tokens) for text, n_tokens in passages),
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+    )
+
+
+def list_documents(session: Session, collection_id: int) -> list[DocumentSummary]:
+    """All documents by id, without their text."""
+    counts = (
+        select(
+            PassageRow.document_pk, func.count().label("n_passages"), func.sum(PassageRow.n_tokens).label("n_tokens")
+        )
+        .group_by(PassageRow.document_pk)
+        .subquery()
+    )
+    rows = session.execute(
+        select(DocumentRow, func.coalesce(counts.c.n_passages, 0), func.coalesce(counts.c.n_tokens, 0))
+        .outerjoin(counts, counts.c.document_pk == DocumentRow.id)
+        .where(DocumentRow.collection_id == collection_id)
+        .order_by(DocumentRow.document_id)
+    )
+    return [
+        DocumentSummary(
+            id=row.document_id,
+            content_sha256=row.content_sha256,
+            source_uri=row.source_uri,
+            metadata=row.details,
+            passage_tokens=row.passage_tokens,
+            n_passages=n_passages,
+            n_tokens=n_tokens,
+            created_at=row.created_at,
+            updated_at=row.updated_at,
+        )
+        for row, n_passages, n_tokens in rows
+    ]
+
+
+def select_passages(collection_id: int) -> Select[PassageRow, DocumentRow]:
+    """The passages of a collection by document id and ordinal, to be narrowed by the caller."""
+    return (
+        select(PassageRow, DocumentRow)
+        .join(DocumentRow, DocumentRow.id == PassageRow.document_pk)
+        .where(DocumentRow.collection_id == collection_id)
+        .order_by(DocumentRow.document_id, PassageRow.ordinal)
+    )
+
+
+def stored_passages(session: Session, statement: Select[PassageRow, DocumentRow]) -> list[StoredPassage]:
+    """Run a statement made from `select_passages`."""
+    return [
+        StoredPassage(
+            document_id=document.document_id,
+            ordinal=passage.ordinal,
+            text=passage.text,
+            text_sha256=passage.text_sha256,
+            n_tokens=passage.n_tokens,
+            metadata=document.details,
+        )
+        for passage, document in session.execute(statement)
+    ]
+
+
+def referred_texts(session: Session, collection_id: int, texts: Iterable[str]) -> set[str]:
+    """Those of `texts` (their hashes) that a passage of the collection has."""
+    found: set[str] = set()
+    for batch in batches(texts):
+        found.update(
+            session.scalars(
+                select(PassageRow.text_sha256)
+                .join(DocumentRow, DocumentRow.id == PassageRow.document_pk)
+                .where(DocumentRow.collection_id == collection_id, PassageRow.text_sha256.in_(batch))
+            )
+        )
+    return found
+
+
+def unreferenced(collection_id: int) -> ColumnElement[bool]:
+    """Condition: a cache of the collection whose text is in none of its passages."""
+    referred = exists().where(
+        PassageRow.text_sha256 == CacheRow.text_sha256,
+        PassageRow.document_pk == DocumentRow.id,
+        DocumentRow.collection_id == collection_id,
+    )
+    return (CacheRow.collection_id == collection_id) & ~referred
+
+
+def _texts_of(session: Session, row: DocumentRow) -> set[str]:
+    return set(session.scalars(select(PassageRow.text_sha256).where(PassageRow.document_pk == row.id)))

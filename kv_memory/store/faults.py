@@ -1,0 +1,119 @@
+"""Foreign errors of the disk and of SQLite, mapped to the store's own at one place."""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import diskcache
+from sqlalchemy.exc import DBAPIError
+
+from kv_memory.errors import StoreError, StoreFullError, StoreLockedError, StorePermissionError
+
+__all__ = ["mapped", "store_error"]
+
+# EFBIG (a file size limit) is no full disk, but the user's next step is the same: make room or raise the limit.
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def store_error(error: BaseException, where: str) -> StoreError | None:
+    """The store's error for a foreign one, or None if it is none that the store knows.
+
+    Args:
+        error: An `OSError`, an error of SQLite (bare or wrapped by SQLAlchemy) or diskcache's `Timeout`.
+        where: The file or folder it happened at.
+    """
+    if isinstance(error, DBAPIError) and isinstance(error.orig, sqlite3.Error):
+        error = error.orig
+    if isinstance(error, sqlite3.Error) and "no transaction is active" in str(error):
+        # SQLite rolls back by itself when the disk is full; diskcache's own ROLLBACK then hides the real error.
+        error = error.__context__ or error
+    if isinstance(error, sqlite3.Error):
+        return _of_sqlite(error, where)
+    if isinstance(error, diskcache.Timeout):
+        return _locked(where)
+    if not isinstance(error, OSError):
+        return None
+    where = str(error.filename) if error.filename else where
+    if error.errno in _FULL:
+        return _full(where)
+    if error.errno in _FORBIDDEN:
+        return _forbidden(where, error.strerror or str(error))
+    return StoreError(
+        f"the system refused: {error.strerror or error}",
+        where=where,
+        next_step="Check the disk and the path, then try again; what was stored before is untouched.",
+    )
+
+
+def _of_sqlite(error: sqlite3.Error, where: str) -> StoreError:
+    # Names rather than messages: messages change between SQLite releases. An extended name starts with its primary's.
+    name: str = getattr(error, "sqlite_errorname", "") or ""
+    # SHMSIZE: the shared memory file of the WAL could not grow, which is how a full disk shows first.
+    if name.startswith("SQLITE_FULL") or name == "SQLITE_IOERR_SHMSIZE":
+        return _full(where)
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) or "is locked" in str(error):
+        return _locked(where)
+    if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM", "SQLITE_AUTH")):
+        return _forbidden(where, str(error))
+    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+        return StoreError(
+            f"the database is damaged: {error}",
+            where=where,
+            next_step="Restore the folder from a backup, or move it away and add the documents again.",
+        )
+    return StoreError(
+        f"the database failed: {error}",
+        where=where,
+        next_step="Check the disk and its free space, then try again.",
+    )
+
+
+def _full(where: str) -> StoreFullError:
+    return StoreFullError(
+        "no space left to write",
+        where=where,
+        next_step="Free some space (`kv-memory gc` removes what nothing refers to), then run the same command again.",
+    )
+
+
+def _locked(where: str) -> StoreLockedError:
+    return StoreLockedError(
+        "another process holds the store's lock for too long",
+        where=where,
+        next_step="Wait for it to finish, or stop it, then try again.",
+    )
+
+
+def _forbidden(where: str, reason: str) -> StorePermissionError:
+    return StorePermissionError(
+        f"the store may not be read or written: {reason}",
+        where=where,
+        next_step="Give your user read and write permission on the folder, or open a store somewhere else.",
+    )
+
+
+@contextmanager
+def mapped(where: Path | str) -> Iterator[None]:
+    """Run a block; errors of the disk and of SQLite come out as `StoreError` subclasses.
+
+    Args:
+        where: Named in the error unless the foreign error names a file itself.
+
+    Raises:
+        StoreFullError: No space, quota or file size left.
+        StorePermissionError: Reading or writing is not allowed.
+        StoreLockedError: SQLite's busy timeout ran out.
+        StoreError: Any other failure of the disk or of SQLite.
+    """
+    try:
+        yield
+    except (OSError, sqlite3.Error, DBAPIError, diskcache.Timeout) as error:
+        ours = store_error(error, str(where))
+        if ours is None:
+            raise
+        raise ours from error

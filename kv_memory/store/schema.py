@@ -1,0 +1,153 @@
+"""The catalog's tables, as typed ORM classes. Every change needs a migration; a test compares the two."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, DateTime, Double, ForeignKey, MetaData, String, Text, UniqueConstraint
+from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeDecorator
+
+__all__ = [
+    "SCHEMA_HEAD",
+    "Base",
+    "CacheRow",
+    "CollectionRow",
+    "DocumentRow",
+    "FingerprintRow",
+    "PassageRow",
+    "PrefixRow",
+    "UTCDateTime",
+    "utc_now",
+]
+
+# The newest migration. Written here, so that opening a store at head need not import Alembic; a test holds it true.
+SCHEMA_HEAD = "0001"
+
+
+def utc_now() -> datetime:
+    """The time, aware, in UTC."""
+    return datetime.now(UTC)
+
+
+class UTCDateTime(TypeDecorator[datetime]):
+    """Aware datetimes in UTC. SQLite drops the time zone, so a naive one would come back for an aware one."""
+
+    impl = DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """To naive UTC."""
+        assert value is None or value.tzinfo is not None, "naive datetime"
+        return None if value is None else value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Back to aware UTC."""
+        return None if value is None else value.replace(tzinfo=UTC)
+
+
+class Base(DeclarativeBase):
+    """Names every constraint, because SQLite's batch migrations can only drop what has a name."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {datetime: UTCDateTime, dict[str, Any]: JSON, float: Double}  # noqa: RUF012
+
+
+class CollectionRow(Base):
+    """A tenant: every lookup names one."""
+
+    __tablename__ = "collection"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(255), unique=True)
+    revision: Mapped[int] = mapped_column(default=0)
+    settings: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
+class DocumentRow(Base):
+    """A document; its text lives in its passages."""
+
+    __tablename__ = "document"
+    __table_args__ = (UniqueConstraint("collection_id", "document_id"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    collection_id: Mapped[int] = mapped_column(ForeignKey("collection.id", ondelete="CASCADE"))
+    document_id: Mapped[str] = mapped_column(Text)
+    content_sha256: Mapped[str] = mapped_column(String(64))
+    source_uri: Mapped[str | None] = mapped_column(Text)
+    # `metadata` is taken on declarative classes.
+    details: Mapped[dict[str, Any]] = mapped_column("metadata")
+    passage_tokens: Mapped[int | None]
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    updated_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
+class PassageRow(Base):
+    """One passage of a document."""
+
+    __tablename__ = "passage"
+    __table_args__ = (UniqueConstraint("document_pk", "ordinal"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    document_pk: Mapped[int] = mapped_column(ForeignKey("document.id", ondelete="CASCADE"))
+    ordinal: Mapped[int]
+    text: Mapped[str] = mapped_column(Text)
+    text_sha256: Mapped[str] = mapped_column(String(64), index=True)
+    n_tokens: Mapped[int]
+
+
+class FingerprintRow(Base):
+    """A fingerprint in full, so that a mismatch can name both sides."""
+
+    __tablename__ = "fingerprint"
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    json: Mapped[str] = mapped_column(Text)
+
+
+class CacheRow(Base):
+    """A distilled cache. Filed by text, not by passage: equal texts share it, and it may come before its document."""
+
+    __tablename__ = "distilled_cache"
+    __table_args__ = (
+        # Named by hand: the convention's name has 67 letters, and PostgreSQL takes 63.
+        UniqueConstraint(
+            "collection_id", "text_sha256", "fingerprint", "keep_ratio", name="uq_distilled_cache_text_settings"
+        ),
+    )
+    id: Mapped[int] = mapped_column(primary_key=True)
+    collection_id: Mapped[int] = mapped_column(ForeignKey("collection.id", ondelete="CASCADE"))
+    text_sha256: Mapped[str] = mapped_column(String(64))
+    fingerprint: Mapped[str] = mapped_column(ForeignKey("fingerprint.digest"))
+    method: Mapped[str] = mapped_column(Text)
+    keep_ratio: Mapped[float]
+    n_tokens: Mapped[int]
+    n_kept: Mapped[int]
+    dtype: Mapped[str] = mapped_column(String(32))
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    blob_key: Mapped[str] = mapped_column(String(64), index=True)
+    fidelity: Mapped[float | None]
+    pinned: Mapped[bool] = mapped_column(default=False)
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    last_used_at: Mapped[datetime | None]
+    expires_at: Mapped[datetime | None]
+
+
+class PrefixRow(Base):
+    """The cache of a shared prefix, under a key its maker chose."""
+
+    __tablename__ = "prefix"
+    __table_args__ = (UniqueConstraint("collection_id", "key"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    collection_id: Mapped[int] = mapped_column(ForeignKey("collection.id", ondelete="CASCADE"))
+    key: Mapped[str] = mapped_column(Text)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    blob_key: Mapped[str] = mapped_column(String(64), index=True)
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)

@@ -1,0 +1,314 @@
+"""The distilled caches and prefixes of one collection: rows and blobs kept in step."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+
+from sqlalchemy import delete, select, update
+from sqlalchemy.orm import Session
+
+from kv_memory.cache import DistilledCache, Fingerprint
+from kv_memory.config import check_keep_ratio
+from kv_memory.errors import CacheNotFoundError, ConfigError, CorruptCacheError, StoreError
+from kv_memory.store.blobs import blob_key
+from kv_memory.store.catalog import Catalog
+from kv_memory.store.documents import batches, referred_texts, select_passages
+from kv_memory.store.faults import store_error
+from kv_memory.store.records import CacheInfo
+from kv_memory.store.schema import CacheRow, FingerprintRow, PassageRow, PrefixRow, utc_now
+from kv_memory.store.vault import Vault
+
+__all__ = ["Shelf", "cache_info"]
+
+_FLUSH_EVERY = 256  # uses that may be lost from last_used_at in a crash; a write per get would cost an fsync each
+_AGAIN = "Run `kv-memory add --stale` to make it again; until then answer from the text."
+
+
+def cache_info(row: CacheRow) -> CacheInfo:
+    """The record of a row."""
+    names = CacheInfo.__dataclass_fields__
+    return CacheInfo(**{name: getattr(row, name) for name in names})
+
+
+class Shelf:
+    """Caches and prefixes of one collection. Thread-safe.
+
+    Args:
+        catalog: Of the store.
+        vault: Of the store.
+        collection_id: Whose caches these are.
+    """
+
+    def __init__(self, catalog: Catalog, vault: Vault, collection_id: int) -> None:
+        self._catalog = catalog
+        self._vault = vault
+        self._collection_id = collection_id
+        self._lock = threading.Lock()
+        self._used: dict[int, datetime] = {}
+
+    # caches
+
+    def put(self, text_sha256: str, cache: DistilledCache, *, fidelity: float | None) -> CacheInfo:
+        """See `Store.put`."""
+        if re.fullmatch("[0-9a-f]{64}", text_sha256) is None:
+            raise ConfigError("text_sha256 must be a SHA-256 hex digest", where=f"text_sha256={text_sha256[:80]!r}")
+        digest, keep_ratio = cache.fingerprint.digest, cache.keep_ratio
+        with self._catalog.read() as session:
+            row = self._find(session, text_sha256, digest, keep_ratio)
+        if row is not None and self._vault.sound(row.blob_key, row.size_bytes):
+            return cache_info(row)
+        data = cache.to_bytes()
+        key = blob_key(data)
+        try:
+            with self._catalog.write() as session:
+                row = self._find(session, text_sha256, digest, keep_ratio)
+                if row is not None:
+                    if self._vault.sound(row.blob_key, row.size_bytes):
+                        return cache_info(row)
+                    self._vault.quarantine(row.blob_key)
+                    _delete_rows(session, row.blob_key)
+                self._vault.put(key, data)
+                if session.get(FingerprintRow, digest) is None:
+                    session.add(FingerprintRow(digest=digest, json=cache.fingerprint.to_json()))
+                    session.flush()
+                row = CacheRow(
+                    collection_id=self._collection_id,
+                    text_sha256=text_sha256,
+                    fingerprint=digest,
+                    method=cache.fingerprint.method,
+                    keep_ratio=keep_ratio,
+                    n_tokens=cache.n_tokens,
+                    n_kept=cache.n_kept,
+                    dtype=cache.fingerprint.dtype,
+                    size_bytes=len(data),
+                    blob_key=key,
+                    fidelity=fidelity,
+                )
+                session.add(row)
+                session.flush()
+                return cache_info(row)
+        except StoreError:
+            self.sweep([key])  # the row did not make it; the blob may have
+            raise
+
+    def get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> DistilledCache:
+        """See `Store.get`."""
+        for _ in range(3):
+            with self._catalog.read() as session:
+                row = self._find(session, text_sha256, fingerprint.digest, keep_ratio)
+                if row is None:
+                    self._raise_not_found(session, text_sha256, fingerprint, keep_ratio)
+                    raise AssertionError("unreachable")
+            readable = False
+            try:
+                path = self._vault.verified_path(row.blob_key, row.size_bytes)
+                readable = True
+                cache = _load(path)
+            except FileNotFoundError:
+                continue  # removed since: the row is gone too, or it is found missing in the next round
+            except CorruptCacheError as error:
+                if self._condemn(row.blob_key, row.size_bytes, recheck=not readable):
+                    raise self._corrupt(error.what, row.blob_key, text_sha256) from error
+                continue  # deleted or made again by somebody else since
+            cache.fingerprint.check(fingerprint, where=f"blob {row.blob_key}")
+            self._note_use(row.id)
+            return cache
+        raise StoreError("the cache changed each time it was read", where=f"text {text_sha256}", next_step="Try again.")
+
+    def has(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> bool:
+        """See `Store.has`."""
+        with self._catalog.read() as session:
+            return self._find(session, text_sha256, fingerprint.digest, keep_ratio) is not None
+
+    def delete(self, text_sha256: str, *, fingerprint: Fingerprint | None, keep_ratio: float | None) -> int:
+        """See `Store.delete`."""
+        statement = (
+            delete(CacheRow)
+            .where(CacheRow.collection_id == self._collection_id, CacheRow.text_sha256 == text_sha256)
+            .returning(CacheRow.blob_key)
+        )
+        if fingerprint is not None:
+            statement = statement.where(CacheRow.fingerprint == fingerprint.digest)
+        if keep_ratio is not None:
+            statement = statement.where(CacheRow.keep_ratio == check_keep_ratio(keep_ratio))
+        with self._catalog.write() as session:
+            keys = list(session.scalars(statement))
+        self.sweep(keys)
+        return len(keys)
+
+    def retire(self, session: Session, texts: set[str]) -> list[str]:
+        """Delete the caches of texts that no passage of the collection has; returns their blobs, for `sweep`."""
+        keys: list[str] = []
+        for batch in batches(texts - referred_texts(session, self._collection_id, texts)):
+            keys += session.scalars(
+                delete(CacheRow)
+                .where(CacheRow.collection_id == self._collection_id, CacheRow.text_sha256.in_(batch))
+                .returning(CacheRow.blob_key)
+            )
+        return keys
+
+    def sweep(self, keys: Iterable[str]) -> None:
+        """Remove those blobs that no row of any collection names. What cannot be removed now is left to `gc`."""
+        candidates = set(keys)
+        if not candidates:
+            return
+        # In a transaction of its own, after the rows were deleted for good; under the write lock, so that nobody
+        # starts to refer to a blob between the look and the removal.
+        with suppress(StoreError), self._catalog.write() as session:
+            for batch in batches(candidates):
+                live: set[str] = set()
+                for table in (CacheRow, PrefixRow):
+                    live.update(session.scalars(select(table.blob_key).where(table.blob_key.in_(batch))))
+                for key in set(batch) - live:
+                    self._vault.blobs.delete(key)
+
+    # prefixes
+
+    def put_prefix(self, key: str, data: bytes) -> None:
+        """See `Store.put_prefix`."""
+        blob = blob_key(data)
+        replaced: list[str] = []
+        try:
+            with self._catalog.write() as session:
+                row = self._find_prefix(session, key)
+                self._vault.put(blob, data)
+                if row is None:
+                    row = PrefixRow(collection_id=self._collection_id, key=key)
+                    session.add(row)
+                elif row.blob_key != blob:
+                    replaced.append(row.blob_key)
+                row.blob_key, row.size_bytes = blob, len(data)
+        except StoreError:
+            self.sweep([blob])
+            raise
+        self.sweep(replaced)
+
+    def get_prefix(self, key: str) -> Path | None:
+        """See `Store.get_prefix`."""
+        for _ in range(3):
+            with self._catalog.read() as session:
+                row = self._find_prefix(session, key)
+            if row is None:
+                return None
+            try:
+                return self._vault.verified_path(row.blob_key, row.size_bytes)
+            except CorruptCacheError as error:
+                if self._condemn(row.blob_key, row.size_bytes):
+                    raise CorruptCacheError(
+                        error.what,
+                        where=f"prefix {key!r}, blob {row.blob_key}",
+                        next_step="Ask again: it is gone now and will be made anew.",
+                    ) from error
+        raise StoreError("the prefix changed each time it was read", where=f"prefix {key!r}", next_step="Try again.")
+
+    # damage
+
+    def condemn_if_damaged(self, key: str, size_bytes: int) -> bool:
+        """Hash a blob now; if it is damaged, quarantine it and delete its rows in all collections."""
+        try:
+            self._vault.verified_path(key, size_bytes, again=True)
+        except CorruptCacheError:
+            return self._condemn(key, size_bytes)
+        return False
+
+    def _condemn(self, key: str, size_bytes: int, *, recheck: bool = True) -> bool:
+        """Quarantine a blob and delete its rows; False if by now nothing is wrong, or nobody refers to it."""
+        with self._catalog.write() as session:
+            rows = [session.scalar(select(table.id).where(table.blob_key == key)) for table in (CacheRow, PrefixRow)]
+            if rows == [None, None] or (recheck and self._vault.sound(key, size_bytes)):
+                return False
+            self._vault.quarantine(key)
+            _delete_rows(session, key)
+        return True
+
+    def _corrupt(self, what: str, key: str, text_sha256: str) -> CorruptCacheError:
+        return CorruptCacheError(
+            f"a distilled cache is damaged and was quarantined: {what}",
+            where=f"{self._document_of(text_sha256)}, blob {key}",
+            next_step=_AGAIN,
+        )
+
+    # last use
+
+    def flush(self) -> None:
+        """Write the times of last use that are still in memory. They are not worth an error: failing drops them."""
+        with self._lock:
+            used, self._used = self._used, {}
+        if used:
+            with suppress(StoreError), self._catalog.write() as session:
+                for row_id, at in used.items():
+                    session.execute(update(CacheRow).where(CacheRow.id == row_id).values(last_used_at=at))
+
+    def _note_use(self, row_id: int) -> None:
+        with self._lock:
+            self._used[row_id] = utc_now()
+            full = len(self._used) >= _FLUSH_EVERY
+        if full:
+            self.flush()
+
+    # looking up
+
+    def _find(self, session: Session, text_sha256: str, digest: str, keep_ratio: float) -> CacheRow | None:
+        return session.scalar(
+            select(CacheRow).where(
+                CacheRow.collection_id == self._collection_id,
+                CacheRow.text_sha256 == text_sha256,
+                CacheRow.fingerprint == digest,
+                CacheRow.keep_ratio == check_keep_ratio(keep_ratio),
+            )
+        )
+
+    def _find_prefix(self, session: Session, key: str) -> PrefixRow | None:
+        return session.scalar(
+            select(PrefixRow).where(PrefixRow.collection_id == self._collection_id, PrefixRow.key == key)
+        )
+
+    def _document_of(self, text_sha256: str) -> str:
+        with self._catalog.read() as session:
+            found = session.execute(
+                select_passages(self._collection_id).where(PassageRow.text_sha256 == text_sha256).limit(1)
+            ).first()
+        if found is None:
+            return f"text {text_sha256}"
+        passage, document = found
+        return f"document {document.document_id!r}, passage {passage.ordinal}"
+
+    def _raise_not_found(self, session: Session, text_sha256: str, wanted: Fingerprint, keep_ratio: float) -> None:
+        rows = session.execute(
+            select(CacheRow.keep_ratio, FingerprintRow.json)
+            .join(FingerprintRow, FingerprintRow.digest == CacheRow.fingerprint)
+            .where(CacheRow.collection_id == self._collection_id, CacheRow.text_sha256 == text_sha256)
+            .order_by(CacheRow.id.desc())
+        ).all()
+        where = self._document_of(text_sha256)
+        for ratio, json in rows:
+            if ratio == keep_ratio:
+                Fingerprint.from_json(json).check(wanted, where=where)
+        ratios = sorted({ratio for ratio, _ in rows})
+        others = f"; there are some at {', '.join(map(str, ratios))}" if ratios else ""
+        raise CacheNotFoundError(
+            f"no distilled cache at keep_ratio {keep_ratio}{others}",
+            where=where,
+            next_step="Run `kv-memory add --stale` to make what is missing"
+            + (", or ask with one of those keep ratios." if ratios else "."),
+        )
+
+
+def _delete_rows(session: Session, key: str) -> None:
+    for table in (CacheRow, PrefixRow):
+        session.execute(delete(table).where(table.blob_key == key))
+
+
+def _load(path: Path) -> DistilledCache:
+    try:
+        return DistilledCache.load(path)
+    except CorruptCacheError as error:
+        # The bytes were just found right, so a failing system call says nothing about them.
+        if isinstance(error.__cause__, OSError) and (ours := store_error(error.__cause__, str(path))) is not None:
+            raise ours from error
+        raise

@@ -1,0 +1,92 @@
+"""Reading blobs that are known to be sound, and putting aside those that are not."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from pathlib import Path
+
+from kv_memory.errors import CorruptCacheError
+from kv_memory.store.blobs import BlobStore
+from kv_memory.store.faults import mapped
+
+__all__ = ["Vault"]
+
+
+class Vault:
+    """A blob store behind a check: a path comes out only after its bytes were hashed in this process.
+
+    Args:
+        blobs: Where the bytes are.
+        quarantine: Folder for damaged blobs; must exist.
+    """
+
+    def __init__(self, blobs: BlobStore, quarantine: Path) -> None:
+        self.blobs = blobs
+        self.quarantine_folder = quarantine
+        self._lock = threading.Lock()
+        self._verified: dict[str, tuple[int, int, int]] = {}
+
+    def verified_path(self, key: str, size_bytes: int, *, again: bool = False) -> Path:
+        """The file of a blob whose length and SHA-256 are right.
+
+        A file is hashed once per process, and again if it is another file or was written to since.
+
+        Args:
+            key: The blob's name, which is its SHA-256.
+            size_bytes: Its length according to the catalog.
+            again: Hash it even if it was hashed before.
+
+        Raises:
+            CorruptCacheError: It is missing, or its bytes are wrong.
+        """
+        path = self.blobs.path(key)
+        if path is None:
+            raise CorruptCacheError("the blob is missing", where=f"blob {key}")
+        with mapped(path):
+            try:
+                with open(path, "rb") as file:
+                    status = os.fstat(file.fileno())
+                    if status.st_size != size_bytes:
+                        raise CorruptCacheError(
+                            f"the blob has {status.st_size} bytes, {size_bytes} were written", where=f"blob {key}"
+                        )
+                    identity = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+                    with self._lock:
+                        known = self._verified.get(key)
+                    if again or known != identity:
+                        if hashlib.file_digest(file, "sha256").hexdigest() != key:
+                            raise CorruptCacheError("the blob's bytes are not those written", where=f"blob {key}")
+                        with self._lock:
+                            self._verified[key] = identity
+            except FileNotFoundError:
+                raise CorruptCacheError("the blob is missing", where=f"blob {key}") from None
+        return path
+
+    def sound(self, key: str, size_bytes: int) -> bool:
+        """Whether `verified_path` would return."""
+        try:
+            self.verified_path(key, size_bytes)
+        except CorruptCacheError:
+            return False
+        return True
+
+    def put(self, key: str, data: bytes) -> None:
+        """Store a blob durably. One that is there already is used if it is sound and replaced if it is not."""
+        if not self.sound(key, len(data)):
+            self.quarantine(key)
+            self.blobs.put(key, data)
+
+    def quarantine(self, key: str) -> None:
+        """Move a damaged blob out of the store's sight, for whoever wants to look at it."""
+        with self._lock:
+            self._verified.pop(key, None)
+        try:
+            path = self.blobs.path(key)
+        except CorruptCacheError:
+            path = None  # the entry points somewhere it should not: drop the entry, leave that file alone
+        if path is not None:
+            with mapped(self.quarantine_folder):
+                os.replace(path, self.quarantine_folder / f"{key}.safetensors")
+        self.blobs.delete(key)

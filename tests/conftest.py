@@ -1,0 +1,147 @@
+"""Tiny random models of every supported architecture, built here, so that no test needs a network.
+
+A byte-level tokenizer without merges makes every text encodable; sizes are chosen so that heads, layers and windows
+differ from each other and a swapped dimension cannot go unseen.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.0, 2.0, 4.0],
+    "original_max_position_embeddings": 96,
+    "partial_rotary_factor": 0.75,
+}
+# name -> (config class, changes to SHAPE). Phi-3 rotates 6 of 8 dimensions, Gemma and Mistral look back 24 tokens.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama_rope_llama3": ("LlamaConfig", {"rope_parameters": LLAMA3}),
+    "mistral": ("MistralConfig", {"sliding_window": 24}),
+    "mistral_full": ("MistralConfig", {"sliding_window": None}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2_yarn": ("Qwen2Config", {"rope_parameters": YARN}),
+    "qwen3": ("Qwen3Config", {"head_dim": 10}),
+    "gemma2": ("Gemma2Config", {"head_dim": 10, "sliding_window": 24, "query_pre_attn_scalar": 12}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            "head_dim": 10,
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 12,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "phi3": ("Phi3Config", {"sliding_window": None}),
+    "phi3_longrope": (
+        "Phi3Config",
+        {"sliding_window": None, "original_max_position_embeddings": 96, "rope_parameters": LONGROPE},
+    ),
+}
+
+
+def make_model(name: str, *, attention: str = "eager", **changes: Any) -> Any:
+    """A random float32 model; the same name always gives the same weights."""
+    import torch
+    import transformers
+
+    class_name, own = ARCHITECTURES[name]
+    config = getattr(transformers, class_name)(**{**SHAPE, **own, **changes})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    with torch.no_grad():  # initial weights are so small that attention would be flat and every test would pass
+        for name_, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, 1.0 if "embed" in name_ else 2.0 / parameter.shape[1] ** 0.5)
+    return model
+
+
+def make_tokenizer(**kwargs: Any) -> Any:
+    """A byte-level tokenizer: ids 0 to 2 are special, then one id a byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<s>", "</s>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate(specials + alphabet)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", **kwargs
+    )
+
+
+SHORT_FORM: dict[str, str] = {
+    "name": "short",
+    "prefix": "Read this. ",
+    "document_before": "Doc: ",
+    "document_after": "\n",
+    "question_before": "Q: ",
+    "question_after": "\nA:",
+}
+
+
+def make_backbone(name: str = "llama", **changes: Any) -> Any:
+    """A backbone over a tiny random model, with a short prompt form."""
+    from kv_memory.backbone import Backbone
+    from kv_memory.prompts import PromptForm
+
+    return Backbone(make_model(name, **changes), make_tokenizer(), prompt=PromptForm(**SHORT_FORM), name=f"tiny-{name}")
+
+
+@pytest.fixture(scope="session")
+def backbone() -> Any:
+    """A tiny Llama, shared: no test may change it."""
+    return make_backbone()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama and its tokenizer saved as a model folder."""
+    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
+    make_model("llama").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Hashes of temporary model folders do not belong in the user's cache; the embedded model does."""
+    from kv_memory.embedded import embedded_folder
+
+    if not embedded_folder().is_dir():
+        monkeypatch.setenv("KV_MEMORY_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    yield

