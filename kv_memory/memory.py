@@ -5,20 +5,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-from kv_memory.answers import Answer, AnswerStream, ReadFrom
+from kv_memory.answers import Answer, AnswerStream, Asker, ReadFrom
 from kv_memory.backbone import Backbone
-from kv_memory.cache import DistilledCache
 from kv_memory.compress import Adapter, Compressor
 from kv_memory.config import DecodeSettings, Layout, SelectorName, check_choice
 from kv_memory.documents import DocumentLike, read_documents
-from kv_memory.errors import CorruptCacheError
-from kv_memory.generate import Generation, Generator, iterate_in_thread
+from kv_memory.generate import iterate_in_thread
 from kv_memory.intake import AddProgress, AddReport, Intake
 from kv_memory.prompts import PromptForm, PromptName
 from kv_memory.retrieve import BM25Index, Hit
@@ -303,25 +300,12 @@ class KVMemory:
         Raises:
             DocumentNotFoundError: There is no such document.
         """
-        start_s = time.perf_counter()
+        passages = enumerate(self.document(document_id).passages)
         hits = [
-            Hit(
-                document_id=document_id,
-                ordinal=ordinal,
-                score=1.0,
-                text=passage.text,
-                text_sha256=passage.text_sha256,
-                metadata={},
-            )
-            for ordinal, passage in enumerate(self.document(document_id).passages)
+            Hit(document_id=document_id, ordinal=i, score=1.0, text=p.text, text_sha256=p.text_sha256, metadata={})
+            for i, p in passages
         ]
-        caches, fallbacks = self._caches(hits)
-        before_s = time.perf_counter() - start_s
-        generations = self._generator().generate_batch(questions, caches, settings=settings)
-        return [
-            _answer(question, generation, hits, before_s=before_s, read_from="caches", fallbacks=fallbacks)
-            for question, generation in zip(questions, generations, strict=True)
-        ]
+        return self._asker.ask_batch(questions, hits, settings=settings)
 
     def stream(
         self,
@@ -333,26 +317,9 @@ class KVMemory:
     ) -> AnswerStream:
         """`ask`, piece by piece: iterate for text, then read `.answer`. Arguments and errors as in `ask`."""
         check_choice(read_from, ReadFrom, where="read_from")
-        hits = self.retrieve(question, top_k=top_k)
-        if not hits:
-            return AnswerStream(iter(()), lambda: _no_sources(question, read_from), sources=())
-        start_s = time.perf_counter()
-        caches, fallbacks = self._caches(hits) if read_from == "caches" else ([], ())
-        texts = [hit.text for hit in hits] if read_from == "text" else []
-        before_s = time.perf_counter() - start_s
-        run = self._generator().start([question], caches, texts=texts, settings=settings)
-
-        def pieces() -> Iterator[str]:
-            for step in run.steps():
-                if step[0]:
-                    yield step[0]
-
-        def finish() -> Answer:
-            return _answer(
-                question, run.results()[0], hits, before_s=before_s, read_from=read_from, fallbacks=fallbacks
-            )
-
-        return AnswerStream(pieces(), finish, sources=tuple(hits))
+        return self._asker.stream(
+            question, self.retrieve(question, top_k=top_k), settings=settings, read_from=read_from
+        )
 
     async def aask(
         self,
@@ -378,21 +345,9 @@ class KVMemory:
         async for piece in iterate_in_thread(stream):
             yield piece
 
-    def _generator(self) -> Generator:
-        return Generator(self.backbone, layout=self.settings.layout)
-
-    def _caches(self, hits: Sequence[Hit]) -> tuple[list[DistilledCache], tuple[str, ...]]:
-        """The hits' caches; of damaged ones the plain cache of their text, read now."""
-        fingerprint = self.compressor.fingerprint()
-        caches, fallbacks = [], []
-        for hit in hits:
-            try:
-                cache = self.store.get(hit.text_sha256, fingerprint, self.settings.keep_ratio)
-            except CorruptCacheError:
-                cache = self.compressor.compress(hit.text, keep_ratio=1.0)
-                fallbacks.append(hit.document_id)
-            caches.append(cache)
-        return caches, tuple(fallbacks)
+    @property
+    def _asker(self) -> Asker:
+        return Asker(self.store, self.compressor, keep_ratio=self.settings.keep_ratio, layout=self.settings.layout)
 
     # -- upkeep --------------------------------------------------------------------------------------------------
 
@@ -407,40 +362,3 @@ class KVMemory:
     def gc(self) -> GcReport:
         """Delete what nothing refers to any more."""
         return self.store.gc()
-
-
-def _answer(
-    question: str,
-    generation: Generation,
-    hits: Sequence[Hit],
-    *,
-    before_s: float,
-    read_from: ReadFrom,
-    fallbacks: tuple[str, ...],
-) -> Answer:
-    return Answer(
-        question=question,
-        text=generation.text.strip(),
-        sources=tuple(hits),
-        finish_reason=generation.finish_reason,
-        n_prompt_tokens=generation.n_prompt_tokens,
-        n_cached_tokens=generation.n_cached_tokens,
-        ttft_s=before_s + generation.ttft_s,
-        total_s=before_s + generation.total_s,
-        read_from=read_from,
-        fallbacks=fallbacks,
-    )
-
-
-def _no_sources(question: str, read_from: ReadFrom) -> Answer:
-    return Answer(
-        question=question,
-        text="",
-        sources=(),
-        finish_reason="no_sources",
-        n_prompt_tokens=0,
-        n_cached_tokens=0,
-        ttft_s=0.0,
-        total_s=0.0,
-        read_from=read_from,
-    )

@@ -76,7 +76,7 @@ def given_settings(
         "prompt": prompt,
         "layout": layout,
     }
-    given = {name: value for name, value in values.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     if passage_tokens != "auto":
         given["passage_tokens"] = passage_tokens
     MemorySettings(**given)

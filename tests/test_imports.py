@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "words": {"errors", "config"},
     "retrieve": {"errors", "config", "words"},
     "settings": {"errors", "config", "embedded", "prompts"},
-    "answers": {"retrieve"},
+    "answers": {*_TENSORS, *_STORE, "compress", "generate", "retrieve", "store"},
     "intake": {*_TENSORS, *_STORE, "backbone", "compress", "documents", "store"},
     "memory": _BELOW_MEMORY,
     "evaluate": {*_BELOW_MEMORY, "memory"},

@@ -77,7 +77,7 @@ def read_content(raw: bytes, *, suffix: str, encoding: str, where: str) -> Conte
         if file_type is not None:
             raise
         raise BinaryDocumentError(
-            f"unknown file type {suffix or 'without suffix'!r}, and {error.what}",
+            f"a file {f'of the unknown type {suffix}' if suffix else 'without a suffix'}, and {error.what}",
             where=where,
             next_step=f"Convert it to one of {', '.join(FILE_TYPES)}. If it is text, name its encoding: `encoding=` in "
             "Python, `--encoding` in the shell.",
