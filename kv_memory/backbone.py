@@ -232,17 +232,21 @@ class Backbone:
         return self._prefill_prefix(n_positions)
 
     def _prefill_prefix(self, n_positions: int) -> Prefix:
-        cache = self.empty_cache(len(self.prefix_ids))
-        if self.prefix_ids:
+        n_prefix = len(self.prefix_ids)
+        cache = self.empty_cache(n_prefix + 1)
+        own, wanted = self.rope.regime(n_prefix), self.rope.regime(n_positions)
+        if self.prefix_ids and own == wanted:
             self.read(torch.tensor([self.prefix_ids]), cache)
+        elif self.prefix_ids:
+            # Rotary modules choose their frequencies by the last position they are shown. A token there, which nothing
+            # in the prefix can see, makes them read the prefix as the head of a sequence of that length.
+            ids = torch.tensor([[*self.prefix_ids, self.prefix_ids[-1]]])
+            positions = torch.arange(n_prefix + 1, device=self.device)
+            positions[-1] = n_positions - 1
+            self._forward(self.decoder, ids, cache, lengths=None, context=None, positions=positions[None])
+            cache.rewind(1)
         layers = [cache.layer(index) for index in range(self.num_layers)]
         keys, values = torch.stack([k[0] for k, _ in layers]), torch.stack([v[0] for _, v in layers])
-        own, wanted = self.rope.regime(len(self.prefix_ids)), self.rope.regime(n_positions)
-        if own != wanted:
-            n_prefix = len(self.prefix_ids)
-            positions = torch.arange(n_prefix, device=keys.device)
-            free = self.rope.take_off(keys, positions, n_positions=n_prefix)
-            keys = self.rope.put_on(free, positions, n_positions=n_positions).to(keys.dtype)
         return Prefix(self.prefix_ids, keys, values, wanted)
 
     def empty_cache(self, capacity: int, *, batch_size: int = 1) -> PositionedCache:
@@ -322,11 +326,13 @@ class Backbone:
         *,
         lengths: torch.Tensor | None,
         context: ForwardContext | None,
+        positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         ids = ids.to(self.device)
         n = ids.shape[1]
-        positions = cache.next_positions[:, None] + torch.arange(n, device=self.device)
+        if positions is None:
+            positions = cache.next_positions[:, None] + torch.arange(n, device=self.device)
         if lengths is None:
             cache.append_positions(positions)
             step: torch.Tensor | int = n

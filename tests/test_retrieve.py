@@ -122,13 +122,12 @@ def test_passages_without_a_shared_word_are_left_out_however_many_are_asked_for(
 
 
 def test_ties_go_by_document_id_and_ordinal(tmp_path):
-    passages = [Passage(f"d{i}", j, "the same words") for i in range(20) for j in range(12)]
+    texts = ["same", "same other words", "same same same other"]
+    passages = [Passage(f"d{i:02}", j, texts[(i * 7 + j) % 3]) for i in range(40) for j in range(12)]
     random.Random(0).shuffle(passages)
-    hits = Shelf(passages).open(tmp_path).retrieve("same", top_k=100)
-    assert [(hit.document_id, hit.ordinal) for hit in hits] == sorted((p.document_id, p.ordinal) for p in passages)[
-        :100
-    ]
-    assert len({hit.score for hit in hits}) == 1
+    hits = Shelf(passages).open(tmp_path).retrieve("same", top_k=400)
+    assert len({hit.score for hit in hits}) == 3
+    assert hits == sorted(hits, key=lambda hit: (-hit.score, hit.document_id, hit.ordinal))
 
 
 def test_a_rare_word_counts_more_than_a_common_one(tmp_path):

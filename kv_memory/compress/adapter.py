@@ -261,10 +261,14 @@ def _wrap(backbone: Backbone, config: LoraConfig, folder: Path | None) -> Any:
     # In the model's own dtype: float32 adapters on a bfloat16 model would make every projection cast its input, even
     # where no token is routed. A trainer that wants float32 adapters casts them itself.
     wrapped: Any
-    if folder is None:
-        wrapped = get_peft_model(backbone.model, config, autocast_adapter_dtype=False)
-    else:
-        wrapped = PeftModel.from_pretrained(backbone.model, str(folder), config=config, autocast_adapter_dtype=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks models for what newer Transformers call otherwise
+        if folder is None:
+            wrapped = get_peft_model(backbone.model, config, autocast_adapter_dtype=False)
+        else:
+            wrapped = PeftModel.from_pretrained(
+                backbone.model, str(folder), config=config, autocast_adapter_dtype=False
+            )
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(backbone.device, backbone.dtype)

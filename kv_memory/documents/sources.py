@@ -181,7 +181,7 @@ def _read_bytes(path: str | os.PathLike[str]) -> tuple[Path, bytes]:
     try:
         resolved = Path(path).resolve(strict=True)
         mode = resolved.stat().st_mode
-        if stat.S_ISDIR(mode):
+        if not stat.S_ISREG(mode):
             # Checked before opening, which on a named pipe would wait for a writer.
             folder = stat.S_ISDIR(mode)
             raise UnreadableDocumentError(

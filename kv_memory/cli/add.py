@@ -1,0 +1,206 @@
+"""`kv-memory add`: documents into the store."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kv_memory.cli.opening import load_model, open_memory
+from kv_memory.cli.options import (
+    DEFAULT_COLLECTION,
+    DEFAULT_STORE,
+    AdapterOption,
+    CollectionOption,
+    JsonOption,
+    KeepRatioOption,
+    ModelOption,
+    PassageTokensOption,
+    PromptOption,
+    SelectorOption,
+    StoreOption,
+    passage_tokens_of,
+)
+from kv_memory.cli.output import FAILED, Output, factor_text, plain, reporting, size_text
+from kv_memory.cli.progress import Tracker
+from kv_memory.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kv_memory.documents import DocumentLike, ReadResult
+    from kv_memory.memory import AddReport, KVMemory
+
+__all__ = ["add", "print_report"]
+
+_SHOWN = 5
+
+
+def add(
+    paths: Annotated[
+        list[str] | None, typer.Argument(metavar="PATH...", help="Files and folders; - reads one text from stdin.")
+    ] = None,
+    id_: Annotated[str | None, typer.Option("--id", metavar="ID", help="Names the text read from stdin.")] = None,
+    stale: Annotated[
+        bool, typer.Option("--stale", help="Also compress stored passages that have no cache under these settings.")
+    ] = False,
+    keep_ratio: KeepRatioOption = None,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    selector: SelectorOption = None,
+    passage_tokens: PassageTokensOption = "auto",
+    prompt: PromptOption = None,
+    encoding: Annotated[
+        str, typer.Option("--encoding", metavar="NAME", help="Of text files without a byte order mark.")
+    ] = "utf-8",
+    skip_errors: Annotated[
+        bool, typer.Option("--skip-errors", help="Leave out what cannot be read, instead of stopping before any work.")
+    ] = False,
+    metadata: Annotated[
+        list[str] | None, typer.Option("--metadata", metavar="KEY=VALUE", help="Kept with each document; repeatable.")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    collection: CollectionOption = DEFAULT_COLLECTION,
+    as_json: JsonOption = False,
+) -> None:
+    """Read documents and keep them as distilled caches.
+
+    What is stored unchanged costs nothing, what has changed is replaced. Stopped with Ctrl-C, the same command goes on
+    where it was.
+    """
+    with reporting(as_json=as_json) as out:
+        if not paths and not stale:
+            raise ConfigError("nothing to add", where="PATH", next_step="Name files or folders, or pass --stale.")
+        extra = _pairs(metadata or [])
+        limit = passage_tokens_of(passage_tokens)
+        # Read before the store is made and the model loaded: a misspelt path should say so at once.
+        read = _read(paths or [], id_, extra, encoding, skip_errors) if paths else None
+        with open_memory(
+            out,
+            store,
+            collection,
+            with_model=False,
+            create=bool(paths),
+            model=model,
+            adapter=adapter,
+            keep_ratio=keep_ratio,
+            selector=selector,
+            passage_tokens=limit,
+            prompt=prompt,
+        ) as memory:
+            try:
+                load_model(out, memory)
+                report = _add(out, memory, read, stale=stale)
+            except KeyboardInterrupt:
+                n_documents = memory.stats().n_documents
+                stored = "1 document is" if n_documents == 1 else f"{n_documents} documents are"
+                out.stopped = f"{stored} stored; run the same command to go on."
+                raise
+            print_report(out, report)
+        if report.errors and not (report.added or report.replaced or report.unchanged):
+            raise typer.Exit(FAILED)
+
+
+def _read(
+    paths: Sequence[str], id_: str | None, extra: dict[str, str], encoding: str, skip_errors: bool
+) -> ReadResult:
+    from kv_memory.documents import Document, read_documents
+
+    if id_ is not None and "-" not in paths:
+        raise ConfigError(
+            "--id names the text read from stdin, which is not asked for", where="--id", next_step="Add `-` as a path."
+        )
+    sources: list[DocumentLike] = []
+    for path in paths:
+        if path != "-":
+            sources.append(Path(path))
+            continue
+        text = _stdin_text(encoding)
+        sources.append(text if id_ is None else (id_, text))
+    read = read_documents(sources, encoding=encoding, on_error="skip" if skip_errors else "raise")
+    if not extra:
+        return read
+    documents: list[Document] = [dataclasses.replace(d, metadata={**d.metadata, **extra}) for d in read.documents]
+    return dataclasses.replace(read, documents=tuple(documents))
+
+
+def _stdin_text(encoding: str) -> str:
+    from kv_memory.errors import EncodingError
+
+    try:
+        return sys.stdin.buffer.read().decode(encoding).replace("\r\n", "\n")
+    except LookupError as error:
+        raise ConfigError(f"unknown encoding {encoding!r}", where="encoding") from error
+    except UnicodeDecodeError as error:
+        raise EncodingError(
+            f"not valid {encoding}: byte {error.start}", where="stdin", next_step="Name its encoding with --encoding."
+        ) from error
+
+
+def _add(out: Output, memory: KVMemory, read: ReadResult | None, *, stale: bool) -> AddReport:
+    """Add what was read, then compress what is stale; one report of both."""
+    report: AddReport | None = None
+    if read is not None:
+        with Tracker(out) as tracker:
+            report = memory.add(read.documents, on_progress=tracker)
+        report.errors.extend(read.errors)
+        report.skipped.extend(map(str, read.skipped))
+    if not stale and report is not None:
+        return report
+    with Tracker(out) as tracker:
+        fresh = memory.refresh(on_progress=tracker)
+    if report is None:
+        return fresh
+    done = {*report.added, *report.replaced}
+    return dataclasses.replace(
+        report,
+        replaced=report.replaced + [id_ for id_ in fresh.replaced if id_ not in done],
+        unchanged=[id_ for id_ in fresh.unchanged if id_ not in done],
+        n_passages=report.n_passages + fresh.n_passages,
+        n_tokens=report.n_tokens + fresh.n_tokens,
+        n_kept=report.n_kept + fresh.n_kept,
+        cache_bytes=report.cache_bytes + fresh.cache_bytes,
+        full_kv_bytes=report.full_kv_bytes + fresh.full_kv_bytes,
+        elapsed_s=report.elapsed_s + fresh.elapsed_s,
+    )
+
+
+def print_report(out: Output, report: AddReport) -> None:
+    """Print what was done: documents, tokens, sizes; or the report as JSON with `factor`, full size by distilled."""
+    if out.as_json:
+        factor = report.full_kv_bytes / report.cache_bytes if report.cache_bytes else None
+        out.json({**plain(report), "factor": factor})
+        return
+    for error in report.errors[:_SHOWN]:
+        out.note(f"Left out: {error.what} [{error.where}]", style="yellow")
+    if len(report.errors) > _SHOWN:
+        out.note(f"Left out: {len(report.errors) - _SHOWN} more; --json lists them all.", style="yellow")
+    if report.skipped:
+        out.note(f"{len(report.skipped)} hidden files or files of unknown type were passed over.")
+    counts = (
+        f"{len(report.added)} added, {len(report.replaced)} replaced, {len(report.unchanged)} unchanged, "
+        f"{len(report.errors)} failed"
+    )
+    rows = [("Documents", counts)]
+    if report.n_passages:
+        speed = report.n_tokens / max(report.elapsed_s, 1e-9)
+        rows += [
+            ("Tokens", f"{report.n_tokens:,} in {report.n_passages:,} passages, {speed:,.0f} tokens/s"),
+            ("Full KV", size_text(report.full_kv_bytes)),
+            ("Distilled", f"{size_text(report.cache_bytes)}, {factor_text(report.full_kv_bytes, report.cache_bytes)}"),
+        ]
+    out.table(("", ""), rows)
+
+
+def _pairs(items: Sequence[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for item in items:
+        key, found, value = item.partition("=")
+        if not found or not key.strip():
+            raise ConfigError(
+                f"--metadata must be KEY=VALUE, got {item!r}", where="metadata", next_step="For example: year=2026"
+            )
+        pairs[key.strip()] = value
+    return pairs

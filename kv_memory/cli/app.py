@@ -1,0 +1,132 @@
+"""The command `kv-memory`: its subcommands with their examples, and the process around them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+import kv_memory
+from kv_memory.cli.add import add
+from kv_memory.cli.ask import ask
+from kv_memory.cli.chat import chat
+from kv_memory.cli.check import check
+from kv_memory.cli.demo import demo
+from kv_memory.cli.gc import gc
+from kv_memory.cli.list import list_documents
+from kv_memory.cli.models import models
+from kv_memory.cli.output import debugging
+from kv_memory.cli.remove import remove
+from kv_memory.cli.show import show
+from kv_memory.cli.stats import stats
+
+__all__ = ["COMMANDS", "app", "main"]
+
+# Name, function, examples as they are typed. The order is that of the help.
+COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
+    (
+        "add",
+        add,
+        (
+            "kv-memory add notes/ report.pdf",
+            "kv-memory add notes/ --model Qwen/Qwen2.5-1.5B-Instruct --keep-ratio 0.125",
+            "git log | kv-memory add - --id git-log",
+        ),
+    ),
+    (
+        "ask",
+        ask,
+        ('kv-memory ask "When does the ferry leave?"', 'kv-memory ask "Who wrote the report?" --top-k 3 --json'),
+    ),
+    ("chat", chat, ("kv-memory chat", "kv-memory chat < questions.txt")),
+    ("list", list_documents, ("kv-memory list", "kv-memory list --json --collection team-a")),
+    ("show", show, ("kv-memory show report.pdf", "kv-memory show text-3f2a --json")),
+    ("remove", remove, ("kv-memory remove report.pdf", "kv-memory remove notes/a.md notes/b.md")),
+    ("check", check, ("kv-memory check", "kv-memory check --json || kv-memory gc")),
+    ("gc", gc, ("kv-memory gc",)),
+    ("stats", stats, ("kv-memory stats", "KV_MEMORY_STORE=/data/memory kv-memory stats --json")),
+    ("models", models, ("kv-memory models", "kv-memory models --prepare")),
+    (
+        "demo",
+        demo,
+        (
+            "kv-memory demo",
+            "kv-memory demo --docs notes/ --questions questions.txt",
+            "kv-memory demo --model Qwen/Qwen2.5-1.5B-Instruct --docs notes/",
+        ),
+    ),
+)
+
+
+def _examples(lines: tuple[str, ...]) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)  # \b keeps click from joining the lines
+
+
+# Without Rich's panels: they cut examples in two on a narrow terminal, and what is in brackets would be markup.
+app = typer.Typer(
+    name="kv-memory",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_examples(("kv-memory demo", "kv-memory add notes/", 'kv-memory ask "When does the ferry leave?"')),
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kv-memory {kv_memory.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Read documents once, keep them as distilled key-value caches, answer from those.
+
+    Documents go into a store, a folder: ./kv-memory-store, unless --store or KV_MEMORY_STORE names another one. What
+    add is told about the model is remembered there.
+
+    Exit codes: 0 done, 1 failed (or check found damage), 2 wrong usage, 130 stopped with Ctrl-C. KV_MEMORY_DEBUG=1
+    shows where an error comes from.
+    """
+
+
+for _name, _function, _lines in COMMANDS:
+    app.command(_name, epilog=_examples(_lines))(_function)
+
+
+def main() -> None:
+    """Run the command line of this process and exit."""
+    _keep_libraries_quiet()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character should not end the command
+    app(prog_name="kv-memory")
+
+
+def _keep_libraries_quiet() -> None:
+    """Only what this package says goes to the terminal. Not done in `app`, so that tests see every warning."""
+    if debugging():
+        return
+    quiet: dict[str, Any] = {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",  # otherwise it warns when a process forks
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("Note: %(message)s"))
+    logging.basicConfig(level=logging.ERROR, handlers=[handler])
+    logging.getLogger("kv_memory").setLevel(logging.WARNING)

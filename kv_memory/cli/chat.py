@@ -1,0 +1,109 @@
+"""`kv-memory chat`: one question after another."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from kv_memory.cli.answering import answer_aloud, print_sources
+from kv_memory.cli.opening import open_memory
+from kv_memory.cli.options import (
+    DEFAULT_COLLECTION,
+    DEFAULT_STORE,
+    CollectionOption,
+    JsonOption,
+    MaxNewTokensOption,
+    SeedOption,
+    StopOption,
+    StoreOption,
+    TemperatureOption,
+    TextOption,
+    TopKOption,
+    decode_settings_of,
+)
+from kv_memory.cli.output import Output, reporting
+from kv_memory.errors import KVMemoryError
+
+if TYPE_CHECKING:
+    from kv_memory.memory import Answer, ReadFrom
+
+__all__ = ["chat", "typed_lines"]
+
+
+def chat(
+    top_k: TopKOption = None,
+    max_new_tokens: MaxNewTokensOption = 128,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    text: TextOption = False,
+    store: StoreOption = DEFAULT_STORE,
+    collection: CollectionOption = DEFAULT_COLLECTION,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask one question after another.
+
+    Each question is answered on its own: earlier questions and answers are not remembered. Lines may also come from a
+    pipe. /sources shows where the last answer came from; /quit or Ctrl-D ends; Ctrl-C stops an answer.
+    """
+    with reporting(as_json=as_json) as out:
+        settings = decode_settings_of(max_new_tokens, temperature, seed, stop)
+        read_from: ReadFrom = "text" if text else "caches"
+        answers: list[Answer] = []
+        with open_memory(out, store, collection, with_model=True) as memory:
+            if sys.stdin.isatty():
+                out.note("Each question is answered on its own; earlier ones are not remembered. /sources, /quit")
+            for line in typed_lines(out):
+                if line == "/quit":
+                    break
+                if line == "/sources":
+                    _show_sources(out, answers)
+                elif line.startswith("/"):
+                    out.note(f"{line}: no such command. There are /sources and /quit.")
+                elif as_json:
+                    answers.append(memory.ask(line, top_k=top_k, settings=settings, read_from=read_from))
+                else:
+                    try:
+                        answers.append(
+                            answer_aloud(out, memory, line, top_k=top_k, settings=settings, read_from=read_from)
+                        )
+                    except KeyboardInterrupt:
+                        out.note("Stopped.")
+                    except KVMemoryError as error:
+                        if not sys.stdin.isatty():
+                            raise
+                        out.error(error.to_dict())  # the next question may fare better
+        if as_json:
+            out.json({"answers": answers})
+
+
+def typed_lines(out: Output) -> Iterator[str]:
+    """Lines from stdin without white space around them, blank ones left out; with a prompt where a person types."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin if line.strip())
+        return
+    with suppress(ImportError):  # not on Windows; with it, input() can be edited and remembers lines
+        importlib.import_module("readline")
+    while True:
+        try:
+            line = input("" if out.as_json else "? ").strip()
+        except EOFError:
+            out.note("")
+            return
+        if line:
+            yield line
+
+
+def _show_sources(out: Output, answers: list[Answer]) -> None:
+    if out.as_json:
+        return  # they are in the JSON object
+    if not answers or not answers[-1].sources:
+        out.note("There are no sources yet." if not answers else "The last answer had no sources.")
+        return
+    print_sources(out, answers[-1])
+    for source in answers[-1].sources:
+        out.line()
+        out.line(source.text)

@@ -1,0 +1,64 @@
+"""Opening the store for a command, saying what takes a moment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+from kv_memory.cli.output import Output
+from kv_memory.embedded import EMBEDDED, embedded_folder
+
+if TYPE_CHECKING:
+    from kv_memory.config import SelectorName
+    from kv_memory.memory import KVMemory
+    from kv_memory.prompts import PromptName
+
+__all__ = ["load_model", "open_memory"]
+
+
+def open_memory(
+    out: Output,
+    store: Path,
+    collection: str,
+    *,
+    with_model: bool,
+    create: bool = False,
+    model: str | None = None,
+    adapter: str | None = None,
+    keep_ratio: float | None = None,
+    selector: str | None = None,
+    passage_tokens: int | Literal["auto"] | None = "auto",
+    prompt: str | None = None,
+) -> KVMemory:
+    """Open a store, with its model loaded if `with_model`. Settings and errors as in `KVMemory.open`."""
+    with out.working("Starting"):
+        from kv_memory.memory import KVMemory
+
+        memory = KVMemory.open(
+            store,
+            collection=collection,
+            create=create,
+            model=model,
+            adapter=adapter,
+            keep_ratio=keep_ratio,
+            selector=cast("SelectorName | None", selector),  # checked there, with an error that names the choices
+            passage_tokens=passage_tokens,
+            prompt=cast("PromptName | None", prompt),
+            load_model=False,
+        )
+    if with_model:
+        try:
+            load_model(out, memory)
+        except BaseException:
+            memory.close()
+            raise
+    return memory
+
+
+def load_model(out: Output, memory: KVMemory) -> None:
+    """Load model and adapter now."""
+    name = memory.settings.model
+    if name == EMBEDDED and not (embedded_folder() / "model.safetensors").is_file():
+        out.note("Converting the embedded model's weights (once, about 25 s).")
+    with out.working(f"Loading the model ({name})"):
+        memory.compressor  # noqa: B018 (loads it)

@@ -1,0 +1,147 @@
+"""Options that several commands share, and what their values become."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from kv_memory.config import DecodeSettings
+from kv_memory.errors import ConfigError
+
+__all__ = [
+    "DEFAULT_COLLECTION",
+    "DEFAULT_STORE",
+    "AdapterOption",
+    "CollectionOption",
+    "JsonOption",
+    "KeepRatioOption",
+    "MaxNewTokensOption",
+    "ModelOption",
+    "PassageTokensOption",
+    "PromptOption",
+    "SeedOption",
+    "SelectorOption",
+    "StopOption",
+    "StoreOption",
+    "TemperatureOption",
+    "TextOption",
+    "TopKOption",
+    "decode_settings_of",
+    "passage_tokens_of",
+]
+
+StoreOption = Annotated[
+    Path, typer.Option("--store", envvar="KV_MEMORY_STORE", metavar="FOLDER", help="The store's folder.")
+]
+CollectionOption = Annotated[
+    str, typer.Option("--collection", metavar="NAME", help="Which of the store's collections.")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object; errors as {'error': ...} with exit code 1 or 2.")
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help="'embedded', a model folder, or a Hugging Face hub id.  [default: the store's; at first embedded]",
+    ),
+]
+AdapterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter", metavar="FOLDER", help="A trained adapter of that model.  [default: the store's; at first none]"
+    ),
+]
+KeepRatioOption = Annotated[
+    float | None,
+    typer.Option(
+        "--keep-ratio",
+        metavar="SHARE",
+        help="Share of the tokens kept, in (0, 1].  [default: the store's; at first 0.25]",
+    ),
+]
+SelectorOption = Annotated[
+    str | None,
+    typer.Option(
+        "--selector",
+        metavar="NAME",
+        help="What chooses tokens where there is no adapter: reconstruction, attention (quicker) or sink_recent.  "
+        "[default: the store's; at first reconstruction]",
+    ),
+]
+PassageTokensOption = Annotated[
+    str,
+    typer.Option(
+        "--passage-tokens",
+        metavar="N",
+        help="Longest passage, in tokens; 'whole' leaves documents in one piece; 'auto' is the store's, at first 256 "
+        "for the embedded model and 1024 for others.",
+    ),
+]
+PromptOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt", metavar="NAME", help="Prompt form: auto, chat or passage.  [default: the store's; at first auto]"
+    ),
+]
+TopKOption = Annotated[
+    int | None,
+    typer.Option(
+        "--top-k",
+        metavar="N",
+        help="Passages to answer from, at most.  [default: 1 for the embedded model, 3 for others]",
+    ),
+]
+MaxNewTokensOption = Annotated[
+    int, typer.Option("--max-new-tokens", metavar="N", help="The longest answer, in tokens.")
+]
+TemperatureOption = Annotated[
+    float, typer.Option("--temperature", metavar="T", help="0 takes the likeliest token; above 0 samples.")
+]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="Makes sampling repeatable.  [default: another each time]")
+]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option("--stop", metavar="STRING", help="Ends the answer and is no part of it; repeatable."),
+]
+TextOption = Annotated[
+    bool, typer.Option("--text", help="Put the text of the passages into the prompt, as plain RAG does, to compare.")
+]
+
+DEFAULT_STORE = Path("kv-memory-store")
+DEFAULT_COLLECTION = "default"
+
+
+def passage_tokens_of(text: str) -> int | Literal["auto"] | None:
+    """What `--passage-tokens` means: a number, None for `whole`, or `auto`.
+
+    Raises:
+        ConfigError: It is none of these.
+    """
+    if text == "auto":
+        return "auto"
+    if text == "whole":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(
+            f"--passage-tokens must be a number, 'whole' or 'auto', got {text!r}",
+            where="passage_tokens",
+            next_step="Pass for example --passage-tokens 512.",
+        ) from None
+
+
+def decode_settings_of(
+    max_new_tokens: int, temperature: float, seed: int | None, stop: list[str] | None
+) -> DecodeSettings:
+    """The options of a command that answers, as settings.
+
+    Raises:
+        ConfigError: One is out of range.
+    """
+    return DecodeSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=tuple(stop or ()))

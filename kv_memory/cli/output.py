@@ -1,0 +1,161 @@
+"""What a command prints: results on stdout, for people or as one JSON object; everything else on stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from kv_memory.errors import ConfigError, KVMemoryError
+
+__all__ = ["Output", "debugging", "factor_text", "plain", "printable", "reporting", "size_text"]
+
+FAILED, USAGE, STOPPED = 1, 2, 130
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_UNBOUNDED = 10_000  # columns where nobody looks: a file is not folded at 80
+
+
+def debugging() -> bool:
+    """Whether `KV_MEMORY_DEBUG` asks for tracebacks and for what libraries say."""
+    return os.environ.get("KV_MEMORY_DEBUG", "") not in {"", "0"}
+
+
+def printable(text: str) -> str:
+    """Text from documents and models for a terminal, which obeys control characters: they become a question mark."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def size_text(size_bytes: int) -> str:
+    """A size for people, e.g. `94.1 MB`."""
+    return decimal(size_bytes)
+
+
+def factor_text(full_bytes: int, size_bytes: int) -> str:
+    """How many times smaller, e.g. `4.0x smaller`; a dash where there is nothing to compare."""
+    return f"{full_bytes / size_bytes:.1f}x smaller" if size_bytes else "-"
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold of a record: dataclasses become objects, times ISO 8601, paths and errors what they say."""
+    if isinstance(value, KVMemoryError):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return str(value) if isinstance(value, Path) else value
+
+
+class Output:
+    """Where a command writes.
+
+    Args:
+        as_json: Print one JSON object instead of text for people.
+    """
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        self.stopped = "Nothing was changed."
+        self._out = _console(stderr=False)
+        self.notes = _console(stderr=True)
+
+    def json(self, value: Any) -> None:
+        """Print the one JSON object of a command."""
+        print(json.dumps(plain(value), ensure_ascii=False, indent=2 if sys.stdout.isatty() else None))
+
+    def line(self, text: str = "", *, style: str | None = None) -> None:
+        """Print a line of the result."""
+        self._out.print(Text(printable(text), style=style or ""), soft_wrap=True)
+
+    def piece(self, text: str) -> None:
+        """Print a part of a line, now."""
+        sys.stdout.write(printable(text))
+        sys.stdout.flush()
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[str] = ()) -> None:
+        """Print a table of the result; the columns named in `right` are numbers."""
+        table = Table(box=None, pad_edge=False, show_header=any(columns), header_style="bold")
+        numbers = set(right)
+        for column in columns:
+            table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(printable(str(cell))) for cell in row))
+        self._out.print(table)
+
+    def note(self, text: str, *, style: str | None = None) -> None:
+        """Print a line about the work, not its result."""
+        self.notes.print(Text(printable(text), style=style or ""), soft_wrap=True)
+
+    def working(self, text: str) -> AbstractContextManager[Any]:
+        """Show on a terminal that something takes a moment."""
+        if not self.notes.is_terminal:
+            return nullcontext()
+        return self.notes.status(Text(printable(text)))
+
+    def error(self, error: Mapping[str, str | None]) -> None:
+        """Print an error, as `KVMemoryError.to_dict` has it: what, where and the next step, a line each."""
+        if self.as_json:
+            self.json({"error": error})
+            return
+        text = Text("Error: ", style="bold red")
+        text.append(printable(error["what"] or ""), style="not bold default")
+        self.notes.print(text, soft_wrap=True)
+        for label, name in (("Where", "where"), ("Next step", "next_step")):
+            if error.get(name):
+                self.note(f"{label}: {error[name]}")
+
+
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = _UNBOUNDED
+    return console
+
+
+@contextmanager
+def reporting(*, as_json: bool) -> Iterator[Output]:
+    """Run a command: errors are printed and become exit codes.
+
+    Every setting a command knows comes from its options, so a `ConfigError` is wrong usage.
+    """
+    out = Output(as_json=as_json)
+    code = FAILED
+    try:
+        yield out
+        return
+    except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+        raise
+    except KVMemoryError as error:
+        out.error(error.to_dict())
+        code = USAGE if isinstance(error, ConfigError) else FAILED
+    except KeyboardInterrupt:
+        if as_json:
+            out.error({"error": "KeyboardInterrupt", "what": "stopped", "where": None, "next_step": out.stopped})
+        else:
+            out.note(f"Stopped. {out.stopped}")
+        code = STOPPED
+    except Exception as error:  # a bug, here or in a library: people should still not see a traceback
+        step = "This is a bug, please report it with what KV_MEMORY_DEBUG=1 shows."
+        what = f"unexpected {type(error).__name__}: {error}"
+        out.error({"error": type(error).__name__, "what": what, "where": None, "next_step": step})
+    if debugging():
+        traceback.print_exc()
+    raise typer.Exit(code)

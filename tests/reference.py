@@ -1,0 +1,97 @@
+"""What the untouched Transformers models compute, to hold ours against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+
+from tests.conftest import make_backbone, make_model
+
+LAYER_TYPED = ("gemma2", "gemma3_text", "qwen2", "qwen3")  # take one mask per layer type
+
+
+@cache
+def plain_model(name: str, **changes: Any) -> Any:
+    """The tiny model with Transformers' own eager attention; no part of this package has touched it."""
+    return make_model(name, **changes)
+
+
+@cache
+def shared_backbone(name: str, **changes: Any) -> Any:
+    """A backbone over the same weights. No test may change it."""
+    return make_backbone(name, **changes)
+
+
+@torch.no_grad()
+def full_logits(name: str, ids: Sequence[int]) -> torch.Tensor:
+    """Logits of one ordinary prefill, `(len(ids), vocab_size)`."""
+    return plain_model(name)(torch.tensor([list(ids)]), use_cache=False).logits[0]
+
+
+@torch.no_grad()
+def separate_logits(
+    name: str, prefix: Sequence[int], documents: Sequence[Sequence[int]], question: Sequence[int]
+) -> torch.Tensor:
+    """Logits of the question in one prefill in which documents do not see each other, `(len(question), vocab_size)`.
+
+    Every document stands behind a copy of the prefix of its own, which only it can see, as it did when it was read
+    alone; the question sees the first copy and all documents. Rotary attention knows distances only, so this is what
+    documents that were read apart and moved to their places must give.
+    """
+    parts: list[tuple[Sequence[int], int, set[int]]] = []  # token ids, position of the first, the parts they see
+    start, seen_at_last = len(prefix), {0}
+    for ids in documents:
+        parts.append((prefix, start - len(prefix), set()))
+        parts.append((ids, start, {len(parts) - 1}))
+        seen_at_last.add(len(parts) - 1)
+        start += len(ids)
+    parts.append((question, start, seen_at_last))
+
+    of = torch.tensor([index for index, (ids, _, _) in enumerate(parts) for _ in ids])
+    positions = torch.tensor([first + i for ids, first, _ in parts for i in range(len(ids))])
+    sees = torch.tensor([[i == j or j in seen for j in range(len(parts))] for i, (_, _, seen) in enumerate(parts)])
+    mask = sees[of][:, of] & torch.ones(len(of), len(of), dtype=torch.bool).tril()
+    model = plain_model(name)
+    window = getattr(model.config, "sliding_window", None) or len(of)
+    near = _additive(mask & (positions[:, None] - positions[None] < window))
+    masks = {"full_attention": _additive(mask), "sliding_attention": near}
+    tokens = torch.tensor([[token for ids, _, _ in parts for token in ids]])
+    out = model(
+        tokens,
+        attention_mask=masks if model.config.model_type in LAYER_TYPED else near,
+        position_ids=positions[None],
+        use_cache=False,
+    )
+    return out.logits[0, -len(question) :]
+
+
+def _additive(seen: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for the order of float32 sums: to 1e-4 of the value, and of the spread for values near zero."""
+    spread = float(expected.max() - expected.min())
+    assert spread > 1, "logits this flat would hide a mistake"
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * spread)
+
+
+def letters(n: int, *, seed: int = 0, alphabet: str = "abcdefghijklmnopqrstuvwxyz ") -> str:
+    """`n` random characters: one token each."""
+    generator = torch.Generator().manual_seed(seed)
+    return "".join(alphabet[i] for i in torch.randint(len(alphabet), (n,), generator=generator).tolist())
+
+
+@contextmanager
+def recorded_inputs(backbone: Any) -> Iterator[list[torch.Tensor]]:
+    """The token ids of every forward pass while the block runs, `(batch, n)` each."""
+    seen: list[torch.Tensor] = []
+    handle = backbone.decoder.embed_tokens.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    try:
+        yield seen
+    finally:
+        handle.remove()
