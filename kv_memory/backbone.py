@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class Backbone:
         self.rope = Rope(
             self.decoder.rotary_emb,
             layer_types=list(config.layer_types) if per_layer else [None] * self.num_layers,
-            head_dim=self.head_dim,
+            lock=self.lock,
         )
         model.set_attn_implementation(ATTENTION)
         self.prompt = self._choose_prompt(prompt)
@@ -170,7 +171,7 @@ class Backbone:
         self, *, method: str, adapter: str = "", eta: int | None = None, keep_spans: str = ""
     ) -> Fingerprint:
         """The fingerprint of caches made by this model with this method. Arguments as in `Fingerprint`."""
-        rope = repr(sorted((getattr(self.config, "rope_parameters", None) or {}).items()))
+        rope = json.dumps(getattr(self.config, "rope_parameters", None) or {}, sort_keys=True)
         prefix = ",".join(map(str, self.prefix_ids))
         return Fingerprint(
             format_version=FORMAT_VERSION,
@@ -256,15 +257,16 @@ class Backbone:
         none = torch.empty(0, dtype=torch.int32, device=self.device)
         return PositionedCache(keys, torch.empty_like(keys), positions=none, next_position=0)
 
-    def prefixed_cache(self, capacity: int) -> PositionedCache:
-        """A cache that holds the shared prefix, with room for `capacity` more entries."""
+    def prefixed_cache(self, n_tokens: int, *, room: int = 0) -> PositionedCache:
+        """A cache that holds the shared prefix, for a document of `n_tokens` and room for more entries behind it."""
         n_prefix = len(self.prefix_ids)
-        prefix = self.prefix_for(n_prefix + capacity)
-        cache = self.empty_cache(n_prefix + capacity)
+        prefix = self.prefix_for(n_prefix + n_tokens)
+        cache = self.empty_cache(n_prefix + n_tokens + room)
         for index, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
             cache.update(keys[None], values[None], index)
         cache.composed_positions = torch.arange(n_prefix, dtype=torch.int32, device=self.device)
         cache.next_positions += n_prefix
+        cache.n_positions = n_prefix + n_tokens
         return cache
 
     def check_positions(self, n_positions: int, *, what: str) -> None:
@@ -333,6 +335,8 @@ class Backbone:
         n = ids.shape[1]
         if positions is None:
             positions = cache.next_positions[:, None] + torch.arange(n, device=self.device)
+        if self.rope.varies:  # elsewhere looking would only make a GPU wait
+            cache.turn(self.rope, int(positions.max()) + 1)
         if lengths is None:
             cache.append_positions(positions)
             step: torch.Tensor | int = n
@@ -376,13 +380,15 @@ class Backbone:
 
         # Leaving by an exception runs exactly the layers asked for on every architecture. Cutting `decoder.layers`
         # short was rejected: it changes the model under the feet of other threads.
-        handle = self.layers[layer - 1].register_forward_hook(stop)
-        try:
-            self.read(ids, cache)
-        except _EnoughRead:
-            pass
-        finally:
-            handle.remove()
+        # Under the lock, because the hook would stop a forward pass of another thread as well.
+        with self.lock:
+            handle = self.layers[layer - 1].register_forward_hook(stop)
+            try:
+                self.read(ids, cache)
+            except _EnoughRead:
+                pass
+            finally:
+                handle.remove()
         return caught[0]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from kv_memory.embedded import EMBEDDED, cache_folder, prepare_embedded
 from kv_memory.errors import ModelNotFoundError, TokenizerError, UnsupportedModelError
@@ -90,8 +90,10 @@ def load_model(
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            where, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelNotFoundError(
             f"the model's weights could not be read: {error}",
             where=name,
@@ -100,6 +102,13 @@ def load_model(
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
+    model, info = loaded
+    if info["missing_keys"]:  # Transformers makes them up at random, with no more than a warning
+        raise ModelNotFoundError(
+            f"the model's weights are incomplete: {', '.join(sorted(info['missing_keys'])[:3])} missing",
+            where=name,
+            next_step="Download the model again.",
+        )
     model = model.to(device)
     folder = Path(where) if Path(where).is_dir() else _hub_snapshot(name, revision)
     weights = hash_weight_files(folder) if folder else hash_parameters(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ class KVMemory:
         """Open a store, or make one.
 
         What is not given is as the store remembers it from the last `add`; a new store starts with the defaults of
-        `MemorySettings`, passages of 256 tokens for the embedded model and 1,024 for others.
+        `MemorySettings`.
 
         Args:
             path: The store's folder.
@@ -261,7 +262,8 @@ class KVMemory:
         revision = self.store.revision
         with self._lock:
             if self._index is None or self._index[0] != revision:
-                folder = self.path / "bm25" / self.collection
+                # By hash, because a collection's name may hold what a file name may not, and lead out of the store.
+                folder = self.path / "bm25" / hashlib.sha256(self.collection.encode()).hexdigest()[:16]
                 index = BM25Index.open(
                     folder, revision=revision, passages=self.store.passages, lookup=self.store.passage
                 )

@@ -17,6 +17,12 @@ __all__ = ["DEFAULT_SYSTEM_PROMPT", "PASSAGE", "PromptForm", "PromptName", "chat
 
 PromptName = Literal["auto", "chat", "passage"]
 DEFAULT_SYSTEM_PROMPT = "Answer the question from the documents. If they do not hold the answer, say so."
+# Some templates (Llama 3, gpt-oss) write today's date into the system turn. The prefix is part of every cache's
+# fingerprint, so all caches would be stale tomorrow. Theirs is the date that Llama's template itself falls back to. A
+# macro, because Transformers lets no function through; the empty string keeps a line break that may follow.
+_FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ '2024-07-26' if '-' in format else '26 Jul 2024' }}{% endmacro %}{{ '' }}"
+)
 _DOCUMENT, _SYSTEM = "\ue000document\ue000", "\ue000system\ue000"
 
 
@@ -102,7 +108,12 @@ def chat_form(tokenizer: Any, *, system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> 
         if _SYSTEM not in text:
             raise ValueError("the template drops the system turn")
     except Exception:  # templates raise whatever they like for roles they do not know (Gemma: TemplateError)
-        text = _render(tokenizer, [{"role": "user", "content": f"{_SYSTEM}\n\n{_DOCUMENT}"}])
+        try:
+            text = _render(tokenizer, [{"role": "user", "content": f"{_SYSTEM}\n\n{_DOCUMENT}"}])
+        except Exception as error:
+            raise ConfigError(
+                f"the chat template cannot be rendered: {error}", where="prompt", next_step='Use prompt="passage".'
+            ) from error
     head, found, tail = text.partition(_DOCUMENT)
     if not found or _SYSTEM not in head:
         raise ConfigError(
@@ -120,4 +131,8 @@ def chat_form(tokenizer: Any, *, system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> 
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = _FIXED_DATE + template
+    text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+    return str(text)

@@ -22,18 +22,19 @@ class MemorySettings:
     Attributes:
         model: `embedded`, a model folder, or a hub id.
         adapter: An adapter folder, or None.
-        keep_ratio: Share of the tokens kept, in (0, 1].
+        keep_ratio: Share of the tokens kept, in (0, 1]; 0.5 for the embedded model and 0.25 for others, unless set.
         selector: The training-free selector used without an adapter.
-        passage_tokens: Longest passage; None keeps documents whole.
+        passage_tokens: Longest passage, 256 tokens for the embedded model and 1,024 for others, unless set; None
+            keeps documents whole.
         prompt: The name of the prompt form.
         layout: How documents are placed, see `generate.compose`.
     """
 
     model: str = EMBEDDED
     adapter: str | None = None
-    keep_ratio: float = 0.25
+    keep_ratio: float = 0.5
     selector: SelectorName = "reconstruction"
-    passage_tokens: int | None = None
+    passage_tokens: int | None = 256
     prompt: PromptName = "auto"
     layout: Layout = "source"
 
@@ -97,6 +98,8 @@ def resolve_settings(given: Mapping[str, Any], stored: Mapping[str, Any]) -> Mem
         for name in ("adapter", "prompt"):
             kept.pop(name, None)
     merged = {**kept, **given}
-    if "passage_tokens" not in merged:
-        merged["passage_tokens"] = 256 if merged.get("model", EMBEDDED) == EMBEDDED else 1024
-    return MemorySettings(**merged)
+    # A model of 135M parameters loses the thread in long passages, and has little to spare in its caches.
+    defaults: dict[str, Any] = {"passage_tokens": 1024, "keep_ratio": 0.25}
+    if merged.get("model", EMBEDDED) == EMBEDDED:
+        defaults = {"passage_tokens": 256, "keep_ratio": 0.5}
+    return MemorySettings(**{**defaults, **merged})

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors this small are slower with more
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SHAPE: dict[str, Any] = {
@@ -45,13 +46,14 @@ LONGROPE = {
     "original_max_position_embeddings": 96,
     "partial_rotary_factor": 0.75,
 }
-# name -> (config class, changes to SHAPE). Phi-3 rotates 6 of 8 dimensions, Gemma and Mistral look back 24 tokens.
+# name -> (config class, changes to SHAPE). Longrope rotates 6 of 8 dimensions; windows are of 24 tokens.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "llama_rope_llama3": ("LlamaConfig", {"rope_parameters": LLAMA3}),
     "mistral": ("MistralConfig", {"sliding_window": 24}),
     "mistral_full": ("MistralConfig", {"sliding_window": None}),
     "qwen2": ("Qwen2Config", {}),
+    "qwen2_window": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2}),
     "qwen2_yarn": ("Qwen2Config", {"rope_parameters": YARN}),
     "qwen3": ("Qwen3Config", {"head_dim": 10}),
     "gemma2": ("Gemma2Config", {"head_dim": 10, "sliding_window": 24, "query_pre_attn_scalar": 12}),
@@ -65,6 +67,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phi3": ("Phi3Config", {"sliding_window": None}),
+    "phi3_window": ("Phi3Config", {"sliding_window": 24}),
     "phi3_longrope": (
         "Phi3Config",
         {"sliding_window": None, "original_max_position_embeddings": 96, "rope_parameters": LONGROPE},

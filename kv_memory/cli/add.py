@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -28,10 +28,13 @@ from kv_memory.cli.options import (
 from kv_memory.cli.output import FAILED, Output, factor_text, plain, reporting, size_text
 from kv_memory.cli.progress import Tracker
 from kv_memory.errors import ConfigError
+from kv_memory.settings import given_settings
 
 if TYPE_CHECKING:
+    from kv_memory.config import SelectorName
     from kv_memory.documents import DocumentLike, ReadResult
     from kv_memory.memory import AddReport, KVMemory
+    from kv_memory.prompts import PromptName
 
 __all__ = ["add", "print_report"]
 
@@ -40,7 +43,7 @@ _SHOWN = 5
 
 def add(
     paths: Annotated[
-        list[str] | None, typer.Argument(metavar="PATH...", help="Files and folders; - reads one text from stdin.")
+        list[str] | None, typer.Argument(metavar="PATH", help="Files and folders; - reads one text from stdin.")
     ] = None,
     id_: Annotated[str | None, typer.Option("--id", metavar="ID", help="Names the text read from stdin.")] = None,
     stale: Annotated[
@@ -75,13 +78,21 @@ def add(
             raise ConfigError("nothing to add", where="PATH", next_step="Name files or folders, or pass --stale.")
         extra = _pairs(metadata or [])
         limit = passage_tokens_of(passage_tokens)
-        # Read before the store is made and the model loaded: a misspelt path should say so at once.
+        # Options, then documents, before a store is made and a model loaded: what is misspelt should say so at once.
+        given_settings(
+            model=model,
+            adapter=adapter,
+            keep_ratio=keep_ratio,
+            selector=cast("SelectorName | None", selector),
+            passage_tokens=limit,
+            prompt=cast("PromptName | None", prompt),
+            layout=None,
+        )
         read = _read(paths or [], id_, extra, encoding, skip_errors) if paths else None
         with open_memory(
             out,
             store,
             collection,
-            with_model=False,
             create=bool(paths),
             model=model,
             adapter=adapter,
@@ -103,9 +114,7 @@ def add(
             raise typer.Exit(FAILED)
 
 
-def _read(
-    paths: Sequence[str], id_: str | None, extra: dict[str, str], encoding: str, skip_errors: bool
-) -> ReadResult:
+def _read(paths: Sequence[str], id_: str | None, extra: dict[str, str], encoding: str, skip_errors: bool) -> ReadResult:
     from kv_memory.documents import Document, read_documents
 
     if id_ is not None and "-" not in paths:

@@ -58,8 +58,6 @@ def print_sources(out: Output, answer: Answer) -> None:
 
 def print_cost(out: Output, answer: Answer) -> None:
     """Print how soon the answer began, and from what."""
-    if not answer.sources:
-        return
     origin = "distilled caches" if answer.read_from == "caches" else "text in the prompt"
     out.line(
         f"First token after {answer.ttft_s:.2f} s, from {origin}: {answer.n_cached_tokens:,} entries read, "

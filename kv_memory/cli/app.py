@@ -47,7 +47,7 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
     ("list", list_documents, ("kv-memory list", "kv-memory list --json --collection team-a")),
     ("show", show, ("kv-memory show report.pdf", "kv-memory show text-3f2a --json")),
     ("remove", remove, ("kv-memory remove report.pdf", "kv-memory remove notes/a.md notes/b.md")),
-    ("check", check, ("kv-memory check", "kv-memory check --json || kv-memory gc")),
+    ("check", check, ("kv-memory check", "kv-memory check --json")),
     ("gc", gc, ("kv-memory gc",)),
     ("stats", stats, ("kv-memory stats", "KV_MEMORY_STORE=/data/memory kv-memory stats --json")),
     ("models", models, ("kv-memory models", "kv-memory models --prepare")),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kv_memory.cli.answering import answer_aloud, print_cost, print_sources
-from kv_memory.cli.opening import open_memory
+from kv_memory.cli.opening import load_model, open_memory
 from kv_memory.cli.options import (
     DEFAULT_COLLECTION,
     DEFAULT_STORE,
@@ -25,7 +25,7 @@ from kv_memory.cli.options import (
 from kv_memory.cli.output import reporting
 
 if TYPE_CHECKING:
-    from kv_memory.memory import ReadFrom
+    from kv_memory.answers import ReadFrom
 
 __all__ = ["ask"]
 
@@ -50,11 +50,13 @@ def ask(
     with reporting(as_json=as_json) as out:
         settings = decode_settings_of(max_new_tokens, temperature, seed, stop)
         read_from: ReadFrom = "text" if text else "caches"
-        with open_memory(out, store, collection, with_model=True) as memory:
+        with open_memory(out, store, collection) as memory:
+            load_model(out, memory)
             if as_json:
                 out.json(memory.ask(question, top_k=top_k, settings=settings, read_from=read_from))
                 return
             answer = answer_aloud(out, memory, question, top_k=top_k, settings=settings, read_from=read_from)
-            out.line()
-            print_sources(out, answer)
-            print_cost(out, answer)
+            if answer.sources:
+                out.line()
+                print_sources(out, answer)
+                print_cost(out, answer)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from kv_memory.cli.answering import answer_aloud, print_sources
-from kv_memory.cli.opening import open_memory
+from kv_memory.cli.opening import load_model, open_memory
 from kv_memory.cli.options import (
     DEFAULT_COLLECTION,
     DEFAULT_STORE,
@@ -28,7 +28,7 @@ from kv_memory.cli.output import Output, reporting
 from kv_memory.errors import KVMemoryError
 
 if TYPE_CHECKING:
-    from kv_memory.memory import Answer, ReadFrom
+    from kv_memory.answers import Answer, ReadFrom
 
 __all__ = ["chat", "typed_lines"]
 
@@ -53,7 +53,8 @@ def chat(
         settings = decode_settings_of(max_new_tokens, temperature, seed, stop)
         read_from: ReadFrom = "text" if text else "caches"
         answers: list[Answer] = []
-        with open_memory(out, store, collection, with_model=True) as memory:
+        with open_memory(out, store, collection) as memory:
+            load_model(out, memory)
             if sys.stdin.isatty():
                 out.note("Each question is answered on its own; earlier ones are not remembered. /sources, /quit")
             for line in typed_lines(out):

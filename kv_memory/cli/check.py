@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kv_memory.cli.opening import open_memory
+from kv_memory.cli.opening import open_store
 from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, CollectionOption, JsonOption, StoreOption
 from kv_memory.cli.output import FAILED, plain, reporting, size_text
 
@@ -21,14 +21,14 @@ def check(
     """
     with reporting(as_json=as_json) as out:
         out.stopped = "Run it again at any time."
-        with open_memory(out, store, collection, with_model=False) as memory, out.working("Checking"):
-            report = memory.check()
+        with open_store(out, store, collection) as opened, out.working("Checking"):
+            report = opened.check()
         if as_json:
             out.json({**plain(report), "ok": report.ok})
         else:
             rows = [
                 ("Sound", f"{report.n_blobs:,} caches, {size_text(report.size_bytes)}"),
-                ("Damaged", f"{len(report.damaged):,}, now in quarantine"),
+                ("Damaged", f"{len(report.damaged):,}{', now in quarantine' if report.damaged else ''}"),
                 ("Missing", f"{len(report.missing):,}"),
                 ("Without a document", f"{len(report.orphans) + len(report.unreferenced):,}"),
                 ("Leftovers", f"{len(report.strays):,}"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kv_memory.cli.opening import open_memory
+from kv_memory.cli.opening import open_store
 from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, CollectionOption, JsonOption, StoreOption
 from kv_memory.cli.output import reporting, size_text
 
@@ -12,14 +12,14 @@ __all__ = ["gc"]
 def gc(
     store: StoreOption = DEFAULT_STORE, collection: CollectionOption = DEFAULT_COLLECTION, as_json: JsonOption = False
 ) -> None:
-    """Remove caches without a document, entries without a cache, and leftovers of crashes.
+    """Remove what no document needs, and leftovers of crashes.
 
     Not while an add is running on the collection: the caches it has made so far belong to no document yet.
     """
     with reporting(as_json=as_json) as out:
         out.stopped = "Run it again at any time."
-        with open_memory(out, store, collection, with_model=False) as memory, out.working("Removing"):
-            report = memory.gc()
+        with open_store(out, store, collection) as opened, out.working("Removing"):
+            report = opened.gc()
         if as_json:
             out.json(report)
             return

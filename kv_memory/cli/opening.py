@@ -12,8 +12,20 @@ if TYPE_CHECKING:
     from kv_memory.config import SelectorName
     from kv_memory.memory import KVMemory
     from kv_memory.prompts import PromptName
+    from kv_memory.store import Store
 
-__all__ = ["load_model", "open_memory"]
+__all__ = ["load_model", "open_memory", "open_store"]
+
+
+def open_store(out: Output, store: Path, collection: str) -> Store:
+    """Open a store that exists, for commands that need no model: KVMemory would load its library, which takes seconds.
+
+    Errors as in `Store.open`.
+    """
+    with out.working("Starting"):
+        from kv_memory.store import Store
+
+        return Store.open(store, collection=collection, create=False)
 
 
 def open_memory(
@@ -21,7 +33,6 @@ def open_memory(
     store: Path,
     collection: str,
     *,
-    with_model: bool,
     create: bool = False,
     model: str | None = None,
     adapter: str | None = None,
@@ -30,11 +41,11 @@ def open_memory(
     passage_tokens: int | Literal["auto"] | None = "auto",
     prompt: str | None = None,
 ) -> KVMemory:
-    """Open a store, with its model loaded if `with_model`. Settings and errors as in `KVMemory.open`."""
+    """Open a store, its model not loaded yet. Settings and errors as in `KVMemory.open`."""
     with out.working("Starting"):
         from kv_memory.memory import KVMemory
 
-        memory = KVMemory.open(
+        return KVMemory.open(
             store,
             collection=collection,
             create=create,
@@ -46,13 +57,6 @@ def open_memory(
             prompt=cast("PromptName | None", prompt),
             load_model=False,
         )
-    if with_model:
-        try:
-            load_model(out, memory)
-        except BaseException:
-            memory.close()
-            raise
-    return memory
 
 
 def load_model(out: Output, memory: KVMemory) -> None:

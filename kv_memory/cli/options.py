@@ -60,7 +60,8 @@ KeepRatioOption = Annotated[
     typer.Option(
         "--keep-ratio",
         metavar="SHARE",
-        help="Share of the tokens kept, in (0, 1].  [default: the store's; at first 0.25]",
+        help="Share of the tokens kept, in (0, 1].  [default: the store's; at first 0.5 for the embedded model, 0.25 "
+        "for others]",
     ),
 ]
 SelectorOption = Annotated[

@@ -98,7 +98,12 @@ class Output:
             table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
         for row in rows:
             table.add_row(*(Text(printable(str(cell))) for cell in row))
-        self._out.print(table)
+        if self._out.is_terminal:
+            self._out.print(table)
+            return
+        with self._out.capture() as capture:
+            self._out.print(table)
+        print("\n".join(line.rstrip() for line in capture.get().splitlines()))  # no padding in a file
 
     def note(self, text: str, *, style: str | None = None) -> None:
         """Print a line about the work, not its result."""

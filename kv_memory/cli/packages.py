@@ -22,23 +22,17 @@ PACKAGES = (
     "beautifulsoup4",
     "bm25s",
     "diskcache",
-    "filelock",
     "Jinja2",
     "Mako",
-    "markdownify",
     "networkx",
     "numpy",
-    "packaging",
     "peft",
     "platformdirs",
     "pypdf",
     "regex",
     "rich",
-    "safetensors",
     "SQLAlchemy",
-    "tokenizers",
     "tqdm",
-    "transformers",
     "typer",
 )
 _LEAST_WORDS = 6  # of a paragraph; shorter ones are headings, badges and lists of links
@@ -48,7 +42,7 @@ _FENCE = re.compile(r"^ *(```|~~~).*?^ *\1`*~* *$", re.MULTILINE | re.DOTALL)
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 _IMAGE = re.compile(r"!\[[^\]]*\](\([^)]*\)|\[[^\]]*\])?")
-_LINK = re.compile(r"\[([^\[\]]*)\](\([^)]*\)|\[[^\]]*\])")
+_LINK = re.compile(r"\[([^\[\]]*)\](\((?:[^()]|\([^()]*\))*\)|\[[^\]]*\])")
 _LINK_TARGET = re.compile(r"^ *\[[^\]]+\]:.*$", re.MULTILINE)
 _RST_LINK = re.compile(r"`([^`<>]+?)\s*<[^`<>]+>`__?")
 _RST_ROLE = re.compile(r":[a-z:]+:`([^`]+)`")

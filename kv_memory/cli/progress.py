@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from kv_memory.cli.output import Output, printable
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Tracker"]
 
 _EVERY_S = 5.0
-_NAME_WIDTH = 28
+_NAME_WIDTH = 24
 
 
 class _TokensColumn(ProgressColumn):
@@ -44,10 +45,17 @@ class Tracker:
         self._told_s: float | None = None
         self._bar: Progress | None = None
         if out.notes.is_terminal:
-            name = TextColumn("{task.fields[name]}", markup=False)
-            columns = (name, BarColumn(), _TokensColumn(), TimeRemainingColumn(compact=True))
-            # The speed is that of the last minute: passages differ in length, and a machine has other work too.
-            self._bar = Progress(*columns, console=out.notes, transient=True, speed_estimate_period=60)
+            one_line = Column(no_wrap=True)
+            self._bar = Progress(
+                TextColumn("{task.fields[name]}", markup=False, table_column=one_line),
+                BarColumn(bar_width=None),  # what is left of the line
+                _TokensColumn(table_column=one_line),
+                TimeRemainingColumn(compact=True, table_column=one_line),
+                console=out.notes,
+                transient=True,
+                expand=True,
+                speed_estimate_period=60,  # passages differ in length, and a machine has other work too
+            )
             self._task = self._bar.add_task("", total=None, name="reading")
 
     def __enter__(self) -> Self:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kv_memory.cli.naming import find_document_id
-from kv_memory.cli.opening import open_memory
+from kv_memory.cli.opening import open_store
 from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, CollectionOption, JsonOption, StoreOption
 from kv_memory.cli.output import Output, plain, reporting, size_text
 
@@ -27,11 +27,11 @@ def show(
     collection: CollectionOption = DEFAULT_COLLECTION,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a document: metadata, passages, and the distilled caches of each."""
+    """Show a document with its passages and distilled caches."""
     with reporting(as_json=as_json) as out:
-        with open_memory(out, store, collection, with_model=False) as memory:
-            id_ = find_document_id(document, [summary.id for summary in memory.documents()])
-            record, caches = memory.document(id_), memory.store.caches(id_)
+        with open_store(out, store, collection) as opened:
+            id_ = find_document_id(document, [summary.id for summary in opened.documents()])
+            record, caches = opened.document(id_), opened.caches(id_)
         if as_json:
             out.json({"document": {**plain(record), "n_tokens": record.n_tokens}, "caches": caches})
         else:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from kv_memory.cli.opening import open_memory
+from kv_memory.cli.opening import open_store
 from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, CollectionOption, JsonOption, StoreOption
 from kv_memory.cli.output import plain, reporting, size_text
+from kv_memory.settings import resolve_settings
 
 __all__ = ["stats"]
 
@@ -14,8 +15,9 @@ def stats(
 ) -> None:
     """Show how much is stored, and the settings the store remembers."""
     with reporting(as_json=as_json) as out:
-        with open_memory(out, store, collection, with_model=False) as memory:
-            found, settings, folder = memory.stats(), memory.settings, memory.path
+        with open_store(out, store, collection) as opened:
+            found, folder = opened.stats(), opened.path
+            settings = resolve_settings({}, opened.settings())
         if as_json:
             out.json({**plain(found), "store": folder, "collection": collection, "settings": settings})
             return

@@ -90,11 +90,9 @@ class Adapter:
         self.scorer = scorer
         self._handles = install_routing(backbone.layers)
         if backbone.config.model_type == "phi3":
-            for module in peft_model.modules():
-                if isinstance(module, RoutedLinear) and "qkv_proj" in getattr(module, "target_name", "qkv_proj"):
-                    out = module.get_base_layer().out_features
-                    if out == (backbone.num_heads + 2 * backbone.num_kv_heads) * backbone.head_dim:
-                        module.routed_features = backbone.num_heads * backbone.head_dim  # type: ignore[assignment]
+            for layer in backbone.layers:
+                fused: Any = layer.self_attn.qkv_proj  # type: ignore[union-attr]
+                fused.routed_features = backbone.num_heads * backbone.head_dim
 
     @classmethod
     def create(
@@ -184,7 +182,8 @@ class Adapter:
         try:
             scorer.load_state_dict(tensors)
             peft_model = _wrap(backbone, LoraConfig.from_pretrained(str(folder)), folder)
-        except (RuntimeError, ValueError, TypeError, SafetensorError) as error:
+        except (RuntimeError, ValueError, TypeError, KeyError, SafetensorError, UserWarning) as error:
+            _strip(backbone)  # PEFT puts its layers in first and reads their weights then
             raise AdapterError(f"unreadable adapter: {error}", where=str(folder), next_step=next_step) from error
         return cls(backbone, config, peft_model, scorer.to(backbone.device))
 
@@ -215,8 +214,7 @@ class Adapter:
         """Take the LoRA layers out of the model again; the adapter is of no use afterwards."""
         for handle in self._handles:
             handle.remove()
-        self.peft_model.unload()
-        _strip(self.backbone.model)
+        _strip(self.backbone)
 
     def score(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores from the hidden states after layer eta; see `Scorer.forward`."""
@@ -263,6 +261,7 @@ def _wrap(backbone: Backbone, config: LoraConfig, folder: Path | None) -> Any:
     wrapped: Any
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks models for what newer Transformers call otherwise
+        warnings.filterwarnings("error", message="Found missing adapter keys")  # those would stay random
         if folder is None:
             wrapped = get_peft_model(backbone.model, config, autocast_adapter_dtype=False)
         else:
@@ -275,7 +274,16 @@ def _wrap(backbone: Backbone, config: LoraConfig, folder: Path | None) -> Any:
     return wrapped.eval().requires_grad_(False)
 
 
-def _strip(model: Any) -> None:
-    """PEFT leaves its configuration on the model it has left."""
-    if hasattr(model, "peft_config"):
-        del model.peft_config
+def _strip(backbone: Backbone) -> None:
+    """Put the frozen projections back in place of the LoRA layers around them.
+
+    PEFT's own `unload` needs its wrapper, which there is none of after a failed load, and leaves its configuration
+    on the model.
+    """
+    for layer in backbone.layers:
+        for parent in list(layer.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, RoutedLinear):
+                    setattr(parent, name, child.get_base_layer())
+    if hasattr(backbone.model, "peft_config"):
+        del backbone.model.peft_config

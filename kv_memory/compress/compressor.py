@@ -154,7 +154,7 @@ class Compressor:
     def _pick(self, ids: torch.Tensor, n_kept: int, forced: torch.Tensor) -> tuple[PositionedCache, torch.Tensor]:
         """Read the document once and let the selector choose."""
         n_tokens = ids.shape[1]
-        cache = self.backbone.prefixed_cache(n_tokens + self.selector.extra_tokens)
+        cache = self.backbone.prefixed_cache(n_tokens, room=self.selector.extra_tokens)
         watched = self.selector.watch(self.backbone, n_prefix=len(self.backbone.prefix_ids), n_tokens=n_tokens)
         self.backbone.read(ids, cache, context=ForwardContext(observer=watched))
         scores = self.selector.score(self.backbone, ids, cache, watched)
@@ -185,7 +185,7 @@ class Compressor:
                 document = tensor[0, :, n_prefix : n_prefix + n_tokens]
                 rows = here.expand(document.shape[0], -1)[..., None].expand(-1, -1, document.shape[-1])
                 kept.append(document.gather(1, rows))
-        free = self.backbone.rope.take_off(torch.stack(keys), positions + n_prefix, n_positions=n_prefix + n_tokens)
+        free = self.backbone.rope.take_off(torch.stack(keys), positions + n_prefix, n_positions=cache.n_positions)
         return free.to(self.backbone.dtype), torch.stack(values)
 
 

@@ -66,7 +66,7 @@ class ReceivedAttention:
         self._columns = slice(n_prefix, n_prefix + n_tokens)
         self._mean = reduce == "mean"
         self.scores = torch.zeros(backbone.num_layers, backbone.num_kv_heads, n_tokens, device=backbone.device)
-        self._context: ForwardContext | None = None
+        self.n_queries = torch.zeros(backbone.num_layers, n_tokens, device=backbone.device)  # that could see a token
 
     def observe(
         self,
@@ -95,6 +95,7 @@ class ReceivedAttention:
             )
             here = weights[0, :, :, self._columns].unflatten(0, (kv_heads, -1))  # (kv_heads, group, queries, tokens)
             seen = slice(0, here.shape[-1])
+            self.n_queries[layer, seen] += mask[:, self._columns].sum(0)
             if self._mean:
                 self.scores[layer, :, seen] += here.mean(1).sum(1)
             else:
@@ -116,10 +117,10 @@ class SinkRecent:
     def score(
         self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, watched: ReceivedAttention | None
     ) -> torch.Tensor:
-        """Later is better, and the first `n_sink` are best."""
+        """Later is better, but the first `n_sink` are best, and of those the earliest."""
         n_tokens = ids.shape[1]
         scores = torch.arange(n_tokens, dtype=torch.float32)
-        scores[: self._n_sink] += n_tokens
+        scores[: self._n_sink] = 2 * n_tokens - scores[: self._n_sink]
         return scores
 
 
@@ -142,8 +143,7 @@ class ObservedAttention:
     ) -> torch.Tensor:
         """Mean attention over the queries at or after each token."""
         assert watched is not None
-        n_tokens = ids.shape[1]
-        return watched.scores / torch.arange(n_tokens, 0, -1, device=watched.scores.device)
+        return watched.scores / watched.n_queries[:, None]
 
 
 class Reconstruction:

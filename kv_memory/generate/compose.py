@@ -110,4 +110,4 @@ def compose(
     if any(row.ndim == 3 for row in rows):
         rows = [row.cpu().expand(backbone.num_layers, backbone.num_kv_heads, -1) for row in rows]
     positions = torch.cat([row.cpu() for row in rows], dim=-1).to(backbone.device)
-    return PositionedCache(keys, values, positions=positions, next_position=start)
+    return PositionedCache(keys, values, positions=positions, next_position=start, n_positions=n_positions)

@@ -1,0 +1,119 @@
+"""The demo's measurement: each question answered from distilled caches and from text, by the same model."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kv_memory.config import DecodeSettings
+
+if TYPE_CHECKING:
+    from kv_memory.answers import Answer, ReadFrom
+    from kv_memory.memory import KVMemory
+
+__all__ = ["Comparison", "Medians", "compare", "medians"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One question, answered both ways from the same passages.
+
+    Attributes:
+        question: As asked.
+        document_id: Of the best passage; None where no passage shares a word with the question.
+        caches: The answer from distilled caches.
+        text: The answer with the passages' text in the prompt.
+    """
+
+    question: str
+    document_id: str | None
+    caches: Answer
+    text: Answer
+
+    @property
+    def ttft_ratio(self) -> float | None:
+        """How many times sooner the first token comes from caches; None where there was nothing to answer from."""
+        return self.text.ttft_s / self.caches.ttft_s if self.document_id is not None else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Medians:
+    """Over all questions that had a passage.
+
+    Attributes:
+        n_questions: How many.
+        n_same: To how many both ways gave the same answer, up to case and punctuation at the end.
+        caches_ttft_s: Median time to first token from caches.
+        text_ttft_s: Median time to first token from text.
+        ttft_ratio: The second by the first.
+        caches_total_s: Time for all answers from caches.
+        text_total_s: Time for all answers from text.
+    """
+
+    n_questions: int
+    n_same: int
+    caches_ttft_s: float
+    text_ttft_s: float
+    ttft_ratio: float
+    caches_total_s: float
+    text_total_s: float
+
+
+def compare(
+    memory: KVMemory,
+    questions: Sequence[str],
+    *,
+    top_k: int,
+    settings: DecodeSettings,
+    on_result: Callable[[Comparison], None],
+) -> list[Comparison]:
+    """Answer each question both ways, taking turns with who begins.
+
+    The first question is answered once more beforehand, both ways, and not counted: it would pay for what is set up on
+    first use. A cache's checksum is verified when it is first read, which is counted.
+    """
+    both: tuple[ReadFrom, ReadFrom] = ("caches", "text")
+
+    def ask(question: str, read_from: ReadFrom) -> Answer:
+        return memory.ask(question, top_k=top_k, settings=settings, read_from=read_from)
+
+    for read_from in both:
+        ask(questions[0], read_from)
+    results = []
+    for index, question in enumerate(questions):
+        order = both if index % 2 == 0 else both[::-1]
+        answers = {read_from: ask(question, read_from) for read_from in order}
+        sources = answers["caches"].sources
+        result = Comparison(
+            question=question,
+            document_id=sources[0].document_id if sources else None,
+            caches=answers["caches"],
+            text=answers["text"],
+        )
+        on_result(result)
+        results.append(result)
+    return results
+
+
+def medians(results: Sequence[Comparison]) -> Medians | None:
+    """The medians; None where no question had a passage."""
+    counted = [result for result in results if result.document_id is not None]
+    if not counted:
+        return None
+    caches_ttft_s = statistics.median(result.caches.ttft_s for result in counted)
+    text_ttft_s = statistics.median(result.text.ttft_s for result in counted)
+    return Medians(
+        n_questions=len(counted),
+        n_same=sum(_bare(result.caches.text) == _bare(result.text.text) for result in counted),
+        caches_ttft_s=caches_ttft_s,
+        text_ttft_s=text_ttft_s,
+        ttft_ratio=text_ttft_s / caches_ttft_s,
+        caches_total_s=sum(result.caches.total_s for result in counted),
+        text_total_s=sum(result.text.total_s for result in counted),
+    )
+
+
+def _bare(text: str) -> str:
+    return text.strip().rstrip(".").casefold()

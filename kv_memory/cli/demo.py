@@ -1,0 +1,191 @@
+"""`kv-memory demo`: the whole way, with figures measured on this machine while you watch."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kv_memory.cli.chat import typed_lines
+from kv_memory.cli.compare import Comparison, Medians, compare, medians
+from kv_memory.cli.demo_text import Compressed, introduce, print_compressed, print_end, print_result
+from kv_memory.cli.opening import load_model, open_memory
+from kv_memory.cli.options import JsonOption, KeepRatioOption
+from kv_memory.cli.output import Output, plain, reporting
+from kv_memory.cli.packages import PACKAGES, package_documents
+from kv_memory.cli.progress import Tracker
+from kv_memory.config import DecodeSettings
+from kv_memory.embedded import EMBEDDED
+from kv_memory.errors import ConfigError, UnreadableDocumentError
+
+if TYPE_CHECKING:
+    from kv_memory.documents import Document
+    from kv_memory.memory import AddReport, KVMemory
+
+__all__ = ["QUESTIONS", "demo", "derived_questions"]
+
+# A package, and a question that its description answers: one for each, of those that the embedded model answered
+# rightly from the text. Whether it also does from the distilled cache did not decide.
+QUESTIONS = (
+    ("alembic", "What is alembic?"),
+    ("beautifulsoup4", "Which library makes it easy to scrape information from web pages?"),
+    ("bm25s", "Which library ranks documents based on a query?"),
+    ("diskcache", "Which web framework is diskcache compatible with?"),
+    ("numpy", "What is the fundamental package for scientific computing with Python?"),
+    ("platformdirs", "Which package determines platform-specific directories?"),
+    ("rich", "Who is the author of rich?"),
+    ("typer", "Which library is built on Python type hints?"),
+)
+_DERIVED = 6  # questions made from headings
+_HEADING = re.compile(r"^#{1,3} +(\S.*?)[ #]*$", re.MULTILINE)
+_SETTINGS = DecodeSettings(max_new_tokens=32)
+
+
+def demo(
+    docs: Annotated[
+        Path | None,
+        typer.Option("--docs", metavar="FOLDER", help="Your documents.  [default: descriptions of installed packages]"),
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", metavar="NAME", help="'embedded', a model folder, or a Hugging Face hub id.")
+    ] = EMBEDDED,
+    keep_ratio: KeepRatioOption = None,
+    questions: Annotated[
+        Path | None, typer.Option("--questions", metavar="FILE", help="Your questions, one a line.")
+    ] = None,
+    top_k: Annotated[int, typer.Option("--top-k", metavar="N", help="Passages to answer from, at most.")] = 1,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="Ask at most so many questions.")] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option("--keep", metavar="FOLDER", help="Keep the store here.  [default: a temporary folder]"),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Try it: answers from distilled caches and from text, side by side.
+
+    Documents are compressed, then each question is answered both ways by the same model, over the same passages.
+
+    By default it reads the first paragraphs about some Python packages installed here, in a minute or two. Nothing is
+    prepared: every answer and figure is made while you watch.
+    """
+    with reporting(as_json=as_json) as out, ExitStack() as stack:
+        if limit is not None and limit < 1:
+            raise ConfigError(f"--limit must be at least 1, got {limit}", where="--limit")
+        wanted = _lines(questions) if questions is not None else None
+        documents = _read(docs)
+        if keep is None:
+            out.stopped = "The temporary store is deleted."
+            keep_in = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kv-memory-demo-")))
+        else:
+            out.stopped = f"What was compressed is in {keep}; the same command goes on."
+            keep_in = keep
+        introduce(out, documents, model, from_packages=docs is None)
+        memory = stack.enter_context(open_memory(out, keep_in, "demo", create=True, model=model, keep_ratio=keep_ratio))
+        load_model(out, memory)
+        with Tracker(out) as tracker:
+            report = memory.add(documents, on_progress=tracker)
+        compressed = _measure(memory, report)
+        if not as_json:
+            print_compressed(out, compressed, memory)
+        asked = _choose(out, wanted, documents, from_packages=docs is None)[:limit]
+        if not asked:
+            raise ConfigError("there are no questions to ask", where="--questions", next_step="Pass a file with some.")
+        results = compare(
+            memory, asked, top_k=top_k, settings=_SETTINGS, on_result=lambda result: print_result(out, result)
+        )
+        overall = medians(results)
+        if as_json:
+            out.json(_summary(memory, documents, compressed, results, overall))
+        else:
+            print_end(out, overall, model=model, keep=keep)
+
+
+def _read(docs: Path | None) -> list[Document]:
+    from kv_memory.documents import read_documents
+
+    documents = list(read_documents(docs).documents) if docs is not None else package_documents(PACKAGES)
+    if not documents:
+        raise UnreadableDocumentError(
+            "none of the packages that the demo reads about is installed here", next_step="Pass --docs FOLDER."
+        )
+    return documents
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnreadableDocumentError(
+            f"the questions cannot be read: {error}", where=str(path), next_step="Pass a text file, a question a line."
+        ) from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _choose(out: Output, wanted: list[str] | None, documents: Sequence[Document], *, from_packages: bool) -> list[str]:
+    """The user's questions, the preset ones, typed ones, or such as can be made from headings."""
+    if wanted is not None:
+        return wanted
+    if from_packages:
+        there = {document.id.lower() for document in documents}
+        return [question for package, question in QUESTIONS if package in there]
+    if sys.stdin.isatty() and not out.as_json:
+        out.note("Your questions, one a line; Ctrl-D ends.")
+        typed = list(typed_lines(out))
+        if typed:
+            return typed
+    out.note(
+        "No questions were given, so they are made from headings and names. Yours will fit better: --questions FILE"
+    )
+    return derived_questions(documents)
+
+
+def derived_questions(documents: Iterable[Document]) -> list[str]:
+    """What can be asked of unknown documents: what they say about their headings, or about what they are named for."""
+    topics: list[str] = []
+    for document in documents:
+        headings = _HEADING.findall(document.text)
+        topics += headings[:2] or [Path(document.id).stem.replace("_", " ").replace("-", " ")]
+    return [f"What does it say about {topic}?" for topic in dict.fromkeys(topics)][:_DERIVED]
+
+
+def _measure(memory: KVMemory, report: AddReport) -> Compressed:
+    # From the store, not from the report: with --keep, a second run compresses nothing.
+    stored, caches = memory.stats(), memory.store.caches()
+    ours = (memory.compressor.fingerprint().digest, memory.settings.keep_ratio)
+    caches = [cache for cache in caches if (cache.fingerprint, cache.keep_ratio) == ours]
+    n_tokens = sum(cache.n_tokens for cache in caches)
+    full, small = n_tokens * memory.backbone.kv_bytes_per_token, sum(cache.size_bytes for cache in caches)
+    return Compressed(
+        n_documents=stored.n_documents,
+        n_passages=stored.n_passages,
+        n_tokens=n_tokens,
+        full_kv_bytes=full,
+        cache_bytes=small,
+        factor=full / small,
+        elapsed_s=report.elapsed_s if report.n_tokens else 0.0,
+        tokens_per_s=report.n_tokens / report.elapsed_s if report.n_tokens else None,
+    )
+
+
+def _summary(
+    memory: KVMemory,
+    documents: Sequence[Document],
+    compressed: Compressed,
+    results: Sequence[Comparison],
+    overall: Medians | None,
+) -> dict[str, Any]:
+    return {
+        "settings": memory.settings,
+        "dtype": str(memory.backbone.dtype).removeprefix("torch."),
+        "device": str(memory.backbone.device),
+        "documents": [document.id for document in documents],
+        "compressed": compressed,
+        "questions": [{**plain(result), "ttft_ratio": result.ttft_ratio} for result in results],
+        "medians": overall,
+    }

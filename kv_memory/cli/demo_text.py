@@ -1,0 +1,119 @@
+"""What the demo shows on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kv_memory.cli.compare import Comparison, Medians
+from kv_memory.cli.output import Output, factor_text, size_text
+from kv_memory.embedded import EMBEDDED
+
+if TYPE_CHECKING:
+    from kv_memory.documents import Document
+    from kv_memory.memory import KVMemory
+
+__all__ = ["Compressed", "introduce", "print_compressed", "print_end", "print_result"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressed:
+    """What the demo's store holds.
+
+    Attributes:
+        n_documents: In the store.
+        n_passages: Theirs.
+        n_tokens: Of the caches, wrappers included.
+        full_kv_bytes: What their full caches would take.
+        cache_bytes: What the distilled caches take.
+        factor: The first by the second.
+        elapsed_s: Of compressing; 0 where all of it was stored already.
+        tokens_per_s: Compressed now; None where nothing was.
+    """
+
+    n_documents: int
+    n_passages: int
+    n_tokens: int
+    full_kv_bytes: int
+    cache_bytes: int
+    factor: float
+    elapsed_s: float
+    tokens_per_s: float | None
+
+
+def introduce(out: Output, documents: Sequence[Document], model: str, *, from_packages: bool) -> None:
+    """Say which model reads what."""
+    if out.as_json:
+        return
+    if model == EMBEDDED:
+        out.line(
+            "The model is SmolLM2-135M: small enough to try things with here, and wrong often enough.", style="bold"
+        )
+    if from_packages:
+        out.line(
+            f"It reads what {len(documents)} installed Python packages say about themselves (the first paragraphs, as "
+            f"prose): {', '.join(document.id for document in documents)}."
+        )
+
+
+def print_compressed(out: Output, compressed: Compressed, memory: KVMemory) -> None:
+    """Print what compressing took and gave."""
+    speed = "compressed in an earlier run"
+    if compressed.tokens_per_s is not None:
+        speed = f"{compressed.elapsed_s:.0f} s, {compressed.tokens_per_s:,.0f} tokens/s"
+    rows = [
+        (
+            "Documents",
+            f"{compressed.n_documents:,} in {compressed.n_passages:,} passages, {compressed.n_tokens:,} tokens",
+        ),
+        ("Compressed in" if compressed.elapsed_s else "Compressed", speed),
+        ("Full KV", size_text(compressed.full_kv_bytes)),
+        (
+            "Distilled",
+            f"{size_text(compressed.cache_bytes)}, {factor_text(compressed.full_kv_bytes, compressed.cache_bytes)} "
+            f"(keep ratio {memory.settings.keep_ratio:g}, no training)",
+        ),
+    ]
+    out.line()
+    out.table(("", ""), rows)
+    out.line()
+    out.line("Each question is answered twice by the same model, over the same passage: from its distilled cache,")
+    out.line("and with its text in the prompt. In brackets: time to first token.")
+
+
+def print_result(out: Output, result: Comparison) -> None:
+    """Print both answers to a question."""
+    if out.as_json:
+        return
+    out.line()
+    out.line(result.question, style="bold")
+    if result.document_id is None:
+        out.line("  no passage shares a word with it")
+        return
+    out.line(f"  caches  {result.caches.text or '(nothing)'}  [{result.caches.ttft_s:.3f} s]")
+    out.line(f"  text    {result.text.text or '(nothing)'}  [{result.text.ttft_s:.3f} s]")
+    out.line(f"  {result.ttft_ratio:.1f}x sooner from the cache; passage of {result.document_id}", style="dim")
+
+
+def print_end(out: Output, overall: Medians | None, *, model: str, keep: Path | None) -> None:
+    """Print the medians, and what to run next."""
+    out.line()
+    if overall is not None:
+        rows = [
+            ("", "Distilled caches", "Text"),
+            ("Median time to first token", f"{overall.caches_ttft_s:.3f} s", f"{overall.text_ttft_s:.3f} s"),
+            ("All answers", f"{overall.caches_total_s:.1f} s", f"{overall.text_total_s:.1f} s"),
+        ]
+        out.table(("", "", ""), rows)
+        out.line(
+            f"First token {overall.ttft_ratio:.1f}x sooner; the same answer both ways to {overall.n_same} of "
+            f"{overall.n_questions} questions."
+        )
+        out.line()
+    if keep is not None:
+        out.line(f'The store is kept. Ask it more: kv-memory ask --store {keep} --collection demo "QUESTION"')
+    if model == EMBEDDED:
+        out.line("The same on a model and documents of your own:")
+        out.line("  kv-memory demo --model Qwen/Qwen2.5-1.5B-Instruct --docs DIR")

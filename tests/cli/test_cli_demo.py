@@ -1,0 +1,125 @@
+"""The demo, on documents of one's own with a tiny model, and once as it is with the embedded one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kv_memory.cli.compare import Comparison, medians
+from kv_memory.embedded import embedded_folder, find_embedded
+from kv_memory.memory import Answer
+from tests.cli.ran import Ran
+
+
+@pytest.fixture
+def docs(tmp_path: Path) -> Path:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "ferry.md").write_text("# The ferry\n\nThe ferry to Skarholm leaves at 7.40 from pier 4.")
+    (folder / "light.md").write_text("# The lighthouse\n\nThe lighthouse of Orvik burned whale oil until 1921.")
+    return folder
+
+
+def test_own_documents_and_questions(kv: Callable[..., Ran], tiny: Path, docs: Path, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.txt"
+    questions.write_text("When does the ferry leave?\n\nWhat did the lighthouse burn?\nxyzzy\n")
+    run = [
+        "demo",
+        "--docs",
+        docs,
+        "--model",
+        tiny,
+        "--questions",
+        questions,
+        "--keep",
+        tmp_path / "kept",
+        "--keep-ratio",
+        0.5,
+    ]
+    summary = kv(*run, "--json").json
+    compressed = summary["compressed"]
+    assert compressed["n_documents"] == 2 and compressed["tokens_per_s"] > 0
+    assert compressed["factor"] == pytest.approx(compressed["full_kv_bytes"] / compressed["cache_bytes"])
+    assert 1.5 < compressed["factor"] < 2.2  # positions cost a little
+    ferry, light, nothing = summary["questions"]
+    assert [Path(q["document_id"]).name for q in (ferry, light)] == ["ferry.md", "light.md"]
+    assert nothing["document_id"] is None and nothing["ttft_ratio"] is None
+    for question in (ferry, light):
+        caches, text = question["caches"], question["text"]
+        assert (caches["read_from"], text["read_from"]) == ("caches", "text")
+        assert caches["sources"] == text["sources"] and len(caches["sources"]) == 1
+        assert question["ttft_ratio"] == pytest.approx(text["ttft_s"] / caches["ttft_s"])
+    assert summary["medians"]["n_questions"] == 2
+    # The kept store is used again, and an answer is what `ask` gives.
+    again = kv(*run, "--json").json["compressed"]
+    assert again["tokens_per_s"] is None and again["cache_bytes"] == compressed["cache_bytes"]
+    ask = ["ask", ferry["question"], "--store", tmp_path / "kept", "--collection", "demo", "--max-new-tokens", 32]
+    assert kv(*ask, "--top-k", 1, "--json").json["text"] == ferry["caches"]["text"]
+
+
+def test_for_people(kv: Callable[..., Ran], tiny: Path, docs: Path, tmp_path: Path) -> None:
+    done = kv("demo", "--docs", docs, "--model", tiny)
+    assert done.code == 0
+    assert "made from headings" in done.err
+    assert "What does it say about The ferry?" in done.out and "What does it say about The lighthouse?" in done.out
+    assert "Full KV" in done.out and "tokens/s" in done.out and "Median time to first token" in done.out
+    assert "of 2 questions" in done.out
+    assert "135M" not in done.out  # said of the embedded model only
+    assert [path.name for path in tmp_path.iterdir()] == ["docs"]  # the store was temporary
+
+
+def test_unreadable_questions(kv: Callable[..., Ran]) -> None:
+    done = kv("demo", "--questions", "nothing.txt", "--json")
+    assert done.code == 1 and done.json["error"]["error"] == "UnreadableDocumentError"
+
+
+def _answer(text: str, ttft_s: float) -> Answer:
+    return Answer(
+        question="?",
+        text=text,
+        sources=(),
+        finish_reason="stop",
+        n_prompt_tokens=1,
+        n_cached_tokens=1,
+        ttft_s=ttft_s,
+        total_s=2 * ttft_s,
+        read_from="caches",
+    )
+
+
+def test_medians() -> None:
+    pairs = [("NumPy", "numpy.", 1.0, 4.0), ("a", "b", 2.0, 6.0), ("c", "c", 9.0, 5.0)]
+    results = [
+        Comparison(question="?", document_id="d", caches=_answer(a, s), text=_answer(b, t)) for a, b, s, t in pairs
+    ]
+    results.append(Comparison(question="?", document_id=None, caches=_answer("", 0), text=_answer("", 0)))
+    overall = medians(results)
+    assert overall is not None
+    assert (overall.n_questions, overall.n_same) == (3, 2)
+    assert (overall.caches_ttft_s, overall.text_ttft_s, overall.ttft_ratio) == (2.0, 5.0, 2.5)
+    assert (overall.caches_total_s, overall.text_total_s) == (24.0, 30.0)
+    assert medians(results[3:]) is None
+
+
+@pytest.mark.slow
+def test_the_demo_as_it_is(process: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    if find_embedded() is None and not embedded_folder().is_dir():
+        pytest.skip("the embedded model's weights are not installed")
+    with process("demo", "--limit", 2, "--json", cwd=tmp_path) as ran:
+        out, err = ran.communicate(timeout=300)
+    assert ran.returncode == 0, err
+    summary = json.loads(out)
+    assert summary["settings"]["model"] == "embedded"
+    assert summary["compressed"]["n_documents"] == len(summary["documents"]) >= 12
+    assert 2000 < summary["compressed"]["n_tokens"] < 6000
+    assert 1.9 < summary["compressed"]["factor"] < 2.1
+    first, second = summary["questions"]
+    assert (first["document_id"], second["document_id"]) == ("alembic", "beautifulsoup4")
+    assert "SQLAlchemy" in first["text"]["text"] or "migration" in first["text"]["text"]
+    assert "Beautiful Soup" in second["text"]["text"]
+    assert summary["medians"]["ttft_ratio"] > 1  # a passage of 200 tokens costs more to prefill than to read
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,131 @@
+"""`kv-memory` as a process: what it loads, its exit codes, its two streams, and Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+
+from kv_memory.cli import app
+from kv_memory.cli.app import COMMANDS
+from tests.cli.ran import Ran
+
+Start = Callable[..., "subprocess.Popen[str]"]
+NAMES = [name for name, _, _ in COMMANDS]
+
+
+def test_every_command_is_there() -> None:
+    assert sorted(NAMES) == sorted(
+        ["add", "ask", "chat", "list", "show", "remove", "check", "gc", "stats", "models", "demo"]
+    )
+    assert [command.name for command in app.registered_commands] == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_shows_examples_that_are_valid_usage(kv: Callable[..., Ran], name: str) -> None:
+    done = kv(name, "--help")
+    assert done.code == 0
+    _, found, examples = done.out.partition("Examples:\n")
+    lines = [line.strip() for line in examples.strip().splitlines()]
+    assert found and 1 <= len(lines) <= 3
+    assert all(f"kv-memory {name}" in line for line in lines)
+    assert "--json" in done.out
+
+
+@pytest.mark.parametrize(("name", "lines"), [(name, lines) for name, _, lines in COMMANDS])
+def test_examples_parse(name: str, lines: tuple[str, ...]) -> None:
+    """The options of each example exist: parsed by the command itself, and not run."""
+    group = typer.main.get_command(app)
+    for line in lines:
+        words = shlex.split(line.split("| ")[-1].split(" < ")[0])
+        words = [word for word in words if not word.startswith("KV_MEMORY_STORE=")]
+        assert words[:2] == ["kv-memory", name]
+        command = group.commands[name]  # type: ignore[attr-defined]
+        assert command.make_context(name, words[2:]).params
+
+
+def test_no_help_loads_a_model_library() -> None:
+    script = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from kv_memory.cli import app\n"
+        f"for name in {NAMES!r}:\n"
+        "    assert CliRunner().invoke(app, [name, '--help']).exit_code == 0\n"
+        "print(*({'torch', 'transformers', 'peft', 'sqlalchemy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (["--version"], 0, ""),
+        ([], 2, ""),
+        (["fly"], 2, "No such command 'fly'"),
+        (["ask"], 2, "Missing argument"),
+        (["add", "x", "--wings"], 2, "No such option"),
+        (["add", "nothing.md"], 1, "Error: no such file or folder\nWhere: nothing.md\nNext step: "),
+        (["add", "-", "--keep-ratio", "3"], 2, "Error: keep_ratio must lie in (0, 1], got 3.0\n"),
+    ],
+)
+def test_exit_codes(process: Start, tmp_path: Path, args: list[str], code: int, said: str) -> None:
+    with process(*args, cwd=tmp_path) as ran:
+        out, err = ran.communicate(timeout=60)
+    assert ran.returncode == code, err
+    assert said in err and "Traceback" not in err
+    assert (out == "") is (code != 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_on_a_terminal_the_error_is_red_and_debugging_shows_where_it_comes_from(process: Start, tmp_path: Path) -> None:
+    with process("add", "nothing.md", cwd=tmp_path, FORCE_COLOR="1", TERM="xterm", KV_MEMORY_DEBUG="1") as ran:
+        _, err = ran.communicate(timeout=60)
+    assert ran.returncode == 1
+    assert "\x1b[1;31mError: \x1b[0m" in err
+    assert "Traceback" in err and "UnreadableDocumentError" in err
+
+
+def test_libraries_are_not_heard(process: Start, tmp_path: Path, store: Path) -> None:
+    with process("ask", "When does the ferry leave?", "--json", cwd=tmp_path) as ran:
+        out, err = ran.communicate(timeout=60)
+    assert json.loads(out)["sources"]
+    assert err == ""
+
+
+def test_a_closed_pipe_ends_it_quietly(process: Start, tmp_path: Path, store: Path) -> None:
+    with process("list", cwd=tmp_path) as ran:
+        assert ran.stdout and ran.stderr
+        ran.stdout.close()
+        assert ran.stderr.read() == ""
+    assert ran.returncode == 1
+
+
+def test_ctrl_c_during_add_keeps_what_is_stored_and_the_next_run_goes_on(
+    process: Start, kv: Callable[..., Ran], tmp_path: Path, quick: list[str]
+) -> None:
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for number in range(80):
+        (notes / f"{number:03}.txt").write_text(f"Pier {number} has a ferry. " * 12)
+    with process("add", "notes", *quick, cwd=tmp_path) as ran:
+        assert ran.stderr
+        assert "tokens/s" in ran.stderr.readline()  # the first passage is compressed
+        time.sleep(0.4)
+        ran.send_signal(signal.SIGINT)
+        _, err = ran.communicate(timeout=60)
+    assert ran.returncode == 130, err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("Stopped. ") and last.endswith("stored; run the same command to go on.")
+    n_stored = int(last.split()[1])
+    assert n_stored < 80
+    report = kv("add", "notes", *quick, "--json").json
+    assert len(report["unchanged"]) == n_stored and len(report["added"]) == 80 - n_stored

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from kv_memory.cache import DistilledCache
+from kv_memory.compress import Adapter, Compressor, Reconstruction
+from kv_memory.config import n_kept_for
+from kv_memory.errors import ConfigError, EmptyDocumentError
+from tests.conftest import make_backbone
+from tests.reference import assert_close, letters, recorded_inputs, shared_backbone
+
+TRAINING_FREE = ["sink_recent", "attention", "reconstruction"]
+METHODS = [*TRAINING_FREE, "adapter", "adapter_per_head"]
+NAMES = ["llama", "mistral", "qwen2_window", "qwen3", "gemma2", "gemma3", "phi3_window", "phi3_longrope"]
+TEXT = letters(60)
+
+
+@cache
+def compressor_for(name: str, method: str, **options: Any) -> Compressor:
+    if method in {"sink_recent", "attention"}:
+        return Compressor(shared_backbone(name), selector=method, **options)  # type: ignore[arg-type]
+    if method == "reconstruction":
+        return Compressor(shared_backbone(name), selector=Reconstruction(part_tokens=32), **options)
+    backbone = make_backbone(name)
+    adapter = Adapter.create(backbone, rank=4, per_head=method == "adapter_per_head", zero_init=False)
+    return Compressor(backbone, adapter=adapter, **options)
+
+
+def at(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    rows = positions.long().expand(*tensor.shape[:2], -1)[..., None].expand(-1, -1, -1, tensor.shape[-1])
+    return tensor.gather(2, rows)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NAMES)
+class TestEveryMethod:
+    """What holds whoever chooses."""
+
+    @pytest.mark.parametrize("keep_ratio", [0.01, 0.25, 0.9])
+    def test_shapes_and_positions(self, name: str, method: str, keep_ratio: float) -> None:
+        compressor = compressor_for(name, method)
+        made = compressor.compress(TEXT, keep_ratio=keep_ratio)
+        n_tokens = len(TEXT) + 6  # the wrapper of the document
+        n_kept = n_kept_for(n_tokens, keep_ratio)
+        backbone = compressor.backbone
+        assert made.keys.shape == made.values.shape == (4, 2, n_kept, backbone.head_dim)
+        assert (made.n_tokens, made.n_kept, made.keep_ratio) == (n_tokens, n_kept, keep_ratio)
+        assert made.per_head == (method not in {"sink_recent", "adapter"})
+        assert made.fingerprint == compressor.fingerprint()
+        rows = made.positions.long().reshape(-1, n_kept)
+        assert (rows.diff() > 0).all() and rows.min() >= 0 and rows.max() < n_tokens
+        # Where every layer looks back 24 tokens only, the request hardly sees the document.
+        blind = method == "reconstruction" and name in {"mistral", "phi3_window"}
+        if made.per_head and n_kept > 1 and not blind:
+            assert len({tuple(row) for row in rows.tolist()}) > 1, "every head chose the same"
+        assert made.keys.isfinite().all() and made.values.isfinite().all()
+
+    def test_the_same_input_gives_the_same_bytes(self, name: str, method: str) -> None:
+        compressor = compressor_for(name, method)
+        first, other = (compressor.compress(text, keep_ratio=0.3).to_bytes() for text in (TEXT, letters(60, seed=1)))
+        assert compressor.compress(TEXT, keep_ratio=0.3).to_bytes() == first != other
+
+    def test_keeping_everything_is_the_plain_cache(self, name: str, method: str) -> None:
+        made = compressor_for(name, method).compress(TEXT, keep_ratio=1.0)
+        plain = compressor_for(name, "sink_recent").compress(TEXT, keep_ratio=1.0)
+        assert torch.equal(made.keys, plain.keys) and torch.equal(made.values, plain.values)
+        assert made.positions.tolist() == list(range(66))
+
+    def test_kept_keys_and_values(self, name: str, method: str) -> None:
+        made = compressor_for(name, method).compress(TEXT, keep_ratio=0.3)
+        plain = compressor_for(name, method).compress(TEXT, keep_ratio=1.0)
+        for kept, whole in ((made.keys, plain.keys), (made.values, plain.values)):
+            expected = at(whole, made.positions)
+            if method in TRAINING_FREE:
+                assert_close(kept, expected)
+            else:  # layer 0 makes its keys and values before the first routed projection
+                assert_close(kept[0], expected[0])
+                assert (kept[1:] - expected[1:]).abs().amax((1, 2, 3)).min() > 0.01
+
+    def test_windows_are_compressed_apart_and_joined(self, name: str, method: str) -> None:
+        ids = shared_backbone(name).encode(letters(100, seed=2))
+        joined = compressor_for(name, method, window_tokens=40).compress_ids(ids, keep_ratio=0.25)
+        edges = [0, 33, 67, 100]  # the fewest windows that fit, of nearly equal length
+        parts = [compressor_for(name, method).compress_ids(ids[a:b], keep_ratio=0.25) for a, b in pairwise(edges)]
+        assert [part.n_kept for part in parts] == [8, 9, 8]
+        assert (joined.n_tokens, joined.n_kept) == (100, 25)
+        assert torch.equal(joined.keys, torch.cat([part.keys for part in parts], 2))
+        assert torch.equal(joined.values, torch.cat([part.values for part in parts], 2))
+        shifted = [part.positions + start for part, start in zip(parts, edges, strict=False)]
+        assert torch.equal(joined.positions, torch.cat(shifted, -1))
+
+    def test_spans_are_kept_whole(self, name: str, method: str) -> None:
+        made = compressor_for(name, method).compress(TEXT, keep_ratio=0.2, keep_spans=[(10, 20), (15, 25), (59, 60)])
+        wanted = [5 + i for i in [*range(10, 25), 59]]
+        assert made.n_kept == 16 + n_kept_for(66 - 16, 0.2)
+        for row in made.positions.reshape(-1, made.n_kept).tolist():
+            assert set(wanted) <= set(row)
+
+
+# -- windows -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_document_longer_than_the_context_window(backbone: Any) -> None:
+    compressor = Compressor(backbone, selector="attention")
+    assert compressor.window_tokens == 512 - 11
+    backbone.prefix  # noqa: B018 (is read on first use)
+    with recorded_inputs(backbone) as inputs:
+        made = compressor.compress(letters(1200), keep_ratio=0.1)
+    assert [ids.shape[1] for ids in inputs] == [402, 402, 402]
+    assert made.n_tokens == 1206 and made.n_kept == 3 * 40
+    for row in made.positions.reshape(-1, 120).tolist():
+        assert [sum(a <= p < a + 402 for p in row) for a in (0, 402, 804)] == [40, 40, 40]
+
+
+def test_room_for_the_request_is_taken_off_the_window(backbone: Any) -> None:
+    assert Compressor(backbone, selector=Reconstruction(part_tokens=64)).window_tokens == 512 - 11 - 128
+    with pytest.raises(ConfigError, match="reconstruction:1024") as caught:
+        Compressor(backbone)
+    assert caught.value.where == "selector"
+    assert caught.value.next_step is not None and "part_tokens" in caught.value.next_step
+    # With an adapter nobody asks.
+    mine = make_backbone()
+    assert Compressor(mine, adapter=Adapter.create(mine, rank=2)).window_tokens == 501
+
+
+@pytest.mark.parametrize("window_tokens", [0, -1, 502])
+def test_windows_out_of_range(backbone: Any, window_tokens: int) -> None:
+    with pytest.raises(ConfigError, match="1 to 501"):
+        Compressor(backbone, selector="attention", window_tokens=window_tokens)
+
+
+def test_an_adapter_of_another_backbone_is_refused(backbone: Any) -> None:
+    with pytest.raises(ConfigError, match="another backbone"):
+        Compressor(backbone, adapter=Adapter.create(make_backbone(), rank=2))
+
+
+# -- spans -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_span_of_characters_keeps_the_tokens_it_touches(backbone: Any) -> None:
+    text = "abcdé" + letters(30)  # é is two tokens
+    made = Compressor(backbone, selector="sink_recent").compress(text, keep_ratio=0.01, keep_spans=[(3, 5)])
+    assert made.positions.tolist() == [0, 8, 9, 10]  # the sink, d, and both tokens of é behind the wrapper's five
+    expected = Compressor(backbone, selector="sink_recent").compress(text, keep_ratio=1.0)
+    assert_close(made.keys, at(expected.keys, made.positions))
+
+
+def test_spans_of_tokens(backbone: Any) -> None:
+    compressor, ids = Compressor(backbone, selector="sink_recent"), list(range(60, 100))
+    made = compressor.compress_ids(ids, keep_ratio=0.01, keep_spans=[(20, 22), (21, 24)])
+    assert made.positions.tolist() == [0, 20, 21, 22, 23]
+
+
+def test_a_span_over_several_windows(backbone: Any) -> None:
+    compressor = Compressor(backbone, selector="attention", window_tokens=20)
+    made = compressor.compress_ids(list(range(60, 120)), keep_ratio=0.1, keep_spans=[(15, 41)])
+    # Windows of 20: 5 forced and 2 of 15, all 20, 1 forced and 2 of 19.
+    assert made.n_kept == 7 + 20 + 3
+    for row in made.positions.reshape(-1, 30).tolist():
+        assert set(range(15, 41)) <= set(row)
+
+
+@pytest.mark.parametrize("spans", [[(0, 66)], [(0, 30), (30, 66)], [(0, 40), (20, 66)]])
+def test_keeping_the_whole_document_is_the_plain_cache(backbone: Any, spans: list[tuple[int, int]]) -> None:
+    compressor = Compressor(backbone, selector="attention")
+    ids = backbone.encode_document(TEXT)
+    made = compressor.compress_ids(ids, keep_ratio=0.1, keep_spans=spans)
+    plain = compressor.compress_ids(ids, keep_ratio=1.0)
+    assert torch.equal(made.keys, plain.keys) and torch.equal(made.values, plain.values)
+
+
+@pytest.mark.parametrize("span", [(5, 5), (6, 5), (-1, 4), (0, 61), (60, 70)])
+def test_spans_that_are_none(backbone: Any, span: tuple[int, int]) -> None:
+    with pytest.raises(ConfigError, match="does not lie within the document's 60 characters") as caught:
+        Compressor(backbone, selector="attention").compress(TEXT, keep_ratio=0.5, keep_spans=[span])
+    assert caught.value.where == "keep_spans"
+    with pytest.raises(ConfigError, match="does not lie within 60 tokens"):
+        Compressor(backbone, selector="attention").compress_ids([70] * 60, keep_ratio=0.5, keep_spans=[span])
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", " \n\t "])
+def test_an_empty_document(backbone: Any, text: str) -> None:
+    with pytest.raises(EmptyDocumentError):
+        Compressor(backbone, selector="attention").compress(text, keep_ratio=0.5)
+    with pytest.raises(EmptyDocumentError):
+        Compressor(backbone, selector="attention").compress_ids([], keep_ratio=0.5)
+
+
+@pytest.mark.parametrize("keep_ratio", [0, -1, 1.5, float("nan"), "x", True, None])
+def test_keep_ratio_out_of_range(backbone: Any, keep_ratio: Any) -> None:
+    with pytest.raises(ConfigError, match="keep_ratio must lie in") as caught:
+        Compressor(backbone, selector="attention").compress(TEXT, keep_ratio=keep_ratio)
+    assert caught.value.where == "keep_ratio"
+
+
+def test_one_token_is_enough(backbone: Any) -> None:
+    made = Compressor(backbone, selector="attention").compress_ids([70], keep_ratio=0.1)
+    assert isinstance(made, DistilledCache) and made.n_kept == made.n_tokens == 1

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kv_memory.attention import ForwardContext
+from kv_memory.compress import ObservedAttention, Reconstruction, Selector, SinkRecent, selectors
+from kv_memory.compress.selectors import make_selector, select
+from kv_memory.config import n_kept_for
+from kv_memory.errors import ConfigError
+from tests.conftest import ARCHITECTURES
+from tests.reference import letters, plain_model, shared_backbone
+
+EVERY = pytest.mark.parametrize("name", list(ARCHITECTURES))
+N = 50
+
+
+def scores_of(backbone: Any, selector: Selector, ids: list[int]) -> torch.Tensor:
+    """As the compressor asks for them."""
+    tokens, n_prefix = torch.tensor([ids]), len(backbone.prefix_ids)
+    with torch.no_grad():
+        cache = backbone.prefixed_cache(len(ids), room=selector.extra_tokens)
+        watched = selector.watch(backbone, n_prefix=n_prefix, n_tokens=len(ids))
+        backbone.read(tokens, cache, context=ForwardContext(observer=watched))
+        before = [cache.layer(i)[0].clone() for i in range(backbone.num_layers)]
+        scores = selector.score(backbone, tokens, cache, watched)
+    for index, keys in enumerate(before):  # "left as it was found"
+        assert torch.equal(cache.layer(index)[0], keys)
+    return scores
+
+
+@torch.no_grad()
+def attentions(name: str, ids: list[int]) -> torch.Tensor:
+    """What Transformers' eager attention gives, by KV head: `(layers, kv_heads, group, queries, keys)`."""
+    model = plain_model(name)
+    given = model(torch.tensor([ids]), output_attentions=True, use_cache=False).attentions
+    return torch.stack([weights[0].unflatten(0, (2, -1)) for weights in given])
+
+
+@pytest.mark.parametrize("at_once", [7, 256])
+@EVERY
+def test_observed_attention_by_brute_force(name: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selectors, "OBSERVED_QUERIES", at_once)
+    backbone = shared_backbone(name)
+    ids, n_prefix = backbone.encode(letters(N)), len(backbone.prefix_ids)
+    weights = attentions(name, [*backbone.prefix_ids, *ids])[..., n_prefix:, n_prefix:]
+    expected = torch.zeros(weights.shape[0], 2, N)
+    for layer in range(weights.shape[0]):
+        for token in range(N):
+            # Softmax gives exactly 0 to what a query may not see: the future, and what lies behind the window.
+            seen = [q for q in range(token, N) if weights[layer, :, :, q, token].any()]
+            assert len(seen) in {N - token, min(24, N - token)}
+            expected[layer, :, token] = weights[layer, :, :, seen, token].mean((1, 2))
+    torch.testing.assert_close(scores_of(backbone, ObservedAttention(), ids), expected, rtol=1e-3, atol=1e-5)
+
+
+@EVERY
+def test_reconstruction_by_brute_force(name: str) -> None:
+    backbone = shared_backbone(name)
+    ids, n_prefix = backbone.encode(letters(N)), len(backbone.prefix_ids)
+    expected = torch.zeros(4, 2, N)
+    longest = 0
+    for start in range(0, N, 20):
+        request = "\n\nRepeat the previous text exactly.\n"
+        if start:
+            request = "\n\nRepeat the previous text exactly, from here on: "
+        asking = backbone.encode(request)[:48] + ids[max(0, start - 8) : start] + ids[start : start + 20]
+        longest = max(longest, len(asking))
+        weights = attentions(name, [*backbone.prefix_ids, *ids, *asking])
+        part = weights[..., n_prefix + N :, n_prefix : n_prefix + N].amax((2, 3))
+        expected = torch.maximum(expected, part)
+    selector = Reconstruction(part_tokens=20)
+    if "longrope" not in name:  # whose frequencies may differ between reading and asking
+        torch.testing.assert_close(scores_of(backbone, selector, ids), expected, rtol=1e-3, atol=1e-5)
+    assert longest <= selector.extra_tokens
+
+
+def test_sink_recent_keeps_both_ends(backbone: Any) -> None:
+    scores = scores_of(backbone, SinkRecent(n_sink=3), backbone.encode(letters(N)))
+    assert select(scores, 7).tolist() == [0, 1, 2, 46, 47, 48, 49]
+    assert select(scores, 2).tolist() == [0, 1]
+    assert select(scores_of(backbone, SinkRecent(), [70, 71]), 1).tolist() == [0]
+
+
+def test_select() -> None:
+    scores = torch.tensor([[1.0, 5.0, 5.0, 0.0, 5.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
+    assert select(scores, 2).tolist() == [[1, 2], [0, 1]]  # of equal scores the earlier
+    forced = torch.tensor([False, False, False, True, False])
+    assert select(scores, 2, forced=forced).tolist() == [[1, 3], [0, 3]]
+    assert select(scores[0], 5).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "keep_ratio", "n_kept"),
+    [
+        (100, 0.25, 25),
+        (10, 0.25, 3),
+        (9, 0.25, 2),
+        (1, 0.01, 1),
+        (100, 0.001, 1),
+        (7, 1.0, 7),
+        (3, 0.99, 3),
+        (2, 0.25, 1),
+    ],
+)
+def test_n_kept(n_tokens: int, keep_ratio: float, n_kept: int) -> None:
+    assert n_kept_for(n_tokens, keep_ratio) == n_kept
+
+
+def test_names_tell_settings_apart() -> None:
+    names = [
+        selector.name
+        for selector in (
+            *map(make_selector, ("sink_recent", "attention", "reconstruction")),
+            SinkRecent(n_sink=5),
+            Reconstruction(part_tokens=64),
+        )
+    ]
+    assert len(set(names)) == 5
+    with pytest.raises(ConfigError, match="snapkv") as caught:
+        make_selector("snapkv")  # type: ignore[arg-type]
+    assert caught.value.next_step is not None and "reconstruction" in caught.value.next_step

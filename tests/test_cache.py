@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kv_memory.cache import FORMAT_VERSION, DistilledCache, Fingerprint, dtype_from_name, dtype_name
+from kv_memory.errors import ConfigError, CorruptCacheError, FingerprintMismatchError
+
+FINGERPRINT = Fingerprint(
+    format_version=FORMAT_VERSION,
+    architecture="llama",
+    weights="a" * 64,
+    tokenizer="b" * 64,
+    prompt="c" * 64,
+    prefix="d" * 64,
+    method="attention|window:100",
+    adapter="",
+    eta=None,
+    rope="e" * 64,
+    dtype="float32",
+    num_layers=3,
+    num_kv_heads=2,
+    head_dim=8,
+)
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+def make_cache(*, n_tokens: int = 40, n_kept: int = 10, per_head: bool = True, **fields: Any) -> DistilledCache:
+    fingerprint = replace(FINGERPRINT, **fields)
+    generator = torch.Generator().manual_seed(0)
+    shape = (fingerprint.num_layers, fingerprint.num_kv_heads, n_kept)
+    keys, values = (
+        torch.randn(*shape, fingerprint.head_dim, generator=generator).to(dtype_from_name(fingerprint.dtype))
+        for _ in range(2)
+    )
+    rows = torch.rand(*(shape[:2] if per_head else ()), n_tokens, generator=generator).argsort(-1)
+    return DistilledCache(
+        keys=keys,
+        values=values,
+        positions=rows[..., :n_kept].sort(-1).values,
+        n_tokens=n_tokens,
+        keep_ratio=n_kept / n_tokens,
+        fingerprint=fingerprint,
+    )
+
+
+# -- writing and reading -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_written_is_read_bit_for_bit(tmp_path: Path, dtype: str, per_head: bool) -> None:
+    cache = make_cache(dtype=dtype, per_head=per_head)
+    cache.keys[0, 0, 0, :3] = torch.tensor([float("inf"), -0.0, 1e-7])
+    cache.save(tmp_path / "cache")
+    back = DistilledCache.load(tmp_path / "cache")
+    for name in ("keys", "values"):
+        ours, theirs = getattr(cache, name), getattr(back, name)
+        assert theirs.dtype == ours.dtype == dtype_from_name(dtype)
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+    assert torch.equal(back.positions.long(), cache.positions.long())
+    assert (back.n_tokens, back.keep_ratio, back.fingerprint) == (40, 0.25, cache.fingerprint)
+    assert back.per_head == per_head
+    assert back.to_bytes() == cache.to_bytes()
+
+
+def test_the_same_cache_gives_the_same_bytes_in_every_process() -> None:
+    code = (
+        "import hashlib, sys; sys.path.insert(0, sys.argv[1]); from tests.test_cache import make_cache;"
+        "print(hashlib.sha256(make_cache().to_bytes()).hexdigest())"
+    )
+    root = Path(__file__).parents[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(root)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in ("1", "2")
+    ]
+    here = hashlib.sha256(make_cache().to_bytes()).hexdigest()
+    assert [process.communicate()[0].strip() for process in processes] == [here, here]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_tensors_are_views_of_the_mapped_file(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    make_cache().save(path)
+    cache = DistilledCache.load(path)
+    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+    ranges = [tuple(int(end, 16) for end in fields[0].split("-")) for fields in mapped]
+    for tensor in (cache.keys, cache.values, cache.positions):
+        assert any(first <= tensor.data_ptr() < last for first, last in ranges)
+
+
+@pytest.mark.parametrize(("n_tokens", "dtype"), [(32_767, torch.int16), (32_768, torch.int32)])
+def test_positions_take_four_bytes_only_where_they_must(tmp_path: Path, n_tokens: int, dtype: torch.dtype) -> None:
+    cache = make_cache(n_tokens=n_tokens)
+    cache.positions[0, 0, -1] = n_tokens - 1
+    cache.save(tmp_path / "cache")
+    back = DistilledCache.load(tmp_path / "cache")
+    assert back.positions.dtype == dtype
+    assert torch.equal(back.positions.long(), cache.positions.long())
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_a_file_costs_little_more_than_its_keys_and_values(per_head: bool) -> None:
+    cache = make_cache(n_tokens=4096, n_kept=512, per_head=per_head, head_dim=64, dtype="bfloat16", num_layers=30)
+    assert cache.theory_bytes == 2 * 30 * 2 * 512 * 64 * 2
+    assert cache.theory_bytes < len(cache.to_bytes()) <= 1.02 * cache.theory_bytes
+
+
+def test_size_bytes_is_what_the_tensors_take(tmp_path: Path) -> None:
+    make_cache().save(tmp_path / "cache")
+    cache = DistilledCache.load(tmp_path / "cache")
+    tensors = load_file(tmp_path / "cache").values()
+    assert cache.size_bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def test_to_another_dtype() -> None:
+    cache = make_cache()
+    half = cache.to(torch.bfloat16)
+    assert half.fingerprint == replace(cache.fingerprint, dtype="bfloat16")
+    assert torch.equal(half.keys, cache.keys.bfloat16()) and torch.equal(half.values, cache.values.bfloat16())
+    assert cache.to(torch.float32) is cache
+
+
+# -- damage ------------------------------------------------------------------------------------------------------------
+
+
+def assert_corrupt(path: Path) -> None:
+    with pytest.raises(CorruptCacheError) as caught:
+        DistilledCache.load(path)
+    assert caught.value.where == str(path)
+    assert caught.value.next_step is not None and "kv-memory add --stale" in caught.value.next_step
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999])
+def test_a_truncated_file_is_corrupt(tmp_path: Path, share: float) -> None:
+    data = make_cache().to_bytes()
+    (tmp_path / "cache").write_bytes(data[: int(len(data) * share)])
+    assert_corrupt(tmp_path / "cache")
+
+
+def test_a_garbled_header_is_corrupt(tmp_path: Path) -> None:
+    data = bytearray(make_cache().to_bytes())
+    data[8:40] = b"\xff" * 32
+    (tmp_path / "cache").write_bytes(data)
+    assert_corrupt(tmp_path / "cache")
+
+
+HEADERS: dict[str, Any] = {
+    "none": None,
+    "not_json": "{",
+    "a_list": "[1]",
+    "no_fingerprint": {"n_tokens": 40, "keep_ratio": 0.25},
+    "fingerprint_is_a_list": {"n_tokens": 40, "keep_ratio": 0.25, "fingerprint": [1]},
+    "n_tokens_is_text": {"n_tokens": "40"},
+    "n_tokens_too_few": {"n_tokens": 5},
+    "keep_ratio_zero": {"keep_ratio": 0},
+    "other_shape": {"fingerprint": {"num_layers": 4}},
+    "other_dtype": {"fingerprint": {"dtype": "float16"}},
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_header_that_does_not_fit_the_tensors_is_corrupt(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "good").write_bytes(make_cache().to_bytes())
+    header = {"n_tokens": 40, "keep_ratio": 0.25, "fingerprint": json.loads(FINGERPRINT.to_json())}
+    change = HEADERS[kind]
+    if isinstance(change, dict) and kind != "no_fingerprint" and isinstance(change.get("fingerprint", {}), dict):
+        change = {**header, **change, "fingerprint": {**header["fingerprint"], **change.get("fingerprint", {})}}
+    text = change if isinstance(change, str) or change is None else json.dumps(change)
+    save_file(load_file(tmp_path / "good"), tmp_path / "cache", metadata=text and {"kv_memory": text})
+    if kind == "fingerprint_is_a_list":
+        with pytest.raises(CorruptCacheError):
+            DistilledCache.load(tmp_path / "cache")
+    else:
+        assert_corrupt(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("missing", ["keys", "values", "positions"])
+def test_a_file_without_one_of_the_tensors_is_corrupt(tmp_path: Path, missing: str) -> None:
+    header = {"n_tokens": 40, "keep_ratio": 0.25, "fingerprint": json.loads(FINGERPRINT.to_json())}
+    (tmp_path / "good").write_bytes(make_cache().to_bytes())
+    tensors = {name: tensor for name, tensor in load_file(tmp_path / "good").items() if name != missing}
+    save_file(tensors, tmp_path / "cache", metadata={"kv_memory": json.dumps(header)})
+    assert_corrupt(tmp_path / "cache")
+
+
+def test_a_missing_file_is_no_damage(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        DistilledCache.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("change", [{"format_version": FORMAT_VERSION + 1}, {"new_field": 1}])
+def test_another_version_of_the_format_is_a_mismatch(tmp_path: Path, change: dict[str, Any]) -> None:
+    (tmp_path / "good").write_bytes(make_cache().to_bytes())
+    fingerprint = {**json.loads(FINGERPRINT.to_json()), **change}
+    header = {"n_tokens": 40, "keep_ratio": 0.25, "fingerprint": fingerprint}
+    save_file(load_file(tmp_path / "good"), tmp_path / "cache", metadata={"kv_memory": json.dumps(header)})
+    with pytest.raises(FingerprintMismatchError, match="format version") as caught:
+        DistilledCache.load(tmp_path / "cache")
+    assert caught.value.next_step is not None and "again" in caught.value.next_step
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("where", "fields"),
+    [
+        ("keys", {"keys": torch.zeros(3, 2, 10)}),
+        ("keys", {"keys": torch.zeros(2, 3, 10, 8)}),
+        ("keys", {"keys": torch.zeros(3, 2, 10, 8, dtype=torch.float16)}),
+        ("values", {"values": torch.zeros(3, 2, 9, 8)}),
+        ("values", {"values": torch.zeros(3, 2, 10, 8, dtype=torch.float64)}),
+        ("positions", {"positions": torch.zeros(9, dtype=torch.int32)}),
+        ("positions", {"positions": torch.zeros(2, 3, 10, dtype=torch.int32)}),
+        ("positions", {"positions": torch.zeros(10)}),
+        (None, {"n_tokens": 9}),
+        (None, {"keep_ratio": 0.0}),
+        (None, {"keep_ratio": 1.5}),
+    ],
+)
+def test_tensors_of_a_wrong_shape_are_refused(where: str | None, fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        replace(make_cache(), **fields)
+    assert caught.value.where == where
+
+
+def test_dtype_names() -> None:
+    assert [dtype_name(dtype_from_name(name)) for name in DTYPES] == DTYPES
+    with pytest.raises(ConfigError, match="float8") as caught:
+        dtype_from_name("float8")
+    assert caught.value.next_step is not None and "bfloat16" in caught.value.next_step
+
+
+# -- fingerprints ------------------------------------------------------------------------------------------------------
+
+
+def test_a_fingerprint_survives_json_and_names_itself() -> None:
+    assert Fingerprint.from_json(FINGERPRINT.to_json()) == FINGERPRINT
+    assert len(FINGERPRINT.digest) == 64
+    assert replace(FINGERPRINT, eta=3).digest != FINGERPRINT.digest
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "[]", "null", "3"])
+def test_an_unreadable_fingerprint_is_corrupt(text: str) -> None:
+    with pytest.raises(CorruptCacheError):
+        Fingerprint.from_json(text)
+
+
+def test_differences_name_both_sides() -> None:
+    other = replace(FINGERPRINT, weights="f" * 64, eta=6)
+    assert FINGERPRINT.differences(other) == {"weights": ("a" * 64, "f" * 64), "eta": (None, 6)}
+    assert FINGERPRINT.differences(FINGERPRINT) == {}
+    FINGERPRINT.check(FINGERPRINT)
+    with pytest.raises(FingerprintMismatchError) as caught:
+        FINGERPRINT.check(other, where="document x")
+    assert "weights is aaaaaaaaaaaa in the cache, ffffffffffff loaded" in caught.value.what
+    assert "eta is none in the cache, 6 loaded" in caught.value.what
+    assert caught.value.where == "document x"
+    assert caught.value.next_step is not None and "kv-memory add --stale" in caught.value.next_step

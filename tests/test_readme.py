@@ -1,0 +1,57 @@
+"""README.md: its example runs as printed, its order is the promised one, its file tree is the real one."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kv_memory.embedded import embedded_folder
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_sections_come_in_order() -> None:
+    marks = ["make demo", "make test", "```python", "| tokens |", "## The files"]
+    places = [README.index(mark) for mark in marks]
+    assert places == sorted(places)
+
+
+def test_the_file_tree_names_what_is_there() -> None:
+    tree = README.split("## The files")[1].split("```")[1]
+    names = [line.split()[0] for line in tree.strip().splitlines()]
+    for name in names:
+        assert (ROOT / name).exists() or (ROOT / "kv_memory" / name).exists(), name
+    mentioned = set(re.findall(r"[\w/]+(?:\.py|/)", tree))
+    for path in (ROOT / "kv_memory").iterdir():
+        if path.name.startswith("_") or path.suffix not in {"", ".py"}:
+            continue
+        assert path.name + ("/" if path.is_dir() else "") in mentioned, f"{path.name} is missing in the file tree"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not embedded_folder().is_dir(), reason="the embedded model is not prepared (`make setup`)")
+def test_the_example_runs_as_printed(tmp_path: Path) -> None:
+    example = README.split("```python\n")[1].split("```")[0]
+    assert len(example.strip().splitlines()) <= 8
+    (tmp_path / "example.py").write_text(example)
+    done = subprocess.run(
+        [sys.executable, "example.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    answers = done.stdout.splitlines()
+    assert len(answers) == 2
+    assert "Ida Brandt" in answers[0]
+    assert all(re.search(r"\(\d+ tokens read, \d+ from caches\)$", line) for line in answers)
