@@ -6,7 +6,6 @@ import hashlib
 import json
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from kv_memory.cache import FORMAT_VERSION, Fingerprint, dtype_from_name, dtype_
 from kv_memory.embedded import EMBEDDED
 from kv_memory.errors import ContextWindowError, ModelError, UnsupportedModelError
 from kv_memory.loading import best_device, best_dtype, hash_parameters, hash_tokenizer, load_model
+from kv_memory.prefix import Prefix
 from kv_memory.prompts import PASSAGE, PromptForm, PromptName, chat_form
 from kv_memory.rope import Rope
 
@@ -35,16 +35,6 @@ SUPPORTED = {
     "gemma3_text": "Gemma 3",
     "phi3": "Phi-3",
 }
-
-
-@dataclass(frozen=True, eq=False)
-class Prefix:
-    """The shared prefix, prefilled: `(num_layers, num_kv_heads, n_tokens, head_dim)` each, keys with positions on."""
-
-    ids: tuple[int, ...]
-    keys: torch.Tensor
-    values: torch.Tensor
-    regime: tuple[Any, ...]
 
 
 class Backbone:
@@ -225,6 +215,21 @@ class Backbone:
             with self.lock:
                 self._prefix = self._prefix or self._prefill_prefix(len(self.prefix_ids))
         return self._prefix
+
+    @property
+    def prefix_key(self) -> str:
+        """The name under which the prefilled prefix may be kept between runs: all that decides its bytes."""
+        return self.fingerprint(method="prefix").digest
+
+    def load_prefix(self, path: Path) -> None:
+        """Take the prefilled prefix from a file that holds `prefix.to_bytes()`.
+
+        Raises:
+            CorruptCacheError: The file is something else.
+        """
+        n_prefix = len(self.prefix_ids)
+        like = torch.empty(self.num_layers, self.num_kv_heads, 0, self.head_dim, dtype=self.dtype, device=self.device)
+        self._prefix = Prefix.load(path, ids=self.prefix_ids, regime=self.rope.regime(n_prefix), like=like)
 
     def prefix_for(self, n_positions: int) -> Prefix:
         """The prefix with the rotary frequencies of a sequence of `n_positions` in all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import threading
@@ -16,6 +17,7 @@ from kv_memory.backbone import Backbone
 from kv_memory.compress import Adapter, Compressor
 from kv_memory.config import DecodeSettings, Layout, SelectorName, check_choice
 from kv_memory.documents import DocumentLike, read_documents
+from kv_memory.errors import CorruptCacheError, StoreFullError
 from kv_memory.generate import iterate_in_thread
 from kv_memory.intake import AddProgress, AddReport, Intake
 from kv_memory.prompts import PromptForm, PromptName
@@ -62,6 +64,7 @@ class KVMemory:
         self._device = device
         self._backbone = backbone
         self._prompt_form = prompt_form
+        self._prefix_shared = False
         self._compressor: Compressor | None = None
         self._index: tuple[int, BM25Index] | None = None
         self._lock = threading.RLock()
@@ -127,7 +130,7 @@ class KVMemory:
             backbone = model if isinstance(model, Backbone) else None
             memory = cls(store, settings, dtype=dtype, device=device, backbone=backbone, prompt_form=form)
             if load_model:
-                memory.compressor.backbone.prefix  # noqa: B018 (loads model and adapter, prefills the shared prefix)
+                memory.compressor  # noqa: B018 (loads model and adapter, prefills the shared prefix)
             return memory
         except BaseException:
             store.close()
@@ -166,7 +169,20 @@ class KVMemory:
                     device=self._device,
                     prompt=self._prompt_form or self.settings.prompt,
                 )
+            if not self._prefix_shared:
+                self._share_prefix(self._backbone)
             return self._backbone
+
+    def _share_prefix(self, backbone: Backbone) -> None:
+        """Take the prefilled prefix from the store, or leave it there for the next process."""
+        self._prefix_shared = True
+        with contextlib.suppress(CorruptCacheError):  # quarantined by the store; made anew below
+            path = self.store.get_prefix(backbone.prefix_key)
+            if path is not None:
+                backbone.load_prefix(path)
+                return
+        with contextlib.suppress(StoreFullError):  # it only saves time
+            self.store.put_prefix(backbone.prefix_key, backbone.prefix.to_bytes())
 
     @property
     def compressor(self) -> Compressor:

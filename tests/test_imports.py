@@ -19,7 +19,7 @@ SOURCES = sorted([*ROOT.glob("kv_memory/**/*.py"), *ROOT.glob("integrations/**/*
 # A unit is a module or folder directly below kv_memory. Each may import itself and what its line names:
 #   errors, config ◄ cache, rope, attention, prompts, embedded ◄ loading ◄ backbone ◄ compress, generate ◄ train
 #   cache ◄ store ◄ jobs;   documents, words ◄ retrieve: errors and config alone;   memory joins both sides.
-_TENSORS = {"errors", "config", "cache", "rope", "attention", "prompts"}
+_TENSORS = {"errors", "config", "cache", "rope", "attention", "prefix", "prompts"}
 _STORE = {"errors", "config", "cache"}
 _BELOW_MEMORY = {
     *_TENSORS,
@@ -44,6 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": {"errors", "config"},
     "rope": {"errors", "config"},
     "attention": {"errors", "config", "rope"},
+    "prefix": {"errors", "config"},
     "prompts": {"errors", "config"},
     "embedded": {"errors", "config"},
     "loading": {"errors", "config", "embedded"},

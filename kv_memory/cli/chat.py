@@ -94,6 +94,9 @@ def typed_lines(out: Output) -> Iterator[str]:
         except EOFError:
             out.note("")
             return
+        except KeyboardInterrupt:
+            out.note("")  # what follows should not stand behind the prompt
+            raise
         if line:
             yield line
 

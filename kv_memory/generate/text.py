@@ -47,8 +47,7 @@ class TextStream:
         self.token_ids.append(token)
         if is_end:
             self.finish_reason = "stop"
-        else:
-            self.text += self._decode_new(flush=is_last)
+        self.text += self._decode_new(self.token_ids[:-1] if is_end else self.token_ids, flush=is_end or is_last)
         stopped_at = min((i for i in map(self.text.find, self._stop) if i >= 0), default=-1)
         if stopped_at >= 0:
             self.text, self.finish_reason = self.text[:stopped_at], "stop"
@@ -57,8 +56,7 @@ class TextStream:
         piece, self._sent = self.text[self._sent : until], max(self._sent, until)
         return piece
 
-    def _decode_new(self, *, flush: bool) -> str:
-        ids = self.token_ids
+    def _decode_new(self, ids: list[int], *, flush: bool) -> str:
         before = self._tokenizer.decode(ids[self._context : self._read], skip_special_tokens=True)
         now: str = self._tokenizer.decode(ids[self._context :], skip_special_tokens=True)
         if now.endswith("\ufffd") and not flush:  # the rest of the character is in the next token

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kv_memory.generate.text import TextStream
+from tests.conftest import make_tokenizer
+
+TOKENIZER = make_tokenizer()
+END = 2
+
+
+def feed(ids: Sequence[int], *, stop: Sequence[str] = (), last: bool = True) -> tuple[TextStream, list[str]]:
+    """Push tokens until the stream is finished, as the decoding loop does."""
+    stream, pieces = TextStream(TOKENIZER, stop=stop), []
+    for number, token in enumerate(ids, start=1):
+        pieces.append(stream.push(token, is_end=token == END, is_last=last and number == len(ids)))
+        if stream.finished:
+            break
+    return stream, pieces
+
+
+def ids_of(text: str) -> list[int]:
+    ids: list[int] = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def test_plain_text_comes_token_by_token() -> None:
+    stream, pieces = feed(ids_of("abc"))
+    assert pieces == ["a", "b", "c"]
+    assert (stream.text, stream.finish_reason) == ("abc", "length")
+
+
+def test_the_end_token_is_noted_and_is_no_text() -> None:
+    stream, pieces = feed([*ids_of("ab"), END, *ids_of("c")])
+    assert pieces == ["a", "b", ""]
+    assert (stream.text, stream.finish_reason, stream.token_ids[-1]) == ("ab", "stop", END)
+
+
+def test_a_stop_string_over_several_tokens_is_held_back() -> None:
+    stream, pieces = feed(ids_of("x\n\nQ: y"), stop=["\n\nQ:"])
+    assert pieces == ["x", "", "", "", ""]
+    assert (stream.text, stream.finish_reason) == ("x", "stop")
+    assert len(stream.token_ids) == 5  # nothing is decoded behind it
+
+
+def test_what_only_looked_like_a_stop_string_comes_later() -> None:
+    stream, pieces = feed(ids_of("x\n\nQ? y"), stop=["\n\nQ:"])
+    assert pieces == ["x", "", "", "", "\n\nQ?", " ", "y"]
+    assert stream.finish_reason == "length"
+
+
+def test_the_beginning_of_a_stop_string_at_the_very_end_is_text() -> None:
+    assert feed(ids_of("x\n\nQ"), stop=["\n\nQ:"])[1] == ["x", "", "", "\n\nQ"]
+    assert feed([*ids_of("x\n\nQ"), END], stop=["\n\nQ:"])[1] == ["x", "", "", "", "\n\nQ"]
+
+
+def test_a_stop_string_completed_by_the_last_token() -> None:
+    stream, pieces = feed(ids_of("xab"), stop=["ab"])
+    assert ("".join(pieces), stream.text, stream.finish_reason) == ("x", "x", "stop")
+
+
+def test_an_answer_may_begin_with_a_stop_string() -> None:
+    stream, pieces = feed(ids_of("\nx"), stop=["\n"])
+    assert (pieces, stream.text, stream.finish_reason) == ([""], "", "stop")
+
+
+@pytest.mark.parametrize("text", ["é", "日本", "🙂", "a🙂b"])
+def test_a_character_comes_when_all_its_bytes_are_there(text: str) -> None:
+    _, pieces = feed(ids_of(text))
+    assert [piece for piece in pieces if piece] == list(text)
+    assert all("\ufffd" not in piece for piece in pieces)
+    assert len(pieces) == len(text.encode())
+
+
+def test_half_a_character_at_the_end_is_not_swallowed() -> None:
+    half = ids_of("a🙂")[:-1]
+    for ids in (half, [*half, END]):
+        stream, pieces = feed(ids)
+        assert "".join(pieces) == stream.text == TOKENIZER.decode(half)
+        assert stream.text.startswith("a\ufffd")
+
+
+def test_a_stop_string_of_many_bytes() -> None:
+    stream, pieces = feed(ids_of("a🙂b"), stop=["🙂"])
+    assert ("".join(pieces), stream.text, stream.finish_reason) == ("a", "a", "stop")
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    ids=st.lists(st.one_of(st.integers(3, 258), st.sampled_from(ids_of("ab\n🙂é"))), min_size=1, max_size=25),
+    stop=st.lists(st.text(alphabet="ab\n🙂", min_size=1, max_size=3), max_size=2),
+    ends=st.booleans(),
+)
+def test_pieces_joined_are_the_text_up_to_the_first_stop(ids: list[int], stop: list[str], ends: bool) -> None:
+    stream, pieces = feed([*ids, END] if ends else ids, stop=stop)
+    assert "".join(pieces) == stream.text
+    read = [token for token in stream.token_ids if token != END]
+    whole = TOKENIZER.decode(read)
+    cuts = [whole.find(one) for one in stop if one in whole]
+    assert stream.text == (whole[: min(cuts)] if cuts else whole)
+    assert stream.finish_reason == ("stop" if cuts or END in stream.token_ids else "length")
+    if not cuts:
+        assert read == ids  # nothing else stops early
+    else:  # and a stop string stops at once
+        assert not any(one in TOKENIZER.decode(read[:-4]) for one in stop)
