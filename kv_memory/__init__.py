@@ -40,10 +40,11 @@ from kv_memory.errors import (
 
 if TYPE_CHECKING:
     from kv_memory.backbone import Backbone
-    from kv_memory.cache import DistilledCache, Fingerprint
+    from kv_memory.cache import DistilledCache
     from kv_memory.compress import Compressor
     from kv_memory.config import DecodeSettings
     from kv_memory.documents import Document
+    from kv_memory.fingerprint import Fingerprint
     from kv_memory.generate import Generator
     from kv_memory.memory import Answer, KVMemory
     from kv_memory.store import Store
@@ -97,7 +98,7 @@ _LAZY = {
     "DecodeSettings": "kv_memory.config",
     "DistilledCache": "kv_memory.cache",
     "Document": "kv_memory.documents",
-    "Fingerprint": "kv_memory.cache",
+    "Fingerprint": "kv_memory.fingerprint",
     "Generator": "kv_memory.generate",
     "KVMemory": "kv_memory.memory",
     "Store": "kv_memory.store",

@@ -1,4 +1,4 @@
-"""DistilledCache: what is left of a document after compression, and its Fingerprint.
+"""DistilledCache: what is left of a document after compression.
 
 The file format is one safetensors file with three tensors and a JSON header:
 
@@ -11,21 +11,19 @@ costs what its tensors cost, and one contiguous read fills it.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kv_memory.errors import ConfigError, CorruptCacheError, FingerprintMismatchError
+from kv_memory.errors import ConfigError, CorruptCacheError
+from kv_memory.fingerprint import Fingerprint
 
-__all__ = ["FORMAT_VERSION", "DistilledCache", "Fingerprint", "dtype_from_name", "dtype_name"]
+__all__ = ["DistilledCache", "dtype_from_name", "dtype_name"]
 
-FORMAT_VERSION = 1
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -46,108 +44,6 @@ def dtype_from_name(name: str) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """The stored name of a torch dtype, e.g. `bfloat16`."""
     return str(dtype).removeprefix("torch.")
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """Everything that decides whether a cache can be decoded by the model at hand.
-
-    Two caches with equal fingerprints, text and keep_ratio are interchangeable. Hashes are SHA-256 hex digests.
-
-    Attributes:
-        format_version: Of the file format, see this module.
-        architecture: The model type, e.g. `llama`.
-        weights: Hash of the base model's weights.
-        tokenizer: Hash of the tokenizer.
-        prompt: Hash of the prompt form: prefix, document wrapper, question wrapper.
-        prefix: Hash of the token ids of the shared prefix the document was read behind.
-        method: The selector's name and settings, or `adapter`.
-        adapter: Hash of the adapter's files; empty without one.
-        eta: The layer whose output the scorer reads; None without a scorer.
-        rope: Hash of the rotary embedding's configuration.
-        dtype: Of the stored keys and values.
-        num_layers: Of the model.
-        num_kv_heads: Of the model.
-        head_dim: Of one key or value.
-        keep_spans: Hash of the spans held out of compression; empty without any.
-    """
-
-    format_version: int
-    architecture: str
-    weights: str
-    tokenizer: str
-    prompt: str
-    prefix: str
-    method: str
-    adapter: str
-    eta: int | None
-    rope: str
-    dtype: str
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    keep_spans: str = ""
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over the canonical JSON of all fields: the name of this fingerprint in the catalog."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
-
-    def to_json(self) -> str:
-        """Canonical JSON: sorted keys, no white space."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str) -> Fingerprint:
-        """Inverse of `to_json`.
-
-        Raises:
-            FingerprintMismatchError: The fields are not those of this version of the format.
-        """
-        try:
-            data = json.loads(text)
-            version = data.get("format_version")
-            if version != FORMAT_VERSION or set(data) != {f.name for f in fields(cls)}:
-                raise FingerprintMismatchError(
-                    f"cache has format version {version}, this package reads {FORMAT_VERSION}",
-                    next_step="Compress the document again, or use the version that wrote it.",
-                )
-            return cls(**data)
-        except (json.JSONDecodeError, AttributeError, TypeError) as error:
-            raise CorruptCacheError(f"fingerprint is not readable: {error}") from error
-
-    def differences(self, other: Fingerprint) -> dict[str, tuple[Any, Any]]:
-        """The fields in which two fingerprints differ: `{name: (this, other)}`."""
-        mine, theirs = asdict(self), asdict(other)
-        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
-
-    def check(self, expected: Fingerprint, *, where: str | None = None) -> None:
-        """Raise unless this cache fingerprint equals the one the loaded model expects.
-
-        Raises:
-            FingerprintMismatchError: Names every differing field with both sides.
-        """
-        if self == expected:
-            return
-        raise FingerprintMismatchError(
-            f"cache does not belong to what is loaded: {describe_differences(self, expected)}",
-            where=where,
-            next_step="Run `kv-memory add --stale` to compress its documents again, or open the store with the "
-            "model, adapter and prompt that made it.",
-        )
-
-
-def describe_differences(made: Fingerprint, loaded: Fingerprint) -> str:
-    """One line a person can read: each differing field with the made and the loaded side."""
-    return "; ".join(
-        f"{name} is {_short(here)} in the cache, {_short(there)} loaded"
-        for name, (here, there) in made.differences(loaded).items()
-    )
-
-
-def _short(value: object) -> str:
-    text = str(value) if value not in ("", None) else "none"
-    return text[:12] if len(text) == 64 else text
 
 
 @dataclass(frozen=True, eq=False)

@@ -124,11 +124,18 @@ class KVMemory:
             prompt=None if isinstance(prompt, PromptForm) else prompt,
             layout=layout,
         )
+        backbone = model if isinstance(model, Backbone) else None
+        compressor = None
+        if load_model and create and not Path(path).exists():
+            # What is wrong with model or adapter must not leave an empty store behind.
+            settings = resolve_settings(given, {})
+            backbone = backbone or _load_backbone(settings, dtype=dtype, device=device, prompt_form=form)
+            compressor = _load_compressor(settings, backbone)
         store = Store.open(path, collection=collection, create=create)
         try:
             settings = resolve_settings(given, store.settings())
-            backbone = model if isinstance(model, Backbone) else None
             memory = cls(store, settings, dtype=dtype, device=device, backbone=backbone, prompt_form=form)
+            memory._compressor = compressor
             if load_model:
                 memory.compressor  # noqa: B018 (loads model and adapter, prefills the shared prefix)
             return memory
@@ -163,14 +170,9 @@ class KVMemory:
         """The model, loaded on first use."""
         with self._lock:
             if self._backbone is None:
-                self._backbone = Backbone.load(
-                    self.settings.model,
-                    dtype=self._dtype,  # type: ignore[arg-type]
-                    device=self._device,
-                    prompt=self._prompt_form or self.settings.prompt,
+                self._backbone = _load_backbone(
+                    self.settings, dtype=self._dtype, device=self._device, prompt_form=self._prompt_form
                 )
-            if not self._prefix_shared:
-                self._share_prefix(self._backbone)
             return self._backbone
 
     def _share_prefix(self, backbone: Backbone) -> None:
@@ -189,9 +191,9 @@ class KVMemory:
         """Reads documents; carries the adapter, loaded on first use."""
         with self._lock:
             if self._compressor is None:
-                folder = self.settings.adapter
-                adapter = None if folder is None else Adapter.load(folder, self.backbone)
-                self._compressor = Compressor(self.backbone, selector=self.settings.selector, adapter=adapter)
+                self._compressor = _load_compressor(self.settings, self.backbone)
+            if not self._prefix_shared:
+                self._share_prefix(self._compressor.backbone)
             return self._compressor
 
     # -- documents -----------------------------------------------------------------------------------------------
@@ -380,3 +382,17 @@ class KVMemory:
     def gc(self) -> GcReport:
         """Delete what nothing refers to any more."""
         return self.store.gc()
+
+
+def _load_backbone(settings: MemorySettings, *, dtype: str, device: str, prompt_form: PromptForm | None) -> Backbone:
+    return Backbone.load(
+        settings.model,
+        dtype=dtype,  # type: ignore[arg-type]
+        device=device,
+        prompt=prompt_form or settings.prompt,
+    )
+
+
+def _load_compressor(settings: MemorySettings, backbone: Backbone) -> Compressor:
+    adapter = None if settings.adapter is None else Adapter.load(settings.adapter, backbone)
+    return Compressor(backbone, selector=settings.selector, adapter=adapter)

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kv_memory.cache import FORMAT_VERSION, DistilledCache, Fingerprint, dtype_from_name, dtype_name
+from kv_memory.cache import DistilledCache, dtype_from_name, dtype_name
 from kv_memory.errors import ConfigError, CorruptCacheError, FingerprintMismatchError
+from kv_memory.fingerprint import FORMAT_VERSION, Fingerprint
 
 FINGERPRINT = Fingerprint(
     format_version=FORMAT_VERSION,

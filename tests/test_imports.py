@@ -19,8 +19,8 @@ SOURCES = sorted([*ROOT.glob("kv_memory/**/*.py"), *ROOT.glob("integrations/**/*
 # A unit is a module or folder directly below kv_memory. Each may import itself and what its line names:
 #   errors, config ◄ cache, rope, attention, prompts, embedded ◄ loading ◄ backbone ◄ compress, generate ◄ train
 #   cache ◄ store ◄ jobs;   documents, words ◄ retrieve: errors and config alone;   memory joins both sides.
-_TENSORS = {"errors", "config", "cache", "rope", "attention", "prefix", "prompts"}
-_STORE = {"errors", "config", "cache"}
+_TENSORS = {"errors", "config", "fingerprint", "cache", "rope", "attention", "prefix", "prompts"}
+_STORE = {"errors", "config", "fingerprint", "cache"}
 _BELOW_MEMORY = {
     *_TENSORS,
     "embedded",
@@ -41,7 +41,8 @@ _BELOW_MEMORY = {
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
-    "cache": {"errors", "config"},
+    "fingerprint": {"errors"},
+    "cache": {"errors", "config", "fingerprint"},
     "rope": {"errors", "config"},
     "attention": {"errors", "config", "rope"},
     "prefix": {"errors", "config"},

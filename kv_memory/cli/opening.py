@@ -41,8 +41,13 @@ def open_memory(
     passage_tokens: int | Literal["auto"] | None = "auto",
     prompt: str | None = None,
 ) -> KVMemory:
-    """Open a store, its model not loaded yet. Settings and errors as in `KVMemory.open`."""
-    with out.working("Starting"):
+    """Open a store, or make one; settings and errors as in `KVMemory.open`.
+
+    With `create` the model is loaded at once: one that is misspelt must not leave an empty store behind.
+    """
+    if create:
+        _announce_conversion(out, model)
+    with out.working("Loading the model" if create else "Starting"):
         from kv_memory.memory import KVMemory
 
         return KVMemory.open(
@@ -55,14 +60,18 @@ def open_memory(
             selector=cast("SelectorName | None", selector),  # checked there, with an error that names the choices
             passage_tokens=passage_tokens,
             prompt=cast("PromptName | None", prompt),
-            load_model=False,
+            load_model=create,
         )
 
 
 def load_model(out: Output, memory: KVMemory) -> None:
     """Load model and adapter now."""
     name = memory.settings.model
-    if name == EMBEDDED and not (embedded_folder() / "model.safetensors").is_file():
-        out.note("Converting the embedded model's weights (once, about 25 s).")
+    _announce_conversion(out, name)
     with out.working(f"Loading the model ({name})"):
         memory.compressor  # noqa: B018 (loads it)
+
+
+def _announce_conversion(out: Output, model: str | None) -> None:
+    if model in {None, EMBEDDED} and not (embedded_folder() / "model.safetensors").is_file():
+        out.note("Converting the embedded model's weights (once, about 25 s).")

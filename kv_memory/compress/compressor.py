@@ -11,11 +11,12 @@ import torch
 
 from kv_memory.attention import ForwardContext, PositionedCache
 from kv_memory.backbone import Backbone
-from kv_memory.cache import DistilledCache, Fingerprint
+from kv_memory.cache import DistilledCache
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.selectors import Selector, make_selector, select
 from kv_memory.config import SelectorName, check_keep_ratio, n_kept_for
 from kv_memory.errors import ConfigError, EmptyDocumentError
+from kv_memory.fingerprint import Fingerprint
 
 __all__ = ["Compressor", "Span"]
 

@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
-from kv_memory.cache import DistilledCache, Fingerprint
 from kv_memory.config import check_keep_ratio
 from kv_memory.errors import CacheNotFoundError, ConfigError, CorruptCacheError, StoreError
+from kv_memory.fingerprint import Fingerprint
 from kv_memory.store.blobs import blob_key
 from kv_memory.store.catalog import Catalog
 from kv_memory.store.documents import batches, referred_texts, select_passages
@@ -22,6 +23,9 @@ from kv_memory.store.faults import store_error
 from kv_memory.store.records import CacheInfo
 from kv_memory.store.schema import CacheRow, FingerprintRow, PassageRow, PrefixRow, utc_now
 from kv_memory.store.vault import Vault
+
+if TYPE_CHECKING:
+    from kv_memory.cache import DistilledCache  # imports torch: where no cache is read, listing stays quick
 
 __all__ = ["Shelf", "cache_info"]
 
@@ -305,6 +309,8 @@ def _delete_rows(session: Session, key: str) -> None:
 
 
 def _load(path: Path) -> DistilledCache:
+    from kv_memory.cache import DistilledCache
+
     try:
         return DistilledCache.load(path)
     except CorruptCacheError as error:

@@ -7,13 +7,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from sqlalchemy import exists, select
 
-from kv_memory.cache import DistilledCache, Fingerprint
 from kv_memory.config import check_keep_ratio
 from kv_memory.errors import ConfigError, DocumentNotFoundError, StoreError, StorePermissionError
+from kv_memory.fingerprint import Fingerprint
 from kv_memory.store import catalog as catalogs
 from kv_memory.store import documents, upkeep
 from kv_memory.store.blobs import DiskBlobs, check_folder
@@ -31,6 +31,9 @@ from kv_memory.store.records import (
 from kv_memory.store.schema import CacheRow, CollectionRow, DocumentRow, PassageRow
 from kv_memory.store.shelf import Shelf, cache_info
 from kv_memory.store.vault import Vault
+
+if TYPE_CHECKING:
+    from kv_memory.cache import DistilledCache  # imports torch: where no cache is read, listing stays quick
 
 __all__ = ["Store"]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from kv_memory.cache import DistilledCache, Fingerprint
+from kv_memory.cache import DistilledCache
+from kv_memory.fingerprint import Fingerprint
 from kv_memory.store import DocumentRecord, PassageRecord, Store
 
 FINGERPRINT = Fingerprint(
