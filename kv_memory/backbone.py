@@ -26,7 +26,7 @@ from kv_memory.rope import Rope
 __all__ = ["SUPPORTED", "Backbone"]
 
 # Transformers' model types whose attention goes through its attention interface with "rotate half" positions, and
-# which are proven in tests/test_architectures.py.
+# which are proven in tests/test_proof.py.
 SUPPORTED = {
     "llama": "Llama",
     "mistral": "Mistral",

@@ -7,6 +7,7 @@ differ from each other and a swapped dimension cannot go unseen.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,11 +141,47 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Hashes of temporary model folders do not belong in the user's cache; the embedded model does."""
-    from kv_memory.embedded import embedded_folder
+@pytest.fixture(scope="session")
+def wide() -> Any:
+    """A tiny Llama with room for several passages, its prefix read. No test may change it."""
+    from tests.memories import wide_backbone
 
-    if not embedded_folder().is_dir():
-        monkeypatch.setenv("KV_MEMORY_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    yield
+    backbone = wide_backbone()
+    backbone.prefix  # noqa: B018 (so that tests may count forward passes)
+    return backbone
+
+
+@pytest.fixture(scope="session")
+def _two_documents(tmp_path_factory: pytest.TempPathFactory, wide: Any) -> Path:
+    from tests.memories import FERRY, LAMP, open_memory
+
+    path = tmp_path_factory.mktemp("template") / "store"
+    with open_memory(path, wide) as opened:
+        opened.add([("ferry", FERRY), ("lamp", LAMP, {"year": 1921})])
+    return path
+
+
+@pytest.fixture
+def memory(tmp_path: Path, wide: Any, _two_documents: Path) -> Iterator[Any]:
+    """An open KVMemory that holds two documents, to change."""
+    from tests.memories import open_memory
+
+    with open_memory(Path(shutil.copytree(_two_documents, tmp_path / "store")), wide) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder for the tests, with the user's converted models in it."""
+    from kv_memory.embedded import cache_folder, embedded_folder
+
+    folder = tmp_path_factory.mktemp("cache")
+    if embedded_folder().is_dir():
+        (folder / "models").symlink_to(cache_folder().resolve() / "models", target_is_directory=True)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_folder(_cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashes of temporary model folders do not belong in the user's cache."""
+    monkeypatch.setenv("KV_MEMORY_CACHE", str(_cache_folder))

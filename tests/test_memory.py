@@ -1,27 +1,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from kv_memory import DecodeSettings, KVMemory
-from kv_memory.compress import Adapter, Compressor
+from kv_memory.compress import Compressor
 from kv_memory.errors import (
-    AdapterMismatchError,
-    CacheNotFoundError,
     ConfigError,
     ContextWindowError,
     DocumentNotFoundError,
-    FingerprintMismatchError,
-    StoreError,
 )
 from kv_memory.generate import Generator
 from kv_memory.memory import AddProgress
-from tests.conftest import make_model, make_tokenizer
 from tests.memories import (
     FERRY,
     FERRY_QUESTION,
@@ -30,30 +23,11 @@ from tests.memories import (
     LONG,
     SETTINGS,
     answerable,
+    blob_files,
+    cache_blobs,
     open_memory,
-    wide_backbone,
 )
 from tests.reference import recorded_inputs
-
-
-@pytest.fixture(scope="module")
-def wide() -> Any:
-    """A tiny Llama with room for several passages. No test may change it."""
-    backbone = wide_backbone()
-    backbone.prefix  # noqa: B018 (so that tests may count forward passes)
-    return backbone
-
-
-@pytest.fixture
-def memory(tmp_path: Path, wide: Any) -> Iterator[KVMemory]:
-    with open_memory(tmp_path / "store", wide) as opened:
-        opened.add([("ferry", FERRY), ("lamp", LAMP, {"year": 1921})])
-        yield opened
-
-
-def blob_files(memory: KVMemory) -> list[Path]:
-    return sorted((memory.path / "blobs").rglob("*.val"))
-
 
 # -- adding ------------------------------------------------------------------------------------------------------------
 
@@ -95,7 +69,7 @@ def test_changed_text_replaces_the_old_with_its_caches(memory: KVMemory, wide: A
     assert len(inputs) == 1 and report.replaced == ["ferry"] and report.added == []
     assert "8.15" in memory.document("ferry").passages[0].text
     new = {info.blob_key for info in memory.store.caches()}
-    assert not old & new and len(new) == len(blob_files(memory)) == 2
+    assert not old & new and len(new) == cache_blobs(memory) == 2
     assert memory.check().ok
     assert answerable(memory, FERRY_QUESTION, LAMP_QUESTION) == ["ferry", "lamp"]
 
@@ -108,7 +82,7 @@ def test_of_a_long_document_only_what_changed_is_read_again(memory: KVMemory, wi
         report = memory.add(("long", LONG.replace("comet", "meteo")))
     assert len(inputs) == report.n_passages == 1
     assert len(memory.store.caches("long")) == len(memory.document("long").passages) == n_passages
-    assert len(blob_files(memory)) == n_passages + 2
+    assert cache_blobs(memory) == n_passages + 2
 
 
 def test_changed_metadata_cost_no_forward_pass(memory: KVMemory, wide: Any) -> None:
@@ -160,7 +134,7 @@ def test_bad_documents_may_be_left_out(memory: KVMemory) -> None:
 def test_remove(memory: KVMemory) -> None:
     memory.remove("ferry")
     assert [document.id for document in memory.documents()] == ["lamp"]
-    assert len(blob_files(memory)) == 1
+    assert cache_blobs(memory) == 1
     assert memory.ask(FERRY_QUESTION, settings=SETTINGS).finish_reason == "no_sources" or (
         "ferry" not in {hit.document_id for hit in memory.retrieve(FERRY_QUESTION)}
     )
@@ -254,195 +228,3 @@ def test_an_answer_that_does_not_fit(memory: KVMemory) -> None:
     with pytest.raises(ContextWindowError) as caught:
         memory.ask(FERRY_QUESTION, settings=DecodeSettings(max_new_tokens=4096))
     assert caught.value.next_step is not None and "packed" in caught.value.next_step
-
-
-# -- opening again -----------------------------------------------------------------------------------------------------
-
-
-def test_settings_are_remembered(tmp_path: Path, wide: Any) -> None:
-    options: dict[str, Any] = {"keep_ratio": 0.5, "layout": "packed", "selector": "sink_recent", "passage_tokens": 40}
-    with KVMemory.open(tmp_path / "store", model=wide, **options) as memory:
-        memory.add(("ferry", FERRY))
-        made = memory.settings
-    with KVMemory.open(tmp_path / "store", model=wide) as memory:
-        assert memory.settings == made
-        assert (memory.settings.keep_ratio, memory.settings.layout) == (0.5, "packed")
-        assert answerable(memory, FERRY_QUESTION) == ["ferry"]
-        assert memory.ask(FERRY_QUESTION, settings=SETTINGS).n_cached_tokens > 11
-
-
-def test_a_model_folder_is_remembered(tmp_path: Path) -> None:
-    make_model("llama", max_position_embeddings=4096).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    options: dict[str, Any] = {"selector": "attention", "dtype": "float32", "device": "cpu"}
-    with KVMemory.open(tmp_path / "store", model=tmp_path / "model", **options) as memory:
-        assert memory.settings.passage_tokens == 1024
-        memory.add(("ferry", FERRY))
-        expected = memory.ask(FERRY_QUESTION, settings=SETTINGS)
-    with KVMemory.open(tmp_path / "store", dtype="float32", device="cpu") as memory:
-        assert memory.ask(FERRY_QUESTION, settings=SETTINGS).text == expected.text
-    # A reader that needs no model loads none.
-    with KVMemory.open(tmp_path / "store", load_model=False) as memory:
-        assert [document.id for document in memory.documents()] == ["ferry"]
-        assert memory.check().ok
-        assert memory._backbone is None
-
-
-def test_a_store_that_is_not_there(tmp_path: Path, wide: Any) -> None:
-    with pytest.raises(StoreError, match="no store"):
-        open_memory(tmp_path / "store", wide, create=False)
-    assert not (tmp_path / "store").exists()
-
-
-def adapter_backbone(folder: Path) -> Any:
-    backbone = wide_backbone()
-    adapter = Adapter.create(backbone, rank=2, zero_init=False)
-    adapter.save(folder)
-    adapter.detach()
-    return backbone
-
-
-def other_weights() -> Any:
-    backbone = wide_backbone()
-    with torch.no_grad():
-        backbone.model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
-    return type(backbone)(backbone.model, backbone.tokenizer, prompt=backbone.prompt, name="finetuned")
-
-
-CHANGES: dict[str, tuple[Callable[[Path], tuple[Any, dict[str, Any]]], type[Exception], str]] = {
-    "model": (lambda _: (other_weights(), {}), FingerprintMismatchError, "weights"),
-    "keep_ratio": (lambda _: (None, {"keep_ratio": 0.5}), CacheNotFoundError, "0.25"),
-    "selector": (lambda _: (None, {"selector": "sink_recent"}), FingerprintMismatchError, "method"),
-    "adapter": (lambda path: (adapter_backbone(path), {"adapter": path}), FingerprintMismatchError, "adapter"),
-}
-
-
-@pytest.mark.parametrize("kind", CHANGES)
-def test_a_store_opened_with_something_else(memory: KVMemory, wide: Any, tmp_path: Path, kind: str) -> None:
-    make, error, named = CHANGES[kind]
-    backbone, options = make(tmp_path / "adapter")
-    with open_memory(memory.path, backbone or wide, **options) as other:
-        for ask in (
-            lambda: other.ask(FERRY_QUESTION),
-            lambda: other.stream(FERRY_QUESTION),
-            lambda: other.ask_many([FERRY_QUESTION], document_id="ferry"),
-        ):
-            with pytest.raises(error) as caught:
-                ask()
-            assert named in caught.value.what  # type: ignore[attr-defined]
-            assert "ferry" in caught.value.where  # type: ignore[attr-defined]
-            assert "kv-memory add --stale" in caught.value.next_step  # type: ignore[attr-defined]
-        # What was there is still there for who opened it first.
-        assert answerable(memory, FERRY_QUESTION, LAMP_QUESTION) == ["ferry", "lamp"]
-        report = other.refresh()
-        assert sorted(report.replaced) == ["ferry", "lamp"] and report.n_passages == 2
-        assert answerable(other, FERRY_QUESTION, LAMP_QUESTION) == ["ferry", "lamp"]
-        assert other.refresh().unchanged == ["ferry", "lamp"]
-    # And both kinds of caches lie side by side.
-    assert answerable(memory, FERRY_QUESTION, LAMP_QUESTION) == ["ferry", "lamp"]
-
-
-def test_an_adapter_is_remembered(memory: KVMemory, tmp_path: Path) -> None:
-    backbone = adapter_backbone(tmp_path / "adapter")
-    with open_memory(memory.path, backbone, adapter=tmp_path / "adapter") as other:
-        other.refresh()
-        made = other.compressor.fingerprint()
-        assert other.compressor.adapter is not None
-        other.compressor.adapter.detach()
-    with KVMemory.open(memory.path, model=backbone) as again:
-        assert again.settings.adapter == str(tmp_path / "adapter")
-        assert again.compressor.fingerprint() == made
-        assert answerable(again, FERRY_QUESTION) == ["ferry"]
-
-
-def test_an_adapter_of_another_model_is_refused_at_opening(memory: KVMemory, tmp_path: Path) -> None:
-    adapter_backbone(tmp_path / "adapter")
-    with pytest.raises(AdapterMismatchError) as caught:
-        open_memory(memory.path, other_weights(), adapter=tmp_path / "adapter")
-    assert "finetuned" in caught.value.what and caught.value.where == str(tmp_path / "adapter")
-    assert answerable(memory, FERRY_QUESTION) == ["ferry"]
-    assert memory.store.settings()["adapter"] is None
-
-
-# -- collections, and other writers ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["other", "../../elsewhere", "a/b", "ö", ".."])
-def test_collections_do_not_see_each_other(memory: KVMemory, wide: Any, name: str, tmp_path: Path) -> None:
-    outside = {path for path in tmp_path.rglob("*") if memory.path not in path.parents}
-    with open_memory(memory.path, wide, collection=name) as other:
-        other.add(("secret", "The ferry is a secret."))
-        assert [document.id for document in other.documents()] == ["secret"]
-        assert answerable(other, FERRY_QUESTION) == ["secret"]
-        assert answerable(memory, FERRY_QUESTION) == ["ferry"]
-        with pytest.raises(DocumentNotFoundError):
-            other.document("ferry")
-        other.remove("secret")
-    assert memory.stats().n_documents == 2
-    assert {path for path in tmp_path.rglob("*") if memory.path not in path.parents} == outside
-
-
-def test_what_another_object_changes_is_seen(memory: KVMemory, wide: Any) -> None:
-    assert memory.retrieve("walrus") == []
-    with open_memory(memory.path, wide) as other:
-        other.add(("walrus", "The walrus sleeps."))
-        assert answerable(memory, "What of the walrus?") == ["walrus"]
-        other.add(("walrus", "The walrus swims."))
-        assert memory.retrieve("walrus")[0].text == "The walrus swims."
-        other.remove("walrus")
-    assert memory.retrieve("walrus") == []
-
-
-# -- damage ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_damaged_cache_is_answered_from_its_text(memory: KVMemory, wide: Any) -> None:
-    (info,) = memory.store.caches("ferry")
-    path = next(
-        path for path in blob_files(memory) if path.stat().st_size == info.size_bytes and _is(path, info.blob_key)
-    )
-    data = bytearray(path.read_bytes())
-    data[-40] ^= 0xFF
-    path.write_bytes(data)
-    plain = Compressor(wide, selector="attention").compress(FERRY, keep_ratio=1.0)
-    expected = Generator(wide).generate(FERRY_QUESTION, [plain], settings=SETTINGS)
-    with open_memory(memory.path, wide) as other:
-        answer = other.ask(FERRY_QUESTION, top_k=1, settings=SETTINGS)
-        assert answer.fallbacks == ("ferry",)
-        assert answer.text == expected.text.strip()
-        assert answer.n_cached_tokens == 11 + plain.n_kept
-        assert other.stats().n_quarantined == 1
-        # It is gone now, which is no damage any more but a lack, and says how to mend it.
-        with pytest.raises(CacheNotFoundError) as caught:
-            other.ask(FERRY_QUESTION, top_k=1)
-        assert caught.value.next_step is not None and "kv-memory add --stale" in caught.value.next_step
-        assert answerable(other, LAMP_QUESTION) == ["lamp"]
-        assert other.refresh().replaced == ["ferry"]
-        assert answerable(other, FERRY_QUESTION) == ["ferry"]
-        assert other.check().ok
-
-
-def _is(path: Path, blob_key: str) -> bool:
-    import hashlib
-
-    return hashlib.sha256(path.read_bytes()).hexdigest() == blob_key
-
-
-def test_check_finds_damage_and_adding_again_mends_it(memory: KVMemory) -> None:
-    path = blob_files(memory)[0]
-    path.write_bytes(path.read_bytes()[:-1])
-    report = memory.check()
-    assert not report.ok and len(report.damaged) == 1
-    assert memory.check().ok  # quarantined
-    report = memory.add([("ferry", FERRY), ("lamp", LAMP, {"year": 1921})])
-    assert len(report.replaced) == len(report.unchanged) == 1
-    assert answerable(memory, FERRY_QUESTION, LAMP_QUESTION) == ["ferry", "lamp"]
-
-
-def test_gc_removes_what_nobody_refers_to(memory: KVMemory, wide: Any) -> None:
-    cache = Compressor(wide, selector="attention").compress("A text of no document.", keep_ratio=0.25)
-    memory.store.put("0" * 64, cache)
-    assert len(memory.check().unreferenced) == 1
-    assert memory.gc().n_unreferenced_caches == 1
-    assert len(blob_files(memory)) == 2
-    assert answerable(memory, FERRY_QUESTION, LAMP_QUESTION) == ["ferry", "lamp"]

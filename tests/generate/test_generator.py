@@ -22,7 +22,7 @@ from tests.conftest import ARCHITECTURES, SHORT_FORM, make_backbone, make_model,
 from tests.reference import full_logits, letters, recorded_inputs, shared_backbone
 
 QUESTIONS = ["why?", "where is the lamp that burned whale oil until then?", "who was it?", ""]
-SAMPLED = DecodeSettings(max_new_tokens=15, temperature=1.0, top_k=50, top_p=0.95, seed=7)
+SAMPLED = DecodeSettings(max_new_tokens=12, temperature=1.0, top_k=50, top_p=0.95, seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +87,8 @@ def test_seeds(generator: Generator, caches: list[DistilledCache]) -> None:
         return generator.generate("why?", caches, settings=replace(SAMPLED, seed=seed)).token_ids
 
     assert answer(7) == answer(7)
-    assert len({answer(seed) for seed in range(5)}) == 5
-    assert len({answer(None) for _ in range(5)}) > 1
+    assert len({answer(seed) for seed in range(3)}) == 3
+    assert len({answer(None) for _ in range(3)}) > 1
 
 
 def test_sampling_from_one_token_is_greedy(generator: Generator, caches: list[DistilledCache]) -> None:

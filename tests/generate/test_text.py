@@ -13,11 +13,11 @@ TOKENIZER = make_tokenizer()
 END = 2
 
 
-def feed(ids: Sequence[int], *, stop: Sequence[str] = (), last: bool = True) -> tuple[TextStream, list[str]]:
+def feed(ids: Sequence[int], *, stop: Sequence[str] = ()) -> tuple[TextStream, list[str]]:
     """Push tokens until the stream is finished, as the decoding loop does."""
     stream, pieces = TextStream(TOKENIZER, stop=stop), []
     for number, token in enumerate(ids, start=1):
-        pieces.append(stream.push(token, is_end=token == END, is_last=last and number == len(ids)))
+        pieces.append(stream.push(token, is_end=token == END, is_last=number == len(ids) and token != END))
         if stream.finished:
             break
     return stream, pieces
