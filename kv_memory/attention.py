@@ -27,6 +27,7 @@ __all__ = ["ATTENTION", "AttentionObserver", "ForwardContext", "PositionedCache"
 ATTENTION = "kv_memory"
 NEVER = torch.iinfo(torch.int32).max  # the position of padding: later than every query, so never seen
 QUERY_BLOCK = 512  # queries handled at once where a mask is needed
+SHORT = 64  # queries up to which the heads of a group are packed instead of repeating their keys
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -230,16 +231,20 @@ def attention_forward(
 
     new, length = query.shape[2], key.shape[2]
     window = sliding_window if sliding_window is not None and length > 1 else None
-    plain = length == new and window is None and (context.cache is None or context.cache.n_rows == 1)
-    if softcap is None and (plain or new == 1):
-        mask = None if plain else _mask(context, layer, position_ids, new, length, window)
-        mask = _for_query_heads(mask, query, slice(None), length)
-        out, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=plain)
-        return out, None
+    padded = context.cache is not None and context.cache.n_rows > 1  # perhaps: only batches are
+    past = length - new
+    if softcap is None and window is None and not padded and past <= new and new > 1:
+        # SDPA skips the upper triangle only from the first key on. Queries of nothing in front of ours, thrown away
+        # afterwards, are cheaper than a mask: a long document behind a short prefix takes two thirds of the time.
+        query = nn.functional.pad(query, (0, 0, past, 0))
+        out, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
+        return out[:, past:], None
 
-    # In blocks of queries, each against the keys up to its own end: a mask over all keys at once would double the
-    # work of a long prefill, since SDPA skips the upper triangle only where it may assume it.
     mask = _mask(context, layer, position_ids, new, length, window)
+    if softcap is None and new <= SHORT:
+        return _attend_packed(query, key, value, mask, scaling=scaling), None
+
+    # In blocks of queries, each against the keys up to its own end: a mask over all keys at once would double the work.
     blocks = []
     for start in range(0, new, QUERY_BLOCK):
         rows = slice(start, min(start + QUERY_BLOCK, new))
@@ -253,6 +258,22 @@ def attention_forward(
             out = (weights @ repeat_kv(v, q.shape[1] // v.shape[1])).transpose(1, 2)
         blocks.append(out)
     return torch.cat(blocks, dim=1), None
+
+
+def _attend_packed(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, *, scaling: float
+) -> torch.Tensor:
+    """Attention of a short question over a long cache: query heads that share a KV head become rows of one head.
+
+    Transformers repeats keys and values for every query head where there is a mask. Behind 600 cached entries that
+    copying took as long as the attention itself.
+    """
+    batch, heads, new, dim = query.shape
+    kv_heads = key.shape[1]
+    rows = query.reshape(batch, kv_heads, heads // kv_heads * new, dim)
+    mask = None if mask is None else mask.repeat(1, 1, heads // kv_heads, 1)
+    out = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(batch, heads, new, -1).transpose(1, 2).contiguous()
 
 
 def attention_probabilities(

@@ -178,6 +178,7 @@ class KVMemory:
     def _share_prefix(self, backbone: Backbone) -> None:
         """Take the prefilled prefix from the store, or leave it there for the next process."""
         self._prefix_shared = True
+        self.store.warm()
         with contextlib.suppress(CorruptCacheError):  # quarantined by the store; made anew below
             path = self.store.get_prefix(backbone.prefix_key)
             if path is not None:

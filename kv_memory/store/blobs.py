@@ -113,6 +113,11 @@ class DiskBlobs:
                 self._opened = cache
             return self._opened
 
+    def warm(self) -> None:
+        """Open diskcache now instead of at the first use."""
+        with mapped(self.folder):
+            self._cache  # noqa: B018 (opens it)
+
     def put(self, key: str, data: bytes) -> None:
         """See `BlobStore.put`."""
         with mapped(self.folder):

@@ -222,6 +222,10 @@ class Store:
 
     # caches
 
+    def warm(self) -> None:
+        """Open the blobs now. A process that will answer questions does this while it loads its model."""
+        self._blobs.warm()
+
     def put(self, text_sha256: str, cache: DistilledCache, *, fidelity: float | None = None) -> CacheInfo:
         """Store a distilled cache: the blob first, then its row. Both are durable when this returns.
 
