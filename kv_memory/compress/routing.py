@@ -57,7 +57,10 @@ class RoutedVariant(LoraVariant):
         n_query: int | None = getattr(module, "routed_features", None)
         if n_query is not None:  # a fused projection (Phi-3): queries first, then keys and values, which stay as is
             delta = nn.functional.pad(delta[:, :n_query], (0, flat.shape[1] - n_query))
-        return flat.index_add(0, rows, delta).view_as(result)
+        if torch.is_grad_enabled() or not result.is_contiguous():
+            return flat.index_add(0, rows, delta).view_as(result)
+        flat.index_add_(0, rows, delta)  # the frozen layer's result is ours alone: no need to copy a whole document
+        return result
 
 
 class RoutedLinear(lora.Linear):

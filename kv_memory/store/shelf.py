@@ -100,6 +100,11 @@ class Shelf:
             self.sweep([key])  # the row did not make it; the blob may have
             raise
 
+    def warm(self) -> None:
+        """Let SQLAlchemy compile the look-up, which takes as long as a few hundred of them."""
+        with self._catalog.read() as session:
+            self._find(session, "", "", 1.0)
+
     def get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> DistilledCache:
         """See `Store.get`."""
         for _ in range(3):

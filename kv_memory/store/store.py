@@ -223,8 +223,9 @@ class Store:
     # caches
 
     def warm(self) -> None:
-        """Open the blobs now. A process that will answer questions does this while it loads its model."""
+        """Do now what the first `get` would do: a process that answers questions does this while it loads its model."""
         self._blobs.warm()
+        self._shelf.warm()
 
     def put(self, text_sha256: str, cache: DistilledCache, *, fidelity: float | None = None) -> CacheInfo:
         """Store a distilled cache: the blob first, then its row. Both are durable when this returns.
