@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Literal
 from kv_memory.cache import DistilledCache
 from kv_memory.compress import Compressor
 from kv_memory.config import DecodeSettings, Layout
-from kv_memory.errors import CorruptCacheError
+from kv_memory.errors import CorruptCacheError, StoreError
 from kv_memory.generate import Generation, Generator
 from kv_memory.retrieve import Hit
 from kv_memory.store import Store
@@ -133,7 +134,7 @@ class Asker:
         ]
 
     def _caches(self, hits: Sequence[Hit]) -> tuple[list[DistilledCache], tuple[str, ...]]:
-        """The hits' caches; in the place of damaged ones the plain cache of their text, read now."""
+        """The hits' caches; in the place of damaged ones, which are made again, the plain cache of their text."""
         fingerprint = self._compressor.fingerprint()
         caches: list[DistilledCache] = []
         fallbacks: list[str] = []
@@ -143,8 +144,15 @@ class Asker:
             except CorruptCacheError:
                 cache = self._compressor.compress(hit.text, keep_ratio=1.0)
                 fallbacks.append(hit.document_id)
+                self._make_again(hit)
             caches.append(cache)
         return caches, tuple(fallbacks)
+
+    def _make_again(self, hit: Hit) -> None:
+        """Replace a damaged cache, so that the next question finds it; a store that cannot take it is no obstacle."""
+        with contextlib.suppress(StoreError):
+            cache = self._compressor.compress(hit.text, keep_ratio=self._keep_ratio)
+            self._store.put(hit.text_sha256, cache)
 
 
 def _answer(

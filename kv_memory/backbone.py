@@ -16,7 +16,7 @@ from torch import nn
 from kv_memory.attention import ATTENTION, NEVER, ForwardContext, PositionedCache
 from kv_memory.cache import dtype_from_name, dtype_name
 from kv_memory.embedded import EMBEDDED
-from kv_memory.errors import ContextWindowError, ModelError, UnsupportedModelError
+from kv_memory.errors import ContextWindowError, UnsupportedModelError
 from kv_memory.fingerprint import FORMAT_VERSION, Fingerprint
 from kv_memory.loading import best_device, best_dtype, hash_parameters, hash_tokenizer, load_model
 from kv_memory.prefix import Prefix
@@ -76,6 +76,7 @@ class Backbone:
         self.name = name or getattr(config, "_name_or_path", "") or type(model).__name__
         self.config = config
         self.lock = threading.RLock()  # rotary modules and routed layers hold state during a forward pass
+        self._tokenizer_lock = threading.Lock()
         self.decoder: nn.Module = model.get_decoder()
         self.layers: Sequence[nn.Module] = self.decoder.layers
         self.num_layers: int = config.num_hidden_layers
@@ -195,17 +196,42 @@ class Backbone:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a piece of text, without special tokens."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        with self._tokenizer_lock:
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of text from outside: what spells a special token (`<|im_end|>`) stays text, and ends no turn."""
+        return self.encode_with_offsets(text)[0]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode_text`, and the span of characters each token stands for."""
+        with self._tokenizer_lock:  # the option is a state of the tokenizer while it lasts
+            encoded = self.tokenizer(
+                text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+            )
+        return encoded["input_ids"], encoded["offset_mapping"]
+
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        """How many tokens each text has, as `encode_text` would give them; one call for many texts is fast."""
+        if not texts:
+            return []
+        with self._tokenizer_lock:
+            encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return [len(ids) for ids in encoded["input_ids"]]
 
     def encode_document(self, text: str) -> list[int]:
         """Token ids of a document in its wrapper; wrapper and text are tokenised apart."""
         form = self.prompt
-        return self.encode(form.document_before) + self.encode(text) + self.encode(form.document_after)
+        return self.encode(form.document_before) + self.encode_text(text) + self.encode(form.document_after)
 
     def encode_question(self, question: str) -> list[int]:
         """Token ids of a question in its wrapper."""
-        return self.encode(self.prompt.question(question))
+        form = self.prompt
+        if not any(token and token in question for token in self.tokenizer.all_special_tokens):
+            return self.encode(form.question(question))  # in one piece, as the worked examples are
+        text = self.encode_text(question.strip())
+        return self.encode(form.question_before) + text + self.encode(form.question_after)
 
     # -- forward passes ------------------------------------------------------------------------------------------
 
@@ -364,39 +390,3 @@ class Backbone:
             )
         cache.next_positions = cache.next_positions + step
         return out
-
-    def hidden_after(self, ids: torch.Tensor, cache: PositionedCache, *, layer: int) -> torch.Tensor:
-        """Run only the first `layer` decoder layers and return what comes out of the last of them.
-
-        Args:
-            ids: `(1, n)` token ids.
-            cache: Is used up to `layer`; must not be used afterwards.
-            layer: How many layers to run, at least 1.
-
-        Returns:
-            `(1, n, hidden_size)`, of the model's dtype.
-        """
-        if not 1 <= layer <= self.num_layers:
-            raise ModelError(f"layer must lie in 1 to {self.num_layers}, got {layer}", where=self.name)
-        caught: list[torch.Tensor] = []
-
-        def stop(_module: nn.Module, _args: Any, output: Any) -> None:
-            caught.append(output[0] if isinstance(output, tuple) else output)
-            raise _EnoughRead
-
-        # Leaving by an exception runs exactly the layers asked for on every architecture. Cutting `decoder.layers`
-        # short was rejected: it changes the model under the feet of other threads.
-        # Under the lock, because the hook would stop a forward pass of another thread as well.
-        with self.lock:
-            handle = self.layers[layer - 1].register_forward_hook(stop)
-            try:
-                self.read(ids, cache)
-            except _EnoughRead:
-                pass
-            finally:
-                handle.remove()
-        return caught[0]
-
-
-class _EnoughRead(Exception):  # noqa: N818 (no error)
-    """Leaves a forward pass once the wanted layer has run."""

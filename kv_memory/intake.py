@@ -135,8 +135,9 @@ class Intake:
         return report
 
     def _cut(self, document: Document) -> DocumentRecord:
-        texts = split_passages(document.text, max_tokens=self._passage_tokens, count_tokens=self._count)
-        counts = self._count(texts)
+        count = self._compressor.backbone.count_tokens
+        texts = split_passages(document.text, max_tokens=self._passage_tokens, count_tokens=count)
+        counts = count(texts)
         return DocumentRecord(
             id=document.id,
             content_sha256=document.content_sha256,
@@ -145,10 +146,6 @@ class Intake:
             passage_tokens=self._passage_tokens,
             passages=tuple(PassageRecord(text=t, n_tokens=n) for t, n in zip(texts, counts, strict=True)),
         )
-
-    def _count(self, texts: list[str]) -> list[int]:
-        encoded = self._compressor.backbone.tokenizer(texts, add_special_tokens=False, verbose=False)
-        return [len(ids) for ids in encoded["input_ids"]]
 
     def _compress(self, todo: list[DocumentRecord], report: AddReport) -> None:
         total = sum(record.n_tokens for record in todo)

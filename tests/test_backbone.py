@@ -9,6 +9,7 @@ import torch
 
 from kv_memory.backbone import Backbone
 from kv_memory.compress import Adapter, Compressor
+from kv_memory.compress.early import hidden_after
 from kv_memory.errors import ContextWindowError, ModelError
 from kv_memory.prompts import PromptForm
 from tests.conftest import ARCHITECTURES, SHORT_FORM, make_backbone, make_model, make_tokenizer
@@ -127,7 +128,7 @@ def test_hidden_after_runs_the_layers_asked_for_and_no_more(name: str) -> None:
         for layer in (1, 3):
             cache = backbone.prefixed_cache(40)
             ran.clear()
-            hidden = backbone.hidden_after(torch.tensor([backbone.encode(text)]), cache, layer=layer)
+            hidden = hidden_after(backbone, torch.tensor([backbone.encode(text)]), cache, layer=layer)
             assert ran == list(range(layer))
             assert_close(hidden[0], expected[layer][0, len(backbone.prefix_ids) :])
     for handle in handles:
@@ -137,7 +138,7 @@ def test_hidden_after_runs_the_layers_asked_for_and_no_more(name: str) -> None:
 @pytest.mark.parametrize("layer", [0, 5, -1])
 def test_hidden_after_a_layer_there_is_not(backbone: Any, layer: int) -> None:
     with pytest.raises(ModelError, match="1 to 4"):
-        backbone.hidden_after(torch.tensor([[5]]), backbone.prefixed_cache(1), layer=layer)
+        hidden_after(backbone, torch.tensor([[5]]), backbone.prefixed_cache(1), layer=layer)
 
 
 def test_hidden_after_does_not_stop_another_thread() -> None:
@@ -164,7 +165,7 @@ def test_hidden_after_does_not_stop_another_thread() -> None:
     reader.start()
     assert inside.wait(10)
     handle.remove()
-    other = threading.Thread(target=lambda: backbone.hidden_after(ids, backbone.prefixed_cache(20), layer=2))
+    other = threading.Thread(target=lambda: hidden_after(backbone, ids, backbone.prefixed_cache(20), layer=2))
     other.start()
     other.join(0.3)  # waits for the lock
     go_on.set()
@@ -180,3 +181,13 @@ def test_check_positions(backbone: Any) -> None:
         backbone.check_positions(513, what="this")
     assert caught.value.where == "tiny-llama"
     assert caught.value.next_step is not None and "packed" in caught.value.next_step
+
+
+def test_text_from_outside_ends_no_turn(backbone: Any) -> None:
+    text = "stop here</s> or there<s>"
+    assert backbone.tokenizer(text, add_special_tokens=False)["input_ids"].count(2) == 1, "it would, left to itself"
+    for ids in (backbone.encode_text(text), backbone.encode_document(text), backbone.encode_question(text)):
+        assert not {1, 2} & set(ids)
+        assert text in backbone.tokenizer.decode(ids)
+    assert backbone.count_tokens([text, "ab"]) == [len(backbone.encode_text(text)), 2]
+    assert backbone.encode("</s>") == [2], "templates and wrappers keep theirs"

@@ -69,6 +69,19 @@ def test_two_documents_equal_a_prefill_in_which_they_do_not_see_each_other(name:
     assert (ours - together).abs().max() > 0.01
 
 
+@EVERY
+def test_without_a_prefix_two_documents_equal_plain_block_diagonal_attention(name: str) -> None:
+    # Nothing stands before the documents here, so the reference is one ordinary sequence under a block-diagonal mask.
+    backbone = make_backbone(name)
+    backbone = type(backbone)(backbone.model, backbone.tokenizer, prompt=replace(backbone.prompt, prefix=""))
+    assert backbone.prefix_ids == ()
+    texts = [letters(28, seed=1), letters(24, seed=2)]
+    documents, question = [backbone.encode_document(text) for text in texts], backbone.encode_question(QUESTION)
+    assert_close(
+        question_logits(backbone, plain_caches(backbone, texts)), separate_logits(name, [], documents, question)
+    )
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2_yarn", "gemma2", "gemma3", "phi3"])
 def test_greedy_decoding_equals_generate(name: str) -> None:
     # Untied, because a random Gemma with tied embeddings repeats the last token for ever.

@@ -13,6 +13,7 @@ from kv_memory.attention import ForwardContext, PositionedCache
 from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
 from kv_memory.compress.adapter import Adapter
+from kv_memory.compress.early import hidden_after
 from kv_memory.compress.selectors import Selector, make_selector, select
 from kv_memory.config import SelectorName, check_keep_ratio, n_kept_for
 from kv_memory.errors import ConfigError, EmptyDocumentError
@@ -95,12 +96,10 @@ class Compressor:
             raise EmptyDocumentError("the document is empty", next_step="Pass text that holds at least one word.")
         form = self.backbone.prompt
         before, after = self.backbone.encode(form.document_before), self.backbone.encode(form.document_after)
-        if not keep_spans:
-            return self.compress_ids([*before, *self.backbone.encode(text), *after], keep_ratio=keep_ratio)
-        encoded = self.backbone.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        spans = _token_spans(encoded["offset_mapping"], keep_spans, len(text))
+        ids, offsets = self.backbone.encode_with_offsets(text)
+        spans = _token_spans(offsets, keep_spans, len(text))
         shifted = [(start + len(before), end + len(before)) for start, end in spans]
-        return self.compress_ids([*before, *encoded["input_ids"], *after], keep_ratio=keep_ratio, keep_spans=shifted)
+        return self.compress_ids([*before, *ids, *after], keep_ratio=keep_ratio, keep_spans=shifted)
 
     @torch.no_grad()
     def compress_ids(self, ids: Sequence[int], *, keep_ratio: float, keep_spans: Sequence[Span] = ()) -> DistilledCache:
@@ -166,7 +165,7 @@ class Compressor:
         assert self.adapter is not None
         n_tokens = ids.shape[1]
         first = self.backbone.prefixed_cache(n_tokens)
-        hidden = self.backbone.hidden_after(ids, first, layer=self.adapter.config.eta)
+        hidden = hidden_after(self.backbone, ids, first, layer=self.adapter.config.eta)
         positions = select(self.adapter.score(hidden[0]), n_kept, forced=forced)
         cache = self.backbone.prefixed_cache(n_tokens)
         routing = self.adapter.routing(positions, n_tokens)
