@@ -8,13 +8,14 @@ import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from kv_memory.attention import ATTENTION, NEVER, ForwardContext, PositionedCache
 from kv_memory.cache import dtype_from_name, dtype_name
+from kv_memory.config import DtypeName
 from kv_memory.embedded import EMBEDDED
 from kv_memory.errors import ContextWindowError, UnsupportedModelError
 from kv_memory.fingerprint import FORMAT_VERSION, Fingerprint
@@ -101,7 +102,7 @@ class Backbone:
         cls,
         name: str | Path = EMBEDDED,
         *,
-        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        dtype: DtypeName = "auto",
         device: str = "auto",
         prompt: PromptName | PromptForm = "auto",
         revision: str | None = None,

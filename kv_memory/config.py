@@ -8,9 +8,10 @@ from typing import Literal, get_args
 
 from kv_memory.errors import ConfigError
 
-__all__ = ["DecodeSettings", "Layout", "SelectorName", "check_keep_ratio", "n_kept_for"]
+__all__ = ["DecodeSettings", "DtypeName", "Layout", "SelectorName", "check_keep_ratio", "n_kept_for"]
 
 Layout = Literal["source", "packed"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 SelectorName = Literal["reconstruction", "attention", "sink_recent"]
 
 

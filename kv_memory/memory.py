@@ -15,7 +15,7 @@ from typing import Literal, Self
 from kv_memory.answers import Answer, AnswerStream, Asker, ReadFrom
 from kv_memory.backbone import Backbone
 from kv_memory.compress import Adapter, Compressor
-from kv_memory.config import DecodeSettings, Layout, SelectorName, check_choice
+from kv_memory.config import DecodeSettings, DtypeName, Layout, SelectorName, check_choice
 from kv_memory.documents import DocumentLike, read_documents
 from kv_memory.errors import CorruptCacheError, StoreFullError
 from kv_memory.generate import iterate_in_thread
@@ -53,7 +53,7 @@ class KVMemory:
         store: Store,
         settings: MemorySettings,
         *,
-        dtype: str = "auto",
+        dtype: DtypeName = "auto",
         device: str = "auto",
         backbone: Backbone | None = None,
         prompt_form: PromptForm | None = None,
@@ -81,7 +81,7 @@ class KVMemory:
         passage_tokens: int | Literal["auto"] | None = "auto",
         prompt: PromptName | PromptForm | None = None,
         layout: Layout | None = None,
-        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        dtype: DtypeName = "auto",
         device: str = "auto",
         collection: str = "default",
         create: bool = True,
@@ -137,11 +137,15 @@ class KVMemory:
             memory = cls(store, settings, dtype=dtype, device=device, backbone=backbone, prompt_form=form)
             memory._compressor = compressor
             if load_model:
-                memory.compressor  # noqa: B018 (loads model and adapter, prefills the shared prefix)
+                memory.load()
             return memory
         except BaseException:
             store.close()
             raise
+
+    def load(self) -> None:
+        """Load model and adapter and prefill the shared prefix now, instead of at the first use."""
+        _ = self.compressor
 
     def close(self) -> None:
         """Close the store. The model is freed with the object."""
@@ -385,13 +389,10 @@ class KVMemory:
         return self.store.gc()
 
 
-def _load_backbone(settings: MemorySettings, *, dtype: str, device: str, prompt_form: PromptForm | None) -> Backbone:
-    return Backbone.load(
-        settings.model,
-        dtype=dtype,  # type: ignore[arg-type]
-        device=device,
-        prompt=prompt_form or settings.prompt,
-    )
+def _load_backbone(
+    settings: MemorySettings, *, dtype: DtypeName, device: str, prompt_form: PromptForm | None
+) -> Backbone:
+    return Backbone.load(settings.model, dtype=dtype, device=device, prompt=prompt_form or settings.prompt)
 
 
 def _load_compressor(settings: MemorySettings, backbone: Backbone) -> Compressor:

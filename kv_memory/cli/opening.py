@@ -69,7 +69,7 @@ def load_model(out: Output, memory: KVMemory) -> None:
     name = memory.settings.model
     _announce_conversion(out, name)
     with out.working(f"Loading the model ({name})"):
-        memory.compressor  # noqa: B018 (loads it)
+        memory.load()
 
 
 def _announce_conversion(out: Output, model: str | None) -> None:

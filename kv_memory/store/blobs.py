@@ -116,7 +116,7 @@ class DiskBlobs:
     def warm(self) -> None:
         """Open diskcache now instead of at the first use."""
         with mapped(self.folder):
-            self._cache  # noqa: B018 (opens it)
+            _ = self._cache
 
     def put(self, key: str, data: bytes) -> None:
         """See `BlobStore.put`."""
