@@ -22,7 +22,15 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 
 from kv_memory.rope import Rope
 
-__all__ = ["ATTENTION", "AttentionObserver", "ForwardContext", "PositionedCache", "attention_probabilities"]
+__all__ = [
+    "ATTENTION",
+    "NEVER",
+    "AttentionObserver",
+    "ForwardContext",
+    "PositionedCache",
+    "Routing",
+    "attention_probabilities",
+]
 
 ATTENTION = "kv_memory"
 NEVER = torch.iinfo(torch.int32).max  # the position of padding: later than every query, so never seen
@@ -70,7 +78,8 @@ class PositionedCache(DynamicCache):
     Args:
         keys: `(num_layers, batch, num_kv_heads, capacity, head_dim)`; the first `length` entries are filled.
         values: The same shape.
-        positions: Of the filled entries: `(length,)` or `(num_layers, num_kv_heads, length)`, integer.
+        positions: Of the filled entries: `(length,)`, `(num_layers, num_kv_heads, length)`, or for rows that hold
+            different documents `(num_layers or 1, batch, num_kv_heads or 1, length)`; integer, `NEVER` for padding.
         next_position: Where the tokens that follow begin.
         n_positions: The length of the sequence for which the keys were rotated; `next_position` if None.
 
@@ -138,8 +147,11 @@ class PositionedCache(DynamicCache):
     def key_positions(self, layer: int) -> torch.Tensor:
         """Positions of all keys of one layer: `(batch, 1 or num_kv_heads, length)`."""
         composed = self.composed_positions
-        composed = composed[None] if composed.ndim == 1 else composed[layer]
-        composed = composed.to(torch.int32).expand(self.n_rows, *composed.shape)
+        if composed.ndim == 4:
+            composed = composed[layer if composed.shape[0] > 1 else 0]
+        else:
+            composed = (composed[None] if composed.ndim == 1 else composed[layer]).expand(self.n_rows, -1, -1)
+        composed = composed.to(torch.int32)
         return torch.cat([composed, self.appended_positions[:, None].expand(-1, composed.shape[1], -1)], dim=2)
 
 
@@ -168,6 +180,21 @@ class AttentionObserver(Protocol):
         """
 
 
+class Routing(Protocol):
+    """Decides, layer by layer while a model reads, which tokens go through the adapter."""
+
+    def enter(self, layer: int, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Called before each decoder layer, and once more where gradient checkpointing runs it again.
+
+        Args:
+            layer: The layer's index.
+            hidden: `(batch, new, hidden_size)`, what goes into it.
+
+        Returns:
+            Bool `(batch, new)`; a tensor without dimensions for every token; None for no token.
+        """
+
+
 @dataclass
 class ForwardContext:
     """What one forward pass of the model carries besides its tokens.
@@ -175,19 +202,16 @@ class ForwardContext:
     Attributes:
         cache: Gives keys their positions; None where the tokens are alone in their sequence.
         observer: Sees every layer's queries and keys.
-        routing: Tokens that go through the adapter: `(batch, new)`, or `(num_layers, batch, new)`; None for none.
+        routing: Decides which tokens go through the adapter; None for none.
+        bias: `(num_layers, batch, num_kv_heads, n)`, added to the attention logits towards the first `n` entries of
+            the cache: the path on which a gradient reaches the scorer.
     """
 
     cache: PositionedCache | None = None
     observer: AttentionObserver | None = None
-    routing: torch.Tensor | None = None
+    routing: Routing | None = None
+    bias: torch.Tensor | None = None
     masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict, repr=False)
-
-    def routing_of(self, layer: int) -> torch.Tensor | None:
-        """The tokens of one layer that go through the adapter, `(batch, new)`."""
-        if self.routing is None or self.routing.ndim == 2:
-            return self.routing
-        return self.routing[layer]
 
 
 def attention_forward(
@@ -233,7 +257,7 @@ def attention_forward(
     window = sliding_window if sliding_window is not None and length > 1 else None
     padded = context.cache is not None and context.cache.n_rows > 1  # perhaps: only batches are
     past = length - new
-    if softcap is None and window is None and not padded and past <= new and new > 1:
+    if softcap is None and window is None and not padded and context.bias is None and past <= new and new > 1:
         # SDPA skips the upper triangle only from the first key on. Queries of nothing in front of ours, thrown away
         # afterwards, are cheaper than a mask: a long document behind a short prefix takes two thirds of the time.
         query = nn.functional.pad(query, (0, 0, past, 0))
@@ -241,6 +265,8 @@ def attention_forward(
         return out[:, past:], None
 
     mask = _mask(context, layer, position_ids, new, length, window)
+    if context.bias is not None:
+        mask = _biased(mask, context.bias[layer], length, dtype=query.dtype)
     if softcap is None and new <= SHORT:
         return _attend_packed(query, key, value, mask, scaling=scaling), None
 
@@ -284,7 +310,8 @@ def attention_probabilities(
     Args:
         query: `(batch, num_heads, new, head_dim)`.
         key: `(batch, num_kv_heads, seq_len, head_dim)`.
-        mask: True where a query sees a key, broadcast to `(batch, num_heads, new, seq_len)`.
+        mask: True where a query sees a key, or what is added to the logits; broadcast to
+            `(batch, num_heads, new, seq_len)`.
         scaling: Of the logits.
         softcap: Of the logits, or None.
 
@@ -294,9 +321,19 @@ def attention_probabilities(
     logits = (query @ repeat_kv(key, query.shape[1] // key.shape[1]).transpose(2, 3)).float() * scaling
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
-    if mask is not None:
+    if mask is not None and mask.dtype == torch.bool:
         logits = logits.masked_fill(~mask, torch.finfo(torch.float32).min)
+    elif mask is not None:
+        logits = logits + mask
     return torch.softmax(logits, dim=-1)
+
+
+def _biased(mask: torch.Tensor | None, bias: torch.Tensor, length: int, *, dtype: torch.dtype) -> torch.Tensor:
+    """A mask as what is added to the logits, and on the first entries of the cache the bias."""
+    added = nn.functional.pad(bias.to(dtype), (0, length - bias.shape[-1]))[:, :, None]
+    if mask is None:
+        return added
+    return added.masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _mask(
@@ -309,7 +346,7 @@ def _mask(
 ) -> torch.Tensor | None:
     """Which key each query sees: `(batch, 1 or num_kv_heads, new, seq_len)`; None where every query sees all."""
     cache = context.cache
-    per_head = cache is not None and cache.composed_positions.ndim == 3
+    per_head = cache is not None and cache.composed_positions.ndim >= 3
     # Without a window all that precedes the question is visible whatever its position, so layers share one mask.
     shared = (-1, window) if window is None or not per_head else (layer, window)
     if shared not in context.masks:
@@ -332,6 +369,8 @@ def _make_mask(
     elif cache is None:  # a cache of Transformers' own, whose positions have no gaps
         keys = queries[:, :, -1] + torch.arange(1 - length, 1, device=queries.device, dtype=torch.int32)
         keys = keys[:, None] if keys.ndim == 2 else keys
+    elif window is None and cache.composed_positions.ndim == 4:
+        keys = cache.key_positions(layer)[:, :1]  # padding is the same in all layers and heads
     elif window is None:
         composed = length - cache.appended_positions.shape[1]
         keys = torch.nn.functional.pad(cache.appended_positions, (composed, 0), value=-1)[:, None]

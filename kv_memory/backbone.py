@@ -290,13 +290,13 @@ class Backbone:
         none = torch.empty(0, dtype=torch.int32, device=self.device)
         return PositionedCache(keys, torch.empty_like(keys), positions=none, next_position=0)
 
-    def prefixed_cache(self, n_tokens: int, *, room: int = 0) -> PositionedCache:
+    def prefixed_cache(self, n_tokens: int, *, room: int = 0, batch_size: int = 1) -> PositionedCache:
         """A cache that holds the shared prefix, for a document of `n_tokens` and room for more entries behind it."""
         n_prefix = len(self.prefix_ids)
         prefix = self.prefix_for(n_prefix + n_tokens)
-        cache = self.empty_cache(n_prefix + n_tokens + room)
+        cache = self.empty_cache(n_prefix + n_tokens + room, batch_size=batch_size)
         for index, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-            cache.update(keys[None], values[None], index)
+            cache.update(keys.expand(batch_size, -1, -1, -1), values.expand(batch_size, -1, -1, -1), index)
         cache.composed_positions = torch.arange(n_prefix, dtype=torch.int32, device=self.device)
         cache.next_positions += n_prefix
         cache.n_positions = n_prefix + n_tokens
@@ -315,15 +315,27 @@ class Backbone:
                 next_step="Retrieve fewer or shorter documents, lower max_new_tokens, or use layout='packed'.",
             )
 
-    def read(self, ids: torch.Tensor, cache: PositionedCache, *, context: ForwardContext | None = None) -> None:
+    def read(
+        self,
+        ids: torch.Tensor,
+        cache: PositionedCache,
+        *,
+        lengths: torch.Tensor | None = None,
+        context: ForwardContext | None = None,
+    ) -> torch.Tensor:
         """Prefill tokens into a cache, without computing logits.
 
         Args:
-            ids: `(batch, n)` token ids.
+            ids: `(batch, n)` token ids, padded on the right.
             cache: Grows by `n` entries.
+            lengths: `(batch,)` real tokens per row; all of them if None.
             context: Observer and routing; its cache is set here.
+
+        Returns:
+            `(batch, n, hidden_size)`, what the language model head would see.
         """
-        self._forward(self.decoder, ids, cache, lengths=None, context=context)
+        hidden: torch.Tensor = self._forward(self.decoder, ids, cache, lengths=lengths, context=context)[0]
+        return hidden
 
     def logits(
         self,
@@ -352,6 +364,12 @@ class Backbone:
         out = self._forward(self.model, ids, cache, lengths=lengths, context=context, logits_to_keep=keep)
         logits: torch.Tensor = out.logits
         return logits if every else logits[torch.arange(len(row_of)), row_of.to(logits.device)]
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of hidden states that `read` returned: `(..., hidden_size)` to `(..., vocab_size)`."""
+        logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
+        softcap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
     def _forward(
         self,

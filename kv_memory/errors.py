@@ -22,6 +22,11 @@ KVMemoryError
 │   ├── CacheNotFoundError       no distilled cache for this text and setting (also a KeyError)
 │   ├── CorruptCacheError        bytes that are not what was written; quarantined, never decoded
 │   └── FingerprintMismatchError a cache made by another model, adapter, prompt or format
+├── DatasetError                 a training or evaluation set that is missing or unreadable
+│   └── BrokenLineError          a line that is no example; named by number
+├── TrainingError
+│   ├── DivergedError            a loss or gradient that is not finite; the last good checkpoint is kept
+│   └── CheckpointError          a checkpoint that is unreadable, or was made with other settings
 └── StoreError
     ├── StoreVersionError        a store written by a newer version
     ├── StorePermissionError     a folder we may not write to
@@ -36,11 +41,15 @@ __all__ = [
     "AdapterError",
     "AdapterMismatchError",
     "BinaryDocumentError",
+    "BrokenLineError",
     "CacheError",
     "CacheNotFoundError",
+    "CheckpointError",
     "ConfigError",
     "ContextWindowError",
     "CorruptCacheError",
+    "DatasetError",
+    "DivergedError",
     "DocumentError",
     "DocumentNotFoundError",
     "DuplicateDocumentError",
@@ -57,6 +66,7 @@ __all__ = [
     "StorePermissionError",
     "StoreVersionError",
     "TokenizerError",
+    "TrainingError",
     "UnreadableDocumentError",
     "UnsupportedModelError",
 ]
@@ -170,6 +180,26 @@ class CorruptCacheError(CacheError):
 
 class FingerprintMismatchError(CacheError):
     """The cache was made by another model, adapter, prompt or format."""
+
+
+class DatasetError(KVMemoryError):
+    """A training or evaluation set is missing or cannot be read."""
+
+
+class BrokenLineError(DatasetError):
+    """A line of a file is no example: no JSON, a field missing, a context or an answer that is empty."""
+
+
+class TrainingError(KVMemoryError):
+    """Something about training."""
+
+
+class DivergedError(TrainingError):
+    """A loss or a gradient is not finite. The last good checkpoint is kept."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint cannot be read, or was made with other settings."""
 
 
 class StoreError(KVMemoryError):

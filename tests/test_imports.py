@@ -32,6 +32,7 @@ _BELOW_MEMORY = {
     "store",
     "jobs",
     "documents",
+    "datasets",
     "words",
     "retrieve",
     "settings",
@@ -52,10 +53,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backbone": {*_TENSORS, "embedded", "loading"},
     "compress": {*_TENSORS, "backbone"},
     "generate": {*_TENSORS, "backbone"},
-    "train": {*_TENSORS, "backbone", "compress", "generate"},
+    "train": {*_TENSORS, "backbone", "compress", "generate", "datasets", "documents"},
     "store": _STORE,
     "jobs": {*_STORE, "store"},
     "documents": {"errors", "config"},
+    "datasets": {"errors", "config", "documents", "words"},
     "words": {"errors", "config"},
     "retrieve": {"errors", "config", "words"},
     "settings": {"errors", "config", "embedded", "prompts"},
@@ -80,6 +82,7 @@ NEVER_IMPORTS: dict[str, set[str]] = {
     "train": _SQL,
     "store": {"torch", "transformers", "peft"},
     "documents": {*_MODELS, *_SQL},
+    "datasets": {*_MODELS, *_SQL},
     "integrations": {*_MODELS, *_SQL},
 }
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

@@ -14,6 +14,7 @@ from kv_memory import DecodeSettings, KVMemory
 from kv_memory.attention import ForwardContext
 from kv_memory.cache import DistilledCache
 from kv_memory.compress import Adapter, Compressor
+from kv_memory.compress.routing import FixedRouting
 from kv_memory.generate import Generator, compose
 from tests.conftest import ARCHITECTURES, make_backbone
 from tests.reference import (
@@ -161,7 +162,7 @@ def test_an_adapter_changes_routed_tokens_and_nothing_else(name: str) -> None:
     ids = torch.tensor([backbone.encode(letters(20, seed=7))])
 
     def from_cache(routing: torch.Tensor | None = None) -> torch.Tensor:
-        context = ForwardContext(routing=routing)
+        context = ForwardContext(routing=None if routing is None else FixedRouting(routing))
         return backbone.logits(ids, compose(backbone, [cache], n_question=20), every=True, context=context)[0]
 
     with torch.no_grad():

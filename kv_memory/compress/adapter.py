@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,12 +22,15 @@ from torch import nn
 
 from kv_memory.backbone import Backbone
 from kv_memory.compress.routing import RoutedLinear, install_routing
-from kv_memory.compress.scorer import Scorer
+from kv_memory.compress.scorer import Scorer, ScorerKind
+from kv_memory.config import check_choice
 from kv_memory.errors import AdapterError, AdapterMismatchError, ConfigError
 
-__all__ = ["Adapter", "AdapterConfig", "default_eta"]
+__all__ = ["Adapter", "AdapterConfig", "Routed", "Target", "default_eta"]
 
-ADAPTER_VERSION = 1
+ADAPTER_VERSION = 2
+Routed = Literal["kept", "document"]
+Target = Literal["q", "k", "v", "o"]
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "scorer.safetensors", "kv_distill.json")
 
 
@@ -47,9 +51,13 @@ class AdapterConfig:
         num_layers: Of that model.
         num_kv_heads: Of that model.
         hidden_size: Of that model.
-        eta: The layer whose output the scorer reads.
-        per_head: One score per layer and KV head instead of one for all.
+        eta: The layer whose output the scorer reads, unless it is of the kind `layer`.
+        scorer: Its kind, see `ScorerKind`.
         scorer_size: Width of the scorer's hidden layer.
+        routed: `kept`: only tokens kept by some head of a layer go through the LoRA, as in the paper. `document`: all
+            tokens of the document do.
+        first_routed_layer: Layers below it stay as they are. From eta upwards one pass does for scorers that look at
+            layer eta.
         trained_steps: Optimiser steps; 0 for an untrained adapter.
     """
 
@@ -61,13 +69,22 @@ class AdapterConfig:
     num_kv_heads: int
     hidden_size: int
     eta: int
-    per_head: bool = False
+    scorer: ScorerKind = "token"
     scorer_size: int = 256
+    routed: Routed = "kept"
+    first_routed_layer: int = 0
     trained_steps: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.eta <= self.num_layers:
             raise ConfigError(f"eta must lie in 1 to {self.num_layers}, got {self.eta}", where="eta")
+        if not 0 <= self.first_routed_layer < self.num_layers:
+            raise ConfigError(
+                f"first_routed_layer must lie in 0 to {self.num_layers - 1}, got {self.first_routed_layer}",
+                where="first_routed_layer",
+            )
+        check_choice(self.scorer, ScorerKind, where="scorer")
+        check_choice(self.routed, Routed, where="routed")
 
 
 class Adapter:
@@ -89,7 +106,8 @@ class Adapter:
         self.peft_model = peft_model
         self.scorer = scorer
         self._handles = install_routing(backbone.layers)
-        if backbone.config.model_type == "phi3":
+        lora: Any = peft_model.peft_config["default"]
+        if "qkv_proj" in lora.target_modules:
             for layer in backbone.layers:
                 fused: Any = layer.self_attn.qkv_proj  # type: ignore[union-attr]
                 fused.routed_features = backbone.num_heads * backbone.head_dim
@@ -101,9 +119,12 @@ class Adapter:
         *,
         rank: int = 16,
         alpha: float | None = None,
+        targets: Sequence[Target] = ("q", "o"),
         eta: int | None = None,
-        per_head: bool = False,
+        scorer: ScorerKind = "token",
         scorer_size: int = 256,
+        routed: Routed = "kept",
+        first_routed_layer: int = 0,
         seed: int = 0,
         zero_init: bool = True,
     ) -> Adapter:
@@ -111,11 +132,14 @@ class Adapter:
 
         Args:
             backbone: The model; it must have no adapter yet.
-            rank: Of the LoRA on W_Q and W_O.
+            rank: Of the LoRA.
             alpha: LoRA scaling; twice the rank if None.
+            targets: Which projections it adapts: `q` and `o` in the paper.
             eta: See `AdapterConfig`; `default_eta` if None.
-            per_head: See `AdapterConfig`.
+            scorer: See `AdapterConfig`.
             scorer_size: See `AdapterConfig`.
+            routed: See `AdapterConfig`.
+            first_routed_layer: See `AdapterConfig`.
             seed: Of the initial weights.
             zero_init: LoRA starts as no change at all; False starts it at random, for tests.
         """
@@ -127,14 +151,15 @@ class Adapter:
             num_kv_heads=backbone.num_kv_heads,
             hidden_size=backbone.hidden_size,
             eta=eta if eta is not None else default_eta(backbone.num_layers),
-            per_head=per_head,
+            scorer=scorer,
             scorer_size=scorer_size,
+            routed=routed,
+            first_routed_layer=first_routed_layer,
         )
-        query = "qkv_proj" if backbone.config.model_type == "phi3" else "q_proj"
         lora_config = LoraConfig(
             r=rank,
             lora_alpha=alpha if alpha is not None else 2 * rank,  # type: ignore[arg-type]
-            target_modules=[query, "o_proj"],
+            target_modules=_modules(backbone, targets),
             init_lora_weights=zero_init,
             task_type="CAUSAL_LM",
         )
@@ -142,8 +167,8 @@ class Adapter:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             peft_model = _wrap(backbone, lora_config, None)
-            scorer = _make_scorer(config)
-        return cls(backbone, config, peft_model, scorer.to(backbone.device))
+            head = _make_scorer(config)
+        return cls(backbone, config, peft_model, head.to(backbone.device))
 
     @classmethod
     def load(cls, folder: Path | str, backbone: Backbone) -> Adapter:
@@ -216,26 +241,6 @@ class Adapter:
             handle.remove()
         _strip(self.backbone)
 
-    def score(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Scores from the hidden states after layer eta; see `Scorer.forward`."""
-        scores: torch.Tensor = self.scorer(hidden)
-        return scores
-
-    @staticmethod
-    def routing(positions: torch.Tensor, n_tokens: int) -> torch.Tensor:
-        """Which tokens go through the LoRA: those kept, in each layer by any of its heads.
-
-        Args:
-            positions: `(n_kept,)`, or `(num_layers, num_kv_heads, n_kept)`.
-            n_tokens: Of the document.
-
-        Returns:
-            Bool `(1, n_tokens)`, or `(num_layers, 1, n_tokens)`.
-        """
-        rows = positions.flatten(1) if positions.ndim == 3 else positions[None]
-        mask = torch.zeros(rows.shape[0], n_tokens, dtype=torch.bool, device=positions.device).scatter_(1, rows, True)
-        return mask[:, None] if positions.ndim == 3 else mask
-
 
 def _make_scorer(config: AdapterConfig) -> Scorer:
     return Scorer(
@@ -243,8 +248,26 @@ def _make_scorer(config: AdapterConfig) -> Scorer:
         inner_size=config.scorer_size,
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
-        per_head=config.per_head,
+        kind=config.scorer,
     )
+
+
+def _modules(backbone: Backbone, targets: Sequence[Target]) -> list[str]:
+    """The names of the projections to adapt."""
+    for target in targets:
+        check_choice(target, Target, where="targets")
+    if not targets:
+        raise ConfigError("an adapter needs at least one projection to adapt", where="targets")
+    names = [f"{target}_proj" for target in dict.fromkeys(targets)]
+    if backbone.config.model_type != "phi3":
+        return names
+    if {"k", "v"} & set(targets):
+        raise ConfigError(
+            "the keys and values of a fused projection (Phi-3) cannot be adapted",
+            where="targets",
+            next_step='Use targets=("q", "o").',
+        )
+    return ["qkv_proj" if name == "q_proj" else name for name in names]
 
 
 def _refuse_second(backbone: Backbone) -> None:

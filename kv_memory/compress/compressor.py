@@ -13,7 +13,7 @@ from kv_memory.attention import ForwardContext, PositionedCache
 from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
 from kv_memory.compress.adapter import Adapter
-from kv_memory.compress.early import hidden_after
+from kv_memory.compress.reading import read_documents
 from kv_memory.compress.selectors import Selector, make_selector, select
 from kv_memory.config import SelectorName, check_keep_ratio, n_kept_for
 from kv_memory.errors import ConfigError, EmptyDocumentError
@@ -27,13 +27,14 @@ Span = tuple[int, int]  # start and end, end excluded
 class Compressor:
     """Reads documents and keeps what matters of them.
 
-    With an adapter: score after layer eta, select, read again with the kept tokens routed through the LoRA
-    (KV-Distill, arXiv 2503.10337). Without one: read, let a training-free selector score, select.
+    With an adapter: score, select, and read with the adapter's tokens routed through the LoRA (KV-Distill, arXiv
+    2503.10337). Without one: read, let a training-free selector score, select.
 
     Args:
         backbone: The model that reads.
         selector: A training-free selector or its name. Not used with an adapter.
         adapter: Attached to the same backbone.
+        routed: False uses the adapter's selection without its LoRA, to see what each is worth.
         window_tokens: Longest stretch read at once, in tokens; as much as the context window holds if None. Longer
             documents are read window by window behind the same prefix, and joined.
 
@@ -47,12 +48,14 @@ class Compressor:
         *,
         selector: SelectorName | Selector = "reconstruction",
         adapter: Adapter | None = None,
+        routed: bool = True,
         window_tokens: int | None = None,
     ) -> None:
         if adapter is not None and adapter.backbone is not backbone:
             raise ConfigError("the adapter is attached to another backbone", where="adapter")
         self.backbone = backbone
         self.adapter = adapter
+        self.routed = routed
         self.selector: Selector = make_selector(selector) if isinstance(selector, str) else selector
         extra = 0 if adapter is not None else self.selector.extra_tokens
         most = backbone.context_window - len(backbone.prefix_ids) - extra
@@ -76,7 +79,10 @@ class Compressor:
         if self.adapter is None:
             return self.backbone.fingerprint(method=f"{self.selector.name}|{window}", keep_spans=keep_spans)
         return self.backbone.fingerprint(
-            method=f"adapter|{window}", adapter=self._adapter_sha256, eta=self.adapter.config.eta, keep_spans=keep_spans
+            method=f"{'adapter' if self.routed else 'adapter_selection'}|{window}",
+            adapter=self._adapter_sha256,
+            eta=self.adapter.config.eta,
+            keep_spans=keep_spans,
         )
 
     def compress(self, text: str, *, keep_ratio: float, keep_spans: Sequence[Span] = ()) -> DistilledCache:
@@ -161,16 +167,20 @@ class Compressor:
         return cache, select(scores, n_kept, forced=forced).to(ids.device)
 
     def _distil(self, ids: torch.Tensor, n_kept: int, forced: torch.Tensor) -> tuple[PositionedCache, torch.Tensor]:
-        """Score after layer eta, then read with the kept tokens routed through the LoRA."""
+        """Read with the adapter, which scores, selects and routes."""
         assert self.adapter is not None
-        n_tokens = ids.shape[1]
-        first = self.backbone.prefixed_cache(n_tokens)
-        hidden = hidden_after(self.backbone, ids, first, layer=self.adapter.config.eta)
-        positions = select(self.adapter.score(hidden[0]), n_kept, forced=forced)
-        cache = self.backbone.prefixed_cache(n_tokens)
-        routing = self.adapter.routing(positions, n_tokens)
-        self.backbone.read(ids, cache, context=ForwardContext(routing=routing))
-        return cache, positions
+        n = torch.tensor([ids.shape[1]], device=ids.device)
+        reading = read_documents(
+            self.adapter,
+            ids,
+            n,
+            torch.tensor([n_kept], device=ids.device),
+            forced=forced[None].to(ids.device),
+            routed=self.routed,
+        )
+        positions = reading.positions[:, 0]
+        # The paper's form keeps the same tokens everywhere: one row says it.
+        return reading.cache, positions[0, 0] if self.adapter.config.scorer == "token" else positions
 
     def _extract(
         self, cache: PositionedCache, positions: torch.Tensor, n_tokens: int

@@ -14,17 +14,20 @@ from kv_memory.errors import ModelError
 __all__ = ["hidden_after"]
 
 
-def hidden_after(backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, *, layer: int) -> torch.Tensor:
+def hidden_after(
+    backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, *, layer: int, lengths: torch.Tensor | None = None
+) -> torch.Tensor:
     """Run only the first `layer` decoder layers and return what comes out of the last of them.
 
     Args:
         backbone: The model that reads.
-        ids: `(1, n)` token ids.
+        ids: `(batch, n)` token ids, padded on the right.
         cache: Is used up to `layer`; must not be used afterwards.
         layer: How many layers to run, at least 1.
+        lengths: `(batch,)` real tokens per row; all of them if None.
 
     Returns:
-        `(1, n, hidden_size)`, of the model's dtype.
+        `(batch, n, hidden_size)`, of the model's dtype.
 
     Raises:
         ModelError: The model has no such layer.
@@ -43,7 +46,7 @@ def hidden_after(backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, 
     with backbone.lock:
         handle = backbone.layers[layer - 1].register_forward_hook(stop)
         try:
-            backbone.read(ids, cache)
+            backbone.read(ids, cache, lengths=lengths)
         except _EnoughRead:
             pass
         finally:

@@ -1,13 +1,15 @@
 """The routed LoRA: a PEFT variant whose delta reaches only the tokens it is told to.
 
 PEFT's activated LoRA does the same for the last tokens of a sequence; ours takes a mask. The mask comes with the
-forward pass (`ForwardContext.routing`): a hook on each decoder layer puts it where the projections inside can see it,
-and takes it away when the layer is done. Without a mask a projection returns the frozen layer's own result, untouched.
+forward pass (`ForwardContext.routing`): a hook on each decoder layer asks for it, puts it where the projections inside
+can see it, and takes it away when the layer is done. Without a mask a projection returns the frozen layer's own
+result, untouched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,10 +21,40 @@ from torch.utils.hooks import RemovableHandle
 
 from kv_memory.attention import ForwardContext
 
-__all__ = ["RoutedLinear", "install_routing"]
+__all__ = ["FixedRouting", "RoutedLinear", "current_mask", "install_routing", "routed_with"]
 
 # Not an attribute of the modules: threads that decode while another one compresses must not see its mask.
 _MASK: ContextVar[torch.Tensor | None] = ContextVar("kv_memory_routing", default=None)
+
+
+def current_mask() -> torch.Tensor | None:
+    """The mask of the layer that is running, as `Routing.enter` gave it."""
+    return _MASK.get()
+
+
+@contextmanager
+def routed_with(mask: torch.Tensor | None) -> Iterator[None]:
+    """Run with this mask: for who runs a layer's inside again, without the hooks around it."""
+    token = _MASK.set(mask)
+    try:
+        yield
+    finally:
+        _MASK.reset(token)
+
+
+class FixedRouting:
+    """Tokens chosen beforehand go through the adapter; a `Routing`.
+
+    Args:
+        mask: Bool `(batch, new)` for all layers, or `(num_layers, batch, new)`.
+    """
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        self._mask = mask
+
+    def enter(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """See `Routing`."""
+        return self._mask[layer] if self._mask.ndim == 3 else self._mask
 
 
 class RoutedVariant(LoraVariant):
@@ -46,17 +78,19 @@ class RoutedVariant(LoraVariant):
         Returns:
             Shape and dtype of `result`; the same tensor where no token is routed.
         """
-        mask = _MASK.get()
+        mask = _MASK.get()  # without dimensions: every token
         if mask is None:
             return result
-        rows = mask.flatten().nonzero()[:, 0]
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        picked = module.lora_dropout[active_adapter](x.flatten(0, -2)[rows].to(lora_a.weight.dtype))
-        delta = (lora_b(lora_a(picked)) * module.scaling[active_adapter]).to(result.dtype)
-        flat = result.flatten(0, -2)
+        tokens, flat = x.flatten(0, -2), result.flatten(0, -2)
+        rows = mask.flatten().nonzero()[:, 0] if mask.ndim else None
+        picked = module.lora_dropout[active_adapter]((tokens if rows is None else tokens[rows]).to(lora_a.weight.dtype))
+        delta: torch.Tensor = (lora_b(lora_a(picked)) * module.scaling[active_adapter]).to(result.dtype)
         n_query: int | None = getattr(module, "routed_features", None)
         if n_query is not None:  # a fused projection (Phi-3): queries first, then keys and values, which stay as is
             delta = nn.functional.pad(delta[:, :n_query], (0, flat.shape[1] - n_query))
+        if rows is None:
+            return (flat + delta).view_as(result)
         if torch.is_grad_enabled() or not result.is_contiguous():
             return flat.index_add(0, rows, delta).view_as(result)
         flat.index_add_(0, rows, delta)  # the frozen layer's result is ours alone: no need to copy a whole document
@@ -85,7 +119,10 @@ def install_routing(layers: Iterable[nn.Module]) -> list[RemovableHandle]:
 
         def before(_module: nn.Module, args: Any, kwargs: dict[str, Any], index: int = index) -> None:
             context: ForwardContext | None = kwargs.get("kv_memory")
-            _MASK.set(context.routing_of(index) if context is not None else None)
+            if context is None or context.routing is None:
+                _MASK.set(None)
+            else:
+                _MASK.set(context.routing.enter(index, args[0] if args else kwargs["hidden_states"]))
 
         def after(_module: nn.Module, args: Any, output: Any) -> None:
             _MASK.set(None)

@@ -2,41 +2,61 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import nn
 
-__all__ = ["Scorer"]
+__all__ = ["Scorer", "ScorerKind"]
+
+# `token`: one score a token for all heads, from the hidden state after layer eta (the paper's form). `head`: from the
+# same place, one per layer and KV head. `layer`: one per layer and KV head, each layer's from what goes into it.
+ScorerKind = Literal["token", "head", "layer"]
 
 
 class Scorer(nn.Module):
-    """Scores document tokens from the hidden state after layer eta. It never sees a question.
+    """Scores document tokens from hidden states. It never sees a question.
 
     Args:
+        kind: See `ScorerKind`.
         hidden_size: Of the model.
         inner_size: Of the hidden layer.
-        num_layers: Of the model; used with `per_head`.
-        num_kv_heads: Of the model; used with `per_head`.
-        per_head: One score per layer and KV head instead of one for all (the paper's form).
+        num_layers: Of the model.
+        num_kv_heads: Of the model.
     """
 
     def __init__(
-        self, *, hidden_size: int, inner_size: int, num_layers: int, num_kv_heads: int, per_head: bool
+        self, *, kind: ScorerKind, hidden_size: int, inner_size: int, num_layers: int, num_kv_heads: int
     ) -> None:
         super().__init__()
-        self._shape = (num_layers, num_kv_heads) if per_head else ()
-        # Hidden states of mid layers hold a few huge dimensions; without the norm they would be all the head sees.
-        self.norm = nn.LayerNorm(hidden_size)
-        self.inner = nn.Linear(hidden_size, inner_size)
-        self.outer = nn.Linear(inner_size, num_layers * num_kv_heads if per_head else 1)
+        self.kind = kind
+        self._num_layers = num_layers
+        n_out = {"token": 1, "head": num_layers * num_kv_heads, "layer": num_kv_heads}[kind]
+        n_heads = num_layers if kind == "layer" else 1
+        self.heads = nn.ModuleList(_head(hidden_size, inner_size, n_out) for _ in range(n_heads))
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, layer: int = 0) -> torch.Tensor:
         """Score every token.
 
         Args:
-            hidden: `(n_tokens, hidden_size)`, any dtype.
+            hidden: `(batch, n_tokens, hidden_size)`, any dtype.
+            layer: Which layer's scores, for a scorer of the kind `layer`.
 
         Returns:
-            `(n_tokens,)`, or `(num_layers, num_kv_heads, n_tokens)`; float32.
+            `(1, batch, 1, n_tokens)` for `token`, `(num_layers, batch, num_kv_heads, n_tokens)` for `head`,
+            `(1, batch, num_kv_heads, n_tokens)` for `layer`; float32.
         """
-        scores: torch.Tensor = self.outer(nn.functional.gelu(self.inner(self.norm(hidden.float()))))
-        return scores.T.unflatten(0, self._shape) if self._shape else scores[:, 0]
+        head = self.heads[layer if self.kind == "layer" else 0]
+        scores: torch.Tensor = head(hidden.float()).transpose(1, 2)  # (batch, n_out, n_tokens)
+        rows: torch.Tensor = scores.unflatten(1, (self._num_layers if self.kind == "head" else 1, -1))
+        return rows.transpose(0, 1)
+
+
+def _head(hidden_size: int, inner_size: int, n_out: int) -> nn.Module:
+    return nn.Sequential(
+        # Hidden states of mid layers hold a few huge dimensions; without the norm they would be all the head sees.
+        nn.LayerNorm(hidden_size),
+        nn.Linear(hidden_size, inner_size),
+        nn.GELU(),
+        nn.Linear(inner_size, n_out),
+    )

@@ -15,6 +15,8 @@ from kv_memory.attention import ForwardContext
 from kv_memory.backbone import Backbone
 from kv_memory.compress import Adapter, AdapterConfig, Compressor
 from kv_memory.compress.adapter import default_eta
+from kv_memory.compress.reading import ReadingDocuments
+from kv_memory.compress.routing import FixedRouting
 from kv_memory.errors import AdapterError, AdapterMismatchError, ConfigError
 from tests.conftest import make_backbone, make_model
 from tests.reference import letters, plain_model
@@ -40,17 +42,22 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 def logits(backbone: Any, routing: torch.Tensor | None = None) -> torch.Tensor:
     ids = torch.tensor([backbone.encode(letters(20))])
     with torch.no_grad():
-        return backbone.logits(ids, backbone.prefixed_cache(20), every=True, context=ForwardContext(routing=routing))
+        return backbone.logits(
+            ids,
+            backbone.prefixed_cache(20),
+            every=True,
+            context=ForwardContext(routing=None if routing is None else FixedRouting(routing)),
+        )
 
 
 # -- saving and loading ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("scorer", ["token", "head", "layer"])
 @pytest.mark.parametrize("name", NAMES)
-def test_an_adapter_comes_back_as_it_was(name: str, per_head: bool, tmp_path: Path) -> None:
+def test_an_adapter_comes_back_as_it_was(name: str, scorer: Any, tmp_path: Path) -> None:
     backbone = make_backbone(name)
-    adapter = Adapter.create(backbone, rank=4, alpha=6, eta=2, per_head=per_head, zero_init=False)
+    adapter = Adapter.create(backbone, rank=4, alpha=6, eta=2, scorer=scorer, zero_init=False)
     made = Compressor(backbone, adapter=adapter).compress(TEXT, keep_ratio=0.3)
     adapter.save(tmp_path)
     assert set(FILES) <= {path.name for path in tmp_path.iterdir()}
@@ -78,7 +85,9 @@ def test_the_folder_is_an_ordinary_peft_adapter(name: str, tmp_path: Path) -> No
     ids = torch.tensor([backbone.encode(letters(20))])
     alone = backbone.empty_cache(20)
     with torch.no_grad():
-        routed = backbone.logits(ids, alone, every=True, context=ForwardContext(routing=torch.ones(1, 20) > 0))
+        routed = backbone.logits(
+            ids, alone, every=True, context=ForwardContext(routing=FixedRouting(torch.ones(1, 20) > 0))
+        )
         torch.testing.assert_close(routed, plain(ids).logits, rtol=1e-4, atol=1e-3)
         assert (routed - plain_model(name)(ids).logits).abs().max() > 0.1
     assert everywhere.shape == routed.shape
@@ -89,7 +98,7 @@ def test_equal_adapters_have_equal_hashes(saved: Path) -> None:
     assert same.sha256 == Adapter.load(saved, make_backbone()).sha256
     before = same.sha256
     with torch.no_grad():
-        same.scorer.outer.bias.add_(1e-3)
+        same.scorer.heads[0][3].bias.add_(1e-3)
     assert same.sha256 != before
     assert Adapter.create(make_backbone(), rank=4, zero_init=False, seed=4).sha256 != before
 
@@ -153,7 +162,17 @@ def test_a_garbled_file(folder: Path, saved: Path, file: str, content: bytes) ->
 
 
 @pytest.mark.parametrize(
-    "change", [{"version": 2}, {"unknown": 1}, {"eta": 9}, {"eta": 0}, {"scorer_size": 7}, {"per_head": True}]
+    "change",
+    [
+        {"version": 1},
+        {"unknown": 1},
+        {"eta": 9},
+        {"eta": 0},
+        {"scorer_size": 7},
+        {"scorer": "head"},
+        {"scorer": "all"},
+        {"routed": 1},
+    ],
 )
 def test_settings_that_do_not_fit(folder: Path, change: dict[str, Any]) -> None:
     data = json.loads((folder / "kv_distill.json").read_text())
@@ -235,7 +254,11 @@ def test_a_fused_projection_is_adapted_in_its_queries_only(name: str) -> None:
 
     with torch.no_grad():
         for cache, into, mask in zip(caches, queries, (None, routing), strict=True):
-            backbone.read(ids, cache, context=ForwardContext(routing=mask, observer=Watch(into)))
+            backbone.read(
+                ids,
+                cache,
+                context=ForwardContext(routing=None if mask is None else FixedRouting(mask), observer=Watch(into)),
+            )
     assert (queries[0][0] - queries[1][0]).abs().max() > 0.01
     for before, after in zip(caches[0].layer(0), caches[1].layer(0), strict=True):
         assert torch.equal(before, after)
@@ -253,17 +276,23 @@ def test_layers_may_route_different_tokens() -> None:
     plain, routed = backbone.prefixed_cache(20), backbone.prefixed_cache(20)
     with torch.no_grad():
         backbone.read(ids, plain)
-        backbone.read(ids, routed, context=ForwardContext(routing=routing))
+        backbone.read(ids, routed, context=ForwardContext(routing=FixedRouting(routing)))
     differs = [not torch.equal(plain.layer(i)[1], routed.layer(i)[1]) for i in range(4)]
     assert differs == [False, False, False, True]  # the output of layer 2 is what layer 3 makes keys of
     assert torch.equal(plain.layer(3)[1][:, :, :16], routed.layer(3)[1][:, :, :16])  # prefix of 11 and 5 tokens
 
 
 def test_tokens_kept_by_any_head_are_routed() -> None:
-    positions = torch.tensor([[[0, 3], [1, 3]], [[2, 4], [2, 4]]])
-    mask = Adapter.routing(positions, 5)
-    assert mask.tolist() == [[[True, True, False, True, False]], [[False, False, True, False, True]]]
-    assert Adapter.routing(torch.tensor([1, 4]), 5).tolist() == [[False, True, False, False, True]]
+    adapter = Adapter.create(make_backbone(), rank=2, scorer="layer")
+    lengths, hidden = torch.tensor([5, 4]), torch.randn(2, 5, 48)
+    watching = ReadingDocuments(adapter, lengths=lengths, n_kept=torch.tensor([2, 1]))
+    mask = watching.enter(1, hidden)
+    assert mask is not None and mask.shape == (2, 5)
+    scores = adapter.scorer(hidden, 1)[0]
+    scores[1, :, 4] = -torch.inf  # padding
+    for row, n_kept in enumerate([2, 1]):
+        best = {int(i) for head in scores[row] for i in head.argsort(descending=True)[:n_kept]}
+        assert {i for i in range(5) if mask[row, i]} == best
 
 
 def test_another_thread_does_not_see_the_mask() -> None:

@@ -1,0 +1,56 @@
+"""What happens at a record that is no example: stop there, or leave it out and say so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
+
+__all__ = ["Faults", "OnError"]
+
+OnError = Literal["raise", "skip"]
+
+
+@dataclass(kw_only=True)
+class Faults:
+    """Decides between raising and skipping, and counts what was skipped.
+
+    Attributes:
+        on_error: `raise` or `skip`.
+        on_skip: Receives the message of each fault that was skipped.
+        n_skipped: How many so far.
+    """
+
+    on_error: OnError
+    on_skip: Callable[[str], None] | None = None
+    n_skipped: int = field(default=0, init=False)
+
+    @contextmanager
+    def at(self, where: str) -> Iterator[None]:
+        """Leave the block at a ConfigError or DatasetError, which is reported as a BrokenLineError of this place.
+
+        Blocks may be nested: a fault is reported once, by the innermost.
+
+        Raises:
+            BrokenLineError: There was such an error, and `on_error` is `raise`.
+        """
+        try:
+            yield
+        except BrokenLineError:
+            raise
+        except (ConfigError, DatasetError) as error:
+            step = "Mend or remove it, or leave such records out with `on_error='skip'`."
+            broken = BrokenLineError(error.what, where=where, next_step=error.next_step or step)
+            broken.__cause__ = error
+            self.report(broken)
+
+    def report(self, error: DatasetError) -> None:
+        """Raise the error, or count it and pass its message on."""
+        if self.on_error == "raise":
+            raise error
+        self.n_skipped += 1
+        if self.on_skip is not None:
+            self.on_skip(str(error))

@@ -1,0 +1,68 @@
+"""Sets on the Hugging Face hub, read as a stream through the optional `datasets` library."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from kv_memory.datasets.records import Record
+from kv_memory.errors import DatasetError
+
+__all__ = ["hub_records"]
+
+_SPLITS = {"train": "train", "dev": "validation"}
+_INSTEAD = "Pass a file instead: JSON lines of {context, question, answer}."
+
+
+def hub_records(hub_id: str, *, split: Literal["train", "dev"]) -> Iterator[Record]:
+    """The rows of a set on the hub, streamed: nothing is kept on disk, and no code of the set is run.
+
+    Args:
+        hub_id: `owner/name`.
+        split: `dev` is what the hub calls `validation`.
+
+    Returns:
+        An iterator over rows; the set has been found, and rows are fetched while it runs.
+
+    Raises:
+        DatasetError: The hub is switched off, the library is not installed, or the hub does not have the set; while
+            iterating, if the connection breaks.
+    """
+    where = f"hf:{hub_id}"
+    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        # What huggingface_hub takes for true. Asked first, because importing the library takes seconds.
+        if os.environ.get(variable, "").upper() in {"1", "ON", "YES", "TRUE"}:
+            raise DatasetError(
+                f"the hub is switched off by {variable}", where=where, next_step=f"Unset {variable}. {_INSTEAD}"
+            )
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DatasetError(
+            "the library `datasets` is not installed, which reads sets from the hub",
+            where=where,
+            next_step=f"Run `pip install 'kv-memory[train]'`. {_INSTEAD}",
+        ) from error
+    try:
+        stream = load_dataset(hub_id, split=_SPLITS[split], streaming=True)
+    except Exception as error:  # besides its own it lets errors of httpx, fsspec and pyarrow through
+        raise _failed(where, error) from error
+    return _rows(stream, where)
+
+
+def _rows(stream: Any, where: str) -> Iterator[Record]:
+    try:
+        for number, row in enumerate(stream, start=1):
+            yield f"{where}, row {number}", row
+    except Exception as error:
+        raise _failed(where, error) from error
+
+
+def _failed(where: str, error: Exception) -> DatasetError:
+    reason = str(error).strip().split("\n")[0][:200].rstrip(".") or type(error).__name__
+    return DatasetError(
+        f"cannot be read from the hub: {reason}",
+        where=where,
+        next_step=f"Check the name, its splits and the connection. {_INSTEAD}",
+    )

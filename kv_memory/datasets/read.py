@@ -1,0 +1,198 @@
+"""read_examples: from the name of a set, or a path, to its examples."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from kv_memory.config import check_choice
+from kv_memory.datasets.corpus import read_archive, read_texts
+from kv_memory.datasets.example import Example, Row, grouped
+from kv_memory.datasets.faults import Faults, OnError
+from kv_memory.datasets.files import bare_name
+from kv_memory.datasets.hub import hub_records
+from kv_memory.datasets.records import each
+from kv_memory.datasets.sets import (
+    dolly_row,
+    qa_row,
+    read_dolly,
+    read_fairytaleqa,
+    read_qa,
+    read_quality,
+    read_squad,
+    read_squality,
+)
+from kv_memory.errors import ConfigError, DatasetError
+
+__all__ = ["DATASETS", "Split", "read_examples"]
+
+Split = Literal["train", "dev"]
+
+_Reader = Callable[[Path, str, Faults], Iterator[Example]]
+_RowMaker = Callable[[str, object], Iterator[Row]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Known:
+    """Where a published set is found: its files below the data folder, without `.gz`, and its id on the hub.
+
+    Only ids whose columns are known and that need no code of their own to be loaded are named.
+    """
+
+    reader: _Reader
+    files: Mapping[Split, str] = field(default_factory=dict)
+    hub_id: str | None = None
+    make_row: _RowMaker = qa_row
+
+
+_KNOWN: Mapping[str, _Known] = {
+    "squad": _Known(
+        reader=read_squad, files={"train": "squad/train.json", "dev": "squad/dev.json"}, hub_id="rajpurkar/squad"
+    ),
+    "dolly": _Known(
+        reader=read_dolly,
+        files={"train": "dolly/dolly-15k.jsonl"},
+        hub_id="databricks/databricks-dolly-15k",
+        make_row=dolly_row,
+    ),
+    "fairytaleqa": _Known(
+        reader=read_fairytaleqa, files={"train": "fairytaleqa/train.jsonl", "dev": "fairytaleqa/val.jsonl"}
+    ),
+    "squality": _Known(reader=read_squality, files={"train": "squality/train.jsonl", "dev": "squality/dev.jsonl"}),
+    "quality": _Known(reader=read_quality, files={"dev": "quality/dev_sample.jsonl"}),
+}
+
+DATASETS: tuple[str, ...] = tuple(_KNOWN)
+"""Names that `read_examples` knows."""
+
+_READERS: Mapping[str, _Reader] = {
+    ".jsonl": read_qa,
+    ".jsonl.gz": read_qa,
+    ".json": read_squad,
+    ".json.gz": read_squad,
+    ".tar": read_archive,
+    ".tar.gz": read_archive,
+    ".tgz": read_archive,
+}
+
+
+def read_examples(
+    source: str | Path,
+    *,
+    split: Split = "train",
+    data: Path | None = None,
+    on_error: OnError = "raise",
+    on_skip: Callable[[str], None] | None = None,
+) -> Iterator[Example]:
+    """The examples of a set, one at a time.
+
+    A name of `DATASETS` is looked for below `data`, or else below the folder that the environment variable
+    `KV_MEMORY_DATA` names, e.g. `squad/dev.json.gz`; then on the Hugging Face hub.
+
+    Args:
+        source: A name of `DATASETS`; `hf:owner/name`, a set on the hub with the columns context, question and answer
+            (or answers); or a path. A path is JSON lines of `{context, question, answer}` (`.jsonl`, `.jsonl.gz`;
+            neighbouring lines about one context make one example), SQuAD's nested JSON (`.json`, `.json.gz`), or text
+            and Markdown: a file, a folder, or an archive (`.tar`, `.tar.gz`, `.tgz`), whose examples have no questions.
+            A path object is always a path, and so is a str that is no name.
+        split: Of a named set. A path is read as a whole, whatever the split; `corpus_split` divides it.
+        data: The folder with the named sets.
+        on_error: `raise` stops at the first broken record; `skip` leaves it out.
+        on_skip: Receives the message of each record left out, which names file and line.
+
+    Returns:
+        An iterator. SQuAD's JSON and folders are held in memory while it runs; all else is read as it goes.
+
+    Raises:
+        DatasetError: The set is not there, cannot be read, or holds no example; a missing one is reported by this
+            call, the rest while iterating.
+        BrokenLineError: A record is broken, with `on_error="raise"`; while iterating.
+        ConfigError: `split` or `on_error` is none of its choices, or `source` is no str and no path.
+    """
+    check_choice(split, Split, where="split")
+    check_choice(on_error, OnError, where="on_error")
+    if not isinstance(source, str | Path) or not str(source).strip():
+        raise ConfigError(f"source must be a name or a path, got {source!r}", where="source")
+    faults = Faults(on_error=on_error, on_skip=on_skip)
+    if isinstance(source, str) and source in _KNOWN:
+        examples = _named(source, split, data, faults)
+    elif isinstance(source, str) and source.startswith("hf:"):
+        examples = _from_hub(source.removeprefix("hf:"), source, split, qa_row, faults)
+    else:
+        examples = _from_path(Path(source), faults)
+    return _not_empty(examples, str(source), faults)
+
+
+def _named(name: str, split: Split, data: Path | None, faults: Faults) -> Iterator[Example]:
+    known = _KNOWN[name]
+    file = known.files.get(split)
+    if file is None:
+        other = next(iter(known.files))
+        raise DatasetError(
+            f"{name} has the split {other!r} only, not {split!r}",
+            where=name,
+            next_step=f"Read {other!r}, and hold out a part of it with `corpus_split`.",
+        )
+    folder = data if data is not None else Path(os.environ["KV_MEMORY_DATA"]) if _data_is_named() else None
+    if folder is not None:
+        for path in (folder / f"{file}.gz", folder / file):
+            if os.path.isfile(path):
+                return known.reader(path, name, faults)
+    looked = f"{folder / file}(.gz) is not there" if folder is not None else "no data folder is named"
+    put = f"Put {file}.gz (or {file}) into a folder and name that by `data=` or the variable KV_MEMORY_DATA"
+    if known.hub_id is None:
+        raise DatasetError(
+            f"the set {name} ({split}) was not found: {looked}; it is not read from the hub",
+            where=name,
+            next_step=f"{put}. Or pass a file of JSON lines of {{context, question, answer}}.",
+        )
+    try:
+        return _from_hub(known.hub_id, name, split, known.make_row, faults)
+    except DatasetError as error:
+        raise DatasetError(
+            f"the set {name} ({split}) was not found: {looked}; {error.what}",
+            where=error.where,
+            next_step=f"{put}. Or: {error.next_step}",
+        ) from error
+
+
+def _data_is_named() -> bool:
+    return bool(os.environ.get("KV_MEMORY_DATA", "").strip())
+
+
+def _from_hub(hub_id: str, source: str, split: Split, make_row: _RowMaker, faults: Faults) -> Iterator[Example]:
+    if hub_id.count("/") != 1 or not all(hub_id.split("/")):
+        raise ConfigError(f"a set on the hub is named hf:owner/name, got {source!r}", where="source")
+    return grouped(each(hub_records(hub_id, split=split), make_row, faults), source=source)
+
+
+def _from_path(path: Path, faults: Faults) -> Iterator[Example]:
+    if os.path.isdir(path):
+        return read_texts(path, bare_name(path), faults)
+    if not os.path.exists(path):
+        raise DatasetError(
+            "no such file or folder, and no set of this name is known",
+            where=str(path),
+            next_step=f"Known names are {', '.join(DATASETS)}; a set on the hub is hf:owner/name; relative paths start "
+            f"at {Path.cwd()}.",
+        )
+    name = path.name.lower()
+    reader = next((reader for suffix, reader in _READERS.items() if name.endswith(suffix)), read_texts)
+    return reader(path, bare_name(path), faults)
+
+
+def _not_empty(examples: Iterator[Example], name: str, faults: Faults) -> Iterator[Example]:
+    found = False
+    for example in examples:
+        found = True
+        yield example
+    if not found:
+        skipped = f"; {faults.n_skipped} broken ones were left out" if faults.n_skipped else ""
+        raise DatasetError(
+            f"nothing readable in it{skipped}",
+            where=name,
+            next_step="Name a set, a file of JSON lines, or a folder with text or Markdown.",
+        )

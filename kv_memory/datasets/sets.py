@@ -1,0 +1,177 @@
+"""The published sets, each from the form its authors gave it, and the plain form `{context, question, answer}`."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kv_memory.datasets.example import Example, Question, Row, content_id, grouped
+from kv_memory.datasets.faults import Faults
+from kv_memory.datasets.files import json_file, json_lines
+from kv_memory.datasets.records import Record, each, items_of, text_of, texts_of, title_of
+from kv_memory.errors import DatasetError
+
+__all__ = [
+    "dolly_row",
+    "qa_row",
+    "read_dolly",
+    "read_fairytaleqa",
+    "read_qa",
+    "read_quality",
+    "read_squad",
+    "read_squality",
+]
+
+_TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
+
+
+def read_qa(path: Path, source: str, faults: Faults) -> Iterator[Example]:
+    """JSONL of `{context, question, answer}`; `answer` may be a list, and a `title` may be there."""
+    return grouped(each(json_lines(path, faults), qa_row, faults), source=source)
+
+
+def qa_row(where: str, record: Any) -> Iterator[Row]:
+    """The row of `{context, question, answer}`, or of SQuAD's flat form, which has `answers`."""
+    context, text = text_of(record, "context"), text_of(record, "question")
+    answers = texts_of(record.get("answer", record.get("answers")), "answer")
+    yield Row(context, Question(text=text, answers=answers), title_of(record))
+
+
+def read_dolly(path: Path, source: str, faults: Faults) -> Iterator[Example]:
+    """databricks-dolly-15k: its rows with a context; instruction and response are question and answer."""
+    return grouped(each(json_lines(path, faults), dolly_row, faults), source=source)
+
+
+def dolly_row(where: str, record: Any) -> Iterator[Row]:
+    """The row of an instruction about a text; nothing for the others, which are most of the set and no faults."""
+    if str(record.get("context") or "").strip():
+        question = Question(text=text_of(record, "instruction"), answers=(text_of(record, "response"),))
+        yield Row(text_of(record, "context"), question)
+
+
+def read_squad(path: Path, source: str, faults: Faults) -> Iterator[Example]:
+    """SQuAD's nested JSON: one example per paragraph. The file is one JSON value, so it is held as a whole."""
+    return each(_paragraphs(path, faults), partial(_paragraph, source=source, faults=faults), faults)
+
+
+def _paragraphs(path: Path, faults: Faults) -> Iterator[Record]:
+    """`(article, paragraph)` for every paragraph of every article."""
+    content = json_file(path)
+    articles: list[Any] = []
+    with faults.at(str(path)):
+        articles = items_of(content, "data")
+    for place, article in enumerate(articles, start=1):
+        where = f"{path}, article {place}"
+        paragraphs: list[Any] = []
+        with faults.at(where):
+            paragraphs = items_of(article, "paragraphs")
+        for number, paragraph in enumerate(paragraphs, start=1):
+            yield f"{where}, paragraph {number}", (article, paragraph)
+
+
+def _paragraph(where: str, record: Any, *, source: str, faults: Faults) -> Iterator[Example]:
+    article, paragraph = record
+    context = text_of(paragraph, "context")
+    questions: list[Question] = []
+    for number, qa in enumerate(items_of(paragraph, "qas"), start=1):
+        if isinstance(qa, dict) and qa.get("is_impossible"):
+            continue  # version 2 asks what the paragraph does not say; there is no reference to compare with
+        with faults.at(f"{where}, question {number}"):
+            questions.append(Question(text=text_of(qa, "question"), answers=texts_of(qa.get("answers"), "answer")))
+    if questions:
+        yield Example(
+            id=content_id(source, context),
+            context=context,
+            questions=tuple(questions),
+            source=source,
+            title=title_of(article),
+        )
+
+
+def read_fairytaleqa(path: Path, source: str, faults: Faults) -> Iterator[Example]:
+    """FairytaleQA, a story a line: one example per section, or joined sections, that questions are about.
+
+    Sections that no question is about are left out.
+    """
+    return each(json_lines(path, faults), partial(_story, source=source, faults=faults), faults)
+
+
+def _story(where: str, record: Any, *, source: str, faults: Faults) -> Iterator[Example]:
+    title = text_of(record, "story_name")
+    sections = {text_of(section, "section"): text_of(section, "text") for section in items_of(record, "sections")}
+    asked: dict[tuple[str, ...], list[Question]] = {}
+    for number, qa in enumerate(items_of(record, "questions"), start=1):
+        with faults.at(f"{where}, question {number}"):
+            about = tuple(part.strip() for part in text_of(qa, "cor_section").split(","))
+            if unknown := [section for section in about if section not in sections]:
+                raise DatasetError(f"a question about the sections {unknown}, which the story lacks")
+            # answer1 to 3 are one annotator's wordings, 4 to 6 another's; most questions have only some of them.
+            names = [name for name in (f"answer{n}" for n in range(1, 7)) if name in qa]
+            answers = texts_of([text_of(qa, name) for name in names], "answer")
+            asked.setdefault(about, []).append(Question(text=text_of(qa, "question"), answers=answers))
+    for about, questions in asked.items():
+        yield Example(
+            id=f"{source}/{title}/{'+'.join(about)}",
+            context="\n\n".join(sections[section] for section in about),
+            questions=tuple(questions),
+            source=source,
+            title=title,
+        )
+
+
+def read_squality(path: Path, source: str, faults: Faults) -> Iterator[Example]:
+    """SQuALITY, a story a line: five questions that ask for summaries, with four references each."""
+    return each(json_lines(path, faults), partial(_summarised, source=source, faults=faults), faults)
+
+
+def _summarised(where: str, record: Any, *, source: str, faults: Faults) -> Iterator[Example]:
+    passage = text_of(record.get("metadata"), "passage_id")
+    context = _tidy(text_of(record, "document"))
+    questions: list[Question] = []
+    for number, asked in enumerate(items_of(record, "questions"), start=1):
+        with faults.at(f"{where}, question {number}"):
+            text = text_of(asked, "question_text")
+            answers = texts_of([text_of(r, "response_text") for r in items_of(asked, "responses")], "response")
+            questions.append(Question(text=text, answers=answers))
+    if questions:
+        yield Example(id=f"{source}/{passage}", context=context, questions=tuple(questions), source=source)
+
+
+class _Choice(NamedTuple):
+    article: str
+    context: str
+    question: Question
+
+
+def read_quality(path: Path, source: str, faults: Faults) -> Iterator[Example]:
+    """QuALITY in its flat form, a multiple-choice question a line; neighbouring lines of one article are gathered."""
+    choices = each(json_lines(path, faults), _choice, faults)
+    for (article, context), group in itertools.groupby(choices, key=lambda c: (c.article, c.context)):
+        questions = tuple(choice.question for choice in group)
+        yield Example(id=f"{source}/{article}", context=context, questions=questions, source=source)
+
+
+def _choice(where: str, record: Any) -> Iterable[_Choice]:
+    options = tuple(html.unescape(text_of({"option": o}, "option")) for o in items_of(record, "options"))
+    label = record.get("gold_label")
+    # The flat form counts from 0; the nested one of the authors from 1, and is not read here.
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(options):
+        raise DatasetError(f"gold_label must be an index of one of {len(options)} options, got {label!r}")
+    text = html.unescape(text_of(record, "question"))
+    question = Question(text=text, answers=(options[label],), choices=options, correct=label)
+    # Tags first, since an escaped `&lt;` is text.
+    context = _tidy(html.unescape(_TAG.sub("", text_of(record, "article"))))
+    return [_Choice(text_of(record, "article_id"), context, question)]
+
+
+def _tidy(text: str) -> str:
+    """Without the white space that stories keep from their HTML: spaces around line breaks, rows of blank lines.
+
+    It says nothing and costs tokens: 2% of a story's characters, a sixth of some.
+    """
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r"[^\S\n]*\n[^\S\n]*", "\n", text)).strip()

@@ -1,0 +1,1 @@
+"""Training an adapter: data, objective, warm-up and distillation."""

@@ -1,0 +1,108 @@
+"""Adapters as the trainer handles them: made from settings, read back into settings, saved in the model's dtype."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kv_memory.backbone import Backbone
+from kv_memory.compress.adapter import Adapter
+from kv_memory.errors import ConfigError
+from kv_memory.train.settings import TrainSettings
+
+__all__ = ["fit_settings", "new_adapter", "save_adapter", "structure_of"]
+
+STRUCTURE = ("scorer", "scorer_size", "eta", "routed", "first_routed_layer", "targets", "rank", "alpha")
+_TARGETS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "qkv_proj": "q"}
+
+
+def new_adapter(backbone: Backbone, settings: TrainSettings) -> Adapter:
+    """An untrained adapter of the form the settings describe, attached to the backbone."""
+    return Adapter.create(
+        backbone,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        targets=settings.targets,
+        eta=settings.eta,
+        scorer=settings.scorer,
+        scorer_size=settings.scorer_size,
+        routed=settings.routed,
+        first_routed_layer=settings.first_routed_layer,
+        seed=settings.seed,
+    )
+
+
+def structure_of(adapter: Adapter) -> dict[str, Any]:
+    """The form of an adapter, as the settings of the same names."""
+    config = adapter.config
+    lora: Any = adapter.peft_model.peft_config["default"]
+    found = {_TARGETS[name] for name in lora.target_modules}
+    return {
+        "scorer": config.scorer,
+        "scorer_size": config.scorer_size,
+        "eta": config.eta,
+        "routed": config.routed,
+        "first_routed_layer": config.first_routed_layer,
+        "targets": tuple(name for name in "qkvo" if name in found),
+        "rank": lora.r,
+        "alpha": float(lora.lora_alpha),
+    }
+
+
+def fit_settings(settings: TrainSettings, adapter: Adapter, *, given: Mapping[str, Any]) -> TrainSettings:
+    """Settings that describe an adapter which exists already.
+
+    Args:
+        settings: What was asked for otherwise.
+        adapter: Is trained further.
+        given: Settings that were asked for by name.
+
+    Raises:
+        ConfigError: One of those contradicts the adapter.
+    """
+    structure = structure_of(adapter)
+    wrong = [f"{name} is {structure[name]!r}" for name in STRUCTURE if name in given and given[name] != structure[name]]
+    if wrong:
+        raise ConfigError(
+            f"the form of an adapter cannot be changed by training it further: {', '.join(wrong)}",
+            where="init",
+            next_step="Leave these options out, or train from the beginning without --init.",
+        )
+    return replace(settings, **structure)
+
+
+def save_adapter(adapter: Adapter, folder: Path, *, trained_steps: int) -> None:
+    """Write the adapter with its LoRA in the model's dtype, as `Adapter.load` would bring it there anyway.
+
+    What is trained stays in float32. An existing folder is replaced as a whole.
+    """
+    lora = {name: p for name, p in adapter.peft_model.named_parameters() if "lora_" in name}
+    masters = {name: p.data for name, p in lora.items()}
+    config = adapter.config
+    scratch = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        for parameter in lora.values():
+            parameter.data = parameter.data.to(adapter.backbone.dtype)
+        adapter.config = replace(config, trained_steps=trained_steps)
+        adapter.save(scratch)
+    finally:
+        adapter.config = config
+        for name, parameter in lora.items():
+            parameter.data = masters[name]
+    (scratch / "README.md").unlink(missing_ok=True)  # PEFT's form with nothing filled in
+    replace_folder(scratch, folder)
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Rename a finished folder to its place; what was there is removed."""
+    old = final.with_name(f".old-{final.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.is_dir():
+        os.replace(final, old)
+    os.replace(new, final)
+    shutil.rmtree(old, ignore_errors=True)

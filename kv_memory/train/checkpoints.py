@@ -1,0 +1,210 @@
+"""Checkpoints: folders that are complete or not there at all.
+
+A checkpoint is written under another name, made durable, and renamed. It holds the parameters in full precision and
+the optimiser's state as safetensors files, an adapter that can be used, and `checkpoint.json` with everything else.
+No random state: all randomness of a run is derived from its seed and the number of the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from kv_memory.errors import CheckpointError
+
+__all__ = ["Checkpoint", "Checkpoints", "fsync_path"]
+
+CHECKPOINT_VERSION = 1
+SHARD_BYTES = 15 * 2**20  # below the 16 MiB that many places allow a file
+_NOTE = "checkpoint.json"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A run at a step.
+
+    Attributes:
+        step: Steps done, of both stages.
+        state: JSON: settings, hashes, evaluations, counters.
+        tensors: By name: parameters and optimiser state.
+        folder: Where it lies; None before it is saved.
+    """
+
+    step: int
+    state: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor] = field(repr=False)
+    folder: Path | None = None
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Args:
+        folder: Made when the first is saved.
+        keep: How many of the newest are kept; the best by evaluation is kept besides.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+        self._folder = folder
+        self._keep = keep
+
+    def steps(self) -> list[int]:
+        """Steps of which there are checkpoints, ascending."""
+        if not self._folder.is_dir():
+            return []
+        names = [path.name.removeprefix("step-") for path in self._folder.iterdir() if path.name.startswith("step-")]
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def folder(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self._folder / f"step-{step:08d}"
+
+    def save(self, checkpoint: Checkpoint, *, write_adapter: Callable[[Path], None]) -> Path:
+        """Write a checkpoint, then remove those no longer wanted.
+
+        Args:
+            checkpoint: What to write; `state["score"]` is what the best is the lowest of, None if not evaluated.
+            write_adapter: Writes the adapter into the folder it is given.
+
+        Raises:
+            CheckpointError: It cannot be written; those that were there are untouched.
+        """
+        final = self.folder(checkpoint.step)
+        scratch = self._folder / f".writing-{final.name}"
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)
+            (scratch / "adapter").mkdir(parents=True)
+            for name, shard in _shards(checkpoint.tensors).items():
+                save_file(shard, scratch / name)
+            write_adapter(scratch / "adapter")
+            files = {
+                path.relative_to(scratch).as_posix(): {"size_bytes": path.stat().st_size, "sha256": _sha256(path)}
+                for path in sorted(scratch.rglob("*"))
+                if path.is_file()
+            }
+            note = {"version": CHECKPOINT_VERSION, "step": checkpoint.step, **checkpoint.state, "files": files}
+            (scratch / _NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+            for path in [*scratch.rglob("*"), scratch]:
+                fsync_path(path)
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one, of a run resumed before it
+            os.replace(scratch, final)
+            fsync_path(self._folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise CheckpointError(
+                f"the checkpoint cannot be written: {error}",
+                where=str(final),
+                next_step="Make room on the disk, then go on with --resume.",
+            ) from error
+        self._rotate()
+        return final
+
+    def newest(self, *, device: torch.device | str = "cpu") -> Checkpoint | None:
+        """The newest checkpoint that is whole; None where there is none at all.
+
+        Args:
+            device: Where the tensors are put.
+
+        Raises:
+            CheckpointError: There are some, all of them damaged.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return self._load(step, device)
+            except CheckpointError as error:
+                logger.warning("left out: %s", error)
+        if steps:
+            raise CheckpointError(
+                "all checkpoints are damaged", where=str(self._folder), next_step="Start again in another folder."
+            )
+        return None
+
+    def best(self) -> int | None:
+        """The step with the lowest score; None where nothing was evaluated."""
+        scores = {step: self._note(step).get("score") for step in self.steps()}
+        known = {step: score for step, score in scores.items() if isinstance(score, int | float)}
+        return min(known, key=lambda step: (known[step], -step)) if known else None
+
+    def _note(self, step: int) -> dict[str, Any]:
+        try:
+            note: dict[str, Any] = json.loads((self.folder(step) / _NOTE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return note
+
+    def _load(self, step: int, device: torch.device | str) -> Checkpoint:
+        folder = self.folder(step)
+        note = self._note(step)
+        if note.get("version") != CHECKPOINT_VERSION or note.get("step") != step or not isinstance(note["files"], dict):
+            raise CheckpointError(
+                f"no checkpoint of version {CHECKPOINT_VERSION}",
+                where=str(folder),
+                next_step="Use the version of kv-memory that made it, or start again in another folder.",
+            )
+        tensors: dict[str, torch.Tensor] = {}
+        try:
+            for name, known in note["files"].items():
+                path = folder / name
+                if path.stat().st_size != known["size_bytes"] or _sha256(path) != known["sha256"]:
+                    raise OSError(f"{name} is not what was written")
+                if path.parent == folder:
+                    tensors |= load_file(path, device=str(device))
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"the checkpoint is damaged: {error}", where=str(folder), next_step="Remove the folder."
+            ) from error
+        return Checkpoint(step=step, state=note, tensors=tensors, folder=folder)
+
+    def _rotate(self) -> None:
+        steps = self.steps()
+        wanted = {*steps[-self._keep :], self.best()}
+        for step in steps:
+            if step not in wanted:
+                # Under another name first: half a checkpoint must not look like one.
+                gone = self.folder(step).rename(self._folder / f".gone-{step}")
+                shutil.rmtree(gone, ignore_errors=True)
+
+
+def _shards(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Files of at most `SHARD_BYTES`; a tensor larger than that has one of its own."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        # A copy, because safetensors refuses tensors that share memory, as views of one buffer do.
+        shards[-1][name] = tensor.detach().cpu().contiguous().clone()
+        size += tensor.nbytes
+    return {f"state-{number:05d}.safetensors": shard for number, shard in enumerate(shards) if shard}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Make a file, or the entries of a folder, durable."""
+    is_folder = path.is_dir()
+    if os.name == "nt" and is_folder:  # Windows cannot open a folder
+        return
+    handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

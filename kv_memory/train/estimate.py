@@ -1,0 +1,151 @@
+"""What a run will take, measured by a few steps that change nothing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from kv_memory.compress.adapter import Adapter
+from kv_memory.errors import ConfigError
+from kv_memory.train.gradients import Gradients, Stage, trainable
+from kv_memory.train.settings import TrainSettings
+
+__all__ = ["Estimate", "fit_steps", "measure", "peak_memory_bytes"]
+
+_WARMUP_SHARE = 0.15  # of the time, at most, where the time decides the number of steps
+_USABLE = 0.94  # of the time limit: checkpoints, and steps that are longer than those measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run will take, as far as a few steps can tell.
+
+    Attributes:
+        warmup_step_s: Seconds a step of stage (a); 0 where there is none.
+        step_s: Seconds a step of stage (b).
+        warmup_steps: Of stage (a).
+        steps: Of stage (b).
+        total_s: Both stages, without evaluation.
+        tokens_per_s: Read, the teacher's and the student's passes counted once.
+        peak_memory_bytes: Of the GPU where there is one, else of the process.
+        n_parameters: That are trained: scorer and LoRA.
+        adapter_bytes: Of the adapter as it is saved.
+        checkpoint_bytes: Of one checkpoint, without the adapter in it.
+        pieces: Parts into which a batch had to be cut to fit the memory.
+    """
+
+    warmup_step_s: float
+    step_s: float
+    warmup_steps: int
+    steps: int
+    total_s: float
+    tokens_per_s: float
+    peak_memory_bytes: int
+    n_parameters: int
+    adapter_bytes: int
+    checkpoint_bytes: int
+    pieces: int
+
+
+def measure(gradients: Gradients, adapter: Adapter, settings: TrainSettings, *, n_steps: int = 3) -> Estimate:
+    """Compute the gradients of a few steps of each stage, and throw them away.
+
+    Args:
+        gradients: Of the run.
+        adapter: Is not changed, except that its LoRA is float32 afterwards.
+        settings: Of the run.
+        n_steps: Steps measured, after one that is not.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    seconds: dict[Stage, float] = {"warmup": 0.0, "distillation": 0.0}
+    n_tokens = 0
+    for stage, length in (("warmup", settings.warmup_steps), ("distillation", settings.steps)):
+        if length:
+            seconds[stage], n_tokens = _time(gradients, adapter, settings, stage, n_steps)
+    parameters = trainable(adapter, settings, "distillation")
+    lora = [p for name, p in parameters.items() if name.startswith("lora.")]
+    scorer = list(adapter.scorer.parameters())
+    n_lora, n_scorer = sum(p.numel() for p in lora), sum(p.numel() for p in scorer)
+    n_moving = sum(p.numel() for p in parameters.values())
+    return Estimate(
+        warmup_step_s=seconds["warmup"],
+        step_s=seconds["distillation"],
+        warmup_steps=settings.warmup_steps,
+        steps=settings.steps,
+        total_s=settings.warmup_steps * seconds["warmup"] + settings.steps * seconds["distillation"],
+        tokens_per_s=n_tokens / max(seconds["distillation"] or seconds["warmup"], 1e-9),
+        peak_memory_bytes=peak_memory_bytes(),
+        n_parameters=n_lora + n_scorer,
+        adapter_bytes=n_lora * adapter.backbone.dtype.itemsize + n_scorer * 4,
+        checkpoint_bytes=4 * (n_lora + n_scorer + 2 * n_moving),
+        pieces=gradients.pieces,
+    )
+
+
+def _time(
+    gradients: Gradients, adapter: Adapter, settings: TrainSettings, stage: Stage, n_steps: int
+) -> tuple[float, int]:
+    """Seconds a step, and tokens a step."""
+    parameters = trainable(adapter, settings, stage)
+    start_s, n_tokens = 0.0, 0
+    for step in range(n_steps + 1):
+        if step == 1:  # the first step pays for what is set up once: the prefix, memory, compiled kernels
+            _wait()
+            start_s, n_tokens = time.perf_counter(), 0
+        n_tokens += gradients.compute(step, stage, parameters).n_tokens
+    _wait()
+    elapsed_s = time.perf_counter() - start_s
+    for parameter in parameters.values():
+        parameter.grad = None
+    return elapsed_s / n_steps, n_tokens // n_steps
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def fit_steps(
+    settings: TrainSettings, estimate: Estimate, *, time_limit_s: float, evaluation_s: float = 0.0, eval_every: int = 0
+) -> TrainSettings:
+    """Settings with the number of steps that a time allows, and a warm-up of at most 15% of it.
+
+    Args:
+        settings: Their warmup_steps are the most there will be.
+        estimate: Measured with these settings.
+        time_limit_s: For all of it.
+        evaluation_s: Seconds that one evaluation takes.
+        eval_every: Steps between evaluations; 0 for none.
+
+    Raises:
+        ConfigError: There is no time for a single step.
+    """
+    left_s = time_limit_s * _USABLE - 2 * evaluation_s
+    warmup_steps = settings.warmup_steps
+    if warmup_steps:
+        warmup_steps = min(warmup_steps, int(left_s * _WARMUP_SHARE / max(estimate.warmup_step_s, 1e-9)))
+    left_s -= max(0, warmup_steps) * estimate.warmup_step_s
+    steps = int(left_s / (estimate.step_s + (evaluation_s / eval_every if eval_every else 0.0)))
+    if steps < 1:
+        raise ConfigError(
+            f"a time limit of {time_limit_s:.0f} s leaves no time for a step, which takes {estimate.step_s:.1f} s",
+            where="time_limit",
+            next_step="Give it more time, or shorter documents (--max-tokens).",
+        )
+    return replace(settings, warmup_steps=max(0, warmup_steps), steps=steps)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory used so far: of the GPU where there is one, else of this process; 0 where nobody says."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,201 @@
+"""The gradient of one optimiser step: batches accumulated, processes averaged, and halved where memory runs out."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from kv_memory.compress.adapter import Adapter
+from kv_memory.errors import TrainingError
+from kv_memory.train.batches import Batch, Batches
+from kv_memory.train.checkpointing import checkpointing
+from kv_memory.train.parts import split_batch
+from kv_memory.train.settings import TrainSettings
+from kv_memory.train.step import StepResult, distillation_step, warmup_step
+
+__all__ = ["Figures", "Gradients", "Stage", "trainable"]
+
+Stage = Literal["warmup", "distillation"]
+StepFunction: TypeAlias = Callable[..., StepResult]
+STEPS: Mapping[Stage, StepFunction] = {"warmup": warmup_step, "distillation": distillation_step}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What is known of one step once its gradient is there.
+
+    Attributes:
+        loss: Mean over batches and processes.
+        parts: Its terms and other figures, the mean over the batches of this process.
+        n_tokens: Read by all processes.
+    """
+
+    loss: float
+    parts: dict[str, float]
+    n_tokens: int
+
+
+def trainable(adapter: Adapter, settings: TrainSettings, stage: Stage) -> dict[str, torch.nn.Parameter]:
+    """The parameters a stage changes, by name: `scorer.…` and `lora.…`.
+
+    The LoRA is float32 afterwards, whatever the model: steps of 1e-4 vanish in bfloat16. Others are frozen.
+    """
+    lora = {name: p for name, p in adapter.peft_model.named_parameters() if "lora_" in name}
+    scorer = dict(adapter.scorer.named_parameters())
+    for parameter in lora.values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(stage == "distillation")
+    learns = stage == "warmup" or settings.lr_scorer_distil > 0
+    for parameter in scorer.values():
+        parameter.requires_grad_(learns)
+    chosen = {f"scorer.{name}": p for name, p in scorer.items()} if learns else {}
+    if stage == "distillation":
+        chosen |= {f"lora.{name}": p for name, p in lora.items()}
+    return chosen
+
+
+class Gradients:
+    """Computes the gradient of any step.
+
+    Args:
+        adapter: Whose parameters get it.
+        batches: Where steps come from; every batch depends on its number alone.
+        settings: Of the run.
+        accelerator: Accelerate's; its processes each take batches of their own.
+        gradient_checkpointing: See `checkpointing`.
+        pieces: Into how many parts a batch is cut, a power of 2.
+        on_split: Called with a note when memory ran out and batches are halved.
+
+    Attributes:
+        pieces: As above; doubles when a GPU runs out of memory.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        batches: Batches,
+        settings: TrainSettings,
+        *,
+        accelerator: Any,
+        gradient_checkpointing: bool = False,
+        pieces: int = 1,
+        on_split: Callable[[str], None] | None = None,
+    ) -> None:
+        self._adapter = adapter
+        self._batches = batches
+        self._settings = settings
+        self._accelerator = accelerator
+        self._checkpointing = gradient_checkpointing
+        self._on_split = on_split
+        self.pieces = pieces
+
+    def compute(self, step: int, stage: Stage, parameters: Mapping[str, torch.nn.Parameter]) -> Figures:
+        """Put the gradient of a step into `.grad` of the parameters.
+
+        Args:
+            step: Counted from 0 over both stages.
+            stage: Which loss.
+            parameters: From `trainable`, of this stage.
+
+        Raises:
+            TrainingError: The GPU's memory does not hold the smallest part of a batch.
+        """
+        while True:
+            for parameter in parameters.values():
+                parameter.grad = None
+            figures = self._try(step, stage, list(parameters.values()))
+            if figures is not None:
+                return self._over_processes(figures, parameters)
+            # Not inside an except clause: the exception's frames would hold the tensors that are to be freed.
+            self._halve(step, stage)
+
+    def _batch(self, step: int, number: int) -> Batch:
+        """Every process and every accumulated batch has a number of its own."""
+        accelerator = self._accelerator
+        count = step * self._settings.accumulate + number
+        return self._batches.batch(count * accelerator.num_processes + accelerator.process_index)
+
+    def _try(self, step: int, stage: Stage, parameters: list[torch.nn.Parameter]) -> Figures | None:
+        accumulate = self._settings.accumulate
+        loss, n_tokens = 0.0, 0
+        parts: Counter[str] = Counter()
+        try:
+            for number in range(accumulate):
+                done = [p.grad for p in parameters]
+                for parameter in parameters:
+                    parameter.grad = None
+                figures = self._backward(self._batch(step, number), stage, parameters)
+                # Parts of a batch weigh by their tokens, whose number is known at the end, batches of a step the same:
+                # so every batch's gradient is made apart, and then added.
+                for parameter, before in zip(parameters, done, strict=True):
+                    if parameter.grad is not None:
+                        parameter.grad /= accumulate
+                    if before is not None:
+                        parameter.grad = before if parameter.grad is None else before + parameter.grad
+                loss += figures.loss / accumulate
+                n_tokens += figures.n_tokens
+                for name, value in figures.parts.items():
+                    parts[name] += value / accumulate  # type: ignore[assignment]
+        except torch.OutOfMemoryError:
+            return None
+        return Figures(loss=loss, parts=dict(parts), n_tokens=n_tokens)
+
+    def _backward(self, batch: Batch, stage: Stage, parameters: list[torch.nn.Parameter]) -> Figures:
+        """The gradient of the mean loss of one batch, in `pieces` parts."""
+        pieces = split_batch(batch, self.pieces, by_rows=stage == "distillation")
+        loss, weight, n_tokens = 0.0, 0.0, 0
+        figures: Counter[str] = Counter()
+        for piece in pieces:
+            with checkpointing(self._adapter.backbone, enabled=self._checkpointing):
+                result = STEPS[stage](self._adapter, piece, settings=self._settings)
+            share = result.weight if len(pieces) > 1 else 1.0
+            self._accelerator.backward(result.loss * share if len(pieces) > 1 else result.loss)
+            loss += float(result.loss.detach()) * share
+            weight += share
+            n_tokens += result.n_tokens
+            for name, value in result.parts.items():
+                figures[name] += value * share  # type: ignore[assignment]
+        if len(pieces) > 1:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad /= weight
+        return Figures(
+            loss=loss / weight, parts={name: value / weight for name, value in figures.items()}, n_tokens=n_tokens
+        )
+
+    def _halve(self, step: int, stage: Stage) -> None:
+        torch.cuda.empty_cache()
+        batch = self._batch(step, 0)
+        by_rows = stage == "distillation"
+        n_now = len(split_batch(batch, self.pieces, by_rows=by_rows))
+        if len(split_batch(batch, self.pieces * 2, by_rows=by_rows)) == n_now:
+            raise TrainingError(
+                f"out of GPU memory at step {step + 1} with batches that cannot be made smaller",
+                where=f"{max(map(len, batch.documents))} tokens in the longest document",
+                next_step="Pass --gradient-checkpointing, or lower --max-tokens.",
+            )
+        self.pieces *= 2
+        note = f"out of GPU memory at step {step + 1}: batches are read in {self.pieces} parts from now on"
+        logger.warning(note)
+        if self._on_split is not None:
+            self._on_split(note)
+
+    def _over_processes(self, figures: Figures, parameters: Mapping[str, torch.nn.Parameter]) -> Figures:
+        """The mean over processes. Not DDP's wrapper: the forward pass enters the model below it."""
+        accelerator = self._accelerator
+        if accelerator.num_processes == 1:
+            return figures
+        for parameter in parameters.values():
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = accelerator.reduce(grad, "mean")
+        device = accelerator.device
+        loss = accelerator.reduce(torch.tensor(figures.loss, device=device), "mean")
+        n_tokens = accelerator.reduce(torch.tensor(figures.n_tokens, device=device), "sum")
+        return Figures(loss=float(loss), parts=figures.parts, n_tokens=int(n_tokens))

@@ -1,0 +1,149 @@
+"""Evaluation while training: how far answers from a distilled cache are from those of the full cache.
+
+On examples that are not trained on, at fixed keep ratios, over the teacher's own answers. `kv-memory eval` measures
+more; this is what decides which checkpoint is the best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from kv_memory.attention import NEVER
+from kv_memory.backbone import Backbone
+from kv_memory.compress.adapter import Adapter
+from kv_memory.compress.entries import Entries, gather_entries
+from kv_memory.compress.reading import pad, pick_rows, read_documents
+from kv_memory.compress.selectors import Reconstruction
+from kv_memory.config import check_keep_ratio, n_kept_for
+from kv_memory.datasets import Example
+from kv_memory.errors import ConfigError
+from kv_memory.train.batches import Batch, Batches
+from kv_memory.train.objective import kl_divergence
+from kv_memory.train.settings import TrainSettings
+from kv_memory.train.step import Followed, follow
+
+__all__ = ["HeldOut"]
+
+_Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Entries]  # ids, lengths, n_kept -> entries
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One document and what follows it, its answers written."""
+
+    batch: Batch
+    parts: list[Followed]
+
+
+class HeldOut:
+    """Measures an adapter on held-out examples.
+
+    Args:
+        examples: Not trained on; those without questions are measured on spans of their own text.
+        backbone: The model.
+        settings: Of the run: lengths of documents and answers.
+        ratios: Keep ratios to measure at.
+
+    Raises:
+        ConfigError: A keep ratio is outside (0, 1], or there is none.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], backbone: Backbone, settings: TrainSettings, *, ratios: Sequence[float]
+    ) -> None:
+        if not ratios:
+            raise ConfigError("evaluation needs at least one keep ratio", where="eval_ratios")
+        self.ratios = tuple(check_keep_ratio(ratio, where="eval_ratios") for ratio in ratios)
+        self.n_documents = len(examples)
+        self._backbone = backbone
+        # The same documents, spans and answers whatever is trained on, and with what seed.
+        self._settings = replace(
+            settings,
+            seed=0,
+            answers="teacher",
+            batch_documents=1,
+            composition_share=0.0,
+            question_weight=0.0,
+            questions_per_document=max(1, settings.questions_per_document),
+            spans_per_document=0,
+        )
+        self._batches = Batches(examples, backbone, self._settings)
+        self._cases: list[_Case] = []
+
+    @torch.no_grad()
+    def adapter(self, adapter: Adapter) -> dict[float, float]:
+        """KL(full ‖ distilled) of the adapter: nats a token, the mean over documents, by keep ratio."""
+
+        def choose(ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> Entries:
+            reading = read_documents(adapter, ids, lengths, n_kept)
+            return gather_entries(self._backbone, reading.cache, lengths, reading.positions)
+
+        return self._measure(choose)
+
+    @torch.no_grad()
+    def reconstruction(self) -> dict[float, float]:
+        """The same of the reconstruction selector, which needs no training."""
+        backbone, selector = self._backbone, Reconstruction(part_tokens=min(1024, self._backbone.context_window // 4))
+
+        def choose(ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> Entries:
+            cache = backbone.prefixed_cache(ids.shape[1], room=selector.extra_tokens)
+            backbone.read(ids, cache)
+            scores = selector.score(backbone, ids, cache, None)
+            return gather_entries(backbone, cache, lengths, pick_rows(scores[:, None], n_kept))
+
+        return self._measure(choose)
+
+    @torch.no_grad()
+    def none(self) -> float:
+        """The same without any document: the worst there is."""
+        n_prefix = len(self._backbone.prefix_ids)
+
+        def drop(full: Entries) -> Entries:
+            # Where the document was there is nothing; the question stays where it is.
+            gone = full.positions[..., n_prefix:].new_full(full.positions[..., n_prefix:].shape, NEVER)
+            return replace(full, positions=torch.cat([full.positions[..., :n_prefix], gone], -1))
+
+        kl = [self._kl(case, full, drop(full)) for case in self._prepared() for full in [self._full(case)]]
+        return sum(kl) / len(kl)
+
+    def _measure(self, choose: _Choose) -> dict[float, float]:
+        total = dict.fromkeys(self.ratios, 0.0)
+        cases = self._prepared()
+        for case in cases:
+            full = self._full(case)
+            ids, lengths = pad(case.batch.documents, device=self._backbone.device)
+            for ratio in self.ratios:
+                n_kept = torch.tensor([n_kept_for(ids.shape[1], ratio)], device=ids.device)
+                total[ratio] += self._kl(case, full, choose(ids, lengths, n_kept)) / len(cases)
+        return total
+
+    def _kl(self, case: _Case, full: Entries, kept: Entries) -> float:
+        weight = sum(float(part.weights.sum()) for part in case.parts)
+        # The teacher's logits are made again each time: kept, they would take megabytes a document.
+        return (
+            sum(
+                float(
+                    (kl_divergence(part.ask(self._backbone, full), part.ask(self._backbone, kept)) * part.weights).sum()
+                )
+                for part in case.parts
+            )
+            / weight
+        )
+
+    def _full(self, case: _Case) -> Entries:
+        ids, lengths = pad(case.batch.documents, device=self._backbone.device)
+        cache = self._backbone.prefixed_cache(ids.shape[1])
+        self._backbone.read(ids, cache)
+        return gather_entries(self._backbone, cache, lengths)
+
+    def _prepared(self) -> list[_Case]:
+        """The documents with the teacher's answers, written once."""
+        if not self._cases:
+            for number in range(self.n_documents):
+                batch = self._batches.batch(number)
+                parts = follow(batch, self._full(_Case(batch, [])), self._backbone, self._settings)
+                self._cases.append(_Case(batch, parts))
+        return self._cases
