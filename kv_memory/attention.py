@@ -11,6 +11,7 @@ arguments, so that recomputation under gradient checkpointing and several thread
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -52,6 +53,15 @@ class PreallocatedLayer(DynamicLayer):
         keys, values = self._buffers
         self.keys, self.values = keys[:, :, :length], values[:, :, :length]
 
+    def put_keys(self, keys: torch.Tensor) -> None:
+        """Replace the keys: `(batch, num_kv_heads, length, head_dim)`."""
+        assert self.keys is not None and self.values is not None
+        if self.keys.requires_grad:  # training: what a gradient comes back through cannot be written over
+            self._buffers = keys, self.values
+            self._show(keys.shape[2])
+        else:
+            self.keys.copy_(keys)
+
     def rewind(self, n_tokens: int) -> None:
         """Forget the last `n_tokens` entries; the next ones take their room."""
         assert self.keys is not None
@@ -76,34 +86,40 @@ class PositionedCache(DynamicCache):
     """Keys and values with rotary embedding, and the position of every entry.
 
     Args:
-        keys: `(num_layers, batch, num_kv_heads, capacity, head_dim)`; the first `length` entries are filled.
-        values: The same shape.
-        positions: Of the filled entries: `(length,)`, `(num_layers, num_kv_heads, length)`, or for rows that hold
-            different documents `(num_layers or 1, batch, num_kv_heads or 1, length)`; integer, `NEVER` for padding.
+        keys: For each layer `(batch, num_kv_heads, capacity, head_dim)`; the first `length` entries are filled. Layers
+            may differ in capacity and length.
+        values: The same shapes.
+        positions: Of the filled entries, integer, `NEVER` for padding: `(length,)`, the same for all;
+            `(num_layers, num_kv_heads, length)`; or for each layer `(batch or 1, num_kv_heads or 1, length)`, where
+            heads or rows hold different numbers of entries.
         next_position: Where the tokens that follow begin.
         n_positions: The length of the sequence for which the keys were rotated; `next_position` if None.
 
     Attributes:
         next_positions: `(batch,)`, where each row goes on.
+        padded: Whether there may be padding among the composed entries.
     """
 
     def __init__(
         self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        keys: torch.Tensor | Sequence[torch.Tensor],
+        values: torch.Tensor | Sequence[torch.Tensor],
         *,
-        positions: torch.Tensor,
+        positions: torch.Tensor | Sequence[torch.Tensor],
         next_position: int,
         n_positions: int | None = None,
     ) -> None:
         super().__init__()
-        length = positions.shape[-1]
-        self.layers = [PreallocatedLayer(k, v, length) for k, v in zip(keys, values, strict=True)]
+        self.padded = not isinstance(positions, torch.Tensor) or positions.ndim == 4
+        lengths = [positions.shape[-1]] if isinstance(positions, torch.Tensor) else [p.shape[-1] for p in positions]
+        if len(lengths) == 1:
+            lengths = lengths * len(keys)
+        self.layers = [PreallocatedLayer(k, v, n) for k, v, n in zip(keys, values, lengths, strict=True)]
         self.composed_positions = positions
-        self.n_rows = keys.shape[1]
+        self.n_rows = keys[0].shape[0]
         self.n_positions = next_position if n_positions is None else n_positions
-        self.next_positions = torch.full((self.n_rows,), next_position, device=keys.device)
-        self.appended_positions = torch.empty(self.n_rows, 0, dtype=torch.int32, device=keys.device)
+        self.next_positions = torch.full((self.n_rows,), next_position, device=keys[0].device)
+        self.appended_positions = torch.empty(self.n_rows, 0, dtype=torch.int32, device=keys[0].device)
 
     def append_positions(self, positions: torch.Tensor) -> None:
         """Note the positions of tokens about to be prefilled: `(batch, new)`, `NEVER` for padding."""
@@ -134,25 +150,35 @@ class PositionedCache(DynamicCache):
         """
         if self.layer(0)[0].shape[2] and rope.regime(self.n_positions) != rope.regime(n_positions):
             keys = [self.layer(index)[0] for index in range(len(self.layers))]
-            where = [self.key_positions(index) for index in range(len(self.layers))]
-            for row in range(self.n_rows):
-                old = torch.stack([key[row] for key in keys])
-                positions = torch.stack([p[row].expand(old.shape[1], -1) for p in where])
-                positions = positions.masked_fill(positions == NEVER, 0)
-                free = rope.take_off(old, positions, n_positions=self.n_positions)
-                for key, turned in zip(keys, rope.put_on(free, positions, n_positions=n_positions), strict=True):
-                    key[row] = turned.to(key.dtype)
+            where = [self.key_positions(index).expand(key.shape[:3]) for index, key in enumerate(keys)]
+            per_layer = [key.shape[:3].numel() for key in keys]
+            positions = torch.cat([p.flatten() for p in where])
+            positions = positions.masked_fill(positions == NEVER, 0)
+            old = torch.cat([key.flatten(0, 2) for key in keys])
+            free = rope.take_off_flat(old, positions, per_layer, n_positions=self.n_positions)
+            turned = rope.put_on_flat(free, positions, per_layer, n_positions=n_positions).to(old.dtype)
+            for layer, key, new in zip(self.layers, keys, turned.split(per_layer), strict=True):
+                assert isinstance(layer, PreallocatedLayer)
+                layer.put_keys(new.view(key.shape))
         self.n_positions = n_positions
 
     def key_positions(self, layer: int) -> torch.Tensor:
         """Positions of all keys of one layer: `(batch, 1 or num_kv_heads, length)`."""
         composed = self.composed_positions
-        if composed.ndim == 4:
-            composed = composed[layer if composed.shape[0] > 1 else 0]
+        if isinstance(composed, torch.Tensor) and composed.ndim == 1:
+            composed = composed[None, None]
+        elif isinstance(composed, torch.Tensor) and composed.ndim == 3:
+            composed = composed[layer][None]
         else:
-            composed = (composed[None] if composed.ndim == 1 else composed[layer]).expand(self.n_rows, -1, -1)
-        composed = composed.to(torch.int32)
+            composed = composed[layer if len(composed) > 1 else 0]
+        composed = composed.to(torch.int32).expand(self.n_rows, -1, -1)
         return torch.cat([composed, self.appended_positions[:, None].expand(-1, composed.shape[1], -1)], dim=2)
+
+    def differs_by_layer(self, window: int | None) -> bool:
+        """Whether what a query sees depends on the layer, apart from its window."""
+        if isinstance(self.composed_positions, torch.Tensor) and self.composed_positions.ndim < 4:
+            return window is not None and self.composed_positions.ndim == 3
+        return len(self.composed_positions) > 1
 
 
 class AttentionObserver(Protocol):
@@ -346,9 +372,8 @@ def _mask(
 ) -> torch.Tensor | None:
     """Which key each query sees: `(batch, 1 or num_kv_heads, new, seq_len)`; None where every query sees all."""
     cache = context.cache
-    per_head = cache is not None and cache.composed_positions.ndim >= 3
     # Without a window all that precedes the question is visible whatever its position, so layers share one mask.
-    shared = (-1, window) if window is None or not per_head else (layer, window)
+    shared = (layer if cache is not None and cache.differs_by_layer(window) else -1, window)
     if shared not in context.masks:
         context.masks[shared] = _make_mask(cache, layer, position_ids, new, length, window)
     return context.masks[shared]
@@ -369,8 +394,8 @@ def _make_mask(
     elif cache is None:  # a cache of Transformers' own, whose positions have no gaps
         keys = queries[:, :, -1] + torch.arange(1 - length, 1, device=queries.device, dtype=torch.int32)
         keys = keys[:, None] if keys.ndim == 2 else keys
-    elif window is None and cache.composed_positions.ndim == 4:
-        keys = cache.key_positions(layer)[:, :1]  # padding is the same in all layers and heads
+    elif window is None and cache.padded:
+        keys = cache.key_positions(layer)
     elif window is None:
         composed = length - cache.appended_positions.shape[1]
         keys = torch.nn.functional.pad(cache.appended_positions, (composed, 0), value=-1)[:, None]

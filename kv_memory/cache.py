@@ -5,6 +5,11 @@ The file format is one safetensors file with three tensors and a JSON header:
 - `keys`, `values`: `(num_layers, num_kv_heads, n_kept, head_dim)`, keys without rotary embedding;
 - `positions`: `(num_layers, num_kv_heads, n_kept)`, or `(n_kept,)` where all heads share one row.
 
+Where heads keep different numbers of entries, these stand one behind the other, layer by layer and head by head:
+
+- `keys`, `values`: `(n_entries, head_dim)`; `positions`: `(n_entries,)`;
+- `counts`: `(num_layers, num_kv_heads)`, how many belong to each head.
+
 Layers are stacked into one tensor rather than stored one by one: the header stays at a few hundred bytes, so a cache
 costs what its tensors cost, and one contiguous read fills it.
 """
@@ -58,6 +63,10 @@ class DistilledCache:
         n_tokens: Length of the whole document, in tokens.
         keep_ratio: What was asked for, in (0, 1].
         fingerprint: What made it.
+        counts: `(num_layers, num_kv_heads)` where heads keep different numbers of entries, integer; then `keys` and
+            `values` are `(n_entries, head_dim)` and `positions` `(n_entries,)`, layer by layer and head by head.
+        refined_steps: Gradient steps behind it; 0 where it was not refined, or no step helped.
+        fidelity: KL to the full cache on held-out probes, in nats, lower is better; None where it was not measured.
     """
 
     keys: torch.Tensor
@@ -66,9 +75,15 @@ class DistilledCache:
     n_tokens: int
     keep_ratio: float
     fingerprint: Fingerprint
+    counts: torch.Tensor | None = None
+    refined_steps: int = 0
+    fidelity: float | None = None
 
     def __post_init__(self) -> None:
         print_ = self.fingerprint
+        if self.counts is not None:
+            self._check_ragged(self.counts)
+            return
         if self.keys.ndim != 4:
             raise ConfigError(f"keys must have 4 dimensions, got shape {tuple(self.keys.shape)}", where="keys")
         shape = (print_.num_layers, print_.num_kv_heads, self.keys.shape[2], print_.head_dim)
@@ -88,24 +103,78 @@ class DistilledCache:
         if not 0 < self.n_kept <= self.n_tokens or not 0 < self.keep_ratio <= 1:
             raise ConfigError(f"{self.n_kept} of {self.n_tokens} tokens kept at keep_ratio {self.keep_ratio}")
 
+    def _check_ragged(self, counts: torch.Tensor) -> None:
+        print_ = self.fingerprint
+        heads = (print_.num_layers, print_.num_kv_heads)
+        if tuple(counts.shape) != heads or counts.is_floating_point():
+            raise ConfigError(f"counts must be integers of shape {heads}, got {tuple(counts.shape)}", where="counts")
+        n_entries = int(counts.sum())
+        if int(counts.min()) < 0 or int(counts.max()) > self.n_tokens or n_entries == 0:
+            raise ConfigError(f"counts must lie in 0 to {self.n_tokens} and not all be 0", where="counts")
+        for name in ("keys", "values"):
+            tensor: torch.Tensor = getattr(self, name)
+            if tuple(tensor.shape) != (n_entries, print_.head_dim) or dtype_name(tensor.dtype) != print_.dtype:
+                raise ConfigError(
+                    f"{name} must be {(n_entries, print_.head_dim)} of {print_.dtype}, "
+                    f"got {tuple(tensor.shape)} of {dtype_name(tensor.dtype)}",
+                    where=name,
+                )
+        if tuple(self.positions.shape) != (n_entries,) or self.positions.is_floating_point():
+            raise ConfigError(
+                f"positions must be integers of shape {(n_entries,)}, got {tuple(self.positions.shape)}",
+                where="positions",
+            )
+        if not 0 < self.keep_ratio <= 1:
+            raise ConfigError(f"keep_ratio must lie in (0, 1], got {self.keep_ratio}", where="keep_ratio")
+
     @property
     def n_kept(self) -> int:
-        """Entries kept in every layer and head."""
+        """Entries kept in every layer and head; on average, rounded, where heads keep different numbers."""
+        if self.counts is not None:
+            return max(1, round(self.keys.shape[0] / self.counts.numel()))
         return self.keys.shape[2]
+
+    @property
+    def span(self) -> int:
+        """Positions the entries take side by side: what the head that keeps most of them needs."""
+        return self.n_kept if self.counts is None else int(self.counts.max())
+
+    def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys, values and positions with as many places in every head as the fullest one needs.
+
+        Returns:
+            `(num_layers, num_kv_heads, span, head_dim)` twice, and `(num_layers, num_kv_heads, span)`, int32, where
+            places that hold nothing have the position -1.
+        """
+        if self.counts is None:
+            return self.keys, self.values, self.positions.to(torch.int32).expand(self.keys.shape[:3])
+        filled = torch.arange(self.span, device=self.keys.device) < self.counts.to(self.keys.device)[..., None]
+        keys = self.keys.new_zeros(*filled.shape, self.keys.shape[-1])
+        values, positions = torch.zeros_like(keys), torch.full(filled.shape, -1, dtype=torch.int32, device=keys.device)
+        keys[filled], values[filled], positions[filled] = self.keys, self.values, self.positions.to(torch.int32)
+        return keys, values, positions
+
+    def with_entries(self, keys: torch.Tensor, values: torch.Tensor) -> DistilledCache:
+        """The same cache with other keys and values, in the shape `padded` gives."""
+        if self.counts is not None:
+            filled = torch.arange(self.span, device=keys.device) < self.counts.to(keys.device)[..., None]
+            keys, values = keys[filled], values[filled]
+        return replace(self, keys=keys.to(self.keys), values=values.to(self.values))
 
     @property
     def per_head(self) -> bool:
         """Whether layers and heads keep different tokens."""
-        return self.positions.ndim == 3
+        return self.positions.ndim == 3 or self.counts is not None
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the three tensors, without the file's header."""
-        return sum(t.numel() * t.element_size() for t in (self.keys, self.values, self.positions))
+        """Bytes of the tensors, without the file's header."""
+        tensors = [self.keys, self.values, self.positions, *([] if self.counts is None else [self.counts])]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     @property
     def theory_bytes(self) -> int:
-        """Bytes of the kept keys and values alone: `2 * layers * heads * n_kept * head_dim * itemsize`."""
+        """Bytes of the kept keys and values alone: `2 * entries * head_dim * itemsize`."""
         return 2 * self.keys.numel() * self.keys.element_size()
 
     def to(self, dtype: torch.dtype) -> DistilledCache:
@@ -129,6 +198,8 @@ class DistilledCache:
             "values": self.values.cpu().contiguous(),
             "positions": self.positions.to(narrow).cpu().contiguous(),
         }
+        if self.counts is not None:
+            tensors["counts"] = self.counts.to(torch.int32).cpu().contiguous()
         # One entry, because safetensors writes several in an order that changes from run to run.
         header = {"n_tokens": self.n_tokens, "keep_ratio": self.keep_ratio, "fingerprint": asdict(self.fingerprint)}
         return safetensors.torch.save(tensors, metadata={"kv_memory": json.dumps(header, sort_keys=True)})
@@ -158,6 +229,7 @@ class DistilledCache:
                     n_tokens=header["n_tokens"],
                     keep_ratio=header["keep_ratio"],
                     fingerprint=fingerprint,
+                    counts=file.get_tensor("counts") if "counts" in file.keys() else None,  # noqa: SIM118
                 )
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             if isinstance(error, FileNotFoundError):

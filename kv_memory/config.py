@@ -8,10 +8,13 @@ from typing import Literal, get_args
 
 from kv_memory.errors import ConfigError
 
-__all__ = ["DecodeSettings", "DtypeName", "Layout", "SelectorName", "check_keep_ratio", "n_kept_for"]
+__all__ = ["Budget", "DecodeSettings", "DtypeName", "Layout", "SelectorName", "check_keep_ratio", "n_kept_for"]
 
 Layout = Literal["source", "packed"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+# How the entries of a document are shared out among the heads. `head`: as many in every layer and KV head. `model`: one
+# ranking over all of them, so that a head keeps many or none (as KVzip does); the total is the same.
+Budget = Literal["head", "model"]
 SelectorName = Literal["reconstruction", "attention", "sink_recent"]
 
 

@@ -95,6 +95,42 @@ class Rope:
         out = torch.empty_like(keys, dtype=torch.float32)
         return self._rotate(keys, positions, n_positions=n_positions, inverse=True, out=out)
 
+    def put_on_flat(
+        self, keys: torch.Tensor, positions: torch.Tensor, per_layer: Sequence[int], *, n_positions: int
+    ) -> torch.Tensor:
+        """`put_on` for entries of which heads hold different numbers.
+
+        Args:
+            keys: `(entries, head_dim)`, layer by layer.
+            positions: `(entries,)`.
+            per_layer: How many of them belong to each layer.
+            n_positions: As in `put_on`.
+
+        Returns:
+            Shape and dtype of `keys`.
+        """
+        return self._rotate_flat(keys, positions, per_layer, n_positions=n_positions, inverse=False).to(keys.dtype)
+
+    def take_off_flat(
+        self, keys: torch.Tensor, positions: torch.Tensor, per_layer: Sequence[int], *, n_positions: int
+    ) -> torch.Tensor:
+        """Undo `put_on_flat`; the result is float32."""
+        return self._rotate_flat(keys, positions, per_layer, n_positions=n_positions, inverse=True)
+
+    def _rotate_flat(
+        self, keys: torch.Tensor, positions: torch.Tensor, per_layer: Sequence[int], *, n_positions: int, inverse: bool
+    ) -> torch.Tensor:
+        parts, where = keys.split(list(per_layer)), positions.long().split(list(per_layer))
+        rotated: dict[int, torch.Tensor] = {}
+        for name, layers in self._groups.items():
+            cos, sin = self._tables(name, n_positions, keys.device)
+            if inverse:
+                cos, sin = _inverse(cos, sin)
+            for layer in layers:
+                here = where[layer]
+                rotated[layer] = _rotate_half(parts[layer].float(), cos[here], sin[here])
+        return torch.cat([rotated[layer] for layer in range(len(parts))])
+
     def _rotate(
         self, keys: torch.Tensor, positions: torch.Tensor, *, n_positions: int, inverse: bool, out: torch.Tensor | None
     ) -> torch.Tensor:
@@ -103,9 +139,7 @@ class Rope:
         for name, layers in self._groups.items():
             cos, sin = self._tables(name, n_positions, keys.device)
             if inverse:
-                # cos and sin carry the attention factor s; the inverse of s·R is Rᵀ/s, and s² = cos² + sin².
-                square = cos.square() + sin.square()
-                cos, sin = cos / square, -sin / square
+                cos, sin = _inverse(cos, sin)
             chunk = self._chunk(keys)
             for start in range(0, len(layers), chunk):
                 some = layers[start : start + chunk]
@@ -136,6 +170,12 @@ class Rope:
             cos, sin = self._rotary(like, ids, *extra)
         half = cos.shape[-1] // 2  # the module repeats each frequency, once for either half of the head
         return cos[0, :, :half], sin[0, :, :half]
+
+
+def _inverse(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tables of the rotation back. They carry the attention factor s: the inverse of s·R is Rᵀ/s, s² = cos² + sin²."""
+    square = cos.square() + sin.square()
+    return cos / square, -sin / square
 
 
 def _rotate_half(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -80,6 +80,18 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * spread)
 
 
+def by_head(cache: Any) -> list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+    """Positions, keys and values of every layer and head of a distilled cache of either form."""
+    keys, values, positions = cache.padded()
+    return [
+        [
+            (p[p >= 0].long(), k[p >= 0], v[p >= 0])
+            for p, k, v in zip(positions[layer], keys[layer], values[layer], strict=True)
+        ]
+        for layer in range(keys.shape[0])
+    ]
+
+
 def letters(n: int, *, seed: int = 0, alphabet: str = "abcdefghijklmnopqrstuvwxyz ") -> str:
     """`n` random characters: one token each."""
     generator = torch.Generator().manual_seed(seed)

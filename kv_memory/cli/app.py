@@ -17,13 +17,16 @@ from kv_memory.cli.ask import ask
 from kv_memory.cli.chat import chat
 from kv_memory.cli.check import check
 from kv_memory.cli.demo import demo
+from kv_memory.cli.eval import evaluate_task
 from kv_memory.cli.gc import gc
 from kv_memory.cli.list import list_documents
 from kv_memory.cli.models import models
 from kv_memory.cli.output import debugging
 from kv_memory.cli.remove import remove
+from kv_memory.cli.report import report
 from kv_memory.cli.show import show
 from kv_memory.cli.stats import stats
+from kv_memory.cli.train import train
 
 __all__ = ["COMMANDS", "app", "main"]
 
@@ -51,6 +54,29 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
     ("gc", gc, ("kv-memory gc",)),
     ("stats", stats, ("kv-memory stats", "KV_MEMORY_STORE=/data/memory kv-memory stats --json")),
     ("models", models, ("kv-memory models", "kv-memory models --prepare")),
+    (
+        "train",
+        train,
+        (
+            "kv-memory train runs/general --data squad --data dolly:0.5 --time-limit 14400 --eval-every 250",
+            "kv-memory train runs/notes --corpus notes/ --init runs/general/adapter --steps 500",
+            "kv-memory train runs/general --data questions.jsonl --model Qwen/Qwen2.5-1.5B-Instruct --dry-run",
+        ),
+    ),
+    (
+        "eval",
+        evaluate_task,
+        (
+            "kv-memory eval squad --n-documents 20 --keep-ratio 1/4 --keep-ratio 1/8",
+            "kv-memory eval spans --corpus notes/ --min-tokens 600 --max-tokens 1500 --out runs/spans",
+            "kv-memory eval squad --adapter runs/adapter --method full --method none --method adapter --json",
+        ),
+    ),
+    (
+        "report",
+        report,
+        ("kv-memory report runs/squad --to docs/figures", "kv-memory report old=runs/a new=runs/b --json"),
+    ),
     (
         "demo",
         demo,

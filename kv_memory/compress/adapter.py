@@ -23,7 +23,7 @@ from torch import nn
 from kv_memory.backbone import Backbone
 from kv_memory.compress.routing import RoutedLinear, install_routing
 from kv_memory.compress.scorer import Scorer, ScorerKind
-from kv_memory.config import check_choice
+from kv_memory.config import Budget, check_choice
 from kv_memory.errors import AdapterError, AdapterMismatchError, ConfigError
 
 __all__ = ["Adapter", "AdapterConfig", "Routed", "Target", "default_eta"]
@@ -56,6 +56,7 @@ class AdapterConfig:
         scorer_size: Width of the scorer's hidden layer.
         routed: `kept`: only tokens kept by some head of a layer go through the LoRA, as in the paper. `document`: all
             tokens of the document do.
+        budget: How entries are shared out, see `Budget`.
         first_routed_layer: Layers below it stay as they are. From eta upwards one pass does for scorers that look at
             layer eta.
         trained_steps: Optimiser steps; 0 for an untrained adapter.
@@ -72,6 +73,7 @@ class AdapterConfig:
     scorer: ScorerKind = "token"
     scorer_size: int = 256
     routed: Routed = "kept"
+    budget: Budget = "head"
     first_routed_layer: int = 0
     trained_steps: int = 0
 
@@ -85,6 +87,13 @@ class AdapterConfig:
             )
         check_choice(self.scorer, ScorerKind, where="scorer")
         check_choice(self.routed, Routed, where="routed")
+        check_choice(self.budget, Budget, where="budget")
+        if self.budget == "model" and self.scorer == "layer" and self.routed == "kept":
+            raise ConfigError(
+                "which tokens a layer keeps is known only once all layers have scored, too late to route them",
+                where="budget",
+                next_step='Use routed="document", or scorer="head", or budget="head".',
+            )
 
 
 class Adapter:
@@ -124,6 +133,7 @@ class Adapter:
         scorer: ScorerKind = "token",
         scorer_size: int = 256,
         routed: Routed = "kept",
+        budget: Budget = "head",
         first_routed_layer: int = 0,
         seed: int = 0,
         zero_init: bool = True,
@@ -139,6 +149,7 @@ class Adapter:
             scorer: See `AdapterConfig`.
             scorer_size: See `AdapterConfig`.
             routed: See `AdapterConfig`.
+            budget: See `AdapterConfig`.
             first_routed_layer: See `AdapterConfig`.
             seed: Of the initial weights.
             zero_init: LoRA starts as no change at all; False starts it at random, for tests.
@@ -154,6 +165,7 @@ class Adapter:
             scorer=scorer,
             scorer_size=scorer_size,
             routed=routed,
+            budget=budget,
             first_routed_layer=first_routed_layer,
         )
         lora_config = LoraConfig(

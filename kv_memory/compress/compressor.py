@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -13,8 +14,8 @@ from kv_memory.attention import ForwardContext, PositionedCache
 from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
 from kv_memory.compress.adapter import Adapter
-from kv_memory.compress.reading import read_documents
-from kv_memory.compress.selectors import Selector, make_selector, select
+from kv_memory.compress.reading import choose, read_documents
+from kv_memory.compress.selectors import Selector, make_selector
 from kv_memory.config import SelectorName, check_keep_ratio, n_kept_for
 from kv_memory.errors import ConfigError, EmptyDocumentError
 from kv_memory.fingerprint import Fingerprint
@@ -123,17 +124,13 @@ class Compressor:
             self._compress_window(tokens[:, start:end], keep_ratio, forced[start:end], offset=start)
             for start, end in _windows(len(ids), self.window_tokens)
         ]
-        keys = torch.cat([part[0] for part in parts], dim=2)
-        values = torch.cat([part[1] for part in parts], dim=2)
-        rows = [part[2] for part in parts]
-        if any(row.ndim == 3 for row in rows):  # a window held out of compression keeps the same row for all heads
-            rows = [row.expand(*keys.shape[:2], -1) for row in rows]
-        positions = torch.cat(rows, dim=-1)
+        kept = _join(parts)
         spans = repr(sorted(map(tuple, keep_spans))) if keep_spans else ""
         return DistilledCache(
-            keys=keys,
-            values=values,
-            positions=positions,
+            keys=kept.keys,
+            values=kept.values,
+            positions=kept.positions,
+            counts=kept.counts,
             n_tokens=len(ids),
             keep_ratio=keep_ratio,
             fingerprint=replace(
@@ -141,21 +138,18 @@ class Compressor:
             ),
         )
 
-    def _compress_window(
-        self, ids: torch.Tensor, keep_ratio: float, forced: torch.Tensor, *, offset: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _compress_window(self, ids: torch.Tensor, keep_ratio: float, forced: torch.Tensor, *, offset: int) -> _Kept:
         n_tokens, n_forced = ids.shape[1], int(forced.sum())
         n_kept = n_forced + (n_kept_for(n_tokens - n_forced, keep_ratio) if n_tokens > n_forced else 0)
         if n_kept == n_tokens:
             cache = self.backbone.prefixed_cache(n_tokens)
             self.backbone.read(ids, cache)
-            positions = torch.arange(n_tokens, device=ids.device)
+            selected = torch.ones(1, 1, n_tokens, dtype=torch.bool, device=ids.device)
         elif self.adapter is not None:
-            cache, positions = self._distil(ids, n_kept, forced)
+            cache, selected = self._distil(ids, n_kept, forced)
         else:
-            cache, positions = self._pick(ids, n_kept, forced)
-        keys, values = self._extract(cache, positions, n_tokens)
-        return keys, values, (positions + offset).to(torch.int32)
+            cache, selected = self._pick(ids, n_kept, forced)
+        return self._extract(cache, selected, offset=offset)
 
     def _pick(self, ids: torch.Tensor, n_kept: int, forced: torch.Tensor) -> tuple[PositionedCache, torch.Tensor]:
         """Read the document once and let the selector choose."""
@@ -163,40 +157,95 @@ class Compressor:
         cache = self.backbone.prefixed_cache(n_tokens, room=self.selector.extra_tokens)
         watched = self.selector.watch(self.backbone, n_prefix=len(self.backbone.prefix_ids), n_tokens=n_tokens)
         self.backbone.read(ids, cache, context=ForwardContext(observer=watched))
-        scores = self.selector.score(self.backbone, ids, cache, watched)
-        return cache, select(scores, n_kept, forced=forced).to(ids.device)
+        scores = self.selector.score(self.backbone, ids, cache, watched).to(ids.device)
+        scores = scores[None, None] if scores.ndim == 1 else scores
+        lengths, most = torch.tensor([n_tokens]), torch.tensor([n_kept])
+        selected = choose(scores[:, None], lengths, most, budget=self.selector.budget, forced=forced[None])
+        return cache, selected[:, 0]
 
     def _distil(self, ids: torch.Tensor, n_kept: int, forced: torch.Tensor) -> tuple[PositionedCache, torch.Tensor]:
         """Read with the adapter, which scores, selects and routes."""
         assert self.adapter is not None
-        n = torch.tensor([ids.shape[1]], device=ids.device)
         reading = read_documents(
             self.adapter,
             ids,
-            n,
+            torch.tensor([ids.shape[1]], device=ids.device),
             torch.tensor([n_kept], device=ids.device),
             forced=forced[None].to(ids.device),
             routed=self.routed,
         )
-        positions = reading.positions[:, 0]
-        # The paper's form keeps the same tokens everywhere: one row says it.
-        return reading.cache, positions[0, 0] if self.adapter.config.scorer == "token" else positions
+        return reading.cache, reading.selected[:, 0]
 
-    def _extract(
-        self, cache: PositionedCache, positions: torch.Tensor, n_tokens: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The kept keys, positions taken off, and values: `(num_layers, num_kv_heads, n_kept, head_dim)` each."""
-        n_prefix = len(self.backbone.prefix_ids)
+    def _extract(self, cache: PositionedCache, selected: torch.Tensor, *, offset: int) -> _Kept:
+        """The selected entries, positions taken off their keys.
+
+        Args:
+            cache: Prefix and window, as read.
+            selected: Bool `(num_layers or 1, num_kv_heads or 1, n_tokens)`.
+            offset: Of the window inside the document.
+        """
+        backbone, n_prefix, n_tokens = self.backbone, len(self.backbone.prefix_ids), selected.shape[-1]
+        mask = selected.expand(backbone.num_layers, backbone.num_kv_heads, -1)
+        counts = mask.sum(-1)
         keys: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
-        for index in range(self.backbone.num_layers):
-            here = positions if positions.ndim == 1 else positions[index]
+        for index in range(backbone.num_layers):
             for kept, tensor in zip((keys, values), cache.layer(index), strict=True):
-                document = tensor[0, :, n_prefix : n_prefix + n_tokens]
-                rows = here.expand(document.shape[0], -1)[..., None].expand(-1, -1, document.shape[-1])
-                kept.append(document.gather(1, rows))
-        free = self.backbone.rope.take_off(torch.stack(keys), positions + n_prefix, n_positions=cache.n_positions)
-        return free.to(self.backbone.dtype), torch.stack(values)
+                kept.append(tensor[0, :, n_prefix : n_prefix + n_tokens][mask[index]])  # head by head
+        inside = torch.arange(n_tokens, device=mask.device).expand_as(mask)[mask]
+        per_layer = counts.sum(1).tolist()
+        free = backbone.rope.take_off_flat(torch.cat(keys), inside + n_prefix, per_layer, n_positions=cache.n_positions)
+        free, flat_values = free.to(backbone.dtype), torch.cat(values)
+        positions = (inside + offset).to(torch.int32)
+        if int(counts.min()) != int(counts.max()):
+            return _Kept(free, flat_values, positions, counts)
+        shape = (backbone.num_layers, backbone.num_kv_heads, int(counts[0, 0]))
+        shared = selected.shape[0] == selected.shape[1] == 1
+        rows = positions.view(shape)[0, 0] if shared else positions.view(shape)
+        return _Kept(free.view(*shape, -1), flat_values.view(*shape, -1), rows, None)
+
+
+class _Kept(NamedTuple):
+    """What is kept of a window, in either form of `DistilledCache`."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
+    counts: torch.Tensor | None
+
+
+def _join(parts: Sequence[_Kept]) -> _Kept:
+    """Windows one behind the other, in every head."""
+    if len(parts) == 1:
+        return parts[0]
+    if all(part.counts is None for part in parts):
+        rows = [part.positions for part in parts]
+        if any(row.ndim == 3 for row in rows):  # a window held out of compression keeps the same row for all heads
+            rows = [row.expand(*parts[0].keys.shape[:2], -1) for row in rows]
+        keys, values = torch.cat([part.keys for part in parts], 2), torch.cat([part.values for part in parts], 2)
+        return _Kept(keys, values, torch.cat(rows, -1), None)
+    split = [_by_head(part) for part in parts]
+    heads = [[torch.cat(pieces) for pieces in zip(*of_head, strict=True)] for of_head in zip(*split, strict=True)]
+    flat = [torch.cat(column) for column in zip(*heads, strict=True)]
+    counts = torch.stack([_counts(part) for part in parts]).sum(0)
+    return _Kept(flat[0], flat[1], flat[2], counts)
+
+
+def _counts(part: _Kept) -> torch.Tensor:
+    if part.counts is not None:
+        return part.counts
+    return torch.full(part.keys.shape[:2], part.keys.shape[2], device=part.keys.device)
+
+
+def _by_head(part: _Kept) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Keys, values and positions of every head, layer by layer."""
+    sizes = _counts(part).flatten().tolist()
+    if part.counts is not None:
+        keys, values, positions = part.keys, part.values, part.positions
+    else:
+        keys, values = part.keys.flatten(0, 2), part.values.flatten(0, 2)
+        positions = part.positions.expand(part.keys.shape[:3]).flatten()
+    return list(zip(keys.split(sizes), values.split(sizes), positions.split(sizes), strict=True))
 
 
 def _windows(n_tokens: int, window: int) -> list[Span]:

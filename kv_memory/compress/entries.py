@@ -75,48 +75,41 @@ def gather_entries(
     backbone: Backbone,
     cache: PositionedCache,
     lengths: torch.Tensor,
-    positions: torch.Tensor | None = None,
+    selected: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
 ) -> Entries:
     """The entries of documents that were read: all of them, or those selected.
+
+    What is not selected stays in its place as padding, seen by nothing: heads keep different numbers, and gradients
+    need no gathering.
 
     Args:
         backbone: The model that read them.
         cache: Prefix and documents, from `prefixed_cache`.
         lengths: `(documents,)`, tokens of each.
-        positions: `(num_layers, documents, num_kv_heads or 1, most)`, tokens selected, `NEVER` for padding; None for
-            all tokens.
+        selected: Bool `(num_layers or 1, documents, num_kv_heads or 1, n_tokens)`; None for all.
         scores: `(num_layers, documents, num_kv_heads or 1, n_tokens)`; entries are biased by `s - stop_gradient(s)`:
             by nothing, but with a path on which the gradient reaches the scorer (the paper's straight-through).
     """
     n_prefix = len(backbone.prefix_ids)
-    keys = torch.stack([cache.layer(index)[0] for index in range(backbone.num_layers)])
-    values = torch.stack([cache.layer(index)[1] for index in range(backbone.num_layers)])
-    documents, device = keys.shape[1], keys.device
-    next_positions = lengths.to(device) + n_prefix
+    layers = [cache.layer(index) for index in range(backbone.num_layers)]
+    keys, values = torch.stack([key for key, _ in layers]), torch.stack([value for _, value in layers])
+    device, n_tokens = keys.device, keys.shape[3] - n_prefix
+    inside = torch.arange(n_tokens, device=device, dtype=torch.int32)
+    seen = (inside < lengths.to(device)[:, None])[None, :, None]
+    if selected is not None:
+        seen = seen & selected
+    where = torch.where(seen, inside + n_prefix, NEVER)
     prefix = torch.arange(n_prefix, device=device, dtype=torch.int32)
-    if positions is None:
-        inside = torch.arange(keys.shape[3] - n_prefix, device=device)
-        inside = inside.expand(documents, -1).masked_fill(inside >= lengths.to(device)[:, None], NEVER)[None, :, None]
-    else:
-        inside = positions
-        rows = positions.expand(*keys.shape[:3], -1)
-        index = (rows.clamp(max=keys.shape[3] - n_prefix - 1) + n_prefix)[..., None].expand(*rows.shape, keys.shape[-1])
-        keys = torch.cat([keys[:, :, :, :n_prefix], keys.gather(3, index)], dim=3)
-        values = torch.cat([values[:, :, :, :n_prefix], values.gather(3, index)], dim=3)
-    where = torch.where(inside == NEVER, NEVER, inside + n_prefix).to(torch.int32)
-    where = torch.cat([prefix.expand(*where.shape[:3], -1), where], dim=-1)
     bias = None
     if scores is not None:
-        assert positions is not None
-        picked = scores.expand(*positions.shape[:3], -1).gather(3, positions.clamp(max=scores.shape[-1] - 1))
-        straight = picked - picked.detach()
-        bias = torch.nn.functional.pad(straight, (n_prefix, 0)).expand(*keys.shape[:3], -1)
+        straight = torch.nn.functional.pad(scores - scores.detach(), (n_prefix, 0))
+        bias = straight.expand(*keys.shape[:3], -1)
     return Entries(
         keys=keys,
         values=values,
-        positions=where,
-        next_positions=next_positions,
+        positions=torch.cat([prefix.expand(*where.shape[:3], -1), where], dim=-1),
+        next_positions=lengths.to(device) + n_prefix,
         n_positions=cache.n_positions,
         bias=bias,
     )

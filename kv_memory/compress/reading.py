@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from kv_memory.attention import NEVER, ForwardContext, PositionedCache
+from kv_memory.attention import ForwardContext, PositionedCache
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.early import hidden_after
+from kv_memory.config import Budget
 
-__all__ = ["Reading", "ReadingDocuments", "pad", "pick_rows", "read_documents"]
+__all__ = ["Reading", "ReadingDocuments", "choose", "pad", "read_documents"]
 
 
 def pad(rows: Sequence[Sequence[int]], *, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,20 +27,42 @@ def pad(rows: Sequence[Sequence[int]], *, device: torch.device | str) -> tuple[t
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device), lengths
 
 
-def pick_rows(scores: torch.Tensor, n_kept: torch.Tensor) -> torch.Tensor:
-    """Positions of each row's highest scores, ascending.
+def choose(
+    scores: torch.Tensor,
+    lengths: torch.Tensor,
+    n_kept: torch.Tensor,
+    *,
+    budget: Budget,
+    forced: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The entries with the highest scores. Of equal scores the first is taken, so that the result never varies.
 
     Args:
-        scores: `(layers, batch, heads, n_tokens)`; minus infinity for padding.
-        n_kept: `(batch,)`, how many to keep.
+        scores: `(num_layers, batch, num_kv_heads, n_tokens)`, or with 1 in place of layers and heads.
+        lengths: `(batch,)`, real tokens.
+        n_kept: `(batch,)`, how many to keep, in every head or on average over all of them.
+        budget: See `Budget`.
+        forced: Bool `(batch, n_tokens)`; these are kept whatever their score.
 
     Returns:
-        `(layers, batch, heads, most)`, int64; `NEVER` where a row keeps fewer than the most.
+        Bool, the shape of `scores`.
     """
-    most = int(n_kept.max())
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :most]
-    surplus = torch.arange(most, device=scores.device) >= n_kept.to(scores.device)[:, None, None]
-    return order.masked_fill(surplus, NEVER).sort(dim=-1).values
+    n_tokens, device = scores.shape[-1], scores.device
+    real = torch.arange(n_tokens, device=device) < lengths.to(device)[:, None]
+    ranked = scores.detach().masked_fill(~real[None, :, None], -torch.inf)
+    if forced is not None:
+        ranked = ranked.masked_fill(forced.to(device)[None, :, None], torch.inf)
+    most = n_kept.to(device)
+    if budget == "model":
+        layers, batch, heads = scores.shape[:3]
+        ranked = ranked.transpose(0, 1).reshape(1, batch, 1, -1)  # one row a document
+        most = most * layers * heads
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices
+    chosen = torch.arange(ranked.shape[-1], device=device) < most[:, None, None]
+    mask = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, order, chosen.expand_as(order))
+    if budget == "model":
+        mask = mask.reshape(batch, layers, heads, n_tokens).transpose(0, 1)
+    return mask
 
 
 class ReadingDocuments:
@@ -48,7 +71,7 @@ class ReadingDocuments:
     Args:
         adapter: Scores and says which tokens it routes.
         lengths: `(batch,)`, tokens of each document.
-        n_kept: `(batch,)`, how many entries to keep of each.
+        n_kept: `(batch,)`, how many entries to keep of each, see `choose`.
         forced: Bool `(batch, n_tokens)`; these are kept whatever their score.
         routed: False reads with the frozen weights alone, as in selection without the LoRA.
     """
@@ -68,37 +91,35 @@ class ReadingDocuments:
         self._forced = forced
         self._routed = routed
         self._scores: list[torch.Tensor | None] = [None] * adapter.backbone.num_layers
-        self._positions: list[torch.Tensor | None] = [None] * adapter.backbone.num_layers
+        self._selected: torch.Tensor | None = None  # of all layers, where it is known before they are read
 
     def look(self, layer: int, hidden: torch.Tensor) -> None:
-        """Score and select from what goes into a layer: for this layer, or for all of them."""
-        config = self._adapter.config
+        """Score from what goes into a layer: for this layer, or for all of them."""
         scores = self._adapter.scorer(hidden, layer)
-        n = hidden.shape[1]
-        real = torch.arange(n, device=hidden.device) < self._lengths[:, None]
-        ranked = scores.detach().masked_fill(~real[:, None], -torch.inf)
-        if self._forced is not None:
-            ranked = ranked.masked_fill(self._forced[:, None], torch.inf)
-        positions = pick_rows(ranked, self._n_kept)
-        for index in range(config.num_layers) if config.scorer != "layer" else (layer,):
-            here = index if scores.shape[0] > 1 else 0
-            self._scores[index], self._positions[index] = scores[here], positions[here]
+        if self._adapter.config.scorer == "layer":
+            self._scores[layer] = scores[0]
+            return
+        self._scores = [scores[index if scores.shape[0] > 1 else 0] for index in range(len(self._scores))]
+        self._selected = self._choose(scores)
+
+    def _choose(self, scores: torch.Tensor) -> torch.Tensor:
+        budget = self._adapter.config.budget
+        return choose(scores, self._lengths, self._n_kept, budget=budget, forced=self._forced)
 
     def enter(self, layer: int, hidden: torch.Tensor) -> torch.Tensor | None:
         """See `Routing`."""
         config = self._adapter.config
-        if config.scorer == "layer" or (layer == config.eta and self._positions[layer] is None):
+        if config.scorer == "layer" or (layer == config.eta and self._selected is None):
             self.look(layer, hidden)
         if layer < config.first_routed_layer or not self._routed:
             return None
         if config.routed == "document":
             return torch.ones((), dtype=torch.bool, device=hidden.device)
-        positions = self._positions[layer]
-        assert positions is not None
-        chosen = positions.flatten(1)  # (batch, heads * most)
-        mask = torch.zeros(*hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        mask.scatter_add_(1, chosen.clamp(max=hidden.shape[1] - 1), (chosen != NEVER).long())
-        return mask > 0
+        if self._selected is None:
+            scores = self._scores[layer]
+            assert scores is not None
+            return self._choose(scores[None])[0].any(1)
+        return self._selected[layer if self._selected.shape[0] > 1 else 0].any(1)
 
     @property
     def scores(self) -> torch.Tensor:
@@ -106,9 +127,9 @@ class ReadingDocuments:
         return torch.stack([scores for scores in self._scores if scores is not None])
 
     @property
-    def positions(self) -> torch.Tensor:
-        """`(num_layers, batch, num_kv_heads or 1, most)`, int64, ascending; `NEVER` for padding."""
-        return torch.stack([positions for positions in self._positions if positions is not None])
+    def selected(self) -> torch.Tensor:
+        """Bool `(num_layers or 1, batch, num_kv_heads or 1, n_tokens)`."""
+        return self._choose(self.scores) if self._selected is None else self._selected
 
 
 @dataclass(frozen=True)
@@ -117,13 +138,12 @@ class Reading:
 
     Attributes:
         cache: Prefix and documents, rotated, padded.
-        positions: The selected tokens' positions inside their document: `(num_layers, batch, num_kv_heads or 1, most)`;
-            `NEVER` for padding.
+        selected: Which entries are kept: bool `(num_layers or 1, batch, num_kv_heads or 1, n_tokens)`.
         scores: `(num_layers, batch, num_kv_heads or 1, n_tokens)`, float32.
     """
 
     cache: PositionedCache
-    positions: torch.Tensor
+    selected: torch.Tensor
     scores: torch.Tensor
 
 
@@ -156,4 +176,4 @@ def read_documents(
         watching.look(config.eta, hidden)
     cache = backbone.prefixed_cache(n_tokens, batch_size=batch)
     backbone.read(ids, cache, lengths=lengths if batch > 1 else None, context=ForwardContext(routing=watching))
-    return Reading(cache=cache, positions=watching.positions, scores=watching.scores)
+    return Reading(cache=cache, selected=watching.selected, scores=watching.scores)

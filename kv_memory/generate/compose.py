@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from kv_memory.attention import PositionedCache
+from kv_memory.attention import NEVER, PositionedCache
 from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
 from kv_memory.config import Layout, check_choice
@@ -17,7 +17,7 @@ __all__ = ["check_compatible", "compose", "span_of"]
 
 def span_of(cache: DistilledCache, layout: Layout) -> int:
     """How many positions a document takes: its original length (`source`), or its kept entries (`packed`)."""
-    return cache.n_tokens if layout == "source" else cache.n_kept
+    return cache.n_tokens if layout == "source" else cache.span
 
 
 def check_compatible(backbone: Backbone, cache: DistilledCache) -> None:
@@ -74,6 +74,10 @@ def compose(
         check_compatible(backbone, cache)
 
     n_positions = start + n_question
+    if any(cache.counts is not None for cache in caches):
+        return _compose_ragged(
+            backbone, caches, layout, start=start, n_positions=n_positions, room=n_question + n_new, rows=batch_size
+        )
     n_entries = n_prefix + sum(cache.n_kept for cache in caches)
     shape = (
         backbone.num_layers,
@@ -111,3 +115,83 @@ def compose(
         rows = [row.cpu().expand(backbone.num_layers, backbone.num_kv_heads, -1) for row in rows]
     positions = torch.cat([row.cpu() for row in rows], dim=-1).to(backbone.device)
     return PositionedCache(keys, values, positions=positions, next_position=start, n_positions=n_positions)
+
+
+def _compose_ragged(
+    backbone: Backbone,
+    caches: Sequence[DistilledCache],
+    layout: Layout,
+    *,
+    start: int,
+    n_positions: int,
+    room: int,
+    rows: int,
+) -> PositionedCache:
+    """Caches whose heads hold different numbers of entries: each layer as long as its fullest head, the rest padding.
+
+    Padding costs memory while a question is answered, never on disk. Attention head by head was rejected: three small
+    calls for each layer take longer than one with a mask.
+    """
+    n_layers, n_heads, n_prefix = backbone.num_layers, backbone.num_kv_heads, len(backbone.prefix_ids)
+    counts = [_counts(backbone, cache) for cache in caches]
+    total = n_prefix + torch.stack(counts).sum(0)  # (num_layers, num_kv_heads)
+    longest = total.amax(1).tolist()
+    prefix = backbone.prefix_for(n_positions)
+    like = prefix.keys
+    keys = [like.new_empty(rows, n_heads, longest[layer] + room, like.shape[-1]) for layer in range(n_layers)]
+    values = [torch.empty_like(buffer) for buffer in keys]
+    positions = [torch.full((1, n_heads, length), NEVER, dtype=torch.int32) for length in longest]
+    before = torch.arange(n_prefix, dtype=torch.int32)
+    for layer in range(n_layers):
+        keys[layer][0, :, :n_prefix], values[layer][0, :, :n_prefix] = prefix.keys[layer], prefix.values[layer]
+        positions[layer][0, :, :n_prefix] = before
+        for buffer in (keys[layer], values[layer]):  # what padding holds is multiplied by 0, and must be finite
+            buffer[0, :, n_prefix : longest[layer]] = 0
+
+    filled = torch.full((n_layers, n_heads), n_prefix).tolist()
+    offset = n_prefix
+    for cache, count in zip(caches, counts, strict=True):
+        flat_keys, flat_values, inside = _flat(backbone, cache)
+        if layout == "packed":  # side by side, the last of each head next to what follows
+            inside = torch.cat([torch.arange(cache.span - n, cache.span) for n in count.flatten().tolist()])
+        where = inside.to(torch.int32) + offset
+        turned = backbone.rope.put_on_flat(
+            flat_keys.to(backbone.device), where.to(backbone.device), count.sum(1).tolist(), n_positions=n_positions
+        )
+        flat_values = flat_values.to(backbone.device)
+        entry = 0
+        for layer, of_layer in enumerate(count.tolist()):
+            for head, n in enumerate(of_layer):
+                first = filled[layer][head]
+                keys[layer][0, head, first : first + n] = turned[entry : entry + n]
+                values[layer][0, head, first : first + n] = flat_values[entry : entry + n]
+                positions[layer][0, head, first : first + n] = where[entry : entry + n]
+                filled[layer][head] += n
+                entry += n
+        offset += span_of(cache, layout)
+    if rows > 1:
+        for layer in range(n_layers):
+            for buffer in (keys[layer], values[layer]):
+                buffer[1:, :, : longest[layer]] = buffer[:1, :, : longest[layer]]
+    return PositionedCache(
+        keys,
+        values,
+        positions=[p.to(backbone.device) for p in positions],
+        next_position=start,
+        n_positions=n_positions,
+    )
+
+
+def _counts(backbone: Backbone, cache: DistilledCache) -> torch.Tensor:
+    """Entries in each layer and head, `(num_layers, num_kv_heads)`, on the CPU."""
+    if cache.counts is not None:
+        return cache.counts.long().cpu()
+    return torch.full((backbone.num_layers, backbone.num_kv_heads), cache.n_kept)
+
+
+def _flat(backbone: Backbone, cache: DistilledCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys, values and positions one behind the other, layer by layer and head by head; positions on the CPU."""
+    if cache.counts is not None:
+        return cache.keys.to(backbone.dtype), cache.values.to(backbone.dtype), cache.positions.cpu()
+    inside = cache.positions.cpu().expand(backbone.num_layers, backbone.num_kv_heads, -1).flatten()
+    return cache.keys.to(backbone.dtype).flatten(0, 2), cache.values.to(backbone.dtype).flatten(0, 2), inside

@@ -167,7 +167,7 @@ class Run:
             n_new=settings.max_new_tokens,
             batch_size=len(questions),
         )
-        self._n_cached = self._cache.composed_positions.shape[-1]
+        self._n_cached = len(backbone.prefix_ids) + sum(cache.n_kept for cache in caches)
         stop = (*settings.stop, *backbone.prompt.stop)
         self._texts = [TextStream(backbone.tokenizer, stop=stop) for _ in questions]
         self._samplers = [Sampler(settings, device=backbone.device) for _ in questions]

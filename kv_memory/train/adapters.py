@@ -16,7 +16,7 @@ from kv_memory.train.settings import TrainSettings
 
 __all__ = ["fit_settings", "new_adapter", "save_adapter", "structure_of"]
 
-STRUCTURE = ("scorer", "scorer_size", "eta", "routed", "first_routed_layer", "targets", "rank", "alpha")
+STRUCTURE = ("scorer", "scorer_size", "eta", "routed", "budget", "first_routed_layer", "targets", "rank", "alpha")
 _TARGETS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "qkv_proj": "q"}
 
 
@@ -31,6 +31,7 @@ def new_adapter(backbone: Backbone, settings: TrainSettings) -> Adapter:
         scorer=settings.scorer,
         scorer_size=settings.scorer_size,
         routed=settings.routed,
+        budget=settings.budget,
         first_routed_layer=settings.first_routed_layer,
         seed=settings.seed,
     )
@@ -46,6 +47,7 @@ def structure_of(adapter: Adapter) -> dict[str, Any]:
         "scorer_size": config.scorer_size,
         "eta": config.eta,
         "routed": config.routed,
+        "budget": config.budget,
         "first_routed_layer": config.first_routed_layer,
         "targets": tuple(name for name in "qkvo" if name in found),
         "rank": lora.r,

@@ -79,7 +79,7 @@ class Batches:
         stop = backbone.prompt.stop
         self._end = backbone.encode(stop[0]) if stop else [int(backbone.tokenizer.eos_token_id)]
         room = backbone.context_window - len(backbone.prefix_ids) - 2 * (settings.answer_tokens + 128)
-        self._most = max(16, min(settings.max_tokens, room) - len(self._before) - len(self._after))
+        self._most = min(settings.max_tokens, room)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0."""
@@ -97,7 +97,7 @@ class Batches:
             members = [self._example(number)]
             members += [self._examples[rng.randrange(len(self._examples))] for _ in range(n_joined - 1)]
             rng.shuffle(members)
-            most = self._most // n_joined
+            most = max(8, self._most // n_joined - len(self._before) - len(self._after))
             group = []
             for member in members:
                 ids, questions = self._cut(member, most, rng)

@@ -135,11 +135,12 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the lowest score; None where nothing was evaluated."""
-        scores = {step: self._note(step).get("score") for step in self.steps()}
+        scores = {step: self.state(step).get("score") for step in self.steps()}
         known = {step: score for step, score in scores.items() if isinstance(score, int | float)}
         return min(known, key=lambda step: (known[step], -step)) if known else None
 
-    def _note(self, step: int) -> dict[str, Any]:
+    def state(self, step: int) -> dict[str, Any]:
+        """What `checkpoint.json` of a step holds; empty where it cannot be read."""
         try:
             note: dict[str, Any] = json.loads((self.folder(step) / _NOTE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -148,8 +149,12 @@ class Checkpoints:
 
     def _load(self, step: int, device: torch.device | str) -> Checkpoint:
         folder = self.folder(step)
-        note = self._note(step)
-        if note.get("version") != CHECKPOINT_VERSION or note.get("step") != step or not isinstance(note["files"], dict):
+        note = self.state(step)
+        if (
+            note.get("version") != CHECKPOINT_VERSION
+            or note.get("step") != step
+            or not isinstance(note.get("files"), dict)
+        ):
             raise CheckpointError(
                 f"no checkpoint of version {CHECKPOINT_VERSION}",
                 where=str(folder),

@@ -10,7 +10,8 @@ import torch
 
 from kv_memory.compress.adapter import Adapter
 from kv_memory.errors import ConfigError
-from kv_memory.train.gradients import Gradients, Stage, trainable
+from kv_memory.train.gradients import Gradients
+from kv_memory.train.optimizer import Stage, parameters_of, trainable
 from kv_memory.train.settings import TrainSettings
 
 __all__ = ["Estimate", "fit_steps", "measure", "peak_memory_bytes"]
@@ -35,6 +36,7 @@ class Estimate:
         adapter_bytes: Of the adapter as it is saved.
         checkpoint_bytes: Of one checkpoint, without the adapter in it.
         pieces: Parts into which a batch had to be cut to fit the memory.
+        questions_s: For writing questions about a corpus, before the first step.
     """
 
     warmup_step_s: float
@@ -48,6 +50,7 @@ class Estimate:
     adapter_bytes: int
     checkpoint_bytes: int
     pieces: int
+    questions_s: float = 0.0
 
 
 def measure(gradients: Gradients, adapter: Adapter, settings: TrainSettings, *, n_steps: int = 3) -> Estimate:
@@ -63,14 +66,14 @@ def measure(gradients: Gradients, adapter: Adapter, settings: TrainSettings, *, 
         torch.cuda.reset_peak_memory_stats()
     seconds: dict[Stage, float] = {"warmup": 0.0, "distillation": 0.0}
     n_tokens = 0
-    for stage, length in (("warmup", settings.warmup_steps), ("distillation", settings.steps)):
+    lengths: dict[Stage, int] = {"warmup": settings.warmup_steps, "distillation": settings.steps}
+    for stage, length in lengths.items():
         if length:
             seconds[stage], n_tokens = _time(gradients, adapter, settings, stage, n_steps)
-    parameters = trainable(adapter, settings, "distillation")
-    lora = [p for name, p in parameters.items() if name.startswith("lora.")]
-    scorer = list(adapter.scorer.parameters())
-    n_lora, n_scorer = sum(p.numel() for p in lora), sum(p.numel() for p in scorer)
-    n_moving = sum(p.numel() for p in parameters.values())
+    everything = parameters_of(adapter)
+    n_lora = sum(p.numel() for name, p in everything.items() if name.startswith("lora."))
+    n_scorer = sum(p.numel() for p in everything.values()) - n_lora
+    n_moving = sum(p.numel() for p in trainable(adapter, settings, "distillation").values())
     return Estimate(
         warmup_step_s=seconds["warmup"],
         step_s=seconds["distillation"],

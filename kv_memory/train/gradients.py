@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -14,13 +14,13 @@ from kv_memory.compress.adapter import Adapter
 from kv_memory.errors import TrainingError
 from kv_memory.train.batches import Batch, Batches
 from kv_memory.train.checkpointing import checkpointing
+from kv_memory.train.optimizer import Parameters, Stage
 from kv_memory.train.parts import split_batch
 from kv_memory.train.settings import TrainSettings
 from kv_memory.train.step import StepResult, distillation_step, warmup_step
 
-__all__ = ["Figures", "Gradients", "Stage", "trainable"]
+__all__ = ["Figures", "Gradients"]
 
-Stage = Literal["warmup", "distillation"]
 StepFunction: TypeAlias = Callable[..., StepResult]
 STEPS: Mapping[Stage, StepFunction] = {"warmup": warmup_step, "distillation": distillation_step}
 
@@ -40,25 +40,6 @@ class Figures:
     loss: float
     parts: dict[str, float]
     n_tokens: int
-
-
-def trainable(adapter: Adapter, settings: TrainSettings, stage: Stage) -> dict[str, torch.nn.Parameter]:
-    """The parameters a stage changes, by name: `scorer.…` and `lora.…`.
-
-    The LoRA is float32 afterwards, whatever the model: steps of 1e-4 vanish in bfloat16. Others are frozen.
-    """
-    lora = {name: p for name, p in adapter.peft_model.named_parameters() if "lora_" in name}
-    scorer = dict(adapter.scorer.named_parameters())
-    for parameter in lora.values():
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(stage == "distillation")
-    learns = stage == "warmup" or settings.lr_scorer_distil > 0
-    for parameter in scorer.values():
-        parameter.requires_grad_(learns)
-    chosen = {f"scorer.{name}": p for name, p in scorer.items()} if learns else {}
-    if stage == "distillation":
-        chosen |= {f"lora.{name}": p for name, p in lora.items()}
-    return chosen
 
 
 class Gradients:
@@ -96,7 +77,7 @@ class Gradients:
         self._on_split = on_split
         self.pieces = pieces
 
-    def compute(self, step: int, stage: Stage, parameters: Mapping[str, torch.nn.Parameter]) -> Figures:
+    def compute(self, step: int, stage: Stage, parameters: Parameters) -> Figures:
         """Put the gradient of a step into `.grad` of the parameters.
 
         Args:
@@ -187,7 +168,7 @@ class Gradients:
         if self._on_split is not None:
             self._on_split(note)
 
-    def _over_processes(self, figures: Figures, parameters: Mapping[str, torch.nn.Parameter]) -> Figures:
+    def _over_processes(self, figures: Figures, parameters: Parameters) -> Figures:
         """The mean over processes. Not DDP's wrapper: the forward pass enters the model below it."""
         accelerator = self._accelerator
         if accelerator.num_processes == 1:

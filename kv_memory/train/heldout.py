@@ -15,7 +15,8 @@ from kv_memory.attention import NEVER
 from kv_memory.backbone import Backbone
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.entries import Entries, gather_entries
-from kv_memory.compress.reading import pad, pick_rows, read_documents
+from kv_memory.compress.reading import choose as keep
+from kv_memory.compress.reading import pad, read_documents
 from kv_memory.compress.selectors import Reconstruction
 from kv_memory.config import check_keep_ratio, n_kept_for
 from kv_memory.datasets import Example
@@ -79,7 +80,7 @@ class HeldOut:
 
         def choose(ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> Entries:
             reading = read_documents(adapter, ids, lengths, n_kept)
-            return gather_entries(self._backbone, reading.cache, lengths, reading.positions)
+            return gather_entries(self._backbone, reading.cache, lengths, reading.selected)
 
         return self._measure(choose)
 
@@ -92,7 +93,8 @@ class HeldOut:
             cache = backbone.prefixed_cache(ids.shape[1], room=selector.extra_tokens)
             backbone.read(ids, cache)
             scores = selector.score(backbone, ids, cache, None)
-            return gather_entries(backbone, cache, lengths, pick_rows(scores[:, None], n_kept))
+            selected = keep(scores[:, None], lengths, n_kept, budget=selector.budget)
+            return gather_entries(backbone, cache, lengths, selected)
 
         return self._measure(choose)
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from kv_memory.compress.adapter import Routed, Target
 from kv_memory.compress.scorer import ScorerKind
-from kv_memory.config import check_choice, check_keep_ratio
+from kv_memory.config import Budget, check_choice, check_keep_ratio
 from kv_memory.errors import ConfigError
 
 __all__ = ["PRESETS", "Answers", "TrainSettings", "preset"]
@@ -24,6 +24,7 @@ class TrainSettings:
         scorer_size: Width of its hidden layer.
         eta: The layer it looks at; `default_eta` if None.
         routed: Which tokens go through the LoRA, see `AdapterConfig`.
+        budget: How entries are shared out, see `Budget`.
         first_routed_layer: See `AdapterConfig`.
         targets: Which projections the LoRA adapts.
         rank: Of the LoRA.
@@ -56,9 +57,10 @@ class TrainSettings:
     """
 
     scorer: ScorerKind = "layer"
-    scorer_size: int = 128
+    scorer_size: int = 64
     eta: int | None = None
     routed: Routed = "document"
+    budget: Budget = "model"
     first_routed_layer: int = 0
     targets: tuple[Target, ...] = ("q", "k", "v", "o")
     rank: int = 32
@@ -78,13 +80,13 @@ class TrainSettings:
     warmup_weight: float = 0.0
     output_weight: float = 0.0
     min_ratio: float = 0.03
-    max_ratio: float = 0.6
-    max_tokens: int = 512
+    max_ratio: float = 0.5
+    max_tokens: int = 400
     composition_share: float = 0.1
     most_joined: int = 3
     questions_per_document: int = 5
     spans_per_document: int = 1
-    span_tokens: int = 40
+    span_tokens: int = 24
     question_weight: float = 0.3
     answers: Answers = "people"
     answer_tokens: int = 48
@@ -92,6 +94,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         check_choice(self.scorer, ScorerKind, where="scorer")
         check_choice(self.routed, Routed, where="routed")
+        check_choice(self.budget, Budget, where="budget")
         check_choice(self.answers, Answers, where="answers")
         for name in ("min_ratio", "max_ratio"):
             check_keep_ratio(getattr(self, name))
@@ -123,7 +126,7 @@ class TrainSettings:
 PRESETS: dict[str, TrainSettings] = {
     "default": TrainSettings(),
     # KV-Distill as published: one score a token, W_Q and W_O of the kept tokens in all layers.
-    "paper": TrainSettings(scorer="token", scorer_size=256, routed="kept", targets=("q", "o")),
+    "paper": TrainSettings(scorer="token", scorer_size=256, routed="kept", budget="head", targets=("q", "o")),
 }
 
 

@@ -14,7 +14,7 @@ from kv_memory.config import n_kept_for
 from kv_memory.train.batches import Batch, Row
 from kv_memory.train.objective import distillation_loss
 from kv_memory.train.settings import TrainSettings
-from kv_memory.train.warmup import received_attention, scorer_loss
+from kv_memory.train.warmup import Asked, received_attention, repetition, scorer_loss
 
 __all__ = ["Followed", "StepResult", "distillation_step", "follow", "warmup_step"]
 
@@ -143,7 +143,7 @@ def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings
     reading = read_documents(adapter, ids, lengths, n_kept)
     learns = settings.lr_scorer_distil > 0
     student_entries = gather_entries(
-        backbone, reading.cache, lengths, reading.positions, reading.scores if learns else None
+        backbone, reading.cache, lengths, reading.selected, reading.scores if learns else None
     )
     distilled = join_entries(backbone, student_entries, lengths, batch.groups)
     weight = torch.cat([part.weights for part in parts]).sum()
@@ -153,13 +153,25 @@ def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings
         divergence = divergence + (apart_by * part.weights).sum() / weight
     loss, figures = divergence, {"divergence": float(divergence.detach())}
     if settings.warmup_weight > 0:
-        labels = received_attention(backbone, ids, lengths, apart)
-        extra = scorer_loss(reading.scores, labels, lengths)
+        labels = received_attention(backbone, apart, _askings(batch, parts, backbone))
+        extra = scorer_loss(reading.scores, labels, lengths, budget=adapter.config.budget)
         loss = loss + settings.warmup_weight * extra
         figures["scorer"] = float(extra.detach())
     figures["keep_ratio"] = batch.keep_ratio
     n_tokens = int(lengths.sum()) + sum(int(part.lengths.sum()) for part in parts)
     return StepResult(loss=loss, parts=figures, n_tokens=n_tokens, weight=float(weight))
+
+
+def _askings(batch: Batch, parts: list[Followed], backbone: Backbone) -> list[Asked]:
+    """What pays the attention that scorers are trained on: repetition, and the rows behind documents read alone."""
+    askings = [repetition(backbone, batch.documents)]
+    alone = torch.tensor([group[0] if len(group) == 1 else -1 for group in batch.groups], device=backbone.device)
+    for part in parts:
+        documents = alone[part.groups]
+        if bool((documents >= 0).any()):
+            chosen = documents >= 0
+            askings.append(Asked(part.ids[chosen], part.lengths[chosen], documents[chosen]))
+    return askings
 
 
 def warmup_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings) -> StepResult:
@@ -169,8 +181,10 @@ def warmup_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings) -> S
     n_documents = len(batch.documents)
     one = torch.ones(n_documents, dtype=torch.int64, device=backbone.device)
     reading = read_documents(adapter, ids, lengths, one, routed=False)
-    labels = received_attention(backbone, ids, lengths, gather_entries(backbone, reading.cache, lengths))
-    loss = scorer_loss(reading.scores, labels, lengths)
+    full = gather_entries(backbone, reading.cache, lengths)
+    parts = follow(batch, full, backbone, settings)
+    labels = received_attention(backbone, full, _askings(batch, parts, backbone))
+    loss = scorer_loss(reading.scores, labels, lengths, budget=adapter.config.budget)
     n_tokens = int(lengths.sum())
     figures = {"scorer": float(loss.detach())}
     return StepResult(loss=loss, parts=figures, n_tokens=2 * n_tokens, weight=n_tokens)

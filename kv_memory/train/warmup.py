@@ -1,33 +1,52 @@
 """Stage (a): the scorer learns how much attention each token will receive from what follows the document.
 
-Labels are those of the reconstruction selector (KVzip): the highest attention a token receives, in each layer and KV
-head, while the model repeats the document. They are dense, where the gradient of distillation says something about
-kept tokens only, and they need no question.
+Labels are the highest attention a token receives, in each layer and KV head, while the model repeats the document (the
+reconstruction selector's scores, KVzip) and while it reads questions and their answers. They are dense, where the
+gradient of distillation says something about kept tokens only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
-from kv_memory.attention import ForwardContext, attention_probabilities
+from kv_memory.attention import NEVER, ForwardContext, attention_probabilities
 from kv_memory.backbone import Backbone
 from kv_memory.compress.entries import Entries
 from kv_memory.compress.reading import pad
+from kv_memory.config import Budget
 
-__all__ = ["received_attention", "scorer_loss"]
+__all__ = ["Asked", "received_attention", "repetition", "scorer_loss"]
 
 REQUEST = "\n\nRepeat the previous text exactly.\n"
 FLOOR = 1e-3  # attention below this is all the same: nothing
 
 
-class _Received:
-    """Observer: the highest attention every entry receives from the rows that follow its document."""
+@dataclass(frozen=True)
+class Asked:
+    """Rows of tokens behind documents.
 
-    def __init__(self, n_prefix: int, n_tokens: int, visible: torch.Tensor, follows: torch.Tensor) -> None:
-        self._columns = slice(n_prefix, n_prefix + n_tokens)
+    Attributes:
+        ids: `(rows, n)`, padded on the right.
+        lengths: `(rows,)`.
+        documents: `(rows,)`, which document each follows.
+    """
+
+    ids: torch.Tensor
+    lengths: torch.Tensor
+    documents: torch.Tensor
+
+
+class _Received:
+    """Observer: the highest attention each document's tokens receive from the rows that follow it."""
+
+    def __init__(self, received: torch.Tensor, *, n_prefix: int, visible: torch.Tensor, asked: Asked) -> None:
+        self._received = received
+        self._n_prefix = n_prefix
         self._visible = visible
-        self._follows = follows
-        self.layers: list[torch.Tensor] = []
+        self._asked = asked
 
     def observe(
         self,
@@ -44,56 +63,69 @@ class _Received:
         mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)
         mask = mask & torch.nn.functional.pad(self._visible, (0, new), value=True)[:, None, None]
         weights = attention_probabilities(query, key, mask, scaling=scaling, softcap=softcap)
-        weights = weights * self._follows[:, None, :, None]
-        here = weights[..., self._columns].unflatten(1, (key.shape[1], -1))  # (batch, kv_heads, group, new, tokens)
-        self.layers.append(here.amax((2, 3)))
+        here = weights[..., self._n_prefix : length - new].unflatten(1, (key.shape[1], -1))
+        real = torch.arange(new, device=query.device) < self._asked.lengths[:, None]
+        highest = (here * real[:, None, None, :, None]).amax((2, 3))  # (rows, kv_heads, tokens)
+        documents = self._asked.documents[:, None, None].expand_as(highest)
+        self._received[layer].scatter_reduce_(0, documents, highest, "amax")
+
+
+def repetition(backbone: Backbone, documents: Sequence[Sequence[int]]) -> Asked:
+    """For every document the request to repeat it, and the document."""
+    request = backbone.encode(REQUEST)
+    ids, lengths = pad([[*request, *document] for document in documents], device=backbone.device)
+    return Asked(ids, lengths, torch.arange(len(documents), device=backbone.device))
 
 
 @torch.no_grad()
-def received_attention(backbone: Backbone, ids: torch.Tensor, lengths: torch.Tensor, entries: Entries) -> torch.Tensor:
-    """The highest attention each token of each document receives while the model is asked to repeat it.
+def received_attention(backbone: Backbone, entries: Entries, askings: Sequence[Asked]) -> torch.Tensor:
+    """The highest attention each token of each document receives from what follows it.
 
     Args:
         backbone: The model.
-        ids: `(documents, n_tokens)`, padded.
-        lengths: `(documents,)`.
         entries: All entries of the documents.
+        askings: What follows them, each read by itself.
 
     Returns:
         `(num_layers, documents, num_kv_heads, n_tokens)`, float32, in 0 to 1.
     """
-    request = backbone.encode(REQUEST)
-    rows = [[*request, *row[:length]] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)]
-    asked, asked_lengths = pad(rows, device=backbone.device)
-    every = torch.arange(len(rows), device=backbone.device)
-    cache = entries.cache(every)
-    visible = entries.positions[0, :, 0] < backbone.context_window
-    follows = torch.arange(asked.shape[1], device=backbone.device) < asked_lengths[:, None]
-    received = _Received(len(backbone.prefix_ids), ids.shape[1], visible, follows)
-    backbone.read(asked, cache, lengths=asked_lengths, context=ForwardContext(observer=received))
-    return torch.stack(received.layers)
+    n_prefix = len(backbone.prefix_ids)
+    shape = list(entries.keys.shape[:4])
+    shape[3] -= n_prefix
+    received = torch.zeros(shape, device=backbone.device)
+    for asked in askings:
+        visible = entries.positions[0, asked.documents, 0] != NEVER
+        observer = _Received(received, n_prefix=n_prefix, visible=visible, asked=asked)
+        cache = entries.cache(asked.documents)
+        backbone.read(asked.ids, cache, lengths=asked.lengths, context=ForwardContext(observer=observer))
+    return received
 
 
-def scorer_loss(scores: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """How far scores are from the logarithm of the labels, each row of labels scaled to mean 0 and deviation 1.
+def scorer_loss(scores: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor, *, budget: Budget) -> torch.Tensor:
+    """How far scores are from the logarithm of the labels.
 
-    Only the order within a row decides what is kept, so nothing is lost by scaling, and rows weigh the same.
+    Where heads share one budget the scale is the same for all: scores are compared across heads. Where each has its
+    own, only the order within a head matters, and every row is scaled to mean 0 and deviation 1.
 
     Args:
         scores: `(num_layers, documents, num_kv_heads or 1, n_tokens)`.
         labels: `(num_layers, documents, num_kv_heads, n_tokens)`, from `received_attention`.
         lengths: `(documents,)`.
+        budget: See `Budget`.
 
     Returns:
         Mean squared error, a scalar.
     """
     real = torch.arange(labels.shape[-1], device=labels.device) < lengths.to(labels.device)[:, None]
     real = real[None, :, None].expand_as(labels)
-    n = real.sum(-1, keepdim=True)
-    logs = (labels + FLOOR).log() * real
-    mean = logs.sum(-1, keepdim=True) / n
-    spread = (((logs - mean) * real).square().sum(-1, keepdim=True) / n).sqrt() + 1e-3
-    target = (logs - mean) / spread
+    logs = (labels + FLOOR).log()
+    if budget == "model":
+        target = logs / 2 + 2  # attention of 0 to 1: about -1.5 to 2
+    else:
+        n = real.sum(-1, keepdim=True)
+        mean = (logs * real).sum(-1, keepdim=True) / n
+        spread = (((logs - mean) * real).square().sum(-1, keepdim=True) / n).sqrt() + 1e-3
+        target = (logs - mean) / spread
     if scores.shape[2] == 1:  # one score for all: the mean over layers and heads is what it can be
         target, real, scores = target.mean((0, 2), keepdim=True), real[:1, :, :1], scores[:1]
     return ((scores - target).square() * real).sum() / real.sum()

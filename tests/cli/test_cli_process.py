@@ -24,7 +24,22 @@ NAMES = [name for name, _, _ in COMMANDS]
 
 def test_every_command_is_there() -> None:
     assert sorted(NAMES) == sorted(
-        ["add", "ask", "chat", "list", "show", "remove", "check", "gc", "stats", "models", "demo"]
+        [
+            "add",
+            "ask",
+            "chat",
+            "list",
+            "show",
+            "remove",
+            "check",
+            "gc",
+            "stats",
+            "models",
+            "train",
+            "eval",
+            "report",
+            "demo",
+        ]
     )
     assert [command.name for command in app.registered_commands] == NAMES
 

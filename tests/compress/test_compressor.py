@@ -12,9 +12,9 @@ from kv_memory.compress import Adapter, Compressor, Reconstruction
 from kv_memory.config import n_kept_for
 from kv_memory.errors import ConfigError, EmptyDocumentError
 from tests.conftest import make_backbone
-from tests.reference import assert_close, letters, recorded_inputs, shared_backbone
+from tests.reference import assert_close, by_head, letters, recorded_inputs, shared_backbone
 
-TRAINING_FREE = ["sink_recent", "attention", "reconstruction"]
+TRAINING_FREE = ["sink_recent", "attention", "reconstruction", "reconstruction_head"]
 # The paper's form; and others by scorer, routed tokens and first routed layer.
 ADAPTERS: dict[str, dict[str, Any]] = {
     "adapter": {},
@@ -22,8 +22,12 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "adapter_head_one_pass": {"scorer": "head", "first_routed_layer": 1},
     "adapter_layer": {"scorer": "layer"},
     "adapter_document": {"scorer": "layer", "routed": "document"},
+    "adapter_head_ragged": {"scorer": "head", "budget": "model"},
+    "adapter_document_ragged": {"scorer": "layer", "routed": "document", "budget": "model"},
 }
 METHODS = [*TRAINING_FREE, *ADAPTERS]
+SHARED = {"sink_recent", "adapter"}  # one row for all heads
+RAGGED = {"reconstruction", "adapter_head_ragged", "adapter_document_ragged"}
 NAMES = ["llama", "mistral", "qwen3", "gemma3", "phi3_window", "phi3_longrope"]
 TEXT = letters(60)
 
@@ -32,16 +36,12 @@ TEXT = letters(60)
 def compressor_for(name: str, method: str, **options: Any) -> Compressor:
     if method in {"sink_recent", "attention"}:
         return Compressor(shared_backbone(name), selector=method, **options)  # type: ignore[arg-type]
-    if method == "reconstruction":
-        return Compressor(shared_backbone(name), selector=Reconstruction(part_tokens=32), **options)
+    if method.startswith("reconstruction"):
+        selector = Reconstruction(part_tokens=32, budget="model" if method == "reconstruction" else "head")
+        return Compressor(shared_backbone(name), selector=selector, **options)
     backbone = make_backbone(name)
     adapter = Adapter.create(backbone, rank=4, zero_init=False, **ADAPTERS[method])
     return Compressor(backbone, adapter=adapter, **options)
-
-
-def at(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    rows = positions.long().expand(*tensor.shape[:2], -1)[..., None].expand(-1, -1, -1, tensor.shape[-1])
-    return tensor.gather(2, rows)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -56,16 +56,22 @@ class TestEveryMethod:
         n_tokens = len(TEXT) + 6  # the wrapper of the document
         n_kept = n_kept_for(n_tokens, keep_ratio)
         backbone = compressor.backbone
-        assert made.keys.shape == made.values.shape == (4, 2, n_kept, backbone.head_dim)
+        heads = [head for layer in by_head(made) for head in layer]
+        assert len(heads) == 4 * 2 and sum(len(p) for p, _, _ in heads) == 8 * n_kept
+        if made.counts is None:
+            assert made.keys.shape == made.values.shape == (4, 2, n_kept, backbone.head_dim)
+        else:
+            assert made.keys.shape == made.values.shape == (8 * n_kept, backbone.head_dim)
         assert (made.n_tokens, made.n_kept, made.keep_ratio) == (n_tokens, n_kept, keep_ratio)
-        assert made.per_head == (method not in {"sink_recent", "adapter"})
+        assert made.per_head == (method not in SHARED)
+        assert (made.counts is not None) == (method in RAGGED)
         assert made.fingerprint == compressor.fingerprint()
-        rows = made.positions.long().reshape(-1, n_kept)
-        assert (rows.diff() > 0).all() and rows.min() >= 0 and rows.max() < n_tokens
+        rows = [positions for positions, _, _ in heads]
+        assert all((row.diff() > 0).all() and (row < n_tokens).all() for row in rows)
         # Where every layer looks back 24 tokens only, the request hardly sees the document.
-        blind = method == "reconstruction" and name in {"mistral", "phi3_window"}
+        blind = method == "reconstruction_head" and name in {"mistral", "phi3_window"}
         if made.per_head and n_kept > 1 and not blind:
-            assert len({tuple(row) for row in rows.tolist()}) > 1, "every head chose the same"
+            assert len({tuple(row.tolist()) for row in rows}) > 1, "every head chose the same"
         assert made.keys.isfinite().all() and made.values.isfinite().all()
 
     def test_the_same_input_gives_the_same_bytes(self, name: str, method: str) -> None:
@@ -82,14 +88,17 @@ class TestEveryMethod:
     def test_kept_keys_and_values(self, name: str, method: str) -> None:
         made = compressor_for(name, method).compress(TEXT, keep_ratio=0.3)
         plain = compressor_for(name, method).compress(TEXT, keep_ratio=1.0)
-        for kept, whole in ((made.keys, plain.keys), (made.values, plain.values)):
-            expected = at(whole, made.positions)
-            if method in TRAINING_FREE:
-                assert_close(kept, expected)
-            else:  # layer 0 makes its keys and values before the first routed projection
-                first = 1 + ADAPTERS[method].get("first_routed_layer", 0)
-                assert_close(kept[:first], expected[:first])
-                assert (kept[first:] - expected[first:]).abs().amax((1, 2, 3)).min() > 0.01
+        first = 4 if method in TRAINING_FREE else 1 + ADAPTERS[method].get("first_routed_layer", 0)
+        for layer, heads in enumerate(by_head(made)):
+            apart = 0.0
+            for head, (positions, keys, values) in enumerate(heads):
+                for kept, whole in ((keys, plain.keys), (values, plain.values)):
+                    expected = whole[layer, head][positions]
+                    if layer < first:  # makes its keys and values before the first routed projection
+                        torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-3)
+                    elif len(kept):
+                        apart = max(apart, float((kept - expected).abs().max()))
+            assert (apart > 0.01) == (layer >= first)
 
     def test_windows_are_compressed_apart_and_joined(self, name: str, method: str) -> None:
         ids = shared_backbone(name).encode(letters(100, seed=2))
@@ -98,17 +107,21 @@ class TestEveryMethod:
         parts = [compressor_for(name, method).compress_ids(ids[a:b], keep_ratio=0.25) for a, b in pairwise(edges)]
         assert [part.n_kept for part in parts] == [8, 9, 8]
         assert (joined.n_tokens, joined.n_kept) == (100, 25)
-        assert torch.equal(joined.keys, torch.cat([part.keys for part in parts], 2))
-        assert torch.equal(joined.values, torch.cat([part.values for part in parts], 2))
-        shifted = [part.positions + start for part, start in zip(parts, edges, strict=False)]
-        assert torch.equal(joined.positions, torch.cat(shifted, -1))
+        pieces = [by_head(part) for part in parts]
+        for layer, heads in enumerate(by_head(joined)):
+            for head, (positions, keys, values) in enumerate(heads):
+                of = [piece[layer][head] for piece in pieces]
+                shifted = [p + start for (p, _, _), start in zip(of, edges, strict=False)]
+                assert torch.equal(positions, torch.cat(shifted))
+                assert torch.equal(keys, torch.cat([k for _, k, _ in of]))
+                assert torch.equal(values, torch.cat([v for _, _, v in of]))
 
     def test_spans_are_kept_whole(self, name: str, method: str) -> None:
         made = compressor_for(name, method).compress(TEXT, keep_ratio=0.2, keep_spans=[(10, 20), (15, 25), (59, 60)])
         wanted = [5 + i for i in [*range(10, 25), 59]]
         assert made.n_kept == 16 + n_kept_for(66 - 16, 0.2)
-        for row in made.positions.reshape(-1, made.n_kept).tolist():
-            assert set(wanted) <= set(row)
+        for positions, _, _ in (head for layer in by_head(made) for head in layer):
+            assert set(wanted) <= set(positions.tolist())
 
 
 # -- windows -----------------------------------------------------------------------------------------------------------
@@ -156,7 +169,7 @@ def test_a_span_of_characters_keeps_the_tokens_it_touches(backbone: Any) -> None
     made = Compressor(backbone, selector="sink_recent").compress(text, keep_ratio=0.01, keep_spans=[(3, 5)])
     assert made.positions.tolist() == [0, 8, 9, 10]  # the sink, d, and both tokens of é behind the wrapper's five
     expected = Compressor(backbone, selector="sink_recent").compress(text, keep_ratio=1.0)
-    assert_close(made.keys, at(expected.keys, made.positions))
+    assert_close(made.keys, expected.keys[:, :, made.positions.long()])
 
 
 def test_spans_of_tokens(backbone: Any) -> None:

@@ -7,7 +7,8 @@ import torch
 
 from kv_memory.attention import ForwardContext
 from kv_memory.compress import ObservedAttention, Reconstruction, Selector, SinkRecent, selectors
-from kv_memory.compress.selectors import make_selector, select
+from kv_memory.compress.reading import choose
+from kv_memory.compress.selectors import make_selector
 from kv_memory.config import n_kept_for
 from kv_memory.errors import ConfigError
 from tests.conftest import ARCHITECTURES
@@ -77,19 +78,49 @@ def test_reconstruction_by_brute_force(name: str) -> None:
     assert longest <= selector.extra_tokens
 
 
+def chosen(scores: torch.Tensor, n_kept: int, **options: Any) -> list[list[list[int]]]:
+    """Positions kept in every layer and head of one document."""
+    scores = scores.reshape(*([1] * (3 - scores.ndim)), *scores.shape)
+    lengths, most = torch.tensor([scores.shape[-1]]), torch.tensor([n_kept])
+    mask = choose(scores[:, None], lengths, most, **{"budget": "head", **options})[:, 0]
+    return [[head.nonzero()[:, 0].tolist() for head in layer] for layer in mask]
+
+
 def test_sink_recent_keeps_both_ends(backbone: Any) -> None:
     scores = scores_of(backbone, SinkRecent(n_sink=3), backbone.encode(letters(N)))
-    assert select(scores, 7).tolist() == [0, 1, 2, 46, 47, 48, 49]
-    assert select(scores, 2).tolist() == [0, 1]
-    assert select(scores_of(backbone, SinkRecent(), [70, 71]), 1).tolist() == [0]
+    assert chosen(scores, 7) == [[[0, 1, 2, 46, 47, 48, 49]]]
+    assert chosen(scores, 2) == [[[0, 1]]]
+    assert chosen(scores_of(backbone, SinkRecent(), [70, 71]), 1) == [[[0]]]
 
 
-def test_select() -> None:
-    scores = torch.tensor([[1.0, 5.0, 5.0, 0.0, 5.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
-    assert select(scores, 2).tolist() == [[1, 2], [0, 1]]  # of equal scores the earlier
-    forced = torch.tensor([False, False, False, True, False])
-    assert select(scores, 2, forced=forced).tolist() == [[1, 3], [0, 3]]
-    assert select(scores[0], 5).tolist() == [0, 1, 2, 3, 4]
+SCORES = torch.tensor([[1.0, 5.0, 5.0, 0.0, 5.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
+
+
+def test_the_best_of_every_head_are_chosen() -> None:
+    assert chosen(SCORES, 2) == [[[1, 2], [0, 1]]]  # of equal scores the earlier
+    forced = torch.tensor([[False, False, False, True, False]])
+    assert chosen(SCORES, 2, forced=forced) == [[[1, 3], [0, 3]]]
+    assert chosen(SCORES, 5) == [[[0, 1, 2, 3, 4]] * 2]
+
+
+def test_the_best_of_all_heads_are_chosen() -> None:
+    assert chosen(SCORES, 2, budget="model") == [[[1, 2, 4], [0]]]
+    assert chosen(SCORES, 1, budget="model") == [[[1, 2], []]]
+    forced = torch.tensor([[False, False, False, True, False]])
+    assert chosen(SCORES, 2, budget="model", forced=forced) == [[[1, 2, 3], [3]]]
+
+
+def test_documents_of_a_batch_keep_what_they_would_alone() -> None:
+    torch.manual_seed(0)
+    scores, lengths, n_kept = torch.randn(3, 2, 2, 9), torch.tensor([9, 5]), torch.tensor([4, 1])
+    for budget in ("head", "model"):
+        together = choose(scores, lengths, n_kept, budget=budget)  # type: ignore[arg-type]
+        for row in (0, 1):
+            n = int(lengths[row])
+            one = choose(scores[:, row : row + 1, :, :n], lengths[row : row + 1], n_kept[row : row + 1], budget=budget)  # type: ignore[arg-type]
+            assert torch.equal(together[:, row, :, :n], one[:, 0])
+            assert not together[:, row, :, n:].any()
+            assert int(together[:, row].sum()) == 6 * int(n_kept[row])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,118 @@
+"""Writes the work for the peers: documents, questions and the full cache's own answers, as token ids.
+
+    python benchmarks/peers/export.py --n-documents 60 --out benchmarks/peers/results/work.jsonl
+
+Runs in the package's environment; `press.py` then needs nothing of it. Documents and questions are those of `kv-memory
+eval`, chosen and encoded by its code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from kv_memory import Backbone
+from kv_memory.compress import Compressor, SinkRecent
+from kv_memory.config import n_kept_for
+from kv_memory.embedded import EMBEDDED, embedded_folder
+from kv_memory.evaluate.cases import Case, encode_query
+from kv_memory.evaluate.task import Task, TaskSettings
+from kv_memory.evaluate.tasks import find_task
+from kv_memory.evaluate.teacher import KL_TOKENS, answers
+
+
+def main() -> None:
+    """Write the file of work."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="squad", choices=["squad", "needle", "spans"])
+    parser.add_argument("--model", default=EMBEDDED, help="embedded, a model folder or a hub id (default: embedded)")
+    parser.add_argument("--prompt", default="auto", choices=["auto", "chat", "passage"])
+    parser.add_argument("--n-documents", type=int, default=60, help="not for needle (default: 60)")
+    parser.add_argument("--min-tokens", type=int, help="shortest document")
+    parser.add_argument("--max-tokens", type=int, help="longest document")
+    parser.add_argument("--corpus", nargs="+", default=[], help="spans: names of sets, or paths")
+    parser.add_argument("--held-out", type=float, help="spans: only documents held out of training at this share")
+    parser.add_argument("--seed", type=int, default=0, help="of needles and spans")
+    parser.add_argument("--keep-ratio", type=ratio, nargs="+", default=[1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32])
+    parser.add_argument("--out", type=Path, required=True, help="file to write")
+    args = parser.parse_args()
+
+    task = find_task(args.task)
+    settings = TaskSettings(
+        n_documents=args.n_documents,
+        min_tokens=args.min_tokens,
+        max_tokens=args.max_tokens,
+        seed=args.seed,
+        corpus=tuple(args.corpus),
+        held_out=args.held_out,
+    )
+    backbone = Backbone.load(args.model, prompt=args.prompt)
+    cases = task.cases(backbone, settings)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = args.out.with_suffix(".part")  # a file that is there is whole: `make run` goes by that
+    with scratch.open("w", encoding="utf-8") as file:
+        print(json.dumps(header(backbone, args.model, task)), file=file)
+        for number, case in enumerate(cases, start=1):
+            print(json.dumps(document(backbone, task, case, args.keep_ratio)), file=file)
+            print(f"\r{number}/{len(cases)} documents", end="", flush=True)
+    scratch.replace(args.out)
+    print(f"\nwrote {args.out}")
+
+
+def ratio(text: str) -> float:
+    """A share written as `1/8` or `0.125`."""
+    above, _, below = text.partition("/")
+    return float(above) / float(below or 1)
+
+
+def header(backbone: Backbone, model: str, task: Task) -> dict[str, Any]:
+    """What holds for all documents."""
+    config = backbone.model.generation_config
+    ends = [backbone.tokenizer.eos_token_id, getattr(config, "eos_token_id", None)]
+    flat = [token for end in ends for token in (end if isinstance(end, list) else [end]) if token is not None]
+    return {
+        "task": task.name,
+        "text_metrics": list(task.text_metrics),
+        "score": task.score,
+        "model": str(embedded_folder()) if model == EMBEDDED else model,  # a name Transformers knows
+        "weights": backbone.weights_sha256,
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "prompt": backbone.prompt.name,
+        "prefix_ids": list(backbone.prefix_ids),
+        "stop": list(backbone.prompt.stop),
+        "end_ids": sorted(set(flat)),
+        "max_new_tokens": task.max_new_tokens,
+    }
+
+
+def document(backbone: Backbone, task: Task, case: Case, keep_ratios: list[float]) -> dict[str, Any]:
+    """One document with its questions and the full cache's greedy answers."""
+    ids = backbone.encode_document(case.text)
+    encoded = [encode_query(backbone, query) for query in case.queries]
+    if task.kl_on == "answer":
+        full = Compressor(backbone, selector=SinkRecent()).compress(case.text, keep_ratio=1.0)
+        asked = [query.text for query in case.queries]
+        said = answers(backbone, [full], asked, layout="source", max_new_tokens=task.max_new_tokens)
+    else:
+        said = [("", query.reference) for query in encoded]
+    return {
+        "document": case.id,
+        "ids": ids,
+        "n_kept": {str(keep_ratio): n_kept_for(len(ids), keep_ratio) for keep_ratio in keep_ratios},
+        "questions": [
+            {
+                "ids": list(one.prompt),
+                "references": list(query.references),
+                "reference_ids": list(one.reference),
+                "teacher_ids": list(teacher_ids[:KL_TOKENS]),
+                "teacher_text": text.strip(),
+            }
+            for query, one, (text, teacher_ids) in zip(case.queries, encoded, said, strict=True)
+        ],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Runs kvpress on a file of work and measures what its caches answer.
+
+    python press.py results/work.jsonl --out results                 # all methods
+    python press.py results/work.jsonl --out results --summary-only  # the table of what is there
+
+`--out` gets `questions.jsonl`, a line per document, method, keep_ratio and question, to which a later run adds what is
+missing; and `summary.jsonl`, a line per method and keep_ratio with the keys of `kv-memory eval --json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import Bench
+from metrics import score_answer
+from presses import METHODS
+from reader import Reader, Reading
+from summary import print_table, summarise
+
+Row = dict[str, Any]
+VERSIONS = {name: importlib.metadata.version(name) for name in ("kvpress", "transformers", "torch")}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One document under one method and keep_ratio; `keep_ratio` is None for `full` and `none`."""
+
+    method: str
+    keep_ratio: float | None
+    n_kept: int
+    key: str
+
+
+def main() -> None:
+    """Run what is missing, then write the summary."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="made by export.py")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--method", nargs="+", default=["full", "none", *METHODS], choices=["full", "none", *METHODS])
+    parser.add_argument("--n-documents", type=int, help="only the first so many")
+    parser.add_argument("--time-limit", type=float, default=float("inf"), help="stop after so many seconds")
+    parser.add_argument("--device", default="auto", help="a torch device")
+    parser.add_argument("--summary-only", action="store_true", help="run nothing")
+    args = parser.parse_args()
+
+    with args.work.open(encoding="utf-8") as file:
+        header, *documents = map(json.loads, file)
+    documents = documents[: args.n_documents]
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "questions.jsonl"
+    # Full and none are the ends of the scale: nothing can be said without them.
+    methods = list(dict.fromkeys(["full", "none", *args.method]))
+    plans = [(document, list(units(header, document, methods))) for document in documents]
+    if not args.summary_only:
+        run(args, header, plans, path)
+    wanted = {unit.key for _, plan in plans for unit in plan}
+    rows = [row for row in read_rows(path) if row["key"] in wanted]
+    lines = summarise(rows)
+    (args.out / "summary.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    print_table(lines)
+
+
+def units(header: dict[str, Any], document: dict[str, Any], methods: list[str]) -> Iterator[Unit]:
+    """All that is to be measured on one document."""
+    base = {**header, **document, "versions": VERSIONS}
+    base.pop("n_kept")
+    base.pop("model")  # where it lies; what it is the hash of its weights says
+    for method in methods:
+        recipe = METHODS.get(method)
+        choices = [(None, 0)] if recipe is None else [(float(k), n) for k, n in document["n_kept"].items()]
+        for keep_ratio, n_kept in choices:
+            what = {
+                **base,
+                "method": method,
+                "settings": recipe.settings if recipe else "",
+                "ratio": keep_ratio,
+                "kept": n_kept,
+            }
+            key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+            yield Unit(method, keep_ratio, n_kept, key)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of whole units; what a kill left half written is dropped."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    found: dict[str, set[int]] = {}
+    for row in rows:
+        found.setdefault(row["key"], set()).add(row["question"])
+    whole = [row for row in rows if len(found[row["key"]]) == row["n_questions"]]
+    return list({(row["key"], row["question"]): row for row in whole}.values())
+
+
+def run(args: argparse.Namespace, header: dict[str, Any], plans: list[tuple[Any, list[Unit]]], path: Path) -> None:
+    """Measure what is not in the file yet."""
+    start_s = time.monotonic()
+    before = read_rows(path)
+    drop_torn(path, before)
+    done = {row["key"] for row in before}
+    n_all = sum(unit.key not in done for _, plan in plans for unit in plan)
+    print(f"{n_all} to measure, {len(done)} measured before", file=sys.stderr)
+    if not n_all:
+        return
+    reader = Reader(header["model"], dtype=header["dtype"], device=args.device)
+    n_done = 0
+    with path.open("a", encoding="utf-8") as file:
+        for number, (document, plan) in enumerate(plans, start=1):
+            missing = [unit for unit in plan if unit.key not in done]
+            if not missing:
+                continue
+            bench = Bench(
+                reader,
+                [*header["prefix_ids"], *document["ids"]],
+                document["questions"],
+                stop=header["stop"],
+                end_ids=header["end_ids"],
+                max_new_tokens=header["max_new_tokens"] if header["text_metrics"] else 0,
+            )
+            for unit in missing:
+                if time.monotonic() - start_s > args.time_limit:
+                    print(f"time limit: {n_all - n_done} left", file=sys.stderr)
+                    return
+                rows = measure(reader, bench, header, document, unit)
+                file.write("".join(f"{json.dumps(row)}\n" for row in rows))
+                file.flush()
+                n_done += 1
+            rate = (time.monotonic() - start_s) / n_done
+            left_s = rate * (n_all - n_done)
+            print(f"document {number}/{len(plans)}  {n_done}/{n_all}  about {left_s:.0f} s left", file=sys.stderr)
+
+
+def drop_torn(path: Path, rows: list[Row]) -> None:
+    """Leave only whole units in the file: others read it as well."""
+    whole = "".join(f"{json.dumps(row)}\n" for row in rows)
+    if path.is_file() and path.read_text(encoding="utf-8") != whole:
+        scratch = path.with_suffix(".part")
+        scratch.write_text(whole, encoding="utf-8")
+        scratch.replace(path)
+
+
+def measure(reader: Reader, bench: Bench, header: dict[str, Any], document: dict[str, Any], unit: Unit) -> list[Row]:
+    """The rows of one unit, one per question."""
+    reading = read(reader, bench, header, document, unit)
+    questions = document["questions"]
+    compressed = unit.keep_ratio is not None
+    return [
+        {
+            "key": unit.key,
+            "task": header["task"],
+            "document": document["document"],
+            "method": unit.method,
+            "keep_ratio": unit.keep_ratio,
+            "question": index,
+            "n_questions": len(questions),
+            "kl": answered.kl,
+            "nll": answered.nll,
+            **score_answer(answered.text, question["references"], header["text_metrics"]),
+            "answer": answered.text,
+            "n_tokens": len(document["ids"]),
+            "n_kept": unit.n_kept if compressed else None,
+            "seconds_per_document": reading.elapsed_s if compressed else None,
+            "prefills": reading.elapsed_s / bench.full.elapsed_s if compressed else None,
+        }
+        for index, (answered, question) in enumerate(zip(bench.measure(reading), questions, strict=True))
+    ]
+
+
+def read(reader: Reader, bench: Bench, header: dict[str, Any], document: dict[str, Any], unit: Unit) -> Reading:
+    """The document, as the method leaves it."""
+    prefix, ids = header["prefix_ids"], document["ids"]
+    if unit.method == "full":
+        return bench.full
+    if unit.method == "none":
+        return reader.read(prefix)
+    recipe = METHODS[unit.method]
+    press = recipe.make(len(prefix), len(ids), unit.n_kept) if unit.n_kept < len(ids) else None
+    reading = reader.read([*prefix, *ids], press=press, eager=recipe.eager)
+    n_heads = sum(key.shape[1] for key in reading.keys)
+    if reading.n_entries != n_heads * (len(prefix) + unit.n_kept):
+        raise RuntimeError(
+            f"{unit.method} kept {reading.n_entries} entries, not {n_heads} x {len(prefix) + unit.n_kept}"
+        )
+    return reading
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""`kv-memory eval`: what an answer loses at each keep_ratio."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from kv_memory.cli.eval_progress import EvalTracker
+from kv_memory.cli.opening import announce_conversion
+from kv_memory.cli.output import Output, reporting
+from kv_memory.embedded import EMBEDDED
+from kv_memory.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kv_memory.backbone import Backbone
+    from kv_memory.compress import Adapter
+    from kv_memory.config import DtypeName, Layout
+    from kv_memory.evaluate import Evaluation, Row
+    from kv_memory.evaluate.methods import RefineFrom
+    from kv_memory.prompts import PromptName
+
+__all__ = ["evaluate_task", "print_rows"]
+
+
+def evaluate_task(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="squad, quality, squality, needle or spans.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            help="full, none, random, sink_recent, attention, reconstruction, adapter_selection, adapter or refined; "
+            "repeatable.  [default: all that can be run]",
+        ),
+    ] = None,
+    keep_ratio: Annotated[
+        list[str] | None,
+        typer.Option("--keep-ratio", metavar="SHARE", help="0.25 or 1/4; repeatable.  [default: 1/2, 1/4, 1/8, 1/16]"),
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", metavar="NAME", help="'embedded', a model folder, or a Hugging Face hub id.")
+    ] = EMBEDDED,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", metavar="FOLDER", help="A trained adapter of that model.")
+    ] = None,
+    prompt: Annotated[
+        str, typer.Option("--prompt", metavar="NAME", help="Prompt form: auto, chat or passage.")
+    ] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda:1, ...")
+    ] = "auto",
+    layout: Annotated[
+        str, typer.Option("--layout", metavar="NAME", help="How documents are placed: source or packed.")
+    ] = "source",
+    n_documents: Annotated[
+        int | None,
+        typer.Option("--n-documents", metavar="N", help="At most so many, up to 5 questions each.  [default: 60]"),
+    ] = None,
+    min_tokens: Annotated[
+        int | None, typer.Option("--min-tokens", metavar="N", help="Leave shorter documents out.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            metavar="N",
+            help="Leave longer documents out; quality and squality cut them.  [default: what the window holds]",
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", help="Of needles, spans, the random method and intervals.")
+    ] = 0,
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option("--corpus", metavar="PATH", help="spans: folders, files, archives or names of sets; repeatable."),
+    ] = None,
+    held_out: Annotated[
+        float | None,
+        typer.Option("--held-out", metavar="SHARE", help="spans: only the share of documents kept out of training."),
+    ] = None,
+    haystack: Annotated[
+        Path | None,
+        typer.Option("--haystack", metavar="FOLDER", help="needle: texts to hide it in.  [default: the data folder's]"),
+    ] = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option("--length", metavar="N", help="needle: tokens; repeatable.  [default: 256, 512, 1024, 2048]"),
+    ] = None,
+    depth: Annotated[
+        list[float] | None,
+        typer.Option("--depth", metavar="D", help="needle: in [0, 1]; repeatable.  [default: 0, 0.25, 0.5, 0.75, 1]"),
+    ] = None,
+    n_needles: Annotated[
+        int | None,
+        typer.Option("--n-needles", metavar="N", help="needle: for each length and depth.  [default: 4]"),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", envvar="KV_MEMORY_DATA", metavar="FOLDER", help="Where the sets lie."),
+    ] = None,
+    refine_steps: Annotated[int, typer.Option("--refine-steps", metavar="N", help="refined: at most so many.")] = 16,
+    refine_from: Annotated[
+        str,
+        typer.Option(
+            "--refine-from",
+            metavar="NAME",
+            help="refined: adapter, reconstruction, attention or sink_recent; auto is the adapter where there is one.",
+        ),
+    ] = "auto",
+    generate: Annotated[
+        bool, typer.Option("--generate/--no-generate", help="Decode answers; without them it is quicker.")
+    ] = True,
+    out_folder: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Keep what is measured here; the same command goes on from it."),
+    ] = None,
+    time_limit: Annotated[
+        float | None, typer.Option("--time-limit", metavar="SECONDS", help="Stop measuring after so long.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line, one for each row.")] = False,
+) -> None:
+    """Measure what answers lose when documents are compressed.
+
+    The same model answers the same questions from the full cache, without the document, and from what each method
+    keeps. kl and nll are in nats a token: kl is the distance to the full cache on its own answers, nll the surprise at
+    the reference. retention is the share of the score between none and full that is left.
+
+    Tasks: squad (questions about a paragraph), quality (multiple choice about a story), squality (summaries),
+    needle (a sentence in a haystack), spans (the words of the document itself; for any corpus).
+    """
+    with reporting(as_json=as_json) as out:
+        out.stopped = "Nothing is kept; pass --out FOLDER to go on later."
+        if out_folder is not None:
+            out.stopped = f"What was measured is in {out_folder}; the same command goes on."
+        settings: dict[str, Any] = {
+            "n_documents": n_documents,
+            "min_tokens": min_tokens,
+            "max_tokens": max_tokens,
+            "seed": seed,
+            "data": data,
+            "corpus": tuple(corpus) if corpus else None,
+            "held_out": held_out,
+            "haystack": haystack,
+            "lengths": tuple(length) if length else None,
+            "depths": tuple(depth) if depth else None,
+            "n_needles": n_needles,
+        }
+        ratios = [ratio_of(text) for text in keep_ratio or ()]
+        with out.working("Starting"):
+            from kv_memory.compress import RefineSettings
+            from kv_memory.evaluate import DEFAULT_KEEP_RATIOS, TaskSettings, evaluate
+            from kv_memory.evaluate.methods import check_methods
+            from kv_memory.evaluate.tasks import find_task
+
+        # Before the model is loaded: what is misspelt should be said at once.
+        find_task(task)
+        check_methods(method, has_adapter=adapter is not None, refine_from=refine_from)
+        chosen = TaskSettings(**{name: value for name, value in settings.items() if value is not None})
+        refine = RefineSettings(steps=refine_steps)
+        backbone, loaded = _load(out, model, adapter, dtype=dtype, device=device, prompt=prompt)
+        with EvalTracker(out) as tracker:
+            result = evaluate(
+                task,
+                backbone=backbone,
+                methods=method,
+                keep_ratios=ratios or DEFAULT_KEEP_RATIOS,
+                adapter=loaded,
+                settings=chosen,
+                refine=refine,
+                refine_from=cast("RefineFrom", refine_from),
+                layout=cast("Layout", layout),
+                generate=generate,
+                out=out_folder,
+                time_limit_s=time_limit,
+                on_progress=tracker,
+            )
+        _print(out, result, out_folder)
+
+
+def ratio_of(text: str) -> float:
+    """A share written as `0.25` or `1/4`.
+
+    Raises:
+        ConfigError: It is neither, or not in (0, 1].
+    """
+    from kv_memory.config import check_keep_ratio
+
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ConfigError(
+            f"--keep-ratio must be a number or a fraction, got {text!r}",
+            where="keep_ratio",
+            next_step="Pass for example --keep-ratio 0.25 or --keep-ratio 1/4.",
+        ) from None
+    return check_keep_ratio(value)
+
+
+def _load(
+    out: Output, model: str, adapter: Path | None, *, dtype: str, device: str, prompt: str
+) -> tuple[Backbone, Adapter | None]:
+    announce_conversion(out, model)
+    with out.working(f"Loading the model ({model})"):
+        from kv_memory.backbone import Backbone
+        from kv_memory.compress import Adapter
+        from kv_memory.config import check_choice
+        from kv_memory.prompts import PromptName
+
+        check_choice(prompt, PromptName, where="prompt")
+        backbone = Backbone.load(
+            model, dtype=cast("DtypeName", dtype), device=device, prompt=cast("PromptName", prompt)
+        )
+        return backbone, None if adapter is None else Adapter.load(adapter, backbone)
+
+
+def _print(out: Output, result: Evaluation, folder: Path | None) -> None:
+    print_rows(out, result.rows)
+    if not result.complete:
+        again = "the same command goes on" if folder is not None else "pass --out FOLDER to go on another time"
+        n = result.rows[0].n_documents if result.rows else 0
+        out.note(f"Stopped by the time limit, {n} of {result.n_documents} documents finished; {again}.")
+
+
+def print_rows(out: Output, rows: Sequence[Row]) -> None:
+    """Print a table, or with `--json` one object a line."""
+    if out.as_json:
+        for row in rows:
+            print(json.dumps(row.to_dict(), ensure_ascii=False))
+        return
+    from kv_memory.evaluate.report import cells
+
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    for task in tasks:
+        if len(tasks) > 1:
+            out.line(task, style="bold")
+        header, *lines = cells([row for row in rows if row.task == task])
+        out.table(header, lines, right=header[2:])

@@ -1,0 +1,48 @@
+"""`kv-memory report`: tables and plots from what evaluations kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kv_memory.cli.eval import print_rows
+from kv_memory.cli.output import reporting
+
+__all__ = ["report"]
+
+
+def report(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATH...",
+            help="Folders of `eval --out` or of benchmarks/peers. LABEL=FOLDER sets adapters of one name apart.",
+        ),
+    ],
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="FOLDER", help="Write tables.md and the plots here.")
+    ] = None,
+    unpaired: Annotated[
+        bool, typer.Option("--unpaired", help="Use all documents of each row, not only those that all rows have.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the intervals.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line, one for each row.")] = False,
+) -> None:
+    """Make one table from several evaluations, and plot it.
+
+    Rows are compared on the documents that all of them have.
+    """
+    with reporting(as_json=as_json) as out:
+        with out.working("Reading"):
+            from kv_memory.evaluate import load_rows, write_report
+
+            files: list[Path] = []
+            if to is None:
+                loaded = load_rows(paths, seed=seed, paired=not unpaired)
+            else:
+                loaded, files = write_report(paths, to, seed=seed, paired=not unpaired)
+        print_rows(out, loaded.rows)
+        for file in files:
+            out.note(f"Wrote {file}")

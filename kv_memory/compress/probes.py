@@ -1,0 +1,216 @@
+"""Probes: what is asked about a document while its cache is refined, made from the document alone.
+
+Four kinds, because what is practised is learned and little else: practising repetition alone, a cache forgets how to
+answer. Half are questions that the model asks itself; with their first word forced, in turn, even a small model asks
+sensible ones, and different ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from kv_memory.backbone import Backbone
+from kv_memory.compress.rows import Row
+from kv_memory.compress.teacher import Teacher, end_ids
+
+__all__ = ["KINDS", "Probe", "ProbeKind", "chance", "make_probes", "probe_room"]
+
+ProbeKind = Literal["question", "statement", "continuation", "repetition"]
+KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
+# Of the probes that are practised. Half are questions: caches are there to be asked.
+_SHARES: dict[ProbeKind, float] = {"question": 0.5, "statement": 1 / 6, "continuation": 1 / 6, "repetition": 1 / 6}
+_STEMS = ("What", "Who", "When", "Where", "Why", "How", "What did", "")
+_ASK = "Ask one short question that the text above answers."
+_STATE = "What does the text say?"
+_STATEMENT = "The text says that"
+_REPEAT = "Repeat the text word for word, from here on."
+_GIVEN = 8  # first tokens of a span, by which it is found
+_SPARE = 1.5  # questions decoded for one that is wanted: some come twice, or are none
+_QUESTION_TOKENS, _ANSWER_TOKENS = 24, 16
+_WRAPPER_TOKENS = 96  # the most that requests and their wrappers may take; longer ones are left out
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Something asked about a document.
+
+    Attributes:
+        kind: What it is.
+        row: Its tokens; those wanted are predicted as from the full cache.
+        held_out: It is never practised, but decides what is kept.
+    """
+
+    kind: ProbeKind
+    row: Row
+    held_out: bool
+
+
+def probe_room(probe_tokens: int) -> int:
+    """The most tokens that making probes and asking them puts behind a document."""
+    return _WRAPPER_TOKENS + max(probe_tokens, _QUESTION_TOKENS + _ANSWER_TOKENS)
+
+
+def chance(seed: int, ids: Sequence[int], use: str) -> random.Random:
+    """Random numbers for one use on one document: the same everywhere, whatever it is batched with."""
+    text = hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
+    return random.Random(f"{seed}:{use}:{text}")  # a str seeds through SHA-512
+
+
+def make_probes(
+    backbone: Backbone,
+    teacher: Teacher,
+    documents: Sequence[Sequence[int]],
+    *,
+    n_probes: int,
+    n_held_out: int,
+    probe_tokens: int,
+    temperature: float,
+    seed: int,
+) -> list[list[Probe]]:
+    """Probes of every kind about each document.
+
+    Args:
+        backbone: The model.
+        teacher: Has read the documents.
+        documents: Token ids, in their wrappers.
+        n_probes: To practise, for each document.
+        n_held_out: Of every kind, for each document.
+        probe_tokens: Longest span or statement.
+        temperature: At which questions and statements are sampled.
+        seed: Of all chance. A document's probes do not depend on those it is batched with.
+    """
+    makers = [
+        _Maker(backbone, index, ids, n_probes, n_held_out, probe_tokens, seed) for index, ids in enumerate(documents)
+    ]
+    ends = end_ids(backbone)
+    openings = [(maker, row) for maker in makers for row in maker.openings()]
+    texts = teacher.decode(
+        [row for _, row in openings],
+        most=_QUESTION_TOKENS,
+        ends=ends,
+        temperature=temperature,
+        seeds=[maker.draw.getrandbits(32) for maker, _ in openings],
+    )
+    for (maker, row), text in zip(openings, texts, strict=True):
+        maker.take_question(row, [token for token in text if token not in ends])
+    asked = [(maker, row) for maker in makers for row in maker.question_rows()]
+    answers = teacher.decode([row for _, row in asked], most=_ANSWER_TOKENS, ends=ends)
+    for (maker, row), answer in zip(asked, answers, strict=True):
+        maker.add("question", (*row.ids, *answer), len(row.ids))
+    stated = [(maker, maker.statement_row()) for maker in makers for _ in range(maker.count("statement"))]
+    statements = teacher.decode(
+        [row for _, row in stated],
+        most=probe_tokens,
+        ends=ends,
+        temperature=temperature,
+        seeds=[maker.draw.getrandbits(32) for maker, _ in stated],
+    )
+    for (maker, row), statement in zip(stated, statements, strict=True):
+        maker.add("statement", (*row.ids, *statement), len(row.ids))
+    for maker in makers:
+        maker.add_spans()
+    return [maker.probes for maker in makers]
+
+
+class _Maker:
+    """Probes of one document."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        index: int,
+        ids: Sequence[int],
+        n_probes: int,
+        n_held_out: int,
+        probe_tokens: int,
+        seed: int,
+    ) -> None:
+        self._backbone = backbone
+        self._index = index
+        self._ids = list(ids)
+        self._n_held_out = n_held_out
+        self._probe_tokens = probe_tokens
+        self._n = {kind: max(1, round(n_probes * _SHARES[kind])) for kind in KINDS}
+        self._questions: list[str] = []
+        self.probes: list[Probe] = []
+        self.draw = chance(seed, ids, "probes")
+
+    def count(self, kind: ProbeKind) -> int:
+        """How many of a kind are needed."""
+        return self._n[kind] + self._n_held_out
+
+    def add(self, kind: ProbeKind, ids: Sequence[int], n_given: int) -> None:
+        """One more probe; the first of a kind are held out, and none is added that nothing is wanted of."""
+        if len(ids) > n_given:
+            n_before = sum(probe.kind == kind for probe in self.probes)
+            row = Row(self._index, tuple(ids), n_given)
+            self.probes.append(Probe(kind, row, held_out=n_before < self._n_held_out))
+
+    # -- questions -----------------------------------------------------------------------------------------------
+
+    def openings(self) -> list[Row]:
+        """How questions begin, for the model to go on with."""
+        form = self._backbone.prompt
+        rows = []
+        for i in range(round(_SPARE * self.count("question"))):
+            stem = _STEMS[i % len(_STEMS)]
+            if form.question_before:  # in a form like `Question: ... Answer: ...` a document is followed by a question
+                ids = self._backbone.encode(f"{form.question_before.rstrip(' ')}{' ' if stem else ''}{stem}")
+            else:
+                ids = [*self._backbone.encode_question(_ASK), *self._backbone.encode(stem)]
+            rows.append(Row(self._index, tuple(ids), len(ids)))
+        return rows
+
+    def take_question(self, row: Row, text: Sequence[int]) -> None:
+        """A question as it was decoded: its opening, and how the model went on."""
+        stems = sorted(_STEMS, key=len, reverse=True)
+        opening = self._backbone.tokenizer.decode(list(row.ids), skip_special_tokens=True)
+        stem = next(stem for stem in stems if opening.endswith(stem))
+        rest = self._backbone.tokenizer.decode(list(text), skip_special_tokens=True)
+        question = f"{stem}{rest}".split("\n")[0].strip()
+        # A small model likes to ask what a worked example asked.
+        if question and question not in self._questions and question not in self._backbone.prompt.prefix:
+            self._questions.append(question)
+
+    def question_rows(self) -> list[Row]:
+        """The questions in their wrapper, as many as are needed; those that end like one first."""
+        ranked = sorted(self._questions, key=lambda question: not question.endswith("?"))
+        rows = [self._backbone.encode_question(question) for question in ranked[: self.count("question")]]
+        self.draw.shuffle(rows)  # which are held out must not depend on their stems
+        longest = probe_room(self._probe_tokens) - _ANSWER_TOKENS
+        return [Row(self._index, tuple(ids), len(ids)) for ids in rows if len(ids) <= longest]
+
+    # -- statements and spans ------------------------------------------------------------------------------------
+
+    def statement_row(self) -> Row:
+        """A request for a statement and how it begins."""
+        ids = [*self._backbone.encode_question(_STATE), *self._backbone.encode(f" {_STATEMENT}")]
+        return Row(self._index, tuple(ids), len(ids))
+
+    def add_spans(self) -> None:
+        """Spans to repeat and to go on with. Held-out ones share no token with others, if the document is long enough."""
+        kinds: tuple[ProbeKind, ...] = ("continuation", "repetition")
+        wanted = [(kind, True) for kind in kinds for _ in range(self._n_held_out)]
+        wanted += [(kind, False) for kind in kinds for _ in range(self._n[kind])]
+        n = len(self._ids)
+        length = min(n, max(24, min(self._probe_tokens, n // len(wanted))))
+        starts = [round(i * (n - length) / max(1, n // length - 1)) for i in range(max(1, n // length))]
+        self.draw.shuffle(starts)
+        n_held_out = min(2 * self._n_held_out, max(1, len(starts) // 2))
+        pools = {True: starts[:n_held_out], False: starts[n_held_out:] or starts}
+        form, taken = self._backbone.prompt, {True: 0, False: 0}
+        lead: dict[ProbeKind, list[int]] = {
+            "continuation": self._backbone.encode(form.document_before),
+            "repetition": self._backbone.encode_question(_REPEAT),
+        }
+        for kind, held_out in wanted:
+            pool = pools[held_out]
+            start = pool[taken[held_out] % len(pool)]
+            taken[held_out] += 1
+            span = self._ids[start : start + length]
+            given = min(_GIVEN, len(span) // 3)
+            self.add(kind, (*lead[kind], *span), max(1, len(lead[kind]) + given))

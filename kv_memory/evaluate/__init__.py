@@ -1,0 +1,32 @@
+"""Evaluation: what an answer loses at each keep_ratio, against the full cache and against no document at all."""
+
+from __future__ import annotations
+
+from kv_memory.evaluate.aggregate import Row, aggregate
+from kv_memory.evaluate.harness import DEFAULT_KEEP_RATIOS, EvalProgress, Evaluation, evaluate
+from kv_memory.evaluate.methods import METHODS, MethodName, RandomSelector
+from kv_memory.evaluate.records import Record
+from kv_memory.evaluate.report import markdown, write_report
+from kv_memory.evaluate.sources import Loaded, load_rows
+from kv_memory.evaluate.task import TaskSettings
+from kv_memory.evaluate.tasks import TASKS, TaskName
+
+__all__ = [
+    "DEFAULT_KEEP_RATIOS",
+    "METHODS",
+    "TASKS",
+    "EvalProgress",
+    "Evaluation",
+    "Loaded",
+    "MethodName",
+    "RandomSelector",
+    "Record",
+    "Row",
+    "TaskName",
+    "TaskSettings",
+    "aggregate",
+    "evaluate",
+    "load_rows",
+    "markdown",
+    "write_report",
+]

@@ -1,0 +1,214 @@
+"""Aggregate: from records to rows of a table, with bootstrap intervals over documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kv_memory.evaluate.measure import METRICS
+from kv_memory.evaluate.methods import METHODS
+from kv_memory.evaluate.records import Record
+from kv_memory.evaluate.tasks import TASKS
+
+__all__ = ["CONFIDENCE", "RESAMPLES", "Interval", "Row", "aggregate", "order", "score_of"]
+
+CONFIDENCE = 0.95
+RESAMPLES = 1000
+
+Floats = NDArray[np.float64]
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of the table: a method at a keep_ratio. What does not apply is None.
+
+    Attributes:
+        task: Its name.
+        method: Its name.
+        keep_ratio: None for `full` and `none`.
+        n: Questions.
+        n_documents: Documents they are about.
+        means: By metric, over questions.
+        retention: (score - floor) / (ceiling - floor) of the task's main score, floor and ceiling being `none` and
+            `full` on the same documents; 1 loses nothing. None where they are missing, or equal.
+        ci: 95% intervals of `kl`, `score` and `retention`, by a bootstrap over documents, whose questions stay
+            together; None where there are fewer than two documents.
+        seconds_per_document: To compress one; the mean.
+        prefills: The same as a multiple of a plain prefill of the same document; the median over documents.
+    """
+
+    task: str
+    method: str
+    keep_ratio: float | None
+    n: int
+    n_documents: int
+    means: dict[str, float | None]
+    retention: float | None = None
+    ci: dict[str, Interval | None] = field(default_factory=lambda: {"kl": None, "score": None, "retention": None})
+    seconds_per_document: float | None = None
+    prefills: float | None = None
+
+    @property
+    def score(self) -> float | None:
+        """The task's main score."""
+        return self.means.get(score_of(self.task) or "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is printed: one flat object, the same keys for every task and method."""
+        return {
+            "task": self.task,
+            "method": self.method,
+            "keep_ratio": self.keep_ratio,
+            "n": self.n,
+            **{name: self.means.get(name) for name in METRICS},
+            "retention": self.retention,
+            "ci": {name: None if pair is None else list(pair) for name, pair in self.ci.items()},
+            "seconds_per_document": self.seconds_per_document,
+            "prefills": self.prefills,
+        }
+
+
+def score_of(task: str) -> str | None:
+    """The main score of a task; None where it has none, or where the task is not ours."""
+    return TASKS[task].score if task in TASKS else None
+
+
+class _Column:
+    """The records of one method at one keep_ratio, by document."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.by_document = {record.document: record for record in records}
+
+    def sums(self, metric: str, documents: Sequence[str]) -> tuple[Floats, Floats] | None:
+        """Per document: the sum over questions, and how many; None where the metric does not apply."""
+        values = [[getattr(q, metric) for q in self.by_document[d].questions] for d in documents]
+        if any(value is None for row in values for value in row):
+            return None
+        return np.array([sum(row) for row in values], float), np.array([len(row) for row in values], float)
+
+
+def aggregate(records: Iterable[Record], *, seed: int = 0, paired: bool = True) -> list[Row]:
+    """Rows of one or several tasks, in the order of tasks given, methods known, and falling keep_ratio.
+
+    Args:
+        records: One for each document of a column; of several, the last counts.
+        seed: Of the bootstrap.
+        paired: Only documents that every column of the task has; False takes all that each column has, so that rows
+            may be about different documents.
+    """
+    tasks: dict[str, dict[tuple[str, float | None], list[Record]]] = {}
+    for record in records:
+        tasks.setdefault(record.task, {}).setdefault((record.method, record.keep_ratio), []).append(record)
+    return [
+        row
+        for task, groups in tasks.items()
+        for row in _rows(task, {name: _Column(group) for name, group in groups.items()}, seed, paired)
+    ]
+
+
+def _rows(task: str, columns: dict[tuple[str, float | None], _Column], seed: int, paired: bool) -> list[Row]:
+    common = set.intersection(*(set(column.by_document) for column in columns.values()))
+    full, none = columns.get(("full", None)), columns.get(("none", None))
+    rows = []
+    for (method, ratio), column in sorted(columns.items(), key=lambda item: order(*item[0])):
+        documents = sorted(common if paired else column.by_document)
+        if documents:
+            rows.append(_row(task, method, ratio, column, documents, full, none, seed))
+    return rows
+
+
+def order(method: str, keep_ratio: float | None) -> tuple[int, str, float]:
+    """Sorts columns: methods as in `METHODS`, those of others (`kvpress:snapkv`) behind, falling keep_ratio."""
+    names: tuple[str, ...] = METHODS
+    own = method.rpartition(":")[2]  # `paper:adapter` and `kvpress:full` stand beside ours
+    return names.index(own) if own in names else len(names), method, -(2.0 if keep_ratio is None else keep_ratio)
+
+
+def _row(
+    task: str,
+    method: str,
+    ratio: float | None,
+    column: _Column,
+    documents: Sequence[str],
+    full: _Column | None,
+    none: _Column | None,
+    seed: int,
+) -> Row:
+    means: dict[str, float | None] = {}
+    for metric in METRICS:
+        sums = column.sums(metric, documents)
+        means[metric] = float(sums[0].sum() / sums[1].sum()) if sums is not None else None
+    score = score_of(task)
+    retention, interval = _retention(score, column, documents, full, none, seed)
+    taken = [column.by_document[document] for document in documents]
+    seconds = [record.compress_s for record in taken if record.compress_s is not None]
+    ratios = [r.compress_s / r.prefill_s for r in taken if r.compress_s is not None and r.prefill_s]
+    return Row(
+        task=task,
+        method=method,
+        keep_ratio=ratio,
+        n=sum(len(record.questions) for record in taken),
+        n_documents=len(taken),
+        means=means,
+        retention=retention,
+        ci={
+            "kl": _interval(column.sums("kl", documents), seed),
+            "score": _interval(column.sums(score, documents) if score else None, seed),
+            "retention": interval,
+        },
+        seconds_per_document=sum(seconds) / len(seconds) if seconds else None,
+        prefills=median(ratios) if ratios else None,  # single documents may have had to share the machine
+    )
+
+
+def _retention(
+    score: str | None,
+    column: _Column,
+    documents: Sequence[str],
+    full: _Column | None,
+    none: _Column | None,
+    seed: int,
+) -> tuple[float | None, Interval | None]:
+    if full is None or none is None or score is None:
+        return None, None
+    shared = [d for d in documents if d in full.by_document and d in none.by_document]
+    if not shared:
+        return None, None
+    three = [one.sums(score, shared) for one in (column, full, none)]
+    sums = [one for one in three if one is not None]
+    if len(sums) < 3:
+        return None, None
+    own, ceiling, floor = (total.sum() / n.sum() for total, n in sums)
+    value = float((own - floor) / (ceiling - floor)) if ceiling != floor else None
+    if value is None or len(shared) < 2:
+        return value, None
+    draws = _draws(len(shared), seed)
+    own_b, ceiling_b, floor_b = ((draws @ total) / (draws @ n) for total, n in sums)
+    some = ceiling_b != floor_b  # a resample without a gap says nothing about what is left of it
+    return value, _percentiles((own_b[some] - floor_b[some]) / (ceiling_b[some] - floor_b[some]))
+
+
+def _interval(sums: tuple[Floats, Floats] | None, seed: int) -> Interval | None:
+    if sums is None or len(sums[0]) < 2:
+        return None
+    draws = _draws(len(sums[0]), seed)
+    return _percentiles((draws @ sums[0]) / (draws @ sums[1]))
+
+
+def _draws(n_documents: int, seed: int) -> Floats:
+    """How often each document is drawn in each resample; the same for every method, so that they stay paired."""
+    draw = np.random.default_rng(seed)
+    return draw.multinomial(n_documents, np.full(n_documents, 1 / n_documents), size=RESAMPLES).astype(float)
+
+
+def _percentiles(values: Floats) -> Interval | None:
+    if not len(values):
+        return None
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)

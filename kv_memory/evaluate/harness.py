@@ -1,0 +1,196 @@
+"""The harness: every document of a task through every method, once, with what was measured kept as it comes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kv_memory.backbone import Backbone
+from kv_memory.compress import Adapter, RefineSettings
+from kv_memory.config import Layout, check_choice, check_keep_ratio
+from kv_memory.errors import ConfigError
+from kv_memory.evaluate.aggregate import Row, aggregate
+from kv_memory.evaluate.bench import Bench, Column
+from kv_memory.evaluate.cases import Case
+from kv_memory.evaluate.methods import Method, RefineFrom, make_methods
+from kv_memory.evaluate.records import Record, RecordFile
+from kv_memory.evaluate.task import Task, TaskSettings
+from kv_memory.evaluate.tasks import find_task
+from kv_memory.evaluate.teacher import KL_TOKENS
+
+__all__ = ["DEFAULT_KEEP_RATIOS", "EvalProgress", "Evaluation", "evaluate"]
+
+DEFAULT_KEEP_RATIOS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+# Part of every key. Raise it when a measure changes its meaning; the package's own version says nothing about that.
+_MEASURES_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalProgress:
+    """How far an evaluation is.
+
+    Attributes:
+        n_done: Columns of documents done, those found in the folder included.
+        n_measured: Those measured by this call.
+        n_total: To do in all: documents times columns.
+        document_id: What comes next.
+        method: What comes next.
+        keep_ratio: What comes next.
+    """
+
+    n_done: int
+    n_measured: int
+    n_total: int
+    document_id: str
+    method: str
+    keep_ratio: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        task: Its name.
+        rows: The table, over the documents that every column has.
+        records: What the rows are made of.
+        n_documents: How many the task has under these settings.
+        complete: False if the time limit ended it early; the same call with the same folder goes on.
+    """
+
+    task: str
+    rows: tuple[Row, ...]
+    records: tuple[Record, ...]
+    n_documents: int
+    complete: bool
+
+
+def evaluate(
+    task: str,
+    *,
+    backbone: Backbone,
+    methods: Sequence[str] | None = None,
+    keep_ratios: Sequence[float] = DEFAULT_KEEP_RATIOS,
+    adapter: Adapter | None = None,
+    settings: TaskSettings | None = None,
+    refine: RefineSettings | None = None,
+    refine_from: RefineFrom = "auto",
+    layout: Layout = "source",
+    generate: bool = True,
+    out: Path | str | None = None,
+    time_limit_s: float | None = None,
+    on_progress: Callable[[EvalProgress], None] | None = None,
+) -> Evaluation:
+    """Measure what answers lose when documents are compressed.
+
+    The question is never seen at compression. Every method is asked the same questions in the same prompts; KL is to
+    the model with the full cache.
+
+    Args:
+        task: `squad`, `quality`, `squality`, `needle` or `spans`.
+        backbone: The model.
+        methods: See `METHODS`; all that can be run if None.
+        keep_ratios: In (0, 1]; `full` and `none` have none.
+        adapter: Attached to the backbone; for the methods that need one, and where `refined` starts.
+        settings: Which documents; see `TaskSettings`. Its seed is also that of `random` and of the intervals.
+        refine: For `refined`.
+        refine_from: Where `refined` starts, see `make_methods`.
+        layout: How documents are placed, see `compose`.
+        generate: False leaves out what needs decoded answers (F1 and its like) for speed.
+        out: A folder where `examples.jsonl` is kept; what is there already is not measured again.
+        time_limit_s: Stop before the next document and method once so many seconds have passed.
+        on_progress: Called before each document and method, and at the end.
+
+    Raises:
+        ConfigError: A name or setting is wrong, or a method lacks its adapter.
+        DatasetError: The set is missing or has no fitting document; or the folder cannot be written to.
+        BrokenLineError: The folder's file holds something else.
+        ContextWindowError: Document, question and answer do not fit the model.
+    """
+    start_s = time.monotonic()
+    found_task = find_task(task)
+    settings = settings or TaskSettings()
+    check_choice(layout, Layout, where="layout")
+    if time_limit_s is not None and time_limit_s <= 0:
+        raise ConfigError(f"the time limit must be above 0, got {time_limit_s}", where="time_limit_s")
+    columns = _columns(
+        make_methods(methods, backbone, adapter=adapter, refine=refine, refine_from=refine_from, seed=settings.seed),
+        keep_ratios,
+    )
+    file = RecordFile(Path(out)) if out is not None else None
+    known = {record.key: record for record in file.load()} if file is not None else {}
+    cases = found_task.cases(backbone, settings)
+    configs = {column: _config(found_task, column, settings, layout, generate) for column in columns}
+    wanted = {(case.id, column): _key(configs[column], case) for case in cases for column in columns}
+    bench = Bench(backbone, found_task, layout, generate)
+    n_done, n_measured, complete = 0, 0, True
+
+    def tell(case: Case, column: Column) -> None:
+        if on_progress is not None:
+            progress = EvalProgress(
+                n_done=n_done,
+                n_measured=n_measured,
+                n_total=len(wanted),
+                document_id=case.id,
+                method=column.method.name,
+                keep_ratio=column.keep_ratio,
+            )
+            on_progress(progress)
+
+    for case, column in _in_order(cases, columns):
+        key = wanted[case.id, column]
+        if key not in known:
+            if time_limit_s is not None and time.monotonic() - start_s > time_limit_s:
+                complete = False
+                break
+            tell(case, column)
+            known[key] = bench.run(case, column, key=key, config=configs[column])
+            if file is not None:
+                file.append(known[key])
+            n_measured += 1
+        n_done += 1
+    if cases:
+        tell(case, column)
+    records = tuple(known[key] for key in wanted.values() if key in known)
+    return Evaluation(
+        task=task,
+        rows=tuple(aggregate(records, seed=settings.seed)),
+        records=records,
+        n_documents=len(cases),
+        complete=complete,
+    )
+
+
+def _columns(methods: Sequence[Method], keep_ratios: Sequence[float]) -> list[Column]:
+    ratios = sorted({check_keep_ratio(ratio) for ratio in keep_ratios}, reverse=True)
+    if not ratios and any(method.ratios for method in methods):
+        raise ConfigError("no keep_ratio is given", where="keep_ratio", next_step="Pass for example --keep-ratio 1/4.")
+    return [Column(method, ratio) for method in methods for ratio in (ratios if method.ratios else (None,))]
+
+
+def _in_order(cases: Sequence[Case], columns: Sequence[Column]) -> Iterator[tuple[Case, Column]]:
+    """Document by document: the full model is asked once for all methods, and what a stop leaves is paired."""
+    return ((case, column) for case in cases for column in columns)
+
+
+def _config(task: Task, column: Column, settings: TaskSettings, layout: Layout, generate: bool) -> str:
+    decides = {
+        "version": _MEASURES_VERSION,
+        "task": task.name,
+        "max_new_tokens": task.max_new_tokens,
+        "kl_tokens": KL_TOKENS,
+        "method": column.method.digest,
+        "keep_ratio": column.keep_ratio,
+        "layout": layout,
+        "generate": generate and bool(task.text_metrics),
+        "seed": settings.seed if task.name in {"needle", "spans"} else None,  # elsewhere it draws nothing
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def _key(config: str, case: Case) -> str:
+    return hashlib.sha256(f"{config}:{case.digest}".encode()).hexdigest()

@@ -1,0 +1,159 @@
+"""Measure: what a method's cache makes of the questions about a document."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kv_memory.backbone import Backbone
+from kv_memory.cache import DistilledCache
+from kv_memory.config import Layout
+from kv_memory.evaluate.asked import Asked, batches
+from kv_memory.evaluate.cases import Case, EncodedQuery, Query
+from kv_memory.evaluate.metrics import TEXT_METRICS, kl_divergence, negative_log_likelihood
+from kv_memory.evaluate.task import Task
+from kv_memory.evaluate.teacher import KL_TOKENS, TeacherAnswer, answers
+
+__all__ = ["METRICS", "Measured", "measure"]
+
+METRICS = ("kl", "nll", "f1", "em", "contains", "accuracy", "rouge_l")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Measures of one question; what does not apply, or was not asked for, is None.
+
+    Attributes:
+        kl: KL(full || method) in nats, the mean over the tokens of the full model's own answer.
+        nll: Mean negative log-likelihood per token of the first reference, in nats.
+        f1: See `metrics`.
+        em: See `metrics`.
+        contains: See `metrics`.
+        accuracy: 1 if the right choice has the highest mean log-likelihood per token, else 0.
+        rouge_l: See `metrics`.
+        answer: The greedy answer.
+    """
+
+    kl: float
+    nll: float
+    f1: float | None = None
+    em: float | None = None
+    contains: float | None = None
+    accuracy: float | None = None
+    rouge_l: float | None = None
+    answer: str | None = None
+
+
+def measure(
+    backbone: Backbone,
+    caches: Sequence[DistilledCache],
+    case: Case,
+    encoded: Sequence[EncodedQuery],
+    taught: Sequence[TeacherAnswer],
+    task: Task,
+    *,
+    layout: Layout,
+    generate: bool,
+) -> list[Measured]:
+    """Measure all questions of a document.
+
+    Args:
+        backbone: The model.
+        caches: What the method made of the document; empty for the floor.
+        case: The document and its questions.
+        encoded: Those questions, as tokens.
+        taught: The full model's answers to them.
+        task: Which measures apply.
+        layout: See `compose`.
+        generate: Whether to decode answers where the task has metrics of their text.
+
+    Raises:
+        ContextWindowError: Document, question and answer do not fit the model.
+    """
+    n_new = max(KL_TOKENS, *(len(row) for query in encoded for row in (query.reference, *query.choices)))
+    n_entries = len(backbone.prefix_ids) + sum(cache.n_kept for cache in caches)
+    n_tokens = max(len(query.prompt) for query in encoded) + n_new
+    scored: list[_Scored] = []
+    for part in batches(backbone, len(encoded), n_entries=n_entries, n_tokens=n_tokens):
+        asked = Asked(backbone, caches, [query.prompt for query in encoded[part]], layout=layout, n_new=n_new)
+        scored += _score(asked, case.queries[part], encoded[part], taught[part])
+    texts: list[str | None] = [None] * len(scored)
+    if generate and task.text_metrics:
+        texts = _texts(backbone, caches, case, taught, scored, task, layout)
+    return [
+        Measured(
+            kl=one.kl,
+            nll=one.nll,
+            accuracy=one.accuracy,
+            answer=text,
+            **({} if text is None else {n: TEXT_METRICS[n](text, query.references) for n in task.text_metrics}),
+        )
+        for one, text, query in zip(scored, texts, case.queries, strict=True)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scored:
+    kl: float
+    nll: float
+    accuracy: float | None
+    agrees: bool  # with the full model, at every token of its answer
+
+
+def _score(
+    asked: Asked, queries: Sequence[Query], encoded: Sequence[EncodedQuery], taught: Sequence[TeacherAnswer]
+) -> list[_Scored]:
+    kl, agrees = [], []
+    for log_probs, teacher in zip(asked.follow([one.ids for one in taught]), taught, strict=True):
+        kl.append(kl_divergence(teacher.log_probs, log_probs))
+        agrees.append(log_probs.argmax(-1).tolist() == list(teacher.ids))
+    nll = _losses(asked, [query.reference for query in encoded])
+    accuracy = _accuracy(asked, queries, encoded)
+    return [_Scored(kl=kl[i], nll=nll[i], accuracy=accuracy[i], agrees=agrees[i]) for i in range(len(queries))]
+
+
+def _losses(asked: Asked, rows: Sequence[Sequence[int]]) -> list[float]:
+    """Mean negative log-likelihood per token of each row; infinite for an empty one."""
+    return [
+        negative_log_likelihood(log_probs, row) if row else math.inf
+        for log_probs, row in zip(asked.follow(rows), rows, strict=True)
+    ]
+
+
+def _accuracy(asked: Asked, queries: Sequence[Query], encoded: Sequence[EncodedQuery]) -> list[float | None]:
+    n_choices = max(len(query.choices) for query in encoded)
+    losses = [
+        _losses(asked, [query.choices[i] if i < len(query.choices) else () for query in encoded])
+        for i in range(n_choices)
+    ]
+    result: list[float | None] = []
+    for row, query in enumerate(queries):
+        own = [losses[i][row] for i in range(len(query.choices))]
+        result.append(float(own.index(min(own)) == query.correct) if own else None)
+    return result
+
+
+def _texts(
+    backbone: Backbone,
+    caches: Sequence[DistilledCache],
+    case: Case,
+    taught: Sequence[TeacherAnswer],
+    scored: Sequence[_Scored],
+    task: Task,
+    layout: Layout,
+) -> list[str | None]:
+    """Greedy answers.
+
+    Where the method's likeliest token is the full model's at every token of its answer, decoding greedily would
+    follow the same path to the same end: the answer is known, and is not decoded.
+    """
+    texts: list[str | None] = [
+        teacher.text if one.agrees and teacher.whole else None for teacher, one in zip(taught, scored, strict=True)
+    ]
+    open_rows = [row for row, text in enumerate(texts) if text is None]
+    questions = [case.queries[row].text for row in open_rows]
+    said = answers(backbone, caches, questions, layout=layout, max_new_tokens=task.max_new_tokens)
+    for row, (text, _) in zip(open_rows, said, strict=True):
+        texts[row] = text
+    return texts

@@ -1,0 +1,159 @@
+"""Methods: what is evaluated, by name; each makes a cache of a document, or does without one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from kv_memory.attention import PositionedCache
+from kv_memory.backbone import Backbone
+from kv_memory.compress import Adapter, Compressor, RefineSettings, SinkRecent
+from kv_memory.compress.selectors import ReceivedAttention
+from kv_memory.config import Budget, SelectorName, check_choice
+from kv_memory.errors import ConfigError
+
+__all__ = ["METHODS", "Method", "MethodName", "RandomSelector", "RefineFrom", "check_methods", "make_methods"]
+
+MethodName = Literal[
+    "full",
+    "none",
+    "random",
+    "sink_recent",
+    "attention",
+    "reconstruction",
+    "adapter_selection",
+    "adapter",
+    "refined",
+]
+METHODS: tuple[MethodName, ...] = get_args(MethodName)
+RefineFrom = Literal["auto", "adapter", "reconstruction", "attention", "sink_recent"]
+_NEED_ADAPTER = {"adapter_selection", "adapter"}
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """One way to keep a document.
+
+    Attributes:
+        name: See `METHODS`.
+        compressor: None for `none`.
+        digest: What makes its caches what they are: equal digests, equal results.
+        ratios: Whether it has a keep_ratio; the ceiling and the floor have none.
+    """
+
+    name: MethodName
+    compressor: Compressor | None
+    digest: str
+    ratios: bool
+
+
+class RandomSelector:
+    """Keeps tokens at random, others in every layer and head, the same for the same document and seed."""
+
+    extra_tokens = 0
+    budget: Budget = "head"
+
+    def __init__(self, *, seed: int = 0) -> None:
+        self._seed = seed
+        self.name = f"random:{seed}"
+
+    def watch(self, backbone: Backbone, *, n_prefix: int, n_tokens: int) -> None:
+        """Needs to see nothing."""
+
+    def score(
+        self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, watched: ReceivedAttention | None
+    ) -> torch.Tensor:
+        """Random numbers; drawn on the CPU, so that a GPU keeps the same tokens."""
+        text = f"{self._seed}:{ids.tolist()}"
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+        draw = torch.Generator().manual_seed(seed)
+        return torch.rand(backbone.num_layers, backbone.num_kv_heads, ids.shape[1], generator=draw)
+
+
+def make_methods(
+    names: Sequence[str] | None,
+    backbone: Backbone,
+    *,
+    adapter: Adapter | None = None,
+    refine: RefineSettings | None = None,
+    refine_from: RefineFrom = "auto",
+    seed: int = 0,
+) -> list[Method]:
+    """The methods of these names, in the order of `METHODS`.
+
+    Args:
+        names: None for all that can be run: without an adapter, all but those that need one.
+        backbone: The model.
+        adapter: For `adapter_selection`, `adapter`, and `refined` from it.
+        refine: For `refined`.
+        refine_from: Where `refined` starts; `auto` is the adapter where there is one, else reconstruction.
+        seed: For `random`.
+
+    Raises:
+        ConfigError: A name is unknown, or a method needs an adapter and there is none.
+    """
+    wanted = check_methods(names, has_adapter=adapter is not None, refine_from=refine_from)
+    return [_make(name, backbone, adapter, refine or RefineSettings(), refine_from, seed) for name in wanted]
+
+
+def check_methods(names: Sequence[str] | None, *, has_adapter: bool, refine_from: str) -> list[MethodName]:
+    """The names in the order of `METHODS`; arguments and errors as in `make_methods`, without a model."""
+    check_choice(refine_from, RefineFrom, where="refine_from")
+    if names is None:
+        return [name for name in METHODS if has_adapter or name not in _NEED_ADAPTER]
+    for name in names:
+        check_choice(name, MethodName, where="method")
+    if not names:
+        raise ConfigError("no method is named", where="method", next_step=f"Use some of {', '.join(METHODS)}.")
+    needing = sorted({*names} & _NEED_ADAPTER) + (
+        ["refined"] if "refined" in names and refine_from == "adapter" else []
+    )
+    if needing and not has_adapter:
+        raise ConfigError(
+            f"method {needing[0]!r} needs an adapter", where="adapter", next_step="Pass one, e.g. --adapter FOLDER."
+        )
+    return [name for name in METHODS if name in names]
+
+
+def _make(
+    name: MethodName,
+    backbone: Backbone,
+    adapter: Adapter | None,
+    refine: RefineSettings,
+    refine_from: RefineFrom,
+    seed: int,
+) -> Method:
+    if name == "none":
+        return Method(name, None, backbone.fingerprint(method="none").digest, ratios=False)
+    compressor = _compressor(name, backbone, adapter, refine, refine_from, seed)
+    # The settings of refinement beside the fingerprint, which is about decoding and may leave some of them out.
+    settings = f"|{refine!r}" if name == "refined" else ""
+    digest = hashlib.sha256(f"{name}|{compressor.fingerprint().digest}{settings}".encode()).hexdigest()
+    return Method(name, compressor, digest, ratios=name != "full")
+
+
+def _compressor(
+    name: MethodName,
+    backbone: Backbone,
+    adapter: Adapter | None,
+    refine: RefineSettings,
+    refine_from: RefineFrom,
+    seed: int,
+) -> Compressor:
+    if name == "full":  # at keep_ratio 1 the selector is not asked
+        return Compressor(backbone, selector=SinkRecent())
+    if name == "random":
+        return Compressor(backbone, selector=RandomSelector(seed=seed))
+    if name in _NEED_ADAPTER:
+        return Compressor(backbone, adapter=adapter, routed=name == "adapter")
+    if name != "refined":
+        selector: SelectorName = name  # type: ignore[assignment]
+        return Compressor(backbone, selector=selector)
+    start = ("reconstruction" if adapter is None else "adapter") if refine_from == "auto" else refine_from
+    if start == "adapter":
+        return Compressor(backbone, adapter=adapter, refine=refine)
+    return Compressor(backbone, selector=start, refine=refine)

@@ -1,0 +1,115 @@
+"""Metrics: how close an answer is to its references, and one distribution to another."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from kv_memory.errors import ConfigError
+
+__all__ = [
+    "TEXT_METRICS",
+    "check_rouge",
+    "contains",
+    "exact_match",
+    "f1",
+    "kl_divergence",
+    "negative_log_likelihood",
+    "normalise",
+    "rouge_l",
+]
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalise(text: str) -> str:
+    """SQuAD's normal form: lower case, no punctuation, no articles, single spaces (the set's evaluation script)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def f1(answer: str, references: Sequence[str]) -> float:
+    """Harmonic mean of precision and recall over words, in [0, 1]; the best over the references."""
+    return max(_f1(normalise(answer).split(), normalise(reference).split()) for reference in references)
+
+
+def _f1(answer: list[str], reference: list[str]) -> float:
+    if not answer or not reference:
+        return float(answer == reference)
+    common = sum((Counter(answer) & Counter(reference)).values())
+    return 2 * common / (len(answer) + len(reference))
+
+
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """1 if the answer is one of the references in normal form, else 0."""
+    return float(any(normalise(answer) == normalise(reference) for reference in references))
+
+
+def contains(answer: str, references: Sequence[str]) -> float:
+    """1 if the answer holds one of the references as whole words in normal form, else 0."""
+    words = f" {normalise(answer)} "
+    wanted = [normalise(reference) for reference in references]
+    return float(any(f" {reference} " in words for reference in wanted if reference))
+
+
+def rouge_l(answer: str, references: Sequence[str]) -> float:
+    """ROUGE-L F-measure with stemming, in [0, 1]; the best over the references (package `rouge-score`).
+
+    Raises:
+        ConfigError: The package is not installed.
+    """
+    scores = check_rouge().score_multi(list(references), answer)
+    return float(scores["rougeL"].fmeasure)
+
+
+@lru_cache
+def check_rouge() -> Any:
+    """The scorer of `rouge-score`; called before hours of work that would end in its absence.
+
+    Raises:
+        ConfigError: The package is not installed.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ConfigError(
+            "ROUGE-L needs the package rouge-score", where="squality", next_step="pip install 'kv-memory[eval]'"
+        ) from error
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+TEXT_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "f1": f1,
+    "em": exact_match,
+    "contains": contains,
+    "rouge_l": rouge_l,
+}
+
+
+def kl_divergence(teacher: torch.Tensor, student: torch.Tensor) -> float:
+    """KL(teacher || student) in nats, the mean over tokens.
+
+    Args:
+        teacher: Log-probabilities, `(n_tokens, vocab_size)`, float32.
+        student: The same.
+    """
+    divergence = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
+    return max(0.0, float(divergence.mean()))  # rounding can leave -1e-8 of two equal distributions
+
+
+def negative_log_likelihood(log_probs: torch.Tensor, ids: Sequence[int]) -> float:
+    """Mean negative log-likelihood per token, in nats.
+
+    Args:
+        log_probs: `(n_tokens, vocab_size)`, float32.
+        ids: `(n_tokens,)`.
+    """
+    wanted = torch.tensor(list(ids), device=log_probs.device)[:, None]
+    return float(-log_probs.gather(1, wanted).mean())

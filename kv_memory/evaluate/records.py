@@ -1,0 +1,140 @@
+"""Records: what was measured, one line per document, method and keep_ratio, so that a run can go on where it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from kv_memory.errors import BrokenLineError, DatasetError
+from kv_memory.evaluate.measure import Measured
+
+__all__ = ["FILE_NAME", "Record", "RecordFile", "latest"]
+
+FILE_NAME = "examples.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One document, one method, one keep_ratio.
+
+    Attributes:
+        key: Hash of everything that decides the figures: equal keys, equal figures.
+        config: The same without the document: lines of one column of a table share it.
+        task: Its name.
+        document: The example's id.
+        method: Its name.
+        keep_ratio: None where the method has none.
+        model: What it is called.
+        weights: Hash of the model's weights.
+        n_tokens: Of the document in its wrapper.
+        n_kept: Entries kept in every layer and head.
+        compress_s: How long the method took for the document; None for `none`.
+        prefill_s: How long a plain prefill of the same document took beside it.
+        cell: Length and depth of a needle; None for other tasks.
+        questions: Measures, one a question.
+    """
+
+    key: str
+    config: str
+    task: str
+    document: str
+    method: str
+    keep_ratio: float | None
+    model: str = ""
+    weights: str = ""
+    n_tokens: int = 0
+    n_kept: int = 0
+    compress_s: float | None = None
+    prefill_s: float | None = None
+    cell: tuple[int, float] | None = None
+    questions: tuple[Measured, ...]
+
+    def to_line(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Record:
+        """Inverse of `to_line`, behind the JSON.
+
+        Raises:
+            TypeError, KeyError: The object is no record.
+        """
+        values = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+        values["questions"] = tuple(Measured(**question) for question in data["questions"])
+        values["cell"] = tuple(data["cell"]) if data.get("cell") else None
+        return cls(**values)
+
+
+class RecordFile:
+    """An append-only file of records. A last line that a kill tore is dropped, any other broken line is an error.
+
+    Args:
+        folder: Where `examples.jsonl` lies, or will lie.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE_NAME
+
+    def load(self) -> list[Record]:
+        """All records, in the order written; the file ends with a whole line afterwards.
+
+        Raises:
+            BrokenLineError: A line is no record; named by number.
+            DatasetError: The file cannot be read.
+        """
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise DatasetError(f"cannot be read: {error.strerror}", where=str(self.path)) from error
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(self.path, whole)
+        return [self._record(line, number) for number, line in enumerate(content[:whole].splitlines(), 1)]
+
+    def _record(self, line: bytes, number: int) -> Record:
+        try:
+            return Record.from_dict(json.loads(line))
+        except (ValueError, TypeError, KeyError) as error:
+            raise BrokenLineError(
+                f"no record of an evaluation: {error}",
+                where=f"{self.path}, line {number}",
+                next_step="Remove the line, or evaluate into another folder.",
+            ) from error
+
+    def append(self, record: Record) -> None:
+        """Write one record; it is in the file when this returns, also if the process is killed then.
+
+        Raises:
+            DatasetError: The folder cannot be written to.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.write(record.to_line().encode())
+        except OSError as error:
+            raise DatasetError(
+                f"cannot be written: {error.strerror}", where=str(self.path), next_step="Pass another --out."
+            ) from error
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """One record for each document of a column, of the configuration that was written last.
+
+    A folder may hold an earlier adapter's lines beside those of the adapter that took its place.
+    """
+    found: dict[tuple[str, str, float | None], dict[str, Record]] = {}
+    configs: dict[tuple[str, str, float | None], str] = {}
+    for record in records:
+        column = (record.task, record.method, record.keep_ratio)
+        if configs.get(column) != record.config:
+            configs[column] = record.config
+            found[column] = {}
+        found[column][record.document] = record
+    return [record for documents in found.values() for record in documents.values()]

@@ -1,0 +1,112 @@
+"""Report: tables in Markdown, and the files of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kv_memory.errors import DatasetError
+from kv_memory.evaluate.aggregate import Interval, Row
+from kv_memory.evaluate.measure import METRICS
+from kv_memory.evaluate.plots import plot_fidelity, plot_needle
+from kv_memory.evaluate.sources import Loaded, load_rows
+
+__all__ = ["cells", "kept_text", "markdown", "write_report"]
+
+_NAMES = {"kl": "KL", "nll": "NLL", "f1": "F1", "em": "EM", "rouge_l": "ROUGE-L"}
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Tables in Markdown, one for each task; columns that say nothing are left out."""
+    parts = []
+    for task in dict.fromkeys(row.task for row in rows):
+        own = [row for row in rows if row.task == task]
+        parts.append(f"### {task}\n\n{_about(own)}\n\n{_table(own)}\n")
+    return "\n".join(parts)
+
+
+def _about(rows: Sequence[Row]) -> str:
+    sizes = {(row.n, row.n_documents) for row in rows}
+    if len(sizes) > 1:
+        return "Rows are about different documents; n is the number of questions. In brackets 95% intervals."
+    n, n_documents = sizes.pop()
+    about = f" about {_count(n_documents, 'document')}" if n_documents else ""
+    intervals = "In brackets 95% intervals, by a bootstrap over documents."
+    return f"{_count(n, 'question')}{about}, the same for every row. {intervals}"
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def _table(rows: Sequence[Row]) -> str:
+    header, *lines = cells(rows)
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
+
+
+def cells(rows: Sequence[Row]) -> list[list[str]]:
+    """The table of one task as text: a header and a line for each row; columns that say nothing are left out."""
+    metrics = [name for name in METRICS if any(row.means.get(name) is not None for row in rows)]
+    retained = any(row.retention is not None for row in rows)
+    differ = len({row.n for row in rows}) > 1
+    header = ["method", "kept", *(["n"] if differ else []), *(_NAMES.get(name, name) for name in metrics)]
+    table = [[*header, *(["retention"] if retained else []), "s/document", "prefills"]]
+    for row in rows:
+        line = [row.method, kept_text(row.keep_ratio), *([str(row.n)] if differ else [])]
+        line += [_figure(row.means.get(name), row.ci.get("kl") if name == "kl" else None) for name in metrics]
+        line += [_figure(row.retention, row.ci.get("retention"), digits=2)] if retained else []
+        table.append([*line, _figure(row.seconds_per_document), _figure(row.prefills, digits=1)])
+    return table
+
+
+def kept_text(keep_ratio: float | None) -> str:
+    """A keep_ratio for people: `1/8` where it is one over a whole number."""
+    if keep_ratio is None:
+        return ""
+    below = round(1 / keep_ratio)
+    return f"1/{below}" if below > 1 and abs(1 / below - keep_ratio) < 1e-9 else f"{keep_ratio:g}"
+
+
+def _figure(value: float | None, pair: Interval | None = None, *, digits: int = 3) -> str:
+    if value is None:
+        return ""
+    interval = f" [{pair[0]:.{digits}f}, {pair[1]:.{digits}f}]" if pair is not None else ""
+    return f"{value:.{digits}f}{interval}"
+
+
+def write_report(
+    paths: Sequence[Path | str], to: Path | str, *, seed: int = 0, paired: bool = True
+) -> tuple[Loaded, list[Path]]:
+    """Write `tables.md` and the plots: `TASK_fidelity.png` for each task, `needle_map.png` for needle.
+
+    Args:
+        paths: See `load_rows`.
+        to: The folder to write to.
+        seed: Of the intervals.
+        paired: See `load_rows`.
+
+    Returns:
+        What was loaded, and the files written.
+
+    Raises:
+        ConfigError: As `load_rows`; or the package matplotlib is missing.
+        DatasetError: As `load_rows`; or the folder cannot be written to.
+    """
+    loaded = load_rows(paths, seed=seed, paired=paired)
+    folder = Path(to)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        table = folder / "tables.md"
+        table.write_text(markdown(loaded.rows), encoding="utf-8")
+        files = [table]
+        for task in dict.fromkeys(row.task for row in loaded.rows):
+            own = [row for row in loaded.rows if row.task == task]
+            if any(row.keep_ratio is not None for row in own):
+                files.append(plot_fidelity(own, folder / f"{task}_fidelity.png"))
+        cells = [record for record in loaded.records if record.cell is not None]
+        if cells:
+            files.append(plot_needle(cells, folder / "needle_map.png"))
+    except OSError as error:
+        raise DatasetError(f"cannot be written: {error.strerror}", where=str(folder)) from error
+    return loaded, files

@@ -1,0 +1,185 @@
+"""Sources: what evaluations and peers left in their folders, read into one table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
+from kv_memory.evaluate.aggregate import Row, aggregate, order
+from kv_memory.evaluate.measure import METRICS, Measured
+from kv_memory.evaluate.records import FILE_NAME, Record, latest
+
+__all__ = ["Loaded", "load_rows"]
+
+_PEER_FILE = "questions.jsonl"
+_LEARNED = {"adapter", "adapter_selection", "refined"}  # of these a table may hold several, by label
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What several folders hold.
+
+    Attributes:
+        rows: The table.
+        records: What it is made of; those of peers too.
+    """
+
+    rows: tuple[Row, ...]
+    records: tuple[Record, ...]
+
+
+def load_rows(paths: Sequence[Path | str], *, seed: int = 0, paired: bool = True) -> Loaded:
+    """One table from several sources.
+
+    Args:
+        paths: Folders of `evaluate(out=...)`, folders of `benchmarks/peers`, or JSONL files of either; a file of rows
+            as `kv-memory eval --json` prints them is taken as it is, unpaired. `LABEL=PATH` calls the learned methods
+            `LABEL:adapter` and so on, so that several adapters stand in one table.
+        seed: Of the intervals.
+        paired: Only documents that every column of a task has.
+
+    Raises:
+        DatasetError: A path holds no evaluation.
+        BrokenLineError: A line is none of these; named by number.
+        ConfigError: Two sources hold different results under one name, two models are mixed, or no document is
+            common to all columns.
+    """
+    records: list[Record] = []
+    finished: list[Row] = []
+    for path in paths:
+        label, found, file = "", Path(path), str(path)
+        if not found.exists() and "=" in file:
+            label, _, file = file.partition("=")
+            found = Path(file)
+        own, rows = _read(found)
+        records += [_labelled(record, label) for record in latest(own)]
+        finished += rows
+    _check(records)
+    rows = aggregate(records, seed=seed, paired=paired)
+    lost = sorted({record.task for record in records} - {row.task for row in rows})
+    if lost:
+        raise ConfigError(
+            f"no document of {lost[0]} is common to all methods",
+            where="report",
+            next_step="Report fewer of them together, or pass --unpaired.",
+        )
+    taken = {(row.task, row.method, row.keep_ratio) for row in rows}
+    rows += [row for row in finished if (row.task, row.method, row.keep_ratio) not in taken]
+    return Loaded(
+        rows=tuple(sorted(rows, key=lambda r: (r.task, *order(r.method, r.keep_ratio)))), records=tuple(records)
+    )
+
+
+def _read(path: Path) -> tuple[list[Record], list[Row]]:
+    files = [path] if path.is_file() else [path / n for n in (FILE_NAME, _PEER_FILE) if (path / n).is_file()]
+    if not files:
+        raise DatasetError(
+            "no evaluation here", where=str(path), next_step="Pass a folder that `kv-memory eval --out` wrote to."
+        )
+    records: list[Record] = []
+    finished: list[Row] = []
+    for file in files:
+        questions: list[tuple[dict[str, Any], Measured]] = []
+        for number, line in enumerate(_lines(file), 1):
+            try:
+                data = json.loads(line)
+                if "questions" in data:
+                    records.append(Record.from_dict(data))
+                elif "question" in data:
+                    questions.append((data, _measured(data)))
+                else:
+                    finished.append(_row(data))
+            except (ValueError, TypeError, KeyError) as error:
+                raise BrokenLineError(
+                    f"no result: {error!r}", where=f"{file}, line {number}", next_step="Remove the line."
+                ) from error
+        records += _gathered(questions)
+    return records, finished
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"cannot be read: {error}", where=str(file)) from error
+    return [line for line in lines if line.endswith("\n")]  # a last line without is torn, or being written
+
+
+def _measured(data: dict[str, Any]) -> Measured:
+    for name in ("task", "document", "method", "keep_ratio"):
+        data[name]
+    others = {name: data.get(name) for name in METRICS[2:]}
+    return Measured(kl=float(data["kl"]), nll=float(data["nll"]), **others)
+
+
+def _gathered(questions: Sequence[tuple[dict[str, Any], Measured]]) -> list[Record]:
+    """Rows per question, as peers write them, as records."""
+    groups: dict[tuple[str, str, str, float | None], dict[Any, tuple[dict[str, Any], Measured]]] = {}
+    for data, measured in questions:
+        group = (data["task"], data["document"], data["method"], data["keep_ratio"])
+        groups.setdefault(group, {})[data["question"]] = (data, measured)  # what was measured twice counts once
+    source = next((method.partition(":")[0] for _, _, method, _ in groups if ":" in method), "peer")
+    records = []
+    for (task, document, method, ratio), rows in groups.items():
+        first = next(iter(rows.values()))[0]
+        seconds, prefills = first.get("seconds_per_document"), first.get("prefills")
+        records.append(
+            Record(
+                key="",
+                config=source,
+                task=task,
+                document=document,
+                method=method if ":" in method else f"{source}:{method}",  # its `full` is a check on ours
+                keep_ratio=ratio,
+                compress_s=seconds,
+                prefill_s=seconds / prefills if seconds and prefills else None,
+                questions=tuple(measured for _, measured in rows.values()),
+            )
+        )
+    return records
+
+
+def _row(data: dict[str, Any]) -> Row:
+    pairs = {name: None if pair is None else (pair[0], pair[1]) for name, pair in (data.get("ci") or {}).items()}
+    return Row(
+        task=data["task"],
+        method=data["method"],
+        keep_ratio=data["keep_ratio"],
+        n=data["n"],
+        n_documents=0,
+        means={name: data.get(name) for name in METRICS},
+        retention=data.get("retention"),
+        ci={name: pairs.get(name) for name in ("kl", "score", "retention")},
+        seconds_per_document=data.get("seconds_per_document"),
+        prefills=data.get("prefills"),
+    )
+
+
+def _labelled(record: Record, label: str) -> Record:
+    return replace(record, method=f"{label}:{record.method}") if label and record.method in _LEARNED else record
+
+
+def _check(records: Iterable[Record]) -> None:
+    """Refuse tables that would compare what cannot be compared."""
+    configs: dict[tuple[str, str, float | None], str] = {}
+    weights: dict[str, str] = {}
+    for record in records:
+        column = (record.task, record.method, record.keep_ratio)
+        if configs.setdefault(column, record.config) != record.config:
+            raise ConfigError(
+                f"two different results are called {record.method!r} at keep_ratio {record.keep_ratio}",
+                where=record.task,
+                next_step="Name the folders: LABEL=FOLDER.",
+            )
+        if record.weights:
+            weights[record.weights] = record.model
+    if len(weights) > 1:
+        raise ConfigError(
+            f"results of several models: {', '.join(weights.values())}",
+            where="report",
+            next_step="Report one at a time.",
+        )

@@ -1,0 +1,110 @@
+"""Task: a set of documents, what is asked about them, and which measures apply; and the settings of all tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kv_memory.backbone import Backbone
+from kv_memory.errors import ConfigError
+from kv_memory.evaluate.cases import ROOM_TOKENS, Case
+
+__all__ = ["ScoreName", "Task", "TaskSettings", "room_for_document"]
+
+ScoreName = Literal["f1", "accuracy", "rouge_l", "contains"]
+MAX_QUESTIONS = 5  # of one document: more say little that is new
+
+
+def room_for_document(backbone: Backbone) -> int:
+    """Tokens of the longest document that leaves room for the prefix, a question and its answer."""
+    return backbone.context_window - len(backbone.prefix_ids) - ROOM_TOKENS
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """Which documents are taken, and for needle and spans how they are made.
+
+    Attributes:
+        n_documents: At most so many; needle makes its own number of them.
+        min_tokens: Shorter documents are left out; by default none, and for spans those under 128.
+        max_tokens: Longer ones are left out, of QuALITY and SQuALITY cut; by default what the window holds.
+        seed: Draws needles and spans. Documents are chosen by the hash of their ids, whatever the seed.
+        data: The folder of the sets; else the environment's, see `read_examples`.
+        corpus: spans: names of sets, or paths.
+        held_out: spans: take only the documents that `split_by_hash` holds out of training at this share.
+        haystack: needle: a folder or archive of texts; the essays of the data folder if None.
+        lengths: needle: lengths of the haystack in tokens.
+        depths: needle: where the needle lies, 0 at the beginning and 1 at the end.
+        n_needles: needle: how many for each length and depth.
+    """
+
+    n_documents: int = 60
+    min_tokens: int | None = None
+    max_tokens: int | None = None
+    seed: int = 0
+    data: Path | None = None
+    corpus: tuple[str, ...] = ()
+    held_out: float | None = None
+    haystack: Path | None = None
+    lengths: tuple[int, ...] = (256, 512, 1024, 2048)
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    n_needles: int = 4
+
+    def __post_init__(self) -> None:
+        low, high = self.min_tokens or 1, self.max_tokens
+        checks = {
+            "n_documents": (self.n_documents >= 1, "at least 1"),
+            "min_tokens": (low >= 1, "at least 1"),
+            "max_tokens": (high is None or high >= low, f"at least min_tokens ({low})"),
+            "held_out": (self.held_out is None or 0 < self.held_out < 1, "between 0 and 1"),
+            "lengths": (bool(self.lengths) and min(self.lengths) >= 32, "at least 32 tokens each"),
+            "depths": (bool(self.depths) and all(0 <= depth <= 1 for depth in self.depths), "in [0, 1] each"),
+            "n_needles": (self.n_needles >= 1, "at least 1"),
+        }
+        for name, (ok, wanted) in checks.items():
+            if not ok:
+                raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)!r}", where=name)
+
+    def token_range(self, backbone: Backbone, *, least: int = 1) -> tuple[int, int]:
+        """Lengths of documents that are taken, in tokens.
+
+        Args:
+            backbone: Whose window is the limit.
+            least: The task's own lower bound.
+
+        Raises:
+            ConfigError: The window is too small for the documents that were asked for.
+        """
+        low, window = self.min_tokens or least, room_for_document(backbone)
+        high = window if self.max_tokens is None else self.max_tokens
+        if high > window or low > high:
+            raise ConfigError(
+                f"documents of {low:,} to {high:,} tokens leave no room for prefix, question and answer in a window "
+                f"of {backbone.context_window:,}",
+                where="max_tokens",
+                next_step=f"Pass --max-tokens {window} or less." if window > low else "Use a model with more room.",
+            )
+        return low, high
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One of the tasks.
+
+    Attributes:
+        name: Of the task.
+        cases: Makes its documents with their questions.
+        score: Its main score, of which retention is told; None if it has none.
+        text_metrics: Those of decoded answers.
+        max_new_tokens: The longest answer.
+        kl_on: Where KL is measured: on the full model's own greedy answer, or on the reference.
+    """
+
+    name: str
+    cases: Callable[[Backbone, TaskSettings], list[Case]]
+    score: ScoreName | None
+    text_metrics: tuple[str, ...] = ()
+    max_new_tokens: int = 32
+    kl_on: Literal["answer", "reference"] = "answer"

@@ -1,0 +1,35 @@
+"""The tasks, by name."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from kv_memory.config import check_choice
+from kv_memory.evaluate.task import Task
+from kv_memory.evaluate.tasks.needle import needle_cases
+from kv_memory.evaluate.tasks.reading import quality_cases, squad_cases, squality_cases
+from kv_memory.evaluate.tasks.spans import spans_cases
+
+__all__ = ["TASKS", "TaskName", "find_task"]
+
+TaskName = Literal["squad", "quality", "squality", "needle", "spans"]
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(name="squad", cases=squad_cases, score="f1", text_metrics=("f1", "em", "contains")),
+        Task(name="quality", cases=quality_cases, score="accuracy"),
+        Task(name="squality", cases=squality_cases, score="rouge_l", text_metrics=("rouge_l",), max_new_tokens=160),
+        Task(name="needle", cases=needle_cases, score="contains", text_metrics=("contains",)),
+        Task(name="spans", cases=spans_cases, score=None, kl_on="reference"),
+    )
+}
+
+
+def find_task(name: str) -> Task:
+    """The task of this name.
+
+    Raises:
+        ConfigError: There is none; names those there are.
+    """
+    return TASKS[check_choice(name, TaskName, where="task")]

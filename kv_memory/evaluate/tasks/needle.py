@@ -1,0 +1,109 @@
+"""Needle in a haystack: one sentence that has nothing to do with the essays around it, asked for afterwards."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from pathlib import Path
+
+from kv_memory.backbone import Backbone
+from kv_memory.datasets import read_examples
+from kv_memory.errors import ConfigError, DatasetError
+from kv_memory.evaluate.cases import Case, Query, cut
+from kv_memory.evaluate.task import TaskSettings, room_for_document
+
+__all__ = ["haystack_text", "needle_cases", "with_needle"]
+
+_NEEDLES = (
+    ("The access code of the {place} {thing} is {number}.", "What is the access code of the {place} {thing}?"),
+    ("The {thing} in {place} has the number {number}.", "What number has the {thing} in {place}?"),
+    ("For the {thing} of {place} the agreed price is {number} crowns.", "What is the price of the {thing} of {place}?"),
+)
+_PLACES = ("Skarholm", "Orvik", "Tamberley", "Quellen", "Ostrava Bay", "Minford", "Harrowgate", "Velden")
+_THINGS = ("archive", "lighthouse", "observatory", "greenhouse", "boathouse", "vault", "workshop", "chapel")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'])")
+
+
+def needle_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
+    """One document for each length, depth and needle of the grid.
+
+    The same needles lie at every length and depth, in haystacks that begin elsewhere for each needle.
+
+    Raises:
+        DatasetError: The haystack is missing or shorter than the longest length.
+        ConfigError: A length does not fit the window.
+    """
+    longest = max(settings.lengths)
+    if longest > (window := room_for_document(backbone)):
+        raise ConfigError(
+            f"a haystack of {longest:,} tokens leaves no room for question and answer in a window of "
+            f"{backbone.context_window:,}",
+            where="lengths",
+            next_step=f"Pass --length {window} or less." if window >= 32 else "Use a model with more room.",
+        )
+    hay = haystack_text(settings)
+    cases = []
+    for index in range(settings.n_needles):
+        draw = random.Random(f"{settings.seed}:{index}")
+        sentence, query = _needle(draw)
+        around = _part(backbone, hay, longest, draw)
+        for length in settings.lengths:
+            for depth in settings.depths:
+                n_hay = max(1, length - len(backbone.encode_text(f" {sentence} ")))
+                text = with_needle(cut(backbone, around, n_hay), sentence, depth=depth)
+                name = f"needle:{length}:{depth:g}:{settings.seed}:{index}"
+                cases.append(Case(id=name, text=text, queries=(query,), cell=(length, depth)))
+    return cases
+
+
+def haystack_text(settings: TaskSettings) -> str:
+    """All essays as one text.
+
+    Raises:
+        DatasetError: There are none.
+    """
+    source = settings.haystack if settings.haystack is not None else _essays(settings)
+    return "\n\n".join(example.context for example in read_examples(source, data=settings.data))
+
+
+def _essays(settings: TaskSettings) -> Path:
+    data = settings.data or os.environ.get("KV_MEMORY_DATA")
+    folder = Path(data) / "needle" if data else None
+    if folder is None or not folder.is_dir():
+        raise DatasetError(
+            "no haystack",
+            where=str(folder) if folder is not None else "KV_MEMORY_DATA",
+            next_step="Pass a folder or archive of texts with --haystack, or name a data folder that has needle/.",
+        )
+    return next(iter(sorted(folder.glob("*.tar.gz"))), folder)
+
+
+def _needle(draw: random.Random) -> tuple[str, Query]:
+    sentence, question = draw.choice(_NEEDLES)
+    words = {"place": draw.choice(_PLACES), "thing": draw.choice(_THINGS)}
+    number = str(draw.randrange(1000, 10000))
+    query = Query(text=question.format(**words), references=(number,))
+    return sentence.format(**words, number=number), query
+
+
+def _part(backbone: Backbone, hay: str, n_tokens: int, draw: random.Random) -> str:
+    """A part of the haystack that begins with a sentence and has at least so many tokens."""
+    starts = [0, *(match.end() for match in _SENTENCE_END.finditer(hay))]
+    for start in (draw.choice(starts), 0):
+        part = hay[start : start + 12 * n_tokens + 1000]  # characters; a token of prose has four or five
+        if backbone.count_tokens([part])[0] >= n_tokens:
+            return part
+    raise DatasetError(
+        f"the haystack is shorter than {n_tokens:,} tokens",
+        where="haystack",
+        next_step="Pass a longer one with --haystack.",
+    )
+
+
+def with_needle(hay: str, needle: str, *, depth: float) -> str:
+    """Put a sentence between two sentences of a text, as near as can be to a depth in [0, 1]."""
+    wanted = depth * len(hay)
+    borders = [0, *(match.start() for match in _SENTENCE_END.finditer(hay)), len(hay)]
+    at = min(borders, key=lambda border: abs(border - wanted))
+    return f"{hay[:at].rstrip()} {needle} {hay[at:].lstrip()}".strip()

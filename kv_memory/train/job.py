@@ -1,0 +1,226 @@
+"""A whole training job: model, data, trainer and model card, from names. What `kv-memory train` runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from kv_memory.backbone import Backbone
+from kv_memory.compress.adapter import Adapter
+from kv_memory.config import DtypeName, check_choice
+from kv_memory.datasets import Example, read_examples
+from kv_memory.embedded import EMBEDDED
+from kv_memory.errors import ConfigError
+from kv_memory.prompts import PromptName
+from kv_memory.train.adapters import fit_settings, new_adapter
+from kv_memory.train.card import write_card
+from kv_memory.train.checkpoints import Checkpoints
+from kv_memory.train.estimate import Estimate, fit_steps
+from kv_memory.train.processes import local_device, make_accelerator
+from kv_memory.train.questions import QuestionWriter
+from kv_memory.train.run import RunOptions, TrainProgress, TrainReport
+from kv_memory.train.settings import TrainSettings
+from kv_memory.train.sources import LICENCES, Source, hold_out, read_sources
+from kv_memory.train.trainer import Trainer, already_there
+from kv_memory.train.tuning import Corpus, Window, cut_corpus, domain_settings
+
+__all__ = ["Job", "OpenJob"]
+
+_TRIED = 2  # passages that a dry run has questions written about
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to train, from what.
+
+    Attributes:
+        out: The run's folder.
+        sources: Sets to train on.
+        corpus: Documents to adapt to, a path or the name of a set.
+        model: As `Backbone.load` takes it.
+        init: An adapter to train further.
+        settings: Of the run; those of a corpus or of `init` are filled in, except where given.
+        given: Settings that were asked for by name.
+        options: How the run is carried out.
+        eval_data: A set to evaluate on; held out of the training data if None.
+        eval_documents: On how many documents.
+        n_questions: Written about each passage of a corpus.
+        skip_errors: Leave broken records out.
+        prompt: See `Backbone`.
+        dtype: See `Backbone.load`.
+        device: See `Backbone.load`.
+        command: For the model card.
+    """
+
+    out: Path
+    sources: tuple[Source, ...] = ()
+    corpus: Path | str | None = None
+    model: str = EMBEDDED
+    init: Path | None = None
+    settings: TrainSettings = field(default_factory=TrainSettings)
+    given: Mapping[str, Any] = field(default_factory=dict)
+    options: RunOptions = field(default_factory=RunOptions)
+    eval_data: str | None = None
+    eval_documents: int = 24
+    n_questions: int = 8
+    skip_errors: bool = False
+    prompt: str = "auto"
+    dtype: str = "auto"
+    device: str = "auto"
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.sources and self.corpus is None:
+            raise ConfigError("nothing to train on", where="data", next_step="Name a set or a corpus.")
+        if self.eval_documents < 1:
+            raise ConfigError(f"eval_documents must be at least 1, got {self.eval_documents}", where="eval_documents")
+        check_choice(self.prompt, PromptName, where="prompt")
+        check_choice(self.dtype, DtypeName, where="dtype")
+
+
+class OpenJob:
+    """A job with its model loaded and its data read.
+
+    Args:
+        job: What to do.
+        resume: Go on from the newest checkpoint.
+        dry_run: Write nothing; only `estimate` may be called.
+        on_note: Told what a user should know.
+        on_passage: See `QuestionWriter.write`.
+        on_progress: See `Trainer`.
+
+    Raises:
+        KVMemoryError: A set, the model or the adapter to begin from is missing or unreadable; there is a run in the
+            folder already. Nothing has been written then, except questions about a corpus.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        *,
+        resume: bool = False,
+        dry_run: bool = False,
+        on_note: Callable[[str], None] = lambda _: None,
+        on_passage: Callable[[int, int], None] | None = None,
+        on_progress: Callable[[TrainProgress], None] | None = None,
+    ) -> None:
+        self._job = job
+        self._resume = resume
+        self._dry_run = dry_run
+        self._on_note = on_note
+        self._on_passage = on_passage
+        self.questions_s = 0.0
+        if not resume and not dry_run and Checkpoints(job.out / "checkpoints").steps():
+            raise already_there(job.out)
+        # What is cheap to find wrong comes first: data, then the model, then hours of work.
+        examples, measured, pages = self._read()
+        self._backbone = Backbone.load(
+            job.model,
+            dtype=job.dtype,  # type: ignore[arg-type]  # both checked by Job
+            device=local_device(job.device),
+            prompt=job.prompt,  # type: ignore[arg-type]
+        )
+        settings = job.settings if job.corpus is None else domain_settings(job.settings, given=list(job.given))
+        if job.init is not None:
+            adapter = Adapter.load(job.init, self._backbone)
+            settings = fit_settings(settings, adapter, given=job.given)
+        else:
+            adapter = new_adapter(self._backbone, settings)
+        self._accelerator = make_accelerator(self._backbone.device)
+        if pages:
+            tuned, kept_out = self._tune(cut_corpus(pages, self._backbone, window_tokens=settings.max_tokens))
+            examples += tuned
+            measured = measured or kept_out
+        self._trainer = Trainer(
+            adapter,
+            examples,
+            settings=settings,
+            out=job.out,
+            options=job.options,
+            held_out=measured,
+            on_progress=on_progress,
+        )
+
+    def estimate(self) -> Estimate:
+        """What the run will take; nothing is written."""
+        options, estimate = self._job.options, self._trainer.estimate()
+        if options.fit_steps and options.time_limit_s is not None:
+            fitted = fit_steps(self._trainer.settings, estimate, time_limit_s=options.time_limit_s)
+            total_s = fitted.warmup_steps * estimate.warmup_step_s + fitted.steps * estimate.step_s
+            estimate = replace(estimate, warmup_steps=fitted.warmup_steps, steps=fitted.steps, total_s=total_s)
+        return replace(estimate, questions_s=self.questions_s)
+
+    def run(self) -> TrainReport:
+        """Train, and write the model card. Errors as in `Trainer.run`."""
+        report = self._trainer.run(resume=self._resume)
+        job = self._job
+        if self._accelerator.is_main_process:
+            data = [(str(source), LICENCES.get(source.name)) for source in job.sources]
+            if job.corpus is not None:
+                data.append((f"documents of {Path(job.corpus).name}, questions written by the model", None))
+            begun_from = None if job.init is None else str(job.init)
+            write_card(report, self._backbone, command=job.command, data=data, begun_from=begun_from)
+        return report
+
+    def _read(self) -> tuple[list[Example], list[Example], list[Example]]:
+        """To train on, to evaluate on, and the pages of the corpus."""
+        job, skipped = self._job, 0
+        on_error: Any = "skip" if job.skip_errors else "raise"
+
+        def on_skip(message: str) -> None:
+            nonlocal skipped
+            skipped += 1
+            if skipped <= 5:
+                self._on_note(f"Left out: {message}")
+
+        examples = read_sources(job.sources, seed=job.settings.seed, on_error=on_error, on_skip=on_skip)
+        measured: list[Example] = []
+        if job.options.eval_every and job.eval_data is not None:
+            found = list(read_examples(job.eval_data, split="dev", on_error=on_error, on_skip=on_skip))
+            contexts = {example.context for example in examples}
+            measured = hold_out([e for e in found if e.context not in contexts], job.eval_documents, most=1.0)[1]
+        elif job.options.eval_every and job.corpus is None:
+            examples, measured = hold_out(examples, job.eval_documents)
+        pages: list[Example] = []
+        if job.corpus is not None:
+            pages = list(read_examples(job.corpus, on_error=on_error, on_skip=on_skip))
+        if skipped > 5:
+            self._on_note(f"Left out: {skipped - 5} more.")
+        return examples, measured, pages
+
+    def _tune(self, corpus: Corpus) -> tuple[list[Example], list[Example]]:
+        """Windows with questions: to train on, and of pages held out."""
+        job = self._job
+        cpu = self._backbone.device.type == "cpu"
+        writer = QuestionWriter(
+            self._backbone,
+            n_questions=job.n_questions,
+            answer_tokens=job.settings.answer_tokens,
+            seed=job.settings.seed,
+            batch_passages=1 if cpu else 16,
+        )
+        if self._dry_run:
+            passages = corpus.passages
+            begin_s = time.monotonic()
+            writer.write(passages[:_TRIED])
+            self.questions_s = (time.monotonic() - begin_s) / len(passages[:_TRIED]) * len(passages)
+            return [window.example for window in corpus.train], []
+        measured = corpus.held_out[: job.eval_documents] if job.options.eval_every else ()
+        with self._accelerator.main_process_first():  # the others find them in the file
+            train = self._asked(writer, corpus.train, self._on_passage)
+            held_out = self._asked(writer, measured, None)
+        if self._accelerator.is_main_process:
+            (job.out / "held_out.json").write_text(json.dumps(corpus.held_out_ids, indent=2) + "\n", encoding="utf-8")
+        return [e for part in train for e in part], [part[0] for part in held_out]
+
+    def _asked(
+        self, writer: QuestionWriter, windows: tuple[Window, ...], on_passage: Callable[[int, int], None] | None
+    ) -> list[list[Example]]:
+        """The examples of each window."""
+        passages = [passage for window in windows for passage in window.passages]
+        written = iter(writer.write(passages, path=self._job.out / "questions.jsonl", on_passage=on_passage))
+        return [window.examples([next(written) for _ in window.passages]) for window in windows]

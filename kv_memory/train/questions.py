@@ -1,0 +1,229 @@
+"""Questions that the model writes itself about passages, and its answers to them.
+
+Training on a body of documents needs questions about it, and there are none. The model reads a passage, goes on behind
+its full cache as the prompt form would (`Question: Who …`), and then answers greedily from the same cache. A small
+model repeats itself when it is left to begin as it likes, so the first words of the questions are given: that makes
+them differ at no cost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from kv_memory.backbone import Backbone
+from kv_memory.compress.rows import Row
+from kv_memory.compress.teacher import Teacher, end_ids
+from kv_memory.datasets import Question
+from kv_memory.errors import ConfigError, DatasetError
+
+__all__ = ["QuestionWriter"]
+
+STEMS = ("What", "How", "Which", "Why", "When", "Where", "Who", "")
+_REQUEST = "Write one question that the text above answers{begin}. Write the question only."
+_FEWEST_WORDS = 3  # of a question
+_MAX_ENTRIES = 16_384  # copied at once, one set for every question about a passage
+
+
+class QuestionWriter:
+    """Writes questions and answers; the same ones again for the same seed.
+
+    Args:
+        backbone: The model, its prompt form included.
+        n_questions: For each passage, at most: what is no question, has no answer or was asked already is left out.
+        question_tokens: Longest question.
+        answer_tokens: Longest answer.
+        temperature: Of the questions; answers are greedy. Above 0.5 a small model asks nonsense.
+        seed: Of the questions.
+        batch_passages: Passages read at once.
+
+    Raises:
+        ConfigError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        n_questions: int = 8,
+        question_tokens: int = 32,
+        answer_tokens: int = 48,
+        temperature: float = 0.3,
+        seed: int = 0,
+        batch_passages: int = 1,
+    ) -> None:
+        for name, value in (("n_questions", n_questions), ("batch_passages", batch_passages)):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}", where=name)
+        self._backbone = backbone
+        self._n_questions = n_questions
+        self._answer_tokens = answer_tokens
+        self._seed = seed
+        self._batch = batch_passages
+        self._question_tokens = question_tokens
+        self._temperature = temperature
+        made_by = [backbone.weights_sha256, backbone.tokenizer_sha256, backbone.prompt.digest]
+        self._made_by = [*made_by, n_questions, question_tokens, answer_tokens, temperature, seed]
+
+    def write(
+        self, passages: Sequence[str], *, path: Path | None = None, on_passage: Callable[[int, int], None] | None = None
+    ) -> list[tuple[Question, ...]]:
+        """Questions about each passage, in order.
+
+        Args:
+            passages: Texts without a wrapper, none blank.
+            path: A file of JSON lines where they are kept; what it holds already is not written again.
+            on_passage: Called with how many passages are done, and of how many.
+
+        Raises:
+            DatasetError: The file cannot be written.
+        """
+        keys = [self._key(passage) for passage in passages]
+        known = _read(path) if path is not None else {}
+        todo = [index for index, key in enumerate(keys) if key not in known]
+        for first in range(0, len(todo), self._batch):
+            part = todo[first : first + self._batch]
+            written = self._write([passages[index] for index in part])
+            fresh = {keys[index]: pairs for index, pairs in zip(part, written, strict=True)}
+            known |= fresh
+            if path is not None:
+                _append(path, fresh)
+            if on_passage is not None:
+                on_passage(len(passages) - len(todo) + first + len(part), len(passages))
+        return [tuple(Question(text=q, answers=(a,)) for q, a in known[key]) for key in keys]
+
+    def _key(self, passage: str) -> str:
+        return hashlib.sha256(json.dumps([*self._made_by, passage]).encode()).hexdigest()
+
+    def _write(self, passages: Sequence[str]) -> list[list[tuple[str, str]]]:
+        backbone = self._backbone
+        documents = [backbone.encode_document(passage) for passage in passages]
+        stems = [STEMS[number % len(STEMS)] for number in range(self._n_questions)]
+        asked = [(number, stem) for number in range(len(passages)) for stem in stems]
+        openings = [self._opening(number, stem) for number, stem in asked]
+        room = max(len(row.ids) for row in openings) + self._question_tokens
+        room = max(room, len(backbone.encode_question(""))) + self._question_tokens + self._answer_tokens
+        teacher = Teacher(backbone, documents, room=room, max_entries=_MAX_ENTRIES)
+        texts = self._decoded(
+            teacher,
+            openings,
+            most=self._question_tokens,
+            ends=self._question_ends,
+            temperature=self._temperature,
+            # A passage is asked the same whatever it is read together with.
+            seeds=[
+                _number(f"{self._seed}:{index % self._n_questions}:{passages[number]}")
+                for index, (number, _) in enumerate(asked)
+            ],
+        )
+        questions: list[tuple[int, str]] = []
+        for (number, stem), text in zip(asked, texts, strict=True):
+            question = _as_question(text if self._by_request else stem + text)
+            # A small model likes to ask what a worked example asked.
+            if question and question not in backbone.prompt.prefix and (number, question) not in questions:
+                questions.append((number, question))
+        rows = [backbone.encode_question(question) for _, question in questions]
+        answers = self._decoded(
+            teacher,
+            [Row(number, tuple(ids), len(ids)) for (number, _), ids in zip(questions, rows, strict=True)],
+            most=self._answer_tokens,
+            ends=end_ids(backbone),
+        )
+        found: list[list[tuple[str, str]]] = [[] for _ in passages]
+        for (number, question), answer in zip(questions, answers, strict=True):
+            if answer.strip() and "\0" not in answer:
+                found[number].append((question, answer.strip()))
+        return found
+
+    @property
+    def _by_request(self) -> bool:
+        """Chat templates put nothing before a question that could be gone on with: there the model is asked."""
+        return not self._backbone.prompt.question_before.strip()
+
+    def _opening(self, number: int, stem: str) -> Row:
+        """What a question begins with, behind the passage of this number."""
+        if self._by_request:
+            request = _REQUEST.format(begin=f", beginning with {stem!r}" if stem else "")
+            ids = self._backbone.encode_question(request)
+        else:
+            ids = self._backbone.encode((self._backbone.prompt.question_before + stem).rstrip())
+        return Row(number, tuple(ids), len(ids))
+
+    @cached_property
+    def _question_ends(self) -> set[int]:
+        """Tokens with a question mark or a line break in them."""
+        tokenizer = self._backbone.tokenizer
+        texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+        return {token for token, text in enumerate(texts) if "?" in text or "\n" in text} | end_ids(self._backbone)
+
+    def _decoded(
+        self,
+        teacher: Teacher,
+        rows: Sequence[Row],
+        *,
+        most: int,
+        ends: set[int],
+        temperature: float = 0.0,
+        seeds: Sequence[int] | None = None,
+    ) -> list[str]:
+        """What the model writes behind each row; of the token that ends it, what stands before a line break."""
+        if not rows:
+            return []
+        tokens = teacher.decode(rows, most=most, ends=ends, temperature=temperature, seeds=seeds)
+        texts = [str(self._backbone.tokenizer.decode(row, skip_special_tokens=True)) for row in tokens]
+        for stop in self._backbone.prompt.stop:
+            texts = [text.split(stop)[0] if text.strip() else text for text in texts]
+        return texts
+
+
+def _as_question(text: str) -> str | None:
+    """The first line of a text up to its question mark; None where that is no question."""
+    line, found, _ = text.strip().partition("\n")[0].partition("?")
+    question = " ".join(line.split()) + "?"
+    # NUL is no text to the sets; a broken character is what bytes that end too early become.
+    is_text = "\0" not in question and "\N{REPLACEMENT CHARACTER}" not in question
+    return question if found and is_text and len(question.split()) >= _FEWEST_WORDS else None
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def _read(path: Path) -> dict[str, list[tuple[str, str]]]:
+    """What the file holds; a line that a kill has torn, or that is none of ours, is left out."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return found
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(
+            f"the questions cannot be read: {error}", where=str(path), next_step="Remove the file."
+        ) from error
+    for line in lines:
+        try:
+            record = json.loads(line)
+            pairs = [(str(q), str(a)) for q, a in record["questions"]]
+        except (ValueError, TypeError, KeyError):
+            continue
+        found[str(record["key"])] = pairs
+    return found
+
+
+def _append(path: Path, fresh: dict[str, list[tuple[str, str]]]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            if file.tell():  # behind a torn line a new one begins
+                file.seek(-1, 2)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            for key, pairs in fresh.items():
+                file.write(json.dumps({"key": key, "questions": pairs}, ensure_ascii=False).encode() + b"\n")
+    except OSError as error:
+        raise DatasetError(
+            f"the questions cannot be written: {error}", where=str(path), next_step="Make room, then run it again."
+        ) from error

@@ -1,0 +1,140 @@
+"""Domain tuning: an adapter for one body of documents, so that far smaller keep ratios serve it (KV-Distill, 4.5).
+
+Pages are cut into windows as long as what will be compressed, and windows into passages short enough for the model to
+ask good questions about. A window is trained on with the questions about all its passages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from kv_memory.backbone import Backbone
+from kv_memory.datasets import Example, Question, corpus_split
+from kv_memory.documents import split_passages
+from kv_memory.errors import ConfigError, DatasetError
+from kv_memory.train.settings import TrainSettings
+
+__all__ = ["Corpus", "Window", "cut_corpus", "domain_settings"]
+
+PASSAGE_TOKENS = 256
+WINDOW_TOKENS = 1500
+
+# What differs from training on sets of questions: keep ratios down to 1/200, long documents, more spans of them.
+_DOMAIN = {"min_ratio": 0.005, "max_ratio": 0.3, "max_tokens": WINDOW_TOKENS + 36, "spans_per_document": 3}
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a page, and the passages it is cut into.
+
+    Attributes:
+        example: Without questions.
+        passages: In order.
+    """
+
+    example: Example
+    passages: tuple[str, ...]
+
+    def examples(self, questions: Sequence[Sequence[Question]]) -> list[Example]:
+        """The window with all its questions, and its passages with theirs where there are several.
+
+        Args:
+            questions: About each passage.
+        """
+        whole = replace(self.example, questions=tuple(question for part in questions for question in part))
+        if len(self.passages) == 1:
+            return [whole]
+        parts = [
+            replace(self.example, id=f"{self.example.id}/{number}", context=passage, questions=tuple(asked))
+            for number, (passage, asked) in enumerate(zip(self.passages, questions, strict=True))
+        ]
+        return [whole, *parts]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A body of documents, cut.
+
+    Attributes:
+        train: Windows to train on.
+        held_out: Windows of pages that are not trained on.
+        held_out_ids: Ids of those pages.
+    """
+
+    train: tuple[Window, ...]
+    held_out: tuple[Window, ...]
+    held_out_ids: tuple[str, ...]
+
+    @property
+    def passages(self) -> list[str]:
+        """All passages to train on, in order."""
+        return [passage for window in self.train for passage in window.passages]
+
+
+def domain_settings(settings: TrainSettings, *, given: Sequence[str] = ()) -> TrainSettings:
+    """Settings for domain tuning, except where something was asked for by name.
+
+    Args:
+        settings: Of a preset, with what was asked for.
+        given: Names of settings that were asked for.
+    """
+    changes = {name: value for name, value in _DOMAIN.items() if name not in given}
+    if "min_ratio" in given:
+        changes.pop("max_ratio", None)  # it may lie above ours
+    if "max_ratio" in given and settings.max_ratio < _DOMAIN["min_ratio"]:
+        changes["min_ratio"] = settings.max_ratio
+    return replace(settings, **changes)  # type: ignore[arg-type]
+
+
+def cut_corpus(
+    pages: Sequence[Example],
+    backbone: Backbone,
+    *,
+    held_out: float = 0.2,
+    window_tokens: int = WINDOW_TOKENS,
+    passage_tokens: int = PASSAGE_TOKENS,
+) -> Corpus:
+    """Hold pages out, by the hash of their ids, and cut all into windows and passages.
+
+    Args:
+        pages: From `read_examples`; questions they may have are not used.
+        backbone: Whose tokenizer counts, and whose context window limits the windows.
+        held_out: Share of the pages; 0 for none.
+        window_tokens: Longest window.
+        passage_tokens: Longest passage.
+
+    Raises:
+        DatasetError: There are no pages.
+        ConfigError: A length is below 16 tokens, or passages are to be longer than windows.
+    """
+    if not pages:
+        raise DatasetError("the corpus holds no page", next_step="Name a folder with text or Markdown.")
+    if not 16 <= passage_tokens <= window_tokens:
+        raise ConfigError(
+            f"passages of {passage_tokens} tokens in windows of {window_tokens}: at least 16, and windows the longer",
+            where="passage_tokens",
+        )
+    most = backbone.context_window - len(backbone.prefix_ids) - 256  # questions and answers
+    window_tokens = min(window_tokens, max(passage_tokens, most))
+    train, kept_out = corpus_split(pages, held_out) if held_out else (list(pages), [])
+    if not train:  # a single page
+        train, kept_out = kept_out, []
+    cut: Callable[[str, int], list[str]] = lambda text, n: split_passages(  # noqa: E731
+        text, max_tokens=n, count_tokens=backbone.count_tokens
+    )
+
+    def windows(page: Example) -> list[Window]:
+        return [
+            Window(
+                example=replace(page, id=f"{page.id}#{number}", context=text, questions=()),
+                passages=tuple(cut(text, passage_tokens)),
+            )
+            for number, text in enumerate(cut(page.context, window_tokens))
+        ]
+
+    return Corpus(
+        train=tuple(window for page in train for window in windows(page)),
+        held_out=tuple(window for page in kept_out for window in windows(page)),
+        held_out_ids=tuple(page.id for page in kept_out),
+    )

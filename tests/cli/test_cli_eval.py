@@ -1,0 +1,105 @@
+"""`kv-memory eval` and `kv-memory report`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kv_memory.cli.eval import ratio_of
+from kv_memory.errors import ConfigError
+from tests.cli.ran import Ran
+from tests.evaluate.conftest import prose, write
+
+Kv = Callable[..., Ran]
+KEYS = [
+    *("task", "method", "keep_ratio", "n", "kl", "nll", "f1", "em", "contains", "accuracy", "rouge_l"),
+    *("retention", "ci", "seconds_per_document", "prefills"),
+]
+
+
+@pytest.fixture
+def squad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data folder with two paragraphs, where the commands look for it."""
+    paragraphs = [
+        {
+            "context": prose(seed, 2),
+            "qas": [{"id": f"{seed}", "question": "What came?", "answers": [{"text": f"{seed}0"}]}],
+        }
+        for seed in range(2)
+    ]
+    write(tmp_path / "data/squad/dev.json", json.dumps({"data": [{"title": "t", "paragraphs": paragraphs}]}))
+    monkeypatch.setenv("KV_MEMORY_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def options(tiny: Path) -> list[str]:
+    chosen = ["--model", str(tiny), "--prompt", "passage", "--keep-ratio", "1/4"]
+    return [*chosen, *(f"--method={name}" for name in ("full", "none", "sink_recent"))]
+
+
+def test_json_is_an_object_a_line(kv: Kv, squad: Path, options: list[str]) -> None:
+    done = kv("eval", "squad", *options, "--json")
+    assert done.code == 0, done.err
+    rows = [json.loads(line) for line in done.out.splitlines()]
+    assert [list(row) for row in rows] == [KEYS] * 3
+    assert [(row["method"], row["keep_ratio"], row["n"]) for row in rows] == [
+        ("full", None, 2),
+        ("none", None, 2),
+        ("sink_recent", 0.25, 2),
+    ]
+    assert rows[0]["kl"] == 0 < rows[1]["kl"]
+
+
+def test_a_run_is_kept_gone_on_with_and_reported(kv: Kv, squad: Path, options: list[str], tmp_path: Path) -> None:
+    stopped = kv("eval", "squad", *options, "--out", "run", "--time-limit", "0.000001")
+    assert stopped.code == 0
+    assert "Stopped by the time limit, 0 of 2 documents finished; the same command goes on." in stopped.err
+    done = kv("eval", "squad", *options, "--out", "run")
+    assert done.out.splitlines()[0].split()[:4] == ["method", "kept", "KL", "NLL"]
+    assert done.out.splitlines()[3].split()[:2] == ["sink_recent", "1/4"]
+    reported = kv("report", "run", "--to", "figures")
+    assert reported.out == done.out
+    assert (tmp_path / "figures/tables.md").is_file()
+    assert "Wrote figures/squad_fidelity.png" in reported.err
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (["sqaud"], 2, "unknown task 'sqaud'"),
+        (["squad", "--method", "fool"], 2, "unknown method 'fool'"),
+        (["squad", "--method", "adapter"], 2, "method 'adapter' needs an adapter"),
+        (["squad", "--keep-ratio", "1/0"], 2, "--keep-ratio must be a number or a fraction"),
+        (["squad", "--keep-ratio", "3"], 2, "keep_ratio must lie in (0, 1]"),
+        (["squad", "--n-documents", "0"], 2, "n_documents must be at least 1"),
+        (["squad", "--prompt", "poem"], 2, "unknown prompt 'poem'"),
+        (["squad", "--adapter", "nowhere"], 1, "no adapter here"),
+        (["quality"], 1, "the set quality (dev) was not found"),
+        (["spans"], 2, "spans needs a corpus"),
+    ],
+)
+def test_bad_input(kv: Kv, squad: Path, tiny: Path, args: list[str], code: int, said: str) -> None:
+    done = kv("eval", *args, "--model", tiny, *([] if "--prompt" in args else ["--prompt", "passage"]))
+    assert (done.code, done.out) == (code, "")
+    assert said in done.err
+
+
+def test_a_report_of_nothing(kv: Kv) -> None:
+    done = kv("report", "nowhere", "--json")
+    assert done.code == 1
+    assert done.json["error"]["error"] == "DatasetError"
+
+
+@pytest.mark.parametrize(("text", "value"), [("0.25", 0.25), ("1/4", 0.25), ("1", 1.0), (" 1/32 ", 1 / 32)])
+def test_shares(text: str, value: float) -> None:
+    assert ratio_of(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "a", "1/4/2", "nan", "-1/4", "0"])
+def test_no_shares(text: str) -> None:
+    with pytest.raises(ConfigError):
+        ratio_of(text)

@@ -1,0 +1,97 @@
+"""Evaluation while training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kv_memory.compress.adapter import Adapter
+from kv_memory.errors import ConfigError
+from kv_memory.train.adapters import new_adapter
+from kv_memory.train.heldout import HeldOut
+from kv_memory.train.log import TrainLog
+from kv_memory.train.run import RunOptions
+from kv_memory.train.sources import hold_out
+from kv_memory.train.trainer import Trainer
+from tests.conftest import make_backbone
+from tests.train.tiny_runs import SETTINGS, examples, make_trainer, tensors_of
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen3"])
+def test_with_everything_kept_nothing_is_lost_and_without_a_document_most(model: str) -> None:
+    adapter = new_adapter(make_backbone(model), SETTINGS)
+    held_out = HeldOut(examples(3), adapter.backbone, SETTINGS, ratios=(1.0, 0.5, 0.1))
+    found = held_out.reconstruction()
+    assert found[1.0] == pytest.approx(0.0, abs=1e-5)
+    assert 1e-4 < found[0.5] < found[0.1]
+    assert held_out.none() > found[0.5]
+    mine = held_out.adapter(adapter)
+    assert mine[1.0] == pytest.approx(0.0, abs=1e-5) and mine[0.1] > 1e-4
+
+
+def test_what_is_measured_depends_on_neither_seed_nor_keep_ratios_of_the_run() -> None:
+    adapter = new_adapter(make_backbone(), SETTINGS)
+    changed = replace(SETTINGS, seed=7, min_ratio=0.5, composition_share=0.9, answers="people", batch_documents=3)
+    one, two = (HeldOut(examples(3), adapter.backbone, s, ratios=(0.25,)) for s in (SETTINGS, changed))
+    assert one.adapter(adapter) == two.adapter(adapter)
+    assert one.adapter(adapter) == one.adapter(adapter)
+
+
+def test_examples_without_questions_are_measured_on_their_own_text() -> None:
+    adapter = new_adapter(make_backbone(), SETTINGS)
+    plain = [replace(example, questions=()) for example in examples(2)]
+    found = HeldOut(plain, adapter.backbone, SETTINGS, ratios=(0.25,)).adapter(adapter)
+    assert found[0.25] > 1e-4
+
+
+@pytest.mark.parametrize("ratios", [(), (0.0,), (1.5,)])
+def test_wrong_ratios_are_refused(ratios: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError):
+        HeldOut(examples(1), make_backbone(), SETTINGS, ratios=ratios)
+
+
+def test_a_run_that_evaluates_ends_with_its_best_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = iter([0.9, 0.2, 0.5, 0.4])
+
+    def measured(self: HeldOut, adapter: Adapter) -> dict[float, float]:
+        return dict.fromkeys(self.ratios, next(figures))
+
+    monkeypatch.setattr(HeldOut, "adapter", measured)
+    train, kept_out = hold_out(examples(10), 2)
+    out = tmp_path / "run"
+    options = RunOptions(eval_every=2, eval_ratios=(0.5, 0.25), keep_checkpoints=1, checkpoint_every=1000)
+    adapter = new_adapter(make_backbone(), SETTINGS)
+    report = Trainer(adapter, train, settings=SETTINGS, out=out, options=options, held_out=kept_out).run()
+    assert (report.step, report.best_step, report.n_held_out, report.n_examples) == (8, 4, 2, 8)
+    assert report.evaluation is not None and report.evaluation.kl == {0.5: 0.2, 0.25: 0.2}
+    assert report.baseline is not None and set(report.baseline) == {0.5, 0.25} and report.none is not None
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
+    assert tensors_of(out / "adapter") == tensors_of(out / "checkpoints/step-00000004/adapter")
+    assert json.loads((out / "adapter/kv_distill.json").read_text())["trained_steps"] == 4
+    events = [(r["step"], r["event"]) for r in TrainLog(out / "log.jsonl").records() if "event" in r]
+    assert events == [(0, "baseline"), (2, "evaluation"), (4, "evaluation"), (6, "evaluation"), (8, "evaluation")]
+    # Resumed, what was measured once is known.
+    monkeypatch.setattr(HeldOut, "reconstruction", lambda self: pytest.fail("measured again"))
+    again = Trainer(
+        new_adapter(make_backbone(), SETTINGS), train, settings=SETTINGS, out=out, options=options, held_out=kept_out
+    ).run(resume=True)
+    assert again.baseline == report.baseline and again.best_step == 4
+
+
+def test_without_evaluation_the_last_state_is_the_adapter(tmp_path: Path) -> None:
+    report = make_trainer(tmp_path / "run", held_out=examples(2)).run()
+    assert report.best_step == report.step == 8 and report.evaluation is None and report.n_held_out == 0
+
+
+def test_held_out_documents_are_the_same_whatever_else_is_there() -> None:
+    data: list[Any] = examples(10)
+    train, kept_out = hold_out(data, 2)
+    assert len(kept_out) == 2 and not {e.id for e in kept_out} & {e.id for e in train}
+    assert hold_out([*reversed(data), *data], 2)[1] == kept_out
+    assert len(hold_out(data, 50)[1]) == 2  # a fifth
+    assert hold_out(data[:3], 5) == (data[:3], [])
+    assert len(hold_out(data, 50, most=1.0)[1]) == 10

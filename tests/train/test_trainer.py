@@ -1,0 +1,269 @@
+"""The training loop: two stages, exact resume, log, best checkpoint, divergence, memory that runs out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from kv_memory.compress.adapter import Adapter
+from kv_memory.errors import (
+    AdapterMismatchError,
+    CheckpointError,
+    ConfigError,
+    DatasetError,
+    DivergedError,
+    TrainingError,
+)
+from kv_memory.train import gradients
+from kv_memory.train.adapters import fit_settings, new_adapter
+from kv_memory.train.batches import Batches
+from kv_memory.train.log import TrainLog
+from kv_memory.train.optimizer import trainable
+from kv_memory.train.run import RunOptions, TrainProgress
+from kv_memory.train.step import StepResult, distillation_step
+from kv_memory.train.trainer import Trainer
+from tests.conftest import make_backbone
+from tests.train.tiny_runs import SETTINGS, examples, make_trainer, tensors_of
+
+ROOT = Path(__file__).parents[2]
+OFTEN = RunOptions(checkpoint_every=2)
+MEASURED = ("step", "stage", "loss", "parts", "keep_ratio", "lr", "grad_norm", "n_tokens")
+
+
+def curve(out: Path) -> list[dict[str, Any]]:
+    """What the log says of each step, without the clock."""
+    return [{k: r[k] for k in MEASURED} for r in TrainLog(out / "log.jsonl").records() if "loss" in r]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 3 + 5 steps."""
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    make_trainer(out, options=OFTEN).run()
+    return out
+
+
+def test_a_run_warms_up_then_distils_and_leaves_an_adapter(unbroken: Path) -> None:
+    steps = curve(unbroken)
+    assert [s["step"] for s in steps] == list(range(1, 9))
+    assert [s["stage"] for s in steps] == ["warmup"] * 3 + ["distillation"] * 5
+    assert [sorted(s["lr"]) for s in steps] == [["scorer"]] * 3 + [["lora", "scorer"]] * 5
+    rates = [s["lr"]["lora"] for s in steps[3:]]
+    assert rates == sorted(rates, reverse=True) and rates[0] == SETTINGS.lr_lora and rates[-1] > 0
+    assert len({s["keep_ratio"] for s in steps[3:]}) == 5
+    assert all(math.isfinite(s["loss"]) and s["grad_norm"] > 0 for s in steps)
+    adapter = Adapter.load(unbroken / "adapter", make_backbone())
+    assert adapter.config.trained_steps == 8
+    lora = [p for name, p in adapter.peft_model.named_parameters() if "lora_B" in name]
+    assert sum(float(p.abs().max()) > 0 for p in lora) >= 10  # B starts at zero
+    assert (unbroken / "loss.png").stat().st_size > 1000
+
+
+def test_warm_up_moves_the_scorer_alone_and_makes_its_loss_fall(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    report = make_trainer(out, settings=replace(SETTINGS, warmup_steps=40, steps=0)).run()
+    losses = [step["loss"] for step in curve(out)]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    loaded = Adapter.load(report.adapter, make_backbone())
+    assert not any(bool(p.any()) for n, p in loaded.peft_model.named_parameters() if "lora_B" in n)
+
+
+def test_killed_in_the_middle_and_resumed_it_is_the_same_run_to_the_last_bit(unbroken: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from tests.train.tiny_runs import make_trainer\n"
+        "from kv_memory.train.run import RunOptions\n"
+        "told = lambda p: (print(p.step, flush=True), p.step == 5 and sys.stdin.read())\n"  # at 5 it waits to be killed
+        "make_trainer(Path(sys.argv[1]), options=RunOptions(checkpoint_every=2), on_progress=told).run()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(out)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout is not None
+        assert [child.stdout.readline().strip() for _ in range(5)] == ["1", "2", "3", "4", "5"]
+        child.send_signal(signal.SIGKILL)
+    assert child.returncode == -signal.SIGKILL
+    assert len(curve(out)) == 5 and not (out / "adapter").exists()
+    seen: list[TrainProgress] = []
+    report = make_trainer(out, options=OFTEN, on_progress=seen.append).run(resume=True)
+    assert [p.step for p in seen] == [5, 6, 7, 8]  # from the checkpoint after step 4
+    assert curve(out) == curve(unbroken)
+    assert tensors_of(out / "adapter") == tensors_of(unbroken / "adapter")
+    assert report.step == 8 and report.n_tokens == curve(unbroken)[-1]["n_tokens"]
+
+
+def test_resumed_at_the_border_of_the_stages_it_is_the_same_run(unbroken: Path, tmp_path: Path) -> None:
+    def stop_after_warm_up(progress: TrainProgress) -> None:
+        if progress.step == 4:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(out, options=RunOptions(checkpoint_every=3), on_progress=stop_after_warm_up).run()
+    make_trainer(out, options=RunOptions(checkpoint_every=3)).run(resume=True)
+    assert curve(out) == curve(unbroken)
+    assert tensors_of(out / "adapter") == tensors_of(unbroken / "adapter")
+
+
+def test_another_seed_is_another_run(unbroken: Path, tmp_path: Path) -> None:
+    make_trainer(tmp_path / "run", settings=replace(SETTINGS, seed=1)).run()
+    assert curve(tmp_path / "run")[0] != curve(unbroken)[0]
+
+
+def test_resuming_a_finished_run_trains_no_more(unbroken: Path, tmp_path: Path) -> None:
+    seen: list[TrainProgress] = []
+    before = tensors_of(unbroken / "adapter")
+    report = make_trainer(unbroken, options=OFTEN, on_progress=seen.append).run(resume=True)
+    assert seen == [] and report.step == 8 and tensors_of(unbroken / "adapter") == before
+
+
+def test_resuming_nothing_starts_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    report = make_trainer(tmp_path / "run", settings=replace(SETTINGS, steps=1, warmup_steps=0)).run(resume=True)
+    assert report.step == 1 and "starting from the beginning" in caplog.text
+
+
+def test_a_folder_with_a_run_is_not_written_over(unbroken: Path) -> None:
+    before = curve(unbroken)
+    with pytest.raises(CheckpointError, match=r"a run in this folder already.*--resume"):
+        make_trainer(unbroken).run()
+    assert curve(unbroken) == before
+
+
+def test_resume_with_other_settings_names_each(unbroken: Path) -> None:
+    changed = replace(SETTINGS, lr_lora=1e-5, max_ratio=0.5)
+    with pytest.raises(CheckpointError, match=r"lr_lora was 0\.005 and is 1e-05; max_ratio was 0\.6 and is 0\.5"):
+        make_trainer(unbroken, settings=changed).run(resume=True)
+
+
+def test_resume_with_other_data_or_another_model_is_refused(unbroken: Path) -> None:
+    adapter = new_adapter(make_backbone(), SETTINGS)
+    with pytest.raises(CheckpointError, match="the examples changed"):
+        Trainer(adapter, examples(5), settings=SETTINGS, out=unbroken).run(resume=True)
+    with pytest.raises(AdapterMismatchError, match="other weights"):
+        make_trainer(unbroken, model="qwen2").run(resume=True)
+
+
+def test_training_goes_on_from_an_adapter_in_its_form(unbroken: Path, tmp_path: Path) -> None:
+    adapter = Adapter.load(unbroken / "adapter", make_backbone())
+    asked = replace(SETTINGS, rank=16, warmup_steps=0, steps=2)
+    with pytest.raises(ConfigError, match="rank is 4"):
+        fit_settings(asked, adapter, given={"rank": 16})
+    settings = fit_settings(asked, adapter, given={"steps": 2})
+    assert (settings.rank, settings.alpha, settings.targets, settings.steps) == (4, 8.0, ("q", "k", "v", "o"), 2)
+    report = Trainer(adapter, examples(), settings=settings, out=tmp_path / "run").run()
+    assert json.loads((report.adapter / "kv_distill.json").read_text())["trained_steps"] == 10
+
+
+def test_no_examples_is_an_error_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError):
+        Trainer(new_adapter(make_backbone(), SETTINGS), [], settings=SETTINGS, out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- accumulation, memory, divergence ----------------------------------------------------------------------------------
+
+
+def run_once(out: Path, **changes: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    settings = replace(SETTINGS, warmup_steps=1, steps=2, **changes)
+    make_trainer(out, settings=settings).run()
+    return curve(out), [r for r in TrainLog(out / "log.jsonl").records() if "event" in r]
+
+
+def close(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
+    return all(math.isclose(x[k], y[k], rel_tol=1e-4) for x, y in zip(a, b, strict=True) for k in ("loss", "grad_norm"))
+
+
+def test_out_of_memory_halves_the_batch_and_changes_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = {"batch_documents": 4, "composition_share": 0.0}
+    plain, _ = run_once(tmp_path / "plain", **changes)
+    sizes: list[int] = []
+
+    def small_gpu(adapter: Adapter, batch: Any, *, settings: Any) -> StepResult:
+        sizes.append(len(batch.documents))
+        if len(batch.documents) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return distillation_step(adapter, batch, settings=settings)
+
+    monkeypatch.setitem(gradients.STEPS, "distillation", small_gpu)  # type: ignore[arg-type]
+    halved, events = run_once(tmp_path / "halved", **changes)
+    assert sizes == [4, 2, 2, 2, 2]  # refused once; then every step in two parts
+    assert [e["event"] for e in events] == ["out_of_memory"] and "2 parts" in events[0]["note"]
+    assert "out of GPU memory at step 2" in caplog.text
+    assert close(plain, halved)
+
+
+def test_a_single_document_is_divided_by_its_rows_and_then_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_row(adapter: Adapter, batch: Any, *, settings: Any) -> StepResult:
+        if len(batch.rows) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return distillation_step(adapter, batch, settings=settings)
+
+    changes: dict[str, Any] = {"batch_documents": 1, "composition_share": 0.0}
+    plain, _ = run_once(tmp_path / "plain", **changes)
+    monkeypatch.setitem(gradients.STEPS, "distillation", one_row)  # type: ignore[arg-type]
+    limit = 1
+    halved, events = run_once(tmp_path / "rows", **changes)
+    assert len(events) == 2 and close(plain, halved)
+    limit = 0
+    with pytest.raises(TrainingError, match=r"cannot be made smaller.*--gradient-checkpointing"):
+        run_once(tmp_path / "none", **changes)
+
+
+def test_accumulation_is_the_mean_of_its_batches() -> None:
+    def gradient(accumulate: int, step: int) -> tuple[float, dict[str, torch.Tensor]]:
+        settings = replace(SETTINGS, accumulate=accumulate)
+        adapter = new_adapter(make_backbone(), settings)
+        batches = Batches(examples(), adapter.backbone, settings)
+        engine = gradients.Gradients(adapter, batches, settings, accelerator=Accelerator(cpu=True))
+        parameters = trainable(adapter, settings, "distillation")
+        figures = engine.compute(step, "distillation", parameters)
+        return figures.loss, {name: p.grad for name, p in parameters.items() if p.grad is not None}
+
+    loss, both = gradient(2, 3)
+    (first_loss, first), (second_loss, second) = gradient(1, 6), gradient(1, 7)
+    assert first_loss != second_loss and loss == pytest.approx((first_loss + second_loss) / 2)
+    for name, grad in both.items():
+        torch.testing.assert_close(grad, (first[name] + second[name]) / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_done = 0
+
+    def exploding(adapter: Adapter, batch: Any, *, settings: Any) -> StepResult:
+        nonlocal n_done
+        n_done += 1
+        result = distillation_step(adapter, batch, settings=settings)
+        return replace(result, loss=result.loss * (math.nan if n_done == 4 else 1.0))
+
+    monkeypatch.setitem(gradients.STEPS, "distillation", exploding)  # type: ignore[arg-type]
+    out = tmp_path / "run"
+    with pytest.raises(DivergedError, match=r"step 7: the loss is nan.*--lr-lora") as caught:
+        make_trainer(out, options=OFTEN).run()
+    assert str(out / "checkpoints/step-00000006/adapter") in str(caught.value)
+    Adapter.load(out / "checkpoints/step-00000006/adapter", make_backbone())
+    assert not (out / "adapter").exists()
+    assert TrainLog(out / "log.jsonl").records()[-1]["loss"] == "nan"
