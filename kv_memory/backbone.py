@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from kv_memory.attention import ATTENTION, NEVER, ForwardContext, PositionedCache
+from kv_memory.attention import ATTENTION, ForwardContext
 from kv_memory.cache import dtype_from_name, dtype_name
 from kv_memory.config import DtypeName
 from kv_memory.embedded import EMBEDDED
 from kv_memory.errors import ContextWindowError, UnsupportedModelError
 from kv_memory.fingerprint import FORMAT_VERSION, Fingerprint
 from kv_memory.loading import best_device, best_dtype, hash_parameters, hash_tokenizer, load_model
+from kv_memory.positioned import NEVER, PositionedCache
 from kv_memory.prefix import Prefix
 from kv_memory.prompts import PASSAGE, PromptForm, PromptName, chat_form
 from kv_memory.rope import Rope

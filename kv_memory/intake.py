@@ -53,6 +53,8 @@ class AddReport:
         n_kept: Entries kept of them in every layer and head.
         cache_bytes: Of the new distilled caches.
         full_kv_bytes: What their uncompressed caches would take.
+        n_refined: Of the passages compressed, those that were refined.
+        fidelity: Mean KL of these to the full cache on held-out probes, in nats; None where none was refined.
         elapsed_s: Wall time.
     """
 
@@ -66,6 +68,8 @@ class AddReport:
     n_kept: int = 0
     cache_bytes: int = 0
     full_kv_bytes: int = 0
+    n_refined: int = 0
+    fidelity: float | None = None
     elapsed_s: float = 0.0
 
 
@@ -159,6 +163,10 @@ class Intake:
                     report.n_tokens += cache.n_tokens
                     report.n_kept += cache.n_kept
                     report.cache_bytes += info.size_bytes
+                    if cache.fidelity is not None:
+                        report.n_refined += 1
+                        before = report.fidelity or 0.0
+                        report.fidelity = before + (cache.fidelity - before) / report.n_refined
                     report.full_kv_bytes += cache.n_tokens * self._compressor.backbone.kv_bytes_per_token
                 done += passage.n_tokens
                 self._tell(record, index, len(todo), done, total)

@@ -14,9 +14,10 @@ from typing import Literal, Self
 
 from kv_memory.answers import Answer, AnswerStream, Asker, ReadFrom
 from kv_memory.backbone import Backbone
-from kv_memory.compress import Adapter, Compressor
+from kv_memory.compress import Adapter, Compressor, RefineSettings
 from kv_memory.config import DecodeSettings, DtypeName, Layout, SelectorName, check_choice
 from kv_memory.documents import DocumentLike, read_documents
+from kv_memory.embedded import adapter_folder
 from kv_memory.errors import CorruptCacheError, StoreFullError
 from kv_memory.generate import iterate_in_thread
 from kv_memory.intake import AddProgress, AddReport, Intake
@@ -81,6 +82,8 @@ class KVMemory:
         passage_tokens: int | Literal["auto"] | None = "auto",
         prompt: PromptName | PromptForm | None = None,
         layout: Layout | None = None,
+        refine_steps: int | None = None,
+        min_fidelity: float | None = None,
         dtype: DtypeName = "auto",
         device: str = "auto",
         collection: str = "default",
@@ -95,12 +98,16 @@ class KVMemory:
         Args:
             path: The store's folder.
             model: `embedded`, a model folder, a hub id, or a `Backbone`.
-            adapter: An adapter folder for that model.
+            adapter: An adapter folder for that model, `shipped` (the embedded model's default) or `none`.
             keep_ratio: Share of the tokens kept, in (0, 1].
             selector: The training-free selector used without an adapter.
             passage_tokens: Longest passage; None keeps documents whole.
             prompt: `auto`, `chat`, `passage`, or a `PromptForm` (with a `Backbone` give it the form instead).
             layout: `source` or `packed`.
+            refine_steps: Refine every passage's cache by so many steps while adding, 0 for not at all: closer answers
+                for dozens to hundreds of prefills more. Named alone, it forgets a `min_fidelity` of before.
+            min_fidelity: Refine further until the KL to the full cache on held-out probes is at most this, in nats, or
+                64 steps are done; without `refine_steps` it begins with 16.
             dtype: Of the model and its caches; `auto` takes bfloat16 where that is fast.
             device: `auto`, `cpu`, `cuda`, ...
             collection: Tenants are collections; every lookup stays in its own.
@@ -123,6 +130,8 @@ class KVMemory:
             passage_tokens=passage_tokens,
             prompt=None if isinstance(prompt, PromptForm) else prompt,
             layout=layout,
+            refine_steps=refine_steps,
+            min_fidelity=min_fidelity,
         )
         backbone = model if isinstance(model, Backbone) else None
         compressor = None
@@ -396,5 +405,9 @@ def _load_backbone(
 
 
 def _load_compressor(settings: MemorySettings, backbone: Backbone) -> Compressor:
-    adapter = None if settings.adapter is None else Adapter.load(settings.adapter, backbone)
-    return Compressor(backbone, selector=settings.selector, adapter=adapter)
+    adapter = None if settings.adapter is None else Adapter.load(adapter_folder(settings.adapter), backbone)
+    refine = None
+    if settings.refine_steps:
+        most = max(settings.refine_steps, RefineSettings().max_steps)
+        refine = RefineSettings(steps=settings.refine_steps, min_fidelity=settings.min_fidelity, max_steps=most)
+    return Compressor(backbone, selector=settings.selector, adapter=adapter, refine=refine)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from kv_memory.config import Layout, SelectorName, check_choice, check_keep_ratio
-from kv_memory.embedded import EMBEDDED
+from kv_memory.embedded import EMBEDDED, SHIPPED
 from kv_memory.errors import ConfigError
 from kv_memory.prompts import PromptName
 
 __all__ = ["MemorySettings", "given_settings", "resolve_settings"]
+
+NO_ADAPTER = "none"  # what a caller names to have none
+REFINE_STEPS = 16  # where only a fidelity is asked for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,13 +25,16 @@ class MemorySettings:
 
     Attributes:
         model: `embedded`, a model folder, or a hub id.
-        adapter: An adapter folder, or None.
-        keep_ratio: Share of the tokens kept, in (0, 1]; 0.5 for the embedded model and 0.25 for others, unless set.
+        adapter: An adapter folder, `shipped` for the one inside this package, or None. The embedded model has `shipped`
+            unless an adapter or a selector is named.
+        keep_ratio: Share of the tokens kept, in (0, 1]; 0.25 unless set.
         selector: The training-free selector used without an adapter.
         passage_tokens: Longest passage, 256 tokens for the embedded model and 1,024 for others, unless set; None
             keeps documents whole.
         prompt: The name of the prompt form.
         layout: How documents are placed, see `generate.compose`.
+        refine_steps: Steps of refinement for every passage, see `RefineSettings`; 0 for none.
+        min_fidelity: Refine further until the held-out KL in nats is at most this; None for no more than those steps.
     """
 
     model: str = EMBEDDED
@@ -37,6 +44,8 @@ class MemorySettings:
     passage_tokens: int | None = 256
     prompt: PromptName = "auto"
     layout: Layout = "source"
+    refine_steps: int = 0
+    min_fidelity: float | None = None
 
     def __post_init__(self) -> None:
         check_keep_ratio(self.keep_ratio)
@@ -46,6 +55,14 @@ class MemorySettings:
         if self.passage_tokens is not None and self.passage_tokens < 16:
             raise ConfigError(
                 f"passage_tokens must be at least 16 or None, got {self.passage_tokens}", where="passage_tokens"
+            )
+        if self.refine_steps < 0:
+            raise ConfigError(f"refine_steps must be 0 or more, got {self.refine_steps}", where="refine_steps")
+        if self.min_fidelity is not None and not 0 < self.min_fidelity < math.inf:
+            raise ConfigError(
+                f"min_fidelity must be above 0 or None, got {self.min_fidelity}",
+                where="min_fidelity",
+                next_step="Pass a KL in nats, e.g. 0.1.",
             )
 
     @property
@@ -63,24 +80,36 @@ def given_settings(
     passage_tokens: int | Literal["auto"] | None,
     prompt: PromptName | None,
     layout: Layout | None,
+    refine_steps: int | None = None,
+    min_fidelity: float | None = None,
 ) -> dict[str, Any]:
     """The settings a caller gave, checked; those left at None (`auto` for passage_tokens) are not among them.
+
+    An adapter named `none` means to have none; so does a selector without an adapter.
 
     Raises:
         ConfigError: One is out of range.
     """
     values = {
         "model": None if model is None else str(model),
-        "adapter": None if adapter is None else str(adapter),
+        "adapter": None if adapter in {None, NO_ADAPTER} else str(adapter),
         "keep_ratio": keep_ratio,
         "selector": selector,
         "prompt": prompt,
         "layout": layout,
+        "refine_steps": refine_steps,
+        "min_fidelity": min_fidelity,
     }
     given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    if adapter == NO_ADAPTER or (adapter is None and selector is not None):  # a selector is for want of an adapter
+        given["adapter"] = None
     if passage_tokens != "auto":
         given["passage_tokens"] = passage_tokens
     MemorySettings(**given)
+    if refine_steps == 0 and min_fidelity is not None:
+        raise ConfigError(
+            "min_fidelity asks for refinement, and refine_steps=0 for none", where="min_fidelity", next_step="Drop one."
+        )
     return given
 
 
@@ -97,9 +126,13 @@ def resolve_settings(given: Mapping[str, Any], stored: Mapping[str, Any]) -> Mem
         # Adapter and prompt belong to one model, and passages to what it can read.
         for name in ("adapter", "prompt"):
             kept.pop(name, None)
+    if "refine_steps" in given:
+        kept.pop("min_fidelity", None)  # steps that are named anew are meant as they are
     merged = {**kept, **given}
+    if merged.get("min_fidelity") is not None and not merged.get("refine_steps"):
+        merged["refine_steps"] = REFINE_STEPS
     # A model of 135M parameters loses the thread in long passages, and has little to spare in its caches.
     defaults: dict[str, Any] = {"passage_tokens": 1024, "keep_ratio": 0.25}
     if merged.get("model", EMBEDDED) == EMBEDDED:
-        defaults = {"passage_tokens": 256, "keep_ratio": 0.5}
+        defaults = {"passage_tokens": 256, "keep_ratio": 0.25, "adapter": SHIPPED}
     return MemorySettings(**{**defaults, **merged})

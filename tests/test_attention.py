@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from kv_memory import attention
-from kv_memory.attention import NEVER, ForwardContext, PositionedCache, PreallocatedLayer, attention_forward
+from kv_memory.attention import ForwardContext, attention_forward
 from kv_memory.compress import Compressor
 from kv_memory.generate import compose
+from kv_memory.positioned import NEVER, PositionedCache, PreallocatedLayer
 from tests.conftest import ARCHITECTURES, make_backbone
 from tests.reference import assert_close, full_logits, letters, plain_model, shared_backbone
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kv_memory.cache import DistilledCache, dtype_from_name, dtype_name
@@ -55,6 +56,27 @@ def make_cache(*, n_tokens: int = 40, n_kept: int = 10, per_head: bool = True, *
     )
 
 
+def make_ragged(*, counts: list[list[int]] | None = None, n_tokens: int = 40, **fields: Any) -> DistilledCache:
+    """A cache whose heads keep different numbers of entries, one of them none."""
+    fingerprint = replace(FINGERPRINT, **fields)
+    of = torch.tensor(counts if counts is not None else [[3, 0], [17, 1], [2, 7]])
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (
+        torch.randn(int(of.sum()), fingerprint.head_dim, generator=generator).to(dtype_from_name(fingerprint.dtype))
+        for _ in range(2)
+    )
+    rows = [torch.randperm(n_tokens, generator=generator)[:n].sort().values for n in of.flatten().tolist()]
+    return DistilledCache(
+        keys=keys,
+        values=values,
+        positions=torch.cat(rows),
+        counts=of,
+        n_tokens=n_tokens,
+        keep_ratio=0.125,
+        fingerprint=fingerprint,
+    )
+
+
 # -- writing and reading -----------------------------------------------------------------------------------------------
 
 
@@ -73,6 +95,63 @@ def test_what_is_written_is_read_bit_for_bit(tmp_path: Path, dtype: str, per_hea
     assert (back.n_tokens, back.keep_ratio, back.fingerprint) == (40, 0.25, cache.fingerprint)
     assert back.per_head == per_head
     assert back.to_bytes() == cache.to_bytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_may_keep_different_numbers(tmp_path: Path, dtype: str) -> None:
+    cache = make_ragged(dtype=dtype)
+    cache.save(tmp_path / "cache")
+    back = DistilledCache.load(tmp_path / "cache")
+    assert back.counts is not None and back.counts.tolist() == [[3, 0], [17, 1], [2, 7]]
+    assert torch.equal(back.keys, cache.keys) and torch.equal(back.values, cache.values)
+    assert torch.equal(back.positions.long(), cache.positions)
+    assert (back.n_kept, back.span, back.per_head) == (5, 17, True)
+    assert back.to_bytes() == cache.to_bytes()
+    assert back.theory_bytes == 2 * 30 * 8 * dtype_from_name(dtype).itemsize
+    half = back.to(torch.bfloat16)
+    assert half.counts is not None and half.fingerprint.dtype == "bfloat16"
+
+
+def test_padded_heads_hold_their_entries_and_nothing_else() -> None:
+    cache = make_ragged()
+    keys, values, positions = cache.padded()
+    assert keys.shape == values.shape == (3, 2, 17, 8) and positions.shape == (3, 2, 17)
+    assert (positions[0, 1] == -1).all() and not keys[0, 1].any() and not values[0, 1].any()
+    assert torch.equal(keys[2, 1, :7], cache.keys[-7:]) and torch.equal(values[2, 1, :7], cache.values[-7:])
+    assert positions[2, 1].tolist() == [*cache.positions[-7:].tolist(), *[-1] * 10]
+    moved = cache.with_entries(keys + 1, values * 2)
+    assert torch.equal(moved.keys, cache.keys + 1) and torch.equal(moved.values, cache.values * 2)
+    same = make_cache()
+    assert torch.equal(same.with_entries(*same.padded()[:2]).keys, same.keys)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"counts": torch.tensor([[3, 0], [17, 1], [2, 8]])},
+        {"counts": torch.tensor([[3, 0], [17, 1], [9, 0.0]])},
+        {"counts": torch.tensor([[3, 0, 17], [1, 2, 7]])},
+        {"counts": torch.tensor([[-3, 6], [17, 1], [2, 7]])},
+        {"counts": torch.zeros(3, 2, dtype=torch.int64)},
+        {"n_tokens": 16},
+        {"keys": torch.zeros(29, 8)},
+        {"values": torch.zeros(30, 8).half()},
+        {"positions": torch.zeros(29, dtype=torch.int64)},
+        {"positions": torch.zeros(30)},
+        {"keep_ratio": 0.0},
+    ],
+)
+def test_ragged_tensors_that_do_not_fit(change: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        replace(make_ragged(), **change)
+    if "keep_ratio" not in change and "n_tokens" not in change:  # as a file: damage, not a mistake of the caller
+        make_ragged().save(tmp_path / "cache")
+        tensors = load_file(tmp_path / "cache")
+        with safe_open(tmp_path / "cache", framework="pt") as file:
+            metadata = file.metadata()
+        save_file({**tensors, **change}, tmp_path / "cache", metadata=metadata)
+        with pytest.raises(CorruptCacheError):
+            DistilledCache.load(tmp_path / "cache")
 
 
 def test_the_same_cache_gives_the_same_bytes_in_every_process() -> None:

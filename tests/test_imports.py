@@ -19,7 +19,7 @@ SOURCES = sorted([*ROOT.glob("kv_memory/**/*.py"), *ROOT.glob("integrations/**/*
 # A unit is a module or folder directly below kv_memory. Each may import itself and what its line names:
 #   errors, config ◄ cache, rope, attention, prompts, embedded ◄ loading ◄ backbone ◄ compress, generate ◄ train
 #   cache ◄ store ◄ jobs;   documents, words ◄ retrieve: errors and config alone;   memory joins both sides.
-_TENSORS = {"errors", "config", "fingerprint", "cache", "rope", "attention", "prefix", "prompts"}
+_TENSORS = {"errors", "config", "fingerprint", "cache", "rope", "positioned", "attention", "prefix", "prompts"}
 _STORE = {"errors", "config", "fingerprint", "cache"}
 _BELOW_MEMORY = {
     *_TENSORS,
@@ -45,7 +45,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fingerprint": {"errors"},
     "cache": {"errors", "config", "fingerprint"},
     "rope": {"errors", "config"},
-    "attention": {"errors", "config", "rope"},
+    "positioned": {"errors", "config", "rope"},
+    "attention": {"errors", "config", "positioned"},
     "prefix": {"errors", "config"},
     "prompts": {"errors", "config"},
     "embedded": {"errors", "config"},
@@ -53,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backbone": {*_TENSORS, "embedded", "loading"},
     "compress": {*_TENSORS, "backbone"},
     "generate": {*_TENSORS, "backbone"},
-    "train": {*_TENSORS, "backbone", "compress", "generate", "datasets", "documents"},
+    "train": {*_TENSORS, "embedded", "backbone", "compress", "generate", "datasets", "documents"},
     "store": _STORE,
     "jobs": {*_STORE, "store"},
     "documents": {"errors", "config"},

@@ -18,9 +18,11 @@ from kv_memory.cli.options import (
     CollectionOption,
     JsonOption,
     KeepRatioOption,
+    MinFidelityOption,
     ModelOption,
     PassageTokensOption,
     PromptOption,
+    RefineOption,
     SelectorOption,
     StoreOption,
     passage_tokens_of,
@@ -55,6 +57,8 @@ def add(
     selector: SelectorOption = None,
     passage_tokens: PassageTokensOption = "auto",
     prompt: PromptOption = None,
+    refine: RefineOption = None,
+    min_fidelity: MinFidelityOption = None,
     encoding: Annotated[
         str, typer.Option("--encoding", metavar="NAME", help="Of text files without a byte order mark.")
     ] = "utf-8",
@@ -87,6 +91,8 @@ def add(
             passage_tokens=limit,
             prompt=cast("PromptName | None", prompt),
             layout=None,
+            refine_steps=refine,
+            min_fidelity=min_fidelity,
         )
         read = _read(paths or [], id_, extra, encoding, skip_errors) if paths else None
         with open_memory(
@@ -100,6 +106,8 @@ def add(
             selector=selector,
             passage_tokens=limit,
             prompt=prompt,
+            refine_steps=refine,
+            min_fidelity=min_fidelity,
         ) as memory:
             try:
                 load_model(out, memory)
@@ -172,8 +180,15 @@ def _add(out: Output, memory: KVMemory, read: ReadResult | None, *, stale: bool)
         n_kept=report.n_kept + fresh.n_kept,
         cache_bytes=report.cache_bytes + fresh.cache_bytes,
         full_kv_bytes=report.full_kv_bytes + fresh.full_kv_bytes,
+        n_refined=report.n_refined + fresh.n_refined,
+        fidelity=_mean_fidelity(report, fresh),
         elapsed_s=report.elapsed_s + fresh.elapsed_s,
     )
+
+
+def _mean_fidelity(*reports: AddReport) -> float | None:
+    measured = [(report.n_refined, report.fidelity) for report in reports if report.fidelity is not None]
+    return sum(n * fidelity for n, fidelity in measured) / sum(n for n, _ in measured) if measured else None
 
 
 def print_report(out: Output, report: AddReport) -> None:
@@ -200,6 +215,8 @@ def print_report(out: Output, report: AddReport) -> None:
             ("Full KV", size_text(report.full_kv_bytes)),
             ("Distilled", f"{size_text(report.cache_bytes)}, {factor_text(report.full_kv_bytes, report.cache_bytes)}"),
         ]
+    if report.fidelity is not None:
+        rows.append(("Refined", f"{report.n_refined:,} passages, KL to the full cache {report.fidelity:.3f} nats"))
     out.table(("", ""), rows)
 
 

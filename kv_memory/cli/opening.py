@@ -40,6 +40,8 @@ def open_memory(
     selector: str | None = None,
     passage_tokens: int | Literal["auto"] | None = "auto",
     prompt: str | None = None,
+    refine_steps: int | None = None,
+    min_fidelity: float | None = None,
 ) -> KVMemory:
     """Open a store, or make one; settings and errors as in `KVMemory.open`.
 
@@ -60,6 +62,8 @@ def open_memory(
             selector=cast("SelectorName | None", selector),  # checked there, with an error that names the choices
             passage_tokens=passage_tokens,
             prompt=cast("PromptName | None", prompt),
+            refine_steps=refine_steps,
+            min_fidelity=min_fidelity,
             load_model=create,
         )
 

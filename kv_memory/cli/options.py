@@ -18,9 +18,11 @@ __all__ = [
     "JsonOption",
     "KeepRatioOption",
     "MaxNewTokensOption",
+    "MinFidelityOption",
     "ModelOption",
     "PassageTokensOption",
     "PromptOption",
+    "RefineOption",
     "SeedOption",
     "SelectorOption",
     "StopOption",
@@ -52,7 +54,10 @@ ModelOption = Annotated[
 AdapterOption = Annotated[
     str | None,
     typer.Option(
-        "--adapter", metavar="FOLDER", help="A trained adapter of that model.  [default: the store's; at first none]"
+        "--adapter",
+        metavar="FOLDER",
+        help="A trained adapter of that model, or 'none'.  [default: the store's; at first 'shipped' for the embedded "
+        "model, none for others]",
     ),
 ]
 KeepRatioOption = Annotated[
@@ -60,8 +65,7 @@ KeepRatioOption = Annotated[
     typer.Option(
         "--keep-ratio",
         metavar="SHARE",
-        help="Share of the tokens kept, in (0, 1].  [default: the store's; at first 0.5 for the embedded model, 0.25 "
-        "for others]",
+        help="Share of the tokens kept, in (0, 1].  [default: the store's; at first 0.25]",
     ),
 ]
 SelectorOption = Annotated[
@@ -69,8 +73,26 @@ SelectorOption = Annotated[
     typer.Option(
         "--selector",
         metavar="NAME",
-        help="What chooses tokens where there is no adapter: reconstruction, attention (quicker) or sink_recent.  "
-        "[default: the store's; at first reconstruction]",
+        help="Choose tokens without an adapter: reconstruction, attention (quicker) or sink_recent.  [default: "
+        "the store's; at first reconstruction where there is no adapter]",
+    ),
+]
+RefineOption = Annotated[
+    int | None,
+    typer.Option(
+        "--refine",
+        metavar="STEPS",
+        help="Refine every passage's cache by so many gradient steps, e.g. 16: closer to the full cache, for dozens to "
+        "hundreds of times the work; 0 for none.  [default: the store's; at first 0]",
+    ),
+]
+MinFidelityOption = Annotated[
+    float | None,
+    typer.Option(
+        "--min-fidelity",
+        metavar="KL",
+        help="Refine on until the KL to the full cache on held-out probes is at most this, in nats, or 64 steps are "
+        "done.  [default: the store's; at first no aim]",
     ),
 ]
 PassageTokensOption = Annotated[

@@ -62,8 +62,9 @@ def _print(out: Output, record: DocumentRecord, caches: list[CacheInfo]) -> None
             cache.method,
             cache.dtype,
             size_text(cache.size_bytes),
+            "-" if cache.fidelity is None else f"{cache.fidelity:.3f} after {cache.refined_steps} steps",
         )
         for cache in caches
     ]
-    columns = ("Passage", "Keep ratio", "Kept", "Method", "Type", "Size")
+    columns = ("Passage", "Keep ratio", "Kept", "Method", "Type", "Size", "Held-out KL")
     out.table(columns, cells, right=("Passage", "Keep ratio", "Kept", "Size"))

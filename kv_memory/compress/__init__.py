@@ -2,6 +2,7 @@
 
 from kv_memory.compress.adapter import Adapter, AdapterConfig
 from kv_memory.compress.compressor import Compressor
+from kv_memory.compress.refine import RefineSettings, refine_batch
 from kv_memory.compress.selectors import ObservedAttention, Reconstruction, Selector, SinkRecent
 
 __all__ = [
@@ -10,6 +11,8 @@ __all__ = [
     "Compressor",
     "ObservedAttention",
     "Reconstruction",
+    "RefineSettings",
     "Selector",
     "SinkRecent",
+    "refine_batch",
 ]

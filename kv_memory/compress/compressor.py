@@ -10,15 +10,17 @@ from typing import NamedTuple
 
 import torch
 
-from kv_memory.attention import ForwardContext, PositionedCache
+from kv_memory.attention import ForwardContext
 from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.reading import choose, read_documents
+from kv_memory.compress.refine import RefineSettings, refine_batch
 from kv_memory.compress.selectors import Selector, make_selector
 from kv_memory.config import SelectorName, check_keep_ratio, n_kept_for
 from kv_memory.errors import ConfigError, EmptyDocumentError
 from kv_memory.fingerprint import Fingerprint
+from kv_memory.positioned import PositionedCache
 
 __all__ = ["Compressor", "Span"]
 
@@ -36,6 +38,8 @@ class Compressor:
         selector: A training-free selector or its name. Not used with an adapter.
         adapter: Attached to the same backbone.
         routed: False uses the adapter's selection without its LoRA, to see what each is worth.
+        refine: How the kept entries of each document are refined (see `refine_batch`), offline and for as long as a
+            few dozen to a few hundred prefills; None to keep them as they were read.
         window_tokens: Longest stretch read at once, in tokens; as much as the context window holds if None. Longer
             documents are read window by window behind the same prefix, and joined.
 
@@ -50,6 +54,7 @@ class Compressor:
         selector: SelectorName | Selector = "reconstruction",
         adapter: Adapter | None = None,
         routed: bool = True,
+        refine: RefineSettings | None = None,
         window_tokens: int | None = None,
     ) -> None:
         if adapter is not None and adapter.backbone is not backbone:
@@ -57,8 +62,10 @@ class Compressor:
         self.backbone = backbone
         self.adapter = adapter
         self.routed = routed
+        self.refine = refine
         self.selector: Selector = make_selector(selector) if isinstance(selector, str) else selector
         extra = 0 if adapter is not None else self.selector.extra_tokens
+        extra = extra if refine is None else max(extra, refine.extra_tokens)
         most = backbone.context_window - len(backbone.prefix_ids) - extra
         if most < 1:  # a tiny context window: ask in smaller parts, or not at all
             raise ConfigError(
@@ -76,7 +83,7 @@ class Compressor:
 
     def fingerprint(self, *, keep_spans: str = "") -> Fingerprint:
         """The fingerprint of the caches this compressor makes."""
-        window = f"window:{self.window_tokens}"
+        window = f"window:{self.window_tokens}" + ("" if self.refine is None else f"|{self.refine.name}")
         if self.adapter is None:
             return self.backbone.fingerprint(method=f"{self.selector.name}|{window}", keep_spans=keep_spans)
         return self.backbone.fingerprint(
@@ -120,10 +127,19 @@ class Compressor:
             if not 0 <= start < end <= len(ids):
                 raise ConfigError(f"span ({start}, {end}) does not lie within {len(ids)} tokens", where="keep_spans")
             forced[start:end] = True
+        windows = _windows(len(ids), self.window_tokens)
         parts = [
             self._compress_window(tokens[:, start:end], keep_ratio, forced[start:end], offset=start)
-            for start, end in _windows(len(ids), self.window_tokens)
+            for start, end in windows
         ]
+        steps: list[int] = []
+        fidelities: list[float] = []  # times tokens
+        if self.refine is not None:
+            for index, (start, end) in enumerate(windows):  # apart, as they were read: one at a time holds memory down
+                cache = self._refine_window(parts[index], ids[start:end], keep_ratio, forced[start:end], offset=start)
+                parts[index] = parts[index]._replace(keys=cache.keys, values=cache.values)
+                steps.append(cache.refined_steps)
+                fidelities += [] if cache.fidelity is None else [cache.fidelity * (end - start)]
         kept = _join(parts)
         spans = repr(sorted(map(tuple, keep_spans))) if keep_spans else ""
         return DistilledCache(
@@ -136,7 +152,24 @@ class Compressor:
             fingerprint=replace(
                 self.fingerprint(), keep_spans=hashlib.sha256(spans.encode()).hexdigest() if spans else ""
             ),
+            refined_steps=max(steps, default=0),
+            fidelity=sum(fidelities) / len(ids) if len(fidelities) == len(windows) else None,
         )
+
+    def _refine_window(
+        self, kept: _Kept, ids: Sequence[int], keep_ratio: float, forced: torch.Tensor, *, offset: int
+    ) -> DistilledCache:
+        """A window as a document of its own, refined. What is held out of compression is not moved either."""
+        cache = DistilledCache(
+            keys=kept.keys,
+            values=kept.values,
+            positions=kept.positions - offset,
+            counts=kept.counts,
+            n_tokens=len(ids),
+            keep_ratio=keep_ratio,
+            fingerprint=self.fingerprint(),
+        )
+        return refine_batch(self.backbone, [ids], [cache], settings=self.refine, fixed=[forced])[0]
 
     def _compress_window(self, ids: torch.Tensor, keep_ratio: float, forced: torch.Tensor, *, offset: int) -> _Kept:
         n_tokens, n_forced = ids.shape[1], int(forced.sum())

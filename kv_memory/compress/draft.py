@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kv_memory.attention import NEVER, PositionedCache
 from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
 from kv_memory.compress.rows import RowBatch
+from kv_memory.positioned import NEVER, PositionedCache
 
 __all__ = ["Draft", "Drafts", "side_by_side"]
 
@@ -85,9 +85,7 @@ class Draft:
     def result(self) -> DistilledCache:
         """The cache as it is now, on the device and in the dtype of the one it started from."""
         keys, values = self.moved()
-        free = self._backbone.rope.take_off_flat(
-            keys, self.positions, self.per_layer, n_positions=self._n_positions
-        )
+        free = self._backbone.rope.take_off_flat(keys, self.positions, self.per_layer, n_positions=self._n_positions)
         like = self.cache.keys
         return replace(self.cache, keys=free.to(like).view(like.shape), values=values.to(like).view(like.shape))
 

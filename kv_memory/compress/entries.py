@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kv_memory.attention import NEVER, ForwardContext, PositionedCache
+from kv_memory.attention import ForwardContext
 from kv_memory.backbone import Backbone
+from kv_memory.positioned import NEVER, PositionedCache
 
 __all__ = ["Entries", "gather_entries", "join_entries"]
 

@@ -192,7 +192,7 @@ class _Maker:
         return Row(self._index, tuple(ids), len(ids))
 
     def add_spans(self) -> None:
-        """Spans to repeat and to go on with. Held-out ones share no token with others, if the document is long enough."""
+        """Spans to repeat and to go on with; held-out ones share no token with others if the document is long enough."""
         kinds: tuple[ProbeKind, ...] = ("continuation", "repetition")
         wanted = [(kind, True) for kind in kinds for _ in range(self._n_held_out)]
         wanted += [(kind, False) for kind in kinds for _ in range(self._n[kind])]

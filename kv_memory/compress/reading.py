@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from kv_memory.attention import ForwardContext, PositionedCache
+from kv_memory.attention import ForwardContext
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.early import hidden_after
 from kv_memory.config import Budget
+from kv_memory.positioned import PositionedCache
 
 __all__ = ["Reading", "ReadingDocuments", "choose", "pad", "read_documents"]
 

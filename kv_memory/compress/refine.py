@@ -21,7 +21,7 @@ from kv_memory.cache import DistilledCache
 from kv_memory.compress.divergence import distillation_loss, kl_divergence
 from kv_memory.compress.draft import Draft, Drafts, side_by_side
 from kv_memory.compress.probes import KINDS, Probe, ProbeKind, chance, make_probes, probe_room
-from kv_memory.compress.rows import Row, batch_rows
+from kv_memory.compress.rows import batch_rows
 from kv_memory.compress.teacher import Teacher
 from kv_memory.errors import ConfigError
 
@@ -139,7 +139,8 @@ def refine_batch(
         n_positions = len(backbone.prefix_ids) + len(ids) + settings.extra_tokens
         backbone.check_positions(n_positions, what=f"refining a document of {len(ids):,} tokens")
     refined = list(caches)
-    todo = [index for index, cache in enumerate(caches) if cache.n_kept < cache.n_tokens]
+    all_heads = backbone.num_layers * backbone.num_kv_heads * backbone.head_dim
+    todo = [index for index, cache in enumerate(caches) if cache.keys.numel() < all_heads * cache.n_tokens]
     # Where frequencies depend on the length of the sequence, a short document beside a long one would be read with the
     # long one's.
     for group in [[index] for index in todo] if backbone.rope.varies else _groups(backbone, documents, todo, settings):
@@ -182,7 +183,7 @@ class _Progress:
         self.best: tuple[float, int, list[torch.Tensor]] = (math.inf, 0, [])
         self.looks_without_gain = 0
         self.stopped = False
-        self.optimizer: torch.optim.Adam | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
         self._draw = draw
         self._queue: list[_Asked] = []
 
@@ -277,7 +278,7 @@ class _Run:
         settings = self._settings
         for progress in active:
             progress.looks_without_gain, progress.stopped = 0, False
-            progress.optimizer = torch.optim.Adam(progress.draft.moves, lr=lr)
+            progress.optimizer = self._optimizer(progress.draft, lr)
         for step in range(n_steps):
             moving = [progress for progress in active if not progress.stopped]
             if not moving:
@@ -299,6 +300,9 @@ class _Run:
                     progress.stopped |= progress.looks_without_gain >= settings.patience
         for progress in active:
             progress.back_to_best()
+
+    def _optimizer(self, draft: Draft, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.Adam(draft.moves, lr=lr)
 
     def _gradients(self, moving: Sequence[_Progress]) -> None:
         """The gradient of one step into the drafts; the loss of a document is the mean over its probes."""

@@ -10,9 +10,10 @@ from typing import Protocol
 
 import torch
 
-from kv_memory.attention import ForwardContext, PositionedCache, attention_probabilities
+from kv_memory.attention import ForwardContext, attention_probabilities
 from kv_memory.backbone import Backbone
 from kv_memory.config import Budget, SelectorName, check_choice
+from kv_memory.positioned import PositionedCache
 
 __all__ = ["ObservedAttention", "Reconstruction", "Selector", "SinkRecent", "make_selector"]
 

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 import torch
 
-from kv_memory.attention import PositionedCache
 from kv_memory.backbone import Backbone
 from kv_memory.compress.entries import Entries, gather_entries
 from kv_memory.compress.reading import pad
 from kv_memory.compress.rows import Row, RowBatch, batch_rows
+from kv_memory.positioned import PositionedCache
 
 __all__ = ["Teacher", "end_ids"]
 

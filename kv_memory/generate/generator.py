@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from kv_memory.attention import PositionedCache
 from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
 from kv_memory.config import DecodeSettings, Layout
 from kv_memory.generate.compose import compose
 from kv_memory.generate.sampling import Sampler
 from kv_memory.generate.text import FinishReason, TextStream
+from kv_memory.positioned import PositionedCache
 
 __all__ = ["Generation", "Generator", "Run", "iterate_in_thread"]
 

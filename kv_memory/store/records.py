@@ -131,6 +131,7 @@ class CacheInfo:
         size_bytes: Of the blob.
         blob_key: The blob's name, which is the SHA-256 hex digest of its bytes.
         fidelity: Last held-out probe KL in nats, lower is better; None if it was not measured.
+        refined_steps: Gradient steps of refinement behind it.
         pinned: Reserved for quotas; nothing reads it yet.
         created_at: UTC.
         last_used_at: UTC; written with a delay, see `Store.get`.
@@ -147,6 +148,7 @@ class CacheInfo:
     size_bytes: int
     blob_key: str
     fidelity: float | None
+    refined_steps: int
     pinned: bool
     created_at: datetime
     last_used_at: datetime | None

@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 # The newest migration. Written here, so that opening a store at head need not import Alembic; a test holds it true.
-SCHEMA_HEAD = "0001"
+SCHEMA_HEAD = "0002"
 
 
 def utc_now() -> datetime:
@@ -134,6 +134,7 @@ class CacheRow(Base):
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     blob_key: Mapped[str] = mapped_column(String(64), index=True)
     fidelity: Mapped[float | None]
+    refined_steps: Mapped[int] = mapped_column(default=0)
     pinned: Mapped[bool] = mapped_column(default=False)
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     last_used_at: Mapped[datetime | None]

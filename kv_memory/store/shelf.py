@@ -91,7 +91,8 @@ class Shelf:
                     dtype=cache.fingerprint.dtype,
                     size_bytes=len(data),
                     blob_key=key,
-                    fidelity=fidelity,
+                    fidelity=cache.fidelity if fidelity is None else fidelity,
+                    refined_steps=cache.refined_steps,
                 )
                 session.add(row)
                 session.flush()

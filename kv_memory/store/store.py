@@ -236,7 +236,7 @@ class Store:
         Args:
             text_sha256: SHA-256 hex digest of the UTF-8 text it was made from.
             cache: What to store.
-            fidelity: Last held-out probe KL in nats.
+            fidelity: Last held-out probe KL in nats; the cache's own if None.
 
         Raises:
             StoreFullError: No space left; nothing of this cache is kept, everything else is untouched.

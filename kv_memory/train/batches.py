@@ -81,8 +81,16 @@ class Batches:
         room = backbone.context_window - len(backbone.prefix_ids) - 2 * (settings.answer_tokens + 128)
         self._most = min(settings.max_tokens, room)
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, counted from 0."""
+    def batch(self, step: int, *, tries: int = 50) -> Batch:
+        """The batch of a step, counted from 0.
+
+        Args:
+            step: Which.
+            tries: How many other steps' documents to look at where nothing can be asked about these.
+
+        Raises:
+            DatasetError: There is nothing to ask about any of them.
+        """
         settings = self._settings
         rng = random.Random(f"{settings.seed}:{step}")
         ratio = math.exp(rng.uniform(math.log(settings.min_ratio), math.log(settings.max_ratio)))
@@ -105,8 +113,13 @@ class Batches:
                 documents.append((*self._before, *ids, *self._after))
                 rows += self._rows(len(groups), ids, questions, rng, share=n_joined)
             groups.append(tuple(group))
-        if not rows:  # only documents too short to ask anything about
-            return self.batch(step + 1_000_003)
+        if not rows and tries == 0:
+            raise DatasetError(
+                "nothing can follow these documents: no questions, and too short for a span",
+                next_step="Train on longer documents, or on examples with questions.",
+            )
+        if not rows:  # only documents too short to ask anything about: those of another step
+            return self.batch(step + 1_000_003, tries=tries - 1)
         return Batch(documents=tuple(documents), groups=tuple(groups), rows=tuple(rows), keep_ratio=ratio)
 
     def _example(self, number: int) -> Example:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from kv_memory.backbone import Backbone
+from kv_memory.embedded import EMBEDDED
 from kv_memory.train.run import TrainReport
 from kv_memory.train.settings import TrainSettings
 
@@ -35,15 +36,16 @@ def write_card(
         begun_from: The adapter it was trained on from, if any.
     """
     path = report.adapter / "README.md"
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct" if backbone.name == EMBEDDED else backbone.name
     settings = report.settings
     lines = [
         "---",
-        f"base_model: {backbone.name}",
+        f"base_model: {name}",
         "library_name: peft",
         "tags: [kv-memory, kv-distill, kv-cache]",
         "---",
         "",
-        f"# KV-Distill adapter for {backbone.name}",
+        f"# KV-Distill adapter for {name}",
         "",
         "A scorer and a LoRA with which kv-memory compresses the key-value cache of a document, after KV-Distill "
         "(Chari, Qin, Van Durme, arXiv 2503.10337). The model that answers stays as it is. To use it: "
@@ -51,9 +53,9 @@ def write_card(
         "",
         "## Training",
         "",
-        f"- Model: {backbone.name}, weights `{backbone.weights_sha256[:16]}`, {_dtype(backbone.dtype)}",
+        f"- Model: {name}, weights `{backbone.weights_sha256[:16]}`, {_dtype(backbone.dtype)}",
         *([f"- Begun from: {begun_from}"] if begun_from else []),
-        f"- Data: {report.n_examples:,} examples: {'; '.join(_data_line(name, licence) for name, licence in data)}",
+        f"- Data: {report.n_examples:,} examples: {'; '.join(_data_line(known, licence) for known, licence in data)}",
         f"- Steps: {report.best_step:,} of {report.n_steps:,} ({settings.warmup_steps:,} of warm-up), "
         f"{report.n_tokens:,} tokens read",
         f"- Time: {_time(report.elapsed_s)} on {machine(backbone)}",
@@ -69,7 +71,7 @@ def write_card(
         "",
         "## Limits",
         "",
-        f"- It fits these weights of {backbone.name} only; for others it is refused.",
+        f"- It fits these weights of {name} only; for others it is refused.",
         f"- Trained on documents of up to {settings.max_tokens:,} tokens and keep ratios of {settings.min_ratio:g} to "
         f"{settings.max_ratio:g}; outside of that it was not tried.",
         "- What is compressed away is gone: names and numbers that nobody asked about may be lost first. Compare with "

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kv_memory.attention import PositionedCache
 from kv_memory.backbone import Backbone
 from kv_memory.compress.routing import current_mask, routed_with
+from kv_memory.positioned import PositionedCache
 
 __all__ = ["checkpointing"]
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from kv_memory.attention import NEVER, ForwardContext, attention_probabilities
+from kv_memory.attention import ForwardContext, attention_probabilities
 from kv_memory.backbone import Backbone
 from kv_memory.compress.entries import Entries
 from kv_memory.compress.reading import pad
 from kv_memory.config import Budget
+from kv_memory.positioned import NEVER
 
 __all__ = ["Asked", "received_attention", "repetition", "scorer_loss"]
 

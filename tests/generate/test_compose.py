@@ -11,13 +11,14 @@ import torch
 
 from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
-from kv_memory.compress import Compressor
+from kv_memory.compress import Compressor, Reconstruction
 from kv_memory.config import DecodeSettings
 from kv_memory.errors import ConfigError, ContextWindowError, FingerprintMismatchError
 from kv_memory.generate import Generator, compose
+from kv_memory.positioned import NEVER
 from kv_memory.prompts import PromptForm
 from tests.conftest import SHORT_FORM, make_backbone, make_model, make_tokenizer
-from tests.reference import assert_close, letters, recorded_inputs, shared_backbone
+from tests.reference import assert_close, by_head, letters, recorded_inputs, shared_backbone
 
 NAMES = ["llama", "gemma3", "phi3_longrope"]
 N_PREFIX = 11
@@ -84,6 +85,64 @@ def test_shared_and_per_head_positions_may_be_mixed(backbone: Any) -> None:
     assert torch.equal(
         made.composed_positions[..., N_PREFIX + 10 :] - N_PREFIX - 40, caches[1].positions.expand(4, 2, -1)
     )
+
+
+@pytest.mark.parametrize("layout", ["source", "packed"])
+@pytest.mark.parametrize("name", [*NAMES, "mistral", "gemma2"])
+def test_heads_that_keep_different_numbers(name: str, layout: Any) -> None:
+    """Ragged caches beside one with a number for all: every head sees its own entries and nothing else."""
+    backbone = shared_backbone(name)
+    ragged = distilled(backbone, selector=Reconstruction(part_tokens=32), n=2)
+    caches = [ragged[0], *distilled(backbone, selector="attention", n=1), ragged[1]]
+    assert [cache.counts is not None for cache in caches] == [True, False, True]
+    made = compose(backbone, caches, layout=layout, n_question=7, batch_size=2)
+    spans = [40, 40, 40] if layout == "source" else [ragged[0].span, 10, ragged[1].span]
+    prefix = backbone.prefix_for(N_PREFIX + sum(spans) + 7)
+    assert made.next_positions.tolist() == [N_PREFIX + sum(spans)] * 2
+    for layer in range(4):
+        keys, values = made.layer(layer)
+        where = made.key_positions(layer)
+        for head in range(2):
+            real = where[0, head] != NEVER
+            expected, turned, kept = [torch.arange(N_PREFIX)], [prefix.keys[layer, head]], []
+            for index, cache in enumerate(caches):
+                positions, free, value = by_head(cache)[layer][head]
+                if layout == "packed":
+                    positions = torch.arange(cache.span - len(positions), cache.span)
+                positions = positions + N_PREFIX + sum(spans[:index])
+                whole = torch.zeros(4, 2, len(free), free.shape[1])
+                whole[layer, head] = free
+                on = backbone.rope.put_on(whole, positions, n_positions=N_PREFIX + sum(spans) + 7)
+                expected.append(positions)
+                turned.append(on[layer, head])
+                kept.append(value)
+            assert where[0, head][real].tolist() == torch.cat(expected).tolist()
+            for row in range(2):
+                torch.testing.assert_close(keys[row, head][real], torch.cat(turned), rtol=1e-5, atol=1e-5)
+                assert torch.equal(values[row, head][real][N_PREFIX:], torch.cat(kept))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "mistral", "gemma2", "qwen2_yarn"])
+def test_padding_is_seen_by_nothing(name: str) -> None:
+    """What lies in the padding of a ragged cache does not matter; what lies in its entries does."""
+    backbone = shared_backbone(name)
+    caches = distilled(backbone, selector=Reconstruction(part_tokens=32), n=2)
+    ids = torch.tensor([backbone.encode("why so?"), backbone.encode("or how?")])
+
+    def logits(spoil: str) -> torch.Tensor:
+        made = compose(backbone, caches, n_question=7, n_new=2, batch_size=2)
+        for layer in range(4):
+            gone = made.key_positions(layer) == NEVER
+            there = gone if spoil == "padding" else ~gone
+            if spoil != "nothing":
+                for tensor in made.layer(layer):
+                    tensor[there] += 3.0
+        with torch.no_grad():
+            backbone.logits(ids, made)
+            return backbone.logits(ids[:, :1], made)  # a decoding step as well
+
+    assert_close(logits("padding"), logits("nothing"))
+    assert (logits("entries") - logits("nothing")).abs().max() > 0.1
 
 
 def test_every_row_of_a_batch_is_the_same(backbone: Any) -> None:

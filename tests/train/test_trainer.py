@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -267,3 +268,29 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint_kept(
     Adapter.load(out / "checkpoints/step-00000006/adapter", make_backbone())
     assert not (out / "adapter").exists()
     assert TrainLog(out / "log.jsonl").records()[-1]["loss"] == "nan"
+
+
+@pytest.mark.slow
+def test_two_processes_go_the_way_of_one_that_accumulates(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from tests.train.tiny_runs import make_trainer\n"
+        "make_trainer(Path(sys.argv[1])).run()\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / "two")],
+            cwd=ROOT,
+            env={**os.environ, **where, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    make_trainer(tmp_path / "one", settings=replace(SETTINGS, accumulate=2)).run()
+    two, one = curve(tmp_path / "two"), curve(tmp_path / "one")
+    assert [s["n_tokens"] for s in two] == [s["n_tokens"] for s in one] and close(two, one)

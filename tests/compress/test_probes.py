@@ -1,0 +1,121 @@
+"""Probes come from the document alone, in several kinds, and those held out are held out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from kv_memory.backbone import Backbone
+from kv_memory.compress.probes import KINDS, Probe, make_probes, probe_room
+from kv_memory.compress.teacher import Teacher
+from kv_memory.prompts import PromptForm
+from tests.conftest import SHORT_FORM, make_model, make_tokenizer
+from tests.reference import letters, shared_backbone
+
+TEXTS = [letters(300, seed=1), letters(120, seed=2)]
+
+
+def make(backbone: Any, texts: list[str], *, n_probes: int = 12, seed: int = 0, **options: Any) -> list[list[Probe]]:
+    ids = [backbone.encode(text) for text in texts]
+    teacher = Teacher(backbone, ids, room=probe_room(32), max_entries=10_000)
+    chosen = {"n_held_out": 1, "probe_tokens": 32, "temperature": 0.7, **options}
+    return make_probes(backbone, teacher, ids, n_probes=n_probes, seed=seed, **chosen)
+
+
+def counted(probes: list[Probe], *, held_out: bool) -> dict[str, int]:
+    return dict(Counter(probe.kind for probe in probes if probe.held_out == held_out))
+
+
+@pytest.fixture(scope="module")
+def probes() -> list[list[Probe]]:
+    return make(shared_backbone("llama"), TEXTS, n_held_out=2)
+
+
+def test_every_kind_is_practised_and_held_out(probes: list[list[Probe]]) -> None:
+    for own in probes:
+        assert counted(own, held_out=True) == dict.fromkeys(KINDS, 2)
+        assert counted(own, held_out=False) == {"question": 6, "statement": 2, "continuation": 2, "repetition": 2}
+
+
+def test_rows_say_what_is_wanted_of_them(probes: list[list[Probe]]) -> None:
+    backbone = shared_backbone("llama")
+    decode = backbone.tokenizer.decode
+    for index, own in enumerate(probes):
+        for probe in own:
+            row = probe.row
+            assert row.document == index and 1 <= row.n_given < len(row.ids) <= probe_room(32)
+            given, wanted = decode(row.ids[: row.n_given]), decode(row.ids[row.n_given :])
+            if probe.kind == "question":
+                assert given.startswith("Q: ") and given.endswith("\nA:")
+            elif probe.kind == "statement":
+                assert given.endswith("\nA: The text says that")
+            else:  # a span of the document, found by its first words
+                assert given[-8:] + wanted in TEXTS[index]
+                assert given[:-8].endswith("Doc: " if probe.kind == "continuation" else "\nA:")
+
+
+def test_held_out_spans_share_no_token_with_others(probes: list[list[Probe]]) -> None:
+    backbone = shared_backbone("llama")
+    spans: dict[bool, set[int]] = {True: set(), False: set()}
+    for probe in probes[0]:
+        if probe.kind in {"continuation", "repetition"}:
+            text = backbone.tokenizer.decode(probe.row.ids[probe.row.n_given - 8 :])
+            start = TEXTS[0].index(text)
+            spans[probe.held_out] |= set(range(start, start + len(text)))
+    assert len(spans[True]) > 90 and not spans[True] & spans[False]
+
+
+def test_no_question_is_asked_twice(probes: list[list[Probe]]) -> None:
+    for own in probes:
+        asked = [probe.row.ids[: probe.row.n_given] for probe in own if probe.kind == "question"]
+        assert len(set(asked)) == len(asked)
+
+
+def test_they_depend_on_the_seed_and_the_document_alone(probes: list[list[Probe]]) -> None:
+    backbone = shared_backbone("llama")
+    assert make(backbone, TEXTS, n_held_out=2) == probes
+    other = make(backbone, TEXTS, n_held_out=2, seed=1)
+    alone = make(backbone, TEXTS[:1], n_held_out=2)[0]
+    assert alone == probes[0]
+    assert {probe.row.ids for probe in other[0]}.isdisjoint({probe.row.ids for probe in alone if probe.held_out})
+
+
+def test_a_document_of_a_few_tokens_has_probes_too() -> None:
+    (own,) = make(shared_backbone("llama"), ["ab c"])
+    assert counted(own, held_out=True) == dict.fromkeys(KINDS, 1)
+
+
+def test_a_chat_form_is_asked_in_its_own_way() -> None:
+    form = {**SHORT_FORM, "question_before": "", "question_after": "</s>model:"}
+    backbone = Backbone(make_model("llama"), make_tokenizer(), prompt=PromptForm(**form))
+    (own,) = make(backbone, TEXTS[:1])
+    assert counted(own, held_out=True) == dict.fromkeys(KINDS, 1)
+    questions = [probe.row for probe in own if probe.kind == "question"]
+    for row in questions:
+        assert backbone.tokenizer.decode(row.ids[: row.n_given]).endswith("</s>model:")
+    begun = [backbone.tokenizer.decode(row.ids).startswith(("What", "Who", "When", "Where")) for row in questions]
+    assert sum(begun) >= len(begun) // 3
+
+
+def test_a_question_of_the_worked_examples_is_left_out() -> None:
+    def asked(prefix: str) -> set[str]:
+        form = PromptForm(**{**SHORT_FORM, "prefix": prefix})
+        backbone = Backbone(make_model("llama"), make_tokenizer(), prompt=form)
+        (own,) = make(backbone, TEXTS[:1], temperature=0)
+        rows = [probe.row for probe in own if probe.kind == "question"]
+        return {backbone.tokenizer.decode(row.ids[3 : row.n_given - 3]).strip() for row in rows}
+
+    found = asked("Read this. ")
+    assert found
+    from kv_memory.compress.probes import _Maker
+    from kv_memory.compress.rows import Row
+
+    backbone = shared_backbone("llama")
+    maker = _Maker(backbone, 0, backbone.encode(TEXTS[0]), 12, 1, 32, 0)
+    opening = Row(0, tuple(backbone.encode("Q:")), 2)
+    maker.take_question(opening, backbone.encode(" Read this."))
+    maker.take_question(opening, backbone.encode(" What is it?"))
+    maker.take_question(opening, backbone.encode(" What is it?"))
+    assert [backbone.tokenizer.decode(row.ids) for row in maker.question_rows()] == ["Q: What is it?\nA:"]
