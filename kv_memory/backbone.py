@@ -22,7 +22,7 @@ from kv_memory.fingerprint import FORMAT_VERSION, Fingerprint
 from kv_memory.loading import best_device, best_dtype, hash_parameters, hash_tokenizer, load_model
 from kv_memory.positioned import NEVER, PositionedCache
 from kv_memory.prefix import Prefix
-from kv_memory.prompts import PASSAGE, PromptForm, PromptName, chat_form
+from kv_memory.prompts import PromptForm, PromptName, choose_form
 from kv_memory.rope import Rope
 
 __all__ = ["SUPPORTED", "Backbone"]
@@ -95,7 +95,7 @@ class Backbone:
             lock=self.lock,
         )
         model.set_attn_implementation(ATTENTION)
-        self.prompt = self._choose_prompt(prompt)
+        self.prompt = choose_form(prompt, tokenizer)
         self._prefix: Prefix | None = None
 
     @classmethod
@@ -146,13 +146,6 @@ class Backbone:
     def kv_bytes_per_token(self) -> int:
         """Bytes one token takes in an uncompressed cache."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-
-    def _choose_prompt(self, prompt: PromptName | PromptForm) -> PromptForm:
-        if isinstance(prompt, PromptForm):
-            return prompt
-        if prompt == "passage" or (prompt == "auto" and not getattr(self.tokenizer, "chat_template", None)):
-            return PASSAGE
-        return chat_form(self.tokenizer)
 
     # -- fingerprint ---------------------------------------------------------------------------------------------
 
@@ -304,11 +297,7 @@ class Backbone:
         return cache
 
     def check_positions(self, n_positions: int, *, what: str) -> None:
-        """Raise unless the model can address `n_positions`.
-
-        Raises:
-            ContextWindowError: It cannot.
-        """
+        """Raise `ContextWindowError` unless the model can address `n_positions`."""
         if n_positions > self.context_window:
             raise ContextWindowError(
                 f"{what} needs {n_positions:,} positions, the model has {self.context_window:,}",
@@ -335,8 +324,7 @@ class Backbone:
         Returns:
             `(batch, n, hidden_size)`, what the language model head would see.
         """
-        hidden: torch.Tensor = self._forward(self.decoder, ids, cache, lengths=lengths, context=context)[0]
-        return hidden
+        return self._forward(self.decoder, ids, cache, lengths=lengths, context=context)[0]  # type: ignore[no-any-return]
 
     def logits(
         self,

@@ -13,11 +13,11 @@ from types import TracebackType
 from typing import Literal, Self
 
 from kv_memory.answers import Answer, AnswerStream, Asker, ReadFrom
+from kv_memory.assembly import load_backbone, load_compressor
 from kv_memory.backbone import Backbone
-from kv_memory.compress import Adapter, Compressor, RefineSettings
+from kv_memory.compress import Compressor
 from kv_memory.config import DecodeSettings, DtypeName, Layout, SelectorName, check_choice
 from kv_memory.documents import DocumentLike, read_documents
-from kv_memory.embedded import adapter_folder
 from kv_memory.errors import CorruptCacheError, StoreFullError
 from kv_memory.generate import iterate_in_thread
 from kv_memory.intake import AddProgress, AddReport, Intake
@@ -138,8 +138,8 @@ class KVMemory:
         if load_model and create and not Path(path).exists():
             # What is wrong with model or adapter must not leave an empty store behind.
             settings = resolve_settings(given, {})
-            backbone = backbone or _load_backbone(settings, dtype=dtype, device=device, prompt_form=form)
-            compressor = _load_compressor(settings, backbone)
+            backbone = backbone or load_backbone(settings, dtype=dtype, device=device, prompt_form=form)
+            compressor = load_compressor(settings, backbone)
         store = Store.open(path, collection=collection, create=create)
         try:
             settings = resolve_settings(given, store.settings())
@@ -183,7 +183,7 @@ class KVMemory:
         """The model, loaded on first use."""
         with self._lock:
             if self._backbone is None:
-                self._backbone = _load_backbone(
+                self._backbone = load_backbone(
                     self.settings, dtype=self._dtype, device=self._device, prompt_form=self._prompt_form
                 )
             return self._backbone
@@ -205,7 +205,7 @@ class KVMemory:
         """Reads documents; carries the adapter, loaded on first use."""
         with self._lock:
             if self._compressor is None:
-                self._compressor = _load_compressor(self.settings, self.backbone)
+                self._compressor = load_compressor(self.settings, self.backbone)
             if not self._prefix_shared:
                 self._share_prefix(self._compressor.backbone)
             return self._compressor
@@ -396,18 +396,3 @@ class KVMemory:
     def gc(self) -> GcReport:
         """Delete what nothing refers to any more."""
         return self.store.gc()
-
-
-def _load_backbone(
-    settings: MemorySettings, *, dtype: DtypeName, device: str, prompt_form: PromptForm | None
-) -> Backbone:
-    return Backbone.load(settings.model, dtype=dtype, device=device, prompt=prompt_form or settings.prompt)
-
-
-def _load_compressor(settings: MemorySettings, backbone: Backbone) -> Compressor:
-    adapter = None if settings.adapter is None else Adapter.load(adapter_folder(settings.adapter), backbone)
-    refine = None
-    if settings.refine_steps:
-        most = max(settings.refine_steps, RefineSettings().max_steps)
-        refine = RefineSettings(steps=settings.refine_steps, min_fidelity=settings.min_fidelity, max_steps=most)
-    return Compressor(backbone, selector=settings.selector, adapter=adapter, refine=refine)

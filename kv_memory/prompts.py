@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from kv_memory.errors import ConfigError
 
-__all__ = ["DEFAULT_SYSTEM_PROMPT", "PASSAGE", "PromptForm", "PromptName", "chat_form"]
+__all__ = ["DEFAULT_SYSTEM_PROMPT", "PASSAGE", "PromptForm", "PromptName", "chat_form", "choose_form"]
 
 PromptName = Literal["auto", "chat", "passage"]
 DEFAULT_SYSTEM_PROMPT = "Answer the question from the documents. If they do not hold the answer, say so."
@@ -86,6 +86,19 @@ PASSAGE = PromptForm(
     question_after="\nAnswer:",
     stop=("\n",),
 )
+
+
+def choose_form(prompt: PromptName | PromptForm, tokenizer: Any) -> PromptForm:
+    """A form as it is, or the one of a name: `auto` is the model's chat template where it has one.
+
+    Raises:
+        ConfigError: See `chat_form`.
+    """
+    if isinstance(prompt, PromptForm):
+        return prompt
+    if prompt == "passage" or (prompt == "auto" and not getattr(tokenizer, "chat_template", None)):
+        return PASSAGE
+    return chat_form(tokenizer)
 
 
 def chat_form(tokenizer: Any, *, system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> PromptForm:

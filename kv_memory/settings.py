@@ -39,7 +39,7 @@ class MemorySettings:
 
     model: str = EMBEDDED
     adapter: str | None = None
-    keep_ratio: float = 0.5
+    keep_ratio: float = 0.25
     selector: SelectorName = "reconstruction"
     passage_tokens: int | None = 256
     prompt: PromptName = "auto"

@@ -37,6 +37,7 @@ _BELOW_MEMORY = {
     "retrieve",
     "settings",
     "answers",
+    "assembly",
     "intake",
 }
 MAY_IMPORT: dict[str, set[str]] = {
@@ -62,6 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "words": {"errors", "config"},
     "retrieve": {"errors", "config", "words"},
     "settings": {"errors", "config", "embedded", "prompts"},
+    "assembly": {*_TENSORS, "embedded", "backbone", "compress", "settings"},
     "answers": {*_TENSORS, *_STORE, "compress", "generate", "retrieve", "store"},
     "intake": {*_TENSORS, *_STORE, "backbone", "compress", "documents", "store"},
     "memory": _BELOW_MEMORY,

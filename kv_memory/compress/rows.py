@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +55,12 @@ class RowBatch:
 
 
 def batch_rows(
-    rows: Sequence[Row], *, at_once: int, device: torch.device | str, max_tokens: int = MAX_ROW_TOKENS
+    rows: Sequence[Row],
+    *,
+    at_once: int,
+    device: torch.device | str,
+    max_tokens: int = MAX_ROW_TOKENS,
+    kind: Callable[[Row], Hashable] | None = None,
 ) -> list[RowBatch]:
     """Rows in batches of similar length, so that little of what is computed is padding.
 
@@ -64,6 +69,7 @@ def batch_rows(
         at_once: Most rows of a batch.
         device: Of the tensors.
         max_tokens: Most tokens of a batch, padding included; a single row may be longer.
+        kind: Rows of different kinds do not share a batch; those of a kind follow each other in order of length.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(rows)), key=lambda i: len(rows[i].ids)):
@@ -74,6 +80,7 @@ def batch_rows(
             or len(last) == at_once
             or n * (len(last) + 1) > max_tokens
             or n > UNEVEN * len(rows[last[0]].ids)
+            or (kind is not None and kind(rows[index]) != kind(rows[last[0]]))
         ):
             batches.append([])
         batches[-1].append(index)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -44,6 +44,7 @@ class Teacher:
         cache = backbone.prefixed_cache(ids.shape[1], room=room if alone else 0, batch_size=n)
         backbone.read(ids, cache, lengths=lengths if n > 1 else None)
         self._cache = cache
+        self._ends = (lengths + len(backbone.prefix_ids)).tolist()
         self._entries: Entries | None = None if alone else gather_entries(backbone, cache, lengths)
 
     @contextmanager
@@ -59,7 +60,14 @@ class Teacher:
             self._cache.rewind(self._cache.appended_positions.shape[1] - before)
 
     def _batches(self, rows: Sequence[Row]) -> list[RowBatch]:
-        return batch_rows(rows, at_once=self._at_once, device=self._backbone.device)
+        rope = self._backbone.rope
+
+        def regime(row: Row) -> Hashable:  # padding would lengthen a row into other frequencies
+            return rope.regime(self._ends[row.document] + len(row.ids))
+
+        return batch_rows(
+            rows, at_once=self._at_once, device=self._backbone.device, kind=regime if rope.varies else None
+        )
 
     @torch.no_grad()
     def logits(self, rows: Sequence[Row]) -> list[torch.Tensor]:

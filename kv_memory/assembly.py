@@ -1,0 +1,29 @@
+"""From a store's settings to what they name: the model, and the compressor with its adapter."""
+
+from __future__ import annotations
+
+from kv_memory.backbone import Backbone
+from kv_memory.compress import Adapter, Compressor, RefineSettings
+from kv_memory.config import DtypeName
+from kv_memory.embedded import adapter_folder
+from kv_memory.prompts import PromptForm
+from kv_memory.settings import MemorySettings
+
+__all__ = ["load_backbone", "load_compressor"]
+
+
+def load_backbone(
+    settings: MemorySettings, *, dtype: DtypeName, device: str, prompt_form: PromptForm | None
+) -> Backbone:
+    """The model of a store's settings. Errors as in `Backbone.load`."""
+    return Backbone.load(settings.model, dtype=dtype, device=device, prompt=prompt_form or settings.prompt)
+
+
+def load_compressor(settings: MemorySettings, backbone: Backbone) -> Compressor:
+    """What reads documents under a store's settings. Errors as in `Adapter.load`."""
+    adapter = None if settings.adapter is None else Adapter.load(adapter_folder(settings.adapter), backbone)
+    refine = None
+    if settings.refine_steps:
+        most = max(settings.refine_steps, RefineSettings().max_steps)
+        refine = RefineSettings(steps=settings.refine_steps, min_fidelity=settings.min_fidelity, max_steps=most)
+    return Compressor(backbone, selector=settings.selector, adapter=adapter, refine=refine)
