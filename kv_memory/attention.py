@@ -134,7 +134,8 @@ def attention_forward(
 
     new, length = query.shape[2], key.shape[2]
     window = sliding_window if sliding_window is not None and length > 1 else None
-    padded = context.cache is not None and context.cache.n_rows > 1  # perhaps: only batches are
+    # Perhaps: of caches, batches are, and those whose heads hold different numbers of entries.
+    padded = context.cache is not None and (context.cache.n_rows > 1 or context.cache.padded)
     past = length - new
     if softcap is None and window is None and not padded and context.bias is None and past <= new and new > 1:
         # SDPA skips the upper triangle only from the first key on. Queries of nothing in front of ours, thrown away

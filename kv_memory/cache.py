@@ -17,6 +17,7 @@ costs what its tensors cost, and one contiguous read fills it.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -81,6 +82,8 @@ class DistilledCache:
 
     def __post_init__(self) -> None:
         print_ = self.fingerprint
+        if self.refined_steps < 0 or (self.fidelity is not None and not 0 <= self.fidelity < math.inf):
+            raise ConfigError(f"fidelity {self.fidelity} after {self.refined_steps} steps", where="fidelity")
         if self.counts is not None:
             self._check_ragged(self.counts)
             return

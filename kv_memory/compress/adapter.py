@@ -228,6 +228,8 @@ class Adapter:
         """Write the adapter as a PEFT folder with `scorer.safetensors` and `kv_distill.json`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        lora: Any = self.peft_model.peft_config["default"]
+        lora.base_model_name_or_path = self.config.base_model  # PEFT would write where the weights lay
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT looks the base model up on the hub to see if its vocabulary grew
             self.peft_model.save_pretrained(str(folder), save_embedding_layers=False)

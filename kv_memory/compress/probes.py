@@ -17,12 +17,12 @@ from kv_memory.backbone import Backbone
 from kv_memory.compress.rows import Row
 from kv_memory.compress.teacher import Teacher, end_ids
 
-__all__ = ["KINDS", "Probe", "ProbeKind", "chance", "make_probes", "probe_room"]
+__all__ = ["KINDS", "SHARES", "Probe", "ProbeKind", "chance", "make_probes", "probe_room"]
 
 ProbeKind = Literal["question", "statement", "continuation", "repetition"]
 KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
-# Of the probes that are practised. Half are questions: caches are there to be asked.
-_SHARES: dict[ProbeKind, float] = {"question": 0.5, "statement": 1 / 6, "continuation": 1 / 6, "repetition": 1 / 6}
+# Of the probes of a step. Half are questions: caches are there to be asked.
+SHARES: dict[ProbeKind, float] = {"question": 0.5, "statement": 1 / 6, "continuation": 1 / 6, "repetition": 1 / 6}
 _STEMS = ("What", "Who", "When", "Where", "Why", "How", "What did", "")
 _ASK = "Ask one short question that the text above answers."
 _STATE = "What does the text say?"
@@ -77,7 +77,8 @@ def make_probes(
         backbone: The model.
         teacher: Has read the documents.
         documents: Token ids, in their wrappers.
-        n_probes: To practise, for each document.
+        n_probes: To practise, for each document: by `SHARES` questions and statements; spans of either kind as many as
+            cover it, at most this many.
         n_held_out: Of every kind, for each document.
         probe_tokens: Longest span or statement.
         temperature: At which questions and statements are sampled.
@@ -132,9 +133,10 @@ class _Maker:
         self._backbone = backbone
         self._index = index
         self._ids = list(ids)
+        self._n_probes = n_probes
         self._n_held_out = n_held_out
         self._probe_tokens = probe_tokens
-        self._n = {kind: max(1, round(n_probes * _SHARES[kind])) for kind in KINDS}
+        self._n = {kind: max(1, round(n_probes * SHARES[kind])) for kind in KINDS}
         self._questions: list[str] = []
         self.probes: list[Probe] = []
         self.draw = chance(seed, ids, "probes")
@@ -192,25 +194,28 @@ class _Maker:
         return Row(self._index, tuple(ids), len(ids))
 
     def add_spans(self) -> None:
-        """Spans to repeat and to go on with; held-out ones share no token with others if the document is long enough."""
-        kinds: tuple[ProbeKind, ...] = ("continuation", "repetition")
-        wanted = [(kind, True) for kind in kinds for _ in range(self._n_held_out)]
-        wanted += [(kind, False) for kind in kinds for _ in range(self._n[kind])]
-        n = len(self._ids)
-        length = min(n, max(24, min(self._probe_tokens, n // len(wanted))))
-        starts = [round(i * (n - length) / max(1, n // length - 1)) for i in range(max(1, n // length))]
-        self.draw.shuffle(starts)
-        n_held_out = min(2 * self._n_held_out, max(1, len(starts) // 2))
-        pools = {True: starts[:n_held_out], False: starts[n_held_out:] or starts}
-        form, taken = self._backbone.prompt, {True: 0, False: 0}
+        """Spans to repeat and to go on with, which together cover the document: what is not practised is forgotten.
+
+        The cuts of either kind, and those of held-out spans, lie a third of a span apart, so that no span is asked for
+        twice. Held-out spans apart from all others were rejected: refinement then lost what they stood for, and the
+        rule that no kind may get worse kept every start.
+        """
+        form, length = self._backbone.prompt, min(len(self._ids), self._probe_tokens)
         lead: dict[ProbeKind, list[int]] = {
             "continuation": self._backbone.encode(form.document_before),
             "repetition": self._backbone.encode_question(_REPEAT),
         }
-        for kind, held_out in wanted:
-            pool = pools[held_out]
-            start = pool[taken[held_out] % len(pool)]
-            taken[held_out] += 1
-            span = self._ids[start : start + length]
-            given = min(_GIVEN, len(span) // 3)
-            self.add(kind, (*lead[kind], *span), max(1, len(lead[kind]) + given))
+        for shift, kind in enumerate(lead):
+            for start in self._cuts(length, 2 / 3, self._n_held_out) + self._cuts(length, shift / 3, self._n_probes):
+                span = self._ids[start : start + length]
+                given = min(_GIVEN, len(span) // 3)
+                self.add(kind, (*lead[kind], *span), max(1, len(lead[kind]) + given))
+
+    def _cuts(self, length: int, shift: float, most: int) -> list[int]:
+        """Where spans begin that cover the document from `shift` of a span on; at most `most` of them, shuffled."""
+        last = len(self._ids) - length
+        starts = list(range(round(shift * length), last + 1, length)) or [last]
+        if shift < 2 / 3 and starts[-1] < last:
+            starts.append(last)
+        self.draw.shuffle(starts)
+        return starts[:most]

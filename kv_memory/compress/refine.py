@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -20,8 +20,8 @@ from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
 from kv_memory.compress.divergence import distillation_loss, kl_divergence
 from kv_memory.compress.draft import Draft, Drafts, side_by_side
-from kv_memory.compress.probes import KINDS, Probe, ProbeKind, chance, make_probes, probe_room
-from kv_memory.compress.rows import batch_rows
+from kv_memory.compress.probes import KINDS, SHARES, Probe, ProbeKind, chance, make_probes, probe_room
+from kv_memory.compress.rows import Row, RowBatch, batch_rows
 from kv_memory.compress.teacher import Teacher
 from kv_memory.errors import ConfigError
 
@@ -38,8 +38,8 @@ class RefineSettings:
     Attributes:
         steps: Gradient steps, at most; fewer where held-out probes no longer gain.
         lr: Of Adam, in standard deviations of each layer's keys and values; falls linearly to 0.
-        n_probes: Prepared for each document, to practise.
-        probes_per_step: Of these, asked in one step.
+        n_probes: Prepared for each document, to practise; see `make_probes`.
+        probes_per_step: Of these, asked in one step, of every kind.
         n_held_out: Probes of every kind that are never practised and decide what is kept.
         probe_tokens: The longest span or statement.
         forward_weight: λ of the loss, see `distillation_loss`.
@@ -185,16 +185,18 @@ class _Progress:
         self.stopped = False
         self.optimizer: torch.optim.Optimizer | None = None
         self._draw = draw
-        self._queue: list[_Asked] = []
+        self._queues: dict[ProbeKind, list[_Asked]] = {kind: [] for kind in KINDS}
 
     def next_probes(self, n: int) -> list[_Asked]:
-        """The next `n` probes, all of them once before any comes again."""
+        """About `n` probes, of every kind by its share; all of a kind come once before any comes again."""
         chosen: list[_Asked] = []
-        while len(chosen) < min(n, len(self.practised)):
-            if not self._queue:
-                self._queue = [a for a in self.practised if a not in chosen]
-                self._draw.shuffle(self._queue)
-            chosen.append(self._queue.pop())
+        for kind, queue in self._queues.items():
+            own = [asked for asked in self.practised if asked.probe.kind == kind]
+            for _ in range(min(len(own), max(1, round(n * SHARES[kind])))):
+                if not queue:
+                    queue += own
+                    self._draw.shuffle(queue)
+                chosen.append(queue.pop())
         return chosen
 
     def look(self, found: dict[ProbeKind, float], tolerance: float) -> None:
@@ -311,7 +313,7 @@ class _Run:
         drafts = [progress.draft for progress in moving]
         together = side_by_side(self._backbone, drafts, n_positions=self._n_positions)
         rows = [replace(asked.probe.row, document=i) for i, asked in chosen]
-        for batch in batch_rows(rows, at_once=self._at_once(together), device=self._backbone.device):
+        for batch in self._batches(rows, together):
             with torch.enable_grad():
                 graph = together.require_grad()
                 logits = graph.ask(self._backbone, batch)
@@ -333,7 +335,7 @@ class _Run:
         together = side_by_side(self._backbone, [p.draft for p in going], n_positions=self._n_positions)
         rows = [replace(asked.probe.row, document=i) for i, asked in chosen]
         found: dict[int, float] = {}
-        for batch in batch_rows(rows, at_once=self._at_once(together), device=self._backbone.device):
+        for batch in self._batches(rows, together):
             logits = together.ask(self._backbone, batch)
             parts = logits.split([rows[i].n_wanted for i in batch.index])
             for i, part in zip(batch.index, parts, strict=True):
@@ -345,8 +347,14 @@ class _Run:
                     by_kind.setdefault(asked.probe.kind, []).append(found[number])
             progress.look({kind: sum(own) / len(own) for kind, own in by_kind.items()}, self._settings.tolerance)
 
-    def _at_once(self, drafts: Drafts) -> int:
-        return max(1, int(self._settings.max_entries / (drafts.n_entries + self._settings.extra_tokens)))
+    def _batches(self, rows: Sequence[Row], drafts: Drafts) -> list[RowBatch]:
+        at_once = max(1, int(self._settings.max_entries / (drafts.n_entries + self._settings.extra_tokens)))
+        rope, ends = self._backbone.rope, drafts.next_positions.tolist()
+
+        def regime(row: Row) -> Hashable:  # padding would lengthen a row into other frequencies
+            return rope.regime(ends[row.document] + len(row.ids))
+
+        return batch_rows(rows, at_once=at_once, device=self._backbone.device, kind=regime if rope.varies else None)
 
     def _result(self, progress: _Progress) -> DistilledCache:
         fidelity, n_steps, _ = progress.best
@@ -356,5 +364,5 @@ class _Run:
             cache,
             fingerprint=replace(cache.fingerprint, method=method),
             refined_steps=n_steps,
-            fidelity=fidelity,
+            fidelity=max(0.0, fidelity) if math.isfinite(fidelity) else None,  # rounding may go below zero
         )
