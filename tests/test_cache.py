@@ -97,6 +97,14 @@ def test_what_is_written_is_read_bit_for_bit(tmp_path: Path, dtype: str, per_hea
     assert back.to_bytes() == cache.to_bytes()
 
 
+def test_what_refinement_reached_is_in_the_file(tmp_path: Path) -> None:
+    make_cache().save(tmp_path / "plain")
+    replace(make_cache(), refined_steps=12, fidelity=0.25).save(tmp_path / "refined")
+    plain, refined = (DistilledCache.load(tmp_path / name) for name in ("plain", "refined"))
+    assert (plain.refined_steps, plain.fidelity) == (0, None)
+    assert (refined.refined_steps, refined.fidelity) == (12, 0.25)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_may_keep_different_numbers(tmp_path: Path, dtype: str) -> None:
     cache = make_ragged(dtype=dtype)
@@ -248,6 +256,9 @@ HEADERS: dict[str, Any] = {
     "n_tokens_is_text": {"n_tokens": "40"},
     "n_tokens_too_few": {"n_tokens": 5},
     "keep_ratio_zero": {"keep_ratio": 0},
+    "fidelity_is_text": {"fidelity": "0.1"},
+    "fidelity_is_no_number": {"fidelity": float("nan")},
+    "steps_below_zero": {"refined_steps": -1},
     "other_shape": {"fingerprint": {"num_layers": 4}},
     "other_dtype": {"fingerprint": {"dtype": "float16"}},
 }

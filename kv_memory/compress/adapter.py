@@ -243,7 +243,11 @@ class Adapter:
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
         lora: Any = self.peft_model.peft_config["default"]
         digest.update(f"{lora.r}:{lora.lora_alpha}:{lora.use_rslora}".encode())
-        state: dict[str, torch.Tensor] = {**get_peft_model_state_dict(self.peft_model), **self.scorer.state_dict()}
+        state: dict[str, torch.Tensor] = {
+            # Without the option PEFT looks the base model up on the hub, to see if its vocabulary grew.
+            **get_peft_model_state_dict(self.peft_model, save_embedding_layers=False),
+            **self.scorer.state_dict(),
+        }
         for name, tensor in sorted(state.items()):
             digest.update(f"{name}:{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().float().contiguous().numpy().data)

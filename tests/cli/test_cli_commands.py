@@ -92,6 +92,9 @@ def test_stale_compresses_again_under_new_settings(kv: Run, store: Path) -> None
         (["add", "-", "--metadata", "year"], "metadata"),
         (["add", "-", "--encoding", "klingon"], "encoding"),
         (["add", ".", "--id", "x"], "--id"),
+        (["add", "-", "--refine", "-1"], "refine_steps"),
+        (["add", "-", "--min-fidelity", "0"], "min_fidelity"),
+        (["add", "-", "--refine", "0", "--min-fidelity", "0.1"], "min_fidelity"),
         (["ask", "ferry", "--temperature", "-1"], "temperature"),
         (["ask", "ferry", "--max-new-tokens", "0"], "max_new_tokens"),
         (["ask", "ferry", "--top-k", "0"], "top_k"),
@@ -183,6 +186,18 @@ def test_list_and_show(kv: Run, store: Path) -> None:
     assert cache["keep_ratio"] == 0.25 and cache["size_bytes"] > 0 and cache["method"].startswith("attention")
     people = kv("show", "ferry").out
     assert "The ferry to Skarholm leaves at 7.40 from pier 4." in people and "attention" in people
+
+
+def test_refined_caches_are_told_from_others(kv: Run, store: Path) -> None:
+    assert "Refined" not in kv("add", "--stale", "--keep-ratio", 0.5).out
+    told = kv("add", "-", "--id", "new", "--refine", 1, "--json", stdin="A new text.").json
+    assert told["n_refined"] == 1 and told["fidelity"] > 0
+    (cache,) = kv("show", "new", "--json").json["caches"]
+    assert cache["fidelity"] == told["fidelity"] and cache["refined_steps"] in {0, 1}
+    assert f"{told['fidelity']:.3f} after {cache['refined_steps']} steps" in kv("show", "new").out
+    assert kv("stats", "--json").json["settings"]["refine_steps"] == 1  # remembered
+    people = kv("add", "-", "--id", "other", stdin="Another one.").out
+    assert "1 passages, KL to the full cache" in people
 
 
 def test_remove_deletes_all_named_or_none(kv: Run, store: Path) -> None:

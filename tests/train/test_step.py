@@ -152,27 +152,39 @@ def test_a_student_that_keeps_everything_is_the_teacher(name: str, answers: Any)
 
 
 @pytest.mark.parametrize("form", ["default", "paper"])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3"])
-def test_training_lowers_the_loss(name: str, form: str) -> None:
-    """Distillation on two documents, again and again: the student comes closer, through scorer and LoRA."""
-    chosen = replace(SETTINGS, batch_documents=2) if form == "default" else preset("paper", rank=4, max_tokens=60)
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+def test_training_the_lora_lowers_the_loss(name: str, form: str) -> None:
+    """On the same two documents again and again, what is kept staying as it is."""
+    chosen = replace(preset(form), rank=8, max_tokens=60, answer_tokens=8, span_tokens=12, batch_documents=2)
     adapter = adapter_for(name, chosen)
-    adapter.scorer.requires_grad_(True)
     lora = [p for n, p in adapter.peft_model.named_parameters() if "lora_" in n]
     for parameter in lora:
         parameter.requires_grad_(True)
-    before = {n: p.detach().clone() for n, p in adapter.scorer.named_parameters()}
-    batch = replace(Batches(EXAMPLES, adapter.backbone, chosen).batch(0), keep_ratio=0.2)
-    optimizer = torch.optim.Adam([*lora, *adapter.scorer.parameters()], lr=1e-2)
+    batch = replace(Batches(EXAMPLES, adapter.backbone, chosen).batch(0), keep_ratio=0.3)
+    optimizer = torch.optim.Adam(lora, lr=5e-3)
     losses = []
-    for _ in range(12):
+    for _ in range(25):
         result = distillation_step(adapter, batch, settings=chosen)
         optimizer.zero_grad()
         result.loss.backward()
         optimizer.step()
         losses.append(float(result.loss.detach()))
-    assert min(losses[-3:]) < 0.8 * losses[0]
-    assert any(not torch.equal(p, before[n]) for n, p in adapter.scorer.named_parameters())
+    assert min(losses[-3:]) < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("form", ["default", "paper"])
+def test_distillation_reaches_the_scorer(form: str) -> None:
+    chosen = replace(preset(form), rank=4, max_tokens=60, answer_tokens=8, span_tokens=12, batch_documents=2)
+    adapter = adapter_for("llama", chosen)
+    adapter.scorer.requires_grad_(True)
+    batch = replace(Batches(EXAMPLES, adapter.backbone, chosen).batch(0), keep_ratio=0.2)
+    distillation_step(adapter, batch, settings=chosen).loss.backward()
+    for parameter in adapter.scorer.parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0
+    adapter.scorer.zero_grad(set_to_none=True)
+    adapter.scorer.requires_grad_(False)
+    frozen = distillation_step(adapter, batch, settings=replace(chosen, lr_scorer_distil=0.0)).loss
+    assert not frozen.requires_grad
 
 
 # -- warm-up -----------------------------------------------------------------------------------------------------------
