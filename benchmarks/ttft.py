@@ -10,8 +10,8 @@ figure from a cache is the first such question: catalog, bytes from disk, verifi
 prefill. The other ways follow in the same process, seconds apart. Reported are medians over the processes; they are
 good for ratios, the seconds are the machine's.
 
-The compressor is the adapter path (score after layer eta, select, read again with the kept tokens routed) with
-untrained weights, which cost what trained ones cost. `--selector` times a training-free selector instead.
+The compressor is the adapter: the shipped one for the embedded model, for others one of the same form without training,
+which takes the same time. `--selector` times a training-free selector instead.
 """
 
 from __future__ import annotations
@@ -123,12 +123,18 @@ def make(args: argparse.Namespace) -> dict[str, Any]:
 
     from kv_memory import Backbone, Compressor, Store
     from kv_memory.compress import Adapter
+    from kv_memory.embedded import EMBEDDED, SHIPPED, adapter_folder
+    from kv_memory.train.adapters import new_adapter
+    from kv_memory.train.settings import TrainSettings
 
     backbone = Backbone.load(args.model)
     if args.selector:
         compressor = Compressor(backbone, selector=args.selector)
     else:
-        adapter = Adapter.create(backbone)
+        if args.model == EMBEDDED:
+            adapter = Adapter.load(adapter_folder(SHIPPED), backbone)
+        else:  # of the same form, untrained: that costs the same
+            adapter = new_adapter(backbone, TrainSettings())
         adapter.save(args.folder / "adapter")
         compressor = Compressor(backbone, adapter=adapter)
     ids = document_ids(backbone, args.lengths[0])

@@ -35,9 +35,10 @@ def main() -> None:
     parser.add_argument("--corpus", nargs="+", default=[], help="spans: names of sets, or paths")
     parser.add_argument("--held-out", type=float, help="spans: only documents held out of training at this share")
     parser.add_argument("--seed", type=int, default=0, help="of needles and spans")
-    parser.add_argument("--keep-ratio", type=ratio, nargs="+", default=[1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32])
+    parser.add_argument("--keep-ratio", type=ratio, nargs="+", action="extend", help="default: 1/2 to 1/32")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     args = parser.parse_args()
+    args.keep_ratio = args.keep_ratio or [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
     task = find_task(args.task)
     settings = TaskSettings(

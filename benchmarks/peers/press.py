@@ -45,12 +45,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="made by export.py")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--method", nargs="+", default=["full", "none", *METHODS], choices=["full", "none", *METHODS])
+    parser.add_argument("--method", nargs="+", action="extend", choices=["full", "none", *METHODS], help="default: all")
     parser.add_argument("--n-documents", type=int, help="only the first so many")
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="stop after so many seconds")
     parser.add_argument("--device", default="auto", help="a torch device")
     parser.add_argument("--summary-only", action="store_true", help="run nothing")
     args = parser.parse_args()
+    args.method = args.method or ["full", "none", *METHODS]
 
     with args.work.open(encoding="utf-8") as file:
         header, *documents = map(json.loads, file)

@@ -2,7 +2,8 @@
 
 from kv_memory.compress.adapter import Adapter, AdapterConfig
 from kv_memory.compress.compressor import Compressor
-from kv_memory.compress.refine import RefineSettings, refine_batch
+from kv_memory.compress.refine import refine_batch
+from kv_memory.compress.refine_settings import RefineSettings
 from kv_memory.compress.selectors import ObservedAttention, Reconstruction, Selector, SinkRecent
 
 __all__ = [

@@ -15,7 +15,8 @@ from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.reading import choose, read_documents
-from kv_memory.compress.refine import RefineSettings, refine_batch
+from kv_memory.compress.refine import refine_batch
+from kv_memory.compress.refine_settings import RefineSettings
 from kv_memory.compress.selectors import Selector, make_selector
 from kv_memory.config import SelectorName, check_keep_ratio, n_kept_for
 from kv_memory.errors import ConfigError, EmptyDocumentError

@@ -7,12 +7,9 @@ trains such entries from a plain start for hours; from a good start a dozen step
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import random
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -20,89 +17,17 @@ from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
 from kv_memory.compress.divergence import distillation_loss, kl_divergence
 from kv_memory.compress.draft import Draft, Drafts, side_by_side
-from kv_memory.compress.probes import KINDS, SHARES, Probe, ProbeKind, chance, make_probes, probe_room
+from kv_memory.compress.probes import ProbeKind, chance, make_probes
+from kv_memory.compress.progress import Asked, Progress
+from kv_memory.compress.refine_settings import RefineSettings
 from kv_memory.compress.rows import Row, RowBatch, batch_rows
 from kv_memory.compress.teacher import Teacher
 from kv_memory.errors import ConfigError
 
 __all__ = ["RefineSettings", "refine_batch"]
 
-RECIPE = 1  # raised when the same settings give another result; part of the fingerprint
+_HALVINGS = 2
 _LOSS_SCALE = 256.0  # Adam does not see it, float16 gradients would vanish without
-
-
-@dataclass(frozen=True, kw_only=True)
-class RefineSettings:
-    """How caches are refined. All of it but the memory limit decides the result, and is part of the fingerprint.
-
-    Attributes:
-        steps: Gradient steps, at most; fewer where held-out probes no longer gain.
-        lr: Of Adam, in standard deviations of each layer's keys and values; falls linearly to 0.
-        n_probes: Prepared for each document, to practise; see `make_probes`.
-        probes_per_step: Of these, asked in one step, of every kind.
-        n_held_out: Probes of every kind that are never practised and decide what is kept.
-        probe_tokens: The longest span or statement.
-        forward_weight: λ of the loss, see `distillation_loss`.
-        temperature: At which the model's questions and statements are sampled.
-        evaluate_every: Steps between looks at the held-out probes.
-        patience: Looks without a gain after which to stop.
-        tolerance: How much worse than the start the result may be on any kind of held-out probe, as a share.
-        min_fidelity: Go on, in further rounds of `steps` with half the `lr`, until the held-out KL in nats is at most
-            this; None for one round.
-        max_steps: Where to give up on that.
-        seed: Of all chance.
-        max_entries: Cache entries that rows side by side may take, in tokens; what is longer is read row by row.
-    """
-
-    steps: int = 16
-    lr: float = 0.03
-    n_probes: int = 12
-    probes_per_step: int = 12
-    n_held_out: int = 1
-    probe_tokens: int = 60
-    forward_weight: float = 1.0
-    temperature: float = 0.5
-    evaluate_every: int = 4
-    patience: int = 2
-    tolerance: float = 0.02
-    min_fidelity: float | None = None
-    max_steps: int = 64
-    seed: int = 0
-    max_entries: int = 4096
-
-    def __post_init__(self) -> None:
-        checks = {
-            "steps": (self.steps >= 1, "at least 1"),
-            "lr": (0 < self.lr < math.inf, "above 0"),
-            "n_probes": (self.n_probes >= len(KINDS), f"at least {len(KINDS)}, one of every kind"),
-            "probes_per_step": (self.probes_per_step >= 1, "at least 1"),
-            "n_held_out": (self.n_held_out >= 1, "at least 1"),
-            "probe_tokens": (self.probe_tokens >= 16, "at least 16"),
-            "forward_weight": (0 <= self.forward_weight <= 1, "in [0, 1]"),
-            "temperature": (0 <= self.temperature < math.inf, "0 or more"),
-            "evaluate_every": (self.evaluate_every >= 1, "at least 1"),
-            "patience": (self.patience >= 1, "at least 1"),
-            "tolerance": (self.tolerance >= 0, "0 or more"),
-            "min_fidelity": (self.min_fidelity is None or self.min_fidelity > 0, "above 0, or None"),
-            "max_steps": (self.max_steps >= self.steps, "at least steps"),
-            "max_entries": (self.max_entries >= 1, "at least 1"),
-        }
-        for name, (ok, wanted) in checks.items():
-            if not ok:
-                raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)!r}", where=name)
-
-    @property
-    def name(self) -> str:
-        """For the fingerprint: the steps for people, and a digest of all that decides the result."""
-        values = {**asdict(self), "recipe": RECIPE}
-        del values["max_entries"]
-        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-        return f"refine:{self.steps}:{digest[:12]}"
-
-    @property
-    def extra_tokens(self) -> int:
-        """How many tokens refinement puts behind a document, at most."""
-        return probe_room(self.probe_tokens)
 
 
 def refine_batch(
@@ -163,62 +88,6 @@ def _groups(
     return groups
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """A probe and what the full cache predicts: `(n_wanted, vocab_size)`."""
-
-    probe: Probe
-    logits: torch.Tensor
-
-
-class _Progress:
-    """One document's way: its draft, its optimiser, and the best state so far."""
-
-    def __init__(self, draft: Draft, asked: Sequence[_Asked], *, draw: random.Random) -> None:
-        self.draft = draft
-        self.practised = [a for a in asked if not a.probe.held_out]
-        self.held_out = [a for a in asked if a.probe.held_out]
-        self.n_steps = 0
-        self.start: dict[ProbeKind, float] = {}
-        self.best: tuple[float, int, list[torch.Tensor]] = (math.inf, 0, [])
-        self.looks_without_gain = 0
-        self.stopped = False
-        self.optimizer: torch.optim.Optimizer | None = None
-        self._draw = draw
-        self._queues: dict[ProbeKind, list[_Asked]] = {kind: [] for kind in KINDS}
-
-    def next_probes(self, n: int) -> list[_Asked]:
-        """About `n` probes, of every kind by its share; all of a kind come once before any comes again."""
-        chosen: list[_Asked] = []
-        for kind, queue in self._queues.items():
-            own = [asked for asked in self.practised if asked.probe.kind == kind]
-            for _ in range(min(len(own), max(1, round(n * SHARES[kind])))):
-                if not queue:
-                    queue += own
-                    self._draw.shuffle(queue)
-                chosen.append(queue.pop())
-        return chosen
-
-    def look(self, found: dict[ProbeKind, float], tolerance: float) -> None:
-        """Take note of the held-out KL of every kind."""
-        mean = sum(found.values()) / len(found)
-        if not self.start:
-            self.start, self.best = found, (mean, 0, [move.clone() for move in self.draft.moves])
-            return
-        worse = any(not kl <= self.start[kind] * (1 + tolerance) for kind, kl in found.items())
-        if mean < self.best[0] and not worse:
-            self.best = mean, self.n_steps, [move.clone() for move in self.draft.moves]
-            self.looks_without_gain = 0
-        else:
-            self.looks_without_gain += 1
-
-    def back_to_best(self) -> None:
-        """Forget what brought nothing."""
-        for move, best in zip(self.draft.moves, self.best[2], strict=True):
-            move.copy_(best)
-        self.n_steps = self.best[1]
-
-
 class _Run:
     """Documents that are refined together."""
 
@@ -240,25 +109,28 @@ class _Run:
         """Prepare, move, and give back the best."""
         settings = self._settings
         asked = self._prepare()
-        going = [
-            _Progress(
-                Draft(self._backbone, cache, n_positions=self._n_positions, fixed=held_fast),
-                own,
-                draw=chance(settings.seed, ids, "order"),
-            )
-            for ids, cache, own, held_fast in zip(self._documents, self._caches, asked, fixed, strict=True)
-        ]
+        going = []
+        for ids, cache, own, held_fast in zip(self._documents, self._caches, asked, fixed, strict=True):
+            draft = Draft(self._backbone, cache, n_positions=self._n_positions, fixed=held_fast)
+            draw = chance(settings.seed, ids, "order")
+            going.append(Progress(draft, own, lr=self._rate_for(draft, len(ids)), draw=draw))
         self._look(going)
-        active, lr, n_done = list(going), settings.lr, 0
+        active, rate, n_done = list(going), 1.0, 0
         while active and n_done < settings.max_steps:
             n_steps = min(settings.steps, settings.max_steps - n_done)
-            self._round(active, n_steps, lr)
-            n_done, lr = n_done + n_steps, lr / 2
+            self._round(active, n_steps, rate)
+            n_done, rate = n_done + n_steps, rate / 2
             wanted = settings.min_fidelity
             active = [p for p in active if wanted is not None and p.best[0] > wanted]
         return [self._result(progress) for progress in going]
 
-    def _prepare(self) -> list[list[_Asked]]:
+    def _rate_for(self, draft: Draft, n_tokens: int) -> float:
+        if self._settings.lr is not None:
+            return self._settings.lr
+        share = int(draft.counts.sum()) / (draft.counts.numel() * n_tokens)
+        return min(0.05, max(0.005, 0.01 * 0.125 / share))
+
+    def _prepare(self) -> list[list[Asked]]:
         settings = self._settings
         # The teacher's caches are freed before drafts are made.
         teacher = Teacher(self._backbone, self._documents, room=settings.extra_tokens, max_entries=settings.max_entries)
@@ -273,40 +145,39 @@ class _Run:
             seed=settings.seed,
         )
         logits = iter(teacher.logits([probe.row for own in probes for probe in own]))
-        return [[_Asked(probe, next(logits)) for probe in own] for own in probes]
+        return [[Asked(probe, next(logits)) for probe in own] for own in probes]
 
-    def _round(self, active: Sequence[_Progress], n_steps: int, lr: float) -> None:
-        """Steps from the best state so far, with a fresh optimiser, until the end or until nothing is gained."""
+    def _round(self, active: Sequence[Progress], n_steps: int, rate: float) -> None:
+        """Steps from the best state so far, with a fresh optimiser, until the end or until nothing is gained.
+
+        Args:
+            active: Who takes them.
+            n_steps: How many.
+            rate: What the learning rate is multiplied by.
+        """
         settings = self._settings
         for progress in active:
-            progress.looks_without_gain, progress.stopped = 0, False
-            progress.optimizer = self._optimizer(progress.draft, lr)
+            progress.begin_round()
         for step in range(n_steps):
             moving = [progress for progress in active if not progress.stopped]
             if not moving:
                 break
             self._gradients(moving)
             for progress in moving:
-                assert progress.optimizer is not None
-                if not all(bool(m.grad.isfinite().all()) for m in progress.draft.moves if m.grad is not None):
-                    progress.stopped = True  # the best state so far is what is left
-                    continue
-                for group in progress.optimizer.param_groups:
-                    group["lr"] = lr * (1 - step / n_steps)
-                progress.optimizer.step()
-                progress.optimizer.zero_grad()
-                progress.n_steps += 1
+                progress.step(rate * (1 - step / n_steps))
             if (step + 1) % settings.evaluate_every == 0 or step + 1 == n_steps:
                 self._look([progress for progress in moving if not progress.stopped])
                 for progress in moving:
                     progress.stopped |= progress.looks_without_gain >= settings.patience
+        for _ in range(_HALVINGS):  # too far for one of the kinds: part of the way may be better for all
+            failed = [progress for progress in active if not progress.gained]
+            for progress in failed:
+                progress.halve()
+            self._look(failed)
         for progress in active:
             progress.back_to_best()
 
-    def _optimizer(self, draft: Draft, lr: float) -> torch.optim.Optimizer:
-        return torch.optim.Adam(draft.moves, lr=lr)
-
-    def _gradients(self, moving: Sequence[_Progress]) -> None:
+    def _gradients(self, moving: Sequence[Progress]) -> None:
         """The gradient of one step into the drafts; the loss of a document is the mean over its probes."""
         chosen = [(i, a) for i, p in enumerate(moving) for a in p.next_probes(self._settings.probes_per_step)]
         sizes = [sum(i == j for j, _ in chosen) for i in range(len(moving))]
@@ -327,7 +198,7 @@ class _Run:
             for index in sorted(set(batch.documents.tolist())):
                 drafts[index].add_gradient([graph.entries_of(index, g) for g in (found[:n_layers], found[n_layers:])])
 
-    def _look(self, going: Sequence[_Progress]) -> None:
+    def _look(self, going: Sequence[Progress]) -> None:
         """Ask the held-out probes."""
         if not going:
             return
@@ -356,7 +227,7 @@ class _Run:
 
         return batch_rows(rows, at_once=at_once, device=self._backbone.device, kind=regime if rope.varies else None)
 
-    def _result(self, progress: _Progress) -> DistilledCache:
+    def _result(self, progress: Progress) -> DistilledCache:
         fidelity, n_steps, _ = progress.best
         cache = progress.draft.result() if n_steps else progress.draft.cache
         method = f"{cache.fingerprint.method}|{self._settings.name}"

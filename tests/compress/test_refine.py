@@ -15,7 +15,7 @@ from kv_memory.cache import DistilledCache
 from kv_memory.compress import Adapter, Compressor, Reconstruction, RefineSettings, refine_batch
 from kv_memory.compress.divergence import kl_divergence
 from kv_memory.compress.probes import Probe, make_probes
-from kv_memory.compress.refine import _Progress
+from kv_memory.compress.progress import Progress
 from kv_memory.compress.teacher import Teacher
 from kv_memory.errors import ConfigError, ContextWindowError
 from kv_memory.generate import compose
@@ -155,7 +155,7 @@ class FakeDraft:
 
 
 def looked(*looks: dict[str, float]) -> Any:
-    progress = _Progress(FakeDraft(), [], draw=None)  # type: ignore[arg-type]
+    progress = Progress(FakeDraft(), [], lr=0.1, draw=None)  # type: ignore[arg-type]
     for step, found in enumerate(looks):
         progress.n_steps = step
         progress.draft.moves[0].fill_(step)
@@ -171,9 +171,20 @@ def test_a_state_that_is_worse_on_one_kind_is_not_kept() -> None:
         {"question": math.nan, "repetition": math.nan},
     )
     assert progress.best[:2] == (pytest.approx(0.401), 1)
-    assert progress.looks_without_gain == 2
+    assert progress.looks_without_gain == 1  # the mean still fell at the last but one
     progress.back_to_best()
     assert progress.n_steps == 1 and progress.draft.moves[0].tolist() == [1.0, 1.0]
+
+
+def test_half_way_back_may_be_better_for_all() -> None:
+    progress = looked({"question": 1.0, "repetition": 0.1}, {"question": 0.2, "repetition": 0.3})
+    assert not progress.gained
+    progress.halve()
+    assert progress.draft.moves[0].tolist() == [0.5, 0.5]
+    progress.look({"question": 0.6, "repetition": 0.1}, 0.02)
+    assert progress.gained and progress.best[:2] == (pytest.approx(0.35), 1)
+    progress.begin_round()
+    assert not progress.gained
 
 
 def test_a_model_that_says_nothing_finite_keeps_its_start() -> None:

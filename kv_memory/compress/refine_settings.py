@@ -1,0 +1,91 @@
+"""How caches are refined."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+
+from kv_memory.compress.probes import KINDS, probe_room
+from kv_memory.errors import ConfigError
+
+__all__ = ["RefineSettings"]
+
+RECIPE = 1  # raised when the same settings give another result; part of the fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefineSettings:
+    """How caches are refined. All of it but the memory limit decides the result, and is part of the fingerprint.
+
+    Attributes:
+        steps: Gradient steps, at most; fewer where held-out probes no longer gain.
+        lr: Of Adam, in standard deviations of each layer's keys and values; falls linearly to 0. None: 0.01 where an
+            eighth of the entries is kept and in inverse proportion elsewhere, in 0.005 to 0.05: the fewer there are,
+            the further each is from where it should be.
+        n_probes: Prepared for each document, to practise; see `make_probes`.
+        probes_per_step: Of these, asked in one step, of every kind.
+        n_held_out: Probes of every kind that are never practised and decide what is kept.
+        probe_tokens: The longest span or statement.
+        forward_weight: λ of the loss, see `distillation_loss`.
+        temperature: At which the model's questions and statements are sampled.
+        evaluate_every: Steps between looks at the held-out probes.
+        patience: Looks without a gain after which to stop.
+        tolerance: How much worse than the start the result may be on any kind of held-out probe, as a share.
+        min_fidelity: Go on, in further rounds of `steps` with half the `lr`, until the held-out KL in nats is at most
+            this; None for one round.
+        max_steps: Where to give up on that.
+        seed: Of all chance.
+        max_entries: Cache entries that rows side by side may take, in tokens; what is longer is read row by row.
+    """
+
+    steps: int = 16
+    lr: float | None = None
+    n_probes: int = 24
+    probes_per_step: int = 12
+    n_held_out: int = 2
+    probe_tokens: int = 40
+    forward_weight: float = 0.6
+    temperature: float = 0.5
+    evaluate_every: int = 4
+    patience: int = 2
+    tolerance: float = 0.02
+    min_fidelity: float | None = None
+    max_steps: int = 64
+    seed: int = 0
+    max_entries: int = 8192
+
+    def __post_init__(self) -> None:
+        checks = {
+            "steps": (self.steps >= 1, "at least 1"),
+            "lr": (self.lr is None or 0 < self.lr < math.inf, "above 0, or None"),
+            "n_probes": (self.n_probes >= len(KINDS), f"at least {len(KINDS)}, one of every kind"),
+            "probes_per_step": (self.probes_per_step >= 1, "at least 1"),
+            "n_held_out": (self.n_held_out >= 1, "at least 1"),
+            "probe_tokens": (self.probe_tokens >= 16, "at least 16"),
+            "forward_weight": (0 <= self.forward_weight <= 1, "in [0, 1]"),
+            "temperature": (0 <= self.temperature < math.inf, "0 or more"),
+            "evaluate_every": (self.evaluate_every >= 1, "at least 1"),
+            "patience": (self.patience >= 1, "at least 1"),
+            "tolerance": (self.tolerance >= 0, "0 or more"),
+            "min_fidelity": (self.min_fidelity is None or self.min_fidelity > 0, "above 0, or None"),
+            "max_steps": (self.max_steps >= self.steps, "at least steps"),
+            "max_entries": (self.max_entries >= 1, "at least 1"),
+        }
+        for name, (ok, wanted) in checks.items():
+            if not ok:
+                raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)!r}", where=name)
+
+    @property
+    def name(self) -> str:
+        """For the fingerprint: the steps for people, and a digest of all that decides the result."""
+        values = {**asdict(self), "recipe": RECIPE}
+        del values["max_entries"]
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return f"refine:{self.steps}:{digest[:12]}"
+
+    @property
+    def extra_tokens(self) -> int:
+        """How many tokens refinement puts behind a document, at most."""
+        return probe_room(self.probe_tokens)
