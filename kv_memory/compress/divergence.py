@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-__all__ = ["distillation_loss", "kl_divergence"]
+__all__ = ["Predictions", "distillation_loss", "kl_divergence"]
 
 
 def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
@@ -37,3 +39,37 @@ def distillation_loss(teacher: torch.Tensor, student: torch.Tensor, *, forward_w
     forward = (t.exp() * difference).sum(-1)
     backward = -(s.exp() * difference).sum(-1)
     return forward_weight * forward + (1 - forward_weight) * backward
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What a teacher predicts, without the vocabulary's long tail: its likeliest tokens, and the rest as one.
+
+    Logits of a few hundred places over 50,000 tokens and more would take more memory than reading the document did.
+
+    Attributes:
+        ids: `(n, k)`, the likeliest tokens.
+        log_probs: `(n, k + 1)`, float32; the last is that of all other tokens together.
+    """
+
+    ids: torch.Tensor
+    log_probs: torch.Tensor
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, *, k: int = 256) -> Predictions:
+        """From logits `(n, vocab_size)`."""
+        scores = logits.float()
+        ids = scores.topk(min(k, scores.shape[-1] - 1), dim=-1).indices
+        return cls(ids=ids, log_probs=_with_rest(scores, ids))
+
+    def loss(self, student: torch.Tensor, *, forward_weight: float) -> torch.Tensor:
+        """`distillation_loss` of student logits `(n, vocab_size)` with the tail as one token: at most the full one."""
+        t, s = self.log_probs, _with_rest(student.float(), self.ids)
+        difference = t - s
+        return forward_weight * (t.exp() * difference).sum(-1) - (1 - forward_weight) * (s.exp() * difference).sum(-1)
+
+
+def _with_rest(scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of some tokens, and of all others together."""
+    rest = scores.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([scores.gather(-1, ids), rest], -1) - scores.logsumexp(-1, keepdim=True)

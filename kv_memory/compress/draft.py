@@ -127,8 +127,8 @@ class Drafts:
             values=[value.detach().requires_grad_() for value in self.values],
         )
 
-    def ask(self, backbone: Backbone, batch: RowBatch) -> torch.Tensor:
-        """Logits at the wanted tokens of rows behind the drafts: `(number of wanted, vocab_size)`, row by row."""
+    def read(self, backbone: Backbone, batch: RowBatch) -> torch.Tensor:
+        """What the head would see at the wanted tokens of rows behind the drafts: `(n_wanted, hidden_size)`."""
         cache = PositionedCache(
             [key[batch.documents] for key in self.keys],
             [value[batch.documents] for value in self.values],
@@ -137,7 +137,7 @@ class Drafts:
             n_positions=self.n_positions,
         )
         cache.next_positions = self.next_positions[batch.documents]
-        return backbone.head(backbone.read(batch.ids, cache, lengths=batch.lengths)[batch.wanted])
+        return backbone.read(batch.ids, cache, lengths=batch.lengths)[batch.wanted]
 
     def entries_of(self, index: int, layers: Sequence[torch.Tensor]) -> torch.Tensor:
         """What of tensors shaped like `keys` belongs to a draft: `(n_entries, head_dim)`."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kv_memory.compress.divergence import Predictions
 from kv_memory.compress.draft import Draft
 from kv_memory.compress.probes import KINDS, SHARES, Probe, ProbeKind
 
@@ -17,10 +18,10 @@ __all__ = ["Asked", "Progress"]
 
 @dataclass(frozen=True)
 class Asked:
-    """A probe and what the full cache predicts: `(n_wanted, vocab_size)`."""
+    """A probe and what the full cache predicts; for those held out in full, logits `(n_wanted, vocab_size)`."""
 
     probe: Probe
-    logits: torch.Tensor
+    taught: Predictions | torch.Tensor
 
 
 class Progress:

@@ -15,7 +15,7 @@ import torch
 
 from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
-from kv_memory.compress.divergence import distillation_loss, kl_divergence
+from kv_memory.compress.divergence import Predictions, kl_divergence
 from kv_memory.compress.draft import Draft, Drafts, side_by_side
 from kv_memory.compress.probes import ProbeKind, chance, make_probes
 from kv_memory.compress.progress import Asked, Progress
@@ -144,8 +144,12 @@ class _Run:
             temperature=settings.temperature,
             seed=settings.seed,
         )
-        logits = iter(teacher.logits([probe.row for own in probes for probe in own]))
-        return [[Asked(probe, next(logits)) for probe in own] for own in probes]
+        every = [probe for own in probes for probe in own]
+        taught: dict[int, Predictions | torch.Tensor] = {}
+        for index, logits in teacher.logits([probe.row for probe in every]):
+            taught[index] = logits if every[index].held_out else Predictions.of(logits)
+        asked = iter([Asked(probe, taught[index]) for index, probe in enumerate(every)])
+        return [[next(asked) for _ in own] for own in probes]
 
     def _round(self, active: Sequence[Progress], n_steps: int, rate: float) -> None:
         """Steps from the best state so far, with a fresh optimiser, until the end or until nothing is gained.
@@ -187,16 +191,27 @@ class _Run:
         for batch in self._batches(rows, together):
             with torch.enable_grad():
                 graph = together.require_grad()
-                logits = graph.ask(self._backbone, batch)
-                taught = torch.cat([chosen[i][1].logits for i in batch.index])
-                losses = distillation_loss(taught, logits, forward_weight=self._settings.forward_weight)
-                counted = [(rows[i].n_wanted, sizes[rows[i].document]) for i in batch.index]
-                weights = torch.tensor([1 / (n * size) for n, size in counted for _ in range(n)], device=losses.device)
-                loss = (losses * weights).sum() * _LOSS_SCALE
-                found = torch.autograd.grad(loss, [*graph.keys, *graph.values])
+                hidden = graph.read(self._backbone, batch)
+                parts = [(chosen[i][1], rows[i].n_wanted * sizes[rows[i].document]) for i in batch.index]
+                found = torch.autograd.grad(hidden, [*graph.keys, *graph.values], self._before_head(hidden, parts))
             n_layers = self._backbone.num_layers
             for index in sorted(set(batch.documents.tolist())):
                 drafts[index].add_gradient([graph.entries_of(index, g) for g in (found[:n_layers], found[n_layers:])])
+
+    def _before_head(self, hidden: torch.Tensor, parts: Sequence[tuple[Asked, int]]) -> torch.Tensor:
+        """The gradient of the loss at what the head sees, row by row: logits of all rows at once are large.
+
+        Args:
+            hidden: `(n_wanted, hidden_size)` of a batch.
+            parts: For each of its rows what was asked, and by how much its loss is divided.
+        """
+        gradients: list[torch.Tensor] = []
+        for (asked, divisor), part in zip(parts, hidden.split([a.probe.row.n_wanted for a, _ in parts]), strict=True):
+            assert isinstance(asked.taught, Predictions)
+            seen = part.detach().requires_grad_()
+            losses = asked.taught.loss(self._backbone.head(seen), forward_weight=self._settings.forward_weight)
+            gradients += torch.autograd.grad(losses.sum() * (_LOSS_SCALE / divisor), [seen])
+        return torch.cat(gradients)
 
     def _look(self, going: Sequence[Progress]) -> None:
         """Ask the held-out probes."""
@@ -207,10 +222,11 @@ class _Run:
         rows = [replace(asked.probe.row, document=i) for i, asked in chosen]
         found: dict[int, float] = {}
         for batch in self._batches(rows, together):
-            logits = together.ask(self._backbone, batch)
-            parts = logits.split([rows[i].n_wanted for i in batch.index])
-            for i, part in zip(batch.index, parts, strict=True):
-                found[i] = float(kl_divergence(chosen[i][1].logits, part).mean())
+            hidden = together.read(self._backbone, batch)
+            for i, part in zip(batch.index, hidden.split([rows[i].n_wanted for i in batch.index]), strict=True):
+                taught = chosen[i][1].taught
+                assert isinstance(taught, torch.Tensor)
+                found[i] = float(kl_divergence(taught, self._backbone.head(part)).mean())
         for i, progress in enumerate(going):
             by_kind: dict[ProbeKind, list[float]] = {}
             for number, (owner, asked) in enumerate(chosen):

@@ -12,7 +12,7 @@ from kv_memory.compress.reading import pad
 __all__ = ["Row", "RowBatch", "batch_rows"]
 
 UNEVEN = 1.5  # a row more than this much longer than the shortest of a batch begins a new one
-MAX_ROW_TOKENS = 512  # of one batch: what lies in memory for the backward pass
+CPU_TOKENS, GPU_TOKENS = 256, 1024  # of one batch: what lies in memory for the backward pass
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def batch_rows(
     *,
     at_once: int,
     device: torch.device | str,
-    max_tokens: int = MAX_ROW_TOKENS,
+    max_tokens: int | None = None,
     kind: Callable[[Row], Hashable] | None = None,
 ) -> list[RowBatch]:
     """Rows in batches of similar length, so that little of what is computed is padding.
@@ -68,9 +68,12 @@ def batch_rows(
         rows: In any order.
         at_once: Most rows of a batch.
         device: Of the tensors.
-        max_tokens: Most tokens of a batch, padding included; a single row may be longer.
+        max_tokens: Most tokens of a batch, padding included; a single row may be longer. None: as many as keep the
+            device busy.
         kind: Rows of different kinds do not share a batch; those of a kind follow each other in order of length.
     """
+    if max_tokens is None:
+        max_tokens = CPU_TOKENS if torch.device(device).type == "cpu" else GPU_TOKENS
     batches: list[list[int]] = []
     for index in sorted(range(len(rows)), key=lambda i: len(rows[i].ids)):
         n = len(rows[index].ids)

@@ -70,18 +70,19 @@ class Teacher:
         )
 
     @torch.no_grad()
-    def logits(self, rows: Sequence[Row]) -> list[torch.Tensor]:
-        """What the full cache predicts: for each row `(n_wanted, vocab_size)`, of the model's dtype."""
-        found: dict[int, torch.Tensor] = {}
+    def logits(self, rows: Sequence[Row]) -> Iterator[tuple[int, torch.Tensor]]:
+        """What the full cache predicts, row by row, because all of it at once is large.
+
+        Yields:
+            Index of a row, in any order, and `(n_wanted, vocab_size)`, of the model's dtype.
+        """
         for batch in self._batches(rows):
             with self._behind(batch.documents) as cache:
                 ragged = batch.lengths if len(batch.index) > 1 else None
-                hidden = self._backbone.read(batch.ids, cache, lengths=ragged)
-                logits = self._backbone.head(hidden[batch.wanted])
+                hidden = self._backbone.read(batch.ids, cache, lengths=ragged)[batch.wanted]
             sizes = [rows[index].n_wanted for index in batch.index]
-            # Clones: a view would keep the logits of the whole batch alive.
-            found.update(zip(batch.index, (part.clone() for part in logits.split(sizes)), strict=True))
-        return [found[index] for index in range(len(rows))]
+            for index, part in zip(batch.index, hidden.split(sizes), strict=True):
+                yield index, self._backbone.head(part)
 
     @torch.no_grad()
     def decode(

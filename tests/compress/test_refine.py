@@ -98,7 +98,7 @@ def held_out_kl(name: str, found: DistilledCache, settings: RefineSettings = SET
             row = torch.tensor([probe.row.ids])
             with torch.no_grad():
                 logits = backbone.logits(row, compose(backbone, [found], n_question=row.shape[1]), every=True)[0]
-            (taught,) = teacher.logits([probe.row])
+            ((_, taught),) = teacher.logits([probe.row])
             kl = kl_divergence(taught, logits[probe.row.n_given - 1 : -1]).mean()
             by_kind.setdefault(probe.kind, []).append(float(kl))
     return sum(sum(own) / len(own) for own in by_kind.values()) / len(by_kind)
