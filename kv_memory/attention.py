@@ -70,7 +70,8 @@ class Routing(Protocol):
             hidden: `(batch, new, hidden_size)`, what goes into it.
 
         Returns:
-            Bool `(batch, new)`; a tensor without dimensions for every token; None for no token.
+            Bool `(batch, new)`; or float, how strongly each token goes through it, 0 for not at all; `(batch, 1)` for
+            all tokens of a row alike; None for no token.
         """
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -23,12 +24,12 @@ from torch import nn
 from kv_memory.backbone import Backbone
 from kv_memory.compress.routing import RoutedLinear, install_routing
 from kv_memory.compress.scorer import Scorer, ScorerKind
-from kv_memory.config import Budget, check_choice
+from kv_memory.config import Budget, check_choice, check_keep_ratio
 from kv_memory.errors import AdapterError, AdapterMismatchError, ConfigError
 
 __all__ = ["Adapter", "AdapterConfig", "Routed", "Target", "default_eta"]
 
-ADAPTER_VERSION = 2
+ADAPTER_VERSION = 3
 Routed = Literal["kept", "document"]
 Target = Literal["q", "k", "v", "o"]
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "scorer.safetensors", "kv_distill.json")
@@ -59,6 +60,7 @@ class AdapterConfig:
         budget: How entries are shared out, see `Budget`.
         first_routed_layer: Layers below it stay as they are. From eta upwards one pass does for scorers that look at
             layer eta.
+        full_strength_ratio: At keep ratios above it the LoRA acts less, see `strength`; 1 for never, as in the paper.
         trained_steps: Optimiser steps; 0 for an untrained adapter.
     """
 
@@ -75,6 +77,7 @@ class AdapterConfig:
     routed: Routed = "kept"
     budget: Budget = "head"
     first_routed_layer: int = 0
+    full_strength_ratio: float = 1.0
     trained_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -85,6 +88,7 @@ class AdapterConfig:
                 f"first_routed_layer must lie in 0 to {self.num_layers - 1}, got {self.first_routed_layer}",
                 where="first_routed_layer",
             )
+        check_keep_ratio(self.full_strength_ratio, where="full_strength_ratio")
         check_choice(self.scorer, ScorerKind, where="scorer")
         check_choice(self.routed, Routed, where="routed")
         check_choice(self.budget, Budget, where="budget")
@@ -94,6 +98,22 @@ class AdapterConfig:
                 where="budget",
                 next_step='Use routed="document", or scorer="head", or budget="head".',
             )
+
+    def strength(self, keep_ratio: torch.Tensor) -> torch.Tensor:
+        """How strongly the LoRA acts at a keep ratio: 1 up to `full_strength_ratio`, then less with its logarithm.
+
+        The more is kept, the less there is to pack into it, and what the LoRA changes in passing then costs more than
+        it brings: at 1/2 the fidelity of an adapter without this was a fifth of its own selection's.
+
+        Args:
+            keep_ratio: In (0, 1], of any shape.
+
+        Returns:
+            The same shape, 0 to 1, float32; 0 where everything is kept.
+        """
+        if self.full_strength_ratio == 1:
+            return torch.ones_like(keep_ratio, dtype=torch.float32)
+        return (keep_ratio.float().log() / math.log(self.full_strength_ratio)).clamp(max=1)
 
 
 class Adapter:
@@ -135,6 +155,7 @@ class Adapter:
         routed: Routed = "kept",
         budget: Budget = "head",
         first_routed_layer: int = 0,
+        full_strength_ratio: float = 1.0,
         seed: int = 0,
         zero_init: bool = True,
     ) -> Adapter:
@@ -151,6 +172,7 @@ class Adapter:
             routed: See `AdapterConfig`.
             budget: See `AdapterConfig`.
             first_routed_layer: See `AdapterConfig`.
+            full_strength_ratio: See `AdapterConfig`.
             seed: Of the initial weights.
             zero_init: LoRA starts as no change at all; False starts it at random, for tests.
         """
@@ -167,6 +189,7 @@ class Adapter:
             routed=routed,
             budget=budget,
             first_routed_layer=first_routed_layer,
+            full_strength_ratio=full_strength_ratio,
         )
         lora_config = LoraConfig(
             r=rank,

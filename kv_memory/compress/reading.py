@@ -91,6 +91,7 @@ class ReadingDocuments:
         self._n_kept = n_kept
         self._forced = forced
         self._routed = routed
+        self._strength = adapter.config.strength(n_kept / lengths)[:, None]  # (batch, 1)
         self._scores: list[torch.Tensor | None] = [None] * adapter.backbone.num_layers
         self._selected: torch.Tensor | None = None  # of all layers, where it is known before they are read
 
@@ -114,13 +115,14 @@ class ReadingDocuments:
             self.look(layer, hidden)
         if layer < config.first_routed_layer or not self._routed:
             return None
+        strength = self._strength.to(hidden.device)
         if config.routed == "document":
-            return torch.ones((), dtype=torch.bool, device=hidden.device)
+            return strength
         if self._selected is None:
             scores = self._scores[layer]
             assert scores is not None
-            return self._choose(scores[None])[0].any(1)
-        return self._selected[layer if self._selected.shape[0] > 1 else 0].any(1)
+            return self._choose(scores[None])[0].any(1) * strength
+        return self._selected[layer if self._selected.shape[0] > 1 else 0].any(1) * strength
 
     @property
     def scores(self) -> torch.Tensor:

@@ -46,7 +46,7 @@ class FixedRouting:
     """Tokens chosen beforehand go through the adapter; a `Routing`.
 
     Args:
-        mask: Bool `(batch, new)` for all layers, or `(num_layers, batch, new)`.
+        mask: Bool or float `(batch, new)` for all layers, or `(num_layers, batch, new)`, see `Routing`.
     """
 
     def __init__(self, mask: torch.Tensor) -> None:
@@ -58,7 +58,7 @@ class FixedRouting:
 
 
 class RoutedVariant(LoraVariant):
-    """Adds the LoRA delta to routed tokens only."""
+    """Adds the LoRA delta to routed tokens only, as strongly as the mask says."""
 
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
@@ -78,15 +78,18 @@ class RoutedVariant(LoraVariant):
         Returns:
             Shape and dtype of `result`; the same tensor where no token is routed.
         """
-        mask = _MASK.get()  # without dimensions: every token
+        mask = _MASK.get()
         if mask is None:
             return result
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         tokens, flat = x.flatten(0, -2), result.flatten(0, -2)
-        rows = mask.flatten().nonzero()[:, 0] if mask.ndim else None
+        rows = mask.flatten().nonzero()[:, 0] if mask.shape == x.shape[:-1] else None  # None: every token
         picked = module.lora_dropout[active_adapter]((tokens if rows is None else tokens[rows]).to(lora_a.weight.dtype))
         delta: torch.Tensor = (lora_b(lora_a(picked)) * module.scaling[active_adapter]).to(result.dtype)
         n_query: int | None = getattr(module, "routed_features", None)
+        if mask.is_floating_point():
+            strength = mask.expand(x.shape[:-1]).flatten().to(result.dtype)
+            delta = delta * (strength if rows is None else strength[rows])[:, None]
         if n_query is not None:  # a fused projection (Phi-3): queries first, then keys and values, which stay as is
             delta = nn.functional.pad(delta[:, :n_query], (0, flat.shape[1] - n_query))
         if rows is None:

@@ -16,7 +16,17 @@ from kv_memory.train.settings import TrainSettings
 
 __all__ = ["fit_settings", "new_adapter", "save_adapter", "structure_of"]
 
-STRUCTURE = ("scorer", "scorer_size", "eta", "routed", "budget", "first_routed_layer", "targets", "rank", "alpha")
+STRUCTURE = (
+    "scorer",
+    "scorer_size",
+    "eta",
+    "routed",
+    "budget",
+    "first_routed_layer",
+    "targets",
+    "rank",
+    "alpha",
+)
 _TARGETS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "qkv_proj": "q"}
 
 
@@ -33,6 +43,7 @@ def new_adapter(backbone: Backbone, settings: TrainSettings) -> Adapter:
         routed=settings.routed,
         budget=settings.budget,
         first_routed_layer=settings.first_routed_layer,
+        full_strength_ratio=settings.full_strength_ratio,
         seed=settings.seed,
     )
 
@@ -60,7 +71,7 @@ def fit_settings(settings: TrainSettings, adapter: Adapter, *, given: Mapping[st
 
     Args:
         settings: What was asked for otherwise.
-        adapter: Is trained further.
+        adapter: Is trained further. `full_strength_ratio`, which no weights depend on, is changed if it was given.
         given: Settings that were asked for by name.
 
     Raises:
@@ -74,7 +85,9 @@ def fit_settings(settings: TrainSettings, adapter: Adapter, *, given: Mapping[st
             where="init",
             next_step="Leave these options out, or train from the beginning without --init.",
         )
-    return replace(settings, **structure)
+    if "full_strength_ratio" in given:
+        adapter.config = replace(adapter.config, full_strength_ratio=settings.full_strength_ratio)
+    return replace(settings, **structure, full_strength_ratio=adapter.config.full_strength_ratio)
 
 
 def save_adapter(adapter: Adapter, folder: Path, *, trained_steps: int) -> None:

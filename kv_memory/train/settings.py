@@ -26,6 +26,7 @@ class TrainSettings:
         routed: Which tokens go through the LoRA, see `AdapterConfig`.
         budget: How entries are shared out, see `Budget`.
         first_routed_layer: See `AdapterConfig`.
+        full_strength_ratio: See `AdapterConfig`.
         targets: Which projections the LoRA adapts.
         rank: Of the LoRA.
         alpha: LoRA scaling; twice the rank if None.
@@ -43,6 +44,8 @@ class TrainSettings:
         forward_weight: λ of the objective.
         warmup_weight: Weight of the warm-up's loss beside the distillation's in stage (b).
         output_weight: Weight of a term that brings attention outputs of the student to the teacher's.
+        ratio_power: Losses are multiplied by their keep ratio to this power (and a constant): at 0 small ratios, whose
+            divergence is largest, decide nearly everything; at 1 all count about the same.
         min_ratio: Keep ratios are drawn between this and `max_ratio`, evenly on a logarithmic scale.
         max_ratio: See `min_ratio`.
         max_tokens: Longest document; longer ones are cut at a random place.
@@ -62,6 +65,7 @@ class TrainSettings:
     routed: Routed = "document"
     budget: Budget = "model"
     first_routed_layer: int = 0
+    full_strength_ratio: float = 0.0625
     targets: tuple[Target, ...] = ("q", "k", "v", "o")
     rank: int = 32
     alpha: float | None = None
@@ -79,6 +83,7 @@ class TrainSettings:
     forward_weight: float = 0.6
     warmup_weight: float = 0.0
     output_weight: float = 0.0
+    ratio_power: float = 1.0
     min_ratio: float = 0.03
     max_ratio: float = 0.5
     max_tokens: int = 400
@@ -96,8 +101,8 @@ class TrainSettings:
         check_choice(self.routed, Routed, where="routed")
         check_choice(self.budget, Budget, where="budget")
         check_choice(self.answers, Answers, where="answers")
-        for name in ("min_ratio", "max_ratio"):
-            check_keep_ratio(getattr(self, name))
+        for name in ("min_ratio", "max_ratio", "full_strength_ratio"):
+            check_keep_ratio(getattr(self, name), where=name)
         if self.min_ratio > self.max_ratio:
             raise ConfigError(f"min_ratio {self.min_ratio} is above max_ratio {self.max_ratio}", where="min_ratio")
         for name in (
@@ -126,7 +131,15 @@ class TrainSettings:
 PRESETS: dict[str, TrainSettings] = {
     "default": TrainSettings(),
     # KV-Distill as published: one score a token, W_Q and W_O of the kept tokens in all layers.
-    "paper": TrainSettings(scorer="token", scorer_size=256, routed="kept", budget="head", targets=("q", "o")),
+    "paper": TrainSettings(
+        scorer="token",
+        scorer_size=256,
+        routed="kept",
+        budget="head",
+        full_strength_ratio=1.0,
+        targets=("q", "o"),
+        ratio_power=0.0,
+    ),
 }
 
 

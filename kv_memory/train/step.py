@@ -151,7 +151,8 @@ def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings
     for part, teacher in zip(parts, taught, strict=True):
         apart_by = distillation_loss(teacher, part.ask(backbone, distilled), forward_weight=settings.forward_weight)
         divergence = divergence + (apart_by * part.weights).sum() / weight
-    loss, figures = divergence, {"divergence": float(divergence.detach())}
+    scale = (batch.keep_ratio**2 / (settings.min_ratio * settings.max_ratio)) ** (settings.ratio_power / 2)
+    loss, figures = divergence * scale, {"divergence": float(divergence.detach())}
     if settings.warmup_weight > 0:
         labels = received_attention(backbone, apart, _askings(batch, parts, backbone))
         extra = scorer_loss(reading.scores, labels, lengths, budget=adapter.config.budget)
