@@ -94,7 +94,14 @@ class Compressor:
             keep_spans=keep_spans,
         )
 
-    def compress(self, text: str, *, keep_ratio: float, keep_spans: Sequence[Span] = ()) -> DistilledCache:
+    def compress(
+        self,
+        text: str,
+        *,
+        keep_ratio: float,
+        keep_spans: Sequence[Span] = (),
+        unasked_spans: Sequence[Span] = (),
+    ) -> DistilledCache:
         """Distil one document.
 
         Args:
@@ -102,6 +109,7 @@ class Compressor:
             keep_ratio: Share of the tokens to keep, in (0, 1]. At 1 nothing is selected and nothing routed: the
                 result is the document's plain cache.
             keep_spans: Character spans of `text` whose tokens are all kept; `keep_ratio` applies to the rest.
+            unasked_spans: Character spans that refinement does not ask about, for measurements on them afterwards.
 
         Raises:
             EmptyDocumentError: The text is blank.
@@ -112,13 +120,24 @@ class Compressor:
         form = self.backbone.prompt
         before, after = self.backbone.encode(form.document_before), self.backbone.encode(form.document_after)
         ids, offsets = self.backbone.encode_with_offsets(text)
-        spans = _token_spans(offsets, keep_spans, len(text))
-        shifted = [(start + len(before), end + len(before)) for start, end in spans]
-        return self.compress_ids([*before, *ids, *after], keep_ratio=keep_ratio, keep_spans=shifted)
+        kept, unasked = (
+            [(start + len(before), end + len(before)) for start, end in _token_spans(offsets, spans, len(text), where)]
+            for spans, where in ((keep_spans, "keep_spans"), (unasked_spans, "unasked_spans"))
+        )
+        return self.compress_ids(
+            [*before, *ids, *after], keep_ratio=keep_ratio, keep_spans=kept, unasked_spans=unasked
+        )
 
     @torch.no_grad()
-    def compress_ids(self, ids: Sequence[int], *, keep_ratio: float, keep_spans: Sequence[Span] = ()) -> DistilledCache:
-        """Distil a document given as token ids; `keep_spans` are spans of tokens. See `compress`."""
+    def compress_ids(
+        self,
+        ids: Sequence[int],
+        *,
+        keep_ratio: float,
+        keep_spans: Sequence[Span] = (),
+        unasked_spans: Sequence[Span] = (),
+    ) -> DistilledCache:
+        """Distil a document given as token ids; spans are of tokens. See `compress`."""
         keep_ratio = check_keep_ratio(keep_ratio)
         if not ids:
             raise EmptyDocumentError("the document has no tokens")
@@ -137,7 +156,11 @@ class Compressor:
         fidelities: list[float] = []  # times tokens
         if self.refine is not None:
             for index, (start, end) in enumerate(windows):  # apart, as they were read: one at a time holds memory down
-                cache = self._refine_window(parts[index], ids[start:end], keep_ratio, forced[start:end], offset=start)
+                unasked = [(max(a, start) - start, min(b, end) - start) for a, b in unasked_spans]
+                unasked = [(a, b) for a, b in unasked if a < b]
+                cache = self._refine_window(
+                    parts[index], ids[start:end], keep_ratio, forced[start:end], unasked, offset=start
+                )
                 parts[index] = parts[index]._replace(keys=cache.keys, values=cache.values)
                 steps.append(cache.refined_steps)
                 fidelities += [] if cache.fidelity is None else [cache.fidelity * (end - start)]
@@ -158,7 +181,14 @@ class Compressor:
         )
 
     def _refine_window(
-        self, kept: _Kept, ids: Sequence[int], keep_ratio: float, forced: torch.Tensor, *, offset: int
+        self,
+        kept: _Kept,
+        ids: Sequence[int],
+        keep_ratio: float,
+        forced: torch.Tensor,
+        unasked: Sequence[Span],
+        *,
+        offset: int,
     ) -> DistilledCache:
         """A window as a document of its own, refined. What is held out of compression is not moved either."""
         cache = DistilledCache(
@@ -170,7 +200,7 @@ class Compressor:
             keep_ratio=keep_ratio,
             fingerprint=self.fingerprint(),
         )
-        return refine_batch(self.backbone, [ids], [cache], settings=self.refine, fixed=[forced])[0]
+        return refine_batch(self.backbone, [ids], [cache], settings=self.refine, fixed=[forced], unasked=[unasked])[0]
 
     def _compress_window(self, ids: torch.Tensor, keep_ratio: float, forced: torch.Tensor, *, offset: int) -> _Kept:
         n_tokens, n_forced = ids.shape[1], int(forced.sum())
@@ -289,13 +319,13 @@ def _windows(n_tokens: int, window: int) -> list[Span]:
     return list(pairwise(edges))
 
 
-def _token_spans(offsets: Sequence[Span], spans: Sequence[Span], n_chars: int) -> list[Span]:
+def _token_spans(offsets: Sequence[Span], spans: Sequence[Span], n_chars: int, where: str) -> list[Span]:
     """Spans of tokens that touch the given spans of characters."""
     result = []
     for start, end in spans:
         if not 0 <= start < end <= n_chars:
             raise ConfigError(
-                f"span ({start}, {end}) does not lie within the document's {n_chars} characters", where="keep_spans"
+                f"span ({start}, {end}) does not lie within the document's {n_chars} characters", where=where
             )
         touched = [i for i, (left, right) in enumerate(offsets) if left < end and right > start]
         if touched:

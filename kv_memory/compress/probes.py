@@ -31,6 +31,8 @@ _REPEAT = "Repeat the text word for word, from here on."
 _GIVEN = 8  # first tokens of a span, by which it is found
 _SPARE = 1.5  # questions decoded for one that is wanted: some come twice, or are none
 _QUESTION_TOKENS, _ANSWER_TOKENS = 24, 16
+_QUOTED = 6  # so many tokens in a row are a quotation
+_LEAST = 12  # tokens of a span worth asking for
 _WRAPPER_TOKENS = 96  # the most that requests and their wrappers may take; longer ones are left out
 
 
@@ -70,6 +72,7 @@ def make_probes(
     probe_tokens: int,
     temperature: float,
     seed: int,
+    unasked: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> list[list[Probe]]:
     """Probes of every kind about each document.
 
@@ -83,9 +86,11 @@ def make_probes(
         probe_tokens: Longest span or statement.
         temperature: At which questions and statements are sampled.
         seed: Of all chance. A document's probes do not depend on those it is batched with.
+        unasked: For each document spans of tokens that no probe quotes.
     """
     makers = [
-        _Maker(backbone, index, ids, n_probes, n_held_out, probe_tokens, seed) for index, ids in enumerate(documents)
+        _Maker(backbone, index, ids, n_probes, n_held_out, probe_tokens, seed, unasked[index] if unasked else ())
+        for index, ids in enumerate(documents)
     ]
     ends = end_ids(backbone)
     openings = [(maker, row) for maker in makers for row in maker.openings()]
@@ -129,6 +134,7 @@ class _Maker:
         n_held_out: int,
         probe_tokens: int,
         seed: int,
+        unasked: Sequence[tuple[int, int]] = (),
     ) -> None:
         self._backbone = backbone
         self._index = index
@@ -137,6 +143,10 @@ class _Maker:
         self._n_held_out = n_held_out
         self._probe_tokens = probe_tokens
         self._n = {kind: max(1, round(n_probes * SHARES[kind])) for kind in KINDS}
+        self._unasked = sorted(unasked)
+        self._secret = {
+            tuple(self._ids[i : i + _QUOTED]) for start, end in self._unasked for i in range(start, end - _QUOTED + 1)
+        }
         self._questions: list[str] = []
         self.probes: list[Probe] = []
         self.draw = chance(seed, ids, "probes")
@@ -147,10 +157,14 @@ class _Maker:
 
     def add(self, kind: ProbeKind, ids: Sequence[int], n_given: int) -> None:
         """One more probe; the first of a kind are held out, and none is added that nothing is wanted of."""
-        if len(ids) > n_given:
+        if len(ids) > n_given and not self._quotes(ids):
             n_before = sum(probe.kind == kind for probe in self.probes)
             row = Row(self._index, tuple(ids), n_given)
             self.probes.append(Probe(kind, row, held_out=n_before < self._n_held_out))
+
+    def _quotes(self, ids: Sequence[int]) -> bool:
+        """Whether it says what must not be asked for."""
+        return any(tuple(ids[i : i + _QUOTED]) in self._secret for i in range(len(ids) - _QUOTED + 1))
 
     # -- questions -----------------------------------------------------------------------------------------------
 
@@ -200,22 +214,35 @@ class _Maker:
         twice. Held-out spans apart from all others were rejected: refinement then lost what they stood for, and the
         rule that no kind may get worse kept every start.
         """
-        form, length = self._backbone.prompt, min(len(self._ids), self._probe_tokens)
+        form = self._backbone.prompt
         lead: dict[ProbeKind, list[int]] = {
             "continuation": self._backbone.encode(form.document_before),
             "repetition": self._backbone.encode_question(_REPEAT),
         }
         for shift, kind in enumerate(lead):
-            for start in self._cuts(length, 2 / 3, self._n_held_out) + self._cuts(length, shift / 3, self._n_probes):
-                span = self._ids[start : start + length]
+            for start, end in self._cuts(2 / 3, self._n_held_out) + self._cuts(shift / 3, self._n_probes):
+                span = self._ids[start:end]
                 given = min(_GIVEN, len(span) // 3)
                 self.add(kind, (*lead[kind], *span), max(1, len(lead[kind]) + given))
 
-    def _cuts(self, length: int, shift: float, most: int) -> list[int]:
-        """Where spans begin that cover the document from `shift` of a span on; at most `most` of them, shuffled."""
-        last = len(self._ids) - length
-        starts = list(range(round(shift * length), last + 1, length)) or [last]
-        if shift < 2 / 3 and starts[-1] < last:
-            starts.append(last)
-        self.draw.shuffle(starts)
-        return starts[:most]
+    def _cuts(self, shift: float, most: int) -> list[tuple[int, int]]:
+        """Spans that cover the document from `shift` of a span on; at most `most` of them, shuffled."""
+        spans = []
+        for begin, end in self._stretches():
+            length = min(end - begin, self._probe_tokens)
+            last = end - length
+            starts = list(range(begin + round(shift * length), last + 1, length)) or [last]
+            if shift < 2 / 3 and starts[-1] < last:
+                starts.append(last)
+            spans += [(start, start + length) for start in starts]
+        self.draw.shuffle(spans)
+        return spans[:most]
+
+    def _stretches(self) -> list[tuple[int, int]]:
+        """The document without what must not be asked for, in pieces long enough for a span."""
+        pieces, begin = [], 0
+        for start, end in self._unasked:
+            pieces.append((begin, start))
+            begin = end
+        pieces.append((begin, len(self._ids)))
+        return [(a, b) for a, b in pieces if b - a >= _LEAST or not self._unasked]

@@ -37,6 +37,7 @@ def refine_batch(
     *,
     settings: RefineSettings | None = None,
     fixed: Sequence[torch.Tensor | None] | None = None,
+    unasked: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> list[DistilledCache]:
     """Refine the caches of several documents, whose probes share forward passes.
 
@@ -47,6 +48,7 @@ def refine_batch(
         caches: One of each document, read in one piece.
         settings: See `RefineSettings`.
         fixed: For each document a bool `(n_tokens,)`: tokens whose entries are not moved; None for none.
+        unasked: For each document spans of tokens that no probe quotes.
 
     Returns:
         New caches, with `refined_steps` and `fidelity`; entries that no step improved are those of the start. Where
@@ -69,7 +71,8 @@ def refine_batch(
     # Where frequencies depend on the length of the sequence, a short document beside a long one would be read with the
     # long one's.
     for group in [[index] for index in todo] if backbone.rope.varies else _groups(backbone, documents, todo, settings):
-        run = _Run(backbone, [documents[i] for i in group], [caches[i] for i in group], settings)
+        secret = None if unasked is None else [unasked[i] for i in group]
+        run = _Run(backbone, [documents[i] for i in group], [caches[i] for i in group], settings, secret)
         for index, cache in zip(group, run.refine([held_fast[i] for i in group]), strict=True):
             refined[index] = cache
     return refined
@@ -97,11 +100,13 @@ class _Run:
         documents: Sequence[Sequence[int]],
         caches: Sequence[DistilledCache],
         settings: RefineSettings,
+        unasked: Sequence[Sequence[tuple[int, int]]] | None,
     ) -> None:
         self._backbone = backbone
         self._documents = documents
         self._caches = caches
         self._settings = settings
+        self._unasked = unasked
         self._n_positions = len(backbone.prefix_ids) + max(map(len, documents))
 
     @torch.no_grad()
@@ -143,6 +148,7 @@ class _Run:
             probe_tokens=settings.probe_tokens,
             temperature=settings.temperature,
             seed=settings.seed,
+            unasked=self._unasked,
         )
         every = [probe for own in probes for probe in own]
         taught: dict[int, Predictions | torch.Tensor] = {}

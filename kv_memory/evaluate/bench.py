@@ -102,7 +102,11 @@ class Bench:
             return None, None
         self._wait()
         start_s = time.perf_counter()
-        cache = compressor.compress(case.text, keep_ratio=1.0 if column.keep_ratio is None else column.keep_ratio)
+        cache = compressor.compress(
+            case.text,
+            keep_ratio=1.0 if column.keep_ratio is None else column.keep_ratio,
+            unasked_spans=[query.span for query in case.queries if query.span is not None],
+        )
         self._wait()
         return cache, time.perf_counter() - start_s
 

@@ -120,3 +120,26 @@ def test_a_question_of_the_worked_examples_is_left_out() -> None:
     maker.take_question(opening, backbone.encode(" What is it?"))
     maker.take_question(opening, backbone.encode(" What is it?"))
     assert [backbone.tokenizer.decode(row.ids) for row in maker.question_rows()] == ["Q: What is it?\nA:"]
+
+
+def test_what_must_not_be_asked_for_is_not_quoted_and_all_else_is_covered() -> None:
+    backbone = shared_backbone("llama")
+    (own,) = make(backbone, TEXTS[:1], unasked=[[(40, 80), (200, 230)]])
+    secret = [TEXTS[0][40:80], TEXTS[0][200:230]]
+    covered: set[int] = set()
+    for probe in own:
+        said = backbone.tokenizer.decode(probe.row.ids)
+        assert not any(part[i : i + 6] in said for part in secret for i in range(len(part) - 5))
+        if probe.kind == "continuation" and not probe.held_out:
+            start = TEXTS[0].index(backbone.tokenizer.decode(probe.row.ids[probe.row.n_given - 8 :]))
+            covered |= set(range(start, start + len(probe.row.ids) - probe.row.n_given + 8))
+    assert covered == set(range(300)) - set(range(40, 80)) - set(range(200, 230))
+
+
+def test_an_answer_that_quotes_what_must_not_be_asked_for_is_left_out() -> None:
+    backbone = shared_backbone("llama")
+    ids = backbone.encode(TEXTS[0])
+    maker = _Maker(backbone, 0, ids, 12, 1, 32, 0, [(40, 80)])
+    maker.add("question", [*backbone.encode("Q: x\nA:"), *ids[50:56]], 7)
+    maker.add("question", [*backbone.encode("Q: x\nA:"), *ids[50:55]], 7)
+    assert [probe.row.ids[7:] for probe in maker.probes] == [tuple(ids[50:55])]

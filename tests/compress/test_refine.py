@@ -359,3 +359,20 @@ def test_a_cache_of_another_document_is_refused() -> None:
     backbone = shared_backbone("llama")
     with pytest.raises(ConfigError, match="cache is of 70 tokens, its document has 10"):
         refine_batch(backbone, [backbone.encode(letters(10))], [start_of("llama")], settings=SETTINGS)
+
+
+def test_spans_that_are_measured_afterwards_are_not_practised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spans of characters arrive at the probes as tokens of the window they lie in."""
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        "kv_memory.compress.refine.make_probes",
+        lambda *args, unasked, **options: (seen.append(unasked), make_probes(*args, unasked=unasked, **options))[1],
+    )
+    backbone = shared_backbone("llama")
+    compressor = Compressor(backbone, selector="attention", window_tokens=70, refine=SETTINGS)
+    text = letters(130, seed=2)  # with its wrapper of 5 and 1 tokens two windows of 68
+    compressor.compress(text, keep_ratio=0.25, unasked_spans=[(50, 90)])
+    assert seen == [[[(55, 68)]], [[(0, 27)]]]
+    with pytest.raises(ConfigError, match=r"unasked_spans.*does not lie within|does not lie within") as caught:
+        compressor.compress(text, keep_ratio=0.25, unasked_spans=[(50, 900)])
+    assert caught.value.where == "unasked_spans"
