@@ -85,12 +85,15 @@ class ForwardContext:
         routing: Decides which tokens go through the adapter; None for none.
         bias: `(num_layers, batch, num_kv_heads, n)`, added to the attention logits towards the first `n` entries of
             the cache: the path on which a gradient reaches the scorer.
+        outputs: Where every layer's attention output, before W_O, is put: `(batch, new, num_heads, head_dim)` each;
+            None for nowhere. Layers that gradient checkpointing runs again put theirs behind the others.
     """
 
     cache: PositionedCache | None = None
     observer: AttentionObserver | None = None
     routing: Routing | None = None
     bias: torch.Tensor | None = None
+    outputs: list[torch.Tensor] | None = None
     masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict, repr=False)
 
 
@@ -128,6 +131,23 @@ def attention_forward(
         `(batch, new, num_heads, head_dim)`, and None for the weights.
     """
     context = kv_memory or ForwardContext()
+    out = _attend(module, query, key, value, context, scaling, softcap, sliding_window, position_ids)
+    if context.outputs is not None:
+        context.outputs.append(out)
+    return out, None
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    context: ForwardContext,
+    scaling: float | None,
+    softcap: float | None,
+    sliding_window: int | None,
+    position_ids: torch.Tensor | None,
+) -> torch.Tensor:
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
     if context.observer is not None:
@@ -143,13 +163,13 @@ def attention_forward(
         # afterwards, are cheaper than a mask: a long document behind a short prefix takes two thirds of the time.
         query = nn.functional.pad(query, (0, 0, past, 0))
         out, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
-        return out[:, past:], None
+        return out[:, past:]
 
     mask = _mask(context, layer, position_ids, new, length, window)
     if context.bias is not None:
         mask = _biased(mask, context.bias[layer], length, dtype=query.dtype)
     if softcap is None and new <= SHORT:
-        return _attend_packed(query, key, value, mask, scaling=scaling), None
+        return _attend_packed(query, key, value, mask, scaling=scaling)
 
     # In blocks of queries, each against the keys up to its own end: a mask over all keys at once would double the work.
     blocks = []
@@ -164,7 +184,7 @@ def attention_forward(
             weights = attention_probabilities(q, k, part, scaling=scaling, softcap=softcap).to(v.dtype)
             out = (weights @ repeat_kv(v, q.shape[1] // v.shape[1])).transpose(1, 2)
         blocks.append(out)
-    return torch.cat(blocks, dim=1), None
+    return torch.cat(blocks, dim=1)
 
 
 def _attend_packed(

@@ -124,9 +124,7 @@ class Compressor:
             [(start + len(before), end + len(before)) for start, end in _token_spans(offsets, spans, len(text), where)]
             for spans, where in ((keep_spans, "keep_spans"), (unasked_spans, "unasked_spans"))
         )
-        return self.compress_ids(
-            [*before, *ids, *after], keep_ratio=keep_ratio, keep_spans=kept, unasked_spans=unasked
-        )
+        return self.compress_ids([*before, *ids, *after], keep_ratio=keep_ratio, keep_spans=kept, unasked_spans=unasked)
 
     @torch.no_grad()
     def compress_ids(

@@ -51,7 +51,14 @@ class Entries:
         return cache
 
     def ask(
-        self, backbone: Backbone, ids: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor, wanted: torch.Tensor
+        self,
+        backbone: Backbone,
+        ids: torch.Tensor,
+        lengths: torch.Tensor,
+        rows: torch.Tensor,
+        wanted: torch.Tensor,
+        *,
+        outputs: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Logits at some places of what follows the documents.
 
@@ -61,13 +68,18 @@ class Entries:
             lengths: `(rows,)`.
             rows: `(rows,)`, which document each row follows.
             wanted: Bool `(rows, n)`: the tokens whose successors are to be predicted.
+            outputs: Where every layer's attention output at those tokens is put, `(number of wanted, num_heads *
+                head_dim)`; None for nowhere.
 
         Returns:
             `(number of wanted, vocab_size)`, row by row; of the model's dtype.
         """
         cache = self.cache(rows)
         bias = None if self.bias is None else self.bias[:, rows]
-        hidden = backbone.read(ids, cache, lengths=lengths, context=ForwardContext(bias=bias))
+        every: list[torch.Tensor] | None = None if outputs is None else []
+        hidden = backbone.read(ids, cache, lengths=lengths, context=ForwardContext(bias=bias, outputs=every))
+        if outputs is not None and every is not None:
+            outputs += [out[wanted].flatten(1) for out in every[: backbone.num_layers]]
         logits: torch.Tensor = backbone.head(hidden[wanted])
         return logits
 

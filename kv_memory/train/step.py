@@ -12,7 +12,7 @@ from kv_memory.compress.entries import Entries, gather_entries, join_entries
 from kv_memory.compress.reading import pad, read_documents
 from kv_memory.config import n_kept_for
 from kv_memory.train.batches import Batch, Row
-from kv_memory.train.objective import distillation_loss
+from kv_memory.train.objective import distillation_loss, output_error
 from kv_memory.train.settings import TrainSettings
 from kv_memory.train.warmup import Asked, received_attention, repetition, scorer_loss
 
@@ -56,9 +56,9 @@ class Followed:
     wanted: torch.Tensor
     weights: torch.Tensor
 
-    def ask(self, backbone: Backbone, entries: Entries) -> torch.Tensor:
-        """Logits at the wanted tokens: `(number of wanted, vocab_size)`."""
-        return entries.ask(backbone, self.ids, self.lengths, self.groups, self.wanted)
+    def ask(self, backbone: Backbone, entries: Entries, *, outputs: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """Logits at the wanted tokens: `(number of wanted, vocab_size)`; `outputs` as in `Entries.ask`."""
+        return entries.ask(backbone, self.ids, self.lengths, self.groups, self.wanted, outputs=outputs)
 
 
 def follow(batch: Batch, teacher: Entries, backbone: Backbone, settings: TrainSettings) -> list[Followed]:
@@ -139,7 +139,12 @@ def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings
         apart = gather_entries(backbone, cache, lengths)
         full = join_entries(backbone, apart, lengths, batch.groups)
         parts = follow(batch, full, backbone, settings)
-        taught = [part.ask(backbone, full) for part in parts]
+        attended: list[list[torch.Tensor]] = [[] for _ in parts]
+        with_outputs = settings.output_weight > 0
+        taught = [
+            part.ask(backbone, full, outputs=outputs if with_outputs else None)
+            for part, outputs in zip(parts, attended, strict=True)
+        ]
     reading = read_documents(adapter, ids, lengths, n_kept)
     learns = settings.lr_scorer_distil > 0
     student_entries = gather_entries(
@@ -148,11 +153,20 @@ def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings
     distilled = join_entries(backbone, student_entries, lengths, batch.groups)
     weight = torch.cat([part.weights for part in parts]).sum()
     divergence = torch.zeros((), device=backbone.device)
-    for part, teacher in zip(parts, taught, strict=True):
-        apart_by = distillation_loss(teacher, part.ask(backbone, distilled), forward_weight=settings.forward_weight)
+    outputs_apart = torch.zeros((), device=backbone.device)
+    for part, teacher, wanted_outputs in zip(parts, taught, attended, strict=True):
+        outputs: list[torch.Tensor] = []
+        logits = part.ask(backbone, distilled, outputs=outputs if with_outputs else None)
+        apart_by = distillation_loss(teacher, logits, forward_weight=settings.forward_weight)
         divergence = divergence + (apart_by * part.weights).sum() / weight
+        if with_outputs:
+            errors = output_error(wanted_outputs, outputs)
+            outputs_apart = outputs_apart + (errors * part.weights).sum() / weight
     scale = (batch.keep_ratio**2 / (settings.min_ratio * settings.max_ratio)) ** (settings.ratio_power / 2)
     loss, figures = divergence * scale, {"divergence": float(divergence.detach())}
+    if with_outputs:
+        loss = loss + settings.output_weight * scale * outputs_apart
+        figures["outputs"] = float(outputs_apart.detach())
     if settings.warmup_weight > 0:
         labels = received_attention(backbone, apart, _askings(batch, parts, backbone))
         extra = scorer_loss(reading.scores, labels, lengths, budget=adapter.config.budget)

@@ -16,7 +16,7 @@ from kv_memory.backbone import Backbone
 from kv_memory.compress import Adapter, AdapterConfig, Compressor
 from kv_memory.compress.adapter import default_eta
 from kv_memory.compress.reading import ReadingDocuments
-from kv_memory.compress.routing import FixedRouting
+from kv_memory.compress.routing import FixedRouting, routed_with
 from kv_memory.errors import AdapterError, AdapterMismatchError, ConfigError
 from tests.conftest import make_backbone, make_model
 from tests.reference import letters, plain_model
@@ -172,6 +172,7 @@ def test_a_garbled_file(folder: Path, saved: Path, file: str, content: bytes) ->
         {"scorer": "head"},
         {"scorer": "all"},
         {"routed": 1},
+        {"full_strength_ratio": 0},
     ],
 )
 def test_settings_that_do_not_fit(folder: Path, change: dict[str, Any]) -> None:
@@ -280,6 +281,37 @@ def test_layers_may_route_different_tokens() -> None:
     differs = [not torch.equal(plain.layer(i)[1], routed.layer(i)[1]) for i in range(4)]
     assert differs == [False, False, False, True]  # the output of layer 2 is what layer 3 makes keys of
     assert torch.equal(plain.layer(3)[1][:, :, :16], routed.layer(3)[1][:, :, :16])  # prefix of 11 and 5 tokens
+
+
+def test_a_strength_is_a_share_of_the_delta() -> None:
+    """Token by token or for whole rows; at 1 the LoRA of a mask, at 0 the frozen model."""
+    backbone = make_backbone()
+    adapter = Adapter.create(backbone, rank=4, zero_init=False)
+    projection = backbone.layers[0].self_attn.q_proj
+    x = torch.randn(2, 3, 48)
+    with routed_with(None):
+        frozen = projection(x)
+    with routed_with(torch.ones(2, 3, dtype=torch.bool)):
+        delta = projection(x) - frozen
+    assert delta.abs().max() > 1e-3
+    for strength in (torch.tensor([[0.0, 0.5, 1.0], [0.25, 0.0, 0.0]]), torch.tensor([[0.5], [0.0]])):
+        with routed_with(strength), torch.no_grad():
+            found = projection(x) - frozen
+        torch.testing.assert_close(found, delta * strength.expand(2, 3)[..., None], rtol=1e-3, atol=1e-5)
+    adapter.detach()
+
+
+@pytest.mark.parametrize("routed", ["kept", "document"])
+def test_the_lora_acts_less_where_more_is_kept(routed: Any) -> None:
+    adapter = Adapter.create(make_backbone(), rank=2, scorer="head", routed=routed, full_strength_ratio=1 / 16)
+    lengths, hidden = torch.tensor([64, 64, 64, 64]), torch.randn(4, 64, 48)
+    watching = ReadingDocuments(adapter, lengths=lengths, n_kept=torch.tensor([1, 4, 16, 64]))
+    watching.look(adapter.config.eta, hidden)
+    mask = watching.enter(adapter.config.eta, hidden)
+    assert mask is not None
+    torch.testing.assert_close(mask.amax(1), torch.tensor([1.0, 1.0, 0.5, 0.0]))
+    plain = Adapter.create(make_backbone(), rank=2)
+    torch.testing.assert_close(plain.config.strength(torch.tensor([0.01, 1.0])), torch.tensor([1.0, 1.0]))
 
 
 def test_tokens_kept_by_any_head_are_routed() -> None:

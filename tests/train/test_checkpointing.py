@@ -21,6 +21,7 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("llama", {"scorer": "head", "routed": "kept", "targets": ("q", "o")}),
     ("llama", {"scorer": "token", "routed": "kept", "targets": ("q", "o"), "first_routed_layer": 2}),
+    ("llama", {"output_weight": 0.5}),
     ("mistral", {}),
     ("qwen3", {}),
     ("gemma2", {}),

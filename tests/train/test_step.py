@@ -14,7 +14,7 @@ from kv_memory.compress.reading import pad
 from kv_memory.datasets import Example, Question
 from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.train.batches import Batches
-from kv_memory.train.objective import distillation_loss, kl_divergence
+from kv_memory.train.objective import distillation_loss, kl_divergence, output_error
 from kv_memory.train.settings import TrainSettings, preset
 from kv_memory.train.step import distillation_step, warmup_step
 from kv_memory.train.warmup import received_attention, repetition, scorer_loss
@@ -170,6 +170,36 @@ def test_training_the_lora_lowers_the_loss(name: str, form: str) -> None:
         optimizer.step()
         losses.append(float(result.loss.detach()))
     assert min(losses[-3:]) < 0.9 * losses[0]
+
+
+def test_attention_outputs_are_a_term_of_the_loss() -> None:
+    """Nothing where everything is kept; else the share by which they miss, weighed, beside the divergence."""
+    settings = replace(SETTINGS, output_weight=0.5, ratio_power=0.0)
+    adapter = adapter_for("llama")
+    batch = Batches(EXAMPLES, adapter.backbone, settings).batch(0)
+    whole = distillation_step(adapter, replace(batch, keep_ratio=1.0), settings=settings)
+    assert whole.parts["outputs"] < 1e-6
+    some = distillation_step(adapter, replace(batch, keep_ratio=0.1), settings=settings)
+    assert 0.001 < some.parts["outputs"] < 2
+    assert float(some.loss.detach()) == pytest.approx(some.parts["divergence"] + 0.5 * some.parts["outputs"], rel=1e-5)
+
+
+def test_output_error_is_the_missing_share() -> None:
+    teacher = [torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [2.0, 0.0]])]
+    student = [torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [2.0, 1.0]])]
+    torch.testing.assert_close(output_error(teacher, student), torch.tensor([0.5, 0.625]), rtol=1e-5, atol=1e-5)
+
+
+def test_small_ratios_do_not_decide_everything() -> None:
+    """The loss weighs by keep ratio; in the middle of the range it weighs what it did."""
+    adapter = adapter_for("llama")
+    for ratio, weight in ((0.5, 4.0), (0.125, 1.0), (0.03125, 0.25)):
+        losses = []
+        for power in (0.0, 1.0):
+            settings = replace(SETTINGS, ratio_power=power, min_ratio=0.03125, max_ratio=0.5)
+            batch = replace(Batches(EXAMPLES, adapter.backbone, settings).batch(0), keep_ratio=ratio)
+            losses.append(float(distillation_step(adapter, batch, settings=settings).loss.detach()))
+        assert losses[1] == pytest.approx(weight * losses[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("form", ["default", "paper"])
