@@ -38,6 +38,15 @@ def train(
         Path | None,
         typer.Option("--corpus", metavar="PATH", help="Adapt to these documents; the model writes questions itself."),
     ] = None,
+    question_passages: Annotated[
+        int | None,
+        typer.Option(
+            "--question-passages",
+            metavar="N",
+            help="With --corpus: write questions about so many passages; the others are repeated and gone on with.  "
+            "[default: all]",
+        ),
+    ] = None,
     model: Annotated[
         str, typer.Option("--model", metavar="NAME", help="'embedded', a model folder, or a Hugging Face hub id.")
     ] = EMBEDDED,
@@ -175,6 +184,7 @@ def train(
                 ),
                 eval_data=eval_data,
                 eval_documents=eval_documents,
+                question_passages=question_passages,
                 skip_errors=skip_errors,
                 prompt=prompt,
                 dtype=dtype,

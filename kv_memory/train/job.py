@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -49,6 +50,8 @@ class Job:
         eval_data: A set to evaluate on; held out of the training data if None.
         eval_documents: On how many documents.
         n_questions: Written about each passage of a corpus.
+        question_passages: How many of its passages questions are written about, drawn by their hash; all if None. The
+            others are repeated and gone on with, which costs nothing to prepare.
         skip_errors: Leave broken records out.
         prompt: See `Backbone`.
         dtype: See `Backbone.load`.
@@ -67,6 +70,7 @@ class Job:
     eval_data: str | None = None
     eval_documents: int = 24
     n_questions: int = 8
+    question_passages: int | None = None
     skip_errors: bool = False
     prompt: str = "auto"
     dtype: str = "auto"
@@ -78,6 +82,10 @@ class Job:
             raise ConfigError("nothing to train on", where="data", next_step="Name a set or a corpus.")
         if self.eval_documents < 1:
             raise ConfigError(f"eval_documents must be at least 1, got {self.eval_documents}", where="eval_documents")
+        if self.question_passages is not None and self.question_passages < 0:
+            raise ConfigError(
+                f"question_passages must not be negative, got {self.question_passages}", where="question_passages"
+            )
         check_choice(self.prompt, PromptName, where="prompt")
         check_choice(self.dtype, DtypeName, where="dtype")
 
@@ -204,16 +212,17 @@ class OpenJob:
             batch_passages=1 if cpu else 16,
         )
         if self._dry_run:
-            passages = corpus.passages
+            passages = self._chosen(corpus.passages)
             begin_s = time.monotonic()
             writer.write(passages[:_TRIED])
-            self.questions_s = (time.monotonic() - begin_s) / len(passages[:_TRIED]) * len(passages)
+            self.questions_s = (time.monotonic() - begin_s) / max(1, len(passages[:_TRIED])) * len(passages)
             return [window.example for window in corpus.train], []
         measured = corpus.held_out[: job.eval_documents] if job.options.eval_every else ()
         with self._accelerator.main_process_first():  # the others find them in the file
             train = self._asked(writer, corpus.train, self._on_passage)
             held_out = self._asked(writer, measured, None)
         if self._accelerator.is_main_process:
+            job.out.mkdir(parents=True, exist_ok=True)
             (job.out / "held_out.json").write_text(json.dumps(corpus.held_out_ids, indent=2) + "\n", encoding="utf-8")
         return [e for part in train for e in part], [part[0] for part in held_out]
 
@@ -221,6 +230,15 @@ class OpenJob:
         self, writer: QuestionWriter, windows: tuple[Window, ...], on_passage: Callable[[int, int], None] | None
     ) -> list[list[Example]]:
         """The examples of each window."""
-        passages = [passage for window in windows for passage in window.passages]
-        written = iter(writer.write(passages, path=self._job.out / "questions.jsonl", on_passage=on_passage))
-        return [window.examples([next(written) for _ in window.passages]) for window in windows]
+        passages = self._chosen([passage for window in windows for passage in window.passages])
+        path = self._job.out / "questions.jsonl"
+        written = dict(zip(passages, writer.write(passages, path=path, on_passage=on_passage), strict=True))
+        return [window.examples([written.get(passage, ()) for passage in window.passages]) for window in windows]
+
+    def _chosen(self, passages: list[str]) -> list[str]:
+        """The passages that questions are written about; a smaller choice is part of a larger one."""
+        most = self._job.question_passages
+        if most is None:
+            return passages
+        digest = {passage: hashlib.sha256(passage.encode()).digest() for passage in passages}
+        return sorted(digest, key=digest.__getitem__)[:most]

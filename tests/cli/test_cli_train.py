@@ -78,6 +78,12 @@ def test_training_goes_on_from_an_adapter_for_a_corpus(
     assert len(written) >= 6 - len(held_out)
     assert json.loads((tmp_path / "tuned/adapter/kv_distill.json").read_text())["trained_steps"] == 5
     assert "general/adapter" in (tmp_path / "tuned/adapter/README.md").read_text()
+    few = kv(*tune[:1], "few", *tune[2:], "--question-passages", "1", "--set", "full_strength_ratio=0.1", "--json").json
+    assert few["n_examples"] == report["n_examples"]
+    assert len((tmp_path / "few/questions.jsonl").read_text().splitlines()) == 1
+    assert json.loads((tmp_path / "few/adapter/kv_distill.json").read_text())["full_strength_ratio"] == 0.1
+    none = kv(*tune[:1], "none", *tune[2:], "--question-passages", "0", "--json")
+    assert none.code == 0 and not (tmp_path / "none/questions.jsonl").exists(), none.err
     wrong = kv(*tune[:1], "other", *tune[2:], "--rank", "9", "--json")
     assert wrong.code == 2 and "rank is 2" in wrong.json["error"]["what"]
 

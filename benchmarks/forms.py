@@ -1,0 +1,129 @@
+"""Forms of the adapter, each trained for the same time on the same data: how near do their answers come?
+
+    python benchmarks/forms.py                          # all forms, ten minutes each; goes on where it was stopped
+    python benchmarks/forms.py --only paper --only default --time-limit 1200
+    python benchmarks/forms.py --table                  # what there is, as Markdown
+
+Each form is a run of `kv-memory train` in a folder of its own (`--work`), and ends with KL to the full cache on
+held-out documents, the same for all. Run nothing beside it: a form that had less of the machine had less training. A
+few minutes tell what learns quickly, not what is best in the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_PAPER = ["--preset", "paper"]
+_HEAD = ["--set", "scorer=head", "--set", "scorer_size=256"]
+_QO = ["--set", "targets=q,o"]
+
+# What it shows, and how it differs from the default. In the order of the table.
+FORMS: dict[str, tuple[str, list[str]]] = {
+    "paper": ("as published: a score a token, W_Q and W_O of kept tokens", _PAPER),
+    "paper_heads": ("a score for each KV head", [*_PAPER, *_HEAD]),
+    "paper_one_ranking": ("and one ranking over all heads", [*_PAPER, *_HEAD, "--set", "budget=model"]),
+    "document": (
+        "and all tokens of the document routed",
+        [*_PAPER, *_HEAD, "--set", "budget=model", "--set", "routed=document"],
+    ),
+    "head_scorer": ("and W_K, W_V, strength by keep ratio, loss weighed by it", _HEAD),
+    "default": ("and a scorer in each layer: the default", []),
+    "without_strength": ("default, full strength at every ratio", ["--set", "full_strength_ratio=1"]),
+    "without_weights": ("default, losses not weighed by keep ratio", ["--set", "ratio_power=0"]),
+    "q_o": ("default, W_Q and W_O alone", _QO),
+    "eta_3": ("scorer for all heads at layer 3", [*_HEAD, "--set", "eta=3"]),
+    "eta_12": ("scorer for all heads at layer 12", [*_HEAD, "--set", "eta=12"]),
+    "one_pass": (
+        "scorer for all heads at layer 6, routed from there: one pass",
+        [*_HEAD, "--set", "first_routed_layer=6"],
+    ),
+    "from_layer_6": ("default, routed from layer 6 upwards", ["--set", "first_routed_layer=6"]),
+    "rank_16": ("default, rank 16", ["--rank", "16"]),
+    "rank_128": ("default, rank 128", ["--rank", "128"]),
+    "teacher_answers": ("default, answers written by the teacher", ["--set", "answers=teacher"]),
+    "outputs": ("default, a term for attention outputs", ["--set", "output_weight=0.5"]),
+}
+
+
+def main() -> None:
+    """Train what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", action="append", help="sets to train on (default: squad); repeatable")
+    parser.add_argument("--time-limit", type=float, default=600, help="seconds for each form (default: 600)")
+    parser.add_argument("--eval-documents", type=int, default=16, help="held-out documents (default: 16)")
+    parser.add_argument("--lr-lora", type=float, default=8e-4, help="learning rate of the LoRA (default: 8e-4)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/forms"), help="folder of the runs (default: runs/forms)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/results/forms.jsonl"), help="results, a line a form (docs/results/...)"
+    )
+    parser.add_argument("--only", action="append", choices=FORMS, metavar="FORM", help="only these; repeatable")
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    args = parser.parse_args()
+    results = {row["form"]: row for row in _lines(args.out)}
+    for name in [] if args.table else args.only or FORMS:
+        if name not in results:
+            results[name] = train(args, name)
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            with args.out.open("a") as file:
+                file.write(json.dumps(results[name]) + "\n")
+    print(table([results[name] for name in FORMS if name in results]))
+
+
+def train(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """One form, in a process of its own."""
+    out = args.work / name
+    options = ["--time-limit", f"{args.time_limit:g}", "--eval-every", "100000"]
+    options += ["--eval-documents", str(args.eval_documents), "--lr-lora", f"{args.lr_lora:g}", *FORMS[name][1]]
+    sources = [part for source in args.data or ["squad"] for part in ("--data", source)]
+    command = ["kv-memory", "train", str(out), *sources, *options]
+    print(f"{name}: {' '.join(command)}", file=sys.stderr, flush=True)
+    more = ["--resume"] if (out / "checkpoints").is_dir() else []
+    script = str(Path(sys.executable).with_name("kv-memory"))
+    done = subprocess.run([script, *command[1:], *more, "--json"], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{name} failed: {done.stdout.strip()}")
+    report = json.loads(done.stdout.splitlines()[-1])
+    return {
+        "form": name,
+        "command": " ".join(command),
+        "kl": report["evaluation"]["kl"],
+        "reconstruction": report["baseline"],
+        "none": report["none"],
+        "warmup_steps": report["settings"]["warmup_steps"],
+        "steps": report["step"] - report["settings"]["warmup_steps"],
+        "elapsed_s": round(report["elapsed_s"]),
+        "n_held_out": report["n_held_out"],
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a row a form, its KL at each keep ratio."""
+    if not rows:
+        return "nothing measured yet"
+    ratios = sorted(rows[0]["kl"], key=float, reverse=True)
+    lines = [
+        f"| form | what it is | steps | {' | '.join(f'1/{round(1 / float(ratio))}' for ratio in ratios)} |",
+        f"| --- | --- | ---: | {' | '.join('---:' for _ in ratios)} |",
+    ]
+    kl = [f"{rows[0]['reconstruction'][ratio]:.3f}" for ratio in ratios]
+    lines.append(f"| `reconstruction` | no training | | {' | '.join(kl)} |")
+    for row in rows:
+        kl = [f"{row['kl'][ratio]:.3f}" for ratio in ratios]
+        steps = f"{row['warmup_steps']} + {row['steps']}"
+        lines.append(f"| {row['form']} | {FORMS[row['form']][0]} | {steps} | {' | '.join(kl)} |")
+    return "\n".join(lines)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+if __name__ == "__main__":
+    main()
