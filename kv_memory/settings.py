@@ -16,7 +16,7 @@ from kv_memory.prompts import PromptName
 __all__ = ["MemorySettings", "given_settings", "resolve_settings"]
 
 NO_ADAPTER = "none"  # what a caller names to have none
-REFINE_STEPS = 16  # where only a fidelity is asked for
+REFINE_STEPS = 48  # where only a fidelity is asked for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

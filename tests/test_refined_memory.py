@@ -61,13 +61,13 @@ def test_caches_that_were_not_refined_have_no_fidelity(memory: KVMemory) -> None
 
 
 def test_what_is_asked_for_reaches_the_compressor(tmp_path: Path, wide: Any) -> None:
-    with open_memory(tmp_path / "store", wide, refine_steps=100, min_fidelity=0.5) as memory:
+    with open_memory(tmp_path / "store", wide, refine_steps=300, min_fidelity=0.5) as memory:
         refine = memory.compressor.refine
-        assert refine is not None and (refine.steps, refine.min_fidelity, refine.max_steps) == (100, 0.5, 100)
+        assert refine is not None and (refine.steps, refine.min_fidelity, refine.max_steps) == (300, 0.5, 300)
 
 
 def test_a_fidelity_alone_asks_for_the_usual_steps() -> None:
-    assert resolve_settings(given(min_fidelity=0.2), {}).refine_steps == 16
+    assert resolve_settings(given(min_fidelity=0.2), {}).refine_steps == 48
     stored = {"refine_steps": 8}
     assert resolve_settings(given(min_fidelity=0.2), stored).refine_steps == 8
 

@@ -104,7 +104,7 @@ def evaluate_task(
         Path | None,
         typer.Option("--data", envvar="KV_MEMORY_DATA", metavar="FOLDER", help="Where the sets lie."),
     ] = None,
-    refine_steps: Annotated[int, typer.Option("--refine-steps", metavar="N", help="refined: at most so many.")] = 16,
+    refine_steps: Annotated[int, typer.Option("--refine-steps", metavar="N", help="refined: at most so many.")] = 48,
     refine_from: Annotated[
         str,
         typer.Option(

@@ -40,19 +40,19 @@ class RefineSettings:
         max_entries: Cache entries that rows side by side may take, in tokens; what is longer is read row by row.
     """
 
-    steps: int = 16
+    steps: int = 48
     lr: float | None = None
     n_probes: int = 24
-    probes_per_step: int = 12
+    probes_per_step: int = 4
     n_held_out: int = 2
     probe_tokens: int = 40
     forward_weight: float = 0.6
     temperature: float = 0.5
-    evaluate_every: int = 4
+    evaluate_every: int = 12
     patience: int = 2
     tolerance: float = 0.02
     min_fidelity: float | None = None
-    max_steps: int = 64
+    max_steps: int = 192
     seed: int = 0
     max_entries: int = 8192
 
