@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from kv_memory.cli.eval import print_rows
+from kv_memory.cli.eval import print_rows, ratio_of
 from kv_memory.cli.output import reporting
 
 __all__ = ["report"]
@@ -24,6 +24,13 @@ def report(
     to: Annotated[
         Path | None, typer.Option("--to", metavar="FOLDER", help="Write tables.md and the plots here.")
     ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", metavar="NAME", help="Only this one, by its name in the table; repeatable."),
+    ] = None,
+    keep_ratio: Annotated[
+        list[str] | None, typer.Option("--keep-ratio", metavar="SHARE", help="Only this one; repeatable.")
+    ] = None,
     unpaired: Annotated[
         bool, typer.Option("--unpaired", help="Use all documents of each row, not only those that all rows have.")
     ] = False,
@@ -35,14 +42,16 @@ def report(
     Rows are compared on the documents that all of them have.
     """
     with reporting(as_json=as_json) as out:
+        ratios = [ratio_of(text) for text in keep_ratio or ()] or None
         with out.working("Reading"):
             from kv_memory.evaluate import load_rows, write_report
 
             files: list[Path] = []
+            chosen: dict[str, Any] = {"methods": method or None, "keep_ratios": ratios, "paired": not unpaired}
             if to is None:
-                loaded = load_rows(paths, seed=seed, paired=not unpaired)
+                loaded = load_rows(paths, seed=seed, **chosen)
             else:
-                loaded, files = write_report(paths, to, seed=seed, paired=not unpaired)
+                loaded, files = write_report(paths, to, seed=seed, **chosen)
         print_rows(out, loaded.rows)
         for file in files:
             out.note(f"Wrote {file}")

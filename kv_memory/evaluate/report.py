@@ -76,7 +76,13 @@ def _figure(value: float | None, pair: Interval | None = None, *, digits: int = 
 
 
 def write_report(
-    paths: Sequence[Path | str], to: Path | str, *, seed: int = 0, paired: bool = True
+    paths: Sequence[Path | str],
+    to: Path | str,
+    *,
+    seed: int = 0,
+    paired: bool = True,
+    methods: Sequence[str] | None = None,
+    keep_ratios: Sequence[float] | None = None,
 ) -> tuple[Loaded, list[Path]]:
     """Write `tables.md` and the plots: `TASK_fidelity.png` for each task, `needle_map.png` for needle.
 
@@ -85,6 +91,8 @@ def write_report(
         to: The folder to write to.
         seed: Of the intervals.
         paired: See `load_rows`.
+        methods: See `load_rows`.
+        keep_ratios: See `load_rows`.
 
     Returns:
         What was loaded, and the files written.
@@ -93,7 +101,7 @@ def write_report(
         ConfigError: As `load_rows`; or the package matplotlib is missing.
         DatasetError: As `load_rows`; or the folder cannot be written to.
     """
-    loaded = load_rows(paths, seed=seed, paired=paired)
+    loaded = load_rows(paths, seed=seed, paired=paired, methods=methods, keep_ratios=keep_ratios)
     folder = Path(to)
     try:
         folder.mkdir(parents=True, exist_ok=True)

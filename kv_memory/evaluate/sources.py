@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import isclose
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
 from kv_memory.evaluate.aggregate import Row, aggregate, order
@@ -15,6 +16,7 @@ from kv_memory.evaluate.records import FILE_NAME, Record, latest
 
 __all__ = ["Loaded", "load_rows"]
 
+_Thing = TypeVar("_Thing", Record, Row)
 _PEER_FILE = "questions.jsonl"
 _LEARNED = {"adapter", "adapter_selection", "refined"}  # of these a table may hold several, by label
 
@@ -32,7 +34,14 @@ class Loaded:
     records: tuple[Record, ...]
 
 
-def load_rows(paths: Sequence[Path | str], *, seed: int = 0, paired: bool = True) -> Loaded:
+def load_rows(
+    paths: Sequence[Path | str],
+    *,
+    seed: int = 0,
+    paired: bool = True,
+    methods: Sequence[str] | None = None,
+    keep_ratios: Sequence[float] | None = None,
+) -> Loaded:
     """One table from several sources.
 
     Args:
@@ -41,12 +50,14 @@ def load_rows(paths: Sequence[Path | str], *, seed: int = 0, paired: bool = True
             `LABEL:adapter` and so on, so that several adapters stand in one table.
         seed: Of the intervals.
         paired: Only documents that every column of a task has.
+        methods: Only these, by the names they have in the table; all if None.
+        keep_ratios: Only these, and the methods that have none; all if None.
 
     Raises:
         DatasetError: A path holds no evaluation.
         BrokenLineError: A line is none of these; named by number.
-        ConfigError: Two sources hold different results under one name, two models are mixed, or no document is
-            common to all columns.
+        ConfigError: Two sources hold different results under one name, two models are mixed, no document is common to
+            all columns, or nothing is called by one of the names.
     """
     records: list[Record] = []
     finished: list[Row] = []
@@ -58,6 +69,11 @@ def load_rows(paths: Sequence[Path | str], *, seed: int = 0, paired: bool = True
         own, rows = _read(found)
         records += [_labelled(record, label) for record in latest(own)]
         finished += rows
+    records, finished = _chosen(records, methods, keep_ratios), _chosen(finished, methods, keep_ratios)
+    names = {record.method for record in records} | {row.method for row in finished}
+    for name in methods or ():
+        if name not in names:
+            raise ConfigError(f"no result is called {name!r}", where="method", next_step="Names are as in the table.")
     _check(records)
     rows = aggregate(records, seed=seed, paired=paired)
     lost = sorted({record.task for record in records} - {row.task for row in rows})
@@ -72,6 +88,17 @@ def load_rows(paths: Sequence[Path | str], *, seed: int = 0, paired: bool = True
     return Loaded(
         rows=tuple(sorted(rows, key=lambda r: (r.task, *order(r.method, r.keep_ratio)))), records=tuple(records)
     )
+
+
+def _chosen(
+    things: Sequence[_Thing], methods: Sequence[str] | None, keep_ratios: Sequence[float] | None
+) -> list[_Thing]:
+    return [
+        thing
+        for thing in things
+        if (methods is None or thing.method in methods)
+        and (keep_ratios is None or thing.keep_ratio is None or any(isclose(thing.keep_ratio, r) for r in keep_ratios))
+    ]
 
 
 def _read(path: Path) -> tuple[list[Record], list[Row]]:

@@ -65,6 +65,10 @@ def test_a_run_is_kept_gone_on_with_and_reported(kv: Kv, squad: Path, options: l
     assert reported.out == done.out
     assert (tmp_path / "figures/tables.md").is_file()
     assert "Wrote figures/squad_fidelity.png" in reported.err
+    only = kv("report", "run", "--method", "sink_recent", "--keep-ratio", "1/4")
+    assert len(done.out.splitlines()) == 4
+    assert [line.split()[:2] for line in only.out.splitlines()[1:]] == [["sink_recent", "1/4"]]
+    assert kv("report", "run", "--method", "sink", "--json").json["error"]["what"] == "no result is called 'sink'"
 
 
 @pytest.mark.parametrize(
