@@ -25,6 +25,7 @@ from kv_memory.train.batches import Batches
 from kv_memory.train.checkpoints import Checkpoint, Checkpoints
 from kv_memory.train.estimate import Estimate, fit_steps, measure
 from kv_memory.train.gradients import Figures, Gradients
+from kv_memory.train.heap import trim_heap
 from kv_memory.train.heldout import HeldOut
 from kv_memory.train.log import TrainLog, plot_log
 from kv_memory.train.optimizer import (
@@ -43,6 +44,8 @@ from kv_memory.train.run import Evaluation, RunOptions, RunState, TrainProgress,
 from kv_memory.train.settings import TrainSettings
 
 __all__ = ["Trainer", "already_there"]
+
+TRIM_EVERY = 25  # steps
 
 logger = logging.getLogger(__name__)
 
@@ -244,6 +247,8 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         state.step += 1
         state.n_tokens += figures.n_tokens
+        if state.step % TRIM_EVERY == 0:
+            trim_heap()
         parts = dict(figures.parts)
         keep_ratio = parts.pop("keep_ratio", None)
         elapsed_s = round(state.elapsed_s, 3)
