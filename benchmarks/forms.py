@@ -20,7 +20,6 @@ from typing import Any
 
 _PAPER = ["--preset", "paper"]
 _HEAD = ["--set", "scorer=head", "--set", "scorer_size=256"]
-_QO = ["--set", "targets=q,o"]
 
 # What it shows, and how it differs from the default. In the order of the table.
 FORMS: dict[str, tuple[str, list[str]]] = {
@@ -35,7 +34,7 @@ FORMS: dict[str, tuple[str, list[str]]] = {
     "default": ("and a scorer in each layer: the default", []),
     "without_strength": ("default, full strength at every ratio", ["--set", "full_strength_ratio=1"]),
     "without_weights": ("default, losses not weighed by keep ratio", ["--set", "ratio_power=0"]),
-    "q_o": ("default, W_Q and W_O alone", _QO),
+    "q_o": ("default, W_Q and W_O alone", ["--set", "targets=q,o"]),
     "eta_3": ("scorer for all heads at layer 3", [*_HEAD, "--set", "eta=3"]),
     "eta_12": ("scorer for all heads at layer 12", [*_HEAD, "--set", "eta=12"]),
     "one_pass": (
@@ -67,6 +66,9 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="train nothing")
     args = parser.parse_args()
     results = {row["form"]: row for row in _lines(args.out)}
+    other = [name for name, row in results.items() if row["time_limit_s"] != args.time_limit]
+    if other and not args.table:
+        sys.exit(f"{args.out} holds forms that were trained for another time: {', '.join(other)}. Name another --out.")
     for name in [] if args.table else args.only or FORMS:
         if name not in results:
             results[name] = train(args, name)
@@ -93,6 +95,7 @@ def train(args: argparse.Namespace, name: str) -> dict[str, Any]:
     return {
         "form": name,
         "command": " ".join(command),
+        "time_limit_s": args.time_limit,
         "kl": report["evaluation"]["kl"],
         "reconstruction": report["baseline"],
         "none": report["none"],

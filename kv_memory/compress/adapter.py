@@ -104,7 +104,7 @@ class AdapterConfig:
         """How strongly the LoRA acts at a keep ratio: 1 up to `full_strength_ratio`, then less with its logarithm.
 
         The more is kept, the less there is to pack into it, and what the LoRA changes in passing then costs more than
-        it brings: at 1/2 the fidelity of an adapter without this was a fifth of its own selection's.
+        it brings: at 1/2 an adapter without this was seven times further from the full cache than its selection alone.
 
         Args:
             keep_ratio: In (0, 1], of any shape.

@@ -189,8 +189,6 @@ def _config(task: Task, column: Column, settings: TaskSettings, layout: Layout, 
         "generate": generate and bool(task.text_metrics),
         "seed": settings.seed if task.name in {"needle", "spans"} else None,  # elsewhere it draws nothing
     }
-    if task.name == "spans" and column.method.name == "refined":
-        decides["unasked"] = True  # since probes keep away from the spans that are measured
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 

@@ -373,6 +373,6 @@ def test_spans_that_are_measured_afterwards_are_not_practised(monkeypatch: pytes
     text = letters(130, seed=2)  # with its wrapper of 5 and 1 tokens two windows of 68
     compressor.compress(text, keep_ratio=0.25, unasked_spans=[(50, 90)])
     assert seen == [[[(55, 68)]], [[(0, 27)]]]
-    with pytest.raises(ConfigError, match=r"unasked_spans.*does not lie within|does not lie within") as caught:
+    with pytest.raises(ConfigError, match="does not lie within") as caught:
         compressor.compress(text, keep_ratio=0.25, unasked_spans=[(50, 900)])
     assert caught.value.where == "unasked_spans"
