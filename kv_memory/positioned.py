@@ -75,6 +75,8 @@ class PositionedCache(DynamicCache):
             heads or rows hold different numbers of entries.
         next_position: Where the tokens that follow begin.
         n_positions: The length of the sequence for which the keys were rotated; `next_position` if None.
+        starts: For each layer and head the index of its first entry, where padding stands in front of the entries and
+            nowhere else; None where it may stand anywhere, or nowhere.
 
     Attributes:
         next_positions: `(batch,)`, where each row goes on.
@@ -89,12 +91,15 @@ class PositionedCache(DynamicCache):
         positions: torch.Tensor | Sequence[torch.Tensor],
         next_position: int,
         n_positions: int | None = None,
+        starts: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
+        self.starts = starts
         self.padded = not isinstance(positions, torch.Tensor) or positions.ndim == 4
         lengths = [positions.shape[-1]] if isinstance(positions, torch.Tensor) else [p.shape[-1] for p in positions]
         if len(lengths) == 1:
             lengths = lengths * len(keys)
+        self.n_composed = max(lengths)
         self.layers = [PreallocatedLayer(k, v, n) for k, v, n in zip(keys, values, lengths, strict=True)]
         self.composed_positions = positions
         self.n_rows = keys[0].shape[0]
@@ -156,7 +161,9 @@ class PositionedCache(DynamicCache):
         return torch.cat([composed, self.appended_positions[:, None].expand(-1, composed.shape[1], -1)], dim=2)
 
     def differs_by_layer(self, window: int | None) -> bool:
-        """Whether what a query sees depends on the layer, apart from its window."""
+        """Whether what a query sees depends on the layer, apart from its window and from padding in front."""
+        if self.starts is not None:
+            return window is not None
         if isinstance(self.composed_positions, torch.Tensor) and self.composed_positions.ndim < 4:
             return window is not None and self.composed_positions.ndim == 3
         return len(self.composed_positions) > 1

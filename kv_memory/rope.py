@@ -109,16 +109,23 @@ class Rope:
         Returns:
             Shape and dtype of `keys`.
         """
-        return self._rotate_flat(keys, positions, per_layer, n_positions=n_positions, inverse=False).to(keys.dtype)
+        return self._rotate_flat(keys, positions, per_layer, n_positions=n_positions, inverse=False, dtype=keys.dtype)
 
     def take_off_flat(
         self, keys: torch.Tensor, positions: torch.Tensor, per_layer: Sequence[int], *, n_positions: int
     ) -> torch.Tensor:
         """Undo `put_on_flat`; the result is float32."""
-        return self._rotate_flat(keys, positions, per_layer, n_positions=n_positions, inverse=True)
+        return self._rotate_flat(keys, positions, per_layer, n_positions=n_positions, inverse=True, dtype=torch.float32)
 
     def _rotate_flat(
-        self, keys: torch.Tensor, positions: torch.Tensor, per_layer: Sequence[int], *, n_positions: int, inverse: bool
+        self,
+        keys: torch.Tensor,
+        positions: torch.Tensor,
+        per_layer: Sequence[int],
+        *,
+        n_positions: int,
+        inverse: bool,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
         parts, where = keys.split(list(per_layer)), positions.long().split(list(per_layer))
         rotated: dict[int, torch.Tensor] = {}
@@ -128,7 +135,7 @@ class Rope:
                 cos, sin = _inverse(cos, sin)
             for layer in layers:
                 here = where[layer]
-                rotated[layer] = _rotate_half(parts[layer].float(), cos[here], sin[here])
+                rotated[layer] = _rotate_half(parts[layer].float(), cos[here], sin[here]).to(dtype)
         return torch.cat([rotated[layer] for layer in range(len(parts))])
 
     def _rotate(

@@ -127,28 +127,30 @@ def _compose_ragged(
     room: int,
     rows: int,
 ) -> PositionedCache:
-    """Caches whose heads hold different numbers of entries: each layer as long as its fullest head, the rest padding.
+    """Caches whose heads hold different numbers of entries: each layer as long as its fullest head.
 
-    Padding costs memory while a question is answered, never on disk. Attention head by head was rejected: three small
-    calls for each layer take longer than one with a mask.
+    The others are padded in front, where attention begins behind it. It is neither written nor read: on a CPU it takes
+    addresses, no memory.
     """
-    n_layers, n_heads, n_prefix = backbone.num_layers, backbone.num_kv_heads, len(backbone.prefix_ids)
+    n_heads, n_prefix = backbone.num_kv_heads, len(backbone.prefix_ids)
     counts = [_counts(backbone, cache) for cache in caches]
     total = n_prefix + torch.stack(counts).sum(0)  # (num_layers, num_kv_heads)
-    longest = total.amax(1).tolist()
+    longest = total.amax(1)
+    starts: list[list[int]] = (longest[:, None] - total).tolist()
     prefix = backbone.prefix_for(n_positions)
     like = prefix.keys
-    keys = [like.new_empty(rows, n_heads, longest[layer] + room, like.shape[-1]) for layer in range(n_layers)]
+    keys = [like.new_empty(rows, n_heads, length + room, like.shape[-1]) for length in longest.tolist()]
     values = [torch.empty_like(buffer) for buffer in keys]
-    positions = [torch.full((1, n_heads, length), NEVER, dtype=torch.int32) for length in longest]
+    positions = [torch.full((1, n_heads, length), NEVER, dtype=torch.int32) for length in longest.tolist()]
     before = torch.arange(n_prefix, dtype=torch.int32)
-    for layer in range(n_layers):
-        keys[layer][0, :, :n_prefix], values[layer][0, :, :n_prefix] = prefix.keys[layer], prefix.values[layer]
-        positions[layer][0, :, :n_prefix] = before
-        for buffer in (keys[layer], values[layer]):  # what padding holds is multiplied by 0, and must be finite
-            buffer[0, :, n_prefix : longest[layer]] = 0
+    for layer, heads in enumerate(starts):
+        for head, first in enumerate(heads):
+            entries = slice(first, first + n_prefix)
+            keys[layer][:, head, entries] = prefix.keys[layer, head]
+            values[layer][:, head, entries] = prefix.values[layer, head]
+            positions[layer][0, head, entries] = before
 
-    filled = torch.full((n_layers, n_heads), n_prefix).tolist()
+    filled = [[first + n_prefix for first in heads] for heads in starts]
     offset = n_prefix
     for cache, count in zip(caches, counts, strict=True):
         flat_keys, flat_values, inside = _flat(backbone, cache)
@@ -162,23 +164,20 @@ def _compose_ragged(
         entry = 0
         for layer, of_layer in enumerate(count.tolist()):
             for head, n in enumerate(of_layer):
-                first = filled[layer][head]
-                keys[layer][0, head, first : first + n] = turned[entry : entry + n]
-                values[layer][0, head, first : first + n] = flat_values[entry : entry + n]
-                positions[layer][0, head, first : first + n] = where[entry : entry + n]
+                here, there = slice(entry, entry + n), slice(filled[layer][head], filled[layer][head] + n)
+                keys[layer][:, head, there] = turned[here]
+                values[layer][:, head, there] = flat_values[here]
+                positions[layer][0, head, there] = where[here]
                 filled[layer][head] += n
                 entry += n
         offset += span_of(cache, layout)
-    if rows > 1:
-        for layer in range(n_layers):
-            for buffer in (keys[layer], values[layer]):
-                buffer[1:, :, : longest[layer]] = buffer[:1, :, : longest[layer]]
     return PositionedCache(
         keys,
         values,
         positions=[p.to(backbone.device) for p in positions],
         next_position=start,
         n_positions=n_positions,
+        starts=starts,
     )
 
 

@@ -133,10 +133,11 @@ def test_padding_is_seen_by_nothing(name: str) -> None:
         made = compose(backbone, caches, n_question=7, n_new=2, batch_size=2)
         for layer in range(4):
             gone = made.key_positions(layer) == NEVER
-            there = gone if spoil == "padding" else ~gone
-            if spoil != "nothing":
-                for tensor in made.layer(layer):
-                    tensor[there] += 3.0
+            for tensor in made.layer(layer):
+                if spoil == "padding":  # it is memory that nobody wrote: anything may be in it
+                    tensor[gone] = torch.nan
+                elif spoil == "entries":
+                    tensor[~gone] += 3.0
         with torch.no_grad():
             backbone.logits(ids, made)
             return backbone.logits(ids[:, :1], made)  # a decoding step as well
