@@ -21,6 +21,7 @@ from kv_memory.errors import (
     ContextWindowError,
     CorruptCacheError,
     DatasetError,
+    DecodeTimeoutError,
     DivergedError,
     DocumentError,
     DocumentNotFoundError,
@@ -41,6 +42,7 @@ from kv_memory.errors import (
     TrainingError,
     UnreadableDocumentError,
     UnsupportedModelError,
+    UnsupportedRequestError,
 )
 
 if TYPE_CHECKING:
@@ -48,10 +50,12 @@ if TYPE_CHECKING:
     from kv_memory.cache import DistilledCache
     from kv_memory.compress import Compressor
     from kv_memory.config import DecodeSettings
+    from kv_memory.conversation import Conversation
     from kv_memory.documents import Document
     from kv_memory.fingerprint import Fingerprint
-    from kv_memory.generate import Generator
+    from kv_memory.generate import Generator, Turn
     from kv_memory.memory import Answer, KVMemory
+    from kv_memory.reader import Reference
     from kv_memory.store import Store
 
 __all__ = [
@@ -67,9 +71,11 @@ __all__ = [
     "Compressor",
     "ConfigError",
     "ContextWindowError",
+    "Conversation",
     "CorruptCacheError",
     "DatasetError",
     "DecodeSettings",
+    "DecodeTimeoutError",
     "DistilledCache",
     "DivergedError",
     "Document",
@@ -86,6 +92,7 @@ __all__ = [
     "LineTooLongError",
     "ModelError",
     "ModelNotFoundError",
+    "Reference",
     "Store",
     "StoreError",
     "StoreFullError",
@@ -94,8 +101,10 @@ __all__ = [
     "StoreVersionError",
     "TokenizerError",
     "TrainingError",
+    "Turn",
     "UnreadableDocumentError",
     "UnsupportedModelError",
+    "UnsupportedRequestError",
     "__version__",
 ]
 
@@ -105,13 +114,16 @@ _LAZY = {
     "Answer": "kv_memory.memory",
     "Backbone": "kv_memory.backbone",
     "Compressor": "kv_memory.compress",
+    "Conversation": "kv_memory.conversation",
     "DecodeSettings": "kv_memory.config",
     "DistilledCache": "kv_memory.cache",
     "Document": "kv_memory.documents",
     "Fingerprint": "kv_memory.fingerprint",
     "Generator": "kv_memory.generate",
     "KVMemory": "kv_memory.memory",
+    "Reference": "kv_memory.reader",
     "Store": "kv_memory.store",
+    "Turn": "kv_memory.generate",
 }
 
 # Hidden from type checkers, for which a module-level __getattr__ makes every misspelt name valid.

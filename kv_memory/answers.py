@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from kv_memory.cache import DistilledCache
-from kv_memory.compress import Compressor
-from kv_memory.config import DecodeSettings, Layout
-from kv_memory.errors import CorruptCacheError, StoreError
-from kv_memory.generate import Generation, Generator
+from kv_memory.config import DecodeSettings
+from kv_memory.generate import Turn
+from kv_memory.reader import Reader, Reference, Reply
 from kv_memory.retrieve import Hit
-from kv_memory.store import Store
 
 __all__ = ["Answer", "AnswerStream", "Asker", "ReadFrom"]
 
@@ -30,7 +25,7 @@ class Answer:
         text: The answer; empty where no passage shares a word with the question.
         sources: The passages it was answered from, the best first.
         finish_reason: `stop`, `length` (cut at max_new_tokens), or `no_sources`.
-        n_prompt_tokens: Tokens prefilled for this question.
+        n_prompt_tokens: Tokens prefilled for this question, texts read in place of damaged caches included.
         n_cached_tokens: Entries read from caches instead, the shared prefix included.
         ttft_s: From the retrieved passages to the first token: reading the store, composing, prefill.
         total_s: From the retrieved passages to the last token.
@@ -82,20 +77,14 @@ class AnswerStream(Iterator[str]):
 
 
 class Asker:
-    """Answers questions from passages whose caches lie in a store.
+    """Answers questions from retrieved passages.
 
     Args:
-        store: Where the caches lie.
-        compressor: Whose caches are wanted; reads the text of a passage whose cache is damaged.
-        keep_ratio: Of the caches.
-        layout: How documents are placed, see `generate.compose`.
+        reader: Reads their caches.
     """
 
-    def __init__(self, store: Store, compressor: Compressor, *, keep_ratio: float, layout: Layout) -> None:
-        self._store = store
-        self._compressor = compressor
-        self._keep_ratio = keep_ratio
-        self._generator = Generator(compressor.backbone, layout=layout)
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
 
     def stream(
         self, question: str, hits: Sequence[Hit], *, settings: DecodeSettings | None, read_from: ReadFrom
@@ -103,78 +92,42 @@ class Asker:
         """Answer one question from passages; without any there is nothing to answer from."""
         if not hits:
             return AnswerStream(iter(()), lambda: _no_sources(question, read_from), sources=())
-        start_s = time.perf_counter()
-        caches, fallbacks = self._caches(hits) if read_from == "caches" else ([], ())
-        texts = [hit.text for hit in hits] if read_from == "text" else []
-        before_s = time.perf_counter() - start_s
-        run = self._generator.start([question], caches, texts=texts, settings=settings)
-
-        def pieces() -> Iterator[str]:
-            for step in run.steps():
-                if step[0]:
-                    yield step[0]
-
-        def finish() -> Answer:
-            generation = run.results()[0]
-            return _answer(question, generation, hits, before_s=before_s, read_from=read_from, fallbacks=fallbacks)
-
-        return AnswerStream(pieces(), finish, sources=tuple(hits))
+        from_caches = read_from == "caches"
+        pieces = self._reader.reply(
+            [Turn("user", question)],
+            _references(hits) if from_caches else (),
+            texts=() if from_caches else [hit.text for hit in hits],
+            settings=settings,
+        )
+        return AnswerStream(
+            pieces, lambda: _answer(question, pieces.reply, hits, read_from=read_from), sources=tuple(hits)
+        )
 
     def ask_batch(
         self, questions: Sequence[str], hits: Sequence[Hit], *, settings: DecodeSettings | None
     ) -> list[Answer]:
         """Answer several questions from the same passages as one batch."""
-        start_s = time.perf_counter()
-        caches, fallbacks = self._caches(hits)
-        before_s = time.perf_counter() - start_s
-        generations = self._generator.generate_batch(questions, caches, settings=settings)
-        return [
-            _answer(question, generation, hits, before_s=before_s, read_from="caches", fallbacks=fallbacks)
-            for question, generation in zip(questions, generations, strict=True)
-        ]
-
-    def _caches(self, hits: Sequence[Hit]) -> tuple[list[DistilledCache], tuple[str, ...]]:
-        """The hits' caches; in the place of damaged ones, which are made again, the plain cache of their text."""
-        fingerprint = self._compressor.fingerprint()
-        caches: list[DistilledCache] = []
-        fallbacks: list[str] = []
-        for hit in hits:
-            try:
-                cache = self._store.get(hit.text_sha256, fingerprint, self._keep_ratio)
-            except CorruptCacheError:
-                cache = self._compressor.compress(hit.text, keep_ratio=1.0)
-                fallbacks.append(hit.document_id)
-                self._make_again(hit)
-            caches.append(cache)
-        return caches, tuple(fallbacks)
-
-    def _make_again(self, hit: Hit) -> None:
-        """Replace a damaged cache, so that the next question finds it; a store that cannot take it is no obstacle."""
-        with contextlib.suppress(StoreError):
-            cache = self._compressor.compress(hit.text, keep_ratio=self._keep_ratio)
-            self._store.put(hit.text_sha256, cache)
+        replies = self._reader.reply_batch(questions, _references(hits), settings=settings) if questions else []
+        return [_answer(q, reply, hits, read_from="caches") for q, reply in zip(questions, replies, strict=True)]
 
 
-def _answer(
-    question: str,
-    generation: Generation,
-    hits: Sequence[Hit],
-    *,
-    before_s: float,
-    read_from: ReadFrom,
-    fallbacks: tuple[str, ...],
-) -> Answer:
+def _references(hits: Sequence[Hit]) -> list[Reference]:
+    # Without the texts: a passage that has no cache is an error here, and one whose cache is damaged lies in the store.
+    return [Reference(key=hit.text_sha256) for hit in hits]
+
+
+def _answer(question: str, reply: Reply, hits: Sequence[Hit], *, read_from: ReadFrom) -> Answer:
     return Answer(
         question=question,
-        text=generation.text.strip(),
+        text=reply.text.strip(),
         sources=tuple(hits),
-        finish_reason=generation.finish_reason,
-        n_prompt_tokens=generation.n_prompt_tokens,
-        n_cached_tokens=generation.n_cached_tokens,
-        ttft_s=before_s + generation.ttft_s,
-        total_s=before_s + generation.total_s,
+        finish_reason=reply.finish_reason,
+        n_prompt_tokens=reply.n_prompt_tokens,
+        n_cached_tokens=reply.n_cached_tokens,
+        ttft_s=reply.ttft_s,
+        total_s=reply.total_s,
         read_from=read_from,
-        fallbacks=fallbacks,
+        fallbacks=tuple(hit.document_id for hit in hits if hit.text_sha256 in reply.damaged),
     )
 
 

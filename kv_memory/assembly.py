@@ -1,15 +1,19 @@
-"""From a store's settings to what they name: the model, and the compressor with its adapter."""
+"""From a store's settings to what they name: the model, and the compressor with its adapter; and the shared prefix."""
 
 from __future__ import annotations
+
+import contextlib
 
 from kv_memory.backbone import Backbone
 from kv_memory.compress import Adapter, Compressor, RefineSettings
 from kv_memory.config import DtypeName
 from kv_memory.embedded import adapter_folder
+from kv_memory.errors import CorruptCacheError, StoreFullError
 from kv_memory.prompts import PromptForm
 from kv_memory.settings import MemorySettings
+from kv_memory.store import Store
 
-__all__ = ["load_backbone", "load_compressor"]
+__all__ = ["load_backbone", "load_compressor", "share_prefix"]
 
 
 def load_backbone(
@@ -27,3 +31,15 @@ def load_compressor(settings: MemorySettings, backbone: Backbone) -> Compressor:
         most = max(settings.refine_steps, RefineSettings().max_steps)
         refine = RefineSettings(steps=settings.refine_steps, min_fidelity=settings.min_fidelity, max_steps=most)
     return Compressor(backbone, selector=settings.selector, adapter=adapter, refine=refine)
+
+
+def share_prefix(store: Store, backbone: Backbone) -> None:
+    """Take the prefilled prefix from the store, or leave it there for the next process."""
+    store.warm()
+    with contextlib.suppress(CorruptCacheError):  # quarantined by the store; made anew below
+        path = store.get_prefix(backbone.prefix_key)
+        if path is not None:
+            backbone.load_prefix(path)
+            return
+    with contextlib.suppress(StoreFullError):  # it only saves time
+        store.put_prefix(backbone.prefix_key, backbone.prefix.to_bytes())

@@ -50,6 +50,9 @@ class DecodeSettings:
         stop: Strings that end the answer; they are not part of it.
         seed: Makes sampling repeatable. Each question of a batch draws from a generator of its own, so an answer
             does not depend on what it was batched with.
+        timeout_s: Decoding that takes longer than this, prefill included, is broken off with `DecodeTimeoutError`.
+            Looked at after every token.
+        json_schema: A JSON schema; only tokens that lead to JSON of this form are picked. Needs the extra `structured`.
     """
 
     max_new_tokens: int = 128
@@ -58,6 +61,8 @@ class DecodeSettings:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    timeout_s: float | None = None
+    json_schema: str | None = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -65,6 +70,7 @@ class DecodeSettings:
             "temperature": (self.temperature >= 0 and math.isfinite(self.temperature), "0 or more"),
             "top_k": (self.top_k >= 0, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "timeout_s": (self.timeout_s is None or self.timeout_s > 0, "above 0 or None"),
             "stop": (not isinstance(self.stop, str) and all(self.stop), "a tuple of non-empty strings"),
         }
         for name, (ok, wanted) in checks.items():

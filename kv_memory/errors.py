@@ -22,6 +22,8 @@ KVMemoryError
 │   ├── CacheNotFoundError       no distilled cache for this text and setting (also a KeyError)
 │   ├── CorruptCacheError        bytes that are not what was written; quarantined, never decoded
 │   └── FingerprintMismatchError a cache made by another model, adapter, prompt or format
+├── DecodeTimeoutError           an answer that took longer than it was given (also a TimeoutError)
+├── UnsupportedRequestError      something asked of a model that it cannot do: tool calls, images
 ├── DatasetError                 a training or evaluation set that is missing or unreadable
 │   └── BrokenLineError          a line that is no example; named by number
 ├── TrainingError
@@ -49,6 +51,7 @@ __all__ = [
     "ContextWindowError",
     "CorruptCacheError",
     "DatasetError",
+    "DecodeTimeoutError",
     "DivergedError",
     "DocumentError",
     "DocumentNotFoundError",
@@ -69,6 +72,7 @@ __all__ = [
     "TrainingError",
     "UnreadableDocumentError",
     "UnsupportedModelError",
+    "UnsupportedRequestError",
 ]
 
 
@@ -180,6 +184,14 @@ class CorruptCacheError(CacheError):
 
 class FingerprintMismatchError(CacheError):
     """The cache was made by another model, adapter, prompt or format."""
+
+
+class DecodeTimeoutError(KVMemoryError, TimeoutError):
+    """Decoding took longer than `DecodeSettings.timeout_s`."""
+
+
+class UnsupportedRequestError(KVMemoryError):
+    """A model is asked for something it cannot do, e.g. to call tools or to look at an image."""
 
 
 class DatasetError(KVMemoryError):

@@ -6,14 +6,16 @@ stays done: the next call finds the caches and goes on behind them.
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kv_memory.compress import Compressor
 from kv_memory.documents import Document, split_passages
-from kv_memory.errors import KVMemoryError
+from kv_memory.errors import EmptyDocumentError, KVMemoryError
 from kv_memory.store import DocumentRecord, PassageRecord, Store
 
 __all__ = ["AddProgress", "AddReport", "Intake"]
@@ -135,6 +137,36 @@ class Intake:
         for summary in self._store.documents():
             (report.replaced if summary.id in stale else report.unchanged).append(summary.id)
         self._compress([self._store.document(id_) for id_ in report.replaced], report)
+        report.elapsed_s = time.perf_counter() - start_s
+        return report
+
+    def add_passages(
+        self, document: str, texts: Sequence[str], *, metadata: Mapping[str, Any], extend: bool
+    ) -> AddReport:
+        """Add or replace a document that somebody else has cut into passages. See `KVMemory.add_passages`."""
+        report = AddReport()
+        start_s = time.perf_counter()
+        checked = [Document(id=document, text=text, metadata=metadata) for text in texts]
+        if not checked:
+            raise EmptyDocumentError("no passages", where=document, next_step="Leave the document out, or remove it.")
+        old = self._store.document(document) if self._store.has_document(document) else None
+        before = list(old.passages) if old is not None and extend else []
+        known = {passage.text for passage in before}
+        new = list(dict.fromkeys(item.text for item in checked if item.text not in known))
+        counts = self._compressor.backbone.count_tokens(new)
+        passages = (*before, *(PassageRecord(text=t, n_tokens=n) for t, n in zip(new, counts, strict=True)))
+        record = DocumentRecord(
+            id=document,
+            content_sha256=hashlib.sha256("\0".join(passage.text_sha256 for passage in passages).encode()).hexdigest(),
+            metadata=dict(metadata),
+            passages=passages,
+        )
+        whole = all(self._store.has(p.text_sha256, self._fingerprint, self._keep_ratio) for p in passages)
+        if whole and old is not None and (old.content_sha256, old.metadata) == (record.content_sha256, record.metadata):
+            report.unchanged.append(document)
+        else:
+            (report.added if old is None else report.replaced).append(document)
+            self._compress([record], report)
         report.elapsed_s = time.perf_counter() - start_s
         return report
 

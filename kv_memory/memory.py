@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import hashlib
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from kv_memory.answers import Answer, AnswerStream, Asker, ReadFrom
-from kv_memory.assembly import load_backbone, load_compressor
+from kv_memory.assembly import load_backbone, load_compressor, share_prefix
 from kv_memory.backbone import Backbone
 from kv_memory.compress import Compressor
 from kv_memory.config import DecodeSettings, DtypeName, Layout, SelectorName, check_choice
 from kv_memory.documents import DocumentLike, read_documents
-from kv_memory.errors import CorruptCacheError, StoreFullError
 from kv_memory.generate import iterate_in_thread
 from kv_memory.intake import AddProgress, AddReport, Intake
 from kv_memory.prompts import PromptForm, PromptName
+from kv_memory.reader import Reader
 from kv_memory.retrieve import BM25Index, Hit
 from kv_memory.settings import MemorySettings, given_settings, resolve_settings
 from kv_memory.store import (
@@ -68,6 +67,7 @@ class KVMemory:
         self._prefix_shared = False
         self._compressor: Compressor | None = None
         self._index: tuple[int, BM25Index] | None = None
+        self._others: dict[tuple[str, float], KVMemory] = {}
         self._lock = threading.RLock()
 
     @classmethod
@@ -156,8 +156,31 @@ class KVMemory:
         """Load model and adapter and prefill the shared prefix now, instead of at the first use."""
         _ = self.compressor
 
+    def in_collection(self, name: str, *, keep_ratio: float | None = None) -> KVMemory:
+        """Another collection of this store, read by the same model; made if there is none, closed with this one.
+
+        Args:
+            name: Of the collection: a tenant, a conversation.
+            keep_ratio: For what is added to it; this collection's if None.
+        """
+        ratio = self.settings.keep_ratio if keep_ratio is None else keep_ratio
+        settings = dataclasses.replace(self.settings, keep_ratio=ratio)
+        if name == self.collection and settings == self.settings:
+            return self
+        with self._lock:
+            found = self._others.get((name, ratio))
+            if found is None:
+                store = Store.open(self.path, collection=name)
+                found = KVMemory(store, settings, backbone=self.backbone)
+                found._compressor, found._prefix_shared = self.compressor, True
+                self._others[name, ratio] = found
+            return found
+
     def close(self) -> None:
         """Close the store. The model is freed with the object."""
+        for other in self._others.values():
+            other.close()
+        self._others.clear()
         self.store.close()
 
     def __enter__(self) -> Self:
@@ -188,18 +211,6 @@ class KVMemory:
                 )
             return self._backbone
 
-    def _share_prefix(self, backbone: Backbone) -> None:
-        """Take the prefilled prefix from the store, or leave it there for the next process."""
-        self._prefix_shared = True
-        self.store.warm()
-        with contextlib.suppress(CorruptCacheError):  # quarantined by the store; made anew below
-            path = self.store.get_prefix(backbone.prefix_key)
-            if path is not None:
-                backbone.load_prefix(path)
-                return
-        with contextlib.suppress(StoreFullError):  # it only saves time
-            self.store.put_prefix(backbone.prefix_key, backbone.prefix.to_bytes())
-
     @property
     def compressor(self) -> Compressor:
         """Reads documents; carries the adapter, loaded on first use."""
@@ -207,7 +218,8 @@ class KVMemory:
             if self._compressor is None:
                 self._compressor = load_compressor(self.settings, self.backbone)
             if not self._prefix_shared:
-                self._share_prefix(self._compressor.backbone)
+                self._prefix_shared = True
+                share_prefix(self.store, self._compressor.backbone)
             return self._compressor
 
     # -- documents -----------------------------------------------------------------------------------------------
@@ -235,6 +247,32 @@ class KVMemory:
         """
         read = read_documents(documents, encoding=encoding, on_error=on_error)
         report = self._intake(on_progress).add(read.documents, errors=read.errors, skipped=read.skipped)
+        self._remember()
+        return report
+
+    def add_passages(
+        self,
+        document_id: str,
+        texts: Sequence[str],
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        extend: bool = False,
+        on_progress: Callable[[AddProgress], None] | None = None,
+    ) -> AddReport:
+        """Add a document that is cut already, e.g. by a framework's node parser. What is there costs nothing.
+
+        Args:
+            document_id: Replaces the document of this id.
+            texts: Its passages, each the exact text that will be asked for.
+            metadata: What JSON can hold.
+            extend: Keep the passages it has, and add those that are new.
+            on_progress: Called after every passage.
+
+        Raises:
+            DocumentError: A text is empty or no text.
+            StoreError: It cannot be written.
+        """
+        report = self._intake(on_progress).add_passages(document_id, texts, metadata=metadata or {}, extend=extend)
         self._remember()
         return report
 
@@ -380,8 +418,19 @@ class KVMemory:
             yield piece
 
     @property
+    def reader(self) -> Reader:
+        """Replies to whole conversations, from caches that are named: what the frameworks' adapters stand on."""
+        return Reader(
+            self.store,
+            self.compressor,
+            keep_ratio=self.settings.keep_ratio,
+            layout=self.settings.layout,
+            store_of=lambda name: self.in_collection(name).store,
+        )
+
+    @property
     def _asker(self) -> Asker:
-        return Asker(self.store, self.compressor, keep_ratio=self.settings.keep_ratio, layout=self.settings.layout)
+        return Asker(self.reader)
 
     # -- upkeep --------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from kv_memory.errors import ConfigError
 
-__all__ = ["DEFAULT_SYSTEM_PROMPT", "PASSAGE", "PromptForm", "PromptName", "chat_form", "choose_form"]
+__all__ = ["DEFAULT_SYSTEM_PROMPT", "PASSAGE", "PromptForm", "PromptName", "chat_form", "choose_form", "render_chat"]
 
 PromptName = Literal["auto", "chat", "passage"]
 DEFAULT_SYSTEM_PROMPT = "Answer the question from the documents. If they do not hold the answer, say so."
@@ -23,7 +23,10 @@ DEFAULT_SYSTEM_PROMPT = "Answer the question from the documents. If they do not 
 _FIXED_DATE = (
     "{% macro strftime_now(format) %}{{ '2024-07-26' if '-' in format else '26 Jul 2024' }}{% endmacro %}{{ '' }}"
 )
-_DOCUMENT, _SYSTEM = "\ue000document\ue000", "\ue000system\ue000"
+_DOCUMENT, _SYSTEM, _ANSWER = "\ue000document\ue000", "\ue000system\ue000", "\ue000answer\ue000"
+
+
+_NOT_IN_DIGEST = {"name", "stop", "answer_before", "answer_after"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,8 @@ class PromptForm:
         document_after: Follows it.
         question_before: Precedes the question.
         question_after: Follows it, up to where the answer begins.
+        answer_before: Precedes an earlier answer, where a conversation has several turns.
+        answer_after: Follows it, up to where the next question's wrapper begins.
         stop: Strings that end an answer in this form.
         add_bos: Whether the tokenizer's own start token precedes the prefix (chat templates bring theirs).
     """
@@ -47,13 +52,18 @@ class PromptForm:
     document_after: str
     question_before: str
     question_after: str
+    answer_before: str = ""
+    answer_after: str = "\n"
     stop: tuple[str, ...] = ()
     add_bos: bool = True
 
     @property
     def digest(self) -> str:
-        """SHA-256 over all fields that reach the model."""
-        fields = {name: value for name, value in asdict(self).items() if name not in {"name", "stop"}}
+        """SHA-256 over the fields that say what the model reads for one question.
+
+        Earlier turns are not among them: they stand behind the documents, and so reach no cache.
+        """
+        fields = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_DIGEST}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def document(self, text: str) -> str:
@@ -84,6 +94,7 @@ PASSAGE = PromptForm(
     document_after="\n",
     question_before="Question: ",
     question_after="\nAnswer:",
+    answer_before=" ",
     stop=("\n",),
 )
 
@@ -139,8 +150,36 @@ def chat_form(tokenizer: Any, *, system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> 
         document_after="\n\n",
         question_before="",
         question_after=tail,
+        answer_after=_between_turns(tokenizer),
         add_bos=False,
     )
+
+
+def _between_turns(tokenizer: Any) -> str:
+    """What a chat template puts between an answer and the next question."""
+    turns = [("user", _DOCUMENT), ("assistant", _ANSWER), ("user", _SYSTEM)]
+    try:
+        text = _render(tokenizer, [{"role": role, "content": content} for role, content in turns])
+    except Exception:
+        return "\n\n"  # a template for a single question
+    after = text.partition(_ANSWER)[2]
+    return after.partition(_SYSTEM)[0] if _SYSTEM in after else "\n\n"
+
+
+def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """A conversation in the tokenizer's chat template, up to where the reply begins.
+
+    Raises:
+        ConfigError: The template refuses it: templates raise whatever they like, e.g. for a role they do not know.
+    """
+    try:
+        return _render(tokenizer, messages)
+    except Exception as error:
+        raise ConfigError(
+            f"the chat template cannot render this conversation: {error}",
+            where="prompt",
+            next_step='Use prompt="passage", or turns of user and assistant only.',
+        ) from error
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:

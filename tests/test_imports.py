@@ -39,6 +39,7 @@ _BELOW_MEMORY = {
     "answers",
     "assembly",
     "intake",
+    "reader",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -63,13 +64,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "words": {"errors", "config"},
     "retrieve": {"errors", "config", "words"},
     "settings": {"errors", "config", "embedded", "prompts"},
-    "assembly": {*_TENSORS, "embedded", "backbone", "compress", "settings"},
-    "answers": {*_TENSORS, *_STORE, "compress", "generate", "retrieve", "store"},
+    "assembly": {*_TENSORS, "embedded", "backbone", "compress", "settings", "store"},
+    "reader": {*_TENSORS, *_STORE, "compress", "generate", "store"},
+    "answers": {"errors", "config", "generate", "reader", "retrieve"},
     "intake": {*_TENSORS, *_STORE, "backbone", "compress", "documents", "store"},
     "memory": _BELOW_MEMORY,
+    "conversation": {*_BELOW_MEMORY, "memory"},
     "evaluate": {*_BELOW_MEMORY, "memory"},
     "inspect": {*_BELOW_MEMORY, "memory"},
-    "integrations": {*_BELOW_MEMORY, "memory"},
+    "integrations": {*_BELOW_MEMORY, "memory", "conversation"},
     "cli": {*_BELOW_MEMORY, "memory", "evaluate", "inspect"},
 }
 

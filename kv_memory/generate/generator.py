@@ -12,10 +12,12 @@ import torch
 from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
 from kv_memory.config import DecodeSettings, Layout
+from kv_memory.errors import DecodeTimeoutError
 from kv_memory.generate.compose import compose
+from kv_memory.generate.constrain import JsonConstraint
 from kv_memory.generate.sampling import Sampler
 from kv_memory.generate.text import FinishReason, TextStream
-from kv_memory.positioned import PositionedCache
+from kv_memory.generate.turns import Prompt
 
 __all__ = ["Generation", "Generator", "Run", "iterate_in_thread"]
 
@@ -119,7 +121,19 @@ class Generator:
             texts: Documents to prefill as text behind the caches and before the question: plain RAG, to compare.
             settings: See `DecodeSettings`.
         """
-        return Run(self.backbone, questions, caches, self.layout, settings or DecodeSettings(), texts=texts)
+        documents = [token for text in texts for token in self.backbone.encode_document(text)]
+        prompts = [Prompt(documents + self.backbone.encode_question(q), behind_prefix=True) for q in questions]
+        return Run(self.backbone, prompts, caches, self.layout, settings or DecodeSettings())
+
+    def start_prompt(
+        self, prompt: Prompt, caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
+    ) -> Run:
+        """Begin with a prompt from `turns`; one that does not stand behind the prefix takes no caches.
+
+        Errors as in `generate_batch`.
+        """
+        assert prompt.behind_prefix or not caches
+        return Run(self.backbone, [prompt], caches, self.layout, settings or DecodeSettings())
 
 
 async def iterate_in_thread(pieces: Iterator[str]) -> AsyncIterator[str]:
@@ -139,67 +153,85 @@ async def iterate_in_thread(pieces: Iterator[str]) -> AsyncIterator[str]:
 
 
 class Run:
-    """One batch of questions: composed when made, decoded by `steps`, summed up by `results`. See `Generator.start`."""
+    """One batch: composed when made, decoded by `steps`, summed up by `results`. See `Generator.start`."""
 
     def __init__(
         self,
         backbone: Backbone,
-        questions: Sequence[str],
+        prompts: Sequence[Prompt],
         caches: Sequence[DistilledCache],
         layout: Layout,
         settings: DecodeSettings,
-        *,
-        texts: Sequence[str] = (),
     ) -> None:
         self._start_s = time.perf_counter()
         self._backbone = backbone
         self._settings = settings
-        documents = [token for text in texts for token in backbone.encode_document(text)]
-        ids = [documents + backbone.encode_question(question) for question in questions]
-        self._lengths = torch.tensor([len(row) for row in ids])
+        self._lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
         width = int(self._lengths.max())
-        self._ids = torch.tensor([row + [0] * (width - len(row)) for row in ids])
-        self._cache: PositionedCache = compose(
-            backbone,
-            caches,
-            layout=layout,
-            n_question=width,
-            n_new=settings.max_new_tokens,
-            batch_size=len(questions),
-        )
-        self._n_cached = len(backbone.prefix_ids) + sum(cache.n_kept for cache in caches)
-        stop = (*settings.stop, *backbone.prompt.stop)
-        self._texts = [TextStream(backbone.tokenizer, stop=stop) for _ in questions]
-        self._samplers = [Sampler(settings, device=backbone.device) for _ in questions]
+        self._ids = torch.tensor([prompt.ids + [0] * (width - len(prompt.ids)) for prompt in prompts])
+        room = settings.max_new_tokens
+        if behind_prefix := prompts[0].behind_prefix:
+            self._cache = compose(
+                backbone, caches, layout=layout, n_question=width, n_new=room, batch_size=len(prompts)
+            )
+        else:
+            backbone.check_positions(width + room, what=f"a prompt of {width:,} and an answer of up to {room:,} tokens")
+            self._cache = backbone.empty_cache(width + room, batch_size=len(prompts))
+        self._n_cached = (len(backbone.prefix_ids) if behind_prefix else 0) + sum(cache.n_kept for cache in caches)
+        stop = (*settings.stop, *(backbone.prompt.stop if behind_prefix else ()))
+        if settings.json_schema is not None:
+            stop = settings.stop  # the schema says where the answer ends
+        self._texts = [TextStream(backbone.tokenizer, stop=stop) for _ in prompts]
+        self._samplers = [Sampler(settings, device=backbone.device) for _ in prompts]
+        self._constraints = [
+            None if settings.json_schema is None else JsonConstraint(backbone, settings.json_schema) for _ in prompts
+        ]
         self._end_ids = _end_ids(backbone)
-        self._ttft_s = [0.0] * len(questions)
-        self._total_s = [0.0] * len(questions)
+        self._ttft_s = [0.0] * len(prompts)
+        self._total_s = [0.0] * len(prompts)
 
     @torch.no_grad()
     def steps(self) -> Iterator[list[str]]:
-        """Decode token by token; each step yields the new text of every row, empty for rows that are done."""
+        """Decode token by token; each step yields the new text of every row, empty for rows that are done.
+
+        Raises:
+            DecodeTimeoutError: It takes longer than `DecodeSettings.timeout_s`.
+        """
         backbone, ragged = self._backbone, len(self._lengths) > 1 and bool((self._lengths != self._lengths[0]).any())
         logits = backbone.logits(self._ids, self._cache, lengths=self._lengths if ragged else None)
         for step in range(self._settings.max_new_tokens):
             tokens = [
-                self._end_ids[0] if text.finished else sampler.pick(row)
-                for text, sampler, row in zip(self._texts, self._samplers, logits, strict=True)
+                self._end_ids[0] if text.finished else sampler.pick(row if constraint is None else constraint.mask(row))
+                for text, sampler, constraint, row in zip(
+                    self._texts, self._samplers, self._constraints, logits, strict=True
+                )
             ]
             now_s = time.perf_counter() - self._start_s
             pieces = []
             last = step + 1 == self._settings.max_new_tokens
-            for row, (text, token) in enumerate(zip(self._texts, tokens, strict=True)):
+            for row, (text, token, constraint) in enumerate(zip(self._texts, tokens, self._constraints, strict=True)):
                 if text.finished:
                     pieces.append("")
                     continue
                 if step == 0:
                     self._ttft_s[row] = now_s
                 self._total_s[row] = now_s
-                pieces.append(text.push(token, is_end=token in self._end_ids, is_last=last))
+                complete = constraint is not None and constraint.push(token)
+                pieces.append(text.push(token, is_end=token in self._end_ids, is_last=last, is_complete=complete))
             yield pieces
             if all(text.finished for text in self._texts):
                 return
+            self._check_time(step + 1)
             logits = backbone.logits(torch.tensor(tokens)[:, None], self._cache)
+
+    def _check_time(self, n_tokens: int) -> None:
+        limit_s = self._settings.timeout_s
+        if limit_s is not None and time.perf_counter() - self._start_s > limit_s:
+            raise DecodeTimeoutError(
+                f"the answer is not complete after {limit_s:g} s; {n_tokens:,} tokens were decoded",
+                where="timeout_s",
+                next_step="Allow more time, lower max_new_tokens, or stream and take what is there.",
+            )
 
     def results(self) -> list[Generation]:
         """The answers, once `steps` has ended."""

@@ -33,25 +33,27 @@ class TextStream:
         self._context = 0
         self._read = 0
 
-    def push(self, token: int, *, is_end: bool, is_last: bool) -> str:
+    def push(self, token: int, *, is_end: bool, is_last: bool, is_complete: bool = False) -> str:
         """Take one token.
 
         Args:
             token: Its id.
             is_end: It is an end token; it is noted but is no text.
             is_last: No more tokens will follow; all that was held back comes out.
+            is_complete: The answer is complete with this token, which is text.
 
         Returns:
             The text that is certain now; may be empty.
         """
         self.token_ids.append(token)
-        if is_end:
+        if is_end or is_complete:
             self.finish_reason = "stop"
-        self.text += self._decode_new(self.token_ids[:-1] if is_end else self.token_ids, flush=is_end or is_last)
+        flush = is_end or is_last or is_complete
+        self.text += self._decode_new(self.token_ids[:-1] if is_end else self.token_ids, flush=flush)
         stopped_at = min((i for i in map(self.text.find, self._stop) if i >= 0), default=-1)
         if stopped_at >= 0:
             self.text, self.finish_reason = self.text[:stopped_at], "stop"
-        self.finished = is_end or is_last or stopped_at >= 0
+        self.finished = flush or stopped_at >= 0
         until = len(self.text) if self.finished else len(self.text) - self._held()
         piece, self._sent = self.text[self._sent : until], max(self._sent, until)
         return piece

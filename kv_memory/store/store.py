@@ -220,6 +220,16 @@ class Store:
             )
         return found[0]
 
+    def text(self, text_sha256: str) -> str | None:
+        """The passage text of this SHA-256 hex digest; None if no passage of the collection has it."""
+        with self._catalog.read() as session:
+            return session.scalar(
+                select(PassageRow.text)
+                .join(DocumentRow, DocumentRow.id == PassageRow.document_pk)
+                .where(DocumentRow.collection_id == self._collection_id, PassageRow.text_sha256 == text_sha256)
+                .limit(1)
+            )
+
     # caches
 
     def warm(self) -> None:

@@ -1,0 +1,52 @@
+"""What becomes of retrieved text that has no distilled cache."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+from kv_memory import EmptyDocumentError, KVMemory, Reference
+from kv_memory.reader import key_of
+
+__all__ = ["OnMissing", "reference_to"]
+
+# `text`: the model reads the text, this once. `compress`: the cache is made and kept. `skip`: the text is left out of
+# the context. `raise`: an error.
+OnMissing = Literal["text", "compress", "skip", "raise"]
+_log = logging.getLogger(__name__)
+
+
+def reference_to(memory: KVMemory, text: str, *, on_missing: OnMissing, document_id: str) -> Reference | None:
+    """A reference to the distilled cache of exactly this text; None if it is to be left out.
+
+    Blank text is left out and logged, unless `on_missing` is `raise`: one empty node must not fail a whole answer.
+
+    Args:
+        memory: Where the cache lies.
+        text: As the framework would put it into a prompt.
+        on_missing: What to do without a cache.
+        document_id: What the text belongs to, for `compress`; removing that document removes the cache.
+
+    Raises:
+        EmptyDocumentError: The text is blank, with `raise`.
+        CacheNotFoundError: There is no cache, with `raise`.
+        FingerprintMismatchError: There is one, made by another model, adapter or prompt, with `raise`.
+    """
+    if not text.strip():
+        if on_missing == "raise":
+            raise EmptyDocumentError(
+                "a retrieved node has no text", where=document_id, next_step="Leave such nodes out of the index."
+            )
+        _log.warning("a retrieved node without text is left out of the context: %s", document_id)
+        return None
+    reader = memory.reader
+    if reader.has(text):
+        return Reference(key=key_of(text))
+    if on_missing == "text":
+        return Reference(key=key_of(text), text=text)
+    if on_missing == "compress":
+        memory.add_passages(document_id, [text], extend=True)
+        return Reference(key=key_of(text))
+    if on_missing == "raise":
+        reader.check(text)
+    return None

@@ -1,0 +1,106 @@
+"""Conversation: old turns as distilled caches, recalled by what the newest one asks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from kv_memory.config import check_keep_ratio
+from kv_memory.documents import split_passages
+from kv_memory.errors import ConfigError
+from kv_memory.generate import Turn
+from kv_memory.memory import KVMemory
+from kv_memory.reader import Reference
+
+__all__ = ["Conversation"]
+
+_NAMES = {"system": "Instructions", "user": "User", "assistant": "Assistant"}
+
+
+class Conversation:
+    """The turns of one conversation that have left the prompt. Thread-safe; what is added outlives the process.
+
+    They lie in a collection of their own beside the documents of `memory`, whose model reads them. One process at a
+    time may add to a conversation.
+
+    Args:
+        memory: Where, and read by what.
+        conversation_id: Names the conversation.
+        keep_ratio: Share of the turns' tokens kept; the memory's if None.
+        top_k: How many passages of old turns one question recalls; as for documents if None.
+
+    Example:
+        ```python
+        old = Conversation(memory, "alice")
+        old.add([Turn("user", "My dog is called Biscuit."), Turn("assistant", "A fine name.")])
+        question = Turn("user", "What is my dog called?")
+        reply = memory.reader.reply([question], old.recall(question.text)).reply
+        ```
+    """
+
+    def __init__(
+        self,
+        memory: KVMemory,
+        conversation_id: str,
+        *,
+        keep_ratio: float | None = None,
+        top_k: int | None = None,
+    ) -> None:
+        if not conversation_id.strip():
+            raise ConfigError("a conversation needs a name", where="conversation_id")
+        if top_k is not None and top_k < 1:
+            raise ConfigError(f"top_k must be at least 1, got {top_k}", where="top_k")
+        self.conversation_id = conversation_id
+        self.keep_ratio = check_keep_ratio(memory.settings.keep_ratio if keep_ratio is None else keep_ratio)
+        self.top_k = memory.settings.top_k if top_k is None else top_k
+        self._memory = memory.in_collection(f"conversation:{conversation_id}", keep_ratio=self.keep_ratio)
+        self._lock = threading.Lock()
+
+    def add(self, turns: Sequence[Turn]) -> None:
+        """Distil turns, in the order they were spoken. They are durable when this returns; blank ones are left out.
+
+        Raises:
+            StoreError: They cannot be written; none of them is.
+        """
+        spoken = [turn for turn in turns if turn.text.strip()]
+        if not spoken:
+            return
+        with self._lock:
+            number = max((int(summary.id) for summary in self._memory.documents()), default=0) + 1
+            self._memory.add_passages(
+                f"{number:08d}", self._passages(spoken), metadata={"turns": [list(turn) for turn in spoken]}
+            )
+
+    def recall(self, question: str) -> list[Reference]:
+        """References to what was said about a question before, in the order it was spoken; none if nothing fits."""
+        hits = self._memory.retrieve(question, top_k=self.top_k)
+        return [
+            Reference(key=hit.text_sha256, keep_ratio=self.keep_ratio, collection=self._memory.collection)
+            for hit in sorted(hits, key=lambda hit: (hit.document_id, hit.ordinal))
+        ]
+
+    def turns(self) -> list[Turn]:
+        """All turns that were added, as they were."""
+        return [Turn(*turn) for summary in self._memory.documents() for turn in summary.metadata["turns"]]
+
+    def clear(self) -> None:
+        """Delete all turns and their caches."""
+        with self._lock:
+            for summary in self._memory.documents():
+                self._memory.remove(summary.id)
+
+    def _passages(self, turns: Sequence[Turn]) -> list[str]:
+        """As many turns in a passage as it takes; one that is longer than a passage is cut."""
+        count, most = self._memory.backbone.count_tokens, self._memory.settings.passage_tokens
+        lines = [f"{_NAMES[turn.role]}: {turn.text.strip()}" for turn in turns]
+        pieces = [piece for line in lines for piece in split_passages(line, max_tokens=most, count_tokens=count)]
+        passages: list[str] = []
+        room = 0
+        for piece, length in zip(pieces, count(pieces), strict=True):
+            if passages and length + 1 <= room:
+                passages[-1] += f"\n{piece}"
+                room -= length + 1
+            else:
+                passages.append(piece)
+                room = (most or 1024) - length
+        return passages

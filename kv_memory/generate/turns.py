@@ -1,0 +1,143 @@
+"""From the turns of a conversation to token ids, behind documents or on their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from kv_memory.backbone import Backbone
+from kv_memory.config import check_choice
+from kv_memory.errors import ConfigError
+from kv_memory.prompts import PromptForm, render_chat
+
+__all__ = ["Prompt", "Role", "Turn", "encode_chat", "encode_text_prompt", "encode_turns"]
+
+Role = Literal["system", "user", "assistant"]
+
+
+class Turn(NamedTuple):
+    """One turn of a conversation."""
+
+    role: Role
+    text: str
+
+
+class Prompt(NamedTuple):
+    """What is prefilled for a reply.
+
+    Attributes:
+        ids: Token ids.
+        behind_prefix: Whether they follow the shared prefix (and documents), or are all there is.
+    """
+
+    ids: list[int]
+    behind_prefix: bool
+
+
+class _Piece(NamedTuple):
+    text: str
+    is_foreign: bool  # from outside: what spells a special token stays text
+
+
+def encode_turns(backbone: Backbone, turns: Sequence[Turn]) -> Prompt:
+    """Turns in the wrappers of the backbone's prompt form, to stand behind the shared prefix and documents.
+
+    Instructions (system turns) are put ahead of the user turn that follows them, because what precedes the documents
+    is the same for all of them; those that the prefix holds already are left out.
+
+    Raises:
+        ConfigError: There is no turn, one has an unknown role, or the last is the assistant's.
+    """
+    return Prompt(_encode(backbone, _pieces(backbone.prompt, turns)), behind_prefix=True)
+
+
+def encode_chat(backbone: Backbone, turns: Sequence[Turn]) -> Prompt:
+    """Turns without documents, in the model's own chat template; in the prompt form where it has none.
+
+    Raises:
+        ConfigError: As in `encode_turns`.
+    """
+    if not getattr(backbone.tokenizer, "chat_template", None):
+        return encode_turns(backbone, turns)
+    system = "\n\n".join(turn.text.strip() for turn in turns if turn.role == "system")
+    others = [turn for turn in turns if turn.role != "system"]
+    if system and others:
+        alternating = _alternate(others)
+        try:
+            return _templated(backbone, [Turn("system", system), *alternating])
+        except ConfigError:  # a template without such a turn (Gemma)
+            pass
+    return _templated(backbone, _alternate(turns))
+
+
+def encode_text_prompt(backbone: Backbone, text: str) -> Prompt:
+    """A prompt that somebody else has put together, special tokens and all.
+
+    One that begins with the shared prefix is read behind it, so that the prefix is not prefilled again.
+    """
+    prefix = backbone.prompt.prefix
+    if prefix and text.startswith(prefix):
+        return Prompt(backbone.encode(text[len(prefix) :]), behind_prefix=True)
+    ids = backbone.encode(text)
+    start = backbone.tokenizer.bos_token_id
+    wants_start = backbone.prompt.add_bos and start is not None and backbone.prefix_ids[:1] == (start,)
+    if wants_start and ids[:1] != [start]:
+        ids = [start, *ids]
+    return Prompt(ids, behind_prefix=False)
+
+
+def _alternate(turns: Sequence[Turn]) -> list[Turn]:
+    """User and assistant in turn, the user first and last; instructions joined to the user turn that follows."""
+    merged: list[Turn] = []
+    for turn in turns:
+        check_choice(turn.role, Role, where="role")
+        role: Role = "assistant" if turn.role == "assistant" else "user"
+        if merged and merged[-1].role == role:
+            merged[-1] = Turn(role, f"{merged[-1].text}\n\n{turn.text.strip()}")
+        else:
+            merged.append(Turn(role, turn.text.strip()))
+    if not merged or merged[-1].role == "assistant":
+        raise ConfigError(
+            "a conversation must end with a turn of the user" if merged else "there is no turn to reply to",
+            where="turns",
+            next_step="Append the question as the last turn.",
+        )
+    return merged if merged[0].role == "user" else [Turn("user", ""), *merged]
+
+
+def _pieces(form: PromptForm, turns: Sequence[Turn]) -> list[_Piece]:
+    known = [turn for turn in turns if not (turn.role == "system" and turn.text.strip() in form.prefix)]
+    pieces: list[_Piece] = []
+    for turn in _alternate(known):
+        if turn.role == "user":
+            around = form.question_before, form.question_after
+        else:
+            around = form.answer_before, form.answer_after
+        pieces += [_Piece(around[0], False), _Piece(turn.text, True), _Piece(around[1], False)]
+    return pieces
+
+
+def _templated(backbone: Backbone, turns: Sequence[Turn]) -> Prompt:
+    marks = [f"\ue000{index}\ue001" for index in range(len(turns))]
+    text = render_chat(
+        backbone.tokenizer, [{"role": turn.role, "content": mark} for turn, mark in zip(turns, marks, strict=True)]
+    )
+    pieces: list[_Piece] = []
+    for turn, mark in zip(turns, marks, strict=True):
+        before, found, text = text.partition(mark)
+        if not found:
+            raise ConfigError(
+                f"the chat template drops the {turn.role}'s turn", where="prompt", next_step='Use prompt="passage".'
+            )
+        pieces += [_Piece(before, False), _Piece(turn.text.strip(), True)]
+    return Prompt(_encode(backbone, [*pieces, _Piece(text, False)]), behind_prefix=False)
+
+
+def _encode(backbone: Backbone, pieces: Sequence[_Piece]) -> list[int]:
+    specials = backbone.tokenizer.all_special_tokens
+    if not any(token and token in piece.text for piece in pieces if piece.is_foreign for token in specials):
+        return backbone.encode("".join(piece.text for piece in pieces))  # in one piece, as models are trained
+    ids: list[int] = []
+    for piece in pieces:
+        ids += backbone.encode_text(piece.text) if piece.is_foreign else backbone.encode(piece.text)
+    return ids
