@@ -1,0 +1,41 @@
+"""kv-memory under LlamaIndex: answers from distilled caches through the engines, indexes and memories it has.
+
+```python
+from llama_index.core import Document, VectorStoreIndex
+
+from kv_memory import KVMemory
+from kv_memory.integrations.llama_index import KVCompressTransform, KVMemoryLLM, KVMemoryQueryEngine
+
+memory = KVMemory.open("my-store")
+index = VectorStoreIndex.from_documents(documents, transformations=[splitter, KVCompressTransform(memory)])
+engine = KVMemoryQueryEngine.from_defaults(index.as_retriever(similarity_top_k=1), llm=KVMemoryLLM(memory))
+print(engine.query("How long are messages kept?"))
+```
+
+`KVMemoryLLM` is also an ordinary LLM. `KVMemoryRetriever`, `KVMemorySynthesizer` and `KVMemoryQueryEngine` answer from
+caches; `KVCompressTransform` and `KVMemoryVectorStore` make them and keep them in step with an index;
+`KVMemoryChatEngine` and `KVMemoryBlock` chat. They need the extra `llama-index`.
+"""
+
+from __future__ import annotations
+
+from .chat_engine import KVMemoryChatEngine, KVMemoryCondensePlusContextChatEngine
+from .ingestion import KVCompressTransform
+from .llm import KVMemoryLLM
+from .memory_block import KVMemoryBlock
+from .query_engine import KVMemoryQueryEngine
+from .retriever import KVMemoryRetriever
+from .synthesizer import KVMemorySynthesizer
+from .vector_store import KVMemoryVectorStore
+
+__all__ = [
+    "KVCompressTransform",
+    "KVMemoryBlock",
+    "KVMemoryChatEngine",
+    "KVMemoryCondensePlusContextChatEngine",
+    "KVMemoryLLM",
+    "KVMemoryQueryEngine",
+    "KVMemoryRetriever",
+    "KVMemorySynthesizer",
+    "KVMemoryVectorStore",
+]

@@ -1,0 +1,85 @@
+"""What LlamaIndex's messages mean to the reader: turns, and references to distilled caches that ride along."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock
+
+from kv_memory import Reference, Turn, UnsupportedRequestError
+from kv_memory.generate import Role
+
+__all__ = ["KV_IDS", "KV_TEXTS", "message_with", "references_of", "turns_of"]
+
+# Fields of ChatMessage.additional_kwargs. Messages pass through memories, templates, events and stores, all of which
+# serialise them, so only strings may ride on them.
+KV_IDS = "kv_ids"  # what str(Reference) gives, in the order they are to be read
+KV_TEXTS = "kv_texts"  # key -> text, for those that have no cache
+
+_ROLES: dict[MessageRole, Role] = {
+    MessageRole.SYSTEM: "system",
+    MessageRole.DEVELOPER: "system",
+    MessageRole.USER: "user",
+    MessageRole.ASSISTANT: "assistant",
+    MessageRole.CHATBOT: "assistant",
+    MessageRole.MODEL: "assistant",
+}
+
+
+def message_with(references: Sequence[Reference]) -> ChatMessage:
+    """A message without content that brings references; an empty list of them still means "from caches"."""
+    extra: dict[str, Any] = {KV_IDS: [str(reference) for reference in references]}
+    texts = {reference.key: reference.text for reference in references if reference.text is not None}
+    if texts:
+        extra[KV_TEXTS] = texts
+    return ChatMessage(role=MessageRole.SYSTEM, content="", additional_kwargs=extra)
+
+
+def references_of(messages: Sequence[ChatMessage], options: Mapping[str, Any]) -> list[Reference] | None:
+    """The references that messages and the options of a call bring, each once; None where neither speaks of any.
+
+    Raises:
+        ConfigError: One is no reference.
+    """
+    bringing = [
+        source for source in (*(m.additional_kwargs for m in messages), options) if source.get(KV_IDS) is not None
+    ]
+    if not bringing:
+        return None
+    found: dict[str, Reference] = {}
+    for source in bringing:
+        texts = source.get(KV_TEXTS) or {}
+        for value in source[KV_IDS]:
+            reference = Reference.parse(value)
+            found.setdefault(str(reference), replace(reference, text=texts.get(reference.key, reference.text)))
+    return list(found.values())
+
+
+def turns_of(messages: Sequence[ChatMessage]) -> list[Turn]:
+    """Messages as turns; those that only bring references are none.
+
+    Raises:
+        UnsupportedRequestError: One is of a tool, or holds something else than text.
+    """
+    turns: list[Turn] = []
+    for message in messages:
+        role = _ROLES.get(message.role)
+        if role is None or message.additional_kwargs.get("tool_calls"):
+            raise UnsupportedRequestError(
+                "this model cannot call tools, nor read what they returned",
+                where=f"message of role {message.role.value!r}",
+                next_step="Give the query engine itself to an agent as a tool, or leave these messages out.",
+            )
+        other = next((block for block in message.blocks if not isinstance(block, TextBlock)), None)
+        if other is not None:
+            raise UnsupportedRequestError(
+                "this model reads text only",
+                where=f"a {type(other).__name__} in a message of role {message.role.value!r}",
+                next_step="Put a description of it into the message instead.",
+            )
+        text = "\n".join(block.text for block in message.blocks if isinstance(block, TextBlock))
+        if text.strip() or KV_IDS not in message.additional_kwargs:
+            turns.append(Turn(role, text))
+    return turns

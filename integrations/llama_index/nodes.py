@@ -1,0 +1,105 @@
+"""From LlamaIndex's nodes to references: the key of a node is the hash of its text, never its id.
+
+Node ids are random per run unless a parser is told otherwise, so that caches keyed by them would be orphaned by every
+ingestion. The text is exactly what a prompt would hold, metadata included, as the user's `MetadataMode` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, NodeWithScore
+
+from kv_memory import KVMemory, Reference
+from kv_memory.reader import key_of
+
+from ..missing import OnMissing, reference_to
+
+__all__ = [
+    "KV_ID",
+    "document_of",
+    "forget_all",
+    "forget_nodes",
+    "marked",
+    "node_reference",
+    "put_texts",
+    "references_to",
+    "texts_by_document",
+]
+
+KV_ID = "kv_id"  # in a node's metadata, excluded from its text
+_NODES = "nodes"  # in the metadata of the store's document: {node_id: key of its text}
+
+
+def document_of(node: BaseNode) -> str:
+    """The store's document a node belongs to: that of its source, or the node itself."""
+    return node.ref_doc_id or node.node_id
+
+
+def text_of(node: BaseNode, mode: MetadataMode) -> str:
+    """What a prompt would hold of a node; nothing for an image."""
+    return "" if isinstance(node, ImageNode) and not node.text else node.get_content(metadata_mode=mode)
+
+
+def node_reference(memory: KVMemory, node: BaseNode, *, on_missing: OnMissing, mode: MetadataMode) -> Reference | None:
+    """The reference to a node's cache; see `reference_to` for what becomes of a node without one."""
+    return reference_to(memory, text_of(node, mode), on_missing=on_missing, document_id=document_of(node))
+
+
+def references_to(
+    memory: KVMemory, nodes: Iterable[NodeWithScore], *, on_missing: OnMissing, mode: MetadataMode
+) -> list[Reference]:
+    """References to the caches of retrieved nodes, in their order, each once; left-out nodes have none."""
+    found = (node_reference(memory, item.node, on_missing=on_missing, mode=mode) for item in nodes)
+    return list({reference.key: reference for reference in found if reference is not None}.values())
+
+
+def marked(item: NodeWithScore, reference: Reference | None) -> NodeWithScore:
+    """A copy of a retrieved node whose metadata names its cache; the mark is no part of any text made from it."""
+    if reference is None or reference.text is not None:
+        return item
+    node = item.node.model_copy()
+    node.metadata = {**node.metadata, KV_ID: str(reference)}
+    node.excluded_llm_metadata_keys = [*node.excluded_llm_metadata_keys, KV_ID]
+    node.excluded_embed_metadata_keys = [*node.excluded_embed_metadata_keys, KV_ID]
+    return NodeWithScore(node=node, score=item.score)
+
+
+def texts_by_document(nodes: Iterable[BaseNode], mode: MetadataMode) -> dict[str, dict[str, str]]:
+    """The texts of nodes, blank ones left out: `{document: {node_id: text}}`."""
+    documents: dict[str, dict[str, str]] = {}
+    for node in nodes:
+        text = text_of(node, mode)
+        if text.strip():
+            documents.setdefault(document_of(node), {})[node.node_id] = text
+    return documents
+
+
+def put_texts(memory: KVMemory, document_id: str, texts: Mapping[str, str], *, extend: bool) -> None:
+    """Distil the nodes of one document, `{node_id: text}`; with `extend` beside those it has."""
+    nodes = {node_id: key_of(text) for node_id, text in texts.items()}
+    if extend and memory.store.has_document(document_id):
+        nodes = {**memory.document(document_id).metadata.get(_NODES, {}), **nodes}
+    memory.add_passages(document_id, list(texts.values()), metadata={_NODES: nodes}, extend=extend)
+
+
+def forget_nodes(memory: KVMemory, node_ids: Iterable[str]) -> None:
+    """Remove the caches of single nodes; a text that another node of the document has keeps its cache."""
+    gone = set(node_ids)
+    for summary in memory.documents():
+        nodes = summary.metadata.get(_NODES, {})
+        left = {node_id: key for node_id, key in nodes.items() if node_id not in gone}
+        if len(left) == len(nodes):
+            continue
+        texts = [p.text for p in memory.document(summary.id).passages if p.text_sha256 in left.values()]
+        if texts:
+            memory.add_passages(summary.id, texts, metadata={_NODES: left})
+        else:
+            memory.remove(summary.id)
+
+
+def forget_all(memory: KVMemory) -> None:
+    """Remove the documents that came as nodes."""
+    for summary in memory.documents():
+        if _NODES in summary.metadata:
+            memory.remove(summary.id)

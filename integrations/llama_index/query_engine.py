@@ -1,0 +1,89 @@
+"""KVMemoryQueryEngine: LlamaIndex's retriever query engine, put together for distilled caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llama_index.core.bridge.pydantic import BaseModel
+from llama_index.core.callbacks import CallbackManager
+from llama_index.core.indices.base import BaseIndex
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.prompts import BasePromptTemplate
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.retrievers import BaseRetriever
+from llama_index.core.schema import MetadataMode
+
+from ..missing import OnMissing
+from .llm import KVMemoryLLM
+from .retriever import KVMemoryRetriever
+from .synthesizer import KVMemorySynthesizer, check_llm
+
+__all__ = ["KVMemoryQueryEngine"]
+
+
+class KVMemoryQueryEngine(RetrieverQueryEngine):
+    """A `RetrieverQueryEngine` over a `KVMemoryRetriever` and a `KVMemorySynthesizer`.
+
+    Example:
+        ```python
+        engine = KVMemoryQueryEngine.from_defaults(index.as_retriever(similarity_top_k=2), llm=KVMemoryLLM(memory))
+        print(engine.query("How long are messages kept?"))
+        ```
+    """
+
+    @classmethod
+    def from_defaults(
+        cls,
+        retriever: BaseRetriever | BaseIndex[Any],
+        llm: KVMemoryLLM,
+        *,
+        on_missing: OnMissing = "text",
+        metadata_mode: MetadataMode = MetadataMode.LLM,
+        text_qa_template: BasePromptTemplate | None = None,
+        output_cls: type[BaseModel] | None = None,
+        node_postprocessors: Sequence[BaseNodePostprocessor] | None = None,
+        streaming: bool = False,
+        similarity_top_k: int | None = None,
+        callback_manager: CallbackManager | None = None,
+    ) -> KVMemoryQueryEngine:
+        """Put an engine together.
+
+        Args:
+            retriever: Any retriever, or an index whose retriever is taken.
+            llm: A `KVMemoryLLM`; its memory holds the caches.
+            on_missing: What becomes of a node without a cache, see `KVMemoryRetriever`.
+            metadata_mode: Which metadata is part of a node's text.
+            text_qa_template: See `KVMemorySynthesizer`.
+            output_cls: See `KVMemorySynthesizer`.
+            node_postprocessors: Rerankers and the like, between the two.
+            streaming: Responses stream.
+            similarity_top_k: Of an index's retriever; the memory's default if None.
+            callback_manager: As in LlamaIndex.
+
+        Raises:
+            ConfigError: The LLM is none of ours; names the fix.
+        """
+        memory = check_llm(llm, where="llm of KVMemoryQueryEngine").memory
+        if isinstance(retriever, BaseIndex):
+            retriever = retriever.as_retriever(similarity_top_k=similarity_top_k or memory.settings.top_k)
+        manager = callback_manager or retriever.callback_manager
+        if not isinstance(retriever, KVMemoryRetriever):
+            retriever = KVMemoryRetriever(
+                retriever, memory, on_missing=on_missing, metadata_mode=metadata_mode, callback_manager=manager
+            )
+        synthesizer = KVMemorySynthesizer(
+            llm,
+            text_qa_template=text_qa_template,
+            on_missing=on_missing,
+            metadata_mode=metadata_mode,
+            output_cls=output_cls,
+            streaming=streaming,
+            callback_manager=manager,
+        )
+        return cls(
+            retriever,
+            response_synthesizer=synthesizer,
+            node_postprocessors=list(node_postprocessors or []),
+            callback_manager=manager,
+        )

@@ -1,0 +1,82 @@
+"""KVMemoryRetriever: any LlamaIndex retriever, with the cache of every node it finds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from llama_index.core.callbacks import CallbackManager
+from llama_index.core.retrievers import BaseRetriever
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+
+from kv_memory import KVMemory
+from kv_memory.config import check_choice
+
+from ..missing import OnMissing
+from .nodes import marked, node_reference
+
+__all__ = ["KVMemoryRetriever"]
+
+
+class KVMemoryRetriever(BaseRetriever):
+    """Wraps a retriever (vector, BM25, fusion, auto-merging, ...) and marks its nodes with `metadata["kv_id"]`.
+
+    Args:
+        retriever: Finds the nodes.
+        memory: Where their caches lie.
+        on_missing: What becomes of a node without a cache. `text`: it stays unmarked, and its text is read by the
+            synthesizer. `compress`: its cache is made now, and kept. `skip`: it is dropped. `raise`: an error.
+        metadata_mode: Which metadata is part of a node's text.
+        callback_manager: As in LlamaIndex.
+        verbose: As in LlamaIndex.
+
+    Raises:
+        ConfigError: `on_missing` is unknown.
+    """
+
+    def __init__(
+        self,
+        retriever: BaseRetriever,
+        memory: KVMemory,
+        *,
+        on_missing: OnMissing = "text",
+        metadata_mode: MetadataMode = MetadataMode.LLM,
+        callback_manager: CallbackManager | None = None,
+        verbose: bool = False,
+    ) -> None:
+        check_choice(on_missing, OnMissing, where="on_missing")
+        self._retriever = retriever
+        self._memory = memory
+        self._on_missing: OnMissing = on_missing
+        self._metadata_mode = metadata_mode
+        super().__init__(
+            callback_manager=callback_manager or retriever.callback_manager,
+            object_map=retriever.object_map,
+            verbose=verbose,
+        )
+
+    # The inner retriever's `_retrieve`, not its `retrieve`: following index nodes and sending events is done once, by
+    # this one, so that tracing shows what it shows without it.
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return self._retriever._retrieve(query_bundle)
+
+    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return await self._retriever._aretrieve(query_bundle)
+
+    def _handle_recursive_retrieval(self, query_bundle: QueryBundle, nodes: list[NodeWithScore]) -> list[NodeWithScore]:
+        return self._mark(super()._handle_recursive_retrieval(query_bundle, nodes))
+
+    async def _ahandle_recursive_retrieval(
+        self, query_bundle: QueryBundle, nodes: list[NodeWithScore]
+    ) -> list[NodeWithScore]:
+        nodes = await super()._ahandle_recursive_retrieval(query_bundle, nodes)
+        return await asyncio.to_thread(self._mark, nodes)  # looks into the store, and may compress
+
+    def _mark(self, nodes: Sequence[NodeWithScore]) -> list[NodeWithScore]:
+        kept: list[NodeWithScore] = []
+        for item in nodes:
+            reference = node_reference(self._memory, item.node, on_missing=self._on_missing, mode=self._metadata_mode)
+            if reference is not None or self._on_missing != "skip":
+                kept.append(marked(item, reference))
+        return kept

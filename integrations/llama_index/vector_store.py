@@ -1,0 +1,177 @@
+"""KVMemoryVectorStore: a vector store that keeps the distilled caches in step with its nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.schema import BaseNode, MetadataMode
+from llama_index.core.vector_stores.types import (
+    BasePydanticVectorStore,
+    MetadataFilters,
+    VectorStoreQuery,
+    VectorStoreQueryResult,
+)
+
+from kv_memory import DocumentNotFoundError, KVMemory
+
+from .nodes import forget_all, forget_nodes, put_texts, texts_by_document
+
+__all__ = ["KVMemoryVectorStore"]
+
+_log = logging.getLogger(__name__)
+
+
+class KVMemoryVectorStore(BasePydanticVectorStore):
+    """Wraps a vector store; whatever is added to it or deleted from it is distilled or forgotten in the memory too.
+
+    Upserts and deletions of an `IngestionPipeline` with a docstore, and `index.delete_ref_doc`, reach a vector store
+    and nothing else: this is the only place to hear of them. Caches are made before the inner store is told, and
+    removed after it, so that nothing is ever found without its cache.
+
+    Args:
+        vector_store: The store that is wrapped.
+        memory: Where the caches lie.
+        metadata_mode: Which metadata is part of a node's text; the same as in retriever and synthesizer.
+        compress: Distil what is added. False for nodes that a `KVCompressTransform` has distilled before, or whose
+            retriever compresses what it misses.
+
+    Raises:
+        DocumentError: A node's text is no text.
+        StoreError: A cache cannot be written.
+    """
+
+    stores_text: bool = True
+    is_embedding_query: bool = True
+    metadata_mode: MetadataMode = Field(default=MetadataMode.LLM)
+    compress: bool = True
+    _inner: BasePydanticVectorStore = PrivateAttr()
+    _memory: KVMemory = PrivateAttr()
+
+    def __init__(
+        self,
+        vector_store: BasePydanticVectorStore,
+        memory: KVMemory,
+        *,
+        metadata_mode: MetadataMode = MetadataMode.LLM,
+        compress: bool = True,
+    ) -> None:
+        super().__init__(stores_text=vector_store.stores_text, is_embedding_query=vector_store.is_embedding_query)
+        self.metadata_mode = metadata_mode
+        self.compress = compress
+        self._inner = vector_store
+        self._memory = memory
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The name LlamaIndex keeps it under."""
+        return "KVMemoryVectorStore"
+
+    @property
+    def client(self) -> Any:
+        """The inner store's client."""
+        return self._inner.client
+
+    @property
+    def vector_store(self) -> BasePydanticVectorStore:
+        """The inner store."""
+        return self._inner
+
+    # -- adding --------------------------------------------------------------------------------------------------
+
+    def add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
+        """Distil nodes, then add them."""
+        self._compress(nodes)
+        return self._inner.add(list(nodes), **kwargs)
+
+    async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
+        """`add` without blocking the event loop while nodes are distilled."""
+        await asyncio.to_thread(self._compress, nodes)
+        return await self._inner.async_add(list(nodes), **kwargs)
+
+    def _compress(self, nodes: Sequence[BaseNode]) -> None:
+        if self.compress:
+            for document_id, texts in texts_by_document(nodes, self.metadata_mode).items():
+                # Beside what is there: an index adds the nodes of a long document in several batches.
+                put_texts(self._memory, document_id, texts, extend=True)
+
+    # -- deleting ------------------------------------------------------------------------------------------------
+
+    def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
+        """Delete a document's nodes, then its caches."""
+        self._inner.delete(ref_doc_id, **delete_kwargs)
+        self._forget(ref_doc_id)
+
+    async def adelete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
+        """`delete`, with the inner store's own asynchronous form."""
+        await self._inner.adelete(ref_doc_id, **delete_kwargs)
+        await asyncio.to_thread(self._forget, ref_doc_id)
+
+    def _forget(self, ref_doc_id: str) -> None:
+        with contextlib.suppress(DocumentNotFoundError):  # never distilled
+            self._memory.remove(ref_doc_id)
+
+    def delete_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
+    ) -> None:
+        """Delete single nodes and their caches."""
+        gone = self._ids_of(node_ids, filters)
+        self._inner.delete_nodes(node_ids, filters, **delete_kwargs)
+        forget_nodes(self._memory, gone)
+
+    async def adelete_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
+    ) -> None:
+        """`delete_nodes`, with the inner store's own asynchronous form."""
+        gone = await asyncio.to_thread(self._ids_of, node_ids, filters)
+        await self._inner.adelete_nodes(node_ids, filters, **delete_kwargs)
+        await asyncio.to_thread(forget_nodes, self._memory, gone)
+
+    def _ids_of(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> list[str]:
+        if filters is None:
+            return node_ids or []
+        try:
+            return [node.node_id for node in self._inner.get_nodes(node_ids, filters)]
+        except NotImplementedError:
+            _log.warning("%s cannot list nodes by filters: their caches stay", type(self._inner).__name__)
+            return []
+
+    def clear(self) -> None:
+        """Clear the inner store and remove all caches that came as nodes."""
+        self._inner.clear()
+        forget_all(self._memory)
+
+    async def aclear(self) -> None:
+        """`clear`, with the inner store's own asynchronous form."""
+        await self._inner.aclear()
+        await asyncio.to_thread(forget_all, self._memory)
+
+    # -- reading: the inner store's business ---------------------------------------------------------------------
+
+    def get_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **kwargs: Any
+    ) -> list[BaseNode]:
+        """As the inner store does."""
+        return self._inner.get_nodes(node_ids, filters, **kwargs)
+
+    async def aget_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **kwargs: Any
+    ) -> list[BaseNode]:
+        """As the inner store does."""
+        return await self._inner.aget_nodes(node_ids, filters, **kwargs)
+
+    def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
+        """As the inner store does."""
+        return self._inner.query(query, **kwargs)
+
+    async def aquery(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
+        """As the inner store does."""
+        return await self._inner.aquery(query, **kwargs)
+
+    def persist(self, persist_path: str, fs: Any = None) -> None:
+        """As the inner store does; the memory is on disk already."""
+        self._inner.persist(persist_path, fs)
