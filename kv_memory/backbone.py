@@ -207,6 +207,17 @@ class Backbone:
             )
         return encoded["input_ids"], encoded["offset_mapping"]
 
+    def spells_special(self, text: str) -> bool:
+        """Whether `encode` would find a special token in the text."""
+        return any(token in text for token in self._special_tokens)
+
+    @cached_property
+    def _special_tokens(self) -> frozenset[str]:
+        # Not `all_special_tokens` alone, which names those with a role: Llama 3's `<|start_header_id|>` has none.
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        named = {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+        return frozenset(token for token in named if token)
+
     def count_tokens(self, texts: list[str]) -> list[int]:
         """How many tokens each text has, as `encode_text` would give them; one call for many texts is fast."""
         if not texts:
@@ -223,7 +234,7 @@ class Backbone:
     def encode_question(self, question: str) -> list[int]:
         """Token ids of a question in its wrapper."""
         form = self.prompt
-        if not any(token and token in question for token in self.tokenizer.all_special_tokens):
+        if not self.spells_special(question):
             return self.encode(form.question(question))  # in one piece, as the worked examples are
         text = self.encode_text(question.strip())
         return self.encode(form.question_before) + text + self.encode(form.question_after)

@@ -71,6 +71,7 @@ class DecodeSettings:
             "top_k": (self.top_k >= 0, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "timeout_s": (self.timeout_s is None or self.timeout_s > 0, "above 0 or None"),
+            "json_schema": (self.json_schema is None or isinstance(self.json_schema, str), "JSON, as a str"),
             "stop": (not isinstance(self.stop, str) and all(self.stop), "a tuple of non-empty strings"),
         }
         for name, (ok, wanted) in checks.items():

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 
-from kv_memory.config import check_keep_ratio
-from kv_memory.documents import split_passages
+from kv_memory.config import check_choice, check_keep_ratio
+from kv_memory.documents import Document, split_passages
 from kv_memory.errors import ConfigError
-from kv_memory.generate import Turn
+from kv_memory.generate import Role, Turn
 from kv_memory.memory import KVMemory
 from kv_memory.reader import Reference
 
 __all__ = ["Conversation"]
 
+# By memory and conversation, because a server makes a new object for every request. Two that add at once would take the
+# same number, and the second replace what the first has added.
+_locks: weakref.WeakKeyDictionary[KVMemory, dict[str, threading.Lock]] = weakref.WeakKeyDictionary()
 _NAMES = {"system": "Instructions", "user": "User", "assistant": "Assistant"}
 
 
@@ -54,15 +58,20 @@ class Conversation:
         self.keep_ratio = check_keep_ratio(memory.settings.keep_ratio if keep_ratio is None else keep_ratio)
         self.top_k = memory.settings.top_k if top_k is None else top_k
         self._memory = memory.in_collection(f"conversation:{conversation_id}", keep_ratio=self.keep_ratio)
-        self._lock = threading.Lock()
+        self._lock = _locks.setdefault(memory, {}).setdefault(conversation_id, threading.Lock())
 
     def add(self, turns: Sequence[Turn]) -> None:
         """Distil turns, in the order they were spoken. They are durable when this returns; blank ones are left out.
 
         Raises:
+            ConfigError: One has an unknown role.
+            DocumentError: One is no text.
             StoreError: They cannot be written; none of them is.
         """
         spoken = [turn for turn in turns if turn.text.strip()]
+        for turn in spoken:
+            check_choice(turn.role, Role, where="role")
+            Document(id="turn", text=turn.text)  # raises for what is no text, before a tokenizer sees it
         if not spoken:
             return
         with self._lock:
@@ -74,9 +83,10 @@ class Conversation:
     def recall(self, question: str) -> list[Reference]:
         """References to what was said about a question before, in the order it was spoken; none if nothing fits."""
         hits = self._memory.retrieve(question, top_k=self.top_k)
+        spoken = sorted(hits, key=lambda hit: (hit.document_id, hit.ordinal))
         return [
-            Reference(key=hit.text_sha256, keep_ratio=self.keep_ratio, collection=self._memory.collection)
-            for hit in sorted(hits, key=lambda hit: (hit.document_id, hit.ordinal))
+            Reference(key=key, keep_ratio=self.keep_ratio, collection=self._memory.collection)
+            for key in dict.fromkeys(hit.text_sha256 for hit in spoken)  # what was said twice is read once
         ]
 
     def turns(self) -> list[Turn]:
@@ -90,17 +100,18 @@ class Conversation:
                 self._memory.remove(summary.id)
 
     def _passages(self, turns: Sequence[Turn]) -> list[str]:
-        """As many turns in a passage as it takes; one that is longer than a passage is cut."""
+        """One passage for each exchange, a question and what followed; one that is longer than a passage is cut.
+
+        Several in a passage were rejected: a small model does not find one fact among ten exchanges, even uncompressed.
+        """
+        exchanges: list[list[str]] = []
+        for turn in turns:
+            if turn.role == "user" or not exchanges:
+                exchanges.append([])
+            exchanges[-1].append(f"{_NAMES[turn.role]}: {turn.text.strip()}")
         count, most = self._memory.backbone.count_tokens, self._memory.settings.passage_tokens
-        lines = [f"{_NAMES[turn.role]}: {turn.text.strip()}" for turn in turns]
-        pieces = [piece for line in lines for piece in split_passages(line, max_tokens=most, count_tokens=count)]
-        passages: list[str] = []
-        room = 0
-        for piece, length in zip(pieces, count(pieces), strict=True):
-            if passages and length + 1 <= room:
-                passages[-1] += f"\n{piece}"
-                room -= length + 1
-            else:
-                passages.append(piece)
-                room = (most or 1024) - length
-        return passages
+        return [
+            piece
+            for lines in exchanges
+            for piece in split_passages("\n".join(lines), max_tokens=most, count_tokens=count)
+        ]

@@ -15,7 +15,7 @@ from typing import Any
 
 from kv_memory.compress import Compressor
 from kv_memory.documents import Document, split_passages
-from kv_memory.errors import EmptyDocumentError, KVMemoryError
+from kv_memory.errors import ConfigError, EmptyDocumentError, KVMemoryError
 from kv_memory.store import DocumentRecord, PassageRecord, Store
 
 __all__ = ["AddProgress", "AddReport", "Intake"]
@@ -141,12 +141,14 @@ class Intake:
         return report
 
     def add_passages(
-        self, document: str, texts: Sequence[str], *, metadata: Mapping[str, Any], extend: bool
+        self, document: str, texts: Sequence[str], *, metadata: Mapping[str, Any] | None, extend: bool
     ) -> AddReport:
         """Add or replace a document that somebody else has cut into passages. See `KVMemory.add_passages`."""
         report = AddReport()
         start_s = time.perf_counter()
-        checked = [Document(id=document, text=text, metadata=metadata) for text in texts]
+        if isinstance(texts, str):
+            raise ConfigError("passages are a list of texts, not one text", where="texts", next_step="Pass [text].")
+        checked = [Document(id=document, text=text, metadata=metadata or {}) for text in texts]
         if not checked:
             raise EmptyDocumentError("no passages", where=document, next_step="Leave the document out, or remove it.")
         old = self._store.document(document) if self._store.has_document(document) else None
@@ -158,7 +160,7 @@ class Intake:
         record = DocumentRecord(
             id=document,
             content_sha256=hashlib.sha256("\0".join(passage.text_sha256 for passage in passages).encode()).hexdigest(),
-            metadata=dict(metadata),
+            metadata=old.metadata if old is not None and extend and metadata is None else dict(checked[0].metadata),
             passages=passages,
         )
         whole = all(self._store.has(p.text_sha256, self._fingerprint, self._keep_ratio) for p in passages)

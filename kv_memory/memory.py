@@ -69,6 +69,7 @@ class KVMemory:
         self._index: tuple[int, BM25Index] | None = None
         self._others: dict[tuple[str, float], KVMemory] = {}
         self._lock = threading.RLock()
+        self._extend_lock = threading.Lock()  # not `_lock`, for which questions would wait
 
     @classmethod
     def open(
@@ -170,8 +171,7 @@ class KVMemory:
         with self._lock:
             found = self._others.get((name, ratio))
             if found is None:
-                store = Store.open(self.path, collection=name)
-                found = KVMemory(store, settings, backbone=self.backbone)
+                found = KVMemory(self.store.in_collection(name), settings, backbone=self.backbone)
                 found._compressor, found._prefix_shared = self.compressor, True
                 self._others[name, ratio] = found
             return found
@@ -264,15 +264,18 @@ class KVMemory:
         Args:
             document_id: Replaces the document of this id.
             texts: Its passages, each the exact text that will be asked for.
-            metadata: What JSON can hold.
-            extend: Keep the passages it has, and add those that are new.
+            metadata: What JSON can hold; if None there is none, or with `extend` that which it has.
+            extend: Keep the passages it has, and add those that are new. One process at a time may extend a document.
             on_progress: Called after every passage.
 
         Raises:
-            DocumentError: A text is empty or no text.
+            ConfigError: `texts` is no list of texts, or JSON cannot hold the metadata.
+            DocumentError: There is no text, or one is blank or binary.
             StoreError: It cannot be written.
         """
-        report = self._intake(on_progress).add_passages(document_id, texts, metadata=metadata or {}, extend=extend)
+        intake = self._intake(on_progress)
+        with self._extend_lock:  # it reads what there is, and writes it back with more
+            report = intake.add_passages(document_id, texts, metadata=metadata, extend=extend)
         self._remember()
         return report
 
@@ -425,7 +428,7 @@ class KVMemory:
             self.compressor,
             keep_ratio=self.settings.keep_ratio,
             layout=self.settings.layout,
-            store_of=lambda name: self.in_collection(name).store,
+            store_of=lambda name: self.store.in_collection(name, create=False),
         )
 
     @property

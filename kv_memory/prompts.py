@@ -26,7 +26,7 @@ _FIXED_DATE = (
 _DOCUMENT, _SYSTEM, _ANSWER = "\ue000document\ue000", "\ue000system\ue000", "\ue000answer\ue000"
 
 
-_NOT_IN_DIGEST = {"name", "stop", "answer_before", "answer_after"}
+_NOT_IN_DIGEST = {"name", "stop", "system_prompt", "answer_before", "answer_after"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,7 @@ class PromptForm:
         document_after: Follows it.
         question_before: Precedes the question.
         question_after: Follows it, up to where the answer begins.
+        system_prompt: What instructions the prefix holds; the same ones among the turns are not read again.
         answer_before: Precedes an earlier answer, where a conversation has several turns.
         answer_after: Follows it, up to where the next question's wrapper begins.
         stop: Strings that end an answer in this form.
@@ -52,6 +53,7 @@ class PromptForm:
     document_after: str
     question_before: str
     question_after: str
+    system_prompt: str = ""
     answer_before: str = ""
     answer_after: str = "\n"
     stop: tuple[str, ...] = ()
@@ -150,6 +152,7 @@ def chat_form(tokenizer: Any, *, system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> 
         document_after="\n\n",
         question_before="",
         question_after=tail,
+        system_prompt=system_prompt,
         answer_after=_between_turns(tokenizer),
         add_bos=False,
     )

@@ -47,7 +47,7 @@ class Reference:
     collection: str | None = None
 
     def __str__(self) -> str:
-        ratio = "" if self.keep_ratio is None else f"@{self.keep_ratio:g}"
+        ratio = "" if self.keep_ratio is None else f"@{self.keep_ratio}"  # every digit: caches are found by it
         return f"{self.key}{ratio}" + ("" if self.collection is None else f"/{self.collection}")
 
     @classmethod
@@ -103,7 +103,7 @@ class ReplyStream(Iterator[str]):
 
     def __init__(self, run: Run, loaded: _Loaded) -> None:
         self._run = run
-        self._loaded = loaded
+        self._loaded = loaded._replace(caches=[])  # they are composed
         self._steps = run.steps()
 
     def __next__(self) -> str:
@@ -120,8 +120,9 @@ class ReplyStream(Iterator[str]):
         return _replies(self._run, self._loaded)[0]
 
     def close(self) -> None:
-        """Stop decoding."""
+        """Stop decoding, and free what it takes."""
         self._steps.close()  # type: ignore[attr-defined]
+        self._run.close()
 
 
 class _Loaded(NamedTuple):
@@ -215,6 +216,8 @@ class Reader:
         self, questions: Sequence[str], references: Sequence[Reference], *, settings: DecodeSettings | None = None
     ) -> list[Reply]:
         """Reply to several questions about the same documents as one batch. Errors as in `reply`."""
+        if not questions:
+            return []
         loaded = self.load(references)
         run = self._generator.start(questions, loaded.caches, settings=settings)
         for _ in run.steps():
@@ -252,6 +255,9 @@ class Reader:
                 cache = self._compressor.compress(text, keep_ratio=1.0)
                 n_text += cache.n_tokens
                 damaged.append(reference.key)
+                if key_of(text) != reference.key:  # a cache of it would be found as that of the other text
+                    caches.append(cache)
+                    continue
                 with contextlib.suppress(StoreError):  # a store that cannot take it is no obstacle to a reply
                     store.put(reference.key, self._compressor.compress(text, keep_ratio=ratio))
             caches.append(cache)

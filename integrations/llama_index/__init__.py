@@ -13,8 +13,9 @@ print(engine.query("How long are messages kept?"))
 ```
 
 `KVMemoryLLM` is also an ordinary LLM. `KVMemoryRetriever`, `KVMemorySynthesizer` and `KVMemoryQueryEngine` answer from
-caches; `KVCompressTransform` and `KVMemoryVectorStore` make them and keep them in step with an index;
-`KVMemoryChatEngine` and `KVMemoryBlock` chat. They need the extra `llama-index`.
+caches; `KVMemoryStoreRetriever` finds the passages of `memory.add` without any index; `KVCompressTransform` and
+`KVMemoryVectorStore` make caches and keep them in step with an index; `KVMemoryChatEngine` and `KVMemoryBlock` chat.
+They need the extra `llama-index`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .llm import KVMemoryLLM
 from .memory_block import KVMemoryBlock
 from .query_engine import KVMemoryQueryEngine
 from .retriever import KVMemoryRetriever
+from .store_retriever import KVMemoryStoreRetriever
 from .synthesizer import KVMemorySynthesizer
 from .vector_store import KVMemoryVectorStore
 
@@ -36,6 +38,7 @@ __all__ = [
     "KVMemoryLLM",
     "KVMemoryQueryEngine",
     "KVMemoryRetriever",
+    "KVMemoryStoreRetriever",
     "KVMemorySynthesizer",
     "KVMemoryVectorStore",
 ]

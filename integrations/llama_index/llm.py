@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
@@ -22,6 +23,7 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.bridge.pydantic import BaseModel, Field, PrivateAttr
 from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.llm import default_completion_to_prompt
 from llama_index.core.prompts import BasePromptTemplate
 
 from kv_memory import DecodeSettings, KVMemory, UnsupportedRequestError
@@ -38,8 +40,9 @@ class KVMemoryLLM(CustomLLM):
     """A LlamaIndex LLM over the model of a `KVMemory`.
 
     Without references it is an ordinary LLM: chats and completions go through the model's own chat template (or
-    `messages_to_prompt`, if one is given). With them (`kv_ids`, as an option of the call or in a message's
-    `additional_kwargs`) it answers from the distilled caches they name, and no text of documents enters the prompt.
+    `messages_to_prompt` and `completion_to_prompt`, if they are given). With them (`kv_ids`, as an option of the call
+    or in a message's `additional_kwargs`) it answers from the distilled caches they name, and no text of documents
+    enters the prompt.
 
     Safe to use from several threads and tasks. The asynchronous forms run the model in a thread, token by token, and
     stop within a token when they are cancelled. A response's `raw` holds `usage` in OpenAI's words (cached entries
@@ -76,6 +79,27 @@ class KVMemoryLLM(CustomLLM):
     def __init__(self, memory: KVMemory, **options: Any) -> None:
         super().__init__(**options)
         self._memory = memory
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        model: str | Path | None = None,
+        keep_ratio: float | None = None,
+        collection: str = "default",
+        **options: Any,
+    ) -> KVMemoryLLM:
+        """An LLM over a store that is opened, or made, for it; `memory.close()` when done. Errors as `KVMemory.open`.
+
+        Args:
+            path: The store's folder.
+            model: `embedded`, a model folder, or a hub id; what the store remembers if None.
+            keep_ratio: Share of the tokens kept, in (0, 1].
+            collection: The tenant whose caches are seen.
+            **options: Those of the class.
+        """
+        return cls(KVMemory.open(path, model=model, keep_ratio=keep_ratio, collection=collection), **options)
 
     @classmethod
     def class_name(cls) -> str:
@@ -208,10 +232,13 @@ class KVMemoryLLM(CustomLLM):
         return decode_settings(mine, options)
 
     def _start(self, prompt: str, formatted: bool, options: dict[str, Any]) -> ReplyStream:
-        user = ChatMessage(role=MessageRole.USER, content=prompt)
-        if formatted and references_of([], options) is None:
-            return self._memory.reader.complete(prompt, settings=self._settings(options))
-        return self._start_chat([user], options)
+        if references_of([], options) is None:
+            if not formatted and self.completion_to_prompt not in (None, default_completion_to_prompt):
+                assert self.completion_to_prompt is not None
+                prompt, formatted = self.completion_to_prompt(prompt), True
+            if formatted:
+                return self._memory.reader.complete(prompt, settings=self._settings(options))
+        return self._start_chat([ChatMessage(role=MessageRole.USER, content=prompt)], options)
 
     def _start_chat(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> ReplyStream:
         settings, reader = self._settings(options), self._memory.reader
@@ -226,10 +253,10 @@ class KVMemoryLLM(CustomLLM):
 
 def _parts(stream: ReplyStream) -> Iterator[tuple[str, str, Reply | None]]:
     """Text so far and what is new of it; at the end, without new text, the reply with its figures."""
-    text = ""
+    text = held = ""
     try:
         for piece in stream:
-            delta = piece if text else piece.lstrip()
+            delta, held = _stripped(text, held + piece)
             if delta:
                 text += delta
                 yield text, delta, None
@@ -239,13 +266,23 @@ def _parts(stream: ReplyStream) -> Iterator[tuple[str, str, Reply | None]]:
 
 
 async def _aparts(stream: ReplyStream) -> AsyncIterator[tuple[str, str, Reply | None]]:
-    text = ""
+    text = held = ""
     async for piece in iterate_in_thread(stream):
-        delta = piece if text else piece.lstrip()
+        delta, held = _stripped(text, held + piece)
         if delta:
             text += delta
             yield text, delta, None
     yield text, "", stream.reply
+
+
+def _stripped(text: str, piece: str) -> tuple[str, str]:
+    """What a piece adds to the text so far, and the white space at its end, held back until more text follows.
+
+    Because whole answers are stripped, and streamed ones are to be the same.
+    """
+    piece = piece if text else piece.lstrip()
+    delta = piece.rstrip()
+    return delta, piece[len(delta) :]
 
 
 async def _finish(start: Callable[[], ReplyStream]) -> Reply:

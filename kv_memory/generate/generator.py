@@ -18,6 +18,7 @@ from kv_memory.generate.constrain import JsonConstraint
 from kv_memory.generate.sampling import Sampler
 from kv_memory.generate.text import FinishReason, TextStream
 from kv_memory.generate.turns import Prompt
+from kv_memory.positioned import PositionedCache
 
 __all__ = ["Generation", "Generator", "Run", "iterate_in_thread"]
 
@@ -170,6 +171,7 @@ class Run:
         width = int(self._lengths.max())
         self._ids = torch.tensor([prompt.ids + [0] * (width - len(prompt.ids)) for prompt in prompts])
         room = settings.max_new_tokens
+        self._cache: PositionedCache | None
         if behind_prefix := prompts[0].behind_prefix:
             self._cache = compose(
                 backbone, caches, layout=layout, n_question=width, n_new=room, batch_size=len(prompts)
@@ -190,15 +192,26 @@ class Run:
         self._ttft_s = [0.0] * len(prompts)
         self._total_s = [0.0] * len(prompts)
 
-    @torch.no_grad()
     def steps(self) -> Iterator[list[str]]:
         """Decode token by token; each step yields the new text of every row, empty for rows that are done.
 
         Raises:
             DecodeTimeoutError: It takes longer than `DecodeSettings.timeout_s`.
         """
+        assert self._cache is not None, "a run is decoded once"
+        try:
+            yield from self._decode(self._cache)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Free the cache; what was decoded stays."""
+        self._cache = None
+
+    @torch.no_grad()
+    def _decode(self, cache: PositionedCache) -> Iterator[list[str]]:
         backbone, ragged = self._backbone, len(self._lengths) > 1 and bool((self._lengths != self._lengths[0]).any())
-        logits = backbone.logits(self._ids, self._cache, lengths=self._lengths if ragged else None)
+        logits = backbone.logits(self._ids, cache, lengths=self._lengths if ragged else None)
         for step in range(self._settings.max_new_tokens):
             tokens = [
                 self._end_ids[0] if text.finished else sampler.pick(row if constraint is None else constraint.mask(row))
@@ -222,7 +235,7 @@ class Run:
             if all(text.finished for text in self._texts):
                 return
             self._check_time(step + 1)
-            logits = backbone.logits(torch.tensor(tokens)[:, None], self._cache)
+            logits = backbone.logits(torch.tensor(tokens)[:, None], cache)
 
     def _check_time(self, n_tokens: int) -> None:
         limit_s = self._settings.timeout_s

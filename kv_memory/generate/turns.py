@@ -74,15 +74,20 @@ def encode_text_prompt(backbone: Backbone, text: str) -> Prompt:
     """A prompt that somebody else has put together, special tokens and all.
 
     One that begins with the shared prefix is read behind it, so that the prefix is not prefilled again.
+
+    Raises:
+        ConfigError: It is empty.
     """
     prefix = backbone.prompt.prefix
-    if prefix and text.startswith(prefix):
+    if prefix and text.startswith(prefix) and text != prefix:
         return Prompt(backbone.encode(text[len(prefix) :]), behind_prefix=True)
     ids = backbone.encode(text)
     start = backbone.tokenizer.bos_token_id
     wants_start = backbone.prompt.add_bos and start is not None and backbone.prefix_ids[:1] == (start,)
     if wants_start and ids[:1] != [start]:
         ids = [start, *ids]
+    if not ids:
+        raise ConfigError("an empty prompt", where="prompt", next_step="Pass the text to go on with.")
     return Prompt(ids, behind_prefix=False)
 
 
@@ -106,9 +111,9 @@ def _alternate(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def _pieces(form: PromptForm, turns: Sequence[Turn]) -> list[_Piece]:
-    known = [turn for turn in turns if not (turn.role == "system" and turn.text.strip() in form.prefix)]
+    read_already = {"", form.system_prompt.strip()}
     pieces: list[_Piece] = []
-    for turn in _alternate(known):
+    for turn in _alternate([t for t in turns if not (t.role == "system" and t.text.strip() in read_already)]):
         if turn.role == "user":
             around = form.question_before, form.question_after
         else:
@@ -134,8 +139,7 @@ def _templated(backbone: Backbone, turns: Sequence[Turn]) -> Prompt:
 
 
 def _encode(backbone: Backbone, pieces: Sequence[_Piece]) -> list[int]:
-    specials = backbone.tokenizer.all_special_tokens
-    if not any(token and token in piece.text for piece in pieces if piece.is_foreign for token in specials):
+    if not any(piece.is_foreign and backbone.spells_special(piece.text) for piece in pieces):
         return backbone.encode("".join(piece.text for piece in pieces))  # in one piece, as models are trained
     ids: list[int] = []
     for piece in pieces:

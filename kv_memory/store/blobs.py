@@ -118,8 +118,8 @@ class DiskBlobs:
         with mapped(self.folder):
             _ = self._cache
 
-    def put(self, key: str, data: bytes) -> None:
-        """See `BlobStore.put`."""
+    def put(self, key: str, data: bytes, *, replace: bool = False) -> None:
+        """See `BlobStore.put`. With `replace` a key that is there gets the new bytes, at once."""
         with mapped(self.folder):
             cache = self._cache
             cache.disk.written.path = None
@@ -129,7 +129,7 @@ class DiskBlobs:
             try:
                 # add, not set: of two processes with the same blob the second drops its own file, where set would
                 # drop the first one's, which a reader may be about to open.
-                cache.add(key, data)
+                (cache.set if replace else cache.add)(key, data)
             except BaseException:
                 # diskcache leaves the file behind when the row could not be written.
                 if (path := cache.disk.written.path) is not None:

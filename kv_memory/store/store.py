@@ -58,6 +58,7 @@ class Store:
         self._collection_id = collection_id
         self._quarantine = path / "quarantine"
         self._vault = Vault(blobs, self._quarantine)
+        self._owns_connections = True
         self._shelf = Shelf(catalog, self._vault, collection_id)
 
     @classmethod
@@ -76,8 +77,7 @@ class Store:
             StorePermissionError: The folder may not be read and written.
         """
         folder = Path(os.path.abspath(Path(path).expanduser()))
-        if not isinstance(collection, str) or not 0 < len(collection) <= 255:
-            raise ConfigError(f"a collection's name has 1 to 255 characters, got {collection!r}", where="collection")
+        _check_name(collection)
         check_folder(folder)
         with mapped(folder):
             if not create and not (folder / _CATALOG).is_file():
@@ -99,11 +99,28 @@ class Store:
         blobs = DiskBlobs(folder / "blobs", timeout_s=catalogs.BUSY_TIMEOUT_S)
         return cls(folder, collection, catalog, blobs, collection_id)
 
+    def in_collection(self, collection: str, *, create: bool = True) -> Store:
+        """Another collection of this folder, over the same connections; unusable once this store is closed.
+
+        Args:
+            collection: Its name.
+            create: Make it if it is not there.
+
+        Raises:
+            StoreError: There is no such collection, and `create` is off.
+        """
+        _check_name(collection)
+        collection_id = _find_collection(self._catalog, collection, create=create)
+        store = Store(self.path, collection, self._catalog, self._blobs, collection_id)
+        store._owns_connections = False
+        return store
+
     def close(self) -> None:
         """Write what is buffered and close the connections."""
         self._shelf.flush()
-        self._blobs.close()
-        self._catalog.close()
+        if self._owns_connections:
+            self._blobs.close()
+            self._catalog.close()
 
     def __enter__(self) -> Self:
         return self
@@ -330,6 +347,11 @@ class Store:
     def stats(self) -> StoreStats:
         """Counts of the collection and the size of the folder, in bytes."""
         return upkeep.count(self._catalog, self.path, self._quarantine, self._collection_id)
+
+
+def _check_name(collection: str) -> None:
+    if not isinstance(collection, str) or not 0 < len(collection) <= 255:
+        raise ConfigError(f"a collection's name has 1 to 255 characters, got {collection!r}", where="collection")
 
 
 def _check_access(folder: Path) -> None:
