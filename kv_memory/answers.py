@@ -8,7 +8,7 @@ from typing import Literal
 
 from kv_memory.config import DecodeSettings
 from kv_memory.generate import Turn
-from kv_memory.reader import Reader, Reference, Reply
+from kv_memory.reader import Reader, Reference, Reply, key_of
 from kv_memory.retrieve import Hit
 
 __all__ = ["Answer", "AnswerStream", "Asker", "ReadFrom"]
@@ -104,10 +104,14 @@ class Asker:
         )
 
     def ask_batch(
-        self, questions: Sequence[str], hits: Sequence[Hit], *, settings: DecodeSettings | None
+        self, questions: Sequence[str], document_id: str, texts: Sequence[str], *, settings: DecodeSettings | None
     ) -> list[Answer]:
-        """Answer several questions from the same passages as one batch."""
-        replies = self._reader.reply_batch(questions, _references(hits), settings=settings) if questions else []
+        """Answer several questions from all passages of a document as one batch."""
+        hits = [
+            Hit(document_id=document_id, ordinal=i, score=1.0, text=text, text_sha256=key_of(text), metadata={})
+            for i, text in enumerate(texts)
+        ]
+        replies = self._reader.reply_batch(questions, _references(hits), settings=settings)
         return [_answer(q, reply, hits, read_from="caches") for q, reply in zip(questions, replies, strict=True)]
 
 

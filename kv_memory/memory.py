@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hashlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,11 +16,12 @@ from kv_memory.backbone import Backbone
 from kv_memory.compress import Compressor
 from kv_memory.config import DecodeSettings, DtypeName, Layout, SelectorName, check_choice
 from kv_memory.documents import DocumentLike, read_documents
+from kv_memory.finder import Finder
 from kv_memory.generate import iterate_in_thread
 from kv_memory.intake import AddProgress, AddReport, Intake
 from kv_memory.prompts import PromptForm, PromptName
 from kv_memory.reader import Reader
-from kv_memory.retrieve import BM25Index, Hit
+from kv_memory.retrieve import Hit
 from kv_memory.settings import MemorySettings, given_settings, resolve_settings
 from kv_memory.store import (
     CheckReport,
@@ -66,7 +66,7 @@ class KVMemory:
         self._prompt_form = prompt_form
         self._prefix_shared = False
         self._compressor: Compressor | None = None
-        self._index: tuple[int, BM25Index] | None = None
+        self._finder = Finder(store)
         self._others: dict[tuple[str, float], KVMemory] = {}
         self._lock = threading.RLock()
         self._extend_lock = threading.Lock()  # not `_lock`, for which questions would wait
@@ -332,17 +332,7 @@ class KVMemory:
             question: Any text.
             top_k: How many at most; 1 for the embedded model and 3 for others if None.
         """
-        revision = self.store.revision
-        with self._lock:
-            if self._index is None or self._index[0] != revision:
-                # By hash, because a collection's name may hold what a file name may not, and lead out of the store.
-                folder = self.path / "bm25" / hashlib.sha256(self.collection.encode()).hexdigest()[:16]
-                index = BM25Index.open(
-                    folder, revision=revision, passages=self.store.passages, lookup=self.store.passage
-                )
-                self._index = (revision, index)
-            index = self._index[1]
-        return index.retrieve(question, top_k=self.settings.top_k if top_k is None else top_k)
+        return self._finder.retrieve(question, top_k=self.settings.top_k if top_k is None else top_k)
 
     def ask(
         self,
@@ -375,12 +365,8 @@ class KVMemory:
         Raises:
             DocumentNotFoundError: There is no such document.
         """
-        passages = enumerate(self.document(document_id).passages)
-        hits = [
-            Hit(document_id=document_id, ordinal=i, score=1.0, text=p.text, text_sha256=p.text_sha256, metadata={})
-            for i, p in passages
-        ]
-        return self._asker.ask_batch(questions, hits, settings=settings)
+        passages = self.document(document_id).passages
+        return self._asker.ask_batch(questions, document_id, [passage.text for passage in passages], settings=settings)
 
     def stream(
         self,

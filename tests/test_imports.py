@@ -40,6 +40,7 @@ _BELOW_MEMORY = {
     "assembly",
     "intake",
     "reader",
+    "finder",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -66,6 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "settings": {"errors", "config", "embedded", "prompts"},
     "assembly": {*_TENSORS, "embedded", "backbone", "compress", "settings", "store"},
     "reader": {*_TENSORS, *_STORE, "compress", "generate", "store"},
+    "finder": {*_STORE, "retrieve", "store"},
     "answers": {"errors", "config", "generate", "reader", "retrieve"},
     "intake": {*_TENSORS, *_STORE, "backbone", "compress", "documents", "store"},
     "memory": _BELOW_MEMORY,
