@@ -8,7 +8,7 @@ from typing import Literal
 
 from kv_memory.config import DecodeSettings
 from kv_memory.generate import Turn
-from kv_memory.reader import Reader, Reference, Reply, key_of
+from kv_memory.reader import Reader, Reference, Reply, ReplyStream, key_of
 from kv_memory.retrieve import Hit
 
 __all__ = ["Answer", "AnswerStream", "Asker", "ReadFrom"]
@@ -61,6 +61,10 @@ class AnswerStream(Iterator[str]):
 
     def __next__(self) -> str:
         return next(self._pieces)
+
+    def each_token(self) -> Iterator[str]:
+        """The same pieces, and an empty one for every token after which there is nothing to show yet."""
+        return self._pieces.each_token() if isinstance(self._pieces, ReplyStream) else self._pieces
 
     @property
     def answer(self) -> Answer:

@@ -17,7 +17,7 @@ from kv_memory.attention import ATTENTION, ForwardContext
 from kv_memory.cache import dtype_from_name, dtype_name
 from kv_memory.config import DtypeName
 from kv_memory.embedded import EMBEDDED
-from kv_memory.errors import ContextWindowError, UnsupportedModelError
+from kv_memory.errors import ContextWindowError, EncodingError, UnsupportedModelError
 from kv_memory.fingerprint import FORMAT_VERSION, Fingerprint
 from kv_memory.loading import best_device, best_dtype, hash_parameters, hash_tokenizer, load_model
 from kv_memory.positioned import NEVER, PositionedCache
@@ -189,10 +189,20 @@ class Backbone:
             ids = ids[:-1]  # some tokenizers close every text with an end token
         return tuple(ids)
 
+    def _tokenize(self, text: str | list[str], **options: bool) -> Any:
+        with self._tokenizer_lock:  # options are a state of the tokenizer while they last
+            try:
+                return self.tokenizer(text, add_special_tokens=False, verbose=False, **options)
+            except TypeError as error:  # what the tokenizers library makes of it
+                raise EncodingError(
+                    "half a surrogate pair is no text",
+                    where=repr(text)[:80],
+                    next_step='Replace it: text.encode(errors="replace").decode().',
+                ) from error
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a piece of text, without special tokens."""
-        with self._tokenizer_lock:
-            ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[int] = self._tokenize(text)["input_ids"]
         return ids
 
     def encode_text(self, text: str) -> list[int]:
@@ -201,10 +211,7 @@ class Backbone:
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """`encode_text`, and the span of characters each token stands for."""
-        with self._tokenizer_lock:  # the option is a state of the tokenizer while it lasts
-            encoded = self.tokenizer(
-                text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
-            )
+        encoded = self._tokenize(text, split_special_tokens=True, return_offsets_mapping=True)
         return encoded["input_ids"], encoded["offset_mapping"]
 
     def spells_special(self, text: str) -> bool:
@@ -222,8 +229,7 @@ class Backbone:
         """How many tokens each text has, as `encode_text` would give them; one call for many texts is fast."""
         if not texts:
             return []
-        with self._tokenizer_lock:
-            encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        encoded = self._tokenize(texts, split_special_tokens=True)
         return [len(ids) for ids in encoded["input_ids"]]
 
     def encode_document(self, text: str) -> list[int]:

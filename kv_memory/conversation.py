@@ -29,7 +29,7 @@ class Conversation:
 
     Args:
         memory: Where, and read by what.
-        conversation_id: Names the conversation.
+        conversation_id: Names the conversation, in the memory's collection.
         keep_ratio: Share of the turns' tokens kept; the memory's if None.
         top_k: How many passages of old turns one question recalls; as for documents if None.
 
@@ -57,7 +57,9 @@ class Conversation:
         self.conversation_id = conversation_id
         self.keep_ratio = check_keep_ratio(memory.settings.keep_ratio if keep_ratio is None else keep_ratio)
         self.top_k = memory.settings.top_k if top_k is None else top_k
-        self._memory = memory.in_collection(f"conversation:{conversation_id}", keep_ratio=self.keep_ratio)
+        self._memory = memory.in_collection(
+            f"conversation:{memory.collection}:{conversation_id}", keep_ratio=self.keep_ratio
+        )
         self._lock = _locks.setdefault(memory, {}).setdefault(conversation_id, threading.Lock())
 
     def add(self, turns: Sequence[Turn]) -> None:

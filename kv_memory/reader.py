@@ -112,6 +112,10 @@ class ReplyStream(Iterator[str]):
                 return step[0]
         raise StopIteration
 
+    def each_token(self) -> Iterator[str]:
+        """The same pieces, and an empty one for every token after which there is nothing to show yet."""
+        return (step[0] for step in self._steps)
+
     @property
     def reply(self) -> Reply:
         """The whole reply; decodes what has not been taken yet. Of a closed stream: what there was until then."""

@@ -10,7 +10,7 @@ import torch
 from kv_memory.backbone import Backbone
 from kv_memory.compress import Adapter, Compressor
 from kv_memory.compress.early import hidden_after
-from kv_memory.errors import ContextWindowError, ModelError
+from kv_memory.errors import ContextWindowError, EncodingError, ModelError
 from kv_memory.prompts import PromptForm
 from tests.conftest import ARCHITECTURES, SHORT_FORM, make_backbone, make_model, make_tokenizer
 from tests.reference import assert_close, full_logits, letters, plain_model, shared_backbone
@@ -191,3 +191,13 @@ def test_text_from_outside_ends_no_turn(backbone: Any) -> None:
         assert text in backbone.tokenizer.decode(ids)
     assert backbone.count_tokens([text, "ab"]) == [len(backbone.encode_text(text)), 2]
     assert backbone.encode("</s>") == [2], "templates and wrappers keep theirs"
+
+
+def test_half_a_surrogate_pair_is_refused_by_name(backbone: Any) -> None:
+    def count(text: str) -> Any:
+        return backbone.count_tokens([text])
+
+    for encode in (backbone.encode, backbone.encode_text, backbone.encode_question, count):
+        with pytest.raises(EncodingError, match="surrogate"):
+            encode("half \ud800 a pair")
+        encode("a whole \U0001f600 one")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import gc
 import hashlib
 import threading
@@ -23,7 +24,7 @@ from kv_memory.errors import (
     FingerprintMismatchError,
     StoreFullError,
 )
-from kv_memory.generate import Generator, Turn
+from kv_memory.generate import Generator, Turn, iterate_in_thread
 from kv_memory.positioned import PositionedCache
 from kv_memory.reader import Reader, Reference, Reply, key_of
 from tests.conftest import make_tokenizer
@@ -471,3 +472,26 @@ def test_streams_taken_in_turn_do_not_disturb_each_other(memory: KVMemory) -> No
         for index, stream in enumerate(streams):
             found[index] += next(stream, "")
     assert found == expected
+
+
+async def test_what_is_cancelled_while_nothing_can_be_shown_stops_within_a_token(memory: KVMemory, wide: Any) -> None:
+    long = DecodeSettings(max_new_tokens=200)
+    text = memory.reader.reply([Turn("user", "Why?")], settings=long).reply.text
+    held = DecodeSettings(max_new_tokens=200, stop=(text + "#",))  # all of it may be the beginning of a stop string
+    stream = memory.reader.reply([Turn("user", "Why?")], settings=held)
+
+    async def take() -> None:
+        async for _ in iterate_in_thread(stream):
+            raise AssertionError("a piece was shown")
+
+    with recorded_inputs(wide) as inputs:
+        task = asyncio.create_task(take())
+        while len(inputs) < 5:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert len(inputs) < 50
+        n = len(inputs)
+        await asyncio.sleep(0.05)
+        assert len(inputs) == n

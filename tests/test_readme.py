@@ -34,15 +34,17 @@ def test_the_file_tree_names_what_is_there() -> None:
         assert path.name + ("/" if path.is_dir() else "") in mentioned, f"{path.name} is missing in the file tree"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not embedded_folder().is_dir(), reason="the embedded model is not prepared (`make setup`)")
-def test_the_example_runs_as_printed(tmp_path: Path) -> None:
-    example = README.split("```python\n")[1].split("```")[0]
-    assert len(example.strip().splitlines()) <= 8
-    (tmp_path / "example.py").write_text(example)
+needs_model = pytest.mark.skipif(
+    not embedded_folder().is_dir(), reason="the embedded model is not prepared (`make setup`)"
+)
+
+
+def run(example: str, folder: Path) -> str:
+    """What a fresh process prints that runs an example in a folder."""
+    (folder / "example.py").write_text(example)
     done = subprocess.run(
         [sys.executable, "example.py"],
-        cwd=tmp_path,
+        cwd=folder,
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -51,7 +53,24 @@ def test_the_example_runs_as_printed(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    answers = done.stdout.splitlines()
+    return done.stdout
+
+
+@pytest.mark.slow
+@needs_model
+def test_the_example_runs_as_printed(tmp_path: Path) -> None:
+    example = README.split("```python\n")[1].split("```")[0]
+    assert len(example.strip().splitlines()) <= 8
+    answers = run(example, tmp_path).splitlines()
     assert len(answers) == 2
     assert "Ida Brandt" in answers[0]
     assert all(re.search(r"\(\d+ tokens read, \d+ from caches\)$", line) for line in answers)
+
+
+@pytest.mark.slow
+@needs_model
+@pytest.mark.parametrize(("framework", "said"), [("llama_index", "Agnes Holm"), ("langchain", "Ida Brandt")])
+def test_the_quick_starts_run_as_printed(framework: str, said: str, tmp_path: Path) -> None:
+    blocks = re.findall("```python\n(.*?)```", README, re.DOTALL)
+    (example,) = (block for block in blocks if f"integrations.{framework}" in block)
+    assert said in run(example, tmp_path)

@@ -1,0 +1,36 @@
+"""kv-memory under LangChain: answers from distilled caches through the chains, indexes and histories it has.
+
+```python
+from kv_memory import KVMemory
+from kv_memory.integrations.langchain import ChatKVMemory, KVMemoryRetriever, create_kv_retrieval_chain
+
+memory = KVMemory.open("my-store")
+memory.add(["The ferry to Skarholm leaves at 7.40 from pier 4."])
+chain = create_kv_retrieval_chain(KVMemoryRetriever(memory), ChatKVMemory(memory))
+print(chain.invoke({"input": "When does the ferry to Skarholm leave?"})["answer"])
+```
+
+`ChatKVMemory` is also an ordinary chat model. `KVMemoryRetriever` finds documents with their caches, by itself or
+around another retriever, and `create_kv_chain` answers from them. `KVMemoryIndex` keeps caches in step with a source of
+documents, through LangChain's `index`. `KVMemoryChatMessageHistory` holds chats of any length, `KVMemoryByteStore`
+bytes of any kind. They need the extra `langchain`.
+"""
+
+from __future__ import annotations
+
+from .byte_store import KVMemoryByteStore
+from .chain import create_kv_chain, create_kv_retrieval_chain
+from .chat_model import ChatKVMemory
+from .history import KVMemoryChatMessageHistory
+from .index import KVMemoryIndex
+from .retriever import KVMemoryRetriever
+
+__all__ = [
+    "ChatKVMemory",
+    "KVMemoryByteStore",
+    "KVMemoryChatMessageHistory",
+    "KVMemoryIndex",
+    "KVMemoryRetriever",
+    "create_kv_chain",
+    "create_kv_retrieval_chain",
+]

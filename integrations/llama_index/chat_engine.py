@@ -17,6 +17,7 @@ from .synthesizer import KVMemorySynthesizer, check_llm
 if TYPE_CHECKING:
     from llama_index.core.callbacks import CallbackManager
     from llama_index.core.llms import LLM
+    from llama_index.core.retrievers import BaseRetriever
 
 __all__ = ["KVMemoryChatEngine", "KVMemoryCondensePlusContextChatEngine"]
 
@@ -49,7 +50,13 @@ class KVMemoryChatEngine(ContextChatEngine):
     """`ContextChatEngine`, with the caches of what was retrieved in the place of their text.
 
     Make one with `from_defaults(retriever=..., llm=KVMemoryLLM(memory))`; all its options hold.
+
+    Raises:
+        ConfigError: The LLM is none of ours; names the fix.
     """
+
+    def __init__(self, retriever: BaseRetriever, llm: LLM, *args: Any, **kwargs: Any) -> None:
+        super().__init__(retriever, check_llm(llm, where="llm of KVMemoryChatEngine"), *args, **kwargs)
 
     def _get_response_synthesizer(self, chat_history: list[ChatMessage], streaming: bool = False) -> Any:
         return _synthesizer(
@@ -63,7 +70,14 @@ class KVMemoryChatEngine(ContextChatEngine):
 
 
 class KVMemoryCondensePlusContextChatEngine(CondensePlusContextChatEngine):
-    """`CondensePlusContextChatEngine`, with the caches of what was retrieved in the place of their text."""
+    """`CondensePlusContextChatEngine`, with the caches of what was retrieved in the place of their text.
+
+    Raises:
+        ConfigError: The LLM is none of ours; names the fix.
+    """
+
+    def __init__(self, retriever: BaseRetriever, llm: LLM, *args: Any, **kwargs: Any) -> None:
+        super().__init__(retriever, check_llm(llm, where="llm of a chat engine"), *args, **kwargs)
 
     def _get_response_synthesizer(self, chat_history: list[ChatMessage], streaming: bool = False) -> Any:
         before = [ChatMessage(role=MessageRole.SYSTEM, content=self._system_prompt)] if self._system_prompt else []

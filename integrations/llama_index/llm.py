@@ -26,11 +26,12 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.llm import default_completion_to_prompt
 from llama_index.core.prompts import BasePromptTemplate
 
-from kv_memory import DecodeSettings, KVMemory, UnsupportedRequestError
+from kv_memory import ConfigError, DecodeSettings, KVMemory, UnsupportedRequestError
 from kv_memory.generate import iterate_in_thread
 from kv_memory.reader import Reply, ReplyStream
 
 from ..decoding import decode_settings
+from ..schemas import closed
 from .messages import references_of, turns_of
 
 __all__ = ["KVMemoryLLM"]
@@ -188,10 +189,14 @@ class KVMemoryLLM(CustomLLM):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> BaseModel:
-        """Fill in a pydantic model: only tokens that lead to JSON of its schema are decoded."""
-        options = {**(llm_kwargs or {}), "json_schema": json.dumps(output_cls.model_json_schema())}
+        """Fill in a pydantic model: only tokens that lead to JSON of its schema are decoded.
+
+        Raises:
+            ConfigError: `max_tokens` are too few for it, llguidance is not installed, or cannot follow the schema.
+        """
+        options = {**(llm_kwargs or {}), "json_schema": json.dumps(closed(output_cls.model_json_schema()))}
         response = self.chat(self._get_messages(prompt, **prompt_args), **options)
-        return output_cls.model_validate_json(response.message.content or "")
+        return _filled_in(output_cls, response)
 
     async def astructured_predict(
         self,
@@ -201,9 +206,9 @@ class KVMemoryLLM(CustomLLM):
         **prompt_args: Any,
     ) -> BaseModel:
         """`structured_predict` without blocking the event loop."""
-        options = {**(llm_kwargs or {}), "json_schema": json.dumps(output_cls.model_json_schema())}
+        options = {**(llm_kwargs or {}), "json_schema": json.dumps(closed(output_cls.model_json_schema()))}
         response = await self.achat(self._get_messages(prompt, **prompt_args), **options)
-        return output_cls.model_validate_json(response.message.content or "")
+        return _filled_in(output_cls, response)
 
     def predict_and_call(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: the model cannot choose tools."""
@@ -291,6 +296,17 @@ async def _finish(start: Callable[[], ReplyStream]) -> Reply:
     async for _ in iterate_in_thread(stream):
         pass
     return stream.reply
+
+
+def _filled_in(output_cls: type[BaseModel], response: ChatResponse) -> BaseModel:
+    raw: Any = response.raw
+    if raw["finish_reason"] == "length":
+        raise ConfigError(
+            "the answer was cut off before its JSON was complete",
+            where="max_tokens",
+            next_step="Raise max_tokens of the LLM, or bound the strings and lists of the model.",
+        )
+    return output_cls.model_validate_json(response.message.content or "")
 
 
 def _raw(reply: Reply) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from llama_index.core.memory import BaseMemoryBlock
 
 from kv_memory import Conversation, KVMemory
 
+from ..readable import readable
 from .messages import KV_IDS, message_with, turns_of
 
 __all__ = ["KVMemoryBlock"]
@@ -69,7 +70,7 @@ class KVMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
 
     async def _aput(self, messages: list[ChatMessage]) -> None:
         spoken = [message for message in messages if KV_IDS not in message.additional_kwargs]
-        await asyncio.to_thread(self._conversation.add, turns_of(spoken))
+        await asyncio.to_thread(self._conversation.add, [readable(turn) for turn in turns_of(spoken)])
 
 
 def _last_question(messages: Sequence[ChatMessage]) -> str:

@@ -6,6 +6,8 @@ ingestion. The text is exactly what a prompt would hold, metadata included, as t
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterable, Mapping
 
 from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, NodeWithScore
@@ -27,8 +29,9 @@ __all__ = [
     "texts_by_document",
 ]
 
+_locks: weakref.WeakKeyDictionary[KVMemory, threading.RLock] = weakref.WeakKeyDictionary()
 KV_ID = "kv_id"  # in a node's metadata, excluded from its text
-_NODES = "nodes"  # in the metadata of the store's document: {node_id: key of its text}
+_NODES = "nodes"  # in the metadata of the store's document: {node_id: [keys of its texts]}
 
 
 def document_of(node: BaseNode) -> str:
@@ -43,7 +46,10 @@ def text_of(node: BaseNode, mode: MetadataMode) -> str:
 
 def node_reference(memory: KVMemory, node: BaseNode, *, on_missing: OnMissing, mode: MetadataMode) -> Reference | None:
     """The reference to a node's cache; see `reference_to` for what becomes of a node without one."""
-    return reference_to(memory, text_of(node, mode), on_missing=on_missing, document_id=document_of(node))
+    text = text_of(node, mode)
+    if on_missing == "compress" and text.strip() and not memory.reader.has(text):
+        _put_beside(memory, node, text)  # not by `reference_to`, so that deleting the node deletes its cache
+    return reference_to(memory, text, on_missing=on_missing, document_id=document_of(node))
 
 
 def references_to(
@@ -76,26 +82,58 @@ def texts_by_document(nodes: Iterable[BaseNode], mode: MetadataMode) -> dict[str
 
 
 def put_texts(memory: KVMemory, document_id: str, texts: Mapping[str, str], *, extend: bool) -> None:
-    """Distil the nodes of one document, `{node_id: text}`; with `extend` beside those it has."""
-    nodes = {node_id: key_of(text) for node_id, text in texts.items()}
-    if extend and memory.store.has_document(document_id):
-        nodes = {**memory.document(document_id).metadata.get(_NODES, {}), **nodes}
-    memory.add_passages(document_id, list(texts.values()), metadata={_NODES: nodes}, extend=extend)
+    """Distil the nodes of one document, `{node_id: text}`; with `extend` beside its other nodes."""
+    _put(memory, document_id, texts.values(), {id_: [key_of(text)] for id_, text in texts.items()}, extend=extend)
+
+
+def _put_beside(memory: KVMemory, node: BaseNode, text: str) -> None:
+    """Distil one more text of a node: a postprocessor may have put another one into it, and both will be asked for."""
+    document_id, keys = document_of(node), []
+    with _lock(memory):
+        if memory.store.has_document(document_id):
+            keys = memory.document(document_id).metadata.get(_NODES, {}).get(node.node_id, [])
+        _put(memory, document_id, [text], {node.node_id: [*keys, key_of(text)]}, extend=True)
+
+
+def _put(
+    memory: KVMemory, document_id: str, texts: Iterable[str], nodes: dict[str, list[str]], *, extend: bool
+) -> None:
+    passages, metadata = list(texts), {}
+    with _lock(memory):
+        if extend and memory.store.has_document(document_id):
+            record = memory.document(document_id)
+            metadata, before = record.metadata, record.metadata.get(_NODES, {})
+            nodes = {**before, **nodes}
+            if stale := _keys(before) - _keys(nodes):  # a node has another text now
+                passages = [*(p.text for p in record.passages if p.text_sha256 not in stale), *passages]
+                extend = False
+        memory.add_passages(document_id, passages, metadata={**metadata, _NODES: nodes}, extend=extend)
+
+
+def _lock(memory: KVMemory) -> threading.RLock:
+    """Held from reading the metadata of a document to writing it: questions that compress come at the same time."""
+    return _locks.setdefault(memory, threading.RLock())
+
+
+def _keys(nodes: Mapping[str, Iterable[str]]) -> set[str]:
+    return {key for keys in nodes.values() for key in keys}
 
 
 def forget_nodes(memory: KVMemory, node_ids: Iterable[str]) -> None:
     """Remove the caches of single nodes; a text that another node of the document has keeps its cache."""
     gone = set(node_ids)
-    for summary in memory.documents():
-        nodes = summary.metadata.get(_NODES, {})
-        left = {node_id: key for node_id, key in nodes.items() if node_id not in gone}
-        if len(left) == len(nodes):
-            continue
-        texts = [p.text for p in memory.document(summary.id).passages if p.text_sha256 in left.values()]
-        if texts:
-            memory.add_passages(summary.id, texts, metadata={_NODES: left})
-        else:
-            memory.remove(summary.id)
+    with _lock(memory):
+        for summary in memory.documents():
+            nodes = summary.metadata.get(_NODES, {})
+            left = {node_id: keys for node_id, keys in nodes.items() if node_id not in gone}
+            if len(left) == len(nodes):
+                continue
+            stale = _keys(nodes) - _keys(left)
+            texts = [p.text for p in memory.document(summary.id).passages if p.text_sha256 not in stale]
+            if texts:
+                memory.add_passages(summary.id, texts, metadata={**summary.metadata, _NODES: left})
+            else:
+                memory.remove(summary.id)
 
 
 def forget_all(memory: KVMemory) -> None:

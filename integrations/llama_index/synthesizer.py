@@ -13,7 +13,7 @@ from llama_index.core.callbacks import CallbackManager
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.prompts.mixin import PromptDictType
 from llama_index.core.response_synthesizers import BaseSynthesizer
-from llama_index.core.schema import MetadataMode, NodeWithScore, QueryType
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryType, TextNode
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 
 from kv_memory import ConfigError
@@ -21,6 +21,7 @@ from kv_memory.config import check_choice
 
 from ..missing import OnMissing
 from .llm import KVMemoryLLM
+from .messages import references_of
 from .nodes import references_to
 from .prompts import KV_QA_PROMPT, CachedPrompt
 
@@ -107,7 +108,10 @@ class KVMemorySynthesizer(BaseSynthesizer):
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
         """As in `BaseSynthesizer`; errors as in `KVMemoryLLM.chat`."""
-        return super().synthesize(query, nodes, additional_source_nodes, kv_nodes=nodes, **response_kwargs)
+        if nodes or not self._recalled:
+            return super().synthesize(query, nodes, additional_source_nodes, kv_nodes=nodes, **response_kwargs)
+        more = additional_source_nodes
+        return _without_nothing(super().synthesize(query, [_NOTHING], more, kv_nodes=[], **response_kwargs))
 
     async def asynthesize(
         self,
@@ -117,13 +121,21 @@ class KVMemorySynthesizer(BaseSynthesizer):
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
         """`synthesize` without blocking the event loop."""
-        return await super().asynthesize(query, nodes, additional_source_nodes, kv_nodes=nodes, **response_kwargs)
+        if nodes or not self._recalled:
+            return await super().asynthesize(query, nodes, additional_source_nodes, kv_nodes=nodes, **response_kwargs)
+        more = additional_source_nodes
+        return _without_nothing(await super().asynthesize(query, [_NOTHING], more, kv_nodes=[], **response_kwargs))
+
+    @property
+    def _recalled(self) -> bool:
+        """Whether the history brings caches, so that there is something to answer from without any node."""
+        return bool(references_of(self._prefix_messages, {}))
 
     def get_response(
-        self, query_str: str, text_chunks: Sequence[str], kv_nodes: Sequence[NodeWithScore] = (), **kwargs: Any
+        self, query_str: str, text_chunks: Sequence[str], kv_nodes: Sequence[NodeWithScore] | None = None, **kwargs: Any
     ) -> RESPONSE_TEXT_TYPE:
         """Answer from the caches of `kv_nodes`. Texts without nodes are refused: they would enter the prompt."""
-        prompt = self._prompt(text_chunks, kv_nodes)
+        prompt = self._prompt(kv_nodes)
         if self._output_cls is not None:
             return self._kv_llm.structured_predict(self._output_cls, prompt, query_str=query_str)
         if self._streaming:
@@ -131,18 +143,18 @@ class KVMemorySynthesizer(BaseSynthesizer):
         return self._kv_llm.predict(prompt, query_str=query_str)
 
     async def aget_response(
-        self, query_str: str, text_chunks: Sequence[str], kv_nodes: Sequence[NodeWithScore] = (), **kwargs: Any
+        self, query_str: str, text_chunks: Sequence[str], kv_nodes: Sequence[NodeWithScore] | None = None, **kwargs: Any
     ) -> RESPONSE_TEXT_TYPE:
         """`get_response` without blocking the event loop."""
-        prompt = await asyncio.to_thread(self._prompt, text_chunks, kv_nodes)
+        prompt = await asyncio.to_thread(self._prompt, kv_nodes)
         if self._output_cls is not None:
             return await self._kv_llm.astructured_predict(self._output_cls, prompt, query_str=query_str)
         if self._streaming:
             return await self._kv_llm.astream(prompt, query_str=query_str)
         return await self._kv_llm.apredict(prompt, query_str=query_str)
 
-    def _prompt(self, text_chunks: Sequence[str], nodes: Sequence[NodeWithScore]) -> CachedPrompt:
-        if text_chunks and not nodes:
+    def _prompt(self, nodes: Sequence[NodeWithScore] | None) -> CachedPrompt:
+        if nodes is None:
             raise ConfigError(
                 "this synthesizer answers from nodes, not from texts",
                 where="get_response",
@@ -150,3 +162,14 @@ class KVMemorySynthesizer(BaseSynthesizer):
             )
         references = references_to(self._kv_llm.memory, nodes, on_missing=self._on_missing, mode=self._metadata_mode)
         return CachedPrompt.of(self._text_qa_template, references, self._prefix_messages)
+
+
+# The base class answers without asking the LLM where there is no node.
+_NOTHING = NodeWithScore(node=TextNode(id_="nothing", text=""))
+
+
+def _without_nothing(response: RESPONSE_TYPE) -> RESPONSE_TYPE:
+    response.source_nodes = [item for item in response.source_nodes if item is not _NOTHING]
+    if response.metadata:
+        response.metadata.pop(_NOTHING.node.node_id, None)
+    return response

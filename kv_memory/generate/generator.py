@@ -138,15 +138,21 @@ class Generator:
 
 
 async def iterate_in_thread(pieces: Iterator[str]) -> AsyncIterator[str]:
-    """An iterator that works hard, for asyncio: every step of it runs in a thread."""
+    """An iterator that works hard, for asyncio: every step of it runs in a thread; empty pieces are left out.
+
+    Where the iterator has `each_token`, a step is a token, with an empty piece where there is nothing to show yet. What
+    is cancelled then stops within a token, even in the middle of a character or of what may become a stop string.
+    """
+    steps = getattr(pieces, "each_token", lambda: pieces)()
     step: asyncio.Future[str | None] | None = None
     try:
         while True:
-            step = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
+            step = asyncio.ensure_future(asyncio.to_thread(next, steps, None))
             piece = await asyncio.shield(step)
             if piece is None:
                 return
-            yield piece
+            if piece:
+                yield piece
     finally:
         if step is not None and not step.done():  # cancelled in the middle of a step, which cannot be broken off
             await asyncio.wait([step])

@@ -146,6 +146,11 @@ class DiskBlobs:
             with handle:
                 return Path(handle.name)
 
+    def has(self, key: str) -> bool:
+        """Whether there is an entry for the key; its file is not looked at."""
+        with mapped(self.folder):
+            return key in self._cache
+
     def delete(self, key: str) -> int:
         """See `BlobStore.delete`."""
         with mapped(self.folder):

@@ -1,0 +1,279 @@
+"""ChatKVMemory: the store's model as a LangChain chat model, answering from distilled caches where it is given any."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
+from langchain_core.messages import BaseMessage
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable
+from langchain_core.tools import BaseTool
+from pydantic import Field
+
+from kv_memory import Backbone, ConfigError, DecodeSettings, KVMemory
+from kv_memory.reader import ReplyStream
+
+from ..decoding import decode_settings, refuse_tools
+from .messages import recalled, references_of, turns_of
+from .replies import PROVIDER, Trim, last, part, steps, whole
+from .structured import structured
+
+__all__ = ["ChatKVMemory"]
+
+
+class ChatKVMemory(BaseChatModel):
+    """A LangChain chat model over the model of a `KVMemory`.
+
+    Without references it is an ordinary chat model, in the model's own chat template. With them (`kv_ids`, as an option
+    of a call or of `bind`: what `metadata["kv_id"]` of retrieved documents holds) it answers from the distilled caches
+    they name, and no text of documents enters the prompt. `kv_texts`, `{key: text}`, says what to read where a
+    reference has no cache. An empty list still means "from caches", of no documents.
+
+    Safe to use from several threads and tasks. The asynchronous forms run the model in a thread, token by token, and
+    stop within a token when they are cancelled. `usage_metadata` counts cached entries in `input_tokens` and names them
+    in `input_token_details["cache_read"]`; `response_metadata` has `model_name`, `model_provider`, `finish_reason`,
+    and the seconds `ttft_s` and `total_s`. What holds for hosted models only (`api_key`, `max_retries`) is ignored.
+
+    Args:
+        memory: An open store. Its model is loaded now, if it is not yet.
+        max_tokens: The longest answer, in tokens.
+        temperature: 0 decodes greedily.
+        top_p: Sample from the smallest set of tokens with this much probability.
+        top_k: Sample from the k likeliest tokens only; 0 for all.
+        seed: Makes sampling repeatable.
+        stop: Strings that end an answer.
+        timeout: Seconds, after which a call is broken off with `DecodeTimeoutError`.
+        streaming: Decode piece by piece for callbacks even where the caller does not stream.
+
+    Raises:
+        ConfigError: An option is out of range (pydantic's `ValidationError` where it has the wrong type).
+        ModelError: The model cannot be loaded.
+
+    Example:
+        ```python
+        llm = ChatKVMemory(memory, max_tokens=64)
+        for chunk in llm.stream("Write a haiku about ferries."):
+            print(chunk.text, end="")
+        ```
+    """
+
+    memory: KVMemory = Field(exclude=True, repr=False)
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: list[str] | None = None
+    timeout: float | None = None
+    streaming: bool = False
+
+    def __init__(self, memory: KVMemory, **options: Any) -> None:
+        if not isinstance(memory, KVMemory):
+            raise ConfigError(
+                f"ChatKVMemory stands on a KVMemory, not on {type(memory).__name__}",
+                where="memory",
+                next_step="Pass KVMemory.open(FOLDER).",
+            )
+        super().__init__(**{**options, "memory": memory})
+        self._settings()
+        memory.load()  # or else the first of many things to touch the model might be one on the event loop
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        model: str | Path | Backbone | None = None,
+        keep_ratio: float | None = None,
+        collection: str = "default",
+        **options: Any,
+    ) -> ChatKVMemory:
+        """A chat model over a store opened, or made, for it; `memory.close()` when done. Errors as `KVMemory.open`.
+
+        Args:
+            path: The store's folder.
+            model: `embedded`, a model folder, a hub id, or a `Backbone`; what the store remembers if None.
+            keep_ratio: Share of the tokens kept, in (0, 1].
+            collection: The tenant whose caches are seen.
+            **options: Those of the class.
+        """
+        return cls(KVMemory.open(path, model=model, keep_ratio=keep_ratio, collection=collection), **options)
+
+    @property
+    def model_name(self) -> str:
+        """The model's name."""
+        return self.memory.backbone.name
+
+    @property
+    def _llm_type(self) -> str:
+        return "kv-memory"
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        """What answers depend on. LLM caches are keyed by it."""
+        settings = self._settings()
+        return {
+            "model_name": self.model_name,
+            "fingerprint": self.memory.compressor.fingerprint().digest,
+            "keep_ratio": self.memory.settings.keep_ratio,
+            "layout": self.memory.settings.layout,
+            "store": str(self.memory.path),
+            "collection": self.memory.collection,
+            "revision": self.memory.store.revision,
+            "max_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k,
+            "seed": settings.seed,
+            "default_stop": settings.stop,  # `stop` is that of the call
+        }
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params = super()._get_ls_params(stop=stop or self.stop, **kwargs)
+        params["ls_provider"] = PROVIDER
+        return params
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """The token ids of a text, by the model's own tokenizer."""
+        return self.memory.backbone.encode_text(text)
+
+    # -- what LangChain calls ------------------------------------------------------------------------------------
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        """Reply to messages.
+
+        Raises:
+            UnsupportedRequestError: Tools, images or audio are among them.
+            CacheNotFoundError: A reference has no cache in the store, and no text came with it.
+            FingerprintMismatchError: A cache was made by another model, adapter or prompt.
+            ContextWindowError: All of it does not fit the model.
+            DecodeTimeoutError: It took longer than `timeout`.
+        """
+        return whole(self._start(messages, stop, kwargs).reply, self.model_name)
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        stream = await asyncio.to_thread(self._start, messages, stop, kwargs)
+        async with steps(stream) as pieces:  # by the token, so that a cancelled task leaves none behind
+            async for _ in pieces:
+                pass
+        return whole(stream.reply, self.model_name)
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        stream = self._start(messages, stop, kwargs)
+        trim = Trim()
+        try:
+            for piece in stream:
+                if text := trim(piece):
+                    chunk = part(text)
+                    if run_manager is not None:
+                        run_manager.on_llm_new_token(text, chunk=chunk)
+                    yield chunk
+            yield last(stream.reply, self.model_name)
+        finally:
+            stream.close()
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        stream = await asyncio.to_thread(self._start, messages, stop, kwargs)
+        trim = Trim()
+        async with steps(stream) as pieces:
+            async for piece in pieces:
+                if text := trim(piece):
+                    chunk = part(text)
+                    if run_manager is not None:
+                        await run_manager.on_llm_new_token(text, chunk=chunk)
+                    yield chunk
+        yield last(stream.reply, self.model_name)
+
+    # -- tools and structured answers ----------------------------------------------------------------------------
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: str | None = None,
+        **kwargs: Any,
+    ) -> NoReturn:
+        """Refused: the model cannot choose tools.
+
+        Raises:
+            UnsupportedRequestError: Always; says what to do instead.
+        """
+        refuse_tools({"tools": True})
+        raise AssertionError("tools are refused")
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type,
+        *,
+        include_raw: bool = False,
+        method: str = "json_schema",
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Answers of a fixed form: only tokens that lead to JSON of the schema are decoded. Needs `structured`.
+
+        Args:
+            schema: A pydantic class, whose instances are returned, or a TypedDict or JSON schema, for dicts.
+            include_raw: Return `{"raw": message, "parsed": ..., "parsing_error": ...}` instead, and raise nothing
+                where the answer was cut off in the middle of its JSON.
+            method: `json_schema`; `json_mode` and `function_calling` are taken for the same, because what comes back
+                is. No tool is called, and the raw message has the JSON as its content.
+            strict: Accepted; it always is.
+            kwargs: None is known.
+
+        Raises:
+            ConfigError: The method, the schema or an option is unknown.
+        """
+        if kwargs:
+            raise ConfigError(f"unknown options {sorted(kwargs)}", where="with_structured_output")
+        return structured(self, schema, method=method, include_raw=include_raw)
+
+    # -- the reader ----------------------------------------------------------------------------------------------
+
+    def _settings(self) -> DecodeSettings:
+        return DecodeSettings(
+            max_new_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            stop=tuple(self.stop or ()),
+            timeout_s=self.timeout,
+        )
+
+    def _start(self, messages: list[BaseMessage], stop: list[str] | None, options: dict[str, Any]) -> ReplyStream:
+        settings = decode_settings(self._settings(), {**options, "stop": stop})
+        turns, references = turns_of(messages), references_of(options)
+        old = recalled(self.memory, messages)
+        if references is None and not old:
+            return self.memory.reader.reply_alone(turns, settings=settings)
+        return self.memory.reader.reply(turns, [*(references or ()), *old], settings=settings)

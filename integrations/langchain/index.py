@@ -1,0 +1,115 @@
+"""KVMemoryIndex: LangChain's indexing adds, changes and deletes documents together with their distilled caches."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
+from langchain_core.documents import Document
+from langchain_core.indexing import DeleteResponse, UpsertResponse
+from langchain_core.indexing.base import DocumentIndex
+from pydantic import Field
+
+from kv_memory import ConfigError, DocumentNotFoundError, KVMemory
+
+from .documents import check_k, with_mark, without_mark
+
+__all__ = ["KVMemoryIndex"]
+
+
+class KVMemoryIndex(DocumentIndex):
+    """A `DocumentIndex` whose documents are distilled when they are put in, and found by the memory's own BM25.
+
+    Give it to `langchain_core.indexing.index`: with `cleanup="full"` documents that are gone from the source lose
+    their caches, and those that are there unchanged cost nothing. Each document is read whole, so split long ones
+    first, as for a vector store. Metadata must be what JSON can hold.
+
+    Args:
+        memory: Where documents and caches lie, under the document's own id.
+        k: How many documents a question finds, also as an option of `invoke`; the memory's `top_k` if None.
+
+    Example:
+        ```python
+        from langchain_core.indexing import InMemoryRecordManager, index
+
+        manager = InMemoryRecordManager(namespace="docs")
+        manager.create_schema()
+        index(documents, manager, KVMemoryIndex(memory), cleanup="full", key_encoder="sha256")
+        ```
+    """
+
+    memory: KVMemory = Field(exclude=True, repr=False)
+    k: int | None = None
+
+    def __init__(self, memory: KVMemory, **options: Any) -> None:
+        check_k(options.get("k"))
+        super().__init__(**{**options, "memory": memory})
+
+    def upsert(self, items: Sequence[Document], /, **kwargs: Any) -> UpsertResponse:
+        """Distil documents and keep them, replacing those of the same id. One without an id is given one.
+
+        `index` does not look at `failed`, so that a document that cannot be kept raises; those before it are kept.
+
+        Raises:
+            DocumentError: One has no text.
+            ConfigError: JSON cannot hold its metadata.
+            StoreError: It cannot be written.
+        """
+        succeeded: list[str] = []
+        for item in items:
+            id_ = item.id or str(uuid.uuid4())
+            self.memory.add_passages(id_, [item.page_content], metadata=without_mark(item.metadata))
+            succeeded.append(id_)
+        return UpsertResponse(succeeded=succeeded, failed=[])
+
+    def delete(self, ids: list[str] | None = None, **kwargs: Any) -> DeleteResponse:
+        """Delete documents with their caches; ids that are not there are passed over.
+
+        Raises:
+            ConfigError: No ids are given. It is a ValueError, as LangChain wants it.
+        """
+        if ids is None:
+            raise ConfigError("no ids to delete", where="ids", next_step="Name the documents; [] deletes none.")
+        succeeded: list[str] = []
+        for id_ in ids:
+            try:
+                self.memory.remove(id_)
+            except DocumentNotFoundError:
+                continue
+            succeeded.append(id_)
+        return DeleteResponse(succeeded=succeeded, num_deleted=len(succeeded), failed=[], num_failed=0)
+
+    def get(self, ids: Sequence[str], /, **kwargs: Any) -> list[Document]:
+        """Documents as they were put in; ids that are not there are passed over.
+
+        One that `memory.add` has cut into passages comes with these joined by empty lines.
+        """
+        documents: list[Document] = []
+        for id_ in ids:
+            try:
+                record = self.memory.document(id_)
+            except DocumentNotFoundError:
+                continue
+            text = "\n\n".join(passage.text for passage in record.passages)
+            documents.append(Document(id=id_, page_content=text, metadata=record.metadata))
+        return documents
+
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None
+    ) -> list[Document]:
+        return self._find(query, k)
+
+    async def _aget_relevant_documents(
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None
+    ) -> list[Document]:
+        return await asyncio.to_thread(self._find, query, k)
+
+    def _find(self, query: str, k: int | None) -> list[Document]:
+        hits = self.memory.retrieve(query, top_k=check_k(self.k if k is None else k))
+        return [
+            Document(id=hit.document_id, page_content=hit.text, metadata=with_mark(dict(hit.metadata), hit.text_sha256))
+            for hit in hits
+        ]

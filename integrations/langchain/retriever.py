@@ -1,0 +1,95 @@
+"""KVMemoryRetriever: documents with their distilled caches, found by the store itself or by any other retriever."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
+from langchain_core.documents import Document
+from langchain_core.retrievers import BaseRetriever
+from pydantic import Field
+
+from kv_memory import KVMemory
+from kv_memory.config import check_choice
+
+from ..missing import OnMissing
+from .documents import check_k, marked, with_mark
+
+__all__ = ["KVMemoryRetriever"]
+
+
+class KVMemoryRetriever(BaseRetriever):
+    """Documents whose `metadata["kv_id"]` names their distilled cache, for `create_kv_chain` and `ChatKVMemory`.
+
+    Alone it finds the passages of `memory.add` by BM25, with the document's metadata, and its id as `source` unless
+    the metadata names one. Around another retriever it hands on what that finds: what has a cache of exactly this
+    text gets its `kv_id`, whoever made the cache.
+
+    Args:
+        memory: Where the caches lie. One over another collection sees that collection only.
+        retriever: Any LangChain retriever, e.g. `vector_store.as_retriever()`; the memory's own BM25 if None.
+        k: How many documents at most, also as an option of `invoke`. If None, what the retriever finds, or as many as
+            the memory's `top_k`.
+        on_missing: What becomes of another retriever's documents without a cache. `text`: they come without a
+            `kv_id`, and are read as text. `compress`: the cache is made and kept, once. `skip`: they are left out.
+            `raise`: `CacheNotFoundError`, or `FingerprintMismatchError` where the cache is another model's. Documents
+            without text are left out and logged, unless it is `raise`.
+
+    Raises:
+        ConfigError: An option is out of range.
+
+    Example:
+        ```python
+        KVMemoryRetriever(memory, k=3).invoke("When does the ferry leave?")
+        KVMemoryRetriever(memory, retriever=vector_store.as_retriever(), on_missing="compress")
+        ```
+    """
+
+    memory: KVMemory = Field(exclude=True, repr=False)
+    retriever: BaseRetriever | None = None
+    k: int | None = None
+    on_missing: OnMissing = "text"
+
+    def __init__(self, memory: KVMemory, **options: Any) -> None:
+        check_k(options.get("k"))
+        check_choice(options.get("on_missing", "text"), OnMissing, where="on_missing")
+        super().__init__(**{**options, "memory": memory})
+
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None
+    ) -> list[Document]:
+        limit = check_k(self.k if k is None else k)
+        if self.retriever is None:
+            return self._own(query, limit)
+        config, options = {"callbacks": run_manager.get_child()}, _options(self.retriever, limit)
+        documents = self.retriever.invoke(query, config, **options)  # type: ignore[arg-type]
+        return marked(self.memory, documents[:limit], on_missing=self.on_missing)
+
+    async def _aget_relevant_documents(
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None
+    ) -> list[Document]:
+        limit = check_k(self.k if k is None else k)
+        if self.retriever is None:
+            return await asyncio.to_thread(self._own, query, limit)
+        config, options = {"callbacks": run_manager.get_child()}, _options(self.retriever, limit)
+        documents = await self.retriever.ainvoke(query, config, **options)  # type: ignore[arg-type]
+        return await asyncio.to_thread(marked, self.memory, documents[:limit], on_missing=self.on_missing)
+
+    def _own(self, query: str, k: int | None) -> list[Document]:
+        return [
+            Document(
+                id=f"{hit.document_id}#{hit.ordinal}",
+                page_content=hit.text,
+                metadata=with_mark({"source": hit.document_id, **hit.metadata}, hit.text_sha256),
+            )
+            for hit in self.memory.retrieve(query, top_k=k)
+        ]
+
+
+def _options(retriever: BaseRetriever, k: int | None) -> dict[str, Any]:
+    """`k` for a retriever that takes it with a call, as those of vector stores do; the others are cut afterwards."""
+    taken = inspect.signature(retriever._get_relevant_documents).parameters
+    takes_k = "k" in taken or any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    return {"k": k} if k is not None and takes_k else {}

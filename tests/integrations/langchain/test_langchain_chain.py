@@ -1,0 +1,411 @@
+"""Chains: what enters the prompt, what the answer depends on, streaming, LangGraph, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from typing import Any, TypedDict
+
+import pytest
+import torch
+from langchain_core.documents import Document
+from langchain_core.language_models import FakeListChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
+from langchain_core.output_parsers import PydanticOutputParser, StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
+from langchain_core.runnables import ConfigurableField, Runnable
+from langgraph.graph import END, START, StateGraph
+
+from kv_memory import ConfigError, KVMemory, Reference, Turn, errors
+from kv_memory.integrations.langchain import (
+    ChatKVMemory,
+    KVMemoryRetriever,
+    create_kv_chain,
+    create_kv_retrieval_chain,
+)
+from kv_memory.integrations.langchain.chain import DOCUMENTS_ABOVE
+from kv_memory.reader import key_of
+from tests.integrations.langchain.test_langchain_structured import Pier
+from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, SETTINGS, blob_of, open_memory
+from tests.reference import recorded_inputs
+
+KIOSK = "The kiosk on the quay sells waffles."
+PROMPTS = {
+    "default": None,
+    "system": ChatPromptTemplate.from_messages(
+        [("system", "Use {context} only."), MessagesPlaceholder("chat_history", optional=True), ("human", "{input}")]
+    ),
+    "text": PromptTemplate.from_template("{context}\n\nQuestion: {input}"),
+    "without": ChatPromptTemplate.from_messages([("human", "In {language}: {input}")]),
+}
+
+
+def documents(memory: KVMemory, question: str = FERRY_QUESTION, k: int = 1) -> list[Document]:
+    return KVMemoryRetriever(memory, k=k).invoke(question)
+
+
+def asked(memory: KVMemory, question: str = FERRY_QUESTION, **values: Any) -> dict[str, Any]:
+    return {"context": documents(memory, question), "input": question, **values}
+
+
+# -- what enters the prompt --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize("way", ["invoke", "stream", "batch", "ainvoke", "astream"])
+async def test_no_text_of_a_document_is_prefilled(memory: KVMemory, llm: Any, wide: Any, name: str, way: str) -> None:
+    chain = create_kv_chain(llm, PROMPTS[name])
+    history = [HumanMessage("Hello"), AIMessage("Hello.")]
+    values = {"context": documents(memory, f"{FERRY_QUESTION} {LAMP_QUESTION}", k=2), "input": "When?"}
+    values |= {"chat_history": history, "language": "English"}
+    assert len(values["context"]) == 2
+    with recorded_inputs(wide) as inputs:
+        if way == "invoke":
+            chain.invoke(values)
+        elif way == "stream":
+            list(chain.stream(values))
+        elif way == "batch":
+            chain.batch([values, values])
+        elif way == "ainvoke":
+            await chain.ainvoke(values)
+        else:
+            _ = [piece async for piece in chain.astream(values)]
+    prefilled = [wide.tokenizer.decode(ids[0]) for ids in inputs if ids.shape[1] > 1]
+    assert len(prefilled) == (2 if way == "batch" else 1)
+    for text in prefilled:
+        assert "When?" in text
+        for word in {*FERRY.split(), *LAMP.split()}:
+            assert len(word) < 4 or word not in text
+        assert (DOCUMENTS_ABOVE in text) == (name in ("system", "text"))
+        assert ("Hello." in text) == (name in ("default", "system"))
+        assert "kv_id" not in text and values["context"][0].metadata["kv_id"] not in text
+
+
+def test_a_document_read_as_text_is_prefilled(memory: KVMemory, llm: Any, wide: Any) -> None:
+    """So that the test above would see one."""
+    plain = Document(page_content=KIOSK)
+    with recorded_inputs(wide) as inputs:
+        create_kv_chain(llm).invoke({"context": [plain], "input": "When?"})
+    assert any("kiosk" in wide.tokenizer.decode(ids[0]) for ids in inputs)
+
+
+def test_the_answer_is_the_readers(memory: KVMemory, llm: Any) -> None:
+    chain = create_kv_chain(llm)
+    for question, text in ((FERRY_QUESTION, FERRY), (LAMP_QUESTION, LAMP)):
+        reply = memory.reader.reply([Turn("user", question)], [Reference(key=key_of(text))], settings=SETTINGS).reply
+        assert chain.invoke(asked(memory, question)) == reply.text.strip()
+    turns = [Turn("user", "Hello"), Turn("assistant", "Hello."), Turn("user", FERRY_QUESTION)]
+    reply = memory.reader.reply(turns, [Reference(key=key_of(FERRY))], settings=SETTINGS).reply
+    assert chain.invoke(asked(memory, chat_history=[("human", "Hello"), ("ai", "Hello.")])) == reply.text.strip()
+
+
+def test_changing_a_caches_values_changes_the_logits(
+    memory: KVMemory, llm: Any, wide: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: list[torch.Tensor] = []
+    logits = wide.logits
+
+    def recorded(*args: Any, **kwargs: Any) -> torch.Tensor:
+        found: torch.Tensor = logits(*args, **kwargs)
+        first.append(found.clone())
+        return found
+
+    values = asked(memory)
+    monkeypatch.setattr(wide, "logits", recorded)
+
+    def first_logits() -> torch.Tensor:
+        first.clear()
+        create_kv_chain(llm).invoke(values)
+        return first[0]
+
+    before, again = first_logits(), first_logits()
+    assert torch.equal(before, again)
+    key, print_ = key_of(FERRY), memory.compressor.fingerprint()
+    cache = memory.store.get(key, print_, memory.settings.keep_ratio)
+    changed = dataclasses.replace(cache, keys=cache.keys.clone(), values=-cache.values)
+    memory.store.delete(key)
+    memory.store.put(key, changed)
+    after = first_logits()
+    assert float((after - before).abs().max()) > 0.1
+
+
+def test_what_was_retrieved_twice_is_read_once(memory: KVMemory, wide: Any) -> None:
+    chain = create_kv_chain(ChatKVMemory(memory, max_tokens=4), output_parser=None)
+    once, twice = asked(memory), asked(memory)
+    twice["context"] = twice["context"] * 2
+    assert chain.invoke(once) == chain.invoke(twice)
+
+
+def test_documents_are_called_what_the_caller_calls_them(memory: KVMemory, llm: Any, wide: Any) -> None:
+    prompt = ChatPromptTemplate.from_messages([("human", "{sources} {input}")])
+    chain = create_kv_chain(llm, prompt, document_variable_name="sources")
+    with recorded_inputs(wide) as inputs:
+        chain.invoke({"sources": documents(memory), "input": "When?"})
+    assert inputs[0].tolist() == [wide.encode_question(f"{DOCUMENTS_ABOVE} When?")]
+
+
+# -- streaming ---------------------------------------------------------------------------------------------------------
+
+
+async def test_tokens_stream_through(memory: KVMemory) -> None:
+    chain = create_kv_chain(ChatKVMemory(memory, max_tokens=24, temperature=1.0, seed=1))
+    values = asked(memory)
+    whole = chain.invoke(values)
+    pieces = list(chain.stream(values))
+    assert len([piece for piece in pieces if piece]) > 2 and "".join(pieces) == whole
+    assert [piece async for piece in chain.astream(values)] == pieces
+    assert await chain.ainvoke(values) == whole
+    seen = [event async for event in chain.astream_events(values, version="v2")]
+    streamed = [e["data"]["chunk"].content for e in seen if e["event"] == "on_chat_model_stream"]
+    assert "".join(streamed) == whole and len(streamed) > 2
+
+
+@pytest.mark.parametrize("retrieves", [False, True])
+async def test_a_stream_that_is_left_stops_at_once(memory: KVMemory, wide: Any, retrieves: bool) -> None:
+    llm = ChatKVMemory(memory, max_tokens=500, temperature=1.0, seed=1)
+    chain: Any = create_kv_retrieval_chain(KVMemoryRetriever(memory, k=1), llm) if retrieves else create_kv_chain(llm)
+
+    def is_text(piece: Any) -> bool:
+        return bool(piece.get("answer") if retrieves else piece)
+
+    with recorded_inputs(wide) as inputs:
+        stream = chain.stream(asked(memory))
+        next(piece for piece in stream if is_text(piece))
+        stream.close()
+        n_sync = len(inputs)
+        pieces = chain.astream(asked(memory))
+        async for piece in pieces:
+            if is_text(piece):
+                break
+        await pieces.aclose()
+        n_both = len(inputs)
+        await asyncio.sleep(0.2)
+    assert n_sync < 10 and n_both < 20  # some bytes make one letter
+    assert len(inputs) <= n_both + 1
+
+
+async def test_a_cancelled_task_stops(memory: KVMemory, wide: Any) -> None:
+    chain = create_kv_chain(ChatKVMemory(memory, max_tokens=500))
+    with recorded_inputs(wide) as inputs:
+        task = asyncio.create_task(chain.ainvoke(asked(memory)))
+        while len(inputs) < 3:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        n_after = len(inputs)
+        await asyncio.sleep(0.1)
+    assert n_after < 50 and len(inputs) == n_after
+
+
+async def test_a_retrieval_chain(memory: KVMemory, llm: Any) -> None:
+    chain = create_kv_retrieval_chain(KVMemoryRetriever(memory, k=1), llm)
+    result = chain.invoke({"input": LAMP_QUESTION, "user": "alice"})
+    assert result == {
+        "input": LAMP_QUESTION,
+        "user": "alice",
+        "context": documents(memory, LAMP_QUESTION),
+        "answer": create_kv_chain(llm).invoke(asked(memory, LAMP_QUESTION)),
+    }
+    assert await chain.ainvoke({"input": LAMP_QUESTION, "user": "alice"}) == result
+    pieces = [part["answer"] for part in chain.stream({"input": LAMP_QUESTION}) if "answer" in part]
+    assert "".join(pieces) == result["answer"] and len(pieces) > 1
+
+
+# -- LangGraph ---------------------------------------------------------------------------------------------------------
+
+
+class State(TypedDict, total=False):
+    input: str
+    context: list[Document]
+    answer: str
+
+
+async def test_it_is_a_node_of_a_graph(memory: KVMemory) -> None:
+    chain = create_kv_chain(ChatKVMemory(memory, max_tokens=24))
+
+    def find(state: State) -> State:
+        return {"context": documents(memory, state["input"])}
+
+    async def answer(state: State) -> State:
+        return {"answer": await chain.ainvoke(dict(state))}
+
+    def answer_now(state: State) -> State:
+        return {"answer": chain.invoke(dict(state))}
+
+    expected = chain.invoke(asked(memory))
+    for node in (answer_now, answer):
+        graph: Any = StateGraph(State)
+        graph.add_node("find", find)
+        graph.add_node("answer", node)
+        graph.add_edge(START, "find")
+        graph.add_edge("find", "answer")
+        graph.add_edge("answer", END)
+        app = graph.compile()
+        state = {"input": FERRY_QUESTION}
+        assert (await app.ainvoke(state))["answer"] == expected
+        tokens = [message async for message, _ in app.astream(state, stream_mode="messages")]
+        assert all(isinstance(token, AIMessageChunk) for token in tokens) and len(tokens) > 2
+        assert "".join(token.text for token in tokens) == expected
+        if node is answer_now:
+            assert app.invoke(state)["answer"] == expected
+            updates = list(app.stream(state, stream_mode="updates"))
+            assert updates[-1] == {"answer": {"answer": expected}}
+            streamed = [message.text for message, _ in app.stream(state, stream_mode="messages")]
+            assert "".join(streamed) == expected and len(streamed) > 2
+
+
+def test_the_chain_itself_is_a_node(memory: KVMemory, llm: Any) -> None:
+    chain = create_kv_retrieval_chain(KVMemoryRetriever(memory, k=1), llm)
+    graph: Any = StateGraph(State)
+    graph.add_node("ask", chain)
+    graph.add_edge(START, "ask")
+    result = graph.compile().invoke({"input": FERRY_QUESTION})
+    assert result["answer"] == chain.invoke({"input": FERRY_QUESTION})["answer"]
+
+
+# -- the model, dressed ------------------------------------------------------------------------------------------------
+
+
+def test_bindings_of_the_model_will_do(memory: KVMemory) -> None:
+    values = asked(memory)
+    llm = ChatKVMemory(memory, max_tokens=24)
+    expected = create_kv_chain(llm).invoke(values)
+    dressed: list[Runnable[Any, Any]] = [
+        llm.bind(seed=1),
+        llm.with_config(tags=["a"]).bind(seed=1).bind(top_p=1.0),
+        llm.with_retry(),
+        llm.configurable_fields(seed=ConfigurableField(id="seed")),
+    ]
+    for model in dressed:
+        assert create_kv_chain(model).invoke(values) == expected
+    short = llm.configurable_fields(max_tokens=ConfigurableField(id="n")).with_config(configurable={"n": 2})
+    assert expected.startswith(create_kv_chain(short).invoke(values))
+    assert create_kv_chain(short).invoke(values) != expected
+
+
+def test_answers_in_a_form(memory: KVMemory) -> None:
+    llm = ChatKVMemory(memory, max_tokens=80, temperature=1.0, seed=1)
+    values = asked(memory)
+    pier = create_kv_chain(llm.with_structured_output(Pier)).invoke(values)
+    assert isinstance(pier, Pier)
+    both = create_kv_chain(llm.with_structured_output(Pier, include_raw=True)).invoke(values)
+    assert both["parsed"] == pier and both["raw"].usage_metadata["input_token_details"]["cache_read"] > 11
+    bound = next(iter(llm.with_structured_output(Pier).steps))  # type: ignore[attr-defined]
+    assert create_kv_chain(bound, output_parser=PydanticOutputParser(pydantic_object=Pier)).invoke(values) == pier
+
+
+def fake() -> FakeListChatModel:
+    return FakeListChatModel(responses=["made up"])
+
+
+@pytest.mark.parametrize("wrap", ["plain", "bound", "fallback", "chain", "string"])
+def test_another_model_is_refused(llm: Any, wrap: str) -> None:
+    models: dict[str, Any] = {
+        "plain": fake(),
+        "bound": fake().bind(stop=["x"]),
+        "fallback": llm.with_fallbacks([fake()]),  # would answer without documents where ours fails
+        "chain": fake() | StrOutputParser(),
+        "string": "gpt",
+    }
+    for make in (create_kv_chain, lambda model: create_kv_retrieval_chain(KVMemoryRetriever(llm.memory), model)):
+        with pytest.raises(ConfigError, match="cannot answer from distilled caches") as caught:
+            make(models[wrap])
+        assert "ChatKVMemory(memory)" in str(caught.value.next_step)
+
+
+# -- documents ---------------------------------------------------------------------------------------------------------
+
+
+def test_documents_without_a_cache_are_read_as_text(memory: KVMemory, llm: Any, wide: Any) -> None:
+    text = KIOSK
+    references = [Reference(key=key_of(FERRY)), Reference(key=key_of(text), text=text)]
+    reply = memory.reader.reply([Turn("user", "When?")], references, settings=SETTINGS).reply
+    context = [*documents(memory), Document(page_content=text)]
+    assert create_kv_chain(llm).invoke({"context": context, "input": "When?"}) == reply.text.strip()
+    assert not memory.reader.has(text)  # read, not kept
+
+
+def test_a_document_with_a_cache_needs_no_text(memory: KVMemory, llm: Any) -> None:
+    values = asked(memory)
+    bare = [Document(page_content="", metadata={"kv_id": document.metadata["kv_id"]}) for document in values["context"]]
+    assert create_kv_chain(llm).invoke({**values, "context": bare}) == create_kv_chain(llm).invoke(values)
+
+
+def test_a_text_that_was_changed_since_is_read_as_it_is_now(memory: KVMemory, llm: Any) -> None:
+    values = asked(memory)
+    cut = [Document(page_content="pier 4", metadata=values["context"][0].metadata)]
+    plain = [Document(page_content="pier 4")]
+    chain = create_kv_chain(llm)
+    assert chain.invoke({**values, "context": cut}) == chain.invoke({**values, "context": plain})
+
+
+def test_documents_without_text_are_left_out(
+    memory: KVMemory, llm: Any, wide: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = asked(memory)
+    blank = [Document(page_content=" \n", id="blank"), *values["context"]]
+    with caplog.at_level(logging.WARNING):
+        assert create_kv_chain(llm).invoke({**values, "context": blank}) == create_kv_chain(llm).invoke(values)
+    assert "left out of the context: blank" in caplog.text
+
+
+def test_no_documents_at_all(memory: KVMemory, llm: Any) -> None:
+    reply = memory.reader.reply([Turn("user", "When?")], settings=SETTINGS).reply
+    assert create_kv_chain(llm).invoke({"context": [], "input": "When?"}) == reply.text.strip()
+
+
+@pytest.mark.parametrize("values", [{"input": "When?"}, {"context": FERRY, "input": "When?"}, {"context": [FERRY]}])
+def test_an_input_without_documents_is_refused(llm: Any, values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="no list of documents under 'context'"):
+        create_kv_chain(llm).invoke(values)
+
+
+def test_ids_that_the_store_does_not_know(memory: KVMemory, llm: Any) -> None:
+    for text, key in (("", "0" * 64), (KIOSK, key_of(KIOSK))):
+        unknown = Document(page_content=text, metadata={"kv_id": key})
+        with pytest.raises(errors.CacheNotFoundError):
+            create_kv_chain(llm).invoke({"context": [unknown], "input": "When?"})
+    odd = Document(page_content=FERRY, metadata={"kv_id": "ferry"})
+    with pytest.raises(ConfigError, match="not a reference"):
+        create_kv_chain(llm).invoke({"context": [odd], "input": "When?"})
+
+
+def test_caches_of_another_model(memory: KVMemory, wide: Any) -> None:
+    values = asked(memory)
+    with open_memory(memory.path, wide, selector="sink_recent") as other:
+        chain = create_kv_chain(ChatKVMemory(other))
+        with pytest.raises(errors.FingerprintMismatchError, match="method"):
+            chain.invoke(values)
+
+
+def test_collections_do_not_mix(memory: KVMemory) -> None:
+    tenants = [memory.in_collection("a"), memory.in_collection("b")]
+    for tenant, pier in zip(tenants, (4, 7), strict=True):
+        tenant.add([("ferry", f"The ferry leaves from pier {pier}.")])
+    found = [documents(tenant)[0] for tenant in tenants]
+    assert [document.page_content[-2] for document in found] == ["4", "7"]
+    assert found[0].id == found[1].id == "ferry#0"
+    for mine, theirs, tenant in ((*found, tenants[0]), (*found[::-1], tenants[1])):
+        chain = create_kv_chain(ChatKVMemory(tenant, max_tokens=4))
+        reference = Reference.parse(mine.metadata["kv_id"])
+        reply = tenant.reader.reply([Turn("user", FERRY_QUESTION)], [reference], settings=SETTINGS).reply
+        assert chain.invoke({"context": [mine], "input": FERRY_QUESTION}) == reply.text.strip()
+        with pytest.raises(errors.CacheNotFoundError):
+            chain.invoke({"context": [theirs], "input": FERRY_QUESTION})
+
+
+def test_a_damaged_cache_is_made_again(memory: KVMemory, llm: Any, wide: Any) -> None:
+    values = asked(memory)
+    blob = blob_of(memory, "ferry")
+    blob.write_bytes(b"\0" * blob.stat().st_size)
+    with open_memory(memory.path, wide) as again:  # a blob is verified when a process first reads it
+        chain = create_kv_chain(ChatKVMemory(again, max_tokens=4))
+        with recorded_inputs(wide) as inputs:
+            first = chain.invoke(values)
+        assert len(inputs) > 4 and again.check().ok
+        with recorded_inputs(wide) as inputs:
+            assert chain.invoke(values) == create_kv_chain(llm).invoke(values)
+        assert inputs[0].tolist() == [wide.encode_question(FERRY_QUESTION)]
+    assert isinstance(first, str)

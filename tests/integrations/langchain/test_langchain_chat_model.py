@@ -1,0 +1,441 @@
+"""ChatKVMemory beyond LangChain's standard suites: references, figures, options, threads, and what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    ChatMessage,
+    FunctionMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
+
+from kv_memory import ConfigError, KVMemory, Reference, Turn, UnsupportedRequestError, errors
+from kv_memory.integrations.langchain import ChatKVMemory, KVMemoryRetriever, create_kv_retrieval_chain
+from kv_memory.integrations.langchain.replies import Trim
+from kv_memory.reader import key_of
+from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, SETTINGS, open_memory
+from tests.reference import recorded_inputs
+
+FERRY_ID, LAMP_ID = str(Reference(key=key_of(FERRY))), str(Reference(key=key_of(LAMP)))
+
+
+def usage(message: Any) -> tuple[int, int, int]:
+    """Tokens prefilled, tokens read from caches, tokens decoded."""
+    counts = message.usage_metadata
+    assert counts["total_tokens"] == counts["input_tokens"] + counts["output_tokens"]
+    n_cached = counts["input_token_details"]["cache_read"]
+    return counts["input_tokens"] - n_cached, n_cached, counts["output_tokens"]
+
+
+# -- replies -----------------------------------------------------------------------------------------------------------
+
+
+def test_without_references_it_is_an_ordinary_chat_model(memory: KVMemory, llm: ChatKVMemory) -> None:
+    history = [SystemMessage("Be brief."), HumanMessage("Hello"), AIMessage("Hello."), HumanMessage("Who are you?")]
+    turns = [
+        Turn("system", "Be brief."),
+        Turn("user", "Hello"),
+        Turn("assistant", "Hello."),
+        Turn("user", "Who are you?"),
+    ]
+    message, reply = llm.invoke(history), memory.reader.reply_alone(turns, settings=SETTINGS).reply
+    assert message.content == reply.text.strip() != ""
+    assert usage(message) == (reply.n_prompt_tokens, reply.n_cached_tokens, reply.n_new_tokens)
+    metadata = message.response_metadata
+    assert metadata["model_name"] == "tiny-llama" and metadata["model_provider"] == "kv_memory"
+    assert metadata["finish_reason"] == "length" and 0 < metadata["ttft_s"] <= metadata["total_s"]
+
+
+def test_references_are_read_from_caches(memory: KVMemory, llm: ChatKVMemory, wide: Any) -> None:
+    references = [Reference.parse(FERRY_ID), Reference.parse(LAMP_ID)]
+    reply = memory.reader.reply([Turn("user", FERRY_QUESTION)], references, settings=SETTINGS).reply
+    with recorded_inputs(wide) as inputs:
+        message = llm.invoke(FERRY_QUESTION, kv_ids=[FERRY_ID, LAMP_ID])
+    assert message.content == reply.text.strip()
+    assert usage(message) == (len(wide.encode_question(FERRY_QUESTION)), reply.n_cached_tokens, 4)
+    assert inputs[0].tolist() == [wide.encode_question(FERRY_QUESTION)]
+    assert llm.bind(kv_ids=references).invoke(FERRY_QUESTION).content == message.content
+    assert llm.invoke(FERRY_QUESTION, kv_ids=[LAMP_ID, FERRY_ID]).usage_metadata == message.usage_metadata
+    assert llm.invoke(FERRY_QUESTION, kv_ids=FERRY_ID).usage_metadata != message.usage_metadata
+
+
+def test_no_references_at_all_still_means_from_caches(memory: KVMemory, llm: ChatKVMemory) -> None:
+    reply = memory.reader.reply([Turn("user", "Hello")], settings=SETTINGS).reply
+    assert usage(llm.invoke("Hello", kv_ids=[])) == (reply.n_prompt_tokens, reply.n_cached_tokens, 4)
+
+
+def test_texts_are_read_where_there_is_no_cache(llm: ChatKVMemory, wide: Any) -> None:
+    text = "The kiosk on the quay sells waffles."
+    key = key_of(text)
+    n_question, n_text = len(wide.encode_question("Waffles?")), len(wide.encode_document(text))
+    message = llm.invoke("Waffles?", kv_ids=[key, FERRY_ID], kv_texts={key: text, key_of(FERRY): FERRY})
+    assert usage(message)[0] == n_question + n_text  # the ferry's text is not read: it has a cache
+    assert llm.invoke("Waffles?", kv_ids=[Reference(key=key, text=text)]).usage_metadata["input_tokens"] > n_text  # type: ignore[index]
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_ids": [FERRY_ID]}, {"stop": ["e"]}])
+async def test_all_four_ways_say_the_same(memory: KVMemory, options: dict[str, Any]) -> None:
+    llm = ChatKVMemory(memory, max_tokens=24, temperature=1.2, seed=5)
+    messages: list[Any] = [llm.invoke("Hello", **options), await llm.ainvoke("Hello", **options)]
+    pieces = [list(llm.stream("Hello", **options)), [piece async for piece in llm.astream("Hello", **options)]]
+    for chunks in pieces:
+        assert len(chunks) > 2 and all(chunk.content for chunk in chunks[:-1])
+        messages.append(sum(chunks[1:], chunks[0]))
+    first = messages[0]
+    assert first.content == first.content.strip() != ""
+    for message in messages[1:]:
+        assert (message.content, message.usage_metadata) == (first.content, first.usage_metadata)
+        assert message.response_metadata["finish_reason"] == first.response_metadata["finish_reason"]
+
+
+@pytest.mark.parametrize("pieces", [[" ", "\n a", " b", " ", " ", "c ", "\n", " "], ["a", "b"], [" ", "\n"], []])
+def test_white_space_around_an_answer_is_dropped_piece_by_piece(pieces: list[str]) -> None:
+    trim = Trim()
+    trimmed = [trim(piece) for piece in pieces]
+    assert "".join(trimmed) == "".join(pieces).strip()
+    assert all(text == text.rstrip() for text in trimmed)
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+def test_options_of_the_model_of_a_binding_and_of_a_call(memory: KVMemory) -> None:
+    llm = ChatKVMemory(memory, max_tokens=6)
+    assert usage(llm.invoke("Hello"))[2] == 6
+    assert usage(llm.bind(max_tokens=5).invoke("Hello"))[2] == 5
+    assert usage(llm.invoke("Hello", max_tokens=4))[2] == 4
+    sampled = [llm.invoke("Hello", temperature=3.0, seed=seed).content for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    again = ChatKVMemory(memory, max_tokens=6, temperature=3.0, seed=1)
+    assert again.invoke("Hello").content == sampled[0]
+    assert again.invoke("Hello", temperature=0.0).content == llm.invoke("Hello").content
+
+
+def test_stop_ends_an_answer(memory: KVMemory) -> None:
+    whole = ChatKVMemory(memory, max_tokens=30, temperature=1.0, seed=2).invoke("Hello").text
+    stop = next(letter for letter in whole[2:] if letter.isascii() and letter not in whole[:2])
+    before = whole.partition(stop)[0].strip()
+    for llm, options in (
+        (ChatKVMemory(memory, max_tokens=30, temperature=1.0, seed=2, stop=[stop]), {}),
+        (ChatKVMemory(memory, max_tokens=30, temperature=1.0, seed=2, stop=["\x7f\x7f"]), {"stop": [stop]}),
+    ):
+        message = llm.invoke("Hello", **options)  # type: ignore[arg-type]
+        assert message.content == before and message.response_metadata["finish_reason"] == "stop"
+        assert "".join(chunk.text for chunk in llm.stream("Hello", **options)) == before  # type: ignore[arg-type]
+
+
+def test_an_answer_that_takes_too_long_is_broken_off(memory: KVMemory, wide: Any) -> None:
+    llm = ChatKVMemory(memory, max_tokens=1000)
+    with slowed(wide, 0.05), pytest.raises(errors.DecodeTimeoutError, match=r"0\.2 s"):
+        llm.invoke("Hello", timeout=0.2)
+    with slowed(wide, 0.05), pytest.raises(errors.DecodeTimeoutError):
+        list(ChatKVMemory(memory, timeout=0.2).stream("Hello", kv_ids=[FERRY_ID]))
+
+
+def test_what_holds_for_hosted_models_does_no_harm(memory: KVMemory, llm: ChatKVMemory) -> None:
+    hosted = ChatKVMemory(memory, max_tokens=4, api_key="secret", max_retries=3, base_url="http://none.invalid")
+    assert hosted.invoke("Hello").content == llm.invoke("Hello").content
+    assert "secret" not in repr(hosted)
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({"max_tokens": 0}, "max_new_tokens"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"timeout": 0.0}, "timeout_s"),
+        ({"stop": [""]}, "stop"),
+    ],
+)
+def test_options_out_of_range(memory: KVMemory, llm: ChatKVMemory, options: dict[str, Any], where: str) -> None:
+    for attempt in (lambda: ChatKVMemory(memory, **options), lambda: llm.invoke("Hello", **options)):
+        with pytest.raises(ConfigError) as caught:
+            attempt()
+        assert caught.value.where == where
+
+
+def test_it_opens_a_store_of_its_own(memory: KVMemory, wide: Any) -> None:
+    memory.close()
+    llm = ChatKVMemory.open(memory.path, model=wide, max_tokens=3)
+    try:
+        assert usage(llm.invoke("Hello", kv_ids=[FERRY_ID])) == (len(wide.encode_question("Hello")), 11 + 17, 3)
+        other = ChatKVMemory.open(memory.path, model=wide, collection="default", keep_ratio=0.5)
+        assert other.memory.settings.keep_ratio == 0.5
+        other.memory.close()
+    finally:
+        llm.memory.close()
+
+
+def test_only_a_memory_will_do() -> None:
+    with pytest.raises(ConfigError, match="KVMemory") as caught:
+        ChatKVMemory("my-store")  # type: ignore[arg-type]
+    assert "KVMemory.open" in str(caught.value.next_step)
+
+
+# -- what surrounds the model ------------------------------------------------------------------------------------------
+
+
+def test_llm_caches_do_not_mix_answers(memory: KVMemory, wide: Any) -> None:
+    cache = InMemoryCache()
+
+    def passes(ask: Callable[[], Any]) -> int:
+        with recorded_inputs(wide) as inputs:
+            ask()
+        return len(inputs)
+
+    llm = ChatKVMemory(memory, max_tokens=4, cache=cache)
+    asks: list[Callable[[], Any]] = [
+        lambda: llm.invoke("Hello"),
+        lambda: llm.invoke("Hello", kv_ids=[]),
+        lambda: llm.invoke("Hello", kv_ids=[FERRY_ID]),
+        lambda: llm.invoke("Hello", kv_ids=[LAMP_ID]),
+        lambda: llm.invoke("Hello", max_tokens=3),
+        lambda: ChatKVMemory(memory, max_tokens=4, temperature=0.5, seed=1, cache=cache).invoke("Hello"),
+        lambda: ChatKVMemory(memory, max_tokens=4, stop=["x"], cache=cache).invoke("Hello"),
+        lambda: ChatKVMemory(memory.in_collection("other"), max_tokens=4, cache=cache).invoke("Hello"),
+        lambda: ChatKVMemory(memory.in_collection("default", keep_ratio=0.5), max_tokens=4, cache=cache).invoke(
+            "Hello"
+        ),
+    ]
+    for ask in asks:
+        assert passes(ask) >= 3
+    for ask in asks:
+        assert passes(ask) == 0
+    memory.add([("note", "A note.")])
+    assert passes(asks[2]) == 4  # the store is another one now
+    assert passes(asks[2]) == 0
+
+
+def test_another_model_has_other_answers_in_an_llm_cache(tmp_path: Path, memory: KVMemory, wide: Any) -> None:
+    mine = ChatKVMemory(memory)._identifying_params
+    with open_memory(tmp_path / "other", wide, selector="sink_recent") as other:
+        theirs = ChatKVMemory(other)._identifying_params
+    assert mine["fingerprint"] != theirs["fingerprint"] and mine["store"] != theirs["store"]
+    assert mine["model_name"] == theirs["model_name"] and mine["keep_ratio"] == theirs["keep_ratio"] == 0.25
+
+
+def test_tracing_names_the_model(memory: KVMemory) -> None:
+    llm = ChatKVMemory(memory, max_tokens=7, temperature=0.5, stop=["x"])
+    params = llm._get_ls_params()
+    assert params == {
+        "ls_provider": "kv_memory",
+        "ls_model_name": "tiny-llama",
+        "ls_model_type": "chat",
+        "ls_temperature": 0.5,
+        "ls_max_tokens": 7,
+        "ls_stop": ["x"],
+    }
+    assert llm._get_ls_params(stop=["y"])["ls_stop"] == ["y"]
+    assert llm.get_num_tokens("Hello") == 5  # by its own tokenizer, none from a hub
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_callbacks_hear_every_token(memory: KVMemory, streaming: bool) -> None:
+    class Heard(BaseCallbackHandler):
+        def __init__(self) -> None:
+            self.tokens: list[str] = []
+
+        def on_llm_new_token(self, token: str, **kwargs: Any) -> None:
+            self.tokens.append(token)
+
+    heard = Heard()
+    llm = ChatKVMemory(memory, max_tokens=12, streaming=streaming, callbacks=[heard])
+    message = llm.invoke("Hello")
+    assert "".join(heard.tokens) == (message.content if streaming else "")
+
+
+def test_threads_at_once_get_their_own_answers(memory: KVMemory) -> None:
+    llm = ChatKVMemory(memory, max_tokens=16)
+    asks = [("Hello", {}), (FERRY_QUESTION, {"kv_ids": [FERRY_ID]}), (LAMP_QUESTION, {"kv_ids": [LAMP_ID]})] * 2
+    expected = [llm.invoke(question, **options).content for question, options in asks]  # type: ignore[arg-type]
+    found: list[Any] = [None] * len(asks)
+    start = threading.Barrier(len(asks))
+
+    def ask(index: int) -> None:
+        question, options = asks[index]
+        start.wait()
+        found[index] = "".join(chunk.text for chunk in llm.stream(question, **options))  # type: ignore[arg-type]
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(asks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
+
+
+# -- asyncio -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def slowed(backbone: Any, seconds: float) -> Iterator[list[float]]:
+    """Every forward pass takes this much longer; yields when they were."""
+    times: list[float] = []
+
+    def wait(*_: Any) -> None:
+        times.append(time.perf_counter())
+        time.sleep(seconds)
+
+    handle = backbone.decoder.embed_tokens.register_forward_pre_hook(wait)
+    try:
+        yield times
+    finally:
+        handle.remove()
+
+
+async def longest_stall(work: Any) -> float:
+    """Seconds the event loop did not get to run for while it awaited `work`."""
+    longest, last = 0.0, time.perf_counter()
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        await asyncio.sleep(0.002)
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    await task
+    return longest
+
+
+@pytest.mark.parametrize("way", ["invoke", "stream", "chain"])
+async def test_the_event_loop_is_never_blocked(memory: KVMemory, wide: Any, way: str) -> None:
+    llm = ChatKVMemory(memory, max_tokens=8)
+
+    async def work() -> None:
+        if way == "invoke":
+            await llm.ainvoke(FERRY_QUESTION, kv_ids=[FERRY_ID])
+        elif way == "chain":
+            retriever = KVMemoryRetriever(memory, k=1)
+            assert (await create_kv_retrieval_chain(retriever, llm).ainvoke({"input": FERRY_QUESTION}))["answer"]
+        else:
+            assert len([chunk async for chunk in llm.astream(FERRY_QUESTION, kv_ids=[FERRY_ID])]) > 1
+
+    await work()  # imports and first times
+    with slowed(wide, 0.1) as times:
+        stalls = [await longest_stall(work()) for _ in range(3)]
+    assert len(times) == 3 * 8
+    assert min(stalls) < 0.05, stalls  # the best of three, because other processes stall this one too
+
+
+@pytest.mark.parametrize("way", ["invoke", "stream"])
+async def test_a_cancelled_task_stops_within_a_token(memory: KVMemory, wide: Any, way: str) -> None:
+    llm = ChatKVMemory(memory, max_tokens=500)
+
+    async def work() -> None:
+        if way == "invoke":
+            await llm.ainvoke("Hello")
+        else:
+            async for _ in llm.astream("Hello"):
+                pass
+
+    with slowed(wide, 0.02) as times:
+        task = asyncio.create_task(work())
+        while len(times) < 3:
+            await asyncio.sleep(0.001)
+        n_before = len(times)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        n_after = len(times)
+        await asyncio.sleep(0.1)
+    assert n_after <= n_before + 1 and len(times) == n_after
+
+
+async def test_a_stream_that_is_left_stops_at_once(llm: ChatKVMemory, wide: Any) -> None:
+    llm.max_tokens = 500
+    with recorded_inputs(wide) as inputs:
+        for _ in llm.stream("Hello"):
+            break
+        n_sync = len(inputs)
+        stream = llm.astream("Hello")
+        assert isinstance(stream, AsyncIterator)
+        async for _ in stream:
+            break
+        await stream.aclose()  # type: ignore[attr-defined]
+        n_both = len(inputs)
+        await asyncio.sleep(0.1)
+    assert n_sync <= 4 and n_both - n_sync <= 4  # a first token may be only a part of a letter
+    assert len(inputs) == n_both
+
+
+# -- what it refuses ---------------------------------------------------------------------------------------------------
+
+CALL = {"name": "look_up", "args": {}, "id": "1"}
+REFUSED: dict[str, tuple[BaseMessage, str]] = {
+    "tool": (ToolMessage("7", tool_call_id="1"), "tools"),
+    "function": (FunctionMessage(name="look_up", content="7"), "tools"),
+    "tool call": (AIMessage("", tool_calls=[CALL]), "tools"),
+    "role": (ChatMessage(role="critic", content="Well."), "unknown role"),
+    "image": (HumanMessage([{"type": "text", "text": "What?"}, {"type": "image", "url": "a.png"}]), "text only"),
+    "image_url": (HumanMessage([{"type": "image_url", "image_url": {"url": "a.png"}}]), "text only"),
+    "audio": (HumanMessage([{"type": "audio", "base64": "", "mime_type": "audio/wav"}]), "text only"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_messages_it_cannot_read(llm: ChatKVMemory, wide: Any, kind: str) -> None:
+    message, what = REFUSED[kind]
+    with recorded_inputs(wide) as inputs, pytest.raises(UnsupportedRequestError, match=what) as caught:
+        llm.invoke([HumanMessage("Hello"), message, HumanMessage("And?")])
+    assert inputs == [] and caught.value.where and caught.value.next_step
+
+
+def test_blocks_of_text_are_text(llm: ChatKVMemory) -> None:
+    blocks: list[Any] = ["Hello", {"type": "text", "text": "there"}]
+    expected = llm.invoke("Hello\nthere").content
+    assert llm.invoke([HumanMessage(blocks)]).content == expected
+    assert llm.invoke([ChatMessage(role="user", content="Hello\nthere")]).content == expected
+
+
+def test_tools_are_refused(llm: ChatKVMemory) -> None:
+    def look_up(word: str) -> str:
+        """Look a word up."""
+        return word
+
+    with pytest.raises(UnsupportedRequestError, match="cannot call tools") as caught:
+        llm.bind_tools([look_up])
+    assert "agent" in str(caught.value.next_step)
+    with pytest.raises(UnsupportedRequestError, match="cannot call tools"):
+        llm.invoke("Hello", tools=[{"name": "look_up"}])
+
+
+def test_references_that_lead_nowhere(memory: KVMemory, llm: ChatKVMemory) -> None:
+    with pytest.raises(errors.CacheNotFoundError):
+        llm.invoke("Hello", kv_ids=["0" * 64])
+    with pytest.raises(errors.CacheNotFoundError, match=r"0\.25"):
+        llm.invoke("Hello", kv_ids=[str(replace(Reference.parse(FERRY_ID), keep_ratio=0.5))])
+    with pytest.raises(ConfigError, match="not a reference"):
+        llm.invoke("Hello", kv_ids=["ferry"])
+    other = ChatKVMemory(memory.in_collection("other"))
+    with pytest.raises(errors.CacheNotFoundError):
+        other.invoke("Hello", kv_ids=[FERRY_ID])
+
+
+def test_a_store_of_another_method(memory: KVMemory, wide: Any) -> None:
+    with open_memory(memory.path, wide, selector="sink_recent") as other:
+        llm = ChatKVMemory(other)
+        with pytest.raises(errors.FingerprintMismatchError, match="method"):
+            llm.invoke("Hello", kv_ids=[FERRY_ID])
+
+
+def test_what_does_not_fit_the_model(llm: ChatKVMemory) -> None:
+    with pytest.raises(errors.ContextWindowError):
+        llm.invoke("a" * 5000)
+    with pytest.raises(ConfigError, match="no turn"):
+        llm.invoke([])
+    with pytest.raises(ConfigError, match="end with a turn of the user"):
+        llm.invoke([HumanMessage("Hello"), AIMessage("Hello.")])

@@ -1,0 +1,252 @@
+"""KVMemoryRetriever and KVMemoryIndex beyond LangChain's standard suites."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from langchain_core.callbacks import CallbackManagerForRetrieverRun
+from langchain_core.documents import Document
+from langchain_core.embeddings import DeterministicFakeEmbedding
+from langchain_core.indexing import InMemoryRecordManager, aindex, index
+from langchain_core.retrievers import BaseRetriever
+from langchain_core.vectorstores import InMemoryVectorStore
+
+from kv_memory import ConfigError, KVMemory, errors
+from kv_memory.integrations.langchain import ChatKVMemory, KVMemoryIndex, KVMemoryRetriever, create_kv_chain
+from kv_memory.reader import key_of
+from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, cache_blobs, open_memory
+from tests.reference import recorded_inputs
+
+BOTH = f"{FERRY_QUESTION} {LAMP_QUESTION}"
+KIOSK = "The kiosk on the quay sells waffles."
+
+
+class Fixed(BaseRetriever):
+    """Finds the same documents whatever it is asked, and takes no k."""
+
+    documents: list[Document]
+
+    def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
+        return self.documents
+
+
+def fixed(*texts: str) -> Fixed:
+    return Fixed(
+        documents=[Document(page_content=text, id=f"id {i}", metadata={"i": i}) for i, text in enumerate(texts)]
+    )
+
+
+def vector_store(*texts: str) -> InMemoryVectorStore:
+    store = InMemoryVectorStore(DeterministicFakeEmbedding(size=8))
+    store.add_texts(list(texts))
+    return store
+
+
+# -- the store's own retrieval -----------------------------------------------------------------------------------------
+
+
+async def test_documents_come_with_their_cache(memory: KVMemory) -> None:
+    (document,) = KVMemoryRetriever(memory, k=1).invoke(LAMP_QUESTION)
+    assert document == Document(
+        id="lamp#0", page_content=LAMP, metadata={"source": "lamp", "year": 1921, "kv_id": key_of(LAMP)}
+    )
+    assert await KVMemoryRetriever(memory).ainvoke(LAMP_QUESTION, k=1) == [document]
+    assert len(KVMemoryRetriever(memory).invoke(BOTH)) == 2  # the memory's own top_k is 3
+    memory.add([("web", "A walrus.", {"source": "https://example.org"})])
+    assert KVMemoryRetriever(memory).invoke("walrus")[0].metadata["source"] == "https://example.org"
+    assert KVMemoryRetriever(memory).invoke("xylophone") == []
+
+
+async def test_k_when_made_and_when_asked(memory: KVMemory) -> None:
+    for retriever in (
+        KVMemoryRetriever(memory, k=2),
+        KVMemoryIndex(memory, k=2),
+        KVMemoryRetriever(memory, retriever=vector_store(FERRY, LAMP, KIOSK).as_retriever(), k=2),
+        KVMemoryRetriever(memory, retriever=fixed(FERRY, LAMP, KIOSK), k=2),
+    ):
+        assert len(retriever.invoke(BOTH)) == len(await retriever.ainvoke(BOTH)) == 2
+        assert len(retriever.invoke(BOTH, k=1)) == len(await retriever.ainvoke(BOTH, k=1)) == 1
+        for k in (0, -1):
+            with pytest.raises(ConfigError, match="at least 1"):
+                retriever.invoke(BOTH, k=k)
+            with pytest.raises(ConfigError, match="at least 1"):
+                await retriever.ainvoke(BOTH, k=k)
+    for make in (KVMemoryRetriever, KVMemoryIndex):
+        with pytest.raises(ConfigError, match="at least 1"):
+            make(memory, k=0)
+
+
+async def test_a_vector_store_is_asked_for_k(memory: KVMemory) -> None:
+    inner = vector_store(*(f"Text {i}." for i in range(8))).as_retriever(search_kwargs={"k": 2})
+    assert len(KVMemoryRetriever(memory, retriever=inner).invoke("Text")) == 2
+    assert len(KVMemoryRetriever(memory, retriever=inner).invoke("Text", k=7)) == 7  # not the first two of seven
+    assert len(await KVMemoryRetriever(memory, retriever=inner, k=5).ainvoke("Text")) == 5
+
+
+# -- around another retriever ------------------------------------------------------------------------------------------
+
+
+async def test_what_has_a_cache_is_marked_and_the_rest_is_text(memory: KVMemory) -> None:
+    inner = fixed(KIOSK, FERRY)
+    retriever = KVMemoryRetriever(memory, retriever=inner)
+    kiosk, ferry = retriever.invoke("?")
+    assert kiosk == inner.documents[0] and "kv_id" not in kiosk.metadata
+    assert ferry == Document(id="id 1", page_content=FERRY, metadata={"i": 1, "kv_id": key_of(FERRY)})
+    assert "kv_id" not in inner.documents[1].metadata  # another's documents are not changed
+    assert await retriever.ainvoke("?") == [kiosk, ferry]
+
+
+def test_only_exactly_the_same_text_has_a_cache(memory: KVMemory) -> None:
+    found = KVMemoryRetriever(memory, retriever=fixed(FERRY + " ", FERRY.lower())).invoke("?")
+    assert all("kv_id" not in document.metadata for document in found)
+
+
+def test_a_mark_of_another_store_is_taken_off(memory: KVMemory) -> None:
+    stale = Document(page_content=KIOSK, metadata={"kv_id": "0" * 64})
+    (document,) = KVMemoryRetriever(memory, retriever=Fixed(documents=[stale])).invoke("?")
+    assert document.metadata == {}
+
+
+def test_compress_makes_the_cache_once(memory: KVMemory, wide: Any) -> None:
+    retriever = KVMemoryRetriever(memory, retriever=fixed(KIOSK), on_missing="compress")
+    n_blobs = cache_blobs(memory)
+    with recorded_inputs(wide) as inputs:
+        (document,) = retriever.invoke("?")
+    assert inputs and document.metadata["kv_id"] == key_of(KIOSK) and cache_blobs(memory) == n_blobs + 1
+    with recorded_inputs(wide) as inputs:
+        assert retriever.invoke("?") == [document]
+    assert inputs == []
+    create_kv_chain(ChatKVMemory(memory, max_tokens=4)).invoke({"context": [document], "input": "Waffles?"})
+    memory.remove("id 0")
+    assert cache_blobs(memory) == n_blobs
+    sourced = [Document(page_content=text, metadata={"source": "kiosk.txt"}) for text in (KIOSK, "A second text.")]
+    KVMemoryRetriever(memory, retriever=Fixed(documents=sourced), on_missing="compress").invoke("?")
+    assert [passage.text for passage in memory.document("kiosk.txt").passages] == [KIOSK, "A second text."]
+
+
+def test_skip_and_raise(memory: KVMemory, wide: Any) -> None:
+    inner = fixed(KIOSK, FERRY)
+    skipping = KVMemoryRetriever(memory, retriever=inner, on_missing="skip").invoke("?")
+    assert [document.page_content for document in skipping] == [FERRY]
+    with pytest.raises(errors.CacheNotFoundError):
+        KVMemoryRetriever(memory, retriever=inner, on_missing="raise").invoke("?")
+    with open_memory(memory.path, wide, selector="sink_recent") as other:
+        retriever = KVMemoryRetriever(other, retriever=fixed(FERRY), on_missing="raise")
+        with pytest.raises(errors.FingerprintMismatchError):
+            retriever.invoke("?")
+    with pytest.raises(ConfigError, match="on_missing"):
+        KVMemoryRetriever(memory, on_missing="ignore")
+
+
+def test_documents_without_text(memory: KVMemory, caplog: pytest.LogCaptureFixture) -> None:
+    inner = fixed("", FERRY, " \n")
+    with caplog.at_level(logging.WARNING):
+        (ferry,) = KVMemoryRetriever(memory, retriever=inner).invoke("?")
+    assert ferry.page_content == FERRY and caplog.text.count("without text") == 2
+    with pytest.raises(errors.EmptyDocumentError):
+        KVMemoryRetriever(memory, retriever=inner, on_missing="raise").invoke("?")
+
+
+# -- the index ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def manager() -> InMemoryRecordManager:
+    manager = InMemoryRecordManager(namespace="docs")
+    manager.create_schema()
+    return manager
+
+
+def texts(memory: KVMemory) -> list[str]:
+    return sorted(passage.text for passage in memory.store.passages())
+
+
+def test_indexing_keeps_caches_in_step(memory: KVMemory, manager: InMemoryRecordManager, wide: Any) -> None:
+    documents = [
+        Document(page_content=f"Note {i}.", metadata={"source": f"{i}.txt", "pages": [i, None], "deep": {"a": 1.5}})
+        for i in range(4)
+    ]
+
+    def run(*wanted: Document) -> dict[str, int]:
+        found = index(list(wanted), manager, kv_index, cleanup="full", key_encoder="sha256")
+        return {name: n for name, n in found.items() if n}
+
+    with open_memory(memory.path.parent / "empty", wide) as own:
+        kv_index = KVMemoryIndex(own)
+        assert run(*documents[:3]) == {"num_added": 3}
+        assert texts(own) == ["Note 0.", "Note 1.", "Note 2."] and cache_blobs(own) == 3
+        found = kv_index.get([summary.id for summary in own.documents()])
+        assert sorted((d.page_content, repr(d.metadata)) for d in found) == [
+            (d.page_content, repr(d.metadata)) for d in documents[:3]
+        ]
+        with recorded_inputs(wide) as inputs:
+            assert run(*documents[:3]) == {"num_skipped": 3}
+        assert inputs == []
+        documents[1].page_content = "Note 1, in other words."
+        with recorded_inputs(wide) as inputs:
+            assert run(documents[0], documents[1], documents[3]) == {"num_added": 2, "num_skipped": 1, "num_deleted": 2}
+        assert len([ids for ids in inputs if ids.shape[1] > 1]) == 2  # what stayed was not read again
+        assert texts(own) == ["Note 0.", "Note 1, in other words.", "Note 3."]
+        assert cache_blobs(own) == 3 and own.check().ok
+        (hit,) = kv_index.invoke("words", k=1)
+        assert hit.page_content == "Note 1, in other words." and kv_index.get([str(hit.id)])[0].id == hit.id
+        reply = ChatKVMemory(own, max_tokens=4).invoke("words?", kv_ids=[hit.metadata["kv_id"]])
+        assert reply.usage_metadata is not None
+        assert run() == {"num_deleted": 3}
+        assert texts(own) == [] and cache_blobs(own) == 0
+
+
+async def test_indexing_asynchronously(memory: KVMemory, manager: InMemoryRecordManager) -> None:
+    kv_index = KVMemoryIndex(memory)
+    found = await aindex([Document(page_content=KIOSK)], manager, kv_index, cleanup="full", key_encoder="sha256")
+    assert found["num_added"] == 1 and memory.reader.has(KIOSK)
+    found = await aindex([], manager, kv_index, cleanup="full", key_encoder="sha256")
+    assert found["num_deleted"] == 1 and not memory.reader.has(KIOSK)
+    assert memory.reader.has(FERRY)  # what came another way is not LangChain's to delete
+
+
+def test_a_text_in_two_documents_keeps_its_cache(memory: KVMemory) -> None:
+    kv_index = KVMemoryIndex(memory)
+    kv_index.upsert([Document(page_content=KIOSK, id="a"), Document(page_content=KIOSK, id="b")])
+    kv_index.delete(["a"])
+    assert memory.reader.has(KIOSK)
+    kv_index.delete(["b"])
+    assert not memory.reader.has(KIOSK)
+
+
+def test_what_was_found_can_be_put_back(memory: KVMemory) -> None:
+    kv_index = KVMemoryIndex(memory)
+    kv_index.upsert([Document(page_content=KIOSK, id="a", metadata={"n": 1})])
+    (found,) = kv_index.invoke("waffles")
+    assert found.metadata == {"n": 1, "kv_id": key_of(KIOSK)}
+    kv_index.upsert([found])
+    assert kv_index.get(["a"]) == [Document(page_content=KIOSK, id="a", metadata={"n": 1})]
+
+
+def test_documents_of_several_passages_come_joined(memory: KVMemory) -> None:
+    memory.add_passages("two", ["One.", "Two."])
+    assert KVMemoryIndex(memory).get(["two", "none"]) == [Document(page_content="One.\n\nTwo.", id="two")]
+
+
+@pytest.mark.parametrize(
+    ("document", "error"),
+    [
+        (Document(page_content=" \n", id="blank"), errors.EmptyDocumentError),
+        (Document(page_content="a\0b", id="binary"), errors.BinaryDocumentError),
+        (Document(page_content="A text.", id="odd", metadata={"when": object()}), ConfigError),
+    ],
+)
+def test_documents_that_cannot_be_kept(memory: KVMemory, document: Document, error: type[Exception]) -> None:
+    before = memory.documents()
+    with pytest.raises(error):
+        KVMemoryIndex(memory).upsert([document])
+    assert memory.documents() == before and memory.check().ok
+
+
+def test_deleting_nothing_in_particular_is_refused(memory: KVMemory) -> None:
+    with pytest.raises(ValueError, match="no ids"):
+        KVMemoryIndex(memory).delete()
+    assert KVMemoryIndex(memory).delete([])["num_deleted"] == 0
+    assert len(memory.documents()) == 2

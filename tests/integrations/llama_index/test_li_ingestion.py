@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llama_index.core import Document, MockEmbedding
+from llama_index.core.ingestion import DocstoreStrategy, IngestionCache, IngestionPipeline
+from llama_index.core.schema import ImageNode, MetadataMode, TextNode
+from llama_index.core.storage.docstore import SimpleDocumentStore
+
+from kv_memory import ConfigError, KVMemory
+from kv_memory.errors import DocumentError
+from kv_memory.integrations.llama_index import (
+    KVCompressTransform,
+    KVMemoryRetriever,
+)
+from kv_memory.reader import key_of
+from tests.integrations.llama_index.li_samples import (
+    Run,
+    WordRetriever,
+    async_run,
+    documents,
+    splitter,
+    sync_run,
+    text_node,
+    texts_in,
+)
+from tests.memories import FERRY, FERRY_QUESTION, LAMP, LONG, open_memory
+from tests.reference import recorded_inputs
+
+EMBEDDING = MockEmbedding(embed_dim=4)
+NEW_FERRY = FERRY.replace("7.40", "8.15")
+
+
+BOTH = pytest.mark.parametrize("run", [sync_run, async_run])
+# -- KVCompressTransform -----------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_nodes_pass_unchanged_and_are_distilled(empty: KVMemory, wide: Any, run: Run) -> None:
+    nodes = splitter().get_nodes_from_documents(documents())
+    before = [node.model_dump() for node in nodes]
+    passed = run(IngestionPipeline(transformations=[KVCompressTransform(empty)]), [], nodes=nodes)
+    assert [node.model_dump() for node in passed] == before and len(before) == 2
+    assert texts_in(empty) == {"ferry": [FERRY], "lamp": [LAMP]}
+    with recorded_inputs(wide) as inputs:
+        run(IngestionPipeline(transformations=[splitter(), KVCompressTransform(empty)]), documents())
+    assert inputs == []
+    assert texts_in(empty) == {"ferry": [FERRY], "lamp": [LAMP]}
+
+
+@BOTH
+def test_a_hit_in_the_pipelines_cache_does_not_skip_it(empty: KVMemory, wide: Any, tmp_path: Path, run: Run) -> None:
+    cache = IngestionCache()
+    for _ in range(2):
+        run(IngestionPipeline(transformations=[splitter(), KVCompressTransform(empty)], cache=cache), documents())
+    for id_ in ("ferry", "lamp"):
+        empty.remove(id_)
+    assert texts_in(empty) == {}
+    pipeline = IngestionPipeline(transformations=[splitter(), KVCompressTransform(empty)], cache=cache)
+    run(pipeline, documents())
+    assert texts_in(empty) == {"ferry": [FERRY], "lamp": [LAMP]}
+    with open_memory(tmp_path / "another", wide) as other:
+        run(IngestionPipeline(transformations=[splitter(), KVCompressTransform(other)], cache=cache), documents())
+        assert texts_in(other) == {"ferry": [FERRY], "lamp": [LAMP]}
+
+
+@BOTH
+def test_with_a_document_store_only_what_changed_is_read(empty: KVMemory, wide: Any, run: Run) -> None:
+    def pipeline() -> IngestionPipeline:
+        return IngestionPipeline(
+            transformations=[splitter(), KVCompressTransform(empty)],
+            docstore=docstore,
+            docstore_strategy=DocstoreStrategy.DUPLICATES_ONLY,
+        )
+
+    docstore = SimpleDocumentStore()
+    assert len(run(pipeline(), documents())) == 2
+    with recorded_inputs(wide) as inputs:
+        assert run(pipeline(), documents()) == []
+        assert inputs == []
+        assert len(run(pipeline(), [Document(text=NEW_FERRY, id_="ferry"), documents()[1]])) == 1
+    assert len(inputs) == 1
+    assert texts_in(empty) == {"ferry": [NEW_FERRY], "lamp": [LAMP]}
+
+
+def test_a_document_that_comes_again_shorter_loses_what_is_gone(empty: KVMemory) -> None:
+    transform = KVCompressTransform(empty)
+    whole = splitter().get_nodes_from_documents([Document(text=f"{LONG} {LONG[::-1]}", id_="long")])
+    assert len(whole) > 2
+    transform(whole)
+    transform(whole[:2])
+    assert texts_in(empty) == {"long": [node.text for node in whole[:2]]}  # type: ignore[attr-defined]
+
+
+def test_metadata_are_part_of_what_is_distilled_as_the_mode_says(empty: KVMemory) -> None:
+    node = text_node("ferry", FERRY, metadata={"file": "a.md", "hidden": 1}, excluded_llm_metadata_keys=["hidden"])
+    for mode, text in (
+        (MetadataMode.LLM, f"file: a.md\n\n{FERRY}"),
+        (MetadataMode.NONE, FERRY),
+        (MetadataMode.EMBED, f"file: a.md\nhidden: 1\n\n{FERRY}"),
+    ):
+        KVCompressTransform(empty, metadata_mode=mode)([node])
+        assert texts_in(empty) == {"ferry": [text]}
+        retriever = KVMemoryRetriever(WordRetriever([node]), empty, on_missing="raise", metadata_mode=mode)
+        assert retriever.retrieve(FERRY_QUESTION)[0].node.metadata["kv_id"] == key_of(text)
+
+
+def test_nodes_without_text_pass(empty: KVMemory) -> None:
+    nodes = [TextNode(text=" "), ImageNode(image="aGk="), text_node("ferry", FERRY)]
+    assert KVCompressTransform(empty)(nodes) == nodes
+    assert texts_in(empty) == {"ferry": [FERRY]}
+
+
+def test_text_that_is_none_is_refused(empty: KVMemory) -> None:
+    with pytest.raises(DocumentError):
+        KVCompressTransform(empty)([text_node("bad", "binary \0\1\2\3 rubbish")])
+
+
+def test_progress_is_shown_where_it_is_wanted(empty: KVMemory, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = [text_node("ferry", FERRY)]
+    KVCompressTransform(empty)(nodes)
+    assert capsys.readouterr().err == ""
+    KVCompressTransform(empty)(nodes, show_progress=True)
+    assert "Distilling documents" in capsys.readouterr().err
+
+
+@BOTH
+def test_worker_processes_are_refused_in_words(empty: KVMemory, run: Run) -> None:
+    pipeline = IngestionPipeline(transformations=[splitter(), KVCompressTransform(empty)])
+    with pytest.raises(ConfigError, match="another process") as caught:
+        run(pipeline, documents(), num_workers=2)
+    assert "num_workers" in str(caught.value.where) and "without num_workers" in str(caught.value.next_step)
