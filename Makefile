@@ -76,12 +76,16 @@ frameworks: $(READY)
 bench: $(READY)
 	@$(BIN)/python benchmarks/ttft.py --json
 
-# The shipped adapter is the outcome: first at full strength, then with the strength that the keep ratio asks for. Each
-# run goes on where it was stopped.
-TRAIN := $(BIN)/kv-memory train --data squad --eval-documents 10 --checkpoint-every 50
+# The shipped adapter is the outcome of three runs: at full strength, then with the strength that the keep ratio asks for
+# (the best checkpoint), then on longer and other documents (the last one). Each goes on where it was stopped.
+TRAIN   := $(BIN)/kv-memory train
+GO_ON    = $(if $(wildcard $(1)/checkpoints),--resume)
 
 adapter: $(READY)
-	@$(TRAIN) runs/first --set full_strength_ratio=1 --set ratio_power=0 --lr-lora 8e-4 --warmup-steps 248 \
-	    --steps 503 --eval-every 150 $(if $(wildcard runs/first/checkpoints),--resume)
-	@$(TRAIN) runs/shipped --init runs/first/adapter --set full_strength_ratio=0.0625 --lr-lora 6e-4 \
-	    --steps 1600 --eval-every 400 $(if $(wildcard runs/shipped/checkpoints),--resume)
+	@$(TRAIN) runs/first --data squad --set full_strength_ratio=1 --set ratio_power=0 --lr-lora 8e-4 --warmup-steps 248 \
+	    --steps 503 --eval-every 150 --eval-documents 10 --checkpoint-every 50 $(call GO_ON,runs/first)
+	@$(TRAIN) runs/second --init runs/first/adapter --data squad --set full_strength_ratio=0.0625 --lr-lora 6e-4 \
+	    --steps 1600 --eval-every 400 --eval-documents 10 --checkpoint-every 50 $(call GO_ON,runs/second)
+	@$(TRAIN) runs/shipped --init runs/second/adapter --data squad:0.3 --data fairytaleqa --data squality --data dolly \
+	    --max-tokens 1000 --set spans_per_document=2 --set warmup_weight=0.1 --lr-lora 4e-4 --seed 1 \
+	    --warmup-steps 0 --steps 747 --checkpoint-every 50 $(call GO_ON,runs/shipped)
