@@ -10,6 +10,9 @@ Where heads keep different numbers of entries, these stand one behind the other,
 - `keys`, `values`: `(n_entries, head_dim)`; `positions`: `(n_entries,)`;
 - `counts`: `(num_layers, num_kv_heads)`, how many belong to each head.
 
+Keys and values may be stored in another type than the fingerprint's, which they are given again when they are read; the
+header then says `storage`. As int8 they have two tensors of scales beside them, see `kv_memory.quantize`.
+
 Layers are stacked into one tensor rather than stored one by one: the header stays at a few hundred bytes, so a cache
 costs what its tensors cost, and one contiguous read fills it.
 """
@@ -20,13 +23,16 @@ import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from kv_memory.config import StorageName, stored_dtype
 from kv_memory.errors import ConfigError, CorruptCacheError
 from kv_memory.fingerprint import Fingerprint
+from kv_memory.quantize import dequantize, quantize
 
 __all__ = ["DistilledCache", "dtype_from_name", "dtype_name"]
 
@@ -191,18 +197,23 @@ class DistilledCache:
             fingerprint=replace(self.fingerprint, dtype=dtype_name(dtype)),
         )
 
-    def to_bytes(self) -> bytes:
-        """The cache as one safetensors file. The same cache always gives the same bytes."""
+    def to_bytes(self, *, storage: StorageName = "auto") -> bytes:
+        """The cache as one safetensors file. The same cache always gives the same bytes.
+
+        Args:
+            storage: How keys and values are stored; `auto` as they are. `int8` takes half the bytes of bfloat16, and
+                rounds, see `kv_memory.quantize`.
+
+        Raises:
+            ConfigError: They hold numbers that cannot be stored so.
+        """
+        stored = stored_dtype(storage, self.fingerprint.dtype)
         # int16 holds every position of a document under 32,768 tokens: per-head positions then cost 0.8 % of the
         # bfloat16 keys and values at head_dim 64; int32 would cost 1.6 %.
         narrow = torch.int16 if self.n_tokens <= torch.iinfo(torch.int16).max else torch.int32
-        tensors = {
-            "keys": self.keys.cpu().contiguous(),
-            "values": self.values.cpu().contiguous(),
-            "positions": self.positions.to(narrow).cpu().contiguous(),
-        }
+        tensors = {**self._entries(stored), "positions": self.positions.to(narrow)}
         if self.counts is not None:
-            tensors["counts"] = self.counts.to(torch.int32).cpu().contiguous()
+            tensors["counts"] = self.counts.to(torch.int32)
         # One entry, because safetensors writes several in an order that changes from run to run.
         header = {
             "n_tokens": self.n_tokens,
@@ -211,15 +222,37 @@ class DistilledCache:
             "refined_steps": self.refined_steps,
             "fidelity": self.fidelity,
         }
+        if stored != self.fingerprint.dtype:
+            header["storage"] = stored
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         return safetensors.torch.save(tensors, metadata={"kv_memory": json.dumps(header, sort_keys=True)})
 
-    def save(self, path: Path | str) -> None:
-        """Write the cache as a safetensors file."""
-        Path(path).write_bytes(self.to_bytes())
+    def _entries(self, stored: str) -> dict[str, torch.Tensor]:
+        """Keys and values as they are stored, and their scales."""
+        if stored == "int8":
+            return quantize(self.keys, self.values, self.counts)
+        tensors = {"keys": self.keys, "values": self.values}
+        if stored == self.fingerprint.dtype:
+            return tensors
+        cast = {name: tensor.to(dtype_from_name(stored)) for name, tensor in tensors.items()}
+        for name, tensor in cast.items():
+            if not tensor.to(self.keys.dtype).isfinite().all():
+                raise ConfigError(
+                    f"{name} hold numbers that {stored} does not",
+                    where=name,
+                    next_step=f"Store the cache as {self.fingerprint.dtype} (storage 'auto').",
+                )
+        return cast
+
+    def save(self, path: Path | str, *, storage: StorageName = "auto") -> None:
+        """Write the cache as a safetensors file; arguments and errors as in `to_bytes`."""
+        Path(path).write_bytes(self.to_bytes(storage=storage))
 
     @classmethod
     def load(cls, path: Path | str, *, device: str = "cpu") -> DistilledCache:
         """Read a safetensors file; on the CPU its tensors are views of the mapped file, not copies.
+
+        Keys and values that were stored in another type than the fingerprint's are turned into that: copies.
 
         Raises:
             CorruptCacheError: The file is not a distilled cache or its tensors do not match its header.
@@ -231,14 +264,16 @@ class DistilledCache:
                 metadata = file.metadata() or {}
                 header = json.loads(metadata["kv_memory"])
                 fingerprint = Fingerprint.from_json(json.dumps(header["fingerprint"]))
+                counts = file.get_tensor("counts") if "counts" in file.keys() else None  # noqa: SIM118
+                keys, values = _read_entries(file, header.get("storage", fingerprint.dtype), counts, fingerprint)
                 return cls(
-                    keys=file.get_tensor("keys"),
-                    values=file.get_tensor("values"),
+                    keys=keys,
+                    values=values,
                     positions=file.get_tensor("positions"),
                     n_tokens=header["n_tokens"],
                     keep_ratio=header["keep_ratio"],
                     fingerprint=fingerprint,
-                    counts=file.get_tensor("counts") if "counts" in file.keys() else None,  # noqa: SIM118
+                    counts=counts,
                     refined_steps=header.get("refined_steps", 0),  # files of the first version have neither
                     fidelity=header.get("fidelity"),
                 )
@@ -250,3 +285,21 @@ class DistilledCache:
                 where=where,
                 next_step="Compress the document again (`kv-memory add --stale`).",
             ) from error
+
+
+def _read_entries(
+    file: Any, stored: str, counts: torch.Tensor | None, fingerprint: Fingerprint
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of an open safetensors file in the fingerprint's dtype.
+
+    Raises:
+        ConfigError: They are not of the type that was stored, or do not fit their scales.
+    """
+    dtype = dtype_from_name(fingerprint.dtype)
+    if stored == "int8":
+        names = ("keys", "key_scales", "values", "value_scales")
+        return dequantize({name: file.get_tensor(name) for name in names}, counts, dtype)
+    keys, values = file.get_tensor("keys"), file.get_tensor("values")
+    if not dtype_from_name(stored) == keys.dtype == values.dtype:
+        raise ConfigError(f"keys and values must be {stored}, got {dtype_name(keys.dtype)}", where="keys")
+    return keys.to(dtype), values.to(dtype)

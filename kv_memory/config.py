@@ -8,10 +8,23 @@ from typing import Literal, get_args
 
 from kv_memory.errors import ConfigError
 
-__all__ = ["Budget", "DecodeSettings", "DtypeName", "Layout", "SelectorName", "check_keep_ratio", "n_kept_for"]
+__all__ = [
+    "Budget",
+    "DecodeSettings",
+    "DtypeName",
+    "Layout",
+    "SelectorName",
+    "StorageName",
+    "check_choice",
+    "check_keep_ratio",
+    "n_kept_for",
+    "stored_dtype",
+]
 
 Layout = Literal["source", "packed"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+# The form of keys and values in a file; `auto` is the type the model computes in.
+StorageName = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 # How the entries of a document are shared out among the heads. `head`: as many in every layer and KV head. `model`: one
 # ranking over all of them, so that a head keeps many or none (as KVzip does); the total is the same.
 Budget = Literal["head", "model"]
@@ -89,3 +102,12 @@ def check_choice(value: str, choices: object, *, where: str) -> str:
     if value not in names:
         raise ConfigError(f"unknown {where} {value!r}", where=where, next_step=f"Use one of {', '.join(names)}.")
     return value
+
+
+def stored_dtype(storage: str, dtype: str) -> str:
+    """The type that keys and values computed in `dtype` have in a file.
+
+    Raises:
+        ConfigError: `storage` is no `StorageName`.
+    """
+    return dtype if check_choice(storage, StorageName, where="storage") == "auto" else storage

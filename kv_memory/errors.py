@@ -33,7 +33,9 @@ KVMemoryError
     ├── StoreVersionError        a store written by a newer version
     ├── StorePermissionError     a folder we may not write to
     ├── StoreFullError           no space left; what was there before is untouched
-    └── StoreLockedError         another process holds the catalog for too long
+    ├── StoreLockedError         another process holds the catalog for too long
+    ├── StoreConnectionError     a database or object store that does not answer, or broke off
+    └── TransferError            an archive that is damaged or not complete, or does not fit the collection
 ```
 """
 
@@ -63,6 +65,7 @@ __all__ = [
     "LineTooLongError",
     "ModelError",
     "ModelNotFoundError",
+    "StoreConnectionError",
     "StoreError",
     "StoreFullError",
     "StoreLockedError",
@@ -70,6 +73,7 @@ __all__ = [
     "StoreVersionError",
     "TokenizerError",
     "TrainingError",
+    "TransferError",
     "UnreadableDocumentError",
     "UnsupportedModelError",
     "UnsupportedRequestError",
@@ -232,3 +236,11 @@ class StoreFullError(StoreError):
 
 class StoreLockedError(StoreError):
     """Another process holds the catalog for longer than we wait."""
+
+
+class StoreConnectionError(StoreError):
+    """The database or the object store does not answer, or the connection broke off. Nothing was lost."""
+
+
+class TransferError(StoreError):
+    """An archive of a collection is damaged, not complete or of a newer format, or does not fit the collection."""

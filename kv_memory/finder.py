@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 
 from kv_memory.retrieve import BM25Index, Hit
@@ -28,9 +27,9 @@ class Finder:
         store, revision = self._store, self._store.revision
         with self._lock:
             if self._index is None or self._index[0] != revision:
-                # By hash, because a collection's name may hold what a file name may not, and lead out of the store.
-                folder = store.path / "bm25" / hashlib.sha256(store.collection.encode()).hexdigest()[:16]
-                index = BM25Index.open(folder, revision=revision, passages=store.passages, lookup=store.passage)
+                index = BM25Index.open(
+                    store.index_folder, revision=revision, passages=store.passages, lookup=store.passage
+                )
                 self._index = (revision, index)
             index = self._index[1]
         return index.retrieve(question, top_k=top_k)

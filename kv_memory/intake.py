@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_memory.compress import Compressor
+from kv_memory.config import StorageName
 from kv_memory.documents import Document, split_passages
 from kv_memory.errors import ConfigError, EmptyDocumentError, KVMemoryError
 from kv_memory.store import DocumentRecord, PassageRecord, Store
@@ -83,6 +84,7 @@ class Intake:
         compressor: What reads them.
         keep_ratio: For all of them.
         passage_tokens: Longest passage; None keeps documents whole.
+        storage: How keys and values of new caches are stored; those that are there stay as they are.
         on_progress: Called after every passage.
     """
 
@@ -93,12 +95,14 @@ class Intake:
         *,
         keep_ratio: float,
         passage_tokens: int | None,
+        storage: StorageName = "auto",
         on_progress: Callable[[AddProgress], None] | None = None,
     ) -> None:
         self._store = store
         self._compressor = compressor
         self._keep_ratio = keep_ratio
         self._passage_tokens = passage_tokens
+        self._storage = storage
         self._on_progress = on_progress
         self._fingerprint = compressor.fingerprint()  # hashes an adapter's weights: once, not per passage
 
@@ -190,21 +194,29 @@ class Intake:
         done = 0
         for index, record in enumerate(todo):
             for passage in record.passages:
-                if not self._store.has(passage.text_sha256, self._fingerprint, self._keep_ratio):
-                    cache = self._compressor.compress(passage.text, keep_ratio=self._keep_ratio)
-                    info = self._store.put(passage.text_sha256, cache)
-                    report.n_passages += 1
-                    report.n_tokens += cache.n_tokens
-                    report.n_kept += cache.n_kept
-                    report.cache_bytes += info.size_bytes
-                    if cache.fidelity is not None:
-                        report.n_refined += 1
-                        before = report.fidelity or 0.0
-                        report.fidelity = before + (cache.fidelity - before) / report.n_refined
-                    report.full_kv_bytes += cache.n_tokens * self._compressor.backbone.kv_bytes_per_token
+                self._make(passage, report)
                 done += passage.n_tokens
                 self._tell(record, index, len(todo), done, total)
             self._store.put_document(record)
+
+    def _make(self, passage: PassageRecord, report: AddReport) -> None:
+        wanted = passage.text_sha256, self._fingerprint, self._keep_ratio
+        if self._store.has(*wanted):
+            return
+        with self._store.making(*wanted):  # one makes it, the others wait and find it
+            if self._store.has(*wanted):
+                return
+            cache = self._compressor.compress(passage.text, keep_ratio=self._keep_ratio)
+            info = self._store.put(passage.text_sha256, cache, storage=self._storage)
+        report.n_passages += 1
+        report.n_tokens += cache.n_tokens
+        report.n_kept += cache.n_kept
+        report.cache_bytes += info.size_bytes
+        if cache.fidelity is not None:
+            report.n_refined += 1
+            before = report.fidelity or 0.0
+            report.fidelity = before + (cache.fidelity - before) / report.n_refined
+        report.full_kv_bytes += cache.n_tokens * self._compressor.backbone.kv_bytes_per_token
 
     def _tell(self, record: DocumentRecord, index: int, n_documents: int, done: int, total: int) -> None:
         if self._on_progress is not None:

@@ -14,7 +14,7 @@ from kv_memory.answers import Answer, AnswerStream, Asker, ReadFrom
 from kv_memory.assembly import load_backbone, load_compressor, share_prefix
 from kv_memory.backbone import Backbone
 from kv_memory.compress import Compressor
-from kv_memory.config import DecodeSettings, DtypeName, Layout, SelectorName, check_choice
+from kv_memory.config import DecodeSettings, DtypeName, Layout, SelectorName, StorageName, check_choice
 from kv_memory.documents import DocumentLike, read_documents
 from kv_memory.finder import Finder
 from kv_memory.generate import iterate_in_thread
@@ -85,9 +85,13 @@ class KVMemory:
         layout: Layout | None = None,
         refine_steps: int | None = None,
         min_fidelity: float | None = None,
+        storage: StorageName | None = None,
         dtype: DtypeName = "auto",
         device: str = "auto",
         collection: str = "default",
+        catalog: str | None = None,
+        blobs: str | None = None,
+        tier_size_bytes: int | None = None,
         create: bool = True,
         load_model: bool = True,
     ) -> KVMemory:
@@ -109,9 +113,15 @@ class KVMemory:
                 for dozens to hundreds of prefills more. Named alone, it forgets a `min_fidelity` of before.
             min_fidelity: Refine further until the KL to the full cache on held-out probes is at most this, in nats, or
                 64 steps are done; without `refine_steps` it begins with 16.
+            storage: How keys and values are stored: `auto` (as the model computes them), `float32`, `bfloat16`,
+                `float16` or `int8`, half of bfloat16 and the embedded model's default. For what is added from now on;
+                one store may hold several.
             dtype: Of the model and its caches; `auto` takes bfloat16 where that is fast.
             device: `auto`, `cpu`, `cuda`, ...
             collection: Tenants are collections; every lookup stays in its own.
+            catalog: For a new store: the URL of a PostgreSQL database, see `Store.open`.
+            blobs: For a new store: the URL of an object store, see `Store.open`.
+            tier_size_bytes: What copies of an object store's blobs may take in the folder.
             create: Make the store if there is none.
             load_model: Load the model now, so that what is wrong with it shows now. False leaves that to the first
                 use; listing, checking and removing need no model.
@@ -133,6 +143,7 @@ class KVMemory:
             layout=layout,
             refine_steps=refine_steps,
             min_fidelity=min_fidelity,
+            storage=storage,
         )
         backbone = model if isinstance(model, Backbone) else None
         compressor = None
@@ -141,7 +152,14 @@ class KVMemory:
             settings = resolve_settings(given, {})
             backbone = backbone or load_backbone(settings, dtype=dtype, device=device, prompt_form=form)
             compressor = load_compressor(settings, backbone)
-        store = Store.open(path, collection=collection, create=create)
+        store = Store.open(
+            path,
+            collection=collection,
+            create=create,
+            catalog=catalog,
+            blobs=blobs,
+            tier_size_bytes=tier_size_bytes,
+        )
         try:
             settings = resolve_settings(given, store.settings())
             memory = cls(store, settings, dtype=dtype, device=device, backbone=backbone, prompt_form=form)
@@ -291,6 +309,7 @@ class KVMemory:
             self.compressor,
             keep_ratio=self.settings.keep_ratio,
             passage_tokens=self.settings.passage_tokens,
+            storage=self.settings.storage,
             on_progress=on_progress,
         )
 
@@ -414,6 +433,7 @@ class KVMemory:
             self.compressor,
             keep_ratio=self.settings.keep_ratio,
             layout=self.settings.layout,
+            storage=self.settings.storage,
             store_of=lambda name: self.store.in_collection(name, create=False),
         )
 

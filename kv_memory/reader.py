@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from kv_memory.cache import DistilledCache
 from kv_memory.compress import Compressor
-from kv_memory.config import DecodeSettings, Layout, check_keep_ratio
+from kv_memory.config import DecodeSettings, Layout, StorageName, check_keep_ratio
 from kv_memory.errors import CacheNotFoundError, ConfigError, CorruptCacheError, StoreError
 from kv_memory.generate import Generator, Prompt, Run, Turn, encode_chat, encode_text_prompt, encode_turns
 from kv_memory.store import Store
@@ -146,6 +146,7 @@ class Reader:
         compressor: Whose caches are wanted; reads the texts of those that are missing or damaged.
         keep_ratio: Of the caches, where a reference names none.
         layout: How documents are placed, see `generate.compose`.
+        storage: How a cache that is made again is stored.
         store_of: The store of another collection.
     """
 
@@ -156,11 +157,13 @@ class Reader:
         *,
         keep_ratio: float,
         layout: Layout,
+        storage: StorageName = "auto",
         store_of: Callable[[str], Store] | None = None,
     ) -> None:
         self._store = store
         self._compressor = compressor
         self._keep_ratio = keep_ratio
+        self._storage = storage
         self._store_of = store_of
         self._generator = Generator(compressor.backbone, layout=layout)
 
@@ -263,7 +266,7 @@ class Reader:
                     caches.append(cache)
                     continue
                 with contextlib.suppress(StoreError):  # a store that cannot take it is no obstacle to a reply
-                    store.put(reference.key, self._compressor.compress(text, keep_ratio=ratio))
+                    store.put(reference.key, self._compressor.compress(text, keep_ratio=ratio), storage=self._storage)
             caches.append(cache)
         return _Loaded(caches, n_text, tuple(damaged), time.perf_counter() - start_s)
 

@@ -226,7 +226,8 @@ def _write(path: Path, header: Mapping[str, Any], scorer: Any, rows: _Rows) -> N
         arrays |= {name: np.ascontiguousarray(scorer.scores[name]) for name in _ARRAYS}
     body = save(arrays)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (path.parent.parent, path.parent):  # private, like the texts its words are from
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for left in path.parent.glob(f"{_FILE_NAME}*.tmp"):  # by crashes; another process may be writing a new one
             if time.time() - left.stat().st_mtime > _STALE_S:
                 left.unlink(missing_ok=True)

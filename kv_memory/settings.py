@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from kv_memory.config import Layout, SelectorName, check_choice, check_keep_ratio
+from kv_memory.config import Layout, SelectorName, StorageName, check_choice, check_keep_ratio
 from kv_memory.embedded import EMBEDDED, SHIPPED
 from kv_memory.errors import ConfigError
 from kv_memory.prompts import PromptName
@@ -35,6 +35,9 @@ class MemorySettings:
         layout: How documents are placed, see `generate.compose`.
         refine_steps: Steps of refinement for every passage, see `RefineSettings`; 0 for none.
         min_fidelity: Refine further until the held-out KL in nats is at most this; None for no more than those steps.
+        storage: How the keys and values of what is added are stored: `auto` (as the model computes them), `float32`,
+            `bfloat16`, `float16` or `int8`, which takes half the bytes of bfloat16; `int8` for the embedded model and
+            `auto` for others, unless set. What is stored already stays.
     """
 
     model: str = EMBEDDED
@@ -46,12 +49,14 @@ class MemorySettings:
     layout: Layout = "source"
     refine_steps: int = 0
     min_fidelity: float | None = None
+    storage: StorageName = "auto"
 
     def __post_init__(self) -> None:
         check_keep_ratio(self.keep_ratio)
         check_choice(self.selector, SelectorName, where="selector")
         check_choice(self.prompt, PromptName, where="prompt")
         check_choice(self.layout, Layout, where="layout")
+        check_choice(self.storage, StorageName, where="storage")
         if self.passage_tokens is not None and self.passage_tokens < 16:
             raise ConfigError(
                 f"passage_tokens must be at least 16 or None, got {self.passage_tokens}", where="passage_tokens"
@@ -82,6 +87,7 @@ def given_settings(
     layout: Layout | None,
     refine_steps: int | None = None,
     min_fidelity: float | None = None,
+    storage: StorageName | None = None,
 ) -> dict[str, Any]:
     """The settings a caller gave, checked; those left at None (`auto` for passage_tokens) are not among them.
 
@@ -99,6 +105,7 @@ def given_settings(
         "layout": layout,
         "refine_steps": refine_steps,
         "min_fidelity": min_fidelity,
+        "storage": storage,
     }
     given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     if adapter == NO_ADAPTER or (adapter is None and selector is not None):  # a selector is for want of an adapter
@@ -123,8 +130,8 @@ def resolve_settings(given: Mapping[str, Any], stored: Mapping[str, Any]) -> Mem
     names = {field.name for field in dataclasses.fields(MemorySettings)}
     kept = {name: value for name, value in stored.items() if name in names}
     if "model" in given and given["model"] != kept.get("model"):
-        # Adapter and prompt belong to one model, and passages to what it can read.
-        for name in ("adapter", "prompt"):
+        # Adapter and prompt belong to one model, passages to what it can read, and what int8 costs was measured on one.
+        for name in ("adapter", "prompt", "storage"):
             kept.pop(name, None)
     if "refine_steps" in given:
         kept.pop("min_fidelity", None)  # steps that are named anew are meant as they are
@@ -134,5 +141,6 @@ def resolve_settings(given: Mapping[str, Any], stored: Mapping[str, Any]) -> Mem
     # A model of 135M parameters loses the thread in long passages, and has little to spare in its caches.
     defaults: dict[str, Any] = {"passage_tokens": 1024, "keep_ratio": 0.25}
     if merged.get("model", EMBEDDED) == EMBEDDED:
-        defaults = {"passage_tokens": 256, "keep_ratio": 0.25, "adapter": SHIPPED}
+        # int8 costs it less than half a point of F1 at 1/4, 1/8 and 1/16: docs/fidelity.md.
+        defaults = {"passage_tokens": 256, "keep_ratio": 0.25, "adapter": SHIPPED, "storage": "int8"}
     return MemorySettings(**{**defaults, **merged})

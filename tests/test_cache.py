@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kv_memory.cache import DistilledCache, dtype_from_name, dtype_name
+from kv_memory.config import StorageName
 from kv_memory.errors import ConfigError, CorruptCacheError, FingerprintMismatchError
 from kv_memory.fingerprint import FORMAT_VERSION, Fingerprint
 
@@ -223,6 +225,99 @@ def test_to_another_dtype() -> None:
     assert cache.to(torch.float32) is cache
 
 
+# -- stored in another type --------------------------------------------------------------------------------------------
+
+
+def loaded(cache: DistilledCache, folder: Path, storage: StorageName) -> DistilledCache:
+    cache.save(folder / storage, storage=storage)
+    return DistilledCache.load(folder / storage)
+
+
+@pytest.mark.parametrize("make", [make_cache, make_ragged])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_is_read_in_the_type_the_model_computes_in(
+    tmp_path: Path, dtype: str, make: Callable[..., DistilledCache]
+) -> None:
+    cache = make(dtype=dtype)
+    back = loaded(cache, tmp_path, "int8")
+    for name in ("keys", "values"):
+        ours, theirs = getattr(cache, name), getattr(back, name)
+        assert (theirs.dtype, theirs.shape) == (ours.dtype, ours.shape)
+        error = (theirs.double() - ours.double()).norm() / ours.double().norm()
+        assert 0 < error < 0.01
+    assert torch.equal(back.positions.long(), cache.positions.long())
+    assert (back.n_tokens, back.keep_ratio, back.fingerprint) == (40, cache.keep_ratio, cache.fingerprint)
+    assert (back.counts is None) == (cache.counts is None) and back.span == cache.span
+    assert cache.to_bytes(storage="int8") == cache.to_bytes(storage="int8") != cache.to_bytes()
+    tensors = load_file(tmp_path / "int8")
+    assert tensors["keys"].dtype == tensors["values"].dtype == torch.int8
+
+
+@pytest.mark.parametrize("make", [make_cache, make_ragged])
+@pytest.mark.parametrize("storage", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_floating_point_types_are_a_cast(
+    tmp_path: Path, dtype: str, storage: Any, make: Callable[..., DistilledCache]
+) -> None:
+    cache = make(dtype=dtype)
+    back = loaded(cache, tmp_path, storage)
+    stored = dtype_from_name(storage)
+    assert torch.equal(back.keys, cache.keys.to(stored).to(cache.keys.dtype))
+    assert torch.equal(back.values, cache.values.to(stored).to(cache.keys.dtype))
+    assert back.fingerprint == cache.fingerprint
+    assert load_file(tmp_path / storage)["keys"].dtype == stored
+    assert (cache.to_bytes(storage=storage) == cache.to_bytes()) == (storage == dtype)
+
+
+def test_files_of_before_there_was_a_choice_are_written_as_they_were() -> None:
+    cache = make_cache()
+    numbers = torch.arange(cache.keys.numel()).reshape(cache.keys.shape) / 8
+    rows = torch.arange(0, 40, 4).expand(3, 2, 10)
+    data = replace(cache, keys=numbers, values=-numbers, positions=rows).to_bytes()
+    assert hashlib.sha256(data).hexdigest() == "49057189a52ab639b36e4f9b19c606eb7e5a9763f25d36a1bc592a886d90c330"
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_int8_takes_about_half_of_bfloat16(ragged: bool) -> None:
+    fields = {"num_layers": 30, "num_kv_heads": 3, "head_dim": 64, "dtype": "bfloat16"}
+    if ragged:
+        counts = [[64, 0, 128]] * 30
+        cache = make_ragged(counts=counts, n_tokens=256, **fields)
+    else:
+        cache = make_cache(n_tokens=256, n_kept=64, **fields)
+    assert len(cache.to_bytes(storage="int8")) <= 0.525 * len(cache.to_bytes())
+
+
+def test_int8_is_smaller_than_bfloat16_from_three_entries_a_head_on() -> None:
+    fields = {"num_layers": 30, "num_kv_heads": 3, "head_dim": 64, "dtype": "bfloat16"}
+    three = make_cache(n_kept=3, **fields)
+    assert len(three.to_bytes(storage="int8")) < len(three.to_bytes())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "storage", "wrong"),
+    [
+        ("float32", "int8", float("inf")),
+        ("bfloat16", "int8", float("nan")),
+        ("bfloat16", "float16", 1e6),
+        ("float32", "bfloat16", 3.4028e38),
+        ("float16", "bfloat16", 65504.0),  # bfloat16 has it as 65,536, which float16 does not hold
+    ],
+)
+def test_numbers_that_a_type_does_not_hold_are_not_stored_in_it(dtype: str, storage: Any, wrong: float) -> None:
+    cache = make_cache(dtype=dtype)
+    cache.values[0, 1, 2, 3] = wrong
+    with pytest.raises(ConfigError) as caught:
+        cache.to_bytes(storage=storage)
+    assert caught.value.where == "values" and "'auto'" in (caught.value.next_step or "")
+
+
+def test_an_unknown_storage() -> None:
+    with pytest.raises(ConfigError, match="unknown storage 'int4'") as caught:
+        make_cache().to_bytes(storage="int4")  # type: ignore[arg-type]
+    assert "int8" in (caught.value.next_step or "")
+
+
 # -- damage ------------------------------------------------------------------------------------------------------------
 
 
@@ -286,6 +381,63 @@ def test_a_file_without_one_of_the_tensors_is_corrupt(tmp_path: Path, missing: s
     (tmp_path / "good").write_bytes(make_cache().to_bytes())
     tensors = {name: tensor for name, tensor in load_file(tmp_path / "good").items() if name != missing}
     save_file(tensors, tmp_path / "cache", metadata={"kv_memory": json.dumps(header)})
+    assert_corrupt(tmp_path / "cache")
+
+
+STORED_DAMAGE: dict[str, Any] = {
+    "no_key_scales": lambda t, h: t.pop("key_scales"),
+    "no_value_scales": lambda t, h: t.pop("value_scales"),
+    "scale_is_no_number": lambda t, h: t["key_scales"].view(-1)[0:1].fill_(float("nan")),
+    "scale_is_infinite": lambda t, h: t["value_scales"].view(-1)[0:1].fill_(float("inf")),
+    "scale_is_negative": lambda t, h: t["key_scales"].neg_(),
+    "scales_of_float32": lambda t, h: t.update(key_scales=t["key_scales"].float()),
+    "too_few_scales": lambda t, h: t.update(key_scales=t["key_scales"][:-1].contiguous()),
+    "one_scale_for_all": lambda t, h: t.update(value_scales=t["value_scales"].flatten()[:1]),
+    "values_of_another_type": lambda t, h: t.update(values=t["values"].float()),
+    "keys_of_another_shape": lambda t, h: t.update(keys=t["keys"][..., :-1].contiguous()),
+    "both_of_another_shape": lambda t, h: t.update(
+        {n: t[n][..., :-1].contiguous() for n in ("keys", "values", "key_scales")}
+    ),
+    "header_does_not_say_it": lambda t, h: h.pop("storage"),
+    "header_says_float16": lambda t, h: h.update(storage="float16"),
+    "header_says_nonsense": lambda t, h: h.update(storage="int4"),
+    "header_says_a_list": lambda t, h: h.update(storage=["int8"]),
+    "header_says_auto": lambda t, h: h.update(storage="auto"),
+}
+
+
+@pytest.mark.parametrize("make", [make_cache, make_ragged])
+@pytest.mark.parametrize("kind", STORED_DAMAGE)
+def test_int8_that_does_not_fit_its_scales_or_header_is_corrupt(
+    tmp_path: Path, kind: str, make: Callable[..., DistilledCache]
+) -> None:
+    make().save(tmp_path / "good", storage="int8")
+    DistilledCache.load(tmp_path / "good")
+    tensors = load_file(tmp_path / "good")
+    with safe_open(tmp_path / "good", framework="pt") as file:
+        header = json.loads(file.metadata()["kv_memory"])
+    STORED_DAMAGE[kind](tensors, header)
+    save_file(tensors, tmp_path / "cache", metadata={"kv_memory": json.dumps(header)})
+    assert_corrupt(tmp_path / "cache")
+
+
+def test_int8_with_counts_that_do_not_fit_is_corrupt(tmp_path: Path) -> None:
+    make_ragged().save(tmp_path / "good", storage="int8")
+    tensors = load_file(tmp_path / "good")
+    with safe_open(tmp_path / "good", framework="pt") as file:
+        metadata = file.metadata()
+    for counts in ([[3, 0], [17, 1], [2, 8]], [[3, 0], [17, -1], [4, 7]], [[3, 0], [17, 1], [0, 9]]):
+        wrong = {**tensors, "counts": torch.tensor(counts, dtype=torch.int32)}
+        save_file(wrong, tmp_path / "cache", metadata=metadata)
+        assert_corrupt(tmp_path / "cache")
+
+
+def test_float_where_another_float_was_stored_is_corrupt(tmp_path: Path) -> None:
+    make_cache().save(tmp_path / "good", storage="float16")
+    tensors = load_file(tmp_path / "good")
+    with safe_open(tmp_path / "good", framework="pt") as file:
+        metadata = file.metadata()
+    save_file({**tensors, "keys": tensors["keys"].bfloat16()}, tmp_path / "cache", metadata=metadata)
     assert_corrupt(tmp_path / "cache")
 
 

@@ -19,7 +19,18 @@ SOURCES = sorted([*ROOT.glob("kv_memory/**/*.py"), *ROOT.glob("integrations/**/*
 # A unit is a module or folder directly below kv_memory. Each may import itself and what its line names:
 #   errors, config ◄ cache, rope, attention, prompts, embedded ◄ loading ◄ backbone ◄ compress, generate ◄ train
 #   cache ◄ store ◄ jobs;   documents, words ◄ retrieve: errors and config alone;   memory joins both sides.
-_TENSORS = {"errors", "config", "fingerprint", "cache", "rope", "positioned", "attention", "prefix", "prompts"}
+_TENSORS = {
+    "errors",
+    "config",
+    "fingerprint",
+    "quantize",
+    "cache",
+    "rope",
+    "positioned",
+    "attention",
+    "prefix",
+    "prompts",
+}
 _STORE = {"errors", "config", "fingerprint", "cache"}
 _BELOW_MEMORY = {
     *_TENSORS,
@@ -46,7 +57,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "fingerprint": {"errors"},
-    "cache": {"errors", "config", "fingerprint"},
+    "quantize": {"errors"},
+    "cache": {"errors", "config", "fingerprint", "quantize"},
     "rope": {"errors", "config"},
     "positioned": {"errors", "config", "rope"},
     "attention": {"errors", "config", "positioned"},

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from kv_memory.errors import (
     StoreError,
 )
 from kv_memory.generate import Generator
+from kv_memory.settings import given_settings, resolve_settings
 from tests.conftest import make_model, make_tokenizer
 from tests.memories import (
     FERRY,
@@ -34,6 +36,8 @@ from tests.memories import (
 )
 from tests.reference import recorded_inputs
 
+NAMES = ["model", "adapter", "keep_ratio", "selector", "prompt", "layout"]
+
 # -- opening again -----------------------------------------------------------------------------------------------------
 
 
@@ -47,6 +51,59 @@ def test_settings_are_remembered(tmp_path: Path, wide: Any) -> None:
         assert (memory.settings.keep_ratio, memory.settings.layout) == (0.5, "packed")
         assert answerable(memory, FERRY_QUESTION) == ["ferry"]
         assert memory.ask(FERRY_QUESTION, settings=SETTINGS).n_cached_tokens > 11
+
+
+def test_int8_is_remembered_and_answers(tmp_path: Path, wide: Any) -> None:
+    with open_memory(tmp_path / "plain", wide, storage="auto") as memory:
+        memory.add([("ferry", FERRY), ("lamp", LAMP)])
+        plain = memory.store.caches()
+    with open_memory(tmp_path / "store", wide, storage="int8") as memory:
+        memory.add([("ferry", FERRY), ("lamp", LAMP)])
+    with KVMemory.open(tmp_path / "store", model=wide) as memory:
+        assert memory.settings.storage == "int8"
+        assert answerable(memory, FERRY_QUESTION, LAMP_QUESTION) == ["ferry", "lamp"]
+        small = memory.store.caches()
+        assert [info.dtype for info in small] == ["int8"] * 2
+        assert [info.fingerprint for info in small] == [info.fingerprint for info in plain]
+        assert sum(info.size_bytes for info in small) < sum(info.size_bytes for info in plain)
+        assert memory.check().ok
+
+
+def test_int8_is_the_embedded_models_default_and_no_other_models() -> None:
+    def given(**changes: Any) -> dict[str, Any]:
+        return given_settings(**{**dict.fromkeys(NAMES), "passage_tokens": "auto", **changes})
+
+    embedded = resolve_settings(given(), {})
+    assert (embedded.model, embedded.storage) == ("embedded", "int8")
+    assert resolve_settings(given(storage="auto"), {}).storage == "auto"
+    assert resolve_settings(given(), {"storage": "bfloat16"}).storage == "bfloat16"
+    assert resolve_settings(given(model="other"), {}).storage == "auto"
+    # What was measured on one model says nothing about the next.
+    assert resolve_settings(given(model="other"), dataclasses.asdict(embedded)).storage == "auto"
+    assert resolve_settings(given(), dataclasses.asdict(resolve_settings(given(model="other"), {}))).storage == "auto"
+
+
+def test_one_store_holds_several_storages(tmp_path: Path, wide: Any) -> None:
+    with open_memory(tmp_path / "store", wide, storage="auto") as memory:
+        memory.add(("ferry", FERRY))
+    with open_memory(tmp_path / "store", wide, storage="int8") as memory:
+        report = memory.add([("ferry", FERRY), ("lamp", LAMP)])
+        assert (report.added, report.unchanged) == (["lamp"], ["ferry"])  # the setting is for what is added from now on
+        assert [info.dtype for info in memory.store.caches()] == ["float32", "int8"]
+        assert memory.refresh().n_passages == 0
+        assert answerable(memory, FERRY_QUESTION, LAMP_QUESTION) == ["ferry", "lamp"]
+        both = memory.ask(f"{FERRY_QUESTION} {LAMP_QUESTION}", top_k=2, settings=SETTINGS)
+        assert len(both.sources) == 2 and not both.fallbacks
+
+
+def test_a_damaged_int8_cache_is_made_again_as_int8(tmp_path: Path, wide: Any) -> None:
+    with open_memory(tmp_path / "store", wide, storage="int8") as memory:
+        memory.add(("lamp", LAMP))
+        path = blob_of(memory, "lamp")
+        path.write_bytes(path.read_bytes()[:-1])
+        assert memory.ask(LAMP_QUESTION, settings=SETTINGS).text
+        assert [info.dtype for info in memory.store.caches()] == ["int8"]
+        assert answerable(memory, LAMP_QUESTION) == ["lamp"]
 
 
 def test_a_model_folder_is_remembered(tmp_path: Path) -> None:

@@ -317,7 +317,7 @@ def test_another_text_than_the_keys_is_not_kept_under_it(memory: KVMemory, wide:
 
 
 def test_a_full_disk_is_no_obstacle(memory: KVMemory, wide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise StoreFullError("no space left")
 
     damage(blob_of(memory, "ferry"))

@@ -24,6 +24,7 @@ from kv_memory.cli.options import (
     PromptOption,
     RefineOption,
     SelectorOption,
+    StorageOption,
     StoreOption,
     passage_tokens_of,
 )
@@ -33,7 +34,7 @@ from kv_memory.errors import ConfigError
 from kv_memory.settings import given_settings
 
 if TYPE_CHECKING:
-    from kv_memory.config import SelectorName
+    from kv_memory.config import SelectorName, StorageName
     from kv_memory.documents import DocumentLike, ReadResult
     from kv_memory.memory import AddReport, KVMemory
     from kv_memory.prompts import PromptName
@@ -59,6 +60,7 @@ def add(
     prompt: PromptOption = None,
     refine: RefineOption = None,
     min_fidelity: MinFidelityOption = None,
+    storage: StorageOption = None,
     encoding: Annotated[
         str, typer.Option("--encoding", metavar="NAME", help="Of text files without a byte order mark.")
     ] = "utf-8",
@@ -93,6 +95,7 @@ def add(
             layout=None,
             refine_steps=refine,
             min_fidelity=min_fidelity,
+            storage=cast("StorageName | None", storage),
         )
         read = _read(paths or [], id_, extra, encoding, skip_errors) if paths else None
         with open_memory(
@@ -108,6 +111,7 @@ def add(
             prompt=prompt,
             refine_steps=refine,
             min_fidelity=min_fidelity,
+            storage=storage,
         ) as memory:
             try:
                 load_model(out, memory)

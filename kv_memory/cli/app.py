@@ -14,11 +14,15 @@ import typer
 import kv_memory
 from kv_memory.cli.add import add
 from kv_memory.cli.ask import ask
+from kv_memory.cli.budget import budget, pin, unpin
 from kv_memory.cli.chat import chat
 from kv_memory.cli.check import check
+from kv_memory.cli.db import current, init, upgrade
 from kv_memory.cli.demo import demo
 from kv_memory.cli.eval import evaluate_task
+from kv_memory.cli.export import export
 from kv_memory.cli.gc import gc
+from kv_memory.cli.importing import import_archive
 from kv_memory.cli.list import list_documents
 from kv_memory.cli.models import models
 from kv_memory.cli.output import debugging
@@ -49,7 +53,24 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
     ("chat", chat, ("kv-memory chat", "kv-memory chat < questions.txt")),
     ("list", list_documents, ("kv-memory list", "kv-memory list --json --collection team-a")),
     ("show", show, ("kv-memory show report.pdf", "kv-memory show text-3f2a --json")),
-    ("remove", remove, ("kv-memory remove report.pdf", "kv-memory remove notes/a.md notes/b.md")),
+    (
+        "remove",
+        remove,
+        ("kv-memory remove report.pdf", "kv-memory remove notes/a.md notes/b.md", "kv-memory remove report --purge"),
+    ),
+    (
+        "export",
+        export,
+        ("kv-memory export notes.tar", "kv-memory export - --collection team-a | ssh laptop kv-memory import -"),
+    ),
+    (
+        "import",
+        import_archive,
+        ("kv-memory import notes.tar", "kv-memory import notes.tar --collection copy --on-conflict replace"),
+    ),
+    ("budget", budget, ("kv-memory budget --max-size 20GB --ttl 30d", "kv-memory budget --json")),
+    ("pin", pin, ("kv-memory pin handbook.pdf",)),
+    ("unpin", unpin, ("kv-memory unpin handbook.pdf",)),
     ("check", check, ("kv-memory check", "kv-memory check --json")),
     ("gc", gc, ("kv-memory gc",)),
     ("stats", stats, ("kv-memory stats", "KV_MEMORY_STORE=/data/memory kv-memory stats --json")),
@@ -128,6 +149,20 @@ def _root(
 
 for _name, _function, _lines in COMMANDS:
     app.command(_name, epilog=_examples(_lines))(_function)
+
+_DB_COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
+    (
+        "init",
+        init,
+        ("kv-memory db init team --catalog postgresql+psycopg://kv@db.local/kv --blobs s3://caches/team --tier 50GB",),
+    ),
+    ("current", current, ("kv-memory db current --store team",)),
+    ("upgrade", upgrade, ("kv-memory db upgrade --store team",)),
+)
+_db = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
+for _name, _function, _lines in _DB_COMMANDS:
+    _db.command(_name, epilog=_examples(_lines))(_function)
+app.add_typer(_db, name="db", help="Make a store in PostgreSQL and an object store; upgrade its tables.")
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from kv_memory.errors import ConfigError
 if TYPE_CHECKING:
     from kv_memory.backbone import Backbone
     from kv_memory.compress import Adapter
-    from kv_memory.config import DtypeName, Layout
+    from kv_memory.config import DtypeName, Layout, StorageName
     from kv_memory.evaluate import Evaluation, Row
     from kv_memory.evaluate.methods import RefineFrom
     from kv_memory.prompts import PromptName
@@ -58,6 +58,15 @@ def evaluate_task(
     layout: Annotated[
         str, typer.Option("--layout", metavar="NAME", help="How documents are placed: source or packed.")
     ] = "source",
+    storage: Annotated[
+        str,
+        typer.Option(
+            "--storage",
+            metavar="NAME",
+            help="Write and read every compressed cache in this form before it is asked: float32, bfloat16, float16 or "
+            "int8; 'auto' leaves them as they are.",
+        ),
+    ] = "auto",
     n_documents: Annotated[
         int | None,
         typer.Option("--n-documents", metavar="N", help="At most so many, up to 5 questions each.  [default: 60]"),
@@ -154,12 +163,14 @@ def evaluate_task(
         ratios = [ratio_of(text) for text in keep_ratio or ()]
         with out.working("Starting"):
             from kv_memory.compress import RefineSettings
+            from kv_memory.config import StorageName, check_choice
             from kv_memory.evaluate import DEFAULT_KEEP_RATIOS, TaskSettings, evaluate
             from kv_memory.evaluate.methods import check_methods
             from kv_memory.evaluate.tasks import find_task
 
         # Before the model is loaded: what is misspelt should be said at once.
         find_task(task)
+        check_choice(storage, StorageName, where="storage")
         check_methods(method, has_adapter=adapter is not None, refine_from=refine_from)
         chosen = TaskSettings(**{name: value for name, value in settings.items() if value is not None})
         refine = RefineSettings(steps=refine_steps)
@@ -175,6 +186,7 @@ def evaluate_task(
                 refine=refine,
                 refine_from=cast("RefineFrom", refine_from),
                 layout=cast("Layout", layout),
+                storage=cast("StorageName", storage),
                 generate=generate,
                 out=out_folder,
                 time_limit_s=time_limit,

@@ -9,7 +9,7 @@ from kv_memory.cli.output import Output
 from kv_memory.embedded import EMBEDDED, embedded_folder
 
 if TYPE_CHECKING:
-    from kv_memory.config import SelectorName
+    from kv_memory.config import SelectorName, StorageName
     from kv_memory.memory import KVMemory
     from kv_memory.prompts import PromptName
     from kv_memory.store import Store
@@ -42,6 +42,7 @@ def open_memory(
     prompt: str | None = None,
     refine_steps: int | None = None,
     min_fidelity: float | None = None,
+    storage: str | None = None,
 ) -> KVMemory:
     """Open a store, or make one; settings and errors as in `KVMemory.open`.
 
@@ -64,6 +65,7 @@ def open_memory(
             prompt=cast("PromptName | None", prompt),
             refine_steps=refine_steps,
             min_fidelity=min_fidelity,
+            storage=cast("StorageName | None", storage),
             load_model=create,
         )
 

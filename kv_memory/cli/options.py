@@ -26,6 +26,7 @@ __all__ = [
     "SeedOption",
     "SelectorOption",
     "StopOption",
+    "StorageOption",
     "StoreOption",
     "TemperatureOption",
     "TextOption",
@@ -93,6 +94,16 @@ MinFidelityOption = Annotated[
         metavar="KL",
         help="Refine on until the KL to the full cache on held-out probes is at most this, in nats, or 64 steps are "
         "done.  [default: the store's; at first no aim]",
+    ),
+]
+StorageOption = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        metavar="NAME",
+        help="How caches are stored: auto (as the model computes), float32, bfloat16, float16, or int8 (half of "
+        "bfloat16). For what is added from now on; what is stored stays as it is.  [default: the store's; at first "
+        "int8 for the embedded model, auto for others]",
     ),
 ]
 PassageTokensOption = Annotated[

@@ -34,5 +34,6 @@ def stats(
             ("Selector", "the adapter's" if settings.adapter else settings.selector),
             ("Keep ratio", f"{settings.keep_ratio:g}"),
             ("Passage tokens", settings.passage_tokens or "whole"),
+            ("Stored as", "the model computes" if settings.storage == "auto" else settings.storage),
         ]
         out.table(("", ""), rows)

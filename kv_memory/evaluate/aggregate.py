@@ -15,7 +15,7 @@ from kv_memory.evaluate.methods import METHODS
 from kv_memory.evaluate.records import Record
 from kv_memory.evaluate.tasks import TASKS
 
-__all__ = ["CONFIDENCE", "RESAMPLES", "Interval", "Row", "aggregate", "order", "score_of"]
+__all__ = ["CONFIDENCE", "RESAMPLES", "Interval", "Row", "aggregate", "order", "plain_name", "score_of"]
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -126,8 +126,13 @@ def _rows(task: str, columns: dict[tuple[str, float | None], _Column], seed: int
 def order(method: str, keep_ratio: float | None) -> tuple[int, str, float]:
     """Sorts columns: methods as in `METHODS`, those of others (`kvpress:snapkv`) behind, falling keep_ratio."""
     names: tuple[str, ...] = METHODS
-    own = method.rpartition(":")[2]  # `paper:adapter` and `kvpress:full` stand beside ours
+    own = plain_name(method)  # `paper:adapter` and `kvpress:full` stand beside ours
     return names.index(own) if own in names else len(names), method, -(2.0 if keep_ratio is None else keep_ratio)
+
+
+def plain_name(method: str) -> str:
+    """A method's name without label and storage: `adapter` of `paper:adapter+int8`."""
+    return method.rpartition(":")[2].partition("+")[0]
 
 
 def _row(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
-from kv_memory.config import Layout
+from kv_memory.config import Layout, StorageName
 from kv_memory.evaluate.cases import Case, EncodedQuery, encode_query
 from kv_memory.evaluate.measure import measure
 from kv_memory.evaluate.methods import Method, make_methods
@@ -22,10 +24,16 @@ __all__ = ["Bench", "Column"]
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """A method at a keep_ratio; None for the methods that have none."""
+    """A method at a keep_ratio, None for the methods that have none, and how its caches are stored."""
 
     method: Method
     keep_ratio: float | None
+    storage: StorageName = "auto"
+
+    @property
+    def name(self) -> str:
+        """The method's name in tables: `adapter+int8` for caches stored as int8."""
+        return self.method.name if self.storage == "auto" else f"{self.method.name}+{self.storage}"
 
 
 class Bench:
@@ -54,6 +62,8 @@ class Bench:
             self._take(case)
         assert self._plain is not None
         cache, elapsed_s = self._compress(case, column)
+        if cache is not None and column.storage != "auto":
+            cache = _stored(cache, column.storage)
         questions = measure(
             self._backbone,
             [] if cache is None else [cache],
@@ -69,7 +79,7 @@ class Bench:
             config=config,
             task=self._task.name,
             document=case.id,
-            method=column.method.name,
+            method=column.name,
             keep_ratio=column.keep_ratio,
             model=self._backbone.name,
             weights=self._backbone.weights_sha256,
@@ -114,3 +124,11 @@ class Bench:
         """A GPU works on after the call has returned."""
         if self._backbone.device.type == "cuda":
             torch.cuda.synchronize(self._backbone.device)
+
+
+def _stored(cache: DistilledCache, storage: StorageName) -> DistilledCache:
+    """What is read of a cache after it was written."""
+    with tempfile.TemporaryDirectory(prefix="kv-memory-eval-") as folder:
+        path = Path(folder) / "cache"
+        cache.save(path, storage=storage)
+        return DistilledCache.load(path, device=str(cache.keys.device))

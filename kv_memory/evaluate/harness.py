@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kv_memory.backbone import Backbone
 from kv_memory.compress import Adapter, RefineSettings
-from kv_memory.config import Layout, check_choice, check_keep_ratio
+from kv_memory.config import Layout, StorageName, check_choice, check_keep_ratio
 from kv_memory.errors import ConfigError
 from kv_memory.evaluate.aggregate import Row, aggregate
 from kv_memory.evaluate.bench import Bench, Column
@@ -38,7 +39,7 @@ class EvalProgress:
         n_measured: Those measured by this call.
         n_total: To do in all: documents times columns.
         document_id: What comes next.
-        method: What comes next.
+        method: What comes next, with its storage where that is not `auto`.
         keep_ratio: What comes next.
     """
 
@@ -80,6 +81,7 @@ def evaluate(
     refine: RefineSettings | None = None,
     refine_from: RefineFrom = "auto",
     layout: Layout = "source",
+    storage: StorageName = "auto",
     generate: bool = True,
     out: Path | str | None = None,
     time_limit_s: float | None = None,
@@ -100,6 +102,8 @@ def evaluate(
         refine: For `refined`.
         refine_from: Where `refined` starts, see `make_methods`.
         layout: How documents are placed, see `compose`.
+        storage: Every compressed cache is written and read in this form before it is asked; unless it is `auto`, the
+            methods are then called `adapter+int8` and so on. Ceiling and floor stay as they are.
         generate: False leaves out what needs decoded answers (F1 and its like) for speed.
         out: A folder where `examples.jsonl` is kept; what is there already is not measured again.
         time_limit_s: Stop before the next document and method once so many seconds have passed.
@@ -115,11 +119,13 @@ def evaluate(
     found_task = find_task(task)
     settings = settings or TaskSettings()
     check_choice(layout, Layout, where="layout")
+    check_choice(storage, StorageName, where="storage")
     if time_limit_s is not None and time_limit_s <= 0:
         raise ConfigError(f"the time limit must be above 0, got {time_limit_s}", where="time_limit_s")
     columns = _columns(
         make_methods(methods, backbone, adapter=adapter, refine=refine, refine_from=refine_from, seed=settings.seed),
         keep_ratios,
+        storage,
     )
     file = RecordFile(Path(out)) if out is not None else None
     known = {record.key: record for record in file.load()} if file is not None else {}
@@ -136,7 +142,7 @@ def evaluate(
                 n_measured=n_measured,
                 n_total=len(wanted),
                 document_id=case.id,
-                method=column.method.name,
+                method=column.name,
                 keep_ratio=column.keep_ratio,
             )
             on_progress(progress)
@@ -165,11 +171,15 @@ def evaluate(
     )
 
 
-def _columns(methods: Sequence[Method], keep_ratios: Sequence[float]) -> list[Column]:
+def _columns(methods: Sequence[Method], keep_ratios: Sequence[float], storage: StorageName) -> list[Column]:
     ratios = sorted({check_keep_ratio(ratio) for ratio in keep_ratios}, reverse=True)
     if not ratios and any(method.ratios for method in methods):
         raise ConfigError("no keep_ratio is given", where="keep_ratio", next_step="Pass for example --keep-ratio 1/4.")
-    return [Column(method, ratio) for method in methods for ratio in (ratios if method.ratios else (None,))]
+    return [
+        Column(method, ratio, storage if method.ratios else "auto")
+        for method in methods
+        for ratio in (ratios if method.ratios else (None,))
+    ]
 
 
 def _in_order(cases: Sequence[Case], columns: Sequence[Column]) -> Iterator[tuple[Case, Column]]:
@@ -178,7 +188,7 @@ def _in_order(cases: Sequence[Case], columns: Sequence[Column]) -> Iterator[tupl
 
 
 def _config(task: Task, column: Column, settings: TaskSettings, layout: Layout, generate: bool) -> str:
-    decides = {
+    decides: dict[str, Any] = {
         "version": _MEASURES_VERSION,
         "task": task.name,
         "max_new_tokens": task.max_new_tokens,
@@ -189,6 +199,8 @@ def _config(task: Task, column: Column, settings: TaskSettings, layout: Layout, 
         "generate": generate and bool(task.text_metrics),
         "seed": settings.seed if task.name in {"needle", "spans"} else None,  # elsewhere it draws nothing
     }
+    if column.storage != "auto":  # a key of its own, so that what was measured before there was a choice still counts
+        decides["storage"] = column.storage
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 

@@ -26,7 +26,7 @@ class Record:
         config: The same without the document: lines of one column of a table share it.
         task: Its name.
         document: The example's id.
-        method: Its name.
+        method: Its name; `adapter+int8` where its caches were written as int8 and read before they were asked.
         keep_ratio: None where the method has none.
         model: What it is called.
         weights: Hash of the model's weights.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
-from kv_memory.evaluate.aggregate import Row, aggregate, order
+from kv_memory.evaluate.aggregate import Row, aggregate, order, plain_name
 from kv_memory.evaluate.measure import METRICS, Measured
 from kv_memory.evaluate.records import FILE_NAME, Record, latest
 
@@ -187,7 +187,11 @@ def _row(data: dict[str, Any]) -> Row:
 
 
 def _labelled(record: Record, label: str) -> Record:
-    return replace(record, method=f"{label}:{record.method}") if label and record.method in _LEARNED else record
+    return (
+        replace(record, method=f"{label}:{record.method}")
+        if label and plain_name(record.method) in _LEARNED
+        else record
+    )
 
 
 def _check(records: Iterable[Record]) -> None:

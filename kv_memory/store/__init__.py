@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from kv_memory.store.budget import Limits
+from kv_memory.store.purge import PurgeReport
 from kv_memory.store.records import (
     CacheInfo,
     CheckReport,
@@ -16,15 +18,22 @@ from kv_memory.store.records import (
     StoreStats,
 )
 from kv_memory.store.store import Store
+from kv_memory.store.transfer import ExportReport, ImportReport, TransferProgress, open_archive
 
 __all__ = [
     "CacheInfo",
     "CheckReport",
     "DocumentRecord",
     "DocumentSummary",
+    "ExportReport",
     "GcReport",
+    "ImportReport",
+    "Limits",
     "PassageRecord",
+    "PurgeReport",
     "Store",
     "StoreStats",
     "StoredPassage",
+    "TransferProgress",
+    "open_archive",
 ]

@@ -1,4 +1,4 @@
-"""Blobs: immutable bytes named by their SHA-256. The embedded form keeps them in diskcache."""
+"""Blobs: immutable bytes named by their SHA-256. The embedded form keeps them in diskcache; see objects.py too."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ from diskcache.core import DBNAME, MODE_BINARY
 
 from kv_memory.errors import CorruptCacheError, StoreError
 from kv_memory.store.disk import SafeTensorsDisk
+from kv_memory.store.durable import private_file
 from kv_memory.store.faults import mapped
+from kv_memory.store.locks import FileLocks
 
 __all__ = ["BlobAudit", "BlobStore", "DiskBlobs", "blob_key", "check_folder"]
+
+
+_WRITING = "writing blobs"
 
 
 def blob_key(data: bytes) -> str:
@@ -66,8 +71,12 @@ class BlobStore(Protocol):
             StorePermissionError: The folder may not be written.
         """
 
-    def path(self, key: str) -> Path | None:
-        """The file of a blob, or None if there is no such blob.
+    def path(self, key: str, *, fresh: bool = False) -> Path | None:
+        """A local file of a blob, or None if there is no such blob.
+
+        Args:
+            key: The blob's name.
+            fresh: Not a copy: whatever lies nearer than the store itself is dropped and read anew.
 
         Raises:
             CorruptCacheError: The store's own entry for the key was tampered with.
@@ -77,7 +86,7 @@ class BlobStore(Protocol):
         """Remove a blob if it is there; returns the bytes freed."""
 
     def audit(self, *, repair: bool = False) -> BlobAudit:
-        """List what is there. With `repair`, remove what belongs to no blob. Nobody else may write meanwhile."""
+        """List what is there. With `repair`, remove what belongs to no blob. Writers wait meanwhile."""
 
 
 class DiskBlobs:
@@ -89,26 +98,33 @@ class DiskBlobs:
     Args:
         folder: Absolute; must exist.
         timeout_s: How long to wait for another process's write, in seconds.
+        size_limit: As a tier in front of an object store: drop what was read longest ago beyond so many bytes. None
+            for a store, which drops nothing by itself.
     """
 
-    def __init__(self, folder: Path, *, timeout_s: float) -> None:
+    def __init__(self, folder: Path, *, timeout_s: float, size_limit: int | None = None) -> None:
         self.folder = folder
+        self.size_limit = size_limit
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._opened: Any = None
+        # Beside the folder: in it, the file would belong to no blob. Writers share a name of it; an audit holds that
+        # name alone, so that it never takes a write under way for the leftovers of a crash.
+        self._locks = FileLocks(folder.with_name("locks"))
 
     @property
     def _cache(self) -> Any:
         with self._lock:
             if self._opened is None:
+                private_file(self.folder / DBNAME)
                 cache = diskcache.Cache(
                     str(self.folder),
                     timeout=self._timeout_s,
                     disk=SafeTensorsDisk,
                     # The defaults evict silently, even what was just written. Quotas and age live in the catalog.
-                    eviction_policy="none",
-                    cull_limit=0,
-                    size_limit=2**62,
+                    eviction_policy="none" if self.size_limit is None else "least-recently-used",
+                    cull_limit=0 if self.size_limit is None else 10,
+                    size_limit=2**62 if self.size_limit is None else self.size_limit,
                 )
                 self._opened = cache
             return self._opened
@@ -120,7 +136,7 @@ class DiskBlobs:
 
     def put(self, key: str, data: bytes, *, replace: bool = False) -> None:
         """See `BlobStore.put`. With `replace` a key that is there gets the new bytes, at once."""
-        with mapped(self.folder):
+        with self._locks.sharing(_WRITING), mapped(self.folder):
             cache = self._cache
             cache.disk.written.path = None
             # With diskcache's default (NORMAL) a power cut can take a row whose catalog row is durable. Said for this
@@ -137,8 +153,8 @@ class DiskBlobs:
                         os.unlink(path)
                 raise
 
-    def path(self, key: str) -> Path | None:
-        """See `BlobStore.path`."""
+    def path(self, key: str, *, fresh: bool = False) -> Path | None:
+        """See `BlobStore.path`. There is nothing nearer than this."""
         with mapped(self.folder):
             handle = self._cache.get(key, read=True)
             if handle is None:
@@ -153,7 +169,7 @@ class DiskBlobs:
 
     def delete(self, key: str) -> int:
         """See `BlobStore.delete`."""
-        with mapped(self.folder):
+        with self._locks.sharing(_WRITING), mapped(self.folder):
             freed_bytes = 0
             with suppress(CorruptCacheError):
                 if (path := self.path(key)) is not None:
@@ -163,7 +179,7 @@ class DiskBlobs:
 
     def audit(self, *, repair: bool = False) -> BlobAudit:
         """See `BlobStore.audit`. Reads diskcache's table itself: `iterkeys` and `check` stumble over tampered rows."""
-        with mapped(self.folder):
+        with self._locks.hold(_WRITING), mapped(self.folder):
             disk: SafeTensorsDisk = self._cache.disk
             keys: set[str] = set()
             files: set[str] = set()

@@ -1,26 +1,23 @@
-"""The catalog: one SQLite database, its transactions, and its migrations.
+"""The catalog: transactions on one database, and its migrations.
 
-Every writing transaction begins with `BEGIN IMMEDIATE`, so it holds SQLite's one write lock from its first statement.
-The store leans on that lock for more than rows: a blob is written, and unreferenced blobs are removed, only inside a
-writing transaction. So nobody can refer to a blob while it is being removed, and a collection of garbage never meets
-an unfinished write. A lock file was rejected: it needs platform code, and this lock already dies with its process.
+Every writing transaction keeps all other writers out from its first statement: `BEGIN IMMEDIATE` on SQLite, an advisory
+lock on PostgreSQL. So whoever has looked at rows in one may rely on what he saw. Blobs are not written in them, because
+an upload takes as long as it likes; names that are held (`Catalog.hold`) keep a blob from being removed while somebody
+is about to refer to it.
 """
 
 from __future__ import annotations
 
 import os
-import sqlite3
-import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from kv_memory.errors import StoreError, StoreVersionError
+from kv_memory.store.database import open_database
 from kv_memory.store.faults import mapped
 from kv_memory.store.schema import SCHEMA_HEAD
 
@@ -31,144 +28,172 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 class Catalog:
-    """Transactions on one database file. Thread-safe; may be carried over a fork.
+    """Transactions on one database. Thread-safe; may be carried over a fork.
 
     Args:
-        file: The SQLite file; made if it is not there.
+        where: A SQLite file, made if it is not there, or the URL of a PostgreSQL database.
         busy_timeout_s: How long a writer waits for another one, in seconds.
+        upgrade: Bring old tables to this version's; else an old catalog is refused.
 
     Raises:
-        StoreVersionError: A newer version of this package wrote the file. It was not touched.
-        StoreError: The file is no catalog, or cannot be opened.
+        StoreVersionError: A newer version of this package wrote it, or an older one and `upgrade` is off. It was not
+            touched.
+        StoreConnectionError: The server cannot be reached.
+        StoreError: It is no catalog, or cannot be opened.
     """
 
-    def __init__(self, file: Path, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> None:
-        self.file = file
-        self._busy_timeout_s = busy_timeout_s
-        self._engine = create_engine(
-            URL.create("sqlite", database=str(file)),
-            connect_args={"timeout": busy_timeout_s, "check_same_thread": False, "isolation_level": None},
-            poolclass=QueuePool,
-            max_overflow=-1,  # SQLite is the one to make callers wait, with an error we can name
-        )
-        event.listen(self._engine, "connect", _set_pragmas)
-        event.listen(self._engine, "begin", _begin)
-        self._writer = self._engine.execution_options(kv_memory_write=True)
+    def __init__(self, where: Path | str, *, busy_timeout_s: float = BUSY_TIMEOUT_S, upgrade: bool = True) -> None:
+        with mapped(where):
+            self._database = open_database(where, busy_timeout_s=busy_timeout_s)
+        self.where = self._database.where
+        self._engine = self._database.engine
+        reads, writes = self._database.options
+        self._reader = self._engine.execution_options(**reads)
+        self._writer = self._engine.execution_options(**writes)
         self._pid = os.getpid()
         try:
-            with mapped(file):
-                self._upgrade()
+            with mapped(self.where):
+                self._upgrade(allowed=upgrade)
         except BaseException:
             self.close()
             raise
+
+    @property
+    def dialect(self) -> str:
+        """`sqlite` or `postgresql`."""
+        return self._engine.dialect.name
 
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A transaction that sees one state of the catalog and blocks nobody."""
         with (
-            mapped(self.file),
-            Session(self._after_fork(self._engine), expire_on_commit=False) as session,
+            mapped(self.where),
+            Session(self._after_fork(self._reader), expire_on_commit=False) as session,
             session.begin(),
         ):
             yield session
 
     @contextmanager
-    def write(self) -> Iterator[Session]:
-        """A transaction that holds the write lock from its start and is durable once it has committed.
+    def write(self, *, alone: bool = True) -> Iterator[Session]:
+        """A transaction that keeps other writers out from its start and is durable once it has committed.
+
+        Args:
+            alone: False for statements that are safe beside other writers, such as claiming a task: on PostgreSQL they
+                then need not wait for their turn.
 
         Raises:
-            StoreLockedError: The lock was not to be had within the busy timeout.
+            StoreLockedError: The turn did not come within the busy timeout.
         """
         with (
-            mapped(self.file),
+            mapped(self.where),
             Session(self._after_fork(self._writer), expire_on_commit=False) as session,
             session.begin(),
         ):
             # A session begins at its first statement, which may come after the blobs were looked at. Begin now.
-            session.connection()
+            connection = session.connection()
+            if alone:
+                self._database.lock(connection)
             yield session
+
+    def hold(self, name: str, *, wait: bool = True) -> AbstractContextManager[bool]:
+        """A context in which no other thread, process or machine with this catalog holds the name.
+
+        Args:
+            name: Any text.
+            wait: Wait for whoever holds it; else the context is entered with False.
+        """
+        self._after_fork(self._engine)
+        return self._database.hold(name, wait=wait)
+
+    def revision(self) -> str | None:
+        """The version of the tables, None where there are none."""
+        with mapped(self.where), self._engine.connect() as connection:
+            return _revision(connection)
+
+    def scrub(self) -> None:
+        """Take out of the database's files what was deleted: free pages and, with SQLite, the log. See `purge`."""
+        with mapped(self.where):
+            self._after_fork(self._engine)
+            self._database.scrub()
+
+    @classmethod
+    def revision_at(cls, where: Path | str) -> str | None:
+        """The version of the tables of a catalog, whatever it is; they are not touched."""
+        with mapped(where):
+            database = open_database(where, busy_timeout_s=BUSY_TIMEOUT_S)
+        try:
+            with mapped(database.where), database.engine.connect() as connection:
+                return _revision(connection)
+        finally:
+            database.engine.dispose()
 
     def close(self) -> None:
         """Close every connection that is not in use."""
         self._engine.dispose()
 
     def _after_fork(self, engine: Engine) -> Engine:
-        # SQLite's connections must not be used on the other side of a fork, nor closed there.
+        # Connections must not be used on the other side of a fork, nor closed there.
         if self._pid != os.getpid():
             self._engine.dispose(close=False)
             self._pid = os.getpid()
         return engine
 
-    def _upgrade(self) -> None:
+    def _upgrade(self, *, allowed: bool) -> None:
         with self._engine.connect() as connection:
-            if _revision(connection) == SCHEMA_HEAD:
-                return
-            empty = _is_empty(connection)
+            revision, empty = _revision(connection), _is_empty(connection)
+        if revision == SCHEMA_HEAD:
+            return
         if empty:
-            self._switch_to_wal()
+            self._database.create()
+        elif not allowed and revision is not None:
+            self._refuse_newer(revision)
+            raise StoreVersionError(
+                f"the store has schema {revision}, this version needs {SCHEMA_HEAD}",
+                where=self.where,
+                next_step="Run `kv-memory db upgrade`, with nothing else at work on the store.",
+            )
         with self._writer.connect() as connection, connection.begin():
-            # Under the lock now, so of two processes that open an old store the second finds it done.
+            self._database.lock(connection)
+            # Alone now, so of two processes that open an old store the second finds it done.
             self._migrate(connection)
 
     def _migrate(self, connection: Connection) -> None:
         # Imported here: Alembic takes longer to import than a store at head takes to open.
         from alembic import command
         from alembic.config import Config
-        from alembic.script import ScriptDirectory
 
         revision = _revision(connection)
+        if revision is not None:
+            self._refuse_newer(revision)
+        elif not _is_empty(connection):
+            raise StoreError(
+                "this database is not a catalog of kv-memory",
+                where=self.where,
+                next_step="Choose another folder for the store, or another schema of the database.",
+            )
         config = Config()
         config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
         config.set_main_option("path_separator", "os")
-        known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-        if revision is not None and revision not in known:
-            raise StoreVersionError(
-                f"the store has schema {revision}, this version knows up to {SCHEMA_HEAD}",
-                where=str(self.file),
-                next_step="Upgrade kv-memory to the version that wrote it. Nothing was changed.",
-            )
-        if revision is None and not _is_empty(connection):
-            raise StoreError(
-                "this database is not a catalog of kv-memory",
-                where=str(self.file),
-                next_step="Choose another folder for the store.",
-            )
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
 
-    def _switch_to_wal(self) -> None:
-        # Once, at birth: the mode is kept in the file. SQLite does not wait for its busy timeout here, so we do.
-        deadline = time.monotonic() + self._busy_timeout_s
-        while True:
-            try:
-                with closing(sqlite3.connect(self.file, timeout=self._busy_timeout_s)) as connection:
-                    connection.execute("PRAGMA journal_mode = WAL")
-                return
-            except sqlite3.OperationalError as error:
-                if "is locked" not in str(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
-
-
-def _set_pragmas(connection: Any, _entry: ConnectionPoolEntry) -> None:
-    # FULL: a row that names a blob must survive a power cut once put() has returned. Reading pays nothing for it.
-    for pragma in ("foreign_keys = ON", "synchronous = FULL"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _begin(connection: Connection) -> None:
-    # Upgrading a read transaction to a write fails at once if anybody wrote in between; so writers say so first.
-    writes = connection.get_execution_options().get("kv_memory_write", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+    def _refuse_newer(self, revision: str) -> None:
+        if revision > SCHEMA_HEAD:  # they are numbers of four digits
+            raise StoreVersionError(
+                f"the store has schema {revision}, this version knows up to {SCHEMA_HEAD}",
+                where=self.where,
+                next_step="Upgrade kv-memory to the version that wrote it. Nothing was changed.",
+            )
 
 
 def _is_empty(connection: Connection) -> bool:
-    return connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar() == 0
+    if connection.dialect.name == "sqlite":
+        return connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar() == 0
+    return not inspect(connection).get_table_names()  # of the search path's schema
 
 
 def _revision(connection: Connection) -> str | None:
-    tables = connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE name = 'alembic_version'").all()
-    if not tables:
+    if not inspect(connection).has_table("alembic_version"):
         return None
-    revision: str | None = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+    revision: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
     return revision

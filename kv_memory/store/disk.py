@@ -12,13 +12,14 @@ import os
 import threading
 from collections.abc import Iterable
 from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import diskcache
 from diskcache.core import MODE_BINARY, UNKNOWN
 
 from kv_memory.errors import CorruptCacheError
-from kv_memory.store.durable import fsync_folder
+from kv_memory.store.durable import fsync_folder, private_folder, private_opener
 from kv_memory.store.faults import mapped
 
 __all__ = ["SafeTensorsDisk"]
@@ -81,9 +82,9 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
     def _write(self, full_path: str, iterator: Iterable[bytes], mode: str, encoding: str | None = None) -> int:
         temporary = full_path + ".tmp"
         folder = os.path.dirname(full_path)
-        os.makedirs(folder, exist_ok=True)
+        private_folder(Path(folder))
         try:
-            with open(temporary, "xb") as handle:
+            with open(temporary, "xb", opener=private_opener) as handle:
                 size = sum(handle.write(chunk) for chunk in iterator)
                 handle.flush()
                 os.fsync(handle.fileno())

@@ -9,7 +9,7 @@ from typing import TypeVar
 from sqlalchemy import ColumnElement, Select, delete, exists, func, insert, select, update
 from sqlalchemy.orm import Session
 
-from kv_memory.errors import ConfigError, DocumentNotFoundError
+from kv_memory.errors import ConfigError, DocumentNotFoundError, EncodingError
 from kv_memory.store.records import DocumentRecord, DocumentSummary, PassageRecord, StoredPassage
 from kv_memory.store.schema import CacheRow, CollectionRow, DocumentRow, PassageRow, utc_now
 
@@ -69,6 +69,13 @@ def write_document(session: Session, collection_id: int, record: DocumentRecord)
         {"ordinal": ordinal, "text": passage.text, "text_sha256": passage.text_sha256, "n_tokens": passage.n_tokens}
         for ordinal, passage in enumerate(record.passages)
     ]
+    for text in (record.id, record.source_uri or "", *(passage.text for passage in record.passages)):
+        if "\0" in text:
+            raise EncodingError(
+                "a text with a NUL character cannot be stored",  # PostgreSQL cannot; SQLite should not differ
+                where=f"document {record.id!r}",
+                next_step="Decode the document with its right encoding, or take the NUL characters out.",
+            )
     now = utc_now()
     before: set[str] = set()
     try:

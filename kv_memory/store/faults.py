@@ -1,4 +1,4 @@
-"""Foreign errors of the disk and of SQLite, mapped to the store's own at one place."""
+"""Foreign errors of the disk, the databases and object stores, mapped to the store's own at one place."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import diskcache
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
-from kv_memory.errors import StoreError, StoreFullError, StoreLockedError, StorePermissionError
+from kv_memory.errors import (
+    KVMemoryError,
+    StoreConnectionError,
+    StoreError,
+    StoreFullError,
+    StoreLockedError,
+    StorePermissionError,
+)
 
 __all__ = ["mapped", "store_error"]
 
@@ -29,6 +36,10 @@ def store_error(error: BaseException, where: str) -> StoreError | None:
     """
     if isinstance(error, DBAPIError) and isinstance(error.orig, sqlite3.Error):
         error = error.orig
+    if isinstance(error, DBAPIError):
+        return _of_postgres(error, where)
+    if type(error).__module__.startswith("obstore"):
+        return _of_objects(error, where)
     if isinstance(error, sqlite3.Error) and "no transaction is active" in str(error):
         # SQLite rolls back by itself when the disk is full; diskcache's own ROLLBACK then hides the real error.
         error = error.__context__ or error
@@ -73,6 +84,47 @@ def _of_sqlite(error: sqlite3.Error, where: str) -> StoreError:
     )
 
 
+def _of_postgres(error: DBAPIError, where: str) -> StoreError | None:
+    state: str | None = getattr(error.orig, "sqlstate", None)
+    reason = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else type(error.orig).__name__
+    if state in {"53100", "53200"}:  # the server's disk or memory
+        return _full(where)
+    if state == "55P03":
+        return _locked(where)
+    if state is not None and state[:2] in {"28", "42"} and state not in {"42P01", "42703"}:
+        return _forbidden(where, reason)
+    broken = state is None and isinstance(
+        error, OperationalError | InterfaceError
+    )  # psycopg has no code without an answer
+    if error.connection_invalidated or broken or (state or "")[:2] in {"08", "57", "53"}:
+        return StoreConnectionError(
+            f"the database does not answer: {reason}",
+            where=where,
+            next_step="Check that the server runs and can be reached, then try again; what was stored is untouched.",
+        )
+    return StoreError(
+        f"the database failed: {reason}", where=where, next_step="Check the server's log, then try again."
+    )
+
+
+def _of_objects(error: BaseException, where: str) -> StoreError:
+    name = type(error).__name__
+    reason = next(iter(str(error).strip().splitlines()), name)[:300]
+    if name in {"PermissionDeniedError", "UnauthenticatedError"}:
+        return StorePermissionError(
+            f"the object store refuses: {reason}",
+            where=where,
+            next_step="Check the credentials in the environment and the bucket's policy, then try again.",
+        )
+    if name in {"InvalidPathError", "NotSupportedError", "UnknownConfigurationKeyError"}:
+        return StoreError(f"the object store cannot do that: {reason}", where=where, next_step="Check its URL.")
+    return StoreConnectionError(
+        f"the object store does not answer as it should: {reason}",
+        where=where,
+        next_step="Check its URL, the network and the service, then try again; what was stored is untouched.",
+    )
+
+
 def _full(where: str) -> StoreFullError:
     return StoreFullError(
         "no space left to write",
@@ -105,6 +157,7 @@ def mapped(where: Path | str) -> Iterator[None]:
         where: Named in the error unless the foreign error names a file itself.
 
     Raises:
+        StoreConnectionError: A server does not answer.
         StoreFullError: No space, quota or file size left.
         StorePermissionError: Reading or writing is not allowed.
         StoreLockedError: SQLite's busy timeout ran out.
@@ -112,8 +165,8 @@ def mapped(where: Path | str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, sqlite3.Error, DBAPIError, diskcache.Timeout) as error:
-        ours = store_error(error, str(where))
+    except Exception as error:
+        ours = None if isinstance(error, KVMemoryError) else store_error(error, str(where))
         if ours is None:
             raise
         raise ours from error

@@ -127,15 +127,15 @@ class CacheInfo:
         keep_ratio: What was asked for, in (0, 1].
         n_tokens: Length of the text.
         n_kept: Entries kept in every layer and head.
-        dtype: Of keys and values.
+        dtype: Of keys and values in the blob: `bfloat16`, `int8`, ...
         size_bytes: Of the blob.
         blob_key: The blob's name, which is the SHA-256 hex digest of its bytes.
         fidelity: Last held-out probe KL in nats, lower is better; None if it was not measured.
         refined_steps: Gradient steps of refinement behind it.
-        pinned: Reserved for quotas; nothing reads it yet.
+        pinned: Never evicted, whatever the budget.
         created_at: UTC.
         last_used_at: UTC; written with a delay, see `Store.get`.
-        expires_at: Reserved for ageing; nothing reads it yet.
+        expires_at: From then on it counts as missing; None for never.
     """
 
     text_sha256: str
@@ -192,6 +192,7 @@ class GcReport:
         n_orphan_blobs: Blobs no row named, not counting those of the unreferenced caches.
         n_dangling_rows: Rows whose blob was not there.
         n_unreferenced_caches: Caches of this collection whose text is in no passage.
+        n_expired_caches: Caches whose time has run out.
         n_strays: Leftovers of interrupted writes.
         freed_bytes: Size of the files removed.
     """
@@ -199,6 +200,7 @@ class GcReport:
     n_orphan_blobs: int
     n_dangling_rows: int
     n_unreferenced_caches: int
+    n_expired_caches: int
     n_strays: int
     freed_bytes: int
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, DateTime, Double, ForeignKey, MetaData, String, Text, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    DateTime,
+    Double,
+    ForeignKey,
+    Index,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+)
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -15,16 +26,20 @@ __all__ = [
     "Base",
     "CacheRow",
     "CollectionRow",
+    "CounterRow",
     "DocumentRow",
     "FingerprintRow",
+    "JobRow",
+    "OptionRow",
     "PassageRow",
     "PrefixRow",
+    "TaskRow",
     "UTCDateTime",
     "utc_now",
 ]
 
 # The newest migration. Written here, so that opening a store at head need not import Alembic; a test holds it true.
-SCHEMA_HEAD = "0002"
+SCHEMA_HEAD = "0003"
 
 
 def utc_now() -> datetime:
@@ -71,7 +86,29 @@ class CollectionRow(Base):
     name: Mapped[str] = mapped_column(String(255), unique=True)
     revision: Mapped[int] = mapped_column(default=0)
     settings: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    # What its distilled caches may take together, and how long each lives after it was put; None for no bound.
+    max_size_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    ttl_s: Mapped[float | None]
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
+class OptionRow(Base):
+    """A setting of the whole store, e.g. its budget."""
+
+    __tablename__ = "option"
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[dict[str, Any]]
+
+
+class CounterRow(Base):
+    """A count that grows: hits, misses, evictions. Written with a delay, like the times of last use."""
+
+    __tablename__ = "counter"
+    __table_args__ = (UniqueConstraint("collection_id", "name"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    collection_id: Mapped[int] = mapped_column(ForeignKey("collection.id", ondelete="CASCADE"))
+    name: Mapped[str] = mapped_column(String(64))
+    value: Mapped[float]
 
 
 class DocumentRow(Base):
@@ -81,7 +118,8 @@ class DocumentRow(Base):
     __table_args__ = (UniqueConstraint("collection_id", "document_id"),)
     id: Mapped[int] = mapped_column(primary_key=True)
     collection_id: Mapped[int] = mapped_column(ForeignKey("collection.id", ondelete="CASCADE"))
-    document_id: Mapped[str] = mapped_column(Text)
+    # By code points in both databases: PostgreSQL would order by the language of the server.
+    document_id: Mapped[str] = mapped_column(Text().with_variant(Text(collation="C"), "postgresql"))
     content_sha256: Mapped[str] = mapped_column(String(64))
     source_uri: Mapped[str | None] = mapped_column(Text)
     # `metadata` is taken on declarative classes.
@@ -99,7 +137,9 @@ class PassageRow(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     document_pk: Mapped[int] = mapped_column(ForeignKey("document.id", ondelete="CASCADE"))
     ordinal: Mapped[int]
-    text: Mapped[str] = mapped_column(Text)
+    # The text itself, where the user asked for it to be kept; else its words as hashes, for retrieval.
+    text: Mapped[str | None] = mapped_column(Text)
+    terms: Mapped[dict[str, Any] | None]
     text_sha256: Mapped[str] = mapped_column(String(64), index=True)
     n_tokens: Mapped[int]
 
@@ -138,7 +178,7 @@ class CacheRow(Base):
     pinned: Mapped[bool] = mapped_column(default=False)
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     last_used_at: Mapped[datetime | None]
-    expires_at: Mapped[datetime | None]
+    expires_at: Mapped[datetime | None] = mapped_column(index=True)
 
 
 class PrefixRow(Base):
@@ -152,3 +192,46 @@ class PrefixRow(Base):
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     blob_key: Mapped[str] = mapped_column(String(64), index=True)
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
+class JobRow(Base):
+    """A batch of documents to compress; `kv_memory.jobs` reads and writes it."""
+
+    __tablename__ = "job"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), unique=True)
+    collection_id: Mapped[int] = mapped_column(ForeignKey("collection.id", ondelete="CASCADE"))
+    state: Mapped[str] = mapped_column(String(16))
+    sources: Mapped[dict[str, Any]]
+    settings: Mapped[dict[str, Any]]
+    # Whether every document of the sources has its task by now.
+    discovered: Mapped[bool] = mapped_column(default=False)
+    driver: Mapped[str | None] = mapped_column(String(255))
+    driver_expires_at: Mapped[datetime | None]
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    updated_at: Mapped[datetime] = mapped_column(default=utc_now)
+    finished_at: Mapped[datetime | None]
+
+
+class TaskRow(Base):
+    """One document of a job: the ledger's line."""
+
+    __tablename__ = "task"
+    __table_args__ = (
+        UniqueConstraint("job_id", "document_id"),
+        Index(None, "job_id", "state", "id"),  # what a claim looks for
+    )
+    id: Mapped[int] = mapped_column(primary_key=True)
+    job_id: Mapped[int] = mapped_column(ForeignKey("job.id", ondelete="CASCADE"))
+    document_id: Mapped[str] = mapped_column(Text)
+    uri: Mapped[str] = mapped_column(Text)
+    state: Mapped[str] = mapped_column(String(16))
+    attempts: Mapped[int] = mapped_column(default=0)
+    worker: Mapped[str | None] = mapped_column(String(255))
+    lease_expires_at: Mapped[datetime | None]
+    error: Mapped[dict[str, Any] | None]
+    n_passages: Mapped[int] = mapped_column(default=0)
+    n_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
+    elapsed_s: Mapped[float | None]
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    updated_at: Mapped[datetime] = mapped_column(default=utc_now)

@@ -6,20 +6,23 @@ import re
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import finalize
 
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
-from kv_memory.config import check_keep_ratio
+from kv_memory.config import StorageName, check_keep_ratio, stored_dtype
 from kv_memory.errors import CacheNotFoundError, ConfigError, CorruptCacheError, StoreError
 from kv_memory.fingerprint import Fingerprint
 from kv_memory.store.blobs import blob_key
+from kv_memory.store.budget import alive, evict, read_limits
 from kv_memory.store.catalog import Catalog
 from kv_memory.store.documents import batches, referred_texts, select_passages
 from kv_memory.store.faults import store_error
+from kv_memory.store.locks import FileLocks
 from kv_memory.store.records import CacheInfo
 from kv_memory.store.schema import CacheRow, FingerprintRow, PassageRow, PrefixRow, utc_now
 from kv_memory.store.vault import Vault
@@ -45,61 +48,116 @@ class Shelf:
     Args:
         catalog: Of the store.
         vault: Of the store.
+        readers: Who on this machine reads which blob.
         collection_id: Whose caches these are.
     """
 
-    def __init__(self, catalog: Catalog, vault: Vault, collection_id: int) -> None:
+    def __init__(self, catalog: Catalog, vault: Vault, readers: FileLocks, collection_id: int) -> None:
         self._catalog = catalog
         self._vault = vault
+        self._readers = readers
         self._collection_id = collection_id
         self._lock = threading.Lock()
         self._used: dict[int, datetime] = {}
 
     # caches
 
-    def put(self, text_sha256: str, cache: DistilledCache, *, fidelity: float | None) -> CacheInfo:
+    def put(
+        self, text_sha256: str, cache: DistilledCache, *, fidelity: float | None, storage: StorageName
+    ) -> CacheInfo:
         """See `Store.put`."""
         if re.fullmatch("[0-9a-f]{64}", text_sha256) is None:
             raise ConfigError("text_sha256 must be a SHA-256 hex digest", where=f"text_sha256={text_sha256[:80]!r}")
         digest, keep_ratio = cache.fingerprint.digest, cache.keep_ratio
+        if (there := self._sound_row(text_sha256, digest, keep_ratio)) is not None:
+            return cache_info(there)
+        data = cache.to_bytes(storage=storage)
+        key = blob_key(data)
+        row = CacheRow(
+            collection_id=self._collection_id,
+            text_sha256=text_sha256,
+            fingerprint=digest,
+            method=cache.fingerprint.method,
+            keep_ratio=keep_ratio,
+            n_tokens=cache.n_tokens,
+            n_kept=cache.n_kept,
+            dtype=stored_dtype(storage, cache.fingerprint.dtype),
+            size_bytes=len(data),
+            blob_key=key,
+            fidelity=cache.fidelity if fidelity is None else fidelity,
+            refined_steps=cache.refined_steps,
+        )
+        left: list[str] = [key]  # blobs that may have no row afterwards
+        try:
+            # The blob first, outside any transaction: it takes as long as it takes. Held, nobody sweeps it away.
+            with self._catalog.hold(f"blob {key}"):
+                self._vault.put(key, data)
+                with self._catalog.read() as session:
+                    bounded = read_limits(session, self._collection_id).bounded
+                if bounded:
+                    self.flush()  # what was used last decides what goes
+                with self._catalog.write() as session:
+                    there = self._find(session, text_sha256, digest, keep_ratio)
+                    if there is not None:  # somebody else was quicker
+                        return cache_info(there)
+                    left = self._insert(session, row, cache.fingerprint)
+                    return cache_info(row)
+        finally:
+            self.sweep(left)
+
+    def _sound_row(self, text_sha256: str, digest: str, keep_ratio: float) -> CacheRow | None:
+        """The row of a cache whose blob is sound; one whose blob is not is taken out first."""
         with self._catalog.read() as session:
             row = self._find(session, text_sha256, digest, keep_ratio)
-        if row is not None and self._vault.sound(row.blob_key, row.size_bytes):
-            return cache_info(row)
-        data = cache.to_bytes()
-        key = blob_key(data)
-        try:
-            with self._catalog.write() as session:
-                row = self._find(session, text_sha256, digest, keep_ratio)
-                if row is not None:
-                    if self._vault.sound(row.blob_key, row.size_bytes):
-                        return cache_info(row)
-                    self._vault.quarantine(row.blob_key)
-                    _delete_rows(session, row.blob_key)
-                self._vault.put(key, data)
-                if session.get(FingerprintRow, digest) is None:
-                    session.add(FingerprintRow(digest=digest, json=cache.fingerprint.to_json()))
-                    session.flush()
-                row = CacheRow(
-                    collection_id=self._collection_id,
-                    text_sha256=text_sha256,
-                    fingerprint=digest,
-                    method=cache.fingerprint.method,
-                    keep_ratio=keep_ratio,
-                    n_tokens=cache.n_tokens,
-                    n_kept=cache.n_kept,
-                    dtype=cache.fingerprint.dtype,
-                    size_bytes=len(data),
-                    blob_key=key,
-                    fidelity=cache.fidelity if fidelity is None else fidelity,
-                    refined_steps=cache.refined_steps,
-                )
-                session.add(row)
-                session.flush()
-                return cache_info(row)
-        except StoreError:
-            self.sweep([key])  # the row did not make it; the blob may have
-            raise
+        if row is not None and not self._vault.sound(row.blob_key, row.size_bytes):
+            self._condemn(row.blob_key, row.size_bytes)
+            return None
+        return row
+
+    def _insert(self, session: Session, row: CacheRow, fingerprint: Fingerprint) -> list[str]:
+        """Add a row and make room for it; returns the blobs of the rows that went."""
+        now = utc_now()
+        limits = read_limits(session, self._collection_id)
+        row.created_at = now
+        row.expires_at = None if limits.ttl_s is None else now + timedelta(seconds=limits.ttl_s)
+        expired = delete(CacheRow).where(
+            CacheRow.collection_id == self._collection_id,
+            CacheRow.text_sha256 == row.text_sha256,
+            CacheRow.fingerprint == row.fingerprint,
+            CacheRow.keep_ratio == row.keep_ratio,
+        )
+        gone = list(session.scalars(expired.returning(CacheRow.blob_key)))
+        if session.get(FingerprintRow, row.fingerprint) is None:
+            session.add(FingerprintRow(digest=row.fingerprint, json=fingerprint.to_json()))
+            session.flush()
+        session.add(row)
+        session.flush()
+        if limits.bounded:
+            gone += evict(
+                session,
+                self._collection_id,
+                limits,
+                now=now,
+                spare=row.id,
+                being_read=lambda key: self._readers.shared(f"read {key}"),
+            )
+        return gone
+
+    def make_room(self) -> int:
+        """Evict what is beyond the budget now, e.g. because it was lowered; returns how many caches went."""
+        self.flush()
+        with self._catalog.write() as session:
+            limits = read_limits(session, self._collection_id)
+            gone = evict(
+                session,
+                self._collection_id,
+                limits,
+                now=utc_now(),
+                spare=None,
+                being_read=lambda key: self._readers.shared(f"read {key}"),
+            )
+        self.sweep(gone)
+        return len(gone)
 
     def warm(self) -> None:
         """Let SQLAlchemy compile the look-up, which takes as long as a few hundred of them."""
@@ -114,18 +172,27 @@ class Shelf:
                 if row is None:
                     self._raise_not_found(session, text_sha256, fingerprint, keep_ratio)
                     raise AssertionError("unreachable")
+            # From here to the end of the cache nobody evicts it: eviction leaves out what is being read.
+            name = f"read {row.blob_key}"
+            self._readers.share(name)
+            kept = False
             readable = False
             try:
                 path = self._vault.verified_path(row.blob_key, row.size_bytes)
                 readable = True
                 cache = _load(path)
+                cache.fingerprint.check(fingerprint, where=f"blob {row.blob_key}")
+                finalize(cache, self._readers.unshare, name)
+                kept = True
             except FileNotFoundError:
                 continue  # removed since: the row is gone too, or it is found missing in the next round
             except CorruptCacheError as error:
                 if self._condemn(row.blob_key, row.size_bytes, recheck=not readable):
                     raise self._corrupt(error.what, row.blob_key, text_sha256) from error
                 continue  # deleted or made again by somebody else since
-            cache.fingerprint.check(fingerprint, where=f"blob {row.blob_key}")
+            finally:
+                if not kept:
+                    self._readers.unshare(name)
             self._note_use(row.id)
             return cache
         raise StoreError("the cache changed each time it was read", where=f"text {text_sha256}", next_step="Try again.")
@@ -162,41 +229,51 @@ class Shelf:
             )
         return keys
 
-    def sweep(self, keys: Iterable[str]) -> None:
-        """Remove those blobs that no row of any collection names. What cannot be removed now is left to `gc`."""
-        candidates = set(keys)
-        if not candidates:
-            return
-        # In a transaction of its own, after the rows were deleted for good; under the write lock, so that nobody
-        # starts to refer to a blob between the look and the removal.
-        with suppress(StoreError), self._catalog.write() as session:
-            for batch in batches(candidates):
-                live: set[str] = set()
-                for table in (CacheRow, PrefixRow):
-                    live.update(session.scalars(select(table.blob_key).where(table.blob_key.in_(batch))))
-                for key in set(batch) - live:
-                    self._vault.blobs.delete(key)
+    def sweep(self, keys: Iterable[str]) -> int:
+        """Remove those blobs that no row of any collection names. What cannot be removed now is left to `gc`.
+
+        Returns:
+            Bytes freed.
+        """
+        freed_bytes = 0
+        for batch in batches(set(keys)):
+            with suppress(StoreError):
+                for key in set(batch) - self._named(batch):
+                    # Held by whoever is about to refer to it; looked at again once it is ours, and nobody can be.
+                    with self._catalog.hold(f"blob {key}", wait=False) as ours:
+                        if ours and not self._named([key]):
+                            freed_bytes += self._vault.blobs.delete(key)
+        return freed_bytes
+
+    def _named(self, keys: list[str]) -> set[str]:
+        """Those of the blobs that a row of any collection names."""
+        named: set[str] = set()
+        with self._catalog.read() as session:
+            for table in (CacheRow, PrefixRow):
+                named.update(session.scalars(select(table.blob_key).where(table.blob_key.in_(keys))))
+        return named
 
     # prefixes
 
     def put_prefix(self, key: str, data: bytes) -> None:
         """See `Store.put_prefix`."""
         blob = blob_key(data)
-        replaced: list[str] = []
+        left = [blob]
         try:
-            with self._catalog.write() as session:
-                row = self._find_prefix(session, key)
+            with self._catalog.hold(f"blob {blob}"):
                 self._vault.put(blob, data)
-                if row is None:
-                    row = PrefixRow(collection_id=self._collection_id, key=key)
-                    session.add(row)
-                elif row.blob_key != blob:
-                    replaced.append(row.blob_key)
-                row.blob_key, row.size_bytes = blob, len(data)
-        except StoreError:
-            self.sweep([blob])
+                with self._catalog.write() as session:
+                    row = self._find_prefix(session, key)
+                    left = [] if row is None or row.blob_key == blob else [row.blob_key]
+                    if row is None:
+                        row = PrefixRow(collection_id=self._collection_id, key=key)
+                        session.add(row)
+                    row.blob_key, row.size_bytes = blob, len(data)
+        except BaseException:
+            left = [*left, blob]
             raise
-        self.sweep(replaced)
+        finally:
+            self.sweep(left)
 
     def get_prefix(self, key: str) -> Path | None:
         """See `Store.get_prefix`."""
@@ -228,12 +305,13 @@ class Shelf:
 
     def _condemn(self, key: str, size_bytes: int, *, recheck: bool = True) -> bool:
         """Quarantine a blob and delete its rows; False if by now nothing is wrong, or nobody refers to it."""
-        with self._catalog.write() as session:
-            rows = [session.scalar(select(table.id).where(table.blob_key == key)) for table in (CacheRow, PrefixRow)]
-            if rows == [None, None] or (recheck and self._vault.sound(key, size_bytes)):
+        with self._catalog.hold(f"blob {key}"):
+            if not self._named([key]) or (recheck and self._vault.sound(key, size_bytes)):
                 return False
+            with self._catalog.write() as session:
+                for table in (CacheRow, PrefixRow):
+                    session.execute(delete(table).where(table.blob_key == key))
             self._vault.quarantine(key)
-            _delete_rows(session, key)
         return True
 
     def _corrupt(self, what: str, key: str, text_sha256: str) -> CorruptCacheError:
@@ -270,6 +348,7 @@ class Shelf:
                 CacheRow.text_sha256 == text_sha256,
                 CacheRow.fingerprint == digest,
                 CacheRow.keep_ratio == check_keep_ratio(keep_ratio),
+                alive(utc_now()),
             )
         )
 
@@ -292,7 +371,7 @@ class Shelf:
         rows = session.execute(
             select(CacheRow.keep_ratio, FingerprintRow.json)
             .join(FingerprintRow, FingerprintRow.digest == CacheRow.fingerprint)
-            .where(CacheRow.collection_id == self._collection_id, CacheRow.text_sha256 == text_sha256)
+            .where(CacheRow.collection_id == self._collection_id, CacheRow.text_sha256 == text_sha256, alive(utc_now()))
             .order_by(CacheRow.id.desc())
         ).all()
         where = self._document_of(text_sha256)
@@ -307,11 +386,6 @@ class Shelf:
             next_step="Run `kv-memory add --stale` to make what is missing"
             + (", or ask with one of those keep ratios." if ratios else "."),
         )
-
-
-def _delete_rows(session: Session, key: str) -> None:
-    for table in (CacheRow, PrefixRow):
-        session.execute(delete(table).where(table.blob_key == key))
 
 
 def _load(path: Path) -> DistilledCache:

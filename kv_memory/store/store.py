@@ -1,24 +1,34 @@
-"""Store: documents, passages and distilled caches of one collection, in one folder."""
+"""Store: documents, passages and distilled caches of one collection."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from sqlalchemy import exists, select
+from sqlalchemy import exists, select, update
 
-from kv_memory.config import check_keep_ratio
+from kv_memory.config import StorageName, check_keep_ratio
 from kv_memory.errors import ConfigError, DocumentNotFoundError, StoreError, StorePermissionError
 from kv_memory.fingerprint import Fingerprint
 from kv_memory.store import catalog as catalogs
 from kv_memory.store import documents, upkeep
+from kv_memory.store.archive_reader import ArchiveReader
 from kv_memory.store.blobs import DiskBlobs, check_folder
+from kv_memory.store.budget import Limits, alive, read_limits, write_limits
 from kv_memory.store.catalog import Catalog
+from kv_memory.store.durable import private_folder
+from kv_memory.store.exporting import export_collection
 from kv_memory.store.faults import mapped
+from kv_memory.store.importing import import_collection
+from kv_memory.store.locks import FileLocks
+from kv_memory.store.objects import ObjectBlobs
+from kv_memory.store.place import find_place
+from kv_memory.store.purge import PurgeReport, index_folder, purge
 from kv_memory.store.records import (
     CacheInfo,
     CheckReport,
@@ -28,76 +38,116 @@ from kv_memory.store.records import (
     StoredPassage,
     StoreStats,
 )
-from kv_memory.store.schema import CacheRow, CollectionRow, DocumentRow, PassageRow
+from kv_memory.store.schema import CacheRow, CollectionRow, DocumentRow, PassageRow, utc_now
 from kv_memory.store.shelf import Shelf, cache_info
+from kv_memory.store.transfer import ExportReport, ImportReport, OnConflict, TransferProgress
 from kv_memory.store.vault import Vault
 
 if TYPE_CHECKING:
     from kv_memory.cache import DistilledCache  # imports torch: where no cache is read, listing stays quick
 
-__all__ = ["Store"]
+__all__ = ["Store", "catalog_of"]
 
 _CATALOG = "catalog.sqlite"
 
 
 class Store:
-    """One collection in a store's folder. Thread-safe, and several processes may use one folder.
+    """One collection of a store. Thread-safe, and several processes may use one store.
 
-    The folder holds `catalog.sqlite`, `blobs/` and `quarantine/`. It must be on a local disk: SQLite's write-ahead
-    log does not work over network file systems. Every method may raise the `StoreError` subclasses for a full disk, a
-    forbidden folder and a catalog locked for longer than 30 s.
+    A store is named by its folder. That holds `catalog.sqlite`, `blobs/` and `quarantine/`, and must be on a local
+    disk: SQLite's write-ahead log does not work over network file systems. A store that many machines share has its
+    catalog in PostgreSQL and its blobs in an object store; then the folder, one on each machine, says where they are
+    (`store.json`), and `blobs/` holds copies of those in use.
+
+    Every method may raise the `StoreError` subclasses for a full disk, a forbidden folder, a catalog locked for longer
+    than 30 s, and a server that does not answer.
 
     Make one with `Store.open`.
     """
 
-    def __init__(self, path: Path, collection: str, catalog: Catalog, blobs: DiskBlobs, collection_id: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        collection: str,
+        catalog: Catalog,
+        blobs: DiskBlobs | ObjectBlobs,
+        readers: FileLocks,
+        collection_id: int,
+    ) -> None:
         self.path = path
         self.collection = collection
         self._catalog = catalog
         self._blobs = blobs
+        self._readers = readers
         self._collection_id = collection_id
         self._quarantine = path / "quarantine"
         self._vault = Vault(blobs, self._quarantine)
         self._owns_connections = True
-        self._shelf = Shelf(catalog, self._vault, collection_id)
+        self._shelf = Shelf(catalog, self._vault, readers, collection_id)
 
     @classmethod
-    def open(cls, path: Path | str, *, collection: str = "default", create: bool = True) -> Store:
-        """Open the store in a folder, upgrading an old one.
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        collection: str = "default",
+        create: bool = True,
+        catalog: str | None = None,
+        blobs: str | None = None,
+        tier_size_bytes: int | None = None,
+    ) -> Store:
+        """Open the store of a folder, upgrading an old one.
 
         Args:
             path: The folder.
             collection: The tenant whose documents and caches are seen.
             create: Make folder and collection if they are not there.
+            catalog: For a new store: `postgresql+psycopg://USER@HOST/DATABASE`, `?schema=NAME` for another schema than
+                `kv_memory`. None keeps it in the folder. Passwords are best left to `~/.pgpass` or `PGPASSWORD`: the
+                URL is written down, for the owner to read.
+            blobs: For a new store: `s3://BUCKET/PREFIX`, `gs://...`, `az://...` or `file:///FOLDER`; credentials come
+                from the environment. None keeps them in the folder.
+            tier_size_bytes: What copies of an object store's blobs may take in the folder; 20 GB unless set.
 
         Raises:
+            ConfigError: `catalog` or `blobs` is not where the store is, or is no such URL.
             StoreError: There is no store or no such collection, and `create` is off; or the folder holds something
                 else.
-            StoreVersionError: A newer version of this package wrote it. Nothing was changed.
+            StoreVersionError: A newer version of this package wrote it, or an older one wrote a shared catalog, which
+                `kv-memory db upgrade` upgrades. Nothing was changed.
             StorePermissionError: The folder may not be read and written.
+            StoreConnectionError: The database or the object store does not answer.
         """
         folder = Path(os.path.abspath(Path(path).expanduser()))
         _check_name(collection)
         check_folder(folder)
         with mapped(folder):
-            if not create and not (folder / _CATALOG).is_file():
-                raise StoreError(
-                    "there is no store in this folder",
-                    where=str(folder),
-                    next_step="Make one with `kv-memory add FILE`, or name its folder with `--store`.",
-                )
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            there = any((folder / name).is_file() for name in (_CATALOG, "store.json"))
+            if not create:
+                _check_there(folder)
+            private_folder(folder)
             _check_access(folder)
             for name in ("blobs", "quarantine"):
                 (folder / name).mkdir(mode=0o700, exist_ok=True)
-        catalog = Catalog(folder / _CATALOG, busy_timeout_s=catalogs.BUSY_TIMEOUT_S)
+        place = find_place(folder, catalog=catalog, blobs=blobs, tier_size_bytes=tier_size_bytes, new=not there)
+        # Others may be at work on a shared catalog with the version that wrote it: they decide when it is upgraded.
+        opened = Catalog(
+            place.catalog or folder / _CATALOG,
+            busy_timeout_s=catalogs.BUSY_TIMEOUT_S,
+            upgrade=place.catalog is None,
+        )
         try:
-            collection_id = _find_collection(catalog, collection, create=create)
+            disk = DiskBlobs(
+                folder / "blobs",
+                timeout_s=catalogs.BUSY_TIMEOUT_S,
+                size_limit=None if place.blobs is None else place.tier_size_bytes,
+            )
+            kept: DiskBlobs | ObjectBlobs = disk if place.blobs is None else ObjectBlobs(place.blobs, disk)
+            collection_id = _find_collection(opened, collection, create=create)
         except BaseException:
-            catalog.close()
+            opened.close()
             raise
-        blobs = DiskBlobs(folder / "blobs", timeout_s=catalogs.BUSY_TIMEOUT_S)
-        return cls(folder, collection, catalog, blobs, collection_id)
+        return cls(folder, collection, opened, kept, FileLocks(folder / "locks"), collection_id)
 
     def in_collection(self, collection: str, *, create: bool = True) -> Store:
         """Another collection of this folder, over the same connections; unusable once this store is closed.
@@ -111,7 +161,7 @@ class Store:
         """
         _check_name(collection)
         collection_id = _find_collection(self._catalog, collection, create=create)
-        store = Store(self.path, collection, self._catalog, self._blobs, collection_id)
+        store = Store(self.path, collection, self._catalog, self._blobs, self._readers, collection_id)
         store._owns_connections = False
         return store
 
@@ -119,8 +169,29 @@ class Store:
         """Write what is buffered and close the connections."""
         self._shelf.flush()
         if self._owns_connections:
+            self._readers.close()
             self._blobs.close()
             self._catalog.close()
+
+    @property
+    def blobs_url(self) -> str:
+        """Where the blobs are: the URL of an object store, or the folder."""
+        return self._blobs.url if isinstance(self._blobs, ObjectBlobs) else str(self._blobs.folder)
+
+    @property
+    def catalog(self) -> Catalog:
+        """The database, for what keeps its own tables there: the ledger of jobs."""
+        return self._catalog
+
+    @property
+    def index_folder(self) -> Path:
+        """Where the index of the collection's passages is kept."""
+        return index_folder(self.path, self.collection)
+
+    @property
+    def collection_id(self) -> int:
+        """The collection's row in the catalog."""
+        return self._collection_id
 
     def __enter__(self) -> Self:
         return self
@@ -186,6 +257,33 @@ class Store:
             keys = self._shelf.retire(session, dropped)
             documents.bump_revision(session, self._collection_id)
         self._shelf.sweep(keys)
+
+    def purge(self, *ids: str) -> PurgeReport:
+        """Delete documents so that no file of the store holds a byte of them or their caches any more.
+
+        Beyond what `delete_document` does: quarantine is emptied, the index of the collection removed until the next
+        question, the ledger of jobs forgets the documents, and the databases are written anew with their logs cut off
+        (on PostgreSQL `VACUUM FULL`). Caches of equal texts in other collections stay. Not reached are backups, the log
+        of a PostgreSQL server, versions that a bucket keeps, what other machines have copies of (purge there too,
+        without an id), and the medium under the file system.
+
+        Args:
+            ids: Of documents. Without any, what was deleted before is purged.
+
+        Raises:
+            DocumentNotFoundError: The collection has no such document; none was deleted.
+            StoreLockedError: Something else reads a database all the time. The documents are deleted; purge again
+                without an id.
+        """
+        return purge(
+            self._catalog,
+            self._vault,
+            self._shelf,
+            self._collection_id,
+            ids,
+            folder=self.path,
+            collection=self.collection,
+        )
 
     def document(self, id: str) -> DocumentRecord:
         """A document with its passages.
@@ -254,7 +352,14 @@ class Store:
         self._blobs.warm()
         self._shelf.warm()
 
-    def put(self, text_sha256: str, cache: DistilledCache, *, fidelity: float | None = None) -> CacheInfo:
+    def put(
+        self,
+        text_sha256: str,
+        cache: DistilledCache,
+        *,
+        fidelity: float | None = None,
+        storage: StorageName = "auto",
+    ) -> CacheInfo:
         """Store a distilled cache: the blob first, then its row. Both are durable when this returns.
 
         The text need not be in a document yet. If there is a sound cache of this text, fingerprint and keep ratio
@@ -264,11 +369,13 @@ class Store:
             text_sha256: SHA-256 hex digest of the UTF-8 text it was made from.
             cache: What to store.
             fidelity: Last held-out probe KL in nats; the cache's own if None.
+            storage: How keys and values are stored, see `DistilledCache.to_bytes`; `get` needs no word of it.
 
         Raises:
+            ConfigError: The cache cannot be stored so.
             StoreFullError: No space left; nothing of this cache is kept, everything else is untouched.
         """
-        return self._shelf.put(text_sha256, cache, fidelity=fidelity)
+        return self._shelf.put(text_sha256, cache, fidelity=fidelity, storage=storage)
 
     def get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> DistilledCache:
         """A distilled cache, its tensors mapped from the file.
@@ -294,6 +401,7 @@ class Store:
             CacheRow.text_sha256 == PassageRow.text_sha256,
             CacheRow.fingerprint == fingerprint.digest,
             CacheRow.keep_ratio == check_keep_ratio(keep_ratio),
+            alive(utc_now()),
         )
         with self._catalog.read() as session:
             return documents.stored_passages(session, documents.select_passages(self._collection_id).where(~cached))
@@ -318,6 +426,59 @@ class Store:
                 statement = statement.where(CacheRow.text_sha256.in_(texts))
             return [cache_info(row) for row in session.scalars(statement)]
 
+    def making(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> AbstractContextManager[bool]:
+        """A context in which nobody else makes this cache: wait in it, ask `has` again, then compress and `put`.
+
+        So a document that eight ask for at once is compressed once, whichever threads, processes and, with a catalog in
+        PostgreSQL, machines they are. Whoever dies in it lets the next one in.
+        """
+        name = f"make {self._collection_id} {text_sha256} {fingerprint.digest} {check_keep_ratio(keep_ratio)!r}"
+        return self._catalog.hold(name)
+
+    # budgets
+
+    def limits(self) -> Limits:
+        """What bounds the collection and the store."""
+        with self._catalog.read() as session:
+            return read_limits(session, self._collection_id)
+
+    def set_limits(self, limits: Limits) -> int:
+        """Bound the collection and the store; what is too much by now goes at once, that used longest ago first.
+
+        A cache's age is decided when it is put: a new `ttl_s` does not change those that are there.
+
+        Returns:
+            How many caches went.
+
+        Raises:
+            StoreFullError: What is pinned or being read is more than may be. The limits are set all the same.
+        """
+        with self._catalog.write() as session:
+            write_limits(session, self._collection_id, limits)
+        return self._shelf.make_room()
+
+    def pin(self, document_id: str, *, pinned: bool = True) -> int:
+        """Keep the caches that a document has now from being evicted, or let them be; they still expire.
+
+        Returns:
+            How many they are.
+
+        Raises:
+            DocumentNotFoundError: The collection has no such document.
+        """
+        with self._catalog.write() as session:
+            row = documents.find_document(session, self._collection_id, document_id)
+            texts = select(PassageRow.text_sha256).where(PassageRow.document_pk == row.id)
+            changed = session.scalars(
+                update(CacheRow)
+                .where(CacheRow.collection_id == self._collection_id, CacheRow.text_sha256.in_(texts))
+                .values(pinned=pinned)
+                .returning(CacheRow.id)
+            ).all()
+        return len(changed)
+
+    # prefixes
+
     def put_prefix(self, key: str, data: bytes) -> None:
         """Store the cache of a shared prefix, as safetensors bytes, replacing what is under the key."""
         self._shelf.put_prefix(key, data)
@@ -330,6 +491,60 @@ class Store:
         """
         return self._shelf.get_prefix(key)
 
+    # transfer
+
+    def export_to(
+        self, path: Path | str, *, on_progress: Callable[[TransferProgress], None] | None = None
+    ) -> ExportReport:
+        """Write the collection into one file: documents, caches, prefixes, settings, as they are.
+
+        It is written beside the file, as `PATH.part`, and takes its name when it is complete. An interrupted export of
+        a collection that has not changed since goes on where it stopped. Documents may be added meanwhile.
+
+        Args:
+            path: The file, or `-` for the standard output.
+            on_progress: Called after every blob.
+
+        Raises:
+            TransferError: Another export writes the file, or its folder is not there.
+            StoreFullError: No space left. What was written is gone on with the next time.
+        """
+        return export_collection(self._catalog, self._vault, self._shelf, self._collection_id, path, on_progress)
+
+    def import_from(
+        self,
+        source: Path | str | ArchiveReader,
+        *,
+        on_conflict: OnConflict = "refuse",
+        on_progress: Callable[[TransferProgress], None] | None = None,
+    ) -> ImportReport:
+        """Read what `export_to` has written into this collection.
+
+        A file is read through and verified before anything is changed; the standard input is verified as it comes. What
+        is there already is skipped, so that an interrupted import is gone on with by doing it again. An archive says
+        nothing of who wrote it: take one only from whom you would take a model.
+
+        Args:
+            source: The file, `-` for the standard input, or an archive from `open_archive`.
+            on_conflict: What to do with documents that are there with other text: `refuse` the archive, `skip` them,
+                or `replace` them.
+            on_progress: Called after every blob.
+
+        Raises:
+            TransferError: The archive is damaged, not complete or of a newer format; the collection has documents and
+                other settings; or a document is in conflict.
+            StoreFullError: No space left. What was imported by then stays.
+        """
+        return import_collection(
+            self._catalog,
+            self._vault,
+            self._shelf,
+            self._collection_id,
+            source,
+            on_conflict=on_conflict,
+            on_progress=on_progress,
+        )
+
     # upkeep
 
     def check(self) -> CheckReport:
@@ -337,16 +552,37 @@ class Store:
         return upkeep.check(self._catalog, self._vault, self._shelf, self._collection_id)
 
     def gc(self) -> GcReport:
-        """Remove blobs without a row, rows without a blob, leftovers of crashes, and unreferenced caches.
+        """Remove blobs without a row, rows without a blob, what crashes left, what expired, and unreferenced caches.
 
-        The first three in the whole folder, unreferenced caches in this collection only. Do not run it while an
+        All in the whole store, but unreferenced caches in this collection only. Do not run it while an
         `add` is running on the collection: the caches it has made so far are not referred to yet.
         """
-        return upkeep.gc(self._catalog, self._vault, self._collection_id)
+        return upkeep.gc(self._catalog, self._vault, self._shelf, self._collection_id)
 
     def stats(self) -> StoreStats:
         """Counts of the collection and the size of the folder, in bytes."""
         return upkeep.count(self._catalog, self.path, self._quarantine, self._collection_id)
+
+
+def catalog_of(path: Path | str) -> Path | str:
+    """Where the catalog of a store's folder is, for `Catalog`; nothing is opened.
+
+    Raises:
+        StoreError: There is no store in the folder.
+    """
+    folder = Path(os.path.abspath(Path(path).expanduser()))
+    _check_there(folder)
+    place = find_place(folder, catalog=None, blobs=None, tier_size_bytes=None, new=False)
+    return place.catalog or folder / _CATALOG
+
+
+def _check_there(folder: Path) -> None:
+    if not any((folder / name).is_file() for name in (_CATALOG, "store.json")):
+        raise StoreError(
+            "there is no store in this folder",
+            where=str(folder),
+            next_step="Make one with `kv-memory add FILE`, or name its folder with `--store`.",
+        )
 
 
 def _check_name(collection: str) -> None:
@@ -374,7 +610,7 @@ def _find_collection(catalog: Catalog, name: str, *, create: bool) -> int:
     if not create:
         raise StoreError(
             f"the store has no collection {name!r}; it has {', '.join(names) or 'none'}",
-            where=str(catalog.file),
+            where=catalog.where,
             next_step="Name one of those, or make it by adding a document to it.",
         )
     with catalog.write() as session:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
+from kv_memory.errors import CorruptCacheError
+from kv_memory.store.budget import alive
 from kv_memory.store.catalog import Catalog
 from kv_memory.store.documents import unreferenced
 from kv_memory.store.records import CheckReport, GcReport, StoreStats
-from kv_memory.store.schema import CacheRow, DocumentRow, FingerprintRow, PassageRow, PrefixRow
+from kv_memory.store.schema import CacheRow, DocumentRow, FingerprintRow, PassageRow, PrefixRow, utc_now
 from kv_memory.store.shelf import Shelf
 from kv_memory.store.vault import Vault
 
@@ -29,48 +32,77 @@ def _named_blobs(session: Session) -> dict[str, int]:
 
 def check(catalog: Catalog, vault: Vault, shelf: Shelf, collection_id: int) -> CheckReport:
     """See `Store.check`."""
-    # Listed under the write lock, so that no blob is on its way between the two lists. Hashed outside it: reading
-    # gigabytes would hold every writer up.
-    with catalog.write() as session:
-        audit = vault.blobs.audit()
+    # Blobs are listed and hashed while others write: what the two lists do not agree on is looked at once more.
+    audit = vault.blobs.audit()
+    with catalog.read() as session:
         named = _named_blobs(session)
         waiting = session.scalars(select(CacheRow.text_sha256).where(unreferenced(collection_id)).distinct()).all()
-    there = {key: size_bytes for key, size_bytes in named.items() if key in audit.keys}
+    missing = _really_missing(catalog, vault, named.keys() - audit.keys)
+    there = {key: size_bytes for key, size_bytes in named.items() if key not in missing}
     damaged = {key for key in sorted(there) if shelf.condemn_if_damaged(key, there[key])}
     sound = there.keys() - damaged
     return CheckReport(
         n_blobs=len(sound),
         size_bytes=sum(there[key] for key in sound),
         damaged=tuple(sorted(damaged)),
-        missing=tuple(sorted(named.keys() - audit.keys)),
-        orphans=tuple(sorted(audit.keys - named.keys())),
+        missing=tuple(sorted(missing)),
+        orphans=tuple(sorted(_really_orphaned(catalog, audit.keys - named.keys()))),
         strays=audit.strays,
         unreferenced=tuple(sorted(waiting)),
     )
 
 
-def gc(catalog: Catalog, vault: Vault, collection_id: int) -> GcReport:
+def _really_missing(catalog: Catalog, vault: Vault, keys: AbstractSet[str]) -> set[str]:
+    """Those of the blobs that are not there, and that rows name all the same."""
+    with catalog.read() as session:
+        still = keys & _named_blobs(session).keys() if keys else set()
+    return {key for key in still if not _is_there(vault, key)}
+
+
+def _is_there(vault: Vault, key: str) -> bool:
+    try:
+        return vault.blobs.path(key) is not None
+    except CorruptCacheError:
+        return False
+
+
+def _really_orphaned(catalog: Catalog, keys: AbstractSet[str]) -> set[str]:
+    """Those of the blobs that no row names, and that nobody is about to name."""
+    free = set()
+    for key in keys:
+        with catalog.hold(f"blob {key}", wait=False) as ours:
+            if ours:
+                free.add(key)
+    with catalog.read() as session:
+        return free - _named_blobs(session).keys() if free else set()
+
+
+def gc(catalog: Catalog, vault: Vault, shelf: Shelf, collection_id: int) -> GcReport:
     """See `Store.gc`."""
+    audit = vault.blobs.audit(repair=True)
+    with catalog.read() as session:
+        named = _named_blobs(session)
+    orphans = _really_orphaned(catalog, audit.keys - named.keys())
+    missing = _really_missing(catalog, vault, named.keys() - audit.keys)
     # Rows first, in a transaction of their own: if it fails, no blob was removed under a row that stays.
     with catalog.write() as session:
-        there = vault.blobs.audit().keys
-        n_orphans = len(there - _named_blobs(session).keys())
-        n_unreferenced = len(
-            session.scalars(delete(CacheRow).where(unreferenced(collection_id)).returning(CacheRow.id)).all()
-        )
+        expired = session.execute(
+            delete(CacheRow).where(~alive(utc_now())).returning(CacheRow.id, CacheRow.blob_key)
+        ).all()
+        waiting = session.execute(
+            delete(CacheRow).where(unreferenced(collection_id)).returning(CacheRow.id, CacheRow.blob_key)
+        ).all()
         n_dangling = 0
-        for key in _named_blobs(session).keys() - there:
+        for key in missing:
             for table in (CacheRow, PrefixRow):
                 n_dangling += len(session.scalars(delete(table).where(table.blob_key == key).returning(table.id)).all())
         session.execute(delete(FingerprintRow).where(FingerprintRow.digest.not_in(select(CacheRow.fingerprint))))
-    with catalog.write() as session:
-        audit = vault.blobs.audit(repair=True)
-        unnamed = audit.keys - _named_blobs(session).keys()
-        freed_bytes = audit.freed_bytes + sum(vault.blobs.delete(key) for key in unnamed)
+    freed_bytes = audit.freed_bytes + shelf.sweep([*orphans, *(row.blob_key for row in (*waiting, *expired))])
     return GcReport(
-        n_orphan_blobs=n_orphans,
+        n_orphan_blobs=len(orphans),
         n_dangling_rows=n_dangling,
-        n_unreferenced_caches=n_unreferenced,
+        n_unreferenced_caches=len(waiting),
+        n_expired_caches=len(expired),
         n_strays=len(audit.strays),
         freed_bytes=freed_bytes,
     )

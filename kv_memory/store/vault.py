@@ -26,7 +26,7 @@ class Vault:
         self.blobs = blobs
         self.quarantine_folder = quarantine
         self._lock = threading.Lock()
-        self._verified: dict[str, tuple[int, int, int]] = {}
+        self._hashed: dict[str, tuple[int, int, int]] = {}
 
     def verified_path(self, key: str, size_bytes: int, *, again: bool = False) -> Path:
         """The file of a blob whose length and SHA-256 are right.
@@ -41,7 +41,14 @@ class Vault:
         Raises:
             CorruptCacheError: It is missing, or its bytes are wrong.
         """
-        path = self.blobs.path(key)
+        try:
+            return self._verified(key, size_bytes, again=again)
+        except CorruptCacheError:
+            # Perhaps only the copy in the tier before an object store.
+            return self._verified(key, size_bytes, again=True, fresh=True)
+
+    def _verified(self, key: str, size_bytes: int, *, again: bool, fresh: bool = False) -> Path:
+        path = self.blobs.path(key, fresh=fresh)
         if path is None:
             raise CorruptCacheError("the blob is missing", where=f"blob {key}")
         with mapped(path):
@@ -54,12 +61,12 @@ class Vault:
                         )
                     identity = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
                     with self._lock:
-                        known = self._verified.get(key)
+                        known = self._hashed.get(key)
                     if again or known != identity:
                         if hashlib.file_digest(file, "sha256").hexdigest() != key:
                             raise CorruptCacheError("the blob's bytes are not those written", where=f"blob {key}")
                         with self._lock:
-                            self._verified[key] = identity
+                            self._hashed[key] = identity
             except FileNotFoundError:
                 raise CorruptCacheError("the blob is missing", where=f"blob {key}") from None
         return path
@@ -73,15 +80,24 @@ class Vault:
         return True
 
     def put(self, key: str, data: bytes) -> None:
-        """Store a blob durably. One that is there already is used if it is sound and replaced if it is not."""
-        if not self.sound(key, len(data)):
+        """Store a blob durably. One that is there already is used if it is sound and replaced if it is not.
+
+        Hold `blob KEY` in the catalog meanwhile, and until a row names it: else it may be swept away.
+        """
+        try:
+            there = self.blobs.path(key) is not None
+        except CorruptCacheError:
+            there = True
+        if there and not self.sound(key, len(data)):
             self.quarantine(key)
+            there = False
+        if not there:
             self.blobs.put(key, data)
 
     def quarantine(self, key: str) -> None:
         """Move a damaged blob out of the store's sight, for whoever wants to look at it."""
         with self._lock:
-            self._verified.pop(key, None)
+            self._hashed.pop(key, None)
         try:
             path = self.blobs.path(key)
         except CorruptCacheError:

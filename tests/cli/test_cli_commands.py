@@ -81,10 +81,22 @@ def test_stale_compresses_again_under_new_settings(kv: Run, store: Path) -> None
     assert (both["added"], both["replaced"], both["n_passages"]) == (["new"], ["ferry", "light"], 3)
 
 
+def test_storage_is_remembered_and_shown(kv: Run, store: Path) -> None:
+    assert kv("stats", "--json").json["settings"]["storage"] == "auto"
+    assert "the model computes" in kv("stats").out
+    kv("add", "-", "--id", "small", "--storage", "int8", stdin="A small text about a small pier.")
+    kv("add", "-", "--id", "other", stdin="Another text about another pier.")
+    assert kv("stats", "--json").json["settings"]["storage"] == "int8"
+    assert "int8" in kv("stats").out and "int8" in kv("show", "other").out
+    types = {id_: kv("show", id_, "--json").json["caches"][0]["dtype"] for id_ in ("ferry", "small", "other")}
+    assert types["ferry"] in {"float32", "bfloat16"} and types["small"] == types["other"] == "int8"
+
+
 @pytest.mark.parametrize(
     ("args", "where"),
     [
         (["add"], "PATH"),
+        (["add", "-", "--storage", "int4"], "storage"),
         (["add", "-", "--keep-ratio", "3"], "keep_ratio"),
         (["add", "-", "--selector", "magic"], "selector"),
         (["add", "-", "--passage-tokens", "many"], "passage_tokens"),

@@ -116,7 +116,8 @@ def test_the_demo_as_it_is(process: Callable[..., subprocess.Popen[str]], tmp_pa
     assert summary["settings"]["model"] == "embedded"
     assert summary["compressed"]["n_documents"] == len(summary["documents"]) >= 12
     assert 2000 < summary["compressed"]["n_tokens"] < 6000
-    assert 3.8 < summary["compressed"]["factor"] < 4.1
+    factor = summary["compressed"]["factor"]  # a quarter of the entries, as int8
+    assert 7.3 < factor < 7.8 or 14.6 < factor < 15.6, factor  # of bfloat16, or of float32 where that is slow
     first, second = summary["questions"]
     assert (first["document_id"], second["document_id"]) == ("alembic", "beautifulsoup4")
     assert "SQLAlchemy" in first["text"]["text"] or "migration" in first["text"]["text"]

@@ -10,7 +10,7 @@ import torch
 
 from kv_memory.compress import Adapter, Compressor
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
-from kv_memory.evaluate import METHODS, Evaluation, TaskSettings, evaluate, measure
+from kv_memory.evaluate import METHODS, Evaluation, TaskSettings, evaluate, load_rows, measure
 from kv_memory.evaluate.bench import Bench
 from kv_memory.evaluate.cases import encode_query
 from kv_memory.evaluate.harness import EvalProgress
@@ -169,6 +169,28 @@ def test_other_settings_are_other_results(roomy: Any, data: Path, tmp_path: Path
     assert n(methods=["sink_recent"], settings={"n_documents": 3}) == 13
 
 
+def test_caches_may_be_written_and_read_before_they_are_asked(roomy: Any, data: Path, tmp_path: Path) -> None:
+    methods = ["full", "none", "random"]
+    plain = run(roomy, data, methods=methods, out=tmp_path)
+    seen: list[str] = []
+    stored = run(
+        roomy, data, methods=methods, storage="int8", out=tmp_path, on_progress=lambda p: seen.append(p.method)
+    )
+    assert set(seen) == {"random+int8"}  # ceiling and floor are as they were, and known
+    before, after = means(plain, "kl"), means(stored, "kl")
+    assert list(after) == [("full", None), ("none", None), ("random+int8", 0.25)]
+    assert after["full", None] == 0 and after["none", None] == before["none", None]
+    assert after["random+int8", 0.25] != before["random", 0.25]
+    assert after["random+int8", 0.25] == pytest.approx(before["random", 0.25], rel=0.1)
+    # All of them stand in one table, and each is found again.
+    names = [(row.method, row.keep_ratio) for row in load_rows([tmp_path]).rows]
+    assert names == [("full", None), ("none", None), ("random", 0.25), ("random+int8", 0.25)]
+    n_lines = (tmp_path / "examples.jsonl").read_bytes().count(b"\n")
+    again = run(roomy, data, methods=methods, storage="int8", out=tmp_path)
+    assert (tmp_path / "examples.jsonl").read_bytes().count(b"\n") == n_lines == 8
+    assert again.rows == stored.rows
+
+
 def test_a_time_limit_ends_it_early_and_the_next_call_goes_on(roomy: Any, data: Path, tmp_path: Path) -> None:
     first = run(roomy, data, out=tmp_path, time_limit_s=1e-9)
     assert (first.complete, first.rows, first.n_documents) == (False, (), 2)
@@ -223,6 +245,7 @@ def test_the_adapter_with_and_without_its_lora(data: Path) -> None:
         ({"methods": ["random"], "keep_ratios": [0.0]}, r"keep_ratio must lie in \(0, 1\]"),
         ({"methods": ["random"], "keep_ratios": []}, "no keep_ratio is given"),
         ({"layout": "loose"}, "unknown layout 'loose'"),
+        ({"storage": "int4"}, "unknown storage 'int4'"),
         ({"time_limit_s": 0}, "time limit must be above 0"),
     ],
 )

@@ -166,6 +166,17 @@ def test_adapters_of_one_name_need_labels(tmp_path: Path) -> None:
     assert [row.method for row in loaded.rows] == ["full", "new:adapter", "old:adapter"]
 
 
+def test_a_storage_is_part_of_a_methods_name(tmp_path: Path) -> None:
+    methods = ["adapter_selection", "adapter+int8", "sink_recent", "adapter", "full", "kvpress:knorm"]
+    written(tmp_path, [record(name, "1", 0.5, ratio=None if name == "full" else 0.25) for name in methods])
+    assert [row.method for row in load_rows([tmp_path]).rows] == [
+        *("full", "sink_recent", "adapter_selection", "adapter", "adapter+int8", "kvpress:knorm")
+    ]
+    labelled = [row.method for row in load_rows([f"new={tmp_path}"]).rows]
+    assert labelled[3:5] == ["new:adapter", "new:adapter+int8"] and labelled[1] == "sink_recent"
+    assert len(load_rows([tmp_path], methods=["adapter+int8"]).rows) == 1
+
+
 def test_of_two_configurations_in_a_folder_the_last_counts(tmp_path: Path) -> None:
     old, new = record("full", "1", 0.0, config="old"), record("full", "2", 1.0, config="new")
     assert load_rows([written(tmp_path, [old, new])]).records == (new,)

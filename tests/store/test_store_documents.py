@@ -15,7 +15,7 @@ from kv_memory.store import PassageRecord, Store
 def test_a_document_comes_back_as_it_was_put(store: Store) -> None:
     before = datetime.now(UTC)
     record = document(
-        "a", "first", "zwei\0\n", source_uri="file:///a.txt", metadata={"tags": ["x"], "n": 1}, passage_tokens=256
+        "a", "first", "zw\u00e9i\n", source_uri="file:///a.txt", metadata={"tags": ["x"], "n": 1}, passage_tokens=256
     )
     store.put_document(record)
     found = store.document("a")
@@ -24,7 +24,21 @@ def test_a_document_comes_back_as_it_was_put(store: Store) -> None:
     assert found.created_at.tzinfo is UTC
     assert found.passages == record.passages
     assert (found.id, found.content_sha256, found.source_uri) == ("a", record.content_sha256, "file:///a.txt")
-    assert (found.metadata, found.passage_tokens, found.n_tokens) == ({"tags": ["x"], "n": 1}, 256, 11)
+    assert (found.metadata, found.passage_tokens, found.n_tokens) == ({"tags": ["x"], "n": 1}, 256, 10)
+
+
+def test_ids_are_ordered_by_code_points_in_every_catalog(store: Store) -> None:
+    ids = ["B", "a", "a b", "a-b", "ab", "z", "\u00e4", "\U0001f600"]
+    for id_ in reversed(ids):
+        store.put_document(document(id_, id_))
+    assert [found.id for found in store.documents()] == ids == [passage.text for passage in store.passages()]
+
+
+def test_a_nul_character_is_refused_by_every_catalog(store: Store) -> None:
+    for record in (document("a", "x\0"), document("a\0", "x"), document("a", "x", source_uri="\0")):
+        with pytest.raises(EncodingError, match="NUL"):
+            store.put_document(record)
+    assert store.documents() == [] and store.revision == 0
 
 
 def test_listing_is_ordered_by_id_and_counts_passages(store: Store) -> None:

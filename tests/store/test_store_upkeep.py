@@ -3,11 +3,13 @@ from __future__ import annotations
 import sqlite3
 from contextlib import closing
 
+import pytest
 from store_samples import FINGERPRINT, OTHER, blob_file, blob_files, document, make_cache, sha
 
 from kv_memory.store import CheckReport, GcReport, Store
 
 
+@pytest.mark.embedded
 def test_check_tells_every_kind_of_fault_and_gc_removes_it(store: Store) -> None:
     store.put_document(document("a", "sound", "damaged", "gone"))
     store.put_prefix("p", b"prefix")
@@ -38,6 +40,7 @@ def test_check_tells_every_kind_of_fault_and_gc_removes_it(store: Store) -> None
         n_orphan_blobs=1,
         n_dangling_rows=1,
         n_unreferenced_caches=1,
+        n_expired_caches=0,
         n_strays=2,
         freed_bytes=2 * size_bytes + 5,
     )
@@ -54,7 +57,7 @@ def test_check_tells_every_kind_of_fault_and_gc_removes_it(store: Store) -> None
     )
     assert store.stats().n_quarantined == 1
     assert store.gc() == GcReport(
-        n_orphan_blobs=0, n_dangling_rows=0, n_unreferenced_caches=0, n_strays=0, freed_bytes=0
+        n_orphan_blobs=0, n_dangling_rows=0, n_unreferenced_caches=0, n_expired_caches=0, n_strays=0, freed_bytes=0
     )
 
 
@@ -72,6 +75,7 @@ def test_caches_waiting_for_their_document_are_no_fault(store: Store) -> None:
     assert store.has(sha("waiting"), FINGERPRINT, 0.25)
 
 
+@pytest.mark.embedded
 def test_gc_leaves_other_collections_waiting_caches_and_forgets_unused_fingerprints(store: Store) -> None:
     with Store.open(store.path, collection="other") as other:
         other.put(sha("waiting"), make_cache(1))

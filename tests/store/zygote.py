@@ -1,6 +1,6 @@
 """Runs the tests' scripts, each in a forked process: importing torch for each would take most of the tests' time.
 
-Reads one JSON job a line (`code`, `args`, `output`: two files), answers with the exit status.
+Reads one JSON job a line (`code`, `args`, `output`: two files, `env`), answers with the exit status.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import store_samples
 from kv_memory import errors
 
 
-def run(code: str, args: list[str], output: list[str]) -> int:
+def run(code: str, args: list[str], output: list[str], env: dict[str, str]) -> int:
+    os.environ.update(env)
     for number, path in enumerate(output, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     sys.argv = ["script", *args]

@@ -32,7 +32,7 @@ def upgrade() -> None:
         "document",
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("collection_id", sa.Integer(), nullable=False),
-        sa.Column("document_id", sa.Text(), nullable=False),
+        sa.Column("document_id", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=False),
         sa.Column("content_sha256", sa.String(64), nullable=False),
         sa.Column("source_uri", sa.Text(), nullable=True),
         sa.Column("metadata", sa.JSON(), nullable=False),

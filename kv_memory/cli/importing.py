@@ -1,0 +1,76 @@
+"""`kv-memory import`: a collection out of one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from kv_memory.cli.options import DEFAULT_STORE, JsonOption, StoreOption
+from kv_memory.cli.output import Output, reporting, size_text
+from kv_memory.cli.transfer_progress import TransferTracker
+from kv_memory.config import check_choice
+
+if TYPE_CHECKING:
+    from kv_memory.store import ImportReport
+    from kv_memory.store.transfer import OnConflict
+
+__all__ = ["import_archive"]
+
+
+def import_archive(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="What kv-memory export has written; - is standard input.")
+    ],
+    collection: Annotated[
+        str | None,
+        typer.Option("--collection", metavar="NAME", help="Where it goes.  [default: its name in the archive]"),
+    ] = None,
+    on_conflict: Annotated[
+        str,
+        typer.Option(
+            "--on-conflict",
+            metavar="CHOICE",
+            help="Documents that are there with other text: refuse the archive, skip them, or replace them.",
+        ),
+    ] = "refuse",
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Read a collection out of a file; store and collection are made if there are none.
+
+    The file is verified before anything is changed. What is there already is skipped, so an interrupted import is gone
+    on with by the same command. Documents and caches go where they are, but are trusted like a model: import what you
+    know the origin of.
+    """
+    with reporting(as_json=as_json) as out:
+        out.stopped = "What was imported stays; run the same command for the rest."
+        with out.working("Starting"):
+            from kv_memory.store import Store, open_archive
+            from kv_memory.store.transfer import OnConflict, verify_archive
+
+        check_choice(on_conflict, OnConflict, where="--on-conflict")
+        with open_archive(file) as archive, TransferTracker(out) as tracker:
+            if archive.can_rewind and not store.expanduser().exists():
+                verify_archive(archive, tracker)  # a damaged archive must not leave an empty store behind
+                archive.rewind()
+            name = archive.header.collection if collection is None else collection
+            with Store.open(store, collection=name) as opened:
+                report = opened.import_from(archive, on_conflict=cast("OnConflict", on_conflict), on_progress=tracker)
+        if as_json:
+            out.json(report)
+        else:
+            _tell(out, report)
+
+
+def _tell(out: Output, report: ImportReport) -> None:
+    out.line(
+        f"Imported into collection {report.collection}: {report.n_added:,} documents added, {report.n_replaced:,} "
+        f"replaced, {report.n_unchanged:,} unchanged, {len(report.conflicts):,} left as they are"
+    )
+    out.line(
+        f"{report.n_caches:,} caches new ({size_text(report.size_bytes)}), {report.n_caches_present:,} there already"
+    )
+    if report.n_evicted:
+        out.note(f"{report.n_evicted:,} caches were evicted to keep the budget.")

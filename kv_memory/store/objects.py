@@ -1,0 +1,201 @@
+"""Blobs in an object store, S3, GCS, Azure or a folder, behind a bounded tier on the local disk.
+
+The object store has everything; the tier, the same diskcache as an embedded store's, holds what was written or read
+last, because tensors are mapped from files. Whatever is in the tier may be lost at any time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from kv_memory.errors import ConfigError, CorruptCacheError, StoreError, StoreFullError
+from kv_memory.store.blobs import BlobAudit, DiskBlobs, blob_key
+from kv_memory.store.durable import fsync_folder
+from kv_memory.store.faults import mapped
+
+__all__ = ["ObjectBlobs"]
+
+_SCHEMES = ("s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss", "file")
+_TRIES = 2  # of a download whose bytes are wrong: a connection may have lied once
+
+
+class ObjectBlobs:
+    """Blobs as objects named `PREFIX/ab/abcd…`, by their SHA-256.
+
+    Credentials and endpoint come from the environment, as the service's own tools read them (`AWS_ACCESS_KEY_ID`,
+    `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_KEY`, ...).
+
+    Args:
+        url: `s3://BUCKET/PREFIX`, `gs://...`, `az://...` or `file:///FOLDER`.
+        tier: Where the objects in use lie.
+        timeout_s: For one request to be answered, in seconds.
+        retry_s: How long a request that fails is tried again, with growing pauses, in seconds.
+
+    Raises:
+        ConfigError: The URL is none of these, or obstore is not installed.
+    """
+
+    def __init__(self, url: str, tier: DiskBlobs, *, timeout_s: float = 60.0, retry_s: float = 30.0) -> None:
+        try:
+            import obstore
+            from obstore.store import from_url
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                "blobs in an object store need obstore, which is not installed",
+                where="blobs",
+                next_step="Run `pip install 'kv-memory[s3]'`.",
+            ) from error
+        scheme = url.partition("://")[0]
+        if scheme not in _SCHEMES or "://" not in url:
+            raise ConfigError(
+                f"blobs cannot be kept at {url!r}",
+                where="blobs",
+                next_step="Write s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX or file:///FOLDER.",
+            )
+        self.url = url
+        self.folder = tier.folder
+        self.tier = tier
+        self._obstore: Any = obstore
+        self._local = Path(url.removeprefix("file://")) if scheme == "file" else None
+        options: dict[str, Any] = {}
+        if self._local is None:
+            options["client_options"] = {
+                "timeout": timedelta(seconds=timeout_s),
+                "connect_timeout": timedelta(seconds=5),
+                # Options that are given replace those of the environment, this one too.
+                "allow_http": os.environ.get("AWS_ALLOW_HTTP", "").lower() in {"1", "true"},
+            }
+            options["retry_config"] = {
+                "max_retries": 5,
+                "backoff": {
+                    "init_backoff": timedelta(milliseconds=100),
+                    "max_backoff": timedelta(seconds=5),
+                    "base": 2,
+                },
+                "retry_timeout": timedelta(seconds=retry_s),
+            }
+        elif not self._local.is_absolute():
+            raise ConfigError(
+                "a folder for blobs is named from the root", where="blobs", next_step="file:///data/blobs"
+            )
+        with mapped(url):
+            if self._local is not None:
+                self._local.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._store: Any = from_url(url, **options)
+
+    def warm(self) -> None:
+        """Open the tier now instead of at the first use."""
+        self.tier.warm()
+
+    def put(self, key: str, data: bytes, *, replace: bool = False) -> None:
+        """See `BlobStore.put`."""
+        with mapped(self.url):
+            if replace or not self._has(key, len(data)):
+                self._obstore.put(self._store, _name(key), data)
+                self._make_durable(key)
+        with suppress(StoreError):  # the tier is for speed; the blob is safe by now
+            self.tier.put(key, data, replace=replace)
+
+    def path(self, key: str, *, fresh: bool = False) -> Path | None:
+        """See `BlobStore.path`; downloads what the tier has not."""
+        if fresh:
+            self.tier.delete(key)
+        with suppress(CorruptCacheError):  # a tampered row of the tier: fetched anew below
+            if (path := self.tier.path(key)) is not None:
+                return path
+        data = None
+        for _ in range(_TRIES):
+            data = self._fetch(key)
+            if data is None:
+                return None
+            if blob_key(data) == key:
+                break
+        # Wrong bytes are handed on: the vault refuses them, and puts them aside for whoever wants to look.
+        assert data is not None, "at least one try"
+        self.tier.put(key, data, replace=True)
+        path = self.tier.path(key)
+        if path is None:
+            raise StoreFullError(
+                f"the local tier holds {self.tier.size_limit:,} bytes, which is too little for a blob of {len(data):,}",
+                where=str(self.folder),
+                next_step="Open the store with a larger tier_size_bytes.",
+            )
+        return path
+
+    def has(self, key: str) -> bool:
+        """Whether the object is there; its bytes are not looked at."""
+        with mapped(self.url):
+            return self._has(key)
+
+    def delete(self, key: str) -> int:
+        """See `BlobStore.delete`."""
+        self.tier.delete(key)
+        with mapped(self.url):
+            try:
+                size: int = self._obstore.head(self._store, _name(key))["size"]
+                self._obstore.delete(self._store, _name(key))
+            except FileNotFoundError:
+                return 0
+            return size
+
+    def audit(self, *, repair: bool = False) -> BlobAudit:
+        """See `BlobStore.audit`. Objects that are no blobs are strays; so is what is wrong in the tier."""
+        tier = self.tier.audit(repair=repair)
+        keys: set[str] = set()
+        strays = list(tier.strays)
+        freed_bytes = tier.freed_bytes
+        with mapped(self.url):
+            for path, size in self._listed():
+                key = path.rpartition("/")[2]
+                if path == _name(key) and len(key) == 64:
+                    keys.add(key)
+                    continue
+                strays.append(path)
+                if repair:
+                    self._obstore.delete(self._store, path)
+                    freed_bytes += size
+        return BlobAudit(keys=frozenset(keys), strays=tuple(sorted(strays)), freed_bytes=freed_bytes)
+
+    def close(self) -> None:
+        """Close the tier."""
+        self.tier.close()
+
+    def _listed(self) -> Iterator[tuple[str, int]]:
+        for chunk in self._obstore.list(self._store, chunk_size=1000):
+            for entry in chunk:
+                yield entry["path"], entry["size"]
+
+    def _has(self, key: str, size_bytes: int | None = None) -> bool:
+        try:
+            size = self._obstore.head(self._store, _name(key))["size"]
+        except FileNotFoundError:
+            return False
+        return size_bytes is None or bool(size == size_bytes)
+
+    def _fetch(self, key: str) -> bytes | None:
+        with mapped(self.url):
+            try:
+                return bytes(self._obstore.get(self._store, _name(key)).bytes())
+            except FileNotFoundError:
+                return None
+
+    def _make_durable(self, key: str) -> None:
+        # Services answer when the object is safe; a folder is as safe as what was synced.
+        if self._local is None:
+            return
+        file = self._local / _name(key)
+        os.chmod(file, 0o600)
+        os.chmod(file.parent, 0o700)
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+        fsync_folder(str(file.parent))
+        fsync_folder(str(self._local))
+
+
+def _name(key: str) -> str:
+    return f"{key[:2]}/{key}"

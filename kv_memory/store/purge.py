@@ -1,0 +1,135 @@
+"""Purging: deleting documents so that no file of the store holds a byte of them any more.
+
+Deleting is enough for whoever asks the store, but not for whoever reads its files: rows stay in free pages and logs of
+the databases, damaged blobs in quarantine, words in the index. Files are unlinked, not overwritten first: on journaling
+and copy-on-write file systems, and on SSDs, which write elsewhere than where they are told, overwriting promises
+nothing. Where the medium itself may fall into other hands, encrypt it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from diskcache.core import DBNAME
+from sqlalchemy import delete, select
+
+from kv_memory.store import documents
+from kv_memory.store.catalog import Catalog
+from kv_memory.store.faults import mapped
+from kv_memory.store.objects import ObjectBlobs
+from kv_memory.store.schema import CacheRow, FingerprintRow, JobRow, PrefixRow, TaskRow
+from kv_memory.store.scrub import scrub_sqlite
+from kv_memory.store.shelf import Shelf
+from kv_memory.store.vault import Vault
+
+__all__ = ["PurgeReport", "index_folder", "purge"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PurgeReport:
+    """What `Store.purge` removed.
+
+    Attributes:
+        documents: Ids.
+        n_blobs: Blobs of these documents' caches.
+        n_blobs_shared: Blobs of theirs that stay, because caches of equal texts in other collections have them too.
+        n_orphan_blobs: Other blobs that no row named.
+        n_quarantined: Files in quarantine, which nobody knows the documents of.
+        n_strays: Leftovers of interrupted writes.
+        freed_bytes: Size of the blobs and files removed.
+    """
+
+    documents: tuple[str, ...]
+    n_blobs: int
+    n_blobs_shared: int
+    n_orphan_blobs: int
+    n_quarantined: int
+    n_strays: int
+    freed_bytes: int
+
+
+def index_folder(folder: Path, collection: str) -> Path:
+    """Where a collection's index is kept in a store's folder.
+
+    By hash, because a collection's name may hold what a file name may not, and lead out of the store.
+    """
+    return folder / "bm25" / hashlib.sha256(collection.encode()).hexdigest()[:16]
+
+
+def purge(
+    catalog: Catalog,
+    vault: Vault,
+    shelf: Shelf,
+    collection_id: int,
+    ids: Iterable[str],
+    *,
+    folder: Path,
+    collection: str,
+) -> PurgeReport:
+    """See `Store.purge`."""
+    chosen = tuple(dict.fromkeys(ids))
+    keys: set[str] = set()
+    if chosen:
+        with catalog.write() as session:
+            dropped: set[str] = set()
+            for id_ in chosen:
+                dropped |= documents.delete_document(session, collection_id, id_)
+            keys.update(shelf.retire(session, dropped))
+            jobs = select(JobRow.id).where(JobRow.collection_id == collection_id)
+            for batch in documents.batches(chosen):
+                session.execute(delete(TaskRow).where(TaskRow.document_id.in_(batch), TaskRow.job_id.in_(jobs)))
+            session.execute(delete(FingerprintRow).where(FingerprintRow.digest.not_in(select(CacheRow.fingerprint))))
+            documents.bump_revision(session, collection_id)
+    freed_bytes, n_shared = 0, 0
+    for key in keys:
+        # Not Shelf.sweep, which leaves to gc what it cannot have at once, and says nothing.
+        with catalog.hold(f"blob {key}"):
+            if _is_named(catalog, key):
+                n_shared += 1
+            else:
+                freed_bytes += vault.blobs.delete(key)
+    audit = vault.blobs.audit(repair=True)
+    orphans = _unnamed(catalog, audit.keys)
+    freed_bytes += audit.freed_bytes + shelf.sweep(orphans)
+    if isinstance(vault.blobs, ObjectBlobs):
+        # Copies of what was purged on another machine; whatever is in the tier may be dropped at any time.
+        for key in _unnamed(catalog, vault.blobs.tier.audit().keys):
+            vault.blobs.tier.delete(key)
+    n_quarantined = 0
+    with mapped(folder):
+        for file in vault.quarantine_folder.iterdir():
+            freed_bytes += file.lstat().st_size
+            file.unlink()
+            n_quarantined += 1
+        index = index_folder(folder, collection)
+        if index.is_dir():
+            shutil.rmtree(index)
+    scrub_sqlite(folder / "blobs" / DBNAME)
+    catalog.scrub()
+    return PurgeReport(
+        documents=chosen,
+        n_blobs=len(keys) - n_shared,
+        n_blobs_shared=n_shared,
+        n_orphan_blobs=len(orphans),
+        n_quarantined=n_quarantined,
+        n_strays=len(audit.strays),
+        freed_bytes=freed_bytes,
+    )
+
+
+def _unnamed(catalog: Catalog, keys: Iterable[str]) -> set[str]:
+    """Those of the blobs that no row of any collection names."""
+    return {key for key in keys if not _is_named(catalog, key)}
+
+
+def _is_named(catalog: Catalog, key: str) -> bool:
+    """Whether a row of any collection names a blob."""
+    with catalog.read() as session:
+        return any(
+            session.scalar(select(table.id).where(table.blob_key == key).limit(1)) is not None
+            for table in (CacheRow, PrefixRow)
+        )

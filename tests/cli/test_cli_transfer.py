@@ -1,0 +1,107 @@
+"""`kv-memory export`, `import` and `remove --purge`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.ran import Ran
+
+Run = Callable[..., Ran]
+ASK = ["ask", "When does the ferry to Skarholm leave?", "--max-new-tokens", "4", "--json"]
+
+
+def test_an_exported_collection_answers_in_another_store(kv: Run, store: Path, tmp_path: Path) -> None:
+    expected = kv(*ASK).json
+    done = kv("export", "notes.tar", "--json")
+    assert done.code == 0 and done.json["n_documents"] == 2 and done.json["path"] == str(tmp_path / "notes.tar")
+    came = kv("import", "notes.tar", "--store", "laptop", "--json")
+    assert came.code == 0 and (came.json["collection"], came.json["n_added"]) == ("default", 2)
+    there = kv(*ASK, "--store", "laptop").json
+    assert (there["text"], there["n_cached_tokens"]) == (expected["text"], expected["n_cached_tokens"])
+    assert there["fallbacks"] == []
+
+
+def test_people_are_told_what_was_done(kv: Run, store: Path) -> None:
+    assert kv("export", "notes.tar").out.startswith("Exported 2 documents and 3 caches of collection default: ")
+    first = kv("import", "notes.tar", "--collection", "copy").out.splitlines()
+    assert first[0].startswith("Imported into collection copy: 2 documents added, 0 replaced, 0 unchanged")
+    assert first[1].startswith("2 caches new") and first[1].endswith("0 there already")
+    assert "0 documents added, 0 replaced, 2 unchanged" in kv("import", "notes.tar", "--collection", "copy").out
+    assert len(kv("list", "--collection", "copy", "--json").json["documents"]) == 2
+
+
+def test_through_a_pipe(kv: Run, store: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from kv_memory.cli import main; main()"]
+    done = subprocess.run([*command, "export", "-", "--store", str(store)], capture_output=True, check=True)
+    assert b"Exported 2 documents" in done.stderr
+    kv("export", "notes.tar")
+    assert done.stdout == (tmp_path / "notes.tar").read_bytes()
+    came = subprocess.run(
+        [*command, "import", "-", "--store", str(tmp_path / "piped"), "--json"],
+        input=done.stdout,
+        capture_output=True,
+        check=True,
+    )
+    assert b'"n_added": 2' in came.stdout
+    assert kv(*ASK, "--store", "piped").json["sources"][0]["document_id"] == "ferry"
+    assert kv("export", "-", "--json").json["error"]["error"] == "ConfigError"
+
+
+def test_a_damaged_or_missing_archive_makes_no_store(kv: Run, store: Path, tmp_path: Path) -> None:
+    kv("export", "notes.tar")
+    data = (tmp_path / "notes.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.tar").write_text("no archive")
+    for name, what in (("cut.tar", "ends"), ("text.tar", "no archive"), ("none.tar", "no such archive")):
+        done = kv("import", name, "--store", "new", "--json")
+        assert done.code == 1
+        assert done.json["error"]["error"] == "TransferError" and what in done.json["error"]["what"]
+        assert not (tmp_path / "new").exists()
+
+
+def test_conflicts_are_refused_unless_one_is_chosen(kv: Run, store: Path) -> None:
+    kv("export", "notes.tar")
+    kv("add", "-", "--id", "ferry", stdin="The ferry to Skarholm does not leave.")
+    refused = kv("import", "notes.tar", "--json")
+    assert refused.code == 1 and "--on-conflict" in refused.json["error"]["next_step"]
+    assert kv("import", "notes.tar", "--on-conflict", "skip", "--json").json["conflicts"] == ["ferry"]
+    assert "does not leave" in kv("show", "ferry").out
+    assert kv("import", "notes.tar", "--on-conflict", "replace", "--json").json["n_replaced"] == 1
+    assert "leaves at 7.40" in kv("show", "ferry").out
+    wrong = kv("import", "notes.tar", "--on-conflict", "maybe", "--json")
+    assert wrong.code == 2 and wrong.json["error"]["where"] == "--on-conflict"
+
+
+def test_purge_leaves_no_byte_of_the_text(kv: Run, store: Path) -> None:
+    def held() -> bool:
+        return any(b"Skarholm" in path.read_bytes() for path in store.rglob("*") if path.is_file())
+
+    kv(*ASK)
+    assert held()
+    done = kv("remove", "fer", "--purge", "--json")
+    assert done.code == 0 and done.json["removed"] == ["ferry"] and done.json["purged"]["n_blobs"] == 1
+    assert not held()
+    assert kv("check").code == 0
+    people = kv("remove", "light", "--purge").out
+    assert people.startswith("Purged light\n") and "rewritten" in people
+
+
+def test_purge_without_an_id_wipes_what_was_removed(kv: Run, store: Path) -> None:
+    kv("remove", "ferry")
+    assert any(b"Skarholm" in path.read_bytes() for path in store.rglob("*") if path.is_file())
+    assert kv("remove", "--purge", "--json").json["removed"] == []
+    assert not any(b"Skarholm" in path.read_bytes() for path in store.rglob("*") if path.is_file())
+    nothing = kv("remove", "--json")
+    assert nothing.code == 2 and nothing.json["error"]["where"] == "ID"
+
+
+@pytest.mark.parametrize("args", [["export", "x.tar"], ["remove", "--purge"]])
+def test_without_a_store_it_says_how_to_make_one(kv: Run, args: list[str], tmp_path: Path) -> None:
+    done = kv(*args, "--json")
+    assert done.code == 1 and "kv-memory add" in done.json["error"]["next_step"]
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,200 @@
+"""Budgets, ages and pins: kept in SQL, honoured on every pair of catalog and blobs."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from store_samples import FINGERPRINT, document, make_cache, sha
+
+from kv_memory.errors import CacheNotFoundError, ConfigError, DocumentNotFoundError, StoreFullError
+from kv_memory.store import Limits, Store
+
+RunScript = Callable[..., Any]
+
+
+def fill(store: Store, *texts: str) -> int:
+    """Put a cache for each text; returns the size of one in bytes."""
+    sizes = {store.put(sha(text), make_cache(1000 + hash(text) % 1000)).size_bytes for text in texts}
+    (size,) = sizes
+    return size
+
+
+def texts_of(store: Store, *texts: str) -> set[str]:
+    return {text for text in texts if store.has(sha(text), FINGERPRINT, 0.25)}
+
+
+def test_what_was_used_longest_ago_goes_first(store: Store) -> None:
+    size = fill(store, "a", "b", "c")
+    store.set_limits(Limits(max_size_bytes=3 * size))
+    del_me = store.get(sha("a"), FINGERPRINT, 0.25)
+    del del_me
+    fill(store, "d")
+    assert texts_of(store, "a", "b", "c", "d") == {"a", "c", "d"}
+    assert len(store.check().orphans) == 0 and store.check().n_blobs == 3
+
+
+def test_lowering_a_budget_evicts_at_once_and_is_remembered(store: Store) -> None:
+    size = fill(store, "a", "b", "c", "d")
+    assert store.set_limits(Limits(max_size_bytes=2 * size + 1)) == 2
+    assert texts_of(store, "a", "b", "c", "d") == {"c", "d"}
+    with store.in_collection("other") as other:
+        assert other.limits() == Limits()
+    assert store.limits() == Limits(max_size_bytes=2 * size + 1)
+
+
+@pytest.mark.embedded
+def test_budgets_pins_and_uses_are_true_after_a_restart(store: Store) -> None:
+    size = fill(store, "a", "b", "c")
+    store.put_document(document("doc", "b"))
+    assert store.pin("doc") == 1
+    store.set_limits(Limits(max_size_bytes=3 * size, ttl_s=1000, store_max_size_bytes=10**9))
+    _ = store.get(sha("a"), FINGERPRINT, 0.25).n_kept
+    store.close()
+    with Store.open(store.path, create=False) as again:
+        assert again.limits() == Limits(max_size_bytes=3 * size, ttl_s=1000, store_max_size_bytes=10**9)
+        fill(again, "d", "e")
+        assert texts_of(again, "a", "b", "c", "d", "e") == {"b", "d", "e"}
+        assert {info.pinned for info in again.caches("doc")} == {True}
+
+
+def test_pinned_caches_stay(store: Store) -> None:
+    size = fill(store, "a", "b")
+    store.put_document(document("doc", "a"))
+    assert store.pin("doc") == 1
+    store.set_limits(Limits(max_size_bytes=2 * size))
+    fill(store, "c", "d")
+    assert texts_of(store, "a", "b", "c", "d") == {"a", "d"}
+    assert store.pin("doc", pinned=False) == 1
+    fill(store, "e")
+    assert texts_of(store, "a", "d", "e") == {"d", "e"}
+    with pytest.raises(DocumentNotFoundError):
+        store.pin("nobody")
+
+
+def test_what_is_being_read_stays(store: Store) -> None:
+    size = fill(store, "a", "b")
+    store.set_limits(Limits(max_size_bytes=2 * size))
+    held = store.get(sha("a"), FINGERPRINT, 0.25)
+    store._shelf._used.clear()  # as if it had been used long ago
+    fill(store, "c")
+    assert texts_of(store, "a", "b", "c") == {"a", "c"}
+    also_held = store.get(sha("c"), FINGERPRINT, 0.25)
+    with pytest.raises(StoreFullError, match="budget"):
+        fill(store, "d")
+    assert texts_of(store, "a", "c", "d") == {"a", "c"}
+    assert store.check().ok, "the refused cache left nothing"
+    del held, also_held
+    gc.collect()
+    fill(store, "d")
+    assert texts_of(store, "a", "c", "d") == {"c", "d"}
+
+
+READS = """
+store = Store.open(sys.argv[1])
+cache = store.get(sha("a"), FINGERPRINT, 0.25)
+Path(sys.argv[2]).touch()
+while not Path(sys.argv[3]).exists():
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.embedded
+@pytest.mark.skipif(os.name == "nt", reason="byte locks of open files")
+def test_what_another_process_reads_stays_until_it_dies(store: Store, run_script: RunScript, tmp_path: Path) -> None:
+    import threading
+
+    size = fill(store, "a", "b")
+    store.set_limits(Limits(max_size_bytes=2 * size))
+    begun, end = tmp_path / "begun", tmp_path / "end"
+    reader = threading.Thread(target=run_script, args=(READS, store.path, begun, end))
+    reader.start()
+    while not begun.exists():
+        time.sleep(0.01)
+    fill(store, "c")
+    assert texts_of(store, "a", "b", "c") == {"a", "c"}
+    end.touch()
+    reader.join()
+    fill(store, "d")
+    assert texts_of(store, "a", "c", "d") == {"c", "d"}
+
+
+def test_a_cache_larger_than_the_budget_is_refused_and_leaves_nothing(store: Store) -> None:
+    store.set_limits(Limits(max_size_bytes=10))
+    with pytest.raises(StoreFullError, match="10 bytes") as caught:
+        fill(store, "a")
+    assert caught.value.next_step is not None
+    assert store.caches() == [] and store.check().ok and store.check().n_blobs == 0
+
+
+def test_the_budget_of_the_store_counts_all_collections(store: Store) -> None:
+    size = fill(store, "a", "b")
+    with store.in_collection("other") as other:
+        fill(other, "c")
+        other.set_limits(Limits(store_max_size_bytes=3 * size))
+        fill(other, "d")
+        assert texts_of(store, "a", "b") == {"b"}
+        assert texts_of(other, "c", "d") == {"c", "d"}
+    assert store.limits().store_max_size_bytes == 3 * size
+
+
+def test_a_budget_holds_within_one_cache_through_many_puts(store: Store) -> None:
+    size = fill(store, "first")
+    store.set_limits(Limits(max_size_bytes=int(4.5 * size)))
+    for number in range(20):
+        store.put(sha(f"text {number}"), make_cache(number))
+        total = sum(info.size_bytes for info in store.caches())
+        assert total <= 4.5 * size
+    assert len(store.caches()) == 4
+
+
+def test_caches_expire(store: Store) -> None:
+    store.put_document(document("doc", "a", "b"))
+    fill(store, "a")
+    store.set_limits(Limits(ttl_s=0.4))
+    fill(store, "b")
+    assert store.missing(FINGERPRINT, 0.25) == []
+    time.sleep(0.5)
+    assert [passage.text for passage in store.missing(FINGERPRINT, 0.25)] == ["b"]
+    with pytest.raises(CacheNotFoundError):
+        store.get(sha("b"), FINGERPRINT, 0.25)
+    assert texts_of(store, "a", "b") == {"a"}
+    store.set_limits(Limits(ttl_s=1000))
+    fill(store, "b")  # in the place of the one that expired
+    assert texts_of(store, "a", "b") == {"a", "b"} and len(store.caches()) == 2
+    store.set_limits(Limits(ttl_s=0.05))
+    fill(store, "c")
+    time.sleep(0.1)
+    assert store.gc().n_expired_caches == 1
+    assert store.check().ok and store.check().n_blobs == 2
+
+
+def test_what_has_expired_goes_before_what_was_used_long_ago(store: Store) -> None:
+    size = fill(store, "old")
+    store.set_limits(Limits(ttl_s=0.05))
+    fill(store, "expired")
+    time.sleep(0.1)
+    store.set_limits(Limits(max_size_bytes=2 * size))
+    fill(store, "new")
+    assert texts_of(store, "old", "new") == {"old", "new"} and len(store.caches()) == 2
+
+
+def test_a_blob_that_another_collection_has_survives_eviction(store: Store) -> None:
+    size = fill(store, "a")
+    with store.in_collection("other") as other:
+        fill(other, "a")
+        other.set_limits(Limits(max_size_bytes=size))
+        fill(other, "b")
+        assert texts_of(other, "a", "b") == {"b"}
+    assert store.get(sha("a"), FINGERPRINT, 0.25).n_kept == 8
+
+
+@pytest.mark.parametrize("limits", [{"max_size_bytes": 0}, {"ttl_s": -1.0}, {"store_max_size_bytes": -5}])
+def test_limits_out_of_range(limits: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="above 0"):
+        Limits(**limits)

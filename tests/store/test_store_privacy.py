@@ -1,0 +1,373 @@
+"""Who can read what the store writes, what is left of what was deleted, and that collections do not see each other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import insert, select
+from store_samples import FINGERPRINT, OTHER, blob_file, document, equal, make_cache, sha
+
+from kv_memory.errors import CorruptCacheError, DocumentNotFoundError, KVMemoryError, StoreLockedError
+from kv_memory.finder import Finder
+from kv_memory.memory import KVMemory
+from kv_memory.store import Store, scrub
+from kv_memory.store.schema import JobRow, TaskRow
+from tests.memories import FERRY, FERRY_QUESTION, LAMP_QUESTION, SETTINGS, open_memory
+
+RunScript = Callable[..., Any]
+
+
+def modes(folder: Path) -> dict[str, int]:
+    """Whatever others than the owner may do with it, by path."""
+    found = {str(folder): stat.S_IMODE(folder.stat().st_mode)}
+    found |= {str(path): stat.S_IMODE(path.lstat().st_mode) for path in folder.rglob("*") if not path.is_symlink()}
+    return {path: mode for path, mode in found.items() if mode & 0o077}
+
+
+@pytest.fixture
+def open_umask() -> Iterator[None]:
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+@pytest.mark.usefixtures("open_umask")
+def test_only_the_owner_may_read_what_is_written(tmp_path: Path) -> None:
+    home = tmp_path / "home"  # made by the store too, and so private
+    with Store.open(home / "deep" / "store") as store:
+        store.put_document(document("a", "text", "damaged"))
+        store.put(sha("text"), make_cache(1))
+        info = store.put(sha("damaged"), make_cache(2))
+        store.put_prefix("p", b"prefix")
+        assert Finder(store).retrieve("text", top_k=1)
+        blob_file(store, info.blob_key).write_bytes(b"x")
+        with pytest.raises(CorruptCacheError):
+            store.get(sha("damaged"), FINGERPRINT, 0.25)
+        store.get(sha("text"), FINGERPRINT, 0.25)
+        with pytest.raises(ZeroDivisionError):
+            store.export_to(home / "part.tar", on_progress=lambda _: 1 // 0)
+        store.export_to(home / "all.tar")
+        with Store.open(home / "copy", collection="other") as copy:
+            copy.import_from(home / "all.tar")
+            assert copy.stats().n_caches == 1
+            assert modes(home) == {}
+        names = {path.name for path in home.rglob("*")}
+        assert {"catalog.sqlite-wal", "catalog.sqlite-shm", "cache.db-wal", "cache.db-shm", "bm25.index"} <= names
+        assert {"all.tar", "part.tar.part", f"{info.blob_key}.safetensors"} <= names
+        store.check()
+        store.gc()
+        store.purge("a")
+        assert modes(home) == {}
+    assert modes(home) == {}
+
+
+def held(folder: Path, samples: dict[str, bytes]) -> set[str]:
+    """Which of the samples stand in a file of the folder, or are its name."""
+    found: set[str] = set()
+    for path in folder.rglob("*"):
+        data = path.read_bytes() if path.is_file() else b""
+        data += str(path.relative_to(folder)).encode()
+        found |= {name for name, sample in samples.items() if sample in data}
+    return found
+
+
+def samples_of(name: str, blob: bytes, *others: bytes) -> dict[str, bytes]:
+    """Pieces of 32 bytes all over a blob's tensors, and whatever else gives a document away."""
+    start = 8 + int.from_bytes(blob[:8], "little")  # the header before is the same in all blobs of a model
+    places = range(start, len(blob) - 32, max(1, (len(blob) - start) // 40))
+    pieces = {f"{name} blob at {i}": blob[i : i + 32] for i in places if len(set(blob[i : i + 32])) > 16}
+    assert len(pieces) > 20
+    return pieces | {f"{name} {other[:20]!r}": other for other in others}
+
+
+SECRET, PUBLIC = (
+    "The vault's code is Xylophone-Quagmire-4711. " * 4,
+    "Nothing of note happened at Zwiebelturm today. " * 4,
+)
+
+
+def fill_with_secrets(store: Store) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """A document to purge and one to keep; returns what gives each of them away."""
+    keys = {}
+    for seed, (id_, text) in enumerate({"secret-id-0123456789": SECRET, "public-id-0123456789": PUBLIC}.items()):
+        data = {"note": f"metadata of {id_}"}
+        keys[id_] = store.put(sha(text), make_cache(100 + seed, n_kept=40)).blob_key
+        store.put_document(document(id_, text, metadata=data, source_uri=f"file:///{id_}.txt"))
+    blobs = {id_: make_cache(100 + seed, n_kept=40).to_bytes() for seed, id_ in enumerate(keys)}
+    secret, public = (
+        samples_of(id_, blobs[id_], id_.encode(), f"metadata of {id_}".encode(), word, sha(text).encode(), key.encode())
+        for (id_, key), text, word in zip(
+            keys.items(), (SECRET, PUBLIC), (b"Xylophone-Quagmire", b"Zwiebelturm"), strict=True
+        )
+    )
+    return secret, public
+
+
+def test_nothing_is_left_of_what_was_purged(store: Store) -> None:
+    secret, public = fill_with_secrets(store)
+    assert Finder(store).retrieve("xylophone", top_k=1)
+    secret |= {"stem": b"xylophon"}  # the index has words, not texts
+    with store.catalog.write() as session:
+        job = JobRow(name="j", collection_id=store.collection_id, state="done", sources={}, settings={})
+        session.add(job)
+        session.flush()
+        for id_ in ("secret-id-0123456789", "public-id-0123456789"):
+            session.execute(insert(TaskRow).values(job_id=job.id, document_id=id_, uri=f"file:///{id_}", state="done"))
+    assert held(store.path, secret | public) == set(secret | public)
+    report = store.purge("secret-id-0123456789")
+    assert (report.documents, report.n_blobs, report.n_blobs_shared) == (("secret-id-0123456789",), 1, 0)
+    assert report.freed_bytes > 1000
+    assert held(store.path, secret) == set()
+    assert held(store.path, public) == set(public)
+    assert store.check().ok and [d.id for d in store.documents()] == ["public-id-0123456789"]
+    assert equal(store.get(sha(PUBLIC), FINGERPRINT, 0.25), make_cache(101, n_kept=40))
+    assert [hit.document_id for hit in Finder(store).retrieve("zwiebelturm", top_k=1)] == ["public-id-0123456789"]
+    with store.catalog.read() as session:
+        assert session.scalars(select(TaskRow.document_id)).all() == ["public-id-0123456789"]
+
+
+def test_what_was_removed_before_is_purged_without_an_id(store: Store) -> None:
+    secret, public = fill_with_secrets(store)
+    store.delete_document("secret-id-0123456789")
+    assert held(store.path, secret)  # so that the next line says something
+    assert store.purge().documents == ()
+    assert held(store.path, secret) == set()
+    assert held(store.path, public) == set(public)
+
+
+def test_earlier_versions_of_a_document_are_purged_too(store: Store) -> None:
+    secret, _ = fill_with_secrets(store)
+    store.put_document(document("secret-id-0123456789", "harmless"))
+    store.purge("secret-id-0123456789")
+    assert held(store.path, secret) == set()
+
+
+def test_quarantine_orphans_and_leftovers_are_purged(store: Store) -> None:
+    secret, public = fill_with_secrets(store)
+    (info,) = store.caches("secret-id-0123456789")
+    data = bytearray(blob_file(store, info.blob_key).read_bytes())
+    (store.path / "blobs" / "left.val.tmp").write_bytes(data)
+    data[-1] ^= 1
+    blob_file(store, info.blob_key).write_bytes(data)
+    with pytest.raises(CorruptCacheError):
+        store.get(sha(SECRET), FINGERPRINT, 0.25)
+    orphan = make_cache(100, n_kept=40, fingerprint=OTHER).to_bytes()
+    store._vault.put(sha_of(orphan), orphan)
+    report = store.purge("secret-id-0123456789")
+    assert (report.n_quarantined, report.n_orphan_blobs, report.n_strays) == (1, 1, 1)
+    assert held(store.path, secret) == set()
+    assert held(store.path, public) == set(public)
+
+
+def sha_of(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_purging_is_all_or_none(store: Store) -> None:
+    fill_with_secrets(store)
+    with pytest.raises(DocumentNotFoundError):
+        store.purge("secret-id-0123456789", "no such document")
+    assert len(store.documents()) == 2 and len(store.caches()) == 2
+
+
+def test_a_text_that_another_document_has_is_kept(store: Store) -> None:
+    store.put(sha("both"), make_cache(1))
+    for id_ in "ab":
+        store.put_document(document(id_, "both"))
+    assert store.purge("a").n_blobs == 0
+    assert equal(store.get(sha("both"), FINGERPRINT, 0.25), make_cache(1))
+
+
+def test_a_reader_that_does_not_end_is_told_of(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret, _ = fill_with_secrets(store)
+    monkeypatch.setattr(scrub, "_LONGEST_S", 0.1)
+    with closing(sqlite3.connect(store.path / "catalog.sqlite", isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM document").fetchone()
+        with pytest.raises(StoreLockedError, match="remove --purge"):
+            store.purge("secret-id-0123456789")
+        reader.execute("COMMIT")
+    assert [d.id for d in store.documents()] == ["public-id-0123456789"]
+    store.purge()
+    assert held(store.path, secret) == set()
+
+
+PURGE_IN_ANOTHER = """
+with Store.open(sys.argv[1], create=False) as store:
+    store.purge(sys.argv[2])
+"""
+
+
+def test_another_process_may_purge_what_is_open_here(store: Store, run_script: RunScript) -> None:
+    secret, public = fill_with_secrets(store)
+    mapped = store.get(sha(SECRET), FINGERPRINT, 0.25)
+    done = run_script(PURGE_IN_ANOTHER, store.path, "secret-id-0123456789")
+    assert done.returncode == 0, done.stderr
+    assert held(store.path, secret) == set()
+    assert equal(mapped, make_cache(100, n_kept=40))  # what is mapped stays until it is let go
+    assert equal(store.get(sha(PUBLIC), FINGERPRINT, 0.25), make_cache(101, n_kept=40))
+    store.put_document(document("new", "new"))
+    assert store.check().ok and held(store.path, public) == set(public)
+
+
+def test_purged_documents_are_not_found_by_questions(memory: KVMemory, wide: Any) -> None:
+    assert memory.ask(FERRY_QUESTION, top_k=1, settings=SETTINGS).sources[0].document_id == "ferry"
+    blob = next(p for p in (memory.path / "blobs").rglob("*.val") if p.stat().st_size > 1000).read_bytes()
+    assert blob
+    memory.store.purge("ferry")
+    assert held(memory.path, {"text": FERRY.encode()[:32], "word": b"skarholm", "id": b"ferry"}) == set()
+    assert [s.document_id for s in memory.ask(FERRY_QUESTION, settings=SETTINGS).sources] in ([], ["lamp"])
+    assert memory.ask(LAMP_QUESTION, top_k=1, settings=SETTINGS).sources[0].document_id == "lamp"
+    memory.add([("ferry", FERRY)])
+    assert memory.ask(FERRY_QUESTION, top_k=1, settings=SETTINGS).sources[0].document_id == "ferry"
+    with open_memory(memory.path, wide) as again:
+        assert len(again.documents()) == 2
+
+
+# collections
+
+
+@pytest.fixture
+def pair(tmp_path: Path, empty_store: Path) -> Iterator[tuple[Store, Store]]:
+    """Two collections of one folder with equal ids, texts and caches, and something of its own each."""
+    folder = shutil.copytree(empty_store, tmp_path / "pair")
+    with Store.open(folder, collection="one") as one, Store.open(folder, collection="two") as two:
+        for store in (one, two):
+            name = store.collection
+            store.put(sha("both"), make_cache(1))
+            store.put(sha(name), make_cache(2 if name == "one" else 3))
+            store.put_document(document("same", "both", metadata={"of": name}))
+            store.put_document(document(f"id of {name}", name))
+            store.put_prefix("same", b"prefix")
+            store.put_prefix(f"of {name}", name.encode())
+        yield one, two
+
+
+LOOKUPS: dict[str, Callable[[Store], object]] = {
+    "documents": lambda store: [(d.id, d.metadata) for d in store.documents()],
+    "document": lambda store: store.document("same").metadata,
+    "has_document": lambda store: [store.has_document(id_) for id_ in ("same", "id of one", "id of two")],
+    "passages": lambda store: [(p.document_id, p.text, p.metadata) for p in store.passages()],
+    "passage": lambda store: store.passage("same", 0).metadata,
+    "text": lambda store: [store.text(sha(text)) for text in ("both", "one", "two")],
+    "has": lambda store: [store.has(sha(text), FINGERPRINT, 0.25) for text in ("both", "one", "two")],
+    "missing": lambda store: [(p.document_id, p.metadata) for p in store.missing(OTHER, 0.25)],
+    "caches": lambda store: [c.text_sha256 for c in store.caches()],
+    "caches of a document": lambda store: [c.text_sha256 for c in store.caches("same")],
+    "stats": lambda store: (store.stats().n_documents, store.stats().n_passages, store.stats().n_caches),
+    "settings": lambda store: store.settings(),
+    "prefix": lambda store: [store.get_prefix(key) is not None for key in ("same", "of one", "of two")],
+    "unreferenced": lambda store: store.check().unreferenced,
+    "index": lambda store: [(h.document_id, h.metadata) for h in Finder(store).retrieve("both one two", top_k=9)],
+}
+EXPECTED: dict[str, Callable[[str], object]] = {
+    "documents": lambda name: [(f"id of {name}", {}), ("same", {"of": name})],
+    "document": lambda name: {"of": name},
+    "has_document": lambda name: [True, name == "one", name == "two"],
+    "passages": lambda name: [(f"id of {name}", name, {}), ("same", "both", {"of": name})],
+    "passage": lambda name: {"of": name},
+    "text": lambda name: ["both", "one" if name == "one" else None, "two" if name == "two" else None],
+    "has": lambda name: [True, name == "one", name == "two"],
+    "missing": lambda name: [(f"id of {name}", {}), ("same", {"of": name})],
+    "caches": lambda name: [sha("both"), sha(name)],
+    "caches of a document": lambda name: [sha("both")],
+    "stats": lambda name: (2, 2, 2),
+    "settings": lambda name: {},
+    "prefix": lambda name: [True, name == "one", name == "two"],
+    "unreferenced": lambda name: (),
+    "index": lambda name: [(f"id of {name}", {}), ("same", {"of": name})],
+}
+
+
+def assert_whole(store: Store) -> None:
+    for name, look in LOOKUPS.items():
+        found = look(store)
+        expected = EXPECTED[name](store.collection)
+        assert (sorted(found, key=str) if name == "index" else found) == expected, name  # type: ignore[call-overload]
+    assert equal(store.get(sha("both"), FINGERPRINT, 0.25), make_cache(1))
+    prefix = store.get_prefix("same")
+    assert prefix is not None and prefix.read_bytes() == b"prefix"
+    report = store.check()
+    assert report.ok, report
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_collections_with_equal_texts_see_their_own(pair: tuple[Store, Store], name: str) -> None:
+    store = pair[name == "two"]
+    assert_whole(store)
+    theirs = "two" if name == "one" else "one"
+    for look in (
+        lambda: store.document(f"id of {theirs}"),
+        lambda: store.passage(f"id of {theirs}", 0),
+        lambda: store.caches(f"id of {theirs}"),
+        lambda: store.get(sha(theirs), FINGERPRINT, 0.25),
+        lambda: store.delete_document(f"id of {theirs}"),
+        lambda: store.purge(f"id of {theirs}"),
+        lambda: store.pin(f"id of {theirs}"),
+    ):
+        with pytest.raises(KVMemoryError, match="no d"):
+            look()
+    assert store.delete(sha(theirs)) == 0
+    assert_whole(pair[name == "one"])
+
+
+CHANGES: dict[str, Callable[[Store, Path], object]] = {
+    "delete_document": lambda store, _: store.delete_document("same"),
+    "purge": lambda store, _: store.purge("same"),
+    "purge all": lambda store, _: store.purge(*(d.id for d in store.documents())),
+    "purge none": lambda store, _: store.purge(),
+    "delete": lambda store, _: store.delete(sha("both")),
+    "replace": lambda store, _: store.put_document(document("same", "other", metadata={"of": "nobody"})),
+    "waiting, then gc": lambda store, _: (store.put(sha("waiting"), make_cache(9)), store.gc()),
+    "unreferenced, then gc": lambda store, _: (store.put_document(document("same")), store.gc()),
+    "settings": lambda store, _: store.update_settings({"model": "mine"}),
+    "prefix": lambda store, _: store.put_prefix("same", b"another"),
+    "pin": lambda store, _: store.pin("same"),
+    "budget": lambda store, _: store.set_limits(type(store.limits())(max_size_bytes=1)),
+    "import": lambda store, path: import_other(store, path),
+}
+
+
+def import_other(store: Store, path: Path) -> None:
+    with Store.open(path / "elsewhere") as elsewhere:
+        elsewhere.put(sha("theirs"), make_cache(33))
+        elsewhere.put_document(document("same", "theirs"))
+        elsewhere.put_prefix("same", b"theirs")
+        elsewhere.export_to(path / "theirs.tar")
+    store.import_from(path / "theirs.tar", on_conflict="replace")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_in_one_collection_leaves_the_other_whole(
+    pair: tuple[Store, Store], tmp_path: Path, change: str
+) -> None:
+    one, two = pair
+    before = two.revision, two.caches(), two.limits()
+    CHANGES[change](one, tmp_path)
+    assert (two.revision, two.caches(), two.limits()) == before
+    assert_whole(two)
+
+
+def test_a_purged_text_stays_where_another_collection_has_it(pair: tuple[Store, Store]) -> None:
+    report = pair[0].purge("same")
+    assert (report.n_blobs, report.n_blobs_shared) == (0, 1)
+    assert pair[0].caches() == [c for c in pair[0].caches() if c.text_sha256 == sha("one")]
+    report = pair[1].purge("same")
+    assert (report.n_blobs, report.n_blobs_shared) == (1, 0)
+    assert held(pair[0].path, samples_of("both", make_cache(1).to_bytes(), sha("both").encode())) == set()
+
+
+def test_an_export_holds_one_collection(pair: tuple[Store, Store], tmp_path: Path) -> None:
+    pair[0].export_to(tmp_path / "one.tar")
+    assert b"two" not in (tmp_path / "one.tar").read_bytes()
