@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Literal
 
-from kv_memory import EmptyDocumentError, KVMemory, Reference
+from kv_memory import EmptyDocumentError, KVMemory, Reference, TextNotKeptError
 from kv_memory.reader import key_of
 
 __all__ = ["OnMissing", "reference_to"]
@@ -16,22 +16,29 @@ OnMissing = Literal["text", "compress", "skip", "raise"]
 _log = logging.getLogger(__name__)
 
 
-def reference_to(memory: KVMemory, text: str, *, on_missing: OnMissing, document_id: str) -> Reference | None:
+def reference_to(
+    memory: KVMemory, text: str, *, on_missing: OnMissing, document_id: str, mark: str | None = None
+) -> Reference | None:
     """A reference to the distilled cache of exactly this text; None if it is to be left out.
 
-    Blank text is left out and logged, unless `on_missing` is `raise`: one empty node must not fail a whole answer.
+    Blank text is left out and logged, unless `on_missing` is `raise`: one empty node must not fail a whole answer. With
+    a mark it is that of a passage whose text the store does not keep, and there is its cache or nothing.
 
     Args:
         memory: Where the cache lies.
         text: As the framework would put it into a prompt.
         on_missing: What to do without a cache.
         document_id: What the text belongs to, for `compress`; removing that document removes the cache.
+        mark: Names the cache of a passage without its text, as the store's own retrievers do; its key counts alone.
 
     Raises:
         EmptyDocumentError: The text is blank, with `raise`.
+        TextNotKeptError: The cache that a mark names is not there, and `text` or `compress` asks for the text.
         CacheNotFoundError: There is no cache, with `raise`.
         FingerprintMismatchError: There is one, made by another model, adapter or prompt, with `raise`.
     """
+    if not text.strip() and mark is not None:
+        return _marked(memory, Reference.parse(mark).key, on_missing=on_missing, document_id=document_id)
     if not text.strip():
         if on_missing == "raise":
             raise EmptyDocumentError(
@@ -50,3 +57,15 @@ def reference_to(memory: KVMemory, text: str, *, on_missing: OnMissing, document
     if on_missing == "raise":
         reader.check(text)
     return None
+
+
+def _marked(memory: KVMemory, key: str, *, on_missing: OnMissing, document_id: str) -> Reference | None:
+    if memory.reader.has_key(key) or on_missing == "raise":  # reading it raises what is wrong with it
+        return Reference(key=key)
+    if on_missing == "skip":
+        return None
+    raise TextNotKeptError(
+        "a passage has no distilled cache under the present settings, and its text is not kept",
+        where=document_id,
+        next_step="Run `kv-memory add --stale` if it is from a file that has not changed; else add the document again.",
+    )

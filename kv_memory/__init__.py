@@ -29,6 +29,8 @@ from kv_memory.errors import (
     EmptyDocumentError,
     EncodingError,
     FingerprintMismatchError,
+    JobError,
+    JobNotFoundError,
     KVMemoryError,
     LineTooLongError,
     ModelError,
@@ -39,12 +41,14 @@ from kv_memory.errors import (
     StoreLockedError,
     StorePermissionError,
     StoreVersionError,
+    TextNotKeptError,
     TokenizerError,
     TrainingError,
     TransferError,
     UnreadableDocumentError,
     UnsupportedModelError,
     UnsupportedRequestError,
+    WorkerDiedError,
 )
 
 if TYPE_CHECKING:
@@ -89,6 +93,8 @@ __all__ = [
     "Fingerprint",
     "FingerprintMismatchError",
     "Generator",
+    "JobError",
+    "JobNotFoundError",
     "KVMemory",
     "KVMemoryError",
     "LineTooLongError",
@@ -102,6 +108,7 @@ __all__ = [
     "StoreLockedError",
     "StorePermissionError",
     "StoreVersionError",
+    "TextNotKeptError",
     "TokenizerError",
     "TrainingError",
     "TransferError",
@@ -109,6 +116,7 @@ __all__ = [
     "UnreadableDocumentError",
     "UnsupportedModelError",
     "UnsupportedRequestError",
+    "WorkerDiedError",
     "__version__",
 ]
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kv_memory.config import DecodeSettings
+from kv_memory.errors import TextNotKeptError
 from kv_memory.generate import Turn
-from kv_memory.reader import Reader, Reference, Reply, ReplyStream, key_of
+from kv_memory.reader import Reader, Reference, Reply, ReplyStream
 from kv_memory.retrieve import Hit
+from kv_memory.store import DocumentRecord
 
 __all__ = ["Answer", "AnswerStream", "Asker", "ReadFrom"]
 
@@ -100,7 +102,7 @@ class Asker:
         pieces = self._reader.reply(
             [Turn("user", question)],
             _references(hits) if from_caches else (),
-            texts=() if from_caches else [hit.text for hit in hits],
+            texts=() if from_caches else _texts(hits),
             settings=settings,
         )
         return AnswerStream(
@@ -108,12 +110,12 @@ class Asker:
         )
 
     def ask_batch(
-        self, questions: Sequence[str], document_id: str, texts: Sequence[str], *, settings: DecodeSettings | None
+        self, questions: Sequence[str], document: DocumentRecord, *, settings: DecodeSettings | None
     ) -> list[Answer]:
         """Answer several questions from all passages of a document as one batch."""
         hits = [
-            Hit(document_id=document_id, ordinal=i, score=1.0, text=text, text_sha256=key_of(text), metadata={})
-            for i, text in enumerate(texts)
+            Hit(document_id=document.id, ordinal=i, score=1.0, text=p.text, text_sha256=p.text_sha256, metadata={})
+            for i, p in enumerate(document.passages)
         ]
         replies = self._reader.reply_batch(questions, _references(hits), settings=settings)
         return [_answer(q, reply, hits, read_from="caches") for q, reply in zip(questions, replies, strict=True)]
@@ -122,6 +124,17 @@ class Asker:
 def _references(hits: Sequence[Hit]) -> list[Reference]:
     # Without the texts: a passage that has no cache is an error here, and one whose cache is damaged lies in the store.
     return [Reference(key=hit.text_sha256) for hit in hits]
+
+
+def _texts(hits: Sequence[Hit]) -> list[str]:
+    lacking = next((hit for hit in hits if hit.text is None), None)
+    if lacking is not None:
+        raise TextNotKeptError(
+            "the text of a passage is not kept, so that it can only be answered from its cache",
+            where=f"{lacking.document_id}, passage {lacking.ordinal}",
+            next_step="Add the document again with `--keep-text` (keep_text=True); it is not compressed again.",
+        )
+    return [hit.text for hit in hits if hit.text is not None]
 
 
 def _answer(question: str, reply: Reply, hits: Sequence[Hit], *, read_from: ReadFrom) -> Answer:

@@ -42,4 +42,4 @@ def share_prefix(store: Store, backbone: Backbone) -> None:
             backbone.load_prefix(path)
             return
     with contextlib.suppress(StoreFullError):  # it only saves time
-        store.put_prefix(backbone.prefix_key, backbone.prefix.to_bytes())
+        store.put_prefix(backbone.prefix_key, backbone.prefix.to_bytes(key=backbone.prefix_key))

@@ -261,14 +261,15 @@ class Backbone:
         return self.fingerprint(method="prefix").digest
 
     def load_prefix(self, path: Path) -> None:
-        """Take the prefilled prefix from a file that holds `prefix.to_bytes()`.
+        """Take the prefilled prefix from a file that holds `prefix.to_bytes(key=prefix_key)`.
 
         Raises:
             CorruptCacheError: The file is something else.
         """
         n_prefix = len(self.prefix_ids)
         like = torch.empty(self.num_layers, self.num_kv_heads, 0, self.head_dim, dtype=self.dtype, device=self.device)
-        self._prefix = Prefix.load(path, ids=self.prefix_ids, regime=self.rope.regime(n_prefix), like=like)
+        regime = self.rope.regime(n_prefix)
+        self._prefix = Prefix.load(path, key=self.prefix_key, ids=self.prefix_ids, regime=regime, like=like)
 
     def prefix_for(self, n_positions: int) -> Prefix:
         """The prefix with the rotary frequencies of a sequence of `n_positions` in all."""

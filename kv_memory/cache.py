@@ -11,7 +11,8 @@ Where heads keep different numbers of entries, these stand one behind the other,
 - `counts`: `(num_layers, num_kv_heads)`, how many belong to each head.
 
 Keys and values may be stored in another type than the fingerprint's, which they are given again when they are read; the
-header then says `storage`. As int8 they have two tensors of scales beside them, see `kv_memory.quantize`.
+header then says `storage`. As int8 they have two tensors of scales beside them, see `kv_memory.quantize`. A cache that
+comes from a store says in its header of which text it is, so that it cannot be taken for the cache of another one.
 
 Layers are stacked into one tensor rather than stored one by one: the header stays at a few hundred bytes, so a cache
 costs what its tensors cost, and one contiguous read fills it.
@@ -74,6 +75,7 @@ class DistilledCache:
             `values` are `(n_entries, head_dim)` and `positions` `(n_entries,)`, layer by layer and head by head.
         refined_steps: Gradient steps behind it; 0 where it was not refined, or no step helped.
         fidelity: KL to the full cache on held-out probes, in nats, lower is better; None where it was not measured.
+        text_sha256: SHA-256 hex digest of the text, set by the store; None outside of one, and in the oldest files.
     """
 
     keys: torch.Tensor
@@ -85,6 +87,7 @@ class DistilledCache:
     counts: torch.Tensor | None = None
     refined_steps: int = 0
     fidelity: float | None = None
+    text_sha256: str | None = None
 
     def __post_init__(self) -> None:
         print_ = self.fingerprint
@@ -224,6 +227,8 @@ class DistilledCache:
         }
         if stored != self.fingerprint.dtype:
             header["storage"] = stored
+        if self.text_sha256 is not None:
+            header["text_sha256"] = self.text_sha256
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         return safetensors.torch.save(tensors, metadata={"kv_memory": json.dumps(header, sort_keys=True)})
 
@@ -276,6 +281,7 @@ class DistilledCache:
                     counts=counts,
                     refined_steps=header.get("refined_steps", 0),  # files of the first version have neither
                     fidelity=header.get("fidelity"),
+                    text_sha256=header.get("text_sha256"),
                 )
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             if isinstance(error, FileNotFoundError):

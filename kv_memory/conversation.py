@@ -24,8 +24,8 @@ _NAMES = {"system": "Instructions", "user": "User", "assistant": "Assistant"}
 class Conversation:
     """The turns of one conversation that have left the prompt. Thread-safe; what is added outlives the process.
 
-    They lie in a collection of their own beside the documents of `memory`, whose model reads them. One process at a
-    time may add to a conversation.
+    They lie in a collection of their own beside the documents of `memory`, whose model reads them; with their text,
+    whatever the memory's `keep_text` says. One process at a time may add to a conversation.
 
     Args:
         memory: Where, and read by what.
@@ -79,7 +79,10 @@ class Conversation:
         with self._lock:
             number = max((int(summary.id) for summary in self._memory.documents()), default=0) + 1
             self._memory.add_passages(
-                f"{number:08d}", self._passages(spoken), metadata={"turns": [list(turn) for turn in spoken]}
+                f"{number:08d}",
+                self._passages(spoken),
+                metadata={"turns": [list(turn) for turn in spoken]},
+                keep_text=True,  # a conversation is there to be shown again
             )
 
     def recall(self, question: str) -> list[Reference]:

@@ -17,7 +17,8 @@ KVMemoryError
 │   ├── EncodingError            text that is not valid in the stated encoding
 │   ├── LineTooLongError         a line so long that it must be data, not prose
 │   ├── DuplicateDocumentError   one id, two texts, in one call
-│   └── DocumentNotFoundError    an id that the collection does not hold (also a KeyError)
+│   ├── DocumentNotFoundError    an id that the collection does not hold (also a KeyError)
+│   └── TextNotKeptError         a text is wanted that was not kept when its document was added
 ├── CacheError
 │   ├── CacheNotFoundError       no distilled cache for this text and setting (also a KeyError)
 │   ├── CorruptCacheError        bytes that are not what was written; quarantined, never decoded
@@ -29,6 +30,9 @@ KVMemoryError
 ├── TrainingError
 │   ├── DivergedError            a loss or gradient that is not finite; the last good checkpoint is kept
 │   └── CheckpointError          a checkpoint that is unreadable, or was made with other settings
+├── JobError                     a job that cannot be run, e.g. because somebody else runs it
+│   ├── JobNotFoundError         a name that no job of the store has (also a KeyError)
+│   └── WorkerDiedError          a worker that was killed, or died, on a document or before its first
 └── StoreError
     ├── StoreVersionError        a store written by a newer version
     ├── StorePermissionError     a folder we may not write to
@@ -61,6 +65,8 @@ __all__ = [
     "EmptyDocumentError",
     "EncodingError",
     "FingerprintMismatchError",
+    "JobError",
+    "JobNotFoundError",
     "KVMemoryError",
     "LineTooLongError",
     "ModelError",
@@ -71,12 +77,14 @@ __all__ = [
     "StoreLockedError",
     "StorePermissionError",
     "StoreVersionError",
+    "TextNotKeptError",
     "TokenizerError",
     "TrainingError",
     "TransferError",
     "UnreadableDocumentError",
     "UnsupportedModelError",
     "UnsupportedRequestError",
+    "WorkerDiedError",
 ]
 
 
@@ -174,6 +182,10 @@ class DocumentNotFoundError(DocumentError, KeyError):
     """The collection holds no document of this id."""
 
 
+class TextNotKeptError(DocumentError):
+    """A text is wanted of a document that was added without keeping it."""
+
+
 class CacheError(KVMemoryError):
     """Something about a distilled cache."""
 
@@ -216,6 +228,18 @@ class DivergedError(TrainingError):
 
 class CheckpointError(TrainingError):
     """A checkpoint cannot be read, or was made with other settings."""
+
+
+class JobError(KVMemoryError):
+    """A job cannot be run as it was asked for."""
+
+
+class JobNotFoundError(JobError, KeyError):
+    """The store has no job of this name."""
+
+
+class WorkerDiedError(JobError):
+    """A worker process was killed or died, on a document or before its first."""
 
 
 class StoreError(KVMemoryError):

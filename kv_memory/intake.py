@@ -6,18 +6,20 @@ stays done: the next call finds the caches and goes on behind them.
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kv_memory.compress import Compressor
 from kv_memory.config import StorageName
-from kv_memory.documents import Document, split_passages
-from kv_memory.errors import ConfigError, EmptyDocumentError, KVMemoryError
-from kv_memory.store import DocumentRecord, PassageRecord, Store
+from kv_memory.documents import Document
+from kv_memory.errors import KVMemoryError, TextNotKeptError
+from kv_memory.fingerprint import Fingerprint
+from kv_memory.prepare import Prepared, Preparer
+from kv_memory.store import DocumentRecord, Store, StoredPassage
+from kv_memory.tracing import span
 
 __all__ = ["AddProgress", "AddReport", "Intake"]
 
@@ -49,7 +51,7 @@ class AddReport:
         added: Ids that are new.
         replaced: Ids whose text, metadata or settings had changed.
         unchanged: Ids for which there was nothing to do.
-        errors: Documents left out, with `on_error="skip"`.
+        errors: Documents left out: with `on_error="skip"`, and by `refresh`, which has no text of them.
         skipped: Files of unknown types that lay in a folder.
         n_passages: Compressed.
         n_tokens: Compressed, wrappers included.
@@ -85,6 +87,7 @@ class Intake:
         keep_ratio: For all of them.
         passage_tokens: Longest passage; None keeps documents whole.
         storage: How keys and values of new caches are stored; those that are there stay as they are.
+        keep_text: Keep the texts of what is added, see `Preparer`.
         on_progress: Called after every passage.
     """
 
@@ -96,6 +99,7 @@ class Intake:
         keep_ratio: float,
         passage_tokens: int | None,
         storage: StorageName = "auto",
+        keep_text: bool = False,
         on_progress: Callable[[AddProgress], None] | None = None,
     ) -> None:
         self._store = store
@@ -103,8 +107,14 @@ class Intake:
         self._keep_ratio = keep_ratio
         self._passage_tokens = passage_tokens
         self._storage = storage
+        self._preparer = Preparer(store, compressor.backbone.count_tokens, keep_text=keep_text)
         self._on_progress = on_progress
         self._fingerprint = compressor.fingerprint()  # hashes an adapter's weights: once, not per passage
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What the caches are made under."""
+        return self._fingerprint
 
     def add(
         self, documents: Sequence[Document], *, errors: Iterable[KVMemoryError] = (), skipped: Iterable[Path] = ()
@@ -112,102 +122,119 @@ class Intake:
         """Add or replace documents; those that are there unchanged cost nothing."""
         report = AddReport(errors=list(errors), skipped=[str(path) for path in skipped])
         start_s = time.perf_counter()
-        before = {summary.id: summary for summary in self._store.documents()}
-        stale = {passage.document_id for passage in self._store.missing(self._fingerprint, self._keep_ratio)}
-        todo: list[DocumentRecord] = []
-        for document in documents:
-            old = before.get(document.id)
-            same = (
-                old is not None
-                and old.content_sha256 == document.content_sha256
-                and old.passage_tokens == self._passage_tokens
-            )
-            if same and document.id not in stale and old is not None and old.metadata == dict(document.metadata):
-                report.unchanged.append(document.id)
-                continue
-            (report.added if old is None else report.replaced).append(document.id)
-            todo.append(self._store.document(document.id) if same else self._cut(document))
-            if same:  # the passages are as they were; metadata may not be
-                todo[-1] = _with_metadata(todo[-1], document)
+        todo = [found for document in documents if (found := self._sorted(document, report)) is not None]
         self._compress(todo, report)
         report.elapsed_s = time.perf_counter() - start_s
         return report
 
-    def refresh(self) -> AddReport:
-        """Compress every stored passage that has no cache under the present settings."""
+    def add_one(self, document: Document, *, whole: bool = False) -> AddReport:
+        """Add or replace one document, for callers that have too many to hold them all.
+
+        Args:
+            document: Its id is in one of `added`, `replaced` and `unchanged` afterwards.
+            whole: It is a passage already; do not cut it.
+        """
         report = AddReport()
         start_s = time.perf_counter()
-        stale = {passage.document_id for passage in self._store.missing(self._fingerprint, self._keep_ratio)}
+        found = self._sorted(document, report, whole=whole)
+        self._compress([] if found is None else [found], report)
+        report.elapsed_s = time.perf_counter() - start_s
+        return report
+
+    def refresh(self, *, encoding: str = "utf-8") -> AddReport:
+        """Compress every stored passage that has no cache under the present settings. See `KVMemory.refresh`."""
+        report = AddReport()
+        start_s = time.perf_counter()
+        missing: dict[str, list[StoredPassage]] = {}
+        for passage in self._store.missing(self._fingerprint, self._keep_ratio):
+            missing.setdefault(passage.document_id, []).append(passage)
+        todo: list[Prepared] = []
         for summary in self._store.documents():
-            (report.replaced if summary.id in stale else report.unchanged).append(summary.id)
-        self._compress([self._store.document(id_) for id_ in report.replaced], report)
+            if summary.id not in missing:
+                report.unchanged.append(summary.id)
+                continue
+            record = self._store.document(summary.id)
+            try:
+                if all(passage.text is not None for passage in missing[summary.id]):
+                    todo.append(self._preparer.as_it_is(record))
+                else:
+                    todo.append(self._preparer.read_again(record, encoding=encoding))
+            except TextNotKeptError as error:
+                report.errors.append(error)
+            else:
+                report.replaced.append(summary.id)
+        self._compress(todo, report)
         report.elapsed_s = time.perf_counter() - start_s
         return report
 
     def add_passages(
-        self, document: str, texts: Sequence[str], *, metadata: Mapping[str, Any] | None, extend: bool
+        self,
+        document: str,
+        texts: Sequence[str],
+        *,
+        metadata: Mapping[str, Any] | None,
+        extend: bool,
+        drop: Collection[str] = (),
     ) -> AddReport:
         """Add or replace a document that somebody else has cut into passages. See `KVMemory.add_passages`."""
         report = AddReport()
         start_s = time.perf_counter()
-        if isinstance(texts, str):
-            raise ConfigError("passages are a list of texts, not one text", where="texts", next_step="Pass [text].")
-        checked = [Document(id=document, text=text, metadata=metadata or {}) for text in texts]
-        if not checked:
-            raise EmptyDocumentError("no passages", where=document, next_step="Leave the document out, or remove it.")
-        old = self._store.document(document) if self._store.has_document(document) else None
-        before = list(old.passages) if old is not None and extend else []
-        known = {passage.text for passage in before}
-        new = list(dict.fromkeys(item.text for item in checked if item.text not in known))
-        counts = self._compressor.backbone.count_tokens(new)
-        passages = (*before, *(PassageRecord(text=t, n_tokens=n) for t, n in zip(new, counts, strict=True)))
-        record = DocumentRecord(
-            id=document,
-            content_sha256=hashlib.sha256("\0".join(passage.text_sha256 for passage in passages).encode()).hexdigest(),
-            metadata=old.metadata if old is not None and extend and metadata is None else dict(checked[0].metadata),
-            passages=passages,
-        )
-        whole = all(self._store.has(p.text_sha256, self._fingerprint, self._keep_ratio) for p in passages)
-        if whole and old is not None and (old.content_sha256, old.metadata) == (record.content_sha256, record.metadata):
+        old = self._preparer.stored(document)
+        prepared = self._preparer.passages(document, texts, old=old, metadata=metadata, extend=extend, drop=drop)
+        if old is not None and self._is_whole(prepared) and _same(old, prepared.record):
             report.unchanged.append(document)
         else:
             (report.added if old is None else report.replaced).append(document)
-            self._compress([record], report)
+            self._compress([prepared], report)
         report.elapsed_s = time.perf_counter() - start_s
         return report
 
-    def _cut(self, document: Document) -> DocumentRecord:
-        count = self._compressor.backbone.count_tokens
-        texts = split_passages(document.text, max_tokens=self._passage_tokens, count_tokens=count)
-        counts = count(texts)
-        return DocumentRecord(
-            id=document.id,
-            content_sha256=document.content_sha256,
-            source_uri=document.source_uri,
-            metadata=dict(document.metadata),
-            passage_tokens=self._passage_tokens,
-            passages=tuple(PassageRecord(text=t, n_tokens=n) for t, n in zip(texts, counts, strict=True)),
-        )
+    def _sorted(self, document: Document, report: AddReport, *, whole: bool = False) -> Prepared | None:
+        """Write into the report what a document is, and return what is to be made of it, None for nothing.
 
-    def _compress(self, todo: list[DocumentRecord], report: AddReport) -> None:
-        total = sum(record.n_tokens for record in todo)
+        Only this document is looked at: a listing of the collection for each document of a job would be quadratic.
+        """
+        old = self._preparer.stored(document.id)
+        limit = None if whole else self._passage_tokens
+        if old is None or (old.content_sha256, old.passage_tokens) != (document.content_sha256, limit):
+            (report.added if old is None else report.replaced).append(document.id)
+            return self._preparer.cut(document, limit)
+        cached = all(self._has(passage.text_sha256) for passage in old.passages)
+        if cached and old.metadata == dict(document.metadata) and self._preparer.is_kept_so(old.passages):
+            report.unchanged.append(document.id)
+            return None
+        report.replaced.append(document.id)
+        return self._preparer.again(document, old)  # the passages are as they were; metadata may not be
+
+    def _has(self, text_sha256: str) -> bool:
+        return self._store.has(text_sha256, self._fingerprint, self._keep_ratio)
+
+    def _is_whole(self, prepared: Prepared) -> bool:
+        """Whether every passage that can be made has its cache."""
+        return all(self._has(p.text_sha256) for p in prepared.record.passages if p.text_sha256 in prepared.texts)
+
+    def _compress(self, todo: list[Prepared], report: AddReport) -> None:
+        total = sum(prepared.record.n_tokens for prepared in todo)
         done = 0
-        for index, record in enumerate(todo):
+        for index, (record, texts) in enumerate(todo):
             for passage in record.passages:
-                self._make(passage, report)
+                # Without its text it stays as it is; `refresh` says so where it has no cache.
+                if (text := texts.get(passage.text_sha256)) is not None:
+                    self._make(passage.text_sha256, text, report)
                 done += passage.n_tokens
                 self._tell(record, index, len(todo), done, total)
             self._store.put_document(record)
 
-    def _make(self, passage: PassageRecord, report: AddReport) -> None:
-        wanted = passage.text_sha256, self._fingerprint, self._keep_ratio
+    def _make(self, text_sha256: str, text: str, report: AddReport) -> None:
+        wanted = text_sha256, self._fingerprint, self._keep_ratio
         if self._store.has(*wanted):
             return
         with self._store.making(*wanted):  # one makes it, the others wait and find it
             if self._store.has(*wanted):
                 return
-            cache = self._compressor.compress(passage.text, keep_ratio=self._keep_ratio)
-            info = self._store.put(passage.text_sha256, cache, storage=self._storage)
+            with span("compress", keep_ratio=self._keep_ratio, collection=self._store.collection):
+                cache = self._compressor.compress(text, keep_ratio=self._keep_ratio)
+            info = self._store.put(text_sha256, cache, storage=self._storage)
         report.n_passages += 1
         report.n_tokens += cache.n_tokens
         report.n_kept += cache.n_kept
@@ -231,12 +258,7 @@ class Intake:
             )
 
 
-def _with_metadata(record: DocumentRecord, document: Document) -> DocumentRecord:
-    return DocumentRecord(
-        id=record.id,
-        content_sha256=record.content_sha256,
-        source_uri=document.source_uri,
-        metadata=dict(document.metadata),
-        passage_tokens=record.passage_tokens,
-        passages=record.passages,
-    )
+def _same(old: DocumentRecord, new: DocumentRecord) -> bool:
+    """Whether there is nothing to write."""
+    kept = [[passage.text is not None for passage in record.passages] for record in (old, new)]
+    return (old.content_sha256, old.metadata) == (new.content_sha256, new.metadata) and kept[0] == kept[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -86,6 +86,7 @@ class KVMemory:
         refine_steps: int | None = None,
         min_fidelity: float | None = None,
         storage: StorageName | None = None,
+        keep_text: bool | None = None,
         dtype: DtypeName = "auto",
         device: str = "auto",
         collection: str = "default",
@@ -116,6 +117,10 @@ class KVMemory:
             storage: How keys and values are stored: `auto` (as the model computes them), `float32`, `bfloat16`,
                 `float16` or `int8`, half of bfloat16 and the embedded model's default. For what is added from now on;
                 one store may hold several.
+            keep_text: Keep the texts of what is added from now on: for showing them with an answer, for reading them in
+                the place of a damaged cache, for `read_from="text"`, and for `refresh` of what was no file. A new store
+                keeps none: passages are found by hashes of their words. Documents that are added again unchanged get
+                or lose their text without being compressed.
             dtype: Of the model and its caches; `auto` takes bfloat16 where that is fast.
             device: `auto`, `cpu`, `cuda`, ...
             collection: Tenants are collections; every lookup stays in its own.
@@ -144,6 +149,7 @@ class KVMemory:
             refine_steps=refine_steps,
             min_fidelity=min_fidelity,
             storage=storage,
+            keep_text=keep_text,
         )
         backbone = model if isinstance(model, Backbone) else None
         compressor = None
@@ -275,6 +281,8 @@ class KVMemory:
         *,
         metadata: Mapping[str, Any] | None = None,
         extend: bool = False,
+        drop: Collection[str] = (),
+        keep_text: bool | None = None,
         on_progress: Callable[[AddProgress], None] | None = None,
     ) -> AddReport:
         """Add a document that is cut already, e.g. by a framework's node parser. What is there costs nothing.
@@ -284,6 +292,8 @@ class KVMemory:
             texts: Its passages, each the exact text that will be asked for.
             metadata: What JSON can hold; if None there is none, or with `extend` that which it has.
             extend: Keep the passages it has, and add those that are new. One process at a time may extend a document.
+            drop: Keys (`reader.key_of`) of passages that it does not keep, with `extend`.
+            keep_text: Keep these texts; as the settings say if None.
             on_progress: Called after every passage.
 
         Raises:
@@ -291,25 +301,36 @@ class KVMemory:
             DocumentError: There is no text, or one is blank or binary.
             StoreError: It cannot be written.
         """
-        intake = self._intake(on_progress)
+        intake = self._intake(on_progress, keep_text=keep_text)
         with self._extend_lock:  # it reads what there is, and writes it back with more
-            report = intake.add_passages(document_id, texts, metadata=metadata, extend=extend)
+            report = intake.add_passages(document_id, texts, metadata=metadata, extend=extend, drop=drop)
         self._remember()
         return report
 
-    def refresh(self, *, on_progress: Callable[[AddProgress], None] | None = None) -> AddReport:
-        """Compress every stored passage that has no cache under the present settings, from its stored text."""
-        report = self._intake(on_progress).refresh()
+    def refresh(
+        self, *, encoding: str = "utf-8", on_progress: Callable[[AddProgress], None] | None = None
+    ) -> AddReport:
+        """Compress every stored passage that has no cache under the present settings.
+
+        From its text, or where that is not kept from the file that its document came from. Documents whose file is gone
+        or has changed, and those that were no file, are among the report's `errors`; they stay as they are.
+
+        Args:
+            encoding: Of text files that are read again.
+            on_progress: Called after every passage.
+        """
+        report = self._intake(on_progress).refresh(encoding=encoding)
         self._remember()
         return report
 
-    def _intake(self, on_progress: Callable[[AddProgress], None] | None) -> Intake:
+    def _intake(self, on_progress: Callable[[AddProgress], None] | None, *, keep_text: bool | None = None) -> Intake:
         return Intake(
             self.store,
             self.compressor,
             keep_ratio=self.settings.keep_ratio,
             passage_tokens=self.settings.passage_tokens,
             storage=self.settings.storage,
+            keep_text=self.settings.keep_text if keep_text is None else keep_text,
             on_progress=on_progress,
         )
 
@@ -372,6 +393,8 @@ class KVMemory:
         Raises:
             CacheNotFoundError: A passage has no cache under the present settings.
             FingerprintMismatchError: Its cache was made by another model, adapter or prompt.
+            CorruptCacheError: Its cache is damaged, and its text, which would be read instead, is not kept.
+            TextNotKeptError: `read_from` is `text`, and the text of a passage is not kept.
             ContextWindowError: Passages, question and answer do not fit the model.
         """
         return self.stream(question, top_k=top_k, settings=settings, read_from=read_from).answer
@@ -384,8 +407,7 @@ class KVMemory:
         Raises:
             DocumentNotFoundError: There is no such document.
         """
-        passages = self.document(document_id).passages
-        return self._asker.ask_batch(questions, document_id, [passage.text for passage in passages], settings=settings)
+        return self._asker.ask_batch(questions, self.document(document_id), settings=settings)
 
     def stream(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from kv_memory.errors import CorruptCacheError
 
@@ -33,28 +33,32 @@ class Prefix:
     values: torch.Tensor
     regime: tuple[Any, ...]
 
-    def to_bytes(self) -> bytes:
-        """Keys and values as one safetensors file."""
-        return safetensors.torch.save({"keys": self.keys.cpu(), "values": self.values.cpu()})
+    def to_bytes(self, *, key: str) -> bytes:
+        """Keys and values as one safetensors file, which says under which key it is kept."""
+        return safetensors.torch.save({"keys": self.keys.cpu(), "values": self.values.cpu()}, metadata={"key": key})
 
     @classmethod
-    def load(cls, path: Path, *, ids: tuple[int, ...], regime: tuple[Any, ...], like: torch.Tensor) -> Prefix:
+    def load(cls, path: Path, *, key: str, ids: tuple[int, ...], regime: tuple[Any, ...], like: torch.Tensor) -> Prefix:
         """Inverse of `to_bytes`.
 
         Args:
             path: The file.
-            ids: The token ids it must be of; their number is checked, the rest is in the name it was stored under.
+            key: What it must be kept under. The oldest files do not say.
+            ids: The token ids it must be of; their number is checked, the rest is in the key.
             regime: That of a sequence of this length.
             like: A tensor of the wanted dtype, device and shape, but for the third dimension.
 
         Raises:
-            CorruptCacheError: The file is not a prefix of this shape.
+            CorruptCacheError: The file is not a prefix of this key and shape.
         """
         try:
-            tensors = safetensors.torch.load_file(path, device=str(like.device))
-            keys, values = tensors["keys"], tensors["values"]
+            with safe_open(str(path), framework="pt", device=str(like.device)) as file:
+                kept_under = (file.metadata() or {}).get("key", key)
+                keys, values = file.get_tensor("keys"), file.get_tensor("values")
         except (SafetensorError, KeyError, OSError) as error:
             raise CorruptCacheError(f"not a readable prefix: {error}", where=str(path)) from error
+        if kept_under != key:
+            raise CorruptCacheError(f"the prefix of {kept_under[:80]!r}, not of {key!r}", where=str(path))
         shape = (*like.shape[:2], len(ids), like.shape[3])
         if tuple(keys.shape) != shape or tuple(values.shape) != shape or keys.dtype != like.dtype:
             raise CorruptCacheError(f"prefix of shape {tuple(keys.shape)}, expected {shape}", where=str(path))

@@ -16,10 +16,15 @@ from kv_memory.config import DecodeSettings, Layout, StorageName, check_keep_rat
 from kv_memory.errors import CacheNotFoundError, ConfigError, CorruptCacheError, StoreError
 from kv_memory.generate import Generator, Prompt, Run, Turn, encode_chat, encode_text_prompt, encode_turns
 from kv_memory.store import Store
+from kv_memory.tracing import span
 
 __all__ = ["Reader", "Reference", "Reply", "ReplyStream", "key_of"]
 
 _REFERENCE = re.compile(r"(?P<key>[0-9a-f]{64})(?:@(?P<ratio>[0-9.e-]+))?(?:/(?P<collection>.+))?", re.DOTALL)
+_ADD_AGAIN = (
+    "Its text is not kept, so it cannot be read instead: add the document again, or run `kv-memory add --stale` if it "
+    "is a file that has not changed."
+)
 
 
 def key_of(text: str) -> str:
@@ -63,7 +68,7 @@ class Reference:
         if found is None:
             raise ConfigError(
                 "not a reference to a distilled cache",
-                where=repr(value)[:120],
+                where=repr(value)[:40],  # it may be a text
                 next_step="References begin with the SHA-256 of a text; retrievers of kv_memory.integrations set them.",
             )
         try:
@@ -169,7 +174,11 @@ class Reader:
 
     def has(self, text: str) -> bool:
         """Whether there is a cache of exactly this text under the present settings."""
-        return self._store.has(key_of(text), self._compressor.fingerprint(), self._keep_ratio)
+        return self.has_key(key_of(text))
+
+    def has_key(self, key: str) -> bool:
+        """`has`, by the text's key."""
+        return self._store.has(key, self._compressor.fingerprint(), self._keep_ratio)
 
     def check(self, text: str) -> None:
         """Raise unless `has`.
@@ -237,6 +246,10 @@ class Reader:
 
     def load(self, references: Sequence[Reference]) -> _Loaded:
         """The references' caches; in the place of missing and damaged ones the plain cache of their text."""
+        with span("load", collection=self._store.collection, n_references=len(references)):
+            return self._load(references)
+
+    def _load(self, references: Sequence[Reference]) -> _Loaded:
         start_s = time.perf_counter()
         fingerprint = self._compressor.fingerprint()
         caches: list[DistilledCache] = []
@@ -255,10 +268,10 @@ class Reader:
                     raise
                 cache = self._compressor.compress(text, keep_ratio=1.0)
                 n_text += cache.n_tokens
-            except CorruptCacheError:
+            except CorruptCacheError as error:
                 text = store.text(reference.key) if text is None else text
                 if text is None:
-                    raise
+                    raise CorruptCacheError(error.what, where=error.where, next_step=_ADD_AGAIN) from error
                 cache = self._compressor.compress(text, keep_ratio=1.0)
                 n_text += cache.n_tokens
                 damaged.append(reference.key)

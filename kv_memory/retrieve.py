@@ -3,6 +3,11 @@
 The index is one file, `bm25.index`: a line with the SHA-256 of the rest, then safetensors. bm25s has a format of its
 own, a folder of five files; it was rejected because no rename replaces a folder that has something in it, while a file
 is replaced at once, whoever else is writing. There is no pickle in either. Texts stay in the store and are looked up.
+
+Passages whose text is not kept come as `Terms`: their words hashed under a key. As soon as there are any, all words of
+the index are hashes under that key, which changes no score: BM25 asks only which words are the same. Passages that
+were hashed under different keys, because collections were merged, are found all the same; each part then judges by
+itself how rare a word is.
 """
 
 from __future__ import annotations
@@ -13,8 +18,10 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,11 +32,12 @@ from safetensors.numpy import load, save
 
 from kv_memory.config import check_choice
 from kv_memory.errors import ConfigError, DocumentNotFoundError
+from kv_memory.terms import Terms, hash_word
 from kv_memory.words import Language, question_words, words_of
 
 __all__ = ["BM25Index", "Hit", "Passage", "Retriever"]
 
-_FORMAT = 1  # of the file and of the words in it; a change of either makes every index be built again
+_FORMAT = 2  # of the file and of the words in it; a change of either makes every index be built again
 _FILE_NAME = "bm25.index"
 _ARRAYS = ("data", "indices", "indptr")  # of the sparse matrix of scores, word by word
 _STALE_S = 3600
@@ -48,8 +56,12 @@ class Passage(Protocol):
         """Its place in the document, from 0."""
 
     @property
-    def text(self) -> str:
-        """Its text."""
+    def text(self) -> str | None:
+        """Its text; None where it is not kept."""
+
+    @property
+    def terms(self) -> Terms | None:
+        """Its words, where its text is not kept."""
 
     @property
     def text_sha256(self) -> str:
@@ -72,7 +84,7 @@ class Hit:
         document_id: The document it belongs to.
         ordinal: Its place in the document, from 0.
         score: The higher the better; comparable within one question only.
-        text: Its text.
+        text: Its text; None where it is not kept.
         text_sha256: SHA-256 of the text, in hex.
         metadata: The document's metadata.
     """
@@ -80,7 +92,7 @@ class Hit:
     document_id: str
     ordinal: int
     score: float
-    text: str
+    text: str | None
     text_sha256: str
     metadata: Mapping[str, Any]
 
@@ -102,12 +114,14 @@ class BM25Index:
         self,
         scorer: Any,
         rows: Sequence[tuple[str, int, str]],
+        keys: Sequence[str],
         *,
         lookup: Callable[[str, int], Passage],
         language: Language | None,
     ) -> None:
         self._scorer = scorer  # a bm25s.BM25, or None where no passage has a word
         self._rows = rows
+        self._keys = keys  # that words are hashed under, the most frequent first; none where all texts are kept
         self._lookup = lookup
         self._language = language
 
@@ -134,7 +148,7 @@ class BM25Index:
             language: `en` for English stems and stop words; None for any language.
 
         Raises:
-            ConfigError: `language` is unknown.
+            ConfigError: `language` is unknown, or given where a passage has no text: hashes have no stems.
         """
         if language is not None:
             check_choice(language, Language, where="language")
@@ -168,7 +182,9 @@ class BM25Index:
             raise ConfigError(f"top_k must be at least 1, got {top_k}", where="top_k")
         if self._scorer is None:
             return []
-        ids = self._scorer.get_tokens_ids(question_words(question, language=self._language))
+        words = question_words(question, language=self._language)
+        tokens = [hash_word(word, key) for word in words for key in self._keys] if self._keys else words
+        ids = self._scorer.get_tokens_ids(tokens)
         scores = self._scorer.get_scores_from_ids(ids)
         found = np.flatnonzero(scores > 0)
         # Not bm25s's own top-k, which breaks ties at random. Rows lie in the order of ties, and the sort is stable.
@@ -199,17 +215,34 @@ class BM25Index:
 _Rows = list[tuple[str, int, str]]
 
 
-def _build(passages: Sequence[Passage], language: Language | None) -> tuple[Any, _Rows]:
+def _build(passages: Sequence[Passage], language: Language | None) -> tuple[Any, _Rows, list[str]]:
     ordered = sorted(passages, key=lambda passage: (passage.document_id, passage.ordinal))
+    if language is not None and any(passage.text is None for passage in ordered):
+        raise ConfigError(
+            "the words of a language are looked for in texts, and some are not kept",
+            where="language",
+            next_step="Leave the language out, or add the documents again with their texts (`--keep-text`).",
+        )
+    frequent = Counter(passage.terms.key for passage in ordered if passage.text is None and passage.terms is not None)
+    keys = sorted(frequent, key=lambda key: (-frequent[key], key))
+    hashed = cache(partial(hash_word, key=keys[0])) if keys else None
     vocabulary: dict[str, int] = {}
-    # Ids of our own, because bm25s numbers words in the order of a set, which differs from run to run.
-    ids = [[vocabulary.setdefault(w, len(vocabulary)) for w in words_of(p.text, language=language)] for p in ordered]
+
+    def ids_of(passage: Passage) -> list[int]:
+        tokens: Iterable[str] = passage.terms or ()
+        if passage.text is not None:
+            words = words_of(passage.text, language=language)
+            tokens = words if hashed is None else map(hashed, words)
+        # Ids of our own, because bm25s numbers words in the order of a set, which differs from run to run.
+        return [vocabulary.setdefault(token, len(vocabulary)) for token in tokens]
+
+    ids = [ids_of(passage) for passage in ordered]
     rows = [(p.document_id, p.ordinal, p.text_sha256) for p in ordered]
     if not vocabulary:  # bm25s divides by the mean length
-        return None, rows
+        return None, rows, keys
     # Not BM25.index, which sets its logger to DEBUG and logs, whatever level the application has chosen.
     scores = bm25s.BM25().build_index_from_ids(list(vocabulary.values()), ids, show_progress=False)
-    return _scorer(vocabulary, scores), rows
+    return _scorer(vocabulary, scores), rows, keys
 
 
 def _scorer(vocabulary: dict[str, int], scores: dict[str, Any]) -> Any:
@@ -218,9 +251,9 @@ def _scorer(vocabulary: dict[str, int], scores: dict[str, Any]) -> Any:
     return scorer
 
 
-def _write(path: Path, header: Mapping[str, Any], scorer: Any, rows: _Rows) -> None:
+def _write(path: Path, header: Mapping[str, Any], scorer: Any, rows: _Rows, keys: list[str]) -> None:
     """Replace the file at once: a crash leaves the old one, or a temporary file that nobody reads."""
-    text = {"header": header, "rows": rows, "words": list(scorer.vocab_dict) if scorer else []}
+    text = {"header": header, "rows": rows, "keys": keys, "words": list(scorer.vocab_dict) if scorer else []}
     arrays = {"text": np.frombuffer(json.dumps(text).encode(), dtype=np.uint8)}
     if scorer:
         arrays |= {name: np.ascontiguousarray(scorer.scores[name]) for name in _ARRAYS}
@@ -246,7 +279,7 @@ def _write(path: Path, header: Mapping[str, Any], scorer: Any, rows: _Rows) -> N
         _log.warning("the BM25 index cannot be kept and will be built again next time: %s", error)
 
 
-def _read(path: Path, header: Mapping[str, Any]) -> tuple[Any, _Rows] | None:
+def _read(path: Path, header: Mapping[str, Any]) -> tuple[Any, _Rows, list[str]] | None:
     """The index, or None if there is none with this header, or it is damaged."""
     try:
         # Read, not mapped: it is hashed anyway, and a mapped file cannot be replaced on Windows.
@@ -259,10 +292,11 @@ def _read(path: Path, header: Mapping[str, Any]) -> tuple[Any, _Rows] | None:
         if text["header"] != header:
             return None
         rows: _Rows = [(document_id, ordinal, sha256) for document_id, ordinal, sha256 in text["rows"]]
+        keys: list[str] = list(text["keys"])
         if not text["words"]:
-            return None, rows
+            return None, rows, keys
         scores = {name: arrays[name] for name in _ARRAYS} | {"num_docs": len(rows)}
-        return _scorer({word: i for i, word in enumerate(text["words"])}, scores), rows
+        return _scorer({word: i for i, word in enumerate(text["words"])}, scores), rows, keys
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -38,6 +38,8 @@ class MemorySettings:
         storage: How the keys and values of what is added are stored: `auto` (as the model computes them), `float32`,
             `bfloat16`, `float16` or `int8`, which takes half the bytes of bfloat16; `int8` for the embedded model and
             `auto` for others, unless set. What is stored already stays.
+        keep_text: Keep the texts of what is added. Without them a store has the caches, the documents' ids and
+            metadata, and hashes of words; see `kv_memory.terms` for what those are worth.
     """
 
     model: str = EMBEDDED
@@ -50,6 +52,7 @@ class MemorySettings:
     refine_steps: int = 0
     min_fidelity: float | None = None
     storage: StorageName = "auto"
+    keep_text: bool = False
 
     def __post_init__(self) -> None:
         check_keep_ratio(self.keep_ratio)
@@ -88,6 +91,7 @@ def given_settings(
     refine_steps: int | None = None,
     min_fidelity: float | None = None,
     storage: StorageName | None = None,
+    keep_text: bool | None = None,
 ) -> dict[str, Any]:
     """The settings a caller gave, checked; those left at None (`auto` for passage_tokens) are not among them.
 
@@ -106,6 +110,7 @@ def given_settings(
         "refine_steps": refine_steps,
         "min_fidelity": min_fidelity,
         "storage": storage,
+        "keep_text": keep_text,
     }
     given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     if adapter == NO_ADAPTER or (adapter is None and selector is not None):  # a selector is for want of an adapter
@@ -133,6 +138,8 @@ def resolve_settings(given: Mapping[str, Any], stored: Mapping[str, Any]) -> Mem
         # Adapter and prompt belong to one model, passages to what it can read, and what int8 costs was measured on one.
         for name in ("adapter", "prompt", "storage"):
             kept.pop(name, None)
+    if stored:
+        kept.setdefault("keep_text", True)  # a store from the time when all texts were kept goes on with that
     if "refine_steps" in given:
         kept.pop("min_fidelity", None)  # steps that are named anew are meant as they are
     merged = {**kept, **given}

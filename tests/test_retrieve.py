@@ -18,6 +18,7 @@ import pytest
 
 from kv_memory.errors import ConfigError, DocumentNotFoundError
 from kv_memory.retrieve import BM25Index, Hit
+from kv_memory.terms import Terms
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Passage:
     text: str
     n_tokens: int = 1
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    terms: Terms | None = None
 
     @property
     def text_sha256(self) -> str:

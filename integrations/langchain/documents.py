@@ -34,10 +34,12 @@ def marked(memory: KVMemory, documents: Iterable[Document], *, on_missing: OnMis
     """Copies of documents whose metadata names their cache; see `reference_to` for those without one."""
     copies: list[Document] = []
     for document in documents:
-        text, metadata = document.page_content, without_mark(document.metadata)
+        text, metadata, mark = document.page_content, without_mark(document.metadata), document.metadata.get(KV_ID)
         # Where nobody has stored it yet, it is stored under its id, its source, or the key of its text.
         id_ = document.id or str(metadata.get("source") or key_of(text))
-        reference = reference_to(memory, text, on_missing=on_missing, document_id=id_)
+        reference = reference_to(
+            memory, text, on_missing=on_missing, document_id=id_, mark=None if mark is None else str(mark)
+        )
         if reference is None:
             continue
         if reference.text is None:

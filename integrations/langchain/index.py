@@ -13,7 +13,7 @@ from langchain_core.indexing import DeleteResponse, UpsertResponse
 from langchain_core.indexing.base import DocumentIndex
 from pydantic import Field
 
-from kv_memory import ConfigError, DocumentNotFoundError, KVMemory
+from kv_memory import ConfigError, DocumentNotFoundError, KVMemory, TextNotKeptError
 
 from .documents import check_k, with_mark, without_mark
 
@@ -25,7 +25,8 @@ class KVMemoryIndex(DocumentIndex):
 
     Give it to `langchain_core.indexing.index`: with `cleanup="full"` documents that are gone from the source lose
     their caches, and those that are there unchanged cost nothing. Each document is read whole, so split long ones
-    first, as for a vector store. Metadata must be what JSON can hold.
+    first, as for a vector store. Metadata must be what JSON can hold. Texts are kept, whatever the memory's `keep_text`
+    says: an index gives back what was put in.
 
     Args:
         memory: Where documents and caches lie, under the document's own id.
@@ -61,7 +62,7 @@ class KVMemoryIndex(DocumentIndex):
         succeeded: list[str] = []
         for item in items:
             id_ = item.id or str(uuid.uuid4())
-            self.memory.add_passages(id_, [item.page_content], metadata=without_mark(item.metadata))
+            self.memory.add_passages(id_, [item.page_content], metadata=without_mark(item.metadata), keep_text=True)
             succeeded.append(id_)
         return UpsertResponse(succeeded=succeeded, failed=[])
 
@@ -86,6 +87,9 @@ class KVMemoryIndex(DocumentIndex):
         """Documents as they were put in; ids that are not there are passed over.
 
         One that `memory.add` has cut into passages comes with these joined by empty lines.
+
+        Raises:
+            TextNotKeptError: One came by `memory.add`, without its text being kept.
         """
         documents: list[Document] = []
         for id_ in ids:
@@ -93,8 +97,14 @@ class KVMemoryIndex(DocumentIndex):
                 record = self.memory.document(id_)
             except DocumentNotFoundError:
                 continue
-            text = "\n\n".join(passage.text for passage in record.passages)
-            documents.append(Document(id=id_, page_content=text, metadata=record.metadata))
+            texts = [passage.text for passage in record.passages if passage.text is not None]
+            if len(texts) < len(record.passages):
+                raise TextNotKeptError(
+                    "the text of a document is not kept",
+                    where=id_,
+                    next_step="Put it in with `upsert`, or add it to a memory opened with keep_text=True.",
+                )
+            documents.append(Document(id=id_, page_content="\n\n".join(texts), metadata=record.metadata))
         return documents
 
     def _get_relevant_documents(
@@ -110,6 +120,8 @@ class KVMemoryIndex(DocumentIndex):
     def _find(self, query: str, k: int | None) -> list[Document]:
         hits = self.memory.retrieve(query, top_k=check_k(self.k if k is None else k))
         return [
-            Document(id=hit.document_id, page_content=hit.text, metadata=with_mark(dict(hit.metadata), hit.text_sha256))
+            Document(
+                id=hit.document_id, page_content=hit.text or "", metadata=with_mark(dict(hit.metadata), hit.text_sha256)
+            )
             for hit in hits
         ]

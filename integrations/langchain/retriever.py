@@ -25,7 +25,9 @@ class KVMemoryRetriever(BaseRetriever):
 
     Alone it finds the passages of `memory.add` by BM25, with the document's metadata, and its id as `source` unless
     the metadata names one. Around another retriever it hands on what that finds: what has a cache of exactly this
-    text gets its `kv_id`, whoever made the cache.
+    text gets its `kv_id`, whoever made the cache. A passage whose text is not kept (`KVMemory.open(...,
+    keep_text=True)` keeps it) is a document without content that names its cache: our chains answer from it, and others
+    have nothing to read.
 
     Args:
         memory: Where the caches lie. One over another collection sees that collection only.
@@ -81,7 +83,7 @@ class KVMemoryRetriever(BaseRetriever):
         return [
             Document(
                 id=f"{hit.document_id}#{hit.ordinal}",
-                page_content=hit.text,
+                page_content=hit.text or "",
                 metadata=with_mark({"source": hit.document_id, **hit.metadata}, hit.text_sha256),
             )
             for hit in self.memory.retrieve(query, top_k=k)

@@ -23,7 +23,7 @@ class KVCompressTransform(TransformComponent):
 
     All nodes of a document come in one call, as `IngestionPipeline` sends them: a document that comes again replaces
     what was there of it, and caches of text that is gone are removed. That documents are deleted, only a
-    `KVMemoryVectorStore` learns.
+    `KVMemoryVectorStore` learns. The store keeps the texts too, so that its own retriever gives whole nodes.
 
     A pipeline's cache of transformations never answers for this one: the caches it is there to make would not be made
     for a store that does not have them yet. With a persisted `IngestionCache` put it into a pipeline of its own, with
@@ -60,7 +60,7 @@ class KVCompressTransform(TransformComponent):
         documents = texts_by_document(nodes, self.metadata_mode)
         shown = get_tqdm_iterable(list(documents.items()), bool(kwargs.get("show_progress")), "Distilling documents")
         for document_id, texts in shown:
-            put_texts(self._memory, document_id, texts, extend=False)
+            put_texts(self._memory, document_id, texts, extend=False, keep_text=True)
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:

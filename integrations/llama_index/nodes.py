@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, NodeWithScore
 
@@ -46,6 +47,9 @@ def text_of(node: BaseNode, mode: MetadataMode) -> str:
 
 def node_reference(memory: KVMemory, node: BaseNode, *, on_missing: OnMissing, mode: MetadataMode) -> Reference | None:
     """The reference to a node's cache; see `reference_to` for what becomes of a node without one."""
+    if (mark := node.metadata.get(KV_ID)) and not node.get_content(metadata_mode=MetadataMode.NONE).strip():
+        # A passage whose text the store does not keep. Metadata may be part of a node's text, but not all of it.
+        return reference_to(memory, "", on_missing=on_missing, document_id=document_of(node), mark=str(mark))
     text = text_of(node, mode)
     if on_missing == "compress" and text.strip() and not memory.reader.has(text):
         _put_beside(memory, node, text)  # not by `reference_to`, so that deleting the node deletes its cache
@@ -81,9 +85,12 @@ def texts_by_document(nodes: Iterable[BaseNode], mode: MetadataMode) -> dict[str
     return documents
 
 
-def put_texts(memory: KVMemory, document_id: str, texts: Mapping[str, str], *, extend: bool) -> None:
+def put_texts(
+    memory: KVMemory, document_id: str, texts: Mapping[str, str], *, extend: bool, keep_text: bool | None = None
+) -> None:
     """Distil the nodes of one document, `{node_id: text}`; with `extend` beside its other nodes."""
-    _put(memory, document_id, texts.values(), {id_: [key_of(text)] for id_, text in texts.items()}, extend=extend)
+    nodes = {id_: [key_of(text)] for id_, text in texts.items()}
+    _put(memory, document_id, texts.values(), nodes, extend=extend, keep_text=keep_text)
 
 
 def _put_beside(memory: KVMemory, node: BaseNode, text: str) -> None:
@@ -96,18 +103,30 @@ def _put_beside(memory: KVMemory, node: BaseNode, text: str) -> None:
 
 
 def _put(
-    memory: KVMemory, document_id: str, texts: Iterable[str], nodes: dict[str, list[str]], *, extend: bool
+    memory: KVMemory,
+    document_id: str,
+    texts: Iterable[str],
+    nodes: dict[str, list[str]],
+    *,
+    extend: bool,
+    keep_text: bool | None = None,
 ) -> None:
-    passages, metadata = list(texts), {}
+    metadata: dict[str, Any] = {}
+    stale: set[str] = set()
     with _lock(memory):
         if extend and memory.store.has_document(document_id):
-            record = memory.document(document_id)
-            metadata, before = record.metadata, record.metadata.get(_NODES, {})
+            metadata = memory.document(document_id).metadata
+            before = metadata.get(_NODES, {})
             nodes = {**before, **nodes}
-            if stale := _keys(before) - _keys(nodes):  # a node has another text now
-                passages = [*(p.text for p in record.passages if p.text_sha256 not in stale), *passages]
-                extend = False
-        memory.add_passages(document_id, passages, metadata={**metadata, _NODES: nodes}, extend=extend)
+            stale = _keys(before) - _keys(nodes)  # a node has another text now
+        memory.add_passages(
+            document_id,
+            list(texts),
+            metadata={**metadata, _NODES: nodes},
+            extend=extend,
+            drop=stale,
+            keep_text=keep_text,
+        )
 
 
 def _lock(memory: KVMemory) -> threading.RLock:
@@ -129,9 +148,9 @@ def forget_nodes(memory: KVMemory, node_ids: Iterable[str]) -> None:
             if len(left) == len(nodes):
                 continue
             stale = _keys(nodes) - _keys(left)
-            texts = [p.text for p in memory.document(summary.id).passages if p.text_sha256 not in stale]
-            if texts:
-                memory.add_passages(summary.id, texts, metadata={**summary.metadata, _NODES: left})
+            if any(passage.text_sha256 not in stale for passage in memory.document(summary.id).passages):
+                metadata = {**summary.metadata, _NODES: left}
+                memory.add_passages(summary.id, [], metadata=metadata, extend=True, drop=stale)
             else:
                 memory.remove(summary.id)
 

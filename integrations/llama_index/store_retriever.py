@@ -19,6 +19,9 @@ __all__ = ["KVMemoryStoreRetriever"]
 class KVMemoryStoreRetriever(BaseRetriever):
     """Finds passages of documents that were added to the memory itself (`memory.add`), with their caches.
 
+    A passage whose text is not kept (`KVMemory.open(..., keep_text=True)` keeps it) is a node without text that names
+    its cache: our engines answer from it, and others have nothing to read.
+
     Args:
         memory: The store.
         similarity_top_k: How many passages at most; the memory's default if None.
@@ -57,7 +60,7 @@ def _node(hit: Hit) -> NodeWithScore:
     names = list(hit.metadata)
     node = TextNode(
         id_=f"{hit.document_id}#{hit.ordinal}",
-        text=hit.text,
+        text=hit.text or "",
         metadata=dict(hit.metadata),
         excluded_llm_metadata_keys=names,
         excluded_embed_metadata_keys=names,

@@ -31,7 +31,8 @@ class KVMemoryVectorStore(BasePydanticVectorStore):
 
     Upserts and deletions of an `IngestionPipeline` with a docstore, and `index.delete_ref_doc`, reach a vector store
     and nothing else: this is the only place to hear of them. Caches are made before the inner store is told, and
-    removed after it, so that nothing is ever found without its cache.
+    removed after it, so that nothing is ever found without its cache. Texts are the inner store's business; the memory
+    keeps them too if its `keep_text` says so.
 
     Args:
         vector_store: The store that is wrapped.

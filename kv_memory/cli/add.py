@@ -18,6 +18,7 @@ from kv_memory.cli.options import (
     CollectionOption,
     JsonOption,
     KeepRatioOption,
+    KeepTextOption,
     MinFidelityOption,
     ModelOption,
     PassageTokensOption,
@@ -61,6 +62,7 @@ def add(
     refine: RefineOption = None,
     min_fidelity: MinFidelityOption = None,
     storage: StorageOption = None,
+    keep_text: KeepTextOption = None,
     encoding: Annotated[
         str, typer.Option("--encoding", metavar="NAME", help="Of text files without a byte order mark.")
     ] = "utf-8",
@@ -96,6 +98,7 @@ def add(
             refine_steps=refine,
             min_fidelity=min_fidelity,
             storage=cast("StorageName | None", storage),
+            keep_text=keep_text,
         )
         read = _read(paths or [], id_, extra, encoding, skip_errors) if paths else None
         with open_memory(
@@ -112,10 +115,11 @@ def add(
             refine_steps=refine,
             min_fidelity=min_fidelity,
             storage=storage,
+            keep_text=keep_text,
         ) as memory:
             try:
                 load_model(out, memory)
-                report = _add(out, memory, read, stale=stale)
+                report = _add(out, memory, read, stale=stale, encoding=encoding)
             except KeyboardInterrupt:
                 n_documents = memory.stats().n_documents
                 stored = "1 document is" if n_documents == 1 else f"{n_documents} documents are"
@@ -160,7 +164,7 @@ def _stdin_text(encoding: str) -> str:
         ) from error
 
 
-def _add(out: Output, memory: KVMemory, read: ReadResult | None, *, stale: bool) -> AddReport:
+def _add(out: Output, memory: KVMemory, read: ReadResult | None, *, stale: bool, encoding: str) -> AddReport:
     """Add what was read, then compress what is stale; one report of both."""
     report: AddReport | None = None
     if read is not None:
@@ -171,7 +175,7 @@ def _add(out: Output, memory: KVMemory, read: ReadResult | None, *, stale: bool)
     if not stale and report is not None:
         return report
     with Tracker(out) as tracker:
-        fresh = memory.refresh(on_progress=tracker)
+        fresh = memory.refresh(encoding=encoding, on_progress=tracker)
     if report is None:
         return fresh
     done = {*report.added, *report.replaced}
@@ -179,6 +183,7 @@ def _add(out: Output, memory: KVMemory, read: ReadResult | None, *, stale: bool)
         report,
         replaced=report.replaced + [id_ for id_ in fresh.replaced if id_ not in done],
         unchanged=[id_ for id_ in fresh.unchanged if id_ not in done],
+        errors=report.errors + fresh.errors,
         n_passages=report.n_passages + fresh.n_passages,
         n_tokens=report.n_tokens + fresh.n_tokens,
         n_kept=report.n_kept + fresh.n_kept,

@@ -73,7 +73,11 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
     ("unpin", unpin, ("kv-memory unpin handbook.pdf",)),
     ("check", check, ("kv-memory check", "kv-memory check --json")),
     ("gc", gc, ("kv-memory gc",)),
-    ("stats", stats, ("kv-memory stats", "KV_MEMORY_STORE=/data/memory kv-memory stats --json")),
+    (
+        "stats",
+        stats,
+        ("kv-memory stats", "kv-memory stats --prometheus", "KV_MEMORY_STORE=/data/memory kv-memory stats --json"),
+    ),
     ("models", models, ("kv-memory models", "kv-memory models --prepare")),
     (
         "train",

@@ -110,4 +110,7 @@ def _show_sources(out: Output, answers: list[Answer]) -> None:
     print_sources(out, answers[-1])
     for source in answers[-1].sources:
         out.line()
-        out.line(source.text)
+        if source.text is None:
+            out.note(f"The text of {source.document_id}, passage {source.ordinal}, is not kept.")
+        else:
+            out.line(source.text)

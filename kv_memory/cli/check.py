@@ -29,12 +29,13 @@ def check(
             rows = [
                 ("Sound", f"{report.n_blobs:,} caches, {size_text(report.size_bytes)}"),
                 ("Damaged", f"{len(report.damaged):,}{', now in quarantine' if report.damaged else ''}"),
+                ("Of another text", f"{len(report.misfiled):,}{', now unknown' if report.misfiled else ''}"),
                 ("Missing", f"{len(report.missing):,}"),
                 ("Without a document", f"{len(report.orphans) + len(report.unreferenced):,}"),
                 ("Leftovers", f"{len(report.strays):,}"),
             ]
             out.table(("", ""), rows)
-            if report.damaged or report.missing:
+            if report.damaged or report.misfiled or report.missing:
                 out.note("Next: kv-memory gc, then kv-memory add --stale, which makes the lost caches again.")
             elif not report.ok:
                 out.note("Nothing is lost. kv-memory gc removes what is left over.")

@@ -86,7 +86,10 @@ def demo(
             out.stopped = f"What was compressed is in {keep}; the same command goes on."
             keep_in = keep
         introduce(out, documents, model, from_packages=docs is None)
-        memory = stack.enter_context(open_memory(out, keep_in, "demo", create=True, model=model, keep_ratio=keep_ratio))
+        # With the texts, because every question is answered from them too.
+        memory = stack.enter_context(
+            open_memory(out, keep_in, "demo", create=True, model=model, keep_ratio=keep_ratio, keep_text=True)
+        )
         load_model(out, memory)
         with Tracker(out) as tracker:
             report = memory.add(documents, on_progress=tracker)

@@ -43,6 +43,7 @@ def open_memory(
     refine_steps: int | None = None,
     min_fidelity: float | None = None,
     storage: str | None = None,
+    keep_text: bool | None = None,
 ) -> KVMemory:
     """Open a store, or make one; settings and errors as in `KVMemory.open`.
 
@@ -66,6 +67,7 @@ def open_memory(
             refine_steps=refine_steps,
             min_fidelity=min_fidelity,
             storage=cast("StorageName | None", storage),
+            keep_text=keep_text,
             load_model=create,
         )
 

@@ -17,6 +17,7 @@ __all__ = [
     "CollectionOption",
     "JsonOption",
     "KeepRatioOption",
+    "KeepTextOption",
     "MaxNewTokensOption",
     "MinFidelityOption",
     "ModelOption",
@@ -106,6 +107,15 @@ StorageOption = Annotated[
         "int8 for the embedded model, auto for others]",
     ),
 ]
+KeepTextOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--keep-text/--no-keep-text",
+        help="Keep the text of what is added: to show it, to read it where a cache is damaged, for ask --text. Without "
+        "it the store has caches, ids, metadata and hashes of words. What is added again unchanged gets or loses its "
+        "text without being compressed.  [default: the store's; at first --no-keep-text]",
+    ),
+]
 PassageTokensOption = Annotated[
     str,
     typer.Option(
@@ -143,7 +153,12 @@ StopOption = Annotated[
     typer.Option("--stop", metavar="STRING", help="Ends the answer and is no part of it; repeatable."),
 ]
 TextOption = Annotated[
-    bool, typer.Option("--text", help="Put the text of the passages into the prompt, as plain RAG does, to compare.")
+    bool,
+    typer.Option(
+        "--text",
+        help="Put the text of the passages into the prompt, as plain RAG does, to compare; of what was added with "
+        "--keep-text.",
+    ),
 ]
 
 DEFAULT_STORE = Path("kv-memory-store")

@@ -33,7 +33,9 @@ def remove(
 ) -> None:
     """Delete documents with their passages and distilled caches.
 
-    Nothing is deleted unless every name means exactly one document. The files they came from are not touched.
+    Nothing is deleted unless every name means exactly one document. The files they came from are not touched. Nor does
+    --purge reach backups, the log of a PostgreSQL server, old versions in a bucket, and copies on other machines, where
+    kv-memory remove --purge without an ID removes them.
     """
     with reporting(as_json=as_json) as out:
         if not documents and not purge:

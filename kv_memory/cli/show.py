@@ -33,7 +33,10 @@ def show(
             id_ = find_document_id(document, [summary.id for summary in opened.documents()])
             record, caches = opened.document(id_), opened.caches(id_)
         if as_json:
-            out.json({"document": {**plain(record), "n_tokens": record.n_tokens}, "caches": caches})
+            shown = {**plain(record), "n_tokens": record.n_tokens}
+            for passage in shown["passages"]:
+                del passage["terms"]  # hashes of words, for retrieval, which would fill pages
+            out.json({"document": shown, "caches": caches})
         else:
             _print(out, record, caches)
 
@@ -46,8 +49,7 @@ def _print(out: Output, record: DocumentRecord, caches: list[CacheInfo]) -> None
     out.line()
     rows = []
     for ordinal, passage in enumerate(record.passages):
-        text = " ".join(passage.text[: 2 * _BEGINNING].split())
-        rows.append((ordinal, f"{passage.n_tokens:,}", text if len(text) <= _BEGINNING else f"{text[:_BEGINNING]}…"))
+        rows.append((ordinal, f"{passage.n_tokens:,}", _beginning(passage.text)))
     out.table(("Passage", "Tokens", "Begins with"), rows, right=("Passage", "Tokens"))
     out.line()
     if not caches:
@@ -68,3 +70,10 @@ def _print(out: Output, record: DocumentRecord, caches: list[CacheInfo]) -> None
     ]
     columns = ("Passage", "Keep ratio", "Kept", "Method", "Type", "Size", "Held-out KL")
     out.table(columns, cells, right=("Passage", "Keep ratio", "Kept", "Size"))
+
+
+def _beginning(text: str | None) -> str:
+    if text is None:
+        return "(its text is not kept)"
+    line = " ".join(text[: 2 * _BEGINNING].split())
+    return line if len(line) <= _BEGINNING else f"{line[:_BEGINNING]}…"

@@ -16,7 +16,7 @@ from kv_memory.documents.document import Document
 from kv_memory.documents.readers import FILE_TYPES, read_content
 from kv_memory.errors import ConfigError, DocumentError, DuplicateDocumentError, UnreadableDocumentError
 
-__all__ = ["DocumentLike", "OnError", "ReadResult", "read_documents", "read_file"]
+__all__ = ["DocumentLike", "OnError", "ReadResult", "file_id", "read_documents", "read_file"]
 
 OnError = Literal["raise", "skip"]
 
@@ -113,11 +113,16 @@ def read_file(
     check_encoding(encoding)
     _check_limit(max_line_bytes)
     resolved, raw = _read_bytes(path)
-    name, given = _printable(resolved.as_posix()), Path(path)  # the type is that of a link, not of what it points to
+    name, given = file_id(resolved), Path(path)  # the type is that of a link, not of what it points to
     content = read_content(raw, suffix=given.suffix, encoding=encoding, where=name)
     check_lines(content.text, max_line_bytes=max_line_bytes, where=name)
     metadata = {"file_name": _printable(given.name), "size_bytes": len(raw), **content.metadata}
     return Document(id=name, text=content.text, source_uri=resolved.as_uri(), metadata=metadata)
+
+
+def file_id(resolved: Path) -> str:
+    """The id of a file's document: its absolute path, links resolved, with what JSON and SQL do not take written out."""
+    return _printable(resolved.as_posix())
 
 
 def _items(source: DocumentLike | Iterable[DocumentLike]) -> Iterable[DocumentLike]:

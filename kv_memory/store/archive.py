@@ -111,6 +111,10 @@ class Chain:
         self.digest.update(f"{name} {size_bytes} {sha256}\n".encode())
         self.n_members += 1
 
+    def end(self) -> bytes:
+        """What the last member says of all before it."""
+        return _json({"sha256": self.digest.hexdigest(), "n_members": self.n_members})
+
     def mark(self) -> Mark:
         """This place."""
         return Mark(offset=self.offset, n_members=self.n_members, n_groups=self.n_groups, digest=self.digest.copy())
@@ -174,10 +178,10 @@ class ArchiveWriter:
                 left -= len(piece)
         self._finish(blob_member(key), size_bytes, key)
 
-    def end(self, counts: Mapping[str, int]) -> str:
+    def end(self) -> str:
         """Write the last member; returns the hash over all members before it."""
         sha256 = self._chain.digest.hexdigest()
-        self._member(END, _json({"sha256": sha256, "n_members": self._chain.n_members, **counts}))
+        self._member(END, self._chain.end())
         # Two empty blocks end a tar, and its length is a multiple of 20 blocks.
         record = tarfile.RECORDSIZE
         padding = -(self._chain.offset + 2 * tarfile.BLOCKSIZE) % record

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sqlite3
 import threading
 from contextlib import closing, suppress
@@ -20,7 +21,7 @@ from kv_memory.store.durable import private_file
 from kv_memory.store.faults import mapped
 from kv_memory.store.locks import FileLocks
 
-__all__ = ["BlobAudit", "BlobStore", "DiskBlobs", "blob_key", "check_folder"]
+__all__ = ["BlobAudit", "BlobStore", "DiskBlobs", "blob_key", "check_folder", "is_blob_key"]
 
 
 _WRITING = "writing blobs"
@@ -43,6 +44,11 @@ def check_folder(folder: Path) -> None:
             where=str(folder),
             next_step="Rename the folder so that its path has no `$NAME` in it.",
         )
+
+
+def is_blob_key(name: str) -> bool:
+    """Whether `blob_key` could have given this name; the catalog may have been tampered with."""
+    return re.fullmatch("[0-9a-f]{64}", name) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +129,7 @@ class DiskBlobs:
                     disk=SafeTensorsDisk,
                     # The defaults evict silently, even what was just written. Quotas and age live in the catalog.
                     eviction_policy="none" if self.size_limit is None else "least-recently-used",
-                    cull_limit=0 if self.size_limit is None else 10,
+                    cull_limit=0 if self.size_limit is None else 2,  # a put; more might reach what was just written
                     size_limit=2**62 if self.size_limit is None else self.size_limit,
                 )
                 self._opened = cache

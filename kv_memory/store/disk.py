@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import threading
+import uuid
 from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -24,6 +25,8 @@ from kv_memory.store.faults import mapped
 
 __all__ = ["SafeTensorsDisk"]
 
+_NO_FILE = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
+
 
 class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
     """Keys are `str`, values are `bytes`, each value is one durable file inside the folder."""
@@ -31,6 +34,7 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
     def __init__(self, directory: str, **settings: Any) -> None:  # diskcache passes its own `disk_*` settings
         super().__init__(directory, **settings)
         self._root = os.path.realpath(directory)
+        self._durable_folders: set[str] = set()
         self.written = threading.local()  # .path: the file this thread wrote last, for undoing a failed insert
 
     def confined(self, filename: object) -> str | None:
@@ -61,6 +65,16 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
         self.written.path = os.path.join(self._root, filename)
         return size, mode, filename, None
 
+    def filename(self, key: Any = UNKNOWN, value: Any = UNKNOWN) -> tuple[str, str]:
+        """A new name for a value's file, relative and absolute.
+
+        In one of 256 folders, where diskcache has 65,536: they are soon all there, and a file in a folder that is new
+        costs two more fsyncs.
+        """
+        name = uuid.uuid4().hex
+        filename = os.path.join(name[:2], f"{name[2:]}.val")
+        return filename, os.path.join(self._root, filename)
+
     def fetch(self, mode: Any, filename: Any, value: Any, read: bool) -> BinaryIO:
         """Open a value, whether or not `read` asks for its bytes; rows that others wrote are refused."""
         path = self.confined(filename)
@@ -69,6 +83,8 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
         try:
             handle = open(path, "rb")  # noqa: SIM115  the caller closes it
         except OSError as error:
+            if error.errno in _NO_FILE:
+                raise CorruptCacheError("something else is in the place of a blob's file", where=path) from error
             # Cache.get takes every OSError for a missing key; a forbidden file, or one too many open, is not missing.
             with mapped(path) if error.errno != errno.ENOENT else nullcontext():
                 raise
@@ -76,21 +92,26 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
 
     def remove(self, file_path: Any) -> None:
         """Remove a value file; a row that points outside loses its row, never somebody else's file."""
-        if self.confined(file_path) is not None:
-            super().remove(file_path)
+        path = self.confined(file_path)
+        if path is not None:
+            # Its folder stays, though it may be empty now: somebody may be about to write into it.
+            with suppress(FileNotFoundError):
+                (os.rmdir if os.path.isdir(path) else os.unlink)(path)
 
     def _write(self, full_path: str, iterator: Iterable[bytes], mode: str, encoding: str | None = None) -> int:
         temporary = full_path + ".tmp"
         folder = os.path.dirname(full_path)
         private_folder(Path(folder))
+        if folder not in self._durable_folders:  # made by us, or by somebody who has not come to its fsync yet
+            fsync_folder(self._root)
+            self._durable_folders.add(folder)
         try:
             with open(temporary, "xb", opener=private_opener) as handle:
                 size = sum(handle.write(chunk) for chunk in iterator)
                 handle.flush()
                 os.fsync(handle.fileno())
             os.rename(temporary, full_path)
-            for level in (folder, os.path.dirname(folder), self._root):  # both may be new
-                fsync_folder(level)
+            fsync_folder(folder)
         except BaseException:
             for path in (temporary, full_path):
                 with suppress(OSError):

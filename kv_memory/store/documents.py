@@ -11,19 +11,23 @@ from sqlalchemy.orm import Session
 
 from kv_memory.errors import ConfigError, DocumentNotFoundError, EncodingError
 from kv_memory.store.records import DocumentRecord, DocumentSummary, PassageRecord, StoredPassage
-from kv_memory.store.schema import CacheRow, CollectionRow, DocumentRow, PassageRow, utc_now
+from kv_memory.store.schema import CacheRow, CollectionRow, DocumentRow, OptionRow, PassageRow, utc_now
+from kv_memory.terms import Terms, new_key
 
 __all__ = [
     "batches",
     "bump_revision",
+    "check_document",
     "delete_document",
     "find_document",
+    "has_texts",
     "list_documents",
     "load_document",
     "referred_texts",
     "select_passages",
     "stored_passages",
     "unreferenced",
+    "word_key",
     "write_document",
 ]
 
@@ -55,8 +59,13 @@ def find_document(session: Session, collection_id: int, document_id: str) -> Doc
     return row
 
 
-def write_document(session: Session, collection_id: int, record: DocumentRecord) -> set[str]:
-    """Insert or replace a document; returns the texts that its previous version referred to and this one does not."""
+def check_document(record: DocumentRecord) -> None:
+    """Refuse what cannot be stored.
+
+    Raises:
+        ConfigError: The metadata is not what JSON can hold.
+        EncodingError: A text holds a NUL character.
+    """
     try:
         json.dumps(record.metadata)
     except (TypeError, ValueError) as error:
@@ -65,17 +74,27 @@ def write_document(session: Session, collection_id: int, record: DocumentRecord)
             where=f"document {record.id!r}",
             next_step="Use strings, numbers, booleans, None, lists and dicts with string keys.",
         ) from error
-    passages = [
-        {"ordinal": ordinal, "text": passage.text, "text_sha256": passage.text_sha256, "n_tokens": passage.n_tokens}
-        for ordinal, passage in enumerate(record.passages)
-    ]
-    for text in (record.id, record.source_uri or "", *(passage.text for passage in record.passages)):
+    for text in (record.id, record.source_uri or "", *(passage.text or "" for passage in record.passages)):
         if "\0" in text:
             raise EncodingError(
                 "a text with a NUL character cannot be stored",  # PostgreSQL cannot; SQLite should not differ
                 where=f"document {record.id!r}",
                 next_step="Decode the document with its right encoding, or take the NUL characters out.",
             )
+
+
+def write_document(session: Session, collection_id: int, record: DocumentRecord) -> set[str]:
+    """Insert or replace a document; returns the texts that its previous version referred to and this one does not."""
+    passages = [
+        {
+            "ordinal": ordinal,
+            "text": passage.text,
+            "terms": None if passage.text is not None or passage.terms is None else passage.terms.to_dict(),
+            "text_sha256": passage.text_sha256,
+            "n_tokens": passage.n_tokens,
+        }
+        for ordinal, passage in enumerate(record.passages)
+    ]
     now = utc_now()
     before: set[str] = set()
     try:
@@ -123,18 +142,17 @@ def load_document(session: Session, collection_id: int, document_id: str) -> Doc
         DocumentNotFoundError: The collection has no such document.
     """
     row = find_document(session, collection_id, document_id)
-    passages = session.execute(
-        select(PassageRow.text, PassageRow.n_tokens)
-        .where(PassageRow.document_pk == row.id)
-        .order_by(PassageRow.ordinal)
-    )
+    passages = session.scalars(select(PassageRow).where(PassageRow.document_pk == row.id).order_by(PassageRow.ordinal))
     return DocumentRecord(
         id=row.document_id,
         content_sha256=row.content_sha256,
         source_uri=row.source_uri,
         metadata=row.details,
         passage_tokens=row.passage_tokens,
-        passages=tuple(PassageRecord(text=text, n_tokens=n_tokens) for text, n_tokens in passages),
+        passages=tuple(
+            PassageRecord(text=p.text, n_tokens=p.n_tokens, text_sha256=p.text_sha256, terms=_terms_of(p))
+            for p in passages
+        ),
         created_at=row.created_at,
         updated_at=row.updated_at,
     )
@@ -144,13 +162,17 @@ def list_documents(session: Session, collection_id: int) -> list[DocumentSummary
     """All documents by id, without their text."""
     counts = (
         select(
-            PassageRow.document_pk, func.count().label("n_passages"), func.sum(PassageRow.n_tokens).label("n_tokens")
+            PassageRow.document_pk,
+            func.count().label("n_passages"),
+            func.count(PassageRow.text).label("n_texts"),
+            func.sum(PassageRow.n_tokens).label("n_tokens"),
         )
         .group_by(PassageRow.document_pk)
         .subquery()
     )
+    numbers = (func.coalesce(counts.c[name], 0) for name in ("n_passages", "n_texts", "n_tokens"))
     rows = session.execute(
-        select(DocumentRow, func.coalesce(counts.c.n_passages, 0), func.coalesce(counts.c.n_tokens, 0))
+        select(DocumentRow, *numbers)
         .outerjoin(counts, counts.c.document_pk == DocumentRow.id)
         .where(DocumentRow.collection_id == collection_id)
         .order_by(DocumentRow.document_id)
@@ -164,10 +186,11 @@ def list_documents(session: Session, collection_id: int) -> list[DocumentSummary
             passage_tokens=row.passage_tokens,
             n_passages=n_passages,
             n_tokens=n_tokens,
+            n_texts=n_texts,
             created_at=row.created_at,
             updated_at=row.updated_at,
         )
-        for row, n_passages, n_tokens in rows
+        for row, n_passages, n_texts, n_tokens in rows
     ]
 
 
@@ -191,6 +214,7 @@ def stored_passages(session: Session, statement: Select[PassageRow, DocumentRow]
             text_sha256=passage.text_sha256,
             n_tokens=passage.n_tokens,
             metadata=document.details,
+            terms=_terms_of(passage),
         )
         for passage, document in session.execute(statement)
     ]
@@ -218,6 +242,46 @@ def unreferenced(collection_id: int) -> ColumnElement[bool]:
         DocumentRow.collection_id == collection_id,
     )
     return (CacheRow.collection_id == collection_id) & ~referred
+
+
+def has_texts(session: Session, collection_id: int, document_id: str) -> bool:
+    """Whether a document is there, with a passage whose text is kept."""
+    kept = (
+        select(PassageRow.id)
+        .join(DocumentRow, DocumentRow.id == PassageRow.document_pk)
+        .where(DocumentRow.collection_id == collection_id, DocumentRow.document_id == document_id)
+        .where(PassageRow.text.is_not(None))
+    )
+    return session.scalar(kept.limit(1)) is not None
+
+
+def word_key(session: Session, collection_id: int, *, make: bool) -> str | None:
+    """The key under which the collection's words are hashed.
+
+    Args:
+        session: Of a writing transaction, with `make`.
+        collection_id: Whose.
+        make: Make one if there is none; of an imported collection its passages' own is taken.
+    """
+    name = f"words {collection_id}"
+    found = session.get(OptionRow, name)
+    if found is not None:
+        return str(found.value["key"])
+    if not make:
+        return None
+    terms = session.scalar(
+        select(PassageRow.terms)
+        .join(DocumentRow, DocumentRow.id == PassageRow.document_pk)
+        .where(DocumentRow.collection_id == collection_id, PassageRow.terms.is_not(None))
+        .limit(1)
+    )
+    key = new_key() if terms is None else str(terms["key"])
+    session.add(OptionRow(key=name, value={"key": key}))
+    return key
+
+
+def _terms_of(row: PassageRow) -> Terms | None:
+    return None if row.terms is None else Terms(key=row.terms["key"], counts=row.terms["counts"])
 
 
 def _texts_of(session: Session, row: DocumentRow) -> set[str]:

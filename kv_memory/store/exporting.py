@@ -133,7 +133,7 @@ class Exporter:
                 tell(self._on_progress, "export", state.n_documents, state.mark.offset, total)
             else:
                 state.advance()
-        sha256 = writer.end({"n_documents": state.n_documents, "n_caches": state.n_caches, "n_blobs": len(self._seen)})
+        sha256 = writer.end()
         return ExportReport(
             path=None,
             collection=header.collection,

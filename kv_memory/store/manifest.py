@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from sqlalchemy import JSON, inspect
 
 from kv_memory.store.schema import Base, CacheRow, DocumentRow, PassageRow, PrefixRow, UTCDateTime, utc_now
+from kv_memory.terms import Terms
 
 __all__ = ["DocumentRows", "Group", "ManifestError"]
 
@@ -121,6 +122,8 @@ class Group:
                     text: str | None = passage.text
                     if text is not None and hashlib.sha256(text.encode()).hexdigest() != passage.text_sha256:
                         raise ManifestError("a passage's text is not the one of its hash")
+                    if passage.terms is not None:
+                        Terms.from_dict(passage.terms)
                     if passage.ordinal != ordinal:
                         raise ManifestError(f"passage {passage.ordinal} stands where passage {ordinal} should")
                 self.documents.append(DocumentRows(document=_unpack(DocumentRow, values), passages=passages))

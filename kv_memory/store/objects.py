@@ -6,6 +6,7 @@ last, because tensors are mapped from files. Whatever is in the tier may be lost
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_memory.errors import ConfigError, CorruptCacheError, StoreError, StoreFullError
-from kv_memory.store.blobs import BlobAudit, DiskBlobs, blob_key
+from kv_memory.store.blobs import BlobAudit, DiskBlobs, blob_key, is_blob_key
 from kv_memory.store.durable import fsync_folder
 from kv_memory.store.faults import mapped
 
@@ -33,14 +34,19 @@ class ObjectBlobs:
     Args:
         url: `s3://BUCKET/PREFIX`, `gs://...`, `az://...` or `file:///FOLDER`.
         tier: Where the objects in use lie.
-        timeout_s: For one request to be answered, in seconds.
-        retry_s: How long a request that fails is tried again, with growing pauses, in seconds.
+        timeout_s: For one request to be answered, in seconds; None for `KV_MEMORY_BLOBS_TIMEOUT_S`, 60 unless set.
+        retry_s: How long a request that fails is tried again, with growing pauses, in seconds; None for
+            `KV_MEMORY_BLOBS_RETRY_S`, 30 unless set.
 
     Raises:
-        ConfigError: The URL is none of these, or obstore is not installed.
+        ConfigError: The URL is none of these, obstore is not installed, or a variable is no number of seconds.
     """
 
-    def __init__(self, url: str, tier: DiskBlobs, *, timeout_s: float = 60.0, retry_s: float = 30.0) -> None:
+    def __init__(
+        self, url: str, tier: DiskBlobs, *, timeout_s: float | None = None, retry_s: float | None = None
+    ) -> None:
+        timeout_s = _seconds("KV_MEMORY_BLOBS_TIMEOUT_S", 60.0) if timeout_s is None else timeout_s
+        retry_s = _seconds("KV_MEMORY_BLOBS_RETRY_S", 30.0) if retry_s is None else retry_s
         try:
             import obstore
             from obstore.store import from_url
@@ -92,17 +98,19 @@ class ObjectBlobs:
         """Open the tier now instead of at the first use."""
         self.tier.warm()
 
-    def put(self, key: str, data: bytes, *, replace: bool = False) -> None:
+    def put(self, key: str, data: bytes) -> None:
         """See `BlobStore.put`."""
         with mapped(self.url):
-            if replace or not self._has(key, len(data)):
-                self._obstore.put(self._store, _name(key), data)
-                self._make_durable(key)
+            # Written over whatever is there: that may be damaged, and asking costs as long as writing.
+            self._obstore.put(self._store, _name(key), data)
+            self._make_durable(key)
         with suppress(StoreError):  # the tier is for speed; the blob is safe by now
-            self.tier.put(key, data, replace=replace)
+            self.tier.put(key, data, replace=True)
 
     def path(self, key: str, *, fresh: bool = False) -> Path | None:
         """See `BlobStore.path`; downloads what the tier has not."""
+        if not is_blob_key(key):
+            return None  # it would name an object that is not ours
         if fresh:
             self.tier.delete(key)
         with suppress(CorruptCacheError):  # a tampered row of the tier: fetched anew below
@@ -134,6 +142,8 @@ class ObjectBlobs:
 
     def delete(self, key: str) -> int:
         """See `BlobStore.delete`."""
+        if not is_blob_key(key):
+            return 0
         self.tier.delete(key)
         with mapped(self.url):
             try:
@@ -152,7 +162,7 @@ class ObjectBlobs:
         with mapped(self.url):
             for path, size in self._listed():
                 key = path.rpartition("/")[2]
-                if path == _name(key) and len(key) == 64:
+                if path == _name(key) and is_blob_key(key):
                     keys.add(key)
                     continue
                 strays.append(path)
@@ -195,6 +205,17 @@ class ObjectBlobs:
             os.fsync(handle.fileno())
         fsync_folder(str(file.parent))
         fsync_folder(str(self._local))
+
+
+def _seconds(variable: str, default: float) -> float:
+    text = os.environ.get(variable, "").strip()
+    try:
+        seconds = float(text) if text else default
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"{variable} must be a number of seconds above 0, got {text!r}", where=variable)
+    return seconds
 
 
 def _name(key: str) -> str:

@@ -17,7 +17,7 @@ from kv_memory.errors import ConfigError, StoreError
 from kv_memory.store.durable import fsync_folder, private_opener
 from kv_memory.store.faults import mapped
 
-__all__ = ["TIER_SIZE_BYTES", "StorePlace", "find_place"]
+__all__ = ["TIER_SIZE_BYTES", "StorePlace", "find_place", "write_place"]
 
 TIER_SIZE_BYTES = 20 * 10**9
 _FILE = "store.json"
@@ -40,7 +40,11 @@ class StorePlace:
 
     def __post_init__(self) -> None:
         if self.tier_size_bytes <= 0:
-            raise ConfigError(f"tier_size_bytes must be above 0, got {self.tier_size_bytes}", where="tier_size_bytes")
+            raise ConfigError(
+                f"tier_size_bytes must be above 0, got {self.tier_size_bytes}",
+                where="tier_size_bytes",
+                next_step="Leave it out for 20 GB.",
+            )
 
     @property
     def embedded(self) -> bool:
@@ -51,7 +55,7 @@ class StorePlace:
 def find_place(
     folder: Path, *, catalog: str | None, blobs: str | None, tier_size_bytes: int | None, new: bool
 ) -> StorePlace:
-    """What was given, else what the folder says, else the folder itself. What a new store is given is written down.
+    """What was given, else what the folder says, else the folder itself. Nothing is written, see `write_place`.
 
     Args:
         folder: Of the store; must exist.
@@ -66,16 +70,14 @@ def find_place(
     """
     before = _read(folder)
     if before is None:
-        place = StorePlace(catalog=catalog, blobs=blobs, tier_size_bytes=tier_size_bytes or TIER_SIZE_BYTES)
-        if place.embedded:
-            return place
-        if not new:
+        size = TIER_SIZE_BYTES if tier_size_bytes is None else tier_size_bytes
+        place = StorePlace(catalog=catalog, blobs=blobs, tier_size_bytes=size)
+        if not place.embedded and not new:
             raise ConfigError(
                 "the folder holds a store with its own catalog and blobs",
                 where=str(folder),
                 next_step="Name an empty folder for the shared store; `export` and `import` move collections.",
             )
-        _write(folder, place)
         return place
     for name, given, there in (("catalog", catalog, before.catalog), ("blobs", blobs, before.blobs)):
         if given is not None and not _same(given, there):
@@ -85,8 +87,7 @@ def find_place(
                 next_step=f"Leave {name} out, or name another folder.",
             )
     if tier_size_bytes is not None and tier_size_bytes != before.tier_size_bytes:
-        before = StorePlace(catalog=before.catalog, blobs=before.blobs, tier_size_bytes=tier_size_bytes)
-        _write(folder, before)
+        return StorePlace(catalog=before.catalog, blobs=before.blobs, tier_size_bytes=tier_size_bytes)
     return before
 
 
@@ -109,7 +110,10 @@ def _read(folder: Path) -> StorePlace | None:
         ) from error
 
 
-def _write(folder: Path, place: StorePlace) -> None:
+def write_place(folder: Path, place: StorePlace) -> None:
+    """Write down where a store is, if it is not all in its folder; after opening it, so that nothing wrong is kept."""
+    if place.embedded or place == _read(folder):
+        return
     with mapped(folder):
         temporary = folder / f"{_FILE}.{os.getpid()}.tmp"
         with open(temporary, "w", encoding="utf-8", opener=private_opener) as file:

@@ -88,10 +88,10 @@ def purge(
     for key in keys:
         # Not Shelf.sweep, which leaves to gc what it cannot have at once, and says nothing.
         with catalog.hold(f"blob {key}"):
-            if _is_named(catalog, key):
-                n_shared += 1
-            else:
+            if _unnamed(catalog, [key]):
                 freed_bytes += vault.blobs.delete(key)
+            else:
+                n_shared += 1
     audit = vault.blobs.audit(repair=True)
     orphans = _unnamed(catalog, audit.keys)
     freed_bytes += audit.freed_bytes + shelf.sweep(orphans)
@@ -123,13 +123,11 @@ def purge(
 
 def _unnamed(catalog: Catalog, keys: Iterable[str]) -> set[str]:
     """Those of the blobs that no row of any collection names."""
-    return {key for key in keys if not _is_named(catalog, key)}
-
-
-def _is_named(catalog: Catalog, key: str) -> bool:
-    """Whether a row of any collection names a blob."""
-    with catalog.read() as session:
-        return any(
-            session.scalar(select(table.id).where(table.blob_key == key).limit(1)) is not None
-            for table in (CacheRow, PrefixRow)
-        )
+    unnamed: set[str] = set()
+    for batch in documents.batches(keys):
+        with catalog.read() as session:
+            named: set[str] = set()
+            for table in (CacheRow, PrefixRow):
+                named.update(session.scalars(select(table.blob_key).where(table.blob_key.in_(batch))))
+        unnamed.update(set(batch) - named)
+    return unnamed

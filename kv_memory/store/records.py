@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from kv_memory.errors import EncodingError
+from kv_memory.errors import ConfigError, EncodingError
+from kv_memory.terms import Terms
 
 __all__ = [
     "CacheInfo",
@@ -26,26 +27,33 @@ class PassageRecord:
     """One passage of a document: the unit that is compressed.
 
     Attributes:
-        text: Exactly what is tokenised.
+        text: Exactly what is tokenised; None where it is not kept.
         n_tokens: Its length in tokens.
+        text_sha256: SHA-256 hex digest of the UTF-8 text: what its distilled caches are filed under. Made from the text
+            if there is one.
+        terms: What it is found by where its text is not kept; without them, no question finds it.
+
+    Raises:
+        EncodingError: The text holds half a surrogate pair, which UTF-8 cannot write.
+        ConfigError: There is neither a text nor its hash.
     """
 
-    text: str
+    text: str | None
     n_tokens: int
+    text_sha256: str = ""
+    terms: Terms | None = field(default=None, repr=False)
 
-    @property
-    def text_sha256(self) -> str:
-        """SHA-256 hex digest of the UTF-8 text: what its distilled caches are filed under.
-
-        Raises:
-            EncodingError: The text holds half a surrogate pair, which UTF-8 cannot write.
-        """
+    def __post_init__(self) -> None:
+        if self.text_sha256:
+            return
+        if self.text is None:
+            raise ConfigError("a passage without a text needs the hash of it", where="text_sha256")
         try:
-            return hashlib.sha256(self.text.encode()).hexdigest()
-        except UnicodeEncodeError as error:
+            object.__setattr__(self, "text_sha256", hashlib.sha256(self.text.encode()).hexdigest())
+        except UnicodeEncodeError as error:  # whose message has the offset, and nothing of the text but the half pair
             raise EncodingError(
                 f"the text cannot be written as UTF-8: {error}",
-                where=f"passage starting with {self.text[:40]!r}",
+                where="a passage",
                 next_step="Decode the document with its right encoding, then add it again.",
             ) from error
 
@@ -82,7 +90,11 @@ class DocumentRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentSummary:
-    """A document without its text: what a listing needs. Attributes as in `DocumentRecord`; times are UTC."""
+    """A document without its text: what a listing needs. Times are UTC.
+
+    Attributes:
+        n_texts: How many of the passages have their text kept. The others are as in `DocumentRecord`.
+    """
 
     id: str
     content_sha256: str
@@ -91,6 +103,7 @@ class DocumentSummary:
     passage_tokens: int | None
     n_passages: int
     n_tokens: int
+    n_texts: int
     created_at: datetime
     updated_at: datetime
 
@@ -102,18 +115,20 @@ class StoredPassage:
     Attributes:
         document_id: Its document.
         ordinal: Its place in the document, from 0.
-        text: Exactly what is tokenised.
+        text: Exactly what is tokenised; None where it is not kept.
         text_sha256: SHA-256 hex digest of the UTF-8 text.
         n_tokens: Its length in tokens.
         metadata: The document's.
+        terms: What it is found by where its text is not kept.
     """
 
     document_id: str
     ordinal: int
-    text: str
+    text: str | None
     text_sha256: str
     n_tokens: int
     metadata: dict[str, Any]
+    terms: Terms | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +178,7 @@ class CheckReport:
         n_blobs: Blobs that are there and sound.
         size_bytes: Their size.
         damaged: Blob keys whose bytes are wrong; quarantined, their rows deleted.
+        misfiled: `text_sha256` of caches whose row named the blob of something else; the rows are deleted.
         missing: Blob keys that rows name and that are not there. `Store.gc` deletes the rows.
         orphans: Blob keys that no row names. `Store.gc` deletes them.
         strays: Leftovers of interrupted writes, relative to the blob folder. `Store.gc` deletes them.
@@ -177,11 +193,12 @@ class CheckReport:
     orphans: tuple[str, ...]
     strays: tuple[str, ...]
     unreferenced: tuple[str, ...]
+    misfiled: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
         """Whether catalog and blobs agree. Unreferenced caches are not counted: they are sound, and may be wanted."""
-        return not (self.damaged or self.missing or self.orphans or self.strays)
+        return not (self.damaged or self.misfiled or self.missing or self.orphans or self.strays)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,9 +137,9 @@ class PassageRow(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     document_pk: Mapped[int] = mapped_column(ForeignKey("document.id", ondelete="CASCADE"))
     ordinal: Mapped[int]
-    # The text itself, where the user asked for it to be kept; else its words as hashes, for retrieval.
+    # The text itself, where the user asked for it to be kept; else its words as hashes (`Terms`), for retrieval.
     text: Mapped[str | None] = mapped_column(Text)
-    terms: Mapped[dict[str, Any] | None]
+    terms: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     text_sha256: Mapped[str] = mapped_column(String(64), index=True)
     n_tokens: Mapped[int]
 
@@ -204,10 +204,12 @@ class JobRow(Base):
     state: Mapped[str] = mapped_column(String(16))
     sources: Mapped[dict[str, Any]]
     settings: Mapped[dict[str, Any]]
+    # What its caches are made under; known once a worker has loaded the model.
+    fingerprint: Mapped[str | None] = mapped_column(String(64))
     # Whether every document of the sources has its task by now.
     discovered: Mapped[bool] = mapped_column(default=False)
-    driver: Mapped[str | None] = mapped_column(String(255))
-    driver_expires_at: Mapped[datetime | None]
+    n_deleted: Mapped[int] = mapped_column(default=0)
+    n_unchanged: Mapped[int] = mapped_column(default=0)
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     updated_at: Mapped[datetime] = mapped_column(default=utc_now)
     finished_at: Mapped[datetime | None]
@@ -219,19 +221,25 @@ class TaskRow(Base):
     __tablename__ = "task"
     __table_args__ = (
         UniqueConstraint("job_id", "document_id"),
-        Index(None, "job_id", "state", "id"),  # what a claim looks for
+        Index(None, "job_id", "state", "priority", "id"),  # what a claim looks for
     )
     id: Mapped[int] = mapped_column(primary_key=True)
     job_id: Mapped[int] = mapped_column(ForeignKey("job.id", ondelete="CASCADE"))
     document_id: Mapped[str] = mapped_column(Text)
     uri: Mapped[str] = mapped_column(Text)
+    # The lowest first: the document's size in bytes, negative, or 0 where it is not known.
+    priority: Mapped[int] = mapped_column(BigInteger, default=0)
     state: Mapped[str] = mapped_column(String(16))
     attempts: Mapped[int] = mapped_column(default=0)
     worker: Mapped[str | None] = mapped_column(String(255))
     lease_expires_at: Mapped[datetime | None]
-    error: Mapped[dict[str, Any] | None]
+    # What became of it: added, replaced, unchanged; or the error.
+    outcome: Mapped[str | None] = mapped_column(String(16))
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     n_passages: Mapped[int] = mapped_column(default=0)
     n_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
+    cache_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    full_kv_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     elapsed_s: Mapped[float | None]
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     updated_at: Mapped[datetime] = mapped_column(default=utc_now)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
+import time
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,23 +18,33 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from kv_memory.config import StorageName, check_keep_ratio, stored_dtype
-from kv_memory.errors import CacheNotFoundError, ConfigError, CorruptCacheError, StoreError
+from kv_memory.errors import (
+    CacheNotFoundError,
+    ConfigError,
+    CorruptCacheError,
+    FingerprintMismatchError,
+    StoreError,
+)
 from kv_memory.fingerprint import Fingerprint
 from kv_memory.store.blobs import blob_key
-from kv_memory.store.budget import alive, evict, read_limits
+from kv_memory.store.budget import Limits, alive, evict, read_limits
 from kv_memory.store.catalog import Catalog
+from kv_memory.store.counters import Counters, read_counters, write_counters
 from kv_memory.store.documents import batches, referred_texts, select_passages
 from kv_memory.store.faults import store_error
+from kv_memory.store.filing import MisfiledError, check_filing, check_header
 from kv_memory.store.locks import FileLocks
 from kv_memory.store.records import CacheInfo
 from kv_memory.store.schema import CacheRow, FingerprintRow, PassageRow, PrefixRow, utc_now
 from kv_memory.store.vault import Vault
+from kv_memory.tracing import span
 
 if TYPE_CHECKING:
     from kv_memory.cache import DistilledCache  # imports torch: where no cache is read, listing stays quick
 
 __all__ = ["Shelf", "cache_info"]
 
+_LOG = logging.getLogger(__name__)
 _FLUSH_EVERY = 256  # uses that may be lost from last_used_at in a crash; a write per get would cost an fsync each
 _AGAIN = "Run `kv-memory add --stale` to make it again; until then answer from the text."
 
@@ -59,6 +72,7 @@ class Shelf:
         self._collection_id = collection_id
         self._lock = threading.Lock()
         self._used: dict[int, datetime] = {}
+        self._counters = Counters()
 
     # caches
 
@@ -68,10 +82,21 @@ class Shelf:
         """See `Store.put`."""
         if re.fullmatch("[0-9a-f]{64}", text_sha256) is None:
             raise ConfigError("text_sha256 must be a SHA-256 hex digest", where=f"text_sha256={text_sha256[:80]!r}")
+        with (
+            span("store.put", text_sha256=text_sha256, keep_ratio=cache.keep_ratio),
+            self._counters.timing("put_seconds"),
+        ):
+            return self._put(text_sha256, cache, fidelity=fidelity, storage=storage)
+
+    def _put(
+        self, text_sha256: str, cache: DistilledCache, *, fidelity: float | None, storage: StorageName
+    ) -> CacheInfo:
         digest, keep_ratio = cache.fingerprint.digest, cache.keep_ratio
-        if (there := self._sound_row(text_sha256, digest, keep_ratio)) is not None:
+        there, limits = self._sound_row(text_sha256, digest, keep_ratio)
+        if there is not None:
             return cache_info(there)
-        data = cache.to_bytes(storage=storage)
+        # The file says of which text it is: a row that comes to name another's file is seen through.
+        data = replace(cache, text_sha256=text_sha256).to_bytes(storage=storage)
         key = blob_key(data)
         row = CacheRow(
             collection_id=self._collection_id,
@@ -92,48 +117,51 @@ class Shelf:
             # The blob first, outside any transaction: it takes as long as it takes. Held, nobody sweeps it away.
             with self._catalog.hold(f"blob {key}"):
                 self._vault.put(key, data)
-                with self._catalog.read() as session:
-                    bounded = read_limits(session, self._collection_id).bounded
-                if bounded:
+                if limits.bounded:
                     self.flush()  # what was used last decides what goes
                 with self._catalog.write() as session:
-                    there = self._find(session, text_sha256, digest, keep_ratio)
-                    if there is not None:  # somebody else was quicker
+                    there = self._find(session, text_sha256, digest, keep_ratio, expired=True)
+                    if there is not None and not _is_expired(there):  # somebody else was quicker
                         return cache_info(there)
-                    left = self._insert(session, row, cache.fingerprint)
-                    return cache_info(row)
+                    left = self._insert(session, row, cache.fingerprint, instead_of=there)
+                self._counters.add("puts")
+                self._counters.add("bytes_written", len(data))
+                return cache_info(row)
         finally:
             self.sweep(left)
 
-    def _sound_row(self, text_sha256: str, digest: str, keep_ratio: float) -> CacheRow | None:
-        """The row of a cache whose blob is sound; one whose blob is not is taken out first."""
+    def _sound_row(self, text_sha256: str, digest: str, keep_ratio: float) -> tuple[CacheRow | None, Limits]:
+        """The row of a cache whose blob is sound, one whose blob is not is taken out first; and the limits by now."""
         with self._catalog.read() as session:
             row = self._find(session, text_sha256, digest, keep_ratio)
+            limits = read_limits(session, self._collection_id)
         if row is not None and not self._vault.sound(row.blob_key, row.size_bytes):
             self._condemn(row.blob_key, row.size_bytes)
-            return None
-        return row
+            return None, limits
+        if row is not None and self.unfile_if_wrong(row):
+            return None, limits
+        return row, limits
 
-    def _insert(self, session: Session, row: CacheRow, fingerprint: Fingerprint) -> list[str]:
+    def _insert(
+        self, session: Session, row: CacheRow, fingerprint: Fingerprint, *, instead_of: CacheRow | None
+    ) -> list[str]:
         """Add a row and make room for it; returns the blobs of the rows that went."""
         now = utc_now()
         limits = read_limits(session, self._collection_id)
         row.created_at = now
         row.expires_at = None if limits.ttl_s is None else now + timedelta(seconds=limits.ttl_s)
-        expired = delete(CacheRow).where(
-            CacheRow.collection_id == self._collection_id,
-            CacheRow.text_sha256 == row.text_sha256,
-            CacheRow.fingerprint == row.fingerprint,
-            CacheRow.keep_ratio == row.keep_ratio,
-        )
-        gone = list(session.scalars(expired.returning(CacheRow.blob_key)))
+        gone: list[str] = []
+        if instead_of is not None:
+            gone.append(instead_of.blob_key)
+            session.delete(instead_of)
+            session.flush()
         if session.get(FingerprintRow, row.fingerprint) is None:
             session.add(FingerprintRow(digest=row.fingerprint, json=fingerprint.to_json()))
             session.flush()
         session.add(row)
         session.flush()
         if limits.bounded:
-            gone += evict(
+            evicted = evict(
                 session,
                 self._collection_id,
                 limits,
@@ -141,6 +169,8 @@ class Shelf:
                 spare=row.id,
                 being_read=lambda key: self._readers.shared(f"read {key}"),
             )
+            self._note_evictions(len(evicted))
+            gone += evicted
         return gone
 
     def make_room(self) -> int:
@@ -156,8 +186,14 @@ class Shelf:
                 spare=None,
                 being_read=lambda key: self._readers.shared(f"read {key}"),
             )
+        self._note_evictions(len(gone))
         self.sweep(gone)
         return len(gone)
+
+    def _note_evictions(self, n_evicted: int) -> None:
+        if n_evicted:
+            self._counters.add("evictions", n_evicted)
+            _LOG.info("the budget drove %d distilled caches out", n_evicted)
 
     def warm(self) -> None:
         """Let SQLAlchemy compile the look-up, which takes as long as a few hundred of them."""
@@ -166,6 +202,24 @@ class Shelf:
 
     def get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> DistilledCache:
         """See `Store.get`."""
+        start_s = time.perf_counter()
+        with span("store.get", text_sha256=text_sha256, keep_ratio=keep_ratio):
+            try:
+                cache, size_bytes = self._get(text_sha256, fingerprint, keep_ratio)
+            except CacheNotFoundError:
+                self._counters.add("misses")
+                raise
+            except FingerprintMismatchError:
+                self._counters.add("refused_mismatch")
+                raise
+            except CorruptCacheError as error:
+                self._counters.add("refused_corrupt")
+                _LOG.warning("%s", error)
+                raise
+        self._counters.got(size_bytes, time.perf_counter() - start_s)
+        return cache
+
+    def _get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> tuple[DistilledCache, int]:
         for _ in range(3):
             with self._catalog.read() as session:
                 row = self._find(session, text_sha256, fingerprint.digest, keep_ratio)
@@ -181,11 +235,17 @@ class Shelf:
                 path = self._vault.verified_path(row.blob_key, row.size_bytes)
                 readable = True
                 cache = _load(path)
-                cache.fingerprint.check(fingerprint, where=f"blob {row.blob_key}")
+                check_filing(
+                    row, text_sha256=cache.text_sha256, fingerprint=cache.fingerprint, keep_ratio=cache.keep_ratio
+                )
                 finalize(cache, self._readers.unshare, name)
                 kept = True
             except FileNotFoundError:
                 continue  # removed since: the row is gone too, or it is found missing in the next round
+            except MisfiledError as error:
+                if self._unfile(row):
+                    raise self._corrupt(error.what, row.blob_key, text_sha256) from error
+                continue
             except CorruptCacheError as error:
                 if self._condemn(row.blob_key, row.size_bytes, recheck=not readable):
                     raise self._corrupt(error.what, row.blob_key, text_sha256) from error
@@ -194,7 +254,7 @@ class Shelf:
                 if not kept:
                     self._readers.unshare(name)
             self._note_use(row.id)
-            return cache
+            return cache, row.size_bytes
         raise StoreError("the cache changed each time it was read", where=f"text {text_sha256}", next_step="Try again.")
 
     def has(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> bool:
@@ -303,6 +363,29 @@ class Shelf:
             return self._condemn(key, size_bytes)
         return False
 
+    def unfile_if_wrong(self, row: CacheRow) -> bool:
+        """Compare a row with the header of its blob, which is sound; a row that names another's is deleted."""
+        try:
+            check_header(row, self._vault.verified_path(row.blob_key, row.size_bytes))
+        except MisfiledError:
+            return self._unfile(row)
+        except (FingerprintMismatchError, CorruptCacheError):
+            pass  # of another format version; or removed, or damaged, since it was found sound
+        return False
+
+    def _unfile(self, row: CacheRow) -> bool:
+        """Delete a row that names the blob of something else; False if by now it is gone or names another.
+
+        The blob stays where it is if its own row is there: it is sound.
+        """
+        with self._catalog.hold(f"blob {row.blob_key}"):
+            with self._catalog.write() as session:
+                this = delete(CacheRow).where(CacheRow.id == row.id, CacheRow.blob_key == row.blob_key)
+                gone = session.scalars(this.returning(CacheRow.id)).all()
+            if gone and not self._named([row.blob_key]):
+                self._vault.quarantine(row.blob_key)
+        return bool(gone)
+
     def _condemn(self, key: str, size_bytes: int, *, recheck: bool = True) -> bool:
         """Quarantine a blob and delete its rows; False if by now nothing is wrong, or nobody refers to it."""
         with self._catalog.hold(f"blob {key}"):
@@ -327,8 +410,10 @@ class Shelf:
         """Write the times of last use that are still in memory. They are not worth an error: failing drops them."""
         with self._lock:
             used, self._used = self._used, {}
-        if used:
+        counts = self._counters.drain()
+        if used or counts:
             with suppress(StoreError), self._catalog.write() as session:
+                write_counters(session, self._collection_id, counts)
                 for row_id, at in used.items():
                     session.execute(update(CacheRow).where(CacheRow.id == row_id).values(last_used_at=at))
 
@@ -339,18 +424,26 @@ class Shelf:
         if full:
             self.flush()
 
+    def counters(self) -> dict[str, float]:
+        """See `Store.counters`."""
+        self.flush()
+        with self._catalog.read() as session:
+            return read_counters(session, self._collection_id)
+
     # looking up
 
-    def _find(self, session: Session, text_sha256: str, digest: str, keep_ratio: float) -> CacheRow | None:
-        return session.scalar(
+    def _find(
+        self, session: Session, text_sha256: str, digest: str, keep_ratio: float, *, expired: bool = False
+    ) -> CacheRow | None:
+        row = session.scalar(
             select(CacheRow).where(
                 CacheRow.collection_id == self._collection_id,
                 CacheRow.text_sha256 == text_sha256,
                 CacheRow.fingerprint == digest,
                 CacheRow.keep_ratio == check_keep_ratio(keep_ratio),
-                alive(utc_now()),
             )
         )
+        return None if row is not None and _is_expired(row) and not expired else row
 
     def _find_prefix(self, session: Session, key: str) -> PrefixRow | None:
         return session.scalar(
@@ -386,6 +479,10 @@ class Shelf:
             next_step="Run `kv-memory add --stale` to make what is missing"
             + (", or ask with one of those keep ratios." if ratios else "."),
         )
+
+
+def _is_expired(row: CacheRow) -> bool:
+    return row.expires_at is not None and row.expires_at <= utc_now()
 
 
 def _load(path: Path) -> DistilledCache:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,7 +28,7 @@ from kv_memory.store.faults import mapped
 from kv_memory.store.importing import import_collection
 from kv_memory.store.locks import FileLocks
 from kv_memory.store.objects import ObjectBlobs
-from kv_memory.store.place import find_place
+from kv_memory.store.place import find_place, write_place
 from kv_memory.store.purge import PurgeReport, index_folder, purge
 from kv_memory.store.records import (
     CacheInfo,
@@ -130,6 +131,12 @@ class Store:
             for name in ("blobs", "quarantine"):
                 (folder / name).mkdir(mode=0o700, exist_ok=True)
         place = find_place(folder, catalog=catalog, blobs=blobs, tier_size_bytes=tier_size_bytes, new=not there)
+        disk = DiskBlobs(
+            folder / "blobs",
+            timeout_s=catalogs.BUSY_TIMEOUT_S,
+            size_limit=None if place.blobs is None else place.tier_size_bytes,
+        )
+        kept: DiskBlobs | ObjectBlobs = disk if place.blobs is None else ObjectBlobs(place.blobs, disk)
         # Others may be at work on a shared catalog with the version that wrote it: they decide when it is upgraded.
         opened = Catalog(
             place.catalog or folder / _CATALOG,
@@ -137,13 +144,8 @@ class Store:
             upgrade=place.catalog is None,
         )
         try:
-            disk = DiskBlobs(
-                folder / "blobs",
-                timeout_s=catalogs.BUSY_TIMEOUT_S,
-                size_limit=None if place.blobs is None else place.tier_size_bytes,
-            )
-            kept: DiskBlobs | ObjectBlobs = disk if place.blobs is None else ObjectBlobs(place.blobs, disk)
             collection_id = _find_collection(opened, collection, create=create)
+            write_place(folder, place)
         except BaseException:
             opened.close()
             raise
@@ -238,13 +240,18 @@ class Store:
 
         Raises:
             ConfigError: The metadata is not what JSON can hold.
-            EncodingError: A text cannot be written as UTF-8.
+            EncodingError: A text cannot be stored.
         """
+        documents.check_document(record)
         with self._catalog.write() as session:
+            had_texts = documents.has_texts(session, self._collection_id, record.id)
             dropped = documents.write_document(session, self._collection_id, record)
             keys = self._shelf.retire(session, dropped)
             documents.bump_revision(session, self._collection_id)
         self._shelf.sweep(keys)
+        if had_texts and any(passage.text is None for passage in record.passages):
+            # It may have been built from these texts; the next question builds it anew, without their words.
+            shutil.rmtree(self.index_folder, ignore_errors=True)
 
     def delete_document(self, id: str) -> None:
         """Delete a document, its passages, and the caches that no other document's text needs.
@@ -336,14 +343,25 @@ class Store:
         return found[0]
 
     def text(self, text_sha256: str) -> str | None:
-        """The passage text of this SHA-256 hex digest; None if no passage of the collection has it."""
+        """The passage text of this SHA-256 hex digest; None if no passage of the collection has it and keeps it."""
         with self._catalog.read() as session:
             return session.scalar(
                 select(PassageRow.text)
                 .join(DocumentRow, DocumentRow.id == PassageRow.document_pk)
                 .where(DocumentRow.collection_id == self._collection_id, PassageRow.text_sha256 == text_sha256)
+                .where(PassageRow.text.is_not(None))
                 .limit(1)
             )
+
+    def word_key(self) -> str:
+        """The key for the `Terms` of this collection's passages: random, made when it is first asked for."""
+        with self._catalog.read() as session:
+            key = documents.word_key(session, self._collection_id, make=False)
+        if key is None:
+            with self._catalog.write() as session:  # another process may have made it since
+                key = documents.word_key(session, self._collection_id, make=True)
+        assert key is not None
+        return key
 
     # caches
 
@@ -546,6 +564,13 @@ class Store:
         )
 
     # upkeep
+
+    def counters(self) -> dict[str, float]:
+        """What this collection's caches were asked for since it was made; names and meanings in `counters.NAMES`.
+
+        Written down as times of last use are: what other processes have not flushed yet is missing.
+        """
+        return self._shelf.counters()
 
     def check(self) -> CheckReport:
         """Hash every blob of the folder and compare it with its row. Only damaged blobs are changed: quarantined."""

@@ -179,19 +179,29 @@ def part_file(target: Path) -> Iterator[BinaryIO]:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
         descriptor = private_opener(str(part), flags)
         with os.fdopen(descriptor, "r+b") as file:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise TransferError(
-                        "another export is writing this file",
-                        where=str(part),
-                        next_step="Wait for it to finish, or name another file.",
-                    ) from None
+            if not _lock(descriptor, part):
+                raise TransferError(
+                    "another export is writing this file",
+                    where=str(part),
+                    next_step="Wait for it to finish, or name another file.",
+                )
             if os.name == "posix":
                 os.fchmod(descriptor, 0o600)
             yield file
             file.flush()
             os.fsync(descriptor)
+            if os.name == "nt":
+                file.close()  # an open file cannot be renamed there; elsewhere it is renamed while it is locked
             os.replace(part, target)
             fsync_folder(str(target.parent.resolve()))
+
+
+def _lock(descriptor: int, path: Path) -> bool:
+    """Lock an open file; False if another process has it, or has just given it another name."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except (BlockingIOError, FileNotFoundError):
+        return False

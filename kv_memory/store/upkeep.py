@@ -41,10 +41,14 @@ def check(catalog: Catalog, vault: Vault, shelf: Shelf, collection_id: int) -> C
     there = {key: size_bytes for key, size_bytes in named.items() if key not in missing}
     damaged = {key for key in sorted(there) if shelf.condemn_if_damaged(key, there[key])}
     sound = there.keys() - damaged
+    with catalog.read() as session:
+        rows = session.scalars(select(CacheRow).order_by(CacheRow.id)).all()
+    misfiled = [row.text_sha256 for row in rows if row.blob_key in sound and shelf.unfile_if_wrong(row)]
     return CheckReport(
         n_blobs=len(sound),
         size_bytes=sum(there[key] for key in sound),
         damaged=tuple(sorted(damaged)),
+        misfiled=tuple(misfiled),
         missing=tuple(sorted(missing)),
         orphans=tuple(sorted(_really_orphaned(catalog, audit.keys - named.keys()))),
         strays=audit.strays,

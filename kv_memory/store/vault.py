@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from pathlib import Path
 
 from kv_memory.errors import CorruptCacheError
-from kv_memory.store.blobs import BlobStore
+from kv_memory.store.blobs import BlobStore, DiskBlobs
 from kv_memory.store.faults import mapped
 
 __all__ = ["Vault"]
+
+_AT_REST_NS = 50_000_000
 
 
 class Vault:
@@ -65,8 +68,11 @@ class Vault:
                     if again or known != identity:
                         if hashlib.file_digest(file, "sha256").hexdigest() != key:
                             raise CorruptCacheError("the blob's bytes are not those written", where=f"blob {key}")
-                        with self._lock:
-                            self._hashed[key] = identity
+                        # Times of files move in steps of some milliseconds: a file written to in the step in which it
+                        # was hashed looks the same. So only one that has come to rest is remembered.
+                        if time.time_ns() - max(identity[1:]) > _AT_REST_NS:
+                            with self._lock:
+                                self._hashed[key] = identity
             except FileNotFoundError:
                 raise CorruptCacheError("the blob is missing", where=f"blob {key}") from None
         return path
@@ -84,15 +90,18 @@ class Vault:
 
         Hold `blob KEY` in the catalog meanwhile, and until a row names it: else it may be swept away.
         """
-        try:
-            there = self.blobs.path(key) is not None
-        except CorruptCacheError:
-            there = True
-        if there and not self.sound(key, len(data)):
-            self.quarantine(key)
-            there = False
-        if not there:
-            self.blobs.put(key, data)
+        if isinstance(self.blobs, DiskBlobs):
+            try:
+                there = self.blobs.path(key) is not None
+            except CorruptCacheError:
+                there = True
+            if there and self.sound(key, len(data)):
+                return
+            if there:
+                self.quarantine(key)
+        # Not asked of an object store: a copy in the tier says nothing about the object, which another machine may have
+        # removed since.
+        self.blobs.put(key, data)
 
     def quarantine(self, key: str) -> None:
         """Move a damaged blob out of the store's sight, for whoever wants to look at it."""

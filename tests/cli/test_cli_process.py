@@ -39,6 +39,11 @@ def test_every_command_is_there() -> None:
             "eval",
             "report",
             "demo",
+            "export",
+            "import",
+            "budget",
+            "pin",
+            "unpin",
         ]
     )
     assert [command.name for command in app.registered_commands] == NAMES

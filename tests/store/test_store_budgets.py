@@ -112,9 +112,11 @@ def test_what_another_process_reads_stays_until_it_dies(store: Store, run_script
     size = fill(store, "a", "b")
     store.set_limits(Limits(max_size_bytes=2 * size))
     begun, end = tmp_path / "begun", tmp_path / "end"
-    reader = threading.Thread(target=run_script, args=(READS, store.path, begun, end))
+    done: list[Any] = []
+    reader = threading.Thread(target=lambda: done.append(run_script(READS, store.path, begun, end)))
     reader.start()
     while not begun.exists():
+        assert reader.is_alive(), done
         time.sleep(0.01)
     fill(store, "c")
     assert texts_of(store, "a", "b", "c") == {"a", "c"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sqlite3
 import stat
 from collections.abc import Callable, Iterator
@@ -203,10 +202,62 @@ def test_a_reader_that_does_not_end_is_told_of(store: Store, monkeypatch: pytest
     assert held(store.path, secret) == set()
 
 
+def test_a_database_that_does_not_wipe_what_it_deletes_is_scrubbed(tmp_path: Path) -> None:
+    """Whether SQLite zeroes deleted rows is decided where it is built; so what it did not is made here."""
+    file = tmp_path / "x.sqlite"
+    with closing(sqlite3.connect(file, isolation_level=None)) as database:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA secure_delete = OFF")
+        database.execute("CREATE TABLE t (text)")
+        database.executemany("INSERT INTO t VALUES (?)", [(f"{SECRET} {i}",) for i in range(50)])
+        database.execute("INSERT INTO t VALUES (?)", (PUBLIC,))
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        database.execute("DELETE FROM t WHERE text LIKE '%Quagmire%'")
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        assert b"Quagmire" in file.read_bytes()
+        scrub.scrub_sqlite(file)
+        assert b"Quagmire" not in file.read_bytes() and b"Zwiebelturm" in file.read_bytes()
+        assert (tmp_path / "x.sqlite-wal").read_bytes() == b""
+    scrub.scrub_sqlite(tmp_path / "none.sqlite")
+    assert not (tmp_path / "none.sqlite").exists()
+
+
 PURGE_IN_ANOTHER = """
 with Store.open(sys.argv[1], create=False) as store:
     store.purge(sys.argv[2])
 """
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        "sqlite-folder",
+        pytest.param("postgres-folder", marks=pytest.mark.postgres),
+        pytest.param("postgres-s3", marks=[pytest.mark.postgres, pytest.mark.s3]),
+    ],
+)
+def test_a_shared_store_is_purged_with_the_copies_on_each_machine(
+    tmp_path: Path, place: Callable[[str], dict[str, Any]], pair: str
+) -> None:
+    where = place(pair)
+    with Store.open(tmp_path / "a", **where) as here:
+        secret, public = fill_with_secrets(here)
+        if pair.startswith("sqlite"):
+            other = tmp_path / "a"
+        else:
+            other = tmp_path / "b"
+            with Store.open(other, **where) as there:
+                there.get(sha(SECRET), FINGERPRINT, 0.25)
+        assert {name for name in held(other, secret) if " blob at " in name}
+        assert here.purge("secret-id-0123456789").n_blobs == 1
+        assert held(tmp_path / "a", secret) == set()
+        if other != tmp_path / "a":
+            with Store.open(other, **where) as there:
+                there.purge()
+        assert held(tmp_path, secret) == set()  # the objects' folder too, where there is one
+        assert {name for name in held(tmp_path, public) if " blob at " in name}
+        assert equal(here.get(sha(PUBLIC), FINGERPRINT, 0.25), make_cache(101, n_kept=40))
+        assert here.check().ok
 
 
 def test_another_process_may_purge_what_is_open_here(store: Store, run_script: RunScript) -> None:
@@ -238,11 +289,16 @@ def test_purged_documents_are_not_found_by_questions(memory: KVMemory, wide: Any
 # collections
 
 
-@pytest.fixture
-def pair(tmp_path: Path, empty_store: Path) -> Iterator[tuple[Store, Store]]:
-    """Two collections of one folder with equal ids, texts and caches, and something of its own each."""
-    folder = shutil.copytree(empty_store, tmp_path / "pair")
-    with Store.open(folder, collection="one") as one, Store.open(folder, collection="two") as two:
+@pytest.fixture(params=["sqlite-disk", pytest.param("postgres-folder", marks=pytest.mark.postgres)])
+def pair(
+    request: pytest.FixtureRequest, tmp_path: Path, place: Callable[[str], dict[str, Any]]
+) -> Iterator[tuple[Store, Store]]:
+    """Two collections of one store with equal ids, texts and caches, and something of its own each."""
+    where = place(request.param)
+    with (
+        Store.open(tmp_path / "pair", collection="one", **where) as one,
+        Store.open(tmp_path / "pair", collection="two", **where) as two,
+    ):
         for store in (one, two):
             name = store.collection
             store.put(sha("both"), make_cache(1))

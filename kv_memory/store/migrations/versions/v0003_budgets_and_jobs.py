@@ -52,9 +52,10 @@ def upgrade() -> None:
         sa.Column("state", sa.String(16), nullable=False),
         sa.Column("sources", sa.JSON(), nullable=False),
         sa.Column("settings", sa.JSON(), nullable=False),
+        sa.Column("fingerprint", sa.String(64), nullable=True),
         sa.Column("discovered", sa.Boolean(), nullable=False),
-        sa.Column("driver", sa.String(255), nullable=True),
-        sa.Column("driver_expires_at", sa.DateTime(), nullable=True),
+        sa.Column("n_deleted", sa.Integer(), nullable=False),
+        sa.Column("n_unchanged", sa.Integer(), nullable=False),
         sa.Column("created_at", sa.DateTime(), nullable=False),
         sa.Column("updated_at", sa.DateTime(), nullable=False),
         sa.Column("finished_at", sa.DateTime(), nullable=True),
@@ -70,13 +71,17 @@ def upgrade() -> None:
         sa.Column("job_id", sa.Integer(), nullable=False),
         sa.Column("document_id", sa.Text(), nullable=False),
         sa.Column("uri", sa.Text(), nullable=False),
+        sa.Column("priority", sa.BigInteger(), nullable=False),
         sa.Column("state", sa.String(16), nullable=False),
         sa.Column("attempts", sa.Integer(), nullable=False),
         sa.Column("worker", sa.String(255), nullable=True),
         sa.Column("lease_expires_at", sa.DateTime(), nullable=True),
+        sa.Column("outcome", sa.String(16), nullable=True),
         sa.Column("error", sa.JSON(), nullable=True),
         sa.Column("n_passages", sa.Integer(), nullable=False),
         sa.Column("n_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("cache_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("full_kv_bytes", sa.BigInteger(), nullable=False),
         sa.Column("elapsed_s", sa.Double(), nullable=True),
         sa.Column("created_at", sa.DateTime(), nullable=False),
         sa.Column("updated_at", sa.DateTime(), nullable=False),
@@ -84,7 +89,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_task"),
         sa.UniqueConstraint("job_id", "document_id", name="uq_task_job_id_document_id"),
     )
-    op.create_index("ix_task_job_id_state_id", "task", ["job_id", "state", "id"])
+    op.create_index("ix_task_job_id_state_priority_id", "task", ["job_id", "state", "priority", "id"])
 
 
 def downgrade() -> None:

@@ -1,0 +1,355 @@
+"""The ledger of jobs: which there are, which documents belong to them, and how far they are. All in SQL.
+
+It is the checkpoint: a document that is done is never done again, whoever dies. Workers claim from it, see `claims.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import CursorResult, delete, func, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from kv_memory.errors import JobError, JobNotFoundError
+from kv_memory.jobs.item import SourceItem, duplicate_error
+from kv_memory.jobs.records import Counts, FailedTask, Job, JobSettings
+from kv_memory.store import Store
+from kv_memory.store.schema import CollectionRow, JobRow, TaskRow, utc_now
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["Ledger"]
+
+
+class Ledger:
+    """The jobs of one collection. Thread-safe.
+
+    Args:
+        store: Whose catalog holds it.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._catalog = store.catalog
+        # A name held by a process tells that it lives, where the system's locks reach it; elsewhere leases alone do.
+        self._locks_reach = self._catalog.dialect == "postgresql" or hasattr(fcntl, "F_OFD_SETLK")
+
+    # jobs
+
+    def create(self, name: str, *, sources: Mapping[str, Any], settings: JobSettings) -> Job:
+        """A new job without any task yet.
+
+        Raises:
+            JobError: The name is taken, or no name.
+        """
+        if not 0 < len(name) <= 64 or not name.isprintable():
+            raise JobError(f"a job's name has 1 to 64 printable characters, got {name!r}", where="name")
+        row = JobRow(
+            name=name,
+            collection_id=self._store.collection_id,
+            state="running",
+            sources=dict(sources),
+            settings=dataclasses.asdict(settings),
+        )
+        with self._catalog.write() as session:
+            if session.scalar(select(JobRow.id).where(JobRow.name == name)) is not None:
+                raise JobError(
+                    f"the store has a job {name!r} already",
+                    where=name,
+                    next_step=f"Go on with it by `kv-memory job resume {name}`, or take another name.",
+                )
+            session.add(row)
+        return self.job(name)
+
+    def job(self, name: str) -> Job:
+        """A job by its name.
+
+        Raises:
+            JobNotFoundError: The collection has no such job.
+        """
+        with self._catalog.read() as session:
+            row = session.execute(self._jobs().where(JobRow.name == name)).one_or_none()
+        if row is None:
+            raise JobNotFoundError(
+                f"no job {name!r} in this collection", where=name, next_step="List them with `kv-memory job list`."
+            )
+        return self._record(row)
+
+    def jobs(self) -> list[Job]:
+        """All jobs of the collection, the newest first."""
+        with self._catalog.read() as session:
+            rows = session.execute(self._jobs().order_by(JobRow.id.desc())).all()
+        return [self._record(row) for row in rows]
+
+    def state(self, job: Job) -> str:
+        """`running`, `done` or `cancelled`, whoever drives it."""
+        with self._catalog.read() as session:
+            return session.scalar(select(JobRow.state).where(JobRow.id == job.id)) or "cancelled"
+
+    @contextmanager
+    def driving(self, job: Job) -> Iterator[None]:
+        """A context in which nobody else drives the job.
+
+        Raises:
+            JobError: Somebody drives it.
+        """
+        with self._catalog.hold(f"job {job.id}", wait=False) as had:
+            if not had:
+                raise JobError(
+                    "this job is being run by another process",
+                    where=job.name,
+                    next_step=f"Watch it with `kv-memory job show {job.name}`, or stop that process first.",
+                )
+            yield
+
+    def set_fingerprint(self, job: Job, digest: str) -> None:
+        """Say what the job's caches are made under."""
+        self._update(job, fingerprint=digest)
+
+    def set_discovered(self, job: Job, *, n_unchanged: int = 0) -> None:
+        """Say that every document of the sources has its task."""
+        self._update(job, discovered=True, n_unchanged=n_unchanged)
+
+    def count_deleted(self, job: Job, n: int) -> None:
+        """Say that a sync has deleted so many documents more."""
+        self._update(job, n_deleted=JobRow.n_deleted + n)
+
+    def finish(self, job: Job) -> bool:
+        """Say that there is nothing left to do; False if it was cancelled meanwhile."""
+        now = utc_now()
+        with self._catalog.write() as session:
+            done = update(JobRow).where(JobRow.id == job.id, JobRow.state == "running")
+            result = session.execute(done.values(state="done", finished_at=now, updated_at=now))
+            return _count(result) > 0
+
+    def reopen(self, job: Job, *, retry_failed: bool = False) -> Job:
+        """Let a job go on. What nobody has in hand any more is pending again.
+
+        Args:
+            job: It must be driven by this process.
+            retry_failed: Failed documents are tried again; what failed while looking for documents is looked for again.
+
+        Raises:
+            JobError: The job was cancelled.
+        """
+        if job.state == "cancelled":
+            raise JobError(
+                "this job was cancelled",
+                where=job.name,
+                next_step="Start it anew with `kv-memory job run`; what is stored already costs next to nothing.",
+            )
+        now = utc_now()
+        with self._catalog.write() as session:
+            again: dict[str, Any] = {"state": "running", "finished_at": None, "updated_at": now}
+            if retry_failed:
+                failed = (TaskRow.job_id == job.id) & (TaskRow.state == "failed")
+                # Never tried: what was found wrong before a worker had it.
+                if _count(session.execute(delete(TaskRow).where(failed, TaskRow.attempts == 0))):
+                    again["discovered"] = False
+                retried = update(TaskRow).where(failed)
+                session.execute(retried.values(state="pending", attempts=0, error=None, worker=None, updated_at=now))
+            session.execute(update(JobRow).where(JobRow.id == job.id).values(**again))
+        return self.job(job.name)
+
+    def cancel(self, job: Job) -> int:
+        """Leave out what is pending; documents in hand are finished by their workers. Returns how many are left out.
+
+        Raises:
+            JobError: There is nothing to cancel.
+        """
+        if job.state not in {"running", "interrupted"}:
+            raise JobError(f"this job is {job.state}", where=job.name)
+        now = utc_now()
+        with self._catalog.write() as session:
+            states = ["pending"] if job.state == "running" else ["pending", "running"]
+            left = update(TaskRow).where(TaskRow.job_id == job.id, TaskRow.state.in_(states))
+            result = session.execute(left.values(state="cancelled", worker=None, updated_at=now))
+            ended = update(JobRow).where(JobRow.id == job.id, JobRow.state == "running")
+            session.execute(ended.values(state="cancelled", finished_at=now, updated_at=now))
+            return _count(result)
+
+    def forget(self, job: Job) -> None:
+        """Remove a job with its tasks."""
+        with self._catalog.write() as session:
+            session.execute(delete(JobRow).where(JobRow.id == job.id))
+
+    # tasks
+
+    def add(self, job: Job, items: Sequence[SourceItem]) -> None:
+        """Insert tasks; those that are there stay as they are. A few hundred at a time.
+
+        A second document of the same id, from another place, becomes a failed task of its own: dropped silently, its
+        text would be lost.
+
+        Raises:
+            JobError: The job was cancelled.
+        """
+        if not items:
+            return
+        with self._catalog.write() as session:
+            if session.scalar(select(JobRow.state).where(JobRow.id == job.id)) != "running":
+                raise JobError("this job was cancelled", where=job.name)
+            self._insert(session, job, items)
+            there = select(TaskRow.document_id, TaskRow.uri).where(
+                TaskRow.job_id == job.id, TaskRow.document_id.in_({item.document_id for item in items})
+            )
+            uris = {document_id: uri for document_id, uri in session.execute(there)}
+            again = [item for item in items if uris[item.document_id] != item.uri]
+            self._insert(session, job, [duplicate_error(item, uris[item.document_id]) for item in again])
+
+    def _insert(self, session: Session, job: Job, items: Sequence[SourceItem]) -> None:
+        if not items:
+            return
+        now = utc_now()
+        rows = [
+            {
+                "job_id": job.id,
+                "document_id": item.document_id,
+                "uri": item.uri,
+                "priority": -item.size_bytes,
+                "state": "pending" if item.error is None else "failed",
+                "error": item.error,
+                "created_at": now,
+                "updated_at": now,
+            }
+            for item in items
+        ]
+        insert = postgresql.insert if self._catalog.dialect == "postgresql" else sqlite.insert
+        session.execute(insert(TaskRow).on_conflict_do_nothing(index_elements=["job_id", "document_id"]), rows)
+
+    def counts(self, job: Job) -> Counts:
+        """How far the job is."""
+        sums = [func.coalesce(func.sum(getattr(TaskRow, name)), 0) for name in _SUMMED]
+        states = (
+            select(TaskRow.state, TaskRow.outcome, func.count(), *sums)
+            .where(TaskRow.job_id == job.id)
+            .group_by(TaskRow.state, TaskRow.outcome)
+        )
+        with self._catalog.read() as session:
+            rows = session.execute(states).all()
+        n: dict[str, int] = {}
+        outcomes: dict[str, int] = {}
+        totals = dict.fromkeys(_SUMMED, 0)
+        open_bytes = done_bytes = 0
+        for state, outcome, count, *summed in rows:
+            of_row = dict(zip(_SUMMED, map(int, summed), strict=True))
+            n[state] = n.get(state, 0) + count
+            if state == "done":
+                outcomes[outcome or "added"] = outcomes.get(outcome or "added", 0) + count
+            if state in {"pending", "running"}:
+                open_bytes -= of_row["priority"]
+            elif state != "cancelled":
+                done_bytes -= of_row["priority"]
+            totals = {name: totals[name] + of_row[name] for name in _SUMMED}
+        del totals["priority"]
+        left = {state: n.get(state, 0) for state in ("pending", "running", "failed", "cancelled")}
+        return Counts(**left, outcomes=outcomes, **totals, done_bytes=done_bytes, open_bytes=open_bytes)
+
+    def failed(self, job: Job, *, after: int = 0, limit: int = 100) -> list[tuple[int, FailedTask]]:
+        """Failed documents with the numbers of their tasks, in the order of these, from after a number on."""
+        wanted = (
+            select(TaskRow)
+            .where(TaskRow.job_id == job.id, TaskRow.state == "failed", TaskRow.id > after)
+            .order_by(TaskRow.id)
+            .limit(limit)
+        )
+        with self._catalog.read() as session:
+            return [
+                (
+                    row.id,
+                    FailedTask(
+                        document_id=row.document_id, uri=row.uri, attempts=row.attempts, error=dict(row.error or {})
+                    ),
+                )
+                for row in session.scalars(wanted)
+            ]
+
+    # workers that died
+
+    @contextmanager
+    def living(self, worker: str) -> Iterator[None]:
+        """A context in which others can see that this worker lives."""
+        with self._catalog.hold(f"worker {worker}"):
+            yield
+
+    def free_dead(self, job: Job) -> int:
+        """Free the tasks of workers that do not live any more, and those with expired leases; returns how many."""
+        running = select(TaskRow.worker).where(TaskRow.job_id == job.id, TaskRow.state == "running").distinct()
+        with self._catalog.read() as session:
+            workers = [worker for worker in session.scalars(running) if worker is not None]
+        dead = [worker for worker in workers if not self._lives(worker)]
+        return sum(self.free(job, worker, "its process is gone") for worker in dead) + self.expire(job)
+
+    def free(self, job: Job, worker: str, reason: str) -> int:
+        """Free the tasks of a worker that is known dead; returns how many. Too many attempts make them failed."""
+        with self._catalog.write(alone=False) as session:
+            return self._give_up(session, job, TaskRow.worker == worker, reason)
+
+    def expire(self, job: Job) -> int:
+        """Free the tasks whose workers have not renewed their leases; returns how many."""
+        expired = TaskRow.lease_expires_at < utc_now()
+        due = select(TaskRow.id).where(TaskRow.job_id == job.id, TaskRow.state == "running", expired).limit(1)
+        with self._catalog.read() as session:
+            if session.scalar(due) is None:
+                return 0
+        with self._catalog.write(alone=False) as session:
+            return self._give_up(session, job, expired, "its lease has expired")
+
+    def _give_up(self, session: Session, job: Job, whose: Any, reason: str) -> int:
+        held = update(TaskRow).where(TaskRow.job_id == job.id, TaskRow.state == "running", whose)
+        error = {
+            "error": "WorkerDiedError",
+            "what": f"every worker that had this document died, at last: {reason}",
+            "where": None,
+            "next_step": "It may be too large for the memory, or crash the model. Leave it out, or try again with "
+            f"`kv-memory job resume {job.name} --retry-failed`.",
+        }
+        now, most = utc_now(), job.settings.max_attempts
+        left = {"worker": None, "lease_expires_at": None, "updated_at": now}
+        failed = held.where(TaskRow.attempts >= most).values(state="failed", error=error, **left)
+        again = held.where(TaskRow.attempts < most).values(state="pending", **left)
+        return _count(session.execute(failed)) + _count(session.execute(again))
+
+    def _lives(self, worker: str) -> bool:
+        if not self._locks_reach:
+            return True  # its lease will tell
+        with self._catalog.hold(f"worker {worker}", wait=False) as had:
+            return not had
+
+    # rows
+
+    def _jobs(self) -> Any:
+        return (
+            select(JobRow, CollectionRow.name)
+            .join(CollectionRow, CollectionRow.id == JobRow.collection_id)
+            .where(JobRow.collection_id == self._store.collection_id)
+        )
+
+    def _record(self, found: Any) -> Job:
+        row, collection = found
+        values = {field.name: getattr(row, field.name) for field in dataclasses.fields(Job) if field.name in _COLUMNS}
+        values["settings"] = JobSettings(**row.settings)
+        if row.state == "running" and self._locks_reach:
+            with self._catalog.hold(f"job {row.id}", wait=False) as had:
+                values["state"] = "interrupted" if had else "running"
+        return Job(**values, collection=collection)
+
+    def _update(self, job: Job, **values: Any) -> None:
+        with self._catalog.write() as session:
+            session.execute(update(JobRow).where(JobRow.id == job.id).values(**values, updated_at=utc_now()))
+
+
+_SUMMED = ("n_passages", "n_tokens", "cache_bytes", "full_kv_bytes", "priority")
+_COLUMNS = set(JobRow.__table__.columns.keys())
+
+
+def _count(result: Any) -> int:
+    assert isinstance(result, CursorResult)
+    return result.rowcount

@@ -1,0 +1,171 @@
+"""Sources of documents: files, JSON lines, Parquet, SQL, the hub, document stores of LlamaIndex.
+
+What a user names becomes a spec, a dict that the ledger keeps; a spec becomes a `Source`, in the driver to list what it
+holds, in a worker to read one document of it.
+"""
+
+from __future__ import annotations
+
+import glob as globbing
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from kv_memory.errors import ConfigError, KVMemoryError, UnreadableDocumentError
+from kv_memory.jobs.item import ReadItem, Source, SourceItem
+from kv_memory.jobs.records import JobSettings
+from kv_memory.jobs.sources.docstore import DocstoreSource, is_docstore
+from kv_memory.jobs.sources.files import FileSource, is_pattern, uri_of
+from kv_memory.jobs.sources.hub import HubSource
+from kv_memory.jobs.sources.jsonl import JsonLinesSource
+from kv_memory.jobs.sources.parquet import ParquetSource
+from kv_memory.jobs.sources.rows import Fields
+from kv_memory.jobs.sources.sql import SqlSource, check_url
+
+__all__ = ["Sources", "name_of", "parse_sources"]
+
+_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
+
+
+def parse_sources(
+    texts: Sequence[str], *, glob: str | None = None, query: str | None = None, fields: Fields
+) -> list[dict[str, Any]]:
+    """What a user named, as specs.
+
+    Args:
+        texts: Files, folders, patterns; `hub:NAME`; `sql:URL`.
+        glob: For folders: which files.
+        query: For `sql:`.
+        fields: How records are read.
+
+    Raises:
+        ConfigError: A name or URL is malformed; or there is an option without the source it is for.
+        UnreadableDocumentError: There is no such file or folder.
+    """
+    specs: list[dict[str, Any]] = []
+    for text in texts:
+        if text.startswith("hub:"):
+            HubSource(text[4:], fields)  # raises where the name is wrong
+            specs.append({"kind": "hub", "name": text[4:]})
+        elif text.startswith("sql:"):
+            check_url(text[4:])
+            if not query:
+                raise ConfigError(
+                    "a database needs a query",
+                    where=text.partition("://")[0],
+                    next_step='Name it, for example --query "SELECT id, text FROM notes".',
+                )
+            specs.append({"kind": "sql", "url": text[4:], "query": query})
+        else:
+            specs += _files(text, glob)
+    if query and not any(spec["kind"] == "sql" for spec in specs):
+        raise ConfigError("--query is for sources that begin with sql:", where="query")
+    if glob and not any(os.path.isdir(text) for text in texts):
+        raise ConfigError("--glob is for folders, and none is named", where="glob")
+    return specs
+
+
+def _files(text: str, glob: str | None) -> list[dict[str, Any]]:
+    path = os.path.abspath(os.path.expanduser(text))
+    pattern = path if is_pattern(path) else None
+    if pattern is None and not os.path.exists(path):
+        raise UnreadableDocumentError(
+            "no such file or folder", where=text, next_step=f"Check the path; relative ones start at {Path.cwd()}."
+        )
+    if os.path.isdir(path) and glob:
+        if Path(glob).suffix.lower() in _KINDS:
+            pattern = os.path.join(globbing.escape(path), glob if "/" in glob else f"**/{glob}")
+        else:
+            return [{"kind": "files", "path": path, "glob": glob}]
+    kind = _KINDS.get(Path(pattern or path).suffix.lower())
+    if kind is not None and pattern is not None:
+        # Files of records are few; each is a source of its own.
+        found = sorted(name for name in globbing.glob(pattern, recursive=True) if os.path.isfile(name))
+        if not found:
+            raise UnreadableDocumentError("no file fits this pattern", where=text, next_step="Check the pattern.")
+        return [{"kind": kind, "path": name} for name in found]
+    if kind is None and os.path.isfile(path) and is_docstore(Path(path)):
+        kind = "docstore"
+    if kind is None or os.path.isdir(path):
+        return [{"kind": "files", "path": path, "glob": None}]
+    return [{"kind": kind, "path": path}]
+
+
+def name_of(spec: dict[str, Any]) -> str:
+    """A source for people to read, without passwords."""
+    if spec["kind"] == "sql":
+        return f"sql:{check_url(spec['url'])}"
+    if spec["kind"] == "hub":
+        return f"hub:{spec['name']}"
+    return os.path.join(spec["path"], spec["glob"]) if spec.get("glob") else str(spec["path"])
+
+
+class Sources:
+    """All sources of a job.
+
+    Args:
+        specs: From `parse_sources`.
+        settings: Of the job.
+    """
+
+    def __init__(self, specs: Sequence[dict[str, Any]], settings: JobSettings) -> None:
+        self._specs = specs
+        self._settings = settings
+        self._fields = Fields(id_field=settings.id_field, text_field=settings.text_field)
+        self._files = FileSource("", encoding=settings.encoding)
+        self._opened: dict[str, Source] = {}
+
+    def items(self) -> Iterator[SourceItem]:
+        """Every document of every source. A source that breaks is an item with an error; the others go on."""
+        for number, spec in enumerate(self._specs):
+            source = self._make(number)
+            try:
+                yield from source.items()
+            except KVMemoryError as error:
+                name = name_of(spec)
+                yield SourceItem(document_id=name, uri=name, error=error.to_dict())
+            finally:
+                source.close()
+
+    def read(self, item: SourceItem) -> ReadItem:
+        """One document. What was opened for it stays open for the next one.
+
+        Raises:
+            KVMemoryError: It cannot be read.
+        """
+        base, behind, _ = item.uri.partition("#")
+        if not behind:
+            return self._files.read(item)
+        if base not in self._opened:
+            number = next((n for n in range(len(self._specs)) if self._base(n) == base), None)
+            if number is None:
+                raise ConfigError("this is in none of the job's sources", where=item.uri)
+            self._opened[base] = self._make(number)
+        return self._opened[base].read(item)
+
+    def close(self) -> None:
+        """Close what was opened."""
+        for source in self._opened.values():
+            source.close()
+        self._opened.clear()
+
+    def _base(self, number: int) -> str:
+        spec = self._specs[number]
+        if spec["kind"] == "sql":
+            return f"sql:{number}"
+        return f"hub:{spec['name']}" if spec["kind"] == "hub" else uri_of(Path(spec["path"]))
+
+    def _make(self, number: int) -> Source:
+        spec, kind = self._specs[number], self._specs[number]["kind"]
+        if kind == "sql":
+            return SqlSource(number, spec["url"], spec["query"], self._fields)
+        if kind == "hub":
+            return HubSource(spec["name"], self._fields)
+        if kind == "jsonl":
+            return JsonLinesSource(Path(spec["path"]), self._fields)
+        if kind == "parquet":
+            return ParquetSource(Path(spec["path"]), self._fields)
+        if kind == "docstore":
+            return DocstoreSource(Path(spec["path"]))
+        return FileSource(spec["path"], glob=spec["glob"], encoding=self._settings.encoding)

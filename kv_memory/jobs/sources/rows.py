@@ -1,0 +1,77 @@
+"""Records as documents: which field is the text, which names it, and what is kept beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date, datetime
+from typing import Any
+
+from kv_memory.documents import Document
+from kv_memory.documents.decoding import normalise_newlines
+from kv_memory.errors import UnreadableDocumentError
+from kv_memory.jobs.item import ReadItem, SourceItem
+
+__all__ = ["Fields", "changed"]
+
+_MOST_CHARS = 1000  # of a value that is kept beside the text; longer ones are texts themselves
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fields:
+    """How the records of a source are read.
+
+    Attributes:
+        id_field: Names the record; one without it is named after its source and number.
+        text_field: Its text.
+    """
+
+    id_field: str = "id"
+    text_field: str = "text"
+
+    def id_of(self, record: Mapping[str, Any], otherwise: str) -> str:
+        """The id of a record, as SQL takes it; what it is named otherwise where it has none."""
+        value = record.get(self.id_field)
+        if value is None or not str(value).strip():
+            return otherwise
+        return str(value).encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+    def document(self, record: Mapping[str, Any], item: SourceItem) -> ReadItem:
+        """A record as a document; short values of other fields become its metadata.
+
+        Raises:
+            UnreadableDocumentError: It has no text, or is another one than when its source was looked through.
+            DocumentError: The text is blank, or none that can be stored.
+        """
+        if self.id_of(record, item.document_id) != item.document_id:
+            raise changed(item)
+        text = record.get(self.text_field)
+        if not isinstance(text, str):
+            what = "no field" if text is None else f"no text but {type(text).__name__} in field"
+            raise UnreadableDocumentError(
+                f"{what} {self.text_field!r}",
+                where=item.uri,
+                next_step=f"Name the field of the text with --text-field; there are {', '.join(map(str, record))}.",
+            )
+        kept = {
+            key: value.isoformat() if isinstance(value, date | datetime) else value
+            for key, value in record.items()
+            if key not in {self.id_field, self.text_field} and _is_short(value)
+        }
+        text = normalise_newlines(text)
+        return ReadItem(document=Document(id=item.document_id, text=text, source_uri=item.uri, metadata=kept))
+
+
+def changed(item: SourceItem) -> UnreadableDocumentError:
+    """The error for a record that is not where it was."""
+    return UnreadableDocumentError(
+        "the source has changed since the job looked through it",
+        where=f"{item.document_id} at {item.uri}",
+        next_step="Start a new job for it; what is stored already costs next to nothing.",
+    )
+
+
+def _is_short(value: Any) -> bool:
+    if isinstance(value, float):
+        return value == value and abs(value) != float("inf")  # JSON has neither
+    return isinstance(value, bool | int | date | datetime) or (isinstance(value, str) and len(value) <= _MOST_CHARS)

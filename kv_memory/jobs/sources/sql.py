@@ -1,0 +1,127 @@
+"""A SQL query: one row is one document. A row is found again by its key, asked of the same query."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+from kv_memory.errors import ConfigError, UnreadableDocumentError
+from kv_memory.jobs.item import ReadItem, SourceItem
+from kv_memory.jobs.sources.rows import Fields, changed
+
+__all__ = ["SqlSource", "check_url"]
+
+_ROWS_AT_ONCE = 500
+
+
+def check_url(url: str) -> str:
+    """The URL of a database without its password, for people to read.
+
+    Raises:
+        ConfigError: It is no such URL.
+    """
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError as error:
+        raise ConfigError(
+            "this is no URL of a database",
+            where="SOURCE",
+            next_step="Write sql:DIALECT://USER@HOST/DATABASE, e.g. sql:sqlite:///notes.db.",
+        ) from error
+
+
+class SqlSource:
+    """The rows of a query.
+
+    The query is not run once for each document with all its rows, but asked for one row: `SELECT * FROM (QUERY) WHERE
+    id = ...`. Where its key is indexed, databases answer that at once.
+
+    Args:
+        number: Of the source in its job: a uri must not hold the URL, which may hold a password.
+        url: Of the database, as SQLAlchemy takes it.
+        query: A SELECT with a column for the key and one for the text.
+        fields: How they are called.
+    """
+
+    def __init__(self, number: int, url: str, query: str, fields: Fields) -> None:
+        self.where = check_url(url)
+        self._number = number
+        self._url = url
+        self._query = query.strip().rstrip(";")
+        self._fields = fields
+        self._engine: Engine | None = None
+
+    def items(self) -> Iterator[SourceItem]:
+        """See `Source.items`. The rows come from the server a few hundred at a time, the keys alone."""
+        try:
+            with self._open().connect() as connection:
+                key = self._quoted(self._fields.id_field)
+                rows = connection.execution_options(stream_results=True, yield_per=_ROWS_AT_ONCE).execute(
+                    text(f"SELECT kv_rows.{key} FROM ({self._query}) AS kv_rows")
+                )
+                for (value,) in rows:
+                    yield SourceItem(document_id=str(value), uri=f"sql:{self._number}#{_written(value)}")
+        except SQLAlchemyError as error:
+            raise self._failed(error) from error
+
+    def read(self, item: SourceItem) -> ReadItem:
+        """See `Source.read`."""
+        try:
+            with self._open().connect() as connection:
+                key = self._quoted(self._fields.id_field)
+                found = connection.execute(
+                    text(f"SELECT * FROM ({self._query}) AS kv_rows WHERE kv_rows.{key} = :key"),
+                    {"key": json.loads(item.locator)},
+                )
+                row = found.mappings().first()
+        except SQLAlchemyError as error:
+            raise self._failed(error) from error
+        if row is None:
+            raise changed(item)
+        return self._fields.document({name: _plain(value) for name, value in row.items()}, item)
+
+    def close(self) -> None:
+        """Close the connections."""
+        if self._engine is not None:
+            self._engine.dispose()
+            self._engine = None
+
+    def _open(self) -> Engine:
+        if self._engine is None:
+            try:
+                self._engine = create_engine(self._url)
+            except (NoSuchModuleError, ImportError) as error:
+                raise ConfigError(
+                    f"no driver for this database is installed: {error}",
+                    where=self.where,
+                    next_step="Install the one SQLAlchemy names, e.g. `pip install 'kv-memory[postgres]'`.",
+                ) from error
+        return self._engine
+
+    def _quoted(self, name: str) -> str:
+        return self._open().dialect.identifier_preparer.quote(name)
+
+    def _failed(self, error: SQLAlchemyError) -> UnreadableDocumentError:
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        return UnreadableDocumentError(
+            f"the query failed: {reason}",
+            where=self.where,
+            next_step="Try it in the database's own shell. It must give the columns of --id-field and --text-field.",
+        )
+
+
+def _written(value: Any) -> str:
+    """A key in a uri: a number stays one, since databases do not compare numbers with texts."""
+    return json.dumps(value if isinstance(value, int | float | str) else str(value), ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Decimal):
+        return float(value)
+    return str(value) if isinstance(value, UUID) else value

@@ -1,0 +1,203 @@
+"""A worker: claims a document, reads it, compresses it, says what became of it; until there is nothing left.
+
+Run as a process of its own, `python -m kv_memory.jobs.worker`, with a model of its own. It ends when the job does, when
+it is told to (SIGTERM: the document in hand is given back), and after the document in hand when its driver has died.
+An error that is no document's, such as a model that cannot be loaded or a full disk, goes to standard output as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+import types
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from kv_memory.errors import KVMemoryError, StoreError
+from kv_memory.intake import AddReport, Intake
+from kv_memory.jobs.claims import LEASE_S, Claims
+from kv_memory.jobs.item import SourceItem
+from kv_memory.jobs.ledger import Ledger
+from kv_memory.jobs.records import Job, Task, TaskResult
+from kv_memory.jobs.sources import Sources
+from kv_memory.settings import MemorySettings
+from kv_memory.store import Store
+
+__all__ = ["BROKEN", "FATAL", "Stopped", "error_of", "main", "make_intake", "work"]
+
+FATAL = 3  # exit code: the error on standard output is not that of a document
+BROKEN = 4  # exit code: the GPU's driver has given this process up
+_IDLE_S = 0.05, 0.5
+
+
+class Stopped(BaseException):
+    """The worker was told to stop. Raised where it stands, as KeyboardInterrupt is."""
+
+
+def error_of(error: Exception) -> dict[str, str | None]:
+    """An error as the ledger keeps it."""
+    if isinstance(error, KVMemoryError):
+        return error.to_dict()
+    text = str(error).strip()[:1000] or type(error).__name__
+    return {"error": type(error).__name__, "what": text, "where": None, "next_step": None}
+
+
+def make_intake(store: Store, job: Job, *, device: str = "auto") -> Intake:
+    """The job's model and compressor, loaded. Errors as in `KVMemory.open`."""
+    # Imported here: it loads torch, which the process that only starts workers does without.
+    from kv_memory.assembly import load_backbone, load_compressor, share_prefix
+
+    settings = MemorySettings(**job.settings.memory)
+    backbone = load_backbone(settings, dtype="auto", device=device, prompt_form=None)
+    compressor = load_compressor(settings, backbone)
+    share_prefix(store, backbone)
+    return Intake(
+        store,
+        compressor,
+        keep_ratio=settings.keep_ratio,
+        passage_tokens=settings.passage_tokens,
+        storage=settings.storage,
+        keep_text=settings.keep_text,
+    )
+
+
+def work(
+    store: Store, job: Job, worker: str, intake: Intake, *, alone: Callable[[], bool], lease_s: float = LEASE_S
+) -> int:
+    """Do documents of a job until it ends, or until nobody drives it any more.
+
+    Args:
+        store: The job's.
+        job: The job.
+        worker: The name of this worker.
+        intake: Of the job's settings.
+        alone: Whether the driver has died.
+        lease_s: See `Claims`.
+
+    Returns:
+        How many documents were done, failed ones included.
+
+    Raises:
+        StoreError: The store cannot be used; the document in hand was given back.
+    """
+    claims = Claims(store, job.id, worker, lease_s=lease_s)
+    sources = Sources(job.sources["items"], job.settings)
+    n_done, idle_s, remembered = 0, _IDLE_S[0], False
+    try:
+        while not alone():
+            task = claims.claim() if claims.pending() else None
+            if task is None:
+                if not claims.wanted():
+                    break
+                time.sleep(idle_s)
+                idle_s = min(2 * idle_s, _IDLE_S[1])
+                continue
+            idle_s = _IDLE_S[0]
+            with claims.holding(task):
+                done = _do(claims, task, sources, intake)
+            n_done += 1
+            if done and not remembered:
+                remembered = True
+                if store.settings() != job.settings.memory:
+                    store.update_settings(job.settings.memory)  # what `ask` goes by, as after `add`
+    finally:
+        sources.close()
+    return n_done
+
+
+def _do(claims: Claims, task: Task, sources: Sources, intake: Intake) -> bool:
+    """One document; whether it is done."""
+    start_s = time.perf_counter()
+    try:
+        read = sources.read(SourceItem(document_id=task.document_id, uri=task.uri))
+        report = intake.add_one(read.document, whole=read.whole)
+    except Exception as error:
+        if isinstance(error, StoreError):
+            _try(claims.release, task)
+            raise
+        if "CUDA error" in str(error):
+            os._exit(BROKEN)  # whatever comes next in this process would fail too; a new worker takes the place
+        claims.fail(task, error_of(error), elapsed_s=time.perf_counter() - start_s)
+        return False
+    except BaseException:
+        _try(claims.release, task)
+        raise
+    claims.finish(task, _result(report, elapsed_s=time.perf_counter() - start_s))
+    return True
+
+
+def _try(release: Callable[[Task], bool], task: Task) -> None:
+    try:
+        release(task)
+    except StoreError:
+        return  # its lease will run out
+
+
+def _result(report: AddReport, *, elapsed_s: float) -> TaskResult:
+    return TaskResult(
+        outcome="unchanged" if report.unchanged else "added" if report.added else "replaced",
+        n_passages=report.n_passages,
+        n_tokens=report.n_tokens,
+        cache_bytes=report.cache_bytes,
+        full_kv_bytes=report.full_kv_bytes,
+        elapsed_s=elapsed_s,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a worker process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--collection", required=True)
+    parser.add_argument("--job", required=True)
+    parser.add_argument("--worker", required=True, help="its name")
+    parser.add_argument("--parent", type=int, required=True, help="process id of the driver")
+    parser.add_argument("--number", type=int, default=0, help="of the worker: which GPU is its own")
+    parser.add_argument("--threads", type=int, required=True, help="of this worker")
+    parser.add_argument("--lease", type=float, default=LEASE_S, help="in seconds")
+    args = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's; it tells its workers
+    warnings.filterwarnings("ignore")
+    try:
+        _run(args)
+    except Stopped:
+        return 0
+    except Exception as error:
+        print(json.dumps(error_of(error)), flush=True)
+        return FATAL
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    with Store.open(args.store, collection=args.collection, create=False) as store:
+        ledger = Ledger(store)
+        with ledger.living(args.worker):
+            job = ledger.job(args.job)
+            intake = make_intake(store, job, device=_device(args.number, args.threads))
+            if job.fingerprint != intake.fingerprint.digest:
+                ledger.set_fingerprint(job, intake.fingerprint.digest)
+            work(store, job, args.worker, intake, alone=lambda: os.getppid() != args.parent, lease_s=args.lease)
+
+
+def _device(number: int, n_threads: int) -> str:
+    import torch
+
+    torch.set_num_threads(n_threads)
+    if torch.cuda.is_available():
+        return f"cuda:{number % torch.cuda.device_count()}"
+    return "auto"
+
+
+def _stop(_number: int, _frame: types.FrameType | None) -> NoReturn:
+    raise Stopped
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""What a collection's caches were asked for: counted in memory, written down with a delay, kept for good.
+
+Counts outlive the process, so that `kv-memory stats --prometheus`, a process of its own, has something to tell. A crash
+loses those since the last flush, as it does the times of last use.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from kv_memory.store.schema import CounterRow
+
+__all__ = ["BUCKETS_S", "NAMES", "Counters", "read_counters", "write_counters"]
+
+# Of how long a `get` took, in seconds: upper ends, as Prometheus counts them.
+BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+# Name, and what it counts.
+NAMES = {
+    "hits": "distilled caches that were found, verified and handed out",
+    "misses": "look-ups of a cache that is not there, or has expired",
+    "refused_corrupt": "caches whose bytes were not those written; quarantined",
+    "refused_mismatch": "caches of another model, adapter, prompt or format; left alone",
+    "puts": "distilled caches written",
+    "evictions": "distilled caches that a budget drove out",
+    "bytes_read": "bytes of blobs handed out",
+    "bytes_written": "bytes of blobs written",
+    "get_seconds": "time that handed out caches took, together",
+    "put_seconds": "time that written caches took, together",
+}
+
+
+class Counters:
+    """Counts since the last `drain`. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[str, float] = {}
+
+    def add(self, name: str, amount: float = 1.0) -> None:
+        """Count something; names are those of NAMES, and the buckets."""
+        with self._lock:
+            self._counts[name] = self._counts.get(name, 0.0) + amount
+
+    def got(self, size_bytes: int, elapsed_s: float) -> None:
+        """Count a hit."""
+        with self._lock:
+            for name, amount in (("hits", 1), ("bytes_read", size_bytes), ("get_seconds", elapsed_s)):
+                self._counts[name] = self._counts.get(name, 0.0) + amount
+            for end in BUCKETS_S:
+                if elapsed_s <= end:
+                    name = f"get_seconds_le_{end:g}"
+                    self._counts[name] = self._counts.get(name, 0.0) + 1
+
+    def drain(self) -> dict[str, float]:
+        """What was counted, which is then forgotten."""
+        with self._lock:
+            counts, self._counts = self._counts, {}
+        return counts
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Add the seconds of a block that succeeds."""
+        start_s = time.perf_counter()
+        yield
+        self.add(name, time.perf_counter() - start_s)
+
+
+def write_counters(session: Session, collection_id: int, counts: dict[str, float]) -> None:
+    """Add counts to those of a collection, in a writing transaction."""
+    rows = {
+        row.name: row for row in session.scalars(select(CounterRow).where(CounterRow.collection_id == collection_id))
+    }
+    for name, amount in counts.items():
+        if name in rows:
+            rows[name].value += amount
+        else:
+            session.add(CounterRow(collection_id=collection_id, name=name, value=amount))
+
+
+def read_counters(session: Session, collection_id: int) -> dict[str, float]:
+    """All counts of a collection that were written down."""
+    rows = session.scalars(select(CounterRow).where(CounterRow.collection_id == collection_id))
+    return {row.name: row.value for row in rows}

@@ -1,0 +1,35 @@
+"""OpenTelemetry spans, where the user has it installed; nothing elsewhere.
+
+Spans carry sizes, counts and names of collections, never texts.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+__all__ = ["span"]
+
+
+def span(name: str, **attributes: str | int | float | bool) -> AbstractContextManager[Any]:
+    """A span around a block: `kv_memory.NAME` with attributes `kv_memory.*`.
+
+    Without the package `opentelemetry-api` it costs a dictionary look-up. Where to send spans, if anywhere, is the
+    application's to say, as always with OpenTelemetry; an exception that leaves the block is recorded.
+    """
+    tracer = _tracer()
+    if tracer is None:
+        return nullcontext()
+    named = {f"kv_memory.{key}": value for key, value in attributes.items()}
+    manager: AbstractContextManager[Any] = tracer.start_as_current_span(f"kv_memory.{name}", attributes=named)
+    return manager
+
+
+@cache
+def _tracer() -> Any:
+    try:
+        from opentelemetry import trace
+    except ImportError:
+        return None
+    return trace.get_tracer("kv_memory")
