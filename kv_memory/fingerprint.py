@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from kv_memory.errors import CorruptCacheError, FingerprintMismatchError
@@ -57,7 +58,7 @@ class Fingerprint:
     head_dim: int
     keep_spans: str = ""
 
-    @property
+    @cached_property  # each look-up in a store asks for it
     def digest(self) -> str:
         """SHA-256 over the canonical JSON of all fields: the name of this fingerprint in the catalog."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
@@ -108,12 +109,10 @@ class Fingerprint:
 
 def describe_differences(made: Fingerprint, loaded: Fingerprint) -> str:
     """One line a person can read: each differing field with the made and the loaded side."""
-    return "; ".join(
-        f"{name} is {_short(here)} in the cache, {_short(there)} loaded"
-        for name, (here, there) in made.differences(loaded).items()
-    )
-
-
-def _short(value: object) -> str:
-    text = str(value) if value not in ("", None) else "none"
-    return text[:12] if len(text) == 64 else text
+    said = []
+    for name, sides in made.differences(loaded).items():
+        here, there = (str(side) if side not in ("", None) else "none" for side in sides)
+        if here[:12] != there[:12]:
+            here, there = (side[:12] if len(side) == 64 else side for side in (here, there))
+        said.append(f"{name} is {here} in the cache, {there} loaded")
+    return "; ".join(said)

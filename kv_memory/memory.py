@@ -292,7 +292,7 @@ class KVMemory:
             texts: Its passages, each the exact text that will be asked for.
             metadata: What JSON can hold; if None there is none, or with `extend` that which it has.
             extend: Keep the passages it has, and add those that are new. One process at a time may extend a document.
-            drop: Keys (`reader.key_of`) of passages that it does not keep, with `extend`.
+            drop: Keys (`reader.key_of`) of passages that it does not keep, with `extend`; `texts` may then be empty.
             keep_text: Keep these texts; as the settings say if None.
             on_progress: Called after every passage.
 

@@ -102,7 +102,7 @@ class Preparer:
         checked = [Document(id=document, text=text, metadata=metadata or {}) for text in texts]
         given = _by_key([item.text for item in checked])
         before = [p for p in old.passages if p.text_sha256 not in drop] if old is not None and extend else []
-        if not checked and not before:
+        if not checked and not (before and (drop or metadata is not None)):
             raise EmptyDocumentError("no passages", where=document, next_step="Leave the document out, or remove it.")
         known = {passage.text_sha256 for passage in before}
         new = [text for key, text in given.items() if key not in known]

@@ -5,9 +5,9 @@ own, a folder of five files; it was rejected because no rename replaces a folder
 is replaced at once, whoever else is writing. There is no pickle in either. Texts stay in the store and are looked up.
 
 Passages whose text is not kept come as `Terms`: their words hashed under a key. As soon as there are any, all words of
-the index are hashes under that key, which changes no score: BM25 asks only which words are the same. Passages that
-were hashed under different keys, because collections were merged, are found all the same; each part then judges by
-itself how rare a word is.
+the index are hashes under that key, which changes no score: BM25 asks only which words are the same. Where collections
+were merged, passages are hashed under several keys, and a word has a hash under each; how rare it is, is put right when
+a question names it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -182,10 +183,7 @@ class BM25Index:
             raise ConfigError(f"top_k must be at least 1, got {top_k}", where="top_k")
         if self._scorer is None:
             return []
-        words = question_words(question, language=self._language)
-        tokens = [hash_word(word, key) for word in words for key in self._keys] if self._keys else words
-        ids = self._scorer.get_tokens_ids(tokens)
-        scores = self._scorer.get_scores_from_ids(ids)
+        scores = self._scores(question_words(question, language=self._language))
         found = np.flatnonzero(scores > 0)
         # Not bm25s's own top-k, which breaks ties at random. Rows lie in the order of ties, and the sort is stable.
         hits: list[Hit] = []
@@ -210,6 +208,27 @@ class BM25Index:
             if len(hits) == top_k:
                 break
         return hits
+
+    def _scores(self, words: Sequence[str]) -> Any:
+        """The score of every row."""
+        scorer = self._scorer
+        if len(self._keys) < 2:
+            tokens = [hash_word(word, key) for word in words for key in self._keys] if self._keys else words
+            return scorer.get_scores_from_ids(scorer.get_tokens_ids(tokens))
+        data, indices, indptr = (scorer.scores[name] for name in _ARRAYS)
+        scores = np.zeros(len(self._rows), dtype=data.dtype)
+        for word in words:
+            ids = scorer.get_tokens_ids([hash_word(word, key) for key in self._keys])
+            found = [slice(int(indptr[id_]), int(indptr[id_ + 1])) for id_ in ids]
+            counts = [part.stop - part.start for part in found]  # in how many passages it is, key by key
+            for part, count in zip(found, counts, strict=True):
+                # Scores have the rarity of the word under one key as a factor; its rarity under all takes its place.
+                scores[indices[part]] += data[part] * (self._rarity(sum(counts)) / self._rarity(count))
+        return scores
+
+    def _rarity(self, n_passages: int) -> float:
+        """The inverse document frequency as Lucene has it, which is the default of bm25s."""
+        return math.log(1 + (len(self._rows) - n_passages + 0.5) / (n_passages + 0.5))
 
 
 _Rows = list[tuple[str, int, str]]

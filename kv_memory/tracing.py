@@ -5,6 +5,7 @@ Spans carry sizes, counts and names of collections, never texts.
 
 from __future__ import annotations
 
+import importlib
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -29,7 +30,6 @@ def span(name: str, **attributes: str | int | float | bool) -> AbstractContextMa
 @cache
 def _tracer() -> Any:
     try:
-        from opentelemetry import trace
+        return importlib.import_module("opentelemetry.trace").get_tracer("kv_memory")
     except ImportError:
         return None
-    return trace.get_tracer("kv_memory")

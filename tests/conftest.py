@@ -174,6 +174,16 @@ def memory(tmp_path: Path, wide: Any, _two_documents: Path) -> Iterator[Any]:
         yield opened
 
 
+@pytest.fixture
+def bare(tmp_path: Path, wide: Any) -> Iterator[Any]:
+    """An open KVMemory of the same two documents, opened without a word about texts: it keeps none."""
+    from tests.memories import FERRY, LAMP, open_memory
+
+    with open_memory(tmp_path / "bare", wide) as opened:
+        opened.add([("ferry", FERRY), ("lamp", LAMP, {"year": 1921})])
+        yield opened
+
+
 @pytest.fixture(scope="session")
 def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder for the tests, with the user's converted models in it."""

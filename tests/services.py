@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -56,6 +58,8 @@ def create_bucket(endpoint: str, name: str = BUCKET) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
+    warnings.simplefilter("ignore")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kv-memory-postgres-")))
         url = stack.enter_context(postgres(folder))

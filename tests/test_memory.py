@@ -34,7 +34,7 @@ from tests.reference import recorded_inputs
 
 def test_add_reports_what_it_did(tmp_path: Path, wide: Any) -> None:
     told: list[AddProgress] = []
-    with open_memory(tmp_path / "store", wide, keep_ratio=0.5) as memory:
+    with open_memory(tmp_path / "store", wide, keep_ratio=0.5, keep_text=True) as memory:
         report = memory.add([("ferry", FERRY), ("long", LONG)], on_progress=told.append)
         record = memory.document("long")
         assert "".join(p.text for p in record.passages).replace(" ", "") == LONG.replace(" ", "")
@@ -103,7 +103,7 @@ def test_a_text_that_two_documents_share_is_compressed_once(memory: KVMemory, wi
 
 
 def test_documents_may_stay_whole(tmp_path: Path, wide: Any) -> None:
-    with open_memory(tmp_path / "store", wide, passage_tokens=None) as memory:
+    with open_memory(tmp_path / "store", wide, passage_tokens=None, keep_text=True) as memory:
         memory.add(("long", LONG))
         assert [passage.text for passage in memory.document("long").passages] == [LONG]
         assert answerable(memory, "Where is the comet?") == ["long"]

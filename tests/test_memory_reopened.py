@@ -97,7 +97,7 @@ def test_one_store_holds_several_storages(tmp_path: Path, wide: Any) -> None:
 
 
 def test_a_damaged_int8_cache_is_made_again_as_int8(tmp_path: Path, wide: Any) -> None:
-    with open_memory(tmp_path / "store", wide, storage="int8") as memory:
+    with open_memory(tmp_path / "store", wide, storage="int8", keep_text=True) as memory:
         memory.add(("lamp", LAMP))
         path = blob_of(memory, "lamp")
         path.write_bytes(path.read_bytes()[:-1])

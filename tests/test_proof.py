@@ -139,7 +139,9 @@ def test_no_text_of_a_document_is_read_through_the_facade(tmp_path: Path) -> Non
             stream = memory.stream(QUESTION, settings=SETTINGS)
             assert "".join(stream).strip() == answer.text
         assert_only_the_question_is_read(backbone, inputs)
-        # The same question over the text does read it, so that the recording is known to work.
+    # The same question over the text does read it, so that the recording is known to work.
+    with KVMemory.open(tmp_path / "store", model=backbone, keep_text=True) as memory:
+        memory.add(text)  # the text is kept from now on, nothing is compressed
         with recorded_inputs(backbone) as inputs:
             memory.ask(QUESTION, settings=SETTINGS, read_from="text")
         assert inputs[0].shape[1] > len(backbone.encode_question(QUESTION)) + 30

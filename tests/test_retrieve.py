@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -19,20 +19,22 @@ import pytest
 from kv_memory.errors import ConfigError, DocumentNotFoundError
 from kv_memory.retrieve import BM25Index, Hit
 from kv_memory.terms import Terms
+from kv_memory.words import words_of
 
 
 @dataclass(frozen=True)
 class Passage:
     document_id: str
     ordinal: int
-    text: str
+    text: str | None
     n_tokens: int = 1
     metadata: Mapping[str, Any] = field(default_factory=dict)
     terms: Terms | None = None
+    text_sha256: str = ""
 
-    @property
-    def text_sha256(self) -> str:
-        return hashlib.sha256(self.text.encode()).hexdigest()
+    def __post_init__(self) -> None:
+        digest = self.text_sha256 or hashlib.sha256((self.text or "").encode()).hexdigest()
+        object.__setattr__(self, "text_sha256", digest)
 
 
 class Shelf:
@@ -182,6 +184,102 @@ def test_threads_get_the_same_hits(tmp_path, shelf):
     for thread in threads:
         thread.join()
     assert found == [True] * 200
+
+
+# Without texts
+
+KEY, OTHER_KEY = "0" * 32, "1" * 32
+QUESTIONS = (
+    "stream",
+    "nats-server HTTP/2 stream",
+    "猫",
+    "the of to",
+    "what does the C language say of oil?",
+    "C C oil",
+)
+
+
+def without_text(passage: Passage, key: str = KEY) -> Passage:
+    """The same passage as the store has it without its text."""
+    terms = Terms.of(words_of(passage.text or ""), key)
+    return replace(passage, text=None, terms=terms, text_sha256=passage.text_sha256)
+
+
+def scored(hits: Sequence[Hit]) -> list[tuple[str, int, float]]:
+    return [(hit.document_id, hit.ordinal, hit.score) for hit in hits]
+
+
+@pytest.mark.parametrize("n_without", [1, 4, len(TEXTS)])
+def test_the_ranking_is_the_same_without_texts(tmp_path, shelf, n_without):
+    rest = Shelf([without_text(p) if i < n_without else p for i, p in enumerate(shelf.passages)])
+    index, expected = rest.open(tmp_path / "without"), shelf.open(tmp_path / "with")
+    again = rest.open(tmp_path / "without")
+    for question in QUESTIONS:
+        hits = expected.retrieve(question, top_k=9)
+        assert scored(index.retrieve(question, top_k=9)) == scored(again.retrieve(question, top_k=9)) == scored(hits)
+    assert rest.n_reads == 1
+    assert {h.text for h in index.retrieve("stream", top_k=9)} <= {None, *TEXTS.values()}
+
+
+def test_the_ranking_of_many_passages_is_the_same_without_texts(tmp_path):
+    draw = random.Random(0)
+    words = [f"word{i}" for i in range(60)]
+    shelf = Shelf([Passage(f"d{i:03}", 0, " ".join(draw.choices(words, k=draw.randint(1, 90)))) for i in range(300)])
+    rest = Shelf([without_text(passage) for passage in shelf.passages])
+    index, expected = rest.open(tmp_path / "without"), shelf.open(tmp_path / "with")
+    for _ in range(20):
+        question = " ".join(draw.choices(words, k=6))
+        assert scored(index.retrieve(question, top_k=300)) == scored(expected.retrieve(question, top_k=300))
+
+
+def test_an_index_without_texts_holds_no_word(tmp_path, shelf):
+    Shelf([*map(without_text, shelf.passages)]).open(tmp_path)
+    stored = (tmp_path / "bm25.index").read_bytes().lower()
+    shelf.open(tmp_path / "with")
+    in_clear = (tmp_path / "with" / "bm25.index").read_bytes().lower()
+    for word in (b"jetstream", b"onions", b"multiplexes", b"tomatoes"):
+        assert word not in stored and word in in_clear
+
+
+def test_an_index_of_some_texts_holds_no_word_either(tmp_path, shelf):
+    first, *others = shelf.passages
+    Shelf([without_text(first), *others]).open(tmp_path)
+    assert b"onions" not in (tmp_path / "bm25.index").read_bytes()
+
+
+def test_passages_hashed_under_two_keys_are_all_found(tmp_path, shelf):
+    first, *others = shelf.passages
+    merged = Shelf([without_text(first, OTHER_KEY), *map(without_text, others)])
+    for _ in range(2):
+        index = merged.open(tmp_path)
+        assert set(ids(index.retrieve("stream", top_k=9))) == {"nats", "cook"}
+        assert ids(index.retrieve("JetStream", top_k=1)) == ["nats"]
+        assert ids(index.retrieve("onions", top_k=1)) == ["cook"]
+
+
+def test_the_ranking_is_the_same_under_several_keys(tmp_path):
+    draw = random.Random(1)
+    words = [f"word{i}" for i in range(40)]
+    shelf = Shelf([Passage(f"d{i:03}", 0, " ".join(draw.choices(words, k=draw.randint(1, 30)))) for i in range(100)])
+    keys = (KEY, OTHER_KEY, "2" * 32)
+    merged = Shelf([without_text(passage, keys[draw.randrange(3)]) for passage in shelf.passages])
+    merged.passages[:20] = shelf.passages[:20]
+    index, expected = merged.open(tmp_path / "merged"), shelf.open(tmp_path / "with")
+    for _ in range(20):
+        question = " ".join(draw.choices(words, k=5))
+        found = {hit.document_id: hit.score for hit in index.retrieve(question, top_k=100)}
+        assert found == pytest.approx({hit.document_id: hit.score for hit in expected.retrieve(question, top_k=100)})
+
+
+def test_a_passage_with_neither_text_nor_terms_is_found_by_nothing(tmp_path, shelf):
+    shelf.passages[0] = replace(shelf.passages[0], text=None, text_sha256="0" * 64)
+    assert ids(shelf.open(tmp_path).retrieve("stream JetStream", top_k=9)) == ["cook"]
+
+
+def test_stems_need_texts(tmp_path, shelf):
+    with pytest.raises(ConfigError, match="language") as caught:
+        Shelf([*map(without_text, shelf.passages)]).open(tmp_path, language="en")
+    assert "--keep-text" in str(caught.value.next_step)
 
 
 # Keeping

@@ -23,6 +23,8 @@ from kv_memory.cli.eval import evaluate_task
 from kv_memory.cli.export import export
 from kv_memory.cli.gc import gc
 from kv_memory.cli.importing import import_archive
+from kv_memory.cli.job import resume, run
+from kv_memory.cli.job_ledger import cancel, list_jobs, show_job
 from kv_memory.cli.list import list_documents
 from kv_memory.cli.models import models
 from kv_memory.cli.output import debugging
@@ -167,6 +169,30 @@ _db = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
 for _name, _function, _lines in _DB_COMMANDS:
     _db.command(_name, epilog=_examples(_lines))(_function)
 app.add_typer(_db, name="db", help="Make a store in PostgreSQL and an object store; upgrade its tables.")
+
+_JOB_COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
+    (
+        "run",
+        run,
+        (
+            "kv-memory job run notes/ 'reports/**/*.pdf' --workers 4",
+            "kv-memory job run pages.jsonl --id-field url --text-field body --json",
+            "kv-memory job run --sync notes/ --collection notes",
+        ),
+    ),
+    ("list", list_jobs, ("kv-memory job list", "kv-memory job list --json")),
+    ("show", show_job, ("kv-memory job show nightly", "kv-memory job show nightly --failed")),
+    (
+        "resume",
+        resume,
+        ("kv-memory job resume", "kv-memory job resume nightly --retry-failed --workers 2"),
+    ),
+    ("cancel", cancel, ("kv-memory job cancel nightly",)),
+)
+_job = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
+for _name, _function, _lines in _JOB_COMMANDS:
+    _job.command(_name, epilog=_examples(_lines))(_function)
+app.add_typer(_job, name="job", help="Compress many documents in worker processes, and go on after any crash.")
 
 
 def main() -> None:

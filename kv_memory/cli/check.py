@@ -16,8 +16,8 @@ def check(
 ) -> None:
     """Hash every stored cache and compare it with the catalog.
 
-    Damaged caches are put into quarantine; questions about their passages are answered from the text until
-    kv-memory add --stale has made them again. Exits with 1 if anything was wrong.
+    Damaged caches are put into quarantine; questions about their passages are answered from the text, if it is kept,
+    until kv-memory add --stale has made them again. Exits with 1 if anything was wrong.
     """
     with reporting(as_json=as_json) as out:
         out.stopped = "Run it again at any time."

@@ -74,7 +74,7 @@ def current(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> 
     with reporting(as_json=as_json) as out:
         from kv_memory.store.catalog import Catalog
         from kv_memory.store.schema import SCHEMA_HEAD
-        from kv_memory.store.store import catalog_of
+        from kv_memory.store.opening import catalog_of
 
         where = catalog_of(store)
         revision = Catalog.revision_at(where)
@@ -96,7 +96,7 @@ def upgrade(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> 
     """
     with reporting(as_json=as_json) as out:
         from kv_memory.store.catalog import Catalog
-        from kv_memory.store.store import catalog_of
+        from kv_memory.store.opening import catalog_of
 
         where = catalog_of(store)
         with out.working("Upgrading"):

@@ -121,7 +121,7 @@ def read_file(
 
 
 def file_id(resolved: Path) -> str:
-    """The id of a file's document: its absolute path, links resolved, with what JSON and SQL do not take written out."""
+    """The id of a file's document: its absolute path, links resolved; what JSON and SQL do not take is written out."""
     return _printable(resolved.as_posix())
 
 

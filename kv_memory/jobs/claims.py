@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from datetime import timedelta
-from typing import Any
+from contextlib import suppress
+from datetime import datetime, timedelta
+from types import TracebackType
+from typing import Any, Self
 
 from sqlalchemy import CursorResult, select, update
-from sqlalchemy.orm import aliased
+from sqlalchemy.orm import Session, aliased
 
 from kv_memory.errors import StoreError
-from kv_memory.jobs.records import Task, TaskResult
+from kv_memory.jobs.records import FailedResult, Task, TaskResult
 from kv_memory.store import Store
 from kv_memory.store.schema import JobRow, TaskRow, utc_now
 
-__all__ = ["LEASE_S", "Claims"]
+__all__ = ["LEASE_S", "Claims", "Renewer"]
 
 LEASE_S = 60.0  # a worker that is cut off keeps a document for so long from the others
 
@@ -43,6 +44,10 @@ class Claims:
 
     def claim(self) -> Task | None:
         """The next document, now in this worker's hand; None if none is pending."""
+        with self._catalog.write(alone=False) as session:
+            return self._claim(session)
+
+    def _claim(self, session: Session) -> Task | None:
         other = aliased(TaskRow)
         pending = (
             select(other.id)
@@ -65,9 +70,8 @@ class Claims:
             .returning(TaskRow.id, TaskRow.job_id, TaskRow.document_id, TaskRow.uri, TaskRow.attempts)
             .execution_options(synchronize_session=False)
         )
-        with self._catalog.write(alone=False) as session:
-            row = session.execute(claimed).one_or_none()
-            return None if row is None else Task(**row._mapping)
+        row = session.execute(claimed).one_or_none()
+        return None if row is None else Task(**row._mapping)
 
     def pending(self) -> bool:
         """Whether there is something to claim: cheaper than to try in vain, which waits for other writers."""
@@ -80,59 +84,79 @@ class Claims:
         with self._catalog.read() as session:
             return session.scalar(select(JobRow.state).where(JobRow.id == self._job_id)) == "running"
 
-    def finish(self, task: Task, result: TaskResult) -> bool:
-        """Say what became of a document; False if it is another worker's by now."""
-        return self._end(
-            task,
-            state="done",
-            outcome=result.outcome,
-            error=None,
-            n_passages=result.n_passages,
-            n_tokens=result.n_tokens,
-            cache_bytes=result.cache_bytes,
-            full_kv_bytes=result.full_kv_bytes,
-            elapsed_s=result.elapsed_s,
-        )
+    def finish(self, task: Task, result: TaskResult | FailedResult, *, go_on: bool = True) -> Task | None:
+        """Say what became of a document, and claim the next one, in one transaction: each costs a sync to disk.
 
-    def fail(self, task: Task, error: dict[str, str | None], *, elapsed_s: float) -> bool:
-        """Say why a document cannot be compressed; False if it is another worker's by now."""
-        return self._end(task, state="failed", error=error, elapsed_s=elapsed_s)
+        Nothing is said of a document that is another worker's by now.
+
+        Args:
+            task: From `claim` or from here.
+            result: What became of it.
+            go_on: Claim the next one.
+        """
+        error = result.error if isinstance(result, FailedResult) else None
+        told = dataclasses.asdict(result) if isinstance(result, TaskResult) else {"elapsed_s": result.elapsed_s}
+        state = "done" if error is None else "failed"
+        with self._catalog.write(alone=False) as session:
+            self._change(session, task, lease_expires_at=None, state=state, error=error, **told)
+            return self._claim(session) if go_on else None
 
     def release(self, task: Task) -> bool:
         """Give a document back unfinished; the attempt does not count."""
-        return self._end(task, state="pending", worker=None, attempts=TaskRow.attempts - 1)
+        with self._catalog.write(alone=False) as session:
+            return self._change(
+                session,
+                task,
+                lease_expires_at=None,
+                state="pending",
+                worker=None,
+                attempts=TaskRow.attempts - 1,
+            )
 
     def renew(self, task: Task) -> bool:
         """Keep a document in hand for another lease; False if it is another worker's by now."""
-        return self._change(task, lease_expires_at=self._until())
-
-    @contextmanager
-    def holding(self, task: Task) -> Iterator[None]:
-        """A context in which a thread renews the lease, so that a long document may take its time."""
-        ended = threading.Event()
-        thread = threading.Thread(target=self._renew_until, args=(task, ended), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-
-    def _renew_until(self, task: Task, ended: threading.Event) -> None:
-        while not ended.wait(self._lease_s / 4):
-            with suppress(StoreError):  # tried again soon; if the catalog stays away, the worker itself will notice
-                if not self.renew(task):
-                    return
-
-    def _end(self, task: Task, **values: Any) -> bool:
-        return self._change(task, lease_expires_at=None, **values)
-
-    def _change(self, task: Task, **values: Any) -> bool:
-        mine = update(TaskRow).where(TaskRow.id == task.id, TaskRow.worker == self._worker, TaskRow.state == "running")
         with self._catalog.write(alone=False) as session:
-            result = session.execute(mine.values(**values, updated_at=utc_now()))
-            assert isinstance(result, CursorResult)
-            return result.rowcount > 0
+            return self._change(session, task, lease_expires_at=self._until())
 
-    def _until(self) -> Any:
+    def _change(self, session: Session, task: Task, **values: Any) -> bool:
+        mine = update(TaskRow).where(TaskRow.id == task.id, TaskRow.worker == self._worker, TaskRow.state == "running")
+        result = session.execute(
+            mine.values(**values, updated_at=utc_now()).execution_options(synchronize_session=False)
+        )
+        assert isinstance(result, CursorResult)
+        return result.rowcount > 0
+
+    def _until(self) -> datetime:
         return utc_now() + timedelta(seconds=self._lease_s)
+
+
+class Renewer(threading.Thread):
+    """A thread that renews the lease of the document in hand, so that a long one may take its time.
+
+    Attributes:
+        task: The one in hand; None in between.
+    """
+
+    def __init__(self, claims: Claims, *, lease_s: float) -> None:
+        super().__init__(name="lease", daemon=True)
+        self.task: Task | None = None
+        self._claims = claims
+        self._pause_s = lease_s / 4
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self.join()
+
+    def run(self) -> None:
+        """See `threading.Thread.run`."""
+        while not self._ended.wait(self._pause_s):
+            if (task := self.task) is not None:
+                with suppress(StoreError):  # tried again soon; if the catalog stays away, the worker itself notices
+                    self._claims.renew(task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -85,7 +86,7 @@ class Discovery(threading.Thread):
         for item in self._sources.items():
             seen.add(item.document_id)
             if item.error is not None:
-                self._n_unlisted += 1
+                self._n_unlisted += os.path.isdir(path_of(item.uri))  # what lies in there was not seen
             elif self._is_current(item, fingerprint):
                 self._n_unchanged += 1
                 continue

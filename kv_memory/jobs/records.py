@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from kv_memory.errors import ConfigError
 
-__all__ = ["Counts", "FailedTask", "Job", "JobSettings", "JobState", "Task", "TaskResult"]
+__all__ = ["Counts", "FailedResult", "FailedTask", "Job", "JobSettings", "JobState", "Task", "TaskResult"]
 
 JobState = Literal["running", "interrupted", "done", "cancelled"]
 """`running` in the ledger is `interrupted` where nobody drives the job any more."""
@@ -107,6 +107,14 @@ class TaskResult:
     n_tokens: int = 0
     cache_bytes: int = 0
     full_kv_bytes: int = 0
+    elapsed_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailedResult:
+    """Why a document cannot be compressed: the error as `KVMemoryError.to_dict` has it."""
+
+    error: dict[str, str | None]
     elapsed_s: float = 0.0
 
 

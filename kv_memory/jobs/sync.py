@@ -16,7 +16,6 @@ from kv_memory.documents.sources import file_id
 from kv_memory.errors import JobError
 from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.records import Job
-
 from kv_memory.jobs.sources.files import FileSource, path_of
 from kv_memory.store import Store
 from kv_memory.store.budget import alive

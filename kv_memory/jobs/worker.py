@@ -16,15 +16,16 @@ import time
 import types
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 from kv_memory.errors import KVMemoryError, StoreError
-from kv_memory.intake import AddReport, Intake
-from kv_memory.jobs.claims import LEASE_S, Claims
+from kv_memory.intake import Intake
+from kv_memory.jobs.claims import LEASE_S, Claims, Renewer
 from kv_memory.jobs.item import SourceItem
 from kv_memory.jobs.ledger import Ledger
-from kv_memory.jobs.records import Job, Task, TaskResult
+from kv_memory.jobs.records import FailedResult, Job, Task, TaskResult
 from kv_memory.jobs.sources import Sources
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
@@ -89,64 +90,55 @@ def work(
     claims = Claims(store, job.id, worker, lease_s=lease_s)
     sources = Sources(job.sources["items"], job.settings)
     n_done, idle_s, remembered = 0, _IDLE_S[0], False
+    task: Task | None = None
     try:
-        while not alone():
-            task = claims.claim() if claims.pending() else None
-            if task is None:
-                if not claims.wanted():
-                    break
-                time.sleep(idle_s)
-                idle_s = min(2 * idle_s, _IDLE_S[1])
-                continue
-            idle_s = _IDLE_S[0]
-            with claims.holding(task):
-                done = _do(claims, task, sources, intake)
-            n_done += 1
-            if done and not remembered:
-                remembered = True
-                if store.settings() != job.settings.memory:
-                    store.update_settings(job.settings.memory)  # what `ask` goes by, as after `add`
+        with Renewer(claims, lease_s=lease_s) as renewer:
+            while task is not None or not alone():
+                task = task or (claims.claim() if claims.pending() else None)
+                if task is None:
+                    if not claims.wanted():
+                        break
+                    time.sleep(idle_s)
+                    idle_s = min(2 * idle_s, _IDLE_S[1])
+                    continue
+                idle_s, renewer.task = _IDLE_S[0], task
+                result = _do(task, sources, intake)
+                renewer.task = None
+                task = claims.finish(task, result, go_on=not alone())
+                n_done += 1
+                if not remembered and isinstance(result, TaskResult):
+                    remembered = True
+                    if store.settings() != job.settings.memory:
+                        store.update_settings(job.settings.memory)  # what `ask` goes by, as after `add`
+    except BaseException:
+        if task is not None:
+            with suppress(StoreError):  # then its lease will run out
+                claims.release(task)
+        raise
     finally:
         sources.close()
     return n_done
 
 
-def _do(claims: Claims, task: Task, sources: Sources, intake: Intake) -> bool:
-    """One document; whether it is done."""
+def _do(task: Task, sources: Sources, intake: Intake) -> TaskResult | FailedResult:
+    """One document."""
     start_s = time.perf_counter()
     try:
         read = sources.read(SourceItem(document_id=task.document_id, uri=task.uri))
         report = intake.add_one(read.document, whole=read.whole)
+    except StoreError:
+        raise  # no fault of the document
     except Exception as error:
-        if isinstance(error, StoreError):
-            _try(claims.release, task)
-            raise
         if "CUDA error" in str(error):
             os._exit(BROKEN)  # whatever comes next in this process would fail too; a new worker takes the place
-        claims.fail(task, error_of(error), elapsed_s=time.perf_counter() - start_s)
-        return False
-    except BaseException:
-        _try(claims.release, task)
-        raise
-    claims.finish(task, _result(report, elapsed_s=time.perf_counter() - start_s))
-    return True
-
-
-def _try(release: Callable[[Task], bool], task: Task) -> None:
-    try:
-        release(task)
-    except StoreError:
-        return  # its lease will run out
-
-
-def _result(report: AddReport, *, elapsed_s: float) -> TaskResult:
+        return FailedResult(error=error_of(error), elapsed_s=time.perf_counter() - start_s)
     return TaskResult(
         outcome="unchanged" if report.unchanged else "added" if report.added else "replaced",
         n_passages=report.n_passages,
         n_tokens=report.n_tokens,
         cache_bytes=report.cache_bytes,
         full_kv_bytes=report.full_kv_bytes,
-        elapsed_s=elapsed_s,
+        elapsed_s=time.perf_counter() - start_s,
     )
 
 
@@ -200,4 +192,6 @@ def _stop(_number: int, _frame: types.FrameType | None) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _code = main()
+    sys.stdout.flush()
+    os._exit(_code)  # everything is closed; taking torch apart would take another second

@@ -15,10 +15,11 @@ from typing import Any, Protocol
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_random_exponential
 
 from kv_memory.errors import ConfigError
 from kv_memory.store.durable import private_opener
+from kv_memory.store.faults import refused_login
 from kv_memory.store.locks import FileLocks, PostgresLocks
 from kv_memory.store.schema import Base
 from kv_memory.store.scrub import scrub_sqlite
@@ -95,6 +96,7 @@ class SQLiteDatabase:
         self.engine = create_engine(
             URL.create("sqlite", database=str(file)),
             connect_args={"timeout": busy_timeout_s, "check_same_thread": False, "isolation_level": None},
+            hide_parameters=True,  # or errors would print the texts they are about
             poolclass=QueuePool,
             max_overflow=-1,  # SQLite is the one to make callers wait, with an error we can name
         )
@@ -176,6 +178,7 @@ class PostgresDatabase:
                     "keepalives_interval": 10,
                     "keepalives_count": 3,
                 },
+                hide_parameters=True,
                 pool_pre_ping=True,  # a connection that died while it lay in the pool is made anew
                 max_overflow=-1,
             )
@@ -215,10 +218,10 @@ class PostgresDatabase:
 
     @staticmethod
     def _connect(dialect: Any, _record: object, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        # A server that restarts is back within seconds: five tries, then the error.
+        # A server that restarts is back within seconds: five tries, and none begun after 20 s, then the error.
         retrying = Retrying(
             retry=retry_if_exception(_may_pass),
-            stop=stop_after_attempt(5),
+            stop=stop_after_attempt(5) | stop_after_delay(20),
             wait=wait_random_exponential(multiplier=0.2, max=2),
             reraise=True,
         )
@@ -227,5 +230,4 @@ class PostgresDatabase:
 
 def _may_pass(error: BaseException) -> bool:
     """Whether connecting may work in a moment: not with a wrong password or a database that is not there."""
-    # psycopg gives no code where there was no answer; 57P03 is a server starting up, 53300 one with no place left.
-    return type(error).__name__ == "OperationalError" and getattr(error, "sqlstate", None) in {None, "57P03", "53300"}
+    return type(error).__name__ == "OperationalError" and refused_login(error) is None

@@ -20,10 +20,14 @@ from kv_memory.errors import (
     StorePermissionError,
 )
 
-__all__ = ["mapped", "store_error"]
+__all__ = ["mapped", "no_such_bucket", "refused_login", "store_error"]
 
 # EFBIG (a file size limit) is no full disk, but the user's next step is the same: make room or raise the limit.
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_LOGIN = (
+    "Check user, password (`~/.pgpass`, PGPASSWORD) and name of the database; the user needs the right to make the "
+    "schema, or to use and write it."
+)
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -49,6 +53,8 @@ def store_error(error: BaseException, where: str) -> StoreError | None:
         return _locked(where)
     if not isinstance(error, OSError):
         return None
+    if error.errno is None and "://" in where:  # obstore raises Python's own FileNotFoundError, with no number
+        return _of_objects(error, where)
     where = str(error.filename) if error.filename else where
     if error.errno in _FULL:
         return _full(where)
@@ -92,7 +98,10 @@ def _of_postgres(error: DBAPIError, where: str) -> StoreError | None:
     if state == "55P03":
         return _locked(where)
     if state is not None and state[:2] in {"28", "42"} and state not in {"42P01", "42703"}:
-        return _forbidden(where, reason)
+        return StorePermissionError(f"the database refuses: {reason}", where=where, next_step=_LOGIN)
+    if error.orig is not None and (refusal := refused_login(error.orig)) is not None:
+        kind, what = refusal
+        return kind(f"{what}: {reason}", where=where, next_step=_LOGIN)
     broken = state is None and isinstance(
         error, OperationalError | InterfaceError
     )  # psycopg has no code without an answer
@@ -107,6 +116,29 @@ def _of_postgres(error: DBAPIError, where: str) -> StoreError | None:
     )
 
 
+def refused_login(error: BaseException) -> tuple[type[StoreError], str] | None:
+    """What psycopg's error says a server refused a connection for, if that will not change by itself.
+
+    psycopg gives no code for a connection that was not made, only the server's words, so these are looked at. Where
+    they are not English, a refusal counts as no answer: it is tried again, then reported, words and all.
+    """
+    text = str(error)
+    if getattr(error, "sqlstate", None) is not None or not any(
+        sign in text for sign in ("FATAL:", "no password supplied")
+    ):
+        return None
+    if "database" in text.rpartition("FATAL:")[2] and "does not exist" in text:
+        return StoreConnectionError, "there is no such database"
+    if any(sign in text for sign in ("password", "role", "pg_hba.conf", "authentication", "permission denied")):
+        return StorePermissionError, "the database refuses"
+    return None  # starting up, shutting down, no place left
+
+
+def no_such_bucket(error: BaseException) -> bool:
+    """Whether it is the bucket that was not found: else every blob of one misspelt would be taken for lost."""
+    return any(sign in str(error) for sign in ("NoSuchBucket", "bucket does not exist", "ContainerNotFound"))
+
+
 def _of_objects(error: BaseException, where: str) -> StoreError:
     name = type(error).__name__
     reason = next(iter(str(error).strip().splitlines()), name)[:300]
@@ -115,6 +147,12 @@ def _of_objects(error: BaseException, where: str) -> StoreError:
             f"the object store refuses: {reason}",
             where=where,
             next_step="Check the credentials in the environment and the bucket's policy, then try again.",
+        )
+    if no_such_bucket(error):
+        return StoreConnectionError(
+            "there is no such bucket",
+            where=where,
+            next_step="Check its name, and the endpoint in the environment; what was stored is untouched.",
         )
     if name in {"InvalidPathError", "NotSupportedError", "UnknownConfigurationKeyError"}:
         return StoreError(f"the object store cannot do that: {reason}", where=where, next_step="Check its URL.")

@@ -74,20 +74,22 @@ class Gatherer:
         return group
 
     def _add_documents(self, session: Session, group: Group, cursor: str | None) -> None:
-        counts = (
-            select(DocumentRow.id, func.count(PassageRow.id))
-            .outerjoin(PassageRow, PassageRow.document_pk == DocumentRow.id)
+        # Two statements: one that joins and groups would read all the rest of the collection for every group.
+        following = (
+            select(DocumentRow.id)
             .where(DocumentRow.collection_id == self._collection_id)
-            .group_by(DocumentRow.id)
             .order_by(DocumentRow.document_id)
             .limit(_GROUP_DOCUMENTS)
         )
         if cursor is not None:
-            counts = counts.where(DocumentRow.document_id > cursor)
+            following = following.where(DocumentRow.document_id > cursor)
+        pks = session.scalars(following).all()
+        counted = select(PassageRow.document_pk, func.count()).where(PassageRow.document_pk.in_(pks))
+        counts = {pk: count for pk, count in session.execute(counted.group_by(PassageRow.document_pk))}
         chosen: list[int] = []
         n_passages = 0
-        for pk, count in session.execute(counts):
-            n_passages += count
+        for pk in pks:
+            n_passages += counts.get(pk, 0)
             if chosen and n_passages > _GROUP_PASSAGES:
                 break
             chosen.append(pk)

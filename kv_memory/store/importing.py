@@ -73,12 +73,9 @@ class _Import:
         self._refuse_other_settings()
         if self._archive.can_rewind:
             # All of it before any of it: a damaged archive, or one that would be refused half way, changes nothing.
-            verify_archive(self._archive, self._on_progress)
+            refusing = self._judge if self._on_conflict == "refuse" else None
+            verify_archive(self._archive, self._on_progress, on_group=refusing)
             self._archive.rewind()
-            if self._on_conflict == "refuse":
-                for group in self._archive.groups():
-                    self._judge(group)
-                self._archive.rewind()
         self._take_settings()
         total = self._archive.size_bytes
         for group in self._archive.groups():

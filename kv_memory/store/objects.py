@@ -14,15 +14,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from kv_memory.errors import ConfigError, CorruptCacheError, StoreError, StoreFullError
+from kv_memory.errors import ConfigError, CorruptCacheError, StoreConnectionError, StoreError, StoreFullError
 from kv_memory.store.blobs import BlobAudit, DiskBlobs, blob_key, is_blob_key
 from kv_memory.store.durable import fsync_folder
-from kv_memory.store.faults import mapped
+from kv_memory.store.faults import mapped, no_such_bucket
 
 __all__ = ["ObjectBlobs"]
 
 _SCHEMES = ("s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss", "file")
-_TRIES = 2  # of a download whose bytes are wrong: a connection may have lied once
 
 
 class ObjectBlobs:
@@ -116,15 +115,11 @@ class ObjectBlobs:
         with suppress(CorruptCacheError):  # a tampered row of the tier: fetched anew below
             if (path := self.tier.path(key)) is not None:
                 return path
-        data = None
-        for _ in range(_TRIES):
-            data = self._fetch(key)
-            if data is None:
-                return None
-            if blob_key(data) == key:
-                break
-        # Wrong bytes are handed on: the vault refuses them, and puts them aside for whoever wants to look.
-        assert data is not None, "at least one try"
+        data = self._fetch(key)
+        if data is not None and blob_key(data) != key:
+            data = self._fetch_again(key, data)
+        if data is None:
+            return None
         self.tier.put(key, data, replace=True)
         path = self.tier.path(key)
         if path is None:
@@ -191,8 +186,31 @@ class ObjectBlobs:
         with mapped(self.url):
             try:
                 return bytes(self._obstore.get(self._store, _name(key)).bytes())
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if no_such_bucket(error):
+                    raise
                 return None
+
+    def _fetch_again(self, key: str, wrong: bytes) -> bytes | None:
+        """A blob whose bytes were wrong once. Wrong ones come back only if it is the object that is damaged.
+
+        The vault puts a damaged blob aside and removes it, so a connection that lies must not be believed.
+
+        Raises:
+            StoreConnectionError: Each answer is another one.
+        """
+        again = self._fetch(key)
+        if again is None or blob_key(again) == key:
+            return again
+        with mapped(self.url):
+            size = self._obstore.head(self._store, _name(key))["size"]
+        if again != wrong or size != len(again):
+            raise StoreConnectionError(
+                "the object store gives other bytes each time",
+                where=f"{self.url}, blob {key}",
+                next_step="Check what is between it and this machine, then try again; what was stored is untouched.",
+            )
+        return again
 
     def _make_durable(self, key: str) -> None:
         # Services answer when the object is safe; a folder is as safe as what was synced.

@@ -2,44 +2,35 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from sqlalchemy import exists, select, update
 
 from kv_memory.config import StorageName, check_keep_ratio
-from kv_memory.errors import ConfigError, DocumentNotFoundError, StoreError, StorePermissionError
 from kv_memory.fingerprint import Fingerprint
-from kv_memory.store import catalog as catalogs
 from kv_memory.store import documents, upkeep
 from kv_memory.store.archive_reader import ArchiveReader
-from kv_memory.store.blobs import DiskBlobs, check_folder
 from kv_memory.store.budget import Limits, alive, read_limits, write_limits
 from kv_memory.store.catalog import Catalog
-from kv_memory.store.durable import private_folder
+from kv_memory.store.collection import Collection
 from kv_memory.store.exporting import export_collection
-from kv_memory.store.faults import mapped
 from kv_memory.store.importing import import_collection
-from kv_memory.store.locks import FileLocks
 from kv_memory.store.objects import ObjectBlobs
-from kv_memory.store.place import find_place, write_place
-from kv_memory.store.purge import PurgeReport, index_folder, purge
+from kv_memory.store.opening import StoreParts, find_collection, open_parts
+from kv_memory.store.purge import PurgeReport, purge
 from kv_memory.store.records import (
     CacheInfo,
     CheckReport,
-    DocumentRecord,
-    DocumentSummary,
     GcReport,
     StoredPassage,
     StoreStats,
 )
-from kv_memory.store.schema import CacheRow, CollectionRow, DocumentRow, PassageRow, utc_now
+from kv_memory.store.schema import CacheRow, PassageRow, utc_now
 from kv_memory.store.shelf import Shelf, cache_info
 from kv_memory.store.transfer import ExportReport, ImportReport, OnConflict, TransferProgress
 from kv_memory.store.vault import Vault
@@ -47,12 +38,10 @@ from kv_memory.store.vault import Vault
 if TYPE_CHECKING:
     from kv_memory.cache import DistilledCache  # imports torch: where no cache is read, listing stays quick
 
-__all__ = ["Store", "catalog_of"]
-
-_CATALOG = "catalog.sqlite"
+__all__ = ["Store"]
 
 
-class Store:
+class Store(Collection):
     """One collection of a store. Thread-safe, and several processes may use one store.
 
     A store is named by its folder. That holds `catalog.sqlite`, `blobs/` and `quarantine/`, and must be on a local
@@ -66,25 +55,15 @@ class Store:
     Make one with `Store.open`.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        collection: str,
-        catalog: Catalog,
-        blobs: DiskBlobs | ObjectBlobs,
-        readers: FileLocks,
-        collection_id: int,
-    ) -> None:
-        self.path = path
+    def __init__(self, parts: StoreParts, collection: str) -> None:
         self.collection = collection
-        self._catalog = catalog
-        self._blobs = blobs
-        self._readers = readers
-        self._collection_id = collection_id
-        self._quarantine = path / "quarantine"
-        self._vault = Vault(blobs, self._quarantine)
+        self._parts = parts
+        self._blobs = parts.blobs
+        self._quarantine = parts.folder / "quarantine"
+        self._vault = Vault(parts.blobs, self._quarantine)
         self._owns_connections = True
-        self._shelf = Shelf(catalog, self._vault, readers, collection_id)
+        shelf = Shelf(parts.catalog, self._vault, parts.readers, parts.collection_id)
+        super().__init__(parts.folder, parts.catalog, shelf, parts.collection_id)
 
     @classmethod
     def open(
@@ -119,37 +98,15 @@ class Store:
             StorePermissionError: The folder may not be read and written.
             StoreConnectionError: The database or the object store does not answer.
         """
-        folder = Path(os.path.abspath(Path(path).expanduser()))
-        _check_name(collection)
-        check_folder(folder)
-        with mapped(folder):
-            there = any((folder / name).is_file() for name in (_CATALOG, "store.json"))
-            if not create:
-                _check_there(folder)
-            private_folder(folder)
-            _check_access(folder)
-            for name in ("blobs", "quarantine"):
-                (folder / name).mkdir(mode=0o700, exist_ok=True)
-        place = find_place(folder, catalog=catalog, blobs=blobs, tier_size_bytes=tier_size_bytes, new=not there)
-        disk = DiskBlobs(
-            folder / "blobs",
-            timeout_s=catalogs.BUSY_TIMEOUT_S,
-            size_limit=None if place.blobs is None else place.tier_size_bytes,
+        parts = open_parts(
+            path,
+            collection=collection,
+            create=create,
+            catalog=catalog,
+            blobs=blobs,
+            tier_size_bytes=tier_size_bytes,
         )
-        kept: DiskBlobs | ObjectBlobs = disk if place.blobs is None else ObjectBlobs(place.blobs, disk)
-        # Others may be at work on a shared catalog with the version that wrote it: they decide when it is upgraded.
-        opened = Catalog(
-            place.catalog or folder / _CATALOG,
-            busy_timeout_s=catalogs.BUSY_TIMEOUT_S,
-            upgrade=place.catalog is None,
-        )
-        try:
-            collection_id = _find_collection(opened, collection, create=create)
-            write_place(folder, place)
-        except BaseException:
-            opened.close()
-            raise
-        return cls(folder, collection, opened, kept, FileLocks(folder / "locks"), collection_id)
+        return cls(parts, collection)
 
     def in_collection(self, collection: str, *, create: bool = True) -> Store:
         """Another collection of this folder, over the same connections; unusable once this store is closed.
@@ -161,9 +118,8 @@ class Store:
         Raises:
             StoreError: There is no such collection, and `create` is off.
         """
-        _check_name(collection)
-        collection_id = _find_collection(self._catalog, collection, create=create)
-        store = Store(self.path, collection, self._catalog, self._blobs, self._readers, collection_id)
+        collection_id = find_collection(self._catalog, collection, create=create)
+        store = Store(replace(self._parts, collection_id=collection_id), collection)
         store._owns_connections = False
         return store
 
@@ -171,7 +127,7 @@ class Store:
         """Write what is buffered and close the connections."""
         self._shelf.flush()
         if self._owns_connections:
-            self._readers.close()
+            self._parts.readers.close()
             self._blobs.close()
             self._catalog.close()
 
@@ -186,11 +142,6 @@ class Store:
         return self._catalog
 
     @property
-    def index_folder(self) -> Path:
-        """Where the index of the collection's passages is kept."""
-        return index_folder(self.path, self.collection)
-
-    @property
     def collection_id(self) -> int:
         """The collection's row in the catalog."""
         return self._collection_id
@@ -202,166 +153,6 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    # the collection
-
-    def settings(self) -> dict[str, Any]:
-        """The collection's settings, as they were given to `update_settings`."""
-        with self._catalog.read() as session:
-            return dict(session.get_one(CollectionRow, self._collection_id).settings)
-
-    def update_settings(self, values: Mapping[str, Any]) -> None:
-        """Set some of the collection's settings; the others stay.
-
-        Raises:
-            ConfigError: A value is not what JSON can hold.
-        """
-        try:
-            json.dumps(dict(values))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"settings must be what JSON can hold: {error}", where="settings") from error
-        with self._catalog.write() as session:
-            row = session.get_one(CollectionRow, self._collection_id)
-            row.settings = {**row.settings, **values}
-
-    @property
-    def revision(self) -> int:
-        """Grows whenever a document is put or deleted; what is derived from the passages is keyed by it."""
-        with self._catalog.read() as session:
-            return session.get_one(CollectionRow, self._collection_id).revision
-
-    # documents
-
-    def put_document(self, record: DocumentRecord) -> None:
-        """Insert a document, or replace the one of the same id, in one transaction.
-
-        Caches of texts that only its previous version had are retired. Caches that wait for a document, put by an
-        `add` still running, are not touched.
-
-        Raises:
-            ConfigError: The metadata is not what JSON can hold.
-            EncodingError: A text cannot be stored.
-        """
-        documents.check_document(record)
-        with self._catalog.write() as session:
-            had_texts = documents.has_texts(session, self._collection_id, record.id)
-            dropped = documents.write_document(session, self._collection_id, record)
-            keys = self._shelf.retire(session, dropped)
-            documents.bump_revision(session, self._collection_id)
-        self._shelf.sweep(keys)
-        if had_texts and any(passage.text is None for passage in record.passages):
-            # It may have been built from these texts; the next question builds it anew, without their words.
-            shutil.rmtree(self.index_folder, ignore_errors=True)
-
-    def delete_document(self, id: str) -> None:
-        """Delete a document, its passages, and the caches that no other document's text needs.
-
-        Raises:
-            DocumentNotFoundError: The collection has no such document.
-        """
-        with self._catalog.write() as session:
-            dropped = documents.delete_document(session, self._collection_id, id)
-            keys = self._shelf.retire(session, dropped)
-            documents.bump_revision(session, self._collection_id)
-        self._shelf.sweep(keys)
-
-    def purge(self, *ids: str) -> PurgeReport:
-        """Delete documents so that no file of the store holds a byte of them or their caches any more.
-
-        Beyond what `delete_document` does: quarantine is emptied, the index of the collection removed until the next
-        question, the ledger of jobs forgets the documents, and the databases are written anew with their logs cut off
-        (on PostgreSQL `VACUUM FULL`). Caches of equal texts in other collections stay. Not reached are backups, the log
-        of a PostgreSQL server, versions that a bucket keeps, what other machines have copies of (purge there too,
-        without an id), and the medium under the file system.
-
-        Args:
-            ids: Of documents. Without any, what was deleted before is purged.
-
-        Raises:
-            DocumentNotFoundError: The collection has no such document; none was deleted.
-            StoreLockedError: Something else reads a database all the time. The documents are deleted; purge again
-                without an id.
-        """
-        return purge(
-            self._catalog,
-            self._vault,
-            self._shelf,
-            self._collection_id,
-            ids,
-            folder=self.path,
-            collection=self.collection,
-        )
-
-    def document(self, id: str) -> DocumentRecord:
-        """A document with its passages.
-
-        Raises:
-            DocumentNotFoundError: The collection has no such document.
-        """
-        with self._catalog.read() as session:
-            return documents.load_document(session, self._collection_id, id)
-
-    def documents(self) -> list[DocumentSummary]:
-        """All documents without their text, ordered by id."""
-        with self._catalog.read() as session:
-            return documents.list_documents(session, self._collection_id)
-
-    def has_document(self, id: str) -> bool:
-        """Whether the collection has a document of this id."""
-        with self._catalog.read() as session:
-            try:
-                documents.find_document(session, self._collection_id, id)
-            except DocumentNotFoundError:
-                return False
-            return True
-
-    def passages(self) -> list[StoredPassage]:
-        """All passages, ordered by document id and ordinal."""
-        with self._catalog.read() as session:
-            return documents.stored_passages(session, documents.select_passages(self._collection_id))
-
-    def passage(self, document_id: str, ordinal: int) -> StoredPassage:
-        """One passage.
-
-        Raises:
-            DocumentNotFoundError: The collection has no such document, or the document has fewer passages.
-        """
-        with self._catalog.read() as session:
-            documents.find_document(session, self._collection_id, document_id)
-            found = documents.stored_passages(
-                session,
-                documents.select_passages(self._collection_id).where(
-                    DocumentRow.document_id == document_id, PassageRow.ordinal == ordinal
-                ),
-            )
-        if not found:
-            raise DocumentNotFoundError(
-                f"document {document_id!r} has no passage {ordinal}",
-                where=document_id,
-                next_step="Passages are counted from 0; `kv-memory list` shows how many there are.",
-            )
-        return found[0]
-
-    def text(self, text_sha256: str) -> str | None:
-        """The passage text of this SHA-256 hex digest; None if no passage of the collection has it and keeps it."""
-        with self._catalog.read() as session:
-            return session.scalar(
-                select(PassageRow.text)
-                .join(DocumentRow, DocumentRow.id == PassageRow.document_pk)
-                .where(DocumentRow.collection_id == self._collection_id, PassageRow.text_sha256 == text_sha256)
-                .where(PassageRow.text.is_not(None))
-                .limit(1)
-            )
-
-    def word_key(self) -> str:
-        """The key for the `Terms` of this collection's passages: random, made when it is first asked for."""
-        with self._catalog.read() as session:
-            key = documents.word_key(session, self._collection_id, make=False)
-        if key is None:
-            with self._catalog.write() as session:  # another process may have made it since
-                key = documents.word_key(session, self._collection_id, make=True)
-        assert key is not None
-        return key
 
     # caches
 
@@ -565,6 +356,33 @@ class Store:
 
     # upkeep
 
+    def purge(self, *ids: str) -> PurgeReport:
+        """Delete documents so that no file of the store holds a byte of them or their caches any more.
+
+        Beyond what `delete_document` does: quarantine is emptied, the index of the collection removed until the next
+        question, the ledger of jobs forgets the documents, and the databases are written anew with their logs cut off
+        (on PostgreSQL `VACUUM FULL`). Caches of equal texts in other collections stay. Not reached are backups, the log
+        of a PostgreSQL server, versions that a bucket keeps, what other machines have copies of (purge there too,
+        without an id), and the medium under the file system.
+
+        Args:
+            ids: Of documents. Without any, what was deleted before is purged.
+
+        Raises:
+            DocumentNotFoundError: The collection has no such document; none was deleted.
+            StoreLockedError: Something else reads a database all the time. The documents are deleted; purge again
+                without an id.
+        """
+        return purge(
+            self._catalog,
+            self._vault,
+            self._shelf,
+            self._collection_id,
+            ids,
+            folder=self.path,
+            collection=self.collection,
+        )
+
     def counters(self) -> dict[str, float]:
         """What this collection's caches were asked for since it was made; names and meanings in `counters.NAMES`.
 
@@ -587,62 +405,3 @@ class Store:
     def stats(self) -> StoreStats:
         """Counts of the collection and the size of the folder, in bytes."""
         return upkeep.count(self._catalog, self.path, self._quarantine, self._collection_id)
-
-
-def catalog_of(path: Path | str) -> Path | str:
-    """Where the catalog of a store's folder is, for `Catalog`; nothing is opened.
-
-    Raises:
-        StoreError: There is no store in the folder.
-    """
-    folder = Path(os.path.abspath(Path(path).expanduser()))
-    _check_there(folder)
-    place = find_place(folder, catalog=None, blobs=None, tier_size_bytes=None, new=False)
-    return place.catalog or folder / _CATALOG
-
-
-def _check_there(folder: Path) -> None:
-    if not any((folder / name).is_file() for name in (_CATALOG, "store.json")):
-        raise StoreError(
-            "there is no store in this folder",
-            where=str(folder),
-            next_step="Make one with `kv-memory add FILE`, or name its folder with `--store`.",
-        )
-
-
-def _check_name(collection: str) -> None:
-    if not isinstance(collection, str) or not 0 < len(collection) <= 255:
-        raise ConfigError(f"a collection's name has 1 to 255 characters, got {collection!r}", where="collection")
-
-
-def _check_access(folder: Path) -> None:
-    # Asked first, because SQLite's own answer for a forbidden folder comes late and says "unable to open".
-    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-        raise StorePermissionError(
-            "the store's folder may not be read and written",
-            where=str(folder),
-            next_step="Give your user read and write permission on it, or open a store somewhere else.",
-        )
-
-
-def _find_collection(catalog: Catalog, name: str, *, create: bool) -> int:
-    wanted = select(CollectionRow.id).where(CollectionRow.name == name)
-    with catalog.read() as session:
-        found = session.scalar(wanted)
-        names = session.scalars(select(CollectionRow.name).order_by(CollectionRow.name)).all()
-    if found is not None:
-        return found
-    if not create:
-        raise StoreError(
-            f"the store has no collection {name!r}; it has {', '.join(names) or 'none'}",
-            where=catalog.where,
-            next_step="Name one of those, or make it by adding a document to it.",
-        )
-    with catalog.write() as session:
-        found = session.scalar(wanted)  # another process may have made it since
-        if found is None:
-            row = CollectionRow(name=name, settings={})
-            session.add(row)
-            session.flush()
-            found = row.id
-        return found

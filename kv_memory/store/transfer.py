@@ -14,6 +14,7 @@ from kv_memory.errors import TransferError
 from kv_memory.store.archive_reader import ArchiveReader
 from kv_memory.store.durable import fsync_folder, private_opener
 from kv_memory.store.faults import mapped
+from kv_memory.store.manifest import Group
 
 try:
     import fcntl
@@ -135,14 +136,26 @@ def open_archive(source: Path | str) -> Iterator[ArchiveReader]:
         yield ArchiveReader(file, str(path))
 
 
-def verify_archive(archive: ArchiveReader, on_progress: Callable[[TransferProgress], None] | None = None) -> None:
+def verify_archive(
+    archive: ArchiveReader,
+    on_progress: Callable[[TransferProgress], None] | None = None,
+    *,
+    on_group: Callable[[Group], object] | None = None,
+) -> None:
     """Read an archive through and hash all of it.
+
+    Args:
+        archive: At its start.
+        on_progress: Called after every blob.
+        on_group: Called with every group, whose rows were verified and whose blobs were not yet.
 
     Raises:
         TransferError: It is damaged or incomplete.
     """
     n_documents = 0
     for group in archive.groups():
+        if on_group is not None:
+            on_group(group)
         for _ in archive.blobs():
             tell(on_progress, "verify", n_documents, archive.offset, archive.size_bytes)
         n_documents += len(group.documents)

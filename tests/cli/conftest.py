@@ -71,7 +71,8 @@ def quick(tiny: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def _template(tmp_path_factory: pytest.TempPathFactory, quick: list[str]) -> Path:
     folder = tmp_path_factory.mktemp("template")
-    done = CliRunner().invoke(app, ["add", "-", "--id", "ferry", "--store", str(folder / "s"), *quick], input=FERRY)
+    first = ["add", "-", "--id", "ferry", "--store", str(folder / "s"), "--keep-text", *quick]
+    done = CliRunner().invoke(app, first, input=FERRY)
     assert done.exit_code == 0, done.stderr
     done = CliRunner().invoke(app, ["add", "-", "--id", "light", "--store", str(folder / "s")], input=LIGHT)
     assert done.exit_code == 0, done.stderr
@@ -80,5 +81,5 @@ def _template(tmp_path_factory: pytest.TempPathFactory, quick: list[str]) -> Pat
 
 @pytest.fixture
 def store(tmp_path: Path, _template: Path) -> Path:
-    """A store with two documents, `ferry` and `light`, where the commands look for it."""
+    """A store with two documents, `ferry` and `light`, and their texts, where the commands look for it."""
     return shutil.copytree(_template, tmp_path / "kv-memory-store")

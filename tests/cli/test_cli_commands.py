@@ -227,6 +227,45 @@ def test_a_file_is_named_by_its_relative_path(kv: Run, store: Path, tmp_path: Pa
     assert kv("remove", "./a.txt").out == f"Removed {tmp_path / 'a.txt'}\n"
 
 
+def test_texts_are_kept_on_request_only(kv: Run, quick: list[str], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("The keeper is Ingrid Falk.")
+    assert kv("add", "notes.txt", *quick).code == 0
+    (listed,) = kv("list", "--json").json["documents"]
+    assert (listed["n_passages"], listed["n_texts"]) == (1, 0) and " kept " not in kv("list").out
+    (passage,) = kv("show", "notes.txt", "--json").json["document"]["passages"]
+    assert passage["text"] is None and set(passage) == {"text", "n_tokens", "text_sha256"}
+    assert "(its text is not kept)" in kv("show", "notes.txt").out
+    ask = ("ask", "Who is the keeper?", "--max-new-tokens", 4, "--json")
+    (source,) = kv(*ask).json["sources"]
+    assert (source["document_id"], source["ordinal"], source["text"]) == (str(tmp_path / "notes.txt"), 0, None)
+    wanted = kv(*ask, "--text")
+    assert wanted.code == 1 and wanted.json["error"]["error"] == "TextNotKeptError"
+    assert "--keep-text" in wanted.json["error"]["next_step"]
+    done = kv("chat", "--max-new-tokens", 4, stdin="Who is the keeper?\n/sources\n")
+    assert done.code == 0 and "passage 0, is not kept" in done.err and "Ingrid" not in done.out
+    assert kv("add", "notes.txt", "--keep-text", "--json").json["n_passages"] == 0
+    assert "Ingrid Falk" in kv("show", "notes.txt").out and " kept " in kv("list").out
+    assert kv(*ask, "--text").json["read_from"] == "text"
+    assert kv("stats", "--json").json["settings"]["keep_text"] is True  # remembered
+    assert kv("add", "notes.txt", "--no-keep-text", "--json").json["replaced"] == [str(tmp_path / "notes.txt")]
+    assert kv(*ask, "--text").code == 1
+
+
+def test_stale_reads_files_again_and_names_what_it_cannot(kv: Run, quick: list[str], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("The keeper is Ingrid Falk.")
+    kv("add", "notes.txt", *quick)
+    kv("add", "-", "--id", "said", stdin="The lamp is out.")
+    done = kv("add", "--stale", "--keep-ratio", 0.5)
+    assert done.code == 0 and "1 replaced, 0 unchanged, 1 failed" in done.out
+    assert "Left out: a document's text is not kept, and it did not come from a file [said]" in done.err
+    both = kv("add", "-", "--id", "other", "--stale", "--json", stdin="The bell rings.").json
+    assert both["added"] == ["other"] and [error["where"] for error in both["errors"]] == ["said"]
+    assert kv("ask", "Who is the keeper?", "--top-k", 1, "--max-new-tokens", 4, "--json").code == 0
+    (tmp_path / "notes.txt").unlink()
+    nothing = kv("add", "--stale", "--keep-ratio", 0.75)
+    assert nothing.code == 1 and "its file cannot be read: no such file" in nothing.err
+
+
 def test_check_finds_damage_and_the_way_back_is_what_it_says(kv: Run, store: Path) -> None:
     assert kv("check").code == 0 and kv("check", "--json").json["ok"] is True
     (cache,) = kv("show", "ferry", "--json").json["caches"]

@@ -74,12 +74,12 @@ def test_plain_makes_json_of_records() -> None:
     record = {
         "when": datetime(2026, 1, 2, tzinfo=UTC),
         "where": Path("a/b"),
-        "parts": (PassageRecord(text="x", n_tokens=1),),
+        "parts": (PassageRecord(text="x", n_tokens=1, text_sha256="0"),),
     }
     assert plain(record) == {
         "when": "2026-01-02T00:00:00+00:00",
         "where": "a/b",
-        "parts": [{"text": "x", "n_tokens": 1}],
+        "parts": [{"text": "x", "n_tokens": 1, "text_sha256": "0", "terms": None}],
     }
     assert plain([StoreError("full", where="/x")])[0]["error"] == "StoreError"
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,3 +76,11 @@ def blob_file(store: Store, key: str) -> Path:
     with closing(sqlite3.connect(store.path / "blobs" / "cache.db")) as connection:
         (filename,) = connection.execute("SELECT filename FROM Cache WHERE key = ?", (key,)).fetchone()
     return store.path / "blobs" / str(filename)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """The block takes less than so long."""
+    begun = time.monotonic()
+    yield
+    assert time.monotonic() - begun < seconds

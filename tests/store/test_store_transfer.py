@@ -8,6 +8,7 @@ import random
 import shutil
 import stat
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -112,6 +113,7 @@ def test_a_collection_comes_back_as_it_was(full: Store, fresh: Store, tmp_path: 
     came = fresh.import_from(tmp_path / "all.tar", on_progress=told.append)
     assert (came.n_added, came.n_caches, came.n_caches_present, came.conflicts) == (4, 6, 0, ())
     assert contents(fresh) == contents(full)
+    assert fresh.revision > 0  # so that the index is made anew
     assert equal(fresh.get(sha("text 1"), FINGERPRINT, 0.25), make_cache(1))
     assert fresh.check().ok and fresh.check().unreferenced == ()
     (kept,) = [c for c in fresh.caches() if c.text_sha256 == sha("text 1")]
@@ -249,6 +251,16 @@ def test_a_document_with_other_text_is_in_conflict(fresh: Store, full: Store, ar
     assert fresh.check().ok and fresh.check().unreferenced == ()
 
 
+@pytest.mark.usefixtures("small_groups")
+def test_a_conflict_at_the_end_is_refused_before_the_beginning(fresh: Store, full: Store, tmp_path: Path) -> None:
+    full.export_to(tmp_path / "all.tar")
+    fresh.update_settings(full.settings())
+    fresh.put_document(document("twin", "mine"))
+    with pytest.raises(TransferError, match="document 'twin'"):
+        fresh.import_from(tmp_path / "all.tar")
+    assert [d.id for d in fresh.documents()] == ["twin"] and fresh.caches() == []
+
+
 def test_replace_takes_metadata_of_equal_texts_too(fresh: Store, archive: Path) -> None:
     fresh.import_from(archive)
     fresh.put_document(replace(fresh.document("twin"), metadata={"mine": True}))
@@ -271,14 +283,17 @@ def test_what_is_damaged_here_is_made_good(fresh: Store, archive: Path) -> None:
     assert equal(fresh.get(sha("text 2"), FINGERPRINT, 0.25), make_cache(2))
 
 
-def test_expired_caches_stay_behind(full: Store, fresh: Store, archive: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["before the export", "before the import"])
+def test_expired_caches_stay_behind(full: Store, fresh: Store, tmp_path: Path, when: str) -> None:
+    expires_at = datetime.now(UTC) + timedelta(seconds=1.5 if when == "before the import" else -1)
     with full.catalog.write() as session:
-        session.execute(
-            update(CacheRow).where(CacheRow.text_sha256 == sha("text 1")).values(expires_at=NOW.replace(year=2020))
-        )
-    full.export_to(tmp_path / "all.tar")
-    fresh.import_from(tmp_path / "all.tar")
+        session.execute(update(CacheRow).where(CacheRow.text_sha256 == sha("text 1")).values(expires_at=expires_at))
+    report = full.export_to(tmp_path / "all.tar")
+    assert report.n_caches == (6 if when == "before the import" else 5)
+    time.sleep(max(0.0, (expires_at - datetime.now(UTC)).total_seconds() + 0.01))
+    assert fresh.import_from(tmp_path / "all.tar").n_caches_left_out == report.n_caches - 5
     assert not fresh.has(sha("text 1"), FINGERPRINT, 0.25) and fresh.has(sha("twin"), FINGERPRINT, 0.25)
+    assert len(fresh.caches()) == 5
 
 
 # broken off
@@ -576,6 +591,7 @@ def edited(line: str, **changes: object) -> Callable[[bytes], bytes]:
         edited("blob", size_bytes=-1),
         edited("blob", size_bytes=2**62),
         edited("blob", key="/etc/passwd"),
+        edited("blob", key="0" * 64),
         edited("prefix", key=5),
     ],
 )

@@ -19,8 +19,8 @@ from tests.stress.samples import cache_of, forked, prefix_of, prefix_version, re
 WORKERS = 2  # at once, each with documents of its own; both are killed
 DOCUMENTS = 6  # of each
 SHARED = [f"shared {number}" for number in range(4)]
-# How often each is done. Deleting and replacing end in the same step, removing blobs, so they weigh less together.
-WEIGHTS = {"put": 4, "delete": 2, "prefix": 1, "evict": 2, "gc": 1}
+# How often each is done: a put or a replacement is several steps, and so takes longer than the others.
+WEIGHTS = {"put": 4, "delete": 4, "prefix": 3, "evict": 4, "gc": 3}
 
 
 class Journal:

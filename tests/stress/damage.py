@@ -281,6 +281,8 @@ OBJECTS: list[Callable[[Scene], None]] = [
     object_pickled,
     object_and_tier,
 ]
+# Where wrong bytes lie under a right name, they are kept for whoever wants to look; elsewhere there is nothing to keep.
+PUT_ASIDE = [*FILES[: 1 + len(BYTES)], file_swapped, file_renamed_over, file_pickled, *OBJECTS]
 # In front of an object store the files and diskcache's rows are copies: damage there heals without anybody's notice.
 REFUSED = {"disk": [*FILES, *ROWS, *CATALOG, catalog_swapped, catalog_swapped], "s3": [*OBJECTS, *CATALOG]}
 HEALED: dict[str, list[Callable[[Scene], None]]] = {"disk": [], "s3": [*FILES, *ROWS]}
@@ -326,7 +328,7 @@ def damages(
         total["flips"] += 1
         per_kind[damage.__name__] += 1
         problems = _judge(scene, healed=damage in HEALED[blobs], by_check=rng.random() < 0.3)
-        if damage in [*FILES[:6], file_swapped, file_pickled, *OBJECTS] and damage not in HEALED[blobs]:
+        if damage in PUT_ASIDE and damage not in HEALED[blobs]:
             total["quarantined"] += 1
             # Under the name of the blob: the same one damaged twice is there once.
             aside = store.path / "quarantine" / f"{victim.blob_key}.safetensors"
@@ -339,7 +341,7 @@ def damages(
             try:
                 read(store, sha(text))
             except (AssertionError, CorruptCacheError, CacheNotFoundError) as error:
-                # Where two rows of diskcache name one file, it is put aside with the first; the other one is made again.
+                # Where two rows of diskcache name one file, it goes with the first; the other is made again.
                 if damage is not row_of_another or sha(text) != other.text_sha256:
                     problems.append(f"{text} afterwards: {error}")
                 store.put(sha(text), cache_of(text))

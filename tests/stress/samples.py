@@ -1,4 +1,4 @@
-"""What the scenarios put into a store. Everything can be told again from a text alone, so that any read can be judged."""
+"""What the scenarios put into a store. Each cache follows from its text, so that whoever reads one can judge it."""
 
 from __future__ import annotations
 

@@ -59,6 +59,43 @@ async def test_documents_come_with_their_cache(memory: KVMemory) -> None:
     assert KVMemoryRetriever(memory).invoke("xylophone") == []
 
 
+async def test_passages_without_texts_are_answered_from_their_caches(bare: KVMemory, memory: KVMemory) -> None:
+    found = KVMemoryRetriever(bare, k=1).invoke(LAMP_QUESTION)
+    assert found == [
+        Document(id="lamp#0", page_content="", metadata={"source": "lamp", "year": 1921, "kv_id": key_of(LAMP)})
+    ]
+    # Around it, too: what stands between the two may be anything that finds documents.
+    for on_missing in ("text", "compress", "skip", "raise"):
+        around = KVMemoryRetriever(bare, retriever=KVMemoryRetriever(bare, k=1), on_missing=on_missing)
+        assert await around.ainvoke(LAMP_QUESTION) == found
+    assert KVMemoryIndex(bare, k=1).invoke(LAMP_QUESTION)[0].metadata["kv_id"] == key_of(LAMP)
+    asked = {"context": found, "input": LAMP_QUESTION}
+    expected = {"context": KVMemoryRetriever(memory, k=1).invoke(LAMP_QUESTION), "input": LAMP_QUESTION}
+    answers = [
+        create_kv_chain(ChatKVMemory(kept, max_tokens=4)).invoke(given)
+        for kept, given in ((bare, asked), (memory, expected))
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_passages_without_texts_and_without_caches(bare: KVMemory, wide: Any) -> None:
+    with open_memory(bare.path, wide, keep_ratio=0.5) as half:
+        for on_missing in ("text", "compress"):
+            with pytest.raises(errors.TextNotKeptError, match="--stale"):
+                KVMemoryRetriever(half, retriever=KVMemoryRetriever(half), on_missing=on_missing).invoke(LAMP_QUESTION)
+        around = KVMemoryRetriever(half, retriever=KVMemoryRetriever(half), on_missing="skip")
+        assert around.invoke(LAMP_QUESTION) == []
+
+
+def test_an_index_keeps_what_is_put_in_and_says_what_was_not(bare: KVMemory) -> None:
+    documents = KVMemoryIndex(bare)
+    documents.upsert([Document(id="kiosk", page_content=KIOSK)])
+    assert documents.get(["kiosk"]) == [Document(id="kiosk", page_content=KIOSK)]
+    assert documents.invoke("kiosk")[0].page_content == KIOSK
+    with pytest.raises(errors.TextNotKeptError, match="ferry"):
+        documents.get(["kiosk", "ferry"])
+
+
 async def test_k_when_made_and_when_asked(memory: KVMemory) -> None:
     for retriever in (
         KVMemoryRetriever(memory, k=2),

@@ -60,6 +60,6 @@ def chat_memories() -> Iterator[None]:
 
 @pytest.fixture
 def empty(tmp_path: Path, wide: Any) -> Iterator[KVMemory]:
-    """A KVMemory without documents."""
-    with open_memory(tmp_path / "empty", wide) as memory:
+    """A KVMemory without documents, which keeps their texts."""
+    with open_memory(tmp_path / "empty", wide, keep_text=True) as memory:
         yield memory

@@ -10,9 +10,14 @@ from llama_index.core.node_parser import HierarchicalNodeParser, get_leaf_nodes
 from llama_index.core.retrievers import AutoMergingRetriever, BaseRetriever, QueryFusionRetriever
 from llama_index.core.schema import ImageNode, IndexNode, MetadataMode, NodeWithScore, TextNode
 
-from kv_memory import CacheNotFoundError, ConfigError, FingerprintMismatchError, KVMemory
+from kv_memory import CacheNotFoundError, ConfigError, FingerprintMismatchError, KVMemory, TextNotKeptError
 from kv_memory.errors import EmptyDocumentError
-from kv_memory.integrations.llama_index import KVMemoryLLM, KVMemoryRetriever, KVMemoryStoreRetriever
+from kv_memory.integrations.llama_index import (
+    KVMemoryLLM,
+    KVMemoryQueryEngine,
+    KVMemoryRetriever,
+    KVMemoryStoreRetriever,
+)
 from kv_memory.reader import key_of
 from tests.integrations.llama_index.li_samples import (
     WALRUS,
@@ -130,6 +135,35 @@ def test_the_stores_own_passages(memory: KVMemory, retrieve: Retrieve) -> None:
     assert found.node.get_content(metadata_mode=MetadataMode.LLM) == LAMP  # `year` is for filters
     assert found.node.metadata == {"year": 1921, "kv_id": key_of(LAMP)}
     assert len(retrieve(KVMemoryStoreRetriever(memory), "the ferry and the lamp")) == 2
+
+
+@BOTH
+def test_passages_without_texts_are_answered_from_their_caches(
+    bare: KVMemory, memory: KVMemory, retrieve: Retrieve
+) -> None:
+    retriever = KVMemoryStoreRetriever(bare, similarity_top_k=1)
+    (found,) = retrieve(retriever, LAMP_QUESTION)
+    assert (found.node.ref_doc_id, found.node.get_content()) == ("lamp", "")
+    assert found.node.metadata == {"year": 1921, "kv_id": key_of(LAMP)}
+    for mode in MetadataMode:  # metadata alone is never read in the place of a passage
+        for on_missing in ("text", "compress", "skip", "raise"):
+            around = KVMemoryRetriever(retriever, bare, on_missing=on_missing, metadata_mode=mode)
+            assert [item.node.metadata["kv_id"] for item in retrieve(around, LAMP_QUESTION)] == [key_of(LAMP)]
+    answers = []
+    for kept in (bare, memory):
+        own = KVMemoryStoreRetriever(kept, similarity_top_k=1)
+        engine = KVMemoryQueryEngine.from_defaults(own, llm=KVMemoryLLM(kept, max_tokens=4))
+        answers.append(str(engine.query(LAMP_QUESTION)))
+    assert answers[0] == answers[1]
+
+
+def test_passages_without_texts_and_without_caches(bare: KVMemory, wide: Any) -> None:
+    with open_memory(bare.path, wide, keep_ratio=0.5) as half:
+        own = KVMemoryStoreRetriever(half, similarity_top_k=1)
+        for on_missing in ("text", "compress"):
+            with pytest.raises(TextNotKeptError, match="--stale"):
+                KVMemoryRetriever(own, half, on_missing=on_missing).retrieve(LAMP_QUESTION)
+        assert KVMemoryRetriever(own, half, on_missing="skip").retrieve(LAMP_QUESTION) == []
 
 
 # -- the mark ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,204 @@
+"""`kv-memory job`: many documents, compressed by worker processes; the store's catalog remembers how far they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from kv_memory.cli.job_options import (
+    EncodingOption,
+    EngineOption,
+    GlobOption,
+    IdFieldOption,
+    MaxAttemptsOption,
+    QueryOption,
+    TextFieldOption,
+    WorkersOption,
+)
+from kv_memory.cli.job_progress import JobTracker, print_ended
+from kv_memory.cli.opening import announce_conversion
+from kv_memory.cli.options import (
+    DEFAULT_COLLECTION,
+    DEFAULT_STORE,
+    AdapterOption,
+    CollectionOption,
+    KeepRatioOption,
+    KeepTextOption,
+    MinFidelityOption,
+    ModelOption,
+    PassageTokensOption,
+    PromptOption,
+    RefineOption,
+    SelectorOption,
+    StorageOption,
+    StoreOption,
+    passage_tokens_of,
+)
+from kv_memory.cli.output import FAILED, Output, reporting
+from kv_memory.errors import ConfigError, JobError
+from kv_memory.settings import given_settings, resolve_settings
+
+if TYPE_CHECKING:
+    from kv_memory.config import SelectorName, StorageName
+    from kv_memory.jobs import Job
+    from kv_memory.jobs.engine import Engine
+    from kv_memory.prompts import PromptName
+    from kv_memory.store import Store
+
+__all__ = ["resume", "run"]
+
+JsonLinesOption = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print one JSON object a line for everything that happens; the last one is the summary."
+    ),
+]
+
+
+def run(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Files, folders, patterns in quotes ('notes/**/*.md'); .jsonl and .parquet files, whose records are a "
+            "document each; a docstore.json of LlamaIndex; hub:OWNER/NAME[:SPLIT]; sql:URL with --query.",
+        ),
+    ] = None,
+    sync: Annotated[
+        str | None,
+        typer.Option(
+            "--sync",
+            metavar="DIR",
+            help="Make the collection equal to this folder: what is new or has changed is compressed, what is gone "
+            "deleted.",
+        ),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Sync although that deletes documents that are not from the folder, or all there are."
+        ),
+    ] = False,
+    workers: WorkersOption = 1,
+    engine: EngineOption = "local",
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Of the job.  [default: the time]")] = None,
+    glob: GlobOption = None,
+    id_field: IdFieldOption = "id",
+    text_field: TextFieldOption = "text",
+    query: QueryOption = None,
+    encoding: EncodingOption = "utf-8",
+    max_attempts: MaxAttemptsOption = 3,
+    keep_ratio: KeepRatioOption = None,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    selector: SelectorOption = None,
+    passage_tokens: PassageTokensOption = "auto",
+    prompt: PromptOption = None,
+    refine: RefineOption = None,
+    min_fidelity: MinFidelityOption = None,
+    storage: StorageOption = None,
+    keep_text: KeepTextOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    collection: CollectionOption = DEFAULT_COLLECTION,
+    as_json: JsonLinesOption = False,
+) -> None:
+    """Compress the documents of files, folders, tables and data sets, in worker processes.
+
+    Whatever is killed, what is done stays done: `kv-memory job resume` goes on with the document that was in hand. A
+    document that cannot be read fails alone, and the job ends with exit code 1. Documents that are stored unchanged
+    cost a hash.
+    """
+    with reporting(as_json=as_json) as out:
+        given = given_settings(
+            model=model,
+            adapter=adapter,
+            keep_ratio=keep_ratio,
+            selector=cast("SelectorName | None", selector),
+            passage_tokens=passage_tokens_of(passage_tokens),
+            prompt=cast("PromptName | None", prompt),
+            layout=None,
+            refine_steps=refine,
+            min_fidelity=min_fidelity,
+            storage=cast("StorageName | None", storage),
+            keep_text=keep_text,
+        )
+        with out.working("Starting"):
+            from kv_memory.documents.decoding import check_encoding
+            from kv_memory.jobs import JobSettings
+            from kv_memory.jobs.run import JobRequest, create_job
+            from kv_memory.store import Store
+
+        check_encoding(encoding)
+        request = JobRequest(sources=sources or [], sync=sync, force=force, glob=glob, query=query, name=name)
+        settings = JobSettings(
+            memory={}, encoding=encoding, id_field=id_field, text_field=text_field, max_attempts=max_attempts
+        )
+        request.specs(settings)  # before a store is made: what is misspelt should not leave one behind
+        with Store.open(store, collection=collection) as opened:
+            made = _engine_of(engine, opened, workers)
+            memory = resolve_settings(given, opened.settings())
+            announce_conversion(out, memory.model)
+            settings = dataclasses.replace(settings, memory=dataclasses.asdict(memory))
+            _drive(out, opened, create_job(opened, request, settings), made)
+
+
+def resume(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Of the job.  [default: the newest that is not done]")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try the documents that have failed once more.")
+    ] = False,
+    workers: WorkersOption = 1,
+    engine: EngineOption = "local",
+    store: StoreOption = DEFAULT_STORE,
+    collection: CollectionOption = DEFAULT_COLLECTION,
+    as_json: JsonLinesOption = False,
+) -> None:
+    """Go on with a job, after Ctrl-C, a crash or a failure.
+
+    What is done is not done again.
+    """
+    with reporting(as_json=as_json) as out:
+        with out.working("Starting"):
+            from kv_memory.jobs import Ledger
+            from kv_memory.store import Store
+
+        with Store.open(store, collection=collection, create=False) as opened:
+            ledger = Ledger(opened)
+            job = _newest(ledger.jobs(), retry_failed=retry_failed) if name is None else ledger.job(name)
+            _drive(out, opened, job, _engine_of(engine, opened, workers), resumed=True, retry_failed=retry_failed)
+
+
+def _newest(jobs: list[Job], *, retry_failed: bool) -> Job:
+    states = {"interrupted", "running"} | ({"done"} if retry_failed else set())
+    for job in jobs:
+        if job.state in states:
+            return job
+    raise JobError("no job is left to go on with", next_step="List them with `kv-memory job list`.")
+
+
+def _engine_of(name: str, store: Store, workers: int) -> Engine:
+    if name != "local":
+        raise ConfigError(f"--engine must be local or ray, got {name!r}", where="engine")
+    from kv_memory.jobs.local import LocalEngine
+
+    return LocalEngine(store.path, n_workers=workers)
+
+
+def _drive(
+    out: Output, store: Store, job: Job, engine: Engine, *, resumed: bool = False, retry_failed: bool = False
+) -> None:
+    from kv_memory.jobs.run import drive
+
+    go_on = f"kv-memory job resume {job.name}"
+    out.stopped = f"What is done stays done; `{go_on}` goes on."
+    with JobTracker(out) as tracker:
+        ended = drive(store, job, engine, resumed=resumed, retry_failed=retry_failed, on_event=tracker)
+    print_ended(out, ended)
+    if ended.failed:
+        if not out.as_json:
+            out.note(f"`{go_on} --retry-failed` tries what has failed once more.")
+        raise typer.Exit(FAILED)

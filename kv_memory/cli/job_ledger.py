@@ -1,0 +1,156 @@
+"""`kv-memory job list`, `show` and `cancel`: what the ledger says, without a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kv_memory.cli.opening import open_store
+from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, CollectionOption, JsonOption, StoreOption
+from kv_memory.cli.output import factor_text, plain, reporting, size_text
+
+if TYPE_CHECKING:
+    from kv_memory.jobs import Counts, Job, Ledger
+
+__all__ = ["cancel", "list_jobs", "show_job"]
+
+_SHOWN = 20
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Of the job; `kv-memory job list` has them.")]
+
+
+def list_jobs(
+    store: StoreOption = DEFAULT_STORE, collection: CollectionOption = DEFAULT_COLLECTION, as_json: JsonOption = False
+) -> None:
+    """List the jobs of the collection, the newest first.
+
+    An interrupted job is one that nobody runs any more; `kv-memory job resume` goes on with it.
+    """
+    with reporting(as_json=as_json) as out, open_store(out, store, collection) as opened:
+        from kv_memory.jobs import Ledger
+
+        ledger = Ledger(opened)
+        found = [(job, ledger.counts(job)) for job in ledger.jobs()]
+        if as_json:
+            out.json({"jobs": [_plain(job, counts) for job, counts in found]})
+            return
+        rows = [
+            (
+                job.name,
+                job.state,
+                f"{counts.done:,}",
+                f"{counts.open:,}{'' if job.discovered else '+'}",
+                f"{counts.failed:,}",
+                f"{job.created_at:%Y-%m-%d %H:%M}",
+                ", ".join(_names(job)),
+            )
+            for job, counts in found
+        ]
+        if rows:
+            columns = ("Job", "State", "Done", "Left", "Failed", "Begun (UTC)", "Sources")
+            out.table(columns, rows, right=("Done", "Left", "Failed"))
+        else:
+            out.line("No jobs. `kv-memory job run SOURCE...` starts one.")
+
+
+def show_job(
+    name: NameArgument,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="List every failed document, not only the first 20.")
+    ] = False,
+    store: StoreOption = DEFAULT_STORE,
+    collection: CollectionOption = DEFAULT_COLLECTION,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how far a job is, and which documents have failed, with their errors."""
+    with reporting(as_json=as_json) as out, open_store(out, store, collection) as opened:
+        from kv_memory.jobs import Ledger
+
+        ledger = Ledger(opened)
+        job = ledger.job(name)
+        counts = ledger.counts(job)
+        broken = _failed(ledger, job, None if failed or as_json else _SHOWN)
+        if as_json:
+            out.json({**_plain(job, counts), "failed_documents": plain(broken), "settings": plain(job.settings)})
+            return
+        memory = job.settings.memory
+        rows = [
+            ("Job", f"{job.name}, {job.state}"),
+            ("Sources", ", ".join(_names(job))),
+            ("Model", f"{memory.get('model')}, keep_ratio {memory.get('keep_ratio')}"),
+            (
+                "Documents",
+                f"{counts.done:,} done, {counts.running:,} in hand, {counts.pending:,}{'' if job.discovered else '+'} "
+                f"to do, {counts.failed:,} failed, {counts.cancelled:,} cancelled",
+            ),
+            ("Tokens", f"{counts.n_tokens:,} in {counts.n_passages:,} passages"),
+            ("Distilled", f"{size_text(counts.cache_bytes)}, {factor_text(counts.full_kv_bytes, counts.cache_bytes)}"),
+            ("Begun", f"{job.created_at:%Y-%m-%d %H:%M:%S} UTC"),
+        ]
+        if job.n_unchanged or job.n_deleted:
+            rows.append(("Sync", f"{job.n_unchanged:,} unchanged, {job.n_deleted:,} deleted"))
+        out.table(("", ""), rows)
+        for entry in broken:
+            where = f" [{entry.error['where']}]" if entry.error.get("where") else ""
+            out.line(f"Failed: {entry.document_id}: {entry.error.get('what')}{where}", style="yellow")
+        if len(broken) < counts.failed:
+            out.line(f"... and {counts.failed - len(broken):,} more; --failed lists them all.")
+        if job.state == "interrupted":
+            out.line(f"`kv-memory job resume {job.name}` goes on.")
+
+
+def cancel(
+    name: NameArgument,
+    store: StoreOption = DEFAULT_STORE,
+    collection: CollectionOption = DEFAULT_COLLECTION,
+    as_json: JsonOption = False,
+) -> None:
+    """End a job for good. Documents that workers have in hand are finished, and what is done stays."""
+    with reporting(as_json=as_json) as out, open_store(out, store, collection) as opened:
+        from kv_memory.jobs import Ledger
+
+        ledger = Ledger(opened)
+        job = ledger.job(name)
+        n = ledger.cancel(job)
+        if as_json:
+            out.json({"job": job.name, "cancelled": n})
+        else:
+            out.line(f"Cancelled {job.name}; {n:,} documents are left out.")
+
+
+def _names(job: Job) -> list[str]:
+    from kv_memory.jobs.sources import name_of
+
+    return [name_of(spec) for spec in job.sources["items"]]
+
+
+def _failed(ledger: Ledger, job: Job, most: int | None) -> list[Any]:
+    found: list[Any] = []
+    after = 0
+    while most is None or len(found) < most:
+        page = ledger.failed(job, after=after, limit=500 if most is None else most)
+        if not page:
+            break
+        after = page[-1][0]
+        found += [entry for _, entry in page]
+    return found if most is None else found[:most]
+
+
+def _plain(job: Job, counts: Counts) -> dict[str, Any]:
+    return {
+        "job": job.name,
+        "state": job.state,
+        "collection": job.collection,
+        "sources": _names(job),
+        "discovered": job.discovered,
+        **{name: value for name, value in plain(counts).items() if not name.endswith("_bytes") or "_kv" in name},
+        "cache_bytes": counts.cache_bytes,
+        "done": counts.done,
+        "total": counts.total,
+        "n_deleted": job.n_deleted,
+        "n_unchanged": job.n_unchanged,
+        "fingerprint": job.fingerprint,
+        "created_at": job.created_at.isoformat(),
+        "finished_at": None if job.finished_at is None else job.finished_at.isoformat(),
+    }

@@ -1,0 +1,178 @@
+"""The documents and passages of one collection: the half of `Store` that is rows alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+
+from kv_memory.errors import ConfigError, DocumentNotFoundError
+from kv_memory.store import documents
+from kv_memory.store.catalog import Catalog
+from kv_memory.store.purge import index_folder
+from kv_memory.store.records import DocumentRecord, DocumentSummary, StoredPassage
+from kv_memory.store.schema import CollectionRow, DocumentRow, PassageRow
+from kv_memory.store.shelf import Shelf
+
+__all__ = ["Collection"]
+
+
+class Collection:
+    """Documents of one collection. `Store` is made of it; nobody else makes one.
+
+    Args:
+        path: The store's folder.
+        catalog: Of the store.
+        shelf: The collection's caches, which go with their documents.
+        collection_id: The collection's row.
+    """
+
+    collection: str
+
+    def __init__(self, path: Path, catalog: Catalog, shelf: Shelf, collection_id: int) -> None:
+        self.path = path
+        self._catalog = catalog
+        self._shelf = shelf
+        self._collection_id = collection_id
+
+    @property
+    def index_folder(self) -> Path:
+        """Where the index of the collection's passages is kept."""
+        return index_folder(self.path, self.collection)
+
+    # the collection
+
+    def settings(self) -> dict[str, Any]:
+        """The collection's settings, as they were given to `update_settings`."""
+        with self._catalog.read() as session:
+            return dict(session.get_one(CollectionRow, self._collection_id).settings)
+
+    def update_settings(self, values: Mapping[str, Any]) -> None:
+        """Set some of the collection's settings; the others stay.
+
+        Raises:
+            ConfigError: A value is not what JSON can hold.
+        """
+        try:
+            json.dumps(dict(values))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"settings must be what JSON can hold: {error}", where="settings") from error
+        with self._catalog.write() as session:
+            row = session.get_one(CollectionRow, self._collection_id)
+            row.settings = {**row.settings, **values}
+
+    @property
+    def revision(self) -> int:
+        """Grows whenever a document is put or deleted; what is derived from the passages is keyed by it."""
+        with self._catalog.read() as session:
+            return session.get_one(CollectionRow, self._collection_id).revision
+
+    # documents
+
+    def put_document(self, record: DocumentRecord) -> None:
+        """Insert a document, or replace the one of the same id, in one transaction.
+
+        Caches of texts that only its previous version had are retired. Caches that wait for a document, put by an
+        `add` still running, are not touched.
+
+        Raises:
+            ConfigError: The metadata is not what JSON can hold.
+            EncodingError: A text cannot be stored.
+        """
+        documents.check_document(record)
+        with self._catalog.write() as session:
+            had_texts = documents.has_texts(session, self._collection_id, record.id)
+            dropped = documents.write_document(session, self._collection_id, record)
+            keys = self._shelf.retire(session, dropped)
+            documents.bump_revision(session, self._collection_id)
+        self._shelf.sweep(keys)
+        if had_texts and any(passage.text is None for passage in record.passages):
+            # It may have been built from these texts; the next question builds it anew, without their words.
+            shutil.rmtree(self.index_folder, ignore_errors=True)
+
+    def delete_document(self, id: str) -> None:
+        """Delete a document, its passages, and the caches that no other document's text needs.
+
+        Raises:
+            DocumentNotFoundError: The collection has no such document.
+        """
+        with self._catalog.write() as session:
+            dropped = documents.delete_document(session, self._collection_id, id)
+            keys = self._shelf.retire(session, dropped)
+            documents.bump_revision(session, self._collection_id)
+        self._shelf.sweep(keys)
+
+    def document(self, id: str) -> DocumentRecord:
+        """A document with its passages.
+
+        Raises:
+            DocumentNotFoundError: The collection has no such document.
+        """
+        with self._catalog.read() as session:
+            return documents.load_document(session, self._collection_id, id)
+
+    def documents(self) -> list[DocumentSummary]:
+        """All documents without their text, ordered by id."""
+        with self._catalog.read() as session:
+            return documents.list_documents(session, self._collection_id)
+
+    def has_document(self, id: str) -> bool:
+        """Whether the collection has a document of this id."""
+        with self._catalog.read() as session:
+            try:
+                documents.find_document(session, self._collection_id, id)
+            except DocumentNotFoundError:
+                return False
+            return True
+
+    def passages(self) -> list[StoredPassage]:
+        """All passages, ordered by document id and ordinal."""
+        with self._catalog.read() as session:
+            return documents.stored_passages(session, documents.select_passages(self._collection_id))
+
+    def passage(self, document_id: str, ordinal: int) -> StoredPassage:
+        """One passage.
+
+        Raises:
+            DocumentNotFoundError: The collection has no such document, or the document has fewer passages.
+        """
+        with self._catalog.read() as session:
+            documents.find_document(session, self._collection_id, document_id)
+            found = documents.stored_passages(
+                session,
+                documents.select_passages(self._collection_id).where(
+                    DocumentRow.document_id == document_id, PassageRow.ordinal == ordinal
+                ),
+            )
+        if not found:
+            raise DocumentNotFoundError(
+                f"document {document_id!r} has no passage {ordinal}",
+                where=document_id,
+                next_step="Passages are counted from 0; `kv-memory list` shows how many there are.",
+            )
+        return found[0]
+
+    def text(self, text_sha256: str) -> str | None:
+        """The passage text of this SHA-256 hex digest; None if no passage of the collection has it and keeps it."""
+        with self._catalog.read() as session:
+            return session.scalar(
+                select(PassageRow.text)
+                .join(DocumentRow, DocumentRow.id == PassageRow.document_pk)
+                .where(DocumentRow.collection_id == self._collection_id, PassageRow.text_sha256 == text_sha256)
+                .where(PassageRow.text.is_not(None))
+                .limit(1)
+            )
+
+    def word_key(self) -> str:
+        """The key for the `Terms` of this collection's passages: random, made when it is first asked for."""
+        with self._catalog.read() as session:
+            key = documents.word_key(session, self._collection_id, make=False)
+        if key is None:
+            with self._catalog.write() as session:  # another process may have made it since
+                key = documents.word_key(session, self._collection_id, make=True)
+        assert key is not None
+        return key

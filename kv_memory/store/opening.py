@@ -1,0 +1,151 @@
+"""Opening a store: its folder, its catalog, its blobs and its collection, all of them or none."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import select
+
+from kv_memory.errors import ConfigError, StoreError, StorePermissionError
+from kv_memory.store import catalog as catalogs
+from kv_memory.store.blobs import DiskBlobs, check_folder
+from kv_memory.store.catalog import Catalog
+from kv_memory.store.durable import private_folder
+from kv_memory.store.faults import mapped
+from kv_memory.store.locks import FileLocks
+from kv_memory.store.objects import ObjectBlobs
+from kv_memory.store.place import find_place, write_place
+from kv_memory.store.schema import CollectionRow
+
+__all__ = ["StoreParts", "catalog_of", "find_collection", "open_parts"]
+
+_CATALOG = "catalog.sqlite"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreParts:
+    """What a `Store` is made of.
+
+    Attributes:
+        folder: Of the store.
+        catalog: The database.
+        blobs: On disk, or in an object store.
+        readers: Who on this machine reads which blob.
+        collection_id: The collection's row in the catalog.
+    """
+
+    folder: Path
+    catalog: Catalog
+    blobs: DiskBlobs | ObjectBlobs
+    readers: FileLocks
+    collection_id: int
+
+
+def open_parts(
+    path: Path | str,
+    *,
+    collection: str,
+    create: bool,
+    catalog: str | None,
+    blobs: str | None,
+    tier_size_bytes: int | None,
+) -> StoreParts:
+    """Open what `Store.open` describes; arguments and errors as there."""
+    folder = Path(os.path.abspath(Path(path).expanduser()))
+    _check_name(collection)
+    check_folder(folder)
+    with mapped(folder):
+        there = any((folder / name).is_file() for name in (_CATALOG, "store.json"))
+        if not create:
+            _check_there(folder)
+        private_folder(folder)
+        _check_access(folder)
+        for name in ("blobs", "quarantine"):
+            (folder / name).mkdir(mode=0o700, exist_ok=True)
+    place = find_place(folder, catalog=catalog, blobs=blobs, tier_size_bytes=tier_size_bytes, new=not there)
+    disk = DiskBlobs(
+        folder / "blobs",
+        timeout_s=catalogs.BUSY_TIMEOUT_S,
+        size_limit=None if place.blobs is None else place.tier_size_bytes,
+    )
+    kept: DiskBlobs | ObjectBlobs = disk if place.blobs is None else ObjectBlobs(place.blobs, disk)
+    # Others may be at work on a shared catalog with the version that wrote it: they decide when it is upgraded.
+    opened = Catalog(
+        place.catalog or folder / _CATALOG, busy_timeout_s=catalogs.BUSY_TIMEOUT_S, upgrade=place.catalog is None
+    )
+    try:
+        collection_id = find_collection(opened, collection, create=create)
+        write_place(folder, place)
+    except BaseException:
+        opened.close()
+        raise
+    return StoreParts(
+        folder=folder,
+        catalog=opened,
+        blobs=kept,
+        readers=FileLocks(folder / "locks"),
+        collection_id=collection_id,
+    )
+
+
+def catalog_of(path: Path | str) -> Path | str:
+    """Where the catalog of a store's folder is, for `Catalog`; nothing is opened.
+
+    Raises:
+        StoreError: There is no store in the folder.
+    """
+    folder = Path(os.path.abspath(Path(path).expanduser()))
+    _check_there(folder)
+    place = find_place(folder, catalog=None, blobs=None, tier_size_bytes=None, new=False)
+    return place.catalog or folder / _CATALOG
+
+
+def _check_there(folder: Path) -> None:
+    if not any((folder / name).is_file() for name in (_CATALOG, "store.json")):
+        raise StoreError(
+            "there is no store in this folder",
+            where=str(folder),
+            next_step="Make one with `kv-memory add FILE`, or name its folder with `--store`.",
+        )
+
+
+def _check_name(collection: str) -> None:
+    if not isinstance(collection, str) or not 0 < len(collection) <= 255:
+        raise ConfigError(f"a collection's name has 1 to 255 characters, got {collection!r}", where="collection")
+
+
+def _check_access(folder: Path) -> None:
+    # Asked first, because SQLite's own answer for a forbidden folder comes late and says "unable to open".
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise StorePermissionError(
+            "the store's folder may not be read and written",
+            where=str(folder),
+            next_step="Give your user read and write permission on it, or open a store somewhere else.",
+        )
+
+
+def find_collection(catalog: Catalog, name: str, *, create: bool) -> int:
+    """The row of a collection; made if it is not there and may be. Errors as in `Store.in_collection`."""
+    _check_name(name)
+    wanted = select(CollectionRow.id).where(CollectionRow.name == name)
+    with catalog.read() as session:
+        found = session.scalar(wanted)
+        names = session.scalars(select(CollectionRow.name).order_by(CollectionRow.name)).all()
+    if found is not None:
+        return found
+    if not create:
+        raise StoreError(
+            f"the store has no collection {name!r}; it has {', '.join(names) or 'none'}",
+            where=catalog.where,
+            next_step="Name one of those, or make it by adding a document to it.",
+        )
+    with catalog.write() as session:
+        found = session.scalar(wanted)  # another process may have made it since
+        if found is None:
+            row = CollectionRow(name=name, settings={})
+            session.add(row)
+            session.flush()
+            found = row.id
+        return found

@@ -1,0 +1,289 @@
+"""The ledger on both databases: each document is claimed once, leases run out, attempts are counted."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select, update
+
+from kv_memory.errors import ConfigError, JobError, JobNotFoundError
+from kv_memory.jobs import JobSettings, Ledger
+from kv_memory.jobs.claims import Claims, Renewer
+from kv_memory.jobs.item import SourceItem
+from kv_memory.jobs.records import FailedResult, Job, TaskResult
+from kv_memory.store import Store
+from kv_memory.store.schema import TaskRow, utc_now
+
+SETTINGS = JobSettings(memory={}, max_attempts=2)
+ERROR: dict[str, str | None] = {"error": "EmptyDocumentError", "what": "no text", "where": "a", "next_step": None}
+
+
+def items(n: int, *, start: int = 0) -> list[SourceItem]:
+    return [SourceItem(document_id=f"d{i}", uri=f"file:///d{i}", size_bytes=i) for i in range(start, start + n)]
+
+
+def job_of(store: Store, n: int, *, name: str = "j") -> Job:
+    ledger = Ledger(store)
+    job = ledger.create(name, sources={"items": []}, settings=SETTINGS)
+    ledger.add(job, items(n))
+    return job
+
+
+def test_a_job_is_kept_with_its_settings(either_store: Store) -> None:
+    ledger = Ledger(either_store)
+    made = ledger.create("nightly", sources={"items": [{"kind": "hub", "name": "a/b"}]}, settings=SETTINGS)
+    assert ledger.job("nightly") == made
+    assert made.settings == SETTINGS and made.sources["items"][0]["name"] == "a/b"
+    assert (made.state, made.discovered, made.collection) == ("interrupted", False, "default")
+    assert [job.name for job in ledger.jobs()] == ["nightly"]
+    with pytest.raises(JobError, match="already"):
+        ledger.create("nightly", sources={}, settings=SETTINGS)
+    with pytest.raises(JobNotFoundError, match="job list"):
+        ledger.job("daily")
+    with pytest.raises(JobError, match="1 to 64"):
+        ledger.create("", sources={}, settings=SETTINGS)
+    with pytest.raises(JobNotFoundError):
+        Ledger(either_store.in_collection("other")).job("nightly")
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ConfigError, match="max_attempts"):
+        JobSettings(memory={}, max_attempts=0)
+    with pytest.raises(ConfigError, match="a field has a name"):
+        JobSettings(memory={}, id_field="")
+
+
+def test_a_document_goes_from_pending_to_done(either_store: Store) -> None:
+    ledger, job = Ledger(either_store), job_of(either_store, 3)
+    claims = Claims(either_store, job.id, "w")
+    first = claims.claim()
+    assert first is not None
+    assert (first.document_id, first.attempts) == ("d2", 1)  # the largest first
+    second = claims.finish(first, TaskResult(outcome="added", n_passages=2, n_tokens=90, cache_bytes=5, elapsed_s=0.5))
+    assert second is not None and second.document_id == "d1"
+    third = claims.finish(second, FailedResult(error=ERROR))
+    assert third is not None
+    assert claims.finish(third, TaskResult(outcome="unchanged"), go_on=False) is None
+    counts = ledger.counts(job)
+    assert (counts.done, counts.failed, counts.open, counts.total) == (2, 1, 0, 3)
+    assert counts.outcomes == {"added": 1, "unchanged": 1}
+    assert (counts.n_passages, counts.n_tokens, counts.cache_bytes) == (2, 90, 5)
+    ((_, failed),) = ledger.failed(job)
+    assert (failed.document_id, dict(failed.error)) == ("d1", ERROR)
+    assert claims.claim() is None and not claims.pending()
+
+
+def test_documents_that_are_there_stay_as_they_are(either_store: Store) -> None:
+    ledger, job = Ledger(either_store), job_of(either_store, 3)
+    claims = Claims(either_store, job.id, "w")
+    task = claims.claim()
+    assert task is not None
+    claims.finish(task, TaskResult(outcome="added"), go_on=False)
+    ledger.add(job, items(4))
+    counts = ledger.counts(job)
+    assert (counts.done, counts.pending) == (1, 3)
+
+
+def test_a_second_document_of_one_id_fails_instead_of_getting_lost(either_store: Store) -> None:
+    ledger, job = Ledger(either_store), job_of(either_store, 1)
+    again = SourceItem(document_id="d0", uri="file:///elsewhere")
+    for _ in range(2):  # resuming finds it again
+        ledger.add(job, [again, again])
+    assert ledger.counts(job).total == 2
+    ((_, failed),) = ledger.failed(job)
+    assert failed.error["error"] == "DuplicateDocumentError"
+    assert "file:///d0 and file:///elsewhere" in str(failed.error["where"])
+
+
+def test_an_item_with_an_error_is_never_given_to_a_worker(either_store: Store) -> None:
+    ledger, job = Ledger(either_store), job_of(either_store, 0)
+    ledger.add(job, [SourceItem(document_id="x", uri="file:///x", error=ERROR)])
+    assert Claims(either_store, job.id, "w").claim() is None
+    assert ledger.counts(job).failed == 1
+    reopened = ledger.reopen(ledger.job("j"), retry_failed=True)
+    assert not reopened.discovered and ledger.counts(job).total == 0  # to be looked for again
+
+
+CLAIM = """
+import sys
+from kv_memory.jobs.claims import Claims
+from kv_memory.jobs.records import TaskResult
+from kv_memory.store import Store
+with Store.open(sys.argv[1], create=False) as store:
+    claims = Claims(store, int(sys.argv[2]), sys.argv[3])
+    print("ready", flush=True)
+    sys.stdin.readline()
+    task = claims.claim()
+    while task is not None:
+        print(task.document_id)
+        task = claims.finish(task, TaskResult(outcome="added"))
+"""
+
+
+def test_several_processes_and_threads_claim_each_document_once(either_store: Store) -> None:
+    job = job_of(either_store, 0)
+    for start in range(0, 300, 100):
+        Ledger(either_store).add(job, items(100, start=start))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLAIM, str(either_store.path), str(job.id), f"p{n}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(3)
+    ]
+    found: list[str] = []
+
+    def claim(name: str) -> None:
+        claims = Claims(either_store, job.id, name)
+        while (task := claims.claim()) is not None:
+            found.append(task.document_id)
+            claims.finish(task, TaskResult(outcome="added"), go_on=False)
+
+    threads = [threading.Thread(target=claim, args=(f"t{n}",)) for n in range(2)]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for thread in threads:
+        thread.start()
+    for process in processes:
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        found += out.split()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == sorted(f"d{i}" for i in range(300))
+    assert Ledger(either_store).counts(job).done == 300
+
+
+def expire(store: Store) -> None:
+    with store.catalog.write() as session:
+        session.execute(update(TaskRow).values(lease_expires_at=utc_now() - timedelta(seconds=1)))
+
+
+def test_a_document_whose_lease_has_expired_goes_to_somebody_else(either_store: Store) -> None:
+    ledger, job = Ledger(either_store), job_of(either_store, 1)
+    slow, quick = Claims(either_store, job.id, "slow"), Claims(either_store, job.id, "quick")
+    task = slow.claim()
+    assert task is not None and quick.claim() is None
+    assert ledger.expire(job) == 0
+    expire(either_store)
+    assert ledger.expire(job) == 1
+    again = quick.claim()
+    assert again is not None and again.attempts == 2
+    # The slow one comes back: its result is refused, the other one's counts.
+    assert not slow.renew(task) and not slow.release(task)
+    slow.finish(task, FailedResult(error=ERROR), go_on=False)
+    assert ledger.counts(job).running == 1
+    quick.finish(again, TaskResult(outcome="added"), go_on=False)
+    assert ledger.counts(job).done == 1
+
+
+def test_attempts_are_bounded(either_store: Store) -> None:
+    ledger, job = Ledger(either_store), job_of(either_store, 1)
+    for attempt in range(2):
+        task = Claims(either_store, job.id, f"w{attempt}").claim()
+        assert task is not None
+        assert ledger.free(job, f"w{attempt}", "killed by SIGKILL") == 1
+    ((_, failed),) = ledger.failed(job)
+    assert failed.attempts == 2
+    assert failed.error["error"] == "WorkerDiedError" and "SIGKILL" in str(failed.error["what"])
+    ledger.finish(job)
+    reopened = ledger.reopen(ledger.job("j"), retry_failed=True)
+    assert reopened.state == "interrupted"
+    task = Claims(either_store, job.id, "w").claim()
+    assert task is not None and task.attempts == 1
+
+
+def test_giving_a_document_back_is_no_attempt(either_store: Store) -> None:
+    job = job_of(either_store, 1)
+    claims = Claims(either_store, job.id, "w")
+    for _ in range(3):
+        task = claims.claim()
+        assert task is not None and task.attempts == 1
+        assert claims.release(task)
+
+
+def test_the_dead_are_known_by_the_name_they_no_longer_hold(either_store: Store) -> None:
+    ledger, job = Ledger(either_store), job_of(either_store, 2)
+    living, dead = Claims(either_store, job.id, "living"), Claims(either_store, job.id, "dead")
+    with ledger.living("living"):
+        assert living.claim() is not None
+        assert dead.claim() is not None
+        assert ledger.free_dead(job) == 1
+        counts = ledger.counts(job)
+        assert (counts.running, counts.pending) == (1, 1)
+    assert ledger.free_dead(job) == 1
+
+
+def test_a_lease_is_renewed_while_a_long_document_is_read(store: Store) -> None:
+    job = job_of(store, 1)
+    claims = Claims(store, job.id, "w", lease_s=0.4)
+    task = claims.claim()
+
+    def lease() -> object:
+        with store.catalog.read() as session:
+            return session.scalar(select(TaskRow.lease_expires_at))
+
+    before = lease()
+    with Renewer(claims, lease_s=0.4) as renewer:
+        renewer.task = task
+        time.sleep(1.0)
+    assert Ledger(store).expire(job) == 0
+    assert lease() != before
+
+
+def test_one_driver_at_a_time(either_store: Store) -> None:
+    ledger, job = Ledger(either_store), job_of(either_store, 1)
+    with ledger.driving(job):
+        assert ledger.job("j").state == "running"
+        with pytest.raises(JobError, match="another process"), ledger.driving(job):
+            pass
+    assert ledger.job("j").state == "interrupted"
+
+
+def test_cancelling_leaves_out_what_is_pending(either_store: Store) -> None:
+    ledger, job = Ledger(either_store), job_of(either_store, 3)
+    claims = Claims(either_store, job.id, "w")
+    task = claims.claim()
+    assert task is not None
+    with ledger.driving(job):
+        assert ledger.cancel(ledger.job("j")) == 2
+        with pytest.raises(JobError, match="cancelled"):
+            ledger.add(job, items(1, start=9))
+        assert not claims.wanted()
+        assert claims.finish(task, TaskResult(outcome="added")) is None
+    counts = ledger.counts(job)
+    assert (counts.done, counts.cancelled, counts.open) == (1, 2, 0)
+    assert not ledger.finish(job) and ledger.state(job) == "cancelled"
+    with pytest.raises(JobError, match="this job is cancelled"):
+        ledger.cancel(ledger.job("j"))
+    with pytest.raises(JobError, match="was cancelled"):
+        ledger.reopen(ledger.job("j"))
+
+
+def test_a_job_that_is_forgotten_takes_its_tasks_along(either_store: Store) -> None:
+    ledger, job = Ledger(either_store), job_of(either_store, 3)
+    ledger.forget(job)
+    assert ledger.jobs() == [] and ledger.counts(job).total == 0
+
+
+def test_the_purge_of_a_document_takes_its_task_along(tmp_path: Path) -> None:
+    # Said again here because the ledger's own code does not know of purges.
+    with Store.open(tmp_path / "s") as store:
+        job = job_of(store, 2)
+        from kv_memory.store import DocumentRecord
+
+        store.put_document(DocumentRecord(id="d1", content_sha256="0" * 64))
+        store.purge("d1")
+        assert Ledger(store).counts(job).total == 1

@@ -1,0 +1,319 @@
+"""The driver with workers that are threads: what becomes of documents, failures, cancelling, stopping, resuming."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kv_memory import KVMemory
+from kv_memory.errors import ConfigError, JobError, StoreFullError, UnreadableDocumentError
+from kv_memory.jobs import Job, Ledger
+from kv_memory.jobs.discovery import Discovery
+from kv_memory.jobs.item import SourceItem
+from kv_memory.jobs.progress import DocumentFailed, Event, JobEnded, JobStarted, Progress, Speedometer
+from kv_memory.jobs.records import Counts
+from kv_memory.jobs.run import JobRequest, create_job, drive
+from kv_memory.jobs.worker import make_intake
+from kv_memory.store import Store
+from tests.jobs.conftest import write_notes
+from tests.jobs.threads import ThreadEngine
+from tests.reference import recorded_inputs
+
+Make = Callable[..., Job]
+
+
+class Runner:
+    """Runs jobs of the store; the model is loaded once."""
+
+    def __init__(self, store: Store, ledger: Ledger) -> None:
+        self.store = store
+        self.ledger = ledger
+        self.events: list[Event] = []
+        self.n_compressed = 0
+        self.engine: ThreadEngine | None = None
+
+    def __call__(
+        self, job: Job, *, on_event: Callable[[Event], None] | None = None, n_workers: int = 1, **options: Any
+    ) -> JobEnded:
+        intake = make_intake(self.store, job)
+        self.engine = ThreadEngine(self.store, intake, n_workers=n_workers)
+
+        def hear(event: Event) -> None:
+            self.events.append(event)
+            if on_event is not None:
+                on_event(event)
+
+        self.events.clear()
+        with recorded_inputs(intake._compressor.backbone) as inputs:
+            try:
+                return drive(self.store, job, self.engine, on_event=hear, **options)
+            finally:
+                self.n_compressed = len(inputs)
+
+    def heard(self, kind: type[Event]) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+@pytest.fixture
+def run(store: Store, ledger: Ledger) -> Runner:
+    return Runner(store, ledger)
+
+
+def ids(store: Store) -> list[str]:
+    return [Path(document.id).name for document in store.documents()]
+
+
+def test_a_folder_is_compressed(run: Runner, new_job: Make, notes: Path, store: Store, ledger: Ledger) -> None:
+    ended = run(new_job(notes, name="first"), n_workers=2)
+    assert (ended.added, ended.failed, ended.state) == (12, 0, "done")
+    assert ended.n_passages == run.n_compressed == 12 and ended.n_tokens > 500
+    assert 0 < ended.cache_bytes < ended.full_kv_bytes
+    job = ledger.job("first")
+    assert job.discovered and job.finished_at is not None
+    assert len(store.documents()) == len(store.caches()) == 12
+    assert {info.fingerprint for info in store.caches()} == {job.fingerprint or store.caches()[0].fingerprint}
+    assert store.check().ok and store.check().unreferenced == ()
+    (started,) = run.heard(JobStarted)
+    assert started.sources == (str(notes),) and not started.resumed
+    last = run.heard(Progress)[-1]
+    assert (last.total, last.done, last.failed, last.discovered) == (12, 12, 0, True)
+    assert run.events[-1] is ended
+
+
+def test_what_a_job_has_stored_can_be_asked(run: Runner, new_job: Make, notes: Path, store: Store) -> None:
+    run(new_job(notes))
+    with KVMemory.open(store.path) as memory:
+        assert memory.settings.passage_tokens == 64  # remembered, as after `add`
+        hits = memory.retrieve("Which ferry leaves from pier 7?", top_k=1)
+        assert hits and hits[0].document_id.endswith("0007.txt")
+        assert memory.ask("Which ferry?", top_k=1).sources
+
+
+def test_documents_that_are_there_unchanged_cost_nothing(run: Runner, new_job: Make, notes: Path) -> None:
+    run(new_job(notes))
+    (notes / "0003.txt").write_text("Pier 3 is closed.\n")
+    ended = run(new_job(notes))
+    assert (ended.added, ended.replaced, ended.unchanged) == (0, 1, 11)
+    assert run.n_compressed == 1
+
+
+def test_a_document_that_cannot_be_read_fails_alone(run: Runner, new_job: Make, notes: Path, ledger: Ledger) -> None:
+    (notes / "0004.txt").write_bytes(b"\0\1\2")
+    (notes / "0005.txt").write_bytes(b"caf\xe9")
+    (notes / "0006.txt").write_text("  \n")
+    ended = run(new_job(notes, name="j"))
+    assert (ended.added, ended.failed) == (9, 3)
+    found = {Path(failed.document_id).name: failed.error["error"] for _, failed in ledger.failed(ledger.job("j"))}
+    assert found == {
+        "0004.txt": "BinaryDocumentError",
+        "0005.txt": "EncodingError",
+        "0006.txt": "EmptyDocumentError",
+    }
+    heard = run.heard(DocumentFailed)
+    assert sorted(Path(event.document_id).name for event in heard) == sorted(found)
+    # Retried only by choice.
+    for name in found:
+        (notes / name).write_text(f"Mended {name}.")
+    ended = run(ledger.job("j"), resumed=True)
+    assert (ended.failed, run.n_compressed, run.heard(DocumentFailed)) == (3, 0, [])
+    ended = run(ledger.job("j"), resumed=True, retry_failed=True)
+    assert (ended.added, ended.failed, run.n_compressed) == (12, 0, 3)
+
+
+def test_what_failed_before_a_worker_had_it_is_looked_for_again(
+    run: Runner, new_job: Make, tmp_path: Path, ledger: Ledger
+) -> None:
+    write_notes(tmp_path / "notes", 2)
+    (tmp_path / "notes" / "late.txt").symlink_to(tmp_path / "target.txt")
+    ended = run(new_job(tmp_path / "notes", name="j"))
+    assert (ended.added, ended.failed) == (2, 1)
+    (tmp_path / "target.txt").write_text("Here it is.")
+    ended = run(ledger.job("j"), resumed=True, retry_failed=True)
+    assert (ended.added, ended.failed) == (3, 0)
+
+
+def test_equal_texts_share_a_cache(run: Runner, new_job: Make, tmp_path: Path, store: Store) -> None:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for number in range(8):
+        (folder / f"{number}.txt").write_text("The same text everywhere.")
+    ended = run(new_job(folder), n_workers=3)
+    assert (ended.added, ended.n_passages, len(store.caches())) == (8, 1, 1)
+
+
+def test_nodes_stay_whole(run: Runner, new_job: Make, tmp_path: Path, store: Store) -> None:
+    node = {"id_": "n", "text": "A node is a passage. " * 20, "metadata": {}, "class_name": "TextNode"}
+    path = tmp_path / "docstore.json"
+    path.write_text(json.dumps({"docstore/data": {"n": {"__data__": node, "__type__": "1"}}}))
+    run(new_job(path))
+    (passage,) = store.passages()
+    with KVMemory.open(store.path) as memory:
+        assert memory.reader.has(str(node["text"]))
+    assert passage.document_id == "n"
+    assert run(new_job(path)).unchanged == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_stopped_and_resumed_it_does_nothing_twice(
+    run: Runner, new_job: Make, notes: Path, ledger: Ledger, store: Store, error: type[BaseException]
+) -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, Progress) and event.done >= 1:
+            raise error
+
+    write_notes(notes, 60)
+    with pytest.raises(error):
+        run(new_job(notes, name="j"), on_event=stop)
+    n_first = run.n_compressed
+    assert ledger.job("j").state == "interrupted"
+    counts = ledger.counts(ledger.job("j"))
+    assert counts.running == 0 and counts.done == n_first < 60
+    ended = run(ledger.job("j"), resumed=True)
+    assert (ended.added, ended.unchanged, run.n_compressed) == (60, 0, 60 - n_first)
+    assert len(store.caches()) == 60
+
+
+def test_cancelled_it_finishes_what_is_in_hand_and_leaves_out_the_rest(
+    run: Runner, new_job: Make, notes: Path, ledger: Ledger, store: Store
+) -> None:
+    def cancel(event: Event) -> None:
+        if isinstance(event, Progress) and event.done and ledger.state(job) == "running":
+            ledger.cancel(ledger.job("j"))
+
+    write_notes(notes, 80)
+    job = new_job(notes, name="j")
+    ended = run(job, on_event=cancel)
+    assert ended.state == "cancelled" and ended.cancelled and ended.added
+    assert ended.added + ended.cancelled == 80 == ended.added + ledger.counts(job).cancelled
+    assert len(store.documents()) == ended.added
+    with pytest.raises(JobError, match="was cancelled"):
+        run(ledger.job("j"), resumed=True)
+
+
+def test_a_full_disk_stops_the_job_and_blames_no_document(
+    run: Runner, new_job: Make, notes: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise StoreFullError("no space left to write", where="blobs", next_step="Free some space.")
+
+    job = new_job(notes, name="j")
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put", full)
+        with pytest.raises(StoreFullError, match="no space"):
+            run(job)
+    counts = ledger.counts(job)
+    assert (counts.failed, counts.pending) == (0, 12)
+    assert run(ledger.job("j"), resumed=True).added == 12
+
+
+def test_a_source_that_breaks_is_a_failure_of_its_own(
+    run: Runner, new_job: Make, notes: Path, tmp_path: Path, ledger: Ledger
+) -> None:
+    (tmp_path / "broken.parquet").write_text("no")
+    ended = run(new_job(tmp_path / "broken.parquet", notes, name="j"))
+    assert (ended.added, ended.failed) == (12, 1)
+
+
+@pytest.mark.parametrize(
+    ("request_", "kind", "said"),
+    [
+        ({}, ConfigError, "must be named"),
+        ({"sources": ["."], "sync": "."}, ConfigError, "must be named"),
+        ({"sync": "nothing"}, ConfigError, "this is none"),
+        ({"sources": ["."], "force": True}, ConfigError, "--force is for --sync"),
+        ({"sources": ["nothing"]}, UnreadableDocumentError, "no such file"),
+    ],
+)
+def test_what_cannot_be_asked_for(
+    store: Store, settings: Any, request_: dict[str, Any], kind: type[Exception], said: str
+) -> None:
+    with pytest.raises(kind, match=said):
+        create_job(store, JobRequest(**request_), settings)
+    assert Ledger(store).jobs() == []
+
+
+# -- discovery --------------------------------------------------------------------------------------------------------
+
+
+STREAM = """
+import gc, sys
+from pathlib import Path
+from kv_memory.jobs import JobSettings, Ledger
+from kv_memory.jobs.discovery import Discovery
+from kv_memory.jobs.item import SourceItem
+from kv_memory.store import Store
+
+def resident():
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+sizes = {}
+def items():
+    for n in range(100_000):
+        if n in (10_000, 99_999):
+            sizes[n] = resident()
+        yield SourceItem(document_id=f"/some/folder/with/a/name/document-{n}.txt", uri=f"file:///document-{n}.txt")
+
+with Store.open(sys.argv[1]) as store:
+    ledger = Ledger(store)
+    job = ledger.create("j", sources={"items": []}, settings=JobSettings(memory={}))
+    discovery = Discovery(store, ledger, job)
+    discovery._sources.items = items
+    discovery.run()
+    assert discovery.error is None, discovery.error
+    assert ledger.job("j").discovered and ledger.counts(job).pending == 100_000
+    print((sizes[99_999] - sizes[10_000]) / 1e6)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_hundred_thousand_documents_are_discovered_in_flat_memory(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STREAM, str(tmp_path / "s")], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 10, f"grew by {done.stdout} MB"
+
+
+def test_discovery_goes_on_where_it_was_broken_off(store: Store, new_job: Make, notes: Path, ledger: Ledger) -> None:
+    job = new_job(notes)
+    ledger.add(job, [SourceItem(document_id=str(notes / "0000.txt"), uri=(notes / "0000.txt").as_uri())])
+    discovery = Discovery(store, ledger, job)
+    discovery.run()
+    assert discovery.error is None
+    assert ledger.counts(job).pending == 12 and ledger.job(job.name).discovered
+
+
+# -- what is told -------------------------------------------------------------------------------------------------------
+
+
+def test_the_speed_is_that_of_the_last_minute() -> None:
+    speed = Speedometer(window_s=60)
+    assert (speed.documents_per_s, speed.left_s(Counts(pending=3))) == (0.0, None)
+    for second in range(200):
+        fast = max(0, second - 100)
+        speed.see(float(second), Counts(outcomes={"added": second + 9 * fast}, n_tokens=100 * second))
+    assert speed.documents_per_s == pytest.approx(10)
+    assert speed.tokens_per_s == pytest.approx(100)
+    assert speed.left_s(Counts(pending=50)) == pytest.approx(5)
+    assert speed.left_s(Counts()) == 0
+
+
+def test_the_time_left_goes_by_bytes_where_they_are_known() -> None:
+    speed = Speedometer()
+    speed.see(0.0, Counts())
+    speed.see(10.0, Counts(outcomes={"added": 1}, done_bytes=1000))
+    assert speed.left_s(Counts(pending=9, open_bytes=900)) == pytest.approx(9)
+
+
+def test_events_are_plain_records(run: Runner, new_job: Make, notes: Path) -> None:
+    run(new_job(notes))
+    for event in run.events:
+        json.dumps(dataclasses.asdict(event))
