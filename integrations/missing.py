@@ -48,7 +48,9 @@ def reference_to(
         return None
     reader = memory.reader
     if reader.has(text):
-        return Reference(key=key_of(text))
+        # A damaged one is found out now, while the text is at hand: the store need not keep it. It is made again.
+        lost = on_missing in {"text", "compress"} and not reader.sound(text)
+        return Reference(key=key_of(text), text=text if lost else None)
     if on_missing == "text":
         return Reference(key=key_of(text), text=text)
     if on_missing == "compress":

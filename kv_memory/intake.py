@@ -127,16 +127,14 @@ class Intake:
         report.elapsed_s = time.perf_counter() - start_s
         return report
 
-    def add_one(self, document: Document, *, whole: bool = False) -> AddReport:
+    def add_one(self, document: Document) -> AddReport:
         """Add or replace one document, for callers that have too many to hold them all.
 
-        Args:
-            document: Its id is in one of `added`, `replaced` and `unchanged` afterwards.
-            whole: It is a passage already; do not cut it.
+        Its id is in one of `added`, `replaced` and `unchanged` afterwards.
         """
         report = AddReport()
         start_s = time.perf_counter()
-        found = self._sorted(document, report, whole=whole)
+        found = self._sorted(document, report)
         self._compress([] if found is None else [found], report)
         report.elapsed_s = time.perf_counter() - start_s
         return report
@@ -189,16 +187,16 @@ class Intake:
         report.elapsed_s = time.perf_counter() - start_s
         return report
 
-    def _sorted(self, document: Document, report: AddReport, *, whole: bool = False) -> Prepared | None:
+    def _sorted(self, document: Document, report: AddReport) -> Prepared | None:
         """Write into the report what a document is, and return what is to be made of it, None for nothing.
 
         Only this document is looked at: a listing of the collection for each document of a job would be quadratic.
         """
         old = self._preparer.stored(document.id)
-        limit = None if whole else self._passage_tokens
-        if old is None or (old.content_sha256, old.passage_tokens) != (document.content_sha256, limit):
+        wanted = document.content_sha256, self._passage_tokens
+        if old is None or (old.content_sha256, old.passage_tokens) != wanted:
             (report.added if old is None else report.replaced).append(document.id)
-            return self._preparer.cut(document, limit)
+            return self._preparer.cut(document, self._passage_tokens)
         cached = all(self._has(passage.text_sha256) for passage in old.passages)
         if cached and old.metadata == dict(document.metadata) and self._preparer.is_kept_so(old.passages):
             report.unchanged.append(document.id)

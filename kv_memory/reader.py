@@ -180,6 +180,10 @@ class Reader:
         """`has`, by the text's key."""
         return self._store.has(key, self._compressor.fingerprint(), self._keep_ratio)
 
+    def sound(self, text: str) -> bool:
+        """`has`, and its bytes are those that were written. Reading finds that out too; here it changes nothing."""
+        return self._store.sound(key_of(text), self._compressor.fingerprint(), self._keep_ratio)
+
     def check(self, text: str) -> None:
         """Raise unless `has`.
 

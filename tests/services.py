@@ -1,6 +1,6 @@
 """A PostgreSQL server and an S3 endpoint, real processes on this machine, for tests and for trying things.
 
-    make services        # starts both, prints what to export, stops them with Ctrl-C
+make services        # starts both, prints what to export, stops them with Ctrl-C
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class TestEmbedded:
 
     def test_it_answers_from_a_store(self, tmp_path: Path, embedded: Any) -> None:
         settings = DecodeSettings(max_new_tokens=8)
-        with KVMemory.open(tmp_path / "store", model=embedded, keep_ratio=0.5) as memory:
+        with KVMemory.open(tmp_path / "store", model=embedded, keep_ratio=0.5, keep_text=True) as memory:
             assert memory.settings.top_k == 1 and memory.settings.passage_tokens == 256
             report = memory.add([("ferry", TEXT), ("oil", "The lamp burned whale oil until 1921.")])
             assert report.cache_bytes < 0.53 * report.full_kv_bytes

@@ -18,7 +18,7 @@ SOURCES = sorted([*ROOT.glob("kv_memory/**/*.py"), *ROOT.glob("integrations/**/*
 
 # A unit is a module or folder directly below kv_memory. Each may import itself and what its line names:
 #   errors, config ◄ cache, rope, attention, prompts, embedded ◄ loading ◄ backbone ◄ compress, generate ◄ train
-#   cache ◄ store ◄ jobs;   documents, words ◄ retrieve: errors and config alone;   memory joins both sides.
+#   cache ◄ store;   store, documents, intake ◄ jobs;   documents, words ◄ retrieve: errors and config alone;   memory joins both sides.
 _TENSORS = {
     "errors",
     "config",
@@ -76,7 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generate": {*_TENSORS, "backbone"},
     "train": {*_TENSORS, "embedded", "backbone", "compress", "generate", "datasets", "documents"},
     "store": _STORE,
-    "jobs": {*_STORE, "store"},
+    "jobs": {*_STORE, "store", "documents", "settings", "assembly", "intake"},
     "documents": {"errors", "config"},
     "datasets": {"errors", "config", "documents", "words"},
     "words": {"errors", "config"},

@@ -19,6 +19,7 @@ from kv_memory import (
 from kv_memory.reader import Reference, key_of
 from kv_memory.settings import resolve_settings
 from kv_memory.store import PassageRecord
+from kv_memory.store.schema import CollectionRow
 from tests.memories import (
     FERRY,
     FERRY_QUESTION,
@@ -127,6 +128,15 @@ def test_a_store_from_before_goes_on_keeping_texts() -> None:
     assert resolve_settings({}, {"keep_ratio": 0.5}).keep_text
     assert not resolve_settings({"keep_text": False}, {"keep_ratio": 0.5}).keep_text
     assert not resolve_settings({}, {}).keep_text
+
+
+def test_adding_again_to_a_store_from_before_takes_no_text_out(memory: KVMemory, wide: Any) -> None:
+    with memory.store.catalog.write() as session:
+        row = session.get_one(CollectionRow, memory.store.collection_id)
+        row.settings = {name: value for name, value in row.settings.items() if name != "keep_text"}
+    with open_memory(memory.path, wide) as again:
+        assert again.add([("ferry", FERRY), ("new", WALRUS)]).unchanged == ["ferry"]
+        assert (texts_of(again, "ferry"), texts_of(again, "new")) == ([FERRY], [WALRUS])
 
 
 def test_adding_again_with_the_other_setting_keeps_or_removes_the_text(bare: KVMemory, wide: Any) -> None:

@@ -181,6 +181,10 @@ def _newest(jobs: list[Job], *, retry_failed: bool) -> Job:
 
 
 def _engine_of(name: str, store: Store, workers: int) -> Engine:
+    if name == "ray":
+        from kv_memory.jobs.ray import RayEngine
+
+        return RayEngine(store, n_workers=workers)
     if name != "local":
         raise ConfigError(f"--engine must be local or ray, got {name!r}", where="engine")
     from kv_memory.jobs.local import LocalEngine

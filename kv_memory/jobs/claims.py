@@ -42,12 +42,16 @@ class Claims:
         self._worker = worker
         self._lease_s = lease_s
 
-    def claim(self) -> Task | None:
-        """The next document, now in this worker's hand; None if none is pending."""
-        with self._catalog.write(alone=False) as session:
-            return self._claim(session)
+    def claim(self, number: int | None = None) -> Task | None:
+        """The next document, now in this worker's hand; None if none is pending.
 
-    def _claim(self, session: Session) -> Task | None:
+        Args:
+            number: Of its task, where it is chosen already; None then means that somebody else was quicker.
+        """
+        with self._catalog.write(alone=False) as session:
+            return self._claim(session, number)
+
+    def _claim(self, session: Session, number: int | None = None) -> Task | None:
         other = aliased(TaskRow)
         pending = (
             select(other.id)
@@ -57,6 +61,8 @@ class Claims:
             # Two workers on PostgreSQL must not wait for each other's rows. SQLite has no such clause, and needs none.
             .with_for_update(skip_locked=True)
         )
+        if number is not None:
+            pending = pending.where(other.id == number)
         claimed = (
             update(TaskRow)
             .where(TaskRow.id == pending.scalar_subquery())

@@ -20,6 +20,7 @@ from kv_memory.store import Store
 __all__ = ["Discovery"]
 
 _BATCH = 500
+_WAIT_S = 0.3
 _BATCH_S = 0.5  # the first documents should not wait for the 500th
 
 
@@ -28,11 +29,14 @@ class Discovery(threading.Thread):
 
     Attributes:
         error: What ended it early; None while it runs and where it came to its end.
+        listed: Whether every document has its task. A sync goes on behind that: it deletes what is gone when the rest
+            is done, so that a file that was only moved finds its caches.
     """
 
     def __init__(self, store: Store, ledger: Ledger, job: Job) -> None:
         super().__init__(name=f"discovery of {job.name}", daemon=True)
         self.error: BaseException | None = None
+        self.listed = False
         self._store = store
         self._ledger = ledger
         self._job = job
@@ -50,6 +54,7 @@ class Discovery(threading.Thread):
             if self._job.sources.get("sync"):
                 self._sync()
             elif self._add(self._sources.items()):
+                self.listed = True
                 self._ledger.set_discovered(self._job)
         except BaseException as error:
             self.error = error
@@ -74,6 +79,10 @@ class Discovery(threading.Thread):
             self._n_unchanged, self._n_unlisted = 0, 0
             if not self._add(self._differing(seen)):
                 return
+            self.listed = True
+            while self._ledger.is_open(self._job):
+                if self._stopped.wait(_WAIT_S):
+                    return
             if not self._n_unlisted:
                 for ids in unseen(self._store, seen):
                     for id_ in ids:

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from kv_memory.errors import JobError, JobNotFoundError
 from kv_memory.jobs.item import SourceItem, duplicate_error
-from kv_memory.jobs.records import Counts, FailedTask, Job, JobSettings
+from kv_memory.jobs.records import Counts, FailedTask, Job, JobSettings, Task
 from kv_memory.store import Store
 from kv_memory.store.schema import CollectionRow, JobRow, TaskRow, utc_now
 
@@ -252,6 +252,12 @@ class Ledger:
         left = {state: n.get(state, 0) for state in ("pending", "running", "failed", "cancelled")}
         return Counts(**left, outcomes=outcomes, **totals, done_bytes=done_bytes, open_bytes=open_bytes)
 
+    def is_open(self, job: Job) -> bool:
+        """Whether documents are pending or in hand."""
+        left = select(TaskRow.id).where(TaskRow.job_id == job.id, TaskRow.state.in_(["pending", "running"])).limit(1)
+        with self._catalog.read() as session:
+            return session.scalar(left) is not None
+
     def failed(self, job: Job, *, after: int = 0, limit: int = 100) -> list[tuple[int, FailedTask]]:
         """Failed documents with the numbers of their tasks, in the order of these, from after a number on."""
         wanted = (
@@ -291,6 +297,35 @@ class Ledger:
         """Free the tasks of a worker that is known dead; returns how many. Too many attempts make them failed."""
         with self._catalog.write(alone=False) as session:
             return self._give_up(session, job, TaskRow.worker == worker, reason)
+
+    def release_all(self, job: Job, prefix: str) -> int:
+        """Free the tasks of workers that were stopped on purpose, by how their names begin; no attempt is counted."""
+        # Not LIKE, to which an underscore in the name of a machine would be any letter.
+        whose = func.substr(TaskRow.worker, 1, len(prefix)) == prefix
+        held = update(TaskRow).where(TaskRow.job_id == job.id, TaskRow.state == "running", whose)
+        left = {"worker": None, "lease_expires_at": None, "updated_at": utc_now()}
+        with self._catalog.write(alone=False) as session:
+            again = held.values(state="pending", attempts=TaskRow.attempts - 1, **left)
+            return _count(session.execute(again.execution_options(synchronize_session=False)))
+
+    def pending_range(self, job: Job) -> tuple[int, int] | None:
+        """The lowest and the highest number of the tasks to do; None if there is none."""
+        ends = select(func.min(TaskRow.id), func.max(TaskRow.id)).where(
+            TaskRow.job_id == job.id, TaskRow.state == "pending"
+        )
+        with self._catalog.read() as session:
+            low, high = session.execute(ends).one()
+        return None if low is None else (low, high)
+
+    def pending(self, job: Job, *, low: int, high: int) -> list[Task]:
+        """Documents to do whose tasks have numbers from `low` to below `high`; nobody has them in hand yet."""
+        wanted = (
+            select(TaskRow.id, TaskRow.job_id, TaskRow.document_id, TaskRow.uri, TaskRow.attempts)
+            .where(TaskRow.job_id == job.id, TaskRow.state == "pending", TaskRow.id >= low, TaskRow.id < high)
+            .order_by(TaskRow.priority, TaskRow.id)
+        )
+        with self._catalog.read() as session:
+            return [Task(**row._mapping) for row in session.execute(wanted)]
 
     def expire(self, job: Job) -> int:
         """Free the tasks whose workers have not renewed their leases; returns how many."""

@@ -186,7 +186,8 @@ class _Driver:
             counts, state = self._ledger.counts(self._job), self._ledger.state(self._job)
             now_s = time.monotonic()
             pause_s = min(max(_POLL_S, (now_s - asked_s) / _SHARE_OF_POLLING), _SLOWEST_POLL_S)
-            self._tell(counts, now_s, now_s - start_s, discovered=discovered)
+            listed = discovered or (self._discovery is not None and self._discovery.listed)
+            self._tell(counts, now_s, now_s - start_s, discovered=listed)
             if state != "running":
                 if not counts.running:
                     return state

@@ -30,7 +30,7 @@ from kv_memory.jobs.sources import Sources
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
 
-__all__ = ["BROKEN", "FATAL", "Stopped", "error_of", "main", "make_intake", "work"]
+__all__ = ["BROKEN", "FATAL", "Stopped", "do_one", "error_of", "main", "make_intake", "work"]
 
 FATAL = 3  # exit code: the error on standard output is not that of a document
 BROKEN = 4  # exit code: the GPU's driver has given this process up
@@ -102,7 +102,7 @@ def work(
                     idle_s = min(2 * idle_s, _IDLE_S[1])
                     continue
                 idle_s, renewer.task = _IDLE_S[0], task
-                result = _do(task, sources, intake)
+                result = do_one(task, sources, intake)
                 renewer.task = None
                 task = claims.finish(task, result, go_on=not alone())
                 n_done += 1
@@ -120,12 +120,20 @@ def work(
     return n_done
 
 
-def _do(task: Task, sources: Sources, intake: Intake) -> TaskResult | FailedResult:
-    """One document."""
+def do_one(task: Task, sources: Sources, intake: Intake) -> TaskResult | FailedResult:
+    """Read and compress one document.
+
+    Raises:
+        StoreError: The store cannot be used, which is no fault of the document.
+    """
     start_s = time.perf_counter()
     try:
         read = sources.read(SourceItem(document_id=task.document_id, uri=task.uri))
-        report = intake.add_one(read.document, whole=read.whole)
+        if read.whole:  # by the exact text, which others will ask for
+            text, metadata = read.document.text, read.document.metadata
+            report = intake.add_passages(read.document.id, [text], metadata=metadata, extend=False)
+        else:
+            report = intake.add_one(read.document)
     except StoreError:
         raise  # no fault of the document
     except Exception as error:

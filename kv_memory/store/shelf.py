@@ -269,6 +269,18 @@ class Shelf:
         with self._catalog.read() as session:
             return self._find(session, text_sha256, fingerprint.digest, keep_ratio) is not None
 
+    def sound(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> bool:
+        """See `Store.sound`."""
+        with self._catalog.read() as session:
+            row = self._find(session, text_sha256, fingerprint.digest, keep_ratio)
+        if row is None:
+            return False
+        try:
+            check_header(row, self._vault.verified_path(row.blob_key, row.size_bytes))
+        except (CorruptCacheError, FingerprintMismatchError):
+            return False
+        return True
+
     def delete(self, text_sha256: str, *, fingerprint: Fingerprint | None, keep_ratio: float | None) -> int:
         """See `Store.delete`."""
         statement = (

@@ -203,6 +203,10 @@ class Store(Collection):
         """Whether the catalog has such a cache. The blob is not looked at."""
         return self._shelf.has(text_sha256, fingerprint, keep_ratio)
 
+    def sound(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> bool:
+        """Whether there is such a cache and its bytes are right. Nothing is quarantined: `get` and `check` do that."""
+        return self._shelf.sound(text_sha256, fingerprint, keep_ratio)
+
     def missing(self, fingerprint: Fingerprint, keep_ratio: float) -> list[StoredPassage]:
         """The passages without a cache under these settings, ordered by document id and ordinal."""
         cached = exists().where(

@@ -291,7 +291,7 @@ def test_discovery_goes_on_where_it_was_broken_off(store: Store, new_job: Make, 
     assert ledger.counts(job).pending == 12 and ledger.job(job.name).discovered
 
 
-# -- what is told -------------------------------------------------------------------------------------------------------
+# -- what is told ------------------------------------------------------------------------------------------------------
 
 
 def test_the_speed_is_that_of_the_last_minute() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from kv_memory.cache import DistilledCache
+from kv_memory.config import StorageName
 from kv_memory.fingerprint import Fingerprint
 from kv_memory.store import DocumentRecord, PassageRecord, Store
 
@@ -51,6 +52,11 @@ def make_cache(
         keep_ratio=keep_ratio,
         fingerprint=fingerprint,
     )
+
+
+def stored_bytes(text: str, cache: DistilledCache, *, storage: StorageName = "auto") -> bytes:
+    """The blob of a cache that was put for a text."""
+    return replace(cache, text_sha256=sha(text)).to_bytes(storage=storage)
 
 
 def document(id: str, *texts: str, **fields: object) -> DocumentRecord:

@@ -2,14 +2,19 @@ from __future__ import annotations
 
 import os
 import stat
+import traceback
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from sqlalchemy import func, insert, select
 from store_samples import FINGERPRINT, blob_files, document, equal, make_cache, sha
 
 from kv_memory.errors import ConfigError, DocumentNotFoundError, EncodingError, StoreError
 from kv_memory.store import PassageRecord, Store
+from kv_memory.store.schema import PassageRow
+from kv_memory.terms import Terms
 
 
 def test_a_document_comes_back_as_it_was_put(store: Store) -> None:
@@ -25,6 +30,51 @@ def test_a_document_comes_back_as_it_was_put(store: Store) -> None:
     assert found.passages == record.passages
     assert (found.id, found.content_sha256, found.source_uri) == ("a", record.content_sha256, "file:///a.txt")
     assert (found.metadata, found.passage_tokens, found.n_tokens) == ({"tags": ["x"], "n": 1}, 256, 10)
+
+
+def test_a_passage_without_its_text_comes_back_as_it_was_put(store: Store) -> None:
+    terms = Terms.of(["walrus", "walrus", "sleeps"], store.word_key())
+    bare = PassageRecord(text=None, n_tokens=3, text_sha256=sha("x"), terms=terms)
+    unfindable = PassageRecord(text=None, n_tokens=1, text_sha256=sha("y"))
+    record = document("a", "kept", passages=(bare, PassageRecord(text="kept", n_tokens=4), unfindable))
+    store.put_document(record)
+    store.put_document(document("b"))
+    assert store.document("a").passages == record.passages
+    assert [(s.id, s.n_passages, s.n_texts, s.n_tokens) for s in store.documents()] == [("a", 3, 1, 8), ("b", 0, 0, 0)]
+    assert [(p.text, p.text_sha256, p.terms) for p in store.passages()] == [
+        (None, sha("x"), terms),
+        ("kept", sha("kept"), None),
+        (None, sha("y"), None),
+    ]
+    assert (store.text(sha("x")), store.text(sha("kept"))) == (None, "kept")
+    store.put_document(document("c", "x"))  # the same text, kept
+    assert store.text(sha("x")) == "x" and store.passage("a", 0).text is None
+    with store.catalog.read() as session:  # SQL's NULL, not JSON's
+        n_terms = select(func.count()).where(PassageRow.terms.is_not(None))
+        assert session.scalar(n_terms) == 1
+
+
+def test_a_passage_needs_a_text_or_its_hash() -> None:
+    with pytest.raises(ConfigError, match="hash"):
+        PassageRecord(text=None, n_tokens=1)
+    assert PassageRecord(text="x", n_tokens=1).text_sha256 == sha("x")
+
+
+def test_a_collection_has_one_key_for_its_words_whoever_asks_first(store: Store) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        keys = {key for key in pool.map(lambda _: store.word_key(), range(8))}
+    assert len(keys) == 1
+    assert store.in_collection("other").word_key() not in keys
+
+
+def test_errors_of_the_database_do_not_tell_texts(store: Store) -> None:
+    with pytest.raises(StoreError) as caught, store.catalog.write() as session:
+        session.execute(
+            insert(PassageRow),
+            [{"document_pk": 10**6, "ordinal": 0, "text": "a secret", "text_sha256": "0" * 64, "n_tokens": 1}],
+        )
+    told = "".join(traceback.format_exception(caught.value))
+    assert "secret" not in told.replace('"a secret"', "")  # the line above is in the traceback
 
 
 def test_ids_are_ordered_by_code_points_in_every_catalog(store: Store) -> None:

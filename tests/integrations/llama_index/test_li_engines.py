@@ -23,6 +23,7 @@ from kv_memory.integrations.llama_index import (
     KVMemoryStoreRetriever,
     KVMemorySynthesizer,
 )
+from kv_memory.integrations.missing import OnMissing
 from kv_memory.reader import key_of
 from tests.integrations.llama_index.li_samples import (
     WALRUS,
@@ -37,7 +38,7 @@ from tests.integrations.llama_index.li_samples import (
     text_node,
     two_nodes,
 )
-from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, open_memory, wide_backbone
+from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, blob_of, open_memory, wide_backbone
 from tests.reference import recorded_inputs
 
 EITHER_QUESTION = "When does the ferry leave, and what did the lamp burn?"
@@ -128,6 +129,24 @@ async def test_missing_caches_may_be_errors(llm: KVMemoryLLM) -> None:
             engine.query("walrus")
         with pytest.raises(CacheNotFoundError):
             await engine.aquery("walrus")
+
+
+@pytest.mark.parametrize("on_missing", ["text", "compress"])
+def test_a_damaged_cache_is_answered_from_the_node(tmp_path: Path, wide: Any, on_missing: OnMissing) -> None:
+    """The store does not keep the text; the application has it."""
+    with open_memory(tmp_path / "no-texts", wide, keep_text=False) as memory:
+        memory.add([("ferry", FERRY), ("lamp", LAMP)])
+        blob = blob_of(memory, "ferry")
+        blob.write_bytes(b"\0" * blob.stat().st_size)
+        synthesizer = KVMemorySynthesizer(KVMemoryLLM(memory, max_tokens=6), on_missing=on_missing)
+        nodes = [NodeWithScore(node=node) for node in two_nodes()[:1]]
+        with recorded_texts(wide) as texts:
+            synthesizer.synthesize(FERRY_QUESTION, nodes)
+        assert FERRY in "".join(texts)
+        assert memory.stats().n_quarantined == 1 and memory.reader.sound(FERRY)
+        with recorded_texts(wide) as texts:
+            synthesizer.synthesize(FERRY_QUESTION, nodes)
+        assert texts == [prompt_of(wide, FERRY_QUESTION)]  # it was made again
 
 
 def test_nodes_without_text_are_left_out(llm: KVMemoryLLM, wide: Any) -> None:

@@ -1,0 +1,175 @@
+"""`kv-memory job`: what it prints, its exit codes, its events, and Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from kv_memory.cli import app
+from kv_memory.cli.app import _JOB_COMMANDS
+from tests.cli.ran import Ran
+
+KV = Callable[..., Ran]
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for number in range(5):
+        (folder / f"{number}.txt").write_text(f"Pier {number} has a ferry.")
+    return folder
+
+
+def events(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+@pytest.mark.parametrize(("name", "lines"), [(name, lines) for name, _, lines in _JOB_COMMANDS])
+def test_help_shows_examples_that_are_valid_usage(kv: KV, name: str, lines: tuple[str, ...]) -> None:
+    done = kv("job", name, "--help")
+    assert done.code == 0 and "--json" in done.out
+    group = typer.main.get_command(app).commands["job"]  # type: ignore[attr-defined]
+    for line in lines:
+        assert line in done.out
+        words = shlex.split(line)
+        assert words[:3] == ["kv-memory", "job", name]
+        assert group.commands[name].make_context(name, words[3:]).params
+
+
+def test_help_loads_no_model_library() -> None:
+    script = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from kv_memory.cli import app\n"
+        "for name in ('run', 'list', 'show', 'resume', 'cancel'):\n"
+        "    assert CliRunner().invoke(app, ['job', name, '--help']).exit_code == 0\n"
+        "print(*({'torch', 'transformers', 'peft', 'sqlalchemy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+def test_the_driver_loads_no_torch(kv: KV, notes: Path, quick: list[str], tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from kv_memory.cli import main\n"
+        f"sys.argv = ['kv-memory', 'job', 'run', 'notes', *{quick!r}]\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        "print('LOADED', *({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rpartition("LOADED")[2].split() == []
+
+
+def test_run_list_show_and_ask(kv: KV, notes: Path, quick: list[str]) -> None:
+    (notes / "5.txt").write_bytes(b"\0")
+    done = kv("job", "run", "notes", "--name", "nightly", *quick)
+    assert done.code == 1  # a document failed
+    assert "5 added, 0 replaced, 0 unchanged, 1 failed" in done.out
+    assert "Failed: " in done.err and "5.txt: a NUL byte" in done.err
+    assert "`kv-memory job resume nightly --retry-failed`" in done.err
+    listed = kv("job", "list").out.splitlines()
+    assert listed[1].split()[:5] == ["nightly", "done", "5", "0", "1"]
+    (job,) = kv("job", "list", "--json").json["jobs"]
+    assert (job["job"], job["state"], job["done"], job["failed"]) == ("nightly", "done", 5, 1)
+    shown = kv("job", "show", "nightly")
+    assert "5 done, 0 in hand, 0 to do, 1 failed, 0 cancelled" in shown.out and "a NUL byte" in shown.out
+    found = kv("job", "show", "nightly", "--json").json
+    assert found["failed_documents"][0]["error"]["error"] == "BinaryDocumentError"
+    assert kv("ask", "Which ferry?", "--json").json["sources"]
+    # Resumed, the failed one is left alone; retried and mended, it is done.
+    assert kv("job", "resume", "nightly").code == 1
+    (notes / "5.txt").write_text("Mended.")
+    again = kv("job", "resume", "--retry-failed")
+    assert again.code == 0 and "6 added" in again.out
+    assert kv("job", "resume").code == 1  # nothing is left to go on with
+    cancelled = kv("job", "cancel", "nightly")
+    assert cancelled.code == 1 and "this job is done" in cancelled.err
+
+
+def test_events_are_one_json_object_a_line(kv: KV, notes: Path, quick: list[str]) -> None:
+    done = kv("job", "run", "notes", "--json", *quick)
+    assert done.code == 0, done.err
+    told = events(done.out)
+    assert told[0]["event"] == "started"
+    assert {event["event"] for event in told} == {"started", "progress", "ended"}
+    last = told[-1]
+    assert (last["event"], last["added"], last["failed"], last["state"]) == ("ended", 5, 0, "done")
+    assert {"documents_per_s", "tokens_per_s", "left_s", "failed", "total"} <= told[1].keys()
+
+
+def test_sync(kv: KV, notes: Path, quick: list[str]) -> None:
+    first = kv("job", "run", "--sync", "notes", *quick)
+    assert first.code == 0 and "5 added" in first.out
+    (notes / "0.txt").unlink()
+    (notes / "1.txt").write_text("Pier 1 is closed.")
+    second = kv("job", "run", "--sync", "notes", "--json")
+    last = events(second.out)[-1]
+    assert (last["replaced"], last["deleted"], last["unchanged"]) == (1, 1, 3)
+    third = kv("job", "run", "--sync", "notes", "--json")
+    told = events(third.out)
+    assert (told[-1]["replaced"], told[-1]["deleted"], told[-1]["unchanged"]) == (0, 0, 4)
+    assert all(event["n_workers"] == 0 for event in told if event["event"] == "progress")  # no model was loaded
+    assert len(kv("list", "--json").json["documents"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (["run"], 2, "either sources or a folder to sync must be named"),
+        (["run", "nothing.txt"], 1, "no such file or folder"),
+        (["run", "notes", "--keep-ratio", "3"], 2, "keep_ratio must lie in"),
+        (["run", "notes", "--engine", "steam"], 2, "--engine must be"),
+        (["run", "notes", "--encoding", "nonsense"], 2, "unknown text encoding"),
+        (["run", "sql:sqlite:///x.db"], 2, "needs a query"),
+        (["list"], 1, "there is no store"),
+        (["show", "x"], 1, "there is no store"),
+        (["run", "notes", "--workers", "0"], 2, ""),
+    ],
+)
+def test_wrong_usage(kv: KV, notes: Path, tmp_path: Path, args: list[str], code: int, said: str) -> None:
+    done = kv("job", *args)
+    assert done.code == code and said in done.err
+    if "steam" not in args:
+        assert not (tmp_path / "kv-memory-store").exists()
+
+
+def test_an_unknown_job(kv: KV, store: Path) -> None:
+    done = kv("job", "show", "x")
+    assert done.code == 1 and "no job 'x'" in done.err
+    assert "No jobs." in kv("job", "list").out
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_the_job_resumable_and_says_how(
+    process: Start, kv: KV, notes: Path, tmp_path: Path, quick: list[str]
+) -> None:
+    for number in range(150):
+        (notes / f"{number}.txt").write_text(f"Pier {number} has a ferry. " * 8)
+    with process("job", "run", "notes", "--name", "j", "--json", *quick, cwd=tmp_path) as ran:
+        assert ran.stdout
+        for line in ran.stdout:
+            event = json.loads(line)
+            if event["event"] == "progress" and event["done"]:
+                break
+        ran.send_signal(signal.SIGINT)
+        out, err = ran.communicate(timeout=60)
+    assert ran.returncode == 130, err
+    last = json.loads(out.splitlines()[-1])
+    assert "`kv-memory job resume j` goes on" in last["error"]["next_step"]
+    (job,) = kv("job", "list", "--json").json["jobs"]
+    assert job["state"] == "interrupted" and 0 < job["done"] < 150 and job["running"] == 0
+    done = kv("job", "resume")
+    assert done.code == 0 and "150 added" in done.out

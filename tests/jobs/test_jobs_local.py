@@ -1,0 +1,184 @@
+"""Worker processes that are killed, and drivers that are. All of them are real."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kv_memory.errors import ConfigError, ModelNotFoundError, WorkerDiedError
+from kv_memory.jobs import Job, Ledger
+from kv_memory.jobs.local import LocalEngine, threads_of
+from kv_memory.jobs.progress import Event, Progress, WorkerEnded
+from kv_memory.jobs.run import drive
+from kv_memory.store import Store
+from tests.jobs.conftest import write_notes
+from tests.jobs.odd_driver import ODD_WORKER
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+Make = Callable[..., Job]
+DRIVER = str(Path(__file__).with_name("odd_driver.py"))
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where odd workers write down what they compress."""
+    path = tmp_path / "log"
+    path.touch()
+    monkeypatch.setenv("ODD_LOG", str(path))
+    return path
+
+
+def twice(log: Path) -> int:
+    """How many texts were compressed once more although their cache was stored."""
+    stored: set[str] = set()
+    again: set[str] = set()
+    for line in log.read_text().splitlines():
+        word, _, sha = line.split()
+        if word == "begun" and sha in stored:
+            again.add(sha)
+        if word == "stored":
+            stored.add(sha)
+    return len(again)
+
+
+def assert_all_there(store: Store, n: int) -> None:
+    assert len(store.documents()) == n
+    texts = Counter(info.text_sha256 for info in store.caches())
+    assert len(texts) == n and set(texts.values()) == {1}  # exactly one cache each
+    report = store.check()
+    assert not report.damaged and not report.missing and not report.unreferenced
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_replaced(
+    store: Store, new_job: Make, notes: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ODD_SLEEP_S", "0.2")
+    write_notes(notes, 24)
+    engine = LocalEngine(store.path, n_workers=2, command=ODD_WORKER)
+    killed: list[int] = []
+    events: list[Event] = []
+
+    def kill(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Progress) and event.done >= 2 and not killed:
+            killed.append(engine.pids[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    ended = drive(store, new_job(notes), engine, on_event=kill)
+    assert (ended.added, ended.failed) == (24, 0)
+    (died,) = (event for event in events if isinstance(event, WorkerEnded))
+    assert died.reason == "killed by SIGKILL"
+    assert len({line.split()[1] for line in log.read_text().splitlines()}) >= 2
+    assert max(event.n_workers for event in events if isinstance(event, Progress)) == 2
+    assert_all_there(store, 24)
+    assert twice(log) == 0
+    assert engine.pids == []
+    job = Ledger(store).jobs()[0]
+    assert job.fingerprint == store.caches()[0].fingerprint
+
+
+@pytest.mark.slow
+def test_poison_fails_after_so_many_attempts_and_stops_nobody_else(
+    store: Store, new_job: Make, notes: Path, log: Path
+) -> None:
+    (notes / "0005.txt").write_text("This is poison to whoever reads it. " * 9)  # the longest, so it comes first
+    job = new_job(notes, name="j", max_attempts=2)
+    ended = drive(store, job, LocalEngine(store.path, command=ODD_WORKER))
+    assert (ended.added, ended.failed) == (11, 1)
+    ((_, failed),) = Ledger(store).failed(job)
+    assert failed.attempts == 2
+    assert failed.error["error"] == "WorkerDiedError" and "SIGKILL" in str(failed.error["what"])
+    assert twice(log) == 0
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed(
+    store: Store, new_job: Make, notes: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ODD_SLEEP_S", "0.3")
+    write_notes(notes, 16)
+    job, ledger = new_job(notes, name="j"), Ledger(store)
+    command = [sys.executable, DRIVER, str(store.path), "j", "1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as driver:
+        wait_for(lambda: ledger.counts(job).done >= 2)
+        driver.kill()
+    wait_for(lambda: ledger.job("j").state == "interrupted")
+    # Its worker ends after the document in hand.
+    wait_for(lambda: ledger.counts(job).running == 0)
+    n_done = ledger.counts(job).done
+    time.sleep(0.5)
+    assert ledger.counts(job).done == n_done < 16
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(done.stdout)["added"] == 16
+    assert_all_there(store, 16)
+    begun = [line.split()[2] for line in log.read_text().splitlines() if line.startswith("begun")]
+    assert len(begun) == len(set(begun)) == 16  # not even the one in hand
+
+
+def test_a_model_that_is_misspelt_is_told_at_once_and_leaves_no_job(
+    store: Store, new_job: Make, notes: Path, settings: Any, ledger: Ledger
+) -> None:
+    job = new_job(notes, memory={**settings.memory, "model": str(notes / "no-such-model")})
+    with pytest.raises(ModelNotFoundError, match="no-such-model"):
+        drive(store, job, LocalEngine(store.path))
+    assert ledger.jobs() == []
+
+
+def test_workers_that_die_before_they_have_a_document_are_not_started_for_ever(
+    store: Store, new_job: Make, notes: Path, ledger: Ledger
+) -> None:
+    command = (sys.executable, "-c", "import sys; print('no room', file=sys.stderr); sys.exit(7)")
+    with pytest.raises(WorkerDiedError, match=r"10 workers have died.*exit code 7: no room"):
+        drive(store, new_job(notes, name="j"), LocalEngine(store.path, command=command))
+    assert ledger.job("j").state == "interrupted"
+    assert ledger.counts(ledger.job("j")).pending == 12
+
+
+def test_a_worker_that_does_not_listen_is_killed(
+    store: Store, new_job: Make, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kv_memory.jobs.local._PATIENCE_S", 0.2)
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(99)"
+    engine = LocalEngine(store.path, command=(sys.executable, "-c", code))
+    engine.tend(new_job(notes), n_open=1)
+    wait_for(lambda: engine._processes[0].said.seek(0, os.SEEK_END) > 0)
+    (end,) = engine.stop()
+    assert end.died and end.reason == "killed by SIGKILL"
+
+
+def test_threads_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert [threads_of(n) for n in (1, 2, 3, 8, 99)] == [8, 4, 2, 1, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert [threads_of(n) for n in (1, 2, 4)] == [3, 3, 2]
+
+
+def test_no_more_workers_than_documents(store: Store, new_job: Make, notes: Path) -> None:
+    command = (sys.executable, "-c", "import time; time.sleep(99)")
+    engine = LocalEngine(store.path, n_workers=4, command=command)
+    engine.tend(new_job(notes), n_open=0)
+    assert engine.n_workers() == 0
+    engine.tend(new_job(notes), n_open=2)
+    assert engine.n_workers() == 2
+    engine.stop()
+    with pytest.raises(ConfigError, match="at least 1 worker"):
+        LocalEngine(store.path, n_workers=0)
+
+
+def wait_for(condition: Callable[[], bool], *, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
