@@ -63,7 +63,7 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
     (
         "export",
         export,
-        ("kv-memory export notes.tar", "kv-memory export - --collection team-a | ssh laptop kv-memory import -"),
+        ("kv-memory export notes.tar", "kv-memory export team-a.tar --collection team-a"),
     ),
     (
         "import",

@@ -73,8 +73,8 @@ def current(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> 
     """Tell the version of the store's tables, and that of this package."""
     with reporting(as_json=as_json) as out:
         from kv_memory.store.catalog import Catalog
-        from kv_memory.store.schema import SCHEMA_HEAD
         from kv_memory.store.opening import catalog_of
+        from kv_memory.store.schema import SCHEMA_HEAD
 
         where = catalog_of(store)
         revision = Catalog.revision_at(where)

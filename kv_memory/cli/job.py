@@ -111,6 +111,7 @@ def run(
     cost a hash.
     """
     with reporting(as_json=as_json) as out:
+        out.one_line = True
         given = given_settings(
             model=model,
             adapter=adapter,
@@ -162,6 +163,7 @@ def resume(
     What is done is not done again.
     """
     with reporting(as_json=as_json) as out:
+        out.one_line = True
         with out.working("Starting"):
             from kv_memory.jobs import Ledger
             from kv_memory.store import Store

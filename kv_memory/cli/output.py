@@ -73,13 +73,18 @@ class Output:
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
+        self.one_line = False  # each JSON object, also for people
         self.stopped = "Nothing was changed."
         self._out = _console(stderr=False)
         self.notes = _console(stderr=True)
 
     def json(self, value: Any) -> None:
         """Print the one JSON object of a command."""
-        print(json.dumps(plain(value), ensure_ascii=False, indent=2 if sys.stdout.isatty() else None))
+        print(
+            json.dumps(
+                plain(value), ensure_ascii=False, indent=2 if sys.stdout.isatty() and not self.one_line else None
+            )
+        )
 
     def line(self, text: str = "", *, style: str | None = None) -> None:
         """Print a line of the result."""

@@ -10,20 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import CursorResult, delete, func, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from kv_memory.errors import JobError, JobNotFoundError
 from kv_memory.jobs.item import SourceItem, duplicate_error
 from kv_memory.jobs.records import Counts, FailedTask, Job, JobSettings, Task
+from kv_memory.jobs.roll import count_of, locks_reach
 from kv_memory.store import Store
 from kv_memory.store.schema import CollectionRow, JobRow, TaskRow, utc_now
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Ledger"]
 
@@ -38,8 +34,7 @@ class Ledger:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._catalog = store.catalog
-        # A name held by a process tells that it lives, where the system's locks reach it; elsewhere leases alone do.
-        self._locks_reach = self._catalog.dialect == "postgresql" or hasattr(fcntl, "F_OFD_SETLK")
+        self._locks_reach = locks_reach(self._catalog)
 
     # jobs
 
@@ -127,7 +122,7 @@ class Ledger:
         with self._catalog.write() as session:
             done = update(JobRow).where(JobRow.id == job.id, JobRow.state == "running")
             result = session.execute(done.values(state="done", finished_at=now, updated_at=now))
-            return _count(result) > 0
+            return count_of(result) > 0
 
     def reopen(self, job: Job, *, retry_failed: bool = False) -> Job:
         """Let a job go on. What nobody has in hand any more is pending again.
@@ -151,7 +146,7 @@ class Ledger:
             if retry_failed:
                 failed = (TaskRow.job_id == job.id) & (TaskRow.state == "failed")
                 # Never tried: what was found wrong before a worker had it.
-                if _count(session.execute(delete(TaskRow).where(failed, TaskRow.attempts == 0))):
+                if count_of(session.execute(delete(TaskRow).where(failed, TaskRow.attempts == 0))):
                     again["discovered"] = False
                 retried = update(TaskRow).where(failed)
                 session.execute(retried.values(state="pending", attempts=0, error=None, worker=None, updated_at=now))
@@ -173,7 +168,7 @@ class Ledger:
             result = session.execute(left.values(state="cancelled", worker=None, updated_at=now))
             ended = update(JobRow).where(JobRow.id == job.id, JobRow.state == "running")
             session.execute(ended.values(state="cancelled", finished_at=now, updated_at=now))
-            return _count(result)
+            return count_of(result)
 
     def forget(self, job: Job) -> None:
         """Remove a job with its tasks."""
@@ -277,37 +272,6 @@ class Ledger:
                 for row in session.scalars(wanted)
             ]
 
-    # workers that died
-
-    @contextmanager
-    def living(self, worker: str) -> Iterator[None]:
-        """A context in which others can see that this worker lives."""
-        with self._catalog.hold(f"worker {worker}"):
-            yield
-
-    def free_dead(self, job: Job) -> int:
-        """Free the tasks of workers that do not live any more, and those with expired leases; returns how many."""
-        running = select(TaskRow.worker).where(TaskRow.job_id == job.id, TaskRow.state == "running").distinct()
-        with self._catalog.read() as session:
-            workers = [worker for worker in session.scalars(running) if worker is not None]
-        dead = [worker for worker in workers if not self._lives(worker)]
-        return sum(self.free(job, worker, "its process is gone") for worker in dead) + self.expire(job)
-
-    def free(self, job: Job, worker: str, reason: str) -> int:
-        """Free the tasks of a worker that is known dead; returns how many. Too many attempts make them failed."""
-        with self._catalog.write(alone=False) as session:
-            return self._give_up(session, job, TaskRow.worker == worker, reason)
-
-    def release_all(self, job: Job, prefix: str) -> int:
-        """Free the tasks of workers that were stopped on purpose, by how their names begin; no attempt is counted."""
-        # Not LIKE, to which an underscore in the name of a machine would be any letter.
-        whose = func.substr(TaskRow.worker, 1, len(prefix)) == prefix
-        held = update(TaskRow).where(TaskRow.job_id == job.id, TaskRow.state == "running", whose)
-        left = {"worker": None, "lease_expires_at": None, "updated_at": utc_now()}
-        with self._catalog.write(alone=False) as session:
-            again = held.values(state="pending", attempts=TaskRow.attempts - 1, **left)
-            return _count(session.execute(again.execution_options(synchronize_session=False)))
-
     def pending_range(self, job: Job) -> tuple[int, int] | None:
         """The lowest and the highest number of the tasks to do; None if there is none."""
         ends = select(func.min(TaskRow.id), func.max(TaskRow.id)).where(
@@ -326,37 +290,6 @@ class Ledger:
         )
         with self._catalog.read() as session:
             return [Task(**row._mapping) for row in session.execute(wanted)]
-
-    def expire(self, job: Job) -> int:
-        """Free the tasks whose workers have not renewed their leases; returns how many."""
-        expired = TaskRow.lease_expires_at < utc_now()
-        due = select(TaskRow.id).where(TaskRow.job_id == job.id, TaskRow.state == "running", expired).limit(1)
-        with self._catalog.read() as session:
-            if session.scalar(due) is None:
-                return 0
-        with self._catalog.write(alone=False) as session:
-            return self._give_up(session, job, expired, "its lease has expired")
-
-    def _give_up(self, session: Session, job: Job, whose: Any, reason: str) -> int:
-        held = update(TaskRow).where(TaskRow.job_id == job.id, TaskRow.state == "running", whose)
-        error = {
-            "error": "WorkerDiedError",
-            "what": f"every worker that had this document died, at last: {reason}",
-            "where": None,
-            "next_step": "It may be too large for the memory, or crash the model. Leave it out, or try again with "
-            f"`kv-memory job resume {job.name} --retry-failed`.",
-        }
-        now, most = utc_now(), job.settings.max_attempts
-        left = {"worker": None, "lease_expires_at": None, "updated_at": now}
-        failed = held.where(TaskRow.attempts >= most).values(state="failed", error=error, **left)
-        again = held.where(TaskRow.attempts < most).values(state="pending", **left)
-        return _count(session.execute(failed)) + _count(session.execute(again))
-
-    def _lives(self, worker: str) -> bool:
-        if not self._locks_reach:
-            return True  # its lease will tell
-        with self._catalog.hold(f"worker {worker}", wait=False) as had:
-            return not had
 
     # rows
 
@@ -383,8 +316,3 @@ class Ledger:
 
 _SUMMED = ("n_passages", "n_tokens", "cache_bytes", "full_kv_bytes", "priority")
 _COLUMNS = set(JobRow.__table__.columns.keys())
-
-
-def _count(result: Any) -> int:
-    assert isinstance(result, CursorResult)
-    return result.rowcount

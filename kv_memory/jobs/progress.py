@@ -127,10 +127,14 @@ class Speedometer:
 
     def __init__(self, *, window_s: float = 60.0) -> None:
         self._window_s = window_s
+        self._begun = False
         self._seen: deque[tuple[float, int, int, int]] = deque()
 
     def see(self, now_s: float, counts: Counts) -> None:
         """Look at the counts at a time."""
+        if len(self._seen) == 1 and not self._begun:
+            self._seen.clear()  # the time in which models are loaded is not that of documents
+        self._begun = self._begun or bool(counts.running)
         self._seen.append((now_s, counts.done + counts.failed, counts.n_tokens, counts.done_bytes))
         while len(self._seen) > 2 and now_s - self._seen[1][0] > self._window_s:
             self._seen.popleft()

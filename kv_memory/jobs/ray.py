@@ -2,7 +2,7 @@
 
 Rows are `{number, document_id, uri}`: which document, never its text. An actor holds the model, writes caches straight
 into the store and gives back a row of a few bytes. The ledger stays the checkpoint: Ray Data's own wants sources and
-sinks that are files on a shared disk, and keeps all ids in memory. When an actor dies, Ray gives its rows to another one,
+sinks that are files on a shared disk, and keeps all ids in memory. When an actor dies, Ray gives its rows to another,
 which finds in the ledger what was done of them.
 """
 
@@ -25,6 +25,7 @@ from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.local import threads_of
 from kv_memory.jobs.names import worker_name
 from kv_memory.jobs.records import Job, TaskResult
+from kv_memory.jobs.roll import Roll
 from kv_memory.store import Store
 
 __all__ = ["RayEngine"]
@@ -67,6 +68,7 @@ class RayEngine:
             ) from error
         self._store = store
         self._ledger = Ledger(store)
+        self._roll = Roll(store)
         self._most = n_workers
         self._n_gpus = n_gpus
         self._lease_s = lease_s
@@ -74,6 +76,7 @@ class RayEngine:
         self._ours = not ray.is_initialized()
         if self._ours:
             options: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns of what Ray Data does by itself
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         n_machines = sum(node["Alive"] for node in ray.nodes())
         if n_machines > 1 and store.catalog.dialect == "sqlite":
@@ -98,7 +101,7 @@ class RayEngine:
                 self._run = _Run(self._dataset(job, *found), self._name)
                 self._run.start()
             else:
-                self._ledger.free_dead(job)  # nobody else would, before the leases run out
+                self._roll.free_dead(job)  # nobody else would, before the leases run out
         return ended
 
     def n_workers(self) -> int:
@@ -114,7 +117,7 @@ class RayEngine:
             self._run = None
         self._shut_down()
         for job in self._ledger.jobs():
-            self._ledger.release_all(job, self._name)
+            self._roll.release_all(job, self._name)
         return []
 
     def _is_settled(self, n_open: int) -> bool:
@@ -250,7 +253,7 @@ class _Actor:
             self._open()
         task = self._claims.claim(number)
         if task is None:
-            self._ledger.free_dead(self._job)  # an actor that died may have had it
+            self._roll.free_dead(self._job)  # an actor that died may have had it
             task = self._claims.claim(number)
         if task is None:
             return "skipped"
@@ -275,12 +278,12 @@ class _Actor:
         torch.set_num_threads(self._n_threads)
         path, collection, name = self._place
         store = self._stack.enter_context(Store.open(Path(path), collection=collection, create=False))
-        self._ledger = Ledger(store)
-        self._stack.enter_context(self._ledger.living(self._name))
-        self._job = self._ledger.job(name)
+        ledger, self._roll = Ledger(store), Roll(store)
+        self._stack.enter_context(self._roll.living(self._name))
+        self._job = ledger.job(name)
         self._intake = make_intake(store, self._job)
         if self._job.fingerprint != self._intake.fingerprint.digest:
-            self._ledger.set_fingerprint(self._job, self._intake.fingerprint.digest)
+            ledger.set_fingerprint(self._job, self._intake.fingerprint.digest)
         if store.settings() != self._job.settings.memory:
             store.update_settings(self._job.settings.memory)
         self._claims = Claims(store, self._job.id, self._name, lease_s=self._lease_s)

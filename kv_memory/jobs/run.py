@@ -27,6 +27,7 @@ from kv_memory.jobs.progress import (
     WorkerEnded,
 )
 from kv_memory.jobs.records import Counts, Job, JobSettings
+from kv_memory.jobs.roll import Roll
 from kv_memory.jobs.sources import name_of, parse_sources
 from kv_memory.jobs.sources.files import FileSource
 from kv_memory.jobs.sources.rows import Fields
@@ -131,7 +132,7 @@ def drive(
     with ledger.driving(job):
         job = ledger.reopen(job, retry_failed=retry_failed)
         if resumed:
-            ledger.free_dead(job)
+            Roll(store).free_dead(job)
         names = tuple(map(name_of, job.sources["items"]))
         on_event(JobStarted(job=job.name, sources=names, resumed=resumed))
         driver = _Driver(store, ledger, job, engine, on_event)
@@ -148,6 +149,7 @@ class _Driver:
         self, store: Store, ledger: Ledger, job: Job, engine: Engine, on_event: Callable[[Event], None]
     ) -> None:
         self._ledger = ledger
+        self._roll = Roll(store)
         self._job = job
         self._engine = engine
         self._on_event = on_event
@@ -167,7 +169,7 @@ class _Driver:
             if self._discovery is not None:
                 self._discovery.stop()
             for end in self._engine.stop():
-                self._ledger.free(self._job, end.worker, end.reason)
+                self._roll.free(self._job, end.worker, end.reason)
         if state == "running":
             self._ledger.finish(self._job)
         ended = self._ended(time.monotonic() - start_s)
@@ -209,7 +211,7 @@ class _Driver:
         if counts.done + counts.failed > self._progress:
             self._progress, self._strikes = counts.done + counts.failed, 0
         for end in self._engine.tend(self._job, n_open=wanted):
-            freed = self._ledger.free(self._job, end.worker, end.reason)
+            freed = self._roll.free(self._job, end.worker, end.reason)
             if end.error is not None:
                 raise _raised(end)
             self._strikes = 0 if freed else self._strikes + 1
@@ -223,7 +225,7 @@ class _Driver:
                     next_step="If the system has killed them, there may be too little memory: take fewer --workers or "
                     f"a smaller model. Go on with `kv-memory job resume {self._job.name}`.",
                 )
-        self._ledger.expire(self._job)
+        self._roll.expire(self._job)
 
     def _tell(self, counts: Counts, now_s: float, elapsed_s: float, *, discovered: bool) -> None:
         self._speed.see(now_s, counts)

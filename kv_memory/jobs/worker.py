@@ -20,19 +20,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from kv_memory.errors import KVMemoryError, StoreError
+from kv_memory.errors import KVMemoryError, StoreConnectionError, StoreError, StoreLockedError
 from kv_memory.intake import Intake
 from kv_memory.jobs.claims import LEASE_S, Claims, Renewer
 from kv_memory.jobs.item import SourceItem
 from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.records import FailedResult, Job, Task, TaskResult
+from kv_memory.jobs.roll import Roll
 from kv_memory.jobs.sources import Sources
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
 
-__all__ = ["BROKEN", "FATAL", "Stopped", "do_one", "error_of", "main", "make_intake", "work"]
+__all__ = ["BROKEN", "BUSY", "FATAL", "Stopped", "do_one", "error_of", "main", "make_intake", "work"]
 
 FATAL = 3  # exit code: the error on standard output is not that of a document
+BUSY = 5  # exit code: the store does not answer, which may pass; a new worker takes the place
 BROKEN = 4  # exit code: the GPU's driver has given this process up
 _IDLE_S = 0.05, 0.5
 
@@ -169,6 +171,9 @@ def main(arguments: list[str] | None = None) -> int:
         _run(args)
     except Stopped:
         return 0
+    except (StoreConnectionError, StoreLockedError) as error:
+        print(error.what, file=sys.stderr)
+        return BUSY
     except Exception as error:
         print(json.dumps(error_of(error)), flush=True)
         return FATAL
@@ -178,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     with Store.open(args.store, collection=args.collection, create=False) as store:
         ledger = Ledger(store)
-        with ledger.living(args.worker):
+        with Roll(store).living(args.worker):
             job = ledger.job(args.job)
             intake = make_intake(store, job, device=_device(args.number, args.threads))
             if job.fingerprint != intake.fingerprint.digest:

@@ -60,6 +60,7 @@ def test_help_loads_no_model_library() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
+@pytest.mark.slow
 def test_the_driver_loads_no_torch(kv: KV, notes: Path, quick: list[str], tmp_path: Path) -> None:
     script = (
         "import sys\n"
@@ -73,6 +74,7 @@ def test_the_driver_loads_no_torch(kv: KV, notes: Path, quick: list[str], tmp_pa
     assert done.stdout.rpartition("LOADED")[2].split() == []
 
 
+@pytest.mark.slow
 def test_run_list_show_and_ask(kv: KV, notes: Path, quick: list[str]) -> None:
     (notes / "5.txt").write_bytes(b"\0")
     done = kv("job", "run", "notes", "--name", "nightly", *quick)
@@ -99,6 +101,7 @@ def test_run_list_show_and_ask(kv: KV, notes: Path, quick: list[str]) -> None:
     assert cancelled.code == 1 and "this job is done" in cancelled.err
 
 
+@pytest.mark.slow
 def test_events_are_one_json_object_a_line(kv: KV, notes: Path, quick: list[str]) -> None:
     done = kv("job", "run", "notes", "--json", *quick)
     assert done.code == 0, done.err
@@ -110,6 +113,7 @@ def test_events_are_one_json_object_a_line(kv: KV, notes: Path, quick: list[str]
     assert {"documents_per_s", "tokens_per_s", "left_s", "failed", "total"} <= told[1].keys()
 
 
+@pytest.mark.slow
 def test_sync(kv: KV, notes: Path, quick: list[str]) -> None:
     first = kv("job", "run", "--sync", "notes", *quick)
     assert first.code == 0 and "5 added" in first.out

@@ -17,6 +17,7 @@ from kv_memory.jobs import JobSettings, Ledger
 from kv_memory.jobs.claims import Claims, Renewer
 from kv_memory.jobs.item import SourceItem
 from kv_memory.jobs.records import FailedResult, Job, TaskResult
+from kv_memory.jobs.roll import Roll
 from kv_memory.store import Store
 from kv_memory.store.schema import TaskRow, utc_now
 
@@ -176,9 +177,9 @@ def test_a_document_whose_lease_has_expired_goes_to_somebody_else(either_store: 
     slow, quick = Claims(either_store, job.id, "slow"), Claims(either_store, job.id, "quick")
     task = slow.claim()
     assert task is not None and quick.claim() is None
-    assert ledger.expire(job) == 0
+    assert Roll(either_store).expire(job) == 0
     expire(either_store)
-    assert ledger.expire(job) == 1
+    assert Roll(either_store).expire(job) == 1
     again = quick.claim()
     assert again is not None and again.attempts == 2
     # The slow one comes back: its result is refused, the other one's counts.
@@ -194,7 +195,7 @@ def test_attempts_are_bounded(either_store: Store) -> None:
     for attempt in range(2):
         task = Claims(either_store, job.id, f"w{attempt}").claim()
         assert task is not None
-        assert ledger.free(job, f"w{attempt}", "killed by SIGKILL") == 1
+        assert Roll(either_store).free(job, f"w{attempt}", "killed by SIGKILL") == 1
     ((_, failed),) = ledger.failed(job)
     assert failed.attempts == 2
     assert failed.error["error"] == "WorkerDiedError" and "SIGKILL" in str(failed.error["what"])
@@ -217,13 +218,13 @@ def test_giving_a_document_back_is_no_attempt(either_store: Store) -> None:
 def test_the_dead_are_known_by_the_name_they_no_longer_hold(either_store: Store) -> None:
     ledger, job = Ledger(either_store), job_of(either_store, 2)
     living, dead = Claims(either_store, job.id, "living"), Claims(either_store, job.id, "dead")
-    with ledger.living("living"):
+    with Roll(either_store).living("living"):
         assert living.claim() is not None
         assert dead.claim() is not None
-        assert ledger.free_dead(job) == 1
+        assert Roll(either_store).free_dead(job) == 1
         counts = ledger.counts(job)
         assert (counts.running, counts.pending) == (1, 1)
-    assert ledger.free_dead(job) == 1
+    assert Roll(either_store).free_dead(job) == 1
 
 
 def test_a_lease_is_renewed_while_a_long_document_is_read(store: Store) -> None:
@@ -239,7 +240,7 @@ def test_a_lease_is_renewed_while_a_long_document_is_read(store: Store) -> None:
     with Renewer(claims, lease_s=0.4) as renewer:
         renewer.task = task
         time.sleep(1.0)
-    assert Ledger(store).expire(job) == 0
+    assert Roll(store).expire(job) == 0
     assert lease() != before
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from kv_memory.errors import ConfigError, ModelNotFoundError, WorkerDiedError
-from kv_memory.jobs import Job, Ledger
+from kv_memory.jobs import Job, JobSettings, Ledger
 from kv_memory.jobs.local import LocalEngine, threads_of
 from kv_memory.jobs.progress import Event, Progress, WorkerEnded
-from kv_memory.jobs.run import drive
+from kv_memory.jobs.run import JobRequest, create_job, drive
 from kv_memory.store import Store
 from tests.jobs.conftest import write_notes
 from tests.jobs.odd_driver import ODD_WORKER
@@ -126,6 +126,7 @@ def test_a_driver_that_is_killed(
     assert len(begun) == len(set(begun)) == 16  # not even the one in hand
 
 
+@pytest.mark.slow
 def test_a_model_that_is_misspelt_is_told_at_once_and_leaves_no_job(
     store: Store, new_job: Make, notes: Path, settings: Any, ledger: Ledger
 ) -> None:
@@ -182,3 +183,25 @@ def wait_for(condition: Callable[[], bool], *, timeout_s: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.postgres
+def test_a_job_whose_ledger_is_in_postgresql(
+    tmp_path: Path, postgres_url: str, settings: JobSettings, notes: Path, log: Path
+) -> None:
+    url = f"{postgres_url}{'&' if '?' in postgres_url else '?'}schema=jobs_{os.getpid()}"
+    with Store.open(tmp_path / "shared", catalog=url) as store:
+        killed: list[int] = []
+        engine = LocalEngine(store.path, n_workers=2, command=ODD_WORKER)
+
+        def kill(event: Event) -> None:
+            if isinstance(event, Progress) and event.done >= 1 and not killed:
+                killed.append(engine.pids[0])
+                os.kill(killed[0], signal.SIGKILL)
+
+        write_notes(notes, 60)
+        ended = drive(store, create_job(store, JobRequest(sources=[str(notes)]), settings), engine, on_event=kill)
+        assert (ended.added, ended.failed, len(killed)) == (60, 0, 1)
+        assert_all_there(store, 60)
+        assert twice(log) == 0

@@ -79,10 +79,8 @@ def test_an_actor_that_is_killed_is_replaced(store: Store, new_job: Make, notes:
     job, ledger = new_job(notes), Ledger(store)
     driver = start(store, job)
     wait_for(lambda: ledger.counts(job).done >= 3, timeout_s=120)
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            if entry.read_bytes().startswith(b"ray::") and b"_Actor" in entry.read_bytes() and _is_below(entry, driver):
-                os.kill(int(entry.parent.name), signal.SIGKILL)
+    killed = [pid for pid in actors_of(driver) if not os.kill(pid, signal.SIGKILL)]
+    assert len(killed) == 1
     assert ended(driver)["added"] == 120
     assert_all_there(store, 120)
 
@@ -104,17 +102,22 @@ def test_a_driver_that_is_killed_and_resumed(store: Store, new_job: Make, notes:
     assert_all_there(store, 120)
 
 
-def _is_below(entry: Path, driver: subprocess.Popen[str]) -> bool:
-    """Whether a process belongs to this driver's cluster: processes of others on this machine are not ours to kill."""
-    return os.getsid(int(entry.parent.name)) == os.getsid(driver.pid) or _ancestor(entry.parent, driver.pid)
+def actors_of(driver: subprocess.Popen[str]) -> list[int]:
+    """The processes of our actors; those of other clusters on this machine are not ours to kill."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            name = (entry / "cmdline").read_bytes()
+            if name.startswith(b"ray::") and b"_Actor" in name and is_below(entry, driver.pid):
+                found.append(int(entry.name))
+    return found
 
 
-def _ancestor(process: Path, pid: int) -> bool:
-    while True:
-        parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-        if parent in {0, 1, pid}:
-            return parent == pid
+def is_below(process: Path, pid: int) -> bool:
+    """Whether a process is a descendant of another one."""
+    while (parent := int((process / "stat").read_text().rpartition(")")[2].split()[1])) not in {0, 1, pid}:
         process = Path("/proc", str(parent))
+    return parent == pid
 
 
 def test_ray_is_an_extra(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -298,8 +298,8 @@ def test_the_speed_is_that_of_the_last_minute() -> None:
     speed = Speedometer(window_s=60)
     assert (speed.documents_per_s, speed.left_s(Counts(pending=3))) == (0.0, None)
     for second in range(200):
-        fast = max(0, second - 100)
-        speed.see(float(second), Counts(outcomes={"added": second + 9 * fast}, n_tokens=100 * second))
+        done = second + 9 * max(0, second - 100)
+        speed.see(float(second), Counts(running=1, outcomes={"added": done}, n_tokens=100 * second))
     assert speed.documents_per_s == pytest.approx(10)
     assert speed.tokens_per_s == pytest.approx(100)
     assert speed.left_s(Counts(pending=50)) == pytest.approx(5)
@@ -308,7 +308,8 @@ def test_the_speed_is_that_of_the_last_minute() -> None:
 
 def test_the_time_left_goes_by_bytes_where_they_are_known() -> None:
     speed = Speedometer()
-    speed.see(0.0, Counts())
+    speed.see(-99.0, Counts(pending=10))  # the model is being loaded, which is not counted
+    speed.see(0.0, Counts(pending=9, running=1))
     speed.see(10.0, Counts(outcomes={"added": 1}, done_bytes=1000))
     assert speed.left_s(Counts(pending=9, open_bytes=900)) == pytest.approx(9)
 

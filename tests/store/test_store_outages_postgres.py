@@ -101,7 +101,6 @@ def test_a_server_that_is_down_is_an_error_soon(shared: Store, server: Server, t
     uses: list[Callable[[], object]] = [
         lambda: shared.get(sha("x"), FINGERPRINT, 0.25),
         lambda: shared.put(sha("y"), make_cache(2)),
-        lambda: shared.delete_document("a"),
         shared.gc,
         lambda: Store.open(shared.path, create=False),
     ]
