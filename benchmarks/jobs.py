@@ -1,7 +1,7 @@
 """What a job costs beside bare compression, and whether its workers' memory stays flat. One JSON object.
 
     python benchmarks/jobs.py
-    python benchmarks/jobs.py --n-documents 32 --rounds 5
+    python benchmarks/jobs.py --n-documents 64 --rounds 5
 
 Throughput: the passages of the same documents through `Compressor.compress` in a loop, and the documents through a job
 with one worker process, its ledger and a new store; in turn, the medians of the rounds. Loading the model counts on
@@ -42,7 +42,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n-documents", type=int, default=16, help="for the throughput (default: 16)")
+    parser.add_argument("--n-documents", type=int, default=32, help="for the throughput (default: 32)")
     parser.add_argument("--rounds", type=int, default=3, help="(default: 3)")
     parser.add_argument("--model", default="embedded", help="for the throughput (default: embedded)")
     parser.add_argument("--n-small", type=int, default=1000, help="documents for the memory (default: 1,000)")
@@ -65,8 +65,8 @@ def throughput(folder: Path, model: str, n_documents: int, rounds: int) -> dict[
     backbone = load_backbone(settings, dtype="auto", device="auto", prompt_form=None)
     compressor = load_compressor(settings, backbone)
     limit, count = settings.passage_tokens, backbone.count_tokens
-    passages = [p for d in documents for p in split_passages(d.text, max_tokens=limit, count_tokens=count)]
-    assert len(set(passages)) == len(passages)  # equal ones would be compressed once by the job
+    cut = [p for d in documents for p in split_passages(d.text, max_tokens=limit, count_tokens=count)]
+    passages = list(dict.fromkeys(cut))  # equal ones are compressed once by the job too
     compressor.compress(passages[0], keep_ratio=settings.keep_ratio)  # warm up
     bare, job, tokens = [], [], 0
     for number in range(rounds):
@@ -137,9 +137,9 @@ def _run(path: Path, source: Path, settings: MemorySettings) -> tuple[JobEnded, 
 
 
 def _documents(n: int) -> list[Document]:
-    """Descriptions of installed packages, of several passages each; no two paragraphs are the same."""
+    """Descriptions of installed packages, of several passages each; no two sentences are the same."""
     packages = package_documents(max_chars=3000)
-    texts = [packages[k % len(packages)].text.replace("\n\n", f"\n\nNote {k}: ") for k in range(n)]
+    texts = [packages[k % len(packages)].text.replace(". ", f" ({k}). ") for k in range(n)]
     return [Document(id=f"document {k}", text=f"Note {k}: {text}") for k, text in enumerate(texts)]
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kv_memory.cache import DistilledCache
 from kv_memory.compress import Compressor
 from kv_memory.config import StorageName
 from kv_memory.documents import Document
@@ -89,6 +92,7 @@ class Intake:
         storage: How keys and values of new caches are stored; those that are there stay as they are.
         keep_text: Keep the texts of what is added, see `Preparer`.
         on_progress: Called after every passage.
+        writer: Stores each cache in a thread of its own while the next passage is compressed. None stores it at once.
     """
 
     def __init__(
@@ -101,6 +105,7 @@ class Intake:
         storage: StorageName = "auto",
         keep_text: bool = False,
         on_progress: Callable[[AddProgress], None] | None = None,
+        writer: Executor | None = None,
     ) -> None:
         self._store = store
         self._compressor = compressor
@@ -109,6 +114,8 @@ class Intake:
         self._storage = storage
         self._preparer = Preparer(store, compressor.backbone.count_tokens, keep_text=keep_text)
         self._on_progress = on_progress
+        self._writer = writer
+        self._written: Future[None] | None = None
         self._fingerprint = compressor.fingerprint()  # hashes an adapter's weights: once, not per passage
 
     @property
@@ -215,23 +222,36 @@ class Intake:
         total = sum(prepared.record.n_tokens for prepared in todo)
         done = 0
         for index, (record, texts) in enumerate(todo):
-            for passage in record.passages:
-                # Without its text it stays as it is; `refresh` says so where it has no cache.
-                if (text := texts.get(passage.text_sha256)) is not None:
-                    self._make(passage.text_sha256, text, report)
-                done += passage.n_tokens
-                self._tell(record, index, len(todo), done, total)
+            try:
+                for passage in record.passages:
+                    # Without its text it stays as it is; `refresh` says so where it has no cache.
+                    if (text := texts.get(passage.text_sha256)) is not None:
+                        self._make(passage.text_sha256, text, report)
+                    done += passage.n_tokens
+                    self._tell(record, index, len(todo), done, total)
+            finally:
+                self._wait()
             self._store.put_document(record)
 
     def _make(self, text_sha256: str, text: str, report: AddReport) -> None:
         wanted = text_sha256, self._fingerprint, self._keep_ratio
         if self._store.has(*wanted):
             return
-        with self._store.making(*wanted):  # one makes it, the others wait and find it
+        with ExitStack() as stack:
+            stack.enter_context(self._store.making(*wanted))  # one makes it, the others wait and find it
             if self._store.has(*wanted):
                 return
             with span("compress", keep_ratio=self._keep_ratio, collection=self._store.collection):
                 cache = self._compressor.compress(text, keep_ratio=self._keep_ratio)
+            held = stack.pop_all()
+        if self._writer is None:
+            self._write(text_sha256, cache, report, held)
+            return
+        self._wait()  # so that no more than one cache waits in memory
+        self._written = self._writer.submit(self._write, text_sha256, cache, report, held)
+
+    def _write(self, text_sha256: str, cache: DistilledCache, report: AddReport, held: ExitStack) -> None:
+        with held:
             info = self._store.put(text_sha256, cache, storage=self._storage)
         report.n_passages += 1
         report.n_tokens += cache.n_tokens
@@ -242,6 +262,12 @@ class Intake:
             before = report.fidelity or 0.0
             report.fidelity = before + (cache.fidelity - before) / report.n_refined
         report.full_kv_bytes += cache.n_tokens * self._compressor.backbone.kv_bytes_per_token
+
+    def _wait(self) -> None:
+        """Until the cache before is stored. Errors as in `Store.put`."""
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
 
     def _tell(self, record: DocumentRecord, index: int, n_documents: int, done: int, total: int) -> None:
         if self._on_progress is not None:

@@ -36,8 +36,9 @@ from kv_memory.store import Store
 
 __all__ = ["JobRequest", "create_job", "drive"]
 
-_POLL_S = 0.2
-_SHARE_OF_POLLING = 0.05  # of the time, at most: counting a million tasks takes a while
+_POLL_S = 0.2, 0.5  # in the beginning, and later: workers want the processor too
+_BEGINNING_S = 5.0
+_SHARE_OF_POLLING = 0.02  # of the time, at most: counting a million tasks takes a while
 _SLOWEST_POLL_S = 5.0
 _MOST_STRIKES = 10  # workers that die one after the other without having had a document
 _MOST_TOLD = 1000  # failures told one by one; the ledger has them all
@@ -155,6 +156,7 @@ class _Driver:
         self._on_event = on_event
         self._discovery = None if job.discovered else Discovery(store, ledger, job)
         self._speed = Speedometer()
+        self._expired_s = 0.0
         self._strikes = 0
         self._progress = 0  # documents done or failed when it was last looked
         self._told = {number for number, _ in ledger.failed(job, limit=_MOST_TOLD)}
@@ -187,7 +189,8 @@ class _Driver:
             asked_s = time.monotonic()
             counts, state = self._ledger.counts(self._job), self._ledger.state(self._job)
             now_s = time.monotonic()
-            pause_s = min(max(_POLL_S, (now_s - asked_s) / _SHARE_OF_POLLING), _SLOWEST_POLL_S)
+            least_s = _POLL_S[now_s - start_s > _BEGINNING_S]
+            pause_s = min(max(least_s, (now_s - asked_s) / _SHARE_OF_POLLING), _SLOWEST_POLL_S)
             listed = discovered or (self._discovery is not None and self._discovery.listed)
             self._tell(counts, now_s, now_s - start_s, discovered=listed)
             if state != "running":
@@ -225,7 +228,9 @@ class _Driver:
                     next_step="If the system has killed them, there may be too little memory: take fewer --workers or "
                     f"a smaller model. Go on with `kv-memory job resume {self._job.name}`.",
                 )
-        self._roll.expire(self._job)
+        if time.monotonic() - self._expired_s > _SLOWEST_POLL_S:
+            self._expired_s = time.monotonic()
+            self._roll.expire(self._job)
 
     def _tell(self, counts: Counts, now_s: float, elapsed_s: float, *, discovered: bool) -> None:
         self._speed.see(now_s, counts)

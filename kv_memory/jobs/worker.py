@@ -16,6 +16,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -67,6 +68,8 @@ def make_intake(store: Store, job: Job, *, device: str = "auto") -> Intake:
         passage_tokens=settings.passage_tokens,
         storage=settings.storage,
         keep_text=settings.keep_text,
+        # Storing waits for the disk most of the time, or for a server.
+        writer=ThreadPoolExecutor(1, thread_name_prefix="writer"),
     )
 
 
