@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -265,7 +267,7 @@ class DistilledCache:
         """
         where = str(path)
         try:
-            with safe_open(where, framework="pt", device=device) as file:
+            with _opened(where, device) as file:
                 metadata = file.metadata() or {}
                 header = json.loads(metadata["kv_memory"])
                 fingerprint = Fingerprint.from_json(json.dumps(header["fingerprint"]))
@@ -291,6 +293,17 @@ class DistilledCache:
                 where=where,
                 next_step="Compress the document again (`kv-memory add --stale`).",
             ) from error
+
+
+def _opened(where: str, device: str) -> Any:
+    """`safe_open`, with the system's errors as such: torch opens the file once more, and says what failed in words."""
+    try:
+        return safe_open(where, framework="pt", device=device)
+    except RuntimeError as error:
+        number = re.search(r"\((\d+)\)$", str(error).strip())  # e.g. deleted since it was opened first
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), where) from error
 
 
 def _read_entries(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from kv_memory.errors import CorruptCacheError, FingerprintMismatchError
@@ -67,8 +67,9 @@ class Fingerprint:
         """Canonical JSON: sorted keys, no white space."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
-    @classmethod
-    def from_json(cls, text: str) -> Fingerprint:
+    @staticmethod
+    @lru_cache(maxsize=64)  # the caches of a store have few, and the same one keeps its digest
+    def from_json(text: str) -> Fingerprint:
         """Inverse of `to_json`.
 
         Raises:
@@ -77,12 +78,12 @@ class Fingerprint:
         try:
             data = json.loads(text)
             version = data.get("format_version")
-            if version != FORMAT_VERSION or set(data) != {f.name for f in fields(cls)}:
+            if version != FORMAT_VERSION or set(data) != {f.name for f in fields(Fingerprint)}:
                 raise FingerprintMismatchError(
                     f"cache has format version {version}, this package reads {FORMAT_VERSION}",
                     next_step="Compress the document again, or use the version that wrote it.",
                 )
-            return cls(**data)
+            return Fingerprint(**data)
         except (json.JSONDecodeError, AttributeError, TypeError) as error:
             raise CorruptCacheError(f"fingerprint is not readable: {error}") from error
 

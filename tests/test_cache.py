@@ -446,6 +446,37 @@ def test_a_missing_file_is_no_damage(tmp_path: Path) -> None:
         DistilledCache.load(tmp_path / "nothing")
 
 
+def before_torch_maps(monkeypatch: pytest.MonkeyPatch, happen: Callable[[Path], object]) -> None:
+    """Something happens to the file after its header was read, and before its tensors are mapped."""
+    from_file = torch.UntypedStorage.from_file
+
+    def mapped(name: str, *args: Any, **options: Any) -> Any:
+        happen(Path(name))
+        return from_file(name, *args, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", mapped)
+
+
+def test_a_file_that_goes_while_it_is_opened_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_cache().save(tmp_path / "cache")
+    before_torch_maps(monkeypatch, Path.unlink)
+    with pytest.raises(FileNotFoundError) as caught:
+        DistilledCache.load(tmp_path / "cache")
+    assert caught.value.filename == str(tmp_path / "cache")
+
+
+def test_an_error_of_torch_that_is_none_of_the_system_s_stays_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise RuntimeError("out of memory")
+
+    make_cache().save(tmp_path / "cache")
+    before_torch_maps(monkeypatch, fail)
+    with pytest.raises(RuntimeError, match="^out of memory$"):
+        DistilledCache.load(tmp_path / "cache")
+
+
 @pytest.mark.parametrize("change", [{"format_version": FORMAT_VERSION + 1}, {"new_field": 1}])
 def test_another_version_of_the_format_is_a_mismatch(tmp_path: Path, change: dict[str, Any]) -> None:
     (tmp_path / "good").write_bytes(make_cache().to_bytes())

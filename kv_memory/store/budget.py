@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, delete, func, or_, select, true
+from sqlalchemy import ColumnElement, bindparam, delete, func, or_, select, true
 from sqlalchemy.orm import Session
 
 from kv_memory.errors import ConfigError, StoreFullError
@@ -15,6 +15,12 @@ from kv_memory.store.schema import CacheRow, CollectionRow, OptionRow
 __all__ = ["Limits", "alive", "evict", "read_limits", "write_limits"]
 
 _BUDGET = "budget"
+# Made once: each put asks twice, and building it takes longer than running it.
+_LIMITS = select(
+    CollectionRow.max_size_bytes,
+    CollectionRow.ttl_s,
+    select(OptionRow.value).where(OptionRow.key == _BUDGET).scalar_subquery(),
+).where(CollectionRow.id == bindparam("collection"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +52,9 @@ class Limits:
 
 def read_limits(session: Session, collection_id: int) -> Limits:
     """The limits of a collection."""
-    own = session.execute(
-        select(CollectionRow.max_size_bytes, CollectionRow.ttl_s).where(CollectionRow.id == collection_id)
-    ).one()
-    shared = session.scalar(select(OptionRow.value).where(OptionRow.key == _BUDGET)) or {}
-    return Limits(max_size_bytes=own[0], ttl_s=own[1], store_max_size_bytes=shared.get("max_size_bytes"))
+    max_size_bytes, ttl_s, shared = session.execute(_LIMITS, {"collection": collection_id}).one()
+    of_store = (shared or {}).get("max_size_bytes")
+    return Limits(max_size_bytes=max_size_bytes, ttl_s=ttl_s, store_max_size_bytes=of_store)
 
 
 def write_limits(session: Session, collection_id: int, limits: Limits) -> None:

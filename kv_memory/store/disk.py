@@ -101,8 +101,8 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
     def _write(self, full_path: str, iterator: Iterable[bytes], mode: str, encoding: str | None = None) -> int:
         temporary = full_path + ".tmp"
         folder = os.path.dirname(full_path)
-        private_folder(Path(folder))
         if folder not in self._durable_folders:  # made by us, or by somebody who has not come to its fsync yet
+            private_folder(Path(folder))
             fsync_folder(self._root)
             self._durable_folders.add(folder)
         try:

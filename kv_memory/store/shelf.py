@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import finalize
 
-from sqlalchemy import bindparam, delete, select, update
+from sqlalchemy import bindparam, delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from kv_memory.config import StorageName, check_keep_ratio, stored_dtype
@@ -46,13 +46,16 @@ __all__ = ["Shelf", "cache_info"]
 
 _LOG = logging.getLogger(__name__)
 _FLUSH_EVERY = 256  # uses that may be lost from last_used_at in a crash; a write per get would cost an fsync each
-# Made once: building it takes a quarter of a look-up.
+# Made once: building them takes longer than running them.
 _LOOK_UP = select(CacheRow).where(
     CacheRow.collection_id == bindparam("collection"),
     CacheRow.text_sha256 == bindparam("text"),
     CacheRow.fingerprint == bindparam("digest"),
     CacheRow.keep_ratio == bindparam("ratio"),
 )
+_FINGERPRINT = select(FingerprintRow.digest).where(FingerprintRow.digest == bindparam("digest"))
+_INSERT_FINGERPRINT = insert(FingerprintRow.__table__)
+_INSERT = insert(CacheRow.__table__)
 _AGAIN = "Run `kv-memory add --stale` to make it again; until then answer from the text."
 
 
@@ -105,8 +108,7 @@ class Shelf:
         # The file says of which text it is: a row that comes to name another's file is seen through.
         data = replace(cache, text_sha256=text_sha256).to_bytes(storage=storage)
         key = blob_key(data)
-        row = CacheRow(
-            collection_id=self._collection_id,
+        info = CacheInfo(
             text_sha256=text_sha256,
             fingerprint=digest,
             method=cache.fingerprint.method,
@@ -118,6 +120,10 @@ class Shelf:
             blob_key=key,
             fidelity=cache.fidelity if fidelity is None else fidelity,
             refined_steps=cache.refined_steps,
+            pinned=False,
+            created_at=utc_now(),
+            last_used_at=None,
+            expires_at=None,
         )
         left: list[str] = [key]  # blobs that may have no row afterwards
         try:
@@ -130,10 +136,10 @@ class Shelf:
                     there = self._find(session, text_sha256, digest, keep_ratio, expired=True)
                     if there is not None and not _is_expired(there):  # somebody else was quicker
                         return cache_info(there)
-                    left = self._insert(session, row, cache.fingerprint, instead_of=there)
+                    info, left = self._insert(session, info, cache.fingerprint, instead_of=there)
                 self._counters.add("puts")
                 self._counters.add("bytes_written", len(data))
-                return cache_info(row)
+                return info
         finally:
             self.sweep(left)
 
@@ -150,35 +156,36 @@ class Shelf:
         return row, limits
 
     def _insert(
-        self, session: Session, row: CacheRow, fingerprint: Fingerprint, *, instead_of: CacheRow | None
-    ) -> list[str]:
-        """Add a row and make room for it; returns the blobs of the rows that went."""
+        self, session: Session, info: CacheInfo, fingerprint: Fingerprint, *, instead_of: CacheRow | None
+    ) -> tuple[CacheInfo, list[str]]:
+        """Add a row and make room for it; returns it as it is now, and the blobs of the rows that went."""
         now = utc_now()
         limits = read_limits(session, self._collection_id)
-        row.created_at = now
-        row.expires_at = None if limits.ttl_s is None else now + timedelta(seconds=limits.ttl_s)
+        expires_at = None if limits.ttl_s is None else now + timedelta(seconds=limits.ttl_s)
+        info = replace(info, created_at=now, expires_at=expires_at)
         gone: list[str] = []
         if instead_of is not None:
             gone.append(instead_of.blob_key)
             session.delete(instead_of)
             session.flush()
-        if session.get(FingerprintRow, row.fingerprint) is None:
-            session.add(FingerprintRow(digest=row.fingerprint, json=fingerprint.to_json()))
-            session.flush()
-        session.add(row)
-        session.flush()
+        # Tables rather than mapped classes: a third of the time, and each put waits for it.
+        connection = session.connection()
+        if connection.scalar(_FINGERPRINT, {"digest": info.fingerprint}) is None:
+            connection.execute(_INSERT_FINGERPRINT, {"digest": info.fingerprint, "json": fingerprint.to_json()})
+        done = connection.execute(_INSERT, {"collection_id": self._collection_id, **vars(info)})
+        (row_id,) = done.inserted_primary_key
         if limits.bounded:
             evicted = evict(
                 session,
                 self._collection_id,
                 limits,
                 now=now,
-                spare=row.id,
+                spare=row_id,
                 being_read=lambda key: self._readers.shared(f"read {key}"),
             )
             self._note_evictions(len(evicted))
             gone += evicted
-        return gone
+        return info, gone
 
     def make_room(self) -> int:
         """Evict what is beyond the budget now, e.g. because it was lowered; returns how many caches went."""

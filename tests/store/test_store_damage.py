@@ -7,12 +7,14 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import diskcache
 import pytest
+import torch
 from store_samples import FINGERPRINT, blob_file, document, equal, make_cache, sha
 
-from kv_memory.errors import CorruptCacheError, StoreError
+from kv_memory.errors import CacheNotFoundError, CorruptCacheError, StoreError
 from kv_memory.store import Store
 from kv_memory.store.disk import SafeTensorsDisk
 
@@ -180,6 +182,20 @@ def test_the_disk_takes_text_keys_and_bytes_only(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="bytes"):
         disk.store(io.BytesIO(b"x"), True, key="k")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_deleted_while_it_is_opened_is_not_there(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put(sha("x"), make_cache(1))
+    from_file = torch.UntypedStorage.from_file
+
+    def deleted_before(*args: Any, **options: Any) -> Any:
+        store.delete(sha("x"))
+        return from_file(*args, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", deleted_before)
+    with pytest.raises(CacheNotFoundError):
+        store.get(sha("x"), FINGERPRINT, 0.25)
+    assert store.stats().n_quarantined == 0
 
 
 def test_a_blob_that_may_not_be_opened_is_not_taken_for_damaged(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
