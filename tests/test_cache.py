@@ -473,7 +473,7 @@ def test_an_error_of_torch_that_is_none_of_the_system_s_stays_what_it_is(
 
     make_cache().save(tmp_path / "cache")
     before_torch_maps(monkeypatch, fail)
-    with pytest.raises(RuntimeError, match="^out of memory$"):
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
         DistilledCache.load(tmp_path / "cache")
 
 

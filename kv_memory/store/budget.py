@@ -94,7 +94,7 @@ def evict(
         being_read: Whether anybody on this machine reads the blob of this key.
 
     Returns:
-        Blob keys, for `Shelf.sweep`.
+        Blob keys, for `Stock.sweep`.
 
     Raises:
         StoreFullError: What is pinned, being read or just added is more than may be; roll back.

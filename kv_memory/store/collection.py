@@ -89,7 +89,7 @@ class Collection:
             dropped = documents.write_document(session, self._collection_id, record)
             keys = self._shelf.retire(session, dropped)
             documents.bump_revision(session, self._collection_id)
-        self._shelf.sweep(keys)
+        self._shelf.stock.sweep(keys)
         if had_texts and any(passage.text is None for passage in record.passages):
             # It may have been built from these texts; the next question builds it anew, without their words.
             shutil.rmtree(self.index_folder, ignore_errors=True)
@@ -104,7 +104,7 @@ class Collection:
             dropped = documents.delete_document(session, self._collection_id, id)
             keys = self._shelf.retire(session, dropped)
             documents.bump_revision(session, self._collection_id)
-        self._shelf.sweep(keys)
+        self._shelf.stock.sweep(keys)
 
     def document(self, id: str) -> DocumentRecord:
         """A document with its passages.

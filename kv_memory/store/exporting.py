@@ -17,12 +17,10 @@ from typing import BinaryIO
 from kv_memory.errors import CorruptCacheError, TransferError
 from kv_memory.store.archive import ArchiveHeader, ArchiveWriter, Mark
 from kv_memory.store.archive_reader import ArchiveReader
-from kv_memory.store.catalog import Catalog
 from kv_memory.store.gathering import Gatherer
 from kv_memory.store.manifest import Group
 from kv_memory.store.shelf import Shelf
 from kv_memory.store.transfer import ExportReport, TransferProgress, part_file, tell
-from kv_memory.store.vault import Vault
 
 __all__ = ["export_collection"]
 
@@ -30,8 +28,6 @@ _TRIES = 10  # of a group whose blobs vanish while they are copied
 
 
 def export_collection(
-    catalog: Catalog,
-    vault: Vault,
     shelf: Shelf,
     collection_id: int,
     target: Path | str,
@@ -39,10 +35,10 @@ def export_collection(
 ) -> ExportReport:
     """See `Store.export_to`."""
     if str(target) == "-":
-        with Exporter(catalog, vault, shelf, collection_id, on_progress) as exporter:
+        with Exporter(shelf, collection_id, on_progress) as exporter:
             return exporter.run(sys.stdout.buffer, "standard output", can_rewind=False)
     path = Path(os.path.abspath(Path(target).expanduser()))
-    with part_file(path) as file, Exporter(catalog, vault, shelf, collection_id, on_progress) as exporter:
+    with part_file(path) as file, Exporter(shelf, collection_id, on_progress) as exporter:
         return replace(exporter.run(file, str(path), can_rewind=True), path=path)
 
 
@@ -86,16 +82,13 @@ class Exporter:
 
     def __init__(
         self,
-        catalog: Catalog,
-        vault: Vault,
         shelf: Shelf,
         collection_id: int,
         on_progress: Callable[[TransferProgress], None] | None,
     ) -> None:
-        self._vault = vault
         self._shelf = shelf
         self._on_progress = on_progress
-        self._gatherer = Gatherer(catalog, collection_id)
+        self._gatherer = Gatherer(shelf.stock.catalog, collection_id)
         self._seen = self._gatherer.seen
 
     def __enter__(self) -> Exporter:
@@ -106,7 +99,7 @@ class Exporter:
 
     def run(self, file: BinaryIO, where: str, *, can_rewind: bool) -> ExportReport:
         """Write the archive; in a file, behind what an interrupted export has left there."""
-        self._shelf.flush()  # times of last use travel too
+        self._shelf.uses.flush()  # times of last use travel too
         header = self._gatherer.header()
         state = self._survey(file, where, header) if can_rewind else None
         resumed = state is not None
@@ -150,7 +143,7 @@ class Exporter:
     def _copy(self, writer: ArchiveWriter, state: _State, key: str, size_bytes: int, *, can_rewind: bool) -> bool:
         """Write the next blob of the group; False if it is gone and the group was taken back."""
         try:
-            path = self._vault.verified_path(key, size_bytes)
+            path = self._shelf.stock.vault.verified_path(key, size_bytes)
             writer.blob(key, path, size_bytes)
         except (CorruptCacheError, FileNotFoundError) as error:
             if not can_rewind:
@@ -159,7 +152,7 @@ class Exporter:
                     where="standard output",
                     next_step="Run `kv-memory check`, then export again, best into a file.",
                 ) from error
-            if self._shelf.condemn_if_damaged(key, size_bytes):
+            if self._shelf.stock.condemn_if_damaged(key, size_bytes):
                 state.damaged.append(key)
             state.n_taken_back += 1
             if state.n_taken_back > _TRIES:

@@ -18,20 +18,16 @@ from kv_memory.config import check_choice
 from kv_memory.errors import TransferError
 from kv_memory.store import documents
 from kv_memory.store.archive_reader import ArchiveReader
-from kv_memory.store.catalog import Catalog
 from kv_memory.store.manifest import DocumentRows, Group
 from kv_memory.store.receiving import Receiver
 from kv_memory.store.schema import CollectionRow, DocumentRow, PassageRow
 from kv_memory.store.shelf import Shelf
 from kv_memory.store.transfer import ImportReport, OnConflict, TransferProgress, open_archive, tell, verify_archive
-from kv_memory.store.vault import Vault
 
 __all__ = ["import_collection"]
 
 
 def import_collection(
-    catalog: Catalog,
-    vault: Vault,
     shelf: Shelf,
     collection_id: int,
     source: Path | str | ArchiveReader,
@@ -43,29 +39,26 @@ def import_collection(
     check_choice(on_conflict, OnConflict, where="on_conflict")
     if not isinstance(source, ArchiveReader):
         with open_archive(source) as archive:
-            return _Import(catalog, vault, shelf, collection_id, archive, on_conflict, on_progress).run()
-    return _Import(catalog, vault, shelf, collection_id, source, on_conflict, on_progress).run()
+            return _Import(shelf, collection_id, archive, on_conflict, on_progress).run()
+    return _Import(shelf, collection_id, source, on_conflict, on_progress).run()
 
 
 class _Import:
     def __init__(
         self,
-        catalog: Catalog,
-        vault: Vault,
         shelf: Shelf,
         collection_id: int,
         archive: ArchiveReader,
         on_conflict: OnConflict,
         on_progress: Callable[[TransferProgress], None] | None,
     ) -> None:
-        self._catalog = catalog
-        self._vault = vault
+        self._catalog = shelf.stock.catalog
         self._shelf = shelf
         self._collection_id = collection_id
         self._archive = archive
         self._on_conflict = on_conflict
         self._on_progress = on_progress
-        self._receiver = Receiver(catalog, vault, shelf, collection_id)
+        self._receiver = Receiver(shelf, collection_id)
         self._counts: Counter[str] = Counter()
         self._conflicts: list[str] = []
 
@@ -191,7 +184,7 @@ class _Import:
                 documents.bump_revision(session, self._collection_id)
         self._counts.update(verdict for verdict, _ in done)
         self._conflicts += [id_ for verdict, id_ in done if verdict == "leave"]
-        self._shelf.sweep(swept)
+        self._shelf.stock.sweep(swept)
 
     def _write(self, session: Session, rows: DocumentRows, *, replaced: bool) -> list[str]:
         """Insert a document, in the place of an old one; returns the blobs that nobody in the collection needs now."""

@@ -24,7 +24,6 @@ from kv_memory.store.objects import ObjectBlobs
 from kv_memory.store.schema import CacheRow, FingerprintRow, JobRow, PrefixRow, TaskRow
 from kv_memory.store.scrub import scrub_sqlite
 from kv_memory.store.shelf import Shelf
-from kv_memory.store.vault import Vault
 
 __all__ = ["PurgeReport", "index_folder", "purge"]
 
@@ -61,8 +60,6 @@ def index_folder(folder: Path, collection: str) -> Path:
 
 
 def purge(
-    catalog: Catalog,
-    vault: Vault,
     shelf: Shelf,
     collection_id: int,
     ids: Iterable[str],
@@ -71,6 +68,8 @@ def purge(
     collection: str,
 ) -> PurgeReport:
     """See `Store.purge`."""
+    stock = shelf.stock
+    catalog, vault = stock.catalog, stock.vault
     chosen = tuple(dict.fromkeys(ids))
     keys: set[str] = set()
     if chosen:
@@ -86,7 +85,7 @@ def purge(
             documents.bump_revision(session, collection_id)
     freed_bytes, n_shared = 0, 0
     for key in keys:
-        # Not Shelf.sweep, which leaves to gc what it cannot have at once, and says nothing.
+        # Not Stock.sweep, which leaves to gc what it cannot have at once, and says nothing.
         with catalog.hold(f"blob {key}"):
             if _unnamed(catalog, [key]):
                 freed_bytes += vault.blobs.delete(key)
@@ -94,7 +93,7 @@ def purge(
                 n_shared += 1
     audit = vault.blobs.audit(repair=True)
     orphans = _unnamed(catalog, audit.keys)
-    freed_bytes += audit.freed_bytes + shelf.sweep(orphans)
+    freed_bytes += audit.freed_bytes + stock.sweep(orphans)
     if isinstance(vault.blobs, ObjectBlobs):
         # Copies of what was purged on another machine; whatever is in the tier may be dropped at any time.
         for key in _unnamed(catalog, vault.blobs.tier.audit().keys):

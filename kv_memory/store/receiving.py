@@ -11,11 +11,9 @@ from sqlalchemy.orm import Session
 from kv_memory.errors import CorruptCacheError, TransferError
 from kv_memory.store.archive_reader import ArchiveReader
 from kv_memory.store.budget import read_limits
-from kv_memory.store.catalog import Catalog
 from kv_memory.store.manifest import Group
 from kv_memory.store.schema import CacheRow, FingerprintRow, PrefixRow, utc_now
 from kv_memory.store.shelf import Shelf
-from kv_memory.store.vault import Vault
 
 __all__ = ["Received", "Receiver"]
 
@@ -37,17 +35,15 @@ class Receiver:
     """Takes the caches of one group after the other.
 
     Args:
-        catalog: Of the store.
-        vault: Of the store.
         shelf: Of the collection.
         collection_id: Whose they become.
     """
 
-    def __init__(self, catalog: Catalog, vault: Vault, shelf: Shelf, collection_id: int) -> None:
+    def __init__(self, shelf: Shelf, collection_id: int) -> None:
         self.received = Received()
-        self._catalog = catalog
-        self._vault = vault
         self._shelf = shelf
+        self._stock = shelf.stock
+        self._catalog = shelf.stock.catalog
         self._collection_id = collection_id
 
     def take(self, archive: ArchiveReader, group: Group, texts: set[str]) -> Iterator[None]:
@@ -64,7 +60,7 @@ class Receiver:
         # What is left has the blob of a group before, filed under another text.
         for key, rows in due.items():
             try:
-                data = self._vault.verified_path(key, rows[0].size_bytes).read_bytes()
+                data = self._stock.vault.verified_path(key, rows[0].size_bytes).read_bytes()
             except (CorruptCacheError, FileNotFoundError) as error:
                 raise TransferError(
                     "the blob of a cache is neither in the archive nor in the store",
@@ -95,15 +91,15 @@ class Receiver:
             row = session.scalar(select(CacheRow).where(self._same_cache(cache)))
         if row is None or (row.expires_at is not None and row.expires_at <= utc_now()):
             return False
-        if self._vault.sound(row.blob_key, row.size_bytes):
+        if self._stock.vault.sound(row.blob_key, row.size_bytes):
             return True
-        self._shelf.condemn_if_damaged(row.blob_key, row.size_bytes)
+        self._stock.condemn_if_damaged(row.blob_key, row.size_bytes)
         return False
 
     def _has_prefix(self, prefix: PrefixRow) -> bool:
         with self._catalog.read() as session:
             row = session.scalar(select(PrefixRow).where(self._same_prefix(prefix)))
-        return row is not None and self._vault.sound(row.blob_key, row.size_bytes)
+        return row is not None and self._stock.vault.sound(row.blob_key, row.size_bytes)
 
     def _same_cache(self, cache: CacheRow) -> ColumnElement[bool]:
         return (
@@ -123,13 +119,13 @@ class Receiver:
         try:
             # As in Shelf.put: held, nobody sweeps the blob away before a row names it.
             with self._catalog.hold(f"blob {key}"):
-                self._vault.put(key, data)
+                self._stock.vault.put(key, data)
                 with self._catalog.write() as session:
                     gone = [other for row in rows for other in self._insert(session, group, row)]
                     bounded = read_limits(session, self._collection_id).bounded
                 left = [other for other in gone if other != key]
         finally:
-            self._shelf.sweep(left)
+            self._stock.sweep(left)
         self.received.size_bytes += len(data)
         self.received.n_caches += sum(isinstance(row, CacheRow) for row in rows)
         if bounded:

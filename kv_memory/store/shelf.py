@@ -1,20 +1,17 @@
-"""The distilled caches and prefixes of one collection: rows and blobs kept in step."""
+"""The distilled caches of one collection: rows and blobs kept in step."""
 
 from __future__ import annotations
 
 import logging
 import re
-import threading
 import time
-from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import finalize
 
-from sqlalchemy import bindparam, delete, insert, select, update
+from sqlalchemy import bindparam, delete, insert, select
 from sqlalchemy.orm import Session
 
 from kv_memory.config import StorageName, check_keep_ratio, stored_dtype
@@ -28,15 +25,14 @@ from kv_memory.errors import (
 from kv_memory.fingerprint import Fingerprint
 from kv_memory.store.blobs import blob_key
 from kv_memory.store.budget import Limits, alive, evict, read_limits
-from kv_memory.store.catalog import Catalog
-from kv_memory.store.counters import Counters, read_counters, write_counters
 from kv_memory.store.documents import batches, referred_texts, select_passages
 from kv_memory.store.faults import store_error
 from kv_memory.store.filing import MisfiledError, check_filing, check_header
 from kv_memory.store.locks import FileLocks
 from kv_memory.store.records import CacheInfo
-from kv_memory.store.schema import CacheRow, FingerprintRow, PassageRow, PrefixRow, utc_now
-from kv_memory.store.vault import Vault
+from kv_memory.store.schema import Base, CacheRow, FingerprintRow, PassageRow, utc_now
+from kv_memory.store.stock import Stock
+from kv_memory.store.uses import Uses
 from kv_memory.tracing import span
 
 if TYPE_CHECKING:
@@ -45,7 +41,6 @@ if TYPE_CHECKING:
 __all__ = ["Shelf", "cache_info"]
 
 _LOG = logging.getLogger(__name__)
-_FLUSH_EVERY = 256  # uses that may be lost from last_used_at in a crash; a write per get would cost an fsync each
 # Made once: building them takes longer than running them.
 _LOOK_UP = select(CacheRow).where(
     CacheRow.collection_id == bindparam("collection"),
@@ -54,8 +49,8 @@ _LOOK_UP = select(CacheRow).where(
     CacheRow.keep_ratio == bindparam("ratio"),
 )
 _FINGERPRINT = select(FingerprintRow.digest).where(FingerprintRow.digest == bindparam("digest"))
-_INSERT_FINGERPRINT = insert(FingerprintRow.__table__)
-_INSERT = insert(CacheRow.__table__)
+_INSERT_FINGERPRINT = insert(Base.metadata.tables[FingerprintRow.__tablename__])
+_INSERT = insert(Base.metadata.tables[CacheRow.__tablename__]).returning(CacheRow.id)
 _AGAIN = "Run `kv-memory add --stale` to make it again; until then answer from the text."
 
 
@@ -66,25 +61,20 @@ def cache_info(row: CacheRow) -> CacheInfo:
 
 
 class Shelf:
-    """Caches and prefixes of one collection. Thread-safe.
+    """Caches of one collection. Thread-safe.
 
     Args:
-        catalog: Of the store.
-        vault: Of the store.
+        stock: Of the store.
         readers: Who on this machine reads which blob.
         collection_id: Whose caches these are.
     """
 
-    def __init__(self, catalog: Catalog, vault: Vault, readers: FileLocks, collection_id: int) -> None:
-        self._catalog = catalog
-        self._vault = vault
+    def __init__(self, stock: Stock, readers: FileLocks, collection_id: int) -> None:
+        self.stock = stock
+        self._catalog = stock.catalog
         self._readers = readers
         self._collection_id = collection_id
-        self._lock = threading.Lock()
-        self._used: dict[int, datetime] = {}
-        self._counters = Counters()
-
-    # caches
+        self.uses = Uses(stock.catalog, collection_id)
 
     def put(
         self, text_sha256: str, cache: DistilledCache, *, fidelity: float | None, storage: StorageName
@@ -94,7 +84,7 @@ class Shelf:
             raise ConfigError("text_sha256 must be a SHA-256 hex digest", where=f"text_sha256={text_sha256[:80]!r}")
         with (
             span("store.put", text_sha256=text_sha256, keep_ratio=cache.keep_ratio),
-            self._counters.timing("put_seconds"),
+            self.uses.counters.timing("put_seconds"),
         ):
             return self._put(text_sha256, cache, fidelity=fidelity, storage=storage)
 
@@ -129,29 +119,29 @@ class Shelf:
         try:
             # The blob first, outside any transaction: it takes as long as it takes. Held, nobody sweeps it away.
             with self._catalog.hold(f"blob {key}"):
-                self._vault.put(key, data)
+                self.stock.vault.put(key, data)
                 if limits.bounded:
-                    self.flush()  # what was used last decides what goes
+                    self.uses.flush()  # what was used last decides what goes
                 with self._catalog.write() as session:
                     there = self._find(session, text_sha256, digest, keep_ratio, expired=True)
                     if there is not None and not _is_expired(there):  # somebody else was quicker
                         return cache_info(there)
                     info, left = self._insert(session, info, cache.fingerprint, instead_of=there)
-                self._counters.add("puts")
-                self._counters.add("bytes_written", len(data))
+                self.uses.counters.add("puts")
+                self.uses.counters.add("bytes_written", len(data))
                 return info
         finally:
-            self.sweep(left)
+            self.stock.sweep(left)
 
     def _sound_row(self, text_sha256: str, digest: str, keep_ratio: float) -> tuple[CacheRow | None, Limits]:
         """The row of a cache whose blob is sound, one whose blob is not is taken out first; and the limits by now."""
         with self._catalog.read() as session:
             row = self._find(session, text_sha256, digest, keep_ratio)
             limits = read_limits(session, self._collection_id)
-        if row is not None and not self._vault.sound(row.blob_key, row.size_bytes):
-            self._condemn(row.blob_key, row.size_bytes)
+        if row is not None and not self.stock.vault.sound(row.blob_key, row.size_bytes):
+            self.stock.condemn(row.blob_key, row.size_bytes)
             return None, limits
-        if row is not None and self.unfile_if_wrong(row):
+        if row is not None and self.stock.unfile_if_wrong(row):
             return None, limits
         return row, limits
 
@@ -172,8 +162,7 @@ class Shelf:
         connection = session.connection()
         if connection.scalar(_FINGERPRINT, {"digest": info.fingerprint}) is None:
             connection.execute(_INSERT_FINGERPRINT, {"digest": info.fingerprint, "json": fingerprint.to_json()})
-        done = connection.execute(_INSERT, {"collection_id": self._collection_id, **vars(info)})
-        (row_id,) = done.inserted_primary_key
+        row_id = connection.scalar(_INSERT, {"collection_id": self._collection_id, **vars(info)})
         if limits.bounded:
             evicted = evict(
                 session,
@@ -189,7 +178,7 @@ class Shelf:
 
     def make_room(self) -> int:
         """Evict what is beyond the budget now, e.g. because it was lowered; returns how many caches went."""
-        self.flush()
+        self.uses.flush()
         with self._catalog.write() as session:
             limits = read_limits(session, self._collection_id)
             gone = evict(
@@ -201,12 +190,12 @@ class Shelf:
                 being_read=lambda key: self._readers.shared(f"read {key}"),
             )
         self._note_evictions(len(gone))
-        self.sweep(gone)
+        self.stock.sweep(gone)
         return len(gone)
 
     def _note_evictions(self, n_evicted: int) -> None:
         if n_evicted:
-            self._counters.add("evictions", n_evicted)
+            self.uses.counters.add("evictions", n_evicted)
             _LOG.info("the budget drove %d distilled caches out", n_evicted)
 
     def warm(self) -> None:
@@ -221,16 +210,16 @@ class Shelf:
             try:
                 cache, size_bytes = self._get(text_sha256, fingerprint, keep_ratio)
             except CacheNotFoundError:
-                self._counters.add("misses")
+                self.uses.counters.add("misses")
                 raise
             except FingerprintMismatchError:
-                self._counters.add("refused_mismatch")
+                self.uses.counters.add("refused_mismatch")
                 raise
             except CorruptCacheError as error:
-                self._counters.add("refused_corrupt")
+                self.uses.counters.add("refused_corrupt")
                 _LOG.warning("%s", error)
                 raise
-        self._counters.got(size_bytes, time.perf_counter() - start_s)
+        self.uses.counters.got(size_bytes, time.perf_counter() - start_s)
         return cache
 
     def _get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> tuple[DistilledCache, int]:
@@ -246,7 +235,7 @@ class Shelf:
             kept = False
             readable = False
             try:
-                path = self._vault.verified_path(row.blob_key, row.size_bytes)
+                path = self.stock.vault.verified_path(row.blob_key, row.size_bytes)
                 readable = True
                 cache = _load(path)
                 check_filing(
@@ -257,17 +246,17 @@ class Shelf:
             except FileNotFoundError:
                 continue  # removed since: the row is gone too, or it is found missing in the next round
             except MisfiledError as error:
-                if self._unfile(row):
+                if self.stock.unfile(row):
                     raise self._corrupt(error.what, row.blob_key, text_sha256) from error
                 continue
             except CorruptCacheError as error:
-                if self._condemn(row.blob_key, row.size_bytes, recheck=not readable):
+                if self.stock.condemn(row.blob_key, row.size_bytes, recheck=not readable):
                     raise self._corrupt(error.what, row.blob_key, text_sha256) from error
                 continue  # deleted or made again by somebody else since
             finally:
                 if not kept:
                     self._readers.unshare(name)
-            self._note_use(row.id)
+            self.uses.note(row.id)
             return cache, row.size_bytes
         raise StoreError("the cache changed each time it was read", where=f"text {text_sha256}", next_step="Try again.")
 
@@ -283,7 +272,7 @@ class Shelf:
         if row is None:
             return False
         try:
-            check_header(row, self._vault.verified_path(row.blob_key, row.size_bytes))
+            check_header(row, self.stock.vault.verified_path(row.blob_key, row.size_bytes))
         except (CorruptCacheError, FingerprintMismatchError):
             return False
         return True
@@ -301,7 +290,7 @@ class Shelf:
             statement = statement.where(CacheRow.keep_ratio == check_keep_ratio(keep_ratio))
         with self._catalog.write() as session:
             keys = list(session.scalars(statement))
-        self.sweep(keys)
+        self.stock.sweep(keys)
         return len(keys)
 
     def retire(self, session: Session, texts: set[str]) -> list[str]:
@@ -315,148 +304,12 @@ class Shelf:
             )
         return keys
 
-    def sweep(self, keys: Iterable[str]) -> int:
-        """Remove those blobs that no row of any collection names. What cannot be removed now is left to `gc`.
-
-        Returns:
-            Bytes freed.
-        """
-        freed_bytes = 0
-        for batch in batches(set(keys)):
-            with suppress(StoreError):
-                for key in set(batch) - self._named(batch):
-                    # Held by whoever is about to refer to it; looked at again once it is ours, and nobody can be.
-                    with self._catalog.hold(f"blob {key}", wait=False) as ours:
-                        if ours and not self._named([key]):
-                            freed_bytes += self._vault.blobs.delete(key)
-        return freed_bytes
-
-    def _named(self, keys: list[str]) -> set[str]:
-        """Those of the blobs that a row of any collection names."""
-        named: set[str] = set()
-        with self._catalog.read() as session:
-            for table in (CacheRow, PrefixRow):
-                named.update(session.scalars(select(table.blob_key).where(table.blob_key.in_(keys))))
-        return named
-
-    # prefixes
-
-    def put_prefix(self, key: str, data: bytes) -> None:
-        """See `Store.put_prefix`."""
-        blob = blob_key(data)
-        left = [blob]
-        try:
-            with self._catalog.hold(f"blob {blob}"):
-                self._vault.put(blob, data)
-                with self._catalog.write() as session:
-                    row = self._find_prefix(session, key)
-                    left = [] if row is None or row.blob_key == blob else [row.blob_key]
-                    if row is None:
-                        row = PrefixRow(collection_id=self._collection_id, key=key)
-                        session.add(row)
-                    row.blob_key, row.size_bytes = blob, len(data)
-        except BaseException:
-            left = [*left, blob]
-            raise
-        finally:
-            self.sweep(left)
-
-    def get_prefix(self, key: str) -> Path | None:
-        """See `Store.get_prefix`."""
-        for _ in range(3):
-            with self._catalog.read() as session:
-                row = self._find_prefix(session, key)
-            if row is None:
-                return None
-            try:
-                return self._vault.verified_path(row.blob_key, row.size_bytes)
-            except CorruptCacheError as error:
-                if self._condemn(row.blob_key, row.size_bytes):
-                    raise CorruptCacheError(
-                        error.what,
-                        where=f"prefix {key!r}, blob {row.blob_key}",
-                        next_step="Ask again: it is gone now and will be made anew.",
-                    ) from error
-        raise StoreError("the prefix changed each time it was read", where=f"prefix {key!r}", next_step="Try again.")
-
-    # damage
-
-    def condemn_if_damaged(self, key: str, size_bytes: int) -> bool:
-        """Hash a blob now; if it is damaged, quarantine it and delete its rows in all collections."""
-        try:
-            self._vault.verified_path(key, size_bytes, again=True)
-        except CorruptCacheError:
-            return self._condemn(key, size_bytes)
-        return False
-
-    def unfile_if_wrong(self, row: CacheRow) -> bool:
-        """Compare a row with the header of its blob, which is sound; a row that names another's is deleted."""
-        try:
-            check_header(row, self._vault.verified_path(row.blob_key, row.size_bytes))
-        except MisfiledError:
-            return self._unfile(row)
-        except (FingerprintMismatchError, CorruptCacheError):
-            pass  # of another format version; or removed, or damaged, since it was found sound
-        return False
-
-    def _unfile(self, row: CacheRow) -> bool:
-        """Delete a row that names the blob of something else; False if by now it is gone or names another.
-
-        The blob stays where it is if its own row is there: it is sound.
-        """
-        with self._catalog.hold(f"blob {row.blob_key}"):
-            with self._catalog.write() as session:
-                this = delete(CacheRow).where(CacheRow.id == row.id, CacheRow.blob_key == row.blob_key)
-                gone = session.scalars(this.returning(CacheRow.id)).all()
-            if gone and not self._named([row.blob_key]):
-                self._vault.quarantine(row.blob_key)
-        return bool(gone)
-
-    def _condemn(self, key: str, size_bytes: int, *, recheck: bool = True) -> bool:
-        """Quarantine a blob and delete its rows; False if by now nothing is wrong, or nobody refers to it."""
-        with self._catalog.hold(f"blob {key}"):
-            if not self._named([key]) or (recheck and self._vault.sound(key, size_bytes)):
-                return False
-            with self._catalog.write() as session:
-                for table in (CacheRow, PrefixRow):
-                    session.execute(delete(table).where(table.blob_key == key))
-            self._vault.quarantine(key)
-        return True
-
     def _corrupt(self, what: str, key: str, text_sha256: str) -> CorruptCacheError:
         return CorruptCacheError(
             f"a distilled cache is damaged and was quarantined: {what}",
             where=f"{self._document_of(text_sha256)}, blob {key}",
             next_step=_AGAIN,
         )
-
-    # last use
-
-    def flush(self) -> None:
-        """Write the times of last use that are still in memory. They are not worth an error: failing drops them."""
-        with self._lock:
-            used, self._used = self._used, {}
-        counts = self._counters.drain()
-        if used or counts:
-            with suppress(StoreError), self._catalog.write() as session:
-                write_counters(session, self._collection_id, counts)
-                for row_id, at in used.items():
-                    session.execute(update(CacheRow).where(CacheRow.id == row_id).values(last_used_at=at))
-
-    def _note_use(self, row_id: int) -> None:
-        with self._lock:
-            self._used[row_id] = utc_now()
-            full = len(self._used) >= _FLUSH_EVERY
-        if full:
-            self.flush()
-
-    def counters(self) -> dict[str, float]:
-        """See `Store.counters`."""
-        self.flush()
-        with self._catalog.read() as session:
-            return read_counters(session, self._collection_id)
-
-    # looking up
 
     def _find(
         self, session: Session, text_sha256: str, digest: str, keep_ratio: float, *, expired: bool = False
@@ -469,11 +322,6 @@ class Shelf:
         }
         row: CacheRow | None = session.scalar(_LOOK_UP, names)
         return None if row is not None and _is_expired(row) and not expired else row
-
-    def _find_prefix(self, session: Session, key: str) -> PrefixRow | None:
-        return session.scalar(
-            select(PrefixRow).where(PrefixRow.collection_id == self._collection_id, PrefixRow.key == key)
-        )
 
     def _document_of(self, text_sha256: str) -> str:
         with self._catalog.read() as session:

@@ -22,6 +22,7 @@ from kv_memory.store.exporting import export_collection
 from kv_memory.store.importing import import_collection
 from kv_memory.store.objects import ObjectBlobs
 from kv_memory.store.opening import StoreParts, find_collection, open_parts
+from kv_memory.store.prefixes import Prefixes
 from kv_memory.store.purge import PurgeReport, purge
 from kv_memory.store.records import (
     CacheInfo,
@@ -32,6 +33,7 @@ from kv_memory.store.records import (
 )
 from kv_memory.store.schema import CacheRow, PassageRow, utc_now
 from kv_memory.store.shelf import Shelf, cache_info
+from kv_memory.store.stock import Stock
 from kv_memory.store.transfer import ExportReport, ImportReport, OnConflict, TransferProgress
 from kv_memory.store.vault import Vault
 
@@ -60,9 +62,10 @@ class Store(Collection):
         self._parts = parts
         self._blobs = parts.blobs
         self._quarantine = parts.folder / "quarantine"
-        self._vault = Vault(parts.blobs, self._quarantine)
+        stock = Stock(parts.catalog, Vault(parts.blobs, self._quarantine))
         self._owns_connections = True
-        shelf = Shelf(parts.catalog, self._vault, parts.readers, parts.collection_id)
+        self._prefixes = Prefixes(stock, parts.collection_id)
+        shelf = Shelf(stock, parts.readers, parts.collection_id)
         super().__init__(parts.folder, parts.catalog, shelf, parts.collection_id)
 
     @classmethod
@@ -125,7 +128,7 @@ class Store(Collection):
 
     def close(self) -> None:
         """Write what is buffered and close the connections."""
-        self._shelf.flush()
+        self._shelf.uses.flush()
         if self._owns_connections:
             self._parts.readers.close()
             self._blobs.close()
@@ -294,7 +297,7 @@ class Store(Collection):
 
     def put_prefix(self, key: str, data: bytes) -> None:
         """Store the cache of a shared prefix, as safetensors bytes, replacing what is under the key."""
-        self._shelf.put_prefix(key, data)
+        self._prefixes.put(key, data)
 
     def get_prefix(self, key: str) -> Path | None:
         """The safetensors file of a shared prefix, checked like a cache; None if there is none under the key.
@@ -302,7 +305,7 @@ class Store(Collection):
         Raises:
             CorruptCacheError: The bytes are damaged. They are quarantined; the next call returns None.
         """
-        return self._shelf.get_prefix(key)
+        return self._prefixes.get(key)
 
     # transfer
 
@@ -322,7 +325,7 @@ class Store(Collection):
             TransferError: Another export writes the file, or its folder is not there.
             StoreFullError: No space left. What was written is gone on with the next time.
         """
-        return export_collection(self._catalog, self._vault, self._shelf, self._collection_id, path, on_progress)
+        return export_collection(self._shelf, self._collection_id, path, on_progress)
 
     def import_from(
         self,
@@ -349,8 +352,6 @@ class Store(Collection):
             StoreFullError: No space left. What was imported by then stays.
         """
         return import_collection(
-            self._catalog,
-            self._vault,
             self._shelf,
             self._collection_id,
             source,
@@ -378,8 +379,6 @@ class Store(Collection):
                 without an id.
         """
         return purge(
-            self._catalog,
-            self._vault,
             self._shelf,
             self._collection_id,
             ids,
@@ -392,11 +391,11 @@ class Store(Collection):
 
         Written down as times of last use are: what other processes have not flushed yet is missing.
         """
-        return self._shelf.counters()
+        return self._shelf.uses.totals()
 
     def check(self) -> CheckReport:
         """Hash every blob of the folder and compare it with its row. Only damaged blobs are changed: quarantined."""
-        return upkeep.check(self._catalog, self._vault, self._shelf, self._collection_id)
+        return upkeep.check(self._shelf.stock, self._collection_id)
 
     def gc(self) -> GcReport:
         """Remove blobs without a row, rows without a blob, what crashes left, what expired, and unreferenced caches.
@@ -404,7 +403,7 @@ class Store(Collection):
         All in the whole store, but unreferenced caches in this collection only. Do not run it while an
         `add` is running on the collection: the caches it has made so far are not referred to yet.
         """
-        return upkeep.gc(self._catalog, self._vault, self._shelf, self._collection_id)
+        return upkeep.gc(self._shelf.stock, self._collection_id)
 
     def stats(self) -> StoreStats:
         """Counts of the collection and the size of the folder, in bytes."""

@@ -15,7 +15,7 @@ from kv_memory.store.catalog import Catalog
 from kv_memory.store.documents import unreferenced
 from kv_memory.store.records import CheckReport, GcReport, StoreStats
 from kv_memory.store.schema import CacheRow, DocumentRow, FingerprintRow, PassageRow, PrefixRow, utc_now
-from kv_memory.store.shelf import Shelf
+from kv_memory.store.stock import Stock
 from kv_memory.store.vault import Vault
 
 __all__ = ["check", "count", "gc"]
@@ -30,8 +30,9 @@ def _named_blobs(session: Session) -> dict[str, int]:
     return named
 
 
-def check(catalog: Catalog, vault: Vault, shelf: Shelf, collection_id: int) -> CheckReport:
+def check(stock: Stock, collection_id: int) -> CheckReport:
     """See `Store.check`."""
+    catalog, vault = stock.catalog, stock.vault
     # Blobs are listed and hashed while others write: what the two lists do not agree on is looked at once more.
     audit = vault.blobs.audit()
     with catalog.read() as session:
@@ -39,11 +40,11 @@ def check(catalog: Catalog, vault: Vault, shelf: Shelf, collection_id: int) -> C
         waiting = session.scalars(select(CacheRow.text_sha256).where(unreferenced(collection_id)).distinct()).all()
     missing = _really_missing(catalog, vault, named.keys() - audit.keys)
     there = {key: size_bytes for key, size_bytes in named.items() if key not in missing}
-    damaged = {key for key in sorted(there) if shelf.condemn_if_damaged(key, there[key])}
+    damaged = {key for key in sorted(there) if stock.condemn_if_damaged(key, there[key])}
     sound = there.keys() - damaged
     with catalog.read() as session:
         rows = session.scalars(select(CacheRow).order_by(CacheRow.id)).all()
-    misfiled = [row.text_sha256 for row in rows if row.blob_key in sound and shelf.unfile_if_wrong(row)]
+    misfiled = [row.text_sha256 for row in rows if row.blob_key in sound and stock.unfile_if_wrong(row)]
     return CheckReport(
         n_blobs=len(sound),
         size_bytes=sum(there[key] for key in sound),
@@ -81,8 +82,9 @@ def _really_orphaned(catalog: Catalog, keys: AbstractSet[str]) -> set[str]:
         return free - _named_blobs(session).keys() if free else set()
 
 
-def gc(catalog: Catalog, vault: Vault, shelf: Shelf, collection_id: int) -> GcReport:
+def gc(stock: Stock, collection_id: int) -> GcReport:
     """See `Store.gc`."""
+    catalog, vault = stock.catalog, stock.vault
     audit = vault.blobs.audit(repair=True)
     with catalog.read() as session:
         named = _named_blobs(session)
@@ -101,7 +103,7 @@ def gc(catalog: Catalog, vault: Vault, shelf: Shelf, collection_id: int) -> GcRe
             for table in (CacheRow, PrefixRow):
                 n_dangling += len(session.scalars(delete(table).where(table.blob_key == key).returning(table.id)).all())
         session.execute(delete(FingerprintRow).where(FingerprintRow.digest.not_in(select(CacheRow.fingerprint))))
-    freed_bytes = audit.freed_bytes + shelf.sweep([*orphans, *(row.blob_key for row in (*waiting, *expired))])
+    freed_bytes = audit.freed_bytes + stock.sweep([*orphans, *(row.blob_key for row in (*waiting, *expired))])
     return GcReport(
         n_orphan_blobs=len(orphans),
         n_dangling_rows=n_dangling,

@@ -1,0 +1,71 @@
+"""The prefixes of one collection: what every prompt begins with, prefilled once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from kv_memory.errors import CorruptCacheError, StoreError
+from kv_memory.store.blobs import blob_key
+from kv_memory.store.schema import PrefixRow
+from kv_memory.store.stock import Stock
+
+__all__ = ["Prefixes"]
+
+
+class Prefixes:
+    """Prefixes of one collection. Thread-safe.
+
+    Args:
+        stock: Of the store.
+        collection_id: Whose prefixes these are.
+    """
+
+    def __init__(self, stock: Stock, collection_id: int) -> None:
+        self._stock = stock
+        self._collection_id = collection_id
+
+    def put(self, key: str, data: bytes) -> None:
+        """See `Store.put_prefix`."""
+        blob = blob_key(data)
+        left = [blob]
+        try:
+            with self._stock.catalog.hold(f"blob {blob}"):
+                self._stock.vault.put(blob, data)
+                with self._stock.catalog.write() as session:
+                    row = self._find(session, key)
+                    left = [] if row is None or row.blob_key == blob else [row.blob_key]
+                    if row is None:
+                        row = PrefixRow(collection_id=self._collection_id, key=key)
+                        session.add(row)
+                    row.blob_key, row.size_bytes = blob, len(data)
+        except BaseException:
+            left = [*left, blob]
+            raise
+        finally:
+            self._stock.sweep(left)
+
+    def get(self, key: str) -> Path | None:
+        """See `Store.get_prefix`."""
+        for _ in range(3):
+            with self._stock.catalog.read() as session:
+                row = self._find(session, key)
+            if row is None:
+                return None
+            try:
+                return self._stock.vault.verified_path(row.blob_key, row.size_bytes)
+            except CorruptCacheError as error:
+                if self._stock.condemn(row.blob_key, row.size_bytes):
+                    raise CorruptCacheError(
+                        error.what,
+                        where=f"prefix {key!r}, blob {row.blob_key}",
+                        next_step="Ask again: it is gone now and will be made anew.",
+                    ) from error
+        raise StoreError("the prefix changed each time it was read", where=f"prefix {key!r}", next_step="Try again.")
+
+    def _find(self, session: Session, key: str) -> PrefixRow | None:
+        return session.scalar(
+            select(PrefixRow).where(PrefixRow.collection_id == self._collection_id, PrefixRow.key == key)
+        )

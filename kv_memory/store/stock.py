@@ -1,0 +1,96 @@
+"""What the rows of all collections and the blobs of a store have to do with each other: one goes with the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+
+from sqlalchemy import delete, select
+
+from kv_memory.errors import CorruptCacheError, FingerprintMismatchError, StoreError
+from kv_memory.store.catalog import Catalog
+from kv_memory.store.documents import batches
+from kv_memory.store.filing import MisfiledError, check_header
+from kv_memory.store.schema import CacheRow, PrefixRow
+from kv_memory.store.vault import Vault
+
+__all__ = ["Stock"]
+
+
+class Stock:
+    """The blobs of a store and the rows that name them. Thread-safe.
+
+    Attributes:
+        catalog: Has the rows.
+        vault: Has the blobs.
+    """
+
+    def __init__(self, catalog: Catalog, vault: Vault) -> None:
+        self.catalog = catalog
+        self.vault = vault
+
+    def condemn_if_damaged(self, key: str, size_bytes: int) -> bool:
+        """Hash a blob now; if it is damaged, quarantine it and delete its rows in all collections."""
+        try:
+            self.vault.verified_path(key, size_bytes, again=True)
+        except CorruptCacheError:
+            return self.condemn(key, size_bytes)
+        return False
+
+    def unfile_if_wrong(self, row: CacheRow) -> bool:
+        """Compare a row with the header of its blob, which is sound; a row that names another's is deleted."""
+        try:
+            check_header(row, self.vault.verified_path(row.blob_key, row.size_bytes))
+        except MisfiledError:
+            return self.unfile(row)
+        except (FingerprintMismatchError, CorruptCacheError):
+            pass  # of another format version; or removed, or damaged, since it was found sound
+        return False
+
+    def unfile(self, row: CacheRow) -> bool:
+        """Delete a row that names the blob of something else; False if by now it is gone or names another.
+
+        The blob stays where it is if its own row is there: it is sound.
+        """
+        with self.catalog.hold(f"blob {row.blob_key}"):
+            with self.catalog.write() as session:
+                this = delete(CacheRow).where(CacheRow.id == row.id, CacheRow.blob_key == row.blob_key)
+                gone = session.scalars(this.returning(CacheRow.id)).all()
+            if gone and not self.named([row.blob_key]):
+                self.vault.quarantine(row.blob_key)
+        return bool(gone)
+
+    def condemn(self, key: str, size_bytes: int, *, recheck: bool = True) -> bool:
+        """Quarantine a blob and delete its rows; False if by now nothing is wrong, or nobody refers to it."""
+        with self.catalog.hold(f"blob {key}"):
+            if not self.named([key]) or (recheck and self.vault.sound(key, size_bytes)):
+                return False
+            with self.catalog.write() as session:
+                for table in (CacheRow, PrefixRow):
+                    session.execute(delete(table).where(table.blob_key == key))
+            self.vault.quarantine(key)
+        return True
+
+    def sweep(self, keys: Iterable[str]) -> int:
+        """Remove those blobs that no row of any collection names. What cannot be removed now is left to `gc`.
+
+        Returns:
+            Bytes freed.
+        """
+        freed_bytes = 0
+        for batch in batches(set(keys)):
+            with suppress(StoreError):
+                for key in set(batch) - self.named(batch):
+                    # Held by whoever is about to refer to it; looked at again once it is ours, and nobody can be.
+                    with self.catalog.hold(f"blob {key}", wait=False) as ours:
+                        if ours and not self.named([key]):
+                            freed_bytes += self.vault.blobs.delete(key)
+        return freed_bytes
+
+    def named(self, keys: list[str]) -> set[str]:
+        """Those of the blobs that a row of any collection names."""
+        named: set[str] = set()
+        with self.catalog.read() as session:
+            for table in (CacheRow, PrefixRow):
+                named.update(session.scalars(select(table.blob_key).where(table.blob_key.in_(keys))))
+        return named
