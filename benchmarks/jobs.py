@@ -104,7 +104,8 @@ def memory(folder: Path, n_documents: int) -> dict[str, Any]:
     texts = [Document(id=name, text=f"{name} has a ferry that leaves at 7.40. " * 8) for name in names]
     ended, seconds, sizes = _run(folder / "tiny store", _written(folder / "small.jsonl", texts), settings)
     assert (ended.added, ended.failed) == (n_documents, 0), ended
-    early = max(size for done, size in sizes if done <= n_documents // 10)
+    # On a quick machine a tenth may be done before the first look.
+    early = max([size for done, size in sizes if done <= n_documents // 10] or [sizes[0][1]])
     return {
         "small_documents": n_documents,
         "small_documents_per_s": n_documents / seconds,

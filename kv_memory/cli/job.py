@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
@@ -11,6 +14,7 @@ from kv_memory.cli.job_options import (
     EncodingOption,
     EngineOption,
     GlobOption,
+    GpusOption,
     IdFieldOption,
     MaxAttemptsOption,
     QueryOption,
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     from kv_memory.config import SelectorName, StorageName
     from kv_memory.jobs import Job
     from kv_memory.jobs.engine import Engine
+    from kv_memory.jobs.progress import JobEnded
     from kv_memory.prompts import PromptName
     from kv_memory.store import Store
 
@@ -83,6 +88,7 @@ def run(
     ] = False,
     workers: WorkersOption = 1,
     engine: EngineOption = "local",
+    gpus_per_worker: GpusOption = None,
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Of the job.  [default: the time]")] = None,
     glob: GlobOption = None,
     id_field: IdFieldOption = "id",
@@ -138,7 +144,7 @@ def run(
         )
         request.specs(settings)  # before a store is made: what is misspelt should not leave one behind
         with Store.open(store, collection=collection) as opened:
-            made = _engine_of(engine, opened, workers)
+            made = _engine_of(engine, opened, workers, gpus_per_worker)
             memory = resolve_settings(given, opened.settings())
             announce_conversion(out, memory.model)
             settings = dataclasses.replace(settings, memory=dataclasses.asdict(memory))
@@ -154,6 +160,7 @@ def resume(
     ] = False,
     workers: WorkersOption = 1,
     engine: EngineOption = "local",
+    gpus_per_worker: GpusOption = None,
     store: StoreOption = DEFAULT_STORE,
     collection: CollectionOption = DEFAULT_COLLECTION,
     as_json: JsonLinesOption = False,
@@ -170,28 +177,55 @@ def resume(
 
         with Store.open(store, collection=collection, create=False) as opened:
             ledger = Ledger(opened)
-            job = _newest(ledger.jobs(), retry_failed=retry_failed) if name is None else ledger.job(name)
-            _drive(out, opened, job, _engine_of(engine, opened, workers), resumed=True, retry_failed=retry_failed)
+            job = _newest(ledger.jobs(), store, retry_failed=retry_failed) if name is None else ledger.job(name)
+            made = _engine_of(engine, opened, workers, gpus_per_worker)
+            _drive(out, opened, job, made, resumed=True, retry_failed=retry_failed)
 
 
-def _newest(jobs: list[Job], *, retry_failed: bool) -> Job:
+def _newest(jobs: list[Job], store: Path, *, retry_failed: bool) -> Job:
     states = {"interrupted", "running"} | ({"done"} if retry_failed else set())
     for job in jobs:
         if job.state in states:
             return job
-    raise JobError("no job is left to go on with", next_step="List them with `kv-memory job list`.")
+    raise JobError(
+        "no job is left to go on with",
+        where=str(store),
+        next_step="List them with `kv-memory job list`, or start one with `kv-memory job run`.",
+    )
 
 
-def _engine_of(name: str, store: Store, workers: int) -> Engine:
+def _engine_of(name: str, store: Store, workers: int, gpus: float | None) -> Engine:
     if name == "ray":
         from kv_memory.jobs.ray import RayEngine
 
-        return RayEngine(store, n_workers=workers)
+        return RayEngine(store, n_workers=workers, n_gpus=gpus)
     if name != "local":
-        raise ConfigError(f"--engine must be local or ray, got {name!r}", where="engine")
+        raise ConfigError(
+            f"--engine must be local or ray, got {name!r}", where="engine", next_step="Leave it out for local."
+        )
+    if gpus is not None:
+        raise ConfigError(
+            "--gpus-per-worker is for --engine ray",
+            where="gpus_per_worker",
+            next_step="Leave it out: local workers have a GPU each, as far as they go.",
+        )
     from kv_memory.jobs.local import LocalEngine
 
     return LocalEngine(store.path, n_workers=workers)
+
+
+def _where(store: Store, job: Job) -> str:
+    """The options with which a command finds the job again, where it would not without."""
+    given = {}
+    if store.path.absolute() != Path(os.environ.get("KV_MEMORY_STORE") or DEFAULT_STORE).absolute():
+        given["--store"] = str(store.path)
+    if job.collection != DEFAULT_COLLECTION:
+        given["--collection"] = job.collection
+    return "".join(f" {option} {shlex.quote(value)}" for option, value in given.items())
+
+
+def _n_documents(ended: JobEnded) -> int:
+    return ended.added + ended.replaced + ended.unchanged + ended.failed + ended.cancelled
 
 
 def _drive(
@@ -199,12 +233,18 @@ def _drive(
 ) -> None:
     from kv_memory.jobs.run import drive
 
-    go_on = f"kv-memory job resume {job.name}"
+    go_on = f"kv-memory job resume {job.name}{_where(store, job)}"
     out.stopped = f"What is done stays done; `{go_on}` goes on."
+    if job.state == "done" and not retry_failed and not out.as_json:
+        out.note(f"Job {job.name} is done; nothing is left to do.")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # they would run into ours
     with JobTracker(out) as tracker:
         ended = drive(store, job, engine, resumed=resumed, retry_failed=retry_failed, on_event=tracker)
     print_ended(out, ended)
+    if not out.as_json and not job.sources["sync"] and not _n_documents(ended):
+        out.note("No document was found. Of folders, files of known types are taken; --glob names others.")
     if ended.failed:
         if not out.as_json:
-            out.note(f"`{go_on} --retry-failed` tries what has failed once more.")
+            out.note(f"`kv-memory job show {job.name}{_where(store, job)}` says what to do about what has failed.")
+            out.note(f"`{go_on} --retry-failed` tries it once more.")
         raise typer.Exit(FAILED)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kv_memory.cli.job_progress import count_text, sources_text
 from kv_memory.cli.opening import open_store
 from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, CollectionOption, JsonOption, StoreOption
 from kv_memory.cli.output import factor_text, plain, reporting, size_text
@@ -43,7 +44,7 @@ def list_jobs(
                 f"{counts.open:,}{'' if job.discovered else '+'}",
                 f"{counts.failed:,}",
                 f"{job.created_at:%Y-%m-%d %H:%M}",
-                ", ".join(_names(job)),
+                sources_text(_names(job)),
             )
             for job, counts in found
         ]
@@ -77,27 +78,38 @@ def show_job(
         memory = job.settings.memory
         rows = [
             ("Job", f"{job.name}, {job.state}"),
-            ("Sources", ", ".join(_names(job))),
+            ("Sources", sources_text(_names(job))),
             ("Model", f"{memory.get('model')}, keep_ratio {memory.get('keep_ratio')}"),
             (
                 "Documents",
                 f"{counts.done:,} done, {counts.running:,} in hand, {counts.pending:,}{'' if job.discovered else '+'} "
                 f"to do, {counts.failed:,} failed, {counts.cancelled:,} cancelled",
             ),
-            ("Tokens", f"{counts.n_tokens:,} in {counts.n_passages:,} passages"),
-            ("Distilled", f"{size_text(counts.cache_bytes)}, {factor_text(counts.full_kv_bytes, counts.cache_bytes)}"),
-            ("Begun", f"{job.created_at:%Y-%m-%d %H:%M:%S} UTC"),
         ]
+        if counts.n_passages:
+            smaller = factor_text(counts.full_kv_bytes, counts.cache_bytes)
+            rows += [
+                ("Tokens", f"{counts.n_tokens:,} in {count_text(counts.n_passages, 'passage')}"),
+                ("Distilled", f"{size_text(counts.cache_bytes)}, {smaller}"),
+            ]
+        rows.append(("Begun", f"{job.created_at:%Y-%m-%d %H:%M:%S} UTC"))
+        if job.finished_at is not None:
+            rows.append(("Ended", f"{job.finished_at:%Y-%m-%d %H:%M:%S} UTC"))
         if job.n_unchanged or job.n_deleted:
             rows.append(("Sync", f"{job.n_unchanged:,} unchanged, {job.n_deleted:,} deleted"))
         out.table(("", ""), rows)
         for entry in broken:
-            where = f" [{entry.error['where']}]" if entry.error.get("where") else ""
-            out.line(f"Failed: {entry.document_id}: {entry.error.get('what')}{where}", style="yellow")
+            where = entry.error.get("where")
+            told = f" [{where}]" if where and where != entry.document_id else ""
+            out.line(f"Failed: {entry.document_id}: {entry.error.get('what')}{told}", style="yellow")
+            if entry.error.get("next_step"):
+                out.line(f"  {entry.error['next_step']}")
         if len(broken) < counts.failed:
             out.line(f"... and {counts.failed - len(broken):,} more; --failed lists them all.")
         if job.state == "interrupted":
             out.line(f"`kv-memory job resume {job.name}` goes on.")
+        elif job.state == "done" and broken:
+            out.line(f"`kv-memory job resume {job.name} --retry-failed` tries what has failed once more.")
 
 
 def cancel(
@@ -116,7 +128,7 @@ def cancel(
         if as_json:
             out.json({"job": job.name, "cancelled": n})
         else:
-            out.line(f"Cancelled {job.name}; {n:,} documents are left out.")
+            out.line(f"Cancelled {job.name}; {count_text(n, 'document')} left out.")
 
 
 def _names(job: Job) -> list[str]:

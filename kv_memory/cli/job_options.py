@@ -10,6 +10,7 @@ __all__ = [
     "EncodingOption",
     "EngineOption",
     "GlobOption",
+    "GpusOption",
     "IdFieldOption",
     "MaxAttemptsOption",
     "QueryOption",
@@ -29,6 +30,15 @@ WorkersOption = Annotated[
 EngineOption = Annotated[
     str,
     typer.Option("--engine", metavar="NAME", help="local: processes of this machine. ray: actors of a Ray cluster."),
+]
+GpusOption = Annotated[
+    float | None,
+    typer.Option(
+        "--gpus-per-worker",
+        metavar="N",
+        min=0,
+        help="With --engine ray: GPUs of each worker; 0.5 for two that share one.  [default: 1 where there are any]",
+    ),
 ]
 GlobOption = Annotated[
     str | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,9 +17,10 @@ from kv_memory.cli.output import Output, factor_text, plain, size_text
 if TYPE_CHECKING:
     from kv_memory.jobs.progress import Event, JobEnded
 
-__all__ = ["JobTracker", "print_ended"]
+__all__ = ["JobTracker", "count_text", "print_ended", "sources_text"]
 
 _EVERY_S = 5.0
+_SHOWN = 5  # sources
 _JSON_EVERY_S = 1.0
 
 
@@ -32,6 +34,7 @@ class JobTracker:
     def __init__(self, out: Output) -> None:
         self._out = out
         self._told_s: float | None = None
+        self._told = ""
         self._bar: Bar | None = None
         if out.notes.is_terminal and not out.as_json:
             one_line = Column(no_wrap=True)
@@ -42,7 +45,7 @@ class JobTracker:
                 transient=True,
                 expand=True,
             )
-            self._task = self._bar.add_task("", total=None, said="starting workers")
+            self._task = self._bar.add_task("", total=None, said="")
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -65,18 +68,20 @@ class JobTracker:
             return
         if event.kind == "started":
             verb = "goes on with" if fields["resumed"] else "reads"
-            self._out.note(f"Job {event.job} {verb} {', '.join(fields['sources'])}.")
+            self._out.note(f"Job {event.job} {verb} {sources_text(fields['sources'])}.")
         elif event.kind == "failed":
             error = fields["error"]
             self._out.note(f"Failed: {fields['document_id']}: {error['what']}", style="yellow")
         elif event.kind == "worker_died":
             self._out.note(f"A worker died ({fields['reason']}); another one takes its place.", style="yellow")
         elif is_progress and self._bar is not None:
-            total = fields["total"] or None
+            # Without a total it only swings, until it is worth to look at.
+            total = None if _is_starting(fields) else fields["total"]
             done = fields["done"] + fields["failed"]
             self._bar.update(self._task, total=total, completed=done, said=_said(fields))
-        elif is_progress and self._is_time(_EVERY_S):
-            self._out.note(_said(fields))
+        elif is_progress and (said := _said(fields)) != self._told and self._is_time(_EVERY_S):
+            self._told = said
+            self._out.note(said)
 
     def _is_time(self, every_s: float) -> bool:
         now_s = time.monotonic()
@@ -86,19 +91,41 @@ class JobTracker:
         return True
 
 
+def sources_text(names: Sequence[str]) -> str:
+    """The sources of a job for people: a pattern may stand for hundreds of files."""
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _is_starting(fields: dict[str, Any]) -> bool:
+    """Whether no worker has come to a document yet, of those that are left."""
+    left = fields["total"] - fields["done"] - fields["failed"]
+    return not fields["in_hand"] and not fields["documents_per_s"] and (left > 0 or not fields["total"])
+
+
 def _said(fields: dict[str, Any]) -> str:
     """One line: `120/1,000 documents, 3.1/s, 1,240 tokens/s, 4 min 44 s left, 2 failed`."""
     more = "" if fields["discovered"] else "+"
+    if not fields["total"]:
+        return "Nothing to compress" if fields["discovered"] else "Looking for documents"
+    if _is_starting(fields):
+        left = fields["total"] - fields["done"] - fields["failed"]
+        return f"{count_text(left, 'document', more=more)} to do; the model is being loaded"
     parts = [f"{fields['done'] + fields['failed']:,}/{fields['total']:,}{more} documents"]
     if fields["documents_per_s"]:
         parts.append(f"{fields['documents_per_s']:,.1f}/s")
     if fields["tokens_per_s"]:
         parts.append(f"{fields['tokens_per_s']:,.0f} tokens/s")
-    if fields["left_s"] is not None:
+    if fields["left_s"]:
         parts.append(f"{_time_text(fields['left_s'])} left")
     if fields["failed"]:
         parts.append(f"{fields['failed']:,} failed")
     return ", ".join(parts)
+
+
+def count_text(n: int, noun: str, *, more: str = "") -> str:
+    """A number of things, e.g. `1 document`, `12 documents`; `more` stands behind a number that may grow."""
+    return f"{n:,}{more} {noun if n == 1 and not more else f'{noun}s'}"
 
 
 def _time_text(seconds: float) -> str:
@@ -120,7 +147,7 @@ def print_ended(out: Output, ended: JobEnded) -> None:
     rows = [("Job", f"{ended.job}, {ended.state}"), ("Documents", ", ".join(counts))]
     if ended.n_passages:
         rows += [
-            ("Tokens", f"{ended.n_tokens:,} in {ended.n_passages:,} passages"),
+            ("Tokens", f"{ended.n_tokens:,} in {count_text(ended.n_passages, 'passage')}"),
             ("Full KV", size_text(ended.full_kv_bytes)),
             ("Distilled", f"{size_text(ended.cache_bytes)}, {factor_text(ended.full_kv_bytes, ended.cache_bytes)}"),
         ]

@@ -45,7 +45,11 @@ class Ledger:
             JobError: The name is taken, or no name.
         """
         if not 0 < len(name) <= 64 or not name.isprintable():
-            raise JobError(f"a job's name has 1 to 64 printable characters, got {name!r}", where="name")
+            raise JobError(
+                f"a job's name has 1 to 64 printable characters, got {name!r}",
+                where="name",
+                next_step="Take another --name, or none: the job is then named after the time.",
+            )
         row = JobRow(
             name=name,
             collection_id=self._store.collection_id,
@@ -138,7 +142,7 @@ class Ledger:
             raise JobError(
                 "this job was cancelled",
                 where=job.name,
-                next_step="Start it anew with `kv-memory job run`; what is stored already costs next to nothing.",
+                next_step=_ANEW,
             )
         now = utc_now()
         with self._catalog.write() as session:
@@ -160,7 +164,11 @@ class Ledger:
             JobError: There is nothing to cancel.
         """
         if job.state not in {"running", "interrupted"}:
-            raise JobError(f"this job is {job.state}", where=job.name)
+            raise JobError(
+                f"this job is {job.state} already, and there is nothing to cancel",
+                where=job.name,
+                next_step="List those that are running with `kv-memory job list`.",
+            )
         now = utc_now()
         with self._catalog.write() as session:
             states = ["pending"] if job.state == "running" else ["pending", "running"]
@@ -190,7 +198,7 @@ class Ledger:
             return
         with self._catalog.write() as session:
             if session.scalar(select(JobRow.state).where(JobRow.id == job.id)) != "running":
-                raise JobError("this job was cancelled", where=job.name)
+                raise JobError("this job was cancelled", where=job.name, next_step=_ANEW)
             self._insert(session, job, items)
             there = select(TaskRow.document_id, TaskRow.uri).where(
                 TaskRow.job_id == job.id, TaskRow.document_id.in_({item.document_id for item in items})
@@ -314,5 +322,6 @@ class Ledger:
             session.execute(update(JobRow).where(JobRow.id == job.id).values(**values, updated_at=utc_now()))
 
 
+_ANEW = "Start it anew with `kv-memory job run`; what is stored already costs next to nothing."
 _SUMMED = ("n_passages", "n_tokens", "cache_bytes", "full_kv_bytes", "priority")
 _COLUMNS = set(JobRow.__table__.columns.keys())

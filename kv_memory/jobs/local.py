@@ -73,7 +73,11 @@ class LocalEngine:
         command: Sequence[str] = _WORKER,
     ) -> None:
         if n_workers < 1:
-            raise ConfigError(f"there must be at least 1 worker, got {n_workers}", where="workers")
+            raise ConfigError(
+                f"there must be at least 1 worker, got {n_workers}",
+                where="workers",
+                next_step="Pass 1, or as many as there are GPUs.",
+            )
         self._store_path = store_path
         self._most = n_workers
         self._lease_s = lease_s

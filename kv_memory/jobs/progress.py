@@ -43,6 +43,7 @@ class Progress(Event):
         total: Documents known.
         done: Documents done.
         failed: Documents that failed.
+        in_hand: Documents that workers are at.
         n_tokens: Compressed in this job.
         n_workers: Worker processes at work.
         elapsed_s: Since the job began or went on.
@@ -56,6 +57,7 @@ class Progress(Event):
     total: int
     done: int
     failed: int
+    in_hand: int
     n_tokens: int
     n_workers: int
     elapsed_s: float

@@ -35,10 +35,19 @@ class JobSettings:
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
-            raise ConfigError(f"max_attempts must be at least 1, got {self.max_attempts}", where="max_attempts")
+            raise ConfigError(
+                f"max_attempts must be at least 1, got {self.max_attempts}",
+                where="max_attempts",
+                next_step="3 lets a worker die twice over a document before that counts as failed.",
+            )
         for name in ("id_field", "text_field"):
             if not getattr(self, name):
-                raise ConfigError("a field has a name", where=name)
+                option = f"--{name.replace('_', '-')}"
+                raise ConfigError(
+                    "a field has a name, and this one is empty",
+                    where=name,
+                    next_step=f"Give {option} the name of a column, or leave the option out.",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

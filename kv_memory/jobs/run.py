@@ -78,14 +78,26 @@ class JobRequest:
                 next_step="For example `kv-memory job run notes/`, or `kv-memory job run --sync notes/`.",
             )
         if self.sync is not None and not Path(self.sync).is_dir():
-            raise ConfigError("--sync is for a folder, and this is none", where=self.sync, next_step="Check the path.")
+            raise ConfigError(
+                "--sync is for a folder, and this is none",
+                where=self.sync,
+                next_step=f"Check the path; relative ones start at {Path.cwd()}.",
+            )
         if self.force and self.sync is None:
-            raise ConfigError("--force is for --sync", where="force")
+            raise ConfigError(
+                "--force is for --sync, and there is none",
+                where="force",
+                next_step="Leave it out, or name the folder with --sync.",
+            )
         fields = Fields(id_field=settings.id_field, text_field=settings.text_field)
         named = self.sources if self.sync is None else [self.sync]
         specs = parse_sources(named, glob=self.glob, query=self.query, fields=fields)
         if self.sync is not None and any(spec["kind"] != "files" for spec in specs):
-            raise ConfigError("--sync is for files, not for records in them", where="glob")
+            raise ConfigError(
+                "--sync is for files, not for records in them",
+                where="glob",
+                next_step="Name the files of records as sources instead: `kv-memory job run FILE...`.",
+            )
         return specs
 
 
@@ -255,6 +267,7 @@ class _Driver:
                 total=counts.total,
                 done=counts.done,
                 failed=counts.failed,
+                in_hand=counts.running,
                 n_tokens=counts.n_tokens,
                 n_workers=self._engine.n_workers(),
                 elapsed_s=elapsed_s,

@@ -22,7 +22,7 @@ import pytest
 from kv_memory.jobs import Job, Ledger
 from kv_memory.store import Store
 from tests.jobs.conftest import write_notes
-from tests.jobs.test_jobs_local import DRIVER, log, twice, wait_for
+from tests.jobs.test_jobs_local import DRIVER, log, told, twice
 
 __all__ = ["log"]  # a fixture
 
@@ -40,17 +40,18 @@ def children(parent: int) -> list[int]:
     return found
 
 
-def kill_at_random(
-    store: Store, new_job: Make, folder: Path, log: Path, *, n_kills: int, pause_s: tuple[float, float]
-) -> dict[str, int]:
+def kill_at_random(store: Store, new_job: Make, folder: Path, log: Path, *, n_kills: int) -> dict[str, int]:
     """Run jobs, one behind the other, while drivers and workers are killed; what was lost, and what done twice."""
     chance = random.Random(n_kills)
     ledger, kills, n_jobs = Ledger(store), Counter[str](), 0
+    killed: list[int] = []
     driver: subprocess.Popen[bytes] | None = None
     job: Job | None = None
     with open(log.with_name("said"), "wb") as said:
         while True:
             if job is None or ledger.state(job) == "done":
+                if driver is not None:
+                    driver.wait(timeout=60)
                 if sum(kills.values()) >= n_kills:
                     break
                 write_notes(folder / f"job-{n_jobs}", _PER_JOB, start=n_jobs * _PER_JOB)
@@ -62,10 +63,14 @@ def kill_at_random(
                 command = [sys.executable, DRIVER, str(store.path), job.name, "2"]
                 driver = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
             if sum(kills.values()) >= n_kills:
-                with suppress(subprocess.TimeoutExpired):
-                    driver.wait(timeout=1)
+                driver.wait(timeout=300)
                 continue
-            time.sleep(chance.uniform(*pause_s))
+            # Any moment will do, but on a slow machine most of them would be before the first document.
+            if chance.random() < 0.75:
+                wait_for_text(driver, log)
+                time.sleep(chance.uniform(0, 0.5))
+            else:
+                time.sleep(chance.uniform(0, 5))
             workers = children(driver.pid)
             victim = driver.pid if not workers or chance.random() < 0.3 else chance.choice(workers)
             with suppress(ProcessLookupError):
@@ -74,11 +79,10 @@ def kill_at_random(
                     kills["driver" if victim == driver.pid else "worker"] += 1
                     if victim == driver.pid:
                         driver.wait()
-    assert driver is not None
-    driver.wait(timeout=60)
+                    killed.append(victim)
     total = n_jobs * _PER_JOB
     failed = sum(ledger.counts(job).failed for job in ledger.jobs())
-    wait_for(lambda: all(ledger.counts(job).open == 0 for job in ledger.jobs()))
+    assert all(ledger.counts(job).open == 0 for job in ledger.jobs())
     caches = Counter(info.text_sha256 for info in store.caches())
     assert len(caches) == total and set(caches.values()) == {1}
     report = store.check()
@@ -86,17 +90,31 @@ def kill_at_random(
     return {
         "kills": sum(kills.values()),
         "kills_of_drivers": kills["driver"],
+        "kills_over_documents": len(in_hand(log) & set(killed)),
         "documents": total,
         "lost_documents": total - len(store.documents()) + failed,
         "done_twice": twice(log),
     }
 
 
+def in_hand(log: Path) -> set[int]:
+    """Processes that had begun a text and did not store it."""
+    stored = set(told(log, "stored"))
+    return {pid for pid, sha in told(log, "begun") if (pid, sha) not in stored}
+
+
+def wait_for_text(driver: subprocess.Popen[bytes], log: Path) -> None:
+    """Until a worker has begun one more text, or the driver has come to its end."""
+    n_begun = len(told(log, "begun"))
+    while driver.poll() is None and len(told(log, "begun")) == n_begun:
+        time.sleep(0.01)
+
+
 @pytest.mark.slow
 def test_a_few_kills(store: Store, new_job: Make, tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ODD_SLEEP_S", "0.1")
     (tmp_path / "notes").mkdir()
-    found = kill_at_random(store, new_job, tmp_path / "notes", log, n_kills=4, pause_s=(3, 7))
+    found = kill_at_random(store, new_job, tmp_path / "notes", log, n_kills=4)
     assert (found["lost_documents"], found["done_twice"]) == (0, 0)
     assert found["kills"] >= 4
 
@@ -113,7 +131,7 @@ def test_a_hundred_kills(
 ) -> None:
     monkeypatch.setenv("ODD_SLEEP_S", "0.1")
     (tmp_path / "notes").mkdir()
-    found = kill_at_random(store, new_job, tmp_path / "notes", log, n_kills=100, pause_s=(0.2, 8))
+    found = kill_at_random(store, new_job, tmp_path / "notes", log, n_kills=100)
     with capsys.disabled():
         print(f"\n{json.dumps(found)}")
     assert (found["lost_documents"], found["done_twice"]) == (0, 0)

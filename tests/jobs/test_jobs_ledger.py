@@ -6,8 +6,10 @@ import subprocess
 import sys
 import threading
 import time
-from datetime import timedelta
+from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import select, update
@@ -229,19 +231,31 @@ def test_the_dead_are_known_by_the_name_they_no_longer_hold(either_store: Store)
 
 def test_a_lease_is_renewed_while_a_long_document_is_read(store: Store) -> None:
     job = job_of(store, 1)
-    claims = Claims(store, job.id, "w", lease_s=0.4)
+    claims = Claims(store, job.id, "w")
     task = claims.claim()
+    assert task is not None
 
-    def lease() -> object:
+    def lease() -> datetime:
         with store.catalog.read() as session:
-            return session.scalar(select(TaskRow.lease_expires_at))
+            until = session.scalar(select(TaskRow.lease_expires_at))
+        assert until is not None
+        return until
 
-    before = lease()
-    with Renewer(claims, lease_s=0.4) as renewer:
+    claimed = lease()
+    with Renewer(claims, lease_s=0.1) as renewer:
+        time.sleep(0.1)
+        assert lease() == claimed  # nothing is in hand yet
         renewer.task = task
-        time.sleep(1.0)
-    assert Roll(store).expire(job) == 0
-    assert lease() != before
+        renewed = wait_for(lease, lambda until: until > claimed)
+        wait_for(lease, lambda until: until > renewed)  # again and again
+
+
+def wait_for(look: Callable[[], Any], fits: Callable[[Any], bool]) -> Any:
+    deadline = time.monotonic() + 60
+    while not fits(found := look()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+    return found
 
 
 def test_one_driver_at_a_time(either_store: Store) -> None:

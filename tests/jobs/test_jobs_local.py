@@ -38,6 +38,35 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.fixture
+def gate(log: Path, monkeypatch: pytest.MonkeyPatch) -> Gate:
+    return Gate(log.with_name("gate"), monkeypatch)
+
+
+class Gate:
+    """Odd workers do two texts; all others are begun and wait until the gate is open, so that a job stays half done."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._path = path
+        monkeypatch.setenv("ODD_GATE", str(path))
+        monkeypatch.setenv("ODD_PASS", "2")
+
+    def open(self) -> None:
+        self._path.touch()
+
+
+def told(log: Path, *words: str) -> list[tuple[int, str]]:
+    """Process ids and what is said, of the lines of the log with one of these words."""
+    lines = (line.split() for line in log.read_text().splitlines())
+    return [(int(pid), what) for word, pid, what in lines if word in words]
+
+
+def waiting(log: Path) -> list[int]:
+    """Processes that have begun a text and not stored it."""
+    stored = {sha for _, sha in told(log, "stored")}
+    return [pid for pid, sha in told(log, "begun") if sha not in stored]
+
+
 def twice(log: Path) -> int:
     """How many texts were compressed once more although their cache was stored."""
     stored: set[str] = set()
@@ -59,29 +88,45 @@ def assert_all_there(store: Store, n: int) -> None:
     assert not report.damaged and not report.missing and not report.unreferenced
 
 
+class Killer:
+    """Hears what happens to a job: kills a worker over its document, and opens the gate when the next one is there."""
+
+    def __init__(self, engine: LocalEngine, log: Path, gate: Gate) -> None:
+        self.events: list[Event] = []
+        self.killed: list[int] = []
+        self.pids: set[int] = set()
+        self._engine = engine
+        self._log = log
+        self._gate = gate
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        self.pids |= set(self._engine.pids)
+        if isinstance(event, Progress) and event.done == 2 and not self.killed and (pids := waiting(self._log)):
+            os.kill(pids[0], signal.SIGKILL)
+            self.killed.append(pids[0])
+        if isinstance(event, WorkerEnded):
+            self._gate.open()
+
+    def of(self, kind: type[Event]) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
 @pytest.mark.slow
-def test_a_worker_that_is_killed_is_replaced(
-    store: Store, new_job: Make, notes: Path, log: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ODD_SLEEP_S", "0.2")
-    write_notes(notes, 24)
+def test_a_worker_that_is_killed_is_replaced(store: Store, new_job: Make, notes: Path, log: Path, gate: Gate) -> None:
     engine = LocalEngine(store.path, n_workers=2, command=ODD_WORKER)
-    killed: list[int] = []
-    events: list[Event] = []
-
-    def kill(event: Event) -> None:
-        events.append(event)
-        if isinstance(event, Progress) and event.done >= 2 and not killed:
-            killed.append(engine.pids[0])
-            os.kill(killed[0], signal.SIGKILL)
-
-    ended = drive(store, new_job(notes), engine, on_event=kill)
-    assert (ended.added, ended.failed) == (24, 0)
-    (died,) = (event for event in events if isinstance(event, WorkerEnded))
+    killer = Killer(engine, log, gate)
+    ended = drive(store, new_job(notes), engine, on_event=killer)
+    assert (ended.added, ended.failed) == (12, 0)
+    (died,) = killer.of(WorkerEnded)
     assert died.reason == "killed by SIGKILL"
-    assert len({line.split()[1] for line in log.read_text().splitlines()}) >= 2
-    assert max(event.n_workers for event in events if isinstance(event, Progress)) == 2
-    assert_all_there(store, 24)
+    assert len(killer.killed) == 1 and len(killer.pids) == 3
+    assert max(event.n_workers for event in killer.of(Progress)) == 2
+    (victim,) = killer.killed
+    begun = told(log, "begun")
+    (sha,) = {sha for pid, sha in begun if pid == victim} - {sha for pid, sha in told(log, "stored") if pid == victim}
+    assert {pid for pid, text in begun if text == sha} > {victim}  # somebody else has done it
+    assert_all_there(store, 12)
     assert twice(log) == 0
     assert engine.pids == []
     job = Ledger(store).jobs()[0]
@@ -103,27 +148,22 @@ def test_poison_fails_after_so_many_attempts_and_stops_nobody_else(
 
 
 @pytest.mark.slow
-def test_a_driver_that_is_killed(
-    store: Store, new_job: Make, notes: Path, log: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ODD_SLEEP_S", "0.3")
-    write_notes(notes, 16)
+def test_a_driver_that_is_killed(store: Store, new_job: Make, notes: Path, log: Path, gate: Gate) -> None:
     job, ledger = new_job(notes, name="j"), Ledger(store)
     command = [sys.executable, DRIVER, str(store.path), "j", "1"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as driver:
-        wait_for(lambda: ledger.counts(job).done >= 2)
+        wait_for(lambda: ledger.counts(job).done == 2 and bool(waiting(log)))
         driver.kill()
-    wait_for(lambda: ledger.job("j").state == "interrupted")
-    # Its worker ends after the document in hand.
-    wait_for(lambda: ledger.counts(job).running == 0)
-    n_done = ledger.counts(job).done
-    time.sleep(0.5)
-    assert ledger.counts(job).done == n_done < 16
+    assert ledger.job("j").state == "interrupted"
+    gate.open()
+    wait_for(lambda: bool(told(log, "ended")))  # its worker, after the document in hand
+    counts = ledger.counts(job)
+    assert (counts.done, counts.running, counts.pending) == (3, 0, 9)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert json.loads(done.stdout)["added"] == 16
-    assert_all_there(store, 16)
-    begun = [line.split()[2] for line in log.read_text().splitlines() if line.startswith("begun")]
-    assert len(begun) == len(set(begun)) == 16  # not even the one in hand
+    assert json.loads(done.stdout)["added"] == 12
+    assert_all_there(store, 12)
+    begun = [sha for _, sha in told(log, "begun")]
+    assert len(begun) == len(set(begun)) == 12  # not even the one in hand
 
 
 @pytest.mark.slow
@@ -188,20 +228,14 @@ def wait_for(condition: Callable[[], bool], *, timeout_s: float = 60) -> None:
 @pytest.mark.slow
 @pytest.mark.postgres
 def test_a_job_whose_ledger_is_in_postgresql(
-    tmp_path: Path, postgres_url: str, settings: JobSettings, notes: Path, log: Path
+    tmp_path: Path, postgres_url: str, settings: JobSettings, notes: Path, log: Path, gate: Gate
 ) -> None:
     url = f"{postgres_url}{'&' if '?' in postgres_url else '?'}schema=jobs_{os.getpid()}"
     with Store.open(tmp_path / "shared", catalog=url) as store:
-        killed: list[int] = []
         engine = LocalEngine(store.path, n_workers=2, command=ODD_WORKER)
-
-        def kill(event: Event) -> None:
-            if isinstance(event, Progress) and event.done >= 1 and not killed:
-                killed.append(engine.pids[0])
-                os.kill(killed[0], signal.SIGKILL)
-
+        killer = Killer(engine, log, gate)
         write_notes(notes, 60)
-        ended = drive(store, create_job(store, JobRequest(sources=[str(notes)]), settings), engine, on_event=kill)
-        assert (ended.added, ended.failed, len(killed)) == (60, 0, 1)
+        ended = drive(store, create_job(store, JobRequest(sources=[str(notes)]), settings), engine, on_event=killer)
+        assert (ended.added, ended.failed, len(killer.killed)) == (60, 0, 1)
         assert_all_there(store, 60)
         assert twice(log) == 0

@@ -1,9 +1,8 @@
-"""A worker's memory over many documents, and that of its driver."""
+"""A worker's memory over many documents."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,29 +11,24 @@ import pytest
 
 from kv_memory.jobs import Job
 from kv_memory.jobs.local import LocalEngine
-from kv_memory.jobs.progress import Event, Progress
 from kv_memory.jobs.run import drive
 from kv_memory.store import Store
+from tests.jobs.odd_driver import ODD_WORKER
+from tests.jobs.test_jobs_local import log, told
 
-
-def resident(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+__all__ = ["log"]  # a fixture
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_is_flat_over_a_thousand_documents(store: Store, new_job: Callable[..., Job], tmp_path: Path) -> None:
+def test_memory_is_flat_over_a_thousand_documents(
+    store: Store, new_job: Callable[..., Job], tmp_path: Path, log: Path
+) -> None:
     path = tmp_path / "many.jsonl"
     path.write_text("".join(json.dumps({"id": n, "text": f"Pier {n} has a ferry."}) + "\n" for n in range(1000)))
-    engine = LocalEngine(store.path)
-    sizes: list[tuple[int, int]] = []
-
-    def look(event: Event) -> None:
-        if isinstance(event, Progress) and event.done and engine.pids:
-            sizes.append((event.done, resident(engine.pids[0])))
-
-    ended = drive(store, new_job(path), engine, on_event=look)
+    ended = drive(store, new_job(path), LocalEngine(store.path, command=ODD_WORKER))
     assert ended.added == 1000
-    early = max(size for done, size in sizes if done <= 200)
-    late = max(size for done, size in sizes if done >= 800)
+    sizes = [int(size_bytes) for _, size_bytes in told(log, "resident")]  # the worker's own, document by document
+    early, late = max(sizes[:200]), max(sizes[-200:])
+    assert len(sizes) == 1000
     assert late - early < 20e6, f"grew from {early / 1e6:.0f} to {late / 1e6:.0f} MB"

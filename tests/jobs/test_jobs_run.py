@@ -23,7 +23,7 @@ from kv_memory.jobs.run import JobRequest, create_job, drive
 from kv_memory.jobs.worker import make_intake
 from kv_memory.store import Store
 from tests.jobs.conftest import write_notes
-from tests.jobs.threads import ThreadEngine
+from tests.jobs.threads import Gate, ThreadEngine
 from tests.reference import recorded_inputs
 
 Make = Callable[..., Job]
@@ -40,10 +40,16 @@ class Runner:
         self.engine: ThreadEngine | None = None
 
     def __call__(
-        self, job: Job, *, on_event: Callable[[Event], None] | None = None, n_workers: int = 1, **options: Any
+        self,
+        job: Job,
+        *,
+        on_event: Callable[[Event], None] | None = None,
+        n_workers: int = 1,
+        gate: Gate | None = None,
+        **options: Any,
     ) -> JobEnded:
         intake = make_intake(self.store, job)
-        self.engine = ThreadEngine(self.store, intake, n_workers=n_workers)
+        self.engine = ThreadEngine(self.store, intake, n_workers=n_workers, gate=gate)
 
         def hear(event: Event) -> None:
             self.events.append(event)
@@ -64,6 +70,11 @@ class Runner:
 @pytest.fixture
 def run(store: Store, ledger: Ledger) -> Runner:
     return Runner(store, ledger)
+
+
+def is_at(event: Event, counts: Counts, *, done: int, in_hand: int) -> bool:
+    """Whether every document is found, and so many are done and wait at a gate: where a job stays until it opens."""
+    return isinstance(event, Progress) and event.discovered and (counts.done, counts.running) == (done, in_hand)
 
 
 def ids(store: Store) -> list[str]:
@@ -165,34 +176,36 @@ def test_stopped_and_resumed_it_does_nothing_twice(
     run: Runner, new_job: Make, notes: Path, ledger: Ledger, store: Store, error: type[BaseException]
 ) -> None:
     def stop(event: Event) -> None:
-        if isinstance(event, Progress) and event.done >= 1:
+        if is_at(event, ledger.counts(job), done=3, in_hand=1):
             raise error
 
-    write_notes(notes, 60)
+    job = new_job(notes, name="j")
     with pytest.raises(error):
-        run(new_job(notes, name="j"), on_event=stop)
-    n_first = run.n_compressed
+        run(job, on_event=stop, gate=Gate(n_pass=3))
     assert ledger.job("j").state == "interrupted"
     counts = ledger.counts(ledger.job("j"))
-    assert counts.running == 0 and counts.done == n_first < 60
+    assert (counts.done, counts.running, counts.pending) == (4, 0, 8)  # the one in hand is finished
+    assert run.n_compressed == 4
     ended = run(ledger.job("j"), resumed=True)
-    assert (ended.added, ended.unchanged, run.n_compressed) == (60, 0, 60 - n_first)
-    assert len(store.caches()) == 60
+    assert (ended.added, ended.unchanged, run.n_compressed) == (12, 0, 8)
+    assert len(store.caches()) == 12
 
 
 def test_cancelled_it_finishes_what_is_in_hand_and_leaves_out_the_rest(
     run: Runner, new_job: Make, notes: Path, ledger: Ledger, store: Store
 ) -> None:
-    def cancel(event: Event) -> None:
-        if isinstance(event, Progress) and event.done and ledger.state(job) == "running":
-            ledger.cancel(ledger.job("j"))
+    gate = Gate(n_pass=3)
 
-    write_notes(notes, 80)
+    def cancel(event: Event) -> None:
+        if ledger.state(job) == "running" and is_at(event, ledger.counts(job), done=3, in_hand=2):
+            assert ledger.cancel(ledger.job("j")) == 7
+            gate.open()
+
     job = new_job(notes, name="j")
-    ended = run(job, on_event=cancel)
-    assert ended.state == "cancelled" and ended.cancelled and ended.added
-    assert ended.added + ended.cancelled == 80 == ended.added + ledger.counts(job).cancelled
-    assert len(store.documents()) == ended.added
+    ended = run(job, on_event=cancel, n_workers=2, gate=gate)
+    assert (ended.state, ended.added, ended.cancelled, ended.failed) == ("cancelled", 5, 7, 0)
+    assert ledger.counts(job).cancelled == 7
+    assert len(store.documents()) == run.n_compressed == 5
     with pytest.raises(JobError, match="was cancelled"):
         run(ledger.job("j"), resumed=True)
 

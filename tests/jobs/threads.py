@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 from kv_memory.intake import Intake
 from kv_memory.jobs import Job
@@ -12,13 +13,48 @@ from kv_memory.jobs.worker import error_of, work
 from kv_memory.store import Store
 
 
-class ThreadEngine:
-    """See `Engine`."""
+class Gate:
+    """Lets a few documents pass, and the next ones once it is open: a job is then half done for as long as it takes.
 
-    def __init__(self, store: Store, intake: Intake, *, n_workers: int = 1) -> None:
+    Without it, what a test does in the middle of a job would have to be quicker than the job.
+    """
+
+    def __init__(self, *, n_pass: int) -> None:
+        self._n_left = threading.Semaphore(n_pass)
+        self._open = threading.Event()
+
+    def open(self) -> None:
+        self._open.set()
+
+    def wait(self) -> None:
+        if not self._n_left.acquire(blocking=False):
+            assert self._open.wait(timeout=60), "nobody has opened the gate"
+
+
+class _Gated:
+    """An intake in front of which documents wait, in a worker's hand already."""
+
+    def __init__(self, intake: Intake, gate: Gate) -> None:
+        self._intake = intake
+        self._gate = gate
+
+    def add_one(self, *args: Any, **options: Any) -> Any:
+        self._gate.wait()
+        return self._intake.add_one(*args, **options)
+
+    def add_passages(self, *args: Any, **options: Any) -> Any:
+        self._gate.wait()
+        return self._intake.add_passages(*args, **options)
+
+
+class ThreadEngine:
+    """See `Engine`. A gate is opened at the latest when the engine is stopped: what is in hand is finished."""
+
+    def __init__(self, store: Store, intake: Intake, *, n_workers: int = 1, gate: Gate | None = None) -> None:
         self.n_started = 0
         self._store = store
-        self._intake = intake
+        self._intake: Any = intake if gate is None else _Gated(intake, gate)
+        self._gate = gate
         self._most = n_workers
         self._threads: list[tuple[str, threading.Thread]] = []
         self._errors: dict[str, dict[str, str | None]] = {}
@@ -40,6 +76,8 @@ class ThreadEngine:
 
     def stop(self) -> list[WorkerEnd]:
         self._stopping.set()
+        if self._gate is not None:
+            self._gate.open()
         for _, thread in self._threads:
             thread.join()
         ended = [self._end(name) for name, _ in self._threads]

@@ -60,9 +60,17 @@ def parse_sources(
         else:
             specs += _files(text, glob)
     if query and not any(spec["kind"] == "sql" for spec in specs):
-        raise ConfigError("--query is for sources that begin with sql:", where="query")
+        raise ConfigError(
+            "--query is for sources that begin with sql:, and there is none",
+            where="query",
+            next_step="Name the database, for example sql:sqlite:///notes.db, or leave --query out.",
+        )
     if glob and not any(os.path.isdir(text) for text in texts):
-        raise ConfigError("--glob is for folders, and none is named", where="glob")
+        raise ConfigError(
+            "--glob is for folders, and none is named",
+            where="glob",
+            next_step="Name a folder, or leave --glob out: sources may be patterns themselves, in quotes.",
+        )
     return specs
 
 
@@ -83,7 +91,11 @@ def _files(text: str, glob: str | None) -> list[dict[str, Any]]:
         # Files of records are few; each is a source of its own.
         found = sorted(name for name in globbing.glob(pattern, recursive=True) if os.path.isfile(name))
         if not found:
-            raise UnreadableDocumentError("no file fits this pattern", where=text, next_step="Check the pattern.")
+            raise UnreadableDocumentError(
+                "no file fits this pattern",
+                where=text,
+                next_step=f"Check the pattern; relative ones start at {Path.cwd()}.",
+            )
         return [{"kind": kind, "path": name} for name in found]
     if kind is None and os.path.isfile(path) and is_docstore(Path(path)):
         kind = "docstore"
@@ -140,7 +152,11 @@ class Sources:
         if base not in self._opened:
             number = next((n for n in range(len(self._specs)) if self._base(n) == base), None)
             if number is None:
-                raise ConfigError("this is in none of the job's sources", where=item.uri)
+                raise ConfigError(
+                    "this is in none of the job's sources",
+                    where=item.uri,
+                    next_step="Start a new job for it with `kv-memory job run`.",
+                )
             self._opened[base] = self._make(number)
         return self._opened[base].read(item)
 
