@@ -1,69 +1,36 @@
-"""What a running job shows: a bar on a terminal, a line every few seconds elsewhere, JSON for machines."""
+"""What a running job shows: how far it is, or for machines JSON; and its summary."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
-
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as Bar
-from rich.table import Column
+from typing import TYPE_CHECKING, Any
 
 from kv_memory.cli.output import Output, factor_text, plain, size_text
+from kv_memory.cli.tracking import Tracking
 
 if TYPE_CHECKING:
     from kv_memory.jobs.progress import Event, JobEnded
 
 __all__ = ["JobTracker", "count_text", "print_ended", "sources_text"]
 
-_EVERY_S = 5.0
 _SHOWN = 5  # sources
 _JSON_EVERY_S = 1.0
 
 
-class JobTracker:
-    """Call it with every event; use it as a context manager.
-
-    Args:
-        out: Whose notes it writes to; with `as_json`, events are lines of standard output.
-    """
+class JobTracker(Tracking):
+    """Call it with every event; with `as_json`, events are lines of standard output."""
 
     def __init__(self, out: Output) -> None:
-        self._out = out
-        self._told_s: float | None = None
+        super().__init__(out, text="", every_s=_JSON_EVERY_S if out.as_json else 5.0)
         self._told = ""
-        self._bar: Bar | None = None
-        if out.notes.is_terminal and not out.as_json:
-            one_line = Column(no_wrap=True)
-            self._bar = Bar(
-                BarColumn(bar_width=None),  # what is left of the line
-                TextColumn("{task.fields[said]}", markup=False, table_column=one_line),
-                console=out.notes,
-                transient=True,
-                expand=True,
-            )
-            self._task = self._bar.add_task("", total=None, said="")
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def __call__(self, event: Event) -> None:
         """Show what happened."""
         fields: dict[str, Any] = plain(event)
         is_progress = event.kind == "progress"
         if self._out.as_json:
-            if not is_progress or self._is_time(_JSON_EVERY_S):
+            if not is_progress or self.is_time():
                 print(json.dumps({"event": event.kind, **fields}, ensure_ascii=False), flush=True)
             return
         if event.kind == "started":
@@ -74,21 +41,14 @@ class JobTracker:
             self._out.note(f"Failed: {fields['document_id']}: {error['what']}", style="yellow")
         elif event.kind == "worker_died":
             self._out.note(f"A worker died ({fields['reason']}); another one takes its place.", style="yellow")
-        elif is_progress and self._bar is not None:
-            # Without a total it only swings, until it is worth to look at.
-            total = None if _is_starting(fields) else fields["total"]
-            done = fields["done"] + fields["failed"]
-            self._bar.update(self._task, total=total, completed=done, said=_said(fields))
-        elif is_progress and (said := _said(fields)) != self._told and self._is_time(_EVERY_S):
-            self._told = said
-            self._out.note(said)
-
-    def _is_time(self, every_s: float) -> bool:
-        now_s = time.monotonic()
-        if self._told_s is not None and now_s - self._told_s < every_s:
-            return False
-        self._told_s = now_s
-        return True
+        elif is_progress:
+            # Without a total the bar only swings, until it is worth to look at.
+            said, total = _said(fields), None if _is_starting(fields) else fields["total"]
+            if self.show(said, fields["done"] + fields["failed"], total):
+                return
+            if said != self._told and self.is_time():
+                self._told = said
+                self._out.note(said)
 
 
 def sources_text(names: Sequence[str]) -> str:

@@ -115,16 +115,87 @@ class Compressor:
             EmptyDocumentError: The text is blank.
             ConfigError: keep_ratio or a span is out of range.
         """
+        ids, offsets, n_before = self._encode(text)
+        kept, unasked = (
+            [(start + n_before, end + n_before) for start, end in _token_spans(offsets, spans, len(text), where)]
+            for spans, where in ((keep_spans, "keep_spans"), (unasked_spans, "unasked_spans"))
+        )
+        return self.compress_ids(ids, keep_ratio=keep_ratio, keep_spans=kept, unasked_spans=unasked)
+
+    def _encode(self, text: str) -> tuple[list[int], list[Span], int]:
+        """Token ids with the prompt form's own around them; the text's offsets; how many tokens stand before it."""
         if not text.strip():
             raise EmptyDocumentError("the document is empty", next_step="Pass text that holds at least one word.")
         form = self.backbone.prompt
         before, after = self.backbone.encode(form.document_before), self.backbone.encode(form.document_after)
         ids, offsets = self.backbone.encode_with_offsets(text)
-        kept, unasked = (
-            [(start + len(before), end + len(before)) for start, end in _token_spans(offsets, spans, len(text), where)]
-            for spans, where in ((keep_spans, "keep_spans"), (unasked_spans, "unasked_spans"))
-        )
-        return self.compress_ids([*before, *ids, *after], keep_ratio=keep_ratio, keep_spans=kept, unasked_spans=unasked)
+        return [*before, *ids, *after], list(offsets), len(before)
+
+    @torch.no_grad()
+    def compress_many(self, texts: Sequence[str], *, keep_ratio: float) -> list[DistilledCache]:
+        """Distil several documents, as one batch where that can be done: for GPUs, which one passage does not fill.
+
+        Batched are documents of one window that an adapter reads without refinement, with the same rotary frequencies;
+        the others are compressed one by one. Texts of like length waste the least. In a batch the same text may come
+        out different in the last bits, because sums are added up in another order.
+
+        Args:
+            texts: The documents, as in `compress`. Where memory does not hold them together, in halves.
+            keep_ratio: As in `compress`.
+
+        Raises:
+            EmptyDocumentError: A text is blank.
+            ConfigError: keep_ratio is out of range.
+        """
+        keep_ratio = check_keep_ratio(keep_ratio)
+        rows = [self._encode(text)[0] for text in texts]
+        made: dict[int, DistilledCache] = {}
+        if self.adapter is not None and self.refine is None:
+            n_prefix, groups = len(self.backbone.prefix_ids), dict[object, list[int]]()
+            for i, ids in enumerate(rows):
+                if n_kept_for(len(ids), keep_ratio) < len(ids) <= self.window_tokens:
+                    groups.setdefault(self.backbone.rope.regime(n_prefix + len(ids)), []).append(i)
+            for fit in groups.values():
+                if len(fit) > 1:
+                    made |= zip(fit, self._compress_batch([rows[i] for i in fit], keep_ratio), strict=True)
+        return [made[i] if i in made else self.compress_ids(ids, keep_ratio=keep_ratio) for i, ids in enumerate(rows)]
+
+    def _compress_batch(self, rows: list[list[int]], keep_ratio: float) -> list[DistilledCache]:
+        assert self.adapter is not None
+        device = self.backbone.device
+        lengths = torch.tensor([len(ids) for ids in rows])
+        n_kept = torch.tensor([n_kept_for(len(ids), keep_ratio) for ids in rows])
+        padded = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+        for row, ids in zip(padded, rows, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        try:
+            reading = read_documents(
+                self.adapter, padded.to(device), lengths.to(device), n_kept.to(device), routed=self.routed
+            )
+            kept = [
+                self._extract(reading.cache, reading.selected[:, row, :, : len(ids)], row=row, offset=0)
+                for row, ids in enumerate(rows)
+            ]
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+            kept = []
+        if not kept:  # outside of the handler: its traceback holds what is to be freed
+            half = len(rows) // 2
+            return [made for part in (rows[:half], rows[half:]) for made in self._compress_batch(part, keep_ratio)]
+        fingerprint = self.fingerprint()
+        return [
+            DistilledCache(
+                keys=part.keys,
+                values=part.values,
+                positions=part.positions,
+                counts=part.counts,
+                n_tokens=len(ids),
+                keep_ratio=keep_ratio,
+                fingerprint=fingerprint,
+            )
+            for part, ids in zip(kept, rows, strict=True)
+        ]
 
     @torch.no_grad()
     def compress_ids(
@@ -238,12 +309,13 @@ class Compressor:
         )
         return reading.cache, reading.selected[:, 0]
 
-    def _extract(self, cache: PositionedCache, selected: torch.Tensor, *, offset: int) -> _Kept:
+    def _extract(self, cache: PositionedCache, selected: torch.Tensor, *, row: int = 0, offset: int) -> _Kept:
         """The selected entries, positions taken off their keys.
 
         Args:
             cache: Prefix and window, as read.
             selected: Bool `(num_layers or 1, num_kv_heads or 1, n_tokens)`.
+            row: Of the cache's batch.
             offset: Of the window inside the document.
         """
         backbone, n_prefix, n_tokens = self.backbone, len(self.backbone.prefix_ids), selected.shape[-1]
@@ -253,7 +325,7 @@ class Compressor:
         values: list[torch.Tensor] = []
         for index in range(backbone.num_layers):
             for kept, tensor in zip((keys, values), cache.layer(index), strict=True):
-                kept.append(tensor[0, :, n_prefix : n_prefix + n_tokens][mask[index]])  # head by head
+                kept.append(tensor[row, :, n_prefix : n_prefix + n_tokens][mask[index]])  # head by head
         inside = torch.arange(n_tokens, device=mask.device).expand_as(mask)[mask]
         per_layer = counts.sum(1).tolist()
         free = backbone.rope.take_off_flat(torch.cat(keys), inside + n_prefix, per_layer, n_positions=cache.n_positions)
