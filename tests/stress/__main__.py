@@ -1,4 +1,4 @@
-"""The store under stress: kills, damage, mismatches and races on SQLite and PostgreSQL, on the disk and in S3.
+"""Stores under stress, on SQLite and PostgreSQL, on the disk and in S3: kills, damage, mismatches, races; and jobs.
 
     make stress                      # everything, some minutes
     make stress ARGS="--kills 50"    # less
@@ -78,6 +78,7 @@ def part(name: str, given: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make stress", description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=240, help="processes to kill, over all kinds of store")
+    parser.add_argument("--job-kills", type=int, default=100, help="drivers and workers of jobs to kill; 0 for none")
     parser.add_argument("--flips", type=int, default=240, help="damages, half of them in S3")
     parser.add_argument("--seconds", type=float, default=60, help="of racing, over all kinds of store")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="the same seed does the same damages")
@@ -135,8 +136,40 @@ def main() -> int:
                 total[count] += found.get(count, 0)
             failed |= bool(found["wrong"])
             _tell(f"{name} on {pair}", found, time.monotonic() - begun)
+        if given.job_kills:
+            failed |= _kill_jobs(given.job_kills, environment, total)
     print(json.dumps({count: total[count] for count in COUNTS}))
     return 1 if failed or any(total[count] for count in COUNTS[4:]) else 0
+
+
+def _kill_jobs(n: int, environment: dict[str, str], total: Counter[str]) -> bool:
+    """Kill drivers and workers of jobs; whether it failed."""
+    begun = time.monotonic()
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "tests/jobs/test_jobs_kills.py::test_many_kills",
+        ],
+        env={**environment, "KV_MEMORY_STRESS": str(n), "HF_HUB_OFFLINE": "1"},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    told = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    found: dict[str, Any] = json.loads(told[-1]) if told else {}
+    found["wrong"] = [f"a document was done twice: {found['done_twice']}"] if found.get("done_twice") else []
+    for count in ("kills", "lost_documents"):
+        total[count] += found.get(count, 0)
+    if done.returncode:
+        print(done.stdout, file=sys.stderr)
+    _tell("kills of jobs", found, time.monotonic() - begun)
+    return done.returncode != 0
 
 
 def _tell(what: str, found: dict[str, Any], elapsed_s: float) -> None:
