@@ -1,0 +1,172 @@
+"""What an actor does in a turn, without any Ray."""
+
+from __future__ import annotations
+
+import json
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kv_memory.errors import StoreConnectionError
+from kv_memory.jobs import Job, JobSettings, Ledger
+from kv_memory.jobs.actor import Actor, call_of
+from kv_memory.jobs.claims import Claims
+from kv_memory.jobs.discovery import Discovery
+from kv_memory.jobs.local import threads_of
+from kv_memory.jobs.roll import Roll
+from kv_memory.jobs.worker import make_intake
+from kv_memory.store import Store
+from tests.jobs.test_jobs_local import assert_all_there
+
+Make = Callable[..., Job]
+DRIVER = "ray-0"
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+class Actors:
+    """Actors of a driver, on a job all of whose documents are found."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.ledger = Ledger(store)
+        self.made: list[Actor] = []
+        self.called = ExitStack()
+        self.called.enter_context(store.catalog.hold(call_of(DRIVER)))
+
+    def ready(self, job: Job) -> Job:
+        discovery = Discovery(self.store, self.ledger, job)
+        discovery.run()
+        assert discovery.error is None
+        return self.ledger.job(job.name)
+
+    def make(self, job: Job) -> Actor:
+        place = {"path": str(self.store.path), "collection": job.collection, "job": job.name, "driver": DRIVER}
+        self.made.append(Actor(**place, n_threads=threads_of(1), device="cpu"))
+        return self.made[-1]
+
+
+def turn(actor: Actor) -> tuple[int, str, dict[str, str]]:
+    row = actor({"turn": [7]})
+    assert row["turn"] == [7]
+    (n_done,), (lost,), (fatal,) = row["n_done"], row["lost"], row["fatal"]
+    return n_done, lost, json.loads(fatal or "{}")
+
+
+@pytest.fixture
+def actors(store: Store) -> Iterator[Actors]:
+    """With a driver who wants work done, which is seen where the job is driven."""
+    made = Actors(store)
+    with made.called:
+        yield made
+    for actor in made.made:
+        actor.close()
+
+
+def test_a_turn(store: Store, new_job: Make, notes: Path, actors: Actors, temporary: Path) -> None:
+    (notes / "broken.txt").write_bytes(b"\0")
+    job = actors.ready(new_job(notes))
+    with actors.ledger.driving(job):
+        first, second = actors.make(job), actors.make(job)
+        assert turn(first) == (13, "", {})
+        assert turn(first) == (0, "", {})
+        assert turn(second) == (0, "", {})
+    assert second._intake is None  # no model is loaded for nothing
+    ((_, failed),) = actors.ledger.failed(job)
+    assert failed.error["error"] == "BinaryDocumentError"
+    assert_all_there(store, 12)
+    assert actors.ledger.job(job.name).fingerprint == store.caches()[0].fingerprint
+    assert list(temporary.iterdir()) == []
+
+
+def test_what_a_dead_actor_had_in_hand_is_waited_for(store: Store, new_job: Make, notes: Path, actors: Actors) -> None:
+    job = actors.ready(new_job(notes))
+    other = Claims(store, job.id, f"{DRIVER}-dead")
+    assert other.claim() is not None
+    freed = threading.Timer(1, lambda: Roll(store).free_dead(job))  # as the driver does
+    freed.start()
+    with actors.ledger.driving(job):
+        assert turn(actors.make(job)) == (12, "", {})
+    freed.join()
+    assert_all_there(store, 12)
+
+
+def test_called_off(store: Store, new_job: Make, notes: Path, actors: Actors, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kv_memory.jobs.actor._LOOK_S", 0)
+    job = actors.ready(new_job(notes))
+    actor = actors.make(job)
+    with actors.ledger.driving(job):
+        wanted = Actor._is_wanted
+
+        def once(self: Actor) -> bool:
+            actors.called.close()
+            return wanted(self)
+
+        monkeypatch.setattr(Actor, "_is_wanted", once)
+        assert turn(actor) == (0, "", {})
+        assert actor._intake is not None  # it was called off behind that
+        monkeypatch.undo()
+        assert actor._is_over()  # although it has looked a moment ago
+        assert turn(actors.make(job)) == (0, "", {})
+    assert actors.made[-1]._intake is None
+    assert actors.ledger.counts(job).pending == 12
+
+
+def test_a_job_that_nobody_drives(new_job: Make, notes: Path, actors: Actors) -> None:
+    job = actors.ready(new_job(notes))
+    assert turn(actors.make(job)) == (0, "", {})
+
+
+def test_a_model_that_is_not_there(new_job: Make, notes: Path, settings: JobSettings, actors: Actors) -> None:
+    job = actors.ready(new_job(notes, memory={**settings.memory, "model": str(notes / "no-such-model")}))
+    with actors.ledger.driving(job):
+        n_done, lost, fatal = turn(actors.make(job))
+    assert (n_done, lost, fatal["error"]) == (0, "", "ModelNotFoundError")
+    assert "no-such-model" in fatal["where"] and f"(on {socket.gethostname()})" in fatal["what"]
+
+
+def test_a_server_that_does_not_answer_for_a_moment(
+    store: Store, new_job: Make, notes: Path, actors: Actors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kv_memory.jobs.actor._LOST_S", 0)
+    job = actors.ready(new_job(notes))
+    actor = actors.make(job)
+    down = [True]
+
+    def opened(*args: Any, **options: Any) -> Any:
+        if down.pop():
+            down.append(False)
+            raise StoreConnectionError("no answer", where="db.local", next_step="Wait.")
+        return make_intake(*args, **options)
+
+    monkeypatch.setattr("kv_memory.jobs.worker.make_intake", opened)
+    with actors.ledger.driving(job):
+        assert turn(actor) == (0, f"no answer (on {socket.gethostname()})", {})
+        assert turn(actor) == (12, "", {})
+    assert_all_there(store, 12)
+
+
+def test_actors_that_do_not_survive_the_loading_of_a_model_are_not_started_for_ever(
+    new_job: Make, notes: Path, actors: Actors, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = actors.ready(new_job(notes, name="j"))
+    (temporary / f"kv-memory-{DRIVER}").write_bytes(b"." * 10)
+    with actors.ledger.driving(job):
+        _, _, fatal = turn(actors.make(job))
+        assert fatal["error"] == "WorkerDiedError" and "10 actors have died" in fatal["what"]
+        assert "kv-memory job resume j --engine ray" in fatal["next_step"]
+        assert list(temporary.iterdir()) == []
+        (temporary / f"kv-memory-{DRIVER}").write_bytes(b"." * 9)
+        assert turn(actors.make(job)) == (12, "", {})
