@@ -161,7 +161,7 @@ def _zip() -> bytes:
     [
         (_png(), "PNG"),
         (_zip(), "ZIP"),
-        (gzip.compress(b"text"), "gzip"),
+        (gzip.compress(b"text", mtime=0), "gzip"),
         (b"\x7fELF\x02\x01\x01", "ELF"),
         (b"\xff\xd8\xff\xe0\x10JFIF", "JPEG"),
         (b"%PDF-1.4\n%rest", "a PDF"),
