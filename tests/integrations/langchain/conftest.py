@@ -9,21 +9,23 @@ import pytest
 
 from kv_memory import KVMemory
 
-_SKIPPED = pytest.StashKey[set[str]]()
+_RAN = pytest.StashKey[dict[str, bool]]()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if report.skipped and item.path.name == "test_langchain_suites.py":
-        item.config.stash.setdefault(_SKIPPED, set()).add(item.originalname)  # type: ignore[attr-defined]
+    if item.path.name == "test_langchain_suites.py":
+        ran = item.config.stash.setdefault(_RAN, {})
+        name: str = item.originalname  # type: ignore[attr-defined]
+        ran[name] = ran.get(name, False) or report.skipped
     return report
 
 
 @pytest.fixture
-def skipped(request: pytest.FixtureRequest) -> set[str]:
-    """Names of the standard suites' tests that have been skipped so far."""
-    return request.config.stash.setdefault(_SKIPPED, set())
+def ran(request: pytest.FixtureRequest) -> dict[str, bool]:
+    """The standard suites' tests that this process has run so far, by name, and whether they were skipped."""
+    return request.config.stash.setdefault(_RAN, {})
 
 
 @pytest.fixture
