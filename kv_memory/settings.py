@@ -28,7 +28,8 @@ class MemorySettings:
         adapter: An adapter folder, `shipped` for the one inside this package, or None. The embedded model has `shipped`
             unless an adapter or a selector is named.
         keep_ratio: Share of the tokens kept, in (0, 1]; 0.25 unless set.
-        selector: The training-free selector used without an adapter.
+        selector: The training-free selector used without an adapter; or `combined`, which is an adapter and
+            reconstruction together.
         passage_tokens: Longest passage, 256 tokens for the embedded model and 1,024 for others, unless set; None
             keeps documents whole.
         prompt: The name of the prompt form.
@@ -95,7 +96,7 @@ def given_settings(
 ) -> dict[str, Any]:
     """The settings a caller gave, checked; those left at None (`auto` for passage_tokens) are not among them.
 
-    An adapter named `none` means to have none; so does a selector without an adapter.
+    An adapter named `none` means to have none; so does a training-free selector without an adapter.
 
     Raises:
         ConfigError: One is out of range.
@@ -113,7 +114,8 @@ def given_settings(
         "keep_text": keep_text,
     }
     given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
-    if adapter == NO_ADAPTER or (adapter is None and selector is not None):  # a selector is for want of an adapter
+    # A selector is for want of an adapter, except the one that needs it.
+    if adapter == NO_ADAPTER or (adapter is None and selector not in {None, "combined"}):
         given["adapter"] = None
     if passage_tokens != "auto":
         given["passage_tokens"] = passage_tokens
@@ -142,6 +144,8 @@ def resolve_settings(given: Mapping[str, Any], stored: Mapping[str, Any]) -> Mem
         kept.setdefault("keep_text", True)  # a store from the time when all texts were kept goes on with that
     if "refine_steps" in given:
         kept.pop("min_fidelity", None)  # steps that are named anew are meant as they are
+    if given.get("selector") == "combined" and kept.get("adapter") is None:
+        kept.pop("adapter", None)  # it was for want of a selector that there is none
     merged = {**kept, **given}
     if merged.get("min_fidelity") is not None and not merged.get("refine_steps"):
         merged["refine_steps"] = REFINE_STEPS
@@ -150,4 +154,7 @@ def resolve_settings(given: Mapping[str, Any], stored: Mapping[str, Any]) -> Mem
     if merged.get("model", EMBEDDED) == EMBEDDED:
         # int8 costs it less than half a point of F1 at 1/4, 1/8 and 1/16: docs/fidelity.md.
         defaults = {"passage_tokens": 256, "keep_ratio": 0.25, "adapter": SHIPPED, "storage": "int8"}
-    return MemorySettings(**{**defaults, **merged})
+    values = {**defaults, **merged}
+    if values.get("adapter") is None and values.get("selector") == "combined" and "selector" not in given:
+        del values["selector"]  # remembered from when there was an adapter
+    return MemorySettings(**values)

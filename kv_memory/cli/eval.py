@@ -34,8 +34,8 @@ def evaluate_task(
         typer.Option(
             "--method",
             metavar="NAME",
-            help="full, none, random, sink_recent, attention, reconstruction, adapter_selection, adapter or refined; "
-            "repeatable.  [default: all that can be run]",
+            help="full, none, random, sink_recent, attention, reconstruction, adapter_selection, adapter, "
+            "combined or refined; repeatable.  [default: all that can be run]",
         ),
     ] = None,
     keep_ratio: Annotated[
@@ -119,7 +119,8 @@ def evaluate_task(
         typer.Option(
             "--refine-from",
             metavar="NAME",
-            help="refined: adapter, reconstruction, attention or sink_recent; auto is the adapter where there is one.",
+            help="refined: adapter, combined, reconstruction, attention or sink_recent; auto is the adapter where "
+            "there is one.",
         ),
     ] = "auto",
     generate: Annotated[

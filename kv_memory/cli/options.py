@@ -75,8 +75,9 @@ SelectorOption = Annotated[
     typer.Option(
         "--selector",
         metavar="NAME",
-        help="Choose tokens without an adapter: reconstruction, attention (quicker) or sink_recent.  [default: "
-        "the store's; at first reconstruction where there is no adapter]",
+        help="Choose tokens without an adapter: reconstruction, attention (quicker) or sink_recent. Or with "
+        "one and reconstruction together: combined (closer, for twice the time).  [default: the store's; at first "
+        "the adapter, reconstruction where there is none]",
     ),
 ]
 RefineOption = Annotated[

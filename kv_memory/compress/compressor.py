@@ -14,10 +14,11 @@ from kv_memory.attention import ForwardContext
 from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
 from kv_memory.compress.adapter import Adapter
+from kv_memory.compress.combined import check_combinable, combined_selection
 from kv_memory.compress.reading import choose, read_documents
 from kv_memory.compress.refine import refine_batch
 from kv_memory.compress.refine_settings import RefineSettings
-from kv_memory.compress.selectors import Selector, make_selector
+from kv_memory.compress.selectors import Reconstruction, Selector, make_selector
 from kv_memory.config import SelectorName, check_keep_ratio, n_kept_for
 from kv_memory.errors import ConfigError, EmptyDocumentError
 from kv_memory.fingerprint import Fingerprint
@@ -36,7 +37,8 @@ class Compressor:
 
     Args:
         backbone: The model that reads.
-        selector: A training-free selector or its name. Not used with an adapter.
+        selector: A training-free selector or its name. Not used with an adapter, but for `combined`: the adapter and
+            reconstruction choose together, and a document is read twice.
         adapter: Attached to the same backbone.
         routed: False uses the adapter's selection without its LoRA, to see what each is worth.
         refine: How the kept entries of each document are refined (see `refine_batch`), offline and for as long as a
@@ -45,7 +47,8 @@ class Compressor:
             documents are read window by window behind the same prefix, and joined.
 
     Raises:
-        ConfigError: The adapter belongs to another backbone, or the window is larger than the model's.
+        ConfigError: The adapter belongs to another backbone, or `combined` needs another one; or the window is larger
+            than the model's.
     """
 
     def __init__(
@@ -64,8 +67,12 @@ class Compressor:
         self.adapter = adapter
         self.routed = routed
         self.refine = refine
-        self.selector: Selector = make_selector(selector) if isinstance(selector, str) else selector
-        extra = 0 if adapter is not None else self.selector.extra_tokens
+        self._together: Reconstruction | None = None  # has a say beside the adapter
+        if selector == "combined":
+            check_combinable(adapter)
+            self._together = Reconstruction(part_tokens=min(1024, backbone.context_window // 4))
+        self.selector: Selector = self._together or (make_selector(selector) if isinstance(selector, str) else selector)
+        extra = 0 if adapter is not None and self._together is None else self.selector.extra_tokens
         extra = extra if refine is None else max(extra, refine.extra_tokens)
         most = backbone.context_window - len(backbone.prefix_ids) - extra
         if most < 1:  # a tiny context window: ask in smaller parts, or not at all
@@ -87,8 +94,9 @@ class Compressor:
         window = f"window:{self.window_tokens}" + ("" if self.refine is None else f"|{self.refine.name}")
         if self.adapter is None:
             return self.backbone.fingerprint(method=f"{self.selector.name}|{window}", keep_spans=keep_spans)
+        together = "" if self._together is None else f"+{self._together.name}"
         return self.backbone.fingerprint(
-            method=f"{'adapter' if self.routed else 'adapter_selection'}|{window}",
+            method=f"{'adapter' if self.routed else 'adapter_selection'}{together}|{window}",
             adapter=self._adapter_sha256,
             eta=self.adapter.config.eta,
             keep_spans=keep_spans,
@@ -135,9 +143,9 @@ class Compressor:
     def compress_many(self, texts: Sequence[str], *, keep_ratio: float) -> list[DistilledCache]:
         """Distil several documents, as one batch where that can be done: for GPUs, which one passage does not fill.
 
-        Batched are documents of one window that an adapter reads without refinement, with the same rotary frequencies;
-        the others are compressed one by one. Texts of like length waste the least. In a batch the same text may come
-        out different in the last bits, because sums are added up in another order.
+        Batched are documents of one window that an adapter alone reads, without refinement, with the same rotary
+        frequencies; the others are compressed one by one. Texts of like length waste the least. In a batch the same
+        text may come out different in the last bits, because sums are added up in another order.
 
         Args:
             texts: The documents, as in `compress`. Where memory does not hold them together, in halves.
@@ -150,7 +158,7 @@ class Compressor:
         keep_ratio = check_keep_ratio(keep_ratio)
         rows = [self._encode(text)[0] for text in texts]
         made: dict[int, DistilledCache] = {}
-        if self.adapter is not None and self.refine is None:
+        if self.adapter is not None and self.refine is None and self._together is None:
             n_prefix, groups = len(self.backbone.prefix_ids), dict[object, list[int]]()
             for i, ids in enumerate(rows):
                 if n_kept_for(len(ids), keep_ratio) < len(ids) <= self.window_tokens:
@@ -306,8 +314,12 @@ class Compressor:
             torch.tensor([n_kept], device=ids.device),
             forced=forced[None].to(ids.device),
             routed=self.routed,
+            room=0 if self._together is None else self._together.extra_tokens,
         )
-        return reading.cache, reading.selected[:, 0]
+        if self._together is None:
+            return reading.cache, reading.selected[:, 0]
+        selected = combined_selection(self.adapter, self._together, ids, reading, n_kept=n_kept, forced=forced)
+        return reading.cache, selected[:, 0]
 
     def _extract(self, cache: PositionedCache, selected: torch.Tensor, *, row: int = 0, offset: int) -> _Kept:
         """The selected entries, positions taken off their keys.

@@ -158,6 +158,7 @@ def read_documents(
     *,
     forced: torch.Tensor | None = None,
     routed: bool = True,
+    room: int = 0,
 ) -> Reading:
     """Read documents behind the shared prefix, score and select their tokens and route what the adapter routes.
 
@@ -168,6 +169,7 @@ def read_documents(
         n_kept: `(batch,)`, between 1 and each length.
         forced: Bool `(batch, n_tokens)`; these are kept whatever their score.
         routed: False leaves the LoRA out.
+        room: For so many more tokens behind them.
     """
     backbone, config = adapter.backbone, adapter.config
     batch, n_tokens = ids.shape
@@ -177,6 +179,6 @@ def read_documents(
         with torch.no_grad():  # the frozen layers below eta: no gradient reaches anything
             hidden = hidden_after(backbone, ids, first, layer=config.eta, lengths=lengths if batch > 1 else None)
         watching.look(config.eta, hidden)
-    cache = backbone.prefixed_cache(n_tokens, batch_size=batch)
+    cache = backbone.prefixed_cache(n_tokens, room=room, batch_size=batch)
     backbone.read(ids, cache, lengths=lengths if batch > 1 else None, context=ForwardContext(routing=watching))
     return Reading(cache=cache, selected=watching.selected, scores=watching.scores)

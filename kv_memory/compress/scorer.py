@@ -7,7 +7,11 @@ from typing import Literal
 import torch
 from torch import nn
 
-__all__ = ["Scorer", "ScorerKind"]
+from kv_memory.config import Budget
+
+__all__ = ["Scorer", "ScorerKind", "attention_scores"]
+
+FLOOR = 1e-3  # attention below this is all the same: nothing
 
 # `token`: one score a token for all heads, from the hidden state after layer eta (the paper's form). `head`: from the
 # same place, one per layer and KV head. `layer`: one per layer and KV head, each layer's from what goes into it.
@@ -60,3 +64,26 @@ def _head(hidden_size: int, inner_size: int, n_out: int) -> nn.Module:
         nn.GELU(),
         nn.Linear(inner_size, n_out),
     )
+
+
+def attention_scores(received: torch.Tensor, real: torch.Tensor, *, budget: Budget) -> torch.Tensor:
+    """The score of a token that receives so much attention: what a scorer is trained to say, on the same scale.
+
+    The logarithm. Where heads share one budget its scale is the same for all: scores are compared across heads. Where
+    each has its own, only the order within a head matters, and every row is scaled to mean 0 and deviation 1.
+
+    Args:
+        received: `(..., n_tokens)`, 0 to 1.
+        real: Bool, the same shape: False for padding.
+        budget: See `Budget`.
+
+    Returns:
+        The same shape.
+    """
+    logs = (received + FLOOR).log()
+    if budget == "model":
+        return logs / 2 + 2  # attention of 0 to 1: about -1.5 to 2
+    n = real.sum(-1, keepdim=True)
+    mean = (logs * real).sum(-1, keepdim=True) / n
+    spread = (((logs - mean) * real).square().sum(-1, keepdim=True) / n).sqrt() + 1e-3
+    return (logs - mean) / spread

@@ -13,6 +13,7 @@ import torch
 from kv_memory.attention import ForwardContext, attention_probabilities
 from kv_memory.backbone import Backbone
 from kv_memory.config import Budget, SelectorName, check_choice
+from kv_memory.errors import ConfigError
 from kv_memory.positioned import PositionedCache
 
 __all__ = ["ObservedAttention", "Reconstruction", "Selector", "SinkRecent", "make_selector"]
@@ -191,12 +192,14 @@ class Reconstruction:
 
 
 def make_selector(name: SelectorName) -> Selector:
-    """The selector of this name with its default settings.
+    """The training-free selector of this name with its default settings.
 
     Raises:
         ConfigError: There is none.
     """
     check_choice(name, SelectorName, where="selector")
+    if name == "combined":
+        raise ConfigError("selector 'combined' is not training-free: it needs an adapter", where="selector")
     selectors: dict[str, type[Selector]] = {
         "sink_recent": SinkRecent,
         "attention": ObservedAttention,

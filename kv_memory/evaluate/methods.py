@@ -27,11 +27,12 @@ MethodName = Literal[
     "reconstruction",
     "adapter_selection",
     "adapter",
+    "combined",
     "refined",
 ]
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
-RefineFrom = Literal["auto", "adapter", "reconstruction", "attention", "sink_recent"]
-_NEED_ADAPTER = {"adapter_selection", "adapter"}
+RefineFrom = Literal["auto", "adapter", "combined", "reconstruction", "attention", "sink_recent"]
+_NEED_ADAPTER = {"adapter_selection", "adapter", "combined"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +98,8 @@ def make_methods(
         ConfigError: A name is unknown, or a method needs an adapter and there is none.
     """
     wanted = check_methods(names, has_adapter=adapter is not None, refine_from=refine_from)
+    if names is None and adapter is not None and adapter.config.routed == "kept":
+        wanted.remove("combined")  # see `check_combinable`
     return [_make(name, backbone, adapter, refine or RefineSettings(), refine_from, seed) for name in wanted]
 
 
@@ -110,7 +113,7 @@ def check_methods(names: Sequence[str] | None, *, has_adapter: bool, refine_from
     if not names:
         raise ConfigError("no method is named", where="method", next_step=f"Use some of {', '.join(METHODS)}.")
     needing = sorted({*names} & _NEED_ADAPTER) + (
-        ["refined"] if "refined" in names and refine_from == "adapter" else []
+        ["refined"] if "refined" in names and refine_from in _NEED_ADAPTER else []
     )
     if needing and not has_adapter:
         raise ConfigError(
@@ -148,12 +151,16 @@ def _compressor(
         return Compressor(backbone, selector=SinkRecent())
     if name == "random":
         return Compressor(backbone, selector=RandomSelector(seed=seed))
+    if name == "combined":
+        return Compressor(backbone, adapter=adapter, selector="combined")
     if name in _NEED_ADAPTER:
         return Compressor(backbone, adapter=adapter, routed=name == "adapter")
     if name != "refined":
         selector: SelectorName = name  # type: ignore[assignment]
         return Compressor(backbone, selector=selector)
     start = ("reconstruction" if adapter is None else "adapter") if refine_from == "auto" else refine_from
+    if start == "combined":
+        return Compressor(backbone, adapter=adapter, selector="combined", refine=refine)
     if start == "adapter":
         return Compressor(backbone, adapter=adapter, refine=refine)
     return Compressor(backbone, selector=start, refine=refine)

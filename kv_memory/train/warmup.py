@@ -16,13 +16,13 @@ from kv_memory.attention import ForwardContext, attention_probabilities
 from kv_memory.backbone import Backbone
 from kv_memory.compress.entries import Entries
 from kv_memory.compress.reading import pad
+from kv_memory.compress.scorer import attention_scores
 from kv_memory.config import Budget
 from kv_memory.positioned import NEVER
 
 __all__ = ["Asked", "received_attention", "repetition", "scorer_loss"]
 
 REQUEST = "\n\nRepeat the previous text exactly.\n"
-FLOOR = 1e-3  # attention below this is all the same: nothing
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,7 @@ def received_attention(backbone: Backbone, entries: Entries, askings: Sequence[A
 
 
 def scorer_loss(scores: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor, *, budget: Budget) -> torch.Tensor:
-    """How far scores are from the logarithm of the labels.
-
-    Where heads share one budget the scale is the same for all: scores are compared across heads. Where each has its
-    own, only the order within a head matters, and every row is scaled to mean 0 and deviation 1.
+    """How far scores are from what the labels ask for, see `attention_scores`.
 
     Args:
         scores: `(num_layers, documents, num_kv_heads or 1, n_tokens)`.
@@ -119,14 +116,7 @@ def scorer_loss(scores: torch.Tensor, labels: torch.Tensor, lengths: torch.Tenso
     """
     real = torch.arange(labels.shape[-1], device=labels.device) < lengths.to(labels.device)[:, None]
     real = real[None, :, None].expand_as(labels)
-    logs = (labels + FLOOR).log()
-    if budget == "model":
-        target = logs / 2 + 2  # attention of 0 to 1: about -1.5 to 2
-    else:
-        n = real.sum(-1, keepdim=True)
-        mean = (logs * real).sum(-1, keepdim=True) / n
-        spread = (((logs - mean) * real).square().sum(-1, keepdim=True) / n).sqrt() + 1e-3
-        target = (logs - mean) / spread
+    target = attention_scores(labels, real, budget=budget)
     if scores.shape[2] == 1:  # one score for all: the mean over layers and heads is what it can be
         target, real, scores = target.mean((0, 2), keepdim=True), real[:1, :, :1], scores[:1]
     return ((scores - target).square() * real).sum() / real.sum()

@@ -25,9 +25,9 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "adapter_head_ragged": {"scorer": "head", "budget": "model"},
     "adapter_document_ragged": {"scorer": "layer", "routed": "document", "budget": "model"},
 }
-METHODS = [*TRAINING_FREE, *ADAPTERS]
+METHODS = [*TRAINING_FREE, *ADAPTERS, "combined"]
 SHARED = {"sink_recent", "adapter"}  # one row for all heads
-RAGGED = {"reconstruction", "adapter_head_ragged", "adapter_document_ragged"}
+RAGGED = {"reconstruction", "adapter_head_ragged", "adapter_document_ragged", "combined"}
 NAMES = ["llama", "mistral", "qwen3", "gemma3", "phi3_window", "phi3_longrope"]
 TEXT = letters(60)
 
@@ -40,6 +40,8 @@ def compressor_for(name: str, method: str, **options: Any) -> Compressor:
         selector = Reconstruction(part_tokens=32, budget="model" if method == "reconstruction" else "head")
         return Compressor(shared_backbone(name), selector=selector, **options)
     backbone = make_backbone(name)
+    if method == "combined":
+        method, options = "adapter_document_ragged", {"selector": "combined", **options}
     adapter = Adapter.create(backbone, rank=4, zero_init=False, **ADAPTERS[method])
     return Compressor(backbone, adapter=adapter, **options)
 
@@ -88,7 +90,7 @@ class TestEveryMethod:
     def test_kept_keys_and_values(self, name: str, method: str) -> None:
         made = compressor_for(name, method).compress(TEXT, keep_ratio=0.3)
         plain = compressor_for(name, method).compress(TEXT, keep_ratio=1.0)
-        first = 4 if method in TRAINING_FREE else 1 + ADAPTERS[method].get("first_routed_layer", 0)
+        first = 4 if method in TRAINING_FREE else 1 + ADAPTERS.get(method, {}).get("first_routed_layer", 0)
         for layer, heads in enumerate(by_head(made)):
             apart = 0.0
             for head, (positions, keys, values) in enumerate(heads):

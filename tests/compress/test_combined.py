@@ -1,0 +1,116 @@
+"""The selector `combined`: an adapter's scores and reconstruction attention choose together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kv_memory.compress import Adapter, Compressor
+from kv_memory.compress.combined import combined_selection
+from kv_memory.compress.reading import Reading, read_documents
+from kv_memory.compress.scorer import attention_scores
+from kv_memory.compress.selectors import Reconstruction
+from kv_memory.errors import ConfigError
+from kv_memory.settings import given_settings, resolve_settings
+from tests.conftest import make_backbone
+from tests.reference import by_head, letters
+
+TEXT = letters(60)
+FORM: dict[str, Any] = {"scorer": "layer", "routed": "document", "budget": "model"}
+
+
+def adapted(**options: Any) -> Adapter:
+    return Adapter.create(make_backbone("llama"), rank=4, **{**FORM, "zero_init": False, **options})
+
+
+def read(adapter: Adapter, selector: Reconstruction) -> tuple[torch.Tensor, Reading]:
+    ids = torch.tensor([adapter.backbone.encode(TEXT)])
+    n_tokens, n_kept = torch.tensor([ids.shape[1]]), torch.tensor([15])
+    with torch.no_grad():
+        return ids, read_documents(adapter, ids, n_tokens, n_kept, room=selector.extra_tokens)
+
+
+def test_both_have_a_say() -> None:
+    adapter, selector = adapted(), Reconstruction(part_tokens=32)
+    ids, reading = read(adapter, selector)
+    forced = torch.zeros(ids.shape[1], dtype=torch.bool)
+    with torch.no_grad():
+        received = selector.score(adapter.backbone, ids, reading.cache, None)
+        made = combined_selection(adapter, selector, ids, reading, n_kept=15, forced=forced)
+    assert made.shape == reading.selected.shape and int(made.sum()) == 15 * 8
+    repeated = attention_scores(received, torch.ones_like(received, dtype=torch.bool), budget="model")
+    alone = torch.zeros_like(repeated).flatten()
+    alone[repeated.flatten().topk(15 * 8).indices] = 1
+    assert not made.equal(reading.selected), "reconstruction had no say"
+    assert not made[:, 0].equal(alone.bool().view_as(repeated)), "the adapter had no say"
+
+
+def test_the_reading_is_left_as_it_was() -> None:
+    adapter, selector = adapted(), Reconstruction(part_tokens=32)
+    ids, reading = read(adapter, selector)
+    before = [tensor.clone() for tensor in reading.cache.layer(3)]
+    with torch.no_grad():
+        combined_selection(
+            adapter, selector, ids, reading, n_kept=15, forced=torch.zeros(ids.shape[1], dtype=torch.bool)
+        )
+    for old, new in zip(before, reading.cache.layer(3), strict=True):
+        assert old.equal(new)
+
+
+def test_it_is_another_method_than_the_adapter() -> None:
+    adapter = adapted()
+    alone, combined = (
+        Compressor(adapter.backbone, adapter=adapter),
+        Compressor(adapter.backbone, adapter=adapter, selector="combined"),
+    )
+    assert combined.fingerprint().method.startswith("adapter+reconstruction:")
+    assert alone.fingerprint().method.startswith("adapter|")
+    one, other = alone.compress(TEXT, keep_ratio=0.25), combined.compress(TEXT, keep_ratio=0.25)
+    assert one.keys.shape == other.keys.shape
+    positions = [[head[0].tolist() for layer in by_head(cache) for head in layer] for cache in (one, other)]
+    assert positions[0] != positions[1]
+    again = combined.compress_many([TEXT, TEXT[:40]], keep_ratio=0.25)[0]
+    assert again.to_bytes() == other.to_bytes()
+
+
+def test_kept_spans_are_kept() -> None:
+    adapter = adapted()
+    made = Compressor(adapter.backbone, adapter=adapter, selector="combined").compress(
+        TEXT, keep_ratio=0.1, keep_spans=[(10, 20)]
+    )
+    for layer in by_head(made):
+        for positions, _, _ in layer:
+            assert len(set(positions.tolist())) >= 10
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [(None, "needs an adapter"), ({"routed": "kept", "budget": "head"}, "routes whole documents")]
+)
+def test_what_cannot_be_combined_is_refused(options: dict[str, Any] | None, said: str) -> None:
+    adapter = None if options is None else adapted(**options)
+    backbone = make_backbone("llama") if adapter is None else adapter.backbone
+    with pytest.raises(ConfigError, match=said) as caught:
+        Compressor(backbone, adapter=adapter, selector="combined")
+    assert caught.value.next_step
+
+
+def given(**options: Any) -> dict[str, Any]:
+    names = ("model", "adapter", "keep_ratio", "selector", "prompt", "layout")
+    return given_settings(**{**dict.fromkeys(names), "passage_tokens": "auto", **options})
+
+
+def test_a_store_chooses_with_its_adapter() -> None:
+    settings = resolve_settings(given(selector="combined"), {})
+    assert (settings.adapter, settings.selector) == ("shipped", "combined")
+    without = {"adapter": None, "selector": "reconstruction"}
+    assert resolve_settings(given(selector="combined"), without).adapter == "shipped"
+    combined = {"adapter": "shipped", "selector": "combined"}
+    assert resolve_settings({}, combined).selector == "combined"
+    left = resolve_settings(given(adapter="none"), combined)
+    assert (left.adapter, left.selector) == (None, "reconstruction")
+    elsewhere = resolve_settings(given(model="a/model"), combined)
+    assert (elsewhere.adapter, elsewhere.selector) == (None, "reconstruction")
+    other = resolve_settings(given(selector="attention"), combined)
+    assert (other.adapter, other.selector) == (None, "attention")
