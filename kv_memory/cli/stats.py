@@ -42,6 +42,7 @@ def stats(
             )
             return
         asked = counts.get("hits", 0) + counts.get("misses", 0)
+        alone = settings.adapter is not None and settings.selector != "combined"
         rows: list[tuple[str, object]] = [
             ("Store", folder),
             ("Collection", collection),
@@ -54,7 +55,7 @@ def stats(
             ("In quarantine", f"{found.n_quarantined:,}"),
             ("Model", settings.model),
             ("Adapter", settings.adapter or "none"),
-            ("Selector", "the adapter's" if settings.adapter else settings.selector),
+            ("Selector", "the adapter's" if alone else settings.selector),
             ("Keep ratio", f"{settings.keep_ratio:g}"),
             ("Passage tokens", settings.passage_tokens or "whole"),
             ("Stored as", "the model computes" if settings.storage == "auto" else settings.storage),

@@ -18,7 +18,7 @@ __all__ = ["Loaded", "load_rows"]
 
 _Thing = TypeVar("_Thing", Record, Row)
 _PEER_FILE = "questions.jsonl"
-_LEARNED = {"adapter", "adapter_selection", "refined"}  # of these a table may hold several, by label
+_LEARNED = {"adapter", "adapter_selection", "combined", "refined"}  # of these a table may hold several, by label
 
 
 @dataclass(frozen=True, kw_only=True)
