@@ -120,6 +120,12 @@ def given_settings(
     if passage_tokens != "auto":
         given["passage_tokens"] = passage_tokens
     MemorySettings(**given)
+    if selector == "combined" and adapter == NO_ADAPTER:
+        raise ConfigError(
+            "selector 'combined' is an adapter and reconstruction together, and adapter='none' means to have none",
+            where="selector",
+            next_step="Drop one, or use selector 'reconstruction'.",
+        )
     if refine_steps == 0 and min_fidelity is not None:
         raise ConfigError(
             "min_fidelity asks for refinement, and refine_steps=0 for none", where="min_fidelity", next_step="Drop one."

@@ -101,6 +101,11 @@ def given(**options: Any) -> dict[str, Any]:
     return given_settings(**{**dict.fromkeys(names), "passage_tokens": "auto", **options})
 
 
+def test_both_or_none() -> None:
+    with pytest.raises(ConfigError, match="adapter='none' means to have none"):
+        given(adapter="none", selector="combined")
+
+
 def test_a_store_chooses_with_its_adapter() -> None:
     settings = resolve_settings(given(selector="combined"), {})
     assert (settings.adapter, settings.selector) == ("shipped", "combined")
