@@ -268,3 +268,17 @@ class StoreConnectionError(StoreError):
 
 class TransferError(StoreError):
     """An archive of a collection is damaged, not complete or of a newer format, or does not fit the collection."""
+
+
+def interruption_behind(error: BaseException) -> BaseException | None:
+    """The interruption (KeyboardInterrupt, SystemExit, a worker told to stop) during which an error came up, if any.
+
+    A library that is interrupted between two of its lines may trip over its own state while it cleans up, and what it
+    then raises hides why. SQLAlchemy's transactions do, with a bare AssertionError.
+    """
+    behind = error.__cause__ or error.__context__
+    while behind is not None:
+        if not isinstance(behind, Exception | GeneratorExit):
+            return behind
+        behind = behind.__cause__ or behind.__context__
+    return None

@@ -27,7 +27,7 @@ from kv_memory.cli.job import resume, run
 from kv_memory.cli.job_ledger import cancel, list_jobs, show_job
 from kv_memory.cli.list import list_documents
 from kv_memory.cli.models import models
-from kv_memory.cli.output import debugging
+from kv_memory.cli.output import STOPPED, debugging
 from kv_memory.cli.remove import remove
 from kv_memory.cli.report import report
 from kv_memory.cli.show import show
@@ -201,7 +201,11 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character should not end the command
-    app(prog_name="kv-memory")
+    try:
+        app(prog_name="kv-memory")
+    except KeyboardInterrupt:  # before a command began; see `reporting`
+        print("Stopped.", file=sys.stderr)
+        sys.exit(STOPPED)
 
 
 def _keep_libraries_quiet() -> None:

@@ -20,9 +20,9 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from kv_memory.errors import ConfigError, KVMemoryError
+from kv_memory.errors import ConfigError, KVMemoryError, interruption_behind
 
-__all__ = ["Output", "debugging", "factor_text", "plain", "printable", "reporting", "size_text"]
+__all__ = ["STOPPED", "Output", "debugging", "factor_text", "plain", "printable", "reporting", "size_text"]
 
 FAILED, USAGE, STOPPED = 1, 2, 130
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -132,6 +132,13 @@ class Output:
             if error.get(name):
                 self.note(f"{label}: {error[name]}")
 
+    def say_stopped(self) -> None:
+        """Say that the command was stopped, and how to go on."""
+        if self.as_json:
+            self.error({"error": "KeyboardInterrupt", "what": "stopped", "where": None, "next_step": self.stopped})
+        else:
+            self.note(f"Stopped. {self.stopped}")
+
 
 def _console(*, stderr: bool) -> Console:
     console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
@@ -157,15 +164,16 @@ def reporting(*, as_json: bool) -> Iterator[Output]:
         out.error(error.to_dict())
         code = USAGE if isinstance(error, ConfigError) else FAILED
     except KeyboardInterrupt:
-        if as_json:
-            out.error({"error": "KeyboardInterrupt", "what": "stopped", "where": None, "next_step": out.stopped})
-        else:
-            out.note(f"Stopped. {out.stopped}")
+        out.say_stopped()
         code = STOPPED
-    except Exception as error:  # a bug, here or in a library: people should still not see a traceback
-        step = "This is a bug, please report it with what KV_MEMORY_DEBUG=1 shows."
-        what = f"unexpected {type(error).__name__}: {error}"
-        out.error({"error": type(error).__name__, "what": what, "where": None, "next_step": step})
+    except Exception as error:
+        if isinstance(interruption_behind(error), KeyboardInterrupt):
+            out.say_stopped()
+            code = STOPPED
+        else:  # a bug, here or in a library: people should still not see a traceback
+            step = "This is a bug, please report it with what KV_MEMORY_DEBUG=1 shows."
+            what = f"unexpected {type(error).__name__}: {error}"
+            out.error({"error": type(error).__name__, "what": what, "where": None, "next_step": step})
     if debugging():
         traceback.print_exc()
     raise typer.Exit(code)

@@ -74,7 +74,15 @@ class Compressor:
         self.selector: Selector = self._together or (make_selector(selector) if isinstance(selector, str) else selector)
         extra = 0 if adapter is not None and self._together is None else self.selector.extra_tokens
         extra = extra if refine is None else max(extra, refine.extra_tokens)
-        most = backbone.context_window - len(backbone.prefix_ids) - extra
+        room = backbone.context_window - len(backbone.prefix_ids)
+        if room < 1:
+            raise ConfigError(
+                f"the prompt form's {len(backbone.prefix_ids):,} tokens before the document leave nothing of a context "
+                f"window of {backbone.context_window:,}",
+                where="prompt",
+                next_step="Use a shorter prompt form, or a model with a longer context window.",
+            )
+        most = room - extra
         if most < 1:  # a tiny context window: ask in smaller parts, or not at all
             raise ConfigError(
                 f"selector {self.selector.name!r} needs {extra} tokens of a context window of "

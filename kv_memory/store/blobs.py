@@ -7,7 +7,8 @@ import os
 import re
 import sqlite3
 import threading
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -135,15 +136,29 @@ class DiskBlobs:
                 self._opened = cache
             return self._opened
 
+    @contextmanager
+    def _used(self) -> Iterator[Any]:
+        """diskcache, with its errors mapped. After Ctrl-C another one is opened, with connections of its own.
+
+        Interrupted while it begins a transaction it never ends it: no process could write any more.
+        """
+        with mapped(self.folder):
+            try:
+                yield self._cache
+            except Exception:
+                raise
+            except BaseException:
+                self.close()
+                raise
+
     def warm(self) -> None:
         """Open diskcache now instead of at the first use."""
-        with mapped(self.folder):
-            _ = self._cache
+        with self._used():
+            pass
 
     def put(self, key: str, data: bytes, *, replace: bool = False) -> None:
         """See `BlobStore.put`. With `replace` a key that is there gets the new bytes, at once."""
-        with self._locks.sharing(_WRITING), mapped(self.folder):
-            cache = self._cache
+        with self._locks.sharing(_WRITING), self._used() as cache:
             cache.disk.written.path = None
             # With diskcache's default (NORMAL) a power cut can take a row whose catalog row is durable. Said for this
             # thread's connection rather than as a setting: opening would then sync 40 times instead of twice.
@@ -152,8 +167,9 @@ class DiskBlobs:
                 # add, not set: of two processes with the same blob the second drops its own file, where set would
                 # drop the first one's, which a reader may be about to open.
                 (cache.set if replace else cache.add)(key, data)
-            except BaseException:
-                # diskcache leaves the file behind when the row could not be written.
+            except Exception:
+                # diskcache leaves the file behind when the row could not be written. After Ctrl-C nobody knows whether
+                # it was: the file stays, and is swept up later if it has no row.
                 if (path := cache.disk.written.path) is not None:
                     with suppress(OSError):
                         os.unlink(path)
@@ -161,8 +177,8 @@ class DiskBlobs:
 
     def path(self, key: str, *, fresh: bool = False) -> Path | None:
         """See `BlobStore.path`. There is nothing nearer than this."""
-        with mapped(self.folder):
-            handle = self._cache.get(key, read=True)
+        with self._used() as cache:
+            handle = cache.get(key, read=True)
             if handle is None:
                 return None
             with handle:
@@ -170,17 +186,17 @@ class DiskBlobs:
 
     def has(self, key: str) -> bool:
         """Whether there is an entry for the key; its file is not looked at."""
-        with mapped(self.folder):
-            return key in self._cache
+        with self._used() as cache:
+            return key in cache
 
     def delete(self, key: str) -> int:
         """See `BlobStore.delete`."""
-        with self._locks.sharing(_WRITING), mapped(self.folder):
+        with self._locks.sharing(_WRITING), self._used() as cache:
             freed_bytes = 0
             with suppress(CorruptCacheError):
                 if (path := self.path(key)) is not None:
                     freed_bytes = path.stat().st_size
-            self._cache.delete(key)
+            cache.delete(key)
             return freed_bytes
 
     def audit(self, *, repair: bool = False) -> BlobAudit:

@@ -16,7 +16,7 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.orm import Session
 
-from kv_memory.errors import StoreError, StoreVersionError
+from kv_memory.errors import StoreError, StoreVersionError, interruption_behind
 from kv_memory.store.database import open_database
 from kv_memory.store.faults import mapped
 from kv_memory.store.schema import SCHEMA_HEAD
@@ -68,7 +68,9 @@ class Catalog:
         """A transaction that sees one state of the catalog and blocks nobody."""
         with (
             mapped(self.where),
-            Session(self._after_fork(self._reader), expire_on_commit=False) as session,
+            self._after_fork(self._reader).connect() as connection,
+            _not_used_again_if_interrupted(connection),
+            Session(connection, expire_on_commit=False) as session,
             session.begin(),
         ):
             yield session
@@ -86,11 +88,14 @@ class Catalog:
         """
         with (
             mapped(self.where),
-            Session(self._after_fork(self._writer), expire_on_commit=False) as session,
+            # Begun here and not by the session, which does so at its first statement, and that may come after the blobs
+            # were looked at; and which, interrupted while it begins, keeps the others waiting.
+            self._after_fork(self._writer).connect() as connection,
+            _not_used_again_if_interrupted(connection),
+            connection.begin(),
+            Session(connection, expire_on_commit=False) as session,
             session.begin(),
         ):
-            # A session begins at its first statement, which may come after the blobs were looked at. Begin now.
-            connection = session.connection()
             if alone:
                 self._database.lock(connection)
             yield session
@@ -184,6 +189,23 @@ class Catalog:
                 where=self.where,
                 next_step="Upgrade kv-memory to the version that wrote it. Nothing was changed.",
             )
+
+
+@contextmanager
+def _not_used_again_if_interrupted(connection: Connection) -> Iterator[None]:
+    """Close the connection after Ctrl-C rather than give it back to the pool.
+
+    A cursor may live on in the traceback, and SQLite refuses to commit beside its statement. Closing a generator is
+    no interruption.
+    """
+    try:
+        yield
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) or interruption_behind(error) is not None:
+            connection.invalidate()
+        raise
 
 
 def _is_empty(connection: Connection) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,6 +102,7 @@ class SQLiteDatabase:
         )
         event.listen(self.engine, "connect", self._set_pragmas)
         event.listen(self.engine, "begin", self._begin)
+        event.listen(self.engine, "invalidate", self._roll_back)
         if not file.exists():
             os.close(private_opener(str(file), os.O_RDWR | os.O_CREAT))  # its -wal and -shm take the mode over
 
@@ -135,6 +136,13 @@ class SQLiteDatabase:
         # FULL: a row that names a blob must survive a power cut once put() has returned. Reading pays nothing for it.
         for pragma in ("foreign_keys = ON", "synchronous = FULL"):
             connection.execute(f"PRAGMA {pragma}")
+
+    @staticmethod
+    def _roll_back(connection: Any, _entry: ConnectionPoolEntry, _error: BaseException | None) -> None:
+        # Ctrl-C in the middle of a statement: SQLAlchemy closes the connection, which SQLite puts off, its transaction
+        # and lock included, until the last cursor is gone, and one lives as long as the traceback does.
+        with suppress(sqlite3.Error):
+            connection.rollback()
 
     @staticmethod
     def _begin(connection: Connection) -> None:

@@ -18,6 +18,7 @@ from kv_memory.errors import (
     StoreFullError,
     StoreLockedError,
     StorePermissionError,
+    interruption_behind,
 )
 
 __all__ = ["mapped", "no_such_bucket", "refused_login", "store_error"]
@@ -195,6 +196,7 @@ def mapped(where: Path | str) -> Iterator[None]:
         where: Named in the error unless the foreign error names a file itself.
 
     Raises:
+        KeyboardInterrupt: Or another interruption; also where the library that it hit made another error of it.
         StoreConnectionError: A server does not answer.
         StoreFullError: No space, quota or file size left.
         StorePermissionError: Reading or writing is not allowed.
@@ -203,8 +205,13 @@ def mapped(where: Path | str) -> Iterator[None]:
     """
     try:
         yield
+    except KVMemoryError:
+        raise
     except Exception as error:
-        ours = None if isinstance(error, KVMemoryError) else store_error(error, str(where))
-        if ours is None:
+        ours = store_error(error, str(where))
+        if ours is not None:
+            raise ours from error
+        stop = interruption_behind(error)
+        if stop is None:
             raise
-        raise ours from error
+        raise type(stop)(*stop.args) from error  # what was asked for, rather than what broke over it

@@ -76,7 +76,7 @@ class FileLocks:
         self._mutex = threading.RLock()  # a finaliser may call `unshare` from anywhere, also from inside `share`
         self._pid = os.getpid()
         self._readers_fd: int | None = None
-        self._readers: dict[str, int] = {}
+        self._readers: dict[str, list[object]] = {}
 
     # one at a time
 
@@ -104,42 +104,54 @@ class FileLocks:
 
     # many at a time
 
-    def share(self, name: str) -> None:
-        """Say that this process reads under a name, until `unshare` was called as often."""
+    def share(self, name: str, by: object = None) -> None:
+        """Say that this process reads under a name, until `unshare` was called as often.
+
+        Args:
+            name: Any text.
+            by: Who says so; `unshare` takes back only what the same one said.
+        """
         with self._mutex:
             self._after_fork()
-            if name not in self._readers:
+            readers = self._readers.setdefault(name, [])  # first: after an interruption `unshare` finds it
+            if not readers:
                 if self._readers_fd is None:
                     self._readers_fd = self._open()
                 self._lock(self._readers_fd, name, exclusive=False, wait=True)
-            self._readers[name] = self._readers.get(name, 0) + 1
+            readers.append(by)
 
-    def unshare(self, name: str) -> None:
+    def unshare(self, name: str, by: object = None) -> None:
         """Take one `share` back; one too many is no error, because a forked process takes back its parent's."""
         with self._mutex:
             self._after_fork()
-            count = self._readers.get(name, 0)
-            if count > 1:
-                self._readers[name] = count - 1
-            elif count == 1:
+            readers = self._readers.get(name)
+            if readers is None:
+                return
+            if by in readers:
+                readers.remove(by)
+            if not readers:
+                self._unlock(self._readers_fd, name)
                 del self._readers[name]
-                if self._readers_fd is not None:
-                    self._unlock(self._readers_fd, name)
 
     @contextmanager
     def sharing(self, name: str) -> Iterator[None]:
         """`share` for a block; waits while somebody holds the name."""
-        self.share(name)
+        by = object()
         try:
+            self.share(name, by)
             yield
         finally:
-            self.unshare(name)
+            try:
+                self.unshare(name, by)
+            except BaseException:  # Ctrl-C, at some point of it: left undone, this process would wait for itself
+                self.unshare(name, by)
+                raise
 
     def shared(self, name: str) -> bool:
         """Whether any process of this machine reads under the name."""
         with self._mutex:
             self._after_fork()
-            if name in self._readers:
+            if self._readers.get(name):
                 return True
         fd = self._open()
         if fd is None or fcntl is None:
@@ -250,35 +262,50 @@ class PostgresLocks:
 
 
 class _Threads:
-    """Names held among the threads of this process: they wake at once, where processes are polled."""
+    """Names held among the threads of this process: they wake at once, where processes are polled.
+
+    An interruption (Ctrl-C) may come between any two lines here. Only `with` on a bare lock cannot be parted by it, so
+    that is what holds a name and what guards the table: a `Condition` and a set of names, tried before, could leave a
+    name held for ever. The count of users decides only when an entry may go; at worst it is too high and one stays.
+    One place is left: a name asked for without waiting, interrupted in the very instruction that takes it.
+    """
 
     def __init__(self) -> None:
-        self._free = threading.Condition()
-        self._held: set[tuple[str, str]] = set()
+        self._forget()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
-        self._free = threading.Condition()  # a thread that is not here may have had it
-        self._held = set()
+        self._mutex = threading.Lock()  # a thread that is not here may have had it
+        self._locks: dict[tuple[str, str], _NameLock] = {}
 
     @contextmanager
     def hold(self, key: tuple[str, str], *, wait: bool) -> Iterator[bool]:
-        with self._free:
-            while key in self._held:
-                if not wait:
-                    break
-                self._free.wait()
-            had = key not in self._held
-            if had:
-                self._held.add(key)
+        with self._mutex:
+            entry = self._locks.setdefault(key, _NameLock())
+            entry.users += 1
         try:
-            yield had
+            if wait:
+                with entry.lock:
+                    yield True
+                return
+            had = entry.lock.acquire(blocking=False)
+            try:
+                yield had
+            finally:
+                if had:
+                    entry.lock.release()
         finally:
-            if had:
-                with self._free:
-                    self._held.discard(key)
-                    self._free.notify_all()
+            with self._mutex:
+                entry.users -= 1
+                if not entry.users:
+                    self._locks.pop(key, None)
+
+
+class _NameLock:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
 
 
 _THREADS = _Threads()

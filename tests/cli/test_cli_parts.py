@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import typer
 
+import kv_memory.cli
 from kv_memory.cli.demo import QUESTIONS, derived_questions
 from kv_memory.cli.naming import find_document_id
 from kv_memory.cli.options import passage_tokens_of
@@ -100,6 +102,28 @@ def test_errors_become_exit_codes_and_json(
         raise error
     assert caught.value.exit_code == code
     assert json.loads(capsys.readouterr().out)["error"]["what"] == said
+
+
+def test_an_error_that_ctrl_c_left_behind_is_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as caught, reporting(as_json=False):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise AssertionError  # as a library does that is interrupted while it cleans up
+    assert caught.value.exit_code == 130
+    assert capsys.readouterr().err.startswith("Stopped. ")
+
+
+def test_ctrl_c_before_the_command_begins(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    # By name: `kv_memory.cli.app` is the application, which hides its module.
+    monkeypatch.setattr(sys.modules["kv_memory.cli.app"], "app", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        kv_memory.cli.main()
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "Stopped.\n"
 
 
 def test_errors_for_people_have_a_line_each_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,6 +152,12 @@ def test_room_for_the_request_is_taken_off_the_window(backbone: Any) -> None:
     assert Compressor(mine, adapter=Adapter.create(mine, rank=2)).window_tokens == 501
 
 
+def test_a_prompt_form_that_fills_the_window_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"11 tokens .* leave nothing of a context window of 8") as caught:
+        Compressor(make_backbone(max_position_embeddings=8), selector="attention")
+    assert caught.value.where == "prompt"
+
+
 @pytest.mark.parametrize("window_tokens", [0, -1, 502])
 def test_windows_out_of_range(backbone: Any, window_tokens: int) -> None:
     with pytest.raises(ConfigError, match="1 to 501"):
