@@ -170,7 +170,7 @@ def test_a_context_window_too_small_for_the_prompt(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path / "model")
     with pytest.raises(errors.ConfigError, match="context window") as caught:
         KVMemory.open(tmp_path / "store", model=tmp_path / "model", prompt="passage", selector="attention")
-    assert caught.value.where == "selector" and caught.value.next_step
+    assert caught.value.where == "prompt" and caught.value.next_step
 
 
 def test_an_adapter_of_another_model(memory: KVMemory, tmp_path: Path) -> None:

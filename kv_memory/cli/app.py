@@ -27,7 +27,7 @@ from kv_memory.cli.job import resume, run
 from kv_memory.cli.job_ledger import cancel, list_jobs, show_job
 from kv_memory.cli.list import list_documents
 from kv_memory.cli.models import models
-from kv_memory.cli.output import STOPPED, debugging
+from kv_memory.cli.output import FAILED, STOPPED, debugging
 from kv_memory.cli.remove import remove
 from kv_memory.cli.report import report
 from kv_memory.cli.show import show
@@ -206,6 +206,12 @@ def main() -> None:
     except KeyboardInterrupt:  # before a command began; see `reporting`
         print("Stopped.", file=sys.stderr)
         sys.exit(STOPPED)
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # `kv-memory list | head`: Python would find out at its very end, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(FAILED)
 
 
 def _keep_libraries_quiet() -> None:

@@ -121,8 +121,9 @@ def test_libraries_are_not_heard(process: Start, tmp_path: Path, store: Path) ->
     assert err == ""
 
 
-def test_a_closed_pipe_ends_it_quietly(process: Start, tmp_path: Path, store: Path) -> None:
-    with process("list", cwd=tmp_path) as ran:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_ends_it_quietly(process: Start, tmp_path: Path, store: Path, unbuffered: str) -> None:
+    with process("list", cwd=tmp_path, PYTHONUNBUFFERED=unbuffered) as ran:
         assert ran.stdout and ran.stderr
         ran.stdout.close()
         assert ran.stderr.read() == ""
