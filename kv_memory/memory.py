@@ -112,9 +112,9 @@ class KVMemory:
             prompt: `auto`, `chat`, `passage`, or a `PromptForm` (with a `Backbone` give it the form instead).
             layout: `source` or `packed`.
             refine_steps: Refine every passage's cache by so many steps while adding, 0 for not at all: closer answers
-                for dozens to hundreds of prefills more. Named alone, it forgets a `min_fidelity` of before.
+                for hundreds of prefills more. Named alone, it forgets a `min_fidelity` of before.
             min_fidelity: Refine further until the KL to the full cache on held-out probes is at most this, in nats, or
-                64 steps are done; without `refine_steps` it begins with 16.
+                192 steps are done; without `refine_steps` it begins with 48.
             storage: How keys and values are stored: `auto` (as the model computes them), `float32`, `bfloat16`,
                 `float16` or `int8`, half of bfloat16 and the embedded model's default. For what is added from now on;
                 one store may hold several.

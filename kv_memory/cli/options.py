@@ -85,8 +85,8 @@ RefineOption = Annotated[
     typer.Option(
         "--refine",
         metavar="STEPS",
-        help="Refine every passage's cache by so many gradient steps, e.g. 16: closer to the full cache, for dozens to "
-        "hundreds of times the work; 0 for none.  [default: the store's; at first 0]",
+        help="Refine every passage's cache by so many gradient steps, e.g. 48, or 144 where little is kept: closer to "
+        "the full cache, for hundreds of times the work; 0 for none.  [default: the store's; at first 0]",
     ),
 ]
 MinFidelityOption = Annotated[
@@ -94,7 +94,7 @@ MinFidelityOption = Annotated[
     typer.Option(
         "--min-fidelity",
         metavar="KL",
-        help="Refine on until the KL to the full cache on held-out probes is at most this, in nats, or 64 steps are "
+        help="Refine on until the KL to the full cache on held-out probes is at most this, in nats, or 192 steps are "
         "done.  [default: the store's; at first no aim]",
     ),
 ]

@@ -143,7 +143,7 @@ class _Run:
             self._backbone,
             teacher,
             self._documents,
-            n_probes=settings.n_probes,
+            n_probes=settings.practised,
             n_held_out=settings.n_held_out,
             probe_tokens=settings.probe_tokens,
             temperature=settings.temperature,

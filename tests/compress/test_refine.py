@@ -86,7 +86,7 @@ def held_out_kl(name: str, found: DistilledCache, settings: RefineSettings = SET
         backbone,
         teacher,
         ids,
-        n_probes=settings.n_probes,
+        n_probes=settings.practised,
         n_held_out=settings.n_held_out,
         probe_tokens=settings.probe_tokens,
         temperature=settings.temperature,
@@ -327,6 +327,12 @@ def test_the_fingerprint_holds_what_decides_the_result() -> None:
     changes = {"steps": 7, "lr": 0.1, "n_probes": 8, "seed": 1, "min_fidelity": 0.5, "forward_weight": 0.5}
     assert len({method(), *(method(**{name: value}) for name, value in changes.items())}) == 7
     assert method(max_entries=64) == method()
+
+
+def test_more_steps_practise_more_probes() -> None:
+    assert [RefineSettings(steps=steps).practised for steps in (16, 48, 144)] == [24, 24, 72]
+    assert RefineSettings(steps=144, n_probes=24).practised == 24
+    assert RefineSettings(steps=144).name == RefineSettings(steps=144, n_probes=72).name
 
 
 @pytest.mark.parametrize(
