@@ -29,6 +29,9 @@ _STATE = "What does the text say?"
 _STATEMENT = "The text says that"
 _REPEAT = "Repeat the text word for word, from here on."
 _GIVEN = 8  # first tokens of a span, by which it is found
+# Held out are so many times more of those that the model makes up. Two statements, of which one was odd, kept whole
+# refinements from being taken.
+_SAMPLED = 3
 _SPARE = 1.5  # questions decoded for one that is wanted: some come twice, or are none
 _QUESTION_TOKENS, _ANSWER_TOKENS = 24, 16
 _QUOTED = 6  # so many tokens in a row are a quotation
@@ -82,7 +85,7 @@ def make_probes(
         documents: Token ids, in their wrappers.
         n_probes: To practise, for each document: by `SHARES` questions and statements; spans of either kind as many as
             cover it, at most this many.
-        n_held_out: Of every kind, for each document.
+        n_held_out: Of either kind of span, for each document; three times as many questions and statements.
         probe_tokens: Longest span or statement.
         temperature: At which questions and statements are sampled.
         seed: Of all chance. A document's probes do not depend on those it is batched with.
@@ -106,7 +109,7 @@ def make_probes(
     asked = [(maker, row) for maker in makers for row in maker.question_rows()]
     answers = teacher.decode([row for _, row in asked], most=_ANSWER_TOKENS, ends=ends)
     for (maker, row), answer in zip(asked, answers, strict=True):
-        maker.add("question", (*row.ids, *answer), len(row.ids))
+        maker.add_sampled("question", (*row.ids, *answer), len(row.ids))
     stated = [(maker, maker.statement_row()) for maker in makers for _ in range(maker.count("statement"))]
     statements = teacher.decode(
         [row for _, row in stated],
@@ -116,7 +119,7 @@ def make_probes(
         seeds=[maker.draw.getrandbits(32) for maker, _ in stated],
     )
     for (maker, row), statement in zip(stated, statements, strict=True):
-        maker.add("statement", (*row.ids, *statement), len(row.ids))
+        maker.add_sampled("statement", (*row.ids, *statement), len(row.ids))
     for maker in makers:
         maker.add_spans()
     return [maker.probes for maker in makers]
@@ -153,14 +156,20 @@ class _Maker:
 
     def count(self, kind: ProbeKind) -> int:
         """How many of a kind are needed."""
-        return self._n[kind] + self._n_held_out
+        return self._n[kind] + _SAMPLED * self._n_held_out
 
-    def add(self, kind: ProbeKind, ids: Sequence[int], n_given: int) -> None:
-        """One more probe; the first of a kind are held out, and none is added that nothing is wanted of."""
+    def add_sampled(self, kind: ProbeKind, ids: Sequence[int], n_given: int) -> None:
+        """One more question or statement; the first of a kind are held out."""
+        n_before = sum(probe.kind == kind for probe in self.probes)
+        n_held_out = _SAMPLED * self._n_held_out
+        if kind == "question":  # of a short document there are few, and most are to be practised
+            n_held_out = max(self._n_held_out, min(n_held_out, len(self._questions) // 3))
+        self._add(kind, ids, n_given, held_out=n_before < n_held_out)
+
+    def _add(self, kind: ProbeKind, ids: Sequence[int], n_given: int, *, held_out: bool) -> None:
+        """One more probe; none that nothing is wanted of."""
         if len(ids) > n_given and not self._quotes(ids):
-            n_before = sum(probe.kind == kind for probe in self.probes)
-            row = Row(self._index, tuple(ids), n_given)
-            self.probes.append(Probe(kind, row, held_out=n_before < self._n_held_out))
+            self.probes.append(Probe(kind, Row(self._index, tuple(ids), n_given), held_out=held_out))
 
     def _quotes(self, ids: Sequence[int]) -> bool:
         """Whether it says what must not be asked for."""
@@ -220,10 +229,12 @@ class _Maker:
             "repetition": self._backbone.encode_question(_REPEAT),
         }
         for shift, kind in enumerate(lead):
-            for start, end in self._cuts(2 / 3, self._n_held_out) + self._cuts(shift / 3, self._n_probes):
+            cuts = [(True, *cut) for cut in self._cuts(2 / 3, self._n_held_out)]
+            cuts += [(False, *cut) for cut in self._cuts(shift / 3, self._n_probes)]
+            for held_out, start, end in cuts:
                 span = self._ids[start:end]
                 given = min(_GIVEN, len(span) // 3)
-                self.add(kind, (*lead[kind], *span), max(1, len(lead[kind]) + given))
+                self._add(kind, (*lead[kind], *span), max(1, len(lead[kind]) + given), held_out=held_out)
 
     def _cuts(self, shift: float, most: int) -> list[tuple[int, int]]:
         """Spans that cover the document from `shift` of a span on; at most `most` of them, shuffled."""

@@ -12,7 +12,7 @@ from kv_memory.errors import ConfigError
 
 __all__ = ["RefineSettings"]
 
-RECIPE = 1  # raised when the same settings give another result; part of the fingerprint
+RECIPE = 2  # raised when the same settings give another result; part of the fingerprint
 _LEAST_PROBES = 24
 
 
@@ -28,7 +28,8 @@ class RefineSettings:
         n_probes: Prepared for each document, to practise; see `make_probes`. None: half as many as steps, but at least
             24. With 24 for 144 steps what is practised is learned by heart.
         probes_per_step: Of these, asked in one step, of every kind.
-        n_held_out: Probes of every kind that are never practised and decide what is kept.
+        n_held_out: Spans of either kind that are never practised and decide what is kept, with three times as many
+            questions and statements.
         probe_tokens: The longest span or statement.
         forward_weight: λ of the loss, see `distillation_loss`.
         temperature: At which the model's questions and statements are sampled.

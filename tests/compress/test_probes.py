@@ -36,7 +36,8 @@ def probes() -> list[list[Probe]]:
 
 def test_every_kind_is_practised_and_held_out(probes: list[list[Probe]]) -> None:
     for own in probes:
-        assert counted(own, held_out=True) == dict.fromkeys(KINDS, 2)
+        held_out = counted(own, held_out=True)  # of what is sampled more, as one of it says less
+        assert held_out == {"question": 6, "statement": 6, "continuation": 2, "repetition": 2}
         practised = counted(own, held_out=False)
         assert practised["question"] == 6 and practised["statement"] == 2
 
@@ -97,14 +98,33 @@ def test_they_depend_on_the_seed_and_the_document_alone(probes: list[list[Probe]
 
 def test_a_document_of_a_few_tokens_has_probes_too() -> None:
     (own,) = make(shared_backbone("llama"), ["ab c"])
-    assert counted(own, held_out=True) == dict.fromkeys(KINDS, 1)
+    assert all(counted(own, held_out=held_out).keys() == set(KINDS) for held_out in (True, False))
+
+
+def test_of_a_short_document_every_part_is_practised_however_many_spans_are_to_be_held_out() -> None:
+    text, backbone = TEXTS[1][:50], shared_backbone("llama")
+    (own,) = make(backbone, [text], n_held_out=4)
+    covered: set[int] = set()
+    for probe in own:
+        if probe.kind == "continuation" and not probe.held_out:
+            span = backbone.tokenizer.decode(probe.row.ids[probe.row.n_given - 8 :])
+            covered |= set(range(text.index(span), text.index(span) + len(span)))
+    assert covered == set(range(len(text)))
+
+
+def test_where_few_questions_come_most_are_practised() -> None:
+    maker = _Maker(shared_backbone("llama"), 0, range(40), 12, 2, 32, 0)
+    maker._questions = [f"What is {number}?" for number in range(9)]
+    for number in range(9):
+        maker.add_sampled("question", [1, 2, number], 2)
+    assert counted(maker.probes, held_out=True) == {"question": 3}
 
 
 def test_a_chat_form_is_asked_in_its_own_way() -> None:
     form = {**SHORT_FORM, "question_before": "", "question_after": "</s>model:"}
     backbone = Backbone(make_model("llama"), make_tokenizer(), prompt=PromptForm(**form))
     (own,) = make(backbone, TEXTS[:1])
-    assert counted(own, held_out=True) == dict.fromkeys(KINDS, 1)
+    assert counted(own, held_out=True) == {"question": 3, "statement": 3, "continuation": 1, "repetition": 1}
     questions = [probe.row for probe in own if probe.kind == "question"]
     for row in questions:
         assert backbone.tokenizer.decode(row.ids[: row.n_given]).endswith("</s>model:")
@@ -140,6 +160,6 @@ def test_an_answer_that_quotes_what_must_not_be_asked_for_is_left_out() -> None:
     backbone = shared_backbone("llama")
     ids = backbone.encode(TEXTS[0])
     maker = _Maker(backbone, 0, ids, 12, 1, 32, 0, [(40, 80)])
-    maker.add("question", [*backbone.encode("Q: x\nA:"), *ids[50:56]], 7)
-    maker.add("question", [*backbone.encode("Q: x\nA:"), *ids[50:55]], 7)
+    maker.add_sampled("question", [*backbone.encode("Q: x\nA:"), *ids[50:56]], 7)
+    maker.add_sampled("question", [*backbone.encode("Q: x\nA:"), *ids[50:55]], 7)
     assert [probe.row.ids[7:] for probe in maker.probes] == [tuple(ids[50:55])]
