@@ -26,7 +26,7 @@ class RefineSettings:
             eighth of the entries is kept and in inverse proportion elsewhere, in 0.005 to 0.05: the fewer there are,
             the further each is from where it should be.
         n_probes: Prepared for each document, to practise; see `make_probes`. None: half as many as steps, but at least
-            24. With 24 for 144 steps what is practised is learned by heart.
+            24, so that each comes about eight times however many steps there are.
         probes_per_step: Of these, asked in one step, of every kind.
         n_held_out: Spans of either kind that are never practised and decide what is kept, with three times as many
             questions and statements.
