@@ -178,7 +178,7 @@ class _Run:
             if (step + 1) % settings.evaluate_every == 0 or step + 1 == n_steps:
                 self._look([progress for progress in moving if not progress.stopped])
                 for progress in moving:
-                    progress.stopped |= progress.looks_without_gain >= settings.patience
+                    progress.stopped |= progress.looks_without_gain >= settings.most_looks_without_gain
         for _ in range(_HALVINGS):  # too far for one of the kinds: part of the way may be better for all
             failed = [progress for progress in active if not progress.gained]
             for progress in failed:

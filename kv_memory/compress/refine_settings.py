@@ -13,6 +13,7 @@ from kv_memory.errors import ConfigError
 __all__ = ["RefineSettings"]
 
 RECIPE = 2  # raised when the same settings give another result; part of the fingerprint
+_STEPS = 48
 _LEAST_PROBES = 24
 
 
@@ -34,7 +35,8 @@ class RefineSettings:
         forward_weight: λ of the loss, see `distillation_loss`.
         temperature: At which the model's questions and statements are sampled.
         evaluate_every: Steps between looks at the held-out probes.
-        patience: Looks without a gain after which to stop.
+        patience: Looks without a gain after which to stop, in 48 steps; in proportion more of them where there are more
+            steps, as the rate falls more slowly, and with it what held-out probes go up and down.
         tolerance: How much worse than the start the result may be on any kind of held-out probe, as a share.
         min_fidelity: Go on, in further rounds of `steps` with half the `lr`, until the held-out KL in nats is at most
             this; None for one round.
@@ -43,7 +45,7 @@ class RefineSettings:
         max_entries: Cache entries that rows side by side may take, in tokens; what is longer is read row by row.
     """
 
-    steps: int = 48
+    steps: int = _STEPS
     lr: float | None = None
     n_probes: int | None = None
     probes_per_step: int = 4
@@ -87,6 +89,11 @@ class RefineSettings:
     def practised(self) -> int:
         """How many probes are prepared to practise, for each document."""
         return max(_LEAST_PROBES, self.steps // 2) if self.n_probes is None else self.n_probes
+
+    @property
+    def most_looks_without_gain(self) -> int:
+        """After how many it stops."""
+        return max(1, self.steps // _STEPS) * self.patience
 
     @property
     def name(self) -> str:

@@ -335,6 +335,10 @@ def test_more_steps_practise_more_probes() -> None:
     assert RefineSettings(steps=144).name == RefineSettings(steps=144, n_probes=72).name
 
 
+def test_more_steps_wait_longer_for_a_gain() -> None:
+    assert [RefineSettings(steps=steps).most_looks_without_gain for steps in (16, 48, 144)] == [2, 2, 6]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
