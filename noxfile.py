@@ -1,44 +1,76 @@
-"""The integrations' tests against the oldest and the newest release of each framework that they support.
+"""The whole test suite in environments of its own: on the lock, on the lowest and on the newest declared releases.
 
-    make frameworks                     # both
-    .venv/bin/nox -s newest -- -k llama # one of them, with arguments for pytest
+    .venv/bin/nox                        # what `make setup` installs, from requirements.lock
+    make oldest                          # the lower bounds of pyproject.toml
+    make newest                          # the newest releases below its upper bounds
+    make oldest ARGS="tests/store -x"    # arguments for pytest
 
-nox, not tox: the matrix is two lists, and Python says that best. Each session has an environment of its own, so the
-first run installs torch twice (constraints.txt pins it).
+nox, not tox: three sessions that differ in one list, and Python says that best. An environment stays in .nox; nox -R
+uses it again as it is.
 """
 
 from __future__ import annotations
 
-import nox
+import os
+import sys
+import tomllib
+from pathlib import Path
 
-nox.options.reuse_existing_virtualenvs = True
+import nox
+from uv import find_uv_bin
+
+nox.options.sessions = ["locked"]
 nox.options.default_venv_backend = "venv"
 
-# The lower bounds of pyproject.toml.
-# aiohttp 3.14 dropped a class that langchain-tests 1.0.0, through its vcrpy, imports.
-OLDEST = ["llama-index-core==0.14.0", "langchain-core==1.0.0", "langchain-tests==1.0.0", "langgraph==1.0.0"]
-OLDEST += ["aiohttp<3.14"]
-NEWEST = ["llama-index-core<0.15", "langchain-core<2", "langchain-tests<2", "langgraph<2"]
+PROJECT = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = sorted(PROJECT["optional-dependencies"])
+# langchain-tests 1.0.0 imports, through vcrpy 7, a class that aiohttp 3.14 dropped.
+OLDEST_TOOLS = ["aiohttp<3.14"]
+
+
+@nox.session
+def locked(session: nox.Session) -> None:
+    """What `make setup` installs."""
+    install(session, "-c", "requirements.lock", extras=["dev", "embedded"])
+    test(session)
 
 
 @nox.session
 def oldest(session: nox.Session) -> None:
-    """The oldest supported releases."""
-    # They warn of what was deprecated since in the libraries below them, which is not ours to mend.
-    run(session, OLDEST, "-W", "default")
+    """The lower bounds of all dependencies and extras, test tools apart; what these need in turn is the newest."""
+    bounds, versions = Path(session.create_tmp(), "bounds.txt"), Path(session.create_tmp(), "versions.txt")
+    library = [f"--extra={extra}" for extra in EXTRAS if extra != "dev"]
+    # Without dependencies: a bound that another one's needs would raise is not a bound, and fails in the second step.
+    resolve(session, bounds, *library, "--no-deps", "--resolution=lowest-direct")
+    bounds.write_text("\n".join([bounds.read_text(encoding="utf-8"), *OLDEST_TOOLS]), encoding="utf-8")
+    resolve(session, versions, "--all-extras", f"--constraints={bounds}")
+    install(session, "-c", str(versions), extras=EXTRAS)
+    test(session)
 
 
 @nox.session
 def newest(session: nox.Session) -> None:
-    """The newest supported releases."""
-    run(session, ["--upgrade", "--upgrade-strategy=eager", *NEWEST])
+    """The newest releases that pip finds; what they deprecate is listed at the end, and fails nothing."""
+    install(session, "--upgrade", "--upgrade-strategy=eager", extras=EXTRAS)
+    collected = [f"-Wdefault::{name}" for name in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")]
+    test(session, *collected, "--disable-warnings", "-p", "tests.deprecations")
 
 
-def run(session: nox.Session, frameworks: list[str], *arguments: str) -> None:
-    """Install and test; arguments behind `--` go to pytest."""
-    tools = ["pytest", "pytest-asyncio>=1", "hypothesis", "nbclient", "ipykernel", "langchain-text-splitters"]
-    session.install("-c", "constraints.txt", "-e", ".[embedded,structured]", *tools, *frameworks)
-    session.run("python", "-m", "pip", "list", "--format=freeze", silent=True)
-    session.run(
-        "python", "-m", "pytest", "tests/integrations", *arguments, *session.posargs, env={"HF_HUB_OFFLINE": "1"}
-    )
+def resolve(session: nox.Session, target: Path, *options: str) -> None:
+    """Write the versions that uv chooses for this Python. `--no-config`: the lock's pin of torch is not meant here."""
+    python = f"--python-version={sys.version_info.major}.{sys.version_info.minor}"
+    command = [find_uv_bin(), "--no-config", "pip", "compile", "pyproject.toml", python, "--no-header", "--no-annotate"]
+    session.run_install(*command, "--quiet", f"--output-file={target}", *options, external=True)
+
+
+def install(session: nox.Session, *options: str, extras: list[str]) -> None:
+    """Install the package and its extras; what has to be built is built with the setuptools of the environment."""
+    session.install(*options, "setuptools")
+    session.install(*options, "--no-build-isolation", "-e", f".[{','.join(extras)}]")
+
+
+def test(session: nox.Session, *options: str) -> None:
+    """Run the suite on two cores; arguments behind `--` go to pytest."""
+    command = ["python", "-m", "pytest", "--numprocesses=2", "--dist=loadfile", *options, *session.posargs]
+    kept = {name: value for name, value in os.environ.items() if name == "KV_MEMORY_DATA"}
+    session.run(*command, env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **kept})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from kv_memory.prefix import Prefix
 from kv_memory.prompts import PromptForm, PromptName, choose_form
 from kv_memory.rope import Rope
 
-__all__ = ["SUPPORTED", "Backbone"]
+__all__ = ["SUPPORTED", "Backbone", "cache_argument"]
 
 # Transformers' model types whose attention goes through its attention interface with "rotate half" positions, and
 # which are proven in tests/test_proof.py.
@@ -38,6 +39,14 @@ SUPPORTED = {
     "gemma3_text": "Gemma 3",
     "phi3": "Phi-3",
 }
+
+
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """The name under which a Transformers forward pass takes its cache: `cache` from 5.24 on, `past_key_values` before.
+
+    The signature decides, not the release number: a model's code can lie outside Transformers, and move when it likes.
+    """
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 class Backbone:
@@ -81,6 +90,7 @@ class Backbone:
         self._tokenizer_lock = threading.Lock()
         self.decoder: nn.Module = model.get_decoder()
         self.layers: Sequence[nn.Module] = self.decoder.layers
+        self._cache_arguments = {module: cache_argument(module.forward) for module in (self.model, self.decoder)}
         self.num_layers: int = config.num_hidden_layers
         self.num_heads: int = config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
@@ -409,9 +419,9 @@ class Backbone:
             out = module(
                 input_ids=ids,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
                 kv_memory=context,
+                **{self._cache_arguments[module]: cache},
                 **kwargs,
             )
         cache.next_positions = cache.next_positions + step

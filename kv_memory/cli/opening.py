@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from kv_memory.cli.output import Output
-from kv_memory.embedded import EMBEDDED, embedded_folder
 
 if TYPE_CHECKING:
     from kv_memory.config import SelectorName, StorageName
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from kv_memory.prompts import PromptName
     from kv_memory.store import Store
 
-__all__ = ["announce_conversion", "load_model", "open_memory", "open_store"]
+__all__ = ["load_model", "open_memory", "open_store"]
 
 
 def open_store(out: Output, store: Path, collection: str) -> Store:
@@ -49,8 +48,6 @@ def open_memory(
 
     With `create` the model is loaded at once: one that is misspelt must not leave an empty store behind.
     """
-    if create:
-        announce_conversion(out, model)
     with out.working("Loading the model" if create else "Starting"):
         from kv_memory.memory import KVMemory
 
@@ -75,12 +72,5 @@ def open_memory(
 def load_model(out: Output, memory: KVMemory) -> None:
     """Load model and adapter now."""
     name = memory.settings.model
-    announce_conversion(out, name)
     with out.working(f"Loading the model ({name})"):
         memory.load()
-
-
-def announce_conversion(out: Output, model: str | None) -> None:
-    """Say that the embedded model's weights will be converted, where they have not been."""
-    if model in {None, EMBEDDED} and not (embedded_folder() / "model.safetensors").is_file():
-        out.note("Converting the embedded model's weights (once, about 25 s).")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kv_memory.cli.opening import announce_conversion
 from kv_memory.cli.options import JsonOption
 from kv_memory.cli.output import reporting, size_text
 from kv_memory.cli.train_progress import TrainTracker
@@ -191,7 +190,6 @@ def train(
                 device=device,
                 command=shlex.join(["kv-memory", *sys.argv[1:]]),
             )
-        announce_conversion(out, model)
         with TrainTracker(out) as tracker:
             opened = OpenJob(
                 job,

@@ -255,9 +255,8 @@ class Adapter:
         lora: Any = self.peft_model.peft_config["default"]
         name = self.config.base_model  # PEFT would write where the weights lay
         lora.base_model_name_or_path = HUB_ID if name == EMBEDDED else name
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT looks the base model up on the hub to see if its vocabulary grew
-            self.peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+        # Without the option PEFT looks the base model up on the hub, to see if its vocabulary grew.
+        self.peft_model.save_pretrained(str(folder), save_embedding_layers=False)
         scorer = {name: tensor.cpu().contiguous() for name, tensor in self.scorer.state_dict().items()}
         save_file(scorer, folder / "scorer.safetensors")
         (folder / "kv_distill.json").write_text(json.dumps(asdict(self.config), indent=2, sort_keys=True) + "\n")
@@ -269,7 +268,6 @@ class Adapter:
         lora: Any = self.peft_model.peft_config["default"]
         digest.update(f"{lora.r}:{lora.lora_alpha}:{lora.use_rslora}".encode())
         state: dict[str, torch.Tensor] = {
-            # Without the option PEFT looks the base model up on the hub, to see if its vocabulary grew.
             **get_peft_model_state_dict(self.peft_model, save_embedding_layers=False),
             **self.scorer.state_dict(),
         }
@@ -326,7 +324,8 @@ def _wrap(backbone: Backbone, config: LoraConfig, folder: Path | None) -> Any:
     # where no token is routed. A trainer that wants float32 adapters casts them itself.
     wrapped: Any
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks models for what newer Transformers call otherwise
+        # PEFT asks the model for this; Transformers calls it otherwise from 5.24 on.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         warnings.filterwarnings("error", message="Found missing adapter keys")  # those would stay random
         if folder is None:
             wrapped = get_peft_model(backbone.model, config, autocast_adapter_dtype=False)

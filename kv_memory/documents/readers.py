@@ -127,13 +127,14 @@ def _decode_html(raw: bytes, encoding: str, where: str) -> str:
 
 
 def _read_html(html: str, where: str) -> Content:
-    from bs4 import BeautifulSoup
+    from bs4 import BeautifulSoup, MarkupResemblesLocatorWarning, XMLParsedAsHTMLWarning
     from bs4.exceptions import ParserRejectedMarkup
 
     try:
         with warnings.catch_warnings():
-            # bs4 warns about pages that look like a file name, or like XML. Both are read all the same.
-            warnings.simplefilter("ignore")
+            # A page that looks like a file name, or like XML, is read all the same.
+            warnings.simplefilter("ignore", MarkupResemblesLocatorWarning)
+            warnings.simplefilter("ignore", XMLParsedAsHTMLWarning)
             soup = BeautifulSoup(html, "html.parser")
     except ParserRejectedMarkup as error:
         raise UnreadableDocumentError(
@@ -170,7 +171,6 @@ def _to_markdown(soup: BeautifulSoup) -> str:
 
 def _read_pdf(raw: bytes, where: str) -> Content:
     from pypdf import PdfReader
-    from pypdf.errors import DependencyError
 
     try:
         reader = PdfReader(io.BytesIO(raw), strict=False)
@@ -178,8 +178,6 @@ def _read_pdf(raw: bytes, where: str) -> Content:
         locked = reader.is_encrypted and not reader.decrypt("")
         pages = [] if locked else [page.extract_text() for page in reader.pages]
         title = "" if locked else _pdf_title(reader)
-    except DependencyError as error:
-        raise _locked_pdf(where) from error
     except Exception as error:  # pypdf lets ValueError, KeyError, RecursionError and others through on broken files
         raise UnreadableDocumentError(
             f"not a readable PDF: {error or type(error).__name__}",
@@ -187,7 +185,9 @@ def _read_pdf(raw: bytes, where: str) -> Content:
             next_step="Open it in a PDF viewer and save it again, or convert it to text.",
         ) from error
     if locked:
-        raise _locked_pdf(where)
+        raise UnreadableDocumentError(
+            "the PDF is encrypted", where=where, next_step="Save a copy without a password and read that."
+        )
     # Fonts without a proper character map yield NULs and lone surrogates; neither can be stored or tokenised.
     text = "\n\n".join(page.strip() for page in pages).replace("\0", "").encode("utf-8", "replace").decode()
     if not text.strip():
@@ -203,9 +203,3 @@ def _read_pdf(raw: bytes, where: str) -> Content:
 def _pdf_title(reader: PdfReader) -> str:
     title = reader.metadata.title if reader.metadata else None
     return " ".join(str(title or "").replace("\0", "").encode("utf-8", "replace").decode().split())
-
-
-def _locked_pdf(where: str) -> UnreadableDocumentError:
-    return UnreadableDocumentError(
-        "the PDF is encrypted", where=where, next_step="Save a copy without a password and read that."
-    )

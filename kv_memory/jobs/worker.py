@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's; it tells its workers
-    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("ignore")  # standard error is read for the last words of a crash only
     try:
         _run(args)
     except Stopped:

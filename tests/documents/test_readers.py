@@ -27,7 +27,7 @@ def write(folder: Path, name: str, content: bytes | str) -> Path:
     return path
 
 
-def make_pdf(*pages: str, title: str | None = None, password: str | None = None) -> bytes:
+def make_pdf(*pages: str, title: str | None = None, password: str | None = None, cipher: str = "AES-256") -> bytes:
     """A PDF with one line of text on each page, written by hand but for its last step."""
     kids = " ".join(f"{4 + 2 * i} 0 R" for i in range(len(pages)))
     objects = [
@@ -57,7 +57,7 @@ def make_pdf(*pages: str, title: str | None = None, password: str | None = None)
     if title is not None:
         writer.add_metadata({"/Title": title})
     if password is not None:
-        writer.encrypt(user_password=password, owner_password="owner", algorithm="RC4-128")
+        writer.encrypt(user_password=password, owner_password="owner", algorithm=cipher)
     out = io.BytesIO()
     writer.write(out)
     return out.getvalue()
@@ -308,8 +308,9 @@ def test_a_pdf_without_suffix_is_known_by_its_bytes(tmp_path):
     assert read_file(write(tmp_path, "download", make_pdf("Some text."))).text == "Some text."
 
 
-def test_a_pdf_that_opens_without_a_password_is_read(tmp_path):
-    assert read_file(write(tmp_path, "a.pdf", make_pdf("Open text.", password=""))).text == "Open text."
+@pytest.mark.parametrize("cipher", ["RC4-40", "RC4-128", "AES-128", "AES-256-R5", "AES-256"])
+def test_a_pdf_that_opens_without_a_password_is_read(tmp_path, cipher):
+    assert read_file(write(tmp_path, "a.pdf", make_pdf("Open text.", password="", cipher=cipher))).text == "Open text."
 
 
 def test_an_encrypted_pdf_is_refused(tmp_path):

