@@ -26,6 +26,11 @@ PROJECT = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["pro
 EXTRAS = sorted(PROJECT["optional-dependencies"])
 # langchain-tests 1.0.0 imports, through vcrpy 7, a class that aiohttp 3.14 dropped.
 OLDEST_TOOLS = ["aiohttp<3.14"]
+# Outside the lock, what libraries deprecate fails nothing and is listed at the end: an old one calls others by names
+# that they have deprecated since, a new one deprecates what we or others call.
+LISTED = [f"-Wdefault::{name}" for name in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")]
+LISTED += ["--disable-warnings", "-p", "tests.deprecations"]
+LISTED += ["--deselect=tests/test_lock.py::test_what_is_installed_is_what_is_locked"]
 
 
 @nox.session
@@ -45,15 +50,14 @@ def oldest(session: nox.Session) -> None:
     bounds.write_text("\n".join([bounds.read_text(encoding="utf-8"), *OLDEST_TOOLS]), encoding="utf-8")
     resolve(session, versions, "--all-extras", f"--constraints={bounds}")
     install(session, "-c", str(versions), extras=EXTRAS)
-    test(session)
+    test(session, *LISTED)
 
 
 @nox.session
 def newest(session: nox.Session) -> None:
-    """The newest releases that pip finds; what they deprecate is listed at the end, and fails nothing."""
+    """The newest releases that pip finds."""
     install(session, "--upgrade", "--upgrade-strategy=eager", extras=EXTRAS)
-    collected = [f"-Wdefault::{name}" for name in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")]
-    test(session, *collected, "--disable-warnings", "-p", "tests.deprecations")
+    test(session, *LISTED)
 
 
 def resolve(session: nox.Session, target: Path, *options: str) -> None:

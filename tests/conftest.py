@@ -12,6 +12,7 @@ import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A shell starts what it puts in the background (`make test &`, `nohup`) with Ctrl-C ignored, and every process started
 # from there inherits that: tests that interrupt one would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+LIBRARIES = ("torch", "transformers", "peft", "SQLAlchemy", "llama-index-core", "langchain-core", "pypdf", "ray")
+
+
+def pytest_report_header() -> str:
+    """The releases that a run stands for."""
+    installed = {distribution.name.lower(): distribution.version for distribution in distributions()}
+    return ", ".join(f"{name} {installed.get(name.lower(), 'missing')}" for name in LIBRARIES)
+
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 300,

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 import torch
 
-from kv_memory.backbone import Backbone
+from kv_memory.backbone import Backbone, cache_argument
 from kv_memory.compress import Adapter, Compressor
 from kv_memory.compress.early import hidden_after
 from kv_memory.errors import ContextWindowError, EncodingError, ModelError
@@ -201,3 +204,31 @@ def test_half_a_surrogate_pair_is_refused_by_name(backbone: Any) -> None:
         with pytest.raises(EncodingError, match="surrogate"):
             encode("half \ud800 a pair")
         encode("a whole \U0001f600 one")
+
+
+# -- names that Transformers changed -----------------------------------------------------------------------------------
+
+
+def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """As Transformers does for a time: the old name is taken, too, with a warning."""
+
+    @functools.wraps(forward)
+    def accepts_both(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    return accepts_both
+
+
+def test_the_cache_goes_by_the_name_in_the_signature() -> None:
+    def before(input_ids: Any, past_key_values: Any = None, use_cache: bool = True) -> None: ...
+    def now(input_ids: Any, cache: Any = None, use_cache: bool = True) -> None: ...
+
+    assert cache_argument(before) == "past_key_values"
+    assert cache_argument(now) == cache_argument(wrapped(now)) == "cache"
+
+
+@EVERY
+def test_model_decoder_and_layers_have_the_name_that_is_found(name: str) -> None:
+    backbone = shared_backbone(name)
+    for module in (backbone.model, backbone.decoder, *backbone.layers):
+        assert cache_argument(module.forward) in inspect.signature(module.forward).parameters

@@ -116,7 +116,7 @@ def clean(wheel_file: Path, wheel: zipfile.ZipFile, tmp_path_factory: pytest.Tem
     (site,) = folder.glob("lib/python*/site-packages")
     for package in needed(wheel).values():
         for file in package.files or []:
-            if ".." in file.parts or file.suffix == ".pyc":
+            if ".." in file.parts or file.suffix == ".pyc" or (site / file).exists():  # two packages may share one
                 continue
             (site / file).parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(str(package.locate_file(file)), str(site / file))
