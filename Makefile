@@ -6,7 +6,7 @@ BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 LOG   := $(VENV)/pip.log
 # Twice quiet: errors only. Once still prints a warning per package where a configured index lacks it. The log has all.
-PIP   := $(BIN)/python -m pip --disable-pip-version-check -qq --log $(LOG)
+PIP   := PIP_PROGRESS_BAR=off $(BIN)/python -m pip --disable-pip-version-check -qq --log $(LOG)
 
 # Candidates are run, not just looked up: version managers leave launchers for Pythons that are not active.
 PYTHONS := $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11)

@@ -24,8 +24,6 @@ nox.options.default_venv_backend = "venv"
 
 PROJECT = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = sorted(PROJECT["optional-dependencies"])
-# langchain-tests 1.0.0 imports, through vcrpy 7, a class that aiohttp 3.14 dropped.
-OLDEST_TOOLS = ["aiohttp<3.14"]
 # Outside the lock, what libraries deprecate fails nothing and is listed at the end: an old one calls others by names
 # that they have deprecated since, a new one deprecates what we or others call.
 LISTED = [f"-Wdefault::{name}" for name in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")]
@@ -47,7 +45,6 @@ def oldest(session: nox.Session) -> None:
     library = [f"--extra={extra}" for extra in EXTRAS if extra != "dev"]
     # Without dependencies: a bound that another one's needs would raise is not a bound, and fails in the second step.
     resolve(session, bounds, *library, "--no-deps", "--resolution=lowest-direct")
-    bounds.write_text("\n".join([bounds.read_text(encoding="utf-8"), *OLDEST_TOOLS]), encoding="utf-8")
     resolve(session, versions, "--all-extras", f"--constraints={bounds}")
     install(session, "-c", str(versions), extras=EXTRAS)
     test(session, *LISTED)

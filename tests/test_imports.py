@@ -6,7 +6,6 @@ import ast
 import graphlib
 import importlib
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -267,27 +266,28 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         kv_memory.KVMemroy  # noqa: B018
 
 
-def loaded_by(code: str) -> list[str]:
+def loaded_by(python: list[str], code: str) -> list[str]:
     """Those of the heavy libraries that a fresh process holds after `code`; warnings are errors there too."""
     heavy = ("torch", "transformers", "peft", "sqlalchemy", "numpy")
     script = f"import sys\n{code}\nprint('LOADED', *(m for m in {heavy} if m in sys.modules))"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*python, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.rpartition("LOADED")[2].split()
 
 
-def test_import_kv_memory_loads_no_heavy_library() -> None:
-    assert loaded_by("import kv_memory") == []
+def test_import_kv_memory_loads_no_heavy_library(python: list[str]) -> None:
+    assert loaded_by(python, "import kv_memory") == []
 
 
-def test_the_check_for_heavy_libraries_sees_torch() -> None:
-    assert "torch" in loaded_by("import kv_memory; kv_memory.DistilledCache")
+def test_the_check_for_heavy_libraries_sees_torch(python: list[str]) -> None:
+    assert "torch" in loaded_by(python, "import kv_memory; kv_memory.DistilledCache")
 
 
-def test_help_loads_no_torch() -> None:
+def test_help_loads_no_torch(python: list[str]) -> None:
     loaded = loaded_by(
+        python,
         "from kv_memory.cli import main\n"
         "sys.argv = ['kv-memory', '--help']\n"
-        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code",
     )
     assert not {"torch", "transformers", "peft"} & set(loaded)

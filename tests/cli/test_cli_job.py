@@ -50,7 +50,7 @@ def test_help_shows_examples_that_are_valid_usage(kv: KV, name: str, lines: tupl
         assert group.commands[name].make_context(name, words[3:]).params
 
 
-def test_help_loads_no_model_library() -> None:
+def test_help_loads_no_model_library(python: list[str]) -> None:
     script = (
         "import sys\n"
         "from typer.testing import CliRunner\n"
@@ -59,7 +59,7 @@ def test_help_loads_no_model_library() -> None:
         "    assert CliRunner().invoke(app, ['job', name, '--help']).exit_code == 0\n"
         "print(*({'torch', 'transformers', 'peft', 'sqlalchemy'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*python, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 

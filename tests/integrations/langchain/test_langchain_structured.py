@@ -43,7 +43,7 @@ FUNCTION = {"name": "pier", "description": "A pier.", "parameters": PIER}
 @pytest.mark.parametrize("method", ["json_schema", "json_mode", "function_calling"])
 @pytest.mark.parametrize("options", [{}, {"kv_ids": [str(Reference(key=key_of(FERRY)))]}])
 def test_an_answer_is_an_object(memory: KVMemory, method: str, options: dict[str, Any]) -> None:
-    llm = ChatKVMemory(memory, max_tokens=80, temperature=1.0)
+    llm = ChatKVMemory(memory, max_tokens=160, temperature=1.0)
     for seed in range(4):
         pier = llm.with_structured_output(Pier, method=method).invoke("Which pier?", seed=seed, **options)
         assert isinstance(pier, Pier)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +170,6 @@ class TestIndexAsync(AsyncDocumentIndexTestSuite):
         return KVMemoryIndex(empty)
 
 
-@pytest.mark.skipif(version("langchain-tests") < "1.1", reason="the list is of the suites as they are since 1.1")
 def test_the_docstring_names_what_is_skipped(ran: dict[str, bool]) -> None:
     named = set(re.findall(r"\btest_\w+", __doc__ or ""))
     assert named <= {*dir(TestChatModelUnit), *dir(TestChatModelIntegration)}

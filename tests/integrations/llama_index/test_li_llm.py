@@ -242,9 +242,11 @@ async def test_a_stop_string_ends_the_answer(llm: KVMemoryLLM) -> None:
 
 
 async def test_white_space_around_an_answer_is_no_part_of_it(llm: KVMemoryLLM) -> None:
-    options = {**SAMPLED, "max_tokens": 200}
-    whole = llm.complete("Why?", **options).text
-    gap = re.search(r"\S\s+(\S+)", whole)
+    for seed in range(10):  # a random model breaks the line in most answers, and which is another torch's to say
+        options = {**SAMPLED, "max_tokens": 200, "seed": seed}
+        whole = llm.complete("Why?", **options).text
+        if gap := re.search(r"\S\s+(\S+)", whole):
+            break
     assert gap is not None
     for response in (await every_form(llm, "Why?", stop=[gap[1]], **options)).values():
         assert text_of(response) == whole[: gap.start() + 1]
