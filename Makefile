@@ -11,18 +11,19 @@ PIP   := PIP_PROGRESS_BAR=off $(BIN)/python -m pip --disable-pip-version-check -
 # Candidates are run, not just looked up: version managers leave launchers for Pythons that are not active.
 PYTHONS := $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11)
 SUITED  := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
-# A .venv is of use if its Python still is the one it was made with (another one does not see its pip). Once it is ready
-# it must not have moved either: its commands and the package in it are found by the folder's name.
+# A .venv is of use if its Python still is the one it was made with (another one does not see its pip), and the one that
+# was asked for. Once ready it must not have moved either: its commands and the package are found by the folder's name.
 WHOLE   := import sys; from importlib.util import find_spec; \
            sys.exit(not (3, 11) <= sys.version_info < (3, 14) or find_spec("pip.__main__") is None)
-is_whole := $(shell $(BIN)/python -c '$(WHOLE)' 2>/dev/null && echo yes)
+is_asked := $(if $(PYTHON),$(shell [ "$$($(PYTHON) --version 2>&1)" = "$$($(BIN)/python --version 2>&1)" ] && echo yes),yes)
+is_whole := $(if $(is_asked),$(shell $(BIN)/python -c '$(WHOLE)' 2>/dev/null && echo yes))
 ifneq ($(is_whole) $(file < $(READY)),yes $(CURDIR))
 .PHONY: $(READY)
 endif
 
 # What is wrong when pip fails, and what to do: pip itself says of a network that is down what it says of a missing release.
 define EXPLAIN
-	if grep -qE "NewConnectionError|NameResolutionError|ConnectTimeout|ProxyError|Network is unreachable" $(LOG); then \
+	if grep -qE "NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|ProxyError|Network is unreachable" $(LOG); then \
 	    echo "No network: pip could not reach its package index. Connect (or set PIP_INDEX_URL to a mirror that can be" \
 	         "reached), then run: make setup" >&2; \
 	elif lacking=$$(sed -nE 's/.*\((constraint)\) ([^ ]+).*|.*No matching distribution found for ([^ ]+).*/\2\3/p' $(LOG) | sort -u | xargs); \
@@ -35,7 +36,7 @@ define EXPLAIN
 	fi; exit 1
 endef
 
-.PHONY: help setup lock demo test stress check oldest newest bench adapter services
+.PHONY: help setup venv lock demo test stress check oldest newest bench adapter services
 
 help:
 	@echo "make setup   create $(VENV), install the package and what requirements.lock names, prepare the embedded model"
@@ -52,26 +53,22 @@ help:
 
 setup: $(READY)
 
-$(READY): pyproject.toml requirements.lock Makefile
-	@set -eu; \
-	if [ -z "$(is_whole)" ] || { [ -n "$(PYTHON)" ] && [ "$$($(PYTHON) --version)" != "$$($(BIN)/python --version)" ]; }; then \
-	    found=""; \
-	    for python in $(PYTHONS); do \
-	        if "$$python" -c "$(SUITED)" 2>/dev/null; then found="$$python"; break; fi; \
-	    done; \
-	    if [ -z "$$found" ]; then \
-	        echo "kv-memory needs Python 3.11, 3.12 or 3.13 with its venv module; tried: $(PYTHONS)" >&2; \
-	        echo "python3 here: $$(python3 --version 2>&1 | head -n 1)" >&2; \
-	        echo "Install one (Debian and Ubuntu: also python3-venv), or name it: make setup PYTHON=/path/to/python3.12" >&2; \
-	        exit 1; \
+venv:
+	@set -eu; [ -z "$(is_whole)" ] || exit 0; \
+	for python in $(PYTHONS); do \
+	    if "$$python" -c "$(SUITED)" 2>/dev/null; then \
+	        [ ! -e $(VENV) ] || echo "$(VENV) is incomplete, or of another Python: it is made again"; \
+	        echo "[1/4] Creating $(VENV) with $$("$$python" --version)"; \
+	        exec "$$python" -m venv --clear $(VENV); \
 	    fi; \
-	    [ ! -e $(VENV) ] || echo "$(VENV) is incomplete, or of another Python: it is made again"; \
-	    echo "[1/4] Creating $(VENV) with $$("$$found" --version)"; \
-	    "$$found" -m venv --clear $(VENV); \
-	else \
-	    echo "[1/4] $(VENV) is there, with $$($(BIN)/python --version)"; \
-	fi; \
-	rm -f $(READY) $(LOG)
+	done; \
+	echo "kv-memory needs Python 3.11, 3.12 or 3.13 with its venv module; tried: $(PYTHONS)" >&2; \
+	echo "python3 here: $$(python3 --version 2>&1 | head -n 1)" >&2; \
+	echo "Install one (Debian and Ubuntu: also python3-venv), or name it: make setup PYTHON=/path/to/python3.12" >&2; \
+	exit 1
+
+$(READY): pyproject.toml requirements.lock Makefile | venv
+	@rm -f $(READY) $(LOG)
 	@echo "[2/4] Installing kv-memory and the packages of requirements.lock (a few minutes the first time)"
 	@# Constraints, not a list: a CPU build of torch needs no CUDA packages, though the lock names their versions too.
 	@# setuptools first, so that nothing is built with a release that the lock does not name.
@@ -95,10 +92,7 @@ $(READY): pyproject.toml requirements.lock Makefile
 	@printf '%s' '$(CURDIR)' > $(READY)
 
 # uv resolves for every Python and system at once. It is installed alone where setup has not been, or cannot be.
-lock:
-	@[ -n "$(is_whole)" ] || for python in $(PYTHONS); do \
-	    "$$python" -c "$(SUITED)" 2>/dev/null && "$$python" -m venv --clear $(VENV) && break; \
-	done
+lock: venv
 	@[ -x $(BIN)/uv ] || $(PIP) install -c requirements.lock uv || $(PIP) install uv
 	@$(BIN)/uv pip compile pyproject.toml --quiet --universal --upgrade --extra dev --extra embedded \
 	    --annotation-style line --custom-compile-command "make lock" --output-file requirements.lock > /dev/null
