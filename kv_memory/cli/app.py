@@ -228,7 +228,8 @@ def _keep_libraries_quiet() -> None:
         os.environ.setdefault(name, value)
     if not sys.warnoptions:  # -W and PYTHONWARNINGS show what they ask for
         warnings.simplefilter("ignore")
-        warnings.filterwarnings("default", module=r"kv_memory\b")  # a deprecated call of ours is ours to mend
+        # But a deprecated call of ours is ours to mend. That of a model's forward seems to come from torch in between.
+        warnings.filterwarnings("default", module=r"kv_memory\b|torch\.nn\.modules\.module$")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("Note: %(message)s"))
     logging.basicConfig(level=logging.ERROR, handlers=[handler])

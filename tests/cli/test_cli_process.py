@@ -6,6 +6,7 @@ import json
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,21 @@ def test_libraries_are_not_heard(process: Start, tmp_path: Path, store: Path) ->
         out, err = ran.communicate(timeout=60)
     assert json.loads(out)["sources"]
     assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("module", "is_shown"),
+    [("kv_memory.backbone", True), ("torch.nn.modules.module", True), ("peft.peft_model", False)],
+)
+def test_of_warnings_only_those_of_our_own_calls_are_shown(module: str, is_shown: bool) -> None:
+    script = (
+        "import warnings\n"
+        "from kv_memory.cli.app import _keep_libraries_quiet\n"
+        "_keep_libraries_quiet()\n"
+        f"warnings.warn_explicit('old name', FutureWarning, 'file.py', 1, module={module!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert ("old name" in done.stderr) is is_shown
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

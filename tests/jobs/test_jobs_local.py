@@ -218,7 +218,7 @@ def test_no_more_workers_than_documents(store: Store, new_job: Make, notes: Path
         LocalEngine(store.path, n_workers=0)
 
 
-def wait_for(condition: Callable[[], bool], *, timeout_s: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], *, timeout_s: float = 240) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
