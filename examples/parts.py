@@ -13,7 +13,7 @@ from typing import Any
 
 import bm25s
 import torch
-from kv_memory.embedded import embedded_folder  # a model folder like any other
+from kv_memory.embedded import BUILT_IN  # a model folder like any other
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document as LangChainDocument
 from langchain_core.language_models import SimpleChatModel
@@ -46,7 +46,7 @@ def load_documents(folder: str | Path) -> list[Document]:
 
 @cache
 def _model() -> tuple[Any, Any]:
-    folder = embedded_folder()
+    folder = BUILT_IN["smollm2"].folder
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 

@@ -17,7 +17,7 @@ from torch import nn
 from kv_memory.attention import ATTENTION, ForwardContext
 from kv_memory.cache import dtype_from_name, dtype_name
 from kv_memory.config import DtypeName
-from kv_memory.embedded import EMBEDDED
+from kv_memory.embedded import EMBEDDED, built_in
 from kv_memory.errors import ContextWindowError, EncodingError, UnsupportedModelError
 from kv_memory.fingerprint import FORMAT_VERSION, Fingerprint
 from kv_memory.loading import best_device, best_dtype, hash_parameters, hash_tokenizer, load_model
@@ -121,10 +121,10 @@ class Backbone:
         """Load a model by name.
 
         Args:
-            name: `embedded`, a local folder, or a Hugging Face hub id.
+            name: A built-in model (`embedded`, `smollm2`, `qwen-0.5b`), a local folder, or a Hugging Face hub id.
             dtype: `auto` takes bfloat16 where the processor or GPU is fast at it, else float32.
             device: `auto` takes a GPU where there is one; or a torch device such as `cuda:1`.
-            prompt: See `Backbone`; `auto` is `passage` for the embedded model.
+            prompt: See `Backbone`; `auto` takes the form that a built-in model answers best in.
             revision: Of a hub id.
 
         Raises:
@@ -136,8 +136,8 @@ class Backbone:
         torch_dtype = best_dtype(device) if dtype == "auto" else dtype_from_name(dtype)
         name = str(name)
         loaded = load_model(name, dtype=torch_dtype, device=device, revision=revision, supported=SUPPORTED)
-        if name == EMBEDDED and prompt == "auto":
-            prompt = "passage"  # answers far better behind worked examples than through its chat template
+        if prompt == "auto" and (model := built_in(name)):
+            prompt = model.prompt
         return cls(loaded.model, loaded.tokenizer, prompt=prompt, name=name, weights_sha256=loaded.weights_sha256)
 
     @property

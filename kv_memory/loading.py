@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kv_memory.embedded import EMBEDDED, cache_folder, prepare_embedded
+from kv_memory.embedded import BUILT_IN, built_in, cache_folder, prepared_folder
 from kv_memory.errors import ModelNotFoundError, TokenizerError, UnsupportedModelError
 
 __all__ = ["LoadedModel", "best_device", "best_dtype", "hash_parameters", "hash_tokenizer", "load_model"]
@@ -61,11 +61,12 @@ def load_model(
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    where = str(prepare_embedded()) if name == EMBEDDED else name
+    model_built_in = built_in(name)
+    where = str(prepared_folder(model_built_in)) if model_built_in else name
     not_found = ModelNotFoundError(
         "no such model",
         where=name,
-        next_step="Use `embedded`, a local folder with config.json and safetensors weights, or a hub id "
+        next_step=f"Use {', '.join(BUILT_IN)}, a local folder with config.json and safetensors weights, or a hub id "
         "(`owner/model`; needs a network or a filled hub cache).",
     )
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kv_memory.config import Layout, SelectorName, StorageName, check_choice, check_keep_ratio
-from kv_memory.embedded import EMBEDDED, SHIPPED
+from kv_memory.embedded import BUILT_IN, EMBEDDED, SHIPPED, built_in
 from kv_memory.errors import ConfigError
 from kv_memory.prompts import PromptName
 
@@ -77,7 +77,7 @@ class MemorySettings:
     @property
     def top_k(self) -> int:
         """How many passages a question is answered from by default: the embedded model copes with one only."""
-        return 1 if self.model == EMBEDDED else 3
+        return 1 if built_in(self.model) is BUILT_IN["smollm2"] else 3
 
 
 def given_settings(
@@ -157,7 +157,7 @@ def resolve_settings(given: Mapping[str, Any], stored: Mapping[str, Any]) -> Mem
         merged["refine_steps"] = REFINE_STEPS
     # A model of 135M parameters loses the thread in long passages, and has little to spare in its caches.
     defaults: dict[str, Any] = {"passage_tokens": 1024, "keep_ratio": 0.25}
-    if merged.get("model", EMBEDDED) == EMBEDDED:
+    if built_in(merged.get("model", EMBEDDED)) is BUILT_IN["smollm2"]:
         # int8 costs it less than half a point of F1 at 1/4, 1/8 and 1/16: docs/fidelity.md.
         defaults = {"passage_tokens": 256, "keep_ratio": 0.25, "adapter": SHIPPED, "storage": "int8"}
     values = {**defaults, **merged}

@@ -209,10 +209,10 @@ def bare(tmp_path: Path, wide: Any) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder for the tests, with the user's converted models in it."""
-    from kv_memory.embedded import cache_folder, embedded_folder
+    from kv_memory.embedded import BUILT_IN, cache_folder
 
     folder = tmp_path_factory.mktemp("cache")
-    if embedded_folder().is_dir():
+    if any(model.is_prepared for model in BUILT_IN.values()):
         (folder / "models").symlink_to(cache_folder().resolve() / "models", target_is_directory=True)
     return folder
 

@@ -9,7 +9,7 @@ import pytest
 from kv_memory import DecodeSettings, KVMemory
 from kv_memory.backbone import Backbone
 from kv_memory.conversation import Conversation
-from kv_memory.embedded import is_prepared
+from kv_memory.embedded import BUILT_IN
 from kv_memory.errors import BinaryDocumentError, ConfigError, EncodingError
 from kv_memory.generate import Turn
 from kv_memory.reader import Reference, key_of
@@ -267,7 +267,7 @@ FILLER = ["the weather in Bergen", "a recipe for onion soup", "train tickets", "
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not is_prepared(),
+    not BUILT_IN["smollm2"].is_prepared,
     reason="the embedded model is not prepared (`make setup`)",
 )
 def test_a_fact_of_long_ago_is_recalled(tmp_path: Path) -> None:

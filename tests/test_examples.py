@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kv_memory.embedded import is_prepared
+from kv_memory.embedded import BUILT_IN
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FRAMEWORKS = ["langchain", "llama_index"]
@@ -20,7 +20,7 @@ NATS_PAGES = ("what-is-nats/README.md", "core-nats/request-reply/reqreply.md", "
 NATS_QUESTIONS = ["What is a queue group?", "How are queue groups defined?"]
 
 slow = pytest.mark.slow
-needs_model = pytest.mark.skipif(not is_prepared(), reason="the embedded model is not prepared")
+needs_model = pytest.mark.skipif(not BUILT_IN["smollm2"].is_prepared, reason="the embedded model is not prepared")
 
 
 def ask(name: str, folder: Path, questions: list[str], cwd: Path) -> dict[str, str]:

@@ -70,6 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "prefix": {"errors", "config"},
     "prompts": {"errors", "config"},
     "embedded": {"errors", "config"},
+    "weights": {"errors", "config", "embedded"},
     "loading": {"errors", "config", "embedded"},
     "backbone": {*_TENSORS, "embedded", "loading"},
     "compress": {*_TENSORS, "embedded", "backbone"},
@@ -93,7 +94,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": {*_BELOW_MEMORY, "memory"},
     "inspect": {*_BELOW_MEMORY, "memory"},
     "integrations": {*_BELOW_MEMORY, "memory", "conversation"},
-    "cli": {*_BELOW_MEMORY, "memory", "evaluate", "inspect"},
+    "cli": {*_BELOW_MEMORY, "memory", "evaluate", "inspect", "weights"},
 }
 
 # Libraries that a unit never imports itself. `store` reads tensors through kv_memory.cache.

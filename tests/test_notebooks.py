@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from kv_memory.embedded import is_prepared
+from kv_memory.embedded import BUILT_IN
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -26,7 +26,7 @@ def test_there_is_one_for_each_framework() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not is_prepared(), reason="the embedded model is not prepared (`make setup`)")
+@pytest.mark.skipif(not BUILT_IN["smollm2"].is_prepared, reason="the embedded model is not prepared (`make setup`)")
 # The client of Jupyter closes its event loop and its sockets late; both are gone when the test ends.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kv_memory.embedded import is_prepared
+from kv_memory.embedded import BUILT_IN
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -34,7 +34,9 @@ def test_the_file_tree_names_what_is_there() -> None:
         assert path.name + ("/" if path.is_dir() else "") in mentioned, f"{path.name} is missing in the file tree"
 
 
-needs_model = pytest.mark.skipif(not is_prepared(), reason="the embedded model is not prepared (`make setup`)")
+needs_model = pytest.mark.skipif(
+    not BUILT_IN["smollm2"].is_prepared, reason="the embedded model is not prepared (`make setup`)"
+)
 
 
 def run(example: str, folder: Path) -> str:

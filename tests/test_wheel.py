@@ -22,11 +22,13 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from kv_memory.embedded import is_prepared
+from kv_memory.embedded import BUILT_IN
 from tests.documents.test_readers import make_pdf
 from tests.test_packaging import PROJECT, ROOT, shipped_files
 
-needs_model = pytest.mark.skipif(not is_prepared(), reason="the embedded model is not prepared (`make setup`)")
+needs_model = pytest.mark.skipif(
+    not BUILT_IN["smollm2"].is_prepared, reason="the embedded model is not prepared (`make setup`)"
+)
 
 
 @pytest.fixture(scope="module")

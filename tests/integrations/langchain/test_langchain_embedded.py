@@ -13,14 +13,14 @@ from langchain_core.runnables.history import RunnableWithMessageHistory
 
 from kv_memory import KVMemory
 from kv_memory.backbone import Backbone
-from kv_memory.embedded import is_prepared
+from kv_memory.embedded import BUILT_IN
 from kv_memory.integrations import langchain
 from kv_memory.integrations.langchain import ChatKVMemory, KVMemoryChatMessageHistory
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not is_prepared(),
+        not BUILT_IN["smollm2"].is_prepared,
         reason="the embedded model is not prepared (`make setup`)",
     ),
     # LangChain recommends LangGraph's checkpoints, and keeps this class until its version 2.
