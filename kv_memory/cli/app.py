@@ -80,7 +80,7 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
         stats,
         ("kv-memory stats", "kv-memory stats --prometheus", "KV_MEMORY_STORE=/data/memory kv-memory stats --json"),
     ),
-    ("models", models, ("kv-memory models", "kv-memory models --prepare")),
+    ("models", models, ("kv-memory models", "kv-memory models --prepare qwen-0.5b")),
     (
         "train",
         train,
