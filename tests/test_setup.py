@@ -66,7 +66,7 @@ def test_no_network_is_told_from_an_index_that_lacks_a_release(checkout: Path) -
     assert done.returncode != 0
     assert "No network: pip could not reach its package index." in done.stderr
     assert "then run: make setup" in done.stderr
-    # A second run goes on with the environment that is there.
+    # A second run keeps the environment.
     done = make(checkout, "setup", **NO_INDEX)
     assert done.returncode != 0
     assert "Creating" not in done.stdout

@@ -75,7 +75,7 @@ def test_an_adapter_comes_back_as_it_was(name: str, scorer: Any, tmp_path: Path)
 
 @pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated"
-)  # PEFT asks for it, from 5.24 on in vain
+)  # PEFT asks for it; Transformers renamed it in 5.24
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_the_folder_is_an_ordinary_peft_adapter(name: str, tmp_path: Path) -> None:
     backbone = make_backbone(name)
