@@ -37,7 +37,6 @@ def test_each_line_is_one_exact_version_and_no_address() -> None:
         assert (clause.operator, line.url, "*" in clause.version) == ("==", None, False), line
         assert Version(clause.version)
     assert "://" not in TEXT
-    assert "--" not in TEXT.replace("--annotation", "")
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS, ids=lambda e: f"{e['sys_platform']}-{e['python_version']}")
