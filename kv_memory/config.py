@@ -29,7 +29,7 @@ StorageName = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 # ranking over all of them, so that a head keeps many or none (as KVzip does); the total is the same.
 Budget = Literal["head", "model"]
 # `combined`: what an adapter's scorer says and reconstruction attention, half each. The others are without an adapter.
-SelectorName = Literal["reconstruction", "attention", "sink_recent", "combined"]
+SelectorName = Literal["matched", "reconstruction", "attention", "sink_recent", "combined"]
 
 
 def check_keep_ratio(keep_ratio: float, *, where: str = "keep_ratio") -> float:

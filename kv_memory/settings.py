@@ -46,7 +46,7 @@ class MemorySettings:
     model: str = EMBEDDED
     adapter: str | None = None
     keep_ratio: float = 0.25
-    selector: SelectorName = "reconstruction"
+    selector: SelectorName = "matched"
     passage_tokens: int | None = 256
     prompt: PromptName = "auto"
     layout: Layout = "source"

@@ -114,8 +114,8 @@ def test_a_store_chooses_with_its_adapter() -> None:
     combined = {"adapter": "shipped", "selector": "combined"}
     assert resolve_settings({}, combined).selector == "combined"
     left = resolve_settings(given(adapter="none"), combined)
-    assert (left.adapter, left.selector) == (None, "reconstruction")
+    assert (left.adapter, left.selector) == (None, "matched")
     elsewhere = resolve_settings(given(model="a/model"), combined)
-    assert (elsewhere.adapter, elsewhere.selector) == (None, "reconstruction")
+    assert (elsewhere.adapter, elsewhere.selector) == (None, "matched")
     other = resolve_settings(given(selector="attention"), combined)
     assert (other.adapter, other.selector) == (None, "attention")
