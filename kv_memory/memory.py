@@ -106,7 +106,7 @@ class KVMemory:
             model: `embedded`, a model folder, a hub id, or a `Backbone`.
             adapter: An adapter folder for that model, `shipped` (the embedded model's default) or `none`.
             keep_ratio: Share of the tokens kept, in (0, 1].
-            selector: The training-free selector used without an adapter; or `combined`, an adapter and reconstruction
+            selector: The training-free selector used without an adapter; or `combined`, an adapter and `matched`
                 together, which reads each passage twice and keeps what matters more surely.
             passage_tokens: Longest passage; None keeps documents whole.
             prompt: `auto`, `chat`, `passage`, or a `PromptForm` (with a `Backbone` give it the form instead).

@@ -15,11 +15,11 @@ from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.combined import check_combinable, combined_selection
-from kv_memory.compress.matching import Matched
+from kv_memory.compress.matching import Matched, MatchSettings
 from kv_memory.compress.reading import check_finite, choose, read_documents
 from kv_memory.compress.refine import refine_batch
 from kv_memory.compress.refine_settings import RefineSettings
-from kv_memory.compress.selectors import Reconstruction, Selector, make_selector
+from kv_memory.compress.selectors import Selector, make_selector
 from kv_memory.config import SelectorName, check_keep_ratio, n_kept_for
 from kv_memory.errors import ConfigError, EmptyDocumentError
 from kv_memory.fingerprint import Fingerprint
@@ -39,7 +39,7 @@ class Compressor:
     Args:
         backbone: The model that reads.
         selector: A training-free selector or its name. Not used with an adapter, but for `combined`: the adapter and
-            reconstruction choose together, and a document is read twice.
+            the change of the output choose together, and a document is read twice.
         adapter: Attached to the same backbone.
         routed: False uses the adapter's selection without its LoRA, to see what each is worth.
         refine: How the kept entries of each document are refined (see `refine_batch`), offline and for as long as a
@@ -68,10 +68,10 @@ class Compressor:
         self.adapter = adapter
         self.routed = routed
         self.refine = refine
-        self._together: Reconstruction | None = None  # has a say beside the adapter
+        self._together: Matched | None = None  # has a say beside the adapter
         if selector == "combined":
             check_combinable(adapter)
-            self._together = Reconstruction(part_tokens=min(1024, backbone.context_window // 4))
+            self._together = Matched(MatchSettings(part_tokens=min(1024, backbone.context_window // 4), fit=False))
         if isinstance(selector, str) and self._together is None:
             selector = make_selector(selector, context_window=backbone.context_window)
         self.selector: Selector = self._together or selector

@@ -32,6 +32,8 @@ __all__ = ["FittedHead", "Match", "MatchSettings", "Matched", "fit_head", "match
 
 _LOGITS = 1 << 22  # attention logits that are written out at once
 _LEAST, _MOST = 1e-2, 1e2  # of an entry's weight, e to its bias
+_REFIT_RIDGE = 1e-2  # of refit errors, in mean diagonals; of 1e-3 to 1e-1 the results were the same
+_TINY = 1e-12  # of a mean diagonal
 _HELD_OUT = 4  # of so many rows one is held out of the choice of the ridge
 
 
@@ -50,14 +52,12 @@ class MatchSettings:
     """
 
     score: Literal["output", "attention"] = "output"
-    stages: tuple[float, ...] = (2.0,)
+    stages: tuple[float, ...] = (4.0, 2.0, 1.4)
     fit: bool = True
     weight_ridge: float = 1e-2
     value_ridges: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 100.0)
     part_tokens: int = 1024
-    max_rows: int = 8192
-    rescore: str = "loo"
-    solver: str = "exact"
+    max_rows: int = 4096
 
     def __post_init__(self) -> None:
         checks = {
@@ -231,8 +231,11 @@ class _Document:
                 own = slice(head * self._group, (head + 1) * self._group)
                 for block in self._blocks(len(keys), m):
                     logits = rows.logits(keys, places, own, block)
-                    total[own, block] = torch.logaddexp(logits.logsumexp(-1), rows.own[own, block])
-                    weights = logits.sub_(total[own, block, None]).exp_()
+                    highest = torch.maximum(logits.amax(-1), rows.own[own, block])[..., None]
+                    weights = logits.sub_(highest).exp_()
+                    sums = weights.sum(-1, keepdim=True) + (rows.own[own, block, None] - highest).exp()
+                    weights = weights.div_(sums)
+                    total[own, block] = (sums.log() + highest)[..., 0]
                     output[own, block] = weights @ values
                     inside = weights[..., self._n_prefix :]
                     if self._settings.score == "attention":
@@ -284,8 +287,7 @@ class _Document:
             thin.scale,
             fixed=fixed,
             settings=self._settings,
-            output=output if score else None,
-            metric=of_layer.metric[own],
+            metric=of_layer.metric[own] if score else None,
         )
 
 
@@ -307,11 +309,14 @@ def output_errors(
         `(n,)`.
     """
     projected = values @ metric  # (group, n, head_dim)
-    of_values = (projected * values).sum(-1)[:, None]
-    of_output = ((output @ metric) * output).sum(-1, keepdim=True)
-    distance = torch.baddbmm(of_values + of_output, output, projected.transpose(1, 2), alpha=-2).clamp_min_(0)
-    odds = weights / (1 - weights).clamp_min_(0.01) * scale[:, None]
-    return (odds.square_() * distance).sum((0, 1))
+    squares = scale.square()[:, None]  # (m, 1)
+    of_values = (projected * values).sum(-1)[:, None]  # (group, 1, n)
+    of_output = ((output @ metric) * output).sum(-1, keepdim=True)  # (group, m, 1)
+    # (v - o)^T M (v - o) / r^2 for all pairs as one product: as sums of three it took twice the time.
+    left = torch.cat([output * (-2 * squares), squares.expand_as(of_output), of_output * squares], -1)
+    right = torch.cat([projected.transpose(1, 2), of_values, torch.ones_like(of_values)], 1)
+    odds = weights / (1 - weights).clamp_min_(0.01)
+    return odds.square_().mul_(left @ right).sum((0, 1)).clamp_min(0)
 
 
 def fit_head(
@@ -323,7 +328,6 @@ def fit_head(
     *,
     fixed: torch.Tensor,
     settings: MatchSettings,
-    output: torch.Tensor | None = None,
     metric: torch.Tensor | None = None,
 ) -> FittedHead:
     """Weights and values of the entries kept in one head, so that they stand for all of the document's.
@@ -336,8 +340,8 @@ def fit_head(
         scale: 1 / r, `(m,)`.
         fixed: Bool `(kept,)`; these are neither moved nor biased.
         settings: See `MatchSettings`.
-        output: o, `(group, m, head_dim)`, to score the entries anew as they are after the fit; None for no scores.
-        metric: M, for the scores.
+        metric: M, `(group, head_dim, head_dim)`, to score the entries anew as they are after the fit; None for no
+            scores.
 
     Returns:
         The start (no bias, the values given) where nothing is closer to the target on the rows held out.
@@ -348,56 +352,77 @@ def fit_head(
     # One row in four is held out, spread over all; whole positions, not heads of one, which look alike.
     held_out = (torch.arange(m, device=weights.device) % _HELD_OUT == _HELD_OUT - 1).repeat(group)
     learned = ~held_out
-    start = values, values.new_ones(n)
 
     def spread(weight: torch.Tensor) -> torch.Tensor:
+        """What each entry's value counts for in each row, X, times the row's scale."""
         shares = flat * weight
-        return shares / (others + shares.sum(1, keepdim=True)).clamp_min(1e-6)
+        return shares.mul_(row_scale / (others + shares.sum(1, keepdim=True)).clamp_min(1e-6))
 
-    def solve() -> tuple[torch.Tensor, torch.Tensor]:
-        scaled = flat[learned] * row_scale[learned]
-        mass = (1 - others[learned]) * row_scale[learned]
-        weight = bounded_ridge(scaled.T @ scaled, scaled.T @ mass[:, 0], settings, fixed)
-        shares = spread(weight)
-        residual = (wanted - shares @ values) * row_scale
-        shares = shares * row_scale
-        shares[:, fixed] = 0  # their values do not move
-        x, y = shares[learned], shares[held_out]
-        gram, right = x.T @ x, x.T @ residual[learned]
-        gram_out, right_out = y.T @ y, y.T @ residual[held_out]
-        before = residual[held_out].square().sum()
-        best: tuple[float, float] = (math.inf, 0.0)
-        identity = torch.eye(n, device=gram.device)
-        size = gram.diagonal().mean().clamp_min(1e-12)
-        for ridge in settings.value_ridges:
-            move = torch.linalg.solve(gram + ridge * size * identity, right)
-            error = float(before + (move * (gram_out @ move - 2 * right_out)).sum())
-            best = min(best, (error, ridge))
-        plain = spread(start[1])
-        at_start = ((plain @ values - wanted) * row_scale)[held_out].square().sum()
-        if not best[0] < float(at_start):
-            return start
-        both, size = gram + gram_out, (gram + gram_out).diagonal().mean().clamp_min(1e-12)
-        move = torch.linalg.solve(both + best[1] * size * identity, right + right_out)
-        return values + move, weight
-
-    fitted, weight = solve()
-    if not (fitted.isfinite().all() and weight.isfinite().all()):
-        fitted, weight = start
+    # 1. Weights that restore the mass the rows paid to the whole document.
+    scaled = flat[learned] * row_scale[learned]
+    mass = ((1 - others) * row_scale)[learned]
+    weight = bounded_ridge(scaled.T @ scaled, scaled.T @ mass[:, 0], settings, fixed)
+    del scaled
+    # 2. Values that restore the output, for each ridge, from the rows learned; the best on those held out.
+    start = spread(torch.ones_like(weight))
+    shares = spread(weight)
+    residual = wanted * row_scale - shares @ values
+    gram, right = _normal(shares[learned], residual[learned], fixed)
+    gram_out, right_out = _normal(shares[held_out], residual[held_out], fixed)
+    before = residual[held_out].square().sum()
+    errors: dict[float, float] = {}
+    for ridge in settings.value_ridges:
+        move = _solve(gram, right, ridge)
+        errors[ridge] = float(before + (move * (gram_out @ move - 2 * right_out)).sum())
+    best = min(errors, key=lambda ridge: (not math.isfinite(errors[ridge]), errors[ridge]))
+    at_start = float(((start @ values - wanted * row_scale)[held_out]).square().sum())
+    # 3. From all rows, unless the start was better.
+    fitted = values + _solve(gram + gram_out, right + right_out, best)
+    total = gram + gram_out
+    if not errors[best] < at_start or not bool(fitted.isfinite().all() and weight.isfinite().all()):
+        fitted, weight = values, torch.ones_like(weight)
+        total = None if metric is None else _normal(start, start @ values, torch.zeros_like(fixed))[0]
     scores = values.new_zeros(n)
-    if output is not None and metric is not None:
-        shares = spread(weight)
-        loo = output_errors(shares.view(group, m, n), fitted, output, metric, scale)
-        x = shares * row_scale
-        gram = x.T @ x
-        ridge = float(settings.rescore.split(":")[1]) if ":" in settings.rescore else 1e-2
-        gram = gram + ridge * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(n, device=gram.device)
-        inverse = torch.linalg.inv(gram).diagonal().clamp_min(1e-12)
-        mean = metric.mean(0)
-        obs = ((fitted @ mean) * fitted).sum(-1) / inverse * scale.mean().square()
-        kind = settings.rescore.split(":")[0]
-        scores = {"loo": loo, "obs": obs, "min": torch.minimum(loo, obs), "geo": (loo * obs).clamp_min(0).sqrt()}[kind]
+    if metric is not None and total is not None:
+        scores = refit_errors(total, fitted, metric, scale)
     return FittedHead(fitted, weight.log(), scores)
+
+
+def refit_errors(gram: torch.Tensor, values: torch.Tensor, metric: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """What removing each entry does to the layer's output when the values of all others are fitted again.
+
+    Of a least squares fit with the system G, losing the j-th value v costs `v^2 / (G^-1)[j, j]` (Optimal Brain Surgeon,
+    Hassibi and Stork, 1993): nothing where the others can stand for it.
+
+    Args:
+        gram: G, `(n, n)`, of rows scaled by 1 / r over their mean.
+        values: `(n, head_dim)`.
+        metric: M, `(group, head_dim, head_dim)`.
+        scale: 1 / r, `(m,)`.
+
+    Returns:
+        `(n,)`, on the scale of `output_errors`; 0 where it cannot be told.
+    """
+    system = gram + _ridge(gram, _REFIT_RIDGE)
+    loss = ((values @ metric.mean(0)) * values).sum(-1) / torch.linalg.inv(system).diagonal().clamp_min(1e-12)
+    return (loss * scale.mean().square()).nan_to_num(0.0, 0.0, 0.0)
+
+
+def _normal(x: torch.Tensor, y: torch.Tensor, fixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The system and the right side of a least squares fit in which the entries that are `fixed` have no part."""
+    gram, right = x.T @ x, x.T @ y
+    gram[fixed], gram[:, fixed], right[fixed] = 0.0, 0.0, 0.0
+    return gram, right
+
+
+def _ridge(gram: torch.Tensor, strength: float) -> torch.Tensor:
+    return torch.eye(len(gram), device=gram.device) * (strength * gram.diagonal().mean().clamp_min(_TINY))
+
+
+def _solve(gram: torch.Tensor, right: torch.Tensor, strength: float) -> torch.Tensor:
+    """`(G + ridge)^-1 b`; not a number where G is not."""
+    solution: torch.Tensor = torch.linalg.solve_ex(gram + _ridge(gram, strength), right).result
+    return solution
 
 
 def bounded_ridge(
@@ -413,26 +438,14 @@ def bounded_ridge(
         settings: For the ridge, in mean diagonals of G.
         fixed: Bool `(n,)`; these stay 1.
     """
-    n = len(right)
-    ridge = settings.weight_ridge * gram.diagonal().mean().clamp_min(1e-12)
-    system = gram + ridge * torch.eye(n, device=gram.device)
-    wanted = right + ridge
-    if settings.solver == "fista":
-        w = torch.ones_like(right)
-        L = torch.linalg.matrix_norm(system, 2) + 1e-12
-        y, t = w, 1.0
-        for _ in range(80):
-            w2 = (y - (system @ y - wanted) / L).clamp_min(0)
-            t2 = (1 + math.sqrt(1 + 4 * t * t)) / 2
-            y = w2 + (t - 1) / t2 * (w2 - w)
-            w, t = w2, t2
-        return torch.where(fixed, 1.0, w.clamp(_LEAST, _MOST))
+    ridge = _ridge(gram, settings.weight_ridge)
+    system, wanted = gram + ridge, right + ridge.diagonal()
     weight = torch.ones_like(right)
     free = ~fixed
     for _ in range(20):
         held = torch.where(free, 0.0, weight)
         masked = torch.where(free[:, None] & free, system, 0.0) + torch.diag((~free).float())
-        found = torch.linalg.solve(masked, torch.where(free, wanted - system @ held, weight))
+        found = torch.linalg.solve_ex(masked, torch.where(free, wanted - system @ held, weight)).result
         slope = system @ found - wanted
         low, high = free & (found < _LEAST), free & (found > _MOST)
         back = ~free & ~fixed & (((found <= _LEAST) & (slope < 0)) | ((found >= _MOST) & (slope > 0)))

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from kv_memory.backbone import cache_argument
 from kv_memory.cache import DistilledCache
 from kv_memory.compress import Compressor
-from kv_memory.compress.matching import MatchSettings, Matched, bounded_ridge, fit_head
+from kv_memory.compress.matching import MatchSettings, Matched, bounded_ridge, fit_head, refit_errors
 from kv_memory.compress.reference_rows import record_rows
 from kv_memory.config import n_kept_for
 from kv_memory.errors import ConfigError, ModelError
@@ -190,6 +190,22 @@ def test_the_fit_brings_the_output_closer() -> None:
         return float((shares @ values - given["target"]).square().mean())
 
     assert error(fitted.values, fitted.bias) < 0.5 * error(given["values"], torch.zeros(8))
+
+
+def test_refit_errors_are_what_a_fit_without_each_entry_costs() -> None:
+    given = head(seed=4, kept=9)
+    group, m, n = given["weights"].shape
+    metric = torch.eye(6).expand(group, 6, 6)
+    ones = given["scale"] * 0 + 0.5
+    shares = (given["weights"] / (given["rest"] + given["weights"].sum(-1))[..., None]).reshape(-1, n).double()
+    values = given["values"].double()
+    found = refit_errors((shares.T @ shares).float(), given["values"], metric, ones)
+    pull = torch.eye(n).double() * (0.01 * shares.square().sum(0).mean()).sqrt()
+    left, right = torch.cat([shares, pull]), torch.cat([shares, pull]) @ values
+    for j in range(n):
+        others = [i for i in range(n) if i != j]
+        rest = right - left[:, others] @ torch.linalg.lstsq(left[:, others], right).solution
+        assert float(found[j]) == pytest.approx(float(rest.square().sum()) * 0.25, rel=1e-3)
 
 
 def test_weights_keep_to_their_bounds() -> None:
