@@ -48,7 +48,8 @@ class MatchSettings:
         weight_ridge: How strongly weights are pulled to 1, in mean diagonals of their system.
         value_ridges: How strongly values are pulled to what they were, in mean diagonals; the best on held-out rows.
         part_tokens: Length of the parts in which the document is repeated.
-        max_rows: Queries of a head that are fitted to, at most; of a longer document evenly spread ones.
+        max_rows: Queries of a head that stages are fitted to, at most; of a longer document evenly spread ones.
+        max_final_rows: The same for the last fit.
     """
 
     score: Literal["output", "attention"] = "output"
@@ -58,6 +59,7 @@ class MatchSettings:
     value_ridges: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 100.0)
     part_tokens: int = 1024
     max_rows: int = 4096
+    max_final_rows: int = 8192
 
     def __post_init__(self) -> None:
         checks = {
@@ -66,6 +68,7 @@ class MatchSettings:
             "value_ridges": (all(0 < v < math.inf for v in self.value_ridges) and self.value_ridges, "numbers above 0"),
             "part_tokens": (self.part_tokens >= 1, "at least 1"),
             "max_rows": (self.max_rows >= 1, "at least 1"),
+            "max_final_rows": (self.max_final_rows >= 1, "at least 1"),
         }
         for name, (ok, wanted) in checks.items():
             if not ok:
@@ -76,7 +79,7 @@ class MatchSettings:
         """For the fingerprint."""
         stages = ",".join(f"{stage:g}" for stage in self.stages) if self.fit else "score"
         ridges = ",".join(f"{ridge:g}" for ridge in self.value_ridges)
-        return f"matched:{self.score}:{stages}:{self.weight_ridge:g}:{ridges}:{self.part_tokens}:{self.max_rows}"
+        return f"matched:{self.score}:{stages}:{self.weight_ridge:g}:{ridges}:{self.part_tokens}:{self.max_rows}:{self.max_final_rows}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,37 +261,32 @@ class _Document:
         if not len(kept) or not self._settings.fit:
             return nothing
         rows, own = of_layer.rows, slice(head * self._group, (head + 1) * self._group)
-        m = len(rows.positions)
-        step = -(-m * self._group // self._settings.max_rows)
-        picked = torch.arange(0, m, step, device=keys.device)
-        thin = ReferenceRows(
-            rows.query[own, picked],
-            rows.own[own, picked],
-            rows.positions[picked],
-            rows.scale[picked],
-            rows.scaling,
-            rows.softcap,
-            rows.window,
-        )
-        total, output = of_layer.total[head][:, picked], of_layer.output[head][:, picked]
-        everyone = slice(0, self._group)
+        most = self._settings.max_rows if score else self._settings.max_final_rows
+        picked = self._picked(len(rows.positions), most)
+        thin = rows.pick(own, picked)
+        total, output = of_layer.total[head].flatten()[picked], of_layer.output[head].flatten(0, 1)[picked]
         places = torch.arange(self._n_prefix, device=keys.device)
-        before = (thin.logits(keys[places], places, everyone, slice(None)) - total[..., None]).exp()
+        before = (thin.logits(keys[places], places, slice(0, 1), slice(None))[0] - total[:, None]).exp()
         places = kept + self._n_prefix
-        inside = thin.logits(keys[places], places, everyone, slice(None))
-        weights = (inside - total[..., None]).exp()  # (group, m, kept)
-        rest = before.sum(-1) + (thin.own - total).exp()
-        target = output - before @ values[: self._n_prefix]
+        inside = (thin.logits(keys[places], places, slice(0, 1), slice(None))[0] - total[:, None]).exp()
         return fit_head(
-            weights,
-            rest,
-            target,
+            inside,
+            before.sum(-1) + (thin.own[0] - total).exp(),
+            output - before @ values[: self._n_prefix],
             start,
             thin.scale,
+            # One position in four is held out, with all its heads, which look alike.
+            held_out=picked % len(rows.positions) % _HELD_OUT == _HELD_OUT - 1,
             fixed=fixed,
             settings=self._settings,
             metric=of_layer.metric[own] if score else None,
         )
+
+    def _picked(self, m: int, most: int) -> torch.Tensor:
+        """Which of a head's `group * m` rows are used: all, or evenly spread ones of which every position has some."""
+        rows = torch.arange(self._group * m, device=self._reference[0].query.device)
+        step = -(-len(rows) // most)
+        return rows[(rows // m + rows % m) % step == 0]
 
 
 def output_errors(
@@ -326,6 +324,7 @@ def fit_head(
     values: torch.Tensor,
     scale: torch.Tensor,
     *,
+    held_out: torch.Tensor,
     fixed: torch.Tensor,
     settings: MatchSettings,
     metric: torch.Tensor | None = None,
@@ -333,11 +332,12 @@ def fit_head(
     """Weights and values of the entries kept in one head, so that they stand for all of the document's.
 
     Args:
-        weights: P of the kept entries, `(group, m, kept)`.
-        rest: P of all that is no document entry, `(group, m)`.
-        target: What the document's entries put out together, `(group, m, head_dim)`.
+        weights: P of the kept entries, `(rows, kept)`.
+        rest: P of all that is no document entry, `(rows,)`.
+        target: What the document's entries put out together, `(rows, head_dim)`.
         values: Of the kept entries, `(kept, head_dim)`.
-        scale: 1 / r, `(m,)`.
+        scale: 1 / r, `(rows,)`.
+        held_out: Bool `(rows,)`, those on which the ridge of the values is chosen.
         fixed: Bool `(kept,)`; these are neither moved nor biased.
         settings: See `MatchSettings`.
         metric: M, `(group, head_dim, head_dim)`, to score the entries anew as they are after the fit; None for no
@@ -346,27 +346,24 @@ def fit_head(
     Returns:
         The start (no bias, the values given) where nothing is closer to the target on the rows held out.
     """
-    group, m, n = weights.shape
-    row_scale = (scale / scale.mean()).repeat(group)[:, None]
-    flat, others, wanted = weights.reshape(-1, n), rest.reshape(-1, 1), target.reshape(group * m, -1)
-    # One row in four is held out, spread over all; whole positions, not heads of one, which look alike.
-    held_out = (torch.arange(m, device=weights.device) % _HELD_OUT == _HELD_OUT - 1).repeat(group)
-    learned = ~held_out
+    n = weights.shape[1]
+    row_scale = (scale / scale.mean())[:, None]
+    others, learned = rest[:, None], ~held_out
 
     def spread(weight: torch.Tensor) -> torch.Tensor:
         """What each entry's value counts for in each row, X, times the row's scale."""
-        shares = flat * weight
+        shares = weights * weight
         return shares.mul_(row_scale / (others + shares.sum(1, keepdim=True)).clamp_min(1e-6))
 
     # 1. Weights that restore the mass the rows paid to the whole document.
-    scaled = flat[learned] * row_scale[learned]
+    scaled = weights[learned] * row_scale[learned]
     mass = ((1 - others) * row_scale)[learned]
     weight = bounded_ridge(scaled.T @ scaled, scaled.T @ mass[:, 0], settings, fixed)
     del scaled
     # 2. Values that restore the output, for each ridge, from the rows learned; the best on those held out.
     start = spread(torch.ones_like(weight))
     shares = spread(weight)
-    residual = wanted * row_scale - shares @ values
+    residual = target * row_scale - shares @ values
     gram, right = _normal(shares[learned], residual[learned], fixed)
     gram_out, right_out = _normal(shares[held_out], residual[held_out], fixed)
     before = residual[held_out].square().sum()
@@ -375,7 +372,7 @@ def fit_head(
         move = _solve(gram, right, ridge)
         errors[ridge] = float(before + (move * (gram_out @ move - 2 * right_out)).sum())
     best = min(errors, key=lambda ridge: (not math.isfinite(errors[ridge]), errors[ridge]))
-    at_start = float(((start @ values - wanted * row_scale)[held_out]).square().sum())
+    at_start = float(((start @ values - target * row_scale)[held_out]).square().sum())
     # 3. From all rows, unless the start was better.
     fitted = values + _solve(gram + gram_out, right + right_out, best)
     total = gram + gram_out
@@ -398,7 +395,7 @@ def refit_errors(gram: torch.Tensor, values: torch.Tensor, metric: torch.Tensor,
         gram: G, `(n, n)`, of rows scaled by 1 / r over their mean.
         values: `(n, head_dim)`.
         metric: M, `(group, head_dim, head_dim)`.
-        scale: 1 / r, `(m,)`.
+        scale: 1 / r, `(rows,)`.
 
     Returns:
         `(n,)`, on the scale of `output_errors`; 0 where it cannot be told.

@@ -62,6 +62,17 @@ class ReferenceRows:
     softcap: float | None
     window: int | None
 
+    def pick(self, heads: slice, rows: torch.Tensor) -> ReferenceRows:
+        """Some rows of some heads, counted head by head: as rows of one head."""
+        m = len(self.positions)
+        return replace(
+            self,
+            query=self.query[heads].flatten(0, 1)[rows][None],
+            own=self.own[heads].flatten()[rows][None],
+            positions=self.positions[rows % m],
+            scale=self.scale[rows % m],
+        )
+
     def logits(self, keys: torch.Tensor, where: torch.Tensor, heads: slice, rows: slice) -> torch.Tensor:
         """Attention logits towards document keys.
 

@@ -112,11 +112,12 @@ def head(n: int = 30, kept: int = 8, m: int = 40, group: int = 3, seed: int = 0)
     logits = torch.randn(group, m, n + 5, generator=draw) * 1.5
     weights, values = logits.softmax(-1), torch.randn(n, 6, generator=draw)
     return {
-        "weights": weights[..., :kept],
-        "rest": weights[..., n:].sum(-1),
-        "target": weights[..., :n] @ values,
+        "weights": weights[..., :kept].flatten(0, 1),
+        "rest": weights[..., n:].sum(-1).flatten(),
+        "target": (weights[..., :n] @ values).flatten(0, 1),
         "values": values[:kept],
-        "scale": torch.rand(m, generator=draw) + 0.5,
+        "scale": (torch.rand(m, generator=draw) + 0.5).repeat(group),
+        "held_out": (torch.arange(m) % 4 == 3).repeat(group),
         "fixed": torch.zeros(kept, dtype=torch.bool),
     }
 
@@ -125,17 +126,17 @@ def by_loops(given: dict[str, torch.Tensor], settings: MatchSettings) -> tuple[t
     """The same fit in float64: weights by many steps of projected gradient, values from stacked least squares."""
     weights, rest, target = (given[name].double() for name in ("weights", "rest", "target"))
     values, scale, free = given["values"].double(), given["scale"].double(), ~given["fixed"]
-    group, m, n = weights.shape
-    rows = [(g, i) for g in range(group) for i in range(m)]
-    learned, held_out = [r for r in rows if r[1] % 4 != 3], [r for r in rows if r[1] % 4 == 3]
+    n = weights.shape[1]
+    learned, held_out = (given["held_out"] == flag for flag in (False, True))
+    learned, held_out = learned.nonzero()[:, 0].tolist(), held_out.nonzero()[:, 0].tolist()
     own = scale / scale.mean()
 
-    def stacked(some: list[tuple[int, int]], w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        shares = [weights[g, i] * w / (rest[g, i] + (weights[g, i] * w).sum()) * own[i] for g, i in some]
-        return torch.stack(shares), torch.stack([target[g, i] * own[i] for g, i in some])
+    def stacked(some: list[int], w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shares = [weights[i] * w / (rest[i] + (weights[i] * w).sum()) * own[i] for i in some]
+        return torch.stack(shares), torch.stack([target[i] * own[i] for i in some])
 
-    a = torch.stack([weights[g, i] * own[i] for g, i in learned])
-    b = torch.stack([(1 - rest[g, i]) * own[i] for g, i in learned])
+    a = torch.stack([weights[i] * own[i] for i in learned])
+    b = torch.stack([(1 - rest[i]) * own[i] for i in learned])
     ridge = settings.weight_ridge * a.square().sum(0).mean()
     w = torch.ones(n, dtype=torch.float64)
     step = 1 / (torch.linalg.matrix_norm(a, 2) ** 2 + ridge)
@@ -146,7 +147,7 @@ def by_loops(given: dict[str, torch.Tensor], settings: MatchSettings) -> tuple[t
             break
         w = new
 
-    def moved(some: list[tuple[int, int]], strength: float) -> torch.Tensor:
+    def moved(some: list[int], strength: float) -> torch.Tensor:
         x, y = stacked(some, w)
         pull = (strength * x[:, free].square().sum(0).sum() / n).sqrt() * torch.eye(int(free.sum())).double()
         left = torch.cat([x[:, free], pull])
@@ -186,7 +187,7 @@ def test_the_fit_brings_the_output_closer() -> None:
 
     def error(values: torch.Tensor, bias: torch.Tensor) -> float:
         shares = given["weights"] * bias.exp()
-        shares = shares / (given["rest"] + shares.sum(-1))[..., None]
+        shares = shares / (given["rest"] + shares.sum(-1))[:, None]
         return float((shares @ values - given["target"]).square().mean())
 
     assert error(fitted.values, fitted.bias) < 0.5 * error(given["values"], torch.zeros(8))
@@ -194,10 +195,10 @@ def test_the_fit_brings_the_output_closer() -> None:
 
 def test_refit_errors_are_what_a_fit_without_each_entry_costs() -> None:
     given = head(seed=4, kept=9)
-    group, m, n = given["weights"].shape
-    metric = torch.eye(6).expand(group, 6, 6)
+    n = given["weights"].shape[1]
+    metric = torch.eye(6).expand(3, 6, 6)
     ones = given["scale"] * 0 + 0.5
-    shares = (given["weights"] / (given["rest"] + given["weights"].sum(-1))[..., None]).reshape(-1, n).double()
+    shares = (given["weights"] / (given["rest"] + given["weights"].sum(-1))[:, None]).double()
     values = given["values"].double()
     found = refit_errors((shares.T @ shares).float(), given["values"], metric, ones)
     pull = torch.eye(n).double() * (0.01 * shares.square().sum(0).mean()).sqrt()
@@ -223,11 +224,11 @@ def test_weights_keep_to_their_bounds() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"weights": torch.zeros(3, 40, 8)},  # attention that underflows
-        {"weights": torch.full((3, 40, 8), 0.1)},  # a singular system
-        {"values": torch.ones(8, 6), "target": torch.ones(3, 40, 6)},
-        {"weights": torch.full((3, 40, 8), torch.nan)},
-        {"target": torch.full((3, 40, 6), torch.inf)},
+        {"weights": torch.zeros(120, 8)},  # attention that underflows
+        {"weights": torch.full((120, 8), 0.1)},  # a singular system
+        {"values": torch.ones(8, 6), "target": torch.ones(120, 6)},
+        {"weights": torch.full((120, 8), torch.nan)},
+        {"target": torch.full((120, 6), torch.inf)},
     ],
 )
 def test_odd_systems_give_numbers(change: dict[str, torch.Tensor]) -> None:
@@ -414,14 +415,14 @@ def test_rows_are_thinned(backbone: Any) -> None:
         cache = backbone.prefixed_cache(200, room=80)
         backbone.read(tokens, cache)
         n_rows = len(record_rows(backbone, tokens, cache, part_tokens=24)[0].positions)
-    few = MatchSettings(part_tokens=24, max_rows=n_rows // 4)
+    few = MatchSettings(part_tokens=24, max_final_rows=n_rows // 4)
     made = [Compressor(backbone, selector=Matched(s)).compress(letters(200), keep_ratio=0.2) for s in (SETTINGS, few)]
     assert not torch.equal(made[0].values[:8], made[1].values[:8])
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("stages", (0.5,)), ("weight_ridge", 0), ("value_ridges", ()), ("value_ridges", (-1.0,)), ("part_tokens", 0)],
+    [("stages", (0.5,)), ("weight_ridge", 0), ("value_ridges", ()), ("value_ridges", (-1.0,)), ("part_tokens", 0), ("max_final_rows", 0)],
 )
 def test_settings_out_of_range(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=name):
