@@ -28,7 +28,7 @@ from kv_memory.config import Budget
 from kv_memory.errors import ConfigError
 from kv_memory.positioned import PositionedCache
 
-__all__ = ["FittedHead", "Match", "MatchSettings", "Matched", "fit_head", "match_document", "output_errors"]
+__all__ = ["FittedHead", "HeadSystem", "Match", "MatchSettings", "Matched", "fit_head", "match_document", "output_errors"]
 
 _LOGITS = 1 << 22  # attention logits that are written out at once
 _LEAST, _MOST = 1e-2, 1e2  # of an entry's weight, e to its bias
@@ -121,10 +121,9 @@ def match_document(
     check_finite(backbone, scores)
     lengths, budget = torch.tensor([ids.shape[1]]), n_kept
     fixed = forced.to(ids.device)
-    for stage in (*settings.stages, 1.0) if settings.fit else (1.0,):
-        most = min(ids.shape[1], max(budget, round(budget * stage)))
-        if stage > 1 and most == ids.shape[1]:
-            continue
+    stages = [stage for stage in settings.stages if round(budget * stage) < ids.shape[1]] if settings.fit else []
+    for index, stage in enumerate((*stages, 1.0)):
+        most = max(budget, round(budget * stage))
         chosen = choose(scores[:, None], lengths, torch.tensor([most]), budget="model", forced=forced[None])[:, 0]
         scores = torch.full_like(scores, -1.0)
         values, biases = [], []
@@ -132,11 +131,12 @@ def match_document(
             rows = document.rows(layer)
             for head in range(backbone.num_kv_heads):
                 kept = chosen[layer, head].nonzero()[:, 0]
-                fitted = document.fit(rows, layer, head, kept, fixed[kept], score=stage > 1)
+                if index < len(stages):
+                    scores[layer, head, kept] = document.rescore(rows, layer, head, kept, fixed[kept], fit=index > 0)
+                    continue
+                fitted = document.fit(rows, layer, head, kept, fixed[kept])
                 values.append(fitted.values)
                 biases.append(fitted.bias)
-                if stage > 1:
-                    scores[layer, head, kept] = fitted.scores
     return Match(chosen, torch.cat(values), torch.cat(biases))
 
 
@@ -168,12 +168,42 @@ class Matched:
 
 
 @dataclass(frozen=True, eq=False)
+class HeadSystem:
+    """What the entries kept in one head are to stand for. A row is a query of one of the heads that share them.
+
+    Attributes:
+        weights: P of the kept entries, `(rows, kept)`.
+        rest: P of all that is no document entry, `(rows,)`.
+        target: What the document's entries put out together, `(rows, head_dim)`.
+        values: Of the kept entries, `(kept, head_dim)`.
+        scale: 1 / r, `(rows,)`.
+        held_out: Bool `(rows,)`, those on which the ridge of the values is chosen.
+    """
+
+    weights: torch.Tensor
+    rest: torch.Tensor
+    target: torch.Tensor
+    values: torch.Tensor
+    scale: torch.Tensor
+    held_out: torch.Tensor
+
+    @property
+    def row_scale(self) -> torch.Tensor:
+        """1 / r over its mean, `(rows, 1)`."""
+        return (self.scale / self.scale.mean())[:, None]
+
+    def shares(self, weight: torch.Tensor) -> torch.Tensor:
+        """What each entry's value counts for in each row when its attention is `weight` times as much, scaled."""
+        shares = self.weights * weight
+        return shares.mul_(self.row_scale / (self.rest[:, None] + shares.sum(1, keepdim=True)).clamp_min(1e-6))
+
+
+@dataclass(frozen=True, eq=False)
 class FittedHead:
-    """The entries kept in one head: `values` `(n, head_dim)`, `bias` `(n,)`, and where asked for `scores` `(n,)`."""
+    """The entries kept in one head: `values` `(kept, head_dim)` and `bias` `(kept,)`."""
 
     values: torch.Tensor
     bias: torch.Tensor
-    scores: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,35 +281,56 @@ class _Document:
             self._rows.append(_Rows(rows, total.unflatten(0, shape), output.unflatten(0, shape), metric))
         return scores
 
-    def fit(
-        self, of_layer: _Rows, layer: int, head: int, kept: torch.Tensor, fixed: torch.Tensor, *, score: bool
-    ) -> FittedHead:
+    def fit(self, rows: _Rows, layer: int, head: int, kept: torch.Tensor, fixed: torch.Tensor) -> FittedHead:
         """Fit the entries `kept` of one head; those that are `fixed` stay as they are."""
-        keys, values = self._entries(layer, head)
+        _, values = self._entries(layer, head)
         start = values[self._n_prefix + kept]
-        nothing = FittedHead(start, start.new_zeros(len(kept)), start.new_zeros(len(kept)))
         if not len(kept) or not self._settings.fit:
-            return nothing
+            return FittedHead(start, start.new_zeros(len(kept)))
+        return fit_head(self._system(rows, layer, head, kept, self._settings.max_final_rows), fixed, self._settings)
+
+    def rescore(
+        self, rows: _Rows, layer: int, head: int, kept: torch.Tensor, fixed: torch.Tensor, *, fit: bool
+    ) -> torch.Tensor:
+        """What the loss of each entry `kept` would do when all others are fitted again, `(kept,)`.
+
+        Args:
+            rows: Of the layer.
+            layer: Its index.
+            head: The KV head.
+            kept: Indices of document entries.
+            fixed: Bool `(kept,)`; these are not fitted.
+            fit: Whether the entries are taken as they are after a fit, or as they were read.
+        """
+        if not len(kept):
+            return torch.zeros(0, device=kept.device)
+        system = self._system(rows, layer, head, kept, self._settings.max_rows)
+        fitted = FittedHead(system.values, torch.zeros_like(system.values[:, 0]))
+        if fit:
+            fitted = fit_head(system, fixed, self._settings)
+        own = slice(head * self._group, (head + 1) * self._group)
+        return refit_errors(system, fitted, rows.metric[own])
+
+    def _system(self, of_layer: _Rows, layer: int, head: int, kept: torch.Tensor, most: int) -> HeadSystem:
+        keys, values = self._entries(layer, head)
         rows, own = of_layer.rows, slice(head * self._group, (head + 1) * self._group)
-        most = self._settings.max_rows if score else self._settings.max_final_rows
-        picked = self._picked(len(rows.positions), most)
+        m = len(rows.positions)
+        picked = self._picked(m, most)
         thin = rows.pick(own, picked)
         total, output = of_layer.total[head].flatten()[picked], of_layer.output[head].flatten(0, 1)[picked]
-        places = torch.arange(self._n_prefix, device=keys.device)
-        before = (thin.logits(keys[places], places, slice(0, 1), slice(None))[0] - total[:, None]).exp()
-        places = kept + self._n_prefix
-        inside = (thin.logits(keys[places], places, slice(0, 1), slice(None))[0] - total[:, None]).exp()
-        return fit_head(
-            inside,
-            before.sum(-1) + (thin.own[0] - total).exp(),
-            output - before @ values[: self._n_prefix],
-            start,
-            thin.scale,
+
+        def weights(where: torch.Tensor) -> torch.Tensor:
+            return (thin.logits(keys[where], where, slice(0, 1), slice(None))[0] - total[:, None]).exp()
+
+        before = weights(torch.arange(self._n_prefix, device=keys.device))
+        return HeadSystem(
+            weights=weights(kept + self._n_prefix),
+            rest=before.sum(-1) + (thin.own[0] - total).exp(),
+            target=output - before @ values[: self._n_prefix],
+            values=values[self._n_prefix + kept],
+            scale=thin.scale,
             # One position in four is held out, with all its heads, which look alike.
-            held_out=picked % len(rows.positions) % _HELD_OUT == _HELD_OUT - 1,
-            fixed=fixed,
-            settings=self._settings,
-            metric=of_layer.metric[own] if score else None,
+            held_out=picked % m % _HELD_OUT == _HELD_OUT - 1,
         )
 
     def _picked(self, m: int, most: int) -> torch.Tensor:
@@ -317,53 +368,27 @@ def output_errors(
     return odds.square_().mul_(left @ right).sum((0, 1)).clamp_min(0)
 
 
-def fit_head(
-    weights: torch.Tensor,
-    rest: torch.Tensor,
-    target: torch.Tensor,
-    values: torch.Tensor,
-    scale: torch.Tensor,
-    *,
-    held_out: torch.Tensor,
-    fixed: torch.Tensor,
-    settings: MatchSettings,
-    metric: torch.Tensor | None = None,
-) -> FittedHead:
+def fit_head(system: HeadSystem, fixed: torch.Tensor, settings: MatchSettings) -> FittedHead:
     """Weights and values of the entries kept in one head, so that they stand for all of the document's.
 
     Args:
-        weights: P of the kept entries, `(rows, kept)`.
-        rest: P of all that is no document entry, `(rows,)`.
-        target: What the document's entries put out together, `(rows, head_dim)`.
-        values: Of the kept entries, `(kept, head_dim)`.
-        scale: 1 / r, `(rows,)`.
-        held_out: Bool `(rows,)`, those on which the ridge of the values is chosen.
+        system: The entries and the rows.
         fixed: Bool `(kept,)`; these are neither moved nor biased.
         settings: See `MatchSettings`.
-        metric: M, `(group, head_dim, head_dim)`, to score the entries anew as they are after the fit; None for no
-            scores.
 
     Returns:
         The start (no bias, the values given) where nothing is closer to the target on the rows held out.
     """
-    n = weights.shape[1]
-    row_scale = (scale / scale.mean())[:, None]
-    others, learned = rest[:, None], ~held_out
-
-    def spread(weight: torch.Tensor) -> torch.Tensor:
-        """What each entry's value counts for in each row, X, times the row's scale."""
-        shares = weights * weight
-        return shares.mul_(row_scale / (others + shares.sum(1, keepdim=True)).clamp_min(1e-6))
-
-    # 1. Weights that restore the mass the rows paid to the whole document.
-    scaled = weights[learned] * row_scale[learned]
-    mass = ((1 - others) * row_scale)[learned]
-    weight = bounded_ridge(scaled.T @ scaled, scaled.T @ mass[:, 0], settings, fixed)
+    values, held_out, learned = system.values, system.held_out, ~system.held_out
+    target = system.target * system.row_scale
+    # 1. Weights that restore the mass which the rows paid to the whole document.
+    scaled = system.weights[learned] * system.row_scale[learned]
+    mass = ((1 - system.rest) * system.row_scale[:, 0])[learned]
+    weight = bounded_ridge(scaled.T @ scaled, scaled.T @ mass, settings, fixed)
     del scaled
     # 2. Values that restore the output, for each ridge, from the rows learned; the best on those held out.
-    start = spread(torch.ones_like(weight))
-    shares = spread(weight)
-    residual = target * row_scale - shares @ values
+    shares = system.shares(weight)
+    residual = target - shares @ values
     gram, right = _normal(shares[learned], residual[learned], fixed)
     gram_out, right_out = _normal(shares[held_out], residual[held_out], fixed)
     before = residual[held_out].square().sum()
@@ -372,37 +397,34 @@ def fit_head(
         move = _solve(gram, right, ridge)
         errors[ridge] = float(before + (move * (gram_out @ move - 2 * right_out)).sum())
     best = min(errors, key=lambda ridge: (not math.isfinite(errors[ridge]), errors[ridge]))
-    at_start = float(((start @ values - target * row_scale)[held_out]).square().sum())
+    plain = system.shares(torch.ones_like(weight))[held_out]
+    at_start = float((plain @ values - target[held_out]).square().sum())
     # 3. From all rows, unless the start was better.
     fitted = values + _solve(gram + gram_out, right + right_out, best)
-    total = gram + gram_out
-    if not errors[best] < at_start or not bool(fitted.isfinite().all() and weight.isfinite().all()):
-        fitted, weight = values, torch.ones_like(weight)
-        total = None if metric is None else _normal(start, start @ values, torch.zeros_like(fixed))[0]
-    scores = values.new_zeros(n)
-    if metric is not None and total is not None:
-        scores = refit_errors(total, fitted, metric, scale)
-    return FittedHead(fitted, weight.log(), scores)
+    if errors[best] < at_start and bool(fitted.isfinite().all() and weight.isfinite().all()):
+        return FittedHead(fitted, weight.log())
+    return FittedHead(values, torch.zeros_like(weight))
 
 
-def refit_errors(gram: torch.Tensor, values: torch.Tensor, metric: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def refit_errors(system: HeadSystem, fitted: FittedHead, metric: torch.Tensor) -> torch.Tensor:
     """What removing each entry does to the layer's output when the values of all others are fitted again.
 
     Of a least squares fit with the system G, losing the j-th value v costs `v^2 / (G^-1)[j, j]` (Optimal Brain Surgeon,
     Hassibi and Stork, 1993): nothing where the others can stand for it.
 
     Args:
-        gram: G, `(n, n)`, of rows scaled by 1 / r over their mean.
-        values: `(n, head_dim)`.
-        metric: M, `(group, head_dim, head_dim)`.
-        scale: 1 / r, `(rows,)`.
+        system: The entries and the rows.
+        fitted: The entries as they are.
+        metric: M, `(group, head_dim, head_dim)`; the heads' mean is taken.
 
     Returns:
-        `(n,)`, on the scale of `output_errors`; 0 where it cannot be told.
+        `(kept,)`, on the scale of `output_errors`; 0 where it cannot be told.
     """
-    system = gram + _ridge(gram, _REFIT_RIDGE)
-    loss = ((values @ metric.mean(0)) * values).sum(-1) / torch.linalg.inv(system).diagonal().clamp_min(1e-12)
-    return (loss * scale.mean().square()).nan_to_num(0.0, 0.0, 0.0)
+    shares = system.shares(fitted.bias.exp())
+    gram = shares.T @ shares
+    inverse = torch.linalg.inv_ex(gram + _ridge(gram, _REFIT_RIDGE)).inverse.diagonal().clamp_min(_TINY)
+    loss = ((fitted.values @ metric.mean(0)) * fitted.values).sum(-1) / inverse
+    return (loss * system.scale.mean().square()).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _normal(x: torch.Tensor, y: torch.Tensor, fixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

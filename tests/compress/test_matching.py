@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from kv_memory.backbone import cache_argument
 from kv_memory.cache import DistilledCache
 from kv_memory.compress import Compressor
-from kv_memory.compress.matching import MatchSettings, Matched, bounded_ridge, fit_head, refit_errors
+from kv_memory.compress.matching import FittedHead, HeadSystem, MatchSettings, Matched, bounded_ridge, fit_head, refit_errors
 from kv_memory.compress.reference_rows import record_rows
 from kv_memory.config import n_kept_for
 from kv_memory.errors import ConfigError, ModelError
@@ -122,6 +122,14 @@ def head(n: int = 30, kept: int = 8, m: int = 40, group: int = 3, seed: int = 0)
     }
 
 
+def system_of(given: dict[str, torch.Tensor]) -> HeadSystem:
+    return HeadSystem(**{name: tensor for name, tensor in given.items() if name != "fixed"})
+
+
+def fit(given: dict[str, torch.Tensor]) -> FittedHead:
+    return fit_head(system_of(given), given["fixed"], SETTINGS)
+
+
 def by_loops(given: dict[str, torch.Tensor], settings: MatchSettings) -> tuple[torch.Tensor, torch.Tensor]:
     """The same fit in float64: weights by many steps of projected gradient, values from stacked least squares."""
     weights, rest, target = (given[name].double() for name in ("weights", "rest", "target"))
@@ -174,7 +182,7 @@ def test_the_fit_is_the_least_squares_one(seed: int, fixed: list[int]) -> None:
     given = head(seed=seed, kept=7 + 3 * seed)
     given["fixed"][fixed] = True
     values, weights = by_loops(given, SETTINGS)
-    fitted = fit_head(**given, settings=SETTINGS)
+    fitted = fit(given)
     torch.testing.assert_close(fitted.bias.double(), weights.log(), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(fitted.values.double(), values, rtol=1e-3, atol=2e-3)
     assert (weights != 1).any(), "the start is no proof"
@@ -183,7 +191,7 @@ def test_the_fit_is_the_least_squares_one(seed: int, fixed: list[int]) -> None:
 
 def test_the_fit_brings_the_output_closer() -> None:
     given = head(seed=3)
-    fitted = fit_head(**given, settings=SETTINGS)
+    fitted = fit(given)
 
     def error(values: torch.Tensor, bias: torch.Tensor) -> float:
         shares = given["weights"] * bias.exp()
@@ -200,7 +208,8 @@ def test_refit_errors_are_what_a_fit_without_each_entry_costs() -> None:
     ones = given["scale"] * 0 + 0.5
     shares = (given["weights"] / (given["rest"] + given["weights"].sum(-1))[:, None]).double()
     values = given["values"].double()
-    found = refit_errors((shares.T @ shares).float(), given["values"], metric, ones)
+    start = FittedHead(given["values"], torch.zeros(n))
+    found = refit_errors(system_of({**given, "scale": ones}), start, metric)
     pull = torch.eye(n).double() * (0.01 * shares.square().sum(0).mean()).sqrt()
     left, right = torch.cat([shares, pull]), torch.cat([shares, pull]) @ values
     for j in range(n):
@@ -232,13 +241,13 @@ def test_weights_keep_to_their_bounds() -> None:
     ],
 )
 def test_odd_systems_give_numbers(change: dict[str, torch.Tensor]) -> None:
-    fitted = fit_head(**{**head(), **change}, settings=SETTINGS)
+    fitted = fit({**head(), **change})
     assert fitted.values.isfinite().all() and fitted.bias.isfinite().all()
 
 
 @pytest.mark.parametrize("m", [1, 2, 4, 5])
 def test_fewer_rows_than_entries(m: int) -> None:
-    fitted = fit_head(**head(m=m, kept=20), settings=SETTINGS)
+    fitted = fit(head(m=m, kept=20))
     assert fitted.values.isfinite().all() and fitted.bias.isfinite().all()
     if m < 4:  # no row is held out: nothing can be chosen
         assert not fitted.bias.any()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kv_memory.cache import DistilledCache
-from kv_memory.compress import Adapter, Compressor, Reconstruction, RefineSettings, refine_batch
+from kv_memory.compress import Adapter, Compressor, Matched, MatchSettings, Reconstruction, RefineSettings, refine_batch
 from kv_memory.compress.divergence import kl_divergence
 from kv_memory.compress.probes import Probe, make_probes
 from kv_memory.compress.progress import Progress
@@ -73,6 +73,7 @@ def refine(
 def refined(name: str, selector: str = "attention") -> tuple[DistilledCache, DistilledCache]:
     """Start and result."""
     chosen: Any = Reconstruction(part_tokens=32) if selector == "reconstruction" else selector
+    chosen = Matched(MatchSettings(part_tokens=32)) if selector == "matched" else chosen
     start = start_of(name, chosen)
     return start, refine(name, start)
 
@@ -118,6 +119,18 @@ class TestEveryArchitecture:
         assert found.keys.shape == start.keys.shape and found.keys.dtype == start.keys.dtype
         assert not torch.equal(found.keys, start.keys) and not torch.equal(found.values, start.values)
         assert found.fingerprint.method == f"{start.fingerprint.method}|{SETTINGS.name}"
+        assert start.bias is None and found.bias is not None and found.bias.any()
+        assert found.fingerprint.format_version == 2
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3_window"])
+def test_a_matched_cache_is_a_start_and_its_biases_are_moved(name: str) -> None:
+    start, found = refined(name, "matched")
+    assert start.bias is not None and found.bias is not None and found.bias.shape == start.bias.shape
+    moved = (found.bias - start.bias).abs()
+    assert 0 < float(moved.max()) < 1, "a few steps from where they were"
+    assert found.fidelity == pytest.approx(held_out_kl(name, found), rel=1e-3)
+    assert found.fidelity < held_out_kl(name, start)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3_longrope"])
