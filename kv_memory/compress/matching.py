@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -32,6 +32,8 @@ __all__ = ["FittedHead", "HeadSystem", "Match", "MatchSettings", "Matched", "fit
 
 _LOGITS = 1 << 22  # attention logits that are written out at once
 _LEAST, _MOST = 1e-2, 1e2  # of an entry's weight, e to its bias
+_AT_ONCE = 2048  # entries of a head that are fitted together
+_STAGE_RIDGES = (1e-2, 1e-1)  # of the fits of stages, which need not be the best
 _REFIT_RIDGE = 1e-2  # of refit errors, in mean diagonals; of 1e-3 to 1e-1 the results were the same
 _TINY = 1e-12  # of a mean diagonal
 _HELD_OUT = 4  # of so many rows one is held out of the choice of the ridge
@@ -132,7 +134,7 @@ def match_document(
             for head in range(backbone.num_kv_heads):
                 kept = chosen[layer, head].nonzero()[:, 0]
                 if index < len(stages):
-                    scores[layer, head, kept] = document.rescore(rows, layer, head, kept, fixed[kept], fit=index > 0)
+                    scores[layer, head, kept] = document.rescore(rows, layer, head, kept, fixed[kept])
                     continue
                 fitted = document.fit(rows, layer, head, kept, fixed[kept])
                 values.append(fitted.values)
@@ -191,6 +193,24 @@ class HeadSystem:
     def row_scale(self) -> torch.Tensor:
         """1 / r over its mean, `(rows, 1)`."""
         return (self.scale / self.scale.mean())[:, None]
+
+    def parts(self) -> Iterator[tuple[slice, HeadSystem]]:
+        """The entries in parts that are fitted apart: a system of all entries of a long document would not fit memory.
+
+        Of what was dropped, mass and output, each part stands for the share that its entries have of the kept mass.
+        """
+        n = len(self.values)
+        if n <= _AT_ONCE:
+            yield slice(0, n), self
+            return
+        kept = self.weights.sum(1, keepdim=True).clamp_min(_TINY)
+        missing = self.target - self.weights @ self.values
+        for start in range(0, n, _AT_ONCE):
+            own = slice(start, start + _AT_ONCE)
+            share = self.weights[:, own].sum(1, keepdim=True) / kept
+            target = self.weights[:, own] @ self.values[own] + share * missing
+            rest = 1 - share[:, 0] * (1 - self.rest)
+            yield own, replace(self, weights=self.weights[:, own], rest=rest, target=target, values=self.values[own])
 
     def shares(self, weight: torch.Tensor) -> torch.Tensor:
         """What each entry's value counts for in each row when its attention is `weight` times as much, scaled."""
@@ -253,7 +273,7 @@ class _Document:
         device = self._reference[0].query.device
         scores = torch.zeros(self._backbone.num_layers, self._backbone.num_kv_heads, self._n, device=device)
         for layer, rows in enumerate(self._reference):
-            m = len(rows.positions)
+            m = rows.positions.shape[1]
             metric = self._metric(layer)
             total, output = torch.empty(self._backbone.num_heads, m, device=device), torch.empty(
                 self._backbone.num_heads, m, self._backbone.head_dim, device=device
@@ -275,7 +295,7 @@ class _Document:
                         scores[layer, head] = torch.maximum(scores[layer, head], inside.amax((0, 1)))
                         continue
                     scores[layer, head] += output_errors(
-                        inside, values[self._n_prefix :], output[own, block], metric[own], rows.scale[block]
+                        inside, values[self._n_prefix :], output[own, block], metric[own], rows.scale[own, block]
                     )
             shape = (self._backbone.num_kv_heads, self._group)
             self._rows.append(_Rows(rows, total.unflatten(0, shape), output.unflatten(0, shape), metric))
@@ -287,34 +307,26 @@ class _Document:
         start = values[self._n_prefix + kept]
         if not len(kept) or not self._settings.fit:
             return FittedHead(start, start.new_zeros(len(kept)))
-        return fit_head(self._system(rows, layer, head, kept, self._settings.max_final_rows), fixed, self._settings)
+        system = self._system(rows, layer, head, kept, self._settings.max_final_rows)
+        return _joined([fit_head(part, fixed[own], self._settings) for own, part in system.parts()])
 
     def rescore(
-        self, rows: _Rows, layer: int, head: int, kept: torch.Tensor, fixed: torch.Tensor, *, fit: bool
+        self, rows: _Rows, layer: int, head: int, kept: torch.Tensor, fixed: torch.Tensor
     ) -> torch.Tensor:
-        """What the loss of each entry `kept` would do when all others are fitted again, `(kept,)`.
-
-        Args:
-            rows: Of the layer.
-            layer: Its index.
-            head: The KV head.
-            kept: Indices of document entries.
-            fixed: Bool `(kept,)`; these are not fitted.
-            fit: Whether the entries are taken as they are after a fit, or as they were read.
-        """
+        """What the loss of each entry `kept` would do when all others are fitted again, `(kept,)`."""
         if not len(kept):
             return torch.zeros(0, device=kept.device)
         system = self._system(rows, layer, head, kept, self._settings.max_rows)
-        fitted = FittedHead(system.values, torch.zeros_like(system.values[:, 0]))
-        if fit:
-            fitted = fit_head(system, fixed, self._settings)
-        own = slice(head * self._group, (head + 1) * self._group)
-        return refit_errors(system, fitted, rows.metric[own])
+        metric, errors = rows.metric[head * self._group : (head + 1) * self._group], []
+        quick = replace(self._settings, value_ridges=_STAGE_RIDGES)
+        for own, part in system.parts():
+            errors.append(refit_errors(part, fit_head(part, fixed[own], quick), metric))
+        return torch.cat(errors)
 
     def _system(self, of_layer: _Rows, layer: int, head: int, kept: torch.Tensor, most: int) -> HeadSystem:
         keys, values = self._entries(layer, head)
         rows, own = of_layer.rows, slice(head * self._group, (head + 1) * self._group)
-        m = len(rows.positions)
+        m = rows.positions.shape[1]
         picked = self._picked(m, most)
         thin = rows.pick(own, picked)
         total, output = of_layer.total[head].flatten()[picked], of_layer.output[head].flatten(0, 1)[picked]
@@ -328,7 +340,7 @@ class _Document:
             rest=before.sum(-1) + (thin.own[0] - total).exp(),
             target=output - before @ values[: self._n_prefix],
             values=values[self._n_prefix + kept],
-            scale=thin.scale,
+            scale=thin.scale[0],
             # One position in four is held out, with all its heads, which look alike.
             held_out=picked % m % _HELD_OUT == _HELD_OUT - 1,
         )
@@ -352,20 +364,24 @@ def output_errors(
         values: v, `(n, head_dim)`.
         output: o, `(group, m, head_dim)`.
         metric: M, `(group, head_dim, head_dim)`.
-        scale: 1 / r, `(m,)`.
+        scale: 1 / r, `(group, m)`.
 
     Returns:
         `(n,)`.
     """
     projected = values @ metric  # (group, n, head_dim)
-    squares = scale.square()[:, None]  # (m, 1)
+    squares = scale.square()[..., None]  # (group, m, 1)
     of_values = (projected * values).sum(-1)[:, None]  # (group, 1, n)
     of_output = ((output @ metric) * output).sum(-1, keepdim=True)  # (group, m, 1)
     # (v - o)^T M (v - o) / r^2 for all pairs as one product: as sums of three it took twice the time.
-    left = torch.cat([output * (-2 * squares), squares.expand_as(of_output), of_output * squares], -1)
+    left = torch.cat([output * (-2 * squares), squares, of_output * squares], -1)
     right = torch.cat([projected.transpose(1, 2), of_values, torch.ones_like(of_values)], 1)
     odds = weights / (1 - weights).clamp_min_(0.01)
     return odds.square_().mul_(left @ right).sum((0, 1)).clamp_min(0)
+
+
+def _joined(parts: Sequence[FittedHead]) -> FittedHead:
+    return FittedHead(torch.cat([part.values for part in parts]), torch.cat([part.bias for part in parts]))
 
 
 def fit_head(system: HeadSystem, fixed: torch.Tensor, settings: MatchSettings) -> FittedHead:
@@ -440,8 +456,8 @@ def _ridge(gram: torch.Tensor, strength: float) -> torch.Tensor:
 
 def _solve(gram: torch.Tensor, right: torch.Tensor, strength: float) -> torch.Tensor:
     """`(G + ridge)^-1 b`; not a number where G is not."""
-    solution: torch.Tensor = torch.linalg.solve_ex(gram + _ridge(gram, strength), right).result
-    return solution
+    factor = torch.linalg.cholesky_ex(gram + _ridge(gram, strength)).L
+    return torch.cholesky_solve(right, factor)
 
 
 def bounded_ridge(

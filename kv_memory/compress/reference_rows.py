@@ -37,6 +37,7 @@ _QUESTIONS = (
     ("What is the name of the river?", "the Danube"),
 )
 _COPIED_ENTRIES = 4096  # of the document's cache, for questions asked side by side
+_RECORDED = 4096  # queries of a head that are recorded, at most, and one batch of rows: memory stays that of a prefill
 _BLOCK = 256  # queries whose attention to their own row is written out at once
 
 
@@ -47,8 +48,8 @@ class ReferenceRows:
     Attributes:
         query: `(num_heads, m, head_dim)`, rotated; of the model's dtype.
         own: `(num_heads, m)`, logsumexp of each query's logits over the keys of its own row, float32.
-        positions: `(m,)`, where each query stands.
-        scale: `(m,)`, 1 over the norm of the hidden state that enters the layer, float32.
+        positions: `(num_heads, m)`, where each query stands.
+        scale: `(num_heads, m)`, 1 over the norm of the hidden state that enters the layer, float32.
         scaling: Of the attention logits.
         softcap: Of the attention logits, or None.
         window: How far a query looks back, or None.
@@ -64,13 +65,12 @@ class ReferenceRows:
 
     def pick(self, heads: slice, rows: torch.Tensor) -> ReferenceRows:
         """Some rows of some heads, counted head by head: as rows of one head."""
-        m = len(self.positions)
         return replace(
             self,
             query=self.query[heads].flatten(0, 1)[rows][None],
             own=self.own[heads].flatten()[rows][None],
-            positions=self.positions[rows % m],
-            scale=self.scale[rows % m],
+            positions=self.positions[heads].flatten()[rows][None],
+            scale=self.scale[heads].flatten()[rows][None],
         )
 
     def logits(self, keys: torch.Tensor, where: torch.Tensor, heads: slice, rows: slice) -> torch.Tensor:
@@ -89,7 +89,7 @@ class ReferenceRows:
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         if self.window is not None:
-            logits.masked_fill_(where <= self.positions[rows, None] - self.window, -torch.inf)
+            logits.masked_fill_(where <= self.positions[heads, rows, None] - self.window, -torch.inf)
         return logits
 
 
@@ -114,12 +114,9 @@ def record_rows(
             but for the frequencies of a rope that depends on the length.
         part_tokens: Length of the parts that are repeated.
     """
-    recorder = _Recorder(backbone)
-    n_positions = []
-    for row in _question_batches(backbone, int(cache.next_positions[0])):
-        n_positions.append(recorder.ask(row, cache))
-    for row in repeat_rows(backbone, ids, part_tokens):
-        n_positions.append(recorder.ask([row], cache))
+    recorder = _Recorder(backbone, step=-(-ids.shape[1] // _RECORDED))
+    n_positions = [recorder.ask(rows, cache) for rows in _question_batches(backbone, int(cache.next_positions[0]))]
+    n_positions += [recorder.ask([row], cache) for row in repeat_rows(backbone, ids, part_tokens)]
     layers = recorder.layers()
     if backbone.rope.varies and len({backbone.rope.regime(n) for n in n_positions}) > 1:
         layers = _in_one_regime(backbone, layers, recorder.sizes, n_positions, cache.n_positions)
@@ -136,11 +133,13 @@ def _question_batches(backbone: Backbone, n_entries: int) -> Iterator[list[list[
 class _Recorder:
     """Records queries while rows are read; an `AttentionObserver`."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, *, step: int) -> None:
         self._backbone = backbone
+        self._step = step  # of so many heads that share a KV head one records a token: every token has some
         self._parts: list[list[ReferenceRows]] = [[] for _ in range(backbone.num_layers)]
         self._real = torch.empty(0, 0, dtype=torch.bool)  # of the rows that are being read
         self._positions = torch.empty(0)
+        self._picked = torch.empty(0)  # (num_heads, recorded), indices of real tokens
         self._scales: dict[int, torch.Tensor] = {}
         self.sizes: list[int] = []  # queries of each pass
 
@@ -150,8 +149,8 @@ class _Recorder:
                 parts[0],
                 query=torch.cat([part.query for part in parts], 1),
                 own=torch.cat([part.own for part in parts], 1),
-                positions=torch.cat([part.positions for part in parts]),
-                scale=torch.cat([part.scale for part in parts]),
+                positions=torch.cat([part.positions for part in parts], 1),
+                scale=torch.cat([part.scale for part in parts], 1),
             )
             for parts in self._parts
         ]
@@ -162,7 +161,10 @@ class _Recorder:
         places = torch.arange(ids.shape[1], device=ids.device)
         self._real = places < lengths[:, None]
         self._positions = (cache.next_positions[:1, None] + places).expand_as(self._real)[self._real]
-        self.sizes.append(len(self._positions))
+        n, heads = len(self._positions), torch.arange(self._backbone.num_heads, device=ids.device)
+        first = torch.arange(0, n - self._step + 1, self._step, device=ids.device)  # as many for every head
+        self._picked = first + heads[:, None] % self._step
+        self.sizes.append(len(first))
         behind = cache if len(rows) == 1 else _copies(cache, len(rows), room=ids.shape[1])
         with self._norms():
             ragged = lengths if len(rows) > 1 else None
@@ -217,13 +219,13 @@ class _Recorder:
             if window is not None:
                 hidden |= places[: rows.stop] <= places[rows, None] - window
             sums[:, :, rows] = logits.masked_fill_(hidden, -torch.inf).logsumexp(-1).flatten(1, 2)
-        real = self._real
+        real, picked = self._real, self._picked
         self._parts[layer].append(
             ReferenceRows(
-                query=query.transpose(1, 2)[real].transpose(0, 1).clone(),
-                own=sums.transpose(1, 2)[real].transpose(0, 1),
-                positions=self._positions,
-                scale=self._scales[layer].expand(batch, -1)[real],
+                query=query.transpose(1, 2)[real].transpose(0, 1).gather(1, picked[..., None].expand(-1, -1, dim)),
+                own=sums.transpose(1, 2)[real].transpose(0, 1).gather(1, picked),
+                positions=self._positions[picked],
+                scale=self._scales[layer].expand(batch, -1)[real][picked],
                 scaling=scaling,
                 softcap=softcap,
                 window=window,
@@ -249,7 +251,8 @@ def _in_one_regime(
     """Queries that were rotated for sequences of different lengths, as those of a sequence of length `wanted`."""
     query, where = torch.stack([rows.query for rows in layers]), layers[0].positions
     parts = []
-    for part, at, length in zip(query.split(list(sizes), 2), where.split(list(sizes)), n_positions, strict=True):
-        free = backbone.rope.take_off(part, at, n_positions=length)
-        parts.append(backbone.rope.put_on(free, at, n_positions=max(wanted, int(at.max()) + 1)).to(query.dtype))
+    for part, at, length in zip(query.split(list(sizes), 2), where.split(list(sizes), 1), n_positions, strict=True):
+        every = at.expand(part.shape[:3])
+        free = backbone.rope.take_off(part, every, n_positions=length)
+        parts.append(backbone.rope.put_on(free, every, n_positions=max(wanted, int(at.max()) + 1)).to(query.dtype))
     return [replace(rows, query=turned) for rows, turned in zip(layers, torch.cat(parts, 2), strict=True)]

@@ -429,6 +429,42 @@ def test_rows_are_thinned(backbone: Any) -> None:
     assert not torch.equal(made[0].values[:8], made[1].values[:8])
 
 
+def test_of_a_long_document_every_token_is_recorded_by_some_heads(
+    backbone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kv_memory.compress.reference_rows._RECORDED", 50)  # a quarter
+    tokens = torch.tensor([backbone.encode(letters(200))])
+    with torch.no_grad():
+        cache = backbone.prefixed_cache(200, room=80)
+        backbone.read(tokens, cache)
+        (rows, *_) = record_rows(backbone, tokens, cache, part_tokens=24)
+    positions = [set(of_head.tolist()) for of_head in rows.positions]
+    seen = set().union(*positions)
+    assert all(len(of_head) < 0.5 * len(seen) for of_head in positions)
+    assert seen >= set(range(211, 211 + 70)), "the first part and its request, behind prefix and document"
+    made = Compressor(backbone, selector=Matched(SETTINGS)).compress(letters(200), keep_ratio=0.2)
+    assert made.bias is not None and made.bias.any()
+
+
+def test_many_entries_are_fitted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    system = system_of(head(n=40, kept=24, m=80))
+
+    def error(values: torch.Tensor, bias: torch.Tensor) -> float:
+        shares = system.weights * bias.exp()
+        shares = shares / (system.rest + shares.sum(-1))[:, None]
+        return float((shares @ values - system.target).square().mean())
+
+    none = torch.zeros(24, dtype=torch.bool)
+    monkeypatch.setattr("kv_memory.compress.matching._AT_ONCE", 10)
+    parts = list(system.parts())
+    assert [own for own, _ in parts] == [slice(0, 10), slice(10, 20), slice(20, 30)]
+    torch.testing.assert_close(torch.stack([part.target for _, part in parts]).sum(0), system.target)
+    torch.testing.assert_close(torch.stack([1 - part.rest for _, part in parts]).sum(0), 1 - system.rest)
+    fitted = [fit_head(part, none[own], SETTINGS) for own, part in parts]
+    values, bias = torch.cat([part.values for part in fitted]), torch.cat([part.bias for part in fitted])
+    assert error(values, bias) < 0.5 * error(system.values, torch.zeros(24))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("stages", (0.5,)), ("weight_ridge", 0), ("value_ridges", ()), ("value_ridges", (-1.0,)), ("part_tokens", 0), ("max_final_rows", 0)],
