@@ -432,16 +432,15 @@ def test_rows_are_thinned(backbone: Any) -> None:
 def test_of_a_long_document_every_token_is_recorded_by_some_heads(
     backbone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kv_memory.compress.reference_rows._RECORDED", 50)  # a quarter
     tokens = torch.tensor([backbone.encode(letters(200))])
     with torch.no_grad():
         cache = backbone.prefixed_cache(200, room=80)
         backbone.read(tokens, cache)
-        (rows, *_) = record_rows(backbone, tokens, cache, part_tokens=24)
-    positions = [set(of_head.tolist()) for of_head in rows.positions]
-    seen = set().union(*positions)
-    assert all(len(of_head) < 0.5 * len(seen) for of_head in positions)
-    assert seen >= set(range(211, 211 + 70)), "the first part and its request, behind prefix and document"
+        every = record_rows(backbone, tokens, cache, part_tokens=24)[0].positions
+        monkeypatch.setattr("kv_memory.compress.reference_rows._RECORDED", 50)  # a quarter
+        some = record_rows(backbone, tokens, cache, part_tokens=24)[0].positions
+    assert 0.2 * every.shape[1] < some.shape[1] <= every.shape[1] / 4
+    assert set(some.flatten().tolist()) >= set(range(211, 211 + 50)), "behind prefix and document"
     made = Compressor(backbone, selector=Matched(SETTINGS)).compress(letters(200), keep_ratio=0.2)
     assert made.bias is not None and made.bias.any()
 
@@ -462,7 +461,7 @@ def test_many_entries_are_fitted_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
     torch.testing.assert_close(torch.stack([1 - part.rest for _, part in parts]).sum(0), 1 - system.rest)
     fitted = [fit_head(part, none[own], SETTINGS) for own, part in parts]
     values, bias = torch.cat([part.values for part in fitted]), torch.cat([part.bias for part in fitted])
-    assert error(values, bias) < 0.5 * error(system.values, torch.zeros(24))
+    assert error(values, bias) < 0.8 * error(system.values, torch.zeros(24))
 
 
 @pytest.mark.parametrize(
