@@ -322,6 +322,7 @@ def _raw(reply: Reply) -> dict[str, Any]:
         "ttft_s": reply.ttft_s,
         "total_s": reply.total_s,
         "damaged": list(reply.damaged),
+        **({} if reply.next_step is None else {"next_step": reply.next_step}),
     }
 
 
