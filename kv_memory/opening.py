@@ -75,14 +75,22 @@ class Opening:
             token = choose(left)
         return token
 
+    def likeliest(self, logits: torch.Tensor, ids: Sequence[int]) -> int:
+        """The next token of a greedy answer that has not begun. Arguments as in `pick`."""
+        return self.pick(lambda left: int(left.argmax()), logits, ids)
+
+    def has_begun(self, ids: Sequence[int]) -> bool:
+        """Whether anything of an answer of these tokens can be seen; half a character at its end is none yet."""
+        return is_visible(self._decode(ids).rstrip("\ufffd"))
+
     def follows(self, log_probs: torch.Tensor, ids: Sequence[int]) -> bool:
         """Whether greedy decoding with these log-probabilities, `(len(ids), vocab_size)`, gives these tokens."""
         best = log_probs.argmax(-1).tolist()
-        begun = 0  # tokens up to the first visible character
-        while begun < len(ids) and not is_visible(self._decode(ids[:begun])):
-            best[begun] = self.pick(_likeliest, log_probs[begun], ids[:begun])
-            begun += 1
-        return best == list(ids)
+        for step, row in enumerate(log_probs):
+            if self.has_begun(ids[:step]):
+                break
+            best[step] = self.likeliest(row, ids[:step])
+        return bool(best == list(ids))
 
     def _fits(self, token: int, ids: Sequence[int], is_last: bool) -> bool:
         if token in self._end_ids:
@@ -99,7 +107,3 @@ class Opening:
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
-
-
-def _likeliest(logits: torch.Tensor) -> int:
-    return int(logits.argmax())

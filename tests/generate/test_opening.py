@@ -84,6 +84,11 @@ def test_bytes_of_a_character_that_cannot_be_seen_do_not_come_to_their_end() -> 
     assert one.pick(likeliest, logits_of(third, dagger), [first, second]) == dagger
 
 
+def test_half_a_character_is_none_yet() -> None:
+    half = ids_of("†")[:2]
+    assert not opening().has_begun(half) and opening().has_begun([LETTER, *half]) and opening().has_begun(ids_of("†"))
+
+
 def test_where_nothing_can_be_seen_the_first_pick_stands() -> None:
     assert opening().pick(likeliest, logits_of(NEWLINE, END), []) == NEWLINE
 
