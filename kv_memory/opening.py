@@ -83,14 +83,19 @@ class Opening:
         """Whether anything of an answer of these tokens can be seen; half a character at its end is none yet."""
         return is_visible(self._decode(ids).rstrip("\ufffd"))
 
-    def follows(self, log_probs: torch.Tensor, ids: Sequence[int]) -> bool:
-        """Whether greedy decoding with these log-probabilities, `(len(ids), vocab_size)`, gives these tokens."""
-        best = log_probs.argmax(-1).tolist()
+    def greedy(self, log_probs: torch.Tensor, ids: Sequence[int]) -> list[int]:
+        """What greedy decoding takes in the place of each token of an answer.
+
+        Args:
+            log_probs: `(len(ids), vocab_size)`, each row behind the tokens before it.
+            ids: The answer's tokens.
+        """
+        best: list[int] = log_probs.argmax(-1).tolist()
         for step, row in enumerate(log_probs):
             if self.has_begun(ids[:step]):
                 break
             best[step] = self.likeliest(row, ids[:step])
-        return bool(best == list(ids))
+        return best
 
     def _fits(self, token: int, ids: Sequence[int], is_last: bool) -> bool:
         if token in self._end_ids:

@@ -112,7 +112,8 @@ def _score(
     kl, agrees = [], []
     for log_probs, teacher, query in zip(asked.follow([one.ids for one in taught]), taught, encoded, strict=True):
         kl.append(kl_divergence(teacher.log_probs, log_probs))
-        agrees.append(opening_behind(backbone, query.prompt).follows(log_probs, teacher.ids))
+        best = opening_behind(backbone, query.prompt).greedy(log_probs, teacher.ids)
+        agrees.append(best == list(teacher.ids))
     nll = _losses(asked, [query.reference for query in encoded])
     accuracy = _accuracy(asked, queries, encoded)
     return [_Scored(kl=kl[i], nll=nll[i], accuracy=accuracy[i], agrees=agrees[i]) for i in range(len(queries))]

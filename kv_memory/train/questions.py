@@ -174,9 +174,7 @@ class QuestionWriter:
         """What the model writes behind each row; of the token that ends it, what stands before a line break."""
         if not rows:
             return []
-        tokens = teacher.decode(
-            rows, most=most, ends=ends, temperature=temperature, seeds=seeds, as_answers=as_answers
-        )
+        tokens = teacher.decode(rows, most=most, ends=ends, temperature=temperature, seeds=seeds, as_answers=as_answers)
         texts = [str(self._backbone.tokenizer.decode(row, skip_special_tokens=True)) for row in tokens]
         for stop in self._backbone.prompt.stop:
             texts = [text.split(stop)[0] if text.strip() else text for text in texts]

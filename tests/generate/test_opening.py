@@ -103,13 +103,13 @@ def test_a_sample_is_one_of_what_can_be_seen() -> None:
     assert 0.67 < picks.count(LETTER) / len(picks) < 0.83  # three in four, as without the others
 
 
-def test_following_is_what_greedy_decoding_gives() -> None:
+def test_greedy_is_what_decoding_takes_in_the_place_of_each_token() -> None:
+    y = ids_of("y")[0]
     rows = torch.stack([logits_of(NEWLINE, LETTER), logits_of(NEWLINE, LETTER)])
-    assert opening().follows(rows, [LETTER, NEWLINE])
-    assert not opening().follows(rows, [NEWLINE, LETTER])
-    assert not opening().follows(rows, [LETTER, LETTER])  # an answer that has begun takes the likeliest token
-    assert not opening().follows(rows, [ids_of("y")[0], NEWLINE])
-    assert opening().follows(rows[:0], [])
+    assert opening().greedy(rows, [LETTER, NEWLINE]) == [LETTER, NEWLINE]
+    assert opening().greedy(rows, [y, LETTER]) == [LETTER, NEWLINE]  # an answer that has begun takes the likeliest
+    assert opening().greedy(rows, [SPACE, LETTER]) == [LETTER, LETTER]
+    assert opening().greedy(rows[:0], []) == []
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -132,7 +132,9 @@ def blank() -> Iterator[Backbone]:
     yield Backbone(model, make_tokenizer(), prompt=PromptForm(**SHORT_FORM, stop=("\n",)))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 1.0, "top_p": 0.1, "seed": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 1.0, "top_p": 0.1, "seed": 3}]
+)
 def test_no_answer_is_empty(blank: Backbone, options: dict[str, Any]) -> None:
     cache = Compressor(blank, selector="sink_recent").compress(letters(30), keep_ratio=1.0)
     generator, settings = Generator(blank), replace(SETTINGS, **options)
