@@ -48,7 +48,7 @@ class KVMemoryLLM(CustomLLM):
     Safe to use from several threads and tasks. The asynchronous forms run the model in a thread, token by token, and
     stop within a token when they are cancelled. A response's `raw` holds `usage` in OpenAI's words (cached entries
     are counted in `prompt_tokens` and named in `prompt_tokens_details.cached_tokens`), `finish_reason`, `ttft_s` and
-    `total_s`.
+    `total_s`; where the answer is empty also `next_step`, what to try.
 
     Args:
         memory: An open store; its model is loaded at the first use.
