@@ -2,8 +2,8 @@
 
 Behind worked examples the likeliest first token is often the line break that also ends the answer, and behind a chat
 template the end token. Until an answer has a visible character, tokens that leave it without one are passed over, and
-stop strings do not count (`generate.text`). Masking a list of such tokens was rejected: it takes a second to make for a
-large vocabulary, and does not know what several tokens that are one character come to.
+stop strings do not count (`generate.text`). Masking a list of such tokens was rejected: every process would decode its
+whole vocabulary before the first answer, and a list does not know what several tokens that are one character come to.
 """
 
 from __future__ import annotations
