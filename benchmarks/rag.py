@@ -17,8 +17,11 @@ JSON lines of {question, answer}; without `answer` there is no F1.
     ttft_cached_s         time to the first piece of the answer, from caches; `_text_s`: from text
     total_cached_s        time to the last piece
     prompt_tokens_cached  tokens prefilled for one question, a mean; the rest is read from caches
-    agreement             F1 between the words of the two answers, a mean
+    agreement             F1 between the words of the two answers, a mean over the pairs that are not both empty
     agreement_none        the same between the answers from text and without any document: its floor; 1 is its ceiling
+    both_empty            share of the pairs of which neither answer has a word; they agree about nothing, and are in no
+                          agreement; `both_empty_none`: the same without any document
+    empty_cached          share of the answers in which nothing can be seen; `_text`, `_none`
     f1_cached, f1_text    F1 of answers to references; text is the ceiling, f1_none (no document) the floor
 """
 
@@ -48,8 +51,9 @@ from llama_index.core.response_synthesizers import ResponseMode, get_response_sy
 
 from kv_memory import Document, KVMemory
 from kv_memory.datasets import read_examples
-from kv_memory.evaluate.metrics import f1
+from kv_memory.evaluate.metrics import agreement, f1
 from kv_memory.integrations.llama_index import KVMemoryLLM, KVMemoryQueryEngine, KVMemoryStoreRetriever
+from kv_memory.opening import is_visible
 
 PARAGRAPHS = 5  # of a page
 
@@ -184,6 +188,7 @@ def measure(
     dispatcher.event_handlers.remove(usage)
     cached, text = asked["cached"], asked["text"]
     references = [answers for _, answers in questions]
+    agree, agree_none = agreement(cached.answers, text.answers), agreement(none, text.answers)
     return {
         "top_k": top_k,
         "ttft_cached_s": statistics.median(cached.ttft_s),
@@ -192,8 +197,13 @@ def measure(
         "total_text_s": statistics.median(text.total_s),
         "prompt_tokens_cached": statistics.mean(cached.prompt_tokens),
         "prompt_tokens_text": statistics.mean(text.prompt_tokens),
-        "agreement": statistics.mean(f1(a, [b]) for a, b in zip(cached.answers, text.answers, strict=True)),
-        "agreement_none": statistics.mean(f1(a, [b]) for a, b in zip(none, text.answers, strict=True)),
+        "agreement": agree.f1,
+        "agreement_none": agree_none.f1,
+        "both_empty": agree.empty_share,
+        "both_empty_none": agree_none.empty_share,
+        "empty_cached": empty_share(cached.answers),
+        "empty_text": empty_share(text.answers),
+        "empty_none": empty_share(none),
         "f1_cached": mean_f1(cached.answers, references),
         "f1_text": mean_f1(text.answers, references),
         "f1_none": mean_f1(none, references),
@@ -229,6 +239,11 @@ def mean_f1(answers: Sequence[str], references: Sequence[tuple[str, ...]]) -> fl
     return statistics.mean(scores) if scores else None
 
 
+def empty_share(answers: Sequence[str]) -> float:
+    """Of answers in which nothing can be seen."""
+    return statistics.mean(not is_visible(answer) for answer in answers)
+
+
 def progress(questions: Sequence[tuple[str, tuple[str, ...]]], name: str) -> Any:
     """The questions, with a bar on standard error where somebody looks."""
     from rich.console import Console
@@ -243,17 +258,18 @@ def table_line(row: dict[str, Any], *, first: bool) -> str:
     score = (
         "none" if row["f1_text"] is None else f"{row['f1_cached']:.2f} / {row['f1_text']:.2f} / {row['f1_none']:.2f}"
     )
+    agree = " / ".join("none" if row[name] is None else f"{row[name]:.2f}" for name in ("agreement", "agreement_none"))
     line = (
         f"| {row['top_k']} | {row['ttft_cached_s']:.3f} s | {row['ttft_text_s']:.3f} s "
         f"| {row['ttft_cached_s'] / row['ttft_text_s']:.3f} "
         f"| {row['total_cached_s']:.2f} s | {row['total_text_s']:.2f} s "
         f"| {row['total_cached_s'] / row['total_text_s']:.2f} "
         f"| {row['prompt_tokens_cached']:.0f} | {row['prompt_tokens_text']:.0f} "
-        f"| {row['agreement']:.2f} ({row['agreement_none']:.2f}) | {score} |"
+        f"| {agree} | {row['both_empty']:.2f} | {score} |"
     )
     head = (
         "| top-k | first piece: caches | text | ratio | whole answer: caches | text | ratio | prompt tokens: caches "
-        "| text | agreement (without a document) | F1: caches / text / none |\n" + "|---:" * 11 + "|\n"
+        "| text | agreement / without a document | both empty | F1: caches / text / none |\n" + "|---:" * 12 + "|\n"
     )
     return head + line if first else line
 

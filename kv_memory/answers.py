@@ -24,7 +24,7 @@ class Answer:
 
     Attributes:
         question: As asked.
-        text: The answer; empty where no passage shares a word with the question.
+        text: The answer; empty where no passage shares a word with the question, and seldom else: see `next_step`.
         sources: The passages it was answered from, the best first.
         finish_reason: `stop`, `length` (cut at max_new_tokens), or `no_sources`.
         n_prompt_tokens: Tokens prefilled for this question, texts read in place of damaged caches included.
@@ -33,6 +33,7 @@ class Answer:
         total_s: From the retrieved passages to the last token.
         read_from: Whether documents entered the model as distilled caches or as text.
         fallbacks: Documents whose cache was damaged: it was quarantined and their text was read instead.
+        next_step: What to try where the text is empty; None where it is not.
     """
 
     question: str
@@ -45,6 +46,7 @@ class Answer:
     total_s: float
     read_from: ReadFrom
     fallbacks: tuple[str, ...] = ()
+    next_step: str | None = None
 
 
 class AnswerStream(Iterator[str]):
@@ -149,6 +151,7 @@ def _answer(question: str, reply: Reply, hits: Sequence[Hit], *, read_from: Read
         total_s=reply.total_s,
         read_from=read_from,
         fallbacks=tuple(hit.document_id for hit in hits if hit.text_sha256 in reply.damaged),
+        next_step=reply.next_step,
     )
 
 
@@ -163,4 +166,5 @@ def _no_sources(question: str, read_from: ReadFrom) -> Answer:
         ttft_s=0.0,
         total_s=0.0,
         read_from=read_from,
+        next_step="Ask with words that the documents have.",
     )

@@ -61,7 +61,8 @@ class DecodeSettings:
         temperature: 0 decodes greedily; above 0 samples.
         top_k: Sample from the k likeliest tokens only; 0 means all.
         top_p: Sample from the smallest set of tokens with this much probability.
-        stop: Strings that end the answer; they are not part of it.
+        stop: Strings that end the answer; they are not part of it, and do not count before its first visible
+            character.
         seed: Makes sampling repeatable. Each question of a batch draws from a generator of its own, so an answer
             does not depend on what it was batched with.
         timeout_s: Decoding that takes longer than this, prefill included, is broken off with `DecodeTimeoutError`.

@@ -43,7 +43,7 @@ class PromptForm:
         system_prompt: What instructions the prefix holds; the same ones among the turns are not read again.
         answer_before: Precedes an earlier answer, where a conversation has several turns.
         answer_after: Follows it, up to where the next question's wrapper begins.
-        stop: Strings that end an answer in this form.
+        stop: Strings that end an answer in this form, once there is something of it to be seen.
         add_bos: Whether the tokenizer's own start token precedes the prefix (chat templates bring theirs).
     """
 

@@ -91,6 +91,7 @@ class Reply:
         ttft_s: From the call to the first token: reading the store, composing, prefill.
         total_s: From the call to the last token.
         damaged: Keys whose cache was damaged: it was quarantined and made again, and the text was read.
+        next_step: What to try where the text is empty; None where it is not.
     """
 
     text: str
@@ -101,6 +102,7 @@ class Reply:
     ttft_s: float
     total_s: float
     damaged: tuple[str, ...] = ()
+    next_step: str | None = None
 
 
 class ReplyStream(Iterator[str]):
@@ -306,6 +308,7 @@ def _replies(run: Run, loaded: _Loaded) -> list[Reply]:
             ttft_s=loaded.elapsed_s + generation.ttft_s,
             total_s=loaded.elapsed_s + generation.total_s,
             damaged=loaded.damaged,
+            next_step=generation.next_step,
         )
         for generation in run.results()
     ]

@@ -32,6 +32,13 @@ def full_logits(name: str, ids: Sequence[int]) -> torch.Tensor:
     return plain_model(name)(torch.tensor([list(ids)]), use_cache=False).logits[0]
 
 
+def may_open(tokenizer: Any, ids: Sequence[int], token: int, *, end: int = 2) -> bool:
+    """Whether a token may stand in an answer that nothing can be seen of yet, behind a prompt that ends in a letter."""
+    text = tokenizer.decode([*ids, token], skip_special_tokens=True)
+    seen = any(char.isprintable() and not char.isspace() for char in text)
+    return token != end and (seen or (text == " " and not ids))
+
+
 @torch.no_grad()
 def separate_logits(
     name: str, prefix: Sequence[int], documents: Sequence[Sequence[int]], question: Sequence[int]

@@ -30,6 +30,7 @@ _TENSORS = {
     "attention",
     "prefix",
     "prompts",
+    "opening",
 }
 _STORE = {"tracing", "errors", "config", "fingerprint", "cache", "terms"}
 _BELOW_MEMORY = {
@@ -69,6 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "attention": {"errors", "config", "positioned"},
     "prefix": {"errors", "config"},
     "prompts": {"errors", "config"},
+    "opening": {"errors", "config"},
     "embedded": {"errors", "config"},
     "weights": {"errors", "config", "embedded"},
     "loading": {"errors", "config", "embedded"},

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,16 @@ def test_a_question_that_fits_nothing(memory: KVMemory, wide: Any) -> None:
         answer = memory.ask("Xylophone?", settings=SETTINGS)
         assert list(memory.stream("Xylophone?", settings=SETTINGS)) == []
     assert (answer.text, answer.sources, answer.finish_reason) == ("", (), "no_sources")
+    assert answer.next_step is not None and "words that the documents have" in answer.next_step
     assert inputs == []
+
+
+def test_an_empty_answer_says_what_to_try_and_another_nothing(memory: KVMemory) -> None:
+    answer = memory.ask(FERRY_QUESTION, settings=SETTINGS)
+    assert answer.text and answer.next_step is None
+    stopped = memory.ask(FERRY_QUESTION, settings=replace(SETTINGS, stop=(answer.text[0],)))
+    assert (stopped.text, stopped.finish_reason) == ("", "stop")
+    assert stopped.next_step is not None and "the stop string" in stopped.next_step
 
 
 def test_an_answer_that_does_not_fit(memory: KVMemory) -> None:

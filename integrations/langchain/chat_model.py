@@ -37,7 +37,8 @@ class ChatKVMemory(BaseChatModel):
     Safe to use from several threads and tasks. The asynchronous forms run the model in a thread, token by token, and
     stop within a token when they are cancelled. `usage_metadata` counts cached entries in `input_tokens` and names them
     in `input_token_details["cache_read"]`; `response_metadata` has `model_name`, `model_provider`, `finish_reason`,
-    and the seconds `ttft_s` and `total_s`. What holds for hosted models only (`api_key`, `max_retries`) is ignored.
+    and the seconds `ttft_s` and `total_s`; where the answer is empty also `next_step`, what to try. What holds for
+    hosted models only (`api_key`, `max_retries`) is ignored.
 
     Args:
         memory: An open store. Its model is loaded now, if it is not yet.

@@ -71,6 +71,7 @@ def _metadata(reply: Reply, model_name: str) -> dict[str, Any]:
         "finish_reason": reply.finish_reason,
         "ttft_s": reply.ttft_s,
         "total_s": reply.total_s,
+        **({} if reply.next_step is None else {"next_step": reply.next_step}),
     }
 
 

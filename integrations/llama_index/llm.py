@@ -48,7 +48,7 @@ class KVMemoryLLM(CustomLLM):
     Safe to use from several threads and tasks. The asynchronous forms run the model in a thread, token by token, and
     stop within a token when they are cancelled. A response's `raw` holds `usage` in OpenAI's words (cached entries
     are counted in `prompt_tokens` and named in `prompt_tokens_details.cached_tokens`), `finish_reason`, `ttft_s` and
-    `total_s`.
+    `total_s`; where the answer is empty also `next_step`, what to try.
 
     Args:
         memory: An open store; its model is loaded at the first use.
@@ -322,6 +322,7 @@ def _raw(reply: Reply) -> dict[str, Any]:
         "ttft_s": reply.ttft_s,
         "total_s": reply.total_s,
         "damaged": list(reply.damaged),
+        **({} if reply.next_step is None else {"next_step": reply.next_step}),
     }
 
 

@@ -38,7 +38,7 @@ def answer_aloud(
     if answer.finish_reason == "no_sources":
         out.note("No passage shares a word with the question, so there is nothing to answer from.")
     elif not begun:
-        out.note("The model's answer is empty.")
+        out.note(f"The model's answer is empty. {answer.next_step or ''}".rstrip())
     elif answer.finish_reason == "length":
         out.note("The answer was cut at --max-new-tokens.")
     for document_id in answer.fallbacks:

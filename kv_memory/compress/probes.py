@@ -107,7 +107,7 @@ def make_probes(
     for (maker, row), text in zip(openings, texts, strict=True):
         maker.take_question(row, [token for token in text if token not in ends])
     asked = [(maker, row) for maker in makers for row in maker.question_rows()]
-    answers = teacher.decode([row for _, row in asked], most=_ANSWER_TOKENS, ends=ends)
+    answers = teacher.decode([row for _, row in asked], most=_ANSWER_TOKENS, ends=ends, as_answers=True)
     for (maker, row), answer in zip(asked, answers, strict=True):
         maker.add_sampled("question", (*row.ids, *answer), len(row.ids))
     stated = [(maker, maker.statement_row()) for maker in makers for _ in range(maker.count("statement"))]

@@ -11,6 +11,7 @@ from kv_memory.backbone import Backbone
 from kv_memory.compress.entries import Entries, gather_entries
 from kv_memory.compress.reading import pad
 from kv_memory.compress.rows import Row, RowBatch, batch_rows
+from kv_memory.opening import Opening
 from kv_memory.positioned import PositionedCache
 
 __all__ = ["Teacher", "end_ids"]
@@ -93,6 +94,7 @@ class Teacher:
         ends: set[int],
         temperature: float = 0.0,
         seeds: Sequence[int] | None = None,
+        as_answers: bool = False,
     ) -> list[list[int]]:
         """Go on behind each row.
 
@@ -102,6 +104,7 @@ class Teacher:
             ends: Tokens that end a text; the one that did is part of it.
             temperature: 0 takes the likeliest token.
             seeds: One for each row, so that a text does not depend on what it was batched with; needed above 0.
+            as_answers: The texts begin with something that can be seen, as answers to users do, see `Opening`.
 
         Returns:
             The new tokens of each row.
@@ -110,7 +113,7 @@ class Teacher:
         for batch in self._batches(rows):
             with self._behind(batch.documents) as cache:
                 chosen = None if not temperature or seeds is None else [seeds[index] for index in batch.index]
-                texts = self._go_on(batch, cache, most, ends, temperature, chosen)
+                texts = self._go_on(batch, cache, most, ends, temperature, chosen, as_answers)
             found.update(zip(batch.index, texts, strict=True))
         return [found[index] for index in range(len(rows))]
 
@@ -122,7 +125,10 @@ class Teacher:
         ends: set[int],
         temperature: float,
         seeds: Sequence[int] | None,
+        as_answers: bool,
     ) -> list[list[int]]:
+        last = batch.ids.gather(1, batch.lengths[:, None] - 1).flatten().tolist()
+        openings = [Opening(self._backbone.tokenizer, end_ids=ends, behind=token) for token in last]
         # Noise is drawn on the CPU, so that a seed means the same on every device.
         draws = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
         texts: list[list[int]] = [[] for _ in batch.index]
@@ -134,6 +140,10 @@ class Teacher:
                 noise = noise.clamp(min=1e-30).to(scores.device)
                 scores = scores / temperature - noise.log()  # Gumbel's trick: the largest is a sample
             tokens = scores.argmax(-1)
+            if as_answers:
+                for row, (opening, text) in enumerate(zip(openings, texts, strict=True)):
+                    if not opening.has_begun(text):
+                        tokens[row] = opening.likeliest(scores[row], text)
             for text, token in zip(texts, tokens.tolist(), strict=True):
                 if not text or text[-1] not in ends:
                     text.append(token)

@@ -14,6 +14,7 @@ from kv_memory.evaluate.measure import METRICS
 from kv_memory.evaluate.methods import METHODS
 from kv_memory.evaluate.records import Record
 from kv_memory.evaluate.tasks import TASKS
+from kv_memory.opening import is_visible
 
 __all__ = ["CONFIDENCE", "RESAMPLES", "Interval", "Row", "aggregate", "order", "plain_name", "score_of"]
 
@@ -41,6 +42,7 @@ class Row:
             together; None where there are fewer than two documents.
         seconds_per_document: To compress one; the mean.
         prefills: The same as a multiple of a plain prefill of the same document; the median over documents.
+        empty: Share of the decoded answers in which nothing can be seen; None where none was decoded.
     """
 
     task: str
@@ -53,6 +55,7 @@ class Row:
     ci: dict[str, Interval | None] = field(default_factory=lambda: {"kl": None, "score": None, "retention": None})
     seconds_per_document: float | None = None
     prefills: float | None = None
+    empty: float | None = None
 
     @property
     def score(self) -> float | None:
@@ -153,6 +156,7 @@ def _row(
     retention, interval = _retention(score, column, documents, full, none, seed)
     taken = [column.by_document[document] for document in documents]
     seconds = [record.compress_s for record in taken if record.compress_s is not None]
+    answers = [q.answer for record in taken for q in record.questions if q.answer is not None]
     ratios = [r.compress_s / r.prefill_s for r in taken if r.compress_s is not None and r.prefill_s]
     return Row(
         task=task,
@@ -169,6 +173,7 @@ def _row(
         },
         seconds_per_document=sum(seconds) / len(seconds) if seconds else None,
         prefills=median(ratios) if ratios else None,  # single documents may have had to share the machine
+        empty=sum(not is_visible(answer) for answer in answers) / len(answers) if answers else None,
     )
 
 

@@ -14,6 +14,7 @@ from kv_memory.evaluate.cases import Case, EncodedQuery, Query
 from kv_memory.evaluate.metrics import TEXT_METRICS, kl_divergence, negative_log_likelihood
 from kv_memory.evaluate.task import Task
 from kv_memory.evaluate.teacher import KL_TOKENS, TeacherAnswer, answers
+from kv_memory.generate import opening_behind
 
 __all__ = ["METRICS", "Measured", "measure"]
 
@@ -77,7 +78,7 @@ def measure(
     scored: list[_Scored] = []
     for part in batches(backbone, len(encoded), n_entries=n_entries, n_tokens=n_tokens):
         asked = Asked(backbone, caches, [query.prompt for query in encoded[part]], layout=layout, n_new=n_new)
-        scored += _score(asked, case.queries[part], encoded[part], taught[part])
+        scored += _score(backbone, asked, case.queries[part], encoded[part], taught[part])
     texts: list[str | None] = [None] * len(scored)
     if generate and task.text_metrics:
         texts = _texts(backbone, caches, case, taught, scored, task, layout)
@@ -102,12 +103,17 @@ class _Scored:
 
 
 def _score(
-    asked: Asked, queries: Sequence[Query], encoded: Sequence[EncodedQuery], taught: Sequence[TeacherAnswer]
+    backbone: Backbone,
+    asked: Asked,
+    queries: Sequence[Query],
+    encoded: Sequence[EncodedQuery],
+    taught: Sequence[TeacherAnswer],
 ) -> list[_Scored]:
     kl, agrees = [], []
-    for log_probs, teacher in zip(asked.follow([one.ids for one in taught]), taught, strict=True):
+    for log_probs, teacher, query in zip(asked.follow([one.ids for one in taught]), taught, encoded, strict=True):
         kl.append(kl_divergence(teacher.log_probs, log_probs))
-        agrees.append(log_probs.argmax(-1).tolist() == list(teacher.ids))
+        best = opening_behind(backbone, query.prompt).greedy(log_probs, teacher.ids)
+        agrees.append(best == list(teacher.ids))
     nll = _losses(asked, [query.reference for query in encoded])
     accuracy = _accuracy(asked, queries, encoded)
     return [_Scored(kl=kl[i], nll=nll[i], accuracy=accuracy[i], agrees=agrees[i]) for i in range(len(queries))]
@@ -145,8 +151,8 @@ def _texts(
 ) -> list[str | None]:
     """Greedy answers.
 
-    Where the method's likeliest token is the full model's at every token of its answer, decoding greedily would
-    follow the same path to the same end: the answer is known, and is not decoded.
+    Where the method's likeliest token (of those that may open an answer) is the full model's at every token of its
+    answer, decoding greedily would follow the same path to the same end: the answer is known, and is not decoded.
     """
     texts: list[str | None] = [
         teacher.text if one.agrees and teacher.whole else None for teacher, one in zip(taught, scored, strict=True)

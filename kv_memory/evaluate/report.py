@@ -50,11 +50,14 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     metrics = [name for name in METRICS if any(row.means.get(name) is not None for row in rows)]
     retained = any(row.retention is not None for row in rows)
     differ = len({row.n for row in rows}) > 1
+    silent = any(row.empty for row in rows)
     header = ["method", "kept", *(["n"] if differ else []), *(_NAMES.get(name, name) for name in metrics)]
+    header += ["empty"] if silent else []
     table = [[*header, *(["retention"] if retained else []), "s/document", "prefills"]]
     for row in rows:
         line = [row.method, kept_text(row.keep_ratio), *([str(row.n)] if differ else [])]
         line += [_figure(row.means.get(name), row.ci.get("kl") if name == "kl" else None) for name in metrics]
+        line += [_figure(row.empty, digits=2)] if silent else []
         line += [_figure(row.retention, row.ci.get("retention"), digits=2)] if retained else []
         table.append([*line, _figure(row.seconds_per_document), _figure(row.prefills, digits=1)])
     return table

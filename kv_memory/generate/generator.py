@@ -18,9 +18,10 @@ from kv_memory.generate.constrain import JsonConstraint
 from kv_memory.generate.sampling import Sampler
 from kv_memory.generate.text import FinishReason, TextStream
 from kv_memory.generate.turns import Prompt
+from kv_memory.opening import Opening
 from kv_memory.positioned import PositionedCache
 
-__all__ = ["Generation", "Generator", "Run", "iterate_in_thread"]
+__all__ = ["Generation", "Generator", "Run", "end_ids", "iterate_in_thread", "opening_behind"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class Generation:
         n_cached_tokens: Entries read from caches, the shared prefix included.
         ttft_s: From the call to the first token, composing included.
         total_s: From the call to the last token.
+        next_step: What to try where the text is empty; None where it is not.
     """
 
     text: str
@@ -44,6 +46,7 @@ class Generation:
     n_cached_tokens: int
     ttft_s: float
     total_s: float
+    next_step: str | None = None
 
 
 class Generator:
@@ -194,7 +197,8 @@ class Run:
         self._constraints = [
             None if settings.json_schema is None else JsonConstraint(backbone, settings.json_schema) for _ in prompts
         ]
-        self._end_ids = _end_ids(backbone)
+        self._end_ids = end_ids(backbone)
+        self._openings = [opening_behind(backbone, prompt.ids) for prompt in prompts]
         self._ttft_s = [0.0] * len(prompts)
         self._total_s = [0.0] * len(prompts)
 
@@ -219,15 +223,10 @@ class Run:
         backbone, ragged = self._backbone, len(self._lengths) > 1 and bool((self._lengths != self._lengths[0]).any())
         logits = backbone.logits(self._ids, cache, lengths=self._lengths if ragged else None)
         for step in range(self._settings.max_new_tokens):
-            tokens = [
-                self._end_ids[0] if text.finished else sampler.pick(row if constraint is None else constraint.mask(row))
-                for text, sampler, constraint, row in zip(
-                    self._texts, self._samplers, self._constraints, logits, strict=True
-                )
-            ]
+            last = step + 1 == self._settings.max_new_tokens
+            tokens = [self._pick(row, of_row, last) for row, of_row in enumerate(logits)]
             now_s = time.perf_counter() - self._start_s
             pieces = []
-            last = step + 1 == self._settings.max_new_tokens
             for row, (text, token, constraint) in enumerate(zip(self._texts, tokens, self._constraints, strict=True)):
                 if text.finished:
                     pieces.append("")
@@ -242,6 +241,15 @@ class Run:
                 return
             self._check_time(step + 1)
             logits = backbone.logits(torch.tensor(tokens)[:, None], cache)
+
+    def _pick(self, row: int, logits: torch.Tensor, is_last: bool) -> int:
+        text, constraint, choose = self._texts[row], self._constraints[row], self._samplers[row].pick
+        if text.finished:
+            return self._end_ids[0]
+        logits = logits if constraint is None else constraint.mask(logits)
+        if text.begun:
+            return choose(logits)
+        return self._openings[row].pick(choose, logits, text.token_ids, is_last=is_last)
 
     def _check_time(self, n_tokens: int) -> None:
         limit_s = self._settings.timeout_s
@@ -263,6 +271,7 @@ class Run:
                 n_cached_tokens=self._n_cached,
                 ttft_s=ttft_s,
                 total_s=total_s,
+                next_step=text.next_step,
             )
             for text, length, ttft_s, total_s in zip(
                 self._texts, self._lengths, self._ttft_s, self._total_s, strict=True
@@ -270,7 +279,12 @@ class Run:
         ]
 
 
-def _end_ids(backbone: Backbone) -> list[int]:
+def opening_behind(backbone: Backbone, prompt: Sequence[int]) -> Opening:
+    """What an answer to a prompt may begin with."""
+    return Opening(backbone.tokenizer, end_ids=end_ids(backbone), behind=prompt[-1] if prompt else None)
+
+
+def end_ids(backbone: Backbone) -> list[int]:
     """Tokens that end an answer: the tokenizer's end token and those of the model's generation settings."""
     ids: list[int] = []
     config = getattr(backbone.model, "generation_config", None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from kv_memory.opening import first_visible, is_visible
+
 __all__ = ["FinishReason", "TextStream"]
 
 FinishReason = Literal["stop", "length"]
@@ -13,7 +15,8 @@ FinishReason = Literal["stop", "length"]
 class TextStream:
     """Turns the tokens of one answer into text piece by piece.
 
-    A piece is held back while it ends in the middle of a character, or could be the beginning of a stop string.
+    A piece is held back while it ends in the middle of a character, or could be the beginning of a stop string. A stop
+    string does not count before the first visible character.
 
     Args:
         tokenizer: Of the model.
@@ -27,6 +30,7 @@ class TextStream:
         self.finished = False
         self.finish_reason: FinishReason = "length"
         self.text = ""
+        self._stopped_by = ""
         self._sent = 0
         # Decoding only what follows `_read` keeps a long answer linear; tokenizers that look at the token before
         # (sentencepiece drops a leading space) get some context from `_context` on.
@@ -50,13 +54,36 @@ class TextStream:
             self.finish_reason = "stop"
         flush = is_end or is_last or is_complete
         self.text += self._decode_new(self.token_ids[:-1] if is_end else self.token_ids, flush=flush)
-        stopped_at = min((i for i in map(self.text.find, self._stop) if i >= 0), default=-1)
+        stopped_at, self._stopped_by = self._find_stop()
         if stopped_at >= 0:
             self.text, self.finish_reason = self.text[:stopped_at], "stop"
         self.finished = flush or stopped_at >= 0
         until = len(self.text) if self.finished else len(self.text) - self._held()
         piece, self._sent = self.text[self._sent : until], max(self._sent, until)
         return piece
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything of the text can be seen."""
+        return is_visible(self.text)
+
+    @property
+    def next_step(self) -> str | None:
+        """What to try where a finished answer is empty; None where it is not."""
+        if self.begun or not self.finished:
+            return None
+        if self._stopped_by:
+            return f"The answer begins with the stop string {self._stopped_by!r}: pass other ones (stop, --stop)."
+        if self.finish_reason == "length":
+            return "Allow more tokens: raise max_new_tokens (--max-new-tokens)."
+        return "Ask in other words, from other passages (top_k, --top-k), or use a larger model."
+
+    def _find_stop(self) -> tuple[int, str]:
+        """Where the first stop string begins, and which it is; -1 where there is none."""
+        first = first_visible(self.text)
+        # One that ends before the first visible character would leave nothing of the answer.
+        found = [(self.text.find(stop, max(0, first - len(stop) + 1)), stop) for stop in self._stop]
+        return min((one for one in found if one[0] >= 0), default=(-1, ""))
 
     def _decode_new(self, ids: list[int], *, flush: bool) -> str:
         before = self._tokenizer.decode(ids[self._context : self._read], skip_special_tokens=True)

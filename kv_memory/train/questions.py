@@ -131,6 +131,7 @@ class QuestionWriter:
             [Row(number, tuple(ids), len(ids)) for (number, _), ids in zip(questions, rows, strict=True)],
             most=self._answer_tokens,
             ends=end_ids(backbone),
+            as_answers=True,
         )
         found: list[list[tuple[str, str]]] = [[] for _ in passages]
         for (number, question), answer in zip(questions, answers, strict=True):
@@ -168,11 +169,12 @@ class QuestionWriter:
         ends: set[int],
         temperature: float = 0.0,
         seeds: Sequence[int] | None = None,
+        as_answers: bool = False,
     ) -> list[str]:
         """What the model writes behind each row; of the token that ends it, what stands before a line break."""
         if not rows:
             return []
-        tokens = teacher.decode(rows, most=most, ends=ends, temperature=temperature, seeds=seeds)
+        tokens = teacher.decode(rows, most=most, ends=ends, temperature=temperature, seeds=seeds, as_answers=as_answers)
         texts = [str(self._backbone.tokenizer.decode(row, skip_special_tokens=True)) for row in tokens]
         for stop in self._backbone.prompt.stop:
             texts = [text.split(stop)[0] if text.strip() else text for text in texts]

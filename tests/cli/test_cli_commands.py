@@ -177,6 +177,14 @@ def test_a_question_without_a_known_word_says_so(kv: Run, store: Path) -> None:
     assert kv("ask", "xyzzy", "--json").json["finish_reason"] == "no_sources"
 
 
+def test_an_empty_answer_says_what_to_try(kv: Run, store: Path) -> None:
+    ask = ["ask", "When does the ferry to Skarholm leave?", "--max-new-tokens", "12"]
+    first = kv(*ask, "--json").json["text"][0]
+    done = kv(*ask, "--stop", first)
+    assert done.code == 0 and "The model's answer is empty. The answer begins with the stop string" in done.err
+    assert "--stop" in kv(*ask, "--stop", first, "--json").json["next_step"]
+
+
 def test_chat_answers_piped_lines_each_on_its_own(kv: Run, store: Path) -> None:
     lines = "When does the ferry leave?\n\n/sources\n/help\nWhen did the lighthouse burn oil?\n/quit\nnever read\n"
     done = kv("chat", "--max-new-tokens", 4, stdin=lines)

@@ -36,7 +36,7 @@ def test_it_decodes_as_the_generator_does(name: str, max_entries: int) -> None:
     texts = DOCUMENTS if max_entries > 1 and name != "phi3_longrope" else DOCUMENTS[:1]
     teacher = Teacher(backbone, [backbone.encode(text) for text in texts], room=ROOM, max_entries=max_entries)
     rows = rows_of(backbone, documents=len(texts))
-    found = teacher.decode(rows, most=8, ends=end_ids(backbone))
+    found = teacher.decode(rows, most=8, ends=end_ids(backbone), as_answers=True)
     caches = [plain(backbone, text) for text in texts]
     for row, text in zip(rows, found, strict=True):
         question = QUESTIONS[rows.index(row) % len(QUESTIONS)]

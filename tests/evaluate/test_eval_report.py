@@ -60,6 +60,15 @@ def test_means_and_retention() -> None:
     assert rows[3].means["accuracy"] is None
 
 
+def test_empty_answers_are_a_column_where_there_are_some() -> None:
+    said = [Measured(kl=0.1, nll=2.0, f1=0.5, answer=answer) for answer in ("Ida", " ", "", "7.40")]
+    rows = aggregate([record("full", "0", questions=tuple(said)), record("none", "0", questions=tuple(said[::3]))])
+    assert [row.empty for row in rows] == [0.5, 0.0]
+    header, *lines = [line for line in markdown(rows).splitlines() if line.startswith("|")]
+    assert "| empty |" in header and "| 0.50 |" in lines[1] and "| 0.00 |" in lines[2]
+    assert "| empty |" not in markdown(rows[1:]) and aggregate(table())[0].empty is None
+
+
 def test_json_keys_are_these_and_no_others() -> None:
     for row in aggregate(table()):
         data = row.to_dict()

@@ -17,9 +17,10 @@ from kv_memory.compress import Compressor
 from kv_memory.config import DecodeSettings
 from kv_memory.errors import ConfigError, FingerprintMismatchError
 from kv_memory.generate import Generator
+from kv_memory.opening import is_visible
 from kv_memory.prompts import PromptForm
 from tests.conftest import ARCHITECTURES, SHORT_FORM, make_backbone, make_model, make_tokenizer
-from tests.reference import full_logits, letters, recorded_inputs, shared_backbone
+from tests.reference import full_logits, letters, may_open, recorded_inputs, shared_backbone
 
 QUESTIONS = ["why?", "where is the lamp that burned whale oil until then?", "who was it?", ""]
 SAMPLED = DecodeSettings(max_new_tokens=12, temperature=1.0, top_k=50, top_p=0.95, seed=7)
@@ -46,7 +47,11 @@ def test_greedy_is_an_argmax_loop_over_the_text(name: str) -> None:
     ids = [*backbone.prefix_ids, *backbone.encode_document(text), *backbone.encode_question("why?")]
     expected: list[int] = []
     for _ in range(8):
-        expected.append(int(full_logits(name, ids + expected)[-1].argmax()))
+        logits = full_logits(name, ids + expected)[-1]
+        if not is_visible(backbone.tokenizer.decode(expected)):
+            fits = [may_open(backbone.tokenizer, expected, token) for token in range(len(logits))]
+            logits = logits.masked_fill(~torch.tensor(fits), -torch.inf)
+        expected.append(int(logits.argmax()))
         if expected[-1] == 2:
             break
     answer = Generator(backbone).generate("why?", [cache], settings=DecodeSettings(max_new_tokens=8))

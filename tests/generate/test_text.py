@@ -11,6 +11,7 @@ from tests.conftest import make_tokenizer
 
 TOKENIZER = make_tokenizer()
 END = 2
+BLANK = "".join(map(chr, [*range(33), *range(127, 161), 0xAD]))  # of the characters that two bytes can make
 
 
 def feed(ids: Sequence[int], *, stop: Sequence[str] = ()) -> tuple[TextStream, list[str]]:
@@ -63,9 +64,32 @@ def test_a_stop_string_completed_by_the_last_token() -> None:
     assert ("".join(pieces), stream.text, stream.finish_reason) == ("x", "x", "stop")
 
 
-def test_an_answer_may_begin_with_a_stop_string() -> None:
-    stream, pieces = feed(ids_of("\nx"), stop=["\n"])
-    assert (pieces, stream.text, stream.finish_reason) == ([""], "", "stop")
+def test_a_stop_string_does_not_count_before_the_first_visible_character() -> None:
+    stream, pieces = feed(ids_of(" \n\nx\ny"), stop=["\n", "\n\n", " \n"])
+    assert ("".join(pieces), stream.text, stream.finish_reason) == (" \n\nx", " \n\nx", "stop")
+    assert stream.begun and stream.next_step is None
+
+
+def test_a_stop_string_that_can_be_seen_counts_from_the_first_character_on() -> None:
+    for text in ("Q: x", "\nQ: x"):
+        stream, pieces = feed(ids_of(text), stop=["\nQ:", "Q:"])
+        assert ("".join(pieces), stream.text.strip(), stream.finish_reason) == ("", "", "stop")
+        assert "the stop string" in (stream.next_step or "") and "Q:'" in (stream.next_step or "")
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [([*ids_of("\n"), END], "Ask in other words"), ([END], "Ask in other words"), (ids_of(" "), "max_new_tokens")],
+)
+def test_an_empty_answer_says_what_to_try(ids: list[int], said: str) -> None:
+    stream, _ = feed(ids, stop=["\n"])
+    assert not stream.text.strip() and said in (stream.next_step or "")
+
+
+def test_an_answer_that_is_not_finished_has_no_next_step() -> None:
+    stream = TextStream(TOKENIZER)
+    stream.push(ids_of(" ")[0], is_end=False, is_last=False)
+    assert stream.next_step is None
 
 
 @pytest.mark.parametrize("text", ["é", "日本", "🙂", "a🙂b"])
@@ -100,7 +124,9 @@ def test_pieces_joined_are_the_text_up_to_the_first_stop(ids: list[int], stop: l
     assert "".join(pieces) == stream.text
     read = [token for token in stream.token_ids if token != END]
     whole = TOKENIZER.decode(read)
-    cuts = [whole.find(one) for one in stop if one in whole]
+    first = len(whole) - len(whole.lstrip(BLANK))
+    places = [(i, one) for one in stop for i in range(len(whole)) if whole.startswith(one, i)]
+    cuts = [i for i, one in places if i + len(one) > first]  # none ends before the first visible character
     assert stream.text == (whole[: min(cuts)] if cuts else whole)
     assert stream.finish_reason == ("stop" if cuts or END in stream.token_ids else "length")
     if not cuts:

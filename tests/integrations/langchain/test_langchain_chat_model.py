@@ -139,6 +139,16 @@ def test_stop_ends_an_answer(memory: KVMemory) -> None:
         assert "".join(chunk.text for chunk in llm.stream("Hello", **options)) == before  # type: ignore[arg-type]
 
 
+def test_an_empty_answer_says_what_to_try(memory: KVMemory) -> None:
+    llm = ChatKVMemory(memory, max_tokens=30, temperature=1.0, seed=2)
+    whole = llm.invoke("Hello")
+    assert "next_step" not in whole.response_metadata
+    message = llm.invoke("Hello", stop=[whole.text[0]])
+    assert message.content == "" and "the stop string" in message.response_metadata["next_step"]
+    *_, last = llm.stream("Hello", stop=[whole.text[0]])
+    assert "the stop string" in last.response_metadata["next_step"]
+
+
 def test_an_answer_that_takes_too_long_is_broken_off(memory: KVMemory, wide: Any) -> None:
     llm = ChatKVMemory(memory, max_tokens=1000)
     with slowed(wide, 0.05), pytest.raises(errors.DecodeTimeoutError, match=r"0\.2 s"):

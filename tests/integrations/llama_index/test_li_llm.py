@@ -86,7 +86,7 @@ async def test_every_form_answers_from_caches_as_the_reader_does(memory: KVMemor
         assert usage["prompt_tokens_details"]["cached_tokens"] == expected.n_cached_tokens
         assert usage["completion_tokens"] == expected.n_new_tokens
         assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
-        assert response.raw["finish_reason"] == expected.finish_reason
+        assert response.raw["finish_reason"] == expected.finish_reason and "next_step" not in response.raw
         assert 0 < response.raw["ttft_s"] <= response.raw["total_s"]
 
 
@@ -239,6 +239,12 @@ async def test_a_stop_string_ends_the_answer(llm: KVMemoryLLM) -> None:
     for response in (await every_form(llm, "Why?", stop=stop, **SAMPLED)).values():
         assert text_of(response) == whole.partition(stop)[0].strip()
         assert response.raw["finish_reason"] == "stop"
+
+
+async def test_an_empty_answer_says_what_to_try(llm: KVMemoryLLM) -> None:
+    first = llm.complete("Why?", **SAMPLED).text[0]
+    for response in (await every_form(llm, "Why?", stop=first, **SAMPLED)).values():
+        assert text_of(response) == "" and "the stop string" in response.raw["next_step"]
 
 
 async def test_white_space_around_an_answer_is_no_part_of_it(llm: KVMemoryLLM) -> None:
