@@ -16,7 +16,7 @@ from tests.evaluate.conftest import prose, write
 Kv = Callable[..., Ran]
 KEYS = [
     *("task", "method", "keep_ratio", "n", "kl", "nll", "f1", "em", "contains", "accuracy", "rouge_l"),
-    *("retention", "ci", "seconds_per_document", "prefills"),
+    *("kl_joined", "retention", "ci", "seconds_per_document", "prefills"),
 ]
 
 
