@@ -20,6 +20,8 @@ from kv_memory.evaluate.task import MAX_QUESTIONS, Distractors, TaskSettings
 
 __all__ = ["multidoc_cases"]
 
+_WHOSE: dict[Distractors, str] = {"other": "other articles", "same": "its own article"}
+
 
 def multidoc_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
     """Passages of SQuAD 1.1 dev, chosen as for `squad`; each among k - 1 others, at every place.
@@ -47,8 +49,7 @@ def multidoc_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
             break
     if not cases:
         raise DatasetError(
-            f"no passage has {most - 1} others of {'its own article' if settings.distractors == 'same' else 'other'}"
-            f"{'' if settings.distractors == 'same' else ' articles'} without its answers",
+            f"no passage has {most - 1} others of {_WHOSE[settings.distractors]} without its answers",
             where="multidoc",
             next_step="Pass a smaller --k, or other --distractors.",
         )
