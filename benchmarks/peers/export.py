@@ -94,7 +94,7 @@ def document(backbone: Backbone, task: Task, case: Case, keep_ratios: list[float
     encoded = [encode_query(backbone, query) for query in case.queries]
     if task.kl_on == "answer":
         full = Compressor(backbone, selector=SinkRecent()).compress(case.text, keep_ratio=1.0)
-        asked = [query.text for query in case.queries]
+        asked = [query.prompt for query in encoded]
         said = answers(backbone, [full], asked, layout="source", max_new_tokens=task.max_new_tokens)
     else:
         said = [("", query.reference) for query in encoded]

@@ -23,11 +23,20 @@ if TYPE_CHECKING:
     from kv_memory.evaluate.methods import RefineFrom
     from kv_memory.prompts import PromptName
 
-__all__ = ["evaluate_task", "print_rows"]
+__all__ = ["BY", "evaluate_task", "print_rows"]
+
+BY = typer.Option(
+    "--by",
+    metavar="NAME",
+    help="A row for each: k or place (multidoc), length or kind (ruler); repeatable; others are averaged.  "
+    "[default: k; length and kind]",
+)
 
 
 def evaluate_task(
-    task: Annotated[str, typer.Argument(metavar="TASK", help="squad, quality, squality, needle or spans.")],
+    task: Annotated[
+        str, typer.Argument(metavar="TASK", help="squad, quality, squality, needle, spans, multidoc or ruler.")
+    ],
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -69,7 +78,11 @@ def evaluate_task(
     ] = "auto",
     n_documents: Annotated[
         int | None,
-        typer.Option("--n-documents", metavar="N", help="At most so many, up to 5 questions each.  [default: 60]"),
+        typer.Option(
+            "--n-documents",
+            metavar="N",
+            help="At most so many, up to 5 questions each; ruler: of each kind and length.  [default: 60]",
+        ),
     ] = None,
     min_tokens: Annotated[
         int | None, typer.Option("--min-tokens", metavar="N", help="Leave shorter documents out.")
@@ -83,7 +96,10 @@ def evaluate_task(
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="Of needles, spans, the random method and intervals.")
+        int,
+        typer.Option(
+            "--seed", metavar="N", help="Of needles, spans, distractors, ruler, the random method and intervals."
+        ),
     ] = 0,
     corpus: Annotated[
         list[str] | None,
@@ -95,11 +111,17 @@ def evaluate_task(
     ] = None,
     haystack: Annotated[
         Path | None,
-        typer.Option("--haystack", metavar="FOLDER", help="needle: texts to hide it in.  [default: the data folder's]"),
+        typer.Option(
+            "--haystack", metavar="FOLDER", help="needle, ruler: texts to hide in.  [default: the data folder's]"
+        ),
     ] = None,
     length: Annotated[
         list[int] | None,
-        typer.Option("--length", metavar="N", help="needle: tokens; repeatable.  [default: 256, 512, 1024, 2048]"),
+        typer.Option(
+            "--length",
+            metavar="N",
+            help="needle, ruler: tokens; repeatable.  [default: 256, 512, 1024, 2048; ruler 1024, 2048]",
+        ),
     ] = None,
     depth: Annotated[
         list[float] | None,
@@ -109,6 +131,31 @@ def evaluate_task(
         int | None,
         typer.Option("--n-needles", metavar="N", help="needle: for each length and depth.  [default: 4]"),
     ] = None,
+    k: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--k", metavar="N", help="multidoc: passages read together; repeatable.  [default: 1, 2, 3, 5, 10]"
+        ),
+    ] = None,
+    n_places: Annotated[
+        int | None,
+        typer.Option(
+            "--n-places", metavar="N", help="multidoc: places of the right passage, evenly spread.  [default: all]"
+        ),
+    ] = None,
+    distractors: Annotated[
+        str, typer.Option("--distractors", metavar="NAME", help="multidoc: passages of other articles, or of the same.")
+    ] = "other",
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kind",
+            metavar="NAME",
+            help="ruler: single, multi_key, multi_value, multi_query, variable_tracking, common_words or "
+            "frequent_words; repeatable.  [default: all]",
+        ),
+    ] = None,
+    by: Annotated[list[str] | None, BY] = None,
     data: Annotated[
         Path | None,
         typer.Option("--data", envvar="KV_MEMORY_DATA", metavar="FOLDER", help="Where the sets lie."),
@@ -142,7 +189,8 @@ def evaluate_task(
     the reference. retention is the share of the score between none and full that is left.
 
     Tasks: squad (questions about a paragraph), quality (multiple choice about a story), squality (summaries),
-    needle (a sentence in a haystack), spans (the words of the document itself; for any corpus).
+    needle (a sentence in a haystack), spans (the words of the document itself; for any corpus), multidoc (a question
+    about one of k passages that are read together), ruler (RULER's synthetic tasks).
     """
     with reporting(as_json=as_json) as out:
         out.stopped = "Nothing is kept; pass --out FOLDER to go on later."
@@ -160,17 +208,23 @@ def evaluate_task(
             "lengths": tuple(length) if length else None,
             "depths": tuple(depth) if depth else None,
             "n_needles": n_needles,
+            "k": tuple(k) if k else None,
+            "n_places": n_places,
+            "distractors": distractors,
+            "kinds": tuple(kind) if kind else None,
         }
         ratios = [ratio_of(text) for text in keep_ratio or ()]
         with out.working("Starting"):
             from kv_memory.compress import RefineSettings
             from kv_memory.config import StorageName, check_choice
             from kv_memory.evaluate import DEFAULT_KEEP_RATIOS, TaskSettings, evaluate
+            from kv_memory.evaluate.aggregate import check_groups
             from kv_memory.evaluate.methods import check_methods
             from kv_memory.evaluate.tasks import find_task
 
         # Before the model is loaded: what is misspelt should be said at once.
         find_task(task)
+        check_groups(task, by or ())
         check_choice(storage, StorageName, where="storage")
         check_methods(method, has_adapter=adapter is not None, refine_from=refine_from)
         chosen = TaskSettings(**{name: value for name, value in settings.items() if value is not None})
@@ -189,6 +243,7 @@ def evaluate_task(
                 layout=cast("Layout", layout),
                 storage=cast("StorageName", storage),
                 generate=generate,
+                by=by,
                 out=out_folder,
                 time_limit_s=time_limit,
                 on_progress=tracker,
@@ -235,8 +290,7 @@ def _print(out: Output, result: Evaluation, folder: Path | None) -> None:
     print_rows(out, result.rows)
     if not result.complete:
         again = "the same command goes on" if folder is not None else "pass --out FOLDER to go on another time"
-        n = result.rows[0].n_documents if result.rows else 0
-        out.note(f"Stopped by the time limit, {n} of {result.n_documents} documents finished; {again}.")
+        out.note(f"Stopped by the time limit, {result.n_finished} of {result.n_documents} documents finished; {again}.")
 
 
 def print_rows(out: Output, rows: Sequence[Row]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kv_memory.cli.eval import print_rows, ratio_of
+from kv_memory.cli.eval import BY, print_rows, ratio_of
 from kv_memory.cli.output import reporting
 
 __all__ = ["report"]
@@ -34,6 +34,7 @@ def report(
     unpaired: Annotated[
         bool, typer.Option("--unpaired", help="Use all documents of each row, not only those that all rows have.")
     ] = False,
+    by: Annotated[list[str] | None, BY] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the intervals.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line, one for each row.")] = False,
 ) -> None:
@@ -47,7 +48,12 @@ def report(
             from kv_memory.evaluate import load_rows, write_report
 
             files: list[Path] = []
-            chosen: dict[str, Any] = {"methods": method or None, "keep_ratios": ratios, "paired": not unpaired}
+            chosen: dict[str, Any] = {
+                "methods": method or None,
+                "keep_ratios": ratios,
+                "paired": not unpaired,
+                "by": by,
+            }
             if to is None:
                 loaded = load_rows(paths, seed=seed, **chosen)
             else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -10,19 +10,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kv_memory.errors import ConfigError
+from kv_memory.evaluate.cases import Group
 from kv_memory.evaluate.measure import METRICS
 from kv_memory.evaluate.methods import METHODS
 from kv_memory.evaluate.records import Record
 from kv_memory.evaluate.tasks import TASKS
 from kv_memory.opening import is_visible
 
-__all__ = ["CONFIDENCE", "RESAMPLES", "Interval", "Row", "aggregate", "order", "plain_name", "score_of"]
+__all__ = [
+    "CONFIDENCE",
+    "RESAMPLES",
+    "Interval",
+    "Row",
+    "aggregate",
+    "check_groups",
+    "order",
+    "plain_name",
+    "score_of",
+    "table_of",
+]
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
+_Case = tuple[str, Hashable]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +53,11 @@ class Row:
         retention: (score - floor) / (ceiling - floor) of the task's main score, floor and ceiling being `none` and
             `full` on the same documents; 1 loses nothing. None where they are missing, or equal.
         ci: 95% intervals of `kl`, `score` and `retention`, by a bootstrap over documents, whose questions stay
-            together; None where there are fewer than two documents.
-        seconds_per_document: To compress one; the mean.
-        prefills: The same as a multiple of a plain prefill of the same document; the median over documents.
+            together, at all places among others too; None where there are fewer than two documents.
+        seconds_per_document: To compress one, or all that are read together; the mean.
+        prefills: The same as a multiple of a plain prefill of the same text; the median over documents.
         empty: Share of the decoded answers in which nothing can be seen; None where none was decoded.
+        group: What the row is about where a task has several kinds of rows, e.g. `{"k": 3}`; see `Case.group`.
     """
 
     task: str
@@ -56,6 +71,7 @@ class Row:
     seconds_per_document: float | None = None
     prefills: float | None = None
     empty: float | None = None
+    group: Group = field(default_factory=dict)
 
     @property
     def score(self) -> float | None:
@@ -63,9 +79,10 @@ class Row:
         return self.means.get(score_of(self.task) or "")
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is printed: one flat object, the same keys for every task and method."""
+        """As it is printed: one flat object; beside the group's, the same keys for every task and method."""
         return {
             "task": self.task,
+            **self.group,
             "method": self.method,
             "keep_ratio": self.keep_ratio,
             "n": self.n,
@@ -83,46 +100,81 @@ def score_of(task: str) -> str | None:
 
 
 class _Column:
-    """The records of one method at one keep_ratio, by document."""
+    """The records of one method at one keep_ratio, by case."""
 
     def __init__(self, records: Sequence[Record]) -> None:
-        self.by_document = {record.document: record for record in records}
+        self.by_case = {record.case: record for record in records}
 
-    def sums(self, metric: str, documents: Sequence[str]) -> tuple[Floats, Floats] | None:
+    def sums(self, metric: str, cases: Sequence[_Case]) -> tuple[Floats, Floats] | None:
         """Per document: the sum over questions, and how many; None where the metric does not apply."""
-        values = [[getattr(q, metric) for q in self.by_document[d].questions] for d in documents]
-        if any(value is None for row in values for value in row):
+        documents: dict[str, list[float | None]] = {}
+        for case in cases:
+            values = documents.setdefault(case[0], [])
+            values += [getattr(question, metric) for question in self.by_case[case].questions]
+        rows = [[value for value in values if value is not None] for values in documents.values()]
+        if any(len(row) < len(values) for row, values in zip(rows, documents.values(), strict=True)):
             return None
-        return np.array([sum(row) for row in values], float), np.array([len(row) for row in values], float)
+        return np.array([sum(row) for row in rows], float), np.array([len(row) for row in rows], float)
 
 
-def aggregate(records: Iterable[Record], *, seed: int = 0, paired: bool = True) -> list[Row]:
-    """Rows of one or several tasks, in the order of tasks given, methods known, and falling keep_ratio.
+def aggregate(
+    records: Iterable[Record], *, seed: int = 0, paired: bool = True, by: Sequence[str] | None = None
+) -> list[Row]:
+    """Rows of one or several tasks, in the order of tasks given, rising groups, methods known, and falling keep_ratio.
 
     Args:
-        records: One for each document of a column; of several, the last counts.
+        records: One for each case of a column; of several, the last counts.
         seed: Of the bootstrap.
-        paired: Only documents that every column of the task has; False takes all that each column has, so that rows
-            may be about different documents.
+        paired: Only cases that every column of the task has; False takes all that each column has, so that rows may be
+            about different documents.
+        by: Names of groups that get rows of their own, e.g. `k` and `place`, where a task has them; over all others
+            rows are averaged. Those of `Task.by` if None.
     """
-    tasks: dict[str, dict[tuple[str, float | None], list[Record]]] = {}
+    tasks: dict[str, dict[tuple[tuple[str, int | str], ...], dict[tuple[str, float | None], list[Record]]]] = {}
     for record in records:
-        tasks.setdefault(record.task, {}).setdefault((record.method, record.keep_ratio), []).append(record)
+        names = (TASKS[record.task].by if record.task in TASKS else ()) if by is None else by
+        group = tuple((name, record.group[name]) for name in names if name in record.group)
+        columns = tasks.setdefault(record.task, {}).setdefault(group, {})
+        columns.setdefault((record.method, record.keep_ratio), []).append(record)
     return [
         row
         for task, groups in tasks.items()
-        for row in _rows(task, {name: _Column(group) for name, group in groups.items()}, seed, paired)
+        for group in sorted(groups)
+        for row in _rows(task, dict(group), {name: _Column(own) for name, own in groups[group].items()}, seed, paired)
     ]
 
 
-def _rows(task: str, columns: dict[tuple[str, float | None], _Column], seed: int, paired: bool) -> list[Row]:
-    common = set.intersection(*(set(column.by_document) for column in columns.values()))
+def check_groups(task: str, by: Sequence[str]) -> None:
+    """Raise unless rows of this task can be told apart by these names.
+
+    Raises:
+        ConfigError: A name is none of the task's groups; names those there are.
+    """
+    groups = TASKS[task].groups
+    for name in by:
+        if name not in groups:
+            raise ConfigError(
+                f"rows of {task} cannot be told apart by {name!r}",
+                where="by",
+                next_step=f"Use some of {', '.join(groups)}." if groups else "Leave it out.",
+            )
+
+
+def table_of(row: Row) -> tuple[str, tuple[tuple[str, int | str], ...]]:
+    """What a row is compared under: task and group."""
+    return row.task, tuple(row.group.items())
+
+
+def _rows(
+    task: str, group: Group, columns: dict[tuple[str, float | None], _Column], seed: int, paired: bool
+) -> list[Row]:
+    common = set.intersection(*(set(column.by_case) for column in columns.values()))
     full, none = columns.get(("full", None)), columns.get(("none", None))
     rows = []
     for (method, ratio), column in sorted(columns.items(), key=lambda item: order(*item[0])):
-        documents = sorted(common if paired else column.by_document)
-        if documents:
-            rows.append(_row(task, method, ratio, column, documents, full, none, seed))
+        cases = sorted(common if paired else column.by_case)
+        if cases:
+            rows.append(_row(task, group, method, ratio, column, cases, full, none, seed))
     return rows
 
 
@@ -140,21 +192,22 @@ def plain_name(method: str) -> str:
 
 def _row(
     task: str,
+    group: Group,
     method: str,
     ratio: float | None,
     column: _Column,
-    documents: Sequence[str],
+    cases: Sequence[_Case],
     full: _Column | None,
     none: _Column | None,
     seed: int,
 ) -> Row:
     means: dict[str, float | None] = {}
     for metric in METRICS:
-        sums = column.sums(metric, documents)
+        sums = column.sums(metric, cases)
         means[metric] = float(sums[0].sum() / sums[1].sum()) if sums is not None else None
     score = score_of(task)
-    retention, interval = _retention(score, column, documents, full, none, seed)
-    taken = [column.by_document[document] for document in documents]
+    retention, interval = _retention(score, column, cases, full, none, seed)
+    taken = [column.by_case[case] for case in cases]
     seconds = [record.compress_s for record in taken if record.compress_s is not None]
     answers = [q.answer for record in taken for q in record.questions if q.answer is not None]
     ratios = [r.compress_s / r.prefill_s for r in taken if r.compress_s is not None and r.prefill_s]
@@ -163,31 +216,32 @@ def _row(
         method=method,
         keep_ratio=ratio,
         n=sum(len(record.questions) for record in taken),
-        n_documents=len(taken),
+        n_documents=len({record.document for record in taken}),
         means=means,
         retention=retention,
         ci={
-            "kl": _interval(column.sums("kl", documents), seed),
-            "score": _interval(column.sums(score, documents) if score else None, seed),
+            "kl": _interval(column.sums("kl", cases), seed),
+            "score": _interval(column.sums(score, cases) if score else None, seed),
             "retention": interval,
         },
         seconds_per_document=sum(seconds) / len(seconds) if seconds else None,
         prefills=median(ratios) if ratios else None,  # single documents may have had to share the machine
         empty=sum(not is_visible(answer) for answer in answers) / len(answers) if answers else None,
+        group=group,
     )
 
 
 def _retention(
     score: str | None,
     column: _Column,
-    documents: Sequence[str],
+    cases: Sequence[_Case],
     full: _Column | None,
     none: _Column | None,
     seed: int,
 ) -> tuple[float | None, Interval | None]:
     if full is None or none is None or score is None:
         return None, None
-    shared = [d for d in documents if d in full.by_document and d in none.by_document]
+    shared = [case for case in cases if case in full.by_case and case in none.by_case]
     if not shared:
         return None, None
     three = [one.sums(score, shared) for one in (column, full, none)]
@@ -196,9 +250,10 @@ def _retention(
         return None, None
     own, ceiling, floor = (total.sum() / n.sum() for total, n in sums)
     value = float((own - floor) / (ceiling - floor)) if ceiling != floor else None
-    if value is None or len(shared) < 2:
+    n_documents = len(sums[0][0])
+    if value is None or n_documents < 2:
         return value, None
-    draws = _draws(len(shared), seed)
+    draws = _draws(n_documents, seed)
     own_b, ceiling_b, floor_b = ((draws @ total) / (draws @ n) for total, n in sums)
     some = ceiling_b != floor_b  # a resample without a gap says nothing about what is left of it
     return value, _percentiles((own_b[some] - floor_b[some]) / (ceiling_b[some] - floor_b[some]))

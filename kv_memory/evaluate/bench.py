@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
+from kv_memory.compress import Compressor
 from kv_memory.config import Layout, StorageName
 from kv_memory.evaluate.cases import Case, EncodedQuery, encode_query
 from kv_memory.evaluate.measure import measure
@@ -24,20 +27,27 @@ __all__ = ["Bench", "Column"]
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """A method at a keep_ratio, None for the methods that have none, and how its caches are stored."""
+    """A method at a keep_ratio, None for the methods that have none, and how its caches are stored.
+
+    `joined` is about `full` and several documents: a cache of each, joined, instead of one prefill of all texts.
+    """
 
     method: Method
     keep_ratio: float | None
     storage: StorageName = "auto"
+    joined: bool = False
 
     @property
     def name(self) -> str:
-        """The method's name in tables: `adapter+int8` for caches stored as int8."""
-        return self.method.name if self.storage == "auto" else f"{self.method.name}+{self.storage}"
+        """The method's name in tables: `adapter+int8` for caches stored as int8, `full+joined`."""
+        name = self.method.name if self.storage == "auto" else f"{self.method.name}+{self.storage}"
+        return f"{name}+joined" if self.joined else name
 
 
 class Bench:
-    """Measures columns; the full model's answers are kept while the document stays the same.
+    """Measures columns; the full model's answers are kept while the case stays the same.
+
+    Caches of passages are kept while cases share them: the same passage comes again at another place.
 
     Args:
         backbone: The model.
@@ -48,7 +58,9 @@ class Bench:
 
     def __init__(self, backbone: Backbone, task: Task, layout: Layout, generate: bool) -> None:
         self._backbone, self._task, self._layout, self._generate = backbone, task, layout, generate
-        self._full: Method = make_methods(["full"], backbone)[0]
+        full = make_methods(["full"], backbone)[0]
+        self._full, self._joined = Column(full, None), Column(full, None, joined=True)
+        self._made: dict[tuple[str, float | None, str], tuple[DistilledCache, float]] = {}
         self._warm = False
         self._case: Case | None = None
         self._taught: list[TeacherAnswer] = []
@@ -57,16 +69,14 @@ class Bench:
         self._prefill_s = 0.0
 
     def run(self, case: Case, column: Column, *, key: str, config: str) -> Record:
-        """Measure one document with one method."""
+        """Measure one case with one method."""
         if self._case is not case:
             self._take(case)
         assert self._plain is not None
-        cache, elapsed_s = self._compress(case, column)
-        if cache is not None and column.storage != "auto":
-            cache = _stored(cache, column.storage)
+        caches, elapsed_s = self._caches(case, column)
         questions = measure(
             self._backbone,
-            [] if cache is None else [cache],
+            caches,
             case,
             self._encoded,
             self._taught,
@@ -84,39 +94,56 @@ class Bench:
             model=self._backbone.name,
             weights=self._backbone.weights_sha256,
             n_tokens=self._plain.n_tokens,
-            n_kept=0 if cache is None else cache.n_kept,
+            n_kept=sum(cache.n_kept for cache in caches),
             compress_s=elapsed_s,
             prefill_s=self._prefill_s,
             cell=case.cell,
+            group=case.group,
             questions=tuple(questions),
         )
 
     def _take(self, case: Case) -> None:
-        """Read a document in full and ask the model everything."""
+        """Read all documents in full and ask the model everything."""
         if not self._warm:  # the first pass also reads the shared prefix, and a GPU compiles its kernels
-            self._compress(case, Column(self._full, None))
+            self._caches(case, self._full)
             self._warm = True
         self._case = case
-        self._plain, self._prefill_s = self._timed_prefill(case)
+        self._made = {key: made for key, made in self._made.items() if key[2] in case.passages}
+        (self._plain,), elapsed_s = self._caches(case, self._full)
+        self._prefill_s = elapsed_s or 0.0
         self._encoded = [encode_query(self._backbone, query) for query in case.queries]
-        self._taught = teach(self._backbone, self._plain, case, self._encoded, self._task, layout=self._layout)
+        joined = self._caches(case, self._joined)[0] if case.passages else []
+        self._taught = teach(self._backbone, self._plain, self._encoded, self._task, layout=self._layout, joined=joined)
 
-    def _timed_prefill(self, case: Case) -> tuple[DistilledCache, float]:
-        cache, elapsed_s = self._compress(case, Column(self._full, None))
-        assert cache is not None and elapsed_s is not None
-        return cache, elapsed_s
-
-    def _compress(self, case: Case, column: Column) -> tuple[DistilledCache | None, float | None]:
+    def _caches(self, case: Case, column: Column) -> tuple[list[DistilledCache], float | None]:
+        """What a method makes of the documents, and how long that took, whether now or for an earlier case."""
         compressor = column.method.compressor
         if compressor is None:
-            return None, None
+            return [], None
+        if not column.method.ratios and not column.joined:
+            ids = [token for text in case.documents for token in self._backbone.encode_document(text)]
+            cache, elapsed_s = self._timed(partial(compressor.compress_ids, ids, keep_ratio=1.0))
+            return [cache], elapsed_s
+        found = []
+        for text in case.documents:
+            key = (column.name, column.keep_ratio, text)
+            if (made := self._made.get(key)) is None:
+                made = self._distil(compressor, text, case, column)
+                if case.passages:
+                    self._made[key] = made
+            found.append(made)
+        return [cache for cache, _ in found], sum(elapsed_s for _, elapsed_s in found)
+
+    def _distil(self, compressor: Compressor, text: str, case: Case, column: Column) -> tuple[DistilledCache, float]:
+        unasked = [query.span for query in case.queries if query.span is not None]
+        ratio = 1.0 if column.keep_ratio is None else column.keep_ratio
+        cache, elapsed_s = self._timed(partial(compressor.compress, text, keep_ratio=ratio, unasked_spans=unasked))
+        return cache if column.storage == "auto" else _stored(cache, column.storage), elapsed_s
+
+    def _timed(self, compress: Callable[[], DistilledCache]) -> tuple[DistilledCache, float]:
         self._wait()
         start_s = time.perf_counter()
-        cache = compressor.compress(
-            case.text,
-            keep_ratio=1.0 if column.keep_ratio is None else column.keep_ratio,
-            unasked_spans=[query.span for query in case.queries if query.span is not None],
-        )
+        cache = compress()
         self._wait()
         return cache, time.perf_counter() - start_s
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from kv_memory.backbone import Backbone
 from kv_memory.datasets import Example
 from kv_memory.errors import DatasetError
 
-__all__ = ["ROOM_TOKENS", "Case", "EncodedQuery", "Query", "choose", "cut", "encode_query", "in_hash_order"]
+__all__ = ["ROOM_TOKENS", "Case", "EncodedQuery", "Group", "Query", "choose", "cut", "encode_query", "in_hash_order"]
+
+Group = dict[str, int | str]
 
 ROOM_TOKENS = 1024  # left in the window for a question with its answer, and for a selector's own request
 
@@ -23,6 +25,7 @@ class Query:
     Attributes:
         text: As it is asked, without the prompt form's wrapper.
         references: What is right; at least one.
+        all_wanted: Whether all references are wanted, and not any one of them.
         given: Words that the answer begins with; they are prefilled and not measured.
         choices: Of a multiple choice question; empty otherwise.
         correct: Index of the right choice.
@@ -35,28 +38,46 @@ class Query:
     span: tuple[int, int] | None = None
     choices: tuple[str, ...] = ()
     correct: int | None = None
+    all_wanted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One document and what is asked about it.
+    """One document, or several that are read together, and what is asked about it.
 
     Attributes:
         id: The example's id, by which tables of several methods, our own and others', are paired.
-        text: The document.
+        text: The document; of several, the one that the questions are about.
         queries: At least one.
         cell: Length in tokens and depth in [0, 1] of a needle; None for other tasks.
+        passages: All documents in the order they are read, `text` among them; empty where it is the only one.
+        group: What sets cases of one id, or kinds of cases, apart in tables, e.g. `{"k": 3, "place": 1}`.
     """
 
     id: str
     text: str
     queries: tuple[Query, ...]
     cell: tuple[int, float] | None = None
+    passages: tuple[str, ...] = ()
+    group: Group = field(default_factory=dict)
+
+    @property
+    def documents(self) -> tuple[str, ...]:
+        """All documents in the order they are read."""
+        return self.passages or (self.text,)
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the document and everything asked about it."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """SHA-256 over the documents and everything asked about them."""
+        data = asdict(self)
+        # What came later is left out where it is not used, so that what was measured before still counts.
+        for name in ("passages", "group"):
+            if not data[name]:
+                del data[name]
+        for query in data["queries"]:
+            if not query["all_wanted"]:
+                del query["all_wanted"]
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +86,7 @@ class EncodedQuery:
 
     Attributes:
         prompt: The question in its wrapper, and the given words.
-        reference: The first reference.
+        reference: The first reference, or a list of all where all are wanted.
         choices: Each choice.
     """
 
@@ -83,11 +104,12 @@ def encode_query(backbone: Backbone, query: Query) -> EncodedQuery:
     after = backbone.prompt.question_after
     lead = "" if not after or after[-1].isspace() else " "
     prompt = backbone.encode_question(query.text)
+    right = f" {', '.join(query.references)}" if query.all_wanted else query.references[0]
     if query.given:
         prompt += backbone.encode_text(lead + query.given)
-        reference = backbone.encode_text(query.references[0])  # goes on where the given words end
+        reference = backbone.encode_text(right)  # goes on where the given words end
     else:
-        reference = backbone.encode_text(lead + query.references[0].strip())
+        reference = backbone.encode_text(lead + right.strip())
     choices = tuple(tuple(backbone.encode_text(lead + choice.strip())) for choice in query.choices)
     return EncodedQuery(prompt=tuple(prompt), reference=tuple(reference), choices=choices)
 

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from kv_memory.backbone import Backbone
 from kv_memory.compress import Adapter, RefineSettings
 from kv_memory.config import Layout, StorageName, check_choice, check_keep_ratio
 from kv_memory.errors import ConfigError
-from kv_memory.evaluate.aggregate import Row, aggregate
+from kv_memory.evaluate.aggregate import Row, aggregate, check_groups
 from kv_memory.evaluate.bench import Bench, Column
 from kv_memory.evaluate.cases import Case
 from kv_memory.evaluate.methods import Method, RefineFrom, make_methods
@@ -59,7 +60,8 @@ class Evaluation:
         task: Its name.
         rows: The table, over the documents that every column has.
         records: What the rows are made of.
-        n_documents: How many the task has under these settings.
+        n_documents: How many the task has under these settings; places of one passage are counted apart.
+        n_finished: How many of these every column has.
         complete: False if the time limit ended it early; the same call with the same folder goes on.
     """
 
@@ -67,6 +69,7 @@ class Evaluation:
     rows: tuple[Row, ...]
     records: tuple[Record, ...]
     n_documents: int
+    n_finished: int
     complete: bool
 
 
@@ -83,6 +86,7 @@ def evaluate(
     layout: Layout = "source",
     storage: StorageName = "auto",
     generate: bool = True,
+    by: Sequence[str] | None = None,
     out: Path | str | None = None,
     time_limit_s: float | None = None,
     on_progress: Callable[[EvalProgress], None] | None = None,
@@ -90,10 +94,10 @@ def evaluate(
     """Measure what answers lose when documents are compressed.
 
     The question is never seen at compression. Every method is asked the same questions in the same prompts; KL is to
-    the model with the full cache.
+    the model with the full cache; of several documents, to one prefill of all texts.
 
     Args:
-        task: `squad`, `quality`, `squality`, `needle` or `spans`.
+        task: `squad`, `quality`, `squality`, `needle`, `spans`, `multidoc` or `ruler`.
         backbone: The model.
         methods: See `METHODS`; all that can be run if None.
         keep_ratios: In (0, 1]; `full` and `none` have none.
@@ -105,6 +109,7 @@ def evaluate(
         storage: Every compressed cache is written and read in this form before it is asked; unless it is `auto`, the
             methods are then called `adapter+int8` and so on. Ceiling and floor stay as they are.
         generate: False leaves out what needs decoded answers (F1 and its like) for speed.
+        by: Groups that get rows of their own, see `aggregate`; those that suit the task if None.
         out: A folder where `examples.jsonl` is kept; what is there already is not measured again.
         time_limit_s: Stop before the next document and method once so many seconds have passed.
         on_progress: Called before each document and method, and at the end.
@@ -118,6 +123,7 @@ def evaluate(
     start_s = time.monotonic()
     found_task = find_task(task)
     settings = settings or TaskSettings()
+    check_groups(task, by or ())
     check_choice(layout, Layout, where="layout")
     check_choice(storage, StorageName, where="storage")
     if time_limit_s is not None and time_limit_s <= 0:
@@ -126,12 +132,13 @@ def evaluate(
         make_methods(methods, backbone, adapter=adapter, refine=refine, refine_from=refine_from, seed=settings.seed),
         keep_ratios,
         storage,
+        together=found_task.together,
     )
     file = RecordFile(Path(out)) if out is not None else None
     known = {record.key: record for record in file.load()} if file is not None else {}
     cases = found_task.cases(backbone, settings)
     configs = {column: _config(found_task, column, settings, layout, generate) for column in columns}
-    wanted = {(case.id, column): _key(configs[column], case) for case in cases for column in columns}
+    keys = [[_key(configs[column], case) for column in columns] for case in cases]
     bench = Bench(backbone, found_task, layout, generate)
     n_done, n_measured, complete = 0, 0, True
 
@@ -140,15 +147,14 @@ def evaluate(
             progress = EvalProgress(
                 n_done=n_done,
                 n_measured=n_measured,
-                n_total=len(wanted),
+                n_total=len(cases) * len(columns),
                 document_id=case.id,
                 method=column.name,
                 keep_ratio=column.keep_ratio,
             )
             on_progress(progress)
 
-    for case, column in _in_order(cases, columns):
-        key = wanted[case.id, column]
+    for (case, column), key in zip(_in_order(cases, columns), chain.from_iterable(keys), strict=True):
         if key not in known:
             if time_limit_s is not None and time.monotonic() - start_s > time_limit_s:
                 complete = False
@@ -161,23 +167,27 @@ def evaluate(
         n_done += 1
     if cases:
         tell(case, column)
-    records = tuple(known[key] for key in wanted.values() if key in known)
+    records = tuple(known[key] for key in chain.from_iterable(keys) if key in known)
     return Evaluation(
         task=task,
-        rows=tuple(aggregate(records, seed=settings.seed)),
+        rows=tuple(aggregate(records, seed=settings.seed, by=by)),
         records=records,
         n_documents=len(cases),
+        n_finished=sum(known.keys() >= {*of_case} for of_case in keys),
         complete=complete,
     )
 
 
-def _columns(methods: Sequence[Method], keep_ratios: Sequence[float], storage: StorageName) -> list[Column]:
+def _columns(
+    methods: Sequence[Method], keep_ratios: Sequence[float], storage: StorageName, *, together: bool
+) -> list[Column]:
     ratios = sorted({check_keep_ratio(ratio) for ratio in keep_ratios}, reverse=True)
     if not ratios and any(method.ratios for method in methods):
         raise ConfigError("no keep_ratio is given", where="keep_ratio", next_step="Pass for example --keep-ratio 1/4.")
     return [
-        Column(method, ratio, storage if method.ratios else "auto")
+        Column(method, ratio, storage if method.ratios else "auto", joined)
         for method in methods
+        for joined in ((False, True) if together and method.name == "full" else (False,))
         for ratio in (ratios if method.ratios else (None,))
     ]
 
@@ -197,10 +207,12 @@ def _config(task: Task, column: Column, settings: TaskSettings, layout: Layout, 
         "keep_ratio": column.keep_ratio,
         "layout": layout,
         "generate": generate and bool(task.text_metrics),
-        "seed": settings.seed if task.name in {"needle", "spans"} else None,  # elsewhere it draws nothing
+        "seed": settings.seed if task.drawn else None,
     }
     if column.storage != "auto":  # a key of its own, so that what was measured before there was a choice still counts
         decides["storage"] = column.storage
+    if column.joined:
+        decides["joined"] = True
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 

@@ -11,14 +11,14 @@ from kv_memory.cache import DistilledCache
 from kv_memory.config import Layout
 from kv_memory.evaluate.asked import Asked, batches
 from kv_memory.evaluate.cases import Case, EncodedQuery, Query
-from kv_memory.evaluate.metrics import TEXT_METRICS, kl_divergence, negative_log_likelihood
+from kv_memory.evaluate.metrics import ALL_WANTED, TEXT_METRICS, kl_divergence, negative_log_likelihood
 from kv_memory.evaluate.task import Task
 from kv_memory.evaluate.teacher import KL_TOKENS, TeacherAnswer, answers
 from kv_memory.generate import opening_behind
 
 __all__ = ["METRICS", "Measured", "measure"]
 
-METRICS = ("kl", "nll", "f1", "em", "contains", "accuracy", "rouge_l")
+METRICS = ("kl", "nll", "f1", "em", "contains", "accuracy", "rouge_l", "kl_joined")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +27,14 @@ class Measured:
 
     Attributes:
         kl: KL(full || method) in nats, the mean over the tokens of the full model's own answer.
-        nll: Mean negative log-likelihood per token of the first reference, in nats.
+        nll: Mean negative log-likelihood per token of the first reference, in nats; of a list of all where all are
+            wanted.
         f1: See `metrics`.
         em: See `metrics`.
         contains: See `metrics`.
         accuracy: 1 if the right choice has the highest mean log-likelihood per token, else 0.
         rouge_l: See `metrics`.
+        kl_joined: The same as `kl`, to the documents' full caches made apart and joined; None for one document.
         answer: The greedy answer.
     """
 
@@ -43,6 +45,7 @@ class Measured:
     contains: float | None = None
     accuracy: float | None = None
     rouge_l: float | None = None
+    kl_joined: float | None = None
     answer: str | None = None
 
 
@@ -81,17 +84,25 @@ def measure(
         scored += _score(backbone, asked, case.queries[part], encoded[part], taught[part])
     texts: list[str | None] = [None] * len(scored)
     if generate and task.text_metrics:
-        texts = _texts(backbone, caches, case, taught, scored, task, layout)
+        texts = _texts(backbone, caches, encoded, taught, scored, task, layout)
     return [
         Measured(
             kl=one.kl,
             nll=one.nll,
             accuracy=one.accuracy,
+            kl_joined=one.kl_joined,
             answer=text,
-            **({} if text is None else {n: TEXT_METRICS[n](text, query.references) for n in task.text_metrics}),
+            **_judged(text, query, task),
         )
         for one, text, query in zip(scored, texts, case.queries, strict=True)
     ]
+
+
+def _judged(text: str | None, query: Query, task: Task) -> dict[str, float]:
+    if text is None:
+        return {}
+    metrics = ALL_WANTED if query.all_wanted else TEXT_METRICS
+    return {name: metrics[name](text, query.references) for name in task.text_metrics}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +110,7 @@ class _Scored:
     kl: float
     nll: float
     accuracy: float | None
+    kl_joined: float | None
     agrees: bool  # with the full model, at every token of its answer
 
 
@@ -109,14 +121,19 @@ def _score(
     encoded: Sequence[EncodedQuery],
     taught: Sequence[TeacherAnswer],
 ) -> list[_Scored]:
-    kl, agrees = [], []
+    kl, agrees, kl_joined = [], [], list[float | None]()
     for log_probs, teacher, query in zip(asked.follow([one.ids for one in taught]), taught, encoded, strict=True):
         kl.append(kl_divergence(teacher.log_probs, log_probs))
         best = opening_behind(backbone, query.prompt).greedy(log_probs, teacher.ids)
         agrees.append(best == list(teacher.ids))
+        joined = teacher.joined_log_probs
+        kl_joined.append(None if joined is None else kl_divergence(joined, log_probs))
     nll = _losses(asked, [query.reference for query in encoded])
     accuracy = _accuracy(asked, queries, encoded)
-    return [_Scored(kl=kl[i], nll=nll[i], accuracy=accuracy[i], agrees=agrees[i]) for i in range(len(queries))]
+    return [
+        _Scored(kl=kl[i], nll=nll[i], accuracy=accuracy[i], kl_joined=kl_joined[i], agrees=agrees[i])
+        for i in range(len(queries))
+    ]
 
 
 def _losses(asked: Asked, rows: Sequence[Sequence[int]]) -> list[float]:
@@ -143,7 +160,7 @@ def _accuracy(asked: Asked, queries: Sequence[Query], encoded: Sequence[EncodedQ
 def _texts(
     backbone: Backbone,
     caches: Sequence[DistilledCache],
-    case: Case,
+    encoded: Sequence[EncodedQuery],
     taught: Sequence[TeacherAnswer],
     scored: Sequence[_Scored],
     task: Task,
@@ -158,8 +175,8 @@ def _texts(
         teacher.text if one.agrees and teacher.whole else None for teacher, one in zip(taught, scored, strict=True)
     ]
     open_rows = [row for row, text in enumerate(texts) if text is None]
-    questions = [case.queries[row].text for row in open_rows]
-    said = answers(backbone, caches, questions, layout=layout, max_new_tokens=task.max_new_tokens)
+    prompts = [encoded[row].prompt for row in open_rows]
+    said = answers(backbone, caches, prompts, layout=layout, max_new_tokens=task.max_new_tokens)
     for row, (text, _) in zip(open_rows, said, strict=True):
         texts[row] = text
     return texts

@@ -16,12 +16,15 @@ from torch.nn import functional as F
 from kv_memory.errors import ConfigError
 
 __all__ = [
+    "ALL_WANTED",
     "TEXT_METRICS",
     "Agreement",
     "agreement",
     "check_rouge",
     "contains",
+    "contains_all",
     "exact_match",
+    "exact_match_all",
     "f1",
     "kl_divergence",
     "negative_log_likelihood",
@@ -31,6 +34,7 @@ __all__ = [
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_NUMBERING = re.compile(r"(?:^|(?<=\s))\d{1,2}[.)]\s")  # of a list: `1. pier 2. lamp`
 
 
 def normalise(text: str) -> str:
@@ -92,6 +96,18 @@ def agreement(answers: Sequence[str], others: Sequence[str]) -> Agreement:
     return Agreement(f1=mean, n=len(telling), n_empty=len(pairs) - len(telling))
 
 
+def contains_all(answer: str, references: Sequence[str]) -> float:
+    """The share of references that the answer holds, whatever their case: RULER's measure (arXiv 2404.06654)."""
+    return sum(reference.lower() in answer.lower() for reference in references) / len(references)
+
+
+def exact_match_all(answer: str, references: Sequence[str]) -> float:
+    """1 if the answer is a list of all references in normal form, in any order and with nothing else, else 0."""
+    words = normalise(re.sub(r"[,;]", " ", _NUMBERING.sub(" ", answer))).split()
+    wanted = [word for reference in references for word in normalise(reference).split()]
+    return float(sorted(word for word in words if word != "and") == sorted(wanted))
+
+
 def rouge_l(answer: str, references: Sequence[str]) -> float:
     """ROUGE-L F-measure with stemming, in [0, 1]; the best over the references (package `rouge-score`).
 
@@ -124,6 +140,8 @@ TEXT_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "contains": contains,
     "rouge_l": rouge_l,
 }
+ALL_WANTED = TEXT_METRICS | {"em": exact_match_all, "contains": contains_all}
+"""The same where all references are wanted."""
 
 
 def kl_divergence(teacher: torch.Tensor, student: torch.Tensor) -> float:

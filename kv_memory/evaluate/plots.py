@@ -31,7 +31,7 @@ def plot_fidelity(rows: Sequence[Row], path: Path) -> Path:
     """KL, and the task's main score where it has one, against keep_ratio; ceiling and floor as lines.
 
     Args:
-        rows: Of one task.
+        rows: Of one task, and one group of its rows.
         path: A PNG file.
 
     Raises:
@@ -44,7 +44,8 @@ def plot_fidelity(rows: Sequence[Row], path: Path) -> Path:
     for panel, measure in zip(panels, measures, strict=True):
         _draw(panel, rows, measure)
     panels[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(f"{rows[0].task}, {rows[0].n} questions")
+    about = "".join(f", {name} {value}" for name, value in rows[0].group.items())
+    figure.suptitle(f"{rows[0].task}{about}, {rows[0].n} questions")
     figure.savefig(path, dpi=_DPI)
     return path
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from kv_memory.errors import BrokenLineError, DatasetError
+from kv_memory.evaluate.cases import Group
 from kv_memory.evaluate.measure import Measured
 
 __all__ = ["FILE_NAME", "Record", "RecordFile", "latest"]
@@ -19,22 +20,23 @@ FILE_NAME = "examples.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One document, one method, one keep_ratio.
+    """One document or several read together, one method, one keep_ratio.
 
     Attributes:
         key: Hash of everything that decides the figures: equal keys, equal figures.
         config: The same without the document: lines of one column of a table share it.
         task: Its name.
-        document: The example's id.
+        document: The example's id; cases of one id differ in `group`.
         method: Its name; `adapter+int8` where its caches were written as int8 and read before they were asked.
         keep_ratio: None where the method has none.
         model: What it is called.
         weights: Hash of the model's weights.
-        n_tokens: Of the document in its wrapper.
+        n_tokens: Of the document in its wrapper, or of all documents.
         n_kept: Entries kept in every layer and head.
         compress_s: How long the method took for the document; None for `none`.
         prefill_s: How long a plain prefill of the same document took beside it.
         cell: Length and depth of a needle; None for other tasks.
+        group: What sets the case apart in tables, see `Case`.
         questions: Measures, one a question.
     """
 
@@ -51,7 +53,13 @@ class Record:
     compress_s: float | None = None
     prefill_s: float | None = None
     cell: tuple[int, float] | None = None
+    group: Group = field(default_factory=dict)
     questions: tuple[Measured, ...]
+
+    @property
+    def case(self) -> tuple[str, Hashable]:
+        """What it is about: equal for the records of one case by several methods."""
+        return self.document, tuple(self.group.items())
 
     def to_line(self) -> str:
         """One line of JSON."""
@@ -125,16 +133,16 @@ class RecordFile:
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
-    """One record for each document of a column, of the configuration that was written last.
+    """One record for each case of a column, of the configuration that was written last.
 
     A folder may hold an earlier adapter's lines beside those of the adapter that took its place.
     """
-    found: dict[tuple[str, str, float | None], dict[str, Record]] = {}
+    found: dict[tuple[str, str, float | None], dict[Hashable, Record]] = {}
     configs: dict[tuple[str, str, float | None], str] = {}
     for record in records:
         column = (record.task, record.method, record.keep_ratio)
         if configs.get(column) != record.config:
             configs[column] = record.config
             found[column] = {}
-        found[column][record.document] = record
-    return [record for documents in found.values() for record in documents.values()]
+        found[column][record.case] = record
+    return [record for cases in found.values() for record in cases.values()]

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kv_memory.errors import DatasetError
-from kv_memory.evaluate.aggregate import Interval, Row
+from kv_memory.evaluate.aggregate import Interval, Row, table_of
 from kv_memory.evaluate.measure import METRICS
 from kv_memory.evaluate.plots import plot_fidelity, plot_needle
 from kv_memory.evaluate.sources import Loaded, load_rows
 
 __all__ = ["cells", "kept_text", "markdown", "write_report"]
 
-_NAMES = {"kl": "KL", "nll": "NLL", "f1": "F1", "em": "EM", "rouge_l": "ROUGE-L"}
+_NAMES = {"kl": "KL", "nll": "NLL", "f1": "F1", "em": "EM", "rouge_l": "ROUGE-L", "kl_joined": "KL to joined"}
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -51,16 +51,22 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     retained = any(row.retention is not None for row in rows)
     differ = len({row.n for row in rows}) > 1
     silent = any(row.empty for row in rows)
-    header = ["method", "kept", *(["n"] if differ else []), *(_NAMES.get(name, name) for name in metrics)]
+    groups = list(dict.fromkeys(name for row in rows for name in row.group))
+    header = [*groups, "method", "kept", *(["n"] if differ else []), *(_NAMES.get(name, name) for name in metrics)]
     header += ["empty"] if silent else []
     table = [[*header, *(["retention"] if retained else []), "s/document", "prefills"]]
     for row in rows:
-        line = [row.method, kept_text(row.keep_ratio), *([str(row.n)] if differ else [])]
+        line = [*(_group_text(row.group.get(name, "")) for name in groups), row.method, kept_text(row.keep_ratio)]
+        line += [str(row.n)] if differ else []
         line += [_figure(row.means.get(name), row.ci.get("kl") if name == "kl" else None) for name in metrics]
         line += [_figure(row.empty, digits=2)] if silent else []
         line += [_figure(row.retention, row.ci.get("retention"), digits=2)] if retained else []
         table.append([*line, _figure(row.seconds_per_document), _figure(row.prefills, digits=1)])
     return table
+
+
+def _group_text(value: int | str) -> str:
+    return f"{value:,}" if isinstance(value, int) else value
 
 
 def kept_text(keep_ratio: float | None) -> str:
@@ -84,16 +90,20 @@ def write_report(
     *,
     seed: int = 0,
     paired: bool = True,
+    by: Sequence[str] | None = None,
     methods: Sequence[str] | None = None,
     keep_ratios: Sequence[float] | None = None,
 ) -> tuple[Loaded, list[Path]]:
-    """Write `tables.md` and the plots: `TASK_fidelity.png` for each task, `needle_map.png` for needle.
+    """Write `tables.md` and the plots.
+
+    These are `TASK_fidelity.png` for each task, or each group of its rows, and `needle_map.png` for needle.
 
     Args:
         paths: See `load_rows`.
         to: The folder to write to.
         seed: Of the intervals.
         paired: See `load_rows`.
+        by: See `load_rows`.
         methods: See `load_rows`.
         keep_ratios: See `load_rows`.
 
@@ -104,17 +114,18 @@ def write_report(
         ConfigError: As `load_rows`; or the package matplotlib is missing.
         DatasetError: As `load_rows`; or the folder cannot be written to.
     """
-    loaded = load_rows(paths, seed=seed, paired=paired, methods=methods, keep_ratios=keep_ratios)
+    loaded = load_rows(paths, seed=seed, paired=paired, by=by, methods=methods, keep_ratios=keep_ratios)
     folder = Path(to)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         table = folder / "tables.md"
         table.write_text(markdown(loaded.rows), encoding="utf-8")
         files = [table]
-        for task in dict.fromkeys(row.task for row in loaded.rows):
-            own = [row for row in loaded.rows if row.task == task]
+        for table_name in dict.fromkeys(table_of(row) for row in loaded.rows):
+            own = [row for row in loaded.rows if table_of(row) == table_name]
             if any(row.keep_ratio is not None for row in own):
-                files.append(plot_fidelity(own, folder / f"{task}_fidelity.png"))
+                name = "_".join([table_name[0], *(f"{key}_{value}" for key, value in table_name[1])])
+                files.append(plot_fidelity(own, folder / f"{name}_fidelity.png"))
         cells = [record for record in loaded.records if record.cell is not None]
         if cells:
             files.append(plot_needle(cells, folder / "needle_map.png"))

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
-from kv_memory.evaluate.aggregate import Row, aggregate, order, plain_name
+from kv_memory.evaluate.aggregate import Row, aggregate, order, plain_name, table_of
 from kv_memory.evaluate.measure import METRICS, Measured
 from kv_memory.evaluate.records import FILE_NAME, Record, latest
+from kv_memory.evaluate.tasks import TASKS
 
 __all__ = ["Loaded", "load_rows"]
 
@@ -39,6 +40,7 @@ def load_rows(
     *,
     seed: int = 0,
     paired: bool = True,
+    by: Sequence[str] | None = None,
     methods: Sequence[str] | None = None,
     keep_ratios: Sequence[float] | None = None,
 ) -> Loaded:
@@ -50,6 +52,7 @@ def load_rows(
             `LABEL:adapter` and so on, so that several adapters stand in one table.
         seed: Of the intervals.
         paired: Only documents that every column of a task has.
+        by: Which groups get rows of their own, see `aggregate`; rows of files stay as they are.
         methods: Only these, by the names they have in the table; all if None.
         keep_ratios: Only these, and the methods that have none; all if None.
 
@@ -74,8 +77,11 @@ def load_rows(
     for name in methods or ():
         if name not in names:
             raise ConfigError(f"no result is called {name!r}", where="method", next_step="Names are as in the table.")
+    for group in by or ():
+        if not any(group in record.group for record in records):
+            raise ConfigError(f"no result is about a {group!r}", where="by", next_step="Names are as in the table.")
     _check(records)
-    rows = aggregate(records, seed=seed, paired=paired)
+    rows = aggregate(records, seed=seed, paired=paired, by=by)
     lost = sorted({record.task for record in records} - {row.task for row in rows})
     if lost:
         raise ConfigError(
@@ -83,11 +89,10 @@ def load_rows(
             where="report",
             next_step="Report fewer of them together, or pass --unpaired.",
         )
-    taken = {(row.task, row.method, row.keep_ratio) for row in rows}
-    rows += [row for row in finished if (row.task, row.method, row.keep_ratio) not in taken]
-    return Loaded(
-        rows=tuple(sorted(rows, key=lambda r: (r.task, *order(r.method, r.keep_ratio)))), records=tuple(records)
-    )
+    taken = {(table_of(row), row.method, row.keep_ratio) for row in rows}
+    rows += [row for row in finished if (table_of(row), row.method, row.keep_ratio) not in taken]
+    rows.sort(key=lambda row: (table_of(row), *order(row.method, row.keep_ratio)))
+    return Loaded(rows=tuple(rows), records=tuple(records))
 
 
 def _chosen(
@@ -183,6 +188,9 @@ def _row(data: dict[str, Any]) -> Row:
         ci={name: pairs.get(name) for name in ("kl", "score", "retention")},
         seconds_per_document=data.get("seconds_per_document"),
         prefills=data.get("prefills"),
+        group={name: data[name] for name in TASKS[data["task"]].groups if name in data}
+        if data["task"] in TASKS
+        else {},
     )
 
 

@@ -11,9 +11,9 @@ from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
 from kv_memory.config import DecodeSettings, Layout
 from kv_memory.evaluate.asked import Asked, batches
-from kv_memory.evaluate.cases import Case, EncodedQuery
+from kv_memory.evaluate.cases import EncodedQuery
 from kv_memory.evaluate.task import Task
-from kv_memory.generate import Generator
+from kv_memory.generate import Prompt, Run
 
 __all__ = ["KL_TOKENS", "TeacherAnswer", "answers", "teach"]
 
@@ -30,51 +30,84 @@ class TeacherAnswer:
         log_probs: `(len(ids), vocab_size)`, float32, on the model's device.
         text: Its answer; empty where the task measures on the reference.
         whole: Whether `ids` is all of the answer.
+        joined_log_probs: The same as `log_probs`, of the documents' full caches made apart and joined; None where
+            there is one document.
     """
 
     ids: tuple[int, ...]
     log_probs: torch.Tensor
     text: str
     whole: bool
+    joined_log_probs: torch.Tensor | None = None
 
 
 def answers(
     backbone: Backbone,
     caches: Sequence[DistilledCache],
-    questions: Sequence[str],
+    prompts: Sequence[Sequence[int]],
     *,
     layout: Layout,
     max_new_tokens: int,
 ) -> list[tuple[str, tuple[int, ...]]]:
-    """Greedy answers, by the code that `ask` uses: text and token ids, the token that ended it included."""
+    """Greedy answers, by the code that `ask` uses: text and token ids, the token that ended it included.
+
+    Args:
+        backbone: The model.
+        caches: Of the documents, in order.
+        prompts: Token ids of each question in its wrapper, and of the words that the answer begins with.
+        layout: See `compose`.
+        max_new_tokens: The longest answer.
+    """
     settings = DecodeSettings(max_new_tokens=max_new_tokens)
     n_entries = len(backbone.prefix_ids) + sum(cache.n_kept for cache in caches)
-    generator, results = Generator(backbone, layout=layout), []
+    results = []
     # Decoding computes one row of logits a question; what is large is its copy of the cache.
-    for part in batches(backbone, len(questions), n_entries=n_entries + max_new_tokens, n_tokens=1):
-        for generation in generator.generate_batch(questions[part], caches, settings=settings):
-            results.append((generation.text.strip(), generation.token_ids))
+    for part in batches(backbone, len(prompts), n_entries=n_entries + max_new_tokens, n_tokens=1):
+        run = Run(backbone, [Prompt([*ids], behind_prefix=True) for ids in prompts[part]], caches, layout, settings)
+        for _ in run.steps():
+            pass
+        results += [(generation.text.strip(), generation.token_ids) for generation in run.results()]
     return results
 
 
 def teach(
-    backbone: Backbone, full: DistilledCache, case: Case, encoded: Sequence[EncodedQuery], task: Task, *, layout: Layout
+    backbone: Backbone,
+    full: DistilledCache,
+    encoded: Sequence[EncodedQuery],
+    task: Task,
+    *,
+    layout: Layout,
+    joined: Sequence[DistilledCache] = (),
 ) -> list[TeacherAnswer]:
     """The full model's answers to all questions of a document, and its log-probabilities there.
 
     They come from one teacher-forced pass, as those of every method do, and not from decoding: in bfloat16 the two
     differ in the last bits, and the full cache would have a KL to itself.
+
+    Args:
+        backbone: The model.
+        full: One prefill of the document, or of all documents.
+        encoded: The questions, as tokens.
+        task: Where KL is measured, and how long an answer is.
+        layout: See `compose`.
+        joined: The full cache of each document, where there are several.
     """
     if task.kl_on == "answer":
-        texts = [query.text for query in case.queries]
-        said = answers(backbone, [full], texts, layout=layout, max_new_tokens=task.max_new_tokens)
+        prompts = [query.prompt for query in encoded]
+        said = answers(backbone, [full], prompts, layout=layout, max_new_tokens=task.max_new_tokens)
     else:
         said = [("", query.reference) for query in encoded]
     rows = [ids[:KL_TOKENS] for _, ids in said]
     longest = max(len(query.prompt) for query in encoded) + KL_TOKENS
     taught: list[TeacherAnswer] = []
     for part in batches(backbone, len(rows), n_entries=full.n_kept + len(backbone.prefix_ids), n_tokens=longest):
-        asked = Asked(backbone, [full], [query.prompt for query in encoded[part]], layout=layout, n_new=KL_TOKENS)
-        for log_probs, ids, (text, all_ids) in zip(asked.follow(rows[part]), rows[part], said[part], strict=True):
-            taught.append(TeacherAnswer(ids=ids, log_probs=log_probs, text=text, whole=len(ids) == len(all_ids)))
+        prompts = [query.prompt for query in encoded[part]]
+        asked = Asked(backbone, [full], prompts, layout=layout, n_new=KL_TOKENS)
+        found = list(asked.follow(rows[part]))
+        beside: list[torch.Tensor | None] = [None] * len(found)
+        if joined:
+            beside[:] = Asked(backbone, joined, prompts, layout=layout, n_new=KL_TOKENS).follow(rows[part])
+        for own, other, ids, (text, all_ids) in zip(found, beside, rows[part], said[part], strict=True):
+            whole = len(ids) == len(all_ids)
+            taught.append(TeacherAnswer(ids=ids, log_probs=own, text=text, whole=whole, joined_log_probs=other))
     return taught

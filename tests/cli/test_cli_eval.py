@@ -16,7 +16,7 @@ from tests.evaluate.conftest import prose, write
 Kv = Callable[..., Ran]
 KEYS = [
     *("task", "method", "keep_ratio", "n", "kl", "nll", "f1", "em", "contains", "accuracy", "rouge_l"),
-    *("retention", "ci", "seconds_per_document", "prefills"),
+    *("kl_joined", "retention", "ci", "seconds_per_document", "prefills"),
 ]
 
 
@@ -71,6 +71,27 @@ def test_a_run_is_kept_gone_on_with_and_reported(kv: Kv, squad: Path, options: l
     assert kv("report", "run", "--method", "sink", "--json").json["error"]["what"] == "no result is called 'sink'"
 
 
+def test_several_documents_and_made_ones(kv: Kv, squad: Path, options: list[str], tmp_path: Path) -> None:
+    multidoc = ["eval", "multidoc", *options, "--distractors", "same", "--k", "2", "--no-generate", "--out", "run"]
+    rows = [json.loads(line) for line in kv(*multidoc, "--json").out.splitlines()]
+    assert [list(row) for row in rows] == [["task", "k", *KEYS[1:]]] * 4
+    assert [(row["k"], row["method"], row["n"]) for row in rows] == [
+        (2, name, 4) for name in ("full", "full+joined", "none", "sink_recent")
+    ]
+    at_places = kv(*multidoc, "--by", "k", "--by", "place").out.splitlines()
+    assert at_places[0].split()[:4] == ["k", "place", "method", "kept"]
+    assert [line.split()[:3] for line in at_places[1:]] == [
+        ["2", place, row["method"]] for place in "12" for row in rows
+    ]
+    assert kv("report", "run", "--by", "k", "--by", "place").out.splitlines() == at_places
+    write(tmp_path / "essay.txt", "The ferry met the whale and then the walrus. " * 40)
+    chosen = ["--haystack", "essay.txt", "--length", "600", "--kind", "single", "--n-documents", "2", "--no-generate"]
+    made = kv("eval", "ruler", *options, *chosen, "--json")
+    assert [(row["length"], row["kind"], row["n"]) for row in map(json.loads, made.out.splitlines())] == [
+        (600, "single", 2)
+    ] * 3
+
+
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
@@ -84,6 +105,12 @@ def test_a_run_is_kept_gone_on_with_and_reported(kv: Kv, squad: Path, options: l
         (["squad", "--adapter", "nowhere"], 1, "no adapter here"),
         (["quality"], 1, "the set quality (dev) was not found"),
         (["spans"], 2, "spans needs a corpus"),
+        (["squad", "--by", "k"], 2, "rows of squad cannot be told apart by 'k'"),
+        (["multidoc", "--k", "0"], 2, "k must be at least 1 passage each"),
+        (["multidoc", "--distractors", "none"], 2, "unknown distractors 'none'"),
+        (["multidoc", "--k", "2"], 1, "no passage has 1 others of other articles"),
+        (["ruler", "--kind", "singel"], 2, "unknown kind 'singel'"),
+        (["ruler"], 1, "no haystack"),
     ],
 )
 def test_bad_input(kv: Kv, squad: Path, tiny: Path, args: list[str], code: int, said: str) -> None:

@@ -15,7 +15,7 @@ from kv_memory.evaluate.report import kept_text
 
 KEYS = [
     *("task", "method", "keep_ratio", "n", "kl", "nll", "f1", "em", "contains", "accuracy", "rouge_l"),
-    *("retention", "ci", "seconds_per_document", "prefills"),
+    *("kl_joined", "retention", "ci", "seconds_per_document", "prefills"),
 ]
 
 

@@ -140,6 +140,11 @@ def test_spans_of_a_corpus(roomy: Any, data: Path) -> None:
         ({"lengths": (8,)}, "lengths"),
         ({"depths": (1.5,)}, "depths"),
         ({"n_needles": 0}, "n_needles"),
+        ({"k": ()}, "k"),
+        ({"k": (3, 0)}, "k"),
+        ({"n_places": 0}, "n_places"),
+        ({"kinds": ()}, "kinds"),
+        ({"distractors": "none"}, "distractors"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], name: str) -> None:

@@ -6,13 +6,15 @@ from typing import Literal
 
 from kv_memory.config import check_choice
 from kv_memory.evaluate.task import Task
+from kv_memory.evaluate.tasks.multidoc import multidoc_cases
 from kv_memory.evaluate.tasks.needle import needle_cases
 from kv_memory.evaluate.tasks.reading import quality_cases, squad_cases, squality_cases
+from kv_memory.evaluate.tasks.ruler import ruler_cases
 from kv_memory.evaluate.tasks.spans import spans_cases
 
 __all__ = ["TASKS", "TaskName", "find_task"]
 
-TaskName = Literal["squad", "quality", "squality", "needle", "spans"]
+TaskName = Literal["squad", "quality", "squality", "needle", "spans", "multidoc", "ruler"]
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -20,8 +22,28 @@ TASKS: dict[str, Task] = {
         Task(name="squad", cases=squad_cases, score="f1", text_metrics=("f1", "em", "contains")),
         Task(name="quality", cases=quality_cases, score="accuracy"),
         Task(name="squality", cases=squality_cases, score="rouge_l", text_metrics=("rouge_l",), max_new_tokens=160),
-        Task(name="needle", cases=needle_cases, score="contains", text_metrics=("contains",)),
-        Task(name="spans", cases=spans_cases, score=None, kl_on="reference"),
+        Task(name="needle", cases=needle_cases, score="contains", text_metrics=("contains",), drawn=True),
+        Task(name="spans", cases=spans_cases, score=None, kl_on="reference", drawn=True),
+        Task(
+            name="multidoc",
+            cases=multidoc_cases,
+            score="f1",
+            text_metrics=("f1", "em", "contains"),
+            groups=("k", "place"),
+            by=("k",),
+            drawn=True,
+            together=True,
+        ),
+        Task(
+            name="ruler",
+            cases=ruler_cases,
+            score="contains",
+            text_metrics=("em", "contains"),
+            max_new_tokens=96,
+            groups=("length", "kind"),
+            by=("length", "kind"),
+            drawn=True,
+        ),
     )
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from kv_memory.backbone import Backbone
@@ -13,7 +14,9 @@ from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.evaluate.cases import Case, Query, cut
 from kv_memory.evaluate.task import TaskSettings, room_for_document
 
-__all__ = ["haystack_text", "needle_cases", "with_needle"]
+__all__ = ["SENTENCE_END", "check_lengths", "haystack_text", "needle_cases", "part_of", "with_needle"]
+
+_LENGTHS = (256, 512, 1024, 2048)
 
 _NEEDLES = (
     ("The access code of the {place} {thing} is {number}.", "What is the access code of the {place} {thing}?"),
@@ -22,7 +25,7 @@ _NEEDLES = (
 )
 _PLACES = ("Skarholm", "Orvik", "Tamberley", "Quellen", "Ostrava Bay", "Minford", "Harrowgate", "Velden")
 _THINGS = ("archive", "lighthouse", "observatory", "greenhouse", "boathouse", "vault", "workshop", "chapel")
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'])")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'])")
 
 
 def needle_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
@@ -34,7 +37,30 @@ def needle_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
         DatasetError: The haystack is missing or shorter than the longest length.
         ConfigError: A length does not fit the window.
     """
-    longest = max(settings.lengths)
+    lengths = settings.lengths or _LENGTHS
+    longest = check_lengths(backbone, lengths)
+    hay = haystack_text(settings)
+    cases = []
+    for index in range(settings.n_needles):
+        draw = random.Random(f"{settings.seed}:{index}")
+        sentence, query = _needle(draw)
+        around = part_of(backbone, hay, longest, draw)
+        for length in lengths:
+            for depth in settings.depths:
+                n_hay = max(1, length - len(backbone.encode_text(f" {sentence} ")))
+                text = with_needle(cut(backbone, around, n_hay), sentence, depth=depth)
+                name = f"needle:{length}:{depth:g}:{settings.seed}:{index}"
+                cases.append(Case(id=name, text=text, queries=(query,), cell=(length, depth)))
+    return cases
+
+
+def check_lengths(backbone: Backbone, lengths: Sequence[int]) -> int:
+    """The longest of these lengths.
+
+    Raises:
+        ConfigError: It does not fit the window.
+    """
+    longest = max(lengths)
     if longest > (window := room_for_document(backbone)):
         raise ConfigError(
             f"a haystack of {longest:,} tokens leaves no room for question and answer in a window of "
@@ -42,19 +68,7 @@ def needle_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
             where="lengths",
             next_step=f"Pass --length {window} or less." if window >= 32 else "Use a model with more room.",
         )
-    hay = haystack_text(settings)
-    cases = []
-    for index in range(settings.n_needles):
-        draw = random.Random(f"{settings.seed}:{index}")
-        sentence, query = _needle(draw)
-        around = _part(backbone, hay, longest, draw)
-        for length in settings.lengths:
-            for depth in settings.depths:
-                n_hay = max(1, length - len(backbone.encode_text(f" {sentence} ")))
-                text = with_needle(cut(backbone, around, n_hay), sentence, depth=depth)
-                name = f"needle:{length}:{depth:g}:{settings.seed}:{index}"
-                cases.append(Case(id=name, text=text, queries=(query,), cell=(length, depth)))
-    return cases
+    return longest
 
 
 def haystack_text(settings: TaskSettings) -> str:
@@ -87,9 +101,13 @@ def _needle(draw: random.Random) -> tuple[str, Query]:
     return sentence.format(**words, number=number), query
 
 
-def _part(backbone: Backbone, hay: str, n_tokens: int, draw: random.Random) -> str:
-    """A part of the haystack that begins with a sentence and has at least so many tokens."""
-    starts = [0, *(match.end() for match in _SENTENCE_END.finditer(hay))]
+def part_of(backbone: Backbone, hay: str, n_tokens: int, draw: random.Random) -> str:
+    """A part of the haystack that begins with a sentence and has at least so many tokens.
+
+    Raises:
+        DatasetError: The haystack is shorter.
+    """
+    starts = [0, *(match.end() for match in SENTENCE_END.finditer(hay))]
     for start in (draw.choice(starts), 0):
         part = hay[start : start + 12 * n_tokens + 1000]  # characters; a token of prose has four or five
         if backbone.count_tokens([part])[0] >= n_tokens:
@@ -104,6 +122,6 @@ def _part(backbone: Backbone, hay: str, n_tokens: int, draw: random.Random) -> s
 def with_needle(hay: str, needle: str, *, depth: float) -> str:
     """Put a sentence between two sentences of a text, as near as can be to a depth in [0, 1]."""
     wanted = depth * len(hay)
-    borders = [0, *(match.start() for match in _SENTENCE_END.finditer(hay)), len(hay)]
+    borders = [0, *(match.start() for match in SENTENCE_END.finditer(hay)), len(hay)]
     at = min(borders, key=lambda border: abs(border - wanted))
     return f"{hay[:at].rstrip()} {needle} {hay[at:].lstrip()}".strip()

@@ -1,0 +1,275 @@
+"""RULER's synthetic tasks, by a generator of our own after the published description (arXiv 2404.06654).
+
+| kind | in the document | asked for |
+|---|---|---|
+| `single` | one key with a number, among essays | the number |
+| `multi_key` | four keys with a number each | the number of one |
+| `multi_value` | one key with four numbers | all four |
+| `multi_query` | four keys with a number each | all four numbers |
+| `variable_tracking` | a chain of five assignments, in noise | the variables that have its value |
+| `common_words` | a list in which ten words come often, all others seldom | the ten |
+| `frequent_words` | made-up words, drawn by a Zeta distribution | the three most frequent |
+
+As in the paper the answer's first words are given, and what counts is the share of expected strings that the answer
+contains. What is different: documents are measured in the tokens of the model without question and answer, keys and
+words are those of the essays, no worked example stands before the text, and the document is compressed before the
+question is known, so that the instruction ahead of the text stays and the question behind it comes later.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from kv_memory.backbone import Backbone
+from kv_memory.errors import ConfigError, DatasetError
+from kv_memory.evaluate.cases import Case, Query, cut
+from kv_memory.evaluate.task import RulerKind, TaskSettings
+from kv_memory.evaluate.tasks.needle import SENTENCE_END, check_lengths, haystack_text, part_of
+
+__all__ = ["ruler_cases"]
+
+_LENGTHS = (1024, 2048)
+_N_NEEDLES = 4
+_N_HOPS = 4
+_N_COMMON = 10
+_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+_LONG = 4096  # from here on common words come 30 times and others 3 times, below 6 times and once
+_ZETA = 1.6449340668482264  # of 2, the exponent of the frequent words
+_LEAST_DRAWN = 83  # words: from here on the first five ranks come 50, 12, 5, 3 and 2 times, so that none is level
+_DOTS = "...."  # in the place of the most frequent word, which is noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Maker:
+    """What a document is made of: the model that counts tokens, essays, their words, a length, and chance."""
+
+    backbone: Backbone
+    hay: str
+    words: Sequence[str]
+    length: int
+    draw: random.Random
+
+    def count(self, text: str) -> int:
+        return self.backbone.count_tokens([text])[0]
+
+    def filled(self, make: Callable[[int], str], least: int, most: int, *, kind: RulerKind) -> str:
+        """`make(n)` for the largest n in `least` to `most` that the length holds.
+
+        Raises:
+            ConfigError: It does not even hold the smallest.
+        """
+        low, high = least - 1, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.count(make(middle)) <= self.length else (low, middle - 1)
+        if low < least:
+            raise ConfigError(
+                f"{self.length:,} tokens are too few for {kind}", where="lengths", next_step="Pass a larger --length."
+            )
+        return make(low)
+
+
+def ruler_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
+    """`n_documents` of every kind and length, each with one question; the same for the same seed and tokenizer.
+
+    Raises:
+        DatasetError: The haystack is missing or too short.
+        ConfigError: A length does not fit the window, or is too small for a kind.
+    """
+    lengths = settings.lengths or _LENGTHS
+    check_lengths(backbone, lengths)
+    hay = haystack_text(settings)
+    words = sorted(set(re.findall(r"\b[a-z]{5,9}\b", hay)))
+    cases = []
+    # One of each at a time: what a time limit leaves is about all of them.
+    for index, length, kind in itertools.product(
+        range(settings.n_documents), lengths, settings.kinds or get_args(RulerKind)
+    ):
+        name = f"ruler:{kind}:{length}:{settings.seed}:{index}"
+        maker = _Maker(backbone=backbone, hay=hay, words=words, length=length, draw=random.Random(name))
+        text, query = _MAKERS[kind](maker)
+        cases.append(Case(id=name, text=text, queries=(query,), group={"length": length, "kind": kind}))
+    return cases
+
+
+def _asked(question: str, given: str, references: Sequence[str]) -> Query:
+    return Query(text=question, given=given, references=tuple(references), all_wanted=True)
+
+
+# -- needles -----------------------------------------------------------------------------------------------------
+
+
+def _single(maker: _Maker) -> tuple[str, Query]:
+    return _one_number(maker, n_keys=1)
+
+
+def _multi_key(maker: _Maker) -> tuple[str, Query]:
+    return _one_number(maker, n_keys=_N_NEEDLES)
+
+
+def _one_number(maker: _Maker, *, n_keys: int) -> tuple[str, Query]:
+    keys, numbers = _keys(maker, n_keys), _numbers(maker, n_keys)
+    asked = maker.draw.randrange(n_keys)
+    query = _asked(
+        f"What is the special magic number for {keys[asked]} mentioned in the text?",
+        f"The special magic number for {keys[asked]} mentioned in the text is",
+        [numbers[asked]],
+    )
+    return _hidden(maker, keys, numbers), query
+
+
+def _multi_value(maker: _Maker) -> tuple[str, Query]:
+    (key,), numbers = _keys(maker, 1), _numbers(maker, _N_NEEDLES)
+    return _hidden(maker, [key] * _N_NEEDLES, numbers), _all_numbers(key, numbers)
+
+
+def _multi_query(maker: _Maker) -> tuple[str, Query]:
+    keys, numbers = _keys(maker, _N_NEEDLES), _numbers(maker, _N_NEEDLES)
+    order = maker.draw.sample(range(_N_NEEDLES), _N_NEEDLES)
+    named = f"{', '.join(keys[i] for i in order[:-1])} and {keys[order[-1]]}"
+    return _hidden(maker, keys, numbers), _all_numbers(named, [numbers[i] for i in order])
+
+
+def _all_numbers(named: str, numbers: Sequence[str]) -> Query:
+    return _asked(
+        f"What are all the special magic numbers for {named} mentioned in the text?",
+        f"The special magic numbers for {named} mentioned in the text are",
+        numbers,
+    )
+
+
+def _keys(maker: _Maker, n: int) -> list[str]:
+    words = _some_words(maker, 2 * n)
+    return [f"{first}-{second}" for first, second in zip(words[:n], words[n:], strict=True)]
+
+
+def _numbers(maker: _Maker, n: int) -> list[str]:
+    return [str(number) for number in maker.draw.sample(range(1_000_000, 10_000_000), n)]
+
+
+def _some_words(maker: _Maker, n: int) -> list[str]:
+    if n > len(maker.words):
+        raise _too_few_words(maker, n)
+    return maker.draw.sample(maker.words, n)
+
+
+def _too_few_words(maker: _Maker, n: int) -> DatasetError:
+    return DatasetError(
+        f"the haystack has {len(maker.words)} different words of 5 to 9 letters, about {n} are needed",
+        where="haystack",
+        next_step="Pass a longer one with --haystack.",
+    )
+
+
+def _hidden(maker: _Maker, keys: Sequence[str], numbers: Sequence[str]) -> str:
+    """Essays, with one sentence for each key and number between theirs."""
+    head = (
+        "Some special magic numbers are hidden within the following text. Memorize them. You will be asked about the "
+        "numbers afterwards.\n"
+    )
+    needles = [f"One of the special magic numbers for {k} is: {n}." for k, n in zip(keys, numbers, strict=True)]
+    n_hay = max(1, maker.length - maker.count(f"{head}{' '.join(needles)} "))
+    around = cut(maker.backbone, part_of(maker.backbone, maker.hay, n_hay, maker.draw), n_hay)
+    return head + " ".join(_scattered(SENTENCE_END.split(around), needles, maker.draw))
+
+
+def _scattered(units: Sequence[str], needles: Sequence[str], draw: random.Random) -> list[str]:
+    """Needles between units, in their order."""
+    places = sorted(draw.choices(range(len(units) + 1), k=len(needles)))
+    mixed = list(units)
+    for place, needle in zip(reversed(places), reversed(needles), strict=True):
+        mixed.insert(place, needle)
+    return mixed
+
+
+# -- tracing and counting ----------------------------------------------------------------------------------------
+
+
+def _variable_tracking(maker: _Maker) -> tuple[str, Query]:
+    draw = maker.draw
+    names: list[str] = []
+    while len(names) <= _N_HOPS:
+        if (name := "".join(draw.choices(string.ascii_uppercase, k=5))) not in names:
+            names.append(name)
+    value = str(draw.randrange(10_000, 100_000))
+    chain = [f"VAR {names[0]} = {value}"]
+    chain += [f"VAR {name} = VAR {before}" for before, name in itertools.pairwise(names)]
+    seed = draw.random()
+
+    def make(n_noise: int) -> str:
+        lines = _scattered([_NOISE] * n_noise, chain, random.Random(seed))
+        return "Memorize and track the chain of variable assignments hidden in the following text.\n" + "\n".join(lines)
+
+    query = _asked(
+        f"Which variables are assigned the value {value} in the text, directly or through other variables?",
+        f"By the chain of assignments in the text, {len(names)} variables are assigned the value {value}, they are:",
+        names,
+    )
+    return maker.filled(make, 1, maker.length, kind="variable_tracking"), query
+
+
+def _common_words(maker: _Maker) -> tuple[str, Query]:
+    often, seldom = (30, 3) if maker.length >= _LONG else (6, 1)
+    words = _some_words(maker, min(len(maker.words), _N_COMMON + maker.length))
+    common, others = words[:_N_COMMON], words[_N_COMMON:]
+    seed = maker.draw.random()
+
+    def make(n_others: int) -> str:
+        drawn = [*common * often, *others[:n_others] * seldom]
+        random.Random(seed).shuffle(drawn)
+        items = " ".join(f"{number}. {word}" for number, word in enumerate(drawn, 1))
+        return (
+            "Below is a numbered list of words. Some of them appear more often than others. Memorize the ones that "
+            f"appear most often.\n{items}"
+        )
+
+    if maker.count(make(len(others))) < maker.length:
+        raise _too_few_words(maker, n=maker.length // 4)
+    query = _asked(
+        f"What are the {_N_COMMON} most common words in the list?",
+        f"The {_N_COMMON} words that appear most often in the list are:",
+        sorted(common),
+    )
+    return maker.filled(make, 1, len(others), kind="common_words"), query
+
+
+def _frequent_words(maker: _Maker) -> tuple[str, Query]:
+    n_ranks = int(maker.length**0.5) + 4  # rank k comes n / (zeta * k ** 2) times: the last of n words at sqrt(n)
+    coded: list[str] = []
+    while len(coded) < n_ranks:
+        if (word := "".join(maker.draw.choices(string.ascii_lowercase, k=6))) not in coded:
+            coded.append(word)
+    coded[0] = _DOTS
+    seed = maker.draw.random()
+
+    def make(n: int) -> str:
+        drawn = [word for rank, word in enumerate(coded, 1) for _ in range(int(n / _ZETA / rank**2))]
+        random.Random(seed).shuffle(drawn)
+        return (
+            "Read the following coded text and track how often each coded word appears. Find the three most frequent "
+            f"coded words.\n{' '.join(drawn)}"
+        )
+
+    query = _asked(
+        f"Ignore the dots '{_DOTS}'. Which three words appear most often in the coded text?",
+        "The three words that appear most often in the coded text are:",
+        coded[1:4],
+    )
+    return maker.filled(make, _LEAST_DRAWN, maker.length, kind="frequent_words"), query
+
+
+_MAKERS: dict[RulerKind, Callable[[_Maker], tuple[str, Query]]] = {
+    "single": _single,
+    "multi_key": _multi_key,
+    "multi_value": _multi_value,
+    "multi_query": _multi_query,
+    "variable_tracking": _variable_tracking,
+    "common_words": _common_words,
+    "frequent_words": _frequent_words,
+}
