@@ -97,6 +97,7 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
             "kv-memory eval squad --n-documents 20 --keep-ratio 1/4 --keep-ratio 1/8",
             "kv-memory eval spans --corpus notes/ --min-tokens 600 --max-tokens 1500 --out runs/spans",
             "kv-memory eval squad --adapter runs/adapter --method full --method none --method adapter --json",
+            "kv-memory eval qa questions.jsonl --documents notes/ --keep-ratio 1/8",
         ),
     ),
     (

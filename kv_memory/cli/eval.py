@@ -27,7 +27,15 @@ __all__ = ["evaluate_task", "print_rows"]
 
 
 def evaluate_task(
-    task: Annotated[str, typer.Argument(metavar="TASK", help="squad, quality, squality, needle or spans.")],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="squad, quality, squality, needle, spans or qa.")],
+    questions: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[FILE]",
+            help="qa: your own questions, a JSON object a line: {context, question, answer}, or {document, question, "
+            "answer} with --documents. An answer may be a list of those that are right.",
+        ),
+    ] = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -68,7 +76,9 @@ def evaluate_task(
     ] = "auto",
     n_documents: Annotated[
         int | None,
-        typer.Option("--n-documents", metavar="N", help="At most so many, up to 5 questions each.  [default: 60]"),
+        typer.Option(
+            "--n-documents", metavar="N", help="At most so many, up to 5 questions each; qa: all.  [default: 60]"
+        ),
     ] = None,
     min_tokens: Annotated[
         int | None, typer.Option("--min-tokens", metavar="N", help="Leave shorter documents out.")
@@ -78,7 +88,7 @@ def evaluate_task(
         typer.Option(
             "--max-tokens",
             metavar="N",
-            help="Leave longer documents out; quality and squality cut them.  [default: what the window holds]",
+            help="Leave longer documents out; quality, squality and qa cut them.  [default: what the window holds]",
         ),
     ] = None,
     seed: Annotated[
@@ -107,6 +117,10 @@ def evaluate_task(
     n_needles: Annotated[
         int | None,
         typer.Option("--n-needles", metavar="N", help="needle: for each length and depth.  [default: 4]"),
+    ] = None,
+    documents: Annotated[
+        Path | None,
+        typer.Option("--documents", metavar="FOLDER", help="qa: where the documents lie that its lines name."),
     ] = None,
     data: Annotated[
         Path | None,
@@ -141,7 +155,8 @@ def evaluate_task(
     the reference. retention is the share of the score between none and full that is left.
 
     Tasks: squad (questions about a paragraph), quality (multiple choice about a story), squality (summaries),
-    needle (a sentence in a haystack), spans (the words of the document itself; for any corpus).
+    needle (a sentence in a haystack), spans (the words of the document itself; for any corpus), qa (your own
+    questions).
     """
     with reporting(as_json=as_json) as out:
         out.stopped = "Nothing is kept; pass --out FOLDER to go on later."
@@ -159,6 +174,8 @@ def evaluate_task(
             "lengths": tuple(length) if length else None,
             "depths": tuple(depth) if depth else None,
             "n_needles": n_needles,
+            "questions": questions,
+            "documents": documents,
         }
         ratios = [ratio_of(text) for text in keep_ratio or ()]
         with out.working("Starting"):
@@ -167,12 +184,17 @@ def evaluate_task(
             from kv_memory.evaluate import DEFAULT_KEEP_RATIOS, TaskSettings, evaluate
             from kv_memory.evaluate.methods import check_methods
             from kv_memory.evaluate.tasks import find_task
+            from kv_memory.evaluate.tasks.qa import read_questions
 
         # Before the model is loaded: what is misspelt should be said at once.
         find_task(task)
         check_choice(storage, StorageName, where="storage")
         check_methods(method, has_adapter=adapter is not None, refine_from=refine_from)
         chosen = TaskSettings(**{name: value for name, value in settings.items() if value is not None})
+        if task == "qa":
+            read_questions(chosen)
+        elif questions is not None:
+            raise ConfigError("a file of questions is for qa", where=task, next_step="kv-memory eval qa FILE")
         refine = RefineSettings(steps=refine_steps)
         backbone, loaded = _load(out, model, adapter, dtype=dtype, device=device, prompt=prompt)
         with EvalTracker(out) as tracker:

@@ -93,7 +93,7 @@ def evaluate(
     the model with the full cache.
 
     Args:
-        task: `squad`, `quality`, `squality`, `needle` or `spans`.
+        task: `squad`, `quality`, `squality`, `needle`, `spans` or `qa`.
         backbone: The model.
         methods: See `METHODS`; all that can be run if None.
         keep_ratios: In (0, 1]; `full` and `none` have none.

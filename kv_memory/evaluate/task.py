@@ -29,7 +29,7 @@ class TaskSettings:
     Attributes:
         n_documents: At most so many; needle makes its own number of them.
         min_tokens: Shorter documents are left out; by default none, and for spans those under 128.
-        max_tokens: Longer ones are left out, of QuALITY and SQuALITY cut; by default what the window holds.
+        max_tokens: Longer ones are left out, of QuALITY, SQuALITY and qa cut; by default what the window holds.
         seed: Draws needles and spans. Documents are chosen by the hash of their ids, whatever the seed.
         data: The folder of the sets; else the environment's, see `read_examples`.
         corpus: spans: names of sets, or paths.
@@ -38,6 +38,8 @@ class TaskSettings:
         lengths: needle: lengths of the haystack in tokens.
         depths: needle: where the needle lies, 0 at the beginning and 1 at the end.
         n_needles: needle: how many for each length and depth.
+        questions: qa: a file of JSON lines, see `read_questions`.
+        documents: qa: the folder of the documents that its lines name.
     """
 
     n_documents: int = 60
@@ -51,6 +53,8 @@ class TaskSettings:
     lengths: tuple[int, ...] = (256, 512, 1024, 2048)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     n_needles: int = 4
+    questions: Path | None = None
+    documents: Path | None = None
 
     def __post_init__(self) -> None:
         low, high = self.min_tokens or 1, self.max_tokens

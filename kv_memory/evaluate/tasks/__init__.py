@@ -7,12 +7,13 @@ from typing import Literal
 from kv_memory.config import check_choice
 from kv_memory.evaluate.task import Task
 from kv_memory.evaluate.tasks.needle import needle_cases
+from kv_memory.evaluate.tasks.qa import qa_cases
 from kv_memory.evaluate.tasks.reading import quality_cases, squad_cases, squality_cases
 from kv_memory.evaluate.tasks.spans import spans_cases
 
 __all__ = ["TASKS", "TaskName", "find_task"]
 
-TaskName = Literal["squad", "quality", "squality", "needle", "spans"]
+TaskName = Literal["squad", "quality", "squality", "needle", "spans", "qa"]
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -22,6 +23,7 @@ TASKS: dict[str, Task] = {
         Task(name="squality", cases=squality_cases, score="rouge_l", text_metrics=("rouge_l",), max_new_tokens=160),
         Task(name="needle", cases=needle_cases, score="contains", text_metrics=("contains",)),
         Task(name="spans", cases=spans_cases, score=None, kl_on="reference"),
+        Task(name="qa", cases=qa_cases, score="f1", text_metrics=("f1", "em", "contains")),
     )
 }
 
