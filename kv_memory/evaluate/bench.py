@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -62,8 +63,9 @@ class Bench:
             self._take(case)
         assert self._plain is not None
         cache, elapsed_s = self._compress(case, column)
-        if cache is not None and column.storage != "auto":
-            cache = _stored(cache, column.storage)
+        size_bytes = None
+        if cache is not None and column.method.ratios:
+            cache, size_bytes = _stored(cache, case.text, column.storage)
         questions = measure(
             self._backbone,
             [] if cache is None else [cache],
@@ -87,6 +89,7 @@ class Bench:
             n_kept=0 if cache is None else cache.n_kept,
             compress_s=elapsed_s,
             prefill_s=self._prefill_s,
+            size_bytes=size_bytes,
             cell=case.cell,
             questions=tuple(questions),
         )
@@ -126,9 +129,9 @@ class Bench:
             torch.cuda.synchronize(self._backbone.device)
 
 
-def _stored(cache: DistilledCache, storage: StorageName) -> DistilledCache:
-    """What is read of a cache after it was written."""
+def _stored(cache: DistilledCache, text: str, storage: StorageName) -> tuple[DistilledCache, int]:
+    """What is read of a cache after it was written, and the bytes it takes in a store."""
     with tempfile.TemporaryDirectory(prefix="kv-memory-eval-") as folder:
         path = Path(folder) / "cache"
-        cache.save(path, storage=storage)
-        return DistilledCache.load(path, device=str(cache.keys.device))
+        replace(cache, text_sha256=hashlib.sha256(text.encode()).hexdigest()).save(path, storage=storage)
+        return DistilledCache.load(path, device=str(cache.keys.device)), path.stat().st_size

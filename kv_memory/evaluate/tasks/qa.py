@@ -51,8 +51,8 @@ def qa_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
     )
     if len(chosen) < len(examples):
         _LOG.warning(
-            "%d of %d documents are asked about: at most %d (--n-documents), of at least %d tokens (--min-tokens)",
-            *(len(chosen), len(examples), settings.n_documents, low),
+            "%d of %d documents are left out: taken are %d (--n-documents), of %d tokens or more (--min-tokens)",
+            *(len(examples) - len(chosen), len(examples), settings.n_documents, low),
         )
     whole = {example.context for example in examples}
     if n_cut := sum(example.context not in whole for example in chosen):
