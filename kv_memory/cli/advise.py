@@ -94,10 +94,13 @@ def advise_on(
         with out.working("Starting"):
             from kv_memory.assembly import load_backbone
             from kv_memory.documents import read_documents
+            from kv_memory.documents.decoding import check_encoding
             from kv_memory.evaluate import DEFAULT_KEEP_RATIOS, Wish, advise
 
+        # Before the model is loaded: what is misspelt should be said at once.
         wish = Wish(max_kl=max_kl, min_same=min_same)
-        for path in paths:  # before the model is loaded: what is misspelt should be said at once
+        check_encoding(encoding)
+        for path in paths:
             if not path.exists():
                 read_documents(path)
         with out.working(f"Loading the model ({settings.model})"):
