@@ -75,7 +75,7 @@ def advise(
         source: Texts, files and folders, as for `KVMemory.add`; what cannot be read is left out.
         settings: How documents would be compressed, e.g. those of a `KVMemory`; those of a new store if None.
         backbone: The model, where it is loaded already.
-        keep_ratios: In (0, 1).
+        keep_ratios: In (0, 1].
         wish: What the recommended one should meet.
         n_passages: How many to draw. Up to 4 questions are asked about each.
         seed: Of what is drawn and asked. The same documents and seed give the same passages and questions.
