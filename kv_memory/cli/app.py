@@ -13,6 +13,7 @@ import typer
 
 import kv_memory
 from kv_memory.cli.add import add
+from kv_memory.cli.advise import advise_on
 from kv_memory.cli.ask import ask
 from kv_memory.cli.budget import budget, pin, unpin
 from kv_memory.cli.chat import chat
@@ -97,7 +98,13 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
             "kv-memory eval squad --n-documents 20 --keep-ratio 1/4 --keep-ratio 1/8",
             "kv-memory eval spans --corpus notes/ --min-tokens 600 --max-tokens 1500 --out runs/spans",
             "kv-memory eval squad --adapter runs/adapter --method full --method none --method adapter --json",
+            "kv-memory eval qa questions.jsonl --documents notes/ --keep-ratio 1/8",
         ),
+    ),
+    (
+        "advise",
+        advise_on,
+        ("kv-memory advise notes/", "kv-memory advise notes/ --model qwen-0.5b --max-kl 0.05 --n-passages 20 --json"),
     ),
     (
         "report",

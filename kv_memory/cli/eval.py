@@ -35,8 +35,16 @@ BY = typer.Option(
 
 def evaluate_task(
     task: Annotated[
-        str, typer.Argument(metavar="TASK", help="squad, quality, squality, needle, spans, multidoc or ruler.")
+        str, typer.Argument(metavar="TASK", help="squad, quality, squality, needle, spans, multidoc, ruler or qa.")
     ],
+    questions: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[FILE]",
+            help="qa: your own questions, a JSON object a line: {context, question, answer}, or {document, question, "
+            "answer} with --documents. An answer may be a list of those that are right.",
+        ),
+    ] = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -81,7 +89,7 @@ def evaluate_task(
         typer.Option(
             "--n-documents",
             metavar="N",
-            help="At most so many, up to 5 questions each; ruler: of each kind and length.  [default: 60]",
+            help="At most so many, up to 5 questions each; ruler: of each kind and length; qa: all.  [default: 60]",
         ),
     ] = None,
     min_tokens: Annotated[
@@ -92,7 +100,7 @@ def evaluate_task(
         typer.Option(
             "--max-tokens",
             metavar="N",
-            help="Leave longer documents out; quality and squality cut them.  [default: what the window holds]",
+            help="Leave longer documents out; quality, squality and qa cut them.  [default: what the window holds]",
         ),
     ] = None,
     seed: Annotated[
@@ -156,6 +164,10 @@ def evaluate_task(
         ),
     ] = None,
     by: Annotated[list[str] | None, BY] = None,
+    documents: Annotated[
+        Path | None,
+        typer.Option("--documents", metavar="FOLDER", help="qa: where the documents lie that its lines name."),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option("--data", envvar="KV_MEMORY_DATA", metavar="FOLDER", help="Where the sets lie."),
@@ -190,7 +202,7 @@ def evaluate_task(
 
     Tasks: squad (questions about a paragraph), quality (multiple choice about a story), squality (summaries),
     needle (a sentence in a haystack), spans (the words of the document itself; for any corpus), multidoc (a question
-    about one of k passages that are read together), ruler (RULER's synthetic tasks).
+    about one of k passages that are read together), ruler (RULER's synthetic tasks), qa (your own questions).
     """
     with reporting(as_json=as_json) as out:
         out.stopped = "Nothing is kept; pass --out FOLDER to go on later."
@@ -212,6 +224,8 @@ def evaluate_task(
             "n_places": n_places,
             "distractors": distractors,
             "kinds": tuple(kind) if kind else None,
+            "questions": questions,
+            "documents": documents,
         }
         ratios = [ratio_of(text) for text in keep_ratio or ()]
         with out.working("Starting"):
@@ -221,6 +235,7 @@ def evaluate_task(
             from kv_memory.evaluate.aggregate import check_groups
             from kv_memory.evaluate.methods import check_methods
             from kv_memory.evaluate.tasks import find_task
+            from kv_memory.evaluate.tasks.qa import read_questions
 
         # Before the model is loaded: what is misspelt should be said at once.
         find_task(task)
@@ -228,6 +243,10 @@ def evaluate_task(
         check_choice(storage, StorageName, where="storage")
         check_methods(method, has_adapter=adapter is not None, refine_from=refine_from)
         chosen = TaskSettings(**{name: value for name, value in settings.items() if value is not None})
+        if task == "qa":
+            read_questions(chosen)
+        elif questions is not None:
+            raise ConfigError("a file of questions is for qa", where=task, next_step="kv-memory eval qa FILE")
         refine = RefineSettings(steps=refine_steps)
         backbone, loaded = _load(out, model, adapter, dtype=dtype, device=device, prompt=prompt)
         with EvalTracker(out) as tracker:

@@ -47,11 +47,13 @@ class Probe:
         kind: What it is.
         row: Its tokens; those wanted are predicted as from the full cache.
         held_out: It is never practised, but decides what is kept.
+        question: Its words without the prompt form's wrapper; empty for other kinds.
     """
 
     kind: ProbeKind
     row: Row
     held_out: bool
+    question: str = ""
 
 
 def probe_room(probe_tokens: int) -> int:
@@ -151,6 +153,7 @@ class _Maker:
             tuple(self._ids[i : i + _QUOTED]) for start, end in self._unasked for i in range(start, end - _QUOTED + 1)
         }
         self._questions: list[str] = []
+        self._question_of: dict[tuple[int, ...], str] = {}  # by their tokens in the wrapper
         self.probes: list[Probe] = []
         self.draw = chance(seed, ids, "probes")
 
@@ -169,7 +172,8 @@ class _Maker:
     def _add(self, kind: ProbeKind, ids: Sequence[int], n_given: int, *, held_out: bool) -> None:
         """One more probe; none that nothing is wanted of."""
         if len(ids) > n_given and not self._quotes(ids):
-            self.probes.append(Probe(kind, Row(self._index, tuple(ids), n_given), held_out=held_out))
+            question = self._question_of.get(tuple(ids[:n_given]), "")
+            self.probes.append(Probe(kind, Row(self._index, tuple(ids), n_given), held_out=held_out, question=question))
 
     def _quotes(self, ids: Sequence[int]) -> bool:
         """Whether it says what must not be asked for."""
@@ -204,10 +208,12 @@ class _Maker:
     def question_rows(self) -> list[Row]:
         """The questions in their wrapper, as many as are needed; those that end like one first."""
         ranked = sorted(self._questions, key=lambda question: not question.endswith("?"))
-        rows = [self._backbone.encode_question(question) for question in ranked[: self.count("question")]]
+        asked = ranked[: self.count("question")]
+        self._question_of = {tuple(self._backbone.encode_question(question)): question for question in asked}
+        rows = list(self._question_of)
         self.draw.shuffle(rows)  # which are held out must not depend on their stems
         longest = probe_room(self._probe_tokens) - _ANSWER_TOKENS
-        return [Row(self._index, tuple(ids), len(ids)) for ids in rows if len(ids) <= longest]
+        return [Row(self._index, ids, len(ids)) for ids in rows if len(ids) <= longest]
 
     # -- statements and spans ------------------------------------------------------------------------------------
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from kv_memory.evaluate.advise import Advice, advise
 from kv_memory.evaluate.aggregate import Row, aggregate
 from kv_memory.evaluate.harness import DEFAULT_KEEP_RATIOS, EvalProgress, Evaluation, evaluate
 from kv_memory.evaluate.methods import METHODS, MethodName, RandomSelector
+from kv_memory.evaluate.recommend import AdviceRow, Recommendation, Wish
 from kv_memory.evaluate.records import Record
 from kv_memory.evaluate.report import markdown, write_report
 from kv_memory.evaluate.sources import Loaded, load_rows
@@ -15,15 +17,20 @@ __all__ = [
     "DEFAULT_KEEP_RATIOS",
     "METHODS",
     "TASKS",
+    "Advice",
+    "AdviceRow",
     "EvalProgress",
     "Evaluation",
     "Loaded",
     "MethodName",
     "RandomSelector",
+    "Recommendation",
     "Record",
     "Row",
     "TaskName",
     "TaskSettings",
+    "Wish",
+    "advise",
     "aggregate",
     "evaluate",
     "load_rows",

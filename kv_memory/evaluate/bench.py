@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -60,7 +62,7 @@ class Bench:
         self._backbone, self._task, self._layout, self._generate = backbone, task, layout, generate
         full = make_methods(["full"], backbone)[0]
         self._full, self._joined = Column(full, None), Column(full, None, joined=True)
-        self._made: dict[tuple[str, float | None, str], tuple[DistilledCache, float]] = {}
+        self._made: dict[tuple[str, float | None, str], _Made] = {}
         self._warm = False
         self._case: Case | None = None
         self._taught: list[TeacherAnswer] = []
@@ -73,7 +75,7 @@ class Bench:
         if self._case is not case:
             self._take(case)
         assert self._plain is not None
-        caches, elapsed_s = self._caches(case, column)
+        caches, elapsed_s, size_bytes = self._caches(case, column)
         questions = measure(
             self._backbone,
             caches,
@@ -97,6 +99,7 @@ class Bench:
             n_kept=sum(cache.n_kept for cache in caches),
             compress_s=elapsed_s,
             prefill_s=self._prefill_s,
+            size_bytes=size_bytes,
             cell=case.cell,
             group=case.group,
             questions=tuple(questions),
@@ -109,21 +112,21 @@ class Bench:
             self._warm = True
         self._case = case
         self._made = {key: made for key, made in self._made.items() if key[2] in case.passages}
-        (self._plain,), elapsed_s = self._caches(case, self._full)
+        (self._plain,), elapsed_s, _ = self._caches(case, self._full)
         self._prefill_s = elapsed_s or 0.0
         self._encoded = [encode_query(self._backbone, query) for query in case.queries]
         joined = self._caches(case, self._joined)[0] if case.passages else []
         self._taught = teach(self._backbone, self._plain, self._encoded, self._task, layout=self._layout, joined=joined)
 
-    def _caches(self, case: Case, column: Column) -> tuple[list[DistilledCache], float | None]:
-        """What a method makes of the documents, and how long that took, whether now or for an earlier case."""
+    def _caches(self, case: Case, column: Column) -> tuple[list[DistilledCache], float | None, int | None]:
+        """What a method makes of the documents, how long that took, now or for an earlier case, and bytes in a store."""
         compressor = column.method.compressor
         if compressor is None:
-            return [], None
+            return [], None, None
         if not column.method.ratios and not column.joined:
             ids = [token for text in case.documents for token in self._backbone.encode_document(text)]
             cache, elapsed_s = self._timed(partial(compressor.compress_ids, ids, keep_ratio=1.0))
-            return [cache], elapsed_s
+            return [cache], elapsed_s, None
         found = []
         for text in case.documents:
             key = (column.name, column.keep_ratio, text)
@@ -132,13 +135,15 @@ class Bench:
                 if case.passages:
                     self._made[key] = made
             found.append(made)
-        return [cache for cache, _ in found], sum(elapsed_s for _, elapsed_s in found)
+        size_bytes = sum(made.size_bytes for made in found) if column.method.ratios else None
+        return [made.cache for made in found], sum(made.elapsed_s for made in found), size_bytes
 
-    def _distil(self, compressor: Compressor, text: str, case: Case, column: Column) -> tuple[DistilledCache, float]:
+    def _distil(self, compressor: Compressor, text: str, case: Case, column: Column) -> _Made:
         unasked = [query.span for query in case.queries if query.span is not None]
         ratio = 1.0 if column.keep_ratio is None else column.keep_ratio
         cache, elapsed_s = self._timed(partial(compressor.compress, text, keep_ratio=ratio, unasked_spans=unasked))
-        return cache if column.storage == "auto" else _stored(cache, column.storage), elapsed_s
+        stored, size_bytes = _stored(cache, text, column.storage)
+        return _Made(stored, elapsed_s, size_bytes)
 
     def _timed(self, compress: Callable[[], DistilledCache]) -> tuple[DistilledCache, float]:
         self._wait()
@@ -153,9 +158,17 @@ class Bench:
             torch.cuda.synchronize(self._backbone.device)
 
 
-def _stored(cache: DistilledCache, storage: StorageName) -> DistilledCache:
-    """What is read of a cache after it was written."""
+class _Made(NamedTuple):
+    """One document's cache, the seconds it took, and the bytes it takes in a store."""
+
+    cache: DistilledCache
+    elapsed_s: float
+    size_bytes: int
+
+
+def _stored(cache: DistilledCache, text: str, storage: StorageName) -> tuple[DistilledCache, int]:
+    """What is read of a cache after it was written, and the bytes it takes in a store."""
     with tempfile.TemporaryDirectory(prefix="kv-memory-eval-") as folder:
         path = Path(folder) / "cache"
-        cache.save(path, storage=storage)
-        return DistilledCache.load(path, device=str(cache.keys.device))
+        replace(cache, text_sha256=hashlib.sha256(text.encode()).hexdigest()).save(path, storage=storage)
+        return DistilledCache.load(path, device=str(cache.keys.device)), path.stat().st_size

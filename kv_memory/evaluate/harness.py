@@ -97,7 +97,7 @@ def evaluate(
     the model with the full cache; of several documents, to one prefill of all texts.
 
     Args:
-        task: `squad`, `quality`, `squality`, `needle`, `spans`, `multidoc` or `ruler`.
+        task: `squad`, `quality`, `squality`, `needle`, `spans`, `multidoc`, `ruler` or `qa`.
         backbone: The model.
         methods: See `METHODS`; all that can be run if None.
         keep_ratios: In (0, 1]; `full` and `none` have none.

@@ -35,6 +35,7 @@ class Record:
         n_kept: Entries kept in every layer and head.
         compress_s: How long the method took for the document; None for `none`.
         prefill_s: How long a plain prefill of the same document took beside it.
+        size_bytes: Of its cache in a store; None for `full` and `none`, and in older files.
         cell: Length and depth of a needle; None for other tasks.
         group: What sets the case apart in tables, see `Case`.
         questions: Measures, one a question.
@@ -52,6 +53,7 @@ class Record:
     n_kept: int = 0
     compress_s: float | None = None
     prefill_s: float | None = None
+    size_bytes: int | None = None
     cell: tuple[int, float] | None = None
     group: Group = field(default_factory=dict)
     questions: tuple[Measured, ...]

@@ -35,7 +35,7 @@ class TaskSettings:
         n_documents: At most so many; of multidoc passages with questions, of ruler documents for each kind and length;
             needle makes its own number of them.
         min_tokens: Shorter documents are left out; by default none, and for spans those under 128.
-        max_tokens: Longer ones are left out, of QuALITY and SQuALITY cut; by default what the window holds.
+        max_tokens: Longer ones are left out, of QuALITY, SQuALITY and qa cut; by default what the window holds.
         seed: Draws needles, spans, distractors and ruler's documents. Others are chosen by the hash of their ids.
         data: The folder of the sets; else the environment's, see `read_examples`.
         corpus: spans: names of sets, or paths.
@@ -49,6 +49,8 @@ class TaskSettings:
             all k if None.
         distractors: multidoc: the others are passages of `other` articles, or of the `same` one.
         kinds: ruler: its tasks; all if None.
+        questions: qa: a file of JSON lines, see `read_questions`.
+        documents: qa: the folder of the documents that its lines name.
     """
 
     n_documents: int = 60
@@ -66,6 +68,8 @@ class TaskSettings:
     n_places: int | None = None
     distractors: Distractors = "other"
     kinds: tuple[RulerKind, ...] | None = None
+    questions: Path | None = None
+    documents: Path | None = None
 
     def __post_init__(self) -> None:
         low, high = self.min_tokens or 1, self.max_tokens

@@ -134,3 +134,22 @@ def test_shares(text: str, value: float) -> None:
 def test_no_shares(text: str) -> None:
     with pytest.raises(ConfigError):
         ratio_of(text)
+
+
+def test_own_questions(kv: Kv, tiny: Path, options: list[str], tmp_path: Path) -> None:
+    write(tmp_path / "docs/ferry.txt", "The ferry leaves from pier 4.")
+    own = {"document": "ferry.txt", "question": "Which pier?", "answer": ["pier 4", "4"]}
+    write(tmp_path / "own.jsonl", json.dumps(own) + "\n")
+    run = ["eval", "qa", "own.jsonl", "--documents", "docs", *options, "--json"]
+    rows = [json.loads(line) for line in kv(*run).out.splitlines()]
+    assert [(row["task"], row["n"], row["f1"] is None) for row in rows] == [("qa", 1, False)] * 3
+    write(tmp_path / "own.jsonl", json.dumps({**own, "answer": None}) + "\n")
+    done = kv(*run)
+    assert done.code == 1 and done.json["error"]["error"] == "BrokenLineError"
+    assert (done.json["error"]["what"], done.json["error"]["where"]) == ("no answer", "own.jsonl, line 1")
+    for wrong, said in (
+        (["qa"], "qa needs a file of questions"),
+        (["squad", "own.jsonl"], "a file of questions is for"),
+    ):
+        done = kv("eval", *wrong, "--model", "nowhere")  # said before any model is loaded
+        assert done.code == 2 and said in done.err

@@ -8,13 +8,14 @@ from kv_memory.config import check_choice
 from kv_memory.evaluate.task import Task
 from kv_memory.evaluate.tasks.multidoc import multidoc_cases
 from kv_memory.evaluate.tasks.needle import needle_cases
+from kv_memory.evaluate.tasks.qa import qa_cases
 from kv_memory.evaluate.tasks.reading import quality_cases, squad_cases, squality_cases
 from kv_memory.evaluate.tasks.ruler import ruler_cases
 from kv_memory.evaluate.tasks.spans import spans_cases
 
 __all__ = ["TASKS", "TaskName", "find_task"]
 
-TaskName = Literal["squad", "quality", "squality", "needle", "spans", "multidoc", "ruler"]
+TaskName = Literal["squad", "quality", "squality", "needle", "spans", "multidoc", "ruler", "qa"]
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -44,6 +45,7 @@ TASKS: dict[str, Task] = {
             by=("length", "kind"),
             drawn=True,
         ),
+        Task(name="qa", cases=qa_cases, score="f1", text_metrics=("f1", "em", "contains")),
     )
 }
 

@@ -1,0 +1,167 @@
+"""`kv-memory advise`: which keep_ratio suits one's own documents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from kv_memory.cli.eval import ratio_of
+from kv_memory.cli.eval_progress import EvalTracker
+from kv_memory.cli.options import PassageTokensOption, passage_tokens_of
+from kv_memory.cli.output import Output, plain, reporting, size_text
+from kv_memory.settings import given_settings, resolve_settings
+
+if TYPE_CHECKING:
+    from kv_memory.config import SelectorName, StorageName
+    from kv_memory.evaluate import Advice, AdviceRow, Wish
+    from kv_memory.prompts import PromptName
+
+__all__ = ["advise_on"]
+
+_SHOWN = 3
+
+
+def advise_on(
+    paths: Annotated[list[Path], typer.Argument(metavar="FOLDER", help="Folders and files with your documents.")],
+    keep_ratio: Annotated[
+        list[str] | None,
+        typer.Option("--keep-ratio", metavar="SHARE", help="0.25 or 1/4; repeatable.  [default: 1/2, 1/4, 1/8, 1/16]"),
+    ] = None,
+    max_kl: Annotated[
+        float, typer.Option("--max-kl", metavar="KL", help="Wish: at most this far from the full cache, in nats.")
+    ] = 0.1,
+    min_same: Annotated[
+        float, typer.Option("--min-same", metavar="SHARE", help="Wish: at least this share of answers stays the same.")
+    ] = 0.8,
+    n_passages: Annotated[
+        int, typer.Option("--n-passages", metavar="N", help="Passages to draw; up to 4 questions about each.")
+    ] = 8,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="NAME", help="A built-in model, a folder or a hub id.  [default: embedded]"),
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option("--adapter", metavar="FOLDER", help="A trained adapter of that model, or 'none'; as for add."),
+    ] = None,
+    selector: Annotated[
+        str | None, typer.Option("--selector", metavar="NAME", help="Choose tokens without an adapter; as for add.")
+    ] = None,
+    passage_tokens: PassageTokensOption = "auto",
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="NAME", help="Prompt form: auto, chat or passage.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option("--storage", metavar="NAME", help="How caches would be stored; as for add.")
+    ] = None,
+    encoding: Annotated[
+        str, typer.Option("--encoding", metavar="NAME", help="Of text files without a byte order mark.")
+    ] = "utf-8",
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of what is drawn and asked.")] = 0,
+    time_limit: Annotated[
+        float | None, typer.Option("--time-limit", metavar="SECONDS", help="Stop after so long, with what is measured.")
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON object a line: one for each keep_ratio, last the recommendation."),
+    ] = False,
+) -> None:
+    """Measure on a sample of your documents how much can be left out, and recommend one setting.
+
+    Nothing is stored. The model asks itself questions about passages drawn from the documents, and answers them from
+    the full cache and from compressed ones. KL is the distance to the full cache on its own answers, in nats a token;
+    same is the share of answers that stay the same, where an empty one never does; prefills is what compression takes,
+    in plain prefills of the passage. Recommended is the smallest keep_ratio measured with a KL of at most --max-kl and
+    at least --min-same of the answers the same.
+    """
+    with reporting(as_json=as_json) as out:
+        out.stopped = "Nothing was stored; --time-limit ends it with what is measured by then."
+        given = given_settings(
+            model=model,
+            adapter=adapter,
+            keep_ratio=None,
+            selector=cast("SelectorName | None", selector),
+            passage_tokens=passage_tokens_of(passage_tokens),
+            prompt=cast("PromptName | None", prompt),
+            layout=None,
+            storage=cast("StorageName | None", storage),
+        )
+        settings = resolve_settings(given, {})
+        ratios = [ratio_of(text) for text in keep_ratio or ()]
+        with out.working("Starting"):
+            from kv_memory.assembly import load_backbone
+            from kv_memory.documents import read_documents
+            from kv_memory.documents.decoding import check_encoding
+            from kv_memory.evaluate import DEFAULT_KEEP_RATIOS, Wish, advise
+
+        # Before the model is loaded: what is misspelt should be said at once.
+        wish = Wish(max_kl=max_kl, min_same=min_same)
+        check_encoding(encoding)
+        for path in paths:
+            if not path.exists():
+                read_documents(path)
+        with out.working(f"Loading the model ({settings.model})"):
+            backbone = load_backbone(settings, dtype="auto", device="auto", prompt_form=None)
+        with EvalTracker(out) as tracker:
+            advice = advise(
+                paths,
+                settings=settings,
+                backbone=backbone,
+                keep_ratios=ratios or DEFAULT_KEEP_RATIOS,
+                wish=wish,
+                n_passages=n_passages,
+                seed=seed,
+                encoding=encoding,
+                time_limit_s=time_limit,
+                on_progress=tracker,
+            )
+        _print(out, advice, wish)
+
+
+def _print(out: Output, advice: Advice, wish: Wish) -> None:
+    for error in advice.errors[:_SHOWN]:
+        out.note(f"Left out: {error.what} [{error.where}]", style="yellow")
+    if len(advice.errors) > _SHOWN:
+        out.note(f"Left out: {len(advice.errors) - _SHOWN} more.", style="yellow")
+    if advice.n_too_long:
+        out.note(f"{advice.n_too_long} passages are too long for the model's window with a question, and left out.")
+    if advice.n_unanswered:
+        out.note(f"{advice.n_unanswered} questions have no answer from the full cache either, and are left out.")
+    if not advice.complete:
+        out.note("Stopped by the time limit.")
+    from kv_memory.evaluate.report import kept_text
+
+    found, rows = advice.recommendation, advice.rows
+    if out.as_json:
+        for row in rows:
+            print(json.dumps({**plain(row), "factor": row.factor}))
+        counts = {name: getattr(advice, name) for name in ("n_documents", "n_unanswered", "n_too_long", "complete")}
+        print(json.dumps({"recommended": found.keep_ratio, **plain(found), **plain(wish), **counts}))
+        return
+    if rows:
+        out.line(
+            f"{rows[0].n_questions} questions about {rows[0].n_passages} passages of {advice.n_documents} documents, "
+            f"{rows[0].method}; a passage's full cache takes {size_text(round(rows[0].full_bytes))}"
+        )
+        header = ["kept", "bytes/passage", "smaller", "KL", "same", "s/passage", "prefills"]
+        out.table(header, [_cells(row) for row in rows], right=header[1:])
+    out.line(f"Recommended: --keep-ratio {kept_text(found.keep_ratio)}: {found.reason}.")
+    out.line(f"  {found.command}")
+
+
+def _cells(row: AdviceRow) -> list[str]:
+    from kv_memory.evaluate.report import kept_text
+
+    interval = "" if row.kl_ci is None else f" [{row.kl_ci[0]:.3f}, {row.kl_ci[1]:.3f}]"
+    return [
+        kept_text(row.keep_ratio),
+        size_text(round(row.size_bytes)),
+        f"{row.factor:.1f}x",
+        f"{row.kl:.3f}{interval}",
+        f"{row.same:.0%}",
+        f"{row.seconds:.1f}",
+        f"{row.prefills:.1f}",
+    ]

@@ -1,0 +1,184 @@
+"""Advise: what each keep_ratio would keep of a user's own documents, and which one to use.
+
+Passages are drawn from the documents, cut as `add` would cut them. The model asks itself questions about each (the
+probes of refinement) and answers them from the full cache and from the compressed ones, written and read as a store
+would. So nothing but the documents is needed. Refinement itself is left out: it practises such questions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from kv_memory.assembly import load_backbone
+from kv_memory.backbone import Backbone
+from kv_memory.config import check_keep_ratio
+from kv_memory.documents import Document, DocumentLike, read_documents, split_passages
+from kv_memory.errors import ConfigError, DatasetError, DocumentError, EmptyDocumentError
+from kv_memory.evaluate.harness import DEFAULT_KEEP_RATIOS, EvalProgress
+from kv_memory.evaluate.recommend import AdviceRow, Recommendation, Wish, recommend
+from kv_memory.evaluate.self_asked import ROOM_TOKENS, SelfAsked
+from kv_memory.settings import MemorySettings, resolve_settings
+
+__all__ = ["Advice", "advise"]
+
+_TRIES = 3  # passages drawn for one that is wanted: about some the model asks nothing that it can answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """What was measured, and what to do.
+
+    Attributes:
+        rows: By falling keep_ratio; empty where no question could be asked.
+        recommendation: One setting.
+        settings: What was measured with.
+        n_documents: Read.
+        n_unanswered: Questions left out because the full cache has no answer to them.
+        n_too_long: Passages drawn that are too long for the model's window with a question.
+        errors: Of documents left out.
+        complete: False if the time limit ended it early.
+    """
+
+    rows: tuple[AdviceRow, ...]
+    recommendation: Recommendation
+    settings: MemorySettings
+    n_documents: int
+    n_unanswered: int
+    n_too_long: int
+    errors: tuple[DocumentError, ...]
+    complete: bool
+
+
+def advise(
+    source: DocumentLike | Iterable[DocumentLike],
+    *,
+    settings: MemorySettings | None = None,
+    backbone: Backbone | None = None,
+    keep_ratios: Sequence[float] = DEFAULT_KEEP_RATIOS,
+    wish: Wish | None = None,
+    n_passages: int = 8,
+    seed: int = 0,
+    encoding: str = "utf-8",
+    time_limit_s: float | None = None,
+    on_progress: Callable[[EvalProgress], None] | None = None,
+) -> Advice:
+    """Measure keep_ratios on a sample of documents, and recommend one.
+
+    Args:
+        source: Texts, files and folders, as for `KVMemory.add`; what cannot be read is left out.
+        settings: How documents would be compressed, e.g. those of a `KVMemory`; those of a new store if None.
+        backbone: The model, where it is loaded already.
+        keep_ratios: In (0, 1].
+        wish: What the recommended one should meet.
+        n_passages: How many to draw. Up to 4 questions are asked about each.
+        seed: Of what is drawn and asked. The same documents and seed give the same passages and questions.
+        encoding: Of text files without a byte order mark.
+        time_limit_s: Stop once so many seconds have passed; passages that are not finished do not count.
+        on_progress: Called before each passage and keep_ratio.
+
+    Raises:
+        ConfigError: A setting is out of range.
+        DocumentError: Nothing could be read.
+        DatasetError: There is not one passage that fits the model's window.
+        ModelError, AdapterError: As `KVMemory.open`.
+    """
+    start_s = time.monotonic()
+    ratios = _checked(keep_ratios, n_passages, time_limit_s)
+    source = list(source) if isinstance(source, Iterator) else source
+    read = read_documents(source, encoding=encoding, on_error="skip")
+    if not read.documents:
+        raise read.errors[0] if read.errors else EmptyDocumentError("no documents", where="source")
+    settings = settings or resolve_settings({} if backbone is None else {"model": backbone.name}, {})
+    settings = dataclasses.replace(settings, refine_steps=0, min_fidelity=None)
+    backbone = backbone or load_backbone(settings, dtype="auto", device="auto", prompt_form=None)
+    sample = SelfAsked(backbone, settings, ratios, seed)
+    room = backbone.context_window - len(backbone.prefix_ids) - ROOM_TOKENS
+    drawn = list(itertools.islice(_draw(backbone, read.documents, settings.passage_tokens, seed), _TRIES * n_passages))
+    fitting = [(document, text) for document, text in drawn if len(backbone.encode_document(text)) <= room]
+    if not fitting:
+        raise DatasetError(
+            f"no passage leaves room for a question in a window of {backbone.context_window:,} tokens",
+            where=read.documents[0].id,
+            next_step="Cut documents into shorter passages (--passage-tokens), or use a model with a longer window.",
+        )
+    n_columns, complete = len(sample.columns), True
+    for document, text in fitting:
+
+        def go_on(index: int, document_id: str = document.id) -> bool:
+            if time_limit_s is not None and time.monotonic() - start_s > time_limit_s:
+                return False
+            if on_progress is not None:
+                column, n_done = sample.columns[index], sample.n_passages * n_columns + index
+                progress = EvalProgress(
+                    n_done=n_done,
+                    n_measured=n_done,
+                    n_total=min(n_passages, len(fitting)) * n_columns,
+                    document_id=document_id,
+                    method=column.name,
+                    keep_ratio=column.keep_ratio,
+                )
+                on_progress(progress)
+            return True
+
+        complete = sample.n_passages == n_passages or sample.measure(text, go_on)
+        if not complete:
+            break
+    rows = sample.rows()
+    items = [source] if isinstance(source, str | os.PathLike | Document) else source
+    what = [os.fspath(item) for item in items if isinstance(item, os.PathLike)] or ["PATH"]
+    what += ["--encoding", encoding] if encoding != "utf-8" else []
+    what += ["--skip-errors"] if read.errors else []
+    return Advice(
+        rows=rows,
+        recommendation=recommend(rows, wish=wish or Wish(), settings=settings, what=what),
+        settings=settings,
+        n_documents=len(read.documents),
+        n_unanswered=sample.n_unanswered,
+        n_too_long=len(drawn) - len(fitting),
+        errors=read.errors,
+        complete=complete,
+    )
+
+
+def _checked(keep_ratios: Sequence[float], n_passages: int, time_limit_s: float | None) -> list[float]:
+    """The ratios, falling, each once."""
+    if n_passages < 1:
+        raise ConfigError(f"n_passages must be at least 1, got {n_passages}", where="n_passages")
+    if time_limit_s is not None and time_limit_s <= 0:
+        raise ConfigError(f"the time limit must be above 0, got {time_limit_s}", where="time_limit_s")
+    if not keep_ratios:
+        raise ConfigError("no keep_ratio is given", where="keep_ratio", next_step="Pass for example --keep-ratio 1/4.")
+    return sorted({check_keep_ratio(ratio) for ratio in keep_ratios}, reverse=True)
+
+
+def _draw(
+    backbone: Backbone, documents: Sequence[Document], passage_tokens: int | None, seed: int
+) -> Iterator[tuple[Document, str]]:
+    """Passages, each text once: one of each document in turn, the longer ones rather first.
+
+    Only documents that are reached are cut, so that a large folder takes no longer than a small one.
+    """
+    draws = [random.Random(f"{seed}:{document.content_sha256}") for document in documents]
+    # The smallest of exponential variables, whose rates are the lengths, is each with a probability by its length.
+    first = [-math.log(1 - draw.random()) / len(document.text) for draw, document in zip(draws, documents, strict=True)]
+    left: dict[int, list[str]] = {}
+    seen: set[str] = set()
+    order = sorted(range(len(documents)), key=first.__getitem__)
+    while order:
+        for index in list(order):
+            if index not in left:
+                text = documents[index].text
+                left[index] = split_passages(text, max_tokens=passage_tokens, count_tokens=backbone.count_tokens)
+                draws[index].shuffle(left[index])
+            if not left[index]:
+                order.remove(index)
+            elif (passage := left[index].pop()) not in seen:
+                seen.add(passage)
+                yield documents[index], passage

@@ -1,0 +1,128 @@
+"""qa: the user's own questions, with their documents beside them in the file or in a folder."""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kv_memory.backbone import Backbone
+from kv_memory.datasets import Example, Question
+from kv_memory.datasets.example import content_id
+from kv_memory.datasets.faults import Faults
+from kv_memory.datasets.files import bare_name, json_lines
+from kv_memory.datasets.records import text_of, texts_of
+from kv_memory.documents import read_file
+from kv_memory.errors import BrokenLineError, ConfigError, DatasetError, DocumentError
+from kv_memory.evaluate.cases import Case, Query, choose, in_hash_order
+from kv_memory.evaluate.task import TaskSettings
+
+__all__ = ["qa_cases", "read_questions"]
+
+_LOG = logging.getLogger(__name__)
+_FORM = (
+    "A line is an object with context, question and answer; or with document, question and answer, where document is a "
+    "path in the folder that --documents names. An answer is a text, or a list of those that are right."
+)
+
+
+def qa_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
+    """Documents of a file of questions, each with all that is asked about it.
+
+    Those longer than `max_tokens`, or than the window holds, are cut there, for every method alike. What is cut or left
+    out is logged as a warning.
+
+    Raises:
+        ConfigError: No file is named; or the window is too small.
+        DatasetError: As `read_questions`; or no document has a fitting length.
+    """
+    examples = read_questions(settings)
+    low, high = settings.token_range(backbone)
+    chosen = choose(
+        in_hash_order(examples),
+        backbone,
+        n_documents=settings.n_documents,
+        min_tokens=low,
+        max_tokens=high,
+        cut_long=True,
+        what=str(settings.questions),
+    )
+    if len(chosen) < len(examples):
+        _LOG.warning(
+            "%d of %d documents are left out: taken are %d (--n-documents), of %d tokens or more (--min-tokens)",
+            *(len(examples) - len(chosen), len(examples), settings.n_documents, low),
+        )
+    whole = {example.context for example in examples}
+    if n_cut := sum(example.context not in whole for example in chosen):
+        _LOG.warning(
+            "%d of %d documents are cut at %d tokens (--max-tokens): no method, full included, sees what stands behind",
+            *(n_cut, len(chosen), high),
+        )
+    return [
+        Case(
+            id=example.id,
+            text=example.context,
+            queries=tuple(Query(text=q.text, references=q.answers) for q in example.questions),
+        )
+        for example in chosen
+    ]
+
+
+def read_questions(settings: TaskSettings) -> list[Example]:
+    """The documents of `settings.questions`, each with its questions, wherever in the file they stand.
+
+    A line is `{context, question, answer}`, or `{document, question, answer}` where `document` is the path of a file in
+    `settings.documents`; `answer` is a text, or a list of those that are right.
+
+    Raises:
+        ConfigError: No file is named.
+        DatasetError: The file cannot be read, or holds no question.
+        BrokenLineError: A line is broken, or its document cannot be read; names file and line.
+    """
+    if settings.questions is None:
+        raise ConfigError(
+            "qa needs a file of questions", where="questions", next_step="Name one: kv-memory eval qa FILE.jsonl"
+        )
+    source, faults = bare_name(settings.questions), Faults(on_error="raise")
+    contexts: dict[str, str] = {}
+    asked: dict[str, list[Question]] = {}
+    try:
+        for where, record in json_lines(settings.questions, faults):
+            with faults.at(where):
+                name, context = _document(record, source, settings.documents, contexts)
+                answers = texts_of(record.get("answer", record.get("answers")), "answer")
+                question = Question(text=text_of(record, "question"), answers=answers)
+                contexts[name] = context
+                asked.setdefault(name, []).append(question)
+    except BrokenLineError as error:
+        raise BrokenLineError(error.what, where=error.where, next_step=_FORM) from error
+    if not asked:
+        raise DatasetError("no question in it", where=str(settings.questions), next_step=_FORM)
+    return [
+        Example(id=name, context=contexts[name], questions=tuple(questions), source=source)
+        for name, questions in asked.items()
+    ]
+
+
+def _document(record: Any, source: str, folder: Path | None, known: Mapping[str, str]) -> tuple[str, str]:
+    """Id and text of the document that a line is about."""
+    if "document" not in record:
+        if "context" not in record:
+            raise DatasetError("no context and no document")
+        context = text_of(record, "context")
+        return content_id(source, context), context
+    if "context" in record:
+        raise DatasetError("both a context and a document")
+    name = posixpath.normpath(text_of(record, "document"))
+    if name in known:
+        return name, known[name]
+    if folder is None:
+        raise DatasetError(f"document {name!r} lies in no folder: none is named")
+    if posixpath.isabs(name) or name.split("/")[0] == "..":
+        raise DatasetError(f"document {name!r} does not lie in {folder}")
+    try:
+        return name, read_file(folder / name).text.strip()
+    except DocumentError as error:
+        raise DatasetError(f"document {name!r}: {error.what}") from error
