@@ -23,6 +23,7 @@ _TENSORS = {
     "errors",
     "config",
     "fingerprint",
+    "keep",
     "quantize",
     "cache",
     "rope",
@@ -31,7 +32,7 @@ _TENSORS = {
     "prefix",
     "prompts",
 }
-_STORE = {"tracing", "errors", "config", "fingerprint", "cache", "terms"}
+_STORE = {"tracing", "errors", "config", "fingerprint", "cache", "keep", "terms"}
 _BELOW_MEMORY = {
     *_TENSORS,
     "tracing",
@@ -61,6 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tracing": set(),
     "config": {"errors"},
     "fingerprint": {"errors"},
+    "keep": {"errors", "config", "fingerprint"},
     "terms": {"errors"},
     "quantize": {"errors"},
     "cache": {"errors", "config", "fingerprint", "quantize"},
@@ -82,7 +84,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "datasets": {"errors", "config", "documents", "words"},
     "words": {"errors", "config"},
     "retrieve": {"errors", "config", "words", "terms"},
-    "settings": {"errors", "config", "embedded", "prompts"},
+    "settings": {"errors", "config", "embedded", "keep", "prompts"},
     "assembly": {*_TENSORS, "embedded", "backbone", "compress", "settings", "store"},
     "reader": {*_TENSORS, *_STORE, "compress", "generate", "store"},
     "finder": {*_STORE, "retrieve", "store"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from kv_memory.compress.selectors import Reconstruction, Selector, make_selector
 from kv_memory.config import SelectorName, check_keep_ratio, n_kept_for
 from kv_memory.errors import ConfigError, EmptyDocumentError
 from kv_memory.fingerprint import Fingerprint
+from kv_memory.keep import Keep, windows_of
 from kv_memory.positioned import PositionedCache
 
 __all__ = ["Compressor", "Span"]
@@ -138,6 +138,28 @@ class Compressor:
         )
         return self.compress_ids(ids, keep_ratio=keep_ratio, keep_spans=kept, unasked_spans=unasked)
 
+    def ratio_for(self, text: str, keep: float | Keep, *, keep_spans: Sequence[Span] = ()) -> float:
+        """The keep_ratio at which `compress` keeps a text within a budget.
+
+        Args:
+            text: The document.
+            keep: A budget; a keep_ratio is returned as it is.
+            keep_spans: As in `compress`; what they hold counts too.
+
+        Raises:
+            BudgetError: The budget is too small for this text; names the smallest that works.
+            EmptyDocumentError: The text is blank.
+            ConfigError: A span is out of range.
+        """
+        if not isinstance(keep, Keep):
+            return check_keep_ratio(keep)
+        ids, offsets, n_before = self._encode(text)
+        held = {
+            i + n_before for span in _token_spans(offsets, keep_spans, len(text), "keep_spans") for i in range(*span)
+        }
+        n_held = [len(held & set(range(*window))) for window in windows_of(len(ids), self.window_tokens)]
+        return keep.ratio_for(len(ids), self.fingerprint(), n_held=n_held)
+
     def _encode(self, text: str) -> tuple[list[int], list[Span], int]:
         """Token ids with the prompt form's own around them; the text's offsets; how many tokens stand before it."""
         if not text.strip():
@@ -232,7 +254,7 @@ class Compressor:
             if not 0 <= start < end <= len(ids):
                 raise ConfigError(f"span ({start}, {end}) does not lie within {len(ids)} tokens", where="keep_spans")
             forced[start:end] = True
-        windows = _windows(len(ids), self.window_tokens)
+        windows = windows_of(len(ids), self.window_tokens)
         parts = [
             self._compress_window(tokens[:, start:end], keep_ratio, forced[start:end], offset=start)
             for start, end in windows
@@ -400,13 +422,6 @@ def _by_head(part: _Kept) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor
         keys, values = part.keys.flatten(0, 2), part.values.flatten(0, 2)
         positions = part.positions.expand(part.keys.shape[:3]).flatten()
     return list(zip(keys.split(sizes), values.split(sizes), positions.split(sizes), strict=True))
-
-
-def _windows(n_tokens: int, window: int) -> list[Span]:
-    """Cut `n_tokens` into the fewest windows, of nearly equal length: a short last one would lack context."""
-    n_windows = -(-n_tokens // window)
-    edges = [round(i * n_tokens / n_windows) for i in range(n_windows + 1)]
-    return list(pairwise(edges))
 
 
 def _token_spans(offsets: Sequence[Span], spans: Sequence[Span], n_chars: int, where: str) -> list[Span]:
