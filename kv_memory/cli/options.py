@@ -10,6 +10,7 @@ import typer
 from kv_memory.cli.sizes import ratio_of, size_of
 from kv_memory.config import DecodeSettings
 from kv_memory.errors import ConfigError
+from kv_memory.keep import given_keep
 
 __all__ = [
     "DEFAULT_COLLECTION",
@@ -219,13 +220,15 @@ def kept_of(keep_ratio: str | None, keep_tokens: int | None, max_bytes: str | No
     """What `--keep-ratio`, `--keep-tokens` and `--max-bytes` mean.
 
     Raises:
-        ConfigError: One is not understood.
+        ConfigError: One is not understood, or several are given.
     """
-    return {
+    kept: Kept = {
         "keep_ratio": None if keep_ratio is None else ratio_of(keep_ratio),
         "keep_tokens": keep_tokens,
         "max_bytes": None if max_bytes is None else size_of(max_bytes, where="--max-bytes"),
     }
+    given_keep(**kept)  # refuses what it refuses, before a model is loaded
+    return kept
 
 
 def decode_settings_of(
