@@ -271,9 +271,9 @@ class Intake:
         self._written = self._writer.submit(self._write, made, report, held)
 
     def _read(self, texts: list[str], ratios: list[float]) -> list[DistilledCache]:
-        if len(texts) > 1 and len(set(ratios)) == 1:
-            return self._compressor.compress_many(texts, keep_ratio=ratios[0])
-        return [self._compressor.compress(text, keep_ratio=ratio) for text, ratio in zip(texts, ratios, strict=True)]
+        if len(texts) == 1:
+            return [self._compressor.compress(texts[0], keep_ratio=ratios[0])]
+        return self._compressor.compress_many(texts, keep_ratio=ratios)
 
     def _write(self, made: list[tuple[str, DistilledCache]], report: AddReport, held: ExitStack) -> None:
         with held:

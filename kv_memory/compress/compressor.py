@@ -170,7 +170,7 @@ class Compressor:
         return [*before, *ids, *after], list(offsets), len(before)
 
     @torch.no_grad()
-    def compress_many(self, texts: Sequence[str], *, keep_ratio: float) -> list[DistilledCache]:
+    def compress_many(self, texts: Sequence[str], *, keep_ratio: float | Sequence[float]) -> list[DistilledCache]:
         """Distil several documents, as one batch where that can be done: for GPUs, which one passage does not fill.
 
         Batched are documents of one window that an adapter alone reads, without refinement, with the same rotary
@@ -179,30 +179,35 @@ class Compressor:
 
         Args:
             texts: The documents, as in `compress`. Where memory does not hold them together, in halves.
-            keep_ratio: As in `compress`.
+            keep_ratio: As in `compress`, for all of them or one for each.
 
         Raises:
             EmptyDocumentError: A text is blank.
             ConfigError: keep_ratio is out of range.
         """
-        keep_ratio = check_keep_ratio(keep_ratio)
+        given = keep_ratio if isinstance(keep_ratio, Sequence) else [keep_ratio] * len(texts)
+        ratios = [check_keep_ratio(ratio) for ratio in given]
         rows = [self._encode(text)[0] for text in texts]
         made: dict[int, DistilledCache] = {}
         if self.adapter is not None and self.refine is None and self._together is None:
             n_prefix, groups = len(self.backbone.prefix_ids), dict[object, list[int]]()
-            for i, ids in enumerate(rows):
-                if n_kept_for(len(ids), keep_ratio) < len(ids) <= self.window_tokens:
+            for i, (ids, ratio) in enumerate(zip(rows, ratios, strict=True)):
+                if n_kept_for(len(ids), ratio) < len(ids) <= self.window_tokens:
                     groups.setdefault(self.backbone.rope.regime(n_prefix + len(ids)), []).append(i)
             for fit in groups.values():
                 if len(fit) > 1:
-                    made |= zip(fit, self._compress_batch([rows[i] for i in fit], keep_ratio), strict=True)
-        return [made[i] if i in made else self.compress_ids(ids, keep_ratio=keep_ratio) for i, ids in enumerate(rows)]
+                    batch = self._compress_batch([rows[i] for i in fit], [ratios[i] for i in fit])
+                    made |= zip(fit, batch, strict=True)
+        return [
+            made[i] if i in made else self.compress_ids(ids, keep_ratio=ratio)
+            for i, (ids, ratio) in enumerate(zip(rows, ratios, strict=True))
+        ]
 
-    def _compress_batch(self, rows: list[list[int]], keep_ratio: float) -> list[DistilledCache]:
+    def _compress_batch(self, rows: list[list[int]], ratios: list[float]) -> list[DistilledCache]:
         assert self.adapter is not None
         device = self.backbone.device
         lengths = torch.tensor([len(ids) for ids in rows])
-        n_kept = torch.tensor([n_kept_for(len(ids), keep_ratio) for ids in rows])
+        n_kept = torch.tensor([n_kept_for(len(ids), ratio) for ids, ratio in zip(rows, ratios, strict=True)])
         padded = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
         for row, ids in zip(padded, rows, strict=True):
             row[: len(ids)] = torch.tensor(ids)
@@ -220,7 +225,8 @@ class Compressor:
             kept = []
         if not kept:  # outside of the handler: its traceback holds what is to be freed
             half = len(rows) // 2
-            return [made for part in (rows[:half], rows[half:]) for made in self._compress_batch(part, keep_ratio)]
+            halves = (rows[:half], ratios[:half]), (rows[half:], ratios[half:])
+            return [made for part in halves for made in self._compress_batch(*part)]
         fingerprint = self.fingerprint()
         return [
             DistilledCache(
@@ -229,10 +235,10 @@ class Compressor:
                 positions=part.positions,
                 counts=part.counts,
                 n_tokens=len(ids),
-                keep_ratio=keep_ratio,
+                keep_ratio=ratio,
                 fingerprint=fingerprint,
             )
-            for part, ids in zip(kept, rows, strict=True)
+            for part, ids, ratio in zip(kept, rows, ratios, strict=True)
         ]
 
     @torch.no_grad()
