@@ -40,7 +40,7 @@ import safetensors.torch
 import torch
 
 from kv_memory.cache import DistilledCache
-from kv_memory.fingerprint import FORMAT_VERSION, Fingerprint
+from kv_memory.fingerprint import FORMATS, Fingerprint
 from kv_memory.store import Store
 
 HEADS = (30, 3)
@@ -72,7 +72,7 @@ def fingerprint(head_dim: int) -> Fingerprint:
     """One like the embedded model's."""
     digest = "0" * 64
     return Fingerprint(
-        format_version=FORMAT_VERSION,
+        format_version=FORMATS[0],
         architecture="llama",
         weights=digest,
         tokenizer=digest,

@@ -83,8 +83,6 @@ class ForwardContext:
         cache: Gives keys their positions; None where the tokens are alone in their sequence.
         observer: Sees every layer's queries and keys.
         routing: Decides which tokens go through the adapter; None for none.
-        bias: `(num_layers, batch, num_kv_heads, n)`, added to the attention logits towards the first `n` entries of
-            the cache: the path on which a gradient reaches the scorer.
         outputs: Where every layer's attention output, before W_O, is put: `(batch, new, num_heads, head_dim)` each;
             None for nowhere. Layers that gradient checkpointing runs again put theirs behind the others.
     """
@@ -92,7 +90,6 @@ class ForwardContext:
     cache: PositionedCache | None = None
     observer: AttentionObserver | None = None
     routing: Routing | None = None
-    bias: torch.Tensor | None = None
     outputs: list[torch.Tensor] | None = None
     masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict, repr=False)
 
@@ -160,8 +157,9 @@ def _attend(
         return _attend_by_head(module, query, key, value, context, scaling, softcap, window, position_ids)
     # Perhaps: of caches, batches are, and those whose heads hold different numbers of entries.
     padded = cache is not None and (cache.n_rows > 1 or cache.padded)
+    biased = cache is not None and cache.bias is not None
     past = length - new
-    if softcap is None and window is None and not padded and context.bias is None and past <= new and new > 1:
+    if softcap is None and window is None and not padded and not biased and past <= new and new > 1:
         # SDPA skips the upper triangle only from the first key on. Queries of nothing in front of ours, thrown away
         # afterwards, are cheaper than a mask: a long document behind a short prefix takes two thirds of the time.
         query = nn.functional.pad(query, (0, 0, past, 0))
@@ -169,8 +167,8 @@ def _attend(
         return out[:, past:]
 
     mask = _mask(context, layer, position_ids, new, length, window)
-    if context.bias is not None:
-        mask = _biased(mask, context.bias[layer], length, dtype=query.dtype)
+    if cache is not None and cache.bias is not None:
+        mask = _biased(mask, cache.bias[layer], length, dtype=query.dtype)
     return _attend_masked(module, query, key, value, mask, scaling=scaling, softcap=softcap)
 
 
@@ -200,6 +198,8 @@ def _attend_by_head(
         if mask is not None:
             part = mask[:, head % mask.shape[1], None, :, start - length :]
         own = slice(head, head + 1)
+        if context.cache.bias is not None:
+            part = _biased(part, context.cache.bias[layer][:, own, start:], length - start, dtype=query.dtype)
         queries = query[:, head * group : (head + 1) * group]
         k, v = key[:, own, start:], value[:, own, start:]
         outs.append(_attend_masked(module, queries, k, v, part, scaling=scaling, softcap=softcap))
@@ -280,8 +280,16 @@ def attention_probabilities(
 
 
 def _biased(mask: torch.Tensor | None, bias: torch.Tensor, length: int, *, dtype: torch.dtype) -> torch.Tensor:
-    """A mask as what is added to the logits, and on the first entries of the cache the bias."""
-    added = nn.functional.pad(bias.to(dtype), (0, length - bias.shape[-1]))[:, :, None]
+    """A mask as what is added to the logits, and on the first entries of the cache the bias.
+
+    Args:
+        mask: True where a query sees a key; None where every query sees all.
+        bias: `(batch or 1, num_kv_heads, n)`; keys beyond the first `n` have none.
+        length: The number of keys.
+        dtype: The queries' dtype.
+    """
+    bias = bias[..., :length].to(dtype)  # there may be room for more
+    added = nn.functional.pad(bias, (0, length - bias.shape[-1]))[:, :, None]
     if mask is None:
         return added
     return added.masked_fill(~mask, torch.finfo(dtype).min)

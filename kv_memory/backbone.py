@@ -19,7 +19,7 @@ from kv_memory.cache import dtype_from_name, dtype_name
 from kv_memory.config import DtypeName
 from kv_memory.embedded import EMBEDDED, built_in
 from kv_memory.errors import ContextWindowError, EncodingError, UnsupportedModelError
-from kv_memory.fingerprint import FORMAT_VERSION, Fingerprint
+from kv_memory.fingerprint import FORMATS, Fingerprint
 from kv_memory.loading import best_device, best_dtype, hash_parameters, hash_tokenizer, load_model
 from kv_memory.positioned import NEVER, PositionedCache
 from kv_memory.prefix import Prefix
@@ -165,13 +165,19 @@ class Backbone:
         return hash_tokenizer(self.tokenizer)
 
     def fingerprint(
-        self, *, method: str, adapter: str = "", eta: int | None = None, keep_spans: str = ""
+        self,
+        *,
+        method: str,
+        adapter: str = "",
+        eta: int | None = None,
+        keep_spans: str = "",
+        format_version: int = FORMATS[0],
     ) -> Fingerprint:
         """The fingerprint of caches made by this model with this method. Arguments as in `Fingerprint`."""
         rope = json.dumps(getattr(self.config, "rope_parameters", None) or {}, sort_keys=True)
         prefix = ",".join(map(str, self.prefix_ids))
         return Fingerprint(
-            format_version=FORMAT_VERSION,
+            format_version=format_version,
             architecture=self.config.model_type,
             weights=self.weights_sha256,
             tokenizer=self.tokenizer_sha256,

@@ -11,8 +11,8 @@ Where heads keep different numbers of entries, these stand one behind the other,
 - `counts`: `(num_layers, num_kv_heads)`, how many belong to each head.
 
 Keys and values may be stored in another type than the fingerprint's, which they are given again when they are read; the
-header then says `storage`. As int8 they have two tensors of scales beside them, see `kv_memory.quantize`. A cache that
-comes from a store says in its header of which text it is, so that it cannot be taken for the cache of another one.
+header then says `storage`. As int8 they have two tensors of scales beside them, see `kv_memory.quantize`. Files of
+format 2 may hold one more tensor, `bias`, float16: one number an entry, added to its attention logit. A cache that comes from a store says in its header of which text it is, so that it cannot be taken for the cache of another one.
 
 Layers are stacked into one tensor rather than stored one by one: the header stays at a few hundred bytes, so a cache
 costs what its tensors cost, and one contiguous read fills it.
@@ -73,6 +73,8 @@ class DistilledCache:
         n_tokens: Length of the whole document, in tokens.
         keep_ratio: What was asked for, in (0, 1].
         fingerprint: What made it.
+        bias: What is added to each entry's attention logit, float16 of the shape of `keys` without head_dim; None for
+            nothing. Needs format 2.
         counts: `(num_layers, num_kv_heads)` where heads keep different numbers of entries, integer; then `keys` and
             `values` are `(n_entries, head_dim)` and `positions` `(n_entries,)`, layer by layer and head by head.
         refined_steps: Gradient steps behind it; 0 where it was not refined, or no step helped.
@@ -87,6 +89,7 @@ class DistilledCache:
     keep_ratio: float
     fingerprint: Fingerprint
     counts: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
     refined_steps: int = 0
     fidelity: float | None = None
     text_sha256: str | None = None
@@ -95,6 +98,7 @@ class DistilledCache:
         print_ = self.fingerprint
         if self.refined_steps < 0 or (self.fidelity is not None and not 0 <= self.fidelity < math.inf):
             raise ConfigError(f"fidelity {self.fidelity} after {self.refined_steps} steps", where="fidelity")
+        self._check_bias()
         if self.counts is not None:
             self._check_ragged(self.counts)
             return
@@ -116,6 +120,20 @@ class DistilledCache:
             )
         if not 0 < self.n_kept <= self.n_tokens or not 0 < self.keep_ratio <= 1:
             raise ConfigError(f"{self.n_kept} of {self.n_tokens} tokens kept at keep_ratio {self.keep_ratio}")
+
+    def _check_bias(self) -> None:
+        if self.bias is None:
+            return
+        if self.fingerprint.format_version < 2:
+            raise ConfigError("a cache of format 1 has no biases", where="bias")
+        if self.bias.shape != self.keys.shape[:-1] or self.bias.dtype != torch.float16:
+            raise ConfigError(
+                f"bias must be {tuple(self.keys.shape[:-1])} of float16, "
+                f"got {tuple(self.bias.shape)} of {dtype_name(self.bias.dtype)}",
+                where="bias",
+            )
+        if not self.bias.isfinite().all():
+            raise ConfigError("biases must be finite numbers", where="bias")
 
     def _check_ragged(self, counts: torch.Tensor) -> None:
         print_ = self.fingerprint
@@ -153,27 +171,23 @@ class DistilledCache:
         """Positions the entries take side by side: what the head that keeps most of them needs."""
         return self.n_kept if self.counts is None else int(self.counts.max())
 
-    def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys, values and positions with as many places in every head as the fullest one needs.
+    def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys, values, positions and biases with as many places in every head as the fullest one needs.
 
         Returns:
-            `(num_layers, num_kv_heads, span, head_dim)` twice, and `(num_layers, num_kv_heads, span)`, int32, where
-            places that hold nothing have the position -1.
+            `(num_layers, num_kv_heads, span, head_dim)` twice; `(num_layers, num_kv_heads, span)`, int32, where places
+            that hold nothing have the position -1; and biases of the same shape, float16, 0 where there are none.
         """
+        flat = self.keys.new_zeros(self.keys.shape[:-1], dtype=torch.float16) if self.bias is None else self.bias
         if self.counts is None:
-            return self.keys, self.values, self.positions.to(torch.int32).expand(self.keys.shape[:3])
+            return self.keys, self.values, self.positions.to(torch.int32).expand(self.keys.shape[:3]), flat
         filled = torch.arange(self.span, device=self.keys.device) < self.counts.to(self.keys.device)[..., None]
         keys = self.keys.new_zeros(*filled.shape, self.keys.shape[-1])
         values, positions = torch.zeros_like(keys), torch.full(filled.shape, -1, dtype=torch.int32, device=keys.device)
         keys[filled], values[filled], positions[filled] = self.keys, self.values, self.positions.to(torch.int32)
-        return keys, values, positions
-
-    def with_entries(self, keys: torch.Tensor, values: torch.Tensor) -> DistilledCache:
-        """The same cache with other keys and values, in the shape `padded` gives."""
-        if self.counts is not None:
-            filled = torch.arange(self.span, device=keys.device) < self.counts.to(keys.device)[..., None]
-            keys, values = keys[filled], values[filled]
-        return replace(self, keys=keys.to(self.keys), values=values.to(self.values))
+        bias = flat.new_zeros(filled.shape)
+        bias[filled] = flat
+        return keys, values, positions, bias
 
     @property
     def per_head(self) -> bool:
@@ -183,8 +197,8 @@ class DistilledCache:
     @property
     def size_bytes(self) -> int:
         """Bytes of the tensors, without the file's header."""
-        tensors = [self.keys, self.values, self.positions, *([] if self.counts is None else [self.counts])]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        tensors = [self.keys, self.values, self.positions, self.counts, self.bias]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     @property
     def theory_bytes(self) -> int:
@@ -219,6 +233,8 @@ class DistilledCache:
         tensors = {**self._entries(stored), "positions": self.positions.to(narrow)}
         if self.counts is not None:
             tensors["counts"] = self.counts.to(torch.int32)
+        if self.bias is not None:
+            tensors["bias"] = self.bias
         # One entry, because safetensors writes several in an order that changes from run to run.
         header = {
             "n_tokens": self.n_tokens,
@@ -271,7 +287,8 @@ class DistilledCache:
                 metadata = file.metadata() or {}
                 header = json.loads(metadata["kv_memory"])
                 fingerprint = Fingerprint.from_json(json.dumps(header["fingerprint"]))
-                counts = file.get_tensor("counts") if "counts" in file.keys() else None  # noqa: SIM118
+                names = set(file.keys())
+                counts = file.get_tensor("counts") if "counts" in names else None
                 keys, values = _read_entries(file, header.get("storage", fingerprint.dtype), counts, fingerprint)
                 return cls(
                     keys=keys,
@@ -281,6 +298,7 @@ class DistilledCache:
                     keep_ratio=header["keep_ratio"],
                     fingerprint=fingerprint,
                     counts=counts,
+                    bias=file.get_tensor("bias") if "bias" in names else None,
                     refined_steps=header.get("refined_steps", 0),  # files of the first version have neither
                     fidelity=header.get("fidelity"),
                     text_sha256=header.get("text_sha256"),

@@ -28,8 +28,8 @@ StorageName = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 # How the entries of a document are shared out among the heads. `head`: as many in every layer and KV head. `model`: one
 # ranking over all of them, so that a head keeps many or none (as KVzip does); the total is the same.
 Budget = Literal["head", "model"]
-# `combined`: what an adapter's scorer says and reconstruction attention, half each. The others are without an adapter.
-SelectorName = Literal["reconstruction", "attention", "sink_recent", "combined"]
+# `combined`: an adapter's scorer and the scores of `matched` together. The others are without an adapter.
+SelectorName = Literal["matched", "reconstruction", "attention", "sink_recent", "combined"]
 
 
 def check_keep_ratio(keep_ratio: float, *, where: str = "keep_ratio") -> float:

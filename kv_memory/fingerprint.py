@@ -13,9 +13,11 @@ from typing import Any
 
 from kv_memory.errors import CorruptCacheError, FingerprintMismatchError
 
-__all__ = ["FORMAT_VERSION", "Fingerprint", "describe_differences"]
+__all__ = ["FORMATS", "Fingerprint", "describe_differences"]
 
-FORMAT_VERSION = 1  # of the cache file, see kv_memory.cache
+# Of the cache file, see kv_memory.cache: 2 where entries may have biases, else 1, so that what was written before there
+# were any keeps its fingerprint.
+FORMATS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,9 @@ class Fingerprint:
         try:
             data = json.loads(text)
             version = data.get("format_version")
-            if version != FORMAT_VERSION or set(data) != {f.name for f in fields(Fingerprint)}:
+            if version not in FORMATS or set(data) != {f.name for f in fields(Fingerprint)}:
                 raise FingerprintMismatchError(
-                    f"cache has format version {version}, this package reads {FORMAT_VERSION}",
+                    f"cache has format version {version}, this package reads {' and '.join(map(str, FORMATS))}",
                     next_step="Compress the document again, or use the version that wrote it.",
                 )
             return Fingerprint(**data)

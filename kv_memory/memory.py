@@ -112,7 +112,7 @@ class KVMemory:
             keep_tokens: In its place, how many tokens are kept of each passage, in every layer and head (on average,
                 where heads share them). Shorter passages are kept whole.
             max_bytes: In its place, the largest file of a passage's cache, in bytes. What fits is kept whole.
-            selector: The training-free selector used without an adapter; or `combined`, an adapter and reconstruction
+            selector: The training-free selector used without an adapter; or `combined`, an adapter and `matched`
                 together, which reads each passage twice and keeps what matters more surely.
             passage_tokens: Longest passage; None keeps documents whole.
             prompt: `auto`, `chat`, `passage`, or a `PromptForm` (with a `Backbone` give it the form instead).

@@ -77,6 +77,8 @@ class PositionedCache(DynamicCache):
         n_positions: The length of the sequence for which the keys were rotated; `next_position` if None.
         starts: For each layer and head the index of its first entry, where padding stands in front of the entries and
             nowhere else; None where it may stand anywhere, or nowhere.
+        bias: For each layer `(batch or 1, num_kv_heads, n)`, what is added to the attention logits of the first `n`
+            entries; None for nothing.
 
     Attributes:
         next_positions: `(batch,)`, where each row goes on.
@@ -92,9 +94,11 @@ class PositionedCache(DynamicCache):
         next_position: int,
         n_positions: int | None = None,
         starts: Sequence[Sequence[int]] | None = None,
+        bias: torch.Tensor | Sequence[torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.starts = starts
+        self.bias = bias
         self.padded = not isinstance(positions, torch.Tensor) or positions.ndim == 4
         lengths = [positions.shape[-1]] if isinstance(positions, torch.Tensor) else [p.shape[-1] for p in positions]
         if len(lengths) == 1:

@@ -30,7 +30,7 @@ class MemorySettings:
             unless an adapter or a selector is named.
         keep_ratio: Share of the tokens kept, in (0, 1]; 0.25 unless set, None with one of the two below.
         selector: The training-free selector used without an adapter; or `combined`, which is an adapter and
-            reconstruction together.
+            the scores of `matched` together.
         passage_tokens: Longest passage, 256 tokens for the embedded model and 1,024 for others, unless set; None
             keeps documents whole.
         prompt: The name of the prompt form.
@@ -49,7 +49,7 @@ class MemorySettings:
     model: str = EMBEDDED
     adapter: str | None = None
     keep_ratio: float | None = None
-    selector: SelectorName = "reconstruction"
+    selector: SelectorName = "matched"
     passage_tokens: int | None = 256
     prompt: PromptName = "auto"
     layout: Layout = "source"
@@ -142,9 +142,9 @@ def given_settings(
     MemorySettings(**given)
     if selector == "combined" and adapter == NO_ADAPTER:
         raise ConfigError(
-            "selector 'combined' is an adapter and reconstruction together, and adapter='none' means to have none",
+            "selector 'combined' is an adapter and `matched` together, and adapter='none' means to have none",
             where="selector",
-            next_step="Drop one, or use selector 'reconstruction'.",
+            next_step="Drop one, or use selector 'matched'.",
         )
     if refine_steps == 0 and min_fidelity is not None:
         raise ConfigError(

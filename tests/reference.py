@@ -82,7 +82,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 def by_head(cache: Any) -> list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
     """Positions, keys and values of every layer and head of a distilled cache of either form."""
-    keys, values, positions = cache.padded()
+    keys, values, positions, _ = cache.padded()
     return [
         [
             (p[p >= 0].long(), k[p >= 0], v[p >= 0])

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from kv_memory.cache import DistilledCache, dtype_from_name, dtype_name
 from kv_memory.config import StorageName
 from kv_memory.errors import ConfigError, CorruptCacheError, FingerprintMismatchError
-from kv_memory.fingerprint import FORMAT_VERSION, Fingerprint
+from kv_memory.fingerprint import FORMATS, Fingerprint
 
 FINGERPRINT = Fingerprint(
-    format_version=FORMAT_VERSION,
+    format_version=1,
     architecture="llama",
     weights="a" * 64,
     tokenizer="b" * 64,
@@ -79,6 +79,12 @@ def make_ragged(*, counts: list[list[int]] | None = None, n_tokens: int = 40, **
     )
 
 
+def biased(cache: DistilledCache) -> DistilledCache:
+    """The same with biases: format 2."""
+    bias = torch.randn(cache.keys.shape[:-1], generator=torch.Generator().manual_seed(1)).half()
+    return replace(cache, bias=bias, fingerprint=replace(cache.fingerprint, format_version=2))
+
+
 # -- writing and reading -----------------------------------------------------------------------------------------------
 
 
@@ -124,15 +130,14 @@ def test_heads_may_keep_different_numbers(tmp_path: Path, dtype: str) -> None:
 
 def test_padded_heads_hold_their_entries_and_nothing_else() -> None:
     cache = make_ragged()
-    keys, values, positions = cache.padded()
+    keys, values, positions, bias = cache.padded()
     assert keys.shape == values.shape == (3, 2, 17, 8) and positions.shape == (3, 2, 17)
     assert (positions[0, 1] == -1).all() and not keys[0, 1].any() and not values[0, 1].any()
     assert torch.equal(keys[2, 1, :7], cache.keys[-7:]) and torch.equal(values[2, 1, :7], cache.values[-7:])
     assert positions[2, 1].tolist() == [*cache.positions[-7:].tolist(), *[-1] * 10]
-    moved = cache.with_entries(keys + 1, values * 2)
-    assert torch.equal(moved.keys, cache.keys + 1) and torch.equal(moved.values, cache.values * 2)
-    same = make_cache()
-    assert torch.equal(same.with_entries(*same.padded()[:2]).keys, same.keys)
+    assert bias.shape == (3, 2, 17) and not bias.any()
+    added = biased(cache).padded()[3]
+    assert torch.equal(added[2, 1, :7], biased(cache).bias[-7:]) and not added[2, 1, 7:].any()  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -223,6 +228,56 @@ def test_to_another_dtype() -> None:
     assert half.fingerprint == replace(cache.fingerprint, dtype="bfloat16")
     assert torch.equal(half.keys, cache.keys.bfloat16()) and torch.equal(half.values, cache.values.bfloat16())
     assert cache.to(torch.float32) is cache
+
+
+# -- biases: format 2 ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [make_cache, make_ragged])
+@pytest.mark.parametrize("storage", ["auto", "float32", "bfloat16", "float16", "int8"])
+def test_biases_are_in_the_file_as_they_are(
+    tmp_path: Path, storage: StorageName, make: Callable[..., DistilledCache]
+) -> None:
+    cache = biased(make())
+    back = loaded(cache, tmp_path, storage)
+    assert cache.bias is not None and back.bias is not None and torch.equal(back.bias, cache.bias)
+    assert back.fingerprint == cache.fingerprint and back.fingerprint.format_version == 2
+    assert cache.to_bytes(storage=storage) == cache.to_bytes(storage=storage)
+    assert len(cache.to_bytes(storage=storage)) > len(make().to_bytes(storage=storage))
+    assert cache.size_bytes == make().size_bytes + 2 * cache.bias.numel()
+    assert torch.equal(cache.to(torch.float16).bias, cache.bias)  # type: ignore[arg-type]
+
+
+def test_a_cache_of_format_2_may_have_no_biases(tmp_path: Path) -> None:
+    plain = replace(make_cache(), fingerprint=replace(FINGERPRINT, format_version=2))
+    assert loaded(plain, tmp_path, "auto").bias is None
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [
+        torch.zeros(3, 2, 9).half(),
+        torch.zeros(60).half(),
+        torch.zeros(3, 2, 10),
+        torch.zeros(3, 2, 10).int(),
+        torch.full((3, 2, 10), torch.nan).half(),
+        torch.full((3, 2, 10), -torch.inf).half(),
+    ],
+)
+def test_biases_that_do_not_fit_are_refused(bias: torch.Tensor, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="bias"):
+        replace(biased(make_cache()), bias=bias)
+    biased(make_cache()).save(tmp_path / "cache")
+    with safe_open(tmp_path / "cache", framework="pt") as file:
+        metadata = file.metadata()
+    save_file({**load_file(tmp_path / "cache"), "bias": bias}, tmp_path / "cache", metadata=metadata)
+    with pytest.raises(CorruptCacheError):
+        DistilledCache.load(tmp_path / "cache")
+
+
+def test_a_cache_of_format_1_has_no_biases() -> None:
+    with pytest.raises(ConfigError, match="format 1"):
+        replace(make_cache(), bias=torch.zeros(3, 2, 10).half())
 
 
 # -- stored in another type --------------------------------------------------------------------------------------------
@@ -477,7 +532,7 @@ def test_an_error_of_torch_that_is_none_of_the_system_s_stays_what_it_is(
         DistilledCache.load(tmp_path / "cache")
 
 
-@pytest.mark.parametrize("change", [{"format_version": FORMAT_VERSION + 1}, {"new_field": 1}])
+@pytest.mark.parametrize("change", [{"format_version": FORMATS[-1] + 1}, {"new_field": 1}])
 def test_another_version_of_the_format_is_a_mismatch(tmp_path: Path, change: dict[str, Any]) -> None:
     (tmp_path / "good").write_bytes(make_cache().to_bytes())
     fingerprint = {**json.loads(FINGERPRINT.to_json()), **change}

@@ -51,7 +51,7 @@ def test_windows_keep_no_more_together() -> None:
         assert min(most, n_tokens) - len(windows) < kept <= most
 
 
-@pytest.mark.parametrize("method", ["sink_recent", "attention", "reconstruction", "adapter_head_ragged"])
+@pytest.mark.parametrize("method", ["sink_recent", "attention", "matched", "adapter_head_ragged"])
 @pytest.mark.parametrize("most", [3, 10, 500])
 def test_a_cache_has_as_many_entries(method: str, most: int) -> None:
     compressor = compressor_for("llama", method)
@@ -63,7 +63,7 @@ def test_a_cache_has_as_many_entries(method: str, most: int) -> None:
     assert Keep(keep_tokens=most).fits(made.keep_ratio, made.n_tokens, made.fingerprint)
 
 
-@pytest.mark.parametrize("method", ["attention", "reconstruction"])
+@pytest.mark.parametrize("method", ["attention", "matched"])
 def test_what_is_held_out_of_compression_counts(method: str) -> None:
     compressor = compressor_for("llama", method, window_tokens=20)
     spans = [(0, 5), (30, 33)]
@@ -93,7 +93,7 @@ def written(cache: DistilledCache, storage: StorageName) -> int:
 
 
 @pytest.mark.parametrize("storage", ["auto", "bfloat16", "int8"])
-@pytest.mark.parametrize("method", ["sink_recent", "attention", "reconstruction", "adapter_head_ragged"])
+@pytest.mark.parametrize("method", ["sink_recent", "attention", "matched", "adapter_head_ragged"])
 @pytest.mark.parametrize("options", [{}, {"window_tokens": 20}], ids=["one window", "windows"])
 def test_files_are_no_larger(method: str, storage: StorageName, options: dict[str, Any]) -> None:
     compressor = compressor_for("llama", method, **options)

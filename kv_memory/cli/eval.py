@@ -32,7 +32,8 @@ def evaluate_task(
         typer.Option(
             "--method",
             metavar="NAME",
-            help="full, none, random, sink_recent, attention, reconstruction, adapter_selection, adapter, "
+            help="full, none, random, sink_recent, attention, reconstruction, matched_score, matched_fit, "
+            "matched_one_stage, matched, adapter_selection, adapter, "
             "combined or refined; repeatable.  [default: all that can be run]",
         ),
     ] = None,
@@ -117,7 +118,7 @@ def evaluate_task(
         typer.Option(
             "--refine-from",
             metavar="NAME",
-            help="refined: adapter, combined, reconstruction, attention or sink_recent; auto is the adapter where "
+            help="refined: adapter, combined, matched, reconstruction, attention or sink_recent; auto is the adapter where "
             "there is one.",
         ),
     ] = "auto",

@@ -97,9 +97,9 @@ SelectorOption = Annotated[
     typer.Option(
         "--selector",
         metavar="NAME",
-        help="Choose tokens without an adapter: reconstruction, attention (quicker) or sink_recent. Or with "
-        "one and reconstruction together: combined (closer, for twice the time).  [default: the store's; at first "
-        "the adapter, reconstruction where there is none]",
+        help="Choose entries without an adapter: matched (closest), reconstruction (two thirds of the time), attention "
+        "(quickest) or sink_recent. Or with one: combined (closer than the adapter alone, for twice the time).  "
+        "[default: the store's; at first the adapter, matched where there is none]",
     ),
 ]
 RefineOption = Annotated[

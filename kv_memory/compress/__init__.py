@@ -2,6 +2,7 @@
 
 from kv_memory.compress.adapter import Adapter, AdapterConfig
 from kv_memory.compress.compressor import Compressor
+from kv_memory.compress.matching import Matched, MatchSettings
 from kv_memory.compress.refine import refine_batch
 from kv_memory.compress.refine_settings import RefineSettings
 from kv_memory.compress.selectors import ObservedAttention, Reconstruction, Selector, SinkRecent
@@ -10,6 +11,8 @@ __all__ = [
     "Adapter",
     "AdapterConfig",
     "Compressor",
+    "MatchSettings",
+    "Matched",
     "ObservedAttention",
     "Reconstruction",
     "RefineSettings",

@@ -14,10 +14,11 @@ from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.combined import check_combinable, combined_selection
-from kv_memory.compress.reading import choose, read_documents
+from kv_memory.compress.matching import Matched, MatchSettings
+from kv_memory.compress.reading import check_finite, choose, read_documents
 from kv_memory.compress.refine import refine_batch
 from kv_memory.compress.refine_settings import RefineSettings
-from kv_memory.compress.selectors import Reconstruction, Selector, make_selector
+from kv_memory.compress.selectors import Selector, make_selector
 from kv_memory.config import SelectorName, check_keep_ratio, n_kept_for
 from kv_memory.errors import ConfigError, EmptyDocumentError
 from kv_memory.fingerprint import Fingerprint
@@ -33,12 +34,12 @@ class Compressor:
     """Reads documents and keeps what matters of them.
 
     With an adapter: score, select, and read with the adapter's tokens routed through the LoRA (KV-Distill, arXiv
-    2503.10337). Without one: read, let a training-free selector score, select.
+    2503.10337). Without one: read, let a training-free selector score, select, and with `matched` fit what is kept.
 
     Args:
         backbone: The model that reads.
         selector: A training-free selector or its name. Not used with an adapter, but for `combined`: the adapter and
-            reconstruction choose together, and a document is read twice.
+            the change of the output choose together, and a document is read twice.
         adapter: Attached to the same backbone.
         routed: False uses the adapter's selection without its LoRA, to see what each is worth.
         refine: How the kept entries of each document are refined (see `refine_batch`), offline and for as long as a
@@ -55,7 +56,7 @@ class Compressor:
         self,
         backbone: Backbone,
         *,
-        selector: SelectorName | Selector = "reconstruction",
+        selector: SelectorName | Selector = "matched",
         adapter: Adapter | None = None,
         routed: bool = True,
         refine: RefineSettings | None = None,
@@ -67,11 +68,13 @@ class Compressor:
         self.adapter = adapter
         self.routed = routed
         self.refine = refine
-        self._together: Reconstruction | None = None  # has a say beside the adapter
+        self._together: Matched | None = None  # has a say beside the adapter
         if selector == "combined":
             check_combinable(adapter)
-            self._together = Reconstruction(part_tokens=min(1024, backbone.context_window // 4))
-        self.selector: Selector = self._together or (make_selector(selector) if isinstance(selector, str) else selector)
+            self._together = Matched(MatchSettings(part_tokens=min(1024, backbone.context_window // 4), fit=False))
+        if isinstance(selector, str) and self._together is None:
+            selector = make_selector(selector, context_window=backbone.context_window)
+        self.selector: Selector = self._together or selector
         extra = 0 if adapter is not None and self._together is None else self.selector.extra_tokens
         extra = extra if refine is None else max(extra, refine.extra_tokens)
         room = backbone.context_window - len(backbone.prefix_ids)
@@ -100,14 +103,19 @@ class Compressor:
     def fingerprint(self, *, keep_spans: str = "") -> Fingerprint:
         """The fingerprint of the caches this compressor makes."""
         window = f"window:{self.window_tokens}" + ("" if self.refine is None else f"|{self.refine.name}")
+        matched = self.adapter is None and isinstance(self.selector, Matched)
+        version = 1 if self.refine is None and not matched else 2  # with biases
         if self.adapter is None:
-            return self.backbone.fingerprint(method=f"{self.selector.name}|{window}", keep_spans=keep_spans)
+            return self.backbone.fingerprint(
+                method=f"{self.selector.name}|{window}", keep_spans=keep_spans, format_version=version
+            )
         together = "" if self._together is None else f"+{self._together.name}"
         return self.backbone.fingerprint(
             method=f"{'adapter' if self.routed else 'adapter_selection'}{together}|{window}",
             adapter=self._adapter_sha256,
             eta=self.adapter.config.eta,
             keep_spans=keep_spans,
+            format_version=version,
         )
 
     def compress(
@@ -274,7 +282,7 @@ class Compressor:
                 cache = self._refine_window(
                     parts[index], ids[start:end], keep_ratio, forced[start:end], unasked, offset=start
                 )
-                parts[index] = parts[index]._replace(keys=cache.keys, values=cache.values)
+                parts[index] = parts[index]._replace(keys=cache.keys, values=cache.values, bias=cache.bias)
                 steps.append(cache.refined_steps)
                 fidelities += [] if cache.fidelity is None else [cache.fidelity * (end - start)]
         kept = _join(parts)
@@ -284,6 +292,7 @@ class Compressor:
             values=kept.values,
             positions=kept.positions,
             counts=kept.counts,
+            bias=kept.bias,
             n_tokens=len(ids),
             keep_ratio=keep_ratio,
             fingerprint=replace(
@@ -309,6 +318,7 @@ class Compressor:
             values=kept.values,
             positions=kept.positions - offset,
             counts=kept.counts,
+            bias=kept.bias,
             n_tokens=len(ids),
             keep_ratio=keep_ratio,
             fingerprint=self.fingerprint(),
@@ -322,6 +332,15 @@ class Compressor:
             cache = self.backbone.prefixed_cache(n_tokens)
             self.backbone.read(ids, cache)
             selected = torch.ones(1, 1, n_tokens, dtype=torch.bool, device=ids.device)
+        elif self.adapter is None and isinstance(self.selector, Matched):
+            cache = self.backbone.prefixed_cache(n_tokens, room=self.selector.extra_tokens)
+            self.backbone.read(ids, cache)
+            match = self.selector.match(self.backbone, ids, cache, n_kept=n_kept, forced=forced)
+            kept = self._extract(cache, match.selected, offset=offset)
+            return kept._replace(
+                values=match.values.to(kept.values).view_as(kept.values),
+                bias=match.bias.to(torch.float16).view(kept.keys.shape[:-1]),
+            )
         elif self.adapter is not None:
             cache, selected = self._distil(ids, n_kept, forced)
         else:
@@ -335,6 +354,7 @@ class Compressor:
         watched = self.selector.watch(self.backbone, n_prefix=len(self.backbone.prefix_ids), n_tokens=n_tokens)
         self.backbone.read(ids, cache, context=ForwardContext(observer=watched))
         scores = self.selector.score(self.backbone, ids, cache, watched).to(ids.device)
+        check_finite(self.backbone, scores)
         scores = scores[None, None] if scores.ndim == 1 else scores
         lengths, most = torch.tensor([n_tokens]), torch.tensor([n_kept])
         selected = choose(scores[:, None], lengths, most, budget=self.selector.budget, forced=forced[None])
@@ -374,6 +394,7 @@ class Compressor:
         for index in range(backbone.num_layers):
             for kept, tensor in zip((keys, values), cache.layer(index), strict=True):
                 kept.append(tensor[row, :, n_prefix : n_prefix + n_tokens][mask[index]])  # head by head
+        check_finite(backbone, *keys, *values)
         inside = torch.arange(n_tokens, device=mask.device).expand_as(mask)[mask]
         per_layer = counts.sum(1).tolist()
         free = backbone.rope.take_off_flat(torch.cat(keys), inside + n_prefix, per_layer, n_positions=cache.n_positions)
@@ -394,23 +415,34 @@ class _Kept(NamedTuple):
     values: torch.Tensor
     positions: torch.Tensor
     counts: torch.Tensor | None
+    bias: torch.Tensor | None = None
 
 
 def _join(parts: Sequence[_Kept]) -> _Kept:
     """Windows one behind the other, in every head."""
     if len(parts) == 1:
         return parts[0]
+    bias = None
+    if any(part.bias is not None for part in parts):
+        parts = [part if part.bias is not None else _unbiased(part) for part in parts]
+        sizes = [_counts(part).flatten().tolist() for part in parts]
+        of_heads = [part.bias.flatten().split(n) for part, n in zip(parts, sizes, strict=True) if part.bias is not None]
+        bias = torch.cat([piece for of_head in zip(*of_heads, strict=True) for piece in of_head])
     if all(part.counts is None for part in parts):
         rows = [part.positions for part in parts]
         if any(row.ndim == 3 for row in rows):  # a window held out of compression keeps the same row for all heads
             rows = [row.expand(*parts[0].keys.shape[:2], -1) for row in rows]
         keys, values = torch.cat([part.keys for part in parts], 2), torch.cat([part.values for part in parts], 2)
-        return _Kept(keys, values, torch.cat(rows, -1), None)
+        return _Kept(keys, values, torch.cat(rows, -1), None, None if bias is None else bias.view(keys.shape[:-1]))
     split = [_by_head(part) for part in parts]
     heads = [[torch.cat(pieces) for pieces in zip(*of_head, strict=True)] for of_head in zip(*split, strict=True)]
     flat = [torch.cat(column) for column in zip(*heads, strict=True)]
     counts = torch.stack([_counts(part) for part in parts]).sum(0)
-    return _Kept(flat[0], flat[1], flat[2], counts)
+    return _Kept(flat[0], flat[1], flat[2], counts, bias)
+
+
+def _unbiased(part: _Kept) -> _Kept:
+    return part._replace(bias=part.keys.new_zeros(part.keys.shape[:-1], dtype=torch.float16))
 
 
 def _counts(part: _Kept) -> torch.Tensor:

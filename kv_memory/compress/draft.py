@@ -16,7 +16,7 @@ __all__ = ["Draft", "Drafts", "side_by_side"]
 
 
 class Draft:
-    """Kept keys and values of one document, and how far they were moved.
+    """Kept keys, values and biases of one document, and how far they were moved.
 
     They are moved on their positions, rotated: probes then read them as they are, no step pays for a rotation, and
     positions are taken off once, at the end. Rotation keeps lengths, so that in the position-free frame the same steps
@@ -31,8 +31,8 @@ class Draft:
     Attributes:
         counts: `(num_layers, num_kv_heads)`, entries of each head, on the CPU.
         positions: `(n_entries,)`, in the sequence; layer by layer and head by head.
-        moves: How far keys and values were moved, in standard deviations of their layer's: `(n_entries, head_dim)`
-            each, float32, with `.grad`. All zero is the start, exactly.
+        moves: How far keys and values were moved, in standard deviations of their layer's, `(n_entries, head_dim)`
+            each, and biases, in nats, `(n_entries, 1)`; float32, with `.grad`. All zero is the start, exactly.
         next_position: Where what follows the document begins.
     """
 
@@ -56,8 +56,9 @@ class Draft:
         free, values = (tensor.reshape(-1, backbone.head_dim) for tensor in (cache.keys, cache.values))
         free = free.to(device, backbone.dtype)
         keys = backbone.rope.put_on_flat(free, self.positions, self.per_layer, n_positions=n_positions)
-        self._start = [keys, values.to(device, backbone.dtype)]
-        self._scales = [self._deviation(tensor) for tensor in self._start]
+        bias = keys.new_zeros(len(keys), 1) if cache.bias is None else cache.bias.reshape(-1, 1).to(device)
+        self._start = [keys, values.to(device, backbone.dtype), bias.float()]
+        self._scales = [*(self._deviation(tensor) for tensor in self._start[:2]), torch.ones_like(self._start[2])]
         self._fixed = None if fixed is None or not bool(fixed.any()) else fixed.to(device)[inside][:, None]
         self.moves = [torch.zeros(tensor.shape, dtype=torch.float32, device=device) for tensor in self._start]
 
@@ -68,14 +69,14 @@ class Draft:
         return torch.cat(each)[:, None]
 
     def moved(self) -> list[torch.Tensor]:
-        """Keys, rotated, and values as they are now: `(n_entries, head_dim)`, float32."""
+        """Keys, rotated, values `(n_entries, head_dim)` and biases `(n_entries, 1)` as they are now; float32."""
         return [
             start.float() + scale * move
             for start, scale, move in zip(self._start, self._scales, self.moves, strict=True)
         ]
 
     def add_gradient(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Add what a loss says of keys and values, `(n_entries, head_dim)` each, to the gradients of the moves."""
+        """Add what a loss says of keys, values and biases, in the shapes of `moved`, to the gradients of the moves."""
         for move, scale, gradient in zip(self.moves, self._scales, gradients, strict=True):
             change = gradient.float() * scale
             if self._fixed is not None:
@@ -84,10 +85,16 @@ class Draft:
 
     def result(self) -> DistilledCache:
         """The cache as it is now, on the device and in the dtype of the one it started from."""
-        keys, values = self.moved()
+        keys, values, bias = self.moved()
         free = self._backbone.rope.take_off_flat(keys, self.positions, self.per_layer, n_positions=self._n_positions)
         like = self.cache.keys
-        return replace(self.cache, keys=free.to(like).view(like.shape), values=values.to(like).view(like.shape))
+        return replace(
+            self.cache,
+            keys=free.to(like).view(like.shape),
+            values=values.to(like).view(like.shape),
+            bias=bias.to(like.device, torch.float16).view(like.shape[:-1]),
+            fingerprint=replace(self.cache.fingerprint, format_version=2),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +104,7 @@ class Drafts:
     Attributes:
         keys: For each layer `(drafts, num_kv_heads, n, head_dim)`, rotated.
         values: The same shapes.
+        bias: For each layer `(drafts, num_kv_heads, n)`; 0 for the prefix and for padding.
         positions: For each layer `(drafts, num_kv_heads, n)`, int32; `NEVER` for padding.
         next_positions: `(drafts,)`.
         n_positions: The length of the sequence for which keys are rotated.
@@ -105,6 +113,7 @@ class Drafts:
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+    bias: list[torch.Tensor]
     positions: list[torch.Tensor]
     next_positions: torch.Tensor
     n_positions: int
@@ -116,7 +125,7 @@ class Drafts:
         return sum(key.shape[2] for key in self.keys) / len(self.keys)
 
     def require_grad(self) -> Drafts:
-        """The same, with keys and values as leaves of a graph.
+        """The same, with keys, values and biases as leaves of a graph.
 
         Not the moves: what assembles the layers is the same for every batch of probes, and need not be gone back
         through.
@@ -125,6 +134,7 @@ class Drafts:
             self,
             keys=[key.detach().requires_grad_() for key in self.keys],
             values=[value.detach().requires_grad_() for value in self.values],
+            bias=[bias.detach().requires_grad_() for bias in self.bias],
         )
 
     def read(self, backbone: Backbone, batch: RowBatch) -> torch.Tensor:
@@ -135,12 +145,13 @@ class Drafts:
             positions=[where[batch.documents] for where in self.positions],
             next_position=0,
             n_positions=self.n_positions,
+            bias=[bias[batch.documents] for bias in self.bias],
         )
         cache.next_positions = self.next_positions[batch.documents]
         return backbone.read(batch.ids, cache, lengths=batch.lengths)[batch.wanted]
 
     def entries_of(self, index: int, layers: Sequence[torch.Tensor]) -> torch.Tensor:
-        """What of tensors shaped like `keys` belongs to a draft: `(n_entries, head_dim)`."""
+        """What of tensors shaped like `keys` or `bias` belongs to a draft: `(n_entries, ...)`."""
         return torch.cat([layer[index][mask] for layer, mask in zip(layers, self.masks[index], strict=True)])
 
 
@@ -151,26 +162,30 @@ def side_by_side(backbone: Backbone, drafts: Sequence[Draft], *, n_positions: in
     longest = torch.stack([draft.counts.amax(1) for draft in drafts]).amax(0).tolist()
     split = [[part.to(backbone.dtype).split(draft.per_layer) for part in draft.moved()] for draft in drafts]
     where = [draft.positions.to(torch.int32).split(draft.per_layer) for draft in drafts]
-    keys, values, positions = [], [], []
+    keys, values, biases, positions = [], [], [], []
     masks: list[list[torch.Tensor]] = [[] for _ in drafts]
     for layer, most in enumerate(longest):
         shape = (len(drafts), n_heads, n_prefix + most)
         key = torch.zeros(*shape, backbone.head_dim, dtype=backbone.dtype, device=device)
         value, place = torch.zeros_like(key), torch.full(shape, NEVER, dtype=torch.int32, device=device)
+        bias = key.new_zeros(shape)
         key[:, :, :n_prefix], value[:, :, :n_prefix] = prefix.keys[layer], prefix.values[layer]
         place[:, :, :n_prefix] = torch.arange(n_prefix, device=device)
         slot = torch.arange(n_prefix + most)
         for index, draft in enumerate(drafts):
             mask = ((slot >= n_prefix) & (slot < n_prefix + draft.counts[layer][:, None])).to(device)
-            key[index][mask], value[index][mask] = (part[layer] for part in split[index])
+            key[index][mask], value[index][mask], added = (part[layer] for part in split[index])
+            bias[index][mask] = added[:, 0]
             place[index][mask] = where[index][layer]
             masks[index].append(mask)
         keys.append(key)
         values.append(value)
+        biases.append(bias)
         positions.append(place)
     return Drafts(
         keys=keys,
         values=values,
+        bias=biases,
         positions=positions,
         next_positions=torch.tensor([draft.next_position for draft in drafts], device=device),
         n_positions=n_positions,

@@ -46,6 +46,7 @@ class Entries:
             positions=self.positions[:, rows],
             next_position=0,
             n_positions=self.n_positions,
+            bias=None if self.bias is None else self.bias[:, rows],
         )
         cache.next_positions = self.next_positions[rows]
         return cache
@@ -75,9 +76,8 @@ class Entries:
             `(number of wanted, vocab_size)`, row by row; of the model's dtype.
         """
         cache = self.cache(rows)
-        bias = None if self.bias is None else self.bias[:, rows]
         every: list[torch.Tensor] | None = None if outputs is None else []
-        hidden = backbone.read(ids, cache, lengths=lengths, context=ForwardContext(bias=bias, outputs=every))
+        hidden = backbone.read(ids, cache, lengths=lengths, context=ForwardContext(outputs=every))
         if outputs is not None and every is not None:
             outputs += [out[wanted].flatten(1) for out in every[: backbone.num_layers]]
         logits: torch.Tensor = backbone.head(hidden[wanted])

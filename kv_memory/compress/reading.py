@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 
 from kv_memory.attention import ForwardContext
+from kv_memory.backbone import Backbone
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.early import hidden_after
 from kv_memory.config import Budget
+from kv_memory.errors import ModelError
 from kv_memory.positioned import PositionedCache
 
-__all__ = ["Reading", "ReadingDocuments", "choose", "pad", "read_documents"]
+__all__ = ["Reading", "ReadingDocuments", "check_finite", "choose", "pad", "read_documents"]
 
 
 def pad(rows: Sequence[Sequence[int]], *, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,6 +28,16 @@ def pad(rows: Sequence[Sequence[int]], *, device: torch.device | str) -> tuple[t
     lengths = torch.tensor([len(row) for row in rows], device=device)
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device), lengths
+
+
+def check_finite(backbone: Backbone, *tensors: torch.Tensor) -> None:
+    """Raise `ModelError` if what the model made of a document, or scores made of that, are not all finite numbers."""
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise ModelError(
+            "what the model makes of this document is not finite",
+            where=backbone.name,
+            next_step="Load it in float32 or bfloat16 (dtype), and check its weights.",
+        )
 
 
 def choose(

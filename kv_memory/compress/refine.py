@@ -1,4 +1,4 @@
-"""Refinement: the kept keys and values of a document are moved until probes are answered as from the full cache.
+"""Refinement: the kept keys, values and biases of a document are moved until probes are answered as from the full cache.
 
 Selection says which tokens a cache holds, refinement what is written into their places: the entries stay as many, and
 the model is not touched. It starts from any cache of a document and needs no adapter. (Cartridges, arXiv 2506.06266,
@@ -199,10 +199,12 @@ class _Run:
                 graph = together.require_grad()
                 hidden = graph.read(self._backbone, batch)
                 parts = [(chosen[i][1], rows[i].n_wanted * sizes[rows[i].document]) for i in batch.index]
-                found = torch.autograd.grad(hidden, [*graph.keys, *graph.values], self._before_head(hidden, parts))
-            n_layers = self._backbone.num_layers
+                leaves = [*graph.keys, *graph.values, *graph.bias]
+                found = torch.autograd.grad(hidden, leaves, self._before_head(hidden, parts))
+            n = self._backbone.num_layers
             for index in sorted(set(batch.documents.tolist())):
-                drafts[index].add_gradient([graph.entries_of(index, g) for g in (found[:n_layers], found[n_layers:])])
+                keys, values, bias = (graph.entries_of(index, g) for g in (found[:n], found[n : 2 * n], found[2 * n :]))
+                drafts[index].add_gradient([keys, values, bias[:, None]])
 
     def _before_head(self, hidden: torch.Tensor, parts: Sequence[tuple[Asked, int]]) -> torch.Tensor:
         """The gradient of the loss at what the head sees, row by row: logits of all rows at once are large.
@@ -255,7 +257,7 @@ class _Run:
         method = f"{cache.fingerprint.method}|{self._settings.name}"
         return replace(
             cache,
-            fingerprint=replace(cache.fingerprint, method=method),
+            fingerprint=replace(cache.fingerprint, method=method, format_version=2),
             refined_steps=n_steps,
             fidelity=max(0.0, fidelity) if math.isfinite(fidelity) else None,  # rounding may go below zero
         )

@@ -12,7 +12,7 @@ from kv_memory.errors import ConfigError
 
 __all__ = ["RefineSettings"]
 
-RECIPE = 2  # raised when the same settings give another result; part of the fingerprint
+RECIPE = 3  # raised when the same settings give another result; part of the fingerprint
 _STEPS = 48
 _LEAST_PROBES = 24
 

@@ -12,6 +12,8 @@ import torch
 
 from kv_memory.attention import ForwardContext, attention_probabilities
 from kv_memory.backbone import Backbone
+from kv_memory.compress.matching import Matched, MatchSettings
+from kv_memory.compress.reference_rows import repeat_rows
 from kv_memory.config import Budget, SelectorName, check_choice
 from kv_memory.errors import ConfigError
 from kv_memory.positioned import PositionedCache
@@ -19,8 +21,6 @@ from kv_memory.positioned import PositionedCache
 __all__ = ["ObservedAttention", "Reconstruction", "Selector", "SinkRecent", "make_selector"]
 
 OBSERVED_QUERIES = 256  # at once: their attention is written out in float32
-_REQUEST = "\n\nRepeat the previous text exactly.\n"
-_REQUEST_FROM = "\n\nRepeat the previous text exactly, from here on: "
 
 
 class Selector(Protocol):
@@ -182,17 +182,14 @@ class Reconstruction:
         received = ReceivedAttention(
             backbone, n_prefix=int(cache.next_positions[0]) - n_tokens, n_tokens=n_tokens, reduce="max"
         )
-        for start in range(0, n_tokens, self._part):
-            request = backbone.encode(_REQUEST if start == 0 else _REQUEST_FROM)[:48]
-            cue = ids[0, max(0, start - 8) : start].tolist()
-            asking = torch.tensor([[*request, *cue, *ids[0, start : start + self._part].tolist()]])
-            backbone.read(asking, cache, context=ForwardContext(observer=received))
-            cache.rewind(asking.shape[1])
+        for row in repeat_rows(backbone, ids, self._part):
+            backbone.read(torch.tensor([row]), cache, context=ForwardContext(observer=received))
+            cache.rewind(len(row))
         return received.scores
 
 
-def make_selector(name: SelectorName) -> Selector:
-    """The training-free selector of this name with its default settings.
+def make_selector(name: SelectorName, *, context_window: int) -> Selector:
+    """The training-free selector of this name with its default settings, for a model with this context window.
 
     Raises:
         ConfigError: There is none.
@@ -200,6 +197,8 @@ def make_selector(name: SelectorName) -> Selector:
     check_choice(name, SelectorName, where="selector")
     if name == "combined":
         raise ConfigError("selector 'combined' is not training-free: it needs an adapter", where="selector")
+    if name == "matched":  # parts that leave room for the document
+        return Matched(MatchSettings(part_tokens=min(1024, context_window // 4)))
     selectors: dict[str, type[Selector]] = {
         "sink_recent": SinkRecent,
         "attention": ObservedAttention,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 
 from kv_memory.backbone import Backbone
-from kv_memory.compress import Adapter, Compressor, RefineSettings, SinkRecent
+from kv_memory.compress import Adapter, Compressor, Matched, MatchSettings, RefineSettings, SinkRecent
 from kv_memory.compress.selectors import ReceivedAttention
 from kv_memory.config import Budget, SelectorName, check_choice
 from kv_memory.errors import ConfigError
@@ -25,13 +25,23 @@ MethodName = Literal[
     "sink_recent",
     "attention",
     "reconstruction",
+    "matched_score",
+    "matched_fit",
+    "matched_one_stage",
+    "matched",
     "adapter_selection",
     "adapter",
     "combined",
     "refined",
 ]
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
-RefineFrom = Literal["auto", "adapter", "combined", "reconstruction", "attention", "sink_recent"]
+RefineFrom = Literal["auto", "adapter", "combined", "matched", "reconstruction", "attention", "sink_recent"]
+# `matched` without some of its parts: the scores alone; the fit alone, of what attention chooses; both in one stage.
+PARTS = {
+    "matched_score": MatchSettings(fit=False),
+    "matched_fit": MatchSettings(score="attention", stages=()),
+    "matched_one_stage": MatchSettings(stages=()),
+}
 _NEED_ADAPTER = {"adapter_selection", "adapter", "combined"}
 
 
@@ -87,11 +97,12 @@ def make_methods(
     """The methods of these names, in the order of `METHODS`.
 
     Args:
-        names: None for all that can be run: without an adapter, all but those that need one.
+        names: None for all that can be run, but for parts of `matched`: without an adapter, all but those that need
+            one.
         backbone: The model.
         adapter: For `adapter_selection`, `adapter`, and `refined` from it.
         refine: For `refined`.
-        refine_from: Where `refined` starts; `auto` is the adapter where there is one, else reconstruction.
+        refine_from: Where `refined` starts; `auto` is the adapter where there is one, else `matched`.
         seed: For `random`.
 
     Raises:
@@ -107,7 +118,7 @@ def check_methods(names: Sequence[str] | None, *, has_adapter: bool, refine_from
     """The names in the order of `METHODS`; arguments and errors as in `make_methods`, without a model."""
     check_choice(refine_from, RefineFrom, where="refine_from")
     if names is None:
-        return [name for name in METHODS if has_adapter or name not in _NEED_ADAPTER]
+        return [name for name in METHODS if name not in PARTS and (has_adapter or name not in _NEED_ADAPTER)]
     for name in names:
         check_choice(name, MethodName, where="method")
     if not names:
@@ -149,6 +160,9 @@ def _compressor(
 ) -> Compressor:
     if name == "full":  # at keep_ratio 1 the selector is not asked
         return Compressor(backbone, selector=SinkRecent())
+    if name in PARTS:
+        part_tokens = min(1024, backbone.context_window // 4)
+        return Compressor(backbone, selector=Matched(replace(PARTS[name], part_tokens=part_tokens)))
     if name == "random":
         return Compressor(backbone, selector=RandomSelector(seed=seed))
     if name == "combined":
@@ -158,7 +172,7 @@ def _compressor(
     if name != "refined":
         selector: SelectorName = name  # type: ignore[assignment]
         return Compressor(backbone, selector=selector)
-    start = ("reconstruction" if adapter is None else "adapter") if refine_from == "auto" else refine_from
+    start = ("matched" if adapter is None else "adapter") if refine_from == "auto" else refine_from
     if start == "combined":
         return Compressor(backbone, adapter=adapter, selector="combined", refine=refine)
     if start == "adapter":

@@ -30,7 +30,13 @@ def check_compatible(backbone: Backbone, cache: DistilledCache) -> None:
         FingerprintMismatchError: Names the differing fields.
     """
     made = cache.fingerprint
-    mine = backbone.fingerprint(method=made.method, adapter=made.adapter, eta=made.eta, keep_spans=made.keep_spans)
+    mine = backbone.fingerprint(
+        method=made.method,
+        adapter=made.adapter,
+        eta=made.eta,
+        keep_spans=made.keep_spans,
+        format_version=made.format_version,
+    )
     made.check(replace(mine, dtype=made.dtype))
 
 
@@ -111,10 +117,18 @@ def compose(
         for tensor in (keys, values):
             tensor[:, 1:, :, :n_entries] = tensor[:, :1, :, :n_entries]
 
+    bias = None
+    if any(cache.bias is not None for cache in caches):  # zeros for the prefix and for what is appended
+        bias = keys.new_zeros(backbone.num_layers, 1, *keys.shape[2:4])
+        entry = n_prefix
+        for cache in caches:
+            if cache.bias is not None:
+                bias[:, 0, :, entry : entry + cache.n_kept] = cache.bias.to(bias)
+            entry += cache.n_kept
     if any(row.ndim == 3 for row in rows):
         rows = [row.cpu().expand(backbone.num_layers, backbone.num_kv_heads, -1) for row in rows]
     positions = torch.cat([row.cpu() for row in rows], dim=-1).to(backbone.device)
-    return PositionedCache(keys, values, positions=positions, next_position=start, n_positions=n_positions)
+    return PositionedCache(keys, values, positions=positions, next_position=start, n_positions=n_positions, bias=bias)
 
 
 def _compose_ragged(
@@ -141,6 +155,8 @@ def _compose_ragged(
     like = prefix.keys
     keys = [like.new_empty(rows, n_heads, length + room, like.shape[-1]) for length in longest.tolist()]
     values = [torch.empty_like(buffer) for buffer in keys]
+    biased = any(cache.bias is not None for cache in caches)
+    bias = [like.new_zeros(1, *buffer.shape[1:3]) for buffer in keys] if biased else None
     positions = [torch.full((1, n_heads, length), NEVER, dtype=torch.int32) for length in longest.tolist()]
     before = torch.arange(n_prefix, dtype=torch.int32)
     for layer, heads in enumerate(starts):
@@ -161,6 +177,7 @@ def _compose_ragged(
             flat_keys.to(backbone.device), where.to(backbone.device), count.sum(1).tolist(), n_positions=n_positions
         )
         flat_values = flat_values.to(backbone.device)
+        flat_bias = None if cache.bias is None else cache.bias.flatten().to(like)
         entry = 0
         for layer, of_layer in enumerate(count.tolist()):
             for head, n in enumerate(of_layer):
@@ -168,6 +185,8 @@ def _compose_ragged(
                 keys[layer][:, head, there] = turned[here]
                 values[layer][:, head, there] = flat_values[here]
                 positions[layer][0, head, there] = where[here]
+                if bias is not None and flat_bias is not None:
+                    bias[layer][0, head, there] = flat_bias[here]
                 filled[layer][head] += n
                 entry += n
         offset += span_of(cache, layout)
@@ -178,6 +197,7 @@ def _compose_ragged(
         next_position=start,
         n_positions=n_positions,
         starts=starts,
+        bias=bias,
     )
 
 

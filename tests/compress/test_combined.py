@@ -1,4 +1,4 @@
-"""The selector `combined`: an adapter's scores and reconstruction attention choose together."""
+"""The selector `combined`: an adapter's scores and the change of the output choose together."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from kv_memory.compress import Adapter, Compressor
+from kv_memory.compress import Adapter, Compressor, Matched, MatchSettings
 from kv_memory.compress.combined import combined_selection
 from kv_memory.compress.reading import Reading, read_documents
-from kv_memory.compress.scorer import attention_scores
-from kv_memory.compress.selectors import Reconstruction
 from kv_memory.errors import ConfigError
 from kv_memory.settings import given_settings, resolve_settings
 from tests.conftest import make_backbone
@@ -25,7 +23,7 @@ def adapted(**options: Any) -> Adapter:
     return Adapter.create(make_backbone("llama"), rank=4, **{**FORM, "zero_init": False, **options})
 
 
-def read(adapter: Adapter, selector: Reconstruction) -> tuple[torch.Tensor, Reading]:
+def read(adapter: Adapter, selector: Matched) -> tuple[torch.Tensor, Reading]:
     ids = torch.tensor([adapter.backbone.encode(TEXT)])
     n_tokens, n_kept = torch.tensor([ids.shape[1]]), torch.tensor([15])
     with torch.no_grad():
@@ -33,22 +31,26 @@ def read(adapter: Adapter, selector: Reconstruction) -> tuple[torch.Tensor, Read
 
 
 def test_both_have_a_say() -> None:
-    adapter, selector = adapted(), Reconstruction(part_tokens=32)
+    adapter, selector = adapted(), Matched(MatchSettings(part_tokens=32))
     ids, reading = read(adapter, selector)
     forced = torch.zeros(ids.shape[1], dtype=torch.bool)
     with torch.no_grad():
-        received = selector.score(adapter.backbone, ids, reading.cache, None)
+        errors = selector.score(adapter.backbone, ids, reading.cache, None)
         made = combined_selection(adapter, selector, ids, reading, n_kept=15, forced=forced)
     assert made.shape == reading.selected.shape and int(made.sum()) == 15 * 8
-    repeated = attention_scores(received, torch.ones_like(received, dtype=torch.bool), budget="model")
-    alone = torch.zeros_like(repeated).flatten()
-    alone[repeated.flatten().topk(15 * 8).indices] = 1
-    assert not made.equal(reading.selected), "reconstruction had no say"
-    assert not made[:, 0].equal(alone.bool().view_as(repeated)), "the adapter had no say"
+
+    def best(scores: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros_like(scores, dtype=torch.bool).flatten()
+        mask[scores.flatten().topk(15 * 8).indices] = True
+        return mask.view_as(scores)
+
+    assert made[:, 0].equal(best(reading.scores[:, 0] + errors.log() / 2))
+    assert not made.equal(reading.selected), "the errors had no say"
+    assert not made[:, 0].equal(best(errors)), "the adapter had no say"
 
 
 def test_the_reading_is_left_as_it_was() -> None:
-    adapter, selector = adapted(), Reconstruction(part_tokens=32)
+    adapter, selector = adapted(), Matched(MatchSettings(part_tokens=32))
     ids, reading = read(adapter, selector)
     before = [tensor.clone() for tensor in reading.cache.layer(3)]
     with torch.no_grad():
@@ -65,7 +67,7 @@ def test_it_is_another_method_than_the_adapter() -> None:
         Compressor(adapter.backbone, adapter=adapter),
         Compressor(adapter.backbone, adapter=adapter, selector="combined"),
     )
-    assert combined.fingerprint().method.startswith("adapter+reconstruction:")
+    assert combined.fingerprint().method.startswith("adapter+matched:")
     assert alone.fingerprint().method.startswith("adapter|")
     one, other = alone.compress(TEXT, keep_ratio=0.25), combined.compress(TEXT, keep_ratio=0.25)
     assert one.keys.shape == other.keys.shape
@@ -114,8 +116,8 @@ def test_a_store_chooses_with_its_adapter() -> None:
     combined = {"adapter": "shipped", "selector": "combined"}
     assert resolve_settings({}, combined).selector == "combined"
     left = resolve_settings(given(adapter="none"), combined)
-    assert (left.adapter, left.selector) == (None, "reconstruction")
+    assert (left.adapter, left.selector) == (None, "matched")
     elsewhere = resolve_settings(given(model="a/model"), combined)
-    assert (elsewhere.adapter, elsewhere.selector) == (None, "reconstruction")
+    assert (elsewhere.adapter, elsewhere.selector) == (None, "matched")
     other = resolve_settings(given(selector="attention"), combined)
     assert (other.adapter, other.selector) == (None, "attention")

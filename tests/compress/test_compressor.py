@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from kv_memory.cache import DistilledCache
-from kv_memory.compress import Adapter, Compressor, Reconstruction
+from kv_memory.compress import Adapter, Compressor, Matched, MatchSettings, Reconstruction
 from kv_memory.config import n_kept_for
 from kv_memory.errors import ConfigError, EmptyDocumentError
 from tests.conftest import make_backbone
 from tests.reference import assert_close, by_head, letters, recorded_inputs, shared_backbone
 
-TRAINING_FREE = ["sink_recent", "attention", "reconstruction", "reconstruction_head"]
+TRAINING_FREE = ["sink_recent", "attention", "reconstruction", "reconstruction_head", "matched"]
 # The paper's form; and others by scorer, routed tokens and first routed layer.
 ADAPTERS: dict[str, dict[str, Any]] = {
     "adapter": {},
@@ -27,7 +27,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 METHODS = [*TRAINING_FREE, *ADAPTERS, "combined"]
 SHARED = {"sink_recent", "adapter"}  # one row for all heads
-RAGGED = {"reconstruction", "adapter_head_ragged", "adapter_document_ragged", "combined"}
+RAGGED = {"reconstruction", "matched", "adapter_head_ragged", "adapter_document_ragged", "combined"}
 NAMES = ["llama", "mistral", "qwen3", "gemma3", "phi3_window", "phi3_longrope"]
 TEXT = letters(60)
 
@@ -39,6 +39,8 @@ def compressor_for(name: str, method: str, **options: Any) -> Compressor:
     if method.startswith("reconstruction"):
         selector = Reconstruction(part_tokens=32, budget="model" if method == "reconstruction" else "head")
         return Compressor(shared_backbone(name), selector=selector, **options)
+    if method == "matched":
+        return Compressor(shared_backbone(name), selector=Matched(MatchSettings(part_tokens=32)), **options)
     backbone = make_backbone(name)
     if method == "combined":
         method, options = "adapter_document_ragged", {"selector": "combined", **options}
@@ -75,6 +77,7 @@ class TestEveryMethod:
         if made.per_head and n_kept > 1 and not blind:
             assert len({tuple(row.tolist()) for row in rows}) > 1, "every head chose the same"
         assert made.keys.isfinite().all() and made.values.isfinite().all()
+        assert (made.bias is not None) == (method == "matched")
 
     def test_the_same_input_gives_the_same_bytes(self, name: str, method: str) -> None:
         compressor = compressor_for(name, method)
@@ -85,22 +88,28 @@ class TestEveryMethod:
         made = compressor_for(name, method).compress(TEXT, keep_ratio=1.0)
         plain = compressor_for(name, "sink_recent").compress(TEXT, keep_ratio=1.0)
         assert torch.equal(made.keys, plain.keys) and torch.equal(made.values, plain.values)
-        assert made.positions.tolist() == list(range(66))
+        assert made.positions.tolist() == list(range(66)) and made.bias is None
 
     def test_kept_keys_and_values(self, name: str, method: str) -> None:
         made = compressor_for(name, method).compress(TEXT, keep_ratio=0.3)
         plain = compressor_for(name, method).compress(TEXT, keep_ratio=1.0)
+        moved = 0.0
         first = 4 if method in TRAINING_FREE else 1 + ADAPTERS.get(method, {}).get("first_routed_layer", 0)
         for layer, heads in enumerate(by_head(made)):
             apart = 0.0
             for head, (positions, keys, values) in enumerate(heads):
                 for kept, whole in ((keys, plain.keys), (values, plain.values)):
                     expected = whole[layer, head][positions]
-                    if layer < first:  # makes its keys and values before the first routed projection
+                    if method == "matched" and whole is plain.values:  # fitted
+                        apart = max(apart, float((kept - expected).abs().max()) if len(kept) else 0.0)
+                    elif layer < first:  # makes its keys and values before the first routed projection
                         torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-3)
                     elif len(kept):
                         apart = max(apart, float((kept - expected).abs().max()))
-            assert (apart > 0.01) == (layer >= first)
+            if method != "matched":
+                assert (apart > 0.01) == (layer >= first)
+            moved = max(moved, apart)
+        assert moved > 0.01 or method in TRAINING_FREE[:-1]
 
     def test_windows_are_compressed_apart_and_joined(self, name: str, method: str) -> None:
         ids = shared_backbone(name).encode(letters(100, seed=2))
@@ -109,6 +118,10 @@ class TestEveryMethod:
         parts = [compressor_for(name, method).compress_ids(ids[a:b], keep_ratio=0.25) for a, b in pairwise(edges)]
         assert [part.n_kept for part in parts] == [8, 9, 8]
         assert (joined.n_tokens, joined.n_kept) == (100, 25)
+        if method == "matched":
+            assert joined.bias is not None and sorted(joined.bias.tolist()) == sorted(
+                bias for part in parts for bias in part.bias.flatten().tolist()  # type: ignore[union-attr]
+            )
         pieces = [by_head(part) for part in parts]
         for layer, heads in enumerate(by_head(joined)):
             for head, (positions, keys, values) in enumerate(heads):
@@ -143,8 +156,9 @@ def test_a_document_longer_than_the_context_window(backbone: Any) -> None:
 
 def test_room_for_the_request_is_taken_off_the_window(backbone: Any) -> None:
     assert Compressor(backbone, selector=Reconstruction(part_tokens=64)).window_tokens == 512 - 11 - 128
+    assert Compressor(backbone).window_tokens == 512 - 11 - 128 - 56  # `matched` asks for parts of a quarter of it
     with pytest.raises(ConfigError, match="reconstruction:1024") as caught:
-        Compressor(backbone)
+        Compressor(backbone, selector="reconstruction")
     assert caught.value.where == "selector"
     assert caught.value.next_step is not None and "part_tokens" in caught.value.next_step
     # With an adapter nobody asks.

@@ -9,7 +9,7 @@ from kv_memory.attention import ForwardContext
 from kv_memory.compress import ObservedAttention, Reconstruction, Selector, SinkRecent, selectors
 from kv_memory.compress.reading import choose
 from kv_memory.compress.selectors import make_selector
-from kv_memory.config import n_kept_for
+from kv_memory.config import SelectorName, n_kept_for
 from kv_memory.errors import ConfigError
 from tests.conftest import ARCHITECTURES
 from tests.reference import letters, plain_model, shared_backbone
@@ -141,15 +141,16 @@ def test_n_kept(n_tokens: int, keep_ratio: float, n_kept: int) -> None:
 
 
 def test_names_tell_settings_apart() -> None:
+    names_of_selectors: tuple[SelectorName, ...] = ("sink_recent", "attention", "reconstruction", "matched")
     names = [
         selector.name
         for selector in (
-            *map(make_selector, ("sink_recent", "attention", "reconstruction")),
+            *(make_selector(name, context_window=4096) for name in names_of_selectors),
             SinkRecent(n_sink=5),
             Reconstruction(part_tokens=64),
         )
     ]
-    assert len(set(names)) == 5
+    assert len(set(names)) == 6
     with pytest.raises(ConfigError, match="snapkv") as caught:
-        make_selector("snapkv")  # type: ignore[arg-type]
+        make_selector("snapkv", context_window=4096)  # type: ignore[arg-type]
     assert caught.value.next_step is not None and "reconstruction" in caught.value.next_step

@@ -1,0 +1,244 @@
+"""Reference rows: what the model asks of a document while it repeats it and answers questions that are about no document.
+
+A compressor that fits entries needs queries to fit them to. The real ones are not known when a document is compressed,
+so a pass behind the document stands for them: the request to repeat it (as in KVzip, arXiv 2505.23416), whose queries
+look for every token once, and short questions with answers, whose queries look for what answers are made of. The very
+questions asked later did not serve better than these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from kv_memory.attention import ForwardContext
+from kv_memory.backbone import Backbone
+from kv_memory.compress.reading import pad
+from kv_memory.positioned import PositionedCache
+
+__all__ = ["QUESTION_TOKENS", "REPEAT", "REPEAT_FROM", "ReferenceRows", "record_rows", "repeat_rows"]
+
+REPEAT = "\n\nRepeat the previous text exactly.\n"
+REPEAT_FROM = "\n\nRepeat the previous text exactly, from here on: "
+REQUEST_TOKENS, CUE_TOKENS = 48, 8
+QUESTION_TOKENS = 64  # of a question with its wrapper and its answer, at most
+_QUESTIONS = (
+    ("Who built the tower?", "Jan Novak"),
+    ("When did the war begin?", "in 1914"),
+    ("How many people live there?", "about 40,000"),
+    ("Where was it first used?", "in northern Italy"),
+    ("What is the main cause?", "a lack of rain"),
+    ("Why did they leave?", "because of the storm"),
+    ("Which company made it?", "Siemens"),
+    ("What is the name of the river?", "the Danube"),
+)
+_COPIED_ENTRIES = 4096  # of the document's cache, for questions asked side by side
+_BLOCK = 256  # queries whose attention to their own row is written out at once
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceRows:
+    """The queries of one layer behind a document.
+
+    Attributes:
+        query: `(num_heads, m, head_dim)`, rotated; of the model's dtype.
+        own: `(num_heads, m)`, logsumexp of each query's logits over the keys of its own row, float32.
+        positions: `(m,)`, where each query stands.
+        scale: `(m,)`, 1 over the norm of the hidden state that enters the layer, float32.
+        scaling: Of the attention logits.
+        softcap: Of the attention logits, or None.
+        window: How far a query looks back, or None.
+    """
+
+    query: torch.Tensor
+    own: torch.Tensor
+    positions: torch.Tensor
+    scale: torch.Tensor
+    scaling: float
+    softcap: float | None
+    window: int | None
+
+    def logits(self, keys: torch.Tensor, where: torch.Tensor, heads: slice, rows: slice) -> torch.Tensor:
+        """Attention logits towards document keys.
+
+        Args:
+            keys: `(n, head_dim)`, float32, rotated, of one KV head.
+            where: `(n,)`, their positions.
+            heads: The query heads that share it.
+            rows: Which queries.
+
+        Returns:
+            `(query heads, rows, n)`, float32; -inf where a sliding window hides the key.
+        """
+        logits = self.query[heads, rows].float() @ keys.T * self.scaling
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        if self.window is not None:
+            logits.masked_fill_(where <= self.positions[rows, None] - self.window, -torch.inf)
+        return logits
+
+
+def repeat_rows(backbone: Backbone, ids: torch.Tensor, part_tokens: int) -> Iterator[list[int]]:
+    """Requests to repeat a document `(1, n)` part by part, each with the part it asks for."""
+    for start in range(0, ids.shape[1], part_tokens):
+        request = backbone.encode(REPEAT if start == 0 else REPEAT_FROM)[:REQUEST_TOKENS]
+        cue = ids[0, max(0, start - CUE_TOKENS) : start].tolist()
+        yield [*request, *cue, *ids[0, start : start + part_tokens].tolist()]
+
+
+@torch.no_grad()
+def record_rows(
+    backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, *, part_tokens: int
+) -> list[ReferenceRows]:
+    """Ask the reference rows behind a document and record every layer's queries.
+
+    Args:
+        backbone: The model.
+        ids: `(1, n)`, the document.
+        cache: Prefix and document, as they were prefilled, with room for a part and its request. Left as it was found,
+            but for the frequencies of a rope that depends on the length.
+        part_tokens: Length of the parts that are repeated.
+    """
+    recorder = _Recorder(backbone)
+    n_positions = []
+    for row in _question_batches(backbone, int(cache.next_positions[0])):
+        n_positions.append(recorder.ask(row, cache))
+    for row in repeat_rows(backbone, ids, part_tokens):
+        n_positions.append(recorder.ask([row], cache))
+    layers = recorder.layers()
+    if backbone.rope.varies and len({backbone.rope.regime(n) for n in n_positions}) > 1:
+        layers = _in_one_regime(backbone, layers, recorder.sizes, n_positions, cache.n_positions)
+    return layers
+
+
+def _question_batches(backbone: Backbone, n_entries: int) -> Iterator[list[list[int]]]:
+    rows = [(backbone.encode_question(q) + backbone.encode(f" {a}"))[-QUESTION_TOKENS:] for q, a in _QUESTIONS]
+    at_once = max(1, _COPIED_ENTRIES // n_entries)
+    for start in range(0, len(rows), at_once):
+        yield rows[start : start + at_once]
+
+
+class _Recorder:
+    """Records queries while rows are read; an `AttentionObserver`."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+        self._parts: list[list[ReferenceRows]] = [[] for _ in range(backbone.num_layers)]
+        self._real = torch.empty(0, 0, dtype=torch.bool)  # of the rows that are being read
+        self._positions = torch.empty(0)
+        self._scales: dict[int, torch.Tensor] = {}
+        self.sizes: list[int] = []  # queries of each pass
+
+    def layers(self) -> list[ReferenceRows]:
+        return [
+            replace(
+                parts[0],
+                query=torch.cat([part.query for part in parts], 1),
+                own=torch.cat([part.own for part in parts], 1),
+                positions=torch.cat([part.positions for part in parts]),
+                scale=torch.cat([part.scale for part in parts]),
+            )
+            for parts in self._parts
+        ]
+
+    def ask(self, rows: Sequence[Sequence[int]], cache: PositionedCache) -> int:
+        """Read rows side by side behind the document; returns the length of the sequence they were read in."""
+        ids, lengths = pad(rows, device=self._backbone.device)
+        places = torch.arange(ids.shape[1], device=ids.device)
+        self._real = places < lengths[:, None]
+        self._positions = (cache.next_positions[:1, None] + places).expand_as(self._real)[self._real]
+        self.sizes.append(len(self._positions))
+        behind = cache if len(rows) == 1 else _copies(cache, len(rows), room=ids.shape[1])
+        with self._norms():
+            ragged = lengths if len(rows) > 1 else None
+            self._backbone.read(ids, behind, lengths=ragged, context=ForwardContext(observer=self))
+        if len(rows) == 1:
+            cache.rewind(ids.shape[1])
+        return behind.n_positions
+
+    @contextmanager
+    def _norms(self) -> Iterator[None]:
+        """Note how large the hidden states are that enter each layer."""
+
+        def note(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            self._scales[layer] = 1 / hidden.float().norm(dim=-1).clamp_min(1e-6)
+
+        with self._backbone.lock:  # the hooks would see a forward pass of another thread as well
+            handles = [
+                module.register_forward_pre_hook(
+                    lambda _, args, kwargs, layer=index: note(layer, args, kwargs), with_kwargs=True
+                )
+                for index, module in enumerate(self._backbone.layers)
+            ]
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    def observe(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        *,
+        scaling: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> None:
+        """See `AttentionObserver`."""
+        batch, heads, new, dim = query.shape
+        own = key[:, :, -new:].float()
+        sums = torch.empty(batch, heads, new, device=query.device)
+        places = torch.arange(new, device=query.device)
+        for start in range(0, new, _BLOCK):
+            rows = slice(start, min(start + _BLOCK, new))
+            block = query[:, :, rows].float().unflatten(1, (own.shape[1], -1))
+            logits = block @ own[:, :, None, : rows.stop].transpose(-1, -2) * scaling
+            if softcap is not None:
+                logits = torch.tanh(logits / softcap) * softcap
+            hidden = places[: rows.stop] > places[rows, None]
+            if window is not None:
+                hidden |= places[: rows.stop] <= places[rows, None] - window
+            sums[:, :, rows] = logits.masked_fill_(hidden, -torch.inf).logsumexp(-1).flatten(1, 2)
+        real = self._real
+        self._parts[layer].append(
+            ReferenceRows(
+                query=query.transpose(1, 2)[real].transpose(0, 1).clone(),
+                own=sums.transpose(1, 2)[real].transpose(0, 1),
+                positions=self._positions,
+                scale=self._scales[layer].expand(batch, -1)[real],
+                scaling=scaling,
+                softcap=softcap,
+                window=window,
+            )
+        )
+
+
+def _copies(cache: PositionedCache, n: int, *, room: int) -> PositionedCache:
+    """The document's cache once for each of `n` rows, with room behind it."""
+    layers = [cache.layer(index) for index in range(len(cache.layers))]
+    keys, values = (
+        [torch.nn.functional.pad(layer[part].expand(n, -1, -1, -1), (0, 0, 0, room)) for layer in layers]
+        for part in (0, 1)
+    )
+    end = int(cache.next_positions[0])
+    where = torch.arange(end, dtype=torch.int32, device=keys[0].device)
+    return PositionedCache(keys, values, positions=where, next_position=end, n_positions=cache.n_positions)
+
+
+def _in_one_regime(
+    backbone: Backbone, layers: Sequence[ReferenceRows], sizes: Sequence[int], n_positions: Sequence[int], wanted: int
+) -> list[ReferenceRows]:
+    """Queries that were rotated for sequences of different lengths, as those of a sequence of length `wanted`."""
+    query, where = torch.stack([rows.query for rows in layers]), layers[0].positions
+    parts = []
+    for part, at, length in zip(query.split(list(sizes), 2), where.split(list(sizes)), n_positions, strict=True):
+        free = backbone.rope.take_off(part, at, n_positions=length)
+        parts.append(backbone.rope.put_on(free, at, n_positions=max(wanted, int(at.max()) + 1)).to(query.dtype))
+    return [replace(rows, query=turned) for rows, turned in zip(layers, torch.cat(parts, 2), strict=True)]
