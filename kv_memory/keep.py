@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 from kv_memory.config import StorageName, check_keep_ratio, n_kept_for, stored_dtype
@@ -115,7 +116,8 @@ class Keep:
         if self.keep_tokens is not None:
             return self.keep_tokens
         assert self.max_bytes is not None
-        return (self.max_bytes - self._fixed_bytes(fingerprint)) // self._entry_bytes(n_tokens, fingerprint)
+        room = self.max_bytes - _fixed_bytes(fingerprint, self.storage)
+        return room // _entry_bytes(n_tokens, fingerprint, self.storage)
 
     def _raise_too_small(self, n_tokens: int, fingerprint: Fingerprint, least: int) -> None:
         if self.keep_tokens is not None:
@@ -125,45 +127,14 @@ class Keep:
                 where="keep_tokens",
                 next_step=f"Pass {least} or more.",
             )
-        smallest = self._fixed_bytes(fingerprint) + least * self._entry_bytes(n_tokens, fingerprint)
+        entries = least * _entry_bytes(n_tokens, fingerprint, self.storage)
+        smallest = entries + _fixed_bytes(fingerprint, self.storage)
         raise BudgetError(
             f"max_bytes {self.max_bytes:,} is too small for a cache of {least:,} "
             f"entr{'y' if least == 1 else 'ies'} in every layer and head, which takes up to {smallest:,} bytes",
             where="max_bytes",
             next_step=f"Pass {smallest} or more.",
         )
-
-    def _entry_bytes(self, n_tokens: int, fingerprint: Fingerprint) -> int:
-        """Bytes of one entry in every layer and head."""
-        stored = stored_dtype(self.storage, fingerprint.dtype)
-        position = 2 if n_tokens < 2**15 else 4
-        bias = 2 if fingerprint.format_version > 1 else 0
-        value_scale = 2 if stored == "int8" else 0
-        each = 2 * fingerprint.head_dim * _ITEM_BYTES[stored] + position + bias + value_scale
-        return each * fingerprint.num_layers * fingerprint.num_kv_heads
-
-    def _fixed_bytes(self, fingerprint: Fingerprint) -> int:
-        """Bytes of a file beside its entries, at most: counts, the scales of keys, and the header.
-
-        With every tensor and the longest numbers in the header: it is to be known before there is a cache.
-        """
-        stored = stored_dtype(self.storage, fingerprint.dtype)
-        per_head = 4 + (2 * fingerprint.head_dim if stored == "int8" else 0)
-        number, digest = 1.2345678901234567e-300, "0" * 64
-        inner = {
-            "n_tokens": 10**9,
-            "keep_ratio": number,
-            "fingerprint": asdict(replace(fingerprint, keep_spans=digest)),
-            "refined_steps": 10**6,
-            "fidelity": number,
-            "storage": stored,
-            "text_sha256": digest,
-        }
-        tensor = {"dtype": "BF16", "shape": [10**9] * 4, "data_offsets": [10**10] * 2}
-        header = {"__metadata__": {"kv_memory": json.dumps(inner)}, **dict.fromkeys(_TENSORS, tensor)}
-        # Eight bytes of length, and up to seven for a multiple of eight.
-        n_header = 15 + len(json.dumps(header, separators=(",", ":")))
-        return n_header + per_head * fingerprint.num_layers * fingerprint.num_kv_heads
 
 
 def given_keep(
@@ -192,3 +163,38 @@ def _window_tokens(fingerprint: Fingerprint) -> int | None:
     """The longest stretch that the compressor reads at once, which `Compressor.fingerprint` writes into the method."""
     found = _WINDOW.search(fingerprint.method)
     return None if found is None else int(found[1])
+
+
+def _entry_bytes(n_tokens: int, fingerprint: Fingerprint, storage: StorageName) -> int:
+    """Bytes of one entry in every layer and head."""
+    stored = stored_dtype(storage, fingerprint.dtype)
+    position = 2 if n_tokens < 2**15 else 4
+    bias = 2 if fingerprint.format_version > 1 else 0
+    value_scale = 2 if stored == "int8" else 0
+    each = 2 * fingerprint.head_dim * _ITEM_BYTES[stored] + position + bias + value_scale
+    return each * fingerprint.num_layers * fingerprint.num_kv_heads
+
+
+@lru_cache(maxsize=64)  # asked for every text of a store
+def _fixed_bytes(fingerprint: Fingerprint, storage: StorageName) -> int:
+    """Bytes of a file beside its entries, at most: counts, the scales of keys, and the header.
+
+    With every tensor and the longest numbers in the header: it is to be known before there is a cache.
+    """
+    stored = stored_dtype(storage, fingerprint.dtype)
+    per_head = 4 + (2 * fingerprint.head_dim if stored == "int8" else 0)
+    number, digest = 1.2345678901234567e-300, "0" * 64
+    inner = {
+        "n_tokens": 10**9,
+        "keep_ratio": number,
+        "fingerprint": asdict(replace(fingerprint, keep_spans=digest)),
+        "refined_steps": 10**6,
+        "fidelity": number,
+        "storage": stored,
+        "text_sha256": digest,
+    }
+    tensor = {"dtype": "BF16", "shape": [10**9] * 4, "data_offsets": [10**10] * 2}
+    header = {"__metadata__": {"kv_memory": json.dumps(inner)}, **dict.fromkeys(_TENSORS, tensor)}
+    # Eight bytes of length, and up to seven for a multiple of eight.
+    n_header = 15 + len(json.dumps(header, separators=(",", ":")))
+    return n_header + per_head * fingerprint.num_layers * fingerprint.num_kv_heads
