@@ -50,6 +50,7 @@ from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers import ResponseMode, get_response_synthesizer
 
 from kv_memory import Document, KVMemory
+from kv_memory.cli.sizes import ratio_of
 from kv_memory.datasets import read_examples
 from kv_memory.evaluate.metrics import agreement, f1
 from kv_memory.integrations.llama_index import KVMemoryLLM, KVMemoryQueryEngine, KVMemoryStoreRetriever
@@ -89,7 +90,7 @@ def main() -> None:
     """Make the store, ask, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="embedded, a model folder or a hub id (default: embedded)")
-    parser.add_argument("--keep-ratio", type=float, default=0.25, help="share of tokens kept (default: 0.25)")
+    parser.add_argument("--keep-ratio", type=ratio_of, default=0.25, help="share of tokens kept (default: 0.25)")
     parser.add_argument("--top-k", type=int, nargs="+", default=[1, 3, 5], help="passages a question (default: 1 3 5)")
     parser.add_argument("--n-pages", type=int, default=60, help="pages of SQuAD (default: 60)")
     parser.add_argument("--n-questions", type=int, default=50, help="questions (default: 50)")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_memory import Conversation, DecodeSettings, KVMemory, Turn
+from kv_memory.cli.sizes import ratio_of
 
 FACTS = [  # said, asked, a word of the answer
     ("My dog is called Biscuit.", "What is my dog called?", "Biscuit"),
@@ -50,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="embedded, a model folder or a hub id (default: embedded)")
     parser.add_argument(
-        "--keep-ratio", type=float, nargs="+", default=[1.0, 0.5, 0.25, 0.125], help="(default: 1 1/2 1/4 1/8)"
+        "--keep-ratio", type=ratio_of, nargs="+", default=[1.0, 0.5, 0.25, 0.125], help="(default: 1 1/2 1/4 1/8)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args()

@@ -26,6 +26,7 @@ import torch
 
 from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
+from kv_memory.cli.sizes import ratio_of
 from kv_memory.compress import Adapter, Compressor
 from kv_memory.config import StorageName
 from kv_memory.embedded import adapter_folder
@@ -41,7 +42,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n-documents", type=int, default=66, help="for the sizes (default: 66)")
-    parser.add_argument("--keep-ratio", type=float, nargs="+", default=[1 / 4, 1 / 8, 1 / 16], help="for the sizes")
+    parser.add_argument("--keep-ratio", type=ratio_of, nargs="+", default=[1 / 4, 1 / 8, 1 / 16], help="for the sizes")
     parser.add_argument("--entries", type=int, nargs="+", default=[64, 512], help="a head, for the times")
     parser.add_argument("--repeats", type=int, default=40, help="for the times (default: 40)")
     parser.add_argument("--results", type=Path, default=Path("docs/results/squad"), help="of kv-memory eval --out")

@@ -29,6 +29,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kv_memory.cli.sizes import ratio_of
+
 LENGTHS = (512, 1024, 2048, 4096)
 QUESTION = "What does the text say about the way it works?"
 
@@ -38,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="embedded, a model folder or a hub id (default: embedded)")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="document lengths, in tokens")
-    parser.add_argument("--keep-ratio", type=float, default=0.125, help="share of tokens kept (default: 0.125)")
+    parser.add_argument("--keep-ratio", type=ratio_of, default=0.125, help="share of tokens kept (default: 0.125)")
     parser.add_argument(
         "--selector", choices=["reconstruction", "attention", "sink_recent"], help="instead of the adapter"
     )

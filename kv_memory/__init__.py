@@ -14,6 +14,7 @@ from kv_memory.errors import (
     AdapterMismatchError,
     BinaryDocumentError,
     BrokenLineError,
+    BudgetError,
     CacheError,
     CacheNotFoundError,
     CheckpointError,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from kv_memory.documents import Document
     from kv_memory.fingerprint import Fingerprint
     from kv_memory.generate import Generator, Turn
+    from kv_memory.keep import Keep
     from kv_memory.memory import Answer, KVMemory
     from kv_memory.reader import Reference
     from kv_memory.store import Store
@@ -71,6 +73,7 @@ __all__ = [
     "Backbone",
     "BinaryDocumentError",
     "BrokenLineError",
+    "BudgetError",
     "CacheError",
     "CacheNotFoundError",
     "CheckpointError",
@@ -97,6 +100,7 @@ __all__ = [
     "JobNotFoundError",
     "KVMemory",
     "KVMemoryError",
+    "Keep",
     "LineTooLongError",
     "ModelError",
     "ModelNotFoundError",
@@ -133,6 +137,7 @@ _LAZY = {
     "Fingerprint": "kv_memory.fingerprint",
     "Generator": "kv_memory.generate",
     "KVMemory": "kv_memory.memory",
+    "Keep": "kv_memory.keep",
     "Reference": "kv_memory.reader",
     "Store": "kv_memory.store",
     "Turn": "kv_memory.generate",

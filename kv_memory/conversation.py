@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 
-from kv_memory.config import check_choice, check_keep_ratio
+from kv_memory.config import check_choice
 from kv_memory.documents import Document, split_passages
 from kv_memory.errors import ConfigError
 from kv_memory.generate import Role, Turn
@@ -30,7 +30,9 @@ class Conversation:
     Args:
         memory: Where, and read by what.
         conversation_id: Names the conversation, in the memory's collection.
-        keep_ratio: Share of the turns' tokens kept; the memory's if None.
+        keep_ratio: Share of the turns' tokens kept. Without this and the next two it is the memory's.
+        keep_tokens: In its place, how many tokens are kept of each exchange.
+        max_bytes: In its place, the largest file of an exchange's cache, in bytes.
         top_k: How many passages of old turns one question recalls; as for documents if None.
 
     Example:
@@ -48,6 +50,8 @@ class Conversation:
         conversation_id: str,
         *,
         keep_ratio: float | None = None,
+        keep_tokens: int | None = None,
+        max_bytes: int | None = None,
         top_k: int | None = None,
     ) -> None:
         if not conversation_id.strip():
@@ -55,11 +59,14 @@ class Conversation:
         if top_k is not None and top_k < 1:
             raise ConfigError(f"top_k must be at least 1, got {top_k}", where="top_k")
         self.conversation_id = conversation_id
-        self.keep_ratio = check_keep_ratio(memory.settings.keep_ratio if keep_ratio is None else keep_ratio)
         self.top_k = memory.settings.top_k if top_k is None else top_k
         self._memory = memory.in_collection(
-            f"conversation:{memory.collection}:{conversation_id}", keep_ratio=self.keep_ratio
+            f"conversation:{memory.collection}:{conversation_id}",
+            keep_ratio=keep_ratio,
+            keep_tokens=keep_tokens,
+            max_bytes=max_bytes,
         )
+        self.keep = self._memory.settings.keep
         self._lock = _locks.setdefault(memory, {}).setdefault(conversation_id, threading.Lock())
 
     def add(self, turns: Sequence[Turn]) -> None:
@@ -89,8 +96,9 @@ class Conversation:
         """References to what was said about a question before, in the order it was spoken; none if nothing fits."""
         hits = self._memory.retrieve(question, top_k=self.top_k)
         spoken = sorted(hits, key=lambda hit: (hit.document_id, hit.ordinal))
+        ratio_of, fingerprint = self._memory.store.keep_ratio_of, self._memory.compressor.fingerprint()
         return [
-            Reference(key=key, keep_ratio=self.keep_ratio, collection=self._memory.collection)
+            Reference(key=key, keep_ratio=ratio_of(key, fingerprint, self.keep), collection=self._memory.collection)
             for key in dict.fromkeys(hit.text_sha256 for hit in spoken)  # what was said twice is read once
         ]
 

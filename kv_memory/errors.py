@@ -3,6 +3,7 @@
 ```
 KVMemoryError
 ├── ConfigError                  a setting outside its range (also a ValueError)
+│   └── BudgetError              fewer tokens or bytes than the smallest cache has; names what works
 ├── ModelError
 │   ├── ModelNotFoundError       no such hub id, folder or embedded weights
 │   ├── UnsupportedModelError    an architecture whose caches we cannot make
@@ -50,6 +51,7 @@ __all__ = [
     "AdapterMismatchError",
     "BinaryDocumentError",
     "BrokenLineError",
+    "BudgetError",
     "CacheError",
     "CacheNotFoundError",
     "CheckpointError",
@@ -120,6 +122,10 @@ class KVMemoryError(Exception):
 
 class ConfigError(KVMemoryError, ValueError):
     """A setting is outside its range or contradicts another one."""
+
+
+class BudgetError(ConfigError):
+    """A budget of tokens or bytes is smaller than the smallest cache of a document."""
 
 
 class ModelError(KVMemoryError):

@@ -20,6 +20,7 @@ from kv_memory.config import StorageName
 from kv_memory.documents import Document
 from kv_memory.errors import KVMemoryError, TextNotKeptError
 from kv_memory.fingerprint import Fingerprint
+from kv_memory.keep import Keep
 from kv_memory.prepare import Prepared, Preparer
 from kv_memory.store import CacheInfo, DocumentRecord, PassageRecord, Store, StoredPassage
 from kv_memory.tracing import span
@@ -89,7 +90,7 @@ class Intake:
     Args:
         store: Where they go.
         compressor: What reads them.
-        keep_ratio: For all of them.
+        keep_ratio: For all of them; a `Keep` means another one for each passage.
         passage_tokens: Longest passage; None keeps documents whole.
         storage: How keys and values of new caches are stored; those that are there stay as they are.
         keep_text: Keep the texts of what is added, see `Preparer`.
@@ -104,7 +105,7 @@ class Intake:
         store: Store,
         compressor: Compressor,
         *,
-        keep_ratio: float,
+        keep_ratio: float | Keep,
         passage_tokens: int | None,
         storage: StorageName = "auto",
         keep_text: bool = False,
@@ -124,6 +125,8 @@ class Intake:
         self._batch_size = batch_size if batch_size is not None else _BATCH_ON_GPU if on_gpu else 1
         self._written: Future[None] | None = None
         self._fingerprint = compressor.fingerprint()  # hashes an adapter's weights: once, not per passage
+        if isinstance(keep_ratio, Keep):
+            keep_ratio.check(self._fingerprint)  # before any work
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -251,13 +254,14 @@ class Intake:
         with ExitStack() as stack:
             # One makes it, the others wait and find it. In order: of two that make the same texts none waits for ever.
             missing = sorted(text_sha256 for text_sha256 in texts if not self._has(text_sha256))
+            ratios = {key: self._compressor.ratio_for(texts[key], self._keep_ratio) for key in missing}
             for text_sha256 in missing:
-                stack.enter_context(self._store.making(text_sha256, self._fingerprint, self._keep_ratio))
+                stack.enter_context(self._store.making(text_sha256, self._fingerprint, ratios[text_sha256]))
             missing = [text_sha256 for text_sha256 in missing if not self._has(text_sha256)]
             if not missing:
                 return
-            with span("compress", keep_ratio=self._keep_ratio, collection=self._store.collection):
-                caches = self._read([texts[text_sha256] for text_sha256 in missing])
+            with span("compress", keep_ratio=ratios[missing[0]], collection=self._store.collection):
+                caches = self._read([texts[key] for key in missing], [ratios[key] for key in missing])
             held = stack.pop_all()
         made = list(zip(missing, caches, strict=True))
         if self._writer is None:
@@ -266,10 +270,10 @@ class Intake:
         self._wait()  # so that no more than one batch waits in memory
         self._written = self._writer.submit(self._write, made, report, held)
 
-    def _read(self, texts: list[str]) -> list[DistilledCache]:
+    def _read(self, texts: list[str], ratios: list[float]) -> list[DistilledCache]:
         if len(texts) == 1:
-            return [self._compressor.compress(texts[0], keep_ratio=self._keep_ratio)]
-        return self._compressor.compress_many(texts, keep_ratio=self._keep_ratio)
+            return [self._compressor.compress(texts[0], keep_ratio=ratios[0])]
+        return self._compressor.compress_many(texts, keep_ratio=ratios)
 
     def _write(self, made: list[tuple[str, DistilledCache]], report: AddReport, held: ExitStack) -> None:
         with held:

@@ -19,6 +19,7 @@ from kv_memory.documents import DocumentLike, read_documents
 from kv_memory.finder import Finder
 from kv_memory.generate import iterate_in_thread
 from kv_memory.intake import AddProgress, AddReport, Intake
+from kv_memory.keep import Keep, given_keep
 from kv_memory.prompts import PromptForm, PromptName
 from kv_memory.reader import Reader
 from kv_memory.retrieve import Hit
@@ -67,7 +68,7 @@ class KVMemory:
         self._prefix_shared = False
         self._compressor: Compressor | None = None
         self._finder = Finder(store)
-        self._others: dict[tuple[str, float], KVMemory] = {}
+        self._others: dict[tuple[str, Keep], KVMemory] = {}
         self._lock = threading.RLock()
         self._extend_lock = threading.Lock()  # not `_lock`, for which questions would wait
 
@@ -79,6 +80,8 @@ class KVMemory:
         model: str | Path | Backbone | None = None,
         adapter: str | Path | None = None,
         keep_ratio: float | None = None,
+        keep_tokens: int | None = None,
+        max_bytes: int | None = None,
         selector: SelectorName | None = None,
         passage_tokens: int | Literal["auto"] | None = "auto",
         prompt: PromptName | PromptForm | None = None,
@@ -106,6 +109,9 @@ class KVMemory:
             model: `embedded`, a model folder, a hub id, or a `Backbone`.
             adapter: An adapter folder for that model, `shipped` (the embedded model's default) or `none`.
             keep_ratio: Share of the tokens kept, in (0, 1].
+            keep_tokens: In its place, how many tokens are kept of each passage, in every layer and head (on average,
+                where heads share them). Shorter passages are kept whole.
+            max_bytes: In its place, the largest file of a passage's cache, in bytes. What fits is kept whole.
             selector: The training-free selector used without an adapter; or `combined`, an adapter and `matched`
                 together, which reads each passage twice and keeps what matters more surely.
             passage_tokens: Longest passage; None keeps documents whole.
@@ -133,7 +139,8 @@ class KVMemory:
                 use; listing, checking and removing need no model.
 
         Raises:
-            ConfigError: A setting is out of range.
+            ConfigError: A setting is out of range, or two exclude each other.
+            BudgetError: `keep_tokens` or `max_bytes` is too small for any cache of this model; names what works.
             ModelError: The model cannot be found, loaded or used; see its subclasses.
             AdapterError: The adapter cannot be read or belongs to another model.
             StoreError: The store cannot be opened; see its subclasses.
@@ -143,6 +150,8 @@ class KVMemory:
             model=model.name if isinstance(model, Backbone) else model,
             adapter=adapter,
             keep_ratio=keep_ratio,
+            keep_tokens=keep_tokens,
+            max_bytes=max_bytes,
             selector=selector,
             passage_tokens=passage_tokens,
             prompt=None if isinstance(prompt, PromptForm) else prompt,
@@ -159,6 +168,7 @@ class KVMemory:
             settings = resolve_settings(given, {})
             backbone = backbone or load_backbone(settings, dtype=dtype, device=device, prompt_form=form)
             compressor = load_compressor(settings, backbone)
+            settings.keep.check(compressor.fingerprint())
         store = Store.open(
             path,
             collection=collection,
@@ -182,23 +192,32 @@ class KVMemory:
         """Load model and adapter and prefill the shared prefix now, instead of at the first use."""
         _ = self.compressor
 
-    def in_collection(self, name: str, *, keep_ratio: float | None = None) -> KVMemory:
+    def in_collection(
+        self,
+        name: str,
+        *,
+        keep_ratio: float | None = None,
+        keep_tokens: int | None = None,
+        max_bytes: int | None = None,
+    ) -> KVMemory:
         """Another collection of this store, read by the same model; made if there is none, closed with this one.
 
         Args:
             name: Of the collection: a tenant, a conversation.
-            keep_ratio: For what is added to it; this collection's if None.
+            keep_ratio: For what is added to it. Without this and the next two it is as in this collection.
+            keep_tokens: See `open`.
+            max_bytes: See `open`.
         """
-        ratio = self.settings.keep_ratio if keep_ratio is None else keep_ratio
-        settings = dataclasses.replace(self.settings, keep_ratio=ratio)
+        given: dict[str, Any] = given_keep(keep_ratio, keep_tokens, max_bytes)
+        settings = dataclasses.replace(self.settings, **given)
         if name == self.collection and settings == self.settings:
             return self
         with self._lock:
-            found = self._others.get((name, ratio))
+            found = self._others.get((name, settings.keep))
             if found is None:
                 found = KVMemory(self.store.in_collection(name), settings, backbone=self.backbone)
                 found._compressor, found._prefix_shared = self.compressor, True
-                self._others[name, ratio] = found
+                self._others[name, settings.keep] = found
             return found
 
     def close(self) -> None:
@@ -328,7 +347,7 @@ class KVMemory:
         return Intake(
             self.store,
             self.compressor,
-            keep_ratio=self.settings.keep_ratio,
+            keep_ratio=self.settings.keep,
             passage_tokens=self.settings.passage_tokens,
             storage=self.settings.storage,
             keep_text=self.settings.keep_text if keep_text is None else keep_text,
@@ -454,7 +473,7 @@ class KVMemory:
         return Reader(
             self.store,
             self.compressor,
-            keep_ratio=self.settings.keep_ratio,
+            keep_ratio=self.settings.keep,
             layout=self.settings.layout,
             storage=self.settings.storage,
             store_of=lambda name: self.store.in_collection(name, create=False),

@@ -15,6 +15,7 @@ from kv_memory.compress import Compressor
 from kv_memory.config import DecodeSettings, Layout, StorageName, check_keep_ratio
 from kv_memory.errors import CacheNotFoundError, ConfigError, CorruptCacheError, StoreError
 from kv_memory.generate import Generator, Prompt, Run, Turn, encode_chat, encode_text_prompt, encode_turns
+from kv_memory.keep import Keep
 from kv_memory.store import Store
 from kv_memory.tracing import span
 
@@ -151,7 +152,7 @@ class Reader:
     Args:
         store: Where the caches lie.
         compressor: Whose caches are wanted; reads the texts of those that are missing or damaged.
-        keep_ratio: Of the caches, where a reference names none.
+        keep_ratio: Of the caches, where a reference names none; a `Keep` means another one for each text.
         layout: How documents are placed, see `generate.compose`.
         storage: How a cache that is made again is stored.
         store_of: The store of another collection.
@@ -162,7 +163,7 @@ class Reader:
         store: Store,
         compressor: Compressor,
         *,
-        keep_ratio: float,
+        keep_ratio: float | Keep,
         layout: Layout,
         storage: StorageName = "auto",
         store_of: Callable[[str], Store] | None = None,
@@ -285,7 +286,8 @@ class Reader:
                     caches.append(cache)
                     continue
                 with contextlib.suppress(StoreError):  # a store that cannot take it is no obstacle to a reply
-                    store.put(reference.key, self._compressor.compress(text, keep_ratio=ratio), storage=self._storage)
+                    again = self._compressor.compress(text, keep_ratio=self._compressor.ratio_for(text, ratio))
+                    store.put(reference.key, again, storage=self._storage)
             caches.append(cache)
         return _Loaded(caches, n_text, tuple(damaged), time.perf_counter() - start_s)
 

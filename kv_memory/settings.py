@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from kv_memory.config import Layout, SelectorName, StorageName, check_choice, check_keep_ratio
+from kv_memory.config import Layout, SelectorName, StorageName, check_choice
 from kv_memory.embedded import BUILT_IN, EMBEDDED, SHIPPED, built_in
 from kv_memory.errors import ConfigError
+from kv_memory.keep import Keep, given_keep
 from kv_memory.prompts import PromptName
 
 __all__ = ["MemorySettings", "given_settings", "resolve_settings"]
@@ -27,7 +28,7 @@ class MemorySettings:
         model: `embedded`, a model folder, or a hub id.
         adapter: An adapter folder, `shipped` for the one inside this package, or None. The embedded model has `shipped`
             unless an adapter or a selector is named.
-        keep_ratio: Share of the tokens kept, in (0, 1]; 0.25 unless set.
+        keep_ratio: Share of the tokens kept, in (0, 1]; 0.25 unless set, None with one of the two below.
         selector: The training-free selector used without an adapter; or `combined`, which is an adapter and
             the scores of `matched` together.
         passage_tokens: Longest passage, 256 tokens for the embedded model and 1,024 for others, unless set; None
@@ -41,11 +42,13 @@ class MemorySettings:
             `auto` for others, unless set. What is stored already stays.
         keep_text: Keep the texts of what is added. Without them a store has the caches, the documents' ids and
             metadata, and hashes of words; see `kv_memory.terms` for what those are worth.
+        keep_tokens: In the place of keep_ratio: how many tokens are kept of each passage, in every layer and head.
+        max_bytes: In the place of keep_ratio: the largest file of a passage's cache, in bytes.
     """
 
     model: str = EMBEDDED
     adapter: str | None = None
-    keep_ratio: float = 0.25
+    keep_ratio: float | None = None
     selector: SelectorName = "matched"
     passage_tokens: int | None = 256
     prompt: PromptName = "auto"
@@ -54,9 +57,13 @@ class MemorySettings:
     min_fidelity: float | None = None
     storage: StorageName = "auto"
     keep_text: bool = False
+    keep_tokens: int | None = None
+    max_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        check_keep_ratio(self.keep_ratio)
+        if self.keep_ratio is self.keep_tokens is self.max_bytes is None:
+            object.__setattr__(self, "keep_ratio", 0.25)
+        _ = self.keep  # refuses what it refuses
         check_choice(self.selector, SelectorName, where="selector")
         check_choice(self.prompt, PromptName, where="prompt")
         check_choice(self.layout, Layout, where="layout")
@@ -73,6 +80,16 @@ class MemorySettings:
                 where="min_fidelity",
                 next_step="Pass a KL in nats, e.g. 0.1.",
             )
+
+    @property
+    def keep(self) -> Keep:
+        """How much of each passage is kept."""
+        return Keep(
+            keep_ratio=self.keep_ratio,
+            keep_tokens=self.keep_tokens,
+            max_bytes=self.max_bytes,
+            storage=self.storage,
+        )
 
     @property
     def top_k(self) -> int:
@@ -93,10 +110,13 @@ def given_settings(
     min_fidelity: float | None = None,
     storage: StorageName | None = None,
     keep_text: bool | None = None,
+    keep_tokens: int | None = None,
+    max_bytes: int | None = None,
 ) -> dict[str, Any]:
     """The settings a caller gave, checked; those left at None (`auto` for passage_tokens) are not among them.
 
-    An adapter named `none` means to have none; so does a training-free selector without an adapter.
+    An adapter named `none` means to have none; so does a training-free selector without an adapter. Of keep_ratio,
+    keep_tokens and max_bytes the one that is given takes the place of the one before.
 
     Raises:
         ConfigError: One is out of range.
@@ -104,7 +124,6 @@ def given_settings(
     values = {
         "model": None if model is None else str(model),
         "adapter": None if adapter in {None, NO_ADAPTER} else str(adapter),
-        "keep_ratio": keep_ratio,
         "selector": selector,
         "prompt": prompt,
         "layout": layout,
@@ -114,6 +133,7 @@ def given_settings(
         "keep_text": keep_text,
     }
     given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    given |= given_keep(keep_ratio, keep_tokens, max_bytes)
     # A selector is for want of an adapter, except the one that needs it.
     if adapter == NO_ADAPTER or (adapter is None and selector not in {None, "combined"}):
         given["adapter"] = None

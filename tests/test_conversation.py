@@ -123,7 +123,7 @@ def test_a_keep_ratio_of_its_own(memory: KVMemory) -> None:
         old.add([BISCUIT])
         (info,) = old._memory.store.caches()
         (reference,) = old.recall("dog")
-        assert old.keep_ratio == info.keep_ratio == reference.keep_ratio == ratio
+        assert old.keep.keep_ratio == info.keep_ratio == reference.keep_ratio == ratio
         reply = memory.reader.reply([Turn("user", "dog?")], [reference], settings=SETTINGS).reply
         assert reply.n_cached_tokens == 11 + info.n_kept
     assert memory.settings.keep_ratio == 0.25

@@ -23,6 +23,7 @@ _TENSORS = {
     "errors",
     "config",
     "fingerprint",
+    "keep",
     "quantize",
     "cache",
     "rope",
@@ -32,7 +33,7 @@ _TENSORS = {
     "prompts",
     "opening",
 }
-_STORE = {"tracing", "errors", "config", "fingerprint", "cache", "terms"}
+_STORE = {"tracing", "errors", "config", "fingerprint", "cache", "keep", "terms"}
 _BELOW_MEMORY = {
     *_TENSORS,
     "tracing",
@@ -62,6 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tracing": set(),
     "config": {"errors"},
     "fingerprint": {"errors"},
+    "keep": {"errors", "config", "fingerprint"},
     "terms": {"errors"},
     "quantize": {"errors"},
     "cache": {"errors", "config", "fingerprint", "quantize"},
@@ -84,7 +86,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "datasets": {"errors", "config", "documents", "words"},
     "words": {"errors", "config"},
     "retrieve": {"errors", "config", "words", "terms"},
-    "settings": {"errors", "config", "embedded", "prompts"},
+    "settings": {"errors", "config", "embedded", "keep", "prompts"},
     "assembly": {*_TENSORS, "embedded", "backbone", "compress", "settings", "store"},
     "reader": {*_TENSORS, *_STORE, "compress", "generate", "store"},
     "finder": {*_STORE, "retrieve", "store"},

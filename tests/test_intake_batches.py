@@ -11,6 +11,7 @@ import pytest
 from kv_memory.compress import Adapter, Compressor
 from kv_memory.documents import Document
 from kv_memory.intake import Intake
+from kv_memory.keep import Keep
 from kv_memory.store import Store
 from tests.conftest import make_backbone
 from tests.memories import LONG
@@ -53,6 +54,19 @@ def test_passages_of_like_length_are_read_together(tmp_path: Path, compressor: A
         with recorded_inputs(compressor.backbone) as inputs:
             again = intake(store, compressor, batch_size=4).add_one(Document(id="long", text=LONG))
         assert again.unchanged == ["long"] and not inputs
+
+
+def test_passages_within_a_budget_are_read_together_too(tmp_path: Path, compressor: Any) -> None:
+    keep = Keep(keep_tokens=20)
+    with Store.open(tmp_path / "store") as store:
+        made = Intake(store, compressor, keep_ratio=keep, passage_tokens=64, batch_size=4)
+        with recorded_inputs(compressor.backbone) as inputs:
+            report = made.add_one(Document(id="long", text=LONG))
+        assert max(ids.shape[0] for ids in inputs) == 4
+        caches = store.caches()
+        assert len(caches) == report.n_passages > 4 and len({cache.keep_ratio for cache in caches}) > 2
+        assert [cache.n_kept for cache in caches] == [20] * len(caches)
+        assert made.add_one(Document(id="long", text=LONG)).unchanged == ["long"]
 
 
 def test_only_what_is_missing_is_read(tmp_path: Path, compressor: Any) -> None:

@@ -91,6 +91,8 @@ class ChatKVMemory(BaseChatModel):
         *,
         model: str | Path | Backbone | None = None,
         keep_ratio: float | None = None,
+        keep_tokens: int | None = None,
+        max_bytes: int | None = None,
         collection: str = "default",
         **options: Any,
     ) -> ChatKVMemory:
@@ -100,10 +102,20 @@ class ChatKVMemory(BaseChatModel):
             path: The store's folder.
             model: `embedded`, a model folder, a hub id, or a `Backbone`; what the store remembers if None.
             keep_ratio: Share of the tokens kept, in (0, 1].
+            keep_tokens: In its place, how many tokens are kept of each passage.
+            max_bytes: In its place, the largest file of a passage's cache, in bytes.
             collection: The tenant whose caches are seen.
             **options: Those of the class.
         """
-        return cls(KVMemory.open(path, model=model, keep_ratio=keep_ratio, collection=collection), **options)
+        memory = KVMemory.open(
+            path,
+            model=model,
+            keep_ratio=keep_ratio,
+            keep_tokens=keep_tokens,
+            max_bytes=max_bytes,
+            collection=collection,
+        )
+        return cls(memory, **options)
 
     @property
     def model_name(self) -> str:
@@ -122,6 +134,8 @@ class ChatKVMemory(BaseChatModel):
             "model_name": self.model_name,
             "fingerprint": self.memory.compressor.fingerprint().digest,
             "keep_ratio": self.memory.settings.keep_ratio,
+            "keep_tokens": self.memory.settings.keep_tokens,
+            "max_bytes": self.memory.settings.max_bytes,
             "layout": self.memory.settings.layout,
             "store": str(self.memory.path),
             "collection": self.memory.collection,

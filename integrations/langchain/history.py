@@ -50,7 +50,9 @@ class KVMemoryChatMessageHistory(BaseChatMessageHistory):
         conversation_id: Names the conversation, in the memory's collection.
         window_tokens: The window's size in tokens of its messages' texts; None for no limit.
         window_turns: The window's size in messages; None for no limit.
-        keep_ratio: Share of the old turns' tokens kept; the memory's if None.
+        keep_ratio: Share of the old turns' tokens kept. Without this and the next two it is the memory's.
+        keep_tokens: In its place, how many tokens are kept of each exchange.
+        max_bytes: In its place, the largest file of an exchange's cache, in bytes.
         top_k: How many passages of old turns a question recalls; as for documents if None.
 
     Raises:
@@ -75,13 +77,22 @@ class KVMemoryChatMessageHistory(BaseChatMessageHistory):
         window_tokens: int | None = 1000,
         window_turns: int | None = None,
         keep_ratio: float | None = None,
+        keep_tokens: int | None = None,
+        max_bytes: int | None = None,
         top_k: int | None = None,
     ) -> None:
         for name, value in (("window_tokens", window_tokens), ("window_turns", window_turns)):
             if value is not None and value < 0:
                 raise ConfigError(f"{name} must be 0 or more, or None, got {value}", where=name)
         self._memory = memory
-        self._conversation = Conversation(memory, conversation_id, keep_ratio=keep_ratio, top_k=top_k)
+        self._conversation = Conversation(
+            memory,
+            conversation_id,
+            keep_ratio=keep_ratio,
+            keep_tokens=keep_tokens,
+            max_bytes=max_bytes,
+            top_k=top_k,
+        )
         self._window_tokens = window_tokens
         self._window_turns = window_turns
         self._lock = _locks.setdefault(memory, {}).setdefault(conversation_id, threading.Lock())
@@ -98,7 +109,14 @@ class KVMemoryChatMessageHistory(BaseChatMessageHistory):
         if not window.n_turns:
             return window.messages
         old = self._conversation
-        mark = RecallMark(old.conversation_id, old.keep_ratio, old.top_k, window.n_turns)
+        mark = RecallMark(
+            old.conversation_id,
+            old.keep.keep_ratio,
+            old.top_k,
+            window.n_turns,
+            keep_tokens=old.keep.keep_tokens,
+            max_bytes=old.keep.max_bytes,
+        )
         return [mark.message(), *window.messages]
 
     def add_messages(self, messages: Sequence[BaseMessage]) -> None:

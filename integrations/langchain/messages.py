@@ -44,15 +44,19 @@ class RecallMark(NamedTuple):
 
     Attributes:
         conversation_id: Whose old turns.
-        keep_ratio: Of their caches.
+        keep_ratio: Of their caches; None with one of the last two.
         top_k: How many passages to recall.
         n_turns: How many turns have left the window; tells an LLM cache that there are more of them.
+        keep_tokens: See `Conversation`.
+        max_bytes: See `Conversation`.
     """
 
     conversation_id: str
-    keep_ratio: float
+    keep_ratio: float | None
     top_k: int
     n_turns: int
+    keep_tokens: int | None = None
+    max_bytes: int | None = None
 
     def message(self) -> SystemMessage:
         """A message without content that brings the mark."""
@@ -104,7 +108,14 @@ def recalled(memory: KVMemory, messages: Sequence[BaseMessage]) -> list[Referenc
     found: list[Reference] = []
     for mark in marks:
         if mark.n_turns:
-            old = Conversation(memory, mark.conversation_id, keep_ratio=mark.keep_ratio, top_k=mark.top_k)
+            old = Conversation(
+                memory,
+                mark.conversation_id,
+                keep_ratio=mark.keep_ratio,
+                keep_tokens=mark.keep_tokens,
+                max_bytes=mark.max_bytes,
+                top_k=mark.top_k,
+            )
             found += old.recall(question)
     return found
 

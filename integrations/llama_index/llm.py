@@ -88,6 +88,8 @@ class KVMemoryLLM(CustomLLM):
         *,
         model: str | Path | None = None,
         keep_ratio: float | None = None,
+        keep_tokens: int | None = None,
+        max_bytes: int | None = None,
         collection: str = "default",
         **options: Any,
     ) -> KVMemoryLLM:
@@ -97,10 +99,20 @@ class KVMemoryLLM(CustomLLM):
             path: The store's folder.
             model: `embedded`, a model folder, or a hub id; what the store remembers if None.
             keep_ratio: Share of the tokens kept, in (0, 1].
+            keep_tokens: In its place, how many tokens are kept of each passage.
+            max_bytes: In its place, the largest file of a passage's cache, in bytes.
             collection: The tenant whose caches are seen.
             **options: Those of the class.
         """
-        return cls(KVMemory.open(path, model=model, keep_ratio=keep_ratio, collection=collection), **options)
+        memory = KVMemory.open(
+            path,
+            model=model,
+            keep_ratio=keep_ratio,
+            keep_tokens=keep_tokens,
+            max_bytes=max_bytes,
+            collection=collection,
+        )
+        return cls(memory, **options)
 
     @classmethod
     def class_name(cls) -> str:

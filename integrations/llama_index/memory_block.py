@@ -28,7 +28,9 @@ class KVMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     Args:
         memory: Where the turns go, and what reads them.
         conversation_id: Names the conversation; the same name goes on with it in another process.
-        keep_ratio: Share of the turns' tokens kept; the memory's if None.
+        keep_ratio: Share of the turns' tokens kept. Without this and the next two it is the memory's.
+        keep_tokens: In its place, how many tokens are kept of each exchange.
+        max_bytes: In its place, the largest file of an exchange's cache, in bytes.
         top_k: How many passages of old turns a question recalls; as for documents if None.
         name: Of the block.
         priority: Of the block; 0, the default, is never truncated.
@@ -50,11 +52,20 @@ class KVMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         *,
         conversation_id: str,
         keep_ratio: float | None = None,
+        keep_tokens: int | None = None,
+        max_bytes: int | None = None,
         top_k: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self._conversation = Conversation(memory, conversation_id, keep_ratio=keep_ratio, top_k=top_k)
+        self._conversation = Conversation(
+            memory,
+            conversation_id,
+            keep_ratio=keep_ratio,
+            keep_tokens=keep_tokens,
+            max_bytes=max_bytes,
+            top_k=top_k,
+        )
 
     @property
     def conversation(self) -> Conversation:

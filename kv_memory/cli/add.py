@@ -19,6 +19,8 @@ from kv_memory.cli.options import (
     JsonOption,
     KeepRatioOption,
     KeepTextOption,
+    KeepTokensOption,
+    MaxBytesOption,
     MinFidelityOption,
     ModelOption,
     PassageTokensOption,
@@ -27,12 +29,13 @@ from kv_memory.cli.options import (
     SelectorOption,
     StorageOption,
     StoreOption,
+    kept_of,
     passage_tokens_of,
 )
 from kv_memory.cli.output import FAILED, Output, factor_text, plain, reporting, size_text
 from kv_memory.cli.progress import Tracker
 from kv_memory.errors import ConfigError
-from kv_memory.settings import given_settings
+from kv_memory.settings import MemorySettings, given_settings
 
 if TYPE_CHECKING:
     from kv_memory.config import SelectorName, StorageName
@@ -54,6 +57,8 @@ def add(
         bool, typer.Option("--stale", help="Also compress stored passages that have no cache under these settings.")
     ] = False,
     keep_ratio: KeepRatioOption = None,
+    keep_tokens: KeepTokensOption = None,
+    max_bytes: MaxBytesOption = None,
     model: ModelOption = None,
     adapter: AdapterOption = None,
     selector: SelectorOption = None,
@@ -86,11 +91,12 @@ def add(
             raise ConfigError("nothing to add", where="PATH", next_step="Name files or folders, or pass --stale.")
         extra = _pairs(metadata or [])
         limit = passage_tokens_of(passage_tokens)
+        kept = kept_of(keep_ratio, keep_tokens, max_bytes)
         # Options, then documents, before a store is made and a model loaded: what is misspelt should say so at once.
         given_settings(
             model=model,
             adapter=adapter,
-            keep_ratio=keep_ratio,
+            **kept,
             selector=cast("SelectorName | None", selector),
             passage_tokens=limit,
             prompt=cast("PromptName | None", prompt),
@@ -108,7 +114,7 @@ def add(
             create=bool(paths),
             model=model,
             adapter=adapter,
-            keep_ratio=keep_ratio,
+            **kept,
             selector=selector,
             passage_tokens=limit,
             prompt=prompt,
@@ -125,7 +131,7 @@ def add(
                 stored = "1 document is" if n_documents == 1 else f"{n_documents} documents are"
                 out.stopped = f"{stored} stored; run the same command to go on."
                 raise
-            print_report(out, report)
+            print_report(out, report, memory.settings)
         if report.errors and not (report.added or report.replaced or report.unchanged):
             raise typer.Exit(FAILED)
 
@@ -200,11 +206,15 @@ def _mean_fidelity(*reports: AddReport) -> float | None:
     return sum(n * fidelity for n, fidelity in measured) / sum(n for n, _ in measured) if measured else None
 
 
-def print_report(out: Output, report: AddReport) -> None:
-    """Print what was done: documents, tokens, sizes; or the report as JSON with `factor`, full size by distilled."""
+def print_report(out: Output, report: AddReport, settings: MemorySettings) -> None:
+    """Print what was done: documents, tokens, sizes; or the report as JSON.
+
+    With `factor`, full size by distilled, and what was to be kept: `keep_ratio`, `keep_tokens` or `max_bytes`.
+    """
     if out.as_json:
         factor = report.full_kv_bytes / report.cache_bytes if report.cache_bytes else None
-        out.json({**plain(report), "factor": factor})
+        kept = {name: getattr(settings, name) for name in ("keep_ratio", "keep_tokens", "max_bytes")}
+        out.json({**plain(report), "factor": factor, **kept})
         return
     for error in report.errors[:_SHOWN]:
         out.note(f"Left out: {error.what} [{error.where}]", style="yellow")

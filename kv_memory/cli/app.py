@@ -44,7 +44,8 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
         add,
         (
             "kv-memory add notes/ report.pdf",
-            "kv-memory add notes/ --model Qwen/Qwen2.5-1.5B-Instruct --keep-ratio 0.125",
+            "kv-memory add notes/ --model Qwen/Qwen2.5-1.5B-Instruct --keep-ratio 1/8",
+            "kv-memory add report.pdf --max-bytes 300KB",
             "git log | kv-memory add - --id git-log",
         ),
     ),

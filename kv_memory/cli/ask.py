@@ -13,6 +13,9 @@ from kv_memory.cli.options import (
     DEFAULT_STORE,
     CollectionOption,
     JsonOption,
+    KeepRatioOption,
+    KeepTokensOption,
+    MaxBytesOption,
     MaxNewTokensOption,
     SeedOption,
     StopOption,
@@ -21,6 +24,7 @@ from kv_memory.cli.options import (
     TextOption,
     TopKOption,
     decode_settings_of,
+    kept_of,
 )
 from kv_memory.cli.output import reporting
 
@@ -38,6 +42,9 @@ def ask(
     seed: SeedOption = None,
     stop: StopOption = None,
     text: TextOption = False,
+    keep_ratio: KeepRatioOption = None,
+    keep_tokens: KeepTokensOption = None,
+    max_bytes: MaxBytesOption = None,
     store: StoreOption = DEFAULT_STORE,
     collection: CollectionOption = DEFAULT_COLLECTION,
     as_json: JsonOption = False,
@@ -50,7 +57,8 @@ def ask(
     with reporting(as_json=as_json) as out:
         settings = decode_settings_of(max_new_tokens, temperature, seed, stop)
         read_from: ReadFrom = "text" if text else "caches"
-        with open_memory(out, store, collection) as memory:
+        kept = kept_of(keep_ratio, keep_tokens, max_bytes)
+        with open_memory(out, store, collection, **kept) as memory:
             load_model(out, memory)
             if as_json:
                 out.json(memory.ask(question, top_k=top_k, settings=settings, read_from=read_from))

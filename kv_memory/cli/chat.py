@@ -15,6 +15,9 @@ from kv_memory.cli.options import (
     DEFAULT_STORE,
     CollectionOption,
     JsonOption,
+    KeepRatioOption,
+    KeepTokensOption,
+    MaxBytesOption,
     MaxNewTokensOption,
     SeedOption,
     StopOption,
@@ -23,6 +26,7 @@ from kv_memory.cli.options import (
     TextOption,
     TopKOption,
     decode_settings_of,
+    kept_of,
 )
 from kv_memory.cli.output import Output, reporting
 from kv_memory.errors import KVMemoryError
@@ -40,6 +44,9 @@ def chat(
     seed: SeedOption = None,
     stop: StopOption = None,
     text: TextOption = False,
+    keep_ratio: KeepRatioOption = None,
+    keep_tokens: KeepTokensOption = None,
+    max_bytes: MaxBytesOption = None,
     store: StoreOption = DEFAULT_STORE,
     collection: CollectionOption = DEFAULT_COLLECTION,
     as_json: JsonOption = False,
@@ -53,7 +60,8 @@ def chat(
         settings = decode_settings_of(max_new_tokens, temperature, seed, stop)
         read_from: ReadFrom = "text" if text else "caches"
         answers: list[Answer] = []
-        with open_memory(out, store, collection) as memory:
+        kept = kept_of(keep_ratio, keep_tokens, max_bytes)
+        with open_memory(out, store, collection, **kept) as memory:
             load_model(out, memory)
             if sys.stdin.isatty():
                 out.note("Each question is answered on its own; earlier ones are not remembered. /sources, /quit")

@@ -16,7 +16,7 @@ from kv_memory.cli.chat import typed_lines
 from kv_memory.cli.compare import Comparison, Medians, compare, medians
 from kv_memory.cli.demo_text import Compressed, introduce, print_compressed, print_end, print_result
 from kv_memory.cli.opening import load_model, open_memory
-from kv_memory.cli.options import JsonOption, KeepRatioOption
+from kv_memory.cli.options import JsonOption, KeepRatioOption, KeepTokensOption, MaxBytesOption, kept_of
 from kv_memory.cli.output import Output, plain, reporting
 from kv_memory.cli.packages import PACKAGES, package_documents
 from kv_memory.cli.progress import Tracker
@@ -56,6 +56,8 @@ def demo(
         str, typer.Option("--model", metavar="NAME", help="'embedded', a model folder, or a Hugging Face hub id.")
     ] = EMBEDDED,
     keep_ratio: KeepRatioOption = None,
+    keep_tokens: KeepTokensOption = None,
+    max_bytes: MaxBytesOption = None,
     questions: Annotated[
         Path | None, typer.Option("--questions", metavar="FILE", help="Your questions, one a line.")
     ] = None,
@@ -77,6 +79,7 @@ def demo(
     with reporting(as_json=as_json) as out, ExitStack() as stack:
         if limit is not None and limit < 1:
             raise ConfigError(f"--limit must be at least 1, got {limit}", where="--limit")
+        kept = kept_of(keep_ratio, keep_tokens, max_bytes)
         wanted = _lines(questions) if questions is not None else None
         documents = _read(docs)
         if keep is None:
@@ -88,7 +91,7 @@ def demo(
         introduce(out, documents, model, from_packages=docs is None)
         # With the texts, because every question is answered from them too.
         memory = stack.enter_context(
-            open_memory(out, keep_in, "demo", create=True, model=model, keep_ratio=keep_ratio, keep_text=True)
+            open_memory(out, keep_in, "demo", create=True, model=model, **kept, keep_text=True)
         )
         load_model(out, memory)
         with Tracker(out) as tracker:
@@ -160,8 +163,8 @@ def derived_questions(documents: Iterable[Document]) -> list[str]:
 def _measure(memory: KVMemory, report: AddReport) -> Compressed:
     # From the store, not from the report: with --keep, a second run compresses nothing.
     stored, caches = memory.stats(), memory.store.caches()
-    ours = (memory.compressor.fingerprint().digest, memory.settings.keep_ratio)
-    caches = [cache for cache in caches if (cache.fingerprint, cache.keep_ratio) == ours]
+    keep, ours = memory.settings.keep, memory.compressor.fingerprint()
+    caches = [c for c in caches if c.fingerprint == ours.digest and keep.fits(c.keep_ratio, c.n_tokens, ours)]
     n_tokens = sum(cache.n_tokens for cache in caches)
     full, small = n_tokens * memory.backbone.kv_bytes_per_token, sum(cache.size_bytes for cache in caches)
     return Compressed(

@@ -73,7 +73,7 @@ def print_compressed(out: Output, compressed: Compressed, memory: KVMemory) -> N
         (
             "Distilled",
             f"{size_text(compressed.cache_bytes)}, {factor_text(compressed.full_kv_bytes, compressed.cache_bytes)} "
-            f"(keep ratio {memory.settings.keep_ratio:g}, {'learned' if memory.settings.adapter else 'no training'})",
+            f"({memory.settings.keep}, {'learned' if memory.settings.adapter else 'no training'})",
         ),
     ]
     out.line()

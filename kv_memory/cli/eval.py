@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -12,8 +11,8 @@ import typer
 
 from kv_memory.cli.eval_progress import EvalTracker
 from kv_memory.cli.output import Output, reporting
+from kv_memory.cli.sizes import ratio_of
 from kv_memory.embedded import EMBEDDED
-from kv_memory.errors import ConfigError
 
 if TYPE_CHECKING:
     from kv_memory.backbone import Backbone
@@ -268,25 +267,6 @@ def evaluate_task(
                 on_progress=tracker,
             )
         _print(out, result, out_folder)
-
-
-def ratio_of(text: str) -> float:
-    """A share written as `0.25` or `1/4`.
-
-    Raises:
-        ConfigError: It is neither, or not in (0, 1].
-    """
-    from kv_memory.config import check_keep_ratio
-
-    try:
-        value = float(Fraction(text))
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise ConfigError(
-            f"--keep-ratio must be a number or a fraction, got {text!r}",
-            where="keep_ratio",
-            next_step="Pass for example --keep-ratio 0.25 or --keep-ratio 1/4.",
-        ) from None
-    return check_keep_ratio(value)
 
 
 def _load(

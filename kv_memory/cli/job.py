@@ -29,6 +29,8 @@ from kv_memory.cli.options import (
     CollectionOption,
     KeepRatioOption,
     KeepTextOption,
+    KeepTokensOption,
+    MaxBytesOption,
     MinFidelityOption,
     ModelOption,
     PassageTokensOption,
@@ -37,6 +39,7 @@ from kv_memory.cli.options import (
     SelectorOption,
     StorageOption,
     StoreOption,
+    kept_of,
     passage_tokens_of,
 )
 from kv_memory.cli.output import FAILED, Output, reporting
@@ -96,6 +99,8 @@ def run(
     encoding: EncodingOption = "utf-8",
     max_attempts: MaxAttemptsOption = 3,
     keep_ratio: KeepRatioOption = None,
+    keep_tokens: KeepTokensOption = None,
+    max_bytes: MaxBytesOption = None,
     model: ModelOption = None,
     adapter: AdapterOption = None,
     selector: SelectorOption = None,
@@ -120,7 +125,7 @@ def run(
         given = given_settings(
             model=model,
             adapter=adapter,
-            keep_ratio=keep_ratio,
+            **kept_of(keep_ratio, keep_tokens, max_bytes),
             selector=cast("SelectorName | None", selector),
             passage_tokens=passage_tokens_of(passage_tokens),
             prompt=cast("PromptName | None", prompt),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -79,7 +80,7 @@ def show_job(
         rows = [
             ("Job", f"{job.name}, {job.state}"),
             ("Sources", sources_text(_names(job))),
-            ("Model", f"{memory.get('model')}, keep_ratio {memory.get('keep_ratio')}"),
+            ("Model", f"{memory.get('model')}, {_kept_text(memory)}"),
             (
                 "Documents",
                 f"{counts.done:,} done, {counts.running:,} in hand, {counts.pending:,}{'' if job.discovered else '+'} "
@@ -166,3 +167,8 @@ def _plain(job: Job, counts: Counts) -> dict[str, Any]:
         "created_at": job.created_at.isoformat(),
         "finished_at": None if job.finished_at is None else job.finished_at.isoformat(),
     }
+
+
+def _kept_text(memory: Mapping[str, Any]) -> str:
+    names = ("keep_ratio", "keep_tokens", "max_bytes")
+    return ", ".join(f"{name} {memory[name]}" for name in names if memory.get(name) is not None)

@@ -36,6 +36,8 @@ def open_memory(
     model: str | None = None,
     adapter: str | None = None,
     keep_ratio: float | None = None,
+    keep_tokens: int | None = None,
+    max_bytes: int | None = None,
     selector: str | None = None,
     passage_tokens: int | Literal["auto"] | None = "auto",
     prompt: str | None = None,
@@ -58,6 +60,8 @@ def open_memory(
             model=model,
             adapter=adapter,
             keep_ratio=keep_ratio,
+            keep_tokens=keep_tokens,
+            max_bytes=max_bytes,
             selector=cast("SelectorName | None", selector),  # checked there, with an error that names the choices
             passage_tokens=passage_tokens,
             prompt=cast("PromptName | None", prompt),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
 import typer
 
+from kv_memory.cli.sizes import ratio_of, size_of
 from kv_memory.config import DecodeSettings
 from kv_memory.errors import ConfigError
+from kv_memory.keep import given_keep
 
 __all__ = [
     "DEFAULT_COLLECTION",
@@ -18,6 +20,9 @@ __all__ = [
     "JsonOption",
     "KeepRatioOption",
     "KeepTextOption",
+    "KeepTokensOption",
+    "Kept",
+    "MaxBytesOption",
     "MaxNewTokensOption",
     "MinFidelityOption",
     "ModelOption",
@@ -33,6 +38,7 @@ __all__ = [
     "TextOption",
     "TopKOption",
     "decode_settings_of",
+    "kept_of",
     "passage_tokens_of",
 ]
 
@@ -63,11 +69,27 @@ AdapterOption = Annotated[
     ),
 ]
 KeepRatioOption = Annotated[
-    float | None,
+    str | None,
     typer.Option(
         "--keep-ratio",
         metavar="SHARE",
-        help="Share of the tokens kept, in (0, 1].  [default: the store's; at first 0.25]",
+        help="Share of the tokens kept: 0.125 or 1/8.  [default: the store's; at first 1/4]",
+    ),
+]
+KeepTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--keep-tokens",
+        metavar="N",
+        help="In the place of --keep-ratio: how many tokens are kept of each passage, however long it is.",
+    ),
+]
+MaxBytesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-bytes",
+        metavar="SIZE",
+        help="In the place of --keep-ratio: what the file of a passage's cache may take, e.g. 300KB or 2MB.",
     ),
 ]
 SelectorOption = Annotated[
@@ -184,6 +206,29 @@ def passage_tokens_of(text: str) -> int | Literal["auto"] | None:
             where="passage_tokens",
             next_step="Pass for example --passage-tokens 512.",
         ) from None
+
+
+class Kept(TypedDict):
+    """How much is to be kept, by the names that settings have; at most one is not None."""
+
+    keep_ratio: float | None
+    keep_tokens: int | None
+    max_bytes: int | None
+
+
+def kept_of(keep_ratio: str | None, keep_tokens: int | None, max_bytes: str | None) -> Kept:
+    """What `--keep-ratio`, `--keep-tokens` and `--max-bytes` mean.
+
+    Raises:
+        ConfigError: One is not understood, or several are given.
+    """
+    kept: Kept = {
+        "keep_ratio": None if keep_ratio is None else ratio_of(keep_ratio),
+        "keep_tokens": keep_tokens,
+        "max_bytes": None if max_bytes is None else size_of(max_bytes, where="--max-bytes"),
+    }
+    given_keep(**kept)  # refuses what it refuses, before a model is loaded
+    return kept
 
 
 def decode_settings_of(

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from kv_memory.cli.eval import BY, print_rows, ratio_of
+from kv_memory.cli.eval import BY, print_rows
 from kv_memory.cli.output import reporting
+from kv_memory.cli.sizes import ratio_of
 
 __all__ = ["report"]
 
@@ -29,7 +30,7 @@ def report(
         typer.Option("--method", metavar="NAME", help="Only this one, by its name in the table; repeatable."),
     ] = None,
     keep_ratio: Annotated[
-        list[str] | None, typer.Option("--keep-ratio", metavar="SHARE", help="Only this one; repeatable.")
+        list[str] | None, typer.Option("--keep-ratio", metavar="SHARE", help="Only this one, e.g. 1/8; repeatable.")
     ] = None,
     unpaired: Annotated[
         bool, typer.Option("--unpaired", help="Use all documents of each row, not only those that all rows have.")

@@ -56,7 +56,7 @@ def stats(
             ("Model", settings.model),
             ("Adapter", settings.adapter or "none"),
             ("Selector", "the adapter's" if alone else settings.selector),
-            ("Keep ratio", f"{settings.keep_ratio:g}"),
+            ("Keep ratio", f"{settings.keep_ratio:g}") if settings.keep_ratio else ("Kept", settings.keep),
             ("Passage tokens", settings.passage_tokens or "whole"),
             ("Stored as", "the model computes" if settings.storage == "auto" else settings.storage),
         ]

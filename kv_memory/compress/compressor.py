@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from kv_memory.compress.selectors import Selector, make_selector
 from kv_memory.config import SelectorName, check_keep_ratio, n_kept_for
 from kv_memory.errors import ConfigError, EmptyDocumentError
 from kv_memory.fingerprint import Fingerprint
+from kv_memory.keep import Keep, windows_of
 from kv_memory.positioned import PositionedCache
 
 __all__ = ["Compressor", "Span"]
@@ -146,6 +146,28 @@ class Compressor:
         )
         return self.compress_ids(ids, keep_ratio=keep_ratio, keep_spans=kept, unasked_spans=unasked)
 
+    def ratio_for(self, text: str, keep: float | Keep, *, keep_spans: Sequence[Span] = ()) -> float:
+        """The keep_ratio at which `compress` keeps a text within a budget.
+
+        Args:
+            text: The document.
+            keep: A budget; a keep_ratio is returned as it is.
+            keep_spans: As in `compress`; what they hold counts too.
+
+        Raises:
+            BudgetError: The budget is too small for this text; names the smallest that works.
+            EmptyDocumentError: The text is blank.
+            ConfigError: A span is out of range.
+        """
+        if not isinstance(keep, Keep):
+            return check_keep_ratio(keep)
+        ids, offsets, n_before = self._encode(text)
+        held = {
+            i + n_before for span in _token_spans(offsets, keep_spans, len(text), "keep_spans") for i in range(*span)
+        }
+        n_held = [len(held & set(range(*window))) for window in windows_of(len(ids), self.window_tokens)]
+        return keep.ratio_for(len(ids), self.fingerprint(), n_held=n_held)
+
     def _encode(self, text: str) -> tuple[list[int], list[Span], int]:
         """Token ids with the prompt form's own around them; the text's offsets; how many tokens stand before it."""
         if not text.strip():
@@ -156,7 +178,7 @@ class Compressor:
         return [*before, *ids, *after], list(offsets), len(before)
 
     @torch.no_grad()
-    def compress_many(self, texts: Sequence[str], *, keep_ratio: float) -> list[DistilledCache]:
+    def compress_many(self, texts: Sequence[str], *, keep_ratio: float | Sequence[float]) -> list[DistilledCache]:
         """Distil several documents, as one batch where that can be done: for GPUs, which one passage does not fill.
 
         Batched are documents of one window that an adapter alone reads, without refinement, with the same rotary
@@ -165,30 +187,35 @@ class Compressor:
 
         Args:
             texts: The documents, as in `compress`. Where memory does not hold them together, in halves.
-            keep_ratio: As in `compress`.
+            keep_ratio: As in `compress`, for all of them or one for each.
 
         Raises:
             EmptyDocumentError: A text is blank.
             ConfigError: keep_ratio is out of range.
         """
-        keep_ratio = check_keep_ratio(keep_ratio)
+        given = keep_ratio if isinstance(keep_ratio, Sequence) else [keep_ratio] * len(texts)
+        ratios = [check_keep_ratio(ratio) for ratio in given]
         rows = [self._encode(text)[0] for text in texts]
         made: dict[int, DistilledCache] = {}
         if self.adapter is not None and self.refine is None and self._together is None:
             n_prefix, groups = len(self.backbone.prefix_ids), dict[object, list[int]]()
-            for i, ids in enumerate(rows):
-                if n_kept_for(len(ids), keep_ratio) < len(ids) <= self.window_tokens:
+            for i, (ids, ratio) in enumerate(zip(rows, ratios, strict=True)):
+                if n_kept_for(len(ids), ratio) < len(ids) <= self.window_tokens:
                     groups.setdefault(self.backbone.rope.regime(n_prefix + len(ids)), []).append(i)
             for fit in groups.values():
                 if len(fit) > 1:
-                    made |= zip(fit, self._compress_batch([rows[i] for i in fit], keep_ratio), strict=True)
-        return [made[i] if i in made else self.compress_ids(ids, keep_ratio=keep_ratio) for i, ids in enumerate(rows)]
+                    batch = self._compress_batch([rows[i] for i in fit], [ratios[i] for i in fit])
+                    made |= zip(fit, batch, strict=True)
+        return [
+            made[i] if i in made else self.compress_ids(ids, keep_ratio=ratio)
+            for i, (ids, ratio) in enumerate(zip(rows, ratios, strict=True))
+        ]
 
-    def _compress_batch(self, rows: list[list[int]], keep_ratio: float) -> list[DistilledCache]:
+    def _compress_batch(self, rows: list[list[int]], ratios: list[float]) -> list[DistilledCache]:
         assert self.adapter is not None
         device = self.backbone.device
         lengths = torch.tensor([len(ids) for ids in rows])
-        n_kept = torch.tensor([n_kept_for(len(ids), keep_ratio) for ids in rows])
+        n_kept = torch.tensor([n_kept_for(len(ids), ratio) for ids, ratio in zip(rows, ratios, strict=True)])
         padded = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
         for row, ids in zip(padded, rows, strict=True):
             row[: len(ids)] = torch.tensor(ids)
@@ -206,7 +233,8 @@ class Compressor:
             kept = []
         if not kept:  # outside of the handler: its traceback holds what is to be freed
             half = len(rows) // 2
-            return [made for part in (rows[:half], rows[half:]) for made in self._compress_batch(part, keep_ratio)]
+            halves = (rows[:half], ratios[:half]), (rows[half:], ratios[half:])
+            return [made for part in halves for made in self._compress_batch(*part)]
         fingerprint = self.fingerprint()
         return [
             DistilledCache(
@@ -215,10 +243,10 @@ class Compressor:
                 positions=part.positions,
                 counts=part.counts,
                 n_tokens=len(ids),
-                keep_ratio=keep_ratio,
+                keep_ratio=ratio,
                 fingerprint=fingerprint,
             )
-            for part, ids in zip(kept, rows, strict=True)
+            for part, ids, ratio in zip(kept, rows, ratios, strict=True)
         ]
 
     @torch.no_grad()
@@ -240,7 +268,7 @@ class Compressor:
             if not 0 <= start < end <= len(ids):
                 raise ConfigError(f"span ({start}, {end}) does not lie within {len(ids)} tokens", where="keep_spans")
             forced[start:end] = True
-        windows = _windows(len(ids), self.window_tokens)
+        windows = windows_of(len(ids), self.window_tokens)
         parts = [
             self._compress_window(tokens[:, start:end], keep_ratio, forced[start:end], offset=start)
             for start, end in windows
@@ -432,13 +460,6 @@ def _by_head(part: _Kept) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor
         keys, values = part.keys.flatten(0, 2), part.values.flatten(0, 2)
         positions = part.positions.expand(part.keys.shape[:3]).flatten()
     return list(zip(keys.split(sizes), values.split(sizes), positions.split(sizes), strict=True))
-
-
-def _windows(n_tokens: int, window: int) -> list[Span]:
-    """Cut `n_tokens` into the fewest windows, of nearly equal length: a short last one would lack context."""
-    n_windows = -(-n_tokens // window)
-    edges = [round(i * n_tokens / n_windows) for i in range(n_windows + 1)]
-    return list(pairwise(edges))
 
 
 def _token_spans(offsets: Sequence[Span], spans: Sequence[Span], n_chars: int, where: str) -> list[Span]:

@@ -14,12 +14,14 @@ from sqlalchemy import exists, func, select
 from kv_memory.documents import Document
 from kv_memory.documents.sources import file_id
 from kv_memory.errors import JobError
+from kv_memory.fingerprint import Fingerprint
 from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.records import Job
 from kv_memory.jobs.sources.files import FileSource, path_of
+from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
 from kv_memory.store.budget import alive
-from kv_memory.store.schema import CacheRow, DocumentRow, PassageRow, utc_now
+from kv_memory.store.schema import CacheRow, DocumentRow, FingerprintRow, PassageRow, utc_now
 
 __all__ = ["Seen", "check_folder", "is_current", "known_fingerprint", "unseen"]
 
@@ -68,11 +70,11 @@ def is_current(store: Store, document: Document, job: Job, fingerprint: str | No
     if fingerprint is None:
         return False
     memory = job.settings.memory
-    cached = exists().where(
+    keep = MemorySettings(**memory).keep
+    caches = (
         CacheRow.collection_id == store.collection_id,
         CacheRow.text_sha256 == PassageRow.text_sha256,
         CacheRow.fingerprint == fingerprint,
-        CacheRow.keep_ratio == memory["keep_ratio"],
         alive(utc_now()),
     )
     kept = PassageRow.text.is_not(None) if memory["keep_text"] else PassageRow.text.is_(None)
@@ -89,8 +91,23 @@ def is_current(store: Store, document: Document, job: Job, fingerprint: str | No
             return False
         if row.details != dict(document.metadata):
             return False
-        lacking = select(PassageRow.id).where(PassageRow.document_pk == row.id, ~(cached & kept))
-        return session.scalar(lacking.limit(1)) is None
+        passages = select(PassageRow.text_sha256).where(PassageRow.document_pk == row.id)
+        if keep.keep_ratio is not None:
+            cached = exists().where(*caches, CacheRow.keep_ratio == keep.keep_ratio)
+            return session.scalar(passages.where(~(cached & kept)).limit(1)) is None
+        if session.scalar(passages.where(~kept).limit(1)) is not None:
+            return False
+        json = session.scalar(select(FingerprintRow.json).where(FingerprintRow.digest == fingerprint))
+        if json is None:
+            return False
+        known = Fingerprint.from_json(json)
+        rows = session.execute(
+            select(CacheRow.text_sha256, CacheRow.keep_ratio, CacheRow.n_tokens)
+            .join(PassageRow, CacheRow.text_sha256 == PassageRow.text_sha256)
+            .where(*caches, PassageRow.document_pk == row.id)
+        )
+        within = {text_sha256 for text_sha256, ratio, n_tokens in rows if keep.fits(ratio, n_tokens, known)}
+        return set(session.scalars(passages)) <= within
 
 
 def check_folder(store: Store, source: FileSource) -> None:

@@ -64,7 +64,7 @@ def make_intake(store: Store, job: Job, *, device: str = "auto") -> Intake:
     return Intake(
         store,
         compressor,
-        keep_ratio=settings.keep_ratio,
+        keep_ratio=settings.keep,
         passage_tokens=settings.passage_tokens,
         storage=settings.storage,
         keep_text=settings.keep_text,

@@ -139,7 +139,7 @@ class CacheInfo:
         text_sha256: Of the text it was made from.
         fingerprint: Digest of the fingerprint it was made under.
         method: The selector's name and settings, or `adapter`.
-        keep_ratio: What was asked for, in (0, 1].
+        keep_ratio: What was asked for, or what a budget came to for this text, in (0, 1].
         n_tokens: Length of the text.
         n_kept: Entries kept in every layer and head.
         dtype: Of keys and values in the blob: `bfloat16`, `int8`, ...

@@ -203,10 +203,24 @@ class Shelf:
         with self._catalog.read() as session:
             self._find(session, "", "", 1.0)
 
-    def get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> DistilledCache:
-        """See `Store.get`."""
+    def n_tokens(self, text_sha256: str, fingerprint: Fingerprint) -> int | None:
+        """How long a text is, by any cache of it under this fingerprint; None if there is none."""
+        with self._catalog.read() as session:
+            length: int | None = session.scalar(
+                select(CacheRow.n_tokens)
+                .where(
+                    CacheRow.collection_id == self._collection_id,
+                    CacheRow.text_sha256 == text_sha256,
+                    CacheRow.fingerprint == fingerprint.digest,
+                )
+                .limit(1)
+            )
+        return length
+
+    def get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | None) -> DistilledCache:
+        """See `Store.get`. A keep_ratio of None is that of a text of which there is no cache under the fingerprint."""
         start_s = time.perf_counter()
-        with span("store.get", text_sha256=text_sha256, keep_ratio=keep_ratio):
+        with span("store.get", text_sha256=text_sha256, keep_ratio=keep_ratio or 0.0):
             try:
                 cache, size_bytes = self._get(text_sha256, fingerprint, keep_ratio)
             except CacheNotFoundError:
@@ -222,10 +236,10 @@ class Shelf:
         self.uses.counters.got(size_bytes, time.perf_counter() - start_s)
         return cache
 
-    def _get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> tuple[DistilledCache, int]:
+    def _get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | None) -> tuple[DistilledCache, int]:
         for _ in range(3):
             with self._catalog.read() as session:
-                row = self._find(session, text_sha256, fingerprint.digest, keep_ratio)
+                row = None if keep_ratio is None else self._find(session, text_sha256, fingerprint.digest, keep_ratio)
                 if row is None:
                     self._raise_not_found(session, text_sha256, fingerprint, keep_ratio)
                     raise AssertionError("unreachable")
@@ -333,7 +347,9 @@ class Shelf:
         passage, document = found
         return f"document {document.document_id!r}, passage {passage.ordinal}"
 
-    def _raise_not_found(self, session: Session, text_sha256: str, wanted: Fingerprint, keep_ratio: float) -> None:
+    def _raise_not_found(
+        self, session: Session, text_sha256: str, wanted: Fingerprint, keep_ratio: float | None
+    ) -> None:
         rows = session.execute(
             select(CacheRow.keep_ratio, FingerprintRow.json)
             .join(FingerprintRow, FingerprintRow.digest == CacheRow.fingerprint)
@@ -342,12 +358,12 @@ class Shelf:
         ).all()
         where = self._document_of(text_sha256)
         for ratio, json in rows:
-            if ratio == keep_ratio:
+            if keep_ratio in (ratio, None):
                 Fingerprint.from_json(json).check(wanted, where=where)
         ratios = sorted({ratio for ratio, _ in rows})
         others = f"; there are some at {', '.join(map(str, ratios))}" if ratios else ""
         raise CacheNotFoundError(
-            f"no distilled cache at keep_ratio {keep_ratio}{others}",
+            f"no distilled cache{'' if keep_ratio is None else f' at keep_ratio {keep_ratio}'}{others}",
             where=where,
             next_step="Run `kv-memory add --stale` to make what is missing"
             + (", or ask with one of those keep ratios." if ratios else "."),

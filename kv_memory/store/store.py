@@ -13,6 +13,7 @@ from sqlalchemy import exists, select, update
 
 from kv_memory.config import StorageName, check_keep_ratio
 from kv_memory.fingerprint import Fingerprint
+from kv_memory.keep import Keep
 from kv_memory.store import documents, upkeep
 from kv_memory.store.archive_reader import ArchiveReader
 from kv_memory.store.budget import Limits, alive, read_limits, write_limits
@@ -189,38 +190,71 @@ class Store(Collection):
         """
         return self._shelf.put(text_sha256, cache, fidelity=fidelity, storage=storage)
 
-    def get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> DistilledCache:
+    def get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> DistilledCache:
         """A distilled cache, its tensors mapped from the file.
 
         The file's SHA-256 is checked the first time this process reads it. The tensors stay valid when the cache is
         deleted later. The time of use is written when the store is closed, or after a few hundred uses.
+
+        Args:
+            text_sha256: SHA-256 hex digest of the UTF-8 text.
+            fingerprint: What it was made under.
+            keep_ratio: Of the cache; of a `Keep`, what it comes to for this text.
 
         Raises:
             CacheNotFoundError: No cache of this text at this keep ratio; names the keep ratios there are.
             FingerprintMismatchError: There is one, made by something else; names what differs.
             CorruptCacheError: The bytes are damaged. They are quarantined, and `missing` lists the passage again.
         """
-        return self._shelf.get(text_sha256, fingerprint, keep_ratio)
+        return self._shelf.get(text_sha256, fingerprint, self.keep_ratio_of(text_sha256, fingerprint, keep_ratio))
 
-    def has(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> bool:
+    def has(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> bool:
         """Whether the catalog has such a cache. The blob is not looked at."""
-        return self._shelf.has(text_sha256, fingerprint, keep_ratio)
+        ratio = self.keep_ratio_of(text_sha256, fingerprint, keep_ratio)
+        return ratio is not None and self._shelf.has(text_sha256, fingerprint, ratio)
 
-    def sound(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> bool:
+    def sound(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> bool:
         """Whether there is such a cache and its bytes are right. Nothing is quarantined: `get` and `check` do that."""
-        return self._shelf.sound(text_sha256, fingerprint, keep_ratio)
+        ratio = self.keep_ratio_of(text_sha256, fingerprint, keep_ratio)
+        return ratio is not None and self._shelf.sound(text_sha256, fingerprint, ratio)
 
-    def missing(self, fingerprint: Fingerprint, keep_ratio: float) -> list[StoredPassage]:
+    def keep_ratio_of(self, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep) -> float | None:
+        """The keep_ratio of a text's cache within a budget; None where no cache of it tells how long it is.
+
+        Raises:
+            BudgetError: The budget is too small for this text.
+        """
+        if not isinstance(keep, Keep):
+            return keep
+        if keep.keep_ratio is not None:
+            return keep.keep_ratio
+        n_tokens = self._shelf.n_tokens(text_sha256, fingerprint)
+        return None if n_tokens is None else keep.ratio_for(n_tokens, fingerprint)
+
+    def missing(self, fingerprint: Fingerprint, keep_ratio: float | Keep) -> list[StoredPassage]:
         """The passages without a cache under these settings, ordered by document id and ordinal."""
-        cached = exists().where(
+        within = keep_ratio if isinstance(keep_ratio, Keep) else Keep(keep_ratio=keep_ratio)
+        caches = (
             CacheRow.collection_id == self._collection_id,
-            CacheRow.text_sha256 == PassageRow.text_sha256,
             CacheRow.fingerprint == fingerprint.digest,
-            CacheRow.keep_ratio == check_keep_ratio(keep_ratio),
             alive(utc_now()),
         )
+        passages = documents.select_passages(self._collection_id)
         with self._catalog.read() as session:
-            return documents.stored_passages(session, documents.select_passages(self._collection_id).where(~cached))
+            if within.keep_ratio is not None:
+                same = exists().where(
+                    *caches, CacheRow.text_sha256 == PassageRow.text_sha256, CacheRow.keep_ratio == within.keep_ratio
+                )
+                return documents.stored_passages(session, passages.where(~same))
+            rows = session.execute(select(CacheRow.text_sha256, CacheRow.keep_ratio, CacheRow.n_tokens).where(*caches))
+            cached = {key for key, ratio, n_tokens in rows if within.fits(ratio, n_tokens, fingerprint)}
+            texts = set(session.scalars(passages.with_only_columns(PassageRow.text_sha256).order_by(None)))
+            found = [
+                passage
+                for batch in documents.batches(sorted(texts - cached))
+                for passage in documents.stored_passages(session, passages.where(PassageRow.text_sha256.in_(batch)))
+            ]
+            return sorted(found, key=lambda passage: (passage.document_id, passage.ordinal))
 
     def delete(
         self, text_sha256: str, *, fingerprint: Fingerprint | None = None, keep_ratio: float | None = None

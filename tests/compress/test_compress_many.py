@@ -12,6 +12,7 @@ from kv_memory.cache import DistilledCache
 from kv_memory.compress import Compressor
 from kv_memory.compress import compressor as compressor_module
 from kv_memory.errors import ConfigError, EmptyDocumentError
+from kv_memory.keep import Keep
 from tests.compress.test_compressor import ADAPTERS, NAMES, compressor_for
 from tests.reference import by_head, letters, recorded_inputs
 
@@ -40,6 +41,19 @@ def test_each_is_as_if_alone(name: str, method: str) -> None:
     assert max(ids.shape[0] for ids in inputs) == together, "they were not read together"
     for ours, theirs in zip(made, alone, strict=True):
         assert_like(ours, theirs)
+
+
+def test_each_has_a_keep_ratio_of_its_own() -> None:
+    compressor = compressor_for("llama", "adapter_head")
+    ratios = [compressor.ratio_for(text, Keep(keep_tokens=7)) for text in TEXTS]
+    with recorded_inputs(compressor.backbone) as inputs:
+        made = compressor.compress_many(TEXTS, keep_ratio=ratios)
+    assert max(ids.shape[0] for ids in inputs) > 1
+    for text, ratio, ours in zip(TEXTS, ratios, made, strict=True):
+        assert (ours.n_kept, ours.keep_ratio) == (min(7, ours.n_tokens), ratio)
+        assert_like(ours, compressor.compress(text, keep_ratio=ratio))
+    with pytest.raises(ConfigError, match="keep_ratio"):
+        compressor.compress_many(TEXTS[:2], keep_ratio=[0.3, 0.0])
 
 
 def test_what_cannot_be_batched_is_compressed_alone() -> None:

@@ -74,6 +74,26 @@ def test_other_settings_make_other_caches(
     assert (ended.replaced, run.n_compressed) == (12, 12)
 
 
+@pytest.mark.parametrize("budget", [{"keep_tokens": 9}, {"max_bytes": 12_000}])
+def test_what_is_within_a_budget_needs_no_worker(
+    synced: Path, run: Runner, new_job: Make, store: Store, ledger: Ledger, budget: dict[str, int]
+) -> None:
+    job = new_job(sync=synced)
+    memory = {**job.settings.memory, "keep_ratio": None, **budget}
+    ledger.forget(job)
+    ended = run(new_job(sync=synced, memory=memory))
+    assert (ended.replaced, run.n_compressed) == (12, 12)
+    assert all(cache.n_kept == 9 or "max_bytes" in budget for cache in store.caches()[12:])
+    assert all(cache.size_bytes <= 12_000 for cache in store.caches()[12:])
+    ledger.set_fingerprint(ledger.jobs()[0], store.caches()[12].fingerprint)
+    assert run(new_job(sync=synced, memory=memory)).unchanged == 12
+    assert run.engine is not None and run.engine.n_started == 0
+    store.delete(store.caches()[-1].text_sha256)
+    (synced / "0003.txt").write_text("Pier 3 is closed.")
+    ended = run(new_job(sync=synced, memory=memory))
+    assert (ended.replaced, ended.unchanged, run.n_compressed) == (2, 10, 2)
+
+
 def test_documents_from_elsewhere_are_not_deleted_unasked(
     synced: Path, run: Runner, new_job: Make, store: Store, ledger: Ledger
 ) -> None:

@@ -187,6 +187,9 @@ def test_it_opens_a_store_of_its_own(memory: KVMemory, wide: Any) -> None:
         assert usage(llm.invoke("Hello", kv_ids=[FERRY_ID])) == (len(wide.encode_question("Hello")), 11 + 17, 3)
         other = ChatKVMemory.open(memory.path, model=wide, collection="default", keep_ratio=0.5)
         assert other.memory.settings.keep_ratio == 0.5
+        few = ChatKVMemory.open(memory.path, model=wide, keep_tokens=9)
+        assert few.memory.settings.keep_tokens == 9 and few._identifying_params["keep_tokens"] == 9
+        few.memory.close()
         other.memory.close()
     finally:
         llm.memory.close()

@@ -77,7 +77,7 @@ def test_what_no_longer_fits_is_distilled(memory: KVMemory) -> None:
     mark, *rest = kept.messages
     assert rest == TEA
     assert mark.additional_kwargs[KV_RECALL] == {
-        "conversation_id": "alice", "keep_ratio": 0.25, "top_k": 3, "n_turns": 2
+        "conversation_id": "alice", "keep_ratio": 0.25, "top_k": 3, "n_turns": 2, "keep_tokens": None, "max_bytes": None
     }  # fmt: skip
     kept.add_messages(RAIN)
     assert len(kept.conversation.turns()) == 4 and window(kept.messages) == [message.text for message in RAIN]
@@ -219,6 +219,21 @@ def test_threads_that_add_at_once_lose_nothing(memory: KVMemory) -> None:
 
 
 # -- recall ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [{"keep_tokens": 9}, {"max_bytes": 12_000}])
+def test_old_turns_have_a_budget_of_their_own(memory: KVMemory, llm: ChatKVMemory, budget: dict[str, int]) -> None:
+    kept = history(memory, top_k=1, **budget)
+    kept.add_messages([*BISCUIT, *RAIN, *TEA])
+    question = "What is my dog called?"
+    (reference,) = kept.conversation.recall(question)
+    infos = {info.text_sha256: info for info in kept.conversation._memory.store.caches()}
+    info = infos[reference.key]
+    assert reference.keep_ratio == info.keep_ratio != 0.25
+    assert info.n_kept == 9 if "keep_tokens" in budget else 9_000 < info.size_bytes <= 12_000
+    message = llm.invoke([*kept.messages, HumanMessage(question)])
+    assert message.usage_metadata is not None
+    assert message.usage_metadata["input_token_details"]["cache_read"] == 11 + info.n_kept
 
 
 def test_a_mark_is_resolved_by_the_last_question_and_dropped(memory: KVMemory, llm: ChatKVMemory, wide: Any) -> None:

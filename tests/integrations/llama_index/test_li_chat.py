@@ -239,6 +239,12 @@ async def test_keep_ratio_and_top_k_are_the_blocks_own(memory: KVMemory) -> None
     (message,) = await block.aget([user("dog")])
     (key,) = message.additional_kwargs["kv_ids"]
     assert key[64:] == "@1.0/conversation:default:alice"
+    few = KVMemoryBlock(memory, conversation_id="bob", keep_tokens=8)
+    await few.aput([user("My dog is called Biscuit.")])
+    (message,) = await few.aget([user("dog")])
+    (info,) = few.conversation._memory.store.caches()
+    assert info.n_kept == 8
+    assert message.additional_kwargs["kv_ids"][0][64:] == f"@{info.keep_ratio}/conversation:default:bob"
 
 
 async def test_references_are_not_distilled(memory: KVMemory) -> None:

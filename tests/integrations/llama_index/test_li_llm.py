@@ -171,6 +171,8 @@ def test_an_llm_may_open_its_store_itself(tmp_path: Path) -> None:
     )
     with llm.memory as memory:
         assert (memory.settings.keep_ratio, memory.collection) == (0.5, "tenant")
+        with KVMemoryLLM.open(memory.path, model=tmp_path / "model", max_bytes=10**6).memory as other:
+            assert (other.settings.keep_ratio, other.settings.max_bytes) == (None, 10**6)
         assert llm.complete("Why?").raw["usage"]["completion_tokens"] <= 2
 
 
