@@ -134,7 +134,7 @@ METHODS: dict[str, Recipe] = {
     "kvpress:adakv_compactor": scored(lambda budget: CompactorPress(budget.ratio), AdaKVPress),
     "kvpress:expected_attention": scored(lambda _: ExpectedAttentionPress()),
     "kvpress:compactor": scored(lambda budget: CompactorPress(budget.ratio)),
-    "kvpress:snapkv": scored(lambda _: SnapKVPress()),
+    "kvpress:snapkv": scored(lambda budget: SnapKVPress(window_size=min(64, budget.n_prefix + budget.n_tokens - 1))),
     # With the default window of 64, every budget below that is a draw among the last 64 tokens: kvpress gives them all
     # the same score. Here half the budget goes to the window and half to what it looks at.
     "kvpress:snapkv_short": scored(
