@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from asking import ROOT, Asking
+from asking import ROOT, Asking, extend
+from opening import Opening
 from reader import Reader, Reading
 
 __all__ = ["Answered", "Bench"]
@@ -26,6 +27,25 @@ class Answered:
     kl: float
     nll: float
     text: str | None
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """All questions behind one reading, before decoding.
+
+    Attributes:
+        asking: The tree with the questions in it.
+        behind: Of each question, the token behind which each token of the full cache's answer was predicted.
+        best: What greedy decoding picks there.
+        kl: Of each question, see `Answered`.
+        nll: Of each question, see `Answered`.
+    """
+
+    asking: Asking
+    behind: list[list[int]]
+    best: list[list[int]]
+    kl: list[float]
+    nll: list[float]
 
 
 class Bench:
@@ -52,27 +72,25 @@ class Bench:
     ) -> None:
         self._reader, self._questions = reader, questions
         self._stop, self._end_ids, self._max_new_tokens = stop, set(end_ids), max_new_tokens
-        reader.read(text)  # the first reading of a length pays for what the second finds ready
+        reader.warm_up(text)
         self.full = reader.read(text)
-        self._teacher: list[torch.Tensor] = []  # log-probabilities at the full cache's answer
-        _, self._teacher, _, _ = self._score(self.full)
+        self._openings = [
+            Opening(reader.tokenizer, end_ids=self._end_ids, behind=question["ids"][-1]) for question in questions
+        ]
+        self._teacher: Sequence[torch.Tensor] = ()  # log-probabilities at the full cache's answer
+        self._scored_full = self._score(self.full)
 
-    def measure(self, reading: Reading) -> list[Answered]:
-        """What a reading makes of every question."""
-        asking, said, references, nodes = self._score(reading)
-        texts = self._decode(asking, said, nodes) if self._max_new_tokens else [None] * len(said)
+    def measure(self, readings: Sequence[Reading]) -> list[list[Answered]]:
+        """What each reading makes of every question."""
+        scored = [self._scored_full if reading is self.full else self._score(reading) for reading in readings]
+        texts = self._decode(scored) if self._max_new_tokens else [[None] * len(self._questions) for _ in readings]
         return [
-            Answered(kl(taught, here), nll(reference, question["reference_ids"]), text)
-            for taught, here, reference, question, text in zip(
-                self._teacher, said, references, self._questions, texts, strict=True
-            )
+            [Answered(kl, nll, text) for kl, nll, text in zip(one.kl, one.nll, row, strict=True)]
+            for one, row in zip(scored, texts, strict=True)
         ]
 
-    def _score(self, reading: Reading) -> tuple[Asking, list[torch.Tensor], list[torch.Tensor], list[list[int]]]:
-        """Log-probabilities at the full cache's answers and at the references.
-
-        Returns also, per question, the token behind which each token of the full cache's answer was predicted.
-        """
+    def _score(self, reading: Reading) -> _Scored:
+        """The measures that want no decoding. The first reading scored is the full cache, the teacher of the others."""
         asking = Asking(self._reader, reading)
         tokens: list[tuple[int, int]] = []
         spans: list[tuple[list[int], list[int]]] = []
@@ -84,42 +102,72 @@ class Bench:
                 behind.append([last, *range(len(tokens), len(tokens) + len(ids) - 1)])
                 tokens += asking.chain(last, ids[:-1], offset=len(tokens))
             spans.append((behind[0], behind[1]))
-        hidden = asking.extend(tokens)
-        said = [asking.log_probs(hidden[answer]) for answer, _ in spans]
-        references = [asking.log_probs(hidden[reference]) for _, reference in spans]
-        return asking, said, references, [answer for answer, _ in spans]
+        (hidden,) = extend([(asking, tokens)])
+        rows = [row for pair in spans for row in pair]
+        log_probs = self._reader.log_probs(hidden[[at for row in rows for at in row]]).split([len(row) for row in rows])
+        said, references = log_probs[::2], log_probs[1::2]
+        self._teacher = self._teacher or said
+        return _Scored(
+            asking=asking,
+            behind=[answer for answer, _ in spans],
+            best=[self._follow(index, rows) for index, rows in enumerate(said)],
+            kl=[kl(taught, here) for taught, here in zip(self._teacher, said, strict=True)],
+            nll=[nll(rows, one["reference_ids"]) for rows, one in zip(references, self._questions, strict=True)],
+        )
 
-    def _decode(self, asking: Asking, said: Sequence[torch.Tensor], nodes: Sequence[Sequence[int]]) -> list[str]:
-        """Greedy answers.
+    def _decode(self, scored: Sequence[_Scored]) -> list[list[str]]:
+        """Greedy answers of all readings together.
 
         As far as a reading's likeliest tokens are the full cache's, they have been read already; decoding goes on
         from the first that differs.
         """
-        answers: list[list[int]] = []
-        heads: dict[int, int] = {}  # of each unfinished answer, the token behind which its last one stands
-        for row, (log_probs, behind, question) in enumerate(zip(said, nodes, self._questions, strict=True)):
-            best, taught = log_probs.argmax(-1).tolist(), question["teacher_ids"]
-            n_same = next((i for i, (a, b) in enumerate(zip(best, taught, strict=True)) if a != b), len(taught))
-            answers.append([*taught[:n_same], *best[n_same : n_same + 1]])
-            if n_same < len(taught) and not self._ended(answers[row]):
-                heads[row] = behind[n_same]
-        count = asking.n_tokens
+        answers: list[list[list[int]]] = [[] for _ in scored]
+        heads: dict[tuple[int, int], int] = {}  # of each unfinished answer, the token behind which its last one stands
+        for index, one in enumerate(scored):
+            for row, (best, behind, question) in enumerate(zip(one.best, one.behind, self._questions, strict=True)):
+                taught = question["teacher_ids"]
+                n_same = next((i for i, (a, b) in enumerate(zip(best, taught, strict=True)) if a != b), len(taught))
+                answers[index].append([*taught[:n_same], *best[n_same : n_same + 1]])
+                if n_same < len(taught) and not self._ended(answers[index][row]):
+                    heads[index, row] = behind[n_same]
         while heads:
-            hidden = asking.extend([(parent, answers[row][-1]) for row, parent in heads.items()])
-            best = asking.log_probs(hidden).argmax(-1).tolist()
-            heads = {row: count + i for i, row in enumerate(heads)}
-            count = asking.n_tokens
-            for row, token in zip(list(heads), best, strict=True):
-                answers[row].append(token)
-                if self._ended(answers[row]):
-                    del heads[row]
-        return [self._reader.text(answer, stop=self._stop) for answer in answers]
+            groups: dict[int, list[int]] = {}
+            for index, row in heads:
+                groups.setdefault(index, []).append(row)
+            first = {index: scored[index].asking.n_tokens for index in groups}
+            hidden = extend(
+                [
+                    (scored[index].asking, [(heads[index, row], answers[index][row][-1]) for row in rows])
+                    for index, rows in groups.items()
+                ]
+            )
+            rows_left = iter(self._reader.log_probs(torch.cat(hidden)))
+            heads = {}
+            for index, rows in groups.items():
+                for place, row in enumerate(rows):
+                    answer = answers[index][row]
+                    answer.append(self._pick(row, next(rows_left), answer))
+                    if not self._ended(answer):
+                        heads[index, row] = first[index] + place
+        return [[self._reader.text(answer, stop=self._stop) for answer in rows] for rows in answers]
+
+    def _follow(self, index: int, log_probs: torch.Tensor) -> list[int]:
+        """What greedy decoding picks at each token of the full cache's answer."""
+        best: list[int] = log_probs.argmax(-1).tolist()
+        taught = self._questions[index]["teacher_ids"]
+        for step in range(len(taught)):
+            if self._openings[index].has_begun(taught[:step]):
+                break
+            best[step] = self._pick(index, log_probs[step], taught[:step])
+        return best
+
+    def _pick(self, index: int, log_probs: torch.Tensor, answer: Sequence[int]) -> int:
+        return self._openings[index].pick(log_probs, answer, is_last=len(answer) + 1 == self._max_new_tokens)
 
     def _ended(self, answer: Sequence[int]) -> bool:
         if len(answer) >= self._max_new_tokens or answer[-1] in self._end_ids:
             return True
-        text = self._reader.tokenizer.decode(list(answer), skip_special_tokens=True)
-        return any(word in text for word in self._stop)
+        return self._reader.is_stopped(answer, stop=self._stop)
 
 
 def kl(teacher: torch.Tensor, student: torch.Tensor) -> float:

@@ -3,7 +3,8 @@
     python benchmarks/peers/export.py --n-documents 60 --out benchmarks/peers/results/work.jsonl
 
 Runs in the package's environment; `press.py` then needs nothing of it. Documents and questions are those of `kv-memory
-eval`, chosen and encoded by its code.
+eval`, chosen and encoded by its code. A file that is there already is gone on with: `--n-documents 60` after 20 asks
+about the other 40.
 """
 
 from __future__ import annotations
@@ -53,10 +54,14 @@ def main() -> None:
     cases = task.cases(backbone, settings)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     scratch = args.out.with_suffix(".part")  # a file that is there is whole: `make run` goes by that
+    top = header(backbone, args.model, task)
+    known = earlier(args.out, top) | earlier(scratch, top)
     with scratch.open("w", encoding="utf-8") as file:
-        print(json.dumps(header(backbone, args.model, task)), file=file)
+        print(json.dumps(top), file=file)
         for number, case in enumerate(cases, start=1):
-            print(json.dumps(document(backbone, task, case, args.keep_ratio)), file=file)
+            if (line := known.get(case.id)) is None or set(line["n_kept"]) != {str(r) for r in args.keep_ratio}:
+                line = document(backbone, task, case, args.keep_ratio)
+            print(json.dumps(line), file=file, flush=True)
             print(f"\r{number}/{len(cases)} documents", end="", flush=True)
     scratch.replace(args.out)
     print(f"\nwrote {args.out}")
@@ -66,6 +71,15 @@ def ratio(text: str) -> float:
     """A share written as `1/8` or `0.125`."""
     above, _, below = text.partition("/")
     return float(above) / float(below or 1)
+
+
+def earlier(path: Path, top: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Whole lines of a file of work with the same header, by document."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    if not lines or lines[0] != json.dumps(top) + "\n":
+        return {}
+    found = [json.loads(line) for line in lines[1:] if line.endswith("\n")]
+    return {line["document"]: line for line in found}
 
 
 def header(backbone: Backbone, model: str, task: Task) -> dict[str, Any]:
@@ -82,6 +96,8 @@ def header(backbone: Backbone, model: str, task: Task) -> dict[str, Any]:
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "prompt": backbone.prompt.name,
         "prefix_ids": list(backbone.prefix_ids),
+        # What follows a request before the model speaks: the end of the chat template, or a line break.
+        "tail_ids": backbone.encode(backbone.prompt.question_after if backbone.prompt.name == "chat" else "\n"),
         "stop": list(backbone.prompt.stop),
         "end_ids": sorted(set(flat)),
         "max_new_tokens": task.max_new_tokens,

@@ -2,6 +2,7 @@
 
     python press.py results/work.jsonl --out results                 # all methods
     python press.py results/work.jsonl --out results --summary-only  # the table of what is there
+    python press.py results/work.jsonl --out results --method kvpress:kvzip_plus --keep-ratio 1/8 --n-documents 20
 
 `--out` gets `questions.jsonl`, a line per document, method, keep_ratio and question, to which a later run adds what is
 missing; and `summary.jsonl`, a line per method and keep_ratio with the keys of `kv-memory eval --json`.
@@ -20,13 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import Bench
+from bench import Answered, Bench
 from metrics import score_answer
-from presses import METHODS
+from presses import METHODS, Budget, Recipe
 from reader import Reader, Reading
 from summary import print_table, summarise
 
 Row = dict[str, Any]
+TOGETHER = 12  # units of one document that are decoded together; each holds its own copy of what was read
 VERSIONS = {name: importlib.metadata.version(name) for name in ("kvpress", "transformers", "torch")}
 
 
@@ -46,10 +48,12 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="made by export.py")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--method", nargs="+", action="extend", choices=["full", "none", *METHODS], help="default: all")
+    parser.add_argument("--keep-ratio", type=ratio, nargs="+", action="extend", help="default: all of the work's")
     parser.add_argument("--n-documents", type=int, help="only the first so many")
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="stop after so many seconds")
     parser.add_argument("--device", default="auto", help="a torch device")
     parser.add_argument("--summary-only", action="store_true", help="run nothing")
+    parser.add_argument("--unpaired", action="store_true", help="rows of the table are about all documents they have")
     args = parser.parse_args()
     args.method = args.method or ["full", "none", *METHODS]
 
@@ -60,24 +64,33 @@ def main() -> None:
     path = args.out / "questions.jsonl"
     # Full and none are the ends of the scale: nothing can be said without them.
     methods = list(dict.fromkeys(["full", "none", *args.method]))
-    plans = [(document, list(units(header, document, methods))) for document in documents]
+    plans = [(document, list(units(header, document, methods, args.keep_ratio))) for document in documents]
     if not args.summary_only:
         run(args, header, plans, path)
     wanted = {unit.key for _, plan in plans for unit in plan}
     rows = [row for row in read_rows(path) if row["key"] in wanted]
-    lines = summarise(rows)
+    lines = summarise(rows, paired=not args.unpaired)
     (args.out / "summary.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     print_table(lines)
 
 
-def units(header: dict[str, Any], document: dict[str, Any], methods: list[str]) -> Iterator[Unit]:
-    """All that is to be measured on one document."""
+def ratio(text: str) -> float:
+    """A share written as `1/8` or `0.125`."""
+    above, _, below = text.partition("/")
+    return float(above) / float(below or 1)
+
+
+def units(
+    header: dict[str, Any], document: dict[str, Any], methods: list[str], keep_ratios: list[float] | None
+) -> Iterator[Unit]:
+    """All that is to be measured on one document, in the order of methods and ratios given."""
     base = {**header, **document, "versions": VERSIONS}
     base.pop("n_kept")
     base.pop("model")  # where it lies; what it is the hash of its weights says
     for method in methods:
         recipe = METHODS.get(method)
-        choices = [(None, 0)] if recipe is None else [(float(k), n) for k, n in document["n_kept"].items()]
+        known = {float(k): n for k, n in document["n_kept"].items()}
+        choices = [(None, 0)] if recipe is None else [(k, known[k]) for k in keep_ratios or known]
         for keep_ratio, n_kept in choices:
             what = {
                 **base,
@@ -130,14 +143,15 @@ def run(args: argparse.Namespace, header: dict[str, Any], plans: list[tuple[Any,
                 end_ids=header["end_ids"],
                 max_new_tokens=header["max_new_tokens"] if header["text_metrics"] else 0,
             )
-            for unit in missing:
+            for start in range(0, len(missing), TOGETHER):
                 if time.monotonic() - start_s > args.time_limit:
                     print(f"time limit: {n_all - n_done} left", file=sys.stderr)
                     return
-                rows = measure(reader, bench, header, document, unit)
+                units_ = missing[start : start + TOGETHER]
+                rows = measure(reader, bench, header, document, units_)
                 file.write("".join(f"{json.dumps(row)}\n" for row in rows))
                 file.flush()
-                n_done += 1
+                n_done += len(units_)
             rate = (time.monotonic() - start_s) / n_done
             left_s = rate * (n_all - n_done)
             print(f"document {number}/{len(plans)}  {n_done}/{n_all}  about {left_s:.0f} s left", file=sys.stderr)
@@ -152,11 +166,29 @@ def drop_torn(path: Path, rows: list[Row]) -> None:
         scratch.replace(path)
 
 
-def measure(reader: Reader, bench: Bench, header: dict[str, Any], document: dict[str, Any], unit: Unit) -> list[Row]:
+def measure(
+    reader: Reader, bench: Bench, header: dict[str, Any], document: dict[str, Any], batch: list[Unit]
+) -> list[Row]:
+    """The rows of some units, one per question of each."""
+    readings = [read(reader, bench, header, document, unit) for unit in batch]
+    return [
+        row
+        for unit, reading, answered in zip(batch, readings, bench.measure(readings), strict=True)
+        for row in rows_of(
+            header, document, unit, answered, None if unit.keep_ratio is None else reading.elapsed_s, bench
+        )
+    ]
+
+
+def rows_of(
+    header: dict[str, Any],
+    document: dict[str, Any],
+    unit: Unit,
+    answered: list[Answered],
+    elapsed_s: float | None,
+    bench: Bench,
+) -> list[Row]:
     """The rows of one unit, one per question."""
-    reading = read(reader, bench, header, document, unit)
-    questions = document["questions"]
-    compressed = unit.keep_ratio is not None
     return [
         {
             "key": unit.key,
@@ -165,17 +197,17 @@ def measure(reader: Reader, bench: Bench, header: dict[str, Any], document: dict
             "method": unit.method,
             "keep_ratio": unit.keep_ratio,
             "question": index,
-            "n_questions": len(questions),
-            "kl": answered.kl,
-            "nll": answered.nll,
-            **score_answer(answered.text, question["references"], header["text_metrics"]),
-            "answer": answered.text,
+            "n_questions": len(answered),
+            "kl": one.kl,
+            "nll": one.nll,
+            **score_answer(one.text, question["references"], header["text_metrics"]),
+            "answer": one.text,
             "n_tokens": len(document["ids"]),
-            "n_kept": unit.n_kept if compressed else None,
-            "seconds_per_document": reading.elapsed_s if compressed else None,
-            "prefills": reading.elapsed_s / bench.full.elapsed_s if compressed else None,
+            "n_kept": None if elapsed_s is None else unit.n_kept,
+            "seconds_per_document": elapsed_s,
+            "prefills": None if elapsed_s is None else elapsed_s / bench.full.elapsed_s,
         }
-        for index, (answered, question) in enumerate(zip(bench.measure(reading), questions, strict=True))
+        for index, (one, question) in enumerate(zip(answered, document["questions"], strict=True))
     ]
 
 
@@ -186,14 +218,17 @@ def read(reader: Reader, bench: Bench, header: dict[str, Any], document: dict[st
         return bench.full
     if unit.method == "none":
         return reader.read(prefix)
-    recipe = METHODS[unit.method]
-    press = recipe.make(len(prefix), len(ids), unit.n_kept) if unit.n_kept < len(ids) else None
-    reading = reader.read([*prefix, *ids], press=press, eager=recipe.eager)
+    budget = Budget(n_prefix=len(prefix), n_tokens=len(ids), n_kept=unit.n_kept, tail_ids=tuple(header["tail_ids"]))
+    return read_unit(reader, [*prefix, *ids], METHODS[unit.method], budget)
+
+
+def read_unit(reader: Reader, text: list[int], recipe: Recipe, budget: Budget) -> Reading:
+    """Prefix and document, as a press leaves them: exactly what the budget says."""
+    press = recipe.make(budget) if budget.n_kept < budget.n_tokens else None
+    reading = reader.read(text, press=press, eager=recipe.eager)
     n_heads = sum(key.shape[1] for key in reading.keys)
-    if reading.n_entries != n_heads * (len(prefix) + unit.n_kept):
-        raise RuntimeError(
-            f"{unit.method} kept {reading.n_entries} entries, not {n_heads} x {len(prefix) + unit.n_kept}"
-        )
+    if reading.n_entries != n_heads * (budget.n_prefix + budget.n_kept):
+        raise RuntimeError(f"kept {reading.n_entries} entries, not {n_heads} x {budget.n_prefix + budget.n_kept}")
     return reading
 
 

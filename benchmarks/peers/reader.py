@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from kvpress import BasePress
+from kvpress.presses import kvzip_press
+from opening import first_visible
+from replay import KVzipBehind
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
@@ -25,7 +30,7 @@ class Reading:
         visible: Per layer, `(num_kv_heads, n_held)`: False for entries that a press evicts by masking them, because
             heads keep different numbers; None where all that is held can be seen.
         n_positions: How long the text was: where the question begins.
-        elapsed_s: Reading and compressing.
+        elapsed_s: Reading and compressing: seconds of a processor, summed over threads, or of a GPU.
     """
 
     keys: tuple[torch.Tensor, ...]
@@ -59,6 +64,15 @@ class Reader:
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation="sdpa")
         self.model: Any = loaded.to(device).eval().requires_grad_(False)
         self.device = self.model.device
+        self._is_warm = False
+        # KVzip reads the tokenizer from disk on every use, which would count as compression.
+        kvzip_press.AutoTokenizer = SimpleNamespace(from_pretrained=lambda _: self.tokenizer)
+
+    def warm_up(self, ids: Sequence[int]) -> None:
+        """Pay for what the first reading pays for: on a GPU of each length."""
+        if not self._is_warm or self.device.type == "cuda":
+            self.read(ids)
+            self._is_warm = True
 
     @torch.no_grad()
     def read(self, ids: Sequence[int], *, press: BasePress | None = None, eager: bool = False) -> Reading:
@@ -67,17 +81,18 @@ class Reader:
         attentions = [layer.self_attn for layer in self.model.model.layers]
         for attention in attentions:
             attention.masked_key_indices = None  # kvpress leaves it on the model
-        cache = DynamicCache()
         tokens = torch.tensor([list(ids)], device=self.device)
-        self._wait()
-        start_s = time.perf_counter()
-        if press is None:
-            self.model.model(input_ids=tokens, past_key_values=cache)
-        else:
-            with press(self.model):
+        torch.manual_seed(0)  # Compactor draws a sketch
+        start_s = self._now()
+        cache = press.again(self.model, tokens) if isinstance(press, KVzipBehind) else None
+        before_s = 0.0 if cache is None else press.held.elapsed_s
+        if cache is None:
+            cache = DynamicCache()
+            with contextlib.nullcontext() if press is None else press(self.model):
                 self.model.model(input_ids=tokens, past_key_values=cache)
-        self._wait()
-        elapsed_s = time.perf_counter() - start_s
+        elapsed_s = before_s + self._now() - start_s
+        if isinstance(press, KVzipBehind) and not before_s:
+            press.held.elapsed_s = elapsed_s
         visible = None
         if attentions[0].masked_key_indices is not None:
             shape = cache.layers[0].keys.shape[1:3]
@@ -85,18 +100,40 @@ class Reader:
         keys, values = (tuple(getattr(layer, name) for layer in cache.layers) for name in ("keys", "values"))
         return Reading(keys, values, visible, len(ids), elapsed_s)
 
+    @torch.no_grad()
+    def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`(n, vocab_size)`, float32, of what the language model head sees."""
+        log_probs: torch.Tensor = self.model.lm_head(hidden).float().log_softmax(-1)
+        return log_probs
+
     def text(self, ids: Sequence[int], *, stop: Sequence[str]) -> str:
         """The answer these tokens spell, without what ended it."""
+        text = self._decode(ids)
+        return text[: _stopped_at(text, stop)].strip()
+
+    def is_stopped(self, ids: Sequence[int], *, stop: Sequence[str]) -> bool:
+        """Whether one of the strings ended an answer."""
+        return _stopped_at(self._decode(ids), stop) is not None
+
+    def _decode(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
-        for word in stop:
-            text = text.split(word, 1)[0]
-        return text.strip()
+        return text
 
     def _without(self, masked: tuple[torch.Tensor, ...], shape: Sequence[int]) -> torch.Tensor:
         visible = torch.ones(tuple(shape), dtype=torch.bool, device=self.device)
         visible[masked[1].to(self.device), masked[2].to(self.device)] = False
         return visible
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+    def _now(self) -> float:
+        """Seconds of work so far: the processor's own, which other programs on it do not lengthen, or a GPU's."""
+        if self.device.type != "cuda":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _stopped_at(text: str, stop: Sequence[str]) -> int | None:
+    """Where the first stop string begins; one that ends before the first visible character does not count."""
+    first = first_visible(text)
+    found = [text.find(word, max(0, first - len(word) + 1)) for word in stop]
+    return min((at for at in found if at >= 0), default=None)

@@ -15,8 +15,12 @@ N_SAMPLES = 2000
 Group = dict[str, list[dict[str, Any]]]  # rows by document
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line per method and keep_ratio, over the documents that all of them have been measured on.
+def summarise(rows: Sequence[dict[str, Any]], *, paired: bool = True) -> list[dict[str, Any]]:
+    """One line per method and keep_ratio.
+
+    Args:
+        rows: One for each question.
+        paired: Only the documents that all of them have been measured on; else each line is about all that it has.
 
     Returns:
         The keys of `kv-memory eval --json`. `ci` holds 95% intervals; `retention` is (score - floor) / (ceiling -
@@ -27,33 +31,40 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         group = groups.setdefault((row["method"], row["keep_ratio"]), {})
         group.setdefault(row["document"], []).append(row)
-    common = sorted(set.intersection(*map(set, groups.values()))) if groups else []
-    if not common:
-        return []
-    # The same samples of documents for every method: differences between methods are then not those of the draw.
-    samples = np.random.default_rng(0).integers(len(common), size=(N_SAMPLES, len(common)))
-    tables = {key: _sums(group, common) for key, group in sorted(groups.items(), key=_order)}
-    counts = np.array([len(groups["full", None][document]) for document in common], dtype=float)
-    score = next((name for name in SCORES if all(sums[name] is not None for sums in tables.values())), None)
+    common = set.intersection(*map(set, groups.values())) if groups else set()
     lines = []
-    for (method, keep_ratio), sums in tables.items():
-        first = [groups[method, keep_ratio][document][0] for document in common]
-        line: dict[str, Any] = {"task": first[0]["task"], "method": method, "keep_ratio": keep_ratio}
-        line["n"] = int(counts.sum())
-        line |= {name: None if here is None else float(here.sum() / counts.sum()) for name, here in sums.items()}
-        line |= {"accuracy": None, "rouge_l": None, "retention": None}
-        line["ci"] = {"kl": _interval(sums["kl"], counts, samples), "score": None, "retention": None}
-        if score is not None:
-            line["ci"]["score"] = _interval(sums[score], counts, samples)
-            floor, ceiling = tables["none", None][score], tables["full", None][score]
-            if ceiling.sum() != floor.sum():
-                line["retention"] = float((sums[score] - floor).sum() / (ceiling - floor).sum())
-                line["ci"]["retention"] = _interval(sums[score] - floor, ceiling - floor, samples)
-        for name in ("seconds_per_document", "prefills"):
-            values = [row[name] for row in first]
-            line[name] = None if None in values else float(np.mean(values))
-        lines.append(line)
+    for key, group in sorted(groups.items(), key=_order):
+        documents = sorted(common if paired else group)
+        if documents:
+            lines.append(_line(key, group, groups["full", None], groups["none", None], documents))
     return lines
+
+
+def _line(
+    key: tuple[str, float | None], group: Group, full: Group, none: Group, documents: Sequence[str]
+) -> dict[str, Any]:
+    """One method at one keep_ratio, over documents that it and the ends of the scale have."""
+    # The same samples of the same documents for every method: differences between them are then not those of the draw.
+    samples = np.random.default_rng(0).integers(len(documents), size=(N_SAMPLES, len(documents)))
+    sums, ceilings, floors = (_sums(each, documents) for each in (group, full, none))
+    counts = np.array([len(full[document]) for document in documents], dtype=float)
+    first = [group[document][0] for document in documents]
+    line: dict[str, Any] = {"task": first[0]["task"], "method": key[0], "keep_ratio": key[1]}
+    line["n"] = int(counts.sum())
+    line |= {name: None if here is None else float(here.sum() / counts.sum()) for name, here in sums.items()}
+    line |= {"accuracy": None, "rouge_l": None, "retention": None}
+    line["ci"] = {"kl": _interval(sums["kl"], counts, samples), "score": None, "retention": None}
+    score = next((name for name in SCORES if sums[name] is not None), None)
+    if score is not None:
+        line["ci"]["score"] = _interval(sums[score], counts, samples)
+        floor, ceiling = floors[score], ceilings[score]
+        if ceiling.sum() != floor.sum():
+            line["retention"] = float((sums[score] - floor).sum() / (ceiling - floor).sum())
+            line["ci"]["retention"] = _interval(sums[score] - floor, ceiling - floor, samples)
+    for name in ("seconds_per_document", "prefills"):
+        values = [row[name] for row in first]
+        line[name] = None if None in values else float(np.mean(values))
+    return line
 
 
 def _order(item: tuple[tuple[str, float | None], Any]) -> tuple[bool, str, float]:
