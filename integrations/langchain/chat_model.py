@@ -97,7 +97,7 @@ class ChatKVMemory(BaseChatModel):
 
         Args:
             path: The store's folder.
-            model: `embedded`, a model folder, a hub id, or a `Backbone`; what the store remembers if None.
+            model: A built-in model, a model folder, a hub id, or a `Backbone`; what the store remembers if None.
             keep_ratio: Share of the tokens kept, in (0, 1].
             collection: The tenant whose caches are seen.
             **options: Those of the class.

@@ -95,7 +95,7 @@ class KVMemoryLLM(CustomLLM):
 
         Args:
             path: The store's folder.
-            model: `embedded`, a model folder, or a hub id; what the store remembers if None.
+            model: A built-in model, a model folder, or a hub id; what the store remembers if None.
             keep_ratio: Share of the tokens kept, in (0, 1].
             collection: The tenant whose caches are seen.
             **options: Those of the class.
