@@ -108,7 +108,7 @@ def test_an_old_archive_goes_into_a_store_of_today_and_the_other_way(
         assert empty.import_from(tmp_path / "new.tar").n_unchanged == 1
     with Store.open(tmp_path / "other") as other:
         filled(other, {**OLD, "model": "qwen-0.5b"})
-        with pytest.raises(TransferError, match=r"model is smollm2 in the archive, qwen-0\.5b here"):
+        with pytest.raises(TransferError, match=r'model is "smollm2" in the archive, "qwen-0\.5b" here'):
             other.import_from(tmp_path / "old.tar")
     with Store.open(tmp_path / "old") as old:
         old.import_from(tmp_path / "new.tar")  # not refused: the settings are the same
