@@ -10,7 +10,6 @@ from typing import Any
 
 from sqlalchemy import select
 
-from kv_memory.embedded import recorded_settings
 from kv_memory.errors import ConfigError, DocumentNotFoundError
 from kv_memory.store import documents
 from kv_memory.store.catalog import Catalog
@@ -50,7 +49,7 @@ class Collection:
     def settings(self) -> dict[str, Any]:
         """The collection's settings, as they were given to `update_settings`."""
         with self._catalog.read() as session:
-            return recorded_settings(session.get_one(CollectionRow, self._collection_id).settings)
+            return dict(session.get_one(CollectionRow, self._collection_id).settings)
 
     def update_settings(self, values: Mapping[str, Any]) -> None:
         """Set some of the collection's settings; the others stay.
