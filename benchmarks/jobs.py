@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n-documents", type=int, default=32, help="for the throughput (default: 32)")
     parser.add_argument("--rounds", type=int, default=3, help="(default: 3)")
-    parser.add_argument("--model", default="embedded", help="for the throughput (default: embedded)")
+    parser.add_argument("--model", default="smollm2", help="for the throughput (default: smollm2)")
     parser.add_argument("--n-small", type=int, default=1000, help="documents for the memory (default: 1,000)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kv-memory-bench-") as name:

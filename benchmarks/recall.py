@@ -49,7 +49,7 @@ SETTINGS = DecodeSettings(max_new_tokens=24)
 def main() -> None:
     """Talk, ask, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="embedded", help="embedded, a model folder or a hub id (default: embedded)")
+    parser.add_argument("--model", default="smollm2", help="a built-in model, a folder or a hub id (default: smollm2)")
     parser.add_argument(
         "--keep-ratio", type=ratio_of, nargs="+", default=[1.0, 0.5, 0.25, 0.125], help="(default: 1 1/2 1/4 1/8)"
     )

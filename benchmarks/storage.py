@@ -1,4 +1,4 @@
-"""What int8 saves on disk and costs at loading and in answers, beside bfloat16, for caches of the embedded model.
+"""What int8 saves on disk and costs at loading and in answers, beside bfloat16, for caches of smollm2.
 
     python benchmarks/storage.py           # three tables
     python benchmarks/storage.py --json    # one JSON object a line
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args()
     print_all(args, differences(args.results, args.keep_ratio))
-    backbone = Backbone.load("embedded", dtype="bfloat16")
+    backbone = Backbone.load("smollm2", dtype="bfloat16")
     print_all(args, [load_times(backbone, n, args.repeats) for n in args.entries])
     print_all(args, sizes(backbone, args.n_documents, args.keep_ratio))
 

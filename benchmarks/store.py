@@ -4,7 +4,7 @@
     python benchmarks/store.py --json               # one JSON object
     python benchmarks/store.py --catalog postgresql+psycopg://USER@HOST/DB --blobs s3://BUCKET/PREFIX
 
-Caches have the embedded model's shape: 30 layers, 3 heads, 64 entries each of 64 numbers in bfloat16, 1.5 MB. Each is
+Caches have the shape of smollm2: 30 layers, 3 heads, 64 entries each of 64 numbers in bfloat16, 1.5 MB. Each is
 written twice, one right after the other, in an order that alternates: by `Store.put`, and as a plain safetensors file
 with the same fsyncs (the file, its folder, and two records appended to logs, where the store has two databases).
 Reads are cold: another Store, and the files dropped from the page cache where the system lets us (Linux); every byte of
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def fingerprint(head_dim: int) -> Fingerprint:
-    """One like the embedded model's."""
+    """One like those of smollm2."""
     digest = "0" * 64
     return Fingerprint(
         format_version=FORMATS[0],

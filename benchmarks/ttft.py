@@ -10,7 +10,7 @@ figure from a cache is the first such question: catalog, bytes from disk, verifi
 prefill. The other ways follow in the same process, seconds apart. Reported are medians over the processes; they are
 good for ratios, the seconds are the machine's.
 
-The compressor is the adapter: the shipped one for the embedded model, for others one of the same form without training,
+The compressor is the adapter: the shipped one for smollm2, for others one of the same form without training,
 which takes the same time. `--selector` times a training-free selector instead.
 """
 
@@ -38,7 +38,7 @@ QUESTION = "What does the text say about the way it works?"
 def main() -> None:
     """Run the benchmark, or one of its processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="embedded", help="embedded, a model folder or a hub id (default: embedded)")
+    parser.add_argument("--model", default="smollm2", help="a built-in model, a folder or a hub id (default: smollm2)")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="document lengths, in tokens")
     parser.add_argument("--keep-ratio", type=ratio_of, default=0.125, help="share of tokens kept (default: 0.125)")
     parser.add_argument(
@@ -125,7 +125,7 @@ def make(args: argparse.Namespace) -> dict[str, Any]:
 
     from kv_memory import Backbone, Compressor, Store
     from kv_memory.compress import Adapter
-    from kv_memory.embedded import EMBEDDED, SHIPPED, adapter_folder
+    from kv_memory.embedded import SHIPPED, adapter_folder
     from kv_memory.train.adapters import new_adapter
     from kv_memory.train.settings import TrainSettings
 
@@ -133,7 +133,7 @@ def make(args: argparse.Namespace) -> dict[str, Any]:
     if args.selector:
         compressor = Compressor(backbone, selector=args.selector)
     else:
-        if args.model == EMBEDDED:
+        if args.model == "smollm2":
             adapter = Adapter.load(adapter_folder(SHIPPED), backbone)
         else:  # of the same form, untrained: that costs the same
             adapter = new_adapter(backbone, TrainSettings())

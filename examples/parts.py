@@ -13,7 +13,7 @@ from typing import Any
 
 import bm25s
 import torch
-from kv_memory.embedded import BUILT_IN  # a model folder like any other
+from kv_memory.embedded import default_model  # a model folder like any other
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document as LangChainDocument
 from langchain_core.language_models import SimpleChatModel
@@ -46,7 +46,7 @@ def load_documents(folder: str | Path) -> list[Document]:
 
 @cache
 def _model() -> tuple[Any, Any]:
-    folder = BUILT_IN["smollm2"].folder
+    folder = default_model().folder
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
@@ -80,7 +80,7 @@ class LocalLLM(CustomLLM):
     @property
     def metadata(self) -> LLMMetadata:
         """What the model can do."""
-        return LLMMetadata(context_window=8192, num_output=MAX_TOKENS, model_name="SmolLM2-135M-Instruct")
+        return LLMMetadata(context_window=8192, num_output=MAX_TOKENS, model_name=default_model().title)
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:

@@ -17,7 +17,7 @@ from torch import nn
 from kv_memory.attention import ATTENTION, ForwardContext
 from kv_memory.cache import dtype_from_name, dtype_name
 from kv_memory.config import DtypeName
-from kv_memory.embedded import EMBEDDED, built_in
+from kv_memory.embedded import EMBEDDED, built_in, concrete_name
 from kv_memory.errors import ContextWindowError, EncodingError, UnsupportedModelError
 from kv_memory.fingerprint import FORMATS, Fingerprint
 from kv_memory.loading import best_device, best_dtype, hash_parameters, hash_tokenizer, load_model
@@ -121,7 +121,8 @@ class Backbone:
         """Load a model by name.
 
         Args:
-            name: A built-in model (`embedded`, `smollm2`, `qwen-0.5b`), a local folder, or a Hugging Face hub id.
+            name: A built-in model (`qwen-0.5b`, `smollm2`, or `embedded`: the first of these that is prepared), a local
+                folder, or a Hugging Face hub id.
             dtype: `auto` takes bfloat16 where the processor or GPU is fast at it, else float32.
             device: `auto` takes a GPU where there is one; or a torch device such as `cuda:1`.
             prompt: See `Backbone`; `auto` takes the form that a built-in model answers best in.
@@ -134,7 +135,7 @@ class Backbone:
         """
         device = best_device() if device == "auto" else device
         torch_dtype = best_dtype(device) if dtype == "auto" else dtype_from_name(dtype)
-        name = str(name)
+        name = concrete_name(str(name))
         loaded = load_model(name, dtype=torch_dtype, device=device, revision=revision, supported=SUPPORTED)
         if prompt == "auto" and (model := built_in(name)):
             prompt = model.prompt

@@ -5,7 +5,7 @@ KVMemoryError
 ├── ConfigError                  a setting outside its range (also a ValueError)
 │   └── BudgetError              fewer tokens or bytes than the smallest cache has; names what works
 ├── ModelError
-│   ├── ModelNotFoundError       no such hub id, folder or embedded weights
+│   ├── ModelNotFoundError       no such hub id, folder or built-in weights
 │   ├── UnsupportedModelError    an architecture whose caches we cannot make
 │   ├── TokenizerError           a model without a usable tokenizer
 │   └── ContextWindowError       more positions than the model can address
@@ -133,7 +133,7 @@ class ModelError(KVMemoryError):
 
 
 class ModelNotFoundError(ModelError):
-    """No model under this hub id or folder, or the embedded weights are not installed."""
+    """No model under this hub id or folder, or a built-in model is not prepared."""
 
 
 class UnsupportedModelError(ModelError):

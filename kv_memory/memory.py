@@ -106,8 +106,9 @@ class KVMemory:
 
         Args:
             path: The store's folder.
-            model: `embedded`, a model folder, a hub id, or a `Backbone`.
-            adapter: An adapter folder for that model, `shipped` (the embedded model's default) or `none`.
+            model: `qwen-0.5b`, `smollm2`, a model folder, a hub id, or a `Backbone`. A new store takes `qwen-0.5b`, or
+                `smollm2` where only that is prepared, and remembers which.
+            adapter: An adapter folder for that model, `shipped` (the default of `smollm2`) or `none`.
             keep_ratio: Share of the tokens kept, in (0, 1].
             keep_tokens: In its place, how many tokens are kept of each passage, in every layer and head (on average,
                 where heads share them). Shorter passages are kept whole.
@@ -122,8 +123,8 @@ class KVMemory:
             min_fidelity: Refine further until the KL to the full cache on held-out probes is at most this, in nats, or
                 192 steps are done; without `refine_steps` it begins with 48.
             storage: How keys and values are stored: `auto` (as the model computes them), `float32`, `bfloat16`,
-                `float16` or `int8`, half of bfloat16 and the embedded model's default. For what is added from now on;
-                one store may hold several.
+                `float16` or `int8`, half of bfloat16 and the default of `smollm2`. For what is added from now on; one
+                store may hold several.
             keep_text: Keep the texts of what is added from now on: for showing them with an answer, for reading them in
                 the place of a damaged cache, for `read_from="text"`, and for `refresh` of what was no file. A new store
                 keeps none: passages are found by hashes of their words. Documents that are added again unchanged get
@@ -390,7 +391,7 @@ class KVMemory:
 
         Args:
             question: Any text.
-            top_k: How many at most; 1 for the embedded model and 3 for others if None.
+            top_k: How many at most; 1 for `smollm2` and 3 for others if None.
         """
         return self._finder.retrieve(question, top_k=self.settings.top_k if top_k is None else top_k)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kv_memory.config import Layout, SelectorName, StorageName, check_choice
-from kv_memory.embedded import BUILT_IN, EMBEDDED, SHIPPED, built_in
+from kv_memory.embedded import BUILT_IN, DEFAULTS, EMBEDDED, SHIPPED, built_in, concrete_name, recorded_settings
 from kv_memory.errors import ConfigError
 from kv_memory.keep import Keep, given_keep
 from kv_memory.prompts import PromptName
@@ -25,32 +25,33 @@ class MemorySettings:
     """How a store's documents are compressed and asked; remembered in the store.
 
     Attributes:
-        model: `embedded`, a model folder, or a hub id.
-        adapter: An adapter folder, `shipped` for the one inside this package, or None. The embedded model has `shipped`
-            unless an adapter or a selector is named.
+        model: The name of a built-in model, a model folder, or a hub id. `embedded`, which stands for one model here
+            and for another there, is not remembered.
+        adapter: An adapter folder, `shipped` for the one inside this package, or None. `smollm2` has `shipped` unless
+            an adapter or a selector is named.
         keep_ratio: Share of the tokens kept, in (0, 1]; 0.25 unless set, None with one of the two below.
         selector: The training-free selector used without an adapter; or `combined`, which is an adapter and
             the scores of `matched` together.
-        passage_tokens: Longest passage, 256 tokens for the embedded model and 1,024 for others, unless set; None
-            keeps documents whole.
+        passage_tokens: Longest passage, 256 tokens for `smollm2` and 1,024 for others, unless set; None keeps documents
+            whole.
         prompt: The name of the prompt form.
         layout: How documents are placed, see `generate.compose`.
         refine_steps: Steps of refinement for every passage, see `RefineSettings`; 0 for none.
         min_fidelity: Refine further until the held-out KL in nats is at most this; None for no more than those steps.
         storage: How the keys and values of what is added are stored: `auto` (as the model computes them), `float32`,
-            `bfloat16`, `float16` or `int8`, which takes half the bytes of bfloat16; `int8` for the embedded model and
-            `auto` for others, unless set. What is stored already stays.
+            `bfloat16`, `float16` or `int8`, which takes half the bytes of bfloat16; `int8` for `smollm2` and `auto` for
+            others, unless set. What is stored already stays.
         keep_text: Keep the texts of what is added. Without them a store has the caches, the documents' ids and
             metadata, and hashes of words; see `kv_memory.terms` for what those are worth.
         keep_tokens: In the place of keep_ratio: how many tokens are kept of each passage, in every layer and head.
         max_bytes: In the place of keep_ratio: the largest file of a passage's cache, in bytes.
     """
 
-    model: str = EMBEDDED
+    model: str = DEFAULTS[0]
     adapter: str | None = None
     keep_ratio: float | None = None
     selector: SelectorName = "matched"
-    passage_tokens: int | None = 256
+    passage_tokens: int | None = 1024
     prompt: PromptName = "auto"
     layout: Layout = "source"
     refine_steps: int = 0
@@ -93,7 +94,7 @@ class MemorySettings:
 
     @property
     def top_k(self) -> int:
-        """How many passages a question is answered from by default: the embedded model copes with one only."""
+        """How many passages a question is answered from by default: `smollm2` copes with one only."""
         return 1 if built_in(self.model) is BUILT_IN["smollm2"] else 3
 
 
@@ -158,11 +159,18 @@ def resolve_settings(given: Mapping[str, Any], stored: Mapping[str, Any]) -> Mem
 
     Args:
         given: From `given_settings`.
-        stored: From the last `add`; empty for a new store.
+        stored: From the last `add`; empty for a new store. Those of earlier versions, which knew one built-in model
+            only, name it `embedded` or not at all.
     """
     names = {field.name for field in dataclasses.fields(MemorySettings)}
-    kept = {name: value for name, value in stored.items() if name in names}
-    if "model" in given and given["model"] != kept.get("model"):
+    kept = {name: value for name, value in recorded_settings(stored).items() if name in names}
+    if stored:
+        kept.setdefault("model", "smollm2")
+    model = given.get("model", kept.get("model", EMBEDDED))
+    if model == EMBEDDED:
+        # What the default is here and now is no reason to compress all documents of a store again.
+        model = kept["model"] if kept.get("model") in DEFAULTS else concrete_name(EMBEDDED)
+    if model != kept.get("model"):
         # Adapter and prompt belong to one model, passages to what it can read, and what int8 costs was measured on one.
         for name in ("adapter", "prompt", "storage"):
             kept.pop(name, None)
@@ -172,12 +180,12 @@ def resolve_settings(given: Mapping[str, Any], stored: Mapping[str, Any]) -> Mem
         kept.pop("min_fidelity", None)  # steps that are named anew are meant as they are
     if given.get("selector") == "combined" and kept.get("adapter") is None:
         kept.pop("adapter", None)  # it was for want of a selector that there is none
-    merged = {**kept, **given}
+    merged = {**kept, **given, "model": model}
     if merged.get("min_fidelity") is not None and not merged.get("refine_steps"):
         merged["refine_steps"] = REFINE_STEPS
     # A model of 135M parameters loses the thread in long passages, and has little to spare in its caches.
     defaults: dict[str, Any] = {"passage_tokens": 1024, "keep_ratio": 0.25}
-    if built_in(merged.get("model", EMBEDDED)) is BUILT_IN["smollm2"]:
+    if built_in(model) is BUILT_IN["smollm2"]:
         # int8 costs it less than half a point of F1 at 1/4, 1/8 and 1/16: docs/fidelity.md.
         defaults = {"passage_tokens": 256, "keep_ratio": 0.25, "adapter": SHIPPED, "storage": "int8"}
     values = {**defaults, **merged}

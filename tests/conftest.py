@@ -223,6 +223,20 @@ def _own_cache_folder(_cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("KV_MEMORY_CACHE", str(_cache_folder))
 
 
+@pytest.fixture
+def only_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A cache folder where qwen-0.5b is not prepared, and what is said of that."""
+    from kv_memory.embedded import BUILT_IN
+
+    there, folder = BUILT_IN["smollm2"].folder, tmp_path / "only-smollm2"
+    if not BUILT_IN["smollm2"].is_prepared:
+        pytest.skip("smollm2 is not prepared (`make setup`)")
+    monkeypatch.setenv("KV_MEMORY_CACHE", str(folder))
+    BUILT_IN["smollm2"].folder.parent.mkdir(parents=True)
+    BUILT_IN["smollm2"].folder.symlink_to(there.resolve(), target_is_directory=True)
+    return "the model is smollm2, as qwen-0.5b is not prepared here; to have it: kv-memory models --prepare qwen-0.5b\n"
+
+
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
     """A PostgreSQL database: that of KV_MEMORY_TEST_POSTGRES, else a server started here."""

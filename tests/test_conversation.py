@@ -260,7 +260,7 @@ def test_turns_that_cannot_be_kept(memory: KVMemory, turn: Turn, error: type[Exc
     assert old.turns() == [BISCUIT]
 
 
-# -- the embedded model ------------------------------------------------------------------------------------------------
+# -- smollm2 -----------------------------------------------------------------------------------------------------------
 
 FILLER = ["the weather in Bergen", "a recipe for onion soup", "train tickets", "the rules of chess", "oil paint"]
 
@@ -268,7 +268,7 @@ FILLER = ["the weather in Bergen", "a recipe for onion soup", "train tickets", "
 @pytest.mark.slow
 @pytest.mark.skipif(
     not BUILT_IN["smollm2"].is_prepared,
-    reason="the embedded model is not prepared (`make setup`)",
+    reason="smollm2 is not prepared (`make setup`)",
 )
 def test_a_fact_of_long_ago_is_recalled(tmp_path: Path) -> None:
     said: list[Turn] = []
@@ -283,11 +283,11 @@ def test_a_fact_of_long_ago_is_recalled(tmp_path: Path) -> None:
         Turn("assistant", "What a nice name for a dog!"),
     ]
     settings, question = DecodeSettings(max_new_tokens=12), Turn("user", "What is my dog called?")
-    with KVMemory.open(tmp_path / "store", model=Backbone.load(dtype="float32", device="cpu")) as memory:
+    with KVMemory.open(tmp_path / "store", model=Backbone.load("smollm2", dtype="float32", device="cpu")) as memory:
         old = Conversation(memory, "alice", keep_ratio=1.0)
         for start in range(0, len(said), 2):  # as exchanges leave the prompt of a long chat
             old.add(said[start : start + 2])
         assert len(old.turns()) == 200 and old.turns() == said
-        (reference,) = old.recall(question.text)  # the embedded model reads one passage
+        (reference,) = old.recall(question.text)  # smollm2 reads one passage
         assert "Biscuit" in memory.reader.reply([question], [reference], settings=settings).reply.text
         assert "Biscuit" not in memory.reader.reply([question], settings=settings).reply.text

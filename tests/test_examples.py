@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from kv_memory.embedded import BUILT_IN
-
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FRAMEWORKS = ["langchain", "llama_index"]
 QUESTIONS = {"Who opened the observatory?": "Ida Brandt", "Who is the harbour master?": "Nils Aker"}
@@ -20,7 +18,8 @@ NATS_PAGES = ("what-is-nats/README.md", "core-nats/request-reply/reqreply.md", "
 NATS_QUESTIONS = ["What is a queue group?", "How are queue groups defined?"]
 
 slow = pytest.mark.slow
-needs_model = pytest.mark.skipif(not BUILT_IN["smollm2"].is_prepared, reason="the embedded model is not prepared")
+# Both forms take the model that `embedded` stands for; the larger one would only take longer.
+on_smollm2 = pytest.mark.usefixtures("only_smollm2")
 
 
 def ask(name: str, folder: Path, questions: list[str], cwd: Path) -> dict[str, str]:
@@ -54,7 +53,7 @@ def test_switching_changes_at_most_five_lines(framework: str) -> None:
 
 
 @slow
-@needs_model
+@on_smollm2
 @pytest.mark.parametrize("form", ["text", "caches"])
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_it_answers_about_our_own_pages(framework: str, form: str, tmp_path: Path) -> None:
@@ -66,7 +65,7 @@ def test_it_answers_about_our_own_pages(framework: str, form: str, tmp_path: Pat
 
 
 @slow
-@needs_model
+@on_smollm2
 @pytest.mark.skipif("KV_MEMORY_DATA" not in os.environ, reason="KV_MEMORY_DATA is not set")
 @pytest.mark.parametrize("form", ["text", "caches"])
 @pytest.mark.parametrize("framework", FRAMEWORKS)

@@ -17,7 +17,7 @@ SOURCES = sorted([*ROOT.glob("kv_memory/**/*.py"), *ROOT.glob("integrations/**/*
 
 # A unit is a module or folder directly below kv_memory. Each may import itself and what its line names:
 #   errors, config ◄ cache, rope, attention, prompts, embedded ◄ loading ◄ backbone ◄ compress, generate ◄ train
-#   cache ◄ store;   store, documents, intake ◄ jobs;   documents, words ◄ retrieve: errors and config alone;
+#   cache, embedded ◄ store;   store, documents, intake ◄ jobs;   documents, words ◄ retrieve: errors and config alone;
 #   memory joins both sides.
 _TENSORS = {
     "errors",
@@ -33,7 +33,7 @@ _TENSORS = {
     "prompts",
     "opening",
 }
-_STORE = {"tracing", "errors", "config", "fingerprint", "cache", "keep", "terms"}
+_STORE = {"tracing", "errors", "config", "embedded", "fingerprint", "cache", "keep", "terms"}
 _BELOW_MEMORY = {
     *_TENSORS,
     "tracing",

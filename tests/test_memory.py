@@ -165,7 +165,7 @@ def test_an_answer_comes_from_the_passage_that_fits(memory: KVMemory, wide: Any)
 
 def test_every_way_to_ask_gives_the_same_answer(memory: KVMemory) -> None:
     expected = memory.ask(FERRY_QUESTION, settings=SETTINGS)
-    assert len(expected.sources) == 2  # three at most, for a model that is not the embedded one
+    assert len(expected.sources) == 2  # three at most, for a model that is not smollm2
     stream = memory.stream(FERRY_QUESTION, settings=SETTINGS)
     assert stream.sources == expected.sources
     assert "".join(stream).strip() == expected.text == stream.answer.text

@@ -69,17 +69,17 @@ def test_int8_is_remembered_and_answers(tmp_path: Path, wide: Any) -> None:
         assert memory.check().ok
 
 
-def test_int8_is_the_embedded_models_default_and_no_other_models() -> None:
+def test_int8_is_the_default_of_smollm2_and_no_other_models() -> None:
     def given(**changes: Any) -> dict[str, Any]:
         return given_settings(**{**dict.fromkeys(NAMES), "passage_tokens": "auto", **changes})
 
-    embedded = resolve_settings(given(), {})
-    assert (embedded.model, embedded.storage) == ("embedded", "int8")
-    assert resolve_settings(given(storage="auto"), {}).storage == "auto"
+    small = resolve_settings(given(model="smollm2"), {})
+    assert (small.model, small.storage) == ("smollm2", "int8")
+    assert resolve_settings(given(model="smollm2", storage="auto"), {}).storage == "auto"
     assert resolve_settings(given(), {"storage": "bfloat16"}).storage == "bfloat16"
     assert resolve_settings(given(model="other"), {}).storage == "auto"
     # What was measured on one model says nothing about the next.
-    assert resolve_settings(given(model="other"), dataclasses.asdict(embedded)).storage == "auto"
+    assert resolve_settings(given(model="other"), dataclasses.asdict(small)).storage == "auto"
     assert resolve_settings(given(), dataclasses.asdict(resolve_settings(given(model="other"), {}))).storage == "auto"
 
 

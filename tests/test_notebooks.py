@@ -26,7 +26,7 @@ def test_there_is_one_for_each_framework() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not BUILT_IN["smollm2"].is_prepared, reason="the embedded model is not prepared (`make setup`)")
+@pytest.mark.skipif(not BUILT_IN["smollm2"].is_prepared, reason="smollm2 is not prepared (`make setup`)")
 # The client of Jupyter closes its event loop and its sockets late; both are gone when the test ends.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

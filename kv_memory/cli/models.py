@@ -12,7 +12,7 @@ from rich.progress import DownloadColumn
 from kv_memory.cli.options import JsonOption
 from kv_memory.cli.output import Output, reporting, size_text
 from kv_memory.cli.tracking import Tracking
-from kv_memory.embedded import BUILT_IN, EMBEDDED, BuiltInModel, built_in
+from kv_memory.embedded import BUILT_IN, DEFAULTS, EMBEDDED, BuiltInModel, default_model
 from kv_memory.errors import ModelNotFoundError
 
 __all__ = ["models"]
@@ -54,10 +54,12 @@ def models(
             [(m["name"], m["title"], m["license"], size_text(m["size_bytes"]), _state_text(m)) for m in listed],
             right=["Download"],
         )
-        default = built_in(EMBEDDED)
-        assert default is not None
+        default = default_model().name
         rows = [
-            ("Where none is named", default.name),
+            (
+                "Where none is named",
+                default if default == DEFAULTS[0] else f"{default}, until {DEFAULTS[0]} is prepared",
+            ),
             ("Other models", "a folder with safetensors weights, or a Hugging Face hub id: --model owner/name"),
             ("Architectures", ", ".join(SUPPORTED.values())),
             ("Device", device),
@@ -83,7 +85,7 @@ def _state_text(described: dict[str, Any]) -> str:
 
 
 def _prepare(out: Output, name: str, weights: list[Path]) -> None:
-    model = built_in(name)
+    model = BUILT_IN.get(DEFAULTS[0] if name == EMBEDDED else name)
     if model is None:
         raise ModelNotFoundError(
             "there is no such built-in model",

@@ -56,7 +56,8 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         metavar="NAME",
-        help="'embedded', a model folder, or a Hugging Face hub id.  [default: the store's; at first embedded]",
+        help="A built-in model (qwen-0.5b, smollm2), a model folder, or a Hugging Face hub id.  [default: the store's; "
+        "at first qwen-0.5b, or smollm2 where only that is prepared]",
     ),
 ]
 AdapterOption = Annotated[
@@ -64,8 +65,8 @@ AdapterOption = Annotated[
     typer.Option(
         "--adapter",
         metavar="FOLDER",
-        help="A trained adapter of that model, or 'none'.  [default: the store's; at first 'shipped' for the embedded "
-        "model, none for others]",
+        help="A trained adapter of that model, or 'none'.  [default: the store's; at first 'shipped' for smollm2, none "
+        "for others]",
     ),
 ]
 KeepRatioOption = Annotated[
@@ -127,7 +128,7 @@ StorageOption = Annotated[
         metavar="NAME",
         help="How caches are stored: auto (as the model computes), float32, bfloat16, float16, or int8 (half of "
         "bfloat16). For what is added from now on; what is stored stays as it is.  [default: the store's; at first "
-        "int8 for the embedded model, auto for others]",
+        "int8 for smollm2, auto for others]",
     ),
 ]
 KeepTextOption = Annotated[
@@ -145,7 +146,7 @@ PassageTokensOption = Annotated[
         "--passage-tokens",
         metavar="N",
         help="Longest passage, in tokens; 'whole' leaves documents in one piece; 'auto' is the store's, at first 256 "
-        "for the embedded model and 1024 for others.",
+        "for smollm2 and 1024 for others.",
     ),
 ]
 PromptOption = Annotated[
@@ -159,7 +160,7 @@ TopKOption = Annotated[
     typer.Option(
         "--top-k",
         metavar="N",
-        help="Passages to answer from, at most.  [default: 1 for the embedded model, 3 for others]",
+        help="Passages to answer from, at most.  [default: 1 for smollm2, 3 for others]",
     ),
 ]
 MaxNewTokensOption = Annotated[

@@ -47,7 +47,8 @@ def train(
         ),
     ] = None,
     model: Annotated[
-        str, typer.Option("--model", metavar="NAME", help="'embedded', a model folder, or a Hugging Face hub id.")
+        str,
+        typer.Option("--model", metavar="NAME", help="A built-in model, a model folder, or a Hugging Face hub id."),
     ] = EMBEDDED,
     init: Annotated[
         Path | None, typer.Option("--init", metavar="ADAPTER", help="Train this adapter further; its form stays.")

@@ -25,7 +25,7 @@ from kv_memory.backbone import Backbone
 from kv_memory.compress.routing import RoutedLinear, install_routing
 from kv_memory.compress.scorer import Scorer, ScorerKind
 from kv_memory.config import Budget, check_choice, check_keep_ratio
-from kv_memory.embedded import EMBEDDED, HUB_ID
+from kv_memory.embedded import built_in, recorded_name
 from kv_memory.errors import AdapterError, AdapterMismatchError, ConfigError
 
 __all__ = ["Adapter", "AdapterConfig", "Routed", "Target", "default_eta"]
@@ -232,11 +232,12 @@ class Adapter:
         except (ValueError, TypeError, AttributeError, SafetensorError) as error:
             raise AdapterError(f"unreadable adapter: {error}", where=str(folder), next_step=next_step) from error
         if config.base_weights != backbone.weights_sha256:
+            base_model = recorded_name(config.base_model)
             raise AdapterMismatchError(
-                f"the adapter was made for {config.base_model} (weights {config.base_weights[:12]}), "
+                f"the adapter was made for {base_model} (weights {config.base_weights[:12]}), "
                 f"loaded is {backbone.name} (weights {backbone.weights_sha256[:12]})",
                 where=str(folder),
-                next_step=f"Load {config.base_model}, or train an adapter for {backbone.name}.",
+                next_step=f"Load {base_model}, or train an adapter for {backbone.name}.",
             )
         _refuse_second(backbone)
         scorer = _make_scorer(config)
@@ -253,8 +254,9 @@ class Adapter:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lora: Any = self.peft_model.peft_config["default"]
-        name = self.config.base_model  # PEFT would write where the weights lay
-        lora.base_model_name_or_path = HUB_ID if name == EMBEDDED else name
+        name = recorded_name(self.config.base_model)  # PEFT would write where the weights lay
+        model = built_in(name)
+        lora.base_model_name_or_path = model.base_id if model else name
         # Without the option PEFT looks the base model up on the hub, to see if its vocabulary grew.
         self.peft_model.save_pretrained(str(folder), save_embedding_layers=False)
         scorer = {name: tensor.cpu().contiguous() for name, tensor in self.scorer.state_dict().items()}

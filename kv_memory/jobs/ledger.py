@@ -14,6 +14,7 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from kv_memory.embedded import recorded_settings
 from kv_memory.errors import JobError, JobNotFoundError
 from kv_memory.jobs.item import SourceItem, duplicate_error
 from kv_memory.jobs.records import Counts, FailedTask, Job, JobSettings, Task
@@ -311,7 +312,7 @@ class Ledger:
     def _record(self, found: Any) -> Job:
         row, collection = found
         values = {field.name: getattr(row, field.name) for field in dataclasses.fields(Job) if field.name in _COLUMNS}
-        values["settings"] = JobSettings(**row.settings)
+        values["settings"] = JobSettings(**{**row.settings, "memory": recorded_settings(row.settings["memory"])})
         if row.state == "running" and self._locks_reach:
             with self._catalog.hold(f"job {row.id}", wait=False) as had:
                 values["state"] = "interrupted" if had else "running"

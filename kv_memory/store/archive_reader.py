@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from kv_memory.embedded import recorded_settings
 from kv_memory.errors import TransferError
 from kv_memory.store.archive import (
     CHUNK_BYTES,
@@ -162,7 +164,7 @@ class ArchiveReader:
         except TypeError as error:
             raise self._altered(f"{HEADER} is not as it was written: {error}") from error
         self._chain.take(name, size_bytes, hashlib.sha256(data).hexdigest())
-        return header
+        return dataclasses.replace(header, settings=recorded_settings(header.settings))
 
     def _check_end(self, size_bytes: int) -> None:
         expected = self._chain.end()

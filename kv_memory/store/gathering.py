@@ -9,6 +9,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 import kv_memory
+from kv_memory.embedded import recorded_settings
 from kv_memory.store.archive import FORMAT, ArchiveHeader
 from kv_memory.store.budget import alive
 from kv_memory.store.catalog import Catalog
@@ -52,7 +53,7 @@ class Gatherer:
                 collection=row.name,
                 collection_created_at=row.created_at.isoformat(),
                 revision=row.revision,
-                settings=dict(row.settings),
+                settings=recorded_settings(row.settings),
                 n_documents=session.scalar(n_documents) or 0,
                 size_bytes=int(session.scalar(size) or 0),
             )

@@ -15,6 +15,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from kv_memory.config import check_choice
+from kv_memory.embedded import recorded_settings
 from kv_memory.errors import TransferError
 from kv_memory.store import documents
 from kv_memory.store.archive_reader import ArchiveReader
@@ -100,13 +101,13 @@ class _Import:
     def _refuse_other_settings(self) -> None:
         with self._catalog.read() as session:
             row = session.get_one(CollectionRow, self._collection_id)
-            if self._has_documents(session) and row.settings != self._archive.header.settings:
+            if self._has_documents(session) and recorded_settings(row.settings) != self._archive.header.settings:
                 raise self._other_settings(row)
 
     def _take_settings(self) -> None:
         with self._catalog.write() as session:
             row = session.get_one(CollectionRow, self._collection_id)
-            if row.settings == self._archive.header.settings:
+            if recorded_settings(row.settings) == self._archive.header.settings:
                 return
             if self._has_documents(session):
                 raise self._other_settings(row)
@@ -117,7 +118,7 @@ class _Import:
         return session.scalar(statement) is not None
 
     def _other_settings(self, row: CollectionRow) -> TransferError:
-        theirs, ours = self._archive.header.settings, row.settings
+        theirs, ours = self._archive.header.settings, recorded_settings(row.settings)
         names = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
         told = "; ".join(f"{n} is {_short(theirs.get(n))} in the archive, {_short(ours.get(n))} here" for n in names)
         return TransferError(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from kv_memory.backbone import Backbone
-from kv_memory.embedded import EMBEDDED, HUB_ID
+from kv_memory.embedded import built_in
 from kv_memory.train.run import TrainReport
 from kv_memory.train.settings import TrainSettings
 
@@ -36,7 +36,8 @@ def write_card(
         begun_from: The adapter it was trained on from, if any.
     """
     path = report.adapter / "README.md"
-    name = HUB_ID if backbone.name == EMBEDDED else backbone.name
+    model = built_in(backbone.name)
+    name = model.base_id if model else backbone.name
     settings = report.settings
     lines = [
         "---",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -361,8 +362,12 @@ def test_prepare_of_a_model_that_is_not_built_in_names_those_that_are(kv: Run) -
 
 def test_prepare_is_quick_where_it_was_done(kv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KV_MEMORY_CACHE", str(tmp_path / "cache"))
-    folder = BUILT_IN["smollm2"].folder
-    folder.mkdir(parents=True)
-    (folder / "model.safetensors").touch()
-    done = kv("models", "--prepare", "embedded", "--json").json
-    assert done["name"] == "smollm2" and done["converted"] is False and done["folder"] == str(folder)
+    for name in ("smollm2", "qwen-0.5b"):
+        folder = BUILT_IN[name].folder
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+        done = kv("models", "--prepare", name, "--json").json
+        assert done["name"] == name and done["converted"] is False and done["folder"] == str(folder)
+        (default,) = re.findall(r"Where none is named +(.+)", kv("models").out)
+        assert default.strip() == ("qwen-0.5b" if name == "qwen-0.5b" else "smollm2, until qwen-0.5b is prepared")
+    assert kv("models", "--prepare", "embedded", "--json").json["name"] == "qwen-0.5b"

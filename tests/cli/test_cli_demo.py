@@ -1,8 +1,9 @@
-"""The demo, on documents of one's own with a tiny model, and once as it is with the embedded one."""
+"""The demo, on documents of one's own with a tiny model, and as it is with the built-in ones."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +54,11 @@ def test_own_documents_and_questions(kv: Callable[..., Ran], tiny: Path, docs: P
         assert (caches["read_from"], text["read_from"]) == ("caches", "text")
         assert caches["sources"] == text["sources"] and len(caches["sources"]) == 1
         assert question["ttft_ratio"] == pytest.approx(text["ttft_s"] / caches["ttft_s"])
-    assert summary["medians"]["n_questions"] == 2
+    assert summary["medians"]["n_questions"] == summary["n_questions"] == 2
+    assert (summary["right_cached"], summary["right_text"], summary["n_known"]) == (None, None, 0)  # nobody knows
+    empty = [sum(not q[way]["text"] for q in (ferry, light)) for way in ("caches", "text")]
+    assert [summary["empty_cached"], summary["empty_text"]] == empty
+    assert summary["factor"] == compressed["factor"]
     # The kept store is used again, and an answer is what `ask` gives.
     again = kv(*run, "--json").json["compressed"]
     assert again["tokens_per_s"] is None and again["cache_bytes"] == compressed["cache_bytes"]
@@ -68,7 +73,8 @@ def test_for_people(kv: Callable[..., Ran], tiny: Path, docs: Path, tmp_path: Pa
     assert "What does it say about The ferry?" in done.out and "What does it say about The lighthouse?" in done.out
     assert "Full KV" in done.out and "tokens/s" in done.out and "Median time to first token" in done.out
     assert "of 2 questions" in done.out
-    assert "135M" not in done.out  # said of the embedded model only
+    assert "Right answers" not in done.out and "Empty answers" in done.out
+    assert "The model is" not in done.out  # said of built-in models only
     assert [path.name for path in tmp_path.iterdir()] == ["docs"]  # the store was temporary
 
 
@@ -92,35 +98,56 @@ def _answer(text: str, ttft_s: float) -> Answer:
 
 
 def test_medians() -> None:
-    pairs = [("NumPy", "numpy.", 1.0, 4.0), ("a", "b", 2.0, 6.0), ("c", "c", 9.0, 5.0)]
+    pairs = [("NumPy", "numpy.", 1.0, 4.0), ("a", "b", 2.0, 6.0), ("c", "c", 9.0, 5.0), ("", "", 9.0, 9.0)]
+    pairs.append((" ", "b", 1.0, 1.0))
     results = [
-        Comparison(question="?", document_id="d", caches=_answer(a, s), text=_answer(b, t)) for a, b, s, t in pairs
+        Comparison(question="?", accepted=known, document_id="d", caches=_answer(a, s), text=_answer(b, t))
+        for (a, b, s, t), known in zip(pairs, [("numpy",), ("b",), (), ("x",), ("b",)], strict=True)
     ]
     results.append(Comparison(question="?", document_id=None, caches=_answer("", 0), text=_answer("", 0)))
     overall = medians(results)
     assert overall is not None
-    assert (overall.n_questions, overall.n_same) == (3, 2)
+    assert (overall.n_questions, overall.n_known) == (5, 4)
+    assert (overall.right_cached, overall.right_text) == (1, 3)
+    assert (overall.empty_cached, overall.empty_text, overall.n_both_empty) == (2, 1, 1)
+    assert overall.n_same == 2  # two empty answers are no agreement
     assert (overall.caches_ttft_s, overall.text_ttft_s, overall.ttft_ratio) == (2.0, 5.0, 2.5)
-    assert (overall.caches_total_s, overall.text_total_s) == (24.0, 30.0)
-    assert medians(results[3:]) is None
+    assert (overall.caches_total_s, overall.text_total_s) == (44.0, 50.0)
+    assert medians(results[5:]) is None
+    unknown = medians(results[2:3])
+    assert unknown is not None and (unknown.n_known, unknown.right_cached, unknown.right_text) == (0, None, None)
 
 
 @pytest.mark.slow
-def test_the_demo_as_it_is(process: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
-    if not BUILT_IN["smollm2"].is_prepared:
-        pytest.skip("the embedded model is not prepared (`make setup`)")
-    with process("demo", "--limit", 2, "--json", cwd=tmp_path) as ran:
+def test_the_demo_where_only_smollm2_is_prepared(
+    process: Callable[..., subprocess.Popen[str]], tmp_path: Path, only_smollm2: str
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    with process("demo", "--limit", 2, "--json", cwd=here) as ran:
         out, err = ran.communicate(timeout=300)
     assert ran.returncode == 0, err
+    assert f"Note: {only_smollm2}" in err
     summary = json.loads(out)
-    assert summary["settings"]["model"] == "embedded"
+    assert summary["settings"]["model"] == "smollm2"
     assert summary["compressed"]["n_documents"] == len(summary["documents"]) >= 12
     assert 2000 < summary["compressed"]["n_tokens"] < 6000
-    factor = summary["compressed"]["factor"]  # a quarter of the entries, as int8
+    factor = summary["factor"]  # a quarter of the entries, as int8
     assert 7.3 < factor < 7.8 or 14.6 < factor < 15.6, factor  # of bfloat16, or of float32 where that is slow
     first, second = summary["questions"]
     assert (first["document_id"], second["document_id"]) == ("alembic", "beautifulsoup4")
-    assert "SQLAlchemy" in first["text"]["text"] or "migration" in first["text"]["text"]
-    assert "Beautiful Soup" in second["text"]["text"]
+    assert first["caches"]["text"] and first["text"]["text"]
+    assert (summary["n_questions"], summary["n_known"], summary["empty_text"]) == (2, 2, 0)
     assert summary["medians"]["ttft_ratio"] > 1  # a passage of 200 tokens costs more to prefill than to read
-    assert list(tmp_path.iterdir()) == []
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BUILT_IN["qwen-0.5b"].is_prepared, reason="qwen-0.5b is not prepared (`make setup`)")
+def test_the_demo_answers_rightly_on_qwen(process: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    with process("demo", "--limit", 4, cwd=tmp_path) as ran:
+        out, err = ran.communicate(timeout=600)
+    assert ran.returncode == 0, err
+    assert "The model is Qwen2.5-Coder-0.5B-Instruct." in out and "Note:" not in err
+    (cached, text) = re.findall(r"(\d) of 4", next(line for line in out.splitlines() if "Right answers" in line))
+    assert int(text) == 4 and int(cached) >= 3

@@ -11,7 +11,8 @@ import pytest
 import typer
 
 import kv_memory.cli
-from kv_memory.cli.demo import QUESTIONS, derived_questions
+from kv_memory.cli.demo import derived_questions
+from kv_memory.cli.demo_questions import QUESTIONS, contains_any, known_questions
 from kv_memory.cli.naming import find_document_id
 from kv_memory.cli.options import passage_tokens_of
 from kv_memory.cli.output import plain, printable, reporting
@@ -204,14 +205,38 @@ def test_prose_of_restructured_text() -> None:
 
 def test_package_documents_are_prose_of_what_is_installed() -> None:
     documents = package_documents((*PACKAGES, "no-such-package-anywhere"))
-    ids = {document.id.lower() for document in documents}
-    # A dependency of ours that has no prose to offer any more must be replaced.
-    assert {package for package, _ in QUESTIONS} <= ids
+    # A dependency of ours that has no prose to offer any more must be replaced, and so must its questions.
+    assert {question.package for question in QUESTIONS} <= {document.id for document in documents}
     assert len(documents) >= 12
+    known = known_questions(documents)
+    assert len(known) >= 24 and len({question.package for question in known[:16]}) >= 12
     for document in documents:
         assert 200 < len(document.text) < 1300
         assert document.metadata["version"] in document.text
         assert not any(mark in document.text for mark in ("```", "](", "<img", "https://", ".. "))
+
+
+def test_no_question_of_the_demo_holds_its_answer() -> None:
+    assert len(set(QUESTIONS)) == len(QUESTIONS)
+    for question in QUESTIONS:
+        assert question.accepted and not contains_any(question.text, question.accepted), question
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "found"),
+    [
+        ("It is\nGrant  Jenks.", ["grant jenks"], True),
+        ("The limit is 3.", ["MIT"], False),
+        ("Under the MIT-License", ["MIT"], True),
+        ("About 800ns", ["80", "800 ns"], False),
+        ("", ["MIT"], False),
+        ("MIT", [], False),
+    ],
+)
+def test_an_answer_is_right_where_it_has_whole_words_of_an_accepted_one(
+    text: str, wanted: list[str], found: bool
+) -> None:
+    assert contains_any(text, wanted) is found
 
 
 def test_derived_questions_are_about_headings_or_names() -> None:

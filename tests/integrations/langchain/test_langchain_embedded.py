@@ -1,4 +1,4 @@
-"""LangChain with the embedded model: the quick start of the package, and a chat of 200 turns."""
+"""LangChain with smollm2: the quick start of the package, and a chat of 200 turns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         not BUILT_IN["smollm2"].is_prepared,
-        reason="the embedded model is not prepared (`make setup`)",
+        reason="smollm2 is not prepared (`make setup`)",
     ),
     # LangChain recommends LangGraph's checkpoints, and keeps this class until its version 2.
     pytest.mark.filterwarnings("ignore:RunnableWithMessageHistory is deprecated"),
@@ -35,6 +35,7 @@ FILLER = {
 }
 
 
+@pytest.mark.usefixtures("only_smollm2")
 def test_the_quick_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", langchain.__doc__ or "", re.DOTALL)
     monkeypatch.chdir(tmp_path)
@@ -46,7 +47,7 @@ def test_the_quick_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_a_fact_of_turn_3_is_known_after_200_turns(tmp_path: Path) -> None:
-    with KVMemory.open(tmp_path / "store", model=Backbone.load(dtype="float32", device="cpu")) as memory:
+    with KVMemory.open(tmp_path / "store", model=Backbone.load("smollm2", dtype="float32", device="cpu")) as memory:
         options: Any = {
             "keep_ratio": 1.0,
             "window_tokens": 80,

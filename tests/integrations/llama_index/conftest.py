@@ -44,8 +44,8 @@ def chat_llm(tmp_path: Path, chat_backbone: Any) -> Iterator[KVMemoryLLM]:
 
 @pytest.fixture(scope="session")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KVMemory]:
-    """An empty store over the embedded model."""
-    with KVMemory.open(tmp_path_factory.mktemp("embedded") / "store", keep_ratio=1.0) as memory:
+    """An empty store over smollm2."""
+    with KVMemory.open(tmp_path_factory.mktemp("embedded") / "store", model="smollm2", keep_ratio=1.0) as memory:
         yield memory
 
 

@@ -1,4 +1,4 @@
-"""The integration over the embedded model: what a random model cannot show. Seconds each, hence slow."""
+"""The integration over smollm2: what a random model cannot show. Seconds each, hence slow."""
 
 from __future__ import annotations
 

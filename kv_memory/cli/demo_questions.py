@@ -1,0 +1,75 @@
+"""What the demo asks by default: questions about descriptions of packages, with answers that can be checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kv_memory.documents import Document
+
+__all__ = ["QUESTIONS", "Question", "contains_any", "known_questions"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question of the demo.
+
+    Args:
+        text: As asked.
+        accepted: An answer with one of these in it is right, and the question holds none of them; empty where no
+            answer is known.
+        package: Whose description answers it, if one does.
+    """
+
+    text: str
+    accepted: tuple[str, ...] = ()
+    package: str = ""
+
+
+# One for each package, then a second one. All are such that qwen-0.5b answers them rightly from the text; whether it
+# does from the distilled cache too did not decide.
+QUESTIONS = (
+    Question("Which statements can Alembic emit to a database?", ("ALTER", "ALTER TABLE"), "alembic"),
+    Question("When was Beautiful Soup's support for Python 2 discontinued?", ("2020",), "beautifulsoup4"),
+    Question("Who is the author of bm25s?", ("Xing Han Lù", "Xing Han Lu"), "bm25s"),
+    Question("Who is the author of diskcache?", ("Grant Jenks",), "diskcache"),
+    Question("With which library does Jinja support I18N?", ("Babel",), "Jinja2"),
+    Question("What does Mako's syntax compile into?", ("Python modules", "Python module"), "Mako"),
+    Question("What is the licence of networkx?", ("BSD", "BSD-3-Clause"), "networkx"),
+    Question("Who is the author of numpy?", ("Oliphant",), "numpy"),
+    Question("What does PEFT stand for?", ("Parameter-Efficient Fine-Tuning",), "peft"),
+    Question("Between which operating systems does platformdirs handle the differences?", ("macOS",), "platformdirs"),
+    Question("Which CLI application uses pypdf to interact with PDFs?", ("pdfly",), "pypdf"),
+    Question("Which lock does the regex module release?", ("GIL", "Global Interpreter Lock"), "regex"),
+    Question("Who is the author of rich?", ("Will McGugan",), "rich"),
+    Question("What kind of patterns does SQLAlchemy provide?", ("persistence",), "SQLAlchemy"),
+    Question("From which language does the name tqdm derive?", ("Arabic",), "tqdm"),
+    Question("What is Typer based on?", ("type hints",), "typer"),
+    Question("Of which library is the author of Alembic also the author?", ("SQLAlchemy",), "alembic"),
+    Question("What was the final release of Beautiful Soup 4 to support Python 2?", ("4.9.3",), "beautifulsoup4"),
+    Question("In which search service is BM25 a core component?", ("Elasticsearch",), "bm25s"),
+    Question("Which web framework is diskcache compatible with?", ("Django",), "diskcache"),
+    Question("What can HTML templates of Jinja use to prevent XSS?", ("autoescaping", "autoescape"), "Jinja2"),
+    Question("Name a templating language that Mako borrows from.", ("Django", "Cheetah", "Myghty", "Genshi"), "Mako"),
+    Question("With which library is PEFT integrated for managing different adapters?", ("Diffusers",), "peft"),
+    Question("What is the licence of platformdirs?", ("MIT",), "platformdirs"),
+    Question("Where should questions about pypdf be asked?", ("StackOverflow", "Stack Overflow"), "pypdf"),
+    Question("Which Unicode encoding does PyPy store strings as?", ("UTF-8",), "regex"),
+    Question("Which version of Python does Rich require?", ("3.8", "3.8.0"), "rich"),
+    Question("What is the shortcut for tqdm(range(N))?", ("trange", "trange(N)"), "tqdm"),
+    Question("How large is the overhead of ProgressBar per iteration?", ("800ns", "800 ns", "800 nanoseconds"), "tqdm"),
+    Question("On which site is a video introduction to Rich?", ("calmcode", "calmcode.io"), "rich"),
+)
+
+
+def known_questions(documents: Iterable[Document]) -> list[Question]:
+    """The questions that these documents answer: another release may describe itself in other words."""
+    texts = {document.id.lower(): document.text for document in documents}
+    return [asked for asked in QUESTIONS if contains_any(texts.get(asked.package.lower(), ""), asked.accepted)]
+
+
+def contains_any(text: str, wanted: Iterable[str]) -> bool:
+    """Whether one of the strings is in a text, as whole words and in any case."""
+    spaced = " ".join(text.split())
+    return any(re.search(rf"(?<!\w){re.escape(string)}(?!\w)", spaced, re.IGNORECASE) for string in wanted)
