@@ -1,6 +1,6 @@
 """What compression costs, in prefills of the document and in memory, and what its caches cost at question time.
 
-    python benchmarks/compress.py                                  # a table: `matched` and `reconstruction`, 1,024 tokens
+    python benchmarks/compress.py     # a table: `matched` and `reconstruction`, 1,024 tokens
     python benchmarks/compress.py --model qwen-0.5b --length 256 --length 1024 --json
 
 One line for each length and method: `model method n_tokens prefills peak_memory_ratio ttft_ratio decode_ratio`.
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from ttft import document_ids, paired, timed
 
 from kv_memory import Backbone, Compressor

@@ -12,7 +12,8 @@ Where heads keep different numbers of entries, these stand one behind the other,
 
 Keys and values may be stored in another type than the fingerprint's, which they are given again when they are read; the
 header then says `storage`. As int8 they have two tensors of scales beside them, see `kv_memory.quantize`. Files of
-format 2 may hold one more tensor, `bias`, float16: one number an entry, added to its attention logit. A cache that comes from a store says in its header of which text it is, so that it cannot be taken for the cache of another one.
+format 2 may hold one more tensor, `bias`, float16: one number an entry, added to its attention logit. A cache that
+comes from a store says in its header of which text it is, so that it cannot be taken for the cache of another one.
 
 Layers are stacked into one tensor rather than stored one by one: the header stays at a few hundred bytes, so a cache
 costs what its tensors cost, and one contiguous read fills it.

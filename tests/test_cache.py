@@ -230,7 +230,7 @@ def test_to_another_dtype() -> None:
     assert cache.to(torch.float32) is cache
 
 
-# -- biases: format 2 ----------------------------------------------------------------------------------------------------
+# -- biases: format 2 --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [make_cache, make_ragged])

@@ -79,6 +79,8 @@ def demo(
         if limit is not None and limit < 1:
             raise ConfigError(f"--limit must be at least 1, got {limit}", where="--limit")
         kept = kept_of(keep_ratio, keep_tokens, max_bytes)
+        if not any(kept.values()):
+            kept["keep_ratio"] = KEEP_RATIO
         wanted = _lines(questions) if questions is not None else None
         documents = _read(docs)
         if keep is None:
@@ -88,7 +90,6 @@ def demo(
             out.stopped = f"What was compressed is in {keep}; the same command goes on."
             keep_in = keep
         # With the texts, because every question is answered from them too.
-        keep_ratio = KEEP_RATIO if keep_ratio is None else keep_ratio
         memory = stack.enter_context(
             open_memory(out, keep_in, "demo", create=True, model=model, **kept, keep_text=True)
         )

@@ -13,6 +13,7 @@ from kv_memory.cli.eval_progress import EvalTracker
 from kv_memory.cli.output import Output, reporting
 from kv_memory.cli.sizes import ratio_of
 from kv_memory.embedded import EMBEDDED
+from kv_memory.errors import ConfigError
 
 if TYPE_CHECKING:
     from kv_memory.backbone import Backbone
@@ -178,8 +179,8 @@ def evaluate_task(
         typer.Option(
             "--refine-from",
             metavar="NAME",
-            help="refined: adapter, combined, matched, reconstruction, attention or sink_recent; auto is the adapter where "
-            "there is one.",
+            help="refined: adapter, combined, matched, reconstruction, attention or sink_recent; auto is the adapter "
+            "where there is one, else matched.",
         ),
     ] = "auto",
     generate: Annotated[

@@ -3,8 +3,8 @@
 The scorer was trained on many documents and knows what questions ask for; it guesses what of this one is looked at. The
 change of the output (`matching.output_errors`) is measured on this document, and knows nothing of questions. Half the
 logarithm of a squared error is on the scorer's scale, that of logarithms of attention; their sum is taken. Errors are
-those of the entries as the adapter made them. What is kept is not fitted: on an adapter's entries that did harm at every
-strength, because it undoes what later layers were taught to expect.
+those of the entries as the adapter made them. What is kept is not fitted: on an adapter's entries that did harm at
+every strength, because it undoes what later layers were taught to expect.
 """
 
 from __future__ import annotations

@@ -72,9 +72,11 @@ class Compressor:
         if selector == "combined":
             check_combinable(adapter)
             self._together = Matched(MatchSettings(part_tokens=min(1024, backbone.context_window // 4), fit=False))
-        if isinstance(selector, str) and self._together is None:
-            selector = make_selector(selector, context_window=backbone.context_window)
-        self.selector: Selector = self._together or selector
+            self.selector: Selector = self._together
+        elif isinstance(selector, str):
+            self.selector = make_selector(selector, context_window=backbone.context_window)
+        else:
+            self.selector = selector
         extra = 0 if adapter is not None and self._together is None else self.selector.extra_tokens
         extra = extra if refine is None else max(extra, refine.extra_tokens)
         room = backbone.context_window - len(backbone.prefix_ids)

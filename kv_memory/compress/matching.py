@@ -8,8 +8,8 @@ The fit follows Attention Matching (arXiv 2602.16284), but that residuals are re
 pull to the original values and to no bias, and that their strength is chosen on rows held out.
 
 For a query i of query head g, P[i, j] is its attention to entry j with the full cache (prefix and its own row in the
-denominator), o[i] what prefix and document put out together, W_g the head's part of the output projection, r[i] the norm
-of the hidden state that enters the layer. All arithmetic is float32.
+denominator), o[i] what prefix and document put out together, W_g the head's part of the output projection, M[g] is
+W_g^T W_g, and r[i] the norm of the hidden state that enters the layer. All arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -28,7 +28,16 @@ from kv_memory.config import Budget
 from kv_memory.errors import ConfigError
 from kv_memory.positioned import PositionedCache
 
-__all__ = ["FittedHead", "HeadSystem", "Match", "MatchSettings", "Matched", "fit_head", "match_document", "output_errors"]
+__all__ = [
+    "FittedHead",
+    "HeadSystem",
+    "Match",
+    "MatchSettings",
+    "Matched",
+    "fit_head",
+    "match_document",
+    "output_errors",
+]
 
 _LOGITS = 1 << 22  # attention logits that are written out at once
 _LEAST, _MOST = 1e-2, 1e2  # of an entry's weight, e to its bias
@@ -81,7 +90,8 @@ class MatchSettings:
         """For the fingerprint."""
         stages = ",".join(f"{stage:g}" for stage in self.stages) if self.fit else "score"
         ridges = ",".join(f"{ridge:g}" for ridge in self.value_ridges)
-        return f"matched:{self.score}:{stages}:{self.weight_ridge:g}:{ridges}:{self.part_tokens}:{self.max_rows}:{self.max_final_rows}"
+        sizes = f"{self.part_tokens}:{self.max_rows}:{self.max_final_rows}"
+        return f"matched:{self.score}:{stages}:{self.weight_ridge:g}:{ridges}:{sizes}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,9 +166,7 @@ class Matched:
     def watch(self, backbone: Backbone, *, n_prefix: int, n_tokens: int) -> None:
         """Needs to see nothing of the prefill."""
 
-    def score(
-        self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, watched: object
-    ) -> torch.Tensor:
+    def score(self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, watched: object) -> torch.Tensor:
         """What the loss of each entry would do to the output of its layer, see `output_errors`."""
         return _Document(backbone, ids, cache, self.settings).scores()
 
@@ -253,8 +261,9 @@ class _Document:
         return self._rows[layer]
 
     def _metric(self, layer: int) -> torch.Tensor:
-        weight = self._backbone.layers[layer].self_attn.o_proj.weight.float()  # (hidden_size, num_heads * head_dim)
-        parts = weight.unflatten(1, (self._backbone.num_heads, -1)).transpose(0, 1)
+        module: Any = self._backbone.layers[layer]
+        weight: torch.Tensor = module.self_attn.o_proj.weight.float()  # (hidden_size, num_heads * head_dim)
+        parts: torch.Tensor = weight.reshape(len(weight), self._backbone.num_heads, -1).transpose(0, 1)
         return parts.transpose(1, 2) @ parts
 
     def _entries(self, layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -275,8 +284,9 @@ class _Document:
         for layer, rows in enumerate(self._reference):
             m = rows.positions.shape[1]
             metric = self._metric(layer)
-            total, output = torch.empty(self._backbone.num_heads, m, device=device), torch.empty(
-                self._backbone.num_heads, m, self._backbone.head_dim, device=device
+            total, output = (
+                torch.empty(self._backbone.num_heads, m, device=device),
+                torch.empty(self._backbone.num_heads, m, self._backbone.head_dim, device=device),
             )
             for head in range(self._backbone.num_kv_heads):
                 keys, values = self._entries(layer, head)
@@ -310,9 +320,7 @@ class _Document:
         system = self._system(rows, layer, head, kept, self._settings.max_final_rows)
         return _joined([fit_head(part, fixed[own], self._settings) for own, part in system.parts()])
 
-    def rescore(
-        self, rows: _Rows, layer: int, head: int, kept: torch.Tensor, fixed: torch.Tensor
-    ) -> torch.Tensor:
+    def rescore(self, rows: _Rows, layer: int, head: int, kept: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
         """What the loss of each entry `kept` would do when all others are fitted again, `(kept,)`."""
         if not len(kept):
             return torch.zeros(0, device=kept.device)
@@ -456,8 +464,8 @@ def _ridge(gram: torch.Tensor, strength: float) -> torch.Tensor:
 
 def _solve(gram: torch.Tensor, right: torch.Tensor, strength: float) -> torch.Tensor:
     """`(G + ridge)^-1 b`; not a number where G is not."""
-    factor = torch.linalg.cholesky_ex(gram + _ridge(gram, strength)).L
-    return torch.cholesky_solve(right, factor)
+    solution: torch.Tensor = torch.cholesky_solve(right, torch.linalg.cholesky_ex(gram + _ridge(gram, strength)).L)
+    return solution
 
 
 def bounded_ridge(

@@ -1,4 +1,4 @@
-"""Reference rows: what the model asks of a document while it repeats it and answers questions that are about no document.
+"""Reference rows: what the model asks of a document while it repeats it and answers questions about no document.
 
 A compressor that fits entries needs queries to fit them to. The real ones are not known when a document is compressed,
 so a pass behind the document stands for them: the request to repeat it (as in KVzip, arXiv 2505.23416), whose queries

@@ -1,4 +1,4 @@
-"""Refinement: the kept keys, values and biases of a document are moved until probes are answered as from the full cache.
+"""Refinement: kept keys, values and biases of a document are moved until probes are answered as from the full cache.
 
 Selection says which tokens a cache holds, refinement what is written into their places: the entries stay as many, and
 the model is not touched. It starts from any cache of a document and needs no adapter. (Cartridges, arXiv 2506.06266,

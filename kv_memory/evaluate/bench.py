@@ -119,7 +119,7 @@ class Bench:
         self._taught = teach(self._backbone, self._plain, self._encoded, self._task, layout=self._layout, joined=joined)
 
     def _caches(self, case: Case, column: Column) -> tuple[list[DistilledCache], float | None, int | None]:
-        """What a method makes of the documents, how long that took, now or for an earlier case, and bytes in a store."""
+        """What a method makes of the documents, how long that took (now or for an earlier case), and its bytes."""
         compressor = column.method.compressor
         if compressor is None:
             return [], None, None

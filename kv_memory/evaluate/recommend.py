@@ -124,7 +124,9 @@ def recommend(
         min(meeting, key=lambda row: row.keep_ratio) if meeting else min(rows, key=lambda row: row.kl, default=None)
     )
     enough = bool(rows) and rows[0].n_passages >= LEAST_PASSAGES and rows[0].n_questions >= LEAST_QUESTIONS
-    ratio = settings.keep_ratio if chosen is None else chosen.keep_ratio
+    asked = settings.keep_ratio
+    assert asked is not None  # a budget of tokens or bytes is not what advice is about
+    ratio = asked if chosen is None else chosen.keep_ratio
     if chosen is None:
         reason = "nothing was measured"
     elif meeting:
@@ -134,11 +136,11 @@ def recommend(
     else:
         reason = f"none measured has {wish}; nearest comes {chosen}. Keep more (--keep-ratio), or ask for less"
     if not enough:
-        ratio = max(ratio, settings.keep_ratio)
+        ratio = max(ratio, asked)
         n_questions, n_passages = (rows[0].n_questions, rows[0].n_passages) if rows else (0, 0)
         reason = (
             f"too little to judge: questions {n_questions}, passages {n_passages}, and it takes {LEAST_QUESTIONS} and "
-            f"{LEAST_PASSAGES}; so no less than {kept_text(settings.keep_ratio)} is recommended. As far as it goes: "
+            f"{LEAST_PASSAGES}; so no less than {kept_text(asked)} is recommended. As far as it goes: "
             f"{reason}"
         )
     return Recommendation(

@@ -120,7 +120,9 @@ class TestEveryMethod:
         assert (joined.n_tokens, joined.n_kept) == (100, 25)
         if method == "matched":
             assert joined.bias is not None and sorted(joined.bias.tolist()) == sorted(
-                bias for part in parts for bias in part.bias.flatten().tolist()  # type: ignore[union-attr]
+                bias
+                for part in parts
+                for bias in part.bias.flatten().tolist()  # type: ignore[union-attr]
             )
         pieces = [by_head(part) for part in parts]
         for layer, heads in enumerate(by_head(joined)):

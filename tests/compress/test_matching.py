@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
+import functools
 from typing import Any
 
 import pytest
@@ -13,7 +13,15 @@ from transformers import DynamicCache
 from kv_memory.backbone import cache_argument
 from kv_memory.cache import DistilledCache
 from kv_memory.compress import Compressor
-from kv_memory.compress.matching import FittedHead, HeadSystem, MatchSettings, Matched, bounded_ridge, fit_head, refit_errors
+from kv_memory.compress.matching import (
+    FittedHead,
+    HeadSystem,
+    Matched,
+    MatchSettings,
+    bounded_ridge,
+    fit_head,
+    refit_errors,
+)
 from kv_memory.compress.reference_rows import record_rows
 from kv_memory.config import n_kept_for
 from kv_memory.errors import ConfigError, ModelError
@@ -26,7 +34,7 @@ N = 40
 SETTINGS = MatchSettings(part_tokens=24)
 
 
-@cache
+@functools.cache
 def double_model(name: str) -> Any:
     return copy.deepcopy(plain_model(name)).double()
 
@@ -466,7 +474,14 @@ def test_many_entries_are_fitted_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("stages", (0.5,)), ("weight_ridge", 0), ("value_ridges", ()), ("value_ridges", (-1.0,)), ("part_tokens", 0), ("max_final_rows", 0)],
+    [
+        ("stages", (0.5,)),
+        ("weight_ridge", 0),
+        ("value_ridges", ()),
+        ("value_ridges", (-1.0,)),
+        ("part_tokens", 0),
+        ("max_final_rows", 0),
+    ],
 )
 def test_settings_out_of_range(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=name):
