@@ -448,7 +448,8 @@ def refit_errors(system: HeadSystem, fitted: FittedHead, metric: torch.Tensor) -
     gram = shares.T @ shares
     inverse = torch.linalg.inv_ex(gram + _ridge(gram, _REFIT_RIDGE)).inverse.diagonal().clamp_min(_TINY)
     loss = ((fitted.values @ metric.mean(0)) * fitted.values).sum(-1) / inverse
-    return (loss * system.scale.mean().square()).nan_to_num(0.0, 0.0, 0.0)
+    errors: torch.Tensor = (loss * system.scale.mean().square()).nan_to_num(0.0, 0.0, 0.0)
+    return errors
 
 
 def _normal(x: torch.Tensor, y: torch.Tensor, fixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
