@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kv_memory.opening import is_visible
 from tests.conftest import make_backbone, make_model
 
 LAYER_TYPED = ("gemma2", "gemma3_text", "qwen2", "qwen3")  # take one mask per layer type
@@ -97,6 +98,12 @@ def by_head(cache: Any) -> list[list[tuple[torch.Tensor, torch.Tensor, torch.Ten
         ]
         for layer in range(keys.shape[0])
     ]
+
+
+def blank_tokens(tokenizer: Any, vocab_size: int) -> list[int]:
+    """Tokens that no answer begins with, because nothing of them can be seen; a space is let pass."""
+    texts = {token: tokenizer.decode([token], skip_special_tokens=True) for token in range(vocab_size)}
+    return [token for token, text in texts.items() if not is_visible(text) and text != " "]
 
 
 def letters(n: int, *, seed: int = 0, alphabet: str = "abcdefghijklmnopqrstuvwxyz ") -> str:

@@ -19,6 +19,7 @@ from kv_memory.generate import Generator, compose
 from tests.conftest import ARCHITECTURES, make_backbone
 from tests.reference import (
     assert_close,
+    blank_tokens,
     full_logits,
     letters,
     plain_model,
@@ -90,9 +91,10 @@ def test_greedy_decoding_equals_generate(name: str) -> None:
     backbone, text = shared_backbone(name, **changes), letters(40, seed=3)
     question = backbone.encode_question(QUESTION)
     ids = torch.tensor([[*backbone.prefix_ids, *backbone.encode_document(text), *question]])
-    expected = (
-        plain_model(name, **changes).generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
-    )
+    # An answer begins with something that can be seen.
+    blank = blank_tokens(backbone.tokenizer, backbone.config.vocab_size)
+    out = plain_model(name, **changes).generate(ids, max_new_tokens=12, do_sample=False, begin_suppress_tokens=blank)
+    expected = out[0, ids.shape[1] :].tolist()
     answer = Generator(backbone).generate(
         QUESTION, plain_caches(backbone, [text]), settings=DecodeSettings(max_new_tokens=12)
     )

@@ -29,7 +29,7 @@ from kv_memory.positioned import PositionedCache
 from kv_memory.reader import Reader, Reference, Reply, key_of
 from tests.conftest import make_tokenizer
 from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, SETTINGS, blob_of, open_memory, wide_backbone
-from tests.reference import plain_model, recorded_inputs
+from tests.reference import blank_tokens, plain_model, recorded_inputs
 
 ASKED = [Turn("user", FERRY_QUESTION)]
 SAMPLED = DecodeSettings(max_new_tokens=40, temperature=1.0, seed=7)
@@ -330,12 +330,17 @@ def test_a_full_disk_is_no_obstacle(memory: KVMemory, wide: Any, monkeypatch: py
 
 
 def greedy(ids: list[int], n: int) -> list[int]:
-    """What Transformers' own `generate` makes of the unmodified model."""
+    """What Transformers' own `generate` makes of the unmodified model, beginning with something visible."""
     model = plain_model("llama", max_position_embeddings=4096)
-    tokens = torch.tensor([ids])
+    tokens, blank = torch.tensor([ids]), blank_tokens(make_tokenizer(), model.config.vocab_size)
     with torch.no_grad():
         out = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=n, do_sample=False, pad_token_id=0
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=n,
+            do_sample=False,
+            pad_token_id=0,
+            begin_suppress_tokens=blank,
         )
     return [int(token) for token in out[0, len(ids) :]]
 

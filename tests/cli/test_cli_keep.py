@@ -29,7 +29,10 @@ def test_shares_are_numbers_or_fractions() -> None:
         with pytest.raises(ConfigError, match=r"keep.ratio"):
             ratio_of(wrong)
     assert kept_of("1/8", None, None) == {"keep_ratio": 0.125, "keep_tokens": None, "max_bytes": None}
-    assert kept_of(None, 7, "1.5KiB") == {"keep_ratio": None, "keep_tokens": 7, "max_bytes": 1536}
+    assert kept_of(None, 7, None) == {"keep_ratio": None, "keep_tokens": 7, "max_bytes": None}
+    assert kept_of(None, None, "1.5KiB") == {"keep_ratio": None, "keep_tokens": None, "max_bytes": 1536}
+    with pytest.raises(ConfigError, match="exclude each other"):
+        kept_of(None, 7, "1.5KiB")
 
 
 def test_add_takes_fractions_tokens_and_bytes(kv: Run, quick: list[str]) -> None:

@@ -34,6 +34,7 @@ def test_every_command_is_there() -> None:
             "check",
             "gc",
             "stats",
+            "advise",
             "models",
             "train",
             "eval",
@@ -55,7 +56,7 @@ def test_help_shows_examples_that_are_valid_usage(kv: Callable[..., Ran], name: 
     assert done.code == 0
     _, found, examples = done.out.partition("Examples:\n")
     lines = [line.strip() for line in examples.strip().splitlines()]
-    assert found and 1 <= len(lines) <= 3
+    assert found and 1 <= len(lines) <= 4
     assert all(f"kv-memory {name}" in line for line in lines)
     assert "--json" in done.out
 
