@@ -83,6 +83,11 @@ def demo(
             kept["keep_ratio"] = KEEP_RATIO
         wanted = _lines(questions) if questions is not None else None
         documents = _read(docs)
+        if wanted is None and docs is None:  # nothing is compressed that no question is about
+            about = {
+                asked.package.lower() for asked in known_questions(documents)[: _ASKED if limit is None else limit]
+            }
+            documents = [document for document in documents if document.id.lower() in about] or documents
         if keep is None:
             out.stopped = "The temporary store is deleted."
             keep_in = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kv-memory-demo-")))

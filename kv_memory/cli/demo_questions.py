@@ -27,8 +27,8 @@ class Question:
     package: str = ""
 
 
-# One for each package, then a second one. Each is answered by what the demo reads of the package; whether a model answers
-# it rightly, from the text or from the distilled cache, did not decide.
+# One for each package, then a second one. Each is answered by what the demo reads of the package; whether a model
+# answers it rightly, from the text or from the cache, did not decide.
 QUESTIONS = (
     Question("Which statements can Alembic emit to a database?", ("ALTER", "ALTER TABLE"), "alembic"),
     Question("When was Beautiful Soup's support for Python 2 discontinued?", ("2020",), "beautifulsoup4"),
