@@ -109,7 +109,7 @@ def test_both_or_none() -> None:
 
 
 def test_a_store_chooses_with_its_adapter() -> None:
-    settings = resolve_settings(given(selector="combined"), {})
+    settings = resolve_settings(given(selector="combined", model="smollm2"), {})
     assert (settings.adapter, settings.selector) == ("shipped", "combined")
     without = {"adapter": None, "selector": "reconstruction"}
     assert resolve_settings(given(selector="combined"), without).adapter == "shipped"

@@ -13,15 +13,8 @@ from transformers import DynamicCache
 from kv_memory.backbone import cache_argument
 from kv_memory.cache import DistilledCache
 from kv_memory.compress import Compressor
-from kv_memory.compress.matching import (
-    FittedHead,
-    HeadSystem,
-    Matched,
-    MatchSettings,
-    bounded_ridge,
-    fit_head,
-    refit_errors,
-)
+from kv_memory.compress.fitting import FittedHead, HeadSystem, bounded_ridge, fit_head, refit_errors
+from kv_memory.compress.matching import Matched, MatchSettings
 from kv_memory.compress.reference_rows import record_rows
 from kv_memory.config import n_kept_for
 from kv_memory.errors import ConfigError, ModelError
@@ -462,7 +455,7 @@ def test_many_entries_are_fitted_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
         return float((shares @ values - system.target).square().mean())
 
     none = torch.zeros(24, dtype=torch.bool)
-    monkeypatch.setattr("kv_memory.compress.matching._AT_ONCE", 10)
+    monkeypatch.setattr("kv_memory.compress.fitting._AT_ONCE", 10)
     parts = list(system.parts())
     assert [own for own, _ in parts] == [slice(0, 10), slice(10, 20), slice(20, 30)]
     torch.testing.assert_close(torch.stack([part.target for _, part in parts]).sum(0), system.target)

@@ -1,0 +1,216 @@
+"""The arithmetic of `matching`, for the entries of one head: their errors, and the fit in closed form. All float32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from kv_memory.compress.match_settings import MatchSettings
+
+__all__ = ["FittedHead", "HeadSystem", "bounded_ridge", "fit_head", "joined", "output_errors", "refit_errors"]
+
+_LEAST, _MOST = 1e-2, 1e2  # of an entry's weight, e to its bias
+_AT_ONCE = 2048  # entries of a head that are fitted together
+_REFIT_RIDGE = 1e-2  # of refit errors, in mean diagonals; of 1e-3 to 1e-1 the results were the same
+_TINY = 1e-12  # of a mean diagonal
+
+
+@dataclass(frozen=True, eq=False)
+class HeadSystem:
+    """What the entries kept in one head are to stand for. A row is a query of one of the heads that share them.
+
+    Attributes:
+        weights: P of the kept entries, `(rows, kept)`.
+        rest: P of all that is no document entry, `(rows,)`.
+        target: What the document's entries put out together, `(rows, head_dim)`.
+        values: Of the kept entries, `(kept, head_dim)`.
+        scale: 1 / r, `(rows,)`.
+        held_out: Bool `(rows,)`, those on which the ridge of the values is chosen.
+    """
+
+    weights: torch.Tensor
+    rest: torch.Tensor
+    target: torch.Tensor
+    values: torch.Tensor
+    scale: torch.Tensor
+    held_out: torch.Tensor
+
+    @property
+    def row_scale(self) -> torch.Tensor:
+        """1 / r over its mean, `(rows, 1)`."""
+        return (self.scale / self.scale.mean())[:, None]
+
+    def parts(self) -> Iterator[tuple[slice, HeadSystem]]:
+        """The entries in parts that are fitted apart: a system of all entries of a long document would not fit memory.
+
+        Of what was dropped, mass and output, each part stands for the share that its entries have of the kept mass.
+        """
+        n = len(self.values)
+        if n <= _AT_ONCE:
+            yield slice(0, n), self
+            return
+        kept = self.weights.sum(1, keepdim=True).clamp_min(_TINY)
+        missing = self.target - self.weights @ self.values
+        for start in range(0, n, _AT_ONCE):
+            own = slice(start, start + _AT_ONCE)
+            share = self.weights[:, own].sum(1, keepdim=True) / kept
+            target = self.weights[:, own] @ self.values[own] + share * missing
+            rest = 1 - share[:, 0] * (1 - self.rest)
+            yield own, replace(self, weights=self.weights[:, own], rest=rest, target=target, values=self.values[own])
+
+    def shares(self, weight: torch.Tensor) -> torch.Tensor:
+        """What each entry's value counts for in each row when its attention is `weight` times as much, scaled."""
+        shares = self.weights * weight
+        return shares.mul_(self.row_scale / (self.rest[:, None] + shares.sum(1, keepdim=True)).clamp_min(1e-6))
+
+
+@dataclass(frozen=True, eq=False)
+class FittedHead:
+    """The entries kept in one head: `values` `(kept, head_dim)` and `bias` `(kept,)`."""
+
+    values: torch.Tensor
+    bias: torch.Tensor
+
+
+def output_errors(
+    weights: torch.Tensor, values: torch.Tensor, output: torch.Tensor, metric: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """What removing each entry alone, and renormalising, does to the layer's output relative to the residual stream.
+
+    `sum over queries and heads of (P / (1 - P))^2 (v - o)^T M (v - o) / r^2`, with 1 - P held at 0.01 or more.
+
+    Args:
+        weights: P, `(group, m, n)`.
+        values: v, `(n, head_dim)`.
+        output: o, `(group, m, head_dim)`.
+        metric: M, `(group, head_dim, head_dim)`.
+        scale: 1 / r, `(group, m)`.
+
+    Returns:
+        `(n,)`.
+    """
+    projected = values @ metric  # (group, n, head_dim)
+    squares = scale.square()[..., None]  # (group, m, 1)
+    of_values = (projected * values).sum(-1)[:, None]  # (group, 1, n)
+    of_output = ((output @ metric) * output).sum(-1, keepdim=True)  # (group, m, 1)
+    # (v - o)^T M (v - o) / r^2 for all pairs as one product: as sums of three it took twice the time.
+    left = torch.cat([output * (-2 * squares), squares, of_output * squares], -1)
+    right = torch.cat([projected.transpose(1, 2), of_values, torch.ones_like(of_values)], 1)
+    odds = weights / (1 - weights).clamp_min_(0.01)
+    return odds.square_().mul_(left @ right).sum((0, 1)).clamp_min(0)
+
+
+def joined(parts: Sequence[FittedHead]) -> FittedHead:
+    """Entries of one head that were fitted in parts."""
+    return FittedHead(torch.cat([part.values for part in parts]), torch.cat([part.bias for part in parts]))
+
+
+def fit_head(system: HeadSystem, fixed: torch.Tensor, settings: MatchSettings) -> FittedHead:
+    """Weights and values of the entries kept in one head, so that they stand for all of the document's.
+
+    Args:
+        system: The entries and the rows.
+        fixed: Bool `(kept,)`; these are neither moved nor biased.
+        settings: See `MatchSettings`.
+
+    Returns:
+        The start (no bias, the values given) where nothing is closer to the target on the rows held out.
+    """
+    values, held_out, learned = system.values, system.held_out, ~system.held_out
+    target = system.target * system.row_scale
+    # 1. Weights that restore the mass which the rows paid to the whole document.
+    scaled = system.weights[learned] * system.row_scale[learned]
+    mass = ((1 - system.rest) * system.row_scale[:, 0])[learned]
+    weight = bounded_ridge(scaled.T @ scaled, scaled.T @ mass, settings, fixed)
+    del scaled
+    # 2. Values that restore the output, for each ridge, from the rows learned; the best on those held out.
+    shares = system.shares(weight)
+    residual = target - shares @ values
+    gram, right = _normal(shares[learned], residual[learned], fixed)
+    gram_out, right_out = _normal(shares[held_out], residual[held_out], fixed)
+    before = residual[held_out].square().sum()
+    errors: dict[float, float] = {}
+    for ridge in settings.value_ridges:
+        move = _solve(gram, right, ridge)
+        errors[ridge] = float(before + (move * (gram_out @ move - 2 * right_out)).sum())
+    best = min(errors, key=lambda ridge: (not math.isfinite(errors[ridge]), errors[ridge]))
+    plain = system.shares(torch.ones_like(weight))[held_out]
+    at_start = float((plain @ values - target[held_out]).square().sum())
+    # 3. From all rows, unless the start was better.
+    fitted = values + _solve(gram + gram_out, right + right_out, best)
+    if errors[best] < at_start and bool(fitted.isfinite().all() and weight.isfinite().all()):
+        return FittedHead(fitted, weight.log())
+    return FittedHead(values, torch.zeros_like(weight))
+
+
+def refit_errors(system: HeadSystem, fitted: FittedHead, metric: torch.Tensor) -> torch.Tensor:
+    """What removing each entry does to the layer's output when the values of all others are fitted again.
+
+    Of a least squares fit with the system G, losing the j-th value v costs `v^2 / (G^-1)[j, j]` (Optimal Brain Surgeon,
+    Hassibi and Stork, 1993): nothing where the others can stand for it.
+
+    Args:
+        system: The entries and the rows.
+        fitted: The entries as they are.
+        metric: M, `(group, head_dim, head_dim)`; the heads' mean is taken.
+
+    Returns:
+        `(kept,)`, on the scale of `output_errors`; 0 where it cannot be told.
+    """
+    shares = system.shares(fitted.bias.exp())
+    gram = shares.T @ shares
+    inverse = torch.linalg.inv_ex(gram + _ridge(gram, _REFIT_RIDGE)).inverse.diagonal().clamp_min(_TINY)
+    loss = ((fitted.values @ metric.mean(0)) * fitted.values).sum(-1) / inverse
+    errors: torch.Tensor = (loss * system.scale.mean().square()).nan_to_num(0.0, 0.0, 0.0)
+    return errors
+
+
+def _normal(x: torch.Tensor, y: torch.Tensor, fixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The system and the right side of a least squares fit in which the entries that are `fixed` have no part."""
+    gram, right = x.T @ x, x.T @ y
+    gram[fixed], gram[:, fixed], right[fixed] = 0.0, 0.0, 0.0
+    return gram, right
+
+
+def _ridge(gram: torch.Tensor, strength: float) -> torch.Tensor:
+    return torch.eye(len(gram), device=gram.device) * (strength * gram.diagonal().mean().clamp_min(_TINY))
+
+
+def _solve(gram: torch.Tensor, right: torch.Tensor, strength: float) -> torch.Tensor:
+    """`(G + ridge)^-1 b`; not a number where G is not."""
+    solution: torch.Tensor = torch.cholesky_solve(right, torch.linalg.cholesky_ex(gram + _ridge(gram, strength)).L)
+    return solution
+
+
+def bounded_ridge(
+    gram: torch.Tensor, right: torch.Tensor, settings: MatchSettings, fixed: torch.Tensor
+) -> torch.Tensor:
+    """The weights w in [0.01, 100] that make `w^T G w - 2 b^T w + ridge |w - 1|^2` smallest.
+
+    Block principal pivoting: weights beyond a bound are held there, those that want back are let go.
+
+    Args:
+        gram: G, `(n, n)`.
+        right: b, `(n,)`.
+        settings: For the ridge, in mean diagonals of G.
+        fixed: Bool `(n,)`; these stay 1.
+    """
+    ridge = _ridge(gram, settings.weight_ridge)
+    system, wanted = gram + ridge, right + ridge.diagonal()
+    weight = torch.ones_like(right)
+    free = ~fixed
+    for _ in range(20):
+        held = torch.where(free, 0.0, weight)
+        masked = torch.where(free[:, None] & free, system, 0.0) + torch.diag((~free).float())
+        found = torch.linalg.solve_ex(masked, torch.where(free, wanted - system @ held, weight)).result
+        slope = system @ found - wanted
+        low, high = free & (found < _LEAST), free & (found > _MOST)
+        back = ~free & ~fixed & (((found <= _LEAST) & (slope < 0)) | ((found >= _MOST) & (slope > 0)))
+        weight = found.clamp(_LEAST, _MOST)
+        if not bool((low | high | back).any()):
+            break
+        free = (free & ~low & ~high) | back
+    return torch.where(fixed, 1.0, weight)
