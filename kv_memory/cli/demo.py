@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["KEEP_RATIO", "demo", "derived_questions"]
 
 KEEP_RATIO: float | None = 1 / 8  # where none is named; None is what every new store begins with
-_ASKED = 12  # of its own questions, where no limit is named: one for each package, in under two minutes on two cores
+_ASKED = 12  # of its own questions, where no limit is named: one for each package
 _DERIVED = 6  # questions made from headings
 _HEADING = re.compile(r"^#{1,3} +(\S.*?)[ #]*$", re.MULTILINE)
 _SETTINGS = DecodeSettings(max_new_tokens=32)
@@ -73,7 +73,7 @@ def demo(
     Documents are compressed, then each question is answered both ways by the same model, over the same passages.
 
     By default it reads the first paragraphs about some Python packages installed here, and asks questions about them
-    whose answers are known, in a minute or two. Nothing is prepared: every answer and figure is made while you watch.
+    whose answers are known, in two or three minutes. Nothing is prepared: every answer and figure is made while you watch.
     """
     with reporting(as_json=as_json) as out, ExitStack() as stack:
         if limit is not None and limit < 1:

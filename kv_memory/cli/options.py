@@ -98,7 +98,7 @@ SelectorOption = Annotated[
     typer.Option(
         "--selector",
         metavar="NAME",
-        help="Choose entries without an adapter: matched (closest), reconstruction (two thirds of the time), attention "
+        help="Choose entries without an adapter: matched (closest), reconstruction (half the time), attention "
         "(quickest) or sink_recent. Or with one: combined (closer than the adapter alone, for twice the time).  "
         "[default: the store's; at first the adapter, matched where there is none]",
     ),

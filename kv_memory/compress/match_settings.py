@@ -17,7 +17,7 @@ class MatchSettings:
 
     Attributes:
         score: What entries are chosen by: `output`, see `output_errors`; or `attention`, the highest that any row pays.
-        stages: Multiples of the budget that are kept on the way, each fitted and scored anew; none for one choice.
+        stages: Multiples of the budget kept in each stage before the last; empty for a single choice.
         fit: Whether what is kept is fitted; without it the stages have no effect.
         weight_ridge: How strongly weights are pulled to 1, in mean diagonals of their system.
         value_ridges: How strongly values are pulled to what they were, in mean diagonals; the best on held-out rows.

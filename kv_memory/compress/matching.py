@@ -38,7 +38,7 @@ __all__ = ["Match", "MatchSettings", "Matched", "match_document"]
 
 _LOGITS = 1 << 22  # attention logits that are written out at once
 _STAGE_RIDGES = (1e-2, 1e-1)  # of the fits of stages, which need not be the best
-_HELD_OUT = 4  # of so many rows one is held out of the choice of the ridge
+_HELD_OUT = 4  # one position in four is held out, to choose the ridge on
 
 
 @dataclass(frozen=True, eq=False)

@@ -50,8 +50,8 @@ class ReferenceRows:
         own: `(num_heads, m)`, logsumexp of each query's logits over the keys of its own row, float32.
         positions: `(num_heads, m)`, where each query stands.
         scale: `(num_heads, m)`, 1 over the norm of the hidden state that enters the layer, float32.
-        scaling: Of the attention logits.
-        softcap: Of the attention logits, or None.
+        scaling: Factor of the attention logits.
+        softcap: Soft cap of the attention logits, or None.
         window: How far a query looks back, or None.
     """
 
@@ -135,7 +135,7 @@ class _Recorder:
 
     def __init__(self, backbone: Backbone, *, step: int) -> None:
         self._backbone = backbone
-        self._step = step  # of so many heads that share a KV head one records a token: every token has some
+        self._step = step  # one head in `step` records a token, each another one, so that every token is recorded
         self._parts: list[list[ReferenceRows]] = [[] for _ in range(backbone.num_layers)]
         self._real = torch.empty(0, 0, dtype=torch.bool)  # of the rows that are being read
         self._positions = torch.empty(0)
