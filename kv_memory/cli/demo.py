@@ -73,7 +73,7 @@ def demo(
     Documents are compressed, then each question is answered both ways by the same model, over the same passages.
 
     By default it reads the first paragraphs about some Python packages installed here, and asks questions about them
-    whose answers are known, in two or three minutes. Nothing is prepared: every answer and figure is made while you watch.
+    whose answers are known, in two or three minutes. Nothing is prepared: all is made while you watch.
     """
     with reporting(as_json=as_json) as out, ExitStack() as stack:
         if limit is not None and limit < 1:
