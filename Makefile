@@ -109,7 +109,7 @@ TESTERS := 2
 
 test: $(READY)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE \
-	    $(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile $(ARGS)
+	    $(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 stress: $(READY)
 	@$(BIN)/python -m tests.stress $(ARGS)

@@ -1,7 +1,7 @@
 """Which prompt form does a model answer best in? On questions that no table of this project uses.
 
-    python benchmarks/prompts.py                                    # a table: the built-in models, chat and passage
-    python benchmarks/prompts.py --model qwen-0.5b --form chat chat_brief --n-questions 100 --json
+    python benchmarks/prompts.py                                    # a table: the built-in models, three forms
+    python benchmarks/prompts.py --model qwen-0.5b --form chat brief chat_briefly --n-questions 100 --json
 
 Every question is answered greedily from the full cache of its passage, in every form; nothing is dropped of it.
 Questions are of SQuAD's *training* share (or Dolly, `--data dolly`), at most five about a passage, and passages are
@@ -14,8 +14,8 @@ dev is left to the tables.
     n_words               words of an answer, a mean
     seconds               for a question, its share of the passage's prefill included; questions about one are a batch
 
-Forms are `chat` and `passage`, as `--prompt` takes them, and trials: see TRIALS. What a trial would change is part of a
-cache's fingerprint, so that a form that is in use is never reworded: a better one gets a name of its own.
+Forms are `chat`, `brief` and `passage`, as `--prompt` takes them, and trials: see TRIALS. What a trial would change is
+part of a cache's fingerprint, so that a form that is in use is never reworded: a better one gets a name of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from kv_memory import DecodeSettings
 from kv_memory.backbone import Backbone
@@ -37,13 +37,12 @@ from kv_memory.evaluate.cases import in_hash_order
 from kv_memory.evaluate.metrics import contains, exact_match, f1
 from kv_memory.generate import Generation, Generator
 from kv_memory.opening import is_visible
-from kv_memory.prompts import PASSAGE, PromptForm, chat_form, choose_form
+from kv_memory.prompts import PASSAGE, PromptForm, PromptName, chat_form, choose_form
 
 MAX_DOCUMENT_TOKENS, MAX_QUESTIONS = 256, 5
 # The chat form with other instructions.
 TRIALS = {
-    "chat_brief": "Answer the question from the documents. Answer briefly.",
-    "chat_few_words": "Answer the question with a few words from the documents. If they lack the answer, say so.",
+    "chat_briefly": "Answer the question from the documents. Answer briefly.",
     "chat_examples": PASSAGE.prefix.strip(),
 }
 
@@ -53,7 +52,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["smollm2", "qwen-0.5b"], help="(default: smollm2 qwen-0.5b)")
     parser.add_argument(
-        "--form", nargs="+", default=["chat", "passage"], choices=["chat", "passage", *TRIALS], metavar="FORM"
+        "--form",
+        nargs="+",
+        default=["chat", "brief", "passage"],
+        choices=["chat", "brief", "passage", *TRIALS],
+        metavar="FORM",
     )
     parser.add_argument(
         "--data", default="squad", choices=["squad", "dolly"], help="training share of (default: squad)"
@@ -90,7 +93,7 @@ def form_of(name: str, backbone: Backbone) -> PromptForm:
     """A form in use, or a trial."""
     if name in TRIALS:
         return chat_form(backbone.tokenizer, system_prompt=TRIALS[name])
-    return choose_form("passage" if name == "passage" else "chat", backbone.tokenizer)
+    return choose_form(cast("PromptName", name), backbone.tokenizer)
 
 
 def measure(loaded: Backbone, form: str, asked: Sequence[Example], args: argparse.Namespace) -> dict[str, Any]:

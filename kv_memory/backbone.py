@@ -58,7 +58,7 @@ class Backbone:
     Args:
         model: A Transformers causal LM of a supported architecture, in evaluation mode.
         tokenizer: Its tokenizer.
-        prompt: A `PromptForm`, or `chat`, `passage`, or `auto`: the model's chat template where it has one.
+        prompt: A `PromptForm`, or `chat`, `brief`, `passage`, or `auto`: the model's chat template where it has one.
         name: What errors and listings call the model.
         weights_sha256: Hash of the weights where it is known already; computed from the parameters otherwise.
 

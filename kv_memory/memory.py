@@ -116,7 +116,7 @@ class KVMemory:
             selector: The training-free selector used without an adapter; or `combined`, an adapter and `matched`
                 together, which reads each passage twice and keeps what matters more surely.
             passage_tokens: Longest passage; None keeps documents whole.
-            prompt: `auto`, `chat`, `passage`, or a `PromptForm` (with a `Backbone` give it the form instead).
+            prompt: `auto`, `chat`, `brief`, `passage`, or a `PromptForm` (with a `Backbone` give it the form instead).
             layout: `source` or `packed`.
             refine_steps: Refine every passage's cache by so many steps while adding, 0 for not at all: closer answers
                 for hundreds of prefills more. Named alone, it forgets a `min_fidelity` of before.

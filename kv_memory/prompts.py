@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from kv_memory.errors import ConfigError
 
 __all__ = ["DEFAULT_SYSTEM_PROMPT", "PASSAGE", "PromptForm", "PromptName", "chat_form", "choose_form", "render_chat"]
 
-PromptName = Literal["auto", "chat", "passage"]
+PromptName = Literal["auto", "chat", "brief", "passage"]
 DEFAULT_SYSTEM_PROMPT = "Answer the question from the documents. If they do not hold the answer, say so."
+BRIEF_SYSTEM_PROMPT = "Answer the question with a few words from the documents. If they lack the answer, say so."
 # Some templates (Llama 3, gpt-oss) write today's date into the system turn. The prefix is part of every cache's
 # fingerprint, so all caches would be stale tomorrow. Theirs is the date that Llama's template itself falls back to. A
 # macro, because Transformers lets no function through; the empty string keeps a line break that may follow.
@@ -34,7 +35,7 @@ class PromptForm:
     """How prefix, documents and question are put together.
 
     Attributes:
-        name: `chat`, `passage`, or a name of your own.
+        name: `chat`, `brief`, `passage`, or a name of your own.
         prefix: Precedes everything and is never compressed: system prompt, template head, worked examples.
         document_before: Precedes the text of each document.
         document_after: Follows it.
@@ -104,6 +105,8 @@ PASSAGE = PromptForm(
 def choose_form(prompt: PromptName | PromptForm, tokenizer: Any) -> PromptForm:
     """A form as it is, or the one of a name: `auto` is the model's chat template where it has one.
 
+    `brief` is that too, with a system prompt that asks for a few words instead of sentences.
+
     Raises:
         ConfigError: See `chat_form`.
     """
@@ -111,6 +114,8 @@ def choose_form(prompt: PromptName | PromptForm, tokenizer: Any) -> PromptForm:
         return prompt
     if prompt == "passage" or (prompt == "auto" and not getattr(tokenizer, "chat_template", None)):
         return PASSAGE
+    if prompt == "brief":
+        return replace(chat_form(tokenizer, system_prompt=BRIEF_SYSTEM_PROMPT), name="brief")
     return chat_form(tokenizer)
 
 

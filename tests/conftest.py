@@ -37,6 +37,12 @@ def pytest_report_header() -> str:
     return ", ".join(f"{name} {installed.get(name.lower(), 'missing')}" for name in LIBRARIES)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: of what a process begins last, the others wait for it."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 SHAPE: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 48,

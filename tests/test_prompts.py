@@ -8,7 +8,7 @@ import pytest
 
 from kv_memory.backbone import Backbone
 from kv_memory.errors import ConfigError
-from kv_memory.prompts import DEFAULT_SYSTEM_PROMPT, PASSAGE, PromptForm, chat_form
+from kv_memory.prompts import DEFAULT_SYSTEM_PROMPT, PASSAGE, PromptForm, chat_form, choose_form
 from tests.conftest import SHORT_FORM, make_backbone, make_model, make_tokenizer
 
 WITH_SYSTEM = (
@@ -44,6 +44,14 @@ def test_a_template_with_a_system_turn() -> None:
     assert form.prefix == f"<|system|>{DEFAULT_SYSTEM_PROMPT}<|end|><|user|>"
     assert pieces(form) == form.prefix + "THE DOCUMENT\n\nWHY?<|end|><|assistant|>"
     assert not form.add_bos and form.name == "chat"
+
+
+def test_brief_asks_for_a_few_words_in_the_template() -> None:
+    form, chat = (choose_form(name, tokenizer_with(WITH_SYSTEM)) for name in ("brief", "chat"))
+    assert form.name == "brief" and "a few words" in form.system_prompt and form.system_prompt in form.prefix
+    assert replace(form, name="chat", prefix=chat.prefix, system_prompt=chat.system_prompt) == chat
+    with pytest.raises(ConfigError, match="chat template"):
+        choose_form("brief", tokenizer_with(None))
 
 
 def test_a_template_that_refuses_a_system_turn() -> None:

@@ -153,4 +153,4 @@ def test_qwen_is_what_the_table_says(monkeypatch: pytest.MonkeyPatch, _cache_fol
     monkeypatch.setenv("KV_MEMORY_CACHE", str(_cache_folder))
     backbone = Backbone.load("qwen-0.5b", dtype="bfloat16", device="cpu")
     assert (backbone.num_layers, backbone.num_heads, backbone.num_kv_heads, backbone.head_dim) == (24, 14, 2, 64)
-    assert (backbone.context_window, backbone.kv_bytes_per_token, backbone.prompt.name) == (32_768, 12_288, "chat")
+    assert (backbone.context_window, backbone.kv_bytes_per_token, backbone.prompt.name) == (32_768, 12_288, "brief")

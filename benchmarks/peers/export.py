@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="squad", choices=["squad", "needle", "spans"])
     parser.add_argument("--model", default=EMBEDDED, help="embedded, a model folder or a hub id (default: embedded)")
-    parser.add_argument("--prompt", default="auto", choices=["auto", "chat", "passage"])
+    parser.add_argument("--prompt", default="auto", choices=["auto", "chat", "brief", "passage"])
     parser.add_argument("--n-documents", type=int, default=60, help="not for needle (default: 60)")
     parser.add_argument("--min-tokens", type=int, help="shortest document")
     parser.add_argument("--max-tokens", type=int, help="longest document")
@@ -97,7 +97,7 @@ def header(backbone: Backbone, model: str, task: Task) -> dict[str, Any]:
         "prompt": backbone.prompt.name,
         "prefix_ids": list(backbone.prefix_ids),
         # What follows a request before the model speaks: the end of the chat template, or a line break.
-        "tail_ids": backbone.encode(backbone.prompt.question_after if backbone.prompt.name == "chat" else "\n"),
+        "tail_ids": backbone.encode("\n" if backbone.prompt.name == "passage" else backbone.prompt.question_after),
         "stop": list(backbone.prompt.stop),
         "end_ids": sorted(set(flat)),
         "max_new_tokens": task.max_new_tokens,

@@ -2,7 +2,7 @@
 
 The KVzip family takes the head of the model's chat template for the part that is not compressed, and its tail for what
 follows the request to repeat. Here the first is our prefix; the second comes with the work: the same tail for prompt
-form `chat`, and for `passage` a line break, which is kvpress's own choice for models without a template.
+forms `chat` and `brief`, and for `passage` a line break, which is kvpress's own choice for models without a template.
 
 The ranking of the KVzip family does not depend on how much is kept. So what was found in the last document is held, and
 the next keep_ratio of the same press takes it, with the time it cost.

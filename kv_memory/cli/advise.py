@@ -52,7 +52,7 @@ def advise_on(
     ] = None,
     passage_tokens: PassageTokensOption = "auto",
     prompt: Annotated[
-        str | None, typer.Option("--prompt", metavar="NAME", help="Prompt form: auto, chat or passage.")
+        str | None, typer.Option("--prompt", metavar="NAME", help="Prompt form: auto, chat, brief or passage.")
     ] = None,
     storage: Annotated[
         str | None, typer.Option("--storage", metavar="NAME", help="How caches would be stored; as for add.")

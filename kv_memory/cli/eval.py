@@ -67,7 +67,7 @@ def evaluate_task(
         Path | None, typer.Option("--adapter", metavar="FOLDER", help="A trained adapter of that model.")
     ] = None,
     prompt: Annotated[
-        str, typer.Option("--prompt", metavar="NAME", help="Prompt form: auto, chat or passage.")
+        str, typer.Option("--prompt", metavar="NAME", help="Prompt form: auto, chat, brief or passage.")
     ] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[

@@ -152,7 +152,9 @@ PassageTokensOption = Annotated[
 PromptOption = Annotated[
     str | None,
     typer.Option(
-        "--prompt", metavar="NAME", help="Prompt form: auto, chat or passage.  [default: the store's; at first auto]"
+        "--prompt",
+        metavar="NAME",
+        help="Prompt form: auto, chat, brief or passage.  [default: the store's; at first auto]",
     ),
 ]
 TopKOption = Annotated[

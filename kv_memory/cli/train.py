@@ -119,7 +119,7 @@ def train(
         bool, typer.Option("--skip-errors", help="Leave broken records out, instead of stopping at the first.")
     ] = False,
     prompt: Annotated[
-        str, typer.Option("--prompt", metavar="NAME", help="Prompt form: auto, chat or passage.")
+        str, typer.Option("--prompt", metavar="NAME", help="Prompt form: auto, chat, brief or passage.")
     ] = "auto",
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="NAME", help="Of the model: auto, float32, bfloat16 or float16.")

@@ -1,7 +1,7 @@
 """From a document to its distilled cache: scorer, routed adapter, selectors, Compressor."""
 
 from kv_memory.compress.adapter import Adapter, AdapterConfig
-from kv_memory.compress.compressor import Compressor
+from kv_memory.compress.compressor import Compressor, PrefilledDocument
 from kv_memory.compress.matching import Matched, MatchSettings
 from kv_memory.compress.refine import refine_batch
 from kv_memory.compress.refine_settings import RefineSettings
@@ -14,6 +14,7 @@ __all__ = [
     "MatchSettings",
     "Matched",
     "ObservedAttention",
+    "PrefilledDocument",
     "Reconstruction",
     "RefineSettings",
     "Selector",

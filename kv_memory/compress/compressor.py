@@ -14,7 +14,8 @@ from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.combined import check_combinable, combined_selection
-from kv_memory.compress.matching import Matched, MatchSettings
+from kv_memory.compress.kept import Kept, extract, join
+from kv_memory.compress.matching import Matched, MatchedDocument, MatchSettings
 from kv_memory.compress.reading import check_finite, choose, read_documents
 from kv_memory.compress.refine import refine_batch
 from kv_memory.compress.refine_settings import RefineSettings
@@ -25,7 +26,7 @@ from kv_memory.fingerprint import Fingerprint
 from kv_memory.keep import Keep, windows_of
 from kv_memory.positioned import PositionedCache
 
-__all__ = ["Compressor", "Span"]
+__all__ = ["Compressor", "PrefilledDocument", "Span"]
 
 Span = tuple[int, int]  # start and end, end excluded
 
@@ -141,12 +142,41 @@ class Compressor:
             EmptyDocumentError: The text is blank.
             ConfigError: keep_ratio or a span is out of range.
         """
+        return self._compress(text, None, keep_ratio, keep_spans, unasked_spans)
+
+    @torch.no_grad()
+    def prefill(self, text: str) -> PrefilledDocument:
+        """Read one document, to keep it at several ratios: what does not depend on the ratio is done once.
+
+        With an adapter all depends on it, and nothing is gained. Otherwise the document's full cache is held for as
+        long as the result is.
+
+        Args:
+            text: As in `compress`.
+
+        Raises:
+            EmptyDocumentError: The text is blank.
+        """
+        ids = torch.tensor([self._encode(text)[0]], device=self.backbone.device)
+        if self.adapter is not None:
+            return PrefilledDocument(self, text, None)
+        windows = windows_of(ids.shape[1], self.window_tokens)
+        return PrefilledDocument(self, text, [self._read_window(ids[:, start:end]) for start, end in windows])
+
+    def _compress(
+        self,
+        text: str,
+        read: Sequence[_Prefilled] | None,
+        keep_ratio: float,
+        keep_spans: Sequence[Span],
+        unasked_spans: Sequence[Span],
+    ) -> DistilledCache:
         ids, offsets, n_before = self._encode(text)
         kept, unasked = (
             [(start + n_before, end + n_before) for start, end in _token_spans(offsets, spans, len(text), where)]
             for spans, where in ((keep_spans, "keep_spans"), (unasked_spans, "unasked_spans"))
         )
-        return self.compress_ids(ids, keep_ratio=keep_ratio, keep_spans=kept, unasked_spans=unasked)
+        return self._compress_ids(ids, read, keep_ratio, kept, unasked)
 
     def ratio_for(self, text: str, keep: float | Keep, *, keep_spans: Sequence[Span] = ()) -> float:
         """The keep_ratio at which `compress` keeps a text within a budget.
@@ -226,7 +256,7 @@ class Compressor:
                 self.adapter, padded.to(device), lengths.to(device), n_kept.to(device), routed=self.routed
             )
             kept = [
-                self._extract(reading.cache, reading.selected[:, row, :, : len(ids)], row=row, offset=0)
+                extract(self.backbone, reading.cache, reading.selected[:, row, :, : len(ids)], row=row)
                 for row, ids in enumerate(rows)
             ]
         except torch.OutOfMemoryError:
@@ -251,7 +281,6 @@ class Compressor:
             for part, ids, ratio in zip(kept, rows, ratios, strict=True)
         ]
 
-    @torch.no_grad()
     def compress_ids(
         self,
         ids: Sequence[int],
@@ -261,6 +290,17 @@ class Compressor:
         unasked_spans: Sequence[Span] = (),
     ) -> DistilledCache:
         """Distil a document given as token ids; spans are of tokens. See `compress`."""
+        return self._compress_ids(ids, None, keep_ratio, keep_spans, unasked_spans)
+
+    @torch.no_grad()
+    def _compress_ids(
+        self,
+        ids: Sequence[int],
+        read: Sequence[_Prefilled] | None,
+        keep_ratio: float,
+        keep_spans: Sequence[Span],
+        unasked_spans: Sequence[Span],
+    ) -> DistilledCache:
         keep_ratio = check_keep_ratio(keep_ratio)
         if not ids:
             raise EmptyDocumentError("the document has no tokens")
@@ -272,8 +312,10 @@ class Compressor:
             forced[start:end] = True
         windows = windows_of(len(ids), self.window_tokens)
         parts = [
-            self._compress_window(tokens[:, start:end], keep_ratio, forced[start:end], offset=start)
-            for start, end in windows
+            self._compress_window(
+                tokens[:, start:end], None if read is None else read[i], keep_ratio, forced[start:end], offset=start
+            )
+            for i, (start, end) in enumerate(windows)
         ]
         steps: list[int] = []
         fidelities: list[float] = []  # times tokens
@@ -287,7 +329,7 @@ class Compressor:
                 parts[index] = parts[index]._replace(keys=cache.keys, values=cache.values, bias=cache.bias)
                 steps.append(cache.refined_steps)
                 fidelities += [] if cache.fidelity is None else [cache.fidelity * (end - start)]
-        kept = _join(parts)
+        kept = join(parts)
         spans = repr(sorted(map(tuple, keep_spans))) if keep_spans else ""
         return DistilledCache(
             keys=kept.keys,
@@ -306,7 +348,7 @@ class Compressor:
 
     def _refine_window(
         self,
-        kept: _Kept,
+        kept: Kept,
         ids: Sequence[int],
         keep_ratio: float,
         forced: torch.Tensor,
@@ -327,40 +369,43 @@ class Compressor:
         )
         return refine_batch(self.backbone, [ids], [cache], settings=self.refine, fixed=[forced], unasked=[unasked])[0]
 
-    def _compress_window(self, ids: torch.Tensor, keep_ratio: float, forced: torch.Tensor, *, offset: int) -> _Kept:
+    def _compress_window(
+        self, ids: torch.Tensor, read: _Prefilled | None, keep_ratio: float, forced: torch.Tensor, *, offset: int
+    ) -> Kept:
         n_tokens, n_forced = ids.shape[1], int(forced.sum())
         n_kept = n_forced + (n_kept_for(n_tokens - n_forced, keep_ratio) if n_tokens > n_forced else 0)
         if n_kept == n_tokens:
             cache = self.backbone.prefixed_cache(n_tokens)
             self.backbone.read(ids, cache)
             selected = torch.ones(1, 1, n_tokens, dtype=torch.bool, device=ids.device)
-        elif self.adapter is None and isinstance(self.selector, Matched):
-            cache = self.backbone.prefixed_cache(n_tokens, room=self.selector.extra_tokens)
-            self.backbone.read(ids, cache)
-            match = self.selector.match(self.backbone, ids, cache, n_kept=n_kept, forced=forced)
-            kept = self._extract(cache, match.selected, offset=offset)
+            return extract(self.backbone, cache, selected, offset=offset)
+        if self.adapter is not None:
+            cache, selected = self._distil(ids, n_kept, forced)
+            return extract(self.backbone, cache, selected, offset=offset)
+        read = read or self._read_window(ids)
+        if isinstance(read.scored, MatchedDocument):
+            match = read.scored.match(n_kept=n_kept, forced=forced)
+            kept = extract(self.backbone, read.cache, match.selected, offset=offset)
             return kept._replace(
                 values=match.values.to(kept.values).view_as(kept.values),
                 bias=match.bias.to(torch.float16).view(kept.keys.shape[:-1]),
             )
-        elif self.adapter is not None:
-            cache, selected = self._distil(ids, n_kept, forced)
-        else:
-            cache, selected = self._pick(ids, n_kept, forced)
-        return self._extract(cache, selected, offset=offset)
+        lengths, most = torch.tensor([n_tokens]), torch.tensor([n_kept])
+        selected = choose(read.scored, lengths, most, budget=self.selector.budget, forced=forced[None])[:, 0]
+        return extract(self.backbone, read.cache, selected, offset=offset)
 
-    def _pick(self, ids: torch.Tensor, n_kept: int, forced: torch.Tensor) -> tuple[PositionedCache, torch.Tensor]:
-        """Read the document once and let the selector choose."""
+    def _read_window(self, ids: torch.Tensor) -> _Prefilled:
+        """Read `(1, n_tokens)` once, and let the selector score."""
         n_tokens = ids.shape[1]
         cache = self.backbone.prefixed_cache(n_tokens, room=self.selector.extra_tokens)
+        if isinstance(self.selector, Matched):
+            self.backbone.read(ids, cache)
+            return _Prefilled(cache, self.selector.document(self.backbone, ids, cache))
         watched = self.selector.watch(self.backbone, n_prefix=len(self.backbone.prefix_ids), n_tokens=n_tokens)
         self.backbone.read(ids, cache, context=ForwardContext(observer=watched))
         scores = self.selector.score(self.backbone, ids, cache, watched).to(ids.device)
         check_finite(self.backbone, scores)
-        scores = scores[None, None] if scores.ndim == 1 else scores
-        lengths, most = torch.tensor([n_tokens]), torch.tensor([n_kept])
-        selected = choose(scores[:, None], lengths, most, budget=self.selector.budget, forced=forced[None])
-        return cache, selected[:, 0]
+        return _Prefilled(cache, (scores[None, None] if scores.ndim == 1 else scores)[:, None])
 
     def _distil(self, ids: torch.Tensor, n_kept: int, forced: torch.Tensor) -> tuple[PositionedCache, torch.Tensor]:
         """Read with the adapter, which scores, selects and routes."""
@@ -379,89 +424,32 @@ class Compressor:
         selected = combined_selection(self.adapter, self._together, ids, reading, n_kept=n_kept, forced=forced)
         return reading.cache, selected[:, 0]
 
-    def _extract(self, cache: PositionedCache, selected: torch.Tensor, *, row: int = 0, offset: int) -> _Kept:
-        """The selected entries, positions taken off their keys.
 
-        Args:
-            cache: Prefix and window, as read.
-            selected: Bool `(num_layers or 1, num_kv_heads or 1, n_tokens)`.
-            row: Of the cache's batch.
-            offset: Of the window inside the document.
-        """
-        backbone, n_prefix, n_tokens = self.backbone, len(self.backbone.prefix_ids), selected.shape[-1]
-        mask = selected.expand(backbone.num_layers, backbone.num_kv_heads, -1)
-        counts = mask.sum(-1)
-        keys: list[torch.Tensor] = []
-        values: list[torch.Tensor] = []
-        for index in range(backbone.num_layers):
-            for kept, tensor in zip((keys, values), cache.layer(index), strict=True):
-                kept.append(tensor[row, :, n_prefix : n_prefix + n_tokens][mask[index]])  # head by head
-        check_finite(backbone, *keys, *values)
-        inside = torch.arange(n_tokens, device=mask.device).expand_as(mask)[mask]
-        per_layer = counts.sum(1).tolist()
-        free = backbone.rope.take_off_flat(torch.cat(keys), inside + n_prefix, per_layer, n_positions=cache.n_positions)
-        free, flat_values = free.to(backbone.dtype), torch.cat(values)
-        positions = (inside + offset).to(torch.int32)
-        if int(counts.min()) != int(counts.max()):
-            return _Kept(free, flat_values, positions, counts)
-        shape = (backbone.num_layers, backbone.num_kv_heads, int(counts[0, 0]))
-        shared = selected.shape[0] == selected.shape[1] == 1
-        rows = positions.view(shape)[0, 0] if shared else positions.view(shape)
-        return _Kept(free.view(*shape, -1), flat_values.view(*shape, -1), rows, None)
+class _Prefilled(NamedTuple):
+    """A window as it was read, before anything of it is dropped.
+
+    Attributes:
+        cache: Prefix and window.
+        scored: Its scores, `(num_layers or 1, 1, num_kv_heads or 1, n_tokens)`; or what `matched` needs.
+    """
+
+    cache: PositionedCache
+    scored: torch.Tensor | MatchedDocument
 
 
-class _Kept(NamedTuple):
-    """What is kept of a window, in either form of `DistilledCache`."""
+class PrefilledDocument:
+    """A document that was read and scored once, to be kept at several ratios; made by `Compressor.prefill`."""
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    positions: torch.Tensor
-    counts: torch.Tensor | None
-    bias: torch.Tensor | None = None
+    def __init__(self, compressor: Compressor, text: str, windows: Sequence[_Prefilled] | None) -> None:
+        self._compressor = compressor
+        self._text = text
+        self._windows = windows
 
-
-def _join(parts: Sequence[_Kept]) -> _Kept:
-    """Windows one behind the other, in every head."""
-    if len(parts) == 1:
-        return parts[0]
-    bias = None
-    if any(part.bias is not None for part in parts):
-        parts = [part if part.bias is not None else _unbiased(part) for part in parts]
-        sizes = [_counts(part).flatten().tolist() for part in parts]
-        of_heads = [part.bias.flatten().split(n) for part, n in zip(parts, sizes, strict=True) if part.bias is not None]
-        bias = torch.cat([piece for of_head in zip(*of_heads, strict=True) for piece in of_head])
-    if all(part.counts is None for part in parts):
-        rows = [part.positions for part in parts]
-        if any(row.ndim == 3 for row in rows):  # a window held out of compression keeps the same row for all heads
-            rows = [row.expand(*parts[0].keys.shape[:2], -1) for row in rows]
-        keys, values = torch.cat([part.keys for part in parts], 2), torch.cat([part.values for part in parts], 2)
-        return _Kept(keys, values, torch.cat(rows, -1), None, None if bias is None else bias.view(keys.shape[:-1]))
-    split = [_by_head(part) for part in parts]
-    heads = [[torch.cat(pieces) for pieces in zip(*of_head, strict=True)] for of_head in zip(*split, strict=True)]
-    flat = [torch.cat(column) for column in zip(*heads, strict=True)]
-    counts = torch.stack([_counts(part) for part in parts]).sum(0)
-    return _Kept(flat[0], flat[1], flat[2], counts, bias)
-
-
-def _unbiased(part: _Kept) -> _Kept:
-    return part._replace(bias=part.keys.new_zeros(part.keys.shape[:-1], dtype=torch.float16))
-
-
-def _counts(part: _Kept) -> torch.Tensor:
-    if part.counts is not None:
-        return part.counts
-    return torch.full(part.keys.shape[:2], part.keys.shape[2], device=part.keys.device)
-
-
-def _by_head(part: _Kept) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Keys, values and positions of every head, layer by layer."""
-    sizes = _counts(part).flatten().tolist()
-    if part.counts is not None:
-        keys, values, positions = part.keys, part.values, part.positions
-    else:
-        keys, values = part.keys.flatten(0, 2), part.values.flatten(0, 2)
-        positions = part.positions.expand(part.keys.shape[:3]).flatten()
-    return list(zip(keys.split(sizes), values.split(sizes), positions.split(sizes), strict=True))
+    def keep(
+        self, keep_ratio: float, *, keep_spans: Sequence[Span] = (), unasked_spans: Sequence[Span] = ()
+    ) -> DistilledCache:
+        """The same cache that `Compressor.compress` makes of the text; arguments and errors as there."""
+        return self._compressor._compress(self._text, self._windows, keep_ratio, keep_spans, unasked_spans)
 
 
 def _token_spans(offsets: Sequence[Span], spans: Sequence[Span], n_chars: int, where: str) -> list[Span]:

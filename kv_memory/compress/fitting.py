@@ -22,13 +22,15 @@ _TINY = 1e-12  # of a mean diagonal
 class HeadSystem:
     """What the entries kept in one head are to stand for. A row is a query of one of the heads that share them.
 
+    The ridge of the values is chosen on the rows from `n_learned` on, which stand last so that either part is a view.
+
     Attributes:
         weights: P of the kept entries, `(rows, kept)`.
         rest: P of all that is no document entry, `(rows,)`.
         target: What the document's entries put out together, `(rows, head_dim)`.
         values: Of the kept entries, `(kept, head_dim)`.
         scale: 1 / r, `(rows,)`.
-        held_out: Bool `(rows,)`, those on which the ridge of the values is chosen.
+        n_learned: How many rows are not held out.
     """
 
     weights: torch.Tensor
@@ -36,7 +38,7 @@ class HeadSystem:
     target: torch.Tensor
     values: torch.Tensor
     scale: torch.Tensor
-    held_out: torch.Tensor
+    n_learned: int
 
     @property
     def row_scale(self) -> torch.Tensor:
@@ -61,18 +63,34 @@ class HeadSystem:
             rest = 1 - share[:, 0] * (1 - self.rest)
             yield own, replace(self, weights=self.weights[:, own], rest=rest, target=target, values=self.values[own])
 
-    def shares(self, weight: torch.Tensor) -> torch.Tensor:
-        """What each entry's value counts for in each row when its attention is `weight` times as much, scaled."""
-        shares = self.weights * weight
-        return shares.mul_(self.row_scale / (self.rest[:, None] + shares.sum(1, keepdim=True)).clamp_min(1e-6))
+    def shares(self, weight: torch.Tensor, *, start: int = 0) -> torch.Tensor:
+        """X, what each entry's value counts for in each row when its attention is `weight` times as much, scaled.
+
+        Args:
+            weight: `(kept,)`.
+            start: The first row.
+
+        Returns:
+            `(rows from start on, kept)`.
+        """
+        shares = self.weights[start:] * weight
+        total = (self.rest[start:, None] + shares.sum(1, keepdim=True)).clamp_min(1e-6)
+        return shares.mul_(self.row_scale[start:] / total)
 
 
 @dataclass(frozen=True, eq=False)
 class FittedHead:
-    """The entries kept in one head: `values` `(kept, head_dim)` and `bias` `(kept,)`."""
+    """The entries kept in one head.
+
+    Attributes:
+        values: `(kept, head_dim)`.
+        bias: `(kept,)`.
+        gram: X^T X over all rows, `(kept, kept)`, where the fit had to make it; see `HeadSystem.shares`.
+    """
 
     values: torch.Tensor
     bias: torch.Tensor
+    gram: torch.Tensor | None = None
 
 
 def output_errors(
@@ -119,30 +137,32 @@ def fit_head(system: HeadSystem, fixed: torch.Tensor, settings: MatchSettings) -
     Returns:
         The start (no bias, the values given) where nothing is closer to the target on the rows held out.
     """
-    values, held_out, learned = system.values, system.held_out, ~system.held_out
+    values, n = system.values, system.n_learned
     target = system.target * system.row_scale
     # 1. Weights that restore the mass which the rows paid to the whole document.
-    scaled = system.weights[learned] * system.row_scale[learned]
-    mass = ((1 - system.rest) * system.row_scale[:, 0])[learned]
+    scaled = system.weights[:n] * system.row_scale[:n]
+    mass = ((1 - system.rest) * system.row_scale[:, 0])[:n]
     weight = bounded_ridge(scaled.T @ scaled, scaled.T @ mass, settings, fixed)
     del scaled
     # 2. Values that restore the output, for each ridge, from the rows learned; the best on those held out.
     shares = system.shares(weight)
-    residual = target - shares @ values
-    gram, right = _normal(shares[learned], residual[learned], fixed)
-    gram_out, right_out = _normal(shares[held_out], residual[held_out], fixed)
-    before = residual[held_out].square().sum()
+    residual, parts = target - shares @ values, (slice(0, n), slice(n, None))
+    gram, gram_out = shares[:n].T @ shares[:n], shares[n:].T @ shares[n:]
+    every, before = gram + gram_out, residual[n:].square().sum()
+    no_part = fixed[:, None] | fixed  # an entry that is fixed has no part in a system
+    right, right_out = ((shares[rows].T @ residual[rows]).masked_fill(fixed[:, None], 0.0) for rows in parts)
+    gram, whole = gram.masked_fill(no_part, 0.0), every.masked_fill(no_part, 0.0)
     errors: dict[float, float] = {}
     for ridge in settings.value_ridges:
         move = _solve(gram, right, ridge)
         errors[ridge] = float(before + (move * (gram_out @ move - 2 * right_out)).sum())
     best = min(errors, key=lambda ridge: (not math.isfinite(errors[ridge]), errors[ridge]))
-    plain = system.shares(torch.ones_like(weight))[held_out]
-    at_start = float((plain @ values - target[held_out]).square().sum())
+    plain = system.shares(torch.ones_like(weight), start=n)
+    at_start = float((plain @ values - target[n:]).square().sum())
     # 3. From all rows, unless the start was better.
-    fitted = values + _solve(gram + gram_out, right + right_out, best)
+    fitted = values + _solve(whole, right + right_out, best)
     if errors[best] < at_start and bool(fitted.isfinite().all() and weight.isfinite().all()):
-        return FittedHead(fitted, weight.log())
+        return FittedHead(fitted, weight.log(), every)
     return FittedHead(values, torch.zeros_like(weight))
 
 
@@ -160,19 +180,15 @@ def refit_errors(system: HeadSystem, fitted: FittedHead, metric: torch.Tensor) -
     Returns:
         `(kept,)`, on the scale of `output_errors`; 0 where it cannot be told.
     """
-    shares = system.shares(fitted.bias.exp())
-    gram = shares.T @ shares
-    inverse = torch.linalg.inv_ex(gram + _ridge(gram, _REFIT_RIDGE)).inverse.diagonal().clamp_min(_TINY)
+    gram = fitted.gram
+    if gram is None:
+        shares = system.shares(fitted.bias.exp())
+        gram = shares.T @ shares
+    lower = torch.linalg.cholesky_ex(gram + _ridge(gram, _REFIT_RIDGE)).L
+    inverse = torch.cholesky_inverse(lower).diagonal().clamp_min(_TINY)
     loss = ((fitted.values @ metric.mean(0)) * fitted.values).sum(-1) / inverse
     errors: torch.Tensor = (loss * system.scale.mean().square()).nan_to_num(0.0, 0.0, 0.0)
     return errors
-
-
-def _normal(x: torch.Tensor, y: torch.Tensor, fixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The system and the right side of a least squares fit in which the entries that are `fixed` have no part."""
-    gram, right = x.T @ x, x.T @ y
-    gram[fixed], gram[:, fixed], right[fixed] = 0.0, 0.0, 0.0
-    return gram, right
 
 
 def _ridge(gram: torch.Tensor, strength: float) -> torch.Tensor:
@@ -205,7 +221,8 @@ def bounded_ridge(
     for _ in range(20):
         held = torch.where(free, 0.0, weight)
         masked = torch.where(free[:, None] & free, system, 0.0) + torch.diag((~free).float())
-        found = torch.linalg.solve_ex(masked, torch.where(free, wanted - system @ held, weight)).result
+        right = torch.where(free, wanted - system @ held, weight)
+        found = torch.cholesky_solve(right[:, None], torch.linalg.cholesky_ex(masked).L)[:, 0]
         slope = system @ found - wanted
         low, high = free & (found < _LEAST), free & (found > _MOST)
         back = ~free & ~fixed & (((found <= _LEAST) & (slope < 0)) | ((found >= _MOST) & (slope > 0)))

@@ -34,7 +34,7 @@ from kv_memory.compress.reference_rows import (
 from kv_memory.config import Budget
 from kv_memory.positioned import PositionedCache
 
-__all__ = ["Match", "MatchSettings", "Matched", "match_document"]
+__all__ = ["Match", "MatchSettings", "Matched", "MatchedDocument"]
 
 _LOGITS = 1 << 22  # attention logits that are written out at once
 _STAGE_RIDGES = (1e-2, 1e-1)  # of the fits of stages, which need not be the best
@@ -56,49 +56,6 @@ class Match:
     bias: torch.Tensor
 
 
-def match_document(
-    backbone: Backbone,
-    ids: torch.Tensor,
-    cache: PositionedCache,
-    *,
-    n_kept: int,
-    forced: torch.Tensor,
-    settings: MatchSettings,
-) -> Match:
-    """Score, prune and fit the entries of one document.
-
-    Args:
-        backbone: The model.
-        ids: `(1, n)`, the document.
-        cache: Prefix and document, as they were prefilled, with room for `reference_rows`.
-        n_kept: Entries to keep, on average over layers and heads.
-        forced: Bool `(n,)`; these are kept whatever their score, and neither moved nor biased.
-        settings: See `MatchSettings`.
-    """
-    document = _Document(backbone, ids, cache, settings)
-    scores = document.scores()
-    check_finite(backbone, scores)
-    lengths, budget = torch.tensor([ids.shape[1]]), n_kept
-    fixed = forced.to(ids.device)
-    stages = [stage for stage in settings.stages if round(budget * stage) < ids.shape[1]] if settings.fit else []
-    for index, stage in enumerate((*stages, 1.0)):
-        most = max(budget, round(budget * stage))
-        chosen = choose(scores[:, None], lengths, torch.tensor([most]), budget="model", forced=forced[None])[:, 0]
-        scores = torch.full_like(scores, -1.0)
-        values, biases = [], []
-        for layer in range(backbone.num_layers):
-            rows = document.rows(layer)
-            for head in range(backbone.num_kv_heads):
-                kept = chosen[layer, head].nonzero()[:, 0]
-                if index < len(stages):
-                    scores[layer, head, kept] = document.rescore(rows, layer, head, kept, fixed[kept])
-                    continue
-                fitted = document.fit(rows, layer, head, kept, fixed[kept])
-                values.append(fitted.values)
-                biases.append(fitted.bias)
-    return Match(chosen, torch.cat(values), torch.cat(biases))
-
-
 class Matched:
     """The selector: `match` chooses and fits; as a `Selector` it only scores."""
 
@@ -115,13 +72,11 @@ class Matched:
 
     def score(self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, watched: object) -> torch.Tensor:
         """What the loss of each entry would do to the output of its layer, see `output_errors`."""
-        return _Document(backbone, ids, cache, self.settings).scores()
+        return self.document(backbone, ids, cache).scores
 
-    def match(
-        self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, *, n_kept: int, forced: torch.Tensor
-    ) -> Match:
-        """See `match_document`."""
-        return match_document(backbone, ids, cache, n_kept=n_kept, forced=forced, settings=self.settings)
+    def document(self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache) -> MatchedDocument:
+        """Ask the reference rows about a document that has been read, and score its entries."""
+        return MatchedDocument(backbone, ids, cache, self.settings)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +89,21 @@ class _Rows:
     metric: torch.Tensor  # (num_heads, head_dim, head_dim), W_g^T W_g
 
 
-class _Document:
-    """One document with its reference rows."""
+class MatchedDocument:
+    """One document with its reference rows and its scores: what `match` needs at whatever number of entries kept.
+
+    Args:
+        backbone: The model.
+        ids: `(1, n)`, the document.
+        cache: Prefix and document, as they were prefilled, with room for `reference_rows`.
+        settings: See `MatchSettings`.
+
+    Attributes:
+        scores: What the loss of each entry would do, `(num_layers, num_kv_heads, n)`, float32.
+
+    Raises:
+        ModelError: Scores are not finite.
+    """
 
     def __init__(self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, settings: MatchSettings) -> None:
         self._backbone = backbone
@@ -146,9 +114,34 @@ class _Document:
         self._group = backbone.num_heads // backbone.num_kv_heads
         self._reference = record_rows(backbone, ids, cache, part_tokens=settings.part_tokens)
         self._rows: list[_Rows] = []
+        self.scores = self._scores()
+        check_finite(backbone, self.scores)
 
-    def rows(self, layer: int) -> _Rows:
-        return self._rows[layer]
+    def match(self, *, n_kept: int, forced: torch.Tensor) -> Match:
+        """Prune in stages, and fit what is kept.
+
+        Args:
+            n_kept: Entries to keep, on average over layers and heads.
+            forced: Bool `(n,)`; these are kept whatever their score, and neither moved nor biased.
+        """
+        scores, settings, backbone = self.scores, self._settings, self._backbone
+        lengths, fixed = torch.tensor([self._n]), forced.to(scores.device)
+        stages = [stage for stage in settings.stages if round(n_kept * stage) < self._n] if settings.fit else []
+        for index, stage in enumerate((*stages, 1.0)):
+            most = torch.tensor([max(n_kept, round(n_kept * stage))])
+            chosen = choose(scores[:, None], lengths, most, budget="model", forced=forced[None])[:, 0]
+            scores = torch.full_like(scores, -1.0)
+            values, biases = [], []
+            for layer in range(backbone.num_layers):
+                for head in range(backbone.num_kv_heads):
+                    kept = chosen[layer, head].nonzero()[:, 0]
+                    if index < len(stages):
+                        scores[layer, head, kept] = self._rescore(layer, head, kept, fixed[kept])
+                        continue
+                    fitted = self._fit(layer, head, kept, fixed[kept])
+                    values.append(fitted.values)
+                    biases.append(fitted.bias)
+        return Match(chosen, torch.cat(values), torch.cat(biases))
 
     def _metric(self, layer: int) -> torch.Tensor:
         module: Any = self._backbone.layers[layer]
@@ -167,8 +160,7 @@ class _Document:
         for start in range(0, m, size):
             yield slice(start, min(start + size, m))
 
-    def scores(self) -> torch.Tensor:
-        """What the loss of each entry would do: `(num_layers, num_kv_heads, n)`, float32."""
+    def _scores(self) -> torch.Tensor:
         device = self._reference[0].query.device
         scores = torch.zeros(self._backbone.num_layers, self._backbone.num_kv_heads, self._n, device=device)
         for layer, rows in enumerate(self._reference):
@@ -201,31 +193,32 @@ class _Document:
             self._rows.append(_Rows(rows, total.unflatten(0, shape), output.unflatten(0, shape), metric))
         return scores
 
-    def fit(self, rows: _Rows, layer: int, head: int, kept: torch.Tensor, fixed: torch.Tensor) -> FittedHead:
+    def _fit(self, layer: int, head: int, kept: torch.Tensor, fixed: torch.Tensor) -> FittedHead:
         """Fit the entries `kept` of one head; those that are `fixed` stay as they are."""
         _, values = self._entries(layer, head)
         start = values[self._n_prefix + kept]
         if not len(kept) or not self._settings.fit:
             return FittedHead(start, start.new_zeros(len(kept)))
-        system = self._system(rows, layer, head, kept, self._settings.max_final_rows)
+        system = self._system(layer, head, kept, self._settings.max_final_rows)
         return joined([fit_head(part, fixed[own], self._settings) for own, part in system.parts()])
 
-    def rescore(self, rows: _Rows, layer: int, head: int, kept: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+    def _rescore(self, layer: int, head: int, kept: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
         """What the loss of each entry `kept` would do when all others are fitted again, `(kept,)`."""
         if not len(kept):
             return torch.zeros(0, device=kept.device)
-        system = self._system(rows, layer, head, kept, self._settings.max_rows)
-        metric, errors = rows.metric[head * self._group : (head + 1) * self._group], []
+        system = self._system(layer, head, kept, self._settings.max_rows)
+        metric, errors = self._rows[layer].metric[head * self._group : (head + 1) * self._group], []
         quick = replace(self._settings, value_ridges=_STAGE_RIDGES)
         for own, part in system.parts():
             errors.append(refit_errors(part, fit_head(part, fixed[own], quick), metric))
         return torch.cat(errors)
 
-    def _system(self, of_layer: _Rows, layer: int, head: int, kept: torch.Tensor, most: int) -> HeadSystem:
+    def _system(self, layer: int, head: int, kept: torch.Tensor, most: int) -> HeadSystem:
         keys, values = self._entries(layer, head)
+        of_layer = self._rows[layer]
         rows, own = of_layer.rows, slice(head * self._group, (head + 1) * self._group)
         m = rows.positions.shape[1]
-        picked = self._picked(m, most)
+        picked, n_learned = self._picked(m, most)
         thin = rows.pick(own, picked)
         total, output = of_layer.total[head].flatten()[picked], of_layer.output[head].flatten(0, 1)[picked]
 
@@ -239,12 +232,17 @@ class _Document:
             target=output - before @ values[: self._n_prefix],
             values=values[self._n_prefix + kept],
             scale=thin.scale[0],
-            # One position in four is held out, with all its heads, which look alike.
-            held_out=picked % m % _HELD_OUT == _HELD_OUT - 1,
+            n_learned=n_learned,
         )
 
-    def _picked(self, m: int, most: int) -> torch.Tensor:
-        """Which of a head's `group * m` rows are used: all, or evenly spread ones of which every position has some."""
+    def _picked(self, m: int, most: int) -> tuple[torch.Tensor, int]:
+        """Which of a head's `group * m` rows are used, and how many of them are learned from; those held out are last.
+
+        All rows, or evenly spread ones of which every position has some. One position in four is held out, with all
+        its heads, which look alike.
+        """
         rows = torch.arange(self._group * m, device=self._reference[0].query.device)
         step = -(-len(rows) // most)
-        return rows[(rows // m + rows % m) % step == 0]
+        rows = rows[(rows // m + rows % m) % step == 0]
+        held_out = rows % m % _HELD_OUT == _HELD_OUT - 1
+        return torch.cat([rows[~held_out], rows[held_out]]), int((~held_out).sum())

@@ -53,6 +53,17 @@ def compressor_for(name: str, method: str, **options: Any) -> Compressor:
 class TestEveryMethod:
     """What holds whoever chooses."""
 
+    def test_a_document_is_kept_at_every_ratio_as_if_read_again(self, name: str, method: str) -> None:
+        compressor = compressor_for(name, method)
+        document = compressor.prefill(TEXT)
+        for keep_ratio, spans in ((0.25, ()), (0.1, ()), (1.0, ()), (0.25, [(3, 9)])):
+            expected = compressor.compress(TEXT, keep_ratio=keep_ratio, keep_spans=spans)
+            made = document.keep(keep_ratio, keep_spans=spans)
+            assert made.fingerprint == expected.fingerprint and made.keep_ratio == expected.keep_ratio
+            for field in ("keys", "values", "positions", "counts", "bias"):
+                mine, theirs = getattr(made, field), getattr(expected, field)
+                assert mine is theirs is None or torch.equal(mine, theirs), field
+
     @pytest.mark.parametrize("keep_ratio", [0.01, 0.25, 0.9])
     def test_shapes_and_positions(self, name: str, method: str, keep_ratio: float) -> None:
         compressor = compressor_for(name, method)

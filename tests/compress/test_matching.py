@@ -124,7 +124,10 @@ def head(n: int = 30, kept: int = 8, m: int = 40, group: int = 3, seed: int = 0)
 
 
 def system_of(given: dict[str, torch.Tensor]) -> HeadSystem:
-    return HeadSystem(**{name: tensor for name, tensor in given.items() if name != "fixed"})
+    """Rows that are held out stand last."""
+    order = given["held_out"].to(torch.uint8).argsort(stable=True)
+    of_rows = {name: given[name][order] for name in ("weights", "rest", "target", "scale")}
+    return HeadSystem(**of_rows, values=given["values"], n_learned=int((~given["held_out"]).sum()))
 
 
 def fit(given: dict[str, torch.Tensor]) -> FittedHead:

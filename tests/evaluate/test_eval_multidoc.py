@@ -155,16 +155,21 @@ def test_what_is_measured_of_answers(roomy: Any, articles: Path) -> None:
 def test_a_passage_is_compressed_once_for_all_its_places(
     roomy: Any, articles: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[str, float]] = []
-    real = Compressor.compress
+    seen: list[tuple[str, str]] = []
 
-    def counting(self: Any, text: str, *, keep_ratio: float, **options: Any) -> Any:
-        seen.append((text, keep_ratio))
-        return real(self, text, keep_ratio=keep_ratio, **options)
+    def count(name: str) -> None:
+        real = getattr(Compressor, name)
 
-    monkeypatch.setattr(Compressor, "compress", counting)
+        def counting(self: Any, text: str, **options: Any) -> Any:
+            seen.append((name, text))
+            return real(self, text, **options)
+
+        monkeypatch.setattr(Compressor, name, counting)
+
+    count("prefill")
+    count("compress")
     result = run(roomy, articles, methods=["sink_recent"], settings={"k": (1, 2, 3), "n_documents": 1})
-    assert len(seen) == len(set(seen)) == 6  # three passages, at 1/4 and in full
+    assert len(seen) == len(set(seen)) == 6  # three passages, to be kept at 1/4 and in full
     assert len(result.records) == 6
     assert all(record.compress_s for record in result.records)
 
