@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["KEEP_RATIO", "demo", "derived_questions"]
 
 KEEP_RATIO: float | None = 1 / 8  # where none is named; None is what every new store begins with
-_ASKED = 12  # of its own questions, where no limit is named: one for each package
+_ASKED = 12  # of its own questions, where no limit is named
 _DERIVED = 6  # questions made from headings
 _HEADING = re.compile(r"^#{1,3} +(\S.*?)[ #]*$", re.MULTILINE)
 _SETTINGS = DecodeSettings(max_new_tokens=32)
@@ -73,7 +73,7 @@ def demo(
     Documents are compressed, then each question is answered both ways by the same model, over the same passages.
 
     By default it reads the first paragraphs about some Python packages installed here, and asks questions about them
-    whose answers are known, in two or three minutes. Nothing is prepared: all is made while you watch.
+    whose answers are known, in about two minutes. Nothing is prepared: all is made while you watch.
     """
     with reporting(as_json=as_json) as out, ExitStack() as stack:
         if limit is not None and limit < 1:
@@ -84,9 +84,7 @@ def demo(
         wanted = _lines(questions) if questions is not None else None
         documents = _read(docs)
         if wanted is None and docs is None:  # nothing is compressed that no question is about
-            about = {
-                asked.package.lower() for asked in known_questions(documents)[: _ASKED if limit is None else limit]
-            }
+            about = {asked.package.lower() for asked in known_questions(documents)[: limit or _ASKED]}
             documents = [document for document in documents if document.id.lower() in about] or documents
         if keep is None:
             out.stopped = "The temporary store is deleted."
@@ -144,7 +142,7 @@ def _choose(
 ) -> list[Question]:
     """The user's questions, those with known answers, typed ones, or such as can be made from headings."""
     if wanted is None and from_packages:
-        return known_questions(documents)[: _ASKED if limit is None else limit]
+        return known_questions(documents)[: limit or _ASKED]
     return [Question(text) for text in (_typed(out, documents) if wanted is None else wanted)[:limit]]
 
 

@@ -27,39 +27,39 @@ class Question:
     package: str = ""
 
 
-# One for each package, then a second one. Each is answered by what the demo reads of the package; whether a model
-# answers it rightly, from the text or from the cache, did not decide.
+# Package by package, so that the first ones ask about few of them. Each is answered by what the demo reads of the
+# package; whether a model answers it rightly, from the text or from the cache, did not decide.
 QUESTIONS = (
     Question("Which statements can Alembic emit to a database?", ("ALTER", "ALTER TABLE"), "alembic"),
+    Question("Of which library is the author of Alembic also the author?", ("SQLAlchemy",), "alembic"),
     Question("When was Beautiful Soup's support for Python 2 discontinued?", ("2020",), "beautifulsoup4"),
+    Question("What was the final release of Beautiful Soup 4 to support Python 2?", ("4.9.3",), "beautifulsoup4"),
     Question("Who is the author of bm25s?", ("Xing Han Lù", "Xing Han Lu"), "bm25s"),
+    Question("In which search service is BM25 a core component?", ("Elasticsearch",), "bm25s"),
     Question("Who is the author of diskcache?", ("Grant Jenks",), "diskcache"),
+    Question("Which web framework is diskcache compatible with?", ("Django",), "diskcache"),
     Question("With which library does Jinja support I18N?", ("Babel",), "Jinja2"),
+    Question("What can HTML templates of Jinja use to prevent XSS?", ("autoescaping", "autoescape"), "Jinja2"),
     Question("What does Mako's syntax compile into?", ("Python modules", "Python module"), "Mako"),
+    Question("Name a templating language that Mako borrows from.", ("Django", "Cheetah", "Myghty", "Genshi"), "Mako"),
     Question("What is the licence of networkx?", ("BSD", "BSD-3-Clause"), "networkx"),
     Question("Who is the author of numpy?", ("Oliphant",), "numpy"),
     Question("What does PEFT stand for?", ("Parameter-Efficient Fine-Tuning",), "peft"),
+    Question("With which library is PEFT integrated for managing different adapters?", ("Diffusers",), "peft"),
     Question("Between which operating systems does platformdirs handle the differences?", ("macOS",), "platformdirs"),
+    Question("What is the licence of platformdirs?", ("MIT",), "platformdirs"),
     Question("Which CLI application uses pypdf to interact with PDFs?", ("pdfly",), "pypdf"),
+    Question("Where should questions about pypdf be asked?", ("StackOverflow", "Stack Overflow"), "pypdf"),
     Question("Which lock does the regex module release?", ("GIL", "Global Interpreter Lock"), "regex"),
+    Question("Which Unicode encoding does PyPy store strings as?", ("UTF-8",), "regex"),
     Question("Who is the author of rich?", ("Will McGugan",), "rich"),
+    Question("Which version of Python does Rich require?", ("3.8", "3.8.0"), "rich"),
+    Question("On which site is a video introduction to Rich?", ("calmcode", "calmcode.io"), "rich"),
     Question("What kind of patterns does SQLAlchemy provide?", ("persistence",), "SQLAlchemy"),
     Question("From which language does the name tqdm derive?", ("Arabic",), "tqdm"),
-    Question("What is Typer based on?", ("type hints",), "typer"),
-    Question("Of which library is the author of Alembic also the author?", ("SQLAlchemy",), "alembic"),
-    Question("What was the final release of Beautiful Soup 4 to support Python 2?", ("4.9.3",), "beautifulsoup4"),
-    Question("In which search service is BM25 a core component?", ("Elasticsearch",), "bm25s"),
-    Question("Which web framework is diskcache compatible with?", ("Django",), "diskcache"),
-    Question("What can HTML templates of Jinja use to prevent XSS?", ("autoescaping", "autoescape"), "Jinja2"),
-    Question("Name a templating language that Mako borrows from.", ("Django", "Cheetah", "Myghty", "Genshi"), "Mako"),
-    Question("With which library is PEFT integrated for managing different adapters?", ("Diffusers",), "peft"),
-    Question("What is the licence of platformdirs?", ("MIT",), "platformdirs"),
-    Question("Where should questions about pypdf be asked?", ("StackOverflow", "Stack Overflow"), "pypdf"),
-    Question("Which Unicode encoding does PyPy store strings as?", ("UTF-8",), "regex"),
-    Question("Which version of Python does Rich require?", ("3.8", "3.8.0"), "rich"),
     Question("What is the shortcut for tqdm(range(N))?", ("trange", "trange(N)"), "tqdm"),
     Question("How large is the overhead of ProgressBar per iteration?", ("800ns", "800 ns", "800 nanoseconds"), "tqdm"),
-    Question("On which site is a video introduction to Rich?", ("calmcode", "calmcode.io"), "rich"),
+    Question("What is Typer based on?", ("type hints",), "typer"),
 )
 
 

@@ -130,12 +130,12 @@ def test_the_demo_where_only_smollm2_is_prepared(
     assert f"Note: {only_smollm2}" in err
     summary = json.loads(out)
     assert summary["settings"]["model"] == "smollm2"
-    assert summary["compressed"]["n_documents"] == len(summary["documents"]) == 2  # what is asked about
-    assert 200 < summary["compressed"]["n_tokens"] < 1000
+    assert summary["compressed"]["n_documents"] == len(summary["documents"]) == 1  # what is asked about
+    assert 100 < summary["compressed"]["n_tokens"] < 500
     factor = summary["factor"]  # an eighth of the entries, as int8
     assert 13.5 < factor < 15.8 or 27 < factor < 31.6, factor  # of bfloat16, or of float32 where that is slow
     first, second = summary["questions"]
-    assert (first["document_id"], second["document_id"]) == ("alembic", "beautifulsoup4")
+    assert (first["document_id"], second["document_id"]) == ("alembic", "alembic")
     assert first["caches"]["text"] and first["text"]["text"]
     assert (summary["n_questions"], summary["n_known"], summary["empty_text"]) == (2, 2, 0)
     assert summary["medians"]["ttft_ratio"] > 1  # a passage of 200 tokens costs more to prefill than to read

