@@ -385,11 +385,7 @@ class Compressor:
         read = read or self._read_window(ids)
         if isinstance(read.scored, MatchedDocument):
             match = read.scored.match(n_kept=n_kept, forced=forced)
-            kept = extract(self.backbone, read.cache, match.selected, offset=offset)
-            return kept._replace(
-                values=match.values.to(kept.values).view_as(kept.values),
-                bias=match.bias.to(torch.float16).view(kept.keys.shape[:-1]),
-            )
+            return extract(self.backbone, read.cache, match.selected, offset=offset, match=match)
         lengths, most = torch.tensor([n_tokens]), torch.tensor([n_kept])
         selected = choose(read.scored, lengths, most, budget=self.selector.budget, forced=forced[None])[:, 0]
         return extract(self.backbone, read.cache, selected, offset=offset)

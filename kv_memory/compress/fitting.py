@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from kv_memory.compress.match_settings import MatchSettings
 
-__all__ = ["FittedHead", "HeadSystem", "bounded_ridge", "fit_head", "joined", "output_errors", "refit_errors"]
+__all__ = ["FittedHead", "HeadSystem", "bounded_ridge", "fit_head", "output_errors", "refit_errors", "value_moves"]
 
 _LEAST, _MOST = 1e-2, 1e2  # of an entry's weight, e to its bias
 _AT_ONCE = 2048  # entries of a head that are fitted together
+_MOVED_RIDGE = 1e-2  # of values behind moved keys, in mean diagonals
 _REFIT_RIDGE = 1e-2  # of refit errors, in mean diagonals; of 1e-3 to 1e-1 the results were the same
 _TINY = 1e-12  # of a mean diagonal
 
@@ -121,11 +122,6 @@ def output_errors(
     return odds.square_().mul_(left @ right).sum((0, 1)).clamp_min(0)
 
 
-def joined(parts: Sequence[FittedHead]) -> FittedHead:
-    """Entries of one head that were fitted in parts."""
-    return FittedHead(torch.cat([part.values for part in parts]), torch.cat([part.bias for part in parts]))
-
-
 def fit_head(system: HeadSystem, fixed: torch.Tensor, settings: MatchSettings) -> FittedHead:
     """Weights and values of the entries kept in one head, so that they stand for all of the document's.
 
@@ -164,6 +160,21 @@ def fit_head(system: HeadSystem, fixed: torch.Tensor, settings: MatchSettings) -
     if errors[best] < at_start and bool(fitted.isfinite().all() and weight.isfinite().all()):
         return FittedHead(fitted, weight.log(), every)
     return FittedHead(values, torch.zeros_like(weight))
+
+
+def value_moves(shares: torch.Tensor, residual: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+    """How values move to take up a residual, by ridge regression; those that are `fixed` stay.
+
+    Args:
+        shares: X, `(rows, kept)`.
+        residual: What is to be added, `(rows, head_dim)`.
+        fixed: Bool `(kept,)`.
+
+    Returns:
+        `(kept, head_dim)`.
+    """
+    gram = (shares.T @ shares).masked_fill(fixed[:, None] | fixed, 0.0)
+    return _solve(gram, (shares.T @ residual).masked_fill(fixed[:, None], 0.0), _MOVED_RIDGE)
 
 
 def refit_errors(system: HeadSystem, fitted: FittedHead, metric: torch.Tensor) -> torch.Tensor:

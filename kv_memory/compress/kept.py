@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from kv_memory.backbone import Backbone
+from kv_memory.compress.matching import Match
 from kv_memory.compress.reading import check_finite
 from kv_memory.positioned import PositionedCache
 
@@ -25,7 +26,13 @@ class Kept(NamedTuple):
 
 
 def extract(
-    backbone: Backbone, cache: PositionedCache, selected: torch.Tensor, *, row: int = 0, offset: int = 0
+    backbone: Backbone,
+    cache: PositionedCache,
+    selected: torch.Tensor,
+    *,
+    row: int = 0,
+    offset: int = 0,
+    match: Match | None = None,
 ) -> Kept:
     """The selected entries, positions taken off their keys.
 
@@ -35,6 +42,7 @@ def extract(
         selected: Bool `(num_layers or 1, num_kv_heads or 1, n_tokens)`.
         row: Of the cache's batch.
         offset: Of the window inside the document.
+        match: What the selected entries become, where they are fitted.
     """
     n_prefix, n_tokens = len(backbone.prefix_ids), selected.shape[-1]
     mask = selected.expand(backbone.num_layers, backbone.num_kv_heads, -1)
@@ -45,17 +53,21 @@ def extract(
         for kept, tensor in zip((keys, values), cache.layer(index), strict=True):
             kept.append(tensor[row, :, n_prefix : n_prefix + n_tokens][mask[index]])  # head by head
     check_finite(backbone, *keys, *values)
+    flat_keys, flat_values, bias = torch.cat(keys), torch.cat(values), None
+    if match is not None:
+        flat_keys, flat_values, bias = match.keys, match.values.to(flat_values.dtype), match.bias.to(torch.float16)
     inside = torch.arange(n_tokens, device=mask.device).expand_as(mask)[mask]
     per_layer = counts.sum(1).tolist()
-    free = backbone.rope.take_off_flat(torch.cat(keys), inside + n_prefix, per_layer, n_positions=cache.n_positions)
-    free, flat_values = free.to(backbone.dtype), torch.cat(values)
+    free = backbone.rope.take_off_flat(flat_keys, inside + n_prefix, per_layer, n_positions=cache.n_positions)
+    free = free.to(backbone.dtype)
     positions = (inside + offset).to(torch.int32)
     if int(counts.min()) != int(counts.max()):
-        return Kept(free, flat_values, positions, counts)
+        return Kept(free, flat_values, positions, counts, bias)
     shape = (backbone.num_layers, backbone.num_kv_heads, int(counts[0, 0]))
     shared = selected.shape[0] == selected.shape[1] == 1
     rows = positions.view(shape)[0, 0] if shared else positions.view(shape)
-    return Kept(free.view(*shape, -1), flat_values.view(*shape, -1), rows, None)
+    bias = None if bias is None else bias.view(shape)
+    return Kept(free.view(*shape, -1), flat_values.view(*shape, -1), rows, None, bias)
 
 
 def join(parts: Sequence[Kept]) -> Kept:

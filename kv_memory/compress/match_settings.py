@@ -24,6 +24,9 @@ class MatchSettings:
         part_tokens: Length of the parts in which the document is repeated.
         max_rows: Queries of a head that stages are fitted to, at most; of a longer document evenly spread ones.
         max_final_rows: The same for the last fit.
+        key_steps: Steps of gradient descent that move keys, values and biases after the last fit; 0 leaves keys alone.
+        key_rate: Size of the first of these steps, in standard deviations of the head's keys and values.
+        rows_per_step: Queries of a head that a step looks at, at most; the next step at others.
     """
 
     score: Literal["output", "attention"] = "output"
@@ -34,6 +37,9 @@ class MatchSettings:
     part_tokens: int = 1024
     max_rows: int = 4096
     max_final_rows: int = 8192
+    key_steps: int = 60
+    key_rate: float = 0.02
+    rows_per_step: int = 512
 
     def __post_init__(self) -> None:
         checks = {
@@ -43,6 +49,9 @@ class MatchSettings:
             "part_tokens": (self.part_tokens >= 1, "at least 1"),
             "max_rows": (self.max_rows >= 1, "at least 1"),
             "max_final_rows": (self.max_final_rows >= 1, "at least 1"),
+            "key_steps": (self.key_steps >= 0, "at least 0"),
+            "key_rate": (0 < self.key_rate < math.inf, "above 0"),
+            "rows_per_step": (self.rows_per_step >= 1, "at least 1"),
         }
         for name, (ok, wanted) in checks.items():
             if not ok:
@@ -54,4 +63,5 @@ class MatchSettings:
         stages = ",".join(f"{stage:g}" for stage in self.stages) if self.fit else "score"
         ridges = ",".join(f"{ridge:g}" for ridge in self.value_ridges)
         sizes = f"{self.part_tokens}:{self.max_rows}:{self.max_final_rows}"
-        return f"matched:{self.score}:{stages}:{self.weight_ridge:g}:{ridges}:{sizes}"
+        moved = f":keys:{self.key_steps}:{self.key_rate:g}:{self.rows_per_step}" if self.fit and self.key_steps else ""
+        return f"matched:{self.score}:{stages}:{self.weight_ridge:g}:{ridges}:{sizes}{moved}"

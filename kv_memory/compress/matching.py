@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
 
 from kv_memory.backbone import Backbone
-from kv_memory.compress.fitting import FittedHead, HeadSystem, fit_head, joined, output_errors, refit_errors
+from kv_memory.compress.descent import MovedHead, MovingHead, alike, descend
+from kv_memory.compress.fitting import HeadSystem, fit_head, output_errors, refit_errors
 from kv_memory.compress.match_settings import MatchSettings
 from kv_memory.compress.reading import check_finite, choose
 from kv_memory.compress.reference_rows import (
@@ -47,11 +49,13 @@ class Match:
 
     Attributes:
         selected: Bool `(num_layers, num_kv_heads, n)`.
-        values: `(n_entries, head_dim)`, layer by layer and head by head, float32.
+        keys: `(n_entries, head_dim)`, layer by layer and head by head, rotated, float32.
+        values: The same shape and order.
         bias: `(n_entries,)`, float32.
     """
 
     selected: torch.Tensor
+    keys: torch.Tensor
     values: torch.Tensor
     bias: torch.Tensor
 
@@ -124,24 +128,23 @@ class MatchedDocument:
             n_kept: Entries to keep, on average over layers and heads.
             forced: Bool `(n,)`; these are kept whatever their score, and neither moved nor biased.
         """
-        scores, settings, backbone = self.scores, self._settings, self._backbone
+        scores, settings = self.scores, self._settings
         lengths, fixed = torch.tensor([self._n]), forced.to(scores.device)
         stages = [stage for stage in settings.stages if round(n_kept * stage) < self._n] if settings.fit else []
         for index, stage in enumerate((*stages, 1.0)):
             most = torch.tensor([max(n_kept, round(n_kept * stage))])
             chosen = choose(scores[:, None], lengths, most, budget="model", forced=forced[None])[:, 0]
-            scores = torch.full_like(scores, -1.0)
-            values, biases = [], []
-            for layer in range(backbone.num_layers):
-                for head in range(backbone.num_kv_heads):
+            if index < len(stages):
+                scores = torch.full_like(scores, -1.0)
+                for layer, head in self._heads():
                     kept = chosen[layer, head].nonzero()[:, 0]
-                    if index < len(stages):
-                        scores[layer, head, kept] = self._rescore(layer, head, kept, fixed[kept])
-                        continue
-                    fitted = self._fit(layer, head, kept, fixed[kept])
-                    values.append(fitted.values)
-                    biases.append(fitted.bias)
-        return Match(chosen, torch.cat(values), torch.cat(biases))
+                    scores[layer, head, kept] = self._rescore(layer, head, kept, fixed[kept])
+        found = self._fit(chosen, fixed)
+        return Match(chosen, found.keys, found.values, found.bias)
+
+    def _heads(self) -> list[tuple[int, int]]:
+        """Layer and KV head of each, layer by layer."""
+        return list(product(range(self._backbone.num_layers), range(self._backbone.num_kv_heads)))
 
     def _metric(self, layer: int) -> torch.Tensor:
         module: Any = self._backbone.layers[layer]
@@ -193,47 +196,71 @@ class MatchedDocument:
             self._rows.append(_Rows(rows, total.unflatten(0, shape), output.unflatten(0, shape), metric))
         return scores
 
-    def _fit(self, layer: int, head: int, kept: torch.Tensor, fixed: torch.Tensor) -> FittedHead:
-        """Fit the entries `kept` of one head; those that are `fixed` stay as they are."""
-        _, values = self._entries(layer, head)
-        start = values[self._n_prefix + kept]
+    def _fit(self, chosen: torch.Tensor, fixed: torch.Tensor) -> MovedHead:
+        """Fit the entries chosen `(num_layers, num_kv_heads, n)`; those that are `fixed` `(n,)` stay as they are."""
+        heads, settings = self._heads(), self._settings
+        kept = [chosen[layer, head].nonzero()[:, 0] for layer, head in heads]
+        found: dict[int, MovedHead] = {}
+        for group in alike([len(one) for one in kept], settings.rows_per_step):
+            moving = [self._moving(*heads[i], kept[i], fixed[kept[i]]) for i in group]
+            flat = [part for parts in moving for part in parts]
+            moved = iter(descend(flat, settings) if settings.fit and flat else [])
+            for i, parts in zip(group, moving, strict=True):
+                if settings.fit and parts:
+                    found[i] = MovedHead.joined([next(moved) for _ in parts])
+                else:
+                    keys, values = (tensor[self._n_prefix + kept[i]] for tensor in self._entries(*heads[i]))
+                    found[i] = MovedHead(keys, values, values.new_zeros(len(keys)))
+        return MovedHead.joined([found[i] for i in range(len(heads))])
+
+    def _moving(self, layer: int, head: int, kept: torch.Tensor, fixed: torch.Tensor) -> list[MovingHead]:
+        """The entries `kept` of one head, fitted; of a head that keeps many, in parts."""
         if not len(kept) or not self._settings.fit:
-            return FittedHead(start, start.new_zeros(len(kept)))
-        system = self._system(layer, head, kept, self._settings.max_final_rows)
-        return joined([fit_head(part, fixed[own], self._settings) for own, part in system.parts()])
+            return []
+        system, rows, total = self._system(layer, head, kept, self._settings.max_final_rows)
+        where = kept + self._n_prefix
+        keys, _ = self._entries(layer, head)
+        return [
+            MovingHead(
+                rows, total, part, where[own], keys[where[own]], fit_head(part, fixed[own], self._settings), fixed[own]
+            )
+            for own, part in system.parts()
+        ]
 
     def _rescore(self, layer: int, head: int, kept: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
         """What the loss of each entry `kept` would do when all others are fitted again, `(kept,)`."""
         if not len(kept):
             return torch.zeros(0, device=kept.device)
-        system = self._system(layer, head, kept, self._settings.max_rows)
+        system, _, _ = self._system(layer, head, kept, self._settings.max_rows)
         metric, errors = self._rows[layer].metric[head * self._group : (head + 1) * self._group], []
         quick = replace(self._settings, value_ridges=_STAGE_RIDGES)
         for own, part in system.parts():
             errors.append(refit_errors(part, fit_head(part, fixed[own], quick), metric))
         return torch.cat(errors)
 
-    def _system(self, layer: int, head: int, kept: torch.Tensor, most: int) -> HeadSystem:
+    def _system(
+        self, layer: int, head: int, kept: torch.Tensor, most: int
+    ) -> tuple[HeadSystem, ReferenceRows, torch.Tensor]:
+        """The system of some entries, in at most so many rows; those rows, and their logsumexp over all they see."""
         keys, values = self._entries(layer, head)
         of_layer = self._rows[layer]
-        rows, own = of_layer.rows, slice(head * self._group, (head + 1) * self._group)
-        m = rows.positions.shape[1]
-        picked, n_learned = self._picked(m, most)
-        thin = rows.pick(own, picked)
+        picked, n_learned = self._picked(of_layer.rows.positions.shape[1], most)
+        rows = of_layer.rows.pick(slice(head * self._group, (head + 1) * self._group), picked)
         total, output = of_layer.total[head].flatten()[picked], of_layer.output[head].flatten(0, 1)[picked]
 
         def weights(where: torch.Tensor) -> torch.Tensor:
-            return (thin.logits(keys[where], where, slice(0, 1), slice(None))[0] - total[:, None]).exp()
+            return (rows.logits(keys[where], where, slice(0, 1), slice(None))[0] - total[:, None]).exp()
 
         before = weights(torch.arange(self._n_prefix, device=keys.device))
-        return HeadSystem(
+        system = HeadSystem(
             weights=weights(kept + self._n_prefix),
-            rest=before.sum(-1) + (thin.own[0] - total).exp(),
+            rest=before.sum(-1) + (rows.own[0] - total).exp(),
             target=output - before @ values[: self._n_prefix],
-            values=values[self._n_prefix + kept],
-            scale=thin.scale[0],
+            values=values[kept + self._n_prefix],
+            scale=rows.scale[0],
             n_learned=n_learned,
         )
+        return system, rows, total
 
     def _picked(self, m: int, most: int) -> tuple[torch.Tensor, int]:
         """Which of a head's `group * m` rows are used, and how many of them are learned from; those held out are last.

@@ -77,19 +77,19 @@ class ReferenceRows:
         """Attention logits towards document keys.
 
         Args:
-            keys: `(n, head_dim)`, float32, rotated, of one KV head.
-            where: `(n,)`, their positions.
+            keys: `(n, head_dim)`, float32, rotated, of one KV head; or `(query heads, n, head_dim)`.
+            where: `(n,)`, their positions; or `(query heads, n)`.
             heads: The query heads that share it.
             rows: Which queries.
 
         Returns:
             `(query heads, rows, n)`, float32; -inf where a sliding window hides the key.
         """
-        logits = self.query[heads, rows].float() @ keys.T * self.scaling
+        logits = (self.query[heads, rows].float() * self.scaling) @ keys.mT
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         if self.window is not None:
-            logits.masked_fill_(where <= self.positions[heads, rows, None] - self.window, -torch.inf)
+            logits.masked_fill_(where[..., None, :] <= self.positions[heads, rows, None] - self.window, -torch.inf)
         return logits
 
 
