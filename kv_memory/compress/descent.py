@@ -21,7 +21,7 @@ __all__ = ["MovedHead", "MovingHead", "alike", "descend"]
 
 _BETAS = (0.9, 0.95)
 _WEIGHTS = 1 << 19  # of all heads that are moved together, in one step
-_UNEVEN = 1.3  # by how much the largest of them may exceed the smallest
+_UNEVEN = 1.5  # by how much the largest of them may exceed the smallest
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,7 @@ def alike(sizes: Sequence[int], rows_per_step: int) -> Iterator[list[int]]:
     group: list[int] = []
     for index in sorted(range(len(sizes)), key=lambda i: (sizes[i], i)):
         too_large = (len(group) + 1) * sizes[index] * rows_per_step > _WEIGHTS
-        if group and (too_large or sizes[index] > _UNEVEN * max(4, sizes[group[0]])):
+        if group and (too_large or sizes[index] > _UNEVEN * max(8, sizes[group[0]])):
             yield group
             group = []
         group.append(index)
@@ -121,14 +121,13 @@ def descend(heads: Sequence[MovingHead], settings: MatchSettings) -> list[MovedH
 
     with torch.enable_grad():
         moves = [torch.zeros_like(part, requires_grad=True) for part in begin]
-        adam = torch.optim.Adam(moves, lr=settings.key_rate, betas=_BETAS)
-        decay = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 1 / settings.key_steps, settings.key_steps)
+        adam = torch.optim.Adam(moves, betas=_BETAS, fused=True)
         n_parts = -(-n // settings.rows_per_step)
         for step in range(settings.key_steps):
+            adam.param_groups[0]["lr"] = settings.key_rate * (1 - step / settings.key_steps)
             adam.zero_grad()
             error(moves, slice(step % n_parts, n, n_parts)).sum().backward()
             adam.step()
-            decay.step()
     moved = [b + move.detach() * mask for b, move, mask in zip(begin, moves, masks, strict=True)]
     found = []
     for index, (head, start) in enumerate(zip(heads, starts, strict=True)):

@@ -90,7 +90,7 @@ def by_hand(seed: int, fixed: tuple[int, ...]) -> MovedHead:
         pull = 2 * (output - target[rows]) * scale[rows] ** 2 / (size * output.numel())
         of_logits = shares * (pull @ v.T - (pull * output).sum(1, keepdim=True))
         slopes = [of_logits.T @ query[rows], shares.T @ pull, of_logits.sum(0)]
-        rate = SETTINGS.key_rate * (1 + step * (1 / SETTINGS.key_steps - 1) / SETTINGS.key_steps)
+        rate = SETTINGS.key_rate * (1 - step / SETTINGS.key_steps)
         for i, slope in enumerate(slopes):
             slope = slope * units[i] * (free[:, None] if slope.ndim == 2 else free)
             mean[i] = 0.9 * mean[i] + 0.1 * slope
@@ -157,7 +157,7 @@ def test_groups_are_of_like_size_and_hold_every_head() -> None:
     sizes = [0, 50, 3, 52, 400, 3, 70, 8, 51]
     groups = list(alike(sizes, 1024))
     assert sorted(index for group in groups for index in group) == list(range(len(sizes)))
-    assert [1, 8, 3] in groups and [4] in groups
+    assert [1, 8, 3, 6] in groups and [4] in groups
     assert all(len(group) * max(sizes[i] for i in group) * 1024 <= 1 << 19 or len(group) == 1 for group in groups)
     assert list(alike([], 1024)) == []
 
