@@ -1,11 +1,12 @@
 """Matched: keep what the layers' outputs need, and fit what is kept.
 
-Three steps, without training. Entries are *scored* by what their loss would do to the output of their layer (an entry
+Four steps, without training. Entries are *scored* by what their loss would do to the output of their layer (an entry
 whose value is close to what its head puts out anyway can go, however much attention it gets). They are pruned in
 *stages*, because what one entry is worth depends on which others are left. What is kept is *fitted* in closed form so
 that it stands for what was dropped: each entry gets a bias, for the attention of the dropped ones, and another value.
+At last keys, values and biases are moved by some steps of gradient descent (`descent`).
 The fit follows Attention Matching (arXiv 2602.16284), but that residuals are relative to the whole softmax, that ridges
-pull to the original values and to no bias, and that their strength is chosen on rows held out.
+pull to the original values and to no bias, that their strength is chosen on rows held out, and that keys move too.
 
 For a query i of query head g, P[i, j] is its attention to entry j with the full cache (prefix and its own row in the
 denominator), o[i] what prefix and document put out together, W_g the head's part of the output projection, M[g] is

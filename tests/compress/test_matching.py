@@ -24,7 +24,7 @@ from tests.reference import LAYER_TYPED, letters, plain_model, shared_backbone
 
 EVERY = pytest.mark.parametrize("name", list(ARCHITECTURES))
 N = 40
-SETTINGS = MatchSettings(part_tokens=24)
+SETTINGS = MatchSettings(part_tokens=24, key_steps=6)
 
 
 @functools.cache
