@@ -35,7 +35,7 @@ KEEP_RATIO: float | None = 1 / 8  # where none is named; None is what every new 
 _ASKED = 12  # of its own questions, where no limit is named
 _DERIVED = 6  # questions made from headings
 _HEADING = re.compile(r"^#{1,3} +(\S.*?)[ #]*$", re.MULTILINE)
-_SETTINGS = DecodeSettings(max_new_tokens=32)
+_SETTINGS = DecodeSettings(max_new_tokens=24)
 
 
 def demo(

@@ -1,7 +1,8 @@
 """Keys, biases and values of entries, moved by gradient descent on the reference rows.
 
 The fit in closed form (`fitting`) leaves the keys where they are. Here all three move, which brings what the entries
-put out nearer to what the whole document did. It takes no pass of the model: rows and targets are those of the fit.
+put out nearer to what the whole document did (KVSculpt, arXiv 2603.27819, does so from all rows, with L-BFGS). It takes
+no pass of the model: rows and targets are those of the fit.
 Each step looks at a part of the rows, another one each time: all of them at every step cost more and did no better,
 and to see fewer of them in all did worse. Heads of like size are moved together, because the arrays of one are small.
 """

@@ -5,8 +5,10 @@ whose value is close to what its head puts out anyway can go, however much atten
 *stages*, because what one entry is worth depends on which others are left. What is kept is *fitted* in closed form so
 that it stands for what was dropped: each entry gets a bias, for the attention of the dropped ones, and another value.
 At last keys, values and biases are moved by some steps of gradient descent (`descent`).
-The fit follows Attention Matching (arXiv 2602.16284), but that residuals are relative to the whole softmax, that ridges
-pull to the original values and to no bias, that their strength is chosen on rows held out, and that keys move too.
+
+The score of the first choice is DropKV's (openreview MqfNzH3TVH), behind the output projection and over the norm of the
+layer's input. The fit follows Attention Matching (arXiv 2602.16284), but that residuals are relative to the whole
+softmax, that ridges pull to the original values and to no bias, and that their strength is chosen on rows held out.
 
 For a query i of query head g, P[i, j] is its attention to entry j with the full cache (prefix and its own row in the
 denominator), o[i] what prefix and document put out together, W_g the head's part of the output projection, M[g] is
