@@ -62,7 +62,7 @@ def test_own_documents_and_questions(kv: Callable[..., Ran], tiny: Path, docs: P
     # The kept store is used again, and an answer is what `ask` gives.
     again = kv(*run, "--json").json["compressed"]
     assert again["tokens_per_s"] is None and again["cache_bytes"] == compressed["cache_bytes"]
-    ask = ["ask", ferry["question"], "--store", tmp_path / "kept", "--collection", "demo", "--max-new-tokens", 32]
+    ask = ["ask", ferry["question"], "--store", tmp_path / "kept", "--collection", "demo", "--max-new-tokens", 24]
     assert kv(*ask, "--top-k", 1, "--json").json["text"] == ferry["caches"]["text"]
 
 
