@@ -244,7 +244,7 @@ class MatchedDocument:
     def _system(
         self, layer: int, head: int, kept: torch.Tensor, most: int
     ) -> tuple[HeadSystem, ReferenceRows, torch.Tensor]:
-        """The system of the entries `kept`, in at most `most` rows; the rows themselves; their logsumexp over all keys."""
+        """The system of the entries `kept`, in at most `most` rows; these rows; their logsumexp over all keys."""
         keys, values = self._entries(layer, head)
         of_layer = self._rows[layer]
         picked, n_learned = self._picked(of_layer.rows.positions.shape[1], most)
