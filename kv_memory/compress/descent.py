@@ -62,12 +62,19 @@ class MovedHead:
         return MovedHead(*(torch.cat([getattr(part, name) for part in parts]) for name in ("keys", "values", "bias")))
 
 
-def alike(sizes: Sequence[int], rows_per_step: int) -> Iterator[list[int]]:
-    """Indices of heads that are moved together, by how many entries each keeps: of like size, and not too many."""
+def alike(sizes: Sequence[int], kinds: Sequence[object], rows_per_step: int) -> Iterator[list[int]]:
+    """Indices of heads that are moved together: of one kind and of like size, and not too many.
+
+    Args:
+        sizes: How many entries each keeps.
+        kinds: See `ReferenceRows.kind`.
+        rows_per_step: See `MatchSettings`.
+    """
     group: list[int] = []
-    for index in sorted(range(len(sizes)), key=lambda i: (sizes[i], i)):
+    for index in sorted(range(len(sizes)), key=lambda i: (repr(kinds[i]), sizes[i], i)):
         too_large = (len(group) + 1) * sizes[index] * rows_per_step > _WEIGHTS
-        if group and (too_large or sizes[index] > _UNEVEN * max(8, sizes[group[0]])):
+        uneven = bool(group) and sizes[index] > _UNEVEN * max(8, sizes[group[0]])
+        if group and (too_large or uneven or kinds[index] != kinds[group[0]]):
             yield group
             group = []
         group.append(index)
@@ -79,7 +86,7 @@ def descend(heads: Sequence[MovingHead], settings: MatchSettings) -> list[MovedH
     """Move the entries of several heads, each as if it were alone.
 
     Args:
-        heads: With as many rows each.
+        heads: With as many rows each, of one kind.
         settings: For the number of steps and their size.
 
     Returns:

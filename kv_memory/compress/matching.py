@@ -204,7 +204,8 @@ class MatchedDocument:
         heads, settings = self._heads(), self._settings
         kept = [chosen[layer, head].nonzero()[:, 0] for layer, head in heads]
         found: dict[int, MovedHead] = {}
-        for group in alike([len(one) for one in kept], settings.rows_per_step):
+        kinds = [self._rows[layer].rows.kind for layer, _ in heads]
+        for group in alike([len(one) for one in kept], kinds, settings.rows_per_step):
             moving = [self._moving(*heads[i], kept[i], fixed[kept[i]]) for i in group]
             flat = [part for parts in moving for part in parts]
             moved = iter(descend(flat, settings) if settings.fit and flat else [])

@@ -63,6 +63,11 @@ class ReferenceRows:
     softcap: float | None
     window: int | None
 
+    @property
+    def kind(self) -> tuple[float, float | None, int | None]:
+        """What rows must have in common to be handled as those of one layer: layers may differ in their windows."""
+        return self.scaling, self.softcap, self.window
+
     def pick(self, heads: slice, rows: torch.Tensor) -> ReferenceRows:
         """Some rows of some heads, counted head by head: as rows of one head."""
         return replace(

@@ -155,11 +155,12 @@ def test_heads_moved_together_are_as_if_alone() -> None:
 
 def test_groups_are_of_like_size_and_hold_every_head() -> None:
     sizes = [0, 50, 3, 52, 400, 3, 70, 8, 51]
-    groups = list(alike(sizes, 1024))
+    groups = list(alike(sizes, [None] * 9, 1024))
     assert sorted(index for group in groups for index in group) == list(range(len(sizes)))
     assert [1, 8, 3, 6] in groups and [4] in groups
     assert all(len(group) * max(sizes[i] for i in group) * 1024 <= 1 << 19 or len(group) == 1 for group in groups)
-    assert list(alike([], 1024)) == []
+    assert list(alike([], [], 1024)) == []
+    assert sorted(alike([5, 5, 5, 5], [None, 24, None, 24], 1024)) == [[0, 2], [1, 3]]
 
 
 @pytest.mark.parametrize("broken", ["values", "target", "scale"])
@@ -186,3 +187,14 @@ def test_keys_of_a_document_move_and_stay_where_they_are_without_steps(name: str
     original = plain.keys.gather(2, at[..., None].expand_as(keys))
     torch.testing.assert_close(keys[positions >= 0], original[positions >= 0])
     assert not torch.allclose(still.keys, moved.keys, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen2_window"])  # some layers have a window of 24 tokens
+def test_heads_of_a_document_are_moved_as_if_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    selector = Matched(MatchSettings(part_tokens=32, key_steps=20))
+    document = Compressor(shared_backbone(name), selector=selector).prefill(letters(60))
+    together = document.keep(0.3)
+    monkeypatch.setattr("kv_memory.compress.descent._WEIGHTS", 1)
+    alone = document.keep(0.3)
+    torch.testing.assert_close(together.keys, alone.keys, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(together.values, alone.values, rtol=1e-3, atol=1e-3)
