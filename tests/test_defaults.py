@@ -158,9 +158,12 @@ def test_a_store_of_the_old_default_goes_on_with_smollm2(old_store: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.skipif(not BUILT_IN["qwen-0.5b"].is_prepared, reason="qwen-0.5b is not prepared (`make setup`)")
-def test_a_new_store_has_qwen_and_answers_in_a_few_words(tmp_path: Path) -> None:
+def test_qwen_answers_in_a_few_words_from_a_store(tmp_path: Path) -> None:
     with KVMemory.open(tmp_path / "store", dtype="float32", device="cpu", keep_ratio=0.5) as memory:
         assert (memory.settings.model, memory.backbone.prompt.name) == ("qwen-0.5b", "brief")
+        memory.add([("ferry", FERRY), ("lamp", "The lamp burned whale oil until 1921.")])
+        assert "Agnes Holm" in memory.ask(QUESTION, settings=DecodeSettings(max_new_tokens=16)).text
+        assert memory.store.settings()["model"] == "qwen-0.5b"
         with pytest.raises(AdapterMismatchError, match="made for smollm2") as caught:
             Adapter.load(adapter_folder("shipped"), memory.backbone)
     assert caught.value.next_step is not None and caught.value.next_step.startswith("Load smollm2")

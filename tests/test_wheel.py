@@ -193,3 +193,13 @@ def test_the_demo_says_nothing_but_our_words(clean: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert "Distilled" in done.stdout
     assert [line for line in done.stderr.splitlines() if not re.fullmatch(PROGRESS, line)] == []
+
+
+@pytest.mark.slow
+@needs_model
+def test_the_example_of_the_readme_says_nothing_but_its_answers(clean: Path, tmp_path: Path, only_smollm2: str) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "example.py").write_text(readme.split("```python\n")[1].split("```")[0])
+    done = run(clean / "python", "example.py", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, only_smollm2)
+    assert "Ida Brandt" in done.stdout

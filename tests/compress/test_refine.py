@@ -123,7 +123,7 @@ class TestEveryArchitecture:
         assert found.fingerprint.format_version == 2
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3_window"])
 def test_a_matched_cache_is_a_start_and_its_biases_are_moved(name: str) -> None:
     start, found = refined(name, "matched")
     assert start.bias is not None and found.bias is not None and found.bias.shape == start.bias.shape
@@ -133,7 +133,7 @@ def test_a_matched_cache_is_a_start_and_its_biases_are_moved(name: str) -> None:
     assert found.fidelity < held_out_kl(name, start)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "phi3_longrope"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3_longrope"])
 def test_a_start_whose_heads_keep_different_numbers(name: str) -> None:
     start, found = refined(name, "reconstruction")
     assert start.counts is not None and found.counts is not None and torch.equal(found.counts, start.counts)
@@ -240,7 +240,7 @@ def test_min_fidelity_goes_on_until_the_limit_or_until_it_is_met(monkeypatch: py
 # -- many documents, long documents ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3_longrope"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "phi3_longrope"])
 def test_documents_in_a_batch_are_as_if_alone(name: str) -> None:
     backbone = shared(name)
     texts = [LONG, letters(86, seed=4), letters(100, seed=5)]
