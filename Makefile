@@ -84,8 +84,8 @@ $(READY): pyproject.toml requirements.lock Makefile | venv
 	@echo "[2/4] Installing kv-memory and the packages of requirements.lock (a few minutes the first time)"
 	@# Constraints, not a list: a CPU build of torch needs no CUDA packages, though the lock names their versions too.
 	@# setuptools first, so that nothing is built with a release that the lock does not name.
-	@$(PIP) install -c requirements.lock setuptools && \
-	    $(PIP) install -c requirements.lock --no-build-isolation -e '.[dev,embedded]' || { $(EXPLAIN); }
+	@$(PIP) install --no-compile -c requirements.lock setuptools && \
+	    $(PIP) install --no-compile -c requirements.lock --no-build-isolation -e '.[dev,embedded]' || { $(EXPLAIN); }
 	@strays=$$($(BIN)/python -m tests.lock); [ -z "$$strays" ] || $(PIP) uninstall -y $$strays
 	@$(call PREPARE,[3/4] )
 	@echo "[4/4] Ready: $(BIN)/kv-memory --help"

@@ -51,8 +51,8 @@ def evaluate_task(
             "--method",
             metavar="NAME",
             help="full, none, random, sink_recent, attention, reconstruction, matched_score, matched_fit, "
-            "matched_one_stage, matched_fixed_keys, matched, adapter_selection, adapter, "
-            "combined or refined; repeatable.  [default: all that can be run]",
+            "matched_one_stage, matched_fixed_keys, matched_even_layers, matched, adapter_selection, "
+            "adapter, combined or refined; repeatable.  [default: all that can be run]",
         ),
     ] = None,
     keep_ratio: Annotated[

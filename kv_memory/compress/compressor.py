@@ -72,7 +72,9 @@ class Compressor:
         self._together: Matched | None = None  # has a say beside the adapter
         if selector == "combined":
             check_combinable(adapter)
-            self._together = Matched(MatchSettings(part_tokens=min(1024, backbone.context_window // 4), fit=False))
+            # The adapter's scorer knows what layers count.
+            part_tokens = min(1024, backbone.context_window // 4)
+            self._together = Matched(MatchSettings(part_tokens=part_tokens, depth_weight=0.0, fit=False))
             self.selector: Selector = self._together
         elif isinstance(selector, str):
             self.selector = make_selector(selector, context_window=backbone.context_window)

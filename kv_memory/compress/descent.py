@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kv_memory.compress.fitting import FittedHead, HeadSystem, value_moves
+from kv_memory.compress.fitting import FittedHeads, HeadSystem, value_moves
 from kv_memory.compress.match_settings import MatchSettings
 from kv_memory.compress.reference_rows import ReferenceRows
 
-__all__ = ["MovedHead", "MovingHead", "alike", "descend"]
+__all__ = ["MovedHeads", "MovingHeads", "alike", "descend"]
 
 _BETAS = (0.9, 0.95)
 _WEIGHTS = 1 << 19  # of all heads that are moved together, in one step
@@ -26,17 +26,17 @@ _UNEVEN = 1.5  # by how much the largest of them may exceed the smallest
 
 
 @dataclass(frozen=True, eq=False)
-class MovingHead:
-    """A head, and where its entries begin.
+class MovingHeads:
+    """Heads of one kind, and where their entries begin.
 
     Attributes:
-        rows: Its rows, as those of one head.
-        total: Logsumexp of each row over all that it sees, `(rows,)`.
+        rows: Their rows, as of one query head each.
+        total: Logsumexp of each row over all that it sees, `(heads, rows)`.
         system: The same rows, and what the entries are to put out.
-        where: Positions of the entries, `(kept,)`.
-        keys: Of the entries, `(kept, head_dim)`, rotated.
+        where: Positions of the entries, `(heads, kept)`.
+        keys: Of the entries, `(heads, kept, head_dim)`, rotated.
         fitted: Their values and biases.
-        fixed: Bool `(kept,)`; these do not move.
+        fixed: Bool `(heads, kept)`; these do not move.
     """
 
     rows: ReferenceRows
@@ -44,26 +44,30 @@ class MovingHead:
     system: HeadSystem
     where: torch.Tensor
     keys: torch.Tensor
-    fitted: FittedHead
+    fitted: FittedHeads
     fixed: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class MovedHead:
-    """Entries of one head: `keys` `(kept, head_dim)`, rotated; `values` `(kept, head_dim)`; `bias` `(kept,)`."""
+class MovedHeads:
+    """Entries: `keys` `(..., kept, head_dim)`, rotated; `values` `(..., kept, head_dim)`; `bias` `(..., kept)`."""
 
     keys: torch.Tensor
     values: torch.Tensor
     bias: torch.Tensor
 
+    def of(self, head: int, real: torch.Tensor) -> MovedHeads:
+        """The entries of one of several heads, without its padding; `real` is a bool `(kept,)`."""
+        return MovedHeads(self.keys[head, real], self.values[head, real], self.bias[head, real])
+
     @staticmethod
-    def joined(parts: Sequence[MovedHead]) -> MovedHead:
+    def joined(parts: Sequence[MovedHeads]) -> MovedHeads:
         """Entries of several heads, or of parts of one, behind each other."""
-        return MovedHead(*(torch.cat([getattr(part, name) for part in parts]) for name in ("keys", "values", "bias")))
+        return MovedHeads(*(torch.cat([getattr(part, name) for part in parts]) for name in ("keys", "values", "bias")))
 
 
 def alike(sizes: Sequence[int], kinds: Sequence[object], rows_per_step: int) -> Iterator[list[int]]:
-    """Indices of heads that are moved together: of one kind and of like size, and not too many.
+    """Indices of heads that are fitted and moved together: of one kind and of like size, and not too many.
 
     Args:
         sizes: How many entries each keeps.
@@ -82,49 +86,31 @@ def alike(sizes: Sequence[int], kinds: Sequence[object], rows_per_step: int) -> 
         yield group
 
 
-def descend(heads: Sequence[MovingHead], settings: MatchSettings) -> list[MovedHead]:
+def descend(heads: MovingHeads, settings: MatchSettings) -> MovedHeads:
     """Move the entries of several heads, each as if it were alone.
 
-    Args:
-        heads: With as many rows each, of one kind.
-        settings: For the number of steps and their size.
-
     Returns:
-        For each head its start, where the rows held out are not closer to their targets afterwards.
+        Of a head its start, where the rows held out are not closer to their targets afterwards.
     """
-    starts = [MovedHead(head.keys, head.fitted.values, head.fitted.bias) for head in heads]
-    n = heads[0].system.n_learned
+    system, rows, n = heads.system, heads.rows, heads.system.n_learned
+    start = MovedHeads(heads.keys, heads.fitted.values, heads.fitted.bias)
     if n == 0 or settings.key_steps == 0:
-        return starts
-    width = max(len(head.keys) for head in heads)
-    rows = replace(
-        heads[0].rows,
-        query=torch.cat([head.rows.query for head in heads]),  # (heads, rows, head_dim)
-        positions=torch.cat([head.rows.positions for head in heads]),
-    )
-    total, rest, scale, target = (
-        torch.stack(parts)
-        for parts in zip(
-            *((h.total, h.system.rest, h.system.row_scale, h.system.target * h.system.row_scale) for h in heads),
-            strict=True,
-        )
-    )
-    where, free = (_padded(parts, width, 0) for parts in ([h.where for h in heads], [~h.fixed for h in heads]))
-    begin = [_padded([getattr(start, name) for start in starts], width, 0.0) for name in ("keys", "values")]
-    begin.append(_padded([start.bias for start in starts], width, -torch.inf))  # what is padded gets no attention
-    units = [
-        torch.stack([_size(getattr(start, name)) for start in starts])[:, None, None] for name in ("keys", "values")
-    ]
-    masks = [unit * free[..., None] for unit in units] + [free.to(total.dtype)]
+        return start
+    scale, free = system.row_scale, system.real & ~heads.fixed
+    target = system.target * scale
+    bias = start.bias.masked_fill(~system.real, -torch.inf)  # what is padded gets no attention
+    begin = [start.keys, start.values, bias]
+    units = [_size(part, system.real)[:, None, None] for part in (start.keys, start.values)]
+    masks = [unit * free[..., None] for unit in units] + [free.to(scale.dtype)]
     sizes = target[:, :n].square().mean((1, 2), keepdim=True).clamp_min(1e-12)
 
     def error(moves: Sequence[torch.Tensor], some: slice) -> torch.Tensor:
         keys, values, bias = (b + move * mask for b, move, mask in zip(begin, moves, masks, strict=True))
-        weights = rows.logits(keys, where, slice(None), some)  # (heads, rows, width)
-        weights = weights.sub_(total[:, some, None]).add_(bias[:, None]).exp_()
+        weights = rows.logits(keys, heads.where, slice(None), some)  # (heads, rows, kept)
+        weights = weights.sub_(heads.total[:, some, None]).add_(bias[:, None]).exp_()
         # Their sum is a column more of the product, and the product is divided, not they: they are what is large.
         output = weights @ torch.cat([values, torch.ones_like(values[..., :1])], -1)
-        output = output[..., :-1] / (rest[:, some, None] + output[..., -1:]).clamp_min(1e-6)
+        output = output[..., :-1] / (system.rest[:, some, None] + output[..., -1:]).clamp_min(1e-6)
         return ((output * scale[:, some] - target[:, some]).square() / sizes).mean((1, 2))
 
     with torch.enable_grad():
@@ -136,41 +122,39 @@ def descend(heads: Sequence[MovingHead], settings: MatchSettings) -> list[MovedH
             adam.zero_grad()
             error(moves, slice(step % n_parts, n, n_parts)).sum().backward()
             adam.step()
-    moved = [b + move.detach() * mask for b, move, mask in zip(begin, moves, masks, strict=True)]
-    found = []
-    for index, (head, start) in enumerate(zip(heads, starts, strict=True)):
-        found.append(_judged(head, start, MovedHead(*(part[index, : len(head.keys)] for part in moved))))
-    return found
+    moved = MovedHeads(*(b + move.detach() * mask for b, move, mask in zip(begin, moves, masks, strict=True)))
+    return _judged(heads, replace(start, bias=bias), moved)
 
 
-def _judged(head: MovingHead, start: MovedHead, moved: MovedHead) -> MovedHead:
+def _judged(heads: MovingHeads, start: MovedHeads, moved: MovedHeads) -> MovedHeads:
     """With the best values for its keys and biases, from all rows, as those of the fit are; the start if no better."""
-    system, held_out = head.system, slice(head.system.n_learned, None)
+    system, held_out = heads.system, slice(heads.system.n_learned, None)
     target = system.target * system.row_scale
 
-    def shares(one: MovedHead) -> torch.Tensor:
-        logits = head.rows.logits(one.keys, head.where, slice(0, 1), slice(None))[0] - head.total[:, None]
-        weights = (logits + one.bias).exp()
-        return weights * (system.row_scale / (system.rest[:, None] + weights.sum(1, keepdim=True)).clamp_min(1e-6))
+    def shares(one: MovedHeads, some: slice) -> torch.Tensor:
+        logits = heads.rows.logits(one.keys, heads.where, slice(None), some) - heads.total[:, some, None]
+        weights = logits.add_(one.bias[:, None]).exp_()
+        total = (system.rest[:, some, None] + weights.sum(2, keepdim=True)).clamp_min(1e-6)
+        return weights.mul_(system.row_scale[:, some] / total)
 
-    def error(of: torch.Tensor, values: torch.Tensor) -> float:
-        return float((of[held_out] @ values - target[held_out]).square().sum())
+    def error(of: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return (of @ values - target[:, held_out]).square().sum((1, 2))
 
-    every = shares(moved)
-    values = moved.values + value_moves(every, target - every @ moved.values, head.fixed)
-    moved = replace(moved, values=values)
-    closer = error(every, values) < error(shares(start), start.values)  # False where either is no number
-    finite = all(bool(part.isfinite().all()) for part in (moved.keys, values, moved.bias))
-    return moved if closer and finite else start
-
-
-def _padded(parts: Sequence[torch.Tensor], width: int, fill: float) -> torch.Tensor:
-    """Tensors of `(kept, ...)` as one of `(heads, width, ...)`."""
-    padded = parts[0].new_full((len(parts), width, *parts[0].shape[1:]), fill)
-    for row, part in zip(padded, parts, strict=True):
-        row[: len(part)] = part
-    return padded
+    every, fixed = shares(moved, slice(None)), heads.fixed | ~system.real
+    values = moved.values + value_moves(every, target - every @ moved.values, fixed, system.n_real)
+    closer = error(every[:, held_out], values) < error(shares(start, held_out), start.values)  # False if no number
+    for part in (moved.keys, values, moved.bias.masked_fill(~system.real, 0.0)):
+        closer &= part.isfinite().flatten(1).all(1)
+    return MovedHeads(
+        torch.where(closer[:, None, None], moved.keys, start.keys),
+        torch.where(closer[:, None, None], values, start.values),
+        torch.where(closer[:, None], moved.bias, start.bias),
+    )
 
 
-def _size(part: torch.Tensor) -> torch.Tensor:
-    return part.std().clamp_min(1e-6)
+def _size(part: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """The standard deviation of the entries `(heads, kept, head_dim)` of each head, padding aside: `(heads,)`."""
+    n, mask = real.sum(1) * part.shape[2], real[..., None].to(part.dtype)
+    mean = (part * mask).sum((1, 2)) / n
+    squares = ((part - mean[:, None, None]) * mask).square().sum((1, 2))
+    return (squares / (n - 1).clamp_min(1)).sqrt().clamp_min(1e-6)

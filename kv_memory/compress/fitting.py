@@ -1,8 +1,11 @@
-"""The arithmetic of `matching`, for the entries of one head: their errors, and the fit in closed form. All float32."""
+"""The arithmetic of `matching`, for the entries of several heads: their errors, and the fit in closed form; in float32.
+
+Heads are fitted side by side, each as if it were alone, because the arrays of one are small. They keep different
+numbers of entries, so those that keep fewer are padded with entries that get no attention.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -10,7 +13,7 @@ import torch
 
 from kv_memory.compress.match_settings import MatchSettings
 
-__all__ = ["FittedHead", "HeadSystem", "bounded_ridge", "fit_head", "output_errors", "refit_errors", "value_moves"]
+__all__ = ["FittedHeads", "HeadSystem", "bounded_ridge", "fit_heads", "output_errors", "refit_errors", "value_moves"]
 
 _LEAST, _MOST = 1e-2, 1e2  # of an entry's weight, e to its bias
 _AT_ONCE = 2048  # entries of a head that are fitted together
@@ -21,16 +24,17 @@ _TINY = 1e-12  # of a mean diagonal
 
 @dataclass(frozen=True, eq=False)
 class HeadSystem:
-    """What the entries kept in one head are to stand for. A row is a query of one of the heads that share them.
+    """What the entries kept in some heads are to stand for. A row is a query of one of the heads that share them.
 
     The ridge of the values is chosen on the rows from `n_learned` on, which stand last so that either part is a view.
 
     Attributes:
-        weights: P of the kept entries, `(rows, kept)`.
-        rest: P of all that is no document entry, `(rows,)`.
-        target: What the document's entries put out together, `(rows, head_dim)`.
-        values: Of the kept entries, `(kept, head_dim)`.
-        scale: 1 / r, `(rows,)`.
+        weights: P of the kept entries, `(heads, rows, kept)`; 0 of padding.
+        rest: P of all that is no document entry, `(heads, rows)`.
+        target: What the document's entries put out together, `(heads, rows, head_dim)`.
+        values: Of the kept entries, `(heads, kept, head_dim)`.
+        scale: 1 / r, `(heads, rows)`.
+        real: Bool `(heads, kept)`; what else is there is padding.
         n_learned: How many rows are not held out.
     """
 
@@ -39,54 +43,60 @@ class HeadSystem:
     target: torch.Tensor
     values: torch.Tensor
     scale: torch.Tensor
+    real: torch.Tensor
     n_learned: int
 
     @property
     def row_scale(self) -> torch.Tensor:
-        """1 / r over its mean, `(rows, 1)`."""
-        return (self.scale / self.scale.mean())[:, None]
+        """1 / r over its mean, `(heads, rows, 1)`."""
+        return (self.scale / self.scale.mean(1, keepdim=True))[..., None]
+
+    @property
+    def n_real(self) -> torch.Tensor:
+        """How many entries each head has, `(heads,)`; 1 of one that has none."""
+        return self.real.sum(1).clamp_min(1)
 
     def parts(self) -> Iterator[tuple[slice, HeadSystem]]:
         """The entries in parts that are fitted apart: a system of all entries of a long document would not fit memory.
 
         Of what was dropped, mass and output, each part stands for the share that its entries have of the kept mass.
         """
-        n = len(self.values)
+        n = self.values.shape[1]
         if n <= _AT_ONCE:
             yield slice(0, n), self
             return
-        kept = self.weights.sum(1, keepdim=True).clamp_min(_TINY)
+        kept = self.weights.sum(2, keepdim=True).clamp_min(_TINY)
         missing = self.target - self.weights @ self.values
         for start in range(0, n, _AT_ONCE):
             own = slice(start, start + _AT_ONCE)
-            share = self.weights[:, own].sum(1, keepdim=True) / kept
-            target = self.weights[:, own] @ self.values[own] + share * missing
-            rest = 1 - share[:, 0] * (1 - self.rest)
-            yield own, replace(self, weights=self.weights[:, own], rest=rest, target=target, values=self.values[own])
+            weights, values = self.weights[..., own], self.values[:, own]
+            share = weights.sum(2, keepdim=True) / kept
+            target, rest = weights @ values + share * missing, 1 - share[..., 0] * (1 - self.rest)
+            yield own, replace(self, weights=weights, rest=rest, target=target, values=values, real=self.real[:, own])
 
     def shares(self, weight: torch.Tensor, *, start: int = 0) -> torch.Tensor:
         """X, what each entry's value counts for in each row when its attention is `weight` times as much, scaled.
 
         Args:
-            weight: `(kept,)`.
+            weight: `(heads, kept)`.
             start: The first row.
 
         Returns:
-            `(rows from start on, kept)`.
+            `(heads, rows from start on, kept)`.
         """
-        shares = self.weights[start:] * weight
-        total = (self.rest[start:, None] + shares.sum(1, keepdim=True)).clamp_min(1e-6)
-        return shares.mul_(self.row_scale[start:] / total)
+        shares = self.weights[:, start:] * weight[:, None]
+        total = (self.rest[:, start:, None] + shares.sum(2, keepdim=True)).clamp_min(1e-6)
+        return shares.mul_(self.row_scale[:, start:] / total)
 
 
 @dataclass(frozen=True, eq=False)
-class FittedHead:
-    """The entries kept in one head.
+class FittedHeads:
+    """The entries kept in some heads.
 
     Attributes:
-        values: `(kept, head_dim)`.
-        bias: `(kept,)`.
-        gram: X^T X over all rows, `(kept, kept)`, where the fit had to make it; see `HeadSystem.shares`.
+        values: `(heads, kept, head_dim)`.
+        bias: `(heads, kept)`.
+        gram: X^T X over all rows, `(heads, kept, kept)`, where the fit had to make it; see `HeadSystem.shares`.
     """
 
     values: torch.Tensor
@@ -122,62 +132,72 @@ def output_errors(
     return odds.square_().mul_(left @ right).sum((0, 1)).clamp_min(0)
 
 
-def fit_head(system: HeadSystem, fixed: torch.Tensor, settings: MatchSettings) -> FittedHead:
-    """Weights and values of the entries kept in one head, so that they stand for all of the document's.
+def fit_heads(system: HeadSystem, fixed: torch.Tensor, settings: MatchSettings) -> FittedHeads:
+    """Weights and values of the entries kept in some heads, so that they stand for all of the document's.
 
     Args:
         system: The entries and the rows.
-        fixed: Bool `(kept,)`; these are neither moved nor biased.
+        fixed: Bool `(heads, kept)`; these are neither moved nor biased.
         settings: See `MatchSettings`.
 
     Returns:
-        The start (no bias, the values given) where nothing is closer to the target on the rows held out.
+        Of a head its start (no bias, the values given) where nothing is closer to the target on the rows held out.
     """
-    values, n = system.values, system.n_learned
-    target = system.target * system.row_scale
+    values, n, n_real = system.values, system.n_learned, system.n_real
+    row_scale = system.row_scale
+    target = system.target * row_scale
     # 1. Weights that restore the mass which the rows paid to the whole document.
-    scaled = system.weights[:n] * system.row_scale[:n]
-    mass = ((1 - system.rest) * system.row_scale[:, 0])[:n]
-    weight = bounded_ridge(scaled.T @ scaled, scaled.T @ mass, settings, fixed)
+    scaled = system.weights[:, :n] * row_scale[:, :n]  # (heads, learned, kept)
+    mass = ((1 - system.rest)[..., None] * row_scale)[:, :n]
+    weight = bounded_ridge(scaled.mT @ scaled, (scaled.mT @ mass)[..., 0], settings, fixed, n_real)
     del scaled
     # 2. Values that restore the output, for each ridge, from the rows learned; the best on those held out.
     shares = system.shares(weight)
     residual, parts = target - shares @ values, (slice(0, n), slice(n, None))
-    gram, gram_out = shares[:n].T @ shares[:n], shares[n:].T @ shares[n:]
-    every, before = gram + gram_out, residual[n:].square().sum()
-    no_part = fixed[:, None] | fixed  # an entry that is fixed has no part in a system
-    right, right_out = ((shares[rows].T @ residual[rows]).masked_fill(fixed[:, None], 0.0) for rows in parts)
+    gram, gram_out = (shares[:, rows].mT @ shares[:, rows] for rows in parts)  # (heads, kept, kept)
+    every, before = gram + gram_out, residual[:, n:].square().sum((1, 2))
+    no_part = fixed[:, :, None] | fixed[:, None]  # an entry that is fixed has no part in a system
+    right, right_out = (
+        (shares[:, rows].mT @ residual[:, rows]).masked_fill(fixed[..., None], 0.0) for rows in parts
+    )  # (heads, kept, head_dim)
     gram, whole = gram.masked_fill(no_part, 0.0), every.masked_fill(no_part, 0.0)
-    errors: dict[float, float] = {}
+    found = []
     for ridge in settings.value_ridges:
-        move = _solve(gram, right, ridge)
-        errors[ridge] = float(before + (move * (gram_out @ move - 2 * right_out)).sum())
-    best = min(errors, key=lambda ridge: (not math.isfinite(errors[ridge]), errors[ridge]))
+        move = _solve(gram, right, ridge, n_real)
+        found.append(before + (move * (gram_out @ move - 2 * right_out)).sum((1, 2)))
+    errors, best = torch.stack(found).nan_to_num(torch.inf, torch.inf).min(0)  # (heads,)
     plain = system.shares(torch.ones_like(weight), start=n)
-    at_start = float((plain @ values - target[n:]).square().sum())
+    at_start = (plain @ values - target[:, n:]).square().sum((1, 2))
     # 3. From all rows, unless the start was better.
-    fitted = values + _solve(whole, right + right_out, best)
-    if errors[best] < at_start and bool(fitted.isfinite().all() and weight.isfinite().all()):
-        return FittedHead(fitted, weight.log(), every)
-    return FittedHead(values, torch.zeros_like(weight))
+    ridges = torch.tensor(settings.value_ridges, device=values.device)
+    fitted = values + _solve(whole, right + right_out, ridges[best], n_real)
+    better = (errors < at_start) & fitted.isfinite().all(2).all(1) & weight.isfinite().all(1)
+    return FittedHeads(
+        torch.where(better[:, None, None], fitted, values),
+        torch.where(better[:, None], weight.log(), 0.0),
+        every if bool(better.all()) else None,
+    )
 
 
-def value_moves(shares: torch.Tensor, residual: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+def value_moves(
+    shares: torch.Tensor, residual: torch.Tensor, fixed: torch.Tensor, n_real: torch.Tensor
+) -> torch.Tensor:
     """How values move to take up a residual, by ridge regression; those that are `fixed` stay.
 
     Args:
-        shares: X, `(rows, kept)`.
-        residual: What is to be added, `(rows, head_dim)`.
-        fixed: Bool `(kept,)`.
+        shares: X, `(heads, rows, kept)`.
+        residual: What is to be added, `(heads, rows, head_dim)`.
+        fixed: Bool `(heads, kept)`.
+        n_real: How many entries each head has, `(heads,)`.
 
     Returns:
-        `(kept, head_dim)`.
+        `(heads, kept, head_dim)`.
     """
-    gram = (shares.T @ shares).masked_fill(fixed[:, None] | fixed, 0.0)
-    return _solve(gram, (shares.T @ residual).masked_fill(fixed[:, None], 0.0), _MOVED_RIDGE)
+    gram = (shares.mT @ shares).masked_fill(fixed[:, :, None] | fixed[:, None], 0.0)
+    return _solve(gram, (shares.mT @ residual).masked_fill(fixed[..., None], 0.0), _MOVED_RIDGE, n_real)
 
 
-def refit_errors(system: HeadSystem, fitted: FittedHead, metric: torch.Tensor) -> torch.Tensor:
+def refit_errors(system: HeadSystem, fitted: FittedHeads, metric: torch.Tensor) -> torch.Tensor:
     """What removing each entry does to the layer's output when the values of all others are fitted again.
 
     Of a least squares fit with the system G, losing the j-th value v costs `v^2 / (G^-1)[j, j]` (Optimal Brain Surgeon,
@@ -186,55 +206,64 @@ def refit_errors(system: HeadSystem, fitted: FittedHead, metric: torch.Tensor) -
     Args:
         system: The entries and the rows.
         fitted: The entries as they are.
-        metric: M, `(group, head_dim, head_dim)`; the heads' mean is taken.
+        metric: M, `(heads, head_dim, head_dim)`, the mean of the query heads that share them.
 
     Returns:
-        `(kept,)`, on the scale of `output_errors`; 0 where it cannot be told.
+        `(heads, kept)`, on the scale of `output_errors`; 0 where it cannot be told.
     """
     gram = fitted.gram
     if gram is None:
         shares = system.shares(fitted.bias.exp())
-        gram = shares.T @ shares
-    lower = torch.linalg.cholesky_ex(gram + _ridge(gram, _REFIT_RIDGE)).L
-    inverse = torch.cholesky_inverse(lower).diagonal().clamp_min(_TINY)
-    loss = ((fitted.values @ metric.mean(0)) * fitted.values).sum(-1) / inverse
-    errors: torch.Tensor = (loss * system.scale.mean().square()).nan_to_num(0.0, 0.0, 0.0)
+        gram = shares.mT @ shares
+    lower = torch.linalg.cholesky_ex(gram + _ridge(gram, _REFIT_RIDGE, system.n_real)).L
+    inverse = torch.cholesky_inverse(lower).diagonal(dim1=1, dim2=2).clamp_min(_TINY)
+    loss = ((fitted.values @ metric) * fitted.values).sum(2) / inverse
+    errors: torch.Tensor = (loss * system.scale.mean(1, keepdim=True).square()).nan_to_num(0.0, 0.0, 0.0)
     return errors
 
 
-def _ridge(gram: torch.Tensor, strength: float) -> torch.Tensor:
-    return torch.eye(len(gram), device=gram.device) * (strength * gram.diagonal().mean().clamp_min(_TINY))
+def _ridge(gram: torch.Tensor, strength: float | torch.Tensor, n_real: torch.Tensor) -> torch.Tensor:
+    """`strength` times the mean diagonal of `(heads, n, n)`, padding aside, on the diagonal."""
+    mean = gram.diagonal(dim1=1, dim2=2).sum(1) / n_real
+    return torch.eye(gram.shape[1], device=gram.device) * (strength * mean.clamp_min(_TINY))[:, None, None]
 
 
-def _solve(gram: torch.Tensor, right: torch.Tensor, strength: float) -> torch.Tensor:
-    """`(G + ridge)^-1 b`; not a number where G is not."""
-    solution: torch.Tensor = torch.cholesky_solve(right, torch.linalg.cholesky_ex(gram + _ridge(gram, strength)).L)
+def _solve(
+    gram: torch.Tensor, right: torch.Tensor, strength: float | torch.Tensor, n_real: torch.Tensor
+) -> torch.Tensor:
+    """`(G + ridge)^-1 b` of each head; not a number where G is not."""
+    lower = torch.linalg.cholesky_ex(gram + _ridge(gram, strength, n_real)).L
+    solution: torch.Tensor = torch.cholesky_solve(right, lower)
     return solution
 
 
 def bounded_ridge(
-    gram: torch.Tensor, right: torch.Tensor, settings: MatchSettings, fixed: torch.Tensor
+    gram: torch.Tensor, right: torch.Tensor, settings: MatchSettings, fixed: torch.Tensor, n_real: torch.Tensor
 ) -> torch.Tensor:
-    """The weights w in [0.01, 100] that make `w^T G w - 2 b^T w + ridge |w - 1|^2` smallest.
+    """The weights w in [0.01, 100] that make `w^T G w - 2 b^T w + ridge |w - 1|^2` smallest, of each head.
 
     Block principal pivoting: weights beyond a bound are held there, those that want back are let go.
 
     Args:
-        gram: G, `(n, n)`.
-        right: b, `(n,)`.
+        gram: G, `(heads, n, n)`; 0 of padding, whose weights come out as 1.
+        right: b, `(heads, n)`.
         settings: For the ridge, in mean diagonals of G.
-        fixed: Bool `(n,)`; these stay 1.
+        fixed: Bool `(heads, n)`; these stay 1.
+        n_real: How many entries each head has, `(heads,)`.
+
+    Returns:
+        `(heads, n)`.
     """
-    ridge = _ridge(gram, settings.weight_ridge)
-    system, wanted = gram + ridge, right + ridge.diagonal()
+    ridge = _ridge(gram, settings.weight_ridge, n_real)
+    system, wanted = gram + ridge, right + ridge.diagonal(dim1=1, dim2=2)
     weight = torch.ones_like(right)
     free = ~fixed
     for _ in range(20):
         held = torch.where(free, 0.0, weight)
-        masked = torch.where(free[:, None] & free, system, 0.0) + torch.diag((~free).float())
-        right = torch.where(free, wanted - system @ held, weight)
-        found = torch.cholesky_solve(right[:, None], torch.linalg.cholesky_ex(masked).L)[:, 0]
-        slope = system @ found - wanted
+        masked = torch.where(free[:, :, None] & free[:, None], system, 0.0) + torch.diag_embed((~free).float())
+        right = torch.where(free, wanted - (system @ held[..., None])[..., 0], weight)
+        found = torch.cholesky_solve(right[..., None], torch.linalg.cholesky_ex(masked).L)[..., 0]
+        slope = (system @ found[..., None])[..., 0] - wanted
         low, high = free & (found < _LEAST), free & (found > _MOST)
         back = ~free & ~fixed & (((found <= _LEAST) & (slope < 0)) | ((found >= _MOST) & (slope > 0)))
         weight = found.clamp(_LEAST, _MOST)

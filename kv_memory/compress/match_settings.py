@@ -17,6 +17,8 @@ class MatchSettings:
 
     Attributes:
         score: What entries are chosen by: `output`, see `output_errors`; or `attention`, the highest that any row pays.
+        depth_weight: Natural logarithm of how much more an error counts in the last layer than in the first; 0 for all
+            alike.
         stages: Multiples of the budget kept in each stage before the last; empty for a single choice.
         fit: Whether what is kept is fitted; without it the stages have no effect.
         weight_ridge: How strongly weights are pulled to 1, in mean diagonals of their system.
@@ -30,6 +32,7 @@ class MatchSettings:
     """
 
     score: Literal["output", "attention"] = "output"
+    depth_weight: float = 1.5
     stages: tuple[float, ...] = (4.0, 2.0, 1.4)
     fit: bool = True
     weight_ridge: float = 1e-2
@@ -43,6 +46,7 @@ class MatchSettings:
 
     def __post_init__(self) -> None:
         checks = {
+            "depth_weight": (math.isfinite(self.depth_weight), "a finite number"),
             "stages": (all(1 < stage < math.inf for stage in self.stages), "numbers above 1"),
             "weight_ridge": (0 < self.weight_ridge < math.inf, "above 0"),
             "value_ridges": (all(0 < v < math.inf for v in self.value_ridges) and self.value_ridges, "numbers above 0"),
@@ -64,4 +68,5 @@ class MatchSettings:
         ridges = ",".join(f"{ridge:g}" for ridge in self.value_ridges)
         sizes = f"{self.part_tokens}:{self.max_rows}:{self.max_final_rows}"
         moved = f":keys:{self.key_steps}:{self.key_rate:g}:{self.rows_per_step}" if self.fit and self.key_steps else ""
-        return f"matched:{self.score}:{stages}:{self.weight_ridge:g}:{ridges}:{sizes}{moved}"
+        depth = f":depth:{self.depth_weight:g}" if self.depth_weight else ""
+        return f"matched:{self.score}:{stages}:{self.weight_ridge:g}:{ridges}:{sizes}{moved}{depth}"

@@ -12,21 +12,24 @@ softmax, that ridges pull to the original values and to no bias, and that their 
 
 For a query i of query head g, P[i, j] is its attention to entry j with the full cache (prefix and its own row in the
 denominator), o[i] what prefix and document put out together, W_g the head's part of the output projection, M[g] is
-W_g^T W_g, and r[i] the norm of the hidden state that enters the layer. All arithmetic is float32.
+W_g^T W_g, and r[i] the norm of the hidden state that enters the layer. Of these relative errors one in a late layer
+counts more than one in an early layer (`depth_weight`). All arithmetic is float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from kv_memory.backbone import Backbone
-from kv_memory.compress.descent import MovedHead, MovingHead, alike, descend
-from kv_memory.compress.fitting import HeadSystem, fit_head, output_errors, refit_errors
+from kv_memory.compress.descent import MovedHeads, MovingHeads, alike, descend
+from kv_memory.compress.fitting import HeadSystem, fit_heads, output_errors, refit_errors
 from kv_memory.compress.match_settings import MatchSettings
 from kv_memory.compress.reading import check_finite, choose
 from kv_memory.compress.reference_rows import (
@@ -93,7 +96,7 @@ class _Rows:
     rows: ReferenceRows
     total: torch.Tensor  # logsumexp over prefix, document and own row
     output: torch.Tensor  # (num_kv_heads, group, m, head_dim), o
-    metric: torch.Tensor  # (num_heads, head_dim, head_dim), W_g^T W_g
+    metric: torch.Tensor  # (num_heads, head_dim, head_dim), W_g^T W_g times what the layer counts
 
 
 class MatchedDocument:
@@ -137,12 +140,10 @@ class MatchedDocument:
         for index, stage in enumerate((*stages, 1.0)):
             most = torch.tensor([max(n_kept, round(n_kept * stage))])
             chosen = choose(scores[:, None], lengths, most, budget="model", forced=forced[None])[:, 0]
+            kept = [chosen[layer, head].nonzero()[:, 0] for layer, head in self._heads()]
             if index < len(stages):
-                scores = torch.full_like(scores, -1.0)
-                for layer, head in self._heads():
-                    kept = chosen[layer, head].nonzero()[:, 0]
-                    scores[layer, head, kept] = self._rescore(layer, head, kept, fixed[kept])
-        found = self._fit(chosen, fixed)
+                scores = self._rescored(kept, fixed)
+        found = self._fitted(kept, fixed)
         return Match(chosen, found.keys, found.values, found.bias)
 
     def _heads(self) -> list[tuple[int, int]]:
@@ -150,10 +151,12 @@ class MatchedDocument:
         return list(product(range(self._backbone.num_layers), range(self._backbone.num_kv_heads)))
 
     def _metric(self, layer: int) -> torch.Tensor:
+        """M of each query head, times what an error in this layer counts, see `depth_weight`."""
         module: Any = self._backbone.layers[layer]
         weight: torch.Tensor = module.self_attn.o_proj.weight.float()  # (hidden_size, num_heads * head_dim)
         parts: torch.Tensor = weight.reshape(len(weight), self._backbone.num_heads, -1).transpose(0, 1)
-        return parts.transpose(1, 2) @ parts
+        counts = math.exp(self._settings.depth_weight * layer / max(1, self._backbone.num_layers - 1))
+        return parts.transpose(1, 2) @ parts * counts
 
     def _entries(self, layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of prefix and document in one head, `(n_prefix + n, head_dim)`, float32."""
@@ -179,7 +182,7 @@ class MatchedDocument:
             for head in range(self._backbone.num_kv_heads):
                 keys, values = self._entries(layer, head)
                 places = torch.arange(len(keys), device=device)
-                own = slice(head * self._group, (head + 1) * self._group)
+                own = self._queries_of(head)
                 for block in self._blocks(len(keys), m):
                     logits = rows.logits(keys, places, own, block)
                     highest = torch.maximum(logits.amax(-1), rows.own[own, block])[..., None]
@@ -199,72 +202,112 @@ class MatchedDocument:
             self._rows.append(_Rows(rows, total.unflatten(0, shape), output.unflatten(0, shape), metric))
         return scores
 
-    def _fit(self, chosen: torch.Tensor, fixed: torch.Tensor) -> MovedHead:
-        """Fit the entries chosen `(num_layers, num_kv_heads, n)`; those that are `fixed` `(n,)` stay as they are."""
-        heads, settings = self._heads(), self._settings
-        kept = [chosen[layer, head].nonzero()[:, 0] for layer, head in heads]
-        found: dict[int, MovedHead] = {}
-        kinds = [self._rows[layer].rows.kind for layer, _ in heads]
-        for group in alike([len(one) for one in kept], kinds, settings.rows_per_step):
-            moving = [self._moving(*heads[i], kept[i], fixed[kept[i]]) for i in group]
-            flat = [part for parts in moving for part in parts]
-            moved = iter(descend(flat, settings) if settings.fit and flat else [])
-            for i, parts in zip(group, moving, strict=True):
-                if settings.fit and parts:
-                    found[i] = MovedHead.joined([next(moved) for _ in parts])
-                else:
-                    keys, values = (tensor[self._n_prefix + kept[i]] for tensor in self._entries(*heads[i]))
-                    found[i] = MovedHead(keys, values, values.new_zeros(len(keys)))
-        return MovedHead.joined([found[i] for i in range(len(heads))])
+    def _rescored(self, kept: Sequence[torch.Tensor], fixed: torch.Tensor) -> torch.Tensor:
+        """What the loss of each entry kept would do when all others are fitted again; -1 of those that are not kept.
 
-    def _moving(self, layer: int, head: int, kept: torch.Tensor, fixed: torch.Tensor) -> list[MovingHead]:
-        """The entries `kept` of one head, fitted; of a head that keeps many, in parts."""
-        if not len(kept) or not self._settings.fit:
-            return []
-        system, rows, total = self._system(layer, head, kept, self._settings.max_final_rows)
-        where = kept + self._n_prefix
-        keys, _ = self._entries(layer, head)
-        return [
-            MovingHead(
-                rows, total, part, where[own], keys[where[own]], fit_head(part, fixed[own], self._settings), fixed[own]
-            )
-            for own, part in system.parts()
-        ]
+        Args:
+            kept: For each head the entries it keeps, in order.
+            fixed: Bool `(n,)`, see `match`.
 
-    def _rescore(self, layer: int, head: int, kept: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
-        """What the loss of each entry `kept` would do when all others are fitted again, `(kept,)`."""
-        if not len(kept):
-            return torch.zeros(0, device=kept.device)
-        system, _, _ = self._system(layer, head, kept, self._settings.max_rows)
-        metric, errors = self._rows[layer].metric[head * self._group : (head + 1) * self._group], []
+        Returns:
+            `(num_layers, num_kv_heads, n)`.
+        """
+        scores = torch.full_like(self.scores, -1.0)
         quick = replace(self._settings, value_ridges=_STAGE_RIDGES)
-        for own, part in system.parts():
-            errors.append(refit_errors(part, fit_head(part, fixed[own], quick), metric))
-        return torch.cat(errors)
+        for group in self._alike(kept):
+            system, _, _, where = self._system(group, [kept[i] for i in group], self._settings.max_rows)
+            metric = torch.stack([self._metric_of(*self._heads()[i]) for i in group])
+            stay = fixed[where - self._n_prefix] & system.real
+            errors = torch.cat(
+                [refit_errors(part, fit_heads(part, stay[:, own], quick), metric) for own, part in system.parts()],
+                1,
+            )
+            for i, row in zip(group, errors, strict=True):
+                scores.view(-1, self._n)[i, kept[i]] = row[: len(kept[i])]
+        return scores
+
+    def _fitted(self, kept: Sequence[torch.Tensor], fixed: torch.Tensor) -> MovedHeads:
+        """The entries kept, fitted and moved, head by head; arguments as in `_rescored`."""
+        found: dict[int, MovedHeads] = {}
+        for i, (layer, head) in enumerate(self._heads()):
+            keys, values = (tensor[self._n_prefix + kept[i]] for tensor in self._entries(layer, head))
+            found[i] = MovedHeads(keys, values, values.new_zeros(len(keys)))
+        for group in self._alike(kept) if self._settings.fit else ():
+            own_kept = [kept[i] for i in group]
+            system, rows, total, where = self._system(group, own_kept, self._settings.max_final_rows)
+            stay = fixed[where - self._n_prefix] & system.real
+            keys, parts = self._padded_keys(group, where), []
+            for own, part in system.parts():
+                fitted = fit_heads(part, stay[:, own], self._settings)
+                moving = MovingHeads(rows, total, part, where[:, own], keys[:, own], fitted, stay[:, own])
+                parts.append((part.real, descend(moving, self._settings)))
+            for row, i in enumerate(group):
+                found[i] = MovedHeads.joined([moved.of(row, real[row]) for real, moved in parts])
+        return MovedHeads.joined([found[i] for i in range(len(found))])
+
+    def _alike(self, kept: Sequence[torch.Tensor]) -> Iterator[list[int]]:
+        """Heads that are fitted together; none of those that keep nothing."""
+        filled = [i for i, own in enumerate(kept) if len(own)]
+        kinds = [self._rows[self._heads()[i][0]].rows.kind for i in filled]
+        for group in alike([len(kept[i]) for i in filled], kinds, self._settings.rows_per_step):
+            yield [filled[i] for i in group]
+
+    def _metric_of(self, layer: int, head: int) -> torch.Tensor:
+        return self._rows[layer].metric[self._queries_of(head)].mean(0)
+
+    def _padded_keys(self, group: Sequence[int], where: torch.Tensor) -> torch.Tensor:
+        """Keys of prefix and document at `where` `(heads, n)`: `(heads, n, head_dim)`."""
+        return torch.stack([self._entries(*self._heads()[i])[0][own] for i, own in zip(group, where, strict=True)])
 
     def _system(
-        self, layer: int, head: int, kept: torch.Tensor, most: int
-    ) -> tuple[HeadSystem, ReferenceRows, torch.Tensor]:
-        """The system of the entries `kept`, in at most `most` rows; these rows; their logsumexp over all keys."""
-        keys, values = self._entries(layer, head)
-        of_layer = self._rows[layer]
-        picked, n_learned = self._picked(of_layer.rows.positions.shape[1], most)
-        rows = of_layer.rows.pick(slice(head * self._group, (head + 1) * self._group), picked)
-        total, output = of_layer.total[head].flatten()[picked], of_layer.output[head].flatten(0, 1)[picked]
+        self, group: Sequence[int], kept: Sequence[torch.Tensor], most: int
+    ) -> tuple[HeadSystem, ReferenceRows, torch.Tensor, torch.Tensor]:
+        """The system of the entries that some heads of one kind keep.
 
-        def weights(where: torch.Tensor) -> torch.Tensor:
-            return (rows.logits(keys[where], where, slice(0, 1), slice(None))[0] - total[:, None]).exp()
+        Args:
+            group: Which heads.
+            kept: What each keeps.
+            most: Rows of a head, at most.
 
-        before = weights(torch.arange(self._n_prefix, device=keys.device))
+        Returns:
+            The system; its rows, as of one query head each; their logsumexp over all keys, `(heads, rows)`; where the
+            entries stand in prefix and document, `(heads, kept)`.
+        """
+        heads = [self._heads()[i] for i in group]
+        picked, n_learned = self._picked(self._rows[0].rows.positions.shape[1], most)
+        rows = ReferenceRows.joined(
+            [self._rows[layer].rows.pick(self._queries_of(head), picked) for layer, head in heads]
+        )
+        total = torch.stack([self._rows[layer].total[head].flatten()[picked] for layer, head in heads])
+        output = torch.stack([self._rows[layer].output[head].flatten(0, 1)[picked] for layer, head in heads])
+        real = torch.arange(max(map(len, kept)), device=picked.device) < torch.tensor(
+            [[len(own)] for own in kept], device=picked.device
+        )
+        where = pad_sequence(list(kept), batch_first=True) + self._n_prefix
+        before = torch.arange(self._n_prefix, device=picked.device).expand(len(group), -1)
+
+        def weights(places: torch.Tensor) -> torch.Tensor:
+            logits = rows.logits(self._padded_keys(group, places), places, slice(None), slice(None))
+            return logits.sub_(total[..., None]).exp_()
+
+        def values(places: torch.Tensor) -> torch.Tensor:
+            return torch.stack([self._entries(*head)[1][own] for head, own in zip(heads, places, strict=True)])
+
+        of_prefix = weights(before)
         system = HeadSystem(
-            weights=weights(kept + self._n_prefix),
-            rest=before.sum(-1) + (rows.own[0] - total).exp(),
-            target=output - before @ values[: self._n_prefix],
-            values=values[kept + self._n_prefix],
-            scale=rows.scale[0],
+            weights=weights(where).mul_(real[:, None]),
+            rest=of_prefix.sum(2) + (rows.own - total).exp(),
+            target=output - of_prefix @ values(before),
+            values=values(where) * real[..., None],
+            scale=rows.scale,
+            real=real,
             n_learned=n_learned,
         )
-        return system, rows, total
+        return system, rows, total, where
+
+    def _queries_of(self, head: int) -> slice:
+        """The query heads that share a KV head."""
+        return slice(head * self._group, (head + 1) * self._group)
 
     def _picked(self, m: int, most: int) -> tuple[torch.Tensor, int]:
         """Which of a head's `group * m` rows are used, and how many of them are learned from; those held out are last.

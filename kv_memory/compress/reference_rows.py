@@ -78,6 +78,12 @@ class ReferenceRows:
             scale=self.scale[heads].flatten()[rows][None],
         )
 
+    @staticmethod
+    def joined(heads: Sequence[ReferenceRows]) -> ReferenceRows:
+        """Rows of several heads of one kind, side by side."""
+        names = ("query", "own", "positions", "scale")
+        return replace(heads[0], **{name: torch.cat([getattr(head, name) for head in heads]) for name in names})
+
     def logits(self, keys: torch.Tensor, where: torch.Tensor, heads: slice, rows: slice) -> torch.Tensor:
         """Attention logits towards document keys.
 

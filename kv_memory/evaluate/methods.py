@@ -29,6 +29,7 @@ MethodName = Literal[
     "matched_fit",
     "matched_one_stage",
     "matched_fixed_keys",
+    "matched_even_layers",
     "matched",
     "adapter_selection",
     "adapter",
@@ -38,12 +39,13 @@ MethodName = Literal[
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
 RefineFrom = Literal["auto", "adapter", "combined", "matched", "reconstruction", "attention", "sink_recent"]
 # `matched` without some of its parts: the scores alone; the fit alone, of what attention chooses; in one stage; without
-# moving keys.
+# moving keys; with layers that all count the same.
 PARTS = {
     "matched_score": MatchSettings(fit=False),
     "matched_fit": MatchSettings(score="attention", stages=(), key_steps=0),
     "matched_one_stage": MatchSettings(stages=()),
     "matched_fixed_keys": MatchSettings(key_steps=0),
+    "matched_even_layers": MatchSettings(depth_weight=0.0),
 }
 _NEED_ADAPTER = {"adapter_selection", "adapter", "combined"}
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kv_memory.compress import Compressor, Matched, MatchSettings
-from kv_memory.compress.descent import MovedHead, MovingHead, alike, descend
-from kv_memory.compress.fitting import HeadSystem, fit_head
+from kv_memory.compress.descent import MovedHeads, MovingHeads, alike, descend
+from kv_memory.compress.fitting import HeadSystem, fit_heads
 from kv_memory.compress.reference_rows import ReferenceRows
 from tests.reference import letters, shared_backbone
 
@@ -17,65 +17,81 @@ ROWS, KEPT, DIM, LEARNED = 800, 6, 4, 600
 SETTINGS = MatchSettings(part_tokens=32, key_steps=8, key_rate=0.05, rows_per_step=250)
 
 
-def make_head(seed: int = 0, *, kept: int = KEPT, fixed: tuple[int, ...] = ()) -> MovingHead:
-    """A head of 20 entries of which the first are kept, and fitted."""
-    draw = torch.Generator().manual_seed(seed)
-    query, keys = torch.randn(ROWS, DIM, generator=draw), torch.randn(20, DIM, generator=draw)
-    values, other = torch.randn(20, 5, generator=draw), torch.rand(ROWS, generator=draw) + 0.5
-    logits = query @ keys.T
-    total = torch.cat([logits, other[:, None].log()], 1).logsumexp(1)
-    weights = (logits - total[:, None]).exp()
-    scale = torch.rand(ROWS, generator=draw) + 0.5
+def make_heads(*seeds: int, kept: tuple[int, ...] = (KEPT,), fixed: tuple[int, ...] = ()) -> MovingHeads:
+    """Heads of 20 entries each, of which the first are kept, and fitted."""
+    parts: dict[str, list[torch.Tensor]] = {}
+    real = torch.arange(max(kept)) < torch.tensor(kept)[:, None]
+    for seed, own in zip(seeds, real, strict=True):
+        draw = torch.Generator().manual_seed(seed)
+        query, keys = torch.randn(ROWS, DIM, generator=draw), torch.randn(20, DIM, generator=draw)
+        values, other = torch.randn(20, 5, generator=draw), torch.rand(ROWS, generator=draw) + 0.5
+        logits, n = query @ keys.T, len(own)
+        total = torch.cat([logits, other[:, None].log()], 1).logsumexp(1)
+        weights = (logits - total[:, None]).exp()
+        made = {
+            "query": query,
+            "own": other.log(),
+            "total": total,
+            "weights": weights[:, :n] * own,
+            "rest": other / total.exp(),
+            "target": weights @ values,
+            "keys": keys[:n] * own[:, None],
+            "values": values[:n] * own[:, None],
+            "scale": torch.rand(ROWS, generator=draw) + 0.5,
+        }
+        for name, part in made.items():
+            parts.setdefault(name, []).append(part)
+    stacked = {name: torch.stack(several) for name, several in parts.items()}
     system = HeadSystem(
-        weights=weights[:, :kept],
-        rest=other / total.exp(),
-        target=weights @ values,
-        values=values[:kept],
-        scale=scale,
+        **{name: stacked[name] for name in ("weights", "rest", "target", "values", "scale")},
+        real=real,
         n_learned=LEARNED,
     )
     rows = ReferenceRows(
-        query=query[None],
-        own=other.log()[None],
-        positions=torch.full((1, ROWS), 30),
-        scale=scale[None],
+        **{name: stacked[name] for name in ("query", "own", "scale")},
+        positions=torch.full((len(seeds), ROWS), 30),
         scaling=1.0,
         softcap=None,
         window=None,
     )
-    marked = torch.zeros(kept, dtype=torch.bool)
-    marked[list(fixed)] = True
-    fitted = fit_head(system, marked, SETTINGS)
-    return MovingHead(rows, total, system, torch.arange(kept), keys[:kept], fitted, marked)
+    marked = torch.zeros_like(real)
+    marked[:, list(fixed)] = True
+    where = torch.arange(max(kept)).expand(len(seeds), -1)
+    return MovingHeads(
+        rows, stacked["total"], system, where, stacked["keys"], fit_heads(system, marked, SETTINGS), marked
+    )
+
+
+def start_of(heads: MovingHeads) -> MovedHeads:
+    return MovedHeads(heads.keys, heads.fitted.values, heads.fitted.bias)
 
 
 def run(
     seed: int = 0, *, fixed: tuple[int, ...] = (), settings: MatchSettings = SETTINGS
-) -> tuple[MovedHead, MovedHead]:
-    """The start, and what the descent makes of it."""
-    head = make_head(seed, fixed=fixed)
-    (found,) = descend([head], settings)
-    return MovedHead(head.keys, head.fitted.values, head.fitted.bias), found
+) -> tuple[MovedHeads, MovedHeads]:
+    """The start of one head, and what the descent makes of it."""
+    heads = make_heads(seed, fixed=fixed)
+    return tuple(moved.of(0, heads.system.real[0]) for moved in (start_of(heads), descend(heads, settings)))  # type: ignore[return-value]
 
 
-def error(moved: MovedHead, seed: int, some: slice) -> float:
-    head = make_head(seed)
-    system = head.system
-    weights = (head.rows.query[0, some] @ moved.keys.T - head.total[some, None] + moved.bias).exp()
-    output = weights @ moved.values / (system.rest[some] + weights.sum(1))[:, None]
-    return float(((output - system.target[some]) * system.scale[some, None]).square().mean())
+def error(moved: MovedHeads, seed: int, some: slice) -> float:
+    heads = make_heads(seed)
+    system = heads.system
+    weights = (heads.rows.query[0, some] @ moved.keys.T - heads.total[0, some, None] + moved.bias).exp()
+    output = weights @ moved.values / (system.rest[0, some] + weights.sum(1))[:, None]
+    return float(((output - system.target[0, some]) * system.scale[0, some, None]).square().mean())
 
 
-def by_hand(seed: int, fixed: tuple[int, ...]) -> MovedHead:
+def by_hand(seed: int, fixed: tuple[int, ...]) -> MovedHeads:
     """The same steps in float64, with gradients worked out by hand."""
-    head = make_head(seed, fixed=fixed)
-    system, keys, fitted, marked = head.system, head.keys, head.fitted, head.fixed
-    query, shift = head.rows.query[0].double(), -head.total.double()[:, None]
-    scale = (system.scale / system.scale.mean()).double()[:, None]
-    target, rest, free = system.target.double(), system.rest.double()[:, None], (~marked).double()
+    heads = make_heads(seed, fixed=fixed)
+    system, start, marked = heads.system, start_of(heads), heads.fixed[0]
+    query, shift = heads.rows.query[0].double(), -heads.total[0].double()[:, None]
+    scale = (system.scale[0] / system.scale[0].mean()).double()[:, None]
+    target, rest, free = system.target[0].double(), system.rest[0].double()[:, None], (~marked).double()
     size = (target * scale)[:LEARNED].square().mean()
-    parts = [keys.double(), fitted.values.double(), fitted.bias.double()]
-    units = [keys.double().std(), fitted.values.double().std(), torch.tensor(1.0)]
+    parts = [start.keys[0].double(), start.values[0].double(), start.bias[0].double()]
+    units = [parts[0].std(), parts[1].std(), torch.tensor(1.0)]
     moves = [torch.zeros_like(part) for part in parts]
     mean, square = ([torch.zeros_like(part) for part in parts] for _ in range(2))
     n_parts = -(-LEARNED // SETTINGS.rows_per_step)
@@ -110,7 +126,7 @@ def by_hand(seed: int, fixed: tuple[int, ...]) -> MovedHead:
     v[moving] += torch.linalg.solve(
         own.T @ own + ridge * torch.eye(len(moving)).double(), own.T @ (target * scale - shares @ v)
     )
-    return MovedHead(k, v, b)
+    return MovedHeads(k, v, b)
 
 
 @pytest.mark.parametrize("fixed", [(), (1, 4)])
@@ -142,13 +158,15 @@ def test_what_is_fixed_stays_to_the_last_bit() -> None:
 )
 def test_the_start_is_kept(settings: dict[str, Any]) -> None:
     start, found = run(settings=MatchSettings(**settings))
-    assert all(getattr(found, name) is getattr(start, name) for name in ("keys", "values", "bias"))
+    assert all(torch.equal(getattr(found, name), getattr(start, name)) for name in ("keys", "values", "bias"))
 
 
 def test_heads_moved_together_are_as_if_alone() -> None:
-    heads = [make_head(seed, kept=kept, fixed=(1,)) for seed, kept in enumerate([6, 3, 5])]
-    for head, found in zip(heads, descend(heads, SETTINGS), strict=True):
-        (alone,) = descend([head], SETTINGS)
+    kept = (6, 3, 5)
+    together = descend(make_heads(0, 1, 2, kept=kept, fixed=(1,)), SETTINGS)
+    for seed, n in enumerate(kept):
+        found = together.of(seed, torch.arange(6) < n)
+        alone = descend(make_heads(seed, kept=(n,), fixed=(1,)), SETTINGS).of(0, torch.ones(n, dtype=torch.bool))
         for name in ("keys", "values", "bias"):
             torch.testing.assert_close(getattr(found, name), getattr(alone, name), rtol=1e-4, atol=1e-5)
 
@@ -165,10 +183,11 @@ def test_groups_are_of_like_size_and_hold_every_head() -> None:
 
 @pytest.mark.parametrize("broken", ["values", "target", "scale"])
 def test_what_is_no_number_is_not_learned_from(broken: str) -> None:
-    head = make_head()
-    getattr(head.system, broken)[2] = torch.nan
-    (found,) = descend([head], SETTINGS)
+    heads = make_heads(0, 1, kept=(KEPT, KEPT))
+    getattr(heads.system, broken)[0, 2] = torch.nan
+    found = descend(heads, SETTINGS)
     assert found.keys.isfinite().all() and found.values.isfinite().all() and found.bias.isfinite().all()
+    assert torch.equal(found.keys[0], heads.keys[0]) and not torch.equal(found.keys[1], heads.keys[1])
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mistral", "phi3_longrope"])  # soft cap, windows, partial rotation

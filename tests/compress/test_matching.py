@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from transformers import DynamicCache
 from kv_memory.backbone import cache_argument
 from kv_memory.cache import DistilledCache
 from kv_memory.compress import Compressor
-from kv_memory.compress.fitting import FittedHead, HeadSystem, bounded_ridge, fit_head, refit_errors
+from kv_memory.compress.fitting import FittedHeads, HeadSystem, bounded_ridge, fit_heads, refit_errors
 from kv_memory.compress.matching import Matched, MatchSettings
 from kv_memory.compress.reference_rows import record_rows
 from kv_memory.config import n_kept_for
@@ -91,7 +93,8 @@ def test_scores_are_the_change_of_the_output_when_an_entry_is_removed(name: str)
                     output = p @ v
                     odds = p[first:] / (1 - p[first:]).clamp(min=0.01)
                     change = (v[first:] - output) @ w_g.T * odds[:, None] / hidden[layer][query].norm()
-                    expected[layer, head // group] += change.square().sum(1)
+                    counts = math.exp(1.5 * layer / 3)  # the last of four layers 4.5 times as much as the first
+                    expected[layer, head // group] += change.square().sum(1) * counts
     tokens = torch.tensor([ids])
     selector = Matched(SETTINGS)
     with torch.no_grad():
@@ -102,6 +105,19 @@ def test_scores_are_the_change_of_the_output_when_an_entry_is_removed(name: str)
     assert all(torch.equal(document.layer(i)[0], key) for i, key in enumerate(keys)) or "longrope" in name
     if "longrope" not in name:  # whose frequencies may differ between reading and asking
         torch.testing.assert_close(scores.double(), expected, rtol=2e-3, atol=1e-6)
+
+
+def test_layers_that_all_count_the_same() -> None:
+    backbone, counts = shared_backbone("llama"), torch.arange(4).div(3).mul(1.5).exp()
+    tokens = torch.tensor([backbone.encode(letters(N))])
+    found = []
+    for settings in (SETTINGS, replace(SETTINGS, depth_weight=0.0)):
+        document = backbone.prefixed_cache(N, room=Matched(settings).extra_tokens)
+        with torch.no_grad():
+            backbone.read(tokens, document)
+            found.append(Matched(settings).score(backbone, tokens, document, None))
+    torch.testing.assert_close(found[0], found[1] * counts[:, None, None], rtol=2e-3, atol=1e-4)
+    assert Matched(SETTINGS).name != Matched(replace(SETTINGS, depth_weight=0.0)).name
 
 
 # -- the fit -----------------------------------------------------------------------------------------------------------
@@ -123,15 +139,29 @@ def head(n: int = 30, kept: int = 8, m: int = 40, group: int = 3, seed: int = 0)
     }
 
 
-def system_of(given: dict[str, torch.Tensor]) -> HeadSystem:
-    """Rows that are held out stand last."""
-    order = given["held_out"].to(torch.uint8).argsort(stable=True)
-    of_rows = {name: given[name][order] for name in ("weights", "rest", "target", "scale")}
-    return HeadSystem(**of_rows, values=given["values"], n_learned=int((~given["held_out"]).sum()))
+def system_of(*given: dict[str, torch.Tensor]) -> HeadSystem:
+    """Heads side by side, padded; rows that are held out stand last."""
+    held_out, most = given[0]["held_out"], max(len(one["values"]) for one in given)
+    order = held_out.to(torch.uint8).argsort(stable=True)
+
+    def padded(part: torch.Tensor, dim: int) -> torch.Tensor:
+        room = list(part.shape)
+        room[dim] = most - part.shape[dim]
+        return torch.cat([part, part.new_zeros(room)], dim)
+
+    return HeadSystem(
+        weights=torch.stack([padded(one["weights"], 1)[order] for one in given]),
+        values=torch.stack([padded(one["values"], 0) for one in given]),
+        real=torch.stack([torch.arange(most) < len(one["values"]) for one in given]),
+        n_learned=int((~held_out).sum()),
+        **{name: torch.stack([one[name][order] for one in given]) for name in ("rest", "target", "scale")},
+    )
 
 
-def fit(given: dict[str, torch.Tensor]) -> FittedHead:
-    return fit_head(system_of(given), given["fixed"], SETTINGS)
+def fit(given: dict[str, torch.Tensor]) -> FittedHeads:
+    """Of one head, without the dimension of heads."""
+    fitted = fit_heads(system_of(given), given["fixed"][None], SETTINGS)
+    return FittedHeads(fitted.values[0], fitted.bias[0])
 
 
 def by_loops(given: dict[str, torch.Tensor], settings: MatchSettings) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,12 +238,12 @@ def test_the_fit_brings_the_output_closer() -> None:
 def test_refit_errors_are_what_a_fit_without_each_entry_costs() -> None:
     given = head(seed=4, kept=9)
     n = given["weights"].shape[1]
-    metric = torch.eye(6).expand(3, 6, 6)
+    metric = torch.eye(6)[None]
     ones = given["scale"] * 0 + 0.5
     shares = (given["weights"] / (given["rest"] + given["weights"].sum(-1))[:, None]).double()
     values = given["values"].double()
-    start = FittedHead(given["values"], torch.zeros(n))
-    found = refit_errors(system_of({**given, "scale": ones}), start, metric)
+    start = FittedHeads(given["values"][None], torch.zeros(1, n))
+    (found,) = refit_errors(system_of({**given, "scale": ones}), start, metric)
     pull = torch.eye(n).double() * (0.01 * shares.square().sum(0).mean()).sqrt()
     left, right = torch.cat([shares, pull]), torch.cat([shares, pull]) @ values
     for j in range(n):
@@ -222,11 +252,30 @@ def test_refit_errors_are_what_a_fit_without_each_entry_costs() -> None:
         assert float(found[j]) == pytest.approx(float(rest.square().sum()) * 0.25, rel=1e-3)
 
 
+def test_heads_side_by_side_are_fitted_as_if_alone() -> None:
+    given = [head(seed=seed, kept=kept) for seed, kept in enumerate([8, 3, 12, 1])]
+    given[1]["fixed"][2] = given[2]["fixed"][5] = True
+    most = max(len(one["values"]) for one in given)
+    fixed = torch.stack([torch.nn.functional.pad(one["fixed"], (0, most - len(one["fixed"]))) for one in given])
+    system, metric = system_of(*given), torch.eye(6).expand(4, 6, 6)
+    together = fit_heads(system, fixed, SETTINGS)
+    errors = refit_errors(system, together, metric)
+    for row, one in enumerate(given):
+        n, own = len(one["values"]), system_of(one)
+        alone = fit_heads(own, one["fixed"][None], SETTINGS)
+        torch.testing.assert_close(together.values[row, :n], alone.values[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together.bias[row, :n], alone.bias[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(errors[row, :n], refit_errors(own, alone, metric[:1])[0], rtol=1e-3, atol=1e-6)
+        assert not together.values[row, n:].any()
+    assert (together.bias.abs().amax(1) > 0).sum() >= 3, "starts are no proof"
+
+
 def test_weights_keep_to_their_bounds() -> None:
     draw = torch.Generator().manual_seed(1)
-    a, none = torch.rand(60, 12, generator=draw), torch.zeros(12, dtype=torch.bool)
+    a, none = torch.rand(60, 12, generator=draw), torch.zeros(1, 12, dtype=torch.bool)
     wanted = torch.linspace(-3, 150, 12)
-    found = bounded_ridge(a.T @ a, a.T @ (a @ wanted), MatchSettings(weight_ridge=1e-6), none)
+    gram, n_real = a.T @ a, torch.tensor([12])
+    (found,) = bounded_ridge(gram[None], (gram @ wanted)[None], MatchSettings(weight_ridge=1e-6), none, n_real)
     assert found.min() == 0.01 and found.max() == 100
     slope = (a.T @ a) @ (found - wanted)
     inside = (found > 0.01) & (found < 100)
@@ -449,28 +498,41 @@ def test_of_a_long_document_every_token_is_recorded_by_some_heads(
     assert made.bias is not None and made.bias.any()
 
 
+def test_entries_of_heads_side_by_side_are_fitted_in_parts(backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = Compressor(backbone, selector=Matched(SETTINGS)).prefill(letters(200))
+    whole = document.keep(0.4)
+    monkeypatch.setattr("kv_memory.compress.fitting._AT_ONCE", 30)
+    parts = document.keep(0.4)
+    assert whole.counts is not None and int(whole.counts.max()) > 60, "three parts"
+    monkeypatch.setattr("kv_memory.compress.descent._WEIGHTS", 1)  # each head by itself
+    alone = document.keep(0.4)
+    torch.testing.assert_close(parts.values, alone.values, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(whole.positions, parts.positions) or not torch.allclose(whole.values, parts.values)
+
+
 def test_many_entries_are_fitted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     system = system_of(head(n=40, kept=24, m=80))
 
     def error(values: torch.Tensor, bias: torch.Tensor) -> float:
-        shares = system.weights * bias.exp()
-        shares = shares / (system.rest + shares.sum(-1))[:, None]
+        shares = system.weights * bias.exp()[:, None]
+        shares = shares / (system.rest + shares.sum(-1))[..., None]
         return float((shares @ values - system.target).square().mean())
 
-    none = torch.zeros(24, dtype=torch.bool)
+    none = torch.zeros(1, 24, dtype=torch.bool)
     monkeypatch.setattr("kv_memory.compress.fitting._AT_ONCE", 10)
     parts = list(system.parts())
     assert [own for own, _ in parts] == [slice(0, 10), slice(10, 20), slice(20, 30)]
     torch.testing.assert_close(torch.stack([part.target for _, part in parts]).sum(0), system.target)
     torch.testing.assert_close(torch.stack([1 - part.rest for _, part in parts]).sum(0), 1 - system.rest)
-    fitted = [fit_head(part, none[own], SETTINGS) for own, part in parts]
-    values, bias = torch.cat([part.values for part in fitted]), torch.cat([part.bias for part in fitted])
-    assert error(values, bias) < 0.8 * error(system.values, torch.zeros(24))
+    fitted = [fit_heads(part, none[:, own], SETTINGS) for own, part in parts]
+    values, bias = torch.cat([part.values for part in fitted], 1), torch.cat([part.bias for part in fitted], 1)
+    assert error(values, bias) < 0.8 * error(system.values, torch.zeros(1, 24))
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("depth_weight", math.inf),
         ("stages", (0.5,)),
         ("weight_ridge", 0),
         ("value_ridges", ()),
