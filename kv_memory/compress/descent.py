@@ -18,7 +18,7 @@ from kv_memory.compress.fitting import FittedHeads, HeadSystem, value_moves
 from kv_memory.compress.match_settings import MatchSettings
 from kv_memory.compress.reference_rows import ReferenceRows
 
-__all__ = ["MovedHeads", "MovingHeads", "alike", "descend"]
+__all__ = ["HeadGroup", "MovedHeads", "alike", "descend"]
 
 _BETAS = (0.9, 0.95)
 _WEIGHTS = 1 << 19  # of all heads that are moved together, in one step
@@ -26,8 +26,8 @@ _UNEVEN = 1.5  # by how much the largest of them may exceed the smallest
 
 
 @dataclass(frozen=True, eq=False)
-class MovingHeads:
-    """Heads of one kind, and where their entries begin.
+class HeadGroup:
+    """Heads of one kind, the entries they keep, and the rows these are fitted to.
 
     Attributes:
         rows: Their rows, as of one query head each.
@@ -35,8 +35,7 @@ class MovingHeads:
         system: The same rows, and what the entries are to put out.
         where: Positions of the entries, `(heads, kept)`.
         keys: Of the entries, `(heads, kept, head_dim)`, rotated.
-        fitted: Their values and biases.
-        fixed: Bool `(heads, kept)`; these do not move.
+        fixed: Bool `(heads, kept)`; these are neither moved nor biased.
     """
 
     rows: ReferenceRows
@@ -44,8 +43,13 @@ class MovingHeads:
     system: HeadSystem
     where: torch.Tensor
     keys: torch.Tensor
-    fitted: FittedHeads
     fixed: torch.Tensor
+
+    def parts(self) -> Iterator[HeadGroup]:
+        """Of heads that keep many entries, some of them at a time; see `HeadSystem.parts`."""
+        for own, system in self.system.parts():
+            where, keys, fixed = self.where[:, own], self.keys[:, own], self.fixed[:, own]
+            yield replace(self, system=system, where=where, keys=keys, fixed=fixed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,14 +90,19 @@ def alike(sizes: Sequence[int], kinds: Sequence[object], rows_per_step: int) -> 
         yield group
 
 
-def descend(heads: MovingHeads, settings: MatchSettings) -> MovedHeads:
+def descend(heads: HeadGroup, fitted: FittedHeads, settings: MatchSettings) -> MovedHeads:
     """Move the entries of several heads, each as if it were alone.
+
+    Args:
+        heads: The entries and the rows.
+        fitted: Their values and biases.
+        settings: For the number of steps and their size.
 
     Returns:
         Of a head its start, where the rows held out are not closer to their targets afterwards.
     """
     system, rows, n = heads.system, heads.rows, heads.system.n_learned
-    start = MovedHeads(heads.keys, heads.fitted.values, heads.fitted.bias)
+    start = MovedHeads(heads.keys, fitted.values, fitted.bias)
     if n == 0 or settings.key_steps == 0:
         return start
     scale, free = system.row_scale, system.real & ~heads.fixed
@@ -126,7 +135,7 @@ def descend(heads: MovingHeads, settings: MatchSettings) -> MovedHeads:
     return _judged(heads, replace(start, bias=bias), moved)
 
 
-def _judged(heads: MovingHeads, start: MovedHeads, moved: MovedHeads) -> MovedHeads:
+def _judged(heads: HeadGroup, start: MovedHeads, moved: MovedHeads) -> MovedHeads:
     """With the best values for its keys and biases, from all rows, as those of the fit are; the start if no better."""
     system, held_out = heads.system, slice(heads.system.n_learned, None)
     target = system.target * system.row_scale

@@ -28,7 +28,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from kv_memory.backbone import Backbone
-from kv_memory.compress.descent import MovedHeads, MovingHeads, alike, descend
+from kv_memory.compress.descent import HeadGroup, MovedHeads, alike, descend
 from kv_memory.compress.fitting import HeadSystem, fit_heads, output_errors, refit_errors
 from kv_memory.compress.match_settings import MatchSettings
 from kv_memory.compress.reading import check_finite, choose
@@ -214,96 +214,83 @@ class MatchedDocument:
         """
         scores = torch.full_like(self.scores, -1.0)
         quick = replace(self._settings, value_ridges=_STAGE_RIDGES)
-        for group in self._alike(kept):
-            system, _, _, where = self._system(group, [kept[i] for i in group], self._settings.max_rows)
-            metric = torch.stack([self._metric_of(*self._heads()[i]) for i in group])
-            stay = fixed[where - self._n_prefix] & system.real
-            errors = torch.cat(
-                [refit_errors(part, fit_heads(part, stay[:, own], quick), metric) for own, part in system.parts()],
-                1,
-            )
-            for i, row in zip(group, errors, strict=True):
-                scores.view(-1, self._n)[i, kept[i]] = row[: len(kept[i])]
+        for indices, group in self._groups(kept, fixed, self._settings.max_rows):
+            of_heads = [self._heads()[i] for i in indices]
+            metric = torch.stack([self._rows[layer].metric[self._queries_of(head)].mean(0) for layer, head in of_heads])
+            errors = [
+                refit_errors(part.system, fit_heads(part.system, part.fixed, quick), metric) for part in group.parts()
+            ]
+            for i, own in zip(indices, torch.cat(errors, 1), strict=True):
+                scores.view(-1, self._n)[i, kept[i]] = own[: len(kept[i])]
         return scores
 
     def _fitted(self, kept: Sequence[torch.Tensor], fixed: torch.Tensor) -> MovedHeads:
         """The entries kept, fitted and moved, head by head; arguments as in `_rescored`."""
-        found: dict[int, MovedHeads] = {}
+        settings, found = self._settings, dict[int, MovedHeads]()
         for i, (layer, head) in enumerate(self._heads()):
             keys, values = (tensor[self._n_prefix + kept[i]] for tensor in self._entries(layer, head))
             found[i] = MovedHeads(keys, values, values.new_zeros(len(keys)))
-        for group in self._alike(kept) if self._settings.fit else ():
-            own_kept = [kept[i] for i in group]
-            system, rows, total, where = self._system(group, own_kept, self._settings.max_final_rows)
-            stay = fixed[where - self._n_prefix] & system.real
-            keys, parts = self._padded_keys(group, where), []
-            for own, part in system.parts():
-                fitted = fit_heads(part, stay[:, own], self._settings)
-                moving = MovingHeads(rows, total, part, where[:, own], keys[:, own], fitted, stay[:, own])
-                parts.append((part.real, descend(moving, self._settings)))
-            for row, i in enumerate(group):
+        for indices, group in self._groups(kept, fixed, settings.max_final_rows) if settings.fit else ():
+            parts = [
+                (part.system.real, descend(part, fit_heads(part.system, part.fixed, settings), settings))
+                for part in group.parts()
+            ]
+            for row, i in enumerate(indices):
                 found[i] = MovedHeads.joined([moved.of(row, real[row]) for real, moved in parts])
         return MovedHeads.joined([found[i] for i in range(len(found))])
 
-    def _alike(self, kept: Sequence[torch.Tensor]) -> Iterator[list[int]]:
-        """Heads that are fitted together; none of those that keep nothing."""
+    def _groups(
+        self, kept: Sequence[torch.Tensor], fixed: torch.Tensor, most: int
+    ) -> Iterator[tuple[list[int], HeadGroup]]:
+        """Heads that are fitted together, none of those that keep nothing; and which they are.
+
+        Args:
+            kept: See `_rescored`.
+            fixed: See `_rescored`.
+            most: Rows of a head, at most.
+        """
         filled = [i for i, own in enumerate(kept) if len(own)]
         kinds = [self._rows[self._heads()[i][0]].rows.kind for i in filled]
         for group in alike([len(kept[i]) for i in filled], kinds, self._settings.rows_per_step):
-            yield [filled[i] for i in group]
+            indices = [filled[i] for i in group]
+            yield indices, self._group_of([self._heads()[i] for i in indices], [kept[i] for i in indices], fixed, most)
 
-    def _metric_of(self, layer: int, head: int) -> torch.Tensor:
-        return self._rows[layer].metric[self._queries_of(head)].mean(0)
-
-    def _padded_keys(self, group: Sequence[int], where: torch.Tensor) -> torch.Tensor:
-        """Keys of prefix and document at `where` `(heads, n)`: `(heads, n, head_dim)`."""
-        return torch.stack([self._entries(*self._heads()[i])[0][own] for i, own in zip(group, where, strict=True)])
-
-    def _system(
-        self, group: Sequence[int], kept: Sequence[torch.Tensor], most: int
-    ) -> tuple[HeadSystem, ReferenceRows, torch.Tensor, torch.Tensor]:
-        """The system of the entries that some heads of one kind keep.
-
-        Args:
-            group: Which heads.
-            kept: What each keeps.
-            most: Rows of a head, at most.
-
-        Returns:
-            The system; its rows, as of one query head each; their logsumexp over all keys, `(heads, rows)`; where the
-            entries stand in prefix and document, `(heads, kept)`.
-        """
-        heads = [self._heads()[i] for i in group]
+    def _group_of(
+        self, heads: Sequence[tuple[int, int]], kept: Sequence[torch.Tensor], fixed: torch.Tensor, most: int
+    ) -> HeadGroup:
+        device = self.scores.device
         picked, n_learned = self._picked(self._rows[0].rows.positions.shape[1], most)
         rows = ReferenceRows.joined(
             [self._rows[layer].rows.pick(self._queries_of(head), picked) for layer, head in heads]
         )
         total = torch.stack([self._rows[layer].total[head].flatten()[picked] for layer, head in heads])
         output = torch.stack([self._rows[layer].output[head].flatten(0, 1)[picked] for layer, head in heads])
-        real = torch.arange(max(map(len, kept)), device=picked.device) < torch.tensor(
-            [[len(own)] for own in kept], device=picked.device
-        )
-        where = pad_sequence(list(kept), batch_first=True) + self._n_prefix
-        before = torch.arange(self._n_prefix, device=picked.device).expand(len(group), -1)
+        counts = torch.tensor([len(own) for own in kept], device=device)
+        inside = pad_sequence(list(kept), batch_first=True)  # (heads, most kept), positions in the document
+        real = torch.arange(inside.shape[1], device=device) < counts[:, None]
+        before = torch.arange(self._n_prefix, device=device).expand(len(heads), -1)
 
-        def weights(places: torch.Tensor) -> torch.Tensor:
-            logits = rows.logits(self._padded_keys(group, places), places, slice(None), slice(None))
-            return logits.sub_(total[..., None]).exp_()
+        def entries(where: torch.Tensor) -> list[torch.Tensor]:
+            """Keys and values at positions `(heads, n)`: `(heads, n, head_dim)`."""
+            found = [[part[own] for part in self._entries(*head)] for head, own in zip(heads, where, strict=True)]
+            return [torch.stack(parts) for parts in zip(*found, strict=True)]
 
-        def values(places: torch.Tensor) -> torch.Tensor:
-            return torch.stack([self._entries(*head)[1][own] for head, own in zip(heads, places, strict=True)])
+        def weights(keys: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+            return rows.logits(keys, where, slice(None), slice(None)).sub_(total[..., None]).exp_()
 
-        of_prefix = weights(before)
+        where = inside + self._n_prefix
+        (keys, values), (keys_before, values_before) = entries(where), entries(before)
+        of_prefix = weights(keys_before, before)
         system = HeadSystem(
-            weights=weights(where).mul_(real[:, None]),
+            weights=weights(keys, where).mul_(real[:, None]),
             rest=of_prefix.sum(2) + (rows.own - total).exp(),
-            target=output - of_prefix @ values(before),
-            values=values(where) * real[..., None],
+            target=output - of_prefix @ values_before,
+            values=values * real[..., None],
             scale=rows.scale,
             real=real,
             n_learned=n_learned,
         )
-        return system, rows, total, where
+        return HeadGroup(rows, total, system, where, keys, fixed[inside] & real)
 
     def _queries_of(self, head: int) -> slice:
         """The query heads that share a KV head."""

@@ -81,8 +81,13 @@ class ReferenceRows:
     @staticmethod
     def joined(heads: Sequence[ReferenceRows]) -> ReferenceRows:
         """Rows of several heads of one kind, side by side."""
-        names = ("query", "own", "positions", "scale")
-        return replace(heads[0], **{name: torch.cat([getattr(head, name) for head in heads]) for name in names})
+        return replace(
+            heads[0],
+            query=torch.cat([head.query for head in heads]),
+            own=torch.cat([head.own for head in heads]),
+            positions=torch.cat([head.positions for head in heads]),
+            scale=torch.cat([head.scale for head in heads]),
+        )
 
     def logits(self, keys: torch.Tensor, where: torch.Tensor, heads: slice, rows: slice) -> torch.Tensor:
         """Attention logits towards document keys.
