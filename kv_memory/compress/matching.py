@@ -95,7 +95,8 @@ class _Rows:
 
     rows: ReferenceRows
     total: torch.Tensor  # logsumexp over prefix, document and own row
-    output: torch.Tensor  # (num_kv_heads, group, m, head_dim), o
+    rest: torch.Tensor  # attention to prefix and own row
+    target: torch.Tensor  # (num_kv_heads, group, m, head_dim), what the document's entries put out together
     metric: torch.Tensor  # (num_heads, head_dim, head_dim), W_g^T W_g times what the layer counts
 
 
@@ -175,10 +176,8 @@ class MatchedDocument:
         for layer, rows in enumerate(self._reference):
             m = rows.positions.shape[1]
             metric = self._metric(layer)
-            total, output = (
-                torch.empty(self._backbone.num_heads, m, device=device),
-                torch.empty(self._backbone.num_heads, m, self._backbone.head_dim, device=device),
-            )
+            total, rest = (torch.empty(self._backbone.num_heads, m, device=device) for _ in range(2))
+            target = torch.empty(self._backbone.num_heads, m, self._backbone.head_dim, device=device)
             for head in range(self._backbone.num_kv_heads):
                 keys, values = self._entries(layer, head)
                 places = torch.arange(len(keys), device=device)
@@ -190,16 +189,19 @@ class MatchedDocument:
                     sums = weights.sum(-1, keepdim=True) + (rows.own[own, block, None] - highest).exp()
                     weights = weights.div_(sums)
                     total[own, block] = (sums.log() + highest)[..., 0]
-                    output[own, block] = weights @ values
-                    inside = weights[..., self._n_prefix :]
+                    before, inside = weights[..., : self._n_prefix], weights[..., self._n_prefix :]
+                    rest[own, block] = before.sum(-1) + (rows.own[own, block] - total[own, block]).exp()
+                    target[own, block] = inside @ values[self._n_prefix :]
                     if self._settings.score == "attention":
                         scores[layer, head] = torch.maximum(scores[layer, head], inside.amax((0, 1)))
                         continue
+                    output = target[own, block] + before @ values[: self._n_prefix]
                     scores[layer, head] += output_errors(
-                        inside, values[self._n_prefix :], output[own, block], metric[own], rows.scale[own, block]
+                        inside, values[self._n_prefix :], output, metric[own], rows.scale[own, block]
                     )
             shape = (self._backbone.num_kv_heads, self._group)
-            self._rows.append(_Rows(rows, total.unflatten(0, shape), output.unflatten(0, shape), metric))
+            total, rest, target = (part.unflatten(0, shape) for part in (total, rest, target))
+            self._rows.append(_Rows(rows, total, rest, target, metric))
         return scores
 
     def _rescored(self, kept: Sequence[torch.Tensor], fixed: torch.Tensor) -> torch.Tensor:
@@ -263,28 +265,21 @@ class MatchedDocument:
         rows = ReferenceRows.joined(
             [self._rows[layer].rows.pick(self._queries_of(head), picked) for layer, head in heads]
         )
-        total = torch.stack([self._rows[layer].total[head].flatten()[picked] for layer, head in heads])
-        output = torch.stack([self._rows[layer].output[head].flatten(0, 1)[picked] for layer, head in heads])
+        total, rest, target = (
+            torch.stack([getattr(self._rows[layer], name)[head].flatten(0, 1)[picked] for layer, head in heads])
+            for name in ("total", "rest", "target")
+        )
         counts = torch.tensor([len(own) for own in kept], device=device)
         inside = pad_sequence(list(kept), batch_first=True)  # (heads, most kept), positions in the document
         real = torch.arange(inside.shape[1], device=device) < counts[:, None]
-        before = torch.arange(self._n_prefix, device=device).expand(len(heads), -1)
-
-        def entries(where: torch.Tensor) -> list[torch.Tensor]:
-            """Keys and values at positions `(heads, n)`: `(heads, n, head_dim)`."""
-            found = [[part[own] for part in self._entries(*head)] for head, own in zip(heads, where, strict=True)]
-            return [torch.stack(parts) for parts in zip(*found, strict=True)]
-
-        def weights(keys: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-            return rows.logits(keys, where, slice(None), slice(None)).sub_(total[..., None]).exp_()
-
         where = inside + self._n_prefix
-        (keys, values), (keys_before, values_before) = entries(where), entries(before)
-        of_prefix = weights(keys_before, before)
+        found = [[part[own] for part in self._entries(*head)] for head, own in zip(heads, where, strict=True)]
+        keys, values = (torch.stack(parts) for parts in zip(*found, strict=True))  # (heads, most kept, head_dim)
+        logits = rows.logits(keys, where, slice(None), slice(None))
         system = HeadSystem(
-            weights=weights(keys, where).mul_(real[:, None]),
-            rest=of_prefix.sum(2) + (rows.own - total).exp(),
-            target=output - of_prefix @ values_before,
+            weights=logits.sub_(total[..., None]).exp_().mul_(real[:, None]),
+            rest=rest,
+            target=target,
             values=values * real[..., None],
             scale=rows.scale,
             real=real,
