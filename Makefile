@@ -86,7 +86,7 @@ $(READY): pyproject.toml requirements.lock Makefile | venv
 	@# setuptools first, so that nothing is built with a release that the lock does not name.
 	@$(PIP) install --no-compile -c requirements.lock setuptools && \
 	    $(PIP) install --no-compile -c requirements.lock --no-build-isolation -e '.[dev,embedded]' || { $(EXPLAIN); }
-	@# On all cores; pip would compile on one. Without, every process would compile anew where that cannot be kept.
+	@# pip compiles on one core, this on all. Where byte code may not be written later, each process would compile again.
 	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@strays=$$($(BIN)/python -m tests.lock); [ -z "$$strays" ] || $(PIP) uninstall -y $$strays
 	@$(call PREPARE,[3/4] )
