@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from email import message_from_bytes
 from importlib.metadata import Distribution, distribution
+from importlib.util import cache_from_source
 from pathlib import Path
 
 import pytest
@@ -118,8 +119,14 @@ def clean(wheel_file: Path, wheel: zipfile.ZipFile, tmp_path_factory: pytest.Tem
         for file in package.files or []:
             if ".." in file.parts or file.suffix == ".pyc" or (site / file).exists():  # two packages may share one
                 continue
-            (site / file).parent.mkdir(parents=True, exist_ok=True)
-            link_or_copy(str(package.locate_file(file)), str(site / file))
+            source = str(package.locate_file(file))
+            # With its byte code, or each process would compile torch again where none may be written.
+            compiled = cache_from_source(source) if file.suffix == ".py" else ""
+            for path in (source, compiled):
+                if os.path.exists(path):
+                    target = site / os.path.relpath(path, package.locate_file(""))
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    link_or_copy(path, str(target))
     install = [sys.executable, "-m", "pip", f"--python={folder / 'bin/python'}", "install", "-q", "--no-index"]
     done = subprocess.run([*install, "--no-deps", wheel_file], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -144,7 +144,7 @@ class _Run:
             teacher,
             self._documents,
             n_probes=settings.practised,
-            n_held_out=settings.n_held_out,
+            n_held_out=settings.held_out,
             probe_tokens=settings.probe_tokens,
             temperature=settings.temperature,
             seed=settings.seed,

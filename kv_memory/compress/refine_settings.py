@@ -14,7 +14,8 @@ __all__ = ["RefineSettings"]
 
 RECIPE = 3  # raised when the same settings give another result; part of the fingerprint
 _STEPS = 48
-_LEAST_PROBES = 24
+_FEW_STEPS = 24  # below, making probes and looking at them would cost more than the steps
+_LEAST_PROBES, _LEAST_OF_FEW = 24, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +27,12 @@ class RefineSettings:
         lr: Of Adam, in standard deviations of each layer's keys and values; falls linearly to 0. None: 0.01 where an
             eighth of the entries is kept and in inverse proportion elsewhere, in 0.005 to 0.05: the fewer there are,
             the further each is from where it should be.
-        n_probes: Prepared for each document, to practise; see `make_probes`. None: half as many as steps, but at least
-            24, so that each comes about eight times however many steps there are.
+        n_probes: Prepared for each document, to practise; see `make_probes`. None: half as many as steps, so that each
+            comes about eight times however many steps there are, but at least 24, or 8 where there are fewer steps than
+            24.
         probes_per_step: Of these, asked in one step, of every kind.
         n_held_out: Spans of either kind that are never practised and decide what is kept, with three times as many
-            questions and statements.
+            questions and statements. None: 2, or 1 where there are fewer steps than 24.
         probe_tokens: The longest span or statement.
         forward_weight: λ of the loss, see `distillation_loss`.
         temperature: At which the model's questions and statements are sampled.
@@ -49,7 +51,7 @@ class RefineSettings:
     lr: float | None = None
     n_probes: int | None = None
     probes_per_step: int = 4
-    n_held_out: int = 2
+    n_held_out: int | None = None
     probe_tokens: int = 40
     forward_weight: float = 0.6
     temperature: float = 0.5
@@ -70,7 +72,7 @@ class RefineSettings:
                 f"at least {len(KINDS)}, one of every kind, or None",
             ),
             "probes_per_step": (self.probes_per_step >= 1, "at least 1"),
-            "n_held_out": (self.n_held_out >= 1, "at least 1"),
+            "n_held_out": (self.n_held_out is None or self.n_held_out >= 1, "at least 1, or None"),
             "probe_tokens": (self.probe_tokens >= 16, "at least 16"),
             "forward_weight": (0 <= self.forward_weight <= 1, "in [0, 1]"),
             "temperature": (0 <= self.temperature < math.inf, "0 or more"),
@@ -88,7 +90,13 @@ class RefineSettings:
     @property
     def practised(self) -> int:
         """How many probes are prepared to practise, for each document."""
-        return max(_LEAST_PROBES, self.steps // 2) if self.n_probes is None else self.n_probes
+        least = _LEAST_OF_FEW if self.steps < _FEW_STEPS else _LEAST_PROBES
+        return max(least, self.steps // 2) if self.n_probes is None else self.n_probes
+
+    @property
+    def held_out(self) -> int:
+        """How many spans of either kind are held out, for each document."""
+        return (1 if self.steps < _FEW_STEPS else 2) if self.n_held_out is None else self.n_held_out
 
     @property
     def most_looks_without_gain(self) -> int:
@@ -98,7 +106,7 @@ class RefineSettings:
     @property
     def name(self) -> str:
         """For the fingerprint: the steps for people, and a digest of all that decides the result."""
-        values = {**asdict(self), "n_probes": self.practised, "recipe": RECIPE}
+        values = {**asdict(self), "n_probes": self.practised, "n_held_out": self.held_out, "recipe": RECIPE}
         del values["max_entries"]
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
         return f"refine:{self.steps}:{digest[:12]}"

@@ -16,6 +16,8 @@ from kv_memory.positioned import PositionedCache
 
 __all__ = ["Teacher", "end_ids"]
 
+_DECODED_TOKENS = 4096  # of rows that are gone on with together
+
 
 def end_ids(backbone: Backbone) -> set[int]:
     """Tokens that end an answer: the end token, and what the prompt form's stop strings begin with."""
@@ -60,14 +62,18 @@ class Teacher:
         finally:
             self._cache.rewind(self._cache.appended_positions.shape[1] - before)
 
-    def _batches(self, rows: Sequence[Row]) -> list[RowBatch]:
+    def _batches(self, rows: Sequence[Row], *, max_tokens: int | None = None) -> list[RowBatch]:
         rope = self._backbone.rope
 
         def regime(row: Row) -> Hashable:  # padding would lengthen a row into other frequencies
             return rope.regime(self._ends[row.document] + len(row.ids))
 
         return batch_rows(
-            rows, at_once=self._at_once, device=self._backbone.device, kind=regime if rope.varies else None
+            rows,
+            at_once=self._at_once,
+            device=self._backbone.device,
+            max_tokens=max_tokens,
+            kind=regime if rope.varies else None,
         )
 
     @torch.no_grad()
@@ -110,7 +116,8 @@ class Teacher:
             The new tokens of each row.
         """
         found: dict[int, list[int]] = {}
-        for batch in self._batches(rows):
+        # A token at a time, the weights are what is read from memory: the more rows share that, the better.
+        for batch in self._batches(rows, max_tokens=_DECODED_TOKENS):
             with self._behind(batch.documents) as cache:
                 chosen = None if not temperature or seeds is None else [seeds[index] for index in batch.index]
                 texts = self._go_on(batch, cache, most, ends, temperature, chosen, as_answers)

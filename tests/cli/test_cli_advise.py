@@ -81,15 +81,11 @@ def test_wrong_usage_is_said_before_a_model_is_loaded(
 def test_advice_on_a_page_with_a_real_model(kv: Kv, tmp_path: Path) -> None:
     if not BUILT_IN["smollm2"].is_prepared:
         pytest.skip("smollm2 is not prepared (`make setup`)")
-    pages = {
-        "ferry": "The ferry to Skarholm leaves at 7.40 from pier 4 every morning. Tickets cost 12 crowns.",
-        "light": "The lighthouse of Orvik burned whale oil until 1921, when an electric lamp was put in.",
-    }
-    for name, text in pages.items():
-        write(tmp_path / "docs" / f"{name}.md", text)
+    text = "The ferry to Skarholm leaves at 7.40 from pier 4 every morning. Tickets cost 12 crowns."
+    write(tmp_path / "docs" / "ferry.md", text)
     done = kv("advise", "docs", "--model", "smollm2", "--keep-ratio", "1/2", "--keep-ratio", "1/16", "--json")
     half, sixteenth, last = [json.loads(line) for line in done.out.splitlines()]
-    assert half["n_passages"] == 2 and half["n_questions"] >= 2
+    assert half["n_passages"] == 1 and half["n_questions"] >= 1
     assert half["kl"] < sixteenth["kl"] and half["same"] >= sixteenth["same"]
     assert half["size_bytes"] > 3 * sixteenth["size_bytes"]
     assert not last["enough"] and "--model smollm2" in last["command"]

@@ -145,9 +145,9 @@ def test_the_demo_where_only_smollm2_is_prepared(
 @pytest.mark.slow
 @pytest.mark.skipif(not BUILT_IN["qwen-0.5b"].is_prepared, reason="qwen-0.5b is not prepared (`make setup`)")
 def test_the_demo_answers_rightly_on_qwen(process: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
-    with process("demo", "--limit", 3, cwd=tmp_path) as ran:
+    with process("demo", "--limit", 2, cwd=tmp_path) as ran:
         out, err = ran.communicate(timeout=600)
     assert ran.returncode == 0, err
     assert "The model is Qwen2.5-Coder-0.5B-Instruct." in out and "Note:" not in err
-    (cached, text) = re.findall(r"(\d) of 3", next(line for line in out.splitlines() if "Right answers" in line))
-    assert int(text) == 3 and int(cached) >= 2
+    (cached, text) = re.findall(r"(\d) of 2", next(line for line in out.splitlines() if "Right answers" in line))
+    assert int(text) == 2 and int(cached) >= 1

@@ -89,7 +89,7 @@ def held_out_kl(name: str, found: DistilledCache, settings: RefineSettings = SET
         teacher,
         ids,
         n_probes=settings.practised,
-        n_held_out=settings.n_held_out,
+        n_held_out=settings.held_out,
         probe_tokens=settings.probe_tokens,
         temperature=settings.temperature,
         seed=settings.seed,
@@ -344,9 +344,15 @@ def test_the_fingerprint_holds_what_decides_the_result() -> None:
 
 
 def test_more_steps_practise_more_probes() -> None:
-    assert [RefineSettings(steps=steps).practised for steps in (16, 48, 144)] == [24, 24, 72]
+    assert [RefineSettings(steps=steps).practised for steps in (8, 18, 24, 48, 144)] == [8, 9, 24, 24, 72]
     assert RefineSettings(steps=144, n_probes=24).practised == 24
     assert RefineSettings(steps=144).name == RefineSettings(steps=144, n_probes=72).name
+
+
+def test_few_steps_hold_few_probes_out() -> None:
+    assert [RefineSettings(steps=steps).held_out for steps in (8, 23, 24, 144)] == [1, 1, 2, 2]
+    assert RefineSettings(steps=8).name == RefineSettings(steps=8, n_probes=8, n_held_out=1).name
+    assert RefineSettings(steps=8).name != RefineSettings(steps=8, n_held_out=2).name
 
 
 def test_more_steps_wait_longer_for_a_gain() -> None:
