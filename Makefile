@@ -87,7 +87,7 @@ $(READY): pyproject.toml requirements.lock Makefile | venv
 	@$(PIP) install --no-compile -c requirements.lock setuptools && \
 	    $(PIP) install --no-compile -c requirements.lock --no-build-isolation -e '.[dev,embedded]' || { $(EXPLAIN); }
 	@# pip compiles on one core, this on all. Where byte code may not be written later, each process would compile again.
-	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib kv_memory integrations || true
 	@strays=$$($(BIN)/python -m tests.lock); [ -z "$$strays" ] || $(PIP) uninstall -y $$strays
 	@$(call PREPARE,[3/4] )
 	@echo "[4/4] Ready: $(BIN)/kv-memory --help"

@@ -79,14 +79,17 @@ def refined(name: str, selector: str = "attention") -> tuple[DistilledCache, Dis
     return start, refine(name, start)
 
 
-def held_out_kl(name: str, found: DistilledCache, settings: RefineSettings = SETTINGS) -> float:
-    """Measured the way a cache is used: composed, and every probe alone behind it."""
+@cache
+def held_out(name: str, settings: RefineSettings) -> tuple[Teacher, list[Probe]]:
+    """Probes that decide, and a teacher that is asked one by one."""
     backbone = shared(name)
     ids = [backbone.encode(text_of(name))]
-    teacher = Teacher(backbone, ids, room=settings.extra_tokens, max_entries=1)
+    together, alone = (
+        Teacher(backbone, ids, room=settings.extra_tokens, max_entries=n) for n in (settings.max_entries, 1)
+    )
     (probes,) = make_probes(
         backbone,
-        teacher,
+        together,
         ids,
         n_probes=settings.practised,
         n_held_out=settings.held_out,
@@ -94,15 +97,21 @@ def held_out_kl(name: str, found: DistilledCache, settings: RefineSettings = SET
         temperature=settings.temperature,
         seed=settings.seed,
     )
+    return alone, [probe for probe in probes if probe.held_out]
+
+
+def held_out_kl(name: str, found: DistilledCache, settings: RefineSettings = SETTINGS) -> float:
+    """Measured the way a cache is used: composed, and every probe alone behind it."""
+    backbone = shared(name)
+    teacher, probes = held_out(name, settings)
     by_kind: dict[str, list[float]] = {}
     for probe in probes:
-        if probe.held_out:
-            row = torch.tensor([probe.row.ids])
-            with torch.no_grad():
-                logits = backbone.logits(row, compose(backbone, [found], n_question=row.shape[1]), every=True)[0]
-            ((_, taught),) = teacher.logits([probe.row])
-            kl = kl_divergence(taught, logits[probe.row.n_given - 1 : -1]).mean()
-            by_kind.setdefault(probe.kind, []).append(float(kl))
+        row = torch.tensor([probe.row.ids])
+        with torch.no_grad():
+            logits = backbone.logits(row, compose(backbone, [found], n_question=row.shape[1]), every=True)[0]
+        ((_, taught),) = teacher.logits([probe.row])
+        kl = kl_divergence(taught, logits[probe.row.n_given - 1 : -1]).mean()
+        by_kind.setdefault(probe.kind, []).append(float(kl))
     return sum(sum(own) / len(own) for own in by_kind.values()) / len(by_kind)
 
 
