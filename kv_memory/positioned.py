@@ -48,6 +48,13 @@ class PreallocatedLayer(DynamicLayer):
         assert self.keys is not None
         self._show(self.keys.shape[2] - n_tokens)
 
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """Forget all other rows of the batch."""
+        assert self.keys is not None
+        keys, values = self._buffers
+        self._buffers = keys[rows], values[rows]
+        self._show(self.keys.shape[2])
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,6 +138,28 @@ class PositionedCache(DynamicCache):
             layer.rewind(n_tokens)
         self.appended_positions = self.appended_positions[:, :-n_tokens]
         self.next_positions = self.next_positions - n_tokens
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Forget all other rows of the batch: what is decoded to its end costs as much as what goes on.
+
+        Args:
+            rows: Which to keep, in their new order.
+        """
+        index = torch.tensor(rows, device=self.next_positions.device)
+
+        def kept(layers: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            return [layer[index] if layer.shape[0] > 1 else layer for layer in layers]
+
+        for layer in self.layers:
+            assert isinstance(layer, PreallocatedLayer)
+            layer.keep_rows(index)
+        composed = self.composed_positions
+        if not isinstance(composed, torch.Tensor) or composed.ndim == 4:
+            self.composed_positions = kept(composed)
+        self.bias = None if self.bias is None else kept(self.bias)
+        self.padded |= self.n_rows > 1  # questions of a batch differ in length
+        self.n_rows = len(rows)
+        self.next_positions, self.appended_positions = self.next_positions[index], self.appended_positions[index]
 
     def turn(self, rope: Rope, n_positions: int) -> None:
         """Make the keys those of a sequence of `n_positions`, where the frequencies depend on the length.

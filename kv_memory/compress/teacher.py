@@ -139,22 +139,24 @@ class Teacher:
         # Noise is drawn on the CPU, so that a seed means the same on every device.
         draws = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
         texts: list[list[int]] = [[] for _ in batch.index]
+        rows = list(range(len(texts)))  # those that go on
         logits = self._backbone.logits(batch.ids, cache, lengths=batch.lengths if len(texts) > 1 else None)
         for step in range(most):
             scores = logits.float()
             if draws is not None:
-                noise = torch.stack([torch.empty(scores.shape[1]).exponential_(generator=draw) for draw in draws])
+                noise = torch.stack([torch.empty(scores.shape[1]).exponential_(generator=draws[row]) for row in rows])
                 noise = noise.clamp(min=1e-30).to(scores.device)
                 scores = scores / temperature - noise.log()  # Gumbel's trick: the largest is a sample
             tokens = scores.argmax(-1)
-            if as_answers:
-                for row, (opening, text) in enumerate(zip(openings, texts, strict=True)):
-                    if not opening.has_begun(text):
-                        tokens[row] = opening.likeliest(scores[row], text)
-            for text, token in zip(texts, tokens.tolist(), strict=True):
-                if not text or text[-1] not in ends:
-                    text.append(token)
-            if step + 1 == most or all(text[-1] in ends for text in texts):
+            for i, row in enumerate(rows):
+                if as_answers and not openings[row].has_begun(texts[row]):
+                    tokens[i] = openings[row].likeliest(scores[i], texts[row])
+                texts[row].append(int(tokens[i]))
+            going = [i for i, row in enumerate(rows) if texts[row][-1] not in ends]
+            if step + 1 == most or not going:
                 break
+            if len(going) < len(rows):
+                cache.keep_rows(going)
+                rows, tokens = [rows[i] for i in going], tokens[going]
             logits = self._backbone.logits(tokens[:, None], cache)
         return texts

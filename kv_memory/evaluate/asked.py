@@ -8,8 +8,8 @@ import torch
 
 from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
-from kv_memory.config import Layout
-from kv_memory.generate import compose
+from kv_memory.config import DecodeSettings, Layout
+from kv_memory.generate import Prompt, Run, compose
 
 __all__ = ["Asked", "batches"]
 
@@ -42,7 +42,7 @@ class Asked:
         layout: Layout,
         n_new: int,
     ) -> None:
-        self._backbone = backbone
+        self._backbone, self._caches, self._prompts, self._layout = backbone, caches, prompts, layout
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         ids = _padded(prompts)
         self._cache = compose(
@@ -66,6 +66,16 @@ class Asked:
             if rest is not None and len(row) > 1:
                 logits = torch.cat([logits, rest[index, : len(row) - 1].float()])
             yield logits[: len(row)].log_softmax(-1)
+
+    def decode(self, rows: Sequence[int], settings: DecodeSettings) -> list[str]:
+        """Answers to some of the questions, by the code that `ask` uses. The last thing that is asked."""
+        self._cache.keep_rows(rows)
+        prompts = [Prompt([*self._prompts[row]], behind_prefix=True) for row in rows]
+        read = self._cache, self._first[list(rows)]
+        run = Run(self._backbone, prompts, self._caches, self._layout, settings, read=read)
+        for _ in run.steps():
+            pass
+        return [generation.text.strip() for generation in run.results()]
 
     @torch.no_grad()
     def _rest(self, rows: Sequence[Sequence[int]]) -> torch.Tensor | None:

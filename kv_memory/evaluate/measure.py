@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
-from kv_memory.config import Layout
+from kv_memory.config import DecodeSettings, Layout
 from kv_memory.evaluate.asked import Asked, batches
 from kv_memory.evaluate.cases import Case, EncodedQuery, Query
 from kv_memory.evaluate.metrics import ALL_WANTED, TEXT_METRICS, kl_divergence, negative_log_likelihood
 from kv_memory.evaluate.task import Task
-from kv_memory.evaluate.teacher import KL_TOKENS, TeacherAnswer, answers
+from kv_memory.evaluate.teacher import KL_TOKENS, TeacherAnswer
 from kv_memory.generate import opening_behind
 
 __all__ = ["METRICS", "Measured", "measure"]
@@ -75,16 +75,18 @@ def measure(
     Raises:
         ContextWindowError: Document, question and answer do not fit the model.
     """
+    settings = DecodeSettings(max_new_tokens=task.max_new_tokens) if generate and task.text_metrics else None
     n_new = max(KL_TOKENS, *(len(row) for query in encoded for row in (query.reference, *query.choices)))
+    n_new = max(n_new, settings.max_new_tokens) if settings else n_new
     n_entries = len(backbone.prefix_ids) + sum(cache.n_kept for cache in caches)
     n_tokens = max(len(query.prompt) for query in encoded) + n_new
     scored: list[_Scored] = []
+    texts: list[str | None] = []
     for part in batches(backbone, len(encoded), n_entries=n_entries, n_tokens=n_tokens):
         asked = Asked(backbone, caches, [query.prompt for query in encoded[part]], layout=layout, n_new=n_new)
-        scored += _score(backbone, asked, case.queries[part], encoded[part], taught[part])
-    texts: list[str | None] = [None] * len(scored)
-    if generate and task.text_metrics:
-        texts = _texts(backbone, caches, encoded, taught, scored, task, layout)
+        found = _score(backbone, asked, case.queries[part], encoded[part], taught[part])
+        scored += found
+        texts += [None] * len(found) if settings is None else _texts(asked, taught[part], found, settings)
     return [
         Measured(
             kl=one.kl,
@@ -158,13 +160,7 @@ def _accuracy(asked: Asked, queries: Sequence[Query], encoded: Sequence[EncodedQ
 
 
 def _texts(
-    backbone: Backbone,
-    caches: Sequence[DistilledCache],
-    encoded: Sequence[EncodedQuery],
-    taught: Sequence[TeacherAnswer],
-    scored: Sequence[_Scored],
-    task: Task,
-    layout: Layout,
+    asked: Asked, taught: Sequence[TeacherAnswer], scored: Sequence[_Scored], settings: DecodeSettings
 ) -> list[str | None]:
     """Greedy answers.
 
@@ -175,8 +171,6 @@ def _texts(
         teacher.text if one.agrees and teacher.whole else None for teacher, one in zip(taught, scored, strict=True)
     ]
     open_rows = [row for row, text in enumerate(texts) if text is None]
-    prompts = [encoded[row].prompt for row in open_rows]
-    said = answers(backbone, caches, prompts, layout=layout, max_new_tokens=task.max_new_tokens)
-    for row, (text, _) in zip(open_rows, said, strict=True):
+    for row, text in zip(open_rows, asked.decode(open_rows, settings) if open_rows else (), strict=True):
         texts[row] = text
     return texts

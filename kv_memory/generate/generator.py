@@ -163,7 +163,10 @@ async def iterate_in_thread(pieces: Iterator[str]) -> AsyncIterator[str]:
 
 
 class Run:
-    """One batch: composed when made, decoded by `steps`, summed up by `results`. See `Generator.start`."""
+    """One batch: composed when made, decoded by `steps`, summed up by `results`. See `Generator.start`.
+
+    `read` is for prompts that were read already: the cache behind them, which is used up, and `(rows, vocab_size)`.
+    """
 
     def __init__(
         self,
@@ -172,6 +175,8 @@ class Run:
         caches: Sequence[DistilledCache],
         layout: Layout,
         settings: DecodeSettings,
+        *,
+        read: tuple[PositionedCache, torch.Tensor] | None = None,
     ) -> None:
         self._start_s = time.perf_counter()
         self._backbone = backbone
@@ -181,7 +186,11 @@ class Run:
         self._ids = torch.tensor([prompt.ids + [0] * (width - len(prompt.ids)) for prompt in prompts])
         room = settings.max_new_tokens
         self._cache: PositionedCache | None
-        if behind_prefix := prompts[0].behind_prefix:
+        behind_prefix = prompts[0].behind_prefix
+        self._first = None if read is None else read[1]
+        if read is not None:
+            self._cache = read[0]
+        elif behind_prefix:
             self._cache = compose(
                 backbone, caches, layout=layout, n_question=width, n_new=room, batch_size=len(prompts)
             )
@@ -221,31 +230,34 @@ class Run:
     @torch.no_grad()
     def _decode(self, cache: PositionedCache) -> Iterator[list[str]]:
         backbone, ragged = self._backbone, len(self._lengths) > 1 and bool((self._lengths != self._lengths[0]).any())
-        logits = backbone.logits(self._ids, cache, lengths=self._lengths if ragged else None)
+        logits = self._first
+        if logits is None:
+            logits = backbone.logits(self._ids, cache, lengths=self._lengths if ragged else None)
+        rows = list(range(len(self._texts)))  # those that go on
         for step in range(self._settings.max_new_tokens):
             last = step + 1 == self._settings.max_new_tokens
-            tokens = [self._pick(row, of_row, last) for row, of_row in enumerate(logits)]
+            tokens = [self._pick(row, of_row, last) for row, of_row in zip(rows, logits, strict=True)]
             now_s = time.perf_counter() - self._start_s
-            pieces = []
-            for row, (text, token, constraint) in enumerate(zip(self._texts, tokens, self._constraints, strict=True)):
-                if text.finished:
-                    pieces.append("")
-                    continue
+            pieces = [""] * len(self._texts)
+            for row, token in zip(rows, tokens, strict=True):
+                text, constraint = self._texts[row], self._constraints[row]
                 if step == 0:
                     self._ttft_s[row] = now_s
                 self._total_s[row] = now_s
                 complete = constraint is not None and constraint.push(token)
-                pieces.append(text.push(token, is_end=token in self._end_ids, is_last=last, is_complete=complete))
+                pieces[row] = text.push(token, is_end=token in self._end_ids, is_last=last, is_complete=complete)
             yield pieces
-            if all(text.finished for text in self._texts):
+            going = [i for i, row in enumerate(rows) if not self._texts[row].finished]
+            if not going:
                 return
             self._check_time(step + 1)
+            if len(going) < len(rows):
+                cache.keep_rows(going)
+                rows, tokens = [rows[i] for i in going], [tokens[i] for i in going]
             logits = backbone.logits(torch.tensor(tokens)[:, None], cache)
 
     def _pick(self, row: int, logits: torch.Tensor, is_last: bool) -> int:
         text, constraint, choose = self._texts[row], self._constraints[row], self._samplers[row].pick
-        if text.finished:
-            return self._end_ids[0]
         logits = logits if constraint is None else constraint.mask(logits)
         if text.begun:
             return choose(logits)

@@ -13,11 +13,12 @@ import torch
 
 from kv_memory.backbone import Backbone
 from kv_memory.cache import DistilledCache
-from kv_memory.compress import Compressor
+from kv_memory.compress import Compressor, Matched, MatchSettings
 from kv_memory.config import DecodeSettings
 from kv_memory.errors import ConfigError, FingerprintMismatchError
-from kv_memory.generate import Generator
+from kv_memory.generate import Generator, compose
 from kv_memory.opening import is_visible
+from kv_memory.positioned import PositionedCache
 from kv_memory.prompts import PromptForm
 from tests.conftest import ARCHITECTURES, SHORT_FORM, make_backbone, make_model, make_tokenizer
 from tests.reference import full_logits, letters, may_open, recorded_inputs, shared_backbone
@@ -56,6 +57,29 @@ def test_greedy_is_an_argmax_loop_over_the_text(name: str) -> None:
             break
     answer = Generator(backbone).generate("why?", [cache], settings=DecodeSettings(max_new_tokens=8))
     assert list(answer.token_ids) == expected
+
+
+@pytest.mark.parametrize("kept", [[1], [1, 0], [3, 1, 2]])  # with the longest, whose length may decide frequencies
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_rows_of_a_batch_go_on_without_the_others(name: str, kept: list[int]) -> None:
+    """Heads that hold different numbers of entries, with biases, behind questions of different lengths."""
+    backbone = shared_backbone(name)
+    matched = Matched(MatchSettings(part_tokens=32, key_steps=0))
+    cache = Compressor(backbone, selector=matched).compress(letters(30), keep_ratio=0.25)
+    asked = [backbone.encode_question(question) for question in QUESTIONS]
+    lengths = torch.tensor([len(ids) for ids in asked])
+    padded = torch.tensor([ids + [0] * (int(lengths.max()) - len(ids)) for ids in asked])
+
+    def composed() -> PositionedCache:
+        whole = compose(backbone, [cache], n_question=padded.shape[1], n_new=4, batch_size=len(asked))
+        backbone.logits(padded, whole, lengths=lengths)
+        return whole
+
+    every, fewer = composed(), composed()
+    fewer.keep_rows(kept)
+    for tokens in torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]]):
+        expected = backbone.logits(tokens[:, None], every)[kept]
+        torch.testing.assert_close(backbone.logits(tokens[kept][:, None], fewer), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [DecodeSettings(max_new_tokens=15), SAMPLED])
