@@ -62,6 +62,7 @@ def run(example: str, folder: Path, said: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("said", ["qwen-0.5b"], indirect=True)  # on smollm2 it is run from the wheel
 def test_the_example_runs_as_printed(tmp_path: Path, said: str) -> None:
     example = README.split("```python\n")[1].split("```")[0]
     assert len(example.strip().splitlines()) <= 8

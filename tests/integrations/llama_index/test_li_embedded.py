@@ -75,11 +75,11 @@ async def test_an_answer_from_caches(embedded: KVMemory) -> None:
 
 @pytest.mark.usefixtures("chat_memories")
 @pytest.mark.filterwarnings("ignore:<aiosqlite.core.Connection:ResourceWarning")  # LlamaIndex leaves it open
-async def test_a_fact_from_the_third_of_sixty_turns_is_recalled(embedded: KVMemory) -> None:
+async def test_a_fact_from_the_third_of_many_turns_is_recalled(embedded: KVMemory) -> None:
     block = KVMemoryBlock(embedded, conversation_id="alice", keep_ratio=1.0)
     chat = Memory.from_defaults(token_limit=300, token_flush_size=100, tokenizer_fn=str.split, memory_blocks=[block])
     subjects = ["weather", "garden", "train", "kitchen", "harbour", "library", "bridge", "market"]
-    for i in range(30):
+    for i in range(36):
         said = "My dog is called Biscuit." if i == 1 else f"Today I looked at the {subjects[i % 8]}, for {i} minutes."
         reply = "A fine name." if i == 1 else f"I see, the {subjects[i % 8]}."
         await chat.aput_messages([ChatMessage(role="user", content=said), ChatMessage(role="assistant", content=reply)])
