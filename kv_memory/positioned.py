@@ -49,7 +49,7 @@ class PreallocatedLayer(DynamicLayer):
         self._show(self.keys.shape[2] - n_tokens)
 
     def keep_rows(self, rows: torch.Tensor) -> None:
-        """Forget all other rows of the batch."""
+        """Drop all other rows of the batch."""
         assert self.keys is not None
         keys, values = self._buffers
         self._buffers = keys[rows], values[rows]
@@ -140,7 +140,7 @@ class PositionedCache(DynamicCache):
         self.next_positions = self.next_positions - n_tokens
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Forget all other rows of the batch: what is decoded to its end costs as much as what goes on.
+        """Drop all other rows of the batch: a row that has ended costs as much as one that is still being decoded.
 
         Args:
             rows: Which to keep, in their new order.

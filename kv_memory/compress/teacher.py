@@ -16,7 +16,7 @@ from kv_memory.positioned import PositionedCache
 
 __all__ = ["Teacher", "end_ids"]
 
-_DECODED_TOKENS = 4096  # of rows that are gone on with together
+_DECODED_TOKENS = 4096  # prompt tokens of the rows that are decoded as one batch
 
 
 def end_ids(backbone: Backbone) -> set[int]:
@@ -116,7 +116,7 @@ class Teacher:
             The new tokens of each row.
         """
         found: dict[int, list[int]] = {}
-        # A token at a time, the weights are what is read from memory: the more rows share that, the better.
+        # Each decoding step reads all weights from memory: the more rows share that, the better.
         for batch in self._batches(rows, max_tokens=_DECODED_TOKENS):
             with self._behind(batch.documents) as cache:
                 chosen = None if not temperature or seeds is None else [seeds[index] for index in batch.index]
@@ -139,7 +139,7 @@ class Teacher:
         # Noise is drawn on the CPU, so that a seed means the same on every device.
         draws = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
         texts: list[list[int]] = [[] for _ in batch.index]
-        rows = list(range(len(texts)))  # those that go on
+        rows = list(range(len(texts)))  # still being decoded
         logits = self._backbone.logits(batch.ids, cache, lengths=batch.lengths if len(texts) > 1 else None)
         for step in range(most):
             scores = logits.float()

@@ -68,7 +68,7 @@ class Asked:
             yield logits[: len(row)].log_softmax(-1)
 
     def decode(self, rows: Sequence[int], settings: DecodeSettings) -> list[str]:
-        """Answers to some of the questions, by the code that `ask` uses. The last thing that is asked."""
+        """Answers to some of the questions, decoded by the code that `ask` uses; nothing can be followed after it."""
         self._cache.keep_rows(rows)
         prompts = [Prompt([*self._prompts[row]], behind_prefix=True) for row in rows]
         read = self._cache, self._first[list(rows)]

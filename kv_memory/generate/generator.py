@@ -165,7 +165,8 @@ async def iterate_in_thread(pieces: Iterator[str]) -> AsyncIterator[str]:
 class Run:
     """One batch: composed when made, decoded by `steps`, summed up by `results`. See `Generator.start`.
 
-    `read` is for prompts that were read already: the cache behind them, which is used up, and `(rows, vocab_size)`.
+    `read` holds, for prompts that were prefilled before, their cache, which the run consumes, and the logits of the
+    next token, `(rows, vocab_size)`.
     """
 
     def __init__(
@@ -233,7 +234,7 @@ class Run:
         logits = self._first
         if logits is None:
             logits = backbone.logits(self._ids, cache, lengths=self._lengths if ragged else None)
-        rows = list(range(len(self._texts)))  # those that go on
+        rows = list(range(len(self._texts)))  # still being decoded
         for step in range(self._settings.max_new_tokens):
             last = step + 1 == self._settings.max_new_tokens
             tokens = [self._pick(row, of_row, last) for row, of_row in zip(rows, logits, strict=True)]
