@@ -108,8 +108,8 @@ RefineOption = Annotated[
     typer.Option(
         "--refine",
         metavar="STEPS",
-        help="Refine every passage's cache by so many gradient steps, e.g. 8 or 48, or 144 where little is kept: "
-        "closer to the full cache, for about 60, 250 or many hundred prefills; 0 for none.  [default: the store's; at "
+        help="Refine every passage's cache by so many gradient steps: 8 or 48, or 144 where little is kept. It comes "
+        "closer to the full cache, for about 70, 270 or many hundred prefills. 0 for none.  [default: the store's; at "
         "first 0]",
     ),
 ]
