@@ -2,14 +2,17 @@
 
     python benchmarks/compress.py     # a table: `matched` and `reconstruction`, 1,024 tokens
     python benchmarks/compress.py --model qwen-0.5b --length 256 --length 1024 --json
+    python benchmarks/compress.py --length 200 --batch 16    # on a GPU, which one passage does not fill
 
-One line for each length and method: `model method n_tokens prefills peak_memory_ratio ttft_ratio decode_ratio`.
+One line for each length and method: `model method n_tokens prefills peak_memory_ratio ttft_ratio decode_ratio`, and
+with `--batch` also `batch_ratio`.
 
 - `prefills`: time of compression over the time of one plain prefill of the same document, median of pairs.
 - `peak_memory_ratio`: the process's highest memory while compressing, over the same of `reconstruction`: of the GPU, or
   resident on Linux; null elsewhere.
 - `ttft_ratio`, `decode_ratio`: time to the first token and time of each further token from the cache, over those from
   the same cache without its biases, medians of pairs; null for caches that have none.
+- `batch_ratio`: time of so many documents of this length one by one over their time as one batch (`compress_many`).
 """
 
 from __future__ import annotations
@@ -42,12 +45,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, action="append", help="document tokens; repeatable (default: 1024)")
     parser.add_argument("--keep-ratio", type=float, default=0.125, help="share of tokens kept (default: 0.125)")
     parser.add_argument("--rounds", type=int, default=3, help="pairs of which medians are taken (default: 3)")
+    parser.add_argument("--batch", type=int, help="also compress so many documents as one batch")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args()
     backbone = Backbone.load(args.model)
     methods = args.method or ["reconstruction", "matched"]
     if not args.json:
-        print(f"{'method':>15} {'tokens':>7} {'prefills':>9} {'memory':>7} {'TTFT':>6} {'decode':>7}")
+        print(f"{'method':>15} {'tokens':>7} {'prefills':>9} {'memory':>7} {'TTFT':>6} {'decode':>7} {'batch':>6}")
     for n_tokens in args.length or [1024]:
         ids = document_ids(backbone, n_tokens)
         base = peak_of(backbone, lambda ids=ids: compress(backbone, "reconstruction", ids, args.keep_ratio))
@@ -90,7 +94,28 @@ def measure(
         "prefills": statistics.median(w / p for w, p in zip(times["work"], times["prefill"], strict=True)),
         "peak_memory_ratio": None if peak is None or base is None else peak / base,
         **ratios,
+        **({"batch_ratio": batch_ratio(backbone, method, len(ids), args)} if args.batch else {}),
     }
+
+
+def batch_ratio(backbone: Backbone, method: Any, n_tokens: int, args: argparse.Namespace) -> float:
+    """Documents of `n_tokens` one by one, over the same ones as a batch."""
+    compressor = Compressor(backbone, selector=method)
+    ids = document_ids(backbone, args.batch * n_tokens)
+    texts = [backbone.tokenizer.decode(ids[start : start + n_tokens]) for start in range(0, len(ids), n_tokens)]
+
+    def one_by_one() -> None:
+        for text in texts:
+            compressor.compress(text, keep_ratio=args.keep_ratio)
+        wait(backbone)
+
+    def together() -> None:
+        compressor.compress_many(texts, keep_ratio=args.keep_ratio)
+        wait(backbone)
+
+    together()
+    times = paired(args.rounds, apart=lambda: timed(one_by_one), together=lambda: timed(together))
+    return statistics.median(a / b for a, b in zip(times["apart"], times["together"], strict=True))
 
 
 @torch.no_grad()
@@ -146,9 +171,11 @@ def peak_of(backbone: Backbone, work: Callable[[], Any]) -> float | None:
 
 def line(row: dict[str, Any]) -> str:
     """The same for people."""
-    cells = [row[name] for name in ("prefills", "peak_memory_ratio", "ttft_ratio", "decode_ratio")]
+    names = ("prefills", "peak_memory_ratio", "ttft_ratio", "decode_ratio", "batch_ratio")
+    cells = [row.get(name) for name in names]
     shown = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
-    return f"{row['method']:>15} {row['n_tokens']:>7,} {shown[0]:>9} {shown[1]:>7} {shown[2]:>6} {shown[3]:>7}"
+    aligned = " ".join(f"{cell:>{width}}" for cell, width in zip(shown, (9, 7, 6, 7, 6), strict=True))
+    return f"{row['method']:>15} {row['n_tokens']:>7,} {aligned}"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from kv_memory.cache import DistilledCache
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.combined import check_combinable, combined_selection
 from kv_memory.compress.kept import Kept, extract, join
-from kv_memory.compress.matching import Matched, MatchedDocument, MatchSettings
+from kv_memory.compress.matching import Matched, MatchedDocument, MatchSettings, match_documents
 from kv_memory.compress.reading import check_finite, choose, read_documents
 from kv_memory.compress.refine import refine_batch
 from kv_memory.compress.refine_settings import RefineSettings
@@ -215,9 +215,10 @@ class Compressor:
     def compress_many(self, texts: Sequence[str], *, keep_ratio: float | Sequence[float]) -> list[DistilledCache]:
         """Distil several documents, as one batch where that can be done: for GPUs, which one passage does not fill.
 
-        Batched are documents of one window that an adapter alone reads, without refinement, with the same rotary
-        frequencies; the others are compressed one by one. Texts of like length waste the least. In a batch the same
-        text may come out different in the last bits, because sums are added up in another order.
+        Batched are documents of one window, without refinement, that an adapter alone or `matched` compresses (for the
+        latter also of one part, see `MatchSettings`), with the same rotary frequencies; the others are compressed one
+        by one. Texts of like length waste the least. In a batch the same text may come out different in the last bits,
+        because sums are added up in another order.
 
         Args:
             texts: The documents, as in `compress`. Where memory does not hold them together, in halves.
@@ -231,36 +232,40 @@ class Compressor:
         ratios = [check_keep_ratio(ratio) for ratio in given]
         rows = [self._encode(text)[0] for text in texts]
         made: dict[int, DistilledCache] = {}
-        if self.adapter is not None and self.refine is None and self._together is None:
-            n_prefix, groups = len(self.backbone.prefix_ids), dict[object, list[int]]()
-            for i, (ids, ratio) in enumerate(zip(rows, ratios, strict=True)):
-                if n_kept_for(len(ids), ratio) < len(ids) <= self.window_tokens:
-                    groups.setdefault(self.backbone.rope.regime(n_prefix + len(ids)), []).append(i)
-            for fit in groups.values():
-                if len(fit) > 1:
-                    batch = self._compress_batch([rows[i] for i in fit], [ratios[i] for i in fit])
-                    made |= zip(fit, batch, strict=True)
+        groups: dict[object, list[int]] = {}
+        for i, (ids, ratio) in enumerate(zip(rows, ratios, strict=True)):
+            if n_kept_for(len(ids), ratio) < len(ids) and (regime := self._regime(len(ids))) is not None:
+                groups.setdefault(regime, []).append(i)
+        for fit in groups.values():
+            if len(fit) > 1:
+                batch = self._compress_batch([rows[i] for i in fit], [ratios[i] for i in fit])
+                made |= zip(fit, batch, strict=True)
         return [
             made[i] if i in made else self.compress_ids(ids, keep_ratio=ratio)
             for i, (ids, ratio) in enumerate(zip(rows, ratios, strict=True))
         ]
 
+    def _regime(self, n_tokens: int) -> object | None:
+        """What documents of a batch must have in common; None of a document that is compressed by itself."""
+        n, regime = len(self.backbone.prefix_ids) + n_tokens, self.backbone.rope.regime
+        if self.refine is not None or self._together is not None or n_tokens > self.window_tokens:
+            return None
+        if self.adapter is not None:
+            return regime(n)
+        if not isinstance(self.selector, Matched) or n_tokens > self.selector.settings.part_tokens:
+            return None
+        return regime(n) if regime(n) == regime(n + self.selector.extra_tokens) else None
+
     def _compress_batch(self, rows: list[list[int]], ratios: list[float]) -> list[DistilledCache]:
-        assert self.adapter is not None
         device = self.backbone.device
         lengths = torch.tensor([len(ids) for ids in rows])
         n_kept = torch.tensor([n_kept_for(len(ids), ratio) for ids, ratio in zip(rows, ratios, strict=True)])
         padded = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
         for row, ids in zip(padded, rows, strict=True):
             row[: len(ids)] = torch.tensor(ids)
+        read = self._match_batch if self.adapter is None else self._distil_batch
         try:
-            reading = read_documents(
-                self.adapter, padded.to(device), lengths.to(device), n_kept.to(device), routed=self.routed
-            )
-            kept = [
-                extract(self.backbone, reading.cache, reading.selected[:, row, :, : len(ids)], row=row)
-                for row, ids in enumerate(rows)
-            ]
+            kept = read(padded.to(device), lengths, n_kept)
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise
@@ -276,11 +281,32 @@ class Compressor:
                 values=part.values,
                 positions=part.positions,
                 counts=part.counts,
+                bias=part.bias,
                 n_tokens=len(ids),
                 keep_ratio=ratio,
                 fingerprint=fingerprint,
             )
             for part, ids, ratio in zip(kept, rows, ratios, strict=True)
+        ]
+
+    def _distil_batch(self, ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> list[Kept]:
+        assert self.adapter is not None
+        reading = read_documents(self.adapter, ids, lengths.to(ids.device), n_kept.to(ids.device), routed=self.routed)
+        return [
+            extract(self.backbone, reading.cache, reading.selected[:, row, :, :n], row=row)
+            for row, n in enumerate(lengths.tolist())
+        ]
+
+    def _match_batch(self, ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> list[Kept]:
+        assert isinstance(self.selector, Matched)
+        extra = self.selector.extra_tokens
+        cache = self.backbone.prefixed_cache(ids.shape[1], room=extra, batch_size=len(ids))
+        self.backbone.read(ids, cache, lengths=lengths)
+        documents = self.selector.documents(self.backbone, ids, cache, lengths=lengths)
+        none = [torch.zeros(n, dtype=torch.bool) for n in lengths.tolist()]
+        matches = match_documents(documents, n_kept.tolist(), none)
+        return [
+            extract(self.backbone, cache, match.selected, row=row, match=match) for row, match in enumerate(matches)
         ]
 
     def compress_ids(
@@ -398,7 +424,7 @@ class Compressor:
         cache = self.backbone.prefixed_cache(n_tokens, room=self.selector.extra_tokens)
         if isinstance(self.selector, Matched):
             self.backbone.read(ids, cache)
-            return _Prefilled(cache, self.selector.document(self.backbone, ids, cache))
+            return _Prefilled(cache, self.selector.documents(self.backbone, ids, cache)[0])
         watched = self.selector.watch(self.backbone, n_prefix=len(self.backbone.prefix_ids), n_tokens=n_tokens)
         self.backbone.read(ids, cache, context=ForwardContext(observer=watched))
         scores = self.selector.score(self.backbone, ids, cache, watched).to(ids.device)

@@ -22,6 +22,7 @@ __all__ = ["HeadGroup", "MovedHeads", "alike", "descend"]
 
 _BETAS = (0.9, 0.95)
 _WEIGHTS = 1 << 19  # of all heads that are moved together, in one step
+_ON_A_GPU = 16  # times as many, where small arrays wait for their kernels
 _UNEVEN = 1.5  # by how much the largest of them may exceed the smallest
 
 
@@ -70,17 +71,21 @@ class MovedHeads:
         return MovedHeads(*(torch.cat([getattr(part, name) for part in parts]) for name in ("keys", "values", "bias")))
 
 
-def alike(sizes: Sequence[int], kinds: Sequence[object], rows_per_step: int) -> Iterator[list[int]]:
+def alike(
+    sizes: Sequence[int], kinds: Sequence[object], rows_per_step: int, *, device: torch.device
+) -> Iterator[list[int]]:
     """Indices of heads that are fitted and moved together: of one kind and of like size, and not too many.
 
     Args:
         sizes: How many entries each keeps.
-        kinds: See `ReferenceRows.kind`.
+        kinds: What heads must have in common, such as `ReferenceRows.kind`.
         rows_per_step: See `MatchSettings`.
+        device: Where they are fitted.
     """
+    most = _WEIGHTS * (1 if device.type == "cpu" else _ON_A_GPU)
     group: list[int] = []
     for index in sorted(range(len(sizes)), key=lambda i: (repr(kinds[i]), sizes[i], i)):
-        too_large = (len(group) + 1) * sizes[index] * rows_per_step > _WEIGHTS
+        too_large = (len(group) + 1) * sizes[index] * rows_per_step > most
         uneven = bool(group) and sizes[index] > _UNEVEN * max(8, sizes[group[0]])
         if group and (too_large or uneven or kinds[index] != kinds[group[0]]):
             yield group
@@ -111,25 +116,31 @@ def descend(heads: HeadGroup, fitted: FittedHeads, settings: MatchSettings) -> M
     begin = [start.keys, start.values, bias]
     units = [_size(part, system.real)[:, None, None] for part in (start.keys, start.values)]
     masks = [unit * free[..., None] for unit in units] + [free.to(scale.dtype)]
-    sizes = target[:, :n].square().mean((1, 2), keepdim=True).clamp_min(1e-12)
+    # 1. What an error is divided by: of each turn through the rows the number of real ones, times their mean square.
+    n_parts = -(-n // settings.rows_per_step)
+    turns = [slice(first, n, n_parts) for first in range(n_parts)]
+    used = [system.used[:, turn].sum(1) for turn in turns]
+    means = target[:, :n].square().sum((1, 2)) / system.used[:, :n].sum(1)
+    sizes = [means.clamp_min(1e-12 * target.shape[2]) * count.clamp_min(1) for count in used]
 
-    def error(moves: Sequence[torch.Tensor], some: slice) -> torch.Tensor:
+    def error(moves: Sequence[torch.Tensor], turn: int) -> torch.Tensor:
+        some = turns[turn]
         keys, values, bias = (b + move * mask for b, move, mask in zip(begin, moves, masks, strict=True))
         weights = rows.logits(keys, heads.where, slice(None), some)  # (heads, rows, kept)
         weights = weights.sub_(heads.total[:, some, None]).add_(bias[:, None]).exp_()
         # Their sum is a column more of the product, and the product is divided, not they: they are what is large.
         output = weights @ torch.cat([values, torch.ones_like(values[..., :1])], -1)
         output = output[..., :-1] / (system.rest[:, some, None] + output[..., -1:]).clamp_min(1e-6)
-        return ((output * scale[:, some] - target[:, some]).square() / sizes).mean((1, 2))
+        return (output * scale[:, some] - target[:, some]).square().sum((1, 2)) / sizes[turn]
 
+    # 2. Steps.
     with torch.enable_grad():
         moves = [torch.zeros_like(part, requires_grad=True) for part in begin]
         adam = torch.optim.Adam(moves, betas=_BETAS, fused=True)
-        n_parts = -(-n // settings.rows_per_step)
         for step in range(settings.key_steps):
             adam.param_groups[0]["lr"] = settings.key_rate * (1 - step / settings.key_steps)
             adam.zero_grad()
-            error(moves, slice(step % n_parts, n, n_parts)).sum().backward()
+            error(moves, step % n_parts).sum().backward()
             adam.step()
     moved = MovedHeads(*(b + move.detach() * mask for b, move, mask in zip(begin, moves, masks, strict=True)))
     return _judged(heads, replace(start, bias=bias), moved)

@@ -33,7 +33,7 @@ class HeadSystem:
         rest: P of all that is no document entry, `(heads, rows)`.
         target: What the document's entries put out together, `(heads, rows, head_dim)`.
         values: Of the kept entries, `(heads, kept, head_dim)`.
-        scale: 1 / r, `(heads, rows)`.
+        scale: 1 / r, `(heads, rows)`; 0 of a row that is padding, which gets and gives nothing.
         real: Bool `(heads, kept)`; what else is there is padding.
         n_learned: How many rows are not held out.
     """
@@ -47,9 +47,19 @@ class HeadSystem:
     n_learned: int
 
     @property
+    def used(self) -> torch.Tensor:
+        """Bool `(heads, rows)`: which rows are no padding."""
+        return self.scale != 0
+
+    @property
+    def mean_scale(self) -> torch.Tensor:
+        """The mean of 1 / r, `(heads, 1)`."""
+        return self.scale.sum(1, keepdim=True) / self.used.sum(1, keepdim=True).clamp_min(1)
+
+    @property
     def row_scale(self) -> torch.Tensor:
         """1 / r over its mean, `(heads, rows, 1)`."""
-        return (self.scale / self.scale.mean(1, keepdim=True))[..., None]
+        return (self.scale / self.mean_scale)[..., None]
 
     @property
     def n_real(self) -> torch.Tensor:
@@ -218,7 +228,7 @@ def refit_errors(system: HeadSystem, fitted: FittedHeads, metric: torch.Tensor) 
     lower = torch.linalg.cholesky_ex(gram + _ridge(gram, _REFIT_RIDGE, system.n_real)).L
     inverse = torch.cholesky_inverse(lower).diagonal(dim1=1, dim2=2).clamp_min(_TINY)
     loss = ((fitted.values @ metric) * fitted.values).sum(2) / inverse
-    errors: torch.Tensor = (loss * system.scale.mean(1, keepdim=True).square()).nan_to_num(0.0, 0.0, 0.0)
+    errors: torch.Tensor = (loss * system.mean_scale.square()).nan_to_num(0.0, 0.0, 0.0)
     return errors
 
 

@@ -20,16 +20,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from kv_memory.backbone import Backbone
-from kv_memory.compress.descent import HeadGroup, MovedHeads, alike, descend
-from kv_memory.compress.fitting import HeadSystem, fit_heads, output_errors, refit_errors
+from kv_memory.compress.descent import MovedHeads
+from kv_memory.compress.fitting import output_errors
+from kv_memory.compress.head_fit import HeadRows, KeptHead, fitted_entries, refitted_errors
 from kv_memory.compress.match_settings import MatchSettings
 from kv_memory.compress.reading import check_finite, choose
 from kv_memory.compress.reference_rows import (
@@ -42,11 +41,9 @@ from kv_memory.compress.reference_rows import (
 from kv_memory.config import Budget
 from kv_memory.positioned import PositionedCache
 
-__all__ = ["Match", "MatchSettings", "Matched", "MatchedDocument"]
+__all__ = ["Match", "MatchSettings", "Matched", "MatchedDocument", "match_documents"]
 
 _LOGITS = 1 << 22  # attention logits that are written out at once
-_STAGE_RIDGES = (1e-2, 1e-1)  # of the fits of stages, which need not be the best
-_HELD_OUT = 4  # one position in four is held out, to choose the ridge on
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,22 +79,28 @@ class Matched:
 
     def score(self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, watched: object) -> torch.Tensor:
         """What the loss of each entry would do to the output of its layer, see `output_errors`."""
-        return self.document(backbone, ids, cache).scores
+        return self.documents(backbone, ids, cache)[0].scores
 
-    def document(self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache) -> MatchedDocument:
-        """Ask the reference rows about a document that has been read, and score its entries."""
-        return MatchedDocument(backbone, ids, cache, self.settings)
+    def documents(
+        self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, *, lengths: torch.Tensor | None = None
+    ) -> list[MatchedDocument]:
+        """Ask the reference rows about documents that have been prefilled, and score their entries.
 
+        Args:
+            backbone: The model.
+            ids: `(batch, n)`, the documents, padded on the right.
+            cache: Prefix and documents, with room for `record_rows`.
+            lengths: `(batch,)` real tokens of each; all of them if None.
 
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """Rows of one layer as they are used: `(num_kv_heads, group, m)` of everything."""
-
-    rows: ReferenceRows
-    total: torch.Tensor  # logsumexp over prefix, document and own row
-    rest: torch.Tensor  # attention to prefix and own row
-    target: torch.Tensor  # (num_kv_heads, group, m, head_dim), what the document's entries put out together
-    metric: torch.Tensor  # (num_heads, head_dim, head_dim), W_g^T W_g times what the layer counts
+        Raises:
+            ModelError: Scores are not finite.
+        """
+        sizes = [ids.shape[1]] * len(ids) if lengths is None else lengths.tolist()
+        rows = [own[:n] for own, n in zip(ids, sizes, strict=True)]
+        reference = record_rows(backbone, rows, cache, part_tokens=self.settings.part_tokens)
+        return [
+            MatchedDocument(backbone, n, cache, reference[row], self.settings, row=row) for row, n in enumerate(sizes)
+        ]
 
 
 class MatchedDocument:
@@ -105,27 +108,41 @@ class MatchedDocument:
 
     Args:
         backbone: The model.
-        ids: `(1, n)`, the document.
-        cache: Prefix and document, as they were prefilled, with room for `reference_rows`.
+        n_tokens: Tokens of the document.
+        cache: Prefix and document, as they were prefilled.
+        reference: The rows asked behind it, of each layer.
         settings: See `MatchSettings`.
+        row: The document's, in the batch of the cache.
 
     Attributes:
-        scores: What the loss of each entry would do, `(num_layers, num_kv_heads, n)`, float32.
+        heads: What each KV head is fitted to, layer by layer.
+        scores: What the loss of each entry would do, `(num_layers, num_kv_heads, n_tokens)`, float32.
 
     Raises:
         ModelError: Scores are not finite.
     """
 
-    def __init__(self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, settings: MatchSettings) -> None:
-        self._backbone = backbone
-        self._settings = settings
-        self._n = ids.shape[1]
-        self._cache = cache
-        self._n_prefix = int(cache.next_positions[0]) - self._n
-        self._group = backbone.num_heads // backbone.num_kv_heads
-        self._reference = record_rows(backbone, ids, cache, part_tokens=settings.part_tokens)
-        self._rows: list[_Rows] = []
-        self.scores = self._scores()
+    def __init__(
+        self,
+        backbone: Backbone,
+        n_tokens: int,
+        cache: PositionedCache,
+        reference: Sequence[ReferenceRows],
+        settings: MatchSettings,
+        *,
+        row: int = 0,
+    ) -> None:
+        self.n_tokens = n_tokens
+        self.settings = settings
+        self.heads: list[HeadRows] = []
+        found = []
+        for layer, rows in enumerate(reference):
+            metric = _metric(backbone, layer, settings)
+            for head in range(backbone.num_kv_heads):
+                made, scores = _scored(backbone, cache, (row, layer, head), n_tokens, rows, metric, settings)
+                self.heads.append(made)
+                found.append(scores)
+        self.scores = torch.stack(found).view(backbone.num_layers, backbone.num_kv_heads, n_tokens)
         check_finite(backbone, self.scores)
 
     def match(self, *, n_kept: int, forced: torch.Tensor) -> Match:
@@ -133,172 +150,111 @@ class MatchedDocument:
 
         Args:
             n_kept: Entries to keep, on average over layers and heads.
-            forced: Bool `(n,)`; these are kept whatever their score, and neither moved nor biased.
+            forced: Bool `(n_tokens,)`; these are kept whatever their score, and neither moved nor biased.
         """
-        scores, settings = self.scores, self._settings
-        lengths, fixed = torch.tensor([self._n]), forced.to(scores.device)
-        stages = [stage for stage in settings.stages if round(n_kept * stage) < self._n] if settings.fit else []
-        for index, stage in enumerate((*stages, 1.0)):
-            most = torch.tensor([max(n_kept, round(n_kept * stage))])
-            chosen = choose(scores[:, None], lengths, most, budget="model", forced=forced[None])[:, 0]
-            kept = [chosen[layer, head].nonzero()[:, 0] for layer, head in self._heads()]
-            if index < len(stages):
-                scores = self._rescored(kept, fixed)
-        found = self._fitted(kept, fixed)
-        return Match(chosen, found.keys, found.values, found.bias)
+        return match_documents([self], [n_kept], [forced])[0]
 
-    def _heads(self) -> list[tuple[int, int]]:
-        """Layer and KV head of each, layer by layer."""
-        return list(product(range(self._backbone.num_layers), range(self._backbone.num_kv_heads)))
 
-    def _metric(self, layer: int) -> torch.Tensor:
-        """M of each query head, times what an error in this layer counts, see `depth_weight`."""
-        module: Any = self._backbone.layers[layer]
-        weight: torch.Tensor = module.self_attn.o_proj.weight.float()  # (hidden_size, num_heads * head_dim)
-        parts: torch.Tensor = weight.reshape(len(weight), self._backbone.num_heads, -1).transpose(0, 1)
-        counts = math.exp(self._settings.depth_weight * layer / max(1, self._backbone.num_layers - 1))
-        return parts.transpose(1, 2) @ parts * counts
+def match_documents(
+    documents: Sequence[MatchedDocument], n_kept: Sequence[int], forced: Sequence[torch.Tensor]
+) -> list[Match]:
+    """Prune several documents in stages, and fit what is kept, the heads of all of them side by side.
 
-    def _entries(self, layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of prefix and document in one head, `(n_prefix + n, head_dim)`, float32."""
-        keys, values = self._cache.layer(layer)
-        end = self._n_prefix + self._n
-        return keys[0, head, :end].float(), values[0, head, :end].float()
+    Args:
+        documents: Of one model, scored with the same settings.
+        n_kept: For each, see `MatchedDocument.match`.
+        forced: For each, see `MatchedDocument.match`.
+    """
+    settings, scores = documents[0].settings, [document.scores for document in documents]
+    fixed = [own.to(one.device) for own, one in zip(forced, scores, strict=True)]
 
-    def _blocks(self, n_keys: int, m: int) -> Iterator[slice]:
-        size = max(1, _LOGITS // (n_keys * self._group))
-        for start in range(0, m, size):
-            yield slice(start, min(start + size, m))
+    def choice(i: int, most: int) -> torch.Tensor:
+        n = documents[i].n_tokens
+        return choose(
+            scores[i][:, None], torch.tensor([n]), torch.tensor([most]), budget="model", forced=forced[i][None]
+        )[:, 0]
 
-    def _scores(self) -> torch.Tensor:
-        device = self._reference[0].query.device
-        scores = torch.zeros(self._backbone.num_layers, self._backbone.num_kv_heads, self._n, device=device)
-        for layer, rows in enumerate(self._reference):
-            m = rows.positions.shape[1]
-            metric = self._metric(layer)
-            total, rest = (torch.empty(self._backbone.num_heads, m, device=device) for _ in range(2))
-            target = torch.empty(self._backbone.num_heads, m, self._backbone.head_dim, device=device)
-            for head in range(self._backbone.num_kv_heads):
-                keys, values = self._entries(layer, head)
-                places = torch.arange(len(keys), device=device)
-                own = self._queries_of(head)
-                for block in self._blocks(len(keys), m):
-                    logits = rows.logits(keys, places, own, block)
-                    highest = torch.maximum(logits.amax(-1), rows.own[own, block])[..., None]
-                    weights = logits.sub_(highest).exp_()
-                    sums = weights.sum(-1, keepdim=True) + (rows.own[own, block, None] - highest).exp()
-                    weights = weights.div_(sums)
-                    total[own, block] = (sums.log() + highest)[..., 0]
-                    before, inside = weights[..., : self._n_prefix], weights[..., self._n_prefix :]
-                    rest[own, block] = before.sum(-1) + (rows.own[own, block] - total[own, block]).exp()
-                    target[own, block] = inside @ values[self._n_prefix :]
-                    if self._settings.score == "attention":
-                        scores[layer, head] = torch.maximum(scores[layer, head], inside.amax((0, 1)))
-                        continue
-                    output = target[own, block] + before @ values[: self._n_prefix]
-                    scores[layer, head] += output_errors(
-                        inside, values[self._n_prefix :], output, metric[own], rows.scale[own, block]
-                    )
-            shape = (self._backbone.num_kv_heads, self._group)
-            total, rest, target = (part.unflatten(0, shape) for part in (total, rest, target))
-            self._rows.append(_Rows(rows, total, rest, target, metric))
-        return scores
+    def kept_of(i: int, chosen: torch.Tensor) -> list[KeptHead]:
+        of_heads = [own.nonzero()[:, 0] for own in chosen.flatten(0, 1)]
+        return [KeptHead(head, own, fixed[i][own]) for head, own in zip(documents[i].heads, of_heads, strict=True)]
 
-    def _rescored(self, kept: Sequence[torch.Tensor], fixed: torch.Tensor) -> torch.Tensor:
-        """What the loss of each entry kept would do when all others are fitted again; -1 of those that are not kept.
+    for stage in settings.stages if settings.fit else ():
+        some = [i for i, document in enumerate(documents) if round(n_kept[i] * stage) < document.n_tokens]
+        kept = [kept_of(i, choice(i, max(n_kept[i], round(n_kept[i] * stage)))) for i in some]
+        errors = iter(refitted_errors([head for heads in kept for head in heads], settings) if some else ())
+        for i, heads in zip(some, kept, strict=True):
+            scores[i] = torch.full_like(scores[i], -1.0)  # of those that are not kept
+            for own, head in zip(scores[i].flatten(0, 1), heads, strict=True):
+                own[head.kept] = next(errors)
+    chosen = [choice(i, most) for i, most in enumerate(n_kept)]
+    kept = [kept_of(i, own) for i, own in enumerate(chosen)]
+    found = iter(fitted_entries([head for heads in kept for head in heads], settings))
+    joined = [MovedHeads.joined([next(found) for _ in heads]) for heads in kept]
+    return [Match(own, made.keys, made.values, made.bias) for own, made in zip(chosen, joined, strict=True)]
 
-        Args:
-            kept: For each head the entries it keeps, in order.
-            fixed: Bool `(n,)`, see `match`.
 
-        Returns:
-            `(num_layers, num_kv_heads, n)`.
-        """
-        scores = torch.full_like(self.scores, -1.0)
-        quick = replace(self._settings, value_ridges=_STAGE_RIDGES)
-        for indices, group in self._groups(kept, fixed, self._settings.max_rows):
-            of_heads = [self._heads()[i] for i in indices]
-            metric = torch.stack([self._rows[layer].metric[self._queries_of(head)].mean(0) for layer, head in of_heads])
-            errors = [
-                refit_errors(part.system, fit_heads(part.system, part.fixed, quick), metric) for part in group.parts()
-            ]
-            for i, own in zip(indices, torch.cat(errors, 1), strict=True):
-                scores.view(-1, self._n)[i, kept[i]] = own[: len(kept[i])]
-        return scores
+def _metric(backbone: Backbone, layer: int, settings: MatchSettings) -> torch.Tensor:
+    """M of each query head `(num_heads, head_dim, head_dim)`, times what an error in this layer counts."""
+    module: Any = backbone.layers[layer]
+    weight: torch.Tensor = module.self_attn.o_proj.weight.float()  # (hidden_size, num_heads * head_dim)
+    parts: torch.Tensor = weight.reshape(len(weight), backbone.num_heads, -1).transpose(0, 1)
+    counts = math.exp(settings.depth_weight * layer / max(1, backbone.num_layers - 1))
+    return parts.transpose(1, 2) @ parts * counts
 
-    def _fitted(self, kept: Sequence[torch.Tensor], fixed: torch.Tensor) -> MovedHeads:
-        """The entries kept, fitted and moved, head by head; arguments as in `_rescored`."""
-        settings, found = self._settings, dict[int, MovedHeads]()
-        for i, (layer, head) in enumerate(self._heads()):
-            keys, values = (tensor[self._n_prefix + kept[i]] for tensor in self._entries(layer, head))
-            found[i] = MovedHeads(keys, values, values.new_zeros(len(keys)))
-        for indices, group in self._groups(kept, fixed, settings.max_final_rows) if settings.fit else ():
-            parts = [
-                (part.system.real, descend(part, fit_heads(part.system, part.fixed, settings), settings))
-                for part in group.parts()
-            ]
-            for row, i in enumerate(indices):
-                found[i] = MovedHeads.joined([moved.of(row, real[row]) for real, moved in parts])
-        return MovedHeads.joined([found[i] for i in range(len(found))])
 
-    def _groups(
-        self, kept: Sequence[torch.Tensor], fixed: torch.Tensor, most: int
-    ) -> Iterator[tuple[list[int], HeadGroup]]:
-        """Heads that are fitted together, none of those that keep nothing; and which they are.
+def _scored(
+    backbone: Backbone,
+    cache: PositionedCache,
+    where: tuple[int, int, int],
+    n_tokens: int,
+    reference: ReferenceRows,
+    metric: torch.Tensor,
+    settings: MatchSettings,
+) -> tuple[HeadRows, torch.Tensor]:
+    """One KV head with what its rows see, and the scores of its entries, `(n_tokens,)`.
 
-        Args:
-            kept: See `_rescored`.
-            fixed: See `_rescored`.
-            most: Rows of a head, at most.
-        """
-        filled = [i for i, own in enumerate(kept) if len(own)]
-        kinds = [self._rows[self._heads()[i][0]].rows.kind for i in filled]
-        for group in alike([len(kept[i]) for i in filled], kinds, self._settings.rows_per_step):
-            indices = [filled[i] for i in group]
-            yield indices, self._group_of([self._heads()[i] for i in indices], [kept[i] for i in indices], fixed, most)
+    Args:
+        backbone: The model.
+        cache: Prefix and document.
+        where: Row of the cache's batch, layer and KV head.
+        n_tokens: Tokens of the document.
+        reference: The rows of the layer.
+        metric: See `_metric`.
+        settings: For the score.
+    """
+    row, layer, head = where
+    group, n_prefix = backbone.num_heads // backbone.num_kv_heads, len(backbone.prefix_ids)
+    own = slice(head * group, (head + 1) * group)  # the query heads that share it
+    rows, metric = reference.of(own), metric[own]
+    m, device = rows.query.shape[1], rows.query.device
+    total, rest = (torch.empty(group, m, device=device) for _ in range(2))
+    target, scores = torch.empty(group, m, backbone.head_dim, device=device), torch.zeros(n_tokens, device=device)
+    made = HeadRows(cache, row, layer, head, n_prefix, n_tokens, rows, total, rest, target, metric.mean(0))
+    keys, values = made.entries()
+    places = torch.arange(len(keys), device=device)
+    for block in _blocks(group * len(keys), m):
+        # 1. Attention of the rows to prefix, document and their own row: `(group, block, n_prefix + n_tokens)`.
+        logits = rows.logits(keys, places, slice(None), block)
+        highest = torch.maximum(logits.amax(-1), rows.own[:, block])[..., None]
+        weights = logits.sub_(highest).exp_()
+        sums = weights.sum(-1, keepdim=True) + (rows.own[:, block, None] - highest).exp()
+        weights = weights.div_(sums)
+        before, inside = weights[..., :n_prefix], weights[..., n_prefix:]
+        # 2. What the document's entries are to stand for.
+        total[:, block] = (sums.log() + highest)[..., 0]
+        rest[:, block] = before.sum(-1) + (rows.own[:, block] - total[:, block]).exp()
+        target[:, block] = inside @ values[n_prefix:]
+        # 3. What the loss of each would do.
+        if settings.score == "attention":
+            scores = torch.maximum(scores, inside.amax((0, 1)))
+            continue
+        output = target[:, block] + before @ values[:n_prefix]
+        scores += output_errors(inside, values[n_prefix:], output, metric, rows.scale[:, block])
+    return made, scores
 
-    def _group_of(
-        self, heads: Sequence[tuple[int, int]], kept: Sequence[torch.Tensor], fixed: torch.Tensor, most: int
-    ) -> HeadGroup:
-        device = self.scores.device
-        picked, n_learned = self._picked(self._rows[0].rows.positions.shape[1], most)
-        rows = ReferenceRows.joined(
-            [self._rows[layer].rows.pick(self._queries_of(head), picked) for layer, head in heads]
-        )
-        total, rest, target = (
-            torch.stack([getattr(self._rows[layer], name)[head].flatten(0, 1)[picked] for layer, head in heads])
-            for name in ("total", "rest", "target")
-        )
-        counts = torch.tensor([len(own) for own in kept], device=device)
-        inside = pad_sequence(list(kept), batch_first=True)  # (heads, most kept), positions in the document
-        real = torch.arange(inside.shape[1], device=device) < counts[:, None]
-        where = inside + self._n_prefix
-        found = [[part[own] for part in self._entries(*head)] for head, own in zip(heads, where, strict=True)]
-        keys, values = (torch.stack(parts) for parts in zip(*found, strict=True))  # (heads, most kept, head_dim)
-        logits = rows.logits(keys, where, slice(None), slice(None))
-        system = HeadSystem(
-            weights=logits.sub_(total[..., None]).exp_().mul_(real[:, None]),
-            rest=rest,
-            target=target,
-            values=values * real[..., None],
-            scale=rows.scale,
-            real=real,
-            n_learned=n_learned,
-        )
-        return HeadGroup(rows, total, system, where, keys, fixed[inside] & real)
 
-    def _queries_of(self, head: int) -> slice:
-        """The query heads that share a KV head."""
-        return slice(head * self._group, (head + 1) * self._group)
-
-    def _picked(self, m: int, most: int) -> tuple[torch.Tensor, int]:
-        """Which of a head's `group * m` rows are used, and how many of them are learned from; those held out are last.
-
-        All rows, or evenly spread ones of which every position has some. One position in four is held out, with all
-        its heads, which look alike.
-        """
-        rows = torch.arange(self._group * m, device=self._reference[0].query.device)
-        step = -(-len(rows) // most)
-        rows = rows[(rows // m + rows % m) % step == 0]
-        held_out = rows % m % _HELD_OUT == _HELD_OUT - 1
-        return torch.cat([rows[~held_out], rows[held_out]]), int((~held_out).sum())
+def _blocks(n_logits: int, m: int) -> Iterator[slice]:
+    """Parts of `m` rows that have `n_logits` each, so many that memory holds them."""
+    size = max(1, _LOGITS // n_logits)
+    for start in range(0, m, size):
+        yield slice(start, min(start + size, m))

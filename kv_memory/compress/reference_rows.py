@@ -36,7 +36,7 @@ _QUESTIONS = (
     ("Which company made it?", "Siemens"),
     ("What is the name of the river?", "the Danube"),
 )
-_COPIED_ENTRIES = 4096  # of the document's cache, for questions asked side by side
+_COPIED_ENTRIES = 4096  # of each document's cache, for questions asked side by side
 _RECORDED = 4096  # queries of a head that are recorded, at most, and one batch of rows: memory stays that of a prefill
 _BLOCK = 256  # queries whose attention to their own row is written out at once
 
@@ -68,25 +68,14 @@ class ReferenceRows:
         """What rows must have in common to be handled as those of one layer: layers may differ in their windows."""
         return self.scaling, self.softcap, self.window
 
-    def pick(self, heads: slice, rows: torch.Tensor) -> ReferenceRows:
-        """Some rows of some heads, counted head by head: as rows of one head."""
+    def of(self, heads: slice) -> ReferenceRows:
+        """The rows of some query heads."""
         return replace(
             self,
-            query=self.query[heads].flatten(0, 1)[rows][None],
-            own=self.own[heads].flatten()[rows][None],
-            positions=self.positions[heads].flatten()[rows][None],
-            scale=self.scale[heads].flatten()[rows][None],
-        )
-
-    @staticmethod
-    def joined(heads: Sequence[ReferenceRows]) -> ReferenceRows:
-        """Rows of several heads of one kind, side by side."""
-        return replace(
-            heads[0],
-            query=torch.cat([head.query for head in heads]),
-            own=torch.cat([head.own for head in heads]),
-            positions=torch.cat([head.positions for head in heads]),
-            scale=torch.cat([head.scale for head in heads]),
+            query=self.query[heads],
+            own=self.own[heads],
+            positions=self.positions[heads],
+            scale=self.scale[heads],
         )
 
     def logits(self, keys: torch.Tensor, where: torch.Tensor, heads: slice, rows: slice) -> torch.Tensor:
@@ -119,74 +108,99 @@ def repeat_rows(backbone: Backbone, ids: torch.Tensor, part_tokens: int) -> Iter
 
 @torch.no_grad()
 def record_rows(
-    backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, *, part_tokens: int
-) -> list[ReferenceRows]:
-    """Ask the reference rows behind a document and record every layer's queries.
+    backbone: Backbone, documents: Sequence[torch.Tensor], cache: PositionedCache, *, part_tokens: int
+) -> list[list[ReferenceRows]]:
+    """Ask the reference rows behind each document of a batch and record every layer's queries.
 
     Args:
         backbone: The model.
-        ids: `(1, n)`, the document.
-        cache: Prefix and document, as they were prefilled, with room for a part and its request. Left as it was found,
+        documents: Token ids of each, `(n_tokens,)`. Several are short ones, repeated in one part each, and asked with
+            the rotary frequencies they were prefilled with.
+        cache: Prefix and documents, as they were prefilled, with room for a part and its request. Left as it was found,
             but for the frequencies of a rope that depends on the length.
         part_tokens: Length of the parts that are repeated.
+
+    Returns:
+        Of each document the rows of each layer.
     """
-    recorder = _Recorder(backbone, step=-(-ids.shape[1] // _RECORDED))
-    n_positions = [recorder.ask(rows, cache) for rows in _question_batches(backbone, int(cache.next_positions[0]))]
-    n_positions += [recorder.ask([row], cache) for row in repeat_rows(backbone, ids, part_tokens)]
-    layers = recorder.layers()
-    if backbone.rope.varies and len({backbone.rope.regime(n) for n in n_positions}) > 1:
-        layers = _in_one_regime(backbone, layers, recorder.sizes, n_positions, cache.n_positions)
-    return layers
-
-
-def _question_batches(backbone: Backbone, n_entries: int) -> Iterator[list[list[int]]]:
-    rows = [(backbone.encode_question(q) + backbone.encode(f" {a}"))[-QUESTION_TOKENS:] for q, a in _QUESTIONS]
+    recorder = _Recorder(backbone, len(documents), step=-(-max(map(len, documents)) // _RECORDED))
+    questions, n_entries = _questions(backbone), cache.layer(0)[0].shape[2]
     at_once = max(1, _COPIED_ENTRIES // n_entries)
-    for start in range(0, len(rows), at_once):
-        yield rows[start : start + at_once]
+    parts = [list(repeat_rows(backbone, ids[None], part_tokens)) for ids in documents]
+    n_positions = [
+        recorder.ask([questions[start : start + at_once]] * len(documents), cache)
+        for start in range(0, len(questions), at_once)
+    ]
+    n_positions += [recorder.ask([[row] for row in rows], cache) for rows in zip(*parts, strict=True)]
+    found = [recorder.layers(document) for document in range(len(documents))]
+    if backbone.rope.varies and len({backbone.rope.regime(n) for n in n_positions}) > 1:
+        found = [
+            _in_one_regime(backbone, layers, [sizes[i] for sizes in recorder.sizes], n_positions, cache.n_positions)
+            for i, layers in enumerate(found)
+        ]
+    return found
+
+
+def _questions(backbone: Backbone) -> list[list[int]]:
+    return [(backbone.encode_question(q) + backbone.encode(f" {a}"))[-QUESTION_TOKENS:] for q, a in _QUESTIONS]
 
 
 class _Recorder:
-    """Records queries while rows are read; an `AttentionObserver`."""
+    """Records queries while rows are read behind several documents; an `AttentionObserver`."""
 
-    def __init__(self, backbone: Backbone, *, step: int) -> None:
+    def __init__(self, backbone: Backbone, n_documents: int, *, step: int) -> None:
         self._backbone = backbone
+        self._n_documents = n_documents
         self._step = step  # one head in `step` records a token, each another one, so that every token is recorded
-        self._parts: list[list[ReferenceRows]] = [[] for _ in range(backbone.num_layers)]
+        self._parts: list[list[ReferenceRows]] = [[] for _ in range(backbone.num_layers)]  # document by document
         self._real = torch.empty(0, 0, dtype=torch.bool)  # of the rows that are being read
         self._positions = torch.empty(0)
         self._picked = torch.empty(0)  # (num_heads, recorded), indices of real tokens
         self._scales: dict[int, torch.Tensor] = {}
-        self.sizes: list[int] = []  # queries of each pass
+        self.sizes: list[list[int]] = []  # queries of each document in each pass
 
-    def layers(self) -> list[ReferenceRows]:
+    def layers(self, document: int) -> list[ReferenceRows]:
+        """What was recorded behind one document."""
+        ends = [sum(sizes[: document + 1]) for sizes in self.sizes]
+        spans = [slice(end - sizes[document], end) for end, sizes in zip(ends, self.sizes, strict=True)]
+
+        def of(parts: Sequence[ReferenceRows], name: str) -> torch.Tensor:
+            return torch.cat([getattr(part, name)[:, own] for part, own in zip(parts, spans, strict=True)], 1)
+
         return [
             replace(
                 parts[0],
-                query=torch.cat([part.query for part in parts], 1),
-                own=torch.cat([part.own for part in parts], 1),
-                positions=torch.cat([part.positions for part in parts], 1),
-                scale=torch.cat([part.scale for part in parts], 1),
+                query=of(parts, "query"),
+                own=of(parts, "own"),
+                positions=of(parts, "positions"),
+                scale=of(parts, "scale"),
             )
             for parts in self._parts
         ]
 
-    def ask(self, rows: Sequence[Sequence[int]], cache: PositionedCache) -> int:
-        """Read rows side by side behind the document; returns the length of the sequence they were read in."""
-        ids, lengths = pad(rows, device=self._backbone.device)
-        places = torch.arange(ids.shape[1], device=ids.device)
+    def ask(self, rows: Sequence[Sequence[Sequence[int]]], cache: PositionedCache) -> int:
+        """Read rows behind each document, as many behind each; returns the length of the sequence they were read in."""
+        ids, lengths = pad([row for own in rows for row in own], device=self._backbone.device)
+        many, device, before = len(rows[0]), ids.device, cache.next_positions
+        places = torch.arange(ids.shape[1], device=device)
         self._real = places < lengths[:, None]
-        self._positions = (cache.next_positions[:1, None] + places).expand_as(self._real)[self._real]
-        n, heads = len(self._positions), torch.arange(self._backbone.num_heads, device=ids.device)
-        first = torch.arange(0, n - self._step + 1, self._step, device=ids.device)  # as many for every head
-        self._picked = first + heads[:, None] % self._step
-        self.sizes.append(len(first))
-        behind = cache if len(rows) == 1 else _copies(cache, len(rows), room=ids.shape[1])
+        self._positions = (before.repeat_interleave(many)[:, None] + places)[self._real]
+        self.sizes.append([])
+        heads, picked, start = torch.arange(self._backbone.num_heads, device=device), [], 0
+        for own in rows:
+            n = sum(map(len, own))
+            first = torch.arange(start, start + n - self._step + 1, self._step, device=device)  # as many for every head
+            picked.append(first + heads[:, None] % self._step)
+            self.sizes[-1].append(len(first))
+            start += n
+        self._picked = torch.cat(picked, 1)
+        behind = cache if many == 1 else _copies(cache, many, room=ids.shape[1])
         with self._norms():
-            ragged = lengths if len(rows) > 1 else None
+            ragged = lengths if len(ids) > 1 else None
             self._backbone.read(ids, behind, lengths=ragged, context=ForwardContext(observer=self))
-        if len(rows) == 1:
+        if many == 1:
             cache.rewind(ids.shape[1])
+            cache.next_positions = before  # rows of different lengths went on by as many positions
         return behind.n_positions
 
     @contextmanager
@@ -250,15 +264,16 @@ class _Recorder:
 
 
 def _copies(cache: PositionedCache, n: int, *, room: int) -> PositionedCache:
-    """The document's cache once for each of `n` rows, with room behind it."""
+    """The cache of each document `n` times, one behind the other, with room for more entries."""
     layers = [cache.layer(index) for index in range(len(cache.layers))]
     keys, values = (
-        [torch.nn.functional.pad(layer[part].expand(n, -1, -1, -1), (0, 0, 0, room)) for layer in layers]
+        [torch.nn.functional.pad(layer[part].repeat_interleave(n, 0), (0, 0, 0, room)) for layer in layers]
         for part in (0, 1)
     )
-    end = int(cache.next_positions[0])
-    where = torch.arange(end, dtype=torch.int32, device=keys[0].device)
-    return PositionedCache(keys, values, positions=where, next_position=end, n_positions=cache.n_positions)
+    where = cache.key_positions(0).repeat_interleave(n, 0)
+    copies = PositionedCache(keys, values, positions=[where], next_position=0, n_positions=cache.n_positions)
+    copies.next_positions = cache.next_positions.repeat_interleave(n)
+    return copies
 
 
 def _in_one_regime(

@@ -14,6 +14,7 @@ from kv_memory.compress.reference_rows import ReferenceRows
 from tests.reference import letters, shared_backbone
 
 ROWS, KEPT, DIM, LEARNED = 800, 6, 4, 600
+CPU = torch.device("cpu")
 SETTINGS = MatchSettings(part_tokens=32, key_steps=8, key_rate=0.05, rows_per_step=250)
 
 
@@ -178,12 +179,12 @@ def test_heads_moved_together_are_as_if_alone() -> None:
 
 def test_groups_are_of_like_size_and_hold_every_head() -> None:
     sizes = [0, 50, 3, 52, 400, 3, 70, 8, 51]
-    groups = list(alike(sizes, [None] * 9, 1024))
+    groups = list(alike(sizes, [None] * 9, 1024, device=CPU))
     assert sorted(index for group in groups for index in group) == list(range(len(sizes)))
     assert [1, 8, 3, 6] in groups and [4] in groups
     assert all(len(group) * max(sizes[i] for i in group) * 1024 <= 1 << 19 or len(group) == 1 for group in groups)
-    assert list(alike([], [], 1024)) == []
-    assert sorted(alike([5, 5, 5, 5], [None, 24, None, 24], 1024)) == [[0, 2], [1, 3]]
+    assert list(alike([], [], 1024, device=CPU)) == []
+    assert sorted(alike([5, 5, 5, 5], [None, 24, None, 24], 1024, device=CPU)) == [[0, 2], [1, 3]]
 
 
 @pytest.mark.parametrize("broken", ["target", "scale"])

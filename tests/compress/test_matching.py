@@ -476,7 +476,7 @@ def test_rows_are_thinned(backbone: Any) -> None:
     with torch.no_grad():
         cache = backbone.prefixed_cache(200, room=80)
         backbone.read(tokens, cache)
-        n_rows = len(record_rows(backbone, tokens, cache, part_tokens=24)[0].positions)
+        n_rows = len(record_rows(backbone, tokens, cache, part_tokens=24)[0][0].positions)
     few = MatchSettings(part_tokens=24, max_final_rows=n_rows // 4)
     made = [Compressor(backbone, selector=Matched(s)).compress(letters(200), keep_ratio=0.2) for s in (SETTINGS, few)]
     assert not torch.equal(made[0].values[:8], made[1].values[:8])
@@ -489,9 +489,9 @@ def test_of_a_long_document_every_token_is_recorded_by_some_heads(
     with torch.no_grad():
         cache = backbone.prefixed_cache(200, room=80)
         backbone.read(tokens, cache)
-        every = record_rows(backbone, tokens, cache, part_tokens=24)[0].positions
+        every = record_rows(backbone, tokens, cache, part_tokens=24)[0][0].positions
         monkeypatch.setattr("kv_memory.compress.reference_rows._RECORDED", 50)  # a quarter
-        some = record_rows(backbone, tokens, cache, part_tokens=24)[0].positions
+        some = record_rows(backbone, tokens, cache, part_tokens=24)[0][0].positions
     assert 0.2 * every.shape[1] < some.shape[1] <= every.shape[1] / 4
     assert set(some.flatten().tolist()) >= set(range(211, 211 + 50)), "behind prefix and document"
     made = Compressor(backbone, selector=Matched(SETTINGS)).compress(letters(200), keep_ratio=0.2)
