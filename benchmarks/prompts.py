@@ -5,8 +5,8 @@
 
 Every question is answered greedily from the full cache of its passage, in every form; nothing is dropped of it.
 Questions are of SQuAD's *training* share (or Dolly, `--data dolly`), at most five about a passage, and passages are
-chosen by their hash. The default forms of the built-in models (`kv_memory/embedded.py`) are chosen by these figures;
-dev is left to the tables.
+chosen by their hash. The default forms of the built-in models (`kv_memory/model/embedded.py`) are chosen by these
+figures; dev is left to the tables.
 
     f1, em, contains      of the answers, as in `kv-memory eval`
     empty                 share of answers in which nothing can be seen
@@ -30,14 +30,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from kv_memory import DecodeSettings
-from kv_memory.backbone import Backbone
 from kv_memory.compress import Compressor
 from kv_memory.datasets import Example, Question, read_examples
 from kv_memory.evaluate.cases import in_hash_order
 from kv_memory.evaluate.metrics import contains, exact_match, f1
 from kv_memory.generate import Generation, Generator
-from kv_memory.opening import is_visible
-from kv_memory.prompts import PASSAGE, PromptForm, PromptName, chat_form, choose_form
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.opening import is_visible
+from kv_memory.model.prompts import PASSAGE, PromptForm, PromptName, chat_form, choose_form
 
 MAX_DOCUMENT_TOKENS, MAX_QUESTIONS = 256, 5
 # The chat form with other instructions.

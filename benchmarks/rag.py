@@ -54,7 +54,7 @@ from kv_memory.cli.sizes import ratio_of
 from kv_memory.datasets import read_examples
 from kv_memory.evaluate.metrics import agreement, f1
 from kv_memory.integrations.llama_index import KVMemoryLLM, KVMemoryQueryEngine, KVMemoryStoreRetriever
-from kv_memory.opening import is_visible
+from kv_memory.model.opening import is_visible
 
 PARAGRAPHS = 5  # of a page
 

@@ -24,15 +24,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from kv_memory.backbone import Backbone
-from kv_memory.cache import DistilledCache
+from kv_memory.cache.distilled import DistilledCache
 from kv_memory.cli.sizes import ratio_of
 from kv_memory.compress import Adapter, Compressor
 from kv_memory.config import StorageName
-from kv_memory.embedded import adapter_folder
 from kv_memory.evaluate import Record, TaskSettings
 from kv_memory.evaluate.records import RecordFile, latest
 from kv_memory.evaluate.tasks import find_task
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.embedded import adapter_folder
 from kv_memory.store import Store
 
 FORMS: tuple[StorageName, ...] = ("bfloat16", "int8")

@@ -39,8 +39,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from kv_memory.cache import DistilledCache
-from kv_memory.fingerprint import FORMATS, Fingerprint
+from kv_memory.cache.distilled import DistilledCache
+from kv_memory.cache.fingerprint import FORMATS, Fingerprint
 from kv_memory.store import Store
 
 HEADS = (30, 3)

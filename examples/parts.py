@@ -13,7 +13,7 @@ from typing import Any
 
 import bm25s
 import torch
-from kv_memory.embedded import default_model  # a model folder like any other
+from kv_memory.model.embedded import default_model  # a model folder like any other
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document as LangChainDocument
 from langchain_core.language_models import SimpleChatModel

@@ -6,7 +6,7 @@ import logging
 from typing import Literal
 
 from kv_memory import EmptyDocumentError, KVMemory, Reference, TextNotKeptError
-from kv_memory.reader import key_of
+from kv_memory.query import key_of
 
 __all__ = ["OnMissing", "reference_to"]
 

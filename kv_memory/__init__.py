@@ -53,17 +53,17 @@ from kv_memory.errors import (
 )
 
 if TYPE_CHECKING:
-    from kv_memory.backbone import Backbone
-    from kv_memory.cache import DistilledCache
+    from kv_memory.cache.distilled import DistilledCache
+    from kv_memory.cache.fingerprint import Fingerprint
+    from kv_memory.cache.keep import Keep
     from kv_memory.compress import Compressor
     from kv_memory.config import DecodeSettings
     from kv_memory.conversation import Conversation
     from kv_memory.documents import Document
-    from kv_memory.fingerprint import Fingerprint
     from kv_memory.generate import Generator, Turn
-    from kv_memory.keep import Keep
     from kv_memory.memory import Answer, KVMemory
-    from kv_memory.reader import Reference
+    from kv_memory.model.backbone import Backbone
+    from kv_memory.query import Reference
     from kv_memory.store import Store
 
 __all__ = [
@@ -128,17 +128,17 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Answer": "kv_memory.memory",
-    "Backbone": "kv_memory.backbone",
+    "Backbone": "kv_memory.model.backbone",
     "Compressor": "kv_memory.compress",
     "Conversation": "kv_memory.conversation",
     "DecodeSettings": "kv_memory.config",
-    "DistilledCache": "kv_memory.cache",
+    "DistilledCache": "kv_memory.cache.distilled",
     "Document": "kv_memory.documents",
-    "Fingerprint": "kv_memory.fingerprint",
+    "Fingerprint": "kv_memory.cache.fingerprint",
     "Generator": "kv_memory.generate",
     "KVMemory": "kv_memory.memory",
-    "Keep": "kv_memory.keep",
-    "Reference": "kv_memory.reader",
+    "Keep": "kv_memory.cache.keep",
+    "Reference": "kv_memory.query",
     "Store": "kv_memory.store",
     "Turn": "kv_memory.generate",
 }

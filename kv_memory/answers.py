@@ -9,8 +9,8 @@ from typing import Literal
 from kv_memory.config import DecodeSettings
 from kv_memory.errors import TextNotKeptError
 from kv_memory.generate import Turn
-from kv_memory.reader import Reader, Reference, Reply, ReplyStream
-from kv_memory.retrieve import Hit
+from kv_memory.query import Reader, Reference, Reply, ReplyStream
+from kv_memory.retrieval.bm25 import Hit
 from kv_memory.store import DocumentRecord
 
 __all__ = ["Answer", "AnswerStream", "Asker", "ReadFrom"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 
-from kv_memory.backbone import Backbone
 from kv_memory.compress import Adapter, Compressor, RefineSettings
 from kv_memory.config import DtypeName
-from kv_memory.embedded import adapter_folder
 from kv_memory.errors import CorruptCacheError, StoreFullError
-from kv_memory.prompts import PromptForm
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.embedded import adapter_folder
+from kv_memory.model.prompts import PromptForm
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
 

@@ -11,7 +11,7 @@ from kv_memory.documents import Document, split_passages
 from kv_memory.errors import ConfigError
 from kv_memory.generate import Role, Turn
 from kv_memory.memory import KVMemory
-from kv_memory.reader import Reference
+from kv_memory.query import Reference
 
 __all__ = ["Conversation"]
 

@@ -12,17 +12,16 @@ from typing import Any, Literal, Self
 
 from kv_memory.answers import Answer, AnswerStream, Asker, ReadFrom
 from kv_memory.assembly import load_backbone, load_compressor, share_prefix
-from kv_memory.backbone import Backbone
+from kv_memory.cache.keep import Keep, given_keep
 from kv_memory.compress import Compressor
 from kv_memory.config import DecodeSettings, DtypeName, Layout, SelectorName, StorageName, check_choice
 from kv_memory.documents import DocumentLike, read_documents
-from kv_memory.finder import Finder
 from kv_memory.generate import iterate_in_thread
-from kv_memory.intake import AddProgress, AddReport, Intake
-from kv_memory.keep import Keep, given_keep
-from kv_memory.prompts import PromptForm, PromptName
-from kv_memory.reader import Reader
-from kv_memory.retrieve import Hit
+from kv_memory.ingest.pipeline import AddProgress, AddReport, Intake
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.prompts import PromptForm, PromptName
+from kv_memory.query import Reader
+from kv_memory.retrieval.bm25 import CollectionIndex, Hit
 from kv_memory.settings import MemorySettings, given_settings, resolve_settings
 from kv_memory.store import (
     CheckReport,
@@ -67,7 +66,7 @@ class KVMemory:
         self._prompt_form = prompt_form
         self._prefix_shared = False
         self._compressor: Compressor | None = None
-        self._finder = Finder(store)
+        self._index = CollectionIndex(store)
         self._others: dict[tuple[str, Keep], KVMemory] = {}
         self._lock = threading.RLock()
         self._extend_lock = threading.Lock()  # not `_lock`, for which questions would wait
@@ -393,7 +392,7 @@ class KVMemory:
             question: Any text.
             top_k: How many at most; 1 for `smollm2` and 3 for others if None.
         """
-        return self._finder.retrieve(question, top_k=self.settings.top_k if top_k is None else top_k)
+        return self._index.retrieve(question, top_k=self.settings.top_k if top_k is None else top_k)
 
     def ask(
         self,

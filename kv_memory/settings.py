@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from kv_memory.cache.keep import Keep, given_keep
 from kv_memory.config import Layout, SelectorName, StorageName, check_choice
-from kv_memory.embedded import BUILT_IN, DEFAULTS, EMBEDDED, SHIPPED, built_in, concrete_name, recorded_settings
 from kv_memory.errors import ConfigError
-from kv_memory.keep import Keep, given_keep
-from kv_memory.prompts import PromptName
+from kv_memory.model.embedded import BUILT_IN, DEFAULTS, EMBEDDED, SHIPPED, built_in, concrete_name, recorded_settings
+from kv_memory.model.prompts import PromptName
 
 __all__ = ["MemorySettings", "given_settings", "resolve_settings"]
 
@@ -42,7 +42,7 @@ class MemorySettings:
             `bfloat16`, `float16` or `int8`, which takes half the bytes of bfloat16; `int8` for `smollm2` and `auto` for
             others, unless set. What is stored already stays.
         keep_text: Keep the texts of what is added. Without them a store has the caches, the documents' ids and
-            metadata, and hashes of words; see `kv_memory.terms` for what those are worth.
+            metadata, and hashes of words; see `kv_memory.retrieval.hashed_terms` for what those are worth.
         keep_tokens: In the place of keep_ratio: how many tokens are kept of each passage, in every layer and head.
         max_bytes: In the place of keep_ratio: the largest file of a passage's cache, in bytes.
     """

@@ -145,8 +145,8 @@ SHORT_FORM: dict[str, str] = {
 
 def make_backbone(name: str = "llama", **changes: Any) -> Any:
     """A backbone over a tiny random model, with a short prompt form."""
-    from kv_memory.backbone import Backbone
-    from kv_memory.prompts import PromptForm
+    from kv_memory.model.backbone import Backbone
+    from kv_memory.model.prompts import PromptForm
 
     return Backbone(make_model(name, **changes), make_tokenizer(), prompt=PromptForm(**SHORT_FORM), name=f"tiny-{name}")
 
@@ -215,7 +215,7 @@ def bare(tmp_path: Path, wide: Any) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder for the tests, with the user's converted models in it."""
-    from kv_memory.embedded import BUILT_IN, cache_folder
+    from kv_memory.model.embedded import BUILT_IN, cache_folder
 
     folder = tmp_path_factory.mktemp("cache")
     if any(model.is_prepared for model in BUILT_IN.values()):
@@ -232,7 +232,7 @@ def _own_cache_folder(_cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.fixture
 def only_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A cache folder where qwen-0.5b is not prepared, and what is said of that."""
-    from kv_memory.embedded import BUILT_IN
+    from kv_memory.model.embedded import BUILT_IN
 
     there, folder = BUILT_IN["smollm2"].folder, tmp_path / "only-smollm2"
     if not BUILT_IN["smollm2"].is_prepared:

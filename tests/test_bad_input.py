@@ -14,7 +14,7 @@ import pytest
 
 from kv_memory import KVMemory, errors
 from kv_memory.compress import Adapter
-from kv_memory.reader import key_of
+from kv_memory.query import key_of
 from tests.conftest import make_model, make_tokenizer
 from tests.memories import (
     FERRY,

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from kv_memory import DecodeSettings, KVMemory
-from kv_memory.backbone import Backbone
 from kv_memory.conversation import Conversation
-from kv_memory.embedded import BUILT_IN
 from kv_memory.errors import BinaryDocumentError, ConfigError, EncodingError
 from kv_memory.generate import Turn
-from kv_memory.reader import Reference, key_of
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.embedded import BUILT_IN
+from kv_memory.query import Reference, key_of
 from tests.memories import FERRY_QUESTION, LAMP_QUESTION, SETTINGS, answerable, cache_blobs, open_memory
 from tests.reference import letters, recorded_inputs
 

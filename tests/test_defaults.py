@@ -14,14 +14,15 @@ import pytest
 from typer.testing import CliRunner
 
 from kv_memory import DecodeSettings, KVMemory
-from kv_memory.backbone import Backbone
 from kv_memory.cli import app
 from kv_memory.compress import Adapter
-from kv_memory.embedded import BUILT_IN, _say_second_choice, adapter_folder, default_model
 from kv_memory.errors import AdapterMismatchError, TransferError
 from kv_memory.jobs import JobSettings, Ledger
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.embedded import BUILT_IN, _say_second_choice, adapter_folder, default_model
 from kv_memory.settings import MemorySettings, resolve_settings
-from kv_memory.store import DocumentRecord, PassageRecord, Store, gathering
+from kv_memory.store import DocumentRecord, PassageRecord, Store
+from kv_memory.store.transfer import gathering
 
 FERRY = "The captain of the ferry to Skarholm is Agnes Holm, who has sailed it since 2009."
 QUESTION = "Who is the captain of the ferry?"

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from kv_memory import BudgetError, ConfigError, Conversation, KVMemory, Reference, Turn
+from kv_memory.cache.keep import Keep
 from kv_memory.documents import Document
 from kv_memory.errors import CacheNotFoundError, FingerprintMismatchError
-from kv_memory.intake import Intake
-from kv_memory.keep import Keep
-from kv_memory.reader import key_of
+from kv_memory.ingest.pipeline import Intake
+from kv_memory.query import key_of
 from tests.memories import (
     FERRY,
     FERRY_QUESTION,

@@ -16,10 +16,10 @@ from kv_memory import (
     TextNotKeptError,
     Turn,
 )
-from kv_memory.reader import Reference, key_of
+from kv_memory.query import Reference, key_of
 from kv_memory.settings import resolve_settings
 from kv_memory.store import PassageRecord
-from kv_memory.store.schema import CollectionRow
+from kv_memory.store.sql.schema import CollectionRow
 from tests.memories import (
     FERRY,
     FERRY_QUESTION,

@@ -9,7 +9,7 @@ import pytest
 from kv_memory import KVMemory
 from kv_memory.errors import BinaryDocumentError, ConfigError, DocumentNotFoundError, EmptyDocumentError, EncodingError
 from kv_memory.memory import AddProgress
-from kv_memory.reader import key_of
+from kv_memory.query import key_of
 from tests.memories import (
     FERRY,
     FERRY_QUESTION,

@@ -10,7 +10,7 @@ from sqlalchemy import text as sql
 from kv_memory import KVMemory
 from kv_memory.compress import Compressor
 from kv_memory.generate import Generator
-from kv_memory.reader import Reference, key_of
+from kv_memory.query import Reference, key_of
 from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, SETTINGS, answerable, open_memory, wide_backbone
 from tests.reference import recorded_inputs
 

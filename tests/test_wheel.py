@@ -23,8 +23,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from kv_memory.embedded import BUILT_IN
-from tests.documents.test_readers import make_pdf
+from kv_memory.model.embedded import BUILT_IN
+from tests.documents.test_parsers import make_pdf
 from tests.test_packaging import PROJECT, ROOT, shipped_files
 
 needs_model = pytest.mark.skipif(not BUILT_IN["smollm2"].is_prepared, reason="smollm2 is not prepared (`make setup`)")
@@ -67,8 +67,8 @@ def test_wheel_holds_every_shipped_file_and_nothing_else(wheel: zipfile.ZipFile)
 
 def test_wheel_holds_the_migrations(wheel: zipfile.ZipFile) -> None:
     held = set(wheel.namelist())
-    assert "kv_memory/store/migrations/env.py" in held
-    assert any(name.startswith("kv_memory/store/migrations/versions/") for name in held)
+    assert "kv_memory/store/sql/migrations/env.py" in held
+    assert any(name.startswith("kv_memory/store/sql/migrations/versions/") for name in held)
 
 
 def test_wheel_states_its_command_license_and_extras(wheel: zipfile.ZipFile) -> None:

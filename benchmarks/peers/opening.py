@@ -1,4 +1,4 @@
-"""What an answer begins with: something that can be seen. The rule of `kv_memory.opening`, for greedy answers.
+"""What an answer begins with: something that can be seen. The rule of `kv_memory.model.opening`, for greedy answers.
 
 Until an answer has a visible character, tokens that leave it without one are passed over, and stop strings do not
 count. One space may stand at the very beginning where the prompt does not end in white space.

@@ -11,9 +11,9 @@ from typing import Self
 from langchain_core.stores import BaseStore
 
 from kv_memory import ConfigError, CorruptCacheError, KVMemory
-from kv_memory.store.blobs import DiskBlobs
-from kv_memory.store.catalog import BUSY_TIMEOUT_S
-from kv_memory.store.faults import mapped
+from kv_memory.store.blobs.local import DiskBlobs
+from kv_memory.store.error_mapping import mapped
+from kv_memory.store.sql.catalog import BUSY_TIMEOUT_S
 
 __all__ = ["KVMemoryByteStore"]
 

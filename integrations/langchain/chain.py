@@ -18,7 +18,7 @@ from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.configurable import RunnableConfigurableFields
 
 from kv_memory import ConfigError, Reference
-from kv_memory.reader import key_of
+from kv_memory.query import key_of
 
 from .chat_model import ChatKVMemory
 from .documents import KV_ID

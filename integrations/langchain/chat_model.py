@@ -16,7 +16,7 @@ from langchain_core.tools import BaseTool
 from pydantic import Field
 
 from kv_memory import Backbone, ConfigError, DecodeSettings, KVMemory
-from kv_memory.reader import ReplyStream
+from kv_memory.query import ReplyStream
 
 from ..decoding import decode_settings, refuse_tools
 from .messages import recalled, references_of, turns_of

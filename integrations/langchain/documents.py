@@ -8,7 +8,7 @@ from typing import Any
 from langchain_core.documents import Document
 
 from kv_memory import ConfigError, KVMemory, Reference
-from kv_memory.reader import key_of
+from kv_memory.query import key_of
 
 from ..missing import OnMissing, reference_to
 

@@ -11,7 +11,7 @@ from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
 from kv_memory.generate import iterate_in_thread
-from kv_memory.reader import Reply, ReplyStream
+from kv_memory.query import Reply, ReplyStream
 
 __all__ = ["PROVIDER", "Trim", "last", "part", "steps", "whole"]
 

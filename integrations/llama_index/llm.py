@@ -28,7 +28,7 @@ from llama_index.core.prompts import BasePromptTemplate
 
 from kv_memory import ConfigError, DecodeSettings, KVMemory, UnsupportedRequestError
 from kv_memory.generate import iterate_in_thread
-from kv_memory.reader import Reply, ReplyStream
+from kv_memory.query import Reply, ReplyStream
 
 from ..decoding import decode_settings
 from ..schemas import closed

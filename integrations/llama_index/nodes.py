@@ -14,7 +14,7 @@ from typing import Any
 from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, NodeWithScore
 
 from kv_memory import KVMemory, Reference
-from kv_memory.reader import key_of
+from kv_memory.query import key_of
 
 from ..missing import OnMissing, reference_to
 

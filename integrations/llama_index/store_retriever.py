@@ -9,7 +9,7 @@ from llama_index.core.retrievers import BaseRetriever
 from llama_index.core.schema import NodeRelationship, NodeWithScore, QueryBundle, RelatedNodeInfo, TextNode
 
 from kv_memory import KVMemory, Reference
-from kv_memory.retrieve import Hit
+from kv_memory.retrieval.bm25 import Hit
 
 from .nodes import marked
 

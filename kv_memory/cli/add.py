@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from kv_memory.config import SelectorName, StorageName
     from kv_memory.documents import DocumentLike, ReadResult
     from kv_memory.memory import AddReport, KVMemory
-    from kv_memory.prompts import PromptName
+    from kv_memory.model.prompts import PromptName
 
 __all__ = ["add", "print_report"]
 

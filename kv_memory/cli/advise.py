@@ -17,7 +17,7 @@ from kv_memory.settings import given_settings, resolve_settings
 if TYPE_CHECKING:
     from kv_memory.config import SelectorName, StorageName
     from kv_memory.evaluate import Advice, AdviceRow, Wish
-    from kv_memory.prompts import PromptName
+    from kv_memory.model.prompts import PromptName
 
 __all__ = ["advise_on"]
 
@@ -94,7 +94,7 @@ def advise_on(
         with out.working("Starting"):
             from kv_memory.assembly import load_backbone
             from kv_memory.documents import read_documents
-            from kv_memory.documents.decoding import check_encoding
+            from kv_memory.documents.encoding import check_encoding
             from kv_memory.evaluate import DEFAULT_KEEP_RATIOS, Wish, advise
 
         # Before the model is loaded: what is misspelt should be said at once.

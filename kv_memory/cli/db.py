@@ -72,9 +72,9 @@ def init(
 def current(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
     """Tell the version of the store's tables, and that of this package."""
     with reporting(as_json=as_json) as out:
-        from kv_memory.store.catalog import Catalog
         from kv_memory.store.opening import catalog_of
-        from kv_memory.store.schema import SCHEMA_HEAD
+        from kv_memory.store.sql.catalog import Catalog
+        from kv_memory.store.sql.schema import SCHEMA_HEAD
 
         where = catalog_of(store)
         revision = Catalog.revision_at(where)
@@ -95,8 +95,8 @@ def upgrade(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> 
     older version that are at work on it would break.
     """
     with reporting(as_json=as_json) as out:
-        from kv_memory.store.catalog import Catalog
         from kv_memory.store.opening import catalog_of
+        from kv_memory.store.sql.catalog import Catalog
 
         where = catalog_of(store)
         with out.working("Upgrading"):

@@ -22,8 +22,8 @@ from kv_memory.cli.output import Output, plain, reporting
 from kv_memory.cli.packages import PACKAGES, package_documents
 from kv_memory.cli.progress import Tracker
 from kv_memory.config import DecodeSettings
-from kv_memory.embedded import EMBEDDED
 from kv_memory.errors import ConfigError, UnreadableDocumentError
+from kv_memory.model.embedded import EMBEDDED
 
 if TYPE_CHECKING:
     from kv_memory.documents import Document

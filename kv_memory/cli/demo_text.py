@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kv_memory.cli.compare import Comparison, Medians
 from kv_memory.cli.output import Output, factor_text, size_text
-from kv_memory.embedded import BUILT_IN
+from kv_memory.model.embedded import BUILT_IN
 
 if TYPE_CHECKING:
     from kv_memory.documents import Document

@@ -12,16 +12,16 @@ import typer
 from kv_memory.cli.eval_progress import EvalTracker
 from kv_memory.cli.output import Output, reporting
 from kv_memory.cli.sizes import ratio_of
-from kv_memory.embedded import EMBEDDED
 from kv_memory.errors import ConfigError
+from kv_memory.model.embedded import EMBEDDED
 
 if TYPE_CHECKING:
-    from kv_memory.backbone import Backbone
     from kv_memory.compress import Adapter
     from kv_memory.config import DtypeName, Layout, StorageName
     from kv_memory.evaluate import Evaluation, Row
     from kv_memory.evaluate.methods import RefineFrom
-    from kv_memory.prompts import PromptName
+    from kv_memory.model.backbone import Backbone
+    from kv_memory.model.prompts import PromptName
 
 __all__ = ["BY", "evaluate_task", "print_rows"]
 
@@ -275,10 +275,10 @@ def _load(
     out: Output, model: str, adapter: Path | None, *, dtype: str, device: str, prompt: str
 ) -> tuple[Backbone, Adapter | None]:
     with out.working(f"Loading the model ({model})"):
-        from kv_memory.backbone import Backbone
         from kv_memory.compress import Adapter
         from kv_memory.config import check_choice
-        from kv_memory.prompts import PromptName
+        from kv_memory.model.backbone import Backbone
+        from kv_memory.model.prompts import PromptName
 
         check_choice(prompt, PromptName, where="prompt")
         backbone = Backbone.load(

@@ -14,7 +14,7 @@ from kv_memory.config import check_choice
 
 if TYPE_CHECKING:
     from kv_memory.store import ImportReport
-    from kv_memory.store.transfer import OnConflict
+    from kv_memory.store.transfer.files import OnConflict
 
 __all__ = ["import_archive"]
 
@@ -48,7 +48,7 @@ def import_archive(
         out.stopped = "What was imported stays; run the same command for the rest."
         with out.working("Starting"):
             from kv_memory.store import Store, open_archive
-            from kv_memory.store.transfer import OnConflict, verify_archive
+            from kv_memory.store.transfer.files import OnConflict, verify_archive
 
         check_choice(on_conflict, OnConflict, where="--on-conflict")
         with open_archive(file) as archive, TransferTracker(out) as tracker:

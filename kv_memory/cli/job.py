@@ -49,9 +49,9 @@ from kv_memory.settings import given_settings, resolve_settings
 if TYPE_CHECKING:
     from kv_memory.config import SelectorName, StorageName
     from kv_memory.jobs import Job
-    from kv_memory.jobs.engine import Engine
-    from kv_memory.jobs.progress import JobEnded
-    from kv_memory.prompts import PromptName
+    from kv_memory.jobs.engines.base import Engine
+    from kv_memory.jobs.events import JobEnded
+    from kv_memory.model.prompts import PromptName
     from kv_memory.store import Store
 
 __all__ = ["resume", "run"]
@@ -136,9 +136,9 @@ def run(
             keep_text=keep_text,
         )
         with out.working("Starting"):
-            from kv_memory.documents.decoding import check_encoding
+            from kv_memory.documents.encoding import check_encoding
             from kv_memory.jobs import JobSettings
-            from kv_memory.jobs.run import JobRequest, create_job
+            from kv_memory.jobs.driver import JobRequest, create_job
             from kv_memory.store import Store
 
         check_encoding(encoding)
@@ -199,7 +199,7 @@ def _newest(jobs: list[Job], store: Path, *, retry_failed: bool) -> Job:
 
 def _engine_of(name: str, store: Store, workers: int, gpus: float | None) -> Engine:
     if name == "ray":
-        from kv_memory.jobs.ray import RayEngine
+        from kv_memory.jobs.engines.ray import RayEngine
 
         return RayEngine(store, n_workers=workers, n_gpus=gpus)
     if name != "local":
@@ -212,7 +212,7 @@ def _engine_of(name: str, store: Store, workers: int, gpus: float | None) -> Eng
             where="gpus_per_worker",
             next_step="Leave it out: local workers have a GPU each, as far as they go.",
         )
-    from kv_memory.jobs.local import LocalEngine
+    from kv_memory.jobs.engines.local import LocalEngine
 
     return LocalEngine(store.path, n_workers=workers)
 
@@ -234,7 +234,7 @@ def _n_documents(ended: JobEnded) -> int:
 def _drive(
     out: Output, store: Store, job: Job, engine: Engine, *, resumed: bool = False, retry_failed: bool = False
 ) -> None:
-    from kv_memory.jobs.run import drive
+    from kv_memory.jobs.driver import drive
 
     go_on = f"kv-memory job resume {job.name}{_where(store, job)}"
     out.stopped = f"What is done stays done; `{go_on}` goes on."

@@ -10,7 +10,7 @@ from kv_memory.cli.output import Output, factor_text, plain, size_text
 from kv_memory.cli.tracking import Tracking
 
 if TYPE_CHECKING:
-    from kv_memory.jobs.progress import Event, JobEnded
+    from kv_memory.jobs.events import Event, JobEnded
 
 __all__ = ["JobTracker", "count_text", "print_ended", "sources_text"]
 

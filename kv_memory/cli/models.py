@@ -12,8 +12,8 @@ from rich.progress import DownloadColumn
 from kv_memory.cli.options import JsonOption
 from kv_memory.cli.output import Output, reporting, size_text
 from kv_memory.cli.tracking import Tracking
-from kv_memory.embedded import BUILT_IN, DEFAULTS, EMBEDDED, BuiltInModel, default_model
 from kv_memory.errors import ModelNotFoundError
+from kv_memory.model.embedded import BUILT_IN, DEFAULTS, EMBEDDED, BuiltInModel, default_model
 
 __all__ = ["models"]
 
@@ -39,9 +39,9 @@ def models(
             _prepare(out, prepare, weights or [])
             return
         with out.working("Starting"):
-            from kv_memory.backbone import SUPPORTED
-            from kv_memory.cache import dtype_name
-            from kv_memory.loading import best_device, best_dtype
+            from kv_memory.cache.distilled import dtype_name
+            from kv_memory.model.backbone import SUPPORTED
+            from kv_memory.model.loading import best_device, best_dtype
 
             device = best_device()
             dtype = dtype_name(best_dtype(device))
@@ -95,7 +95,7 @@ def _prepare(out: Output, name: str, weights: list[Path]) -> None:
     was_ready, start_s = model.is_prepared, time.monotonic()
     out.stopped = "What has been downloaded is kept; run the same command to go on."
     with Tracking(out, DownloadColumn(), text="Starting", every_s=0) as tracker:
-        from kv_memory import weights as weights_of
+        from kv_memory.model import weights as weights_of
 
         told = ""
 

@@ -10,7 +10,7 @@ from kv_memory.cli.output import Output
 if TYPE_CHECKING:
     from kv_memory.config import SelectorName, StorageName
     from kv_memory.memory import KVMemory
-    from kv_memory.prompts import PromptName
+    from kv_memory.model.prompts import PromptName
     from kv_memory.store import Store
 
 __all__ = ["load_model", "open_memory", "open_store"]

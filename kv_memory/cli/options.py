@@ -7,10 +7,10 @@ from typing import Annotated, Literal, TypedDict
 
 import typer
 
+from kv_memory.cache.keep import given_keep
 from kv_memory.cli.sizes import ratio_of, size_of
 from kv_memory.config import DecodeSettings
 from kv_memory.errors import ConfigError
-from kv_memory.keep import given_keep
 
 __all__ = [
     "DEFAULT_COLLECTION",

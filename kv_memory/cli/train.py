@@ -13,8 +13,8 @@ from kv_memory.cli.options import JsonOption
 from kv_memory.cli.output import reporting, size_text
 from kv_memory.cli.train_progress import TrainTracker
 from kv_memory.cli.train_settings import changes_of, settings_of
-from kv_memory.embedded import EMBEDDED
 from kv_memory.errors import ConfigError
+from kv_memory.model.embedded import EMBEDDED
 
 if TYPE_CHECKING:
     from kv_memory.train import Estimate, TrainReport

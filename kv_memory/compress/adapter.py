@@ -21,12 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kv_memory.backbone import Backbone
 from kv_memory.compress.routing import RoutedLinear, install_routing
 from kv_memory.compress.scorer import Scorer, ScorerKind
 from kv_memory.config import Budget, check_choice, check_keep_ratio
-from kv_memory.embedded import built_in, recorded_name
 from kv_memory.errors import AdapterError, AdapterMismatchError, ConfigError
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.embedded import built_in, recorded_name
 
 __all__ = ["Adapter", "AdapterConfig", "Routed", "Target", "default_eta"]
 

@@ -13,7 +13,7 @@ import torch
 
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.matching import Matched
-from kv_memory.compress.reading import Reading, check_finite, choose
+from kv_memory.compress.prefill import Reading, check_finite, choose
 from kv_memory.errors import ConfigError
 
 __all__ = ["check_combinable", "combined_selection"]

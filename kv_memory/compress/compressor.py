@@ -9,22 +9,22 @@ from typing import NamedTuple
 
 import torch
 
-from kv_memory.attention import ForwardContext
-from kv_memory.backbone import Backbone
-from kv_memory.cache import DistilledCache
+from kv_memory.cache.distilled import DistilledCache
+from kv_memory.cache.fingerprint import Fingerprint
+from kv_memory.cache.keep import Keep, windows_of
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.combined import check_combinable, combined_selection
 from kv_memory.compress.kept import Kept, extract, join
 from kv_memory.compress.matching import Matched, MatchedDocument, MatchSettings, match_documents
-from kv_memory.compress.reading import check_finite, choose, read_documents
-from kv_memory.compress.refine import refine_batch
-from kv_memory.compress.refine_settings import RefineSettings
+from kv_memory.compress.prefill import check_finite, choose, read_documents
+from kv_memory.compress.refine.optimize import refine_batch
+from kv_memory.compress.refine.refine_settings import RefineSettings
 from kv_memory.compress.selectors import Selector, make_selector
 from kv_memory.config import SelectorName, check_keep_ratio, n_kept_for
 from kv_memory.errors import ConfigError, EmptyDocumentError
-from kv_memory.fingerprint import Fingerprint
-from kv_memory.keep import Keep, windows_of
-from kv_memory.positioned import PositionedCache
+from kv_memory.model.attention import ForwardContext
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.kv_cache import PositionedCache
 
 __all__ = ["Compressor", "PrefilledDocument", "Span"]
 

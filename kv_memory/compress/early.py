@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from kv_memory.backbone import Backbone
 from kv_memory.errors import ModelError
-from kv_memory.positioned import PositionedCache
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.kv_cache import PositionedCache
 
 __all__ = ["hidden_after"]
 

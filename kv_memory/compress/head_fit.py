@@ -16,7 +16,7 @@ from kv_memory.compress.descent import HeadGroup, MovedHeads, alike, descend
 from kv_memory.compress.fitting import HeadSystem, fit_heads, refit_errors
 from kv_memory.compress.match_settings import MatchSettings
 from kv_memory.compress.reference_rows import ReferenceRows
-from kv_memory.positioned import PositionedCache
+from kv_memory.model.kv_cache import PositionedCache
 
 __all__ = ["HeadRows", "KeptHead", "fitted_entries", "refitted_errors"]
 

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from kv_memory.backbone import Backbone
 from kv_memory.compress.matching import Match
-from kv_memory.compress.reading import check_finite
-from kv_memory.positioned import PositionedCache
+from kv_memory.compress.prefill import check_finite
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.kv_cache import PositionedCache
 
 __all__ = ["Kept", "extract", "join"]
 

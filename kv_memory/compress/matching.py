@@ -25,12 +25,11 @@ from typing import Any
 
 import torch
 
-from kv_memory.backbone import Backbone
 from kv_memory.compress.descent import MovedHeads
 from kv_memory.compress.fitting import output_errors
 from kv_memory.compress.head_fit import HeadRows, KeptHead, fitted_entries, refitted_errors
 from kv_memory.compress.match_settings import MatchSettings
-from kv_memory.compress.reading import check_finite, choose
+from kv_memory.compress.prefill import check_finite, choose
 from kv_memory.compress.reference_rows import (
     CUE_TOKENS,
     QUESTION_TOKENS,
@@ -39,7 +38,8 @@ from kv_memory.compress.reference_rows import (
     record_rows,
 )
 from kv_memory.config import Budget
-from kv_memory.positioned import PositionedCache
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.kv_cache import PositionedCache
 
 __all__ = ["Match", "MatchSettings", "Matched", "MatchedDocument", "match_documents"]
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from kv_memory.attention import ForwardContext
-from kv_memory.backbone import Backbone
-from kv_memory.compress.reading import pad
-from kv_memory.positioned import PositionedCache
+from kv_memory.compress.prefill import pad
+from kv_memory.model.attention import ForwardContext
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.kv_cache import PositionedCache
 
 __all__ = ["QUESTION_TOKENS", "REPEAT", "REPEAT_FROM", "ReferenceRows", "record_rows", "repeat_rows"]
 

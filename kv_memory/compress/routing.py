@@ -19,7 +19,7 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from kv_memory.attention import ForwardContext
+from kv_memory.model.attention import ForwardContext
 
 __all__ = ["FixedRouting", "RoutedLinear", "current_mask", "install_routing", "routed_with"]
 

@@ -10,13 +10,13 @@ from typing import Protocol
 
 import torch
 
-from kv_memory.attention import ForwardContext, attention_probabilities
-from kv_memory.backbone import Backbone
 from kv_memory.compress.matching import Matched, MatchSettings
 from kv_memory.compress.reference_rows import repeat_rows
 from kv_memory.config import Budget, SelectorName, check_choice
 from kv_memory.errors import ConfigError
-from kv_memory.positioned import PositionedCache
+from kv_memory.model.attention import ForwardContext, attention_probabilities
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.kv_cache import PositionedCache
 
 __all__ = ["ObservedAttention", "Reconstruction", "Selector", "SinkRecent", "make_selector"]
 

@@ -10,7 +10,7 @@ from kv_memory.datasets.example import Example
 from kv_memory.datasets.faults import Faults
 from kv_memory.datasets.files import READ_ERRORS, unreadable
 from kv_memory.documents import Document, read_documents
-from kv_memory.documents.readers import FILE_TYPES, read_content
+from kv_memory.documents.parsers import FILE_TYPES, read_content
 from kv_memory.errors import DatasetError, DocumentError
 
 __all__ = ["read_archive", "read_texts"]

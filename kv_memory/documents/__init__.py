@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kv_memory.documents.document import Document
-from kv_memory.documents.passages import split_passages
-from kv_memory.documents.sources import DocumentLike, ReadResult, read_documents, read_file
+from kv_memory.documents.loaders import DocumentLike, ReadResult, read_documents, read_file
+from kv_memory.documents.splitter import split_passages
 
 __all__ = ["Document", "DocumentLike", "ReadResult", "read_documents", "read_file", "split_passages"]

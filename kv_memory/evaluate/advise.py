@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kv_memory.assembly import load_backbone
-from kv_memory.backbone import Backbone
 from kv_memory.config import check_keep_ratio
 from kv_memory.documents import Document, DocumentLike, read_documents, split_passages
 from kv_memory.errors import ConfigError, DatasetError, DocumentError, EmptyDocumentError
 from kv_memory.evaluate.harness import DEFAULT_KEEP_RATIOS, EvalProgress
 from kv_memory.evaluate.recommend import AdviceRow, Recommendation, Wish, recommend
 from kv_memory.evaluate.self_asked import ROOM_TOKENS, SelfAsked
+from kv_memory.model.backbone import Backbone
 from kv_memory.settings import MemorySettings, resolve_settings
 
 __all__ = ["Advice", "advise"]

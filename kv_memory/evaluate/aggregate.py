@@ -16,7 +16,7 @@ from kv_memory.evaluate.measure import METRICS
 from kv_memory.evaluate.methods import METHODS
 from kv_memory.evaluate.records import Record
 from kv_memory.evaluate.tasks import TASKS
-from kv_memory.opening import is_visible
+from kv_memory.model.opening import is_visible
 
 __all__ = [
     "CONFIDENCE",

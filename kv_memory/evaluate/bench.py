@@ -13,8 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from kv_memory.backbone import Backbone
-from kv_memory.cache import DistilledCache
+from kv_memory.cache.distilled import DistilledCache
 from kv_memory.compress import Compressor, PrefilledDocument
 from kv_memory.config import Layout, StorageName
 from kv_memory.evaluate.cases import Case, EncodedQuery, encode_query
@@ -23,6 +22,7 @@ from kv_memory.evaluate.methods import Method, make_methods
 from kv_memory.evaluate.records import Record
 from kv_memory.evaluate.task import Task
 from kv_memory.evaluate.teacher import TeacherAnswer, teach
+from kv_memory.model.backbone import Backbone
 
 __all__ = ["Bench", "Column"]
 

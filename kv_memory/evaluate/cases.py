@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 
-from kv_memory.backbone import Backbone
 from kv_memory.datasets import Example
 from kv_memory.errors import DatasetError
+from kv_memory.model.backbone import Backbone
 
 __all__ = ["ROOM_TOKENS", "Case", "EncodedQuery", "Group", "Query", "choose", "cut", "encode_query", "in_hash_order"]
 

@@ -11,7 +11,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from kv_memory.backbone import Backbone
 from kv_memory.compress import Adapter, RefineSettings
 from kv_memory.config import Layout, StorageName, check_choice, check_keep_ratio
 from kv_memory.errors import ConfigError
@@ -23,6 +22,7 @@ from kv_memory.evaluate.records import Record, RecordFile
 from kv_memory.evaluate.task import Task, TaskSettings
 from kv_memory.evaluate.tasks import find_task
 from kv_memory.evaluate.teacher import KL_TOKENS
+from kv_memory.model.backbone import Backbone
 
 __all__ = ["DEFAULT_KEEP_RATIOS", "EvalProgress", "Evaluation", "evaluate"]
 

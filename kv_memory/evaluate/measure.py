@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kv_memory.backbone import Backbone
-from kv_memory.cache import DistilledCache
+from kv_memory.cache.distilled import DistilledCache
 from kv_memory.config import DecodeSettings, Layout
 from kv_memory.evaluate.asked import Asked, batches
 from kv_memory.evaluate.cases import Case, EncodedQuery, Query
@@ -15,6 +14,7 @@ from kv_memory.evaluate.metrics import ALL_WANTED, TEXT_METRICS, kl_divergence, 
 from kv_memory.evaluate.task import Task
 from kv_memory.evaluate.teacher import KL_TOKENS, TeacherAnswer
 from kv_memory.generate import opening_behind
+from kv_memory.model.backbone import Backbone
 
 __all__ = ["METRICS", "Measured", "measure"]
 

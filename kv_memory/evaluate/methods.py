@@ -9,12 +9,12 @@ from typing import Literal, get_args
 
 import torch
 
-from kv_memory.backbone import Backbone
 from kv_memory.compress import Adapter, Compressor, Matched, MatchSettings, RefineSettings, SinkRecent
 from kv_memory.compress.selectors import ReceivedAttention
 from kv_memory.config import Budget, SelectorName, check_choice
 from kv_memory.errors import ConfigError
-from kv_memory.positioned import PositionedCache
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.kv_cache import PositionedCache
 
 __all__ = ["METHODS", "Method", "MethodName", "RandomSelector", "RefineFrom", "check_methods", "make_methods"]
 

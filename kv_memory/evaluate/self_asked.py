@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from kv_memory.assembly import load_compressor
-from kv_memory.backbone import Backbone
 from kv_memory.compress import RefineSettings
-from kv_memory.compress.probes import make_probes, probe_room
-from kv_memory.compress.teacher import Teacher
+from kv_memory.compress.refine.probes import make_probes, probe_room
+from kv_memory.compress.refine.teacher import Teacher
 from kv_memory.evaluate.aggregate import aggregate
 from kv_memory.evaluate.bench import Bench, Column
 from kv_memory.evaluate.cases import Case, Query
@@ -20,6 +19,7 @@ from kv_memory.evaluate.recommend import AdviceRow
 from kv_memory.evaluate.records import Record
 from kv_memory.evaluate.task import Task
 from kv_memory.evaluate.teacher import KL_TOKENS
+from kv_memory.model.backbone import Backbone
 from kv_memory.settings import MemorySettings
 
 __all__ = ["ROOM_TOKENS", "SelfAsked"]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kv_memory.backbone import Backbone
 from kv_memory.config import check_choice
 from kv_memory.errors import ConfigError
 from kv_memory.evaluate.cases import ROOM_TOKENS, Case
+from kv_memory.model.backbone import Backbone
 
 __all__ = ["Distractors", "RulerKind", "ScoreName", "Task", "TaskSettings", "room_for_document"]
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from kv_memory.backbone import Backbone
-from kv_memory.cache import DistilledCache
+from kv_memory.cache.distilled import DistilledCache
 from kv_memory.config import DecodeSettings, Layout
 from kv_memory.evaluate.asked import Asked, batches
 from kv_memory.evaluate.cases import EncodedQuery
 from kv_memory.evaluate.task import Task
 from kv_memory.generate import Prompt, Run
+from kv_memory.model.backbone import Backbone
 
 __all__ = ["KL_TOKENS", "TeacherAnswer", "answers", "teach"]
 

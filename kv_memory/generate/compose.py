@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from kv_memory.backbone import Backbone
-from kv_memory.cache import DistilledCache
+from kv_memory.cache.distilled import DistilledCache
 from kv_memory.config import Layout, check_choice
-from kv_memory.positioned import NEVER, PositionedCache
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.kv_cache import NEVER, PositionedCache
 
 __all__ = ["check_compatible", "compose", "span_of"]
 

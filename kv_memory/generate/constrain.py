@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kv_memory.backbone import Backbone
 from kv_memory.errors import ConfigError
+from kv_memory.model.backbone import Backbone
 
 __all__ = ["JsonConstraint"]
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kv_memory.backbone import Backbone
-from kv_memory.cache import DistilledCache
+from kv_memory.cache.distilled import DistilledCache
 from kv_memory.config import DecodeSettings, Layout
 from kv_memory.errors import DecodeTimeoutError
 from kv_memory.generate.compose import compose
@@ -18,8 +17,9 @@ from kv_memory.generate.constrain import JsonConstraint
 from kv_memory.generate.sampling import Sampler
 from kv_memory.generate.text import FinishReason, TextStream
 from kv_memory.generate.turns import Prompt
-from kv_memory.opening import Opening
-from kv_memory.positioned import PositionedCache
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.kv_cache import PositionedCache
+from kv_memory.model.opening import Opening
 
 __all__ = ["Generation", "Generator", "Run", "end_ids", "iterate_in_thread", "opening_behind"]
 

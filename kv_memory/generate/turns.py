@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from kv_memory.backbone import Backbone
 from kv_memory.config import check_choice
 from kv_memory.errors import ConfigError
-from kv_memory.prompts import PromptForm, render_chat
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.prompts import PromptForm, render_chat
 
 __all__ = ["Prompt", "Role", "Turn", "encode_chat", "encode_text_prompt", "encode_turns"]
 

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, aliased
 from kv_memory.errors import StoreError
 from kv_memory.jobs.records import FailedResult, Task, TaskResult
 from kv_memory.store import Store
-from kv_memory.store.schema import JobRow, TaskRow, utc_now
+from kv_memory.store.sql.schema import JobRow, TaskRow, utc_now
 
 __all__ = ["LEASE_S", "Claims", "Renewer"]
 

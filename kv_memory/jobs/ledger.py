@@ -14,13 +14,13 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from kv_memory.embedded import recorded_settings
 from kv_memory.errors import JobError, JobNotFoundError
 from kv_memory.jobs.item import SourceItem, duplicate_error
+from kv_memory.jobs.leases import count_of, locks_reach
 from kv_memory.jobs.records import Counts, FailedTask, Job, JobSettings, Task
-from kv_memory.jobs.roll import count_of, locks_reach
+from kv_memory.model.embedded import recorded_settings
 from kv_memory.store import Store
-from kv_memory.store.schema import CollectionRow, JobRow, TaskRow, utc_now
+from kv_memory.store.sql.schema import CollectionRow, JobRow, TaskRow, utc_now
 
 __all__ = ["Ledger"]
 

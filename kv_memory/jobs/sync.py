@@ -11,17 +11,17 @@ from typing import Self
 
 from sqlalchemy import exists, func, select
 
+from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.documents import Document
-from kv_memory.documents.sources import file_id
+from kv_memory.documents.loaders import file_id
 from kv_memory.errors import JobError
-from kv_memory.fingerprint import Fingerprint
 from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.records import Job
 from kv_memory.jobs.sources.files import FileSource, path_of
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
-from kv_memory.store.budget import alive
-from kv_memory.store.schema import CacheRow, DocumentRow, FingerprintRow, PassageRow, utc_now
+from kv_memory.store.eviction import alive
+from kv_memory.store.sql.schema import CacheRow, DocumentRow, FingerprintRow, PassageRow, utc_now
 
 __all__ = ["Seen", "check_folder", "is_current", "known_fingerprint", "unseen"]
 

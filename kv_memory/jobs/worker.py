@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from kv_memory.errors import KVMemoryError, StoreConnectionError, StoreError, StoreLockedError
-from kv_memory.intake import Intake
+from kv_memory.ingest.pipeline import Intake
 from kv_memory.jobs.claims import LEASE_S, Claims, Renewer
 from kv_memory.jobs.item import SourceItem
+from kv_memory.jobs.leases import Roll
 from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.records import FailedResult, Job, Task, TaskResult
-from kv_memory.jobs.roll import Roll
 from kv_memory.jobs.sources import Sources
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from kv_memory.store.budget import Limits
+from kv_memory.store.eviction import Limits
 from kv_memory.store.purge import PurgeReport
 from kv_memory.store.records import (
     CacheInfo,
@@ -18,7 +18,7 @@ from kv_memory.store.records import (
     StoreStats,
 )
 from kv_memory.store.store import Store
-from kv_memory.store.transfer import ExportReport, ImportReport, TransferProgress, open_archive
+from kv_memory.store.transfer.files import ExportReport, ImportReport, TransferProgress, open_archive
 
 __all__ = [
     "CacheInfo",

@@ -12,11 +12,11 @@ from sqlalchemy import select
 
 from kv_memory.errors import ConfigError, DocumentNotFoundError
 from kv_memory.store import documents
-from kv_memory.store.catalog import Catalog
+from kv_memory.store.caches import Shelf
 from kv_memory.store.purge import index_folder
 from kv_memory.store.records import DocumentRecord, DocumentSummary, StoredPassage
-from kv_memory.store.schema import CollectionRow, DocumentRow, PassageRow
-from kv_memory.store.shelf import Shelf
+from kv_memory.store.sql.catalog import Catalog
+from kv_memory.store.sql.schema import CollectionRow, DocumentRow, PassageRow
 
 __all__ = ["Collection"]
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from kv_memory.store.schema import CounterRow
+from kv_memory.store.sql.schema import CounterRow
 
 __all__ = ["BUCKETS_S", "NAMES", "Counters", "read_counters", "write_counters"]
 

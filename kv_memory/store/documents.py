@@ -10,9 +10,9 @@ from sqlalchemy import ColumnElement, Select, delete, exists, func, insert, sele
 from sqlalchemy.orm import Session
 
 from kv_memory.errors import ConfigError, DocumentNotFoundError, EncodingError
+from kv_memory.retrieval.hashed_terms import Terms, new_key
 from kv_memory.store.records import DocumentRecord, DocumentSummary, PassageRecord, StoredPassage
-from kv_memory.store.schema import CacheRow, CollectionRow, DocumentRow, OptionRow, PassageRow, utc_now
-from kv_memory.terms import Terms, new_key
+from kv_memory.store.sql.schema import CacheRow, CollectionRow, DocumentRow, OptionRow, PassageRow, utc_now
 
 __all__ = [
     "batches",

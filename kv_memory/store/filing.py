@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.errors import CorruptCacheError
-from kv_memory.fingerprint import Fingerprint
-from kv_memory.store.faults import mapped
-from kv_memory.store.schema import CacheRow
+from kv_memory.store.error_mapping import mapped
+from kv_memory.store.sql.schema import CacheRow
 
 __all__ = ["MisfiledError", "check_filing", "check_header"]
 

@@ -9,15 +9,15 @@ from pathlib import Path
 from sqlalchemy import select
 
 from kv_memory.errors import ConfigError, StoreError, StorePermissionError
-from kv_memory.store import catalog as catalogs
-from kv_memory.store.blobs import DiskBlobs, check_folder
-from kv_memory.store.catalog import Catalog
-from kv_memory.store.durable import private_folder
-from kv_memory.store.faults import mapped
-from kv_memory.store.locks import FileLocks
-from kv_memory.store.objects import ObjectBlobs
-from kv_memory.store.place import find_place, write_place
-from kv_memory.store.schema import CollectionRow
+from kv_memory.store.blobs.local import DiskBlobs, check_folder
+from kv_memory.store.blobs.remote import ObjectBlobs
+from kv_memory.store.error_mapping import mapped
+from kv_memory.store.fs import private_folder
+from kv_memory.store.location import find_place, write_place
+from kv_memory.store.sql import catalog as catalogs
+from kv_memory.store.sql.catalog import Catalog
+from kv_memory.store.sql.locks import FileLocks
+from kv_memory.store.sql.schema import CollectionRow
 
 __all__ = ["StoreParts", "catalog_of", "find_collection", "open_parts"]
 

@@ -8,8 +8,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from kv_memory.errors import CorruptCacheError, StoreError
-from kv_memory.store.blobs import blob_key
-from kv_memory.store.schema import PrefixRow
+from kv_memory.store.blobs.local import blob_key
+from kv_memory.store.sql.schema import PrefixRow
 from kv_memory.store.stock import Stock
 
 __all__ = ["Prefixes"]

@@ -18,12 +18,12 @@ from diskcache.core import DBNAME
 from sqlalchemy import delete, select
 
 from kv_memory.store import documents
-from kv_memory.store.catalog import Catalog
-from kv_memory.store.faults import mapped
-from kv_memory.store.objects import ObjectBlobs
-from kv_memory.store.schema import CacheRow, FingerprintRow, JobRow, PrefixRow, TaskRow
-from kv_memory.store.scrub import scrub_sqlite
-from kv_memory.store.shelf import Shelf
+from kv_memory.store.blobs.remote import ObjectBlobs
+from kv_memory.store.caches import Shelf
+from kv_memory.store.error_mapping import mapped
+from kv_memory.store.sql.catalog import Catalog
+from kv_memory.store.sql.schema import CacheRow, FingerprintRow, JobRow, PrefixRow, TaskRow
+from kv_memory.store.sql.scrub import scrub_sqlite
 
 __all__ = ["PurgeReport", "index_folder", "purge"]
 

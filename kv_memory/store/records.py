@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from kv_memory.errors import ConfigError, EncodingError
-from kv_memory.terms import Terms
+from kv_memory.retrieval.hashed_terms import Terms
 
 __all__ = [
     "CacheInfo",

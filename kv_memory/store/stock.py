@@ -8,11 +8,11 @@ from contextlib import suppress
 from sqlalchemy import delete, select
 
 from kv_memory.errors import CorruptCacheError, FingerprintMismatchError, StoreError
-from kv_memory.store.catalog import Catalog
+from kv_memory.store.blobs.verified import Vault
 from kv_memory.store.documents import batches
 from kv_memory.store.filing import MisfiledError, check_header
-from kv_memory.store.schema import CacheRow, PrefixRow
-from kv_memory.store.vault import Vault
+from kv_memory.store.sql.catalog import Catalog
+from kv_memory.store.sql.schema import CacheRow, PrefixRow
 
 __all__ = ["Stock"]
 

@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING, Self
 
 from sqlalchemy import exists, select, update
 
+from kv_memory.cache.fingerprint import Fingerprint
+from kv_memory.cache.keep import Keep
 from kv_memory.config import StorageName, check_keep_ratio
-from kv_memory.fingerprint import Fingerprint
-from kv_memory.keep import Keep
-from kv_memory.store import documents, upkeep
-from kv_memory.store.archive_reader import ArchiveReader
-from kv_memory.store.budget import Limits, alive, read_limits, write_limits
-from kv_memory.store.catalog import Catalog
+from kv_memory.store import documents
+from kv_memory.store import maintenance as upkeep
+from kv_memory.store.blobs.remote import ObjectBlobs
+from kv_memory.store.blobs.verified import Vault
+from kv_memory.store.caches import Shelf, cache_info
 from kv_memory.store.collection import Collection
-from kv_memory.store.exporting import export_collection
-from kv_memory.store.importing import import_collection
-from kv_memory.store.objects import ObjectBlobs
+from kv_memory.store.eviction import Limits, alive, read_limits, write_limits
 from kv_memory.store.opening import StoreParts, find_collection, open_parts
 from kv_memory.store.prefixes import Prefixes
 from kv_memory.store.purge import PurgeReport, purge
@@ -32,14 +31,16 @@ from kv_memory.store.records import (
     StoredPassage,
     StoreStats,
 )
-from kv_memory.store.schema import CacheRow, PassageRow, utc_now
-from kv_memory.store.shelf import Shelf, cache_info
+from kv_memory.store.sql.catalog import Catalog
+from kv_memory.store.sql.schema import CacheRow, PassageRow, utc_now
 from kv_memory.store.stock import Stock
-from kv_memory.store.transfer import ExportReport, ImportReport, OnConflict, TransferProgress
-from kv_memory.store.vault import Vault
+from kv_memory.store.transfer.archive_reader import ArchiveReader
+from kv_memory.store.transfer.export import export_collection
+from kv_memory.store.transfer.files import ExportReport, ImportReport, OnConflict, TransferProgress
+from kv_memory.store.transfer.importer import import_collection
 
 if TYPE_CHECKING:
-    from kv_memory.cache import DistilledCache  # imports torch: where no cache is read, listing stays quick
+    from kv_memory.cache.distilled import DistilledCache  # imports torch: where no cache is read, listing stays quick
 
 __all__ = ["Store"]
 

@@ -9,9 +9,9 @@ from datetime import datetime
 from sqlalchemy import update
 
 from kv_memory.errors import StoreError
-from kv_memory.store.catalog import Catalog
 from kv_memory.store.counters import Counters, read_counters, write_counters
-from kv_memory.store.schema import CacheRow, utc_now
+from kv_memory.store.sql.catalog import Catalog
+from kv_memory.store.sql.schema import CacheRow, utc_now
 
 __all__ = ["Uses"]
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kv_memory.backbone import Backbone
 from kv_memory.compress.adapter import Adapter
 from kv_memory.errors import ConfigError
+from kv_memory.model.backbone import Backbone
 from kv_memory.train.settings import TrainSettings
 
 __all__ = ["fit_settings", "new_adapter", "save_adapter", "structure_of"]

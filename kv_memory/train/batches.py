@@ -10,9 +10,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kv_memory.backbone import Backbone
 from kv_memory.datasets import Example, Question
 from kv_memory.errors import DatasetError
+from kv_memory.model.backbone import Backbone
 from kv_memory.train.settings import TrainSettings
 
 __all__ = ["Batch", "Batches", "Row"]

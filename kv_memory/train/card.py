@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from kv_memory.backbone import Backbone
-from kv_memory.embedded import built_in
-from kv_memory.train.run import TrainReport
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.embedded import built_in
 from kv_memory.train.settings import TrainSettings
+from kv_memory.train.state import TrainReport
 
 __all__ = ["machine", "write_card"]
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kv_memory.backbone import Backbone, cache_argument
 from kv_memory.compress.routing import current_mask, routed_with
-from kv_memory.positioned import PositionedCache
+from kv_memory.model.backbone import Backbone, cache_argument
+from kv_memory.model.kv_cache import PositionedCache
 
 __all__ = ["checkpointing"]
 

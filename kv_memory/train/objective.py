@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kv_memory.compress.divergence import distillation_loss, kl_divergence
+from kv_memory.compress.refine.loss import distillation_loss, kl_divergence
 
 __all__ = ["distillation_loss", "kl_divergence", "output_error"]
 

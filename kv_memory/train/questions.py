@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from kv_memory.backbone import Backbone
-from kv_memory.compress.rows import Row
-from kv_memory.compress.teacher import Teacher, end_ids
+from kv_memory.compress.refine.rows import Row
+from kv_memory.compress.refine.teacher import Teacher, end_ids
 from kv_memory.datasets import Question
 from kv_memory.errors import ConfigError, DatasetError
+from kv_memory.model.backbone import Backbone
 
 __all__ = ["QuestionWriter"]
 

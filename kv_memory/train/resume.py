@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from kv_memory.backbone import Backbone
 from kv_memory.datasets import Example
 from kv_memory.errors import AdapterMismatchError, CheckpointError
+from kv_memory.model.backbone import Backbone
 from kv_memory.train.checkpoints import Checkpoint
 from kv_memory.train.settings import TrainSettings
 

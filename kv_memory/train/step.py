@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kv_memory.backbone import Backbone
 from kv_memory.compress.adapter import Adapter
-from kv_memory.compress.entries import Entries, gather_entries, join_entries
-from kv_memory.compress.reading import pad, read_documents
+from kv_memory.compress.prefill import pad, read_documents
+from kv_memory.compress.refine.entries import Entries, gather_entries, join_entries
 from kv_memory.config import n_kept_for
+from kv_memory.model.backbone import Backbone
 from kv_memory.train.batches import Batch, Row
 from kv_memory.train.objective import distillation_loss, output_error
 from kv_memory.train.settings import TrainSettings

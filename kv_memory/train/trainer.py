@@ -40,8 +40,8 @@ from kv_memory.train.optimizer import (
 )
 from kv_memory.train.processes import make_accelerator
 from kv_memory.train.resume import check_resumable, identity
-from kv_memory.train.run import Evaluation, RunOptions, RunState, TrainProgress, TrainReport, evaluation_of
 from kv_memory.train.settings import TrainSettings
+from kv_memory.train.state import Evaluation, RunOptions, RunState, TrainProgress, TrainReport, evaluation_of
 
 __all__ = ["Trainer", "already_there"]
 

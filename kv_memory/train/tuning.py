@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from kv_memory.backbone import Backbone
 from kv_memory.datasets import Example, Question, corpus_split
 from kv_memory.documents import split_passages
 from kv_memory.errors import ConfigError, DatasetError
+from kv_memory.model.backbone import Backbone
 from kv_memory.train.settings import TrainSettings
 
 __all__ = ["Corpus", "Window", "cut_corpus", "domain_settings"]

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from kv_memory.attention import ForwardContext, attention_probabilities
-from kv_memory.backbone import Backbone
-from kv_memory.compress.entries import Entries
-from kv_memory.compress.reading import pad
+from kv_memory.compress.prefill import pad
+from kv_memory.compress.refine.entries import Entries
 from kv_memory.compress.scorer import attention_scores
 from kv_memory.config import Budget
-from kv_memory.positioned import NEVER
+from kv_memory.model.attention import ForwardContext, attention_probabilities
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.kv_cache import NEVER
 
 __all__ = ["Asked", "received_attention", "repetition", "scorer_loss"]
 

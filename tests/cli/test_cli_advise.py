@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kv_memory.embedded import BUILT_IN
+from kv_memory.model.embedded import BUILT_IN
 from tests.cli.ran import Ran
 from tests.evaluate.conftest import prose, write
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kv_memory.embedded import BUILT_IN
 from kv_memory.memory import KVMemory
+from kv_memory.model.embedded import BUILT_IN
 from tests.cli.ran import Ran
 
 Run = Callable[..., Ran]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from kv_memory.cli.compare import Comparison, medians
-from kv_memory.embedded import BUILT_IN
 from kv_memory.memory import Answer
+from kv_memory.model.embedded import BUILT_IN
 from tests.cli.ran import Ran
 
 

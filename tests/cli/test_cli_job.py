@@ -19,7 +19,7 @@ from kv_memory.cli import app
 from kv_memory.cli.app import _JOB_COMMANDS
 from kv_memory.cli.job_progress import JobTracker, sources_text
 from kv_memory.cli.output import Output
-from kv_memory.jobs.progress import Progress
+from kv_memory.jobs.events import Progress
 from tests.cli.ran import Ran
 
 KV = Callable[..., Ran]
@@ -215,7 +215,7 @@ def test_an_unknown_job(kv: KV, store: Path) -> None:
 
 ODD_MAIN = """
 from kv_memory.cli import main
-from kv_memory.jobs.local import LocalEngine
+from kv_memory.jobs.engines.local import LocalEngine
 from tests.jobs.odd_driver import ODD_WORKER
 
 LocalEngine.__init__.__kwdefaults__["command"] = ODD_WORKER

@@ -124,7 +124,7 @@ def test_libraries_are_not_heard(process: Start, tmp_path: Path, store: Path) ->
 
 @pytest.mark.parametrize(
     ("module", "is_shown"),
-    [("kv_memory.backbone", True), ("torch.nn.modules.module", True), ("peft.peft_model", False)],
+    [("kv_memory.model.backbone", True), ("torch.nn.modules.module", True), ("peft.peft_model", False)],
 )
 def test_of_warnings_only_those_of_our_own_calls_are_shown(module: str, is_shown: bool) -> None:
     script = (

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kv_memory.backbone import Backbone
 from kv_memory.compress import Adapter
+from kv_memory.model.backbone import Backbone
 from kv_memory.train import questions
 from tests.cli.ran import Ran
 

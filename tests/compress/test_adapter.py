@@ -11,13 +11,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from kv_memory.attention import ForwardContext
-from kv_memory.backbone import Backbone
 from kv_memory.compress import Adapter, AdapterConfig, Compressor
 from kv_memory.compress.adapter import default_eta
-from kv_memory.compress.reading import ReadingDocuments
+from kv_memory.compress.prefill import ReadingDocuments
 from kv_memory.compress.routing import FixedRouting, routed_with
 from kv_memory.errors import AdapterError, AdapterMismatchError, ConfigError
+from kv_memory.model.attention import ForwardContext
+from kv_memory.model.backbone import Backbone
 from tests.conftest import make_backbone, make_model
 from tests.reference import letters, plain_model
 

@@ -9,7 +9,7 @@ import torch
 
 from kv_memory.compress import Adapter, Compressor, Matched, MatchSettings
 from kv_memory.compress.combined import combined_selection
-from kv_memory.compress.reading import Reading, read_documents
+from kv_memory.compress.prefill import Reading, read_documents
 from kv_memory.errors import ConfigError
 from kv_memory.settings import given_settings, resolve_settings
 from tests.conftest import make_backbone

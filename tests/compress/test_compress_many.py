@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from kv_memory.cache import DistilledCache
+from kv_memory.cache.distilled import DistilledCache
+from kv_memory.cache.keep import Keep
 from kv_memory.compress import Compressor, Matched, MatchSettings
 from kv_memory.compress import compressor as compressor_module
 from kv_memory.errors import ConfigError, EmptyDocumentError
-from kv_memory.keep import Keep
 from tests.compress.test_compressor import ADAPTERS, NAMES, compressor_for
 from tests.conftest import ARCHITECTURES
 from tests.reference import by_head, letters, recorded_inputs, shared_backbone

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kv_memory.cache import DistilledCache
+from kv_memory.cache.distilled import DistilledCache
 from kv_memory.compress import Adapter, Compressor, Matched, MatchSettings, Reconstruction
 from kv_memory.config import n_kept_for
 from kv_memory.errors import ConfigError, EmptyDocumentError

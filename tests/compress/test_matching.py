@@ -12,8 +12,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kv_memory.backbone import cache_argument
-from kv_memory.cache import DistilledCache
+from kv_memory.cache.distilled import DistilledCache
 from kv_memory.compress import Compressor
 from kv_memory.compress.fitting import FittedHeads, HeadSystem, bounded_ridge, fit_heads, refit_errors
 from kv_memory.compress.matching import Matched, MatchSettings
@@ -21,6 +20,7 @@ from kv_memory.compress.reference_rows import record_rows
 from kv_memory.config import n_kept_for
 from kv_memory.errors import ConfigError, ModelError
 from kv_memory.generate import compose
+from kv_memory.model.backbone import cache_argument
 from tests.conftest import ARCHITECTURES, make_backbone
 from tests.reference import LAYER_TYPED, letters, plain_model, shared_backbone
 

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from kv_memory.attention import ForwardContext
 from kv_memory.compress import ObservedAttention, Reconstruction, Selector, SinkRecent, selectors
-from kv_memory.compress.reading import choose
+from kv_memory.compress.prefill import choose
 from kv_memory.compress.selectors import make_selector
 from kv_memory.config import SelectorName, n_kept_for
 from kv_memory.errors import ConfigError
+from kv_memory.model.attention import ForwardContext
 from tests.conftest import ARCHITECTURES
 from tests.reference import letters, plain_model, shared_backbone
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from kv_memory.backbone import Backbone
-from kv_memory.cache import DistilledCache
+from kv_memory.cache.distilled import DistilledCache
 from kv_memory.compress import Compressor, Reconstruction
 from kv_memory.config import DecodeSettings
 from kv_memory.errors import ConfigError, ContextWindowError, FingerprintMismatchError
 from kv_memory.generate import Generator, compose
-from kv_memory.positioned import NEVER
-from kv_memory.prompts import PromptForm
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.kv_cache import NEVER
+from kv_memory.model.prompts import PromptForm
 from tests.conftest import SHORT_FORM, make_backbone, make_model, make_tokenizer
 from tests.reference import assert_close, by_head, letters, recorded_inputs, shared_backbone
 

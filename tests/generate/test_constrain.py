@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from kv_memory.backbone import Backbone
 from kv_memory.config import DecodeSettings
 from kv_memory.errors import ConfigError
 from kv_memory.generate import Generator
 from kv_memory.generate.constrain import JsonConstraint
-from kv_memory.prompts import PromptForm
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.prompts import PromptForm
 from tests.conftest import SHORT_FORM, make_model, make_tokenizer
 from tests.reference import shared_backbone
 

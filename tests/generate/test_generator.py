@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from kv_memory.backbone import Backbone
-from kv_memory.cache import DistilledCache
+from kv_memory.cache.distilled import DistilledCache
 from kv_memory.compress import Compressor, Matched, MatchSettings
 from kv_memory.config import DecodeSettings
 from kv_memory.errors import ConfigError, FingerprintMismatchError
 from kv_memory.generate import Generator, compose
-from kv_memory.opening import is_visible
-from kv_memory.positioned import PositionedCache
-from kv_memory.prompts import PromptForm
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.kv_cache import PositionedCache
+from kv_memory.model.opening import is_visible
+from kv_memory.model.prompts import PromptForm
 from tests.conftest import ARCHITECTURES, SHORT_FORM, make_backbone, make_model, make_tokenizer
 from tests.reference import full_logits, letters, may_open, recorded_inputs, shared_backbone
 

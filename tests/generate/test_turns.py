@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
-from kv_memory.backbone import Backbone
 from kv_memory.compress import Compressor
 from kv_memory.config import DecodeSettings
 from kv_memory.errors import ConfigError
 from kv_memory.generate import Generator, Turn, encode_chat, encode_text_prompt, encode_turns
-from kv_memory.prompts import DEFAULT_SYSTEM_PROMPT, PASSAGE, PromptForm
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.prompts import DEFAULT_SYSTEM_PROMPT, PASSAGE, PromptForm
 from tests.conftest import SHORT_FORM, make_model, make_tokenizer
 
 CHATML = (

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kv_memory.jobs import Job, JobSettings, Ledger
-from kv_memory.jobs.run import JobRequest, create_job
+from kv_memory.jobs.driver import JobRequest, create_job
 from kv_memory.settings import resolve_settings
 from kv_memory.store import Store
 from tests import services

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from kv_memory.jobs import Ledger
-from kv_memory.jobs.local import LocalEngine
-from kv_memory.jobs.run import drive
+from kv_memory.jobs.driver import drive
+from kv_memory.jobs.engines.local import LocalEngine
 from kv_memory.store import Store
 
 ODD_WORKER = (sys.executable, str(Path(__file__).with_name("odd_worker.py")))

@@ -15,11 +15,11 @@ import pytest
 
 from kv_memory.errors import StoreConnectionError
 from kv_memory.jobs import Job, JobSettings, Ledger
-from kv_memory.jobs.actor import Actor, call_of
 from kv_memory.jobs.claims import Claims
 from kv_memory.jobs.discovery import Discovery
-from kv_memory.jobs.local import threads_of
-from kv_memory.jobs.roll import Roll
+from kv_memory.jobs.engines.actor import Actor, call_of
+from kv_memory.jobs.engines.local import threads_of
+from kv_memory.jobs.leases import Roll
 from kv_memory.jobs.worker import make_intake
 from kv_memory.store import Store
 from tests.jobs.test_jobs_local import assert_all_there
@@ -104,7 +104,7 @@ def test_what_a_dead_actor_had_in_hand_is_waited_for(store: Store, new_job: Make
 
 
 def test_called_off(store: Store, new_job: Make, notes: Path, actors: Actors, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kv_memory.jobs.actor._LOOK_S", 0)
+    monkeypatch.setattr("kv_memory.jobs.engines.actor._LOOK_S", 0)
     job = actors.ready(new_job(notes))
     actor = actors.make(job)
     with actors.ledger.driving(job):
@@ -140,7 +140,7 @@ def test_a_model_that_is_not_there(new_job: Make, notes: Path, settings: JobSett
 def test_a_server_that_does_not_answer_for_a_moment(
     store: Store, new_job: Make, notes: Path, actors: Actors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kv_memory.jobs.actor._LOST_S", 0)
+    monkeypatch.setattr("kv_memory.jobs.engines.actor._LOST_S", 0)
     job = actors.ready(new_job(notes))
     actor = actors.make(job)
     down = [True]

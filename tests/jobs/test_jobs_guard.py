@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kv_memory.jobs.guard import Guard
+from kv_memory.jobs.engines.guard import Guard
 from tests.jobs.test_jobs_local import wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(99)"]
 KEEPER = f"""
 import subprocess, time
-from kv_memory.jobs.guard import Guard
+from kv_memory.jobs.engines.guard import Guard
 
 guard = Guard(grace_s=0.2)
 with guard.marking():

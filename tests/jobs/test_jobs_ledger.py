@@ -18,10 +18,10 @@ from kv_memory.errors import ConfigError, JobError, JobNotFoundError
 from kv_memory.jobs import JobSettings, Ledger
 from kv_memory.jobs.claims import Claims, Renewer
 from kv_memory.jobs.item import SourceItem
+from kv_memory.jobs.leases import Roll
 from kv_memory.jobs.records import FailedResult, Job, TaskResult
-from kv_memory.jobs.roll import Roll
 from kv_memory.store import Store
-from kv_memory.store.schema import TaskRow, utc_now
+from kv_memory.store.sql.schema import TaskRow, utc_now
 
 SETTINGS = JobSettings(memory={}, max_attempts=2)
 ERROR: dict[str, str | None] = {"error": "EmptyDocumentError", "what": "no text", "where": "a", "next_step": None}

@@ -17,9 +17,9 @@ import pytest
 
 from kv_memory.errors import ConfigError, ModelNotFoundError, WorkerDiedError
 from kv_memory.jobs import Job, JobSettings, Ledger
-from kv_memory.jobs.local import LocalEngine, threads_of
-from kv_memory.jobs.progress import Event, Progress, WorkerEnded
-from kv_memory.jobs.run import JobRequest, create_job, drive
+from kv_memory.jobs.driver import JobRequest, create_job, drive
+from kv_memory.jobs.engines.local import LocalEngine, threads_of
+from kv_memory.jobs.events import Event, Progress, WorkerEnded
 from kv_memory.store import Store
 from tests.jobs.conftest import write_notes
 from tests.jobs.odd_driver import ODD_WORKER
@@ -189,7 +189,7 @@ def test_workers_that_die_before_they_have_a_document_are_not_started_for_ever(
 def test_a_worker_that_does_not_listen_is_killed(
     store: Store, new_job: Make, notes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kv_memory.jobs.local._PATIENCE_S", 0.2)
+    monkeypatch.setattr("kv_memory.jobs.engines.local._PATIENCE_S", 0.2)
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(99)"
     engine = LocalEngine(store.path, command=(sys.executable, "-c", code))
     engine.tend(new_job(notes), n_open=1)

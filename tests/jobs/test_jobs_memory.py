@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from kv_memory.jobs import Job
-from kv_memory.jobs.local import LocalEngine
-from kv_memory.jobs.run import drive
+from kv_memory.jobs.driver import drive
+from kv_memory.jobs.engines.local import LocalEngine
 from kv_memory.store import Store
 from tests.jobs.odd_driver import ODD_WORKER
 from tests.jobs.test_jobs_local import log, told

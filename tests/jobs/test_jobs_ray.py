@@ -22,9 +22,9 @@ import pytest
 
 from kv_memory.errors import ConfigError, JobError
 from kv_memory.jobs import Job, JobSettings, Ledger
-from kv_memory.jobs.local import LocalEngine
-from kv_memory.jobs.ray import RayEngine, Share, share_of
-from kv_memory.jobs.run import JobRequest, create_job, drive
+from kv_memory.jobs.driver import JobRequest, create_job, drive
+from kv_memory.jobs.engines.local import LocalEngine
+from kv_memory.jobs.engines.ray import RayEngine, Share, share_of
 from kv_memory.store import Store
 from tests.jobs.conftest import write_notes
 from tests.jobs.test_jobs_local import assert_all_there, wait_for
@@ -37,8 +37,8 @@ N_NOTES = 60
 DRIVE = """
 import dataclasses, json, sys
 from kv_memory.jobs import Ledger
-from kv_memory.jobs.ray import RayEngine
-from kv_memory.jobs.run import drive
+from kv_memory.jobs.engines.ray import RayEngine
+from kv_memory.jobs.driver import drive
 from kv_memory.store import Store
 
 with Store.open(sys.argv[1], create=False) as store:

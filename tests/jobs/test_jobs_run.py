@@ -16,10 +16,10 @@ from kv_memory import KVMemory
 from kv_memory.errors import ConfigError, JobError, StoreFullError, UnreadableDocumentError
 from kv_memory.jobs import Job, Ledger
 from kv_memory.jobs.discovery import Discovery
+from kv_memory.jobs.driver import JobRequest, create_job, drive
+from kv_memory.jobs.events import DocumentFailed, Event, JobEnded, JobStarted, Progress, Speedometer
 from kv_memory.jobs.item import SourceItem
-from kv_memory.jobs.progress import DocumentFailed, Event, JobEnded, JobStarted, Progress, Speedometer
 from kv_memory.jobs.records import Counts
-from kv_memory.jobs.run import JobRequest, create_job, drive
 from kv_memory.jobs.worker import make_intake
 from kv_memory.store import Store
 from tests.jobs.conftest import write_notes

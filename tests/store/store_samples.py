@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from kv_memory.cache import DistilledCache
+from kv_memory.cache.distilled import DistilledCache
+from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.config import StorageName
-from kv_memory.fingerprint import Fingerprint
 from kv_memory.store import DocumentRecord, PassageRecord, Store
 
 FINGERPRINT = Fingerprint(

@@ -21,7 +21,7 @@ RunScript = Callable[..., "subprocess.CompletedProcess[str]"]
 
 KILLED = """
 import random, stat
-from kv_memory.store.blobs import DiskBlobs
+from kv_memory.store.blobs.local import DiskBlobs
 from kv_memory.store.stock import Stock
 
 def die(*_, **__):

@@ -12,9 +12,9 @@ from sqlalchemy import func, insert, select
 from store_samples import FINGERPRINT, blob_files, document, equal, make_cache, sha
 
 from kv_memory.errors import ConfigError, DocumentNotFoundError, EncodingError, StoreError
+from kv_memory.retrieval.hashed_terms import Terms
 from kv_memory.store import PassageRecord, Store
-from kv_memory.store.schema import PassageRow
-from kv_memory.terms import Terms
+from kv_memory.store.sql.schema import PassageRow
 
 
 def test_a_document_comes_back_as_it_was_put(store: Store) -> None:

@@ -17,7 +17,7 @@ from store_samples import FINGERPRINT, blob_files, document, equal, make_cache, 
 
 from kv_memory.errors import StoreError, StoreFullError, StoreLockedError, StorePermissionError
 from kv_memory.store import Store
-from kv_memory.store import catalog as catalog_module
+from kv_memory.store.sql import catalog as catalog_module
 
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX limits and users")
 RunScript = Callable[..., "subprocess.CompletedProcess[str]"]

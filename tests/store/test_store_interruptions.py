@@ -14,8 +14,8 @@ from store_samples import FINGERPRINT, document, make_cache, sha
 
 from kv_memory.errors import StoreFullError, interruption_behind
 from kv_memory.store import Store
-from kv_memory.store.faults import mapped
-from kv_memory.store.locks import FileLocks
+from kv_memory.store.error_mapping import mapped
+from kv_memory.store.sql.locks import FileLocks
 
 Where = tuple[str, str, int]
 # Python itself swallows what is raised in these: they are called back when something is freed.

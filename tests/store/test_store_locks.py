@@ -14,7 +14,7 @@ import pytest
 from store_samples import FINGERPRINT, make_cache, sha
 
 from kv_memory.store import Store
-from kv_memory.store.locks import FileLocks
+from kv_memory.store.sql.locks import FileLocks
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="byte locks of open files")
 RunScript = Callable[..., Any]
@@ -49,7 +49,7 @@ def test_a_name_that_is_held_is_not_had_without_waiting(store: Store) -> None:
 
 
 HOLDS = """
-from kv_memory.store.catalog import Catalog
+from kv_memory.store.sql.catalog import Catalog
 
 catalog = Catalog(sys.argv[1] if "://" in sys.argv[1] else Path(sys.argv[1]))
 with catalog.hold("a"):
@@ -89,7 +89,7 @@ def test_another_process_keeps_a_name_until_it_ends(
 def test_readers_are_seen_by_every_process_and_forgotten_when_they_end(store: Store, run_script: RunScript) -> None:
     locks = FileLocks(store.path / "locks")
     look = """
-from kv_memory.store.locks import FileLocks
+from kv_memory.store.sql.locks import FileLocks
 locks = FileLocks(Path(sys.argv[1]))
 print(locks.shared("a"), locks.shared("b"))
 """

@@ -16,8 +16,8 @@ from store_samples import FINGERPRINT, make_cache, sha
 
 from kv_memory.errors import StoreError, StoreVersionError
 from kv_memory.store import Store
-from kv_memory.store.catalog import MIGRATIONS, Catalog
-from kv_memory.store.schema import SCHEMA_HEAD, Base
+from kv_memory.store.sql.catalog import MIGRATIONS, Catalog
+from kv_memory.store.sql.schema import SCHEMA_HEAD, Base
 
 
 def differences(catalog: Path) -> list[object]:

@@ -19,8 +19,8 @@ from kv_memory.errors import (
     StoreVersionError,
 )
 from kv_memory.store import Store
-from kv_memory.store.catalog import Catalog
-from kv_memory.store.schema import SCHEMA_HEAD
+from kv_memory.store.sql.catalog import Catalog
+from kv_memory.store.sql.schema import SCHEMA_HEAD
 
 Place = Callable[[str], dict[str, Any]]
 
@@ -140,8 +140,8 @@ def test_the_migrations_make_the_models_on_postgresql_and_can_be_taken_back(plac
     from alembic.config import Config
     from alembic.migration import MigrationContext
 
-    from kv_memory.store.catalog import MIGRATIONS
-    from kv_memory.store.schema import Base
+    from kv_memory.store.sql.catalog import MIGRATIONS
+    from kv_memory.store.sql.schema import Base
 
     with Store.open(tmp_path / "s", **place("postgres-disk")) as store:
         store.put(sha("x"), make_cache(1))

@@ -15,10 +15,11 @@ from sqlalchemy import insert, select
 from store_samples import FINGERPRINT, OTHER, blob_file, document, equal, make_cache, sha
 
 from kv_memory.errors import CorruptCacheError, DocumentNotFoundError, KVMemoryError, StoreLockedError
-from kv_memory.finder import Finder
 from kv_memory.memory import KVMemory
-from kv_memory.store import Store, scrub
-from kv_memory.store.schema import JobRow, TaskRow
+from kv_memory.retrieval.bm25 import CollectionIndex
+from kv_memory.store import Store
+from kv_memory.store.sql import scrub
+from kv_memory.store.sql.schema import JobRow, TaskRow
 from tests.memories import FERRY, FERRY_QUESTION, LAMP_QUESTION, SETTINGS, open_memory
 
 RunScript = Callable[..., Any]
@@ -47,7 +48,7 @@ def test_only_the_owner_may_read_what_is_written(tmp_path: Path) -> None:
         store.put(sha("text"), make_cache(1))
         info = store.put(sha("damaged"), make_cache(2))
         store.put_prefix("p", b"prefix")
-        assert Finder(store).retrieve("text", top_k=1)
+        assert CollectionIndex(store).retrieve("text", top_k=1)
         blob_file(store, info.blob_key).write_bytes(b"x")
         with pytest.raises(CorruptCacheError):
             store.get(sha("damaged"), FINGERPRINT, 0.25)
@@ -113,7 +114,7 @@ def fill_with_secrets(store: Store) -> tuple[dict[str, bytes], dict[str, bytes]]
 
 def test_nothing_is_left_of_what_was_purged(store: Store) -> None:
     secret, public = fill_with_secrets(store)
-    assert Finder(store).retrieve("xylophone", top_k=1)
+    assert CollectionIndex(store).retrieve("xylophone", top_k=1)
     secret |= {"stem": b"xylophon"}  # the index has words, not texts
     with store.catalog.write() as session:
         job = JobRow(name="j", collection_id=store.collection_id, state="done", sources={}, settings={})
@@ -129,7 +130,9 @@ def test_nothing_is_left_of_what_was_purged(store: Store) -> None:
     assert held(store.path, public) == set(public)
     assert store.check().ok and [d.id for d in store.documents()] == ["public-id-0123456789"]
     assert equal(store.get(sha(PUBLIC), FINGERPRINT, 0.25), make_cache(101, n_kept=40))
-    assert [hit.document_id for hit in Finder(store).retrieve("zwiebelturm", top_k=1)] == ["public-id-0123456789"]
+    assert [hit.document_id for hit in CollectionIndex(store).retrieve("zwiebelturm", top_k=1)] == [
+        "public-id-0123456789"
+    ]
     with store.catalog.read() as session:
         assert session.scalars(select(TaskRow.document_id)).all() == ["public-id-0123456789"]
 
@@ -325,7 +328,9 @@ LOOKUPS: dict[str, Callable[[Store], object]] = {
     "settings": lambda store: store.settings(),
     "prefix": lambda store: [store.get_prefix(key) is not None for key in ("same", "of one", "of two")],
     "unreferenced": lambda store: store.check().unreferenced,
-    "index": lambda store: [(h.document_id, h.metadata) for h in Finder(store).retrieve("both one two", top_k=9)],
+    "index": lambda store: [
+        (h.document_id, h.metadata) for h in CollectionIndex(store).retrieve("both one two", top_k=9)
+    ],
 }
 EXPECTED: dict[str, Callable[[str], object]] = {
     "documents": lambda name: [(f"id of {name}", {}), ("same", {"of": name})],

@@ -11,10 +11,10 @@ import pytest
 from sqlalchemy import text as sql
 from store_samples import FINGERPRINT, OTHER, blob_file, document, equal, make_cache, sha
 
-from kv_memory.cache import DistilledCache
+from kv_memory.cache.distilled import DistilledCache
 from kv_memory.errors import CacheNotFoundError, CorruptCacheError
 from kv_memory.store import CacheInfo, Store
-from kv_memory.store.blobs import blob_key
+from kv_memory.store.blobs.local import blob_key
 from tests.stress import damage
 
 SHARED = [pytest.mark.postgres, pytest.mark.s3]

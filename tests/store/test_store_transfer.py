@@ -21,10 +21,11 @@ from store_samples import FINGERPRINT, OTHER, blob_file, document, equal, make_c
 
 from kv_memory.errors import ConfigError, KVMemoryError, StoreError, TransferError
 from kv_memory.memory import KVMemory
-from kv_memory.store import Store, TransferProgress, gathering, open_archive
-from kv_memory.store.blobs import blob_key
-from kv_memory.store.schema import CacheRow, PassageRow
-from kv_memory.terms import Terms
+from kv_memory.retrieval.hashed_terms import Terms
+from kv_memory.store import Store, TransferProgress, open_archive
+from kv_memory.store.blobs.local import blob_key
+from kv_memory.store.sql.schema import CacheRow, PassageRow
+from kv_memory.store.transfer import gathering
 from tests.memories import FERRY_QUESTION, LAMP_QUESTION, SETTINGS, open_memory
 
 NOW = datetime(2026, 5, 4, 3, 2, 1, 567, tzinfo=UTC)
@@ -478,7 +479,7 @@ def test_a_damaged_pipe_shows_nothing_wrong(full: Store, fresh: Store, archive: 
         def seekable(self) -> bool:
             return False
 
-    from kv_memory.store.archive_reader import ArchiveReader
+    from kv_memory.store.transfer.archive_reader import ArchiveReader
 
     with_errors = False
     try:
@@ -663,7 +664,7 @@ def test_memory_does_not_grow_with_the_collection(
 GROWTH = """
 import json, tracemalloc
 from sqlalchemy import insert
-from kv_memory.store.schema import DocumentRow, PassageRow, utc_now
+from kv_memory.store.sql.schema import DocumentRow, PassageRow, utc_now
 
 def add(store, start, stop):
     with store.catalog.write() as session:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
+from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.errors import CacheError, FingerprintMismatchError
-from kv_memory.fingerprint import Fingerprint
 from kv_memory.store import Store
 from tests.stress.samples import FINGERPRINT, RATIO, cache_of, sha
 

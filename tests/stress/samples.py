@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kv_memory.cache import DistilledCache
+from kv_memory.cache.distilled import DistilledCache
 from kv_memory.store import DocumentRecord, Store
 from tests import services
 from tests.store.store_samples import FINGERPRINT, document, equal, make_cache, sha

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kv_memory.compress import Adapter, Reconstruction
-from kv_memory.compress.entries import gather_entries
-from kv_memory.compress.reading import pad
+from kv_memory.compress.prefill import pad
+from kv_memory.compress.refine.entries import gather_entries
 from kv_memory.datasets import Example, Question
 from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.train.batches import Batches

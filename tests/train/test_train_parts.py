@@ -19,8 +19,8 @@ from kv_memory.train.estimate import Estimate, fit_steps
 from kv_memory.train.log import TrainLog, plot_log
 from kv_memory.train.optimizer import make_optimizer, parameters_of, set_rates, trainable
 from kv_memory.train.parts import split_batch
-from kv_memory.train.run import RunOptions
 from kv_memory.train.settings import TrainSettings
+from kv_memory.train.state import RunOptions
 from tests.conftest import make_backbone
 from tests.train.tiny_runs import SETTINGS, examples, make_trainer
 

@@ -31,7 +31,7 @@ from kv_memory.train.adapters import fit_settings, new_adapter
 from kv_memory.train.batches import Batches
 from kv_memory.train.log import TrainLog
 from kv_memory.train.optimizer import trainable
-from kv_memory.train.run import RunOptions, TrainProgress
+from kv_memory.train.state import RunOptions, TrainProgress
 from kv_memory.train.step import StepResult, distillation_step
 from kv_memory.train.trainer import Trainer
 from tests.conftest import make_backbone
@@ -86,7 +86,7 @@ def test_killed_in_the_middle_and_resumed_it_is_the_same_run_to_the_last_bit(unb
         "import sys\n"
         "from pathlib import Path\n"
         "from tests.train.tiny_runs import make_trainer\n"
-        "from kv_memory.train.run import RunOptions\n"
+        "from kv_memory.train.state import RunOptions\n"
         "told = lambda p: (print(p.step, flush=True), p.step == 5 and sys.stdin.read())\n"  # at 5 it waits to be killed
         "make_trainer(Path(sys.argv[1]), options=RunOptions(checkpoint_every=2), on_progress=told).run()\n"
     )

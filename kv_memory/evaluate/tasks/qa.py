@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kv_memory.backbone import Backbone
 from kv_memory.datasets import Example, Question
 from kv_memory.datasets.example import content_id
 from kv_memory.datasets.faults import Faults
@@ -18,6 +17,7 @@ from kv_memory.documents import read_file
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError, DocumentError
 from kv_memory.evaluate.cases import Case, Query, choose, in_hash_order
 from kv_memory.evaluate.task import TaskSettings
+from kv_memory.model.backbone import Backbone
 
 __all__ = ["qa_cases", "read_questions"]
 

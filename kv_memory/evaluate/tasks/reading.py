@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kv_memory.backbone import Backbone
 from kv_memory.datasets import Example, read_examples
 from kv_memory.errors import DatasetError
 from kv_memory.evaluate.cases import Case, Query, choose, in_hash_order
 from kv_memory.evaluate.metrics import check_rouge
 from kv_memory.evaluate.task import MAX_QUESTIONS, TaskSettings
+from kv_memory.model.backbone import Backbone
 
 __all__ = ["quality_cases", "squad_cases", "squality_cases"]
 

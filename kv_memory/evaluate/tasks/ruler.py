@@ -26,11 +26,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from kv_memory.backbone import Backbone
 from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.evaluate.cases import Case, Query, cut
 from kv_memory.evaluate.task import RulerKind, TaskSettings
 from kv_memory.evaluate.tasks.needle import SENTENCE_END, check_lengths, haystack_text, part_of
+from kv_memory.model.backbone import Backbone
 
 __all__ = ["ruler_cases"]
 

@@ -11,11 +11,11 @@ import random
 import re
 from collections.abc import Iterable
 
-from kv_memory.backbone import Backbone
 from kv_memory.datasets import Example, read_examples, split_by_hash
 from kv_memory.errors import ConfigError
 from kv_memory.evaluate.cases import Case, Query, choose, in_hash_order
 from kv_memory.evaluate.task import TaskSettings
+from kv_memory.model.backbone import Backbone
 
 __all__ = ["REQUEST", "draw_spans", "spans_cases"]
 

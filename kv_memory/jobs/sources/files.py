@@ -11,8 +11,8 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from kv_memory.documents import read_file
-from kv_memory.documents.readers import FILE_TYPES
-from kv_memory.documents.sources import file_id
+from kv_memory.documents.loaders import file_id
+from kv_memory.documents.parsers import FILE_TYPES
 from kv_memory.errors import UnreadableDocumentError
 from kv_memory.jobs.item import ReadItem, SourceItem
 

@@ -8,7 +8,7 @@ from datetime import date, datetime
 from typing import Any
 
 from kv_memory.documents import Document
-from kv_memory.documents.decoding import normalise_newlines
+from kv_memory.documents.encoding import normalise_newlines
 from kv_memory.errors import UnreadableDocumentError
 from kv_memory.jobs.item import ReadItem, SourceItem
 

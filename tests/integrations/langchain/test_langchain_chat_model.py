@@ -27,7 +27,7 @@ from langchain_core.messages import (
 from kv_memory import ConfigError, KVMemory, Reference, Turn, UnsupportedRequestError, errors
 from kv_memory.integrations.langchain import ChatKVMemory, KVMemoryRetriever, create_kv_retrieval_chain
 from kv_memory.integrations.langchain.replies import Trim
-from kv_memory.reader import key_of
+from kv_memory.query import key_of
 from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, SETTINGS, open_memory
 from tests.reference import recorded_inputs
 

@@ -12,10 +12,10 @@ from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
 from langchain_core.runnables.history import RunnableWithMessageHistory
 
 from kv_memory import KVMemory
-from kv_memory.backbone import Backbone
-from kv_memory.embedded import BUILT_IN
 from kv_memory.integrations import langchain
 from kv_memory.integrations.langchain import ChatKVMemory, KVMemoryChatMessageHistory
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.embedded import BUILT_IN
 
 pytestmark = [
     pytest.mark.slow,

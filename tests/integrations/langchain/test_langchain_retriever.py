@@ -15,7 +15,7 @@ from langchain_core.vectorstores import InMemoryVectorStore
 
 from kv_memory import ConfigError, KVMemory, errors
 from kv_memory.integrations.langchain import ChatKVMemory, KVMemoryIndex, KVMemoryRetriever, create_kv_chain
-from kv_memory.reader import key_of
+from kv_memory.query import key_of
 from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, cache_blobs, open_memory
 from tests.reference import recorded_inputs
 

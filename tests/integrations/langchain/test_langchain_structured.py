@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from kv_memory import ConfigError, KVMemory, Reference
 from kv_memory.integrations.langchain import ChatKVMemory
 from kv_memory.integrations.langchain.structured import json_schema_of
-from kv_memory.reader import key_of
+from kv_memory.query import key_of
 from tests.memories import FERRY
 
 

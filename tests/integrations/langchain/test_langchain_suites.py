@@ -36,9 +36,9 @@ from langchain_tests.integration_tests.indexer import AsyncDocumentIndexTestSuit
 from langchain_tests.unit_tests import ChatModelUnitTests
 
 from kv_memory import KVMemory
-from kv_memory.backbone import Backbone
 from kv_memory.integrations.langchain import ChatKVMemory, KVMemoryByteStore, KVMemoryIndex, KVMemoryRetriever
-from kv_memory.prompts import PromptForm
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.prompts import PromptForm
 from tests.conftest import SHORT_FORM, make_model, make_tokenizer
 from tests.memories import open_memory
 

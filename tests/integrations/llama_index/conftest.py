@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from kv_memory import KVMemory
-from kv_memory.backbone import Backbone
 from kv_memory.integrations.llama_index import KVMemoryLLM
+from kv_memory.model.backbone import Backbone
 from tests.conftest import make_tokenizer
 from tests.memories import open_memory, wide_backbone
 

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from kv_memory import DecodeSettings, KVMemory, Reference, Turn
 from kv_memory.integrations.llama_index import KVMemoryLLM, KVMemoryQueryEngine, KVMemoryVectorStore
-from kv_memory.reader import key_of
+from kv_memory.query import key_of
 from tests.memories import FERRY, LAMP
 from tests.reference import recorded_inputs
 

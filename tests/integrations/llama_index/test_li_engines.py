@@ -24,7 +24,7 @@ from kv_memory.integrations.llama_index import (
     KVMemorySynthesizer,
 )
 from kv_memory.integrations.missing import OnMissing
-from kv_memory.reader import key_of
+from kv_memory.query import key_of
 from tests.integrations.llama_index.li_samples import (
     WALRUS,
     WordRetriever,

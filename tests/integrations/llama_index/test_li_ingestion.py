@@ -16,7 +16,7 @@ from kv_memory.integrations.llama_index import (
     KVCompressTransform,
     KVMemoryRetriever,
 )
-from kv_memory.reader import key_of
+from kv_memory.query import key_of
 from tests.integrations.llama_index.li_samples import (
     Run,
     WordRetriever,

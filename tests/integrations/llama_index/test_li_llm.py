@@ -25,7 +25,7 @@ from kv_memory import (
     UnsupportedRequestError,
 )
 from kv_memory.integrations.llama_index import KVMemoryLLM
-from kv_memory.reader import key_of
+from kv_memory.query import key_of
 from tests.conftest import make_model, make_tokenizer
 from tests.integrations.llama_index.li_samples import WALRUS, WordRetriever, keys_of, recorded_texts, two_nodes
 from tests.memories import FERRY, FERRY_QUESTION, LAMP

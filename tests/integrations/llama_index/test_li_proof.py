@@ -24,8 +24,8 @@ from kv_memory.integrations.llama_index import (
     KVMemoryQueryEngine,
     KVMemorySynthesizer,
 )
-from kv_memory.positioned import PositionedCache
-from kv_memory.reader import key_of
+from kv_memory.model.kv_cache import PositionedCache
+from kv_memory.query import key_of
 from tests.integrations.llama_index.li_samples import WordRetriever, index_over, keys_of, two_nodes
 from tests.memories import FERRY, FERRY_QUESTION, LAMP, open_memory, wide_backbone
 from tests.reference import recorded_inputs

@@ -1,0 +1,343 @@
+"""DistilledCache: what is left of a document after compression.
+
+The file format is one safetensors file with three tensors and a JSON header:
+
+- `keys`, `values`: `(num_layers, num_kv_heads, n_kept, head_dim)`, keys without rotary embedding;
+- `positions`: `(num_layers, num_kv_heads, n_kept)`, or `(n_kept,)` where all heads share one row.
+
+Where heads keep different numbers of entries, these stand one behind the other, layer by layer and head by head:
+
+- `keys`, `values`: `(n_entries, head_dim)`; `positions`: `(n_entries,)`;
+- `counts`: `(num_layers, num_kv_heads)`, how many belong to each head.
+
+Keys and values may be stored in another type than the fingerprint's, which they are given again when they are read; the
+header then says `storage`. As int8 they have two tensors of scales beside them, see `quantize`. Files of
+format 2 may hold one more tensor, `bias`, float16: one number an entry, added to its attention logit. A cache that
+comes from a store says in its header of which text it is, so that it cannot be taken for the cache of another one.
+
+Layers are stacked into one tensor rather than stored one by one: the header stays at a few hundred bytes, so a cache
+costs what its tensors cost, and one contiguous read fills it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from kv_memory.cache.fingerprint import Fingerprint
+from kv_memory.cache.quantize import dequantize, quantize
+from kv_memory.config import StorageName, stored_dtype
+from kv_memory.errors import ConfigError, CorruptCacheError
+
+__all__ = ["DistilledCache", "dtype_from_name", "dtype_name"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_from_name(name: str) -> torch.dtype:
+    """The torch dtype of a stored name: `float32`, `bfloat16` or `float16`.
+
+    Raises:
+        ConfigError: The name is none of these.
+    """
+    try:
+        return _DTYPES[name]
+    except KeyError:
+        raise ConfigError(
+            f"unknown dtype {name!r}", where="dtype", next_step=f"Use one of {', '.join(_DTYPES)}."
+        ) from None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The stored name of a torch dtype, e.g. `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True, eq=False)
+class DistilledCache:
+    """Keys and values of the kept tokens of one document, free of positions.
+
+    Attributes:
+        keys: `(num_layers, num_kv_heads, n_kept, head_dim)`, without rotary embedding.
+        values: `(num_layers, num_kv_heads, n_kept, head_dim)`.
+        positions: The kept tokens' positions inside the document, ascending: `(num_layers, num_kv_heads, n_kept)`,
+            or `(n_kept,)` where all layers and heads keep the same tokens. Integer.
+        n_tokens: Length of the whole document, in tokens.
+        keep_ratio: What was asked for, in (0, 1].
+        fingerprint: What made it.
+        bias: What is added to each entry's attention logit, float16 of the shape of `keys` without head_dim; None for
+            nothing. Needs format 2.
+        counts: `(num_layers, num_kv_heads)` where heads keep different numbers of entries, integer; then `keys` and
+            `values` are `(n_entries, head_dim)` and `positions` `(n_entries,)`, layer by layer and head by head.
+        refined_steps: Gradient steps behind it; 0 where it was not refined, or no step helped.
+        fidelity: KL to the full cache on held-out probes, in nats, lower is better; None where it was not measured.
+        text_sha256: SHA-256 hex digest of the text, set by the store; None outside of one, and in the oldest files.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
+    n_tokens: int
+    keep_ratio: float
+    fingerprint: Fingerprint
+    counts: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    refined_steps: int = 0
+    fidelity: float | None = None
+    text_sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        print_ = self.fingerprint
+        if self.refined_steps < 0 or (self.fidelity is not None and not 0 <= self.fidelity < math.inf):
+            raise ConfigError(f"fidelity {self.fidelity} after {self.refined_steps} steps", where="fidelity")
+        self._check_bias()
+        if self.counts is not None:
+            self._check_ragged(self.counts)
+            return
+        if self.keys.ndim != 4:
+            raise ConfigError(f"keys must have 4 dimensions, got shape {tuple(self.keys.shape)}", where="keys")
+        shape = (print_.num_layers, print_.num_kv_heads, self.keys.shape[2], print_.head_dim)
+        for name in ("keys", "values"):
+            tensor: torch.Tensor = getattr(self, name)
+            if tuple(tensor.shape) != shape or dtype_name(tensor.dtype) != print_.dtype:
+                raise ConfigError(
+                    f"{name} must be {shape} of {print_.dtype}, "
+                    f"got {tuple(tensor.shape)} of {dtype_name(tensor.dtype)}",
+                    where=name,
+                )
+        if tuple(self.positions.shape) not in {shape[:3], shape[2:3]} or self.positions.is_floating_point():
+            raise ConfigError(
+                f"positions must be integers of shape {shape[:3]} or {shape[2:3]}, got {tuple(self.positions.shape)}",
+                where="positions",
+            )
+        if not 0 < self.n_kept <= self.n_tokens or not 0 < self.keep_ratio <= 1:
+            raise ConfigError(f"{self.n_kept} of {self.n_tokens} tokens kept at keep_ratio {self.keep_ratio}")
+
+    def _check_bias(self) -> None:
+        if self.bias is None:
+            return
+        if self.fingerprint.format_version < 2:
+            raise ConfigError("a cache of format 1 has no biases", where="bias")
+        if self.bias.shape != self.keys.shape[:-1] or self.bias.dtype != torch.float16:
+            raise ConfigError(
+                f"bias must be {tuple(self.keys.shape[:-1])} of float16, "
+                f"got {tuple(self.bias.shape)} of {dtype_name(self.bias.dtype)}",
+                where="bias",
+            )
+        if not self.bias.isfinite().all():
+            raise ConfigError("biases must be finite numbers", where="bias")
+
+    def _check_ragged(self, counts: torch.Tensor) -> None:
+        print_ = self.fingerprint
+        heads = (print_.num_layers, print_.num_kv_heads)
+        if tuple(counts.shape) != heads or counts.is_floating_point():
+            raise ConfigError(f"counts must be integers of shape {heads}, got {tuple(counts.shape)}", where="counts")
+        n_entries = int(counts.sum())
+        if int(counts.min()) < 0 or int(counts.max()) > self.n_tokens or n_entries == 0:
+            raise ConfigError(f"counts must lie in 0 to {self.n_tokens} and not all be 0", where="counts")
+        for name in ("keys", "values"):
+            tensor: torch.Tensor = getattr(self, name)
+            if tuple(tensor.shape) != (n_entries, print_.head_dim) or dtype_name(tensor.dtype) != print_.dtype:
+                raise ConfigError(
+                    f"{name} must be {(n_entries, print_.head_dim)} of {print_.dtype}, "
+                    f"got {tuple(tensor.shape)} of {dtype_name(tensor.dtype)}",
+                    where=name,
+                )
+        if tuple(self.positions.shape) != (n_entries,) or self.positions.is_floating_point():
+            raise ConfigError(
+                f"positions must be integers of shape {(n_entries,)}, got {tuple(self.positions.shape)}",
+                where="positions",
+            )
+        if not 0 < self.keep_ratio <= 1:
+            raise ConfigError(f"keep_ratio must lie in (0, 1], got {self.keep_ratio}", where="keep_ratio")
+
+    @property
+    def n_kept(self) -> int:
+        """Entries kept in every layer and head; on average, rounded, where heads keep different numbers."""
+        if self.counts is not None:
+            return max(1, round(self.keys.shape[0] / self.counts.numel()))
+        return self.keys.shape[2]
+
+    @property
+    def span(self) -> int:
+        """Positions the entries take side by side: what the head that keeps most of them needs."""
+        return self.n_kept if self.counts is None else int(self.counts.max())
+
+    def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys, values, positions and biases with as many places in every head as the fullest one needs.
+
+        Returns:
+            `(num_layers, num_kv_heads, span, head_dim)` twice; `(num_layers, num_kv_heads, span)`, int32, where places
+            that hold nothing have the position -1; and biases of the same shape, float16, 0 where there are none.
+        """
+        flat = self.keys.new_zeros(self.keys.shape[:-1], dtype=torch.float16) if self.bias is None else self.bias
+        if self.counts is None:
+            return self.keys, self.values, self.positions.to(torch.int32).expand(self.keys.shape[:3]), flat
+        filled = torch.arange(self.span, device=self.keys.device) < self.counts.to(self.keys.device)[..., None]
+        keys = self.keys.new_zeros(*filled.shape, self.keys.shape[-1])
+        values, positions = torch.zeros_like(keys), torch.full(filled.shape, -1, dtype=torch.int32, device=keys.device)
+        keys[filled], values[filled], positions[filled] = self.keys, self.values, self.positions.to(torch.int32)
+        bias = flat.new_zeros(filled.shape)
+        bias[filled] = flat
+        return keys, values, positions, bias
+
+    @property
+    def per_head(self) -> bool:
+        """Whether layers and heads keep different tokens."""
+        return self.positions.ndim == 3 or self.counts is not None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensors, without the file's header."""
+        tensors = [self.keys, self.values, self.positions, self.counts, self.bias]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    @property
+    def theory_bytes(self) -> int:
+        """Bytes of the kept keys and values alone: `2 * entries * head_dim * itemsize`."""
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def to(self, dtype: torch.dtype) -> DistilledCache:
+        """The same cache with keys and values in another floating point type."""
+        if dtype == self.keys.dtype:
+            return self
+        return replace(
+            self,
+            keys=self.keys.to(dtype),
+            values=self.values.to(dtype),
+            fingerprint=replace(self.fingerprint, dtype=dtype_name(dtype)),
+        )
+
+    def to_bytes(self, *, storage: StorageName = "auto") -> bytes:
+        """The cache as one safetensors file. The same cache always gives the same bytes.
+
+        Args:
+            storage: How keys and values are stored; `auto` as they are. `int8` takes half the bytes of bfloat16, and
+                rounds, see `kv_memory.cache.quantize`.
+
+        Raises:
+            ConfigError: They hold numbers that cannot be stored so.
+        """
+        stored = stored_dtype(storage, self.fingerprint.dtype)
+        # int16 holds every position of a document under 32,768 tokens: per-head positions then cost 0.8 % of the
+        # bfloat16 keys and values at head_dim 64; int32 would cost 1.6 %.
+        narrow = torch.int16 if self.n_tokens <= torch.iinfo(torch.int16).max else torch.int32
+        tensors = {**self._entries(stored), "positions": self.positions.to(narrow)}
+        if self.counts is not None:
+            tensors["counts"] = self.counts.to(torch.int32)
+        if self.bias is not None:
+            tensors["bias"] = self.bias
+        # One entry, because safetensors writes several in an order that changes from run to run.
+        header = {
+            "n_tokens": self.n_tokens,
+            "keep_ratio": self.keep_ratio,
+            "fingerprint": asdict(self.fingerprint),
+            "refined_steps": self.refined_steps,
+            "fidelity": self.fidelity,
+        }
+        if stored != self.fingerprint.dtype:
+            header["storage"] = stored
+        if self.text_sha256 is not None:
+            header["text_sha256"] = self.text_sha256
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        return safetensors.torch.save(tensors, metadata={"kv_memory": json.dumps(header, sort_keys=True)})
+
+    def _entries(self, stored: str) -> dict[str, torch.Tensor]:
+        """Keys and values as they are stored, and their scales."""
+        if stored == "int8":
+            return quantize(self.keys, self.values, self.counts)
+        tensors = {"keys": self.keys, "values": self.values}
+        if stored == self.fingerprint.dtype:
+            return tensors
+        cast = {name: tensor.to(dtype_from_name(stored)) for name, tensor in tensors.items()}
+        for name, tensor in cast.items():
+            if not tensor.to(self.keys.dtype).isfinite().all():
+                raise ConfigError(
+                    f"{name} hold numbers that {stored} does not",
+                    where=name,
+                    next_step=f"Store the cache as {self.fingerprint.dtype} (storage 'auto').",
+                )
+        return cast
+
+    def save(self, path: Path | str, *, storage: StorageName = "auto") -> None:
+        """Write the cache as a safetensors file; arguments and errors as in `to_bytes`."""
+        Path(path).write_bytes(self.to_bytes(storage=storage))
+
+    @classmethod
+    def load(cls, path: Path | str, *, device: str = "cpu") -> DistilledCache:
+        """Read a safetensors file; on the CPU its tensors are views of the mapped file, not copies.
+
+        Keys and values that were stored in another type than the fingerprint's are turned into that: copies.
+
+        Raises:
+            CorruptCacheError: The file is not a distilled cache or its tensors do not match its header.
+            FingerprintMismatchError: The file has another format version.
+        """
+        where = str(path)
+        try:
+            with _opened(where, device) as file:
+                metadata = file.metadata() or {}
+                header = json.loads(metadata["kv_memory"])
+                fingerprint = Fingerprint.from_json(json.dumps(header["fingerprint"]))
+                names = set(file.keys())
+                counts = file.get_tensor("counts") if "counts" in names else None
+                keys, values = _read_entries(file, header.get("storage", fingerprint.dtype), counts, fingerprint)
+                return cls(
+                    keys=keys,
+                    values=values,
+                    positions=file.get_tensor("positions"),
+                    n_tokens=header["n_tokens"],
+                    keep_ratio=header["keep_ratio"],
+                    fingerprint=fingerprint,
+                    counts=counts,
+                    bias=file.get_tensor("bias") if "bias" in names else None,
+                    refined_steps=header.get("refined_steps", 0),  # files of the first version have neither
+                    fidelity=header.get("fidelity"),
+                    text_sha256=header.get("text_sha256"),
+                )
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise CorruptCacheError(
+                f"not a readable distilled cache: {error}",
+                where=where,
+                next_step="Compress the document again (`kv-memory add --stale`).",
+            ) from error
+
+
+def _opened(where: str, device: str) -> Any:
+    """`safe_open`, with the system's errors as such: torch opens the file once more, and says what failed in words."""
+    try:
+        return safe_open(where, framework="pt", device=device)
+    except RuntimeError as error:
+        number = re.search(r"\((\d+)\)$", str(error).strip())  # e.g. deleted since it was opened first
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), where) from error
+
+
+def _read_entries(
+    file: Any, stored: str, counts: torch.Tensor | None, fingerprint: Fingerprint
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of an open safetensors file in the fingerprint's dtype.
+
+    Raises:
+        ConfigError: They are not of the type that was stored, or do not fit their scales.
+    """
+    dtype = dtype_from_name(fingerprint.dtype)
+    if stored == "int8":
+        names = ("keys", "key_scales", "values", "value_scales")
+        return dequantize({name: file.get_tensor(name) for name in names}, counts, dtype)
+    keys, values = file.get_tensor("keys"), file.get_tensor("values")
+    if not dtype_from_name(stored) == keys.dtype == values.dtype:
+        raise ConfigError(f"keys and values must be {stored}, got {dtype_name(keys.dtype)}", where="keys")
+    return keys.to(dtype), values.to(dtype)

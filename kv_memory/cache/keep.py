@@ -1,0 +1,200 @@
+"""Keep: how much of a passage is kept, as a share of its tokens, a number of them, or the size of the file.
+
+Caches are made, stored and found by their text, their fingerprint and a keep_ratio. `Keep.ratio_for` says which
+keep_ratio a budget of tokens or a size limit comes to. That depends on nothing but the fingerprint and the length of
+the text: a document that is added again is found unchanged, and a question finds its caches without any text.
+
+Free of torch, so that a job's driver and the listing of a store stay quick.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+
+from kv_memory.cache.fingerprint import Fingerprint
+from kv_memory.config import StorageName, check_keep_ratio, n_kept_for, stored_dtype
+from kv_memory.errors import BudgetError, ConfigError
+
+__all__ = ["Keep", "given_keep", "windows_of"]
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+_TENSORS = ("bias", "counts", "key_scales", "keys", "positions", "value_scales", "values")
+_WINDOW = re.compile(r"\bwindow:(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """How much of a passage is kept: exactly one of a share, a number of tokens and a size.
+
+    Attributes:
+        keep_ratio: Share of the tokens, in (0, 1].
+        keep_tokens: Entries in every layer and head, on average where heads share them; what is shorter is kept whole.
+        max_bytes: Size of the cache's file in bytes, at most; what fits is kept whole.
+        storage: How the file is written, which decides how many entries `max_bytes` holds.
+
+    Raises:
+        ConfigError: None of the three is given, or several are, or one is out of range.
+    """
+
+    keep_ratio: float | None = None
+    keep_tokens: int | None = None
+    max_bytes: int | None = None
+    storage: StorageName = "auto"
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("keep_ratio", "keep_tokens", "max_bytes") if getattr(self, name) is not None]
+        if len(given) != 1:
+            what = f"{' and '.join(given)} exclude each other" if given else "nothing says how much to keep"
+            step = "Pass one of keep_ratio, keep_tokens and max_bytes."
+            raise ConfigError(what, where=given[-1] if given else "keep_ratio", next_step=step)
+        if self.keep_ratio is not None:
+            check_keep_ratio(self.keep_ratio)
+            return
+        value = getattr(self, given[0])
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            example = "64" if given[0] == "keep_tokens" else "300_000"
+            raise ConfigError(
+                f"{given[0]} must be a whole number above 0, got {value!r}",
+                where=given[0],
+                next_step=f"Pass for example {given[0]}={example}.",
+            )
+
+    def __str__(self) -> str:
+        if self.keep_tokens is not None:
+            return f"{self.keep_tokens:,} tokens a passage"
+        return f"keep ratio {self.keep_ratio:g}" if self.keep_ratio else f"at most {self.max_bytes:,} bytes a passage"
+
+    def check(self, fingerprint: Fingerprint) -> None:
+        """Raise if not even one entry for each layer and head fits, whatever the document.
+
+        Raises:
+            BudgetError: Names the smallest budget that works.
+        """
+        self.ratio_for(1, fingerprint)
+
+    def ratio_for(self, n_tokens: int, fingerprint: Fingerprint, *, n_held: Sequence[int] = ()) -> float:
+        """The keep_ratio of one document, at which its cache is within the budget.
+
+        Args:
+            n_tokens: Length of the document as it is compressed, wrappers included.
+            fingerprint: Of its cache.
+            n_held: For each window the tokens held out of compression, which count too; none if empty.
+
+        Raises:
+            BudgetError: The budget is smaller than the smallest cache of the document; names what works.
+        """
+        if self.keep_ratio is not None:
+            return float(self.keep_ratio)
+        windows = windows_of(n_tokens, _window_tokens(fingerprint) or n_tokens)
+        held = n_held or [0] * len(windows)
+        free = [end - start - n for (start, end), n in zip(windows, held, strict=True)]
+        least = sum(held) + sum(n > 0 for n in free)  # every window keeps at least one
+        most = self._n_entries(n_tokens, fingerprint)
+        if most < least:
+            self._raise_too_small(n_tokens, fingerprint, least)
+        n_free = sum(free)
+        # Windows round for themselves, so that a little less may be needed than the budget's share.
+        for n in range(min(most - sum(held), n_free), 0, -1):
+            if sum(n_kept_for(length, n / n_free) for length in free) <= most - sum(held):
+                return n / n_free
+        return 1.0  # everything is held out
+
+    def fits(self, keep_ratio: float, n_tokens: int, fingerprint: Fingerprint) -> bool:
+        """Whether a document's cache at this keep_ratio is the one that is wanted of it."""
+        try:
+            return keep_ratio == self.ratio_for(n_tokens, fingerprint)
+        except BudgetError:
+            return False
+
+    def _n_entries(self, n_tokens: int, fingerprint: Fingerprint) -> int:
+        """How many entries of each layer and head are within the budget."""
+        if self.keep_tokens is not None:
+            return self.keep_tokens
+        assert self.max_bytes is not None
+        room = self.max_bytes - _fixed_bytes(fingerprint, self.storage)
+        return room // _entry_bytes(n_tokens, fingerprint, self.storage)
+
+    def _raise_too_small(self, n_tokens: int, fingerprint: Fingerprint, least: int) -> None:
+        if self.keep_tokens is not None:
+            raise BudgetError(
+                f"keep_tokens {self.keep_tokens:,} is too small for a document of {n_tokens:,} tokens, whose cache has "
+                f"at least {least:,} entries in every layer and head",
+                where="keep_tokens",
+                next_step=f"Pass {least} or more.",
+            )
+        entries = least * _entry_bytes(n_tokens, fingerprint, self.storage)
+        smallest = entries + _fixed_bytes(fingerprint, self.storage)
+        raise BudgetError(
+            f"max_bytes {self.max_bytes:,} is too small for a cache of {least:,} "
+            f"entr{'y' if least == 1 else 'ies'} in every layer and head, which takes up to {smallest:,} bytes",
+            where="max_bytes",
+            next_step=f"Pass {smallest} or more.",
+        )
+
+
+def given_keep(
+    keep_ratio: float | None, keep_tokens: int | None, max_bytes: int | None
+) -> dict[str, float | int | None]:
+    """What a caller gave, for settings: nothing, or one of the three and None for the others, which it replaces.
+
+    Raises:
+        ConfigError: Several are given, or one is out of range.
+    """
+    values = {"keep_ratio": keep_ratio, "keep_tokens": keep_tokens, "max_bytes": max_bytes}
+    if all(value is None for value in values.values()):
+        return {}
+    Keep(keep_ratio=keep_ratio, keep_tokens=keep_tokens, max_bytes=max_bytes)
+    return values
+
+
+def windows_of(n_tokens: int, window: int) -> list[tuple[int, int]]:
+    """Cut `n_tokens` into the fewest windows, of nearly equal length: a short last one would lack context."""
+    n_windows = -(-n_tokens // window)
+    edges = [round(i * n_tokens / n_windows) for i in range(n_windows + 1)]
+    return list(pairwise(edges))
+
+
+def _window_tokens(fingerprint: Fingerprint) -> int | None:
+    """The longest stretch that the compressor reads at once, which `Compressor.fingerprint` writes into the method."""
+    found = _WINDOW.search(fingerprint.method)
+    return None if found is None else int(found[1])
+
+
+def _entry_bytes(n_tokens: int, fingerprint: Fingerprint, storage: StorageName) -> int:
+    """Bytes of one entry in every layer and head."""
+    stored = stored_dtype(storage, fingerprint.dtype)
+    position = 2 if n_tokens < 2**15 else 4
+    bias = 2 if fingerprint.format_version > 1 else 0
+    value_scale = 2 if stored == "int8" else 0
+    each = 2 * fingerprint.head_dim * _ITEM_BYTES[stored] + position + bias + value_scale
+    return each * fingerprint.num_layers * fingerprint.num_kv_heads
+
+
+@lru_cache(maxsize=64)  # asked for every text of a store
+def _fixed_bytes(fingerprint: Fingerprint, storage: StorageName) -> int:
+    """Bytes of a file beside its entries, at most: counts, the scales of keys, and the header.
+
+    With every tensor and the longest numbers in the header: it is to be known before there is a cache.
+    """
+    stored = stored_dtype(storage, fingerprint.dtype)
+    per_head = 4 + (2 * fingerprint.head_dim if stored == "int8" else 0)
+    number, digest = 1.2345678901234567e-300, "0" * 64
+    inner = {
+        "n_tokens": 10**9,
+        "keep_ratio": number,
+        "fingerprint": asdict(replace(fingerprint, keep_spans=digest)),
+        "refined_steps": 10**6,
+        "fidelity": number,
+        "storage": stored,
+        "text_sha256": digest,
+    }
+    tensor = {"dtype": "BF16", "shape": [10**9] * 4, "data_offsets": [10**10] * 2}
+    header = {"__metadata__": {"kv_memory": json.dumps(inner)}, **dict.fromkeys(_TENSORS, tensor)}
+    # Eight bytes of length, and up to seven for a multiple of eight.
+    n_header = 15 + len(json.dumps(header, separators=(",", ":")))
+    return n_header + per_head * fingerprint.num_layers * fingerprint.num_kv_heads

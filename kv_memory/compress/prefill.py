@@ -1,0 +1,196 @@
+"""Reading documents with an adapter: score, select and route, layer by layer, several documents at once.
+
+Training and compression share this code, so that what is trained is what is used. Where the scorer looks at layer eta
+and layers below it are routed too, the scores must be known before the reading begins: two passes. In all other forms
+everything is decided on the way: one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kv_memory.compress.adapter import Adapter
+from kv_memory.compress.early import hidden_after
+from kv_memory.config import Budget
+from kv_memory.errors import ModelError
+from kv_memory.model.attention import ForwardContext
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.kv_cache import PositionedCache
+
+__all__ = ["Reading", "ReadingDocuments", "check_finite", "choose", "pad", "read_documents"]
+
+
+def pad(rows: Sequence[Sequence[int]], *, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of several texts, padded on the right with 0: `(batch, longest)`; and their lengths `(batch,)`."""
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device), lengths
+
+
+def check_finite(backbone: Backbone, *tensors: torch.Tensor) -> None:
+    """Raise `ModelError` if what the model made of a document, or scores made of that, are not all finite numbers."""
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise ModelError(
+            "what the model makes of this document is not finite",
+            where=backbone.name,
+            next_step="Load it in float32 or bfloat16 (dtype), and check its weights.",
+        )
+
+
+def choose(
+    scores: torch.Tensor,
+    lengths: torch.Tensor,
+    n_kept: torch.Tensor,
+    *,
+    budget: Budget,
+    forced: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The entries with the highest scores. Of equal scores the first is taken, so that the result never varies.
+
+    Args:
+        scores: `(num_layers, batch, num_kv_heads, n_tokens)`, or with 1 in place of layers and heads.
+        lengths: `(batch,)`, real tokens.
+        n_kept: `(batch,)`, how many to keep, in every head or on average over all of them.
+        budget: See `Budget`.
+        forced: Bool `(batch, n_tokens)`; these are kept whatever their score.
+
+    Returns:
+        Bool, the shape of `scores`.
+    """
+    n_tokens, device = scores.shape[-1], scores.device
+    real = torch.arange(n_tokens, device=device) < lengths.to(device)[:, None]
+    ranked = scores.detach().masked_fill(~real[None, :, None], -torch.inf)
+    if forced is not None:
+        ranked = ranked.masked_fill(forced.to(device)[None, :, None], torch.inf)
+    most = n_kept.to(device)
+    if budget == "model":
+        layers, batch, heads = scores.shape[:3]
+        ranked = ranked.transpose(0, 1).reshape(1, batch, 1, -1)  # one row a document
+        most = most * layers * heads
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices
+    chosen = torch.arange(ranked.shape[-1], device=device) < most[:, None, None]
+    mask = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, order, chosen.expand_as(order))
+    if budget == "model":
+        mask = mask.reshape(batch, layers, heads, n_tokens).transpose(0, 1)
+    return mask
+
+
+class ReadingDocuments:
+    """What happens in each layer while documents are read; a `Routing`.
+
+    Args:
+        adapter: Scores and says which tokens it routes.
+        lengths: `(batch,)`, tokens of each document.
+        n_kept: `(batch,)`, how many entries to keep of each, see `choose`.
+        forced: Bool `(batch, n_tokens)`; these are kept whatever their score.
+        routed: False reads with the frozen weights alone, as in selection without the LoRA.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        *,
+        lengths: torch.Tensor,
+        n_kept: torch.Tensor,
+        forced: torch.Tensor | None = None,
+        routed: bool = True,
+    ) -> None:
+        self._adapter = adapter
+        self._lengths = lengths
+        self._n_kept = n_kept
+        self._forced = forced
+        self._routed = routed
+        self._strength = adapter.config.strength(n_kept / lengths)[:, None]  # (batch, 1)
+        self._scores: list[torch.Tensor | None] = [None] * adapter.backbone.num_layers
+        self._selected: torch.Tensor | None = None  # of all layers, where it is known before they are read
+
+    def look(self, layer: int, hidden: torch.Tensor) -> None:
+        """Score from what goes into a layer: for this layer, or for all of them."""
+        scores = self._adapter.scorer(hidden, layer)
+        if self._adapter.config.scorer == "layer":
+            self._scores[layer] = scores[0]
+            return
+        self._scores = [scores[index if scores.shape[0] > 1 else 0] for index in range(len(self._scores))]
+        self._selected = self._choose(scores)
+
+    def _choose(self, scores: torch.Tensor) -> torch.Tensor:
+        budget = self._adapter.config.budget
+        return choose(scores, self._lengths, self._n_kept, budget=budget, forced=self._forced)
+
+    def enter(self, layer: int, hidden: torch.Tensor) -> torch.Tensor | None:
+        """See `Routing`."""
+        config = self._adapter.config
+        if config.scorer == "layer" or (layer == config.eta and self._selected is None):
+            self.look(layer, hidden)
+        if layer < config.first_routed_layer or not self._routed:
+            return None
+        strength = self._strength.to(hidden.device)
+        if config.routed == "document":
+            return strength
+        if self._selected is None:
+            scores = self._scores[layer]
+            assert scores is not None
+            return self._choose(scores[None])[0].any(1) * strength
+        return self._selected[layer if self._selected.shape[0] > 1 else 0].any(1) * strength
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """`(num_layers, batch, num_kv_heads or 1, n_tokens)`, float32, with their gradient."""
+        return torch.stack([scores for scores in self._scores if scores is not None])
+
+    @property
+    def selected(self) -> torch.Tensor:
+        """Bool `(num_layers or 1, batch, num_kv_heads or 1, n_tokens)`."""
+        return self._choose(self.scores) if self._selected is None else self._selected
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Documents that were read.
+
+    Attributes:
+        cache: Prefix and documents, rotated, padded.
+        selected: Which entries are kept: bool `(num_layers or 1, batch, num_kv_heads or 1, n_tokens)`.
+        scores: `(num_layers, batch, num_kv_heads or 1, n_tokens)`, float32.
+    """
+
+    cache: PositionedCache
+    selected: torch.Tensor
+    scores: torch.Tensor
+
+
+def read_documents(
+    adapter: Adapter,
+    ids: torch.Tensor,
+    lengths: torch.Tensor,
+    n_kept: torch.Tensor,
+    *,
+    forced: torch.Tensor | None = None,
+    routed: bool = True,
+    room: int = 0,
+) -> Reading:
+    """Read documents behind the shared prefix, score and select their tokens and route what the adapter routes.
+
+    Args:
+        adapter: Attached to the model that reads.
+        ids: `(batch, n_tokens)`, padded on the right.
+        lengths: `(batch,)`.
+        n_kept: `(batch,)`, between 1 and each length.
+        forced: Bool `(batch, n_tokens)`; these are kept whatever their score.
+        routed: False leaves the LoRA out.
+        room: For so many more tokens behind them.
+    """
+    backbone, config = adapter.backbone, adapter.config
+    batch, n_tokens = ids.shape
+    watching = ReadingDocuments(adapter, lengths=lengths, n_kept=n_kept, forced=forced, routed=routed)
+    if config.scorer != "layer" and config.first_routed_layer < config.eta:
+        first = backbone.prefixed_cache(n_tokens, batch_size=batch)
+        with torch.no_grad():  # the frozen layers below eta: no gradient reaches anything
+            hidden = hidden_after(backbone, ids, first, layer=config.eta, lengths=lengths if batch > 1 else None)
+        watching.look(config.eta, hidden)
+    cache = backbone.prefixed_cache(n_tokens, room=room, batch_size=batch)
+    backbone.read(ids, cache, lengths=lengths if batch > 1 else None, context=ForwardContext(routing=watching))
+    return Reading(cache=cache, selected=watching.selected, scores=watching.scores)

@@ -1,0 +1,263 @@
+"""Refinement: kept keys, values and biases of a document are moved until probes are answered as from the full cache.
+
+Selection says which tokens a cache holds, refinement what is written into their places: the entries stay as many, and
+the model is not touched. It starts from any cache of a document and needs no adapter. (Cartridges, arXiv 2506.06266,
+trains such entries from a plain start for hours; from a good start a dozen steps are enough.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+
+import torch
+
+from kv_memory.cache.distilled import DistilledCache
+from kv_memory.compress.refine.loss import Predictions, kl_divergence
+from kv_memory.compress.refine.optimizer_state import Asked, Progress
+from kv_memory.compress.refine.probes import ProbeKind, chance, make_probes
+from kv_memory.compress.refine.refine_settings import RefineSettings
+from kv_memory.compress.refine.rows import Row, RowBatch, batch_rows
+from kv_memory.compress.refine.teacher import Teacher
+from kv_memory.compress.refine.trainable_cache import Draft, Drafts, side_by_side
+from kv_memory.errors import ConfigError
+from kv_memory.model.backbone import Backbone
+
+__all__ = ["RefineSettings", "refine_batch"]
+
+_HALVINGS = 2
+_LOSS_SCALE = 256.0  # Adam does not see it, float16 gradients would vanish without
+
+
+def refine_batch(
+    backbone: Backbone,
+    documents: Sequence[Sequence[int]],
+    caches: Sequence[DistilledCache],
+    *,
+    settings: RefineSettings | None = None,
+    fixed: Sequence[torch.Tensor | None] | None = None,
+    unasked: Sequence[Sequence[tuple[int, int]]] | None = None,
+) -> list[DistilledCache]:
+    """Refine the caches of several documents, whose probes share forward passes.
+
+    Args:
+        backbone: The model that made the caches.
+        documents: The documents as token ids, in their wrappers; each fits the context window together with
+            `settings.extra_tokens`.
+        caches: One of each document, read in one piece.
+        settings: See `RefineSettings`.
+        fixed: For each document a bool `(n_tokens,)`: tokens whose entries are not moved; None for none.
+        unasked: For each document spans of tokens that no probe quotes.
+
+    Returns:
+        New caches, with `refined_steps` and `fidelity`; entries that no step improved are those of the start. Where
+        everything was kept there is nothing to gain, and the cache is the one that was given.
+
+    Raises:
+        ConfigError: A cache is of another length than its document.
+        ContextWindowError: Document and probes do not fit the model.
+    """
+    settings = settings or RefineSettings()
+    held_fast = [None] * len(documents) if fixed is None else list(fixed)
+    for ids, cache in zip(documents, caches, strict=True):
+        if len(ids) != cache.n_tokens:
+            raise ConfigError(f"the cache is of {cache.n_tokens} tokens, its document has {len(ids)}", where="caches")
+        n_positions = len(backbone.prefix_ids) + len(ids) + settings.extra_tokens
+        backbone.check_positions(n_positions, what=f"refining a document of {len(ids):,} tokens")
+    refined = list(caches)
+    all_heads = backbone.num_layers * backbone.num_kv_heads * backbone.head_dim
+    todo = [index for index, cache in enumerate(caches) if cache.keys.numel() < all_heads * cache.n_tokens]
+    # Where frequencies depend on the length of the sequence, a short document beside a long one would be read with the
+    # long one's.
+    for group in [[index] for index in todo] if backbone.rope.varies else _groups(backbone, documents, todo, settings):
+        secret = None if unasked is None else [unasked[i] for i in group]
+        run = _Run(backbone, [documents[i] for i in group], [caches[i] for i in group], settings, secret)
+        for index, cache in zip(group, run.refine([held_fast[i] for i in group]), strict=True):
+            refined[index] = cache
+    return refined
+
+
+def _groups(
+    backbone: Backbone, documents: Sequence[Sequence[int]], todo: Sequence[int], settings: RefineSettings
+) -> list[list[int]]:
+    """Documents refined together: as many as `max_entries` holds beside each other, in order of length."""
+    groups: list[list[int]] = []
+    for index in sorted(todo, key=lambda i: len(documents[i])):
+        size = len(backbone.prefix_ids) + len(documents[index]) + settings.extra_tokens
+        if not groups or size * (len(groups[-1]) + 1) > settings.max_entries:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
+
+
+class _Run:
+    """Documents that are refined together."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        documents: Sequence[Sequence[int]],
+        caches: Sequence[DistilledCache],
+        settings: RefineSettings,
+        unasked: Sequence[Sequence[tuple[int, int]]] | None,
+    ) -> None:
+        self._backbone = backbone
+        self._documents = documents
+        self._caches = caches
+        self._settings = settings
+        self._unasked = unasked
+        self._n_positions = len(backbone.prefix_ids) + max(map(len, documents))
+
+    @torch.no_grad()
+    def refine(self, fixed: Sequence[torch.Tensor | None]) -> list[DistilledCache]:
+        """Prepare, move, and give back the best."""
+        settings = self._settings
+        asked = self._prepare()
+        going = []
+        for ids, cache, own, held_fast in zip(self._documents, self._caches, asked, fixed, strict=True):
+            draft = Draft(self._backbone, cache, n_positions=self._n_positions, fixed=held_fast)
+            draw = chance(settings.seed, ids, "order")
+            going.append(Progress(draft, own, lr=self._rate_for(draft, len(ids)), draw=draw))
+        self._look(going)
+        active, rate, n_done = list(going), 1.0, 0
+        while active and n_done < settings.max_steps:
+            n_steps = min(settings.steps, settings.max_steps - n_done)
+            self._round(active, n_steps, rate)
+            n_done, rate = n_done + n_steps, rate / 2
+            wanted = settings.min_fidelity
+            active = [p for p in active if wanted is not None and p.best[0] > wanted]
+        return [self._result(progress) for progress in going]
+
+    def _rate_for(self, draft: Draft, n_tokens: int) -> float:
+        if self._settings.lr is not None:
+            return self._settings.lr
+        share = int(draft.counts.sum()) / (draft.counts.numel() * n_tokens)
+        return min(0.05, max(0.005, 0.01 * 0.125 / share))
+
+    def _prepare(self) -> list[list[Asked]]:
+        settings = self._settings
+        # The teacher's caches are freed before drafts are made.
+        teacher = Teacher(self._backbone, self._documents, room=settings.extra_tokens, max_entries=settings.max_entries)
+        probes = make_probes(
+            self._backbone,
+            teacher,
+            self._documents,
+            n_probes=settings.practised,
+            n_held_out=settings.held_out,
+            probe_tokens=settings.probe_tokens,
+            temperature=settings.temperature,
+            seed=settings.seed,
+            unasked=self._unasked,
+        )
+        every = [probe for own in probes for probe in own]
+        taught: dict[int, Predictions | torch.Tensor] = {}
+        for index, logits in teacher.logits([probe.row for probe in every]):
+            taught[index] = logits if every[index].held_out else Predictions.of(logits)
+        asked = iter([Asked(probe, taught[index]) for index, probe in enumerate(every)])
+        return [[next(asked) for _ in own] for own in probes]
+
+    def _round(self, active: Sequence[Progress], n_steps: int, rate: float) -> None:
+        """Steps from the best state so far, with a fresh optimiser, until the end or until nothing is gained.
+
+        Args:
+            active: Who takes them.
+            n_steps: How many.
+            rate: What the learning rate is multiplied by.
+        """
+        settings = self._settings
+        for progress in active:
+            progress.begin_round()
+        for step in range(n_steps):
+            moving = [progress for progress in active if not progress.stopped]
+            if not moving:
+                break
+            self._gradients(moving)
+            for progress in moving:
+                progress.step(rate * (1 - step / n_steps))
+            if (step + 1) % settings.evaluate_every == 0 or step + 1 == n_steps:
+                self._look([progress for progress in moving if not progress.stopped])
+                for progress in moving:
+                    progress.stopped |= progress.looks_without_gain >= settings.most_looks_without_gain
+        for _ in range(_HALVINGS):  # too far for one of the kinds: part of the way may be better for all
+            failed = [progress for progress in active if not progress.gained]
+            for progress in failed:
+                progress.halve()
+            self._look(failed)
+        for progress in active:
+            progress.back_to_best()
+
+    def _gradients(self, moving: Sequence[Progress]) -> None:
+        """The gradient of one step into the drafts; the loss of a document is the mean over its probes."""
+        chosen = [(i, a) for i, p in enumerate(moving) for a in p.next_probes(self._settings.probes_per_step)]
+        sizes = [sum(i == j for j, _ in chosen) for i in range(len(moving))]
+        drafts = [progress.draft for progress in moving]
+        together = side_by_side(self._backbone, drafts, n_positions=self._n_positions)
+        rows = [replace(asked.probe.row, document=i) for i, asked in chosen]
+        for batch in self._batches(rows, together):
+            with torch.enable_grad():
+                graph = together.require_grad()
+                hidden = graph.read(self._backbone, batch)
+                parts = [(chosen[i][1], rows[i].n_wanted * sizes[rows[i].document]) for i in batch.index]
+                leaves = [*graph.keys, *graph.values, *graph.bias]
+                found = torch.autograd.grad(hidden, leaves, self._before_head(hidden, parts))
+            n = self._backbone.num_layers
+            for index in sorted(set(batch.documents.tolist())):
+                keys, values, bias = (graph.entries_of(index, g) for g in (found[:n], found[n : 2 * n], found[2 * n :]))
+                drafts[index].add_gradient([keys, values, bias[:, None]])
+
+    def _before_head(self, hidden: torch.Tensor, parts: Sequence[tuple[Asked, int]]) -> torch.Tensor:
+        """The gradient of the loss at what the head sees, row by row: logits of all rows at once are large.
+
+        Args:
+            hidden: `(n_wanted, hidden_size)` of a batch.
+            parts: For each of its rows what was asked, and by how much its loss is divided.
+        """
+        gradients: list[torch.Tensor] = []
+        for (asked, divisor), part in zip(parts, hidden.split([a.probe.row.n_wanted for a, _ in parts]), strict=True):
+            assert isinstance(asked.taught, Predictions)
+            seen = part.detach().requires_grad_()
+            losses = asked.taught.loss(self._backbone.head(seen), forward_weight=self._settings.forward_weight)
+            gradients += torch.autograd.grad(losses.sum() * (_LOSS_SCALE / divisor), [seen])
+        return torch.cat(gradients)
+
+    def _look(self, going: Sequence[Progress]) -> None:
+        """Ask the held-out probes."""
+        if not going:
+            return
+        chosen = [(i, asked) for i, progress in enumerate(going) for asked in progress.held_out]
+        together = side_by_side(self._backbone, [p.draft for p in going], n_positions=self._n_positions)
+        rows = [replace(asked.probe.row, document=i) for i, asked in chosen]
+        found: dict[int, float] = {}
+        for batch in self._batches(rows, together):
+            hidden = together.read(self._backbone, batch)
+            for i, part in zip(batch.index, hidden.split([rows[i].n_wanted for i in batch.index]), strict=True):
+                taught = chosen[i][1].taught
+                assert isinstance(taught, torch.Tensor)
+                found[i] = float(kl_divergence(taught, self._backbone.head(part)).mean())
+        for i, progress in enumerate(going):
+            by_kind: dict[ProbeKind, list[float]] = {}
+            for number, (owner, asked) in enumerate(chosen):
+                if owner == i:
+                    by_kind.setdefault(asked.probe.kind, []).append(found[number])
+            progress.look({kind: sum(own) / len(own) for kind, own in by_kind.items()}, self._settings.tolerance)
+
+    def _batches(self, rows: Sequence[Row], drafts: Drafts) -> list[RowBatch]:
+        at_once = max(1, int(self._settings.max_entries / (drafts.n_entries + self._settings.extra_tokens)))
+        rope, ends = self._backbone.rope, drafts.next_positions.tolist()
+
+        def regime(row: Row) -> Hashable:  # padding would lengthen a row into other frequencies
+            return rope.regime(ends[row.document] + len(row.ids))
+
+        return batch_rows(rows, at_once=at_once, device=self._backbone.device, kind=regime if rope.varies else None)
+
+    def _result(self, progress: Progress) -> DistilledCache:
+        fidelity, n_steps, _ = progress.best
+        cache = progress.draft.result() if n_steps else progress.draft.cache
+        method = f"{cache.fingerprint.method}|{self._settings.name}"
+        return replace(
+            cache,
+            fingerprint=replace(cache.fingerprint, method=method, format_version=2),
+            refined_steps=n_steps,
+            fidelity=max(0.0, fidelity) if math.isfinite(fidelity) else None,  # rounding may go below zero
+        )

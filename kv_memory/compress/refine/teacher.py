@@ -1,0 +1,162 @@
+"""The teacher of refinement: documents with their full caches, from which texts are decoded and predictions taken."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from kv_memory.compress.prefill import pad
+from kv_memory.compress.refine.entries import Entries, gather_entries
+from kv_memory.compress.refine.rows import Row, RowBatch, batch_rows
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.kv_cache import PositionedCache
+from kv_memory.model.opening import Opening
+
+__all__ = ["Teacher", "end_ids"]
+
+_DECODED_TOKENS = 4096  # prompt tokens of the rows that are decoded as one batch
+
+
+def end_ids(backbone: Backbone) -> set[int]:
+    """Tokens that end an answer: the end token, and what the prompt form's stop strings begin with."""
+    stops = {ids[0] for stop in backbone.prompt.stop if (ids := backbone.encode(stop))}
+    end = backbone.tokenizer.eos_token_id
+    return stops if end is None else {*stops, end}
+
+
+class Teacher:
+    """Documents read once, behind which any number of rows are read side by side.
+
+    Args:
+        backbone: The model.
+        documents: Token ids, in their wrappers.
+        room: The longest row behind a document, in tokens.
+        max_entries: How many entries of caches to copy at once. A document longer than that is alone, and rows follow
+            it one by one, in its own cache: nothing is copied then, and memory stays that of a prefill.
+    """
+
+    @torch.no_grad()
+    def __init__(self, backbone: Backbone, documents: Sequence[Sequence[int]], *, room: int, max_entries: int) -> None:
+        self._backbone = backbone
+        ids, lengths = pad(documents, device=backbone.device)
+        n = len(documents)
+        self._at_once = max(1, max_entries // (len(backbone.prefix_ids) + ids.shape[1] + room))
+        alone = n == 1 and self._at_once == 1
+        cache = backbone.prefixed_cache(ids.shape[1], room=room if alone else 0, batch_size=n)
+        backbone.read(ids, cache, lengths=lengths if n > 1 else None)
+        self._cache = cache
+        self._ends = (lengths + len(backbone.prefix_ids)).tolist()
+        self._entries: Entries | None = None if alone else gather_entries(backbone, cache, lengths)
+
+    @contextmanager
+    def _behind(self, documents: torch.Tensor) -> Iterator[PositionedCache]:
+        """A cache with one row for each of `documents`, to be used up."""
+        if self._entries is not None:
+            yield self._entries.cache(documents)
+            return
+        before = self._cache.appended_positions.shape[1]
+        try:
+            yield self._cache
+        finally:
+            self._cache.rewind(self._cache.appended_positions.shape[1] - before)
+
+    def _batches(self, rows: Sequence[Row], *, max_tokens: int | None = None) -> list[RowBatch]:
+        rope = self._backbone.rope
+
+        def regime(row: Row) -> Hashable:  # padding would lengthen a row into other frequencies
+            return rope.regime(self._ends[row.document] + len(row.ids))
+
+        return batch_rows(
+            rows,
+            at_once=self._at_once,
+            device=self._backbone.device,
+            max_tokens=max_tokens,
+            kind=regime if rope.varies else None,
+        )
+
+    @torch.no_grad()
+    def logits(self, rows: Sequence[Row]) -> Iterator[tuple[int, torch.Tensor]]:
+        """What the full cache predicts, row by row, because all of it at once is large.
+
+        Yields:
+            Index of a row, in any order, and `(n_wanted, vocab_size)`, of the model's dtype.
+        """
+        for batch in self._batches(rows):
+            with self._behind(batch.documents) as cache:
+                ragged = batch.lengths if len(batch.index) > 1 else None
+                hidden = self._backbone.read(batch.ids, cache, lengths=ragged)[batch.wanted]
+            sizes = [rows[index].n_wanted for index in batch.index]
+            for index, part in zip(batch.index, hidden.split(sizes), strict=True):
+                yield index, self._backbone.head(part)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        rows: Sequence[Row],
+        *,
+        most: int,
+        ends: set[int],
+        temperature: float = 0.0,
+        seeds: Sequence[int] | None = None,
+        as_answers: bool = False,
+    ) -> list[list[int]]:
+        """Go on behind each row.
+
+        Args:
+            rows: What is read first; nothing of it is wanted.
+            most: Tokens to decode, at most.
+            ends: Tokens that end a text; the one that did is part of it.
+            temperature: 0 takes the likeliest token.
+            seeds: One for each row, so that a text does not depend on what it was batched with; needed above 0.
+            as_answers: The texts begin with something that can be seen, as answers to users do, see `Opening`.
+
+        Returns:
+            The new tokens of each row.
+        """
+        found: dict[int, list[int]] = {}
+        # Each decoding step reads all weights from memory: the more rows share that, the better.
+        for batch in self._batches(rows, max_tokens=_DECODED_TOKENS):
+            with self._behind(batch.documents) as cache:
+                chosen = None if not temperature or seeds is None else [seeds[index] for index in batch.index]
+                texts = self._go_on(batch, cache, most, ends, temperature, chosen, as_answers)
+            found.update(zip(batch.index, texts, strict=True))
+        return [found[index] for index in range(len(rows))]
+
+    def _go_on(
+        self,
+        batch: RowBatch,
+        cache: PositionedCache,
+        most: int,
+        ends: set[int],
+        temperature: float,
+        seeds: Sequence[int] | None,
+        as_answers: bool,
+    ) -> list[list[int]]:
+        last = batch.ids.gather(1, batch.lengths[:, None] - 1).flatten().tolist()
+        openings = [Opening(self._backbone.tokenizer, end_ids=ends, behind=token) for token in last]
+        # Noise is drawn on the CPU, so that a seed means the same on every device.
+        draws = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
+        texts: list[list[int]] = [[] for _ in batch.index]
+        rows = list(range(len(texts)))  # still being decoded
+        logits = self._backbone.logits(batch.ids, cache, lengths=batch.lengths if len(texts) > 1 else None)
+        for step in range(most):
+            scores = logits.float()
+            if draws is not None:
+                noise = torch.stack([torch.empty(scores.shape[1]).exponential_(generator=draws[row]) for row in rows])
+                noise = noise.clamp(min=1e-30).to(scores.device)
+                scores = scores / temperature - noise.log()  # Gumbel's trick: the largest is a sample
+            tokens = scores.argmax(-1)
+            for i, row in enumerate(rows):
+                if as_answers and not openings[row].has_begun(texts[row]):
+                    tokens[i] = openings[row].likeliest(scores[i], texts[row])
+                texts[row].append(int(tokens[i]))
+            going = [i for i, row in enumerate(rows) if texts[row][-1] not in ends]
+            if step + 1 == most or not going:
+                break
+            if len(going) < len(rows):
+                cache.keep_rows(going)
+                rows, tokens = [rows[i] for i in going], tokens[going]
+            logits = self._backbone.logits(tokens[:, None], cache)
+        return texts

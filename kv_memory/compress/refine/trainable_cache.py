@@ -1,0 +1,193 @@
+"""Draft: the entries of one document while they are refined; and drafts side by side, as what probes follow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from kv_memory.cache.distilled import DistilledCache
+from kv_memory.compress.refine.rows import RowBatch
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.kv_cache import NEVER, PositionedCache
+
+__all__ = ["Draft", "Drafts", "side_by_side"]
+
+
+class Draft:
+    """Kept keys, values and biases of one document, and how far they were moved.
+
+    They are moved on their positions, rotated: probes then read them as they are, no step pays for a rotation, and
+    positions are taken off once, at the end. Rotation keeps lengths, so that in the position-free frame the same steps
+    would be of the same size.
+
+    Args:
+        backbone: The model.
+        cache: Where it starts.
+        n_positions: The length of the sequence for which keys are rotated.
+        fixed: Bool `(n_tokens,)`, tokens whose entries stay as they are; None for none.
+
+    Attributes:
+        counts: `(num_layers, num_kv_heads)`, entries of each head, on the CPU.
+        positions: `(n_entries,)`, in the sequence; layer by layer and head by head.
+        moves: How far keys and values were moved, in standard deviations of their layer's, `(n_entries, head_dim)`
+            each, and biases, in nats, `(n_entries, 1)`; float32, with `.grad`. All zero is the start, exactly.
+        next_position: Where what follows the document begins.
+    """
+
+    def __init__(
+        self, backbone: Backbone, cache: DistilledCache, *, n_positions: int, fixed: torch.Tensor | None = None
+    ) -> None:
+        self.cache = cache
+        self._backbone = backbone
+        self._n_positions = n_positions
+        n_prefix, device = len(backbone.prefix_ids), backbone.device
+        heads = (backbone.num_layers, backbone.num_kv_heads)
+        if cache.counts is None:
+            self.counts = torch.full(heads, cache.n_kept)
+            inside = cache.positions.to(device).expand(*heads, -1).flatten().long()
+        else:
+            self.counts = cache.counts.long().cpu()
+            inside = cache.positions.to(device).long()
+        self.per_layer: list[int] = self.counts.sum(1).tolist()
+        self.positions = inside + n_prefix
+        self.next_position = n_prefix + cache.n_tokens
+        free, values = (tensor.reshape(-1, backbone.head_dim) for tensor in (cache.keys, cache.values))
+        free = free.to(device, backbone.dtype)
+        keys = backbone.rope.put_on_flat(free, self.positions, self.per_layer, n_positions=n_positions)
+        bias = keys.new_zeros(len(keys), 1) if cache.bias is None else cache.bias.reshape(-1, 1).to(device)
+        self._start = [keys, values.to(device, backbone.dtype), bias.float()]
+        self._scales = [*(self._deviation(tensor) for tensor in self._start[:2]), torch.ones_like(self._start[2])]
+        self._fixed = None if fixed is None or not bool(fixed.any()) else fixed.to(device)[inside][:, None]
+        self.moves = [torch.zeros(tensor.shape, dtype=torch.float32, device=device) for tensor in self._start]
+
+    def _deviation(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Standard deviation of the layer of each entry: `(n_entries, 1)`, float32."""
+        parts = tensor.float().split(self.per_layer)
+        each = [part.std(correction=0).expand(len(part)) if len(part) else part.new_empty(0) for part in parts]
+        return torch.cat(each)[:, None]
+
+    def moved(self) -> list[torch.Tensor]:
+        """Keys, rotated, values `(n_entries, head_dim)` and biases `(n_entries, 1)` as they are now; float32."""
+        return [
+            start.float() + scale * move
+            for start, scale, move in zip(self._start, self._scales, self.moves, strict=True)
+        ]
+
+    def add_gradient(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Add what a loss says of keys, values and biases, in the shapes of `moved`, to the gradients of the moves."""
+        for move, scale, gradient in zip(self.moves, self._scales, gradients, strict=True):
+            change = gradient.float() * scale
+            if self._fixed is not None:
+                change = change.masked_fill(self._fixed, 0)
+            move.grad = change if move.grad is None else move.grad + change
+
+    def result(self) -> DistilledCache:
+        """The cache as it is now, on the device and in the dtype of the one it started from."""
+        keys, values, bias = self.moved()
+        free = self._backbone.rope.take_off_flat(keys, self.positions, self.per_layer, n_positions=self._n_positions)
+        like = self.cache.keys
+        return replace(
+            self.cache,
+            keys=free.to(like).view(like.shape),
+            values=values.to(like).view(like.shape),
+            bias=bias.to(like.device, torch.float16).view(like.shape[:-1]),
+            fingerprint=replace(self.cache.fingerprint, format_version=2),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Drafts:
+    """Several drafts behind the shared prefix, each layer padded to its fullest head.
+
+    Attributes:
+        keys: For each layer `(drafts, num_kv_heads, n, head_dim)`, rotated.
+        values: The same shapes.
+        bias: For each layer `(drafts, num_kv_heads, n)`; 0 for the prefix and for padding.
+        positions: For each layer `(drafts, num_kv_heads, n)`, int32; `NEVER` for padding.
+        next_positions: `(drafts,)`.
+        n_positions: The length of the sequence for which keys are rotated.
+        masks: For each draft and layer a bool `(num_kv_heads, n)`: where its entries lie.
+    """
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    bias: list[torch.Tensor]
+    positions: list[torch.Tensor]
+    next_positions: torch.Tensor
+    n_positions: int
+    masks: list[list[torch.Tensor]]
+
+    @property
+    def n_entries(self) -> float:
+        """Entries of a row in a layer, prefix and padding included, on average over layers."""
+        return sum(key.shape[2] for key in self.keys) / len(self.keys)
+
+    def require_grad(self) -> Drafts:
+        """The same, with keys, values and biases as leaves of a graph.
+
+        Not the moves: what assembles the layers is the same for every batch of probes, and need not be gone back
+        through.
+        """
+        return replace(
+            self,
+            keys=[key.detach().requires_grad_() for key in self.keys],
+            values=[value.detach().requires_grad_() for value in self.values],
+            bias=[bias.detach().requires_grad_() for bias in self.bias],
+        )
+
+    def read(self, backbone: Backbone, batch: RowBatch) -> torch.Tensor:
+        """What the head would see at the wanted tokens of rows behind the drafts: `(n_wanted, hidden_size)`."""
+        cache = PositionedCache(
+            [key[batch.documents] for key in self.keys],
+            [value[batch.documents] for value in self.values],
+            positions=[where[batch.documents] for where in self.positions],
+            next_position=0,
+            n_positions=self.n_positions,
+            bias=[bias[batch.documents] for bias in self.bias],
+        )
+        cache.next_positions = self.next_positions[batch.documents]
+        return backbone.read(batch.ids, cache, lengths=batch.lengths)[batch.wanted]
+
+    def entries_of(self, index: int, layers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What of tensors shaped like `keys` or `bias` belongs to a draft: `(n_entries, ...)`."""
+        return torch.cat([layer[index][mask] for layer, mask in zip(layers, self.masks[index], strict=True)])
+
+
+def side_by_side(backbone: Backbone, drafts: Sequence[Draft], *, n_positions: int) -> Drafts:
+    """Drafts as they are now, as what rows follow. Arguments as in `Drafts`."""
+    prefix = backbone.prefix_for(n_positions)
+    n_prefix, n_heads, device = len(backbone.prefix_ids), backbone.num_kv_heads, backbone.device
+    longest = torch.stack([draft.counts.amax(1) for draft in drafts]).amax(0).tolist()
+    split = [[part.to(backbone.dtype).split(draft.per_layer) for part in draft.moved()] for draft in drafts]
+    where = [draft.positions.to(torch.int32).split(draft.per_layer) for draft in drafts]
+    keys, values, biases, positions = [], [], [], []
+    masks: list[list[torch.Tensor]] = [[] for _ in drafts]
+    for layer, most in enumerate(longest):
+        shape = (len(drafts), n_heads, n_prefix + most)
+        key = torch.zeros(*shape, backbone.head_dim, dtype=backbone.dtype, device=device)
+        value, place = torch.zeros_like(key), torch.full(shape, NEVER, dtype=torch.int32, device=device)
+        bias = key.new_zeros(shape)
+        key[:, :, :n_prefix], value[:, :, :n_prefix] = prefix.keys[layer], prefix.values[layer]
+        place[:, :, :n_prefix] = torch.arange(n_prefix, device=device)
+        slot = torch.arange(n_prefix + most)
+        for index, draft in enumerate(drafts):
+            mask = ((slot >= n_prefix) & (slot < n_prefix + draft.counts[layer][:, None])).to(device)
+            key[index][mask], value[index][mask], added = (part[layer] for part in split[index])
+            bias[index][mask] = added[:, 0]
+            place[index][mask] = where[index][layer]
+            masks[index].append(mask)
+        keys.append(key)
+        values.append(value)
+        biases.append(bias)
+        positions.append(place)
+    return Drafts(
+        keys=keys,
+        values=values,
+        bias=biases,
+        positions=positions,
+        next_positions=torch.tensor([draft.next_position for draft in drafts], device=device),
+        n_positions=n_positions,
+        masks=masks,
+    )

@@ -1,0 +1,243 @@
+"""What callers hand in, turned into documents: texts, files, folders, and mixtures of them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from kv_memory.config import check_choice
+from kv_memory.documents.document import Document
+from kv_memory.documents.encoding import DEFAULT_MAX_LINE_BYTES, check_encoding, check_lines
+from kv_memory.documents.parsers import FILE_TYPES, read_content
+from kv_memory.errors import ConfigError, DocumentError, DuplicateDocumentError, UnreadableDocumentError
+
+__all__ = ["DocumentLike", "OnError", "ReadResult", "file_id", "read_documents", "read_file"]
+
+OnError = Literal["raise", "skip"]
+
+
+# A str is always text and a path object always a file or folder: guessing which was meant depends on the disk.
+DocumentLike: TypeAlias = str | os.PathLike[str] | Document | tuple[str, str] | tuple[str, str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadResult:
+    """What was read, and what was not.
+
+    Attributes:
+        documents: In the order given; folders in sorted order. No id occurs twice.
+        errors: One for each file or text left out, with `on_error="skip"`; empty otherwise.
+        skipped: Hidden entries, folder links and files of unknown type that lay in a folder.
+    """
+
+    documents: tuple[Document, ...]
+    errors: tuple[DocumentError, ...] = ()
+    skipped: tuple[Path, ...] = ()
+
+
+def read_documents(
+    source: DocumentLike | Iterable[DocumentLike],
+    *,
+    encoding: str = "utf-8",
+    max_line_bytes: int = DEFAULT_MAX_LINE_BYTES,
+    on_error: OnError = "raise",
+) -> ReadResult:
+    """Read texts, files and folders.
+
+    Args:
+        source: A text (str), a file or folder (a path object), a Document, `(id, text)`, `(id, text, metadata)`, or
+            an iterable of these. Folders are read recursively.
+        encoding: Of text files without a byte order mark.
+        max_line_bytes: The longest line, in bytes of UTF-8, of any document.
+        on_error: `raise` stops at the first bad document; `skip` goes on and collects the errors.
+
+    Raises:
+        DocumentError: With `on_error="raise"`; its subclass says what is wrong.
+        ConfigError: A setting or the type of `source` is wrong; raised in both modes.
+    """
+    check_choice(on_error, OnError, where="on_error")
+    check_encoding(encoding)
+    _check_limit(max_line_bytes)
+    documents: dict[str, Document] = {}
+    errors: list[DocumentError] = []
+    skipped: list[Path] = []
+    for item in _items(source):
+        try:
+            parts: Iterable[Path | Document] = _parts(item, errors, skipped, on_error)
+        except DocumentError as error:
+            if on_error == "raise":
+                raise
+            errors.append(error)
+            continue
+        for part in parts:
+            try:
+                if isinstance(part, Document):
+                    check_lines(part.text, max_line_bytes=max_line_bytes, where=part.id)
+                    document = part
+                else:
+                    document = read_file(part, encoding=encoding, max_line_bytes=max_line_bytes)
+                _check_duplicate(documents.setdefault(document.id, document), document)
+            except DocumentError as error:
+                if on_error == "raise":
+                    raise
+                errors.append(error)
+    return ReadResult(documents=tuple(documents.values()), errors=tuple(errors), skipped=tuple(skipped))
+
+
+def read_file(
+    path: str | os.PathLike[str], *, encoding: str = "utf-8", max_line_bytes: int = DEFAULT_MAX_LINE_BYTES
+) -> Document:
+    r"""Read one file of a known type, or any file that is valid text.
+
+    The id is the absolute path with links resolved; newlines become `\n`; the metadata hold `file_name`, `file_type`,
+    `size_bytes`, and `title` and `n_pages` where known.
+
+    Args:
+        path: The file.
+        encoding: Of text files without a byte order mark.
+        max_line_bytes: The longest line, in bytes of UTF-8.
+
+    Raises:
+        UnreadableDocumentError: The path is missing, forbidden, a folder, a device, or a broken or encrypted PDF.
+        BinaryDocumentError: The bytes are no text.
+        EncodingError: They are not valid in `encoding`.
+        EmptyDocumentError: There is no text in it.
+        LineTooLongError: A line is longer than `max_line_bytes`.
+        ConfigError: `encoding` or `max_line_bytes` is wrong.
+    """
+    check_encoding(encoding)
+    _check_limit(max_line_bytes)
+    resolved, raw = _read_bytes(path)
+    name, given = file_id(resolved), Path(path)  # the type is that of a link, not of what it points to
+    content = read_content(raw, suffix=given.suffix, encoding=encoding, where=name)
+    check_lines(content.text, max_line_bytes=max_line_bytes, where=name)
+    metadata = {"file_name": _printable(given.name), "size_bytes": len(raw), **content.metadata}
+    return Document(id=name, text=content.text, source_uri=resolved.as_uri(), metadata=metadata)
+
+
+def file_id(resolved: Path) -> str:
+    """The id of a file's document: its absolute path, links resolved; what JSON and SQL do not take is written out."""
+    return _printable(resolved.as_posix())
+
+
+def _items(source: DocumentLike | Iterable[DocumentLike]) -> Iterable[DocumentLike]:
+    if isinstance(source, str | os.PathLike | Document):
+        return [source]
+    if isinstance(source, tuple) and source and isinstance(source[0], str):
+        return [source]
+    if isinstance(source, bytes | bytearray | Mapping) or not isinstance(source, Iterable):
+        raise _wrong_type(source)
+    return source  # type: ignore[return-value]  # an empty tuple is no DocumentLike, but a fine iterable
+
+
+def _parts(
+    item: DocumentLike, errors: list[DocumentError], skipped: list[Path], on_error: OnError
+) -> Iterable[Path | Document]:
+    """One item as documents and files; a folder's troubles go into `errors` and `skipped`."""
+    if isinstance(item, Document):
+        return [item]
+    if isinstance(item, str):
+        return [Document(id=f"text-{hashlib.sha256(item.encode(errors='replace')).hexdigest()[:12]}", text=item)]
+    if isinstance(item, tuple) and 2 <= len(item) <= 3:
+        return [Document(id=item[0], text=item[1], metadata=item[2] if len(item) == 3 else {})]
+    if not isinstance(item, os.PathLike) or not isinstance(os.fspath(item), str):
+        raise _wrong_type(item)
+    path = Path(item)
+    if not os.path.isdir(path):  # unlike Path.is_dir, False where a parent folder may not be searched
+        return [path]
+    files, left_out, failed = _walk(path)
+    skipped.extend(left_out)
+    if failed and on_error == "raise":
+        raise failed[0]
+    errors.extend(failed)
+    if not files and not failed:
+        raise UnreadableDocumentError(
+            "no readable file in this folder",
+            where=str(path),
+            next_step=f"Known types are {', '.join(FILE_TYPES)}; name a file of another type itself.",
+        )
+    return files
+
+
+def _walk(folder: Path) -> tuple[list[Path], list[Path], list[DocumentError]]:
+    """The readable files below `folder`, the entries left out, and the folders that cannot be listed."""
+    files: list[Path] = []
+    left_out: list[Path] = []
+    failed: list[DocumentError] = []
+    for parent, folders, names in os.walk(folder, onerror=lambda error: failed.append(_unreadable(error))):
+        for name in list(folders):
+            # os.walk does not follow links to folders: they could lead back here.
+            if name.startswith(".") or Path(parent, name).is_symlink():
+                folders.remove(name)
+                left_out.append(Path(parent, name))
+        for name in names:
+            path = Path(parent, name)
+            known = path.suffix.lower() in FILE_TYPES and not name.startswith(".")
+            (files if known else left_out).append(path)
+    return sorted(files), sorted(left_out), failed
+
+
+def _read_bytes(path: str | os.PathLike[str]) -> tuple[Path, bytes]:
+    try:
+        resolved = Path(path).resolve(strict=True)
+        mode = resolved.stat().st_mode
+        if not stat.S_ISREG(mode):
+            # Checked before opening, which on a named pipe would wait for a writer.
+            folder = stat.S_ISDIR(mode)
+            raise UnreadableDocumentError(
+                "this is a folder" if folder else "this is a device, a pipe or a socket, not a file",
+                where=str(path),
+                next_step="Use `read_documents` for folders." if folder else "Write its content to a file first.",
+            )
+        return resolved, resolved.read_bytes()
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # a loop of links is a RuntimeError up to 3.12; NUL a ValueError
+        raise _unreadable(error, path) from error
+
+
+def _unreadable(error: Exception, path: str | os.PathLike[str] | None = None) -> UnreadableDocumentError:
+    if path is None:
+        path = getattr(error, "filename", None) or "?"
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        what, step = "no such file or folder", f"Check the path; relative ones start at {Path.cwd()}."
+    elif isinstance(error, PermissionError):
+        what, step = "permission denied", "Give this user the right to read it, or leave it out."
+    else:
+        what, step = f"cannot be read: {getattr(error, 'strerror', None) or error}", "Check the path and the disk."
+    return UnreadableDocumentError(what, where=_printable(os.fspath(path)), next_step=step)
+
+
+def _printable(path: str) -> str:
+    r"""A path as a string that JSON and SQL take; bytes of a name that are not UTF-8 become `\xff`."""
+    name = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if ord(c) >= 32 and c != "\x7f" else f"\\x{ord(c):02x}" for c in name)
+
+
+def _check_duplicate(first: Document, second: Document) -> None:
+    if first.text != second.text:
+        raise DuplicateDocumentError(
+            "this id was given twice, with different texts",
+            where=second.id,
+            next_step="Give each text an id of its own, or leave the outdated one out.",
+        )
+
+
+def _check_limit(max_line_bytes: int) -> None:
+    if isinstance(max_line_bytes, bool) or not isinstance(max_line_bytes, int) or max_line_bytes < 1:
+        raise ConfigError(f"max_line_bytes must be at least 1, got {max_line_bytes!r}", where="max_line_bytes")
+
+
+def _wrong_type(source: object) -> ConfigError:
+    return ConfigError(
+        f"cannot read documents from a {type(source).__name__}",
+        where="source",
+        next_step="Pass a text (str), a path, a Document, (id, text), (id, text, metadata), or a list of these.",
+    )

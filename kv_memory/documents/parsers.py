@@ -1,0 +1,205 @@
+"""One file to plain text: text, Markdown, reStructuredText, HTML and PDF.
+
+A reader takes the file's bytes and returns its text and what it learnt on the way. HTML becomes Markdown through
+markdownify rather than a converter of our own: its headings and code blocks are what `split_passages` cuts at.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kv_memory.documents.encoding import decode_text, file_format, normalise_newlines
+from kv_memory.documents.splitter import FENCE
+from kv_memory.errors import BinaryDocumentError, EmptyDocumentError, EncodingError, UnreadableDocumentError
+
+if TYPE_CHECKING:
+    from bs4 import BeautifulSoup
+    from pypdf import PdfReader
+
+__all__ = ["FILE_TYPES", "Content", "read_content"]
+
+FILE_TYPES: Mapping[str, str] = {
+    ".txt": "text",
+    ".text": "text",
+    ".md": "markdown",
+    ".markdown": "markdown",
+    ".rst": "rst",
+    ".html": "html",
+    ".htm": "html",
+    ".pdf": "pdf",
+}
+
+_ATX_HEADING = re.compile(r" {0,3}#{1,6}[ \t]+(.+?)[ \t]*#*[ \t]*$")
+_UNDERLINE = {
+    "markdown": re.compile(r" {0,3}([=-])\1{2,}[ \t]*$"),
+    "rst": re.compile(r"([=\-~^\"'`#*+:._])\1{2,}[ \t]*$"),
+}
+_FRONT_MATTER = re.compile(r"---\n(.*?\n)(?:---|\.\.\.)[ \t]*\n", re.DOTALL)
+_FRONT_TITLE = re.compile(r"^title:[ \t]*([\"']?)(.+?)\1[ \t]*$", re.MULTILINE)
+_NOT_PROSE = ["script", "style", "nav", "noscript", "template", "title"]
+
+
+class Content(NamedTuple):
+    r"""A file's text, with newlines as `\n`, and `file_type`, `title`, `n_pages` where known."""
+
+    text: str
+    metadata: dict[str, Any]
+
+
+def read_content(raw: bytes, *, suffix: str, encoding: str, where: str) -> Content:
+    """Turn a file's bytes into text.
+
+    Args:
+        raw: All bytes of the file.
+        suffix: The end of its name with the dot, e.g. `.md`. Unknown ones are tried as text, or as PDF where the
+            bytes say so.
+        encoding: Of text files; an HTML page may name its own, which is used where this one fails.
+        where: The file, for errors.
+
+    Raises:
+        BinaryDocumentError: The bytes are no text.
+        EmptyDocumentError: A PDF or HTML page without any text.
+        EncodingError: The bytes are not valid in `encoding`.
+        UnreadableDocumentError: A PDF that is encrypted or broken, or HTML that no parser takes.
+    """
+    file_type = FILE_TYPES.get(suffix.lower())
+    if file_type == "pdf" or (file_type is None and file_format(raw) == "a PDF"):
+        return _read_pdf(raw, where)
+    if file_type == "html":
+        return _read_html(_decode_html(raw, encoding, where), where)
+    try:
+        text = normalise_newlines(decode_text(raw, encoding=encoding, where=where))
+    except EncodingError as error:
+        if file_type is not None:
+            raise
+        raise BinaryDocumentError(
+            f"a file {f'of the unknown type {suffix}' if suffix else 'without a suffix'}, and {error.what}",
+            where=where,
+            next_step=f"Convert it to one of {', '.join(FILE_TYPES)}. If it is text, name its encoding: `encoding=` in "
+            "Python, `--encoding` in the shell.",
+        ) from error
+    metadata: dict[str, Any] = {"file_type": file_type or "text"}
+    title = _first_heading(text, file_type) if file_type in {"markdown", "rst"} else None
+    return Content(text, metadata | ({"title": title} if title else {}))
+
+
+def _first_heading(text: str, file_type: str) -> str | None:
+    """The title of the front matter, or the first heading outside fenced code."""
+    if front := _FRONT_MATTER.match(text):
+        if title := _FRONT_TITLE.search(front[1]):
+            return title[2]
+        text = text[front.end() :]
+    underline, markdown = _UNDERLINE[file_type], file_type == "markdown"
+    fence, previous = "", ""
+    for line in text.split("\n"):
+        mark = FENCE.match(line) if markdown else None
+        if fence:
+            fence = "" if mark and mark[1].startswith(fence) else fence
+        elif mark:
+            fence = mark[1]
+        elif markdown and (heading := _ATX_HEADING.match(line)):
+            return heading[1]
+        elif previous and underline.match(line) and not underline.match(previous):
+            return previous
+        previous = "" if fence else line.strip()
+    return None
+
+
+def _decode_html(raw: bytes, encoding: str, where: str) -> str:
+    from bs4.dammit import EncodingDetector
+
+    try:
+        return decode_text(raw, encoding=encoding, where=where)
+    except EncodingError:
+        declared = EncodingDetector.find_declared_encoding(raw, is_html=True)
+        if declared is None:
+            raise
+        try:
+            # Browsers read these names as cp1252, so that is what pages that carry them are written in.
+            return raw.decode("cp1252" if declared.lower() in {"iso-8859-1", "latin-1", "us-ascii"} else declared)
+        except (LookupError, UnicodeError):
+            pass
+        raise  # the error of the encoding the user can change
+
+
+def _read_html(html: str, where: str) -> Content:
+    from bs4 import BeautifulSoup, MarkupResemblesLocatorWarning, XMLParsedAsHTMLWarning
+    from bs4.exceptions import ParserRejectedMarkup
+
+    try:
+        with warnings.catch_warnings():
+            # A page that looks like a file name, or like XML, is read all the same.
+            warnings.simplefilter("ignore", MarkupResemblesLocatorWarning)
+            warnings.simplefilter("ignore", XMLParsedAsHTMLWarning)
+            soup = BeautifulSoup(html, "html.parser")
+    except ParserRejectedMarkup as error:
+        raise UnreadableDocumentError(
+            f"no readable HTML: {error}", where=where, next_step="Save the page again, or as text or PDF."
+        ) from error
+    heading = soup.title or soup.find(["h1", "h2"])
+    title = " ".join(heading.get_text(" ").split()) if heading else ""
+    for tag in soup.find_all(_NOT_PROSE):
+        tag.extract()  # decompose() would fail on a tag inside one that is gone already
+    text = re.sub(r"[ \t]+\n", "\n", _to_markdown(soup).replace("\xa0", " "))
+    text = re.sub(r"\n{3,}", "\n\n", normalise_newlines(text)).strip()
+    if not text:
+        raise EmptyDocumentError(
+            "the page holds no text",
+            where=where,
+            next_step="If scripts make its text, save the page from a browser as it is shown, or as PDF.",
+        )
+    return Content(text, {"file_type": "html"} | ({"title": title} if title else {}))
+
+
+def _to_markdown(soup: BeautifulSoup) -> str:
+    from markdownify import ATX, MarkdownConverter
+
+    # Link targets and images are dropped: they cost many tokens and say little.
+    converter = MarkdownConverter(
+        heading_style=ATX, bullets="-", strip=["a", "img"], escape_asterisks=False, escape_underscores=False
+    )
+    try:
+        return converter.convert_soup(soup)
+    except RecursionError:
+        # Old pages leave <p> and <li> open, and the parser then nests each in the one before. Their text is still good.
+        return soup.get_text("\n")
+
+
+def _read_pdf(raw: bytes, where: str) -> Content:
+    from pypdf import PdfReader
+
+    try:
+        reader = PdfReader(io.BytesIO(raw), strict=False)
+        # Many files have an owner's password only, against printing; the empty one opens those.
+        locked = reader.is_encrypted and not reader.decrypt("")
+        pages = [] if locked else [page.extract_text() for page in reader.pages]
+        title = "" if locked else _pdf_title(reader)
+    except Exception as error:  # pypdf lets ValueError, KeyError, RecursionError and others through on broken files
+        raise UnreadableDocumentError(
+            f"not a readable PDF: {error or type(error).__name__}",
+            where=where,
+            next_step="Open it in a PDF viewer and save it again, or convert it to text.",
+        ) from error
+    if locked:
+        raise UnreadableDocumentError(
+            "the PDF is encrypted", where=where, next_step="Save a copy without a password and read that."
+        )
+    # Fonts without a proper character map yield NULs and lone surrogates; neither can be stored or tokenised.
+    text = "\n\n".join(page.strip() for page in pages).replace("\0", "").encode("utf-8", "replace").decode()
+    if not text.strip():
+        raise EmptyDocumentError(
+            f"the PDF has {len(pages)} page(s) and no text; it was probably scanned",
+            where=where,
+            next_step="Run text recognition (OCR) over it first, e.g. `ocrmypdf in.pdf out.pdf`.",
+        )
+    metadata: dict[str, Any] = {"file_type": "pdf", "n_pages": len(pages)}
+    return Content(normalise_newlines(text), metadata | ({"title": title} if title else {}))
+
+
+def _pdf_title(reader: PdfReader) -> str:
+    title = reader.metadata.title if reader.metadata else None
+    return " ".join(str(title or "").replace("\0", "").encode("utf-8", "replace").decode().split())

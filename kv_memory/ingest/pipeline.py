@@ -1,0 +1,316 @@
+"""Intake: documents into passages, passages into distilled caches, both into the store.
+
+Caches are put one by one and their document last, in one transaction. Whatever breaks a long `add` off, what is done
+stays done: the next call finds the caches and goes on behind them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kv_memory.cache.distilled import DistilledCache
+from kv_memory.cache.fingerprint import Fingerprint
+from kv_memory.cache.keep import Keep
+from kv_memory.compress import Compressor
+from kv_memory.config import StorageName
+from kv_memory.documents import Document
+from kv_memory.errors import KVMemoryError, TextNotKeptError
+from kv_memory.ingest.records import Prepared, Preparer
+from kv_memory.store import CacheInfo, DocumentRecord, PassageRecord, Store, StoredPassage
+from kv_memory.tracing import span
+
+__all__ = ["AddProgress", "AddReport", "Intake"]
+
+_BATCH_ON_GPU = 8  # passages; each is a name held in the catalog meanwhile, on PostgreSQL with a connection of its own
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddProgress:
+    """How far a long `add` is.
+
+    Attributes:
+        document_id: Whose passage was just compressed.
+        n_documents: Documents done.
+        n_documents_total: Documents to do; unchanged ones are not counted.
+        n_tokens: Tokens compressed so far.
+        n_tokens_total: Tokens to compress.
+    """
+
+    document_id: str
+    n_documents: int
+    n_documents_total: int
+    n_tokens: int
+    n_tokens_total: int
+
+
+@dataclass(kw_only=True)
+class AddReport:
+    """What `add` or `refresh` did.
+
+    Attributes:
+        added: Ids that are new.
+        replaced: Ids whose text, metadata or settings had changed.
+        unchanged: Ids for which there was nothing to do.
+        errors: Documents left out: with `on_error="skip"`, and by `refresh`, which has no text of them.
+        skipped: Files of unknown types that lay in a folder.
+        n_passages: Compressed.
+        n_tokens: Compressed, wrappers included.
+        n_kept: Entries kept of them in every layer and head.
+        cache_bytes: Of the new distilled caches.
+        full_kv_bytes: What their uncompressed caches would take.
+        n_refined: Of the passages compressed, those that were refined.
+        fidelity: Mean KL of these to the full cache on held-out probes, in nats; None where none was refined.
+        elapsed_s: Wall time.
+    """
+
+    added: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+    errors: list[KVMemoryError] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    n_passages: int = 0
+    n_tokens: int = 0
+    n_kept: int = 0
+    cache_bytes: int = 0
+    full_kv_bytes: int = 0
+    n_refined: int = 0
+    fidelity: float | None = None
+    elapsed_s: float = 0.0
+
+
+class Intake:
+    """Compresses documents into a store.
+
+    Args:
+        store: Where they go.
+        compressor: What reads them.
+        keep_ratio: For all of them; a `Keep` means another one for each passage.
+        passage_tokens: Longest passage; None keeps documents whole.
+        storage: How keys and values of new caches are stored; those that are there stay as they are.
+        keep_text: Keep the texts of what is added, see `Preparer`.
+        on_progress: Called after every passage.
+        writer: Stores each cache in a thread of its own while the next passage is compressed. None stores it at once.
+        batch_size: How many passages of a document are read at once, those of like length together. None: 8 on a GPU,
+            which a single one does not fill, and 1 elsewhere.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        compressor: Compressor,
+        *,
+        keep_ratio: float | Keep,
+        passage_tokens: int | None,
+        storage: StorageName = "auto",
+        keep_text: bool = False,
+        on_progress: Callable[[AddProgress], None] | None = None,
+        writer: Executor | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        self._store = store
+        self._compressor = compressor
+        self._keep_ratio = keep_ratio
+        self._passage_tokens = passage_tokens
+        self._storage = storage
+        self._preparer = Preparer(store, compressor.backbone.count_tokens, keep_text=keep_text)
+        self._on_progress = on_progress
+        self._writer = writer
+        on_gpu = compressor.backbone.device.type == "cuda"
+        self._batch_size = batch_size if batch_size is not None else _BATCH_ON_GPU if on_gpu else 1
+        self._written: Future[None] | None = None
+        self._fingerprint = compressor.fingerprint()  # hashes an adapter's weights: once, not per passage
+        if isinstance(keep_ratio, Keep):
+            keep_ratio.check(self._fingerprint)  # before any work
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What the caches are made under."""
+        return self._fingerprint
+
+    def add(
+        self, documents: Sequence[Document], *, errors: Iterable[KVMemoryError] = (), skipped: Iterable[Path] = ()
+    ) -> AddReport:
+        """Add or replace documents; those that are there unchanged cost nothing."""
+        report = AddReport(errors=list(errors), skipped=[str(path) for path in skipped])
+        start_s = time.perf_counter()
+        todo = [found for document in documents if (found := self._sorted(document, report)) is not None]
+        self._compress(todo, report)
+        report.elapsed_s = time.perf_counter() - start_s
+        return report
+
+    def add_one(self, document: Document) -> AddReport:
+        """Add or replace one document, for callers that have too many to hold them all.
+
+        Its id is in one of `added`, `replaced` and `unchanged` afterwards.
+        """
+        report = AddReport()
+        start_s = time.perf_counter()
+        found = self._sorted(document, report)
+        self._compress([] if found is None else [found], report)
+        report.elapsed_s = time.perf_counter() - start_s
+        return report
+
+    def refresh(self, *, encoding: str = "utf-8") -> AddReport:
+        """Compress every stored passage that has no cache under the present settings. See `KVMemory.refresh`."""
+        report = AddReport()
+        start_s = time.perf_counter()
+        missing: dict[str, list[StoredPassage]] = {}
+        for passage in self._store.missing(self._fingerprint, self._keep_ratio):
+            missing.setdefault(passage.document_id, []).append(passage)
+        todo: list[Prepared] = []
+        for summary in self._store.documents():
+            if summary.id not in missing:
+                report.unchanged.append(summary.id)
+                continue
+            record = self._store.document(summary.id)
+            try:
+                if all(passage.text is not None for passage in missing[summary.id]):
+                    todo.append(self._preparer.as_it_is(record))
+                else:
+                    todo.append(self._preparer.read_again(record, encoding=encoding))
+            except TextNotKeptError as error:
+                report.errors.append(error)
+            else:
+                report.replaced.append(summary.id)
+        self._compress(todo, report)
+        report.elapsed_s = time.perf_counter() - start_s
+        return report
+
+    def add_passages(
+        self,
+        document: str,
+        texts: Sequence[str],
+        *,
+        metadata: Mapping[str, Any] | None,
+        extend: bool,
+        drop: Collection[str] = (),
+    ) -> AddReport:
+        """Add or replace a document that somebody else has cut into passages. See `KVMemory.add_passages`."""
+        report = AddReport()
+        start_s = time.perf_counter()
+        old = self._preparer.stored(document)
+        prepared = self._preparer.passages(document, texts, old=old, metadata=metadata, extend=extend, drop=drop)
+        if old is not None and self._is_whole(prepared) and _same(old, prepared.record):
+            report.unchanged.append(document)
+        else:
+            (report.added if old is None else report.replaced).append(document)
+            self._compress([prepared], report)
+        report.elapsed_s = time.perf_counter() - start_s
+        return report
+
+    def _sorted(self, document: Document, report: AddReport) -> Prepared | None:
+        """Write into the report what a document is, and return what is to be made of it, None for nothing.
+
+        Only this document is looked at: a listing of the collection for each document of a job would be quadratic.
+        """
+        old = self._preparer.stored(document.id)
+        wanted = document.content_sha256, self._passage_tokens
+        if old is None or (old.content_sha256, old.passage_tokens) != wanted:
+            (report.added if old is None else report.replaced).append(document.id)
+            return self._preparer.cut(document, self._passage_tokens)
+        cached = all(self._has(passage.text_sha256) for passage in old.passages)
+        if cached and old.metadata == dict(document.metadata) and self._preparer.is_kept_so(old.passages):
+            report.unchanged.append(document.id)
+            return None
+        report.replaced.append(document.id)
+        return self._preparer.again(document, old)  # the passages are as they were; metadata may not be
+
+    def _has(self, text_sha256: str) -> bool:
+        return self._store.has(text_sha256, self._fingerprint, self._keep_ratio)
+
+    def _is_whole(self, prepared: Prepared) -> bool:
+        """Whether every passage that can be made has its cache."""
+        return all(self._has(p.text_sha256) for p in prepared.record.passages if p.text_sha256 in prepared.texts)
+
+    def _compress(self, todo: list[Prepared], report: AddReport) -> None:
+        total = sum(prepared.record.n_tokens for prepared in todo)
+        done = 0
+        for index, (record, texts) in enumerate(todo):
+            try:
+                for batch in self._batches(record):
+                    # Without its text it stays as it is; `refresh` says so where it has no cache.
+                    here = [passage.text_sha256 for passage in batch if passage.text_sha256 in texts]
+                    self._make({text_sha256: texts[text_sha256] for text_sha256 in here}, report)
+                    done += sum(passage.n_tokens for passage in batch)
+                    self._tell(record, index, len(todo), done, total)
+            finally:
+                self._wait()
+            self._store.put_document(record)
+
+    def _batches(self, record: DocumentRecord) -> list[list[PassageRecord]]:
+        passages = list(record.passages)
+        if self._batch_size > 1:
+            passages.sort(key=lambda passage: passage.n_tokens)
+        return [passages[i : i + self._batch_size] for i in range(0, len(passages), self._batch_size)]
+
+    def _make(self, texts: dict[str, str], report: AddReport) -> None:
+        """Compress and store those of the texts, by their hash, that have no cache."""
+        with ExitStack() as stack:
+            # One makes it, the others wait and find it. In order: of two that make the same texts none waits for ever.
+            missing = sorted(text_sha256 for text_sha256 in texts if not self._has(text_sha256))
+            ratios = {key: self._compressor.ratio_for(texts[key], self._keep_ratio) for key in missing}
+            for text_sha256 in missing:
+                stack.enter_context(self._store.making(text_sha256, self._fingerprint, ratios[text_sha256]))
+            missing = [text_sha256 for text_sha256 in missing if not self._has(text_sha256)]
+            if not missing:
+                return
+            with span("compress", keep_ratio=ratios[missing[0]], collection=self._store.collection):
+                caches = self._read([texts[key] for key in missing], [ratios[key] for key in missing])
+            held = stack.pop_all()
+        made = list(zip(missing, caches, strict=True))
+        if self._writer is None:
+            self._write(made, report, held)
+            return
+        self._wait()  # so that no more than one batch waits in memory
+        self._written = self._writer.submit(self._write, made, report, held)
+
+    def _read(self, texts: list[str], ratios: list[float]) -> list[DistilledCache]:
+        if len(texts) == 1:
+            return [self._compressor.compress(texts[0], keep_ratio=ratios[0])]
+        return self._compressor.compress_many(texts, keep_ratio=ratios)
+
+    def _write(self, made: list[tuple[str, DistilledCache]], report: AddReport, held: ExitStack) -> None:
+        with held:
+            for text_sha256, cache in made:
+                self._count(report, cache, self._store.put(text_sha256, cache, storage=self._storage))
+
+    def _count(self, report: AddReport, cache: DistilledCache, info: CacheInfo) -> None:
+        report.n_passages += 1
+        report.n_tokens += cache.n_tokens
+        report.n_kept += cache.n_kept
+        report.cache_bytes += info.size_bytes
+        if cache.fidelity is not None:
+            report.n_refined += 1
+            before = report.fidelity or 0.0
+            report.fidelity = before + (cache.fidelity - before) / report.n_refined
+        report.full_kv_bytes += cache.n_tokens * self._compressor.backbone.kv_bytes_per_token
+
+    def _wait(self) -> None:
+        """Until the cache before is stored. Errors as in `Store.put`."""
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
+
+    def _tell(self, record: DocumentRecord, index: int, n_documents: int, done: int, total: int) -> None:
+        if self._on_progress is not None:
+            self._on_progress(
+                AddProgress(
+                    document_id=record.id,
+                    n_documents=index,
+                    n_documents_total=n_documents,
+                    n_tokens=done,
+                    n_tokens_total=total,
+                )
+            )
+
+
+def _same(old: DocumentRecord, new: DocumentRecord) -> bool:
+    """Whether there is nothing to write."""
+    kept = [[passage.text is not None for passage in record.passages] for record in (old, new)]
+    return (old.content_sha256, old.metadata) == (new.content_sha256, new.metadata) and kept[0] == kept[1]

@@ -1,0 +1,307 @@
+"""The driver: makes a job, sees to it that workers are at work on it, and tells how far they are.
+
+It claims nothing and reads no document, so that killing it loses nothing: its workers end, and the next driver goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kv_memory import errors
+from kv_memory.errors import ConfigError, JobError, KVMemoryError, WorkerDiedError
+from kv_memory.jobs.discovery import Discovery
+from kv_memory.jobs.engines.base import Engine, WorkerEnd
+from kv_memory.jobs.events import (
+    DocumentFailed,
+    Event,
+    JobEnded,
+    JobStarted,
+    Progress,
+    Speedometer,
+    WorkerEnded,
+)
+from kv_memory.jobs.leases import Roll
+from kv_memory.jobs.ledger import Ledger
+from kv_memory.jobs.names import job_name
+from kv_memory.jobs.records import Counts, Job, JobSettings
+from kv_memory.jobs.sources import name_of, parse_sources
+from kv_memory.jobs.sources.files import FileSource
+from kv_memory.jobs.sources.rows import Fields
+from kv_memory.jobs.sync import check_folder
+from kv_memory.store import Store
+
+__all__ = ["JobRequest", "create_job", "drive"]
+
+_POLL_S = 0.2, 0.5  # in the beginning, and later: workers want the processor too
+_BEGINNING_S = 5.0
+_SHARE_OF_POLLING = 0.02  # of the time, at most: counting a million tasks takes a while
+_SLOWEST_POLL_S = 5.0
+_MOST_STRIKES = 10  # workers that die one after the other without having had a document
+_MOST_TOLD = 1000  # failures told one by one; the ledger has them all
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRequest:
+    """What a user asks for.
+
+    Attributes:
+        sources: Files, folders, patterns, `hub:NAME`, `sql:URL`.
+        sync: A folder that the collection is to be made equal to, instead of sources.
+        force: Sync even if that deletes documents that are not from the folder, or all there are.
+        glob: Which files of a folder.
+        query: For `sql:`.
+        name: Of the job; the time if None.
+    """
+
+    sources: Sequence[str] = ()
+    sync: str | None = None
+    force: bool = False
+    glob: str | None = None
+    query: str | None = None
+    name: str | None = None
+
+    def specs(self, settings: JobSettings) -> list[dict[str, Any]]:
+        """The sources as the ledger keeps them.
+
+        Raises:
+            ConfigError: There is none, or one is malformed, or sync is asked for beside sources.
+            UnreadableDocumentError: There is no such file or folder.
+        """
+        if (self.sync is None) == (not self.sources):
+            raise ConfigError(
+                "either sources or a folder to sync must be named",
+                where="SOURCE",
+                next_step="For example `kv-memory job run notes/`, or `kv-memory job run --sync notes/`.",
+            )
+        if self.sync is not None and not Path(self.sync).is_dir():
+            raise ConfigError(
+                "--sync is for a folder, and this is none",
+                where=self.sync,
+                next_step=f"Check the path; relative ones start at {Path.cwd()}.",
+            )
+        if self.force and self.sync is None:
+            raise ConfigError(
+                "--force is for --sync, and there is none",
+                where="force",
+                next_step="Leave it out, or name the folder with --sync.",
+            )
+        fields = Fields(id_field=settings.id_field, text_field=settings.text_field)
+        named = self.sources if self.sync is None else [self.sync]
+        specs = parse_sources(named, glob=self.glob, query=self.query, fields=fields)
+        if self.sync is not None and any(spec["kind"] != "files" for spec in specs):
+            raise ConfigError(
+                "--sync is for files, not for records in them",
+                where="glob",
+                next_step="Name the files of records as sources instead: `kv-memory job run FILE...`.",
+            )
+        return specs
+
+
+def create_job(store: Store, request: JobRequest, settings: JobSettings) -> Job:
+    """Write a job into the ledger.
+
+    Raises:
+        ConfigError: The request is malformed.
+        UnreadableDocumentError: There is no such file or folder.
+        JobError: The name is taken, or the sync would delete what it should not.
+    """
+    specs = request.specs(settings)
+    if request.sync is not None and not request.force:
+        check_folder(store, FileSource(specs[0]["path"], glob=specs[0]["glob"]))
+    sources = {"items": specs, "sync": request.sync is not None}
+    return Ledger(store).create(request.name or job_name(), sources=sources, settings=settings)
+
+
+def drive(
+    store: Store,
+    job: Job,
+    engine: Engine,
+    *,
+    resumed: bool = False,
+    retry_failed: bool = False,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> JobEnded:
+    """Run a job to its end.
+
+    Args:
+        store: The job's.
+        job: From `create_job` or the ledger.
+        engine: Runs the workers.
+        resumed: The job was begun before.
+        retry_failed: Try failed documents again.
+        on_event: Called with everything that happens, from this thread.
+
+    Raises:
+        JobError: Somebody else drives the job, or it was cancelled before.
+        WorkerDiedError: Workers die before they have done anything.
+        KVMemoryError: No worker can do any document: the model cannot be loaded, or the store not be written. The job
+            can be resumed; one that has done nothing yet because of its model or settings is forgotten instead.
+    """
+    ledger = Ledger(store)
+    with ledger.driving(job):
+        job = ledger.reopen(job, retry_failed=retry_failed)
+        if resumed:
+            Roll(store).free_dead(job)
+        names = tuple(map(name_of, job.sources["items"]))
+        on_event(JobStarted(job=job.name, sources=names, resumed=resumed))
+        driver = _Driver(store, ledger, job, engine, on_event)
+        try:
+            return driver.run()
+        except (errors.ModelError, errors.AdapterError, ConfigError):
+            if not resumed and not ledger.counts(job).done:
+                ledger.forget(job)
+            raise
+
+
+class _Driver:
+    def __init__(
+        self, store: Store, ledger: Ledger, job: Job, engine: Engine, on_event: Callable[[Event], None]
+    ) -> None:
+        self._ledger = ledger
+        self._roll = Roll(store)
+        self._job = job
+        self._engine = engine
+        self._on_event = on_event
+        self._discovery = None if job.discovered else Discovery(store, ledger, job)
+        self._speed = Speedometer()
+        self._expired_s = 0.0
+        self._strikes = 0
+        self._progress = 0  # documents done or failed when it was last looked
+        self._told = {number for number, _ in ledger.failed(job, limit=_MOST_TOLD)}
+
+    def run(self) -> JobEnded:
+        start_s = time.monotonic()
+        if self._discovery is not None:
+            self._discovery.start()
+        try:
+            state = self._watch(start_s)
+        finally:
+            if self._discovery is not None:
+                self._discovery.stop()
+            for end in self._engine.stop():
+                self._roll.free(self._job, end.worker, end.reason)
+        if state == "running":
+            self._ledger.finish(self._job)
+        ended = self._ended(time.monotonic() - start_s)
+        self._on_event(ended)
+        if self._job.sources.get("sync") and not self._ledger.counts(self._job).total:
+            self._ledger.forget(self._job)  # nothing was to be done, and nothing needs to be remembered of it
+        return ended
+
+    def _watch(self, start_s: float) -> str:
+        """Until there is nothing left; the job's state by then."""
+        pause_s = 0.0
+        while True:
+            # Asked in this order: what is found between the two looks is in the counts.
+            discovered = self._is_discovered()
+            asked_s = time.monotonic()
+            counts, state = self._ledger.counts(self._job), self._ledger.state(self._job)
+            now_s = time.monotonic()
+            least_s = _POLL_S[now_s - start_s > _BEGINNING_S]
+            pause_s = min(max(least_s, (now_s - asked_s) / _SHARE_OF_POLLING), _SLOWEST_POLL_S)
+            listed = discovered or (self._discovery is not None and self._discovery.listed)
+            self._tell(counts, now_s, now_s - start_s, discovered=listed)
+            if state != "running":
+                if not counts.running:
+                    return state
+            elif discovered and not counts.open:
+                return state
+            self._tend(counts, wanted=counts.open if state == "running" else 0)
+            time.sleep(pause_s)
+
+    def _is_discovered(self) -> bool:
+        if self._discovery is None:
+            return True
+        if self._discovery.is_alive():
+            return False
+        if (error := self._discovery.error) is not None and self._ledger.state(self._job) == "running":
+            raise error
+        return True
+
+    def _tend(self, counts: Counts, *, wanted: int) -> None:
+        if counts.done + counts.failed > self._progress:
+            self._progress, self._strikes = counts.done + counts.failed, 0
+        for end in self._engine.tend(self._job, n_open=wanted):
+            freed = self._roll.free(self._job, end.worker, end.reason)
+            if end.error is not None:
+                raise _raised(end)
+            self._strikes = 0 if freed else self._strikes + 1
+            if end.died:
+                self._on_event(WorkerEnded(job=self._job.name, worker=end.worker, reason=end.reason))
+            if self._strikes >= _MOST_STRIKES:
+                raise WorkerDiedError(
+                    f"{self._strikes} workers have died one after the other before they had a document; the last one: "
+                    f"{end.reason}",
+                    where=self._job.name,
+                    next_step="If the system has killed them, there may be too little memory: take fewer --workers or "
+                    f"a smaller model. Go on with `kv-memory job resume {self._job.name}`.",
+                )
+        if time.monotonic() - self._expired_s > _SLOWEST_POLL_S:
+            self._expired_s = time.monotonic()
+            self._roll.expire(self._job)
+
+    def _tell(self, counts: Counts, now_s: float, elapsed_s: float, *, discovered: bool) -> None:
+        self._speed.see(now_s, counts)
+        n_told = len(self._told)
+        if counts.failed > n_told and n_told < _MOST_TOLD:
+            for number, failed in self._ledger.failed(self._job, limit=_MOST_TOLD):
+                if number not in self._told:
+                    self._told.add(number)
+                    self._on_event(
+                        DocumentFailed(
+                            job=self._job.name,
+                            document_id=failed.document_id,
+                            uri=failed.uri,
+                            attempts=failed.attempts,
+                            error=failed.error,
+                        )
+                    )
+        self._on_event(
+            Progress(
+                job=self._job.name,
+                discovered=discovered,
+                total=counts.total,
+                done=counts.done,
+                failed=counts.failed,
+                in_hand=counts.running,
+                n_tokens=counts.n_tokens,
+                n_workers=self._engine.n_workers(),
+                elapsed_s=elapsed_s,
+                documents_per_s=self._speed.documents_per_s,
+                tokens_per_s=self._speed.tokens_per_s,
+                left_s=self._speed.left_s(counts) if discovered else None,
+            )
+        )
+
+    def _ended(self, elapsed_s: float) -> JobEnded:
+        counts, job = self._ledger.counts(self._job), self._ledger.job(self._job.name)
+        return JobEnded(
+            job=job.name,
+            state=self._ledger.state(job),
+            added=counts.outcomes.get("added", 0),
+            replaced=counts.outcomes.get("replaced", 0),
+            unchanged=counts.outcomes.get("unchanged", 0) + job.n_unchanged,
+            deleted=job.n_deleted,
+            failed=counts.failed,
+            cancelled=counts.cancelled,
+            n_passages=counts.n_passages,
+            n_tokens=counts.n_tokens,
+            cache_bytes=counts.cache_bytes,
+            full_kv_bytes=counts.full_kv_bytes,
+            elapsed_s=elapsed_s,
+        )
+
+
+def _raised(end: WorkerEnd) -> KVMemoryError:
+    """The error of a worker, as one of this process."""
+    assert end.error is not None
+    kind = getattr(errors, str(end.error.get("error")), JobError)
+    what = str(end.error.get("what"))
+    if kind is JobError:
+        what = f"no worker can go on: {end.error.get('error')}: {what}"
+    error: KVMemoryError = kind(what, where=end.error.get("where"), next_step=end.error.get("next_step"))
+    return error

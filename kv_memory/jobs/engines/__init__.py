@@ -1,0 +1,1 @@
+"""Who runs the workers: processes of this machine, or Ray."""

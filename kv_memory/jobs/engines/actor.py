@@ -1,0 +1,162 @@
+"""A worker on a Ray cluster: what the process of the local engine is on one machine. Imports no ray.
+
+It takes turns of work. In one it claims documents from the ledger until none is left; the model stays for the next.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from kv_memory.errors import StoreConnectionError, StoreLockedError, WorkerDiedError
+from kv_memory.ingest.pipeline import Intake
+from kv_memory.jobs.claims import LEASE_S, Claims
+from kv_memory.jobs.leases import Roll, locks_reach
+from kv_memory.jobs.ledger import Ledger
+from kv_memory.jobs.names import worker_name
+from kv_memory.store import Store
+
+__all__ = ["Actor", "call_of"]
+
+_LOOK_S = 1.0
+_MOST_LOADS = 10
+_LOST_S = 3.0  # an actor whose store does not answer waits so long before it gives its turn back
+
+
+def call_of(driver: str) -> str:
+    """The name that a driver holds while it wants work done."""
+    return f"call of {driver}"
+
+
+class Actor:
+    """A worker. Nothing is opened before its first turn, so that what goes wrong can be told in a row.
+
+    Args:
+        path: The store's folder, on this machine.
+        collection: The job's.
+        job: Its name.
+        driver: Who called it.
+        n_threads: Of its model.
+        device: Of its model, `auto` for the GPU it was given.
+        lease_s: See `Claims`.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        collection: str,
+        job: str,
+        driver: str,
+        n_threads: int,
+        device: str = "auto",
+        lease_s: float = LEASE_S,
+    ) -> None:
+        self._place = Path(path), collection, job
+        self._driver = driver
+        self._n_threads = n_threads
+        self._device = device
+        self._lease_s = lease_s
+        self._name = f"{driver}-{worker_name()}"
+        self._stack: ExitStack | None = None
+        self._intake: Intake | None = None
+        self._called = True
+        self._looked_s = -_LOOK_S
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """A turn. The row that comes back says how many documents were done, and why no more.
+
+        Args:
+            batch: The number of the turn.
+        """
+        n_done, lost, fatal = 0, "", ""
+        # An exception would end the job, and Ray would say neither whose nor why.
+        try:
+            n_done = self._turn()
+        except (StoreConnectionError, StoreLockedError) as error:
+            lost = f"{error.what} (on {socket.gethostname()})"
+            self.close()
+            time.sleep(_LOST_S)
+        except Exception as error:
+            from kv_memory.jobs.worker import error_of
+
+            told = error_of(error)
+            fatal = json.dumps({**told, "what": f"{told['what']} (on {socket.gethostname()})"})
+            self.close()
+        return {"turn": list(batch["turn"]), "n_done": [n_done], "lost": [lost], "fatal": [fatal]}
+
+    def close(self) -> None:
+        """Let go of the store and the model; the next turn opens them again."""
+        self._intake = None
+        if self._stack is not None:
+            stack, self._stack = self._stack, None
+            stack.close()
+
+    def _turn(self) -> int:
+        from kv_memory.jobs.worker import make_intake, work
+
+        if self._stack is None:
+            self._open()
+        if not self._is_called() or not self._is_wanted():
+            return 0
+        if self._intake is None:
+            with self._counted():
+                self._intake = make_intake(self._store, self._job, device=self._device)
+            if self._job.fingerprint != self._intake.fingerprint.digest:
+                self._ledger.set_fingerprint(self._job, self._intake.fingerprint.digest)
+        return work(self._store, self._job, self._name, self._intake, alone=self._is_over, lease_s=self._lease_s)
+
+    def _open(self) -> None:
+        import torch
+
+        torch.set_num_threads(self._n_threads)
+        path, collection, name = self._place
+        with ExitStack() as stack:
+            self._store = stack.enter_context(Store.open(path, collection=collection, create=False))
+            stack.enter_context(Roll(self._store).living(self._name))
+            self._ledger = Ledger(self._store)
+            self._job = self._ledger.job(name)
+            self._claims = Claims(self._store, self._job.id, self._name, lease_s=self._lease_s)
+            self._stack = stack.pop_all()
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Loads of models on this machine that were not survived. Ray would start actors in vain for ever."""
+        loads = Path(tempfile.gettempdir()) / f"kv-memory-{self._driver}"
+        with loads.open("ab") as file:
+            file.write(b".")
+        try:
+            if (n_before := loads.stat().st_size - 1) >= _MOST_LOADS:
+                raise WorkerDiedError(
+                    f"{n_before} actors have died one after the other while they loaded the model",
+                    where=self._job.name,
+                    next_step="If the system has killed them, there may be too little memory: take fewer --workers or "
+                    f"a smaller model. Go on with `kv-memory job resume {self._job.name} --engine ray`.",
+                )
+            yield
+        finally:
+            loads.unlink(missing_ok=True)
+
+    def _is_over(self) -> bool:
+        """Whether the turn is. What others have in hand may come back, so that is waited for."""
+        return not self._is_called() or (not self._claims.pending() and not self._is_wanted())
+
+    def _is_called(self) -> bool:
+        """Whether the driver wants work done. Once it does not, it never will again; so it is not asked too often."""
+        catalog = self._store.catalog
+        if self._called and time.monotonic() - self._looked_s > _LOOK_S and locks_reach(catalog):
+            with catalog.hold(call_of(self._driver), wait=False) as had:
+                self._called = not had
+            self._looked_s = time.monotonic()
+        return self._called
+
+    def _is_wanted(self) -> bool:
+        """Whether documents of the job are open, or may yet be found."""
+        job = self._ledger.job(self._job.name)
+        return job.state == "running" and (not job.discovered or self._ledger.is_open(job))

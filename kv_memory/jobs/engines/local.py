@@ -1,0 +1,199 @@
+"""LocalEngine: worker processes on this machine.
+
+The processes are our own rather than those of a `ProcessPoolExecutor`, which is broken for good once one of them is
+killed: in a trial, 30 of 40 documents were lost with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from kv_memory.errors import ConfigError
+from kv_memory.jobs.claims import LEASE_S
+from kv_memory.jobs.engines.base import WorkerEnd
+from kv_memory.jobs.names import worker_name
+from kv_memory.jobs.records import Job
+
+__all__ = ["LocalEngine", "threads_of"]
+
+_WORKER = (sys.executable, "-m", "kv_memory.jobs.worker")
+_FATAL = 3  # what kv_memory.jobs.worker exits with; importing it here would load torch
+_PATIENCE_S = 10.0  # within which a worker gives its document back
+_SAID_CHARS = 300
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def threads_of(n_workers: int) -> int:
+    """How many threads each of so many workers has on this machine: `OMP_NUM_THREADS` where it asks for fewer."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(1, cores // n_workers)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(share, int(asked)) if asked.isdigit() and int(asked) else share
+
+
+@dataclass
+class _Process:
+    name: str
+    number: int
+    process: subprocess.Popen[bytes]
+    said: IO[bytes]  # standard output: the error that is no document's
+    noise: IO[bytes]  # standard error: what a library says before it crashes
+
+
+class LocalEngine:
+    """Workers as processes of this machine, each with a model of its own.
+
+    Args:
+        store_path: The store's folder.
+        n_workers: At most so many at a time.
+        lease_s: See `Claims`.
+        command: What a worker is started with, for tests.
+
+    Raises:
+        ConfigError: No number of workers.
+    """
+
+    def __init__(
+        self,
+        store_path: Path,
+        *,
+        n_workers: int = 1,
+        lease_s: float = LEASE_S,
+        command: Sequence[str] = _WORKER,
+    ) -> None:
+        if n_workers < 1:
+            raise ConfigError(
+                f"there must be at least 1 worker, got {n_workers}",
+                where="workers",
+                next_step="Pass 1, or as many as there are GPUs.",
+            )
+        self._store_path = store_path
+        self._most = n_workers
+        self._lease_s = lease_s
+        self._command = tuple(command)
+        self._threads = threads_of(n_workers)
+        self._processes: list[_Process] = []
+        self._stopping = False
+
+    def tend(self, job: Job, *, n_open: int) -> list[WorkerEnd]:
+        """See `Engine.tend`."""
+        ended = self._collect()
+        while not self._stopping and len(self._processes) < min(self._most, n_open):
+            self._start(job)
+        return ended
+
+    def n_workers(self) -> int:
+        """See `Engine.n_workers`."""
+        return len(self._processes)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers."""
+        return [entry.process.pid for entry in self._processes]
+
+    def stop(self) -> list[WorkerEnd]:
+        """See `Engine.stop`."""
+        patience_s = 0.0 if self._stopping else _PATIENCE_S
+        self._stopping = True
+        for entry in self._processes:
+            with suppress(OSError):
+                entry.process.terminate()
+        deadline = time.monotonic() + patience_s
+        ended: list[WorkerEnd] = []
+        while self._processes:
+            ended += self._collect()
+            if time.monotonic() > deadline:
+                for entry in self._processes:
+                    with suppress(OSError):
+                        entry.process.kill()
+                    entry.process.wait()
+            else:
+                time.sleep(0.01)
+        return ended
+
+    def _start(self, job: Job) -> None:
+        taken = {entry.number for entry in self._processes}
+        number = next(n for n in range(self._most) if n not in taken)
+        name = worker_name()
+        said, noise = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
+        command = [
+            *self._command,
+            *("--store", str(self._store_path)),
+            *("--collection", job.collection),
+            *("--job", job.name),
+            *("--worker", name),
+            *("--parent", str(os.getpid())),
+            *("--number", str(number)),
+            *("--threads", str(self._threads)),
+            *("--lease", str(self._lease_s)),
+        ]
+        options: dict[str, Any] = {}
+        if os.name == "posix":
+            options["start_new_session"] = True  # Ctrl-C reaches a whole foreground group; workers are told by us
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=noise,
+            env={**os.environ, **dict.fromkeys(_THREADS, str(self._threads)), **_QUIET},
+            **options,
+        )
+        self._processes.append(_Process(name, number, process, said, noise))
+
+    def _collect(self) -> list[WorkerEnd]:
+        """Those that have ended, taken out."""
+        ended: list[WorkerEnd] = []
+        for entry in [entry for entry in self._processes if entry.process.poll() is not None]:
+            self._processes.remove(entry)
+            ended.append(_end_of(entry))
+            entry.said.close()
+            entry.noise.close()
+        return ended
+
+
+# What libraries print would be lost, or garble the error.
+_QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+def _end_of(entry: _Process) -> WorkerEnd:
+    code = entry.process.returncode
+    if code == 0:
+        return WorkerEnd(worker=entry.name, reason="ended")
+    if code == _FATAL:
+        with suppress(ValueError):
+            entry.said.seek(0)
+            error = json.loads(entry.said.read().decode().strip().splitlines()[-1])
+            return WorkerEnd(worker=entry.name, reason=str(error["what"]), error=error)
+    reason = f"exit code {code}" if code > 0 else f"killed by {_signal_name(-code)}"
+    said = _last_words(entry.noise)
+    return WorkerEnd(worker=entry.name, reason=f"{reason}: {said}" if said else reason, died=True)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _last_words(noise: IO[bytes]) -> str:
+    size = noise.seek(0, os.SEEK_END)
+    noise.seek(max(0, size - 4 * _SAID_CHARS))
+    lines = noise.read().decode("utf-8", "replace").strip().splitlines()
+    return lines[-1].strip()[:_SAID_CHARS] if lines else ""

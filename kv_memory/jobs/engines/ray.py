@@ -1,0 +1,341 @@
+"""RayEngine: workers as actors of a Ray cluster, in a pool of Ray Data. The only file that imports ray.
+
+A row of the data set is a turn of work. An actor takes it, loads its model the first time, and then does what a worker
+of the local engine does, by the same code: it claims documents from the ledger and writes caches straight into the
+store, until nothing is left. Back comes a row of a few bytes. No text and no tensor goes through Ray, and the ledger
+stays the checkpoint: Ray Data's own wants sources and sinks that are files on a shared disk. Documents as rows were
+rejected: an actor has a block of them, and at the end the others wait for the one with the last block.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from kv_memory.errors import ConfigError, JobError
+from kv_memory.jobs.claims import LEASE_S
+from kv_memory.jobs.engines.actor import Actor, call_of
+from kv_memory.jobs.engines.base import WorkerEnd
+from kv_memory.jobs.engines.guard import Guard
+from kv_memory.jobs.leases import Roll
+from kv_memory.jobs.ledger import Ledger
+from kv_memory.jobs.records import Job
+from kv_memory.store import Store
+
+__all__ = ["RayEngine", "Share", "share_of"]
+
+_LOG = logging.getLogger(__name__)
+_PATIENCE_S = 10.0  # within which the actors end after the document in hand
+_FREE_S = 5.0
+_KNOCK_S = 5.0
+_SPARE_TURNS = 16  # beyond two for each actor: for those that join late, and those that gave a turn back
+_ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # off, as it is there, no port of Ray is open to other machines
+
+
+class RayEngine:
+    """Workers as actors of a Ray cluster: that of `RAY_ADDRESS`, or one of this machine, started for the job.
+
+    A cluster started here listens on the loopback address only, wants Ray's token, has no dashboard and reports no
+    usage; with the engine it ends.
+
+    Args:
+        store: The job's. Every machine of the cluster needs its folder at the same path: with SQLite there can be one
+            machine only, with PostgreSQL and an object store it is `kv-memory db init` on each. Files that are sources
+            must be at the same paths too.
+        n_workers: At most so many actors; as many as there is room for are started.
+        n_gpus: Of each actor, 0.5 for two that share one; None for one, where the cluster has any.
+        lease_s: See `Claims`.
+
+    Raises:
+        ConfigError: Ray is not installed, or a number is out of range.
+        JobError: The cluster cannot be joined, has no machine with so many GPUs, or has several machines while the
+            store is in a folder of this one.
+    """
+
+    def __init__(
+        self, store: Store, *, n_workers: int = 1, n_gpus: float | None = None, lease_s: float = LEASE_S
+    ) -> None:
+        if n_workers < 1:
+            raise ConfigError(
+                f"there must be at least 1 worker, got {n_workers}",
+                where="workers",
+                next_step="Pass as many as the cluster has GPUs; without any, one for each few cores.",
+            )
+        if n_gpus is not None and not 0 <= n_gpus < math.inf:
+            raise ConfigError(
+                f"a worker has 0 GPUs or more, got {n_gpus}",
+                where="gpus_per_worker",
+                next_step="Pass 1, 0.5 for two workers that share a GPU, or 0 for none.",
+            )
+        self._store = store
+        self._ledger = Ledger(store)
+        self._roll = Roll(store)
+        self._most = n_workers
+        self._lease_s = lease_s
+        self._name = f"ray-{uuid.uuid4().hex[:8]}"
+        self._cluster = _join()
+        try:
+            self._share = share_of(self._check_machines(), n_workers=n_workers, n_gpus=n_gpus)
+        except BaseException:
+            self._shut_down()
+            raise
+        self._run: _Run | None = None
+        self._job: Job | None = None
+        self._calling = ExitStack()  # while it is open, the actors see that work is wanted
+        self._freed_s = 0.0
+        self._stopping = False
+
+    def tend(self, job: Job, *, n_open: int) -> list[WorkerEnd]:
+        """See `Engine.tend`. Ray itself replaces actors that die; what is told are runs that broke off."""
+        ended: list[WorkerEnd] = []
+        if self._job is None:
+            self._job = job
+            self._calling.enter_context(self._store.catalog.hold(call_of(self._name)))
+        if self._run is not None:
+            ended += self._run.lost()
+            if not self._run.is_alive():
+                ended += self._ends(self._run)
+                self._run = None
+        if time.monotonic() - self._freed_s > _FREE_S:
+            self._freed_s = time.monotonic()
+            self._roll.free_dead(job)  # what an actor had in hand when it died; the others are waiting for it
+        if self._run is None and n_open and not self._stopping and not any(end.error for end in ended):
+            self._run = _Run(self._turns(job), self._name)
+            self._run.start()
+        return ended
+
+    def n_workers(self) -> int:
+        """See `Engine.n_workers`: how many there may be."""
+        return 0 if self._run is None else self._most
+
+    def stop(self) -> list[WorkerEnd]:
+        """See `Engine.stop`."""
+        patience_s = 0.0 if self._stopping else _PATIENCE_S
+        self._stopping = True
+        self._calling.close()
+        if self._run is not None:
+            self._run.join(patience_s)
+            self._run = None
+        self._shut_down()
+        if self._job is not None:
+            self._roll.release_all(self._job, self._name)
+        return []
+
+    def _turns(self, job: Job) -> Any:
+        import ray
+
+        n_turns = 2 * self._most + _SPARE_TURNS
+        turns = ray.data.from_items([{"turn": number} for number in range(n_turns)], override_num_blocks=n_turns)
+        turns = turns.map_batches(
+            Actor,
+            fn_constructor_kwargs={
+                "path": str(self._store.path),
+                "collection": job.collection,
+                "job": job.name,
+                "driver": self._name,
+                "n_threads": self._share.n_threads,
+                "device": "auto" if self._share.n_gpus else "cpu",
+                "lease_s": self._lease_s,
+            },
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1,  # one is enough to begin with
+                max_size=self._most,
+                initial_size=self._most,
+                max_tasks_in_flight_per_actor=2,  # with one, Ray never sees that more actors are of use
+            ),
+            num_cpus=self._share.n_cpus,
+            num_gpus=self._share.n_gpus,
+        )
+        turns.context.enable_progress_bars = False
+        return turns
+
+    def _ends(self, run: _Run) -> list[WorkerEnd]:
+        """What is to be told of a run that is over, although documents are left."""
+        if run.fatal is not None:
+            return [WorkerEnd(worker=self._name, reason=str(run.fatal.get("what")), error=run.fatal)]
+        return [] if run.broken is None else [WorkerEnd(worker=self._name, reason=run.broken, died=True)]
+
+    def _check_machines(self) -> list[dict[str, float]]:
+        """The resources of the machines, after a look at whether all of them can reach the store."""
+        import ray
+
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        n_machines = len(machines)
+        here = "catalog" if self._store.catalog.dialect == "sqlite" else "blobs"
+        if n_machines > 1 and (here == "catalog" or "://" not in self._store.blobs_url):
+            raise JobError(
+                f"the cluster has {n_machines} machines, and the store's {here} are in a folder of this one",
+                where=str(self._store.path),
+                next_step="Make a store in PostgreSQL and an object store with `kv-memory db init`, on each machine.",
+            )
+        return machines
+
+    def _shut_down(self) -> None:
+        self._cluster.close()
+
+
+def _join() -> ExitStack:
+    """Join the cluster; closing what is returned leaves it. One that an application has joined is its own to leave."""
+    left = ExitStack()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault(
+        "RAY_ENABLE_AUTO_CONNECT", "0"
+    )  # or what is left of a run starts a cluster after the last one
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _knock(address)
+    else:
+        os.environ.setdefault(_ON_LOOPBACK, "0")  # Ray reads it while it is imported
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ConfigError(
+            "Ray is not installed", where="engine", next_step="Run `pip install 'kv-memory[ray]'`."
+        ) from error
+    if ray.is_initialized():
+        return left
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns of what Ray Data does by itself
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it has to say is told by us
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    with ExitStack() as joined:
+        try:
+            if address:
+                ray.init(address=address, **quiet)
+            else:  # "local", or it would join whichever cluster was started on this machine before
+                guard = Guard()
+                joined.callback(guard.close)
+                with guard.marking():
+                    ray.init(address="local", include_dashboard=False, num_cpus=_n_cores(), **quiet)
+        except Exception as error:
+            raise _no_cluster(address, error) from error
+        joined.callback(ray.shutdown)
+        # Whatever log_to_driver says, it prints of nodes that died to standard output, among our JSON.
+        internals: Any = ray._private.worker
+        joined.callback(setattr, internals, "print_to_stdstream", internals.print_to_stdstream)
+        internals.print_to_stdstream = _note
+        left = joined.pop_all()
+    return left
+
+
+def _note(said: Mapping[str, Any], *_: Any, **_options: Any) -> None:
+    for line in said.get("lines", ()):
+        _LOG.info("Ray says: %s", line)
+
+
+def _knock(address: str) -> None:
+    """Ray itself would knock for minutes. Addresses of other kinds than HOST:PORT are left to it."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
+        except OSError as error:
+            raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str | None, error: Exception) -> JobError:
+    return JobError(
+        f"the Ray cluster cannot be {'joined' if address else 'started'}: {_last_line(error)}",
+        where=f"RAY_ADDRESS={address}" if address else "ray",
+        next_step="Look at `ray status` on its head, and whether RAY_AUTH_MODE and the token are the same here."
+        if address
+        else "Ray's logs are in /tmp/ray/session_latest/logs.",
+    )
+
+
+def _n_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one actor has of the cluster.
+
+    Attributes:
+        n_cpus: Cores, as Ray counts them; a fraction where actors outnumber cores.
+        n_gpus: GPUs; a fraction of one for actors that share it.
+        n_threads: Of its model.
+    """
+
+    n_cpus: float
+    n_gpus: float
+    n_threads: int
+
+
+def share_of(machines: Sequence[Mapping[str, float]], *, n_workers: int, n_gpus: float | None) -> Share:
+    """Its share of the cluster there is, no more than the smallest of the machines has.
+
+    Args:
+        machines: The resources of each, as Ray names them.
+        n_workers: How many actors are to find room.
+        n_gpus: Of each; None for one, where there are any.
+
+    Raises:
+        JobError: No machine has so many GPUs.
+    """
+    cores = [cores for machine in machines if (cores := machine.get("CPU", 0))]  # a head often has none
+    most_gpus = max((machine.get("GPU", 0) for machine in machines), default=0)
+    if n_gpus is None:
+        n_gpus = 1.0 if most_gpus else 0.0
+    if n_gpus > most_gpus:
+        raise JobError(
+            f"a worker is to have {n_gpus:g} GPUs, and no machine of the cluster has more than {most_gpus:g}",
+            where="gpus_per_worker",
+            next_step="Take fewer GPUs for each worker, or none with `--gpus-per-worker 0`.",
+        )
+    share = min(sum(cores) / n_workers, min(cores)) if cores else 1.0
+    # A worker on a GPU leaves the cores to what else the machine does. Ray counts in ten-thousandths.
+    n_cpus = min(share, 1) if n_gpus or share < 1 else int(share)
+    n_cpus = max(1, math.floor(n_cpus * 1e4)) / 1e4
+    return Share(n_cpus=n_cpus, n_gpus=n_gpus, n_threads=_threads_asked(max(1, int(share))))
+
+
+def _threads_asked(share: int) -> int:
+    """`OMP_NUM_THREADS` where it asks for fewer, as for workers of this machine."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(share, int(asked)) if asked.isdigit() and int(asked) else share
+
+
+class _Run(threading.Thread):
+    """Goes through a data set; what comes out of it are rows that say how a turn ended."""
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        super().__init__(name=f"{name} run", daemon=True)
+        self.fatal: dict[str, str | None] | None = None
+        self.broken: str | None = None
+        self._dataset = dataset
+        self._worker = name
+        self._lost: list[str] = []
+
+    def run(self) -> None:
+        """See `threading.Thread.run`."""
+        try:
+            for row in self._dataset.iter_rows():
+                if row["lost"]:
+                    self._lost.append(row["lost"])
+                if row["fatal"]:
+                    self.fatal = json.loads(row["fatal"])
+                    return
+        except Exception as error:
+            self.broken = _last_line(error)
+
+    def lost(self) -> list[WorkerEnd]:
+        """The actors that gave their turns back, since this was last asked."""
+        told, self._lost = self._lost, []
+        return [WorkerEnd(worker=self._worker, reason=reason, died=True) for reason in told]

@@ -1,0 +1,435 @@
+"""Backbone: a causal language model, its tokenizer, its prompt form, and its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import threading
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kv_memory.cache.distilled import dtype_from_name, dtype_name
+from kv_memory.cache.fingerprint import FORMATS, Fingerprint
+from kv_memory.config import DtypeName
+from kv_memory.errors import ContextWindowError, EncodingError, UnsupportedModelError
+from kv_memory.model.attention import ATTENTION, ForwardContext
+from kv_memory.model.embedded import EMBEDDED, built_in, concrete_name
+from kv_memory.model.kv_cache import NEVER, PositionedCache
+from kv_memory.model.loading import best_device, best_dtype, hash_parameters, hash_tokenizer, load_model
+from kv_memory.model.prefix import Prefix
+from kv_memory.model.prompts import PromptForm, PromptName, choose_form
+from kv_memory.model.rope import Rope
+
+__all__ = ["SUPPORTED", "Backbone", "cache_argument"]
+
+# Transformers' model types whose attention goes through its attention interface with "rotate half" positions, and
+# which are proven in tests/model/test_proof.py.
+SUPPORTED = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3",
+    "phi3": "Phi-3",
+}
+
+
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """The name under which a Transformers forward pass takes its cache: `cache` from 5.24 on, `past_key_values` before.
+
+    The signature decides, not the release number: a model's code can lie outside Transformers, and move when it likes.
+    """
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
+class Backbone:
+    """A causal language model that reads documents and answers questions.
+
+    The model is never changed: its weights stay frozen, and an adapter that is attached acts only on tokens a
+    compressor routes through it.
+
+    Args:
+        model: A Transformers causal LM of a supported architecture, in evaluation mode.
+        tokenizer: Its tokenizer.
+        prompt: A `PromptForm`, or `chat`, `brief`, `passage`, or `auto`: the model's chat template where it has one.
+        name: What errors and listings call the model.
+        weights_sha256: Hash of the weights where it is known already; computed from the parameters otherwise.
+
+    Raises:
+        UnsupportedModelError: The architecture is not supported; names those that are.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        prompt: PromptName | PromptForm = "auto",
+        name: str | None = None,
+        weights_sha256: str | None = None,
+    ) -> None:
+        config = model.config
+        if config.model_type not in SUPPORTED:
+            raise UnsupportedModelError(
+                f"architecture {config.model_type!r} is not supported",
+                where=name or getattr(config, "_name_or_path", "") or type(model).__name__,
+                next_step=f"Use a model of one of these: {', '.join(SUPPORTED.values())}.",
+            )
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name or getattr(config, "_name_or_path", "") or type(model).__name__
+        self.config = config
+        self.lock = threading.RLock()  # rotary modules and routed layers hold state during a forward pass
+        self._tokenizer_lock = threading.Lock()
+        self.decoder: nn.Module = model.get_decoder()
+        self.layers: Sequence[nn.Module] = self.decoder.layers
+        self._cache_arguments = {module: cache_argument(module.forward) for module in (self.model, self.decoder)}
+        self.num_layers: int = config.num_hidden_layers
+        self.num_heads: int = config.num_attention_heads
+        self.num_kv_heads: int = config.num_key_value_heads
+        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.hidden_size: int = config.hidden_size
+        self.context_window: int = config.max_position_embeddings
+        self.weights_sha256 = weights_sha256 or hash_parameters(model)
+        per_layer = isinstance(getattr(self.decoder.rotary_emb, "rope_type", None), dict)
+        self.rope = Rope(
+            self.decoder.rotary_emb,
+            layer_types=list(config.layer_types) if per_layer else [None] * self.num_layers,
+            lock=self.lock,
+        )
+        model.set_attn_implementation(ATTENTION)
+        self.prompt = choose_form(prompt, tokenizer)
+        self._prefix: Prefix | None = None
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path = EMBEDDED,
+        *,
+        dtype: DtypeName = "auto",
+        device: str = "auto",
+        prompt: PromptName | PromptForm = "auto",
+        revision: str | None = None,
+    ) -> Backbone:
+        """Load a model by name.
+
+        Args:
+            name: A built-in model (`qwen-0.5b`, `smollm2`, or `embedded`: the first of these that is prepared), a local
+                folder, or a Hugging Face hub id.
+            dtype: `auto` takes bfloat16 where the processor or GPU is fast at it, else float32.
+            device: `auto` takes a GPU where there is one; or a torch device such as `cuda:1`.
+            prompt: See `Backbone`; `auto` takes the form that a built-in model answers best in.
+            revision: Of a hub id.
+
+        Raises:
+            ModelNotFoundError: There is no such model.
+            TokenizerError: It has no usable tokenizer.
+            UnsupportedModelError: Its architecture is not supported.
+        """
+        device = best_device() if device == "auto" else device
+        torch_dtype = best_dtype(device) if dtype == "auto" else dtype_from_name(dtype)
+        name = concrete_name(str(name))
+        loaded = load_model(name, dtype=torch_dtype, device=device, revision=revision, supported=SUPPORTED)
+        if prompt == "auto" and (model := built_in(name)):
+            prompt = model.prompt
+        return cls(loaded.model, loaded.tokenizer, prompt=prompt, name=name, weights_sha256=loaded.weights_sha256)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's weights and of the caches it makes."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes one token takes in an uncompressed cache."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    # -- fingerprint ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer_sha256(self) -> str:
+        """Hash of the tokenizer's vocabulary, merges and special tokens."""
+        return hash_tokenizer(self.tokenizer)
+
+    def fingerprint(
+        self,
+        *,
+        method: str,
+        adapter: str = "",
+        eta: int | None = None,
+        keep_spans: str = "",
+        format_version: int = FORMATS[0],
+    ) -> Fingerprint:
+        """The fingerprint of caches made by this model with this method. Arguments as in `Fingerprint`."""
+        rope = json.dumps(getattr(self.config, "rope_parameters", None) or {}, sort_keys=True)
+        prefix = ",".join(map(str, self.prefix_ids))
+        return Fingerprint(
+            format_version=format_version,
+            architecture=self.config.model_type,
+            weights=self.weights_sha256,
+            tokenizer=self.tokenizer_sha256,
+            prompt=self.prompt.digest,
+            prefix=hashlib.sha256(prefix.encode()).hexdigest(),
+            method=method,
+            adapter=adapter,
+            eta=eta,
+            rope=hashlib.sha256(rope.encode()).hexdigest(),
+            dtype=dtype_name(self.dtype),
+            num_layers=self.num_layers,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            keep_spans=keep_spans,
+        )
+
+    # -- tokens --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """Token ids of the shared prefix, with the tokenizer's start token where the form wants it."""
+        ids = self.tokenizer(self.prompt.prefix, add_special_tokens=self.prompt.add_bos)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        while len(ids) > 1 and ids[-1] == end and not self.prompt.prefix.endswith(self.tokenizer.eos_token or "\0"):
+            ids = ids[:-1]  # some tokenizers close every text with an end token
+        return tuple(ids)
+
+    def _tokenize(self, text: str | list[str], **options: bool) -> Any:
+        with self._tokenizer_lock:  # options are a state of the tokenizer while they last
+            try:
+                return self.tokenizer(text, add_special_tokens=False, verbose=False, **options)
+            except TypeError as error:  # what the tokenizers library makes of it
+                raise EncodingError(
+                    "half a surrogate pair is no text",
+                    where=repr(text)[:80],
+                    next_step='Replace it: text.encode(errors="replace").decode().',
+                ) from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a piece of text, without special tokens."""
+        ids: list[int] = self._tokenize(text)["input_ids"]
+        return ids
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of text from outside: what spells a special token (`<|im_end|>`) stays text, and ends no turn."""
+        return self.encode_with_offsets(text)[0]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode_text`, and the span of characters each token stands for."""
+        encoded = self._tokenize(text, split_special_tokens=True, return_offsets_mapping=True)
+        return encoded["input_ids"], encoded["offset_mapping"]
+
+    def spells_special(self, text: str) -> bool:
+        """Whether `encode` would find a special token in the text."""
+        return any(token in text for token in self._special_tokens)
+
+    @cached_property
+    def _special_tokens(self) -> frozenset[str]:
+        # Not `all_special_tokens` alone, which names those with a role: Llama 3's `<|start_header_id|>` has none.
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        named = {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+        return frozenset(token for token in named if token)
+
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        """How many tokens each text has, as `encode_text` would give them; one call for many texts is fast."""
+        if not texts:
+            return []
+        encoded = self._tokenize(texts, split_special_tokens=True)
+        return [len(ids) for ids in encoded["input_ids"]]
+
+    def encode_document(self, text: str) -> list[int]:
+        """Token ids of a document in its wrapper; wrapper and text are tokenised apart."""
+        form = self.prompt
+        return self.encode(form.document_before) + self.encode_text(text) + self.encode(form.document_after)
+
+    def encode_question(self, question: str) -> list[int]:
+        """Token ids of a question in its wrapper."""
+        form = self.prompt
+        if not self.spells_special(question):
+            return self.encode(form.question(question))  # in one piece, as the worked examples are
+        text = self.encode_text(question.strip())
+        return self.encode(form.question_before) + text + self.encode(form.question_after)
+
+    # -- forward passes ------------------------------------------------------------------------------------------
+
+    @property
+    def prefix(self) -> Prefix:
+        """The shared prefix, prefilled on first use."""
+        if self._prefix is None:
+            with self.lock:
+                self._prefix = self._prefix or self._prefill_prefix(len(self.prefix_ids))
+        return self._prefix
+
+    @property
+    def prefix_key(self) -> str:
+        """The name under which the prefilled prefix may be kept between runs: all that decides its bytes."""
+        return self.fingerprint(method="prefix").digest
+
+    def load_prefix(self, path: Path) -> None:
+        """Take the prefilled prefix from a file that holds `prefix.to_bytes(key=prefix_key)`.
+
+        Raises:
+            CorruptCacheError: The file is something else.
+        """
+        n_prefix = len(self.prefix_ids)
+        like = torch.empty(self.num_layers, self.num_kv_heads, 0, self.head_dim, dtype=self.dtype, device=self.device)
+        regime = self.rope.regime(n_prefix)
+        self._prefix = Prefix.load(path, key=self.prefix_key, ids=self.prefix_ids, regime=regime, like=like)
+
+    def prefix_for(self, n_positions: int) -> Prefix:
+        """The prefix with the rotary frequencies of a sequence of `n_positions` in all."""
+        if self.prefix.regime == self.rope.regime(n_positions):
+            return self.prefix
+        return self._prefill_prefix(n_positions)
+
+    def _prefill_prefix(self, n_positions: int) -> Prefix:
+        n_prefix = len(self.prefix_ids)
+        cache = self.empty_cache(n_prefix + 1)
+        own, wanted = self.rope.regime(n_prefix), self.rope.regime(n_positions)
+        if self.prefix_ids and own == wanted:
+            self.read(torch.tensor([self.prefix_ids]), cache)
+        elif self.prefix_ids:
+            # Rotary modules choose their frequencies by the last position they are shown. A token there, which nothing
+            # in the prefix can see, makes them read the prefix as the head of a sequence of that length.
+            ids = torch.tensor([[*self.prefix_ids, self.prefix_ids[-1]]])
+            positions = torch.arange(n_prefix + 1, device=self.device)
+            positions[-1] = n_positions - 1
+            self._forward(self.decoder, ids, cache, lengths=None, context=None, positions=positions[None])
+            cache.rewind(1)
+        layers = [cache.layer(index) for index in range(self.num_layers)]
+        keys, values = torch.stack([k[0] for k, _ in layers]), torch.stack([v[0] for _, v in layers])
+        return Prefix(self.prefix_ids, keys, values, wanted)
+
+    def empty_cache(self, capacity: int, *, batch_size: int = 1) -> PositionedCache:
+        """A cache without entries and with room for `capacity` of them."""
+        shape = (self.num_layers, batch_size, self.num_kv_heads, capacity, self.head_dim)
+        keys = torch.empty(shape, dtype=self.dtype, device=self.device)
+        none = torch.empty(0, dtype=torch.int32, device=self.device)
+        return PositionedCache(keys, torch.empty_like(keys), positions=none, next_position=0)
+
+    def prefixed_cache(self, n_tokens: int, *, room: int = 0, batch_size: int = 1) -> PositionedCache:
+        """A cache that holds the shared prefix, for a document of `n_tokens` and room for more entries behind it."""
+        n_prefix = len(self.prefix_ids)
+        prefix = self.prefix_for(n_prefix + n_tokens)
+        cache = self.empty_cache(n_prefix + n_tokens + room, batch_size=batch_size)
+        for index, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+            cache.update(keys.expand(batch_size, -1, -1, -1), values.expand(batch_size, -1, -1, -1), index)
+        cache.composed_positions = torch.arange(n_prefix, dtype=torch.int32, device=self.device)
+        cache.next_positions += n_prefix
+        cache.n_positions = n_prefix + n_tokens
+        return cache
+
+    def check_positions(self, n_positions: int, *, what: str) -> None:
+        """Raise `ContextWindowError` unless the model can address `n_positions`."""
+        if n_positions > self.context_window:
+            raise ContextWindowError(
+                f"{what} needs {n_positions:,} positions, the model has {self.context_window:,}",
+                where=self.name,
+                next_step="Retrieve fewer or shorter documents, lower max_new_tokens, or use layout='packed'.",
+            )
+
+    def read(
+        self,
+        ids: torch.Tensor,
+        cache: PositionedCache,
+        *,
+        lengths: torch.Tensor | None = None,
+        context: ForwardContext | None = None,
+    ) -> torch.Tensor:
+        """Prefill tokens into a cache, without computing logits.
+
+        Args:
+            ids: `(batch, n)` token ids, padded on the right.
+            cache: Grows by `n` entries.
+            lengths: `(batch,)` real tokens per row; all of them if None.
+            context: Observer and routing; its cache is set here.
+
+        Returns:
+            `(batch, n, hidden_size)`, what the language model head would see.
+        """
+        return self._forward(self.decoder, ids, cache, lengths=lengths, context=context)[0]  # type: ignore[no-any-return]
+
+    def logits(
+        self,
+        ids: torch.Tensor,
+        cache: PositionedCache,
+        *,
+        lengths: torch.Tensor | None = None,
+        every: bool = False,
+        context: ForwardContext | None = None,
+    ) -> torch.Tensor:
+        """Prefill tokens into a cache and return the logits for the token that follows.
+
+        Args:
+            ids: `(batch, n)` token ids, padded on the right.
+            cache: Grows by `n` entries.
+            lengths: `(batch,)` real tokens per row; all of them if None.
+            every: Return the logits after every token instead of the last.
+            context: Observer and routing; its cache is set here.
+
+        Returns:
+            `(batch, vocab_size)`, or `(batch, n, vocab_size)` with `every`; of the model's dtype.
+        """
+        last = torch.full((ids.shape[0],), ids.shape[1]) if lengths is None else lengths.cpu()
+        wanted, row_of = torch.unique(last - 1, return_inverse=True)
+        keep = 0 if every else wanted.to(self.device)
+        out = self._forward(self.model, ids, cache, lengths=lengths, context=context, logits_to_keep=keep)
+        logits: torch.Tensor = out.logits
+        return logits if every else logits[torch.arange(len(row_of)), row_of.to(logits.device)]
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of hidden states that `read` returned: `(..., hidden_size)` to `(..., vocab_size)`."""
+        logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
+        softcap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+    def _forward(
+        self,
+        module: Any,
+        ids: torch.Tensor,
+        cache: PositionedCache,
+        *,
+        lengths: torch.Tensor | None,
+        context: ForwardContext | None,
+        positions: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        ids = ids.to(self.device)
+        n = ids.shape[1]
+        if positions is None:
+            positions = cache.next_positions[:, None] + torch.arange(n, device=self.device)
+        if self.rope.varies:  # elsewhere looking would only make a GPU wait
+            cache.turn(self.rope, int(positions.max()) + 1)
+        if lengths is None:
+            cache.append_positions(positions)
+            step: torch.Tensor | int = n
+        else:
+            real = torch.arange(n, device=self.device) < lengths.to(self.device)[:, None]
+            cache.append_positions(positions.masked_fill(~real, NEVER))
+            step = lengths.to(self.device)
+        context = context or ForwardContext()
+        context.cache = cache
+        context.masks.clear()
+        with self.lock:
+            out = module(
+                input_ids=ids,
+                position_ids=positions,
+                use_cache=True,
+                kv_memory=context,
+                **{self._cache_arguments[module]: cache},
+                **kwargs,
+            )
+        cache.next_positions = cache.next_positions + step
+        return out

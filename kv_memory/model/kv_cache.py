@@ -1,0 +1,202 @@
+"""The cache a model reads: keys and values with rotary embedding, and the position of every entry.
+
+In a composed cache index and position are different things, and in a distilled one they differ from head to head; so
+every entry says where it stands. Layers grow inside a buffer, and heads may hold different numbers of entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from kv_memory.model.rope import Rope
+
+__all__ = ["NEVER", "PositionedCache", "PreallocatedLayer"]
+
+NEVER = torch.iinfo(torch.int32).max  # the position of padding: later than every query, so never seen
+
+
+class PreallocatedLayer(DynamicLayer):
+    """A cache layer that grows inside a buffer instead of copying itself for every new token."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._buffers = keys, values
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+        self._show(length)
+
+    def _show(self, length: int) -> None:
+        keys, values = self._buffers
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+
+    def put_keys(self, keys: torch.Tensor) -> None:
+        """Replace the keys: `(batch, num_kv_heads, length, head_dim)`."""
+        assert self.keys is not None and self.values is not None
+        if self.keys.requires_grad:  # training: what a gradient comes back through cannot be written over
+            self._buffers = keys, self.values
+            self._show(keys.shape[2])
+        else:
+            self.keys.copy_(keys)
+
+    def rewind(self, n_tokens: int) -> None:
+        """Forget the last `n_tokens` entries; the next ones take their room."""
+        assert self.keys is not None
+        self._show(self.keys.shape[2] - n_tokens)
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """Drop all other rows of the batch."""
+        assert self.keys is not None
+        keys, values = self._buffers
+        self._buffers = keys[rows], values[rows]
+        self._show(self.keys.shape[2])
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append `(batch, num_kv_heads, new, head_dim)`; returns all keys and values so far."""
+        assert self.keys is not None and self.values is not None
+        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        keys, values = self._buffers
+        if end > keys.shape[2] or key_states.requires_grad or keys.requires_grad:  # beyond the plan, or training: copy
+            self._buffers = torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
+        else:
+            keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
+        self._show(end)
+        return self.keys, self.values
+
+
+class PositionedCache(DynamicCache):
+    """Keys and values with rotary embedding, and the position of every entry.
+
+    Args:
+        keys: For each layer `(batch, num_kv_heads, capacity, head_dim)`; the first `length` entries are filled. Layers
+            may differ in capacity and length.
+        values: The same shapes.
+        positions: Of the filled entries, integer, `NEVER` for padding: `(length,)`, the same for all;
+            `(num_layers, num_kv_heads, length)`; or for each layer `(batch or 1, num_kv_heads or 1, length)`, where
+            heads or rows hold different numbers of entries.
+        next_position: Where the tokens that follow begin.
+        n_positions: The length of the sequence for which the keys were rotated; `next_position` if None.
+        starts: For each layer and head the index of its first entry, where padding stands in front of the entries and
+            nowhere else; None where it may stand anywhere, or nowhere.
+        bias: For each layer `(batch or 1, num_kv_heads, n)`, what is added to the attention logits of the first `n`
+            entries; None for nothing.
+
+    Attributes:
+        next_positions: `(batch,)`, where each row goes on.
+        padded: Whether there may be padding among the composed entries.
+    """
+
+    def __init__(
+        self,
+        keys: torch.Tensor | Sequence[torch.Tensor],
+        values: torch.Tensor | Sequence[torch.Tensor],
+        *,
+        positions: torch.Tensor | Sequence[torch.Tensor],
+        next_position: int,
+        n_positions: int | None = None,
+        starts: Sequence[Sequence[int]] | None = None,
+        bias: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.starts = starts
+        self.bias = bias
+        self.padded = not isinstance(positions, torch.Tensor) or positions.ndim == 4
+        lengths = [positions.shape[-1]] if isinstance(positions, torch.Tensor) else [p.shape[-1] for p in positions]
+        if len(lengths) == 1:
+            lengths = lengths * len(keys)
+        self.n_composed = max(lengths)
+        self.layers = [PreallocatedLayer(k, v, n) for k, v, n in zip(keys, values, lengths, strict=True)]
+        self.composed_positions = positions
+        self.n_rows = keys[0].shape[0]
+        self.n_positions = next_position if n_positions is None else n_positions
+        self.next_positions = torch.full((self.n_rows,), next_position, device=keys[0].device)
+        self.appended_positions = torch.empty(self.n_rows, 0, dtype=torch.int32, device=keys[0].device)
+
+    def append_positions(self, positions: torch.Tensor) -> None:
+        """Note the positions of tokens about to be prefilled: `(batch, new)`, `NEVER` for padding."""
+        new = positions.to(self.appended_positions)
+        self.appended_positions = torch.cat([self.appended_positions, new], dim=1)
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer: `(batch, num_kv_heads, length, head_dim)` each, views of what it holds."""
+        layer = self.layers[index]
+        assert isinstance(layer, PreallocatedLayer) and layer.keys is not None and layer.values is not None
+        return layer.keys, layer.values
+
+    def rewind(self, n_tokens: int) -> None:
+        """Forget the last `n_tokens` that were prefilled, as if they had never been read."""
+        if n_tokens == 0:
+            return
+        for layer in self.layers:
+            assert isinstance(layer, PreallocatedLayer)
+            layer.rewind(n_tokens)
+        self.appended_positions = self.appended_positions[:, :-n_tokens]
+        self.next_positions = self.next_positions - n_tokens
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Drop all other rows of the batch: a row that has ended costs as much as one that is still being decoded.
+
+        Args:
+            rows: Which to keep, in their new order.
+        """
+        index = torch.tensor(rows, device=self.next_positions.device)
+
+        def kept(layers: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            return [layer[index] if layer.shape[0] > 1 else layer for layer in layers]
+
+        for layer in self.layers:
+            assert isinstance(layer, PreallocatedLayer)
+            layer.keep_rows(index)
+        composed = self.composed_positions
+        if not isinstance(composed, torch.Tensor) or composed.ndim == 4:
+            self.composed_positions = kept(composed)
+        self.bias = None if self.bias is None else kept(self.bias)
+        self.padded |= self.n_rows > 1  # questions of a batch differ in length
+        self.n_rows = len(rows)
+        self.next_positions, self.appended_positions = self.next_positions[index], self.appended_positions[index]
+
+    def turn(self, rope: Rope, n_positions: int) -> None:
+        """Make the keys those of a sequence of `n_positions`, where the frequencies depend on the length.
+
+        A longrope model changes them in the middle of a sequence. Transformers' `generate` then reads everything
+        again; we have nothing to read, and rotate.
+        """
+        if self.layer(0)[0].shape[2] and rope.regime(self.n_positions) != rope.regime(n_positions):
+            keys = [self.layer(index)[0] for index in range(len(self.layers))]
+            where = [self.key_positions(index).expand(key.shape[:3]) for index, key in enumerate(keys)]
+            per_layer = [key.shape[:3].numel() for key in keys]
+            positions = torch.cat([p.flatten() for p in where])
+            positions = positions.masked_fill(positions == NEVER, 0)
+            old = torch.cat([key.flatten(0, 2) for key in keys])
+            free = rope.take_off_flat(old, positions, per_layer, n_positions=self.n_positions)
+            turned = rope.put_on_flat(free, positions, per_layer, n_positions=n_positions).to(old.dtype)
+            for layer, key, new in zip(self.layers, keys, turned.split(per_layer), strict=True):
+                assert isinstance(layer, PreallocatedLayer)
+                layer.put_keys(new.view(key.shape))
+        self.n_positions = n_positions
+
+    def key_positions(self, layer: int) -> torch.Tensor:
+        """Positions of all keys of one layer: `(batch, 1 or num_kv_heads, length)`."""
+        composed = self.composed_positions
+        if isinstance(composed, torch.Tensor) and composed.ndim == 1:
+            composed = composed[None, None]
+        elif isinstance(composed, torch.Tensor) and composed.ndim == 3:
+            composed = composed[layer][None]
+        else:
+            composed = composed[layer if len(composed) > 1 else 0]
+        composed = composed.to(torch.int32).expand(self.n_rows, -1, -1)
+        return torch.cat([composed, self.appended_positions[:, None].expand(-1, composed.shape[1], -1)], dim=2)
+
+    def differs_by_layer(self, window: int | None) -> bool:
+        """Whether what a query sees depends on the layer, apart from its window and from padding in front."""
+        if self.starts is not None:
+            return window is not None
+        if isinstance(self.composed_positions, torch.Tensor) and self.composed_positions.ndim < 4:
+            return window is not None and self.composed_positions.ndim == 3
+        return len(self.composed_positions) > 1

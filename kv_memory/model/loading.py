@@ -1,0 +1,201 @@
+"""Finding, loading and hashing a model: everything about it that ends before the first token."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from kv_memory.errors import ModelNotFoundError, TokenizerError, UnsupportedModelError
+from kv_memory.model.embedded import BUILT_IN, built_in, cache_folder, prepared_folder
+
+__all__ = ["LoadedModel", "best_device", "best_dtype", "hash_parameters", "hash_tokenizer", "load_model"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, its tokenizer, and the hash of its weights."""
+
+    model: Any
+    tokenizer: Any
+    weights_sha256: str
+
+
+def best_device() -> str:
+    """`cuda` or `mps` where there is one, else `cpu`."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def best_dtype(device: str) -> torch.dtype:
+    """bfloat16 where the processor or GPU multiplies it in hardware, else float32."""
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.startswith("cpu"):
+        # Not oneDNN's own answer: it says yes on any AVX-512, where bfloat16 is emulated and slower than float32.
+        flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return torch.bfloat16 if flags.get("avx512_bf16") or flags.get("amx_bf16") else torch.float32
+    return torch.float32
+
+
+def load_model(
+    name: str, *, dtype: torch.dtype, device: str, revision: str | None, supported: Collection[str]
+) -> LoadedModel:
+    """Load a causal LM and its tokenizer; the architecture is looked at before any weight is read.
+
+    Raises:
+        ModelNotFoundError: There is no such model, or it is not a model folder.
+        UnsupportedModelError: Its architecture is not in `supported`.
+        TokenizerError: It has no usable tokenizer.
+    """
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_built_in = built_in(name)
+    where = str(prepared_folder(model_built_in)) if model_built_in else name
+    not_found = ModelNotFoundError(
+        "no such model",
+        where=name,
+        next_step=f"Use {', '.join(BUILT_IN)}, a local folder with config.json and safetensors weights, or a hub id "
+        "(`owner/model`; needs a network or a filled hub cache).",
+    )
+    try:
+        config = AutoConfig.from_pretrained(where, revision=revision)
+    except ValueError as error:  # Transformers does not know the model type, or the id is malformed
+        if "model type" not in str(error) and "architecture" not in str(error):
+            raise not_found from error
+        raise UnsupportedModelError(
+            "Transformers does not know this architecture",
+            where=name,
+            next_step=f"Use a model of one of these types: {', '.join(supported)}.",
+        ) from error
+    except (OSError, TypeError) as error:  # TypeError: JSON, but no object
+        raise not_found from error
+    if config.model_type not in supported:
+        raise UnsupportedModelError(
+            f"architecture {config.model_type!r} is not supported",
+            where=name,
+            next_step=f"Use a model of one of these types: {', '.join(supported)}.",
+        )
+    tokenizer = _load_tokenizer(where, name, revision)
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            where, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelNotFoundError(
+            f"the model's weights could not be read: {error}",
+            where=name,
+            next_step="Weights must be safetensors files; convert others with `model.save_pretrained(folder)`.",
+        ) from error
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+    model, info = loaded
+    if info["missing_keys"]:  # Transformers makes them up at random, with no more than a warning
+        raise ModelNotFoundError(
+            f"the model's weights are incomplete: {', '.join(sorted(info['missing_keys'])[:3])} missing",
+            where=name,
+            next_step="Download the model again.",
+        )
+    model = model.to(device)
+    folder = Path(where) if Path(where).is_dir() else _hub_snapshot(name, revision)
+    weights = hash_weight_files(folder) if folder else hash_parameters(model)
+    return LoadedModel(model, tokenizer, weights)
+
+
+def _load_tokenizer(where: str, name: str, revision: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    error = TokenizerError(
+        "the model has no usable tokenizer",
+        where=name,
+        next_step="Put the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights.",
+    )
+    folder = Path(where)
+    known = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "vocab.txt")
+    if folder.is_dir() and not any((folder / file).is_file() for file in known):
+        raise error  # Transformers would make up an empty tokenizer from the model type alone
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
+    except Exception as cause:  # tokenizers raise many types: OSError, ValueError, TypeError, its own Exception
+        raise error from cause
+    if not tokenizer("text", add_special_tokens=False)["input_ids"]:
+        raise error
+    return tokenizer
+
+
+def _hub_snapshot(name: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def hash_parameters(model: Any) -> str:
+    """SHA-256 over names, shapes and bytes of a model's parameters."""
+    return _combine({name: _tensor_sha256(tensor) for name, tensor in model.state_dict().items()})
+
+
+def hash_weight_files(folder: Path) -> str:
+    """SHA-256 over names, shapes and bytes of the tensors in a folder's safetensors files, however they are sharded."""
+    hashes: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        hashes.update(_tensor_hashes(path))
+    return _combine(hashes)
+
+
+def _combine(hashes: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+def _tensor_sha256(tensor: torch.Tensor) -> str:
+    digest = hashlib.sha256(f"{tuple(tensor.shape)}:{tensor.dtype}:".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _tensor_hashes(path: Path) -> dict[str, str]:
+    """Hash of every tensor of one file, remembered by path, size and modification time.
+
+    Reading gigabytes at every start is what we must not do.
+    """
+    real = path.resolve()
+    stat = real.stat()
+    key = hashlib.sha256(f"{real}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()
+    note = cache_folder() / "hashes" / f"{key}.json"
+    with suppress(OSError, ValueError, KeyError):
+        return dict(json.loads(note.read_text())["tensors"])
+    with safe_open(str(real), framework="pt") as file:
+        hashes = {name: _tensor_sha256(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    with suppress(OSError):  # a read-only home only costs time
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as scratch:
+            json.dump({"path": str(real), "tensors": hashes}, scratch)
+        os.replace(scratch.name, note)
+    return hashes
+
+
+def hash_tokenizer(tokenizer: Any) -> str:
+    """SHA-256 over what decides which ids a text becomes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        data = json.loads(backend.to_str())
+        # Padding and truncation are settings of the last call, not of the tokenizer.
+        data.pop("padding", None), data.pop("truncation", None)
+        text = json.dumps(data, sort_keys=True)
+    else:
+        text = json.dumps([sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.all_special_tokens))])
+    return hashlib.sha256(text.encode()).hexdigest()

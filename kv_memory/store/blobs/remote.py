@@ -1,0 +1,240 @@
+"""Blobs in an object store, S3, GCS, Azure or a folder, behind a bounded tier on the local disk.
+
+The object store has everything; the tier, the same diskcache as an embedded store's, holds what was written or read
+last, because tensors are mapped from files. Whatever is in the tier may be lost at any time.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from kv_memory.errors import ConfigError, CorruptCacheError, StoreConnectionError, StoreError, StoreFullError
+from kv_memory.store.blobs.local import BlobAudit, DiskBlobs, blob_key, is_blob_key
+from kv_memory.store.error_mapping import mapped, no_such_bucket
+from kv_memory.store.fs import fsync_folder
+
+__all__ = ["ObjectBlobs"]
+
+_SCHEMES = ("s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss", "file")
+
+
+class ObjectBlobs:
+    """Blobs as objects named `PREFIX/ab/abcd…`, by their SHA-256.
+
+    Credentials and endpoint come from the environment, as the service's own tools read them (`AWS_ACCESS_KEY_ID`,
+    `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_KEY`, ...).
+
+    Args:
+        url: `s3://BUCKET/PREFIX`, `gs://...`, `az://...` or `file:///FOLDER`.
+        tier: Where the objects in use lie.
+        timeout_s: For one request to be answered, in seconds; None for `KV_MEMORY_BLOBS_TIMEOUT_S`, 60 unless set.
+        retry_s: How long a request that fails is tried again, with growing pauses, in seconds; None for
+            `KV_MEMORY_BLOBS_RETRY_S`, 30 unless set.
+
+    Raises:
+        ConfigError: The URL is none of these, obstore is not installed, or a variable is no number of seconds.
+    """
+
+    def __init__(
+        self, url: str, tier: DiskBlobs, *, timeout_s: float | None = None, retry_s: float | None = None
+    ) -> None:
+        timeout_s = _seconds("KV_MEMORY_BLOBS_TIMEOUT_S", 60.0) if timeout_s is None else timeout_s
+        retry_s = _seconds("KV_MEMORY_BLOBS_RETRY_S", 30.0) if retry_s is None else retry_s
+        try:
+            import obstore
+            from obstore.store import from_url
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                "blobs in an object store need obstore, which is not installed",
+                where="blobs",
+                next_step="Run `pip install 'kv-memory[s3]'`.",
+            ) from error
+        scheme = url.partition("://")[0]
+        if scheme not in _SCHEMES or "://" not in url:
+            raise ConfigError(
+                f"blobs cannot be kept at {url!r}",
+                where="blobs",
+                next_step="Write s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX or file:///FOLDER.",
+            )
+        self.url = url
+        self.folder = tier.folder
+        self.tier = tier
+        self._obstore: Any = obstore
+        self._local = Path(url.removeprefix("file://")) if scheme == "file" else None
+        options: dict[str, Any] = {}
+        if self._local is None:
+            options["client_options"] = {
+                "timeout": timedelta(seconds=timeout_s),
+                "connect_timeout": timedelta(seconds=5),
+                # Options that are given replace those of the environment, this one too.
+                "allow_http": os.environ.get("AWS_ALLOW_HTTP", "").lower() in {"1", "true"},
+            }
+            options["retry_config"] = {
+                "max_retries": 5,
+                "backoff": {
+                    "init_backoff": timedelta(milliseconds=100),
+                    "max_backoff": timedelta(seconds=5),
+                    "base": 2,
+                },
+                "retry_timeout": timedelta(seconds=retry_s),
+            }
+        elif not self._local.is_absolute():
+            raise ConfigError(
+                "a folder for blobs is named from the root", where="blobs", next_step="file:///data/blobs"
+            )
+        with mapped(url):
+            if self._local is not None:
+                self._local.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._store: Any = from_url(url, **options)
+
+    def warm(self) -> None:
+        """Open the tier now instead of at the first use."""
+        self.tier.warm()
+
+    def put(self, key: str, data: bytes) -> None:
+        """See `BlobStore.put`."""
+        with mapped(self.url):
+            # Written over whatever is there: that may be damaged, and asking costs as long as writing.
+            self._obstore.put(self._store, _name(key), data)
+            self._make_durable(key)
+        with suppress(StoreError):  # the tier is for speed; the blob is safe by now
+            self.tier.put(key, data, replace=True)
+
+    def path(self, key: str, *, fresh: bool = False) -> Path | None:
+        """See `BlobStore.path`; downloads what the tier has not."""
+        if not is_blob_key(key):
+            return None  # it would name an object that is not ours
+        if fresh:
+            self.tier.delete(key)
+        with suppress(CorruptCacheError):  # a tampered row of the tier: fetched anew below
+            if (path := self.tier.path(key)) is not None:
+                return path
+        data = self._fetch(key)
+        if data is not None and blob_key(data) != key:
+            data = self._fetch_again(key, data)
+        if data is None:
+            return None
+        self.tier.put(key, data, replace=True)
+        path = self.tier.path(key)
+        if path is None:
+            raise StoreFullError(
+                f"the local tier holds {self.tier.size_limit:,} bytes, which is too little for a blob of {len(data):,}",
+                where=str(self.folder),
+                next_step="Open the store with a larger tier_size_bytes.",
+            )
+        return path
+
+    def has(self, key: str) -> bool:
+        """Whether the object is there; its bytes are not looked at."""
+        with mapped(self.url):
+            return self._has(key)
+
+    def delete(self, key: str) -> int:
+        """See `BlobStore.delete`."""
+        if not is_blob_key(key):
+            return 0
+        self.tier.delete(key)
+        with mapped(self.url):
+            try:
+                size: int = self._obstore.head(self._store, _name(key))["size"]
+                self._obstore.delete(self._store, _name(key))
+            except FileNotFoundError:
+                return 0
+            return size
+
+    def audit(self, *, repair: bool = False) -> BlobAudit:
+        """See `BlobStore.audit`. Objects that are no blobs are strays; so is what is wrong in the tier."""
+        tier = self.tier.audit(repair=repair)
+        keys: set[str] = set()
+        strays = list(tier.strays)
+        freed_bytes = tier.freed_bytes
+        with mapped(self.url):
+            for path, size in self._listed():
+                key = path.rpartition("/")[2]
+                if path == _name(key) and is_blob_key(key):
+                    keys.add(key)
+                    continue
+                strays.append(path)
+                if repair:
+                    self._obstore.delete(self._store, path)
+                    freed_bytes += size
+        return BlobAudit(keys=frozenset(keys), strays=tuple(sorted(strays)), freed_bytes=freed_bytes)
+
+    def close(self) -> None:
+        """Close the tier."""
+        self.tier.close()
+
+    def _listed(self) -> Iterator[tuple[str, int]]:
+        for chunk in self._obstore.list(self._store, chunk_size=1000):
+            for entry in chunk:
+                yield entry["path"], entry["size"]
+
+    def _has(self, key: str, size_bytes: int | None = None) -> bool:
+        try:
+            size = self._obstore.head(self._store, _name(key))["size"]
+        except FileNotFoundError:
+            return False
+        return size_bytes is None or bool(size == size_bytes)
+
+    def _fetch(self, key: str) -> bytes | None:
+        with mapped(self.url):
+            try:
+                return bytes(self._obstore.get(self._store, _name(key)).bytes())
+            except FileNotFoundError as error:
+                if no_such_bucket(error):
+                    raise
+                return None
+
+    def _fetch_again(self, key: str, wrong: bytes) -> bytes | None:
+        """A blob whose bytes were wrong once. Wrong ones come back only if it is the object that is damaged.
+
+        The vault puts a damaged blob aside and removes it, so a connection that lies must not be believed.
+
+        Raises:
+            StoreConnectionError: Each answer is another one.
+        """
+        again = self._fetch(key)
+        if again is None or blob_key(again) == key:
+            return again
+        with mapped(self.url):
+            size = self._obstore.head(self._store, _name(key))["size"]
+        if again != wrong or size != len(again):
+            raise StoreConnectionError(
+                "the object store gives other bytes each time",
+                where=f"{self.url}, blob {key}",
+                next_step="Check what is between it and this machine, then try again; what was stored is untouched.",
+            )
+        return again
+
+    def _make_durable(self, key: str) -> None:
+        # Services answer when the object is safe; a folder is as safe as what was synced.
+        if self._local is None:
+            return
+        file = self._local / _name(key)
+        os.chmod(file, 0o600)
+        os.chmod(file.parent, 0o700)
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+        fsync_folder(str(file.parent))
+        fsync_folder(str(self._local))
+
+
+def _seconds(variable: str, default: float) -> float:
+    text = os.environ.get(variable, "").strip()
+    try:
+        seconds = float(text) if text else default
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"{variable} must be a number of seconds above 0, got {text!r}", where=variable)
+    return seconds
+
+
+def _name(key: str) -> str:
+    return f"{key[:2]}/{key}"

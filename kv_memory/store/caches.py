@@ -1,0 +1,386 @@
+"""The distilled caches of one collection: rows and blobs kept in step."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+from weakref import finalize
+
+from sqlalchemy import bindparam, delete, insert, select
+from sqlalchemy.orm import Session
+
+from kv_memory.cache.fingerprint import Fingerprint
+from kv_memory.config import StorageName, check_keep_ratio, stored_dtype
+from kv_memory.errors import (
+    CacheNotFoundError,
+    ConfigError,
+    CorruptCacheError,
+    FingerprintMismatchError,
+    StoreError,
+)
+from kv_memory.store.blobs.local import blob_key
+from kv_memory.store.documents import batches, referred_texts, select_passages
+from kv_memory.store.error_mapping import store_error
+from kv_memory.store.eviction import Limits, alive, evict, read_limits
+from kv_memory.store.filing import MisfiledError, check_filing, check_header
+from kv_memory.store.records import CacheInfo
+from kv_memory.store.sql.locks import FileLocks
+from kv_memory.store.sql.schema import Base, CacheRow, FingerprintRow, PassageRow, utc_now
+from kv_memory.store.stock import Stock
+from kv_memory.store.uses import Uses
+from kv_memory.tracing import span
+
+if TYPE_CHECKING:
+    from kv_memory.cache.distilled import DistilledCache  # imports torch: where no cache is read, listing stays quick
+
+__all__ = ["Shelf", "cache_info"]
+
+_LOG = logging.getLogger(__name__)
+# Made once: building them takes longer than running them.
+_LOOK_UP = select(CacheRow).where(
+    CacheRow.collection_id == bindparam("collection"),
+    CacheRow.text_sha256 == bindparam("text"),
+    CacheRow.fingerprint == bindparam("digest"),
+    CacheRow.keep_ratio == bindparam("ratio"),
+)
+_FINGERPRINT = select(FingerprintRow.digest).where(FingerprintRow.digest == bindparam("digest"))
+_INSERT_FINGERPRINT = insert(Base.metadata.tables[FingerprintRow.__tablename__])
+_INSERT = insert(Base.metadata.tables[CacheRow.__tablename__]).returning(CacheRow.id)
+_AGAIN = "Run `kv-memory add --stale` to make it again; until then answer from the text."
+
+
+def cache_info(row: CacheRow) -> CacheInfo:
+    """The record of a row."""
+    names = CacheInfo.__dataclass_fields__
+    return CacheInfo(**{name: getattr(row, name) for name in names})
+
+
+class Shelf:
+    """Caches of one collection. Thread-safe.
+
+    Args:
+        stock: Of the store.
+        readers: Who on this machine reads which blob.
+        collection_id: Whose caches these are.
+    """
+
+    def __init__(self, stock: Stock, readers: FileLocks, collection_id: int) -> None:
+        self.stock = stock
+        self._catalog = stock.catalog
+        self._readers = readers
+        self._collection_id = collection_id
+        self.uses = Uses(stock.catalog, collection_id)
+
+    def put(
+        self, text_sha256: str, cache: DistilledCache, *, fidelity: float | None, storage: StorageName
+    ) -> CacheInfo:
+        """See `Store.put`."""
+        if re.fullmatch("[0-9a-f]{64}", text_sha256) is None:
+            raise ConfigError("text_sha256 must be a SHA-256 hex digest", where=f"text_sha256={text_sha256[:80]!r}")
+        with (
+            span("store.put", text_sha256=text_sha256, keep_ratio=cache.keep_ratio),
+            self.uses.counters.timing("put_seconds"),
+        ):
+            return self._put(text_sha256, cache, fidelity=fidelity, storage=storage)
+
+    def _put(
+        self, text_sha256: str, cache: DistilledCache, *, fidelity: float | None, storage: StorageName
+    ) -> CacheInfo:
+        digest, keep_ratio = cache.fingerprint.digest, cache.keep_ratio
+        there, limits = self._sound_row(text_sha256, digest, keep_ratio)
+        if there is not None:
+            return cache_info(there)
+        # The file says of which text it is: a row that comes to name another's file is seen through.
+        data = replace(cache, text_sha256=text_sha256).to_bytes(storage=storage)
+        key = blob_key(data)
+        info = CacheInfo(
+            text_sha256=text_sha256,
+            fingerprint=digest,
+            method=cache.fingerprint.method,
+            keep_ratio=keep_ratio,
+            n_tokens=cache.n_tokens,
+            n_kept=cache.n_kept,
+            dtype=stored_dtype(storage, cache.fingerprint.dtype),
+            size_bytes=len(data),
+            blob_key=key,
+            fidelity=cache.fidelity if fidelity is None else fidelity,
+            refined_steps=cache.refined_steps,
+            pinned=False,
+            created_at=utc_now(),
+            last_used_at=None,
+            expires_at=None,
+        )
+        left: list[str] = [key]  # blobs that may have no row afterwards
+        try:
+            # The blob first, outside any transaction: it takes as long as it takes. Held, nobody sweeps it away.
+            with self._catalog.hold(f"blob {key}"):
+                self.stock.vault.put(key, data)
+                if limits.bounded:
+                    self.uses.flush()  # what was used last decides what goes
+                with self._catalog.write() as session:
+                    there = self._find(session, text_sha256, digest, keep_ratio, expired=True)
+                    if there is not None and not _is_expired(there):  # somebody else was quicker
+                        return cache_info(there)
+                    info, left = self._insert(session, info, cache.fingerprint, instead_of=there)
+                self.uses.counters.add("puts")
+                self.uses.counters.add("bytes_written", len(data))
+                return info
+        finally:
+            self.stock.sweep(left)
+
+    def _sound_row(self, text_sha256: str, digest: str, keep_ratio: float) -> tuple[CacheRow | None, Limits]:
+        """The row of a cache whose blob is sound, one whose blob is not is taken out first; and the limits by now."""
+        with self._catalog.read() as session:
+            row = self._find(session, text_sha256, digest, keep_ratio)
+            limits = read_limits(session, self._collection_id)
+        if row is not None and not self.stock.vault.sound(row.blob_key, row.size_bytes):
+            self.stock.condemn(row.blob_key, row.size_bytes)
+            return None, limits
+        if row is not None and self.stock.unfile_if_wrong(row):
+            return None, limits
+        return row, limits
+
+    def _insert(
+        self, session: Session, info: CacheInfo, fingerprint: Fingerprint, *, instead_of: CacheRow | None
+    ) -> tuple[CacheInfo, list[str]]:
+        """Add a row and make room for it; returns it as it is now, and the blobs of the rows that went."""
+        now = utc_now()
+        limits = read_limits(session, self._collection_id)
+        expires_at = None if limits.ttl_s is None else now + timedelta(seconds=limits.ttl_s)
+        info = replace(info, created_at=now, expires_at=expires_at)
+        gone: list[str] = []
+        if instead_of is not None:
+            gone.append(instead_of.blob_key)
+            session.delete(instead_of)
+            session.flush()
+        # Tables rather than mapped classes: a third of the time, and each put waits for it.
+        connection = session.connection()
+        if connection.scalar(_FINGERPRINT, {"digest": info.fingerprint}) is None:
+            connection.execute(_INSERT_FINGERPRINT, {"digest": info.fingerprint, "json": fingerprint.to_json()})
+        row_id = connection.scalar(_INSERT, {"collection_id": self._collection_id, **vars(info)})
+        if limits.bounded:
+            evicted = evict(
+                session,
+                self._collection_id,
+                limits,
+                now=now,
+                spare=row_id,
+                being_read=lambda key: self._readers.shared(f"read {key}"),
+            )
+            self._note_evictions(len(evicted))
+            gone += evicted
+        return info, gone
+
+    def make_room(self) -> int:
+        """Evict what is beyond the budget now, e.g. because it was lowered; returns how many caches went."""
+        self.uses.flush()
+        with self._catalog.write() as session:
+            limits = read_limits(session, self._collection_id)
+            gone = evict(
+                session,
+                self._collection_id,
+                limits,
+                now=utc_now(),
+                spare=None,
+                being_read=lambda key: self._readers.shared(f"read {key}"),
+            )
+        self._note_evictions(len(gone))
+        self.stock.sweep(gone)
+        return len(gone)
+
+    def _note_evictions(self, n_evicted: int) -> None:
+        if n_evicted:
+            self.uses.counters.add("evictions", n_evicted)
+            _LOG.info("the budget drove %d distilled caches out", n_evicted)
+
+    def warm(self) -> None:
+        """Let SQLAlchemy compile the look-up, which takes as long as a few hundred of them."""
+        with self._catalog.read() as session:
+            self._find(session, "", "", 1.0)
+
+    def n_tokens(self, text_sha256: str, fingerprint: Fingerprint) -> int | None:
+        """How long a text is, by any cache of it under this fingerprint; None if there is none."""
+        with self._catalog.read() as session:
+            length: int | None = session.scalar(
+                select(CacheRow.n_tokens)
+                .where(
+                    CacheRow.collection_id == self._collection_id,
+                    CacheRow.text_sha256 == text_sha256,
+                    CacheRow.fingerprint == fingerprint.digest,
+                )
+                .limit(1)
+            )
+        return length
+
+    def get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | None) -> DistilledCache:
+        """See `Store.get`. A keep_ratio of None is that of a text of which there is no cache under the fingerprint."""
+        start_s = time.perf_counter()
+        with span("store.get", text_sha256=text_sha256, keep_ratio=keep_ratio or 0.0):
+            try:
+                cache, size_bytes = self._get(text_sha256, fingerprint, keep_ratio)
+            except CacheNotFoundError:
+                self.uses.counters.add("misses")
+                raise
+            except FingerprintMismatchError:
+                self.uses.counters.add("refused_mismatch")
+                raise
+            except CorruptCacheError as error:
+                self.uses.counters.add("refused_corrupt")
+                _LOG.warning("%s", error)
+                raise
+        self.uses.counters.got(size_bytes, time.perf_counter() - start_s)
+        return cache
+
+    def _get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | None) -> tuple[DistilledCache, int]:
+        for _ in range(3):
+            with self._catalog.read() as session:
+                row = None if keep_ratio is None else self._find(session, text_sha256, fingerprint.digest, keep_ratio)
+                if row is None:
+                    self._raise_not_found(session, text_sha256, fingerprint, keep_ratio)
+                    raise AssertionError("unreachable")
+            # From here to the end of the cache nobody evicts it: eviction leaves out what is being read.
+            name = f"read {row.blob_key}"
+            self._readers.share(name)
+            kept = False
+            readable = False
+            try:
+                path = self.stock.vault.verified_path(row.blob_key, row.size_bytes)
+                readable = True
+                cache = _load(path)
+                check_filing(
+                    row, text_sha256=cache.text_sha256, fingerprint=cache.fingerprint, keep_ratio=cache.keep_ratio
+                )
+                finalize(cache, self._readers.unshare, name)
+                kept = True
+            except FileNotFoundError:
+                continue  # removed since: the row is gone too, or it is found missing in the next round
+            except MisfiledError as error:
+                if self.stock.unfile(row):
+                    raise self._corrupt(error.what, row.blob_key, text_sha256) from error
+                continue
+            except CorruptCacheError as error:
+                if self.stock.condemn(row.blob_key, row.size_bytes, recheck=not readable):
+                    raise self._corrupt(error.what, row.blob_key, text_sha256) from error
+                continue  # deleted or made again by somebody else since
+            finally:
+                if not kept:
+                    self._readers.unshare(name)
+            self.uses.note(row.id)
+            return cache, row.size_bytes
+        raise StoreError("the cache changed each time it was read", where=f"text {text_sha256}", next_step="Try again.")
+
+    def has(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> bool:
+        """See `Store.has`."""
+        with self._catalog.read() as session:
+            return self._find(session, text_sha256, fingerprint.digest, keep_ratio) is not None
+
+    def sound(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> bool:
+        """See `Store.sound`."""
+        with self._catalog.read() as session:
+            row = self._find(session, text_sha256, fingerprint.digest, keep_ratio)
+        if row is None:
+            return False
+        try:
+            check_header(row, self.stock.vault.verified_path(row.blob_key, row.size_bytes))
+        except (CorruptCacheError, FingerprintMismatchError):
+            return False
+        return True
+
+    def delete(self, text_sha256: str, *, fingerprint: Fingerprint | None, keep_ratio: float | None) -> int:
+        """See `Store.delete`."""
+        statement = (
+            delete(CacheRow)
+            .where(CacheRow.collection_id == self._collection_id, CacheRow.text_sha256 == text_sha256)
+            .returning(CacheRow.blob_key)
+        )
+        if fingerprint is not None:
+            statement = statement.where(CacheRow.fingerprint == fingerprint.digest)
+        if keep_ratio is not None:
+            statement = statement.where(CacheRow.keep_ratio == check_keep_ratio(keep_ratio))
+        with self._catalog.write() as session:
+            keys = list(session.scalars(statement))
+        self.stock.sweep(keys)
+        return len(keys)
+
+    def retire(self, session: Session, texts: set[str]) -> list[str]:
+        """Delete the caches of texts that no passage of the collection has; returns their blobs, for `sweep`."""
+        keys: list[str] = []
+        for batch in batches(texts - referred_texts(session, self._collection_id, texts)):
+            keys += session.scalars(
+                delete(CacheRow)
+                .where(CacheRow.collection_id == self._collection_id, CacheRow.text_sha256.in_(batch))
+                .returning(CacheRow.blob_key)
+            )
+        return keys
+
+    def _corrupt(self, what: str, key: str, text_sha256: str) -> CorruptCacheError:
+        return CorruptCacheError(
+            f"a distilled cache is damaged and was quarantined: {what}",
+            where=f"{self._document_of(text_sha256)}, blob {key}",
+            next_step=_AGAIN,
+        )
+
+    def _find(
+        self, session: Session, text_sha256: str, digest: str, keep_ratio: float, *, expired: bool = False
+    ) -> CacheRow | None:
+        names = {
+            "collection": self._collection_id,
+            "text": text_sha256,
+            "digest": digest,
+            "ratio": check_keep_ratio(keep_ratio),
+        }
+        row: CacheRow | None = session.scalar(_LOOK_UP, names)
+        return None if row is not None and _is_expired(row) and not expired else row
+
+    def _document_of(self, text_sha256: str) -> str:
+        with self._catalog.read() as session:
+            found = session.execute(
+                select_passages(self._collection_id).where(PassageRow.text_sha256 == text_sha256).limit(1)
+            ).first()
+        if found is None:
+            return f"text {text_sha256}"
+        passage, document = found
+        return f"document {document.document_id!r}, passage {passage.ordinal}"
+
+    def _raise_not_found(
+        self, session: Session, text_sha256: str, wanted: Fingerprint, keep_ratio: float | None
+    ) -> None:
+        rows = session.execute(
+            select(CacheRow.keep_ratio, FingerprintRow.json)
+            .join(FingerprintRow, FingerprintRow.digest == CacheRow.fingerprint)
+            .where(CacheRow.collection_id == self._collection_id, CacheRow.text_sha256 == text_sha256, alive(utc_now()))
+            .order_by(CacheRow.id.desc())
+        ).all()
+        where = self._document_of(text_sha256)
+        for ratio, json in rows:
+            if keep_ratio in (ratio, None):
+                Fingerprint.from_json(json).check(wanted, where=where)
+        ratios = sorted({ratio for ratio, _ in rows})
+        others = f"; there are some at {', '.join(map(str, ratios))}" if ratios else ""
+        raise CacheNotFoundError(
+            f"no distilled cache{'' if keep_ratio is None else f' at keep_ratio {keep_ratio}'}{others}",
+            where=where,
+            next_step="Run `kv-memory add --stale` to make what is missing"
+            + (", or ask with one of those keep ratios." if ratios else "."),
+        )
+
+
+def _is_expired(row: CacheRow) -> bool:
+    return row.expires_at is not None and row.expires_at <= utc_now()
+
+
+def _load(path: Path) -> DistilledCache:
+    from kv_memory.cache.distilled import DistilledCache
+
+    try:
+        return DistilledCache.load(path)
+    except CorruptCacheError as error:
+        # The bytes were just found right, so a failing system call says nothing about them.
+        if isinstance(error.__cause__, OSError) and (ours := store_error(error.__cause__, str(path))) is not None:
+            raise ours from error
+        raise

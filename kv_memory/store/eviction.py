@@ -1,0 +1,137 @@
+"""Budgets: what caches may take, how long they live, and which of them go first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import ColumnElement, bindparam, delete, func, or_, select, true
+from sqlalchemy.orm import Session
+
+from kv_memory.errors import ConfigError, StoreFullError
+from kv_memory.store.sql.schema import CacheRow, CollectionRow, OptionRow
+
+__all__ = ["Limits", "alive", "evict", "read_limits", "write_limits"]
+
+_BUDGET = "budget"
+# Made once: each put asks twice, and building it takes longer than running it.
+_LIMITS = select(
+    CollectionRow.max_size_bytes,
+    CollectionRow.ttl_s,
+    select(OptionRow.value).where(OptionRow.key == _BUDGET).scalar_subquery(),
+).where(CollectionRow.id == bindparam("collection"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What bounds a collection.
+
+    Attributes:
+        max_size_bytes: What the collection's caches may take together; None for no bound.
+        store_max_size_bytes: What the caches of all collections may take together, one that two collections share
+            counted twice; None for no bound.
+        ttl_s: How long a cache lives after it was put, in seconds; None for ever.
+    """
+
+    max_size_bytes: int | None = None
+    store_max_size_bytes: int | None = None
+    ttl_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_size_bytes", "store_max_size_bytes", "ttl_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} must be above 0 or None, got {value}", where=name)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether anything may have to go."""
+        return self.max_size_bytes is not None or self.store_max_size_bytes is not None
+
+
+def read_limits(session: Session, collection_id: int) -> Limits:
+    """The limits of a collection."""
+    max_size_bytes, ttl_s, shared = session.execute(_LIMITS, {"collection": collection_id}).one()
+    of_store = (shared or {}).get("max_size_bytes")
+    return Limits(max_size_bytes=max_size_bytes, ttl_s=ttl_s, store_max_size_bytes=of_store)
+
+
+def write_limits(session: Session, collection_id: int, limits: Limits) -> None:
+    """Set them."""
+    row = session.get_one(CollectionRow, collection_id)
+    row.max_size_bytes, row.ttl_s = limits.max_size_bytes, limits.ttl_s
+    option = session.get(OptionRow, _BUDGET)
+    value = {"max_size_bytes": limits.store_max_size_bytes}
+    if option is not None:
+        option.value = value
+    elif limits.store_max_size_bytes is not None:
+        session.add(OptionRow(key=_BUDGET, value=value))
+
+
+def alive(now: datetime) -> ColumnElement[bool]:
+    """Condition: a cache whose time has not run out."""
+    return or_(CacheRow.expires_at.is_(None), CacheRow.expires_at > now)
+
+
+def evict(
+    session: Session,
+    collection_id: int,
+    limits: Limits,
+    *,
+    now: datetime,
+    spare: int | None,
+    being_read: Callable[[str], bool],
+) -> list[str]:
+    """Delete the rows of what has expired, and of what was used longest ago while there is more than may be.
+
+    Args:
+        session: Of a writing transaction.
+        collection_id: Whose budget it is, beside the store's.
+        limits: To be kept.
+        now: What counts as expired.
+        spare: The row that was just added.
+        being_read: Whether anybody on this machine reads the blob of this key.
+
+    Returns:
+        Blob keys, for `Stock.sweep`.
+
+    Raises:
+        StoreFullError: What is pinned, being read or just added is more than may be; roll back.
+    """
+    gone: list[str] = []
+    everywhere = true()
+    for scope, limit in (
+        (CacheRow.collection_id == collection_id, limits.max_size_bytes),
+        (everywhere, limits.store_max_size_bytes),
+    ):
+        if limit is None:
+            continue
+        excess = (session.scalar(select(func.coalesce(func.sum(CacheRow.size_bytes), 0)).where(scope)) or 0) - limit
+        if excess <= 0:
+            continue
+        oldest_first = (
+            select(CacheRow.id, CacheRow.blob_key, CacheRow.size_bytes)
+            .where(scope, CacheRow.pinned.is_(False), CacheRow.id != spare)
+            # What has expired comes first, whatever its last use.
+            .order_by(alive(now), func.coalesce(CacheRow.last_used_at, CacheRow.created_at), CacheRow.id)
+        )
+        ids: list[int] = []
+        with session.execute(oldest_first.execution_options(yield_per=200)) as candidates:
+            for row_id, key, size_bytes in candidates:
+                if being_read(key):
+                    continue
+                ids.append(row_id)
+                gone.append(key)
+                excess -= size_bytes
+                if excess <= 0:
+                    break
+        if excess > 0:
+            raise StoreFullError(
+                f"the budget of {limit:,} bytes is spent: {excess:,} bytes too many are pinned, being read, or new",
+                where="collection" if scope is not everywhere else "store",
+                next_step="Raise it or unpin something (`kv-memory budget`, `kv-memory unpin`).",
+            )
+        for start in range(0, len(ids), 500):
+            session.execute(delete(CacheRow).where(CacheRow.id.in_(ids[start : start + 500])))
+    return gone

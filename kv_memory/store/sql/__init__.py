@@ -1,0 +1,1 @@
+"""The catalog: SQL tables, connections, transactions and locks."""

@@ -1,0 +1,241 @@
+"""What the two databases do differently: connecting, beginning, locking, being born.
+
+The catalog's statements are the same for both. Here stands what is not.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from contextlib import AbstractContextManager, closing, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_random_exponential
+
+from kv_memory.errors import ConfigError
+from kv_memory.store.error_mapping import refused_login
+from kv_memory.store.fs import private_opener
+from kv_memory.store.sql.locks import FileLocks, PostgresLocks
+from kv_memory.store.sql.schema import Base
+from kv_memory.store.sql.scrub import scrub_sqlite
+
+__all__ = ["Database", "PostgresDatabase", "SQLiteDatabase", "open_database"]
+
+_WRITE = "Write postgresql+psycopg://USER@HOST/DATABASE, or leave it out for SQLite in the store's folder."
+_WRITES = "kv_memory_write"  # execution option: this connection's transactions write
+
+
+class Database(Protocol):
+    """One database under the catalog.
+
+    Attributes:
+        engine: Its connections.
+        where: Names it in errors, without a password.
+        options: Execution options for reading and for writing transactions.
+    """
+
+    engine: Engine
+    where: str
+    options: tuple[dict[str, Any], dict[str, Any]]
+
+    def create(self) -> None:
+        """Prepare an empty database for its tables."""
+
+    def scrub(self) -> None:
+        """Take out of the database's files what was deleted from its tables."""
+
+    def lock(self, connection: Connection) -> None:
+        """Keep every other writer out until the transaction ends."""
+
+    def hold(self, name: str, *, wait: bool = True) -> AbstractContextManager[bool]:
+        """See `Locks.hold`."""
+
+
+def open_database(where: Path | str, *, busy_timeout_s: float) -> Database:
+    """The database of a file, or of a URL: `sqlite:///FILE` or `postgresql+psycopg://USER@HOST/NAME?schema=NAME`.
+
+    Raises:
+        ConfigError: The URL cannot be read, or is of another kind of database; or psycopg is not installed.
+    """
+    if isinstance(where, Path):
+        return SQLiteDatabase(where, busy_timeout_s=busy_timeout_s)
+    try:
+        url = make_url(where)
+    except ArgumentError:
+        raise ConfigError(
+            "this is no URL of a database",
+            where="catalog",
+            next_step=_WRITE,
+        ) from None
+    if url.get_backend_name() == "sqlite" and url.database:
+        return SQLiteDatabase(Path(url.database), busy_timeout_s=busy_timeout_s)
+    if url.get_backend_name() == "postgresql":
+        return PostgresDatabase(url.set(drivername="postgresql+psycopg"), busy_timeout_s=busy_timeout_s)
+    raise ConfigError(
+        f"a catalog lives in SQLite or PostgreSQL, not in {url.get_backend_name()}",
+        where="catalog",
+        next_step=_WRITE,
+    )
+
+
+class SQLiteDatabase:
+    """A file in the store's folder. One writer at a time, by SQLite's own lock."""
+
+    options: tuple[dict[str, Any], dict[str, Any]] = ({}, {_WRITES: True})
+
+    def __init__(self, file: Path, *, busy_timeout_s: float) -> None:
+        self.file = file
+        self.where = str(file)
+        self._busy_timeout_s = busy_timeout_s
+        self._locks = FileLocks(file.with_name("locks"))
+        self.engine = create_engine(
+            URL.create("sqlite", database=str(file)),
+            connect_args={"timeout": busy_timeout_s, "check_same_thread": False, "isolation_level": None},
+            hide_parameters=True,  # or errors would print the texts they are about
+            poolclass=QueuePool,
+            max_overflow=-1,  # SQLite is the one to make callers wait, with an error we can name
+        )
+        event.listen(self.engine, "connect", self._set_pragmas)
+        event.listen(self.engine, "begin", self._begin)
+        event.listen(self.engine, "invalidate", self._roll_back)
+        if not file.exists():
+            os.close(private_opener(str(file), os.O_RDWR | os.O_CREAT))  # its -wal and -shm take the mode over
+
+    def create(self) -> None:
+        """Switch to the write-ahead log: once, at birth; the mode is kept in the file."""
+        # SQLite does not wait for its busy timeout here, so we do.
+        deadline = time.monotonic() + self._busy_timeout_s
+        while True:
+            try:
+                with closing(sqlite3.connect(self.file, timeout=self._busy_timeout_s)) as connection:
+                    connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+
+    def scrub(self) -> None:
+        """See `Database.scrub`."""
+        scrub_sqlite(self.file)
+
+    def lock(self, connection: Connection) -> None:
+        """Nothing to do: the transaction began with the lock."""
+
+    def hold(self, name: str, *, wait: bool = True) -> AbstractContextManager[bool]:
+        """See `Locks.hold`."""
+        return self._locks.hold(name, wait=wait)
+
+    @staticmethod
+    def _set_pragmas(connection: Any, _entry: ConnectionPoolEntry) -> None:
+        # FULL: a row that names a blob must survive a power cut once put() has returned. Reading pays nothing for it.
+        for pragma in ("foreign_keys = ON", "synchronous = FULL"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @staticmethod
+    def _roll_back(connection: Any, _entry: ConnectionPoolEntry, _error: BaseException | None) -> None:
+        # Ctrl-C in the middle of a statement: SQLAlchemy closes the connection, which SQLite puts off, its transaction
+        # and lock included, until the last cursor is gone, and one lives as long as the traceback does.
+        with suppress(sqlite3.Error):
+            connection.rollback()
+
+    @staticmethod
+    def _begin(connection: Connection) -> None:
+        # Upgrading a read transaction to a write fails at once if anybody wrote in between; so writers say so first.
+        writes = connection.get_execution_options().get(_WRITES, False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+class PostgresDatabase:
+    """A schema of a PostgreSQL database, `kv_memory` unless the URL says `?schema=NAME`.
+
+    A schema of its own, because our tables have names that others have too. Writers take turns by an advisory lock, so
+    that what holds on SQLite holds here: transactions are short, and blobs are written outside them.
+    """
+
+    # A reader sees one state of the catalog, as on SQLite.
+    options: tuple[dict[str, Any], dict[str, Any]] = (
+        {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True},
+        {"isolation_level": "READ COMMITTED"},
+    )
+
+    def __init__(self, url: URL, *, busy_timeout_s: float) -> None:
+        query = dict(url.query)
+        schema = query.pop("schema", "kv_memory")
+        if not isinstance(schema, str) or not schema.isidentifier():
+            raise ConfigError(
+                f"a schema's name is letters, digits and underscores, got {schema!r}", where="catalog", next_step=None
+            )
+        url = url.set(query=query)
+        self.schema = schema
+        self.where = f"{url.render_as_string(hide_password=True)} schema {schema}"
+        milliseconds = int(1000 * busy_timeout_s)
+        try:
+            self.engine = create_engine(
+                url,
+                connect_args={
+                    "connect_timeout": 10,
+                    "options": f"-c search_path={schema} -c lock_timeout={milliseconds} -c timezone=UTC",
+                    # A server that is gone without a word is noticed within a minute.
+                    "keepalives_idle": 20,
+                    "keepalives_interval": 10,
+                    "keepalives_count": 3,
+                },
+                hide_parameters=True,
+                pool_pre_ping=True,  # a connection that died while it lay in the pool is made anew
+                max_overflow=-1,
+            )
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                "a catalog in PostgreSQL needs psycopg, which is not installed",
+                where="catalog",
+                next_step="Run `pip install 'kv-memory[postgres]'`.",
+            ) from error
+        self._locks = PostgresLocks(self.engine, schema, self.where)
+        event.listen(self.engine, "do_connect", self._connect)
+
+    def create(self) -> None:
+        """Make the schema."""
+        with self.engine.begin() as connection:
+            self.lock(connection)  # CREATE SCHEMA IF NOT EXISTS fails where two do it at once
+            connection.execute(text(f'CREATE SCHEMA IF NOT EXISTS "{self.schema}"'))
+
+    def scrub(self) -> None:
+        """Write the tables anew; each is locked meanwhile. The server's log and its backups are its operator's."""
+        # A VACUUM that is not FULL leaves the bytes of deleted rows where they are until others come to lie there.
+        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            for table in Base.metadata.tables:
+                connection.execute(text(f'VACUUM (FULL) "{table}"'))
+
+    def lock(self, connection: Connection) -> None:
+        """Wait for the turn to write; it ends with the transaction."""
+        connection.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"), {"name": self._turn})
+
+    def hold(self, name: str, *, wait: bool = True) -> AbstractContextManager[bool]:
+        """See `Locks.hold`."""
+        return self._locks.hold(name, wait=wait)
+
+    @property
+    def _turn(self) -> str:
+        return f"kv_memory write {self.schema}"
+
+    @staticmethod
+    def _connect(dialect: Any, _record: object, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        # A server that restarts is back within seconds: five tries, and none begun after 20 s, then the error.
+        retrying = Retrying(
+            retry=retry_if_exception(_may_pass),
+            stop=stop_after_attempt(5) | stop_after_delay(20),
+            wait=wait_random_exponential(multiplier=0.2, max=2),
+            reraise=True,
+        )
+        return retrying(dialect.connect, *arguments, **named)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether connecting may work in a moment: not with a wrong password or a database that is not there."""
+    return type(error).__name__ == "OperationalError" and refused_login(error) is None

@@ -1,0 +1,147 @@
+"""The caches and prefixes of an archive on their way into a collection: each blob first, then its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, delete, select
+from sqlalchemy.orm import Session
+
+from kv_memory.errors import CorruptCacheError, TransferError
+from kv_memory.store.caches import Shelf
+from kv_memory.store.eviction import read_limits
+from kv_memory.store.sql.schema import CacheRow, FingerprintRow, PrefixRow, utc_now
+from kv_memory.store.transfer.archive_reader import ArchiveReader
+from kv_memory.store.transfer.manifest import Group
+
+__all__ = ["Received", "Receiver"]
+
+_Row = CacheRow | PrefixRow
+
+
+@dataclass(kw_only=True)
+class Received:
+    """What became of the caches so far; see `ImportReport`."""
+
+    n_caches: int = 0
+    n_present: int = 0
+    n_left_out: int = 0
+    n_evicted: int = 0
+    size_bytes: int = 0
+
+
+class Receiver:
+    """Takes the caches of one group after the other.
+
+    Args:
+        shelf: Of the collection.
+        collection_id: Whose they become.
+    """
+
+    def __init__(self, shelf: Shelf, collection_id: int) -> None:
+        self.received = Received()
+        self._shelf = shelf
+        self._stock = shelf.stock
+        self._catalog = shelf.stock.catalog
+        self._collection_id = collection_id
+
+    def take(self, archive: ArchiveReader, group: Group, texts: set[str]) -> Iterator[None]:
+        """Store the caches of these texts; yields behind every blob that was read.
+
+        Raises:
+            TransferError: The archive is damaged.
+        """
+        due = self._wanted(group, texts)
+        for key, data in archive.blobs():
+            if rows := due.pop(key, []):
+                self._file(group, rows, data)
+            yield
+        # What is left has the blob of a group before, filed under another text.
+        for key, rows in due.items():
+            try:
+                data = self._stock.vault.verified_path(key, rows[0].size_bytes).read_bytes()
+            except (CorruptCacheError, FileNotFoundError) as error:
+                raise TransferError(
+                    "the blob of a cache is neither in the archive nor in the store",
+                    where=f"blob {key}",
+                    next_step="Import the archive again: it may have been removed meanwhile. Else export it again.",
+                ) from error
+            self._file(group, rows, data)
+
+    def _wanted(self, group: Group, texts: set[str]) -> dict[str, list[_Row]]:
+        """The rows that are to be stored, by blob."""
+        due: dict[str, list[_Row]] = {}
+        now = utc_now()
+        for cache in group.caches:
+            if cache.text_sha256 not in texts or (cache.expires_at is not None and cache.expires_at <= now):
+                self.received.n_left_out += 1
+            elif self._has_cache(cache):
+                self.received.n_present += 1
+            else:
+                due.setdefault(cache.blob_key, []).append(cache)
+        for prefix in group.prefixes:
+            if not self._has_prefix(prefix):
+                due.setdefault(prefix.blob_key, []).append(prefix)
+        return due
+
+    def _has_cache(self, cache: CacheRow) -> bool:
+        """Whether the collection has such a cache, sound and alive; damage that is found is cleared away."""
+        with self._catalog.read() as session:
+            row = session.scalar(select(CacheRow).where(self._same_cache(cache)))
+        if row is None or (row.expires_at is not None and row.expires_at <= utc_now()):
+            return False
+        if self._stock.vault.sound(row.blob_key, row.size_bytes):
+            return True
+        self._stock.condemn_if_damaged(row.blob_key, row.size_bytes)
+        return False
+
+    def _has_prefix(self, prefix: PrefixRow) -> bool:
+        with self._catalog.read() as session:
+            row = session.scalar(select(PrefixRow).where(self._same_prefix(prefix)))
+        return row is not None and self._stock.vault.sound(row.blob_key, row.size_bytes)
+
+    def _same_cache(self, cache: CacheRow) -> ColumnElement[bool]:
+        return (
+            (CacheRow.collection_id == self._collection_id)
+            & (CacheRow.text_sha256 == cache.text_sha256)
+            & (CacheRow.fingerprint == cache.fingerprint)
+            & (CacheRow.keep_ratio == cache.keep_ratio)
+        )
+
+    def _same_prefix(self, prefix: PrefixRow) -> ColumnElement[bool]:
+        return (PrefixRow.collection_id == self._collection_id) & (PrefixRow.key == prefix.key)
+
+    def _file(self, group: Group, rows: list[_Row], data: bytes) -> None:
+        """Store a blob, then its rows; dates, pins and fidelity stay as they were."""
+        key = rows[0].blob_key
+        left = [key]  # blobs that may have no row afterwards
+        try:
+            # As in Shelf.put: held, nobody sweeps the blob away before a row names it.
+            with self._catalog.hold(f"blob {key}"):
+                self._stock.vault.put(key, data)
+                with self._catalog.write() as session:
+                    gone = [other for row in rows for other in self._insert(session, group, row)]
+                    bounded = read_limits(session, self._collection_id).bounded
+                left = [other for other in gone if other != key]
+        finally:
+            self._stock.sweep(left)
+        self.received.size_bytes += len(data)
+        self.received.n_caches += sum(isinstance(row, CacheRow) for row in rows)
+        if bounded:
+            self.received.n_evicted += self._shelf.make_room()
+
+    def _insert(self, session: Session, group: Group, row: _Row) -> list[str]:
+        """Add a row in the place of what it is better than; returns the blobs of what went."""
+        row.collection_id = self._collection_id
+        if isinstance(row, PrefixRow):
+            old = delete(PrefixRow).where(self._same_prefix(row)).returning(PrefixRow.blob_key)
+        else:
+            old = delete(CacheRow).where(self._same_cache(row)).returning(CacheRow.blob_key)
+            if session.get(FingerprintRow, row.fingerprint) is None:
+                session.add(FingerprintRow(digest=row.fingerprint, json=group.fingerprints[row.fingerprint]))
+                session.flush()
+        gone = list(session.scalars(old))
+        session.add(row)
+        session.flush()
+        return gone

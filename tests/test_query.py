@@ -1,0 +1,502 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+import hashlib
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kv_memory import DecodeSettings, KVMemory
+from kv_memory.compress import Compressor
+from kv_memory.errors import (
+    CacheNotFoundError,
+    ConfigError,
+    ContextWindowError,
+    CorruptCacheError,
+    FingerprintMismatchError,
+    StoreFullError,
+)
+from kv_memory.generate import Generator, Turn, iterate_in_thread
+from kv_memory.model.kv_cache import PositionedCache
+from kv_memory.query import Reader, Reference, Reply, key_of
+from tests.conftest import make_tokenizer
+from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, SETTINGS, blob_of, open_memory, wide_backbone
+from tests.reference import blank_tokens, plain_model, recorded_inputs
+
+ASKED = [Turn("user", FERRY_QUESTION)]
+SAMPLED = DecodeSettings(max_new_tokens=40, temperature=1.0, seed=7)
+WALRUS = "The walrus sleeps on the ice all day."
+
+
+def reference(text: str, /, **changes: Any) -> Reference:
+    return Reference(key=key_of(text), **changes)
+
+
+def of(reply: Reply) -> tuple[Any, ...]:
+    """A reply without its times."""
+    return (
+        reply.text,
+        reply.finish_reason,
+        reply.n_prompt_tokens,
+        reply.n_cached_tokens,
+        reply.n_new_tokens,
+        reply.damaged,
+    )
+
+
+def plain(wide: Any, text: str) -> Any:
+    return Compressor(wide, selector="attention").compress(text, keep_ratio=1.0)
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 0xFF
+    path.write_bytes(data)
+
+
+# -- references --------------------------------------------------------------------------------------------------------
+
+
+@given(
+    ratio=st.none() | st.floats(min_value=0, max_value=1, exclude_min=True),
+    collection=st.none() | st.text(min_size=1, max_size=255),
+)
+def test_a_reference_comes_back_from_its_string(ratio: float | None, collection: str | None) -> None:
+    given_ = reference(FERRY, keep_ratio=ratio, collection=collection)
+    assert Reference.parse(str(given_)) == given_
+    assert Reference.parse(given_) is given_
+
+
+@pytest.mark.parametrize("collection", ["a/b", "@0.5", "x@0.25/y", " ", "two\nlines", "ö", "../../elsewhere"])
+@pytest.mark.parametrize("ratio", [None, 1, 1 / 3, 1e-7])
+def test_collections_with_odd_names(ratio: float | None, collection: str) -> None:
+    given_ = reference(FERRY, keep_ratio=ratio, collection=collection)
+    assert Reference.parse(str(given_)) == given_
+
+
+def test_what_a_reference_looks_like() -> None:
+    assert str(reference(FERRY)) == key_of(FERRY)
+    assert str(reference(FERRY, keep_ratio=0.25)) == f"{key_of(FERRY)}@0.25"
+    assert str(reference(FERRY, keep_ratio=0.25, collection="a")) == f"{key_of(FERRY)}@0.25/a"
+    assert str(reference(FERRY, text=FERRY)) == key_of(FERRY)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "ferry",
+        "0" * 63,
+        "0" * 65,
+        "F" * 64,
+        "0" * 64 + "@",
+        "0" * 64 + "/",
+        "0" * 64 + "@0",
+        "0" * 64 + "@1.5",
+        "0" * 64 + "@-0.5",
+        "0" * 64 + "@1.2.3",
+        "0" * 64 + "@nan",
+        " " + "0" * 64,
+        7,
+        None,
+    ],
+)
+def test_strings_that_are_no_references(value: Any) -> None:
+    with pytest.raises(ConfigError, match="reference") as caught:
+        Reference.parse(value)
+    assert caught.value.where is not None and str(value)[:39] in caught.value.where
+
+
+# -- replies -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_reply_is_what_the_memory_answers(memory: KVMemory) -> None:
+    answer = memory.ask(FERRY_QUESTION, top_k=1, settings=SETTINGS)
+    stream = memory.reader.reply(ASKED, [reference(FERRY)], settings=SETTINGS)
+    reply = stream.reply
+    assert reply.text.strip() == answer.text
+    assert of(reply)[1:4] == (answer.finish_reason, answer.n_prompt_tokens, answer.n_cached_tokens)
+    assert (reply.n_new_tokens, reply.damaged) == (4, ())
+    assert 0 < reply.ttft_s < reply.total_s
+    assert stream.reply == reply
+
+
+def test_references_are_read_in_their_order(memory: KVMemory, wide: Any) -> None:
+    caches = {text: memory.store.get(key_of(text), memory.compressor.fingerprint(), 0.25) for text in (FERRY, LAMP)}
+    for texts in ((FERRY, LAMP), (LAMP, FERRY)):
+        expected = Generator(wide).generate(FERRY_QUESTION, [caches[text] for text in texts], settings=SAMPLED)
+        reply = memory.reader.reply(ASKED, [reference(text) for text in texts], settings=SAMPLED).reply
+        assert (reply.text, reply.n_cached_tokens) == (expected.text, expected.n_cached_tokens)
+
+
+def test_texts_are_read_behind_the_caches(memory: KVMemory, wide: Any) -> None:
+    cache = memory.store.get(key_of(FERRY), memory.compressor.fingerprint(), 0.25)
+    run = Generator(wide).start([FERRY_QUESTION], [cache], texts=[LAMP, WALRUS], settings=SAMPLED)
+    list(run.steps())
+    (expected,) = run.results()
+    with recorded_inputs(wide) as inputs:
+        reply = memory.reader.reply(ASKED, [reference(FERRY)], texts=[LAMP, WALRUS], settings=SAMPLED).reply
+    read = "".join(wide.prompt.document(text) for text in (LAMP, WALRUS)) + wide.prompt.question(FERRY_QUESTION)
+    assert wide.tokenizer.decode(inputs[0][0]) == read
+    assert (reply.text, reply.n_prompt_tokens, reply.n_cached_tokens) == (expected.text, len(read), 11 + cache.n_kept)
+
+
+def test_earlier_turns_are_read(memory: KVMemory, wide: Any) -> None:
+    turns = [Turn("user", "Hello."), Turn("assistant", "Hello!"), *ASKED]
+    with recorded_inputs(wide) as inputs:
+        reply = memory.reader.reply(turns, [reference(FERRY)], settings=SETTINGS).reply
+    assert wide.tokenizer.decode(inputs[0][0]) == f"Q: Hello.\nA:Hello!\nQ: {FERRY_QUESTION}\nA:"
+    assert reply.n_prompt_tokens == inputs[0].shape[1]
+
+
+def test_pieces_joined_are_the_reply(memory: KVMemory) -> None:
+    stream = memory.reader.reply(ASKED, [reference(FERRY)], settings=SAMPLED)
+    pieces = list(stream)
+    assert all(pieces) and "".join(pieces) == stream.reply.text
+    assert list(stream) == []
+
+
+def test_a_reply_taken_early_is_whole(memory: KVMemory) -> None:
+    stream = memory.reader.reply(ASKED, [reference(FERRY)], settings=SAMPLED)
+    first = next(stream)
+    assert stream.reply.n_new_tokens == 40 and stream.reply.text.startswith(first)
+
+
+def test_a_batch_gives_what_each_question_gives_alone(memory: KVMemory) -> None:
+    references, questions = [reference(FERRY), reference(LAMP)], [FERRY_QUESTION, LAMP_QUESTION, "Why?"]
+    together = memory.reader.reply_batch(questions, references, settings=SAMPLED)
+    alone = [memory.reader.reply([Turn("user", q)], references, settings=SAMPLED).reply for q in questions]
+    assert [of(reply) for reply in together] == [of(reply) for reply in alone]
+    assert memory.reader.reply_batch([], references) == []
+
+
+# -- which cache -------------------------------------------------------------------------------------------------------
+
+
+def test_references_at_other_keep_ratios_and_in_other_collections(memory: KVMemory) -> None:
+    half = memory.in_collection(memory.collection, keep_ratio=0.5)
+    half.refresh()
+    other = memory.in_collection("odd/name@0.5")
+    other.add(("walrus", WALRUS))
+    n_kept = {(info.text_sha256, info.keep_ratio): info.n_kept for m in (memory, other) for info in m.store.caches()}
+    assert len(n_kept) == 5
+    for given_ in (
+        reference(FERRY),
+        reference(FERRY, keep_ratio=0.5),
+        reference(FERRY, collection=memory.collection),
+        reference(WALRUS, keep_ratio=0.25, collection=other.collection),
+    ):
+        again = Reference.parse(str(given_))
+        reply = memory.reader.reply(ASKED, [again], settings=SETTINGS).reply
+        assert reply.n_cached_tokens == 11 + n_kept[given_.key, given_.keep_ratio or 0.25]
+    expected = half.ask(FERRY_QUESTION, top_k=1, settings=SETTINGS)
+    reply = memory.reader.reply(ASKED, [reference(FERRY, keep_ratio=0.5)], settings=SETTINGS).reply
+    assert (reply.text.strip(), reply.n_cached_tokens) == (expected.text, expected.n_cached_tokens)
+    mixed = memory.reader.reply(ASKED, [reference(FERRY), reference(WALRUS, collection=other.collection)]).reply
+    assert mixed.n_cached_tokens == 11 + n_kept[key_of(FERRY), 0.25] + n_kept[key_of(WALRUS), 0.25]
+
+
+def test_a_keep_ratio_of_many_digits_is_found(tmp_path: Path, wide: Any) -> None:
+    with open_memory(tmp_path / "store", wide, keep_ratio=1 / 3) as memory:
+        memory.add(("ferry", FERRY))
+        given_ = Reference.parse(str(reference(FERRY, keep_ratio=1 / 3)))
+        assert memory.reader.reply(ASKED, [given_], settings=SETTINGS).reply.n_cached_tokens > 11
+
+
+def test_a_reader_of_one_collection_reads_no_other(memory: KVMemory) -> None:
+    alone = Reader(memory.store, memory.compressor, keep_ratio=0.25, layout="source")
+    assert alone.reply(ASKED, [reference(FERRY, collection="default")], settings=SETTINGS).reply.n_cached_tokens > 11
+    with pytest.raises(ConfigError, match="'default' only"):
+        alone.reply(ASKED, [reference(FERRY, collection="tenant")])
+
+
+def test_has_and_check(memory: KVMemory, wide: Any) -> None:
+    assert memory.reader.has(FERRY) and not memory.reader.has(WALRUS)
+    memory.reader.check(FERRY)
+    with pytest.raises(CacheNotFoundError):
+        memory.reader.check(WALRUS)
+    half = memory.in_collection(memory.collection, keep_ratio=0.5).reader
+    assert not half.has(FERRY)
+    with pytest.raises(CacheNotFoundError, match=r"0\.25"):
+        half.check(FERRY)
+    with open_memory(memory.path, wide, selector="sink_recent") as other:
+        assert not other.reader.has(FERRY)
+        for call in (lambda: other.reader.check(FERRY), lambda: other.reader.reply(ASKED, [reference(FERRY, text="")])):
+            with pytest.raises(FingerprintMismatchError, match="method"):
+                call()
+
+
+# -- without a sound cache ---------------------------------------------------------------------------------------------
+
+
+def test_a_missing_cache_is_an_error(memory: KVMemory, wide: Any) -> None:
+    with recorded_inputs(wide) as inputs:
+        for call in (
+            lambda: memory.reader.reply(ASKED, [reference(FERRY), reference(WALRUS)]),
+            lambda: memory.reader.reply(ASKED, [reference(FERRY, keep_ratio=0.5)]),
+            lambda: memory.reader.reply_batch([FERRY_QUESTION], [reference(WALRUS)]),
+        ):
+            with pytest.raises(CacheNotFoundError) as caught:
+                call()
+            assert caught.value.next_step
+    assert inputs == []
+
+
+def test_in_the_place_of_a_missing_cache_its_text_is_read(memory: KVMemory, wide: Any) -> None:
+    cache = memory.store.get(key_of(FERRY), memory.compressor.fingerprint(), 0.25)
+    expected = Generator(wide).generate(FERRY_QUESTION, [plain(wide, WALRUS), cache], settings=SAMPLED)
+    references = [reference(WALRUS, text=WALRUS), reference(FERRY)]
+    for reply in (
+        memory.reader.reply(ASKED, references, settings=SAMPLED).reply,
+        *memory.reader.reply_batch([FERRY_QUESTION], references, settings=SAMPLED),
+    ):
+        assert reply.text == expected.text
+        assert reply.n_prompt_tokens == len(wide.encode_question(FERRY_QUESTION) + wide.encode_document(WALRUS))
+        assert reply.n_cached_tokens == 11 + cache.n_kept
+        assert reply.damaged == ()
+    assert not memory.reader.has(WALRUS)  # nobody asked for it to be kept
+
+
+def test_where_there_is_a_cache_the_text_is_not_read(memory: KVMemory) -> None:
+    expected = memory.reader.reply(ASKED, [reference(FERRY)], settings=SETTINGS).reply
+    assert of(memory.reader.reply(ASKED, [reference(FERRY, text=FERRY)], settings=SETTINGS).reply) == of(expected)
+
+
+@pytest.mark.parametrize("text", [None, FERRY])
+def test_a_damaged_cache_is_made_again_and_its_text_read(memory: KVMemory, wide: Any, text: str | None) -> None:
+    before = memory.reader.reply(ASKED, [reference(FERRY)], settings=SAMPLED).reply
+    damage(blob_of(memory, "ferry"))
+    expected = Generator(wide).generate(FERRY_QUESTION, [plain(wide, FERRY)], settings=SAMPLED)
+    with open_memory(memory.path, wide) as other:  # whoever has read it has found it sound
+        reply = other.reader.reply(ASKED, [reference(FERRY, text=text)], settings=SAMPLED).reply
+        assert (reply.text, reply.damaged, reply.n_cached_tokens) == (expected.text, (key_of(FERRY),), 11)
+        assert reply.n_prompt_tokens == len(wide.encode_question(FERRY_QUESTION) + wide.encode_document(FERRY))
+        assert of(other.reader.reply(ASKED, [reference(FERRY)], settings=SAMPLED).reply) == of(before)
+        assert other.check().ok
+
+
+def test_a_damaged_cache_of_another_collection(memory: KVMemory, wide: Any) -> None:
+    with open_memory(memory.path, wide, collection="tenant", keep_text=True) as tenant:
+        tenant.add(("walrus", WALRUS))
+        before = tenant.reader.reply(ASKED, [reference(WALRUS)], settings=SAMPLED).reply
+        damage(blob_of(tenant, "walrus"))
+    given_ = reference(WALRUS, collection="tenant")
+    reply = memory.reader.reply(ASKED, [given_], settings=SAMPLED).reply
+    expected = Generator(wide).generate(FERRY_QUESTION, [plain(wide, WALRUS)], settings=SAMPLED)
+    assert (reply.text, reply.damaged) == (expected.text, (key_of(WALRUS),))
+    assert of(memory.reader.reply(ASKED, [given_], settings=SAMPLED).reply) == of(before)
+    assert not memory.reader.has(WALRUS)  # it was made again where it belongs
+
+
+def test_a_damaged_cache_of_which_nobody_has_the_text(memory: KVMemory, wide: Any) -> None:
+    memory.store.put(key_of(WALRUS), memory.compressor.compress(WALRUS, keep_ratio=0.25))
+    key = next(info.blob_key for info in memory.store.caches() if info.text_sha256 == key_of(WALRUS))
+    damage(next(p for p in (memory.path / "blobs").rglob("*.val") if hashlib.sha256(p.read_bytes()).hexdigest() == key))
+    with open_memory(memory.path, wide) as other:
+        with pytest.raises(CorruptCacheError):
+            other.reader.reply(ASKED, [reference(WALRUS)])
+        with pytest.raises(CacheNotFoundError):  # it is in quarantine now
+            other.reader.reply(ASKED, [reference(WALRUS)])
+
+
+def test_another_text_than_the_keys_is_not_kept_under_it(memory: KVMemory, wide: Any) -> None:
+    damage(blob_of(memory, "ferry"))
+    with open_memory(memory.path, wide) as other:
+        reply = other.reader.reply(ASKED, [reference(FERRY, text=WALRUS)], settings=SAMPLED).reply
+        expected = Generator(wide).generate(FERRY_QUESTION, [plain(wide, WALRUS)], settings=SAMPLED)
+        assert (reply.text, reply.damaged) == (expected.text, (key_of(FERRY),))
+        assert not other.reader.has(FERRY)
+
+
+def test_a_full_disk_is_no_obstacle(memory: KVMemory, wide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise StoreFullError("no space left")
+
+    damage(blob_of(memory, "ferry"))
+    with open_memory(memory.path, wide) as other:
+        monkeypatch.setattr(other.store, "put", full)
+        assert other.reader.reply(ASKED, [reference(FERRY)], settings=SETTINGS).reply.damaged == (key_of(FERRY),)
+
+
+# -- without documents -------------------------------------------------------------------------------------------------
+
+
+def greedy(ids: list[int], n: int) -> list[int]:
+    """What Transformers' own `generate` makes of the unmodified model, beginning with something visible."""
+    model = plain_model("llama", max_position_embeddings=4096)
+    tokens, blank = torch.tensor([ids]), blank_tokens(make_tokenizer(), model.config.vocab_size)
+    with torch.no_grad():
+        out = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=n,
+            do_sample=False,
+            pad_token_id=0,
+            begin_suppress_tokens=blank,
+        )
+    return [int(token) for token in out[0, len(ids) :]]
+
+
+def test_alone_the_model_reads_nothing_but_its_own_template(memory: KVMemory, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    backbone = type(memory.backbone)(
+        wide_backbone().model, tokenizer, prompt=memory.backbone.prompt, weights_sha256=memory.backbone.weights_sha256
+    )
+    text = "<system>Be brief.\n<user>Hello.\n<assistant>Hello!\n<user>Why?\n<assistant>"
+    ids = backbone.encode(text)
+    turns = [Turn("system", "Be brief."), Turn("user", "Hello."), Turn("assistant", "Hello!"), Turn("user", "Why?")]
+    with open_memory(memory.path, backbone) as other, recorded_inputs(backbone) as inputs:
+        reply = other.reader.reply_alone(turns, settings=DecodeSettings(max_new_tokens=20)).reply
+        assert inputs[0].tolist() == [ids] and all(step.shape == (1, 1) for step in inputs[1:])
+        expected = greedy(ids, 20)
+        assert [int(step) for step in inputs[1:]] == expected[: len(inputs) - 1]
+        assert reply.text == backbone.tokenizer.decode(expected, skip_special_tokens=True)
+        assert (reply.n_prompt_tokens, reply.n_cached_tokens) == (len(ids), 0)
+        inputs.clear()
+        with pytest.raises(ContextWindowError):
+            other.reader.reply_alone(turns, settings=DecodeSettings(max_new_tokens=4096))
+        assert inputs == []
+
+
+def test_without_a_template_it_stands_behind_the_prefix(memory: KVMemory) -> None:
+    reply = memory.reader.reply_alone(ASKED, settings=SAMPLED).reply
+    assert of(reply) == of(memory.reader.reply(ASKED, settings=SAMPLED).reply)
+    assert reply.n_cached_tokens == 11
+
+
+def test_going_on_with_a_text(memory: KVMemory, wide: Any) -> None:
+    text = "Once upon a time"
+    reply = memory.reader.complete(text, settings=DecodeSettings(max_new_tokens=20)).reply
+    expected = greedy(wide.encode(text), 20)
+    assert reply.text == wide.tokenizer.decode(expected, skip_special_tokens=True)
+    assert (reply.n_prompt_tokens, reply.n_cached_tokens) == (len(text), 0)
+    form = wide.prompt
+    whole = form.prefix + form.document(FERRY) + form.question(FERRY_QUESTION)
+    reply = memory.reader.complete(whole, settings=SAMPLED).reply
+    assert of(reply) == of(memory.reader.reply(ASKED, texts=[FERRY], settings=SAMPLED).reply)
+    with pytest.raises(ConfigError, match="empty prompt"):
+        memory.reader.complete("")
+
+
+# -- breaking off ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def composed(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[PositionedCache]]:
+    """Every cache that is made for a reply from now on."""
+    made: list[weakref.ref[PositionedCache]] = []
+    init: Callable[..., None] = PositionedCache.__init__
+
+    def noted(self: PositionedCache, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(PositionedCache, "__init__", noted)
+    return made
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5])
+def test_closing_stops_decoding_and_frees_the_cache(
+    memory: KVMemory, wide: Any, composed: list[weakref.ref[PositionedCache]], taken: int
+) -> None:
+    expected = memory.reader.reply(ASKED, [reference(FERRY)], settings=SAMPLED).reply
+    composed.clear()
+    gc.collect()
+    gc.disable()  # freed at once, not when the collector happens to come by
+    try:
+        with recorded_inputs(wide) as inputs:
+            stream = memory.reader.reply(ASKED, [reference(FERRY)], settings=SAMPLED)
+            pieces = [next(stream) for _ in range(taken)]
+            (cache,) = composed
+            assert cache() is not None
+            read = len(inputs)
+            stream.close()
+            assert cache() is None
+            assert list(stream) == []
+            reply = stream.reply
+        assert len(inputs) == read < 40
+    finally:
+        gc.enable()
+    assert (reply.n_new_tokens, reply.text.startswith("".join(pieces))) == (read, True)
+    assert reply.finish_reason == "length"
+    stream.close()  # twice is fine
+    assert of(memory.reader.reply(ASKED, [reference(FERRY)], settings=SAMPLED).reply) == of(expected)
+
+
+def test_a_reply_that_is_complete_holds_no_cache(
+    memory: KVMemory, composed: list[weakref.ref[PositionedCache]]
+) -> None:
+    stream = memory.reader.reply(ASKED, [reference(FERRY, text=FERRY)], settings=SAMPLED)
+    assert stream.reply.text
+    gc.collect()
+    assert composed and all(cache() is None for cache in composed)
+
+
+def test_two_threads_that_stream_at_once_get_their_own_replies(memory: KVMemory) -> None:
+    jobs = [(FERRY_QUESTION, FERRY), (LAMP_QUESTION, LAMP)]
+    expected = [
+        memory.reader.reply([Turn("user", q)], [reference(text)], settings=SAMPLED).reply.text for q, text in jobs
+    ]
+    assert expected[0] != expected[1]
+    found: dict[int, list[str]] = {0: [], 1: []}
+    reader, both = memory.reader, threading.Barrier(2)
+
+    def stream(index: int) -> None:
+        question, text = jobs[index]
+        both.wait()
+        for _ in range(3):
+            found[index].append("".join(reader.reply([Turn("user", question)], [reference(text)], settings=SAMPLED)))
+
+    threads = [threading.Thread(target=stream, args=(index,)) for index in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {0: [expected[0]] * 3, 1: [expected[1]] * 3}
+
+
+def test_streams_taken_in_turn_do_not_disturb_each_other(memory: KVMemory) -> None:
+    def start() -> list[Any]:
+        return [memory.reader.reply(ASKED, [reference(text)], settings=SAMPLED) for text in (FERRY, LAMP)]
+
+    expected = [stream.reply.text for stream in start()]
+    streams, found = start(), ["", ""]
+    for _ in range(40):
+        for index, stream in enumerate(streams):
+            found[index] += next(stream, "")
+    assert found == expected
+
+
+async def test_what_is_cancelled_while_nothing_can_be_shown_stops_within_a_token(memory: KVMemory, wide: Any) -> None:
+    long = DecodeSettings(max_new_tokens=200)
+    text = memory.reader.reply([Turn("user", "Why?")], settings=long).reply.text
+    held = DecodeSettings(max_new_tokens=200, stop=(text + "#",))  # all of it may be the beginning of a stop string
+    stream = memory.reader.reply([Turn("user", "Why?")], settings=held)
+
+    async def take() -> None:
+        async for _ in iterate_in_thread(stream):
+            raise AssertionError("a piece was shown")
+
+    with recorded_inputs(wide) as inputs:
+        task = asyncio.create_task(take())
+        while len(inputs) < 5:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert len(inputs) < 50
+        n = len(inputs)
+        await asyncio.sleep(0.05)
+        assert len(inputs) == n
