@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from kv_memory.cli.eval_progress import EvalTracker
-from kv_memory.cli.options import PassageTokensOption, passage_tokens_of
+from kv_memory.cli.options import PassageTokensOption, passage_tokens_of, ratio_of
 from kv_memory.cli.output import Output, plain, reporting, size_text
-from kv_memory.cli.sizes import ratio_of
+from kv_memory.cli.progress import EvalTracker
 from kv_memory.settings import given_settings, resolve_settings
 
 if TYPE_CHECKING:

@@ -14,26 +14,17 @@ import typer
 import kv_memory
 from kv_memory.cli.add import add
 from kv_memory.cli.advise import advise_on
-from kv_memory.cli.ask import ask
-from kv_memory.cli.budget import budget, pin, unpin
-from kv_memory.cli.chat import chat
-from kv_memory.cli.check import check
-from kv_memory.cli.db import current, init, upgrade
+from kv_memory.cli.ask import ask, chat
 from kv_memory.cli.demo import demo
-from kv_memory.cli.eval import evaluate_task
-from kv_memory.cli.export import export
-from kv_memory.cli.gc import gc
-from kv_memory.cli.importing import import_archive
+from kv_memory.cli.documents import list_documents, remove, show
+from kv_memory.cli.eval import evaluate_task, report
 from kv_memory.cli.job import resume, run
 from kv_memory.cli.job_ledger import cancel, list_jobs, show_job
-from kv_memory.cli.list import list_documents
 from kv_memory.cli.models import models
 from kv_memory.cli.output import FAILED, STOPPED, debugging
-from kv_memory.cli.remove import remove
-from kv_memory.cli.report import report
-from kv_memory.cli.show import show
-from kv_memory.cli.stats import stats
+from kv_memory.cli.store import budget, check, current, gc, init, pin, stats, unpin, upgrade
 from kv_memory.cli.train import train
+from kv_memory.cli.transfer import export, import_archive
 
 __all__ = ["COMMANDS", "app", "main"]
 

@@ -1,12 +1,18 @@
-"""`kv-memory ask`: one question."""
+"""`ask` and `chat`: questions from the terminal."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal
+
+from kv_memory.cli.output import Output
+
+if TYPE_CHECKING:
+    from kv_memory.config import DecodeSettings
+    from kv_memory.memory import Answer, KVMemory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kv_memory.cli.answering import answer_aloud, print_cost, print_sources
 from kv_memory.cli.opening import load_model, open_memory
 from kv_memory.cli.options import (
     DEFAULT_COLLECTION,
@@ -30,8 +36,71 @@ from kv_memory.cli.output import reporting
 
 if TYPE_CHECKING:
     from kv_memory.answers import ReadFrom
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
-__all__ = ["ask"]
+from kv_memory.errors import KVMemoryError
+
+if TYPE_CHECKING:
+    from kv_memory.answers import Answer, ReadFrom
+
+__all__ = ["answer_aloud", "ask", "chat", "print_cost", "print_sources", "typed_lines"]
+
+
+def answer_aloud(
+    out: Output,
+    memory: KVMemory,
+    question: str,
+    *,
+    top_k: int | None,
+    settings: DecodeSettings,
+    read_from: Literal["caches", "text"],
+) -> Answer:
+    """Print the answer to a question piece by piece. Errors as in `KVMemory.ask`."""
+    stream = memory.stream(question, top_k=top_k, settings=settings, read_from=read_from)
+    begun = False
+    try:
+        for piece in stream:
+            text = piece if begun else piece.lstrip()
+            begun = begun or bool(text)
+            out.piece(text)
+        answer = stream.answer
+    finally:
+        if begun:
+            out.piece("\n")  # also where Ctrl-C came in between
+        stream.close()
+    if answer.finish_reason == "no_sources":
+        out.note("No passage shares a word with the question, so there is nothing to answer from.")
+    elif not begun:
+        out.note(f"The model's answer is empty. {answer.next_step or ''}".rstrip())
+    elif answer.finish_reason == "length":
+        out.note("The answer was cut at --max-new-tokens.")
+    for document_id in answer.fallbacks:
+        out.note(f"The cache of {document_id} was damaged; its text was read instead. Repair: kv-memory add --stale")
+    return answer
+
+
+def print_sources(out: Output, answer: Answer) -> None:
+    """Print the passages an answer came from, with their scores."""
+    rows = [
+        (f"{index}.", source.document_id, source.ordinal, f"{source.score:.2f}")
+        for index, source in enumerate(answer.sources, start=1)
+    ]
+    if rows:
+        out.table(("", "Source", "Passage", "Score"), rows, right=("Passage", "Score"))
+
+
+def print_cost(out: Output, answer: Answer) -> None:
+    """Print how soon the answer began, and from what."""
+    origin = "distilled caches" if answer.read_from == "caches" else "text in the prompt"
+    out.line(
+        f"First token after {answer.ttft_s:.2f} s, from {origin}: {answer.n_cached_tokens:,} entries read, "
+        f"{answer.n_prompt_tokens:,} tokens prefilled.",
+        style="dim",
+    )
 
 
 def ask(
@@ -68,3 +137,90 @@ def ask(
                 out.line()
                 print_sources(out, answer)
                 print_cost(out, answer)
+
+
+def chat(
+    top_k: TopKOption = None,
+    max_new_tokens: MaxNewTokensOption = 128,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    text: TextOption = False,
+    keep_ratio: KeepRatioOption = None,
+    keep_tokens: KeepTokensOption = None,
+    max_bytes: MaxBytesOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    collection: CollectionOption = DEFAULT_COLLECTION,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask one question after another.
+
+    Each question is answered on its own: earlier questions and answers are not remembered. Lines may also come from a
+    pipe. /sources shows where the last answer came from; /quit or Ctrl-D ends; Ctrl-C stops an answer.
+    """
+    with reporting(as_json=as_json) as out:
+        settings = decode_settings_of(max_new_tokens, temperature, seed, stop)
+        read_from: ReadFrom = "text" if text else "caches"
+        answers: list[Answer] = []
+        kept = kept_of(keep_ratio, keep_tokens, max_bytes)
+        with open_memory(out, store, collection, **kept) as memory:
+            load_model(out, memory)
+            if sys.stdin.isatty():
+                out.note("Each question is answered on its own; earlier ones are not remembered. /sources, /quit")
+            for line in typed_lines(out):
+                if line == "/quit":
+                    break
+                if line == "/sources":
+                    _show_sources(out, answers)
+                elif line.startswith("/"):
+                    out.note(f"{line}: no such command. There are /sources and /quit.")
+                elif as_json:
+                    answers.append(memory.ask(line, top_k=top_k, settings=settings, read_from=read_from))
+                else:
+                    try:
+                        answers.append(
+                            answer_aloud(out, memory, line, top_k=top_k, settings=settings, read_from=read_from)
+                        )
+                    except KeyboardInterrupt:
+                        out.note("Stopped.")
+                    except KVMemoryError as error:
+                        if not sys.stdin.isatty():
+                            raise
+                        out.error(error.to_dict())  # the next question may fare better
+        if as_json:
+            out.json({"answers": answers})
+
+
+def typed_lines(out: Output) -> Iterator[str]:
+    """Lines from stdin without white space around them, blank ones left out; with a prompt where a person types."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin if line.strip())
+        return
+    with suppress(ImportError):  # not on Windows; with it, input() can be edited and remembers lines
+        importlib.import_module("readline")
+    while True:
+        try:
+            line = input("" if out.as_json else "? ").strip()
+        except EOFError:
+            out.note("")
+            return
+        except KeyboardInterrupt:
+            out.note("")  # what follows should not stand behind the prompt
+            raise
+        if line:
+            yield line
+
+
+def _show_sources(out: Output, answers: list[Answer]) -> None:
+    if out.as_json:
+        return  # they are in the JSON object
+    if not answers or not answers[-1].sources:
+        out.note("There are no sources yet." if not answers else "The last answer had no sources.")
+        return
+    print_sources(out, answers[-1])
+    for source in answers[-1].sources:
+        out.line()
+        if source.text is None:
+            out.note(f"The text of {source.document_id}, passage {source.ordinal}, is not kept.")
+        else:
+            out.line(source.text)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kv_memory.cli.chat import typed_lines
+from kv_memory.cli.ask import typed_lines
 from kv_memory.cli.compare import Comparison, Medians, compare, medians
 from kv_memory.cli.demo_questions import QUESTIONS, Question, known_questions
 from kv_memory.cli.demo_text import Compressed, introduce, print_compressed, print_end, print_result

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from kv_memory.cli.eval_progress import EvalTracker
+from kv_memory.cli.options import ratio_of
 from kv_memory.cli.output import Output, reporting
-from kv_memory.cli.sizes import ratio_of
+from kv_memory.cli.progress import EvalTracker
 from kv_memory.errors import ConfigError
 from kv_memory.model.embedded import EMBEDDED
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kv_memory.model.backbone import Backbone
     from kv_memory.model.prompts import PromptName
 
-__all__ = ["BY", "evaluate_task", "print_rows"]
+__all__ = ["BY", "evaluate_task", "print_rows", "report"]
 
 BY = typer.Option(
     "--by",
@@ -308,3 +308,53 @@ def print_rows(out: Output, rows: Sequence[Row]) -> None:
             out.line(task, style="bold")
         header, *lines = cells([row for row in rows if row.task == task])
         out.table(header, lines, right=header[2:])
+
+
+def report(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATH...",
+            help="Folders of `eval --out` or of benchmarks/peers. LABEL=FOLDER sets adapters of one name apart.",
+        ),
+    ],
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="FOLDER", help="Write tables.md and the plots here.")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", metavar="NAME", help="Only this one, by its name in the table; repeatable."),
+    ] = None,
+    keep_ratio: Annotated[
+        list[str] | None, typer.Option("--keep-ratio", metavar="SHARE", help="Only this one, e.g. 1/8; repeatable.")
+    ] = None,
+    unpaired: Annotated[
+        bool, typer.Option("--unpaired", help="Use all documents of each row, not only those that all rows have.")
+    ] = False,
+    by: Annotated[list[str] | None, BY] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the intervals.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line, one for each row.")] = False,
+) -> None:
+    """Make one table from several evaluations, and plot it.
+
+    Rows are compared on the documents that all of them have.
+    """
+    with reporting(as_json=as_json) as out:
+        ratios = [ratio_of(text) for text in keep_ratio or ()] or None
+        with out.working("Reading"):
+            from kv_memory.evaluate import load_rows, write_report
+
+            files: list[Path] = []
+            chosen: dict[str, Any] = {
+                "methods": method or None,
+                "keep_ratios": ratios,
+                "paired": not unpaired,
+                "by": by,
+            }
+            if to is None:
+                loaded = load_rows(paths, seed=seed, **chosen)
+            else:
+                loaded, files = write_report(paths, to, seed=seed, **chosen)
+        print_rows(out, loaded.rows)
+        for file in files:
+            out.note(f"Wrote {file}")

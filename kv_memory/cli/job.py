@@ -10,18 +10,6 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from kv_memory.cli.job_options import (
-    EncodingOption,
-    EngineOption,
-    GlobOption,
-    GpusOption,
-    IdFieldOption,
-    MaxAttemptsOption,
-    QueryOption,
-    TextFieldOption,
-    WorkersOption,
-)
-from kv_memory.cli.job_progress import JobTracker, print_ended
 from kv_memory.cli.options import (
     DEFAULT_COLLECTION,
     DEFAULT_STORE,
@@ -43,6 +31,7 @@ from kv_memory.cli.options import (
     passage_tokens_of,
 )
 from kv_memory.cli.output import FAILED, Output, reporting
+from kv_memory.cli.progress import JobTracker, print_ended
 from kv_memory.errors import ConfigError, JobError
 from kv_memory.settings import given_settings, resolve_settings
 
@@ -54,7 +43,19 @@ if TYPE_CHECKING:
     from kv_memory.model.prompts import PromptName
     from kv_memory.store import Store
 
-__all__ = ["resume", "run"]
+__all__ = [
+    "EncodingOption",
+    "EngineOption",
+    "GlobOption",
+    "GpusOption",
+    "IdFieldOption",
+    "MaxAttemptsOption",
+    "QueryOption",
+    "TextFieldOption",
+    "WorkersOption",
+    "resume",
+    "run",
+]
 
 JsonLinesOption = Annotated[
     bool,
@@ -251,3 +252,64 @@ def _drive(
             out.note(f"`kv-memory job show {job.name}{_where(store, job)}` says what to do about what has failed.")
             out.note(f"`{go_on} --retry-failed` tries it once more.")
         raise typer.Exit(FAILED)
+
+
+WorkersOption = Annotated[
+    int,
+    typer.Option(
+        "--workers",
+        metavar="N",
+        min=1,
+        help="Worker processes, each with a model of its own: as many as there are GPUs; on CPUs they share the cores.",
+    ),
+]
+EngineOption = Annotated[
+    str,
+    typer.Option("--engine", metavar="NAME", help="local: processes of this machine. ray: actors of a Ray cluster."),
+]
+GpusOption = Annotated[
+    float | None,
+    typer.Option(
+        "--gpus-per-worker",
+        metavar="N",
+        min=0,
+        help="With --engine ray: GPUs of each worker; 0.5 for two that share one.  [default: 1 where there are any]",
+    ),
+]
+GlobOption = Annotated[
+    str | None,
+    typer.Option(
+        "--glob",
+        metavar="PATTERN",
+        help="For folders: which files, e.g. '*.md' or 'reports/**/*.txt'.  [default: those of known types]",
+    ),
+]
+IdFieldOption = Annotated[
+    str,
+    typer.Option(
+        "--id-field",
+        metavar="NAME",
+        help="Which field or column of a record names it; without one it is named FILE#NUMBER.",
+    ),
+]
+TextFieldOption = Annotated[
+    str, typer.Option("--text-field", metavar="NAME", help="Which field or column of a record is its text.")
+]
+QueryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--query", metavar="SQL", help='For sql: sources, e.g. "SELECT id, text FROM notes"; one row is one document.'
+    ),
+]
+EncodingOption = Annotated[
+    str, typer.Option("--encoding", metavar="NAME", help="Of text files without a byte order mark.")
+]
+MaxAttemptsOption = Annotated[
+    int,
+    typer.Option(
+        "--max-attempts",
+        metavar="N",
+        min=1,
+        help="How many workers may die over one document before it counts as failed.",
+    ),
+]

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kv_memory.cli.job_progress import count_text, sources_text
 from kv_memory.cli.opening import open_store
 from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, CollectionOption, JsonOption, StoreOption
 from kv_memory.cli.output import factor_text, plain, reporting, size_text
+from kv_memory.cli.progress import count_text, sources_text
 
 if TYPE_CHECKING:
     from kv_memory.jobs import Counts, Job, Ledger

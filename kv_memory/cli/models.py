@@ -11,7 +11,7 @@ from rich.progress import DownloadColumn
 
 from kv_memory.cli.options import JsonOption
 from kv_memory.cli.output import Output, reporting, size_text
-from kv_memory.cli.tracking import Tracking
+from kv_memory.cli.progress import Tracking
 from kv_memory.errors import ModelNotFoundError
 from kv_memory.model.embedded import BUILT_IN, DEFAULTS, EMBEDDED, BuiltInModel, default_model
 

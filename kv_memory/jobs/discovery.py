@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
 
-from kv_memory.documents import read_file
-from kv_memory.errors import DocumentError
+from sqlalchemy import exists, func, select
+
+from kv_memory.cache.fingerprint import Fingerprint
+from kv_memory.documents import Document, read_file
+from kv_memory.documents.loaders import file_id
+from kv_memory.errors import DocumentError, JobError
 from kv_memory.jobs.item import SourceItem
 from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.records import Job
 from kv_memory.jobs.sources import Sources
-from kv_memory.jobs.sources.files import path_of
-from kv_memory.jobs.sync import Seen, is_current, known_fingerprint, unseen
+from kv_memory.jobs.sources.files import FileSource, path_of
+from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
+from kv_memory.store.eviction import alive
+from kv_memory.store.sql.schema import CacheRow, DocumentRow, FingerprintRow, PassageRow, utc_now
 
-__all__ = ["Discovery"]
+__all__ = ["Discovery", "Seen", "check_folder", "is_current", "known_fingerprint", "unseen"]
 
 _BATCH = 500
 _WAIT_S = 0.3
@@ -109,3 +119,153 @@ class Discovery(threading.Thread):
         except DocumentError:
             return False  # the worker will say so
         return is_current(self._store, document, self._job, fingerprint)
+
+
+_PAGE = 1000
+
+
+class Seen:
+    """The ids that a walk came by, on disk: a million of them would take some 100 MB of memory."""
+
+    def __init__(self) -> None:
+        # An empty name is a temporary database: in memory while it is small, then in a file that is gone at closing.
+        self._ids = sqlite3.connect("")
+        self._ids.execute("CREATE TABLE seen (id TEXT PRIMARY KEY) WITHOUT ROWID")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ids.close()
+
+    def add(self, id_: str) -> None:
+        """Remember an id."""
+        self._ids.execute("INSERT OR IGNORE INTO seen VALUES (?)", (id_,))
+
+    def without(self, ids: Sequence[str]) -> list[str]:
+        """Those of a few ids that were not seen."""
+        marks = ",".join("?" * len(ids))
+        there = {id_ for (id_,) in self._ids.execute(f"SELECT id FROM seen WHERE id IN ({marks})", list(ids))}
+        return [id_ for id_ in ids if id_ not in there]
+
+    def __len__(self) -> int:
+        (n,) = self._ids.execute("SELECT count(*) FROM seen").fetchone()
+        return int(n)
+
+
+def known_fingerprint(ledger: Ledger, memory: dict[str, object]) -> str | None:
+    """What caches are made under with these settings, as far as a job of the collection has found out."""
+    found = (job.fingerprint for job in ledger.jobs() if job.fingerprint and job.settings.memory == memory)
+    return next(found, None)
+
+
+def is_current(store: Store, document: Document, job: Job, fingerprint: str | None) -> bool:
+    """Whether a document is stored with this text, and every passage of it has its cache."""
+    if fingerprint is None:
+        return False
+    memory = job.settings.memory
+    keep = MemorySettings(**memory).keep
+    caches = (
+        CacheRow.collection_id == store.collection_id,
+        CacheRow.text_sha256 == PassageRow.text_sha256,
+        CacheRow.fingerprint == fingerprint,
+        alive(utc_now()),
+    )
+    kept = PassageRow.text.is_not(None) if memory["keep_text"] else PassageRow.text.is_(None)
+    with store.catalog.read() as session:
+        row = session.scalar(
+            select(DocumentRow).where(
+                DocumentRow.collection_id == store.collection_id, DocumentRow.document_id == document.id
+            )
+        )
+        if row is None or (row.content_sha256, row.passage_tokens) != (
+            document.content_sha256,
+            memory["passage_tokens"],
+        ):
+            return False
+        if row.details != dict(document.metadata):
+            return False
+        passages = select(PassageRow.text_sha256).where(PassageRow.document_pk == row.id)
+        if keep.keep_ratio is not None:
+            cached = exists().where(*caches, CacheRow.keep_ratio == keep.keep_ratio)
+            return session.scalar(passages.where(~(cached & kept)).limit(1)) is None
+        if session.scalar(passages.where(~kept).limit(1)) is not None:
+            return False
+        json = session.scalar(select(FingerprintRow.json).where(FingerprintRow.digest == fingerprint))
+        if json is None:
+            return False
+        known = Fingerprint.from_json(json)
+        rows = session.execute(
+            select(CacheRow.text_sha256, CacheRow.keep_ratio, CacheRow.n_tokens)
+            .join(PassageRow, CacheRow.text_sha256 == PassageRow.text_sha256)
+            .where(*caches, PassageRow.document_pk == row.id)
+        )
+        within = {text_sha256 for text_sha256, ratio, n_tokens in rows if keep.fits(ratio, n_tokens, known)}
+        return set(session.scalars(passages)) <= within
+
+
+def check_folder(store: Store, source: FileSource) -> None:
+    """Refuse to make a collection equal to a folder that it has nothing to do with, or that is suddenly empty.
+
+    Raises:
+        JobError: The collection holds documents from elsewhere, or the folder holds none and the collection some.
+    """
+    # Collected only now: links are few, and their documents have the ids of what they point to.
+    outside = _outside(store, source.path)
+    first = next(outside, None)
+    if first is not None:
+        linked = {item.document_id for item in source.items() if os.path.islink(path_of(item.uri))}
+        strangers = [id_ for id_ in (first, *outside) if id_ not in linked]
+        if strangers:
+            raise JobError(
+                f"the collection holds {len(strangers):,} documents that are not from this folder, "
+                f"e.g. {strangers[0]!r}; making it equal to the folder would delete them",
+                where=source.path,
+                next_step="Give the folder a --collection of its own, or pass --force to delete them.",
+            )
+    if next(source.items(), None) is None and next(_ids(store), None) is not None:
+        raise JobError(
+            "the folder holds no document, and the collection would be emptied",
+            where=source.path,
+            next_step="Check that the folder is the right one and mounted, or pass --force.",
+        )
+
+
+def unseen(store: Store, seen: Seen) -> Iterator[list[str]]:
+    """The ids of the collection's documents that a walk did not come by, a page at a time."""
+    page: list[str] = []
+    for id_ in _ids(store):
+        page.append(id_)
+        if len(page) == _PAGE // 2:  # SQLite bounds the variables of one statement
+            yield seen.without(page)
+            page = []
+    if page:
+        yield seen.without(page)
+
+
+def _outside(store: Store, folder: str) -> Iterator[str]:
+    prefix = file_id(Path(folder).resolve()).rstrip("/") + "/"
+    return _ids(store, without=prefix)
+
+
+def _ids(store: Store, *, without: str | None = None) -> Iterator[str]:
+    """Ids of the collection's documents in their order, page by page, so that none is held for long."""
+    last = ""
+    while True:
+        wanted = (
+            select(DocumentRow.document_id)
+            .where(DocumentRow.collection_id == store.collection_id, DocumentRow.document_id > last)
+            .order_by(DocumentRow.document_id)
+            .limit(_PAGE)
+        )
+        if without is not None:
+            # Not LIKE, which knows no upper and lower case in SQLite.
+            wanted = wanted.where(func.substr(DocumentRow.document_id, 1, len(without)) != without)
+        with store.catalog.read() as session:
+            page = session.scalars(wanted).all()
+        if not page:
+            return
+        yield from page
+        last = page[-1]

@@ -13,7 +13,7 @@ from typing import Any
 
 from kv_memory import errors
 from kv_memory.errors import ConfigError, JobError, KVMemoryError, WorkerDiedError
-from kv_memory.jobs.discovery import Discovery
+from kv_memory.jobs.discovery import Discovery, check_folder
 from kv_memory.jobs.engines.base import Engine, WorkerEnd
 from kv_memory.jobs.events import (
     DocumentFailed,
@@ -26,12 +26,10 @@ from kv_memory.jobs.events import (
 )
 from kv_memory.jobs.leases import Roll
 from kv_memory.jobs.ledger import Ledger
-from kv_memory.jobs.names import job_name
-from kv_memory.jobs.records import Counts, Job, JobSettings
+from kv_memory.jobs.records import Counts, Job, JobSettings, job_name
 from kv_memory.jobs.sources import name_of, parse_sources
 from kv_memory.jobs.sources.files import FileSource
 from kv_memory.jobs.sources.rows import Fields
-from kv_memory.jobs.sync import check_folder
 from kv_memory.store import Store
 
 __all__ = ["JobRequest", "create_job", "drive"]

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import socket
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from kv_memory.errors import ConfigError
 
-__all__ = ["Counts", "FailedResult", "FailedTask", "Job", "JobSettings", "JobState", "Task", "TaskResult"]
+__all__ = [
+    "Counts",
+    "FailedResult",
+    "FailedTask",
+    "Job",
+    "JobSettings",
+    "JobState",
+    "Task",
+    "TaskResult",
+    "job_name",
+    "worker_name",
+]
 
 JobState = Literal["running", "interrupted", "done", "cancelled"]
 """`running` in the ledger is `interrupted` where nobody drives the job any more."""
@@ -181,3 +194,13 @@ class Counts:
     def total(self) -> int:
         """Documents found so far."""
         return self.open + self.done + self.failed + self.cancelled
+
+
+def worker_name() -> str:
+    """A name no other worker has, on any machine; begins with this one's."""
+    return f"{socket.gethostname()[:100]}-{uuid.uuid4().hex[:12]}"
+
+
+def job_name() -> str:
+    """A name for a job that was given none: the time, so that they sort, and a little chance."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"

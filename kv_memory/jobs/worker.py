@@ -23,9 +23,8 @@ from typing import NoReturn
 
 from kv_memory.errors import KVMemoryError, StoreConnectionError, StoreError, StoreLockedError
 from kv_memory.ingest.pipeline import Intake
-from kv_memory.jobs.claims import LEASE_S, Claims, Renewer
 from kv_memory.jobs.item import SourceItem
-from kv_memory.jobs.leases import Roll
+from kv_memory.jobs.leases import LEASE_S, Claims, Renewer, Roll
 from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.records import FailedResult, Job, Task, TaskResult
 from kv_memory.jobs.sources import Sources

@@ -24,6 +24,7 @@ from kv_memory.errors import (
     StoreError,
 )
 from kv_memory.store.blobs.local import blob_key
+from kv_memory.store.counters import Uses
 from kv_memory.store.documents import batches, referred_texts, select_passages
 from kv_memory.store.error_mapping import store_error
 from kv_memory.store.eviction import Limits, alive, evict, read_limits
@@ -32,7 +33,6 @@ from kv_memory.store.records import CacheInfo
 from kv_memory.store.sql.locks import FileLocks
 from kv_memory.store.sql.schema import Base, CacheRow, FingerprintRow, PassageRow, utc_now
 from kv_memory.store.stock import Stock
-from kv_memory.store.uses import Uses
 from kv_memory.tracing import span
 
 if TYPE_CHECKING:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from kv_memory.store.sql.schema import CounterRow
+from kv_memory.errors import StoreError
+from kv_memory.store.sql.catalog import Catalog
+from kv_memory.store.sql.schema import CacheRow, CounterRow, utc_now
 
-__all__ = ["BUCKETS_S", "NAMES", "Counters", "read_counters", "write_counters"]
+__all__ = ["BUCKETS_S", "NAMES", "Counters", "Uses", "read_counters", "write_counters"]
 
 # Of how long a `get` took, in seconds: upper ends, as Prometheus counts them.
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
@@ -87,3 +90,46 @@ def read_counters(session: Session, collection_id: int) -> dict[str, float]:
     """All counts of a collection that were written down."""
     rows = session.scalars(select(CounterRow).where(CounterRow.collection_id == collection_id))
     return {row.name: row.value for row in rows}
+
+
+_FLUSH_EVERY = 256  # uses that may be lost from last_used_at in a crash; a write per get would cost an fsync each
+
+
+class Uses:
+    """Of the caches of one collection. Thread-safe.
+
+    Attributes:
+        counters: What was counted since it was written down last.
+    """
+
+    def __init__(self, catalog: Catalog, collection_id: int) -> None:
+        self.counters = Counters()
+        self._catalog = catalog
+        self._collection_id = collection_id
+        self._lock = threading.Lock()
+        self._used: dict[int, datetime] = {}
+
+    def note(self, row_id: int) -> None:
+        """Say that a cache was used now."""
+        with self._lock:
+            self._used[row_id] = utc_now()
+            full = len(self._used) >= _FLUSH_EVERY
+        if full:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write down what is still in memory. It is not worth an error: failing drops it."""
+        with self._lock:
+            used, self._used = self._used, {}
+        counts = self.counters.drain()
+        if used or counts:
+            with suppress(StoreError), self._catalog.write() as session:
+                write_counters(session, self._collection_id, counts)
+                for row_id, at in used.items():
+                    session.execute(update(CacheRow).where(CacheRow.id == row_id).values(last_used_at=at))
+
+    def totals(self) -> dict[str, float]:
+        """See `Store.counters`."""
+        self.flush()
+        with self._catalog.read() as session:
+            return read_counters(session, self._collection_id)

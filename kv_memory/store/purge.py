@@ -22,8 +22,8 @@ from kv_memory.store.blobs.remote import ObjectBlobs
 from kv_memory.store.caches import Shelf
 from kv_memory.store.error_mapping import mapped
 from kv_memory.store.sql.catalog import Catalog
+from kv_memory.store.sql.engine import scrub_sqlite
 from kv_memory.store.sql.schema import CacheRow, FingerprintRow, JobRow, PrefixRow, TaskRow
-from kv_memory.store.sql.scrub import scrub_sqlite
 
 __all__ = ["PurgeReport", "index_folder", "purge"]
 

@@ -14,7 +14,7 @@ import torch
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.prefill import choose as keep
 from kv_memory.compress.prefill import pad, read_documents
-from kv_memory.compress.refine.entries import Entries, gather_entries
+from kv_memory.compress.refine.batching import Entries, gather_entries
 from kv_memory.compress.selectors import Reconstruction
 from kv_memory.config import check_keep_ratio, n_kept_for
 from kv_memory.datasets import Example
@@ -22,9 +22,8 @@ from kv_memory.errors import ConfigError
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import NEVER
 from kv_memory.train.batches import Batch, Batches
-from kv_memory.train.objective import kl_divergence
 from kv_memory.train.settings import TrainSettings
-from kv_memory.train.step import Followed, follow
+from kv_memory.train.step import Followed, follow, kl_divergence
 
 __all__ = ["HeldOut"]
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from kv_memory.compress.refine.rows import Row
+from kv_memory.compress.refine.batching import Row
 from kv_memory.compress.refine.teacher import Teacher, end_ids
 from kv_memory.datasets import Question
 from kv_memory.errors import ConfigError, DatasetError

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.prefill import pad, read_documents
-from kv_memory.compress.refine.entries import Entries, gather_entries, join_entries
+from kv_memory.compress.refine.batching import Entries, gather_entries, join_entries
+from kv_memory.compress.refine.loss import distillation_loss, kl_divergence
 from kv_memory.config import n_kept_for
 from kv_memory.model.backbone import Backbone
 from kv_memory.train.batches import Batch, Row
-from kv_memory.train.objective import distillation_loss, output_error
 from kv_memory.train.settings import TrainSettings
 from kv_memory.train.warmup import Asked, received_attention, repetition, scorer_loss
 
-__all__ = ["Followed", "StepResult", "distillation_step", "follow", "warmup_step"]
+__all__ = [
+    "Followed",
+    "StepResult",
+    "distillation_loss",
+    "distillation_step",
+    "follow",
+    "kl_divergence",
+    "output_error",
+    "warmup_step",
+]
 
 UNEVEN = 1.4  # rows more than this much longer than the shortest of a part begin a new one
 
@@ -203,3 +213,20 @@ def warmup_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings) -> S
     n_tokens = int(lengths.sum())
     figures = {"scorer": float(loss.detach())}
     return StepResult(loss=loss, parts=figures, n_tokens=2 * n_tokens, weight=n_tokens)
+
+
+def output_error(teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor]) -> torch.Tensor:
+    """How far the student's attention outputs are from the teacher's, as a share of their squared length.
+
+    Args:
+        teacher: Of every layer `(n, num_heads * head_dim)`.
+        student: The same.
+
+    Returns:
+        `(n,)`, float32, the mean over layers: 0 where they are the same, 1 where the student's are 0.
+    """
+    shares = [
+        (s.float() - t.float()).square().sum(-1) / (t.float().square().sum(-1) + 1e-6)
+        for t, s in zip(teacher, student, strict=True)
+    ]
+    return torch.stack(shares).mean(0)

@@ -22,7 +22,7 @@ from kv_memory.datasets import Example
 from kv_memory.errors import CheckpointError, DivergedError
 from kv_memory.train.adapters import replace_folder, save_adapter
 from kv_memory.train.batches import Batches
-from kv_memory.train.checkpoints import Checkpoint, Checkpoints
+from kv_memory.train.checkpoints import Checkpoint, Checkpoints, check_resumable, identity
 from kv_memory.train.estimate import Estimate, fit_steps, measure
 from kv_memory.train.gradients import Figures, Gradients
 from kv_memory.train.heap import trim_heap
@@ -39,7 +39,6 @@ from kv_memory.train.optimizer import (
     trainable,
 )
 from kv_memory.train.processes import make_accelerator
-from kv_memory.train.resume import check_resumable, identity
 from kv_memory.train.settings import TrainSettings
 from kv_memory.train.state import Evaluation, RunOptions, RunState, TrainProgress, TrainReport, evaluation_of
 

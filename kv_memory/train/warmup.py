@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from kv_memory.compress.prefill import pad
-from kv_memory.compress.refine.entries import Entries
+from kv_memory.compress.refine.batching import Entries
 from kv_memory.compress.scorer import attention_scores
 from kv_memory.config import Budget
 from kv_memory.model.attention import ForwardContext, attention_probabilities

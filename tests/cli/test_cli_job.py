@@ -17,8 +17,8 @@ import typer
 
 from kv_memory.cli import app
 from kv_memory.cli.app import _JOB_COMMANDS
-from kv_memory.cli.job_progress import JobTracker, sources_text
 from kv_memory.cli.output import Output
+from kv_memory.cli.progress import JobTracker, sources_text
 from kv_memory.jobs.events import Progress
 from tests.cli.ran import Ran
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from kv_memory.cli.options import kept_of
-from kv_memory.cli.sizes import ratio_of
+from kv_memory.cli.options import kept_of, ratio_of
 from kv_memory.errors import ConfigError
 from tests.cli.ran import Ran
 

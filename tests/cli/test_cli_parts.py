@@ -13,7 +13,7 @@ import typer
 import kv_memory.cli
 from kv_memory.cli.demo import derived_questions
 from kv_memory.cli.demo_questions import QUESTIONS, contains_any, known_questions
-from kv_memory.cli.naming import find_document_id
+from kv_memory.cli.documents import find_document_id
 from kv_memory.cli.options import passage_tokens_of
 from kv_memory.cli.output import plain, printable, reporting
 from kv_memory.cli.packages import PACKAGES, package_documents, prose_of

@@ -15,11 +15,10 @@ import pytest
 
 from kv_memory.errors import StoreConnectionError
 from kv_memory.jobs import Job, JobSettings, Ledger
-from kv_memory.jobs.claims import Claims
 from kv_memory.jobs.discovery import Discovery
 from kv_memory.jobs.engines.actor import Actor, call_of
 from kv_memory.jobs.engines.local import threads_of
-from kv_memory.jobs.leases import Roll
+from kv_memory.jobs.leases import Claims, Roll
 from kv_memory.jobs.worker import make_intake
 from kv_memory.store import Store
 from tests.jobs.test_jobs_local import assert_all_there

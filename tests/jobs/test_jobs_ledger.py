@@ -16,9 +16,8 @@ from sqlalchemy import select, update
 
 from kv_memory.errors import ConfigError, JobError, JobNotFoundError
 from kv_memory.jobs import JobSettings, Ledger
-from kv_memory.jobs.claims import Claims, Renewer
 from kv_memory.jobs.item import SourceItem
-from kv_memory.jobs.leases import Roll
+from kv_memory.jobs.leases import Claims, Renewer, Roll
 from kv_memory.jobs.records import FailedResult, Job, TaskResult
 from kv_memory.store import Store
 from kv_memory.store.sql.schema import TaskRow, utc_now
@@ -115,7 +114,7 @@ def test_an_item_with_an_error_is_never_given_to_a_worker(either_store: Store) -
 
 CLAIM = """
 import sys
-from kv_memory.jobs.claims import Claims
+from kv_memory.jobs.leases import Claims
 from kv_memory.jobs.records import TaskResult
 from kv_memory.store import Store
 with Store.open(sys.argv[1], create=False) as store:

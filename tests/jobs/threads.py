@@ -8,7 +8,7 @@ from typing import Any
 from kv_memory.ingest.pipeline import Intake
 from kv_memory.jobs import Job
 from kv_memory.jobs.engines.base import WorkerEnd
-from kv_memory.jobs.names import worker_name
+from kv_memory.jobs.records import worker_name
 from kv_memory.jobs.worker import error_of, work
 from kv_memory.store import Store
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kv_memory.compress import Adapter, Compressor
-from kv_memory.compress.early import hidden_after
+from kv_memory.compress.prefill import hidden_after
 from kv_memory.errors import ContextWindowError, EncodingError, ModelError
 from kv_memory.model.backbone import Backbone, cache_argument
 from kv_memory.model.prompts import PromptForm

@@ -10,7 +10,7 @@ from store_samples import FINGERPRINT, OTHER, blob_files, document, equal, make_
 
 from kv_memory.errors import CacheNotFoundError, ConfigError, FingerprintMismatchError
 from kv_memory.store import Store
-from kv_memory.store import uses as uses_module
+from kv_memory.store import counters as counters_module
 
 
 def test_a_cache_comes_back_bit_for_bit_in_another_store_object(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_tensors_stay_valid_when_the_cache_is_deleted(store: Store) -> None:
 
 
 def test_uses_are_written_at_close_and_every_few_hundred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uses_module, "_FLUSH_EVERY", 2)
+    monkeypatch.setattr(counters_module, "_FLUSH_EVERY", 2)
     with Store.open(tmp_path) as store:
         for i in range(3):
             store.put(sha(str(i)), make_cache(i))

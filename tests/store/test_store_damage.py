@@ -16,7 +16,7 @@ from store_samples import FINGERPRINT, blob_file, document, equal, make_cache, s
 
 from kv_memory.errors import CacheNotFoundError, CorruptCacheError, StoreError
 from kv_memory.store import Store
-from kv_memory.store.blobs.disk import SafeTensorsDisk
+from kv_memory.store.blobs.local import SafeTensorsDisk
 
 
 def flip_a_bit(path: Path) -> None:

@@ -18,7 +18,6 @@ from kv_memory.errors import CorruptCacheError, DocumentNotFoundError, KVMemoryE
 from kv_memory.memory import KVMemory
 from kv_memory.retrieval.bm25 import CollectionIndex
 from kv_memory.store import Store
-from kv_memory.store.sql import scrub
 from kv_memory.store.sql.schema import JobRow, TaskRow
 from tests.memories import FERRY, FERRY_QUESTION, LAMP_QUESTION, SETTINGS, open_memory
 
@@ -193,7 +192,7 @@ def test_a_text_that_another_document_has_is_kept(store: Store) -> None:
 
 def test_a_reader_that_does_not_end_is_told_of(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     secret, _ = fill_with_secrets(store)
-    monkeypatch.setattr(scrub, "_LONGEST_S", 0.1)
+    monkeypatch.setattr(engine, "_LONGEST_S", 0.1)
     with closing(sqlite3.connect(store.path / "catalog.sqlite", isolation_level=None)) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM document").fetchone()
@@ -218,10 +217,10 @@ def test_a_database_that_does_not_wipe_what_it_deletes_is_scrubbed(tmp_path: Pat
         database.execute("DELETE FROM t WHERE text LIKE '%Quagmire%'")
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         assert b"Quagmire" in file.read_bytes()
-        scrub.scrub_sqlite(file)
+        engine.scrub_sqlite(file)
         assert b"Quagmire" not in file.read_bytes() and b"Zwiebelturm" in file.read_bytes()
         assert (tmp_path / "x.sqlite-wal").read_bytes() == b""
-    scrub.scrub_sqlite(tmp_path / "none.sqlite")
+    engine.scrub_sqlite(tmp_path / "none.sqlite")
     assert not (tmp_path / "none.sqlite").exists()
 
 

@@ -10,13 +10,12 @@ import torch
 
 from kv_memory.compress import Adapter, Reconstruction
 from kv_memory.compress.prefill import pad
-from kv_memory.compress.refine.entries import gather_entries
+from kv_memory.compress.refine.batching import gather_entries
 from kv_memory.datasets import Example, Question
 from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.train.batches import Batches
-from kv_memory.train.objective import distillation_loss, kl_divergence, output_error
 from kv_memory.train.settings import TrainSettings, preset
-from kv_memory.train.step import distillation_step, warmup_step
+from kv_memory.train.step import distillation_loss, distillation_step, kl_divergence, output_error, warmup_step
 from kv_memory.train.warmup import received_attention, repetition, scorer_loss
 from tests.conftest import make_backbone
 from tests.reference import letters, shared_backbone

@@ -14,11 +14,11 @@ from dataclasses import replace
 import torch
 
 from kv_memory.cache.distilled import DistilledCache
+from kv_memory.compress.refine.batching import Row, RowBatch, batch_rows
 from kv_memory.compress.refine.loss import Predictions, kl_divergence
 from kv_memory.compress.refine.optimizer_state import Asked, Progress
 from kv_memory.compress.refine.probes import ProbeKind, chance, make_probes
 from kv_memory.compress.refine.refine_settings import RefineSettings
-from kv_memory.compress.refine.rows import Row, RowBatch, batch_rows
 from kv_memory.compress.refine.teacher import Teacher
 from kv_memory.compress.refine.trainable_cache import Draft, Drafts, side_by_side
 from kv_memory.errors import ConfigError

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from kv_memory.compress.refine.rows import Row
+from kv_memory.compress.refine.batching import Row
 from kv_memory.compress.refine.teacher import Teacher, end_ids
 from kv_memory.model.backbone import Backbone
 

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from kv_memory.compress.prefill import pad
-from kv_memory.compress.refine.entries import Entries, gather_entries
-from kv_memory.compress.refine.rows import Row, RowBatch, batch_rows
+from kv_memory.compress.refine.batching import Entries, Row, RowBatch, batch_rows, gather_entries
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
 from kv_memory.model.opening import Opening

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kv_memory.cache.distilled import DistilledCache
-from kv_memory.compress.refine.rows import RowBatch
+from kv_memory.compress.refine.batching import RowBatch
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import NEVER, PositionedCache
 

@@ -16,10 +16,9 @@ from typing import Any
 
 from kv_memory.errors import StoreConnectionError, StoreLockedError, WorkerDiedError
 from kv_memory.ingest.pipeline import Intake
-from kv_memory.jobs.claims import LEASE_S, Claims
-from kv_memory.jobs.leases import Roll, locks_reach
+from kv_memory.jobs.leases import LEASE_S, Claims, Roll, locks_reach
 from kv_memory.jobs.ledger import Ledger
-from kv_memory.jobs.names import worker_name
+from kv_memory.jobs.records import worker_name
 from kv_memory.store import Store
 
 __all__ = ["Actor", "call_of"]

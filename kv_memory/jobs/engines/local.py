@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from kv_memory.errors import ConfigError
-from kv_memory.jobs.claims import LEASE_S
 from kv_memory.jobs.engines.base import WorkerEnd
-from kv_memory.jobs.names import worker_name
-from kv_memory.jobs.records import Job
+from kv_memory.jobs.leases import LEASE_S
+from kv_memory.jobs.records import Job, worker_name
 
 __all__ = ["LocalEngine", "threads_of"]
 

@@ -23,11 +23,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from kv_memory.errors import ConfigError, JobError
-from kv_memory.jobs.claims import LEASE_S
 from kv_memory.jobs.engines.actor import Actor, call_of
 from kv_memory.jobs.engines.base import WorkerEnd
 from kv_memory.jobs.engines.guard import Guard
-from kv_memory.jobs.leases import Roll
+from kv_memory.jobs.leases import LEASE_S, Roll
 from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.records import Job
 from kv_memory.store import Store

@@ -17,14 +17,13 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_random_exponential
 
-from kv_memory.errors import ConfigError
-from kv_memory.store.error_mapping import refused_login
+from kv_memory.errors import ConfigError, StoreLockedError
+from kv_memory.store.error_mapping import mapped, refused_login
 from kv_memory.store.fs import private_opener
 from kv_memory.store.sql.locks import FileLocks, PostgresLocks
 from kv_memory.store.sql.schema import Base
-from kv_memory.store.sql.scrub import scrub_sqlite
 
-__all__ = ["Database", "PostgresDatabase", "SQLiteDatabase", "open_database"]
+__all__ = ["Database", "PostgresDatabase", "SQLiteDatabase", "open_database", "scrub_sqlite"]
 
 _WRITE = "Write postgresql+psycopg://USER@HOST/DATABASE, or leave it out for SQLite in the store's folder."
 _WRITES = "kv_memory_write"  # execution option: this connection's transactions write
@@ -239,3 +238,32 @@ class PostgresDatabase:
 def _may_pass(error: BaseException) -> bool:
     """Whether connecting may work in a moment: not with a wrong password or a database that is not there."""
     return type(error).__name__ == "OperationalError" and refused_login(error) is None
+
+
+_LONGEST_S = 30.0
+
+
+def scrub_sqlite(file: Path) -> None:
+    """Write a database anew, from what is in it, and empty its write-ahead log. A file that is not there is left so.
+
+    Raises:
+        StoreLockedError: Others read or write it all the time, for 30 s.
+        StoreFullError: There is no room for a copy of it.
+    """
+    if not file.is_file():
+        return
+    deadline = time.monotonic() + _LONGEST_S
+    with mapped(file), closing(sqlite3.connect(file, timeout=_LONGEST_S, isolation_level=None)) as connection:
+        # New pages are zeroed, where SQLite would leave in them what the memory held before: pages it has just read.
+        connection.execute("PRAGMA secure_delete = ON")
+        connection.execute("VACUUM")
+        # VACUUM wrote into the log; the pages before it are in the file until they are copied over, and in the log
+        # until that is cut off. Neither happens while somebody reads an older state.
+        while connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            if time.monotonic() > deadline:
+                raise StoreLockedError(
+                    "somebody reads the database all the time, so what was deleted is still in its log",
+                    where=str(file),
+                    next_step="Stop what else uses the store, then run `kv-memory remove --purge` once more.",
+                )
+            time.sleep(0.01)

@@ -9,7 +9,7 @@ import torch
 
 from kv_memory.compress import Adapter, Compressor
 from kv_memory.compress.prefill import pad, read_documents
-from kv_memory.compress.refine.entries import gather_entries, join_entries
+from kv_memory.compress.refine.batching import gather_entries, join_entries
 from kv_memory.generate import compose
 from tests.conftest import make_backbone
 from tests.reference import assert_close, letters, shared_backbone

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from kv_memory.compress.refine.batching import Row
 from kv_memory.compress.refine.probes import KINDS, Probe, _Maker, make_probes, probe_room
-from kv_memory.compress.refine.rows import Row
 from kv_memory.compress.refine.teacher import Teacher
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.prompts import PromptForm

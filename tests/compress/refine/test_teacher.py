@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kv_memory.compress import Compressor
-from kv_memory.compress.refine.rows import Row, batch_rows
+from kv_memory.compress.refine.batching import Row, batch_rows
 from kv_memory.compress.refine.teacher import Teacher, end_ids
 from kv_memory.config import DecodeSettings
 from kv_memory.generate import Generator, compose

@@ -1,0 +1,203 @@
+"""`list`, `show` and `remove`: the documents of a store, by their ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kv_memory.cli.opening import open_store
+from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, CollectionOption, JsonOption, StoreOption
+from kv_memory.cli.output import reporting
+from kv_memory.errors import DocumentNotFoundError
+
+if TYPE_CHECKING:
+    from kv_memory.store import DocumentSummary
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kv_memory.cli.output import Output, plain, size_text
+
+if TYPE_CHECKING:
+    from kv_memory.store import CacheInfo, DocumentRecord
+from kv_memory.errors import ConfigError
+
+__all__ = ["find_document_id", "list_documents", "remove", "show"]
+
+_SHOWN = 8
+
+
+def find_document_id(given: str, ids: Sequence[str]) -> str:
+    """The id that `given` names.
+
+    An exact id comes first, then the path of a file (its id is the absolute path), then the end of a path (a file
+    name, or `folder/name`), then the beginning of an id.
+
+    Args:
+        given: As typed.
+        ids: Of all documents.
+
+    Raises:
+        DocumentNotFoundError: It names none, or several, which are listed.
+    """
+    for exact in (given, _as_path_id(given)):
+        if exact in ids:
+            return exact
+    found = [id_ for id_ in ids if id_.endswith(f"/{given}")] or [id_ for id_ in ids if given and id_.startswith(given)]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise DocumentNotFoundError(
+            "no document is named so", where=given, next_step="`kv-memory list` shows the documents there are."
+        )
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    raise DocumentNotFoundError(
+        f"{len(found)} documents could be meant: {', '.join(found[:_SHOWN])}{more}",
+        where=given,
+        next_step="Give the whole id, or more of it.",
+    )
+
+
+def _as_path_id(given: str) -> str:
+    try:
+        return Path(given).expanduser().resolve().as_posix()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, an unknown user, a NUL: no path, so no such file
+        return given
+
+
+def list_documents(
+    store: StoreOption = DEFAULT_STORE, collection: CollectionOption = DEFAULT_COLLECTION, as_json: JsonOption = False
+) -> None:
+    """List the documents."""
+    with reporting(as_json=as_json) as out:
+        with open_store(out, store, collection) as opened:
+            documents = opened.documents()
+        if as_json:
+            out.json({"documents": documents})
+            return
+        if not documents:
+            out.note("There are no documents yet. Add some: kv-memory add FILE")
+            return
+        rows = [
+            (d.id, f"{d.n_passages:,}", f"{d.n_tokens:,}", _text_of(d), f"{d.updated_at:%Y-%m-%d %H:%M}")
+            for d in documents
+        ]
+        out.table(("Document", "Passages", "Tokens", "Text", "Stored (UTC)"), rows, right=("Passages", "Tokens"))
+
+
+def _text_of(document: DocumentSummary) -> str:
+    if document.n_texts == document.n_passages:
+        return "kept"
+    return f"of {document.n_texts:,}" if document.n_texts else "-"
+
+
+_BEGINNING = 60
+
+
+def show(
+    document: Annotated[
+        str, typer.Argument(metavar="ID", help="An id, the path or name of a file, or the beginning of an id.")
+    ],
+    store: StoreOption = DEFAULT_STORE,
+    collection: CollectionOption = DEFAULT_COLLECTION,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a document with its passages and distilled caches."""
+    with reporting(as_json=as_json) as out:
+        with open_store(out, store, collection) as opened:
+            id_ = find_document_id(document, [summary.id for summary in opened.documents()])
+            record, caches = opened.document(id_), opened.caches(id_)
+        if as_json:
+            shown = {**plain(record), "n_tokens": record.n_tokens}
+            for passage in shown["passages"]:
+                del passage["terms"]  # hashes of words, for retrieval, which would fill pages
+            out.json({"document": shown, "caches": caches})
+        else:
+            _print(out, record, caches)
+
+
+def _print(out: Output, record: DocumentRecord, caches: list[CacheInfo]) -> None:
+    facts: list[tuple[str, object]] = [("Document", record.id), ("Source", record.source_uri or "-")]
+    facts += [("Stored", f"{record.updated_at:%Y-%m-%d %H:%M} UTC" if record.updated_at else "-")]
+    facts += [(str(key), value) for key, value in record.metadata.items()]
+    out.table(("", ""), facts)
+    out.line()
+    rows = []
+    for ordinal, passage in enumerate(record.passages):
+        rows.append((ordinal, f"{passage.n_tokens:,}", _beginning(passage.text)))
+    out.table(("Passage", "Tokens", "Begins with"), rows, right=("Passage", "Tokens"))
+    out.line()
+    if not caches:
+        out.note("It has no distilled caches. Make them: kv-memory add --stale")
+        return
+    ordinals = {passage.text_sha256: ordinal for ordinal, passage in enumerate(record.passages)}
+    cells = [
+        (
+            ordinals[cache.text_sha256],
+            f"{cache.keep_ratio:g}",
+            f"{cache.n_kept:,} of {cache.n_tokens:,}",
+            cache.method,
+            cache.dtype,
+            size_text(cache.size_bytes),
+            "-" if cache.fidelity is None else f"{cache.fidelity:.3f} after {cache.refined_steps} steps",
+        )
+        for cache in caches
+    ]
+    columns = ("Passage", "Keep ratio", "Kept", "Method", "Type", "Size", "Held-out KL")
+    out.table(columns, cells, right=("Passage", "Keep ratio", "Kept", "Size"))
+
+
+def _beginning(text: str | None) -> str:
+    if text is None:
+        return "(its text is not kept)"
+    line = " ".join(text[: 2 * _BEGINNING].split())
+    return line if len(line) <= _BEGINNING else f"{line[:_BEGINNING]}…"
+
+
+def remove(
+    documents: Annotated[
+        list[str] | None, typer.Argument(metavar="ID", help="Ids, paths or names of files, or beginnings of ids.")
+    ] = None,
+    purge: Annotated[
+        bool,
+        typer.Option(
+            "--purge",
+            help="Leave no byte of them in any file of the store: quarantine, index, free pages and logs of databases. "
+            "Without an ID, of what was removed before.",
+        ),
+    ] = False,
+    store: StoreOption = DEFAULT_STORE,
+    collection: CollectionOption = DEFAULT_COLLECTION,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete documents with their passages and distilled caches.
+
+    Nothing is deleted unless every name means exactly one document. The files they came from are not touched. Nor does
+    --purge reach backups, the log of a PostgreSQL server, old versions in a bucket, and copies on other machines, where
+    kv-memory remove --purge without an ID removes them.
+    """
+    with reporting(as_json=as_json) as out:
+        if not documents and not purge:
+            raise ConfigError("no document is named", where="ID", next_step="`kv-memory list` shows the ids.")
+        with open_store(out, store, collection) as opened:
+            ids = [summary.id for summary in opened.documents()] if documents else []
+            chosen = list(dict.fromkeys(find_document_id(name, ids) for name in documents or ()))
+            out.stopped = "What was deleted stays deleted; run the same command for the rest."
+            if purge:
+                out.stopped = "What was deleted stays deleted; end it with `kv-memory remove --purge`, without an ID."
+                with out.working("Purging"):
+                    report = opened.purge(*chosen)
+            else:
+                for id_ in chosen:
+                    opened.delete_document(id_)
+                    if not as_json:
+                        out.line(f"Removed {id_}")
+        if as_json:
+            out.json({"removed": chosen, **({"purged": report} if purge else {})})
+        elif purge:
+            for id_ in chosen:
+                out.line(f"Purged {id_}")
+            out.line(f"{size_text(report.freed_bytes)} of caches and leftovers removed; the databases were rewritten.")
+            if report.n_blobs_shared:
+                out.note(f"{report.n_blobs_shared:,} caches stay: other collections have equal texts.")
