@@ -18,6 +18,7 @@ from kv_memory.errors import CorruptCacheError, DocumentNotFoundError, KVMemoryE
 from kv_memory.memory import KVMemory
 from kv_memory.retrieval.bm25 import CollectionIndex
 from kv_memory.store import Store
+from kv_memory.store.sql import engine
 from kv_memory.store.sql.schema import JobRow, TaskRow
 from tests.memories import FERRY, FERRY_QUESTION, LAMP_QUESTION, SETTINGS, open_memory
 
