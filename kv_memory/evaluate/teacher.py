@@ -9,8 +9,8 @@ import torch
 
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.config import DecodeSettings, Layout
+from kv_memory.evaluate.asked import Asked, batches
 from kv_memory.evaluate.cases import EncodedQuery
-from kv_memory.evaluate.measure import Asked, batches
 from kv_memory.evaluate.task import Task
 from kv_memory.generate import Prompt, Run
 from kv_memory.model.backbone import Backbone

@@ -11,10 +11,10 @@ import torch
 from kv_memory.compress import Adapter, Compressor
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
 from kv_memory.evaluate import METHODS, Evaluation, TaskSettings, evaluate, load_rows, measure
+from kv_memory.evaluate.asked import Asked
 from kv_memory.evaluate.bench import Bench
 from kv_memory.evaluate.cases import encode_query
 from kv_memory.evaluate.harness import EvalProgress
-from kv_memory.evaluate.measure import Asked
 from kv_memory.evaluate.methods import RandomSelector, make_methods
 from kv_memory.evaluate.tasks import find_task
 from tests.memories import FERRY, wide_backbone
