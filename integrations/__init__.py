@@ -1,7 +1,7 @@
-"""kv-memory under other frameworks: one subpackage each, thin, without tensor code.
+"""kv-memory under other frameworks: one thin subpackage for each, without tensor code.
 
-This folder is installed as `kv_memory.integrations`, never as a top-level `integrations`. Modules here import
-each other with relative imports, which hold under both names.
+This folder is installed as `kv_memory.integrations`, never as a top-level `integrations`. Its modules use relative
+imports among themselves, which work under both names.
 """
 
 from __future__ import annotations

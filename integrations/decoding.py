@@ -1,4 +1,4 @@
-"""From the options that frameworks pass along a call to `DecodeSettings`."""
+"""Converts the call options of frameworks to `DecodeSettings`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _TOOLS = {"tools", "tool_choice", "functions", "function_call", "tool_required"}
 
 
 def decode_settings(base: DecodeSettings, options: Mapping[str, Any]) -> DecodeSettings:
-    """`base`, changed by those options that say how to decode. Options that are None, and unknown ones, change nothing.
+    """`base` with the decoding options applied. Unknown options, and options that are None, are ignored.
 
     Raises:
         ConfigError: A value is out of range.
-        UnsupportedRequestError: Tools are among them.
+        UnsupportedRequestError: The options ask for tools.
     """
     refuse_tools(options)
     changes: dict[str, Any] = {}
@@ -37,10 +37,10 @@ def decode_settings(base: DecodeSettings, options: Mapping[str, Any]) -> DecodeS
 
 
 def refuse_tools(options: Mapping[str, Any]) -> None:
-    """Raise if tools are to be called.
+    """Raise if the options ask for tool calls.
 
     Raises:
-        UnsupportedRequestError: Always says what to do instead.
+        UnsupportedRequestError: The options ask for tools; the message says what to do instead.
     """
     asked = sorted(name for name in _TOOLS if options.get(name))
     if asked:

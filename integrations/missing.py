@@ -1,4 +1,4 @@
-"""What becomes of retrieved text that has no distilled cache."""
+"""Handles retrieved text that has no distilled cache."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from kv_memory.query import key_of
 
 __all__ = ["OnMissing", "reference_to"]
 
-# `text`: the model reads the text, this once. `compress`: the cache is made and kept. `skip`: the text is left out of
-# the context. `raise`: an error.
+# `text`: prefill the text for this answer only. `compress`: make the cache and keep it. `skip`: leave the text out of
+# the context. `raise`: raise an error.
 OnMissing = Literal["text", "compress", "skip", "raise"]
 _log = logging.getLogger(__name__)
 
@@ -19,23 +19,24 @@ _log = logging.getLogger(__name__)
 def reference_to(
     memory: KVMemory, text: str, *, on_missing: OnMissing, document_id: str, mark: str | None = None
 ) -> Reference | None:
-    """A reference to the distilled cache of exactly this text; None if it is to be left out.
+    """A reference to the distilled cache of exactly this text; None if the text is to be left out.
 
-    Blank text is left out and logged, unless `on_missing` is `raise`: one empty node must not fail a whole answer. With
-    a mark it is that of a passage whose text the store does not keep, and there is its cache or nothing.
+    Blank text is left out and logged, unless `on_missing` is `raise`: one empty node must not fail a whole answer.
+    Blank text with a mark belongs to a passage without a stored text; only its cache can be used.
 
     Args:
-        memory: Where the cache lies.
-        text: As the framework would put it into a prompt.
-        on_missing: What to do without a cache.
-        document_id: What the text belongs to, for `compress`; removing that document removes the cache.
-        mark: Names the cache of a passage without its text, as the store's own retrievers do; its key counts alone.
+        memory: The memory that holds the cache.
+        text: The text as the framework would put it into a prompt.
+        on_missing: Action for a text without a cache.
+        document_id: Document that the text belongs to, for `compress`; removing the document removes the cache.
+        mark: Reference to the cache of a passage without text, as the store's own retrievers set it; only its key is
+            used.
 
     Raises:
         EmptyDocumentError: The text is blank, with `raise`.
-        TextNotKeptError: The cache that a mark names is not there, and `text` or `compress` asks for the text.
-        CacheNotFoundError: There is no cache, with `raise`.
-        FingerprintMismatchError: There is one, made by another model, adapter or prompt, with `raise`.
+        TextNotKeptError: The cache that the mark names does not exist, and `text` or `compress` needs the text.
+        CacheNotFoundError: There is no cache, with `raise`; for a mark, only loading the reference raises it.
+        FingerprintMismatchError: The cache was made by another model, adapter or prompt, with `raise`.
     """
     if not text.strip() and mark is not None:
         return _marked(memory, Reference.parse(mark).key, on_missing=on_missing, document_id=document_id)
@@ -48,7 +49,8 @@ def reference_to(
         return None
     reader = memory.reader
     if reader.has(text):
-        # A damaged one is found out now, while the text is at hand: the store need not keep it. It is made again.
+        # Damage is detected now, while the text is available (the store may not keep it). The reader then makes the
+        # cache again from the text in the reference.
         lost = on_missing in {"text", "compress"} and not reader.sound(text)
         return Reference(key=key_of(text), text=text if lost else None)
     if on_missing == "text":
@@ -62,7 +64,7 @@ def reference_to(
 
 
 def _marked(memory: KVMemory, key: str, *, on_missing: OnMissing, document_id: str) -> Reference | None:
-    if memory.reader.has_key(key) or on_missing == "raise":  # reading it raises what is wrong with it
+    if memory.reader.has_key(key) or on_missing == "raise":  # loading the reference later raises the exact error
         return Reference(key=key)
     if on_missing == "skip":
         return None

@@ -1,4 +1,4 @@
-"""Turns without what no document may hold."""
+"""Cleans chat turns of characters that no document may contain."""
 
 from __future__ import annotations
 
@@ -8,5 +8,8 @@ __all__ = ["readable"]
 
 
 def readable(turn: Turn) -> Turn:
-    """A turn with U+FFFD for NUL and half surrogate pairs: one that cannot be distilled would block a chat for ever."""
+    """A turn with NUL replaced by U+FFFD and lone surrogates by `?`.
+
+    A turn that cannot be compressed would otherwise block its chat permanently.
+    """
     return Turn(turn.role, turn.text.replace("\0", "\ufffd").encode(errors="replace").decode())

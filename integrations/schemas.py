@@ -1,4 +1,4 @@
-"""JSON schemas as a small model can follow them."""
+"""Makes JSON schemas strict enough for a small model."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 __all__ = ["closed"]
 
-_NAMED = {"properties", "patternProperties", "$defs", "definitions"}  # their keys are names, not words of the schema
+_NAMED = {"properties", "patternProperties", "$defs", "definitions"}  # their keys are names, not schema keywords
 _VALUES = {"default", "const", "enum", "examples"}
 
 
 def closed(node: Any) -> Any:
-    """A JSON schema whose objects have the properties they name and no others, unless it says that there may be more.
+    """A copy of a JSON schema with `additionalProperties: false` on objects that do not set `additionalProperties`.
 
-    JSON schema allows others by default, and a small model that may go on adding some does.
+    JSON schema allows additional properties by default, and a small model that is allowed to keeps adding some.
     """
     if isinstance(node, list):
         return [closed(item) for item in node]
@@ -23,7 +23,7 @@ def closed(node: Any) -> Any:
     for word, value in node.items():
         if word in _NAMED and isinstance(value, dict):
             found[word] = {name: closed(item) for name, item in value.items()}
-        else:  # the parts of an allOf each name some of the properties of one object
+        else:  # not inside an allOf of several parts: each names only some of the properties of one object
             found[word] = value if word in _VALUES or (word == "allOf" and len(value) > 1) else closed(value)
     if "properties" in found:
         found.setdefault("additionalProperties", False)

@@ -1,7 +1,7 @@
 """kv-memory: documents as distilled key-value caches, stored on disk and decoded from without their text.
 
-The public names below are loaded on first use, so that `import kv_memory` and the command line start without torch. The
-errors are loaded at once: they cost nothing, and an `except` clause should never import a model library.
+The public names below are loaded on first use, so that `import kv_memory` and the command line start without torch.
+The errors are loaded at once: they cost nothing, and an `except` clause should never import a model library.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ _LAZY = {
     "Turn": "kv_memory.generate",
 }
 
-# Hidden from type checkers, for which a module-level __getattr__ makes every misspelt name valid.
+# Hidden from type checkers: to them a module-level __getattr__ would make every misspelt name valid.
 if not TYPE_CHECKING:
 
     def __getattr__(name):

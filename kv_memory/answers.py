@@ -1,4 +1,4 @@
-"""Answering a question from given passages, and what that gives back."""
+"""Asker: answers questions from given passages. Answer: the result."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ ReadFrom = Literal["caches", "text"]
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """An answer with where it came from and what it cost.
+    """An answer with its sources and its cost.
 
     Attributes:
-        question: As asked.
-        text: The answer; empty where no passage shares a word with the question, and seldom else: see `next_step`.
-        sources: The passages it was answered from, the best first.
+        question: The question, unchanged.
+        text: The answer. It is empty if no passage shares a word with the question, and rarely otherwise: see
+            `next_step`.
+        sources: Passages it was answered from, best first.
         finish_reason: `stop`, `length` (cut at max_new_tokens), or `no_sources`.
-        n_prompt_tokens: Tokens prefilled for this question, texts read in place of damaged caches included.
-        n_cached_tokens: Entries read from caches instead, the shared prefix included.
-        ttft_s: From the retrieved passages to the first token: reading the store, composing, prefill.
-        total_s: From the retrieved passages to the last token.
-        read_from: Whether documents entered the model as distilled caches or as text.
-        fallbacks: Documents whose cache was damaged: it was quarantined and their text was read instead.
-        next_step: What to try where the text is empty; None where it is not.
+        n_prompt_tokens: Tokens prefilled for this question, including texts that replace damaged caches.
+        n_cached_tokens: Cache entries used instead of prefill, including the shared prefix.
+        ttft_s: Seconds from the retrieved passages to the first token: loading from the store, composing, prefill.
+        total_s: Seconds from the retrieved passages to the last token.
+        read_from: Form in which documents entered the model: distilled caches or text.
+        fallbacks: Ids of documents with a damaged cache, which was quarantined; their text was prefilled instead.
+        next_step: Advice if the text is empty; None otherwise.
     """
 
     question: str
@@ -50,12 +51,12 @@ class Answer:
 
 
 class AnswerStream(Iterator[str]):
-    """Pieces of an answer as they are decoded.
+    """Pieces of an answer during decoding.
 
     Args:
         pieces: The text, piece by piece.
-        finish: Makes the `Answer` once the pieces are exhausted.
-        sources: The passages it is answered from.
+        finish: Function that returns the `Answer` once the pieces are exhausted.
+        sources: Passages the answer comes from.
     """
 
     def __init__(self, pieces: Iterator[str], finish: Callable[[], Answer], *, sources: tuple[Hit, ...]) -> None:
@@ -67,12 +68,12 @@ class AnswerStream(Iterator[str]):
         return next(self._pieces)
 
     def each_token(self) -> Iterator[str]:
-        """The same pieces, and an empty one for every token after which there is nothing to show yet."""
+        """The same pieces, plus an empty one for every token that yields no text yet."""
         return self._pieces.each_token() if isinstance(self._pieces, ReplyStream) else self._pieces
 
     @property
     def answer(self) -> Answer:
-        """The whole answer; decodes what has not been taken yet."""
+        """The whole answer; decodes the remaining tokens first."""
         for _ in self._pieces:
             pass
         return self._finish()
@@ -88,7 +89,7 @@ class Asker:
     """Answers questions from retrieved passages.
 
     Args:
-        reader: Reads their caches.
+        reader: Reader of the passages' caches.
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -97,7 +98,7 @@ class Asker:
     def stream(
         self, question: str, hits: Sequence[Hit], *, settings: DecodeSettings | None, read_from: ReadFrom
     ) -> AnswerStream:
-        """Answer one question from passages; without any there is nothing to answer from."""
+        """Answer one question from passages; without any, the answer is empty."""
         if not hits:
             return AnswerStream(iter(()), lambda: _no_sources(question, read_from), sources=())
         from_caches = read_from == "caches"
@@ -124,7 +125,7 @@ class Asker:
 
 
 def _references(hits: Sequence[Hit]) -> list[Reference]:
-    # Without the texts: a passage that has no cache is an error here, and one whose cache is damaged lies in the store.
+    # No texts: a missing cache is an error here, and for a damaged one the reader takes the text from the store.
     return [Reference(key=hit.text_sha256) for hit in hits]
 
 

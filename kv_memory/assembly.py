@@ -1,4 +1,4 @@
-"""From a store's settings to what they name: the model, and the compressor with its adapter; and the shared prefix."""
+"""Builds the objects that a store's settings name: the model, the compressor with its adapter, the shared prefix."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["load_backbone", "load_compressor", "share_prefix"]
 def load_backbone(
     settings: MemorySettings, *, dtype: DtypeName, device: str, prompt_form: PromptForm | None
 ) -> Backbone:
-    """The model of a store's settings. Errors as in `Backbone.load`."""
+    """The model that a store's settings name. Errors as in `Backbone.load`."""
     return Backbone.load(settings.model, dtype=dtype, device=device, prompt=prompt_form or settings.prompt)
 
 
 def load_compressor(settings: MemorySettings, backbone: Backbone) -> Compressor:
-    """What reads documents under a store's settings. Errors as in `Adapter.load`."""
+    """The compressor for a store's settings. Errors as in `Adapter.load`."""
     adapter = None if settings.adapter is None else Adapter.load(adapter_folder(settings.adapter), backbone)
     refine = None
     if settings.refine_steps:
@@ -34,12 +34,12 @@ def load_compressor(settings: MemorySettings, backbone: Backbone) -> Compressor:
 
 
 def share_prefix(store: Store, backbone: Backbone) -> None:
-    """Take the prefilled prefix from the store, or leave it there for the next process."""
+    """Load the prefilled prefix from the store, or store it there for the next process."""
     store.warm()
-    with contextlib.suppress(CorruptCacheError):  # quarantined by the store; made anew below
+    with contextlib.suppress(CorruptCacheError):  # quarantined by the store; prefilled again below
         path = store.get_prefix(backbone.prefix_key)
         if path is not None:
             backbone.load_prefix(path)
             return
-    with contextlib.suppress(StoreFullError):  # it only saves time
+    with contextlib.suppress(StoreFullError):  # a stored prefix only saves time
         store.put_prefix(backbone.prefix_key, backbone.prefix.to_bytes(key=backbone.prefix_key))

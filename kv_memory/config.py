@@ -1,4 +1,4 @@
-"""Settings: frozen dataclasses that refuse wrong values when they are made."""
+"""Decoding settings, and the names and checks that several modules share. Invalid values raise on construction."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ __all__ = [
 
 Layout = Literal["source", "packed"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-# The form of keys and values in a file; `auto` is the type the model computes in.
+# The type of keys and values in a file; `auto` is the type the model computes in.
 StorageName = Literal["auto", "float32", "bfloat16", "float16", "int8"]
-# How the entries of a document are shared out among the heads. `head`: as many in every layer and KV head. `model`: one
-# ranking over all of them, so that a head keeps many or none (as KVzip does); the total is the same.
+# How a document's entries are divided among the heads. `head`: the same number in every layer and KV head. `model`: one
+# ranking over all heads, so that a head may keep many entries or none (as in KVzip); the total is the same.
 Budget = Literal["head", "model"]
-# `combined`: an adapter's scorer and the scores of `matched` together. The others are without an adapter.
+# `combined`: an adapter's scorer and the scores of `matched` together. The others work without an adapter.
 SelectorName = Literal["matched", "reconstruction", "attention", "sink_recent", "combined"]
 
 
@@ -36,7 +36,7 @@ def check_keep_ratio(keep_ratio: float, *, where: str = "keep_ratio") -> float:
     """Return `keep_ratio` if it lies in (0, 1].
 
     Raises:
-        ConfigError: It does not, or is no number.
+        ConfigError: `keep_ratio` is not a number in (0, 1].
     """
     if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, int | float) or not 0 < keep_ratio <= 1:
         raise ConfigError(
@@ -48,26 +48,27 @@ def check_keep_ratio(keep_ratio: float, *, where: str = "keep_ratio") -> float:
 
 
 def n_kept_for(n_tokens: int, keep_ratio: float) -> int:
-    """How many of `n_tokens` are kept: rounded half up, at least one."""
+    """Number of `n_tokens` that are kept: rounded half up, at least one."""
     return min(n_tokens, max(1, math.floor(n_tokens * keep_ratio + 0.5)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeSettings:
-    """How an answer is decoded.
+    """Settings for decoding an answer.
 
     Attributes:
-        max_new_tokens: The longest answer, in tokens.
-        temperature: 0 decodes greedily; above 0 samples.
-        top_k: Sample from the k likeliest tokens only; 0 means all.
-        top_p: Sample from the smallest set of tokens with this much probability.
-        stop: Strings that end the answer; they are not part of it, and do not count before its first visible
+        max_new_tokens: Length limit of the answer, in tokens.
+        temperature: Sampling temperature; 0 decodes greedily.
+        top_k: Number of likeliest tokens to sample from; 0 means all.
+        top_p: Cumulative probability of the smallest set of tokens to sample from.
+        stop: Strings that end the answer. They are removed from it, and are ignored before its first visible
             character.
-        seed: Makes sampling repeatable. Each question of a batch draws from a generator of its own, so an answer
-            does not depend on what it was batched with.
-        timeout_s: Decoding that takes longer than this, prefill included, is broken off with `DecodeTimeoutError`.
-            Looked at after every token.
-        json_schema: A JSON schema; only tokens that lead to JSON of this form are picked. Needs the extra `structured`.
+        seed: Random seed that makes sampling repeatable. Each question of a batch has its own generator, so an answer
+            does not depend on the rest of its batch.
+        timeout_s: Time limit in seconds, including prefill, after which decoding stops with `DecodeTimeoutError`. It
+            is checked after every token.
+        json_schema: JSON schema; only tokens that lead to JSON of this schema are picked. Needs the extra
+            `structured`.
     """
 
     max_new_tokens: int = 128
@@ -98,7 +99,7 @@ def check_choice(value: str, choices: object, *, where: str) -> str:
     """Return `value` if it is one of a Literal's choices.
 
     Raises:
-        ConfigError: It is not; the choices are named.
+        ConfigError: `value` is not one of the choices; the error names them.
     """
     names = get_args(choices)
     if value not in names:
@@ -107,9 +108,9 @@ def check_choice(value: str, choices: object, *, where: str) -> str:
 
 
 def stored_dtype(storage: str, dtype: str) -> str:
-    """The type that keys and values computed in `dtype` have in a file.
+    """The dtype in a file of keys and values that were computed in `dtype`.
 
     Raises:
-        ConfigError: `storage` is no `StorageName`.
+        ConfigError: `storage` is not a `StorageName`.
     """
     return dtype if check_choice(storage, StorageName, where="storage") == "auto" else storage

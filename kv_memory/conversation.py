@@ -1,4 +1,4 @@
-"""Conversation: old turns as distilled caches, recalled by what the newest one asks."""
+"""Conversation: old turns as distilled caches, recalled when the newest turn asks about them."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from kv_memory.query import Reference
 
 __all__ = ["Conversation"]
 
-# By memory and conversation, because a server makes a new object for every request. Two that add at once would take the
-# same number, and the second replace what the first has added.
+# By memory and conversation id, because a server creates a new object for every request. Without the lock, two
+# concurrent `add` calls would take the same number, and the second would replace the first one's turns.
 _locks: weakref.WeakKeyDictionary[KVMemory, dict[str, threading.Lock]] = weakref.WeakKeyDictionary()
 _NAMES = {"system": "Instructions", "user": "User", "assistant": "Assistant"}
 
 
 class Conversation:
-    """The turns of one conversation that have left the prompt. Thread-safe; what is added outlives the process.
+    """The turns of one conversation that have left the prompt. Thread-safe; added turns outlive the process.
 
-    They lie in a collection of their own beside the documents of `memory`, whose model reads them; with their text,
-    whatever the memory's `keep_text` says. One process at a time may add to a conversation.
+    They are stored with their text, whatever the memory's `keep_text` says, in a separate collection beside the
+    documents of `memory`, whose model compresses them. Only one process at a time may add to a conversation.
 
     Args:
-        memory: Where, and read by what.
-        conversation_id: Names the conversation, in the memory's collection.
-        keep_ratio: Share of the turns' tokens kept. Without this and the next two it is the memory's.
-        keep_tokens: In its place, how many tokens are kept of each exchange.
-        max_bytes: In its place, the largest file of an exchange's cache, in bytes.
-        top_k: How many passages of old turns one question recalls; as for documents if None.
+        memory: Memory that provides the store and the model.
+        conversation_id: Name of the conversation within the memory's collection.
+        keep_ratio: Share of the turns' tokens kept. If none of the three is given, the memory's setting applies.
+        keep_tokens: Number of tokens kept of each exchange, instead of a share.
+        max_bytes: Largest file size of an exchange's cache in bytes, instead of a share.
+        top_k: Number of passages of old turns that one question recalls; None means the memory's own `top_k`.
 
     Example:
         ```python
@@ -70,17 +70,19 @@ class Conversation:
         self._lock = _locks.setdefault(memory, {}).setdefault(conversation_id, threading.Lock())
 
     def add(self, turns: Sequence[Turn]) -> None:
-        """Distil turns, in the order they were spoken. They are durable when this returns; blank ones are left out.
+        """Compress turns, in the order they were spoken.
+
+        They are durable when this returns. Blank turns are skipped.
 
         Raises:
-            ConfigError: One has an unknown role.
-            DocumentError: One is no text.
-            StoreError: They cannot be written; none of them is.
+            ConfigError: A turn has an unknown role.
+            DocumentError: A turn is not text.
+            StoreError: The turns cannot be written; in that case none of them is.
         """
         spoken = [turn for turn in turns if turn.text.strip()]
         for turn in spoken:
             check_choice(turn.role, Role, where="role")
-            Document(id="turn", text=turn.text)  # raises for what is no text, before a tokenizer sees it
+            Document(id="turn", text=turn.text)  # raises if it is not text, before a tokenizer sees it
         if not spoken:
             return
         with self._lock:
@@ -89,21 +91,21 @@ class Conversation:
                 f"{number:08d}",
                 self._passages(spoken),
                 metadata={"turns": [list(turn) for turn in spoken]},
-                keep_text=True,  # a conversation is there to be shown again
+                keep_text=True,  # conversations are displayed again
             )
 
     def recall(self, question: str) -> list[Reference]:
-        """References to what was said about a question before, in the order it was spoken; none if nothing fits."""
+        """References to earlier passages that match a question, in the order they were spoken; empty if none match."""
         hits = self._memory.retrieve(question, top_k=self.top_k)
         spoken = sorted(hits, key=lambda hit: (hit.document_id, hit.ordinal))
         ratio_of, fingerprint = self._memory.store.keep_ratio_of, self._memory.compressor.fingerprint()
         return [
             Reference(key=key, keep_ratio=ratio_of(key, fingerprint, self.keep), collection=self._memory.collection)
-            for key in dict.fromkeys(hit.text_sha256 for hit in spoken)  # what was said twice is read once
+            for key in dict.fromkeys(hit.text_sha256 for hit in spoken)  # a repeated passage is loaded once
         ]
 
     def turns(self) -> list[Turn]:
-        """All turns that were added, as they were."""
+        """All turns that were added, unchanged."""
         return [Turn(*turn) for summary in self._memory.documents() for turn in summary.metadata["turns"]]
 
     def clear(self) -> None:
@@ -113,9 +115,10 @@ class Conversation:
                 self._memory.remove(summary.id)
 
     def _passages(self, turns: Sequence[Turn]) -> list[str]:
-        """One passage for each exchange, a question and what followed; one that is longer than a passage is cut.
+        """One passage for each exchange, a question and its answers; an exchange longer than a passage is split.
 
-        Several in a passage were rejected: a small model does not find one fact among ten exchanges, even uncompressed.
+        Several exchanges in one passage were rejected: a small model does not find one fact among ten exchanges, even
+        uncompressed.
         """
         exchanges: list[list[str]] = []
         for turn in turns:

@@ -1,12 +1,12 @@
-"""The exception tree. Every error says what happened, where, and the next step.
+"""The exception tree. Every error contains a description, the place, and the next step.
 
 ```
 KVMemoryError
 ├── ConfigError                  a setting outside its range (also a ValueError)
-│   └── BudgetError              fewer tokens or bytes than the smallest cache has; names what works
+│   └── BudgetError              fewer tokens or bytes than the smallest cache has; names the smallest that works
 ├── ModelError
 │   ├── ModelNotFoundError       no such hub id, folder or built-in weights
-│   ├── UnsupportedModelError    an architecture whose caches we cannot make
+│   ├── UnsupportedModelError    an architecture that cannot be compressed
 │   ├── TokenizerError           a model without a usable tokenizer
 │   └── ContextWindowError       more positions than the model can address
 ├── AdapterError                 an adapter folder that is missing or malformed
@@ -14,33 +14,33 @@ KVMemoryError
 ├── DocumentError
 │   ├── EmptyDocumentError       nothing but white space
 │   ├── UnreadableDocumentError  a path that is missing, forbidden or of an unknown type
-│   ├── BinaryDocumentError      bytes that are no text (NUL bytes, an image, an archive)
+│   ├── BinaryDocumentError      bytes that are not text (NUL bytes, an image, an archive)
 │   ├── EncodingError            text that is not valid in the stated encoding
 │   ├── LineTooLongError         a line so long that it must be data, not prose
 │   ├── DuplicateDocumentError   one id, two texts, in one call
 │   ├── DocumentNotFoundError    an id that the collection does not hold (also a KeyError)
-│   └── TextNotKeptError         a text is wanted that was not kept when its document was added
+│   └── TextNotKeptError         a text is needed that was not kept when its document was added
 ├── CacheError
 │   ├── CacheNotFoundError       no distilled cache for this text and setting (also a KeyError)
-│   ├── CorruptCacheError        bytes that are not what was written; quarantined, never decoded
+│   ├── CorruptCacheError        bytes that differ from those written; quarantined, never decoded
 │   └── FingerprintMismatchError a cache made by another model, adapter, prompt or format
-├── DecodeTimeoutError           an answer that took longer than it was given (also a TimeoutError)
-├── UnsupportedRequestError      something asked of a model that it cannot do: tool calls, images
+├── DecodeTimeoutError           an answer that exceeded its time limit (also a TimeoutError)
+├── UnsupportedRequestError      a request that a model cannot fulfil: tool calls, images
 ├── DatasetError                 a training or evaluation set that is missing or unreadable
-│   └── BrokenLineError          a line that is no example; named by number
+│   └── BrokenLineError          a line that is not a valid example; named by number
 ├── TrainingError
 │   ├── DivergedError            a loss or gradient that is not finite; the last good checkpoint is kept
 │   └── CheckpointError          a checkpoint that is unreadable, or was made with other settings
-├── JobError                     a job that cannot be run, e.g. because somebody else runs it
-│   ├── JobNotFoundError         a name that no job of the store has (also a KeyError)
+├── JobError                     a job that cannot run, e.g. because another process runs it
+│   ├── JobNotFoundError         no job with this name in the store (also a KeyError)
 │   └── WorkerDiedError          a worker that was killed, or died, on a document or before its first
 └── StoreError
     ├── StoreVersionError        a store written by a newer version
-    ├── StorePermissionError     a folder we may not write to
-    ├── StoreFullError           no space left; what was there before is untouched
-    ├── StoreLockedError         another process holds the catalog for too long
-    ├── StoreConnectionError     a database or object store that does not answer, or broke off
-    └── TransferError            an archive that is damaged or not complete, or does not fit the collection
+    ├── StorePermissionError     a folder that may not be read or written
+    ├── StoreFullError           no space left; the previous content is untouched
+    ├── StoreLockedError         another process locks the catalog for too long
+    ├── StoreConnectionError     a database or object store that does not answer, or disconnected
+    └── TransferError            an archive that is damaged, incomplete, too new, or does not fit the collection
 ```
 """
 
@@ -94,9 +94,9 @@ class KVMemoryError(Exception):
     """Base of every error this package raises on purpose.
 
     Args:
-        what: What happened, one sentence without a final full stop.
-        where: The file, document id, setting or table it happened at.
-        next_step: What the user can do about it, as an instruction.
+        what: Description of the error: one sentence without a final full stop.
+        where: File, document id, setting or table where it happened.
+        next_step: Advice to the user, as an instruction.
     """
 
     def __init__(self, what: str, *, where: str | None = None, next_step: str | None = None) -> None:
@@ -107,11 +107,11 @@ class KVMemoryError(Exception):
         super().__init__(message if next_step is None else f"{message}. {next_step}")
 
     def __str__(self) -> str:
-        # KeyError, a base of two subclasses, prints the repr of its argument.
+        # KeyError, a base of three subclasses, prints the repr of its argument.
         return str(self.args[0])
 
     def to_dict(self) -> dict[str, str | None]:
-        """The error for machines: `error`, `what`, `where`, `next_step`."""
+        """The error as a machine-readable dict: `error`, `what`, `where`, `next_step`."""
         return {
             "error": type(self).__name__,
             "what": self.what,
@@ -129,15 +129,15 @@ class BudgetError(ConfigError):
 
 
 class ModelError(KVMemoryError):
-    """Something about the language model."""
+    """Base of the errors of the language model."""
 
 
 class ModelNotFoundError(ModelError):
-    """No model under this hub id or folder, or a built-in model is not prepared."""
+    """There is no model under this hub id or folder, or a built-in model is not prepared."""
 
 
 class UnsupportedModelError(ModelError):
-    """The architecture is not one of those whose caches can be made and moved."""
+    """The architecture is not one of those whose caches can be compressed and repositioned."""
 
 
 class TokenizerError(ModelError):
@@ -145,7 +145,7 @@ class TokenizerError(ModelError):
 
 
 class ContextWindowError(ModelError):
-    """More positions are asked for than the model can address."""
+    """The request needs more positions than the model can address."""
 
 
 class AdapterError(KVMemoryError):
@@ -157,7 +157,7 @@ class AdapterMismatchError(AdapterError):
 
 
 class DocumentError(KVMemoryError):
-    """Something about an input document."""
+    """Base of the errors of input documents."""
 
 
 class EmptyDocumentError(DocumentError):
@@ -165,11 +165,11 @@ class EmptyDocumentError(DocumentError):
 
 
 class UnreadableDocumentError(DocumentError):
-    """The path is missing, may not be read, or is of a type that has no reader."""
+    """The path is missing, may not be read, or has a type without a parser."""
 
 
 class BinaryDocumentError(DocumentError):
-    """The bytes are no text."""
+    """The bytes are not text."""
 
 
 class EncodingError(DocumentError):
@@ -185,15 +185,15 @@ class DuplicateDocumentError(DocumentError):
 
 
 class DocumentNotFoundError(DocumentError, KeyError):
-    """The collection holds no document of this id."""
+    """The collection has no document with this id."""
 
 
 class TextNotKeptError(DocumentError):
-    """A text is wanted of a document that was added without keeping it."""
+    """A needed text was not kept when its document was added."""
 
 
 class CacheError(KVMemoryError):
-    """Something about a distilled cache."""
+    """Base of the errors of distilled caches."""
 
 
 class CacheNotFoundError(CacheError, KeyError):
@@ -201,7 +201,7 @@ class CacheNotFoundError(CacheError, KeyError):
 
 
 class CorruptCacheError(CacheError):
-    """The bytes are not those that were written. The blob is quarantined, never decoded."""
+    """The bytes differ from those written. The blob is quarantined, never decoded."""
 
 
 class FingerprintMismatchError(CacheError):
@@ -213,7 +213,7 @@ class DecodeTimeoutError(KVMemoryError, TimeoutError):
 
 
 class UnsupportedRequestError(KVMemoryError):
-    """A model is asked for something it cannot do, e.g. to call tools or to look at an image."""
+    """The model cannot fulfil the request, e.g. call tools or look at an image."""
 
 
 class DatasetError(KVMemoryError):
@@ -221,11 +221,11 @@ class DatasetError(KVMemoryError):
 
 
 class BrokenLineError(DatasetError):
-    """A line of a file is no example: no JSON, a field missing, a context or an answer that is empty."""
+    """A line of a file is not a valid example: not JSON, or with a missing field, or an empty context or answer."""
 
 
 class TrainingError(KVMemoryError):
-    """Something about training."""
+    """Base of the errors of training."""
 
 
 class DivergedError(TrainingError):
@@ -237,11 +237,11 @@ class CheckpointError(TrainingError):
 
 
 class JobError(KVMemoryError):
-    """A job cannot be run as it was asked for."""
+    """A job cannot be run as requested."""
 
 
 class JobNotFoundError(JobError, KeyError):
-    """The store has no job of this name."""
+    """The store has no job with this name."""
 
 
 class WorkerDiedError(JobError):
@@ -249,7 +249,7 @@ class WorkerDiedError(JobError):
 
 
 class StoreError(KVMemoryError):
-    """Something about the store's folder or database."""
+    """Base of the errors of the store's folder or database."""
 
 
 class StoreVersionError(StoreError):
@@ -261,26 +261,26 @@ class StorePermissionError(StoreError):
 
 
 class StoreFullError(StoreError):
-    """No space is left on the device. What was there before is untouched."""
+    """No space is left on the device. The previous content is untouched."""
 
 
 class StoreLockedError(StoreError):
-    """Another process holds the catalog for longer than we wait."""
+    """Another process holds the lock on the catalog for longer than the time limit."""
 
 
 class StoreConnectionError(StoreError):
-    """The database or the object store does not answer, or the connection broke off. Nothing was lost."""
+    """The database or the object store does not answer, or the connection was lost. No data was lost."""
 
 
 class TransferError(StoreError):
-    """An archive of a collection is damaged, not complete or of a newer format, or does not fit the collection."""
+    """An archive of a collection is damaged, incomplete or of a newer format, or does not fit the collection."""
 
 
 def interruption_behind(error: BaseException) -> BaseException | None:
-    """The interruption (KeyboardInterrupt, SystemExit, a worker told to stop) during which an error came up, if any.
+    """The interruption (KeyboardInterrupt, SystemExit, a stopped worker) during which an error occurred, if any.
 
-    A library that is interrupted between two of its lines may trip over its own state while it cleans up, and what it
-    then raises hides why. SQLAlchemy's transactions do, with a bare AssertionError.
+    A library that is interrupted halfway through an operation may fail during cleanup, and its own error then hides
+    the cause. SQLAlchemy's transactions do so, with a bare AssertionError.
     """
     behind = error.__cause__ or error.__context__
     while behind is not None:

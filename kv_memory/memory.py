@@ -1,4 +1,4 @@
-"""KVMemory: documents in, distilled caches on disk, answers out. The facade over everything else."""
+"""KVMemory, the facade: documents in, distilled caches on disk, answers out."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = ["AddProgress", "AddReport", "Answer", "AnswerStream", "KVMemory", "Me
 
 
 class KVMemory:
-    """A collection of documents, each read once and kept as distilled caches; made with `open`.
+    """A collection of documents, each compressed once and stored as distilled caches. Created with `open`.
 
     Example:
         ```python
@@ -69,7 +69,7 @@ class KVMemory:
         self._index = CollectionIndex(store)
         self._others: dict[tuple[str, Keep], KVMemory] = {}
         self._lock = threading.RLock()
-        self._extend_lock = threading.Lock()  # not `_lock`, for which questions would wait
+        self._extend_lock = threading.Lock()  # not `_lock`: questions would wait for it
 
     @classmethod
     def open(
@@ -98,49 +98,53 @@ class KVMemory:
         create: bool = True,
         load_model: bool = True,
     ) -> KVMemory:
-        """Open a store, or make one.
+        """Open a store, or create one.
 
-        What is not given is as the store remembers it from the last `add`; a new store starts with the defaults of
-        `MemorySettings`.
+        Settings that are not given keep the values that the store recorded at the last `add`. A new store starts with
+        the defaults of `MemorySettings`.
 
         Args:
-            path: The store's folder.
-            model: `qwen-0.5b`, `smollm2`, a model folder, a hub id, or a `Backbone`. A new store takes `qwen-0.5b`, or
-                `smollm2` where only that is prepared, and remembers which.
-            adapter: An adapter folder for that model, `shipped` (the default of `smollm2`) or `none`.
+            path: Folder of the store.
+            model: Model to use: `qwen-0.5b`, `smollm2`, a model folder, a hub id, or a `Backbone`. A new store takes
+                `qwen-0.5b`, or `smollm2` if only that one is prepared, and records its choice.
+            adapter: Adapter folder for that model, `shipped` (the default of `smollm2`) or `none`.
             keep_ratio: Share of the tokens kept, in (0, 1].
-            keep_tokens: In its place, how many tokens are kept of each passage, in every layer and head (on average,
-                where heads share them). Shorter passages are kept whole.
-            max_bytes: In its place, the largest file of a passage's cache, in bytes. What fits is kept whole.
-            selector: The training-free selector used without an adapter; or `combined`, an adapter and `matched`
-                together, which reads each passage twice and keeps what matters more surely.
-            passage_tokens: Longest passage; None keeps documents whole.
-            prompt: `auto`, `chat`, `brief`, `passage`, or a `PromptForm` (with a `Backbone` give it the form instead).
-            layout: `source` or `packed`.
-            refine_steps: Refine every passage's cache by so many steps while adding, 0 for not at all: closer answers
-                for hundreds of prefills more. Named alone, it forgets a `min_fidelity` of before.
-            min_fidelity: Refine further until the KL to the full cache on held-out probes is at most this, in nats, or
-                192 steps are done; without `refine_steps` it begins with 48.
-            storage: How keys and values are stored: `auto` (as the model computes them), `float32`, `bfloat16`,
-                `float16` or `int8`, half of bfloat16 and the default of `smollm2`. For what is added from now on; one
-                store may hold several.
-            keep_text: Keep the texts of what is added from now on: for showing them with an answer, for reading them in
-                the place of a damaged cache, for `read_from="text"`, and for `refresh` of what was no file. A new store
-                keeps none: passages are found by hashes of their words. Documents that are added again unchanged get
-                or lose their text without being compressed.
-            dtype: Of the model and its caches; `auto` takes bfloat16 where that is fast.
-            device: `auto`, `cpu`, `cuda`, ...
-            collection: Tenants are collections; every lookup stays in its own.
-            catalog: For a new store: the URL of a PostgreSQL database, see `Store.open`.
-            blobs: For a new store: the URL of an object store, see `Store.open`.
-            tier_size_bytes: What copies of an object store's blobs may take in the folder.
-            create: Make the store if there is none.
-            load_model: Load the model now, so that what is wrong with it shows now. False leaves that to the first
-                use; listing, checking and removing need no model.
+            keep_tokens: Number of tokens kept of each passage in every layer and head, instead of a share. It is an
+                average where heads share their entries. Shorter passages are kept whole.
+            max_bytes: Largest file size of a passage's cache in bytes, instead of a share. A cache that fits is kept
+                whole.
+            selector: Training-free selector, used without an adapter; or `combined`, an adapter and `matched`
+                together, which prefills each passage twice and selects more reliably.
+            passage_tokens: Length of the longest passage in tokens; None keeps documents whole.
+            prompt: Prompt form: `auto`, `chat`, `brief`, `passage`, or a `PromptForm`. A `Backbone` brings its own
+                form: set it there instead.
+            layout: Placement of documents: `source` or `packed`.
+            refine_steps: Refinement steps for the cache of every passage during `add`; 0 for none. Refined caches
+                answer closer to the full cache, at the cost of hundreds of prefills. Given without `min_fidelity`, it
+                clears the recorded `min_fidelity`.
+            min_fidelity: KL to the full cache on held-out probes, in nats, at which refinement stops. Refinement gives
+                up after 192 steps, or after `refine_steps` if that is more. Without `refine_steps` it starts with 48.
+            storage: Storage type of keys and values: `auto` (as the model computes them), `float32`, `bfloat16`,
+                `float16` or `int8`, which takes half the bytes of bfloat16 and is the default of `smollm2`. It applies
+                to documents added from now on; one store may hold several types.
+            keep_text: True to keep the texts of documents added from now on. Texts are needed to show them with an
+                answer, to replace a damaged cache, for `read_from="text"`, and to `refresh` documents that are not
+                files. A new store keeps none, and finds passages by hashes of their words. Unchanged documents that
+                are added again gain or lose their text without being compressed again.
+            dtype: Type of the model's weights and caches; `auto` takes bfloat16 where that is fast.
+            device: Device of the model: `auto`, `cpu`, `cuda`, ...
+            collection: Name of the collection. Tenants are collections; a lookup never leaves its own.
+            catalog: URL of a PostgreSQL database, for a new store; see `Store.open`.
+            blobs: URL of an object store, for a new store; see `Store.open`.
+            tier_size_bytes: Size limit in bytes for local copies of an object store's blobs.
+            create: True to create the store if it does not exist.
+            load_model: True to load the model now, so that its errors are raised here. False loads it at first use;
+                listing, checking and removing need no model.
 
         Raises:
-            ConfigError: A setting is out of range, or two exclude each other.
-            BudgetError: `keep_tokens` or `max_bytes` is too small for any cache of this model; names what works.
+            ConfigError: A setting is out of range, or two settings exclude each other.
+            BudgetError: `keep_tokens` or `max_bytes` is too small for any cache of this model; the error names the
+                smallest value that works.
             ModelError: The model cannot be found, loaded or used; see its subclasses.
             AdapterError: The adapter cannot be read or belongs to another model.
             StoreError: The store cannot be opened; see its subclasses.
@@ -164,7 +168,7 @@ class KVMemory:
         backbone = model if isinstance(model, Backbone) else None
         compressor = None
         if load_model and create and not Path(path).exists():
-            # What is wrong with model or adapter must not leave an empty store behind.
+            # Load first: a faulty model or adapter must not leave an empty store behind.
             settings = resolve_settings(given, {})
             backbone = backbone or load_backbone(settings, dtype=dtype, device=device, prompt_form=form)
             compressor = load_compressor(settings, backbone)
@@ -189,7 +193,7 @@ class KVMemory:
             raise
 
     def load(self) -> None:
-        """Load model and adapter and prefill the shared prefix now, instead of at the first use."""
+        """Load the model and the adapter, and prefill the shared prefix, now instead of at first use."""
         _ = self.compressor
 
     def in_collection(
@@ -200,11 +204,14 @@ class KVMemory:
         keep_tokens: int | None = None,
         max_bytes: int | None = None,
     ) -> KVMemory:
-        """Another collection of this store, read by the same model; made if there is none, closed with this one.
+        """Another collection of this store, with the same model.
+
+        The collection is created if it does not exist, and closed together with this one.
 
         Args:
-            name: Of the collection: a tenant, a conversation.
-            keep_ratio: For what is added to it. Without this and the next two it is as in this collection.
+            name: Name of the collection: a tenant, a conversation.
+            keep_ratio: Share of the tokens kept of documents added to it. If none of the three is given, this
+                collection's setting applies.
             keep_tokens: See `open`.
             max_bytes: See `open`.
         """
@@ -221,7 +228,7 @@ class KVMemory:
             return found
 
     def close(self) -> None:
-        """Close the store. The model is freed with the object."""
+        """Close the store; the model is freed with the object."""
         for other in self._others.values():
             other.close()
         self._others.clear()
@@ -237,12 +244,12 @@ class KVMemory:
 
     @property
     def path(self) -> Path:
-        """The store's folder."""
+        """Folder of the store."""
         return self.store.path
 
     @property
     def collection(self) -> str:
-        """The collection's name."""
+        """Name of the collection."""
         return self.store.collection
 
     @property
@@ -257,7 +264,7 @@ class KVMemory:
 
     @property
     def compressor(self) -> Compressor:
-        """Reads documents; carries the adapter, loaded on first use."""
+        """The compressor with its adapter, loaded on first use."""
         with self._lock:
             if self._compressor is None:
                 self._compressor = load_compressor(self.settings, self.backbone)
@@ -276,18 +283,20 @@ class KVMemory:
         on_error: Literal["raise", "skip"] = "raise",
         on_progress: Callable[[AddProgress], None] | None = None,
     ) -> AddReport:
-        """Read documents, distil them, store them. What is there unchanged costs nothing; what changed is replaced.
+        """Compress documents and store their caches.
+
+        Unchanged documents cost nothing. Changed documents are replaced.
 
         Args:
             documents: A text (`str`), a file or folder (`Path`), a `Document`, `(id, text)`, `(id, text, metadata)`,
                 or an iterable of these. The id of a file is its absolute path.
-            encoding: Of text files.
+            encoding: Encoding of text files.
             on_error: `skip` leaves bad documents out and reports them; `raise` stops before any work.
             on_progress: Called after every passage.
 
         Raises:
             DocumentError: A document cannot be read; see its subclasses.
-            StoreError: It cannot be written; what was there before is untouched.
+            StoreError: The store cannot be written; its previous content is untouched.
         """
         read = read_documents(documents, encoding=encoding, on_error=on_error)
         report = self._intake(on_progress).add(read.documents, errors=read.errors, skipped=read.skipped)
@@ -305,24 +314,27 @@ class KVMemory:
         keep_text: bool | None = None,
         on_progress: Callable[[AddProgress], None] | None = None,
     ) -> AddReport:
-        """Add a document that is cut already, e.g. by a framework's node parser. What is there costs nothing.
+        """Add a document that is already split, e.g. by a framework's node parser.
+
+        Passages that are already stored cost nothing.
 
         Args:
-            document_id: Replaces the document of this id.
-            texts: Its passages, each the exact text that will be asked for.
-            metadata: What JSON can hold; if None there is none, or with `extend` that which it has.
-            extend: Keep the passages it has, and add those that are new. One process at a time may extend a document.
-            drop: Keys (`reader.key_of`) of passages that it does not keep, with `extend`; `texts` may then be empty.
-            keep_text: Keep these texts; as the settings say if None.
+            document_id: Id of the document; a stored document with this id is replaced.
+            texts: Passages of the document, each exactly the text that will be looked up later.
+            metadata: JSON-serialisable metadata. None means empty, or with `extend` the document's current metadata.
+            extend: True to keep the stored passages and add the new ones. Only one process at a time may extend a
+                document.
+            drop: Keys (`query.key_of`) of stored passages to remove, with `extend`; `texts` may then be empty.
+            keep_text: True to keep these texts, False not to; None follows the settings.
             on_progress: Called after every passage.
 
         Raises:
-            ConfigError: `texts` is no list of texts, or JSON cannot hold the metadata.
+            ConfigError: `texts` is not a list of texts, or the metadata is not JSON-serialisable.
             DocumentError: There is no text, or one is blank or binary.
-            StoreError: It cannot be written.
+            StoreError: The store cannot be written.
         """
         intake = self._intake(on_progress, keep_text=keep_text)
-        with self._extend_lock:  # it reads what there is, and writes it back with more
+        with self._extend_lock:  # extending reads the document and writes it back with more passages
             report = intake.add_passages(document_id, texts, metadata=metadata, extend=extend, drop=drop)
         self._remember()
         return report
@@ -330,13 +342,14 @@ class KVMemory:
     def refresh(
         self, *, encoding: str = "utf-8", on_progress: Callable[[AddProgress], None] | None = None
     ) -> AddReport:
-        """Compress every stored passage that has no cache under the present settings.
+        """Compress every stored passage that has no cache under the current settings.
 
-        From its text, or where that is not kept from the file that its document came from. Documents whose file is gone
-        or has changed, and those that were no file, are among the report's `errors`; they stay as they are.
+        The text comes from the store or, if it is not kept there, from the document's file. Documents whose file is
+        gone or has changed, and documents without a text that are not files, are listed in the report's `errors` and
+        stay unchanged.
 
         Args:
-            encoding: Of text files that are read again.
+            encoding: Encoding of the text files.
             on_progress: Called after every passage.
         """
         report = self._intake(on_progress).refresh(encoding=encoding)
@@ -363,7 +376,7 @@ class KVMemory:
         """Delete a document with its passages and caches.
 
         Args:
-            document_id: Its id, or the path of a file that was added.
+            document_id: Id of the document, or the path of a file that was added.
 
         Raises:
             DocumentNotFoundError: There is no such document.
@@ -386,11 +399,11 @@ class KVMemory:
     # -- questions -----------------------------------------------------------------------------------------------
 
     def retrieve(self, question: str, *, top_k: int | None = None) -> list[Hit]:
-        """The passages that fit a question best, by BM25.
+        """The passages that match a question best, by BM25.
 
         Args:
             question: Any text.
-            top_k: How many at most; 1 for `smollm2` and 3 for others if None.
+            top_k: Largest number of passages; None means 1 for `smollm2` and 3 for other models.
         """
         return self._index.retrieve(question, top_k=self.settings.top_k if top_k is None else top_k)
 
@@ -402,18 +415,19 @@ class KVMemory:
         settings: DecodeSettings | None = None,
         read_from: ReadFrom = "caches",
     ) -> Answer:
-        """Answer a question from the passages that fit it.
+        """Answer a question from the passages that match it.
 
         Args:
             question: Any text.
             top_k: See `retrieve`.
-            settings: How to decode.
-            read_from: `caches`: the text does not enter the prompt. `text`: it does, as in plain RAG, to compare.
+            settings: Decoding settings.
+            read_from: `caches` keeps the text out of the prompt. `text` puts it into the prompt, as in plain RAG, for
+                comparison.
 
         Raises:
-            CacheNotFoundError: A passage has no cache under the present settings.
-            FingerprintMismatchError: Its cache was made by another model, adapter or prompt.
-            CorruptCacheError: Its cache is damaged, and its text, which would be read instead, is not kept.
+            CacheNotFoundError: A passage has no cache under the current settings.
+            FingerprintMismatchError: A cache was made by another model, adapter or prompt.
+            CorruptCacheError: A cache is damaged, and the text that would replace it is not kept.
             TextNotKeptError: `read_from` is `text`, and the text of a passage is not kept.
             ContextWindowError: Passages, question and answer do not fit the model.
         """
@@ -422,7 +436,9 @@ class KVMemory:
     def ask_many(
         self, questions: Sequence[str], *, document_id: str, settings: DecodeSettings | None = None
     ) -> list[Answer]:
-        """Answer several questions about one document as one batch; all its passages are read.
+        """Answer several questions about one document as one batch.
+
+        The questions are answered from all passages of the document.
 
         Raises:
             DocumentNotFoundError: There is no such document.
@@ -437,7 +453,10 @@ class KVMemory:
         settings: DecodeSettings | None = None,
         read_from: ReadFrom = "caches",
     ) -> AnswerStream:
-        """`ask`, piece by piece: iterate for text, then read `.answer`. Arguments and errors as in `ask`."""
+        """`ask`, piece by piece.
+
+        Iterate for the text, then read `.answer`. Arguments and errors as in `ask`.
+        """
         check_choice(read_from, ReadFrom, where="read_from")
         return self._asker.stream(
             question, self.retrieve(question, top_k=top_k), settings=settings, read_from=read_from
@@ -462,14 +481,14 @@ class KVMemory:
         settings: DecodeSettings | None = None,
         read_from: ReadFrom = "caches",
     ) -> AsyncIterator[str]:
-        """`stream` for asyncio: every step runs in a thread, so that the event loop never waits for the model."""
+        """`stream` for asyncio: every step runs in a thread, so that the model never blocks the event loop."""
         stream = await asyncio.to_thread(self.stream, question, top_k=top_k, settings=settings, read_from=read_from)
         async for piece in iterate_in_thread(stream):
             yield piece
 
     @property
     def reader(self) -> Reader:
-        """Replies to whole conversations, from caches that are named: what the frameworks' adapters stand on."""
+        """Replies to whole conversations from referenced caches; the framework integrations are built on it."""
         return Reader(
             self.store,
             self.compressor,
@@ -490,9 +509,9 @@ class KVMemory:
         return self.store.stats()
 
     def check(self) -> CheckReport:
-        """Compare catalog and blobs, verify every blob; damaged ones are quarantined."""
+        """Compare catalog and blobs, and verify every blob; damaged blobs are quarantined."""
         return self.store.check()
 
     def gc(self) -> GcReport:
-        """Delete what nothing refers to any more."""
+        """Delete caches and blobs that nothing refers to any more."""
         return self.store.gc()

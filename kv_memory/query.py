@@ -1,4 +1,4 @@
-"""Reader: replies from distilled caches, named by references. What the facade and the frameworks' adapters stand on."""
+"""Reader: replies from referenced distilled caches, the basis of the facade and of the framework integrations."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def key_of(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What a reply is read from: the distilled cache of one text.
+    """A reference to the distilled cache of one text.
 
-    As a string it is `KEY`, `KEY@KEEP_RATIO` or `KEY@KEEP_RATIO/COLLECTION`, and goes wherever a framework takes ids;
-    the text is no part of that.
+    Its string form is `KEY`, `KEY@KEEP_RATIO` or `KEY@KEEP_RATIO/COLLECTION`, which fits wherever a framework takes
+    ids. The text is not part of the string.
 
     Attributes:
-        key: See `key_of`.
-        text: Read instead where there is no sound cache.
-        keep_ratio: Of the cache; the store's setting if None.
-        collection: Where it lies; the reader's own if None.
+        key: Key of the text, see `key_of`.
+        text: Text to prefill if there is no intact cache.
+        keep_ratio: keep_ratio of the cache; None means the store's setting.
+        collection: Collection of the cache; None means the reader's own.
     """
 
     key: str
@@ -53,7 +53,7 @@ class Reference:
     collection: str | None = None
 
     def __str__(self) -> str:
-        ratio = "" if self.keep_ratio is None else f"@{self.keep_ratio}"  # every digit: caches are found by it
+        ratio = "" if self.keep_ratio is None else f"@{self.keep_ratio}"  # every digit: it is a lookup key
         return f"{self.key}{ratio}" + ("" if self.collection is None else f"/{self.collection}")
 
     @classmethod
@@ -61,7 +61,7 @@ class Reference:
         """Inverse of `str`.
 
         Raises:
-            ConfigError: The string is no reference.
+            ConfigError: The string is not a reference.
         """
         if isinstance(value, Reference):
             return value
@@ -69,7 +69,7 @@ class Reference:
         if found is None:
             raise ConfigError(
                 "not a reference to a distilled cache",
-                where=repr(value)[:40],  # it may be a text
+                where=repr(value)[:40],  # shortened: it may be a whole text
                 next_step="References begin with the SHA-256 of a text; retrievers of kv_memory.integrations set them.",
             )
         try:
@@ -81,18 +81,19 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """A reply and what it cost.
+    """A reply and its cost.
 
     Attributes:
-        text: As decoded, without the stop string.
+        text: Decoded text, without the stop string.
         finish_reason: `stop` (end token, stop string, or JSON complete) or `length` (cut at max_new_tokens).
-        n_prompt_tokens: Tokens prefilled for it, texts read in place of caches included.
-        n_cached_tokens: Entries read from caches instead, the shared prefix included.
-        n_new_tokens: Decoded.
-        ttft_s: From the call to the first token: reading the store, composing, prefill.
-        total_s: From the call to the last token.
-        damaged: Keys whose cache was damaged: it was quarantined and made again, and the text was read.
-        next_step: What to try where the text is empty; None where it is not.
+        n_prompt_tokens: Tokens prefilled for this reply, including texts that replace caches.
+        n_cached_tokens: Cache entries used instead of prefill, including the shared prefix.
+        n_new_tokens: Number of decoded tokens.
+        ttft_s: Seconds from the call to the first token: loading from the store, composing, prefill.
+        total_s: Seconds from the call to the last token.
+        damaged: Keys of damaged caches. Each was quarantined and its text prefilled instead. The text was then
+            compressed again, unless it does not match the key or the store cannot take the cache.
+        next_step: Advice if the text is empty; None otherwise.
     """
 
     text: str
@@ -111,7 +112,7 @@ class ReplyStream(Iterator[str]):
 
     def __init__(self, run: Run, loaded: _Loaded) -> None:
         self._run = run
-        self._loaded = loaded._replace(caches=[])  # they are composed
+        self._loaded = loaded._replace(caches=[])  # freed: they are composed already
         self._steps = run.steps()
 
     def __next__(self) -> str:
@@ -121,24 +122,27 @@ class ReplyStream(Iterator[str]):
         raise StopIteration
 
     def each_token(self) -> Iterator[str]:
-        """The same pieces, and an empty one for every token after which there is nothing to show yet."""
+        """The same pieces, plus an empty one for every token that yields no text yet."""
         return (step[0] for step in self._steps)
 
     @property
     def reply(self) -> Reply:
-        """The whole reply; decodes what has not been taken yet. Of a closed stream: what there was until then."""
+        """The whole reply; decodes the remaining tokens first.
+
+        For a closed stream, the reply holds the tokens decoded before it was closed.
+        """
         for _ in self._steps:
             pass
         return _replies(self._run, self._loaded)[0]
 
     def close(self) -> None:
-        """Stop decoding, and free what it takes."""
+        """Stop decoding and free its memory."""
         self._steps.close()  # type: ignore[attr-defined]
         self._run.close()
 
 
 class _Loaded(NamedTuple):
-    """Caches in the order of their references; `n_text` tokens of them were prefilled just now."""
+    """Caches in the order of their references; `n_text` of their tokens were prefilled by this call."""
 
     caches: list[DistilledCache]
     n_text: int
@@ -150,12 +154,13 @@ class Reader:
     """Replies from distilled caches. Safe to use from several threads.
 
     Args:
-        store: Where the caches lie.
-        compressor: Whose caches are wanted; reads the texts of those that are missing or damaged.
-        keep_ratio: Of the caches, where a reference names none; a `Keep` means another one for each text.
-        layout: How documents are placed, see `generate.compose`.
-        storage: How a cache that is made again is stored.
-        store_of: The store of another collection.
+        store: Store of the caches.
+        compressor: Compressor whose fingerprint the caches must have; it compresses the texts of missing or damaged
+            caches.
+        keep_ratio: keep_ratio of caches whose reference names none; a `Keep` gives each text its own.
+        layout: Placement of documents, see `generate.compose`.
+        storage: Storage type of caches that are compressed again.
+        store_of: Function that returns the store of another collection.
     """
 
     def __init__(
@@ -176,7 +181,7 @@ class Reader:
         self._generator = Generator(compressor.backbone, layout=layout)
 
     def has(self, text: str) -> bool:
-        """Whether there is a cache of exactly this text under the present settings."""
+        """Whether there is a cache of exactly this text under the current settings."""
         return self.has_key(key_of(text))
 
     def has_key(self, key: str) -> bool:
@@ -184,15 +189,18 @@ class Reader:
         return self._store.has(key, self._compressor.fingerprint(), self._keep_ratio)
 
     def sound(self, text: str) -> bool:
-        """`has`, and its bytes are those that were written. Reading finds that out too; here it changes nothing."""
+        """Whether there is such a cache and its bytes are intact.
+
+        Loading checks the bytes too; this method has no side effect.
+        """
         return self._store.sound(key_of(text), self._compressor.fingerprint(), self._keep_ratio)
 
     def check(self, text: str) -> None:
         """Raise unless `has`.
 
         Raises:
-            CacheNotFoundError: There is none; names the keep ratios there are.
-            FingerprintMismatchError: There is one, made by another model, adapter or prompt.
+            CacheNotFoundError: There is no such cache; the error names the keep ratios that exist.
+            FingerprintMismatchError: The cache was made by another model, adapter or prompt.
         """
         if not self.has(text):
             self._store.get(key_of(text), self._compressor.fingerprint(), self._keep_ratio)
@@ -205,20 +213,20 @@ class Reader:
         texts: Sequence[str] = (),
         settings: DecodeSettings | None = None,
     ) -> ReplyStream:
-        """Reply to a conversation, from distilled caches behind the shared prefix.
+        """Reply to a conversation, from distilled caches after the shared prefix.
 
         Args:
-            turns: The conversation; the last is the user's.
-            references: What is read before it, in this order.
-            texts: Documents to read as text behind those.
-            settings: How to decode.
+            turns: The conversation; its last turn is the user's.
+            references: Caches to place before the conversation, in this order.
+            texts: Documents to prefill as text after the caches.
+            settings: Decoding settings.
 
         Raises:
             CacheNotFoundError: A reference without a text has no cache.
-            FingerprintMismatchError: Its cache was made by another model, adapter or prompt.
-            CorruptCacheError: Its cache is damaged, and there is no text to read instead.
-            ContextWindowError: All of it does not fit the model.
-            ConfigError: The turns are none; see `encode_turns`.
+            FingerprintMismatchError: A cache was made by another model, adapter or prompt.
+            CorruptCacheError: A cache is damaged, and there is no text to replace it.
+            ContextWindowError: The caches, texts and conversation do not fit the model.
+            ConfigError: The turns are invalid, see `encode_turns`.
         """
         backbone = self._compressor.backbone
         prompt = encode_turns(backbone, turns)
@@ -232,7 +240,7 @@ class Reader:
         return self._start_alone(encode_chat(self._compressor.backbone, turns), settings)
 
     def complete(self, text: str, *, settings: DecodeSettings | None = None) -> ReplyStream:
-        """Go on with a text as it is, without any template. Errors as in `reply`."""
+        """Continue a text without any template. Errors as in `reply`."""
         return self._start_alone(encode_text_prompt(self._compressor.backbone, text), settings)
 
     def reply_batch(
@@ -252,7 +260,7 @@ class Reader:
         return ReplyStream(self._generator.start_prompt(prompt, settings=settings), nothing)
 
     def load(self, references: Sequence[Reference]) -> _Loaded:
-        """The references' caches; in the place of missing and damaged ones the plain cache of their text."""
+        """The caches of the references; a missing or damaged cache is replaced by the full cache of its text."""
         with span("load", collection=self._store.collection, n_references=len(references)):
             return self._load(references)
 
@@ -282,10 +290,10 @@ class Reader:
                 cache = self._compressor.compress(text, keep_ratio=1.0)
                 n_text += cache.n_tokens
                 damaged.append(reference.key)
-                if key_of(text) != reference.key:  # a cache of it would be found as that of the other text
+                if key_of(text) != reference.key:  # stored under this key, it would pass for the other text's cache
                     caches.append(cache)
                     continue
-                with contextlib.suppress(StoreError):  # a store that cannot take it is no obstacle to a reply
+                with contextlib.suppress(StoreError):  # the reply does not depend on storing it
                     again = self._compressor.compress(text, keep_ratio=self._compressor.ratio_for(text, ratio))
                     store.put(reference.key, again, storage=self._storage)
             caches.append(cache)

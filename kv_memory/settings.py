@@ -1,4 +1,4 @@
-"""What a store remembers about how its documents are compressed and asked."""
+"""Settings that a store records: how its documents are compressed and asked."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ from kv_memory.model.prompts import PromptName
 
 __all__ = ["MemorySettings", "given_settings", "resolve_settings"]
 
-NO_ADAPTER = "none"  # what a caller names to have none
-REFINE_STEPS = 48  # where only a fidelity is asked for
+NO_ADAPTER = "none"  # the name a caller passes for "no adapter"
+REFINE_STEPS = 48  # if only min_fidelity is given
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemorySettings:
-    """How a store's documents are compressed and asked; remembered in the store.
+    """How a store's documents are compressed and asked; recorded in the store.
 
     Attributes:
-        model: The name of a built-in model, a model folder, or a hub id. `embedded`, which stands for one model here
-            and for another there, is not remembered.
-        adapter: An adapter folder, `shipped` for the one inside this package, or None. `smollm2` has `shipped` unless
-            an adapter or a selector is named.
-        keep_ratio: Share of the tokens kept, in (0, 1]; 0.25 unless set, None with one of the two below.
-        selector: The training-free selector used without an adapter; or `combined`, which is an adapter and
-            the scores of `matched` together.
-        passage_tokens: Longest passage, 256 tokens for `smollm2` and 1,024 for others, unless set; None keeps documents
-            whole.
-        prompt: The name of the prompt form.
-        layout: How documents are placed, see `generate.compose`.
-        refine_steps: Steps of refinement for every passage, see `RefineSettings`; 0 for none.
-        min_fidelity: Refine further until the held-out KL in nats is at most this; None for no more than those steps.
-        storage: How the keys and values of what is added are stored: `auto` (as the model computes them), `float32`,
-            `bfloat16`, `float16` or `int8`, which takes half the bytes of bfloat16; `int8` for `smollm2` and `auto` for
-            others, unless set. What is stored already stays.
-        keep_text: Keep the texts of what is added. Without them a store has the caches, the documents' ids and
-            metadata, and hashes of words; see `kv_memory.retrieval.hashed_terms` for what those are worth.
-        keep_tokens: In the place of keep_ratio: how many tokens are kept of each passage, in every layer and head.
-        max_bytes: In the place of keep_ratio: the largest file of a passage's cache, in bytes.
+        model: Name of a built-in model, a model folder, or a hub id. `embedded`, which stands for different models on
+            different machines, is never recorded.
+        adapter: Adapter folder, `shipped` for the one inside this package, or None. `smollm2` uses `shipped` unless an
+            adapter or a selector is named.
+        keep_ratio: Share of the tokens kept, in (0, 1]. 0.25 unless set; None if keep_tokens or max_bytes is set.
+        selector: Training-free selector, used without an adapter; or `combined`, an adapter and the scores of
+            `matched` together.
+        passage_tokens: Length of the longest passage in tokens: 256 for `smollm2` and 1,024 for others, unless set.
+            None keeps documents whole.
+        prompt: Name of the prompt form.
+        layout: Placement of documents, see `generate.compose`.
+        refine_steps: Refinement steps for every passage, see `RefineSettings`; 0 for none.
+        min_fidelity: Target for the held-out KL in nats. Refinement continues until it is reached, or for 192 steps,
+            or for `refine_steps` if that is more. None stops after `refine_steps`.
+        storage: Storage type of keys and values that are added: `auto` (as the model computes them), `float32`,
+            `bfloat16`, `float16` or `int8`, which takes half the bytes of bfloat16. `int8` for `smollm2` and `auto`
+            for others, unless set. Stored caches keep their type.
+        keep_text: True to keep the texts of added documents. Without texts a store holds the caches, the documents'
+            ids and metadata, and hashes of words; see `kv_memory.retrieval.hashed_terms` for what the hashes protect.
+        keep_tokens: Number of tokens kept of each passage in every layer and head, instead of keep_ratio.
+        max_bytes: Largest file size of a passage's cache in bytes, instead of keep_ratio.
     """
 
     model: str = DEFAULTS[0]
@@ -64,7 +65,7 @@ class MemorySettings:
     def __post_init__(self) -> None:
         if self.keep_ratio is self.keep_tokens is self.max_bytes is None:
             object.__setattr__(self, "keep_ratio", 0.25)
-        _ = self.keep  # refuses what it refuses
+        _ = self.keep  # raises for values that `Keep` rejects
         check_choice(self.selector, SelectorName, where="selector")
         check_choice(self.prompt, PromptName, where="prompt")
         check_choice(self.layout, Layout, where="layout")
@@ -84,7 +85,7 @@ class MemorySettings:
 
     @property
     def keep(self) -> Keep:
-        """How much of each passage is kept."""
+        """The keep_ratio, token budget or size limit of each passage."""
         return Keep(
             keep_ratio=self.keep_ratio,
             keep_tokens=self.keep_tokens,
@@ -94,7 +95,7 @@ class MemorySettings:
 
     @property
     def top_k(self) -> int:
-        """How many passages a question is answered from by default: `smollm2` copes with one only."""
+        """Default number of passages to answer from: 1 for `smollm2`, which cannot handle more, otherwise 3."""
         return 1 if built_in(self.model) is BUILT_IN["smollm2"] else 3
 
 
@@ -114,13 +115,13 @@ def given_settings(
     keep_tokens: int | None = None,
     max_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """The settings a caller gave, checked; those left at None (`auto` for passage_tokens) are not among them.
+    """The settings that a caller gave, checked; those left at None (`auto` for passage_tokens) are omitted.
 
-    An adapter named `none` means to have none; so does a training-free selector without an adapter. Of keep_ratio,
-    keep_tokens and max_bytes the one that is given takes the place of the one before.
+    The adapter name `none` means no adapter. Naming a training-free selector without an adapter means the same. Of
+    keep_ratio, keep_tokens and max_bytes, the given one replaces the recorded one.
 
     Raises:
-        ConfigError: One is out of range.
+        ConfigError: A setting is out of range, or two settings contradict each other.
     """
     values = {
         "model": None if model is None else str(model),
@@ -135,7 +136,7 @@ def given_settings(
     }
     given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     given |= given_keep(keep_ratio, keep_tokens, max_bytes)
-    # A selector is for want of an adapter, except the one that needs it.
+    # Naming a training-free selector means no adapter; `combined` is the exception: it needs one.
     if adapter == NO_ADAPTER or (adapter is None and selector not in {None, "combined"}):
         given["adapter"] = None
     if passage_tokens != "auto":
@@ -155,12 +156,12 @@ def given_settings(
 
 
 def resolve_settings(given: Mapping[str, Any], stored: Mapping[str, Any]) -> MemorySettings:
-    """What was given, else what the store remembers, else the defaults.
+    """Given settings, else recorded ones, else the defaults.
 
     Args:
-        given: From `given_settings`.
-        stored: From the last `add`; empty for a new store. Those of earlier versions, which knew one built-in model
-            only, name it `embedded` or not at all.
+        given: Settings from `given_settings`.
+        stored: Settings recorded by the last `add`; empty for a new store. Earlier versions, which knew one built-in
+            model only, recorded it as `embedded` or not at all.
     """
     names = {field.name for field in dataclasses.fields(MemorySettings)}
     kept = {name: value for name, value in recorded_settings(stored).items() if name in names}
@@ -168,27 +169,27 @@ def resolve_settings(given: Mapping[str, Any], stored: Mapping[str, Any]) -> Mem
         kept.setdefault("model", "smollm2")
     model = given.get("model", kept.get("model", EMBEDDED))
     if model == EMBEDDED:
-        # What the default is here and now is no reason to compress all documents of a store again.
+        # Keep the recorded model: another default on this machine must not cause all documents to be compressed again.
         model = kept["model"] if kept.get("model") in DEFAULTS else concrete_name(EMBEDDED)
     if model != kept.get("model"):
-        # Adapter and prompt belong to one model, passages to what it can read, and what int8 costs was measured on one.
+        # Adapter and prompt belong to one model, and the cost of int8 was measured on one model only.
         for name in ("adapter", "prompt", "storage"):
             kept.pop(name, None)
     if stored:
-        kept.setdefault("keep_text", True)  # a store from the time when all texts were kept goes on with that
+        kept.setdefault("keep_text", True)  # older versions kept all texts, so their stores continue to
     if "refine_steps" in given:
-        kept.pop("min_fidelity", None)  # steps that are named anew are meant as they are
+        kept.pop("min_fidelity", None)  # newly given steps are exact, not a start towards the old fidelity
     if given.get("selector") == "combined" and kept.get("adapter") is None:
-        kept.pop("adapter", None)  # it was for want of a selector that there is none
+        kept.pop("adapter", None)  # the recorded None only meant a training-free selector
     merged = {**kept, **given, "model": model}
     if merged.get("min_fidelity") is not None and not merged.get("refine_steps"):
         merged["refine_steps"] = REFINE_STEPS
-    # A model of 135M parameters loses the thread in long passages, and has little to spare in its caches.
+    # A model of 135M parameters loses the thread in long passages, and its caches tolerate little compression.
     defaults: dict[str, Any] = {"passage_tokens": 1024, "keep_ratio": 0.25}
     if built_in(model) is BUILT_IN["smollm2"]:
         # int8 costs it less than half a point of F1 at 1/4, 1/8 and 1/16: docs/fidelity.md.
         defaults = {"passage_tokens": 256, "keep_ratio": 0.25, "adapter": SHIPPED, "storage": "int8"}
     values = {**defaults, **merged}
     if values.get("adapter") is None and values.get("selector") == "combined" and "selector" not in given:
-        del values["selector"]  # remembered from when there was an adapter
+        del values["selector"]  # recorded when there was an adapter
     return MemorySettings(**values)

@@ -1,6 +1,6 @@
-"""OpenTelemetry spans, where the user has it installed; nothing elsewhere.
+"""OpenTelemetry spans if `opentelemetry-api` is installed; otherwise nothing.
 
-Spans carry sizes, counts and names of collections, never texts.
+Spans contain sizes, counts and names of collections, never texts.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ __all__ = ["span"]
 def span(name: str, **attributes: str | int | float | bool) -> AbstractContextManager[Any]:
     """A span around a block: `kv_memory.NAME` with attributes `kv_memory.*`.
 
-    Without the package `opentelemetry-api` it costs a dictionary look-up. Where to send spans, if anywhere, is the
-    application's to say, as always with OpenTelemetry; an exception that leaves the block is recorded.
+    Without the package `opentelemetry-api` it costs a dictionary look-up. Exporting the spans is up to the
+    application, as always with OpenTelemetry. An exception that leaves the block is recorded.
     """
     tracer = _tracer()
     if tracer is None:

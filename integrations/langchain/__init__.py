@@ -1,4 +1,4 @@
-"""kv-memory under LangChain: answers from distilled caches through the chains, indexes and histories it has.
+"""kv-memory under LangChain: answers from distilled caches through LangChain's chains, indexes and histories.
 
 ```python
 from kv_memory import KVMemory
@@ -10,10 +10,10 @@ chain = create_kv_retrieval_chain(KVMemoryRetriever(memory), ChatKVMemory(memory
 print(chain.invoke({"input": "When does the ferry to Skarholm leave?"})["answer"])
 ```
 
-`ChatKVMemory` is also an ordinary chat model. `KVMemoryRetriever` finds documents with their caches, by itself or
-around another retriever, and `create_kv_chain` answers from them. `KVMemoryIndex` keeps caches in step with a source of
-documents, through LangChain's `index`. `KVMemoryChatMessageHistory` holds chats of any length, `KVMemoryByteStore`
-bytes of any kind. They need the extra `langchain`.
+`ChatKVMemory` is also an ordinary chat model. `KVMemoryRetriever` finds documents with their caches, alone or around
+another retriever, and `create_kv_chain` answers from them. `KVMemoryIndex` keeps caches in sync with a document source
+through LangChain's `index`. `KVMemoryChatMessageHistory` holds chats of any length, `KVMemoryByteStore` arbitrary
+bytes. All need the extra `langchain`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""KVMemoryByteStore: bytes under names, in the store's folder, for the parts of LangChain that keep some."""
+"""KVMemoryByteStore: LangChain's byte store, in the folder of the memory's store."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _ATTEMPTS = 8
 class KVMemoryByteStore(BaseStore[str, bytes]):
     """A `ByteStore` beside the distilled caches: for embeddings (`CacheBackedEmbeddings`) or parent documents.
 
-    It writes as they are written, through the same hardened diskcache: files of bytes, synced, nothing unpickled, each
-    with its SHA-256, which is checked whenever it is read. The values lie in a folder of their own, one for every
-    collection, so that upkeep of the caches never touches them, and whoever copies the store's folder has them too.
-    Distilled caches are not among them: those are found by text and model, never by a name.
+    It writes through the same hardened diskcache as the caches: synced files, nothing unpickled, each with its SHA-256,
+    which is checked on every read. Values lie in a folder of their own, one for each collection and namespace, so
+    that maintenance of the caches never touches them, and a copy of the store's folder includes them. Distilled caches
+    are not accessible here: they are found by text and model, never by name.
 
     Safe to use from several threads and processes. Every method may raise the `StoreError` subclasses for a full disk
     and a forbidden folder.
 
     Args:
-        memory: Whose folder and collection; its model is not loaded.
-        namespace: Keeps several of these apart.
+        memory: Memory that sets the folder and the collection; its model is not loaded.
+        namespace: Name that separates several byte stores of one collection.
 
     Example:
         ```python
@@ -44,7 +44,7 @@ class KVMemoryByteStore(BaseStore[str, bytes]):
     """
 
     def __init__(self, memory: KVMemory, *, namespace: str = "") -> None:
-        # By hash, because names may hold what a folder's name may not, and lead out of the store.
+        # Hashed, because the names may contain characters that a folder's name may not, or lead out of the store.
         name = hashlib.sha256(f"{memory.collection}\0{namespace}".encode()).hexdigest()[:32]
         folder = memory.path / "bytes" / name
         with mapped(folder):
@@ -52,18 +52,18 @@ class KVMemoryByteStore(BaseStore[str, bytes]):
         self._blobs = DiskBlobs(folder, timeout_s=BUSY_TIMEOUT_S)
 
     def mget(self, keys: Sequence[str]) -> list[bytes | None]:
-        """The values of keys, None for those that are not there.
+        """The values of keys, None for missing ones.
 
         Raises:
-            CorruptCacheError: The bytes of one are not those that were written. Delete the key, or write it again.
+            CorruptCacheError: A value's bytes are not those that were written. Delete the key, or write it again.
         """
         return [self._read(_checked(key)) for key in keys]
 
     def mset(self, key_value_pairs: Sequence[tuple[str, bytes]]) -> None:
-        """Write values, durably and one by one; a key that is there gets the new one.
+        """Write values durably, one by one; an existing key gets the new value.
 
         Raises:
-            ConfigError: A key is no text or empty, or a value is not bytes; nothing is written.
+            ConfigError: A key is not a string or is empty, or a value is not bytes; nothing is written.
         """
         for key, value in key_value_pairs:
             if not isinstance(value, bytes):
@@ -73,14 +73,14 @@ class KVMemoryByteStore(BaseStore[str, bytes]):
             self._blobs.put(key, hashlib.sha256(value).digest() + value, replace=True)
 
     def mdelete(self, keys: Sequence[str]) -> None:
-        """Delete keys; those that are not there are passed over."""
+        """Delete keys; missing ones are ignored."""
         for key in keys:
             self._blobs.delete(_checked(key))
 
     def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
-        """The keys, or those that begin with the prefix, in order."""
-        # A list first: diskcache's own iteration is bound to the thread that began it, and LangChain's asynchronous
-        # form takes every step in whichever thread is free.
+        """The keys, or those that begin with the prefix, sorted."""
+        # All keys are listed first: diskcache's own iterator is bound to the thread that created it, and LangChain's
+        # asynchronous form runs each step in any free thread.
         yield from sorted(key for key in self._blobs.audit().keys if key.startswith(prefix or ""))
 
     def _read(self, key: str) -> bytes | None:
@@ -97,14 +97,14 @@ class KVMemoryByteStore(BaseStore[str, bytes]):
         return value
 
     def _bytes(self, key: str) -> bytes | None:
-        # Entry and file are looked at one after the other: what is replaced in between only seems to be gone.
+        # Entry and file are looked up one after the other, so a value that is replaced in between only seems missing.
         for _ in range(_ATTEMPTS):
             if (path := self._blobs.path(key)) is not None:
                 with suppress(FileNotFoundError):
                     return path.read_bytes()
             elif not self._blobs.has(key):
                 return None
-        return None  # an entry whose file was lost
+        return None  # an entry without its file, which was lost
 
     def close(self) -> None:
         """Close this thread's connection; those of other threads close with their threads."""

@@ -1,4 +1,4 @@
-"""create_kv_chain: LangChain's "stuff documents" chain, with distilled caches in the place of the stuffed text."""
+"""create_kv_chain: LangChain's "stuff documents" chain, with distilled caches instead of the stuffed text."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from .messages import options_for
 
 __all__ = ["DOCUMENTS_ABOVE", "create_kv_chain", "create_kv_retrieval_chain"]
 
-DOCUMENTS_ABOVE = "(see the documents above)"  # in the place of {context}
+DOCUMENTS_ABOVE = "(see the documents above)"  # replaces {context}
 _PROMPT = ChatPromptTemplate.from_messages(
-    [MessagesPlaceholder("chat_history", optional=True), ("human", "{input}")]  # nothing else: documents stand above
+    [MessagesPlaceholder("chat_history", optional=True), ("human", "{input}")]  # nothing else: documents come before
 )
 _log = logging.getLogger(__name__)
 
@@ -42,21 +42,22 @@ def create_kv_chain(
 ) -> Runnable[dict[str, Any], Any]:
     """A chain that answers from the distilled caches of documents: `{"context": [documents], "input": text}` to `str`.
 
-    It is shaped like LangChain's `create_stuff_documents_chain`, and goes wherever that does. Tokens stream through it,
-    and the model runs in a thread where it is called asynchronously. Documents with a `kv_id` are read from their
-    cache; those without, and those whose text has changed since, are read as text, this once; those with neither are
-    left out and logged.
+    It has the interface of LangChain's `create_stuff_documents_chain` and can replace it anywhere. Tokens stream
+    through it. In asynchronous calls the model runs in a thread. A document with a `kv_id` is loaded from its cache. A
+    document without one, or with a text that has changed since, is prefilled as text for this call. A document with
+    neither cache nor text is left out and logged.
 
     Args:
         llm: A `ChatKVMemory`, with or without `bind`, `with_config`, `with_retry` or `with_structured_output`.
-        prompt: What stands behind the documents, with any variables. `{context}`, if it is there, becomes a remark
-            that they stand above; a message of nothing else is dropped. Without one, `{input}` alone, behind a
-            `chat_history` of messages if that is given.
-        output_parser: Of the answer; its text if None. LangChain's own read a stream that is closed to its end.
-        document_variable_name: What the documents are called in the chain's input.
+        prompt: The prompt that follows the documents, with any variables. `{context}`, if present, becomes a remark
+            that the documents are above; a message that contains nothing else is dropped. The default is `{input}`
+            alone, after the messages of `chat_history` if they are given.
+        output_parser: Parser of the answer; the answer's text if None. LangChain's own parsers read their input to the
+            end even when their stream is closed.
+        document_variable_name: Name of the documents in the chain's input.
 
     Raises:
-        ConfigError: The LLM is none of ours: another would be asked without any document, and nobody would notice.
+        ConfigError: The LLM is not a `ChatKVMemory`; another LLM would silently answer without any document.
 
     Example:
         ```python
@@ -69,7 +70,7 @@ def create_kv_chain(
     asked = prompt or _PROMPT
 
     def answer(values: Mapping[str, Any]) -> Runnable[Any, Any]:
-        # Returned, not run: what a lambda returns is run with all it streams, what it runs itself is run to its end.
+        # Returned, not run: LangChain streams a runnable that a lambda returns; one run inside would not stream.
         options = options_for(_references(values, document_variable_name))
         seen = {**values, document_variable_name: DOCUMENTS_ABOVE}
         shown = RunnableLambda[Any, Any](lambda _: seen, name="documents_above")
@@ -86,25 +87,25 @@ def create_kv_retrieval_chain(
 ) -> Runnable[dict[str, Any], dict[str, Any]]:
     """A retriever and `create_kv_chain`: `{"input": text}` to `{"input", "context", "answer"}`.
 
-    What comes out is what LangChain's `create_retrieval_chain` gives.
+    The output has the form of LangChain's `create_retrieval_chain`.
 
     Args:
-        retriever: A `KVMemoryRetriever` or `KVMemoryIndex`; what others find is read as text.
+        retriever: A `KVMemoryRetriever` or `KVMemoryIndex`; documents of other retrievers are prefilled as text.
         llm: See `create_kv_chain`.
         prompt: See `create_kv_chain`.
 
     Raises:
-        ConfigError: The LLM is none of ours.
+        ConfigError: The LLM is not a `ChatKVMemory`.
     """
     find = (itemgetter("input") | retriever).with_config(run_name="retrieve_documents")
     return RunnablePassthrough.assign(context=find).assign(answer=create_kv_chain(llm, prompt))
 
 
 class _Text(StrOutputParser):
-    """The text of messages, as they stream.
+    """The text of messages as they stream.
 
-    When the stream of LangChain's own parser is closed, it reads its input to the end, for tracing: the model would
-    decode an answer that nobody waits for.
+    When the stream of LangChain's own parser is closed, the parser reads its input to the end for tracing, so the model
+    would decode an answer that nobody waits for.
     """
 
     def transform(
@@ -121,14 +122,14 @@ class _Text(StrOutputParser):
 
 
 def _without_remark(prompt: PromptValue) -> PromptValue:
-    """A message that held nothing but the documents says nothing now."""
+    """Drop messages that contain nothing but the remark in place of the documents."""
     if not isinstance(prompt, ChatPromptValue):
         return prompt
     return ChatPromptValue(messages=[message for message in prompt.messages if message.content != DOCUMENTS_ABOVE])
 
 
 def _check_llm(llm: Runnable[Any, Any]) -> bool:
-    """Whether it answers with messages; raises unless it is one of ours."""
+    """Whether `llm` answers with messages; raises `ConfigError` unless it wraps a `ChatKVMemory`."""
     inner: Any = llm
     is_plain = True
     while not isinstance(inner, ChatKVMemory):
@@ -161,7 +162,7 @@ def _references(values: Mapping[str, Any], name: str) -> list[Reference]:
         mark = Reference.parse(document.metadata[KV_ID]) if document.metadata.get(KV_ID) else None
         if mark is not None and (not text or mark.key == key_of(text)):
             references.append(mark)
-        elif text.strip():  # never distilled, or changed since by something between the retriever and here
+        elif text.strip():  # never compressed, or changed since by a step between the retriever and this chain
             references.append(Reference(key=key_of(text), text=text))
         else:
             _log.warning("a document without text is left out of the context: %s", document.id)

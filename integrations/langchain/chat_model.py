@@ -1,4 +1,4 @@
-"""ChatKVMemory: the store's model as a LangChain chat model, answering from distilled caches where it is given any."""
+"""ChatKVMemory: the memory's model as a LangChain chat model that answers from distilled caches when given any."""
 
 from __future__ import annotations
 
@@ -29,30 +29,31 @@ __all__ = ["ChatKVMemory"]
 class ChatKVMemory(BaseChatModel):
     """A LangChain chat model over the model of a `KVMemory`.
 
-    Without references it is an ordinary chat model, in the model's own chat template. With them (`kv_ids`, as an option
-    of a call or of `bind`: what `metadata["kv_id"]` of retrieved documents holds) it answers from the distilled caches
-    they name, and no text of documents enters the prompt. `kv_texts`, `{key: text}`, says what to read where a
-    reference has no cache. An empty list still means "from caches", of no documents.
+    Without references it is an ordinary chat model with the model's own chat template. References are `kv_ids`, an
+    option of a call or of `bind`, with the values of `metadata["kv_id"]` of retrieved documents. With them it answers
+    from the distilled caches that they name, and no document text enters the prompt. `kv_texts`, `{key: text}`, gives
+    the text to prefill where a reference has no cache. An empty `kv_ids` list still means "from caches", with no
+    documents.
 
     Safe to use from several threads and tasks. The asynchronous forms run the model in a thread, token by token, and
-    stop within a token when they are cancelled. `usage_metadata` counts cached entries in `input_tokens` and names them
-    in `input_token_details["cache_read"]`; `response_metadata` has `model_name`, `model_provider`, `finish_reason`,
-    and the seconds `ttft_s` and `total_s`; where the answer is empty also `next_step`, what to try. What holds for
-    hosted models only (`api_key`, `max_retries`) is ignored.
+    stop within a token when they are cancelled. `usage_metadata` includes cached entries in `input_tokens` and reports
+    them in `input_token_details["cache_read"]`. `response_metadata` has `model_name`, `model_provider`,
+    `finish_reason`, `ttft_s` and `total_s` (both in seconds), and for an empty answer `next_step`, a suggestion.
+    Options that only concern hosted models (`api_key`, `max_retries`) are ignored.
 
     Args:
-        memory: An open store. Its model is loaded now, if it is not yet.
-        max_tokens: The longest answer, in tokens.
-        temperature: 0 decodes greedily.
-        top_p: Sample from the smallest set of tokens with this much probability.
-        top_k: Sample from the k likeliest tokens only; 0 for all.
-        seed: Makes sampling repeatable.
+        memory: An open memory. Its model is loaded now, unless it already is.
+        max_tokens: Maximum length of an answer in tokens.
+        temperature: Sampling temperature; 0 decodes greedily.
+        top_p: Probability of the smallest set of tokens to sample from.
+        top_k: Number of likeliest tokens to sample from; 0 for all.
+        seed: Seed for repeatable sampling.
         stop: Strings that end an answer.
-        timeout: Seconds, after which a call is broken off with `DecodeTimeoutError`.
+        timeout: Time limit of a call in seconds, after which it raises `DecodeTimeoutError`.
         streaming: Decode piece by piece for callbacks even where the caller does not stream.
 
     Raises:
-        ConfigError: An option is out of range (pydantic's `ValidationError` where it has the wrong type).
+        ConfigError: An option is out of range (pydantic's `ValidationError` if it has the wrong type).
         ModelError: The model cannot be loaded.
 
     Example:
@@ -82,7 +83,7 @@ class ChatKVMemory(BaseChatModel):
             )
         super().__init__(**{**options, "memory": memory})
         self._settings()
-        memory.load()  # or else the first of many things to touch the model might be one on the event loop
+        memory.load()  # otherwise the first use of the model, which loads it, might block the event loop
 
     @classmethod
     def open(
@@ -96,16 +97,17 @@ class ChatKVMemory(BaseChatModel):
         collection: str = "default",
         **options: Any,
     ) -> ChatKVMemory:
-        """A chat model over a store opened, or made, for it; `memory.close()` when done. Errors as `KVMemory.open`.
+        """A chat model over a store that is opened or created; `memory.close()` when done. Errors as `KVMemory.open`.
 
         Args:
             path: The store's folder.
-            model: A built-in model, a model folder, a hub id, or a `Backbone`; what the store remembers if None.
+            model: A built-in model, a model folder, a hub id, or a `Backbone`; the model that the store records if
+                None.
             keep_ratio: Share of the tokens kept, in (0, 1].
-            keep_tokens: In its place, how many tokens are kept of each passage.
-            max_bytes: In its place, the largest file of a passage's cache, in bytes.
-            collection: The tenant whose caches are seen.
-            **options: Those of the class.
+            keep_tokens: Number of tokens kept of each passage, instead of `keep_ratio`.
+            max_bytes: Maximum size of a passage's cache file in bytes, instead of `keep_ratio`.
+            collection: The collection (tenant) to read and write.
+            **options: Options of the class.
         """
         memory = KVMemory.open(
             path,
@@ -128,7 +130,7 @@ class ChatKVMemory(BaseChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        """What answers depend on. LLM caches are keyed by it."""
+        """The settings that answers depend on. LangChain keys its LLM caches by them."""
         settings = self._settings()
         return {
             "model_name": self.model_name,
@@ -145,7 +147,7 @@ class ChatKVMemory(BaseChatModel):
             "top_p": settings.top_p,
             "top_k": settings.top_k,
             "seed": settings.seed,
-            "default_stop": settings.stop,  # `stop` is that of the call
+            "default_stop": settings.stop,  # not `stop`: LangChain uses that name for the call's own
         }
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
@@ -157,7 +159,7 @@ class ChatKVMemory(BaseChatModel):
         """The token ids of a text, by the model's own tokenizer."""
         return self.memory.backbone.encode_text(text)
 
-    # -- what LangChain calls ------------------------------------------------------------------------------------
+    # -- methods that LangChain calls ----------------------------------------------------------------------------
 
     def _generate(
         self,
@@ -169,11 +171,11 @@ class ChatKVMemory(BaseChatModel):
         """Reply to messages.
 
         Raises:
-            UnsupportedRequestError: Tools, images or audio are among them.
+            UnsupportedRequestError: The messages or options contain tools, images or audio.
             CacheNotFoundError: A reference has no cache in the store, and no text came with it.
             FingerprintMismatchError: A cache was made by another model, adapter or prompt.
-            ContextWindowError: All of it does not fit the model.
-            DecodeTimeoutError: It took longer than `timeout`.
+            ContextWindowError: The caches and messages do not fit the model's context window.
+            DecodeTimeoutError: The call took longer than `timeout`.
         """
         return whole(self._start(messages, stop, kwargs).reply, self.model_name)
 
@@ -185,7 +187,7 @@ class ChatKVMemory(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         stream = await asyncio.to_thread(self._start, messages, stop, kwargs)
-        async with steps(stream) as pieces:  # by the token, so that a cancelled task leaves none behind
+        async with steps(stream) as pieces:  # token by token, so that a cancelled task stops decoding
             async for _ in pieces:
                 pass
         return whole(stream.reply, self.model_name)
@@ -240,7 +242,7 @@ class ChatKVMemory(BaseChatModel):
         """Refused: the model cannot choose tools.
 
         Raises:
-            UnsupportedRequestError: Always; says what to do instead.
+            UnsupportedRequestError: Always; the message says what to do instead.
         """
         refuse_tools({"tools": True})
         raise AssertionError("tools are refused")
@@ -254,16 +256,16 @@ class ChatKVMemory(BaseChatModel):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, Any]:
-        """Answers of a fixed form: only tokens that lead to JSON of the schema are decoded. Needs `structured`.
+        """Answers in a fixed form: only tokens that lead to JSON of the schema are decoded. Needs extra `structured`.
 
         Args:
-            schema: A pydantic class, whose instances are returned, or a TypedDict or JSON schema, for dicts.
-            include_raw: Return `{"raw": message, "parsed": ..., "parsing_error": ...}` instead, and raise nothing
-                where the answer was cut off in the middle of its JSON.
-            method: `json_schema`; `json_mode` and `function_calling` are taken for the same, because what comes back
-                is. No tool is called, and the raw message has the JSON as its content.
-            strict: Accepted; it always is.
-            kwargs: None is known.
+            schema: A pydantic class, to return its instances, or a TypedDict or JSON schema, to return dicts.
+            include_raw: Return `{"raw": message, "parsed": ..., "parsing_error": ...}` instead, and do not raise if
+                the answer was cut off in the middle of its JSON.
+            method: `json_schema`; `json_mode` and `function_calling` are synonyms, because the result is the same. No
+                tool is called, and the raw message has the JSON as its content.
+            strict: Accepted and ignored; output is always strict.
+            kwargs: Unknown options; any of them raises `ConfigError`.
 
         Raises:
             ConfigError: The method, the schema or an option is unknown.

@@ -1,4 +1,4 @@
-"""From LangChain's documents to references. The key of a document is the hash of its text, never its id."""
+"""Converts LangChain's documents to references. The key of a document is the hash of its text, never its id."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from ..missing import OnMissing, reference_to
 
 __all__ = ["KV_ID", "check_k", "marked", "with_mark", "without_mark"]
 
-KV_ID = "kv_id"  # in a document's metadata: what str(Reference) gives
+KV_ID = "kv_id"  # in a document's metadata: str(Reference)
 
 
 def with_mark(metadata: dict[str, Any], key: str) -> dict[str, Any]:
-    """Metadata that names a cache.
+    """A copy of the metadata that names a cache.
 
-    Without the collection, so that an LLM over one tenant's collection is never led into another one's.
+    The collection is omitted, so that an LLM over one tenant's collection never loads from another tenant's.
     """
     return {**metadata, KV_ID: str(Reference(key=key))}
 
 
 def without_mark(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Metadata without the mark, which may be from another store or time."""
+    """A copy of the metadata without the mark, which may be stale or from another store."""
     return {name: value for name, value in metadata.items() if name != KV_ID}
 
 
 def marked(memory: KVMemory, documents: Iterable[Document], *, on_missing: OnMissing) -> list[Document]:
-    """Copies of documents whose metadata names their cache; see `reference_to` for those without one."""
+    """Copies of the documents with their caches named in the metadata; see `reference_to` for documents without one."""
     copies: list[Document] = []
     for document in documents:
         text, metadata, mark = document.page_content, without_mark(document.metadata), document.metadata.get(KV_ID)
-        # Where nobody has stored it yet, it is stored under its id, its source, or the key of its text.
+        # A document that is not stored yet is stored under its id, its source, or the key of its text.
         id_ = document.id or str(metadata.get("source") or key_of(text))
         reference = reference_to(
             memory, text, on_missing=on_missing, document_id=id_, mark=None if mark is None else str(mark)
@@ -52,7 +52,7 @@ def check_k(k: int | None) -> int | None:
     """Return `k` if it is None or at least 1.
 
     Raises:
-        ConfigError: It is below 1.
+        ConfigError: `k` is below 1.
     """
     if k is not None and k < 1:
         raise ConfigError(f"k must be at least 1, got {k}", where="k")

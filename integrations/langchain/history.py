@@ -1,4 +1,4 @@
-"""KVMemoryChatMessageHistory: the newest messages as they are, older ones as distilled caches that are recalled."""
+"""KVMemoryChatMessageHistory: the newest messages verbatim, older ones as distilled caches that are recalled."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ from .messages import RecallMark, is_mark, turns_of
 
 __all__ = ["KVMemoryChatMessageHistory"]
 
-# Windows of a tenant's conversations lie in one collection, each as the metadata of a document without passages:
-# replaced in one transaction, and not found by any question.
+# The windows of a tenant's conversations share one collection, each as the metadata of a document without passages:
+# it is replaced in one transaction, and no question retrieves it.
 _COLLECTION = "langchain:windows"
 
-# By memory and conversation, because RunnableWithMessageHistory makes a new object for every call.
+# Keyed by memory and conversation, because RunnableWithMessageHistory makes a new object for every call.
 _locks: weakref.WeakKeyDictionary[KVMemory, dict[str, threading.Lock]] = weakref.WeakKeyDictionary()
 
 
 class _Window(NamedTuple):
     messages: list[BaseMessage]
-    n_turns: int  # that have left it
+    n_turns: int  # number of turns that have left the window
 
 
 class KVMemoryChatMessageHistory(BaseChatMessageHistory):
-    """A chat history whose prompt stays short however long the chat gets, for a `ChatKVMemory` over the same memory.
+    """A chat history that keeps the prompt short however long the chat gets, for a `ChatKVMemory` on the same memory.
 
-    The newest messages stay in a window, word for word. What no longer fits is distilled, exchange by exchange, and
-    kept in a collection of the conversation's own. Both are durable when `add_messages` returns, and the same id goes
-    on with the conversation in another process.
+    The newest messages stay verbatim in a window. Messages that no longer fit are compressed, exchange by exchange, and
+    kept in the conversation's own collection. Both are durable when `add_messages` returns, and the same id continues
+    the conversation in another process.
 
-    LangChain reads a history before the question is known. `messages` therefore begins, once there are old turns, with
-    a system message without content that asks for recall; `ChatKVMemory` takes it out of the prompt and answers from
-    the caches of those old turns that the last user's message is about. Other models would see an empty message.
-    Whoever may put system messages of their own into a prompt may ask for any conversation of the store.
+    LangChain loads a history before the question is known. Once there are old turns, `messages` therefore begins with
+    an empty system message that asks for recall. `ChatKVMemory` removes it from the prompt and answers from the caches
+    of the old turns that are relevant to the last user message. Other models would see an empty message. Anyone who
+    can put system messages into a prompt can recall any conversation of the memory's collection.
 
     Args:
-        memory: Where the conversation lies, and what reads it.
-        conversation_id: Names the conversation, in the memory's collection.
-        window_tokens: The window's size in tokens of its messages' texts; None for no limit.
-        window_turns: The window's size in messages; None for no limit.
-        keep_ratio: Share of the old turns' tokens kept. Without this and the next two it is the memory's.
-        keep_tokens: In its place, how many tokens are kept of each exchange.
-        max_bytes: In its place, the largest file of an exchange's cache, in bytes.
-        top_k: How many passages of old turns a question recalls; as for documents if None.
+        memory: The memory that stores the conversation and compresses it.
+        conversation_id: Name of the conversation, in the memory's collection.
+        window_tokens: Size of the window in tokens of its messages' texts; None for no limit.
+        window_turns: Size of the window in messages; None for no limit.
+        keep_ratio: Share of the old turns' tokens kept; the memory's setting if this and the next two are None.
+        keep_tokens: Number of tokens kept of each exchange, instead of `keep_ratio`.
+        max_bytes: Maximum size of an exchange's cache file in bytes, instead of `keep_ratio`.
+        top_k: Number of passages of old turns that a question recalls; the memory's `top_k` if None.
 
     Raises:
         ConfigError: An option is out of range.
@@ -103,8 +103,8 @@ class KVMemoryChatMessageHistory(BaseChatMessageHistory):
         return self._conversation
 
     @property
-    def messages(self) -> list[BaseMessage]:  # type: ignore[override]  # LangChain says attribute, and lets us say how
-        """The window, behind a message that asks for recall if there is more than the window."""
+    def messages(self) -> list[BaseMessage]:  # type: ignore[override]  # LangChain's attribute may be a property
+        """The window, preceded by a message that asks for recall if turns have left the window."""
         window = self._load()
         if not window.n_turns:
             return window.messages
@@ -120,31 +120,31 @@ class KVMemoryChatMessageHistory(BaseChatMessageHistory):
         return [mark.message(), *window.messages]
 
     def add_messages(self, messages: Sequence[BaseMessage]) -> None:
-        """Append messages, and distil what no longer fits the window.
+        """Append messages, and compress those that no longer fit the window.
 
         Raises:
-            UnsupportedRequestError: One is of a tool, or holds something else than text; none is added.
-            ConfigError: JSON cannot hold one; none is added.
-            StoreError: They cannot be written.
+            UnsupportedRequestError: A message is from or for a tool, or contains more than text; none is added.
+            ConfigError: A message is not JSON-serialisable; none is added.
+            StoreError: The messages cannot be written.
         """
         new = [message for message in messages if not is_mark(message)]
         turns_of(new)
         with self._lock:
             window = self._load()
             window = window._replace(messages=[*window.messages, *new])
-            self._save(window)  # first, so that they are kept whatever comes of distilling
+            self._save(window)  # first, so that the messages are durable even if compression fails
             if leaving := self._n_leaving(window.messages):
                 self._distil(window, leaving)
 
     def clear(self) -> None:
-        """Delete the conversation, old turns and their caches included."""
+        """Delete the conversation, including old turns and their caches."""
         with self._lock:
             self._conversation.clear()
             if self._windows.has_document(self._conversation.conversation_id):
                 self._windows.delete_document(self._conversation.conversation_id)
 
     def _n_leaving(self, messages: Sequence[BaseMessage]) -> int:
-        """How many of the oldest messages leave the window: as few as it takes, and an exchange leaves as a whole."""
+        """Number of oldest messages that leave the window: as few as necessary, and only whole exchanges."""
         lengths = self._memory.backbone.count_tokens([readable(turn).text for turn in turns_of(messages)])
         for start in range(len(messages) + 1):
             fits = (self._window_tokens is None or sum(lengths[start:]) <= self._window_tokens) and (
@@ -157,7 +157,7 @@ class KVMemoryChatMessageHistory(BaseChatMessageHistory):
 
     def _distil(self, window: _Window, leaving: int) -> None:
         turns = [readable(turn) for turn in turns_of(window.messages[:leaving]) if turn.text.strip()]
-        # A crash between the two writes below leaves turns in both places; they are not distilled a second time.
+        # A crash between the two writes below leaves turns in both places; they are not compressed a second time.
         n_distilled = len(self._conversation.turns())
         self._conversation.add(turns[max(0, n_distilled - window.n_turns) :])
         self._save(_Window(window.messages[leaving:], window.n_turns + len(turns)))

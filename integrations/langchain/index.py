@@ -1,4 +1,4 @@
-"""KVMemoryIndex: LangChain's indexing adds, changes and deletes documents together with their distilled caches."""
+"""KVMemoryIndex: adds, updates and deletes documents with their distilled caches, through LangChain's indexing."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ __all__ = ["KVMemoryIndex"]
 
 
 class KVMemoryIndex(DocumentIndex):
-    """A `DocumentIndex` whose documents are distilled when they are put in, and found by the memory's own BM25.
+    """A `DocumentIndex` that compresses documents on insertion, and finds them by the memory's own BM25.
 
-    Give it to `langchain_core.indexing.index`: with `cleanup="full"` documents that are gone from the source lose
-    their caches, and those that are there unchanged cost nothing. Each document is read whole, so split long ones
-    first, as for a vector store. Metadata must be what JSON can hold. Texts are kept, whatever the memory's `keep_text`
-    says: an index gives back what was put in.
+    Pass it to `langchain_core.indexing.index`: with `cleanup="full"` documents that have left the source lose their
+    caches, and unchanged ones cost nothing. Each document is compressed whole, so split long ones first, as for a
+    vector store. Metadata must be JSON-serialisable. Texts are kept regardless of the memory's `keep_text`, because an
+    index returns its documents.
 
     Args:
-        memory: Where documents and caches lie, under the document's own id.
-        k: How many documents a question finds, also as an option of `invoke`; the memory's `top_k` if None.
+        memory: The memory that stores documents and caches, under the document's own id.
+        k: Number of documents to find, also an option of `invoke`; the memory's `top_k` if None.
 
     Example:
         ```python
@@ -50,14 +50,14 @@ class KVMemoryIndex(DocumentIndex):
         super().__init__(**{**options, "memory": memory})
 
     def upsert(self, items: Sequence[Document], /, **kwargs: Any) -> UpsertResponse:
-        """Distil documents and keep them, replacing those of the same id. One without an id is given one.
+        """Compress and store documents, replacing those of the same id. A document without an id gets a random one.
 
-        `index` does not look at `failed`, so that a document that cannot be kept raises; those before it are kept.
+        A document that cannot be stored raises, because `index` ignores `failed`; the documents before it are stored.
 
         Raises:
-            DocumentError: One has no text.
-            ConfigError: JSON cannot hold its metadata.
-            StoreError: It cannot be written.
+            DocumentError: A document has no text.
+            ConfigError: A document's metadata is not JSON-serialisable.
+            StoreError: A document cannot be written.
         """
         succeeded: list[str] = []
         for item in items:
@@ -67,10 +67,10 @@ class KVMemoryIndex(DocumentIndex):
         return UpsertResponse(succeeded=succeeded, failed=[])
 
     def delete(self, ids: list[str] | None = None, **kwargs: Any) -> DeleteResponse:
-        """Delete documents with their caches; ids that are not there are passed over.
+        """Delete documents with their caches; missing ids are ignored.
 
         Raises:
-            ConfigError: No ids are given. It is a ValueError, as LangChain wants it.
+            ConfigError: `ids` is None. The error is a ValueError, as LangChain requires.
         """
         if ids is None:
             raise ConfigError("no ids to delete", where="ids", next_step="Name the documents; [] deletes none.")
@@ -84,12 +84,12 @@ class KVMemoryIndex(DocumentIndex):
         return DeleteResponse(succeeded=succeeded, num_deleted=len(succeeded), failed=[], num_failed=0)
 
     def get(self, ids: Sequence[str], /, **kwargs: Any) -> list[Document]:
-        """Documents as they were put in; ids that are not there are passed over.
+        """The documents of these ids; missing ids are ignored.
 
-        One that `memory.add` has cut into passages comes with these joined by empty lines.
+        A document that `memory.add` has split into passages is returned with these joined by empty lines.
 
         Raises:
-            TextNotKeptError: One came by `memory.add`, without its text being kept.
+            TextNotKeptError: A document was added by `memory.add` without keeping its text.
         """
         documents: list[Document] = []
         for id_ in ids:

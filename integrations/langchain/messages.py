@@ -1,4 +1,4 @@
-"""What LangChain's messages mean to the reader: turns, and the mark by which a history asks for recall."""
+"""Converts LangChain's messages to turns and references, and defines the mark by which a history asks for recall."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = [
     "turns_of",
 ]
 
-# Options of a call. Tracers and caches write them down, so that they are made of strings only.
-KV_IDS = "kv_ids"  # what str(Reference) gives, in the order they are to be read
-KV_TEXTS = "kv_texts"  # key -> text, for those that may have no cache
+# Options of a call. They contain strings only, because tracers and caches serialise them.
+KV_IDS = "kv_ids"  # [str(Reference)], in the order of composition
+KV_TEXTS = "kv_texts"  # {key: text}, for references that may have no cache
 
 KV_RECALL = "kv_recall"  # in the additional_kwargs of a message: a RecallMark as a dict
 
@@ -40,15 +40,15 @@ _ROLES: dict[str, Role] = {
 
 
 class RecallMark(NamedTuple):
-    """What rides on a history's first message, because the history is read before the question is known.
+    """A request for recall on a history's first message, because a history is loaded before the question is known.
 
     Attributes:
-        conversation_id: Whose old turns.
-        keep_ratio: Of their caches; None with one of the last two.
-        top_k: How many passages to recall.
-        n_turns: How many turns have left the window; tells an LLM cache that there are more of them.
-        keep_tokens: See `Conversation`.
-        max_bytes: See `Conversation`.
+        conversation_id: Conversation to recall old turns from.
+        keep_ratio: Keep ratio of the old turns' caches; None if one of the last two is set.
+        top_k: Number of passages to recall.
+        n_turns: Number of turns that have left the window; it changes the key of LLM caches when more turns leave.
+        keep_tokens: Number of tokens kept of each exchange, see `Conversation`.
+        max_bytes: Maximum size of an exchange's cache file in bytes, see `Conversation`.
     """
 
     conversation_id: str
@@ -59,37 +59,37 @@ class RecallMark(NamedTuple):
     max_bytes: int | None = None
 
     def message(self) -> SystemMessage:
-        """A message without content that brings the mark."""
+        """An empty message that carries the mark."""
         return SystemMessage(content="", additional_kwargs={KV_RECALL: self._asdict()})
 
 
 def is_mark(message: BaseMessage) -> bool:
-    """Whether a message is there for its mark only."""
+    """Whether a message carries a mark and nothing else."""
     return isinstance(message, SystemMessage) and KV_RECALL in message.additional_kwargs and not message.content
 
 
 def turns_of(messages: Sequence[BaseMessage]) -> list[Turn]:
-    """Messages as turns, marks left out. Names of speakers are no part of a turn.
+    """Messages as turns, without marks. A turn does not include the speaker's name.
 
     Raises:
-        UnsupportedRequestError: One is of a tool, or holds something else than text.
+        UnsupportedRequestError: A message is from or for a tool, or contains more than text.
     """
     return [Turn(_role(message), _text(message)) for message in messages if not is_mark(message)]
 
 
 def options_for(references: Iterable[Reference]) -> dict[str, Any]:
     """References as options of a call."""
-    known = {str(reference): reference for reference in references}  # what was retrieved twice is read once
+    known = {str(reference): reference for reference in references}  # drops duplicates
     options: dict[str, Any] = {KV_IDS: list(known)}
     texts = {reference.key: reference.text for reference in known.values() if reference.text is not None}
     return {**options, KV_TEXTS: texts} if texts else options
 
 
 def references_of(options: Mapping[str, Any]) -> list[Reference] | None:
-    """The references that the options of a call bring; None where they do not speak of any.
+    """The references in the options of a call; None if the options do not set `kv_ids`.
 
     Raises:
-        ConfigError: One is no reference.
+        ConfigError: A value is not a reference.
     """
     given = options.get(KV_IDS)
     if given is None:
@@ -100,7 +100,7 @@ def references_of(options: Mapping[str, Any]) -> list[Reference] | None:
 
 
 def recalled(memory: KVMemory, messages: Sequence[BaseMessage]) -> list[Reference]:
-    """References to the old turns that the last user's message is about, of every conversation that is marked."""
+    """References to the old turns that are relevant to the last user message, from every marked conversation."""
     marks = [RecallMark(**message.additional_kwargs[KV_RECALL]) for message in messages if is_mark(message)]
     question = next((_text(m) for m in reversed(messages) if not is_mark(m) and _role(m) == "user"), "")
     if not question.strip():

@@ -1,4 +1,4 @@
-"""From the reader's replies to LangChain's messages, whole and in parts."""
+"""Converts the reader's replies to LangChain's messages, whole and in parts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ PROVIDER = "kv_memory"
 
 
 class Trim:
-    """White space around an answer is dropped: at the end it is held back until something follows."""
+    """Strips white space around a streamed answer; trailing white space is held back until more text follows."""
 
     def __init__(self) -> None:
-        self._held: str | None = None  # None until there was text
+        self._held: str | None = None  # None before the first text
 
     def __call__(self, piece: str) -> str:
-        """What can be told of a piece now."""
+        """The text that can be emitted after this piece."""
         whole = piece.lstrip() if self._held is None else self._held + piece
         text = whole.rstrip()
         if text:
@@ -36,7 +36,7 @@ class Trim:
 
 
 def steps(stream: ReplyStream) -> aclosing[AsyncGenerator[str, None]]:
-    """The pieces of a stream, each decoded in a thread; closed when they are left, not when they are collected."""
+    """The pieces of a stream, each decoded in a thread; closed on exit, not when garbage is collected."""
     return aclosing(cast("AsyncGenerator[str, None]", iterate_in_thread(stream)))
 
 
@@ -54,7 +54,7 @@ def part(text: str) -> ChatGenerationChunk:
 
 
 def last(reply: Reply, model_name: str) -> ChatGenerationChunk:
-    """The figures, behind the last piece: parts are added up, so that they may stand on one of them only."""
+    """The usage and metadata, after the last piece: LangChain adds chunks up, so only one of them may carry them."""
     message = AIMessageChunk(
         content="",
         usage_metadata=_usage(reply),

@@ -1,4 +1,4 @@
-"""KVMemoryRetriever: documents with their distilled caches, found by the store itself or by any other retriever."""
+"""KVMemoryRetriever: documents with their distilled caches, found by the memory itself or by any other retriever."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ __all__ = ["KVMemoryRetriever"]
 
 
 class KVMemoryRetriever(BaseRetriever):
-    """Documents whose `metadata["kv_id"]` names their distilled cache, for `create_kv_chain` and `ChatKVMemory`.
+    """Finds documents and names their distilled caches in `metadata["kv_id"]`, for `create_kv_chain`, `ChatKVMemory`.
 
-    Alone it finds the passages of `memory.add` by BM25, with the document's metadata, and its id as `source` unless
-    the metadata names one. Around another retriever it hands on what that finds: what has a cache of exactly this
-    text gets its `kv_id`, whoever made the cache. A passage whose text is not kept (`KVMemory.open(...,
-    keep_text=True)` keeps it) is a document without content that names its cache: our chains answer from it, and others
-    have nothing to read.
+    Alone it finds passages of `memory.add` by BM25, with the document's metadata, and the document's id as `source`
+    unless the metadata has one. Around another retriever it returns that retriever's documents, and sets `kv_id` on
+    each that has a cache of exactly its text, however the cache was made. A passage without a stored text
+    (`KVMemory.open(..., keep_text=True)` stores it) becomes a document without content that names its cache: chains of
+    this package answer from the cache; others find no text.
 
     Args:
-        memory: Where the caches lie. One over another collection sees that collection only.
+        memory: The memory that holds the caches; only its own collection is searched.
         retriever: Any LangChain retriever, e.g. `vector_store.as_retriever()`; the memory's own BM25 if None.
-        k: How many documents at most, also as an option of `invoke`. If None, what the retriever finds, or as many as
-            the memory's `top_k`.
-        on_missing: What becomes of another retriever's documents without a cache. `text`: they come without a
-            `kv_id`, and are read as text. `compress`: the cache is made and kept, once. `skip`: they are left out.
-            `raise`: `CacheNotFoundError`, or `FingerprintMismatchError` where the cache is another model's. Documents
-            without text are left out and logged, unless it is `raise`.
+        k: Maximum number of documents, also an option of `invoke`. If None, the retriever's own number, or the memory's
+            `top_k`.
+        on_missing: Action for another retriever's documents without a cache. `text`: they get no `kv_id`, and are
+            prefilled as text. `compress`: the cache is made once and kept. `skip`: they are left out. `raise`:
+            `CacheNotFoundError`, or `FingerprintMismatchError` if the cache is of another model. Documents without
+            text are left out and logged, except with `raise`.
 
     Raises:
         ConfigError: An option is out of range.
@@ -91,7 +91,7 @@ class KVMemoryRetriever(BaseRetriever):
 
 
 def _options(retriever: BaseRetriever, k: int | None) -> dict[str, Any]:
-    """`k` for a retriever that takes it with a call, as those of vector stores do; the others are cut afterwards."""
+    """`k` for a retriever that accepts it in a call, as those of vector stores do; others' results are cut later."""
     taken = inspect.signature(retriever._get_relevant_documents).parameters
     takes_k = "k" in taken or any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
     return {"k": k} if k is not None and takes_k else {}

@@ -1,4 +1,4 @@
-"""Answers in a fixed form: from the schemas LangChain knows to JSON schema, and from JSON back."""
+"""Structured answers: converts LangChain's kinds of schema to JSON schema, and parses the JSON answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _JSON_SCHEMA = {"type", "properties", "$ref", "anyOf", "oneOf", "allOf", "enum",
 
 
 class _WholeJson(JsonOutputParser):
-    """JSON that is complete; LangChain's own parser would close the brackets of one that was cut off."""
+    """Parses complete JSON only; LangChain's own parser would close the brackets of JSON that was cut off."""
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
         if not partial:
@@ -45,14 +45,13 @@ class _WholeObject(PydanticOutputParser[Any]):
 def json_schema_of(schema: dict[str, Any] | type) -> dict[str, Any]:
     """A pydantic class, a TypedDict, an OpenAI function or a JSON schema, as a JSON schema.
 
-    Objects get the properties they name and no others, unless the schema says that there may be more: JSON schema
-    allows them by default, and a small model would go on adding some.
+    Objects may have no additional properties unless the schema allows them explicitly, see `closed`.
 
     Raises:
-        ConfigError: It is none of these.
+        ConfigError: `schema` is none of these.
     """
     if isinstance(schema, dict) and _JSON_SCHEMA & schema.keys() and schema.get("type") != "function":
-        return dict(closed(schema))  # LangChain's conversion wants a title, and loses what tools do not have
+        return dict(closed(schema))  # LangChain's conversion requires a title, and drops keywords that tools lack
     try:
         if isinstance(schema, type) and is_basemodel_subclass(schema):
             model: Any = schema
@@ -75,7 +74,7 @@ def structured(
     method: str,
     include_raw: bool,
 ) -> Runnable[LanguageModelInput, Any]:
-    """See `ChatKVMemory.with_structured_output`."""
+    """The runnable that `ChatKVMemory.with_structured_output` returns."""
     check_choice(method, Method, where="method")
     parser: JsonOutputParser = _WholeJson()
     if isinstance(schema, type) and is_basemodel_subclass(schema):
@@ -88,7 +87,7 @@ def structured(
         return bound | parser
     parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
     failed = RunnablePassthrough.assign(parsed=lambda _: None)
-    # The model first, not inside the map: what is bound or given with a call reaches the first step only.
+    # The model comes first, not inside the map: options that are bound or passed with a call reach only the first step.
     return (
         bound | RunnableMap(raw=RunnablePassthrough()) | parsed.with_fallbacks([failed], exception_key="parsing_error")
     )

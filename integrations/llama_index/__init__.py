@@ -1,4 +1,4 @@
-"""kv-memory under LlamaIndex: answers from distilled caches through the engines, indexes and memories it has.
+"""kv-memory under LlamaIndex: answers from distilled caches through LlamaIndex's engines, indexes and memories.
 
 ```python
 from llama_index.core import Document, VectorStoreIndex
@@ -13,9 +13,9 @@ print(engine.query("How long are messages kept?"))
 ```
 
 `KVMemoryLLM` is also an ordinary LLM. `KVMemoryRetriever`, `KVMemorySynthesizer` and `KVMemoryQueryEngine` answer from
-caches; `KVMemoryStoreRetriever` finds the passages of `memory.add` without any index; `KVCompressTransform` and
-`KVMemoryVectorStore` make caches and keep them in step with an index; `KVMemoryChatEngine` and `KVMemoryBlock` chat.
-They need the extra `llama-index`.
+caches. `KVMemoryStoreRetriever` finds the passages of `memory.add` without an index. `KVCompressTransform` and
+`KVMemoryVectorStore` make caches and keep them in sync with an index. `KVMemoryChatEngine` and `KVMemoryBlock` are for
+chats. All need the extra `llama-index`.
 """
 
 from __future__ import annotations

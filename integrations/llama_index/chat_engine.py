@@ -1,4 +1,4 @@
-"""Chat engines whose context comes from distilled caches; LlamaIndex's own build a text synthesizer inside."""
+"""Chat engines that take their context from distilled caches; LlamaIndex's own engines always use text."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def _synthesizer(
     *,
     streaming: bool,
 ) -> KVMemorySynthesizer:
-    """Instructions, then the history. A context template of the user's own is one of the instructions."""
+    """A synthesizer behind instructions and history; a custom context template becomes one of the instructions."""
     messages = list(before)
-    if context.template not in _DEFAULTS:  # those say nothing but that context follows
+    if context.template not in _DEFAULTS:  # the defaults only announce that context follows
         text = context.format(context_str=DOCUMENTS_ABOVE)
         messages.append(ChatMessage(role=MessageRole.SYSTEM, content=text))
     return KVMemorySynthesizer(
@@ -47,12 +47,12 @@ def _synthesizer(
 
 
 class KVMemoryChatEngine(ContextChatEngine):
-    """`ContextChatEngine`, with the caches of what was retrieved in the place of their text.
+    """`ContextChatEngine` with the caches of retrieved nodes instead of their text.
 
-    Make one with `from_defaults(retriever=..., llm=KVMemoryLLM(memory))`; all its options hold.
+    Make one with `from_defaults(retriever=..., llm=KVMemoryLLM(memory))`; all of its options work.
 
     Raises:
-        ConfigError: The LLM is none of ours; names the fix.
+        ConfigError: The LLM is not a `KVMemoryLLM`; the message names the fix.
     """
 
     def __init__(self, retriever: BaseRetriever, llm: LLM, *args: Any, **kwargs: Any) -> None:
@@ -70,10 +70,10 @@ class KVMemoryChatEngine(ContextChatEngine):
 
 
 class KVMemoryCondensePlusContextChatEngine(CondensePlusContextChatEngine):
-    """`CondensePlusContextChatEngine`, with the caches of what was retrieved in the place of their text.
+    """`CondensePlusContextChatEngine` with the caches of retrieved nodes instead of their text.
 
     Raises:
-        ConfigError: The LLM is none of ours; names the fix.
+        ConfigError: The LLM is not a `KVMemoryLLM`; the message names the fix.
     """
 
     def __init__(self, retriever: BaseRetriever, llm: LLM, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""KVCompressTransform: a step of an ingestion pipeline that distils the nodes passing through."""
+"""KVCompressTransform: a step of an ingestion pipeline that compresses the nodes passing through."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ __all__ = ["KVCompressTransform"]
 
 
 class KVCompressTransform(TransformComponent):
-    """Reads every node into a distilled cache; the nodes pass unchanged. What has a cache already costs nothing.
+    """Compresses every node into a distilled cache and passes it on unchanged. Nodes with a cache cost nothing.
 
-    All nodes of a document come in one call, as `IngestionPipeline` sends them: a document that comes again replaces
-    what was there of it, and caches of text that is gone are removed. That documents are deleted, only a
-    `KVMemoryVectorStore` learns. The store keeps the texts too, so that its own retriever gives whole nodes.
+    All nodes of a document must come in one call, as `IngestionPipeline` sends them: a document that comes again
+    replaces its earlier version, and caches of removed text are deleted. Deletions of documents reach only a
+    `KVMemoryVectorStore`. The store keeps the texts too, so that its own retriever returns complete nodes.
 
-    A pipeline's cache of transformations never answers for this one: the caches it is there to make would not be made
-    for a store that does not have them yet. With a persisted `IngestionCache` put it into a pipeline of its own, with
+    A pipeline's cache of transformations never applies to this one: a cache hit would leave a store without its
+    distilled caches. With a persisted `IngestionCache`, put this transform into its own pipeline with
     `disable_cache=True`.
 
     Args:
-        memory: Where the caches go.
-        metadata_mode: Which metadata is part of a node's text; the same as in retriever and synthesizer.
+        memory: The memory that makes and stores the caches.
+        metadata_mode: Metadata to include in a node's text; the same as in retriever and synthesizer.
 
     Raises:
-        DocumentError: A node's text is no text.
+        DocumentError: A node's text is not valid text.
         StoreError: A cache cannot be written.
     """
 
@@ -48,15 +48,15 @@ class KVCompressTransform(TransformComponent):
 
     @classmethod
     def class_name(cls) -> str:
-        """The name LlamaIndex keeps it under."""
+        """The name under which LlamaIndex serialises it."""
         return "KVCompressTransform"
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """What a pipeline makes its cache key from; never the same twice."""
+        """The data that a pipeline hashes into its cache key; different on every call."""
         return {**super().to_dict(**kwargs), "never_cached": uuid.uuid4().hex}
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """Distil nodes; with `show_progress` a bar counts documents."""
+        """Compress nodes; with `show_progress` a bar counts documents."""
         documents = texts_by_document(nodes, self.metadata_mode)
         shown = get_tqdm_iterable(list(documents.items()), bool(kwargs.get("show_progress")), "Distilling documents")
         for document_id, texts in shown:
@@ -64,7 +64,7 @@ class KVCompressTransform(TransformComponent):
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """The same in a thread."""
+        """`__call__` in a thread."""
         return await asyncio.to_thread(self, nodes, **kwargs)
 
     def __reduce__(self) -> NoReturn:

@@ -1,4 +1,4 @@
-"""KVMemoryLLM: the store's model as a LlamaIndex LLM, which answers from distilled caches where it is given any."""
+"""KVMemoryLLM: the memory's model as a LlamaIndex LLM that answers from distilled caches when given any."""
 
 from __future__ import annotations
 
@@ -41,24 +41,24 @@ class KVMemoryLLM(CustomLLM):
     """A LlamaIndex LLM over the model of a `KVMemory`.
 
     Without references it is an ordinary LLM: chats and completions go through the model's own chat template (or
-    `messages_to_prompt` and `completion_to_prompt`, if they are given). With them (`kv_ids`, as an option of the call
-    or in a message's `additional_kwargs`) it answers from the distilled caches they name, and no text of documents
+    `messages_to_prompt` and `completion_to_prompt`, if given). References are `kv_ids`, an option of the call or of a
+    message's `additional_kwargs`. With them it answers from the distilled caches that they name, and no document text
     enters the prompt.
 
     Safe to use from several threads and tasks. The asynchronous forms run the model in a thread, token by token, and
-    stop within a token when they are cancelled. A response's `raw` holds `usage` in OpenAI's words (cached entries
-    are counted in `prompt_tokens` and named in `prompt_tokens_details.cached_tokens`), `finish_reason`, `ttft_s` and
-    `total_s`; where the answer is empty also `next_step`, what to try.
+    stop within a token when they are cancelled. A response's `raw` holds `usage` in OpenAI's format (`prompt_tokens`
+    includes cached entries, `prompt_tokens_details.cached_tokens` reports them), `finish_reason`, `ttft_s`, `total_s`,
+    `damaged` (keys of damaged caches, answered from the text), and for an empty answer `next_step`, a suggestion.
 
     Args:
-        memory: An open store; its model is loaded at the first use.
-        max_tokens: The longest answer, in tokens.
-        temperature: 0 decodes greedily.
-        top_p: Sample from the smallest set of tokens with this much probability.
-        top_k: Sample from the k likeliest tokens only; 0 for all.
-        seed: Makes sampling repeatable.
+        memory: An open memory; its model is loaded at the first use.
+        max_tokens: Maximum length of an answer in tokens.
+        temperature: Sampling temperature; 0 decodes greedily.
+        top_p: Probability of the smallest set of tokens to sample from.
+        top_k: Number of likeliest tokens to sample from; 0 for all.
+        seed: Seed for repeatable sampling.
         stop: Strings that end an answer.
-        timeout: Seconds, after which a call is broken off with `DecodeTimeoutError`.
+        timeout: Time limit of a call in seconds, after which it raises `DecodeTimeoutError`.
 
     Example:
         ```python
@@ -93,16 +93,16 @@ class KVMemoryLLM(CustomLLM):
         collection: str = "default",
         **options: Any,
     ) -> KVMemoryLLM:
-        """An LLM over a store that is opened, or made, for it; `memory.close()` when done. Errors as `KVMemory.open`.
+        """An LLM over a store that is opened or created; `memory.close()` when done. Errors as `KVMemory.open`.
 
         Args:
             path: The store's folder.
-            model: A built-in model, a model folder, or a hub id; what the store remembers if None.
+            model: A built-in model, a model folder, or a hub id; the model that the store records if None.
             keep_ratio: Share of the tokens kept, in (0, 1].
-            keep_tokens: In its place, how many tokens are kept of each passage.
-            max_bytes: In its place, the largest file of a passage's cache, in bytes.
-            collection: The tenant whose caches are seen.
-            **options: Those of the class.
+            keep_tokens: Number of tokens kept of each passage, instead of `keep_ratio`.
+            max_bytes: Maximum size of a passage's cache file in bytes, instead of `keep_ratio`.
+            collection: The collection (tenant) to read and write.
+            **options: Options of the class.
         """
         memory = KVMemory.open(
             path,
@@ -116,17 +116,17 @@ class KVMemoryLLM(CustomLLM):
 
     @classmethod
     def class_name(cls) -> str:
-        """The name LlamaIndex keeps it under."""
+        """The name under which LlamaIndex serialises it."""
         return "KVMemoryLLM"
 
     @property
     def memory(self) -> KVMemory:
-        """The store whose caches and model this is."""
+        """The memory that holds the caches and the model."""
         return self._memory
 
     @property
     def metadata(self) -> LLMMetadata:
-        """What the model can do."""
+        """The model's name, context window and capabilities."""
         backbone = self._memory.backbone
         return LLMMetadata(
             context_window=backbone.context_window,
@@ -140,7 +140,7 @@ class KVMemoryLLM(CustomLLM):
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """Answer a prompt: as the user's only message, or with `formatted` as it stands. Errors as in `chat`."""
+        """Answer a prompt: as the only user message, or verbatim with `formatted`. Errors as in `chat`."""
         return _completion(self._start(prompt, formatted, kwargs).reply)
 
     @llm_completion_callback()
@@ -164,14 +164,14 @@ class KVMemoryLLM(CustomLLM):
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """Reply to messages; those that bring references (`kv_ids`) are replied to from caches.
+        """Reply to messages, from caches if the messages or options contain references (`kv_ids`).
 
         Raises:
-            UnsupportedRequestError: Tools, images or audio are among them.
+            UnsupportedRequestError: The messages or options contain tools, images or audio.
             CacheNotFoundError: A reference has no cache in the store, and no text came with it.
             FingerprintMismatchError: A cache was made by another model, adapter or prompt.
-            ContextWindowError: All of it does not fit the model.
-            DecodeTimeoutError: It took longer than `timeout`.
+            ContextWindowError: The caches and messages do not fit the model's context window.
+            DecodeTimeoutError: The call took longer than `timeout`.
         """
         return _chat(self._start_chat(messages, kwargs).reply)
 
@@ -204,7 +204,7 @@ class KVMemoryLLM(CustomLLM):
         """Fill in a pydantic model: only tokens that lead to JSON of its schema are decoded.
 
         Raises:
-            ConfigError: `max_tokens` are too few for it, llguidance is not installed, or cannot follow the schema.
+            ConfigError: `max_tokens` is too small, llguidance is not installed, or it does not support the schema.
         """
         options = {**(llm_kwargs or {}), "json_schema": json.dumps(closed(output_cls.model_json_schema()))}
         response = self.chat(self._get_messages(prompt, **prompt_args), **options)
@@ -269,7 +269,7 @@ class KVMemoryLLM(CustomLLM):
 
 
 def _parts(stream: ReplyStream) -> Iterator[tuple[str, str, Reply | None]]:
-    """Text so far and what is new of it; at the end, without new text, the reply with its figures."""
+    """Yields `(text so far, new text, None)`, and at the end `(text, "", reply)`."""
     text = held = ""
     try:
         for piece in stream:
@@ -293,9 +293,9 @@ async def _aparts(stream: ReplyStream) -> AsyncIterator[tuple[str, str, Reply | 
 
 
 def _stripped(text: str, piece: str) -> tuple[str, str]:
-    """What a piece adds to the text so far, and the white space at its end, held back until more text follows.
+    """The text that a piece adds, and its trailing white space, which is held back until more text follows.
 
-    Because whole answers are stripped, and streamed ones are to be the same.
+    Streamed answers must equal whole ones, which are stripped.
     """
     piece = piece if text else piece.lstrip()
     delta = piece.rstrip()
@@ -303,7 +303,7 @@ def _stripped(text: str, piece: str) -> tuple[str, str]:
 
 
 async def _finish(start: Callable[[], ReplyStream]) -> Reply:
-    """Decode token by token, not in one call to a thread, so that a cancelled task leaves none behind."""
+    """Decode token by token, not in one call in a thread, so that a cancelled task stops decoding."""
     stream = await asyncio.to_thread(start)
     async for _ in iterate_in_thread(stream):
         pass

@@ -1,4 +1,4 @@
-"""KVMemoryBlock: turns that fall out of a chat's window, distilled, and recalled when a question is about them."""
+"""KVMemoryBlock: compresses turns that leave a chat's window, and recalls those relevant to a question."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ __all__ = ["KVMemoryBlock"]
 class KVMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     """A block of LlamaIndex's `Memory`, for a `KVMemoryLLM` or an engine over one.
 
-    Messages that `Memory` ejects are distilled at once and kept in the store, in a collection of the conversation's
-    own. For a question the passages of them that it is about come back as references on one message without content,
-    so that the prompt grows by nothing, however long the conversation was.
+    Messages that `Memory` flushes are compressed at once and kept in the conversation's own collection of the store.
+    For a question, references to the relevant passages are returned on one empty message, so the prompt does not grow,
+    however long the conversation was.
 
     Args:
-        memory: Where the turns go, and what reads them.
-        conversation_id: Names the conversation; the same name goes on with it in another process.
-        keep_ratio: Share of the turns' tokens kept. Without this and the next two it is the memory's.
-        keep_tokens: In its place, how many tokens are kept of each exchange.
-        max_bytes: In its place, the largest file of an exchange's cache, in bytes.
-        top_k: How many passages of old turns a question recalls; as for documents if None.
-        name: Of the block.
-        priority: Of the block; 0, the default, is never truncated.
+        memory: The memory that stores the turns and compresses them.
+        conversation_id: Name of the conversation; the same name continues it in another process.
+        keep_ratio: Share of the turns' tokens kept; the memory's setting if this and the next two are None.
+        keep_tokens: Number of tokens kept of each exchange, instead of `keep_ratio`.
+        max_bytes: Maximum size of an exchange's cache file in bytes, instead of `keep_ratio`.
+        top_k: Number of passages of old turns that a question recalls; the memory's `top_k` if None.
+        name: Name of the block.
+        priority: Priority of the block; 0, the default, means that it is never truncated.
 
     Example:
         ```python
@@ -69,7 +69,7 @@ class KVMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
 
     @property
     def conversation(self) -> Conversation:
-        """The turns it holds."""
+        """The turns that the block holds."""
         return self._conversation
 
     async def _aget(self, messages: list[ChatMessage] | None = None, **block_kwargs: Any) -> list[ChatMessage]:

@@ -1,4 +1,4 @@
-"""What LlamaIndex's messages mean to the reader: turns, and references to distilled caches that ride along."""
+"""Converts LlamaIndex's messages to turns, and to the references to distilled caches that they carry."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from kv_memory.generate import Role
 
 __all__ = ["KV_IDS", "KV_TEXTS", "message_with", "references_of", "turns_of"]
 
-# Fields of ChatMessage.additional_kwargs. Messages pass through memories, templates, events and stores, all of which
-# serialise them, so only strings may ride on them.
-KV_IDS = "kv_ids"  # what str(Reference) gives, in the order they are to be read
-KV_TEXTS = "kv_texts"  # key -> text, for those that have no cache
+# Fields of ChatMessage.additional_kwargs. They contain strings only, because memories, templates, events and stores
+# serialise messages.
+KV_IDS = "kv_ids"  # [str(Reference)], in the order of composition
+KV_TEXTS = "kv_texts"  # {key: text}, for references that have no cache
 
 _ROLES: dict[MessageRole, Role] = {
     MessageRole.SYSTEM: "system",
@@ -29,7 +29,7 @@ _ROLES: dict[MessageRole, Role] = {
 
 
 def message_with(references: Sequence[Reference]) -> ChatMessage:
-    """A message without content that brings references; an empty list of them still means "from caches"."""
+    """An empty message that carries references; an empty list of them still means "from caches"."""
     extra: dict[str, Any] = {KV_IDS: [str(reference) for reference in references]}
     texts = {reference.key: reference.text for reference in references if reference.text is not None}
     if texts:
@@ -38,10 +38,10 @@ def message_with(references: Sequence[Reference]) -> ChatMessage:
 
 
 def references_of(messages: Sequence[ChatMessage], options: Mapping[str, Any]) -> list[Reference] | None:
-    """The references that messages and the options of a call bring, each once; None where neither speaks of any.
+    """The references in the messages and the options of a call, each once; None if neither sets `kv_ids`.
 
     Raises:
-        ConfigError: One is no reference.
+        ConfigError: A value is not a reference.
     """
     bringing = [
         source for source in (*(m.additional_kwargs for m in messages), options) if source.get(KV_IDS) is not None
@@ -58,10 +58,10 @@ def references_of(messages: Sequence[ChatMessage], options: Mapping[str, Any]) -
 
 
 def turns_of(messages: Sequence[ChatMessage]) -> list[Turn]:
-    """Messages as turns; those that only bring references are none.
+    """Messages as turns, without those that only carry references.
 
     Raises:
-        UnsupportedRequestError: One is of a tool, or holds something else than text.
+        UnsupportedRequestError: A message is from or for a tool, or contains more than text.
     """
     turns: list[Turn] = []
     for message in messages:

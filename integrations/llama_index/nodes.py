@@ -1,7 +1,7 @@
-"""From LlamaIndex's nodes to references: the key of a node is the hash of its text, never its id.
+"""Converts LlamaIndex's nodes to references: the key of a node is the hash of its text, never its id.
 
-Node ids are random per run unless a parser is told otherwise, so that caches keyed by them would be orphaned by every
-ingestion. The text is exactly what a prompt would hold, metadata included, as the user's `MetadataMode` says.
+Node ids are random in each run unless a parser is configured otherwise, so every ingestion would orphan caches keyed by
+them. The text is exactly the text that a prompt would contain, including metadata according to the `MetadataMode`.
 """
 
 from __future__ import annotations
@@ -32,40 +32,40 @@ __all__ = [
 
 _locks: weakref.WeakKeyDictionary[KVMemory, threading.RLock] = weakref.WeakKeyDictionary()
 KV_ID = "kv_id"  # in a node's metadata, excluded from its text
-_NODES = "nodes"  # in the metadata of the store's document: {node_id: [keys of its texts]}
+_NODES = "nodes"  # in the metadata of the document in the store: {node_id: [keys of its texts]}
 
 
 def document_of(node: BaseNode) -> str:
-    """The store's document a node belongs to: that of its source, or the node itself."""
+    """Id of the document in the store that a node belongs to: its source document's id, or its own."""
     return node.ref_doc_id or node.node_id
 
 
 def text_of(node: BaseNode, mode: MetadataMode) -> str:
-    """What a prompt would hold of a node; nothing for an image."""
+    """The text of a node as a prompt would contain it; empty for an image without text."""
     return "" if isinstance(node, ImageNode) and not node.text else node.get_content(metadata_mode=mode)
 
 
 def node_reference(memory: KVMemory, node: BaseNode, *, on_missing: OnMissing, mode: MetadataMode) -> Reference | None:
-    """The reference to a node's cache; see `reference_to` for what becomes of a node without one."""
+    """The reference to a node's cache; see `reference_to` for a node without one."""
     if (mark := node.metadata.get(KV_ID)) and not node.get_content(metadata_mode=MetadataMode.NONE).strip():
-        # A passage whose text the store does not keep. Metadata may be part of a node's text, but not all of it.
+        # A passage without a stored text. Metadata alone does not count as a node's text.
         return reference_to(memory, "", on_missing=on_missing, document_id=document_of(node), mark=str(mark))
     text = text_of(node, mode)
     if on_missing == "compress" and text.strip() and not memory.reader.has(text):
-        _put_beside(memory, node, text)  # not by `reference_to`, so that deleting the node deletes its cache
+        _put_beside(memory, node, text)  # not in `reference_to`, so that deleting the node deletes its cache
     return reference_to(memory, text, on_missing=on_missing, document_id=document_of(node))
 
 
 def references_to(
     memory: KVMemory, nodes: Iterable[NodeWithScore], *, on_missing: OnMissing, mode: MetadataMode
 ) -> list[Reference]:
-    """References to the caches of retrieved nodes, in their order, each once; left-out nodes have none."""
+    """References to the caches of retrieved nodes, in their order, each once; nodes that are left out have none."""
     found = (node_reference(memory, item.node, on_missing=on_missing, mode=mode) for item in nodes)
     return list({reference.key: reference for reference in found if reference is not None}.values())
 
 
 def marked(item: NodeWithScore, reference: Reference | None) -> NodeWithScore:
-    """A copy of a retrieved node whose metadata names its cache; the mark is no part of any text made from it."""
+    """A copy of a retrieved node with its cache named in the metadata; texts made from the node exclude the mark."""
     if reference is None or reference.text is not None:
         return item
     node = item.node.model_copy()
@@ -76,7 +76,7 @@ def marked(item: NodeWithScore, reference: Reference | None) -> NodeWithScore:
 
 
 def texts_by_document(nodes: Iterable[BaseNode], mode: MetadataMode) -> dict[str, dict[str, str]]:
-    """The texts of nodes, blank ones left out: `{document: {node_id: text}}`."""
+    """The texts of nodes, without blank ones: `{document_id: {node_id: text}}`."""
     documents: dict[str, dict[str, str]] = {}
     for node in nodes:
         text = text_of(node, mode)
@@ -88,13 +88,13 @@ def texts_by_document(nodes: Iterable[BaseNode], mode: MetadataMode) -> dict[str
 def put_texts(
     memory: KVMemory, document_id: str, texts: Mapping[str, str], *, extend: bool, keep_text: bool | None = None
 ) -> None:
-    """Distil the nodes of one document, `{node_id: text}`; with `extend` beside its other nodes."""
+    """Compress the nodes of one document, `{node_id: text}`; with `extend` its other nodes are kept."""
     nodes = {id_: [key_of(text)] for id_, text in texts.items()}
     _put(memory, document_id, texts.values(), nodes, extend=extend, keep_text=keep_text)
 
 
 def _put_beside(memory: KVMemory, node: BaseNode, text: str) -> None:
-    """Distil one more text of a node: a postprocessor may have put another one into it, and both will be asked for."""
+    """Compress one more text of a node: a postprocessor may have changed the text, and both will be requested."""
     document_id, keys = document_of(node), []
     with _lock(memory):
         if memory.store.has_document(document_id):
@@ -118,7 +118,7 @@ def _put(
             metadata = memory.document(document_id).metadata
             before = metadata.get(_NODES, {})
             nodes = {**before, **nodes}
-            stale = _keys(before) - _keys(nodes)  # a node has another text now
+            stale = _keys(before) - _keys(nodes)  # keys of texts that nodes no longer have
         memory.add_passages(
             document_id,
             list(texts),
@@ -130,7 +130,7 @@ def _put(
 
 
 def _lock(memory: KVMemory) -> threading.RLock:
-    """Held from reading the metadata of a document to writing it: questions that compress come at the same time."""
+    """The lock held from reading a document's metadata to writing it: concurrent questions may compress nodes."""
     return _locks.setdefault(memory, threading.RLock())
 
 
@@ -139,7 +139,7 @@ def _keys(nodes: Mapping[str, Iterable[str]]) -> set[str]:
 
 
 def forget_nodes(memory: KVMemory, node_ids: Iterable[str]) -> None:
-    """Remove the caches of single nodes; a text that another node of the document has keeps its cache."""
+    """Remove the caches of single nodes; a text that another node of the document shares keeps its cache."""
     gone = set(node_ids)
     with _lock(memory):
         for summary in memory.documents():
@@ -156,7 +156,7 @@ def forget_nodes(memory: KVMemory, node_ids: Iterable[str]) -> None:
 
 
 def forget_all(memory: KVMemory) -> None:
-    """Remove the documents that came as nodes."""
+    """Remove the documents that were added as nodes."""
     for summary in memory.documents():
         if _NODES in summary.metadata:
             memory.remove(summary.id)

@@ -1,4 +1,4 @@
-"""Prompts behind documents: a template, the references that precede it, and the messages in between."""
+"""Prompts that follow documents: the references, further messages, and a template."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .messages import message_with
 __all__ = ["DOCUMENTS_ABOVE", "KV_QA_PROMPT", "CachedPrompt"]
 
 KV_QA_PROMPT = PromptTemplate("{query_str}")
-DOCUMENTS_ABOVE = "(see the documents above)"  # in the place of {context_str}
+DOCUMENTS_ABOVE = "(see the documents above)"  # replaces {context_str}
 
 
 class CachedPrompt(BasePromptTemplate):
-    """A template whose messages stand behind distilled caches.
+    """A template with messages that follow distilled caches.
 
-    A template of its own, because `LLM.predict` and its kin take nothing else, and they send the events that
+    It is a template because `LLM.predict` and similar methods accept nothing else, and they emit the events that
     tracing relies on. References and history are not formatted: braces in them are text.
     """
 
@@ -34,7 +34,7 @@ class CachedPrompt(BasePromptTemplate):
     def of(
         cls, template: BasePromptTemplate, references: Sequence[Reference], messages: Sequence[ChatMessage]
     ) -> CachedPrompt:
-        """The template behind the caches of `references` and behind `messages`."""
+        """The template, after the caches of `references` and after `messages`."""
         return cls(
             inner=template,
             before=[message_with(references), *messages],
@@ -53,11 +53,11 @@ class CachedPrompt(BasePromptTemplate):
         return self.inner.format(llm=llm, **self._filled(kwargs))
 
     def format_messages(self, llm: BaseLLM | None = None, **kwargs: Any) -> list[ChatMessage]:
-        """What the LLM is given."""
+        """The messages for the LLM."""
         return [*self.before, *self.inner.format_messages(llm=llm, **self._filled(kwargs))]
 
     def get_template(self, llm: BaseLLM | None = None) -> str:
-        """The text of the template, not filled in."""
+        """The text of the template, before formatting."""
         return self.inner.get_template(llm=llm)
 
     def _filled(self, kwargs: dict[str, Any]) -> dict[str, Any]:

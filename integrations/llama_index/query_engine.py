@@ -1,4 +1,4 @@
-"""KVMemoryQueryEngine: LlamaIndex's retriever query engine, put together for distilled caches."""
+"""KVMemoryQueryEngine: LlamaIndex's retriever query engine, assembled for distilled caches."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ class KVMemoryQueryEngine(RetrieverQueryEngine):
         similarity_top_k: int | None = None,
         callback_manager: CallbackManager | None = None,
     ) -> KVMemoryQueryEngine:
-        """Put an engine together.
+        """Assemble an engine.
 
         Args:
-            retriever: Any retriever, or an index whose retriever is taken.
+            retriever: Any retriever, or an index to take the retriever from.
             llm: A `KVMemoryLLM`; its memory holds the caches.
-            on_missing: What becomes of a node without a cache, see `KVMemoryRetriever`.
-            metadata_mode: Which metadata is part of a node's text.
+            on_missing: Action for a node without a cache, see `KVMemoryRetriever`.
+            metadata_mode: Metadata to include in a node's text.
             text_qa_template: See `KVMemorySynthesizer`.
             output_cls: See `KVMemorySynthesizer`.
-            node_postprocessors: Rerankers and the like, between the two.
-            streaming: Responses stream.
-            similarity_top_k: Of an index's retriever; the memory's default if None.
+            node_postprocessors: Rerankers and similar steps between retriever and synthesizer.
+            streaming: Stream the responses.
+            similarity_top_k: Number of nodes that an index's retriever finds; the memory's `top_k` if None.
             callback_manager: As in LlamaIndex.
 
         Raises:
-            ConfigError: The LLM is none of ours; names the fix.
+            ConfigError: The LLM is not a `KVMemoryLLM`; the message names the fix.
         """
         memory = check_llm(llm, where="llm of KVMemoryQueryEngine").memory
         if isinstance(retriever, BaseIndex):

@@ -1,4 +1,4 @@
-"""KVMemoryRetriever: any LlamaIndex retriever, with the cache of every node it finds."""
+"""KVMemoryRetriever: any LlamaIndex retriever, with references to the caches of the nodes it finds."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class KVMemoryRetriever(BaseRetriever):
     """Wraps a retriever (vector, BM25, fusion, auto-merging, ...) and marks its nodes with `metadata["kv_id"]`.
 
     Args:
-        retriever: Finds the nodes.
-        memory: Where their caches lie.
-        on_missing: What becomes of a node without a cache. `text`: it stays unmarked, and its text is read by the
-            synthesizer. `compress`: its cache is made now, and kept. `skip`: it is dropped. `raise`: an error.
-        metadata_mode: Which metadata is part of a node's text.
+        retriever: The retriever that finds the nodes.
+        memory: The memory that holds their caches.
+        on_missing: Action for a node without a cache. `text`: it stays unmarked, and the synthesizer uses its text.
+            `compress`: its cache is made now and kept. `skip`: it is dropped. `raise`: an error.
+        metadata_mode: Metadata to include in a node's text.
         callback_manager: As in LlamaIndex.
         verbose: As in LlamaIndex.
 
@@ -55,8 +55,8 @@ class KVMemoryRetriever(BaseRetriever):
             verbose=verbose,
         )
 
-    # The inner retriever's `_retrieve`, not its `retrieve`: following index nodes and sending events is done once, by
-    # this one, so that tracing shows what it shows without it.
+    # The inner retriever's `_retrieve`, not its `retrieve`: this class alone follows index nodes and sends events, so
+    # that traces look the same with and without it.
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return self._retriever._retrieve(query_bundle)
@@ -71,7 +71,7 @@ class KVMemoryRetriever(BaseRetriever):
         self, query_bundle: QueryBundle, nodes: list[NodeWithScore]
     ) -> list[NodeWithScore]:
         nodes = await super()._ahandle_recursive_retrieval(query_bundle, nodes)
-        return await asyncio.to_thread(self._mark, nodes)  # looks into the store, and may compress
+        return await asyncio.to_thread(self._mark, nodes)  # queries the store, and may compress
 
     def _mark(self, nodes: Sequence[NodeWithScore]) -> list[NodeWithScore]:
         kept: list[NodeWithScore] = []

@@ -1,4 +1,4 @@
-"""KVMemoryStoreRetriever: the passages of a store by its own BM25, without any index beside it."""
+"""KVMemoryStoreRetriever: finds the passages of a memory by its own BM25, without a separate index."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["KVMemoryStoreRetriever"]
 class KVMemoryStoreRetriever(BaseRetriever):
     """Finds passages of documents that were added to the memory itself (`memory.add`), with their caches.
 
-    A passage whose text is not kept (`KVMemory.open(..., keep_text=True)` keeps it) is a node without text that names
-    its cache: our engines answer from it, and others have nothing to read.
+    A passage without a stored text (`KVMemory.open(..., keep_text=True)` stores it) becomes a node without text that
+    names its cache: engines of this package answer from the cache; others find no text.
 
     Args:
-        memory: The store.
-        similarity_top_k: How many passages at most; the memory's default if None.
+        memory: The memory to search.
+        similarity_top_k: Maximum number of passages; the memory's `top_k` if None.
         callback_manager: As in LlamaIndex.
         verbose: As in LlamaIndex.
 
@@ -56,7 +56,7 @@ class KVMemoryStoreRetriever(BaseRetriever):
 
 
 def _node(hit: Hit) -> NodeWithScore:
-    # The document's metadata is for filters and citations; the cache was made of the text alone.
+    # The document's metadata is for filters and citations; the cache was made from the text alone.
     names = list(hit.metadata)
     node = TextNode(
         id_=f"{hit.document_id}#{hit.ordinal}",

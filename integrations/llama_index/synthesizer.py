@@ -29,12 +29,12 @@ __all__ = ["KVMemorySynthesizer", "check_llm"]
 
 
 def check_llm(llm: object, *, where: str) -> KVMemoryLLM:
-    """The LLM, if it can answer from caches.
+    """Return the LLM if it can answer from caches.
 
-    Another one would take `kv_ids` for an unknown option, answer without any document, and nobody would notice.
+    Another LLM would ignore `kv_ids` as an unknown option and silently answer without any document.
 
     Raises:
-        ConfigError: It is another LLM; names the fix.
+        ConfigError: The LLM is not a `KVMemoryLLM`; the message names the fix.
     """
     if isinstance(llm, KVMemoryLLM):
         return llm
@@ -48,22 +48,22 @@ def check_llm(llm: object, *, where: str) -> KVMemoryLLM:
 class KVMemorySynthesizer(BaseSynthesizer):
     """Composes the caches of all nodes into one context and asks once; there is nothing to pack or refine.
 
-    Events and callbacks are those of LlamaIndex's `simple_summarize`. References ride to the LLM on a message of their
-    own, behind which stand those of `prefix_messages` and of the prompt template.
+    Events and callbacks are those of LlamaIndex's `simple_summarize`. A separate message carries the references to the
+    LLM; `prefix_messages` and the prompt template's messages follow it.
 
     Args:
         llm: A `KVMemoryLLM`.
-        text_qa_template: The prompt behind the documents. `{query_str}` is the question; `{context_str}`, if it is
-            there, becomes a remark that the documents stand above. The question alone if None.
-        on_missing: What becomes of a node without a cache, see `KVMemoryRetriever`.
-        metadata_mode: Which metadata is part of a node's text.
+        text_qa_template: The prompt that follows the documents. `{query_str}` is the question; `{context_str}`, if
+            present, becomes a remark that the documents are above. The question alone if None.
+        on_missing: Action for a node without a cache, see `KVMemoryRetriever`.
+        metadata_mode: Metadata to include in a node's text.
         prefix_messages: System prompt and chat history.
-        output_cls: Answers are this pydantic model, decoded by its schema.
-        streaming: Responses stream.
+        output_cls: Pydantic class of the answers, which are decoded by its schema.
+        streaming: Stream the responses.
         callback_manager: As in LlamaIndex.
 
     Raises:
-        ConfigError: The LLM is none of ours, or `on_missing` is unknown.
+        ConfigError: The LLM is not a `KVMemoryLLM`, or `on_missing` is unknown.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class KVMemorySynthesizer(BaseSynthesizer):
         if "text_qa_template" in prompts:
             self._text_qa_template = prompts["text_qa_template"]
 
-    # The base class hands on texts only; the nodes ride along as an option of the response.
+    # The base class passes only texts to `get_response`, so the nodes are passed as an extra option.
 
     def synthesize(
         self,
@@ -128,13 +128,13 @@ class KVMemorySynthesizer(BaseSynthesizer):
 
     @property
     def _recalled(self) -> bool:
-        """Whether the history brings caches, so that there is something to answer from without any node."""
+        """Whether the history contains references, so that a question can be answered without any node."""
         return bool(references_of(self._prefix_messages, {}))
 
     def get_response(
         self, query_str: str, text_chunks: Sequence[str], kv_nodes: Sequence[NodeWithScore] | None = None, **kwargs: Any
     ) -> RESPONSE_TEXT_TYPE:
-        """Answer from the caches of `kv_nodes`. Texts without nodes are refused: they would enter the prompt."""
+        """Answer from the caches of `kv_nodes`. Texts without nodes are refused because they would enter the prompt."""
         prompt = self._prompt(kv_nodes)
         if self._output_cls is not None:
             return self._kv_llm.structured_predict(self._output_cls, prompt, query_str=query_str)
@@ -164,7 +164,7 @@ class KVMemorySynthesizer(BaseSynthesizer):
         return CachedPrompt.of(self._text_qa_template, references, self._prefix_messages)
 
 
-# The base class answers without asking the LLM where there is no node.
+# A placeholder, because the base class answers without asking the LLM if there are no nodes.
 _NOTHING = NodeWithScore(node=TextNode(id_="nothing", text=""))
 
 

@@ -1,4 +1,4 @@
-"""KVMemoryVectorStore: a vector store that keeps the distilled caches in step with its nodes."""
+"""KVMemoryVectorStore: a vector store that keeps the distilled caches in sync with its nodes."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ _log = logging.getLogger(__name__)
 
 
 class KVMemoryVectorStore(BasePydanticVectorStore):
-    """Wraps a vector store; whatever is added to it or deleted from it is distilled or forgotten in the memory too.
+    """Wraps a vector store; nodes added to it are compressed into the memory, nodes deleted from it are removed there.
 
-    Upserts and deletions of an `IngestionPipeline` with a docstore, and `index.delete_ref_doc`, reach a vector store
-    and nothing else: this is the only place to hear of them. Caches are made before the inner store is told, and
-    removed after it, so that nothing is ever found without its cache. Texts are the inner store's business; the memory
-    keeps them too if its `keep_text` says so.
+    Upserts and deletions of an `IngestionPipeline` with a docstore, and `index.delete_ref_doc`, reach the vector store
+    and nothing else, so they can only be followed here. Caches are made before the inner store is changed, and removed
+    after it, so that no node is ever found without its cache. The inner store keeps the texts; the memory keeps them
+    too if its `keep_text` is set.
 
     Args:
-        vector_store: The store that is wrapped.
-        memory: Where the caches lie.
-        metadata_mode: Which metadata is part of a node's text; the same as in retriever and synthesizer.
-        compress: Distil what is added. False for nodes that a `KVCompressTransform` has distilled before, or whose
-            retriever compresses what it misses.
+        vector_store: The vector store to wrap.
+        memory: The memory that holds the caches.
+        metadata_mode: Metadata to include in a node's text; the same as in retriever and synthesizer.
+        compress: Compress added nodes. False if a `KVCompressTransform` has compressed them before, or if the retriever
+            compresses nodes without a cache.
 
     Raises:
-        DocumentError: A node's text is no text.
+        DocumentError: A node's text is not valid text.
         StoreError: A cache cannot be written.
     """
 
@@ -69,7 +69,7 @@ class KVMemoryVectorStore(BasePydanticVectorStore):
 
     @classmethod
     def class_name(cls) -> str:
-        """The name LlamaIndex keeps it under."""
+        """The name under which LlamaIndex serialises it."""
         return "KVMemoryVectorStore"
 
     @property
@@ -85,19 +85,19 @@ class KVMemoryVectorStore(BasePydanticVectorStore):
     # -- adding --------------------------------------------------------------------------------------------------
 
     def add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
-        """Distil nodes, then add them."""
+        """Compress nodes, then add them."""
         self._compress(nodes)
         return self._inner.add(list(nodes), **kwargs)
 
     async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
-        """`add` without blocking the event loop while nodes are distilled."""
+        """`add` without blocking the event loop while nodes are compressed."""
         await asyncio.to_thread(self._compress, nodes)
         return await self._inner.async_add(list(nodes), **kwargs)
 
     def _compress(self, nodes: Sequence[BaseNode]) -> None:
         if self.compress:
             for document_id, texts in texts_by_document(nodes, self.metadata_mode).items():
-                # Beside what is there: an index adds the nodes of a long document in several batches.
+                # `extend`, because an index adds the nodes of a long document in several batches.
                 put_texts(self._memory, document_id, texts, extend=True)
 
     # -- deleting ------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ class KVMemoryVectorStore(BasePydanticVectorStore):
         await asyncio.to_thread(self._forget, ref_doc_id)
 
     def _forget(self, ref_doc_id: str) -> None:
-        with contextlib.suppress(DocumentNotFoundError):  # never distilled
+        with contextlib.suppress(DocumentNotFoundError):  # never compressed
             self._memory.remove(ref_doc_id)
 
     def delete_nodes(
@@ -142,7 +142,7 @@ class KVMemoryVectorStore(BasePydanticVectorStore):
             return []
 
     def clear(self) -> None:
-        """Clear the inner store and remove all caches that came as nodes."""
+        """Clear the inner store and remove all documents that were added as nodes, with their caches."""
         self._inner.clear()
         forget_all(self._memory)
 
@@ -151,28 +151,28 @@ class KVMemoryVectorStore(BasePydanticVectorStore):
         await self._inner.aclear()
         await asyncio.to_thread(forget_all, self._memory)
 
-    # -- reading: the inner store's business ---------------------------------------------------------------------
+    # -- reading, by the inner store -----------------------------------------------------------------------------
 
     def get_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **kwargs: Any
     ) -> list[BaseNode]:
-        """As the inner store does."""
+        """As in the inner store."""
         return self._inner.get_nodes(node_ids, filters, **kwargs)
 
     async def aget_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **kwargs: Any
     ) -> list[BaseNode]:
-        """As the inner store does."""
+        """As in the inner store."""
         return await self._inner.aget_nodes(node_ids, filters, **kwargs)
 
     def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
-        """As the inner store does."""
+        """As in the inner store."""
         return self._inner.query(query, **kwargs)
 
     async def aquery(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
-        """As the inner store does."""
+        """As in the inner store."""
         return await self._inner.aquery(query, **kwargs)
 
     def persist(self, persist_path: str, fs: Any = None) -> None:
-        """As the inner store does; the memory is on disk already."""
+        """As in the inner store; the memory is on disk already."""
         self._inner.persist(persist_path, fs)

@@ -1,1 +1,1 @@
-"""Distilled caches: their form in memory and on disk, who made them, and how many entries they keep."""
+"""Distilled caches: their format in memory and on disk, their fingerprint, and the number of entries to keep."""

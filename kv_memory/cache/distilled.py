@@ -1,22 +1,22 @@
-"""DistilledCache: what is left of a document after compression.
+"""DistilledCache: the key-value cache of a compressed document.
 
 The file format is one safetensors file with three tensors and a JSON header:
 
 - `keys`, `values`: `(num_layers, num_kv_heads, n_kept, head_dim)`, keys without rotary embedding;
-- `positions`: `(num_layers, num_kv_heads, n_kept)`, or `(n_kept,)` where all heads share one row.
+- `positions`: `(num_layers, num_kv_heads, n_kept)`, or `(n_kept,)` if all heads share one row.
 
-Where heads keep different numbers of entries, these stand one behind the other, layer by layer and head by head:
+If heads keep different numbers of entries, the entries are concatenated, layer by layer and head by head:
 
 - `keys`, `values`: `(n_entries, head_dim)`; `positions`: `(n_entries,)`;
-- `counts`: `(num_layers, num_kv_heads)`, how many belong to each head.
+- `counts`: `(num_layers, num_kv_heads)`, number of entries of each head.
 
-Keys and values may be stored in another type than the fingerprint's, which they are given again when they are read; the
-header then says `storage`. As int8 they have two tensors of scales beside them, see `quantize`. Files of
-format 2 may hold one more tensor, `bias`, float16: one number an entry, added to its attention logit. A cache that
-comes from a store says in its header of which text it is, so that it cannot be taken for the cache of another one.
+Keys and values may be stored in another dtype than the fingerprint's; the header then has `storage`, and reading
+converts them back. As int8 they come with two tensors of scales, see `quantize`. Files of format 2 may hold one more
+tensor, `bias`, float16: one number per entry, added to its attention logit. The header of a cache from a store has the
+hash of its text, so that it cannot be mistaken for the cache of another text.
 
-Layers are stacked into one tensor rather than stored one by one: the header stays at a few hundred bytes, so a cache
-costs what its tensors cost, and one contiguous read fills it.
+Layers are stacked into one tensor, not stored separately: the header stays at a few hundred bytes, so a cache is as
+large as its tensors, and one contiguous read loads it.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def dtype_from_name(name: str) -> torch.dtype:
-    """The torch dtype of a stored name: `float32`, `bfloat16` or `float16`.
+    """The torch dtype of a recorded name: `float32`, `bfloat16` or `float16`.
 
     Raises:
-        ConfigError: The name is none of these.
+        ConfigError: The name is not one of these.
     """
     try:
         return _DTYPES[name]
@@ -58,29 +58,30 @@ def dtype_from_name(name: str) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The stored name of a torch dtype, e.g. `bfloat16`."""
+    """The name under which a torch dtype is recorded, e.g. `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, eq=False)
 class DistilledCache:
-    """Keys and values of the kept tokens of one document, free of positions.
+    """Keys and values of the kept tokens of one document, independent of their positions.
 
     Attributes:
         keys: `(num_layers, num_kv_heads, n_kept, head_dim)`, without rotary embedding.
         values: `(num_layers, num_kv_heads, n_kept, head_dim)`.
-        positions: The kept tokens' positions inside the document, ascending: `(num_layers, num_kv_heads, n_kept)`,
-            or `(n_kept,)` where all layers and heads keep the same tokens. Integer.
+        positions: Positions of the kept tokens inside the document, ascending, integer:
+            `(num_layers, num_kv_heads, n_kept)`, or `(n_kept,)` if all layers and heads keep the same tokens.
         n_tokens: Length of the whole document, in tokens.
-        keep_ratio: What was asked for, in (0, 1].
-        fingerprint: What made it.
-        bias: What is added to each entry's attention logit, float16 of the shape of `keys` without head_dim; None for
-            nothing. Needs format 2.
-        counts: `(num_layers, num_kv_heads)` where heads keep different numbers of entries, integer; then `keys` and
-            `values` are `(n_entries, head_dim)` and `positions` `(n_entries,)`, layer by layer and head by head.
-        refined_steps: Gradient steps behind it; 0 where it was not refined, or no step helped.
-        fidelity: KL to the full cache on held-out probes, in nats, lower is better; None where it was not measured.
-        text_sha256: SHA-256 hex digest of the text, set by the store; None outside of one, and in the oldest files.
+        keep_ratio: Requested keep ratio, in (0, 1].
+        fingerprint: Fingerprint of the model and the method that made the cache.
+        bias: Float16, in the shape of `keys` without head_dim, added to each entry's attention logit; None for no
+            bias. Needs format 2.
+        counts: Integer `(num_layers, num_kv_heads)`, number of entries of each head, if heads keep different numbers;
+            None otherwise. With counts, `keys` and `values` are `(n_entries, head_dim)` and `positions` is
+            `(n_entries,)`, layer by layer and head by head.
+        refined_steps: Number of gradient steps of refinement; 0 if the cache was not refined, or if no step helped.
+        fidelity: KL to the full cache on held-out probes, in nats, lower is better; None if not measured.
+        text_sha256: SHA-256 hex digest of the text, set by the store; None outside a store, and in the oldest files.
     """
 
     keys: torch.Tensor
@@ -162,22 +163,23 @@ class DistilledCache:
 
     @property
     def n_kept(self) -> int:
-        """Entries kept in every layer and head; on average, rounded, where heads keep different numbers."""
+        """Number of entries kept per layer and head; the rounded average if heads keep different numbers."""
         if self.counts is not None:
             return max(1, round(self.keys.shape[0] / self.counts.numel()))
         return self.keys.shape[2]
 
     @property
     def span(self) -> int:
-        """Positions the entries take side by side: what the head that keeps most of them needs."""
+        """Number of consecutive positions that the entries need: the number of entries of the fullest head."""
         return self.n_kept if self.counts is None else int(self.counts.max())
 
     def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys, values, positions and biases with as many places in every head as the fullest one needs.
+        """Keys, values, positions and biases, padded in every head to the size of the fullest one.
 
         Returns:
-            `(num_layers, num_kv_heads, span, head_dim)` twice; `(num_layers, num_kv_heads, span)`, int32, where places
-            that hold nothing have the position -1; and biases of the same shape, float16, 0 where there are none.
+            Keys and values, `(num_layers, num_kv_heads, span, head_dim)` each; positions,
+            `(num_layers, num_kv_heads, span)`, int32, -1 for padding; and biases in the shape of the positions,
+            float16, 0 if the cache has no bias.
         """
         flat = self.keys.new_zeros(self.keys.shape[:-1], dtype=torch.float16) if self.bias is None else self.bias
         if self.counts is None:
@@ -197,13 +199,13 @@ class DistilledCache:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the tensors, without the file's header."""
+        """Size of the tensors in bytes, without the file's header."""
         tensors = [self.keys, self.values, self.positions, self.counts, self.bias]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     @property
     def theory_bytes(self) -> int:
-        """Bytes of the kept keys and values alone: `2 * entries * head_dim * itemsize`."""
+        """Size of the kept keys and values alone, in bytes: `2 * entries * head_dim * itemsize`."""
         return 2 * self.keys.numel() * self.keys.element_size()
 
     def to(self, dtype: torch.dtype) -> DistilledCache:
@@ -221,11 +223,11 @@ class DistilledCache:
         """The cache as one safetensors file. The same cache always gives the same bytes.
 
         Args:
-            storage: How keys and values are stored; `auto` as they are. `int8` takes half the bytes of bfloat16, and
-                rounds, see `kv_memory.cache.quantize`.
+            storage: Dtype of keys and values in the file; `auto` is their own. `int8` takes half the bytes of
+                bfloat16, and rounds, see `kv_memory.cache.quantize`.
 
         Raises:
-            ConfigError: They hold numbers that cannot be stored so.
+            ConfigError: Keys or values hold numbers that this dtype cannot represent.
         """
         stored = stored_dtype(storage, self.fingerprint.dtype)
         # int16 holds every position of a document under 32,768 tokens: per-head positions then cost 0.8 % of the
@@ -236,7 +238,7 @@ class DistilledCache:
             tensors["counts"] = self.counts.to(torch.int32)
         if self.bias is not None:
             tensors["bias"] = self.bias
-        # One entry, because safetensors writes several in an order that changes from run to run.
+        # A single metadata entry, because safetensors writes several in an order that changes from run to run.
         header = {
             "n_tokens": self.n_tokens,
             "keep_ratio": self.keep_ratio,
@@ -252,7 +254,7 @@ class DistilledCache:
         return safetensors.torch.save(tensors, metadata={"kv_memory": json.dumps(header, sort_keys=True)})
 
     def _entries(self, stored: str) -> dict[str, torch.Tensor]:
-        """Keys and values as they are stored, and their scales."""
+        """Keys and values in the dtype of the file; for int8, also their scales."""
         if stored == "int8":
             return quantize(self.keys, self.values, self.counts)
         tensors = {"keys": self.keys, "values": self.values}
@@ -276,9 +278,10 @@ class DistilledCache:
     def load(cls, path: Path | str, *, device: str = "cpu") -> DistilledCache:
         """Read a safetensors file; on the CPU its tensors are views of the mapped file, not copies.
 
-        Keys and values that were stored in another type than the fingerprint's are turned into that: copies.
+        Keys and values stored in another dtype than the fingerprint's are converted to it, and are copies.
 
         Raises:
+            FileNotFoundError: The file does not exist.
             CorruptCacheError: The file is not a distilled cache or its tensors do not match its header.
             FingerprintMismatchError: The file has another format version.
         """
@@ -300,7 +303,7 @@ class DistilledCache:
                     fingerprint=fingerprint,
                     counts=counts,
                     bias=file.get_tensor("bias") if "bias" in names else None,
-                    refined_steps=header.get("refined_steps", 0),  # files of the first version have neither
+                    refined_steps=header.get("refined_steps", 0),  # files of the first version lack this and `fidelity`
                     fidelity=header.get("fidelity"),
                     text_sha256=header.get("text_sha256"),
                 )
@@ -315,11 +318,11 @@ class DistilledCache:
 
 
 def _opened(where: str, device: str) -> Any:
-    """`safe_open`, with the system's errors as such: torch opens the file once more, and says what failed in words."""
+    """`safe_open` with system errors as `OSError`: torch opens the file again, and reports failures only as text."""
     try:
         return safe_open(where, framework="pt", device=device)
     except RuntimeError as error:
-        number = re.search(r"\((\d+)\)$", str(error).strip())  # e.g. deleted since it was opened first
+        number = re.search(r"\((\d+)\)$", str(error).strip())  # e.g. deleted between the two
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), where) from error
@@ -331,7 +334,7 @@ def _read_entries(
     """Keys and values of an open safetensors file in the fingerprint's dtype.
 
     Raises:
-        ConfigError: They are not of the type that was stored, or do not fit their scales.
+        ConfigError: Keys or values do not have the recorded dtype, or do not match their scales.
     """
     dtype = dtype_from_name(fingerprint.dtype)
     if stored == "int8":

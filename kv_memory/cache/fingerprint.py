@@ -1,6 +1,6 @@
-"""Fingerprint: everything that decides whether a cache can be decoded by the model at hand.
+"""Fingerprint: everything that decides whether the loaded model can use a cache.
 
-Free of torch, so that listing a store stays quick.
+This module does not import torch, so that listing a store stays fast.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from kv_memory.errors import CorruptCacheError, FingerprintMismatchError
 
 __all__ = ["FORMATS", "Fingerprint", "describe_differences"]
 
-# Formats of the cache file, see `distilled`: 2 where entries may have biases, else 1, so that a cache written before
-# there were any keeps its fingerprint.
+# Formats of the cache file, see `distilled`: 2 if entries may have biases, else 1, so that caches from before biases
+# existed keep their fingerprint.
 FORMATS = (1, 2)
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Everything that decides whether a cache can be decoded by the model at hand.
+    """Everything that decides whether the loaded model can use a cache.
 
     Two caches with equal fingerprints, text and keep_ratio are interchangeable. Hashes are SHA-256 hex digests.
 
     Attributes:
-        format_version: Of the file format, see this module.
-        architecture: The model type, e.g. `llama`.
+        format_version: Version of the file format, see `FORMATS`.
+        architecture: Model type, e.g. `llama`.
         weights: Hash of the base model's weights.
         tokenizer: Hash of the tokenizer.
         prompt: Hash of the prompt form: prefix, document wrapper, question wrapper.
-        prefix: Hash of the token ids of the shared prefix the document was read behind.
-        method: The selector's name and settings, or `adapter`.
+        prefix: Hash of the token ids of the shared prefix before the document.
+        method: Name and settings of the selector, or `adapter`.
         adapter: Hash of the adapter's files; empty without one.
-        eta: The layer whose output the scorer reads; None without a scorer.
+        eta: Number of the layer that supplies the scorer's input; None without a scorer.
         rope: Hash of the rotary embedding's configuration.
-        dtype: Of the stored keys and values.
-        num_layers: Of the model.
-        num_kv_heads: Of the model.
-        head_dim: Of one key or value.
+        dtype: Dtype of keys and values in memory; a file may store another one, see `distilled`.
+        num_layers: Number of layers of the model.
+        num_kv_heads: Number of KV heads of the model.
+        head_dim: Dimension of one key or value.
         keep_spans: Hash of the spans held out of compression; empty without any.
     """
 
@@ -60,9 +60,9 @@ class Fingerprint:
     head_dim: int
     keep_spans: str = ""
 
-    @cached_property  # each look-up in a store asks for it
+    @cached_property  # every look-up in a store needs it
     def digest(self) -> str:
-        """SHA-256 over the canonical JSON of all fields: the name of this fingerprint in the catalog."""
+        """SHA-256 over the canonical JSON of all fields; the catalog's key for this fingerprint."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -70,12 +70,13 @@ class Fingerprint:
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
     @staticmethod
-    @lru_cache(maxsize=64)  # the caches of a store have few, and the same one keeps its digest
+    @lru_cache(maxsize=64)  # a store has few fingerprints, and sharing an instance reuses its digest
     def from_json(text: str) -> Fingerprint:
         """Inverse of `to_json`.
 
         Raises:
-            FingerprintMismatchError: The fields are not those of this version of the format.
+            FingerprintMismatchError: The format version or the set of fields is not supported.
+            CorruptCacheError: The text is not a JSON object.
         """
         try:
             data = json.loads(text)
@@ -98,7 +99,7 @@ class Fingerprint:
         """Raise unless this cache fingerprint equals the one the loaded model expects.
 
         Raises:
-            FingerprintMismatchError: Names every differing field with both sides.
+            FingerprintMismatchError: The fingerprints differ; the message names every differing field with both values.
         """
         if self == expected:
             return
@@ -111,7 +112,7 @@ class Fingerprint:
 
 
 def describe_differences(made: Fingerprint, loaded: Fingerprint) -> str:
-    """One line a person can read: each differing field with the made and the loaded side."""
+    """One readable line: each differing field with its value in the cache and in the loaded model."""
     said = []
     for name, sides in made.differences(loaded).items():
         here, there = (str(side) if side not in ("", None) else "none" for side in sides)

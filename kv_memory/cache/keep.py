@@ -1,10 +1,10 @@
-"""Keep: how much of a passage is kept, as a share of its tokens, a number of them, or the size of the file.
+"""Keep: the amount of a passage to keep, as a share of its tokens, a number of tokens, or a file size.
 
-Caches are made, stored and found by their text, their fingerprint and a keep_ratio. `Keep.ratio_for` says which
-keep_ratio a budget of tokens or a size limit comes to. That depends on nothing but the fingerprint and the length of
-the text: a document that is added again is found unchanged, and a question finds its caches without any text.
+Caches are compressed, stored and found by their text, their fingerprint and a keep_ratio. `Keep.ratio_for` converts a
+budget of tokens or a size limit to a keep_ratio. The result depends only on the fingerprint and the length of the text:
+a document that is added again is found unchanged, and a question finds its caches without the text.
 
-Free of torch, so that a job's driver and the listing of a store stay quick.
+This module does not import torch, so that a job's driver and listing a store stay fast.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ _WINDOW = re.compile(r"\bwindow:(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Keep:
-    """How much of a passage is kept: exactly one of a share, a number of tokens and a size.
+    """The amount of a passage to keep: exactly one of a share, a number of tokens and a size.
 
     Attributes:
         keep_ratio: Share of the tokens, in (0, 1].
-        keep_tokens: Entries in every layer and head, on average where heads share them; what is shorter is kept whole.
-        max_bytes: Size of the cache's file in bytes, at most; what fits is kept whole.
-        storage: How the file is written, which decides how many entries `max_bytes` holds.
+        keep_tokens: Number of entries in every layer and head, on average if heads share a budget. A shorter passage is
+            kept whole.
+        max_bytes: Maximum size of the cache's file in bytes. A passage that fits is kept whole.
+        storage: Dtype of keys and values in the file, which determines how many entries fit into `max_bytes`.
 
     Raises:
-        ConfigError: None of the three is given, or several are, or one is out of range.
+        ConfigError: Not exactly one of the three is given, or it is out of range.
     """
 
     keep_ratio: float | None = None
@@ -70,49 +71,53 @@ class Keep:
         return f"keep ratio {self.keep_ratio:g}" if self.keep_ratio else f"at most {self.max_bytes:,} bytes a passage"
 
     def check(self, fingerprint: Fingerprint) -> None:
-        """Raise if not even one entry for each layer and head fits, whatever the document.
+        """Raise if the budget is too small for one entry in each layer and head, and thus for any document.
 
         Raises:
-            BudgetError: Names the smallest budget that works.
+            BudgetError: The budget is too small; the message names the smallest one that works.
         """
         self.ratio_for(1, fingerprint)
 
     def ratio_for(self, n_tokens: int, fingerprint: Fingerprint, *, n_held: Sequence[int] = ()) -> float:
-        """The keep_ratio of one document, at which its cache is within the budget.
+        """The keep_ratio at which a document's cache is within the budget.
 
         Args:
-            n_tokens: Length of the document as it is compressed, wrappers included.
-            fingerprint: Of its cache.
-            n_held: For each window the tokens held out of compression, which count too; none if empty.
+            n_tokens: Length of the document in tokens, wrappers included.
+            fingerprint: Fingerprint of the document's cache.
+            n_held: Number of tokens held out of compression in each window; they count towards the budget. Empty if
+                no token is held out.
 
         Raises:
-            BudgetError: The budget is smaller than the smallest cache of the document; names what works.
+            BudgetError: The budget is smaller than the smallest cache of the document; the message names the smallest
+                budget that works.
         """
         if self.keep_ratio is not None:
             return float(self.keep_ratio)
+        # 1. Free tokens of each window: those that are not held out of compression.
         windows = windows_of(n_tokens, _window_tokens(fingerprint) or n_tokens)
         held = n_held or [0] * len(windows)
         free = [end - start - n for (start, end), n in zip(windows, held, strict=True)]
-        least = sum(held) + sum(n > 0 for n in free)  # every window keeps at least one
+        # 2. Compare the entries that the budget holds with the fewest possible ones.
+        least = sum(held) + sum(n > 0 for n in free)  # every window keeps at least one free token
         most = self._n_entries(n_tokens, fingerprint)
         if most < least:
             self._raise_too_small(n_tokens, fingerprint, least)
         n_free = sum(free)
-        # Windows round for themselves, so that a little less may be needed than the budget's share.
+        # 3. The largest ratio that fits. Each window rounds separately, so it may be a little below the budget's share.
         for n in range(min(most - sum(held), n_free), 0, -1):
             if sum(n_kept_for(length, n / n_free) for length in free) <= most - sum(held):
                 return n / n_free
-        return 1.0  # everything is held out
+        return 1.0  # all tokens are held out
 
     def fits(self, keep_ratio: float, n_tokens: int, fingerprint: Fingerprint) -> bool:
-        """Whether a document's cache at this keep_ratio is the one that is wanted of it."""
+        """Whether this keep_ratio is exactly the one for a document of `n_tokens`; False if the budget is too small."""
         try:
             return keep_ratio == self.ratio_for(n_tokens, fingerprint)
         except BudgetError:
             return False
 
     def _n_entries(self, n_tokens: int, fingerprint: Fingerprint) -> int:
-        """How many entries of each layer and head are within the budget."""
+        """Number of entries per layer and head within the budget."""
         if self.keep_tokens is not None:
             return self.keep_tokens
         assert self.max_bytes is not None
@@ -140,10 +145,10 @@ class Keep:
 def given_keep(
     keep_ratio: float | None, keep_tokens: int | None, max_bytes: int | None
 ) -> dict[str, float | int | None]:
-    """What a caller gave, for settings: nothing, or one of the three and None for the others, which it replaces.
+    """A caller's choice as changes to settings: empty, or one of the three, with None for the others it replaces.
 
     Raises:
-        ConfigError: Several are given, or one is out of range.
+        ConfigError: More than one is given, or one is out of range.
     """
     values = {"keep_ratio": keep_ratio, "keep_tokens": keep_tokens, "max_bytes": max_bytes}
     if all(value is None for value in values.values()):
@@ -153,20 +158,20 @@ def given_keep(
 
 
 def windows_of(n_tokens: int, window: int) -> list[tuple[int, int]]:
-    """Cut `n_tokens` into the fewest windows, of nearly equal length: a short last one would lack context."""
+    """Cut `n_tokens` into the fewest windows, of nearly equal length: a short last window would lack context."""
     n_windows = -(-n_tokens // window)
     edges = [round(i * n_tokens / n_windows) for i in range(n_windows + 1)]
     return list(pairwise(edges))
 
 
 def _window_tokens(fingerprint: Fingerprint) -> int | None:
-    """The longest stretch that the compressor reads at once, which `Compressor.fingerprint` writes into the method."""
+    """Maximum number of tokens prefilled at once; `Compressor.fingerprint` records it in the method. None if absent."""
     found = _WINDOW.search(fingerprint.method)
     return None if found is None else int(found[1])
 
 
 def _entry_bytes(n_tokens: int, fingerprint: Fingerprint, storage: StorageName) -> int:
-    """Bytes of one entry in every layer and head."""
+    """Size of one entry in every layer and head, in bytes."""
     stored = stored_dtype(storage, fingerprint.dtype)
     position = 2 if n_tokens < 2**15 else 4
     bias = 2 if fingerprint.format_version > 1 else 0
@@ -175,11 +180,12 @@ def _entry_bytes(n_tokens: int, fingerprint: Fingerprint, storage: StorageName) 
     return each * fingerprint.num_layers * fingerprint.num_kv_heads
 
 
-@lru_cache(maxsize=64)  # asked for every text of a store
+@lru_cache(maxsize=64)  # called for every text of a store
 def _fixed_bytes(fingerprint: Fingerprint, storage: StorageName) -> int:
-    """Bytes of a file beside its entries, at most: counts, the scales of keys, and the header.
+    """Maximum size of a file without its entries, in bytes: counts, scales of the keys, and the header.
 
-    With every tensor and the longest numbers in the header: it is to be known before there is a cache.
+    The header is assumed to name every tensor and to have the longest numbers, because the size must be known before
+    the cache exists.
     """
     stored = stored_dtype(storage, fingerprint.dtype)
     per_head = 4 + (2 * fingerprint.head_dim if stored == "int8" else 0)
@@ -195,6 +201,6 @@ def _fixed_bytes(fingerprint: Fingerprint, storage: StorageName) -> int:
     }
     tensor = {"dtype": "BF16", "shape": [10**9] * 4, "data_offsets": [10**10] * 2}
     header = {"__metadata__": {"kv_memory": json.dumps(inner)}, **dict.fromkeys(_TENSORS, tensor)}
-    # Eight bytes of length, and up to seven for a multiple of eight.
+    # 8 bytes for the length, and up to 7 of padding to a multiple of 8.
     n_header = 15 + len(json.dumps(header, separators=(",", ":")))
     return n_header + per_head * fingerprint.num_layers * fingerprint.num_kv_heads

@@ -1,4 +1,4 @@
-"""The command line: `kv-memory`. One module per command; nothing here loads a model library before a command runs."""
+"""The command line `kv-memory`: one module per group of commands. Model libraries load only when a command runs."""
 
 from __future__ import annotations
 

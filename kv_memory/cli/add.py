@@ -1,4 +1,4 @@
-"""`kv-memory add`: documents into the store."""
+"""`kv-memory add`: adds documents to the store."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def add(
         extra = _pairs(metadata or [])
         limit = passage_tokens_of(passage_tokens)
         kept = kept_of(keep_ratio, keep_tokens, max_bytes)
-        # Options, then documents, before a store is made and a model loaded: what is misspelt should say so at once.
+        # Check options, then documents, before a store is created and a model loaded: a typo should fail at once.
         given_settings(
             model=model,
             adapter=adapter,
@@ -171,7 +171,7 @@ def _stdin_text(encoding: str) -> str:
 
 
 def _add(out: Output, memory: KVMemory, read: ReadResult | None, *, stale: bool, encoding: str) -> AddReport:
-    """Add what was read, then compress what is stale; one report of both."""
+    """Add the documents that were read, then compress stale passages; returns one report of both."""
     report: AddReport | None = None
     if read is not None:
         with Tracker(out) as tracker:
@@ -207,9 +207,10 @@ def _mean_fidelity(*reports: AddReport) -> float | None:
 
 
 def print_report(out: Output, report: AddReport, settings: MemorySettings) -> None:
-    """Print what was done: documents, tokens, sizes; or the report as JSON.
+    """Print the documents, tokens and sizes of a report, or the whole report as JSON.
 
-    With `factor`, full size by distilled, and what was to be kept: `keep_ratio`, `keep_tokens` or `max_bytes`.
+    The JSON also has `factor` (full size divided by distilled size) and the settings `keep_ratio`, `keep_tokens` and
+    `max_bytes`.
     """
     if out.as_json:
         factor = report.full_kv_bytes / report.cache_bytes if report.cache_bytes else None

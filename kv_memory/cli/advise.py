@@ -1,4 +1,4 @@
-"""`kv-memory advise`: which keep_ratio suits one's own documents."""
+"""`kv-memory advise`: recommends a keep_ratio for the user's own documents."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def advise_on(
             from kv_memory.documents.encoding import check_encoding
             from kv_memory.evaluate import DEFAULT_KEEP_RATIOS, Wish, advise
 
-        # Before the model is loaded: what is misspelt should be said at once.
+        # Checked before the model is loaded, so that a typo fails at once.
         wish = Wish(max_kl=max_kl, min_same=min_same)
         check_encoding(encoding)
         for path in paths:

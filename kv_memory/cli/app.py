@@ -1,4 +1,4 @@
-"""The command `kv-memory`: its subcommands with their examples, and the process around them."""
+"""The command `kv-memory`: its subcommands with their examples, and the setup of its process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from kv_memory.cli.transfer import export, import_archive
 
 __all__ = ["COMMANDS", "app", "main"]
 
-# Name, function, examples as they are typed. The order is that of the help.
+# Name, function, examples of usage; in the order of the help.
 COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
     (
         "add",
@@ -119,7 +119,7 @@ def _examples(lines: tuple[str, ...]) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)  # \b keeps click from joining the lines
 
 
-# Without Rich's panels: they cut examples in two on a narrow terminal, and what is in brackets would be markup.
+# Without Rich's panels: they break examples on a narrow terminal, and text in brackets would be markup.
 app = typer.Typer(
     name="kv-memory",
     rich_markup_mode=None,
@@ -202,19 +202,22 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character should not end the command
     try:
         app(prog_name="kv-memory")
-    except KeyboardInterrupt:  # before a command began; see `reporting`
+    except KeyboardInterrupt:  # before a command began; later ones are handled in `reporting`
         print("Stopped.", file=sys.stderr)
         sys.exit(STOPPED)
     finally:
         try:
             sys.stdout.flush()
-        except BrokenPipeError:  # `kv-memory list | head`: Python would find out at its very end, and complain
+        except BrokenPipeError:  # `kv-memory list | head`: otherwise Python would complain when it exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(FAILED)
 
 
 def _keep_libraries_quiet() -> None:
-    """Only what this package says goes to the terminal. Not done in `app`, so that tests see every warning."""
+    """Silence libraries, so that the terminal shows only this package's messages.
+
+    This is done here and not in `app`, so that tests see every warning.
+    """
     if debugging():
         return
     quiet: dict[str, Any] = {
@@ -226,9 +229,9 @@ def _keep_libraries_quiet() -> None:
     }
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
-    if not sys.warnoptions:  # -W and PYTHONWARNINGS show what they ask for
+    if not sys.warnoptions:  # -W and PYTHONWARNINGS take precedence
         warnings.simplefilter("ignore")
-        # But a deprecated call of ours is ours to mend. That of a model's forward seems to come from torch in between.
+        # Deprecated calls by this package stay visible. Those of a model's forward are attributed to torch's Module.
         warnings.filterwarnings("default", module=r"kv_memory\b|torch\.nn\.modules\.module$")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("Note: %(message)s"))

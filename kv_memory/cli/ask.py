@@ -70,7 +70,7 @@ def answer_aloud(
         answer = stream.answer
     finally:
         if begun:
-            out.piece("\n")  # also where Ctrl-C came in between
+            out.piece("\n")  # also after Ctrl-C
         stream.close()
     if answer.finish_reason == "no_sources":
         out.note("No passage shares a word with the question, so there is nothing to answer from.")
@@ -94,7 +94,7 @@ def print_sources(out: Output, answer: Answer) -> None:
 
 
 def print_cost(out: Output, answer: Answer) -> None:
-    """Print how soon the answer began, and from what."""
+    """Print the time to first token, and the numbers of entries and tokens behind it."""
     origin = "distilled caches" if answer.read_from == "caches" else "text in the prompt"
     out.line(
         f"First token after {answer.ttft_s:.2f} s, from {origin}: {answer.n_cached_tokens:,} entries read, "
@@ -186,17 +186,17 @@ def chat(
                     except KVMemoryError as error:
                         if not sys.stdin.isatty():
                             raise
-                        out.error(error.to_dict())  # the next question may fare better
+                        out.error(error.to_dict())  # the next question may succeed
         if as_json:
             out.json({"answers": answers})
 
 
 def typed_lines(out: Output) -> Iterator[str]:
-    """Lines from stdin without white space around them, blank ones left out; with a prompt where a person types."""
+    """Stripped lines from stdin, without blank ones; on a terminal with a prompt."""
     if not sys.stdin.isatty():
         yield from (line.strip() for line in sys.stdin if line.strip())
         return
-    with suppress(ImportError):  # not on Windows; with it, input() can be edited and remembers lines
+    with suppress(ImportError):  # not on Windows; importing it gives input() line editing and a history
         importlib.import_module("readline")
     while True:
         try:
@@ -205,7 +205,7 @@ def typed_lines(out: Output) -> Iterator[str]:
             out.note("")
             return
         except KeyboardInterrupt:
-            out.note("")  # what follows should not stand behind the prompt
+            out.note("")  # so that later output starts on its own line
             raise
         if line:
             yield line
@@ -213,7 +213,7 @@ def typed_lines(out: Output) -> Iterator[str]:
 
 def _show_sources(out: Output, answers: list[Answer]) -> None:
     if out.as_json:
-        return  # they are in the JSON object
+        return  # the JSON object has them
     if not answers or not answers[-1].sources:
         out.note("There are no sources yet." if not answers else "The last answer had no sources.")
         return

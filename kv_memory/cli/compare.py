@@ -22,9 +22,9 @@ class Comparison:
     """One question, answered both ways from the same passages.
 
     Attributes:
-        question: As asked.
-        accepted: What makes an answer right; empty where that is not known.
-        document_id: Of the best passage; None where no passage shares a word with the question.
+        question: Text of the question.
+        accepted: Strings of which a right answer contains one; empty if unknown.
+        document_id: Document of the best passage; None if no passage shares a word with the question.
         caches: The answer from distilled caches.
         text: The answer with the passages' text in the prompt.
     """
@@ -37,33 +37,33 @@ class Comparison:
 
     @property
     def ttft_ratio(self) -> float | None:
-        """How many times sooner the first token comes from caches; None where there was nothing to answer from."""
+        """Time to first token from text divided by that from caches; None if there was nothing to answer from."""
         return self.text.ttft_s / self.caches.ttft_s if self.document_id is not None else None
 
     def is_right(self, answer: Answer) -> bool | None:
-        """Whether one of the two answers is right; None where that is not known."""
+        """Whether one of the two answers is right; None if the right answer is unknown."""
         return contains_any(answer.text, self.accepted) if self.accepted else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Medians:
-    """Counts and medians over all questions that had a passage.
+    """Counts and medians over all questions with a passage.
 
     Attributes:
-        n_questions: How many.
-        n_known: To how many the answer is known.
-        right_cached: How many of these were answered rightly from caches; None where none is known.
-        right_text: How many from text.
-        empty_cached: How many answers from caches were empty, of all questions.
-        empty_text: How many from text.
-        n_both_empty: To how many both were.
-        n_same: To how many both ways gave the same answer, up to case and punctuation at the end. Two empty answers
-            are none.
-        caches_ttft_s: Median time to first token from caches.
-        text_ttft_s: Median time to first token from text.
-        ttft_ratio: The second by the first.
-        caches_total_s: Time for all answers from caches.
-        text_total_s: Time for all answers from text.
+        n_questions: Number of questions with a passage.
+        n_known: Number of these with a known answer.
+        right_cached: Number of right answers from caches to questions with a known answer; None if `n_known` is 0.
+        right_text: Number of right answers from text, likewise.
+        empty_cached: Number of empty answers from caches, to all questions.
+        empty_text: Number of empty answers from text, to all questions.
+        n_both_empty: Number of questions with an empty answer both ways.
+        n_same: Number of questions with the same answer both ways, ignoring case and trailing full stops. Two empty
+            answers do not count.
+        caches_ttft_s: Median time to first token from caches, in seconds.
+        text_ttft_s: Median time to first token from text, in seconds.
+        ttft_ratio: `text_ttft_s` divided by `caches_ttft_s`.
+        caches_total_s: Total time of all answers from caches, in seconds.
+        text_total_s: Total time of all answers from text, in seconds.
     """
 
     n_questions: int
@@ -89,10 +89,10 @@ def compare(
     settings: DecodeSettings,
     on_result: Callable[[Comparison], None],
 ) -> list[Comparison]:
-    """Answer each question both ways, taking turns with who begins.
+    """Answer each question both ways, alternating the order.
 
-    The first question is answered once more beforehand, both ways, and not counted: it would pay for what is set up on
-    first use. A cache's checksum is verified when it is first read, which is counted.
+    The first question is first answered both ways without being counted, as a warm-up: otherwise it would pay for
+    everything that is set up on first use. The check of a cache's checksum on its first read is counted.
     """
     both: tuple[ReadFrom, ReadFrom] = ("caches", "text")
 
@@ -119,7 +119,7 @@ def compare(
 
 
 def medians(results: Sequence[Comparison]) -> Medians | None:
-    """Counts and medians; None where no question had a passage."""
+    """Counts and medians of the results; None if no question has a passage."""
     counted = [result for result in results if result.document_id is not None]
     if not counted:
         return None

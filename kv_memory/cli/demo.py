@@ -1,4 +1,4 @@
-"""`kv-memory demo`: the whole way, with figures measured on this machine while you watch."""
+"""`kv-memory demo`: compresses documents and answers questions, with figures measured live on this machine."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["KEEP_RATIO", "demo", "derived_questions"]
 
-KEEP_RATIO: float | None = 1 / 8  # where none is named; None is what every new store begins with
-_ASKED = 12  # of its own questions, where no limit is named
-_DERIVED = 6  # questions made from headings
+KEEP_RATIO: float | None = 1 / 8  # the demo's default; None would be the default of new stores
+_ASKED = 12  # number of built-in questions without --limit
+_DERIVED = 6  # maximum number of questions made from headings
 _HEADING = re.compile(r"^#{1,3} +(\S.*?)[ #]*$", re.MULTILINE)
 _SETTINGS = DecodeSettings(max_new_tokens=24)
 
@@ -83,7 +83,7 @@ def demo(
             kept["keep_ratio"] = KEEP_RATIO
         wanted = _lines(questions) if questions is not None else None
         documents = _read(docs)
-        if wanted is None and docs is None:  # nothing is compressed that no question is about
+        if wanted is None and docs is None:  # compress only documents that a question is about
             about = {asked.package.lower() for asked in known_questions(documents)[: limit or _ASKED]}
             documents = [document for document in documents if document.id.lower() in about] or documents
         if keep is None:
@@ -92,7 +92,7 @@ def demo(
         else:
             out.stopped = f"What was compressed is in {keep}; the same command goes on."
             keep_in = keep
-        # With the texts, because every question is answered from them too.
+        # The texts are kept, because every question is also answered from text.
         memory = stack.enter_context(
             open_memory(out, keep_in, "demo", create=True, model=model, **kept, keep_text=True)
         )
@@ -140,7 +140,7 @@ def _lines(path: Path) -> list[str]:
 def _choose(
     out: Output, wanted: list[str] | None, documents: Sequence[Document], *, from_packages: bool, limit: int | None
 ) -> list[Question]:
-    """The user's questions, those with known answers, typed ones, or such as can be made from headings."""
+    """The questions to ask: the user's, those with known answers, typed ones, or ones made from headings."""
     if wanted is None and from_packages:
         return known_questions(documents)[: limit or _ASKED]
     return [Question(text) for text in (_typed(out, documents) if wanted is None else wanted)[:limit]]
@@ -159,7 +159,7 @@ def _typed(out: Output, documents: Sequence[Document]) -> list[str]:
 
 
 def derived_questions(documents: Iterable[Document]) -> list[str]:
-    """What can be asked of unknown documents: what they say about their headings, or about what they are named for."""
+    """Questions about unknown documents, made from their headings, or from a document's name if it has no headings."""
     topics: list[str] = []
     for document in documents:
         headings = _HEADING.findall(document.text)

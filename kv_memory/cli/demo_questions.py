@@ -1,4 +1,4 @@
-"""What the demo asks by default: questions about descriptions of packages, with answers that can be checked."""
+"""The demo's default questions: about descriptions of packages, with answers that can be checked."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ class Question:
     """A question of the demo.
 
     Args:
-        text: As asked.
-        accepted: An answer with one of these in it is right, and the question holds none of them; empty where no
-            answer is known.
-        package: Whose description answers it, if one does.
+        text: Text of the question.
+        accepted: Strings of which a right answer contains one, and the question none; empty if no answer is known.
+        package: Package with the description that answers the question, if any.
     """
 
     text: str
@@ -27,8 +26,8 @@ class Question:
     package: str = ""
 
 
-# Package by package, so that the first ones ask about few of them. Each is answered by what the demo reads of the
-# package; whether a model answers it rightly, from the text or from the cache, did not decide.
+# Grouped by package, so that the first questions concern few packages. Each is answered by the demo's text about the
+# package. They were not selected by whether a model answers them correctly, from the text or from the cache.
 QUESTIONS = (
     Question("Which statements can Alembic emit to a database?", ("ALTER", "ALTER TABLE"), "alembic"),
     Question("Of which library is the author of Alembic also the author?", ("SQLAlchemy",), "alembic"),
@@ -64,12 +63,12 @@ QUESTIONS = (
 
 
 def known_questions(documents: Iterable[Document]) -> list[Question]:
-    """The questions that these documents answer: another release may describe itself in other words."""
+    """The questions that these documents answer; the description of another release may lack an answer."""
     texts = {document.id.lower(): document.text for document in documents}
     return [asked for asked in QUESTIONS if contains_any(texts.get(asked.package.lower(), ""), asked.accepted)]
 
 
 def contains_any(text: str, wanted: Iterable[str]) -> bool:
-    """Whether one of the strings is in a text, as whole words and in any case."""
+    """Whether a text contains one of the strings, as whole words, ignoring case."""
     spaced = " ".join(text.split())
     return any(re.search(rf"(?<!\w){re.escape(string)}(?!\w)", spaced, re.IGNORECASE) for string in wanted)

@@ -1,4 +1,4 @@
-"""What the demo shows on a terminal."""
+"""The demo's output on a terminal."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ __all__ = ["Compressed", "introduce", "print_compressed", "print_end", "print_re
 
 @dataclass(frozen=True, kw_only=True)
 class Compressed:
-    """What the demo's store holds.
+    """The contents of the demo's store.
 
     Attributes:
-        n_documents: In the store.
-        n_passages: Theirs.
-        n_tokens: Of the caches, wrappers included.
-        full_kv_bytes: What their full caches would take.
-        cache_bytes: What the distilled caches take.
-        factor: The first by the second.
-        elapsed_s: Of compressing; 0 where all of it was stored already.
-        tokens_per_s: Compressed now; None where nothing was.
+        n_documents: Number of documents in the store.
+        n_passages: Number of their passages.
+        n_tokens: Number of tokens that the caches stand for, including the prompt form's wrappers.
+        full_kv_bytes: Size of the full caches in bytes.
+        cache_bytes: Size of the distilled caches in bytes.
+        factor: `full_kv_bytes` divided by `cache_bytes`.
+        elapsed_s: Time to compress in seconds; 0 if everything was stored already.
+        tokens_per_s: Speed of compression in this run; None if nothing was compressed.
     """
 
     n_documents: int
@@ -44,7 +44,7 @@ class Compressed:
 
 
 def introduce(out: Output, documents: Sequence[Document], model: str, *, from_packages: bool) -> None:
-    """Say which model reads what."""
+    """Print the model and the documents."""
     if out.as_json:
         return
     if model in BUILT_IN:
@@ -58,7 +58,7 @@ def introduce(out: Output, documents: Sequence[Document], model: str, *, from_pa
 
 
 def print_compressed(out: Output, compressed: Compressed, memory: KVMemory) -> None:
-    """Print what compressing took and gave."""
+    """Print the time that compression took, and the sizes before and after."""
     speed = "compressed in an earlier run"
     if compressed.tokens_per_s is not None:
         speed = f"{compressed.elapsed_s:.0f} s, {compressed.tokens_per_s:,.0f} tokens/s"
@@ -98,7 +98,7 @@ def print_result(out: Output, result: Comparison) -> None:
 
 
 def print_end(out: Output, overall: Medians | None, *, model: str, keep: Path | None) -> None:
-    """Print the counts and medians, and what to run next."""
+    """Print the counts and medians, and commands to run next."""
     out.line()
     if overall is not None:
         n, known = overall.n_questions, overall.n_known

@@ -1,4 +1,4 @@
-"""`list`, `show` and `remove`: the documents of a store, by their ids."""
+"""`list`, `show` and `remove`: commands for the documents of a store, by their ids."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _SHOWN = 8
 
 
 def find_document_id(given: str, ids: Sequence[str]) -> str:
-    """The id that `given` names.
+    """The document id that `given` matches.
 
-    An exact id comes first, then the path of a file (its id is the absolute path), then the end of a path (a file
-    name, or `folder/name`), then the beginning of an id.
+    Tried in order: an exact id, the path of a file (its id is the absolute path), the end of a path (a file name, or
+    `folder/name`), and the beginning of an id.
 
     Args:
-        given: As typed.
-        ids: Of all documents.
+        given: Name as the user typed it.
+        ids: Ids of all documents.
 
     Raises:
-        DocumentNotFoundError: It names none, or several, which are listed.
+        DocumentNotFoundError: No document matches, or several do; the message lists up to 8 of them.
     """
     for exact in (given, _as_path_id(given)):
         if exact in ids:
@@ -62,7 +62,7 @@ def find_document_id(given: str, ids: Sequence[str]) -> str:
 def _as_path_id(given: str) -> str:
     try:
         return Path(given).expanduser().resolve().as_posix()
-    except (OSError, RuntimeError, ValueError):  # a loop of links, an unknown user, a NUL: no path, so no such file
+    except (OSError, RuntimeError, ValueError):  # a loop of links, an unknown user or a NUL: not the path of a file
         return given
 
 
@@ -111,7 +111,7 @@ def show(
         if as_json:
             shown = {**plain(record), "n_tokens": record.n_tokens}
             for passage in shown["passages"]:
-                del passage["terms"]  # hashes of words, for retrieval, which would fill pages
+                del passage["terms"]  # word hashes for retrieval, which would fill pages
             out.json({"document": shown, "caches": caches})
         else:
             _print(out, record, caches)

@@ -1,4 +1,4 @@
-"""`kv-memory eval`: what an answer loses at each keep_ratio."""
+"""`kv-memory eval` and `report`: measure how much answers lose at each keep_ratio, and compare evaluations."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def evaluate_task(
             from kv_memory.evaluate.tasks import find_task
             from kv_memory.evaluate.tasks.qa import read_questions
 
-        # Before the model is loaded: what is misspelt should be said at once.
+        # Checked before the model is loaded, so that a typo fails at once.
         find_task(task)
         check_groups(task, by or ())
         check_choice(storage, StorageName, where="storage")
@@ -295,7 +295,7 @@ def _print(out: Output, result: Evaluation, folder: Path | None) -> None:
 
 
 def print_rows(out: Output, rows: Sequence[Row]) -> None:
-    """Print a table, or with `--json` one object a line."""
+    """Print the rows as a table, or with `--json` as one object per line."""
     if out.as_json:
         for row in rows:
             print(json.dumps(row.to_dict(), ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""`kv-memory job`: many documents, compressed by worker processes; the store's catalog remembers how far they are."""
+"""`kv-memory job run` and `resume`: compress many documents in worker processes; the catalog records the progress."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def run(
         settings = JobSettings(
             memory={}, encoding=encoding, id_field=id_field, text_field=text_field, max_attempts=max_attempts
         )
-        request.specs(settings)  # before a store is made: what is misspelt should not leave one behind
+        request.specs(settings)  # checked before a store is created, so that a typo does not leave one behind
         with Store.open(store, collection=collection) as opened:
             made = _engine_of(engine, opened, workers, gpus_per_worker)
             memory = resolve_settings(given, opened.settings())
@@ -219,7 +219,7 @@ def _engine_of(name: str, store: Store, workers: int, gpus: float | None) -> Eng
 
 
 def _where(store: Store, job: Job) -> str:
-    """The options with which a command finds the job again, where it would not without."""
+    """The options that a command needs to find the job again; empty if the defaults suffice."""
     given = {}
     if store.path.absolute() != Path(os.environ.get("KV_MEMORY_STORE") or DEFAULT_STORE).absolute():
         given["--store"] = str(store.path)
@@ -241,7 +241,7 @@ def _drive(
     out.stopped = f"What is done stays done; `{go_on}` goes on."
     if job.state == "done" and not retry_failed and not out.as_json:
         out.note(f"Job {job.name} is done; nothing is left to do.")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # they would run into ours
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # they would interfere with the tracker's bar
     with JobTracker(out) as tracker:
         ended = drive(store, job, engine, resumed=resumed, retry_failed=retry_failed, on_event=tracker)
     print_ended(out, ended)

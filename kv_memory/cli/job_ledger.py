@@ -1,4 +1,4 @@
-"""`kv-memory job list`, `show` and `cancel`: what the ledger says, without a model."""
+"""`kv-memory job list`, `show` and `cancel`: commands on the ledger, without a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kv-memory models`: what can be used here."""
+"""`kv-memory models`: lists the models that can be used on this machine, and prepares built-in ones."""
 
 from __future__ import annotations
 

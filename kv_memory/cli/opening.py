@@ -1,4 +1,4 @@
-"""Opening the store for a command, saying what takes a moment."""
+"""Opens the store for a command, with a status line while that takes a moment."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["load_model", "open_memory", "open_store"]
 
 
 def open_store(out: Output, store: Path, collection: str) -> Store:
-    """Open a store that exists, for commands that need no model: KVMemory would load its library, which takes seconds.
+    """Open an existing store for commands that need no model. Errors as in `Store.open`.
 
-    Errors as in `Store.open`.
+    A KVMemory would load the model library, which takes seconds.
     """
     with out.working("Starting"):
         from kv_memory.store import Store
@@ -46,9 +46,9 @@ def open_memory(
     storage: str | None = None,
     keep_text: bool | None = None,
 ) -> KVMemory:
-    """Open a store, or make one; settings and errors as in `KVMemory.open`.
+    """Open a memory, or with `create` also a new one; settings and errors as in `KVMemory.open`.
 
-    With `create` the model is loaded at once: one that is misspelt must not leave an empty store behind.
+    With `create` the model is loaded at once, so that a wrong name does not leave an empty store behind.
     """
     with out.working("Loading the model" if create else "Starting"):
         from kv_memory.memory import KVMemory
@@ -62,7 +62,7 @@ def open_memory(
             keep_ratio=keep_ratio,
             keep_tokens=keep_tokens,
             max_bytes=max_bytes,
-            selector=cast("SelectorName | None", selector),  # checked there, with an error that names the choices
+            selector=cast("SelectorName | None", selector),  # checked in `open`, with an error that names the choices
             passage_tokens=passage_tokens,
             prompt=cast("PromptName | None", prompt),
             refine_steps=refine_steps,
@@ -74,7 +74,7 @@ def open_memory(
 
 
 def load_model(out: Output, memory: KVMemory) -> None:
-    """Load model and adapter now."""
+    """Load the model and the adapter now."""
     name = memory.settings.model
     with out.working(f"Loading the model ({name})"):
         memory.load()

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what their values become."""
+"""Options that several commands share, and the parsing of their values."""
 
 from __future__ import annotations
 
@@ -197,10 +197,10 @@ DEFAULT_COLLECTION = "default"
 
 
 def passage_tokens_of(text: str) -> int | Literal["auto"] | None:
-    """What `--passage-tokens` means: a number, None for `whole`, or `auto`.
+    """The value of `--passage-tokens`: a number, None for `whole`, or `auto`.
 
     Raises:
-        ConfigError: It is none of these.
+        ConfigError: `text` is none of these.
     """
     if text == "auto":
         return "auto"
@@ -217,7 +217,7 @@ def passage_tokens_of(text: str) -> int | Literal["auto"] | None:
 
 
 class Kept(TypedDict):
-    """How much is to be kept, by the names that settings have; at most one is not None."""
+    """The amount to keep, under the names of the settings; at most one value is not None."""
 
     keep_ratio: float | None
     keep_tokens: int | None
@@ -225,27 +225,27 @@ class Kept(TypedDict):
 
 
 def kept_of(keep_ratio: str | None, keep_tokens: int | None, max_bytes: str | None) -> Kept:
-    """What `--keep-ratio`, `--keep-tokens` and `--max-bytes` mean.
+    """The values of `--keep-ratio`, `--keep-tokens` and `--max-bytes`.
 
     Raises:
-        ConfigError: One is not understood, or several are given.
+        ConfigError: A value is invalid, or several options are given.
     """
     kept: Kept = {
         "keep_ratio": None if keep_ratio is None else ratio_of(keep_ratio),
         "keep_tokens": keep_tokens,
         "max_bytes": None if max_bytes is None else size_of(max_bytes, where="--max-bytes"),
     }
-    given_keep(**kept)  # refuses what it refuses, before a model is loaded
+    given_keep(**kept)  # for its checks only, before a model is loaded
     return kept
 
 
 def decode_settings_of(
     max_new_tokens: int, temperature: float, seed: int | None, stop: list[str] | None
 ) -> DecodeSettings:
-    """The options of a command that answers, as settings.
+    """The decoding options of a command as settings.
 
     Raises:
-        ConfigError: One is out of range.
+        ConfigError: A value is out of range.
     """
     return DecodeSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=tuple(stop or ()))
 
@@ -255,28 +255,28 @@ _TIMES = {"": 1, "s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 def size_of(text: str, *, where: str) -> int:
-    """Bytes of a size, e.g. `500MB` (10^6) or `2GiB` (2^30).
+    """The number of bytes of a size, e.g. `500MB` (10^6) or `2GiB` (2^30).
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: `text` is not a size above 0.
     """
     return int(_of(text, _SIZES, where, "500MB, 20GB or 2GiB"))
 
 
 def seconds_of(text: str, *, where: str) -> float:
-    """Seconds of a time, e.g. `90s`, `12h`, `30d`.
+    """The number of seconds of a duration, e.g. `90s`, `12h`, `30d`.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: `text` is not a duration above 0.
     """
     return _of(text, _TIMES, where, "90s, 12h or 30d")
 
 
 def ratio_of(text: str) -> float:
-    """A share written as `0.25` or `1/4`.
+    """The value of a share written as `0.25` or `1/4`.
 
     Raises:
-        ConfigError: It is neither, or not in (0, 1].
+        ConfigError: `text` is neither, or the value is not in (0, 1].
     """
     try:
         value = float(Fraction(text))

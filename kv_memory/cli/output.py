@@ -1,4 +1,4 @@
-"""What a command prints: results on stdout, for people or as one JSON object; everything else on stderr."""
+"""The output of a command: results on stdout, for people or as one JSON object; everything else on stderr."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ __all__ = ["FAILED", "STOPPED", "Output", "debugging", "factor_text", "plain", "
 
 FAILED, USAGE, STOPPED = 1, 2, 130
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_UNBOUNDED = 10_000  # columns where nobody looks: a file is not folded at 80
+_UNBOUNDED = 10_000  # width outside of a terminal, so that lines in a file are not folded at 80 columns
 
 
 def debugging() -> bool:
-    """Whether `KV_MEMORY_DEBUG` asks for tracebacks and for what libraries say."""
+    """Whether `KV_MEMORY_DEBUG` asks for tracebacks and the messages of libraries."""
     return os.environ.get("KV_MEMORY_DEBUG", "") not in {"", "0"}
 
 
 def printable(text: str) -> str:
-    """Text from documents and models for a terminal, which obeys control characters: they become a question mark."""
+    """Text with control characters replaced by U+FFFD, since a terminal would obey those in documents and answers."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
@@ -45,12 +45,12 @@ def size_text(size_bytes: int) -> str:
 
 
 def factor_text(full_bytes: int, size_bytes: int) -> str:
-    """How many times smaller, e.g. `4.0x smaller`; a dash where there is nothing to compare."""
+    """The factor between two sizes for people, e.g. `4.0x smaller`; a dash if `size_bytes` is 0."""
     return f"{full_bytes / size_bytes:.1f}x smaller" if size_bytes else "-"
 
 
 def plain(value: Any) -> Any:
-    """What JSON can hold of a record: dataclasses become objects, times ISO 8601, paths and errors what they say."""
+    """A JSON-serialisable form: dataclasses and errors become objects, times ISO 8601 strings, paths strings."""
     if isinstance(value, KVMemoryError):
         return value.to_dict()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -65,7 +65,7 @@ def plain(value: Any) -> Any:
 
 
 class Output:
-    """Where a command writes.
+    """The output streams of a command.
 
     Args:
         as_json: Print one JSON object instead of text for people.
@@ -73,7 +73,7 @@ class Output:
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
-        self.one_line = False  # each JSON object, also for people
+        self.one_line = False  # print each JSON object on one line, also on a terminal
         self.stopped = "Nothing was changed."
         self._out = _console(stderr=False)
         self.notes = _console(stderr=True)
@@ -91,12 +91,12 @@ class Output:
         self._out.print(Text(printable(text), style=style or ""), soft_wrap=True)
 
     def piece(self, text: str) -> None:
-        """Print a part of a line, now."""
+        """Print a part of a line, and flush."""
         sys.stdout.write(printable(text))
         sys.stdout.flush()
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[str] = ()) -> None:
-        """Print a table of the result; the columns named in `right` are numbers."""
+        """Print a table of the result; the columns named in `right` are aligned right."""
         table = Table(box=None, pad_edge=False, show_header=any(columns), header_style="bold")
         numbers = set(right)
         for column in columns:
@@ -121,7 +121,7 @@ class Output:
         return self.notes.status(Text(printable(text)))
 
     def error(self, error: Mapping[str, str | None]) -> None:
-        """Print an error, as `KVMemoryError.to_dict` has it: what, where and the next step, a line each."""
+        """Print an error in the form of `KVMemoryError.to_dict`: what, where and the next step, on a line each."""
         if self.as_json:
             self.json({"error": error})
             return
@@ -133,7 +133,7 @@ class Output:
                 self.note(f"{label}: {error[name]}")
 
     def say_stopped(self) -> None:
-        """Say that the command was stopped, and how to go on."""
+        """Print that the command was stopped, and how to continue."""
         if self.as_json:
             self.error({"error": "KeyboardInterrupt", "what": "stopped", "where": None, "next_step": self.stopped})
         else:
@@ -151,7 +151,7 @@ def _console(*, stderr: bool) -> Console:
 def reporting(*, as_json: bool) -> Iterator[Output]:
     """Run a command: errors are printed and become exit codes.
 
-    Every setting a command knows comes from its options, so a `ConfigError` is wrong usage.
+    All settings of a command come from its options, so a `ConfigError` means wrong usage.
     """
     out = Output(as_json=as_json)
     code = FAILED

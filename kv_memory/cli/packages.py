@@ -1,7 +1,8 @@
-"""What the demo reads by default: the descriptions of Python packages that are installed beside this one.
+"""The demo's default documents: the descriptions of Python packages that are installed beside this one.
 
-They are texts nobody wrote for a demo, on every machine that has this package, and need no network. What `pip` shows of
-a package comes first (summary, version, licence, author), then the prose of its description up to a limit.
+These texts were not written for a demo, exist on every machine that has this package, and need no network. Each begins
+with the metadata that `pip` shows (summary, version, licence, author), followed by the prose of the description up to a
+limit.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from kv_memory.documents import Document
 
 __all__ = ["PACKAGES", "package_documents", "prose_of"]
 
-# Dependencies of this package, its own or of what it needs, whose descriptions have prose in them.
+# Direct and indirect dependencies of this package with prose in their descriptions.
 PACKAGES = (
     "alembic",
     "beautifulsoup4",
@@ -35,8 +36,8 @@ PACKAGES = (
     "tqdm",
     "typer",
 )
-_LEAST_WORDS = 6  # of a paragraph; shorter ones are headings, badges and lists of links
-_LEAST_CHARS = 200  # of a description; with less to say a package is left out
+_LEAST_WORDS = 6  # minimum length of a paragraph; shorter ones are headings, badges and lists of links
+_LEAST_CHARS = 200  # minimum length of a description's prose; packages with less are left out
 
 _FENCE = re.compile(r"^ *(```|~~~).*?^ *\1`*~* *$", re.MULTILINE | re.DOTALL)
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
@@ -56,11 +57,12 @@ _BULLET = re.compile(r"^ *(?:[-*+•]|\d+[.)]) +")
 
 
 def package_documents(names: Iterable[str] = PACKAGES, *, max_chars: int = 900) -> list[Document]:
-    """One document per package that is installed and has prose to say about itself, in the order of the names.
+    """One document for each installed package with enough prose in its description, in the order of the names.
 
     Args:
-        names: Of the packages, as on PyPI.
-        max_chars: The longest text, in characters; cut at a paragraph border, else at the end of a sentence.
+        names: Names of the packages, as on PyPI.
+        max_chars: Maximum length of the description's prose in characters; it is cut at the end of a paragraph, or
+            else of a sentence.
     """
     documents = []
     for name in names:
@@ -86,7 +88,7 @@ def package_documents(names: Iterable[str] = PACKAGES, *, max_chars: int = 900) 
 def prose_of(description: str) -> str:
     """The paragraphs of a Markdown or reStructuredText description, without code, images, badges and links.
 
-    A heuristic, not a parser: what remains is meant to be read by a model, and a stray mark does no harm.
+    This is a heuristic and not a parser: the result is input for a model, and a stray mark does no harm.
     """
     text = description.replace("\r\n", "\n").expandtabs(4)
     for pattern, by in (
@@ -98,7 +100,7 @@ def prose_of(description: str) -> str:
         (_UNDERLINE, ""),
         (_TAG, ""),
         (_LINK, r"\1"),
-        (_LINK, r"\1"),  # a badge that was a link leaves another one behind
+        (_LINK, r"\1"),  # twice, because links may be nested, e.g. around a badge
         (_RST_LINK, r"\1"),
         (_RST_ROLE, r"\1"),
         (_RST_NAME, r"\1"),
@@ -125,14 +127,17 @@ def _paragraphs(text: str) -> Iterable[str]:
         if len(paragraph.split()) < _LEAST_WORDS or letters < 0.85 * len(paragraph) or paragraph[-1] not in ".!?:":
             lead = ""
         elif paragraph.endswith(":"):
-            lead = f"{paragraph}\n\n"  # worth reading only if what it announces is
+            lead = f"{paragraph}\n\n"  # kept only if the list that it announces is
         else:
             yield lead + paragraph if paragraph.startswith("- ") else paragraph
             lead = ""
 
 
 def _joined(lines: list[str]) -> str:
-    """The lines of a block as one, apart from list items, which keep a line each; links without their text go."""
+    """The lines of a block joined into one, except list items, which keep their own line.
+
+    List items that contain nothing but a label (the label of a removed link) are dropped.
+    """
     joined = ""
     for line in lines:
         if not line.lstrip().startswith("#"):
@@ -160,7 +165,7 @@ def _about(metadata: Message) -> dict[str, Any]:
         "name": str(metadata["Name"]),
         "version": str(metadata["Version"]),
         "summary": str(metadata.get("Summary") or "").strip().rstrip("."),
-        # Some put the whole text of the licence there, or name everybody who ever helped.
+        # Some packages put the whole licence text here, or name all contributors.
         "licence": licence if len(licence) < 40 else "",
         "author": author if len(author) < 60 else "",
         "requires_python": str(metadata.get("Requires-Python") or ""),

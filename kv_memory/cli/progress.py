@@ -1,4 +1,4 @@
-"""Progress of long commands: a bar on a terminal, a line now and then elsewhere, JSON events for a job."""
+"""Progress of long commands: a bar on a terminal, occasional lines elsewhere, JSON events for a job."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ __all__ = [
 
 
 def one_line() -> Column:
-    """For the columns of a bar: never broken, whatever the terminal's width."""
+    """A column of a bar that is never wrapped, whatever the terminal's width."""
     return Column(no_wrap=True)
 
 
 class Tracking:
-    """A context manager, in which the bar is there. Each long command has a subclass that it calls with what happened.
+    """A context manager that shows the bar. Each long command has a subclass, which it calls with its progress.
 
     Args:
-        out: Whose notes it writes to.
-        columns: Of the bar, behind a text and the bar itself.
-        text: What stands before the bar until the first `show`.
-        every_s: At least so long from line to line, where there is no terminal, in seconds.
-        at_once: The first line need not wait.
-        estimate_s: What speed and time left are reckoned from, in seconds.
+        out: Output to write notes to.
+        columns: Columns after the text and the bar itself.
+        text: Text before the bar until the first `show`.
+        every_s: Minimum time between lines in seconds, where there is no terminal.
+        at_once: Allow the first line immediately.
+        estimate_s: Period from which speed and remaining time are estimated, in seconds.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Tracking:
         if out.notes.is_terminal and not out.as_json:
             self._bar = Progress(
                 TextColumn("{task.fields[text]}", markup=False, table_column=one_line()),
-                BarColumn(bar_width=None),  # what is left of the line
+                BarColumn(bar_width=None),  # fills the rest of the line
                 *columns,
                 console=out.notes,
                 transient=True,
@@ -105,22 +105,22 @@ class Tracking:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since it was made."""
+        """Seconds since this tracker was created."""
         return time.monotonic() - self._start_s
 
     def show(self, text: str, n_done: float, n_total: float | None) -> bool:
-        """Move the bar; False where there is none, and a line may be written."""
+        """Update the bar; False if there is no bar, and a line may be written instead."""
         if self._bar is not None:
             self._bar.update(self._task, total=n_total, completed=n_done, text=text)
         return self._bar is not None
 
     def restart(self, text: str) -> None:
-        """Begin another step: the bar is empty again, and its speed unknown."""
+        """Begin another step: reset the bar and its speed."""
         if self._bar is not None:
             self._bar.reset(self._task, total=None, text=text)
 
     def is_time(self, every_s: float | None = None) -> bool:
-        """Whether a line is due; if so, the next one is so many seconds away."""
+        """Whether a line is due; if so, the next one is due after `every_s` seconds."""
         now_s = time.monotonic()
         if self._told_s is not None and now_s - self._told_s < (self._every_s if every_s is None else every_s):
             return False
@@ -132,7 +132,7 @@ _NAME_WIDTH = 24
 
 
 class _TokensColumn(ProgressColumn):
-    """Tokens done, tokens to do, tokens a second."""
+    """A column with the tokens done, all tokens, and tokens per second."""
 
     def render(self, task: Task) -> Text:
         """The column's text."""
@@ -152,11 +152,11 @@ class Tracker(Tracking):
             TimeRemainingColumn(compact=True, table_column=one_line()),
             text="reading",
             every_s=5.0,
-            estimate_s=60.0,  # passages differ in length, and a machine has other work too
+            estimate_s=60.0,  # long, because passages differ in length, and the machine may have other work
         )
 
     def __call__(self, progress: AddProgress) -> None:
-        """Show how far it is."""
+        """Show the progress."""
         name = printable(progress.document_id)
         short = name if len(name) <= _NAME_WIDTH else f"…{name[1 - _NAME_WIDTH :]}"
         if self.show(short, progress.n_tokens, progress.n_tokens_total) or not self.is_time():
@@ -179,11 +179,11 @@ class EvalTracker(Tracking):
             TimeRemainingColumn(compact=True, table_column=one_line()),
             text="reading",
             every_s=10.0,
-            estimate_s=300.0,  # methods differ in what they take
+            estimate_s=300.0,  # long, because methods differ in speed
         )
 
     def __call__(self, progress: EvalProgress) -> None:
-        """Show how far it is."""
+        """Show the progress."""
         name = progress.method
         if progress.keep_ratio is not None:
             name += f" at {progress.keep_ratio:.3g}"
@@ -196,7 +196,7 @@ class EvalTracker(Tracking):
         self._out.note(line)
 
 
-_SMOOTH = 0.95  # of the loss that is shown: that of a single step says little
+_SMOOTH = 0.95  # weight of the past in the loss shown, since the loss of a single step is noisy
 
 
 class TrainTracker(Tracking):
@@ -210,17 +210,17 @@ class TrainTracker(Tracking):
             text="preparing",
             every_s=30.0,
             at_once=False,
-            estimate_s=300.0,  # documents differ in length
+            estimate_s=300.0,  # long, because documents differ in length
         )
         self._first: TrainProgress | None = None
         self._loss: tuple[str, float] = "", 0.0
 
     def questions(self, n_done: int, n_total: int) -> None:
-        """Show how many passages questions were written about."""
+        """Show the number of passages that questions were written about."""
         self._tell("writing questions", n_done, n_total, f"questions about {n_done:,} of {n_total:,} passages")
 
     def __call__(self, progress: TrainProgress) -> None:
-        """Show how far it is."""
+        """Show the progress."""
         stage, loss = self._loss
         loss = _SMOOTH * loss + (1 - _SMOOTH) * progress.loss if stage == progress.stage else progress.loss
         self._loss = progress.stage, loss
@@ -251,12 +251,12 @@ class TransferTracker(Tracking):
             TimeRemainingColumn(compact=True),
             text="",
             every_s=5.0,
-            at_once=False,  # what is done within seconds needs no line
+            at_once=False,  # a transfer of a few seconds needs no line
         )
         self._step = ""
 
     def __call__(self, progress: TransferProgress) -> None:
-        """Show how far it is."""
+        """Show the progress."""
         total = progress.size_bytes_total or None
         step = _STEPS[progress.step]
         if step != self._step:
@@ -268,19 +268,19 @@ class TransferTracker(Tracking):
         self._out.note(f"{step}: {size_text(progress.size_bytes)}{of_all}, {progress.n_documents:,} documents")
 
 
-_SHOWN = 5  # sources
+_SHOWN = 5  # maximum number of sources shown
 _JSON_EVERY_S = 1.0
 
 
 class JobTracker(Tracking):
-    """Call it with every event; with `as_json`, events are lines of standard output."""
+    """Call it with every event; with `as_json`, events are printed as lines on stdout."""
 
     def __init__(self, out: Output) -> None:
         super().__init__(out, text="", every_s=_JSON_EVERY_S if out.as_json else 5.0)
         self._told = ""
 
     def __call__(self, event: Event) -> None:
-        """Show what happened."""
+        """Show the event."""
         fields: dict[str, Any] = plain(event)
         is_progress = event.kind == "progress"
         if self._out.as_json:
@@ -296,7 +296,7 @@ class JobTracker(Tracking):
         elif event.kind == "worker_died":
             self._out.note(f"A worker died ({fields['reason']}); another one takes its place.", style="yellow")
         elif is_progress:
-            # Without a total the bar only swings, until it is worth to look at.
+            # Without a total the bar only pulses, until a worker has started a document.
             said, total = _said(fields), None if _is_starting(fields) else fields["total"]
             if self.show(said, fields["done"] + fields["failed"], total):
                 return
@@ -306,19 +306,19 @@ class JobTracker(Tracking):
 
 
 def sources_text(names: Sequence[str]) -> str:
-    """The sources of a job for people: a pattern may stand for hundreds of files."""
+    """The sources of a job for people, shortened because a pattern may stand for hundreds of files."""
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _is_starting(fields: dict[str, Any]) -> bool:
-    """Whether no worker has come to a document yet, of those that are left."""
+    """Whether no worker has started a document yet, while there are or may be some to do."""
     left = fields["total"] - fields["done"] - fields["failed"]
     return not fields["in_hand"] and not fields["documents_per_s"] and (left > 0 or not fields["total"])
 
 
 def _said(fields: dict[str, Any]) -> str:
-    """One line: `120/1,000 documents, 3.1/s, 1,240 tokens/s, 4 min 44 s left, 2 failed`."""
+    """One line, e.g. `120/1,000 documents, 3.1/s, 1,240 tokens/s, 4 min 44 s left, 2 failed`."""
     more = "" if fields["discovered"] else "+"
     if not fields["total"]:
         return "Nothing to compress" if fields["discovered"] else "Looking for documents"
@@ -338,7 +338,7 @@ def _said(fields: dict[str, Any]) -> str:
 
 
 def count_text(n: int, noun: str, *, more: str = "") -> str:
-    """A number of things, e.g. `1 document`, `12 documents`; `more` stands behind a number that may grow."""
+    """A number of things, e.g. `1 document`, `12 documents`; `more` follows the number, e.g. `+` if it may grow."""
     return f"{n:,}{more} {noun if n == 1 and not more else f'{noun}s'}"
 
 
@@ -351,7 +351,7 @@ def _time_text(seconds: float) -> str:
 
 
 def print_ended(out: Output, ended: JobEnded) -> None:
-    """The summary of a job that has ended; as JSON it was the last event already."""
+    """Print the summary of a job that has ended; not with `as_json`, where the last event was the summary."""
     if out.as_json:
         return
     counts = [f"{ended.added:,} added, {ended.replaced:,} replaced, {ended.unchanged:,} unchanged"]

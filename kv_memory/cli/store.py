@@ -1,4 +1,4 @@
-"""`stats`, `check`, `gc`, `budget`, `pin`, `unpin` and `db`: keeping a store in order."""
+"""`stats`, `check`, `gc`, `budget`, `pin`, `unpin` and `db`: commands that inspect and maintain a store."""
 
 from __future__ import annotations
 

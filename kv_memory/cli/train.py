@@ -1,4 +1,4 @@
-"""`kv-memory train`: an adapter for a model, from sets of questions or for a body of documents."""
+"""`kv-memory train`: trains an adapter for a model on sets of questions, or for a corpus of documents."""
 
 from __future__ import annotations
 
@@ -254,14 +254,14 @@ def _time_text(seconds: float) -> str:
 
 
 def changes_of(options: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """Settings asked for by name: options that were given, and `--set NAME=VALUE`.
+    """The settings that the user changes: options that were given, and `--set NAME=VALUE`.
 
     Args:
-        options: By the names of `TrainSettings`; None where an option was not given.
-        assignments: `NAME=VALUE`; lists with commas, `none` for what has no value.
+        options: Values by field of `TrainSettings`; None for an option that was not given.
+        assignments: Strings `NAME=VALUE`, with commas between the items of a list, and `none` for None.
 
     Raises:
-        ConfigError: There is no such setting, or the value is of another type.
+        ConfigError: An assignment is not `NAME=VALUE`, names no setting, or has a value of the wrong type.
     """
     changes = {name: value for name, value in options.items() if value is not None}
     for text in assignments:
@@ -277,7 +277,7 @@ def settings_of(preset_name: str, changes: Mapping[str, Any]) -> TrainSettings:
     """The settings of a preset with changes.
 
     Raises:
-        ConfigError: As `preset`.
+        ConfigError: As in `preset`.
     """
     from kv_memory.train import preset
 
@@ -290,7 +290,7 @@ def _typed(name: str, value: str) -> Any:
     fields = {field.name: str(field.type) for field in dataclasses.fields(TrainSettings)}
     if name not in fields:
         raise ConfigError(f"there is no setting {name!r}", where="--set", next_step=f"There are {', '.join(fields)}.")
-    kind = fields[name]  # as written in the class, where annotations stay text
+    kind = fields[name]  # the annotation's text, since annotations in that module are not evaluated
     if value.lower() == "none" and "None" in kind:
         return None
     try:

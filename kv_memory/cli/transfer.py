@@ -1,4 +1,4 @@
-"""`export` and `import`: a collection as one file."""
+"""`export` and `import`: commands that write a collection to one file, and read it back."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def export(
         if as_json:
             out.json(report)
             return
-        # Beside an archive on standard output there is no room for words.
+        # Standard output may hold the archive; the report then goes to stderr.
         say = out.note if piped else out.line
         say(
             f"Exported {report.n_documents:,} documents and {report.n_blobs:,} caches of collection "

@@ -1,6 +1,6 @@
 """Adapter: the scorer and the routed LoRA of one model.
 
-On disk it is an ordinary PEFT folder, plus `scorer.safetensors` and `kv_distill.json`.
+An adapter folder is an ordinary PEFT folder with two more files, `scorer.safetensors` and `kv_distill.json`.
 """
 
 from __future__ import annotations
@@ -37,32 +37,33 @@ _FILES = ("adapter_config.json", "adapter_model.safetensors", "scorer.safetensor
 
 
 def default_eta(num_layers: int) -> int:
-    """The layer whose output the scorer reads: 6 as in the paper, a quarter of the layers in shallow models."""
+    """Default layer for the scorer's input: 6 as in the paper, a quarter of the layers in models with fewer than 24."""
     return 6 if num_layers >= 24 else max(1, num_layers // 4)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What `kv_distill.json` holds.
+    """Contents of `kv_distill.json`.
 
     Attributes:
-        version: Of the adapter format.
-        base_model: Name of the model it was made for, for people.
+        version: Version of the adapter format.
+        base_model: Name of the model the adapter was made for, for people; `base_weights` is what is compared.
         base_weights: Hash of that model's weights.
-        architecture: Its model type.
-        num_layers: Of that model.
-        num_kv_heads: Of that model.
-        hidden_size: Of that model.
-        eta: The layer whose output the scorer reads, unless it is of the kind `layer`.
-        scorer: Its kind, see `ScorerKind`.
+        architecture: Model type of that model.
+        num_layers: Number of layers of that model.
+        num_kv_heads: Number of KV heads of that model.
+        hidden_size: Hidden size of that model.
+        eta: Number of the layer, from 1, with the output that the scorer sees; unused by scorers of the kind `layer`.
+        scorer: Kind of scorer, see `ScorerKind`.
         scorer_size: Width of the scorer's hidden layer.
-        routed: `kept`: only tokens kept by some head of a layer go through the LoRA, as in the paper. `document`: all
-            tokens of the document do.
-        budget: How entries are shared out, see `Budget`.
-        first_routed_layer: Layers below it stay as they are. From eta upwards one pass does for scorers that look at
-            layer eta.
-        full_strength_ratio: At keep ratios above it the LoRA acts less, see `strength`; 1 for never, as in the paper.
-        trained_steps: Optimiser steps; 0 for an untrained adapter.
+        routed: Tokens that go through the LoRA. `kept`: only those kept by some head of a layer, as in the paper.
+            `document`: all tokens of the document.
+        budget: Distribution of entries among the heads, see `Budget`.
+        first_routed_layer: Index of the first layer with routing; layers below it stay frozen. From eta upwards one
+            pass is enough for scorers that look at layer eta.
+        full_strength_ratio: Keep ratio up to which the LoRA acts in full, see `strength`; 1 for always, as in the
+            paper.
+        trained_steps: Number of optimiser steps; 0 for an untrained adapter.
     """
 
     version: int = ADAPTER_VERSION
@@ -101,16 +102,18 @@ class AdapterConfig:
             )
 
     def strength(self, keep_ratio: torch.Tensor) -> torch.Tensor:
-        """How strongly the LoRA acts at a keep ratio: 1 up to `full_strength_ratio`, then less with its logarithm.
+        """Strength of the LoRA at a keep ratio: 1 up to `full_strength_ratio`, then falling with its logarithm.
 
-        The more is kept, the less there is to pack into it, and what the LoRA changes in passing then costs more than
-        it brings: at 1/2 an adapter without this was seven times further from the full cache than its selection alone.
+        The more is kept, the less there is to pack into it, and the side effects of the LoRA then cost more than it
+        gains: at 1/2 an adapter without this rule was seven times further from the full cache than its selection
+        alone.
 
         Args:
-            keep_ratio: In (0, 1], of any shape.
+            keep_ratio: Keep ratios in (0, 1], of any shape.
 
         Returns:
-            The same shape, 0 to 1, float32; 0 where everything is kept.
+            Strengths from 0 to 1 in the same shape, float32; 0 where everything is kept, unless `full_strength_ratio`
+            is 1.
         """
         if self.full_strength_ratio == 1:
             return torch.ones_like(keep_ratio, dtype=torch.float32)
@@ -120,14 +123,14 @@ class AdapterConfig:
 class Adapter:
     """A scorer and a routed LoRA, attached to a backbone.
 
-    Attaching puts LoRA layers into the backbone's model. They act on routed tokens only: without a routing mask the
-    model's logits are bit-identical to those before. One adapter at a time.
+    Attaching inserts LoRA layers into the backbone's model. They act on routed tokens only: without a routing mask the
+    model's logits are bit-identical to those before. A model carries one adapter at a time.
 
     Args:
-        backbone: The model it is attached to.
-        config: See `AdapterConfig`.
-        peft_model: The PEFT wrapper around the backbone's model.
-        scorer: On the backbone's device, float32.
+        backbone: Model the adapter is attached to.
+        config: Configuration of the adapter.
+        peft_model: PEFT wrapper around the backbone's model.
+        scorer: Scorer on the backbone's device, float32.
     """
 
     def __init__(self, backbone: Backbone, config: AdapterConfig, peft_model: PeftModel, scorer: Scorer) -> None:
@@ -160,22 +163,22 @@ class Adapter:
         seed: int = 0,
         zero_init: bool = True,
     ) -> Adapter:
-        """A new, untrained adapter for a model.
+        """Create a new, untrained adapter for a model.
 
         Args:
-            backbone: The model; it must have no adapter yet.
-            rank: Of the LoRA.
+            backbone: Model to attach the adapter to; it must have no adapter yet.
+            rank: Rank of the LoRA.
             alpha: LoRA scaling; twice the rank if None.
-            targets: Which projections it adapts: `q` and `o` in the paper.
-            eta: See `AdapterConfig`; `default_eta` if None.
-            scorer: See `AdapterConfig`.
-            scorer_size: See `AdapterConfig`.
-            routed: See `AdapterConfig`.
-            budget: See `AdapterConfig`.
-            first_routed_layer: See `AdapterConfig`.
-            full_strength_ratio: See `AdapterConfig`.
-            seed: Of the initial weights.
-            zero_init: LoRA starts as no change at all; False starts it at random, for tests.
+            targets: Projections that the LoRA adapts: `q` and `o` in the paper.
+            eta: Layer with the output that the scorer sees, see `AdapterConfig`; `default_eta` if None.
+            scorer: Kind of scorer, see `ScorerKind`.
+            scorer_size: Width of the scorer's hidden layer.
+            routed: Tokens that go through the LoRA, see `AdapterConfig`.
+            budget: Distribution of entries among the heads, see `Budget`.
+            first_routed_layer: Index of the first layer with routing, see `AdapterConfig`.
+            full_strength_ratio: Keep ratio up to which the LoRA acts in full, see `AdapterConfig`.
+            seed: Seed of the initial weights.
+            zero_init: True to start the LoRA as no change at all; False starts it at random, for tests.
         """
         config = AdapterConfig(
             base_model=backbone.name,
@@ -211,7 +214,7 @@ class Adapter:
         """Load an adapter folder and attach it.
 
         Raises:
-            AdapterError: The folder is incomplete or malformed.
+            AdapterError: The folder is incomplete or malformed, or the model already carries an adapter.
             AdapterMismatchError: The adapter was made for other weights than the backbone's.
         """
         folder = Path(folder)
@@ -245,7 +248,7 @@ class Adapter:
             scorer.load_state_dict(tensors)
             peft_model = _wrap(backbone, LoraConfig.from_pretrained(str(folder)), folder)
         except (RuntimeError, ValueError, TypeError, KeyError, SafetensorError, UserWarning) as error:
-            _strip(backbone)  # PEFT puts its layers in first and reads their weights then
+            _strip(backbone)  # PEFT inserts its layers before it loads their weights
             raise AdapterError(f"unreadable adapter: {error}", where=str(folder), next_step=next_step) from error
         return cls(backbone, config, peft_model, scorer.to(backbone.device))
 
@@ -254,10 +257,10 @@ class Adapter:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lora: Any = self.peft_model.peft_config["default"]
-        name = recorded_name(self.config.base_model)  # PEFT would write where the weights lay
+        name = recorded_name(self.config.base_model)  # PEFT would record the folder of the weights
         model = built_in(name)
         lora.base_model_name_or_path = model.base_id if model else name
-        # Without the option PEFT looks the base model up on the hub, to see if its vocabulary grew.
+        # Without this option PEFT looks up the base model on the hub, to see if its vocabulary grew.
         self.peft_model.save_pretrained(str(folder), save_embedding_layers=False)
         scorer = {name: tensor.cpu().contiguous() for name, tensor in self.scorer.state_dict().items()}
         save_file(scorer, folder / "scorer.safetensors")
@@ -265,7 +268,7 @@ class Adapter:
 
     @property
     def sha256(self) -> str:
-        """Hash of everything that changes what the adapter does; the same before saving and after loading."""
+        """Hash of everything that changes the adapter's effect; the same before saving and after loading."""
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
         lora: Any = self.peft_model.peft_config["default"]
         digest.update(f"{lora.r}:{lora.lora_alpha}:{lora.use_rslora}".encode())
@@ -279,7 +282,7 @@ class Adapter:
         return digest.hexdigest()
 
     def detach(self) -> None:
-        """Take the LoRA layers out of the model again; the adapter is of no use afterwards."""
+        """Remove the LoRA layers from the model; the adapter is unusable afterwards."""
         for handle in self._handles:
             handle.remove()
         _strip(self.backbone)
@@ -296,7 +299,7 @@ def _make_scorer(config: AdapterConfig) -> Scorer:
 
 
 def _modules(backbone: Backbone, targets: Sequence[Target]) -> list[str]:
-    """The names of the projections to adapt."""
+    """Names of the projection modules to adapt."""
     for target in targets:
         check_choice(target, Target, where="targets")
     if not targets:
@@ -322,13 +325,13 @@ def _refuse_second(backbone: Backbone) -> None:
 
 def _wrap(backbone: Backbone, config: LoraConfig, folder: Path | None) -> Any:
     config._register_custom_module({nn.Linear: RoutedLinear})
-    # In the model's own dtype: float32 adapters on a bfloat16 model would make every projection cast its input, even
-    # where no token is routed. A trainer that wants float32 adapters casts them itself.
+    # The LoRA gets the model's own dtype: float32 adapters on a bfloat16 model would make every projection cast its
+    # input, even where no token is routed. A trainer that wants float32 adapters casts them itself.
     wrapped: Any
     with warnings.catch_warnings():
-        # PEFT asks the model for this; Transformers calls it otherwise from 5.24 on.
+        # PEFT reads this attribute of the model; Transformers renamed it in 5.24.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        warnings.filterwarnings("error", message="Found missing adapter keys")  # those would stay random
+        warnings.filterwarnings("error", message="Found missing adapter keys")  # missing weights would stay random
         if folder is None:
             wrapped = get_peft_model(backbone.model, config, autocast_adapter_dtype=False)
         else:
@@ -344,8 +347,8 @@ def _wrap(backbone: Backbone, config: LoraConfig, folder: Path | None) -> Any:
 def _strip(backbone: Backbone) -> None:
     """Put the frozen projections back in place of the LoRA layers around them.
 
-    PEFT's own `unload` needs its wrapper, which there is none of after a failed load, and leaves its configuration
-    on the model.
+    PEFT's own `unload` needs its wrapper, which does not exist after a failed load, and leaves its configuration on
+    the model.
     """
     for layer in backbone.layers:
         for parent in list(layer.modules()):

@@ -1,10 +1,10 @@
-"""The selector `combined`: what an adapter's scorer says of each entry, and what its loss would do to the output.
+"""The selector `combined`: an adapter's score of each entry, plus the output error that losing the entry would cause.
 
-The scorer was trained on many documents and knows what questions ask for; it guesses what of this one is looked at. The
-change of the output (`matching.output_errors`) is measured on this document, and knows nothing of questions. Half the
-logarithm of a squared error is on the scorer's scale, that of logarithms of attention; their sum is taken. Errors are
-those of the entries as the adapter made them. What is kept is not fitted: on an adapter's entries that did harm at
-every strength, because it undoes what later layers were taught to expect.
+The scorer was trained on many documents and knows what questions ask for; it only predicts what of this document is
+looked at. The output error (`fitting.output_errors`) is measured on this document, and knows nothing about questions.
+Half the logarithm of a squared error is on the scorer's scale, that of logarithms of attention, so the two are added.
+Errors are those of the entries as the adapter made them. Kept entries are not fitted: on an adapter's entries a fit
+did harm at every strength, because it undoes what later layers were trained to expect.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from kv_memory.errors import ConfigError
 
 __all__ = ["check_combinable", "combined_selection"]
 
-_LEAST = 1e-30  # of an error, for its logarithm
+_LEAST = 1e-30  # least error, so that its logarithm is finite
 
 
 def check_combinable(adapter: Adapter | None) -> None:
-    """Raise unless the change of the output can have a say in what this adapter keeps.
+    """Raise unless output errors can take part in this adapter's selection.
 
     Raises:
-        ConfigError: There is no adapter; or it routes the tokens it keeps, which it must then choose by itself.
+        ConfigError: There is no adapter, or it routes the tokens it keeps and must therefore select them by itself.
     """
     if adapter is None:
         raise ConfigError(
@@ -50,18 +50,19 @@ def combined_selection(
     n_kept: int,
     forced: torch.Tensor,
 ) -> torch.Tensor:
-    """Which entries of one document are kept.
+    """Select the entries of one document to keep.
 
     Args:
-        adapter: Has read it.
-        selector: Measures what the loss of each entry would do.
-        ids: `(1, n_tokens)`.
-        reading: Of the document alone, with room for `selector.extra_tokens`. Its cache is left as it was found.
-        n_kept: How many, in every head or on average over all of them.
-        forced: Bool `(n_tokens,)`; these are kept whatever their score.
+        adapter: Adapter that prefilled the document.
+        selector: Selector that measures the output errors.
+        ids: `(1, n_tokens)`, token ids of the document.
+        reading: Prefill of this document alone, with room for `selector.extra_tokens`. Its cache is restored
+            afterwards.
+        n_kept: Number of entries to keep, in every head or on average over all of them.
+        forced: Bool `(n_tokens,)`; tokens that are kept whatever their score.
 
     Returns:
-        Bool `(num_layers, 1, num_kv_heads, n_tokens)`.
+        Mask of the kept entries, bool `(num_layers, 1, num_kv_heads, n_tokens)`.
     """
     errors = selector.score(adapter.backbone, ids, reading.cache, None)[:, None]
     check_finite(adapter.backbone, errors)

@@ -32,25 +32,26 @@ Span = tuple[int, int]  # start and end, end excluded
 
 
 class Compressor:
-    """Reads documents and keeps what matters of them.
+    """Prefills documents and keeps the entries that matter.
 
-    With an adapter: score, select, and read with the adapter's tokens routed through the LoRA (KV-Distill, arXiv
-    2503.10337). Without one: read, let a training-free selector score, select, and with `matched` fit what is kept.
+    With an adapter: score, select, and prefill with the adapter's tokens routed through the LoRA (KV-Distill, arXiv
+    2503.10337). Without one: prefill, let a training-free selector score and select; `matched` also fits the kept
+    entries.
 
     Args:
-        backbone: The model that reads.
-        selector: A training-free selector or its name. Not used with an adapter, but for `combined`: the adapter and
-            the change of the output choose together, and a document is read twice.
-        adapter: Attached to the same backbone.
-        routed: False uses the adapter's selection without its LoRA, to see what each is worth.
-        refine: How the kept entries of each document are refined (see `refine_batch`), offline and for as long as a
-            few dozen to a few hundred prefills; None to keep them as they were read.
-        window_tokens: Longest stretch read at once, in tokens; as much as the context window holds if None. Longer
-            documents are read window by window behind the same prefix, and joined.
+        backbone: Model that prefills the documents.
+        selector: Training-free selector or its name. With an adapter only `combined` has an effect: the adapter and
+            the output error select together, which takes a second pass over the document.
+        adapter: Adapter attached to the same backbone.
+        routed: True to use the LoRA; False uses only the adapter's selection, to measure the two apart.
+        refine: Settings of the refinement of each document's kept entries (see `refine_batch`), an offline step that
+            takes as long as a few dozen to a few hundred prefills; None for no refinement.
+        window_tokens: Longest stretch prefilled at once, in tokens; None means as much as the context window holds.
+            Longer documents are prefilled window by window behind the same prefix, and joined.
 
     Raises:
-        ConfigError: The adapter belongs to another backbone, or `combined` needs another one; or the window is larger
-            than the model's.
+        ConfigError: The adapter belongs to another backbone, `combined` needs another adapter, the selector is
+            unknown, or the context window is too small for the prompt form, the selector or `window_tokens`.
     """
 
     def __init__(
@@ -69,10 +70,10 @@ class Compressor:
         self.adapter = adapter
         self.routed = routed
         self.refine = refine
-        self._together: Matched | None = None  # has a say beside the adapter
+        self._together: Matched | None = None  # scores beside the adapter
         if selector == "combined":
             check_combinable(adapter)
-            # The adapter's scorer knows what layers count.
+            # No depth weight: the adapter's scorer already weighs the layers.
             part_tokens = min(1024, backbone.context_window // 4)
             self._together = Matched(MatchSettings(part_tokens=part_tokens, depth_weight=0.0, fit=False))
             self.selector: Selector = self._together
@@ -91,7 +92,7 @@ class Compressor:
                 next_step="Use a shorter prompt form, or a model with a longer context window.",
             )
         most = room - extra
-        if most < 1:  # a tiny context window: ask in smaller parts, or not at all
+        if most < 1:  # a tiny context window: needs smaller parts, or a selector without requests
             raise ConfigError(
                 f"selector {self.selector.name!r} needs {extra} tokens of a context window of "
                 f"{backbone.context_window}",
@@ -103,13 +104,13 @@ class Compressor:
                 f"window_tokens must lie in 1 to {most:,} for this model, got {window_tokens}", where="window_tokens"
             )
         self.window_tokens = window_tokens or most
-        self._adapter_sha256 = adapter.sha256 if adapter is not None else ""  # hashing megabytes: once
+        self._adapter_sha256 = adapter.sha256 if adapter is not None else ""  # cached: it hashes megabytes
 
     def fingerprint(self, *, keep_spans: str = "") -> Fingerprint:
-        """The fingerprint of the caches this compressor makes."""
+        """Fingerprint of the caches that this compressor makes."""
         window = f"window:{self.window_tokens}" + ("" if self.refine is None else f"|{self.refine.name}")
         matched = self.adapter is None and isinstance(self.selector, Matched)
-        version = 1 if self.refine is None and not matched else 2  # with biases
+        version = 1 if self.refine is None and not matched else 2  # version 2 has biases
         if self.adapter is None:
             return self.backbone.fingerprint(
                 method=f"{self.selector.name}|{window}", keep_spans=keep_spans, format_version=version
@@ -131,14 +132,14 @@ class Compressor:
         keep_spans: Sequence[Span] = (),
         unasked_spans: Sequence[Span] = (),
     ) -> DistilledCache:
-        """Distil one document.
+        """Compress one document.
 
         Args:
-            text: The document, without any wrapper; the prompt form's own is put around it.
-            keep_ratio: Share of the tokens to keep, in (0, 1]. At 1 nothing is selected and nothing routed: the
+            text: Document text without any wrapper; the prompt form's wrapper is added.
+            keep_ratio: Share of the tokens to keep, in (0, 1]. At 1 nothing is selected and nothing is routed: the
                 result is the document's plain cache.
-            keep_spans: Character spans of `text` whose tokens are all kept; `keep_ratio` applies to the rest.
-            unasked_spans: Character spans that refinement does not ask about, for measurements on them afterwards.
+            keep_spans: Character spans of `text` in which all tokens are kept; `keep_ratio` applies to the rest.
+            unasked_spans: Character spans that refinement does not ask about, so that they can be measured afterwards.
 
         Raises:
             EmptyDocumentError: The text is blank.
@@ -148,13 +149,13 @@ class Compressor:
 
     @torch.no_grad()
     def prefill(self, text: str) -> PrefilledDocument:
-        """Read one document, to keep it at several ratios: what does not depend on the ratio is done once.
+        """Prefill one document to compress it at several ratios; work that does not depend on the ratio is done once.
 
-        With an adapter all depends on it, and nothing is gained. Otherwise the document's full cache is held for as
-        long as the result is.
+        With an adapter everything depends on the ratio, and nothing is saved. Otherwise the result holds the
+        document's full cache in memory.
 
         Args:
-            text: As in `compress`.
+            text: Document text, as in `compress`.
 
         Raises:
             EmptyDocumentError: The text is blank.
@@ -181,17 +182,17 @@ class Compressor:
         return self._compress_ids(ids, read, keep_ratio, kept, unasked)
 
     def ratio_for(self, text: str, keep: float | Keep, *, keep_spans: Sequence[Span] = ()) -> float:
-        """The keep_ratio at which `compress` keeps a text within a budget.
+        """Compute the keep_ratio at which `compress` keeps a text within a budget.
 
         Args:
-            text: The document.
-            keep: A budget; a keep_ratio is returned as it is.
-            keep_spans: As in `compress`; what they hold counts too.
+            text: Document text.
+            keep: Budget; a keep_ratio is returned unchanged.
+            keep_spans: Character spans as in `compress`; their tokens count towards the budget.
 
         Raises:
-            BudgetError: The budget is too small for this text; names the smallest that works.
+            BudgetError: The budget is too small for this text; the message names the smallest that works.
             EmptyDocumentError: The text is blank.
-            ConfigError: A span is out of range.
+            ConfigError: A keep_ratio or a span is out of range.
         """
         if not isinstance(keep, Keep):
             return check_keep_ratio(keep)
@@ -203,7 +204,7 @@ class Compressor:
         return keep.ratio_for(len(ids), self.fingerprint(), n_held=n_held)
 
     def _encode(self, text: str) -> tuple[list[int], list[Span], int]:
-        """Token ids with the prompt form's own around them; the text's offsets; how many tokens stand before it."""
+        """Token ids in the prompt form's wrapper, character offsets of the text's tokens, number of tokens before."""
         if not text.strip():
             raise EmptyDocumentError("the document is empty", next_step="Pass text that holds at least one word.")
         form = self.backbone.prompt
@@ -213,16 +214,16 @@ class Compressor:
 
     @torch.no_grad()
     def compress_many(self, texts: Sequence[str], *, keep_ratio: float | Sequence[float]) -> list[DistilledCache]:
-        """Distil several documents, as one batch where that can be done: for GPUs, which one passage does not fill.
+        """Compress several documents, as one batch where possible: a single passage does not fill a GPU.
 
-        Batched are documents of one window, without refinement, that an adapter alone or `matched` compresses (for the
-        latter also of one part, see `MatchSettings`), with the same rotary frequencies; the others are compressed one
-        by one. Texts of like length waste the least. In a batch the same text may come out different in the last bits,
-        because sums are added up in another order.
+        A batch takes documents of one window that are compressed without refinement by an adapter alone or by
+        `matched` (for which they must also fit one part, see `MatchSettings`), with the same rotary frequencies. The
+        others are compressed one by one. Texts of similar length waste the least. In a batch the same text may come
+        out different in the last bits, because sums are added up in another order.
 
         Args:
-            texts: The documents, as in `compress`. Where memory does not hold them together, in halves.
-            keep_ratio: As in `compress`, for all of them or one for each.
+            texts: Document texts, as in `compress`. A batch that does not fit in GPU memory is split into halves.
+            keep_ratio: Share of the tokens to keep, as in `compress`: one for all texts, or one for each.
 
         Raises:
             EmptyDocumentError: A text is blank.
@@ -246,7 +247,7 @@ class Compressor:
         ]
 
     def _regime(self, n_tokens: int) -> object | None:
-        """What documents of a batch must have in common; None of a document that is compressed by itself."""
+        """Properties that documents of a batch must share; None for a document that is compressed alone."""
         n, regime = len(self.backbone.prefix_ids) + n_tokens, self.backbone.rope.regime
         if self.refine is not None or self._together is not None or n_tokens > self.window_tokens:
             return None
@@ -270,7 +271,7 @@ class Compressor:
             if len(rows) == 1:
                 raise
             kept = []
-        if not kept:  # outside of the handler: its traceback holds what is to be freed
+        if not kept:  # outside the handler: its traceback keeps the tensors of the failed batch alive
             half = len(rows) // 2
             halves = (rows[:half], ratios[:half]), (rows[half:], ratios[half:])
             return [made for part in halves for made in self._compress_batch(*part)]
@@ -317,7 +318,7 @@ class Compressor:
         keep_spans: Sequence[Span] = (),
         unasked_spans: Sequence[Span] = (),
     ) -> DistilledCache:
-        """Distil a document given as token ids; spans are of tokens. See `compress`."""
+        """Compress a document given as token ids, with spans of tokens; see `compress`."""
         return self._compress_ids(ids, None, keep_ratio, keep_spans, unasked_spans)
 
     @torch.no_grad()
@@ -346,9 +347,9 @@ class Compressor:
             for i, (start, end) in enumerate(windows)
         ]
         steps: list[int] = []
-        fidelities: list[float] = []  # times tokens
+        fidelities: list[float] = []  # of each window, times its tokens
         if self.refine is not None:
-            for index, (start, end) in enumerate(windows):  # apart, as they were read: one at a time holds memory down
+            for index, (start, end) in enumerate(windows):  # one at a time, as in prefill, to limit memory
                 unasked = [(max(a, start) - start, min(b, end) - start) for a, b in unasked_spans]
                 unasked = [(a, b) for a, b in unasked if a < b]
                 cache = self._refine_window(
@@ -384,7 +385,7 @@ class Compressor:
         *,
         offset: int,
     ) -> DistilledCache:
-        """A window as a document of its own, refined. What is held out of compression is not moved either."""
+        """Refine a window as a document of its own; entries held out of compression are not moved either."""
         cache = DistilledCache(
             keys=kept.keys,
             values=kept.values,
@@ -419,7 +420,7 @@ class Compressor:
         return extract(self.backbone, read.cache, selected, offset=offset)
 
     def _read_window(self, ids: torch.Tensor) -> _Prefilled:
-        """Read `(1, n_tokens)` once, and let the selector score."""
+        """Prefill `(1, n_tokens)` once, and let the selector score."""
         n_tokens = ids.shape[1]
         cache = self.backbone.prefixed_cache(n_tokens, room=self.selector.extra_tokens)
         if isinstance(self.selector, Matched):
@@ -432,7 +433,7 @@ class Compressor:
         return _Prefilled(cache, (scores[None, None] if scores.ndim == 1 else scores)[:, None])
 
     def _distil(self, ids: torch.Tensor, n_kept: int, forced: torch.Tensor) -> tuple[PositionedCache, torch.Tensor]:
-        """Read with the adapter, which scores, selects and routes."""
+        """Prefill with the adapter, which scores, selects and routes."""
         assert self.adapter is not None
         reading = read_documents(
             self.adapter,
@@ -450,11 +451,11 @@ class Compressor:
 
 
 class _Prefilled(NamedTuple):
-    """A window as it was read, before anything of it is dropped.
+    """A prefilled window, before any entry is dropped.
 
     Attributes:
-        cache: Prefix and window.
-        scored: Its scores, `(num_layers or 1, 1, num_kv_heads or 1, n_tokens)`; or what `matched` needs.
+        cache: Cache of prefix and window.
+        scored: Scores `(num_layers or 1, 1, num_kv_heads or 1, n_tokens)`; for `matched`, the document to match.
     """
 
     cache: PositionedCache
@@ -462,7 +463,7 @@ class _Prefilled(NamedTuple):
 
 
 class PrefilledDocument:
-    """A document that was read and scored once, to be kept at several ratios; made by `Compressor.prefill`."""
+    """A document prefilled and scored once, to be compressed at several ratios; made by `Compressor.prefill`."""
 
     def __init__(self, compressor: Compressor, text: str, windows: Sequence[_Prefilled] | None) -> None:
         self._compressor = compressor
@@ -472,12 +473,12 @@ class PrefilledDocument:
     def keep(
         self, keep_ratio: float, *, keep_spans: Sequence[Span] = (), unasked_spans: Sequence[Span] = ()
     ) -> DistilledCache:
-        """The same cache that `Compressor.compress` makes of the text; arguments and errors as there."""
+        """Return the cache that `Compressor.compress` makes of the text; arguments and errors are the same."""
         return self._compressor._compress(self._text, self._windows, keep_ratio, keep_spans, unasked_spans)
 
 
 def _token_spans(offsets: Sequence[Span], spans: Sequence[Span], n_chars: int, where: str) -> list[Span]:
-    """Spans of tokens that touch the given spans of characters."""
+    """Token spans that touch the given character spans."""
     result = []
     for start, end in spans:
         if not 0 <= start < end <= n_chars:

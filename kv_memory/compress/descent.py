@@ -1,10 +1,10 @@
-"""Keys, biases and values of entries, moved by gradient descent on the reference rows.
+"""Gradient descent on keys, biases and values of kept entries, against the reference rows.
 
-The fit in closed form (`fitting`) leaves the keys where they are. Here all three move, which brings what the entries
-put out nearer to what the whole document did (KVSculpt, arXiv 2603.27819, does so from all rows, with L-BFGS). It takes
-no pass of the model: rows and targets are those of the fit.
-Each step looks at a part of the rows, another one each time: all of them at every step cost more and did no better,
-and to see fewer of them in all did worse. Heads of like size are moved together, because the arrays of one are small.
+The fit in closed form (`fitting`) leaves keys unchanged. Here all three move, which brings the output of the entries
+nearer to that of the whole document (KVSculpt, arXiv 2603.27819, does so from all rows, with L-BFGS). It needs no pass
+of the model: rows and targets are those of the fit. Each step uses a part of the rows, a different one each time: all
+rows in every step cost more and did no better, and fewer rows in total did worse. Heads of similar size are moved
+together, because the arrays of one head are small.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from kv_memory.compress.reference_rows import ReferenceRows
 __all__ = ["HeadGroup", "MovedHeads", "alike", "descend"]
 
 _BETAS = (0.9, 0.95)
-_WEIGHTS = 1 << 19  # of all heads that are moved together, in one step
-_ON_A_GPU = 16  # times as many, where small arrays wait for their kernels
-_UNEVEN = 1.5  # by how much the largest of them may exceed the smallest
+_WEIGHTS = 1 << 19  # attention weights of one step, over all heads that are moved together
+_ON_A_GPU = 16  # times as many on a GPU, where kernel launches dominate small arrays
+_UNEVEN = 1.5  # size of the largest head of a group relative to the smallest, at most
 
 
 @dataclass(frozen=True, eq=False)
 class HeadGroup:
-    """Heads of one kind, the entries they keep, and the rows these are fitted to.
+    """Heads of one kind, the entries they keep, and the rows that these are fitted to.
 
     Attributes:
-        rows: Their rows, as of one query head each.
-        total: Logsumexp of each row over all that it sees, `(heads, rows)`.
-        system: The same rows, and what the entries are to put out.
+        rows: Reference rows, with one query head for each head of the group.
+        total: Logsumexp of each row over everything it sees, `(heads, rows)`.
+        system: System of the fit for the same rows.
         where: Positions of the entries, `(heads, kept)`.
-        keys: Of the entries, `(heads, kept, head_dim)`, rotated.
-        fixed: Bool `(heads, kept)`; these are neither moved nor biased.
+        keys: Keys of the entries, `(heads, kept, head_dim)`, rotated.
+        fixed: Bool `(heads, kept)`; entries that are neither moved nor biased.
     """
 
     rows: ReferenceRows
@@ -47,7 +47,7 @@ class HeadGroup:
     fixed: torch.Tensor
 
     def parts(self) -> Iterator[HeadGroup]:
-        """Of heads that keep many entries, some of them at a time; see `HeadSystem.parts`."""
+        """Split heads that keep many entries into parts of their entries; see `HeadSystem.parts`."""
         for own, system in self.system.parts():
             where, keys, fixed = self.where[:, own], self.keys[:, own], self.fixed[:, own]
             yield replace(self, system=system, where=where, keys=keys, fixed=fixed)
@@ -55,32 +55,38 @@ class HeadGroup:
 
 @dataclass(frozen=True, eq=False)
 class MovedHeads:
-    """Entries: `keys` `(..., kept, head_dim)`, rotated; `values` `(..., kept, head_dim)`; `bias` `(..., kept)`."""
+    """Entries after the fit and the descent.
+
+    Attributes:
+        keys: Keys `(..., kept, head_dim)`, rotated.
+        values: Values `(..., kept, head_dim)`.
+        bias: Biases `(..., kept)`.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
     bias: torch.Tensor
 
     def of(self, head: int, real: torch.Tensor) -> MovedHeads:
-        """The entries of one of several heads, without its padding; `real` is a bool `(kept,)`."""
+        """Entries of one of several heads, without its padding; `real` is a bool `(kept,)`."""
         return MovedHeads(self.keys[head, real], self.values[head, real], self.bias[head, real])
 
     @staticmethod
     def joined(parts: Sequence[MovedHeads]) -> MovedHeads:
-        """Entries of several heads, or of parts of one, behind each other."""
+        """Concatenate the entries of several heads, or of parts of one head."""
         return MovedHeads(*(torch.cat([getattr(part, name) for part in parts]) for name in ("keys", "values", "bias")))
 
 
 def alike(
     sizes: Sequence[int], kinds: Sequence[object], rows_per_step: int, *, device: torch.device
 ) -> Iterator[list[int]]:
-    """Indices of heads that are fitted and moved together: of one kind and of like size, and not too many.
+    """Yield indices of heads to fit and move together: of one kind, of similar size, and not too many.
 
     Args:
-        sizes: How many entries each keeps.
-        kinds: What heads must have in common, such as `ReferenceRows.kind`.
-        rows_per_step: See `MatchSettings`.
-        device: Where they are fitted.
+        sizes: Number of entries that each head keeps.
+        kinds: Properties that heads must share, such as `ReferenceRows.kind`.
+        rows_per_step: Most queries in a step, see `MatchSettings`.
+        device: Device of the fit.
     """
     most = _WEIGHTS * (1 if device.type == "cpu" else _ON_A_GPU)
     group: list[int] = []
@@ -99,24 +105,26 @@ def descend(heads: HeadGroup, fitted: FittedHeads, settings: MatchSettings) -> M
     """Move the entries of several heads, each as if it were alone.
 
     Args:
-        heads: The entries and the rows.
-        fitted: Their values and biases.
-        settings: For the number of steps and their size.
+        heads: Entries and rows of the heads.
+        fitted: Fitted values and biases of the entries.
+        settings: Settings with the number of steps and their size.
 
     Returns:
-        Of a head its start, where the rows held out are not closer to their targets afterwards.
+        Moved entries; a head keeps its start unless its held-out rows are closer to their targets afterwards.
     """
     system, rows, n = heads.system, heads.rows, heads.system.n_learned
     start = MovedHeads(heads.keys, fitted.values, fitted.bias)
     if n == 0 or settings.key_steps == 0:
         return start
-    scale, free = system.row_scale, system.real & ~heads.fixed
+    # 1. Start and units: keys and values move in standard deviations of their head, biases in nats.
+    scale, free = system.row_scale, system.real & ~heads.fixed  # (heads, rows, 1), (heads, kept)
     target = system.target * scale
-    bias = start.bias.masked_fill(~system.real, -torch.inf)  # what is padded gets no attention
+    bias = start.bias.masked_fill(~system.real, -torch.inf)  # padding gets no attention
     begin = [start.keys, start.values, bias]
     units = [_size(part, system.real)[:, None, None] for part in (start.keys, start.values)]
     masks = [unit * free[..., None] for unit in units] + [free.to(scale.dtype)]
-    # 1. What an error is divided by: of each turn through the rows the number of real ones, times their mean square.
+    # 2. Turns: each takes every n_parts-th row. Its error is divided by its number of real rows times the mean square
+    # of the targets.
     n_parts = -(-n // settings.rows_per_step)
     turns = [slice(first, n, n_parts) for first in range(n_parts)]
     used = [system.used[:, turn].sum(1) for turn in turns]
@@ -128,12 +136,13 @@ def descend(heads: HeadGroup, fitted: FittedHeads, settings: MatchSettings) -> M
         keys, values, bias = (b + move * mask for b, move, mask in zip(begin, moves, masks, strict=True))
         weights = rows.logits(keys, heads.where, slice(None), some)  # (heads, rows, kept)
         weights = weights.sub_(heads.total[:, some, None]).add_(bias[:, None]).exp_()
-        # Their sum is a column more of the product, and the product is divided, not they: they are what is large.
-        output = weights @ torch.cat([values, torch.ones_like(values[..., :1])], -1)
+        # The sum of the weights is one more column of the product, and the product is divided instead of the weights,
+        # which are the large array.
+        output = weights @ torch.cat([values, torch.ones_like(values[..., :1])], -1)  # (heads, rows, head_dim + 1)
         output = output[..., :-1] / (system.rest[:, some, None] + output[..., -1:]).clamp_min(1e-6)
-        return (output * scale[:, some] - target[:, some]).square().sum((1, 2)) / sizes[turn]
+        return (output * scale[:, some] - target[:, some]).square().sum((1, 2)) / sizes[turn]  # (heads,)
 
-    # 2. Steps.
+    # 3. Steps of Adam, one turn each; the rate falls linearly to 0.
     with torch.enable_grad():
         moves = [torch.zeros_like(part, requires_grad=True) for part in begin]
         adam = torch.optim.Adam(moves, betas=_BETAS, fused=True)
@@ -143,11 +152,12 @@ def descend(heads: HeadGroup, fitted: FittedHeads, settings: MatchSettings) -> M
             error(moves, step % n_parts).sum().backward()
             adam.step()
     moved = MovedHeads(*(b + move.detach() * mask for b, move, mask in zip(begin, moves, masks, strict=True)))
+    # 4. Final values, and the start where they are no better.
     return _judged(heads, replace(start, bias=bias), moved)
 
 
 def _judged(heads: HeadGroup, start: MovedHeads, moved: MovedHeads) -> MovedHeads:
-    """With the best values for its keys and biases, from all rows, as those of the fit are; the start if no better."""
+    """Refit values behind moved keys and biases on all rows; a head keeps its start if held-out rows are no better."""
     system, held_out = heads.system, slice(heads.system.n_learned, None)
     target = system.target * system.row_scale
 
@@ -160,9 +170,9 @@ def _judged(heads: HeadGroup, start: MovedHeads, moved: MovedHeads) -> MovedHead
     def error(of: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return (of @ values - target[:, held_out]).square().sum((1, 2))
 
-    every, fixed = shares(moved, slice(None)), heads.fixed | ~system.real
+    every, fixed = shares(moved, slice(None)), heads.fixed | ~system.real  # (heads, rows, kept), (heads, kept)
     values = moved.values + value_moves(every, target - every @ moved.values, fixed, system.n_real)
-    closer = error(every[:, held_out], values) < error(shares(start, held_out), start.values)  # False if no number
+    closer = error(every[:, held_out], values) < error(shares(start, held_out), start.values)  # False for NaN
     for part in (moved.keys, values, moved.bias.masked_fill(~system.real, 0.0)):
         closer &= part.isfinite().flatten(1).all(1)
     return MovedHeads(
@@ -173,7 +183,7 @@ def _judged(heads: HeadGroup, start: MovedHeads, moved: MovedHeads) -> MovedHead
 
 
 def _size(part: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """The standard deviation of the entries `(heads, kept, head_dim)` of each head, padding aside: `(heads,)`."""
+    """Standard deviation of each head's entries `(heads, kept, head_dim)`, padding aside: `(heads,)`."""
     n, mask = real.sum(1) * part.shape[2], real[..., None].to(part.dtype)
     mean = (part * mask).sum((1, 2)) / n
     squares = ((part - mean[:, None, None]) * mask).square().sum((1, 2))

@@ -1,6 +1,6 @@
-"""The arithmetic of `matching`, for the entries of several heads: their errors, and the fit in closed form; in float32.
+"""Arithmetic of `matching` for the entries of several heads, in float32: output errors, and the fit in closed form.
 
-Heads are fitted side by side, each as if it were alone, because the arrays of one are small. They keep different
+Heads are fitted side by side, each as if it were alone, because the arrays of one head are small. Heads keep different
 numbers of entries, so those that keep fewer are padded with entries that get no attention.
 """
 
@@ -15,27 +15,28 @@ from kv_memory.compress.match_settings import MatchSettings
 
 __all__ = ["FittedHeads", "HeadSystem", "bounded_ridge", "fit_heads", "output_errors", "refit_errors", "value_moves"]
 
-_LEAST, _MOST = 1e-2, 1e2  # of an entry's weight, e to its bias
+_LEAST, _MOST = 1e-2, 1e2  # bounds of an entry's weight, e to its bias
 _AT_ONCE = 2048  # entries of a head that are fitted together
-_MOVED_RIDGE = 1e-2  # of values behind moved keys, in mean diagonals
-_REFIT_RIDGE = 1e-2  # of refit errors, in mean diagonals; of 1e-3 to 1e-1 the results were the same
-_TINY = 1e-12  # of a mean diagonal
+_MOVED_RIDGE = 1e-2  # ridge of the values behind moved keys, in mean diagonals
+_REFIT_RIDGE = 1e-2  # ridge of refit errors, in mean diagonals; 1e-3 to 1e-1 gave the same results
+_TINY = 1e-12  # lower bound of mean diagonals and divisors
 
 
 @dataclass(frozen=True, eq=False)
 class HeadSystem:
-    """What the entries kept in some heads are to stand for. A row is a query of one of the heads that share them.
+    """Kept entries of some heads, and the attention and output of the whole document that they are fitted to.
 
-    The ridge of the values is chosen on the rows from `n_learned` on, which stand last so that either part is a view.
+    A row is a query of one of the query heads that share a KV head. Rows from `n_learned` on are held out, to choose
+    the ridge of the values; they stand last so that either part is a view.
 
     Attributes:
-        weights: P of the kept entries, `(heads, rows, kept)`; 0 of padding.
-        rest: P of all that is no document entry, `(heads, rows)`.
-        target: What the document's entries put out together, `(heads, rows, head_dim)`.
-        values: Of the kept entries, `(heads, kept, head_dim)`.
-        scale: 1 / r, `(heads, rows)`; 0 of a row that is padding, which gets and gives nothing.
-        real: Bool `(heads, kept)`; what else is there is padding.
-        n_learned: How many rows are not held out.
+        weights: P of the kept entries, `(heads, rows, kept)`; 0 for padding.
+        rest: P of everything but the document's entries, `(heads, rows)`.
+        target: Output of the document's entries together, `(heads, rows, head_dim)`.
+        values: Values of the kept entries, `(heads, kept, head_dim)`.
+        scale: 1 / r, `(heads, rows)`; 0 for a padded row, which contributes nothing.
+        real: Bool `(heads, kept)`; False for padding.
+        n_learned: Number of rows that are not held out.
     """
 
     weights: torch.Tensor
@@ -48,35 +49,36 @@ class HeadSystem:
 
     @property
     def used(self) -> torch.Tensor:
-        """Bool `(heads, rows)`: which rows are no padding."""
+        """Mask of the real rows, bool `(heads, rows)`; False for padding."""
         return self.scale != 0
 
     @property
     def mean_scale(self) -> torch.Tensor:
-        """The mean of 1 / r, `(heads, 1)`."""
+        """Mean of 1 / r over the real rows, `(heads, 1)`."""
         return self.scale.sum(1, keepdim=True) / self.used.sum(1, keepdim=True).clamp_min(1)
 
     @property
     def row_scale(self) -> torch.Tensor:
-        """1 / r over its mean, `(heads, rows, 1)`."""
+        """1 / r divided by its mean, `(heads, rows, 1)`."""
         return (self.scale / self.mean_scale)[..., None]
 
     @property
     def n_real(self) -> torch.Tensor:
-        """How many entries each head has, `(heads,)`; 1 of one that has none."""
+        """Number of entries of each head, `(heads,)`; 1 for a head without entries."""
         return self.real.sum(1).clamp_min(1)
 
     def parts(self) -> Iterator[tuple[slice, HeadSystem]]:
-        """The entries in parts that are fitted apart: a system of all entries of a long document would not fit memory.
+        """Split the entries into parts fitted apart: one system for a long document would not fit in memory.
 
-        Of what was dropped, mass and output, each part stands for the share that its entries have of the kept mass.
+        Each part stands in for a share of the dropped attention and output: the share that its entries have of the
+        kept attention.
         """
         n = self.values.shape[1]
         if n <= _AT_ONCE:
             yield slice(0, n), self
             return
         kept = self.weights.sum(2, keepdim=True).clamp_min(_TINY)
-        missing = self.target - self.weights @ self.values
+        missing = self.target - self.weights @ self.values  # output of the dropped entries, (heads, rows, head_dim)
         for start in range(0, n, _AT_ONCE):
             own = slice(start, start + _AT_ONCE)
             weights, values = self.weights[..., own], self.values[:, own]
@@ -85,14 +87,14 @@ class HeadSystem:
             yield own, replace(self, weights=weights, rest=rest, target=target, values=values, real=self.real[:, own])
 
     def shares(self, weight: torch.Tensor, *, start: int = 0) -> torch.Tensor:
-        """X, what each entry's value counts for in each row when its attention is `weight` times as much, scaled.
+        """X: scaled coefficients of the entries' values in each row if their attention is `weight` times as much.
 
         Args:
-            weight: `(heads, kept)`.
-            start: The first row.
+            weight: Factors of the attention, `(heads, kept)`.
+            start: Index of the first row.
 
         Returns:
-            `(heads, rows from start on, kept)`.
+            X, `(heads, rows from start on, kept)`.
         """
         shares = self.weights[:, start:] * weight[:, None]
         total = (self.rest[:, start:, None] + shares.sum(2, keepdim=True)).clamp_min(1e-6)
@@ -101,12 +103,12 @@ class HeadSystem:
 
 @dataclass(frozen=True, eq=False)
 class FittedHeads:
-    """The entries kept in some heads.
+    """Fitted entries of some heads.
 
     Attributes:
-        values: `(heads, kept, head_dim)`.
-        bias: `(heads, kept)`.
-        gram: X^T X over all rows, `(heads, kept, kept)`, where the fit had to make it; see `HeadSystem.shares`.
+        values: Values `(heads, kept, head_dim)`.
+        bias: Biases `(heads, kept)`.
+        gram: X^T X over all rows, `(heads, kept, kept)`, see `HeadSystem.shares`; None where some head kept its start.
     """
 
     values: torch.Tensor
@@ -117,68 +119,70 @@ class FittedHeads:
 def output_errors(
     weights: torch.Tensor, values: torch.Tensor, output: torch.Tensor, metric: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    """What removing each entry alone, and renormalising, does to the layer's output relative to the residual stream.
+    """Error of the layer's output relative to the residual stream when one entry is removed and the rest renormalised.
 
     `sum over queries and heads of (P / (1 - P))^2 (v - o)^T M (v - o) / r^2`, with 1 - P held at 0.01 or more.
 
     Args:
-        weights: P, `(group, m, n)`.
-        values: v, `(n, head_dim)`.
-        output: o, `(group, m, head_dim)`.
-        metric: M, `(group, head_dim, head_dim)`.
+        weights: P, attention of the rows to the entries, `(group, m, n)`.
+        values: v, values of the entries, `(n, head_dim)`.
+        output: o, output of prefix and document, `(group, m, head_dim)`.
+        metric: M of each query head, `(group, head_dim, head_dim)`.
         scale: 1 / r, `(group, m)`.
 
     Returns:
-        `(n,)`.
+        Errors `(n,)`.
     """
     projected = values @ metric  # (group, n, head_dim)
     squares = scale.square()[..., None]  # (group, m, 1)
     of_values = (projected * values).sum(-1)[:, None]  # (group, 1, n)
     of_output = ((output @ metric) * output).sum(-1, keepdim=True)  # (group, m, 1)
-    # (v - o)^T M (v - o) / r^2 for all pairs as one product: as sums of three it took twice the time.
-    left = torch.cat([output * (-2 * squares), squares, of_output * squares], -1)
-    right = torch.cat([projected.transpose(1, 2), of_values, torch.ones_like(of_values)], 1)
+    # (v - o)^T M (v - o) / r^2 for all pairs as one product: a sum of three products took twice the time.
+    left = torch.cat([output * (-2 * squares), squares, of_output * squares], -1)  # (group, m, head_dim + 2)
+    right = torch.cat([projected.transpose(1, 2), of_values, torch.ones_like(of_values)], 1)  # (group, head_dim + 2, n)
     odds = weights / (1 - weights).clamp_min_(0.01)
     return odds.square_().mul_(left @ right).sum((0, 1)).clamp_min(0)
 
 
 def fit_heads(system: HeadSystem, fixed: torch.Tensor, settings: MatchSettings) -> FittedHeads:
-    """Weights and values of the entries kept in some heads, so that they stand for all of the document's.
+    """Fit weights and values of the entries kept in some heads, so that they stand in for the whole document.
 
     Args:
-        system: The entries and the rows.
-        fixed: Bool `(heads, kept)`; these are neither moved nor biased.
-        settings: See `MatchSettings`.
+        system: Entries and rows of the heads.
+        fixed: Bool `(heads, kept)`; entries that are neither moved nor biased.
+        settings: Settings with the ridges.
 
     Returns:
-        Of a head its start (no bias, the values given) where nothing is closer to the target on the rows held out.
+        Fitted entries; a head keeps its start (no bias, the given values) unless the fit is closer on its held-out
+        rows.
     """
     values, n, n_real = system.values, system.n_learned, system.n_real
     row_scale = system.row_scale
     target = system.target * row_scale
-    # 1. Weights that restore the mass which the rows paid to the whole document.
+    # 1. Weights that restore the attention of the rows to the whole document.
     scaled = system.weights[:, :n] * row_scale[:, :n]  # (heads, learned, kept)
-    mass = ((1 - system.rest)[..., None] * row_scale)[:, :n]
-    weight = bounded_ridge(scaled.mT @ scaled, (scaled.mT @ mass)[..., 0], settings, fixed, n_real)
+    mass = ((1 - system.rest)[..., None] * row_scale)[:, :n]  # (heads, learned, 1)
+    weight = bounded_ridge(scaled.mT @ scaled, (scaled.mT @ mass)[..., 0], settings, fixed, n_real)  # (heads, kept)
     del scaled
-    # 2. Values that restore the output, for each ridge, from the rows learned; the best on those held out.
-    shares = system.shares(weight)
-    residual, parts = target - shares @ values, (slice(0, n), slice(n, None))
+    # 2. Systems of the values that restore the output, for the learned rows and for those held out.
+    shares = system.shares(weight)  # (heads, rows, kept)
+    residual, parts = target - shares @ values, (slice(0, n), slice(n, None))  # (heads, rows, head_dim)
     gram, gram_out = (shares[:, rows].mT @ shares[:, rows] for rows in parts)  # (heads, kept, kept)
-    every, before = gram + gram_out, residual[:, n:].square().sum((1, 2))
-    no_part = fixed[:, :, None] | fixed[:, None]  # an entry that is fixed has no part in a system
+    every, before = gram + gram_out, residual[:, n:].square().sum((1, 2))  # (heads, kept, kept), (heads,)
+    no_part = fixed[:, :, None] | fixed[:, None]  # fixed entries are left out of the systems
     right, right_out = (
         (shares[:, rows].mT @ residual[:, rows]).masked_fill(fixed[..., None], 0.0) for rows in parts
     )  # (heads, kept, head_dim)
     gram, whole = gram.masked_fill(no_part, 0.0), every.masked_fill(no_part, 0.0)
+    # 3. Values from the learned rows for each ridge; the best ridge by the squared error on the held-out rows.
     found = []
     for ridge in settings.value_ridges:
-        move = _solve(gram, right, ridge, n_real)
+        move = _solve(gram, right, ridge, n_real)  # (heads, kept, head_dim)
         found.append(before + (move * (gram_out @ move - 2 * right_out)).sum((1, 2)))
     errors, best = torch.stack(found).nan_to_num(torch.inf, torch.inf).min(0)  # (heads,)
     plain = system.shares(torch.ones_like(weight), start=n)
     at_start = (plain @ values - target[:, n:]).square().sum((1, 2))
-    # 3. From all rows, unless the start was better.
+    # 4. Values from all rows with the best ridge, unless the start is better.
     ridges = torch.tensor(settings.value_ridges, device=values.device)
     fitted = values + _solve(whole, right + right_out, ridges[best], n_real)
     better = (errors < at_start) & fitted.isfinite().all(2).all(1) & weight.isfinite().all(1)
@@ -192,34 +196,34 @@ def fit_heads(system: HeadSystem, fixed: torch.Tensor, settings: MatchSettings) 
 def value_moves(
     shares: torch.Tensor, residual: torch.Tensor, fixed: torch.Tensor, n_real: torch.Tensor
 ) -> torch.Tensor:
-    """How values move to take up a residual, by ridge regression; those that are `fixed` stay.
+    """Changes of the values that take up a residual, by ridge regression; `fixed` values do not change.
 
     Args:
         shares: X, `(heads, rows, kept)`.
-        residual: What is to be added, `(heads, rows, head_dim)`.
-        fixed: Bool `(heads, kept)`.
-        n_real: How many entries each head has, `(heads,)`.
+        residual: Output to be added, `(heads, rows, head_dim)`.
+        fixed: Bool `(heads, kept)`; values that do not change.
+        n_real: Number of entries of each head, `(heads,)`.
 
     Returns:
-        `(heads, kept, head_dim)`.
+        Changes `(heads, kept, head_dim)`.
     """
     gram = (shares.mT @ shares).masked_fill(fixed[:, :, None] | fixed[:, None], 0.0)
     return _solve(gram, (shares.mT @ residual).masked_fill(fixed[..., None], 0.0), _MOVED_RIDGE, n_real)
 
 
 def refit_errors(system: HeadSystem, fitted: FittedHeads, metric: torch.Tensor) -> torch.Tensor:
-    """What removing each entry does to the layer's output when the values of all others are fitted again.
+    """Error in the layer's output when one entry is removed and the values of all others are fitted again.
 
-    Of a least squares fit with the system G, losing the j-th value v costs `v^2 / (G^-1)[j, j]` (Optimal Brain Surgeon,
-    Hassibi and Stork, 1993): nothing where the others can stand for it.
+    In a least-squares fit with the system G, losing the j-th value v costs `v^2 / (G^-1)[j, j]` (Optimal Brain
+    Surgeon, Hassibi and Stork, 1993): nothing where the others can stand in for it.
 
     Args:
-        system: The entries and the rows.
-        fitted: The entries as they are.
-        metric: M, `(heads, head_dim, head_dim)`, the mean of the query heads that share them.
+        system: Entries and rows of the heads.
+        fitted: Current entries.
+        metric: M, mean over the query heads that share a KV head, `(heads, head_dim, head_dim)`.
 
     Returns:
-        `(heads, kept)`, on the scale of `output_errors`; 0 where it cannot be told.
+        Errors `(heads, kept)`, on the scale of `output_errors`; 0 where they are not finite.
     """
     gram = fitted.gram
     if gram is None:
@@ -233,7 +237,7 @@ def refit_errors(system: HeadSystem, fitted: FittedHeads, metric: torch.Tensor) 
 
 
 def _ridge(gram: torch.Tensor, strength: float | torch.Tensor, n_real: torch.Tensor) -> torch.Tensor:
-    """`strength` times the mean diagonal of `(heads, n, n)`, padding aside, on the diagonal."""
+    """Diagonal matrix: `strength` times the mean diagonal of `(heads, n, n)`, padding aside."""
     mean = gram.diagonal(dim1=1, dim2=2).sum(1) / n_real
     return torch.eye(gram.shape[1], device=gram.device) * (strength * mean.clamp_min(_TINY))[:, None, None]
 
@@ -241,7 +245,7 @@ def _ridge(gram: torch.Tensor, strength: float | torch.Tensor, n_real: torch.Ten
 def _solve(
     gram: torch.Tensor, right: torch.Tensor, strength: float | torch.Tensor, n_real: torch.Tensor
 ) -> torch.Tensor:
-    """`(G + ridge)^-1 b` of each head; not a number where G is not."""
+    """`(G + ridge)^-1 b` for each head; not a number where G is not a number."""
     lower = torch.linalg.cholesky_ex(gram + _ridge(gram, strength, n_real)).L
     solution: torch.Tensor = torch.cholesky_solve(right, lower)
     return solution
@@ -250,29 +254,31 @@ def _solve(
 def bounded_ridge(
     gram: torch.Tensor, right: torch.Tensor, settings: MatchSettings, fixed: torch.Tensor, n_real: torch.Tensor
 ) -> torch.Tensor:
-    """The weights w in [0.01, 100] that make `w^T G w - 2 b^T w + ridge |w - 1|^2` smallest, of each head.
+    """Weights w in [0.01, 100] that minimise `w^T G w - 2 b^T w + ridge |w - 1|^2`, for each head.
 
-    Block principal pivoting: weights beyond a bound are held there, those that want back are let go.
+    Block principal pivoting: weights beyond a bound are held at it, and released when their slope points back inside.
 
     Args:
-        gram: G, `(heads, n, n)`; 0 of padding, whose weights come out as 1.
+        gram: G, `(heads, n, n)`; 0 for padding, which gets weight 1.
         right: b, `(heads, n)`.
-        settings: For the ridge, in mean diagonals of G.
-        fixed: Bool `(heads, n)`; these stay 1.
-        n_real: How many entries each head has, `(heads,)`.
+        settings: Settings with the ridge, in mean diagonals of G.
+        fixed: Bool `(heads, n)`; entries with weight 1.
+        n_real: Number of entries of each head, `(heads,)`.
 
     Returns:
-        `(heads, n)`.
+        Weights `(heads, n)`.
     """
     ridge = _ridge(gram, settings.weight_ridge, n_real)
     system, wanted = gram + ridge, right + ridge.diagonal(dim1=1, dim2=2)
     weight = torch.ones_like(right)
     free = ~fixed
     for _ in range(20):
+        # 1. Solve for the free weights, with the others held.
         held = torch.where(free, 0.0, weight)
         masked = torch.where(free[:, :, None] & free[:, None], system, 0.0) + torch.diag_embed((~free).float())
         right = torch.where(free, wanted - (system @ held[..., None])[..., 0], weight)
-        found = torch.cholesky_solve(right[..., None], torch.linalg.cholesky_ex(masked).L)[..., 0]
+        found = torch.cholesky_solve(right[..., None], torch.linalg.cholesky_ex(masked).L)[..., 0]  # (heads, n)
+        # 2. Hold weights beyond a bound, and release held ones if the slope points back inside.
         slope = (system @ found[..., None])[..., 0] - wanted
         low, high = free & (found < _LEAST), free & (found > _MOST)
         back = ~free & ~fixed & (((found <= _LEAST) & (slope < 0)) | ((found >= _MOST) & (slope > 0)))

@@ -1,7 +1,8 @@
-"""The heads of one or several documents, fitted side by side: which entries stay is decided elsewhere (`matching`).
+"""Fits the kept entries of many heads side by side; `matching` decides which entries stay.
 
-The arrays of one head are small, so heads of like size are stacked, whatever document they belong to. They differ in
-entries, and heads of different documents also in rows; both are padded so that each head comes out as if it were alone.
+The arrays of one head are small, so heads of similar size are stacked, whichever document they belong to. They differ
+in their number of entries, and heads of different documents also in their number of rows. Both are padded so that each
+head comes out as if it were alone.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from kv_memory.model.kv_cache import PositionedCache
 
 __all__ = ["HeadRows", "KeptHead", "fitted_entries", "refitted_errors"]
 
-_STAGE_RIDGES = (1e-2, 1e-1)  # of the fits of stages, which need not be the best
-_HELD_OUT = 4  # one position in four is held out, to choose the ridge on
+_STAGE_RIDGES = (1e-2, 1e-1)  # ridges tried in the fits of stages, which need not be the best
+_HELD_OUT = 4  # one position in four is held out, to choose the ridge
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,17 +30,17 @@ class HeadRows:
     """One KV head of one document, and the rows of the query heads that share it.
 
     Attributes:
-        cache: Prefix and document, as they were prefilled.
-        row: The document's, in the batch of the cache.
-        layer: The layer's index.
-        head: The KV head's index.
-        n_prefix: Tokens of the prefix.
-        n_tokens: Tokens of the document.
-        rows: Those of the query heads, `(group, m)`.
-        total: Logsumexp over prefix, document and own row, `(group, m)`.
-        rest: Attention to prefix and own row, `(group, m)`.
-        target: What the document's entries put out together, `(group, m, head_dim)`.
-        metric: M, the mean of the query heads, times what the layer counts, `(head_dim, head_dim)`.
+        cache: Cache of prefix and document, as prefilled.
+        row: Row of the document in the cache's batch.
+        layer: Index of the layer.
+        head: Index of the KV head.
+        n_prefix: Number of tokens of the prefix.
+        n_tokens: Number of tokens of the document.
+        rows: Reference rows of the query heads.
+        total: Logsumexp over prefix, document and own request, `(group, m)`.
+        rest: Attention to prefix and own request, `(group, m)`.
+        target: Output of the document's entries together, `(group, m, head_dim)`.
+        metric: M, mean over the query heads, times the weight of the layer, `(head_dim, head_dim)`.
     """
 
     cache: PositionedCache
@@ -55,7 +56,7 @@ class HeadRows:
     metric: torch.Tensor
 
     def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of prefix and document, `(n_prefix + n_tokens, head_dim)`, float32."""
+        """Keys and values of prefix and document, `(n_prefix + n_tokens, head_dim)` each, float32."""
         keys, values = self.cache.layer(self.layer)
         own = self.row, self.head, slice(self.n_prefix + self.n_tokens)
         return keys[own].float(), values[own].float()
@@ -63,12 +64,12 @@ class HeadRows:
 
 @dataclass(frozen=True, eq=False)
 class KeptHead:
-    """A head and what it keeps.
+    """A head and the entries it keeps.
 
     Attributes:
         of: The head.
         kept: Positions in the document, `(kept,)`, in order.
-        fixed: Bool `(kept,)`; these are neither moved nor biased.
+        fixed: Bool `(kept,)`; entries that are neither moved nor biased.
     """
 
     of: HeadRows
@@ -77,7 +78,7 @@ class KeptHead:
 
 
 def refitted_errors(heads: Sequence[KeptHead], settings: MatchSettings) -> list[torch.Tensor]:
-    """What the loss of each entry kept would do when all others are fitted again: `(kept,)` of each head."""
+    """Error of losing each kept entry when all others are fitted again, `(kept,)` for each head."""
     found = [head.of.target.new_zeros(0) for head in heads]
     quick = replace(settings, value_ridges=_STAGE_RIDGES)
     for indices, group in _groups(heads, settings.max_rows, settings):
@@ -91,7 +92,7 @@ def refitted_errors(heads: Sequence[KeptHead], settings: MatchSettings) -> list[
 
 
 def fitted_entries(heads: Sequence[KeptHead], settings: MatchSettings) -> list[MovedHeads]:
-    """The entries each head keeps, fitted and moved; as they are without a fit, or where a head keeps nothing."""
+    """Fit and move the entries of each head; they stay unchanged without a fit, or where a head keeps nothing."""
     found = []
     for head in heads:
         keys, values = (tensor[head.of.n_prefix + head.kept] for tensor in head.of.entries())
@@ -107,17 +108,17 @@ def fitted_entries(heads: Sequence[KeptHead], settings: MatchSettings) -> list[M
 
 
 def _groups(heads: Sequence[KeptHead], most: int, settings: MatchSettings) -> Iterator[tuple[list[int], HeadGroup]]:
-    """Heads that are fitted together, none of those that keep nothing; and which they are.
+    """Yield heads that are fitted together, with their indices; heads that keep nothing are left out.
 
     Args:
-        heads: All of them.
-        most: Rows of a head, at most.
-        settings: For the rows a step looks at.
+        heads: All heads.
+        most: Most rows of a head.
+        settings: Settings with the number of rows per step.
     """
     filled = [i for i, head in enumerate(heads) if len(head.kept)]
     used = {shape: _picked(shape[0], shape[1], most) for shape in {heads[i].of.total.shape for i in filled}}
     picked = {i: used[heads[i].of.total.shape] for i in filled}
-    # Steps go through the rows in so many turns; heads together must have the same, or padding would change the turns.
+    # Descent goes through the rows in turns. Heads of a group must have the same number, or padding would change them.
     kinds = [(heads[i].of.rows.kind, -(-picked[i][1] // settings.rows_per_step)) for i in filled]
     device = heads[0].of.total.device
     for group in alike([len(heads[i].kept) for i in filled], kinds, settings.rows_per_step, device=device):
@@ -126,14 +127,18 @@ def _groups(heads: Sequence[KeptHead], most: int, settings: MatchSettings) -> It
 
 
 def _group_of(heads: Sequence[KeptHead], picked: Sequence[tuple[torch.Tensor, int]]) -> HeadGroup:
-    """Heads side by side. Padded rows have no scale and an infinite total, so nothing is learned from them."""
+    """Stack heads side by side.
+
+    Padded rows have scale 0 and an infinite total, so nothing is learned from them.
+    """
+    # 1. Rows: learned ones padded to the most of any head, then those held out.
     device = heads[0].of.total.device
     sizes = [(n_learned, len(rows) - n_learned) for rows, n_learned in picked]
     n_learned, n_held_out = (max(column) for column in zip(*sizes, strict=True))
     chosen = [rows.to(device) for rows, _ in picked]
 
     def laid(parts: Sequence[torch.Tensor], fill: float = 0.0) -> torch.Tensor:
-        """`(group, m, ...)` of each head to `(heads, rows, ...)`, rows held out behind all that are learned from."""
+        """Lay `(group, m, ...)` of each head out as `(heads, rows, ...)`, held-out rows behind all learned rows."""
         rows = [part.flatten(0, 1)[own] for part, own in zip(parts, chosen, strict=True)]
         if len(set(sizes)) == 1:
             return torch.stack(rows)
@@ -143,7 +148,7 @@ def _group_of(heads: Sequence[KeptHead], picked: Sequence[tuple[torch.Tensor, in
         return out
 
     asked = [head.of.rows for head in heads]
-    total = laid([head.of.total for head in heads], torch.inf)
+    total = laid([head.of.total for head in heads], torch.inf)  # (heads, rows)
     rows = replace(
         asked[0],
         query=laid([rows.query for rows in asked]),
@@ -151,13 +156,15 @@ def _group_of(heads: Sequence[KeptHead], picked: Sequence[tuple[torch.Tensor, in
         positions=laid([rows.positions for rows in asked]),
         scale=laid([rows.scale for rows in asked]),
     )
+    # 2. Entries, padded to the most of any head.
     counts = torch.tensor([len(head.kept) for head in heads], device=device)
     inside = pad_sequence([head.kept for head in heads], batch_first=True)  # (heads, most kept)
-    real = torch.arange(inside.shape[1], device=device) < counts[:, None]
+    real = torch.arange(inside.shape[1], device=device) < counts[:, None]  # (heads, most kept)
     where = inside + torch.tensor([head.of.n_prefix for head in heads], device=device)[:, None]
     found = [[part[own] for part in head.of.entries()] for head, own in zip(heads, where, strict=True)]
     keys, values = (torch.stack(parts) for parts in zip(*found, strict=True))  # (heads, most kept, head_dim)
-    logits = rows.logits(keys, where, slice(None), slice(None))
+    # 3. Attention of the rows to the entries, relative to the full cache.
+    logits = rows.logits(keys, where, slice(None), slice(None))  # (heads, rows, most kept)
     system = HeadSystem(
         weights=logits.sub_(total[..., None]).exp_().mul_(real[:, None]),
         rest=laid([head.of.rest for head in heads], 1.0),
@@ -172,10 +179,10 @@ def _group_of(heads: Sequence[KeptHead], picked: Sequence[tuple[torch.Tensor, in
 
 
 def _picked(group: int, m: int, most: int) -> tuple[torch.Tensor, int]:
-    """Which of a head's `group * m` rows are used, and how many of them are learned from; those held out are last.
+    """Indices of the used rows among a head's `group * m`, held-out rows last; and the number of learned rows.
 
-    All rows, or evenly spread ones of which every position has some. One position in four is held out, with all its
-    heads, which look alike.
+    All rows are used, or a subset spread evenly over positions and query heads. One position in four is held out, with
+    all its query heads, because their queries look alike.
     """
     rows = torch.arange(group * m)
     step = -(-len(rows) // most)

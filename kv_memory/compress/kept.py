@@ -1,4 +1,4 @@
-"""What is kept of a window: taken out of the cache it was read into, and joined with what is kept of others."""
+"""Kept entries of a window: extracted from the cache it was prefilled into, and joined with those of other windows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Kept", "extract", "join"]
 
 
 class Kept(NamedTuple):
-    """What is kept of a window, in either form of `DistilledCache`."""
+    """Kept entries of a window, in either form of `DistilledCache`."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -34,15 +34,15 @@ def extract(
     offset: int = 0,
     match: Match | None = None,
 ) -> Kept:
-    """The selected entries, positions taken off their keys.
+    """Extract the selected entries, with the rotary embedding removed from their keys.
 
     Args:
-        backbone: The model that read them.
-        cache: Prefix and window, as read.
-        selected: Bool `(num_layers or 1, num_kv_heads or 1, n_tokens)`.
-        row: Of the cache's batch.
-        offset: Of the window inside the document.
-        match: What the selected entries become, where they are fitted.
+        backbone: Model that prefilled them.
+        cache: Cache of prefix and window, as prefilled.
+        selected: Mask of the selected entries, bool `(num_layers or 1, num_kv_heads or 1, n_tokens)`.
+        row: Row in the cache's batch.
+        offset: Offset of the window inside the document, in tokens.
+        match: Fitted keys, values and biases that replace the selected entries; None for no fit.
     """
     n_prefix, n_tokens = len(backbone.prefix_ids), selected.shape[-1]
     mask = selected.expand(backbone.num_layers, backbone.num_kv_heads, -1)
@@ -71,7 +71,7 @@ def extract(
 
 
 def join(parts: Sequence[Kept]) -> Kept:
-    """Windows one behind the other, in every head."""
+    """Join windows one behind the other, in every head."""
     if len(parts) == 1:
         return parts[0]
     bias = None
@@ -82,7 +82,7 @@ def join(parts: Sequence[Kept]) -> Kept:
         bias = torch.cat([piece for of_head in zip(*of_heads, strict=True) for piece in of_head])
     if all(part.counts is None for part in parts):
         rows = [part.positions for part in parts]
-        if any(row.ndim == 3 for row in rows):  # a window held out of compression keeps the same row for all heads
+        if any(row.ndim == 3 for row in rows):  # a window kept in full has one row of positions for all heads
             rows = [row.expand(*parts[0].keys.shape[:2], -1) for row in rows]
         keys, values = torch.cat([part.keys for part in parts], 2), torch.cat([part.values for part in parts], 2)
         return Kept(keys, values, torch.cat(rows, -1), None, None if bias is None else bias.view(keys.shape[:-1]))
@@ -104,7 +104,7 @@ def _counts(part: Kept) -> torch.Tensor:
 
 
 def _by_head(part: Kept) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Keys, values and positions of every head, layer by layer."""
+    """Keys, values and positions of each head, layer by layer."""
     sizes = _counts(part).flatten().tolist()
     if part.counts is not None:
         keys, values, positions = part.keys, part.values, part.positions

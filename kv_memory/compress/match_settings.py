@@ -1,4 +1,4 @@
-"""How entries are chosen and fitted."""
+"""Settings of the selector `matched`."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ __all__ = ["MatchSettings"]
 
 @dataclass(frozen=True, kw_only=True)
 class MatchSettings:
-    """How entries are chosen and fitted; part of the fingerprint.
+    """Settings of the selection and the fit; part of the fingerprint.
 
     Attributes:
-        score: What entries are chosen by: `output`, see `output_errors`; or `attention`, the highest that any row pays.
-        depth_weight: Natural logarithm of how much more an error counts in the last layer than in the first; 0 for all
-            alike.
-        stages: Multiples of the budget kept in each stage before the last; empty for a single choice.
-        fit: Whether what is kept is fitted; without it the stages have no effect.
-        weight_ridge: How strongly weights are pulled to 1, in mean diagonals of their system.
-        value_ridges: How strongly values are pulled to what they were, in mean diagonals; the best on held-out rows.
-        part_tokens: Length of the parts in which the document is repeated.
-        max_rows: Queries of a head that stages are fitted to, at most; of a longer document evenly spread ones.
-        max_final_rows: The same for the last fit.
-        key_steps: Steps of gradient descent that move keys, values and biases after the last fit; 0 leaves keys alone.
+        score: Criterion of the selection: `output`, see `output_errors`; or `attention`, the highest attention from
+            any row.
+        depth_weight: Natural logarithm of the weight of an error in the last layer relative to the first; 0 weighs all
+            layers alike.
+        stages: Multiples of the budget kept in each stage before the last; empty for a single selection.
+        fit: True to fit what is kept; without the fit the stages have no effect.
+        weight_ridge: Strength of the pull of weights towards 1, in mean diagonals of their system.
+        value_ridges: Strengths of the pull of values towards their originals, in mean diagonals; the one that is best
+            on held-out rows is used.
+        part_tokens: Length of the parts in which the document is repeated, in tokens.
+        max_rows: Most queries of a KV head that the stages are fitted to; a longer document uses evenly spread ones.
+        max_final_rows: Most queries of a KV head that the last fit uses.
+        key_steps: Steps of gradient descent that move keys, values and biases after the last fit; 0 leaves keys
+            unchanged.
         key_rate: Size of the first of these steps, in standard deviations of the head's keys and values.
-        rows_per_step: Queries of a head that a step looks at, at most; the next step at others.
+        rows_per_step: Most queries of a KV head that one step uses; the next step uses others.
     """
 
     score: Literal["output", "attention"] = "output"
@@ -63,7 +66,7 @@ class MatchSettings:
 
     @property
     def name(self) -> str:
-        """For the fingerprint."""
+        """Name for the fingerprint, with every setting that decides the result."""
         stages = ",".join(f"{stage:g}" for stage in self.stages) if self.fit else "score"
         ridges = ",".join(f"{ridge:g}" for ridge in self.value_ridges)
         sizes = f"{self.part_tokens}:{self.max_rows}:{self.max_final_rows}"

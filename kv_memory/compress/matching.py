@@ -1,19 +1,23 @@
-"""Matched: keep what the layers' outputs need, and fit what is kept.
+"""The selector `matched`: keep the entries that the layers' outputs need, and fit them.
 
-Four steps, without training. Entries are *scored* by what their loss would do to the output of their layer (an entry
-whose value is close to what its head puts out anyway can go, however much attention it gets). They are pruned in
-*stages*, because what one entry is worth depends on which others are left. What is kept is *fitted* in closed form so
-that it stands for what was dropped: each entry gets a bias, for the attention of the dropped ones, and another value.
-At last keys, values and biases are moved by some steps of gradient descent (`descent`).
+Four steps, without training:
 
-The score of the first choice is DropKV's (openreview MqfNzH3TVH), behind the output projection and over the norm of the
-layer's input. The fit follows Attention Matching (arXiv 2602.16284), but that residuals are relative to the whole
-softmax, that ridges pull to the original values and to no bias, and that their strength is chosen on rows held out.
+1. Score each entry by the error that losing it would cause in its layer's output. An entry with a value close to what
+   its head outputs anyway can go, however much attention it gets.
+2. Prune in stages, because the score of an entry depends on which others are left.
+3. Fit the kept entries in closed form so that they stand in for the dropped ones: each entry gets a bias, for the
+   attention of dropped entries, and a new value.
+4. Move keys, values and biases by some steps of gradient descent (`descent`).
 
-For a query i of query head g, P[i, j] is its attention to entry j with the full cache (prefix and its own row in the
-denominator), o[i] what prefix and document put out together, W_g the head's part of the output projection, M[g] is
-W_g^T W_g, and r[i] the norm of the hidden state that enters the layer. Of these relative errors one in a late layer
-counts more than one in an early layer (`depth_weight`). All arithmetic is float32.
+The score of the first selection is DropKV's (openreview MqfNzH3TVH), taken behind the output projection and divided by
+the norm of the layer's input. The fit follows Attention Matching (arXiv 2602.16284) with three differences: residuals
+are relative to the whole softmax, ridges pull towards the original values and towards zero bias, and the strength of
+the ridge on values is chosen on held-out rows.
+
+For a query i of query head g, P[i, j] is its attention to entry j with the full cache (the denominator includes the
+prefix and the query's own request), o[i] the output of prefix and document together, W_g the head's part of the output
+projection, M[g] is W_g^T W_g, and r[i] the norm of the hidden state that enters the layer. A relative error in a late
+layer counts more than the same error in an early layer (`depth_weight`). All arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -43,18 +47,18 @@ from kv_memory.model.kv_cache import PositionedCache
 
 __all__ = ["Match", "MatchSettings", "Matched", "MatchedDocument", "match_documents"]
 
-_LOGITS = 1 << 22  # attention logits that are written out at once
+_LOGITS = 1 << 22  # attention logits that are held in memory at once
 
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """What is kept of a document.
+    """Kept entries of a document.
 
     Attributes:
-        selected: Bool `(num_layers, num_kv_heads, n)`.
-        keys: `(n_entries, head_dim)`, layer by layer and head by head, rotated, float32.
-        values: The same shape and order.
-        bias: `(n_entries,)`, float32.
+        selected: Mask of the kept entries, bool `(num_layers, num_kv_heads, n)`.
+        keys: Keys `(n_entries, head_dim)`, layer by layer and head by head, rotated, float32.
+        values: Values, in the same shape and order.
+        bias: Biases `(n_entries,)`, float32.
     """
 
     selected: torch.Tensor
@@ -64,7 +68,7 @@ class Match:
 
 
 class Matched:
-    """The selector: `match` chooses and fits; as a `Selector` it only scores."""
+    """The selector `matched`: as a `Selector` it only scores; `MatchedDocument.match` also selects and fits."""
 
     budget: Budget = "model"
 
@@ -75,22 +79,22 @@ class Matched:
         self.extra_tokens = max(self.settings.part_tokens + request, QUESTION_TOKENS)
 
     def watch(self, backbone: Backbone, *, n_prefix: int, n_tokens: int) -> None:
-        """Needs to see nothing of the prefill."""
+        """Return None: the prefill is not observed."""
 
     def score(self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, watched: object) -> torch.Tensor:
-        """What the loss of each entry would do to the output of its layer, see `output_errors`."""
+        """Score each entry by the error that losing it would cause, see `output_errors` and `MatchSettings.score`."""
         return self.documents(backbone, ids, cache)[0].scores
 
     def documents(
         self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, *, lengths: torch.Tensor | None = None
     ) -> list[MatchedDocument]:
-        """Ask the reference rows about documents that have been prefilled, and score their entries.
+        """Run the reference rows behind prefilled documents, and score the entries.
 
         Args:
             backbone: The model.
-            ids: `(batch, n)`, the documents, padded on the right.
-            cache: Prefix and documents, with room for `record_rows`.
-            lengths: `(batch,)` real tokens of each; all of them if None.
+            ids: `(batch, n)`, token ids of the documents, padded on the right.
+            cache: Cache of prefix and documents, with room for `record_rows`.
+            lengths: `(batch,)`, real tokens of each document; all of them if None.
 
         Raises:
             ModelError: Scores are not finite.
@@ -104,19 +108,19 @@ class Matched:
 
 
 class MatchedDocument:
-    """One document with its reference rows and its scores: what `match` needs at whatever number of entries kept.
+    """One document with its reference rows and scores: all that `match` needs for any number of entries.
 
     Args:
         backbone: The model.
-        n_tokens: Tokens of the document.
-        cache: Prefix and document, as they were prefilled.
-        reference: The rows asked behind it, of each layer.
-        settings: See `MatchSettings`.
-        row: The document's, in the batch of the cache.
+        n_tokens: Number of tokens of the document.
+        cache: Cache of prefix and document, as prefilled.
+        reference: Reference rows of each layer, recorded behind the document.
+        settings: Settings of the selector.
+        row: Row of the document in the cache's batch.
 
     Attributes:
-        heads: What each KV head is fitted to, layer by layer.
-        scores: What the loss of each entry would do, `(num_layers, num_kv_heads, n_tokens)`, float32.
+        heads: Targets of the fit of each KV head, layer by layer.
+        scores: Error that losing each entry would cause, `(num_layers, num_kv_heads, n_tokens)`, float32.
 
     Raises:
         ModelError: Scores are not finite.
@@ -146,11 +150,11 @@ class MatchedDocument:
         check_finite(backbone, self.scores)
 
     def match(self, *, n_kept: int, forced: torch.Tensor) -> Match:
-        """Prune in stages, and fit what is kept.
+        """Prune in stages, and fit the kept entries.
 
         Args:
-            n_kept: Entries to keep, on average over layers and heads.
-            forced: Bool `(n_tokens,)`; these are kept whatever their score, and neither moved nor biased.
+            n_kept: Number of entries to keep, on average over layers and heads.
+            forced: Bool `(n_tokens,)`; tokens that are kept whatever their score, and neither moved nor biased.
         """
         return match_documents([self], [n_kept], [forced])[0]
 
@@ -158,12 +162,12 @@ class MatchedDocument:
 def match_documents(
     documents: Sequence[MatchedDocument], n_kept: Sequence[int], forced: Sequence[torch.Tensor]
 ) -> list[Match]:
-    """Prune several documents in stages, and fit what is kept, the heads of all of them side by side.
+    """Prune several documents in stages and fit the kept entries, with the heads of all documents side by side.
 
     Args:
-        documents: Of one model, scored with the same settings.
-        n_kept: For each, see `MatchedDocument.match`.
-        forced: For each, see `MatchedDocument.match`.
+        documents: Documents of one model, scored with the same settings.
+        n_kept: Number of entries to keep of each document, see `MatchedDocument.match`.
+        forced: Forced tokens of each document, see `MatchedDocument.match`.
     """
     settings, scores = documents[0].settings, [document.scores for document in documents]
     fixed = [own.to(one.device) for own, one in zip(forced, scores, strict=True)]
@@ -178,23 +182,26 @@ def match_documents(
         of_heads = [own.nonzero()[:, 0] for own in chosen.flatten(0, 1)]
         return [KeptHead(head, own, fixed[i][own]) for head, own in zip(documents[i].heads, of_heads, strict=True)]
 
+    # 1. Stages: keep a multiple of the budget, fit, and replace the scores by the errors of the fitted entries.
     for stage in settings.stages if settings.fit else ():
         some = [i for i, document in enumerate(documents) if round(n_kept[i] * stage) < document.n_tokens]
         kept = [kept_of(i, choice(i, max(n_kept[i], round(n_kept[i] * stage)))) for i in some]
         errors = iter(refitted_errors([head for heads in kept for head in heads], settings) if some else ())
         for i, heads in zip(some, kept, strict=True):
-            scores[i] = torch.full_like(scores[i], -1.0)  # of those that are not kept
+            scores[i] = torch.full_like(scores[i], -1.0)  # dropped: below every error
             for own, head in zip(scores[i].flatten(0, 1), heads, strict=True):
                 own[head.kept] = next(errors)
-    chosen = [choice(i, most) for i, most in enumerate(n_kept)]
+    # 2. Last selection.
+    chosen = [choice(i, most) for i, most in enumerate(n_kept)]  # each (num_layers, num_kv_heads, n_tokens)
     kept = [kept_of(i, own) for i, own in enumerate(chosen)]
+    # 3. Last fit, of all heads of all documents together, and the results back to their documents.
     found = iter(fitted_entries([head for heads in kept for head in heads], settings))
     joined = [MovedHeads.joined([next(found) for _ in heads]) for heads in kept]
     return [Match(own, made.keys, made.values, made.bias) for own, made in zip(chosen, joined, strict=True)]
 
 
 def _metric(backbone: Backbone, layer: int, settings: MatchSettings) -> torch.Tensor:
-    """M of each query head `(num_heads, head_dim, head_dim)`, times what an error in this layer counts."""
+    """M of each query head, `(num_heads, head_dim, head_dim)`, times the weight of an error in this layer."""
     module: Any = backbone.layers[layer]
     weight: torch.Tensor = module.self_attn.o_proj.weight.float()  # (hidden_size, num_heads * head_dim)
     parts: torch.Tensor = weight.reshape(len(weight), backbone.num_heads, -1).transpose(0, 1)
@@ -211,40 +218,41 @@ def _scored(
     metric: torch.Tensor,
     settings: MatchSettings,
 ) -> tuple[HeadRows, torch.Tensor]:
-    """One KV head with what its rows see, and the scores of its entries, `(n_tokens,)`.
+    """Compute the fit's targets for one KV head, and the scores of its entries, `(n_tokens,)`.
 
     Args:
         backbone: The model.
-        cache: Prefix and document.
-        where: Row of the cache's batch, layer and KV head.
-        n_tokens: Tokens of the document.
-        reference: The rows of the layer.
-        metric: See `_metric`.
-        settings: For the score.
+        cache: Cache of prefix and document.
+        where: Row in the cache's batch, index of the layer, index of the KV head.
+        n_tokens: Number of tokens of the document.
+        reference: Reference rows of the layer.
+        metric: M of each query head, see `_metric`.
+        settings: Settings with the criterion of the score.
     """
+    # 1. The rows of the query heads that share the KV head; `group` heads with `m` queries each.
     row, layer, head = where
     group, n_prefix = backbone.num_heads // backbone.num_kv_heads, len(backbone.prefix_ids)
-    own = slice(head * group, (head + 1) * group)  # the query heads that share it
+    own = slice(head * group, (head + 1) * group)
     rows, metric = reference.of(own), metric[own]
     m, device = rows.query.shape[1], rows.query.device
-    total, rest = (torch.empty(group, m, device=device) for _ in range(2))
+    total, rest = (torch.empty(group, m, device=device) for _ in range(2))  # see `HeadRows`
     target, scores = torch.empty(group, m, backbone.head_dim, device=device), torch.zeros(n_tokens, device=device)
     made = HeadRows(cache, row, layer, head, n_prefix, n_tokens, rows, total, rest, target, metric.mean(0))
-    keys, values = made.entries()
+    keys, values = made.entries()  # (n_prefix + n_tokens, head_dim)
     places = torch.arange(len(keys), device=device)
     for block in _blocks(group * len(keys), m):
-        # 1. Attention of the rows to prefix, document and their own row: `(group, block, n_prefix + n_tokens)`.
-        logits = rows.logits(keys, places, slice(None), block)
-        highest = torch.maximum(logits.amax(-1), rows.own[:, block])[..., None]
+        # 2. Attention of the rows to prefix and document, with their own request in the denominator.
+        logits = rows.logits(keys, places, slice(None), block)  # (group, block, n_prefix + n_tokens)
+        highest = torch.maximum(logits.amax(-1), rows.own[:, block])[..., None]  # (group, block, 1)
         weights = logits.sub_(highest).exp_()
         sums = weights.sum(-1, keepdim=True) + (rows.own[:, block, None] - highest).exp()
         weights = weights.div_(sums)
         before, inside = weights[..., :n_prefix], weights[..., n_prefix:]
-        # 2. What the document's entries are to stand for.
+        # 3. Targets of the fit: the attention outside the document, and the output of the document's entries.
         total[:, block] = (sums.log() + highest)[..., 0]
         rest[:, block] = before.sum(-1) + (rows.own[:, block] - total[:, block]).exp()
-        target[:, block] = inside @ values[n_prefix:]
-        # 3. What the loss of each would do.
+        target[:, block] = inside @ values[n_prefix:]  # (group, block, head_dim)
+        # 4. Scores: the highest attention, or the sum of the errors that losing each entry would cause.
         if settings.score == "attention":
             scores = torch.maximum(scores, inside.amax((0, 1)))
             continue
@@ -254,7 +262,7 @@ def _scored(
 
 
 def _blocks(n_logits: int, m: int) -> Iterator[slice]:
-    """Parts of `m` rows that have `n_logits` each, so many that memory holds them."""
+    """Split `m` rows of `n_logits` each into blocks that fit in memory."""
     size = max(1, _LOGITS // n_logits)
     for start in range(0, m, size):
         yield slice(start, min(start + size, m))

@@ -1,8 +1,8 @@
-"""Reading documents with an adapter: score, select and route, layer by layer, several documents at once.
+"""Prefill with an adapter: score, select and route, layer by layer, for several documents at once.
 
 Training and compression share this code, so that what is trained is what is used. Where the scorer looks at layer eta
-and layers below it are routed too, the scores must be known before the reading begins: two passes. In all other forms
-everything is decided on the way: one pass.
+and layers below it are routed too, the scores must be known before routing begins, which takes two passes. In all
+other forms everything is decided during one pass.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ __all__ = ["Reading", "ReadingDocuments", "check_finite", "choose", "hidden_afte
 
 
 def pad(rows: Sequence[Sequence[int]], *, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids of several texts, padded on the right with 0: `(batch, longest)`; and their lengths `(batch,)`."""
+    """Pad token ids of several texts on the right with 0: `(batch, longest)`; also return their lengths `(batch,)`."""
     lengths = torch.tensor([len(row) for row in rows], device=device)
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device), lengths
 
 
 def check_finite(backbone: Backbone, *tensors: torch.Tensor) -> None:
-    """Raise `ModelError` if what the model made of a document, or scores made of that, are not all finite numbers."""
+    """Raise `ModelError` unless all of these tensors (keys, values or scores of a document) are finite."""
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise ModelError(
             "what the model makes of this document is not finite",
@@ -49,45 +49,49 @@ def choose(
     budget: Budget,
     forced: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The entries with the highest scores. Of equal scores the first is taken, so that the result never varies.
+    """Select the entries with the highest scores (top-k); of equal scores the first wins, so the result never varies.
 
     Args:
-        scores: `(num_layers, batch, num_kv_heads, n_tokens)`, or with 1 in place of layers and heads.
-        lengths: `(batch,)`, real tokens.
-        n_kept: `(batch,)`, how many to keep, in every head or on average over all of them.
-        budget: See `Budget`.
-        forced: Bool `(batch, n_tokens)`; these are kept whatever their score.
+        scores: Scores `(num_layers, batch, num_kv_heads, n_tokens)`, or with 1 in place of layers and heads.
+        lengths: `(batch,)`, real tokens of each document.
+        n_kept: `(batch,)`, number of entries to keep, in every head or on average over all of them.
+        budget: Distribution of entries among the heads, see `Budget`.
+        forced: Bool `(batch, n_tokens)`; tokens that are kept whatever their score.
 
     Returns:
-        Bool, the shape of `scores`.
+        Mask of the kept entries, bool, in the shape of `scores`.
     """
+    # 1. Rank forced tokens first and padding last.
     n_tokens, device = scores.shape[-1], scores.device
-    real = torch.arange(n_tokens, device=device) < lengths.to(device)[:, None]
-    ranked = scores.detach().masked_fill(~real[None, :, None], -torch.inf)
+    real = torch.arange(n_tokens, device=device) < lengths.to(device)[:, None]  # (batch, n_tokens)
+    ranked = scores.detach().masked_fill(~real[None, :, None], -torch.inf)  # the shape of scores
     if forced is not None:
         ranked = ranked.masked_fill(forced.to(device)[None, :, None], torch.inf)
-    most = n_kept.to(device)
+    # 2. With the budget `model`, all heads of a document compete in one ranking, for the total of all heads.
+    most = n_kept.to(device)  # (batch,)
     if budget == "model":
         layers, batch, heads = scores.shape[:3]
-        ranked = ranked.transpose(0, 1).reshape(1, batch, 1, -1)  # one row a document
+        ranked = ranked.transpose(0, 1).reshape(1, batch, 1, -1)  # (1, batch, 1, layers * heads * n_tokens)
         most = most * layers * heads
+    # 3. Top-k, by a stable sort: k differs between documents, and `torch.topk` leaves the order of equal scores open.
     order = ranked.sort(dim=-1, descending=True, stable=True).indices
-    chosen = torch.arange(ranked.shape[-1], device=device) < most[:, None, None]
+    chosen = torch.arange(ranked.shape[-1], device=device) < most[:, None, None]  # (batch, 1, n_ranked)
     mask = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, order, chosen.expand_as(order))
+    # 4. Back to the shape of scores.
     if budget == "model":
         mask = mask.reshape(batch, layers, heads, n_tokens).transpose(0, 1)
     return mask
 
 
 class ReadingDocuments:
-    """What happens in each layer while documents are read; a `Routing`.
+    """Scores, selects and routes in each layer while documents are prefilled; a `Routing`.
 
     Args:
-        adapter: Scores and says which tokens it routes.
+        adapter: Adapter that scores, and that decides which tokens are routed.
         lengths: `(batch,)`, tokens of each document.
-        n_kept: `(batch,)`, how many entries to keep of each, see `choose`.
-        forced: Bool `(batch, n_tokens)`; these are kept whatever their score.
-        routed: False reads with the frozen weights alone, as in selection without the LoRA.
+        n_kept: `(batch,)`, number of entries to keep of each document, see `choose`.
+        forced: Bool `(batch, n_tokens)`; tokens that are kept whatever their score.
+        routed: True to use the LoRA; False prefills with the frozen weights alone, for selection without the LoRA.
     """
 
     def __init__(
@@ -106,10 +110,10 @@ class ReadingDocuments:
         self._routed = routed
         self._strength = adapter.config.strength(n_kept / lengths)[:, None]  # (batch, 1)
         self._scores: list[torch.Tensor | None] = [None] * adapter.backbone.num_layers
-        self._selected: torch.Tensor | None = None  # of all layers, where it is known before they are read
+        self._selected: torch.Tensor | None = None  # for all layers at once; None with scorers of the kind `layer`
 
     def look(self, layer: int, hidden: torch.Tensor) -> None:
-        """Score from what goes into a layer: for this layer, or for all of them."""
+        """Score from the input of a layer: for this layer, or for all layers."""
         scores = self._adapter.scorer(hidden, layer)
         if self._adapter.config.scorer == "layer":
             self._scores[layer] = scores[0]
@@ -122,7 +126,7 @@ class ReadingDocuments:
         return choose(scores, self._lengths, self._n_kept, budget=budget, forced=self._forced)
 
     def enter(self, layer: int, hidden: torch.Tensor) -> torch.Tensor | None:
-        """See `Routing`."""
+        """Score and select where it is due, and return the mask of this layer; see `Routing`."""
         config = self._adapter.config
         if config.scorer == "layer" or (layer == config.eta and self._selected is None):
             self.look(layer, hidden)
@@ -139,23 +143,23 @@ class ReadingDocuments:
 
     @property
     def scores(self) -> torch.Tensor:
-        """`(num_layers, batch, num_kv_heads or 1, n_tokens)`, float32, with their gradient."""
+        """Scores `(num_layers, batch, num_kv_heads or 1, n_tokens)`, float32, with their gradient."""
         return torch.stack([scores for scores in self._scores if scores is not None])
 
     @property
     def selected(self) -> torch.Tensor:
-        """Bool `(num_layers or 1, batch, num_kv_heads or 1, n_tokens)`."""
+        """Mask of the kept entries, bool `(num_layers or 1, batch, num_kv_heads or 1, n_tokens)`."""
         return self._choose(self.scores) if self._selected is None else self._selected
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Documents that were read.
+    """Prefilled documents with their scores and selection.
 
     Attributes:
-        cache: Prefix and documents, rotated, padded.
-        selected: Which entries are kept: bool `(num_layers or 1, batch, num_kv_heads or 1, n_tokens)`.
-        scores: `(num_layers, batch, num_kv_heads or 1, n_tokens)`, float32.
+        cache: Cache of prefix and documents, rotated, padded.
+        selected: Mask of the kept entries, bool `(num_layers or 1, batch, num_kv_heads or 1, n_tokens)`.
+        scores: Scores `(num_layers, batch, num_kv_heads or 1, n_tokens)`, float32.
     """
 
     cache: PositionedCache
@@ -173,23 +177,23 @@ def read_documents(
     routed: bool = True,
     room: int = 0,
 ) -> Reading:
-    """Read documents behind the shared prefix, score and select their tokens and route what the adapter routes.
+    """Prefill documents behind the shared prefix, score and select their tokens, and route what the adapter routes.
 
     Args:
-        adapter: Attached to the model that reads.
-        ids: `(batch, n_tokens)`, padded on the right.
-        lengths: `(batch,)`.
-        n_kept: `(batch,)`, between 1 and each length.
-        forced: Bool `(batch, n_tokens)`; these are kept whatever their score.
-        routed: False leaves the LoRA out.
-        room: For so many more tokens behind them.
+        adapter: Adapter attached to the model.
+        ids: `(batch, n_tokens)`, token ids, padded on the right.
+        lengths: `(batch,)`, tokens of each document.
+        n_kept: `(batch,)`, number of entries to keep, between 1 and each length.
+        forced: Bool `(batch, n_tokens)`; tokens that are kept whatever their score.
+        routed: True to use the LoRA.
+        room: Number of further tokens that the cache must hold behind the documents.
     """
     backbone, config = adapter.backbone, adapter.config
     batch, n_tokens = ids.shape
     watching = ReadingDocuments(adapter, lengths=lengths, n_kept=n_kept, forced=forced, routed=routed)
     if config.scorer != "layer" and config.first_routed_layer < config.eta:
         first = backbone.prefixed_cache(n_tokens, batch_size=batch)
-        with torch.no_grad():  # the frozen layers below eta: no gradient reaches anything
+        with torch.no_grad():  # the layers below eta are frozen here: nothing to train
             hidden = hidden_after(backbone, ids, first, layer=config.eta, lengths=lengths if batch > 1 else None)
         watching.look(config.eta, hidden)
     cache = backbone.prefixed_cache(n_tokens, room=room, batch_size=batch)
@@ -200,17 +204,17 @@ def read_documents(
 def hidden_after(
     backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, *, layer: int, lengths: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Run only the first `layer` decoder layers and return what comes out of the last of them.
+    """Run only the first `layer` decoder layers and return the output of the last of them.
 
     Args:
-        backbone: The model that reads.
-        ids: `(batch, n)` token ids, padded on the right.
-        cache: Is used up to `layer`; must not be used afterwards.
-        layer: How many layers to run, at least 1.
-        lengths: `(batch,)` real tokens per row; all of them if None.
+        backbone: Model to run.
+        ids: `(batch, n)`, token ids, padded on the right.
+        cache: Cache that is filled up to `layer`; it must not be used afterwards.
+        layer: Number of layers to run, at least 1.
+        lengths: `(batch,)`, real tokens per row; all of them if None.
 
     Returns:
-        `(batch, n, hidden_size)`, of the model's dtype.
+        Hidden states `(batch, n, hidden_size)`, in the model's dtype.
 
     Raises:
         ModelError: The model has no such layer.
@@ -223,9 +227,9 @@ def hidden_after(
         caught.append(output[0] if isinstance(output, tuple) else output)
         raise _EnoughRead
 
-    # Leaving by an exception runs exactly the layers asked for on every architecture. Cutting `decoder.layers` short
-    # was rejected: it changes the model under the feet of other threads. Under the lock, because the hook would stop a
-    # forward pass of another thread as well.
+    # Leaving by an exception runs exactly the requested layers on every architecture. Truncating `decoder.layers` was
+    # rejected: it would change the model for other threads too. The lock is held because the hook would also stop a
+    # forward pass of another thread.
     with backbone.lock:
         handle = backbone.layers[layer - 1].register_forward_hook(stop)
         try:
@@ -237,5 +241,5 @@ def hidden_after(
     return caught[0]
 
 
-class _EnoughRead(Exception):  # noqa: N818 (no error)
-    """Leaves a forward pass once the wanted layer has run."""
+class _EnoughRead(Exception):  # noqa: N818 (not an error)
+    """Raised to leave a forward pass once the wanted layer has run."""

@@ -1,9 +1,9 @@
-"""Reference rows: what the model asks of a document while it repeats it and answers questions about no document.
+"""Reference rows: queries of the model while it repeats a document and answers questions about no document.
 
-A compressor that fits entries needs queries to fit them to. The real ones are not known when a document is compressed,
-so a pass behind the document stands for them: the request to repeat it (as in KVzip, arXiv 2505.23416), whose queries
-look for every token once, and short questions with answers, whose queries look for what answers are made of. The very
-questions asked later did not serve better than these.
+A compressor that fits entries needs queries to fit them to. The real ones are unknown when a document is compressed,
+so a pass behind the document replaces them. It consists of requests: one to repeat the document (as in KVzip, arXiv
+2505.23416), with queries that look for every token once, and short questions with answers, with queries that look for
+what answers are made of. The very questions asked later did not serve better than these.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["QUESTION_TOKENS", "REPEAT", "REPEAT_FROM", "ReferenceRows", "record_
 REPEAT = "\n\nRepeat the previous text exactly.\n"
 REPEAT_FROM = "\n\nRepeat the previous text exactly, from here on: "
 REQUEST_TOKENS, CUE_TOKENS = 48, 8
-QUESTION_TOKENS = 64  # of a question with its wrapper and its answer, at most
+QUESTION_TOKENS = 64  # most tokens of a question with its wrapper and its answer
 _QUESTIONS = (
     ("Who built the tower?", "Jan Novak"),
     ("When did the war begin?", "in 1914"),
@@ -36,23 +36,23 @@ _QUESTIONS = (
     ("Which company made it?", "Siemens"),
     ("What is the name of the river?", "the Danube"),
 )
-_COPIED_ENTRIES = 4096  # of each document's cache, for questions asked side by side
-_RECORDED = 4096  # queries of a head that are recorded, at most, and one batch of rows: memory stays that of a prefill
-_BLOCK = 256  # queries whose attention to their own row is written out at once
+_COPIED_ENTRIES = 4096  # of each document's cache at once, for questions run side by side
+_RECORDED = 4096  # most document tokens with a recorded query, per head: memory stays that of a prefill
+_BLOCK = 256  # queries with their attention to their own request in memory at once
 
 
 @dataclass(frozen=True, eq=False)
 class ReferenceRows:
-    """The queries of one layer behind a document.
+    """Recorded queries of one layer behind a document.
 
     Attributes:
-        query: `(num_heads, m, head_dim)`, rotated; of the model's dtype.
-        own: `(num_heads, m)`, logsumexp of each query's logits over the keys of its own row, float32.
-        positions: `(num_heads, m)`, where each query stands.
-        scale: `(num_heads, m)`, 1 over the norm of the hidden state that enters the layer, float32.
+        query: Queries `(num_heads, m, head_dim)`, rotated, in the model's dtype.
+        own: Logsumexp of each query's logits over the keys of its own request, `(num_heads, m)`, float32.
+        positions: Positions of the queries, `(num_heads, m)`.
+        scale: 1 over the norm of the hidden state that enters the layer, `(num_heads, m)`, float32.
         scaling: Factor of the attention logits.
         softcap: Soft cap of the attention logits, or None.
-        window: How far a query looks back, or None.
+        window: Length of the layer's sliding window in tokens, or None.
     """
 
     query: torch.Tensor
@@ -65,11 +65,11 @@ class ReferenceRows:
 
     @property
     def kind(self) -> tuple[float, float | None, int | None]:
-        """What rows must have in common to be handled as those of one layer: layers may differ in their windows."""
+        """Properties that rows must share to be handled as those of one layer; layers may differ in their windows."""
         return self.scaling, self.softcap, self.window
 
     def of(self, heads: slice) -> ReferenceRows:
-        """The rows of some query heads."""
+        """Rows of some query heads."""
         return replace(
             self,
             query=self.query[heads],
@@ -82,13 +82,13 @@ class ReferenceRows:
         """Attention logits towards document keys.
 
         Args:
-            keys: `(n, head_dim)`, float32, rotated, of one KV head; or `(query heads, n, head_dim)`.
-            where: `(n,)`, their positions; or `(query heads, n)`.
-            heads: The query heads that share it.
-            rows: Which queries.
+            keys: Keys, float32, rotated: `(n, head_dim)` of one KV head, or `(query heads, n, head_dim)`.
+            where: Positions of the keys, `(n,)` or `(query heads, n)`.
+            heads: Query heads that share the KV head.
+            rows: Range of queries.
 
         Returns:
-            `(query heads, rows, n)`, float32; -inf where a sliding window hides the key.
+            Logits `(query heads, rows, n)`, float32; -inf where a sliding window hides the key.
         """
         logits = (self.query[heads, rows].float() * self.scaling) @ keys.mT
         if self.softcap is not None:
@@ -99,7 +99,7 @@ class ReferenceRows:
 
 
 def repeat_rows(backbone: Backbone, ids: torch.Tensor, part_tokens: int) -> Iterator[list[int]]:
-    """Requests to repeat a document `(1, n)` part by part, each with the part it asks for."""
+    """Yield requests to repeat a document `(1, n)` part by part, each with the part it requests."""
     for start in range(0, ids.shape[1], part_tokens):
         request = backbone.encode(REPEAT if start == 0 else REPEAT_FROM)[:REQUEST_TOKENS]
         cue = ids[0, max(0, start - CUE_TOKENS) : start].tolist()
@@ -110,28 +110,31 @@ def repeat_rows(backbone: Backbone, ids: torch.Tensor, part_tokens: int) -> Iter
 def record_rows(
     backbone: Backbone, documents: Sequence[torch.Tensor], cache: PositionedCache, *, part_tokens: int
 ) -> list[list[ReferenceRows]]:
-    """Ask the reference rows behind each document of a batch and record every layer's queries.
+    """Run the reference rows behind each document of a batch, and record every layer's queries.
 
     Args:
         backbone: The model.
-        documents: Token ids of each, `(n_tokens,)`. Several are short ones, repeated in one part each, and asked with
-            the rotary frequencies they were prefilled with.
-        cache: Prefix and documents, as they were prefilled, with room for a part and its request. Left as it was found,
-            but for the frequencies of a rope that depends on the length.
-        part_tokens: Length of the parts that are repeated.
+        documents: Token ids of each document, `(n_tokens,)`. Several documents must be short: each is repeated in one
+            part, and its requests get the rotary frequencies of its prefill.
+        cache: Cache of prefix and documents, as prefilled, with room for a part and its request. It is restored
+            afterwards, except for the frequencies of a rope that depends on the length.
+        part_tokens: Length of the repeated parts, in tokens.
 
     Returns:
-        Of each document the rows of each layer.
+        Rows of each layer, for each document.
     """
+    # 1. Requests: some questions side by side, on copies of a short document's cache; parts of the document one by one.
     recorder = _Recorder(backbone, len(documents), step=-(-max(map(len, documents)) // _RECORDED))
     questions, n_entries = _questions(backbone), cache.layer(0)[0].shape[2]
     at_once = max(1, _COPIED_ENTRIES // n_entries)
     parts = [list(repeat_rows(backbone, ids[None], part_tokens)) for ids in documents]
+    # 2. Run them and record queries.
     n_positions = [
         recorder.ask([questions[start : start + at_once]] * len(documents), cache)
         for start in range(0, len(questions), at_once)
     ]
     n_positions += [recorder.ask([[row] for row in rows], cache) for rows in zip(*parts, strict=True)]
+    # 3. Rows of each document, with the same rotary frequencies for all of them.
     found = [recorder.layers(document) for document in range(len(documents))]
     if backbone.rope.varies and len({backbone.rope.regime(n) for n in n_positions}) > 1:
         found = [
@@ -146,21 +149,21 @@ def _questions(backbone: Backbone) -> list[list[int]]:
 
 
 class _Recorder:
-    """Records queries while rows are read behind several documents; an `AttentionObserver`."""
+    """Records queries while requests are prefilled behind several documents; an `AttentionObserver`."""
 
     def __init__(self, backbone: Backbone, n_documents: int, *, step: int) -> None:
         self._backbone = backbone
         self._n_documents = n_documents
-        self._step = step  # one head in `step` records a token, each another one, so that every token is recorded
-        self._parts: list[list[ReferenceRows]] = [[] for _ in range(backbone.num_layers)]  # document by document
-        self._real = torch.empty(0, 0, dtype=torch.bool)  # of the rows that are being read
-        self._positions = torch.empty(0)
+        self._step = step  # heads record every `step`-th token, with different offsets, to cover all
+        self._parts: list[list[ReferenceRows]] = [[] for _ in range(backbone.num_layers)]  # by layer and pass
+        self._real = torch.empty(0, 0, dtype=torch.bool)  # (rows, n), for the current pass
+        self._positions = torch.empty(0)  # (real tokens,)
         self._picked = torch.empty(0)  # (num_heads, recorded), indices of real tokens
         self._scales: dict[int, torch.Tensor] = {}
-        self.sizes: list[list[int]] = []  # queries of each document in each pass
+        self.sizes: list[list[int]] = []  # by pass: queries of a head behind each document
 
     def layers(self, document: int) -> list[ReferenceRows]:
-        """What was recorded behind one document."""
+        """Rows of each layer recorded behind one document."""
         ends = [sum(sizes[: document + 1]) for sizes in self.sizes]
         spans = [slice(end - sizes[document], end) for end, sizes in zip(ends, self.sizes, strict=True)]
 
@@ -179,39 +182,42 @@ class _Recorder:
         ]
 
     def ask(self, rows: Sequence[Sequence[Sequence[int]]], cache: PositionedCache) -> int:
-        """Read rows behind each document, as many behind each; returns the length of the sequence they were read in."""
+        """Prefill rows of tokens behind each document, equally many; return the length of their longest sequence."""
+        # 1. Real tokens of all rows, and their positions.
         ids, lengths = pad([row for own in rows for row in own], device=self._backbone.device)
         many, device, before = len(rows[0]), ids.device, cache.next_positions
         places = torch.arange(ids.shape[1], device=device)
         self._real = places < lengths[:, None]
         self._positions = (before.repeat_interleave(many)[:, None] + places)[self._real]
+        # 2. Tokens to record: indices of real tokens, for each head.
         self.sizes.append([])
         heads, picked, start = torch.arange(self._backbone.num_heads, device=device), [], 0
         for own in rows:
             n = sum(map(len, own))
-            first = torch.arange(start, start + n - self._step + 1, self._step, device=device)  # as many for every head
+            first = torch.arange(start, start + n - self._step + 1, self._step, device=device)  # as many for each head
             picked.append(first + heads[:, None] % self._step)
             self.sizes[-1].append(len(first))
             start += n
         self._picked = torch.cat(picked, 1)
+        # 3. Prefill, on copies if a document has several rows.
         behind = cache if many == 1 else _copies(cache, many, room=ids.shape[1])
         with self._norms():
             ragged = lengths if len(ids) > 1 else None
             self._backbone.read(ids, behind, lengths=ragged, context=ForwardContext(observer=self))
         if many == 1:
             cache.rewind(ids.shape[1])
-            cache.next_positions = before  # rows of different lengths went on by as many positions
+            cache.next_positions = before  # `rewind` assumes rows of equal length
         return behind.n_positions
 
     @contextmanager
     def _norms(self) -> Iterator[None]:
-        """Note how large the hidden states are that enter each layer."""
+        """Record 1 over the norm of the hidden states that enter each layer."""
 
         def note(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
             self._scales[layer] = 1 / hidden.float().norm(dim=-1).clamp_min(1e-6)
 
-        with self._backbone.lock:  # the hooks would see a forward pass of another thread as well
+        with self._backbone.lock:  # the hooks would also see a forward pass of another thread
             handles = [
                 module.register_forward_pre_hook(
                     lambda _, args, kwargs, layer=index: note(layer, args, kwargs), with_kwargs=True
@@ -234,14 +240,15 @@ class _Recorder:
         softcap: float | None,
         window: int | None,
     ) -> None:
-        """See `AttentionObserver`."""
+        """Record one layer's queries; see `AttentionObserver`."""
+        # 1. Logsumexp of each query over its own request, block by block.
         batch, heads, new, dim = query.shape
-        own = key[:, :, -new:].float()
+        own = key[:, :, -new:].float()  # (batch, num_kv_heads, new, dim)
         sums = torch.empty(batch, heads, new, device=query.device)
         places = torch.arange(new, device=query.device)
         for start in range(0, new, _BLOCK):
             rows = slice(start, min(start + _BLOCK, new))
-            block = query[:, :, rows].float().unflatten(1, (own.shape[1], -1))
+            block = query[:, :, rows].float().unflatten(1, (own.shape[1], -1))  # (batch, kv_heads, group, block, dim)
             logits = block @ own[:, :, None, : rows.stop].transpose(-1, -2) * scaling
             if softcap is not None:
                 logits = torch.tanh(logits / softcap) * softcap
@@ -249,6 +256,7 @@ class _Recorder:
             if window is not None:
                 hidden |= places[: rows.stop] <= places[rows, None] - window
             sums[:, :, rows] = logits.masked_fill_(hidden, -torch.inf).logsumexp(-1).flatten(1, 2)
+        # 2. Picked queries of the real tokens.
         real, picked = self._real, self._picked
         self._parts[layer].append(
             ReferenceRows(
@@ -264,7 +272,7 @@ class _Recorder:
 
 
 def _copies(cache: PositionedCache, n: int, *, room: int) -> PositionedCache:
-    """The cache of each document `n` times, one behind the other, with room for more entries."""
+    """Repeat the cache of each document `n` times in the batch, with room for more entries."""
     layers = [cache.layer(index) for index in range(len(cache.layers))]
     keys, values = (
         [torch.nn.functional.pad(layer[part].repeat_interleave(n, 0), (0, 0, 0, room)) for layer in layers]
@@ -279,7 +287,7 @@ def _copies(cache: PositionedCache, n: int, *, room: int) -> PositionedCache:
 def _in_one_regime(
     backbone: Backbone, layers: Sequence[ReferenceRows], sizes: Sequence[int], n_positions: Sequence[int], wanted: int
 ) -> list[ReferenceRows]:
-    """Queries that were rotated for sequences of different lengths, as those of a sequence of length `wanted`."""
+    """Rotate queries from sequences of different lengths again, as those of a sequence of length `wanted`."""
     query, where = torch.stack([rows.query for rows in layers]), layers[0].positions
     parts = []
     for part, at, length in zip(query.split(list(sizes), 2), where.split(list(sizes), 1), n_positions, strict=True):

@@ -1,9 +1,9 @@
-"""The routed LoRA: a PEFT variant whose delta reaches only the tokens it is told to.
+"""The routed LoRA: a PEFT variant with a delta that reaches only the tokens of a mask.
 
 PEFT's activated LoRA does the same for the last tokens of a sequence; ours takes a mask. The mask comes with the
-forward pass (`ForwardContext.routing`): a hook on each decoder layer asks for it, puts it where the projections inside
-can see it, and takes it away when the layer is done. Without a mask a projection returns the frozen layer's own
-result, untouched.
+forward pass (`ForwardContext.routing`): a hook on each decoder layer fetches it, makes it visible to the projections
+inside, and removes it when the layer is done. Without a mask a projection returns the frozen layer's own result
+unchanged.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from kv_memory.model.attention import ForwardContext
 
 __all__ = ["FixedRouting", "RoutedLinear", "current_mask", "install_routing", "routed_with"]
 
-# Not an attribute of the modules: threads that decode while another one compresses must not see its mask.
+# Not an attribute of the modules: threads that decode while another thread compresses must not see its mask.
 _MASK: ContextVar[torch.Tensor | None] = ContextVar("kv_memory_routing", default=None)
 
 
 def current_mask() -> torch.Tensor | None:
-    """The mask of the layer that is running, as `Routing.enter` gave it."""
+    """Mask of the running layer, as returned by `Routing.enter`."""
     return _MASK.get()
 
 
 @contextmanager
 def routed_with(mask: torch.Tensor | None) -> Iterator[None]:
-    """Run with this mask: for who runs a layer's inside again, without the hooks around it."""
+    """Run with this mask, for code that runs part of a layer again without the hooks around it."""
     token = _MASK.set(mask)
     try:
         yield
@@ -43,40 +43,41 @@ def routed_with(mask: torch.Tensor | None) -> Iterator[None]:
 
 
 class FixedRouting:
-    """Tokens chosen beforehand go through the adapter; a `Routing`.
+    """Routes tokens chosen beforehand through the adapter; a `Routing`.
 
     Args:
-        mask: Bool or float `(batch, new)` for all layers, or `(num_layers, batch, new)`, see `Routing`.
+        mask: Bool or float mask, `(batch, new)` for all layers or `(num_layers, batch, new)`, see `Routing`.
     """
 
     def __init__(self, mask: torch.Tensor) -> None:
         self._mask = mask
 
     def enter(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """See `Routing`."""
+        """Return the mask of this layer, see `Routing`."""
         return self._mask[layer] if self._mask.ndim == 3 else self._mask
 
 
 class RoutedVariant(LoraVariant):
-    """Adds the LoRA delta to routed tokens only, as strongly as the mask says."""
+    """Adds the LoRA delta to routed tokens only, with the strength given by the mask."""
 
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
-        """Nothing beyond what LoRA itself sets up."""
+        """Do nothing beyond LoRA's own setup."""
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """The frozen layer's result, plus the delta where the mask is set.
+        """Return the frozen layer's result, plus the delta where the mask is set.
 
         Args:
-            module: The LoRA layer.
-            active_adapter: Its adapter's name.
-            x: `(batch, n, in_features)`, input.
-            result: `(batch, n, out_features)`, of the frozen layer.
-            **kwargs: Of other variants; none are used.
+            module: LoRA layer.
+            active_adapter: Name of its adapter.
+            x: Input `(batch, n, in_features)`.
+            result: Result of the frozen layer, `(batch, n, out_features)`.
+            **kwargs: Arguments of other variants; unused.
 
         Returns:
-            Shape and dtype of `result`; the same tensor where no token is routed.
+            Tensor with the shape and dtype of `result`. It is `result` itself without a mask, or where the delta was
+            added in place (no gradients, bool mask or one strength per token).
         """
         mask = _MASK.get()
         if mask is None:
@@ -90,13 +91,13 @@ class RoutedVariant(LoraVariant):
         if mask.is_floating_point():
             strength = mask.expand(x.shape[:-1]).flatten().to(result.dtype)
             delta = delta * (strength if rows is None else strength[rows])[:, None]
-        if n_query is not None:  # a fused projection (Phi-3): queries first, then keys and values, which stay as is
+        if n_query is not None:  # a fused projection (Phi-3): queries first, then keys and values, which stay unchanged
             delta = nn.functional.pad(delta[:, :n_query], (0, flat.shape[1] - n_query))
         if rows is None:
             return (flat + delta).view_as(result)
         if torch.is_grad_enabled() or not result.is_contiguous():
             return flat.index_add(0, rows, delta).view_as(result)
-        flat.index_add_(0, rows, delta)  # the frozen layer's result is ours alone: no need to copy a whole document
+        flat.index_add_(0, rows, delta)  # in place: nothing else uses the frozen layer's result
         return result
 
 
@@ -104,18 +105,18 @@ class RoutedLinear(lora.Linear):
     """PEFT's LoRA layer for `nn.Linear`, with the routed variant."""
 
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> LoraVariant:
-        """Always the routed variant."""
+        """Return the routed variant, always."""
         return RoutedVariant()
 
 
 def install_routing(layers: Iterable[nn.Module]) -> list[RemovableHandle]:
-    """Let the decoder layers hand the forward pass's mask to the projections inside them.
+    """Install hooks on the decoder layers that pass the forward pass's mask to the projections inside them.
 
     Args:
-        layers: The model's decoder layers, in order.
+        layers: Decoder layers of the model, in order.
 
     Returns:
-        The hooks' handles.
+        Handles of the hooks.
     """
     handles = []
     for index, layer in enumerate(layers):
@@ -130,8 +131,8 @@ def install_routing(layers: Iterable[nn.Module]) -> list[RemovableHandle]:
         def after(_module: nn.Module, args: Any, output: Any) -> None:
             _MASK.set(None)
 
-        # Hooks of the layer, not of the model: gradient checkpointing runs a layer again, in another thread even,
-        # with the arguments of the first time, and so finds its mask.
+        # Hooks on the layers, not on the model: gradient checkpointing runs a layer again, possibly in another thread,
+        # with its original arguments, and so finds its mask.
         handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(layer.register_forward_hook(after, always_call=True))
     return handles

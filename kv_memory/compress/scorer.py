@@ -1,4 +1,4 @@
-"""The scorer: a small feed-forward head that says which tokens of a document matter (KV-Distill, section 3)."""
+"""The scorer: a small feed-forward head that predicts which tokens of a document matter (KV-Distill, section 3)."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from kv_memory.config import Budget
 
 __all__ = ["Scorer", "ScorerKind", "attention_scores"]
 
-FLOOR = 1e-3  # attention below this is all the same: nothing
+FLOOR = 1e-3  # attention far below this gets the same score as no attention
 
-# `token`: one score a token for all heads, from the hidden state after layer eta (the paper's form). `head`: from the
-# same place, one per layer and KV head. `layer`: one per layer and KV head, each layer's from what goes into it.
+# `token`: one score per token for all heads, from the hidden state after layer eta (the paper's form). `head`: one per
+# layer and KV head, from the same hidden state. `layer`: one per layer and KV head, from the input of each layer.
 ScorerKind = Literal["token", "head", "layer"]
 
 
 class Scorer(nn.Module):
-    """Scores document tokens from hidden states. It never sees a question.
+    """Scores document tokens from hidden states, without ever seeing a question.
 
     Args:
-        kind: See `ScorerKind`.
-        hidden_size: Of the model.
-        inner_size: Of the hidden layer.
-        num_layers: Of the model.
-        num_kv_heads: Of the model.
+        kind: Kind of scorer, see `ScorerKind`.
+        hidden_size: Hidden size of the model.
+        inner_size: Width of the scorer's hidden layer.
+        num_layers: Number of layers of the model.
+        num_kv_heads: Number of KV heads of the model.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class Scorer(nn.Module):
         """Score every token.
 
         Args:
-            hidden: `(batch, n_tokens, hidden_size)`, any dtype.
-            layer: Which layer's scores, for a scorer of the kind `layer`.
+            hidden: Hidden states `(batch, n_tokens, hidden_size)`, any dtype.
+            layer: Index of the layer to score, for a scorer of the kind `layer`.
 
         Returns:
-            `(1, batch, 1, n_tokens)` for `token`, `(num_layers, batch, num_kv_heads, n_tokens)` for `head`,
-            `(1, batch, num_kv_heads, n_tokens)` for `layer`; float32.
+            Scores, float32: `(1, batch, 1, n_tokens)` for `token`, `(num_layers, batch, num_kv_heads, n_tokens)` for
+            `head`, `(1, batch, num_kv_heads, n_tokens)` for `layer`.
         """
         head = self.heads[layer if self.kind == "layer" else 0]
         scores: torch.Tensor = head(hidden.float()).transpose(1, 2)  # (batch, n_out, n_tokens)
@@ -58,7 +58,7 @@ class Scorer(nn.Module):
 
 def _head(hidden_size: int, inner_size: int, n_out: int) -> nn.Module:
     return nn.Sequential(
-        # Hidden states of mid layers hold a few huge dimensions; without the norm they would be all the head sees.
+        # Hidden states of middle layers have a few huge dimensions; without the norm they would drown all others.
         nn.LayerNorm(hidden_size),
         nn.Linear(hidden_size, inner_size),
         nn.GELU(),
@@ -67,22 +67,23 @@ def _head(hidden_size: int, inner_size: int, n_out: int) -> nn.Module:
 
 
 def attention_scores(received: torch.Tensor, real: torch.Tensor, *, budget: Budget) -> torch.Tensor:
-    """The score of a token that receives so much attention: what a scorer is trained to say, on the same scale.
+    """Convert received attention to the scores that a scorer is trained to predict, on the same scale.
 
-    The logarithm. Where heads share one budget its scale is the same for all: scores are compared across heads. Where
-    each has its own, only the order within a head matters, and every row is scaled to mean 0 and deviation 1.
+    Scores are logarithms of the attention. Where heads share one budget the scale is the same for all, because scores
+    are compared across heads. Where each head has its own budget, only the order within a head matters, and every row
+    is scaled to mean 0 and standard deviation 1.
 
     Args:
-        received: `(..., n_tokens)`, 0 to 1.
-        real: Bool, the same shape: False for padding.
-        budget: See `Budget`.
+        received: Received attention `(..., n_tokens)`, 0 to 1.
+        real: Bool, the same shape; False for padding.
+        budget: Distribution of entries among the heads, see `Budget`.
 
     Returns:
-        The same shape.
+        Scores, in the same shape.
     """
     logs = (received + FLOOR).log()
     if budget == "model":
-        return logs / 2 + 2  # attention of 0 to 1: about -1.5 to 2
+        return logs / 2 + 2  # attention 0 to 1 becomes about -1.5 to 2
     n = real.sum(-1, keepdim=True)
     mean = (logs * real).sum(-1, keepdim=True) / n
     spread = (((logs - mean) * real).square().sum(-1, keepdim=True) / n).sqrt() + 1e-3

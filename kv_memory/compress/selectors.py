@@ -1,7 +1,7 @@
 """Training-free selectors: which tokens of a document to keep, without an adapter.
 
-A selector may watch the model read the document, and may ask it things afterwards; then it scores every token, for all
-heads together or for each layer and KV head. It never sees a question.
+A selector may observe the prefill of the document, and may run requests behind it afterwards. Then it scores every
+token, for all heads together or for each layer and KV head. It never sees a user's question.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from kv_memory.model.kv_cache import PositionedCache
 
 __all__ = ["ObservedAttention", "Reconstruction", "Selector", "SinkRecent", "make_selector"]
 
-OBSERVED_QUERIES = 256  # at once: their attention is written out in float32
+OBSERVED_QUERIES = 256  # processed at once: their attention is held in memory in float32
 
 
 class Selector(Protocol):
     """Scores the tokens of a document.
 
     Attributes:
-        name: With its settings; part of the fingerprint.
-        extra_tokens: How many tokens it wants to ask after the document, at most.
-        budget: How entries are shared out among the heads.
+        name: Name with settings; part of the fingerprint.
+        extra_tokens: Most tokens that the selector runs behind the document.
+        budget: Distribution of entries among the heads.
     """
 
     name: str
@@ -37,31 +37,31 @@ class Selector(Protocol):
     budget: Budget
 
     def watch(self, backbone: Backbone, *, n_prefix: int, n_tokens: int) -> ReceivedAttention | None:
-        """An observer for the prefill of the document, or None."""
+        """Return an observer for the prefill of the document, or None."""
 
     def score(
         self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, watched: ReceivedAttention | None
     ) -> torch.Tensor:
-        """Score the tokens of a document that has been read; higher is kept.
+        """Score the tokens of a prefilled document; higher is kept.
 
         Args:
-            backbone: The model that read it.
-            ids: `(1, n_tokens)`, the document.
-            cache: Prefix and document, as read. Left as it was found.
-            watched: What `watch` returned.
+            backbone: Model that prefilled the document.
+            ids: `(1, n_tokens)`, token ids of the document.
+            cache: Cache of prefix and document, as prefilled; it is restored afterwards.
+            watched: Observer returned by `watch`.
 
         Returns:
-            `(n_tokens,)`, or `(num_layers, num_kv_heads, n_tokens)`; float32.
+            Scores `(n_tokens,)`, or `(num_layers, num_kv_heads, n_tokens)`; float32.
         """
 
 
 class ReceivedAttention:
-    """Observer: how much attention each document token receives, per layer and KV head.
+    """Observer: attention that each document token receives, per layer and KV head.
 
     Args:
-        backbone: Whose layers and heads are observed.
-        n_prefix: Entries before the document, which are not scored.
-        n_tokens: Of the document.
+        backbone: Model with the observed layers and heads.
+        n_prefix: Number of entries before the document, which are not scored.
+        n_tokens: Number of tokens of the document.
         reduce: `mean` over the queries that could see a token, or `max` over queries and over the query heads that
             share a KV head.
     """
@@ -70,7 +70,7 @@ class ReceivedAttention:
         self._columns = slice(n_prefix, n_prefix + n_tokens)
         self._mean = reduce == "mean"
         self.scores = torch.zeros(backbone.num_layers, backbone.num_kv_heads, n_tokens, device=backbone.device)
-        self.n_queries = torch.zeros(backbone.num_layers, n_tokens, device=backbone.device)  # that could see a token
+        self.n_queries = torch.zeros(backbone.num_layers, n_tokens, device=backbone.device)  # that see a token
 
     def observe(
         self,
@@ -107,7 +107,7 @@ class ReceivedAttention:
 
 
 class SinkRecent:
-    """The first tokens of the document and its last ones (StreamingLLM), the same for all heads."""
+    """Keeps the first tokens of the document and its last ones (StreamingLLM), the same for all heads."""
 
     extra_tokens = 0
     budget: Budget = "head"
@@ -117,12 +117,12 @@ class SinkRecent:
         self.name = f"sink_recent:{n_sink}"
 
     def watch(self, backbone: Backbone, *, n_prefix: int, n_tokens: int) -> None:
-        """Needs to see nothing."""
+        """Return None: the prefill is not observed."""
 
     def score(
         self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, watched: ReceivedAttention | None
     ) -> torch.Tensor:
-        """Later is better, but the first `n_sink` are best, and of those the earliest."""
+        """Score later tokens higher, but the first `n_sink` highest, and the earliest of those best."""
         n_tokens = ids.shape[1]
         scores = torch.arange(n_tokens, dtype=torch.float32)
         scores[: self._n_sink] = 2 * n_tokens - scores[: self._n_sink]
@@ -130,10 +130,10 @@ class SinkRecent:
 
 
 class ObservedAttention:
-    """The attention a token receives while the document is read, per layer and KV head (H2O, arXiv 2306.14048).
+    """Scores by the attention a token receives during prefill, per layer and KV head (H2O, arXiv 2306.14048).
 
-    The mean over the queries that could see the token, not the sum: by the sum the first tokens of every document
-    would win for having been there longest.
+    The score is the mean over the queries that could see the token. The sum was rejected: the first tokens of every
+    document would win for having been visible longest.
     """
 
     name = "attention"
@@ -141,7 +141,7 @@ class ObservedAttention:
     budget: Budget = "head"
 
     def watch(self, backbone: Backbone, *, n_prefix: int, n_tokens: int) -> ReceivedAttention:
-        """Watches the whole prefill."""
+        """Return an observer of the whole prefill."""
         return ReceivedAttention(backbone, n_prefix=n_prefix, n_tokens=n_tokens, reduce="mean")
 
     def score(
@@ -153,15 +153,16 @@ class ObservedAttention:
 
 
 class Reconstruction:
-    """The attention a token receives while the model is asked to repeat the document (KVzip, arXiv 2505.23416).
+    """Scores by the attention a token receives while the model repeats the document (KVzip, arXiv 2505.23416).
 
-    The document is asked for part by part; the score is the maximum over the asking tokens and over the query heads
-    that share a KV head.
+    The document is requested part by part; the score is the maximum over the tokens of the requests and over the query
+    heads that share a KV head.
 
     Args:
-        part_tokens: Length of the parts.
-        budget: `model` as published: heads that look far keep much, most keep next to nothing. At the same number of
-            entries in all it is several times closer to the full cache than `head`.
+        part_tokens: Length of the parts, in tokens.
+        budget: Distribution of entries among the heads. `model` as published: heads that look far keep much, most keep
+            almost nothing. At the same number of entries in all it is several times closer to the full cache than
+            `head`.
     """
 
     def __init__(self, *, part_tokens: int = 1024, budget: Budget = "model") -> None:
@@ -172,7 +173,7 @@ class Reconstruction:
         self.extra_tokens = part_tokens + 64  # the request and its cue
 
     def watch(self, backbone: Backbone, *, n_prefix: int, n_tokens: int) -> None:
-        """Needs to see nothing of the first reading."""
+        """Return None: the first prefill is not observed."""
 
     def score(
         self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, watched: ReceivedAttention | None
@@ -189,10 +190,10 @@ class Reconstruction:
 
 
 def make_selector(name: SelectorName, *, context_window: int) -> Selector:
-    """The training-free selector of this name with its default settings, for a model with this context window.
+    """Create the training-free selector of this name with its default settings, for a model with this context window.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: The name is unknown, or it is `combined`, which needs an adapter.
     """
     check_choice(name, SelectorName, where="selector")
     if name == "combined":

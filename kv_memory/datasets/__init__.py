@@ -1,4 +1,4 @@
-"""Training and evaluation sets: documents with questions and the answers people gave to them."""
+"""Training and evaluation sets: documents with questions and human answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain text as a set: a file, a folder or an archive of text and Markdown; examples without questions."""
+"""Plain text as a set: examples without questions from a file, a folder, or an archive of text and Markdown."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ __all__ = ["read_archive", "read_texts"]
 
 
 def read_texts(path: Path, source: str, faults: Faults) -> Iterator[Example]:
-    """One file, or all of a folder in sorted order, by the rules of `read_documents`: any type it reads.
+    """Read one file, or a folder in sorted order, by the rules of `read_documents`: any type that it reads.
 
     Raises:
         DatasetError: A document is broken or nothing is readable, and `faults` raises.
     """
-    # Always "skip": errors are reported below, as errors of a set.
+    # Always "skip": errors are reported below, as `DatasetError`.
     result = read_documents(path, on_error="skip")
     for error in result.errors:
         faults.report(_of_set(error))
     folder = path.resolve()
     for document in result.documents:
-        # A link in the folder may lead to a file outside of it.
+        # A link in the folder may lead to a file outside.
         inside = PurePosixPath(document.id).is_relative_to(folder.as_posix()) and document.id != folder.as_posix()
         name = PurePosixPath(document.id).relative_to(folder.as_posix()).as_posix() if inside else None
         yield _example(document, source, name or str(document.metadata["file_name"]))
 
 
 def read_archive(path: Path, source: str, faults: Faults) -> Iterator[Example]:
-    """The text files of a tar archive, plain or compressed, in its order; nothing is unpacked to disk.
+    """Read the files of known types in a tar archive, plain or compressed, in its order, without unpacking to disk.
 
     Raises:
         DatasetError: The archive is damaged, in both modes; or a document is broken, and `faults` raises.
@@ -48,7 +48,7 @@ def read_archive(path: Path, source: str, faults: Faults) -> Iterator[Example]:
                 if hidden or not member.isfile() or name.suffix.lower() not in FILE_TYPES:
                     continue
                 file = archive.extractfile(member)
-                assert file is not None  # it is for regular files
+                assert file is not None  # never None for a regular file
                 where = f"{path}:{member.name}"
                 try:
                     content = read_content(file.read(), suffix=name.suffix, encoding="utf-8", where=where)
@@ -67,7 +67,7 @@ def _example(document: Document, source: str, name: str) -> Example:
 
 
 def _of_set(error: DocumentError) -> DatasetError:
-    """The same words as a DatasetError: callers of a reader of sets catch one type."""
+    """The same error as a DatasetError, so that callers only need to catch one type."""
     fault = DatasetError(error.what, where=error.where, next_step=error.next_step)
     fault.__cause__ = error
     return fault

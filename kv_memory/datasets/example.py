@@ -1,4 +1,4 @@
-"""Example and Question: one form for every set, checked when made; and rows gathered into examples."""
+"""Example and Question: one form for every set, validated on creation; and the grouping of rows into examples."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Question:
     """A question about a document.
 
     Attributes:
-        text: The question, or an instruction such as a request for a summary.
-        answers: References written by people; at least one, none blank.
+        text: Question, or an instruction such as a request for a summary.
+        answers: Human reference answers; at least one, each of them not blank.
         choices: All choices of a multiple-choice question; empty for other questions.
-        correct: Index of the right one in `choices`; None for other questions.
+        correct: Index of the correct choice in `choices`; None for other questions.
 
     Raises:
-        ConfigError: A text is blank or no text, there is no answer, or `choices` and `correct` do not fit together.
+        ConfigError: A text is blank or not a str, there is no answer, or `choices` and `correct` are inconsistent.
     """
 
     text: str
@@ -56,18 +56,18 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A document and what is asked about it.
+    """A document and its questions.
 
     Attributes:
-        id: Stable from run to run, and begins with `source`. Sets without ids of their own get the hash of the
-            context, so the same id means the same document, wherever in the set and whichever file it is read from.
-        context: The document, without white space around it.
-        questions: In the order of the set; empty where the set is plain text.
+        id: Id that starts with `source` and is stable from run to run. In sets without ids it contains the hash of the
+            context, so the same id means the same document, regardless of its position in the set and of the file.
+        context: Text of the document, without white space around it.
+        questions: Questions in the order of the set; empty for plain text.
         source: Name of the set, folder or file.
-        title: Of the article, story or page, where known.
+        title: Title of the article, story or page, if known.
 
     Raises:
-        ConfigError: `id`, `context` or `source` is blank, or `context` holds what no tokenizer or database takes.
+        ConfigError: `id`, `context` or `source` is blank, or contains characters that no tokenizer or database accepts.
     """
 
     id: str
@@ -83,7 +83,7 @@ class Example:
 
 
 class Row(NamedTuple):
-    """One question with the document it belongs to, as most sets store them."""
+    """One question with its document, the form in which most sets store them."""
 
     context: str
     question: Question
@@ -96,10 +96,10 @@ def content_id(source: str, context: str) -> str:
 
 
 def grouped(rows: Iterable[Row], *, source: str) -> Iterator[Example]:
-    """Examples of consecutive rows about the same document.
+    """Group consecutive rows about the same document into examples.
 
-    Only neighbours are gathered: gathering all would mean to hold the whole set. A document that comes again later
-    makes another example with the same id.
+    Only neighbouring rows are grouped: grouping all of them would hold the whole set in memory. A document that appears
+    again later yields another example with the same id.
     """
     for (context, title), group in itertools.groupby(rows, key=lambda row: (row.context, row.title)):
         questions = tuple(row.question for row in group)
@@ -107,10 +107,10 @@ def grouped(rows: Iterable[Row], *, source: str) -> Iterator[Example]:
 
 
 def check_text(value: object, name: str) -> None:
-    """Refuse what is no text, is blank, or holds what neither tokenizers nor databases take.
+    """Refuse a value that is not text, is blank, or contains characters that tokenizers and databases reject.
 
     Raises:
-        ConfigError: Says which, under this name.
+        ConfigError: The value is refused; the message states the reason and `name`.
     """
     if not isinstance(value, str):
         raise ConfigError(f"{name} must be text, got {type(value).__name__}", where=name)

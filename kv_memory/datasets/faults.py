@@ -1,4 +1,4 @@
-"""What happens at a record that is no example: stop there, or leave it out and say so."""
+"""Handling of broken records: raise an error, or skip the record and report it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Faults:
     """Decides between raising and skipping, and counts what was skipped.
 
     Attributes:
-        on_error: `raise` or `skip`.
-        on_skip: Receives the message of each fault that was skipped.
-        n_skipped: How many so far.
+        on_error: Mode, `raise` or `skip`.
+        on_skip: Callback for the message of each skipped fault.
+        n_skipped: Number of faults skipped so far.
     """
 
     on_error: OnError
@@ -30,12 +30,12 @@ class Faults:
 
     @contextmanager
     def at(self, where: str) -> Iterator[None]:
-        """Leave the block at a ConfigError or DatasetError, which is reported as a BrokenLineError of this place.
+        """Leave the block at a ConfigError or DatasetError, and report it as a BrokenLineError at this place.
 
         Blocks may be nested: a fault is reported once, by the innermost.
 
         Raises:
-            BrokenLineError: There was such an error, and `on_error` is `raise`.
+            BrokenLineError: Such an error occurred, and `on_error` is `raise`.
         """
         try:
             yield

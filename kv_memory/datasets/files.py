@@ -1,4 +1,4 @@
-"""JSON and JSON lines, plain or gzipped, with every way a file can be broken turned into a DatasetError."""
+"""JSON and JSON lines, plain or gzipped; every kind of broken file raises a DatasetError."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from kv_memory.errors import DatasetError
 
 __all__ = ["READ_ERRORS", "bare_name", "json_file", "json_lines", "unreadable"]
 
-# A gzip file that was cut off is an EOFError, a damaged one a zlib.error or an OSError.
+# A truncated gzip file raises an EOFError, a damaged one a zlib.error or an OSError.
 READ_ERRORS = (OSError, EOFError, zlib.error)
 
-# The longest first: a stem must not keep half a suffix.
+# Longest first, so that a stem does not keep half a suffix.
 _SUFFIXES = (".jsonl.gz", ".json.gz", ".tar.gz", ".jsonl", ".json", ".tgz", ".tar", ".md", ".txt")
 
 
 def bare_name(path: Path) -> str:
-    """The name of a file without the suffixes known here, or of a folder: `nats_docs.tar.gz` is `nats_docs`."""
+    """The name of a folder, or of a file without a known suffix: `nats_docs.tar.gz` becomes `nats_docs`."""
     name = path.resolve().name or str(path)  # resolve(): `.` and `docs/..` have no name of their own
     suffix = next((s for s in _SUFFIXES if name.lower().endswith(s) and len(name) > len(s)), "")
     return name[: len(name) - len(suffix)]
 
 
 def json_lines(path: Path, faults: Faults) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file, one at a time, each with `file, line n`; blank lines count but give nothing.
+    """Yield the objects of a JSONL file, each with `file, line n`; blank lines are counted but yield nothing.
 
     Raises:
-        BrokenLineError: A line is no JSON object in UTF-8, and `faults` raises.
-        DatasetError: The file cannot be read, or its compressed data end early or are damaged. That ends the reading
-            in both modes, since nothing behind that place can be read.
+        BrokenLineError: A line is not a JSON object in UTF-8, and `faults` raises.
+        DatasetError: The file cannot be read, or its compressed data are truncated or damaged. This is raised in both
+            modes, since nothing after that place can be read.
     """
     try:
         with _opened(path) as file:
@@ -54,10 +54,10 @@ def json_lines(path: Path, faults: Faults) -> Iterator[tuple[str, dict[str, Any]
 
 
 def json_file(path: Path) -> Any:
-    """The one JSON value of a file.
+    """Load the one JSON value of a file.
 
     Raises:
-        DatasetError: The file cannot be read, or holds no JSON.
+        DatasetError: The file cannot be read, or is not JSON.
     """
     try:
         with _opened(path) as file:
@@ -71,7 +71,7 @@ def json_file(path: Path) -> Any:
 
 
 def unreadable(path: Path, error: Exception) -> DatasetError:
-    """The error for a file that the system or the decompressor gave up on."""
+    """The error for a file that the system or the decompressor cannot read."""
     reason = getattr(error, "strerror", None) or error or type(error).__name__
     return DatasetError(f"cannot be read: {reason}", where=str(path), next_step="Check the path, or fetch it again.")
 

@@ -1,4 +1,4 @@
-"""Sets on the Hugging Face hub, read as a stream through the optional `datasets` library."""
+"""Sets on the Hugging Face hub, streamed through the optional `datasets` library."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _INSTEAD = "Pass a file instead: JSON lines of {context, question, answer}."
 
 
 def hub_records(hub_id: str, *, split: Literal["train", "dev"]) -> Iterator[Record]:
-    """The rows of a set on the hub, streamed: nothing is kept on disk, and no code of the set is run.
+    """Stream the rows of a set on the hub; nothing is kept on disk, and no code of the set is run.
 
     Args:
-        hub_id: `owner/name`.
-        split: `dev` is what the hub calls `validation`.
+        hub_id: Name of the set, `owner/name`.
+        split: Split of the set; `dev` is called `validation` on the hub.
 
     Returns:
-        An iterator over rows; the set has been found, and rows are fetched while it runs.
+        An iterator over rows of a set that was found; it fetches rows while it runs.
 
     Raises:
         DatasetError: The hub is switched off, the library is not installed, or the hub does not have the set; while
@@ -31,7 +31,7 @@ def hub_records(hub_id: str, *, split: Literal["train", "dev"]) -> Iterator[Reco
     """
     where = f"hf:{hub_id}"
     for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        # What huggingface_hub takes for true. Asked first, because importing the library takes seconds.
+        # The values that huggingface_hub accepts as true. Checked first, because importing the library takes seconds.
         if os.environ.get(variable, "").upper() in {"1", "ON", "YES", "TRUE"}:
             raise DatasetError(
                 f"the hub is switched off by {variable}", where=where, next_step=f"Unset {variable}. {_INSTEAD}"
@@ -46,7 +46,7 @@ def hub_records(hub_id: str, *, split: Literal["train", "dev"]) -> Iterator[Reco
         ) from error
     try:
         stream = load_dataset(hub_id, split=_SPLITS[split], streaming=True)
-    except Exception as error:  # besides its own it lets errors of httpx, fsspec and pyarrow through
+    except Exception as error:  # its own errors, and those of httpx, fsspec and pyarrow
         raise _failed(where, error) from error
     return _rows(stream, where)
 

@@ -1,4 +1,4 @@
-"""read_examples: from the name of a set, or a path, to its examples."""
+"""read_examples: read the examples of a set, given by its name or a path."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ _RowMaker = Callable[[str, object], Iterator[Row]]
 
 @dataclass(frozen=True, kw_only=True)
 class _Known:
-    """Where a published set is found: its files below the data folder, without `.gz`, and its id on the hub.
+    """The location of a published set: its files below the data folder, without `.gz`, and its id on the hub.
 
-    Only ids whose columns are known and that need no code of their own to be loaded are named.
+    Only hub ids with known columns that load without code of their own are listed.
     """
 
     reader: _Reader
@@ -66,7 +66,7 @@ _KNOWN: Mapping[str, _Known] = {
 }
 
 DATASETS: tuple[str, ...] = tuple(_KNOWN)
-"""Names that `read_examples` knows."""
+"""Names of sets that `read_examples` accepts."""
 
 _READERS: Mapping[str, _Reader] = {
     ".jsonl": read_qa,
@@ -87,30 +87,30 @@ def read_examples(
     on_error: OnError = "raise",
     on_skip: Callable[[str], None] | None = None,
 ) -> Iterator[Example]:
-    """The examples of a set, one at a time.
+    """Read the examples of a set, one at a time.
 
-    A name of `DATASETS` is looked for below `data`, or else below the folder that the environment variable
-    `KV_MEMORY_DATA` names, e.g. `squad/dev.json.gz`; then on the Hugging Face hub.
+    A name of `DATASETS` is looked up below `data`, or else below the folder in the environment variable
+    `KV_MEMORY_DATA`, e.g. `squad/dev.json.gz`; then on the Hugging Face hub.
 
     Args:
         source: A name of `DATASETS`; `hf:owner/name`, a set on the hub with the columns context, question and answer
             (or answers); or a path. A path is JSON lines of `{context, question, answer}` (`.jsonl`, `.jsonl.gz`;
-            neighbouring lines about one context make one example), SQuAD's nested JSON (`.json`, `.json.gz`), or text
-            and Markdown: a file, a folder, or an archive (`.tar`, `.tar.gz`, `.tgz`), whose examples have no questions.
-            A path object is always a path, and so is a str that is no name.
-        split: Of a named set. A path is read as a whole, whatever the split; `corpus_split` divides it.
-        data: The folder with the named sets.
+            neighbouring lines with the same context form one example), SQuAD's nested JSON (`.json`, `.json.gz`), or
+            text and Markdown: a file, a folder, or an archive (`.tar`, `.tar.gz`, `.tgz`); these examples have no
+            questions. A path object is always a path, and so is a str that is not a name.
+        split: Split of a named set or a set on the hub. A path is always read as a whole; `corpus_split` divides it.
+        data: Folder with the named sets.
         on_error: `raise` stops at the first broken record; `skip` leaves it out.
-        on_skip: Receives the message of each record left out, which names file and line.
+        on_skip: Callback for the message of each record left out, which states file and line.
 
     Returns:
-        An iterator. SQuAD's JSON and folders are held in memory while it runs; all else is read as it goes.
+        An iterator. SQuAD's JSON and folders are held in memory while it runs; everything else is read in pieces.
 
     Raises:
-        DatasetError: The set is not there, cannot be read, or holds no example; a missing one is reported by this
+        DatasetError: The set is missing, cannot be read, or contains no example; a missing set is reported by this
             call, the rest while iterating.
         BrokenLineError: A record is broken, with `on_error="raise"`; while iterating.
-        ConfigError: `split` or `on_error` is none of its choices, or `source` is no str and no path.
+        ConfigError: `split` or `on_error` is not one of its choices, or `source` is neither a str nor a path.
     """
     check_choice(split, Split, where="split")
     check_choice(on_error, OnError, where="on_error")

@@ -1,4 +1,4 @@
-"""Taking a record apart: fields that must be there, and a stream of records turned into examples or rows."""
+"""Access to records: required fields, and the conversion of a stream of records to examples or rows."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["Record", "each", "items_of", "text_of", "texts_of", "title_of"]
 _T = TypeVar("_T")
 
 Record = tuple[str, Any]
-"""Where a record stands, for errors, and the record itself."""
+"""The place of a record, for errors, and the record itself."""
 
 
 def each(records: Iterable[Record], make: Callable[[str, Any], Iterable[_T]], faults: Faults) -> Iterator[_T]:
-    """What `make(where, record)` gives for each record, in order; nothing for those that are broken and skipped."""
+    """Yield the results of `make(where, record)` for each record, in order; skipped broken records yield nothing."""
     for where, record in records:
         made: list[_T] = []
         with faults.at(where):
@@ -27,11 +27,11 @@ def each(records: Iterable[Record], make: Callable[[str, Any], Iterable[_T]], fa
 
 
 def text_of(record: Any, name: str) -> str:
-    """The text under a name, without white space around it.
+    """The text in the field `name`, without white space around it.
 
     Raises:
-        DatasetError: There is none.
-        ConfigError: It is no text, or blank, or holds what no tokenizer takes.
+        DatasetError: The field is missing.
+        ConfigError: The value is not text, is blank, or contains characters that no tokenizer accepts.
     """
     value = record.get(name) if isinstance(record, dict) else None
     if value is None:
@@ -41,16 +41,16 @@ def text_of(record: Any, name: str) -> str:
 
 
 def title_of(record: Any) -> str:
-    """The title, which most sets do not have; empty where there is none."""
+    """The title of a record; empty if it has no title, as in most sets."""
     value = record.get("title") if isinstance(record, dict) else None
     return text_of(record, "title") if isinstance(value, str) and value.strip() else ""
 
 
 def items_of(record: Any, name: str) -> list[Any]:
-    """The list under a name.
+    """The list in the field `name`.
 
     Raises:
-        DatasetError: There is none.
+        DatasetError: The field is missing or not a list.
     """
     value = record.get(name) if isinstance(record, dict) else None
     if not isinstance(value, list):
@@ -59,13 +59,13 @@ def items_of(record: Any, name: str) -> list[Any]:
 
 
 def texts_of(values: Any, name: str) -> tuple[str, ...]:
-    """Different texts, in order, of a text, a list of texts or of `{"text": …}`, or `{"text": [text, …]}`.
+    """The distinct texts, in order, of a text, a list of texts or of `{"text": …}`, or `{"text": [text, …]}`.
 
     The last form is that of SQuAD on the hub.
 
     Raises:
-        DatasetError: There is none.
-        ConfigError: One of them is no text, or blank, or holds what no tokenizer takes.
+        DatasetError: There is no text.
+        ConfigError: A value is not text, is blank, or contains characters that no tokenizer accepts.
     """
     if isinstance(values, dict):
         values = values.get("text")

@@ -1,4 +1,4 @@
-"""The published sets, each from the form its authors gave it, and the plain form `{context, question, answer}`."""
+"""Readers of published sets in their original formats, and of the plain form `{context, question, answer}`."""
 
 from __future__ import annotations
 
@@ -31,36 +31,36 @@ _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 
 
 def read_qa(path: Path, source: str, faults: Faults) -> Iterator[Example]:
-    """JSONL of `{context, question, answer}`; `answer` may be a list, and a `title` may be there."""
+    """Read JSONL of `{context, question, answer}`; `answer` may be a list, and `title` is optional."""
     return grouped(each(json_lines(path, faults), qa_row, faults), source=source)
 
 
 def qa_row(where: str, record: Any) -> Iterator[Row]:
-    """The row of `{context, question, answer}`, or of SQuAD's flat form, which has `answers`."""
+    """Yield the row of `{context, question, answer}`, or of SQuAD's flat form, which has `answers`."""
     context, text = text_of(record, "context"), text_of(record, "question")
     answers = texts_of(record.get("answer", record.get("answers")), "answer")
     yield Row(context, Question(text=text, answers=answers), title_of(record))
 
 
 def read_dolly(path: Path, source: str, faults: Faults) -> Iterator[Example]:
-    """databricks-dolly-15k: its rows with a context; instruction and response are question and answer."""
+    """Read databricks-dolly-15k: rows with a context; instruction and response become question and answer."""
     return grouped(each(json_lines(path, faults), dolly_row, faults), source=source)
 
 
 def dolly_row(where: str, record: Any) -> Iterator[Row]:
-    """The row of an instruction about a text; nothing for the others, which are most of the set and no faults."""
+    """Yield the row of an instruction with a context; the others, most of the set, are skipped without a fault."""
     if str(record.get("context") or "").strip():
         question = Question(text=text_of(record, "instruction"), answers=(text_of(record, "response"),))
         yield Row(text_of(record, "context"), question)
 
 
 def read_squad(path: Path, source: str, faults: Faults) -> Iterator[Example]:
-    """SQuAD's nested JSON: one example per paragraph. The file is one JSON value, so it is held as a whole."""
+    """Read SQuAD's nested JSON, one example per paragraph; the file is one JSON value, so all of it is in memory."""
     return each(_paragraphs(path, faults), partial(_paragraph, source=source, faults=faults), faults)
 
 
 def _paragraphs(path: Path, faults: Faults) -> Iterator[Record]:
-    """`(article, paragraph)` for every paragraph of every article."""
+    """Yield `(article, paragraph)` for every paragraph of every article."""
     content = json_file(path)
     articles: list[Any] = []
     with faults.at(str(path)):
@@ -80,7 +80,7 @@ def _paragraph(where: str, record: Any, *, source: str, faults: Faults) -> Itera
     questions: list[Question] = []
     for number, qa in enumerate(items_of(paragraph, "qas"), start=1):
         if isinstance(qa, dict) and qa.get("is_impossible"):
-            continue  # version 2 asks what the paragraph does not say; there is no reference to compare with
+            continue  # version 2 has questions that the paragraph does not answer; they have no reference
         with faults.at(f"{where}, question {number}"):
             questions.append(Question(text=text_of(qa, "question"), answers=texts_of(qa.get("answers"), "answer")))
     if questions:
@@ -94,9 +94,9 @@ def _paragraph(where: str, record: Any, *, source: str, faults: Faults) -> Itera
 
 
 def read_fairytaleqa(path: Path, source: str, faults: Faults) -> Iterator[Example]:
-    """FairytaleQA, a story a line: one example per section, or joined sections, that questions are about.
+    """Read FairytaleQA, one story per line: one example per section, or joined sections, with questions.
 
-    Sections that no question is about are left out.
+    Sections without questions are left out.
     """
     return each(json_lines(path, faults), partial(_story, source=source, faults=faults), faults)
 
@@ -110,7 +110,7 @@ def _story(where: str, record: Any, *, source: str, faults: Faults) -> Iterator[
             about = tuple(part.strip() for part in text_of(qa, "cor_section").split(","))
             if unknown := [section for section in about if section not in sections]:
                 raise DatasetError(f"a question about the sections {unknown}, which the story lacks")
-            # answer1 to 3 are one annotator's wordings, 4 to 6 another's; most questions have only some of them.
+            # answer1 to 3 are the wordings of one annotator, 4 to 6 of another; most questions have only some of them.
             names = [name for name in (f"answer{n}" for n in range(1, 7)) if name in qa]
             answers = texts_of([text_of(qa, name) for name in names], "answer")
             asked.setdefault(about, []).append(Question(text=text_of(qa, "question"), answers=answers))
@@ -125,7 +125,7 @@ def _story(where: str, record: Any, *, source: str, faults: Faults) -> Iterator[
 
 
 def read_squality(path: Path, source: str, faults: Faults) -> Iterator[Example]:
-    """SQuALITY, a story a line: five questions that ask for summaries, with four references each."""
+    """Read SQuALITY, one story per line: five questions that ask for summaries, with four references each."""
     return each(json_lines(path, faults), partial(_summarised, source=source, faults=faults), faults)
 
 
@@ -149,7 +149,7 @@ class _Choice(NamedTuple):
 
 
 def read_quality(path: Path, source: str, faults: Faults) -> Iterator[Example]:
-    """QuALITY in its flat form, a multiple-choice question a line; neighbouring lines of one article are gathered."""
+    """Read QuALITY's flat form, a multiple-choice question per line; neighbouring lines of an article are grouped."""
     choices = each(json_lines(path, faults), _choice, faults)
     for (article, context), group in itertools.groupby(choices, key=lambda c: (c.article, c.context)):
         questions = tuple(choice.question for choice in group)
@@ -159,7 +159,7 @@ def read_quality(path: Path, source: str, faults: Faults) -> Iterator[Example]:
 def _choice(where: str, record: Any) -> Iterable[_Choice]:
     options = tuple(html.unescape(text_of({"option": o}, "option")) for o in items_of(record, "options"))
     label = record.get("gold_label")
-    # The flat form counts from 0; the nested one of the authors from 1, and is not read here.
+    # The flat form counts from 0; the authors' nested form, which is not supported, counts from 1.
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(options):
         raise DatasetError(f"gold_label must be an index of one of {len(options)} options, got {label!r}")
     text = html.unescape(text_of(record, "question"))
@@ -170,8 +170,8 @@ def _choice(where: str, record: Any) -> Iterable[_Choice]:
 
 
 def _tidy(text: str) -> str:
-    """Without the white space that stories keep from their HTML: spaces around line breaks, rows of blank lines.
+    """Remove white space left over from the stories' HTML: spaces around line breaks, and repeated blank lines.
 
-    It says nothing and costs tokens: 2% of a story's characters, a sixth of some.
+    It carries no information and costs tokens: 2% of a story's characters, in some stories a sixth.
     """
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"[^\S\n]*\n[^\S\n]*", "\n", text)).strip()

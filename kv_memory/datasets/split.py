@@ -1,7 +1,7 @@
-"""Holding documents out and drawing samples, by the hash of their ids.
+"""Held-out splits and samples of documents, by the hash of their ids.
 
-Hashes rather than a random generator: what a document falls to depends on its id alone, so that it stays on its side
-when others are added, removed or put into another order, and on every machine.
+A random generator was rejected: with hashes, the side of a document depends only on its id. It stays the same when
+other documents are added, removed or reordered, and on every machine.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ __all__ = ["corpus_split", "sample", "split_by_hash"]
 
 
 def split_by_hash(id: str, share: float) -> bool:
-    """Whether the document of this id belongs to the held-out `share`.
+    """Whether the document with this id belongs to the held-out `share`.
 
     A document held out at one share is held out at every larger one.
 
     Args:
-        id: Of the example.
-        share: Part of all documents that is held out, in [0, 1].
+        id: Id of the example.
+        share: Share of all documents that is held out, in [0, 1].
 
     Raises:
         ConfigError: `share` is outside its range.
@@ -33,14 +33,14 @@ def split_by_hash(id: str, share: float) -> bool:
 
 
 def corpus_split(examples: Iterable[Example], held_out: float = 0.2) -> tuple[list[Example], list[Example]]:
-    """Divide a corpus into what may be trained on and what is held out for evaluation, each in the order given.
+    """Divide a corpus into a training part and a part held out for evaluation, each in the order given.
 
-    By `split_by_hash`, so the held-out part is about, not exactly, this share. Where one side would be empty and there
-    are two documents, the document nearest to the border changes sides.
+    The split is by `split_by_hash`, so the held-out part has about, not exactly, this share. If one side would be empty
+    and there are at least two documents, the document closest to the border changes sides.
 
     Args:
-        examples: All of them; they are held in memory.
-        held_out: Share of the second part, in (0, 1).
+        examples: All examples; they are held in memory.
+        held_out: Share of documents held out, in (0, 1).
 
     Returns:
         `(training, held out)`; examples with the same id are on the same side.
@@ -60,28 +60,28 @@ def corpus_split(examples: Iterable[Example], held_out: float = 0.2) -> tuple[li
 
 
 def sample(examples: Iterable[Example], n: int, seed: int = 0) -> list[Example]:
-    """Draw `n` examples without holding the others; all of them, shuffled, where there are no more.
+    """Draw `n` examples without holding the others in memory; all of them, shuffled, if there are at most `n`.
 
     The same examples in any order give the same sample, and a smaller sample is the beginning of a larger one.
 
     Args:
-        examples: Read once, to the end.
-        n: How many.
-        seed: Another seed draws others.
+        examples: Examples to draw from; iterated once, to the end.
+        n: Number of examples to draw.
+        seed: Seed of the sample; a different seed draws different examples.
 
     Raises:
         ConfigError: `n` is negative.
     """
     if n < 0:
         raise ConfigError(f"n must be 0 or more, got {n}", where="n")
-    # The number only decides between equal ids, whose examples cannot be compared.
+    # The number only decides between equal ids, since examples cannot be compared.
     drawn = ((_place(f"{seed}:{example.id}"), number, example) for number, example in enumerate(examples))
     return [example for _, _, example in heapq.nsmallest(n, drawn)]
 
 
 def _place(text: str) -> float:
-    """Where its hash falls in [0, 1)."""
-    # 53 bits: what a float holds exactly. More could round up to 1.
+    """The hash of a text as a number in [0, 1)."""
+    # 53 bits are exact in a float; more could round up to 1.
     return (int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 11) / 2**53
 
 

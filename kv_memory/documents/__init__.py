@@ -1,4 +1,4 @@
-"""Documents: reading texts, files and folders, and cutting long texts into passages."""
+"""Documents: reading texts, files and folders, and splitting long texts into passages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Document: a text with a name, checked when it is made."""
+"""Document: a text with a name, validated on creation."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Document:
     """A text with a name.
 
     Attributes:
-        id: Names the document in its collection; the same id with another text replaces it.
-        text: Kept exactly as it is.
-        source_uri: Where it came from, e.g. `file:///data/a.md`.
-        metadata: What JSON can hold, under str keys; a copy is kept.
+        id: Id of the document in its collection; adding the same id with another text replaces the document.
+        text: Text, kept exactly as given.
+        source_uri: Origin of the document, e.g. `file:///data/a.md`.
+        metadata: JSON-serialisable values under str keys; a copy is kept.
 
     Raises:
         EmptyDocumentError: `text` is blank.
-        BinaryDocumentError: `text` holds a NUL character, which neither SQL nor tokenizers take.
-        EncodingError: `text` holds half a surrogate pair and cannot be written as UTF-8.
-        ConfigError: `id` is blank or holds control characters, or JSON cannot hold `metadata`.
+        BinaryDocumentError: `text` contains a NUL character, which neither SQL nor tokenizers accept.
+        EncodingError: `text` contains half a surrogate pair and cannot be encoded as UTF-8.
+        ConfigError: `id` is blank or contains control characters, or `metadata` is not JSON-serialisable.
     """
 
     id: str
@@ -66,16 +66,16 @@ class Document:
 
     @cached_property
     def content_sha256(self) -> str:
-        """SHA-256 of the text's UTF-8 bytes, in hex: what freshness is decided by."""
+        """SHA-256 of the text's UTF-8 bytes, in hex; it decides whether a stored document is current."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 def _json_copy(metadata: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """A copy of what JSON makes of it, so that what is stored and what is held never differ."""
+    """Copy metadata through JSON, so that the stored and the in-memory values never differ."""
     try:
         if not isinstance(metadata, Mapping) or not all(isinstance(key, str) for key in metadata):
             raise TypeError("it must be a mapping with str keys")
-        # ensure_ascii=False and encode() find lone surrogates, which databases refuse later on.
+        # ensure_ascii=False and encode() find lone surrogates, which databases would refuse later.
         text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False)
         text.encode()
         copy: dict[str, Any] = json.loads(text)

@@ -1,4 +1,4 @@
-"""Bytes to text: byte order marks, the stated encoding, and refusing what is no text."""
+"""Bytes to text: byte order marks, the given encoding, and the refusal of bytes that are not text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = [
 
 DEFAULT_MAX_LINE_BYTES = 1 << 20
 
-# UTF-32 before UTF-16: the little-endian mark of the one begins with that of the other.
+# UTF-32 before UTF-16: the little-endian mark of UTF-32 begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -27,8 +27,8 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 
-# Only signatures with bytes that no text begins with, since an 8-bit encoding decodes anything. Formats that begin with
-# plain letters (RIFF, ID3, GIF) are left to the check for NUL bytes.
+# Only signatures that no text begins with, since an 8-bit encoding decodes any bytes. Formats that begin with plain
+# letters (RIFF, ID3, GIF) are left to the check for NUL bytes.
 _SIGNATURES = (
     (b"\x89PNG\r\n\x1a\n", "a PNG image"),
     (b"\xff\xd8\xff", "a JPEG image"),
@@ -47,7 +47,7 @@ _PDF = re.compile(rb"%PDF-\d\.\d")
 
 
 def file_format(raw: bytes) -> str | None:
-    """What the first bytes give a file away as, e.g. `a PNG image`; None where they say nothing."""
+    """The binary format that the first bytes identify, e.g. `a PNG image`; None if they identify no format."""
     for signature, name in _SIGNATURES:
         if raw.startswith(signature):
             return name
@@ -58,12 +58,12 @@ def check_encoding(encoding: str) -> str:
     """Return `encoding` if Python decodes text with it.
 
     Raises:
-        ConfigError: The name is unknown, or names a codec that makes no text of bytes (`base64`).
+        ConfigError: The name is unknown, or names a codec that does not turn bytes into text (`base64`).
     """
     try:
-        # Not of empty bytes: those are answered without looking at the name.
+        # Not with empty bytes: Python decodes those without looking up the name.
         b" ".decode(encoding)
-    except UnicodeError:  # a text codec that one space is no text in, such as utf-16; before its base ValueError
+    except UnicodeError:  # a text codec in which one space is invalid, e.g. utf-16; before its base ValueError
         pass
     except (LookupError, TypeError, ValueError) as error:
         raise ConfigError(
@@ -75,19 +75,20 @@ def check_encoding(encoding: str) -> str:
 
 
 def decode_text(raw: bytes, *, encoding: str, where: str) -> str:
-    """Decode a file's bytes; a byte order mark beats the stated encoding and is taken off.
+    """Decode a file's bytes; a byte order mark overrides the given encoding and is removed.
 
     Args:
         raw: All bytes of the file.
-        encoding: Used where there is no byte order mark.
-        where: The file, for the error.
+        encoding: Encoding of files without a byte order mark.
+        where: Name of the file, for errors.
 
     Returns:
-        The text, with newlines as they were.
+        The text, with its newlines unchanged.
 
     Raises:
-        BinaryDocumentError: The bytes are an image, an archive, a program, or hold NUL characters.
-        EncodingError: They are not valid in the encoding; says at which byte and line.
+        BinaryDocumentError: The bytes have a known binary format, such as an image or archive, or contain NUL
+            characters.
+        EncodingError: The bytes are not valid in the encoding; the message states the byte and line.
     """
     mark, codec = next(((m, c) for m, c in _MARKS if raw.startswith(m)), (b"", encoding))
     kind = None if mark else file_format(raw)
@@ -132,7 +133,7 @@ def _undecodable(error: UnicodeError, body: bytes, codec: str, n_mark_bytes: int
 
 
 def normalise_newlines(text: str) -> str:
-    r"""The text with `\r\n` and `\r` turned into `\n`."""
+    r"""The text with `\r\n` and `\r` replaced by `\n`."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -140,7 +141,7 @@ def check_lines(text: str, *, max_line_bytes: int, where: str) -> None:
     """Refuse lines of more than `max_line_bytes` bytes of UTF-8.
 
     Raises:
-        LineTooLongError: Names the first such line and its length.
+        LineTooLongError: A line is too long; the message states the first one and its length.
     """
     if len(text) * 4 <= max_line_bytes:  # no character takes more than 4 bytes
         return

@@ -1,4 +1,4 @@
-"""What callers hand in, turned into documents: texts, files, folders, and mixtures of them."""
+"""Loaders: turn the callers' texts, files, folders, and mixtures of them into documents."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ __all__ = ["DocumentLike", "OnError", "ReadResult", "file_id", "read_documents",
 OnError = Literal["raise", "skip"]
 
 
-# A str is always text and a path object always a file or folder: guessing which was meant depends on the disk.
+# A str is always text, and a path object always a file or folder: a guess would depend on the disk.
 DocumentLike: TypeAlias = str | os.PathLike[str] | Document | tuple[str, str] | tuple[str, str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadResult:
-    """What was read, and what was not.
+    """The result of `read_documents`.
 
     Attributes:
-        documents: In the order given; folders in sorted order. No id occurs twice.
-        errors: One for each file or text left out, with `on_error="skip"`; empty otherwise.
-        skipped: Hidden entries, folder links and files of unknown type that lay in a folder.
+        documents: Documents in the order given, those of a folder in sorted order; no id occurs twice.
+        errors: One error for each file, folder or text left out, with `on_error="skip"`; empty otherwise.
+        skipped: Hidden entries, folder links and files of unknown type that were found in a folder.
     """
 
     documents: tuple[Document, ...]
@@ -52,12 +52,12 @@ def read_documents(
     Args:
         source: A text (str), a file or folder (a path object), a Document, `(id, text)`, `(id, text, metadata)`, or
             an iterable of these. Folders are read recursively.
-        encoding: Of text files without a byte order mark.
-        max_line_bytes: The longest line, in bytes of UTF-8, of any document.
-        on_error: `raise` stops at the first bad document; `skip` goes on and collects the errors.
+        encoding: Encoding of text files without a byte order mark.
+        max_line_bytes: Maximum length of a line of any document, in bytes of UTF-8.
+        on_error: `raise` stops at the first bad document; `skip` continues and collects the errors.
 
     Raises:
-        DocumentError: With `on_error="raise"`; its subclass says what is wrong.
+        DocumentError: A document is bad, with `on_error="raise"`; the subclass names the problem.
         ConfigError: A setting or the type of `source` is wrong; raised in both modes.
     """
     check_choice(on_error, OnError, where="on_error")
@@ -94,26 +94,26 @@ def read_file(
 ) -> Document:
     r"""Read one file of a known type, or any file that is valid text.
 
-    The id is the absolute path with links resolved; newlines become `\n`; the metadata hold `file_name`, `file_type`,
-    `size_bytes`, and `title` and `n_pages` where known.
+    The id is the absolute path with links resolved. Newlines become `\n`. The metadata hold `file_name`, `file_type`,
+    `size_bytes`, and `title` and `n_pages` if known.
 
     Args:
-        path: The file.
-        encoding: Of text files without a byte order mark.
-        max_line_bytes: The longest line, in bytes of UTF-8.
+        path: Path of the file.
+        encoding: Encoding of text files without a byte order mark.
+        max_line_bytes: Maximum length of a line, in bytes of UTF-8.
 
     Raises:
         UnreadableDocumentError: The path is missing, forbidden, a folder, a device, or a broken or encrypted PDF.
-        BinaryDocumentError: The bytes are no text.
-        EncodingError: They are not valid in `encoding`.
-        EmptyDocumentError: There is no text in it.
+        BinaryDocumentError: The bytes are not text.
+        EncodingError: The bytes are not valid in `encoding`.
+        EmptyDocumentError: The file contains no text.
         LineTooLongError: A line is longer than `max_line_bytes`.
         ConfigError: `encoding` or `max_line_bytes` is wrong.
     """
     check_encoding(encoding)
     _check_limit(max_line_bytes)
     resolved, raw = _read_bytes(path)
-    name, given = file_id(resolved), Path(path)  # the type is that of a link, not of what it points to
+    name, given = file_id(resolved), Path(path)  # a link's own name determines the type, not its target's
     content = read_content(raw, suffix=given.suffix, encoding=encoding, where=name)
     check_lines(content.text, max_line_bytes=max_line_bytes, where=name)
     metadata = {"file_name": _printable(given.name), "size_bytes": len(raw), **content.metadata}
@@ -121,7 +121,7 @@ def read_file(
 
 
 def file_id(resolved: Path) -> str:
-    """The id of a file's document: its absolute path, links resolved; what JSON and SQL do not take is written out."""
+    """The id of a file's document: its absolute path with links resolved; bytes unfit for JSON or SQL are escaped."""
     return _printable(resolved.as_posix())
 
 
@@ -132,13 +132,13 @@ def _items(source: DocumentLike | Iterable[DocumentLike]) -> Iterable[DocumentLi
         return [source]
     if isinstance(source, bytes | bytearray | Mapping) or not isinstance(source, Iterable):
         raise _wrong_type(source)
-    return source  # type: ignore[return-value]  # an empty tuple is no DocumentLike, but a fine iterable
+    return source  # type: ignore[return-value]  # an empty tuple is not a DocumentLike, but a valid iterable
 
 
 def _parts(
     item: DocumentLike, errors: list[DocumentError], skipped: list[Path], on_error: OnError
 ) -> Iterable[Path | Document]:
-    """One item as documents and files; a folder's troubles go into `errors` and `skipped`."""
+    """Split one item into documents and files; a folder's problems go into `errors` and `skipped`."""
     if isinstance(item, Document):
         return [item]
     if isinstance(item, str):
@@ -148,7 +148,7 @@ def _parts(
     if not isinstance(item, os.PathLike) or not isinstance(os.fspath(item), str):
         raise _wrong_type(item)
     path = Path(item)
-    if not os.path.isdir(path):  # unlike Path.is_dir, False where a parent folder may not be searched
+    if not os.path.isdir(path):  # unlike Path.is_dir, False if a parent folder may not be searched
         return [path]
     files, left_out, failed = _walk(path)
     skipped.extend(left_out)
@@ -165,13 +165,13 @@ def _parts(
 
 
 def _walk(folder: Path) -> tuple[list[Path], list[Path], list[DocumentError]]:
-    """The readable files below `folder`, the entries left out, and the folders that cannot be listed."""
+    """The files of known types below `folder`, the entries left out, and the errors of folders that failed."""
     files: list[Path] = []
     left_out: list[Path] = []
     failed: list[DocumentError] = []
     for parent, folders, names in os.walk(folder, onerror=lambda error: failed.append(_unreadable(error))):
         for name in list(folders):
-            # os.walk does not follow links to folders: they could lead back here.
+            # os.walk does not follow links to folders, which could lead back here.
             if name.startswith(".") or Path(parent, name).is_symlink():
                 folders.remove(name)
                 left_out.append(Path(parent, name))
@@ -216,7 +216,7 @@ def _unreadable(error: Exception, path: str | os.PathLike[str] | None = None) ->
 
 
 def _printable(path: str) -> str:
-    r"""A path as a string that JSON and SQL take; bytes of a name that are not UTF-8 become `\xff`."""
+    r"""A path as a string that JSON and SQL accept; control characters and bytes that are not UTF-8 become `\xff`."""
     name = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(c if ord(c) >= 32 and c != "\x7f" else f"\\x{ord(c):02x}" for c in name)
 

@@ -1,7 +1,7 @@
-"""One file to plain text: text, Markdown, reStructuredText, HTML and PDF.
+"""Parsers from one file to plain text: text, Markdown, reStructuredText, HTML and PDF.
 
-A reader takes the file's bytes and returns its text and what it learnt on the way. HTML becomes Markdown through
-markdownify rather than a converter of our own: its headings and code blocks are what `split_passages` cuts at.
+A parser takes the file's bytes and returns its text and metadata. HTML becomes Markdown, because `split_passages` cuts
+at its headings and code blocks. markdownify converts it; a converter of our own was rejected.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _NOT_PROSE = ["script", "style", "nav", "noscript", "template", "title"]
 
 
 class Content(NamedTuple):
-    r"""A file's text, with newlines as `\n`, and `file_type`, `title`, `n_pages` where known."""
+    r"""A file's text, with newlines as `\n`, and its metadata: `file_type`, and `title` and `n_pages` if known."""
 
     text: str
     metadata: dict[str, Any]
@@ -55,16 +55,16 @@ def read_content(raw: bytes, *, suffix: str, encoding: str, where: str) -> Conte
 
     Args:
         raw: All bytes of the file.
-        suffix: The end of its name with the dot, e.g. `.md`. Unknown ones are tried as text, or as PDF where the
-            bytes say so.
-        encoding: Of text files; an HTML page may name its own, which is used where this one fails.
-        where: The file, for errors.
+        suffix: Suffix of the file name with the dot, e.g. `.md`. A file with an unknown suffix is parsed as PDF if its
+            bytes begin like one, and otherwise as text.
+        encoding: Encoding of text files. An HTML page may declare its own, which is used if this one fails.
+        where: Name of the file, for errors.
 
     Raises:
-        BinaryDocumentError: The bytes are no text.
-        EmptyDocumentError: A PDF or HTML page without any text.
+        BinaryDocumentError: The bytes are not text.
+        EmptyDocumentError: A PDF or HTML page contains no text.
         EncodingError: The bytes are not valid in `encoding`.
-        UnreadableDocumentError: A PDF that is encrypted or broken, or HTML that no parser takes.
+        UnreadableDocumentError: A PDF is encrypted or broken, or the parser rejects an HTML page.
     """
     file_type = FILE_TYPES.get(suffix.lower())
     if file_type == "pdf" or (file_type is None and file_format(raw) == "a PDF"):
@@ -119,7 +119,7 @@ def _decode_html(raw: bytes, encoding: str, where: str) -> str:
         if declared is None:
             raise
         try:
-            # Browsers read these names as cp1252, so that is what pages that carry them are written in.
+            # Browsers decode these names as cp1252, so pages that declare them are written in it.
             return raw.decode("cp1252" if declared.lower() in {"iso-8859-1", "latin-1", "us-ascii"} else declared)
         except (LookupError, UnicodeError):
             pass
@@ -132,7 +132,7 @@ def _read_html(html: str, where: str) -> Content:
 
     try:
         with warnings.catch_warnings():
-            # A page that looks like a file name, or like XML, is read all the same.
+            # A page that looks like a file name, or like XML, is parsed all the same.
             warnings.simplefilter("ignore", MarkupResemblesLocatorWarning)
             warnings.simplefilter("ignore", XMLParsedAsHTMLWarning)
             soup = BeautifulSoup(html, "html.parser")
@@ -143,7 +143,7 @@ def _read_html(html: str, where: str) -> Content:
     heading = soup.title or soup.find(["h1", "h2"])
     title = " ".join(heading.get_text(" ").split()) if heading else ""
     for tag in soup.find_all(_NOT_PROSE):
-        tag.extract()  # decompose() would fail on a tag inside one that is gone already
+        tag.extract()  # decompose() would fail on a tag inside one already removed
     text = re.sub(r"[ \t]+\n", "\n", _to_markdown(soup).replace("\xa0", " "))
     text = re.sub(r"\n{3,}", "\n\n", normalise_newlines(text)).strip()
     if not text:
@@ -158,14 +158,14 @@ def _read_html(html: str, where: str) -> Content:
 def _to_markdown(soup: BeautifulSoup) -> str:
     from markdownify import ATX, MarkdownConverter
 
-    # Link targets and images are dropped: they cost many tokens and say little.
+    # Link targets and images are dropped: they cost many tokens and carry little information.
     converter = MarkdownConverter(
         heading_style=ATX, bullets="-", strip=["a", "img"], escape_asterisks=False, escape_underscores=False
     )
     try:
         return converter.convert_soup(soup)
     except RecursionError:
-        # Old pages leave <p> and <li> open, and the parser then nests each in the one before. Their text is still good.
+        # Old pages leave <p> and <li> open, so the parser nests each in the previous one. Their text is still usable.
         return soup.get_text("\n")
 
 
@@ -174,11 +174,11 @@ def _read_pdf(raw: bytes, where: str) -> Content:
 
     try:
         reader = PdfReader(io.BytesIO(raw), strict=False)
-        # Many files have an owner's password only, against printing; the empty one opens those.
+        # Many files only have an owner's password, against printing; the empty password opens those.
         locked = reader.is_encrypted and not reader.decrypt("")
         pages = [] if locked else [page.extract_text() for page in reader.pages]
         title = "" if locked else _pdf_title(reader)
-    except Exception as error:  # pypdf lets ValueError, KeyError, RecursionError and others through on broken files
+    except Exception as error:  # on broken files, pypdf raises ValueError, KeyError, RecursionError and others
         raise UnreadableDocumentError(
             f"not a readable PDF: {error or type(error).__name__}",
             where=where,
@@ -188,7 +188,7 @@ def _read_pdf(raw: bytes, where: str) -> Content:
         raise UnreadableDocumentError(
             "the PDF is encrypted", where=where, next_step="Save a copy without a password and read that."
         )
-    # Fonts without a proper character map yield NULs and lone surrogates; neither can be stored or tokenised.
+    # Fonts without a proper character map yield NULs and lone surrogates, which cannot be stored or tokenised.
     text = "\n\n".join(page.strip() for page in pages).replace("\0", "").encode("utf-8", "replace").decode()
     if not text.strip():
         raise EmptyDocumentError(

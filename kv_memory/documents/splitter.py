@@ -1,10 +1,10 @@
-"""Cutting a text into passages of at most so many tokens.
+"""Split a text into passages with a maximum number of tokens.
 
-The text is cut into *pieces*: paragraphs, and where one is too long its sentences, then its lines, then stretches that
-end at a word or, as the last resort, at a character. Passages are then filled with pieces from left to right. Token
-counts do not add up exactly, so every finished passage is counted as a whole, and cut again where it is too long.
+The text is split into *pieces*: paragraphs; if one is too long, its sentences, then its lines, then stretches that end
+at a word or, as the last resort, at any character. Passages are then filled with pieces from left to right. Token
+counts do not add up exactly, so every finished passage is counted as a whole, and split again if it is too long.
 
-Counting is what takes time, so it happens in a dozen calls with many strings each rather than once per candidate.
+Counting takes most of the time, so it happens in a dozen calls with many strings each, not once per candidate.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _HEADING = re.compile(r" {0,3}#{1,6}[ \t]")
 _UNDERLINE = re.compile(r" {0,3}([=\-~^])\1{2,}\s*$")
 FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})")  # ```this``` is inline code
-# The second half is for Chinese and Japanese, which put no space between sentences.
+# The second alternative is for Chinese and Japanese, which put no space between sentences.
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*(?=\s)|[。！？｡][”’」』）]*")  # noqa: RUF001
 _LINE_END = re.compile(r"(?<=\S)[^\S\n]*(?=\n)")
 _SPACE = re.compile(r"\s")
 
-# A token of prose has about 4 characters. One of more than 32 is so rare that a piece this much longer is cut without
-# counting it: tokenizers are slow on, and warn about, a string of a megabyte.
+# A token of prose has about 4 characters, and hardly ever more than 32. A piece with more characters per allowed token
+# is split without counting: tokenizers are slow on a string of a megabyte, and warn about it.
 _CHARS_PER_TOKEN, _MAX_CHARS_PER_TOKEN = 4, 32
 
 
@@ -38,11 +38,11 @@ class _Piece:
     """`text[start:end]`, with the white space before it.
 
     Attributes:
-        start: Offset of its first character.
-        end: Offset behind its last one.
-        heading_end: No sentence or line is cut off before this offset, so that a heading stays with its text.
-        code: Whether it is a fenced block, where full stops end no sentence.
-        n_tokens: None where it is too long to be counted.
+        start: Offset of the first character.
+        end: Offset after the last character.
+        heading_end: Offset before which no sentence or line is split off, so that a heading stays with its text.
+        code: True for a fenced block, where full stops do not end sentences.
+        n_tokens: Number of tokens; None if the piece is not counted yet, or is too long to be counted.
     """
 
     start: int
@@ -53,18 +53,18 @@ class _Piece:
 
 
 def split_passages(text: str, *, max_tokens: int | None, count_tokens: CountTokens) -> list[str]:
-    """Cut a text into passages, at paragraph borders where possible.
+    """Split a text into passages, at paragraph boundaries where possible.
 
     Every character that is not white space is in exactly one passage, in order. A Markdown heading stays with the text
-    below it, and a fenced code block is whole if it fits.
+    below it, and a fenced code block stays whole if it fits.
 
     Args:
-        text: The document.
-        max_tokens: The longest passage, in tokens; None makes one passage of the whole text.
-        count_tokens: Tokens of each string, without special tokens.
+        text: Text of the document.
+        max_tokens: Maximum length of a passage in tokens; None keeps the whole text as one passage.
+        count_tokens: Function that counts the tokens of each string, without special tokens.
 
     Returns:
-        Passages without blank lines around them, none of them blank; nothing for a blank text.
+        Passages that are not blank, without blank lines around them; an empty list for a blank text.
 
     Raises:
         ConfigError: `max_tokens` is below 1, or a single character takes more tokens than that.
@@ -85,19 +85,22 @@ class _Splitter:
         self._count_tokens = count_tokens
 
     def passages(self) -> list[str]:
+        # 1. Split into pieces that fit: paragraphs, then sentences, lines, and stretches of those that are too long.
         pieces = self._counted(_paragraphs(self._text))
         for cut in (self._sentences, self._lines):
             pieces = self._counted(part for p in pieces for part in (cut(p) if self._too_long(p) else [p]))
         while any(self._too_long(p) for p in pieces):
             pieces = self._counted(part for p in pieces for part in (self._stretches(p) if self._too_long(p) else [p]))
+        # 2. Fill passages with pieces, and split those that are too long as a whole string.
         groups = self._checked(self._filled(pieces))
+        # 3. Join a tiny last passage with the one before.
         return [self._string(group) for group in self._with_full_tail(groups)]
 
     def _too_long(self, piece: _Piece) -> bool:
         return piece.n_tokens is None or piece.n_tokens > self._max_tokens
 
     def _counted(self, pieces: Iterable[_Piece]) -> list[_Piece]:
-        """The pieces with their tokens, in one call; those far too long stay uncounted."""
+        """The pieces with their token counts, from one call; those far too long stay uncounted."""
         found = list(pieces)
         limit = self._max_tokens * _MAX_CHARS_PER_TOKEN
         todo = [i for i, p in enumerate(found) if p.n_tokens is None and p.end - p.start <= limit]
@@ -132,7 +135,7 @@ class _Splitter:
         if piece.n_tokens is None:
             n_parts = -(-length // (self._max_tokens * _CHARS_PER_TOKEN))
         else:
-            # A tenth more than needed, because a part of average length is too long half the time.
+            # A tenth more parts than needed, because a part of average length is too long half the time.
             n_parts = -(-piece.n_tokens * 11 // (self._max_tokens * 10))
         size = -(-length // max(2, n_parts))
         while start < piece.end:
@@ -144,7 +147,7 @@ class _Splitter:
             start = self._first(end, piece.end)
 
     def _first(self, start: int, end: int) -> int:
-        """Offset of the first character from `start` on that is not white space."""
+        """Offset of the first character at or after `start` that is not white space; `end` if there are only spaces."""
         while start < end and self._text[start].isspace():
             start += 1
         return start
@@ -163,7 +166,7 @@ class _Splitter:
         return groups
 
     def _checked(self, groups: list[list[_Piece]]) -> list[tuple[list[_Piece], int]]:
-        """The groups with the tokens of their whole strings; those that turn out too long are cut."""
+        """The groups with the token counts of their whole strings; groups that are too long are split."""
         done: list[tuple[list[_Piece], int]] = [(group, -1) for group in groups]
         while todo := [i for i, (_, n_tokens) in enumerate(done) if n_tokens < 0]:
             counts = self._count_tokens([self._string(done[i][0]) for i in todo])
@@ -182,11 +185,11 @@ class _Splitter:
             return [(group[:middle], -1), (group[middle:], -1)]
         piece = group[0]
         bare = replace(piece, start=self._first(piece.start, piece.end), n_tokens=n_tokens)
-        parts = [bare] if bare.start > piece.start else self._stretches(bare)  # its indentation goes first
+        parts = [bare] if bare.start > piece.start else self._stretches(bare)  # first, drop its indentation
         return [([part], -1) for part in parts]
 
     def _with_full_tail(self, groups: list[tuple[list[_Piece], int]]) -> list[list[_Piece]]:
-        """A tiny last passage joined to the one before, or the two made about equal, if either fits."""
+        """Join a tiny last passage to the previous one, or split the two evenly, if either fits."""
         found = [group for group, _ in groups]
         if len(groups) < 2 or groups[-1][1] * 8 >= self._max_tokens:
             return found
@@ -203,13 +206,13 @@ class _Splitter:
     def _string(self, group: list[_Piece]) -> str:
         """The passage, without blank lines and spaces around it but with the indentation of its first line."""
         start, end = self._first(group[0].start, group[-1].end), group[-1].end
-        # From 0 on it is the start of the text, which is stripped as it is where no limit is set.
+        # The start of the text loses its indentation, as it does without a limit.
         line_start = self._text.rfind("\n", group[0].start, start) + 1 if group[0].start else 0
         return self._text[line_start or start : end].rstrip()
 
 
 def _size(piece: _Piece) -> int:
-    """Its tokens as far as is known; at least one, or a thousand pieces of nothing would never be cut in half."""
+    """Token count of a piece, at least 1: otherwise `_middle` could not halve a group of empty pieces."""
     return max(1, piece.n_tokens or 0)
 
 
@@ -219,14 +222,14 @@ def _middle(group: list[_Piece]) -> int:
     for index, piece in enumerate(group[:-1]):
         before += _size(piece)
         if before * 2 >= total:
-            # The half with this piece, or without it, whichever is the nearer to one half.
+            # Split after or before this piece, whichever is closer to one half.
             overshoot = 2 * before - total
             return index + 1 if index == 0 or overshoot <= _size(piece) else index
     return len(group) - 1
 
 
 def _paragraphs(text: str) -> list[_Piece]:
-    """Blocks between blank lines, each with the white space before it; headings join the block after them."""
+    """Split into blocks between blank lines, each with the white space before it; headings join the next block."""
     pieces: list[_Piece] = []
     start = end = heading_end = 0
     fence, code, open_block, n_lines = "", False, False, 0
@@ -252,7 +255,7 @@ def _paragraphs(text: str) -> list[_Piece]:
             close()
             end = heading_end = line.start() + len(content)
         elif open_block and not code and n_lines == 1 and _UNDERLINE.match(content):
-            # The one line above was a heading: what is open goes on until text follows.
+            # The single line above was a heading: the block stays open until text follows.
             end = heading_end = line.start() + len(content)
             open_block = False
         else:

@@ -1,4 +1,4 @@
-"""Evaluation: what an answer loses at each keep_ratio, against the full cache and against no document at all."""
+"""Evaluation: the loss in answers at each keep_ratio, compared with the full cache and with no document at all."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Advise: what each keep_ratio would keep of a user's own documents, and which one to use.
+"""Advise: measures each keep_ratio on a user's own documents, and recommends one.
 
-Passages are drawn from the documents, cut as `add` would cut them. The model asks itself questions about each (the
-probes of refinement) and answers them from the full cache and from the compressed ones, written and read as a store
-would. So nothing but the documents is needed. Refinement itself is left out: it practises such questions.
+Passages are sampled from the documents, split as `add` would split them. For each passage the model generates
+questions (the probes of refinement) and answers them from the full cache and from compressed ones, written and loaded
+as in a store. So nothing but the documents is needed. Refinement itself is left out: it trains on such questions.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from kv_memory.settings import MemorySettings, resolve_settings
 
 __all__ = ["Advice", "advise"]
 
-_TRIES = 3  # passages drawn for one that is wanted: about some the model asks nothing that it can answer
+_TRIES = 3  # passages sampled per passage needed: for some the model generates no question that it can answer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """What was measured, and what to do.
+    """Measurements and a recommendation.
 
     Attributes:
-        rows: By falling keep_ratio; empty where no question could be asked.
-        recommendation: One setting.
-        settings: What was measured with.
-        n_documents: Read.
-        n_unanswered: Questions left out because the full cache has no answer to them.
-        n_too_long: Passages drawn that are too long for the model's window with a question.
-        errors: Of documents left out.
-        complete: False if the time limit ended it early.
+        rows: Measured rows by falling keep_ratio; empty if no question could be generated.
+        recommendation: Recommended setting.
+        settings: Settings of the measurement.
+        n_documents: Number of documents read.
+        n_unanswered: Questions left out because the full cache gives no answer to them.
+        n_too_long: Sampled passages that, with a question, are too long for the model's window.
+        errors: Errors of documents that were left out.
+        complete: False if the time limit ended the measurement early.
     """
 
     rows: tuple[AdviceRow, ...]
@@ -72,21 +72,22 @@ def advise(
     """Measure keep_ratios on a sample of documents, and recommend one.
 
     Args:
-        source: Texts, files and folders, as for `KVMemory.add`; what cannot be read is left out.
-        settings: How documents would be compressed, e.g. those of a `KVMemory`; those of a new store if None.
-        backbone: The model, where it is loaded already.
-        keep_ratios: In (0, 1].
-        wish: What the recommended one should meet.
-        n_passages: How many to draw. Up to 4 questions are asked about each.
-        seed: Of what is drawn and asked. The same documents and seed give the same passages and questions.
-        encoding: Of text files without a byte order mark.
-        time_limit_s: Stop once so many seconds have passed; passages that are not finished do not count.
+        source: Texts, files and folders, as for `KVMemory.add`; unreadable ones are left out.
+        settings: Settings for compression, e.g. those of a `KVMemory`; None means those of a new store. Refinement is
+            switched off.
+        backbone: The model, if it is loaded already.
+        keep_ratios: Ratios to measure, in (0, 1].
+        wish: Criteria for the recommended keep_ratio.
+        n_passages: Number of passages to sample. Up to 4 questions are asked about each.
+        seed: Random seed for passages and questions. The same documents and seed give the same passages and questions.
+        encoding: Encoding of text files without a byte order mark.
+        time_limit_s: Time limit in seconds; unfinished passages do not count.
         on_progress: Called before each passage and keep_ratio.
 
     Raises:
         ConfigError: A setting is out of range.
-        DocumentError: Nothing could be read.
-        DatasetError: There is not one passage that fits the model's window.
+        DocumentError: No document could be read.
+        DatasetError: No passage fits the model's window.
         ModelError, AdapterError: As `KVMemory.open`.
     """
     start_s = time.monotonic()
@@ -148,7 +149,7 @@ def advise(
 
 
 def _checked(keep_ratios: Sequence[float], n_passages: int, time_limit_s: float | None) -> list[float]:
-    """The ratios, falling, each once."""
+    """The ratios without duplicates, in falling order."""
     if n_passages < 1:
         raise ConfigError(f"n_passages must be at least 1, got {n_passages}", where="n_passages")
     if time_limit_s is not None and time_limit_s <= 0:
@@ -161,12 +162,12 @@ def _checked(keep_ratios: Sequence[float], n_passages: int, time_limit_s: float 
 def _draw(
     backbone: Backbone, documents: Sequence[Document], passage_tokens: int | None, seed: int
 ) -> Iterator[tuple[Document, str]]:
-    """Passages, each text once: one of each document in turn, the longer ones rather first.
+    """Passages without duplicates: one of each document in turn, longer documents tending to come first.
 
-    Only documents that are reached are cut, so that a large folder takes no longer than a small one.
+    A document is only split when its turn comes, so a large folder takes no longer than a small one.
     """
     draws = [random.Random(f"{seed}:{document.content_sha256}") for document in documents]
-    # The smallest of exponential variables, whose rates are the lengths, is each with a probability by its length.
+    # Exponential variables with the lengths as rates: each is the smallest with a probability by its document's length.
     first = [-math.log(1 - draw.random()) / len(document.text) for draw, document in zip(draws, documents, strict=True)]
     left: dict[int, list[str]] = {}
     seen: set[str] = set()

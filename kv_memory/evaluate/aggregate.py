@@ -1,4 +1,4 @@
-"""Aggregate: from records to rows of a table, with bootstrap intervals over documents."""
+"""Aggregate: turns records into rows of a table, with bootstrap intervals over documents."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ _Case = tuple[str, Hashable]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A row of the table: a method at a keep_ratio. What does not apply is None.
+    """A row of the table: a method at a keep_ratio. Values that do not apply are None.
 
     Attributes:
-        task: Its name.
-        method: Its name.
-        keep_ratio: None for `full` and `none`.
-        n: Questions.
-        n_documents: Documents they are about.
-        means: By metric, over questions.
-        retention: (score - floor) / (ceiling - floor) of the task's main score, floor and ceiling being `none` and
-            `full` on the same documents; 1 loses nothing. None where they are missing, or equal.
-        ci: 95% intervals of `kl`, `score` and `retention`, by a bootstrap over documents, whose questions stay
-            together, at all places among others too; None where there are fewer than two documents.
-        seconds_per_document: To compress one, or all that are read together; the mean.
-        prefills: The same as a multiple of a plain prefill of the same text; the median over documents.
-        empty: Share of the decoded answers in which nothing can be seen; None where none was decoded.
-        group: What the row is about where a task has several kinds of rows, e.g. `{"k": 3}`; see `Case.group`.
+        task: Name of the task.
+        method: Name of the method.
+        keep_ratio: keep_ratio of the row; None for `full` and `none`.
+        n: Number of questions.
+        n_documents: Number of documents.
+        means: Mean over the questions, by metric.
+        retention: (score - floor) / (ceiling - floor) of the task's main score. Floor and ceiling are `none` and
+            `full` on the same documents; 1 means no loss. None if they are missing or equal.
+        ci: 95% intervals of `kl`, `score` and `retention`, by a bootstrap over documents. The questions of a document
+            stay together, including those at its different places. None with fewer than two documents.
+        seconds_per_document: Mean time in seconds to compress a document, or all documents that are used together.
+        prefills: The same time as a multiple of a plain prefill of the same text; the median over documents.
+        empty: Share of the decoded answers without a visible character; None if none was decoded.
+        group: Subset of the task that the row covers if the task has several, e.g. `{"k": 3}`; see `Case.group`.
     """
 
     task: str
@@ -79,7 +79,7 @@ class Row:
         return self.means.get(score_of(self.task) or "")
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is printed: one flat object; beside the group's, the same keys for every task and method."""
+        """The row as one flat, printable object; apart from the group, with the same keys for all tasks and methods."""
         return {
             "task": self.task,
             **self.group,
@@ -95,7 +95,7 @@ class Row:
 
 
 def score_of(task: str) -> str | None:
-    """The main score of a task; None where it has none, or where the task is not ours."""
+    """The main score of a task; None if it has none, or if the task is not one of `TASKS`."""
     return TASKS[task].score if task in TASKS else None
 
 
@@ -106,7 +106,7 @@ class _Column:
         self.by_case = {record.case: record for record in records}
 
     def sums(self, metric: str, cases: Sequence[_Case]) -> tuple[Floats, Floats] | None:
-        """Per document: the sum over questions, and how many; None where the metric does not apply."""
+        """Sum over questions and number of questions for each document; None if the metric does not apply."""
         documents: dict[str, list[float | None]] = {}
         for case in cases:
             values = documents.setdefault(case[0], [])
@@ -120,15 +120,15 @@ class _Column:
 def aggregate(
     records: Iterable[Record], *, seed: int = 0, paired: bool = True, by: Sequence[str] | None = None
 ) -> list[Row]:
-    """Rows of one or several tasks, in the order of tasks given, rising groups, methods known, and falling keep_ratio.
+    """Rows of one or several tasks, by task as given, rising group, method as in `METHODS`, and falling keep_ratio.
 
     Args:
-        records: One for each case of a column; of several, the last counts.
-        seed: Of the bootstrap.
-        paired: Only cases that every column of the task has; False takes all that each column has, so that rows may be
-            about different documents.
-        by: Names of groups that get rows of their own, e.g. `k` and `place`, where a task has them; over all others
-            rows are averaged. Those of `Task.by` if None.
+        records: Records to aggregate; of several for the same case and column, the last counts.
+        seed: Random seed of the bootstrap.
+        paired: True to use only cases that every column of the task has; False uses all cases of each column, so that
+            rows may cover different documents.
+        by: Names of groups with separate rows, e.g. `k` and `place`; rows are averaged over all other groups. None
+            means `Task.by`.
     """
     tasks: dict[str, dict[tuple[tuple[str, int | str], ...], dict[tuple[str, float | None], list[Record]]]] = {}
     for record in records:
@@ -145,10 +145,10 @@ def aggregate(
 
 
 def check_groups(task: str, by: Sequence[str]) -> None:
-    """Raise unless rows of this task can be told apart by these names.
+    """Raise unless rows of this task can be grouped by these names.
 
     Raises:
-        ConfigError: A name is none of the task's groups; names those there are.
+        ConfigError: A name is not one of the task's groups; the error names the available ones.
     """
     groups = TASKS[task].groups
     for name in by:
@@ -161,7 +161,7 @@ def check_groups(task: str, by: Sequence[str]) -> None:
 
 
 def table_of(row: Row) -> tuple[str, tuple[tuple[str, int | str], ...]]:
-    """What a row is compared under: task and group."""
+    """Task and group of a row; rows are compared within these."""
     return row.task, tuple(row.group.items())
 
 
@@ -179,14 +179,14 @@ def _rows(
 
 
 def order(method: str, keep_ratio: float | None) -> tuple[int, str, float]:
-    """Sorts columns: methods as in `METHODS`, those of others (`kvpress:snapkv`) behind, falling keep_ratio."""
+    """Sort key of columns: methods as in `METHODS`, then others (`kvpress:snapkv`), by falling keep_ratio."""
     names: tuple[str, ...] = METHODS
-    own = plain_name(method)  # `paper:adapter` and `kvpress:full` stand beside ours
+    own = plain_name(method)  # `paper:adapter` and `kvpress:full` are sorted beside ours
     return names.index(own) if own in names else len(names), method, -(2.0 if keep_ratio is None else keep_ratio)
 
 
 def plain_name(method: str) -> str:
-    """A method's name without label and storage: `adapter` of `paper:adapter+int8`."""
+    """A method's name without label and storage: `adapter` for `paper:adapter+int8`."""
     return method.rpartition(":")[2].partition("+")[0]
 
 
@@ -225,7 +225,7 @@ def _row(
             "retention": interval,
         },
         seconds_per_document=sum(seconds) / len(seconds) if seconds else None,
-        prefills=median(ratios) if ratios else None,  # single documents may have had to share the machine
+        prefills=median(ratios) if ratios else None,  # the median, since single documents may have shared the machine
         empty=sum(not is_visible(answer) for answer in answers) / len(answers) if answers else None,
         group=group,
     )
@@ -255,7 +255,7 @@ def _retention(
         return value, None
     draws = _draws(n_documents, seed)
     own_b, ceiling_b, floor_b = ((draws @ total) / (draws @ n) for total, n in sums)
-    some = ceiling_b != floor_b  # a resample without a gap says nothing about what is left of it
+    some = ceiling_b != floor_b  # without a gap between floor and ceiling, retention is undefined
     return value, _percentiles((own_b[some] - floor_b[some]) / (ceiling_b[some] - floor_b[some]))
 
 
@@ -267,7 +267,7 @@ def _interval(sums: tuple[Floats, Floats] | None, seed: int) -> Interval | None:
 
 
 def _draws(n_documents: int, seed: int) -> Floats:
-    """How often each document is drawn in each resample; the same for every method, so that they stay paired."""
+    """Number of times each document is drawn in each resample; the same for every method, so that they stay paired."""
     draw = np.random.default_rng(seed)
     return draw.multinomial(n_documents, np.full(n_documents, 1 / n_documents), size=RESAMPLES).astype(float)
 

@@ -1,4 +1,4 @@
-"""Asked: a batch of questions behind composed caches, on which continuations are tried."""
+"""Asked: a batch of questions prefilled after composed caches, on which continuations are scored."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from kv_memory.model.backbone import Backbone
 
 __all__ = ["Asked", "batches"]
 
-_CPU_BYTES, _GPU_BYTES = 1 << 30, 4 << 30  # of caches and logits of one batch
+_CPU_BYTES, _GPU_BYTES = 1 << 30, 4 << 30  # size limit of caches and logits of one batch
 
 
 class Asked:
-    """Questions prefilled once; each continuation is read behind them and taken back.
+    """Questions prefilled once; each continuation is prefilled after them and then removed.
 
-    One prefill of the questions then serves the full model's answer, the reference and every choice.
+    One prefill of the questions thus serves the full model's answer, the reference and every choice.
 
     Args:
         backbone: The model.
-        caches: Distilled caches of the document; none at all for the floor.
+        caches: Distilled caches of the document; empty for the floor.
         prompts: Token ids of each question.
-        layout: See `compose`.
-        n_new: The longest continuation, in tokens.
+        layout: Placement of documents, see `compose`.
+        n_new: Length of the longest continuation, in tokens.
 
     Raises:
-        ContextWindowError: It does not fit the model.
+        ContextWindowError: Caches, questions and continuations do not fit the model.
     """
 
     @torch.no_grad()
@@ -55,10 +55,10 @@ class Asked:
         """Log-probabilities at every token of a continuation of each question.
 
         Args:
-            rows: Token ids, one row a question; a row may be empty.
+            rows: Token ids, one row per question; a row may be empty.
 
         Yields:
-            `(len(row), vocab_size)`, float32; one after the other, because all at once they are large.
+            `(len(row), vocab_size)`, float32. One at a time, because together they are large.
         """
         rest = self._rest(rows)
         for index, row in enumerate(rows):
@@ -68,7 +68,7 @@ class Asked:
             yield logits[: len(row)].log_softmax(-1)
 
     def decode(self, rows: Sequence[int], settings: DecodeSettings) -> list[str]:
-        """Answers to some of the questions, decoded by the code that `ask` uses; nothing can be followed after it."""
+        """Answers to some of the questions, decoded by the code that `ask` uses; `follow` is invalid afterwards."""
         self._cache.keep_rows(rows)
         prompts = [Prompt([*self._prompts[row]], behind_prefix=True) for row in rows]
         read = self._cache, self._first[list(rows)]
@@ -79,7 +79,7 @@ class Asked:
 
     @torch.no_grad()
     def _rest(self, rows: Sequence[Sequence[int]]) -> torch.Tensor | None:
-        """Logits after every token but the last. Rows are padded behind their end, where nothing looks."""
+        """Logits after every token but the last. Rows are padded at their end, where attention does not reach."""
         width = max(len(row) for row in rows) - 1
         if width < 1:
             return None
@@ -94,13 +94,13 @@ def _padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
 
 
 def batches(backbone: Backbone, n_rows: int, *, n_entries: int, n_tokens: int) -> list[slice]:
-    """Rows cut into batches whose caches and logits take a GiB at most (four on a GPU), at least one row each.
+    """Rows split into batches whose caches and logits take at most 1 GiB (4 on a GPU), with at least one row each.
 
     Args:
         backbone: The model.
-        n_rows: How many there are.
-        n_entries: Of the cache that each row has a copy of.
-        n_tokens: Read behind it.
+        n_rows: Number of rows.
+        n_entries: Number of entries of the cache that is copied for each row.
+        n_tokens: Number of tokens prefilled after it.
     """
     row_bytes = (n_entries + n_tokens) * backbone.kv_bytes_per_token
     row_bytes += n_tokens * int(backbone.config.vocab_size) * backbone.dtype.itemsize

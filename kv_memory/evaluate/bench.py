@@ -1,4 +1,4 @@
-"""Bench: measures one document after the other, with every method, beside the full model's own answers."""
+"""Bench: measures one document after the other, with every method, against the full model's own answers."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """A method at a keep_ratio, None for the methods that have none, and how its caches are stored.
+    """A method at a keep_ratio (None for methods without one), and the storage type of its caches.
 
-    `joined` is about `full` and several documents: a cache of each, joined, instead of one prefill of all texts.
+    `joined` applies to `full` and several documents: one cache for each document, joined, instead of one prefill of
+    all texts.
     """
 
     method: Method
@@ -44,21 +45,21 @@ class Column:
 
     @property
     def name(self) -> str:
-        """The method's name in tables: `adapter+int8` for caches stored as int8, `full+joined`."""
+        """The method's name in tables: `adapter+int8` for caches stored as int8, or `full+joined`."""
         name = self.method.name if self.storage == "auto" else f"{self.method.name}+{self.storage}"
         return f"{name}+joined" if self.joined else name
 
 
 class Bench:
-    """Measures columns; the full model's answers are kept while the case stays the same.
+    """Measures columns; the full model's answers are reused while the case stays the same.
 
-    Caches of passages are kept while cases share them: the same passage comes again at another place.
+    Caches of passages are reused while cases share them: the same passage occurs again at another place.
 
     Args:
         backbone: The model.
-        task: Which measures apply.
-        layout: How documents are placed.
-        generate: Whether to decode answers.
+        task: The task, which determines the metrics.
+        layout: Placement of documents.
+        generate: True to decode answers.
     """
 
     def __init__(self, backbone: Backbone, task: Task, layout: Layout, generate: bool) -> None:
@@ -66,7 +67,7 @@ class Bench:
         full = make_methods(["full"], backbone)[0]
         self._full, self._joined = Column(full, None), Column(full, None, joined=True)
         self._made: dict[tuple[str, float | None, str], _Made] = {}
-        self._compressor: Compressor | None = None  # whose documents these are
+        self._compressor: Compressor | None = None  # compressor of the documents in `_prefilled`
         self._prefilled: dict[str, tuple[PrefilledDocument, float]] = {}
         self._warm = False
         self._case: Case | None = None
@@ -111,8 +112,8 @@ class Bench:
         )
 
     def _take(self, case: Case) -> None:
-        """Read all documents in full and ask the model everything."""
-        if not self._warm:  # the first pass also reads the shared prefix, and a GPU compiles its kernels
+        """Prefill all documents of a case in full, and collect the full model's answers to its questions."""
+        if not self._warm:  # the first pass also prefills the shared prefix, and compiles kernels on a GPU
             self._caches(case, self._full)
             self._warm = True
         self._case, self._prefilled = case, {}
@@ -124,7 +125,7 @@ class Bench:
         self._taught = teach(self._backbone, self._plain, self._encoded, self._task, layout=self._layout, joined=joined)
 
     def _caches(self, case: Case, column: Column) -> tuple[list[DistilledCache], float | None, int | None]:
-        """What a method makes of the documents, how long that took (now or for an earlier case), and its bytes."""
+        """A method's caches of the documents, the seconds they took (now or for an earlier case), and their bytes."""
         compressor = column.method.compressor
         if compressor is None:
             return [], None, None
@@ -155,7 +156,7 @@ class Bench:
         return _Made(stored, prefill_s + keep_s, size_bytes)
 
     def _prefilled_by(self, compressor: Compressor, text: str) -> tuple[PrefilledDocument, float]:
-        """A document as a method reads it, once for all ratios, which follow each other; and how long that took."""
+        """A method's prefill of a document, reused for all ratios (they follow each other), and the seconds it took."""
         if self._compressor is not compressor:
             self._compressor, self._prefilled = compressor, {}
         if text not in self._prefilled:
@@ -170,13 +171,13 @@ class Bench:
         return made, time.perf_counter() - start_s
 
     def _wait(self) -> None:
-        """A GPU works on after the call has returned."""
+        """Wait for the GPU, which still computes after a call has returned."""
         if self._backbone.device.type == "cuda":
             torch.cuda.synchronize(self._backbone.device)
 
 
 class _Made(NamedTuple):
-    """One document's cache, the seconds it took, and the bytes it takes in a store."""
+    """One document's cache, the seconds it took, and its size in a store in bytes."""
 
     cache: DistilledCache
     elapsed_s: float
@@ -184,7 +185,7 @@ class _Made(NamedTuple):
 
 
 def _stored(cache: DistilledCache, text: str, storage: StorageName) -> tuple[DistilledCache, int]:
-    """What is read of a cache after it was written, and the bytes it takes in a store."""
+    """The cache as it is loaded after it was written, and its size in a store in bytes."""
     with tempfile.TemporaryDirectory(prefix="kv-memory-eval-") as folder:
         path = Path(folder) / "cache"
         replace(cache, text_sha256=hashlib.sha256(text.encode()).hexdigest()).save(path, storage=storage)

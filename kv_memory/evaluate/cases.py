@@ -1,4 +1,4 @@
-"""Cases: the documents of a task and what is asked about each; how they are chosen, filtered and cut."""
+"""Cases: documents of a task and the questions about them; how they are chosen, filtered and truncated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ROOM_TOKENS", "Case", "EncodedQuery", "Group", "Query", "choose", "c
 
 Group = dict[str, int | str]
 
-ROOM_TOKENS = 1024  # left in the window for a question with its answer, and for a selector's own request
+ROOM_TOKENS = 1024  # reserved in the window for a question with its answer, and for a selector's own prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +23,13 @@ class Query:
     """One question about a document.
 
     Attributes:
-        text: As it is asked, without the prompt form's wrapper.
-        references: What is right; at least one.
-        all_wanted: Whether all references are wanted, and not any one of them.
+        text: The question, without the prompt form's wrapper.
+        references: Correct answers, at least one.
+        all_wanted: True if all references are required, False if any one of them is enough.
         given: Words that the answer begins with; they are prefilled and not measured.
-        choices: Of a multiple choice question; empty otherwise.
-        correct: Index of the right choice.
-        span: Where given words and reference lie in the document, in characters; None where they are not from it.
+        choices: Choices of a multiple choice question; empty otherwise.
+        correct: Index of the correct choice.
+        span: Character span of given words and reference in the document; None if they are not from it.
     """
 
     text: str
@@ -43,15 +43,16 @@ class Query:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One document, or several that are read together, and what is asked about it.
+    """One document, or several that are used together, and the questions about it.
 
     Attributes:
-        id: The example's id, by which tables of several methods, our own and others', are paired.
+        id: Id of the example; tables of several methods, our own and others', are paired by it.
         text: The document; of several, the one that the questions are about.
-        queries: At least one.
+        queries: Questions, at least one.
         cell: Length in tokens and depth in [0, 1] of a needle; None for other tasks.
-        passages: All documents in the order they are read, `text` among them; empty where it is the only one.
-        group: What sets cases of one id, or kinds of cases, apart in tables, e.g. `{"k": 3, "place": 1}`.
+        passages: All documents in the order of their positions, including `text`; empty if it is the only one.
+        group: Properties that distinguish cases with the same id, or kinds of cases, in tables, e.g.
+            `{"k": 3, "place": 1}`.
     """
 
     id: str
@@ -63,14 +64,14 @@ class Case:
 
     @property
     def documents(self) -> tuple[str, ...]:
-        """All documents in the order they are read."""
+        """All documents in the order of their positions."""
         return self.passages or (self.text,)
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the documents and everything asked about them."""
+        """SHA-256 over the documents and their questions."""
         data = asdict(self)
-        # What came later is left out where it is not used, so that what was measured before still counts.
+        # Fields added later are omitted if unused, so that the digests of earlier measurements stay valid.
         for name in ("passages", "group"):
             if not data[name]:
                 del data[name]
@@ -85,9 +86,9 @@ class EncodedQuery:
     """Token ids of a query.
 
     Attributes:
-        prompt: The question in its wrapper, and the given words.
-        reference: The first reference, or a list of all where all are wanted.
-        choices: Each choice.
+        prompt: Token ids of the question in its wrapper, and of the given words.
+        reference: Token ids of the first reference, or of a list of all references if all are required.
+        choices: Token ids of each choice.
     """
 
     prompt: tuple[int, ...]
@@ -96,10 +97,10 @@ class EncodedQuery:
 
 
 def encode_query(backbone: Backbone, query: Query) -> EncodedQuery:
-    """Token ids of a query. Answers begin with a space where the prompt form does not end with white space.
+    """Token ids of a query. Answers begin with a space if the prompt form does not end in white space.
 
-    Without it `Answer:` would be followed by a token that the model never wrote there, and the likelihood of every
-    reference would say more about that than about the document.
+    Without the space, `Answer:` would be followed by a token that the model never produces there, and the likelihood
+    of every reference would measure that instead of the document.
     """
     after = backbone.prompt.question_after
     lead = "" if not after or after[-1].isspace() else " "
@@ -107,7 +108,7 @@ def encode_query(backbone: Backbone, query: Query) -> EncodedQuery:
     right = f" {', '.join(query.references)}" if query.all_wanted else query.references[0]
     if query.given:
         prompt += backbone.encode_text(lead + query.given)
-        reference = backbone.encode_text(right)  # goes on where the given words end
+        reference = backbone.encode_text(right)  # continues the given words
     else:
         reference = backbone.encode_text(lead + right.strip())
     choices = tuple(tuple(backbone.encode_text(lead + choice.strip())) for choice in query.choices)
@@ -115,9 +116,9 @@ def encode_query(backbone: Backbone, query: Query) -> EncodedQuery:
 
 
 def in_hash_order(examples: Iterable[Example]) -> list[Example]:
-    """Examples ordered by the SHA-256 of their ids: the first N are a sample that anybody can draw again.
+    """Examples ordered by the SHA-256 of their ids: the first N are a sample that anybody can reproduce.
 
-    A document that occurs twice, which has the same id, is taken once.
+    A document that occurs twice has the same id and is taken once.
     """
     unique: dict[str, Example] = {}
     for example in examples:
@@ -135,19 +136,19 @@ def choose(
     cut_long: bool = False,
     what: str,
 ) -> list[Example]:
-    """The first documents of a fitting length.
+    """The first documents of a suitable length.
 
     Args:
-        examples: In the order of choice.
-        backbone: Whose tokens are counted.
-        n_documents: How many, at most.
-        min_tokens: Shorter ones are left out.
-        max_tokens: Longer ones are left out, or cut.
-        cut_long: Cut them.
-        what: The set's name, for the error.
+        examples: Examples in the order of preference.
+        backbone: Model whose tokenizer counts the tokens.
+        n_documents: Largest number of documents.
+        min_tokens: Lower bound of the length; shorter documents are left out.
+        max_tokens: Upper bound of the length; longer documents are left out, or truncated.
+        cut_long: True to truncate documents that are too long.
+        what: Name of the set, for the error.
 
     Raises:
-        DatasetError: There is none.
+        DatasetError: No document has a suitable length.
     """
     chosen = list(_fitting(examples, backbone, n_documents, min_tokens, max_tokens, cut_long))
     if not chosen:
@@ -174,6 +175,6 @@ def _fitting(
 
 
 def cut(backbone: Backbone, text: str, n_tokens: int) -> str:
-    """The beginning of a text, of at most so many tokens."""
+    """The beginning of a text, of at most `n_tokens` tokens."""
     offsets = backbone.encode_with_offsets(text)[1]
     return text if len(offsets) <= n_tokens else text[: offsets[n_tokens - 1][1]].rstrip()

@@ -1,4 +1,4 @@
-"""The harness: every document of a task through every method, once, with what was measured kept as it comes."""
+"""The harness: measures every document of a task with every method, once, and saves each result immediately."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from kv_memory.model.backbone import Backbone
 __all__ = ["DEFAULT_KEEP_RATIOS", "EvalProgress", "Evaluation", "evaluate"]
 
 DEFAULT_KEEP_RATIOS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
-# Part of every key. Raise it when a measure changes its meaning; the package's own version says nothing about that.
-_MEASURES_VERSION = 2  # 2: an answer begins with something that can be seen
+# Part of every key. Raise it when a measure changes its meaning; the package's own version does not reflect that.
+_MEASURES_VERSION = 2  # 2: an answer begins with a visible character
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalProgress:
-    """How far an evaluation is.
+    """Progress of an evaluation. A measurement is one document with one column.
 
     Attributes:
-        n_done: Columns of documents done, those found in the folder included.
-        n_measured: Those measured by this call.
-        n_total: To do in all: documents times columns.
-        document_id: What comes next.
-        method: What comes next, with its storage where that is not `auto`.
-        keep_ratio: What comes next.
+        n_done: Measurements done, including those found in the folder.
+        n_measured: Measurements done by this call.
+        n_total: Measurements in total: documents times columns.
+        document_id: Id of the next document.
+        method: Name of the next method, with its storage if that is not `auto`.
+        keep_ratio: keep_ratio of the next measurement.
     """
 
     n_done: int
@@ -54,15 +54,15 @@ class EvalProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an evaluation found.
+    """Results of an evaluation.
 
     Attributes:
-        task: Its name.
-        rows: The table, over the documents that every column has.
-        records: What the rows are made of.
-        n_documents: How many the task has under these settings; places of one passage are counted apart.
-        n_finished: How many of these every column has.
-        complete: False if the time limit ended it early; the same call with the same folder goes on.
+        task: Name of the task.
+        rows: Rows of the table, over the documents that every column has.
+        records: Records from which the rows were aggregated.
+        n_documents: Number of the task's documents under these settings; places of one passage count separately.
+        n_finished: Number of these documents that every column has.
+        complete: False if the time limit ended it early; the same call with the same folder resumes it.
     """
 
     task: str
@@ -91,33 +91,33 @@ def evaluate(
     time_limit_s: float | None = None,
     on_progress: Callable[[EvalProgress], None] | None = None,
 ) -> Evaluation:
-    """Measure what answers lose when documents are compressed.
+    """Measure the loss in answers when documents are compressed.
 
-    The question is never seen at compression. Every method is asked the same questions in the same prompts; KL is to
-    the model with the full cache; of several documents, to one prefill of all texts.
+    The question is never seen at compression. Every method is asked the same questions in the same prompts. KL is
+    measured against the model with the full cache; for several documents, that is one prefill of all texts.
 
     Args:
         task: `squad`, `quality`, `squality`, `needle`, `spans`, `multidoc`, `ruler` or `qa`.
         backbone: The model.
-        methods: See `METHODS`; all that can be run if None.
-        keep_ratios: In (0, 1]; `full` and `none` have none.
-        adapter: Attached to the backbone; for the methods that need one, and where `refined` starts.
-        settings: Which documents; see `TaskSettings`. Its seed is also that of `random` and of the intervals.
-        refine: For `refined`.
-        refine_from: Where `refined` starts, see `make_methods`.
-        layout: How documents are placed, see `compose`.
-        storage: Every compressed cache is written and read in this form before it is asked; unless it is `auto`, the
-            methods are then called `adapter+int8` and so on. Ceiling and floor stay as they are.
-        generate: False leaves out what needs decoded answers (F1 and its like) for speed.
-        by: Groups that get rows of their own, see `aggregate`; those that suit the task if None.
-        out: A folder where `examples.jsonl` is kept; what is there already is not measured again.
-        time_limit_s: Stop before the next document and method once so many seconds have passed.
+        methods: Names from `METHODS`; None means all that can be run.
+        keep_ratios: Ratios to measure, in (0, 1]; `full` and `none` have no ratio.
+        adapter: Adapter attached to the backbone, for the methods that need one and as the start of `refined`.
+        settings: Selection of documents, see `TaskSettings`. Its seed is also that of `random` and of the intervals.
+        refine: Settings of `refined`.
+        refine_from: Starting point of `refined`, see `make_methods`.
+        layout: Placement of documents, see `compose`.
+        storage: Storage type in which every compressed cache is written and loaded before it is used. Unless it is
+            `auto`, the methods are named `adapter+int8` and so on. `full` and `none` are not affected.
+        generate: False skips metrics of decoded answers (F1 and similar) for speed.
+        by: Groups with separate rows, see `aggregate`; None means those that suit the task.
+        out: Folder for `examples.jsonl`; results that it contains are not measured again.
+        time_limit_s: Time limit in seconds, checked before each document and method.
         on_progress: Called before each document and method, and at the end.
 
     Raises:
         ConfigError: A name or setting is wrong, or a method lacks its adapter.
-        DatasetError: The set is missing or has no fitting document; or the folder cannot be written to.
-        BrokenLineError: The folder's file holds something else.
+        DatasetError: The set is missing, has no suitable document, or the folder cannot be written to.
+        BrokenLineError: The folder's file contains other data.
         ContextWindowError: Document, question and answer do not fit the model.
     """
     start_s = time.monotonic()
@@ -193,7 +193,7 @@ def _columns(
 
 
 def _in_order(cases: Sequence[Case], columns: Sequence[Column]) -> Iterator[tuple[Case, Column]]:
-    """Document by document: the full model is asked once for all methods, and what a stop leaves is paired."""
+    """Document by document: the full model is asked once for all methods, and an interrupted run stays paired."""
     return ((case, column) for case in cases for column in columns)
 
 
@@ -209,7 +209,7 @@ def _config(task: Task, column: Column, settings: TaskSettings, layout: Layout, 
         "generate": generate and bool(task.text_metrics),
         "seed": settings.seed if task.drawn else None,
     }
-    if column.storage != "auto":  # a key of its own, so that what was measured before there was a choice still counts
+    if column.storage != "auto":  # omitted if `auto`, so that results from before this setting stay valid
         decides["storage"] = column.storage
     if column.joined:
         decides["joined"] = True

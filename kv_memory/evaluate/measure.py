@@ -1,4 +1,4 @@
-"""Measure: what a method's cache makes of the questions about a document."""
+"""Measure: scores a method's cache on the questions about a document."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ METRICS = ("kl", "nll", "f1", "em", "contains", "accuracy", "rouge_l", "kl_joine
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Measures of one question; what does not apply, or was not asked for, is None.
+    """Measures of one question; a measure that does not apply, or was not requested, is None.
 
     Attributes:
-        kl: KL(full || method) in nats, the mean over the tokens of the full model's own answer.
-        nll: Mean negative log-likelihood per token of the first reference, in nats; of a list of all where all are
-            wanted.
-        f1: See `metrics`.
-        em: See `metrics`.
-        contains: See `metrics`.
-        accuracy: 1 if the right choice has the highest mean log-likelihood per token, else 0.
-        rouge_l: See `metrics`.
-        kl_joined: The same as `kl`, to the documents' full caches made apart and joined; None for one document.
+        kl: KL(full || method) in nats; the mean over the tokens of the full model's own answer, or of the reference,
+            see `Task.kl_on`.
+        nll: Mean negative log-likelihood per token of the first reference, in nats; or of a list of all references, if
+            all are required.
+        f1: F1, see `metrics`.
+        em: Exact match, see `metrics`.
+        contains: Containment, see `metrics`.
+        accuracy: 1 if the correct choice has the highest mean log-likelihood per token, else 0.
+        rouge_l: ROUGE-L, see `metrics`.
+        kl_joined: The same as `kl`, against the joined full caches of the single documents; None for one document.
         answer: The greedy answer.
     """
 
@@ -64,13 +65,13 @@ def measure(
 
     Args:
         backbone: The model.
-        caches: What the method made of the document; empty for the floor.
+        caches: The method's caches of the document; empty for the floor.
         case: The document and its questions.
         encoded: Those questions, as tokens.
         taught: The full model's answers to them.
-        task: Which measures apply.
-        layout: See `compose`.
-        generate: Whether to decode answers where the task has metrics of their text.
+        task: The task, which determines the metrics.
+        layout: Placement of documents, see `compose`.
+        generate: True to decode answers if the task has text metrics.
 
     Raises:
         ContextWindowError: Document, question and answer do not fit the model.
@@ -113,7 +114,7 @@ class _Scored:
     nll: float
     accuracy: float | None
     kl_joined: float | None
-    agrees: bool  # with the full model, at every token of its answer
+    agrees: bool  # greedy tokens equal those of the full model at every token of its answer
 
 
 def _score(
@@ -164,8 +165,8 @@ def _texts(
 ) -> list[str | None]:
     """Greedy answers.
 
-    Where the method's likeliest token (of those that may open an answer) is the full model's at every token of its
-    answer, decoding greedily would follow the same path to the same end: the answer is known, and is not decoded.
+    If the method's likeliest token (of those that may open an answer) equals the full model's at every token of its
+    answer, greedy decoding would follow the same path to the same end. The answer is then known, and is not decoded.
     """
     texts: list[str | None] = [
         teacher.text if one.agrees and teacher.whole else None for teacher, one in zip(taught, scored, strict=True)

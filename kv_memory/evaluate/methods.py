@@ -1,4 +1,4 @@
-"""Methods: what is evaluated, by name; each makes a cache of a document, or does without one."""
+"""Methods: the evaluated methods by name; each makes a cache of a document, or needs none."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ MethodName = Literal[
 ]
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
 RefineFrom = Literal["auto", "adapter", "combined", "matched", "reconstruction", "attention", "sink_recent"]
-# `matched` without some of its parts: the scores alone; the fit alone, of what attention chooses; in one stage; without
-# moving keys; with layers that all count the same.
+# `matched` without some of its parts: the scores alone; the fit alone, of entries selected by attention; in one stage;
+# without moving keys; with equal weights for all layers.
 PARTS = {
     "matched_score": MatchSettings(fit=False),
     "matched_fit": MatchSettings(score="attention", stages=(), key_steps=0),
@@ -52,13 +52,13 @@ _NEED_ADAPTER = {"adapter_selection", "adapter", "combined"}
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """One way to keep a document.
+    """One way to compress a document.
 
     Attributes:
-        name: See `METHODS`.
-        compressor: None for `none`.
-        digest: What makes its caches what they are: equal digests, equal results.
-        ratios: Whether it has a keep_ratio; the ceiling and the floor have none.
+        name: Name from `METHODS`.
+        compressor: The compressor; None for `none`.
+        digest: Hash of everything that determines its caches: equal digests, equal results.
+        ratios: True if it has a keep_ratio; the ceiling (`full`) and the floor (`none`) have none.
     """
 
     name: MethodName
@@ -68,7 +68,7 @@ class Method:
 
 
 class RandomSelector:
-    """Keeps tokens at random, others in every layer and head, the same for the same document and seed."""
+    """Keeps random tokens, different in every layer and head, but the same for the same document and seed."""
 
     extra_tokens = 0
     budget: Budget = "head"
@@ -78,12 +78,12 @@ class RandomSelector:
         self.name = f"random:{seed}"
 
     def watch(self, backbone: Backbone, *, n_prefix: int, n_tokens: int) -> None:
-        """Needs to see nothing."""
+        """Observes nothing."""
 
     def score(
         self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, watched: ReceivedAttention | None
     ) -> torch.Tensor:
-        """Random numbers; drawn on the CPU, so that a GPU keeps the same tokens."""
+        """Random scores, drawn on the CPU so that a GPU keeps the same tokens."""
         text = f"{self._seed}:{ids.tolist()}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
         draw = torch.Generator().manual_seed(seed)
@@ -99,19 +99,20 @@ def make_methods(
     refine_from: RefineFrom = "auto",
     seed: int = 0,
 ) -> list[Method]:
-    """The methods of these names, in the order of `METHODS`.
+    """The methods with these names, in the order of `METHODS`.
 
     Args:
-        names: None for all that can be run, but for parts of `matched`: without an adapter, all but those that need
-            one.
+        names: Names of the methods. None means all that can be run except for the parts of `matched`. Without an
+            adapter, methods that need one are left out; so is `combined` with an adapter that routes the tokens it
+            keeps.
         backbone: The model.
-        adapter: For `adapter_selection`, `adapter`, and `refined` from it.
-        refine: For `refined`.
-        refine_from: Where `refined` starts; `auto` is the adapter where there is one, else `matched`.
-        seed: For `random`.
+        adapter: Adapter for `adapter_selection`, `adapter`, `combined`, and as the start of `refined`.
+        refine: Settings of `refined`.
+        refine_from: Starting point of `refined`; `auto` means the adapter if there is one, else `matched`.
+        seed: Random seed of `random`.
 
     Raises:
-        ConfigError: A name is unknown, or a method needs an adapter and there is none.
+        ConfigError: A name is unknown, or a method needs an adapter and `adapter` is None.
     """
     wanted = check_methods(names, has_adapter=adapter is not None, refine_from=refine_from)
     if names is None and adapter is not None and adapter.config.routed == "kept":
@@ -120,7 +121,7 @@ def make_methods(
 
 
 def check_methods(names: Sequence[str] | None, *, has_adapter: bool, refine_from: str) -> list[MethodName]:
-    """The names in the order of `METHODS`; arguments and errors as in `make_methods`, without a model."""
+    """The names in the order of `METHODS`. Arguments and errors as in `make_methods`, but no model is needed."""
     check_choice(refine_from, RefineFrom, where="refine_from")
     if names is None:
         return [name for name in METHODS if name not in PARTS and (has_adapter or name not in _NEED_ADAPTER)]
@@ -149,7 +150,7 @@ def _make(
     if name == "none":
         return Method(name, None, backbone.fingerprint(method="none").digest, ratios=False)
     compressor = _compressor(name, backbone, adapter, refine, refine_from, seed)
-    # The settings of refinement beside the fingerprint, which is about decoding and may leave some of them out.
+    # The fingerprint is about decoding and may omit some settings of refinement, so they are added here.
     settings = f"|{refine!r}" if name == "refined" else ""
     digest = hashlib.sha256(f"{name}|{compressor.fingerprint().digest}{settings}".encode()).hexdigest()
     return Method(name, compressor, digest, ratios=name != "full")
@@ -163,7 +164,7 @@ def _compressor(
     refine_from: RefineFrom,
     seed: int,
 ) -> Compressor:
-    if name == "full":  # at keep_ratio 1 the selector is not asked
+    if name == "full":  # at keep_ratio 1 the selector is unused
         return Compressor(backbone, selector=SinkRecent())
     if name in PARTS:
         part_tokens = min(1024, backbone.context_window // 4)

@@ -1,4 +1,4 @@
-"""Metrics: how close an answer is to its references, and one distribution to another."""
+"""Metrics: the similarity of an answer to its references, and of two distributions."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ __all__ = [
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_NUMBERING = re.compile(r"(?:^|(?<=\s))\d{1,2}[.)]\s")  # of a list: `1. pier 2. lamp`
+_NUMBERING = re.compile(r"(?:^|(?<=\s))\d{1,2}[.)]\s")  # numbers of a list: `1. pier 2. lamp`
 
 
 def normalise(text: str) -> str:
-    """SQuAD's normal form: lower case, no punctuation, no articles, single spaces (the set's evaluation script)."""
+    """SQuAD's normal form: lower case, no punctuation, no articles, single spaces (as in its evaluation script)."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
@@ -60,7 +60,7 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
 
 
 def contains(answer: str, references: Sequence[str]) -> float:
-    """1 if the answer holds one of the references as whole words in normal form, else 0."""
+    """1 if the answer contains one of the references as whole words in normal form, else 0."""
     words = f" {normalise(answer)} "
     wanted = [normalise(reference) for reference in references]
     return float(any(f" {reference} " in words for reference in wanted if reference))
@@ -68,13 +68,13 @@ def contains(answer: str, references: Sequence[str]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How much answers have in common, pair by pair. Pairs without a word on either side agree about nothing.
+    """Agreement of answers, pair by pair. Pairs without a word on either side are not scored.
 
     Attributes:
         f1: Mean F1 between the words of two answers, over the pairs with a word on at least one side; None if there
-            are none.
-        n: Those pairs.
-        n_empty: Pairs without a word on either side.
+            are no such pairs.
+        n: Number of those pairs.
+        n_empty: Number of pairs without a word on either side.
     """
 
     f1: float | None
@@ -83,7 +83,7 @@ class Agreement:
 
     @property
     def empty_share(self) -> float:
-        """Pairs without a word on either side, as a share of all; 0 of no pairs."""
+        """Share of pairs without a word on either side; 0 if there are no pairs."""
         return self.n_empty / max(1, self.n + self.n_empty)
 
 
@@ -97,7 +97,7 @@ def agreement(answers: Sequence[str], others: Sequence[str]) -> Agreement:
 
 
 def contains_all(answer: str, references: Sequence[str]) -> float:
-    """The share of references that the answer holds, whatever their case: RULER's measure (arXiv 2404.06654)."""
+    """Share of references that the answer contains, ignoring case: RULER's measure (arXiv 2404.06654)."""
     return sum(reference.lower() in answer.lower() for reference in references) / len(references)
 
 
@@ -120,7 +120,7 @@ def rouge_l(answer: str, references: Sequence[str]) -> float:
 
 @lru_cache
 def check_rouge() -> Any:
-    """The scorer of `rouge-score`; called before hours of work that would end in its absence.
+    """The scorer of `rouge-score`; called early, so that a missing package is found before hours of work.
 
     Raises:
         ConfigError: The package is not installed.
@@ -141,7 +141,7 @@ TEXT_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "rouge_l": rouge_l,
 }
 ALL_WANTED = TEXT_METRICS | {"em": exact_match_all, "contains": contains_all}
-"""The same where all references are wanted."""
+"""The same metrics if all references are required."""
 
 
 def kl_divergence(teacher: torch.Tensor, student: torch.Tensor) -> float:
@@ -149,18 +149,18 @@ def kl_divergence(teacher: torch.Tensor, student: torch.Tensor) -> float:
 
     Args:
         teacher: Log-probabilities, `(n_tokens, vocab_size)`, float32.
-        student: The same.
+        student: Log-probabilities of the same shape and type.
     """
     divergence = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
-    return max(0.0, float(divergence.mean()))  # rounding can leave -1e-8 of two equal distributions
+    return max(0.0, float(divergence.mean()))  # rounding can give -1e-8 for two equal distributions
 
 
 def negative_log_likelihood(log_probs: torch.Tensor, ids: Sequence[int]) -> float:
     """Mean negative log-likelihood per token, in nats.
 
     Args:
-        log_probs: `(n_tokens, vocab_size)`, float32.
-        ids: `(n_tokens,)`.
+        log_probs: Log-probabilities, `(n_tokens, vocab_size)`, float32.
+        ids: Token ids, `(n_tokens,)`.
     """
     wanted = torch.tensor(list(ids), device=log_probs.device)[:, None]
     return float(-log_probs.gather(1, wanted).mean())

@@ -17,7 +17,7 @@ _LABELS = {"f1": "F1", "rouge_l": "ROUGE-L", "kl": "KL to the full cache (nats)"
 
 
 def _figure(width: float, height: float) -> Any:
-    """A figure that belongs to no window; `pyplot` would keep it alive and choose a display."""
+    """A figure without a window; `pyplot` was rejected: it keeps figures alive and chooses a display."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -31,8 +31,8 @@ def plot_fidelity(rows: Sequence[Row], path: Path) -> Path:
     """KL, and the task's main score where it has one, against keep_ratio; ceiling and floor as lines.
 
     Args:
-        rows: Of one task, and one group of its rows.
-        path: A PNG file.
+        rows: Rows of one task and one of its groups.
+        path: Path of the PNG file.
 
     Raises:
         ConfigError: The package matplotlib is missing.
@@ -75,11 +75,11 @@ def _draw(panel: Any, rows: Sequence[Row], measure: str) -> None:
 
 
 def plot_needle(records: Sequence[Record], path: Path) -> Path:
-    """How often the needle is in the answer, by length and depth; where answers were not decoded, its NLL.
+    """Share of answers that contain the needle, by length and depth; the needle's NLL if answers were not decoded.
 
     Args:
-        records: Those with a cell.
-        path: A PNG file.
+        records: Records that have a cell.
+        path: Path of the PNG file.
 
     Raises:
         ConfigError: The package matplotlib is missing.

@@ -1,4 +1,4 @@
-"""Recommend: from what was measured at each keep_ratio to one setting, and the command that uses it."""
+"""Recommend: chooses one setting from the measurements at each keep_ratio, and the command that uses it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from kv_memory.settings import NO_ADAPTER, MemorySettings, resolve_settings
 
 __all__ = ["LEAST_PASSAGES", "LEAST_QUESTIONS", "AdviceRow", "Recommendation", "Wish", "add_command", "recommend"]
 
-LEAST_PASSAGES, LEAST_QUESTIONS = 3, 12  # fewer say too little
+LEAST_PASSAGES, LEAST_QUESTIONS = 3, 12  # below these there is too little data to judge
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """What is asked of a setting.
+    """Criteria for a setting.
 
     Attributes:
-        max_kl: The KL to the full cache, in nats, at most.
-        min_same: The share of answers that stay the same, at least.
+        max_kl: Largest KL to the full cache, in nats.
+        min_same: Smallest share of answers that stay the same.
     """
 
     max_kl: float = 0.1
@@ -40,7 +40,7 @@ class Wish:
             )
 
     def is_met_by(self, row: AdviceRow) -> bool:
-        """Whether a row keeps within both."""
+        """Whether a row meets both criteria."""
         return row.kl <= self.max_kl and row.same >= self.min_same
 
     def __str__(self) -> str:
@@ -49,19 +49,20 @@ class Wish:
 
 @dataclass(frozen=True, kw_only=True)
 class AdviceRow:
-    """What a keep_ratio costs and keeps, on the same passages and questions as every other.
+    """Cost and fidelity of a keep_ratio, on the same passages and questions as all other rows.
 
     Attributes:
         keep_ratio: Share of the entries kept.
-        method: The selector's name, or `adapter`; with the storage behind a plus where that is not `auto`.
-        n_passages: Measured.
-        n_questions: About them.
-        size_bytes: Of a passage's cache in the store; the mean.
-        full_bytes: Of its uncompressed cache, as the model computes it; the mean.
-        kl: To the full cache on its own answers, in nats; the mean over questions.
-        kl_ci: 95% interval, by a bootstrap over passages; None for a single one.
-        same: Share of questions whose answer stays the same, in SQuAD's normal form. Empty answers never are.
-        seconds: To compress a passage; the mean.
+        method: Name of the selector, or `adapter`; with `+STORAGE` appended if the storage is not `auto`.
+        n_passages: Number of passages measured.
+        n_questions: Number of questions about them.
+        size_bytes: Mean size of a passage's cache in the store, in bytes.
+        full_bytes: Mean size of its uncompressed cache, as the model computes it, in bytes.
+        kl: KL to the full cache on its own answers, in nats; the mean over questions.
+        kl_ci: 95% interval of `kl`, by a bootstrap over passages; None for a single passage.
+        same: Share of questions with the same answer as from the full cache, in SQuAD's normal form. Empty answers
+            never count as the same.
+        seconds: Mean time in seconds to compress a passage.
         prefills: The same as a multiple of a plain prefill of the passage; the median.
     """
 
@@ -79,7 +80,7 @@ class AdviceRow:
 
     @property
     def factor(self) -> float:
-        """How many times smaller than the full cache."""
+        """The full cache's size divided by the compressed one's."""
         return self.full_bytes / self.size_bytes
 
     def __str__(self) -> str:
@@ -88,14 +89,14 @@ class AdviceRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Recommendation:
-    """One setting.
+    """One recommended setting.
 
     Attributes:
-        keep_ratio: To use.
-        meets: Whether it was measured to meet the wish.
-        enough: Whether there were passages and questions enough to judge.
-        reason: In a sentence or two.
-        command: The `kv-memory add` command that uses it.
+        keep_ratio: Recommended keep_ratio.
+        meets: True if it was measured to meet the criteria.
+        enough: True if there were enough passages and questions to judge.
+        reason: Explanation in a sentence or two.
+        command: The `kv-memory add` command that uses the setting.
     """
 
     keep_ratio: float
@@ -108,16 +109,16 @@ class Recommendation:
 def recommend(
     rows: Sequence[AdviceRow], *, wish: Wish, settings: MemorySettings, what: Sequence[str]
 ) -> Recommendation:
-    """The smallest keep_ratio measured that meets the wish; where none does, the one with the least KL.
+    """The smallest measured keep_ratio that meets the criteria; if none does, the one with the smallest KL.
 
-    With fewer than 12 questions about 3 passages there is too little to judge: then it is never smaller than that of
-    the settings.
+    With fewer than 12 questions about 3 passages there is too little data. The result is then never smaller than the
+    keep_ratio of the settings.
 
     Args:
-        rows: What was measured; none at all where no question could be asked.
-        wish: What it should meet.
-        settings: What was measured with.
-        what: What is to be added: paths, and options about them.
+        rows: Measured rows; empty if no question could be generated.
+        wish: Criteria for the keep_ratio.
+        settings: Settings of the measurement.
+        what: Arguments of the `add` command: paths, and options for them.
     """
     meeting = [row for row in rows if wish.is_met_by(row)]
     chosen = (
@@ -125,7 +126,7 @@ def recommend(
     )
     enough = bool(rows) and rows[0].n_passages >= LEAST_PASSAGES and rows[0].n_questions >= LEAST_QUESTIONS
     asked = settings.keep_ratio
-    assert asked is not None  # a budget of tokens or bytes is not what advice is about
+    assert asked is not None  # advice compares ratios, not budgets of tokens or size limits
     ratio = asked if chosen is None else chosen.keep_ratio
     if chosen is None:
         reason = "nothing was measured"
@@ -153,7 +154,7 @@ def recommend(
 
 
 def add_command(settings: MemorySettings, keep_ratio: float, what: Sequence[str]) -> str:
-    """The `kv-memory add` command that makes a store with these settings; what is default for the model is left out."""
+    """The `kv-memory add` command for a store with these settings; the model's default settings are omitted."""
     default = resolve_settings({"model": settings.model}, {})
     words: list[Any] = ["kv-memory", "add", *what, "--keep-ratio", keep_ratio]
     if settings.model != MemorySettings.model:

@@ -1,4 +1,4 @@
-"""Records: what was measured, one line per document, method and keep_ratio, so that a run can go on where it ended."""
+"""Records: one line of results per document, method and keep_ratio, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ FILE_NAME = "examples.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One document or several read together, one method, one keep_ratio.
+    """Results of one document, or several used together, with one method at one keep_ratio.
 
     Attributes:
-        key: Hash of everything that decides the figures: equal keys, equal figures.
-        config: The same without the document: lines of one column of a table share it.
-        task: Its name.
-        document: The example's id; cases of one id differ in `group`.
-        method: Its name; `adapter+int8` where its caches were written as int8 and read before they were asked.
-        keep_ratio: None where the method has none.
-        model: What it is called.
+        key: Hash of everything that determines the figures: equal keys, equal figures.
+        config: The same hash without the document; the lines of one column of a table share it.
+        task: Name of the task.
+        document: Id of the example; cases with the same id differ in `group`.
+        method: Name of the method; `adapter+int8` if its caches were stored as int8 and loaded again.
+        keep_ratio: keep_ratio of the column; None if the method has none.
+        model: Name of the model.
         weights: Hash of the model's weights.
-        n_tokens: Of the document in its wrapper, or of all documents.
-        n_kept: Entries kept in every layer and head.
-        compress_s: How long the method took for the document; None for `none`.
-        prefill_s: How long a plain prefill of the same document took beside it.
-        size_bytes: Of its cache in a store; None for `full` and `none`, and in older files.
+        n_tokens: Number of tokens of the document in its wrapper, or of all documents.
+        n_kept: Entries kept in every layer and head, summed over the documents.
+        compress_s: Time in seconds in which the method compressed the document; None for `none`.
+        prefill_s: Time in seconds of a plain prefill of the same document, measured alongside.
+        size_bytes: Size of the cache in a store, in bytes; None for `full` and `none`, and in older files.
         cell: Length and depth of a needle; None for other tasks.
-        group: What sets the case apart in tables, see `Case`.
-        questions: Measures, one a question.
+        group: Properties that distinguish the case in tables, see `Case`.
+        questions: Measures, one per question.
     """
 
     key: str
@@ -60,7 +60,7 @@ class Record:
 
     @property
     def case(self) -> tuple[str, Hashable]:
-        """What it is about: equal for the records of one case by several methods."""
+        """Document and group: equal for the records of one case by several methods."""
         return self.document, tuple(self.group.items())
 
     def to_line(self) -> str:
@@ -69,10 +69,10 @@ class Record:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
-        """Inverse of `to_line`, behind the JSON.
+        """Inverse of `to_line`, from the parsed JSON.
 
         Raises:
-            TypeError, KeyError: The object is no record.
+            TypeError, KeyError: The object is not a record.
         """
         values = {field.name: data[field.name] for field in fields(cls) if field.name in data}
         values["questions"] = tuple(Measured(**question) for question in data["questions"])
@@ -81,20 +81,22 @@ class Record:
 
 
 class RecordFile:
-    """An append-only file of records. A last line that a kill tore is dropped, any other broken line is an error.
+    """An append-only file of records.
+
+    An incomplete last line, left by a killed process, is dropped. Any other broken line is an error.
 
     Args:
-        folder: Where `examples.jsonl` lies, or will lie.
+        folder: Folder of `examples.jsonl`, which need not exist yet.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE_NAME
 
     def load(self) -> list[Record]:
-        """All records, in the order written; the file ends with a whole line afterwards.
+        """All records, in the order written; an incomplete last line is removed from the file.
 
         Raises:
-            BrokenLineError: A line is no record; named by number.
+            BrokenLineError: A line is not a record; the error names its number.
             DatasetError: The file cannot be read.
         """
         try:
@@ -119,7 +121,7 @@ class RecordFile:
             ) from error
 
     def append(self, record: Record) -> None:
-        """Write one record; it is in the file when this returns, also if the process is killed then.
+        """Write one record; it is in the file when this returns, even if the process is killed afterwards.
 
         Raises:
             DatasetError: The folder cannot be written to.
@@ -135,9 +137,9 @@ class RecordFile:
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
-    """One record for each case of a column, of the configuration that was written last.
+    """One record for each case of a column, from the configuration that was written last.
 
-    A folder may hold an earlier adapter's lines beside those of the adapter that took its place.
+    A folder may contain lines of an earlier adapter beside those of the adapter that replaced it.
     """
     found: dict[tuple[str, str, float | None], dict[Hashable, Record]] = {}
     configs: dict[tuple[str, str, float | None], str] = {}

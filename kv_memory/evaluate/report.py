@@ -17,7 +17,7 @@ _NAMES = {"kl": "KL", "nll": "NLL", "f1": "F1", "em": "EM", "rouge_l": "ROUGE-L"
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Tables in Markdown, one for each task; columns that say nothing are left out."""
+    """Tables in Markdown, one for each task; columns without information are left out."""
     parts = []
     for task in dict.fromkeys(row.task for row in rows):
         own = [row for row in rows if row.task == task]
@@ -46,7 +46,7 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The table of one task as text: a header and a line for each row; columns that say nothing are left out."""
+    """The table of one task as text: a header and a line for each row; columns without information are left out."""
     metrics = [name for name in METRICS if any(row.means.get(name) is not None for row in rows)]
     retained = any(row.retention is not None for row in rows)
     differ = len({row.n for row in rows}) > 1
@@ -70,7 +70,7 @@ def _group_text(value: int | str) -> str:
 
 
 def kept_text(keep_ratio: float | None) -> str:
-    """A keep_ratio for people: `1/8` where it is one over a whole number."""
+    """A keep_ratio for people: `1/8` if it is one over a whole number."""
     if keep_ratio is None:
         return ""
     below = round(1 / keep_ratio)
@@ -96,23 +96,23 @@ def write_report(
 ) -> tuple[Loaded, list[Path]]:
     """Write `tables.md` and the plots.
 
-    These are `TASK_fidelity.png` for each task, or each group of its rows, and `needle_map.png` for needle.
+    The plots are `TASK_fidelity.png` for each task, or for each of its groups, and `needle_map.png` for needle.
 
     Args:
-        paths: See `load_rows`.
-        to: The folder to write to.
-        seed: Of the intervals.
-        paired: See `load_rows`.
-        by: See `load_rows`.
-        methods: See `load_rows`.
-        keep_ratios: See `load_rows`.
+        paths: Sources, see `load_rows`.
+        to: Folder to write to.
+        seed: Random seed of the intervals.
+        paired: Pairing of documents, see `load_rows`.
+        by: Groups with separate rows, see `load_rows`.
+        methods: Methods to include, see `load_rows`.
+        keep_ratios: Ratios to include, see `load_rows`.
 
     Returns:
-        What was loaded, and the files written.
+        The loaded rows and records, and the files written.
 
     Raises:
-        ConfigError: As `load_rows`; or the package matplotlib is missing.
-        DatasetError: As `load_rows`; or the folder cannot be written to.
+        ConfigError: As in `load_rows`; or the package matplotlib is missing.
+        DatasetError: As in `load_rows`; or the folder cannot be written to.
     """
     loaded = load_rows(paths, seed=seed, paired=paired, by=by, methods=methods, keep_ratios=keep_ratios)
     folder = Path(to)

@@ -1,4 +1,4 @@
-"""Passages about which the model asks itself questions, answered from the full cache and from compressed ones."""
+"""Passages with questions that the model generates itself, answered from the full cache and compressed ones."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from kv_memory.settings import MemorySettings
 
 __all__ = ["ROOM_TOKENS", "SelfAsked"]
 
-_QUESTIONS = 4  # about a passage
-_PROBES = 2 * _QUESTIONS  # half of them are questions
-_PROBE_TOKENS = 16  # of those that are not, which are not used
+_QUESTIONS = 4  # per passage
+_PROBES = 2 * _QUESTIONS  # half of the probes are questions
+_PROBE_TOKENS = 16  # limit for the other probes, which are not used
 _TASK = Task(name="advise", cases=lambda backbone, settings: [], score=None, text_metrics=("em",))
-ROOM_TOKENS = probe_room(_PROBE_TOKENS) + KL_TOKENS  # behind a passage
+ROOM_TOKENS = probe_room(_PROBE_TOKENS) + KL_TOKENS  # reserved after a passage
 
 
 class SelfAsked:
@@ -36,9 +36,9 @@ class SelfAsked:
 
     Args:
         backbone: The model.
-        settings: How they are compressed.
-        ratios: At which.
-        seed: Of the questions.
+        settings: Settings for compression.
+        ratios: Ratios to measure.
+        seed: Random seed of the questions.
     """
 
     def __init__(self, backbone: Backbone, settings: MemorySettings, ratios: Sequence[float], seed: int) -> None:
@@ -51,17 +51,17 @@ class SelfAsked:
         self.n_unanswered = 0
         self._backbone, self._seed = backbone, seed
         self._bench = Bench(backbone, _TASK, settings.layout, generate=True)
-        self._records: list[list[Record]] = []  # of a passage, one a column
+        self._records: list[list[Record]] = []  # one list per passage, one record per column
 
     def measure(self, text: str, go_on: Callable[[int], bool]) -> bool:
         """Measure a passage; it counts if a question about it has an answer.
 
         Args:
             text: The passage.
-            go_on: Asked before each column, by its index, whether to.
+            go_on: Function that gets the index of each column before it is measured, and returns whether to continue.
 
         Returns:
-            False if it was told not to go on, and the passage does not count.
+            False if `go_on` stopped the measurement; the passage then does not count.
         """
         records: list[Record] = []
         answered: list[bool] = []
@@ -85,7 +85,7 @@ class SelfAsked:
         return True
 
     def _asked(self, text: str) -> Case | None:
-        """The passage with the questions that the model asks itself; None where it has none."""
+        """The passage with the questions that the model generates about it; None if it generates none."""
         ids = self._backbone.encode_document(text)
         teacher = Teacher(
             self._backbone, [ids], room=probe_room(_PROBE_TOKENS), max_entries=RefineSettings().max_entries
@@ -101,7 +101,7 @@ class SelfAsked:
             seed=self._seed,
         )
         queries = tuple(
-            Query(text=probe.question, references=(probe.question,))  # nobody knows what is right, and it is not asked
+            Query(text=probe.question, references=(probe.question,))  # placeholder: unknown, and unused
             for probe in probes
             if probe.kind == "question"
         )
@@ -109,7 +109,7 @@ class SelfAsked:
         return Case(id=name, text=text, queries=queries) if queries else None
 
     def rows(self) -> tuple[AdviceRow, ...]:
-        """One for each keep_ratio; none where nothing was measured."""
+        """One row for each keep_ratio; empty if nothing was measured."""
         if not self._records:
             return ()
         found = []
@@ -142,5 +142,5 @@ class SelfAsked:
 
 
 def _normal(answer: str | None) -> str:
-    """SQuAD's normal form; empty where nothing but white space and punctuation was said."""
+    """SQuAD's normal form; empty if the answer is only white space and punctuation."""
     return normalise(answer or "")

@@ -1,4 +1,4 @@
-"""Sources: what evaluations and peers left in their folders, read into one table."""
+"""Sources: reads the results of evaluations and of peers from their folders into one table."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["Loaded", "load_rows"]
 
 _Thing = TypeVar("_Thing", Record, Row)
 _PEER_FILE = "questions.jsonl"
-_LEARNED = {"adapter", "adapter_selection", "combined", "refined"}  # of these a table may hold several, by label
+_LEARNED = {"adapter", "adapter_selection", "combined", "refined"}  # a table may hold several of each, by label
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What several folders hold.
+    """Contents of several folders.
 
     Attributes:
-        rows: The table.
-        records: What it is made of; those of peers too.
+        rows: Rows of the table.
+        records: Records from which the rows were aggregated, including those of peers.
     """
 
     rows: tuple[Row, ...]
@@ -47,20 +47,20 @@ def load_rows(
     """One table from several sources.
 
     Args:
-        paths: Folders of `evaluate(out=...)`, folders of `benchmarks/peers`, or JSONL files of either; a file of rows
-            as `kv-memory eval --json` prints them is taken as it is, unpaired. `LABEL=PATH` calls the learned methods
-            `LABEL:adapter` and so on, so that several adapters stand in one table.
-        seed: Of the intervals.
-        paired: Only documents that every column of a task has.
-        by: Which groups get rows of their own, see `aggregate`; rows of files stay as they are.
-        methods: Only these, by the names they have in the table; all if None.
-        keep_ratios: Only these, and the methods that have none; all if None.
+        paths: Folders of `evaluate(out=...)`, folders of `benchmarks/peers`, or JSONL files of either. Rows of a file
+            that `kv-memory eval --json` printed are used unchanged and unpaired. `LABEL=PATH` names the learned
+            methods `LABEL:adapter` and so on, so that one table can hold several adapters.
+        seed: Random seed of the intervals.
+        paired: True to use only documents that every column of a task has.
+        by: Groups with separate rows, see `aggregate`; finished rows from files stay unchanged.
+        methods: Methods to include, by their names in the table; None means all.
+        keep_ratios: Ratios to include, in addition to methods without one; None means all.
 
     Raises:
-        DatasetError: A path holds no evaluation.
-        BrokenLineError: A line is none of these; named by number.
+        DatasetError: A path contains no evaluation.
+        BrokenLineError: A line is not a result; the error names its number.
         ConfigError: Two sources hold different results under one name, two models are mixed, no document is common to
-            all columns, or nothing is called by one of the names.
+            all columns, or no result has one of the names.
     """
     records: list[Record] = []
     finished: list[Row] = []
@@ -138,7 +138,7 @@ def _lines(file: Path) -> list[str]:
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"cannot be read: {error}", where=str(file)) from error
-    return [line for line in lines if line.endswith("\n")]  # a last line without is torn, or being written
+    return [line for line in lines if line.endswith("\n")]  # else cut off, or still being written
 
 
 def _measured(data: dict[str, Any]) -> Measured:
@@ -149,11 +149,11 @@ def _measured(data: dict[str, Any]) -> Measured:
 
 
 def _gathered(questions: Sequence[tuple[dict[str, Any], Measured]]) -> list[Record]:
-    """Rows per question, as peers write them, as records."""
+    """Records from rows per question, which is what peers write."""
     groups: dict[tuple[str, str, str, float | None], dict[Any, tuple[dict[str, Any], Measured]]] = {}
     for data, measured in questions:
         group = (data["task"], data["document"], data["method"], data["keep_ratio"])
-        groups.setdefault(group, {})[data["question"]] = (data, measured)  # what was measured twice counts once
+        groups.setdefault(group, {})[data["question"]] = (data, measured)  # a repeated measurement counts once
     source = next((method.partition(":")[0] for _, _, method, _ in groups if ":" in method), "peer")
     records = []
     for (task, document, method, ratio), rows in groups.items():
@@ -165,7 +165,7 @@ def _gathered(questions: Sequence[tuple[dict[str, Any], Measured]]) -> list[Reco
                 config=source,
                 task=task,
                 document=document,
-                method=method if ":" in method else f"{source}:{method}",  # its `full` is a check on ours
+                method=method if ":" in method else f"{source}:{method}",  # its `full` cross-checks ours
                 keep_ratio=ratio,
                 compress_s=seconds,
                 prefill_s=seconds / prefills if seconds and prefills else None,
@@ -203,7 +203,7 @@ def _labelled(record: Record, label: str) -> Record:
 
 
 def _check(records: Iterable[Record]) -> None:
-    """Refuse tables that would compare what cannot be compared."""
+    """Raise if the table would compare results that are not comparable."""
     configs: dict[tuple[str, str, float | None], str] = {}
     weights: dict[str, str] = {}
     for record in records:

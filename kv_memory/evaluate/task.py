@@ -1,4 +1,4 @@
-"""Task: a set of documents, what is asked about them, and which measures apply; and the settings of all tasks."""
+"""Task: a set of documents, the questions about them and their metrics; and the settings of all tasks."""
 
 from __future__ import annotations
 
@@ -19,38 +19,41 @@ Distractors = Literal["other", "same"]
 RulerKind = Literal[
     "single", "multi_key", "multi_value", "multi_query", "variable_tracking", "common_words", "frequent_words"
 ]
-MAX_QUESTIONS = 5  # of one document: more say little that is new
+MAX_QUESTIONS = 5  # per document: more add little information
 
 
 def room_for_document(backbone: Backbone, n_documents: int = 1) -> int:
-    """Tokens of the longest document that, so many times, leaves room for the prefix, a question and its answer."""
+    """Length in tokens of the longest document such that `n_documents`, the prefix, question and answer fit."""
     return (backbone.context_window - len(backbone.prefix_ids) - ROOM_TOKENS) // n_documents
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSettings:
-    """Which documents are taken, and for needle, spans, multidoc and ruler how they are made.
+    """Selection of documents, and for needle, spans, multidoc and ruler their generation.
 
     Attributes:
-        n_documents: At most so many; of multidoc passages with questions, of ruler documents for each kind and length;
-            needle makes its own number of them.
-        min_tokens: Shorter documents are left out; by default none, and for spans those under 128.
-        max_tokens: Longer ones are left out, of QuALITY, SQuALITY and qa cut; by default what the window holds.
-        seed: Draws needles, spans, distractors and ruler's documents. Others are chosen by the hash of their ids.
-        data: The folder of the sets; else the environment's, see `read_examples`.
+        n_documents: Largest number of documents; for multidoc of passages with questions, for ruler of documents per
+            kind and length. needle ignores it.
+        min_tokens: Lower bound of the length; shorter documents are left out. Defaults to no bound, and to 128 for
+            spans.
+        max_tokens: Upper bound of the length; longer documents are left out, or truncated for QuALITY, SQuALITY and
+            qa. Defaults to the size of the window.
+        seed: Random seed of needles, spans, distractors and ruler's documents. Other documents are chosen by the hash
+            of their ids.
+        data: Folder of the sets; None means the environment's, see `read_examples`.
         corpus: spans: names of sets, or paths.
-        held_out: spans: take only the documents that `split_by_hash` holds out of training at this share.
-        haystack: needle, ruler: a folder or archive of texts; the essays of the data folder if None.
-        lengths: needle, ruler: lengths of the haystack in tokens; the task's own if None.
-        depths: needle: where the needle lies, 0 at the beginning and 1 at the end.
-        n_needles: needle: how many for each length and depth.
-        k: multidoc: how many passages are read together.
-        n_places: multidoc: at most so many places of the passage with the answer, evenly spread from first to last;
-            all k if None.
-        distractors: multidoc: the others are passages of `other` articles, or of the `same` one.
-        kinds: ruler: its tasks; all if None.
-        questions: qa: a file of JSON lines, see `read_questions`.
-        documents: qa: the folder of the documents that its lines name.
+        held_out: spans: share of documents that `split_by_hash` holds out of training; only these are used.
+        haystack: needle, ruler: folder or archive of texts; None means the essays of the data folder.
+        lengths: needle, ruler: lengths of the documents in tokens; None means the task's own.
+        depths: needle: positions of the needle, 0 at the beginning and 1 at the end.
+        n_needles: needle: number of needles for each length and depth.
+        k: multidoc: numbers of passages that are used together.
+        n_places: multidoc: largest number of places of the passage with the answer, evenly spread from first to last;
+            None means all k.
+        distractors: multidoc: source of the other passages, `other` articles or the `same` one.
+        kinds: ruler: kinds of documents; None means all.
+        questions: qa: file of JSON lines, see `read_questions`.
+        documents: qa: folder of the documents that its lines name.
     """
 
     n_documents: int = 60
@@ -93,15 +96,15 @@ class TaskSettings:
             check_choice(kind, RulerKind, where="kind")
 
     def token_range(self, backbone: Backbone, *, least: int = 1, together: int = 1) -> tuple[int, int]:
-        """Lengths of documents that are taken, in tokens.
+        """Smallest and largest length of the documents to use, in tokens.
 
         Args:
-            backbone: Whose window is the limit.
-            least: The task's own lower bound.
-            together: How many are read together.
+            backbone: Model whose window is the limit.
+            least: Lower bound of the task itself.
+            together: Number of documents that are used together.
 
         Raises:
-            ConfigError: The window is too small for the documents that were asked for.
+            ConfigError: The window is too small for the requested documents.
         """
         low, window = self.min_tokens or least, room_for_document(backbone, together)
         high = window if self.max_tokens is None else self.max_tokens
@@ -120,17 +123,17 @@ class Task:
     """One of the tasks.
 
     Attributes:
-        name: Of the task.
-        cases: Makes its documents with their questions.
-        score: Its main score, of which retention is told; None if it has none.
-        text_metrics: Those of decoded answers.
-        max_new_tokens: The longest answer.
-        kl_on: Where KL is measured: on the full model's own greedy answer, or on the reference.
-        groups: Names by which its rows can be told apart, see `Case.group`.
-        by: Those by which they are told apart where nothing is said.
-        drawn: Whether the seed draws something.
-        together: Whether several documents are read together. `full` is then one prefill of all texts, `full+joined`
-            their full caches made apart and joined, and every other method's caches are made apart and joined.
+        name: Name of the task.
+        cases: Function that makes its documents with their questions.
+        score: Main score, used for retention; None if it has none.
+        text_metrics: Metrics of decoded answers.
+        max_new_tokens: Length limit of an answer, in tokens.
+        kl_on: Text on which KL is measured: the full model's own greedy answer, or the reference.
+        groups: Names by which its rows can be grouped, see `Case.group`.
+        by: Names by which its rows are grouped by default.
+        drawn: True if the seed affects the documents.
+        together: True if several documents are used together. `full` is then one prefill of all texts; `full+joined`
+            joins separate full caches, and every other method joins separate caches.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The teacher: what the model answers from the full cache, and how sure of each token it is."""
+"""The teacher: the model's answers from the full cache, and its log-probabilities for each of their tokens."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from kv_memory.model.backbone import Backbone
 
 __all__ = ["KL_TOKENS", "TeacherAnswer", "answers", "teach"]
 
-KL_TOKENS = 32  # of the full model's answer, at most
+KL_TOKENS = 32  # length limit of the answer on which KL is measured
 
 
 @dataclass(frozen=True, eq=False)
 class TeacherAnswer:
-    """What the full cache makes of one question.
+    """The full cache's answer to one question.
 
     Attributes:
-        ids: The tokens over which KL is measured: of its own greedy answer, up to and including the one that ends it;
-            or of the reference, where the task measures there.
-        log_probs: `(len(ids), vocab_size)`, float32, on the model's device.
-        text: Its answer; empty where the task measures on the reference.
-        whole: Whether `ids` is all of the answer.
-        joined_log_probs: The same as `log_probs`, of the documents' full caches made apart and joined; None where
-            there is one document.
+        ids: Tokens over which KL is measured: its own greedy answer, up to and including the token that ends it; or
+            the reference, if the task measures there. At most `KL_TOKENS`.
+        log_probs: Log-probabilities at these tokens, `(len(ids), vocab_size)`, float32, on the model's device.
+        text: Decoded answer; empty if the task measures on the reference.
+        whole: True if `ids` is the complete answer.
+        joined_log_probs: The same as `log_probs`, from the joined full caches of the single documents; None if there
+            is one document.
     """
 
     ids: tuple[int, ...]
@@ -49,19 +49,19 @@ def answers(
     layout: Layout,
     max_new_tokens: int,
 ) -> list[tuple[str, tuple[int, ...]]]:
-    """Greedy answers, by the code that `ask` uses: text and token ids, the token that ended it included.
+    """Greedy answers, decoded by the code that `ask` uses: text and token ids, including the end token.
 
     Args:
         backbone: The model.
-        caches: Of the documents, in order.
+        caches: Caches of the documents, in order.
         prompts: Token ids of each question in its wrapper, and of the words that the answer begins with.
-        layout: See `compose`.
-        max_new_tokens: The longest answer.
+        layout: Placement of documents, see `compose`.
+        max_new_tokens: Length limit of an answer, in tokens.
     """
     settings = DecodeSettings(max_new_tokens=max_new_tokens)
     n_entries = len(backbone.prefix_ids) + sum(cache.n_kept for cache in caches)
     results = []
-    # Decoding computes one row of logits a question; what is large is its copy of the cache.
+    # Decoding computes one row of logits per question; its copy of the cache takes the memory.
     for part in batches(backbone, len(prompts), n_entries=n_entries + max_new_tokens, n_tokens=1):
         run = Run(backbone, [Prompt([*ids], behind_prefix=True) for ids in prompts[part]], caches, layout, settings)
         for _ in run.steps():
@@ -81,16 +81,16 @@ def teach(
 ) -> list[TeacherAnswer]:
     """The full model's answers to all questions of a document, and its log-probabilities there.
 
-    They come from one teacher-forced pass, as those of every method do, and not from decoding: in bfloat16 the two
-    differ in the last bits, and the full cache would have a KL to itself.
+    The log-probabilities come from one teacher-forced pass, as for every method. Those of decoding were rejected: in
+    bfloat16 the two differ in the last bits, and the full cache would have a KL to itself.
 
     Args:
         backbone: The model.
-        full: One prefill of the document, or of all documents.
+        full: Cache of one prefill of the document, or of all documents.
         encoded: The questions, as tokens.
-        task: Where KL is measured, and how long an answer is.
-        layout: See `compose`.
-        joined: The full cache of each document, where there are several.
+        task: The task, which determines where KL is measured and the length of answers.
+        layout: Placement of documents, see `compose`.
+        joined: Full cache of each document, if there are several.
     """
     if task.kl_on == "answer":
         prompts = [query.prompt for query in encoded]

@@ -1,4 +1,4 @@
-"""Compose: put distilled caches on positions, one behind the other, behind the shared prefix."""
+"""Compose: join distilled caches after the shared prefix, each at its positions."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["check_compatible", "compose", "span_of"]
 
 
 def span_of(cache: DistilledCache, layout: Layout) -> int:
-    """How many positions a document takes: its original length (`source`), or its kept entries (`packed`)."""
+    """Number of positions a document takes: its original length (`source`), or its kept entries (`packed`)."""
     return cache.n_tokens if layout == "source" else cache.span
 
 
 def check_compatible(backbone: Backbone, cache: DistilledCache) -> None:
     """Raise unless the model can decode from this cache.
 
-    How the cache was distilled does not matter for that, so caches of several methods, adapters and dtypes may be
-    composed; model, tokenizer, prompt and positions must be the same.
+    Model, tokenizer, prompt and positions must match. The way the cache was compressed does not matter, so caches of
+    several methods, adapters and dtypes may be composed.
 
     Raises:
-        FingerprintMismatchError: Names the differing fields.
+        FingerprintMismatchError: The cache does not match; the error names the differing fields.
     """
     made = cache.fingerprint
     mine = backbone.fingerprint(
@@ -50,22 +50,22 @@ def compose(
     n_new: int = 0,
     batch_size: int = 1,
 ) -> PositionedCache:
-    """Build the cache a question is answered from. The stored caches are copied, never changed.
+    """Build the cache a question is answered from; the distilled caches are copied, never changed.
 
     Args:
-        backbone: The model that will decode.
-        caches: Distilled caches, in the order they shall be read; none at all is fine.
-        layout: `source`: each document keeps the span of its original length, as in the paper. `packed`: kept
-            entries stand side by side, so that more documents fit the context window.
-        n_question: Tokens of the longest question.
-        n_new: Tokens that will be decoded.
-        batch_size: Questions answered side by side.
+        backbone: The model that decodes.
+        caches: Distilled caches, in the order of their positions; may be empty.
+        layout: `source` gives each document the span of its original length, as in the paper. `packed` places kept
+            entries side by side, so that more documents fit the context window.
+        n_question: Length of the longest question, in tokens.
+        n_new: Largest number of tokens to decode.
+        batch_size: Number of questions answered side by side.
 
     Returns:
-        Prefix and documents on their positions, with room for question and answer.
+        Prefix and documents at their positions, with room for question and answer.
 
     Raises:
-        ContextWindowError: The model cannot address that many positions. Raised before any work.
+        ContextWindowError: The model cannot address this many positions. Raised before any work.
         FingerprintMismatchError: A cache belongs to another model or prompt.
     """
     check_choice(layout, Layout, where="layout")
@@ -101,7 +101,7 @@ def compose(
     entry, position = n_prefix, n_prefix
     for cache in caches:
         inside = cache.positions if layout == "source" else torch.arange(cache.n_kept)
-        here = inside.to(torch.int32) + position
+        here = inside.to(torch.int32) + position  # (n_kept,) or (num_layers, num_kv_heads, n_kept)
         entries = slice(entry, entry + cache.n_kept)
         backbone.rope.put_on(
             cache.keys.to(backbone.device),
@@ -118,7 +118,7 @@ def compose(
             tensor[:, 1:, :, :n_entries] = tensor[:, :1, :, :n_entries]
 
     bias = None
-    if any(cache.bias is not None for cache in caches):  # zeros for the prefix and for what is appended
+    if any(cache.bias is not None for cache in caches):  # 0 for the prefix, the question and the answer
         bias = keys.new_zeros(backbone.num_layers, 1, *keys.shape[2:4])
         entry = n_prefix
         for cache in caches:
@@ -141,24 +141,32 @@ def _compose_ragged(
     room: int,
     rows: int,
 ) -> PositionedCache:
-    """Caches whose heads hold different numbers of entries: each layer as long as its fullest head.
+    """`compose` for caches whose heads hold different numbers of entries: each layer is as long as its fullest head.
 
-    The others are padded in front, where attention begins behind it. It is neither written nor read: on a CPU it takes
-    addresses, no memory.
+    Shorter heads are padded in front, and attention starts after the padding. Padding is neither written nor loaded:
+    on a CPU it uses addresses, no memory.
     """
+    # 1. Lengths: a layer is as long as its fullest head; `starts` is the amount of padding in front of each head.
     n_heads, n_prefix = backbone.num_kv_heads, len(backbone.prefix_ids)
-    counts = [_counts(backbone, cache) for cache in caches]
+    counts = [_counts(backbone, cache) for cache in caches]  # (num_layers, num_kv_heads) each
     total = n_prefix + torch.stack(counts).sum(0)  # (num_layers, num_kv_heads)
-    longest = total.amax(1)
+    longest = total.amax(1)  # (num_layers,)
     starts: list[list[int]] = (longest[:, None] - total).tolist()
+
+    # 2. Buffers for each layer. Keys, values and biases have room for question and answer; positions follow later.
+    #    Padding keeps this initial state: keys and values uninitialised, biases 0, positions `NEVER`.
     prefix = backbone.prefix_for(n_positions)
-    like = prefix.keys
+    like = prefix.keys  # (num_layers, num_kv_heads, n_prefix, head_dim)
+    # keys, values: (rows, num_kv_heads, length + room, head_dim)
     keys = [like.new_empty(rows, n_heads, length + room, like.shape[-1]) for length in longest.tolist()]
     values = [torch.empty_like(buffer) for buffer in keys]
     biased = any(cache.bias is not None for cache in caches)
+    # bias: (1, num_kv_heads, length + room); positions: (1, num_kv_heads, length)
     bias = [like.new_zeros(1, *buffer.shape[1:3]) for buffer in keys] if biased else None
     positions = [torch.full((1, n_heads, length), NEVER, dtype=torch.int32) for length in longest.tolist()]
-    before = torch.arange(n_prefix, dtype=torch.int32)
+
+    # 3. The prefix follows the padding of each head; its keys carry their rotary embedding already.
+    before = torch.arange(n_prefix, dtype=torch.int32)  # (n_prefix,)
     for layer, heads in enumerate(starts):
         for head, first in enumerate(heads):
             entries = slice(first, first + n_prefix)
@@ -166,16 +174,20 @@ def _compose_ragged(
             values[layer][:, head, entries] = prefix.values[layer, head]
             positions[layer][0, head, entries] = before
 
+    # 4. The documents, one after the other: `filled` is the next free index of each head, `offset` the position where
+    #    the document begins.
     filled = [[first + n_prefix for first in heads] for heads in starts]
     offset = n_prefix
     for cache, count in zip(caches, counts, strict=True):
-        flat_keys, flat_values, inside = _flat(backbone, cache)
-        if layout == "packed":  # side by side, the last of each head next to what follows
+        flat_keys, flat_values, inside = _flat(backbone, cache)  # (n_entries, head_dim) twice, (n_entries,)
+        # 4a. Positions of the entries, and rotary embedding for all heads in one call.
+        if layout == "packed":  # side by side in each head, so that its last entry is next to the following document
             inside = torch.cat([torch.arange(cache.span - n, cache.span) for n in count.flatten().tolist()])
-        where = inside.to(torch.int32) + offset
+        where = inside.to(torch.int32) + offset  # (n_entries,)
         turned = backbone.rope.put_on_flat(
             flat_keys.to(backbone.device), where.to(backbone.device), count.sum(1).tolist(), n_positions=n_positions
         )
+        # 4b. Copy the entries of each head into all rows of the batch; `entry` is the index of its first flat entry.
         flat_values = flat_values.to(backbone.device)
         flat_bias = None if cache.bias is None else cache.bias.flatten().to(like)
         entry = 0
@@ -202,14 +214,14 @@ def _compose_ragged(
 
 
 def _counts(backbone: Backbone, cache: DistilledCache) -> torch.Tensor:
-    """Entries in each layer and head, `(num_layers, num_kv_heads)`, on the CPU."""
+    """Number of entries in each layer and head, `(num_layers, num_kv_heads)`, on the CPU."""
     if cache.counts is not None:
         return cache.counts.long().cpu()
     return torch.full((backbone.num_layers, backbone.num_kv_heads), cache.n_kept)
 
 
 def _flat(backbone: Backbone, cache: DistilledCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys, values and positions one behind the other, layer by layer and head by head; positions on the CPU."""
+    """Keys, values and positions of all entries, layer by layer and head by head; positions on the CPU."""
     if cache.counts is not None:
         return cache.keys.to(backbone.dtype), cache.values.to(backbone.dtype), cache.positions.cpu()
     inside = cache.positions.cpu().expand(backbone.num_layers, backbone.num_kv_heads, -1).flatten()

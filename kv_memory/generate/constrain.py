@@ -1,8 +1,8 @@
-"""JsonConstraint: only tokens that lead to JSON of a given schema.
+"""JsonConstraint: allows only tokens that lead to JSON of a given schema.
 
-llguidance does the work: a Rust library without dependencies of its own, kept by Microsoft's Guidance team and used by
-llama.cpp, SGLang and vLLM. outlines-core (an automaton built ahead for every schema: seconds), xgrammar (brings Triton)
-and lm-format-enforcer (Python, a walk over the vocabulary at every token) were rejected.
+It uses llguidance: a Rust library without dependencies, maintained by Microsoft's Guidance team and used by llama.cpp,
+SGLang and vLLM. outlines-core (compiles an automaton for every schema: seconds), xgrammar (depends on Triton) and
+lm-format-enforcer (Python, walks the vocabulary at every token) were rejected.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from kv_memory.model.backbone import Backbone
 
 __all__ = ["JsonConstraint"]
 
-_tokenizers: weakref.WeakKeyDictionary[Backbone, Any] = weakref.WeakKeyDictionary()  # reading a vocabulary takes 0.1 s
+_tokenizers: weakref.WeakKeyDictionary[Backbone, Any] = weakref.WeakKeyDictionary()  # loading a vocabulary takes 0.1 s
 _lock = threading.Lock()
 
 
 class JsonConstraint:
-    """What may follow in one answer that must be JSON.
+    """Tokens that may follow in one answer that must be JSON.
 
     Args:
         backbone: The model.
-        schema: A JSON schema, as JSON.
+        schema: JSON schema, as a JSON string.
 
     Raises:
-        ConfigError: llguidance is not installed, or cannot follow the schema.
+        ConfigError: llguidance is not installed, or does not support the schema.
     """
 
     def __init__(self, backbone: Backbone, schema: str) -> None:
@@ -47,7 +47,7 @@ class JsonConstraint:
             ) from error
         try:
             json.loads(schema)
-            # No white space but where JSON has it by default: a small model would go on with it for ever.
+            # Only JSON's default white space: with flexible white space a small model would emit it without end.
             grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_flexible": False})
         except ValueError as error:
             raise _refused(str(error)) from error
@@ -58,13 +58,13 @@ class JsonConstraint:
         self._fill = fill_next_token_bitmask
 
     def mask(self, logits: torch.Tensor) -> torch.Tensor:
-        """`(vocab_size,)` logits, those of tokens that may not follow at minus infinity."""
+        """The logits, `(vocab_size,)`, with those of disallowed tokens at minus infinity."""
         self._fill(self._matcher, self._bits)
         allowed = np.unpackbits(self._bits.view(np.uint8)[0], bitorder="little")[: logits.shape[-1]]
         return logits.masked_fill(~torch.from_numpy(allowed.astype(bool)).to(logits.device), -torch.inf)
 
     def push(self, token: int) -> bool:
-        """Take the token that was picked; whether the JSON is complete with it."""
+        """Accept the token that was picked; returns True if the JSON is complete with it."""
         self._matcher.consume_token(token)
         return bool(self._matcher.is_stopped())
 

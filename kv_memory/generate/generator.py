@@ -1,4 +1,4 @@
-"""Generator: prefill a question behind composed caches and decode the answer."""
+"""Generator: prefills a question after composed caches and decodes the answer."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Generation:
     """One decoded answer.
 
     Attributes:
-        text: Without the stop string.
-        token_ids: As decoded, the end token included.
-        finish_reason: `stop` (end token or stop string) or `length`.
-        n_prompt_tokens: Prefilled for this question; text of documents in distilled caches is never among them.
-        n_cached_tokens: Entries read from caches, the shared prefix included.
-        ttft_s: From the call to the first token, composing included.
-        total_s: From the call to the last token.
-        next_step: What to try where the text is empty; None where it is not.
+        text: Decoded text, without the stop string.
+        token_ids: Decoded token ids, including the end token.
+        finish_reason: Reason for the end: `stop` (end token, stop string or complete JSON) or `length`.
+        n_prompt_tokens: Tokens prefilled for this question, without the documents in distilled caches.
+        n_cached_tokens: Entries taken from caches, including the shared prefix.
+        ttft_s: Seconds from the call to the first token, including composing.
+        total_s: Seconds from the call to the last token.
+        next_step: Advice if the text is empty; None otherwise.
     """
 
     text: str
@@ -52,12 +52,12 @@ class Generation:
 class Generator:
     """Answers questions from distilled caches. Safe to use from several threads.
 
-    Hugging Face's `generate` is not used: it streams by pushing from a thread of its own, cannot give every row of a
-    batch its own seed and stop, and derives positions from the length of the cache. Its logits warpers are.
+    Hugging Face's `generate` was rejected: it streams by pushing from its own thread, cannot give each row of a batch
+    its own seed and stop, and derives positions from the length of the cache. Its logits warpers are used.
 
     Args:
         backbone: The model.
-        layout: How documents are placed, see `compose`.
+        layout: Placement of documents, see `compose`.
     """
 
     def __init__(self, backbone: Backbone, *, layout: Layout = "source") -> None:
@@ -67,7 +67,7 @@ class Generator:
     def generate(
         self, question: str, caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
     ) -> Generation:
-        """Answer one question; see `stream_tokens` for arguments and errors."""
+        """Answer one question; see `generate_batch` for arguments and errors."""
         return self.generate_batch([question], caches, settings=settings)[0]
 
     def generate_batch(
@@ -76,9 +76,9 @@ class Generator:
         """Answer several questions about the same documents as one batch.
 
         Args:
-            questions: At least one.
+            questions: Questions to answer; may be empty.
             caches: Distilled caches of the documents, in order.
-            settings: See `DecodeSettings`.
+            settings: Decoding settings.
 
         Raises:
             ContextWindowError: Documents, question and answer do not fit the model. Raised before any work.
@@ -94,9 +94,10 @@ class Generator:
     def stream(
         self, question: str, caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
     ) -> Iterator[str]:
-        """Answer one question piece by piece; the pieces joined are the answer. Arguments as in `generate_batch`.
+        """Answer one question piece by piece; the pieces joined are the answer.
 
-        Errors are raised by the call itself, not by the first piece. Close the iterator to stop early.
+        Arguments and errors as in `generate_batch`. Errors before decoding are raised by the call itself, not by the
+        first piece. Close the iterator to stop early.
         """
         run = self.start([question], caches, settings=settings)
         return (pieces[0] for pieces in run.steps() if pieces[0])
@@ -104,7 +105,7 @@ class Generator:
     async def astream(
         self, question: str, caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
     ) -> AsyncIterator[str]:
-        """`stream` for asyncio: every step runs in a thread, so that the event loop never waits for the model."""
+        """`stream` for asyncio: every step runs in a thread, so that the model never blocks the event loop."""
         pieces = await asyncio.to_thread(self.stream, question, caches, settings=settings)
         async for piece in iterate_in_thread(pieces):
             yield piece
@@ -117,13 +118,13 @@ class Generator:
         texts: Sequence[str] = (),
         settings: DecodeSettings | None = None,
     ) -> Run:
-        """Begin a batch; for callers that want both the pieces and the figures. Errors as in `generate_batch`.
+        """Start a batch, for callers that need both the pieces and the statistics. Errors as in `generate_batch`.
 
         Args:
-            questions: At least one.
+            questions: Questions to answer, at least one.
             caches: Distilled caches of the documents, in order.
-            texts: Documents to prefill as text behind the caches and before the question: plain RAG, to compare.
-            settings: See `DecodeSettings`.
+            texts: Documents to prefill as text after the caches and before the question: plain RAG, for comparison.
+            settings: Decoding settings.
         """
         documents = [token for text in texts for token in self.backbone.encode_document(text)]
         prompts = [Prompt(documents + self.backbone.encode_question(q), behind_prefix=True) for q in questions]
@@ -132,7 +133,7 @@ class Generator:
     def start_prompt(
         self, prompt: Prompt, caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
     ) -> Run:
-        """Begin with a prompt from `turns`; one that does not stand behind the prefix takes no caches.
+        """Start with a prompt from `turns`; a prompt that does not follow the prefix takes no caches.
 
         Errors as in `generate_batch`.
         """
@@ -141,10 +142,10 @@ class Generator:
 
 
 async def iterate_in_thread(pieces: Iterator[str]) -> AsyncIterator[str]:
-    """An iterator that works hard, for asyncio: every step of it runs in a thread; empty pieces are left out.
+    """Iterate over a blocking iterator in asyncio: every step runs in a thread, and empty pieces are skipped.
 
-    Where the iterator has `each_token`, a step is a token, with an empty piece where there is nothing to show yet. What
-    is cancelled then stops within a token, even in the middle of a character or of what may become a stop string.
+    If the iterator has `each_token`, a step is one token, with an empty piece where no text is ready. Cancelling then
+    stops within a token, even in the middle of a character or of a possible stop string.
     """
     steps = getattr(pieces, "each_token", lambda: pieces)()
     step: asyncio.Future[str | None] | None = None
@@ -157,16 +158,16 @@ async def iterate_in_thread(pieces: Iterator[str]) -> AsyncIterator[str]:
             if piece:
                 yield piece
     finally:
-        if step is not None and not step.done():  # cancelled in the middle of a step, which cannot be broken off
+        if step is not None and not step.done():  # cancelled during a step, which cannot be interrupted
             await asyncio.wait([step])
         pieces.close()  # type: ignore[attr-defined]
 
 
 class Run:
-    """One batch: composed when made, decoded by `steps`, summed up by `results`. See `Generator.start`.
+    """One batch: composed on construction, decoded by `steps`, summarised by `results`. See `Generator.start`.
 
-    `read` holds, for prompts that were prefilled before, their cache, which the run consumes, and the logits of the
-    next token, `(rows, vocab_size)`.
+    `read` is the state of prompts that are prefilled already: their cache, which the run consumes, and the logits of
+    the next token, `(rows, vocab_size)`.
     """
 
     def __init__(
@@ -201,7 +202,7 @@ class Run:
         self._n_cached = (len(backbone.prefix_ids) if behind_prefix else 0) + sum(cache.n_kept for cache in caches)
         stop = (*settings.stop, *(backbone.prompt.stop if behind_prefix else ()))
         if settings.json_schema is not None:
-            stop = settings.stop  # the schema says where the answer ends
+            stop = settings.stop  # the schema determines where the answer ends
         self._texts = [TextStream(backbone.tokenizer, stop=stop) for _ in prompts]
         self._samplers = [Sampler(settings, device=backbone.device) for _ in prompts]
         self._constraints = [
@@ -213,10 +214,10 @@ class Run:
         self._total_s = [0.0] * len(prompts)
 
     def steps(self) -> Iterator[list[str]]:
-        """Decode token by token; each step yields the new text of every row, empty for rows that are done.
+        """Decode token by token; each step yields the new text of every row, empty for rows that have ended.
 
         Raises:
-            DecodeTimeoutError: It takes longer than `DecodeSettings.timeout_s`.
+            DecodeTimeoutError: Decoding takes longer than `DecodeSettings.timeout_s`.
         """
         assert self._cache is not None, "a run is decoded once"
         try:
@@ -225,7 +226,7 @@ class Run:
             self.close()
 
     def close(self) -> None:
-        """Free the cache; what was decoded stays."""
+        """Free the cache; the decoded text stays."""
         self._cache = None
 
     @torch.no_grad()
@@ -234,7 +235,7 @@ class Run:
         logits = self._first
         if logits is None:
             logits = backbone.logits(self._ids, cache, lengths=self._lengths if ragged else None)
-        rows = list(range(len(self._texts)))  # still being decoded
+        rows = list(range(len(self._texts)))  # indices of rows still being decoded
         for step in range(self._settings.max_new_tokens):
             last = step + 1 == self._settings.max_new_tokens
             tokens = [self._pick(row, of_row, last) for row, of_row in zip(rows, logits, strict=True)]
@@ -274,7 +275,7 @@ class Run:
             )
 
     def results(self) -> list[Generation]:
-        """The answers, once `steps` has ended."""
+        """The answers, after `steps` has ended."""
         return [
             Generation(
                 text=text.text,
@@ -293,7 +294,7 @@ class Run:
 
 
 def opening_behind(backbone: Backbone, prompt: Sequence[int]) -> Opening:
-    """What an answer to a prompt may begin with."""
+    """The rule for the first tokens of an answer to this prompt."""
     return Opening(backbone.tokenizer, end_ids=end_ids(backbone), behind=prompt[-1] if prompt else None)
 
 

@@ -1,4 +1,4 @@
-"""Sampler: the next token from logits, greedily or at random."""
+"""Sampler: picks the next token from logits, greedily or at random."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["Sampler"]
 
 
 class Sampler:
-    """Picks tokens for one answer, with a random generator of its own.
+    """Picks tokens for one answer, with its own random generator.
 
     Args:
-        settings: Temperature 0 is greedy.
-        device: Of the logits.
+        settings: Decoding settings; temperature 0 is greedy.
+        device: Device of the logits.
     """
 
     def __init__(self, settings: DecodeSettings, *, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""TextStream: tokens in, text out, as soon as it is certain."""
+"""TextStream: tokens in, text out as soon as it is final."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ FinishReason = Literal["stop", "length"]
 class TextStream:
     """Turns the tokens of one answer into text piece by piece.
 
-    A piece is held back while it ends in the middle of a character, or could be the beginning of a stop string. A stop
-    string does not count before the first visible character.
+    A piece is held back while it ends in the middle of a character, or could be the beginning of a stop string. Stop
+    strings are ignored before the first visible character.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
         stop: Strings that end the answer.
     """
 
@@ -32,8 +32,8 @@ class TextStream:
         self.text = ""
         self._stopped_by = ""
         self._sent = 0
-        # Decoding only what follows `_read` keeps a long answer linear; tokenizers that look at the token before
-        # (sentencepiece drops a leading space) get some context from `_context` on.
+        # Decoding only the tokens from `_context` on keeps the cost of a long answer linear. Those before `_read` are
+        # context for tokenizers that look at the previous token (sentencepiece drops a leading space).
         self._context = 0
         self._read = 0
 
@@ -41,13 +41,13 @@ class TextStream:
         """Take one token.
 
         Args:
-            token: Its id.
-            is_end: It is an end token; it is noted but is no text.
-            is_last: No more tokens will follow; all that was held back comes out.
-            is_complete: The answer is complete with this token, which is text.
+            token: Token id.
+            is_end: True for an end token; it is recorded but adds no text.
+            is_last: True if no more tokens follow; all held-back text is released.
+            is_complete: True if the answer is complete with this token, which adds text.
 
         Returns:
-            The text that is certain now; may be empty.
+            The text that is now final; may be empty.
         """
         self.token_ids.append(token)
         if is_end or is_complete:
@@ -64,12 +64,12 @@ class TextStream:
 
     @property
     def begun(self) -> bool:
-        """Whether anything of the text can be seen."""
+        """Whether the text has a visible character."""
         return is_visible(self.text)
 
     @property
     def next_step(self) -> str | None:
-        """What to try where a finished answer is empty; None where it is not."""
+        """Advice if the finished answer is empty; None otherwise."""
         if self.begun or not self.finished:
             return None
         if self._stopped_by:
@@ -79,9 +79,9 @@ class TextStream:
         return "Ask in other words, from other passages (top_k, --top-k), or use a larger model."
 
     def _find_stop(self) -> tuple[int, str]:
-        """Where the first stop string begins, and which it is; -1 where there is none."""
+        """Index and text of the first stop string; index -1 if the text contains no stop string."""
         first = first_visible(self.text)
-        # One that ends before the first visible character would leave nothing of the answer.
+        # A stop string that ends before the first visible character would leave an empty answer.
         found = [(self.text.find(stop, max(0, first - len(stop) + 1)), stop) for stop in self._stop]
         return min((one for one in found if one[0] >= 0), default=(-1, ""))
 
@@ -94,7 +94,7 @@ class TextStream:
         return now[len(before) :]
 
     def _held(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+        """Length of the longest suffix of the text that begins a stop string."""
         longest = max((len(stop) for stop in self._stop), default=1) - 1
         for length in range(min(longest, len(self.text)), 0, -1):
             if any(stop.startswith(self.text[-length:]) for stop in self._stop):

@@ -1,4 +1,4 @@
-"""From the turns of a conversation to token ids, behind documents or on their own."""
+"""Encodes the turns of a conversation as token ids, after documents or on their own."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Turn(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """What is prefilled for a reply.
+    """Tokens to prefill for a reply.
 
     Attributes:
         ids: Token ids.
-        behind_prefix: Whether they follow the shared prefix (and documents), or are all there is.
+        behind_prefix: True if they follow the shared prefix (and documents); False if they are the whole prompt.
     """
 
     ids: list[int]
@@ -36,23 +36,23 @@ class Prompt(NamedTuple):
 
 class _Piece(NamedTuple):
     text: str
-    is_foreign: bool  # from outside: what spells a special token stays text
+    is_foreign: bool  # from outside: special tokens in it stay text
 
 
 def encode_turns(backbone: Backbone, turns: Sequence[Turn]) -> Prompt:
-    """Turns in the wrappers of the backbone's prompt form, to stand behind the shared prefix and documents.
+    """Turns in the wrappers of the backbone's prompt form, to follow the shared prefix and documents.
 
-    Instructions (system turns) are put ahead of the user turn that follows them, because what precedes the documents
-    is the same for all of them; those that the prefix holds already are left out.
+    Instructions (system turns) are put ahead of the user turn that follows them, because everything before the
+    documents must be the same for all conversations. Instructions that the prefix contains already are left out.
 
     Raises:
-        ConfigError: There is no turn, one has an unknown role, or the last is the assistant's.
+        ConfigError: There is no turn, one has an unknown role, or the last one is the assistant's.
     """
     return Prompt(_encode(backbone, _pieces(backbone.prompt, turns)), behind_prefix=True)
 
 
 def encode_chat(backbone: Backbone, turns: Sequence[Turn]) -> Prompt:
-    """Turns without documents, in the model's own chat template; in the prompt form where it has none.
+    """Turns without documents, in the model's own chat template, or in the prompt form if it has none.
 
     Raises:
         ConfigError: As in `encode_turns`.
@@ -65,18 +65,18 @@ def encode_chat(backbone: Backbone, turns: Sequence[Turn]) -> Prompt:
         alternating = _alternate(others)
         try:
             return _templated(backbone, [Turn("system", system), *alternating])
-        except ConfigError:  # a template without such a turn (Gemma)
+        except ConfigError:  # a template without system turns (Gemma)
             pass
     return _templated(backbone, _alternate(turns))
 
 
 def encode_text_prompt(backbone: Backbone, text: str) -> Prompt:
-    """A prompt that somebody else has put together, special tokens and all.
+    """A prompt that the caller has put together, including special tokens.
 
-    One that begins with the shared prefix is read behind it, so that the prefix is not prefilled again.
+    If it begins with the shared prefix, the rest follows the cached prefix, which is not prefilled again.
 
     Raises:
-        ConfigError: It is empty.
+        ConfigError: The prompt is empty.
     """
     prefix = backbone.prompt.prefix
     if prefix and text.startswith(prefix) and text != prefix:
@@ -92,7 +92,7 @@ def encode_text_prompt(backbone: Backbone, text: str) -> Prompt:
 
 
 def _alternate(turns: Sequence[Turn]) -> list[Turn]:
-    """User and assistant in turn, the user first and last; instructions joined to the user turn that follows."""
+    """Alternating user and assistant turns, the user first and last; instructions join the user turn that follows."""
     merged: list[Turn] = []
     for turn in turns:
         check_choice(turn.role, Role, where="role")
@@ -140,7 +140,7 @@ def _templated(backbone: Backbone, turns: Sequence[Turn]) -> Prompt:
 
 def _encode(backbone: Backbone, pieces: Sequence[_Piece]) -> list[int]:
     if not any(piece.is_foreign and backbone.spells_special(piece.text) for piece in pieces):
-        return backbone.encode("".join(piece.text for piece in pieces))  # in one piece, as models are trained
+        return backbone.encode("".join(piece.text for piece in pieces))  # in one piece, as in the model's training
     ids: list[int] = []
     for piece in pieces:
         ids += backbone.encode_text(piece.text) if piece.is_foreign else backbone.encode(piece.text)

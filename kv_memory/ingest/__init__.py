@@ -1,1 +1,1 @@
-"""From documents to stored caches."""
+"""The ingest pipeline: from documents to stored caches."""

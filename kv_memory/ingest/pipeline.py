@@ -1,7 +1,7 @@
-"""Intake: documents into passages, passages into distilled caches, both into the store.
+"""Intake: split documents into passages, compress the passages, and store both.
 
-Caches are put one by one and their document last, in one transaction. Whatever breaks a long `add` off, what is done
-stays done: the next call finds the caches and goes on behind them.
+Caches are stored one by one and their document last, in one transaction. If a long `add` is interrupted, its finished
+work is kept: the next call finds the caches and continues after them.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from kv_memory.tracing import span
 
 __all__ = ["AddProgress", "AddReport", "Intake"]
 
-_BATCH_ON_GPU = 8  # passages; each is a name held in the catalog meanwhile, on PostgreSQL with a connection of its own
+_BATCH_ON_GPU = 8  # passages; each holds a lock in the catalog meanwhile, on PostgreSQL with its own connection
 
 
 @dataclass(frozen=True, kw_only=True)
 class AddProgress:
-    """How far a long `add` is.
+    """The progress of a long `add`.
 
     Attributes:
-        document_id: Whose passage was just compressed.
-        n_documents: Documents done.
-        n_documents_total: Documents to do; unchanged ones are not counted.
-        n_tokens: Tokens compressed so far.
-        n_tokens_total: Tokens to compress.
+        document_id: Id of the document with the passage compressed last.
+        n_documents: Number of finished documents.
+        n_documents_total: Number of documents to process, without unchanged ones.
+        n_tokens: Number of tokens compressed so far.
+        n_tokens_total: Number of tokens to compress.
     """
 
     document_id: str
@@ -51,22 +51,22 @@ class AddProgress:
 
 @dataclass(kw_only=True)
 class AddReport:
-    """What `add` or `refresh` did.
+    """The result of `add` or `refresh`.
 
     Attributes:
-        added: Ids that are new.
-        replaced: Ids whose text, metadata or settings had changed.
-        unchanged: Ids for which there was nothing to do.
-        errors: Documents left out: with `on_error="skip"`, and by `refresh`, which has no text of them.
-        skipped: Files of unknown types that lay in a folder.
-        n_passages: Compressed.
-        n_tokens: Compressed, wrappers included.
-        n_kept: Entries kept of them in every layer and head.
-        cache_bytes: Of the new distilled caches.
-        full_kv_bytes: What their uncompressed caches would take.
-        n_refined: Of the passages compressed, those that were refined.
-        fidelity: Mean KL of these to the full cache on held-out probes, in nats; None where none was refined.
-        elapsed_s: Wall time.
+        added: Ids of new documents.
+        replaced: Ids of documents with changed text, metadata or settings.
+        unchanged: Ids of documents that needed no work.
+        errors: Errors of documents left out: with `on_error="skip"`, or by `refresh` because their text is missing.
+        skipped: Hidden entries, folder links and files of unknown type that were found in a folder.
+        n_passages: Number of passages compressed.
+        n_tokens: Number of tokens compressed, wrappers included.
+        n_kept: Number of entries kept of these tokens in every layer and head.
+        cache_bytes: Size of the new distilled caches in bytes.
+        full_kv_bytes: Size that their uncompressed caches would have, in bytes.
+        n_refined: Number of the compressed passages that were refined.
+        fidelity: Mean KL of the refined caches to the full cache on held-out probes, in nats; None without refinement.
+        elapsed_s: Wall time in seconds.
     """
 
     added: list[str] = field(default_factory=list)
@@ -88,16 +88,16 @@ class Intake:
     """Compresses documents into a store.
 
     Args:
-        store: Where they go.
-        compressor: What reads them.
-        keep_ratio: For all of them; a `Keep` means another one for each passage.
-        passage_tokens: Longest passage; None keeps documents whole.
-        storage: How keys and values of new caches are stored; those that are there stay as they are.
-        keep_text: Keep the texts of what is added, see `Preparer`.
-        on_progress: Called after every passage.
-        writer: Stores each cache in a thread of its own while the next passage is compressed. None stores it at once.
-        batch_size: How many passages of a document are read at once, those of like length together. None: 8 on a GPU,
-            which a single one does not fill, and 1 elsewhere.
+        store: Store that receives documents and caches.
+        compressor: Compressor of the passages.
+        keep_ratio: Keep ratio of all passages; a `Keep` sets a separate ratio for each passage.
+        passage_tokens: Maximum length of a passage in tokens; None keeps documents whole.
+        storage: Storage format of keys and values in new caches; existing caches stay unchanged.
+        keep_text: True to keep the texts of added documents, see `Preparer`.
+        on_progress: Callback after every batch of passages.
+        writer: Executor that stores the caches of a batch while the next one is compressed; None stores them at once.
+        batch_size: Number of passages of a document compressed at once, grouped by similar length. None means 8 on a
+            GPU, which a single passage does not fill, and 1 elsewhere.
     """
 
     def __init__(
@@ -130,13 +130,13 @@ class Intake:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What the caches are made under."""
+        """Fingerprint of the caches that this pipeline makes."""
         return self._fingerprint
 
     def add(
         self, documents: Sequence[Document], *, errors: Iterable[KVMemoryError] = (), skipped: Iterable[Path] = ()
     ) -> AddReport:
-        """Add or replace documents; those that are there unchanged cost nothing."""
+        """Add or replace documents; unchanged documents are not compressed again."""
         report = AddReport(errors=list(errors), skipped=[str(path) for path in skipped])
         start_s = time.perf_counter()
         todo = [found for document in documents if (found := self._sorted(document, report)) is not None]
@@ -145,9 +145,9 @@ class Intake:
         return report
 
     def add_one(self, document: Document) -> AddReport:
-        """Add or replace one document, for callers that have too many to hold them all.
+        """Add or replace one document, for callers with too many documents to hold in memory.
 
-        Its id is in one of `added`, `replaced` and `unchanged` afterwards.
+        The report has its id in `added`, `replaced` or `unchanged`.
         """
         report = AddReport()
         start_s = time.perf_counter()
@@ -157,7 +157,7 @@ class Intake:
         return report
 
     def refresh(self, *, encoding: str = "utf-8") -> AddReport:
-        """Compress every stored passage that has no cache under the present settings. See `KVMemory.refresh`."""
+        """Compress every stored passage that has no cache under the current settings; see `KVMemory.refresh`."""
         report = AddReport()
         start_s = time.perf_counter()
         missing: dict[str, list[StoredPassage]] = {}
@@ -191,7 +191,7 @@ class Intake:
         extend: bool,
         drop: Collection[str] = (),
     ) -> AddReport:
-        """Add or replace a document that somebody else has cut into passages. See `KVMemory.add_passages`."""
+        """Add or replace a document that the caller has split into passages; see `KVMemory.add_passages`."""
         report = AddReport()
         start_s = time.perf_counter()
         old = self._preparer.stored(document)
@@ -205,9 +205,9 @@ class Intake:
         return report
 
     def _sorted(self, document: Document, report: AddReport) -> Prepared | None:
-        """Write into the report what a document is, and return what is to be made of it, None for nothing.
+        """Classify a document in the report, and prepare it for compression; return None if it is unchanged.
 
-        Only this document is looked at: a listing of the collection for each document of a job would be quadratic.
+        Only this document is looked up: listing the collection for each document of a job would be quadratic.
         """
         old = self._preparer.stored(document.id)
         wanted = document.content_sha256, self._passage_tokens
@@ -219,13 +219,13 @@ class Intake:
             report.unchanged.append(document.id)
             return None
         report.replaced.append(document.id)
-        return self._preparer.again(document, old)  # the passages are as they were; metadata may not be
+        return self._preparer.again(document, old)  # the passages are unchanged; the metadata may have changed
 
     def _has(self, text_sha256: str) -> bool:
         return self._store.has(text_sha256, self._fingerprint, self._keep_ratio)
 
     def _is_whole(self, prepared: Prepared) -> bool:
-        """Whether every passage that can be made has its cache."""
+        """Whether every passage with a known text has its cache."""
         return all(self._has(p.text_sha256) for p in prepared.record.passages if p.text_sha256 in prepared.texts)
 
     def _compress(self, todo: list[Prepared], report: AddReport) -> None:
@@ -234,7 +234,7 @@ class Intake:
         for index, (record, texts) in enumerate(todo):
             try:
                 for batch in self._batches(record):
-                    # Without its text it stays as it is; `refresh` says so where it has no cache.
+                    # A passage without text stays unchanged; `refresh` reports it if it has no cache.
                     here = [passage.text_sha256 for passage in batch if passage.text_sha256 in texts]
                     self._make({text_sha256: texts[text_sha256] for text_sha256 in here}, report)
                     done += sum(passage.n_tokens for passage in batch)
@@ -250,24 +250,28 @@ class Intake:
         return [passages[i : i + self._batch_size] for i in range(0, len(passages), self._batch_size)]
 
     def _make(self, texts: dict[str, str], report: AddReport) -> None:
-        """Compress and store those of the texts, by their hash, that have no cache."""
+        """Compress and store the texts, keyed by their hash, that have no cache."""
         with ExitStack() as stack:
-            # One makes it, the others wait and find it. In order: of two that make the same texts none waits for ever.
+            # 1. Lock the missing texts: one process compresses a text, the others wait and find its cache. The locks
+            #    are acquired in sorted order, so that two processes with the same texts cannot deadlock.
             missing = sorted(text_sha256 for text_sha256 in texts if not self._has(text_sha256))
             ratios = {key: self._compressor.ratio_for(texts[key], self._keep_ratio) for key in missing}
             for text_sha256 in missing:
                 stack.enter_context(self._store.making(text_sha256, self._fingerprint, ratios[text_sha256]))
+            # 2. Check again: another process may have stored a cache while this one waited.
             missing = [text_sha256 for text_sha256 in missing if not self._has(text_sha256)]
             if not missing:
                 return
+            # 3. Compress the rest as one batch.
             with span("compress", keep_ratio=ratios[missing[0]], collection=self._store.collection):
                 caches = self._read([texts[key] for key in missing], [ratios[key] for key in missing])
+            # 4. Store the caches; `_write` then releases the locks.
             held = stack.pop_all()
         made = list(zip(missing, caches, strict=True))
         if self._writer is None:
             self._write(made, report, held)
             return
-        self._wait()  # so that no more than one batch waits in memory
+        self._wait()  # at most one batch waits in memory
         self._written = self._writer.submit(self._write, made, report, held)
 
     def _read(self, texts: list[str], ratios: list[float]) -> list[DistilledCache]:
@@ -292,7 +296,7 @@ class Intake:
         report.full_kv_bytes += cache.n_tokens * self._compressor.backbone.kv_bytes_per_token
 
     def _wait(self) -> None:
-        """Until the cache before is stored. Errors as in `Store.put`."""
+        """Wait until the previous batch is stored; errors as in `Store.put`."""
         written, self._written = self._written, None
         if written is not None:
             written.result()
@@ -311,6 +315,6 @@ class Intake:
 
 
 def _same(old: DocumentRecord, new: DocumentRecord) -> bool:
-    """Whether there is nothing to write."""
+    """Whether two records agree in content, metadata and kept texts, so that nothing has to be written."""
     kept = [[passage.text is not None for passage in record.passages] for record in (old, new)]
     return (old.content_sha256, old.metadata) == (new.content_sha256, new.metadata) and kept[0] == kept[1]

@@ -1,4 +1,4 @@
-"""Preparing documents for the store: what is put of them, and the texts that are compressed, which need not be kept."""
+"""Prepare documents for the store: their records, and the texts to compress, which need not be kept."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Prepared(NamedTuple):
     """A document on its way into the store.
 
     Attributes:
-        record: What is put.
-        texts: The texts of its passages by their SHA-256, as far as they are known.
+        record: Record to store.
+        texts: Texts of its passages by their SHA-256, as far as they are known.
     """
 
     record: DocumentRecord
@@ -34,12 +34,12 @@ class Prepared(NamedTuple):
 
 
 class Preparer:
-    """Makes records of documents, with or without their texts.
+    """Builds the records of documents, with or without their texts.
 
     Args:
-        store: Where they go.
-        count_tokens: How long texts are.
-        keep_text: Whether the passages' texts are kept; else their words are, hashed, for retrieval.
+        store: Store that receives the documents.
+        count_tokens: Function that counts the tokens of texts.
+        keep_text: True to keep the passages' texts; otherwise their words are kept as hashes, for retrieval.
     """
 
     def __init__(self, store: Store, count_tokens: CountTokens, *, keep_text: bool) -> None:
@@ -48,15 +48,15 @@ class Preparer:
         self._keep_text = keep_text
 
     def stored(self, document_id: str) -> DocumentRecord | None:
-        """The document of this id that is there."""
+        """The stored document with this id; None if it is not in the store."""
         return self._store.document(document_id) if self._store.has_document(document_id) else None
 
     def is_kept_so(self, passages: Sequence[PassageRecord]) -> bool:
-        """Whether these texts are kept, or not, as is asked for."""
+        """Whether the texts of these passages are kept or left out as `keep_text` requires."""
         return all((passage.text is not None) == self._keep_text for passage in passages)
 
     def cut(self, document: Document, limit: int | None) -> Prepared:
-        """A document cut into passages of at most `limit` tokens; None leaves it whole."""
+        """Split a document into passages of at most `limit` tokens; None leaves it whole."""
         return self._cut(document, limit, keep_text=self._keep_text)
 
     def _cut(self, document: Document, limit: int | None, *, keep_text: bool) -> Prepared:
@@ -73,9 +73,9 @@ class Preparer:
         return Prepared(record, _by_key(texts))
 
     def again(self, document: Document, old: DocumentRecord) -> Prepared:
-        """A document that is there with the same text, cut by the same limit; its passages stay as they are.
+        """Prepare a document that is stored with the same text and limit; its passages stay unchanged.
 
-        Where their texts are not kept and the tokenizer is another one now, they are cut anew.
+        It is split again if passages without kept text cannot be restored, because the tokenizer has changed.
         """
         texts, keys = _texts_in(old.passages), {passage.text_sha256 for passage in old.passages}
         if texts.keys() != keys:
@@ -96,7 +96,7 @@ class Preparer:
         extend: bool,
         drop: Collection[str],
     ) -> Prepared:
-        """A document that is cut already, in the place of `old` or behind it. See `KVMemory.add_passages`."""
+        """Prepare a document that is already split, to replace or extend `old`; see `KVMemory.add_passages`."""
         if isinstance(texts, str):
             raise ConfigError("passages are a list of texts, not one text", where="texts", next_step="Pass [text].")
         checked = [Document(id=document, text=text, metadata=metadata or {}) for text in texts]
@@ -124,11 +124,11 @@ class Preparer:
         return Prepared(record, {**_texts_in(before), **given})
 
     def read_again(self, old: DocumentRecord, *, encoding: str) -> Prepared:
-        """A document that is there without all of its texts, which are read again where it came from.
+        """Prepare a stored document with missing texts by reading its source file again.
 
         Raises:
-            TextNotKeptError: It did not come from a file, or that cannot be read, or holds another text now.
-            ConfigError: There is no such encoding.
+            TextNotKeptError: The document did not come from a file, or the file cannot be read or has a new text.
+            ConfigError: The encoding is unknown.
         """
         url = urlsplit(old.source_uri or "")
         if url.scheme != "file":
@@ -142,12 +142,12 @@ class Preparer:
         texts = _by_key(self._split(document.text, old.passage_tokens))
         if texts.keys() >= {passage.text_sha256 for passage in old.passages}:
             return Prepared(old, texts)
-        # Cut by another tokenizer than the present one.
+        # It was split with another tokenizer, so it is split again.
         again = replace(document, id=old.id, source_uri=old.source_uri, metadata=old.metadata)
         return self._cut(again, old.passage_tokens, keep_text=False)
 
     def as_it_is(self, old: DocumentRecord) -> Prepared:
-        """A document that is there, with the texts that are kept of it."""
+        """Prepare a stored document with the texts that are kept."""
         return Prepared(old, _texts_in(old.passages))
 
     def _split(self, text: str, limit: int | None) -> list[str]:

@@ -1,7 +1,7 @@
-"""Jobs: many documents compressed by processes of their own, with the SQL ledger as the checkpoint.
+"""Jobs: compress many documents in separate processes, with the SQL ledger as the checkpoint.
 
-The driver (`run.py`) writes what the sources hold into the ledger, document by document; workers claim tasks from it,
-and read, compress and store. Whatever dies, the ledger says what is left to do.
+The driver (`driver.py`) lists the documents of the sources in the ledger. Workers claim tasks from it, and read,
+compress and store the documents. Whichever process dies, the ledger records the remaining work.
 """
 
 from __future__ import annotations

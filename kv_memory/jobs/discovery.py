@@ -1,4 +1,4 @@
-"""Discovery: what the sources hold, into the ledger, while workers are at it already."""
+"""Discovery: list the documents of a job's sources in the ledger while workers already process them."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ __all__ = ["Discovery", "Seen", "check_folder", "is_current", "known_fingerprint
 
 _BATCH = 500
 _WAIT_S = 0.3
-_BATCH_S = 0.5  # the first documents should not wait for the 500th
+_BATCH_S = 0.5  # the first documents must not wait for the 500th
 
 
 class Discovery(threading.Thread):
-    """A thread that makes the tasks of a job; those that are there already stay as they are.
+    """A thread that creates the tasks of a job; existing tasks stay unchanged.
 
     Attributes:
-        error: What ended it early; None while it runs and where it came to its end.
-        listed: Whether every document has its task. A sync goes on behind that: it deletes what is gone when the rest
-            is done, so that a file that was only moved finds its caches.
+        error: Exception that ended the thread early; None while it runs and after it has completed.
+        listed: True once every document has a task. A sync then continues: it deletes documents that are gone, but
+            only when the other tasks are finished, so that a file that was merely moved finds its caches.
     """
 
     def __init__(self, store: Store, ledger: Ledger, job: Job) -> None:
@@ -54,7 +54,7 @@ class Discovery(threading.Thread):
         self._stopped = threading.Event()
 
     def stop(self) -> None:
-        """End it after the present batch, and wait for that."""
+        """Stop the thread after the current batch, and wait for it to end."""
         self._stopped.set()
         self.join()
 
@@ -70,7 +70,7 @@ class Discovery(threading.Thread):
             self.error = error
 
     def _add(self, items: Iterator[SourceItem]) -> bool:
-        """Make tasks; whether all items were reached."""
+        """Create tasks for the items; return False if the thread was stopped."""
         batch: list[SourceItem] = []
         begun_s = time.monotonic()
         for item in items:
@@ -84,7 +84,10 @@ class Discovery(threading.Thread):
         return not self._stopped.is_set()
 
     def _sync(self) -> None:
-        """Tasks for what is new or has changed; what is gone is deleted, unless a folder could not be listed."""
+        """Create tasks for new and changed documents, then delete those that are gone.
+
+        Nothing is deleted if a folder could not be listed.
+        """
         with Seen() as seen:
             self._n_unchanged, self._n_unlisted = 0, 0
             if not self._add(self._differing(seen)):
@@ -105,7 +108,7 @@ class Discovery(threading.Thread):
         for item in self._sources.items():
             seen.add(item.document_id)
             if item.error is not None:
-                self._n_unlisted += os.path.isdir(path_of(item.uri))  # what lies in there was not seen
+                self._n_unlisted += os.path.isdir(path_of(item.uri))  # the content of this folder is unknown
             elif self._is_current(item, fingerprint):
                 self._n_unchanged += 1
                 continue
@@ -113,11 +116,11 @@ class Discovery(threading.Thread):
 
     def _is_current(self, item: SourceItem, fingerprint: str | None) -> bool:
         if fingerprint is None:
-            return False  # only a worker, with its model, can tell
+            return False  # only a worker, which has the model, can compute it
         try:
             document = read_file(path_of(item.uri), encoding=self._job.settings.encoding)
         except DocumentError:
-            return False  # the worker will say so
+            return False  # the worker reports the error
         return is_current(self._store, document, self._job, fingerprint)
 
 
@@ -125,10 +128,10 @@ _PAGE = 1000
 
 
 class Seen:
-    """The ids that a walk came by, on disk: a million of them would take some 100 MB of memory."""
+    """The document ids found by a walk, kept on disk: a million of them would take about 100 MB of memory."""
 
     def __init__(self) -> None:
-        # An empty name is a temporary database: in memory while it is small, then in a file that is gone at closing.
+        # An empty name opens a temporary database: in memory while it is small, then in a file deleted on close.
         self._ids = sqlite3.connect("")
         self._ids.execute("CREATE TABLE seen (id TEXT PRIMARY KEY) WITHOUT ROWID")
 
@@ -141,11 +144,11 @@ class Seen:
         self._ids.close()
 
     def add(self, id_: str) -> None:
-        """Remember an id."""
+        """Record an id as seen."""
         self._ids.execute("INSERT OR IGNORE INTO seen VALUES (?)", (id_,))
 
     def without(self, ids: Sequence[str]) -> list[str]:
-        """Those of a few ids that were not seen."""
+        """The ids of a short list that were not seen."""
         marks = ",".join("?" * len(ids))
         there = {id_ for (id_,) in self._ids.execute(f"SELECT id FROM seen WHERE id IN ({marks})", list(ids))}
         return [id_ for id_ in ids if id_ not in there]
@@ -156,13 +159,13 @@ class Seen:
 
 
 def known_fingerprint(ledger: Ledger, memory: dict[str, object]) -> str | None:
-    """What caches are made under with these settings, as far as a job of the collection has found out."""
+    """Fingerprint digest of caches with these settings; None if no job of the collection has determined it yet."""
     found = (job.fingerprint for job in ledger.jobs() if job.fingerprint and job.settings.memory == memory)
     return next(found, None)
 
 
 def is_current(store: Store, document: Document, job: Job, fingerprint: str | None) -> bool:
-    """Whether a document is stored with this text, and every passage of it has its cache."""
+    """Whether a document is stored with this text, metadata and settings, and all its passages have their caches."""
     if fingerprint is None:
         return False
     memory = job.settings.memory
@@ -207,12 +210,13 @@ def is_current(store: Store, document: Document, job: Job, fingerprint: str | No
 
 
 def check_folder(store: Store, source: FileSource) -> None:
-    """Refuse to make a collection equal to a folder that it has nothing to do with, or that is suddenly empty.
+    """Refuse to sync a collection with an unrelated folder, or with one that is unexpectedly empty.
 
     Raises:
-        JobError: The collection holds documents from elsewhere, or the folder holds none and the collection some.
+        JobError: The collection holds documents from outside the folder, or the folder is empty and the collection is
+            not.
     """
-    # Collected only now: links are few, and their documents have the ids of what they point to.
+    # Links are resolved only if a document lies outside: they are few, and a linked document has its target's id.
     outside = _outside(store, source.path)
     first = next(outside, None)
     if first is not None:
@@ -234,11 +238,11 @@ def check_folder(store: Store, source: FileSource) -> None:
 
 
 def unseen(store: Store, seen: Seen) -> Iterator[list[str]]:
-    """The ids of the collection's documents that a walk did not come by, a page at a time."""
+    """Ids of the collection's documents that a walk did not find, one page at a time."""
     page: list[str] = []
     for id_ in _ids(store):
         page.append(id_)
-        if len(page) == _PAGE // 2:  # SQLite bounds the variables of one statement
+        if len(page) == _PAGE // 2:  # SQLite limits the variables per statement
             yield seen.without(page)
             page = []
     if page:
@@ -251,7 +255,7 @@ def _outside(store: Store, folder: str) -> Iterator[str]:
 
 
 def _ids(store: Store, *, without: str | None = None) -> Iterator[str]:
-    """Ids of the collection's documents in their order, page by page, so that none is held for long."""
+    """Ids of the collection's documents in ascending order, loaded in pages to keep memory and transactions small."""
     last = ""
     while True:
         wanted = (
@@ -261,7 +265,7 @@ def _ids(store: Store, *, without: str | None = None) -> Iterator[str]:
             .limit(_PAGE)
         )
         if without is not None:
-            # Not LIKE, which knows no upper and lower case in SQLite.
+            # Not LIKE, which ignores case in SQLite.
             wanted = wanted.where(func.substr(DocumentRow.document_id, 1, len(without)) != without)
         with store.catalog.read() as session:
             page = session.scalars(wanted).all()

@@ -1,6 +1,6 @@
-"""The driver: makes a job, sees to it that workers are at work on it, and tells how far they are.
+"""The driver: create a job, keep workers running on it, and report progress.
 
-It claims nothing and reads no document, so that killing it loses nothing: its workers end, and the next driver goes on.
+It claims no task and reads no document, so killing it loses nothing: its workers exit, and the next driver resumes.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ from kv_memory.store import Store
 
 __all__ = ["JobRequest", "create_job", "drive"]
 
-_POLL_S = 0.2, 0.5  # in the beginning, and later: workers want the processor too
+_POLL_S = 0.2, 0.5  # at the start, and later: polling takes processor time from the workers
 _BEGINNING_S = 5.0
-_SHARE_OF_POLLING = 0.02  # of the time, at most: counting a million tasks takes a while
+_SHARE_OF_POLLING = 0.02  # upper bound, as a share of the time: counting a million tasks is slow
 _SLOWEST_POLL_S = 5.0
-_MOST_STRIKES = 10  # workers that die one after the other without having had a document
-_MOST_TOLD = 1000  # failures told one by one; the ledger has them all
+_MOST_STRIKES = 10  # consecutive workers that die without having held a document
+_MOST_TOLD = 1000  # failures reported as events; the ledger holds all of them
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobRequest:
-    """What a user asks for.
+    """A user's request for a job.
 
     Attributes:
         sources: Files, folders, patterns, `hub:NAME`, `sql:URL`.
-        sync: A folder that the collection is to be made equal to, instead of sources.
-        force: Sync even if that deletes documents that are not from the folder, or all there are.
-        glob: Which files of a folder.
-        query: For `sql:`.
-        name: Of the job; the time if None.
+        sync: Folder that the collection is made equal to, instead of `sources`.
+        force: True to sync even if that deletes documents from outside the folder, or all documents.
+        glob: Pattern for the files of a folder.
+        query: SQL query for the `sql:` sources.
+        name: Name of the job; derived from the current time if None.
     """
 
     sources: Sequence[str] = ()
@@ -63,11 +63,12 @@ class JobRequest:
     name: str | None = None
 
     def specs(self, settings: JobSettings) -> list[dict[str, Any]]:
-        """The sources as the ledger keeps them.
+        """The sources as specs, the form that the ledger stores.
 
         Raises:
-            ConfigError: There is none, or one is malformed, or sync is asked for beside sources.
-            UnreadableDocumentError: There is no such file or folder.
+            ConfigError: No source is given, a source is malformed, `sync` is combined with sources or is not a folder
+                of files, or another option does not fit the sources.
+            UnreadableDocumentError: A file or folder does not exist, or no file of records matches a pattern.
         """
         if (self.sync is None) == (not self.sources):
             raise ConfigError(
@@ -100,12 +101,12 @@ class JobRequest:
 
 
 def create_job(store: Store, request: JobRequest, settings: JobSettings) -> Job:
-    """Write a job into the ledger.
+    """Create a job in the ledger.
 
     Raises:
         ConfigError: The request is malformed.
-        UnreadableDocumentError: There is no such file or folder.
-        JobError: The name is taken, or the sync would delete what it should not.
+        UnreadableDocumentError: A file or folder does not exist, or no file of records matches a pattern.
+        JobError: The name is taken or invalid, or the sync would delete documents that `force` does not allow.
     """
     specs = request.specs(settings)
     if request.sync is not None and not request.force:
@@ -126,18 +127,18 @@ def drive(
     """Run a job to its end.
 
     Args:
-        store: The job's.
-        job: From `create_job` or the ledger.
-        engine: Runs the workers.
-        resumed: The job was begun before.
-        retry_failed: Try failed documents again.
-        on_event: Called with everything that happens, from this thread.
+        store: Store of the job.
+        job: Job from `create_job` or the ledger.
+        engine: Engine that runs the workers.
+        resumed: True if the job was started before.
+        retry_failed: True to retry failed documents.
+        on_event: Callback for every event, called from this thread.
 
     Raises:
-        JobError: Somebody else drives the job, or it was cancelled before.
-        WorkerDiedError: Workers die before they have done anything.
-        KVMemoryError: No worker can do any document: the model cannot be loaded, or the store not be written. The job
-            can be resumed; one that has done nothing yet because of its model or settings is forgotten instead.
+        JobError: Another process drives the job, or it was cancelled before.
+        WorkerDiedError: Too many workers in a row died before they held a document.
+        KVMemoryError: No worker can process any document: the model cannot be loaded, or the store cannot be written.
+            The job can be resumed. A new job that has processed nothing because of its model or settings is removed.
     """
     ledger = Ledger(store)
     with ledger.driving(job):
@@ -168,7 +169,7 @@ class _Driver:
         self._speed = Speedometer()
         self._expired_s = 0.0
         self._strikes = 0
-        self._progress = 0  # documents done or failed when it was last looked
+        self._progress = 0  # documents done or failed at the last check
         self._told = {number for number, _ in ledger.failed(job, limit=_MOST_TOLD)}
 
     def run(self) -> JobEnded:
@@ -187,14 +188,14 @@ class _Driver:
         ended = self._ended(time.monotonic() - start_s)
         self._on_event(ended)
         if self._job.sources.get("sync") and not self._ledger.counts(self._job).total:
-            self._ledger.forget(self._job)  # nothing was to be done, and nothing needs to be remembered of it
+            self._ledger.forget(self._job)  # the sync found nothing to do, so no record is needed
         return ended
 
     def _watch(self, start_s: float) -> str:
-        """Until there is nothing left; the job's state by then."""
+        """Keep the job running until no document is left; return its final state."""
         pause_s = 0.0
         while True:
-            # Asked in this order: what is found between the two looks is in the counts.
+            # In this order: documents discovered between the two calls are then included in the counts.
             discovered = self._is_discovered()
             asked_s = time.monotonic()
             counts, state = self._ledger.counts(self._job), self._ledger.state(self._job)
@@ -295,7 +296,7 @@ class _Driver:
 
 
 def _raised(end: WorkerEnd) -> KVMemoryError:
-    """The error of a worker, as one of this process."""
+    """A worker's error, rebuilt as an exception of this process."""
     assert end.error is not None
     kind = getattr(errors, str(end.error.get("error")), JobError)
     what = str(end.error.get("what"))

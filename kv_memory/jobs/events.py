@@ -1,4 +1,4 @@
-"""What a job tells while it runs: events, each a frozen record."""
+"""Events that a job reports while it runs, each a frozen record."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["DocumentFailed", "Event", "JobEnded", "JobStarted", "Progress", "Spe
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that happened; `kind` names it for machines."""
+    """An event; `kind` is its machine-readable name."""
 
     kind: ClassVar[str]
     job: str
@@ -22,11 +22,11 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class JobStarted(Event):
-    """A job begins, or goes on.
+    """A job starts or resumes.
 
     Attributes:
-        sources: What it reads, for people.
-        resumed: It was begun before.
+        sources: Names of the job's sources, for display.
+        resumed: True if the job was started before.
     """
 
     kind = "started"
@@ -36,20 +36,20 @@ class JobStarted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Progress(Event):
-    """How far a job is.
+    """The progress of a job.
 
     Attributes:
-        discovered: Whether all documents are known; else `total` grows.
-        total: Documents known.
-        done: Documents done.
-        failed: Documents that failed.
-        in_hand: Documents that workers are at.
-        n_tokens: Compressed in this job.
-        n_workers: Worker processes at work.
-        elapsed_s: Since the job began or went on.
-        documents_per_s: Lately.
-        tokens_per_s: Lately.
-        left_s: Estimate; None where nothing is known yet.
+        discovered: True once all documents are known; until then `total` grows.
+        total: Number of known documents.
+        done: Number of finished documents.
+        failed: Number of failed documents.
+        in_hand: Number of documents in progress.
+        n_tokens: Number of tokens compressed in this job.
+        n_workers: Number of running workers.
+        elapsed_s: Time since the job started or resumed, in seconds.
+        documents_per_s: Recent rate of documents per second.
+        tokens_per_s: Recent rate of tokens per second.
+        left_s: Estimated remaining time in seconds; None while it is unknown.
     """
 
     kind = "progress"
@@ -68,7 +68,7 @@ class Progress(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentFailed(Event):
-    """A document failed; the job goes on."""
+    """A document failed; the job continues."""
 
     kind = "failed"
     document_id: str
@@ -79,7 +79,7 @@ class DocumentFailed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerEnded(Event):
-    """A worker died and is replaced; its document is done again."""
+    """A worker died and is replaced; its document is retried, unless its attempts are used up."""
 
     kind = "worker_died"
     worker: str
@@ -88,21 +88,21 @@ class WorkerEnded(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class JobEnded(Event):
-    """There is nothing left to do.
+    """The job has ended.
 
     Attributes:
-        state: `done` or `cancelled`.
-        added: Documents that are new.
-        replaced: Documents whose text, metadata or settings had changed.
-        unchanged: Documents for which there was nothing to do.
-        deleted: Documents that a sync has deleted.
-        failed: Documents that failed.
-        cancelled: Documents left out because the job was cancelled.
-        n_passages: Compressed.
-        n_tokens: Compressed.
-        cache_bytes: Of the new distilled caches.
-        full_kv_bytes: What their uncompressed caches would take.
-        elapsed_s: Since the job began or went on.
+        state: Final state, `done` or `cancelled`.
+        added: Number of new documents.
+        replaced: Number of documents with changed text, metadata or settings.
+        unchanged: Number of documents that needed no work.
+        deleted: Number of documents deleted by a sync.
+        failed: Number of failed documents.
+        cancelled: Number of documents left out because the job was cancelled.
+        n_passages: Number of passages compressed.
+        n_tokens: Number of tokens compressed.
+        cache_bytes: Size of the new distilled caches in bytes.
+        full_kv_bytes: Size that their uncompressed caches would have, in bytes.
+        elapsed_s: Time since the job started or resumed, in seconds.
     """
 
     kind = "ended"
@@ -121,10 +121,10 @@ class JobEnded(Event):
 
 
 class Speedometer:
-    """How fast a job is, lately: a job's first minute says little about its tenth hour.
+    """The recent speed of a job: its first minute says little about its tenth hour.
 
     Args:
-        window_s: What counts as lately, in seconds.
+        window_s: Length of the sliding window in seconds.
     """
 
     def __init__(self, *, window_s: float = 60.0) -> None:
@@ -133,9 +133,9 @@ class Speedometer:
         self._seen: deque[tuple[float, int, int, int]] = deque()
 
     def see(self, now_s: float, counts: Counts) -> None:
-        """Look at the counts at a time."""
+        """Record the counts at a point in time."""
         if len(self._seen) == 1 and not self._begun:
-            self._seen.clear()  # the time in which models are loaded is not that of documents
+            self._seen.clear()  # the time for loading models does not count
         self._begun = self._begun or bool(counts.running)
         self._seen.append((now_s, counts.done + counts.failed, counts.n_tokens, counts.done_bytes))
         while len(self._seen) > 2 and now_s - self._seen[1][0] > self._window_s:
@@ -143,16 +143,16 @@ class Speedometer:
 
     @property
     def documents_per_s(self) -> float:
-        """Documents done or failed a second."""
+        """Documents done or failed per second."""
         return self._rate(1)
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens compressed a second."""
+        """Tokens compressed per second."""
         return self._rate(2)
 
     def left_s(self, counts: Counts) -> float | None:
-        """How long the rest takes, by the sizes of the documents where these are known."""
+        """Estimated remaining time, based on the sizes of the documents if they are known; None while it is unknown."""
         if not counts.open:
             return 0.0
         done, left = (self._rate(3), counts.open_bytes) if counts.open_bytes else (self._rate(1), counts.open)

@@ -1,4 +1,4 @@
-"""What a source holds: small items, of which a million may pass by, and the documents that are read from them."""
+"""Sources: small items, possibly millions of them, and the documents read from them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["ReadItem", "Source", "SourceItem", "duplicate_error"]
 
 @dataclass(frozen=True, kw_only=True)
 class SourceItem:
-    """A document that a source holds, without its text.
+    """A document of a source, without its text.
 
     Attributes:
-        document_id: Names it in the collection.
-        uri: From which a worker reads this one document: `file:///a.md`, `file:///a.jsonl#BYTE OFFSET`.
-        size_bytes: Of its source, 0 where that is not known; larger ones are done first, so that none is left to the
-            end alone, and those that follow each other are of about the same length.
-        error: Why it cannot be read, if that is known already, as `KVMemoryError.to_dict` has it.
+        document_id: Id of the document in the collection.
+        uri: Address from which a worker reads this document: `file:///a.md`, `file:///a.jsonl#BYTE OFFSET`.
+        size_bytes: Size of the source in bytes; 0 if unknown. Larger documents are processed first, so that none is
+            left alone at the end, and consecutive documents have about the same length.
+        error: Error found while listing the source, in the form of `KVMemoryError.to_dict`; None if it can be read.
     """
 
     document_id: str
@@ -31,17 +31,17 @@ class SourceItem:
 
     @property
     def locator(self) -> str:
-        """Where in its source: what stands behind the `#`."""
+        """The place of the document in its source: the part of the uri after the `#`."""
         return self.uri.partition("#")[2]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadItem:
-    """A document as a worker has read it.
+    """A document read by a worker.
 
     Attributes:
-        document: With its text.
-        whole: It is a passage already, and is not cut.
+        document: Document with its text.
+        whole: True if the document is already a passage and must not be split.
     """
 
     document: Document
@@ -49,28 +49,28 @@ class ReadItem:
 
 
 class Source(Protocol):
-    """Something that holds documents."""
+    """A source of documents."""
 
     def items(self) -> Iterator[SourceItem]:
-        """Every document, one after the other; whatever their number, few are held in memory.
+        """Yield every document; only a few are in memory at a time.
 
         Raises:
-            KVMemoryError: The source as a whole cannot be read, or not any further.
+            KVMemoryError: The source as a whole cannot be read, or its reading breaks off.
         """
 
     def read(self, item: SourceItem) -> ReadItem:
-        """One document.
+        """Read one document.
 
         Raises:
-            KVMemoryError: It is not there any more, or is no text.
+            KVMemoryError: The document no longer exists, or is not text.
         """
 
     def close(self) -> None:
-        """Let go of files and connections."""
+        """Release files and connections."""
 
 
 def duplicate_error(item: SourceItem, first: str) -> SourceItem:
-    """A second document of the same id, as an item that has failed."""
+    """A failed item for a second document with the same id."""
     error = DuplicateDocumentError(
         "two documents have the same id",
         where=f"{item.document_id}: {first} and {item.uri}",

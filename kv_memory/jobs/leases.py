@@ -1,4 +1,4 @@
-"""Leases: which workers live, and which task each of them holds."""
+"""Leases: which workers are alive, and which task each of them holds."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ except ImportError:  # Windows
 
 
 def locks_reach(catalog: Catalog) -> bool:
-    """Whether a name that a process holds tells all others that it lives; elsewhere leases alone do."""
+    """Whether a held lock proves to every other process that its holder is alive; if not, only leases do."""
     return catalog.dialect == "postgresql" or hasattr(fcntl, "F_OFD_SETLK")
 
 
 def count_of(result: Any) -> int:
-    """How many rows a statement has changed."""
+    """Number of rows that a statement has changed."""
     assert isinstance(result, CursorResult)
     return result.rowcount
 
 
 class Roll:
-    """The workers of a collection's jobs. Thread-safe.
+    """The workers of a collection's jobs; thread-safe.
 
-    A worker that is killed is known dead at once by the name it no longer holds, on this machine and, with PostgreSQL,
-    on any. One that hangs, or that is cut off, is given up when its lease has expired. Process ids were rejected: they
-    are used again, and containers have the same ones.
+    A killed worker is detected at once because its lock is released: on this machine and, with PostgreSQL, on any
+    machine. A worker that hangs or is disconnected is given up when its lease expires. Process ids were rejected: they
+    are reused, and containers have the same ones.
 
     Args:
-        store: Whose catalog holds the ledger.
+        store: Store with the catalog that holds the ledger.
     """
 
     def __init__(self, store: Store) -> None:
@@ -55,12 +55,12 @@ class Roll:
 
     @contextmanager
     def living(self, worker: str) -> Iterator[None]:
-        """A context in which others can see that this worker lives."""
+        """Hold the lock by which other processes see that this worker is alive."""
         with self._catalog.hold(f"worker {worker}"):
             yield
 
     def free_dead(self, job: Job) -> int:
-        """Free the tasks of workers that do not live any more, and those with expired leases; returns how many."""
+        """Free the tasks of dead workers and those with expired leases; return their number."""
         running = select(TaskRow.worker).where(TaskRow.job_id == job.id, TaskRow.state == "running").distinct()
         with self._catalog.read() as session:
             workers = [worker for worker in session.scalars(running) if worker is not None]
@@ -68,13 +68,16 @@ class Roll:
         return sum(self.free(job, worker, "its process is gone") for worker in dead) + self.expire(job)
 
     def free(self, job: Job, worker: str, reason: str) -> int:
-        """Free the tasks of a worker that is known dead; returns how many. Too many attempts make them failed."""
+        """Free the tasks of a dead worker and return their number; tasks with too many attempts fail."""
         with self._catalog.write(alone=False) as session:
             return self._give_up(session, job, TaskRow.worker == worker, reason)
 
     def release_all(self, job: Job, prefix: str) -> int:
-        """Free the tasks of workers that were stopped on purpose, by how their names begin; no attempt is counted."""
-        # Not LIKE, to which an underscore in the name of a machine would be any letter.
+        """Free the tasks of workers stopped on purpose, without counting the attempt; return their number.
+
+        The workers are selected by the prefix of their names.
+        """
+        # Not LIKE, where an underscore in a host name would match any character.
         whose = func.substr(TaskRow.worker, 1, len(prefix)) == prefix
         held = update(TaskRow).where(TaskRow.job_id == job.id, TaskRow.state == "running", whose)
         left = {"worker": None, "lease_expires_at": None, "updated_at": utc_now()}
@@ -83,7 +86,7 @@ class Roll:
             return count_of(session.execute(again.execution_options(synchronize_session=False)))
 
     def expire(self, job: Job) -> int:
-        """Free the tasks whose workers have not renewed their leases; returns how many."""
+        """Free the tasks with expired leases; return their number."""
         expired = TaskRow.lease_expires_at < utc_now()
         due = select(TaskRow.id).where(TaskRow.job_id == job.id, TaskRow.state == "running", expired).limit(1)
         with self._catalog.read() as session:
@@ -109,26 +112,26 @@ class Roll:
 
     def _lives(self, worker: str) -> bool:
         if not self._locks_reach:
-            return True  # its lease will tell
+            return True  # only an expired lease shows that it is dead
         with self._catalog.hold(f"worker {worker}", wait=False) as had:
             return not had
 
 
-LEASE_S = 60.0  # a worker that is cut off keeps a document for so long from the others
+LEASE_S = 60.0  # for this long a disconnected worker keeps a document from the others
 
 
 class Claims:
-    """The tasks of one job, for one worker.
+    """The tasks of one job, as claimed by one worker.
 
-    A lease says until when a document is in hand; a thread renews it four times as often as needed. Whoever finds it
-    expired may take the document over, and the one who had it finds its result refused. That leases are compared
-    across machines asks for clocks that differ by less than a lease.
+    A lease states until when a worker holds a document; a thread renews it four times as often as needed. Once it has
+    expired, `Roll.expire` frees the document for another worker, and the result of the previous worker is refused.
+    Leases are compared across machines, so their clocks must differ by less than a lease.
 
     Args:
-        store: Whose catalog holds the ledger.
-        job_id: The job.
-        worker: Names the worker.
-        lease_s: Until when a claim holds unless it is renewed, in seconds from now.
+        store: Store with the catalog that holds the ledger.
+        job_id: Id of the job.
+        worker: Name of the worker.
+        lease_s: Duration of a claim in seconds, unless it is renewed.
     """
 
     def __init__(self, store: Store, job_id: int, worker: str, *, lease_s: float = LEASE_S) -> None:
@@ -138,10 +141,10 @@ class Claims:
         self._lease_s = lease_s
 
     def claim(self, number: int | None = None) -> Task | None:
-        """The next document, now in this worker's hand; None if none is pending.
+        """Claim the next pending document; return None if no document is pending.
 
         Args:
-            number: Of its task, where it is chosen already; None then means that somebody else was quicker.
+            number: Id of a task chosen in advance. The result is then None if another worker has claimed it first.
         """
         with self._catalog.write(alone=False) as session:
             return self._claim(session, number)
@@ -153,7 +156,7 @@ class Claims:
             .where(other.job_id == self._job_id, other.state == "pending")
             .order_by(other.priority, other.id)
             .limit(1)
-            # Two workers on PostgreSQL must not wait for each other's rows. SQLite has no such clause, and needs none.
+            # Workers on PostgreSQL must not wait for each other's rows. SQLite lacks this clause and does not need it.
             .with_for_update(skip_locked=True)
         )
         if number is not None:
@@ -175,25 +178,25 @@ class Claims:
         return None if row is None else Task(**row._mapping)
 
     def pending(self) -> bool:
-        """Whether there is something to claim: cheaper than to try in vain, which waits for other writers."""
+        """Whether a document is pending; cheaper than a `claim` that finds nothing, which waits for other writers."""
         one = select(TaskRow.id).where(TaskRow.job_id == self._job_id, TaskRow.state == "pending").limit(1)
         with self._catalog.read() as session:
             return session.scalar(one) is not None
 
     def wanted(self) -> bool:
-        """Whether the job goes on."""
+        """Whether the job is still running."""
         with self._catalog.read() as session:
             return session.scalar(select(JobRow.state).where(JobRow.id == self._job_id)) == "running"
 
     def finish(self, task: Task, result: TaskResult | FailedResult, *, go_on: bool = True) -> Task | None:
-        """Say what became of a document, and claim the next one, in one transaction: each costs a sync to disk.
+        """Record the result of a document and claim the next one, in one transaction: each costs a sync to disk.
 
-        Nothing is said of a document that is another worker's by now.
+        The result is dropped if this worker no longer holds the document.
 
         Args:
-            task: From `claim` or from here.
-            result: What became of it.
-            go_on: Claim the next one.
+            task: Task from `claim` or from an earlier `finish`.
+            result: Result or error of the document.
+            go_on: True to claim the next document.
         """
         error = result.error if isinstance(result, FailedResult) else None
         told = dataclasses.asdict(result) if isinstance(result, TaskResult) else {"elapsed_s": result.elapsed_s}
@@ -203,7 +206,7 @@ class Claims:
             return self._claim(session) if go_on else None
 
     def release(self, task: Task) -> bool:
-        """Give a document back unfinished; the attempt does not count."""
+        """Release an unfinished document without counting the attempt; False if this worker no longer holds it."""
         with self._catalog.write(alone=False) as session:
             return self._change(
                 session,
@@ -215,7 +218,7 @@ class Claims:
             )
 
     def renew(self, task: Task) -> bool:
-        """Keep a document in hand for another lease; False if it is another worker's by now."""
+        """Hold a document for another lease; False if this worker no longer holds it."""
         with self._catalog.write(alone=False) as session:
             return self._change(session, task, lease_expires_at=self._until())
 
@@ -232,10 +235,10 @@ class Claims:
 
 
 class Renewer(threading.Thread):
-    """A thread that renews the lease of the document in hand, so that a long one may take its time.
+    """A thread that renews the lease of the current document, so that a long document may take longer than a lease.
 
     Attributes:
-        task: The one in hand; None in between.
+        task: Task in progress; None between tasks.
     """
 
     def __init__(self, claims: Claims, *, lease_s: float) -> None:
@@ -259,5 +262,5 @@ class Renewer(threading.Thread):
         """See `threading.Thread.run`."""
         while not self._ended.wait(self._pause_s):
             if (task := self.task) is not None:
-                with suppress(StoreError):  # tried again soon; if the catalog stays away, the worker itself notices
+                with suppress(StoreError):  # retried soon; if the catalog stays unavailable, the worker notices
                     self._claims.renew(task)

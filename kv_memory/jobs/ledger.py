@@ -1,6 +1,7 @@
-"""The ledger of jobs: which there are, which documents belong to them, and how far they are. All in SQL.
+"""The ledger: a collection's jobs, their documents and their progress, all in SQL.
 
-It is the checkpoint: a document that is done is never done again, whoever dies. Workers claim from it, see `claims.py`.
+It is the checkpoint: a finished document is never processed again, whichever process dies. Workers claim tasks from it,
+see `leases.Claims`.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ __all__ = ["Ledger"]
 
 
 class Ledger:
-    """The jobs of one collection. Thread-safe.
+    """The jobs of one collection; thread-safe.
 
     Args:
-        store: Whose catalog holds it.
+        store: Store with the catalog that holds the ledger.
     """
 
     def __init__(self, store: Store) -> None:
@@ -40,10 +41,10 @@ class Ledger:
     # jobs
 
     def create(self, name: str, *, sources: Mapping[str, Any], settings: JobSettings) -> Job:
-        """A new job without any task yet.
+        """Create a job without tasks.
 
         Raises:
-            JobError: The name is taken, or no name.
+            JobError: The name is taken or invalid.
         """
         if not 0 < len(name) <= 64 or not name.isprintable():
             raise JobError(
@@ -69,10 +70,10 @@ class Ledger:
         return self.job(name)
 
     def job(self, name: str) -> Job:
-        """A job by its name.
+        """Look up a job by its name.
 
         Raises:
-            JobNotFoundError: The collection has no such job.
+            JobNotFoundError: The collection has no job of this name.
         """
         with self._catalog.read() as session:
             row = session.execute(self._jobs().where(JobRow.name == name)).one_or_none()
@@ -89,16 +90,16 @@ class Ledger:
         return [self._record(row) for row in rows]
 
     def state(self, job: Job) -> str:
-        """`running`, `done` or `cancelled`, whoever drives it."""
+        """The stored state: `running`, `done` or `cancelled`; `running` whether or not a process drives the job."""
         with self._catalog.read() as session:
             return session.scalar(select(JobRow.state).where(JobRow.id == job.id)) or "cancelled"
 
     @contextmanager
     def driving(self, job: Job) -> Iterator[None]:
-        """A context in which nobody else drives the job.
+        """Hold the lock that lets nobody else drive the job.
 
         Raises:
-            JobError: Somebody drives it.
+            JobError: The job is already being driven.
         """
         with self._catalog.hold(f"job {job.id}", wait=False) as had:
             if not had:
@@ -110,19 +111,19 @@ class Ledger:
             yield
 
     def set_fingerprint(self, job: Job, digest: str) -> None:
-        """Say what the job's caches are made under."""
+        """Record the fingerprint digest of the job's caches."""
         self._update(job, fingerprint=digest)
 
     def set_discovered(self, job: Job, *, n_unchanged: int = 0) -> None:
-        """Say that every document of the sources has its task."""
+        """Record that every document of the sources has a task."""
         self._update(job, discovered=True, n_unchanged=n_unchanged)
 
     def count_deleted(self, job: Job, n: int) -> None:
-        """Say that a sync has deleted so many documents more."""
+        """Add `n` to the number of documents deleted by a sync."""
         self._update(job, n_deleted=JobRow.n_deleted + n)
 
     def finish(self, job: Job) -> bool:
-        """Say that there is nothing left to do; False if it was cancelled meanwhile."""
+        """Mark the job as done; False if it was cancelled meanwhile."""
         now = utc_now()
         with self._catalog.write() as session:
             done = update(JobRow).where(JobRow.id == job.id, JobRow.state == "running")
@@ -130,11 +131,11 @@ class Ledger:
             return count_of(result) > 0
 
     def reopen(self, job: Job, *, retry_failed: bool = False) -> Job:
-        """Let a job go on. What nobody has in hand any more is pending again.
+        """Set a job to running again; tasks held by dead workers are left to `Roll.free_dead`.
 
         Args:
-            job: It must be driven by this process.
-            retry_failed: Failed documents are tried again; what failed while looking for documents is looked for again.
+            job: Job that this process drives, see `driving`.
+            retry_failed: True to retry failed documents, and to repeat the discovery if it found broken ones.
 
         Raises:
             JobError: The job was cancelled.
@@ -150,7 +151,7 @@ class Ledger:
             again: dict[str, Any] = {"state": "running", "finished_at": None, "updated_at": now}
             if retry_failed:
                 failed = (TaskRow.job_id == job.id) & (TaskRow.state == "failed")
-                # Never tried: what was found wrong before a worker had it.
+                # Without attempts: discovery found the error before any worker claimed the document.
                 if count_of(session.execute(delete(TaskRow).where(failed, TaskRow.attempts == 0))):
                     again["discovered"] = False
                 retried = update(TaskRow).where(failed)
@@ -159,10 +160,13 @@ class Ledger:
         return self.job(job.name)
 
     def cancel(self, job: Job) -> int:
-        """Leave out what is pending; documents in hand are finished by their workers. Returns how many are left out.
+        """Cancel a job and return the number of documents left out.
+
+        Workers of a running job finish their current documents. An interrupted job has no workers, so its documents in
+        progress are left out too.
 
         Raises:
-            JobError: There is nothing to cancel.
+            JobError: The job is neither running nor interrupted.
         """
         if job.state not in {"running", "interrupted"}:
             raise JobError(
@@ -180,17 +184,17 @@ class Ledger:
             return count_of(result)
 
     def forget(self, job: Job) -> None:
-        """Remove a job with its tasks."""
+        """Delete a job with its tasks."""
         with self._catalog.write() as session:
             session.execute(delete(JobRow).where(JobRow.id == job.id))
 
     # tasks
 
     def add(self, job: Job, items: Sequence[SourceItem]) -> None:
-        """Insert tasks; those that are there stay as they are. A few hundred at a time.
+        """Insert tasks for at most a few hundred items; existing tasks stay unchanged.
 
-        A second document of the same id, from another place, becomes a failed task of its own: dropped silently, its
-        text would be lost.
+        A second document with the same id, from another place, becomes a failed task of its own. Dropping it would lose
+        its text silently.
 
         Raises:
             JobError: The job was cancelled.
@@ -229,7 +233,7 @@ class Ledger:
         session.execute(insert(TaskRow).on_conflict_do_nothing(index_elements=["job_id", "document_id"]), rows)
 
     def counts(self, job: Job) -> Counts:
-        """How far the job is."""
+        """Progress of the job."""
         sums = [func.coalesce(func.sum(getattr(TaskRow, name)), 0) for name in _SUMMED]
         states = (
             select(TaskRow.state, TaskRow.outcome, func.count(), *sums)
@@ -257,13 +261,13 @@ class Ledger:
         return Counts(**left, outcomes=outcomes, **totals, done_bytes=done_bytes, open_bytes=open_bytes)
 
     def is_open(self, job: Job) -> bool:
-        """Whether documents are pending or in hand."""
+        """Whether documents are pending or in progress."""
         left = select(TaskRow.id).where(TaskRow.job_id == job.id, TaskRow.state.in_(["pending", "running"])).limit(1)
         with self._catalog.read() as session:
             return session.scalar(left) is not None
 
     def failed(self, job: Job, *, after: int = 0, limit: int = 100) -> list[tuple[int, FailedTask]]:
-        """Failed documents with the numbers of their tasks, in the order of these, from after a number on."""
+        """Failed documents with the ids of their tasks, in ascending order, starting after the id `after`."""
         wanted = (
             select(TaskRow)
             .where(TaskRow.job_id == job.id, TaskRow.state == "failed", TaskRow.id > after)
@@ -282,7 +286,7 @@ class Ledger:
             ]
 
     def pending_range(self, job: Job) -> tuple[int, int] | None:
-        """The lowest and the highest number of the tasks to do; None if there is none."""
+        """Lowest and highest id of the pending tasks; None if no task is pending."""
         ends = select(func.min(TaskRow.id), func.max(TaskRow.id)).where(
             TaskRow.job_id == job.id, TaskRow.state == "pending"
         )
@@ -291,7 +295,7 @@ class Ledger:
         return None if low is None else (low, high)
 
     def pending(self, job: Job, *, low: int, high: int) -> list[Task]:
-        """Documents to do whose tasks have numbers from `low` to below `high`; nobody has them in hand yet."""
+        """Pending tasks, not yet claimed, with ids from `low` to below `high`."""
         wanted = (
             select(TaskRow.id, TaskRow.job_id, TaskRow.document_id, TaskRow.uri, TaskRow.attempts)
             .where(TaskRow.job_id == job.id, TaskRow.state == "pending", TaskRow.id >= low, TaskRow.id < high)

@@ -1,4 +1,4 @@
-"""What the ledger tells: frozen records without any database behind them."""
+"""Records of the ledger: frozen dataclasses that are independent of the database."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ __all__ = [
 ]
 
 JobState = Literal["running", "interrupted", "done", "cancelled"]
-"""`running` in the ledger is `interrupted` where nobody drives the job any more."""
+"""`interrupted` is stored as `running`: no process drives the job any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobSettings:
-    """How a job's documents are read and compressed; kept in the ledger, so that every worker does the same.
+    """Settings for reading and compressing a job's documents, kept in the ledger so that all workers use the same.
 
     Attributes:
         memory: `MemorySettings` as a dict.
-        encoding: Of text files without a byte order mark.
-        id_field: The field of a record that names it.
-        text_field: The field of a record that is its text.
-        max_attempts: How many workers may die over one document before it counts as failed.
+        encoding: Encoding of text files without a byte order mark.
+        id_field: Field of a record that holds its id.
+        text_field: Field of a record that holds its text.
+        max_attempts: Number of workers that may die over one document before it counts as failed.
     """
 
     memory: dict[str, Any]
@@ -65,23 +65,23 @@ class JobSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job as the ledger has it.
+    """A job as stored in the ledger.
 
     Attributes:
-        id: Its row.
-        name: Unique in the store.
-        collection_id: The collection its documents go into.
-        collection: Its name.
-        state: `running`, `interrupted`, `done` or `cancelled`.
-        sources: What was asked for: `{"items": [...], "sync": FOLDER or None, ...}`.
-        settings: How documents are read and compressed.
-        fingerprint: Digest of what its caches are made under; None until a worker has loaded the model.
-        discovered: Whether every document of the sources has its task by now.
-        n_deleted: Documents that a sync has deleted.
-        n_unchanged: Documents that a sync found stored and unchanged; they have no tasks.
-        created_at: UTC.
-        updated_at: UTC.
-        finished_at: UTC; None while there is something to do.
+        id: Id of the job's row.
+        name: Name, unique in the store.
+        collection_id: Id of the collection that receives the documents.
+        collection: Name of this collection.
+        state: State of the job: `running`, `interrupted`, `done` or `cancelled`.
+        sources: Requested sources, `{"items": [SPEC, ...], "sync": bool}`.
+        settings: Settings for reading and compressing the documents.
+        fingerprint: Digest of the caches' fingerprint; None until a worker has loaded the model.
+        discovered: True once every document of the sources has a task.
+        n_deleted: Number of documents deleted by a sync.
+        n_unchanged: Number of documents that a sync found stored and unchanged; they have no tasks.
+        created_at: Time of creation, in UTC.
+        updated_at: Time of the last change, in UTC.
+        finished_at: Time of the end, in UTC; None while the job is unfinished.
     """
 
     id: int
@@ -113,15 +113,15 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """What became of a document.
+    """The result of one document.
 
     Attributes:
-        outcome: `unchanged` ones cost a hash.
-        n_passages: Compressed for it.
-        n_tokens: Compressed for it.
-        cache_bytes: Of the new distilled caches.
-        full_kv_bytes: What their uncompressed caches would take.
-        elapsed_s: From the claim to here.
+        outcome: Kind of change to the document; `unchanged` costs only a hash.
+        n_passages: Number of passages compressed.
+        n_tokens: Number of tokens compressed.
+        cache_bytes: Size of the new distilled caches in bytes.
+        full_kv_bytes: Size that their uncompressed caches would have, in bytes.
+        elapsed_s: Processing time in seconds.
     """
 
     outcome: Literal["added", "replaced", "unchanged"]
@@ -134,7 +134,7 @@ class TaskResult:
 
 @dataclass(frozen=True, kw_only=True)
 class FailedResult:
-    """Why a document cannot be compressed: the error as `KVMemoryError.to_dict` has it."""
+    """The error of a document that cannot be compressed, in the form of `KVMemoryError.to_dict`."""
 
     error: dict[str, str | None]
     elapsed_s: float = 0.0
@@ -142,7 +142,7 @@ class FailedResult:
 
 @dataclass(frozen=True, kw_only=True)
 class FailedTask:
-    """A document that failed, with the error as `KVMemoryError.to_dict` has it."""
+    """A document that failed, with the error in the form of `KVMemoryError.to_dict`."""
 
     document_id: str
     uri: str
@@ -152,20 +152,20 @@ class FailedTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """How far a job is.
+    """The progress of a job.
 
     Attributes:
-        pending: Documents to do.
-        running: Documents that workers have in hand.
-        failed: Documents that failed.
-        cancelled: Documents left out because the job was cancelled.
-        outcomes: Documents done, by what became of them.
-        n_passages: Compressed.
-        n_tokens: Compressed.
-        cache_bytes: Of the new distilled caches.
-        full_kv_bytes: What their uncompressed caches would take.
-        done_bytes: Size of the sources of what is done or failed, where known.
-        open_bytes: Size of the sources of what is pending or running, where known.
+        pending: Number of documents not yet claimed.
+        running: Number of documents in progress.
+        failed: Number of failed documents.
+        cancelled: Number of documents left out because the job was cancelled.
+        outcomes: Number of finished documents by outcome.
+        n_passages: Number of passages compressed.
+        n_tokens: Number of tokens compressed.
+        cache_bytes: Size of the new distilled caches in bytes.
+        full_kv_bytes: Size that their uncompressed caches would have, in bytes.
+        done_bytes: Size in bytes of the sources of done and failed documents, as far as known.
+        open_bytes: Size in bytes of the sources of pending and running documents, as far as known.
     """
 
     pending: int = 0
@@ -182,25 +182,25 @@ class Counts:
 
     @property
     def done(self) -> int:
-        """Documents done."""
+        """Number of finished documents."""
         return sum(self.outcomes.values())
 
     @property
     def open(self) -> int:
-        """Documents pending or in hand."""
+        """Number of documents pending or in progress."""
         return self.pending + self.running
 
     @property
     def total(self) -> int:
-        """Documents found so far."""
+        """Number of documents found so far."""
         return self.open + self.done + self.failed + self.cancelled
 
 
 def worker_name() -> str:
-    """A name no other worker has, on any machine; begins with this one's."""
+    """A worker name unique across machines; it starts with the host name."""
     return f"{socket.gethostname()[:100]}-{uuid.uuid4().hex[:12]}"
 
 
 def job_name() -> str:
-    """A name for a job that was given none: the time, so that they sort, and a little chance."""
+    """A default job name: the time, so that names sort, and a few random digits."""
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"

@@ -33,18 +33,18 @@ from kv_memory.store import Store
 
 __all__ = ["BROKEN", "BUSY", "FATAL", "Stopped", "do_one", "error_of", "main", "make_intake", "work"]
 
-FATAL = 3  # exit code: the error on standard output is not that of a document
-BUSY = 5  # exit code: the store does not answer, which may pass; a new worker takes the place
-BROKEN = 4  # exit code: the GPU's driver has given this process up
+FATAL = 3  # exit code: the error on standard output does not concern a document
+BUSY = 5  # exit code: the store does not respond, perhaps temporarily; a new worker takes over
+BROKEN = 4  # exit code: the GPU no longer works in this process
 _IDLE_S = 0.05, 0.5
 
 
 class Stopped(BaseException):
-    """The worker was told to stop. Raised where it stands, as KeyboardInterrupt is."""
+    """The request to stop; raised wherever the worker is, like KeyboardInterrupt."""
 
 
 def error_of(error: Exception) -> dict[str, str | None]:
-    """An error as the ledger keeps it."""
+    """An error in the form that the ledger stores."""
     if isinstance(error, KVMemoryError):
         return error.to_dict()
     text = str(error).strip()[:1000] or type(error).__name__
@@ -52,8 +52,8 @@ def error_of(error: Exception) -> dict[str, str | None]:
 
 
 def make_intake(store: Store, job: Job, *, device: str = "auto") -> Intake:
-    """The job's model and compressor, loaded. Errors as in `KVMemory.open`."""
-    # Imported here: it loads torch, which the process that only starts workers does without.
+    """Load the job's model and compressor; errors as in `KVMemory.open`."""
+    # This late import no longer keeps torch out of the module: `kv_memory.ingest.pipeline` above loads it too.
     from kv_memory.assembly import load_backbone, load_compressor, share_prefix
 
     settings = MemorySettings(**job.settings.memory)
@@ -67,7 +67,7 @@ def make_intake(store: Store, job: Job, *, device: str = "auto") -> Intake:
         passage_tokens=settings.passage_tokens,
         storage=settings.storage,
         keep_text=settings.keep_text,
-        # Storing waits for the disk most of the time, or for a server.
+        # Storing mostly waits for the disk or a server.
         writer=ThreadPoolExecutor(1, thread_name_prefix="writer"),
     )
 
@@ -75,21 +75,21 @@ def make_intake(store: Store, job: Job, *, device: str = "auto") -> Intake:
 def work(
     store: Store, job: Job, worker: str, intake: Intake, *, alone: Callable[[], bool], lease_s: float = LEASE_S
 ) -> int:
-    """Do documents of a job until it ends, or until nobody drives it any more.
+    """Process documents of a job until it ends, or until nobody drives it any more.
 
     Args:
-        store: The job's.
-        job: The job.
-        worker: The name of this worker.
-        intake: Of the job's settings.
-        alone: Whether the driver has died.
-        lease_s: See `Claims`.
+        store: Store of the job.
+        job: Job with the documents.
+        worker: Name of this worker.
+        intake: Ingest pipeline with the job's settings.
+        alone: Function that returns True once the worker should stop, e.g. because the driver has died.
+        lease_s: Duration of a lease in seconds, see `Claims`.
 
     Returns:
-        How many documents were done, failed ones included.
+        Number of documents processed, including failed ones.
 
     Raises:
-        StoreError: The store cannot be used; the document in hand was given back.
+        StoreError: The store cannot be used; the current document was released.
     """
     claims = Claims(store, job.id, worker, lease_s=lease_s)
     sources = Sources(job.sources["items"], job.settings)
@@ -113,10 +113,10 @@ def work(
                 if not remembered and isinstance(result, TaskResult):
                     remembered = True
                     if store.settings() != job.settings.memory:
-                        store.update_settings(job.settings.memory)  # what `ask` goes by, as after `add`
+                        store.update_settings(job.settings.memory)  # `ask` uses these settings, as after `add`
     except BaseException:
         if task is not None:
-            with suppress(StoreError):  # then its lease will run out
+            with suppress(StoreError):  # otherwise its lease expires
                 claims.release(task)
         raise
     finally:
@@ -128,21 +128,21 @@ def do_one(task: Task, sources: Sources, intake: Intake) -> TaskResult | FailedR
     """Read and compress one document.
 
     Raises:
-        StoreError: The store cannot be used, which is no fault of the document.
+        StoreError: The store cannot be used; the document is not at fault.
     """
     start_s = time.perf_counter()
     try:
         read = sources.read(SourceItem(document_id=task.document_id, uri=task.uri))
-        if read.whole:  # by the exact text, which others will ask for
+        if read.whole:  # stored under the exact text, which callers look up
             text, metadata = read.document.text, read.document.metadata
             report = intake.add_passages(read.document.id, [text], metadata=metadata, extend=False)
         else:
             report = intake.add_one(read.document)
     except StoreError:
-        raise  # no fault of the document
+        raise  # the document is not at fault
     except Exception as error:
         if "CUDA error" in str(error):
-            os._exit(BROKEN)  # whatever comes next in this process would fail too; a new worker takes the place
+            os._exit(BROKEN)  # every further call in this process would fail too; a new worker takes over
         return FailedResult(error=error_of(error), elapsed_s=time.perf_counter() - start_s)
     return TaskResult(
         outcome="unchanged" if report.unchanged else "added" if report.added else "replaced",
@@ -167,8 +167,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lease", type=float, default=LEASE_S, help="in seconds")
     args = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's; it tells its workers
-    warnings.filterwarnings("ignore")  # standard error is read for the last words of a crash only
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles Ctrl-C and stops its workers
+    warnings.filterwarnings("ignore")  # standard error is kept for the last line of a crash
     try:
         _run(args)
     except Stopped:
@@ -209,4 +209,4 @@ def _stop(_number: int, _frame: types.FrameType | None) -> NoReturn:
 if __name__ == "__main__":
     _code = main()
     sys.stdout.flush()
-    os._exit(_code)  # everything is closed; taking torch apart would take another second
+    os._exit(_code)  # everything is closed; shutting down torch would take another second

@@ -1,1 +1,1 @@
-"""The language model: loading it, its prompt form, its attention, rotary positions and KV cache."""
+"""The language model: loading, prompt form, attention, rotary positions and KV cache."""

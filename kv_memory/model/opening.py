@@ -1,9 +1,9 @@
-"""What an answer begins with: something that can be seen. This is the one place of that rule.
+"""The opening of an answer: its first tokens must lead to a visible character. This rule lives only here.
 
-Behind worked examples the likeliest first token is often the line break that also ends the answer, and behind a chat
-template the end token. Until an answer has a visible character, tokens that leave it without one are passed over, and
-stop strings do not count (`generate.text`). Masking a list of such tokens was rejected: every process would decode its
-whole vocabulary before the first answer, and a list does not know what several tokens that are one character come to.
+After worked examples, the likeliest first token is often the line break that also ends the answer; after a chat
+template, it is the end token. Until an answer has a visible character, tokens that leave it without one are skipped,
+and stop strings are ignored (`generate.text`). Masking a list of such tokens was rejected: every process would decode
+its whole vocabulary before the first answer, and a list cannot handle a character that consists of several tokens.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ _INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})  # control and format cha
 
 
 def first_visible(text: str) -> int:
-    """Index of the first visible character; the length of the text where there is none."""
+    """Index of the first visible character; the length of the text if no character is visible."""
     return next((i for i, char in enumerate(text) if unicodedata.category(char) not in _INVISIBLE), len(text))
 
 
 def is_visible(text: str) -> bool:
-    """Whether anything of a text can be seen."""
+    """Whether a text has a visible character."""
     return first_visible(text) < len(text)
 
 
 class Opening:
     """Picks the first tokens of one answer, up to its first visible character.
 
-    One space is let pass at the very beginning where the prompt does not end in white space: many tokenizers put it
-    apart from a digit, and `Answer: 3` is what the worked examples show.
+    One space is accepted as the very first token if the prompt does not end in white space: many tokenizers split it
+    from a digit, and the worked examples show `Answer: 3`.
 
     Args:
-        tokenizer: Of the model.
-        end_ids: Tokens that end an answer.
-        behind: The prompt's last token; None where there is no prompt.
+        tokenizer: Tokenizer of the model.
+        end_ids: Ids of the tokens that end an answer.
+        behind: Last token of the prompt; None if there is no prompt.
     """
 
     def __init__(self, tokenizer: Any, *, end_ids: Collection[int], behind: int | None) -> None:
@@ -54,16 +54,16 @@ class Opening:
         *,
         is_last: bool = False,
     ) -> int:
-        """The next token, by what `choose` picks of those that may stand here.
+        """Pick the next token among those allowed here.
 
         Args:
-            choose: Picks a token from logits.
-            logits: `(vocab_size,)`.
-            ids: The answer's tokens so far.
-            is_last: No more tokens will follow.
+            choose: Function that picks a token from logits.
+            logits: `(vocab_size,)`, logits of the next token.
+            ids: Tokens of the answer so far.
+            is_last: True if this is the last token of the answer.
 
         Returns:
-            A token; where none that has a finite logit may stand here, the first one that was picked.
+            An allowed token; the first pick if no token with a finite logit is allowed.
         """
         first = token = choose(logits)
         left = logits
@@ -76,19 +76,19 @@ class Opening:
         return token
 
     def likeliest(self, logits: torch.Tensor, ids: Sequence[int]) -> int:
-        """The next token of a greedy answer that has not begun. Arguments as in `pick`."""
+        """The next token of a greedy answer without a visible character yet; arguments as in `pick`."""
         return self.pick(lambda left: int(left.argmax()), logits, ids)
 
     def has_begun(self, ids: Sequence[int]) -> bool:
-        """Whether anything of an answer of these tokens can be seen; half a character at its end is none yet."""
+        """Whether an answer of these tokens has a visible character; an incomplete one at its end does not count."""
         return is_visible(self._decode(ids).rstrip("\ufffd"))
 
     def greedy(self, log_probs: torch.Tensor, ids: Sequence[int]) -> list[int]:
-        """What greedy decoding takes in the place of each token of an answer.
+        """The greedy choice at each position of an answer, given the answer's tokens before it.
 
         Args:
-            log_probs: `(len(ids), vocab_size)`, each row behind the tokens before it.
-            ids: The answer's tokens.
+            log_probs: `(len(ids), vocab_size)`, log-probabilities at each position.
+            ids: Tokens of the answer.
         """
         best: list[int] = log_probs.argmax(-1).tolist()
         for step, row in enumerate(log_probs):
@@ -105,7 +105,7 @@ class Opening:
     def _is_space(self, token: int) -> bool:
         if self._behind is None:
             return False
-        # Behind the prompt, because some tokenizers drop a space that nothing precedes.
+        # Decoded with the prompt's last token, because some tokenizers drop a leading space.
         before: str = self._tokenizer.decode([self._behind])
         return not before[-1:].isspace() and self._tokenizer.decode([self._behind, token]) == f"{before} "
 

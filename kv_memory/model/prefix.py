@@ -1,4 +1,4 @@
-"""Prefix: the shared head of every prompt, prefilled once and kept between runs."""
+"""Prefix: the shared beginning of every prompt, prefilled once and stored between runs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ __all__ = ["Prefix"]
 class Prefix:
     """The shared prefix, prefilled.
 
-    Unlike a distilled cache it keeps its positions, because it never moves, and so comes back bit by bit as it was.
+    Unlike a distilled cache, it is stored with rotary embedding, because its positions never change. It is therefore
+    restored bit by bit.
 
     Attributes:
-        ids: Its token ids.
+        ids: Token ids of the prefix.
         keys: `(num_layers, num_kv_heads, n_tokens, head_dim)`, with rotary embedding.
-        values: The same shape.
-        regime: Of the rotary frequencies, see `Rope.regime`.
+        values: `(num_layers, num_kv_heads, n_tokens, head_dim)`.
+        regime: Regime of the rotary frequencies, see `Rope.regime`.
     """
 
     ids: tuple[int, ...]
@@ -34,7 +35,7 @@ class Prefix:
     regime: tuple[Any, ...]
 
     def to_bytes(self, *, key: str) -> bytes:
-        """Keys and values as one safetensors file, which says under which key it is kept."""
+        """Keys and values as one safetensors file, with its storage key in the metadata."""
         return safetensors.torch.save({"keys": self.keys.cpu(), "values": self.values.cpu()}, metadata={"key": key})
 
     @classmethod
@@ -42,11 +43,11 @@ class Prefix:
         """Inverse of `to_bytes`.
 
         Args:
-            path: The file.
-            key: What it must be kept under. The oldest files do not say.
-            ids: The token ids it must be of; their number is checked, the rest is in the key.
-            regime: That of a sequence of this length.
-            like: A tensor of the wanted dtype, device and shape, but for the third dimension.
+            path: Path of the file.
+            key: Storage key that the file must have; the oldest files have none, and are accepted.
+            ids: Token ids of the prefix. Only their number is checked; the key covers the rest.
+            regime: Regime of a sequence of this length.
+            like: Tensor with the expected dtype, device and shape, except for the third dimension.
 
         Raises:
             CorruptCacheError: The file is not a prefix of this key and shape.

@@ -1,6 +1,6 @@
 """Prompt forms: the shared prefix, the wrapper around each document, the wrapper around the question.
 
-A form is text only. Its three pieces are tokenised apart, so that no boundary ever merges, and the prefix is
+A form is text only. Its three pieces are tokenised separately, so that no token spans a boundary. The prefix is
 prefilled once and shared by all documents.
 """
 
@@ -19,8 +19,8 @@ PromptName = Literal["auto", "chat", "brief", "passage"]
 DEFAULT_SYSTEM_PROMPT = "Answer the question from the documents. If they do not hold the answer, say so."
 BRIEF_SYSTEM_PROMPT = "Answer the question with a few words from the documents. If they lack the answer, say so."
 # Some templates (Llama 3, gpt-oss) write today's date into the system turn. The prefix is part of every cache's
-# fingerprint, so all caches would be stale tomorrow. Theirs is the date that Llama's template itself falls back to. A
-# macro, because Transformers lets no function through; the empty string keeps a line break that may follow.
+# fingerprint, so all caches would be stale the next day. The fixed date is the fallback of Llama's own template. It is
+# a macro, because Transformers does not pass functions through. The empty string preserves a following line break.
 _FIXED_DATE = (
     "{% macro strftime_now(format) %}{{ '2024-07-26' if '-' in format else '26 Jul 2024' }}{% endmacro %}{{ '' }}"
 )
@@ -32,20 +32,20 @@ _NOT_IN_DIGEST = {"name", "stop", "system_prompt", "answer_before", "answer_afte
 
 @dataclass(frozen=True, kw_only=True)
 class PromptForm:
-    """How prefix, documents and question are put together.
+    """Layout of prefix, documents and question in a prompt.
 
     Attributes:
-        name: `chat`, `brief`, `passage`, or a name of your own.
-        prefix: Precedes everything and is never compressed: system prompt, template head, worked examples.
-        document_before: Precedes the text of each document.
-        document_after: Follows it.
-        question_before: Precedes the question.
-        question_after: Follows it, up to where the answer begins.
-        system_prompt: What instructions the prefix holds; the same ones among the turns are not read again.
-        answer_before: Precedes an earlier answer, where a conversation has several turns.
-        answer_after: Follows it, up to where the next question's wrapper begins.
-        stop: Strings that end an answer in this form, once there is something of it to be seen.
-        add_bos: Whether the tokenizer's own start token precedes the prefix (chat templates bring theirs).
+        name: `chat`, `brief`, `passage`, or a custom name.
+        prefix: Text before everything else, never compressed: system prompt, template head, worked examples.
+        document_before: Text before each document.
+        document_after: Text after each document.
+        question_before: Text before the question.
+        question_after: Text between the question and the answer.
+        system_prompt: Instructions in the prefix; not repeated if a conversation's turns contain the same ones.
+        answer_before: Text before an earlier answer in a conversation of several turns.
+        answer_after: Text between an earlier answer and the next question's wrapper.
+        stop: Strings that end an answer in this form, once it has a visible character.
+        add_bos: True if the tokenizer's own start token precedes the prefix (chat templates contain theirs).
     """
 
     name: str
@@ -62,9 +62,9 @@ class PromptForm:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the fields that say what the model reads for one question.
+        """SHA-256 over the fields that determine the model's input for one question.
 
-        Earlier turns are not among them: they stand behind the documents, and so reach no cache.
+        Fields for earlier turns are not among them: turns follow the documents, and so cannot affect a cache.
         """
         fields = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_DIGEST}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
@@ -78,8 +78,8 @@ class PromptForm:
         return f"{self.question_before}{text.strip()}{self.question_after}"
 
 
-# Two worked examples behind which even a 135M model answers in a few words. Their subjects are such that they answer
-# nobody's question by accident.
+# Two worked examples with which even a 135M model answers in a few words. Their subjects are chosen so that they cannot
+# answer a user's question by accident.
 PASSAGE = PromptForm(
     name="passage",
     prefix=(
@@ -103,9 +103,10 @@ PASSAGE = PromptForm(
 
 
 def choose_form(prompt: PromptName | PromptForm, tokenizer: Any) -> PromptForm:
-    """A form as it is, or the one of a name: `auto` is the model's chat template where it has one.
+    """Resolve a prompt form: `auto` is the model's chat template, or `passage` if it has none.
 
-    `brief` is that too, with a system prompt that asks for a few words instead of sentences.
+    `brief` is the chat template with a system prompt that asks for a few words instead of sentences. A `PromptForm` is
+    returned unchanged.
 
     Raises:
         ConfigError: See `chat_form`.
@@ -120,14 +121,14 @@ def choose_form(prompt: PromptName | PromptForm, tokenizer: Any) -> PromptForm:
 
 
 def chat_form(tokenizer: Any, *, system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> PromptForm:
-    """The form of a model's own chat template: system prompt and template head are the shared prefix.
+    """The prompt form of a model's own chat template, with system prompt and template head as the shared prefix.
 
     Args:
-        tokenizer: A Transformers tokenizer with a chat template.
-        system_prompt: Goes into the system turn, or ahead of the documents where a template has no such turn.
+        tokenizer: Transformers tokenizer with a chat template.
+        system_prompt: Text of the system turn; put before the documents if the template has no such turn.
 
     Raises:
-        ConfigError: The template is missing or loses the text it is given.
+        ConfigError: The template is missing, cannot be rendered, or loses the text it is given.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
@@ -138,7 +139,7 @@ def chat_form(tokenizer: Any, *, system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> 
         text = _render(tokenizer, [{"role": "system", "content": _SYSTEM}, user])
         if _SYSTEM not in text:
             raise ValueError("the template drops the system turn")
-    except Exception:  # templates raise whatever they like for roles they do not know (Gemma: TemplateError)
+    except Exception:  # templates raise any type for an unknown role (Gemma: TemplateError)
         try:
             text = _render(tokenizer, [{"role": "user", "content": f"{_SYSTEM}\n\n{_DOCUMENT}"}])
         except Exception as error:
@@ -164,7 +165,7 @@ def chat_form(tokenizer: Any, *, system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> 
 
 
 def _between_turns(tokenizer: Any) -> str:
-    """What a chat template puts between an answer and the next question."""
+    """Text that a chat template puts between an answer and the next question."""
     turns = [("user", _DOCUMENT), ("assistant", _ANSWER), ("user", _SYSTEM)]
     try:
         text = _render(tokenizer, [{"role": role, "content": content} for role, content in turns])
@@ -175,10 +176,10 @@ def _between_turns(tokenizer: Any) -> str:
 
 
 def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    """A conversation in the tokenizer's chat template, up to where the reply begins.
+    """Render a conversation with the tokenizer's chat template, up to the beginning of the reply.
 
     Raises:
-        ConfigError: The template refuses it: templates raise whatever they like, e.g. for a role they do not know.
+        ConfigError: The template rejects the conversation, e.g. for an unknown role. Templates raise any type.
     """
     try:
         return _render(tokenizer, messages)

@@ -1,8 +1,8 @@
-"""Rotary positions: take them off keys, put them on.
+"""Rotary embedding: remove it from keys and apply it to keys.
 
-The cosines and sines come from the model's own rotary module, called in float32, so that every rope type the model
-knows (linear, llama3, yarn with its attention factor, longrope's short and long sets, Gemma 3's two thetas, Phi-3's
-partial rotation) is honoured without a second implementation of it.
+The cosines and sines come from the model's own rotary module, called in float32. Every rope type of the model (linear,
+llama3, yarn with its attention factor, longrope's short and long sets, Gemma 3's two thetas, Phi-3's partial rotation)
+is thus supported without a second implementation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 __all__ = ["Rope"]
 
-CHUNK_BYTES = 1 << 20  # of float32 keys
+CHUNK_BYTES = 1 << 20  # size of the float32 keys rotated at once on a CPU
 
 
 class Rope:
@@ -25,9 +25,9 @@ class Rope:
 
     Args:
         rotary: The model's rotary module (`model.rotary_emb`), of the "rotate half" convention.
-        layer_types: One rope type name per layer for modules that take one (Gemma 3), else None for each.
-        lock: Held while the module is called: those of longrope and dynamic NTK change their own frequencies, which a
-            forward pass of the model in another thread must not see.
+        layer_types: Rope type name of each layer for modules that take one (Gemma 3), else None for each.
+        lock: Lock held during calls of the module. Those of longrope and dynamic NTK change their own frequencies,
+            which a forward pass of the model in another thread must not see.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class Rope:
         return any("dynamic" in kind or kind == "longrope" for kind in self._kinds)
 
     def regime(self, n_positions: int) -> tuple[Any, ...]:
-        """A name for the frequencies in use when a sequence of `n_positions` is addressed.
+        """Identifier of the frequencies in use for a sequence of `n_positions`.
 
-        Keys rotated under one regime may be reused under the same regime only: longrope changes its frequencies
-        once beyond the original context window, dynamic NTK with every length beyond it.
+        Keys rotated under one regime may be reused only under the same regime. Longrope changes its frequencies once,
+        beyond the original context window; dynamic NTK changes them with every length beyond it.
         """
         config = getattr(self._rotary, "config", None)
         kinds = self._kinds
@@ -82,8 +82,8 @@ class Rope:
         Args:
             keys: `(num_layers, num_kv_heads, seq_len, head_dim)`, without rotary embedding.
             positions: `(seq_len,)` or `(num_layers, num_kv_heads, seq_len)`, integer.
-            n_positions: Length of the whole sequence the keys will be part of, the question included.
-            out: Where to write, of the shape of `keys`; a new tensor of their dtype if None.
+            n_positions: Length of the whole sequence that will contain the keys, the question included.
+            out: Output tensor in the shape of `keys`; a new tensor of their dtype if None.
 
         Returns:
             Keys with rotary embedding, shape and dtype of `out`.
@@ -91,23 +91,23 @@ class Rope:
         return self._rotate(keys, positions, n_positions=n_positions, inverse=False, out=out)
 
     def take_off(self, keys: torch.Tensor, positions: torch.Tensor, *, n_positions: int) -> torch.Tensor:
-        """Undo `put_on`. Shapes as there; the result is float32, so that nothing more than needed is lost."""
+        """Undo `put_on`, with the same shapes; the result is float32, to avoid another rounding."""
         out = torch.empty_like(keys, dtype=torch.float32)
         return self._rotate(keys, positions, n_positions=n_positions, inverse=True, out=out)
 
     def put_on_flat(
         self, keys: torch.Tensor, positions: torch.Tensor, per_layer: Sequence[int], *, n_positions: int
     ) -> torch.Tensor:
-        """`put_on` for entries of which heads hold different numbers.
+        """`put_on` for heads that hold different numbers of entries.
 
         Args:
             keys: `(entries, head_dim)`, layer by layer.
             positions: `(entries,)`.
-            per_layer: How many of them belong to each layer.
-            n_positions: As in `put_on`.
+            per_layer: Number of entries of each layer.
+            n_positions: Length of the whole sequence, as in `put_on`.
 
         Returns:
-            Shape and dtype of `keys`.
+            Keys with rotary embedding, in the shape and dtype of `keys`.
         """
         return self._rotate_flat(keys, positions, per_layer, n_positions=n_positions, inverse=False, dtype=keys.dtype)
 
@@ -134,7 +134,7 @@ class Rope:
             if inverse:
                 cos, sin = _inverse(cos, sin)
             for layer in layers:
-                # index_select copies whole rows: ten times as fast as cos[here]
+                # index_select copies whole rows: ten times as fast as cos[where[layer]]
                 here = cos.index_select(0, where[layer]), sin.index_select(0, where[layer])
                 rotated[layer] = _rotate_half(parts[layer].float(), *here).to(dtype)
         return torch.cat([rotated[layer] for layer in range(len(parts))])
@@ -158,7 +158,7 @@ class Rope:
 
     @staticmethod
     def _chunk(keys: torch.Tensor) -> int:
-        """How many layers to rotate at once: on a CPU as many as stay in its cache (twice as fast as all at once)."""
+        """Number of layers to rotate at once: on a CPU as many as fit into its cache (twice as fast as all at once)."""
         if keys.device.type != "cpu":
             return keys.shape[0]
         return max(1, CHUNK_BYTES // max(1, keys[0].numel() * 4))
@@ -168,26 +168,26 @@ class Rope:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines, `(n_positions, rotary_dim / 2)` each, float32.
 
-        All positions up to the last are asked for at once: rope types that look at the longest position then choose
-        the frequencies they would choose for the whole sequence.
+        All positions are requested at once, so that rope types that depend on the last position choose the
+        frequencies of the whole sequence.
         """
         like = torch.empty(1, dtype=torch.float32, device=device)
         ids = torch.arange(n_positions, device=device)[None]
         extra = () if layer_type is None else (layer_type,)
         with self._lock:
             cos, sin = self._rotary(like, ids, *extra)
-        half = cos.shape[-1] // 2  # the module repeats each frequency, once for either half of the head
+        half = cos.shape[-1] // 2  # the module repeats the frequencies for the second half of the head
         return cos[0, :, :half], sin[0, :, :half]
 
 
 def _inverse(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tables of the rotation back. They carry the attention factor s: the inverse of s·R is Rᵀ/s, s² = cos² + sin²."""
+    """Tables of the inverse rotation; with the attention factor s, the inverse of s·R is Rᵀ/s, s² = cos² + sin²."""
     square = cos.square() + sin.square()
     return cos / square, -sin / square
 
 
 def _rotate_half(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs (i, i + rotary_dim / 2); dimensions beyond rotary_dim pass. All float32."""
+    """Rotate pairs (i, i + rotary_dim / 2), in float32; dimensions beyond rotary_dim are unchanged."""
     half = cos.shape[-1]
     first, second = keys[..., :half], keys[..., half : 2 * half]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, keys[..., 2 * half :]], dim=-1)

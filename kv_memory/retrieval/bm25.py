@@ -1,13 +1,12 @@
-"""Finding the passages a question is about: BM25, kept on disk between runs.
+"""BM25 retrieval of the passages that a question is about, with an index kept on disk between runs.
 
-The index is one file, `bm25.index`: a line with the SHA-256 of the rest, then safetensors. bm25s has a format of its
-own, a folder of five files; it was rejected because no rename replaces a folder that has something in it, while a file
-is replaced at once, whoever else is writing. There is no pickle in either. Texts stay in the store and are looked up.
+The index is one file, `bm25.index`: a line with the SHA-256 of the rest, then safetensors. The format of bm25s, a
+folder of five files, was rejected: no rename replaces a folder that is not empty, while a file is replaced atomically,
+even with several writers. Neither format contains pickle. Texts stay in the store and are looked up.
 
-Passages whose text is not kept come as `Terms`: their words hashed under a key. As soon as there are any, all words of
-the index are hashes under that key, which changes no score: BM25 asks only which words are the same. Where collections
-were merged, passages are hashed under several keys, and a word has a hash under each; how rare it is, is put right when
-a question names it.
+Passages without kept text come as `Terms`: their words hashed under a key. If there are any, all words of the index are
+hashes under that key. That changes no score: BM25 only asks which words are equal. In merged collections, passages are
+hashed under several keys, and a word has one hash per key; its rarity is corrected when a question contains it.
 """
 
 from __future__ import annotations
@@ -39,31 +38,31 @@ from kv_memory.retrieval.tokenize import Language, question_words, words_of
 
 __all__ = ["BM25Index", "Collection", "CollectionIndex", "Hit", "Passage"]
 
-_FORMAT = 2  # of the file and of the words in it; a change of either makes every index be built again
+_FORMAT = 2  # version of the file format and of the tokenization; a change of either rebuilds every index
 _FILE_NAME = "bm25.index"
-_ARRAYS = ("data", "indices", "indptr")  # of the sparse matrix of scores, word by word
+_ARRAYS = ("data", "indices", "indptr")  # sparse matrix of scores, word by word
 _STALE_S = 3600
 _log = logging.getLogger(__name__)
 
 
 class Passage(Protocol):
-    """What is indexed: one passage of a document, as the store holds it."""
+    """The unit of the index: one passage of a document, as stored."""
 
     @property
     def document_id(self) -> str:
-        """The document it belongs to."""
+        """Id of the document that contains the passage."""
 
     @property
     def ordinal(self) -> int:
-        """Its place in the document, from 0."""
+        """Position in the document, from 0."""
 
     @property
     def text(self) -> str | None:
-        """Its text; None where it is not kept."""
+        """Text of the passage; None if it is not kept."""
 
     @property
     def terms(self) -> Terms | None:
-        """Its words, where its text is not kept."""
+        """Hashed words of the passage, if its text is not kept."""
 
     @property
     def text_sha256(self) -> str:
@@ -71,24 +70,24 @@ class Passage(Protocol):
 
     @property
     def n_tokens(self) -> int:
-        """Its length in tokens."""
+        """Length of the passage in tokens."""
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """The document's metadata."""
+        """Metadata of the document."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hit:
-    """A passage that a question was found to be about.
+    """A passage found for a question.
 
     Attributes:
-        document_id: The document it belongs to.
-        ordinal: Its place in the document, from 0.
-        score: The higher the better; comparable within one question only.
-        text: Its text; None where it is not kept.
+        document_id: Id of the document that contains the passage.
+        ordinal: Position of the passage in the document, from 0.
+        score: Score, the higher the better; comparable within one question only.
+        text: Text of the passage; None if it is not kept.
         text_sha256: SHA-256 of the text, in hex.
-        metadata: The document's metadata.
+        metadata: Metadata of the document.
     """
 
     document_id: str
@@ -100,7 +99,7 @@ class Hit:
 
 
 class Collection(Protocol):
-    """What is searched: the passages of one collection, under a number that grows with each change."""
+    """The searched passages: those of one collection, with a revision that grows with each change."""
 
     @property
     def revision(self) -> int:
@@ -108,20 +107,17 @@ class Collection(Protocol):
 
     @property
     def index_folder(self) -> Path:
-        """Folder for the index."""
+        """Folder of the index."""
 
     def passages(self) -> Sequence[Passage]:
         """All passages."""
 
     def passage(self, document_id: str, ordinal: int, /) -> Passage:
-        """One passage. Raises `DocumentNotFoundError`."""
+        """One passage; raises `DocumentNotFoundError` if it does not exist."""
 
 
 class BM25Index:
-    """BM25 over the passages of one collection; made with `open`.
-
-    Safe to use from several threads.
-    """
+    """BM25 over the passages of one collection; created with `open`, and thread-safe."""
 
     def __init__(
         self,
@@ -132,9 +128,9 @@ class BM25Index:
         lookup: Callable[[str, int], Passage],
         language: Language | None,
     ) -> None:
-        self._scorer = scorer  # a bm25s.BM25, or None where no passage has a word
+        self._scorer = scorer  # a bm25s.BM25, or None if no passage contains a word
         self._rows = rows
-        self._keys = keys  # that words are hashed under, the most frequent first; none where all texts are kept
+        self._keys = keys  # hash keys of the words, the most frequent first; empty if all texts are kept
         self._lookup = lookup
         self._language = language
 
@@ -148,20 +144,21 @@ class BM25Index:
         lookup: Callable[[str, int], Passage],
         language: Language | None = None,
     ) -> BM25Index:
-        """Load the index of a collection, or build and keep it.
+        """Load the index of a collection, or build and save it.
 
-        A missing, outdated or damaged file is built again. Where it cannot be written, the index works all the same
-        and is built again next time; that is logged.
+        A missing, outdated or damaged file is rebuilt. If the file cannot be written, a warning is logged; the index
+        still works, and is rebuilt next time.
 
         Args:
-            folder: Of this collection's index; made if missing.
-            revision: Of the collection's passages: a number that changes whenever they do.
-            passages: All passages; called only when the index is built.
-            lookup: The passage of a document id and ordinal; called for hits. May raise `DocumentNotFoundError`.
+            folder: Folder of this collection's index; created if missing.
+            revision: Revision of the collection's passages: a number that changes whenever they do.
+            passages: Function that returns all passages; called only to build the index.
+            lookup: Function from document id and ordinal to the passage, called for hits. It may raise
+                `DocumentNotFoundError`.
             language: `en` for English stems and stop words; None for any language.
 
         Raises:
-            ConfigError: `language` is unknown, or given where a passage has no text: hashes have no stems.
+            ConfigError: `language` is unknown, or is given although a passage has no text: hashes have no stems.
         """
         if language is not None:
             check_choice(language, Language, where="language")
@@ -177,16 +174,16 @@ class BM25Index:
         return len(self._rows)
 
     def retrieve(self, question: str, *, top_k: int) -> list[Hit]:
-        """The passages that share words with the question, the best first.
+        """Retrieve the passages that share words with the question, best first.
 
-        A passage that has left the store or changed since the index was built is passed over.
+        A passage that was removed or changed since the index was built is skipped.
 
         Args:
             question: Any text.
-            top_k: How many at most; more than there are is fine.
+            top_k: Maximum number of passages; it may exceed the number of passages in the index.
 
         Returns:
-            Hits with a score above 0; among equal scores, in the order of document id and ordinal.
+            Hits with a score above 0; hits with equal scores are in the order of document id and ordinal.
 
         Raises:
             ConfigError: `top_k` is below 1.
@@ -197,7 +194,7 @@ class BM25Index:
             return []
         scores = self._scores(question_words(question, language=self._language))
         found = np.flatnonzero(scores > 0)
-        # Not bm25s's own top-k, which breaks ties at random. Rows lie in the order of ties, and the sort is stable.
+        # Not the top-k of bm25s, which breaks ties at random. Rows are in the order for ties, and the sort is stable.
         hits: list[Hit] = []
         for row in found[np.argsort(-scores[found], kind="stable")]:
             document_id, ordinal, text_sha256 = self._rows[row]
@@ -222,7 +219,7 @@ class BM25Index:
         return hits
 
     def _scores(self, words: Sequence[str]) -> Any:
-        """The score of every row."""
+        """Scores of all rows, `(n_rows,)`."""
         scorer = self._scorer
         if len(self._keys) < 2:
             tokens = [hash_word(word, key) for word in words for key in self._keys] if self._keys else words
@@ -232,14 +229,14 @@ class BM25Index:
         for word in words:
             ids = scorer.get_tokens_ids([hash_word(word, key) for key in self._keys])
             found = [slice(int(indptr[id_]), int(indptr[id_ + 1])) for id_ in ids]
-            counts = [part.stop - part.start for part in found]  # in how many passages it is, key by key
+            counts = [part.stop - part.start for part in found]  # passages with the word, per key
             for part, count in zip(found, counts, strict=True):
-                # Scores have the rarity of the word under one key as a factor; its rarity under all takes its place.
+                # Scores contain the word's rarity under one key as a factor; replace it by the rarity under all keys.
                 scores[indices[part]] += data[part] * (self._rarity(sum(counts)) / self._rarity(count))
         return scores
 
     def _rarity(self, n_passages: int) -> float:
-        """The inverse document frequency as Lucene has it, which is the default of bm25s."""
+        """Inverse document frequency by Lucene's formula, the default of bm25s."""
         return math.log(1 + (len(self._rows) - n_passages + 0.5) / (n_passages + 0.5))
 
 
@@ -264,14 +261,14 @@ def _build(passages: Sequence[Passage], language: Language | None) -> tuple[Any,
         if passage.text is not None:
             words = words_of(passage.text, language=language)
             tokens = words if hashed is None else map(hashed, words)
-        # Ids of our own, because bm25s numbers words in the order of a set, which differs from run to run.
+        # Not the word ids of bm25s, which follow the order of a set and differ from run to run.
         return [vocabulary.setdefault(token, len(vocabulary)) for token in tokens]
 
     ids = [ids_of(passage) for passage in ordered]
     rows = [(p.document_id, p.ordinal, p.text_sha256) for p in ordered]
-    if not vocabulary:  # bm25s divides by the mean length
+    if not vocabulary:  # bm25s would divide by a mean length of 0
         return None, rows, keys
-    # Not BM25.index, which sets its logger to DEBUG and logs, whatever level the application has chosen.
+    # Not BM25.index, which sets its logger to DEBUG and logs, regardless of the application's level.
     scores = bm25s.BM25().build_index_from_ids(list(vocabulary.values()), ids, show_progress=False)
     return _scorer(vocabulary, scores), rows, keys
 
@@ -283,16 +280,16 @@ def _scorer(vocabulary: dict[str, int], scores: dict[str, Any]) -> Any:
 
 
 def _write(path: Path, header: Mapping[str, Any], scorer: Any, rows: _Rows, keys: list[str]) -> None:
-    """Replace the file at once: a crash leaves the old one, or a temporary file that nobody reads."""
+    """Replace the file atomically: a crash leaves the old file, or a temporary file that nothing reads."""
     text = {"header": header, "rows": rows, "keys": keys, "words": list(scorer.vocab_dict) if scorer else []}
     arrays = {"text": np.frombuffer(json.dumps(text).encode(), dtype=np.uint8)}
     if scorer:
         arrays |= {name: np.ascontiguousarray(scorer.scores[name]) for name in _ARRAYS}
     body = save(arrays)
     try:
-        for folder in (path.parent.parent, path.parent):  # private, like the texts its words are from
+        for folder in (path.parent.parent, path.parent):  # private, like the texts that contain the words
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for left in path.parent.glob(f"{_FILE_NAME}*.tmp"):  # by crashes; another process may be writing a new one
+        for left in path.parent.glob(f"{_FILE_NAME}*.tmp"):  # left by crashes; a new one may be in use elsewhere
             if time.time() - left.stat().st_mtime > _STALE_S:
                 left.unlink(missing_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=_FILE_NAME, suffix=".tmp", dir=path.parent)
@@ -305,15 +302,15 @@ def _write(path: Path, header: Mapping[str, Any], scorer: Any, rows: _Rows, keys
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-        # The folder is not synced: after a power cut the old file is as good as none.
+        # The folder is not synced: after a power cut, an old file is simply rebuilt.
     except OSError as error:
         _log.warning("the BM25 index cannot be kept and will be built again next time: %s", error)
 
 
 def _read(path: Path, header: Mapping[str, Any]) -> tuple[Any, _Rows, list[str]] | None:
-    """The index, or None if there is none with this header, or it is damaged."""
+    """Load the index; None if the file is missing or damaged, or has another header."""
     try:
-        # Read, not mapped: it is hashed anyway, and a mapped file cannot be replaced on Windows.
+        # Not memory-mapped: the file is hashed anyway, and Windows cannot replace a mapped file.
         digest, _, body = path.read_bytes().partition(b"\n")
         if digest != hashlib.sha256(body).hexdigest().encode():
             _log.warning("the BM25 index is damaged and will be built again: %s", path)
@@ -336,10 +333,10 @@ def _read(path: Path, header: Mapping[str, Any]) -> tuple[Any, _Rows, list[str]]
 
 
 class CollectionIndex:
-    """BM25 over one collection, always of its latest revision. Thread-safe.
+    """BM25 over the latest revision of one collection; thread-safe.
 
     Args:
-        collection: The passages; another process may add to them.
+        collection: Collection with the passages; other processes may add to it.
     """
 
     def __init__(self, collection: Collection) -> None:
@@ -348,7 +345,7 @@ class CollectionIndex:
         self._index: tuple[int, BM25Index] | None = None
 
     def retrieve(self, question: str, *, top_k: int) -> list[Hit]:
-        """At most `top_k` passages, the best first. Errors as in `BM25Index.retrieve`."""
+        """Retrieve at most `top_k` passages, best first; errors as in `BM25Index.retrieve`."""
         collection, revision = self._collection, self._collection.revision
         with self._lock:
             if self._index is None or self._index[0] != revision:

@@ -1,7 +1,7 @@
-"""Terms: which words a passage has and how often, for retrieval without its text: keyed hashes in the place of words.
+"""Terms: keyed hashes of a passage's words with their counts, for retrieval without the text.
 
-This keeps plain words out of files, backups and logs; it is no encryption. The key lies beside the hashes, so whoever
-has the database can test guesses, word by word. The key is there so that one table made for all stores does not do.
+This keeps plain words out of files, backups and logs, but is not encryption. The key is stored beside the hashes, so
+anyone with the database can test guesses, word by word. The key only prevents one precomputed table for all stores.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ class Terms:
     """The words of one passage, hashed and counted.
 
     Attributes:
-        key: Under which they are hashed, in hex. Kept with them, so that passages may come from another collection.
-        counts: How often each word occurs, by `hash_word`; in the order of the hashes, which says nothing of the text.
+        key: Hash key of the words, in hex. It is stored with them, so that passages may come from another collection.
+        counts: Number of occurrences of each word, keyed by `hash_word`, in the order of the hashes, which reveals
+            nothing about the text.
     """
 
     key: str
@@ -52,7 +53,7 @@ class Terms:
         """Inverse of `to_dict`.
 
         Raises:
-            ValueError: It is none.
+            ValueError: `values` is not a valid terms dict.
         """
         key, counts = values.get("key"), values.get("counts")
         if not isinstance(key, str) or _KEY.fullmatch(key) is None or not isinstance(counts, dict):
@@ -62,10 +63,10 @@ class Terms:
         return cls(key=key, counts=counts)
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON can hold."""
+        """A dict that JSON can represent."""
         return {"key": self.key, "counts": dict(self.counts)}
 
     def __iter__(self) -> Iterator[str]:
-        """The hashes, each as often as its word occurs."""
+        """Yield the hashes, each as often as its word occurs."""
         for word, n in self.counts.items():
             yield from [word] * n

@@ -1,13 +1,13 @@
-"""Words for BM25: what a passage and a question are broken into before they are compared.
+"""Tokenization for BM25: split passages and questions into the words that are compared.
 
-The default pattern of bm25s drops single characters, so that `C`, `HTTP/2` and most Chinese words cannot be found, and
-treats `nats-server` as two unrelated words. Here:
+The default pattern of bm25s was rejected: it drops single characters, so that `C`, `HTTP/2` and most Chinese words
+cannot be found, and it treats `nats-server` as two unrelated words. Here:
 
-- text is brought to NFKC and to lower case;
-- names of several parts (`nats-server`, `JetStream`, `HTTP/2`, `keep_ratio`) give the parts and the whole, so that
+- text is normalised to NFKC and case-folded;
+- names of several parts (`nats-server`, `JetStream`, `HTTP/2`, `keep_ratio`) yield the parts and the whole, so that
   `jetstream`, `Jet-Stream` and `jet stream` all find `JetStream`;
-- scripts without spaces give single characters and pairs, as Lucene's CJK analyzer does with pairs;
-- `language="en"` adds Snowball stems, and leaves words such as `the` out of questions.
+- scripts without spaces yield single characters and pairs; the pairs are as in Lucene's CJK analyzer;
+- `language="en"` reduces words to Snowball stems, and drops words such as `the` from questions.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ __all__ = ["Language", "question_words", "words_of"]
 
 Language = Literal["en"]
 
-# Vowel signs are no \w to `re`, which would tear Hindi and Thai words apart; so these blocks are named. The danda
-# (U+0964 and U+0965) is a full stop.
+# `re` does not count vowel signs as \w, which would split Hindi and Thai words; so these blocks are listed. The danda
+# (U+0964 and U+0965) is left out: it is a full stop.
 _MARKS = (
     "\u0300-\u036f\u0591-\u05bd\u0610-\u061a\u064b-\u065f\u0670\u0900-\u0963\u0966-\u0fff\u1000-\u109f\u1780-\u17d3"
 )
 _CHARACTER = rf"(?:[^\W_]|[{_MARKS}])"
-# A name of parts: words joined by one sign, as in nats-server, keep_ratio, HTTP/2, node.js, user@host, don't.
+# A name of several parts: words joined by one sign, as in nats-server, keep_ratio, HTTP/2, node.js, user@host, don't.
 _NAME = re.compile(rf"{_CHARACTER}+(?:[-_./:@'\u2019+&]{_CHARACTER}+)*")
 _PART = re.compile(rf"{_CHARACTER}+")
 _CAMEL = re.compile(r"(?<=[a-zß-öø-ÿ0-9])(?=[A-ZÀ-ÖØ-Þ])|(?<=[A-ZÀ-ÖØ-Þ])(?=[A-ZÀ-ÖØ-Þ][a-zß-öø-ÿ])")
-# Han, kana, Thai, Lao, Burmese, Khmer, and Hangul, whose particles are written without a space.
+# Han, kana, Thai, Lao, Burmese, Khmer, and Hangul, where particles are attached without a space.
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17d3\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]+"
 )
 _STOP_WORDS = frozenset(STOPWORDS_EN_PLUS)
-# A longer chain is a path or a sentence without spaces; run together it would match nothing.
+# A longer chain is a path or a sentence without spaces; joined, it would match nothing.
 _MAX_JOINED_PARTS = 4
 
 
@@ -49,15 +49,15 @@ def words_of(text: str, *, language: Language | None = None) -> list[str]:
 
     Args:
         text: Any text, in any script.
-        language: `en` reduces English words to their stems; None leaves all words as they are.
+        language: `en` to reduce English words to their stems; None to leave all words unchanged.
     """
     return _taken_apart(_names(text), language)
 
 
 def question_words(question: str, *, language: Language | None = None) -> list[str]:
-    """The words of a question; with `language="en"` without stop words, unless it has no others.
+    """The words of a question; `language="en"` drops stop words, unless the question has only those.
 
-    Passages keep theirs, so that a question such as `To be or not to be?` still finds something.
+    Passages keep their stop words, so that a question such as `To be or not to be?` still finds something.
     """
     names = _names(question)
     if language == "en":
@@ -68,17 +68,17 @@ def question_words(question: str, *, language: Language | None = None) -> list[s
 def _taken_apart(names: list[str], language: Language | None) -> list[str]:
     words: list[str] = []
     for name in names:
-        # A stretch of Chinese or a long path will hardly come again, and would fill the memory with its parts.
+        # A stretch of Chinese or a long path hardly recurs; caching it would fill the memory with its parts.
         once = len(name) > 32 or _UNSPACED.search(name)
         words.extend(_words_of_name.__wrapped__(name, language) if once else _words_of_name(name, language))
     return words
 
 
-# Few words are most of any text, and taking them apart is most of the time that indexing takes.
+# A few words make up most of any text, and splitting them takes most of the time of indexing.
 @lru_cache(maxsize=1 << 16)
 def _words_of_name(name: str, language: Language | None) -> tuple[str, ...]:
     words = tuple(_parts_and_wholes(name))
-    # A stemmer is made in 2 microseconds. One for all would be shared by threads, which it is not made for.
+    # Creating a stemmer takes 2 microseconds. A global one was rejected: stemmers are not thread-safe.
     return tuple(Stemmer.Stemmer("english").stemWords(words)) if language == "en" else words
 
 

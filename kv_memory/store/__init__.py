@@ -1,6 +1,6 @@
 """The store: a catalog of documents and distilled caches in SQL, and their tensors as checked files.
 
-`Store` is the way in. `documents` in, `DistilledCache` in and out; nothing here knows a model.
+`Store` is the entry point. Documents and `DistilledCache` go in and come out; nothing here depends on a model.
 """
 
 from __future__ import annotations

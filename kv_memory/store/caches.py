@@ -1,4 +1,4 @@
-"""The distilled caches of one collection: rows and blobs kept in step."""
+"""The distilled caches of one collection, with rows and blobs kept consistent."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from kv_memory.store.stock import Stock
 from kv_memory.tracing import span
 
 if TYPE_CHECKING:
-    from kv_memory.cache.distilled import DistilledCache  # imports torch: where no cache is read, listing stays quick
+    from kv_memory.cache.distilled import DistilledCache  # imports torch: listing without loading a cache stays fast
 
 __all__ = ["Shelf", "cache_info"]
 
 _LOG = logging.getLogger(__name__)
-# Made once: building them takes longer than running them.
+# Built once: building them takes longer than running them.
 _LOOK_UP = select(CacheRow).where(
     CacheRow.collection_id == bindparam("collection"),
     CacheRow.text_sha256 == bindparam("text"),
@@ -55,7 +55,7 @@ _AGAIN = "Run `kv-memory add --stale` to make it again; until then answer from t
 
 
 def cache_info(row: CacheRow) -> CacheInfo:
-    """The record of a row."""
+    """Convert a catalog row to its record."""
     names = CacheInfo.__dataclass_fields__
     return CacheInfo(**{name: getattr(row, name) for name in names})
 
@@ -64,9 +64,9 @@ class Shelf:
     """Caches of one collection. Thread-safe.
 
     Args:
-        stock: Of the store.
-        readers: Who on this machine reads which blob.
-        collection_id: Whose caches these are.
+        stock: Blobs of the store and the rows that name them.
+        readers: Locks that mark which blobs are being read on this machine.
+        collection_id: Catalog row of the collection.
     """
 
     def __init__(self, stock: Stock, readers: FileLocks, collection_id: int) -> None:
@@ -95,7 +95,7 @@ class Shelf:
         there, limits = self._sound_row(text_sha256, digest, keep_ratio)
         if there is not None:
             return cache_info(there)
-        # The file says of which text it is: a row that comes to name another's file is seen through.
+        # The blob records the hash of its text, so a row that names another text's blob is detected.
         data = replace(cache, text_sha256=text_sha256).to_bytes(storage=storage)
         key = blob_key(data)
         info = CacheInfo(
@@ -117,14 +117,15 @@ class Shelf:
         )
         left: list[str] = [key]  # blobs that may have no row afterwards
         try:
-            # The blob first, outside any transaction: it takes as long as it takes. Held, nobody sweeps it away.
+            # The blob first, and outside any transaction, because an upload may take long. The lock keeps it from
+            # being swept away before a row names it.
             with self._catalog.hold(f"blob {key}"):
                 self.stock.vault.put(key, data)
                 if limits.bounded:
-                    self.uses.flush()  # what was used last decides what goes
+                    self.uses.flush()  # eviction goes by times of last use
                 with self._catalog.write() as session:
                     there = self._find(session, text_sha256, digest, keep_ratio, expired=True)
-                    if there is not None and not _is_expired(there):  # somebody else was quicker
+                    if there is not None and not _is_expired(there):  # another writer was faster
                         return cache_info(there)
                     info, left = self._insert(session, info, cache.fingerprint, instead_of=there)
                 self.uses.counters.add("puts")
@@ -134,7 +135,7 @@ class Shelf:
             self.stock.sweep(left)
 
     def _sound_row(self, text_sha256: str, digest: str, keep_ratio: float) -> tuple[CacheRow | None, Limits]:
-        """The row of a cache whose blob is sound, one whose blob is not is taken out first; and the limits by now."""
+        """The row of a cache with a sound blob, and the current limits; a row with a bad blob is removed first."""
         with self._catalog.read() as session:
             row = self._find(session, text_sha256, digest, keep_ratio)
             limits = read_limits(session, self._collection_id)
@@ -148,7 +149,7 @@ class Shelf:
     def _insert(
         self, session: Session, info: CacheInfo, fingerprint: Fingerprint, *, instead_of: CacheRow | None
     ) -> tuple[CacheInfo, list[str]]:
-        """Add a row and make room for it; returns it as it is now, and the blobs of the rows that went."""
+        """Insert a row and evict to make room for it; returns its final record, and the blob keys of deleted rows."""
         now = utc_now()
         limits = read_limits(session, self._collection_id)
         expires_at = None if limits.ttl_s is None else now + timedelta(seconds=limits.ttl_s)
@@ -158,7 +159,7 @@ class Shelf:
             gone.append(instead_of.blob_key)
             session.delete(instead_of)
             session.flush()
-        # Tables rather than mapped classes: a third of the time, and each put waits for it.
+        # Core tables, not ORM classes: they take a third of the time, and each put waits for it.
         connection = session.connection()
         if connection.scalar(_FINGERPRINT, {"digest": info.fingerprint}) is None:
             connection.execute(_INSERT_FINGERPRINT, {"digest": info.fingerprint, "json": fingerprint.to_json()})
@@ -177,7 +178,7 @@ class Shelf:
         return info, gone
 
     def make_room(self) -> int:
-        """Evict what is beyond the budget now, e.g. because it was lowered; returns how many caches went."""
+        """Evict what exceeds the limits now, e.g. after they were lowered, and return the number of evicted caches."""
         self.uses.flush()
         with self._catalog.write() as session:
             limits = read_limits(session, self._collection_id)
@@ -199,12 +200,12 @@ class Shelf:
             _LOG.info("the budget drove %d distilled caches out", n_evicted)
 
     def warm(self) -> None:
-        """Let SQLAlchemy compile the look-up, which takes as long as a few hundred of them."""
+        """Let SQLAlchemy compile the lookup, which takes as long as a few hundred lookups."""
         with self._catalog.read() as session:
             self._find(session, "", "", 1.0)
 
     def n_tokens(self, text_sha256: str, fingerprint: Fingerprint) -> int | None:
-        """How long a text is, by any cache of it under this fingerprint; None if there is none."""
+        """Length of a text in tokens, from any cache of it under this fingerprint; None without such a cache."""
         with self._catalog.read() as session:
             length: int | None = session.scalar(
                 select(CacheRow.n_tokens)
@@ -218,7 +219,7 @@ class Shelf:
         return length
 
     def get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | None) -> DistilledCache:
-        """See `Store.get`. A keep_ratio of None is that of a text of which there is no cache under the fingerprint."""
+        """See `Store.get`; keep_ratio is None if a budget was given and the text has no cache under the fingerprint."""
         start_s = time.perf_counter()
         with span("store.get", text_sha256=text_sha256, keep_ratio=keep_ratio or 0.0):
             try:
@@ -237,39 +238,53 @@ class Shelf:
         return cache
 
     def _get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | None) -> tuple[DistilledCache, int]:
+        """Find, lock, verify and load a cache; returns it with the size of its blob in bytes.
+
+        Writers are not excluded between these steps. A round in which the row or its blob changes is repeated, at
+        most twice.
+        """
         for _ in range(3):
+            # 1. Find the row. Without one, raise an error that names the existing caches.
             with self._catalog.read() as session:
                 row = None if keep_ratio is None else self._find(session, text_sha256, fingerprint.digest, keep_ratio)
                 if row is None:
                     self._raise_not_found(session, text_sha256, fingerprint, keep_ratio)
                     raise AssertionError("unreachable")
-            # From here to the end of the cache nobody evicts it: eviction leaves out what is being read.
+            # 2. Lock the blob for reading: eviction skips locked blobs. If the row was deleted since step 1, the blob
+            # may be gone too, which step 3 notices.
             name = f"read {row.blob_key}"
             self._readers.share(name)
             kept = False
             readable = False
             try:
+                # 3. Verify length and SHA-256 of the file.
                 path = self.stock.vault.verified_path(row.blob_key, row.size_bytes)
                 readable = True
+                # 4. Load it, and compare the identity that it records with the row.
                 cache = _load(path)
                 check_filing(
                     row, text_sha256=cache.text_sha256, fingerprint=cache.fingerprint, keep_ratio=cache.keep_ratio
                 )
+                # 5. Keep the lock as long as the cache lives: its tensors are mapped from the file.
                 finalize(cache, self._readers.unshare, name)
                 kept = True
             except FileNotFoundError:
-                continue  # removed since: the row is gone too, or it is found missing in the next round
+                continue  # removed after step 3: the next round finds no row, or a missing blob
             except MisfiledError as error:
+                # The blob is sound, but not the one of this row: delete the row.
                 if self.stock.unfile(row):
                     raise self._corrupt(error.what, row.blob_key, text_sha256) from error
-                continue
+                continue  # the row was deleted or changed by another writer
             except CorruptCacheError as error:
+                # Quarantine the blob and delete its rows. A failure of step 3 is rechecked, because another writer may
+                # have replaced the blob since. One of step 4 is not: the hash is right, so a recheck would pass.
                 if self.stock.condemn(row.blob_key, row.size_bytes, recheck=not readable):
                     raise self._corrupt(error.what, row.blob_key, text_sha256) from error
-                continue  # deleted or made again by somebody else since
+                continue  # the cache was deleted or replaced by another writer
             finally:
                 if not kept:
                     self._readers.unshare(name)
+            # 6. Note the time of use, for eviction.
             self.uses.note(row.id)
             return cache, row.size_bytes
         raise StoreError("the cache changed each time it was read", where=f"text {text_sha256}", next_step="Try again.")
@@ -308,7 +323,7 @@ class Shelf:
         return len(keys)
 
     def retire(self, session: Session, texts: set[str]) -> list[str]:
-        """Delete the caches of texts that no passage of the collection has; returns their blobs, for `sweep`."""
+        """Delete caches of texts that no passage of the collection has; returns their blob keys for `Stock.sweep`."""
         keys: list[str] = []
         for batch in batches(texts - referred_texts(session, self._collection_id, texts)):
             keys += session.scalars(
@@ -357,9 +372,12 @@ class Shelf:
             .order_by(CacheRow.id.desc())
         ).all()
         where = self._document_of(text_sha256)
+        # 1. A cache at this ratio exists under another fingerprint: raise an error that names the differences. The
+        # newest comes first. Without a ratio any cache of the text will do.
         for ratio, json in rows:
             if keep_ratio in (ratio, None):
                 Fingerprint.from_json(json).check(wanted, where=where)
+        # 2. No cache at this ratio: name the ratios that exist.
         ratios = sorted({ratio for ratio, _ in rows})
         others = f"; there are some at {', '.join(map(str, ratios))}" if ratios else ""
         raise CacheNotFoundError(
@@ -380,7 +398,7 @@ def _load(path: Path) -> DistilledCache:
     try:
         return DistilledCache.load(path)
     except CorruptCacheError as error:
-        # The bytes were just found right, so a failing system call says nothing about them.
+        # The bytes have just been verified, so a failed system call is not evidence of damage.
         if isinstance(error.__cause__, OSError) and (ours := store_error(error.__cause__, str(path))) is not None:
             raise ours from error
         raise

@@ -1,4 +1,4 @@
-"""The documents and passages of one collection: the half of `Store` that is rows alone."""
+"""The documents and passages of one collection: the part of `Store` that only needs rows."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ __all__ = ["Collection"]
 
 
 class Collection:
-    """Documents of one collection. `Store` is made of it; nobody else makes one.
+    """Documents of one collection; only its subclass `Store` is instantiated.
 
     Args:
-        path: The store's folder.
-        catalog: Of the store.
-        shelf: The collection's caches, which go with their documents.
-        collection_id: The collection's row.
+        path: Folder of the store.
+        catalog: Catalog of the store.
+        shelf: Caches of the collection, which are deleted with their documents.
+        collection_id: Catalog row of the collection.
     """
 
     collection: str
@@ -41,21 +41,21 @@ class Collection:
 
     @property
     def index_folder(self) -> Path:
-        """Where the index of the collection's passages is kept."""
+        """Folder of the index over the collection's passages."""
         return index_folder(self.path, self.collection)
 
     # the collection
 
     def settings(self) -> dict[str, Any]:
-        """The collection's settings, as they were given to `update_settings`."""
+        """The collection's settings, as given to `update_settings`."""
         with self._catalog.read() as session:
             return dict(session.get_one(CollectionRow, self._collection_id).settings)
 
     def update_settings(self, values: Mapping[str, Any]) -> None:
-        """Set some of the collection's settings; the others stay.
+        """Set some of the collection's settings and keep the others.
 
         Raises:
-            ConfigError: A value is not what JSON can hold.
+            ConfigError: A value is not JSON-serialisable.
         """
         try:
             json.dumps(dict(values))
@@ -67,7 +67,7 @@ class Collection:
 
     @property
     def revision(self) -> int:
-        """Grows whenever a document is put or deleted; what is derived from the passages is keyed by it."""
+        """Revision number, which grows whenever a document is put or deleted; derived data is keyed by it."""
         with self._catalog.read() as session:
             return session.get_one(CollectionRow, self._collection_id).revision
 
@@ -76,12 +76,12 @@ class Collection:
     def put_document(self, record: DocumentRecord) -> None:
         """Insert a document, or replace the one of the same id, in one transaction.
 
-        Caches of texts that only its previous version had are retired. Caches that wait for a document, put by an
-        `add` still running, are not touched.
+        Caches of texts that only its previous version had are deleted. Caches that a running `add` has put for a
+        document still to come are not touched.
 
         Raises:
-            ConfigError: The metadata is not what JSON can hold.
-            EncodingError: A text cannot be stored.
+            ConfigError: The metadata is not JSON-serialisable.
+            EncodingError: The id, the source URI or a text cannot be stored.
         """
         documents.check_document(record)
         with self._catalog.write() as session:
@@ -91,11 +91,11 @@ class Collection:
             documents.bump_revision(session, self._collection_id)
         self._shelf.stock.sweep(keys)
         if had_texts and any(passage.text is None for passage in record.passages):
-            # It may have been built from these texts; the next question builds it anew, without their words.
+            # The index may have been built from these texts; the next question rebuilds it, without their words.
             shutil.rmtree(self.index_folder, ignore_errors=True)
 
     def delete_document(self, id: str) -> None:
-        """Delete a document, its passages, and the caches that no other document's text needs.
+        """Delete a document, its passages, and its caches of texts that no other document has.
 
         Raises:
             DocumentNotFoundError: The collection has no such document.
@@ -121,7 +121,7 @@ class Collection:
             return documents.list_documents(session, self._collection_id)
 
     def has_document(self, id: str) -> bool:
-        """Whether the collection has a document of this id."""
+        """Whether the collection has a document with this id."""
         with self._catalog.read() as session:
             try:
                 documents.find_document(session, self._collection_id, id)
@@ -157,7 +157,7 @@ class Collection:
         return found[0]
 
     def text(self, text_sha256: str) -> str | None:
-        """The passage text of this SHA-256 hex digest; None if no passage of the collection has it and keeps it."""
+        """The passage text with this SHA-256 hex digest; None if no passage of the collection keeps such a text."""
         with self._catalog.read() as session:
             return session.scalar(
                 select(PassageRow.text)
@@ -168,11 +168,11 @@ class Collection:
             )
 
     def word_key(self) -> str:
-        """The key for the `Terms` of this collection's passages: random, made when it is first asked for."""
+        """The random key for the `Terms` of this collection's passages, created at first use."""
         with self._catalog.read() as session:
             key = documents.word_key(session, self._collection_id, make=False)
         if key is None:
-            with self._catalog.write() as session:  # another process may have made it since
+            with self._catalog.write() as session:  # another process may have created it since
                 key = documents.word_key(session, self._collection_id, make=True)
         assert key is not None
         return key

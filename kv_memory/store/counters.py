@@ -1,7 +1,7 @@
-"""What a collection's caches were asked for: counted in memory, written down with a delay, kept for good.
+"""Usage counters of a collection's caches: counted in memory, written with a delay, kept permanently.
 
-Counts outlive the process, so that `kv-memory stats --prometheus`, a process of its own, has something to tell. A crash
-loses those since the last flush, as it does the times of last use.
+Counts outlive the process, because `kv-memory stats --prometheus` reports them from a process of its own. A crash
+loses the counts and times of last use since the last flush.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from kv_memory.store.sql.schema import CacheRow, CounterRow, utc_now
 
 __all__ = ["BUCKETS_S", "NAMES", "Counters", "Uses", "read_counters", "write_counters"]
 
-# Of how long a `get` took, in seconds: upper ends, as Prometheus counts them.
+# Upper bounds of the histogram of `get` durations in seconds; buckets are cumulative, as in Prometheus.
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
-# Name, and what it counts.
+# Counter names and descriptions.
 NAMES = {
     "hits": "distilled caches that were found, verified and handed out",
     "misses": "look-ups of a cache that is not there, or has expired",
@@ -46,7 +46,7 @@ class Counters:
         self._counts: dict[str, float] = {}
 
     def add(self, name: str, amount: float = 1.0) -> None:
-        """Count something; names are those of NAMES, and the buckets."""
+        """Add to a counter; names are those of NAMES, and the histogram buckets."""
         with self._lock:
             self._counts[name] = self._counts.get(name, 0.0) + amount
 
@@ -61,21 +61,21 @@ class Counters:
                     self._counts[name] = self._counts.get(name, 0.0) + 1
 
     def drain(self) -> dict[str, float]:
-        """What was counted, which is then forgotten."""
+        """Return the counts and reset them."""
         with self._lock:
             counts, self._counts = self._counts, {}
         return counts
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:
-        """Add the seconds of a block that succeeds."""
+        """Add the duration of a block in seconds to a counter, if the block succeeds."""
         start_s = time.perf_counter()
         yield
         self.add(name, time.perf_counter() - start_s)
 
 
 def write_counters(session: Session, collection_id: int, counts: dict[str, float]) -> None:
-    """Add counts to those of a collection, in a writing transaction."""
+    """Add counts to those stored for a collection, in a writing transaction."""
     rows = {
         row.name: row for row in session.scalars(select(CounterRow).where(CounterRow.collection_id == collection_id))
     }
@@ -87,19 +87,19 @@ def write_counters(session: Session, collection_id: int, counts: dict[str, float
 
 
 def read_counters(session: Session, collection_id: int) -> dict[str, float]:
-    """All counts of a collection that were written down."""
+    """All stored counts of a collection."""
     rows = session.scalars(select(CounterRow).where(CounterRow.collection_id == collection_id))
     return {row.name: row.value for row in rows}
 
 
-_FLUSH_EVERY = 256  # uses that may be lost from last_used_at in a crash; a write per get would cost an fsync each
+_FLUSH_EVERY = 256  # caches with a time of last use that a crash may lose; a write per get would cost an fsync each
 
 
 class Uses:
-    """Of the caches of one collection. Thread-safe.
+    """Times of last use and counters of one collection's caches. Thread-safe.
 
     Attributes:
-        counters: What was counted since it was written down last.
+        counters: Counts since the last flush.
     """
 
     def __init__(self, catalog: Catalog, collection_id: int) -> None:
@@ -110,7 +110,7 @@ class Uses:
         self._used: dict[int, datetime] = {}
 
     def note(self, row_id: int) -> None:
-        """Say that a cache was used now."""
+        """Record that a cache was used now."""
         with self._lock:
             self._used[row_id] = utc_now()
             full = len(self._used) >= _FLUSH_EVERY
@@ -118,7 +118,7 @@ class Uses:
             self.flush()
 
     def flush(self) -> None:
-        """Write down what is still in memory. It is not worth an error: failing drops it."""
+        """Write buffered counts and times of last use; if that fails they are dropped, and no error is raised."""
         with self._lock:
             used, self._used = self._used, {}
         counts = self.counters.drain()

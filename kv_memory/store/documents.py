@@ -1,4 +1,4 @@
-"""Documents and passages: the queries, on a session that `Store` opens."""
+"""Queries on documents and passages, run on a session that `Store` opens."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def batches(items: Iterable[T], size: int = 500) -> Iterator[list[T]]:
-    """Lists of at most `size` items: SQLite bounds the variables of one statement, at 999 in old builds."""
+    """Split items into lists of at most `size`: SQLite limits the variables of a statement, in old builds to 999."""
     everything = list(items)
     for start in range(0, len(everything), size):
         yield everything[start : start + size]
@@ -60,11 +60,11 @@ def find_document(session: Session, collection_id: int, document_id: str) -> Doc
 
 
 def check_document(record: DocumentRecord) -> None:
-    """Refuse what cannot be stored.
+    """Refuse a document that cannot be stored.
 
     Raises:
-        ConfigError: The metadata is not what JSON can hold.
-        EncodingError: A text holds a NUL character.
+        ConfigError: The metadata is not JSON-serialisable.
+        EncodingError: The id, the source URI or a text has a NUL character.
     """
     try:
         json.dumps(record.metadata)
@@ -84,7 +84,7 @@ def check_document(record: DocumentRecord) -> None:
 
 
 def write_document(session: Session, collection_id: int, record: DocumentRecord) -> set[str]:
-    """Insert or replace a document; returns the texts that its previous version referred to and this one does not."""
+    """Insert or replace a document; returns the hashes of texts that only its previous version had."""
     passages = [
         {
             "ordinal": ordinal,
@@ -117,7 +117,7 @@ def write_document(session: Session, collection_id: int, record: DocumentRecord)
 
 
 def delete_document(session: Session, collection_id: int, document_id: str) -> set[str]:
-    """Delete a document and its passages; returns the texts it referred to.
+    """Delete a document and its passages; returns the hashes of its texts.
 
     Raises:
         DocumentNotFoundError: The collection has no such document.
@@ -129,7 +129,7 @@ def delete_document(session: Session, collection_id: int, document_id: str) -> s
 
 
 def bump_revision(session: Session, collection_id: int) -> None:
-    """Say that the collection's passages have changed."""
+    """Record that the collection's passages have changed."""
     session.execute(
         update(CollectionRow).where(CollectionRow.id == collection_id).values(revision=CollectionRow.revision + 1)
     )
@@ -159,7 +159,7 @@ def load_document(session: Session, collection_id: int, document_id: str) -> Doc
 
 
 def list_documents(session: Session, collection_id: int) -> list[DocumentSummary]:
-    """All documents by id, without their text."""
+    """All documents without their text, ordered by id."""
     counts = (
         select(
             PassageRow.document_pk,
@@ -195,7 +195,7 @@ def list_documents(session: Session, collection_id: int) -> list[DocumentSummary
 
 
 def select_passages(collection_id: int) -> Select[PassageRow, DocumentRow]:
-    """The passages of a collection by document id and ordinal, to be narrowed by the caller."""
+    """A query for a collection's passages, ordered by document id and ordinal; the caller may narrow it."""
     return (
         select(PassageRow, DocumentRow)
         .join(DocumentRow, DocumentRow.id == PassageRow.document_pk)
@@ -205,7 +205,7 @@ def select_passages(collection_id: int) -> Select[PassageRow, DocumentRow]:
 
 
 def stored_passages(session: Session, statement: Select[PassageRow, DocumentRow]) -> list[StoredPassage]:
-    """Run a statement made from `select_passages`."""
+    """Run a query made from `select_passages`."""
     return [
         StoredPassage(
             document_id=document.document_id,
@@ -221,7 +221,7 @@ def stored_passages(session: Session, statement: Select[PassageRow, DocumentRow]
 
 
 def referred_texts(session: Session, collection_id: int, texts: Iterable[str]) -> set[str]:
-    """Those of `texts` (their hashes) that a passage of the collection has."""
+    """The subset of `texts` (hashes) that passages of the collection have."""
     found: set[str] = set()
     for batch in batches(texts):
         found.update(
@@ -235,7 +235,7 @@ def referred_texts(session: Session, collection_id: int, texts: Iterable[str]) -
 
 
 def unreferenced(collection_id: int) -> ColumnElement[bool]:
-    """Condition: a cache of the collection whose text is in none of its passages."""
+    """Condition for caches of the collection that no passage of it refers to by text."""
     referred = exists().where(
         PassageRow.text_sha256 == CacheRow.text_sha256,
         PassageRow.document_pk == DocumentRow.id,
@@ -245,7 +245,7 @@ def unreferenced(collection_id: int) -> ColumnElement[bool]:
 
 
 def has_texts(session: Session, collection_id: int, document_id: str) -> bool:
-    """Whether a document is there, with a passage whose text is kept."""
+    """Whether a document exists and keeps the text of at least one passage."""
     kept = (
         select(PassageRow.id)
         .join(DocumentRow, DocumentRow.id == PassageRow.document_pk)
@@ -256,12 +256,12 @@ def has_texts(session: Session, collection_id: int, document_id: str) -> bool:
 
 
 def word_key(session: Session, collection_id: int, *, make: bool) -> str | None:
-    """The key under which the collection's words are hashed.
+    """The key that the collection's words are hashed with; None if it has none and `make` is off.
 
     Args:
-        session: Of a writing transaction, with `make`.
-        collection_id: Whose.
-        make: Make one if there is none; of an imported collection its passages' own is taken.
+        session: Session, of a writing transaction if `make` is on.
+        collection_id: Catalog row of the collection.
+        make: Whether to create a missing key; an imported collection takes the key of its passages' terms.
     """
     name = f"words {collection_id}"
     found = session.get(OptionRow, name)

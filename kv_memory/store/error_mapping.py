@@ -1,4 +1,4 @@
-"""Foreign errors of the disk, the databases and object stores, mapped to the store's own at one place."""
+"""Maps foreign errors of the disk, the databases and object stores to the store's own, in one place."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kv_memory.errors import (
 
 __all__ = ["mapped", "no_such_bucket", "refused_login", "store_error"]
 
-# EFBIG (a file size limit) is no full disk, but the user's next step is the same: make room or raise the limit.
+# EFBIG (a file size limit) is not a full disk, but the user's next step is the same: make room or raise the limit.
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _LOGIN = (
     "Check user, password (`~/.pgpass`, PGPASSWORD) and name of the database; the user needs the right to make the "
@@ -33,11 +33,12 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def store_error(error: BaseException, where: str) -> StoreError | None:
-    """The store's error for a foreign one, or None if it is none that the store knows.
+    """The store's error for a foreign one; None if the store does not know it.
 
     Args:
-        error: An `OSError`, an error of SQLite (bare or wrapped by SQLAlchemy) or diskcache's `Timeout`.
-        where: The file or folder it happened at.
+        error: Foreign error: an `OSError`, an error of SQLite (bare or wrapped by SQLAlchemy), of PostgreSQL or of
+            obstore, or diskcache's `Timeout`.
+        where: File, folder or URL at which it occurred.
     """
     if isinstance(error, DBAPIError) and isinstance(error.orig, sqlite3.Error):
         error = error.orig
@@ -54,7 +55,7 @@ def store_error(error: BaseException, where: str) -> StoreError | None:
         return _locked(where)
     if not isinstance(error, OSError):
         return None
-    if error.errno is None and "://" in where:  # obstore raises Python's own FileNotFoundError, with no number
+    if error.errno is None and "://" in where:  # obstore raises Python's own FileNotFoundError, without an errno
         return _of_objects(error, where)
     where = str(error.filename) if error.filename else where
     if error.errno in _FULL:
@@ -69,9 +70,9 @@ def store_error(error: BaseException, where: str) -> StoreError | None:
 
 
 def _of_sqlite(error: sqlite3.Error, where: str) -> StoreError:
-    # Names rather than messages: messages change between SQLite releases. An extended name starts with its primary's.
+    # Names, not messages, which change between SQLite releases. An extended name starts with that of its primary.
     name: str = getattr(error, "sqlite_errorname", "") or ""
-    # SHMSIZE: the shared memory file of the WAL could not grow, which is how a full disk shows first.
+    # SHMSIZE: the shared memory file of the WAL could not grow, the first sign of a full disk.
     if name.startswith("SQLITE_FULL") or name == "SQLITE_IOERR_SHMSIZE":
         return _full(where)
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) or "is locked" in str(error):
@@ -105,7 +106,7 @@ def _of_postgres(error: DBAPIError, where: str) -> StoreError | None:
         return kind(f"{what}: {reason}", where=where, next_step=_LOGIN)
     broken = state is None and isinstance(
         error, OperationalError | InterfaceError
-    )  # psycopg has no code without an answer
+    )  # without an answer psycopg has no code
     if error.connection_invalidated or broken or (state or "")[:2] in {"08", "57", "53"}:
         return StoreConnectionError(
             f"the database does not answer: {reason}",
@@ -118,10 +119,10 @@ def _of_postgres(error: DBAPIError, where: str) -> StoreError | None:
 
 
 def refused_login(error: BaseException) -> tuple[type[StoreError], str] | None:
-    """What psycopg's error says a server refused a connection for, if that will not change by itself.
+    """The class and text for a connection refused for a lasting reason, by psycopg's error; None for any other.
 
-    psycopg gives no code for a connection that was not made, only the server's words, so these are looked at. Where
-    they are not English, a refusal counts as no answer: it is tried again, then reported, words and all.
+    psycopg gives no code for a failed connection, only the server's message, so its words are searched. A refusal
+    that is not in English counts as no answer: it is retried, then reported with its message.
     """
     text = str(error)
     if getattr(error, "sqlstate", None) is not None or not any(
@@ -132,11 +133,11 @@ def refused_login(error: BaseException) -> tuple[type[StoreError], str] | None:
         return StoreConnectionError, "there is no such database"
     if any(sign in text for sign in ("password", "role", "pg_hba.conf", "authentication", "permission denied")):
         return StorePermissionError, "the database refuses"
-    return None  # starting up, shutting down, no place left
+    return None  # starting up, shutting down, no free connection slot
 
 
 def no_such_bucket(error: BaseException) -> bool:
-    """Whether it is the bucket that was not found: else every blob of one misspelt would be taken for lost."""
+    """Whether the bucket itself was not found; otherwise a misspelt one would make every blob look lost."""
     return any(sign in str(error) for sign in ("NoSuchBucket", "bucket does not exist", "ContainerNotFound"))
 
 
@@ -190,18 +191,18 @@ def _forbidden(where: str, reason: str) -> StorePermissionError:
 
 @contextmanager
 def mapped(where: Path | str) -> Iterator[None]:
-    """Run a block; errors of the disk and of SQLite come out as `StoreError` subclasses.
+    """Run a block, and map errors of the disk, the databases and the object store to `StoreError` subclasses.
 
     Args:
-        where: Named in the error unless the foreign error names a file itself.
+        where: Place named in the error, unless the foreign error names a file itself.
 
     Raises:
-        KeyboardInterrupt: Or another interruption; also where the library that it hit made another error of it.
+        KeyboardInterrupt: Or another interruption, also one that the interrupted library turned into another error.
         StoreConnectionError: A server does not answer.
         StoreFullError: No space, quota or file size left.
         StorePermissionError: Reading or writing is not allowed.
-        StoreLockedError: SQLite's busy timeout ran out.
-        StoreError: Any other failure of the disk or of SQLite.
+        StoreLockedError: The wait for another process's lock timed out.
+        StoreError: Any other failure of the disk or the database.
     """
     try:
         yield
@@ -214,4 +215,4 @@ def mapped(where: Path | str) -> Iterator[None]:
         stop = interruption_behind(error)
         if stop is None:
             raise
-        raise type(stop)(*stop.args) from error  # what was asked for, rather than what broke over it
+        raise type(stop)(*stop.args) from error  # the interruption, not the error that followed from it

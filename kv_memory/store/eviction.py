@@ -1,4 +1,4 @@
-"""Budgets: what caches may take, how long they live, and which of them go first."""
+"""Size and age limits of caches, and the order of eviction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kv_memory.store.sql.schema import CacheRow, CollectionRow, OptionRow
 __all__ = ["Limits", "alive", "evict", "read_limits", "write_limits"]
 
 _BUDGET = "budget"
-# Made once: each put asks twice, and building it takes longer than running it.
+# Built once: each put runs it twice, and building it takes longer than running it.
 _LIMITS = select(
     CollectionRow.max_size_bytes,
     CollectionRow.ttl_s,
@@ -25,13 +25,13 @@ _LIMITS = select(
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What bounds a collection.
+    """Limits of a collection and its store.
 
     Attributes:
-        max_size_bytes: What the collection's caches may take together; None for no bound.
-        store_max_size_bytes: What the caches of all collections may take together, one that two collections share
-            counted twice; None for no bound.
-        ttl_s: How long a cache lives after it was put, in seconds; None for ever.
+        max_size_bytes: Size limit in bytes of the collection's caches together; None for no limit.
+        store_max_size_bytes: Size limit in bytes of the caches of all collections together; one that two collections
+            share counts twice. None for no limit.
+        ttl_s: Lifetime of a cache after it was put, in seconds; None for no limit.
     """
 
     max_size_bytes: int | None = None
@@ -46,7 +46,7 @@ class Limits:
 
     @property
     def bounded(self) -> bool:
-        """Whether anything may have to go."""
+        """Whether a size limit is set, so that eviction may be needed."""
         return self.max_size_bytes is not None or self.store_max_size_bytes is not None
 
 
@@ -58,7 +58,7 @@ def read_limits(session: Session, collection_id: int) -> Limits:
 
 
 def write_limits(session: Session, collection_id: int, limits: Limits) -> None:
-    """Set them."""
+    """Set the limits of a collection and its store."""
     row = session.get_one(CollectionRow, collection_id)
     row.max_size_bytes, row.ttl_s = limits.max_size_bytes, limits.ttl_s
     option = session.get(OptionRow, _BUDGET)
@@ -70,7 +70,7 @@ def write_limits(session: Session, collection_id: int, limits: Limits) -> None:
 
 
 def alive(now: datetime) -> ColumnElement[bool]:
-    """Condition: a cache whose time has not run out."""
+    """Condition for caches that have not expired."""
     return or_(CacheRow.expires_at.is_(None), CacheRow.expires_at > now)
 
 
@@ -83,21 +83,21 @@ def evict(
     spare: int | None,
     being_read: Callable[[str], bool],
 ) -> list[str]:
-    """Delete the rows of what has expired, and of what was used longest ago while there is more than may be.
+    """Delete rows while a size limit is exceeded: expired caches first, then the least recently used.
 
     Args:
-        session: Of a writing transaction.
-        collection_id: Whose budget it is, beside the store's.
-        limits: To be kept.
-        now: What counts as expired.
-        spare: The row that was just added.
-        being_read: Whether anybody on this machine reads the blob of this key.
+        session: Session of a writing transaction.
+        collection_id: Catalog row of the collection that `max_size_bytes` applies to.
+        limits: Limits to enforce.
+        now: Time at which expiry is judged.
+        spare: Id of the row that was just added, which is not evicted; None for no such row.
+        being_read: Function that returns whether a process of this machine reads the blob of a key.
 
     Returns:
-        Blob keys, for `Stock.sweep`.
+        Blob keys of the deleted rows, for `Stock.sweep`.
 
     Raises:
-        StoreFullError: What is pinned, being read or just added is more than may be; roll back.
+        StoreFullError: Caches that are pinned, being read or just added exceed a limit; roll back.
     """
     gone: list[str] = []
     everywhere = true()
@@ -113,7 +113,7 @@ def evict(
         oldest_first = (
             select(CacheRow.id, CacheRow.blob_key, CacheRow.size_bytes)
             .where(scope, CacheRow.pinned.is_(False), CacheRow.id != spare)
-            # What has expired comes first, whatever its last use.
+            # Expired caches come first, whatever their last use.
             .order_by(alive(now), func.coalesce(CacheRow.last_used_at, CacheRow.created_at), CacheRow.id)
         )
         ids: list[int] = []

@@ -1,4 +1,4 @@
-"""Whether a blob is what its row says: a sound blob may be another text's, if a row was swapped or tampered with."""
+"""Checks that a blob is the one its row describes: a swapped or tampered row may name another text's sound blob."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from kv_memory.store.sql.schema import CacheRow
 
 __all__ = ["MisfiledError", "check_filing", "check_header"]
 
-_MOST_BYTES = 100 * 2**20  # of a header, as in safetensors itself: of what is longer, and no JSON then, a part is read
+_MOST_BYTES = 100 * 2**20  # of a header, as in safetensors itself; a longer one is read in part, and fails as JSON
 
 
 class MisfiledError(CorruptCacheError):
-    """A row names the sound blob of something else. Never leaves the store: callers get `CorruptCacheError`."""
+    """A row names the sound blob of something else; never leaves the store, as callers get `CorruptCacheError`."""
 
 
 def check_filing(row: CacheRow, *, text_sha256: str | None, fingerprint: Fingerprint, keep_ratio: float) -> None:
-    """Compare what a blob says of itself with its row.
+    """Compare the identity recorded in a blob with its row.
 
     Args:
-        row: Of the catalog.
-        text_sha256: Of the blob; None in those of the first versions, which do not say.
-        fingerprint: Of the blob.
-        keep_ratio: Of the blob.
+        row: Catalog row of the cache.
+        text_sha256: Text hash recorded in the blob; None in blobs of the first versions, which do not record it.
+        fingerprint: Fingerprint recorded in the blob.
+        keep_ratio: Keep ratio recorded in the blob.
 
     Raises:
-        MisfiledError: They differ.
+        MisfiledError: Blob and row differ.
     """
     for name, said, wanted in (
         ("text", text_sha256 or row.text_sha256, row.text_sha256),
@@ -41,10 +41,10 @@ def check_filing(row: CacheRow, *, text_sha256: str | None, fingerprint: Fingerp
 
 
 def check_header(row: CacheRow, path: Path) -> None:
-    """`check_filing` with the header of a sound blob. Reads it without torch, which takes seconds to import.
+    """Run `check_filing` on the header of a sound blob, without torch, which takes seconds to import.
 
     Raises:
-        MisfiledError: They differ, or the blob is no distilled cache.
+        MisfiledError: Blob and row differ, or the blob is not a distilled cache.
         FingerprintMismatchError: The blob has another format version.
     """
     data = _header_bytes(path)

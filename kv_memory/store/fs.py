@@ -1,4 +1,4 @@
-"""Files that are durable and private."""
+"""Durable and private files and folders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["fsync_folder", "private_file", "private_folder", "private_opener"]
 
 
 def fsync_folder(folder: str) -> None:
-    """Make the entries of a folder durable: a renamed file survives a power cut only after this."""
+    """Make the entries of a folder durable, because a renamed file survives a power cut only after this."""
     if os.name == "nt":  # Windows cannot open a folder; NTFS journals its entries.
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -20,23 +20,24 @@ def fsync_folder(folder: str) -> None:
 
 
 def private_opener(path: str, flags: int) -> int:
-    """Open a file that only its owner may read; for `open(..., opener=private_opener)` too."""
+    """Open a file that only its owner may read; also for `open(..., opener=private_opener)`."""
     return os.open(path, flags, 0o600)
 
 
 def private_file(path: Path) -> None:
-    """Make an empty file that only its owner may read, if there is none.
+    """Create an empty file that only its owner may read, unless the file exists.
 
-    For a SQLite database before it is opened: it would take the umask's mode, and its `-wal` and `-shm` take its.
+    Call it before a SQLite database is opened: SQLite would create the file with the umask's mode, and `-wal` and
+    `-shm` inherit the mode of the file.
     """
     if not path.exists():
         os.close(private_opener(str(path), os.O_RDWR | os.O_CREAT))
 
 
 def private_folder(path: Path) -> None:
-    """Make a folder that only its owner may enter, and those above it, where there are none.
+    """Create a folder, and missing ones above it, that only the owner may enter.
 
-    `Path.mkdir(mode, parents=True)` gives the mode to the last one only.
+    `Path.mkdir(mode, parents=True)` would give the mode to the last one only.
     """
     missing = [path]
     while not missing[-1].parent.exists():

@@ -1,7 +1,7 @@
-"""Where a store's parts are: all of it in one folder, or catalog and blobs elsewhere and the folder their local end.
+"""Location of a store's parts: all in one folder, or catalog and blobs elsewhere with the folder as their local end.
 
-A store is always named by a folder. One that shares a PostgreSQL catalog or an object store says so in `store.json`;
-whoever opens the folder later need not know.
+A store is always named by a folder. `store.json` in it records a shared PostgreSQL catalog or object store, so that
+neither need be given when the folder is opened later.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class StorePlace:
-    """Where catalog and blobs are.
+    """Location of catalog and blobs.
 
     Attributes:
         catalog: URL of a PostgreSQL database; None for SQLite in the folder.
         blobs: URL of an object store; None for files in the folder.
-        tier_size_bytes: What copies of an object store's blobs may take in the folder.
+        tier_size_bytes: Size limit in bytes for local copies of an object store's blobs.
     """
 
     catalog: str | None = None
@@ -48,24 +48,24 @@ class StorePlace:
 
     @property
     def embedded(self) -> bool:
-        """Whether the folder holds all of it."""
+        """Whether the folder holds both catalog and blobs."""
         return self.catalog is None and self.blobs is None
 
 
 def find_place(
     folder: Path, *, catalog: str | None, blobs: str | None, tier_size_bytes: int | None, new: bool
 ) -> StorePlace:
-    """What was given, else what the folder says, else the folder itself. Nothing is written, see `write_place`.
+    """The given location, else the one recorded in the folder, else the folder itself; nothing is written.
 
     Args:
-        folder: Of the store; must exist.
-        catalog: As in `StorePlace`.
-        blobs: As in `StorePlace`.
-        tier_size_bytes: As in `StorePlace`; may be changed later.
-        new: Whether no store is in the folder yet.
+        folder: Folder of the store, which must exist.
+        catalog: Given URL of a PostgreSQL database; None if not given.
+        blobs: Given URL of an object store; None if not given.
+        tier_size_bytes: Given size limit in bytes for local copies of blobs; may be changed later. None if not given.
+        new: Whether the folder has no store yet.
 
     Raises:
-        ConfigError: The store is elsewhere than was given.
+        ConfigError: The store is at another location than the given one.
         StoreError: `store.json` cannot be read.
     """
     before = _read(folder)
@@ -111,7 +111,10 @@ def _read(folder: Path) -> StorePlace | None:
 
 
 def write_place(folder: Path, place: StorePlace) -> None:
-    """Write down where a store is, if it is not all in its folder; after opening it, so that nothing wrong is kept."""
+    """Write the location of a store to its folder, unless the folder holds it all.
+
+    Call it after opening the store, so that a wrong location is never recorded.
+    """
     if place.embedded or place == _read(folder):
         return
     with mapped(folder):

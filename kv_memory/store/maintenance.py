@@ -1,4 +1,4 @@
-"""Checking the store, removing what nothing refers to, and counting."""
+"""Checks a store, removes what nothing refers to, and counts its contents."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _named_blobs(session: Session) -> dict[str, int]:
 def check(stock: Stock, collection_id: int) -> CheckReport:
     """See `Store.check`."""
     catalog, vault = stock.catalog, stock.vault
-    # Blobs are listed and hashed while others write: what the two lists do not agree on is looked at once more.
+    # Blobs are listed and hashed while others write, so every difference between the two lists is checked once more.
     audit = vault.blobs.audit()
     with catalog.read() as session:
         named = _named_blobs(session)
@@ -58,7 +58,7 @@ def check(stock: Stock, collection_id: int) -> CheckReport:
 
 
 def _really_missing(catalog: Catalog, vault: Vault, keys: AbstractSet[str]) -> set[str]:
-    """Those of the blobs that are not there, and that rows name all the same."""
+    """The subset of the blobs that do not exist although rows still name them."""
     with catalog.read() as session:
         still = keys & _named_blobs(session).keys() if keys else set()
     return {key for key in still if not _is_there(vault, key)}
@@ -72,7 +72,7 @@ def _is_there(vault: Vault, key: str) -> bool:
 
 
 def _really_orphaned(catalog: Catalog, keys: AbstractSet[str]) -> set[str]:
-    """Those of the blobs that no row names, and that nobody is about to name."""
+    """The subset of the blobs that no row names, and that no writer is about to name."""
     free = set()
     for key in keys:
         with catalog.hold(f"blob {key}", wait=False) as ours:
@@ -90,7 +90,7 @@ def gc(stock: Stock, collection_id: int) -> GcReport:
         named = _named_blobs(session)
     orphans = _really_orphaned(catalog, audit.keys - named.keys())
     missing = _really_missing(catalog, vault, named.keys() - audit.keys)
-    # Rows first, in a transaction of their own: if it fails, no blob was removed under a row that stays.
+    # Rows first, in a transaction of their own: if it fails, no blob has been removed under a row that stays.
     with catalog.write() as session:
         expired = session.execute(
             delete(CacheRow).where(~alive(utc_now())).returning(CacheRow.id, CacheRow.blob_key)

@@ -1,4 +1,4 @@
-"""A store in Prometheus's words, for `kv-memory stats --prometheus` and for a `/metrics` of one's own.
+"""Prometheus metrics of a store, for `kv-memory stats --prometheus` and for a `/metrics` endpoint of your own.
 
 from prometheus_client import REGISTRY
 from kv_memory.store.metrics import StoreCollector
@@ -22,10 +22,10 @@ __all__ = ["StoreCollector", "prometheus_text"]
 
 
 class StoreCollector(Collector):
-    """The counts and sizes of one collection, read anew at each scrape.
+    """Counts and sizes of one collection, collected at each scrape.
 
     Args:
-        store: Open as long as it is scraped.
+        store: Store that stays open as long as it is scraped.
     """
 
     def __init__(self, store: Store) -> None:
@@ -64,7 +64,7 @@ class StoreCollector(Collector):
 
 
 def prometheus_text(store: Store) -> str:
-    """A store's collection in Prometheus's text format."""
+    """The metrics of a store's collection in Prometheus's text format."""
     registry = CollectorRegistry()
     registry.register(StoreCollector(store))
     return generate_latest(registry).decode()

@@ -1,4 +1,4 @@
-"""Opening a store: its folder, its catalog, its blobs and its collection, all of them or none."""
+"""Opens a store: its folder, catalog, blobs and collection, all or nothing."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _CATALOG = "catalog.sqlite"
 
 @dataclass(frozen=True, kw_only=True)
 class StoreParts:
-    """What a `Store` is made of.
+    """Components of a `Store`.
 
     Attributes:
-        folder: Of the store.
-        catalog: The database.
-        blobs: On disk, or in an object store.
-        readers: Who on this machine reads which blob.
-        collection_id: The collection's row in the catalog.
+        folder: Folder of the store.
+        catalog: Database of the store.
+        blobs: Blobs on disk or in an object store.
+        readers: Locks that mark which blobs are being read on this machine.
+        collection_id: Catalog row of the collection.
     """
 
     folder: Path
@@ -52,7 +52,7 @@ def open_parts(
     blobs: str | None,
     tier_size_bytes: int | None,
 ) -> StoreParts:
-    """Open what `Store.open` describes; arguments and errors as there."""
+    """Open the components of a store; arguments and errors are those of `Store.open`."""
     folder = Path(os.path.abspath(Path(path).expanduser()))
     _check_name(collection)
     check_folder(folder)
@@ -71,7 +71,7 @@ def open_parts(
         size_limit=None if place.blobs is None else place.tier_size_bytes,
     )
     kept: DiskBlobs | ObjectBlobs = disk if place.blobs is None else ObjectBlobs(place.blobs, disk)
-    # Others may be at work on a shared catalog with the version that wrote it: they decide when it is upgraded.
+    # Others may be using a shared catalog with the version that wrote it: they decide when it is upgraded.
     opened = Catalog(
         place.catalog or folder / _CATALOG, busy_timeout_s=catalogs.BUSY_TIMEOUT_S, upgrade=place.catalog is None
     )
@@ -91,10 +91,10 @@ def open_parts(
 
 
 def catalog_of(path: Path | str) -> Path | str:
-    """Where the catalog of a store's folder is, for `Catalog`; nothing is opened.
+    """Location of the catalog of a store's folder, for `Catalog`; nothing is opened.
 
     Raises:
-        StoreError: There is no store in the folder.
+        StoreError: The folder has no store.
     """
     folder = Path(os.path.abspath(Path(path).expanduser()))
     _check_there(folder)
@@ -117,7 +117,7 @@ def _check_name(collection: str) -> None:
 
 
 def _check_access(folder: Path) -> None:
-    # Asked first, because SQLite's own answer for a forbidden folder comes late and says "unable to open".
+    # Checked first, because SQLite's own error for a forbidden folder comes late and says "unable to open".
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         raise StorePermissionError(
             "the store's folder may not be read and written",
@@ -127,7 +127,7 @@ def _check_access(folder: Path) -> None:
 
 
 def find_collection(catalog: Catalog, name: str, *, create: bool) -> int:
-    """The row of a collection; made if it is not there and may be. Errors as in `Store.in_collection`."""
+    """The id of a collection's row; a missing one is created if `create` is on. Errors as in `Store.in_collection`."""
     _check_name(name)
     wanted = select(CollectionRow.id).where(CollectionRow.name == name)
     with catalog.read() as session:
@@ -142,7 +142,7 @@ def find_collection(catalog: Catalog, name: str, *, create: bool) -> int:
             next_step="Name one of those, or make it by adding a document to it.",
         )
     with catalog.write() as session:
-        found = session.scalar(wanted)  # another process may have made it since
+        found = session.scalar(wanted)  # another process may have created it since
         if found is None:
             row = CollectionRow(name=name, settings={})
             session.add(row)

@@ -1,4 +1,4 @@
-"""The prefixes of one collection: what every prompt begins with, prefilled once."""
+"""The shared prefixes of one collection: the beginning of every prompt, prefilled once."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Prefixes:
     """Prefixes of one collection. Thread-safe.
 
     Args:
-        stock: Of the store.
-        collection_id: Whose prefixes these are.
+        stock: Blobs of the store and the rows that name them.
+        collection_id: Catalog row of the collection.
     """
 
     def __init__(self, stock: Stock, collection_id: int) -> None:

@@ -1,9 +1,9 @@
-"""Purging: deleting documents so that no file of the store holds a byte of them any more.
+"""Deletes documents so that no file of the store holds a byte of them any more.
 
-Deleting is enough for whoever asks the store, but not for whoever reads its files: rows stay in free pages and logs of
-the databases, damaged blobs in quarantine, words in the index. Files are unlinked, not overwritten first: on journaling
-and copy-on-write file systems, and on SSDs, which write elsewhere than where they are told, overwriting promises
-nothing. Where the medium itself may fall into other hands, encrypt it.
+`delete_document` hides documents from the store, but not from a reader of its files: rows stay in free pages and logs
+of the databases, damaged blobs in quarantine, words in the index. Files are unlinked, and not overwritten first:
+journaling and copy-on-write file systems and SSDs write to another place than the given one, so overwriting
+guarantees nothing. If the medium itself may fall into other hands, encrypt it.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ __all__ = ["PurgeReport", "index_folder", "purge"]
 
 @dataclass(frozen=True, kw_only=True)
 class PurgeReport:
-    """What `Store.purge` removed.
+    """Removals by `Store.purge`.
 
     Attributes:
-        documents: Ids.
-        n_blobs: Blobs of these documents' caches.
-        n_blobs_shared: Blobs of theirs that stay, because caches of equal texts in other collections have them too.
-        n_orphan_blobs: Other blobs that no row named.
-        n_quarantined: Files in quarantine, which nobody knows the documents of.
-        n_strays: Leftovers of interrupted writes.
-        freed_bytes: Size of the blobs and files removed.
+        documents: Ids of the purged documents.
+        n_blobs: Number of removed blobs of these documents' caches.
+        n_blobs_shared: Number of their blobs that stay, because caches of equal texts in other collections use them
+            too.
+        n_orphan_blobs: Number of other blobs that no row named.
+        n_quarantined: Number of files in quarantine, which cannot be attributed to documents.
+        n_strays: Number of leftovers of interrupted writes.
+        freed_bytes: Size of the removed blobs and files in bytes.
     """
 
     documents: tuple[str, ...]
@@ -52,9 +53,10 @@ class PurgeReport:
 
 
 def index_folder(folder: Path, collection: str) -> Path:
-    """Where a collection's index is kept in a store's folder.
+    """Folder of a collection's index in a store's folder.
 
-    By hash, because a collection's name may hold what a file name may not, and lead out of the store.
+    It is named by a hash, because a collection's name may have characters that a file name may not, or lead out of
+    the store.
     """
     return folder / "bm25" / hashlib.sha256(collection.encode()).hexdigest()[:16]
 
@@ -85,7 +87,7 @@ def purge(
             documents.bump_revision(session, collection_id)
     freed_bytes, n_shared = 0, 0
     for key in keys:
-        # Not Stock.sweep, which leaves to gc what it cannot have at once, and says nothing.
+        # Not `Stock.sweep`, which silently leaves blobs that it cannot lock at once to `gc`.
         with catalog.hold(f"blob {key}"):
             if _unnamed(catalog, [key]):
                 freed_bytes += vault.blobs.delete(key)
@@ -95,7 +97,7 @@ def purge(
     orphans = _unnamed(catalog, audit.keys)
     freed_bytes += audit.freed_bytes + stock.sweep(orphans)
     if isinstance(vault.blobs, ObjectBlobs):
-        # Copies of what was purged on another machine; whatever is in the tier may be dropped at any time.
+        # Copies of blobs that another machine purged; anything in the tier may be dropped at any time.
         for key in _unnamed(catalog, vault.blobs.tier.audit().keys):
             vault.blobs.tier.delete(key)
     n_quarantined = 0
@@ -121,7 +123,7 @@ def purge(
 
 
 def _unnamed(catalog: Catalog, keys: Iterable[str]) -> set[str]:
-    """Those of the blobs that no row of any collection names."""
+    """The subset of the blobs that no row of any collection names."""
     unnamed: set[str] = set()
     for batch in documents.batches(keys):
         with catalog.read() as session:

@@ -1,4 +1,4 @@
-"""What goes into the store and what comes out: frozen records without any database behind them."""
+"""Input and output records of the store: frozen, without a database behind them."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class PassageRecord:
     """One passage of a document: the unit that is compressed.
 
     Attributes:
-        text: Exactly what is tokenised; None where it is not kept.
-        n_tokens: Its length in tokens.
-        text_sha256: SHA-256 hex digest of the UTF-8 text: what its distilled caches are filed under. Made from the text
-            if there is one.
-        terms: What it is found by where its text is not kept; without them, no question finds it.
+        text: Exact text that is tokenised; None if it is not kept.
+        n_tokens: Length of the passage in tokens.
+        text_sha256: SHA-256 hex digest of the UTF-8 text, the key of its distilled caches. Computed from the text
+            unless given.
+        terms: Hashed words for retrieval if the text is not kept; without them, no question finds the passage.
 
     Raises:
-        EncodingError: The text holds half a surrogate pair, which UTF-8 cannot write.
-        ConfigError: There is neither a text nor its hash.
+        EncodingError: The text has half a surrogate pair, which UTF-8 cannot encode.
+        ConfigError: Neither the text nor its hash is given.
     """
 
     text: str | None
@@ -50,7 +50,7 @@ class PassageRecord:
             raise ConfigError("a passage without a text needs the hash of it", where="text_sha256")
         try:
             object.__setattr__(self, "text_sha256", hashlib.sha256(self.text.encode()).hexdigest())
-        except UnicodeEncodeError as error:  # whose message has the offset, and nothing of the text but the half pair
+        except UnicodeEncodeError as error:  # its message has the offset and, from the text, only the half pair
             raise EncodingError(
                 f"the text cannot be written as UTF-8: {error}",
                 where="a passage",
@@ -63,14 +63,15 @@ class DocumentRecord:
     """A document with its passages.
 
     Attributes:
-        id: Unique in its collection.
-        content_sha256: SHA-256 hex digest of the document as it was read; tells changed documents from unchanged.
-        source_uri: Where it came from.
-        metadata: Anything JSON can hold.
-        passage_tokens: The length limit it was cut with, in tokens; None if it was not cut.
-        passages: In the order of the text.
-        created_at: Set by the store, UTC; ignored in what is put.
-        updated_at: Set by the store, UTC; ignored in what is put.
+        id: Id of the document, unique in its collection.
+        content_sha256: SHA-256 hex digest of the document as it was read; distinguishes changed documents from
+            unchanged.
+        source_uri: Source of the document.
+        metadata: JSON-serialisable metadata.
+        passage_tokens: Length limit of its passages in tokens; None if it was not split.
+        passages: Passages in the order of the text.
+        created_at: Time of the first put, UTC; set by the store, and ignored when put.
+        updated_at: Time of the last put, UTC; set by the store, and ignored when put.
     """
 
     id: str
@@ -84,16 +85,16 @@ class DocumentRecord:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all passages."""
+        """Number of tokens in all passages."""
         return sum(passage.n_tokens for passage in self.passages)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentSummary:
-    """A document without its text: what a listing needs. Times are UTC.
+    """A document without its text, for listings. Times are UTC; other fields are as in `DocumentRecord`.
 
     Attributes:
-        n_texts: How many of the passages have their text kept. The others are as in `DocumentRecord`.
+        n_texts: Number of passages with their text kept.
     """
 
     id: str
@@ -110,16 +111,16 @@ class DocumentSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredPassage:
-    """A passage as the collection holds it.
+    """A passage as it is stored in a collection.
 
     Attributes:
-        document_id: Its document.
-        ordinal: Its place in the document, from 0.
-        text: Exactly what is tokenised; None where it is not kept.
+        document_id: Id of its document.
+        ordinal: Position in the document, from 0.
+        text: Exact text that is tokenised; None if it is not kept.
         text_sha256: SHA-256 hex digest of the UTF-8 text.
-        n_tokens: Its length in tokens.
-        metadata: The document's.
-        terms: What it is found by where its text is not kept.
+        n_tokens: Length of the passage in tokens.
+        metadata: Metadata of the document.
+        terms: Hashed words for retrieval if the text is not kept.
     """
 
     document_id: str
@@ -136,21 +137,21 @@ class CacheInfo:
     """The catalog's row of one distilled cache.
 
     Attributes:
-        text_sha256: Of the text it was made from.
+        text_sha256: SHA-256 hex digest of the text it was made from.
         fingerprint: Digest of the fingerprint it was made under.
-        method: The selector's name and settings, or `adapter`.
-        keep_ratio: What was asked for, or what a budget came to for this text, in (0, 1].
-        n_tokens: Length of the text.
-        n_kept: Entries kept in every layer and head.
-        dtype: Of keys and values in the blob: `bfloat16`, `int8`, ...
-        size_bytes: Of the blob.
-        blob_key: The blob's name, which is the SHA-256 hex digest of its bytes.
+        method: Name and settings of the selector, or `adapter`.
+        keep_ratio: Share of entries kept, in (0, 1]: as requested, or as a budget gave it for this text.
+        n_tokens: Length of the text in tokens.
+        n_kept: Number of entries kept per layer and head; the rounded average if heads keep different numbers.
+        dtype: Number format of keys and values in the blob: `bfloat16`, `int8`, ...
+        size_bytes: Size of the blob in bytes.
+        blob_key: Name of the blob, which is the SHA-256 hex digest of its bytes.
         fidelity: Last held-out probe KL in nats, lower is better; None if it was not measured.
-        refined_steps: Gradient steps of refinement behind it.
-        pinned: Never evicted, whatever the budget.
-        created_at: UTC.
-        last_used_at: UTC; written with a delay, see `Store.get`.
-        expires_at: From then on it counts as missing; None for never.
+        refined_steps: Number of gradient steps of refinement.
+        pinned: Whether it is never evicted, whatever the size limit.
+        created_at: Time of the put, UTC.
+        last_used_at: Time of the last use, UTC; written with a delay, see `Store.get`.
+        expires_at: Time from which it counts as missing, UTC; None for never.
     """
 
     text_sha256: str
@@ -172,18 +173,19 @@ class CacheInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckReport:
-    """What `Store.check` found.
+    """Findings of `Store.check`.
 
     Attributes:
-        n_blobs: Blobs that are there and sound.
-        size_bytes: Their size.
-        damaged: Blob keys whose bytes are wrong; quarantined, their rows deleted.
-        misfiled: `text_sha256` of caches whose row named the blob of something else; the rows are deleted.
-        missing: Blob keys that rows name and that are not there. `Store.gc` deletes the rows.
-        orphans: Blob keys that no row names. `Store.gc` deletes them.
-        strays: Leftovers of interrupted writes, relative to the blob folder. `Store.gc` deletes them.
-        unreferenced: `text_sha256` of this collection's caches whose text is in no passage: what an interrupted or
-            running `add` leaves for its next run. `Store.gc` deletes them.
+        n_blobs: Number of sound blobs that rows name.
+        size_bytes: Size of these blobs in bytes.
+        damaged: Keys of blobs with wrong bytes; they are quarantined, and their rows deleted.
+        misfiled: `text_sha256` of caches with a row that named the blob of something else; these rows are deleted.
+        missing: Keys of blobs that rows name and that do not exist. `Store.gc` deletes the rows.
+        orphans: Keys of blobs that no row names. `Store.gc` deletes them.
+        strays: Leftovers of interrupted writes: paths in the blob folder or object store, or `row N` of diskcache's
+            table. `Store.gc` deletes them.
+        unreferenced: `text_sha256` of this collection's caches with a text that is in no passage: an interrupted or
+            running `add` leaves them for its next run. `Store.gc` deletes them.
     """
 
     n_blobs: int
@@ -197,21 +199,21 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether catalog and blobs agree. Unreferenced caches are not counted: they are sound, and may be wanted."""
+        """Whether catalog and blobs agree; unreferenced caches do not count, as they are sound and may be needed."""
         return not (self.damaged or self.misfiled or self.missing or self.orphans or self.strays)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GcReport:
-    """What `Store.gc` removed.
+    """Removals by `Store.gc`.
 
     Attributes:
-        n_orphan_blobs: Blobs no row named, not counting those of the unreferenced caches.
-        n_dangling_rows: Rows whose blob was not there.
-        n_unreferenced_caches: Caches of this collection whose text is in no passage.
-        n_expired_caches: Caches whose time has run out.
-        n_strays: Leftovers of interrupted writes.
-        freed_bytes: Size of the files removed.
+        n_orphan_blobs: Number of blobs that no row named, without those of the unreferenced caches.
+        n_dangling_rows: Number of rows with a missing blob.
+        n_unreferenced_caches: Number of this collection's caches with a text that is in no passage.
+        n_expired_caches: Number of expired caches.
+        n_strays: Number of leftovers of interrupted writes.
+        freed_bytes: Size of the removed files in bytes.
     """
 
     n_orphan_blobs: int
@@ -227,13 +229,13 @@ class StoreStats:
     """Counts of one collection, and the size of the whole folder.
 
     Attributes:
-        n_documents: Of the collection.
-        n_passages: Of the collection.
-        n_tokens: Of all passages of the collection.
-        n_caches: Of the collection, under all fingerprints and keep ratios.
-        cache_bytes: Size of these caches' blobs; a blob shared with another collection counts in both.
-        disk_bytes: Size of every file in the store's folder, all collections together.
-        n_quarantined: Files in the folder's quarantine.
+        n_documents: Number of documents in the collection.
+        n_passages: Number of passages in the collection.
+        n_tokens: Number of tokens in all passages of the collection.
+        n_caches: Number of caches in the collection, under all fingerprints and keep ratios.
+        cache_bytes: Size of these caches' blobs in bytes; a blob shared with another collection counts in both.
+        disk_bytes: Size of all files in the store's folder in bytes, over all collections.
+        n_quarantined: Number of files in the folder's quarantine.
     """
 
     n_documents: int

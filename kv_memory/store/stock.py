@@ -1,4 +1,4 @@
-"""What the rows of all collections and the blobs of a store have to do with each other: one goes with the other."""
+"""Keeps the rows of all collections and the blobs of a store consistent: a removal of one removes the other."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Stock:
     """The blobs of a store and the rows that name them. Thread-safe.
 
     Attributes:
-        catalog: Has the rows.
-        vault: Has the blobs.
+        catalog: Catalog with the rows.
+        vault: Blobs, read only after a check.
     """
 
     def __init__(self, catalog: Catalog, vault: Vault) -> None:
@@ -30,7 +30,7 @@ class Stock:
         self.vault = vault
 
     def condemn_if_damaged(self, key: str, size_bytes: int) -> bool:
-        """Hash a blob now; if it is damaged, quarantine it and delete its rows in all collections."""
+        """Hash a blob now; if it is damaged, quarantine it, delete its rows in all collections and return True."""
         try:
             self.vault.verified_path(key, size_bytes, again=True)
         except CorruptCacheError:
@@ -38,19 +38,19 @@ class Stock:
         return False
 
     def unfile_if_wrong(self, row: CacheRow) -> bool:
-        """Compare a row with the header of its blob, which is sound; a row that names another's is deleted."""
+        """Compare a row with the header of its sound blob; delete a row that names another's blob and return True."""
         try:
             check_header(row, self.vault.verified_path(row.blob_key, row.size_bytes))
         except MisfiledError:
             return self.unfile(row)
         except (FingerprintMismatchError, CorruptCacheError):
-            pass  # of another format version; or removed, or damaged, since it was found sound
+            pass  # of another format version; or removed or damaged since the last check
         return False
 
     def unfile(self, row: CacheRow) -> bool:
-        """Delete a row that names the blob of something else; False if by now it is gone or names another.
+        """Delete a row that names the blob of something else; False if the row is gone or changed.
 
-        The blob stays where it is if its own row is there: it is sound.
+        The blob stays if another row names it, because it is sound; otherwise it is quarantined.
         """
         with self.catalog.hold(f"blob {row.blob_key}"):
             with self.catalog.write() as session:
@@ -61,7 +61,7 @@ class Stock:
         return bool(gone)
 
     def condemn(self, key: str, size_bytes: int, *, recheck: bool = True) -> bool:
-        """Quarantine a blob and delete its rows; False if by now nothing is wrong, or nobody refers to it."""
+        """Quarantine a blob and delete its rows; False if no row names it, or `recheck` finds it sound."""
         with self.catalog.hold(f"blob {key}"):
             if not self.named([key]) or (recheck and self.vault.sound(key, size_bytes)):
                 return False
@@ -72,23 +72,23 @@ class Stock:
         return True
 
     def sweep(self, keys: Iterable[str]) -> int:
-        """Remove those blobs that no row of any collection names. What cannot be removed now is left to `gc`.
+        """Remove those of the blobs that no row of any collection names; what cannot be removed now is left to `gc`.
 
         Returns:
-            Bytes freed.
+            Number of bytes freed.
         """
         freed_bytes = 0
         for batch in batches(set(keys)):
             with suppress(StoreError):
                 for key in set(batch) - self.named(batch):
-                    # Held by whoever is about to refer to it; looked at again once it is ours, and nobody can be.
+                    # A writer about to refer to the blob holds this lock; once it is ours, check again.
                     with self.catalog.hold(f"blob {key}", wait=False) as ours:
                         if ours and not self.named([key]):
                             freed_bytes += self.vault.blobs.delete(key)
         return freed_bytes
 
     def named(self, keys: list[str]) -> set[str]:
-        """Those of the blobs that a row of any collection names."""
+        """The subset of the blobs that a row of any collection names."""
         named: set[str] = set()
         with self.catalog.read() as session:
             for table in (CacheRow, PrefixRow):

@@ -40,7 +40,7 @@ from kv_memory.store.transfer.files import ExportReport, ImportReport, OnConflic
 from kv_memory.store.transfer.importer import import_collection
 
 if TYPE_CHECKING:
-    from kv_memory.cache.distilled import DistilledCache  # imports torch: where no cache is read, listing stays quick
+    from kv_memory.cache.distilled import DistilledCache  # imports torch: listing without loading a cache stays fast
 
 __all__ = ["Store"]
 
@@ -48,15 +48,15 @@ __all__ = ["Store"]
 class Store(Collection):
     """One collection of a store. Thread-safe, and several processes may use one store.
 
-    A store is named by its folder. That holds `catalog.sqlite`, `blobs/` and `quarantine/`, and must be on a local
-    disk: SQLite's write-ahead log does not work over network file systems. A store that many machines share has its
-    catalog in PostgreSQL and its blobs in an object store; then the folder, one on each machine, says where they are
-    (`store.json`), and `blobs/` holds copies of those in use.
+    A store is named by its folder, which holds `catalog.sqlite`, `blobs/` and `quarantine/`. It must be on a local
+    disk, because SQLite's write-ahead log does not work over network file systems. A store that many machines share
+    has its catalog in PostgreSQL and its blobs in an object store. Each machine then has a folder: `store.json` in it
+    names both places, and `blobs/` holds copies of the blobs in use.
 
-    Every method may raise the `StoreError` subclasses for a full disk, a forbidden folder, a catalog locked for longer
-    than 30 s, and a server that does not answer.
+    Every method may raise the `StoreError` subclasses for a full disk, a forbidden folder, a catalog locked for
+    longer than 30 s, and a server that does not answer.
 
-    Make one with `Store.open`.
+    Create one with `Store.open`.
     """
 
     def __init__(self, parts: StoreParts, collection: str) -> None:
@@ -81,26 +81,26 @@ class Store(Collection):
         blobs: str | None = None,
         tier_size_bytes: int | None = None,
     ) -> Store:
-        """Open the store of a folder, upgrading an old one.
+        """Open the store in a folder, and upgrade an old one.
 
         Args:
-            path: The folder.
-            collection: The tenant whose documents and caches are seen.
-            create: Make folder and collection if they are not there.
-            catalog: For a new store: `postgresql+psycopg://USER@HOST/DATABASE`, `?schema=NAME` for another schema than
-                `kv_memory`. None keeps it in the folder. Passwords are best left to `~/.pgpass` or `PGPASSWORD`: the
-                URL is written down, for the owner to read.
-            blobs: For a new store: `s3://BUCKET/PREFIX`, `gs://...`, `az://...` or `file:///FOLDER`; credentials come
-                from the environment. None keeps them in the folder.
-            tier_size_bytes: What copies of an object store's blobs may take in the folder; 20 GB unless set.
+            path: Folder of the store.
+            collection: Name of the collection (tenant); the store shows only its documents and caches.
+            create: Whether to create a missing folder or collection.
+            catalog: Database URL for a new store: `postgresql+psycopg://USER@HOST/DATABASE`, with `?schema=NAME` for
+                a schema other than `kv_memory`. None keeps the catalog in the folder. Put passwords into `~/.pgpass`
+                or `PGPASSWORD`: the URL is written to `store.json`, readable by its owner.
+            blobs: Object store URL for a new store: `s3://BUCKET/PREFIX`, `gs://...`, `az://...` or `file:///FOLDER`.
+                Credentials come from the environment. None keeps the blobs in the folder.
+            tier_size_bytes: Size limit in bytes for local copies of an object store's blobs; 20 GB unless set.
 
         Raises:
-            ConfigError: `catalog` or `blobs` is not where the store is, or is no such URL.
-            StoreError: There is no store or no such collection, and `create` is off; or the folder holds something
+            ConfigError: `catalog` or `blobs` is not a valid URL, or not the one of the existing store.
+            StoreError: The store or collection does not exist and `create` is off, or the folder holds something
                 else.
-            StoreVersionError: A newer version of this package wrote it, or an older one wrote a shared catalog, which
-                `kv-memory db upgrade` upgrades. Nothing was changed.
-            StorePermissionError: The folder may not be read and written.
+            StoreVersionError: A newer version of this package wrote the store, or an older version wrote a shared
+                catalog, which `kv-memory db upgrade` upgrades. Nothing was changed.
+            StorePermissionError: The folder is not readable and writable.
             StoreConnectionError: The database or the object store does not answer.
         """
         parts = open_parts(
@@ -114,14 +114,14 @@ class Store(Collection):
         return cls(parts, collection)
 
     def in_collection(self, collection: str, *, create: bool = True) -> Store:
-        """Another collection of this folder, over the same connections; unusable once this store is closed.
+        """Another collection of this store over the same connections; it becomes unusable when this store is closed.
 
         Args:
-            collection: Its name.
-            create: Make it if it is not there.
+            collection: Name of the collection.
+            create: Whether to create a missing collection.
 
         Raises:
-            StoreError: There is no such collection, and `create` is off.
+            StoreError: The collection does not exist and `create` is off.
         """
         collection_id = find_collection(self._catalog, collection, create=create)
         store = Store(replace(self._parts, collection_id=collection_id), collection)
@@ -129,7 +129,7 @@ class Store(Collection):
         return store
 
     def close(self) -> None:
-        """Write what is buffered and close the connections."""
+        """Write buffered data and close the connections."""
         self._shelf.uses.flush()
         if self._owns_connections:
             self._parts.readers.close()
@@ -138,12 +138,12 @@ class Store(Collection):
 
     @property
     def blobs_url(self) -> str:
-        """Where the blobs are: the URL of an object store, or the folder."""
+        """URL of the object store, or path of the folder, that holds the blobs."""
         return self._blobs.url if isinstance(self._blobs, ObjectBlobs) else str(self._blobs.folder)
 
     @property
     def catalog(self) -> Catalog:
-        """The database, for what keeps its own tables there: the ledger of jobs."""
+        """The database, for the job ledger, which keeps its own tables in it."""
         return self._catalog
 
     @property
@@ -162,7 +162,7 @@ class Store(Collection):
     # caches
 
     def warm(self) -> None:
-        """Do now what the first `get` would do: a process that answers questions does this while it loads its model."""
+        """Do the one-time work of the first `get` now, for a process that can do so while it loads its model."""
         self._blobs.warm()
         self._shelf.warm()
 
@@ -176,18 +176,18 @@ class Store(Collection):
     ) -> CacheInfo:
         """Store a distilled cache: the blob first, then its row. Both are durable when this returns.
 
-        The text need not be in a document yet. If there is a sound cache of this text, fingerprint and keep ratio
-        already, it stays and its row is returned.
+        The text need not be in a document yet. If the collection already has a sound cache of this text, fingerprint
+        and keep ratio, that cache stays and its row is returned.
 
         Args:
-            text_sha256: SHA-256 hex digest of the UTF-8 text it was made from.
-            cache: What to store.
-            fidelity: Last held-out probe KL in nats; the cache's own if None.
-            storage: How keys and values are stored, see `DistilledCache.to_bytes`; `get` needs no word of it.
+            text_sha256: SHA-256 hex digest of the UTF-8 text of the cache.
+            cache: Cache to store.
+            fidelity: Last held-out probe KL in nats; None takes the cache's own.
+            storage: Number format of keys and values in the blob, see `DistilledCache.to_bytes`; `get` recognises it.
 
         Raises:
-            ConfigError: The cache cannot be stored so.
-            StoreFullError: No space left; nothing of this cache is kept, everything else is untouched.
+            ConfigError: The cache cannot be stored in this format.
+            StoreFullError: No space left. Nothing of this cache is kept, and everything else is untouched.
         """
         return self._shelf.put(text_sha256, cache, fidelity=fidelity, storage=storage)
 
@@ -195,32 +195,34 @@ class Store(Collection):
         """A distilled cache, its tensors mapped from the file.
 
         The file's SHA-256 is checked the first time this process reads it. The tensors stay valid when the cache is
-        deleted later. The time of use is written when the store is closed, or after a few hundred uses.
+        deleted later. Times of last use are buffered, and written when the store is closed or 256 caches are in the
+        buffer.
 
         Args:
             text_sha256: SHA-256 hex digest of the UTF-8 text.
-            fingerprint: What it was made under.
-            keep_ratio: Of the cache; of a `Keep`, what it comes to for this text.
+            fingerprint: Fingerprint that the cache was made under.
+            keep_ratio: Keep ratio of the cache, or a `Keep`, which gives the keep ratio for this text.
 
         Raises:
-            CacheNotFoundError: No cache of this text at this keep ratio; names the keep ratios there are.
-            FingerprintMismatchError: There is one, made by something else; names what differs.
-            CorruptCacheError: The bytes are damaged. They are quarantined, and `missing` lists the passage again.
+            CacheNotFoundError: The text has no cache at this keep ratio; the message names the keep ratios it has.
+            FingerprintMismatchError: The cache was made under another fingerprint; the message names the differences.
+            CorruptCacheError: The blob is damaged. It is quarantined, and `missing` lists the passage again.
+            BudgetError: The budget of a `Keep` is too small for this text.
         """
         return self._shelf.get(text_sha256, fingerprint, self.keep_ratio_of(text_sha256, fingerprint, keep_ratio))
 
     def has(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> bool:
-        """Whether the catalog has such a cache. The blob is not looked at."""
+        """Whether the catalog has such a cache; the blob is not checked."""
         ratio = self.keep_ratio_of(text_sha256, fingerprint, keep_ratio)
         return ratio is not None and self._shelf.has(text_sha256, fingerprint, ratio)
 
     def sound(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> bool:
-        """Whether there is such a cache and its bytes are right. Nothing is quarantined: `get` and `check` do that."""
+        """Whether such a cache exists with a sound blob; nothing is quarantined, which `get` and `check` do."""
         ratio = self.keep_ratio_of(text_sha256, fingerprint, keep_ratio)
         return ratio is not None and self._shelf.sound(text_sha256, fingerprint, ratio)
 
     def keep_ratio_of(self, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep) -> float | None:
-        """The keep_ratio of a text's cache within a budget; None where no cache of it tells how long it is.
+        """The keep_ratio that `keep` gives for a text; None if that needs its length and no cache records it.
 
         Raises:
             BudgetError: The budget is too small for this text.
@@ -260,11 +262,11 @@ class Store(Collection):
     def delete(
         self, text_sha256: str, *, fingerprint: Fingerprint | None = None, keep_ratio: float | None = None
     ) -> int:
-        """Delete a text's caches, all or those under the given settings; returns how many there were."""
+        """Delete a text's caches, all of them or those under the given settings, and return their number."""
         return self._shelf.delete(text_sha256, fingerprint=fingerprint, keep_ratio=keep_ratio)
 
     def caches(self, document_id: str | None = None) -> list[CacheInfo]:
-        """The rows of all caches of the collection, or of one document's passages, oldest first.
+        """Records of all caches of the collection, or of one document's passages, oldest first.
 
         Raises:
             DocumentNotFoundError: The collection has no such document.
@@ -278,41 +280,41 @@ class Store(Collection):
             return [cache_info(row) for row in session.scalars(statement)]
 
     def making(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> AbstractContextManager[bool]:
-        """A context in which nobody else makes this cache: wait in it, ask `has` again, then compress and `put`.
+        """A lock on making this cache: wait for it by entering the context, call `has` again, then compress and `put`.
 
-        So a document that eight ask for at once is compressed once, whichever threads, processes and, with a catalog in
-        PostgreSQL, machines they are. Whoever dies in it lets the next one in.
+        A document that eight callers request at once is thus compressed once, across threads, processes and, with a
+        catalog in PostgreSQL, machines. If the holder dies, the lock passes to the next one.
         """
         name = f"make {self._collection_id} {text_sha256} {fingerprint.digest} {check_keep_ratio(keep_ratio)!r}"
         return self._catalog.hold(name)
 
-    # budgets
+    # limits
 
     def limits(self) -> Limits:
-        """What bounds the collection and the store."""
+        """Size and age limits of the collection and the store."""
         with self._catalog.read() as session:
             return read_limits(session, self._collection_id)
 
     def set_limits(self, limits: Limits) -> int:
-        """Bound the collection and the store; what is too much by now goes at once, that used longest ago first.
+        """Limit the collection and the store, and evict at once what exceeds the limits, least recently used first.
 
-        A cache's age is decided when it is put: a new `ttl_s` does not change those that are there.
+        A cache's expiry is fixed when it is put: a new `ttl_s` does not change existing caches.
 
         Returns:
-            How many caches went.
+            Number of evicted caches.
 
         Raises:
-            StoreFullError: What is pinned or being read is more than may be. The limits are set all the same.
+            StoreFullError: Pinned caches and caches being read exceed a limit. The limits are set nevertheless.
         """
         with self._catalog.write() as session:
             write_limits(session, self._collection_id, limits)
         return self._shelf.make_room()
 
     def pin(self, document_id: str, *, pinned: bool = True) -> int:
-        """Keep the caches that a document has now from being evicted, or let them be; they still expire.
+        """Pin the caches that a document has now, so that they are not evicted, or unpin them; they still expire.
 
         Returns:
-            How many they are.
+            Number of these caches.
 
         Raises:
             DocumentNotFoundError: The collection has no such document.
@@ -331,14 +333,14 @@ class Store(Collection):
     # prefixes
 
     def put_prefix(self, key: str, data: bytes) -> None:
-        """Store the cache of a shared prefix, as safetensors bytes, replacing what is under the key."""
+        """Store the cache of a shared prefix, as safetensors bytes, replacing any under the same key."""
         self._prefixes.put(key, data)
 
     def get_prefix(self, key: str) -> Path | None:
-        """The safetensors file of a shared prefix, checked like a cache; None if there is none under the key.
+        """The safetensors file of a shared prefix, checked like a cache; None if the key has no prefix.
 
         Raises:
-            CorruptCacheError: The bytes are damaged. They are quarantined; the next call returns None.
+            CorruptCacheError: The blob is damaged. It is quarantined, and the next call returns None.
         """
         return self._prefixes.get(key)
 
@@ -347,18 +349,18 @@ class Store(Collection):
     def export_to(
         self, path: Path | str, *, on_progress: Callable[[TransferProgress], None] | None = None
     ) -> ExportReport:
-        """Write the collection into one file: documents, caches, prefixes, settings, as they are.
+        """Write the collection unchanged into one file: documents, caches, prefixes and settings.
 
-        It is written beside the file, as `PATH.part`, and takes its name when it is complete. An interrupted export of
-        a collection that has not changed since goes on where it stopped. Documents may be added meanwhile.
+        The export is written to `PATH.part` and renamed when it is complete. An interrupted export resumes if the
+        collection has not changed since. Documents may be added during the export.
 
         Args:
-            path: The file, or `-` for the standard output.
-            on_progress: Called after every blob.
+            path: File to write, or `-` for standard output.
+            on_progress: Callback, called after every blob.
 
         Raises:
-            TransferError: Another export writes the file, or its folder is not there.
-            StoreFullError: No space left. What was written is gone on with the next time.
+            TransferError: Another export is writing the file, or its folder does not exist.
+            StoreFullError: No space left. The next export resumes from what was written.
         """
         return export_collection(self._shelf, self._collection_id, path, on_progress)
 
@@ -369,22 +371,23 @@ class Store(Collection):
         on_conflict: OnConflict = "refuse",
         on_progress: Callable[[TransferProgress], None] | None = None,
     ) -> ImportReport:
-        """Read what `export_to` has written into this collection.
+        """Import an archive that `export_to` wrote into this collection.
 
-        A file is read through and verified before anything is changed; the standard input is verified as it comes. What
-        is there already is skipped, so that an interrupted import is gone on with by doing it again. An archive says
-        nothing of who wrote it: take one only from whom you would take a model.
+        A file is verified completely before anything is changed; standard input is verified as it arrives. Existing
+        data is skipped, so an interrupted import is resumed by running it again. An archive does not prove who wrote
+        it: import one only from a source that you would accept a model from.
 
         Args:
-            source: The file, `-` for the standard input, or an archive from `open_archive`.
-            on_conflict: What to do with documents that are there with other text: `refuse` the archive, `skip` them,
-                or `replace` them.
-            on_progress: Called after every blob.
+            source: Archive file, `-` for standard input, or an archive from `open_archive`.
+            on_conflict: Action for existing documents with other text: `refuse` the archive, `skip` them, or
+                `replace` them. `replace` also replaces documents with equal text but other metadata, source or
+                passage length.
+            on_progress: Callback, called after every blob.
 
         Raises:
-            TransferError: The archive is damaged, not complete or of a newer format; the collection has documents and
+            TransferError: The archive is damaged, incomplete or of a newer format; the collection has documents under
                 other settings; or a document is in conflict.
-            StoreFullError: No space left. What was imported by then stays.
+            StoreFullError: No space left. Data imported before stays.
         """
         return import_collection(
             self._shelf,
@@ -394,24 +397,24 @@ class Store(Collection):
             on_progress=on_progress,
         )
 
-    # upkeep
+    # maintenance
 
     def purge(self, *ids: str) -> PurgeReport:
         """Delete documents so that no file of the store holds a byte of them or their caches any more.
 
-        Beyond what `delete_document` does: quarantine is emptied, the index of the collection removed until the next
-        question, the ledger of jobs forgets the documents, and the databases are written anew with their logs cut off
-        (on PostgreSQL `VACUUM FULL`). Caches of equal texts in other collections stay. Not reached are backups, the log
-        of a PostgreSQL server, versions that a bucket keeps, what other machines have copies of (purge there too,
-        without an id), and the medium under the file system.
+        Unlike `delete_document` it also empties the quarantine, removes the collection's index until the next
+        question, removes the documents from the job ledger, and rewrites the databases and truncates their logs (on
+        PostgreSQL `VACUUM FULL`). Caches of equal texts in other collections stay. Not reached are backups, the log
+        of a PostgreSQL server, versions kept by a bucket, copies on other machines (purge there too, without an id),
+        and the medium under the file system.
 
         Args:
-            ids: Of documents. Without any, what was deleted before is purged.
+            ids: Ids of documents. Without any, data of documents deleted earlier is purged.
 
         Raises:
-            DocumentNotFoundError: The collection has no such document; none was deleted.
-            StoreLockedError: Something else reads a database all the time. The documents are deleted; purge again
-                without an id.
+            DocumentNotFoundError: The collection lacks one of the documents; none was deleted.
+            StoreLockedError: Another process keeps reading a database. The documents are deleted; purge again without
+                an id.
         """
         return purge(
             self._shelf,
@@ -422,21 +425,26 @@ class Store(Collection):
         )
 
     def counters(self) -> dict[str, float]:
-        """What this collection's caches were asked for since it was made; names and meanings in `counters.NAMES`.
+        """Usage counters of this collection since it was created; `counters.NAMES` has names and meanings.
 
-        Written down as times of last use are: what other processes have not flushed yet is missing.
+        Like times of last use they are written with a delay: counts that other processes have not flushed are
+        missing.
         """
         return self._shelf.uses.totals()
 
     def check(self) -> CheckReport:
-        """Hash every blob of the folder and compare it with its row. Only damaged blobs are changed: quarantined."""
+        """Hash every blob that a row names, and compare the row with the blob's header.
+
+        Damaged blobs are quarantined and their rows deleted, and so are rows that name the blob of something else.
+        Nothing else is changed.
+        """
         return upkeep.check(self._shelf.stock, self._collection_id)
 
     def gc(self) -> GcReport:
-        """Remove blobs without a row, rows without a blob, what crashes left, what expired, and unreferenced caches.
+        """Remove orphan blobs, rows without a blob, leftovers of crashes, expired caches and unreferenced caches.
 
-        All in the whole store, but unreferenced caches in this collection only. Do not run it while an
-        `add` is running on the collection: the caches it has made so far are not referred to yet.
+        It covers the whole store, but unreferenced caches of this collection only. Do not run it during an `add` to
+        the collection: the caches that `add` has made so far are not referred to yet.
         """
         return upkeep.gc(self._shelf.stock, self._collection_id)
 

@@ -1,4 +1,4 @@
-"""Adapters as the trainer handles them: made from settings, read back into settings, saved in the model's dtype."""
+"""Adapters in training: created from settings, converted back to settings, saved in the model's dtype."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _TARGETS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "qkv_pro
 
 
 def new_adapter(backbone: Backbone, settings: TrainSettings) -> Adapter:
-    """An untrained adapter of the form the settings describe, attached to the backbone."""
+    """Create an untrained adapter with the structure in the settings, attached to the backbone."""
     return Adapter.create(
         backbone,
         rank=settings.rank,
@@ -49,7 +49,7 @@ def new_adapter(backbone: Backbone, settings: TrainSettings) -> Adapter:
 
 
 def structure_of(adapter: Adapter) -> dict[str, Any]:
-    """The form of an adapter, as the settings of the same names."""
+    """The structure of an adapter, as values for the settings of the same names."""
     config = adapter.config
     lora: Any = adapter.peft_model.peft_config["default"]
     found = {_TARGETS[name] for name in lora.target_modules}
@@ -67,15 +67,15 @@ def structure_of(adapter: Adapter) -> dict[str, Any]:
 
 
 def fit_settings(settings: TrainSettings, adapter: Adapter, *, given: Mapping[str, Any]) -> TrainSettings:
-    """Settings that describe an adapter which exists already.
+    """Settings with the structure of an existing adapter.
 
     Args:
-        settings: What was asked for otherwise.
-        adapter: Is trained further. `full_strength_ratio`, which no weights depend on, is changed if it was given.
-        given: Settings that were asked for by name.
+        settings: Settings of the run.
+        adapter: Adapter to train further. Its `full_strength_ratio` is changed if given, as no weights depend on it.
+        given: Settings that the user chose explicitly, by name.
 
     Raises:
-        ConfigError: One of those contradicts the adapter.
+        ConfigError: A setting in `given` contradicts the adapter.
     """
     structure = structure_of(adapter)
     wrong = [f"{name} is {structure[name]!r}" for name in STRUCTURE if name in given and given[name] != structure[name]]
@@ -91,9 +91,9 @@ def fit_settings(settings: TrainSettings, adapter: Adapter, *, given: Mapping[st
 
 
 def save_adapter(adapter: Adapter, folder: Path, *, trained_steps: int) -> None:
-    """Write the adapter with its LoRA in the model's dtype, as `Adapter.load` would bring it there anyway.
+    """Write the adapter with its LoRA in the model's dtype, to which `Adapter.load` would convert it anyway.
 
-    What is trained stays in float32. An existing folder is replaced as a whole.
+    The parameters in training stay in float32. An existing folder is replaced as a whole.
     """
     lora = {name: p for name, p in adapter.peft_model.named_parameters() if "lora_" in name}
     masters = {name: p.data for name, p in lora.items()}
@@ -109,12 +109,12 @@ def save_adapter(adapter: Adapter, folder: Path, *, trained_steps: int) -> None:
         adapter.config = config
         for name, parameter in lora.items():
             parameter.data = masters[name]
-    (scratch / "README.md").unlink(missing_ok=True)  # PEFT's form with nothing filled in
+    (scratch / "README.md").unlink(missing_ok=True)  # PEFT's model card template, not filled in
     replace_folder(scratch, folder)
 
 
 def replace_folder(new: Path, final: Path) -> None:
-    """Rename a finished folder to its place; what was there is removed."""
+    """Rename a finished folder to its final name; a folder of that name is removed."""
     old = final.with_name(f".old-{final.name}")
     shutil.rmtree(old, ignore_errors=True)
     if final.is_dir():

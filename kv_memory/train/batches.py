@@ -1,6 +1,6 @@
-"""From examples to batches of token ids: documents, and the rows of tokens that follow them.
+"""Batches of token ids from examples: documents, and the rows of tokens that follow them.
 
-A batch depends on the seed and its step alone, so that a run is resumed exactly by the number of its next step.
+A batch depends only on the seed and its step, so that the number of the next step suffices to resume a run exactly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kv_memory.train.settings import TrainSettings
 __all__ = ["Batch", "Batches", "Row"]
 
 REPEAT = "\nRepeat: "
-CUE_TOKENS = 6  # of a span, given to say where it begins
+CUE_TOKENS = 6  # tokens before a span, given to identify its start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +26,10 @@ class Row:
     """Tokens that follow a document.
 
     Attributes:
-        group: Which group of documents they follow.
-        ids: Question and answer, or request and span. Without its answer where the teacher shall write it.
-        n_asked: How many of them are the question or request.
-        wants_answer: The teacher writes the answer.
+        group: Index of the document group that the row follows.
+        ids: Question and answer, or request and span. The answer is missing if `wants_answer`.
+        n_asked: Number of leading tokens that belong to the question or request.
+        wants_answer: True if the teacher has to write the answer.
     """
 
     group: int
@@ -40,13 +40,13 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What one step reads.
+    """Input of one training step.
 
     Attributes:
-        documents: Token ids in their wrappers.
-        groups: For each group the documents it is joined from, in order. Every document is in one group.
-        rows: What follows the groups; at least one row.
-        keep_ratio: Drawn for this step.
+        documents: Token ids of the documents, in their wrappers.
+        groups: Indices of the documents that are joined in each group, in order. Every document is in one group.
+        rows: Rows that follow the groups; at least one.
+        keep_ratio: Keep ratio drawn for this batch.
     """
 
     documents: tuple[tuple[int, ...], ...]
@@ -56,12 +56,12 @@ class Batch:
 
 
 class Batches:
-    """Makes the batch of any step.
+    """Builds the batch of any step.
 
     Args:
-        examples: To train on; at least one.
-        backbone: Whose tokenizer and prompt form are used.
-        settings: Of the run.
+        examples: Training examples; at least one.
+        backbone: Backbone with the tokenizer and the prompt form.
+        settings: Settings of the run.
 
     Raises:
         DatasetError: There are no examples.
@@ -85,18 +85,20 @@ class Batches:
         """The batch of a step, counted from 0.
 
         Args:
-            step: Which.
-            tries: How many other steps' documents to look at where nothing can be asked about these.
+            step: Number of the batch.
+            tries: Number of other steps to take documents from, if nothing can be asked about these.
 
         Raises:
-            DatasetError: There is nothing to ask about any of them.
+            DatasetError: Nothing can be asked about the documents of any of these steps.
         """
+        # 1. Everything random about this batch is drawn from its own generator; keep ratios are log-uniform.
         settings = self._settings
         rng = random.Random(f"{settings.seed}:{step}")
         ratio = math.exp(rng.uniform(math.log(settings.min_ratio), math.log(settings.max_ratio)))
         documents: list[tuple[int, ...]] = []
         groups: list[tuple[int, ...]] = []
         rows: list[Row] = []
+        # 2. Each member of the batch is a group: its next example of the epoch, perhaps joined with random others.
         first = step * settings.batch_documents
         for number in range(first, first + settings.batch_documents):
             n_joined = 1
@@ -105,6 +107,7 @@ class Batches:
             members = [self._example(number)]
             members += [self._examples[rng.randrange(len(self._examples))] for _ in range(n_joined - 1)]
             rng.shuffle(members)
+            # 3. Joined documents share the token limit, the questions and the spans of a single document.
             most = max(8, self._most // n_joined - len(self._before) - len(self._after))
             group = []
             for member in members:
@@ -118,12 +121,12 @@ class Batches:
                 "nothing can follow these documents: no questions, and too short for a span",
                 next_step="Train on longer documents, or on examples with questions.",
             )
-        if not rows:  # only documents too short to ask anything about: those of another step
+        if not rows:  # all documents are too short for a row: use those of another step
             return self.batch(step + 1_000_003, tries=tries - 1)
         return Batch(documents=tuple(documents), groups=tuple(groups), rows=tuple(rows), keep_ratio=ratio)
 
     def _example(self, number: int) -> Example:
-        """Every example once an epoch, each epoch in an order of its own."""
+        """The example with this number: every example once per epoch, each epoch in its own order."""
         epoch, place = divmod(number, len(self._examples))
         if self._order[0] != epoch:
             order = list(range(len(self._examples)))
@@ -132,13 +135,13 @@ class Batches:
         return self._examples[self._order[1][place]]
 
     def _cut(self, example: Example, most: int, rng: random.Random) -> tuple[list[int], list[Question]]:
-        """The document's tokens, a window of them where it is long, and the questions the window can answer."""
+        """The document's tokens, or a random window of a long document, and the questions that they can answer."""
         ids, offsets = self._backbone.encode_with_offsets(example.context)
         if len(ids) <= most:
             return ids, list(example.questions)
         start = rng.randrange(len(ids) - most + 1)
         text = example.context[offsets[start][0] : offsets[start + most - 1][1]]
-        # An answer that is not a quotation may draw on anything: its question stays only if nothing tells against it.
+        # An answer that is not a quotation from the window may depend on other text, so its question is dropped.
         kept = [q for q in example.questions if q.answers[0] in text]
         return ids[start : start + most], kept
 

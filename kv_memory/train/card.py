@@ -1,4 +1,4 @@
-"""The model card of a trained adapter: what it was made from, how, at what cost, and what it is worth."""
+"""The model card of a trained adapter: model, data, settings, cost and results."""
 
 from __future__ import annotations
 
@@ -29,11 +29,14 @@ def write_card(
     """Write `README.md` into the folder of a finished adapter.
 
     Args:
-        report: Of the run that made it.
-        backbone: The model it was made for.
-        command: That reproduces it.
-        data: What it was trained on, each with its licence; None where it is not known.
-        begun_from: The adapter it was trained on from, if any.
+        report: Report of the training run.
+        backbone: Model of the adapter.
+        command: Command that reproduces the adapter.
+        data: Names of the training sets, each with its licence; None if the licence is unknown.
+        begun_from: Adapter that was trained further; None if training started from scratch.
+
+    Returns:
+        Path of the model card.
     """
     path = report.adapter / "README.md"
     model = built_in(backbone.name)

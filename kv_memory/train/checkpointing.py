@@ -1,11 +1,11 @@
-"""Gradient checkpointing for models that read into a `PositionedCache`.
+"""Gradient checkpointing for models that prefill into a `PositionedCache`.
 
-Transformers' own switch cannot be used: it takes the cache away, and keys and values are what our reading is for. Nor
-can a layer simply be run again: it would append its keys twice. Here a layer becomes a function of its input and the
-entries already there, which returns its output and its new entries; those are put into the cache outside.
+Transformers' own switch was rejected: it disables the cache, and prefill exists to produce the cache. Simply rerunning
+a layer was rejected too: it would append its keys twice. Here a layer becomes a function of its input and the existing
+entries that returns its output and its new entries. These are appended to the cache outside the function.
 
-Only the inside of a layer is run again, not the hooks around it: routing decides once, and the mask it gave is handed
-to the second run. So the scores of a scorer that looks into every layer are made once too, with one graph.
+Only the layer itself is rerun, not the hooks around it: routing decides once, and its mask is passed to the second run.
+The scores of a scorer with input from every layer are thus computed once, with one graph.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["checkpointing"]
 
 
 class _OneLayer:
-    """A cache of one layer that remembers what is new; `update` is all that attention calls."""
+    """A cache of one layer that records its new entries; attention calls only `update`."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self._past = keys, values
@@ -41,22 +41,22 @@ class _OneLayer:
 
 @contextmanager
 def checkpointing(backbone: Backbone, *, enabled: bool = True) -> Iterator[None]:
-    """Inside, decoder layers keep their inputs for the backward pass and make the rest again.
+    """Within the block, decoder layers store only their inputs for the backward pass and recompute the rest.
 
-    Costs a second forward pass, and makes the memory of a long document that of one layer. Without gradients (the
-    teacher, decoding) nothing changes. One thread at a time: the layers of the model are wrapped meanwhile. The
-    backward pass may come after the block has ended.
+    This costs a second forward pass, and reduces the memory of a long document to that of one layer. Without gradients
+    (the teacher, decoding), nothing changes. It is not thread-safe: the layers of the model are wrapped within the
+    block. The backward pass may come after the block.
 
     Args:
-        backbone: Whose layers are wrapped.
-        enabled: False does nothing.
+        backbone: Backbone with the layers to wrap.
+        enabled: False makes the block do nothing.
     """
     if not enabled:
         yield
         return
     try:
         for index, layer in enumerate(backbone.layers):
-            # An attribute of the instance hides the method of the class, and `del` brings it back.
+            # An instance attribute hides the class's method; `del` restores it.
             layer.forward = _checkpointed(layer.forward, index)
         yield
     finally:
@@ -82,7 +82,7 @@ def _checkpointed(plain: Callable[..., Any], index: int) -> Callable[..., Any]:
             return out, *part.new
 
         past_keys, past_values = cache.layer(index)
-        # No random numbers are drawn in these models (dropout is 0), so their state need not be kept.
+        # These models draw no random numbers (dropout is 0), so the random state need not be preserved.
         out, keys, values = checkpoint(
             run, hidden_states, past_keys, past_values, use_reentrant=False, preserve_rng_state=False
         )

@@ -1,8 +1,8 @@
-"""Checkpoints: folders that are complete or not there at all.
+"""Checkpoints: folders that are written atomically.
 
-A checkpoint is written under another name, made durable, and renamed. It holds the parameters in full precision and
-the optimiser's state as safetensors files, an adapter that can be used, and `checkpoint.json` with everything else.
-No random state: all randomness of a run is derived from its seed and the number of the step.
+A checkpoint is written under a temporary name, synced to disk, and renamed. It contains the parameters in full
+precision and the optimiser's state as safetensors files, a usable adapter, and `checkpoint.json` with everything else.
+It needs no random state: all randomness of a run is derived from its seed and the number of the step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kv_memory.train.settings import TrainSettings
 __all__ = ["Checkpoint", "Checkpoints", "check_resumable", "data_sha256", "fsync_path", "identity"]
 
 CHECKPOINT_VERSION = 1
-SHARD_BYTES = 15 * 2**20  # below the 16 MiB that many places allow a file
+SHARD_BYTES = 15 * 2**20  # below 16 MiB, a common limit on file sizes
 _NOTE = "checkpoint.json"
 
 logger = logging.getLogger(__name__)
@@ -37,13 +37,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A run at a step.
+    """The state of a run after a step.
 
     Attributes:
-        step: Steps done, of both stages.
-        state: JSON: settings, hashes, evaluations, counters.
-        tensors: By name: parameters and optimiser state.
-        folder: Where it lies; None before it is saved.
+        step: Number of steps done, over both stages.
+        state: JSON-serialisable settings, hashes, evaluations and counters.
+        tensors: Parameters and optimiser state, by name.
+        folder: Folder of the checkpoint; None before it is saved.
     """
 
     step: int
@@ -56,8 +56,8 @@ class Checkpoints:
     """The checkpoints of a run.
 
     Args:
-        folder: Made when the first is saved.
-        keep: How many of the newest are kept; the best by evaluation is kept besides.
+        folder: Parent folder of the checkpoints, created with the first one.
+        keep: Number of newest checkpoints to keep, in addition to the best by evaluation.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
@@ -65,25 +65,25 @@ class Checkpoints:
         self._keep = keep
 
     def steps(self) -> list[int]:
-        """Steps of which there are checkpoints, ascending."""
+        """Steps with a checkpoint, ascending."""
         if not self._folder.is_dir():
             return []
         names = [path.name.removeprefix("step-") for path in self._folder.iterdir() if path.name.startswith("step-")]
         return sorted(int(name) for name in names if name.isdigit())
 
     def folder(self, step: int) -> Path:
-        """Where the checkpoint of a step lies."""
+        """Folder of the checkpoint of a step."""
         return self._folder / f"step-{step:08d}"
 
     def save(self, checkpoint: Checkpoint, *, write_adapter: Callable[[Path], None]) -> Path:
-        """Write a checkpoint, then remove those no longer wanted.
+        """Write a checkpoint, then remove checkpoints that are no longer kept.
 
         Args:
-            checkpoint: What to write; `state["score"]` is what the best is the lowest of, None if not evaluated.
-            write_adapter: Writes the adapter into the folder it is given.
+            checkpoint: Checkpoint to write. The best has the lowest `state["score"]`, which is None if not evaluated.
+            write_adapter: Function that writes the adapter into a given folder.
 
         Raises:
-            CheckpointError: It cannot be written; those that were there are untouched.
+            CheckpointError: The checkpoint cannot be written; earlier ones are untouched.
         """
         final = self.folder(checkpoint.step)
         scratch = self._folder / f".writing-{final.name}"
@@ -102,7 +102,7 @@ class Checkpoints:
             (scratch / _NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
             for path in [*scratch.rglob("*"), scratch]:
                 fsync_path(path)
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one, of a run resumed before it
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step, if the run was resumed before it
             os.replace(scratch, final)
             fsync_path(self._folder)
         except (OSError, SafetensorError) as error:
@@ -116,13 +116,13 @@ class Checkpoints:
         return final
 
     def newest(self, *, device: torch.device | str = "cpu") -> Checkpoint | None:
-        """The newest checkpoint that is whole; None where there is none at all.
+        """The newest intact checkpoint; None if there are no checkpoints.
 
         Args:
-            device: Where the tensors are put.
+            device: Device of the loaded tensors.
 
         Raises:
-            CheckpointError: There are some, all of them damaged.
+            CheckpointError: All existing checkpoints are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -137,13 +137,13 @@ class Checkpoints:
         return None
 
     def best(self) -> int | None:
-        """The step with the lowest score; None where nothing was evaluated."""
+        """The step with the lowest score, the latest of equal ones; None if no checkpoint was evaluated."""
         scores = {step: self.state(step).get("score") for step in self.steps()}
         known = {step: score for step, score in scores.items() if isinstance(score, int | float)}
         return min(known, key=lambda step: (known[step], -step)) if known else None
 
     def state(self, step: int) -> dict[str, Any]:
-        """What `checkpoint.json` of a step holds; empty where it cannot be read."""
+        """Contents of the `checkpoint.json` of a step; empty if it cannot be read."""
         try:
             note: dict[str, Any] = json.loads((self.folder(step) / _NOTE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -182,20 +182,20 @@ class Checkpoints:
         wanted = {*steps[-self._keep :], self.best()}
         for step in steps:
             if step not in wanted:
-                # Under another name first: half a checkpoint must not look like one.
+                # Renamed first: a half-deleted checkpoint must not look like a complete one.
                 gone = self.folder(step).rename(self._folder / f".gone-{step}")
                 shutil.rmtree(gone, ignore_errors=True)
 
 
 def _shards(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """Files of at most `SHARD_BYTES`; a tensor larger than that has one of its own."""
+    """Tensors by file, at most `SHARD_BYTES` each; a larger tensor gets its own file."""
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
         if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
             shards.append({})
             size = 0
-        # A copy, because safetensors refuses tensors that share memory, as views of one buffer do.
+        # A copy, because safetensors rejects tensors that share memory, such as views of one buffer.
         shards[-1][name] = tensor.detach().cpu().contiguous().clone()
         size += tensor.nbytes
     return {f"state-{number:05d}.safetensors": shard for number, shard in enumerate(shards) if shard}
@@ -207,7 +207,7 @@ def _sha256(path: Path) -> str:
 
 
 def fsync_path(path: Path) -> None:
-    """Make a file, or the entries of a folder, durable."""
+    """Sync a file, or the entries of a folder, to disk."""
     is_folder = path.is_dir()
     if os.name == "nt" and is_folder:  # Windows cannot open a folder
         return
@@ -222,7 +222,7 @@ _NAMES = {"data_sha256": "the examples", "prompt": "the prompt form", "n_process
 
 
 def data_sha256(examples: Sequence[Example]) -> str:
-    """Hash of the list of examples: ids, lengths and number of questions, in order."""
+    """Hash of the examples' ids, context lengths and numbers of questions, in order."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{example.id}:{len(example.context)}:{len(example.questions)}\n".encode())
@@ -232,9 +232,9 @@ def data_sha256(examples: Sequence[Example]) -> str:
 def identity(
     settings: TrainSettings, backbone: Backbone, examples: Sequence[Example], *, n_processes: int
 ) -> dict[str, Any]:
-    """What decides the result of a run, as JSON."""
+    """Everything that determines the result of a run, JSON-serialisable."""
     return {
-        "settings": json.loads(json.dumps(asdict(settings))),  # as it comes back: tuples are lists
+        "settings": json.loads(json.dumps(asdict(settings))),  # as read back from JSON: tuples become lists
         "weights_sha256": backbone.weights_sha256,
         "data_sha256": data_sha256(examples),
         "prompt": backbone.prompt.digest,
@@ -243,16 +243,16 @@ def identity(
 
 
 def check_resumable(checkpoint: Checkpoint, now: Mapping[str, Any], *, model: str) -> None:
-    """Raise unless a run that is like `now` can go on from a checkpoint.
+    """Raise unless a run with the identity `now` can resume from a checkpoint.
 
     Args:
-        checkpoint: Where it would go on.
-        now: From `identity`.
-        model: Its name, for the message.
+        checkpoint: Checkpoint to resume from.
+        now: Identity of the current run, from `identity`.
+        model: Name of the current model, for the message.
 
     Raises:
         AdapterMismatchError: The checkpoint belongs to other weights.
-        CheckpointError: Settings, data, prompt or processes differ; each is named.
+        CheckpointError: Settings, data, prompt form or number of processes differ; the message names each difference.
     """
     then, where = checkpoint.state, str(checkpoint.folder)
     if then["weights_sha256"] != now["weights_sha256"]:

@@ -1,4 +1,4 @@
-"""What a run will take, measured by a few steps that change nothing."""
+"""Estimates of the cost of a run, measured with a few steps without updates."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from kv_memory.train.settings import TrainSettings
 
 __all__ = ["Estimate", "fit_steps", "measure", "peak_memory_bytes"]
 
-_WARMUP_SHARE = 0.15  # of the time, at most, where the time decides the number of steps
-_USABLE = 0.94  # of the time limit: checkpoints, and steps that are longer than those measured
+_WARMUP_SHARE = 0.15  # largest share of the warm-up when steps are fitted to a time limit
+_USABLE = 0.94  # share of the time limit for steps; the rest allows for checkpoints and for longer steps than measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a run will take, as far as a few steps can tell.
+    """Estimated cost of a run, from a few steps.
 
     Attributes:
-        warmup_step_s: Seconds a step of stage (a); 0 where there is none.
-        step_s: Seconds a step of stage (b).
-        warmup_steps: Of stage (a).
-        steps: Of stage (b).
-        total_s: Both stages, without evaluation.
-        tokens_per_s: Read, the teacher's and the student's passes counted once.
-        peak_memory_bytes: Of the GPU where there is one, else of the process.
-        n_parameters: That are trained: scorer and LoRA.
-        adapter_bytes: Of the adapter as it is saved.
-        checkpoint_bytes: Of one checkpoint, without the adapter in it.
-        pieces: Parts into which a batch had to be cut to fit the memory.
-        questions_s: For writing questions about a corpus, before the first step.
+        warmup_step_s: Seconds per step of stage (a); 0 without this stage.
+        step_s: Seconds per step of stage (b); 0 without this stage.
+        warmup_steps: Number of steps of stage (a).
+        steps: Number of steps of stage (b).
+        total_s: Seconds for both stages, without evaluation.
+        tokens_per_s: Tokens processed per second; the passes of teacher and student count once.
+        peak_memory_bytes: Peak memory in bytes, of the GPU if there is one, else of the process.
+        n_parameters: Number of trained parameters, in scorer and LoRA.
+        adapter_bytes: Size of the saved adapter in bytes.
+        checkpoint_bytes: Size of one checkpoint in bytes, without the adapter in it.
+        pieces: Number of parts into which a batch had to be split to fit into memory.
+        questions_s: Seconds for writing questions about a corpus, before the first step.
     """
 
     warmup_step_s: float
@@ -54,13 +54,13 @@ class Estimate:
 
 
 def measure(gradients: Gradients, adapter: Adapter, settings: TrainSettings, *, n_steps: int = 3) -> Estimate:
-    """Compute the gradients of a few steps of each stage, and throw them away.
+    """Compute the gradients of a few steps of each stage, and discard them.
 
     Args:
-        gradients: Of the run.
-        adapter: Is not changed, except that its LoRA is float32 afterwards.
-        settings: Of the run.
-        n_steps: Steps measured, after one that is not.
+        gradients: Gradient computation of the run.
+        adapter: Adapter of the run; unchanged, except that its LoRA is float32 afterwards.
+        settings: Settings of the run.
+        n_steps: Number of measured steps, after one unmeasured step.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -92,11 +92,11 @@ def measure(gradients: Gradients, adapter: Adapter, settings: TrainSettings, *, 
 def _time(
     gradients: Gradients, adapter: Adapter, settings: TrainSettings, stage: Stage, n_steps: int
 ) -> tuple[float, int]:
-    """Seconds a step, and tokens a step."""
+    """Seconds per step, and tokens per step."""
     parameters = trainable(adapter, settings, stage)
     start_s, n_tokens = 0.0, 0
     for step in range(n_steps + 1):
-        if step == 1:  # the first step pays for what is set up once: the prefix, memory, compiled kernels
+        if step == 1:  # the first step includes one-time costs: prefix, memory, compiled kernels
             _wait()
             start_s, n_tokens = time.perf_counter(), 0
         n_tokens += gradients.compute(step, stage, parameters).n_tokens
@@ -115,17 +115,17 @@ def _wait() -> None:
 def fit_steps(
     settings: TrainSettings, estimate: Estimate, *, time_limit_s: float, evaluation_s: float = 0.0, eval_every: int = 0
 ) -> TrainSettings:
-    """Settings with the number of steps that a time allows, and a warm-up of at most 15% of it.
+    """Settings with numbers of steps that fit a time limit, and a warm-up of at most 15 % of the time.
 
     Args:
-        settings: Their warmup_steps are the most there will be.
-        estimate: Measured with these settings.
-        time_limit_s: For all of it.
-        evaluation_s: Seconds that one evaluation takes.
-        eval_every: Steps between evaluations; 0 for none.
+        settings: Settings of the run; their `warmup_steps` are an upper limit.
+        estimate: Estimate measured with these settings.
+        time_limit_s: Time limit in seconds for the whole run.
+        evaluation_s: Seconds per evaluation.
+        eval_every: Number of steps between evaluations; 0 for no evaluation.
 
     Raises:
-        ConfigError: There is no time for a single step.
+        ConfigError: The time is too short for a single step of stage (b).
     """
     left_s = time_limit_s * _USABLE - 2 * evaluation_s
     warmup_steps = settings.warmup_steps
@@ -143,7 +143,7 @@ def fit_steps(
 
 
 def peak_memory_bytes() -> int:
-    """The most memory used so far: of the GPU where there is one, else of this process; 0 where nobody says."""
+    """Peak memory so far in bytes: of the GPU if there is one, else of this process; 0 if unknown (Windows)."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     try:

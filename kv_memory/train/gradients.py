@@ -1,4 +1,4 @@
-"""The gradient of one optimiser step: batches accumulated, processes averaged, and halved where memory runs out."""
+"""The gradient of one optimiser step: accumulate batches, average processes, and split batches if memory runs out."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What is known of one step once its gradient is there.
+    """Figures of one step, computed with its gradient.
 
     Attributes:
-        loss: Mean over batches and processes.
-        parts: Its terms and other figures, the mean over the batches of this process.
-        n_tokens: Read by all processes.
+        loss: Mean loss over batches and processes.
+        parts: Terms of the loss and other figures, each the mean over the batches of this process.
+        n_tokens: Number of tokens processed by all processes.
     """
 
     loss: float
@@ -46,16 +46,16 @@ class Gradients:
     """Computes the gradient of any step.
 
     Args:
-        adapter: Whose parameters get it.
-        batches: Where steps come from; every batch depends on its number alone.
-        settings: Of the run.
-        accelerator: Accelerate's; its processes each take batches of their own.
-        gradient_checkpointing: See `checkpointing`.
-        pieces: Into how many parts a batch is cut, a power of 2.
-        on_split: Called with a note when memory ran out and batches are halved.
+        adapter: Adapter with the parameters.
+        batches: Source of the batches; every batch depends only on its number.
+        settings: Settings of the run.
+        accelerator: Accelerate's `Accelerator`; each of its processes has its own batches.
+        gradient_checkpointing: Recompute layers in the backward pass, see `checkpointing`.
+        pieces: Number of parts into which a batch is split, a power of 2.
+        on_split: Callback with a message when memory runs out and the number of parts doubles.
 
     Attributes:
-        pieces: As above; doubles when a GPU runs out of memory.
+        pieces: Current number of parts; doubles when a GPU runs out of memory.
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class Gradients:
         self.pieces = pieces
 
     def compute(self, step: int, stage: Stage, parameters: Parameters) -> Figures:
-        """Put the gradient of a step into `.grad` of the parameters.
+        """Store the gradient of a step in `.grad` of the parameters.
 
         Args:
-            step: Counted from 0 over both stages.
-            stage: Which loss.
-            parameters: From `trainable`, of this stage.
+            step: Number of the step, from 0 over both stages.
+            stage: Stage, which determines the loss.
+            parameters: Parameters of this stage, from `trainable`.
 
         Raises:
             TrainingError: The GPU's memory does not hold the smallest part of a batch.
@@ -94,11 +94,11 @@ class Gradients:
             figures = self._try(step, stage, list(parameters.values()))
             if figures is not None:
                 return self._over_processes(figures, parameters)
-            # Not inside an except clause: the exception's frames would hold the tensors that are to be freed.
+            # Not inside an except clause: the exception's frames would keep alive the tensors that must be freed.
             self._halve(step, stage)
 
     def _batch(self, step: int, number: int) -> Batch:
-        """Every process and every accumulated batch has a number of its own."""
+        """The batch of this process; every accumulated batch of every process has its own number."""
         accelerator = self._accelerator
         count = step * self._settings.accumulate + number
         return self._batches.batch(count * accelerator.num_processes + accelerator.process_index)
@@ -113,8 +113,8 @@ class Gradients:
                 for parameter in parameters:
                     parameter.grad = None
                 figures = self._backward(self._batch(step, number), stage, parameters)
-                # Parts of a batch weigh by their tokens, whose number is known at the end, batches of a step the same:
-                # so every batch's gradient is made apart, and then added.
+                # Batches of a step have equal weights, but parts of a batch are weighted by their loss weights, and
+                # their sum is known only at the end. So each batch's gradient is computed separately, then added.
                 for parameter, before in zip(parameters, done, strict=True):
                     if parameter.grad is not None:
                         parameter.grad /= accumulate
@@ -129,7 +129,7 @@ class Gradients:
         return Figures(loss=loss, parts=dict(parts), n_tokens=n_tokens)
 
     def _backward(self, batch: Batch, stage: Stage, parameters: list[torch.nn.Parameter]) -> Figures:
-        """The gradient of the mean loss of one batch, in `pieces` parts."""
+        """Compute the gradient of the mean loss of one batch, in `pieces` parts."""
         pieces = split_batch(batch, self.pieces, by_rows=stage == "distillation")
         loss, weight, n_tokens = 0.0, 0.0, 0
         figures: Counter[str] = Counter()
@@ -169,7 +169,7 @@ class Gradients:
             self._on_split(note)
 
     def _over_processes(self, figures: Figures, parameters: Parameters) -> Figures:
-        """The mean over processes. Not DDP's wrapper: the forward pass enters the model below it."""
+        """The mean over processes. Rejected: DDP's wrapper, because the forward pass enters the model below it."""
         accelerator = self._accelerator
         if accelerator.num_processes == 1:
             return figures

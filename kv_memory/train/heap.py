@@ -1,7 +1,7 @@
-"""Freed memory goes back to the operating system.
+"""Return freed memory to the operating system.
 
-Batches differ in shape, and glibc keeps what they leave behind: a run on a CPU grew from 2 to 4 GB in 900 steps, where
-trimming after every ten kept it below 2.8, with 1.3 in use.
+Batches differ in shape, and glibc retains the memory they free. A run on a CPU grew from 2 to 4 GB in 900 steps;
+trimming every ten steps kept it below 2.8 GB, with 1.3 GB in use.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ __all__ = ["trim_heap"]
 
 
 def trim_heap() -> bool:
-    """Give back what the C library holds without using it; a fifth of a second.
+    """Return the C library's unused memory to the operating system, which takes a fifth of a second.
 
     Returns:
-        Whether there was something that could be asked to: glibc has it, others do not.
+        True if the C library supports it: glibc does, others do not.
     """
     try:
         trim = ctypes.CDLL(None).malloc_trim

@@ -1,7 +1,7 @@
-"""Evaluation while training: how far answers from a distilled cache are from those of the full cache.
+"""Evaluation during training: the divergence of answers from a distilled cache from those of the full cache.
 
-On examples that are not trained on, at fixed keep ratios, over the teacher's own answers. `kv-memory eval` measures
-more; this is what decides which checkpoint is the best.
+It is measured on held-out examples, at fixed keep ratios, over the teacher's own answers, and decides which checkpoint
+is the best. `kv-memory eval` measures more.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Entries]  # ids, 
 
 @dataclass(frozen=True)
 class _Case:
-    """One document and what follows it, its answers written."""
+    """One document with its rows, including the teacher's answers."""
 
     batch: Batch
     parts: list[Followed]
@@ -42,13 +42,17 @@ class HeldOut:
     """Measures an adapter on held-out examples.
 
     Args:
-        examples: Not trained on; those without questions are measured on spans of their own text.
+        examples: Held-out examples; those without questions are measured on spans of their own text.
         backbone: The model.
-        settings: Of the run: lengths of documents and answers.
-        ratios: Keep ratios to measure at.
+        settings: Settings of the run, for the lengths of documents and answers.
+        ratios: Keep ratios of the measurements.
+
+    Attributes:
+        ratios: Keep ratios as given.
+        n_documents: Number of examples.
 
     Raises:
-        ConfigError: A keep ratio is outside (0, 1], or there is none.
+        ConfigError: A keep ratio is outside (0, 1], or no keep ratio is given.
     """
 
     def __init__(
@@ -59,7 +63,7 @@ class HeldOut:
         self.ratios = tuple(check_keep_ratio(ratio, where="eval_ratios") for ratio in ratios)
         self.n_documents = len(examples)
         self._backbone = backbone
-        # The same documents, spans and answers whatever is trained on, and with what seed.
+        # Documents, spans and answers must not depend on the training data or the seed of the run.
         self._settings = replace(
             settings,
             seed=0,
@@ -75,7 +79,7 @@ class HeldOut:
 
     @torch.no_grad()
     def adapter(self, adapter: Adapter) -> dict[float, float]:
-        """KL(full ‖ distilled) of the adapter: nats a token, the mean over documents, by keep ratio."""
+        """KL(full ‖ distilled) of the adapter by keep ratio, in nats per token, the mean over documents."""
 
         def choose(ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> Entries:
             reading = read_documents(adapter, ids, lengths, n_kept)
@@ -85,7 +89,7 @@ class HeldOut:
 
     @torch.no_grad()
     def reconstruction(self) -> dict[float, float]:
-        """The same of the reconstruction selector, which needs no training."""
+        """KL of the reconstruction selector, which needs no training; otherwise as in `adapter`."""
         backbone, selector = self._backbone, Reconstruction(part_tokens=min(1024, self._backbone.context_window // 4))
 
         def choose(ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> Entries:
@@ -99,11 +103,11 @@ class HeldOut:
 
     @torch.no_grad()
     def none(self) -> float:
-        """The same without any document: the worst there is."""
+        """KL without any document, the worst case; otherwise as in `adapter`."""
         n_prefix = len(self._backbone.prefix_ids)
 
         def drop(full: Entries) -> Entries:
-            # Where the document was there is nothing; the question stays where it is.
+            # The document's entries become padding; the question keeps its positions.
             gone = full.positions[..., n_prefix:].new_full(full.positions[..., n_prefix:].shape, NEVER)
             return replace(full, positions=torch.cat([full.positions[..., :n_prefix], gone], -1))
 
@@ -123,7 +127,7 @@ class HeldOut:
 
     def _kl(self, case: _Case, full: Entries, kept: Entries) -> float:
         weight = sum(float(part.weights.sum()) for part in case.parts)
-        # The teacher's logits are made again each time: kept, they would take megabytes a document.
+        # The teacher's logits are recomputed each time: stored, they would take megabytes per document.
         return (
             sum(
                 float(
@@ -141,7 +145,7 @@ class HeldOut:
         return gather_entries(self._backbone, cache, lengths)
 
     def _prepared(self) -> list[_Case]:
-        """The documents with the teacher's answers, written once."""
+        """The documents with the teacher's answers, which are decoded only once."""
         if not self._cases:
             for number in range(self.n_documents):
                 batch = self._batches.batch(number)

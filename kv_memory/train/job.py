@@ -1,4 +1,4 @@
-"""A whole training job: model, data, trainer and model card, from names. What `kv-memory train` runs."""
+"""A complete training job, as run by `kv-memory train`: model, data, trainer and model card, from their names."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ from kv_memory.train.tuning import Corpus, Window, cut_corpus, domain_settings
 
 __all__ = ["Job", "OpenJob"]
 
-_TRIED = 2  # passages that a dry run has questions written about
+_TRIED = 2  # number of passages for which a dry run writes questions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to train, from what.
+    """Description of a training job.
 
     Attributes:
-        out: The run's folder.
-        sources: Sets to train on.
-        corpus: Documents to adapt to, a path or the name of a set.
-        model: As `Backbone.load` takes it.
-        init: An adapter to train further.
-        settings: Of the run; those of a corpus or of `init` are filled in, except where given.
-        given: Settings that were asked for by name.
-        options: How the run is carried out.
-        eval_data: A set to evaluate on; held out of the training data if None.
-        eval_documents: On how many documents.
-        n_questions: Written about each passage of a corpus.
-        question_passages: How many of its passages questions are written about, drawn by their hash; all if None. The
-            others are repeated and gone on with, which costs nothing to prepare.
-        skip_errors: Leave broken records out.
-        prompt: See `Backbone`.
-        dtype: See `Backbone.load`.
-        device: See `Backbone.load`.
-        command: For the model card.
+        out: Folder of the run.
+        sources: Data sets to train on.
+        corpus: Documents for domain tuning: a path or the name of a data set.
+        model: Name or path of the model, as for `Backbone.load`.
+        init: Adapter to train further.
+        settings: Settings of the run. Values for a corpus or from `init` replace those that are not in `given`.
+        given: Settings that the user chose explicitly, by name.
+        options: Options that do not affect the result of a step.
+        eval_data: Data set for evaluation; documents held out of the training data if None.
+        eval_documents: Number of documents to evaluate on.
+        n_questions: Number of questions to write about each passage of a corpus.
+        question_passages: Number of the corpus's passages to write questions about, drawn by their hash; all if None.
+            The other passages are trained on by repeating and continuing spans of them, which needs no preparation.
+        skip_errors: Skip broken records instead of raising.
+        prompt: Prompt form, see `Backbone`.
+        dtype: Dtype of the model, see `Backbone.load`.
+        device: Device of the model, see `Backbone.load`.
+        command: Command line, for the model card.
     """
 
     out: Path
@@ -94,16 +94,19 @@ class OpenJob:
     """A job with its model loaded and its data read.
 
     Args:
-        job: What to do.
-        resume: Go on from the newest checkpoint.
+        job: Description of the job.
+        resume: Resume from the newest checkpoint.
         dry_run: Write nothing; only `estimate` may be called.
-        on_note: Told what a user should know.
-        on_passage: See `QuestionWriter.write`.
-        on_progress: See `Trainer`.
+        on_note: Callback for messages to the user.
+        on_passage: Callback for each passage with written questions, see `QuestionWriter.write`.
+        on_progress: Callback after each step, see `Trainer`.
+
+    Attributes:
+        questions_s: Estimated seconds for writing the questions about a corpus; 0 unless `dry_run`.
 
     Raises:
-        KVMemoryError: A set, the model or the adapter to begin from is missing or unreadable; there is a run in the
-            folder already. Nothing has been written then, except questions about a corpus.
+        KVMemoryError: A data set, the model or the adapter to train further is missing or unreadable; or the folder
+            already contains a run. Only questions about a corpus may have been written by then.
     """
 
     def __init__(
@@ -124,7 +127,7 @@ class OpenJob:
         self.questions_s = 0.0
         if not resume and not dry_run and Checkpoints(job.out / "checkpoints").steps():
             raise already_there(job.out)
-        # What is cheap to find wrong comes first: data, then the model, then hours of work.
+        # Cheap checks come first: data, then the model, then hours of work.
         examples, measured, pages = self._read()
         self._backbone = Backbone.load(
             job.model,
@@ -154,7 +157,7 @@ class OpenJob:
         )
 
     def estimate(self) -> Estimate:
-        """What the run will take; nothing is written."""
+        """Estimate the cost of the run; nothing is written."""
         options, estimate = self._job.options, self._trainer.estimate()
         if options.fit_steps and options.time_limit_s is not None:
             fitted = fit_steps(self._trainer.settings, estimate, time_limit_s=options.time_limit_s)
@@ -163,7 +166,7 @@ class OpenJob:
         return replace(estimate, questions_s=self.questions_s)
 
     def run(self) -> TrainReport:
-        """Train, and write the model card. Errors as in `Trainer.run`."""
+        """Train, and write the model card; errors as in `Trainer.run`."""
         report = self._trainer.run(resume=self._resume)
         job = self._job
         if self._accelerator.is_main_process:
@@ -175,7 +178,7 @@ class OpenJob:
         return report
 
     def _read(self) -> tuple[list[Example], list[Example], list[Example]]:
-        """To train on, to evaluate on, and the pages of the corpus."""
+        """Training examples, evaluation examples, and the pages of the corpus."""
         job, skipped = self._job, 0
         on_error: Any = "skip" if job.skip_errors else "raise"
 
@@ -201,7 +204,7 @@ class OpenJob:
         return examples, measured, pages
 
     def _tune(self, corpus: Corpus) -> tuple[list[Example], list[Example]]:
-        """Windows with questions: to train on, and of pages held out."""
+        """Windows with questions: for training, and for evaluation from held-out pages."""
         job = self._job
         cpu = self._backbone.device.type == "cpu"
         writer = QuestionWriter(
@@ -218,7 +221,7 @@ class OpenJob:
             self.questions_s = (time.monotonic() - begin_s) / max(1, len(passages[:_TRIED])) * len(passages)
             return [window.example for window in corpus.train], []
         measured = corpus.held_out[: job.eval_documents] if job.options.eval_every else ()
-        with self._accelerator.main_process_first():  # the others find them in the file
+        with self._accelerator.main_process_first():  # the others read them from the file
             train = self._asked(writer, corpus.train, self._on_passage)
             held_out = self._asked(writer, measured, None)
         if self._accelerator.is_main_process:
@@ -236,7 +239,7 @@ class OpenJob:
         return [window.examples([written.get(passage, ()) for passage in window.passages]) for window in windows]
 
     def _chosen(self, passages: list[str]) -> list[str]:
-        """The passages that questions are written about; a smaller choice is part of a larger one."""
+        """The passages to write questions about; a smaller selection is a subset of a larger one."""
         most = self._job.question_passages
         if most is None:
             return passages

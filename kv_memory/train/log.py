@@ -1,4 +1,4 @@
-"""The log of a run: one JSON object a line, in step with the checkpoints; and its picture."""
+"""The log of a run, as JSON lines consistent with the checkpoints, and its plot."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 class TrainLog:
-    """A file of JSON lines, each with a `step`: how many steps were done when it was written.
+    """A file of JSON lines, each with a `step`: the number of steps done when the line was written.
 
-    Lines of steps hold `stage loss parts lr grad_norm n_tokens elapsed_s keep_ratio`; other lines hold an `event`.
+    Lines for steps have `stage loss parts lr grad_norm n_tokens elapsed_s keep_ratio`; other lines have an `event`.
 
     Args:
-        path: The file; made by the first line.
+        path: Path of the file, created with the first line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,11 +30,11 @@ class TrainLog:
     def write(self, **record: Any) -> None:
         """Append a line."""
         with self._path.open("a", encoding="utf-8") as file:
-            # NaN is no JSON, and the line that tells of it should be readable everywhere.
+            # NaN is not valid JSON, and the line that reports it should be readable everywhere.
             file.write(json.dumps({name: _finite(value) for name, value in record.items()}) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
-        """All lines, without one that a kill has torn."""
+        """All complete lines; a line cut off by a kill is skipped."""
         try:
             lines = self._path.read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
@@ -50,7 +50,7 @@ class TrainLog:
         return found
 
     def truncate(self, step: int) -> None:
-        """Forget what came after `step`, so that a run that is resumed there writes no step twice."""
+        """Drop the lines after `step`, so that a run resumed there logs no step twice."""
         kept = [record for record in self.records() if record["step"] <= step]
         scratch = self._path.with_name(self._path.name + ".tmp")
         scratch.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
@@ -68,14 +68,14 @@ def plot_log(records: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
     Args:
         records: Lines of a log.
-        path: A `.png` or `.svg` file.
+        path: Path of the plot, a `.png` or `.svg` file.
 
     Returns:
-        Whether it was drawn: not without matplotlib, which is said, and not without steps.
+        True if the plot was drawn; False without matplotlib (with a warning), and without steps.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure  # not pyplot: no window, no global state
+        from matplotlib.figure import Figure  # rejected: pyplot, which has windows and global state
     except ImportError:
         logger.warning("no plot: matplotlib is not installed (pip install 'kv-memory[train]')")
         return False
@@ -84,7 +84,7 @@ def plot_log(records: Sequence[Mapping[str, Any]], path: Path) -> bool:
         return False
     evaluations = [record for record in records if record.get("event") == "evaluation"]
     stages = [(stage, list(group)) for stage, group in groupby(steps, key=lambda record: record["stage"])]
-    # The stages' losses are of different kinds: each has a scale of its own.
+    # The stages have different losses, so each gets its own scale.
     figure = Figure(figsize=(9, 3.2 * (len(stages) + bool(evaluations))), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(stages) + bool(evaluations), 1, squeeze=False)[:, 0]
@@ -108,7 +108,7 @@ def plot_log(records: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """The mean over a window that ends at each place: a fiftieth of all steps, at least 5."""
+    """Moving average over a window that ends at each value: a fiftieth of all steps, at least 5."""
     window = max(5, len(values) // 50)
     windows = (values[max(0, end - window) : end] for end in range(1, len(values) + 1))
     return [sum(part) / len(part) for part in windows]

@@ -1,4 +1,4 @@
-"""What is trained, by which optimiser, and its state as plain tensors."""
+"""Trained parameters, their optimiser, and its state as plain tensors."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _STATE = "optimizer/"
 
 
 def parameters_of(adapter: Adapter) -> Parameters:
-    """All parameters of an adapter by name, `lora.…` and `scorer.…`, in float32 from now on.
+    """All parameters of an adapter by name, `lora.…` and `scorer.…`; the LoRA is converted to float32.
 
-    In bfloat16, as a loaded LoRA is, steps of 1e-4 would vanish.
+    In bfloat16, the dtype of a loaded LoRA, steps of 1e-4 would vanish.
     """
     lora = {f"lora.{name}": p for name, p in adapter.peft_model.named_parameters() if "lora_" in name}
     for parameter in lora.values():
@@ -38,7 +38,7 @@ def parameters_of(adapter: Adapter) -> Parameters:
 
 
 def trainable(adapter: Adapter, settings: TrainSettings, stage: Stage) -> Parameters:
-    """Those parameters that a stage changes; the others are frozen."""
+    """The parameters that a stage trains; all others are frozen."""
     everything = parameters_of(adapter)
     kinds = {"scorer."} if stage == "warmup" else {"lora."}
     if settings.lr_scorer_distil > 0:
@@ -50,7 +50,7 @@ def trainable(adapter: Adapter, settings: TrainSettings, stage: Stage) -> Parame
 
 
 def make_optimizer(parameters: Parameters, settings: TrainSettings, stage: Stage) -> torch.optim.Optimizer:
-    """AdamW with a group for the LoRA, without weight decay, and one for the scorer."""
+    """Create AdamW with a group for the LoRA, without weight decay, and one for the scorer."""
     scorer_rate = settings.lr_scorer if stage == "warmup" else settings.lr_scorer_distil
     groups = []
     for kind, rate, decay in (("lora.", settings.lr_lora, 0.0), ("scorer.", scorer_rate, settings.weight_decay)):
@@ -61,16 +61,16 @@ def make_optimizer(parameters: Parameters, settings: TrainSettings, stage: Stage
 
 
 def set_rates(optimizer: torch.optim.Optimizer, place: int, length: int, *, rise: float) -> dict[str, float]:
-    """Set the learning rates of one step: linearly up over the first share of a stage, then linearly down.
+    """Set the learning rates of one step: linear rise over the first share of a stage, then linear decay.
 
     Args:
-        optimizer: From `make_optimizer`.
-        place: Of the step in its stage, from 0.
-        length: Steps of the stage.
-        rise: Share of them in which the rate rises.
+        optimizer: Optimiser from `make_optimizer`.
+        place: Index of the step in its stage, from 0.
+        length: Number of steps of the stage.
+        rise: Share of the steps in which the rate rises.
 
     Returns:
-        The rates by group, `lora` and `scorer`. No rate is ever 0, the last one least.
+        The rates by group, `lora` and `scorer`. The schedule never reaches 0.
     """
     n_rise = max(1, round(rise * length))
     factor = min((place + 1) / n_rise, (length - place) / max(1, length - n_rise + 1))
@@ -80,7 +80,7 @@ def set_rates(optimizer: torch.optim.Optimizer, place: int, length: int, *, rise
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Parameters) -> dict[str, torch.Tensor]:
-    """The optimiser's state by name. Rates are not in it: they follow from the step."""
+    """The optimiser's state by name, without learning rates, which follow from the step."""
     return {
         f"{_STATE}{name}/{key}": value
         for name, parameter in parameters.items()
@@ -91,10 +91,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Parameters) 
 def load_optimizer(
     optimizer: torch.optim.Optimizer, parameters: Parameters, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Bring back what `optimizer_tensors` gave."""
+    """Restore the state from `optimizer_tensors`."""
     for key, value in tensors.items():
         if key.startswith(_STATE):
             name, _, field = key.removeprefix(_STATE).rpartition("/")
             parameter = parameters[name]
-            # Adam counts steps in a tensor that stays on the CPU.
+            # Adam's step counter is a tensor that stays on the CPU.
             optimizer.state[parameter][field] = value if field == "step" else value.to(parameter.device)

@@ -1,4 +1,4 @@
-"""Halving a batch where the memory does not hold all of it at once."""
+"""Split a batch that does not fit into memory as a whole."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ __all__ = ["split_batch"]
 
 
 def split_batch(batch: Batch, n_parts: int, *, by_rows: bool) -> list[Batch]:
-    """Parts of a batch that together have its groups and rows, each once.
+    """Split a batch into parts that together have its groups and rows, each row once.
 
-    Groups are divided first, then the rows of what is a single group; its documents are then read once a part.
+    Groups are divided first, then the rows of a single group. The documents of that group are then prefilled in every
+    part.
 
     Args:
-        batch: Is left as it is.
-        n_parts: A power of 2. Fewer parts come back where there is nothing left to divide.
-        by_rows: Parts without rows are left out, and single groups divided by their rows. False for steps that look
-            at documents only.
+        batch: Batch to split; unchanged.
+        n_parts: Number of parts, a power of 2. The result has fewer if nothing is left to divide.
+        by_rows: True divides single groups by their rows, and drops parts without rows. False is for the warm-up:
+            its loss covers all documents and needs no rows.
 
     Returns:
         At least one part.

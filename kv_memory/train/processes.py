@@ -1,4 +1,4 @@
-"""Where a process trains, and with which others: what Accelerate knows."""
+"""Device and peers of a training process, from Accelerate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["local_device", "make_accelerator"]
 
 
 def local_device(name: str) -> str:
-    """`auto` under `accelerate launch`: this process's own GPU; anything else as it is."""
+    """Resolve `auto` under `accelerate launch` to this process's own GPU; other names are unchanged."""
     rank = os.environ.get("LOCAL_RANK")
     if name == "auto" and rank is not None and torch.cuda.is_available():
         return f"cuda:{rank}"
@@ -21,10 +21,10 @@ def local_device(name: str) -> str:
 
 
 def make_accelerator(device: torch.device) -> Any:
-    """Accelerate's, without mixed precision: the base model is bfloat16 already, and the adapter float32.
+    """Create an `Accelerator` without mixed precision: the base model is bfloat16 already, and the adapter float32.
 
     Args:
-        device: Where the model lies.
+        device: Device of the model.
 
     Raises:
         TrainingError: Accelerate is not installed.

@@ -1,9 +1,9 @@
-"""Questions that the model writes itself about passages, and its answers to them.
+"""Questions about passages, written and answered by the model itself.
 
-Training on a body of documents needs questions about it, and there are none. The model reads a passage, goes on behind
-its full cache as the prompt form would (`Question: Who …`), and then answers greedily from the same cache. A small
-model repeats itself when it is left to begin as it likes, so the first words of the questions are given: that makes
-them differ at no cost.
+Training on a corpus needs questions about it, and a corpus comes without any. The model prefills a passage, continues
+from its full cache in the prompt form (`Question: Who …`), and then answers greedily from the same cache. A small model
+repeats itself with free openings, so the first words of the questions are given: they make the questions differ at no
+cost.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ __all__ = ["QuestionWriter"]
 
 STEMS = ("What", "How", "Which", "Why", "When", "Where", "Who", "")
 _REQUEST = "Write one question that the text above answers{begin}. Write the question only."
-_FEWEST_WORDS = 3  # of a question
-_MAX_ENTRIES = 16_384  # copied at once, one set for every question about a passage
+_FEWEST_WORDS = 3  # shortest accepted question
+_MAX_ENTRIES = 16_384  # most entries copied at once; each question about a passage needs its own copy
 
 
 class QuestionWriter:
-    """Writes questions and answers; the same ones again for the same seed.
+    """Writes questions and answers, reproducibly for a seed.
 
     Args:
-        backbone: The model, its prompt form included.
-        n_questions: For each passage, at most: what is no question, has no answer or was asked already is left out.
-        question_tokens: Longest question.
-        answer_tokens: Longest answer.
-        temperature: Of the questions; answers are greedy. Above 0.5 a small model asks nonsense.
-        seed: Of the questions.
-        batch_passages: Passages read at once.
+        backbone: The model, with its prompt form.
+        n_questions: Maximum number of questions for each passage. Texts that are not questions, questions without an
+            answer, and duplicates are dropped.
+        question_tokens: Longest question, in tokens.
+        answer_tokens: Longest answer, in tokens.
+        temperature: Sampling temperature of the questions; above 0.5 a small model writes nonsense. Answers are greedy.
+        seed: Random seed of the questions.
+        batch_passages: Number of passages prefilled at once.
 
     Raises:
         ConfigError: A number is out of range.
@@ -74,12 +75,12 @@ class QuestionWriter:
         """Questions about each passage, in order.
 
         Args:
-            passages: Texts without a wrapper, none blank.
-            path: A file of JSON lines where they are kept; what it holds already is not written again.
-            on_passage: Called with how many passages are done, and of how many.
+            passages: Texts without a wrapper; must not be blank.
+            path: File of JSON lines that stores the questions; passages already in it are not processed again.
+            on_passage: Callback with the number of finished passages and the total.
 
         Raises:
-            DatasetError: The file cannot be written.
+            DatasetError: The file cannot be read or written.
         """
         keys = [self._key(passage) for passage in passages]
         known = _read(path) if path is not None else {}
@@ -100,6 +101,7 @@ class QuestionWriter:
 
     def _write(self, passages: Sequence[str]) -> list[list[tuple[str, str]]]:
         backbone = self._backbone
+        # 1. Prefill the passages, with room for the longest question, its wrapper or opening, and the longest answer.
         documents = [backbone.encode_document(passage) for passage in passages]
         stems = [STEMS[number % len(STEMS)] for number in range(self._n_questions)]
         asked = [(number, stem) for number in range(len(passages)) for stem in stems]
@@ -107,24 +109,27 @@ class QuestionWriter:
         room = max(len(row.ids) for row in openings) + self._question_tokens
         room = max(room, len(backbone.encode_question(""))) + self._question_tokens + self._answer_tokens
         teacher = Teacher(backbone, documents, room=room, max_entries=_MAX_ENTRIES)
+        # 2. Sample the questions.
         texts = self._decoded(
             teacher,
             openings,
             most=self._question_tokens,
             ends=self._question_ends,
             temperature=self._temperature,
-            # A passage is asked the same whatever it is read together with.
+            # A passage gets the same questions in any batch.
             seeds=[
                 _number(f"{self._seed}:{index % self._n_questions}:{passages[number]}")
                 for index, (number, _) in enumerate(asked)
             ],
         )
+        # 3. Drop texts that are not questions, and duplicates.
         questions: list[tuple[int, str]] = []
         for (number, stem), text in zip(asked, texts, strict=True):
             question = _as_question(text if self._by_request else stem + text)
-            # A small model likes to ask what a worked example asked.
+            # A small model tends to repeat the question of a worked example.
             if question and question not in backbone.prompt.prefix and (number, question) not in questions:
                 questions.append((number, question))
+        # 4. Answer greedily, and drop questions without an answer.
         rows = [backbone.encode_question(question) for _, question in questions]
         answers = self._decoded(
             teacher,
@@ -141,11 +146,11 @@ class QuestionWriter:
 
     @property
     def _by_request(self) -> bool:
-        """Chat templates put nothing before a question that could be gone on with: there the model is asked."""
+        """Whether to request a question: a chat template has no text before questions that the model could continue."""
         return not self._backbone.prompt.question_before.strip()
 
     def _opening(self, number: int, stem: str) -> Row:
-        """What a question begins with, behind the passage of this number."""
+        """Opening of a question about the passage with this number."""
         if self._by_request:
             request = _REQUEST.format(begin=f", beginning with {stem!r}" if stem else "")
             ids = self._backbone.encode_question(request)
@@ -155,7 +160,7 @@ class QuestionWriter:
 
     @cached_property
     def _question_ends(self) -> set[int]:
-        """Tokens with a question mark or a line break in them."""
+        """Tokens that contain a question mark or a line break, and tokens that end an answer."""
         tokenizer = self._backbone.tokenizer
         texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
         return {token for token, text in enumerate(texts) if "?" in text or "\n" in text} | end_ids(self._backbone)
@@ -171,7 +176,7 @@ class QuestionWriter:
         seeds: Sequence[int] | None = None,
         as_answers: bool = False,
     ) -> list[str]:
-        """What the model writes behind each row; of the token that ends it, what stands before a line break."""
+        """Continuations of the rows, each cut at a stop string, which may be inside its last token."""
         if not rows:
             return []
         tokens = teacher.decode(rows, most=most, ends=ends, temperature=temperature, seeds=seeds, as_answers=as_answers)
@@ -182,10 +187,10 @@ class QuestionWriter:
 
 
 def _as_question(text: str) -> str | None:
-    """The first line of a text up to its question mark; None where that is no question."""
+    """The first line of a text up to its question mark; None if that is not a question."""
     line, found, _ = text.strip().partition("\n")[0].partition("?")
     question = " ".join(line.split()) + "?"
-    # NUL is no text to the sets; a broken character is what bytes that end too early become.
+    # Data sets reject NUL. A replacement character comes from an incomplete UTF-8 sequence.
     is_text = "\0" not in question and "\N{REPLACEMENT CHARACTER}" not in question
     return question if found and is_text and len(question.split()) >= _FEWEST_WORDS else None
 
@@ -195,7 +200,7 @@ def _number(text: str) -> int:
 
 
 def _read(path: Path) -> dict[str, list[tuple[str, str]]]:
-    """What the file holds; a line that a kill has torn, or that is none of ours, is left out."""
+    """Questions in the file; lines that are incomplete after a kill, or have another format, are skipped."""
     found: dict[str, list[tuple[str, str]]] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -219,7 +224,7 @@ def _append(path: Path, fresh: dict[str, list[tuple[str, str]]]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
-            if file.tell():  # behind a torn line a new one begins
+            if file.tell():  # an incomplete last line is ended first
                 file.seek(-1, 2)
                 if file.read(1) != b"\n":
                     file.write(b"\n")

@@ -1,4 +1,4 @@
-"""What decides the result of a training run, and nothing else."""
+"""Settings that determine the result of a training run."""
 
 from __future__ import annotations
 
@@ -17,46 +17,50 @@ Answers = Literal["people", "teacher"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """Settings of a run; written into its checkpoints, and compared when it is resumed.
+    """Settings of a run, recorded in its checkpoints and compared when it is resumed.
 
     Attributes:
         scorer: Kind of scorer, see `AdapterConfig`.
-        scorer_size: Width of its hidden layer.
-        eta: The layer it looks at; `default_eta` if None.
-        routed: Which tokens go through the LoRA, see `AdapterConfig`.
-        budget: How entries are shared out, see `Budget`.
-        first_routed_layer: See `AdapterConfig`.
-        full_strength_ratio: See `AdapterConfig`.
-        targets: Which projections the LoRA adapts.
-        rank: Of the LoRA.
-        alpha: LoRA scaling; twice the rank if None.
-        warmup_steps: Steps of stage (a): the scorer alone, towards the attention that tokens receive.
-        steps: Steps of stage (b): scorer and LoRA by distillation.
-        seed: Of initial weights and of everything drawn.
-        batch_documents: Documents a batch.
-        accumulate: Batches a step; each has a keep ratio of its own.
+        scorer_size: Width of the scorer's hidden layer.
+        eta: Number of the layer that supplies the scorer's input; `default_eta` if None.
+        routed: Tokens that go through the LoRA, see `AdapterConfig`.
+        budget: Distribution of entries over the heads, see `Budget`.
+        first_routed_layer: First layer with the LoRA, see `AdapterConfig`.
+        full_strength_ratio: Keep ratio above which the LoRA acts less, see `AdapterConfig`.
+        targets: Projections that the LoRA adapts.
+        rank: Rank of the LoRA.
+        alpha: Scaling of the LoRA; twice the rank if None.
+        warmup_steps: Number of steps of stage (a): the scorer alone, on the attention that tokens receive.
+        steps: Number of steps of stage (b): distillation of scorer and LoRA.
+        seed: Random seed of initial weights and of everything drawn.
+        batch_documents: Number of groups per batch: single documents, or several joined ones.
+        accumulate: Number of batches per step, each with its own keep ratio.
         lr_scorer: Learning rate of the scorer in stage (a).
         lr_lora: Learning rate of the LoRA.
         lr_scorer_distil: Learning rate of the scorer in stage (b); 0 freezes it.
-        rise: Share of each stage in which the learning rate rises; it falls linearly afterwards.
-        weight_decay: Of AdamW, on the scorer; the LoRA has none.
-        clip_norm: Gradients longer than this are shortened.
-        forward_weight: λ of the objective.
-        warmup_weight: Weight of the warm-up's loss beside the distillation's in stage (b).
-        output_weight: Weight of a term that brings attention outputs of the student to the teacher's.
-        ratio_power: Losses are multiplied by their keep ratio to this power (and a constant): at 0 small ratios, whose
-            divergence is largest, decide nearly everything; at 1 all count about the same.
-        min_ratio: Keep ratios are drawn between this and `max_ratio`, evenly on a logarithmic scale.
-        max_ratio: See `min_ratio`.
-        max_tokens: Longest document; longer ones are cut at a random place.
-        composition_share: Share of the steps in which several documents, read apart, are joined.
-        most_joined: How many at most.
-        questions_per_document: At most.
-        spans_per_document: Spans of the document that are to be repeated or gone on with.
-        span_tokens: Length of a span.
-        question_weight: Weight of the tokens of questions and requests; those of answers and spans weigh 1.
-        answers: Whose answers the loss is taken over: those written by people, or the teacher's own greedy ones.
-        answer_tokens: Longest answer.
+        rise: Share of each stage in which the learning rate rises; it then decays linearly.
+        weight_decay: Weight decay of AdamW on the scorer; the LoRA has none.
+        clip_norm: Norm to which longer gradients are clipped.
+        forward_weight: Weight λ of KL(teacher‖student) in the objective; KL(student‖teacher) has 1 - λ.
+        warmup_weight: Weight of the warm-up's loss in stage (b), relative to the distillation loss.
+        output_weight: Weight of the error of the student's attention outputs, relative to the teacher's.
+        ratio_power: Exponent of the keep ratio in the factor on the loss. At 0, small ratios, with the largest
+            divergence, dominate; at 1, all ratios have about the same influence.
+        min_ratio: Smallest keep ratio. Ratios are drawn log-uniformly between `min_ratio` and `max_ratio`.
+        max_ratio: Largest keep ratio, see `min_ratio`.
+        max_tokens: Longest document in tokens, or joined documents together, wrappers included. A longer document is
+            cut to a random window.
+        composition_share: Probability that a group joins several separately prefilled documents.
+        most_joined: Largest number of joined documents.
+        questions_per_document: Maximum number of questions per document.
+        spans_per_document: Number of spans of the document to repeat or continue; two more without questions.
+        span_tokens: Length of a span in tokens.
+        question_weight: Loss weight of the tokens of questions and requests; tokens of answers and spans have 1.
+        answers: Source of the answers: `people` for the data set's, `teacher` for the teacher's own greedy ones.
+        answer_tokens: Longest answer in tokens.
+
+    Raises:
+        ConfigError: A value is out of range, or nothing would follow the documents.
     """
 
     scorer: ScorerKind = "layer"
@@ -130,7 +134,7 @@ class TrainSettings:
 
 PRESETS: dict[str, TrainSettings] = {
     "default": TrainSettings(),
-    # KV-Distill as published: one score a token, W_Q and W_O of the kept tokens in all layers.
+    # KV-Distill as published: one score per token; W_Q and W_O adapted for the kept tokens in all layers.
     "paper": TrainSettings(
         scorer="token",
         scorer_size=256,
@@ -144,10 +148,10 @@ PRESETS: dict[str, TrainSettings] = {
 
 
 def preset(name: str, **changes: object) -> TrainSettings:
-    """The settings of a preset, with changes.
+    """The settings of a preset, with optional changes.
 
     Raises:
-        ConfigError: There is no such preset, or a change is out of range.
+        ConfigError: The preset does not exist, or a change is out of range.
     """
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}", where="preset", next_step=f"Use one of {', '.join(PRESETS)}.")

@@ -1,4 +1,4 @@
-"""Which examples a run trains on: several sets, each in a share, some documents held out."""
+"""Training examples of a run: shares of several data sets, with some documents held out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["LICENCES", "Source", "hold_out", "parse_source", "read_sources"]
 
 _SHARE = re.compile(r"(?P<name>.+):(?P<share>\d+(\.\d*)?|\.\d+)")
 
-# What the publishers of the known sets say; a model card has to name them.
+# Licences as stated by the publishers of the known sets; a model card must name them.
 LICENCES = {
     "squad": "CC BY-SA 4.0 (text of Wikipedia)",
     "dolly": "CC BY-SA 3.0",
@@ -26,11 +26,14 @@ LICENCES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A set to train on.
+    """A data set to train on.
 
     Attributes:
-        name: As `read_examples` takes it.
-        share: Of its examples; above 1 some or all come several times.
+        name: Name or path of the set, as for `read_examples`.
+        share: Share of its examples; above 1, some or all of them are repeated.
+
+    Raises:
+        ConfigError: The share is not in (0, 100].
     """
 
     name: str
@@ -45,7 +48,7 @@ class Source:
 
 
 def parse_source(text: str) -> Source:
-    """`squad`, `notes/train.jsonl`, or with a share of the examples: `squad:0.5`.
+    """Parse `squad` or `notes/train.jsonl`, or with a share of the examples: `squad:0.5`.
 
     Raises:
         ConfigError: The share is out of range.
@@ -64,10 +67,10 @@ def read_sources(
     """The training examples of all sets, one set after the other.
 
     Args:
-        sources: At least one.
-        seed: Which examples a share below 1 is made of.
-        on_error: See `read_examples`.
-        on_skip: See `read_examples`.
+        sources: Data sets to read.
+        seed: Random seed of the selection for fractional shares.
+        on_error: Handling of broken records, see `read_examples`.
+        on_skip: Callback for skipped records, see `read_examples`.
 
     Raises:
         DatasetError: A set is missing, unreadable or empty; or a record is broken, with `on_error="raise"`.
@@ -83,14 +86,14 @@ def read_sources(
 
 
 def hold_out(examples: Sequence[Example], n: int, *, most: float = 0.2) -> tuple[list[Example], list[Example]]:
-    """Take `n` documents out for evaluation: `(training, held out)`.
+    """Hold out `n` documents for evaluation: `(training, held out)`.
 
-    Which ones depends on their ids alone, so they stay the same when data are added, and between runs.
+    The choice depends only on the documents' ids, so it is stable between runs and hardly changes when data are added.
 
     Args:
-        examples: Those with the same id go together.
-        n: How many documents.
-        most: The largest share of all documents that may be taken.
+        examples: Examples; those with the same id are one document.
+        n: Number of documents to hold out.
+        most: Largest share of all documents to hold out.
     """
     distinct = {example.id: example for example in examples}
     chosen = sample(distinct.values(), min(n, int(len(distinct) * most)))

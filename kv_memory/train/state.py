@@ -1,4 +1,4 @@
-"""What a run is told, what it tells, and what it remembers from step to step."""
+"""Options, progress, report and state of a training run."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ __all__ = ["Evaluation", "RunOptions", "RunState", "TrainProgress", "TrainReport
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How a run is carried out; none of this changes what a step does.
+    """Options of a run that do not affect the result of a step.
 
     Attributes:
-        checkpoint_every: Steps between checkpoints.
-        keep_checkpoints: How many of the newest are kept, besides the best.
-        eval_every: Steps between evaluations; 0 for none. Each is followed by a checkpoint.
-        eval_ratios: Keep ratios they measure at.
-        time_limit_s: After so long the run stops, with a checkpoint; None for no limit.
-        fit_steps: With a time limit: the number of steps is what the time allows, whatever the settings say.
-        gradient_checkpointing: See `checkpointing`.
+        checkpoint_every: Number of steps between checkpoints.
+        keep_checkpoints: Number of newest checkpoints to keep, in addition to the best.
+        eval_every: Number of steps between evaluations; 0 for no evaluation. Each is followed by a checkpoint.
+        eval_ratios: Keep ratios of the evaluations.
+        time_limit_s: Time in seconds after which the run writes a checkpoint and stops; None for no limit.
+        fit_steps: Fit the numbers of steps to the time limit, instead of taking them from the settings.
+        gradient_checkpointing: Recompute layers in the backward pass to save memory, see `checkpointing`.
+
+    Raises:
+        ConfigError: A number is out of range, or `fit_steps` is set without a time limit.
     """
 
     checkpoint_every: int = 100
@@ -50,15 +53,15 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainProgress:
-    """How far a run is, after each step.
+    """Progress of a run after a step.
 
     Attributes:
-        step: Steps done.
-        n_steps: Of both stages.
+        step: Number of steps done.
+        n_steps: Total number of steps, over both stages.
         stage: `warmup` or `distillation`.
-        loss: Of this step.
-        n_tokens: Read so far, by this and earlier parts of the run.
-        elapsed_s: So far, likewise.
+        loss: Loss of this step.
+        n_tokens: Number of tokens processed so far, by this and earlier parts of the run.
+        elapsed_s: Seconds so far, in this and earlier parts of the run.
     """
 
     step: int
@@ -71,11 +74,11 @@ class TrainProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """KL to the full cache on held-out examples: nats a token.
+    """KL to the full cache on held-out examples, in nats per token.
 
     Attributes:
-        kl: Of the adapter, by keep ratio.
-        score: The mean over keep ratios; the best checkpoint has the lowest.
+        kl: KL of the adapter, by keep ratio.
+        score: Mean over the keep ratios; the best checkpoint has the lowest score.
     """
 
     kl: Mapping[float, float]
@@ -84,23 +87,23 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReport:
-    """What a run came to.
+    """Result of a run.
 
     Attributes:
-        adapter: The folder of the finished adapter.
-        step: Steps done.
-        n_steps: Steps planned.
-        best_step: Whose adapter it is.
-        loss: Mean over the last 50 steps; None without steps.
-        evaluation: Of that adapter; None where nothing was evaluated.
-        baseline: The same figures of the reconstruction selector, which needs no training.
-        none: The same without any document.
-        n_held_out: On how many documents that was measured.
-        n_examples: Trained on.
-        n_tokens: Read.
-        elapsed_s: Of all parts of the run.
-        settings: As they were, the number of steps fixed.
-        plotted: Whether `loss.png` was drawn.
+        adapter: Folder of the finished adapter.
+        step: Number of steps done.
+        n_steps: Number of steps planned.
+        best_step: Step of the finished adapter: the one with the best evaluation, or the last.
+        loss: Mean loss over the last 50 steps; None without steps.
+        evaluation: Evaluation of that adapter; None if nothing was evaluated.
+        baseline: KL by keep ratio of the reconstruction selector, which needs no training; None if not measured.
+        none: KL without any document; None if not measured.
+        n_held_out: Number of documents in the evaluation.
+        n_examples: Number of training examples.
+        n_tokens: Number of tokens processed.
+        elapsed_s: Seconds of all parts of the run.
+        settings: Settings of the run, with the final numbers of steps.
+        plotted: True if `loss.png` was drawn.
     """
 
     adapter: Path
@@ -121,17 +124,17 @@ class TrainReport:
 
 @dataclass(kw_only=True)
 class RunState:
-    """What changes from step to step, besides parameters and optimiser; part of every checkpoint.
+    """State that changes from step to step, besides parameters and optimiser; part of every checkpoint.
 
     Attributes:
-        step: Steps done.
-        n_tokens: Read.
-        earlier_s: Time that earlier parts of the run took.
-        pieces: Parts into which batches are cut, since memory ran out.
-        base_steps: Steps the adapter had been trained for before the run.
-        evaluation: The last one.
-        baseline: See `TrainReport`.
-        none: See `TrainReport`.
+        step: Number of steps done.
+        n_tokens: Number of tokens processed.
+        earlier_s: Seconds of the earlier parts of the run.
+        pieces: Number of parts into which batches are split after the GPU ran out of memory; else 1.
+        base_steps: Number of steps that the adapter was trained for before the run.
+        evaluation: Last evaluation; None before the first.
+        baseline: KL of the reconstruction selector, see `TrainReport`.
+        none: KL without any document, see `TrainReport`.
     """
 
     step: int = 0
@@ -146,7 +149,7 @@ class RunState:
 
     @property
     def here_s(self) -> float:
-        """Seconds since this part of the run began."""
+        """Seconds since the start of this part of the run."""
         return time.monotonic() - self._begin_s
 
     @property
@@ -155,7 +158,7 @@ class RunState:
         return self.earlier_s + self.here_s
 
     def to_json(self) -> dict[str, Any]:
-        """For a checkpoint. The step is not among it, the checkpoint has it."""
+        """The state for a checkpoint, without the step, which the checkpoint has itself."""
         return {
             "n_tokens": self.n_tokens,
             "elapsed_s": self.elapsed_s,
@@ -168,7 +171,7 @@ class RunState:
 
     @classmethod
     def from_json(cls, step: int, data: Mapping[str, Any]) -> RunState:
-        """The state that `to_json` gave; keep ratios were made strings by JSON."""
+        """Inverse of `to_json`; keep ratios, which are strings in JSON, become numbers again."""
         return cls(
             step=step,
             n_tokens=data["n_tokens"],

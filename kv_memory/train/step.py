@@ -1,4 +1,4 @@
-"""One step of distillation: the teacher reads everything, the student a distilled cache; how far are they apart?"""
+"""One distillation step: the divergence of a student with a distilled cache from the teacher with the full cache."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ __all__ = [
     "warmup_step",
 ]
 
-UNEVEN = 1.4  # rows more than this much longer than the shortest of a part begin a new one
+UNEVEN = 1.4  # a row longer than the shortest row of a part by more than this factor starts a new part
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gives.
+    """Result of one training step.
 
     Attributes:
-        loss: Scalar, with its graph.
-        parts: Its terms and other figures, for the log.
-        n_tokens: Tokens read, documents and rows.
-        weight: What the loss weighs beside those of other parts of one batch.
+        loss: Scalar loss, with its autograd graph.
+        parts: Terms of the loss and other figures, for the log.
+        n_tokens: Number of tokens processed, in documents and rows.
+        weight: Weight of the loss relative to the other parts of the same batch.
     """
 
     loss: torch.Tensor
@@ -50,14 +50,14 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Followed:
-    """Rows of a batch, of about the same length, as tensors.
+    """Rows of a batch, of similar length, as tensors.
 
     Attributes:
-        ids: `(rows, n)`, padded.
-        lengths: `(rows,)`.
-        groups: `(rows,)`, what each follows.
-        wanted: Bool `(rows, n)`, tokens whose successors are predicted.
-        weights: `(number of wanted,)`.
+        ids: `(rows, n)`, token ids, padded on the right.
+        lengths: `(rows,)`, length of each row in tokens.
+        groups: `(rows,)`, index of the document group that each row follows.
+        wanted: Bool `(rows, n)`, True where the next token is predicted.
+        weights: `(n_wanted,)`, loss weight of each prediction.
     """
 
     ids: torch.Tensor
@@ -67,14 +67,14 @@ class Followed:
     weights: torch.Tensor
 
     def ask(self, backbone: Backbone, entries: Entries, *, outputs: list[torch.Tensor] | None = None) -> torch.Tensor:
-        """Logits at the wanted tokens: `(number of wanted, vocab_size)`; `outputs` as in `Entries.ask`."""
+        """Logits at the wanted tokens: `(n_wanted, vocab_size)`; `outputs` as in `Entries.ask`."""
         return entries.ask(backbone, self.ids, self.lengths, self.groups, self.wanted, outputs=outputs)
 
 
 def follow(batch: Batch, teacher: Entries, backbone: Backbone, settings: TrainSettings) -> list[Followed]:
-    """The rows of a batch, in parts of similar length; rows that want an answer get the teacher's greedy one.
+    """The rows of a batch, in parts of similar length; a row that needs an answer gets the teacher's greedy answer.
 
-    In one part, a span of 46 tokens beside questions of 20 would make most of what is computed padding.
+    A single part was rejected: with a span of 46 tokens beside questions of 20, most of the computation is padding.
     """
     device = backbone.device
     rows = [list(row.ids) for row in batch.rows]
@@ -94,11 +94,12 @@ def follow(batch: Batch, teacher: Entries, backbone: Backbone, settings: TrainSe
 
 
 def _as_tensors(ids_of: list[list[int]], rows: list[Row], settings: TrainSettings, device: torch.device) -> Followed:
-    ids, lengths = pad(ids_of, device=device)
-    place = torch.arange(ids.shape[1], device=device)
-    asked = torch.tensor([row.n_asked for row in rows], device=device)[:, None]
-    told = (place >= asked - 1) & (place < lengths[:, None] - 1)
-    question = (place < asked - 1) & (settings.question_weight > 0)
+    ids, lengths = pad(ids_of, device=device)  # (rows, n), (rows,)
+    place = torch.arange(ids.shape[1], device=device)  # (n,)
+    asked = torch.tensor([row.n_asked for row in rows], device=device)[:, None]  # (rows, 1)
+    # The logits at token i predict token i + 1, so the first answer token is predicted at the last question token.
+    told = (place >= asked - 1) & (place < lengths[:, None] - 1)  # (rows, n): answers and spans
+    question = (place < asked - 1) & (settings.question_weight > 0)  # (rows, n): questions and requests
     wanted = told | question
     return Followed(
         ids=ids,
@@ -113,7 +114,7 @@ def _as_tensors(ids_of: list[list[int]], rows: list[Row], settings: TrainSetting
 def _greedy(
     backbone: Backbone, teacher: Entries, ids: torch.Tensor, lengths: torch.Tensor, groups: torch.Tensor, most: int
 ) -> list[list[int]]:
-    """Greedy answers of at most `most` tokens, each up to and including the token that ends it."""
+    """Greedy answers of at most `most` tokens, each up to and including its end token."""
     cache = teacher.cache(groups)
     stop = backbone.prompt.stop
     ends = {backbone.tokenizer.eos_token_id, *(backbone.encode(stop[0])[:1] if stop else [])}
@@ -131,47 +132,53 @@ def _greedy(
 
 
 def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings) -> StepResult:
-    """The loss of one batch; see `TrainSettings` for its terms.
+    """Compute the distillation loss of one batch; see `TrainSettings` for its terms.
 
     Args:
-        adapter: Whose scorer and LoRA carry gradients.
-        batch: From `Batches.batch`.
-        settings: Of the run.
+        adapter: Adapter with the scorer and the LoRA that receive gradients.
+        batch: Batch from `Batches.batch`.
+        settings: Settings of the run.
     """
+    # 1. Teacher, without gradients: prefill each document on its own, then join the documents of each group.
     backbone = adapter.backbone
-    ids, lengths = pad(batch.documents, device=backbone.device)
+    ids, lengths = pad(batch.documents, device=backbone.device)  # (documents, n_tokens), (documents,)
     n_documents = len(batch.documents)
     kept = [n_kept_for(len(document), batch.keep_ratio) for document in batch.documents]
-    n_kept = torch.tensor(kept, device=backbone.device)
+    n_kept = torch.tensor(kept, device=backbone.device)  # (documents,)
     with torch.no_grad():
         cache = backbone.prefixed_cache(ids.shape[1], batch_size=n_documents)
         backbone.read(ids, cache, lengths=lengths if n_documents > 1 else None)
-        apart = gather_entries(backbone, cache, lengths)
-        full = join_entries(backbone, apart, lengths, batch.groups)
+        apart = gather_entries(backbone, cache, lengths)  # keys: (num_layers, documents, num_kv_heads, n, head_dim)
+        full = join_entries(backbone, apart, lengths, batch.groups)  # the same, with groups in place of documents
+        # 2. Teacher logits over the rows. The teacher first decodes the answers that are missing.
         parts = follow(batch, full, backbone, settings)
         attended: list[list[torch.Tensor]] = [[] for _ in parts]
         with_outputs = settings.output_weight > 0
         taught = [
             part.ask(backbone, full, outputs=outputs if with_outputs else None)
             for part, outputs in zip(parts, attended, strict=True)
-        ]
+        ]  # each (n_wanted, vocab_size)
+    # 3. Student, with gradients: prefill through scorer and LoRA, select, and join. Entries that are not selected stay
+    #    in place as padding. Scores join the graph (as a bias of value 0) only if the scorer is trained.
     reading = read_documents(adapter, ids, lengths, n_kept)
     learns = settings.lr_scorer_distil > 0
     student_entries = gather_entries(
         backbone, reading.cache, lengths, reading.selected, reading.scores if learns else None
     )
     distilled = join_entries(backbone, student_entries, lengths, batch.groups)
+    # 4. Mean divergence over the predictions of all parts, by weight; with `output_weight`, of attention outputs too.
     weight = torch.cat([part.weights for part in parts]).sum()
     divergence = torch.zeros((), device=backbone.device)
     outputs_apart = torch.zeros((), device=backbone.device)
     for part, teacher, wanted_outputs in zip(parts, taught, attended, strict=True):
         outputs: list[torch.Tensor] = []
-        logits = part.ask(backbone, distilled, outputs=outputs if with_outputs else None)
-        apart_by = distillation_loss(teacher, logits, forward_weight=settings.forward_weight)
+        logits = part.ask(backbone, distilled, outputs=outputs if with_outputs else None)  # (n_wanted, vocab_size)
+        apart_by = distillation_loss(teacher, logits, forward_weight=settings.forward_weight)  # (n_wanted,)
         divergence = divergence + (apart_by * part.weights).sum() / weight
         if with_outputs:
-            errors = output_error(wanted_outputs, outputs)
+            errors = output_error(wanted_outputs, outputs)  # (n_wanted,)
             outputs_apart = outputs_apart + (errors * part.weights).sum() / weight
+    # 5. Scale by (keep_ratio / geometric mean of min_ratio and max_ratio) ** ratio_power, and add the optional terms.
     scale = (batch.keep_ratio**2 / (settings.min_ratio * settings.max_ratio)) ** (settings.ratio_power / 2)
     loss, figures = divergence * scale, {"divergence": float(divergence.detach())}
     if with_outputs:
@@ -188,8 +195,9 @@ def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings
 
 
 def _askings(batch: Batch, parts: list[Followed], backbone: Backbone) -> list[Asked]:
-    """What pays the attention that scorers are trained on: repetition, and the rows behind documents read alone."""
+    """The rows that supply the scorer's attention labels: repetitions, and the rows that follow a single document."""
     askings = [repetition(backbone, batch.documents)]
+    # Rows behind joined documents are left out: the labels are computed on each document's own entries.
     alone = torch.tensor([group[0] if len(group) == 1 else -1 for group in batch.groups], device=backbone.device)
     for part in parts:
         documents = alone[part.groups]
@@ -200,15 +208,18 @@ def _askings(batch: Batch, parts: list[Followed], backbone: Backbone) -> list[As
 
 
 def warmup_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings) -> StepResult:
-    """The loss of the scorer alone. Arguments as in `distillation_step`; the LoRA takes no part."""
+    """Compute the loss of the scorer alone, without the LoRA; arguments as in `distillation_step`."""
+    # 1. Prefill with the frozen weights; the scorer scores every token. How many entries are kept does not matter.
     backbone = adapter.backbone
     ids, lengths = pad(batch.documents, device=backbone.device)
     n_documents = len(batch.documents)
     one = torch.ones(n_documents, dtype=torch.int64, device=backbone.device)
     reading = read_documents(adapter, ids, lengths, one, routed=False)
+    # 2. Labels: the attention that each token receives from a repetition of the document and from the rows.
     full = gather_entries(backbone, reading.cache, lengths)
     parts = follow(batch, full, backbone, settings)
     labels = received_attention(backbone, full, _askings(batch, parts, backbone))
+    # 3. Squared error of the scores.
     loss = scorer_loss(reading.scores, labels, lengths, budget=adapter.config.budget)
     n_tokens = int(lengths.sum())
     figures = {"scorer": float(loss.detach())}
@@ -216,14 +227,14 @@ def warmup_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings) -> S
 
 
 def output_error(teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor]) -> torch.Tensor:
-    """How far the student's attention outputs are from the teacher's, as a share of their squared length.
+    """Squared error of the student's attention outputs, as a share of the teacher's squared norm.
 
     Args:
-        teacher: Of every layer `(n, num_heads * head_dim)`.
-        student: The same.
+        teacher: Attention outputs of every layer, `(n, num_heads * head_dim)` each.
+        student: Attention outputs of the student, in the same shapes.
 
     Returns:
-        `(n,)`, float32, the mean over layers: 0 where they are the same, 1 where the student's are 0.
+        `(n,)`, float32, the mean over layers: 0 where both are equal, 1 where the student's output is 0.
     """
     shares = [
         (s.float() - t.float()).square().sum(-1) / (t.float().square().sum(-1) + 1e-6)

@@ -1,8 +1,8 @@
 """The training loop: two stages, one counter of steps, exact resume.
 
-A step depends on the settings, its number, and the parameters before it, on nothing else: batches are drawn from
-`(seed, step)`, the learning rate is a function of the step, and nothing in the models is random. So a run that is
-killed and resumed from a checkpoint goes the way of one that was not.
+A step depends only on the settings, its number, and the parameters before it: batches are drawn from `(seed, step)`,
+the learning rate is a function of the step, and nothing in the models is random. A run that is killed and resumed from
+a checkpoint therefore gives the same result as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """Trains one adapter.
 
-    With several processes (`accelerate launch`) each takes batches of its own, and gradients are averaged.
+    With several processes (`accelerate launch`), each process has its own batches, and gradients are averaged.
 
     Args:
-        adapter: Attached to its backbone; from `new_adapter`, or one that is to be trained further.
-        examples: To train on.
-        settings: What decides the result.
-        out: The run's folder: `checkpoints/`, `log.jsonl`, `loss.png`, and at the end `adapter/`.
-        options: How it is carried out.
-        held_out: Examples for evaluation; none of them in `examples`.
-        on_progress: Called after each step.
+        adapter: Adapter attached to its backbone; from `new_adapter`, or an existing one to train further.
+        examples: Training examples.
+        settings: Settings that determine the result.
+        out: Folder of the run, with `checkpoints/`, `log.jsonl`, `loss.png`, and at the end `adapter/`.
+        options: Options that do not affect the result of a step.
+        held_out: Evaluation examples, disjoint from `examples`.
+        on_progress: Callback after each step.
 
     Attributes:
-        settings: As given; the number of steps is fixed when a run begins with `fit_steps`.
+        settings: Settings as given; with `fit_steps`, the numbers of steps are set when the run starts.
 
     Raises:
         TrainingError: Accelerate is not installed.
@@ -97,20 +97,21 @@ class Trainer:
             self._heldout = HeldOut(held_out, adapter.backbone, settings, ratios=self._options.eval_ratios)
 
     def estimate(self, *, n_steps: int = 3) -> Estimate:
-        """What the run will take, from a few steps that change nothing; nothing is written."""
+        """Estimate the cost of the run from a few steps without updates; nothing is written."""
         return measure(self._gradients(RunState()), self._adapter, self.settings, n_steps=n_steps)
 
     def run(self, *, resume: bool = False) -> TrainReport:
         """Train to the end, or to the time limit.
 
         Args:
-            resume: Go on from the newest checkpoint; from the beginning where there is none yet.
+            resume: Resume from the newest checkpoint; start from the beginning if there is no checkpoint yet.
 
         Raises:
-            CheckpointError: There is a run in this folder already; or, resuming, it had other settings or data.
-            AdapterMismatchError: Resuming, the run was one of another model.
-            DivergedError: A loss or gradient is not finite; the checkpoints before it are kept.
-            TrainingError: The GPU's memory is too small for a single document.
+            CheckpointError: The folder already contains a run; or the resumed run had other settings or data; or
+                checkpoints are damaged or cannot be written.
+            AdapterMismatchError: The resumed run belongs to another model.
+            DivergedError: A loss or gradient is not finite; earlier checkpoints are kept.
+            TrainingError: The GPU's memory is too small for the smallest part of a batch.
         """
         checkpoint = self._checkpoints.newest()
         if checkpoint is not None and not resume:
@@ -128,11 +129,11 @@ class Trainer:
         self._train(state, checkpoint)
         return self._finish(state)
 
-    # -- beginning -------------------------------------------------------------------------------------------------
+    # -- start -----------------------------------------------------------------------------------------------------
 
     @property
     def _is_main(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this is the main process, which writes all files."""
         return bool(self._accelerator.is_main_process)
 
     @property
@@ -161,7 +162,7 @@ class Trainer:
         return gradients
 
     def _restore(self, checkpoint: Checkpoint) -> RunState:
-        if self._options.fit_steps:  # they were fitted when the run began
+        if self._options.fit_steps:  # they were fitted when the run started
             told = checkpoint.state["settings"]
             self.settings = replace(self.settings, warmup_steps=told["warmup_steps"], steps=told["steps"])
         check_resumable(checkpoint, self._identity(), model=self._adapter.backbone.name)
@@ -170,7 +171,7 @@ class Trainer:
         return RunState.from_json(checkpoint.step, checkpoint.state)
 
     def _prepare(self, state: RunState) -> None:
-        """Baselines on the held-out examples, and the number of steps where the time decides it."""
+        """Measure baselines on the held-out examples; with `fit_steps`, fit the numbers of steps to the time limit."""
         evaluation_s = 0.0
         if self._heldout is not None and self._is_main:
             state.none = self._heldout.none()
@@ -192,7 +193,7 @@ class Trainer:
             self.settings = replace(self.settings, warmup_steps=warmup_steps, steps=steps)
 
     def _agreed(self, *values: int) -> list[int]:
-        """What the main process says, for all processes: clocks differ."""
+        """The main process's values, in all processes, because clocks differ."""
         if self._accelerator.num_processes == 1:
             return list(values)
         mine = torch.tensor(values, device=self._accelerator.device) * self._is_main
@@ -205,6 +206,7 @@ class Trainer:
         options, gradients = self._options, self._gradients(state)
         stage: Stage | None = None
         while state.step < self._n_steps:
+            # 1. At the start of a stage: its parameters and optimiser, restored if the checkpoint is of this stage.
             now: Stage = "warmup" if state.step < self.settings.warmup_steps else "distillation"
             if now != stage:
                 stage = now
@@ -213,10 +215,12 @@ class Trainer:
                 if checkpoint is not None and checkpoint.state["stage"] == stage:
                     load_optimizer(optimizer, parameters, checkpoint.tensors)
                 checkpoint = None
+            # 2. One step. All processes must agree on whether the time is over.
             self._step(state, gradients, stage, parameters, optimizer)
             late = options.time_limit_s is not None and state.here_s > options.time_limit_s
             late = bool(self._agreed(int(late))[0])
             last = late or state.step == self._n_steps
+            # 3. Evaluate, and write a checkpoint: every evaluation is followed by one.
             evaluated = self._heldout is not None and (last or state.step % options.eval_every == 0)
             if evaluated:
                 self._evaluate(state)
@@ -324,7 +328,7 @@ class Trainer:
     # -- end -------------------------------------------------------------------------------------------------------
 
     def _finish(self, state: RunState) -> TrainReport:
-        """Put the best adapter in its place, draw the plot, sum up."""
+        """Copy the best adapter to its final folder, draw the plot, and build the report."""
         best = self._checkpoints.best() or state.step
         found: Mapping[str, Any] = self._checkpoints.state(best)
         adapter, plotted = self._out / "adapter", False
@@ -335,7 +339,7 @@ class Trainer:
                 shutil.rmtree(scratch, ignore_errors=True)
                 shutil.copytree(self._checkpoints.folder(best) / "adapter", scratch)
                 replace_folder(scratch, adapter)
-            else:  # not a single step was asked for
+            else:  # no readable checkpoint, e.g. after a run of 0 steps
                 self._write_adapter(adapter, state)
             plotted = plot_log(records, self._out / "loss.png")
         losses = [record["loss"] for record in records if isinstance(record.get("loss"), float)][-50:]
@@ -358,7 +362,7 @@ class Trainer:
 
 
 def already_there(out: Path) -> CheckpointError:
-    """What is said where a run would be written over."""
+    """Error for a folder that already contains a run."""
     return CheckpointError(
         "there is a run in this folder already",
         where=str(out),

@@ -1,7 +1,7 @@
-"""Domain tuning: an adapter for one body of documents, so that far smaller keep ratios serve it (KV-Distill, 4.5).
+"""Domain tuning: an adapter for one corpus, which makes far smaller keep ratios usable for it (KV-Distill, 4.5).
 
-Pages are cut into windows as long as what will be compressed, and windows into passages short enough for the model to
-ask good questions about. A window is trained on with the questions about all its passages.
+Pages are cut into windows as long as the documents that will be compressed, and windows into passages short enough for
+good questions from the model. A window is trained on with the questions about all its passages.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ __all__ = ["Corpus", "Window", "cut_corpus", "domain_settings"]
 PASSAGE_TOKENS = 256
 WINDOW_TOKENS = 1500
 
-# What differs from training on sets of questions: keep ratios down to 1/200, long documents, more spans of them.
+# Differences from training on question data sets: keep ratios down to 1/200, long documents, more spans.
 _DOMAIN = {"min_ratio": 0.005, "max_ratio": 0.3, "max_tokens": WINDOW_TOKENS + 36, "spans_per_document": 3}
 
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a page, and the passages it is cut into.
+    """A section of a page and its passages.
 
     Attributes:
-        example: Without questions.
-        passages: In order.
+        example: Text of the window, without questions.
+        passages: Passages of the window, in order.
     """
 
     example: Example
     passages: tuple[str, ...]
 
     def examples(self, questions: Sequence[Sequence[Question]]) -> list[Example]:
-        """The window with all its questions, and its passages with theirs where there are several.
+        """The window with all questions; if it has several passages, also each passage with its own questions.
 
         Args:
-            questions: About each passage.
+            questions: Questions about each passage.
         """
         whole = replace(self.example, questions=tuple(question for part in questions for question in part))
         if len(self.passages) == 1:
@@ -54,12 +54,12 @@ class Window:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A body of documents, cut.
+    """A corpus cut into windows.
 
     Attributes:
         train: Windows to train on.
-        held_out: Windows of pages that are not trained on.
-        held_out_ids: Ids of those pages.
+        held_out: Windows of the held-out pages.
+        held_out_ids: Ids of the held-out pages.
     """
 
     train: tuple[Window, ...]
@@ -73,15 +73,15 @@ class Corpus:
 
 
 def domain_settings(settings: TrainSettings, *, given: Sequence[str] = ()) -> TrainSettings:
-    """Settings for domain tuning, except where something was asked for by name.
+    """Settings for domain tuning; explicitly chosen ones are not changed.
 
     Args:
-        settings: Of a preset, with what was asked for.
-        given: Names of settings that were asked for.
+        settings: Settings of a preset, with the user's changes.
+        given: Names of the settings that the user chose explicitly.
     """
     changes = {name: value for name, value in _DOMAIN.items() if name not in given}
     if "min_ratio" in given:
-        changes.pop("max_ratio", None)  # it may lie above ours
+        changes.pop("max_ratio", None)  # the given min_ratio may be above our max_ratio
     if "max_ratio" in given and settings.max_ratio < _DOMAIN["min_ratio"]:
         changes["min_ratio"] = settings.max_ratio
     return replace(settings, **changes)  # type: ignore[arg-type]
@@ -95,18 +95,18 @@ def cut_corpus(
     window_tokens: int = WINDOW_TOKENS,
     passage_tokens: int = PASSAGE_TOKENS,
 ) -> Corpus:
-    """Hold pages out, by the hash of their ids, and cut all into windows and passages.
+    """Hold out pages by the hash of their ids, and cut all pages into windows and passages.
 
     Args:
-        pages: From `read_examples`; questions they may have are not used.
-        backbone: Whose tokenizer counts, and whose context window limits the windows.
-        held_out: Share of the pages; 0 for none.
-        window_tokens: Longest window.
-        passage_tokens: Longest passage.
+        pages: Pages from `read_examples`; their questions, if any, are ignored.
+        backbone: Backbone with the tokenizer for counting, and the context window that limits the windows.
+        held_out: Share of the pages to hold out; 0 holds out no page.
+        window_tokens: Longest window, in tokens.
+        passage_tokens: Longest passage, in tokens.
 
     Raises:
         DatasetError: There are no pages.
-        ConfigError: A length is below 16 tokens, or passages are to be longer than windows.
+        ConfigError: A length is below 16 tokens, or passages are longer than windows.
     """
     if not pages:
         raise DatasetError("the corpus holds no page", next_step="Name a folder with text or Markdown.")
@@ -115,10 +115,10 @@ def cut_corpus(
             f"passages of {passage_tokens} tokens in windows of {window_tokens}: at least 16, and windows the longer",
             where="passage_tokens",
         )
-    most = backbone.context_window - len(backbone.prefix_ids) - 256  # questions and answers
+    most = backbone.context_window - len(backbone.prefix_ids) - 256  # room for questions and answers
     window_tokens = min(window_tokens, max(passage_tokens, most))
     train, kept_out = corpus_split(pages, held_out) if held_out else (list(pages), [])
-    if not train:  # a single page
+    if not train:  # e.g. a single page
         train, kept_out = kept_out, []
     cut: Callable[[str, int], list[str]] = lambda text, n: split_passages(  # noqa: E731
         text, max_tokens=n, count_tokens=backbone.count_tokens

@@ -1,8 +1,8 @@
-"""Stage (a): the scorer learns how much attention each token will receive from what follows the document.
+"""Stage (a): the scorer learns the attention that each token receives from the text after the document.
 
-Labels are the highest attention a token receives, in each layer and KV head, while the model repeats the document (the
-reconstruction selector's scores, KVzip) and while it reads questions and their answers. They are dense, where the
-gradient of distillation says something about kept tokens only.
+The labels are the highest attention that a token receives, in each layer and KV head, while the model repeats the
+document (the reconstruction selector's scores, KVzip) and while it prefills questions and their answers. They are
+dense, whereas the gradient of distillation covers only kept tokens.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ REQUEST = "\n\nRepeat the previous text exactly.\n"
 
 @dataclass(frozen=True)
 class Asked:
-    """Rows of tokens behind documents.
+    """Rows of tokens that follow documents.
 
     Attributes:
-        ids: `(rows, n)`, padded on the right.
-        lengths: `(rows,)`.
-        documents: `(rows,)`, which document each follows.
+        ids: `(rows, n)`, token ids, padded on the right.
+        lengths: `(rows,)`, length of each row in tokens.
+        documents: `(rows,)`, index of the document that each row follows.
     """
 
     ids: torch.Tensor
@@ -41,7 +41,7 @@ class Asked:
 
 
 class _Received:
-    """Observer: the highest attention each document's tokens receive from the rows that follow it."""
+    """An `AttentionObserver` that records the highest attention of each document's tokens from the rows after it."""
 
     def __init__(self, received: torch.Tensor, *, n_prefix: int, visible: torch.Tensor, asked: Asked) -> None:
         self._received = received
@@ -59,20 +59,23 @@ class _Received:
         softcap: float | None,
         window: int | None,
     ) -> None:
-        """See `AttentionObserver`. Sliding windows are left out: what lies outside of them counts as seen."""
+        """See `AttentionObserver`; sliding windows are ignored, so tokens outside a window count as visible."""
+        # 1. Attention weights under a causal mask, without the padding of shorter documents.
         new, length = query.shape[2], key.shape[2]
-        mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)
+        mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)  # (new, length)
         mask = mask & torch.nn.functional.pad(self._visible, (0, new), value=True)[:, None, None]
         weights = attention_probabilities(query, key, mask, scaling=scaling, softcap=softcap)
+        # 2. Maximum over the query heads of each KV head, and over the real tokens of each row.
         here = weights[..., self._n_prefix : length - new].unflatten(1, (key.shape[1], -1))
-        real = torch.arange(new, device=query.device) < self._asked.lengths[:, None]
+        real = torch.arange(new, device=query.device) < self._asked.lengths[:, None]  # (rows, new)
         highest = (here * real[:, None, None, :, None]).amax((2, 3))  # (rows, kv_heads, tokens)
+        # 3. Maximum over the rows of each document.
         documents = self._asked.documents[:, None, None].expand_as(highest)
         self._received[layer].scatter_reduce_(0, documents, highest, "amax")
 
 
 def repetition(backbone: Backbone, documents: Sequence[Sequence[int]]) -> Asked:
-    """For every document the request to repeat it, and the document."""
+    """One row for each document: a request to repeat it, and the document."""
     request = backbone.encode(REQUEST)
     ids, lengths = pad([[*request, *document] for document in documents], device=backbone.device)
     return Asked(ids, lengths, torch.arange(len(documents), device=backbone.device))
@@ -80,12 +83,12 @@ def repetition(backbone: Backbone, documents: Sequence[Sequence[int]]) -> Asked:
 
 @torch.no_grad()
 def received_attention(backbone: Backbone, entries: Entries, askings: Sequence[Asked]) -> torch.Tensor:
-    """The highest attention each token of each document receives from what follows it.
+    """The highest attention that each token of each document receives from the rows after it.
 
     Args:
         backbone: The model.
         entries: All entries of the documents.
-        askings: What follows them, each read by itself.
+        askings: Sets of rows that follow the documents; each set is prefilled separately.
 
     Returns:
         `(num_layers, documents, num_kv_heads, n_tokens)`, float32, in 0 to 1.
@@ -103,20 +106,20 @@ def received_attention(backbone: Backbone, entries: Entries, askings: Sequence[A
 
 
 def scorer_loss(scores: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor, *, budget: Budget) -> torch.Tensor:
-    """How far scores are from what the labels ask for, see `attention_scores`.
+    """Mean squared error of scores from the targets of `attention_scores`.
 
     Args:
         scores: `(num_layers, documents, num_kv_heads or 1, n_tokens)`.
         labels: `(num_layers, documents, num_kv_heads, n_tokens)`, from `received_attention`.
-        lengths: `(documents,)`.
-        budget: See `Budget`.
+        lengths: `(documents,)`, length of each document in tokens.
+        budget: Distribution of entries over the heads, see `Budget`.
 
     Returns:
-        Mean squared error, a scalar.
+        Scalar loss.
     """
     real = torch.arange(labels.shape[-1], device=labels.device) < lengths.to(labels.device)[:, None]
     real = real[None, :, None].expand_as(labels)
     target = attention_scores(labels, real, budget=budget)
-    if scores.shape[2] == 1:  # one score for all: the mean over layers and heads is what it can be
+    if scores.shape[2] == 1:  # one score per token: its best target is the mean over layers and heads
         target, real, scores = target.mean((0, 2), keepdim=True), real[:1, :, :1], scores[:1]
     return ((scores - target).square() * real).sum() / real.sum()

@@ -1,1 +1,1 @@
-"""Refinement: the entries of one cache moved by gradient steps, against probes made from its document."""
+"""Refinement: gradient steps on the entries of one cache, against probes made from its document."""

@@ -1,7 +1,7 @@
-"""What tokens that follow a document see of it: entries in every layer and head, and rows of tokens behind them.
+"""Entries of documents as the tokens behind them see them, and rows of such tokens in batches.
 
-Training and refinement ask many things about one document; each is a row of a batch, and the rows of one document
-share its entries.
+Training and refinement run many rows behind one document; each is a row of a batch, and the rows of one document share
+its entries.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class Entries:
     """Keys and values of several documents on their positions, the shared prefix included.
 
     Attributes:
-        keys: `(num_layers, documents, num_kv_heads, n, head_dim)`, rotated.
-        values: The same shape.
+        keys: Keys `(num_layers, documents, num_kv_heads, n, head_dim)`, rotated.
+        values: Values, in the same shape.
         positions: `(num_layers or 1, documents, num_kv_heads or 1, n)`, int32; `NEVER` for padding.
-        next_positions: `(documents,)`, where what follows each document begins.
-        n_positions: The length of the sequence for which the keys were rotated.
-        bias: `(num_layers, documents, num_kv_heads, n)`, added to the attention logits; None for none.
+        next_positions: `(documents,)`, position of the first token behind each document.
+        n_positions: Length of the sequence for which the keys were rotated.
+        bias: Bias added to the attention logits, `(num_layers, documents, num_kv_heads, n)`; None for no bias.
     """
 
     keys: torch.Tensor
@@ -40,7 +40,7 @@ class Entries:
     bias: torch.Tensor | None = None
 
     def cache(self, rows: torch.Tensor) -> PositionedCache:
-        """A cache of one row for each of `rows`, the documents to be followed."""
+        """Build a cache with one row for each of `rows`, the indices of the documents to follow."""
         cache = PositionedCache(
             self.keys[:, rows],
             self.values[:, rows],
@@ -62,19 +62,19 @@ class Entries:
         *,
         outputs: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Logits at some places of what follows the documents.
+        """Logits at some tokens of rows behind the documents.
 
         Args:
             backbone: The model.
-            ids: `(rows, n)`, padded on the right.
-            lengths: `(rows,)`.
-            rows: `(rows,)`, which document each row follows.
-            wanted: Bool `(rows, n)`: the tokens whose successors are to be predicted.
-            outputs: Where every layer's attention output at those tokens is put, `(number of wanted, num_heads *
-                head_dim)`; None for nowhere.
+            ids: `(rows, n)`, token ids, padded on the right.
+            lengths: `(rows,)`, real tokens of each row.
+            rows: `(rows,)`, index of the document that each row follows.
+            wanted: Bool `(rows, n)`; tokens with a next token to predict.
+            outputs: List that receives every layer's attention output at those tokens, `(number of wanted, num_heads *
+                head_dim)`; None for no such list.
 
         Returns:
-            `(number of wanted, vocab_size)`, row by row; of the model's dtype.
+            Logits `(number of wanted, vocab_size)`, row by row, in the model's dtype.
         """
         cache = self.cache(rows)
         every: list[torch.Tensor] | None = None if outputs is None else []
@@ -92,18 +92,20 @@ def gather_entries(
     selected: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
 ) -> Entries:
-    """The entries of documents that were read: all of them, or those selected.
+    """Collect the entries of prefilled documents: all of them, or those selected.
 
-    What is not selected stays in its place as padding, seen by nothing: heads keep different numbers, and gradients
-    need no gathering.
+    Entries that are not selected stay in place as padding that no token sees: heads keep different numbers, and
+    gradients need no gathering.
 
     Args:
-        backbone: The model that read them.
-        cache: Prefix and documents, from `prefixed_cache`.
-        lengths: `(documents,)`, tokens of each.
-        selected: Bool `(num_layers or 1, documents, num_kv_heads or 1, n_tokens)`; None for all.
-        scores: `(num_layers, documents, num_kv_heads or 1, n_tokens)`; entries are biased by `s - stop_gradient(s)`:
-            by nothing, but with a path on which the gradient reaches the scorer (the paper's straight-through).
+        backbone: Model that prefilled them.
+        cache: Cache of prefix and documents, from `prefixed_cache`.
+        lengths: `(documents,)`, tokens of each document.
+        selected: Mask of the selected entries, bool `(num_layers or 1, documents, num_kv_heads or 1, n_tokens)`; None
+            for all.
+        scores: Scores `(num_layers, documents, num_kv_heads or 1, n_tokens)`; entries get the bias `s -
+            stop_gradient(s)`, which is 0, but through which the gradient reaches the scorer (the paper's
+            straight-through).
     """
     n_prefix = len(backbone.prefix_ids)
     layers = [cache.layer(index) for index in range(backbone.num_layers)]
@@ -132,16 +134,16 @@ def gather_entries(
 def join_entries(
     backbone: Backbone, entries: Entries, lengths: torch.Tensor, groups: Sequence[Sequence[int]]
 ) -> Entries:
-    """Documents that were read apart, one behind the other: each keeps the span of its length (layout `source`).
+    """Join documents that were prefilled apart; each keeps the span of its full length (layout `source`).
 
     Args:
-        backbone: The model that read them.
-        entries: Of all documents.
-        lengths: `(documents,)`, tokens of each.
-        groups: For each result the documents it is joined from, in order.
+        backbone: Model that prefilled them.
+        entries: Entries of all documents.
+        lengths: `(documents,)`, tokens of each document.
+        groups: Indices of the documents that each result is joined from, in order.
 
     Returns:
-        Entries whose documents are the groups.
+        Entries with the groups as documents.
     """
     if [list(group) for group in groups] == [[index] for index in range(len(lengths))]:
         return entries
@@ -181,12 +183,12 @@ def join_entries(
 
 
 def _widen(tensor: torch.Tensor, length: int, fill: int) -> torch.Tensor:
-    """The tensor padded on the right of its last dimension."""
+    """Pad the tensor on the right of its last dimension."""
     return torch.nn.functional.pad(tensor, (0, length - tensor.shape[-1]), value=fill)
 
 
-UNEVEN = 1.5  # a row more than this much longer than the shortest of a batch begins a new one
-CPU_TOKENS, GPU_TOKENS = 256, 1024  # of one batch: what lies in memory for the backward pass
+UNEVEN = 1.5  # a row more than this many times as long as the shortest of a batch begins a new one
+CPU_TOKENS, GPU_TOKENS = 256, 1024  # of one batch, with its activations in memory for the backward pass
 
 
 @dataclass(frozen=True)
@@ -194,9 +196,9 @@ class Row:
     """Tokens that follow a document.
 
     Attributes:
-        document: Its index.
-        ids: The tokens.
-        n_given: How many are only read; those behind are to be predicted. At least 1.
+        document: Index of the document.
+        ids: Token ids of the row.
+        n_given: Number of given tokens, at least 1; the tokens behind them are to be predicted.
     """
 
     document: int
@@ -205,7 +207,7 @@ class Row:
 
     @property
     def n_wanted(self) -> int:
-        """Predictions asked for."""
+        """Number of tokens to predict."""
         return len(self.ids) - self.n_given
 
 
@@ -214,11 +216,11 @@ class RowBatch:
     """Rows as tensors.
 
     Attributes:
-        index: Which rows they are, in the order of the list they come from.
-        ids: `(rows, n)`, padded on the right.
-        lengths: `(rows,)`.
-        documents: `(rows,)`.
-        wanted: Bool `(rows, n)`, tokens whose successors are predicted.
+        index: Indices of the rows in the list they come from.
+        ids: `(rows, n)`, token ids, padded on the right.
+        lengths: `(rows,)`, real tokens of each row.
+        documents: `(rows,)`, index of each row's document.
+        wanted: Bool `(rows, n)`; tokens with a next token to predict.
     """
 
     index: list[int]
@@ -236,15 +238,16 @@ def batch_rows(
     max_tokens: int | None = None,
     kind: Callable[[Row], Hashable] | None = None,
 ) -> list[RowBatch]:
-    """Rows in batches of similar length, so that little of what is computed is padding.
+    """Group rows into batches of similar length, so that little of what is computed is padding.
 
     Args:
-        rows: In any order.
+        rows: Rows in any order.
         at_once: Most rows of a batch.
-        device: Of the tensors.
+        device: Device of the tensors.
         max_tokens: Most tokens of a batch, padding included; a single row may be longer. None: as many as keep the
             device busy.
-        kind: Rows of different kinds do not share a batch; those of a kind follow each other in order of length.
+        kind: Function that returns the kind of a row; rows of different kinds do not share a batch. Sorted by length,
+            rows of one kind should be contiguous.
     """
     if max_tokens is None:
         max_tokens = CPU_TOKENS if torch.device(device).type == "cpu" else GPU_TOKENS

@@ -1,4 +1,4 @@
-"""How far one model's predictions are from another's: what training and refinement make small."""
+"""Distances between the predictions of two models, which training and refinement minimise."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tenso
     """KL(p ‖ q) in nats, token by token.
 
     Args:
-        p_logits: `(..., vocab_size)`, any dtype.
-        q_logits: The same shape.
+        p_logits: Logits of p, `(..., vocab_size)`, any dtype.
+        q_logits: Logits of q, in the same shape.
 
     Returns:
-        `(...)`, float32.
+        Divergences `(...)`, float32.
     """
     p, q = torch.log_softmax(p_logits.float(), -1), torch.log_softmax(q_logits.float(), -1)
     return (p.exp() * (p - q)).sum(-1)
@@ -27,12 +27,12 @@ def distillation_loss(teacher: torch.Tensor, student: torch.Tensor, *, forward_w
     """`λ·KL(teacher‖student) + (1-λ)·KL(student‖teacher)`, token by token (KV-Distill, section 3.3).
 
     Args:
-        teacher: Logits `(..., vocab_size)`.
-        student: The same shape.
-        forward_weight: λ, in [0, 1]; 0.6 in the paper.
+        teacher: Logits of the teacher, `(..., vocab_size)`.
+        student: Logits of the student, in the same shape.
+        forward_weight: λ, weight of the forward KL, in [0, 1]; 0.6 in the paper.
 
     Returns:
-        `(...)`, float32, nats.
+        Losses `(...)`, float32, nats.
     """
     t, s = torch.log_softmax(teacher.float(), -1), torch.log_softmax(student.float(), -1)
     difference = t - s
@@ -43,13 +43,14 @@ def distillation_loss(teacher: torch.Tensor, student: torch.Tensor, *, forward_w
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a teacher predicts, without the vocabulary's long tail: its likeliest tokens, and the rest as one.
+    """Predictions of a teacher without the vocabulary's long tail: the likeliest tokens, and all others as one.
 
-    Logits of a few hundred places over 50,000 tokens and more would take more memory than reading the document did.
+    Logits of a few hundred positions over 50,000 tokens and more would take more memory than the prefill of the
+    document.
 
     Attributes:
-        ids: `(n, k)`, the likeliest tokens.
-        log_probs: `(n, k + 1)`, float32; the last is that of all other tokens together.
+        ids: Likeliest tokens, `(n, k)`.
+        log_probs: Log-probabilities `(n, k + 1)`, float32; the last is that of all other tokens together.
     """
 
     ids: torch.Tensor
@@ -57,13 +58,13 @@ class Predictions:
 
     @classmethod
     def of(cls, logits: torch.Tensor, *, k: int = 256) -> Predictions:
-        """From logits `(n, vocab_size)`."""
+        """Build predictions from logits `(n, vocab_size)`."""
         scores = logits.float()
         ids = scores.topk(min(k, scores.shape[-1] - 1), dim=-1).indices
         return cls(ids=ids, log_probs=_with_rest(scores, ids))
 
     def loss(self, student: torch.Tensor, *, forward_weight: float) -> torch.Tensor:
-        """`distillation_loss` of student logits `(n, vocab_size)` with the tail as one token: at most the full one."""
+        """`distillation_loss` of student logits `(n, vocab_size)` with the tail as one token: at most the full loss."""
         t, s = self.log_probs, _with_rest(student.float(), self.ids)
         difference = t - s
         return forward_weight * (t.exp() * difference).sum(-1) - (1 - forward_weight) * (s.exp() * difference).sum(-1)

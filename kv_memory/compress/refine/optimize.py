@@ -1,8 +1,8 @@
-"""Refinement: kept keys, values and biases of a document are moved until probes are answered as from the full cache.
+"""Refinement: gradient steps on kept keys, values and biases until probes are answered as from the full cache.
 
-Selection says which tokens a cache holds, refinement what is written into their places: the entries stay as many, and
-the model is not touched. It starts from any cache of a document and needs no adapter. (Cartridges, arXiv 2506.06266,
-trains such entries from a plain start for hours; from a good start a dozen steps are enough.)
+Selection decides which tokens a cache holds, refinement what their entries contain: the number of entries stays the
+same, and the model is not changed. It starts from any cache of a document and needs no adapter. (Cartridges, arXiv
+2506.06266, trains such entries from a plain start for hours; from a good start a dozen steps are enough.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kv_memory.model.backbone import Backbone
 __all__ = ["RefineSettings", "refine_batch"]
 
 _HALVINGS = 2
-_LOSS_SCALE = 256.0  # Adam does not see it, float16 gradients would vanish without
+_LOSS_SCALE = 256.0  # no effect on Adam, but float16 gradients would underflow without it
 
 
 def refine_batch(
@@ -39,25 +39,26 @@ def refine_batch(
     fixed: Sequence[torch.Tensor | None] | None = None,
     unasked: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> list[DistilledCache]:
-    """Refine the caches of several documents, whose probes share forward passes.
+    """Refine the caches of several documents, with shared forward passes for their probes.
 
     Args:
-        backbone: The model that made the caches.
-        documents: The documents as token ids, in their wrappers; each fits the context window together with
-            `settings.extra_tokens`.
-        caches: One of each document, read in one piece.
-        settings: See `RefineSettings`.
-        fixed: For each document a bool `(n_tokens,)`: tokens whose entries are not moved; None for none.
-        unasked: For each document spans of tokens that no probe quotes.
+        backbone: Model that made the caches.
+        documents: Token ids of each document, wrappers included; each document must fit the context window together
+            with `settings.extra_tokens`.
+        caches: Cache of each document, prefilled in one piece.
+        settings: Settings of the refinement; the defaults if None.
+        fixed: Bool `(n_tokens,)` for each document; tokens with entries that are not moved. None for no such tokens.
+        unasked: Spans of tokens of each document that no probe quotes.
 
     Returns:
-        New caches, with `refined_steps` and `fidelity`; entries that no step improved are those of the start. Where
-        everything was kept there is nothing to gain, and the cache is the one that was given.
+        New caches, with `refined_steps` and `fidelity`. Entries that no step improved are those of the start. A cache
+        that keeps everything has nothing to gain, and is returned unchanged.
 
     Raises:
-        ConfigError: A cache is of another length than its document.
+        ConfigError: The length of a cache differs from that of its document.
         ContextWindowError: Document and probes do not fit the model.
     """
+    # 1. Check lengths and room for the probes.
     settings = settings or RefineSettings()
     held_fast = [None] * len(documents) if fixed is None else list(fixed)
     for ids, cache in zip(documents, caches, strict=True):
@@ -65,11 +66,12 @@ def refine_batch(
             raise ConfigError(f"the cache is of {cache.n_tokens} tokens, its document has {len(ids)}", where="caches")
         n_positions = len(backbone.prefix_ids) + len(ids) + settings.extra_tokens
         backbone.check_positions(n_positions, what=f"refining a document of {len(ids):,} tokens")
+    # 2. Leave out caches that keep everything.
     refined = list(caches)
     all_heads = backbone.num_layers * backbone.num_kv_heads * backbone.head_dim
     todo = [index for index, cache in enumerate(caches) if cache.keys.numel() < all_heads * cache.n_tokens]
-    # Where frequencies depend on the length of the sequence, a short document beside a long one would be read with the
-    # long one's.
+    # 3. Refine in groups. Where rotary frequencies depend on the length of the sequence, each document is refined
+    # alone: beside a longer one it would get the frequencies of that one.
     for group in [[index] for index in todo] if backbone.rope.varies else _groups(backbone, documents, todo, settings):
         secret = None if unasked is None else [unasked[i] for i in group]
         run = _Run(backbone, [documents[i] for i in group], [caches[i] for i in group], settings, secret)
@@ -81,7 +83,7 @@ def refine_batch(
 def _groups(
     backbone: Backbone, documents: Sequence[Sequence[int]], todo: Sequence[int], settings: RefineSettings
 ) -> list[list[int]]:
-    """Documents refined together: as many as `max_entries` holds beside each other, in order of length."""
+    """Groups of documents refined together: as many as `max_entries` holds side by side, in order of length."""
     groups: list[list[int]] = []
     for index in sorted(todo, key=lambda i: len(documents[i])):
         size = len(backbone.prefix_ids) + len(documents[index]) + settings.extra_tokens
@@ -92,7 +94,7 @@ def _groups(
 
 
 class _Run:
-    """Documents that are refined together."""
+    """Refinement of a group of documents."""
 
     def __init__(
         self,
@@ -111,15 +113,18 @@ class _Run:
 
     @torch.no_grad()
     def refine(self, fixed: Sequence[torch.Tensor | None]) -> list[DistilledCache]:
-        """Prepare, move, and give back the best."""
+        """Prepare the probes, run the rounds, and return each document's best state."""
+        # 1. Probes, with the predictions of the full cache.
         settings = self._settings
         asked = self._prepare()
+        # 2. Drafts, evaluated at the start.
         going = []
         for ids, cache, own, held_fast in zip(self._documents, self._caches, asked, fixed, strict=True):
             draft = Draft(self._backbone, cache, n_positions=self._n_positions, fixed=held_fast)
             draw = chance(settings.seed, ids, "order")
             going.append(Progress(draft, own, lr=self._rate_for(draft, len(ids)), draw=draw))
         self._look(going)
+        # 3. Rounds, each with half the rate of the last, for documents that have not reached `min_fidelity`.
         active, rate, n_done = list(going), 1.0, 0
         while active and n_done < settings.max_steps:
             n_steps = min(settings.steps, settings.max_steps - n_done)
@@ -137,7 +142,7 @@ class _Run:
 
     def _prepare(self) -> list[list[Asked]]:
         settings = self._settings
-        # The teacher's caches are freed before drafts are made.
+        # The teacher stays local, so that its caches are freed before drafts are made.
         teacher = Teacher(self._backbone, self._documents, room=settings.extra_tokens, max_entries=settings.max_entries)
         probes = make_probes(
             self._backbone,
@@ -158,13 +163,14 @@ class _Run:
         return [[next(asked) for _ in own] for own in probes]
 
     def _round(self, active: Sequence[Progress], n_steps: int, rate: float) -> None:
-        """Steps from the best state so far, with a fresh optimiser, until the end or until nothing is gained.
+        """Run steps from the best state so far, with a fresh optimiser, until the end or until nothing is gained.
 
         Args:
-            active: Who takes them.
-            n_steps: How many.
-            rate: What the learning rate is multiplied by.
+            active: Documents that take the steps.
+            n_steps: Number of steps.
+            rate: Factor of the learning rate.
         """
+        # 1. Steps, with an evaluation every `evaluate_every` steps and at the end.
         settings = self._settings
         for progress in active:
             progress.begin_round()
@@ -179,52 +185,58 @@ class _Run:
                 self._look([progress for progress in moving if not progress.stopped])
                 for progress in moving:
                     progress.stopped |= progress.looks_without_gain >= settings.most_looks_without_gain
-        for _ in range(_HALVINGS):  # too far for one of the kinds: part of the way may be better for all
+        # 2. Without a gain, try part of the way: the whole way may be too far for just one of the kinds.
+        for _ in range(_HALVINGS):
             failed = [progress for progress in active if not progress.gained]
             for progress in failed:
                 progress.halve()
             self._look(failed)
+        # 3. Return to the best state.
         for progress in active:
             progress.back_to_best()
 
     def _gradients(self, moving: Sequence[Progress]) -> None:
-        """The gradient of one step into the drafts; the loss of a document is the mean over its probes."""
+        """Add the gradient of one step to the drafts; the loss of a document is the mean over its probes."""
+        # 1. Probes of this step, and the number of probes of each document.
         chosen = [(i, a) for i, p in enumerate(moving) for a in p.next_probes(self._settings.probes_per_step)]
         sizes = [sum(i == j for j, _ in chosen) for i in range(len(moving))]
+        # 2. Gradients of each batch at the entries: a fresh graph for each, and the head's part row by row.
         drafts = [progress.draft for progress in moving]
         together = side_by_side(self._backbone, drafts, n_positions=self._n_positions)
         rows = [replace(asked.probe.row, document=i) for i, asked in chosen]
         for batch in self._batches(rows, together):
             with torch.enable_grad():
                 graph = together.require_grad()
-                hidden = graph.read(self._backbone, batch)
+                hidden = graph.read(self._backbone, batch)  # (n_wanted, hidden_size)
                 parts = [(chosen[i][1], rows[i].n_wanted * sizes[rows[i].document]) for i in batch.index]
                 leaves = [*graph.keys, *graph.values, *graph.bias]
                 found = torch.autograd.grad(hidden, leaves, self._before_head(hidden, parts))
+            # 3. The part of each document, added to its draft.
             n = self._backbone.num_layers
             for index in sorted(set(batch.documents.tolist())):
                 keys, values, bias = (graph.entries_of(index, g) for g in (found[:n], found[n : 2 * n], found[2 * n :]))
                 drafts[index].add_gradient([keys, values, bias[:, None]])
 
     def _before_head(self, hidden: torch.Tensor, parts: Sequence[tuple[Asked, int]]) -> torch.Tensor:
-        """The gradient of the loss at what the head sees, row by row: logits of all rows at once are large.
+        """Gradient of the loss at the input of the head, row by row: logits of all rows at once are large.
 
         Args:
-            hidden: `(n_wanted, hidden_size)` of a batch.
-            parts: For each of its rows what was asked, and by how much its loss is divided.
+            hidden: Hidden states of a batch, `(n_wanted, hidden_size)`.
+            parts: Probe and divisor of the loss for each row of the batch.
         """
         gradients: list[torch.Tensor] = []
         for (asked, divisor), part in zip(parts, hidden.split([a.probe.row.n_wanted for a, _ in parts]), strict=True):
             assert isinstance(asked.taught, Predictions)
-            seen = part.detach().requires_grad_()
+            seen = part.detach().requires_grad_()  # (n_wanted of the row, hidden_size)
             losses = asked.taught.loss(self._backbone.head(seen), forward_weight=self._settings.forward_weight)
             gradients += torch.autograd.grad(losses.sum() * (_LOSS_SCALE / divisor), [seen])
         return torch.cat(gradients)
 
     def _look(self, going: Sequence[Progress]) -> None:
-        """Ask the held-out probes."""
+        """Evaluate the held-out probes."""
         if not going:
             return
+        # 1. Run the held-out probes of all documents in shared batches.
         chosen = [(i, asked) for i, progress in enumerate(going) for asked in progress.held_out]
         together = side_by_side(self._backbone, [p.draft for p in going], n_positions=self._n_positions)
         rows = [replace(asked.probe.row, document=i) for i, asked in chosen]
@@ -235,6 +247,7 @@ class _Run:
                 taught = chosen[i][1].taught
                 assert isinstance(taught, torch.Tensor)
                 found[i] = float(kl_divergence(taught, self._backbone.head(part)).mean())
+        # 2. Average the KL of each document by kind.
         for i, progress in enumerate(going):
             by_kind: dict[ProbeKind, list[float]] = {}
             for number, (owner, asked) in enumerate(chosen):
@@ -246,7 +259,7 @@ class _Run:
         at_once = max(1, int(self._settings.max_entries / (drafts.n_entries + self._settings.extra_tokens)))
         rope, ends = self._backbone.rope, drafts.next_positions.tolist()
 
-        def regime(row: Row) -> Hashable:  # padding would lengthen a row into other frequencies
+        def regime(row: Row) -> Hashable:  # padding could lengthen a row into other frequencies
             return rope.regime(ends[row.document] + len(row.ids))
 
         return batch_rows(rows, at_once=at_once, device=self._backbone.device, kind=regime if rope.varies else None)

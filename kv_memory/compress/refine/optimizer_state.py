@@ -1,4 +1,4 @@
-"""Progress: how one document's refinement goes, and which of its states is kept."""
+"""State of one document's refinement: its optimiser, and the selection of its best state."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ __all__ = ["Asked", "Progress"]
 
 @dataclass(frozen=True)
 class Asked:
-    """A probe and what the full cache predicts; for those held out in full, logits `(n_wanted, vocab_size)`."""
+    """A probe with the predictions of the full cache.
+
+    Attributes:
+        probe: The probe.
+        taught: Predictions of the full cache; for a held-out probe full logits, `(n_wanted, vocab_size)`.
+    """
 
     probe: Probe
     taught: Predictions | torch.Tensor
 
 
 class Progress:
-    """One document's way: its draft, its optimiser, and the best state so far."""
+    """Refinement of one document: its draft, its optimiser, and the best state so far."""
 
     def __init__(self, draft: Draft, asked: Sequence[Asked], *, lr: float, draw: random.Random) -> None:
         self.draft = draft
@@ -33,7 +38,7 @@ class Progress:
         self.held_out = [a for a in asked if a.probe.held_out]
         self.n_steps = 0
         self.start: dict[ProbeKind, float] = {}
-        self.best: tuple[float, int, list[torch.Tensor]] = (math.inf, 0, [])
+        self.best: tuple[float, int, list[torch.Tensor]] = (math.inf, 0, [])  # mean held-out KL, steps, moves
         self.gained = False  # in this round
         self.looks_without_gain = 0
         self.stopped = False
@@ -44,15 +49,15 @@ class Progress:
         self._queues: dict[ProbeKind, list[Asked]] = {kind: [] for kind in KINDS}
 
     def begin_round(self) -> None:
-        """Forget what the optimiser knows of another round."""
+        """Start a round with a fresh optimiser."""
         self.gained, self.stopped, self.looks_without_gain = False, False, 0
         self._lowest = self.best[0]
         self._optimizer = torch.optim.Adam(self.draft.moves, lr=self._lr)
 
     def step(self, rate: float) -> None:
-        """Move by the gradients that were added to the draft; `rate` multiplies the learning rate."""
+        """Step along the gradients that were added to the draft; `rate` multiplies the learning rate."""
         if not all(bool(move.grad.isfinite().all()) for move in self.draft.moves if move.grad is not None):
-            self.stopped = True  # the best state so far is what is left
+            self.stopped = True  # not finite: the best state so far is kept
         else:
             for group in self._optimizer.param_groups:
                 group["lr"] = self._lr * rate
@@ -61,12 +66,12 @@ class Progress:
         self._optimizer.zero_grad()
 
     def halve(self) -> None:
-        """Go half the way back to the best state so far."""
+        """Move half the way back to the best state so far."""
         for move, best in zip(self.draft.moves, self.best[2], strict=True):
             move.lerp_(best, 0.5)
 
     def next_probes(self, n: int) -> list[Asked]:
-        """About `n` probes, of every kind by its share; all of a kind come once before any comes again."""
+        """About `n` probes, of every kind by its share; all of a kind are used once before any is used again."""
         chosen: list[Asked] = []
         for kind, queue in self._queues.items():
             own = [asked for asked in self.practised if asked.probe.kind == kind]
@@ -78,7 +83,7 @@ class Progress:
         return chosen
 
     def look(self, found: dict[ProbeKind, float], tolerance: float) -> None:
-        """Take note of the held-out KL of every kind: in the best state none is worse than at the start."""
+        """Record the held-out KL of every kind; in the best state none is more than `tolerance` above the start."""
         mean = sum(found.values()) / len(found)
         if not self.start:
             self.start, self.best = found, (mean, 0, [move.clone() for move in self.draft.moves])
@@ -86,12 +91,12 @@ class Progress:
         worse = any(not kl <= self.start[kind] * (1 + tolerance) for kind, kl in found.items())
         if mean < self.best[0] and not worse:
             self.best, self.gained = (mean, self.n_steps, [move.clone() for move in self.draft.moves]), True
-        # Of the mean alone: with large steps one kind may be worse for a while.
+        # Patience looks at the mean alone: with large steps one kind may be worse for a while.
         self.looks_without_gain = 0 if mean < self._lowest else self.looks_without_gain + 1
         self._lowest = min(self._lowest, mean) if mean == mean else self._lowest
 
     def back_to_best(self) -> None:
-        """Forget what brought nothing."""
+        """Return to the best state so far."""
         for move, best in zip(self.draft.moves, self.best[2], strict=True):
             move.copy_(best)
         self.n_steps = self.best[1]

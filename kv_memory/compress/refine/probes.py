@@ -1,8 +1,8 @@
-"""Probes: what is asked about a document while its cache is refined, made from the document alone.
+"""Probes: questions and texts for refining the cache of a document, made from the document alone.
 
-Four kinds, because what is practised is learned and little else: practising repetition alone, a cache forgets how to
-answer. Half are questions that the model asks itself; with their first word forced, in turn, even a small model asks
-sensible ones, and different ones.
+There are four kinds, because refinement improves what is trained on and little else: trained on repetition alone, a
+cache forgets how to answer. Half are questions that the model asks itself. With their first word forced, in turn, even
+a small model asks sensible and varied ones.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ __all__ = ["KINDS", "SHARES", "Probe", "ProbeKind", "chance", "make_probes", "pr
 
 ProbeKind = Literal["question", "statement", "continuation", "repetition"]
 KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
-# Of the probes of a step. Half are questions: caches are there to be asked.
+# Shares of the probes of a step. Half are questions, because caches exist to be asked.
 SHARES: dict[ProbeKind, float] = {"question": 0.5, "statement": 1 / 6, "continuation": 1 / 6, "repetition": 1 / 6}
 _STEMS = ("What", "Who", "When", "Where", "Why", "How", "What did", "")
 _ASK = "Ask one short question that the text above answers."
 _STATE = "What does the text say?"
 _STATEMENT = "The text says that"
 _REPEAT = "Repeat the text word for word, from here on."
-_GIVEN = 8  # first tokens of a span, by which it is found
-# Held out are so many times more of those that the model makes up. Two statements, of which one was odd, kept whole
-# refinements from being taken.
+_GIVEN = 8  # given tokens at the start of a span, by which it is found
+# Held-out questions and statements per held-out span. With two statements, of which one was odd, whole refinements were
+# rejected.
 _SAMPLED = 3
-_SPARE = 1.5  # questions decoded for one that is wanted: some come twice, or are none
+_SPARE = 1.5  # questions decoded for each one wanted: some are repeated, or not questions
 _QUESTION_TOKENS, _ANSWER_TOKENS = 24, 16
-_QUOTED = 6  # so many tokens in a row are a quotation
-_LEAST = 12  # tokens of a span worth asking for
-_WRAPPER_TOKENS = 96  # the most that requests and their wrappers may take; longer ones are left out
+_QUOTED = 6  # tokens in a row that count as a quotation
+_LEAST = 12  # shortest span to ask for, in tokens
+_WRAPPER_TOKENS = 96  # most tokens of a request with its wrapper; longer ones are left out
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Something asked about a document.
+    """A sequence that is run behind a document.
 
     Attributes:
-        kind: What it is.
-        row: Its tokens; those wanted are predicted as from the full cache.
-        held_out: It is never practised, but decides what is kept.
-        question: Its words without the prompt form's wrapper; empty for other kinds.
+        kind: Kind of probe.
+        row: Tokens of the probe; the wanted ones are predicted as from the full cache.
+        held_out: True for a probe that is never trained on, but decides which state is kept.
+        question: Question without the prompt form's wrapper; empty for other kinds.
     """
 
     kind: ProbeKind
@@ -57,12 +57,12 @@ class Probe:
 
 
 def probe_room(probe_tokens: int) -> int:
-    """The most tokens that making probes and asking them puts behind a document."""
+    """Most tokens that are run behind a document to make and evaluate probes."""
     return _WRAPPER_TOKENS + max(probe_tokens, _QUESTION_TOKENS + _ANSWER_TOKENS)
 
 
 def chance(seed: int, ids: Sequence[int], use: str) -> random.Random:
-    """Random numbers for one use on one document: the same everywhere, whatever it is batched with."""
+    """Random generator for one use on one document: the same everywhere, whatever the batch."""
     text = hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
     return random.Random(f"{seed}:{use}:{text}")  # a str seeds through SHA-512
 
@@ -79,25 +79,27 @@ def make_probes(
     seed: int,
     unasked: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> list[list[Probe]]:
-    """Probes of every kind about each document.
+    """Make probes of every kind about each document.
 
     Args:
         backbone: The model.
-        teacher: Has read the documents.
-        documents: Token ids, in their wrappers.
-        n_probes: To practise, for each document: by `SHARES` questions and statements; spans of either kind as many as
-            cover it, at most this many.
-        n_held_out: Of either kind of span, for each document; three times as many questions and statements.
-        probe_tokens: Longest span or statement.
-        temperature: At which questions and statements are sampled.
-        seed: Of all chance. A document's probes do not depend on those it is batched with.
-        unasked: For each document spans of tokens that no probe quotes.
+        teacher: Teacher that prefilled the documents.
+        documents: Token ids of each document, wrappers included.
+        n_probes: Number of training probes for each document: questions and statements by `SHARES`; spans of either
+            kind as many as cover the document, at most this many.
+        n_held_out: Number of held-out spans of either kind for each document; three times as many questions and
+            statements.
+        probe_tokens: Longest span or statement, in tokens.
+        temperature: Sampling temperature of questions and statements.
+        seed: Seed of all random choices. A document's probes do not depend on the other documents of the batch.
+        unasked: Spans of tokens of each document that no probe quotes.
     """
     makers = [
         _Maker(backbone, index, ids, n_probes, n_held_out, probe_tokens, seed, unasked[index] if unasked else ())
         for index, ids in enumerate(documents)
     ]
     ends = end_ids(backbone)
+    # 1. Questions, sampled behind their first words.
     openings = [(maker, row) for maker in makers for row in maker.openings()]
     texts = teacher.decode(
         [row for _, row in openings],
@@ -108,10 +110,12 @@ def make_probes(
     )
     for (maker, row), text in zip(openings, texts, strict=True):
         maker.take_question(row, [token for token in text if token not in ends])
+    # 2. Answers, decoded greedily.
     asked = [(maker, row) for maker in makers for row in maker.question_rows()]
     answers = teacher.decode([row for _, row in asked], most=_ANSWER_TOKENS, ends=ends, as_answers=True)
     for (maker, row), answer in zip(asked, answers, strict=True):
         maker.add_sampled("question", (*row.ids, *answer), len(row.ids))
+    # 3. Statements, sampled.
     stated = [(maker, maker.statement_row()) for maker in makers for _ in range(maker.count("statement"))]
     statements = teacher.decode(
         [row for _, row in stated],
@@ -122,13 +126,14 @@ def make_probes(
     )
     for (maker, row), statement in zip(stated, statements, strict=True):
         maker.add_sampled("statement", (*row.ids, *statement), len(row.ids))
+    # 4. Spans of the document.
     for maker in makers:
         maker.add_spans()
     return [maker.probes for maker in makers]
 
 
 class _Maker:
-    """Probes of one document."""
+    """Makes the probes of one document."""
 
     def __init__(
         self,
@@ -158,31 +163,31 @@ class _Maker:
         self.draw = chance(seed, ids, "probes")
 
     def count(self, kind: ProbeKind) -> int:
-        """How many of a kind are needed."""
+        """Number of questions or statements to make, held-out ones included."""
         return self._n[kind] + _SAMPLED * self._n_held_out
 
     def add_sampled(self, kind: ProbeKind, ids: Sequence[int], n_given: int) -> None:
-        """One more question or statement; the first of a kind are held out."""
+        """Add a question or statement; the first of a kind are held out."""
         n_before = sum(probe.kind == kind for probe in self.probes)
         n_held_out = _SAMPLED * self._n_held_out
-        if kind == "question":  # of a short document there are few, and most are to be practised
+        if kind == "question":  # a short document has few, and most must be left to train on
             n_held_out = max(self._n_held_out, min(n_held_out, len(self._questions) // 3))
         self._add(kind, ids, n_given, held_out=n_before < n_held_out)
 
     def _add(self, kind: ProbeKind, ids: Sequence[int], n_given: int, *, held_out: bool) -> None:
-        """One more probe; none that nothing is wanted of."""
+        """Add a probe, unless nothing of it is to be predicted or it quotes an excluded span."""
         if len(ids) > n_given and not self._quotes(ids):
             question = self._question_of.get(tuple(ids[:n_given]), "")
             self.probes.append(Probe(kind, Row(self._index, tuple(ids), n_given), held_out=held_out, question=question))
 
     def _quotes(self, ids: Sequence[int]) -> bool:
-        """Whether it says what must not be asked for."""
+        """Whether the tokens quote a span that must not be asked for."""
         return any(tuple(ids[i : i + _QUOTED]) in self._secret for i in range(len(ids) - _QUOTED + 1))
 
     # -- questions -----------------------------------------------------------------------------------------------
 
     def openings(self) -> list[Row]:
-        """How questions begin, for the model to go on with."""
+        """Beginnings of questions, for the model to continue."""
         form = self._backbone.prompt
         rows = []
         for i in range(round(_SPARE * self.count("question"))):
@@ -195,18 +200,18 @@ class _Maker:
         return rows
 
     def take_question(self, row: Row, text: Sequence[int]) -> None:
-        """A question as it was decoded: its opening, and how the model went on."""
+        """Take a decoded question: its opening, and the model's continuation."""
         stems = sorted(_STEMS, key=len, reverse=True)
         opening = self._backbone.tokenizer.decode(list(row.ids), skip_special_tokens=True)
         stem = next(stem for stem in stems if opening.endswith(stem))
         rest = self._backbone.tokenizer.decode(list(text), skip_special_tokens=True)
         question = f"{stem}{rest}".split("\n")[0].strip()
-        # A small model likes to ask what a worked example asked.
+        # A small model tends to repeat the question of a worked example.
         if question and question not in self._questions and question not in self._backbone.prompt.prefix:
             self._questions.append(question)
 
     def question_rows(self) -> list[Row]:
-        """The questions in their wrapper, as many as are needed; those that end like one first."""
+        """Questions in their wrapper, as many as are needed; those that end with a question mark first."""
         ranked = sorted(self._questions, key=lambda question: not question.endswith("?"))
         asked = ranked[: self.count("question")]
         self._question_of = {tuple(self._backbone.encode_question(question)): question for question in asked}
@@ -218,16 +223,16 @@ class _Maker:
     # -- statements and spans ------------------------------------------------------------------------------------
 
     def statement_row(self) -> Row:
-        """A request for a statement and how it begins."""
+        """Request for a statement, and the beginning of the statement."""
         ids = [*self._backbone.encode_question(_STATE), *self._backbone.encode(f" {_STATEMENT}")]
         return Row(self._index, tuple(ids), len(ids))
 
     def add_spans(self) -> None:
-        """Spans to repeat and to go on with, which together cover the document: what is not practised is forgotten.
+        """Add spans to repeat and to continue, which together cover the document: what is not trained on is forgotten.
 
         The cuts of either kind, and those of held-out spans, lie a third of a span apart, so that no span is asked for
-        twice. Held-out spans apart from all others were rejected: refinement then lost what they stood for, and the
-        rule that no kind may get worse kept every start.
+        twice. Held-out spans apart from all others were rejected: refinement then lost their content, and the rule
+        that no kind may get worse kept every start.
         """
         form = self._backbone.prompt
         lead: dict[ProbeKind, list[int]] = {
@@ -243,7 +248,7 @@ class _Maker:
                 self._add(kind, (*lead[kind], *span), max(1, len(lead[kind]) + given), held_out=held_out)
 
     def _cuts(self, shift: float, most: int) -> list[tuple[int, int]]:
-        """Spans that cover the document from `shift` of a span on; at most `most` of them, shuffled."""
+        """Spans that cover the document from a fraction `shift` of a span on; at most `most` of them, shuffled."""
         spans = []
         for begin, end in self._stretches():
             length = min(end - begin, self._probe_tokens)
@@ -256,7 +261,7 @@ class _Maker:
         return spans[:most]
 
     def _stretches(self) -> list[tuple[int, int]]:
-        """The document without what must not be asked for, in pieces long enough for a span."""
+        """Document without the spans that must not be asked for, in pieces long enough for a span."""
         pieces, begin = [], 0
         for start, end in self._unasked:
             pieces.append((begin, start))

@@ -1,4 +1,4 @@
-"""How caches are refined."""
+"""Settings of the refinement of caches."""
 
 from __future__ import annotations
 
@@ -12,39 +12,41 @@ from kv_memory.errors import ConfigError
 
 __all__ = ["RefineSettings"]
 
-RECIPE = 3  # raised when the same settings give another result; part of the fingerprint
+RECIPE = 3  # incremented when the same settings give another result; part of the fingerprint
 _STEPS = 48
-_FEW_STEPS = 24  # below, making probes and looking at them would cost more than the steps
+_FEW_STEPS = 24  # below, making and evaluating probes would cost more than the steps
 _LEAST_PROBES, _LEAST_OF_FEW = 24, 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class RefineSettings:
-    """How caches are refined. All of it but the memory limit decides the result, and is part of the fingerprint.
+    """Settings of the refinement of caches; all but `max_entries` decide the result, and are part of the fingerprint.
 
     Attributes:
-        steps: Gradient steps, at most; fewer where held-out probes no longer gain.
-        lr: Of Adam, in standard deviations of each layer's keys and values; falls linearly to 0. None: 0.01 where an
-            eighth of the entries is kept and in inverse proportion elsewhere, in 0.005 to 0.05: the fewer there are,
-            the further each is from where it should be.
-        n_probes: Prepared for each document, to practise; see `make_probes`. None: half as many as steps, so that each
-            comes about eight times however many steps there are, but at least 24, or 8 where there are fewer steps than
-            24.
-        probes_per_step: Of these, asked in one step, of every kind.
-        n_held_out: Spans of either kind that are never practised and decide what is kept, with three times as many
-            questions and statements. None: 2, or 1 where there are fewer steps than 24.
-        probe_tokens: The longest span or statement.
+        steps: Most gradient steps of a round; fewer where held-out probes no longer gain.
+        lr: Learning rate of Adam, in standard deviations of each layer's keys and values; falls linearly to 0. None:
+            0.01 where an eighth of the entries is kept and in inverse proportion elsewhere, in 0.005 to 0.05: the
+            fewer entries there are, the further each is from its best place.
+        n_probes: Number of training probes prepared for each document, see `make_probes`. None: half as many as steps,
+            so that each is used about eight times however many steps there are, but at least 24, or 8 where there are
+            fewer steps than 24.
+        probes_per_step: Number of training probes used in one step, every kind among them.
+        n_held_out: Number of held-out spans of either kind, with three times as many questions and statements.
+            Held-out probes are never trained on, and decide which state is kept. None: 2, or 1 where there are fewer
+            steps than 24.
+        probe_tokens: Longest span or statement, in tokens.
         forward_weight: λ of the loss, see `distillation_loss`.
-        temperature: At which the model's questions and statements are sampled.
-        evaluate_every: Steps between looks at the held-out probes.
-        patience: Looks without a gain after which to stop, in 48 steps; in proportion more of them where there are more
-            steps, as the rate falls more slowly, and with it what held-out probes go up and down.
-        tolerance: How much worse than the start the result may be on any kind of held-out probe, as a share.
-        min_fidelity: Go on, in further rounds of `steps` with half the `lr`, until the held-out KL in nats is at most
-            this; None for one round.
-        max_steps: Where to give up on that.
-        seed: Of all chance.
-        max_entries: Cache entries that rows side by side may take, in tokens; what is longer is read row by row.
+        temperature: Sampling temperature of the model's questions and statements.
+        evaluate_every: Steps between evaluations of the held-out probes.
+        patience: Evaluations without a gain after which a round stops, for 48 steps. With more steps it grows in
+            proportion, because the rate then falls more slowly, and with it the fluctuation of the held-out results.
+        tolerance: Share by which the result may be worse than the start on any kind of held-out probe.
+        min_fidelity: Highest held-out KL in nats to accept: further rounds of `steps`, each with half the `lr` of the
+            last, run until it is reached; None for one round.
+        max_steps: Most steps of all rounds together.
+        seed: Seed of all random choices.
+        max_entries: Most cache entries that rows side by side may take, in tokens; longer documents are run row by
+            row.
     """
 
     steps: int = _STEPS
@@ -89,23 +91,23 @@ class RefineSettings:
 
     @property
     def practised(self) -> int:
-        """How many probes are prepared to practise, for each document."""
+        """Number of training probes prepared for each document."""
         least = _LEAST_OF_FEW if self.steps < _FEW_STEPS else _LEAST_PROBES
         return max(least, self.steps // 2) if self.n_probes is None else self.n_probes
 
     @property
     def held_out(self) -> int:
-        """How many spans of either kind are held out, for each document."""
+        """Number of spans of either kind that are held out, for each document."""
         return (1 if self.steps < _FEW_STEPS else 2) if self.n_held_out is None else self.n_held_out
 
     @property
     def most_looks_without_gain(self) -> int:
-        """After how many it stops."""
+        """Number of evaluations without a gain after which a round stops."""
         return max(1, self.steps // _STEPS) * self.patience
 
     @property
     def name(self) -> str:
-        """For the fingerprint: the steps for people, and a digest of all that decides the result."""
+        """Name for the fingerprint: the number of steps for people, and a digest of all that decides the result."""
         values = {**asdict(self), "n_probes": self.practised, "n_held_out": self.held_out, "recipe": RECIPE}
         del values["max_entries"]
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -113,5 +115,5 @@ class RefineSettings:
 
     @property
     def extra_tokens(self) -> int:
-        """How many tokens refinement puts behind a document, at most."""
+        """Most tokens that refinement runs behind a document."""
         return probe_room(self.probe_tokens)

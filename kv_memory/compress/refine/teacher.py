@@ -15,25 +15,25 @@ from kv_memory.model.opening import Opening
 
 __all__ = ["Teacher", "end_ids"]
 
-_DECODED_TOKENS = 4096  # prompt tokens of the rows that are decoded as one batch
+_DECODED_TOKENS = 4096  # most prompt tokens of the rows that are decoded as one batch
 
 
 def end_ids(backbone: Backbone) -> set[int]:
-    """Tokens that end an answer: the end token, and what the prompt form's stop strings begin with."""
+    """Tokens that end an answer: the end token, and the first token of each of the prompt form's stop strings."""
     stops = {ids[0] for stop in backbone.prompt.stop if (ids := backbone.encode(stop))}
     end = backbone.tokenizer.eos_token_id
     return stops if end is None else {*stops, end}
 
 
 class Teacher:
-    """Documents read once, behind which any number of rows are read side by side.
+    """Documents prefilled once, behind which any number of rows are run side by side.
 
     Args:
         backbone: The model.
-        documents: Token ids, in their wrappers.
-        room: The longest row behind a document, in tokens.
-        max_entries: How many entries of caches to copy at once. A document longer than that is alone, and rows follow
-            it one by one, in its own cache: nothing is copied then, and memory stays that of a prefill.
+        documents: Token ids of each document, wrappers included.
+        room: Length of the longest row behind a document, in tokens.
+        max_entries: Most cache entries to copy at once. A document longer than that is alone, and its rows run one by
+            one in its own cache: nothing is copied then, and memory stays that of a prefill.
     """
 
     @torch.no_grad()
@@ -51,7 +51,7 @@ class Teacher:
 
     @contextmanager
     def _behind(self, documents: torch.Tensor) -> Iterator[PositionedCache]:
-        """A cache with one row for each of `documents`, to be used up."""
+        """Yield a cache with one row for each of `documents`, to be used once."""
         if self._entries is not None:
             yield self._entries.cache(documents)
             return
@@ -64,7 +64,7 @@ class Teacher:
     def _batches(self, rows: Sequence[Row], *, max_tokens: int | None = None) -> list[RowBatch]:
         rope = self._backbone.rope
 
-        def regime(row: Row) -> Hashable:  # padding would lengthen a row into other frequencies
+        def regime(row: Row) -> Hashable:  # padding could lengthen a row into other frequencies
             return rope.regime(self._ends[row.document] + len(row.ids))
 
         return batch_rows(
@@ -77,10 +77,10 @@ class Teacher:
 
     @torch.no_grad()
     def logits(self, rows: Sequence[Row]) -> Iterator[tuple[int, torch.Tensor]]:
-        """What the full cache predicts, row by row, because all of it at once is large.
+        """Yield what the full cache predicts, row by row, because the logits of all rows at once are large.
 
         Yields:
-            Index of a row, in any order, and `(n_wanted, vocab_size)`, of the model's dtype.
+            Index of a row, in any order, and its logits `(n_wanted, vocab_size)`, in the model's dtype.
         """
         for batch in self._batches(rows):
             with self._behind(batch.documents) as cache:
@@ -101,21 +101,21 @@ class Teacher:
         seeds: Sequence[int] | None = None,
         as_answers: bool = False,
     ) -> list[list[int]]:
-        """Go on behind each row.
+        """Continue each row.
 
         Args:
-            rows: What is read first; nothing of it is wanted.
-            most: Tokens to decode, at most.
-            ends: Tokens that end a text; the one that did is part of it.
-            temperature: 0 takes the likeliest token.
-            seeds: One for each row, so that a text does not depend on what it was batched with; needed above 0.
-            as_answers: The texts begin with something that can be seen, as answers to users do, see `Opening`.
+            rows: Rows to continue; nothing in them is predicted.
+            most: Most tokens to decode.
+            ends: Tokens that end a text; the end token is part of the result.
+            temperature: Sampling temperature; 0 takes the likeliest token.
+            seeds: Seed of each row, so that a text does not depend on its batch; needed above temperature 0.
+            as_answers: True for texts that begin with something visible, as answers to users do, see `Opening`.
 
         Returns:
-            The new tokens of each row.
+            New tokens of each row.
         """
         found: dict[int, list[int]] = {}
-        # Each decoding step reads all weights from memory: the more rows share that, the better.
+        # Each decoding step loads all weights from memory: the more rows share that, the better.
         for batch in self._batches(rows, max_tokens=_DECODED_TOKENS):
             with self._behind(batch.documents) as cache:
                 chosen = None if not temperature or seeds is None else [seeds[index] for index in batch.index]
@@ -135,7 +135,7 @@ class Teacher:
     ) -> list[list[int]]:
         last = batch.ids.gather(1, batch.lengths[:, None] - 1).flatten().tolist()
         openings = [Opening(self._backbone.tokenizer, end_ids=ends, behind=token) for token in last]
-        # Noise is drawn on the CPU, so that a seed means the same on every device.
+        # Noise is drawn on the CPU, so that a seed gives the same noise on every device.
         draws = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
         texts: list[list[int]] = [[] for _ in batch.index]
         rows = list(range(len(texts)))  # still being decoded
@@ -145,7 +145,7 @@ class Teacher:
             if draws is not None:
                 noise = torch.stack([torch.empty(scores.shape[1]).exponential_(generator=draws[row]) for row in rows])
                 noise = noise.clamp(min=1e-30).to(scores.device)
-                scores = scores / temperature - noise.log()  # Gumbel's trick: the largest is a sample
+                scores = scores / temperature - noise.log()  # Gumbel trick: the argmax is a sample
             tokens = scores.argmax(-1)
             for i, row in enumerate(rows):
                 if as_answers and not openings[row].has_begun(texts[row]):

@@ -1,4 +1,4 @@
-"""Draft: the entries of one document while they are refined; and drafts side by side, as what probes follow."""
+"""Trainable caches: the entries of one document during refinement (Draft), and drafts side by side (Drafts)."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ __all__ = ["Draft", "Drafts", "side_by_side"]
 
 
 class Draft:
-    """Kept keys, values and biases of one document, and how far they were moved.
+    """Kept keys, values and biases of one document, and their offsets from the start.
 
-    They are moved on their positions, rotated: probes then read them as they are, no step pays for a rotation, and
-    positions are taken off once, at the end. Rotation keeps lengths, so that in the position-free frame the same steps
-    would be of the same size.
+    Keys are moved on their positions, rotated: probes then use them unchanged, no step pays for a rotation, and the
+    rotation is removed once, at the end. Rotation preserves lengths, so the same steps would have the same size in the
+    position-free frame.
 
     Args:
         backbone: The model.
-        cache: Where it starts.
-        n_positions: The length of the sequence for which keys are rotated.
-        fixed: Bool `(n_tokens,)`, tokens whose entries stay as they are; None for none.
+        cache: Cache at the start.
+        n_positions: Length of the sequence for which keys are rotated.
+        fixed: Bool `(n_tokens,)`; tokens with entries that do not change. None for no such tokens.
 
     Attributes:
-        counts: `(num_layers, num_kv_heads)`, entries of each head, on the CPU.
-        positions: `(n_entries,)`, in the sequence; layer by layer and head by head.
-        moves: How far keys and values were moved, in standard deviations of their layer's, `(n_entries, head_dim)`
-            each, and biases, in nats, `(n_entries, 1)`; float32, with `.grad`. All zero is the start, exactly.
-        next_position: Where what follows the document begins.
+        counts: Number of entries of each head, `(num_layers, num_kv_heads)`, on the CPU.
+        positions: Positions in the sequence, `(n_entries,)`; layer by layer and head by head.
+        moves: Offsets of keys and values, in standard deviations of their layer's, `(n_entries, head_dim)` each, and
+            of biases, in nats, `(n_entries, 1)`; float32, with `.grad`. All zero is exactly the start.
+        next_position: Position of the first token behind the document.
     """
 
     def __init__(
@@ -63,20 +63,20 @@ class Draft:
         self.moves = [torch.zeros(tensor.shape, dtype=torch.float32, device=device) for tensor in self._start]
 
     def _deviation(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Standard deviation of the layer of each entry: `(n_entries, 1)`, float32."""
+        """Standard deviation of each entry's layer, `(n_entries, 1)`, float32."""
         parts = tensor.float().split(self.per_layer)
         each = [part.std(correction=0).expand(len(part)) if len(part) else part.new_empty(0) for part in parts]
         return torch.cat(each)[:, None]
 
     def moved(self) -> list[torch.Tensor]:
-        """Keys, rotated, values `(n_entries, head_dim)` and biases `(n_entries, 1)` as they are now; float32."""
+        """Current keys (rotated) and values, `(n_entries, head_dim)` each, and biases `(n_entries, 1)`; float32."""
         return [
             start.float() + scale * move
             for start, scale, move in zip(self._start, self._scales, self.moves, strict=True)
         ]
 
     def add_gradient(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Add what a loss says of keys, values and biases, in the shapes of `moved`, to the gradients of the moves."""
+        """Add gradients of keys, values and biases, in the shapes of `moved`, to the gradients of the moves."""
         for move, scale, gradient in zip(self.moves, self._scales, gradients, strict=True):
             change = gradient.float() * scale
             if self._fixed is not None:
@@ -84,7 +84,7 @@ class Draft:
             move.grad = change if move.grad is None else move.grad + change
 
     def result(self) -> DistilledCache:
-        """The cache as it is now, on the device and in the dtype of the one it started from."""
+        """Current cache, on the device and in the dtype of the cache at the start; biases are float16."""
         keys, values, bias = self.moved()
         free = self._backbone.rope.take_off_flat(keys, self.positions, self.per_layer, n_positions=self._n_positions)
         like = self.cache.keys
@@ -102,13 +102,13 @@ class Drafts:
     """Several drafts behind the shared prefix, each layer padded to its fullest head.
 
     Attributes:
-        keys: For each layer `(drafts, num_kv_heads, n, head_dim)`, rotated.
-        values: The same shapes.
-        bias: For each layer `(drafts, num_kv_heads, n)`; 0 for the prefix and for padding.
-        positions: For each layer `(drafts, num_kv_heads, n)`, int32; `NEVER` for padding.
-        next_positions: `(drafts,)`.
-        n_positions: The length of the sequence for which keys are rotated.
-        masks: For each draft and layer a bool `(num_kv_heads, n)`: where its entries lie.
+        keys: Keys of each layer, `(drafts, num_kv_heads, n, head_dim)`, rotated.
+        values: Values of each layer, in the same shapes.
+        bias: Biases of each layer, `(drafts, num_kv_heads, n)`; 0 for the prefix and for padding.
+        positions: Positions of each layer, `(drafts, num_kv_heads, n)`, int32; `NEVER` for padding.
+        next_positions: `(drafts,)`, position of the first token behind each document.
+        n_positions: Length of the sequence for which keys are rotated.
+        masks: Bool `(num_kv_heads, n)` for each draft and layer; True where its entries lie.
     """
 
     keys: list[torch.Tensor]
@@ -125,10 +125,10 @@ class Drafts:
         return sum(key.shape[2] for key in self.keys) / len(self.keys)
 
     def require_grad(self) -> Drafts:
-        """The same, with keys, values and biases as leaves of a graph.
+        """Return the same drafts, with keys, values and biases as leaves of a graph.
 
-        Not the moves: what assembles the layers is the same for every batch of probes, and need not be gone back
-        through.
+        The moves are not the leaves: assembling the layers is the same for every batch of probes, and needs no
+        backward pass.
         """
         return replace(
             self,
@@ -138,7 +138,7 @@ class Drafts:
         )
 
     def read(self, backbone: Backbone, batch: RowBatch) -> torch.Tensor:
-        """What the head would see at the wanted tokens of rows behind the drafts: `(n_wanted, hidden_size)`."""
+        """Inputs of the head at the wanted tokens of rows behind the drafts: `(n_wanted, hidden_size)`."""
         cache = PositionedCache(
             [key[batch.documents] for key in self.keys],
             [value[batch.documents] for value in self.values],
@@ -151,12 +151,12 @@ class Drafts:
         return backbone.read(batch.ids, cache, lengths=batch.lengths)[batch.wanted]
 
     def entries_of(self, index: int, layers: Sequence[torch.Tensor]) -> torch.Tensor:
-        """What of tensors shaped like `keys` or `bias` belongs to a draft: `(n_entries, ...)`."""
+        """Entries of one draft in tensors shaped like `keys` or `bias`: `(n_entries, ...)`."""
         return torch.cat([layer[index][mask] for layer, mask in zip(layers, self.masks[index], strict=True)])
 
 
 def side_by_side(backbone: Backbone, drafts: Sequence[Draft], *, n_positions: int) -> Drafts:
-    """Drafts as they are now, as what rows follow. Arguments as in `Drafts`."""
+    """Assemble the current drafts so that rows can follow them; arguments as in `Drafts`."""
     prefix = backbone.prefix_for(n_positions)
     n_prefix, n_heads, device = len(backbone.prefix_ids), backbone.num_kv_heads, backbone.device
     longest = torch.stack([draft.counts.amax(1) for draft in drafts]).amax(0).tolist()
@@ -166,14 +166,14 @@ def side_by_side(backbone: Backbone, drafts: Sequence[Draft], *, n_positions: in
     masks: list[list[torch.Tensor]] = [[] for _ in drafts]
     for layer, most in enumerate(longest):
         shape = (len(drafts), n_heads, n_prefix + most)
-        key = torch.zeros(*shape, backbone.head_dim, dtype=backbone.dtype, device=device)
+        key = torch.zeros(*shape, backbone.head_dim, dtype=backbone.dtype, device=device)  # (drafts, heads, n, dim)
         value, place = torch.zeros_like(key), torch.full(shape, NEVER, dtype=torch.int32, device=device)
         bias = key.new_zeros(shape)
         key[:, :, :n_prefix], value[:, :, :n_prefix] = prefix.keys[layer], prefix.values[layer]
         place[:, :, :n_prefix] = torch.arange(n_prefix, device=device)
-        slot = torch.arange(n_prefix + most)
+        slot = torch.arange(n_prefix + most)  # on the CPU, as `counts`
         for index, draft in enumerate(drafts):
-            mask = ((slot >= n_prefix) & (slot < n_prefix + draft.counts[layer][:, None])).to(device)
+            mask = ((slot >= n_prefix) & (slot < n_prefix + draft.counts[layer][:, None])).to(device)  # (heads, n)
             key[index][mask], value[index][mask], added = (part[layer] for part in split[index])
             bias[index][mask] = added[:, 0]
             place[index][mask] = where[index][layer]

@@ -51,9 +51,9 @@ TASKS: dict[str, Task] = {
 
 
 def find_task(name: str) -> Task:
-    """The task of this name.
+    """The task with this name.
 
     Raises:
-        ConfigError: There is none; names those there are.
+        ConfigError: There is no such task; the error names the available ones.
     """
     return TASKS[check_choice(name, TaskName, where="task")]

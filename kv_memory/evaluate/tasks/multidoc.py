@@ -1,9 +1,9 @@
-"""Several documents: a question about one passage of SQuAD, asked of k passages that are read together.
+"""Several documents: questions about one passage of SQuAD, answered from k passages that are used together.
 
-This is how a retriever's findings are answered from: each passage was compressed by itself, long before the question,
-and the caches are joined. What that costs has two parts, which the table tells apart. `full` is one prefill of all
-texts, the reference of KL; `full+joined` is what remains when each passage is read without having seen the others;
-every other row adds compression to that, and `KL to joined` is its distance to `full+joined` alone.
+This is how questions are answered after retrieval: each passage was compressed separately, long before the question,
+and the caches are joined. The cost of that has two parts, which the table separates. `full` is one prefill of all
+texts, the reference of KL. `full+joined` shows the loss when each passage is prefilled without seeing the others.
+Every other row adds compression to that, and `KL to joined` is its distance to `full+joined` alone.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _WHOSE: dict[Distractors, str] = {"other": "other articles", "same": "its own ar
 def multidoc_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
     """Passages of SQuAD 1.1 dev, chosen as for `squad`; each among k - 1 others, at every place.
 
-    The others of a passage are drawn once: those of a smaller k are the first of a larger one's, in the same order, so
-    that k alone makes the difference. None of them holds an answer to any of the questions.
+    The other passages are drawn once: those of a smaller k are the first of a larger k, in the same order, so that
+    rows differ in k alone. None of them contains an answer to any of the questions.
 
     Raises:
         DatasetError: The set is missing, or no passage has enough others.
-        ConfigError: The window is too small for so many passages.
+        ConfigError: The window is too small for this number of passages.
     """
     most = max(settings.k)
     low, high = settings.token_range(backbone, together=most)
@@ -59,11 +59,11 @@ def multidoc_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
 def _others(
     example: Example, pool: Sequence[Example], n: int, distractors: Distractors, *, seed: str
 ) -> tuple[str, ...]:
-    """Passages that do not hold an answer, fewer where there are not enough."""
+    """Passages that do not contain an answer; fewer than `n` if there are not enough."""
     answers = {f" {text} " for question in _asked(example) for a in question if (text := normalise(a))}
     same = distractors == "same"
     candidates = [one for one in pool if one.id != example.id and (one.title == example.title) == same]
-    random.Random(seed).shuffle(candidates)  # a str seeds through SHA-512: the same everywhere
+    random.Random(seed).shuffle(candidates)  # a str is hashed by SHA-512: the same on every machine
     found: list[str] = []
     for candidate in candidates:
         if len(found) == n:
@@ -79,7 +79,7 @@ def _asked(example: Example) -> list[tuple[str, ...]]:
 
 
 def _placed(example: Example, others: Sequence[str], settings: TaskSettings) -> list[Case]:
-    """The passage among its others, the largest k first: what the smaller ones need was compressed by then."""
+    """Cases with the passage among others, the largest k first: its caches are reused by the smaller ones."""
     queries = tuple(Query(text=q.text, references=q.answers) for q in example.questions[:MAX_QUESTIONS])
     return [
         Case(
@@ -95,7 +95,7 @@ def _placed(example: Example, others: Sequence[str], settings: TaskSettings) -> 
 
 
 def _places(k: int, n_places: int | None) -> list[int]:
-    """Places of the passage with the answer, from 0 on; all, or so many from the first to the last."""
+    """Indices of the passage with the answer: all k, or `n_places` from the first to the last."""
     if n_places is None or n_places >= k:
         return list(range(k))
     return [round(i * (k - 1) / max(1, n_places - 1)) for i in range(n_places)]

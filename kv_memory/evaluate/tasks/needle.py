@@ -1,4 +1,4 @@
-"""Needle in a haystack: one sentence that has nothing to do with the essays around it, asked for afterwards."""
+"""Needle in a haystack: one sentence, unrelated to the essays around it, that a question asks about."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'])")
 def needle_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
     """One document for each length, depth and needle of the grid.
 
-    The same needles lie at every length and depth, in haystacks that begin elsewhere for each needle.
+    The same needles are used at every length and depth. Each needle has a haystack with its own random start.
 
     Raises:
         DatasetError: The haystack is missing or shorter than the longest length.
@@ -58,7 +58,7 @@ def check_lengths(backbone: Backbone, lengths: Sequence[int]) -> int:
     """The longest of these lengths.
 
     Raises:
-        ConfigError: It does not fit the window.
+        ConfigError: The longest length does not fit the window.
     """
     longest = max(lengths)
     if longest > (window := room_for_document(backbone)):
@@ -75,7 +75,7 @@ def haystack_text(settings: TaskSettings) -> str:
     """All essays as one text.
 
     Raises:
-        DatasetError: There are none.
+        DatasetError: There are no essays.
     """
     source = settings.haystack if settings.haystack is not None else _essays(settings)
     return "\n\n".join(example.context for example in read_examples(source, data=settings.data))
@@ -102,14 +102,14 @@ def _needle(draw: random.Random) -> tuple[str, Query]:
 
 
 def part_of(backbone: Backbone, hay: str, n_tokens: int, draw: random.Random) -> str:
-    """A part of the haystack that begins with a sentence and has at least so many tokens.
+    """A part of the haystack that begins with a sentence and has at least `n_tokens` tokens.
 
     Raises:
         DatasetError: The haystack is shorter.
     """
     starts = [0, *(match.end() for match in SENTENCE_END.finditer(hay))]
     for start in (draw.choice(starts), 0):
-        part = hay[start : start + 12 * n_tokens + 1000]  # characters; a token of prose has four or five
+        part = hay[start : start + 12 * n_tokens + 1000]  # in characters; a token of prose has four or five
         if backbone.count_tokens([part])[0] >= n_tokens:
             return part
     raise DatasetError(
@@ -120,7 +120,7 @@ def part_of(backbone: Backbone, hay: str, n_tokens: int, draw: random.Random) ->
 
 
 def with_needle(hay: str, needle: str, *, depth: float) -> str:
-    """Put a sentence between two sentences of a text, as near as can be to a depth in [0, 1]."""
+    """Insert a sentence between two sentences of a text, as close as possible to a depth in [0, 1]."""
     wanted = depth * len(hay)
     borders = [0, *(match.start() for match in SENTENCE_END.finditer(hay)), len(hay)]
     at = min(borders, key=lambda border: abs(border - wanted))

@@ -1,4 +1,4 @@
-"""qa: the user's own questions, with their documents beside them in the file or in a folder."""
+"""qa: the user's own questions; their documents are in the same file or in a folder."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _FORM = (
 
 
 def qa_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
-    """Documents of a file of questions, each with all that is asked about it.
+    """Documents of a file of questions, each with all questions about it.
 
-    Those longer than `max_tokens`, or than the window holds, are cut there, for every method alike. What is cut or left
-    out is logged as a warning.
+    Documents longer than `max_tokens`, or than the window holds, are truncated, equally for every method. Truncated
+    and omitted documents are reported in a warning.
 
     Raises:
-        ConfigError: No file is named; or the window is too small.
-        DatasetError: As `read_questions`; or no document has a fitting length.
+        ConfigError: No file is named, or the window is too small.
+        DatasetError: As in `read_questions`; or no document has a suitable length.
     """
     examples = read_questions(settings)
     low, high = settings.token_range(backbone)
@@ -71,15 +71,15 @@ def qa_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
 
 
 def read_questions(settings: TaskSettings) -> list[Example]:
-    """The documents of `settings.questions`, each with its questions, wherever in the file they stand.
+    """The documents of `settings.questions`, each with its questions from anywhere in the file.
 
-    A line is `{context, question, answer}`, or `{document, question, answer}` where `document` is the path of a file in
-    `settings.documents`; `answer` is a text, or a list of those that are right.
+    A line is `{context, question, answer}`, or `{document, question, answer}` with `document` the path of a file in
+    `settings.documents`. `answer` is a text, or a list of correct texts.
 
     Raises:
         ConfigError: No file is named.
-        DatasetError: The file cannot be read, or holds no question.
-        BrokenLineError: A line is broken, or its document cannot be read; names file and line.
+        DatasetError: The file cannot be read, or contains no question.
+        BrokenLineError: A line is broken, or its document cannot be read; the error names file and line.
     """
     if settings.questions is None:
         raise ConfigError(
@@ -107,7 +107,7 @@ def read_questions(settings: TaskSettings) -> list[Example]:
 
 
 def _document(record: Any, source: str, folder: Path | None, known: Mapping[str, str]) -> tuple[str, str]:
-    """Id and text of the document that a line is about."""
+    """Id and text of a line's document."""
     if "document" not in record:
         if "context" not in record:
             raise DatasetError("no context and no document")

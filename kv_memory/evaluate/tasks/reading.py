@@ -20,12 +20,12 @@ def squad_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
 
 
 def quality_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
-    """Long stories of QuALITY dev, cut to the window, with multiple choice questions."""
+    """Long stories of QuALITY dev, truncated to the window, with multiple choice questions."""
     return _cases("quality", backbone, settings, cut_long=True, multiple_choice=True)
 
 
 def squality_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
-    """Long stories of SQuALITY dev, cut to the window, with questions that want a summary."""
+    """Long stories of SQuALITY dev, truncated to the window, with questions that ask for a summary."""
     check_rouge()
     return _cases("squality", backbone, settings, cut_long=True)
 

@@ -1,19 +1,19 @@
-"""RULER's synthetic tasks, by a generator of our own after the published description (arXiv 2404.06654).
+"""RULER's synthetic tasks, by our own generator after the published description (arXiv 2404.06654).
 
-| kind | in the document | asked for |
+| kind | in the document | expected answer |
 |---|---|---|
 | `single` | one key with a number, among essays | the number |
-| `multi_key` | four keys with a number each | the number of one |
-| `multi_value` | one key with four numbers | all four |
+| `multi_key` | four keys with a number each | the number of one key |
+| `multi_value` | one key with four numbers | all four numbers |
 | `multi_query` | four keys with a number each | all four numbers |
-| `variable_tracking` | a chain of five assignments, in noise | the variables that have its value |
-| `common_words` | a list in which ten words come often, all others seldom | the ten |
-| `frequent_words` | made-up words, drawn by a Zeta distribution | the three most frequent |
+| `variable_tracking` | a chain of five assignments, in noise | the variables with its value |
+| `common_words` | a list with ten frequent words, all others rare | the ten words |
+| `frequent_words` | made-up words, drawn from a Zeta distribution | the three most frequent |
 
-As in the paper the answer's first words are given, and what counts is the share of expected strings that the answer
-contains. What is different: documents are measured in the tokens of the model without question and answer, keys and
-words are those of the essays, no worked example stands before the text, and the document is compressed before the
-question is known, so that the instruction ahead of the text stays and the question behind it comes later.
+As in the paper, the answer's first words are given, and the score is the share of expected strings that the answer
+contains. The differences: lengths are in the model's tokens, without question and answer. Keys and words come from the
+essays. No worked example precedes the text. The document is compressed before the question is known: the instruction
+before the text is compressed with it, and the question after it comes later.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ _N_NEEDLES = 4
 _N_HOPS = 4
 _N_COMMON = 10
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-_LONG = 4096  # from here on common words come 30 times and others 3 times, below 6 times and once
-_ZETA = 1.6449340668482264  # of 2, the exponent of the frequent words
-_LEAST_DRAWN = 83  # words: from here on the first five ranks come 50, 12, 5, 3 and 2 times, so that none is level
-_DOTS = "...."  # in the place of the most frequent word, which is noise
+_LONG = 4096  # tokens: from this length on common words occur 30 times and others 3 times, below it 6 times and once
+_ZETA = 1.6449340668482264  # zeta(2); 2 is the exponent of the frequent words
+_LEAST_DRAWN = 83  # words: from here on the first five ranks occur 50, 12, 5, 3 and 2 times, without ties
+_DOTS = "...."  # replaces the most frequent word, which is noise
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Maker:
-    """What a document is made of: the model that counts tokens, essays, their words, a length, and chance."""
+    """The ingredients of a document: the model that counts tokens, essays, their words, a length, and randomness."""
 
     backbone: Backbone
     hay: str
@@ -59,10 +59,10 @@ class _Maker:
         return self.backbone.count_tokens([text])[0]
 
     def filled(self, make: Callable[[int], str], least: int, most: int, *, kind: RulerKind) -> str:
-        """`make(n)` for the largest n in `least` to `most` that the length holds.
+        """`make(n)` for the largest n from `least` to `most` that fits the length.
 
         Raises:
-            ConfigError: It does not even hold the smallest.
+            ConfigError: Even `make(least)` does not fit.
         """
         low, high = least - 1, most
         while low < high:
@@ -87,7 +87,7 @@ def ruler_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
     hay = haystack_text(settings)
     words = sorted(set(re.findall(r"\b[a-z]{5,9}\b", hay)))
     cases = []
-    # One of each at a time: what a time limit leaves is about all of them.
+    # One of each at a time, so that a run ended by its time limit covers all kinds and lengths.
     for index, length, kind in itertools.product(
         range(settings.n_documents), lengths, settings.kinds or get_args(RulerKind)
     ):
@@ -168,7 +168,7 @@ def _too_few_words(maker: _Maker, n: int) -> DatasetError:
 
 
 def _hidden(maker: _Maker, keys: Sequence[str], numbers: Sequence[str]) -> str:
-    """Essays, with one sentence for each key and number between theirs."""
+    """Essays, with one sentence for each key and number between their sentences."""
     head = (
         "Some special magic numbers are hidden within the following text. Memorize them. You will be asked about the "
         "numbers afterwards.\n"
@@ -180,7 +180,7 @@ def _hidden(maker: _Maker, keys: Sequence[str], numbers: Sequence[str]) -> str:
 
 
 def _scattered(units: Sequence[str], needles: Sequence[str], draw: random.Random) -> list[str]:
-    """Needles between units, in their order."""
+    """Units with the needles inserted at random places, in their order."""
     places = sorted(draw.choices(range(len(units) + 1), k=len(needles)))
     mixed = list(units)
     for place, needle in zip(reversed(places), reversed(needles), strict=True):
@@ -240,7 +240,7 @@ def _common_words(maker: _Maker) -> tuple[str, Query]:
 
 
 def _frequent_words(maker: _Maker) -> tuple[str, Query]:
-    n_ranks = int(maker.length**0.5) + 4  # rank k comes n / (zeta * k ** 2) times: the last of n words at sqrt(n)
+    n_ranks = int(maker.length**0.5) + 4  # rank k occurs n / (zeta * k**2) times: at most sqrt(n) ranks
     coded: list[str] = []
     while len(coded) < n_ranks:
         if (word := "".join(maker.draw.choices(string.ascii_lowercase, k=6))) not in coded:

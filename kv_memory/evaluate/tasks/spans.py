@@ -1,8 +1,8 @@
-"""Spans: how well the text of a document itself is remembered.
+"""Spans: measures how well the text of a document itself is remembered.
 
-A small model's answers hardly depend on a long document, so that questions say little about what compression lost of
-it. The words of the document do depend on it: given the first eight of a span, the full cache goes on with the rest at
-0.2 to 0.5 nats a token on smollm2, against 3.4 without the document.
+A small model's answers hardly depend on a long document, so questions show little of the loss by compression. The
+words of the document do depend on it: given the first eight words of a span, the full cache continues with the rest at
+0.2 to 0.5 nats per token on smollm2, against 3.4 without the document.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from kv_memory.model.backbone import Backbone
 
 __all__ = ["REQUEST", "draw_spans", "spans_cases"]
 
-# Asked as a question, so that it also works in a chat template. Going on with the bare words, without a request, or
-# behind the document's own wrapper gave the same figures; naming the words in the request gave worse ones.
+# Asked as a question, so that it also works in a chat template. Continuing the bare words, without a request or after
+# the document's own wrapper, gave the same figures; naming the words in the request gave worse ones.
 REQUEST = "Repeat the passage word for word."
 N_SPANS = 4
 GIVEN_WORDS = 8
 SPAN_TOKENS = 32
-MIN_TOKENS = 128  # of a document: four spans with their first words take up 170 tokens, and should be a part of it
+MIN_TOKENS = 128  # per document; four spans with their first words take up 170 tokens, and short texts get fewer spans
 
 
 def spans_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
-    """Documents of any corpus; four spans each, drawn by the seed.
+    """Documents of any corpus with up to four spans each, drawn by the seed.
 
     Raises:
         ConfigError: No corpus is named.
-        DatasetError: There is none, or no document of a fitting length in it.
+        DatasetError: The corpus is missing, or contains no document of a suitable length.
     """
     if not settings.corpus:
         raise ConfigError(
@@ -64,9 +64,12 @@ def _examples(settings: TaskSettings) -> Iterable[Example]:
 
 
 def draw_spans(backbone: Backbone, text: str, *, seed: str) -> tuple[Query, ...]:
-    """One span from each quarter of a text: eight words are given, the 32 tokens that follow are measured."""
+    """One span from each quarter of a text: eight words are given, and the 32 tokens that follow are measured.
+
+    A quarter that is too near the end of a short text yields no span.
+    """
     words = [match.span() for match in re.finditer(r"\S+", text)]
-    draw = random.Random(seed)  # a str seeds through SHA-512: the same everywhere
+    draw = random.Random(seed)  # a str is hashed by SHA-512: the same on every machine
     spans = []
     for quarter in range(N_SPANS):
         first, end = len(words) * quarter // N_SPANS, len(words) * (quarter + 1) // N_SPANS

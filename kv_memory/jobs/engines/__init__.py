@@ -1,1 +1,1 @@
-"""Who runs the workers: processes of this machine, or Ray."""
+"""Engines that run the workers: as processes of this machine, or on Ray."""

@@ -1,6 +1,7 @@
-"""A worker on a Ray cluster: what the process of the local engine is on one machine. Imports no ray.
+"""Actor: a worker on a Ray cluster, the counterpart of the local engine's process; it does not import ray.
 
-It takes turns of work. In one it claims documents from the ledger until none is left; the model stays for the next.
+It works in turns. In each turn it claims documents from the ledger until none is left; the model stays loaded for the
+next turn.
 """
 
 from __future__ import annotations
@@ -25,25 +26,25 @@ __all__ = ["Actor", "call_of"]
 
 _LOOK_S = 1.0
 _MOST_LOADS = 10
-_LOST_S = 3.0  # an actor whose store does not answer waits so long before it gives its turn back
+_LOST_S = 3.0  # pause before an actor returns its turn because the store does not respond
 
 
 def call_of(driver: str) -> str:
-    """The name that a driver holds while it wants work done."""
+    """Name of the lock that a driver holds while it wants work done."""
     return f"call of {driver}"
 
 
 class Actor:
-    """A worker. Nothing is opened before its first turn, so that what goes wrong can be told in a row.
+    """A worker; it opens nothing before its first turn, so that errors can be reported in a row.
 
     Args:
-        path: The store's folder, on this machine.
-        collection: The job's.
-        job: Its name.
-        driver: Who called it.
-        n_threads: Of its model.
-        device: Of its model, `auto` for the GPU it was given.
-        lease_s: See `Claims`.
+        path: Path of the store's folder on this machine.
+        collection: Name of the job's collection.
+        job: Name of the job.
+        driver: Name of the driver that called the actor.
+        n_threads: Number of CPU threads for the model.
+        device: Device of the model; `auto` for the GPU assigned to the actor.
+        lease_s: Duration of a lease in seconds, see `Claims`.
     """
 
     def __init__(
@@ -69,13 +70,13 @@ class Actor:
         self._looked_s = -_LOOK_S
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """A turn. The row that comes back says how many documents were done, and why no more.
+        """Run one turn and return a row: the number of documents processed, and the error that ended the turn, if any.
 
         Args:
-            batch: The number of the turn.
+            batch: Batch of one row, which holds the number of the turn.
         """
         n_done, lost, fatal = 0, "", ""
-        # An exception would end the job, and Ray would say neither whose nor why.
+        # An exception would end the job, and Ray would report neither the actor nor the cause.
         try:
             n_done = self._turn()
         except (StoreConnectionError, StoreLockedError) as error:
@@ -91,7 +92,7 @@ class Actor:
         return {"turn": list(batch["turn"]), "n_done": [n_done], "lost": [lost], "fatal": [fatal]}
 
     def close(self) -> None:
-        """Let go of the store and the model; the next turn opens them again."""
+        """Close the store and drop the model; the next turn opens them again."""
         self._intake = None
         if self._stack is not None:
             stack, self._stack = self._stack, None
@@ -126,7 +127,7 @@ class Actor:
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
-        """Loads of models on this machine that were not survived. Ray would start actors in vain for ever."""
+        """Count model loads that killed the process on this machine; otherwise Ray would restart actors endlessly."""
         loads = Path(tempfile.gettempdir()) / f"kv-memory-{self._driver}"
         with loads.open("ab") as file:
             file.write(b".")
@@ -143,11 +144,11 @@ class Actor:
             loads.unlink(missing_ok=True)
 
     def _is_over(self) -> bool:
-        """Whether the turn is. What others have in hand may come back, so that is waited for."""
+        """Whether the turn is over; other workers may release their documents, so the turn waits for those."""
         return not self._is_called() or (not self._claims.pending() and not self._is_wanted())
 
     def _is_called(self) -> bool:
-        """Whether the driver wants work done. Once it does not, it never will again; so it is not asked too often."""
+        """Whether the driver still wants work done; False is final, and the lock is checked at most once a second."""
         catalog = self._store.catalog
         if self._called and time.monotonic() - self._looked_s > _LOOK_S and locks_reach(catalog):
             with catalog.hold(call_of(self._driver), wait=False) as had:
@@ -156,6 +157,6 @@ class Actor:
         return self._called
 
     def _is_wanted(self) -> bool:
-        """Whether documents of the job are open, or may yet be found."""
+        """Whether documents of the job are open, or may still be discovered."""
         job = self._ledger.job(self._job.name)
         return job.state == "running" and (not job.discovered or self._ledger.is_open(job))

@@ -1,4 +1,4 @@
-"""Engine: what runs a job's workers."""
+"""Engine: the protocol for running a job's workers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ __all__ = ["Engine", "WorkerEnd"]
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerEnd:
-    """How a worker ended.
+    """The end of a worker.
 
     Attributes:
-        worker: Its name in the ledger.
-        reason: For people.
-        died: It did not end by itself.
-        error: Why no worker can do any document, as `KVMemoryError.to_dict` has it; None for any other end.
+        worker: Name of the worker in the ledger.
+        reason: Reason of the end, for display.
+        died: True if the worker ended abnormally, without an `error`.
+        error: Error that keeps every worker from processing documents, in the form of `KVMemoryError.to_dict`; None
+            for any other end.
     """
 
     worker: str
@@ -28,18 +29,18 @@ class WorkerEnd:
 
 
 class Engine(Protocol):
-    """Runs workers. They claim their documents from the ledger; an engine only sees to it that there are some."""
+    """Keeps workers running; the workers claim their documents from the ledger themselves."""
 
     def tend(self, job: Job, *, n_open: int) -> list[WorkerEnd]:
-        """Start what workers are lacking, no more than there are documents to do; tell which have ended.
+        """Start missing workers, no more than there are open documents; return those that have ended.
 
         Args:
-            job: Whose documents they do.
-            n_open: Documents pending or in hand.
+            job: Job that the workers process.
+            n_open: Number of documents pending or in progress.
         """
 
     def n_workers(self) -> int:
-        """How many are at work."""
+        """Number of running workers."""
 
     def stop(self) -> list[WorkerEnd]:
-        """End all of them soon; those that do not give their documents back are killed. Called twice, at once."""
+        """Stop all workers soon and kill those that do not release their documents; a second call kills at once."""

@@ -1,7 +1,7 @@
-"""Ends the processes of a cluster when the one that started it has died, however that came.
+"""Guard: end the processes of a cluster once the process that started it has died, for whatever reason.
 
-Ray's own processes see to that themselves, but two of its agents, which are told last, may wait for the others for
-ever. The guard is a process of its own, because nothing is left to do it in the one that was killed. It runs this file.
+Ray's processes exit by themselves, but two of its agents, which are notified last, may wait for the others endlessly.
+The guard is a separate process, because a killed process cannot clean up. It runs this file.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _PROCESSES = Path("/proc")
 
 
 class Guard:
-    """A process that waits until this one has ended, or closes it. Does nothing where there is no /proc.
+    """A process that waits until this one has ended or calls `close`; it does nothing on systems without /proc.
 
     Args:
-        grace_s: Within which the others end by themselves, in seconds.
+        grace_s: Time in which the other processes may exit by themselves, in seconds.
     """
 
     def __init__(self, *, grace_s: float = 5.0) -> None:
@@ -35,15 +35,15 @@ class Guard:
         if (_PROCESSES / "self" / "environ").exists():
             self._process = subprocess.Popen(
                 [sys.executable, "-I", __file__, self._value, str(grace_s)],
-                stdin=subprocess.PIPE,  # reads to its end when this process ends
+                stdin=subprocess.PIPE,  # the guard reads until it is closed, at the latest when this process ends
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is not for it
+                start_new_session=True,  # Ctrl-C must not reach it
             )
 
     @contextmanager
     def marking(self) -> Iterator[None]:
-        """A context in which whatever is started, and whatever that starts later, will be ended."""
+        """Mark all processes started in this context, and their descendants, to be ended."""
         os.environ[_MARK] = self._value
         try:
             yield
@@ -51,7 +51,7 @@ class Guard:
             os.environ.pop(_MARK, None)
 
     def close(self) -> None:
-        """End what is left."""
+        """End the marked processes that are left."""
         if self._process is not None:
             self._process.communicate()
             self._process = None
@@ -72,7 +72,7 @@ def _marked(mark: bytes) -> list[int]:
     found = []
     for entry in _PROCESSES.glob("[0-9]*"):
         with suppress(OSError):
-            # Of those that have ended and are not yet collected, it is empty.
+            # It is empty for zombies: processes that have ended and were not yet waited for.
             if mark in (entry / "environ").read_bytes().split(b"\0"):
                 found.append(int(entry.name))
     return found

@@ -1,7 +1,7 @@
 """LocalEngine: worker processes on this machine.
 
-The processes are our own rather than those of a `ProcessPoolExecutor`, which is broken for good once one of them is
-killed: in a trial, 30 of 40 documents were lost with it.
+The engine starts its own processes. `ProcessPoolExecutor` was rejected, because it is unusable once one of its
+processes is killed: in a trial, 30 of 40 documents were lost with it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from kv_memory.jobs.records import Job, worker_name
 __all__ = ["LocalEngine", "threads_of"]
 
 _WORKER = (sys.executable, "-m", "kv_memory.jobs.worker")
-_FATAL = 3  # what kv_memory.jobs.worker exits with; importing it here would load torch
-_PATIENCE_S = 10.0  # within which a worker gives its document back
+_FATAL = 3  # exit code of kv_memory.jobs.worker; importing it here would load torch
+_PATIENCE_S = 10.0  # time for a worker to release its document
 _SAID_CHARS = 300
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def threads_of(n_workers: int) -> int:
-    """How many threads each of so many workers has on this machine: `OMP_NUM_THREADS` where it asks for fewer."""
+    """Number of threads for each of `n_workers` on this machine; `OMP_NUM_THREADS` if that is lower."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1, cores // n_workers)
     asked = os.environ.get("OMP_NUM_THREADS", "")
@@ -46,21 +46,21 @@ class _Process:
     name: str
     number: int
     process: subprocess.Popen[bytes]
-    said: IO[bytes]  # standard output: the error that is no document's
-    noise: IO[bytes]  # standard error: what a library says before it crashes
+    said: IO[bytes]  # standard output: an error that does not concern a document
+    noise: IO[bytes]  # standard error: the output of a library before it crashes
 
 
 class LocalEngine:
-    """Workers as processes of this machine, each with a model of its own.
+    """Workers as processes of this machine, each with its own model.
 
     Args:
-        store_path: The store's folder.
-        n_workers: At most so many at a time.
-        lease_s: See `Claims`.
-        command: What a worker is started with, for tests.
+        store_path: Path of the store's folder.
+        n_workers: Maximum number of workers at a time.
+        lease_s: Duration of a lease in seconds, see `Claims`.
+        command: Command that starts a worker; replaced in tests.
 
     Raises:
-        ConfigError: No number of workers.
+        ConfigError: `n_workers` is below 1.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class LocalEngine:
         taken = {entry.number for entry in self._processes}
         number = next(n for n in range(self._most) if n not in taken)
         name = worker_name()
-        said, noise = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
+        said, noise = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
         command = [
             *self._command,
             *("--store", str(self._store_path)),
@@ -139,7 +139,7 @@ class LocalEngine:
         ]
         options: dict[str, Any] = {}
         if os.name == "posix":
-            options["start_new_session"] = True  # Ctrl-C reaches a whole foreground group; workers are told by us
+            options["start_new_session"] = True  # Ctrl-C reaches a whole foreground group; the engine stops its workers
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -151,7 +151,7 @@ class LocalEngine:
         self._processes.append(_Process(name, number, process, said, noise))
 
     def _collect(self) -> list[WorkerEnd]:
-        """Those that have ended, taken out."""
+        """Remove the workers that have ended, and return how they ended."""
         ended: list[WorkerEnd] = []
         for entry in [entry for entry in self._processes if entry.process.poll() is not None]:
             self._processes.remove(entry)
@@ -161,7 +161,7 @@ class LocalEngine:
         return ended
 
 
-# What libraries print would be lost, or garble the error.
+# Output of libraries would be lost, or would garble the error.
 _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",

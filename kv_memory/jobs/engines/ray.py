@@ -1,10 +1,10 @@
-"""RayEngine: workers as actors of a Ray cluster, in a pool of Ray Data. The only file that imports ray.
+"""RayEngine: workers as actors of a Ray cluster, in a pool of Ray Data; the only file that imports ray.
 
-A row of the data set is a turn of work. An actor takes it, loads its model the first time, and then does what a worker
-of the local engine does, by the same code: it claims documents from the ledger and writes caches straight into the
-store, until nothing is left. Back comes a row of a few bytes. No text and no tensor goes through Ray, and the ledger
-stays the checkpoint: Ray Data's own wants sources and sinks that are files on a shared disk. Documents as rows were
-rejected: an actor has a block of them, and at the end the others wait for the one with the last block.
+A row of the data set is a turn of work. An actor takes a row, loads its model the first time, and then runs the same
+code as a worker of the local engine: it claims documents from the ledger and writes caches directly to the store, until
+no document is left. It returns a row of a few bytes. No text and no tensor passes through Ray, and the ledger remains
+the checkpoint: the checkpoint of Ray Data requires sources and sinks that are files on a shared disk. Documents as rows
+were rejected: an actor receives a block of them, and at the end the others wait for the actor with the last block.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ from kv_memory.store import Store
 __all__ = ["RayEngine", "Share", "share_of"]
 
 _LOG = logging.getLogger(__name__)
-_PATIENCE_S = 10.0  # within which the actors end after the document in hand
+_PATIENCE_S = 10.0  # time for the actors to end after their current documents
 _FREE_S = 5.0
 _KNOCK_S = 5.0
-_SPARE_TURNS = 16  # beyond two for each actor: for those that join late, and those that gave a turn back
-_ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # off, as it is there, no port of Ray is open to other machines
+_SPARE_TURNS = 16  # beyond two per actor: for actors that join late or return a turn
+_ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # off, as on these systems, Ray opens no port to other machines
 
 
 class RayEngine:
-    """Workers as actors of a Ray cluster: that of `RAY_ADDRESS`, or one of this machine, started for the job.
+    """Workers as actors of a Ray cluster: the cluster at `RAY_ADDRESS`, or one started on this machine for the job.
 
-    A cluster started here listens on the loopback address only, wants Ray's token, has no dashboard and reports no
-    usage; with the engine it ends.
+    A cluster started here listens on the loopback address only, requires Ray's token, has no dashboard, reports no
+    usage, and ends with the engine.
 
     Args:
-        store: The job's. Every machine of the cluster needs its folder at the same path: with SQLite there can be one
-            machine only, with PostgreSQL and an object store it is `kv-memory db init` on each. Files that are sources
-            must be at the same paths too.
-        n_workers: At most so many actors; as many as there is room for are started.
-        n_gpus: Of each actor, 0.5 for two that share one; None for one, where the cluster has any.
-        lease_s: See `Claims`.
+        store: Store of the job. Its folder must be at the same path on every machine of the cluster: SQLite allows
+            only one machine; with PostgreSQL and an object store, run `kv-memory db init` on each. Source files must be
+            at the same paths too.
+        n_workers: Maximum number of actors; as many are started as there is room for.
+        n_gpus: Number of GPUs per actor, e.g. 0.5 for two actors that share one; None for one if the cluster has any.
+        lease_s: Duration of a lease in seconds, see `Claims`.
 
     Raises:
         ConfigError: Ray is not installed, or a number is out of range.
-        JobError: The cluster cannot be joined, has no machine with so many GPUs, or has several machines while the
-            store is in a folder of this one.
+        JobError: The cluster cannot be joined or started, no machine has that many GPUs, or there are several machines
+            while the store is in a folder of this one.
     """
 
     def __init__(
@@ -90,12 +90,12 @@ class RayEngine:
             raise
         self._run: _Run | None = None
         self._job: Job | None = None
-        self._calling = ExitStack()  # while it is open, the actors see that work is wanted
+        self._calling = ExitStack()  # while it is open, the actors see that the driver wants work done
         self._freed_s = 0.0
         self._stopping = False
 
     def tend(self, job: Job, *, n_open: int) -> list[WorkerEnd]:
-        """See `Engine.tend`. Ray itself replaces actors that die; what is told are runs that broke off."""
+        """See `Engine.tend`; Ray replaces dead actors, so this reports returned turns and runs that broke off."""
         ended: list[WorkerEnd] = []
         if self._job is None:
             self._job = job
@@ -107,14 +107,14 @@ class RayEngine:
                 self._run = None
         if time.monotonic() - self._freed_s > _FREE_S:
             self._freed_s = time.monotonic()
-            self._roll.free_dead(job)  # what an actor had in hand when it died; the others are waiting for it
+            self._roll.free_dead(job)  # documents of dead actors; the other actors wait for them
         if self._run is None and n_open and not self._stopping and not any(end.error for end in ended):
             self._run = _Run(self._turns(job), self._name)
             self._run.start()
         return ended
 
     def n_workers(self) -> int:
-        """See `Engine.n_workers`: how many there may be."""
+        """See `Engine.n_workers`; the maximum while a run is active."""
         return 0 if self._run is None else self._most
 
     def stop(self) -> list[WorkerEnd]:
@@ -148,10 +148,10 @@ class RayEngine:
             },
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(
-                min_size=1,  # one is enough to begin with
+                min_size=1,  # one is enough to start
                 max_size=self._most,
                 initial_size=self._most,
-                max_tasks_in_flight_per_actor=2,  # with one, Ray never sees that more actors are of use
+                max_tasks_in_flight_per_actor=2,  # with one, Ray never notices that more actors would help
             ),
             num_cpus=self._share.n_cpus,
             num_gpus=self._share.n_gpus,
@@ -160,13 +160,13 @@ class RayEngine:
         return turns
 
     def _ends(self, run: _Run) -> list[WorkerEnd]:
-        """What is to be told of a run that is over, although documents are left."""
+        """The ends to report for a run that is over although documents are left."""
         if run.fatal is not None:
             return [WorkerEnd(worker=self._name, reason=str(run.fatal.get("what")), error=run.fatal)]
         return [] if run.broken is None else [WorkerEnd(worker=self._name, reason=run.broken, died=True)]
 
     def _check_machines(self) -> list[dict[str, float]]:
-        """The resources of the machines, after a look at whether all of them can reach the store."""
+        """Check that all machines can reach the store, and return the resources of each."""
         import ray
 
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -185,17 +185,17 @@ class RayEngine:
 
 
 def _join() -> ExitStack:
-    """Join the cluster; closing what is returned leaves it. One that an application has joined is its own to leave."""
+    """Join the cluster; closing the returned stack leaves it, unless the application had joined it before."""
     left = ExitStack()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault(
         "RAY_ENABLE_AUTO_CONNECT", "0"
-    )  # or what is left of a run starts a cluster after the last one
+    )  # or leftovers of a run would start another cluster after the last one
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _knock(address)
     else:
-        os.environ.setdefault(_ON_LOOPBACK, "0")  # Ray reads it while it is imported
+        os.environ.setdefault(_ON_LOOPBACK, "0")  # Ray reads it at import
     try:
         import ray
         import ray.data
@@ -205,14 +205,14 @@ def _join() -> ExitStack:
         ) from error
     if ray.is_initialized():
         return left
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns of what Ray Data does by itself
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it has to say is told by us
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns about actions of Ray Data itself
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # this engine reports its errors
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with ExitStack() as joined:
         try:
             if address:
                 ray.init(address=address, **quiet)
-            else:  # "local", or it would join whichever cluster was started on this machine before
+            else:  # "local", or it would join a cluster started earlier on this machine
                 guard = Guard()
                 joined.callback(guard.close)
                 with guard.marking():
@@ -220,7 +220,7 @@ def _join() -> ExitStack:
         except Exception as error:
             raise _no_cluster(address, error) from error
         joined.callback(ray.shutdown)
-        # Whatever log_to_driver says, it prints of nodes that died to standard output, among our JSON.
+        # Even without log_to_driver, Ray prints messages about dead nodes to standard output, among our JSON.
         internals: Any = ray._private.worker
         joined.callback(setattr, internals, "print_to_stdstream", internals.print_to_stdstream)
         internals.print_to_stdstream = _note
@@ -234,7 +234,7 @@ def _note(said: Mapping[str, Any], *_: Any, **_options: Any) -> None:
 
 
 def _knock(address: str) -> None:
-    """Ray itself would knock for minutes. Addresses of other kinds than HOST:PORT are left to it."""
+    """Check that HOST:PORT accepts connections, since Ray would retry for minutes; other addresses are left to Ray."""
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "/" not in host:
         try:
@@ -264,12 +264,12 @@ def _last_line(error: BaseException) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What one actor has of the cluster.
+    """The share of the cluster's resources for one actor.
 
     Attributes:
-        n_cpus: Cores, as Ray counts them; a fraction where actors outnumber cores.
-        n_gpus: GPUs; a fraction of one for actors that share it.
-        n_threads: Of its model.
+        n_cpus: Number of cores, as counted by Ray; a fraction if actors outnumber cores.
+        n_gpus: Number of GPUs; a fraction if actors share a GPU.
+        n_threads: Number of CPU threads for the model.
     """
 
     n_cpus: float
@@ -278,17 +278,17 @@ class Share:
 
 
 def share_of(machines: Sequence[Mapping[str, float]], *, n_workers: int, n_gpus: float | None) -> Share:
-    """Its share of the cluster there is, no more than the smallest of the machines has.
+    """The share of the cluster for one actor, with at most the cores of the smallest machine.
 
     Args:
-        machines: The resources of each, as Ray names them.
-        n_workers: How many actors are to find room.
-        n_gpus: Of each; None for one, where there are any.
+        machines: Resources of each machine, by Ray's names.
+        n_workers: Number of actors that must fit into the cluster.
+        n_gpus: Number of GPUs per actor; None for one if the cluster has any.
 
     Raises:
-        JobError: No machine has so many GPUs.
+        JobError: No machine has that many GPUs.
     """
-    cores = [cores for machine in machines if (cores := machine.get("CPU", 0))]  # a head often has none
+    cores = [cores for machine in machines if (cores := machine.get("CPU", 0))]  # a head node often has no cores
     most_gpus = max((machine.get("GPU", 0) for machine in machines), default=0)
     if n_gpus is None:
         n_gpus = 1.0 if most_gpus else 0.0
@@ -299,20 +299,20 @@ def share_of(machines: Sequence[Mapping[str, float]], *, n_workers: int, n_gpus:
             next_step="Take fewer GPUs for each worker, or none with `--gpus-per-worker 0`.",
         )
     share = min(sum(cores) / n_workers, min(cores)) if cores else 1.0
-    # A worker on a GPU leaves the cores to what else the machine does. Ray counts in ten-thousandths.
+    # A worker on a GPU takes one core at most, and leaves the others to other programs. Ray counts in 1/10,000.
     n_cpus = min(share, 1) if n_gpus or share < 1 else int(share)
     n_cpus = max(1, math.floor(n_cpus * 1e4)) / 1e4
     return Share(n_cpus=n_cpus, n_gpus=n_gpus, n_threads=_threads_asked(max(1, int(share))))
 
 
 def _threads_asked(share: int) -> int:
-    """`OMP_NUM_THREADS` where it asks for fewer, as for workers of this machine."""
+    """The smaller of `share` and `OMP_NUM_THREADS`, as for the local engine's workers."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return min(share, int(asked)) if asked.isdigit() and int(asked) else share
 
 
 class _Run(threading.Thread):
-    """Goes through a data set; what comes out of it are rows that say how a turn ended."""
+    """A thread that iterates over a data set; each row reports how a turn ended."""
 
     def __init__(self, dataset: Any, name: str) -> None:
         super().__init__(name=f"{name} run", daemon=True)
@@ -335,6 +335,6 @@ class _Run(threading.Thread):
             self.broken = _last_line(error)
 
     def lost(self) -> list[WorkerEnd]:
-        """The actors that gave their turns back, since this was last asked."""
+        """The turns that actors have returned since the last call."""
         told, self._lost = self._lost, []
         return [WorkerEnd(worker=self._worker, reason=reason, died=True) for reason in told]

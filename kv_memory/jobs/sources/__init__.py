@@ -1,7 +1,7 @@
 """Sources of documents: files, JSON lines, Parquet, SQL, the hub, document stores of LlamaIndex.
 
-What a user names becomes a spec, a dict that the ledger keeps; a spec becomes a `Source`, in the driver to list what it
-holds, in a worker to read one document of it.
+An argument of the user becomes a spec, a dict that the ledger stores. A spec becomes a `Source`: the driver lists its
+documents, and a worker reads one of them.
 """
 
 from __future__ import annotations
@@ -31,22 +31,23 @@ _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "
 def parse_sources(
     texts: Sequence[str], *, glob: str | None = None, query: str | None = None, fields: Fields
 ) -> list[dict[str, Any]]:
-    """What a user named, as specs.
+    """Turn the user's arguments into specs.
 
     Args:
         texts: Files, folders, patterns; `hub:NAME`; `sql:URL`.
-        glob: For folders: which files.
-        query: For `sql:`.
-        fields: How records are read.
+        glob: Pattern for the files of folders.
+        query: SQL query for the `sql:` sources.
+        fields: Names of the fields of records.
 
     Raises:
-        ConfigError: A name or URL is malformed; or there is an option without the source it is for.
-        UnreadableDocumentError: There is no such file or folder.
+        ConfigError: A name or URL is malformed, a `sql:` source has no query, or an option is given without a source
+            that it applies to.
+        UnreadableDocumentError: A file or folder does not exist, or no file of records matches a pattern.
     """
     specs: list[dict[str, Any]] = []
     for text in texts:
         if text.startswith("hub:"):
-            HubSource(text[4:], fields)  # raises where the name is wrong
+            HubSource(text[4:], fields)  # raises if the name is malformed
             specs.append({"kind": "hub", "name": text[4:]})
         elif text.startswith("sql:"):
             check_url(text[4:])
@@ -88,7 +89,7 @@ def _files(text: str, glob: str | None) -> list[dict[str, Any]]:
             return [{"kind": "files", "path": path, "glob": glob}]
     kind = _KINDS.get(Path(pattern or path).suffix.lower())
     if kind is not None and pattern is not None:
-        # Files of records are few; each is a source of its own.
+        # Files of records are few, so each is a source of its own.
         found = sorted(name for name in globbing.glob(pattern, recursive=True) if os.path.isfile(name))
         if not found:
             raise UnreadableDocumentError(
@@ -105,7 +106,7 @@ def _files(text: str, glob: str | None) -> list[dict[str, Any]]:
 
 
 def name_of(spec: dict[str, Any]) -> str:
-    """A source for people to read, without passwords."""
+    """Name of a source for display, without passwords."""
     if spec["kind"] == "sql":
         return f"sql:{check_url(spec['url'])}"
     if spec["kind"] == "hub":
@@ -117,8 +118,8 @@ class Sources:
     """All sources of a job.
 
     Args:
-        specs: From `parse_sources`.
-        settings: Of the job.
+        specs: Specs from `parse_sources`.
+        settings: Settings of the job.
     """
 
     def __init__(self, specs: Sequence[dict[str, Any]], settings: JobSettings) -> None:
@@ -129,7 +130,7 @@ class Sources:
         self._opened: dict[str, Source] = {}
 
     def items(self) -> Iterator[SourceItem]:
-        """Every document of every source. A source that breaks is an item with an error; the others go on."""
+        """Yield the documents of all sources; a source that fails becomes an item with an error; the rest continue."""
         for number, spec in enumerate(self._specs):
             source = self._make(number)
             try:
@@ -141,10 +142,10 @@ class Sources:
                 source.close()
 
     def read(self, item: SourceItem) -> ReadItem:
-        """One document. What was opened for it stays open for the next one.
+        """Read one document; its source stays open for the next one.
 
         Raises:
-            KVMemoryError: It cannot be read.
+            KVMemoryError: The document cannot be read.
         """
         base, behind, _ = item.uri.partition("#")
         if not behind:
@@ -161,7 +162,7 @@ class Sources:
         return self._opened[base].read(item)
 
     def close(self) -> None:
-        """Close what was opened."""
+        """Close the open sources."""
         for source in self._opened.values():
             source.close()
         self._opened.clear()

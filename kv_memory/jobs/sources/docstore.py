@@ -1,7 +1,7 @@
 """A document store of LlamaIndex, as `StorageContext.persist` and `IngestionPipeline.persist` write it.
 
-Read as the JSON that it is, rather than through LlamaIndex, which would hold all of it in memory, once in every worker.
-A node is found again by where it stands in the file.
+It is read as JSON rather than through LlamaIndex, which would hold all of it in memory, once per worker. A node is
+addressed by its byte range in the file.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from kv_memory.jobs.sources.rows import changed
 __all__ = ["DocstoreSource", "is_docstore"]
 
 _DATA = "docstore/data"
-_DOCUMENT = "4"  # its type; anything else is a node, which somebody has cut already
+_DOCUMENT = "4"  # type of a document; any other type is a node, which is already split
 _CHUNK_BYTES = 1 << 16
 _MARKS, _ENDS = re.compile(rb'["{}\[\]]'), re.compile(rb"[,}\]]")
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 def is_docstore(path: Path) -> bool:
-    """Whether a file is one, by its first bytes: the persisted dictionary begins with one of its own keys."""
+    """Whether a file is a document store: its JSON then begins with a key `docstore/...`."""
     try:
         with path.open("rb") as file:
             return re.match(rb'\s*\{\s*"docstore/', file.read(256)) is not None
@@ -39,11 +39,11 @@ def is_docstore(path: Path) -> bool:
 class DocstoreSource:
     """The nodes or documents of a store.
 
-    Nodes are kept whole, with the metadata that the model is shown in front of their text, so that an index over them
-    finds their caches. Documents are cut like any other.
+    Nodes are kept whole, with the metadata for the model in front of their text, so that an index over them finds their
+    caches. Documents are split like any other.
 
     Args:
-        path: Of `docstore.json`.
+        path: Path of `docstore.json`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,7 +51,7 @@ class DocstoreSource:
         self._uri = uri_of(path)
 
     def items(self) -> Iterator[SourceItem]:
-        """See `Source.items`. Nodes without text, such as images, are passed over."""
+        """See `Source.items`; nodes without text, such as images, are skipped."""
         try:
             for id_, raw, start, end in _entries(self.path):
                 content = _content(json.loads(raw))
@@ -84,7 +84,7 @@ class DocstoreSource:
         return ReadItem(document=document, whole=entry.get("__type__") != _DOCUMENT)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing; no file stays open."""
 
 
 def _data(entry: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _data(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _content(entry: dict[str, Any]) -> str:
-    """What `node.get_content(MetadataMode.LLM)` gives for a node; the bare text of a document, which is cut."""
+    """The result of `node.get_content(MetadataMode.LLM)` for a node; the bare text of a document, which is split."""
     data = _data(entry)
     resource = data.get("text_resource") or {}
     text: str = data.get("text") or resource.get("text") or ""
@@ -102,7 +102,7 @@ def _content(entry: dict[str, Any]) -> str:
         return text
     hidden = set(data.get("excluded_llm_metadata_keys") or ())
     template = data.get("metadata_template") or data.get("metadata_tmpl") or "{key}: {value}"
-    separator = data.get("metadata_separator") or data.get("metadata_seperator") or "\n"  # as old versions spell it
+    separator = data.get("metadata_separator") or data.get("metadata_seperator") or "\n"  # the spelling of old versions
     shown = {key: value for key, value in (data.get("metadata") or {}).items() if key not in hidden}
     metadata = separator.join(template.format(key=key, value=str(value)) for key, value in shown.items()).strip()
     if not metadata:
@@ -112,13 +112,13 @@ def _content(entry: dict[str, Any]) -> str:
 
 
 def _source(data: dict[str, Any]) -> dict[str, str]:
-    """The document that a node was cut from."""
+    """Metadata that names the document a node was split from; empty if unknown."""
     relation = (data.get("relationships") or {}).get("1") or {}
     return {"ref_doc_id": str(relation["node_id"])} if relation.get("node_id") else {}
 
 
 def _entries(path: Path) -> Iterator[tuple[str, bytes, int, int]]:
-    """Ids, JSON, and where that begins and ends, of what the store holds; one at a time is in memory."""
+    """Yield id, JSON, start and end offset of every entry; one entry at a time is in memory."""
     with path.open("rb") as file:
         scanner = _Scanner(file)
         for key in scanner.members():
@@ -131,16 +131,16 @@ def _entries(path: Path) -> Iterator[tuple[str, bytes, int, int]]:
 
 
 class _Scanner:
-    """Walks through a JSON file of nested objects, value by value."""
+    """Scans a JSON file of nested objects, value by value."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
         self._buffer = b""
-        self._base = 0  # of the buffer, in the file
-        self._at = 0  # in the buffer
+        self._base = 0  # offset of the buffer in the file
+        self._at = 0  # position in the buffer
 
     def members(self) -> Iterator[str]:
-        """The keys of the object that begins here; after each, its value must be taken."""
+        """Yield the keys of the object that begins here; the caller must consume each value before the next key."""
         self._expect(b"{")
         if self._peek() == b"}":
             self._at += 1
@@ -155,7 +155,7 @@ class _Scanner:
             self._expect(b",")
 
     def value(self) -> tuple[bytes, int]:
-        """The value that begins here, and where that is in the file."""
+        """Consume the value that begins here; return its JSON and its offset in the file."""
         first = self._peek()
         self._drop()
         if first == b'"':
@@ -176,7 +176,7 @@ class _Scanner:
         return self._buffer[: self._at], self._base
 
     def _seek(self, marks: re.Pattern[bytes]) -> bytes:
-        """Go to the next of some bytes, and tell which it is."""
+        """Advance to the next byte that matches `marks`, and return it."""
         while (match := marks.search(self._buffer, self._at)) is None:
             self._at = len(self._buffer)
             self._fill(0)
@@ -198,7 +198,7 @@ class _Scanner:
         return mark
 
     def _peek(self) -> bytes:
-        """The next byte that is no white space."""
+        """Skip white space, and return the next byte without consuming it."""
         while True:
             while self._at < len(self._buffer):
                 mark = self._buffer[self._at : self._at + 1]
@@ -208,7 +208,7 @@ class _Scanner:
             self._fill(0)
 
     def _fill(self, least: int) -> None:
-        # As much again for a string, which is looked at from its beginning whenever there is more of it.
+        # A string is matched from its beginning after each fill, so read at least as much again as there is of it.
         more = self._file.read(max(_CHUNK_BYTES, least))
         if not more:
             raise ValueError("it ends too early")

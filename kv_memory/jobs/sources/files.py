@@ -1,4 +1,4 @@
-"""Files: one, a folder of them, or those that fit a pattern. Each is a document."""
+"""Files: a single one, those of a folder, or those that match a pattern; each file is a document."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def is_pattern(text: str) -> bool:
 
 
 def uri_of(path: Path) -> str:
-    """The uri of a file: as it was named, links not resolved, because the type is that of the name."""
+    """The uri of a file as named; links are not resolved, because the name determines the type."""
     return path.absolute().as_uri()
 
 
 def path_of(uri: str) -> Path:
-    """The file of a uri; what stands behind its `#` is left away. Names that are not UTF-8 come back as they were."""
+    """The path of a file uri, without the part after `#`; names that are not UTF-8 are restored unchanged."""
     parts = urlsplit(uri)
     path = os.fsdecode(unquote_to_bytes(parts.path))
     if os.name == "nt":  # /C:/a.txt
@@ -39,13 +39,13 @@ def path_of(uri: str) -> Path:
 
 
 class FileSource:
-    """Files below a folder, or those that fit a pattern, or one file.
+    """The files below a folder, the files that match a pattern, or one file.
 
     Args:
         path: A file, a folder, or a pattern such as `notes/**/*.md`.
-        glob: Of a folder, take the files whose names fit this pattern; otherwise those of known types. A pattern with a
-            slash is matched against the path below the folder.
-        encoding: Of text files without a byte order mark.
+        glob: Pattern for the names of a folder's files; None selects files of known types. A pattern with a slash is
+            matched against the path below the folder.
+        encoding: Encoding of text files without a byte order mark.
     """
 
     def __init__(self, path: str, *, glob: str | None = None, encoding: str = "utf-8") -> None:
@@ -55,7 +55,7 @@ class FileSource:
         self.n_skipped = 0
 
     def items(self) -> Iterator[SourceItem]:
-        """See `Source.items`. Not sorted: names of a folder with a million files would have to be held for it."""
+        """See `Source.items`; not sorted, which would hold the names of a million files in memory."""
         self.n_skipped = 0
         if is_pattern(self.path):
             for name in globbing.iglob(self.path, recursive=True):
@@ -71,14 +71,14 @@ class FileSource:
         return ReadItem(document=read_file(path_of(item.uri), encoding=self.encoding))
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing; no file stays open."""
 
     def _below(self, root: str) -> Iterator[SourceItem]:
         folders = [root]
         while folders:
             folder = folders.pop()
             try:
-                # Not os.walk, which holds all names of a folder.
+                # Not os.walk, which holds all names of a folder in memory.
                 with os.scandir(folder) as entries:
                     for entry in entries:
                         hidden = entry.name.startswith(".")
@@ -104,7 +104,7 @@ class FileSource:
 
 
 def _regex(pattern: str) -> str:
-    """`**/` is any number of folders, `*` anything but a slash."""
+    """A regular expression for a pattern: `**/` matches any number of folders, `*` anything but a slash."""
     parts = re.split(r"(\*\*/|\*|\?)", pattern)
     known = {"**/": r"(?:[^/]+/)*", "*": r"[^/]*", "?": r"[^/]"}
     return "".join(known.get(part, re.escape(part)) for part in parts)

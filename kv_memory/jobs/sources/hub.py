@@ -1,4 +1,4 @@
-"""A data set of the Hugging Face hub: one row is one document. A row is found again by its number."""
+"""A data set of the Hugging Face hub: each row is a document, addressed by its number."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["HubSource"]
 class HubSource:
     """The rows of one split.
 
-    The set is downloaded once per machine, as Arrow files that are mapped rather than read: rows are found by number
-    without holding the others. Streaming it, as training does, would begin anew for every row.
+    The set is downloaded once per machine, as Arrow files that are memory-mapped: a row is found by its number without
+    loading the others. Streaming, as in training, was rejected: it would start over for every row.
 
     Args:
-        name: `OWNER/NAME`, or a folder; then, behind colons, a split, or a configuration and a split; `train` unless
-            said.
-        fields: How a record is read.
+        name: `OWNER/NAME` or a folder, optionally followed by `:SPLIT` or `:CONFIGURATION:SPLIT`; the default split is
+            `train`.
+        fields: Names of the fields of a record.
     """
 
     def __init__(self, name: str, fields: Fields) -> None:
@@ -62,7 +62,7 @@ class HubSource:
         return self._fields.document(rows[number], item)
 
     def close(self) -> None:
-        """Let the files go."""
+        """Release the files."""
         self._rows = None
 
     def _open(self) -> Any:
@@ -77,7 +77,7 @@ class HubSource:
                 ) from error
             try:
                 self._rows = load_dataset(self._path, self._config, split=self._split)
-            except Exception as error:  # besides its own it lets errors of httpx, fsspec and pyarrow through
+            except Exception as error:  # its own errors, and those of httpx, fsspec and pyarrow
                 reason = str(error).strip().split("\n")[0][:200].rstrip(".") or type(error).__name__
                 raise DatasetError(
                     f"cannot be read from the hub: {reason}",

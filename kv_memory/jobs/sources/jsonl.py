@@ -1,4 +1,4 @@
-"""JSON lines: one object a line is one document. A line is found again by its byte offset."""
+"""JSON lines: each line is an object and a document, addressed by its byte offset."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class JsonLinesSource:
     """The lines of a file.
 
     Args:
-        path: Of the file, not compressed: nobody could jump to a line of it.
-        fields: How a record is read.
+        path: Path of the file, which must not be compressed: that would rule out seeking to a line.
+        fields: Names of the fields of a record.
     """
 
     def __init__(self, path: Path, fields: Fields) -> None:
@@ -31,7 +31,7 @@ class JsonLinesSource:
         self._file: IO[bytes] | None = None
 
     def items(self) -> Iterator[SourceItem]:
-        """See `Source.items`. Lines that are broken are items too; reading them says why."""
+        """See `Source.items`; broken lines are items too, and `read` raises their errors."""
         try:
             with self.path.open("rb") as file:
                 offset = 0

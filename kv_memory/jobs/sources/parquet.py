@@ -1,4 +1,4 @@
-"""Parquet: one row is one document. A row is found again by its row group and its place in there."""
+"""Parquet: each row is a document, addressed by its row group and its place in the group."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _BATCH_ROWS = 256  # held in memory at once
 class ParquetSource:
     """The rows of a file.
 
-    Sizes of texts are not known without reading them, so rows are done in their order: a worker then goes through a row
-    group once, instead of beginning it anew for each row.
+    The sizes of texts are unknown before they are read, so rows are processed in their order: a worker then reads a row
+    group once, instead of starting over for each row.
 
     Args:
-        path: Of the file.
-        fields: How a record is read.
+        path: Path of the file.
+        fields: Names of the fields of a record.
     """
 
     def __init__(self, path: Path, fields: Fields) -> None:
@@ -35,7 +35,7 @@ class ParquetSource:
         self._group = -1
         self._batches: Iterator[Any] = iter(())
         self._batch: Any = None
-        self._start = 0  # of the batch, in its group
+        self._start = 0  # row number of the batch's first row in its group
 
     def items(self) -> Iterator[SourceItem]:
         """See `Source.items`."""
@@ -63,7 +63,7 @@ class ParquetSource:
         except (StopIteration, IndexError) as error:
             self._group = -1
             raise changed(item) from error
-        except (OSError, ValueError) as error:  # pyarrow's own errors are both
+        except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
             self._group = -1
             raise self._unreadable(error) from error
         return self._fields.document(record, item)

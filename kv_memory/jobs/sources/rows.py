@@ -1,4 +1,4 @@
-"""Records as documents: which field is the text, which names it, and what is kept beside it."""
+"""Records as documents: the fields for text and id, and the metadata that is kept."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from kv_memory.jobs.item import ReadItem, SourceItem
 
 __all__ = ["Fields", "changed"]
 
-_MOST_CHARS = 1000  # of a value that is kept beside the text; longer ones are texts themselves
+_MOST_CHARS = 1000  # longest value kept as metadata; longer ones are texts themselves
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """How the records of a source are read.
+    """The field names of a source's records.
 
     Attributes:
-        id_field: Names the record; one without it is named after its source and number.
-        text_field: Its text.
+        id_field: Field with the id; a record without one is named after its source and number.
+        text_field: Field with the text.
     """
 
     id_field: str = "id"
     text_field: str = "text"
 
     def id_of(self, record: Mapping[str, Any], otherwise: str) -> str:
-        """The id of a record, as SQL takes it; what it is named otherwise where it has none."""
+        """The id of a record in a form that SQL accepts; `otherwise` if the record has no id."""
         value = record.get(self.id_field)
         if value is None or not str(value).strip():
             return otherwise
         return str(value).encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
 
     def document(self, record: Mapping[str, Any], item: SourceItem) -> ReadItem:
-        """A record as a document; short values of other fields become its metadata.
+        """Convert a record to a document; short values of other fields become its metadata.
 
         Raises:
-            UnreadableDocumentError: It has no text, or is another one than when its source was looked through.
-            DocumentError: The text is blank, or none that can be stored.
+            UnreadableDocumentError: The record has no text, or its id has changed since discovery.
+            DocumentError: The text is blank or cannot be stored.
         """
         if self.id_of(record, item.document_id) != item.document_id:
             raise changed(item)
@@ -63,7 +63,7 @@ class Fields:
 
 
 def changed(item: SourceItem) -> UnreadableDocumentError:
-    """The error for a record that is not where it was."""
+    """The error for a record that is no longer in its place."""
     return UnreadableDocumentError(
         "the source has changed since the job looked through it",
         where=f"{item.document_id} at {item.uri}",
@@ -73,5 +73,5 @@ def changed(item: SourceItem) -> UnreadableDocumentError:
 
 def _is_short(value: Any) -> bool:
     if isinstance(value, float):
-        return value == value and abs(value) != float("inf")  # JSON has neither
+        return value == value and abs(value) != float("inf")  # JSON has neither NaN nor infinity
     return isinstance(value, bool | int | date | datetime) or (isinstance(value, str) and len(value) <= _MOST_CHARS)

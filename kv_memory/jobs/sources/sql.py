@@ -1,4 +1,4 @@
-"""A SQL query: one row is one document. A row is found again by its key, asked of the same query."""
+"""A SQL query: each row is a document, addressed by its key through the same query."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _ROWS_AT_ONCE = 500
 
 
 def check_url(url: str) -> str:
-    """The URL of a database without its password, for people to read.
+    """The URL of a database for display, without its password.
 
     Raises:
-        ConfigError: It is no such URL.
+        ConfigError: The text is not a database URL.
     """
     try:
         return make_url(url).render_as_string(hide_password=True)
@@ -39,14 +39,14 @@ def check_url(url: str) -> str:
 class SqlSource:
     """The rows of a query.
 
-    The query is not run once for each document with all its rows, but asked for one row: `SELECT * FROM (QUERY) WHERE
-    id = ...`. Where its key is indexed, databases answer that at once.
+    Reading a document does not run the query for all rows, but for one: `SELECT * FROM (QUERY) WHERE id = ...`.
+    Databases answer that at once if the key is indexed.
 
     Args:
-        number: Of the source in its job: a uri must not hold the URL, which may hold a password.
-        url: Of the database, as SQLAlchemy takes it.
-        query: A SELECT with a column for the key and one for the text.
-        fields: How they are called.
+        number: Number of the source in its job. It stands for the URL in uris, because a URL may contain a password.
+        url: URL of the database, in SQLAlchemy's form.
+        query: SELECT statement with a column for the key and one for the text.
+        fields: Names of these columns.
     """
 
     def __init__(self, number: int, url: str, query: str, fields: Fields) -> None:
@@ -58,7 +58,7 @@ class SqlSource:
         self._engine: Engine | None = None
 
     def items(self) -> Iterator[SourceItem]:
-        """See `Source.items`. The rows come from the server a few hundred at a time, the keys alone."""
+        """See `Source.items`; only the keys are fetched, a few hundred rows at a time."""
         try:
             with self._open().connect() as connection:
                 key = self._quoted(self._fields.id_field)
@@ -117,7 +117,7 @@ class SqlSource:
 
 
 def _written(value: Any) -> str:
-    """A key in a uri: a number stays one, since databases do not compare numbers with texts."""
+    """A key for a uri, as JSON: a number stays a number, since databases do not compare numbers with texts."""
     return json.dumps(value if isinstance(value, int | float | str) else str(value), ensure_ascii=False)
 
 

@@ -1,1 +1,1 @@
-"""Tensor bytes: on the local disk or in an object store, and read only if their hash is right."""
+"""Tensor bytes on the local disk or in an object store, read only after their hash was checked."""

@@ -1,4 +1,4 @@
-"""Blobs: immutable bytes named by their SHA-256. The embedded form keeps them in diskcache; see objects.py too."""
+"""Blobs: immutable bytes named by their SHA-256, in a folder managed by diskcache; for object stores see remote.py."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def blob_key(data: bytes) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a path that diskcache would take for another one: it expands `$NAME` in what it is given.
+    """Refuse a path that diskcache would change, because it expands `$NAME` in paths.
 
     Raises:
-        StoreError: The path holds the name of an environment variable.
+        StoreError: The path has the name of an environment variable in it.
     """
     if os.path.expandvars(folder) != str(folder):
         raise StoreError(
@@ -57,18 +57,18 @@ def check_folder(folder: Path) -> None:
 
 
 def is_blob_key(name: str) -> bool:
-    """Whether `blob_key` could have given this name; the catalog may have been tampered with."""
+    """Whether `blob_key` could have returned this name; the catalog may have been tampered with."""
     return re.fullmatch("[0-9a-f]{64}", name) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlobAudit:
-    """What lies in a blob store.
+    """Contents of a blob store.
 
     Attributes:
-        keys: Names of the blobs whose file is there. The bytes are not looked at.
+        keys: Names of the blobs that have a file; its bytes are not checked.
         strays: Files and rows that belong to no blob: unfinished writes, rows without a file, tampered rows.
-        freed_bytes: Size of the files that were removed; 0 unless it was asked for.
+        freed_bytes: Size of the removed files in bytes; 0 without `repair`.
     """
 
     keys: frozenset[str]
@@ -77,45 +77,45 @@ class BlobAudit:
 
 
 class BlobStore(Protocol):
-    """Where blobs live. An implementation is thread-safe; it trusts the caller with keys, and checks no hashes."""
+    """Storage for blobs, thread-safe; it trusts the caller's keys and need not check hashes."""
 
     def put(self, key: str, data: bytes) -> None:
-        """Store a blob durably. A key that is there already is left as it is.
+        """Store a blob durably; one that is there under the key may stay or be overwritten.
 
         Raises:
-            StoreFullError: No space; nothing of this blob is left behind.
-            StorePermissionError: The folder may not be written.
+            StoreFullError: No space left; nothing of this blob stays behind.
+            StorePermissionError: The folder is not writable.
         """
 
     def path(self, key: str, *, fresh: bool = False) -> Path | None:
-        """A local file of a blob, or None if there is no such blob.
+        """The local file of a blob; None if the blob does not exist.
 
         Args:
-            key: The blob's name.
-            fresh: Not a copy: whatever lies nearer than the store itself is dropped and read anew.
+            key: Name of the blob.
+            fresh: Whether to drop a local copy and fetch the blob from the store again.
 
         Raises:
             CorruptCacheError: The store's own entry for the key was tampered with.
         """
 
     def delete(self, key: str) -> int:
-        """Remove a blob if it is there; returns the bytes freed."""
+        """Remove a blob if it exists; returns the number of bytes freed."""
 
     def audit(self, *, repair: bool = False) -> BlobAudit:
-        """List what is there. With `repair`, remove what belongs to no blob. Writers wait meanwhile."""
+        """List the contents and, with `repair`, remove what belongs to no blob; local writers wait meanwhile."""
 
 
 class DiskBlobs:
-    """Blobs in a folder of their own, kept by a hardened diskcache.
+    """Blobs in a separate folder, managed by a hardened diskcache.
 
-    A folder of its own, because diskcache takes every file in it for its own. It is opened at the first use: opening
-    costs about 40 small transactions, which a command that reads only the catalog should not pay.
+    The folder is separate, because diskcache treats every file in it as its own. diskcache is opened at first use:
+    opening costs about 40 small transactions, which a command that only reads the catalog should not pay.
 
     Args:
-        folder: Absolute; must exist.
-        timeout_s: How long to wait for another process's write, in seconds.
-        size_limit: As a tier in front of an object store: drop what was read longest ago beyond so many bytes. None
-            for a store, which drops nothing by itself.
+        folder: Absolute path of the folder, which must exist.
+        timeout_s: Time to wait for another process's write, in seconds.
+        size_limit: Size limit in bytes of a tier in front of an object store, beyond which the least recently read
+            blobs are evicted. None for a store, which evicts nothing by itself.
     """
 
     def __init__(self, folder: Path, *, timeout_s: float, size_limit: int | None = None) -> None:
@@ -124,8 +124,9 @@ class DiskBlobs:
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._opened: Any = None
-        # Beside the folder: in it, the file would belong to no blob. Writers share a name of it; an audit holds that
-        # name alone, so that it never takes a write under way for the leftovers of a crash.
+        # The lock file is beside the folder: inside, it would belong to no blob. Writers share one lock of it. An
+        # audit takes that lock exclusively, so that it never mistakes a write in progress for the leftovers of a
+        # crash.
         self._locks = FileLocks(folder.with_name("locks"))
 
     @property
@@ -137,9 +138,9 @@ class DiskBlobs:
                     str(self.folder),
                     timeout=self._timeout_s,
                     disk=SafeTensorsDisk,
-                    # The defaults evict silently, even what was just written. Quotas and age live in the catalog.
+                    # The defaults evict silently, even what was just written. The catalog has size limits and expiry.
                     eviction_policy="none" if self.size_limit is None else "least-recently-used",
-                    cull_limit=0 if self.size_limit is None else 2,  # a put; more might reach what was just written
+                    cull_limit=0 if self.size_limit is None else 2,  # per put; more might evict what was just written
                     size_limit=2**62 if self.size_limit is None else self.size_limit,
                 )
                 self._opened = cache
@@ -147,9 +148,9 @@ class DiskBlobs:
 
     @contextmanager
     def _used(self) -> Iterator[Any]:
-        """diskcache, with its errors mapped. After Ctrl-C another one is opened, with connections of its own.
+        """diskcache, with its errors mapped; after Ctrl-C it is reopened with new connections.
 
-        Interrupted while it begins a transaction it never ends it: no process could write any more.
+        A diskcache interrupted while it begins a transaction never ends it: no process could write any more.
         """
         with mapped(self.folder):
             try:
@@ -166,26 +167,27 @@ class DiskBlobs:
             pass
 
     def put(self, key: str, data: bytes, *, replace: bool = False) -> None:
-        """See `BlobStore.put`. With `replace` a key that is there gets the new bytes, at once."""
+        """See `BlobStore.put`; with `replace`, an existing key gets the new bytes, otherwise it keeps the old ones."""
         with self._locks.sharing(_WRITING), self._used() as cache:
             cache.disk.written.path = None
-            # With diskcache's default (NORMAL) a power cut can take a row whose catalog row is durable. Said for this
-            # thread's connection rather than as a setting: opening would then sync 40 times instead of twice.
+            # With diskcache's default (NORMAL) a power cut can lose a row although its catalog row is durable. Set
+            # for this thread's connection and not as a setting, with which opening would sync 40 times instead of
+            # twice.
             cache.reset("sqlite_synchronous", 2, update=False)
             try:
-                # add, not set: of two processes with the same blob the second drops its own file, where set would
+                # `add`, not `set`: of two processes with the same blob the second drops its own file. `set` would
                 # drop the first one's, which a reader may be about to open.
                 (cache.set if replace else cache.add)(key, data)
             except Exception:
-                # diskcache leaves the file behind when the row could not be written. After Ctrl-C nobody knows whether
-                # it was: the file stays, and is swept up later if it has no row.
+                # diskcache leaves the file behind if it could not write the row. After Ctrl-C it is unknown whether
+                # it did: the file stays, and a later audit removes it if it has no row.
                 if (path := cache.disk.written.path) is not None:
                     with suppress(OSError):
                         os.unlink(path)
                 raise
 
     def path(self, key: str, *, fresh: bool = False) -> Path | None:
-        """See `BlobStore.path`. There is nothing nearer than this."""
+        """See `BlobStore.path`; `fresh` has no effect, because this is the store itself."""
         with self._used() as cache:
             handle = cache.get(key, read=True)
             if handle is None:
@@ -194,7 +196,7 @@ class DiskBlobs:
                 return Path(handle.name)
 
     def has(self, key: str) -> bool:
-        """Whether there is an entry for the key; its file is not looked at."""
+        """Whether the key has an entry; its file is not checked."""
         with self._used() as cache:
             return key in cache
 
@@ -209,7 +211,7 @@ class DiskBlobs:
             return freed_bytes
 
     def audit(self, *, repair: bool = False) -> BlobAudit:
-        """See `BlobStore.audit`. Reads diskcache's table itself: `iterkeys` and `check` stumble over tampered rows."""
+        """See `BlobStore.audit`; reads the SQL table itself, because `iterkeys` and `check` fail on tampered rows."""
         with self._locks.hold(_WRITING), mapped(self.folder):
             disk: SafeTensorsDisk = self._cache.disk
             keys: set[str] = set()
@@ -253,7 +255,7 @@ _NO_FILE = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
 
 
 class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
-    """Keys are `str`, values are `bytes`, each value is one durable file inside the folder."""
+    """Storage of `str` keys and `bytes` values, each value a durable file inside the folder."""
 
     def __init__(self, directory: str, **settings: Any) -> None:  # diskcache passes its own `disk_*` settings
         super().__init__(directory, **settings)
@@ -262,20 +264,20 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
         self.written = threading.local()  # .path: the file this thread wrote last, for undoing a failed insert
 
     def confined(self, filename: object) -> str | None:
-        """The full path of a row's `filename`, or None if it leaves the folder or is no value file."""
+        """The full path of a row's `filename`; None if it leaves the folder or is not a value file."""
         if not isinstance(filename, str) or not filename.endswith(".val") or "\0" in filename:
             return None
         path = os.path.realpath(os.path.join(self._root, filename))
         return path if path.startswith(self._root + os.sep) else None
 
     def put(self, key: Any) -> tuple[str, bool]:
-        """A key as it is stored."""
+        """The stored form of a key."""
         if type(key) is not str:
             raise TypeError(f"blob keys are str, got {type(key).__name__}")
         return key, True
 
     def get(self, key: Any, raw: Any) -> str:
-        """A stored key; anything that was not stored as text is refused."""
+        """A key from its stored form; anything but text is refused."""
         if not raw or type(key) is not str:
             raise CorruptCacheError("a blob key is not plain text and is not decoded", where=self._root)
         return key
@@ -284,23 +286,24 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
         """Write a value as a file."""
         if type(value) is not bytes or read:
             raise TypeError(f"blobs are bytes, got {type(value).__name__}")
-        # Through a stream, because that branch always writes a file, however small.
+        # Through a stream, because that branch writes a file even for small values.
         size, mode, filename, _ = super().store(io.BytesIO(value), True, key=key)
         self.written.path = os.path.join(self._root, filename)
         return size, mode, filename, None
 
     def filename(self, key: Any = UNKNOWN, value: Any = UNKNOWN) -> tuple[str, str]:
-        """A new name for a value's file, relative and absolute.
+        """A new name for a value's file, as a relative and an absolute path.
 
-        In one of 16 folders, where diskcache has 65,536: they are soon all there, and a file in a folder that is new
-        costs one more fsync. A million files are 62,500 in each, which file systems with indexed folders bear well.
+        The file is in one of 16 folders, not of diskcache's 65,536: all 16 soon exist, and a file in a new folder
+        costs one more fsync. A million files are 62,500 per folder, which file systems with indexed folders handle
+        well.
         """
         name = uuid.uuid4().hex
         filename = os.path.join(name[0], f"{name[1:]}.val")
         return filename, os.path.join(self._root, filename)
 
     def fetch(self, mode: Any, filename: Any, value: Any, read: bool) -> BinaryIO:
-        """Open a value, whether or not `read` asks for its bytes; rows that others wrote are refused."""
+        """Open a value as a file, with or without `read`; rows that this package did not write are refused."""
         path = self.confined(filename)
         if mode != MODE_BINARY or value is not None or path is None:
             raise CorruptCacheError("a blob's row is not one that this package writes", where=self._root)
@@ -309,23 +312,23 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
         except OSError as error:
             if error.errno in _NO_FILE:
                 raise CorruptCacheError("something else is in the place of a blob's file", where=path) from error
-            # Cache.get takes every OSError for a missing key; a forbidden file, or one too many open, is not missing.
+            # Cache.get treats every OSError as a missing key; a forbidden file, or one too many open, is not missing.
             with mapped(path) if error.errno != errno.ENOENT else nullcontext():
                 raise
         return handle
 
     def remove(self, file_path: Any) -> None:
-        """Remove a value file; a row that points outside loses its row, never somebody else's file."""
+        """Remove a value file; a path outside the folder is left alone, and only its row goes."""
         path = self.confined(file_path)
         if path is not None:
-            # Its folder stays, though it may be empty now: somebody may be about to write into it.
+            # Its folder stays even if it is empty: another process may be about to write into it.
             with suppress(FileNotFoundError):
                 (os.rmdir if os.path.isdir(path) else os.unlink)(path)
 
     def _write(self, full_path: str, iterator: Iterable[bytes], mode: str, encoding: str | None = None) -> int:
         temporary = full_path + ".tmp"
         folder = os.path.dirname(full_path)
-        if folder not in self._durable_folders:  # made by us, or by somebody who has not come to its fsync yet
+        if folder not in self._durable_folders:  # new, or made by a process that has not synced it yet
             private_folder(Path(folder))
             fsync_folder(self._root)
             self._durable_folders.add(folder)

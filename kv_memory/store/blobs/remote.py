@@ -1,7 +1,7 @@
-"""Blobs in an object store, S3, GCS, Azure or a folder, behind a bounded tier on the local disk.
+"""Blobs in an object store (S3, GCS, Azure or a folder), behind a bounded tier on the local disk.
 
-The object store has everything; the tier, the same diskcache as an embedded store's, holds what was written or read
-last, because tensors are mapped from files. Whatever is in the tier may be lost at any time.
+The object store has all blobs. The tier, a diskcache as in an embedded store, has those written or read last, because
+tensors are mapped from files. Anything in the tier may be lost at any time.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class ObjectBlobs:
 
     Args:
         url: `s3://BUCKET/PREFIX`, `gs://...`, `az://...` or `file:///FOLDER`.
-        tier: Where the objects in use lie.
-        timeout_s: For one request to be answered, in seconds; None for `KV_MEMORY_BLOBS_TIMEOUT_S`, 60 unless set.
-        retry_s: How long a request that fails is tried again, with growing pauses, in seconds; None for
+        tier: Local copies of the objects in use.
+        timeout_s: Time limit for one request, in seconds; None for `KV_MEMORY_BLOBS_TIMEOUT_S`, 60 unless set.
+        retry_s: Time for which a failing request is retried, with growing pauses, in seconds; None for
             `KV_MEMORY_BLOBS_RETRY_S`, 30 unless set.
 
     Raises:
-        ConfigError: The URL is none of these, obstore is not installed, or a variable is no number of seconds.
+        ConfigError: The URL has another form, obstore is not installed, or a variable is not a number of seconds.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ObjectBlobs:
             options["client_options"] = {
                 "timeout": timedelta(seconds=timeout_s),
                 "connect_timeout": timedelta(seconds=5),
-                # Options that are given replace those of the environment, this one too.
+                # Options given here replace those of the environment, this one too.
                 "allow_http": os.environ.get("AWS_ALLOW_HTTP", "").lower() in {"1", "true"},
             }
             options["retry_config"] = {
@@ -100,19 +100,19 @@ class ObjectBlobs:
     def put(self, key: str, data: bytes) -> None:
         """See `BlobStore.put`."""
         with mapped(self.url):
-            # Written over whatever is there: that may be damaged, and asking costs as long as writing.
+            # Overwrites an existing object: it may be damaged, and checking takes as long as writing.
             self._obstore.put(self._store, _name(key), data)
             self._make_durable(key)
-        with suppress(StoreError):  # the tier is for speed; the blob is safe by now
+        with suppress(StoreError):  # the tier is only for speed; the blob is already safe
             self.tier.put(key, data, replace=True)
 
     def path(self, key: str, *, fresh: bool = False) -> Path | None:
-        """See `BlobStore.path`; downloads what the tier has not."""
+        """See `BlobStore.path`; a blob that is not in the tier is downloaded."""
         if not is_blob_key(key):
-            return None  # it would name an object that is not ours
+            return None  # such a name could be of an object that is not ours
         if fresh:
             self.tier.delete(key)
-        with suppress(CorruptCacheError):  # a tampered row of the tier: fetched anew below
+        with suppress(CorruptCacheError):  # a tampered row of the tier: fetched again below
             if (path := self.tier.path(key)) is not None:
                 return path
         data = self._fetch(key)
@@ -131,7 +131,7 @@ class ObjectBlobs:
         return path
 
     def has(self, key: str) -> bool:
-        """Whether the object is there; its bytes are not looked at."""
+        """Whether the object exists; its bytes are not checked."""
         with mapped(self.url):
             return self._has(key)
 
@@ -149,7 +149,7 @@ class ObjectBlobs:
             return size
 
     def audit(self, *, repair: bool = False) -> BlobAudit:
-        """See `BlobStore.audit`. Objects that are no blobs are strays; so is what is wrong in the tier."""
+        """See `BlobStore.audit`; objects that are not blobs are strays, and so are those of the tier."""
         tier = self.tier.audit(repair=repair)
         keys: set[str] = set()
         strays = list(tier.strays)
@@ -192,12 +192,12 @@ class ObjectBlobs:
                 return None
 
     def _fetch_again(self, key: str, wrong: bytes) -> bytes | None:
-        """A blob whose bytes were wrong once. Wrong ones come back only if it is the object that is damaged.
+        """Fetch a blob again after wrong bytes; they are returned only if the object itself is damaged.
 
-        The vault puts a damaged blob aside and removes it, so a connection that lies must not be believed.
+        `Vault` quarantines a damaged blob and deletes it, so a faulty connection must not be believed.
 
         Raises:
-            StoreConnectionError: Each answer is another one.
+            StoreConnectionError: The answers differ.
         """
         again = self._fetch(key)
         if again is None or blob_key(again) == key:
@@ -213,7 +213,7 @@ class ObjectBlobs:
         return again
 
     def _make_durable(self, key: str) -> None:
-        # Services answer when the object is safe; a folder is as safe as what was synced.
+        # Services answer once the object is durable; files in a folder must be synced.
         if self._local is None:
             return
         file = self._local / _name(key)

@@ -1,4 +1,4 @@
-"""Reading blobs that are known to be sound, and putting aside those that are not."""
+"""Reads blobs after checking their hash, and quarantines damaged ones."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _AT_REST_NS = 50_000_000
 
 
 class Vault:
-    """A blob store behind a check: a path comes out only after its bytes were hashed in this process.
+    """A blob store that returns a path only after the bytes were hashed in this process.
 
     Args:
-        blobs: Where the bytes are.
-        quarantine: Folder for damaged blobs; must exist.
+        blobs: Storage of the bytes.
+        quarantine: Folder for damaged blobs, which must exist.
     """
 
     def __init__(self, blobs: BlobStore, quarantine: Path) -> None:
@@ -32,22 +32,22 @@ class Vault:
         self._hashed: dict[str, tuple[int, int, int]] = {}
 
     def verified_path(self, key: str, size_bytes: int, *, again: bool = False) -> Path:
-        """The file of a blob whose length and SHA-256 are right.
+        """The file of a blob, after a check of its length and SHA-256.
 
-        A file is hashed once per process, and again if it is another file or was written to since.
+        A file is hashed once per process, and again if it was replaced or written to since.
 
         Args:
-            key: The blob's name, which is its SHA-256.
-            size_bytes: Its length according to the catalog.
-            again: Hash it even if it was hashed before.
+            key: Name of the blob, which is its SHA-256.
+            size_bytes: Size of the blob in bytes according to the catalog.
+            again: Whether to hash the file even if it was hashed before.
 
         Raises:
-            CorruptCacheError: It is missing, or its bytes are wrong.
+            CorruptCacheError: The blob is missing, or its bytes are wrong.
         """
         try:
             return self._verified(key, size_bytes, again=again)
         except CorruptCacheError:
-            # Perhaps only the copy in the tier before an object store.
+            # Perhaps only the copy in the tier in front of an object store is damaged.
             return self._verified(key, size_bytes, again=True, fresh=True)
 
     def _verified(self, key: str, size_bytes: int, *, again: bool, fresh: bool = False) -> Path:
@@ -68,8 +68,8 @@ class Vault:
                     if again or known != identity:
                         if hashlib.file_digest(file, "sha256").hexdigest() != key:
                             raise CorruptCacheError("the blob's bytes are not those written", where=f"blob {key}")
-                        # Times of files move in steps of some milliseconds: a file written to in the step in which it
-                        # was hashed looks the same. So only one that has come to rest is remembered.
+                        # File times advance in steps of some milliseconds: a file written to in the step in which it
+                        # was hashed looks unchanged. So a file is remembered only once it has been at rest.
                         if time.time_ns() - max(identity[1:]) > _AT_REST_NS:
                             with self._lock:
                                 self._hashed[key] = identity
@@ -86,9 +86,9 @@ class Vault:
         return True
 
     def put(self, key: str, data: bytes) -> None:
-        """Store a blob durably. One that is there already is used if it is sound and replaced if it is not.
+        """Store a blob durably; one that is there already is used if it is sound and replaced if it is not.
 
-        Hold `blob KEY` in the catalog meanwhile, and until a row names it: else it may be swept away.
+        Hold the catalog's lock `blob KEY` meanwhile and until a row names the blob; otherwise it may be swept away.
         """
         if isinstance(self.blobs, DiskBlobs):
             try:
@@ -99,18 +99,18 @@ class Vault:
                 return
             if there:
                 self.quarantine(key)
-        # Not asked of an object store: a copy in the tier says nothing about the object, which another machine may have
-        # removed since.
+        # An object store is not asked: a copy in the tier does not prove that the object exists, which another
+        # machine may have removed since.
         self.blobs.put(key, data)
 
     def quarantine(self, key: str) -> None:
-        """Move a damaged blob out of the store's sight, for whoever wants to look at it."""
+        """Move a damaged blob to the quarantine folder, for inspection."""
         with self._lock:
             self._hashed.pop(key, None)
         try:
             path = self.blobs.path(key)
         except CorruptCacheError:
-            path = None  # the entry points somewhere it should not: drop the entry, leave that file alone
+            path = None  # the entry points outside the folder: drop the entry, and leave that file alone
         if path is not None:
             with mapped(self.quarantine_folder):
                 os.replace(path, self.quarantine_folder / f"{key}.safetensors")

@@ -1,9 +1,9 @@
-"""The catalog: transactions on one database, and its migrations.
+"""The catalog: transactions on one database, and its schema upgrades.
 
-Every writing transaction keeps all other writers out from its first statement: `BEGIN IMMEDIATE` on SQLite, an advisory
-lock on PostgreSQL. So whoever has looked at rows in one may rely on what he saw. Blobs are not written in them, because
-an upload takes as long as it likes; names that are held (`Catalog.hold`) keep a blob from being removed while somebody
-is about to refer to it.
+Every writing transaction, except with `alone=False`, keeps all other writers out from its first statement: `BEGIN
+IMMEDIATE` on SQLite, an advisory lock on PostgreSQL. Rows that it has read therefore do not change under it. Blobs
+are not written inside transactions, because an upload may take any time; named locks (`Catalog.hold`) keep a blob
+from being removed before a row refers to it.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class Catalog:
     """Transactions on one database. Thread-safe; may be carried over a fork.
 
     Args:
-        where: A SQLite file, made if it is not there, or the URL of a PostgreSQL database.
-        busy_timeout_s: How long a writer waits for another one, in seconds.
-        upgrade: Bring old tables to this version's; else an old catalog is refused.
+        where: Path of a SQLite file, created if missing, or URL of a PostgreSQL database.
+        busy_timeout_s: Time that a writer waits for another one, in seconds.
+        upgrade: Whether to upgrade old tables to this version's schema; if off, an old catalog is refused.
 
     Raises:
-        StoreVersionError: A newer version of this package wrote it, or an older one and `upgrade` is off. It was not
-            touched.
+        StoreVersionError: A newer version of this package wrote the catalog, or an older one did and `upgrade` is
+            off. It was not changed.
         StoreConnectionError: The server cannot be reached.
-        StoreError: It is no catalog, or cannot be opened.
+        StoreError: The database is not a catalog, or cannot be opened.
     """
 
     def __init__(self, where: Path | str, *, busy_timeout_s: float = BUSY_TIMEOUT_S, upgrade: bool = True) -> None:
@@ -80,16 +80,16 @@ class Catalog:
         """A transaction that keeps other writers out from its start and is durable once it has committed.
 
         Args:
-            alone: False for statements that are safe beside other writers, such as claiming a task: on PostgreSQL they
-                then need not wait for their turn.
+            alone: Whether to keep other writers out. False suits statements that are safe beside them, such as
+                claiming a task: on PostgreSQL they then do not wait for the write lock.
 
         Raises:
-            StoreLockedError: The turn did not come within the busy timeout.
+            StoreLockedError: The write lock was not acquired within the busy timeout.
         """
         with (
             mapped(self.where),
-            # Begun here and not by the session, which does so at its first statement, and that may come after the blobs
-            # were looked at; and which, interrupted while it begins, keeps the others waiting.
+            # Begun here and not by the session, which begins at its first statement: that may come after the blobs
+            # were checked. And a session that is interrupted while it begins keeps other writers waiting.
             self._after_fork(self._writer).connect() as connection,
             _not_used_again_if_interrupted(connection),
             connection.begin(),
@@ -101,29 +101,29 @@ class Catalog:
             yield session
 
     def hold(self, name: str, *, wait: bool = True) -> AbstractContextManager[bool]:
-        """A context in which no other thread, process or machine with this catalog holds the name.
+        """A context that holds a lock against all threads, processes and machines with this catalog, see `Locks.hold`.
 
         Args:
-            name: Any text.
-            wait: Wait for whoever holds it; else the context is entered with False.
+            name: Name of the lock, any text.
+            wait: Whether to wait for a taken lock; if off, the context is then entered with False.
         """
         self._after_fork(self._engine)
         return self._database.hold(name, wait=wait)
 
     def revision(self) -> str | None:
-        """The version of the tables, None where there are none."""
+        """The schema version of the catalog, None if it has none yet."""
         with mapped(self.where), self._engine.connect() as connection:
             return _revision(connection)
 
     def scrub(self) -> None:
-        """Take out of the database's files what was deleted: free pages and, with SQLite, the log. See `purge`."""
+        """Remove deleted data from the database's files: free pages and, with SQLite, the log. See `purge`."""
         with mapped(self.where):
             self._after_fork(self._engine)
             self._database.scrub()
 
     @classmethod
     def revision_at(cls, where: Path | str) -> str | None:
-        """The version of the tables of a catalog, whatever it is; they are not touched."""
+        """The schema version of a catalog of any version, which is left unchanged."""
         with mapped(where):
             database = open_database(where, busy_timeout_s=BUSY_TIMEOUT_S)
         try:
@@ -137,7 +137,7 @@ class Catalog:
         self._engine.dispose()
 
     def _after_fork(self, engine: Engine) -> Engine:
-        # Connections must not be used on the other side of a fork, nor closed there.
+        # A forked process must neither use nor close its parent's connections.
         if self._pid != os.getpid():
             self._engine.dispose(close=False)
             self._pid = os.getpid()
@@ -159,7 +159,7 @@ class Catalog:
             )
         with self._writer.connect() as connection, connection.begin():
             self._database.lock(connection)
-            # Alone now, so of two processes that open an old store the second finds it done.
+            # Under the write lock: of two processes that open an old store, the second finds it upgraded.
             self._migrate(connection)
 
     def _migrate(self, connection: Connection) -> None:
@@ -183,7 +183,7 @@ class Catalog:
         command.upgrade(config, "head")
 
     def _refuse_newer(self, revision: str) -> None:
-        if revision > SCHEMA_HEAD:  # they are numbers of four digits
+        if revision > SCHEMA_HEAD:  # versions are numbers of four digits
             raise StoreVersionError(
                 f"the store has schema {revision}, this version knows up to {SCHEMA_HEAD}",
                 where=self.where,
@@ -193,10 +193,10 @@ class Catalog:
 
 @contextmanager
 def _not_used_again_if_interrupted(connection: Connection) -> Iterator[None]:
-    """Close the connection after Ctrl-C rather than give it back to the pool.
+    """Close the connection after Ctrl-C instead of returning it to the pool.
 
-    A cursor may live on in the traceback, and SQLite refuses to commit beside its statement. Closing a generator is
-    no interruption.
+    A cursor may live on in the traceback, and SQLite refuses to commit while its statement is open. Closing a
+    generator does not count as an interruption.
     """
     try:
         yield
@@ -211,7 +211,7 @@ def _not_used_again_if_interrupted(connection: Connection) -> Iterator[None]:
 def _is_empty(connection: Connection) -> bool:
     if connection.dialect.name == "sqlite":
         return connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar() == 0
-    return not inspect(connection).get_table_names()  # of the search path's schema
+    return not inspect(connection).get_table_names()  # in the search path's schema
 
 
 def _revision(connection: Connection) -> str | None:

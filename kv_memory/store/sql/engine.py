@@ -1,6 +1,6 @@
-"""What the two databases do differently: connecting, beginning, locking, being born.
+"""Differences between SQLite and PostgreSQL: connect, begin, lock, create and scrub.
 
-The catalog's statements are the same for both. Here stands what is not.
+All other statements of the catalog are the same for both.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Database(Protocol):
     """One database under the catalog.
 
     Attributes:
-        engine: Its connections.
-        where: Names it in errors, without a password.
+        engine: SQLAlchemy engine.
+        where: Name of the database in errors, without a password.
         options: Execution options for reading and for writing transactions.
     """
 
@@ -46,7 +46,7 @@ class Database(Protocol):
         """Prepare an empty database for its tables."""
 
     def scrub(self) -> None:
-        """Take out of the database's files what was deleted from its tables."""
+        """Remove from the database's files the data that was deleted from its tables."""
 
     def lock(self, connection: Connection) -> None:
         """Keep every other writer out until the transaction ends."""
@@ -56,10 +56,10 @@ class Database(Protocol):
 
 
 def open_database(where: Path | str, *, busy_timeout_s: float) -> Database:
-    """The database of a file, or of a URL: `sqlite:///FILE` or `postgresql+psycopg://USER@HOST/NAME?schema=NAME`.
+    """The database at a file or a URL: `sqlite:///FILE` or `postgresql+psycopg://USER@HOST/NAME?schema=NAME`.
 
     Raises:
-        ConfigError: The URL cannot be read, or is of another kind of database; or psycopg is not installed.
+        ConfigError: The URL is invalid or names another kind of database, or psycopg is not installed.
     """
     if isinstance(where, Path):
         return SQLiteDatabase(where, busy_timeout_s=busy_timeout_s)
@@ -83,7 +83,7 @@ def open_database(where: Path | str, *, busy_timeout_s: float) -> Database:
 
 
 class SQLiteDatabase:
-    """A file in the store's folder. One writer at a time, by SQLite's own lock."""
+    """A file in the store's folder, with one writer at a time by SQLite's own lock."""
 
     options: tuple[dict[str, Any], dict[str, Any]] = ({}, {_WRITES: True})
 
@@ -95,19 +95,19 @@ class SQLiteDatabase:
         self.engine = create_engine(
             URL.create("sqlite", database=str(file)),
             connect_args={"timeout": busy_timeout_s, "check_same_thread": False, "isolation_level": None},
-            hide_parameters=True,  # or errors would print the texts they are about
+            hide_parameters=True,  # otherwise errors would print the texts in the statements
             poolclass=QueuePool,
-            max_overflow=-1,  # SQLite is the one to make callers wait, with an error we can name
+            max_overflow=-1,  # callers wait in SQLite, whose error we can map, not in the pool
         )
         event.listen(self.engine, "connect", self._set_pragmas)
         event.listen(self.engine, "begin", self._begin)
         event.listen(self.engine, "invalidate", self._roll_back)
         if not file.exists():
-            os.close(private_opener(str(file), os.O_RDWR | os.O_CREAT))  # its -wal and -shm take the mode over
+            os.close(private_opener(str(file), os.O_RDWR | os.O_CREAT))  # -wal and -shm inherit the mode
 
     def create(self) -> None:
-        """Switch to the write-ahead log: once, at birth; the mode is kept in the file."""
-        # SQLite does not wait for its busy timeout here, so we do.
+        """Switch a new file to the write-ahead log; the mode is stored in the file."""
+        # SQLite does not apply its busy timeout here, so we wait ourselves.
         deadline = time.monotonic() + self._busy_timeout_s
         while True:
             try:
@@ -124,7 +124,7 @@ class SQLiteDatabase:
         scrub_sqlite(self.file)
 
     def lock(self, connection: Connection) -> None:
-        """Nothing to do: the transaction began with the lock."""
+        """Do nothing: the transaction began with the lock."""
 
     def hold(self, name: str, *, wait: bool = True) -> AbstractContextManager[bool]:
         """See `Locks.hold`."""
@@ -132,29 +132,31 @@ class SQLiteDatabase:
 
     @staticmethod
     def _set_pragmas(connection: Any, _entry: ConnectionPoolEntry) -> None:
-        # FULL: a row that names a blob must survive a power cut once put() has returned. Reading pays nothing for it.
+        # FULL: a row that names a blob must survive a power cut once put() has returned. Reads are as fast as before.
         for pragma in ("foreign_keys = ON", "synchronous = FULL"):
             connection.execute(f"PRAGMA {pragma}")
 
     @staticmethod
     def _roll_back(connection: Any, _entry: ConnectionPoolEntry, _error: BaseException | None) -> None:
-        # Ctrl-C in the middle of a statement: SQLAlchemy closes the connection, which SQLite puts off, its transaction
-        # and lock included, until the last cursor is gone, and one lives as long as the traceback does.
+        # After Ctrl-C in a statement SQLAlchemy closes the connection. SQLite delays that, and the end of the
+        # transaction and its lock, until the last cursor is gone, and the traceback keeps one alive. So roll back
+        # here.
         with suppress(sqlite3.Error):
             connection.rollback()
 
     @staticmethod
     def _begin(connection: Connection) -> None:
-        # Upgrading a read transaction to a write fails at once if anybody wrote in between; so writers say so first.
+        # Upgrading a read transaction to a write fails at once if another writer wrote in between, so writers begin
+        # as such.
         writes = connection.get_execution_options().get(_WRITES, False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 class PostgresDatabase:
-    """A schema of a PostgreSQL database, `kv_memory` unless the URL says `?schema=NAME`.
+    """A schema of a PostgreSQL database: `kv_memory`, or another by `?schema=NAME` in the URL.
 
-    A schema of its own, because our tables have names that others have too. Writers take turns by an advisory lock, so
-    that what holds on SQLite holds here: transactions are short, and blobs are written outside them.
+    It is a separate schema, because our table names are common ones. An advisory lock admits one writer at a time, so
+    that the guarantees of SQLite hold here too: transactions are short, and blobs are written outside them.
     """
 
     # A reader sees one state of the catalog, as on SQLite.
@@ -180,13 +182,13 @@ class PostgresDatabase:
                 connect_args={
                     "connect_timeout": 10,
                     "options": f"-c search_path={schema} -c lock_timeout={milliseconds} -c timezone=UTC",
-                    # A server that is gone without a word is noticed within a minute.
+                    # A server that vanishes silently is noticed within a minute.
                     "keepalives_idle": 20,
                     "keepalives_interval": 10,
                     "keepalives_count": 3,
                 },
                 hide_parameters=True,
-                pool_pre_ping=True,  # a connection that died while it lay in the pool is made anew
+                pool_pre_ping=True,  # a connection that died in the pool is replaced
                 max_overflow=-1,
             )
         except ModuleNotFoundError as error:
@@ -199,20 +201,20 @@ class PostgresDatabase:
         event.listen(self.engine, "do_connect", self._connect)
 
     def create(self) -> None:
-        """Make the schema."""
+        """Create the schema."""
         with self.engine.begin() as connection:
-            self.lock(connection)  # CREATE SCHEMA IF NOT EXISTS fails where two do it at once
+            self.lock(connection)  # CREATE SCHEMA IF NOT EXISTS fails if two processes run it at once
             connection.execute(text(f'CREATE SCHEMA IF NOT EXISTS "{self.schema}"'))
 
     def scrub(self) -> None:
-        """Write the tables anew; each is locked meanwhile. The server's log and its backups are its operator's."""
-        # A VACUUM that is not FULL leaves the bytes of deleted rows where they are until others come to lie there.
+        """Rewrite the tables, each locked meanwhile; the server's log and backups are up to its operator."""
+        # A plain VACUUM leaves the bytes of deleted rows in place until new rows overwrite them.
         with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             for table in Base.metadata.tables:
                 connection.execute(text(f'VACUUM (FULL) "{table}"'))
 
     def lock(self, connection: Connection) -> None:
-        """Wait for the turn to write; it ends with the transaction."""
+        """Wait for the write lock, which ends with the transaction."""
         connection.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"), {"name": self._turn})
 
     def hold(self, name: str, *, wait: bool = True) -> AbstractContextManager[bool]:
@@ -225,7 +227,8 @@ class PostgresDatabase:
 
     @staticmethod
     def _connect(dialect: Any, _record: object, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        # A server that restarts is back within seconds: five tries, and none begun after 20 s, then the error.
+        # A server that restarts is back within seconds: at most five tries, none of them started after 20 s, then the
+        # error.
         retrying = Retrying(
             retry=retry_if_exception(_may_pass),
             stop=stop_after_attempt(5) | stop_after_delay(20),
@@ -236,7 +239,7 @@ class PostgresDatabase:
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether connecting may work in a moment: not with a wrong password or a database that is not there."""
+    """Whether a retry may connect: not with a wrong password or a missing database."""
     return type(error).__name__ == "OperationalError" and refused_login(error) is None
 
 
@@ -244,21 +247,21 @@ _LONGEST_S = 30.0
 
 
 def scrub_sqlite(file: Path) -> None:
-    """Write a database anew, from what is in it, and empty its write-ahead log. A file that is not there is left so.
+    """Rewrite a database from its live rows and truncate its write-ahead log; a missing file is left alone.
 
     Raises:
-        StoreLockedError: Others read or write it all the time, for 30 s.
-        StoreFullError: There is no room for a copy of it.
+        StoreLockedError: Other processes kept reading or writing it for 30 s.
+        StoreFullError: No space left for a copy of the database.
     """
     if not file.is_file():
         return
     deadline = time.monotonic() + _LONGEST_S
     with mapped(file), closing(sqlite3.connect(file, timeout=_LONGEST_S, isolation_level=None)) as connection:
-        # New pages are zeroed, where SQLite would leave in them what the memory held before: pages it has just read.
+        # Zero new pages. Otherwise SQLite leaves in them what the memory held before, such as pages it has just read.
         connection.execute("PRAGMA secure_delete = ON")
         connection.execute("VACUUM")
-        # VACUUM wrote into the log; the pages before it are in the file until they are copied over, and in the log
-        # until that is cut off. Neither happens while somebody reads an older state.
+        # VACUUM wrote to the log. The old pages stay in the file until they are copied over, and in the log until it
+        # is truncated. Neither happens while a reader uses an older state.
         while connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             if time.monotonic() > deadline:
                 raise StoreLockedError(

@@ -1,13 +1,13 @@
-"""Names that one thread of one process holds at a time, and names that many read. All of it dies with its process.
+"""Named locks, exclusive or shared, that end with the process that holds them.
 
-A store is used by many processes, and the rows alone cannot say who is compressing a text, who is writing a blob, or
-who is reading one: a row that says so outlives the process that wrote it, and needs a clock to be disbelieved. Locks of
-the system need none. On one machine they are locks on single bytes of one file, a byte for each name, belonging to the
-open file (`F_OFD_SETLK`) rather than to the process, so that threads exclude each other too. Where many machines share
-a catalog they are PostgreSQL's advisory locks, which die with the connection.
+Many processes use one store, and rows alone cannot say which of them is compressing a text, writing a blob or reading
+one: such a row outlives the process that wrote it, and takes a timeout to be recognised as stale. Locks of the
+operating system need none. On one machine they are locks on single bytes of one file, one byte per name. They belong
+to the open file (`F_OFD_SETLK`), not to the process, so that threads exclude each other too. If many machines share a
+catalog, they are PostgreSQL's advisory locks, which end with the connection.
 
-A lock file for each name was rejected: thousands of files that nobody can remove safely. `flock` was too: it locks a
-whole file, and one file descriptor for each cache that is being read runs into the limit of open files.
+One lock file per name was rejected: thousands of files that cannot be removed safely. `flock` was rejected too: it
+locks a whole file, and one file descriptor for each cache being read runs into the limit of open files.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from kv_memory.store.fs import private_opener
 
 try:
     import fcntl
-except ImportError:  # Windows: names are held among the threads of a process only
+except ImportError:  # Windows: locks only work among the threads of a process
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["FileLocks", "Locks", "PostgresLocks"]
 
 _LINUX = sys.platform.startswith("linux")
-# struct flock: type, whence, start, length, process (0 for locks of open files); macOS orders it otherwise.
+# struct flock: type, whence, start, length, process (0 for locks of open files); macOS has another order.
 _FLOCK = "hhqqi0q" if _LINUX else "qqihh"
 _POLL_S = 0.002, 0.05
 
 
 class Locks(Protocol):
-    """Who may hold a name."""
+    """Exclusive locks by name."""
 
     def hold(self, name: str, *, wait: bool = True) -> _Held:
-        """A context in which nobody else holds the name; entering gives whether it was had.
+        """A context that holds a lock; yields True if it was acquired, False if `wait` is off and it is taken.
 
         Args:
-            name: Any text.
-            wait: Wait for whoever holds it; else the context is entered with False.
+            name: Name of the lock, any text.
+            wait: Whether to wait for a taken lock; if off, the context is then entered with False.
         """
 
 
@@ -68,7 +68,7 @@ class FileLocks:
     """Locks among the threads and processes of one machine.
 
     Args:
-        file: Made if it is not there; it stays empty.
+        file: Lock file, created if missing; it stays empty.
     """
 
     def __init__(self, file: Path) -> None:
@@ -96,7 +96,7 @@ class FileLocks:
                 try:
                     yield True
                 finally:
-                    # Said, not left to close(): a process forked meanwhile has the open file too.
+                    # Explicitly, not by close(): a process forked meanwhile shares the open file.
                     self._unlock(fd, name)
             finally:
                 if fd is not None:
@@ -105,11 +105,11 @@ class FileLocks:
     # many at a time
 
     def share(self, name: str, by: object = None) -> None:
-        """Say that this process reads under a name, until `unshare` was called as often.
+        """Take a shared lock for this process, held until `unshare` was called as often.
 
         Args:
-            name: Any text.
-            by: Who says so; `unshare` takes back only what the same one said.
+            name: Name of the lock, any text.
+            by: Owner of this share; `unshare` with the same owner takes it back.
         """
         with self._mutex:
             self._after_fork()
@@ -121,7 +121,7 @@ class FileLocks:
             readers.append(by)
 
     def unshare(self, name: str, by: object = None) -> None:
-        """Take one `share` back; one too many is no error, because a forked process takes back its parent's."""
+        """Release one `share`; one too many is not an error, because a forked process releases its parent's."""
         with self._mutex:
             self._after_fork()
             readers = self._readers.get(name)
@@ -135,7 +135,7 @@ class FileLocks:
 
     @contextmanager
     def sharing(self, name: str) -> Iterator[None]:
-        """`share` for a block; waits while somebody holds the name."""
+        """`share` for a block; waits while the lock is held exclusively."""
         by = object()
         try:
             self.share(name, by)
@@ -143,12 +143,12 @@ class FileLocks:
         finally:
             try:
                 self.unshare(name, by)
-            except BaseException:  # Ctrl-C, at some point of it: left undone, this process would wait for itself
+            except BaseException:  # Ctrl-C inside `unshare`: with the lock left, this process would wait for itself
                 self.unshare(name, by)
                 raise
 
     def shared(self, name: str) -> bool:
-        """Whether any process of this machine reads under the name."""
+        """Whether any process of this machine has a shared lock of this name."""
         with self._mutex:
             self._after_fork()
             if self._readers.get(name):
@@ -164,7 +164,7 @@ class FileLocks:
             os.close(fd)
 
     def close(self) -> None:
-        """Give up what is read; names that are held stay so until their contexts end."""
+        """Release all shared locks; exclusive locks stay until their contexts end."""
         with self._mutex:
             self._readers.clear()
             if self._readers_fd is not None:
@@ -175,7 +175,7 @@ class FileLocks:
                 self._readers_fd = None
 
     def _after_fork(self) -> None:
-        # The parent's open file came along, and what is unlocked on it here is unlocked there.
+        # The child inherits the parent's open file, and unlocking it here would release the parent's locks.
         if self._pid != os.getpid():
             self._pid = os.getpid()
             self._readers = {}
@@ -190,7 +190,7 @@ class FileLocks:
             return private_opener(str(self._file), os.O_RDWR | os.O_CREAT)
 
     def _region(self, kind: int, name: str | None) -> bytes:
-        start, length = (0, 0) if name is None else (_number(name, 62), 1)  # a length of 0 is all of it
+        start, length = (0, 0) if name is None else (_number(name, 62), 1)  # a length of 0 means the whole file
         fields = (kind, os.SEEK_SET, start, length, 0) if _LINUX else (start, length, 0, kind, os.SEEK_SET)
         return struct.pack(_FLOCK, *fields)
 
@@ -200,7 +200,7 @@ class FileLocks:
         region = self._region(fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK, name)
         pause_s, longest_s = _POLL_S
         while True:
-            # Asked again and again rather than F_OFD_SETLKW, which Ctrl-C does not end in every thread.
+            # Polled. F_OFD_SETLKW was rejected, because Ctrl-C does not interrupt it in every thread.
             try:
                 fcntl.fcntl(fd, fcntl.F_OFD_SETLK, region)
                 return True
@@ -217,12 +217,12 @@ class FileLocks:
 
 
 class PostgresLocks:
-    """Locks among all that use one schema of one database.
+    """Locks among all users of one schema of one database.
 
     Args:
-        engine: Of the catalog; each name that is held takes one of its connections.
-        scope: Keeps the names of several stores in one database apart.
-        where: Named in errors.
+        engine: Engine of the catalog; each lock that is held takes one of its connections.
+        scope: Prefix that separates the names of several stores in one database.
+        where: Name of the database in errors.
     """
 
     def __init__(self, engine: Engine, scope: str, where: str) -> None:
@@ -262,12 +262,13 @@ class PostgresLocks:
 
 
 class _Threads:
-    """Names held among the threads of this process: they wake at once, where processes are polled.
+    """Locks among the threads of this process, which wake at once; other processes are polled.
 
-    An interruption (Ctrl-C) may come between any two lines here. Only `with` on a bare lock cannot be parted by it, so
-    that is what holds a name and what guards the table: a `Condition` and a set of names, tried before, could leave a
-    name held for ever. The count of users decides only when an entry may go; at worst it is too high and one stays.
-    One place is left: a name asked for without waiting, interrupted in the very instruction that takes it.
+    An interruption (Ctrl-C) may come between any two lines here. Only `with` on a bare lock is safe from it, so bare
+    locks hold the names and guard the table. A `Condition` with a set of names was rejected: an interruption could
+    leave a name locked permanently. The count of users only decides when an entry may be deleted; at worst it is too
+    high and the entry stays. One gap remains: an interruption in the very instruction that acquires a lock without
+    waiting.
     """
 
     def __init__(self) -> None:
@@ -276,7 +277,7 @@ class _Threads:
             os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
-        self._mutex = threading.Lock()  # a thread that is not here may have had it
+        self._mutex = threading.Lock()  # after a fork, a thread that is not in the child may hold it
         self._locks: dict[tuple[str, str], _NameLock] = {}
 
     @contextmanager

@@ -38,28 +38,28 @@ __all__ = [
     "utc_now",
 ]
 
-# The newest migration. Written here, so that opening a store at head need not import Alembic; a test holds it true.
+# The newest migration. Written here, so that opening a store at head need not import Alembic; a test checks it.
 SCHEMA_HEAD = "0003"
 
 
 def utc_now() -> datetime:
-    """The time, aware, in UTC."""
+    """The current time as an aware datetime in UTC."""
     return datetime.now(UTC)
 
 
 class UTCDateTime(TypeDecorator[datetime]):
-    """Aware datetimes in UTC. SQLite drops the time zone, so a naive one would come back for an aware one."""
+    """Aware datetimes in UTC; SQLite drops the time zone, and would return an aware datetime as a naive one."""
 
     impl = DateTime
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """To naive UTC."""
+        """Convert to naive UTC."""
         assert value is None or value.tzinfo is not None, "naive datetime"
         return None if value is None else value.astimezone(UTC).replace(tzinfo=None)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Back to aware UTC."""
+        """Convert back to aware UTC."""
         return None if value is None else value.replace(tzinfo=UTC)
 
 
@@ -86,14 +86,14 @@ class CollectionRow(Base):
     name: Mapped[str] = mapped_column(String(255), unique=True)
     revision: Mapped[int] = mapped_column(default=0)
     settings: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    # What its distilled caches may take together, and how long each lives after it was put; None for no bound.
+    # Size limit of its distilled caches together, and lifetime of each after it was put; None for no limit.
     max_size_bytes: Mapped[int | None] = mapped_column(BigInteger)
     ttl_s: Mapped[float | None]
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
 
 class OptionRow(Base):
-    """A setting of the whole store, e.g. its budget."""
+    """A setting of the whole store, e.g. its size limit."""
 
     __tablename__ = "option"
     key: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -122,7 +122,7 @@ class DocumentRow(Base):
     document_id: Mapped[str] = mapped_column(Text().with_variant(Text(collation="C"), "postgresql"))
     content_sha256: Mapped[str] = mapped_column(String(64))
     source_uri: Mapped[str | None] = mapped_column(Text)
-    # `metadata` is taken on declarative classes.
+    # `metadata` is reserved on declarative classes.
     details: Mapped[dict[str, Any]] = mapped_column("metadata")
     passage_tokens: Mapped[int | None]
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
@@ -137,7 +137,7 @@ class PassageRow(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     document_pk: Mapped[int] = mapped_column(ForeignKey("document.id", ondelete="CASCADE"))
     ordinal: Mapped[int]
-    # The text itself, where the user asked for it to be kept; else its words as hashes (`Terms`), for retrieval.
+    # The text, if the user asked to keep it; otherwise its words as hashes (`Terms`), for retrieval.
     text: Mapped[str | None] = mapped_column(Text)
     terms: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     text_sha256: Mapped[str] = mapped_column(String(64), index=True)
@@ -153,11 +153,11 @@ class FingerprintRow(Base):
 
 
 class CacheRow(Base):
-    """A distilled cache. Filed by text, not by passage: equal texts share it, and it may come before its document."""
+    """A distilled cache, keyed by text and not by passage: equal texts share it, and it may precede its document."""
 
     __tablename__ = "distilled_cache"
     __table_args__ = (
-        # Named by hand: the convention's name has 67 letters, and PostgreSQL takes 63.
+        # Named explicitly: the convention's name has 67 letters, and PostgreSQL allows 63.
         UniqueConstraint(
             "collection_id", "text_sha256", "fingerprint", "keep_ratio", name="uq_distilled_cache_text_settings"
         ),
@@ -182,7 +182,7 @@ class CacheRow(Base):
 
 
 class PrefixRow(Base):
-    """The cache of a shared prefix, under a key its maker chose."""
+    """The cache of a shared prefix, under a key chosen by the caller."""
 
     __tablename__ = "prefix"
     __table_args__ = (UniqueConstraint("collection_id", "key"),)
@@ -204,9 +204,9 @@ class JobRow(Base):
     state: Mapped[str] = mapped_column(String(16))
     sources: Mapped[dict[str, Any]]
     settings: Mapped[dict[str, Any]]
-    # What its caches are made under; known once a worker has loaded the model.
+    # Fingerprint of its caches; known once a worker has loaded the model.
     fingerprint: Mapped[str | None] = mapped_column(String(64))
-    # Whether every document of the sources has its task by now.
+    # Whether every document of the sources has its task.
     discovered: Mapped[bool] = mapped_column(default=False)
     n_deleted: Mapped[int] = mapped_column(default=0)
     n_unchanged: Mapped[int] = mapped_column(default=0)
@@ -216,24 +216,24 @@ class JobRow(Base):
 
 
 class TaskRow(Base):
-    """One document of a job: the ledger's line."""
+    """One document of a job: an entry of the ledger."""
 
     __tablename__ = "task"
     __table_args__ = (
         UniqueConstraint("job_id", "document_id"),
-        Index(None, "job_id", "state", "priority", "id"),  # what a claim looks for
+        Index(None, "job_id", "state", "priority", "id"),  # for claiming a task
     )
     id: Mapped[int] = mapped_column(primary_key=True)
     job_id: Mapped[int] = mapped_column(ForeignKey("job.id", ondelete="CASCADE"))
     document_id: Mapped[str] = mapped_column(Text)
     uri: Mapped[str] = mapped_column(Text)
-    # The lowest first: the document's size in bytes, negative, or 0 where it is not known.
+    # Lowest first: the negative size of the document in bytes, or 0 if it is unknown.
     priority: Mapped[int] = mapped_column(BigInteger, default=0)
     state: Mapped[str] = mapped_column(String(16))
     attempts: Mapped[int] = mapped_column(default=0)
     worker: Mapped[str | None] = mapped_column(String(255))
     lease_expires_at: Mapped[datetime | None]
-    # What became of it: added, replaced, unchanged; or the error.
+    # Result: added, replaced or unchanged; or the error.
     outcome: Mapped[str | None] = mapped_column(String(16))
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     n_passages: Mapped[int] = mapped_column(default=0)

@@ -1,17 +1,17 @@
-"""The file that a collection travels in: a tar of a fixed shape, written and read from front to back.
+"""The archive of a collection: a tar of fixed structure, written and read from front to back.
 
 ```
-kv-memory.json               what it is: format, collection, settings
+kv-memory.json               format, collection, settings
 manifest/00000001.jsonl      the rows of some documents and their caches, and the blobs that follow
 blobs/<sha256>.safetensors   each blob once, named by the hash of its bytes
 manifest/00000002.jsonl      ...
 end.json                     the hash over names, sizes and hashes of all members before it
 ```
 
-Any `tar` lists and unpacks it. Reading is strict: a member is there under the name and with the size that is expected
-next, or the archive is refused; so there are no links, folders, absolute paths or `..` to be careful with. Headers are
-read by `tarfile.TarInfo`, but not members by `tarfile.TarFile`: that takes a damaged header for the end of the archive,
-and remembers every member it has seen.
+Any `tar` lists and unpacks it. Reading is strict: every member must have the name and size that are expected next, or
+the archive is refused. So there are no links, folders, absolute paths or `..` to handle. Headers are parsed by
+`tarfile.TarInfo`. `tarfile.TarFile` was rejected for reading members: it takes a damaged header for the end of the
+archive, and remembers every member it has read.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
 FORMAT = 1
 HEADER, END = "kv-memory.json", "end.json"
 CHUNK_BYTES = 1 << 20
-MAX_MEMBER_BYTES = 8**11  # of a tar header without extensions: 8 GiB
+MAX_MEMBER_BYTES = 8**11  # limit of a tar header without extensions: 8 GiB
 
 
 def blob_member(key: str) -> str:
@@ -53,23 +53,23 @@ def blob_member(key: str) -> str:
 
 
 def manifest_member(ordinal: int) -> str:
-    """The name of a group's rows, counted from 1."""
+    """The name of the member with a group's rows, counted from 1."""
     return f"manifest/{ordinal:08d}.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArchiveHeader:
-    """What an archive says of itself first.
+    """First member of an archive: a description of its contents.
 
     Attributes:
-        format: Of the archive.
-        written_by: The version of this package.
-        collection: Its name in the store it comes from.
-        collection_created_at: Tells it from others of that name; ISO 8601, UTC.
-        revision: Of the collection when the export began.
-        settings: Of the collection.
-        n_documents: In the collection when the export began.
-        size_bytes: Of its caches' blobs when the export began.
+        format: Format version of the archive.
+        written_by: Version of this package that wrote it.
+        collection: Name of the collection in its store of origin.
+        collection_created_at: Time of its creation, which distinguishes it from others with that name; ISO 8601, UTC.
+        revision: Revision of the collection when the export began.
+        settings: Settings of the collection.
+        n_documents: Number of documents in the collection when the export began.
+        size_bytes: Size of its caches' blobs in bytes when the export began.
     """
 
     format: int
@@ -83,13 +83,13 @@ class ArchiveHeader:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What must be the same for an interrupted export to be gone on with."""
+        """The values that must be unchanged for an interrupted export to be resumed."""
         return self.format, self.collection, self.collection_created_at, self.revision, self.settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A place between two members, and the hash up to there."""
+    """A position between two members, and the hash up to it."""
 
     offset: int
     n_members: int
@@ -112,15 +112,15 @@ class Chain:
         self.n_members += 1
 
     def end(self) -> bytes:
-        """What the last member says of all before it."""
+        """The contents of the last member: hash and number of all members before it."""
         return _json({"sha256": self.digest.hexdigest(), "n_members": self.n_members})
 
     def mark(self) -> Mark:
-        """This place."""
+        """The present position."""
         return Mark(offset=self.offset, n_members=self.n_members, n_groups=self.n_groups, digest=self.digest.copy())
 
     def reset(self, mark: Mark) -> None:
-        """Go back to a place."""
+        """Go back to a position."""
         self.offset, self.n_members, self.n_groups = mark.offset, mark.n_members, mark.n_groups
         self.digest = mark.digest.copy()
 
@@ -129,9 +129,9 @@ class ArchiveWriter:
     """Writes an archive.
 
     Args:
-        file: Binary.
-        where: Names it in errors.
-        at: Go on there instead of at the start; the file must be one that can be positioned.
+        file: Binary file.
+        where: Name of the archive in errors.
+        at: Position to resume at instead of the start; the file must be seekable.
     """
 
     def __init__(self, file: BinaryIO, where: str, *, at: Mark | None = None) -> None:
@@ -142,11 +142,11 @@ class ArchiveWriter:
             self.rewind(at)
 
     def mark(self) -> Mark:
-        """This place, to come back to."""
+        """The present position, for `rewind`."""
         return self._chain.mark()
 
     def rewind(self, mark: Mark) -> None:
-        """Forget what stands behind a mark."""
+        """Remove everything after a mark."""
         self._file.seek(mark.offset)
         self._file.truncate()
         self._chain.reset(mark)
@@ -161,11 +161,11 @@ class ArchiveWriter:
         self._chain.n_groups += 1
 
     def blob(self, key: str, path: Path, size_bytes: int) -> None:
-        """Write a blob from a file whose hash was checked.
+        """Write a blob from a file after its hash was checked.
 
         Raises:
-            FileNotFoundError: The file is gone, or was cut short meanwhile: rewind.
-            TransferError: It is larger than a member of a tar may be.
+            FileNotFoundError: The file is gone, or was truncated meanwhile: rewind.
+            TransferError: The blob is larger than a member of a tar may be.
         """
         with open(path, "rb") as source:
             self._start(blob_member(key), size_bytes)
@@ -204,7 +204,7 @@ class ArchiveWriter:
         info = tarfile.TarInfo(name)
         info.size = size_bytes
         info.mode = 0o600
-        # No times, users or groups: the same collection gives the same bytes.
+        # No times, users or groups, so that the same collection gives the same bytes.
         self._file.write(info.tobuf(tarfile.PAX_FORMAT))
 
     def _finish(self, name: str, size_bytes: int, sha256: str) -> None:

@@ -1,4 +1,4 @@
-"""Reading an archive of a collection: what comes out was checked; else it is refused, with the place that is wrong."""
+"""Reads the archive of a collection, checks everything, and refuses a wrong archive with the place of the error."""
 
 from __future__ import annotations
 
@@ -34,54 +34,54 @@ _AGAIN = "Copy the archive again; if it was damaged where it was made, run `kv-m
 
 
 class ArchiveReader:
-    """Reads an archive from its first byte on. Whatever comes out of it was checked.
+    """Reads an archive from its first byte on, and returns only checked data.
 
     Args:
-        file: Binary; a pipe will do, but then it can be read once only.
-        where: Names it in errors.
+        file: Binary file; a pipe can be read only once.
+        where: Name of the archive in errors.
 
     Raises:
-        TransferError: It is no archive of kv-memory, or of a newer format, or damaged.
+        TransferError: The file is not an archive of kv-memory, has another format, or is damaged.
     """
 
     def __init__(self, file: BinaryIO, where: str) -> None:
         self._file = file
         self._where = where
         self._chain = Chain()
-        self._due: list[tuple[str, int]] = []  # blobs of the present group that were not read yet, the next one last
+        self._due: list[tuple[str, int]] = []  # unread blobs of the present group, the next one last
         self.header = self._read_header()
         self._start = self.mark()
 
     @property
     def size_bytes(self) -> int:
-        """Length of the file; 0 where it is a pipe."""
+        """Size of the file in bytes; 0 for a pipe."""
         return os.fstat(self._file.fileno()).st_size if self.can_rewind else 0
 
     @property
     def offset(self) -> int:
-        """How far it was read, in bytes."""
+        """Position of the reader in bytes."""
         return self._chain.offset
 
     @property
     def can_rewind(self) -> bool:
-        """Whether it can be read again."""
+        """Whether the archive can be read again."""
         return self._file.seekable()
 
     def mark(self) -> Mark:
-        """This place, for `ArchiveWriter` to go on at."""
+        """The present position, at which `ArchiveWriter` can resume."""
         return self._chain.mark()
 
     def rewind(self) -> None:
-        """Back to the first group."""
+        """Go back to the first group."""
         self._file.seek(self._start.offset)
         self._chain.reset(self._start)
         self._due = []
 
     def groups(self) -> Iterator[Group]:
-        """The groups, one after the other; read `blobs` of each, or they are skipped unread.
+        """The groups in order; blobs that are not read through `blobs` are skipped unread.
 
         Raises:
-            TransferError: The archive is damaged, or something else than the next group stands there.
+            TransferError: The archive is damaged, or the next member is not the next group.
         """
         while True:
             name, size_bytes = self._next()
@@ -103,10 +103,10 @@ class ArchiveReader:
                 self._skip_blob(*self._due.pop())
 
     def blobs(self) -> Iterator[tuple[str, bytes]]:
-        """Keys and bytes of the present group's blobs; the bytes are those that the key is the SHA-256 of.
+        """Keys and bytes of the present group's blobs; the bytes were checked against the key, their SHA-256.
 
         Raises:
-            TransferError: One is missing or damaged.
+            TransferError: A blob is missing or damaged.
         """
         while self._due:
             key, size_bytes = self._due.pop()
@@ -186,7 +186,7 @@ class ArchiveReader:
         return info.name, info.size
 
     def _read(self, name: str, size_bytes: int) -> bytes:
-        pieces: list[bytes] = []  # piece by piece: a size that was altered must not reserve memory for it
+        pieces: list[bytes] = []  # piece by piece, so that a tampered size reserves no memory
         left = size_bytes + -size_bytes % tarfile.BLOCKSIZE
         while left:
             piece = self._file.read(min(left, CHUNK_BYTES))

@@ -1,8 +1,8 @@
-"""Writing a collection into an archive: groups of documents, each read in one transaction and followed by its blobs.
+"""Exports a collection into an archive: groups of documents, each read in one transaction and followed by its blobs.
 
-A group is what has to fit into memory. A blob may vanish between the transaction and its copy, because its document was
-changed or its cache evicted: then the group is taken back and read again, so that every document in the archive is
-complete. Which blobs were written is kept in a temporary database of SQLite, which a million of them do not strain.
+A group has to fit into memory. A blob may vanish between the transaction and its copy, because its document was
+changed or its cache evicted. The group is then removed and read again, so that every document in the archive is
+complete. The keys of written blobs are kept in a temporary SQLite database, which copes with a million of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kv_memory.store.transfer.manifest import Group
 
 __all__ = ["export_collection"]
 
-_TRIES = 10  # of a group whose blobs vanish while they are copied
+_TRIES = 10  # of a group with blobs that vanish while they are copied
 
 
 def export_collection(
@@ -44,18 +44,18 @@ def export_collection(
 
 @dataclass(kw_only=True)
 class _State:
-    """How far an export is.
+    """Progress of an export.
 
     Attributes:
-        mark: Behind the last complete member.
-        before: Where the present group begins, for taking it back.
+        mark: Position after the last complete member.
+        before: Position at which the present group begins, for removing the group.
         cursor: Id of the last document before the present group.
-        group: The present group, None where none was begun.
-        n_written: Blobs of it in the archive.
-        n_taken_back: How often it was taken back.
-        n_documents: In the groups before.
-        n_caches: Cache rows in the groups before.
-        damaged: Blobs that were found damaged or missing.
+        group: Present group; None between groups.
+        n_written: Number of the present group's blobs in the archive.
+        n_taken_back: Number of times that the present group was removed.
+        n_documents: Number of documents in the groups before.
+        n_caches: Number of cache rows in the groups before.
+        damaged: Keys of blobs that were found damaged or missing.
     """
 
     mark: Mark
@@ -69,7 +69,7 @@ class _State:
     damaged: list[str] = field(default_factory=list)
 
     def advance(self) -> None:
-        """The present group is complete."""
+        """Complete the present group."""
         if self.group is not None:
             self.n_documents += len(self.group.documents)
             self.n_caches += len(self.group.caches)
@@ -78,7 +78,7 @@ class _State:
 
 
 class Exporter:
-    """One export. A context, because of its temporary database."""
+    """One export; a context manager, because it has a temporary database."""
 
     def __init__(
         self,
@@ -98,8 +98,8 @@ class Exporter:
         self._seen.close()
 
     def run(self, file: BinaryIO, where: str, *, can_rewind: bool) -> ExportReport:
-        """Write the archive; in a file, behind what an interrupted export has left there."""
-        self._shelf.uses.flush()  # times of last use travel too
+        """Write the archive; in a file, after what an interrupted export left in it."""
+        self._shelf.uses.flush()  # times of last use are exported too
         header = self._gatherer.header()
         state = self._survey(file, where, header) if can_rewind else None
         resumed = state is not None
@@ -141,7 +141,7 @@ class Exporter:
         )
 
     def _copy(self, writer: ArchiveWriter, state: _State, key: str, size_bytes: int, *, can_rewind: bool) -> bool:
-        """Write the next blob of the group; False if it is gone and the group was taken back."""
+        """Write the next blob of the group; False if it is gone and the group was removed."""
         try:
             path = self._shelf.stock.vault.verified_path(key, size_bytes)
             writer.blob(key, path, size_bytes)
@@ -172,7 +172,7 @@ class Exporter:
         return True
 
     def _survey(self, file: BinaryIO, where: str, header: ArchiveHeader) -> _State | None:
-        """How far an interrupted export of this state of the collection came; None if there is none."""
+        """Progress of an interrupted export of the collection in this state; None if the file has no such export."""
         file.seek(0)
         try:
             reader = ArchiveReader(file, where)
@@ -191,7 +191,7 @@ class Exporter:
                     state.n_written += 1
                     tell(self._on_progress, "verify", state.n_documents, reader.offset, reader.size_bytes)
         except TransferError:
-            pass  # here it was interrupted
+            pass  # the export was interrupted here
         if state.group is not None and state.n_written == len(state.group.blobs):
             state.advance()
         return state

@@ -1,4 +1,4 @@
-"""Moving a collection as one file: what it reports, and the file, whether it is whole and who is writing it."""
+"""Files and reports of an export or import: opening, verifying and writing an archive, and its progress."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kv_memory.store.transfer.manifest import Group
 
 try:
     import fcntl
-except ImportError:  # Windows: two exports into one file are not told apart
+except ImportError:  # Windows: a second export into the same file is not noticed
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
@@ -37,13 +37,13 @@ OnConflict = Literal["refuse", "skip", "replace"]
 
 @dataclass(frozen=True, kw_only=True)
 class TransferProgress:
-    """How far an export or import is.
+    """Progress of an export or import.
 
     Attributes:
-        step: What is being done: `verify` reads the archive through before anything is changed.
-        n_documents: Done.
-        size_bytes: Done.
-        size_bytes_total: To do, as far as is known; 0 where it is not.
+        step: Present step; `verify` reads the whole archive before anything is changed.
+        n_documents: Number of documents done.
+        size_bytes: Size of the archive done, in bytes.
+        size_bytes_total: Total size in bytes as far as it is known; 0 if it is not.
     """
 
     step: Literal["export", "verify", "import"]
@@ -54,19 +54,20 @@ class TransferProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """What `Store.export_to` did.
+    """Result of `Store.export_to`.
 
     Attributes:
-        path: The archive; None for a pipe.
-        collection: What is in it.
-        n_documents: In the archive.
-        n_caches: Rows of distilled caches in the archive; those that several groups of documents share count in each.
-        n_blobs: In the archive.
-        size_bytes: Of the archive.
-        sha256: Over names, sizes and hashes of all members; the archive's last member has it too.
-        resumed: Whether an interrupted export was gone on with.
-        changed: Whether documents were added, changed or removed meanwhile. Each document in the archive is one that
-            was there, with its caches; all of them together may never have been.
+        path: Path of the archive; None for a pipe.
+        collection: Name of the exported collection.
+        n_documents: Number of documents in the archive.
+        n_caches: Number of rows of distilled caches in the archive; one that several groups of documents share counts
+            in each.
+        n_blobs: Number of blobs in the archive.
+        size_bytes: Size of the archive in bytes.
+        sha256: SHA-256 hex digest over names, sizes and hashes of all members; the archive's last member has it too.
+        resumed: Whether an interrupted export was resumed.
+        changed: Whether documents were added, changed or removed during the export. Each document in the archive
+            existed with its caches, but maybe not all of them at the same time.
         damaged: Keys of blobs that were found damaged or missing, and are not in the archive.
     """
 
@@ -84,20 +85,20 @@ class ExportReport:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportReport:
-    """What `Store.import_from` did.
+    """Result of `Store.import_from`.
 
     Attributes:
-        collection: Where it went.
-        n_documents: In the archive.
-        n_added: Documents that are new.
-        n_replaced: Documents that took the place of others of their id.
-        n_unchanged: Documents that were there already, with the same text.
-        conflicts: Ids that are there with other text, and were left as they are.
-        n_caches: Distilled caches that are new.
-        n_caches_present: Distilled caches that were there already.
-        n_caches_left_out: Distilled caches that have expired, or belong to documents that were left out.
-        n_evicted: Caches of the collection that went to keep its budget.
-        size_bytes: Of the blobs that were stored.
+        collection: Name of the collection that was imported into.
+        n_documents: Number of documents in the archive.
+        n_added: Number of new documents.
+        n_replaced: Number of documents that replaced others with their id.
+        n_unchanged: Number of documents that existed already, with the same text.
+        conflicts: Ids of documents that exist with other text, and were left unchanged.
+        n_caches: Number of new distilled caches.
+        n_caches_present: Number of distilled caches that existed already.
+        n_caches_left_out: Number of distilled caches that have expired, or belong to documents that were left out.
+        n_evicted: Number of caches evicted to stay within size limits.
+        size_bytes: Size of the stored blobs in bytes.
     """
 
     collection: str
@@ -115,10 +116,10 @@ class ImportReport:
 
 @contextmanager
 def open_archive(source: Path | str) -> Iterator[ArchiveReader]:
-    """An archive to read; `-` is the standard input.
+    """Open an archive for reading; `-` is standard input.
 
     Raises:
-        TransferError: There is no such file, or it is no archive.
+        TransferError: The file does not exist, or is not an archive.
     """
     if str(source) == "-":
         yield ArchiveReader(sys.stdin.buffer, "standard input")
@@ -142,15 +143,15 @@ def verify_archive(
     *,
     on_group: Callable[[Group], object] | None = None,
 ) -> None:
-    """Read an archive through and hash all of it.
+    """Read a whole archive and check all its hashes.
 
     Args:
-        archive: At its start.
-        on_progress: Called after every blob.
-        on_group: Called with every group, whose rows were verified and whose blobs were not yet.
+        archive: Archive, positioned at its start.
+        on_progress: Callback, called after every blob.
+        on_group: Callback, called with every group once its rows are verified, before its blobs are.
 
     Raises:
-        TransferError: It is damaged or incomplete.
+        TransferError: The archive is damaged or incomplete.
     """
     n_documents = 0
     for group in archive.groups():
@@ -168,7 +169,7 @@ def tell(
     size_bytes: int,
     size_bytes_total: int,
 ) -> None:
-    """Report progress to whoever wants to hear of it."""
+    """Report progress to the callback, if any."""
     if on_progress is not None:
         total = max(size_bytes, size_bytes_total) if size_bytes_total else 0
         on_progress(TransferProgress(step=step, n_documents=n_documents, size_bytes=size_bytes, size_bytes_total=total))
@@ -176,11 +177,11 @@ def tell(
 
 @contextmanager
 def part_file(target: Path) -> Iterator[BinaryIO]:
-    """The file beside an archive that becomes it when the block ends well; it stays when the block does not.
+    """A part file for writing an archive; it is renamed to the archive if the block succeeds, and kept otherwise.
 
     Raises:
-        TransferError: Another process writes it.
-        StoreError: The folder may not be written, or is not there.
+        TransferError: Another process is writing the file, the target is a folder, or its folder does not exist.
+        StoreError: The folder is not writable.
     """
     part = target.with_name(target.name + ".part")
     if target.is_dir():
@@ -188,7 +189,7 @@ def part_file(target: Path) -> Iterator[BinaryIO]:
     if not target.parent.is_dir():
         raise TransferError("there is no such folder", where=str(target.parent), next_step="Make it first.")
     with mapped(part):
-        # Whatever the umask, and not through a link that somebody else may have laid there.
+        # Private whatever the umask, and not through a link that another user may have placed there.
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
         descriptor = private_opener(str(part), flags)
         with os.fdopen(descriptor, "r+b") as file:
@@ -210,7 +211,7 @@ def part_file(target: Path) -> Iterator[BinaryIO]:
 
 
 def _lock(descriptor: int, path: Path) -> bool:
-    """Lock an open file; False if another process has it, or has just given it another name."""
+    """Lock an open file; False if another process has locked it, or has just renamed it."""
     if fcntl is None:
         return True
     try:

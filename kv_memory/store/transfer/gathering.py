@@ -1,4 +1,4 @@
-"""What an archive is filled with: groups of documents out of the catalog, in the order of their ids."""
+"""Reads a collection for an export: groups of documents from the catalog, in the order of their ids."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Gatherer:
     """Reads a collection group by group, each in a transaction of its own.
 
     Args:
-        catalog: Of the store.
-        collection_id: What to read.
+        catalog: Catalog of the store.
+        collection_id: Catalog row of the collection to read.
 
     Attributes:
-        seen: Blobs that are in the archive by now, kept by the caller: groups do not list them again.
+        seen: Keys of blobs already in the archive, maintained by the caller: groups do not list them again.
     """
 
     def __init__(self, catalog: Catalog, collection_id: int) -> None:
@@ -48,7 +48,7 @@ class Gatherer:
         self.seen = Seen()
 
     def header(self) -> ArchiveHeader:
-        """What the archive says of itself first."""
+        """The first member of the archive."""
         with self._catalog.read() as session:
             row = session.get_one(CollectionRow, self._collection_id)
             n_documents = select(func.count()).where(DocumentRow.collection_id == self._collection_id)
@@ -67,7 +67,7 @@ class Gatherer:
             )
 
     def group(self, cursor: str | None, *, first: bool) -> Group | None:
-        """The next documents with all that belongs to them; None behind the last one."""
+        """The next documents with all that belongs to them; None after the last one."""
         with self._catalog.read() as session:
             group = Group()
             if first:
@@ -83,7 +83,7 @@ class Gatherer:
         return group
 
     def _add_documents(self, session: Session, group: Group, cursor: str | None) -> None:
-        # Two statements: one that joins and groups would read all the rest of the collection for every group.
+        # Two statements: a single one with JOIN and GROUP BY would read the rest of the collection for every group.
         following = (
             select(DocumentRow.id)
             .where(DocumentRow.collection_id == self._collection_id)
@@ -130,7 +130,7 @@ class Seen:
     """A set of blob keys that need not fit into memory."""
 
     def __init__(self) -> None:
-        # A database without a name lives in a temporary file, unlinked from its birth, and in memory while it is small.
+        # A database without a name is in an unlinked temporary file, and in memory while it is small.
         self._database = sqlite3.connect("", isolation_level=None)
         self._database.execute("CREATE TABLE seen (key BLOB PRIMARY KEY) WITHOUT ROWID")
         self._count = 0
@@ -144,15 +144,15 @@ class Seen:
         return count
 
     def add(self, key: str) -> None:
-        """Put a key in."""
+        """Add a key."""
         self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (bytes.fromhex(key),))
 
     def forget(self, keys: Iterable[str]) -> None:
-        """Take keys out."""
+        """Remove keys."""
         self._database.executemany("DELETE FROM seen WHERE key = ?", ((bytes.fromhex(key),) for key in keys))
 
     def clear(self) -> None:
-        """Take all keys out."""
+        """Remove all keys."""
         self._database.execute("DELETE FROM seen")
 
     def close(self) -> None:

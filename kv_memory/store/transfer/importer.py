@@ -1,7 +1,7 @@
-"""Reading a collection from an archive: verified first, then group after group, blobs before rows, documents last.
+"""Imports a collection from an archive: verified first, then group by group, blobs before rows, documents last.
 
-Whatever breaks an import off, what is visible is sound: a cache's row comes after its blob, a document after its
-caches. The next import of the same archive skips what is there.
+An interrupted import leaves only sound data visible: a cache's row comes after its blob, a document after its caches.
+The next import of the same archive skips what is there.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class _Import:
     def run(self) -> ImportReport:
         self._refuse_other_settings()
         if self._archive.can_rewind:
-            # All of it before any of it: a damaged archive, or one that would be refused half way, changes nothing.
+            # The whole archive first: one that is damaged, or would be refused half way, then changes nothing.
             refusing = self._judge if self._on_conflict == "refuse" else None
             verify_archive(self._archive, self._on_progress, on_group=refusing)
             self._archive.rewind()
@@ -137,13 +137,13 @@ class _Import:
     # documents
 
     def _judge(self, group: Group) -> dict[str, str]:
-        """What becomes of each document: `add`, `replace`, `same` or `leave`."""
+        """Action for each document: `add`, `replace`, `same` or `leave`."""
         with self._catalog.read() as session:
             there = self._there(session, group)
             return {rows.document.document_id: self._verdict(there, rows) for rows in group.documents}
 
     def _there(self, session: Session, group: Group) -> dict[str, tuple[DocumentRow, list[str]]]:
-        """The documents that are there under the group's ids, with the hashes of their texts."""
+        """The existing documents with the group's ids, and the hashes of their texts."""
         found: dict[int, tuple[DocumentRow, list[str]]] = {}
         for batch in documents.batches(rows.document.document_id for rows in group.documents):
             for row in session.scalars(
@@ -181,7 +181,7 @@ class _Import:
         if not group.documents:
             return
         with self._catalog.write() as session:
-            # Looked at again: another process may have added one since, or removed it.
+            # Judged again: another process may have added or removed a document since.
             there = self._there(session, group)
             for rows in group.documents:
                 verdict = self._verdict(there, rows)
@@ -195,7 +195,7 @@ class _Import:
         self._shelf.stock.sweep(swept)
 
     def _write(self, session: Session, rows: DocumentRows, *, replaced: bool) -> list[str]:
-        """Insert a document, in the place of an old one; returns the blobs that nobody in the collection needs now."""
+        """Insert a document, replacing an old one; returns the keys of blobs that the collection no longer needs."""
         dropped: set[str] = set()
         if replaced:
             dropped = documents.delete_document(session, self._collection_id, rows.document.document_id)
@@ -210,7 +210,7 @@ class _Import:
 
 
 def _texts(group: Group, verdicts: dict[str, str]) -> set[str]:
-    """The texts whose caches are wanted: those of documents that are not left out."""
+    """Hashes of the texts with wanted caches: those of documents that are not left out."""
     return {
         passage.text_sha256
         for rows in group.documents

@@ -1,4 +1,4 @@
-"""The rows of an archive as JSON lines: a group of documents with their passages, caches and blobs' names."""
+"""The rows of an archive as JSON lines: a group of documents with their passages, caches and blob keys."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from kv_memory.store.sql.schema import Base, CacheRow, DocumentRow, PassageRow, 
 __all__ = ["DocumentRows", "Group", "ManifestError"]
 
 _ROW = TypeVar("_ROW", bound=Base)
-_OWN = {"id", "collection_id", "document_pk"}  # numbers of one store, which mean nothing in another
+_OWN = {"id", "collection_id", "document_pk"}  # ids of one store, which are meaningless in another
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class ManifestError(ValueError):
-    """A line is not what an export writes; `ArchiveReader` says where."""
+    """A line is not what an export writes; `ArchiveReader` adds its place in the archive."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +38,11 @@ class Group:
     """Some documents with all that belongs to them, read in one transaction.
 
     Attributes:
-        documents: With their passages.
-        caches: The distilled caches of these passages.
-        fingerprints: Canonical JSON by digest, of these caches.
-        prefixes: Shared prefixes; the first group has them.
-        blobs: Keys and sizes in bytes of what follows: the blobs of these rows that no group before has.
+        documents: Documents with their passages.
+        caches: Distilled caches of these passages.
+        fingerprints: Canonical JSON of these caches' fingerprints, by digest.
+        prefixes: Shared prefixes; only the first group has them.
+        blobs: Keys and sizes in bytes of the blobs that follow: those of these rows that no earlier group has.
     """
 
     documents: list[DocumentRows] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Group:
         return [*self.prefixes, *self.caches]
 
     def to_bytes(self) -> bytes:
-        """One JSON object a line, each with its `kind`."""
+        """One JSON object per line, each with its `kind`."""
         lines: list[dict[str, Any]] = []
         lines += [{"kind": "fingerprint", "digest": key, "json": text} for key, text in self.fingerprints.items()]
         lines += [{"kind": "cache", **_pack(row)} for row in self.caches]
@@ -67,12 +67,12 @@ class Group:
             for rows in self.documents
         ]
         lines += [{"kind": "blob", "key": key, "size_bytes": size_bytes} for key, size_bytes in self.blobs]
-        # Metadata may hold half a surrogate pair, which json.loads reads back in the same way.
+        # Metadata may have half a surrogate pair, which json.loads reads back unchanged.
         return b"".join(json.dumps(line, ensure_ascii=False).encode(errors="surrogatepass") + b"\n" for line in lines)
 
     @classmethod
     def parse(cls, data: bytes) -> Group:
-        """Inverse of `to_bytes`. Rows come without the numbers of a store.
+        """Parse the output of `to_bytes`; rows come without the ids of a store.
 
         Raises:
             ManifestError: A line is not what an export writes, or lines contradict each other.
@@ -148,7 +148,7 @@ def _pack(row: Base) -> dict[str, Any]:
 
 
 def _unpack(kind: type[_ROW], values: dict[str, Any]) -> _ROW:
-    """A row of these values; what an older version did not write gets its default."""
+    """A row with these values; columns that an older version did not write get their defaults."""
     row = kind()
     for name, column in _columns(kind).items():
         value = values.get(name)
@@ -157,8 +157,8 @@ def _unpack(kind: type[_ROW], values: dict[str, Any]) -> _ROW:
                 raise ManifestError(f"{name} is empty")
             if name not in values and not (column.nullable or column.default):
                 raise ManifestError(f"{name} is missing")
-            # Left alone where it is None: a JSON column would hold a JSON null instead of nothing. Dates that are
-            # missing are set here, because the row may be compared before it is stored.
+            # A None is not set: a JSON column would then hold a JSON null instead of SQL NULL. Missing dates are set
+            # here, because the row may be compared before it is stored.
             if name == "created_at":
                 setattr(row, name, utc_now())
             continue
@@ -174,7 +174,7 @@ def _unpack(kind: type[_ROW], values: dict[str, Any]) -> _ROW:
 
 
 def _type_of(column: Any) -> type:
-    # These two do not say it themselves.
+    # These two column types do not report it themselves.
     if isinstance(column.type, UTCDateTime):
         return datetime
     kind: type = dict if isinstance(column.type, JSON) else column.type.python_type
@@ -189,5 +189,5 @@ def _moment(value: object) -> datetime:
 
 
 def _columns(kind: type[Base]) -> dict[str, Any]:
-    """The columns of a table by the names of their attributes, without those that only mean something in its store."""
+    """The columns of a table by attribute name, without those that are only meaningful in its store."""
     return {attr.key: attr.columns[0] for attr in inspect(kind).column_attrs if attr.key not in _OWN}

@@ -1,4 +1,4 @@
-"""The caches and prefixes of an archive on their way into a collection: each blob first, then its rows."""
+"""Imports the caches and prefixes of an archive into a collection: each blob first, then its rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _Row = CacheRow | PrefixRow
 
 @dataclass(kw_only=True)
 class Received:
-    """What became of the caches so far; see `ImportReport`."""
+    """Counts of the caches handled so far; see `ImportReport`."""
 
     n_caches: int = 0
     n_present: int = 0
@@ -32,11 +32,11 @@ class Received:
 
 
 class Receiver:
-    """Takes the caches of one group after the other.
+    """Stores the caches of an archive, group by group.
 
     Args:
-        shelf: Of the collection.
-        collection_id: Whose they become.
+        shelf: Caches of the collection.
+        collection_id: Catalog row of the collection that gets them.
     """
 
     def __init__(self, shelf: Shelf, collection_id: int) -> None:
@@ -47,7 +47,7 @@ class Receiver:
         self._collection_id = collection_id
 
     def take(self, archive: ArchiveReader, group: Group, texts: set[str]) -> Iterator[None]:
-        """Store the caches of these texts; yields behind every blob that was read.
+        """Store the caches of these texts; yields after every blob that was read.
 
         Raises:
             TransferError: The archive is damaged.
@@ -57,7 +57,7 @@ class Receiver:
             if rows := due.pop(key, []):
                 self._file(group, rows, data)
             yield
-        # What is left has the blob of a group before, filed under another text.
+        # The remaining rows name blobs of earlier groups, under another text.
         for key, rows in due.items():
             try:
                 data = self._stock.vault.verified_path(key, rows[0].size_bytes).read_bytes()
@@ -70,7 +70,7 @@ class Receiver:
             self._file(group, rows, data)
 
     def _wanted(self, group: Group, texts: set[str]) -> dict[str, list[_Row]]:
-        """The rows that are to be stored, by blob."""
+        """The rows to store, by blob key."""
         due: dict[str, list[_Row]] = {}
         now = utc_now()
         for cache in group.caches:
@@ -86,7 +86,7 @@ class Receiver:
         return due
 
     def _has_cache(self, cache: CacheRow) -> bool:
-        """Whether the collection has such a cache, sound and alive; damage that is found is cleared away."""
+        """Whether the collection has such a cache, sound and not expired; a damaged one is quarantined."""
         with self._catalog.read() as session:
             row = session.scalar(select(CacheRow).where(self._same_cache(cache)))
         if row is None or (row.expires_at is not None and row.expires_at <= utc_now()):
@@ -113,11 +113,11 @@ class Receiver:
         return (PrefixRow.collection_id == self._collection_id) & (PrefixRow.key == prefix.key)
 
     def _file(self, group: Group, rows: list[_Row], data: bytes) -> None:
-        """Store a blob, then its rows; dates, pins and fidelity stay as they were."""
+        """Store a blob, then its rows; dates, pins and fidelity stay unchanged."""
         key = rows[0].blob_key
         left = [key]  # blobs that may have no row afterwards
         try:
-            # As in Shelf.put: held, nobody sweeps the blob away before a row names it.
+            # As in `Shelf.put`: the lock keeps the blob from being swept away before a row names it.
             with self._catalog.hold(f"blob {key}"):
                 self._stock.vault.put(key, data)
                 with self._catalog.write() as session:
@@ -132,7 +132,7 @@ class Receiver:
             self.received.n_evicted += self._shelf.make_room()
 
     def _insert(self, session: Session, group: Group, row: _Row) -> list[str]:
-        """Add a row in the place of what it is better than; returns the blobs of what went."""
+        """Insert a row, replacing an expired or damaged one; returns the blob keys of the deleted rows."""
         row.collection_id = self._collection_id
         if isinstance(row, PrefixRow):
             old = delete(PrefixRow).where(self._same_prefix(row)).returning(PrefixRow.blob_key)
