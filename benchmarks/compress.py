@@ -72,7 +72,7 @@ def measure(
 
     @torch.no_grad()
     def prefill() -> None:
-        backbone.read(torch.tensor([ids]), backbone.prefixed_cache(len(ids)))
+        backbone.prefill(torch.tensor([ids]), backbone.prefixed_cache(len(ids)))
         wait(backbone)
 
     def work() -> None:

@@ -143,7 +143,7 @@ def make(args: argparse.Namespace) -> dict[str, Any]:
 
     @torch.no_grad()
     def prefill() -> None:
-        backbone.read(torch.tensor([ids]), backbone.prefixed_cache(len(ids)))
+        backbone.prefill(torch.tensor([ids]), backbone.prefixed_cache(len(ids)))
 
     prefill()
     times = paired(

@@ -17,7 +17,7 @@ from kv_memory.compress import Compressor
 from kv_memory.config import DecodeSettings, DtypeName, Layout, SelectorName, StorageName, check_choice
 from kv_memory.documents import DocumentLike, read_documents
 from kv_memory.generate import iterate_in_thread
-from kv_memory.ingest.pipeline import AddProgress, AddReport, Intake
+from kv_memory.ingest.pipeline import AddProgress, AddReport, IngestPipeline
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.prompts import PromptForm, PromptName
 from kv_memory.query import Reader
@@ -299,7 +299,7 @@ class KVMemory:
             StoreError: The store cannot be written; its previous content is untouched.
         """
         read = read_documents(documents, encoding=encoding, on_error=on_error)
-        report = self._intake(on_progress).add(read.documents, errors=read.errors, skipped=read.skipped)
+        report = self._pipeline(on_progress).add(read.documents, errors=read.errors, skipped=read.skipped)
         self._remember()
         return report
 
@@ -333,9 +333,9 @@ class KVMemory:
             DocumentError: There is no text, or one is blank or binary.
             StoreError: The store cannot be written.
         """
-        intake = self._intake(on_progress, keep_text=keep_text)
+        pipeline = self._pipeline(on_progress, keep_text=keep_text)
         with self._extend_lock:  # extending reads the document and writes it back with more passages
-            report = intake.add_passages(document_id, texts, metadata=metadata, extend=extend, drop=drop)
+            report = pipeline.add_passages(document_id, texts, metadata=metadata, extend=extend, drop=drop)
         self._remember()
         return report
 
@@ -352,12 +352,14 @@ class KVMemory:
             encoding: Encoding of the text files.
             on_progress: Called after every passage.
         """
-        report = self._intake(on_progress).refresh(encoding=encoding)
+        report = self._pipeline(on_progress).refresh(encoding=encoding)
         self._remember()
         return report
 
-    def _intake(self, on_progress: Callable[[AddProgress], None] | None, *, keep_text: bool | None = None) -> Intake:
-        return Intake(
+    def _pipeline(
+        self, on_progress: Callable[[AddProgress], None] | None, *, keep_text: bool | None = None
+    ) -> IngestPipeline:
+        return IngestPipeline(
             self.store,
             self.compressor,
             keep_ratio=self.settings.keep,

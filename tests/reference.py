@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kv_memory.model.opening import is_visible
+from kv_memory.model.first_token import is_visible
 from tests.conftest import make_backbone, make_model
 
 LAYER_TYPED = ("gemma2", "gemma3_text", "qwen2", "qwen3")  # take one mask per layer type

@@ -11,7 +11,7 @@ from kv_memory import BudgetError, ConfigError, Conversation, KVMemory, Referenc
 from kv_memory.cache.keep import Keep
 from kv_memory.documents import Document
 from kv_memory.errors import CacheNotFoundError, FingerprintMismatchError
-from kv_memory.ingest.pipeline import Intake
+from kv_memory.ingest.pipeline import IngestPipeline
 from kv_memory.query import key_of
 from tests.memories import (
     FERRY,
@@ -142,11 +142,11 @@ def test_passages_that_are_read_together_keep_their_own_ratios(tmp_path: Path, w
     with open_with(tmp_path / "alone", wide, keep_tokens=20) as memory, open_with(tmp_path / "b", wide) as other:
         memory.add(("long", LONG))
         keep = memory.settings.keep
-        intake = Intake(other.store, memory.compressor, keep_ratio=keep, passage_tokens=64, batch_size=4)
-        assert intake.add_one(Document(id="long", text=LONG)).n_passages == len(memory.store.caches()) > 4
+        pipeline = IngestPipeline(other.store, memory.compressor, keep_ratio=keep, passage_tokens=64, batch_size=4)
+        assert pipeline.add_one(Document(id="long", text=LONG)).n_passages == len(memory.store.caches()) > 4
         ratios = {cache.text_sha256: cache.keep_ratio for cache in memory.store.caches()}
         assert {cache.text_sha256: cache.keep_ratio for cache in other.store.caches()} == ratios
-        assert intake.add_one(Document(id="long", text=LONG)).unchanged == ["long"]
+        assert pipeline.add_one(Document(id="long", text=LONG)).unchanged == ["long"]
 
 
 def test_another_collection_and_a_conversation_have_budgets_of_their_own(memory: KVMemory) -> None:

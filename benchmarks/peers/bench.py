@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from asking import ROOT, Asking, extend
-from opening import Opening
+from opening import FirstToken
 from reader import Reader, Reading
 
 __all__ = ["Answered", "Bench"]
@@ -75,7 +75,7 @@ class Bench:
         reader.warm_up(text)
         self.full = reader.read(text)
         self._openings = [
-            Opening(reader.tokenizer, end_ids=self._end_ids, behind=question["ids"][-1]) for question in questions
+            FirstToken(reader.tokenizer, end_ids=self._end_ids, behind=question["ids"][-1]) for question in questions
         ]
         self._teacher: Sequence[torch.Tensor] = ()  # log-probabilities at the full cache's answer
         self._scored_full = self._score(self.full)

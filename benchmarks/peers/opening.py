@@ -1,4 +1,4 @@
-"""What an answer begins with: something that can be seen. The rule of `kv_memory.model.opening`, for greedy answers.
+"""Answers begin with something visible: the rule of `kv_memory.model.first_token`, for greedy answers.
 
 Until an answer has a visible character, tokens that leave it without one are passed over, and stop strings do not
 count. One space may stand at the very beginning where the prompt does not end in white space.
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Opening", "first_visible"]
+__all__ = ["FirstToken", "first_visible"]
 
 _INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})  # control and format characters, white space
 
@@ -22,7 +22,7 @@ def first_visible(text: str) -> int:
     return next((i for i, char in enumerate(text) if unicodedata.category(char) not in _INVISIBLE), len(text))
 
 
-class Opening:
+class FirstToken:
     """Picks the first tokens of one answer.
 
     Args:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from kv_memory.cli.opening import load_model, open_memory
+from kv_memory.cli.open_store import load_model, open_memory
 from kv_memory.cli.options import (
     DEFAULT_COLLECTION,
     DEFAULT_STORE,

@@ -15,7 +15,7 @@ from kv_memory.settings import given_settings, resolve_settings
 
 if TYPE_CHECKING:
     from kv_memory.config import SelectorName, StorageName
-    from kv_memory.evaluate import Advice, AdviceRow, Wish
+    from kv_memory.evaluate import Advice, AdviceRow, Criteria
     from kv_memory.model.prompts import PromptName
 
 __all__ = ["advise_on"]
@@ -30,10 +30,11 @@ def advise_on(
         typer.Option("--keep-ratio", metavar="SHARE", help="0.25 or 1/4; repeatable.  [default: 1/2, 1/4, 1/8, 1/16]"),
     ] = None,
     max_kl: Annotated[
-        float, typer.Option("--max-kl", metavar="KL", help="Wish: at most this far from the full cache, in nats.")
+        float, typer.Option("--max-kl", metavar="KL", help="Criteria: at most this far from the full cache, in nats.")
     ] = 0.1,
     min_same: Annotated[
-        float, typer.Option("--min-same", metavar="SHARE", help="Wish: at least this share of answers stays the same.")
+        float,
+        typer.Option("--min-same", metavar="SHARE", help="Required: at least this share of answers stays the same."),
     ] = 0.8,
     n_passages: Annotated[
         int, typer.Option("--n-passages", metavar="N", help="Passages to draw; up to 4 questions about each.")
@@ -94,10 +95,10 @@ def advise_on(
             from kv_memory.assembly import load_backbone
             from kv_memory.documents import read_documents
             from kv_memory.documents.encoding import check_encoding
-            from kv_memory.evaluate import DEFAULT_KEEP_RATIOS, Wish, advise
+            from kv_memory.evaluate import DEFAULT_KEEP_RATIOS, Criteria, advise
 
         # Checked before the model is loaded, so that a typo fails at once.
-        wish = Wish(max_kl=max_kl, min_same=min_same)
+        criteria = Criteria(max_kl=max_kl, min_same=min_same)
         check_encoding(encoding)
         for path in paths:
             if not path.exists():
@@ -110,17 +111,17 @@ def advise_on(
                 settings=settings,
                 backbone=backbone,
                 keep_ratios=ratios or DEFAULT_KEEP_RATIOS,
-                wish=wish,
+                criteria=criteria,
                 n_passages=n_passages,
                 seed=seed,
                 encoding=encoding,
                 time_limit_s=time_limit,
                 on_progress=tracker,
             )
-        _print(out, advice, wish)
+        _print(out, advice, criteria)
 
 
-def _print(out: Output, advice: Advice, wish: Wish) -> None:
+def _print(out: Output, advice: Advice, criteria: Criteria) -> None:
     for error in advice.errors[:_SHOWN]:
         out.note(f"Left out: {error.what} [{error.where}]", style="yellow")
     if len(advice.errors) > _SHOWN:
@@ -138,7 +139,7 @@ def _print(out: Output, advice: Advice, wish: Wish) -> None:
         for row in rows:
             print(json.dumps({**plain(row), "factor": row.factor}))
         counts = {name: getattr(advice, name) for name in ("n_documents", "n_unanswered", "n_too_long", "complete")}
-        print(json.dumps({"recommended": found.keep_ratio, **plain(found), **plain(wish), **counts}))
+        print(json.dumps({"recommended": found.keep_ratio, **plain(found), **plain(criteria), **counts}))
         return
     if rows:
         out.line(

@@ -16,7 +16,7 @@ from kv_memory.cli.ask import typed_lines
 from kv_memory.cli.compare import Comparison, Medians, compare, medians
 from kv_memory.cli.demo_questions import QUESTIONS, Question, known_questions
 from kv_memory.cli.demo_text import Compressed, introduce, print_compressed, print_end, print_result
-from kv_memory.cli.opening import load_model, open_memory
+from kv_memory.cli.open_store import load_model, open_memory
 from kv_memory.cli.options import JsonOption, KeepRatioOption, KeepTokensOption, MaxBytesOption, kept_of
 from kv_memory.cli.output import Output, plain, reporting
 from kv_memory.cli.packages import PACKAGES, package_documents

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kv_memory.cli.opening import open_store
+from kv_memory.cli.open_store import open_store
 from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, CollectionOption, JsonOption, StoreOption
 from kv_memory.cli.output import reporting
 from kv_memory.errors import DocumentNotFoundError

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kv_memory.cli.opening import open_store
+from kv_memory.cli.open_store import open_store
 from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, CollectionOption, JsonOption, StoreOption
 from kv_memory.cli.output import factor_text, plain, reporting, size_text
 from kv_memory.cli.progress import count_text, sources_text

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from kv_memory.cli.documents import find_document_id
-from kv_memory.cli.opening import open_store
+from kv_memory.cli.open_store import open_store
 from kv_memory.cli.options import (
     DEFAULT_COLLECTION,
     DEFAULT_STORE,
@@ -282,7 +282,7 @@ def init(
 def current(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
     """Tell the version of the store's tables, and that of this package."""
     with reporting(as_json=as_json) as out:
-        from kv_memory.store.opening import catalog_of
+        from kv_memory.store.open_parts import catalog_of
         from kv_memory.store.sql.catalog import Catalog
         from kv_memory.store.sql.schema import SCHEMA_HEAD
 
@@ -305,7 +305,7 @@ def upgrade(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> 
     older version that are at work on it would break.
     """
     with reporting(as_json=as_json) as out:
-        from kv_memory.store.opening import catalog_of
+        from kv_memory.store.open_parts import catalog_of
         from kv_memory.store.sql.catalog import Catalog
 
         where = catalog_of(store)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from kv_memory.cli.opening import open_store
+from kv_memory.cli.open_store import open_store
 from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, CollectionOption, JsonOption, StoreOption
 from kv_memory.cli.output import Output, reporting, size_text
 from kv_memory.cli.progress import TransferTracker
@@ -16,7 +16,7 @@ from kv_memory.errors import ConfigError
 
 if TYPE_CHECKING:
     from kv_memory.store import ImportReport
-    from kv_memory.store.transfer.files import OnConflict
+    from kv_memory.store.transfer.part_files import OnConflict
 
 __all__ = ["export", "import_archive"]
 
@@ -88,7 +88,7 @@ def import_archive(
         out.stopped = "What was imported stays; run the same command for the rest."
         with out.working("Starting"):
             from kv_memory.store import Store, open_archive
-            from kv_memory.store.transfer.files import OnConflict, verify_archive
+            from kv_memory.store.transfer.part_files import OnConflict, verify_archive
 
         check_choice(on_conflict, OnConflict, where="--on-conflict")
         with open_archive(file) as archive, TransferTracker(out) as tracker:

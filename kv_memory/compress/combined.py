@@ -13,7 +13,7 @@ import torch
 
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.matching import Matched
-from kv_memory.compress.prefill import Reading, check_finite, choose
+from kv_memory.compress.prefill import DocumentPrefill, check_finite, top_k_mask
 from kv_memory.errors import ConfigError
 
 __all__ = ["check_combinable", "combined_selection"]
@@ -45,7 +45,7 @@ def combined_selection(
     adapter: Adapter,
     selector: Matched,
     ids: torch.Tensor,
-    reading: Reading,
+    reading: DocumentPrefill,
     *,
     n_kept: int,
     forced: torch.Tensor,
@@ -68,4 +68,4 @@ def combined_selection(
     check_finite(adapter.backbone, errors)
     scores = reading.scores + 0.5 * errors.clamp_min(_LEAST).log().to(reading.scores.device)
     lengths, most = torch.tensor([ids.shape[1]]), torch.tensor([n_kept])
-    return choose(scores, lengths, most, budget=adapter.config.budget, forced=forced[None])
+    return top_k_mask(scores, lengths, most, budget=adapter.config.budget, forced=forced[None])

@@ -16,7 +16,7 @@ from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.combined import check_combinable, combined_selection
 from kv_memory.compress.kept import Kept, extract, join
 from kv_memory.compress.matching import Matched, MatchedDocument, MatchSettings, match_documents
-from kv_memory.compress.prefill import check_finite, choose, read_documents
+from kv_memory.compress.prefill import check_finite, prefill_documents, top_k_mask
 from kv_memory.compress.refine.optimize import refine_batch
 from kv_memory.compress.refine.refine_settings import RefineSettings
 from kv_memory.compress.selectors import Selector, make_selector
@@ -292,7 +292,9 @@ class Compressor:
 
     def _distil_batch(self, ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> list[Kept]:
         assert self.adapter is not None
-        reading = read_documents(self.adapter, ids, lengths.to(ids.device), n_kept.to(ids.device), routed=self.routed)
+        reading = prefill_documents(
+            self.adapter, ids, lengths.to(ids.device), n_kept.to(ids.device), routed=self.routed
+        )
         return [
             extract(self.backbone, reading.cache, reading.selected[:, row, :, :n], row=row)
             for row, n in enumerate(lengths.tolist())
@@ -302,7 +304,7 @@ class Compressor:
         assert isinstance(self.selector, Matched)
         extra = self.selector.extra_tokens
         cache = self.backbone.prefixed_cache(ids.shape[1], room=extra, batch_size=len(ids))
-        self.backbone.read(ids, cache, lengths=lengths)
+        self.backbone.prefill(ids, cache, lengths=lengths)
         documents = self.selector.documents(self.backbone, ids, cache, lengths=lengths)
         none = [torch.zeros(n, dtype=torch.bool) for n in lengths.tolist()]
         matches = match_documents(documents, n_kept.tolist(), none)
@@ -405,7 +407,7 @@ class Compressor:
         n_kept = n_forced + (n_kept_for(n_tokens - n_forced, keep_ratio) if n_tokens > n_forced else 0)
         if n_kept == n_tokens:
             cache = self.backbone.prefixed_cache(n_tokens)
-            self.backbone.read(ids, cache)
+            self.backbone.prefill(ids, cache)
             selected = torch.ones(1, 1, n_tokens, dtype=torch.bool, device=ids.device)
             return extract(self.backbone, cache, selected, offset=offset)
         if self.adapter is not None:
@@ -416,7 +418,7 @@ class Compressor:
             match = read.scored.match(n_kept=n_kept, forced=forced)
             return extract(self.backbone, read.cache, match.selected, offset=offset, match=match)
         lengths, most = torch.tensor([n_tokens]), torch.tensor([n_kept])
-        selected = choose(read.scored, lengths, most, budget=self.selector.budget, forced=forced[None])[:, 0]
+        selected = top_k_mask(read.scored, lengths, most, budget=self.selector.budget, forced=forced[None])[:, 0]
         return extract(self.backbone, read.cache, selected, offset=offset)
 
     def _read_window(self, ids: torch.Tensor) -> _Prefilled:
@@ -424,10 +426,10 @@ class Compressor:
         n_tokens = ids.shape[1]
         cache = self.backbone.prefixed_cache(n_tokens, room=self.selector.extra_tokens)
         if isinstance(self.selector, Matched):
-            self.backbone.read(ids, cache)
+            self.backbone.prefill(ids, cache)
             return _Prefilled(cache, self.selector.documents(self.backbone, ids, cache)[0])
         watched = self.selector.watch(self.backbone, n_prefix=len(self.backbone.prefix_ids), n_tokens=n_tokens)
-        self.backbone.read(ids, cache, context=ForwardContext(observer=watched))
+        self.backbone.prefill(ids, cache, context=ForwardContext(observer=watched))
         scores = self.selector.score(self.backbone, ids, cache, watched).to(ids.device)
         check_finite(self.backbone, scores)
         return _Prefilled(cache, (scores[None, None] if scores.ndim == 1 else scores)[:, None])
@@ -435,7 +437,7 @@ class Compressor:
     def _distil(self, ids: torch.Tensor, n_kept: int, forced: torch.Tensor) -> tuple[PositionedCache, torch.Tensor]:
         """Prefill with the adapter, which scores, selects and routes."""
         assert self.adapter is not None
-        reading = read_documents(
+        reading = prefill_documents(
             self.adapter,
             ids,
             torch.tensor([ids.shape[1]], device=ids.device),

@@ -58,7 +58,7 @@ def extract(
         flat_keys, flat_values, bias = match.keys, match.values.to(flat_values.dtype), match.bias.to(torch.float16)
     inside = torch.arange(n_tokens, device=mask.device).expand_as(mask)[mask]
     per_layer = counts.sum(1).tolist()
-    free = backbone.rope.take_off_flat(flat_keys, inside + n_prefix, per_layer, n_positions=cache.n_positions)
+    free = backbone.rope.unrotate_flat(flat_keys, inside + n_prefix, per_layer, n_positions=cache.n_positions)
     free = free.to(backbone.dtype)
     positions = (inside + offset).to(torch.int32)
     if int(counts.min()) != int(counts.max()):

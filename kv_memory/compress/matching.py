@@ -33,7 +33,7 @@ from kv_memory.compress.descent import MovedHeads
 from kv_memory.compress.fitting import output_errors
 from kv_memory.compress.head_fit import HeadRows, KeptHead, fitted_entries, refitted_errors
 from kv_memory.compress.match_settings import MatchSettings
-from kv_memory.compress.prefill import check_finite, choose
+from kv_memory.compress.prefill import check_finite, top_k_mask
 from kv_memory.compress.reference_rows import (
     CUE_TOKENS,
     QUESTION_TOKENS,
@@ -174,7 +174,7 @@ def match_documents(
 
     def choice(i: int, most: int) -> torch.Tensor:
         n = documents[i].n_tokens
-        return choose(
+        return top_k_mask(
             scores[i][:, None], torch.tensor([n]), torch.tensor([most]), budget="model", forced=forced[i][None]
         )[:, 0]
 

@@ -21,7 +21,15 @@ from kv_memory.model.attention import ForwardContext
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
 
-__all__ = ["Reading", "ReadingDocuments", "check_finite", "choose", "hidden_after", "pad", "read_documents"]
+__all__ = [
+    "DocumentPrefill",
+    "PrefillRouting",
+    "check_finite",
+    "hidden_after",
+    "pad",
+    "prefill_documents",
+    "top_k_mask",
+]
 
 
 def pad(rows: Sequence[Sequence[int]], *, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +49,7 @@ def check_finite(backbone: Backbone, *tensors: torch.Tensor) -> None:
         )
 
 
-def choose(
+def top_k_mask(
     scores: torch.Tensor,
     lengths: torch.Tensor,
     n_kept: torch.Tensor,
@@ -83,13 +91,13 @@ def choose(
     return mask
 
 
-class ReadingDocuments:
+class PrefillRouting:
     """Scores, selects and routes in each layer while documents are prefilled; a `Routing`.
 
     Args:
         adapter: Adapter that scores, and that decides which tokens are routed.
         lengths: `(batch,)`, tokens of each document.
-        n_kept: `(batch,)`, number of entries to keep of each document, see `choose`.
+        n_kept: `(batch,)`, number of entries to keep of each document, see `top_k_mask`.
         forced: Bool `(batch, n_tokens)`; tokens that are kept whatever their score.
         routed: True to use the LoRA; False prefills with the frozen weights alone, for selection without the LoRA.
     """
@@ -123,7 +131,7 @@ class ReadingDocuments:
 
     def _choose(self, scores: torch.Tensor) -> torch.Tensor:
         budget = self._adapter.config.budget
-        return choose(scores, self._lengths, self._n_kept, budget=budget, forced=self._forced)
+        return top_k_mask(scores, self._lengths, self._n_kept, budget=budget, forced=self._forced)
 
     def enter(self, layer: int, hidden: torch.Tensor) -> torch.Tensor | None:
         """Score and select where it is due, and return the mask of this layer; see `Routing`."""
@@ -153,7 +161,7 @@ class ReadingDocuments:
 
 
 @dataclass(frozen=True)
-class Reading:
+class DocumentPrefill:
     """Prefilled documents with their scores and selection.
 
     Attributes:
@@ -167,7 +175,7 @@ class Reading:
     scores: torch.Tensor
 
 
-def read_documents(
+def prefill_documents(
     adapter: Adapter,
     ids: torch.Tensor,
     lengths: torch.Tensor,
@@ -176,7 +184,7 @@ def read_documents(
     forced: torch.Tensor | None = None,
     routed: bool = True,
     room: int = 0,
-) -> Reading:
+) -> DocumentPrefill:
     """Prefill documents behind the shared prefix, score and select their tokens, and route what the adapter routes.
 
     Args:
@@ -190,15 +198,15 @@ def read_documents(
     """
     backbone, config = adapter.backbone, adapter.config
     batch, n_tokens = ids.shape
-    watching = ReadingDocuments(adapter, lengths=lengths, n_kept=n_kept, forced=forced, routed=routed)
+    watching = PrefillRouting(adapter, lengths=lengths, n_kept=n_kept, forced=forced, routed=routed)
     if config.scorer != "layer" and config.first_routed_layer < config.eta:
         first = backbone.prefixed_cache(n_tokens, batch_size=batch)
         with torch.no_grad():  # the layers below eta are frozen here: nothing to train
             hidden = hidden_after(backbone, ids, first, layer=config.eta, lengths=lengths if batch > 1 else None)
         watching.look(config.eta, hidden)
     cache = backbone.prefixed_cache(n_tokens, room=room, batch_size=batch)
-    backbone.read(ids, cache, lengths=lengths if batch > 1 else None, context=ForwardContext(routing=watching))
-    return Reading(cache=cache, selected=watching.selected, scores=watching.scores)
+    backbone.prefill(ids, cache, lengths=lengths if batch > 1 else None, context=ForwardContext(routing=watching))
+    return DocumentPrefill(cache=cache, selected=watching.selected, scores=watching.scores)
 
 
 def hidden_after(
@@ -233,7 +241,7 @@ def hidden_after(
     with backbone.lock:
         handle = backbone.layers[layer - 1].register_forward_hook(stop)
         try:
-            backbone.read(ids, cache, lengths=lengths)
+            backbone.prefill(ids, cache, lengths=lengths)
         except _EnoughRead:
             pass
         finally:

@@ -203,7 +203,7 @@ class _Recorder:
         behind = cache if many == 1 else _copies(cache, many, room=ids.shape[1])
         with self._norms():
             ragged = lengths if len(ids) > 1 else None
-            self._backbone.read(ids, behind, lengths=ragged, context=ForwardContext(observer=self))
+            self._backbone.prefill(ids, behind, lengths=ragged, context=ForwardContext(observer=self))
         if many == 1:
             cache.rewind(ids.shape[1])
             cache.next_positions = before  # `rewind` assumes rows of equal length
@@ -292,6 +292,6 @@ def _in_one_regime(
     parts = []
     for part, at, length in zip(query.split(list(sizes), 2), where.split(list(sizes), 1), n_positions, strict=True):
         every = at.expand(part.shape[:3])
-        free = backbone.rope.take_off(part, every, n_positions=length)
-        parts.append(backbone.rope.put_on(free, every, n_positions=max(wanted, int(at.max()) + 1)).to(query.dtype))
+        free = backbone.rope.unrotate(part, every, n_positions=length)
+        parts.append(backbone.rope.rotate(free, every, n_positions=max(wanted, int(at.max()) + 1)).to(query.dtype))
     return [replace(rows, query=turned) for rows, turned in zip(layers, torch.cat(parts, 2), strict=True)]

@@ -184,7 +184,7 @@ class Reconstruction:
             backbone, n_prefix=int(cache.next_positions[0]) - n_tokens, n_tokens=n_tokens, reduce="max"
         )
         for row in repeat_rows(backbone, ids, self._part):
-            backbone.read(torch.tensor([row]), cache, context=ForwardContext(observer=received))
+            backbone.prefill(torch.tensor([row]), cache, context=ForwardContext(observer=received))
             cache.rewind(len(row))
         return received.scores
 

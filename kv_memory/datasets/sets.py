@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kv_memory.datasets.example import Example, Question, Row, content_id, grouped
-from kv_memory.datasets.faults import Faults
-from kv_memory.datasets.files import json_file, json_lines
-from kv_memory.datasets.records import Record, each, items_of, text_of, texts_of, title_of
+from kv_memory.datasets.line_files import json_file, json_lines
+from kv_memory.datasets.on_error import Faults
+from kv_memory.datasets.record_files import Record, each, items_of, text_of, texts_of, title_of
 from kv_memory.errors import DatasetError
 
 __all__ = [

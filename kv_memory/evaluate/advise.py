@@ -21,7 +21,7 @@ from kv_memory.config import check_keep_ratio
 from kv_memory.documents import Document, DocumentLike, read_documents, split_passages
 from kv_memory.errors import ConfigError, DatasetError, DocumentError, EmptyDocumentError
 from kv_memory.evaluate.harness import DEFAULT_KEEP_RATIOS, EvalProgress
-from kv_memory.evaluate.recommend import AdviceRow, Recommendation, Wish, recommend
+from kv_memory.evaluate.recommend import AdviceRow, Criteria, Recommendation, recommend
 from kv_memory.evaluate.self_asked import ROOM_TOKENS, SelfAsked
 from kv_memory.model.backbone import Backbone
 from kv_memory.settings import MemorySettings, resolve_settings
@@ -62,7 +62,7 @@ def advise(
     settings: MemorySettings | None = None,
     backbone: Backbone | None = None,
     keep_ratios: Sequence[float] = DEFAULT_KEEP_RATIOS,
-    wish: Wish | None = None,
+    criteria: Criteria | None = None,
     n_passages: int = 8,
     seed: int = 0,
     encoding: str = "utf-8",
@@ -77,7 +77,7 @@ def advise(
             switched off.
         backbone: The model, if it is loaded already.
         keep_ratios: Ratios to measure, in (0, 1].
-        wish: Criteria for the recommended keep_ratio.
+        criteria: Criteria for the recommended keep_ratio.
         n_passages: Number of passages to sample. Up to 4 questions are asked about each.
         seed: Random seed for passages and questions. The same documents and seed give the same passages and questions.
         encoding: Encoding of text files without a byte order mark.
@@ -138,7 +138,7 @@ def advise(
     what += ["--skip-errors"] if read.errors else []
     return Advice(
         rows=rows,
-        recommendation=recommend(rows, wish=wish or Wish(), settings=settings, what=what),
+        recommendation=recommend(rows, criteria=criteria or Criteria(), settings=settings, what=what),
         settings=settings,
         n_documents=len(read.documents),
         n_unanswered=sample.n_unanswered,

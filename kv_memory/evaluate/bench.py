@@ -19,9 +19,9 @@ from kv_memory.config import Layout, StorageName
 from kv_memory.evaluate.cases import Case, EncodedQuery, encode_query
 from kv_memory.evaluate.measure import measure
 from kv_memory.evaluate.methods import Method, make_methods
-from kv_memory.evaluate.records import Record
+from kv_memory.evaluate.reference_answers import TeacherAnswer, teach
+from kv_memory.evaluate.results import Record
 from kv_memory.evaluate.task import Task
-from kv_memory.evaluate.teacher import TeacherAnswer, teach
 from kv_memory.model.backbone import Backbone
 
 __all__ = ["Bench", "Column"]

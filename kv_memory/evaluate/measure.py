@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.config import DecodeSettings, Layout
-from kv_memory.evaluate.asked import Asked, batches
+from kv_memory.evaluate.answer_metrics import ALL_WANTED, TEXT_METRICS, kl_divergence, negative_log_likelihood
 from kv_memory.evaluate.cases import Case, EncodedQuery, Query
-from kv_memory.evaluate.metrics import ALL_WANTED, TEXT_METRICS, kl_divergence, negative_log_likelihood
+from kv_memory.evaluate.prefilled_questions import PrefilledQuestions, batches
+from kv_memory.evaluate.reference_answers import KL_TOKENS, TeacherAnswer
 from kv_memory.evaluate.task import Task
-from kv_memory.evaluate.teacher import KL_TOKENS, TeacherAnswer
-from kv_memory.generate import opening_behind
+from kv_memory.generate import first_token_rule
 from kv_memory.model.backbone import Backbone
 
 __all__ = ["METRICS", "Measured", "measure"]
@@ -84,7 +84,9 @@ def measure(
     scored: list[_Scored] = []
     texts: list[str | None] = []
     for part in batches(backbone, len(encoded), n_entries=n_entries, n_tokens=n_tokens):
-        asked = Asked(backbone, caches, [query.prompt for query in encoded[part]], layout=layout, n_new=n_new)
+        asked = PrefilledQuestions(
+            backbone, caches, [query.prompt for query in encoded[part]], layout=layout, n_new=n_new
+        )
         found = _score(backbone, asked, case.queries[part], encoded[part], taught[part])
         scored += found
         texts += [None] * len(found) if settings is None else _texts(asked, taught[part], found, settings)
@@ -119,7 +121,7 @@ class _Scored:
 
 def _score(
     backbone: Backbone,
-    asked: Asked,
+    asked: PrefilledQuestions,
     queries: Sequence[Query],
     encoded: Sequence[EncodedQuery],
     taught: Sequence[TeacherAnswer],
@@ -127,7 +129,7 @@ def _score(
     kl, agrees, kl_joined = [], [], list[float | None]()
     for log_probs, teacher, query in zip(asked.follow([one.ids for one in taught]), taught, encoded, strict=True):
         kl.append(kl_divergence(teacher.log_probs, log_probs))
-        best = opening_behind(backbone, query.prompt).greedy(log_probs, teacher.ids)
+        best = first_token_rule(backbone, query.prompt).greedy(log_probs, teacher.ids)
         agrees.append(best == list(teacher.ids))
         joined = teacher.joined_log_probs
         kl_joined.append(None if joined is None else kl_divergence(joined, log_probs))
@@ -139,7 +141,7 @@ def _score(
     ]
 
 
-def _losses(asked: Asked, rows: Sequence[Sequence[int]]) -> list[float]:
+def _losses(asked: PrefilledQuestions, rows: Sequence[Sequence[int]]) -> list[float]:
     """Mean negative log-likelihood per token of each row; infinite for an empty one."""
     return [
         negative_log_likelihood(log_probs, row) if row else math.inf
@@ -147,7 +149,9 @@ def _losses(asked: Asked, rows: Sequence[Sequence[int]]) -> list[float]:
     ]
 
 
-def _accuracy(asked: Asked, queries: Sequence[Query], encoded: Sequence[EncodedQuery]) -> list[float | None]:
+def _accuracy(
+    asked: PrefilledQuestions, queries: Sequence[Query], encoded: Sequence[EncodedQuery]
+) -> list[float | None]:
     n_choices = max(len(query.choices) for query in encoded)
     losses = [
         _losses(asked, [query.choices[i] if i < len(query.choices) else () for query in encoded])
@@ -161,7 +165,7 @@ def _accuracy(asked: Asked, queries: Sequence[Query], encoded: Sequence[EncodedQ
 
 
 def _texts(
-    asked: Asked, taught: Sequence[TeacherAnswer], scored: Sequence[_Scored], settings: DecodeSettings
+    asked: PrefilledQuestions, taught: Sequence[TeacherAnswer], scored: Sequence[_Scored], settings: DecodeSettings
 ) -> list[str | None]:
     """Greedy answers.
 

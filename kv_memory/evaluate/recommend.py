@@ -12,13 +12,13 @@ from kv_memory.evaluate.aggregate import Interval
 from kv_memory.evaluate.report import kept_text
 from kv_memory.settings import NO_ADAPTER, MemorySettings, resolve_settings
 
-__all__ = ["LEAST_PASSAGES", "LEAST_QUESTIONS", "AdviceRow", "Recommendation", "Wish", "add_command", "recommend"]
+__all__ = ["LEAST_PASSAGES", "LEAST_QUESTIONS", "AdviceRow", "Criteria", "Recommendation", "add_command", "recommend"]
 
 LEAST_PASSAGES, LEAST_QUESTIONS = 3, 12  # below these there is too little data to judge
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class Criteria:
     """Criteria for a setting.
 
     Attributes:
@@ -107,7 +107,7 @@ class Recommendation:
 
 
 def recommend(
-    rows: Sequence[AdviceRow], *, wish: Wish, settings: MemorySettings, what: Sequence[str]
+    rows: Sequence[AdviceRow], *, criteria: Criteria, settings: MemorySettings, what: Sequence[str]
 ) -> Recommendation:
     """The smallest measured keep_ratio that meets the criteria; if none does, the one with the smallest KL.
 
@@ -116,11 +116,11 @@ def recommend(
 
     Args:
         rows: Measured rows; empty if no question could be generated.
-        wish: Criteria for the keep_ratio.
+        criteria: Criteria for the keep_ratio.
         settings: Settings of the measurement.
         what: Arguments of the `add` command: paths, and options for them.
     """
-    meeting = [row for row in rows if wish.is_met_by(row)]
+    meeting = [row for row in rows if criteria.is_met_by(row)]
     chosen = (
         min(meeting, key=lambda row: row.keep_ratio) if meeting else min(rows, key=lambda row: row.kl, default=None)
     )
@@ -132,10 +132,10 @@ def recommend(
         reason = "nothing was measured"
     elif meeting:
         below = [row for row in rows if row.keep_ratio < ratio]
-        reason = f"the smallest measured that has {wish} ({chosen})"
+        reason = f"the smallest measured that has {criteria} ({chosen})"
         reason += f"; the next smaller one has not ({max(below, key=lambda row: row.keep_ratio)})" if below else ""
     else:
-        reason = f"none measured has {wish}; nearest comes {chosen}. Keep more (--keep-ratio), or ask for less"
+        reason = f"none measured has {criteria}; nearest comes {chosen}. Keep more (--keep-ratio), or ask for less"
     if not enough:
         ratio = max(ratio, asked)
         n_questions, n_passages = (rows[0].n_questions, rows[0].n_passages) if rows else (0, 0)

@@ -11,14 +11,14 @@ from kv_memory.compress import RefineSettings
 from kv_memory.compress.refine.probes import make_probes, probe_room
 from kv_memory.compress.refine.teacher import Teacher
 from kv_memory.evaluate.aggregate import aggregate
+from kv_memory.evaluate.answer_metrics import normalise
 from kv_memory.evaluate.bench import Bench, Column
 from kv_memory.evaluate.cases import Case, Query
 from kv_memory.evaluate.methods import Method, make_methods
-from kv_memory.evaluate.metrics import normalise
 from kv_memory.evaluate.recommend import AdviceRow
-from kv_memory.evaluate.records import Record
+from kv_memory.evaluate.reference_answers import KL_TOKENS
+from kv_memory.evaluate.results import Record
 from kv_memory.evaluate.task import Task
-from kv_memory.evaluate.teacher import KL_TOKENS
 from kv_memory.model.backbone import Backbone
 from kv_memory.settings import MemorySettings
 

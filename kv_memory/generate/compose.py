@@ -103,7 +103,7 @@ def compose(
         inside = cache.positions if layout == "source" else torch.arange(cache.n_kept)
         here = inside.to(torch.int32) + position  # (n_kept,) or (num_layers, num_kv_heads, n_kept)
         entries = slice(entry, entry + cache.n_kept)
-        backbone.rope.put_on(
+        backbone.rope.rotate(
             cache.keys.to(backbone.device),
             here.to(backbone.device),
             n_positions=n_positions,
@@ -184,7 +184,7 @@ def _compose_ragged(
         if layout == "packed":  # side by side in each head, so that its last entry is next to the following document
             inside = torch.cat([torch.arange(cache.span - n, cache.span) for n in count.flatten().tolist()])
         where = inside.to(torch.int32) + offset  # (n_entries,)
-        turned = backbone.rope.put_on_flat(
+        turned = backbone.rope.rotate_flat(
             flat_keys.to(backbone.device), where.to(backbone.device), count.sum(1).tolist(), n_positions=n_positions
         )
         # 4b. Copy the entries of each head into all rows of the batch; `entry` is the index of its first flat entry.

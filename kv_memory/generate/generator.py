@@ -18,10 +18,10 @@ from kv_memory.generate.sampling import Sampler
 from kv_memory.generate.text import FinishReason, TextStream
 from kv_memory.generate.turns import Prompt
 from kv_memory.model.backbone import Backbone
+from kv_memory.model.first_token import FirstToken
 from kv_memory.model.kv_cache import PositionedCache
-from kv_memory.model.opening import Opening
 
-__all__ = ["Generation", "Generator", "Run", "end_ids", "iterate_in_thread", "opening_behind"]
+__all__ = ["Generation", "Generator", "Run", "end_ids", "first_token_rule", "iterate_in_thread"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +209,7 @@ class Run:
             None if settings.json_schema is None else JsonConstraint(backbone, settings.json_schema) for _ in prompts
         ]
         self._end_ids = end_ids(backbone)
-        self._openings = [opening_behind(backbone, prompt.ids) for prompt in prompts]
+        self._openings = [first_token_rule(backbone, prompt.ids) for prompt in prompts]
         self._ttft_s = [0.0] * len(prompts)
         self._total_s = [0.0] * len(prompts)
 
@@ -293,9 +293,9 @@ class Run:
         ]
 
 
-def opening_behind(backbone: Backbone, prompt: Sequence[int]) -> Opening:
+def first_token_rule(backbone: Backbone, prompt: Sequence[int]) -> FirstToken:
     """The rule for the first tokens of an answer to this prompt."""
-    return Opening(backbone.tokenizer, end_ids=end_ids(backbone), behind=prompt[-1] if prompt else None)
+    return FirstToken(backbone.tokenizer, end_ids=end_ids(backbone), behind=prompt[-1] if prompt else None)
 
 
 def end_ids(backbone: Backbone) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from kv_memory.model.opening import first_visible, is_visible
+from kv_memory.model.first_token import first_visible, is_visible
 
 __all__ = ["FinishReason", "TextStream"]
 

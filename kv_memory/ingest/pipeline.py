@@ -1,4 +1,4 @@
-"""Intake: split documents into passages, compress the passages, and store both.
+"""IngestPipeline: split documents into passages, compress the passages, and store both.
 
 Caches are stored one by one and their document last, in one transaction. If a long `add` is interrupted, its finished
 work is kept: the next call finds the caches and continues after them.
@@ -21,11 +21,11 @@ from kv_memory.compress import Compressor
 from kv_memory.config import StorageName
 from kv_memory.documents import Document
 from kv_memory.errors import KVMemoryError, TextNotKeptError
-from kv_memory.ingest.records import Prepared, Preparer
+from kv_memory.ingest.document_records import Prepared, RecordBuilder
 from kv_memory.store import CacheInfo, DocumentRecord, PassageRecord, Store, StoredPassage
 from kv_memory.tracing import span
 
-__all__ = ["AddProgress", "AddReport", "Intake"]
+__all__ = ["AddProgress", "AddReport", "IngestPipeline"]
 
 _BATCH_ON_GPU = 8  # passages; each holds a lock in the catalog meanwhile, on PostgreSQL with its own connection
 
@@ -84,7 +84,7 @@ class AddReport:
     elapsed_s: float = 0.0
 
 
-class Intake:
+class IngestPipeline:
     """Compresses documents into a store.
 
     Args:
@@ -93,7 +93,7 @@ class Intake:
         keep_ratio: Keep ratio of all passages; a `Keep` sets a separate ratio for each passage.
         passage_tokens: Maximum length of a passage in tokens; None keeps documents whole.
         storage: Storage format of keys and values in new caches; existing caches stay unchanged.
-        keep_text: True to keep the texts of added documents, see `Preparer`.
+        keep_text: True to keep the texts of added documents, see `RecordBuilder`.
         on_progress: Callback after every batch of passages.
         writer: Executor that stores the caches of a batch while the next one is compressed; None stores them at once.
         batch_size: Number of passages of a document compressed at once, grouped by similar length. None means 8 on a
@@ -118,7 +118,7 @@ class Intake:
         self._keep_ratio = keep_ratio
         self._passage_tokens = passage_tokens
         self._storage = storage
-        self._preparer = Preparer(store, compressor.backbone.count_tokens, keep_text=keep_text)
+        self._record_builder = RecordBuilder(store, compressor.backbone.count_tokens, keep_text=keep_text)
         self._on_progress = on_progress
         self._writer = writer
         on_gpu = compressor.backbone.device.type == "cuda"
@@ -171,9 +171,9 @@ class Intake:
             record = self._store.document(summary.id)
             try:
                 if all(passage.text is not None for passage in missing[summary.id]):
-                    todo.append(self._preparer.as_it_is(record))
+                    todo.append(self._record_builder.as_it_is(record))
                 else:
-                    todo.append(self._preparer.read_again(record, encoding=encoding))
+                    todo.append(self._record_builder.read_again(record, encoding=encoding))
             except TextNotKeptError as error:
                 report.errors.append(error)
             else:
@@ -194,8 +194,8 @@ class Intake:
         """Add or replace a document that the caller has split into passages; see `KVMemory.add_passages`."""
         report = AddReport()
         start_s = time.perf_counter()
-        old = self._preparer.stored(document)
-        prepared = self._preparer.passages(document, texts, old=old, metadata=metadata, extend=extend, drop=drop)
+        old = self._record_builder.stored(document)
+        prepared = self._record_builder.passages(document, texts, old=old, metadata=metadata, extend=extend, drop=drop)
         if old is not None and self._is_whole(prepared) and _same(old, prepared.record):
             report.unchanged.append(document)
         else:
@@ -209,17 +209,17 @@ class Intake:
 
         Only this document is looked up: listing the collection for each document of a job would be quadratic.
         """
-        old = self._preparer.stored(document.id)
+        old = self._record_builder.stored(document.id)
         wanted = document.content_sha256, self._passage_tokens
         if old is None or (old.content_sha256, old.passage_tokens) != wanted:
             (report.added if old is None else report.replaced).append(document.id)
-            return self._preparer.cut(document, self._passage_tokens)
+            return self._record_builder.cut(document, self._passage_tokens)
         cached = all(self._has(passage.text_sha256) for passage in old.passages)
-        if cached and old.metadata == dict(document.metadata) and self._preparer.is_kept_so(old.passages):
+        if cached and old.metadata == dict(document.metadata) and self._record_builder.is_kept_so(old.passages):
             report.unchanged.append(document.id)
             return None
         report.replaced.append(document.id)
-        return self._preparer.again(document, old)  # the passages are unchanged; the metadata may have changed
+        return self._record_builder.again(document, old)  # the passages are unchanged; the metadata may have changed
 
     def _has(self, text_sha256: str) -> bool:
         return self._store.has(text_sha256, self._fingerprint, self._keep_ratio)

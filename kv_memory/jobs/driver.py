@@ -1,6 +1,6 @@
 """The driver: create a job, keep workers running on it, and report progress.
 
-It claims no task and reads no document, so killing it loses nothing: its workers exit, and the next driver resumes.
+It task_queue no task and reads no document, so killing it loses nothing: its workers exit, and the next driver resumes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from kv_memory.jobs.events import (
     JobEnded,
     JobStarted,
     Progress,
-    Speedometer,
+    RateMeter,
     WorkerEnded,
 )
-from kv_memory.jobs.leases import Roll
+from kv_memory.jobs.leases import LiveWorkers
 from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.records import Counts, Job, JobSettings, job_name
 from kv_memory.jobs.sources import name_of, parse_sources
@@ -141,10 +141,10 @@ def drive(
             The job can be resumed. A new job that has processed nothing because of its model or settings is removed.
     """
     ledger = Ledger(store)
-    with ledger.driving(job):
+    with ledger.hold_driver_lock(job):
         job = ledger.reopen(job, retry_failed=retry_failed)
         if resumed:
-            Roll(store).free_dead(job)
+            LiveWorkers(store).free_dead(job)
         names = tuple(map(name_of, job.sources["items"]))
         on_event(JobStarted(job=job.name, sources=names, resumed=resumed))
         driver = _Driver(store, ledger, job, engine, on_event)
@@ -161,12 +161,12 @@ class _Driver:
         self, store: Store, ledger: Ledger, job: Job, engine: Engine, on_event: Callable[[Event], None]
     ) -> None:
         self._ledger = ledger
-        self._roll = Roll(store)
+        self._live_workers = LiveWorkers(store)
         self._job = job
         self._engine = engine
         self._on_event = on_event
         self._discovery = None if job.discovered else Discovery(store, ledger, job)
-        self._speed = Speedometer()
+        self._speed = RateMeter()
         self._expired_s = 0.0
         self._strikes = 0
         self._progress = 0  # documents done or failed at the last check
@@ -182,7 +182,7 @@ class _Driver:
             if self._discovery is not None:
                 self._discovery.stop()
             for end in self._engine.stop():
-                self._roll.free(self._job, end.worker, end.reason)
+                self._live_workers.free(self._job, end.worker, end.reason)
         if state == "running":
             self._ledger.finish(self._job)
         ended = self._ended(time.monotonic() - start_s)
@@ -209,7 +209,7 @@ class _Driver:
                     return state
             elif discovered and not counts.open:
                 return state
-            self._tend(counts, wanted=counts.open if state == "running" else 0)
+            self._poll(counts, wanted=counts.open if state == "running" else 0)
             time.sleep(pause_s)
 
     def _is_discovered(self) -> bool:
@@ -221,11 +221,11 @@ class _Driver:
             raise error
         return True
 
-    def _tend(self, counts: Counts, *, wanted: int) -> None:
+    def _poll(self, counts: Counts, *, wanted: int) -> None:
         if counts.done + counts.failed > self._progress:
             self._progress, self._strikes = counts.done + counts.failed, 0
-        for end in self._engine.tend(self._job, n_open=wanted):
-            freed = self._roll.free(self._job, end.worker, end.reason)
+        for end in self._engine.poll(self._job, n_open=wanted):
+            freed = self._live_workers.free(self._job, end.worker, end.reason)
             if end.error is not None:
                 raise _raised(end)
             self._strikes = 0 if freed else self._strikes + 1
@@ -241,7 +241,7 @@ class _Driver:
                 )
         if time.monotonic() - self._expired_s > _SLOWEST_POLL_S:
             self._expired_s = time.monotonic()
-            self._roll.expire(self._job)
+            self._live_workers.expire(self._job)
 
     def _tell(self, counts: Counts, now_s: float, elapsed_s: float, *, discovered: bool) -> None:
         self._speed.see(now_s, counts)

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from kv_memory.jobs.records import Counts
 
-__all__ = ["DocumentFailed", "Event", "JobEnded", "JobStarted", "Progress", "Speedometer", "WorkerEnded"]
+__all__ = ["DocumentFailed", "Event", "JobEnded", "JobStarted", "Progress", "RateMeter", "WorkerEnded"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ class JobEnded(Event):
     elapsed_s: float
 
 
-class Speedometer:
+class RateMeter:
     """The recent speed of a job: its first minute says little about its tenth hour.
 
     Args:

@@ -19,7 +19,7 @@ from kv_memory.store import Store
 from kv_memory.store.sql.catalog import Catalog
 from kv_memory.store.sql.schema import JobRow, TaskRow, utc_now
 
-__all__ = ["LEASE_S", "Claims", "Renewer", "Roll", "count_of", "locks_reach"]
+__all__ = ["LEASE_S", "LiveWorkers", "Renewer", "TaskQueue", "count_of", "locks_reach"]
 
 try:
     import fcntl
@@ -38,7 +38,7 @@ def count_of(result: Any) -> int:
     return result.rowcount
 
 
-class Roll:
+class LiveWorkers:
     """The workers of a collection's jobs; thread-safe.
 
     A killed worker is detected at once because its lock is released: on this machine and, with PostgreSQL, on any
@@ -54,7 +54,7 @@ class Roll:
         self._locks_reach = locks_reach(self._catalog)
 
     @contextmanager
-    def living(self, worker: str) -> Iterator[None]:
+    def hold_worker_lock(self, worker: str) -> Iterator[None]:
         """Hold the lock by which other processes see that this worker is alive."""
         with self._catalog.hold(f"worker {worker}"):
             yield
@@ -120,11 +120,11 @@ class Roll:
 LEASE_S = 60.0  # for this long a disconnected worker keeps a document from the others
 
 
-class Claims:
+class TaskQueue:
     """The tasks of one job, as claimed by one worker.
 
     A lease states until when a worker holds a document; a thread renews it four times as often as needed. Once it has
-    expired, `Roll.expire` frees the document for another worker, and the result of the previous worker is refused.
+    expired, `LiveWorkers.expire` frees the document for another worker, and the previous worker's result is refused.
     Leases are compared across machines, so their clocks must differ by less than a lease.
 
     Args:
@@ -241,10 +241,10 @@ class Renewer(threading.Thread):
         task: Task in progress; None between tasks.
     """
 
-    def __init__(self, claims: Claims, *, lease_s: float) -> None:
+    def __init__(self, task_queue: TaskQueue, *, lease_s: float) -> None:
         super().__init__(name="lease", daemon=True)
         self.task: Task | None = None
-        self._claims = claims
+        self._task_queue = task_queue
         self._pause_s = lease_s / 4
         self._ended = threading.Event()
 
@@ -263,4 +263,4 @@ class Renewer(threading.Thread):
         while not self._ended.wait(self._pause_s):
             if (task := self.task) is not None:
                 with suppress(StoreError):  # retried soon; if the catalog stays unavailable, the worker notices
-                    self._claims.renew(task)
+                    self._task_queue.renew(task)

@@ -1,7 +1,7 @@
 """The ledger: a collection's jobs, their documents and their progress, all in SQL.
 
 It is the checkpoint: a finished document is never processed again, whichever process dies. Workers claim tasks from it,
-see `leases.Claims`.
+see `leases.TaskQueue`.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Ledger:
             return session.scalar(select(JobRow.state).where(JobRow.id == job.id)) or "cancelled"
 
     @contextmanager
-    def driving(self, job: Job) -> Iterator[None]:
+    def hold_driver_lock(self, job: Job) -> Iterator[None]:
         """Hold the lock that lets nobody else drive the job.
 
         Raises:
@@ -131,10 +131,10 @@ class Ledger:
             return count_of(result) > 0
 
     def reopen(self, job: Job, *, retry_failed: bool = False) -> Job:
-        """Set a job to running again; tasks held by dead workers are left to `Roll.free_dead`.
+        """Set a job to running again; tasks held by dead workers are left to `LiveWorkers.free_dead`.
 
         Args:
-            job: Job that this process drives, see `driving`.
+            job: Job that this process drives, see `hold_driver_lock`.
             retry_failed: True to retry failed documents, and to repeat the discovery if it found broken ones.
 
         Raises:

@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from kv_memory.errors import KVMemoryError, StoreConnectionError, StoreError, StoreLockedError
-from kv_memory.ingest.pipeline import Intake
+from kv_memory.ingest.pipeline import IngestPipeline
 from kv_memory.jobs.item import SourceItem
-from kv_memory.jobs.leases import LEASE_S, Claims, Renewer, Roll
+from kv_memory.jobs.leases import LEASE_S, LiveWorkers, Renewer, TaskQueue
 from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.records import FailedResult, Job, Task, TaskResult
 from kv_memory.jobs.sources import Sources
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
 
-__all__ = ["BROKEN", "BUSY", "FATAL", "Stopped", "do_one", "error_of", "main", "make_intake", "work"]
+__all__ = ["BROKEN", "BUSY", "FATAL", "Stopped", "do_one", "error_of", "main", "make_pipeline", "work"]
 
 FATAL = 3  # exit code: the error on standard output does not concern a document
 BUSY = 5  # exit code: the store does not respond, perhaps temporarily; a new worker takes over
@@ -51,7 +51,7 @@ def error_of(error: Exception) -> dict[str, str | None]:
     return {"error": type(error).__name__, "what": text, "where": None, "next_step": None}
 
 
-def make_intake(store: Store, job: Job, *, device: str = "auto") -> Intake:
+def make_pipeline(store: Store, job: Job, *, device: str = "auto") -> IngestPipeline:
     """Load the job's model and compressor; errors as in `KVMemory.open`."""
     # This late import no longer keeps torch out of the module: `kv_memory.ingest.pipeline` above loads it too.
     from kv_memory.assembly import load_backbone, load_compressor, share_prefix
@@ -60,7 +60,7 @@ def make_intake(store: Store, job: Job, *, device: str = "auto") -> Intake:
     backbone = load_backbone(settings, dtype="auto", device=device, prompt_form=None)
     compressor = load_compressor(settings, backbone)
     share_prefix(store, backbone)
-    return Intake(
+    return IngestPipeline(
         store,
         compressor,
         keep_ratio=settings.keep,
@@ -73,7 +73,13 @@ def make_intake(store: Store, job: Job, *, device: str = "auto") -> Intake:
 
 
 def work(
-    store: Store, job: Job, worker: str, intake: Intake, *, alone: Callable[[], bool], lease_s: float = LEASE_S
+    store: Store,
+    job: Job,
+    worker: str,
+    pipeline: IngestPipeline,
+    *,
+    alone: Callable[[], bool],
+    lease_s: float = LEASE_S,
 ) -> int:
     """Process documents of a job until it ends, or until nobody drives it any more.
 
@@ -81,9 +87,9 @@ def work(
         store: Store of the job.
         job: Job with the documents.
         worker: Name of this worker.
-        intake: Ingest pipeline with the job's settings.
+        pipeline: Ingest pipeline with the job's settings.
         alone: Function that returns True once the worker should stop, e.g. because the driver has died.
-        lease_s: Duration of a lease in seconds, see `Claims`.
+        lease_s: Duration of a lease in seconds, see `TaskQueue`.
 
     Returns:
         Number of documents processed, including failed ones.
@@ -91,24 +97,24 @@ def work(
     Raises:
         StoreError: The store cannot be used; the current document was released.
     """
-    claims = Claims(store, job.id, worker, lease_s=lease_s)
+    task_queue = TaskQueue(store, job.id, worker, lease_s=lease_s)
     sources = Sources(job.sources["items"], job.settings)
     n_done, idle_s, remembered = 0, _IDLE_S[0], False
     task: Task | None = None
     try:
-        with Renewer(claims, lease_s=lease_s) as renewer:
+        with Renewer(task_queue, lease_s=lease_s) as renewer:
             while task is not None or not alone():
-                task = task or (claims.claim() if claims.pending() else None)
+                task = task or (task_queue.claim() if task_queue.pending() else None)
                 if task is None:
-                    if not claims.wanted():
+                    if not task_queue.wanted():
                         break
                     time.sleep(idle_s)
                     idle_s = min(2 * idle_s, _IDLE_S[1])
                     continue
                 idle_s, renewer.task = _IDLE_S[0], task
-                result = do_one(task, sources, intake)
+                result = do_one(task, sources, pipeline)
                 renewer.task = None
-                task = claims.finish(task, result, go_on=not alone())
+                task = task_queue.finish(task, result, go_on=not alone())
                 n_done += 1
                 if not remembered and isinstance(result, TaskResult):
                     remembered = True
@@ -117,14 +123,14 @@ def work(
     except BaseException:
         if task is not None:
             with suppress(StoreError):  # otherwise its lease expires
-                claims.release(task)
+                task_queue.release(task)
         raise
     finally:
         sources.close()
     return n_done
 
 
-def do_one(task: Task, sources: Sources, intake: Intake) -> TaskResult | FailedResult:
+def do_one(task: Task, sources: Sources, pipeline: IngestPipeline) -> TaskResult | FailedResult:
     """Read and compress one document.
 
     Raises:
@@ -135,9 +141,9 @@ def do_one(task: Task, sources: Sources, intake: Intake) -> TaskResult | FailedR
         read = sources.read(SourceItem(document_id=task.document_id, uri=task.uri))
         if read.whole:  # stored under the exact text, which callers look up
             text, metadata = read.document.text, read.document.metadata
-            report = intake.add_passages(read.document.id, [text], metadata=metadata, extend=False)
+            report = pipeline.add_passages(read.document.id, [text], metadata=metadata, extend=False)
         else:
-            report = intake.add_one(read.document)
+            report = pipeline.add_one(read.document)
     except StoreError:
         raise  # the document is not at fault
     except Exception as error:
@@ -185,12 +191,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     with Store.open(args.store, collection=args.collection, create=False) as store:
         ledger = Ledger(store)
-        with Roll(store).living(args.worker):
+        with LiveWorkers(store).hold_worker_lock(args.worker):
             job = ledger.job(args.job)
-            intake = make_intake(store, job, device=_device(args.number, args.threads))
-            if job.fingerprint != intake.fingerprint.digest:
-                ledger.set_fingerprint(job, intake.fingerprint.digest)
-            work(store, job, args.worker, intake, alone=lambda: os.getppid() != args.parent, lease_s=args.lease)
+            pipeline = make_pipeline(store, job, device=_device(args.number, args.threads))
+            if job.fingerprint != pipeline.fingerprint.digest:
+                ledger.set_fingerprint(job, pipeline.fingerprint.digest)
+            work(store, job, args.worker, pipeline, alone=lambda: os.getppid() != args.parent, lease_s=args.lease)
 
 
 def _device(number: int, n_threads: int) -> str:

@@ -303,7 +303,7 @@ class Backbone:
         cache = self.empty_cache(n_prefix + 1)
         own, wanted = self.rope.regime(n_prefix), self.rope.regime(n_positions)
         if self.prefix_ids and own == wanted:
-            self.read(torch.tensor([self.prefix_ids]), cache)
+            self.prefill(torch.tensor([self.prefix_ids]), cache)
         elif self.prefix_ids:
             # Rotary modules choose their frequencies by the last position of the input. An extra token at that position
             # is invisible to the prefix, and selects the frequencies of a sequence of that length.
@@ -344,7 +344,7 @@ class Backbone:
                 next_step="Retrieve fewer or shorter documents, lower max_new_tokens, or use layout='packed'.",
             )
 
-    def read(
+    def prefill(
         self,
         ids: torch.Tensor,
         cache: PositionedCache,
@@ -416,7 +416,7 @@ class Backbone:
         if positions is None:
             positions = cache.next_positions[:, None] + torch.arange(n, device=self.device)  # (batch, n)
         if self.rope.varies:  # otherwise skipped: reading `max` back would stall the GPU
-            cache.turn(self.rope, int(positions.max()) + 1)
+            cache.rerotate(self.rope, int(positions.max()) + 1)
         # 2. Record the positions of the new entries; padding gets `NEVER`.
         if lengths is None:
             cache.append_positions(positions)

@@ -165,7 +165,7 @@ class PositionedCache(DynamicCache):
         self.n_rows = len(rows)
         self.next_positions, self.appended_positions = self.next_positions[index], self.appended_positions[index]
 
-    def turn(self, rope: Rope, n_positions: int) -> None:
+    def rerotate(self, rope: Rope, n_positions: int) -> None:
         """Rotate the keys to the frequencies of a sequence of `n_positions`, if the frequencies depend on the length.
 
         A longrope model changes its frequencies in the middle of a sequence. Transformers' `generate` then prefills
@@ -180,8 +180,8 @@ class PositionedCache(DynamicCache):
             positions = positions.masked_fill(positions == NEVER, 0)  # padding: any valid position will do
             old = torch.cat([key.flatten(0, 2) for key in keys])  # (entries, head_dim)
             # 2. Undo the old rotation, apply the new one.
-            free = rope.take_off_flat(old, positions, per_layer, n_positions=self.n_positions)
-            turned = rope.put_on_flat(free, positions, per_layer, n_positions=n_positions).to(old.dtype)
+            free = rope.unrotate_flat(old, positions, per_layer, n_positions=self.n_positions)
+            turned = rope.rotate_flat(free, positions, per_layer, n_positions=n_positions).to(old.dtype)
             for layer, key, new in zip(self.layers, keys, turned.split(per_layer), strict=True):
                 assert isinstance(layer, PreallocatedLayer)
                 layer.put_keys(new.view(key.shape))

@@ -74,7 +74,7 @@ class Rope:
             return ("dynamic", max(n_positions, getattr(config, "max_position_embeddings", 0)))
         return ()
 
-    def put_on(
+    def rotate(
         self, keys: torch.Tensor, positions: torch.Tensor, *, n_positions: int, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Rotate position-free keys to their positions, in float32.
@@ -90,31 +90,31 @@ class Rope:
         """
         return self._rotate(keys, positions, n_positions=n_positions, inverse=False, out=out)
 
-    def take_off(self, keys: torch.Tensor, positions: torch.Tensor, *, n_positions: int) -> torch.Tensor:
-        """Undo `put_on`, with the same shapes; the result is float32, to avoid another rounding."""
+    def unrotate(self, keys: torch.Tensor, positions: torch.Tensor, *, n_positions: int) -> torch.Tensor:
+        """Undo `rotate`, with the same shapes; the result is float32, to avoid another rounding."""
         out = torch.empty_like(keys, dtype=torch.float32)
         return self._rotate(keys, positions, n_positions=n_positions, inverse=True, out=out)
 
-    def put_on_flat(
+    def rotate_flat(
         self, keys: torch.Tensor, positions: torch.Tensor, per_layer: Sequence[int], *, n_positions: int
     ) -> torch.Tensor:
-        """`put_on` for heads that hold different numbers of entries.
+        """`rotate` for heads that hold different numbers of entries.
 
         Args:
             keys: `(entries, head_dim)`, layer by layer.
             positions: `(entries,)`.
             per_layer: Number of entries of each layer.
-            n_positions: Length of the whole sequence, as in `put_on`.
+            n_positions: Length of the whole sequence, as in `rotate`.
 
         Returns:
             Keys with rotary embedding, in the shape and dtype of `keys`.
         """
         return self._rotate_flat(keys, positions, per_layer, n_positions=n_positions, inverse=False, dtype=keys.dtype)
 
-    def take_off_flat(
+    def unrotate_flat(
         self, keys: torch.Tensor, positions: torch.Tensor, per_layer: Sequence[int], *, n_positions: int
     ) -> torch.Tensor:
-        """Undo `put_on_flat`; the result is float32."""
+        """Undo `rotate_flat`; the result is float32."""
         return self._rotate_flat(keys, positions, per_layer, n_positions=n_positions, inverse=True, dtype=torch.float32)
 
     def _rotate_flat(

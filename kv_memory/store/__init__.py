@@ -18,7 +18,7 @@ from kv_memory.store.records import (
     StoreStats,
 )
 from kv_memory.store.store import Store
-from kv_memory.store.transfer.files import ExportReport, ImportReport, TransferProgress, open_archive
+from kv_memory.store.transfer.part_files import ExportReport, ImportReport, TransferProgress, open_archive
 
 __all__ = [
     "CacheInfo",

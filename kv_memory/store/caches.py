@@ -23,22 +23,22 @@ from kv_memory.errors import (
     FingerprintMismatchError,
     StoreError,
 )
+from kv_memory.store.blob_references import BlobReferences
 from kv_memory.store.blobs.local import blob_key
 from kv_memory.store.counters import Uses
 from kv_memory.store.documents import batches, referred_texts, select_passages
 from kv_memory.store.error_mapping import store_error
 from kv_memory.store.eviction import Limits, alive, evict, read_limits
-from kv_memory.store.filing import MisfiledError, check_filing, check_header
+from kv_memory.store.identity import MisfiledError, check_header, check_identity
 from kv_memory.store.records import CacheInfo
 from kv_memory.store.sql.locks import FileLocks
 from kv_memory.store.sql.schema import Base, CacheRow, FingerprintRow, PassageRow, utc_now
-from kv_memory.store.stock import Stock
 from kv_memory.tracing import span
 
 if TYPE_CHECKING:
     from kv_memory.cache.distilled import DistilledCache  # imports torch: listing without loading a cache stays fast
 
-__all__ = ["Shelf", "cache_info"]
+__all__ = ["CacheTable", "cache_info"]
 
 _LOG = logging.getLogger(__name__)
 # Built once: building them takes longer than running them.
@@ -60,21 +60,21 @@ def cache_info(row: CacheRow) -> CacheInfo:
     return CacheInfo(**{name: getattr(row, name) for name in names})
 
 
-class Shelf:
+class CacheTable:
     """Caches of one collection. Thread-safe.
 
     Args:
-        stock: Blobs of the store and the rows that name them.
+        references: Blobs of the store and the rows that name them.
         readers: Locks that mark which blobs are being read on this machine.
         collection_id: Catalog row of the collection.
     """
 
-    def __init__(self, stock: Stock, readers: FileLocks, collection_id: int) -> None:
-        self.stock = stock
-        self._catalog = stock.catalog
+    def __init__(self, references: BlobReferences, readers: FileLocks, collection_id: int) -> None:
+        self.references = references
+        self._catalog = references.catalog
         self._readers = readers
         self._collection_id = collection_id
-        self.uses = Uses(stock.catalog, collection_id)
+        self.uses = Uses(references.catalog, collection_id)
 
     def put(
         self, text_sha256: str, cache: DistilledCache, *, fidelity: float | None, storage: StorageName
@@ -120,7 +120,7 @@ class Shelf:
             # The blob first, and outside any transaction, because an upload may take long. The lock keeps it from
             # being swept away before a row names it.
             with self._catalog.hold(f"blob {key}"):
-                self.stock.vault.put(key, data)
+                self.references.verified_blobs.put(key, data)
                 if limits.bounded:
                     self.uses.flush()  # eviction goes by times of last use
                 with self._catalog.write() as session:
@@ -132,17 +132,17 @@ class Shelf:
                 self.uses.counters.add("bytes_written", len(data))
                 return info
         finally:
-            self.stock.sweep(left)
+            self.references.delete_unreferenced(left)
 
     def _sound_row(self, text_sha256: str, digest: str, keep_ratio: float) -> tuple[CacheRow | None, Limits]:
         """The row of a cache with a sound blob, and the current limits; a row with a bad blob is removed first."""
         with self._catalog.read() as session:
             row = self._find(session, text_sha256, digest, keep_ratio)
             limits = read_limits(session, self._collection_id)
-        if row is not None and not self.stock.vault.sound(row.blob_key, row.size_bytes):
-            self.stock.condemn(row.blob_key, row.size_bytes)
+        if row is not None and not self.references.verified_blobs.sound(row.blob_key, row.size_bytes):
+            self.references.quarantine_with_rows(row.blob_key, row.size_bytes)
             return None, limits
-        if row is not None and self.stock.unfile_if_wrong(row):
+        if row is not None and self.references.drop_if_misfiled(row):
             return None, limits
         return row, limits
 
@@ -191,7 +191,7 @@ class Shelf:
                 being_read=lambda key: self._readers.shared(f"read {key}"),
             )
         self._note_evictions(len(gone))
-        self.stock.sweep(gone)
+        self.references.delete_unreferenced(gone)
         return len(gone)
 
     def _note_evictions(self, n_evicted: int) -> None:
@@ -258,11 +258,11 @@ class Shelf:
             readable = False
             try:
                 # 3. Verify length and SHA-256 of the file.
-                path = self.stock.vault.verified_path(row.blob_key, row.size_bytes)
+                path = self.references.verified_blobs.verified_path(row.blob_key, row.size_bytes)
                 readable = True
                 # 4. Load it, and compare the identity that it records with the row.
                 cache = _load(path)
-                check_filing(
+                check_identity(
                     row, text_sha256=cache.text_sha256, fingerprint=cache.fingerprint, keep_ratio=cache.keep_ratio
                 )
                 # 5. Keep the lock as long as the cache lives: its tensors are mapped from the file.
@@ -272,13 +272,13 @@ class Shelf:
                 continue  # removed after step 3: the next round finds no row, or a missing blob
             except MisfiledError as error:
                 # The blob is sound, but not the one of this row: delete the row.
-                if self.stock.unfile(row):
+                if self.references.drop_misfiled(row):
                     raise self._corrupt(error.what, row.blob_key, text_sha256) from error
                 continue  # the row was deleted or changed by another writer
             except CorruptCacheError as error:
                 # Quarantine the blob and delete its rows. A failure of step 3 is rechecked, because another writer may
                 # have replaced the blob since. One of step 4 is not: the hash is right, so a recheck would pass.
-                if self.stock.condemn(row.blob_key, row.size_bytes, recheck=not readable):
+                if self.references.quarantine_with_rows(row.blob_key, row.size_bytes, recheck=not readable):
                     raise self._corrupt(error.what, row.blob_key, text_sha256) from error
                 continue  # the cache was deleted or replaced by another writer
             finally:
@@ -301,7 +301,7 @@ class Shelf:
         if row is None:
             return False
         try:
-            check_header(row, self.stock.vault.verified_path(row.blob_key, row.size_bytes))
+            check_header(row, self.references.verified_blobs.verified_path(row.blob_key, row.size_bytes))
         except (CorruptCacheError, FingerprintMismatchError):
             return False
         return True
@@ -319,11 +319,11 @@ class Shelf:
             statement = statement.where(CacheRow.keep_ratio == check_keep_ratio(keep_ratio))
         with self._catalog.write() as session:
             keys = list(session.scalars(statement))
-        self.stock.sweep(keys)
+        self.references.delete_unreferenced(keys)
         return len(keys)
 
     def retire(self, session: Session, texts: set[str]) -> list[str]:
-        """Delete caches of texts that no passage of the collection has; returns their blob keys for `Stock.sweep`."""
+        """Delete caches of texts that no passage of the collection has; returns their blob keys."""
         keys: list[str] = []
         for batch in batches(texts - referred_texts(session, self._collection_id, texts)):
             keys += session.scalars(

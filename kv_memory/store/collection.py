@@ -12,7 +12,7 @@ from sqlalchemy import select
 
 from kv_memory.errors import ConfigError, DocumentNotFoundError
 from kv_memory.store import documents
-from kv_memory.store.caches import Shelf
+from kv_memory.store.caches import CacheTable
 from kv_memory.store.purge import index_folder
 from kv_memory.store.records import DocumentRecord, DocumentSummary, StoredPassage
 from kv_memory.store.sql.catalog import Catalog
@@ -27,16 +27,16 @@ class Collection:
     Args:
         path: Folder of the store.
         catalog: Catalog of the store.
-        shelf: Caches of the collection, which are deleted with their documents.
+        cache_table: Caches of the collection, which are deleted with their documents.
         collection_id: Catalog row of the collection.
     """
 
     collection: str
 
-    def __init__(self, path: Path, catalog: Catalog, shelf: Shelf, collection_id: int) -> None:
+    def __init__(self, path: Path, catalog: Catalog, cache_table: CacheTable, collection_id: int) -> None:
         self.path = path
         self._catalog = catalog
-        self._shelf = shelf
+        self._cache_table = cache_table
         self._collection_id = collection_id
 
     @property
@@ -87,9 +87,9 @@ class Collection:
         with self._catalog.write() as session:
             had_texts = documents.has_texts(session, self._collection_id, record.id)
             dropped = documents.write_document(session, self._collection_id, record)
-            keys = self._shelf.retire(session, dropped)
+            keys = self._cache_table.retire(session, dropped)
             documents.bump_revision(session, self._collection_id)
-        self._shelf.stock.sweep(keys)
+        self._cache_table.references.delete_unreferenced(keys)
         if had_texts and any(passage.text is None for passage in record.passages):
             # The index may have been built from these texts; the next question rebuilds it, without their words.
             shutil.rmtree(self.index_folder, ignore_errors=True)
@@ -102,9 +102,9 @@ class Collection:
         """
         with self._catalog.write() as session:
             dropped = documents.delete_document(session, self._collection_id, id)
-            keys = self._shelf.retire(session, dropped)
+            keys = self._cache_table.retire(session, dropped)
             documents.bump_revision(session, self._collection_id)
-        self._shelf.stock.sweep(keys)
+        self._cache_table.references.delete_unreferenced(keys)
 
     def document(self, id: str) -> DocumentRecord:
         """A document with its passages.

@@ -94,7 +94,7 @@ def evict(
         being_read: Function that returns whether a process of this machine reads the blob of a key.
 
     Returns:
-        Blob keys of the deleted rows, for `Stock.sweep`.
+        Blob keys of the deleted rows, for `BlobReferences.delete_unreferenced`.
 
     Raises:
         StoreFullError: Caches that are pinned, being read or just added exceed a limit; roll back.

@@ -10,13 +10,13 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from kv_memory.errors import CorruptCacheError
-from kv_memory.store.blobs.verified import Vault
+from kv_memory.store.blob_references import BlobReferences
+from kv_memory.store.blobs.verified import VerifiedBlobs
 from kv_memory.store.documents import unreferenced
 from kv_memory.store.eviction import alive
 from kv_memory.store.records import CheckReport, GcReport, StoreStats
 from kv_memory.store.sql.catalog import Catalog
 from kv_memory.store.sql.schema import CacheRow, DocumentRow, FingerprintRow, PassageRow, PrefixRow, utc_now
-from kv_memory.store.stock import Stock
 
 __all__ = ["check", "count", "gc"]
 
@@ -30,21 +30,21 @@ def _named_blobs(session: Session) -> dict[str, int]:
     return named
 
 
-def check(stock: Stock, collection_id: int) -> CheckReport:
+def check(references: BlobReferences, collection_id: int) -> CheckReport:
     """See `Store.check`."""
-    catalog, vault = stock.catalog, stock.vault
+    catalog, verified_blobs = references.catalog, references.verified_blobs
     # Blobs are listed and hashed while others write, so every difference between the two lists is checked once more.
-    audit = vault.blobs.audit()
+    audit = verified_blobs.blobs.audit()
     with catalog.read() as session:
         named = _named_blobs(session)
         waiting = session.scalars(select(CacheRow.text_sha256).where(unreferenced(collection_id)).distinct()).all()
-    missing = _really_missing(catalog, vault, named.keys() - audit.keys)
+    missing = _really_missing(catalog, verified_blobs, named.keys() - audit.keys)
     there = {key: size_bytes for key, size_bytes in named.items() if key not in missing}
-    damaged = {key for key in sorted(there) if stock.condemn_if_damaged(key, there[key])}
+    damaged = {key for key in sorted(there) if references.quarantine_if_damaged(key, there[key])}
     sound = there.keys() - damaged
     with catalog.read() as session:
         rows = session.scalars(select(CacheRow).order_by(CacheRow.id)).all()
-    misfiled = [row.text_sha256 for row in rows if row.blob_key in sound and stock.unfile_if_wrong(row)]
+    misfiled = [row.text_sha256 for row in rows if row.blob_key in sound and references.drop_if_misfiled(row)]
     return CheckReport(
         n_blobs=len(sound),
         size_bytes=sum(there[key] for key in sound),
@@ -57,16 +57,16 @@ def check(stock: Stock, collection_id: int) -> CheckReport:
     )
 
 
-def _really_missing(catalog: Catalog, vault: Vault, keys: AbstractSet[str]) -> set[str]:
+def _really_missing(catalog: Catalog, verified_blobs: VerifiedBlobs, keys: AbstractSet[str]) -> set[str]:
     """The subset of the blobs that do not exist although rows still name them."""
     with catalog.read() as session:
         still = keys & _named_blobs(session).keys() if keys else set()
-    return {key for key in still if not _is_there(vault, key)}
+    return {key for key in still if not _is_there(verified_blobs, key)}
 
 
-def _is_there(vault: Vault, key: str) -> bool:
+def _is_there(verified_blobs: VerifiedBlobs, key: str) -> bool:
     try:
-        return vault.blobs.path(key) is not None
+        return verified_blobs.blobs.path(key) is not None
     except CorruptCacheError:
         return False
 
@@ -82,14 +82,14 @@ def _really_orphaned(catalog: Catalog, keys: AbstractSet[str]) -> set[str]:
         return free - _named_blobs(session).keys() if free else set()
 
 
-def gc(stock: Stock, collection_id: int) -> GcReport:
+def gc(references: BlobReferences, collection_id: int) -> GcReport:
     """See `Store.gc`."""
-    catalog, vault = stock.catalog, stock.vault
-    audit = vault.blobs.audit(repair=True)
+    catalog, verified_blobs = references.catalog, references.verified_blobs
+    audit = verified_blobs.blobs.audit(repair=True)
     with catalog.read() as session:
         named = _named_blobs(session)
     orphans = _really_orphaned(catalog, audit.keys - named.keys())
-    missing = _really_missing(catalog, vault, named.keys() - audit.keys)
+    missing = _really_missing(catalog, verified_blobs, named.keys() - audit.keys)
     # Rows first, in a transaction of their own: if it fails, no blob has been removed under a row that stays.
     with catalog.write() as session:
         expired = session.execute(
@@ -103,7 +103,9 @@ def gc(stock: Stock, collection_id: int) -> GcReport:
             for table in (CacheRow, PrefixRow):
                 n_dangling += len(session.scalars(delete(table).where(table.blob_key == key).returning(table.id)).all())
         session.execute(delete(FingerprintRow).where(FingerprintRow.digest.not_in(select(CacheRow.fingerprint))))
-    freed_bytes = audit.freed_bytes + stock.sweep([*orphans, *(row.blob_key for row in (*waiting, *expired))])
+    freed_bytes = audit.freed_bytes + references.delete_unreferenced(
+        [*orphans, *(row.blob_key for row in (*waiting, *expired))]
+    )
     return GcReport(
         n_orphan_blobs=len(orphans),
         n_dangling_rows=n_dangling,

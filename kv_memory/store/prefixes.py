@@ -8,9 +8,9 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from kv_memory.errors import CorruptCacheError, StoreError
+from kv_memory.store.blob_references import BlobReferences
 from kv_memory.store.blobs.local import blob_key
 from kv_memory.store.sql.schema import PrefixRow
-from kv_memory.store.stock import Stock
 
 __all__ = ["Prefixes"]
 
@@ -19,12 +19,12 @@ class Prefixes:
     """Prefixes of one collection. Thread-safe.
 
     Args:
-        stock: Blobs of the store and the rows that name them.
+        references: Blobs of the store and the rows that name them.
         collection_id: Catalog row of the collection.
     """
 
-    def __init__(self, stock: Stock, collection_id: int) -> None:
-        self._stock = stock
+    def __init__(self, references: BlobReferences, collection_id: int) -> None:
+        self._references = references
         self._collection_id = collection_id
 
     def put(self, key: str, data: bytes) -> None:
@@ -32,9 +32,9 @@ class Prefixes:
         blob = blob_key(data)
         left = [blob]
         try:
-            with self._stock.catalog.hold(f"blob {blob}"):
-                self._stock.vault.put(blob, data)
-                with self._stock.catalog.write() as session:
+            with self._references.catalog.hold(f"blob {blob}"):
+                self._references.verified_blobs.put(blob, data)
+                with self._references.catalog.write() as session:
                     row = self._find(session, key)
                     left = [] if row is None or row.blob_key == blob else [row.blob_key]
                     if row is None:
@@ -45,19 +45,19 @@ class Prefixes:
             left = [*left, blob]
             raise
         finally:
-            self._stock.sweep(left)
+            self._references.delete_unreferenced(left)
 
     def get(self, key: str) -> Path | None:
         """See `Store.get_prefix`."""
         for _ in range(3):
-            with self._stock.catalog.read() as session:
+            with self._references.catalog.read() as session:
                 row = self._find(session, key)
             if row is None:
                 return None
             try:
-                return self._stock.vault.verified_path(row.blob_key, row.size_bytes)
+                return self._references.verified_blobs.verified_path(row.blob_key, row.size_bytes)
             except CorruptCacheError as error:
-                if self._stock.condemn(row.blob_key, row.size_bytes):
+                if self._references.quarantine_with_rows(row.blob_key, row.size_bytes):
                     raise CorruptCacheError(
                         error.what,
                         where=f"prefix {key!r}, blob {row.blob_key}",

@@ -19,7 +19,7 @@ from sqlalchemy import delete, select
 
 from kv_memory.store import documents
 from kv_memory.store.blobs.remote import ObjectBlobs
-from kv_memory.store.caches import Shelf
+from kv_memory.store.caches import CacheTable
 from kv_memory.store.error_mapping import mapped
 from kv_memory.store.sql.catalog import Catalog
 from kv_memory.store.sql.engine import scrub_sqlite
@@ -62,7 +62,7 @@ def index_folder(folder: Path, collection: str) -> Path:
 
 
 def purge(
-    shelf: Shelf,
+    cache_table: CacheTable,
     collection_id: int,
     ids: Iterable[str],
     *,
@@ -70,8 +70,8 @@ def purge(
     collection: str,
 ) -> PurgeReport:
     """See `Store.purge`."""
-    stock = shelf.stock
-    catalog, vault = stock.catalog, stock.vault
+    references = cache_table.references
+    catalog, verified_blobs = references.catalog, references.verified_blobs
     chosen = tuple(dict.fromkeys(ids))
     keys: set[str] = set()
     if chosen:
@@ -79,7 +79,7 @@ def purge(
             dropped: set[str] = set()
             for id_ in chosen:
                 dropped |= documents.delete_document(session, collection_id, id_)
-            keys.update(shelf.retire(session, dropped))
+            keys.update(cache_table.retire(session, dropped))
             jobs = select(JobRow.id).where(JobRow.collection_id == collection_id)
             for batch in documents.batches(chosen):
                 session.execute(delete(TaskRow).where(TaskRow.document_id.in_(batch), TaskRow.job_id.in_(jobs)))
@@ -87,22 +87,22 @@ def purge(
             documents.bump_revision(session, collection_id)
     freed_bytes, n_shared = 0, 0
     for key in keys:
-        # Not `Stock.sweep`, which silently leaves blobs that it cannot lock at once to `gc`.
+        # Not `BlobReferences.delete_unreferenced`, which silently leaves blobs that it cannot lock at once to `gc`.
         with catalog.hold(f"blob {key}"):
             if _unnamed(catalog, [key]):
-                freed_bytes += vault.blobs.delete(key)
+                freed_bytes += verified_blobs.blobs.delete(key)
             else:
                 n_shared += 1
-    audit = vault.blobs.audit(repair=True)
+    audit = verified_blobs.blobs.audit(repair=True)
     orphans = _unnamed(catalog, audit.keys)
-    freed_bytes += audit.freed_bytes + stock.sweep(orphans)
-    if isinstance(vault.blobs, ObjectBlobs):
+    freed_bytes += audit.freed_bytes + references.delete_unreferenced(orphans)
+    if isinstance(verified_blobs.blobs, ObjectBlobs):
         # Copies of blobs that another machine purged; anything in the tier may be dropped at any time.
-        for key in _unnamed(catalog, vault.blobs.tier.audit().keys):
-            vault.blobs.tier.delete(key)
+        for key in _unnamed(catalog, verified_blobs.blobs.tier.audit().keys):
+            verified_blobs.blobs.tier.delete(key)
     n_quarantined = 0
     with mapped(folder):
-        for file in vault.quarantine_folder.iterdir():
+        for file in verified_blobs.quarantine_folder.iterdir():
             freed_bytes += file.lstat().st_size
             file.unlink()
             n_quarantined += 1

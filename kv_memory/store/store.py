@@ -16,12 +16,13 @@ from kv_memory.cache.keep import Keep
 from kv_memory.config import StorageName, check_keep_ratio
 from kv_memory.store import documents
 from kv_memory.store import maintenance as upkeep
+from kv_memory.store.blob_references import BlobReferences
 from kv_memory.store.blobs.remote import ObjectBlobs
-from kv_memory.store.blobs.verified import Vault
-from kv_memory.store.caches import Shelf, cache_info
+from kv_memory.store.blobs.verified import VerifiedBlobs
+from kv_memory.store.caches import CacheTable, cache_info
 from kv_memory.store.collection import Collection
 from kv_memory.store.eviction import Limits, alive, read_limits, write_limits
-from kv_memory.store.opening import StoreParts, find_collection, open_parts
+from kv_memory.store.open_parts import StoreParts, find_collection, open_parts
 from kv_memory.store.prefixes import Prefixes
 from kv_memory.store.purge import PurgeReport, purge
 from kv_memory.store.records import (
@@ -33,11 +34,10 @@ from kv_memory.store.records import (
 )
 from kv_memory.store.sql.catalog import Catalog
 from kv_memory.store.sql.schema import CacheRow, PassageRow, utc_now
-from kv_memory.store.stock import Stock
 from kv_memory.store.transfer.archive_reader import ArchiveReader
 from kv_memory.store.transfer.export import export_collection
-from kv_memory.store.transfer.files import ExportReport, ImportReport, OnConflict, TransferProgress
 from kv_memory.store.transfer.importer import import_collection
+from kv_memory.store.transfer.part_files import ExportReport, ImportReport, OnConflict, TransferProgress
 
 if TYPE_CHECKING:
     from kv_memory.cache.distilled import DistilledCache  # imports torch: listing without loading a cache stays fast
@@ -64,11 +64,11 @@ class Store(Collection):
         self._parts = parts
         self._blobs = parts.blobs
         self._quarantine = parts.folder / "quarantine"
-        stock = Stock(parts.catalog, Vault(parts.blobs, self._quarantine))
+        references = BlobReferences(parts.catalog, VerifiedBlobs(parts.blobs, self._quarantine))
         self._owns_connections = True
-        self._prefixes = Prefixes(stock, parts.collection_id)
-        shelf = Shelf(stock, parts.readers, parts.collection_id)
-        super().__init__(parts.folder, parts.catalog, shelf, parts.collection_id)
+        self._prefixes = Prefixes(references, parts.collection_id)
+        cache_table = CacheTable(references, parts.readers, parts.collection_id)
+        super().__init__(parts.folder, parts.catalog, cache_table, parts.collection_id)
 
     @classmethod
     def open(
@@ -130,7 +130,7 @@ class Store(Collection):
 
     def close(self) -> None:
         """Write buffered data and close the connections."""
-        self._shelf.uses.flush()
+        self._cache_table.uses.flush()
         if self._owns_connections:
             self._parts.readers.close()
             self._blobs.close()
@@ -164,7 +164,7 @@ class Store(Collection):
     def warm(self) -> None:
         """Do the one-time work of the first `get` now, for a process that can do so while it loads its model."""
         self._blobs.warm()
-        self._shelf.warm()
+        self._cache_table.warm()
 
     def put(
         self,
@@ -189,7 +189,7 @@ class Store(Collection):
             ConfigError: The cache cannot be stored in this format.
             StoreFullError: No space left. Nothing of this cache is kept, and everything else is untouched.
         """
-        return self._shelf.put(text_sha256, cache, fidelity=fidelity, storage=storage)
+        return self._cache_table.put(text_sha256, cache, fidelity=fidelity, storage=storage)
 
     def get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> DistilledCache:
         """A distilled cache, its tensors mapped from the file.
@@ -209,17 +209,17 @@ class Store(Collection):
             CorruptCacheError: The blob is damaged. It is quarantined, and `missing` lists the passage again.
             BudgetError: The budget of a `Keep` is too small for this text.
         """
-        return self._shelf.get(text_sha256, fingerprint, self.keep_ratio_of(text_sha256, fingerprint, keep_ratio))
+        return self._cache_table.get(text_sha256, fingerprint, self.keep_ratio_of(text_sha256, fingerprint, keep_ratio))
 
     def has(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> bool:
         """Whether the catalog has such a cache; the blob is not checked."""
         ratio = self.keep_ratio_of(text_sha256, fingerprint, keep_ratio)
-        return ratio is not None and self._shelf.has(text_sha256, fingerprint, ratio)
+        return ratio is not None and self._cache_table.has(text_sha256, fingerprint, ratio)
 
     def sound(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> bool:
         """Whether such a cache exists with a sound blob; nothing is quarantined, which `get` and `check` do."""
         ratio = self.keep_ratio_of(text_sha256, fingerprint, keep_ratio)
-        return ratio is not None and self._shelf.sound(text_sha256, fingerprint, ratio)
+        return ratio is not None and self._cache_table.sound(text_sha256, fingerprint, ratio)
 
     def keep_ratio_of(self, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep) -> float | None:
         """The keep_ratio that `keep` gives for a text; None if that needs its length and no cache records it.
@@ -231,7 +231,7 @@ class Store(Collection):
             return keep
         if keep.keep_ratio is not None:
             return keep.keep_ratio
-        n_tokens = self._shelf.n_tokens(text_sha256, fingerprint)
+        n_tokens = self._cache_table.n_tokens(text_sha256, fingerprint)
         return None if n_tokens is None else keep.ratio_for(n_tokens, fingerprint)
 
     def missing(self, fingerprint: Fingerprint, keep_ratio: float | Keep) -> list[StoredPassage]:
@@ -263,7 +263,7 @@ class Store(Collection):
         self, text_sha256: str, *, fingerprint: Fingerprint | None = None, keep_ratio: float | None = None
     ) -> int:
         """Delete a text's caches, all of them or those under the given settings, and return their number."""
-        return self._shelf.delete(text_sha256, fingerprint=fingerprint, keep_ratio=keep_ratio)
+        return self._cache_table.delete(text_sha256, fingerprint=fingerprint, keep_ratio=keep_ratio)
 
     def caches(self, document_id: str | None = None) -> list[CacheInfo]:
         """Records of all caches of the collection, or of one document's passages, oldest first.
@@ -308,7 +308,7 @@ class Store(Collection):
         """
         with self._catalog.write() as session:
             write_limits(session, self._collection_id, limits)
-        return self._shelf.make_room()
+        return self._cache_table.make_room()
 
     def pin(self, document_id: str, *, pinned: bool = True) -> int:
         """Pin the caches that a document has now, so that they are not evicted, or unpin them; they still expire.
@@ -362,7 +362,7 @@ class Store(Collection):
             TransferError: Another export is writing the file, or its folder does not exist.
             StoreFullError: No space left. The next export resumes from what was written.
         """
-        return export_collection(self._shelf, self._collection_id, path, on_progress)
+        return export_collection(self._cache_table, self._collection_id, path, on_progress)
 
     def import_from(
         self,
@@ -390,7 +390,7 @@ class Store(Collection):
             StoreFullError: No space left. Data imported before stays.
         """
         return import_collection(
-            self._shelf,
+            self._cache_table,
             self._collection_id,
             source,
             on_conflict=on_conflict,
@@ -417,7 +417,7 @@ class Store(Collection):
                 an id.
         """
         return purge(
-            self._shelf,
+            self._cache_table,
             self._collection_id,
             ids,
             folder=self.path,
@@ -430,7 +430,7 @@ class Store(Collection):
         Like times of last use they are written with a delay: counts that other processes have not flushed are
         missing.
         """
-        return self._shelf.uses.totals()
+        return self._cache_table.uses.totals()
 
     def check(self) -> CheckReport:
         """Hash every blob that a row names, and compare the row with the blob's header.
@@ -438,7 +438,7 @@ class Store(Collection):
         Damaged blobs are quarantined and their rows deleted, and so are rows that name the blob of something else.
         Nothing else is changed.
         """
-        return upkeep.check(self._shelf.stock, self._collection_id)
+        return upkeep.check(self._cache_table.references, self._collection_id)
 
     def gc(self) -> GcReport:
         """Remove orphan blobs, rows without a blob, leftovers of crashes, expired caches and unreferenced caches.
@@ -446,7 +446,7 @@ class Store(Collection):
         It covers the whole store, but unreferenced caches of this collection only. Do not run it during an `add` to
         the collection: the caches that `add` has made so far are not referred to yet.
         """
-        return upkeep.gc(self._shelf.stock, self._collection_id)
+        return upkeep.gc(self._cache_table.references, self._collection_id)
 
     def stats(self) -> StoreStats:
         """Counts of the collection and the size of the folder, in bytes."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from kv_memory.compress.adapter import Adapter
-from kv_memory.compress.prefill import choose as keep
-from kv_memory.compress.prefill import pad, read_documents
+from kv_memory.compress.prefill import pad, prefill_documents
+from kv_memory.compress.prefill import top_k_mask as keep
 from kv_memory.compress.refine.batching import Entries, gather_entries
 from kv_memory.compress.selectors import Reconstruction
 from kv_memory.config import check_keep_ratio, n_kept_for
@@ -81,25 +81,25 @@ class HeldOut:
     def adapter(self, adapter: Adapter) -> dict[float, float]:
         """KL(full ‖ distilled) of the adapter by keep ratio, in nats per token, the mean over documents."""
 
-        def choose(ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> Entries:
-            reading = read_documents(adapter, ids, lengths, n_kept)
+        def top_k_mask(ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> Entries:
+            reading = prefill_documents(adapter, ids, lengths, n_kept)
             return gather_entries(self._backbone, reading.cache, lengths, reading.selected)
 
-        return self._measure(choose)
+        return self._measure(top_k_mask)
 
     @torch.no_grad()
     def reconstruction(self) -> dict[float, float]:
         """KL of the reconstruction selector, which needs no training; otherwise as in `adapter`."""
         backbone, selector = self._backbone, Reconstruction(part_tokens=min(1024, self._backbone.context_window // 4))
 
-        def choose(ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> Entries:
+        def top_k_mask(ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> Entries:
             cache = backbone.prefixed_cache(ids.shape[1], room=selector.extra_tokens)
-            backbone.read(ids, cache)
+            backbone.prefill(ids, cache)
             scores = selector.score(backbone, ids, cache, None)
             selected = keep(scores[:, None], lengths, n_kept, budget=selector.budget)
             return gather_entries(backbone, cache, lengths, selected)
 
-        return self._measure(choose)
+        return self._measure(top_k_mask)
 
     @torch.no_grad()
     def none(self) -> float:
@@ -114,7 +114,7 @@ class HeldOut:
         kl = [self._kl(case, full, drop(full)) for case in self._prepared() for full in [self._full(case)]]
         return sum(kl) / len(kl)
 
-    def _measure(self, choose: _Choose) -> dict[float, float]:
+    def _measure(self, top_k_mask: _Choose) -> dict[float, float]:
         total = dict.fromkeys(self.ratios, 0.0)
         cases = self._prepared()
         for case in cases:
@@ -122,7 +122,7 @@ class HeldOut:
             ids, lengths = pad(case.batch.documents, device=self._backbone.device)
             for ratio in self.ratios:
                 n_kept = torch.tensor([n_kept_for(ids.shape[1], ratio)], device=ids.device)
-                total[ratio] += self._kl(case, full, choose(ids, lengths, n_kept)) / len(cases)
+                total[ratio] += self._kl(case, full, top_k_mask(ids, lengths, n_kept)) / len(cases)
         return total
 
     def _kl(self, case: _Case, full: Entries, kept: Entries) -> float:
@@ -141,7 +141,7 @@ class HeldOut:
     def _full(self, case: _Case) -> Entries:
         ids, lengths = pad(case.batch.documents, device=self._backbone.device)
         cache = self._backbone.prefixed_cache(ids.shape[1])
-        self._backbone.read(ids, cache)
+        self._backbone.prefill(ids, cache)
         return gather_entries(self._backbone, cache, lengths)
 
     def _prepared(self) -> list[_Case]:

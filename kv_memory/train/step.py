@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 import torch
 
 from kv_memory.compress.adapter import Adapter
-from kv_memory.compress.prefill import pad, read_documents
+from kv_memory.compress.prefill import pad, prefill_documents
 from kv_memory.compress.refine.batching import Entries, gather_entries, join_entries
 from kv_memory.compress.refine.loss import distillation_loss, kl_divergence
 from kv_memory.config import n_kept_for
 from kv_memory.model.backbone import Backbone
 from kv_memory.train.batches import Batch, Row
 from kv_memory.train.settings import TrainSettings
-from kv_memory.train.warmup import Asked, received_attention, repetition, scorer_loss
+from kv_memory.train.warmup import LabelRows, received_attention, repetition, scorer_loss
 
 __all__ = [
     "Followed",
@@ -147,7 +147,7 @@ def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings
     n_kept = torch.tensor(kept, device=backbone.device)  # (documents,)
     with torch.no_grad():
         cache = backbone.prefixed_cache(ids.shape[1], batch_size=n_documents)
-        backbone.read(ids, cache, lengths=lengths if n_documents > 1 else None)
+        backbone.prefill(ids, cache, lengths=lengths if n_documents > 1 else None)
         apart = gather_entries(backbone, cache, lengths)  # keys: (num_layers, documents, num_kv_heads, n, head_dim)
         full = join_entries(backbone, apart, lengths, batch.groups)  # the same, with groups in place of documents
         # 2. Teacher logits over the rows. The teacher first decodes the answers that are missing.
@@ -160,7 +160,7 @@ def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings
         ]  # each (n_wanted, vocab_size)
     # 3. Student, with gradients: prefill through scorer and LoRA, select, and join. Entries that are not selected stay
     #    in place as padding. Scores join the graph (as a bias of value 0) only if the scorer is trained.
-    reading = read_documents(adapter, ids, lengths, n_kept)
+    reading = prefill_documents(adapter, ids, lengths, n_kept)
     learns = settings.lr_scorer_distil > 0
     student_entries = gather_entries(
         backbone, reading.cache, lengths, reading.selected, reading.scores if learns else None
@@ -194,7 +194,7 @@ def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings
     return StepResult(loss=loss, parts=figures, n_tokens=n_tokens, weight=float(weight))
 
 
-def _askings(batch: Batch, parts: list[Followed], backbone: Backbone) -> list[Asked]:
+def _askings(batch: Batch, parts: list[Followed], backbone: Backbone) -> list[LabelRows]:
     """The rows that supply the scorer's attention labels: repetitions, and the rows that follow a single document."""
     askings = [repetition(backbone, batch.documents)]
     # Rows behind joined documents are left out: the labels are computed on each document's own entries.
@@ -203,7 +203,7 @@ def _askings(batch: Batch, parts: list[Followed], backbone: Backbone) -> list[As
         documents = alone[part.groups]
         if bool((documents >= 0).any()):
             chosen = documents >= 0
-            askings.append(Asked(part.ids[chosen], part.lengths[chosen], documents[chosen]))
+            askings.append(LabelRows(part.ids[chosen], part.lengths[chosen], documents[chosen]))
     return askings
 
 
@@ -214,7 +214,7 @@ def warmup_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings) -> S
     ids, lengths = pad(batch.documents, device=backbone.device)
     n_documents = len(batch.documents)
     one = torch.ones(n_documents, dtype=torch.int64, device=backbone.device)
-    reading = read_documents(adapter, ids, lengths, one, routed=False)
+    reading = prefill_documents(adapter, ids, lengths, one, routed=False)
     # 2. Labels: the attention that each token receives from a repetition of the document and from the rows.
     full = gather_entries(backbone, reading.cache, lengths)
     parts = follow(batch, full, backbone, settings)

@@ -20,13 +20,13 @@ from kv_memory.model.attention import ForwardContext, attention_probabilities
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import NEVER
 
-__all__ = ["Asked", "received_attention", "repetition", "scorer_loss"]
+__all__ = ["LabelRows", "received_attention", "repetition", "scorer_loss"]
 
 REQUEST = "\n\nRepeat the previous text exactly.\n"
 
 
 @dataclass(frozen=True)
-class Asked:
+class LabelRows:
     """Rows of tokens that follow documents.
 
     Attributes:
@@ -43,7 +43,7 @@ class Asked:
 class _Received:
     """An `AttentionObserver` that records the highest attention of each document's tokens from the rows after it."""
 
-    def __init__(self, received: torch.Tensor, *, n_prefix: int, visible: torch.Tensor, asked: Asked) -> None:
+    def __init__(self, received: torch.Tensor, *, n_prefix: int, visible: torch.Tensor, asked: LabelRows) -> None:
         self._received = received
         self._n_prefix = n_prefix
         self._visible = visible
@@ -74,15 +74,15 @@ class _Received:
         self._received[layer].scatter_reduce_(0, documents, highest, "amax")
 
 
-def repetition(backbone: Backbone, documents: Sequence[Sequence[int]]) -> Asked:
+def repetition(backbone: Backbone, documents: Sequence[Sequence[int]]) -> LabelRows:
     """One row for each document: a request to repeat it, and the document."""
     request = backbone.encode(REQUEST)
     ids, lengths = pad([[*request, *document] for document in documents], device=backbone.device)
-    return Asked(ids, lengths, torch.arange(len(documents), device=backbone.device))
+    return LabelRows(ids, lengths, torch.arange(len(documents), device=backbone.device))
 
 
 @torch.no_grad()
-def received_attention(backbone: Backbone, entries: Entries, askings: Sequence[Asked]) -> torch.Tensor:
+def received_attention(backbone: Backbone, entries: Entries, askings: Sequence[LabelRows]) -> torch.Tensor:
     """The highest attention that each token of each document receives from the rows after it.
 
     Args:
@@ -101,7 +101,7 @@ def received_attention(backbone: Backbone, entries: Entries, askings: Sequence[A
         visible = entries.positions[0, asked.documents, 0] != NEVER
         observer = _Received(received, n_prefix=n_prefix, visible=visible, asked=asked)
         cache = entries.cache(asked.documents)
-        backbone.read(asked.ids, cache, lengths=asked.lengths, context=ForwardContext(observer=observer))
+        backbone.prefill(asked.ids, cache, lengths=asked.lengths, context=ForwardContext(observer=observer))
     return received
 
 

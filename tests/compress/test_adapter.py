@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from kv_memory.compress import Adapter, AdapterConfig, Compressor
 from kv_memory.compress.adapter import default_eta
-from kv_memory.compress.prefill import ReadingDocuments
+from kv_memory.compress.prefill import PrefillRouting
 from kv_memory.compress.routing import FixedRouting, routed_with
 from kv_memory.errors import AdapterError, AdapterMismatchError, ConfigError
 from kv_memory.model.attention import ForwardContext
@@ -257,7 +257,7 @@ def test_a_fused_projection_is_adapted_in_its_queries_only(name: str) -> None:
 
     with torch.no_grad():
         for cache, into, mask in zip(caches, queries, (None, routing), strict=True):
-            backbone.read(
+            backbone.prefill(
                 ids,
                 cache,
                 context=ForwardContext(routing=None if mask is None else FixedRouting(mask), observer=Watch(into)),
@@ -278,8 +278,8 @@ def test_layers_may_route_different_tokens() -> None:
     routing[2, 0, 5] = True
     plain, routed = backbone.prefixed_cache(20), backbone.prefixed_cache(20)
     with torch.no_grad():
-        backbone.read(ids, plain)
-        backbone.read(ids, routed, context=ForwardContext(routing=FixedRouting(routing)))
+        backbone.prefill(ids, plain)
+        backbone.prefill(ids, routed, context=ForwardContext(routing=FixedRouting(routing)))
     differs = [not torch.equal(plain.layer(i)[1], routed.layer(i)[1]) for i in range(4)]
     assert differs == [False, False, False, True]  # the output of layer 2 is what layer 3 makes keys of
     assert torch.equal(plain.layer(3)[1][:, :, :16], routed.layer(3)[1][:, :, :16])  # prefix of 11 and 5 tokens
@@ -307,7 +307,7 @@ def test_a_strength_is_a_share_of_the_delta() -> None:
 def test_the_lora_acts_less_where_more_is_kept(routed: Any) -> None:
     adapter = Adapter.create(make_backbone(), rank=2, scorer="head", routed=routed, full_strength_ratio=1 / 16)
     lengths, hidden = torch.tensor([64, 64, 64, 64]), torch.randn(4, 64, 48)
-    watching = ReadingDocuments(adapter, lengths=lengths, n_kept=torch.tensor([1, 4, 16, 64]))
+    watching = PrefillRouting(adapter, lengths=lengths, n_kept=torch.tensor([1, 4, 16, 64]))
     watching.look(adapter.config.eta, hidden)
     mask = watching.enter(adapter.config.eta, hidden)
     assert mask is not None
@@ -319,7 +319,7 @@ def test_the_lora_acts_less_where_more_is_kept(routed: Any) -> None:
 def test_tokens_kept_by_any_head_are_routed() -> None:
     adapter = Adapter.create(make_backbone(), rank=2, scorer="layer")
     lengths, hidden = torch.tensor([5, 4]), torch.randn(2, 5, 48)
-    watching = ReadingDocuments(adapter, lengths=lengths, n_kept=torch.tensor([2, 1]))
+    watching = PrefillRouting(adapter, lengths=lengths, n_kept=torch.tensor([2, 1]))
     mask = watching.enter(1, hidden)
     assert mask is not None and mask.shape == (2, 5)
     scores = adapter.scorer(hidden, 1)[0]

@@ -1,4 +1,4 @@
-"""The selector `combined`: an adapter's scores and the change of the output choose together."""
+"""The selector `combined`: an adapter's scores and the change of the output top_k_mask together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from kv_memory.compress import Adapter, Compressor, Matched, MatchSettings
 from kv_memory.compress.combined import combined_selection
-from kv_memory.compress.prefill import Reading, read_documents
+from kv_memory.compress.prefill import DocumentPrefill, prefill_documents
 from kv_memory.errors import ConfigError
 from kv_memory.settings import given_settings, resolve_settings
 from tests.conftest import make_backbone
@@ -23,11 +23,11 @@ def adapted(**options: Any) -> Adapter:
     return Adapter.create(make_backbone("llama"), rank=4, **{**FORM, "zero_init": False, **options})
 
 
-def read(adapter: Adapter, selector: Matched) -> tuple[torch.Tensor, Reading]:
+def read(adapter: Adapter, selector: Matched) -> tuple[torch.Tensor, DocumentPrefill]:
     ids = torch.tensor([adapter.backbone.encode(TEXT)])
     n_tokens, n_kept = torch.tensor([ids.shape[1]]), torch.tensor([15])
     with torch.no_grad():
-        return ids, read_documents(adapter, ids, n_tokens, n_kept, room=selector.extra_tokens)
+        return ids, prefill_documents(adapter, ids, n_tokens, n_kept, room=selector.extra_tokens)
 
 
 def test_both_have_a_say() -> None:

@@ -99,7 +99,7 @@ def test_scores_are_the_change_of_the_output_when_an_entry_is_removed(name: str)
     selector = Matched(SETTINGS)
     with torch.no_grad():
         document = backbone.prefixed_cache(N, room=selector.extra_tokens)
-        backbone.read(tokens, document)
+        backbone.prefill(tokens, document)
         keys = [document.layer(i)[0].clone() for i in range(4)]
         scores = selector.score(backbone, tokens, document, None)
     assert all(torch.equal(document.layer(i)[0], key) for i, key in enumerate(keys)) or "longrope" in name
@@ -114,7 +114,7 @@ def test_layers_that_all_count_the_same() -> None:
     for settings in (SETTINGS, replace(SETTINGS, depth_weight=0.0)):
         document = backbone.prefixed_cache(N, room=Matched(settings).extra_tokens)
         with torch.no_grad():
-            backbone.read(tokens, document)
+            backbone.prefill(tokens, document)
             found.append(Matched(settings).score(backbone, tokens, document, None))
     torch.testing.assert_close(found[0], found[1] * counts[:, None, None], rtol=2e-3, atol=1e-4)
     assert Matched(SETTINGS).name != Matched(replace(SETTINGS, depth_weight=0.0)).name
@@ -322,7 +322,7 @@ def logits_by_hand(name: str, backbone: Any, caches: list[DistilledCache], quest
     for cache in caches:
         keys, values, positions, bias = cache.padded()
         at = torch.where(positions < 0, 0, positions + offset)
-        ours["keys"].append(backbone.rope.put_on(keys.float(), at, n_positions=n_positions))
+        ours["keys"].append(backbone.rope.rotate(keys.float(), at, n_positions=n_positions))
         ours["values"].append(values)
         where.append(torch.where(positions < 0, 10**6, at))
         biases.append(bias.float())
@@ -475,7 +475,7 @@ def test_rows_are_thinned(backbone: Any) -> None:
     tokens = torch.tensor([backbone.encode(letters(200))])
     with torch.no_grad():
         cache = backbone.prefixed_cache(200, room=80)
-        backbone.read(tokens, cache)
+        backbone.prefill(tokens, cache)
         n_rows = len(record_rows(backbone, tokens, cache, part_tokens=24)[0][0].positions)
     few = MatchSettings(part_tokens=24, max_final_rows=n_rows // 4)
     made = [Compressor(backbone, selector=Matched(s)).compress(letters(200), keep_ratio=0.2) for s in (SETTINGS, few)]
@@ -488,7 +488,7 @@ def test_of_a_long_document_every_token_is_recorded_by_some_heads(
     tokens = torch.tensor([backbone.encode(letters(200))])
     with torch.no_grad():
         cache = backbone.prefixed_cache(200, room=80)
-        backbone.read(tokens, cache)
+        backbone.prefill(tokens, cache)
         every = record_rows(backbone, tokens, cache, part_tokens=24)[0][0].positions
         monkeypatch.setattr("kv_memory.compress.reference_rows._RECORDED", 50)  # a quarter
         some = record_rows(backbone, tokens, cache, part_tokens=24)[0][0].positions

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kv_memory.compress import ObservedAttention, Reconstruction, Selector, SinkRecent, selectors
-from kv_memory.compress.prefill import choose
+from kv_memory.compress.prefill import top_k_mask
 from kv_memory.compress.selectors import make_selector
 from kv_memory.config import SelectorName, n_kept_for
 from kv_memory.errors import ConfigError
@@ -24,7 +24,7 @@ def scores_of(backbone: Any, selector: Selector, ids: list[int]) -> torch.Tensor
     with torch.no_grad():
         cache = backbone.prefixed_cache(len(ids), room=selector.extra_tokens)
         watched = selector.watch(backbone, n_prefix=n_prefix, n_tokens=len(ids))
-        backbone.read(tokens, cache, context=ForwardContext(observer=watched))
+        backbone.prefill(tokens, cache, context=ForwardContext(observer=watched))
         before = [cache.layer(i)[0].clone() for i in range(backbone.num_layers)]
         scores = selector.score(backbone, tokens, cache, watched)
     for index, keys in enumerate(before):  # "left as it was found"
@@ -82,7 +82,7 @@ def chosen(scores: torch.Tensor, n_kept: int, **options: Any) -> list[list[list[
     """Positions kept in every layer and head of one document."""
     scores = scores.reshape(*([1] * (3 - scores.ndim)), *scores.shape)
     lengths, most = torch.tensor([scores.shape[-1]]), torch.tensor([n_kept])
-    mask = choose(scores[:, None], lengths, most, **{"budget": "head", **options})[:, 0]
+    mask = top_k_mask(scores[:, None], lengths, most, **{"budget": "head", **options})[:, 0]
     return [[head.nonzero()[:, 0].tolist() for head in layer] for layer in mask]
 
 
@@ -114,10 +114,12 @@ def test_documents_of_a_batch_keep_what_they_would_alone() -> None:
     torch.manual_seed(0)
     scores, lengths, n_kept = torch.randn(3, 2, 2, 9), torch.tensor([9, 5]), torch.tensor([4, 1])
     for budget in ("head", "model"):
-        together = choose(scores, lengths, n_kept, budget=budget)  # type: ignore[arg-type]
+        together = top_k_mask(scores, lengths, n_kept, budget=budget)  # type: ignore[arg-type]
         for row in (0, 1):
             n = int(lengths[row])
-            one = choose(scores[:, row : row + 1, :, :n], lengths[row : row + 1], n_kept[row : row + 1], budget=budget)  # type: ignore[arg-type]
+            one = top_k_mask(
+                scores[:, row : row + 1, :, :n], lengths[row : row + 1], n_kept[row : row + 1], budget=budget
+            )  # type: ignore[arg-type]
             assert torch.equal(together[:, row, :, :n], one[:, 0])
             assert not together[:, row, :, n:].any()
             assert int(together[:, row].sum()) == 6 * int(n_kept[row])

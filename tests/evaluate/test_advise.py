@@ -14,12 +14,12 @@ import pytest
 from kv_memory.cli.options import passage_tokens_of
 from kv_memory.documents import Document, split_passages
 from kv_memory.errors import ConfigError, DatasetError, UnreadableDocumentError
-from kv_memory.evaluate import Advice, AdviceRow, Wish, advise
+from kv_memory.evaluate import Advice, AdviceRow, Criteria, advise
 from kv_memory.evaluate.advise import _draw
 from kv_memory.evaluate.harness import EvalProgress
 from kv_memory.evaluate.measure import Measured
 from kv_memory.evaluate.recommend import add_command, recommend
-from kv_memory.evaluate.records import Record
+from kv_memory.evaluate.results import Record
 from kv_memory.evaluate.self_asked import SelfAsked
 from kv_memory.memory import KVMemory
 from kv_memory.settings import MemorySettings, given_settings, resolve_settings
@@ -138,18 +138,20 @@ ROWS = [row_of(1 / 2, 0.01, 0.95), row_of(1 / 4, 0.05, 0.9), row_of(1 / 8, 0.09,
 
 
 @pytest.mark.parametrize(
-    ("wish", "keep_ratio", "meets", "said"),
+    ("criteria", "keep_ratio", "meets", "said"),
     [
-        (Wish(), 1 / 4, True, "(1/4: KL 0.050, 90% the same); the next smaller one has not (1/8: KL 0.090, 70%"),
-        (Wish(min_same=0.7), 1 / 8, True, "the smallest measured that has a KL of at most 0.1 and at least 70%"),
-        (Wish(max_kl=1, min_same=0), 1 / 16, True, "(1/16: KL 0.400, 50% the same)"),
-        (Wish(max_kl=0.02), 1 / 2, True, "1/2: KL 0.010"),
-        (Wish(max_kl=0.001), 1 / 2, False, "none measured has a KL of at most 0.001"),
-        (Wish(min_same=0.99), 1 / 2, False, "nearest comes 1/2: KL 0.010, 95% the same"),
+        (Criteria(), 1 / 4, True, "(1/4: KL 0.050, 90% the same); the next smaller one has not (1/8: KL 0.090, 70%"),
+        (Criteria(min_same=0.7), 1 / 8, True, "the smallest measured that has a KL of at most 0.1 and at least 70%"),
+        (Criteria(max_kl=1, min_same=0), 1 / 16, True, "(1/16: KL 0.400, 50% the same)"),
+        (Criteria(max_kl=0.02), 1 / 2, True, "1/2: KL 0.010"),
+        (Criteria(max_kl=0.001), 1 / 2, False, "none measured has a KL of at most 0.001"),
+        (Criteria(min_same=0.99), 1 / 2, False, "nearest comes 1/2: KL 0.010, 95% the same"),
     ],
 )
-def test_the_smallest_that_meets_the_wish_is_recommended(wish: Wish, keep_ratio: float, meets: bool, said: str) -> None:
-    found = recommend(ROWS, wish=wish, settings=SETTINGS, what=["docs"])
+def test_the_smallest_that_meets_the_wish_is_recommended(
+    criteria: Criteria, keep_ratio: float, meets: bool, said: str
+) -> None:
+    found = recommend(ROWS, criteria=criteria, settings=SETTINGS, what=["docs"])
     assert (found.keep_ratio, found.meets, found.enough) == (keep_ratio, meets, True)
     assert said in found.reason
     assert f"kv-memory add docs --keep-ratio {keep_ratio} " in found.command
@@ -157,9 +159,9 @@ def test_the_smallest_that_meets_the_wish_is_recommended(wish: Wish, keep_ratio:
 
 def test_of_few_questions_nothing_smaller_than_the_default_is_recommended() -> None:
     few = [row_of(1 / 2, 0.01, 1.0, n_questions=11), row_of(1 / 8, 0.01, 1.0, n_questions=11)]
-    found = recommend(few, wish=Wish(), settings=SETTINGS, what=["docs"])
+    found = recommend(few, criteria=Criteria(), settings=SETTINGS, what=["docs"])
     assert (found.keep_ratio, found.meets, found.enough) == (0.5, True, False)
-    found = recommend([], wish=Wish(), settings=SETTINGS, what=["docs"])
+    found = recommend([], criteria=Criteria(), settings=SETTINGS, what=["docs"])
     assert (found.keep_ratio, found.meets, found.enough) == (0.5, False, False)
     assert "questions 0" in found.reason and "nothing was measured" in found.reason
 
@@ -227,8 +229,8 @@ def test_settings_out_of_range_are_refused(roomy: Any, docs: Path, options: dict
 
 
 @pytest.mark.parametrize(
-    "wish", [{"max_kl": 0}, {"max_kl": float("nan")}, {"min_same": 1.5}, {"min_same": float("nan")}]
+    "criteria", [{"max_kl": 0}, {"max_kl": float("nan")}, {"min_same": 1.5}, {"min_same": float("nan")}]
 )
-def test_a_wish_that_cannot_be_is_refused(wish: dict[str, float]) -> None:
+def test_a_wish_that_cannot_be_is_refused(criteria: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
-        Wish(**wish)
+        Criteria(**criteria)

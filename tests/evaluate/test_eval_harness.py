@@ -11,11 +11,11 @@ import torch
 from kv_memory.compress import Adapter, Compressor
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
 from kv_memory.evaluate import METHODS, Evaluation, TaskSettings, evaluate, load_rows, measure
-from kv_memory.evaluate.asked import Asked
 from kv_memory.evaluate.bench import Bench
 from kv_memory.evaluate.cases import encode_query
 from kv_memory.evaluate.harness import EvalProgress
 from kv_memory.evaluate.methods import RandomSelector, make_methods
+from kv_memory.evaluate.prefilled_questions import PrefilledQuestions
 from kv_memory.evaluate.tasks import find_task
 from tests.memories import FERRY, wide_backbone
 
@@ -89,13 +89,13 @@ def test_an_answer_that_agrees_is_not_decoded_and_is_the_one_decoding_gives(
     roomy: Any, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[int] = []
-    real = Asked.decode
+    real = PrefilledQuestions.decode
 
-    def counting(asked: Asked, rows: Any, settings: Any) -> list[str]:
+    def counting(asked: PrefilledQuestions, rows: Any, settings: Any) -> list[str]:
         decoded.append(len(rows))
         return real(asked, rows, settings)
 
-    monkeypatch.setattr(Asked, "decode", counting)
+    monkeypatch.setattr(PrefilledQuestions, "decode", counting)
     quick = run(roomy, data, methods=["full", "random"], keep_ratios=[0.9])
     n_all = sum(len(record.questions) for record in quick.records)
     assert sum(decoded) < n_all

@@ -14,7 +14,7 @@ from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.evaluate import Evaluation, TaskSettings, aggregate, evaluate, load_rows, markdown, write_report
 from kv_memory.evaluate.bench import Bench
 from kv_memory.evaluate.cases import Case, Query, encode_query
-from kv_memory.evaluate.records import Record
+from kv_memory.evaluate.results import Record
 from kv_memory.evaluate.tasks import find_task
 from tests.conftest import make_backbone
 from tests.evaluate.conftest import prose, write

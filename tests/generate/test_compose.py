@@ -31,7 +31,7 @@ def distilled(backbone: Any, *, selector: Any = "attention", n: int = 3, length:
 
 def free_keys(backbone: Any, made: Any, n_positions: int) -> torch.Tensor:
     keys = torch.stack([made.layer(index)[0][0] for index in range(backbone.num_layers)])
-    return backbone.rope.take_off(keys, made.composed_positions, n_positions=n_positions)
+    return backbone.rope.unrotate(keys, made.composed_positions, n_positions=n_positions)
 
 
 @pytest.mark.parametrize("selector", ["attention", "sink_recent"])
@@ -112,7 +112,7 @@ def test_heads_that_keep_different_numbers(name: str, layout: Any) -> None:
                 positions = positions + N_PREFIX + sum(spans[:index])
                 whole = torch.zeros(4, 2, len(free), free.shape[1])
                 whole[layer, head] = free
-                on = backbone.rope.put_on(whole, positions, n_positions=N_PREFIX + sum(spans) + 7)
+                on = backbone.rope.rotate(whole, positions, n_positions=N_PREFIX + sum(spans) + 7)
                 expected.append(positions)
                 turned.append(on[layer, head])
                 kept.append(value)

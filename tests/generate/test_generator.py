@@ -17,8 +17,8 @@ from kv_memory.config import DecodeSettings
 from kv_memory.errors import ConfigError, FingerprintMismatchError
 from kv_memory.generate import Generator, compose
 from kv_memory.model.backbone import Backbone
+from kv_memory.model.first_token import is_visible
 from kv_memory.model.kv_cache import PositionedCache
-from kv_memory.model.opening import is_visible
 from kv_memory.model.prompts import PromptForm
 from tests.conftest import ARCHITECTURES, SHORT_FORM, make_backbone, make_model, make_tokenizer
 from tests.reference import full_logits, letters, may_open, recorded_inputs, shared_backbone

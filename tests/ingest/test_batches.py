@@ -11,7 +11,7 @@ import pytest
 from kv_memory.cache.keep import Keep
 from kv_memory.compress import Adapter, Compressor
 from kv_memory.documents import Document
-from kv_memory.ingest.pipeline import Intake
+from kv_memory.ingest.pipeline import IngestPipeline
 from kv_memory.store import Store
 from tests.conftest import make_backbone
 from tests.memories import LONG
@@ -26,8 +26,8 @@ def compressor() -> Any:
     return Compressor(backbone, adapter=Adapter.create(backbone, rank=2, scorer="head", first_routed_layer=1))
 
 
-def intake(store: Store, compressor: Any, **options: Any) -> Intake:
-    return Intake(store, compressor, keep_ratio=0.25, passage_tokens=64, **options)
+def pipeline(store: Store, compressor: Any, **options: Any) -> IngestPipeline:
+    return IngestPipeline(store, compressor, keep_ratio=0.25, passage_tokens=64, **options)
 
 
 @pytest.mark.parametrize("writer", [False, True])
@@ -36,30 +36,30 @@ def test_passages_of_like_length_are_read_together(tmp_path: Path, compressor: A
     with ThreadPoolExecutor(1) as pool, Store.open(tmp_path / "a") as store, Store.open(tmp_path / "b") as other:
         options = {"writer": pool} if writer else {}
         with recorded_inputs(compressor.backbone) as inputs:
-            report = intake(store, compressor, batch_size=4, on_progress=told.append, **options).add_one(
+            report = pipeline(store, compressor, batch_size=4, on_progress=told.append, **options).add_one(
                 Document(id="long", text=LONG)
             )
-        alone = intake(other, compressor).add_one(Document(id="long", text=LONG))
+        alone = pipeline(other, compressor).add_one(Document(id="long", text=LONG))
         assert report.added == alone.added == ["long"]
         assert report.n_passages == alone.n_passages == len(store.caches()) > 4
         assert (report.n_tokens, report.n_kept) == (alone.n_tokens, alone.n_kept)
         rows = [ids.shape[0] for ids in inputs]
         assert sum(rows) == report.n_passages and max(rows) == 4
         assert told[-1].n_tokens == told[-1].n_tokens_total and len(told) == len(rows)
-        digest = intake(store, compressor).fingerprint
+        digest = pipeline(store, compressor).fingerprint
         assert store.missing(digest, 0.25) == []
         for mine, theirs in zip(store.passages(), other.passages(), strict=True):
             caches = [s.get(p.text_sha256, digest, 0.25) for s, p in ((store, mine), (other, theirs))]
             assert caches[0].positions.tolist() == caches[1].positions.tolist()
         with recorded_inputs(compressor.backbone) as inputs:
-            again = intake(store, compressor, batch_size=4).add_one(Document(id="long", text=LONG))
+            again = pipeline(store, compressor, batch_size=4).add_one(Document(id="long", text=LONG))
         assert again.unchanged == ["long"] and not inputs
 
 
 def test_passages_within_a_budget_are_read_together_too(tmp_path: Path, compressor: Any) -> None:
     keep = Keep(keep_tokens=20)
     with Store.open(tmp_path / "store") as store:
-        made = Intake(store, compressor, keep_ratio=keep, passage_tokens=64, batch_size=4)
+        made = IngestPipeline(store, compressor, keep_ratio=keep, passage_tokens=64, batch_size=4)
         with recorded_inputs(compressor.backbone) as inputs:
             report = made.add_one(Document(id="long", text=LONG))
         assert max(ids.shape[0] for ids in inputs) == 4
@@ -71,23 +71,23 @@ def test_passages_within_a_budget_are_read_together_too(tmp_path: Path, compress
 
 def test_only_what_is_missing_is_read(tmp_path: Path, compressor: Any) -> None:
     with Store.open(tmp_path / "store") as store:
-        intake(store, compressor, batch_size=4).add_one(Document(id="long", text=LONG))
+        pipeline(store, compressor, batch_size=4).add_one(Document(id="long", text=LONG))
         gone = store.passages()[1]
         store.delete(gone.text_sha256)
         with recorded_inputs(compressor.backbone) as inputs:
-            report = intake(store, compressor, batch_size=4).add_one(Document(id="long", text=LONG))
+            report = pipeline(store, compressor, batch_size=4).add_one(Document(id="long", text=LONG))
         assert report.n_passages == 1 and [ids.shape[0] for ids in inputs] == [1]
 
 
 def test_a_passage_that_stands_twice_is_read_once(tmp_path: Path, compressor: Any) -> None:
     paragraph = "The ferry leaves at noon, the lamp burns at night. "
     with Store.open(tmp_path / "store") as store, recorded_inputs(compressor.backbone) as inputs:
-        intake(store, compressor, batch_size=4).add_one(Document(id="twice", text=f"{paragraph}\n\n" * 3))
+        pipeline(store, compressor, batch_size=4).add_one(Document(id="twice", text=f"{paragraph}\n\n" * 3))
         texts = [passage.text_sha256 for passage in store.passages()]
         assert len(texts) == 3 and len(set(texts)) == len(store.caches()) == sum(ids.shape[0] for ids in inputs) < 3
 
 
 def test_on_a_processor_passages_are_read_one_by_one(tmp_path: Path, compressor: Any) -> None:
     with Store.open(tmp_path / "store") as store, recorded_inputs(compressor.backbone) as inputs:
-        intake(store, compressor).add_one(Document(id="long", text=LONG))
+        pipeline(store, compressor).add_one(Document(id="long", text=LONG))
         assert {ids.shape[0] for ids in inputs} == {1}

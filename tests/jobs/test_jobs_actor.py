@@ -18,8 +18,8 @@ from kv_memory.jobs import Job, JobSettings, Ledger
 from kv_memory.jobs.discovery import Discovery
 from kv_memory.jobs.engines.actor import Actor, call_of
 from kv_memory.jobs.engines.local import threads_of
-from kv_memory.jobs.leases import Claims, Roll
-from kv_memory.jobs.worker import make_intake
+from kv_memory.jobs.leases import LiveWorkers, TaskQueue
+from kv_memory.jobs.worker import make_pipeline
 from kv_memory.store import Store
 from tests.jobs.test_jobs_local import assert_all_there
 
@@ -77,12 +77,12 @@ def actors(store: Store) -> Iterator[Actors]:
 def test_a_turn(store: Store, new_job: Make, notes: Path, actors: Actors, temporary: Path) -> None:
     (notes / "broken.txt").write_bytes(b"\0")
     job = actors.ready(new_job(notes))
-    with actors.ledger.driving(job):
+    with actors.ledger.hold_driver_lock(job):
         first, second = actors.make(job), actors.make(job)
         assert turn(first) == (13, "", {})
         assert turn(first) == (0, "", {})
         assert turn(second) == (0, "", {})
-    assert second._intake is None  # no model is loaded for nothing
+    assert second._pipeline is None  # no model is loaded for nothing
     ((_, failed),) = actors.ledger.failed(job)
     assert failed.error["error"] == "BinaryDocumentError"
     assert_all_there(store, 12)
@@ -92,11 +92,11 @@ def test_a_turn(store: Store, new_job: Make, notes: Path, actors: Actors, tempor
 
 def test_what_a_dead_actor_had_in_hand_is_waited_for(store: Store, new_job: Make, notes: Path, actors: Actors) -> None:
     job = actors.ready(new_job(notes))
-    other = Claims(store, job.id, f"{DRIVER}-dead")
+    other = TaskQueue(store, job.id, f"{DRIVER}-dead")
     assert other.claim() is not None
-    freed = threading.Timer(1, lambda: Roll(store).free_dead(job))  # as the driver does
+    freed = threading.Timer(1, lambda: LiveWorkers(store).free_dead(job))  # as the driver does
     freed.start()
-    with actors.ledger.driving(job):
+    with actors.ledger.hold_driver_lock(job):
         assert turn(actors.make(job)) == (12, "", {})
     freed.join()
     assert_all_there(store, 12)
@@ -106,7 +106,7 @@ def test_called_off(store: Store, new_job: Make, notes: Path, actors: Actors, mo
     monkeypatch.setattr("kv_memory.jobs.engines.actor._LOOK_S", 0)
     job = actors.ready(new_job(notes))
     actor = actors.make(job)
-    with actors.ledger.driving(job):
+    with actors.ledger.hold_driver_lock(job):
         wanted = Actor._is_wanted
 
         def once(self: Actor) -> bool:
@@ -115,11 +115,11 @@ def test_called_off(store: Store, new_job: Make, notes: Path, actors: Actors, mo
 
         monkeypatch.setattr(Actor, "_is_wanted", once)
         assert turn(actor) == (0, "", {})
-        assert actor._intake is not None  # it was called off behind that
+        assert actor._pipeline is not None  # it was called off behind that
         monkeypatch.undo()
         assert actor._is_over()  # although it has looked a moment ago
         assert turn(actors.make(job)) == (0, "", {})
-    assert actors.made[-1]._intake is None
+    assert actors.made[-1]._pipeline is None
     assert actors.ledger.counts(job).pending == 12
 
 
@@ -130,7 +130,7 @@ def test_a_job_that_nobody_drives(new_job: Make, notes: Path, actors: Actors) ->
 
 def test_a_model_that_is_not_there(new_job: Make, notes: Path, settings: JobSettings, actors: Actors) -> None:
     job = actors.ready(new_job(notes, memory={**settings.memory, "model": str(notes / "no-such-model")}))
-    with actors.ledger.driving(job):
+    with actors.ledger.hold_driver_lock(job):
         n_done, lost, fatal = turn(actors.make(job))
     assert (n_done, lost, fatal["error"]) == (0, "", "ModelNotFoundError")
     assert "no-such-model" in fatal["where"] and f"(on {socket.gethostname()})" in fatal["what"]
@@ -148,10 +148,10 @@ def test_a_server_that_does_not_answer_for_a_moment(
         if down.pop():
             down.append(False)
             raise StoreConnectionError("no answer", where="db.local", next_step="Wait.")
-        return make_intake(*args, **options)
+        return make_pipeline(*args, **options)
 
-    monkeypatch.setattr("kv_memory.jobs.worker.make_intake", opened)
-    with actors.ledger.driving(job):
+    monkeypatch.setattr("kv_memory.jobs.worker.make_pipeline", opened)
+    with actors.ledger.hold_driver_lock(job):
         assert turn(actor) == (0, f"no answer (on {socket.gethostname()})", {})
         assert turn(actor) == (12, "", {})
     assert_all_there(store, 12)
@@ -162,7 +162,7 @@ def test_actors_that_do_not_survive_the_loading_of_a_model_are_not_started_for_e
 ) -> None:
     job = actors.ready(new_job(notes, name="j"))
     (temporary / f"kv-memory-{DRIVER}").write_bytes(b"." * 10)
-    with actors.ledger.driving(job):
+    with actors.ledger.hold_driver_lock(job):
         _, _, fatal = turn(actors.make(job))
         assert fatal["error"] == "WorkerDiedError" and "10 actors have died" in fatal["what"]
         assert "kv-memory job resume j --engine ray" in fatal["next_step"]

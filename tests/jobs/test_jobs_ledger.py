@@ -17,7 +17,7 @@ from sqlalchemy import select, update
 from kv_memory.errors import ConfigError, JobError, JobNotFoundError
 from kv_memory.jobs import JobSettings, Ledger
 from kv_memory.jobs.item import SourceItem
-from kv_memory.jobs.leases import Claims, Renewer, Roll
+from kv_memory.jobs.leases import LiveWorkers, Renewer, TaskQueue
 from kv_memory.jobs.records import FailedResult, Job, TaskResult
 from kv_memory.store import Store
 from kv_memory.store.sql.schema import TaskRow, utc_now
@@ -63,30 +63,32 @@ def test_settings_are_checked() -> None:
 
 def test_a_document_goes_from_pending_to_done(either_store: Store) -> None:
     ledger, job = Ledger(either_store), job_of(either_store, 3)
-    claims = Claims(either_store, job.id, "w")
-    first = claims.claim()
+    task_queue = TaskQueue(either_store, job.id, "w")
+    first = task_queue.claim()
     assert first is not None
     assert (first.document_id, first.attempts) == ("d2", 1)  # the largest first
-    second = claims.finish(first, TaskResult(outcome="added", n_passages=2, n_tokens=90, cache_bytes=5, elapsed_s=0.5))
+    second = task_queue.finish(
+        first, TaskResult(outcome="added", n_passages=2, n_tokens=90, cache_bytes=5, elapsed_s=0.5)
+    )
     assert second is not None and second.document_id == "d1"
-    third = claims.finish(second, FailedResult(error=ERROR))
+    third = task_queue.finish(second, FailedResult(error=ERROR))
     assert third is not None
-    assert claims.finish(third, TaskResult(outcome="unchanged"), go_on=False) is None
+    assert task_queue.finish(third, TaskResult(outcome="unchanged"), go_on=False) is None
     counts = ledger.counts(job)
     assert (counts.done, counts.failed, counts.open, counts.total) == (2, 1, 0, 3)
     assert counts.outcomes == {"added": 1, "unchanged": 1}
     assert (counts.n_passages, counts.n_tokens, counts.cache_bytes) == (2, 90, 5)
     ((_, failed),) = ledger.failed(job)
     assert (failed.document_id, dict(failed.error)) == ("d1", ERROR)
-    assert claims.claim() is None and not claims.pending()
+    assert task_queue.claim() is None and not task_queue.pending()
 
 
 def test_documents_that_are_there_stay_as_they_are(either_store: Store) -> None:
     ledger, job = Ledger(either_store), job_of(either_store, 3)
-    claims = Claims(either_store, job.id, "w")
-    task = claims.claim()
+    task_queue = TaskQueue(either_store, job.id, "w")
+    task = task_queue.claim()
     assert task is not None
-    claims.finish(task, TaskResult(outcome="added"), go_on=False)
+    task_queue.finish(task, TaskResult(outcome="added"), go_on=False)
     ledger.add(job, items(4))
     counts = ledger.counts(job)
     assert (counts.done, counts.pending) == (1, 3)
@@ -106,7 +108,7 @@ def test_a_second_document_of_one_id_fails_instead_of_getting_lost(either_store:
 def test_an_item_with_an_error_is_never_given_to_a_worker(either_store: Store) -> None:
     ledger, job = Ledger(either_store), job_of(either_store, 0)
     ledger.add(job, [SourceItem(document_id="x", uri="file:///x", error=ERROR)])
-    assert Claims(either_store, job.id, "w").claim() is None
+    assert TaskQueue(either_store, job.id, "w").claim() is None
     assert ledger.counts(job).failed == 1
     reopened = ledger.reopen(ledger.job("j"), retry_failed=True)
     assert not reopened.discovered and ledger.counts(job).total == 0  # to be looked for again
@@ -114,17 +116,17 @@ def test_an_item_with_an_error_is_never_given_to_a_worker(either_store: Store) -
 
 CLAIM = """
 import sys
-from kv_memory.jobs.leases import Claims
+from kv_memory.jobs.leases import TaskQueue
 from kv_memory.jobs.records import TaskResult
 from kv_memory.store import Store
 with Store.open(sys.argv[1], create=False) as store:
-    claims = Claims(store, int(sys.argv[2]), sys.argv[3])
+    task_queue = TaskQueue(store, int(sys.argv[2]), sys.argv[3])
     print("ready", flush=True)
     sys.stdin.readline()
-    task = claims.claim()
+    task = task_queue.claim()
     while task is not None:
         print(task.document_id)
-        task = claims.finish(task, TaskResult(outcome="added"))
+        task = task_queue.finish(task, TaskResult(outcome="added"))
 """
 
 
@@ -144,10 +146,10 @@ def test_several_processes_and_threads_claim_each_document_once(either_store: St
     found: list[str] = []
 
     def claim(name: str) -> None:
-        claims = Claims(either_store, job.id, name)
-        while (task := claims.claim()) is not None:
+        task_queue = TaskQueue(either_store, job.id, name)
+        while (task := task_queue.claim()) is not None:
             found.append(task.document_id)
-            claims.finish(task, TaskResult(outcome="added"), go_on=False)
+            task_queue.finish(task, TaskResult(outcome="added"), go_on=False)
 
     threads = [threading.Thread(target=claim, args=(f"t{n}",)) for n in range(2)]
     for process in processes:
@@ -175,12 +177,12 @@ def expire(store: Store) -> None:
 
 def test_a_document_whose_lease_has_expired_goes_to_somebody_else(either_store: Store) -> None:
     ledger, job = Ledger(either_store), job_of(either_store, 1)
-    slow, quick = Claims(either_store, job.id, "slow"), Claims(either_store, job.id, "quick")
+    slow, quick = TaskQueue(either_store, job.id, "slow"), TaskQueue(either_store, job.id, "quick")
     task = slow.claim()
     assert task is not None and quick.claim() is None
-    assert Roll(either_store).expire(job) == 0
+    assert LiveWorkers(either_store).expire(job) == 0
     expire(either_store)
-    assert Roll(either_store).expire(job) == 1
+    assert LiveWorkers(either_store).expire(job) == 1
     again = quick.claim()
     assert again is not None and again.attempts == 2
     # The slow one comes back: its result is refused, the other one's counts.
@@ -194,44 +196,44 @@ def test_a_document_whose_lease_has_expired_goes_to_somebody_else(either_store: 
 def test_attempts_are_bounded(either_store: Store) -> None:
     ledger, job = Ledger(either_store), job_of(either_store, 1)
     for attempt in range(2):
-        task = Claims(either_store, job.id, f"w{attempt}").claim()
+        task = TaskQueue(either_store, job.id, f"w{attempt}").claim()
         assert task is not None
-        assert Roll(either_store).free(job, f"w{attempt}", "killed by SIGKILL") == 1
+        assert LiveWorkers(either_store).free(job, f"w{attempt}", "killed by SIGKILL") == 1
     ((_, failed),) = ledger.failed(job)
     assert failed.attempts == 2
     assert failed.error["error"] == "WorkerDiedError" and "SIGKILL" in str(failed.error["what"])
     ledger.finish(job)
     reopened = ledger.reopen(ledger.job("j"), retry_failed=True)
     assert reopened.state == "interrupted"
-    task = Claims(either_store, job.id, "w").claim()
+    task = TaskQueue(either_store, job.id, "w").claim()
     assert task is not None and task.attempts == 1
 
 
 def test_giving_a_document_back_is_no_attempt(either_store: Store) -> None:
     job = job_of(either_store, 1)
-    claims = Claims(either_store, job.id, "w")
+    task_queue = TaskQueue(either_store, job.id, "w")
     for _ in range(3):
-        task = claims.claim()
+        task = task_queue.claim()
         assert task is not None and task.attempts == 1
-        assert claims.release(task)
+        assert task_queue.release(task)
 
 
 def test_the_dead_are_known_by_the_name_they_no_longer_hold(either_store: Store) -> None:
     ledger, job = Ledger(either_store), job_of(either_store, 2)
-    living, dead = Claims(either_store, job.id, "living"), Claims(either_store, job.id, "dead")
-    with Roll(either_store).living("living"):
+    living, dead = TaskQueue(either_store, job.id, "living"), TaskQueue(either_store, job.id, "dead")
+    with LiveWorkers(either_store).hold_worker_lock("living"):
         assert living.claim() is not None
         assert dead.claim() is not None
-        assert Roll(either_store).free_dead(job) == 1
+        assert LiveWorkers(either_store).free_dead(job) == 1
         counts = ledger.counts(job)
         assert (counts.running, counts.pending) == (1, 1)
-    assert Roll(either_store).free_dead(job) == 1
+    assert LiveWorkers(either_store).free_dead(job) == 1
 
 
 def test_a_lease_is_renewed_while_a_long_document_is_read(store: Store) -> None:
     job = job_of(store, 1)
-    claims = Claims(store, job.id, "w")
-    task = claims.claim()
+    task_queue = TaskQueue(store, job.id, "w")
+    task = task_queue.claim()
     assert task is not None
 
     def lease() -> datetime:
@@ -241,7 +243,7 @@ def test_a_lease_is_renewed_while_a_long_document_is_read(store: Store) -> None:
         return until
 
     claimed = lease()
-    with Renewer(claims, lease_s=0.1) as renewer:
+    with Renewer(task_queue, lease_s=0.1) as renewer:
         time.sleep(0.1)
         assert lease() == claimed  # nothing is in hand yet
         renewer.task = task
@@ -259,24 +261,24 @@ def wait_for(look: Callable[[], Any], fits: Callable[[Any], bool]) -> Any:
 
 def test_one_driver_at_a_time(either_store: Store) -> None:
     ledger, job = Ledger(either_store), job_of(either_store, 1)
-    with ledger.driving(job):
+    with ledger.hold_driver_lock(job):
         assert ledger.job("j").state == "running"
-        with pytest.raises(JobError, match="another process"), ledger.driving(job):
+        with pytest.raises(JobError, match="another process"), ledger.hold_driver_lock(job):
             pass
     assert ledger.job("j").state == "interrupted"
 
 
 def test_cancelling_leaves_out_what_is_pending(either_store: Store) -> None:
     ledger, job = Ledger(either_store), job_of(either_store, 3)
-    claims = Claims(either_store, job.id, "w")
-    task = claims.claim()
+    task_queue = TaskQueue(either_store, job.id, "w")
+    task = task_queue.claim()
     assert task is not None
-    with ledger.driving(job):
+    with ledger.hold_driver_lock(job):
         assert ledger.cancel(ledger.job("j")) == 2
         with pytest.raises(JobError, match="cancelled"):
             ledger.add(job, items(1, start=9))
-        assert not claims.wanted()
-        assert claims.finish(task, TaskResult(outcome="added")) is None
+        assert not task_queue.wanted()
+        assert task_queue.finish(task, TaskResult(outcome="added")) is None
     counts = ledger.counts(job)
     assert (counts.done, counts.cancelled, counts.open) == (1, 2, 0)
     assert not ledger.finish(job) and ledger.state(job) == "cancelled"

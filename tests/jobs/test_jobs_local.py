@@ -192,7 +192,7 @@ def test_a_worker_that_does_not_listen_is_killed(
     monkeypatch.setattr("kv_memory.jobs.engines.local._PATIENCE_S", 0.2)
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(99)"
     engine = LocalEngine(store.path, command=(sys.executable, "-c", code))
-    engine.tend(new_job(notes), n_open=1)
+    engine.poll(new_job(notes), n_open=1)
     wait_for(lambda: engine._processes[0].said.seek(0, os.SEEK_END) > 0)
     (end,) = engine.stop()
     assert end.died and end.reason == "killed by SIGKILL"
@@ -209,9 +209,9 @@ def test_threads_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_more_workers_than_documents(store: Store, new_job: Make, notes: Path) -> None:
     command = (sys.executable, "-c", "import time; time.sleep(99)")
     engine = LocalEngine(store.path, n_workers=4, command=command)
-    engine.tend(new_job(notes), n_open=0)
+    engine.poll(new_job(notes), n_open=0)
     assert engine.n_workers() == 0
-    engine.tend(new_job(notes), n_open=2)
+    engine.poll(new_job(notes), n_open=2)
     assert engine.n_workers() == 2
     engine.stop()
     with pytest.raises(ConfigError, match="at least 1 worker"):

@@ -17,10 +17,10 @@ from kv_memory.errors import ConfigError, JobError, StoreFullError, UnreadableDo
 from kv_memory.jobs import Job, Ledger
 from kv_memory.jobs.discovery import Discovery
 from kv_memory.jobs.driver import JobRequest, create_job, drive
-from kv_memory.jobs.events import DocumentFailed, Event, JobEnded, JobStarted, Progress, Speedometer
+from kv_memory.jobs.events import DocumentFailed, Event, JobEnded, JobStarted, Progress, RateMeter
 from kv_memory.jobs.item import SourceItem
 from kv_memory.jobs.records import Counts
-from kv_memory.jobs.worker import make_intake
+from kv_memory.jobs.worker import make_pipeline
 from kv_memory.store import Store
 from tests.jobs.conftest import write_notes
 from tests.jobs.threads import Gate, ThreadEngine
@@ -48,8 +48,8 @@ class Runner:
         gate: Gate | None = None,
         **options: Any,
     ) -> JobEnded:
-        intake = make_intake(self.store, job)
-        self.engine = ThreadEngine(self.store, intake, n_workers=n_workers, gate=gate)
+        pipeline = make_pipeline(self.store, job)
+        self.engine = ThreadEngine(self.store, pipeline, n_workers=n_workers, gate=gate)
 
         def hear(event: Event) -> None:
             self.events.append(event)
@@ -57,7 +57,7 @@ class Runner:
                 on_event(event)
 
         self.events.clear()
-        with recorded_inputs(intake._compressor.backbone) as inputs:
+        with recorded_inputs(pipeline._compressor.backbone) as inputs:
             try:
                 return drive(self.store, job, self.engine, on_event=hear, **options)
             finally:
@@ -308,7 +308,7 @@ def test_discovery_goes_on_where_it_was_broken_off(store: Store, new_job: Make, 
 
 
 def test_the_speed_is_that_of_the_last_minute() -> None:
-    speed = Speedometer(window_s=60)
+    speed = RateMeter(window_s=60)
     assert (speed.documents_per_s, speed.left_s(Counts(pending=3))) == (0.0, None)
     for second in range(200):
         done = second + 9 * max(0, second - 100)
@@ -320,7 +320,7 @@ def test_the_speed_is_that_of_the_last_minute() -> None:
 
 
 def test_the_time_left_goes_by_bytes_where_they_are_known() -> None:
-    speed = Speedometer()
+    speed = RateMeter()
     speed.see(-99.0, Counts(pending=10))  # the model is being loaded, which is not counted
     speed.see(0.0, Counts(pending=9, running=1))
     speed.see(10.0, Counts(outcomes={"added": 1}, done_bytes=1000))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from kv_memory.ingest.pipeline import Intake
+from kv_memory.ingest.pipeline import IngestPipeline
 from kv_memory.jobs import Job
 from kv_memory.jobs.engines.base import WorkerEnd
 from kv_memory.jobs.records import worker_name
@@ -32,35 +32,35 @@ class Gate:
 
 
 class _Gated:
-    """An intake in front of which documents wait, in a worker's hand already."""
+    """A pipeline in front of which documents wait, in a worker's hand already."""
 
-    def __init__(self, intake: Intake, gate: Gate) -> None:
-        self._intake = intake
+    def __init__(self, pipeline: IngestPipeline, gate: Gate) -> None:
+        self._pipeline = pipeline
         self._gate = gate
 
     def add_one(self, *args: Any, **options: Any) -> Any:
         self._gate.wait()
-        return self._intake.add_one(*args, **options)
+        return self._pipeline.add_one(*args, **options)
 
     def add_passages(self, *args: Any, **options: Any) -> Any:
         self._gate.wait()
-        return self._intake.add_passages(*args, **options)
+        return self._pipeline.add_passages(*args, **options)
 
 
 class ThreadEngine:
     """See `Engine`. A gate is opened at the latest when the engine is stopped: what is in hand is finished."""
 
-    def __init__(self, store: Store, intake: Intake, *, n_workers: int = 1, gate: Gate | None = None) -> None:
+    def __init__(self, store: Store, pipeline: IngestPipeline, *, n_workers: int = 1, gate: Gate | None = None) -> None:
         self.n_started = 0
         self._store = store
-        self._intake: Any = intake if gate is None else _Gated(intake, gate)
+        self._pipeline: Any = pipeline if gate is None else _Gated(pipeline, gate)
         self._gate = gate
         self._most = n_workers
         self._threads: list[tuple[str, threading.Thread]] = []
         self._errors: dict[str, dict[str, str | None]] = {}
         self._stopping = threading.Event()
 
-    def tend(self, job: Job, *, n_open: int) -> list[WorkerEnd]:
+    def poll(self, job: Job, *, n_open: int) -> list[WorkerEnd]:
         ended = [self._end(name) for name, thread in self._threads if not thread.is_alive()]
         self._threads = [(name, thread) for name, thread in self._threads if thread.is_alive()]
         while len(self._threads) < min(self._most, n_open):
@@ -89,6 +89,6 @@ class ThreadEngine:
 
     def _work(self, job: Job, name: str) -> None:
         try:
-            work(self._store, job, name, self._intake, alone=self._stopping.is_set)
+            work(self._store, job, name, self._pipeline, alone=self._stopping.is_set)
         except Exception as error:
             self._errors[name] = error_of(error)

@@ -49,10 +49,10 @@ def test_what_was_rewound_leaves_no_trace(backbone: Any) -> None:
     ids, other = (torch.tensor([backbone.encode(letters(9, seed=seed))]) for seed in (1, 2))
     with torch.no_grad():
         clean = backbone.prefixed_cache(document.shape[1])
-        backbone.read(document, clean)
+        backbone.prefill(document, clean)
         used = backbone.prefixed_cache(document.shape[1], room=4)
-        backbone.read(document, used)
-        backbone.read(other, used)  # beyond its room
+        backbone.prefill(document, used)
+        backbone.prefill(other, used)  # beyond its room
         used.rewind(5)
         used.rewind(0)
         used.rewind(4)
@@ -93,8 +93,8 @@ def test_keys_turn_when_a_longrope_model_changes_its_frequencies() -> None:
         now = torch.stack([cache.layer(index)[0][row, :, : old.shape[2]] for index in range(backbone.num_layers)])
         where = torch.stack([cache.key_positions(index)[row, :, : old.shape[2]] for index in range(4)])
         real = where[0, 0] != NEVER
-        free = backbone.rope.take_off(old[:, :, real], where[..., real], n_positions=96)
-        turned = backbone.rope.put_on(free, where[..., real], n_positions=97)
+        free = backbone.rope.unrotate(old[:, :, real], where[..., real], n_positions=96)
+        turned = backbone.rope.rotate(free, where[..., real], n_positions=97)
         torch.testing.assert_close(now[:, :, real], turned, rtol=1e-4, atol=1e-4)
         assert (now - old).abs().max() > 0.1
 

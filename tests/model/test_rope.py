@@ -91,24 +91,24 @@ def rotated_by_the_model(case: Case, keys: torch.Tensor, positions: torch.Tensor
 
 def test_put_on_is_the_rotation_of_the_model(case: Case) -> None:
     keys, positions = random_keys(case), some_positions(case)
-    ours = case.rope.put_on(keys, positions, n_positions=case.n_positions)
+    ours = case.rope.rotate(keys, positions, n_positions=case.n_positions)
     torch.testing.assert_close(ours, rotated_by_the_model(case, keys, positions), rtol=1e-5, atol=1e-5)
     assert (ours - keys).abs().max() > 0.5
 
 
 def test_take_off_undoes_put_on(case: Case) -> None:
     keys, positions = random_keys(case), some_positions(case)
-    there = case.rope.put_on(keys, positions, n_positions=case.n_positions)
-    back = case.rope.take_off(there, positions, n_positions=case.n_positions)
+    there = case.rope.rotate(keys, positions, n_positions=case.n_positions)
+    back = case.rope.unrotate(there, positions, n_positions=case.n_positions)
     torch.testing.assert_close(back, keys, rtol=1e-5, atol=1e-5)
 
 
 def test_keys_can_be_moved(case: Case) -> None:
     rope, keys = case.rope, random_keys(case)
     here, there = some_positions(case, seed=1), some_positions(case, seed=2)
-    first = rope.put_on(keys, here, n_positions=case.n_positions)
-    moved = rope.put_on(rope.take_off(first, here, n_positions=case.n_positions), there, n_positions=case.n_positions)
-    expected = rope.put_on(keys, there, n_positions=case.n_positions)
+    first = rope.rotate(keys, here, n_positions=case.n_positions)
+    moved = rope.rotate(rope.unrotate(first, here, n_positions=case.n_positions), there, n_positions=case.n_positions)
+    expected = rope.rotate(keys, there, n_positions=case.n_positions)
     torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-5)
     assert (first - expected).abs().max() > 0.5
 
@@ -116,10 +116,10 @@ def test_keys_can_be_moved(case: Case) -> None:
 def test_every_head_may_have_positions_of_its_own(case: Case) -> None:
     rope, keys = case.rope, random_keys(case)
     positions = some_positions(case, LAYERS, HEADS)
-    ours = rope.put_on(keys, positions, n_positions=case.n_positions)
+    ours = rope.rotate(keys, positions, n_positions=case.n_positions)
     for layer in range(LAYERS):
         for head in range(HEADS):
-            alone = rope.put_on(keys, positions[layer, head], n_positions=case.n_positions)
+            alone = rope.rotate(keys, positions[layer, head], n_positions=case.n_positions)
             assert torch.equal(ours[layer, head], alone[layer, head])
 
 
@@ -127,16 +127,16 @@ def test_keys_of_other_types_are_rotated_in_float32(case: Case) -> None:
     rope, positions = case.rope, some_positions(case)
     keys = random_keys(case).bfloat16()
     out = torch.empty(LAYERS, HEADS, N, case.head_dim)
-    rope.put_on(keys, positions, n_positions=case.n_positions, out=out)
-    assert torch.equal(out, rope.put_on(keys.float(), positions, n_positions=case.n_positions))
-    assert torch.equal(rope.put_on(keys, positions, n_positions=case.n_positions), out.bfloat16())
-    assert rope.take_off(keys, positions, n_positions=case.n_positions).dtype == torch.float32
+    rope.rotate(keys, positions, n_positions=case.n_positions, out=out)
+    assert torch.equal(out, rope.rotate(keys.float(), positions, n_positions=case.n_positions))
+    assert torch.equal(rope.rotate(keys, positions, n_positions=case.n_positions), out.bfloat16())
+    assert rope.unrotate(keys, positions, n_positions=case.n_positions).dtype == torch.float32
 
 
 def test_layers_of_gemma3_turn_by_their_own_theta() -> None:
     case = CASES["gemma3"]()
     keys = random_keys(case)[:1].expand(LAYERS, -1, -1, -1)
-    ours = case.rope.put_on(keys, some_positions(case), n_positions=case.n_positions)
+    ours = case.rope.rotate(keys, some_positions(case), n_positions=case.n_positions)
     assert torch.equal(ours[0], ours[2])
     assert (ours[0] - ours[1]).abs().max() > 0.5
 
@@ -156,7 +156,7 @@ def test_longrope_changes_once() -> None:
     assert rope.varies
     assert rope.regime(10) == rope.regime(96) != rope.regime(97) == rope.regime(500)
     keys, positions = random_keys(CASES["longrope_long"]()), torch.arange(N)
-    short, longer, longest = (rope.put_on(keys, positions, n_positions=n) for n in (96, 97, 500))
+    short, longer, longest = (rope.rotate(keys, positions, n_positions=n) for n in (96, 97, 500))
     assert torch.equal(longer, longest)
     assert (short - longer).abs().max() > 0.1
 
@@ -175,5 +175,5 @@ def test_the_lock_is_held_while_the_module_changes_its_frequencies() -> None:
 
     case.rotary.register_forward_pre_hook(look)
     rope = Rope(case.rotary, layer_types=case.layer_types, lock=lock)
-    rope.put_on(random_keys(case), torch.arange(N), n_positions=200)
+    rope.rotate(random_keys(case), torch.arange(N), n_positions=200)
     assert free == [False]

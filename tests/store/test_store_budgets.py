@@ -81,7 +81,7 @@ def test_what_is_being_read_stays(store: Store) -> None:
     size = fill(store, "a", "b")
     store.set_limits(Limits(max_size_bytes=2 * size))
     held = store.get(sha("a"), FINGERPRINT, 0.25)
-    store._shelf.uses._used.clear()  # as if it had been used long ago
+    store._cache_table.uses._used.clear()  # as if it had been used long ago
     fill(store, "c")
     assert texts_of(store, "a", "b", "c") == {"a", "c"}
     also_held = store.get(sha("c"), FINGERPRINT, 0.25)

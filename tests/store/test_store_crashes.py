@@ -22,7 +22,7 @@ RunScript = Callable[..., "subprocess.CompletedProcess[str]"]
 KILLED = """
 import random, stat
 from kv_memory.store.blobs.local import DiskBlobs
-from kv_memory.store.stock import Stock
+from kv_memory.store.blob_references import BlobReferences
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -54,7 +54,7 @@ def die_before_the_document(store):
     die()
 
 def die_before_sweeping(store):
-    Stock.sweep = die
+    BlobReferences.delete_unreferenced = die
     store.put_document(document("a", "new"))
 
 def die_before_deleting(store):

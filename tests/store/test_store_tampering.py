@@ -127,7 +127,7 @@ def test_caches_from_before_they_said_their_text_are_read(store: Store) -> None:
     data = make_cache(7).to_bytes()
     assert b"text_sha256" not in data
     with store.catalog.hold(f"blob {blob_key(data)}"):
-        store._shelf.stock.vault.put(blob_key(data), data)
+        store._cache_table.references.verified_blobs.put(blob_key(data), data)
         set_row(store, "a", "blob_key = :key, size_bytes = :size", key=blob_key(data), size=len(data))
     found = store.get(sha("a"), FINGERPRINT, 0.25)
     assert equal(found, make_cache(7)) and found.text_sha256 is None

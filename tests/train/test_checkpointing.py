@@ -71,9 +71,9 @@ def test_without_gradients_nothing_is_wrapped_up_in_them(backbone: Any) -> None:
     ids = torch.tensor([backbone.encode("A lamp.")])
     with torch.no_grad():
         plain, wrapped = backbone.prefixed_cache(ids.shape[1]), backbone.prefixed_cache(ids.shape[1])
-        backbone.read(ids, plain)
+        backbone.prefill(ids, plain)
         with checkpointing(backbone):
-            backbone.read(ids, wrapped)
+            backbone.prefill(ids, wrapped)
     assert torch.equal(plain.layer(3)[0], wrapped.layer(3)[0])
 
 

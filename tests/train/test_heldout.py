@@ -12,9 +12,9 @@ import pytest
 from kv_memory.compress.adapter import Adapter
 from kv_memory.errors import ConfigError
 from kv_memory.train.adapters import new_adapter
+from kv_memory.train.data import hold_out
 from kv_memory.train.heldout import HeldOut
 from kv_memory.train.log import TrainLog
-from kv_memory.train.sources import hold_out
 from kv_memory.train.state import RunOptions
 from kv_memory.train.trainer import Trainer
 from tests.conftest import make_backbone

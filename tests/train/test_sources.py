@@ -11,8 +11,8 @@ import pytest
 
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
 from kv_memory.train.card import write_card
+from kv_memory.train.data import Source, parse_source, read_sources
 from kv_memory.train.settings import TrainSettings
-from kv_memory.train.sources import Source, parse_source, read_sources
 from kv_memory.train.state import Evaluation, TrainReport
 
 

@@ -230,13 +230,13 @@ def test_labels_are_the_scores_of_the_reconstruction_selector(name: str) -> None
     selector = Reconstruction()
     with torch.no_grad():
         cache = backbone.prefixed_cache(ids.shape[1], batch_size=2)
-        backbone.read(ids, cache, lengths=lengths)
+        backbone.prefill(ids, cache, lengths=lengths)
         entries = gather_entries(backbone, cache, lengths)
         labels = received_attention(backbone, entries, [repetition(backbone, documents)])
         for index, document in enumerate(documents):
             one = torch.tensor([document])
             alone = backbone.prefixed_cache(len(document), room=150)
-            backbone.read(one, alone)
+            backbone.prefill(one, alone)
             expected = selector.score(backbone, one, alone, None)
             torch.testing.assert_close(labels[:, index, :, : len(document)], expected, rtol=1e-3, atol=1e-5)
     assert labels[:, 0, :, 30:].abs().max() == 0  # padding receives nothing

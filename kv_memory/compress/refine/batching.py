@@ -78,7 +78,7 @@ class Entries:
         """
         cache = self.cache(rows)
         every: list[torch.Tensor] | None = None if outputs is None else []
-        hidden = backbone.read(ids, cache, lengths=lengths, context=ForwardContext(outputs=every))
+        hidden = backbone.prefill(ids, cache, lengths=lengths, context=ForwardContext(outputs=every))
         if outputs is not None and every is not None:
             outputs += [out[wanted].flatten(1) for out in every[: backbone.num_layers]]
         logits: torch.Tensor = backbone.head(hidden[wanted])
@@ -159,8 +159,8 @@ def join_entries(
             part = entries.keys[:, index, :, start:]
             if offset:
                 real = where.masked_fill(where == NEVER, 0).expand(*part.shape[:3])
-                free = backbone.rope.take_off(part, real, n_positions=entries.n_positions)
-                part = backbone.rope.put_on(free, real + offset, n_positions=longest).to(part.dtype)
+                free = backbone.rope.unrotate(part, real, n_positions=entries.n_positions)
+                part = backbone.rope.rotate(free, real + offset, n_positions=longest).to(part.dtype)
                 where = torch.where(where == NEVER, NEVER, where + offset)
             bias = None if entries.bias is None else entries.bias[:, index, :, start:]
             parts.append((part, entries.values[:, index, :, start:], where, bias))

@@ -16,11 +16,11 @@ import torch
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.compress.refine.batching import Row, RowBatch, batch_rows
 from kv_memory.compress.refine.loss import Predictions, kl_divergence
-from kv_memory.compress.refine.optimizer_state import Asked, Progress
+from kv_memory.compress.refine.optimizer_state import ProbeTarget, Progress
 from kv_memory.compress.refine.probes import ProbeKind, chance, make_probes
 from kv_memory.compress.refine.refine_settings import RefineSettings
 from kv_memory.compress.refine.teacher import Teacher
-from kv_memory.compress.refine.trainable_cache import Draft, Drafts, side_by_side
+from kv_memory.compress.refine.trainable_cache import TrainableCache, TrainableCaches, side_by_side
 from kv_memory.errors import ConfigError
 from kv_memory.model.backbone import Backbone
 
@@ -117,12 +117,12 @@ class _Run:
         # 1. Probes, with the predictions of the full cache.
         settings = self._settings
         asked = self._prepare()
-        # 2. Drafts, evaluated at the start.
+        # 2. TrainableCaches, evaluated at the start.
         going = []
         for ids, cache, own, held_fast in zip(self._documents, self._caches, asked, fixed, strict=True):
-            draft = Draft(self._backbone, cache, n_positions=self._n_positions, fixed=held_fast)
+            trainable = TrainableCache(self._backbone, cache, n_positions=self._n_positions, fixed=held_fast)
             draw = chance(settings.seed, ids, "order")
-            going.append(Progress(draft, own, lr=self._rate_for(draft, len(ids)), draw=draw))
+            going.append(Progress(trainable, own, lr=self._rate_for(trainable, len(ids)), draw=draw))
         self._look(going)
         # 3. Rounds, each with half the rate of the last, for documents that have not reached `min_fidelity`.
         active, rate, n_done = list(going), 1.0, 0
@@ -134,15 +134,15 @@ class _Run:
             active = [p for p in active if wanted is not None and p.best[0] > wanted]
         return [self._result(progress) for progress in going]
 
-    def _rate_for(self, draft: Draft, n_tokens: int) -> float:
+    def _rate_for(self, trainable: TrainableCache, n_tokens: int) -> float:
         if self._settings.lr is not None:
             return self._settings.lr
-        share = int(draft.counts.sum()) / (draft.counts.numel() * n_tokens)
+        share = int(trainable.counts.sum()) / (trainable.counts.numel() * n_tokens)
         return min(0.05, max(0.005, 0.01 * 0.125 / share))
 
-    def _prepare(self) -> list[list[Asked]]:
+    def _prepare(self) -> list[list[ProbeTarget]]:
         settings = self._settings
-        # The teacher stays local, so that its caches are freed before drafts are made.
+        # The teacher stays local, so that its caches are freed before trainables are made.
         teacher = Teacher(self._backbone, self._documents, room=settings.extra_tokens, max_entries=settings.max_entries)
         probes = make_probes(
             self._backbone,
@@ -159,7 +159,7 @@ class _Run:
         taught: dict[int, Predictions | torch.Tensor] = {}
         for index, logits in teacher.logits([probe.row for probe in every]):
             taught[index] = logits if every[index].held_out else Predictions.of(logits)
-        asked = iter([Asked(probe, taught[index]) for index, probe in enumerate(every)])
+        asked = iter([ProbeTarget(probe, taught[index]) for index, probe in enumerate(every)])
         return [[next(asked) for _ in own] for own in probes]
 
     def _round(self, active: Sequence[Progress], n_steps: int, rate: float) -> None:
@@ -196,13 +196,13 @@ class _Run:
             progress.back_to_best()
 
     def _gradients(self, moving: Sequence[Progress]) -> None:
-        """Add the gradient of one step to the drafts; the loss of a document is the mean over its probes."""
+        """Add the gradient of one step to the trainables; the loss of a document is the mean over its probes."""
         # 1. Probes of this step, and the number of probes of each document.
         chosen = [(i, a) for i, p in enumerate(moving) for a in p.next_probes(self._settings.probes_per_step)]
         sizes = [sum(i == j for j, _ in chosen) for i in range(len(moving))]
         # 2. Gradients of each batch at the entries: a fresh graph for each, and the head's part row by row.
-        drafts = [progress.draft for progress in moving]
-        together = side_by_side(self._backbone, drafts, n_positions=self._n_positions)
+        trainables = [progress.trainable for progress in moving]
+        together = side_by_side(self._backbone, trainables, n_positions=self._n_positions)
         rows = [replace(asked.probe.row, document=i) for i, asked in chosen]
         for batch in self._batches(rows, together):
             with torch.enable_grad():
@@ -211,13 +211,13 @@ class _Run:
                 parts = [(chosen[i][1], rows[i].n_wanted * sizes[rows[i].document]) for i in batch.index]
                 leaves = [*graph.keys, *graph.values, *graph.bias]
                 found = torch.autograd.grad(hidden, leaves, self._before_head(hidden, parts))
-            # 3. The part of each document, added to its draft.
+            # 3. The part of each document, added to its trainable.
             n = self._backbone.num_layers
             for index in sorted(set(batch.documents.tolist())):
                 keys, values, bias = (graph.entries_of(index, g) for g in (found[:n], found[n : 2 * n], found[2 * n :]))
-                drafts[index].add_gradient([keys, values, bias[:, None]])
+                trainables[index].add_gradient([keys, values, bias[:, None]])
 
-    def _before_head(self, hidden: torch.Tensor, parts: Sequence[tuple[Asked, int]]) -> torch.Tensor:
+    def _before_head(self, hidden: torch.Tensor, parts: Sequence[tuple[ProbeTarget, int]]) -> torch.Tensor:
         """Gradient of the loss at the input of the head, row by row: logits of all rows at once are large.
 
         Args:
@@ -238,7 +238,7 @@ class _Run:
             return
         # 1. Run the held-out probes of all documents in shared batches.
         chosen = [(i, asked) for i, progress in enumerate(going) for asked in progress.held_out]
-        together = side_by_side(self._backbone, [p.draft for p in going], n_positions=self._n_positions)
+        together = side_by_side(self._backbone, [p.trainable for p in going], n_positions=self._n_positions)
         rows = [replace(asked.probe.row, document=i) for i, asked in chosen]
         found: dict[int, float] = {}
         for batch in self._batches(rows, together):
@@ -255,9 +255,9 @@ class _Run:
                     by_kind.setdefault(asked.probe.kind, []).append(found[number])
             progress.look({kind: sum(own) / len(own) for kind, own in by_kind.items()}, self._settings.tolerance)
 
-    def _batches(self, rows: Sequence[Row], drafts: Drafts) -> list[RowBatch]:
-        at_once = max(1, int(self._settings.max_entries / (drafts.n_entries + self._settings.extra_tokens)))
-        rope, ends = self._backbone.rope, drafts.next_positions.tolist()
+    def _batches(self, rows: Sequence[Row], trainables: TrainableCaches) -> list[RowBatch]:
+        at_once = max(1, int(self._settings.max_entries / (trainables.n_entries + self._settings.extra_tokens)))
+        rope, ends = self._backbone.rope, trainables.next_positions.tolist()
 
         def regime(row: Row) -> Hashable:  # padding could lengthen a row into other frequencies
             return rope.regime(ends[row.document] + len(row.ids))
@@ -266,7 +266,7 @@ class _Run:
 
     def _result(self, progress: Progress) -> DistilledCache:
         fidelity, n_steps, _ = progress.best
-        cache = progress.draft.result() if n_steps else progress.draft.cache
+        cache = progress.trainable.result() if n_steps else progress.trainable.cache
         method = f"{cache.fingerprint.method}|{self._settings.name}"
         return replace(
             cache,

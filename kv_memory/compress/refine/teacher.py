@@ -10,8 +10,8 @@ import torch
 from kv_memory.compress.prefill import pad
 from kv_memory.compress.refine.batching import Entries, Row, RowBatch, batch_rows, gather_entries
 from kv_memory.model.backbone import Backbone
+from kv_memory.model.first_token import FirstToken
 from kv_memory.model.kv_cache import PositionedCache
-from kv_memory.model.opening import Opening
 
 __all__ = ["Teacher", "end_ids"]
 
@@ -44,7 +44,7 @@ class Teacher:
         self._at_once = max(1, max_entries // (len(backbone.prefix_ids) + ids.shape[1] + room))
         alone = n == 1 and self._at_once == 1
         cache = backbone.prefixed_cache(ids.shape[1], room=room if alone else 0, batch_size=n)
-        backbone.read(ids, cache, lengths=lengths if n > 1 else None)
+        backbone.prefill(ids, cache, lengths=lengths if n > 1 else None)
         self._cache = cache
         self._ends = (lengths + len(backbone.prefix_ids)).tolist()
         self._entries: Entries | None = None if alone else gather_entries(backbone, cache, lengths)
@@ -85,7 +85,7 @@ class Teacher:
         for batch in self._batches(rows):
             with self._behind(batch.documents) as cache:
                 ragged = batch.lengths if len(batch.index) > 1 else None
-                hidden = self._backbone.read(batch.ids, cache, lengths=ragged)[batch.wanted]
+                hidden = self._backbone.prefill(batch.ids, cache, lengths=ragged)[batch.wanted]
             sizes = [rows[index].n_wanted for index in batch.index]
             for index, part in zip(batch.index, hidden.split(sizes), strict=True):
                 yield index, self._backbone.head(part)
@@ -109,7 +109,7 @@ class Teacher:
             ends: Tokens that end a text; the end token is part of the result.
             temperature: Sampling temperature; 0 takes the likeliest token.
             seeds: Seed of each row, so that a text does not depend on its batch; needed above temperature 0.
-            as_answers: True for texts that begin with something visible, as answers to users do, see `Opening`.
+            as_answers: True for texts that begin with something visible, as answers to users do, see `FirstToken`.
 
         Returns:
             New tokens of each row.
@@ -134,7 +134,7 @@ class Teacher:
         as_answers: bool,
     ) -> list[list[int]]:
         last = batch.ids.gather(1, batch.lengths[:, None] - 1).flatten().tolist()
-        openings = [Opening(self._backbone.tokenizer, end_ids=ends, behind=token) for token in last]
+        openings = [FirstToken(self._backbone.tokenizer, end_ids=ends, behind=token) for token in last]
         # Noise is drawn on the CPU, so that a seed gives the same noise on every device.
         draws = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
         texts: list[list[int]] = [[] for _ in batch.index]

@@ -1,4 +1,4 @@
-"""Trainable caches: the entries of one document during refinement (Draft), and drafts side by side (Drafts)."""
+"""The entries of one document during refinement, and those of several documents side by side."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kv_memory.compress.refine.batching import RowBatch
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import NEVER, PositionedCache
 
-__all__ = ["Draft", "Drafts", "side_by_side"]
+__all__ = ["TrainableCache", "TrainableCaches", "side_by_side"]
 
 
-class Draft:
+class TrainableCache:
     """Kept keys, values and biases of one document, and their offsets from the start.
 
     Keys are moved on their positions, rotated: probes then use them unchanged, no step pays for a rotation, and the
@@ -55,7 +55,7 @@ class Draft:
         self.next_position = n_prefix + cache.n_tokens
         free, values = (tensor.reshape(-1, backbone.head_dim) for tensor in (cache.keys, cache.values))
         free = free.to(device, backbone.dtype)
-        keys = backbone.rope.put_on_flat(free, self.positions, self.per_layer, n_positions=n_positions)
+        keys = backbone.rope.rotate_flat(free, self.positions, self.per_layer, n_positions=n_positions)
         bias = keys.new_zeros(len(keys), 1) if cache.bias is None else cache.bias.reshape(-1, 1).to(device)
         self._start = [keys, values.to(device, backbone.dtype), bias.float()]
         self._scales = [*(self._deviation(tensor) for tensor in self._start[:2]), torch.ones_like(self._start[2])]
@@ -86,7 +86,7 @@ class Draft:
     def result(self) -> DistilledCache:
         """Current cache, on the device and in the dtype of the cache at the start; biases are float16."""
         keys, values, bias = self.moved()
-        free = self._backbone.rope.take_off_flat(keys, self.positions, self.per_layer, n_positions=self._n_positions)
+        free = self._backbone.rope.unrotate_flat(keys, self.positions, self.per_layer, n_positions=self._n_positions)
         like = self.cache.keys
         return replace(
             self.cache,
@@ -98,17 +98,17 @@ class Draft:
 
 
 @dataclass(frozen=True, eq=False)
-class Drafts:
-    """Several drafts behind the shared prefix, each layer padded to its fullest head.
+class TrainableCaches:
+    """Several trainables behind the shared prefix, each layer padded to its fullest head.
 
     Attributes:
-        keys: Keys of each layer, `(drafts, num_kv_heads, n, head_dim)`, rotated.
+        keys: Keys of each layer, `(documents, num_kv_heads, n, head_dim)`, rotated.
         values: Values of each layer, in the same shapes.
-        bias: Biases of each layer, `(drafts, num_kv_heads, n)`; 0 for the prefix and for padding.
-        positions: Positions of each layer, `(drafts, num_kv_heads, n)`, int32; `NEVER` for padding.
-        next_positions: `(drafts,)`, position of the first token behind each document.
+        bias: Biases of each layer, `(documents, num_kv_heads, n)`; 0 for the prefix and for padding.
+        positions: Positions of each layer, `(documents, num_kv_heads, n)`, int32; `NEVER` for padding.
+        next_positions: `(documents,)`, position of the first token behind each document.
         n_positions: Length of the sequence for which keys are rotated.
-        masks: Bool `(num_kv_heads, n)` for each draft and layer; True where its entries lie.
+        masks: Bool `(num_kv_heads, n)` for each trainable and layer; True where its entries lie.
     """
 
     keys: list[torch.Tensor]
@@ -124,8 +124,8 @@ class Drafts:
         """Entries of a row in a layer, prefix and padding included, on average over layers."""
         return sum(key.shape[2] for key in self.keys) / len(self.keys)
 
-    def require_grad(self) -> Drafts:
-        """Return the same drafts, with keys, values and biases as leaves of a graph.
+    def require_grad(self) -> TrainableCaches:
+        """Return the same trainables, with keys, values and biases as leaves of a graph.
 
         The moves are not the leaves: assembling the layers is the same for every batch of probes, and needs no
         backward pass.
@@ -138,7 +138,7 @@ class Drafts:
         )
 
     def read(self, backbone: Backbone, batch: RowBatch) -> torch.Tensor:
-        """Inputs of the head at the wanted tokens of rows behind the drafts: `(n_wanted, hidden_size)`."""
+        """Inputs of the head at the wanted tokens of rows behind the trainables: `(n_wanted, hidden_size)`."""
         cache = PositionedCache(
             [key[batch.documents] for key in self.keys],
             [value[batch.documents] for value in self.values],
@@ -148,32 +148,34 @@ class Drafts:
             bias=[bias[batch.documents] for bias in self.bias],
         )
         cache.next_positions = self.next_positions[batch.documents]
-        return backbone.read(batch.ids, cache, lengths=batch.lengths)[batch.wanted]
+        return backbone.prefill(batch.ids, cache, lengths=batch.lengths)[batch.wanted]
 
     def entries_of(self, index: int, layers: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Entries of one draft in tensors shaped like `keys` or `bias`: `(n_entries, ...)`."""
+        """Entries of one trainable in tensors shaped like `keys` or `bias`: `(n_entries, ...)`."""
         return torch.cat([layer[index][mask] for layer, mask in zip(layers, self.masks[index], strict=True)])
 
 
-def side_by_side(backbone: Backbone, drafts: Sequence[Draft], *, n_positions: int) -> Drafts:
-    """Assemble the current drafts so that rows can follow them; arguments as in `Drafts`."""
+def side_by_side(backbone: Backbone, trainables: Sequence[TrainableCache], *, n_positions: int) -> TrainableCaches:
+    """Assemble the current trainables so that rows can follow them; arguments as in `TrainableCaches`."""
     prefix = backbone.prefix_for(n_positions)
     n_prefix, n_heads, device = len(backbone.prefix_ids), backbone.num_kv_heads, backbone.device
-    longest = torch.stack([draft.counts.amax(1) for draft in drafts]).amax(0).tolist()
-    split = [[part.to(backbone.dtype).split(draft.per_layer) for part in draft.moved()] for draft in drafts]
-    where = [draft.positions.to(torch.int32).split(draft.per_layer) for draft in drafts]
+    longest = torch.stack([trainable.counts.amax(1) for trainable in trainables]).amax(0).tolist()
+    split = [
+        [part.to(backbone.dtype).split(trainable.per_layer) for part in trainable.moved()] for trainable in trainables
+    ]
+    where = [trainable.positions.to(torch.int32).split(trainable.per_layer) for trainable in trainables]
     keys, values, biases, positions = [], [], [], []
-    masks: list[list[torch.Tensor]] = [[] for _ in drafts]
+    masks: list[list[torch.Tensor]] = [[] for _ in trainables]
     for layer, most in enumerate(longest):
-        shape = (len(drafts), n_heads, n_prefix + most)
-        key = torch.zeros(*shape, backbone.head_dim, dtype=backbone.dtype, device=device)  # (drafts, heads, n, dim)
+        shape = (len(trainables), n_heads, n_prefix + most)
+        key = torch.zeros(*shape, backbone.head_dim, dtype=backbone.dtype, device=device)  # (trainables, heads, n, dim)
         value, place = torch.zeros_like(key), torch.full(shape, NEVER, dtype=torch.int32, device=device)
         bias = key.new_zeros(shape)
         key[:, :, :n_prefix], value[:, :, :n_prefix] = prefix.keys[layer], prefix.values[layer]
         place[:, :, :n_prefix] = torch.arange(n_prefix, device=device)
         slot = torch.arange(n_prefix + most)  # on the CPU, as `counts`
-        for index, draft in enumerate(drafts):
-            mask = ((slot >= n_prefix) & (slot < n_prefix + draft.counts[layer][:, None])).to(device)  # (heads, n)
+        for index, trainable in enumerate(trainables):
+            mask = ((slot >= n_prefix) & (slot < n_prefix + trainable.counts[layer][:, None])).to(device)  # (heads, n)
             key[index][mask], value[index][mask], added = (part[layer] for part in split[index])
             bias[index][mask] = added[:, 0]
             place[index][mask] = where[index][layer]
@@ -182,12 +184,12 @@ def side_by_side(backbone: Backbone, drafts: Sequence[Draft], *, n_positions: in
         values.append(value)
         biases.append(bias)
         positions.append(place)
-    return Drafts(
+    return TrainableCaches(
         keys=keys,
         values=values,
         bias=biases,
         positions=positions,
-        next_positions=torch.tensor([draft.next_position for draft in drafts], device=device),
+        next_positions=torch.tensor([trainable.next_position for trainable in trainables], device=device),
         n_positions=n_positions,
         masks=masks,
     )

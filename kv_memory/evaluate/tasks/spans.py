@@ -19,7 +19,7 @@ from kv_memory.model.backbone import Backbone
 
 __all__ = ["REQUEST", "draw_spans", "spans_cases"]
 
-# Asked as a question, so that it also works in a chat template. Continuing the bare words, without a request or after
+# A question, so that it also works in a chat template. Continuing the bare words, without a request or after
 # the document's own wrapper, gave the same figures; naming the words in the request gave worse ones.
 REQUEST = "Repeat the passage word for word."
 N_SPANS = 4

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from kv_memory.errors import StoreConnectionError, StoreLockedError, WorkerDiedError
-from kv_memory.ingest.pipeline import Intake
-from kv_memory.jobs.leases import LEASE_S, Claims, Roll, locks_reach
+from kv_memory.ingest.pipeline import IngestPipeline
+from kv_memory.jobs.leases import LEASE_S, LiveWorkers, TaskQueue, locks_reach
 from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.records import worker_name
 from kv_memory.store import Store
@@ -44,7 +44,7 @@ class Actor:
         driver: Name of the driver that called the actor.
         n_threads: Number of CPU threads for the model.
         device: Device of the model; `auto` for the GPU assigned to the actor.
-        lease_s: Duration of a lease in seconds, see `Claims`.
+        lease_s: Duration of a lease in seconds, see `TaskQueue`.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Actor:
         self._lease_s = lease_s
         self._name = f"{driver}-{worker_name()}"
         self._stack: ExitStack | None = None
-        self._intake: Intake | None = None
+        self._pipeline: IngestPipeline | None = None
         self._called = True
         self._looked_s = -_LOOK_S
 
@@ -93,24 +93,24 @@ class Actor:
 
     def close(self) -> None:
         """Close the store and drop the model; the next turn opens them again."""
-        self._intake = None
+        self._pipeline = None
         if self._stack is not None:
             stack, self._stack = self._stack, None
             stack.close()
 
     def _turn(self) -> int:
-        from kv_memory.jobs.worker import make_intake, work
+        from kv_memory.jobs.worker import make_pipeline, work
 
         if self._stack is None:
             self._open()
         if not self._is_called() or not self._is_wanted():
             return 0
-        if self._intake is None:
+        if self._pipeline is None:
             with self._counted():
-                self._intake = make_intake(self._store, self._job, device=self._device)
-            if self._job.fingerprint != self._intake.fingerprint.digest:
-                self._ledger.set_fingerprint(self._job, self._intake.fingerprint.digest)
-        return work(self._store, self._job, self._name, self._intake, alone=self._is_over, lease_s=self._lease_s)
+                self._pipeline = make_pipeline(self._store, self._job, device=self._device)
+            if self._job.fingerprint != self._pipeline.fingerprint.digest:
+                self._ledger.set_fingerprint(self._job, self._pipeline.fingerprint.digest)
+        return work(self._store, self._job, self._name, self._pipeline, alone=self._is_over, lease_s=self._lease_s)
 
     def _open(self) -> None:
         import torch
@@ -119,10 +119,10 @@ class Actor:
         path, collection, name = self._place
         with ExitStack() as stack:
             self._store = stack.enter_context(Store.open(path, collection=collection, create=False))
-            stack.enter_context(Roll(self._store).living(self._name))
+            stack.enter_context(LiveWorkers(self._store).hold_worker_lock(self._name))
             self._ledger = Ledger(self._store)
             self._job = self._ledger.job(name)
-            self._claims = Claims(self._store, self._job.id, self._name, lease_s=self._lease_s)
+            self._task_queue = TaskQueue(self._store, self._job.id, self._name, lease_s=self._lease_s)
             self._stack = stack.pop_all()
 
     @contextmanager
@@ -145,7 +145,7 @@ class Actor:
 
     def _is_over(self) -> bool:
         """Whether the turn is over; other workers may release their documents, so the turn waits for those."""
-        return not self._is_called() or (not self._claims.pending() and not self._is_wanted())
+        return not self._is_called() or (not self._task_queue.pending() and not self._is_wanted())
 
     def _is_called(self) -> bool:
         """Whether the driver still wants work done; False is final, and the lock is checked at most once a second."""

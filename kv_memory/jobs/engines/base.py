@@ -31,7 +31,7 @@ class WorkerEnd:
 class Engine(Protocol):
     """Keeps workers running; the workers claim their documents from the ledger themselves."""
 
-    def tend(self, job: Job, *, n_open: int) -> list[WorkerEnd]:
+    def poll(self, job: Job, *, n_open: int) -> list[WorkerEnd]:
         """Start missing workers, no more than there are open documents; return those that have ended.
 
         Args:

@@ -56,7 +56,7 @@ class LocalEngine:
     Args:
         store_path: Path of the store's folder.
         n_workers: Maximum number of workers at a time.
-        lease_s: Duration of a lease in seconds, see `Claims`.
+        lease_s: Duration of a lease in seconds, see `TaskQueue`.
         command: Command that starts a worker; replaced in tests.
 
     Raises:
@@ -85,8 +85,8 @@ class LocalEngine:
         self._processes: list[_Process] = []
         self._stopping = False
 
-    def tend(self, job: Job, *, n_open: int) -> list[WorkerEnd]:
-        """See `Engine.tend`."""
+    def poll(self, job: Job, *, n_open: int) -> list[WorkerEnd]:
+        """See `Engine.poll`."""
         ended = self._collect()
         while not self._stopping and len(self._processes) < min(self._most, n_open):
             self._start(job)

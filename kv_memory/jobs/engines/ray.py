@@ -26,7 +26,7 @@ from kv_memory.errors import ConfigError, JobError
 from kv_memory.jobs.engines.actor import Actor, call_of
 from kv_memory.jobs.engines.base import WorkerEnd
 from kv_memory.jobs.engines.guard import Guard
-from kv_memory.jobs.leases import LEASE_S, Roll
+from kv_memory.jobs.leases import LEASE_S, LiveWorkers
 from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.records import Job
 from kv_memory.store import Store
@@ -53,7 +53,7 @@ class RayEngine:
             at the same paths too.
         n_workers: Maximum number of actors; as many are started as there is room for.
         n_gpus: Number of GPUs per actor, e.g. 0.5 for two actors that share one; None for one if the cluster has any.
-        lease_s: Duration of a lease in seconds, see `Claims`.
+        lease_s: Duration of a lease in seconds, see `TaskQueue`.
 
     Raises:
         ConfigError: Ray is not installed, or a number is out of range.
@@ -78,7 +78,7 @@ class RayEngine:
             )
         self._store = store
         self._ledger = Ledger(store)
-        self._roll = Roll(store)
+        self._live_workers = LiveWorkers(store)
         self._most = n_workers
         self._lease_s = lease_s
         self._name = f"ray-{uuid.uuid4().hex[:8]}"
@@ -94,8 +94,8 @@ class RayEngine:
         self._freed_s = 0.0
         self._stopping = False
 
-    def tend(self, job: Job, *, n_open: int) -> list[WorkerEnd]:
-        """See `Engine.tend`; Ray replaces dead actors, so this reports returned turns and runs that broke off."""
+    def poll(self, job: Job, *, n_open: int) -> list[WorkerEnd]:
+        """See `Engine.poll`; Ray replaces dead actors, so this reports returned turns and runs that broke off."""
         ended: list[WorkerEnd] = []
         if self._job is None:
             self._job = job
@@ -107,7 +107,7 @@ class RayEngine:
                 self._run = None
         if time.monotonic() - self._freed_s > _FREE_S:
             self._freed_s = time.monotonic()
-            self._roll.free_dead(job)  # documents of dead actors; the other actors wait for them
+            self._live_workers.free_dead(job)  # documents of dead actors; the other actors wait for them
         if self._run is None and n_open and not self._stopping and not any(end.error for end in ended):
             self._run = _Run(self._turns(job), self._name)
             self._run.start()
@@ -127,7 +127,7 @@ class RayEngine:
             self._run = None
         self._shut_down()
         if self._job is not None:
-            self._roll.release_all(self._job, self._name)
+            self._live_workers.release_all(self._job, self._name)
         return []
 
     def _turns(self, job: Job) -> Any:

@@ -12,12 +12,12 @@ from kv_memory.errors import CorruptCacheError
 from kv_memory.store.blobs.local import BlobStore, DiskBlobs
 from kv_memory.store.error_mapping import mapped
 
-__all__ = ["Vault"]
+__all__ = ["VerifiedBlobs"]
 
 _AT_REST_NS = 50_000_000
 
 
-class Vault:
+class VerifiedBlobs:
     """A blob store that returns a path only after the bytes were hashed in this process.
 
     Args:

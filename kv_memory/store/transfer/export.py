@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kv_memory.errors import CorruptCacheError, TransferError
-from kv_memory.store.caches import Shelf
+from kv_memory.store.caches import CacheTable
 from kv_memory.store.transfer.archive import ArchiveHeader, ArchiveWriter, Mark
 from kv_memory.store.transfer.archive_reader import ArchiveReader
-from kv_memory.store.transfer.files import ExportReport, TransferProgress, part_file, tell
 from kv_memory.store.transfer.gathering import Gatherer
 from kv_memory.store.transfer.manifest import Group
+from kv_memory.store.transfer.part_files import ExportReport, TransferProgress, part_file, tell
 
 __all__ = ["export_collection"]
 
@@ -28,17 +28,17 @@ _TRIES = 10  # of a group with blobs that vanish while they are copied
 
 
 def export_collection(
-    shelf: Shelf,
+    cache_table: CacheTable,
     collection_id: int,
     target: Path | str,
     on_progress: Callable[[TransferProgress], None] | None = None,
 ) -> ExportReport:
     """See `Store.export_to`."""
     if str(target) == "-":
-        with Exporter(shelf, collection_id, on_progress) as exporter:
+        with Exporter(cache_table, collection_id, on_progress) as exporter:
             return exporter.run(sys.stdout.buffer, "standard output", can_rewind=False)
     path = Path(os.path.abspath(Path(target).expanduser()))
-    with part_file(path) as file, Exporter(shelf, collection_id, on_progress) as exporter:
+    with part_file(path) as file, Exporter(cache_table, collection_id, on_progress) as exporter:
         return replace(exporter.run(file, str(path), can_rewind=True), path=path)
 
 
@@ -82,13 +82,13 @@ class Exporter:
 
     def __init__(
         self,
-        shelf: Shelf,
+        cache_table: CacheTable,
         collection_id: int,
         on_progress: Callable[[TransferProgress], None] | None,
     ) -> None:
-        self._shelf = shelf
+        self._cache_table = cache_table
         self._on_progress = on_progress
-        self._gatherer = Gatherer(shelf.stock.catalog, collection_id)
+        self._gatherer = Gatherer(cache_table.references.catalog, collection_id)
         self._seen = self._gatherer.seen
 
     def __enter__(self) -> Exporter:
@@ -99,7 +99,7 @@ class Exporter:
 
     def run(self, file: BinaryIO, where: str, *, can_rewind: bool) -> ExportReport:
         """Write the archive; in a file, after what an interrupted export left in it."""
-        self._shelf.uses.flush()  # times of last use are exported too
+        self._cache_table.uses.flush()  # times of last use are exported too
         header = self._gatherer.header()
         state = self._survey(file, where, header) if can_rewind else None
         resumed = state is not None
@@ -143,7 +143,7 @@ class Exporter:
     def _copy(self, writer: ArchiveWriter, state: _State, key: str, size_bytes: int, *, can_rewind: bool) -> bool:
         """Write the next blob of the group; False if it is gone and the group was removed."""
         try:
-            path = self._shelf.stock.vault.verified_path(key, size_bytes)
+            path = self._cache_table.references.verified_blobs.verified_path(key, size_bytes)
             writer.blob(key, path, size_bytes)
         except (CorruptCacheError, FileNotFoundError) as error:
             if not can_rewind:
@@ -152,7 +152,7 @@ class Exporter:
                     where="standard output",
                     next_step="Run `kv-memory check`, then export again, best into a file.",
                 ) from error
-            if self._shelf.stock.condemn_if_damaged(key, size_bytes):
+            if self._cache_table.references.quarantine_if_damaged(key, size_bytes):
                 state.damaged.append(key)
             state.n_taken_back += 1
             if state.n_taken_back > _TRIES:

@@ -18,10 +18,11 @@ from kv_memory.config import check_choice
 from kv_memory.errors import TransferError
 from kv_memory.model.embedded import recorded_settings
 from kv_memory.store import documents
-from kv_memory.store.caches import Shelf
+from kv_memory.store.caches import CacheTable
 from kv_memory.store.sql.schema import CollectionRow, DocumentRow, PassageRow
 from kv_memory.store.transfer.archive_reader import ArchiveReader
-from kv_memory.store.transfer.files import (
+from kv_memory.store.transfer.manifest import DocumentRows, Group
+from kv_memory.store.transfer.part_files import (
     ImportReport,
     OnConflict,
     TransferProgress,
@@ -29,14 +30,13 @@ from kv_memory.store.transfer.files import (
     tell,
     verify_archive,
 )
-from kv_memory.store.transfer.manifest import DocumentRows, Group
 from kv_memory.store.transfer.receiving import Receiver
 
 __all__ = ["import_collection"]
 
 
 def import_collection(
-    shelf: Shelf,
+    cache_table: CacheTable,
     collection_id: int,
     source: Path | str | ArchiveReader,
     *,
@@ -47,26 +47,26 @@ def import_collection(
     check_choice(on_conflict, OnConflict, where="on_conflict")
     if not isinstance(source, ArchiveReader):
         with open_archive(source) as archive:
-            return _Import(shelf, collection_id, archive, on_conflict, on_progress).run()
-    return _Import(shelf, collection_id, source, on_conflict, on_progress).run()
+            return _Import(cache_table, collection_id, archive, on_conflict, on_progress).run()
+    return _Import(cache_table, collection_id, source, on_conflict, on_progress).run()
 
 
 class _Import:
     def __init__(
         self,
-        shelf: Shelf,
+        cache_table: CacheTable,
         collection_id: int,
         archive: ArchiveReader,
         on_conflict: OnConflict,
         on_progress: Callable[[TransferProgress], None] | None,
     ) -> None:
-        self._catalog = shelf.stock.catalog
-        self._shelf = shelf
+        self._catalog = cache_table.references.catalog
+        self._cache_table = cache_table
         self._collection_id = collection_id
         self._archive = archive
         self._on_conflict = on_conflict
         self._on_progress = on_progress
-        self._receiver = Receiver(shelf, collection_id)
+        self._receiver = Receiver(cache_table, collection_id)
         self._counts: Counter[str] = Counter()
         self._conflicts: list[str] = []
 
@@ -192,7 +192,7 @@ class _Import:
                 documents.bump_revision(session, self._collection_id)
         self._counts.update(verdict for verdict, _ in done)
         self._conflicts += [id_ for verdict, id_ in done if verdict == "leave"]
-        self._shelf.stock.sweep(swept)
+        self._cache_table.references.delete_unreferenced(swept)
 
     def _write(self, session: Session, rows: DocumentRows, *, replaced: bool) -> list[str]:
         """Insert a document, replacing an old one; returns the keys of blobs that the collection no longer needs."""
@@ -206,7 +206,7 @@ class _Import:
             passage.document_pk = rows.document.id
         session.add_all(rows.passages)
         session.flush()
-        return self._shelf.retire(session, dropped)
+        return self._cache_table.retire(session, dropped)
 
 
 def _texts(group: Group, verdicts: dict[str, str]) -> set[str]:

@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, delete, select
 from sqlalchemy.orm import Session
 
 from kv_memory.errors import CorruptCacheError, TransferError
-from kv_memory.store.caches import Shelf
+from kv_memory.store.caches import CacheTable
 from kv_memory.store.eviction import read_limits
 from kv_memory.store.sql.schema import CacheRow, FingerprintRow, PrefixRow, utc_now
 from kv_memory.store.transfer.archive_reader import ArchiveReader
@@ -35,15 +35,15 @@ class Receiver:
     """Stores the caches of an archive, group by group.
 
     Args:
-        shelf: Caches of the collection.
+        cache_table: Caches of the collection.
         collection_id: Catalog row of the collection that gets them.
     """
 
-    def __init__(self, shelf: Shelf, collection_id: int) -> None:
+    def __init__(self, cache_table: CacheTable, collection_id: int) -> None:
         self.received = Received()
-        self._shelf = shelf
-        self._stock = shelf.stock
-        self._catalog = shelf.stock.catalog
+        self._cache_table = cache_table
+        self._references = cache_table.references
+        self._catalog = cache_table.references.catalog
         self._collection_id = collection_id
 
     def take(self, archive: ArchiveReader, group: Group, texts: set[str]) -> Iterator[None]:
@@ -60,7 +60,7 @@ class Receiver:
         # The remaining rows name blobs of earlier groups, under another text.
         for key, rows in due.items():
             try:
-                data = self._stock.vault.verified_path(key, rows[0].size_bytes).read_bytes()
+                data = self._references.verified_blobs.verified_path(key, rows[0].size_bytes).read_bytes()
             except (CorruptCacheError, FileNotFoundError) as error:
                 raise TransferError(
                     "the blob of a cache is neither in the archive nor in the store",
@@ -91,15 +91,15 @@ class Receiver:
             row = session.scalar(select(CacheRow).where(self._same_cache(cache)))
         if row is None or (row.expires_at is not None and row.expires_at <= utc_now()):
             return False
-        if self._stock.vault.sound(row.blob_key, row.size_bytes):
+        if self._references.verified_blobs.sound(row.blob_key, row.size_bytes):
             return True
-        self._stock.condemn_if_damaged(row.blob_key, row.size_bytes)
+        self._references.quarantine_if_damaged(row.blob_key, row.size_bytes)
         return False
 
     def _has_prefix(self, prefix: PrefixRow) -> bool:
         with self._catalog.read() as session:
             row = session.scalar(select(PrefixRow).where(self._same_prefix(prefix)))
-        return row is not None and self._stock.vault.sound(row.blob_key, row.size_bytes)
+        return row is not None and self._references.verified_blobs.sound(row.blob_key, row.size_bytes)
 
     def _same_cache(self, cache: CacheRow) -> ColumnElement[bool]:
         return (
@@ -117,19 +117,19 @@ class Receiver:
         key = rows[0].blob_key
         left = [key]  # blobs that may have no row afterwards
         try:
-            # As in `Shelf.put`: the lock keeps the blob from being swept away before a row names it.
+            # As in `CacheTable.put`: the lock keeps the blob from being swept away before a row names it.
             with self._catalog.hold(f"blob {key}"):
-                self._stock.vault.put(key, data)
+                self._references.verified_blobs.put(key, data)
                 with self._catalog.write() as session:
                     gone = [other for row in rows for other in self._insert(session, group, row)]
                     bounded = read_limits(session, self._collection_id).bounded
                 left = [other for other in gone if other != key]
         finally:
-            self._stock.sweep(left)
+            self._references.delete_unreferenced(left)
         self.received.size_bytes += len(data)
         self.received.n_caches += sum(isinstance(row, CacheRow) for row in rows)
         if bounded:
-            self.received.n_evicted += self._shelf.make_room()
+            self.received.n_evicted += self._cache_table.make_room()
 
     def _insert(self, session: Session, group: Group, row: _Row) -> list[str]:
         """Insert a row, replacing an expired or damaged one; returns the blob keys of the deleted rows."""

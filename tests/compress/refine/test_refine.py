@@ -181,7 +181,7 @@ def looked(*looks: dict[str, float]) -> Any:
     progress = Progress(FakeDraft(), [], lr=0.1, draw=None)  # type: ignore[arg-type]
     for step, found in enumerate(looks):
         progress.n_steps = step
-        progress.draft.moves[0].fill_(step)
+        progress.trainable.moves[0].fill_(step)
         progress.look(found, 0.02)  # type: ignore[arg-type]
     return progress
 
@@ -196,14 +196,14 @@ def test_a_state_that_is_worse_on_one_kind_is_not_kept() -> None:
     assert progress.best[:2] == (pytest.approx(0.401), 1)
     assert progress.looks_without_gain == 1  # the mean still fell at the last but one
     progress.back_to_best()
-    assert progress.n_steps == 1 and progress.draft.moves[0].tolist() == [1.0, 1.0]
+    assert progress.n_steps == 1 and progress.trainable.moves[0].tolist() == [1.0, 1.0]
 
 
 def test_half_way_back_may_be_better_for_all() -> None:
     progress = looked({"question": 1.0, "repetition": 0.1}, {"question": 0.2, "repetition": 0.3})
     assert not progress.gained
     progress.halve()
-    assert progress.draft.moves[0].tolist() == [0.5, 0.5]
+    assert progress.trainable.moves[0].tolist() == [0.5, 0.5]
     progress.look({"question": 0.6, "repetition": 0.1}, 0.02)
     assert progress.gained and progress.best[:2] == (pytest.approx(0.35), 1)
     progress.begin_round()

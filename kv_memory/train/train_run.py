@@ -20,11 +20,11 @@ from kv_memory.model.prompts import PromptName
 from kv_memory.train.adapters import fit_settings, new_adapter
 from kv_memory.train.card import write_card
 from kv_memory.train.checkpoints import Checkpoints
+from kv_memory.train.data import LICENCES, Source, hold_out, read_sources
 from kv_memory.train.estimate import Estimate, fit_steps
 from kv_memory.train.processes import local_device, make_accelerator
 from kv_memory.train.questions import QuestionWriter
 from kv_memory.train.settings import TrainSettings
-from kv_memory.train.sources import LICENCES, Source, hold_out, read_sources
 from kv_memory.train.state import RunOptions, TrainProgress, TrainReport
 from kv_memory.train.trainer import Trainer, already_there
 from kv_memory.train.tuning import Corpus, Window, cut_corpus, domain_settings

@@ -13,7 +13,7 @@ from kv_memory.config import DecodeSettings
 from kv_memory.generate import Generator, Turn, encode_turns
 from kv_memory.generate.turns import Prompt
 from kv_memory.model.backbone import Backbone
-from kv_memory.model.opening import Opening, first_visible, is_visible
+from kv_memory.model.first_token import FirstToken, first_visible, is_visible
 from kv_memory.model.prompts import PromptForm
 from tests.conftest import SHORT_FORM, make_model, make_tokenizer
 from tests.reference import letters
@@ -45,8 +45,8 @@ def test_what_can_be_seen(text: str) -> None:
 # -- picking -----------------------------------------------------------------------------------------------------------
 
 
-def opening(behind: str | None = ":") -> Opening:
-    return Opening(TOKENIZER, end_ids=[END], behind=ids_of(behind)[-1] if behind else None)
+def opening(behind: str | None = ":") -> FirstToken:
+    return FirstToken(TOKENIZER, end_ids=[END], behind=ids_of(behind)[-1] if behind else None)
 
 
 def logits_of(*ranked: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Opening", "first_visible", "is_visible"]
+__all__ = ["FirstToken", "first_visible", "is_visible"]
 
 _INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})  # control and format characters, white space
 
@@ -29,7 +29,7 @@ def is_visible(text: str) -> bool:
     return first_visible(text) < len(text)
 
 
-class Opening:
+class FirstToken:
     """Picks the first tokens of one answer, up to its first visible character.
 
     One space is accepted as the very first token if the prompt does not end in white space: many tokenizers split it

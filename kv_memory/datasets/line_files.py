@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from kv_memory.datasets.faults import Faults
+from kv_memory.datasets.on_error import Faults
 from kv_memory.errors import DatasetError
 
 __all__ = ["READ_ERRORS", "bare_name", "json_file", "json_lines", "unreadable"]

@@ -18,7 +18,7 @@ from kv_memory.retrieval.hashed_terms import Terms
 from kv_memory.retrieval.tokenize import words_of
 from kv_memory.store import DocumentRecord, PassageRecord, Store
 
-__all__ = ["Prepared", "Preparer"]
+__all__ = ["Prepared", "RecordBuilder"]
 
 
 class Prepared(NamedTuple):
@@ -33,7 +33,7 @@ class Prepared(NamedTuple):
     texts: Mapping[str, str]
 
 
-class Preparer:
+class RecordBuilder:
     """Builds the records of documents, with or without their texts.
 
     Args:

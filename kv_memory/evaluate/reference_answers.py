@@ -9,8 +9,8 @@ import torch
 
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.config import DecodeSettings, Layout
-from kv_memory.evaluate.asked import Asked, batches
 from kv_memory.evaluate.cases import EncodedQuery
+from kv_memory.evaluate.prefilled_questions import PrefilledQuestions, batches
 from kv_memory.evaluate.task import Task
 from kv_memory.generate import Prompt, Run
 from kv_memory.model.backbone import Backbone
@@ -102,11 +102,11 @@ def teach(
     taught: list[TeacherAnswer] = []
     for part in batches(backbone, len(rows), n_entries=full.n_kept + len(backbone.prefix_ids), n_tokens=longest):
         prompts = [query.prompt for query in encoded[part]]
-        asked = Asked(backbone, [full], prompts, layout=layout, n_new=KL_TOKENS)
+        asked = PrefilledQuestions(backbone, [full], prompts, layout=layout, n_new=KL_TOKENS)
         found = list(asked.follow(rows[part]))
         beside: list[torch.Tensor | None] = [None] * len(found)
         if joined:
-            beside[:] = Asked(backbone, joined, prompts, layout=layout, n_new=KL_TOKENS).follow(rows[part])
+            beside[:] = PrefilledQuestions(backbone, joined, prompts, layout=layout, n_new=KL_TOKENS).follow(rows[part])
         for own, other, ids, (text, all_ids) in zip(found, beside, rows[part], said[part], strict=True):
             whole = len(ids) == len(all_ids)
             taught.append(TeacherAnswer(ids=ids, log_probs=own, text=text, whole=whole, joined_log_probs=other))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kv_memory.compress import Adapter, Compressor
-from kv_memory.compress.prefill import pad, read_documents
+from kv_memory.compress.prefill import pad, prefill_documents
 from kv_memory.compress.refine.batching import gather_entries, join_entries
 from kv_memory.generate import compose
 from tests.conftest import make_backbone
@@ -39,7 +39,7 @@ def read(backbone: Any) -> tuple[Any, torch.Tensor]:
     ids, lengths = pad([backbone.encode(text) for text in DOCUMENTS], device="cpu")
     cache = backbone.prefixed_cache(ids.shape[1], batch_size=3)
     with torch.no_grad():
-        backbone.read(ids, cache, lengths=lengths)
+        backbone.prefill(ids, cache, lengths=lengths)
     return cache, lengths
 
 
@@ -89,7 +89,7 @@ def test_training_reads_as_the_compressor_does(name: str, form: str) -> None:
     ids, lengths = pad([backbone.encode(text) for text in DOCUMENTS], device="cpu")
     n_kept = torch.tensor([8, 11, 5])  # a quarter of each
     with torch.no_grad():
-        reading = read_documents(adapter, ids, lengths, n_kept)
+        reading = prefill_documents(adapter, ids, lengths, n_kept)
     entries = gather_entries(backbone, reading.cache, lengths, reading.selected, reading.scores)
     groups = [(1, 2), (0,)]
     together = every(backbone, [0, 1], join_entries(backbone, entries, lengths, groups))
@@ -107,7 +107,7 @@ def test_the_bias_changes_nothing_but_carries_a_gradient(name: str, scorer: Any)
     adapter = Adapter.create(backbone, rank=4, scorer=scorer)
     adapter.scorer.requires_grad_(True)
     ids, lengths = pad([backbone.encode(text) for text in DOCUMENTS], device="cpu")
-    reading = read_documents(adapter, ids, lengths, torch.tensor([8, 11, 5]))
+    reading = prefill_documents(adapter, ids, lengths, torch.tensor([8, 11, 5]))
     without = gather_entries(backbone, reading.cache, lengths, reading.selected)
     biased = gather_entries(backbone, reading.cache, lengths, reading.selected, reading.scores)
     assert_close(every(backbone, [0, 1, 2], biased), every(backbone, [0, 1, 2], without))

@@ -1,4 +1,4 @@
-"""Asked: a batch of questions prefilled after composed caches, on which continuations are scored."""
+"""A batch of questions prefilled after composed caches, on which continuations are scored."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from kv_memory.config import DecodeSettings, Layout
 from kv_memory.generate import Prompt, Run, compose
 from kv_memory.model.backbone import Backbone
 
-__all__ = ["Asked", "batches"]
+__all__ = ["PrefilledQuestions", "batches"]
 
 _CPU_BYTES, _GPU_BYTES = 1 << 30, 4 << 30  # size limit of caches and logits of one batch
 
 
-class Asked:
+class PrefilledQuestions:
     """Questions prefilled once; each continuation is prefilled after them and then removed.
 
     One prefill of the questions thus serves the full model's answer, the reference and every choice.

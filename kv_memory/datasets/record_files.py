@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from kv_memory.datasets.example import check_text
-from kv_memory.datasets.faults import Faults
+from kv_memory.datasets.on_error import Faults
 from kv_memory.errors import DatasetError
 
 __all__ = ["Record", "each", "items_of", "text_of", "texts_of", "title_of"]

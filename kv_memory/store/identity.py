@@ -10,7 +10,7 @@ from kv_memory.errors import CorruptCacheError
 from kv_memory.store.error_mapping import mapped
 from kv_memory.store.sql.schema import CacheRow
 
-__all__ = ["MisfiledError", "check_filing", "check_header"]
+__all__ = ["MisfiledError", "check_header", "check_identity"]
 
 _MOST_BYTES = 100 * 2**20  # of a header, as in safetensors itself; a longer one is read in part, and fails as JSON
 
@@ -19,7 +19,7 @@ class MisfiledError(CorruptCacheError):
     """A row names the sound blob of something else; never leaves the store, as callers get `CorruptCacheError`."""
 
 
-def check_filing(row: CacheRow, *, text_sha256: str | None, fingerprint: Fingerprint, keep_ratio: float) -> None:
+def check_identity(row: CacheRow, *, text_sha256: str | None, fingerprint: Fingerprint, keep_ratio: float) -> None:
     """Compare the identity recorded in a blob with its row.
 
     Args:
@@ -41,7 +41,7 @@ def check_filing(row: CacheRow, *, text_sha256: str | None, fingerprint: Fingerp
 
 
 def check_header(row: CacheRow, path: Path) -> None:
-    """Run `check_filing` on the header of a sound blob, without torch, which takes seconds to import.
+    """Run `check_identity` on the header of a sound blob, without torch, which takes seconds to import.
 
     Raises:
         MisfiledError: Blob and row differ, or the blob is not a distilled cache.
@@ -55,7 +55,7 @@ def check_header(row: CacheRow, path: Path) -> None:
     except (ValueError, TypeError, KeyError, AttributeError, CorruptCacheError) as error:
         what = "the catalog names a blob that is no distilled cache"
         raise MisfiledError(what, where=f"blob {row.blob_key}") from error
-    check_filing(row, text_sha256=text_sha256, fingerprint=fingerprint, keep_ratio=keep_ratio)
+    check_identity(row, text_sha256=text_sha256, fingerprint=fingerprint, keep_ratio=keep_ratio)
 
 
 def _header_bytes(path: Path) -> bytes:

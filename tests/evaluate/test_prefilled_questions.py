@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from kv_memory.compress import Compressor
-from kv_memory.evaluate.asked import Asked, batches
+from kv_memory.evaluate.prefilled_questions import PrefilledQuestions, batches
 from tests.memories import FERRY
 
 PROMPTS = [[70, 71, 72], [80, 81, 82, 83, 84], [90]]
 ROWS = [[100, 101, 102, 103], [], [110]]
 
 
-def asked(backbone: Any) -> Asked:
+def asked(backbone: Any) -> PrefilledQuestions:
     cache = Compressor(backbone, selector="sink_recent").compress(FERRY, keep_ratio=1.0)
-    return Asked(backbone, [cache], PROMPTS, layout="source", n_new=8)
+    return PrefilledQuestions(backbone, [cache], PROMPTS, layout="source", n_new=8)
 
 
 @torch.no_grad()
