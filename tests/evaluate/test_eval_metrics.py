@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kv_memory.errors import ConfigError
-from kv_memory.evaluate import metrics
+from kv_memory.evaluate import answer_metrics as metrics
 from kv_memory.evaluate.answer_metrics import (
     Agreement,
     agreement,
