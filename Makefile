@@ -54,7 +54,7 @@ help:
 	@echo "make models  prepare the built-in models again, where setup could not"
 	@echo "make demo    compress descriptions of packages, and ask questions about them whose answers are known"
 	@echo "make test    run the tests on two cores (TESTERS=2); ARGS=\"-k store\" passes arguments to pytest"
-	@echo "make check   formatting, lint, imports, types"
+	@echo "make check   formatting, lint, plain English, imports, types"
 	@echo "make oldest  run the tests on the lowest releases that pyproject.toml admits, in .nox (many minutes)"
 	@echo "make newest  run the tests on the newest ones, and list what they deprecate (many minutes)"
 	@echo "make lock    choose the newest releases again and write them to requirements.lock"
@@ -119,6 +119,7 @@ stress: $(READY)
 check: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
+	@$(BIN)/python -m tests.prose
 	@$(BIN)/lint-imports --no-cache > $(VENV)/lint-imports.log || { cat $(VENV)/lint-imports.log >&2; exit 1; }
 	@$(BIN)/mypy
 

@@ -8,11 +8,11 @@ One line for each length and method: `model method n_tokens prefills peak_memory
 with `--batch` also `batch_ratio`.
 
 - `prefills`: time of compression over the time of one plain prefill of the same document, median of pairs.
-- `peak_memory_ratio`: the process's highest memory while compressing, over the same of `reconstruction`: of the GPU, or
-  resident on Linux; null elsewhere.
+- `peak_memory_ratio`: the process's highest memory while compressing, over that with `reconstruction`: GPU memory, or
+  resident memory on Linux; null elsewhere.
 - `ttft_ratio`, `decode_ratio`: time to the first token and time of each further token from the cache, over those from
-  the same cache without its biases, medians of pairs; null for caches that have none.
-- `batch_ratio`: time of so many documents of this length one by one over their time as one batch (`compress_many`).
+  the same cache without its biases, medians of pairs; null for caches without biases.
+- `batch_ratio`: time of `--batch` documents of this length one by one over their time as one batch (`compress_many`).
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def main() -> None:
     parser.add_argument("--method", action="append", help="a selector; repeatable (default: reconstruction, matched)")
     parser.add_argument("--length", type=int, action="append", help="document tokens; repeatable (default: 1024)")
     parser.add_argument("--keep-ratio", type=float, default=0.125, help="share of tokens kept (default: 0.125)")
-    parser.add_argument("--rounds", type=int, default=3, help="pairs of which medians are taken (default: 3)")
-    parser.add_argument("--batch", type=int, help="also compress so many documents as one batch")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--rounds", type=int, default=3, help="paired runs, of which medians are taken (default: 3)")
+    parser.add_argument("--batch", type=int, help="also compress this many documents as one batch")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
     args = parser.parse_args()
     backbone = Backbone.load(args.model)
     methods = args.method or ["reconstruction", "matched"]

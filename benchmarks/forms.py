@@ -1,12 +1,12 @@
-"""Forms of the adapter, each trained for the same time on the same data: how near do their answers come?
+"""Forms of the adapter, each trained for the same time on the same data: how close are their answers to the full cache?
 
-    python benchmarks/forms.py                          # all forms, ten minutes each; goes on where it was stopped
+    python benchmarks/forms.py                          # all forms, ten minutes each; resumes where it stopped
     python benchmarks/forms.py --only paper --only default --time-limit 1200
-    python benchmarks/forms.py --table                  # what there is, as Markdown
+    python benchmarks/forms.py --table                  # the results so far, as Markdown
 
-Each form is a run of `kv-memory train` in a folder of its own (`--work`), and ends with KL to the full cache on
-held-out documents, the same for all. Run nothing beside it: a form that had less of the machine had less training. A
-few minutes tell what learns quickly, not what is best in the end.
+Each form is a run of `kv-memory train` in its own folder (`--work`), and ends with the KL to the full cache on held-out
+documents, the same for all. Run nothing else meanwhile: a form with less of the machine is trained less. A few minutes
+show what learns quickly, not what is best in the end.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _HEAD = ["--set", "scorer=head", "--set", "scorer_size=256"]
 
 # What it shows, and how it differs from the default. In the order of the table.
 FORMS: dict[str, tuple[str, list[str]]] = {
-    "paper": ("as published: a score a token, W_Q and W_O of kept tokens", _PAPER),
+    "paper": ("as published: a score per token, W_Q and W_O of kept tokens", _PAPER),
     "paper_heads": ("a score for each KV head", [*_PAPER, *_HEAD]),
     "paper_one_ranking": ("and one ranking over all heads", [*_PAPER, *_HEAD, "--set", "budget=model"]),
     "document": (
         "and all tokens of the document routed",
         [*_PAPER, *_HEAD, "--set", "budget=model", "--set", "routed=document"],
     ),
-    "head_scorer": ("and W_K, W_V, strength by keep ratio, loss weighed by it", _HEAD),
+    "head_scorer": ("and W_K, W_V, strength by keep ratio, loss weighted by it", _HEAD),
     "default": ("and a scorer in each layer: the default", []),
     "without_strength": ("default, full strength at every ratio", ["--set", "full_strength_ratio=1"]),
-    "without_weights": ("default, losses not weighed by keep ratio", ["--set", "ratio_power=0"]),
-    "q_o": ("default, W_Q and W_O alone", ["--set", "targets=q,o"]),
+    "without_weights": ("default, losses not weighted by keep ratio", ["--set", "ratio_power=0"]),
+    "q_o": ("default, only W_Q and W_O", ["--set", "targets=q,o"]),
     "eta_3": ("scorer for all heads at layer 3", [*_HEAD, "--set", "eta=3"]),
     "eta_12": ("scorer for all heads at layer 12", [*_HEAD, "--set", "eta=12"]),
     "one_pass": (
@@ -60,15 +60,18 @@ def main() -> None:
         "--work", type=Path, default=Path("runs/forms"), help="folder of the runs (default: runs/forms)"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("docs/results/forms.jsonl"), help="results, a line a form (docs/results/...)"
+        "--out",
+        type=Path,
+        default=Path("docs/results/forms.jsonl"),
+        help="one line per form (default: docs/results/...)",
     )
     parser.add_argument("--only", action="append", choices=FORMS, metavar="FORM", help="only these; repeatable")
-    parser.add_argument("--table", action="store_true", help="train nothing")
+    parser.add_argument("--table", action="store_true", help="print the table of what is measured; train nothing")
     args = parser.parse_args()
     results = {row["form"]: row for row in _lines(args.out)}
     other = [name for name, row in results.items() if row["time_limit_s"] != args.time_limit]
     if other and not args.table:
-        sys.exit(f"{args.out} holds forms that were trained for another time: {', '.join(other)}. Name another --out.")
+        sys.exit(f"{args.out} has forms trained with a different time limit: {', '.join(other)}. Pass another --out.")
     for name in [] if args.table else args.only or FORMS:
         if name not in results:
             results[name] = train(args, name)

@@ -1,12 +1,12 @@
-"""What a job costs beside bare compression, and whether its workers' memory stays flat. One JSON object.
+"""What a job costs on top of bare compression, and whether its workers' memory stays flat. One JSON object.
 
     python benchmarks/jobs.py
     python benchmarks/jobs.py --n-documents 64 --rounds 5
 
 Throughput: the passages of the same documents through `Compressor.compress` in a loop, and the documents through a job
-with one worker process, its ledger and a new store; in turn, the medians of the rounds. Loading the model counts on
-neither side: a job's time runs from the beginning of its first document to the end of its last one, as the ledger has
-them. Memory: a worker's resident set over 1,000 documents, read by a tiny random model.
+with one worker process, its ledger and a new store; both alternate, and medians of the rounds are reported. Loading the
+model counts on neither side: a job's time runs from the beginning of its first document to the end of its last one,
+according to the ledger. Memory: a worker's resident set over 1,000 documents, compressed by a tiny random model.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n-documents", type=int, default=32, help="for the throughput (default: 32)")
-    parser.add_argument("--rounds", type=int, default=3, help="(default: 3)")
-    parser.add_argument("--model", default="smollm2", help="for the throughput (default: smollm2)")
+    parser.add_argument("--n-documents", type=int, default=32, help="documents for the throughput (default: 32)")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements, one after another (default: 3)")
+    parser.add_argument("--model", default="smollm2", help="model for the throughput (default: smollm2)")
     parser.add_argument("--n-small", type=int, default=1000, help="documents for the memory (default: 1,000)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kv-memory-bench-") as name:

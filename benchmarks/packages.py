@@ -5,7 +5,7 @@ r"""The questions of `kv-memory demo` with the descriptions that answer them, as
         --method reconstruction --method matched --keep-ratio 1/4 --keep-ratio 1/8 --keep-ratio 1/16
 
 `contains` is then the share of right answers, as the demo counts them. Descriptions are of the releases installed here;
-another release may describe itself in other words, and questions that it does not answer are left out.
+another release may have another description, and questions that it does not answer are left out.
 """
 
 from __future__ import annotations

@@ -3,19 +3,19 @@
     python benchmarks/prompts.py                                    # a table: the built-in models, three forms
     python benchmarks/prompts.py --model qwen-0.5b --form chat brief chat_briefly --n-questions 100 --json
 
-Every question is answered greedily from the full cache of its passage, in every form; nothing is dropped of it.
-Questions are of SQuAD's *training* share (or Dolly, `--data dolly`), at most five about a passage, and passages are
+Every question is answered greedily from the full cache of its passage, in every form; nothing is compressed.
+Questions are from SQuAD's *training* share (or Dolly, `--data dolly`), at most five per passage, and passages are
 chosen by their hash. The default forms of the built-in models (`kv_memory/model/embedded.py`) are chosen by these
 figures; dev is left to the tables.
 
     f1, em, contains      of the answers, as in `kv-memory eval`
-    empty                 share of answers in which nothing can be seen
+    empty                 share of answers without a visible character
     cut                   share of answers that --max-tokens cut off
-    n_words               words of an answer, a mean
-    seconds               for a question, its share of the passage's prefill included; questions about one are a batch
+    n_words               words per answer, a mean
+    seconds               per question, with its share of the passage's prefill; questions about one passage are a batch
 
 Forms are `chat`, `brief` and `passage`, as `--prompt` takes them, and trials: see TRIALS. What a trial would change is
-part of a cache's fingerprint, so that a form that is in use is never reworded: a better one gets a name of its own.
+part of a cache's fingerprint, so a form in use is never reworded: a better one gets a new name.
 """
 
 from __future__ import annotations
@@ -59,13 +59,16 @@ def main() -> None:
         metavar="FORM",
     )
     parser.add_argument(
-        "--data", default="squad", choices=["squad", "dolly"], help="training share of (default: squad)"
+        "--data",
+        default="squad",
+        choices=["squad", "dolly"],
+        help="data set, training share (default: squad)",
     )
     parser.add_argument("--n-questions", type=int, default=100, help="(default: 100)")
     parser.add_argument("--max-tokens", type=int, default=32, help="longest answer (default: 32)")
     parser.add_argument("--dtype", default="auto", help="(default: auto)")
     parser.add_argument("--answers", type=Path, help="write every answer there, JSON lines")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
     args = parser.parse_args()
     first = True
     for model in args.model:

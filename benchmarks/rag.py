@@ -3,11 +3,11 @@
     python benchmarks/rag.py            # a table
     python benchmarks/rag.py --json     # one JSON object per top-k
 
-The same questions over the same pages, the same retriever (BM25) and the same model, in the same prompt form: what
-differs is that one engine hands the retrieved passages on as text (LlamaIndex's `compact`), and the other as distilled
-caches. Both keep the shared prefix of the prompt prefilled. Every question is asked both ways, one right after the
-other, in an order that alternates; times are medians over the questions, from `query()` to the first piece of the
-answer and to its end, retrieval included. They are good for ratios, the seconds are the machine's.
+The same questions over the same pages, the same retriever (BM25) and the same model, in the same prompt form: the
+difference is that one engine passes the retrieved passages on as text (LlamaIndex's `compact`), and the other as
+distilled caches. Both keep the shared prefix of the prompt prefilled. Every question is asked both ways, one right
+after the other, in an order that alternates; times are medians over the questions, from `query()` to the first piece of
+the answer and to its end, retrieval included. Compare their ratios; the seconds depend on the machine.
 
 Pages are five neighbouring paragraphs of one article of SQuAD dev (its share in KV_MEMORY_DATA, or the Hugging Face
 hub), with one question to each page. `--pages FOLDER --questions FILE` takes your own text or Markdown files, and
@@ -19,9 +19,9 @@ JSON lines of {question, answer}; without `answer` there is no F1.
     prompt_tokens_cached  tokens prefilled for one question, a mean; the rest is read from caches
     agreement             F1 between the words of the two answers, a mean over the pairs that are not both empty
     agreement_none        the same between the answers from text and without any document: its floor; 1 is its ceiling
-    both_empty            share of the pairs of which neither answer has a word; they agree about nothing, and are in no
+    both_empty            share of the pairs in which neither answer has a word; they are left out of the
                           agreement; `both_empty_none`: the same without any document
-    empty_cached          share of the answers in which nothing can be seen; `_text`, `_none`
+    empty_cached          share of the answers without a visible character; `_text`, `_none`
     f1_cached, f1_text    F1 of answers to references; text is the ceiling, f1_none (no document) the floor
 """
 
@@ -91,14 +91,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="embedded, a model folder or a hub id (default: embedded)")
     parser.add_argument("--keep-ratio", type=ratio_of, default=0.25, help="share of tokens kept (default: 0.25)")
-    parser.add_argument("--top-k", type=int, nargs="+", default=[1, 3, 5], help="passages a question (default: 1 3 5)")
+    parser.add_argument("--top-k", type=int, nargs="+", default=[1, 3, 5], help="retrieved passages (default: 1 3 5)")
     parser.add_argument("--n-pages", type=int, default=60, help="pages of SQuAD (default: 60)")
     parser.add_argument("--n-questions", type=int, default=50, help="questions (default: 50)")
     parser.add_argument("--pages", type=Path, help="a folder of your own pages")
     parser.add_argument("--questions", type=Path, help="JSON lines of {question, answer}, for --pages")
     parser.add_argument("--max-tokens", type=int, default=32, help="longest answer (default: 32)")
     parser.add_argument("--store", type=Path, help="keep the store here, for the next run")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
     args = parser.parse_args()
     if (args.pages is None) != (args.questions is None):
         parser.error("--pages and --questions go together")

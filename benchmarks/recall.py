@@ -1,11 +1,11 @@
-"""How often a chat remembers: facts said long ago, recalled from distilled turns at several keep ratios.
+"""How often a chat remembers: facts stated long ago, recalled from distilled turns at several keep ratios.
 
     python benchmarks/recall.py            # a table
-    python benchmarks/recall.py --json     # one JSON object a keep ratio
+    python benchmarks/recall.py --json     # one JSON object per keep ratio
 
 A conversation of 200 turns, in which every fifth exchange states a fact ("My dog is called Biscuit.") and the others
 are small talk. All turns have left the prompt; each fact is asked for once, and recalled by BM25 from the caches.
-Reported is the share of answers that hold the fact, how often the right passage was recalled at all, and the tokens
+Reported are the share of answers that contain the fact, how often the right passage was recalled at all, and the tokens
 prefilled for a question. The ceiling is keep ratio 1; the floor, the same questions without recall.
 """
 
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument(
         "--keep-ratio", type=ratio_of, nargs="+", default=[1.0, 0.5, 0.25, 0.125], help="(default: 1 1/2 1/4 1/8)"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
     args = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="kv-memory-bench-") as folder,

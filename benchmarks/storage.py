@@ -1,14 +1,14 @@
-"""What int8 saves on disk and costs at loading and in answers, beside bfloat16, for caches of smollm2.
+"""What int8 saves on disk and costs at loading and in answers, compared with bfloat16, for caches of smollm2.
 
     python benchmarks/storage.py           # three tables
-    python benchmarks/storage.py --json    # one JSON object a line
+    python benchmarks/storage.py --json    # one JSON object per line
 
-Sizes are of the caches that the shipped adapter makes of documents of SQuAD dev (`KV_MEMORY_DATA`, see the README),
-file headers and positions included. Times are of caches with random numbers, heads of many lengths: a store that has
-just been opened finds the cache, verifies its SHA-256 and reads every key and value; and does so again, when the file
-needs no verification. Each form in turn, medians. The files are in the operating system's page cache. Differences are
-int8 less bfloat16 in what `kv-memory eval` wrote with and without `--storage int8`, question by question, with 95%
-intervals by a bootstrap over documents, whose questions stay together.
+Sizes are those of caches that the shipped adapter makes from documents of SQuAD dev (`KV_MEMORY_DATA`, see the README),
+file headers and positions included. Times are of caches with random numbers, heads of many lengths: a newly opened
+store finds the cache, verifies its SHA-256 and reads every key and value; and does so again, when the file needs no
+verification. The forms alternate; times are medians. The files are in the operating system's page cache. Differences
+are int8 minus bfloat16 in what `kv-memory eval` wrote with and without `--storage int8`, question by question, with 95%
+intervals from a bootstrap over documents, whose questions stay together.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ FORMS: tuple[StorageName, ...] = ("bfloat16", "int8")
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n-documents", type=int, default=66, help="for the sizes (default: 66)")
+    parser.add_argument("--n-documents", type=int, default=66, help="documents, for the sizes (default: 66)")
     parser.add_argument("--keep-ratio", type=ratio_of, nargs="+", default=[1 / 4, 1 / 8, 1 / 16], help="for the sizes")
-    parser.add_argument("--entries", type=int, nargs="+", default=[64, 512], help="a head, for the times")
-    parser.add_argument("--repeats", type=int, default=40, help="for the times (default: 40)")
-    parser.add_argument("--results", type=Path, default=Path("docs/results/squad"), help="of kv-memory eval --out")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--entries", type=int, nargs="+", default=[64, 512], help="entries per head, for the times")
+    parser.add_argument("--repeats", type=int, default=40, help="repeats, for the times (default: 40)")
+    parser.add_argument("--results", type=Path, default=Path("docs/results/squad"), help="folder of kv-memory eval")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
     args = parser.parse_args()
     print_all(args, differences(args.results, args.keep_ratio))
     backbone = Backbone.load("smollm2", dtype="bfloat16")
@@ -122,7 +122,7 @@ def read(store: Store, cache: DistilledCache) -> float:
 
 
 def make_cache(backbone: Backbone, n_entries: int) -> DistilledCache:
-    """A cache of the model's shape with about so many entries in the mean head, and none to twice as many in others."""
+    """A cache of the model's shape with about `n_entries` entries in the mean head, zero to twice as many in others."""
     draw = torch.Generator().manual_seed(0)
     counts = torch.randint(0, 2 * n_entries + 1, (backbone.num_layers, backbone.num_kv_heads), generator=draw)
     n = int(counts.sum())

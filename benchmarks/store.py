@@ -4,16 +4,16 @@
     python benchmarks/store.py --json               # one JSON object
     python benchmarks/store.py --catalog postgresql+psycopg://USER@HOST/DB --blobs s3://BUCKET/PREFIX
 
-Caches have the shape of smollm2: 30 layers, 3 heads, 64 entries each of 64 numbers in bfloat16, 1.5 MB. Each is
-written twice, one right after the other, in an order that alternates: by `Store.put`, and as a plain safetensors file
-with the same fsyncs (the file, its folder, and two records appended to logs, where the store has two databases).
-Reads are cold: another Store, and the files dropped from the page cache where the system lets us (Linux); every byte of
-the tensors is touched. The store also computes, or verifies, a SHA-256, which on a fast disk takes as long as reading;
+Caches have the shape of smollm2: 30 layers, 3 heads, 64 entries each of 64 numbers in bfloat16, 1.5 MB. Each is written
+twice, one right after the other, in an order that alternates: by `Store.put`, and as a plain safetensors file with the
+same fsyncs (the file, its folder, and two records appended to logs in place of the store's two databases). Reads are
+cold: another Store, and the files dropped from the page cache where the system allows it (Linux); every byte of the
+tensors is touched. The store also computes, or verifies, a SHA-256, which on a fast disk takes as long as reading;
 `_hashed` compares with plain files that are hashed too. Ratios are of medians, and above 1 where the store is faster.
-They are good on a quiet machine; the seconds are the machine's.
+Measure them on an idle machine; the seconds depend on the machine.
 
     write_ratio, read_ratio   plain file's time / the store's; _hashed: with a SHA-256
-    n_entries                 tiny caches in a store of their own
+    n_entries                 tiny caches in a separate store
     lookup_p50_ms, _p99_ms    `Store.has` of random ones
     get_p99_ms                `Store.get` of random ones
     open_s                    `Store.open`, the slowest of ten
@@ -49,11 +49,11 @@ HEADS = (30, 3)
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--caches", type=int, default=60, help="of full size, for writes and reads (default: 60)")
-    parser.add_argument("--entries", type=int, default=60_000, help="of tiny size, for lookups (default: 60,000)")
+    parser.add_argument("--caches", type=int, default=60, help="full-size caches, for writes and reads (default: 60)")
+    parser.add_argument("--entries", type=int, default=60_000, help="tiny caches, for lookups (default: 60,000)")
     parser.add_argument("--catalog", help="URL of a PostgreSQL database (default: SQLite)")
     parser.add_argument("--blobs", help="URL of an object store (default: files)")
-    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="folder to write to (default: a temporary folder)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parser.parse_args()
     place = {"catalog": args.catalog, "blobs": args.blobs}

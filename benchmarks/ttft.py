@@ -3,12 +3,12 @@
     python benchmarks/ttft.py            # a table
     python benchmarks/ttft.py --json     # one JSON object per document length
 
-For every length a process of its own makes the cache, and several fresh processes ask. Each has loaded the model and
-answered a question without a document (so that no page of weights is read on the clock), but has never seen the
-store, and the store's files have been dropped from the operating system's page cache where it lets us (Linux). The
-figure from a cache is the first such question: catalog, bytes from disk, verification of their SHA-256, composing,
-prefill. The other ways follow in the same process, seconds apart. Reported are medians over the processes; they are
-good for ratios, the seconds are the machine's.
+For every length a separate process makes the cache, and several new processes ask questions. Each has loaded the model
+and answered a question without a document (so that no page of weights is loaded during the measurement), but has never
+seen the store, and the store's files have been dropped from the operating system's page cache where it allows that
+(Linux). The figure from a cache is the first such question: catalog, bytes from disk, verification of their SHA-256,
+composing, prefill. The other ways follow in the same process, seconds apart. Reported are medians over the processes;
+compare their ratios, the seconds depend on the machine.
 
 The compressor is the adapter: the shipped one for smollm2, for others one of the same form without training,
 which takes the same time. `--selector` times a training-free selector instead.
@@ -42,10 +42,12 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="document lengths, in tokens")
     parser.add_argument("--keep-ratio", type=ratio_of, default=0.125, help="share of tokens kept (default: 0.125)")
     parser.add_argument(
-        "--selector", choices=["reconstruction", "attention", "sink_recent"], help="instead of the adapter"
+        "--selector",
+        choices=["reconstruction", "attention", "sink_recent"],
+        help="use this instead of the adapter",
     )
-    parser.add_argument("--processes", type=int, default=3, help="fresh processes that ask (default: 3)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--processes", type=int, default=3, help="new processes that ask the questions (default: 3)")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
     parser.add_argument("--role", choices=["make", "ask"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -100,7 +102,7 @@ def document_ids(backbone: Any, n_tokens: int) -> list[int]:
             ids += backbone.encode(payload)
         if len(ids) >= n_tokens:
             return ids[:n_tokens]
-    raise SystemExit(f"the installed packages' descriptions hold {len(ids)} tokens, {n_tokens} are wanted")
+    raise SystemExit(f"the installed packages' descriptions hold {len(ids)} tokens, {n_tokens} are needed")
 
 
 def paired(rounds: int, **ways: Callable[[], float]) -> dict[str, list[float]]:

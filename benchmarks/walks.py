@@ -1,7 +1,7 @@
 """How many functions and files of the package one call crosses, on a tiny random model.
 
     python benchmarks/walks.py            # a table
-    python benchmarks/walks.py --json     # `walk functions files transactions`, one object a line
+    python benchmarks/walks.py --json     # `walk functions files transactions`, one object per line
     python benchmarks/walks.py --list get # the functions of one walk, in the order in which they are first called
 
 Walks: `add`, one short text added to an open memory; `ask`, a question to its first token, where another question was
@@ -131,7 +131,7 @@ def job_walk(folder: Path, walk: Walk) -> None:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
     parser.add_argument("--list", choices=["add", "ask", "get", "job"], help="the functions of one walk")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

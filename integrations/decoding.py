@@ -48,7 +48,7 @@ def refuse_tools(options: Mapping[str, Any]) -> None:
             "this model cannot call tools",
             where=", ".join(asked),
             next_step="Give the query engine or chain itself to an agent as a tool, driven by a model that can call "
-            "tools; for answers in a fixed form use structured output.",
+            "tools; for answers in a fixed format use structured output.",
         )
 
 

@@ -69,7 +69,7 @@ def _marked(memory: KVMemory, key: str, *, on_missing: OnMissing, document_id: s
     if on_missing == "skip":
         return None
     raise TextNotKeptError(
-        "a passage has no distilled cache under the present settings, and its text is not kept",
+        "a passage has no distilled cache under the current settings, and its text is not kept",
         where=document_id,
-        next_step="Run `kv-memory add --stale` if it is from a file that has not changed; else add the document again.",
+        next_step="Run `kv-memory add --stale` if it is from an unchanged file; otherwise add the document again.",
     )

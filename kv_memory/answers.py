@@ -133,7 +133,7 @@ def _texts(hits: Sequence[Hit]) -> list[str]:
     lacking = next((hit for hit in hits if hit.text is None), None)
     if lacking is not None:
         raise TextNotKeptError(
-            "the text of a passage is not kept, so that it can only be answered from its cache",
+            "the text of a passage is not kept, so it can only be answered from its cache",
             where=f"{lacking.document_id}, passage {lacking.ordinal}",
             next_step="Add the document again with `--keep-text` (keep_text=True); it is not compressed again.",
         )
@@ -167,5 +167,5 @@ def _no_sources(question: str, read_from: ReadFrom) -> Answer:
         ttft_s=0.0,
         total_s=0.0,
         read_from=read_from,
-        next_step="Ask with words that the documents have.",
+        next_step="Use words that occur in the documents.",
     )

@@ -60,8 +60,10 @@ class Conversation:
             raise ConfigError(f"top_k must be at least 1, got {top_k}", where="top_k")
         self.conversation_id = conversation_id
         self.top_k = memory.settings.top_k if top_k is None else top_k
+        # Escaped, so that no conversation of collection "a:b" has the name of one of collection "a".
+        tenant = memory.collection.replace("%", "%25").replace(":", "%3A")
         self._memory = memory.in_collection(
-            f"conversation:{memory.collection}:{conversation_id}",
+            f"conversation:{tenant}:{conversation_id}",
             keep_ratio=keep_ratio,
             keep_tokens=keep_tokens,
             max_bytes=max_bytes,

@@ -23,8 +23,8 @@ __all__ = ["Reader", "Reference", "Reply", "ReplyStream", "key_of"]
 
 _REFERENCE = re.compile(r"(?P<key>[0-9a-f]{64})(?:@(?P<ratio>[0-9.e-]+))?(?:/(?P<collection>.+))?", re.DOTALL)
 _ADD_AGAIN = (
-    "Its text is not kept, so it cannot be read instead: add the document again, or run `kv-memory add --stale` if it "
-    "is a file that has not changed."
+    "Its text is not kept, so it cannot be used instead: add the document again, or run `kv-memory add --stale` if it "
+    "is an unchanged file."
 )
 
 
@@ -75,7 +75,7 @@ class Reference:
         try:
             ratio = None if found["ratio"] is None else check_keep_ratio(float(found["ratio"]))
         except ValueError as error:
-            raise ConfigError(f"a reference with a keep_ratio that is none: {error}", where=value[:120]) from error
+            raise ConfigError(f"invalid keep_ratio in cache reference: {error}", where=value[:120]) from error
         return cls(key=found["key"], keep_ratio=ratio, collection=found["collection"])
 
 
@@ -302,7 +302,7 @@ class Reader:
     def _other_store(self, reference: Reference) -> Store:
         if self._store_of is None or reference.collection is None:
             raise ConfigError(
-                f"this reader sees collection {self._store.collection!r} only", where=f"collection of {reference}"
+                f"this reader can access collection {self._store.collection!r} only", where=f"collection of {reference}"
             )
         return self._store_of(reference.collection)
 

@@ -144,13 +144,15 @@ def given_settings(
     MemorySettings(**given)
     if selector == "combined" and adapter == NO_ADAPTER:
         raise ConfigError(
-            "selector 'combined' is an adapter and `matched` together, and adapter='none' means to have none",
+            "selector 'combined' needs an adapter, and adapter='none' means no adapter",
             where="selector",
             next_step="Drop one, or use selector 'matched'.",
         )
     if refine_steps == 0 and min_fidelity is not None:
         raise ConfigError(
-            "min_fidelity asks for refinement, and refine_steps=0 for none", where="min_fidelity", next_step="Drop one."
+            "min_fidelity needs refinement, and refine_steps=0 turns it off",
+            where="min_fidelity",
+            next_step="Drop one.",
         )
     return given
 

@@ -240,7 +240,10 @@ def only_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("KV_MEMORY_CACHE", str(folder))
     BUILT_IN["smollm2"].folder.parent.mkdir(parents=True)
     BUILT_IN["smollm2"].folder.symlink_to(there.resolve(), target_is_directory=True)
-    return "the model is smollm2, as qwen-0.5b is not prepared here; to have it: kv-memory models --prepare qwen-0.5b\n"
+    return (
+        "using the model smollm2, because qwen-0.5b is not prepared on this machine; "
+        "to prepare it: kv-memory models --prepare qwen-0.5b\n"
+    )
 
 
 @pytest.fixture(scope="session")

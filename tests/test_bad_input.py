@@ -63,7 +63,7 @@ FILES: dict[str, tuple[bytes, type[errors.KVMemoryError], str, str]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_files_that_are_no_documents(memory: KVMemory, tmp_path: Path, name: str) -> None:
+def test_invalid_files_are_refused(memory: KVMemory, tmp_path: Path, name: str) -> None:
     data, kind, what, step = FILES[name]
     path = tmp_path / name
     path.write_bytes(data)
@@ -81,20 +81,20 @@ def test_files_that_are_no_documents(memory: KVMemory, tmp_path: Path, name: str
         ("x" * 5_000_000, errors.LineTooLongError),
     ],
 )
-def test_texts_that_are_no_documents(memory: KVMemory, text: str, kind: type[errors.KVMemoryError]) -> None:
+def test_invalid_texts_are_refused(memory: KVMemory, text: str, kind: type[errors.KVMemoryError]) -> None:
     with untouched(memory), pytest.raises(errors.KVMemoryError) as caught:
         memory.add([GOOD, ("bad", text)])
     assert_says(caught.value, kind, what=".", where="bad", step=".")
 
 
-def test_a_path_that_is_not_there(memory: KVMemory, tmp_path: Path) -> None:
+def test_a_missing_path_is_refused(memory: KVMemory, tmp_path: Path) -> None:
     with untouched(memory), pytest.raises(errors.KVMemoryError) as caught:
         memory.add([GOOD, tmp_path / "nothing.txt"])
     where = str(tmp_path / "nothing.txt")
     assert_says(caught.value, errors.UnreadableDocumentError, what="no such file", where=where, step="Check the path")
 
 
-def test_a_wrong_encoding_can_be_put_right(own_memory: KVMemory, tmp_path: Path) -> None:
+def test_another_encoding_can_be_passed(own_memory: KVMemory, tmp_path: Path) -> None:
     path = tmp_path / "latin.txt"
     path.write_bytes("Der Fährmann schläft.".encode("latin-1"))
     assert own_memory.add(path, encoding="latin-1").added == [str(path)]
@@ -104,7 +104,7 @@ def test_a_wrong_encoding_can_be_put_right(own_memory: KVMemory, tmp_path: Path)
     assert caught.value.where == "encoding"
 
 
-def test_one_id_with_two_texts(own_memory: KVMemory) -> None:
+def test_one_id_with_two_texts_is_refused(own_memory: KVMemory) -> None:
     with untouched(own_memory), pytest.raises(errors.KVMemoryError) as caught:
         own_memory.add([GOOD, ("twice", "One text."), ("twice", "Another text.")])
     assert_says(caught.value, errors.DuplicateDocumentError, what="twice", where="twice", step="id of its own")
@@ -112,7 +112,7 @@ def test_one_id_with_two_texts(own_memory: KVMemory) -> None:
 
 
 @pytest.mark.parametrize("source", [b"bytes", {"id": "text"}, 7, None, [7]])
-def test_things_that_are_no_documents(memory: KVMemory, source: Any) -> None:
+def test_sources_of_the_wrong_type_are_refused(memory: KVMemory, source: Any) -> None:
     with untouched(memory), pytest.raises(errors.KVMemoryError) as caught:
         memory.add(source)
     assert_says(caught.value, errors.ConfigError, what="cannot read documents", where="source", step="path")
@@ -122,7 +122,7 @@ def test_things_that_are_no_documents(memory: KVMemory, source: Any) -> None:
 
 
 @pytest.mark.parametrize("keep_ratio", [0, -1, 1.5, float("nan"), float("inf"), "x", True])
-def test_keep_ratio_out_of_range(memory: KVMemory, wide: Any, tmp_path: Path, keep_ratio: Any) -> None:
+def test_keep_ratio_out_of_range_is_refused(memory: KVMemory, wide: Any, tmp_path: Path, keep_ratio: Any) -> None:
     for path in (memory.path, tmp_path / "new"):
         with untouched(memory), pytest.raises(errors.KVMemoryError) as caught:
             open_memory(path, wide, keep_ratio=keep_ratio)
@@ -141,7 +141,7 @@ def test_keep_ratio_out_of_range(memory: KVMemory, wide: Any, tmp_path: Path, ke
         ("collection", "x" * 300),
     ],
 )
-def test_other_settings_out_of_range(memory: KVMemory, wide: Any, option: str, value: Any) -> None:
+def test_other_settings_out_of_range_are_refused(memory: KVMemory, wide: Any, option: str, value: Any) -> None:
     with untouched(memory), pytest.raises(errors.ConfigError) as caught:
         open_memory(memory.path, wide, **{option: value})
     assert option in (caught.value.where or "")
@@ -149,7 +149,7 @@ def test_other_settings_out_of_range(memory: KVMemory, wide: Any, option: str, v
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "owner/no-such-model", "./no/such/folder"])
-def test_an_unknown_model(memory: KVMemory, tmp_path: Path, name: str) -> None:
+def test_an_unknown_model_is_refused(memory: KVMemory, tmp_path: Path, name: str) -> None:
     for path in (memory.path, tmp_path / "new"):
         with untouched(memory), pytest.raises(errors.KVMemoryError) as caught:
             KVMemory.open(path, model=name)
@@ -157,7 +157,7 @@ def test_an_unknown_model(memory: KVMemory, tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_a_model_folder_without_a_tokenizer(memory: KVMemory, tmp_path: Path) -> None:
+def test_a_model_folder_without_a_tokenizer_is_refused(memory: KVMemory, tmp_path: Path) -> None:
     make_model("llama").save_pretrained(tmp_path / "model")
     with untouched(memory), pytest.raises(errors.KVMemoryError) as caught:
         KVMemory.open(memory.path, model=tmp_path / "model")
@@ -165,7 +165,7 @@ def test_a_model_folder_without_a_tokenizer(memory: KVMemory, tmp_path: Path) ->
     assert_says(caught.value, errors.TokenizerError, what="no usable tokenizer", where=where, step="tokenizer.json")
 
 
-def test_a_context_window_too_small_for_the_prompt(tmp_path: Path) -> None:
+def test_a_context_window_too_small_for_the_prompt_is_refused(tmp_path: Path) -> None:
     make_model("llama", max_position_embeddings=100).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     with pytest.raises(errors.ConfigError, match="context window") as caught:
@@ -173,7 +173,7 @@ def test_a_context_window_too_small_for_the_prompt(tmp_path: Path) -> None:
     assert caught.value.where == "prompt" and caught.value.next_step
 
 
-def test_an_adapter_of_another_model(memory: KVMemory, tmp_path: Path) -> None:
+def test_an_adapter_of_another_model_is_refused(memory: KVMemory, tmp_path: Path) -> None:
     other = wide_backbone(num_hidden_layers=3)
     adapter = Adapter.create(other, rank=2)
     adapter.save(tmp_path / "adapter")
@@ -189,7 +189,7 @@ def test_an_adapter_of_another_model(memory: KVMemory, tmp_path: Path) -> None:
 # -- the store ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_store_of_a_newer_version(own_memory: KVMemory, wide: Any) -> None:
+def test_a_store_of_a_newer_version_is_refused(own_memory: KVMemory, wide: Any) -> None:
     with closing(sqlite3.connect(own_memory.path / "catalog.sqlite")) as connection:
         (ours,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
         connection.execute("UPDATE alembic_version SET version_num = '9999'")

@@ -25,7 +25,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="POSIX signals, limits and us
 
 
 @posix
-def test_a_full_disk(memory: KVMemory) -> None:
+def test_a_full_disk_leaves_the_store_intact(memory: KVMemory) -> None:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -94,7 +94,7 @@ except StorePermissionError as error:
 
 
 @posix
-def test_a_store_without_permission(wide: Any, processes: dict[str, subprocess.Popen[str]]) -> None:
+def test_a_store_without_permission_is_an_error(wide: Any, processes: dict[str, subprocess.Popen[str]]) -> None:
     with tempfile.TemporaryDirectory() as name:  # every user can enter it, which pytest's own folders do not allow
         os.chmod(name, 0o755)
         path = Path(name, "store")
@@ -136,7 +136,7 @@ def assert_the_rest_is_done(memory: KVMemory, n_done: int) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_error_out_of_the_callers_own_callback(memory: KVMemory, error: type[BaseException]) -> None:
+def test_an_error_in_the_callback_leaves_the_store_intact(memory: KVMemory, error: type[BaseException]) -> None:
     n_told = 0
 
     def tell(_: AddProgress) -> None:
@@ -162,7 +162,7 @@ print("not interrupted", flush=True)
 
 
 @posix
-def test_control_c_in_the_middle_of_an_add(
+def test_control_c_during_an_add_leaves_the_store_intact(
     tmp_path: Path, wide: Any, processes: dict[str, subprocess.Popen[str]]
 ) -> None:
     process = processes["interrupt"]
@@ -180,7 +180,7 @@ def test_control_c_in_the_middle_of_an_add(
         assert_the_rest_is_done(memory, n_done)
 
 
-def test_the_model_fails_in_the_middle(memory: KVMemory) -> None:
+def test_a_failing_model_leaves_store_and_locks_intact(memory: KVMemory) -> None:
     """Out of memory, say: whatever is raised in a forward pass leaves backbone, store and locks in order."""
     calls = 0
 

@@ -35,7 +35,7 @@ def texts_of(conversation: Conversation, question: str) -> list[str]:
 # -- adding and recalling ----------------------------------------------------------------------------------------------
 
 
-def test_what_was_said_is_recalled_by_a_question_about_it(memory: KVMemory) -> None:
+def test_recall_finds_the_turns_that_match_a_question(memory: KVMemory) -> None:
     old = Conversation(memory, "alice")
     assert old.turns() == [] and old.recall("What is my dog called?") == []
     old.add([BISCUIT, NICE])
@@ -46,7 +46,17 @@ def test_what_was_said_is_recalled_by_a_question_about_it(memory: KVMemory) -> N
     assert old.recall("Xylophone?") == []
 
 
-def test_a_reply_is_read_from_what_is_recalled(memory: KVMemory, wide: Any) -> None:
+def test_conversations_of_two_collections_are_apart_whatever_their_names(memory: KVMemory) -> None:
+    Conversation(memory.in_collection("team"), "red:alice").add([BISCUIT])
+    other = Conversation(memory.in_collection("team:red"), "alice")
+    assert other.turns() == []
+    assert other.recall("What is my dog called?") == []
+    other.add([TEA])
+    assert Conversation(memory.in_collection("team"), "red:alice").turns() == [BISCUIT]
+    assert Conversation(memory.in_collection("team:red"), "alice").turns() == [TEA]
+
+
+def test_a_reply_uses_the_caches_of_recalled_turns(memory: KVMemory, wide: Any) -> None:
     old = Conversation(memory, "alice")
     old.add([BISCUIT])
     (info,) = old._memory.store.caches()
@@ -58,7 +68,7 @@ def test_a_reply_is_read_from_what_is_recalled(memory: KVMemory, wide: Any) -> N
     assert reply.n_cached_tokens == 11 + info.n_kept
 
 
-def test_recall_is_in_the_order_it_was_spoken_and_no_more_than_top_k(memory: KVMemory) -> None:
+def test_recall_returns_at_most_top_k_turns_in_order(memory: KVMemory) -> None:
     said = [Turn("user", text) for text in ("A cat.", "A cat, a cat, a cat!", "One cat and a dog.", "No pets.")]
     for top_k in (1, 2, 3):
         old = Conversation(memory, f"top {top_k}", top_k=top_k)
@@ -71,7 +81,7 @@ def test_recall_is_in_the_order_it_was_spoken_and_no_more_than_top_k(memory: KVM
     assert Conversation(memory, "any").top_k == memory.settings.top_k
 
 
-def test_what_was_said_twice_is_read_once(memory: KVMemory) -> None:
+def test_repeated_turns_are_recalled_once(memory: KVMemory) -> None:
     old = Conversation(memory, "alice")
     for turn in (TEA, COFFEE, TEA):
         old.add([turn])
@@ -88,7 +98,7 @@ def test_more_than_ten_additions_stay_in_order(memory: KVMemory) -> None:
     assert texts_of(old, "number") == [f"User: {turn.text}" for turn in said]
 
 
-def test_turns_outlive_the_process(memory: KVMemory, wide: Any) -> None:
+def test_turns_persist_when_the_store_is_reopened(memory: KVMemory, wide: Any) -> None:
     Conversation(memory, "alice").add([BISCUIT, NICE])
     expected = Conversation(memory, "alice").recall("dog")
     memory.close()
@@ -103,7 +113,7 @@ def test_turns_outlive_the_process(memory: KVMemory, wide: Any) -> None:
         assert old.turns() == [BISCUIT, NICE, TEA]
 
 
-def test_clearing_leaves_nothing(memory: KVMemory) -> None:
+def test_clear_removes_turns_and_caches(memory: KVMemory) -> None:
     n_blobs = cache_blobs(memory)
     old = Conversation(memory, "alice")
     old.add([BISCUIT, NICE])
@@ -117,7 +127,7 @@ def test_clearing_leaves_nothing(memory: KVMemory) -> None:
     assert old.turns() == [COFFEE] and texts_of(old, "coffee") == [f"User: {COFFEE.text}"]
 
 
-def test_a_keep_ratio_of_its_own(memory: KVMemory) -> None:
+def test_a_conversation_can_have_its_own_keep_ratio(memory: KVMemory) -> None:
     whole, quarter = Conversation(memory, "whole", keep_ratio=1.0), Conversation(memory, "quarter")
     for old, ratio in ((whole, 1.0), (quarter, 0.25)):
         old.add([BISCUIT])
@@ -175,7 +185,7 @@ def test_blank_turns_are_left_out(memory: KVMemory, wide: Any) -> None:
 # -- apart from the rest -----------------------------------------------------------------------------------------------
 
 
-def test_conversations_do_not_see_each_other(memory: KVMemory) -> None:
+def test_conversations_are_isolated_from_each_other(memory: KVMemory) -> None:
     alice, bob = Conversation(memory, "alice"), Conversation(memory, "bob")
     alice.add([BISCUIT])
     bob.add([Turn("user", "My dog is called Rex.")])
@@ -186,7 +196,7 @@ def test_conversations_do_not_see_each_other(memory: KVMemory) -> None:
     assert Conversation(memory, "alice").turns() == [BISCUIT]
 
 
-def test_conversations_are_apart_from_the_documents(memory: KVMemory) -> None:
+def test_conversations_are_isolated_from_the_documents(memory: KVMemory) -> None:
     before = memory.documents()
     old = Conversation(memory, "default")  # as the documents' collection is called
     old.add([BISCUIT, Turn("user", "The ferry leaves at 9.")])
@@ -200,7 +210,7 @@ def test_conversations_are_apart_from_the_documents(memory: KVMemory) -> None:
     assert texts_of(old, "Biscuit") and memory.check().ok
 
 
-def test_documents_and_turns_go_into_one_reply(memory: KVMemory) -> None:
+def test_a_reply_can_use_documents_and_turns_together(memory: KVMemory) -> None:
     old = Conversation(memory, "alice")
     old.add([BISCUIT])
     (ferry,) = memory.store.caches("ferry")
@@ -211,7 +221,7 @@ def test_documents_and_turns_go_into_one_reply(memory: KVMemory) -> None:
     assert reply.n_cached_tokens == 11 + ferry.n_kept + said.n_kept
 
 
-def test_threads_that_add_at_once_lose_nothing(memory: KVMemory) -> None:
+def test_concurrent_adds_lose_nothing(memory: KVMemory) -> None:
     said = [Turn("user", f"Number {number}.") for number in range(8)]
     both = threading.Barrier(len(said))
 
@@ -232,14 +242,14 @@ def test_threads_that_add_at_once_lose_nothing(memory: KVMemory) -> None:
 
 
 @pytest.mark.parametrize("options", [{"keep_ratio": 0}, {"keep_ratio": 1.5}, {"top_k": 0}])
-def test_settings_out_of_range(memory: KVMemory, options: Any) -> None:
+def test_settings_out_of_range_are_refused(memory: KVMemory, options: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         Conversation(memory, "alice", **options)
     assert caught.value.where in options
 
 
 @pytest.mark.parametrize("name", ["", " ", "x" * 300])
-def test_names_that_are_none(memory: KVMemory, name: str) -> None:
+def test_invalid_names_are_refused(memory: KVMemory, name: str) -> None:
     with pytest.raises(ConfigError, match="name"):
         Conversation(memory, name)
 
@@ -252,7 +262,7 @@ def test_names_that_are_none(memory: KVMemory, name: str) -> None:
         (Turn("user", "half \ud83d"), EncodingError),
     ],
 )
-def test_turns_that_cannot_be_kept(memory: KVMemory, turn: Turn, error: type[Exception]) -> None:
+def test_invalid_turns_are_refused_and_store_nothing(memory: KVMemory, turn: Turn, error: type[Exception]) -> None:
     old = Conversation(memory, "alice")
     old.add([BISCUIT])
     with pytest.raises(error):
@@ -270,7 +280,7 @@ FILLER = ["the weather in Bergen", "a recipe for onion soup", "train tickets", "
     not BUILT_IN["smollm2"].is_prepared,
     reason="smollm2 is not prepared (`make setup`)",
 )
-def test_a_fact_of_long_ago_is_recalled(tmp_path: Path) -> None:
+def test_a_fact_from_many_turns_ago_is_recalled(tmp_path: Path) -> None:
     said: list[Turn] = []
     for number in range(100):
         topic = FILLER[number % len(FILLER)]

@@ -42,7 +42,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
     return mark
 
 
-def test_a_new_store_takes_qwen_or_says_that_it_takes_smollm2(
+def test_a_new_store_uses_qwen_or_warns_that_it_uses_smollm2(
     prepared: Callable[[str], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     # None is prepared: the first choice, whose error says how to get it.
@@ -54,7 +54,7 @@ def test_a_new_store_takes_qwen_or_says_that_it_takes_smollm2(
         assert (settings.model, settings.adapter, settings.passage_tokens) == ("smollm2", "shipped", 256)
         assert (settings.storage, settings.top_k) == ("int8", 1)
     (message,) = caplog.messages  # once
-    assert message.startswith("the model is smollm2") and "kv-memory models --prepare qwen-0.5b" in message
+    assert message.startswith("using the model smollm2") and "kv-memory models --prepare qwen-0.5b" in message
     prepared("qwen-0.5b")
     for given in ({}, {"model": "embedded"}):
         settings = resolve_settings(given, {})
@@ -63,7 +63,7 @@ def test_a_new_store_takes_qwen_or_says_that_it_takes_smollm2(
     assert len(caplog.messages) == 1
 
 
-def test_a_store_stays_with_its_model_whatever_is_prepared_later(prepared: Callable[[str], None]) -> None:
+def test_a_store_keeps_its_model_when_another_is_prepared_later(prepared: Callable[[str], None]) -> None:
     prepared("smollm2")
     first = resolve_settings({}, {})
     prepared("qwen-0.5b")
@@ -77,7 +77,7 @@ def test_a_store_stays_with_its_model_whatever_is_prepared_later(prepared: Calla
 
 @pytest.mark.parametrize("stored", [OLD, {"keep_ratio": 0.25}, {**OLD, "model": "smollm2"}])
 @pytest.mark.parametrize("given", [{}, {"model": "embedded"}, {"model": "smollm2"}])
-def test_settings_of_the_old_default_are_those_of_smollm2(
+def test_settings_of_the_old_default_resolve_to_smollm2(
     stored: dict[str, Any], given: dict[str, Any], prepared: Callable[[str], None]
 ) -> None:
     prepared("qwen-0.5b")
@@ -86,9 +86,7 @@ def test_settings_of_the_old_default_are_those_of_smollm2(
     assert settings == MemorySettings(**expected) and settings.top_k == 1
 
 
-def test_an_old_archive_goes_into_a_store_of_today_and_the_other_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_old_archives_and_new_stores_are_compatible_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def filled(place: Store, settings: dict[str, Any]) -> None:
         place.update_settings(settings)
         place.put_document(
@@ -115,7 +113,7 @@ def test_an_old_archive_goes_into_a_store_of_today_and_the_other_way(
         old.import_from(tmp_path / "new.tar")  # not refused: the settings are the same
 
 
-def test_an_old_job_goes_on_with_smollm2(tmp_path: Path) -> None:
+def test_an_old_job_continues_with_smollm2(tmp_path: Path) -> None:
     with Store.open(tmp_path / "store") as store:
         Ledger(store).create("old", sources={"items": []}, settings=JobSettings(memory=OLD))
         assert Ledger(store).job("old").settings.memory == {**OLD, "model": "smollm2"}
@@ -137,7 +135,7 @@ def old_store(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_store_of_the_old_default_goes_on_with_smollm2(old_store: Path) -> None:
+def test_a_store_of_the_old_default_continues_with_smollm2(old_store: Path) -> None:
     listed = json.loads(CliRunner().invoke(app, ["stats", "--store", str(old_store), "--json"]).stdout)
     assert (listed["settings"]["model"], listed["n_caches"]) == ("smollm2", 1)
     with KVMemory.open(old_store, dtype="float32", device="cpu") as memory:
@@ -172,5 +170,5 @@ def test_qwen_answers_in_a_few_words_from_a_store(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("only_smollm2")
-def test_a_model_without_a_name_is_loaded_under_its_own() -> None:
+def test_the_default_model_is_loaded_under_its_name() -> None:
     assert Backbone.load(dtype="float32", device="cpu").name == "smollm2"

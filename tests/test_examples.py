@@ -56,7 +56,7 @@ def test_switching_changes_at_most_five_lines(framework: str) -> None:
 @on_smollm2
 @pytest.mark.parametrize("form", ["text", "caches"])
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_it_answers_about_our_own_pages(framework: str, form: str, tmp_path: Path) -> None:
+def test_examples_answer_about_the_included_pages(framework: str, form: str, tmp_path: Path) -> None:
     answers = ask(f"{framework}_{form}", EXAMPLES / "pages", list(QUESTIONS), tmp_path)
     # From the text, in its chat template, the model is often wrong; it is asked all the same.
     asked = QUESTIONS if form == "caches" else {next(iter(QUESTIONS)): "Ida Brandt"}
@@ -68,7 +68,7 @@ def test_it_answers_about_our_own_pages(framework: str, form: str, tmp_path: Pat
 @on_smollm2
 @pytest.mark.skipif("KV_MEMORY_DATA" not in os.environ, reason="KV_MEMORY_DATA is not set")
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_it_runs_on_the_nats_documentation(framework: str, tmp_path: Path) -> None:
+def test_examples_run_on_the_nats_documentation(framework: str, tmp_path: Path) -> None:
     archive = Path(os.environ["KV_MEMORY_DATA"]) / "nats_docs" / "nats_docs.tar.gz"
     with tarfile.open(archive) as opened:
         pages = [opened.getmember(f"nats.docs/nats-concepts/{name}") for name in NATS_PAGES]

@@ -44,7 +44,7 @@ def test_tensors_are_never_pickled(path: str) -> None:
     "source",
     ["import torch as t\nt.load('x')", "from torch import load", "import numpy\nnumpy.load('x', allow_pickle=True)"],
 )
-def test_the_check_sees_what_unpickles(source: str) -> None:
+def test_the_check_finds_unsafe_loads(source: str) -> None:
     assert len(unsafe_calls(ast.parse(source))) == 1
 
 
@@ -64,7 +64,7 @@ def test_the_check_accepts_numpy_without_pickle() -> None:
         ("kv_memory/cli/app.py", "import integrations", "does not know its integrations"),
     ],
 )
-def test_contracts_see_a_wrong_import(tmp_path: Path, path: str, line: str, contract: str) -> None:
+def test_contracts_find_a_forbidden_import(tmp_path: Path, path: str, line: str, contract: str) -> None:
     for name in ("kv_memory", "integrations"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "adapters"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
@@ -77,7 +77,7 @@ def test_contracts_see_a_wrong_import(tmp_path: Path, path: str, line: str, cont
 
 
 @pytest.mark.parametrize("name", sorted(kv_memory._LAZY))
-def test_a_public_name_is_the_one_of_its_module(name: str) -> None:
+def test_a_public_name_is_the_object_of_its_module(name: str) -> None:
     value = getattr(kv_memory, name)
     assert value is getattr(importlib.import_module(kv_memory._LAZY[name]), name)
     assert name in kv_memory.__all__
@@ -88,7 +88,7 @@ def test_public_names_are_the_errors_and_the_lazy_ones() -> None:
     assert set(kv_memory.__all__) == {*kv_memory.errors.__all__, *kv_memory._LAZY, "__version__"}
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
+def test_an_unknown_name_raises_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'kv_memory' has no attribute 'KVMemroy'"):
         kv_memory.KVMemroy  # noqa: B018
 
@@ -106,7 +106,7 @@ def test_import_kv_memory_loads_no_heavy_library(python: list[str]) -> None:
     assert loaded_by(python, "import kv_memory") == []
 
 
-def test_the_check_for_heavy_libraries_sees_torch(python: list[str]) -> None:
+def test_the_check_for_heavy_libraries_finds_torch(python: list[str]) -> None:
     assert "torch" in loaded_by(python, "import kv_memory; kv_memory.DistilledCache")
 
 

@@ -36,7 +36,9 @@ def open_with(path: Path, backbone: Any, **options: Any) -> KVMemory:
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_what_is_added_is_within_the_budget_and_found_again(tmp_path: Path, wide: Any, budget: dict[str, Any]) -> None:
+def test_caches_stay_within_the_budget_and_are_found_after_reopening(
+    tmp_path: Path, wide: Any, budget: dict[str, Any]
+) -> None:
     with open_with(tmp_path / "store", wide, **budget) as memory:
         assert memory.add(DOCUMENTS).added == ["ferry", "lamp", "long"]
         caches = memory.store.caches()
@@ -54,7 +56,7 @@ def test_what_is_added_is_within_the_budget_and_found_again(tmp_path: Path, wide
         assert memory.store.missing(memory.compressor.fingerprint(), memory.settings.keep) == []
 
 
-def test_shorter_documents_are_kept_whole(tmp_path: Path, wide: Any) -> None:
+def test_documents_below_the_budget_are_kept_whole(tmp_path: Path, wide: Any) -> None:
     for number, budget in enumerate([{"keep_tokens": 5000}, {"max_bytes": 10**7}]):
         with open_with(tmp_path / str(number), wide, **budget) as memory:
             memory.add(DOCUMENTS)
@@ -62,7 +64,7 @@ def test_shorter_documents_are_kept_whole(tmp_path: Path, wide: Any) -> None:
             assert answerable(memory, FERRY_QUESTION) == ["ferry"]
 
 
-def test_from_a_ratio_to_budgets_and_back(tmp_path: Path, wide: Any) -> None:
+def test_a_store_can_switch_from_ratio_to_budgets_and_back(tmp_path: Path, wide: Any) -> None:
     path = tmp_path / "store"
     with open_memory(path, wide, keep_ratio=0.25) as memory:
         memory.add(("ferry", FERRY))
@@ -79,11 +81,11 @@ def test_from_a_ratio_to_budgets_and_back(tmp_path: Path, wide: Any) -> None:
         assert len(memory.store.caches()) == 3
 
 
-def test_a_budget_that_no_cache_was_made_within_is_named(tmp_path: Path, wide: Any) -> None:
+def test_a_budget_without_caches_is_an_error_that_refresh_fixes(tmp_path: Path, wide: Any) -> None:
     with open_memory(tmp_path / "store", wide, keep_text=True) as memory:
         memory.add([("ferry", FERRY), ("lamp", LAMP)])
     with open_with(tmp_path / "store", wide, keep_tokens=9) as memory:
-        with pytest.raises(CacheNotFoundError, match=r"at keep_ratio 0\.\d+; there are some at 0\.25"):
+        with pytest.raises(CacheNotFoundError, match=r"at keep_ratio 0\.\d+; available keep ratios: 0\.25"):
             memory.ask(FERRY_QUESTION)
         assert not memory.reader.has(FERRY) and not memory.reader.sound(FERRY)
         missing = memory.store.missing(memory.compressor.fingerprint(), memory.settings.keep)
@@ -98,7 +100,7 @@ def test_a_budget_that_no_cache_was_made_within_is_named(tmp_path: Path, wide: A
         other.ask(FERRY_QUESTION)
 
 
-def test_a_damaged_cache_is_made_again_within_the_budget(tmp_path: Path, wide: Any) -> None:
+def test_a_damaged_cache_is_recreated_within_the_budget(tmp_path: Path, wide: Any) -> None:
     with open_with(tmp_path / "store", wide, max_bytes=20_000, storage="int8", keep_text=True) as memory:
         memory.add(("lamp", LAMP))
         before = memory.store.caches()
@@ -110,7 +112,7 @@ def test_a_damaged_cache_is_made_again_within_the_budget(tmp_path: Path, wide: A
         assert answerable(memory, LAMP_QUESTION) == ["lamp"]
 
 
-def test_storage_decides_what_fits(tmp_path: Path, wide: Any) -> None:
+def test_storage_decides_how_many_entries_fit(tmp_path: Path, wide: Any) -> None:
     kept = {}
     for storage in ("auto", "bfloat16", "int8"):
         with open_with(tmp_path / storage, wide, max_bytes=20_000, storage=storage, passage_tokens=None) as memory:
@@ -121,7 +123,7 @@ def test_storage_decides_what_fits(tmp_path: Path, wide: Any) -> None:
     assert 1.8 * kept["auto"] < kept["bfloat16"] < kept["int8"]
 
 
-def test_a_budget_that_is_too_small_leaves_no_store_behind(tmp_path: Path, wide: Any) -> None:
+def test_a_budget_that_is_too_small_creates_no_store(tmp_path: Path, wide: Any) -> None:
     with pytest.raises(BudgetError) as caught:
         open_with(tmp_path / "store", wide, max_bytes=1000)
     assert caught.value.next_step is not None and not (tmp_path / "store").exists()
@@ -138,7 +140,7 @@ def test_a_budget_that_is_too_small_leaves_no_store_behind(tmp_path: Path, wide:
         open_memory(tmp_path / "other", wide, keep_ratio=0.5, max_bytes=10**6)
 
 
-def test_passages_that_are_read_together_keep_their_own_ratios(tmp_path: Path, wide: Any) -> None:
+def test_passages_compressed_in_one_batch_keep_their_own_ratios(tmp_path: Path, wide: Any) -> None:
     with open_with(tmp_path / "alone", wide, keep_tokens=20) as memory, open_with(tmp_path / "b", wide) as other:
         memory.add(("long", LONG))
         keep = memory.settings.keep
@@ -149,7 +151,7 @@ def test_passages_that_are_read_together_keep_their_own_ratios(tmp_path: Path, w
         assert pipeline.add_one(Document(id="long", text=LONG)).unchanged == ["long"]
 
 
-def test_another_collection_and_a_conversation_have_budgets_of_their_own(memory: KVMemory) -> None:
+def test_collections_and_conversations_can_have_their_own_budgets(memory: KVMemory) -> None:
     few = memory.in_collection("tenant", keep_tokens=7)
     few.add(("ferry", FERRY))
     assert few is memory.in_collection("tenant", keep_tokens=7) is not memory.in_collection("tenant")

@@ -56,7 +56,7 @@ def held(folder: Path, words: set[bytes]) -> set[bytes]:
 # -- what is on disk ---------------------------------------------------------------------------------------------------
 
 
-def test_no_file_of_the_store_holds_a_word_of_the_documents(tmp_path: Path, wide: Any) -> None:
+def test_no_file_of_the_store_contains_a_word_of_the_documents(tmp_path: Path, wide: Any) -> None:
     folder = tmp_path / "notes"
     folder.mkdir()
     (folder / "a.txt").write_text("Zebras trample quixotic marmalade beside Wolfsburg.")
@@ -100,7 +100,7 @@ def test_answers_are_the_same_with_and_without_texts(bare: KVMemory, memory: KVM
     assert many.sources[0].text is None
 
 
-def test_words_of_a_collection_are_hashed_under_one_key_of_its_own(bare: KVMemory) -> None:
+def test_each_collection_hashes_its_words_with_its_own_key(bare: KVMemory) -> None:
     bare.add(("walrus", WALRUS))
     keys = {passage.terms.key for passage in bare.store.passages() if passage.terms is not None}
     assert keys == {bare.store.word_key()} and len(bare.store.passages()) == 3
@@ -110,7 +110,7 @@ def test_words_of_a_collection_are_hashed_under_one_key_of_its_own(bare: KVMemor
 # -- the setting -------------------------------------------------------------------------------------------------------
 
 
-def test_the_setting_is_the_collections_and_remembered(tmp_path: Path, wide: Any) -> None:
+def test_keep_text_is_remembered_per_collection(tmp_path: Path, wide: Any) -> None:
     with open_memory(tmp_path / "store", wide, keep_text=True) as memory:
         memory.add(("ferry", FERRY))
     with open_memory(tmp_path / "store", wide) as memory:
@@ -124,13 +124,13 @@ def test_the_setting_is_the_collections_and_remembered(tmp_path: Path, wide: Any
         assert [texts_of(memory, id_) for id_ in ("ferry", "walrus")] == [[FERRY], [None]]
 
 
-def test_a_store_from_before_goes_on_keeping_texts() -> None:
+def test_an_older_store_keeps_storing_texts() -> None:
     assert resolve_settings({}, {"keep_ratio": 0.5}).keep_text
     assert not resolve_settings({"keep_text": False}, {"keep_ratio": 0.5}).keep_text
     assert not resolve_settings({}, {}).keep_text
 
 
-def test_adding_again_to_a_store_from_before_takes_no_text_out(memory: KVMemory, wide: Any) -> None:
+def test_adding_again_to_an_older_store_removes_no_text(memory: KVMemory, wide: Any) -> None:
     with memory.store.catalog.write() as session:
         row = session.get_one(CollectionRow, memory.store.collection_id)
         row.settings = {name: value for name, value in row.settings.items() if name != "keep_text"}
@@ -169,7 +169,7 @@ def test_removing_a_text_removes_its_words_from_row_and_index(memory: KVMemory, 
 # -- where a text is wanted --------------------------------------------------------------------------------------------
 
 
-def test_reading_texts_that_are_not_kept_is_an_error_that_says_what_to_do(bare: KVMemory, wide: Any) -> None:
+def test_answering_from_texts_that_are_not_kept_is_an_error(bare: KVMemory, wide: Any) -> None:
     with recorded_inputs(wide) as inputs, pytest.raises(TextNotKeptError) as caught:
         bare.ask(FERRY_QUESTION, top_k=1, settings=SETTINGS, read_from="text")
     assert inputs == []
@@ -179,9 +179,7 @@ def test_reading_texts_that_are_not_kept_is_an_error_that_says_what_to_do(bare: 
         assert memory.ask(FERRY_QUESTION, top_k=1, settings=SETTINGS, read_from="text").read_from == "text"
 
 
-def test_a_damaged_cache_without_its_text_is_an_error_until_the_document_is_added_again(
-    bare: KVMemory, wide: Any
-) -> None:
+def test_a_damaged_cache_without_text_is_an_error_until_added_again(bare: KVMemory, wide: Any) -> None:
     path = blob_of(bare, "ferry")
     path.write_bytes(path.read_bytes()[:-1])
     with open_memory(bare.path, wide) as memory:
@@ -193,7 +191,7 @@ def test_a_damaged_cache_without_its_text_is_an_error_until_the_document_is_adde
         assert answerable(memory, FERRY_QUESTION) == ["ferry"] and texts_of(memory, "ferry") == [None]
 
 
-def test_a_damaged_cache_is_made_again_from_a_text_at_hand(bare: KVMemory, wide: Any) -> None:
+def test_a_damaged_cache_is_recreated_from_the_text_in_the_reference(bare: KVMemory, wide: Any) -> None:
     path = blob_of(bare, "ferry")
     path.write_bytes(path.read_bytes()[:-1])
     with open_memory(bare.path, wide) as memory:
@@ -203,7 +201,7 @@ def test_a_damaged_cache_is_made_again_from_a_text_at_hand(bare: KVMemory, wide:
         assert answerable(memory, FERRY_QUESTION) == ["ferry"] and texts_of(memory, "ferry") == [None]
 
 
-def test_errors_do_not_tell_texts() -> None:
+def test_errors_do_not_contain_texts() -> None:
     secret = "the launch code is 7040 " * 4
     with pytest.raises(EncodingError) as caught:
         PassageRecord(text=secret + "\ud800", n_tokens=1)
@@ -221,7 +219,7 @@ def files(folder: Path) -> list[Path]:
     return paths
 
 
-def test_refreshing_reads_files_again(tmp_path: Path, wide: Any) -> None:
+def test_refresh_reads_files_again(tmp_path: Path, wide: Any) -> None:
     folder = tmp_path / "folder with spaces, ä"
     long, walrus = files(folder)
     with open_memory(tmp_path / "store", wide) as memory:
@@ -237,7 +235,7 @@ def test_refreshing_reads_files_again(tmp_path: Path, wide: Any) -> None:
         assert half.refresh().unchanged == [str(long), str(walrus)]
 
 
-def test_documents_that_cannot_be_read_again_are_reported_and_stay(tmp_path: Path, wide: Any) -> None:
+def test_refresh_reports_unreadable_documents_and_keeps_them(tmp_path: Path, wide: Any) -> None:
     long, walrus = files(tmp_path / "files")
     gone = tmp_path / "files" / "gone.txt"
     gone.write_text("A kettle sings.")
@@ -260,7 +258,7 @@ def test_documents_that_cannot_be_read_again_are_reported_and_stay(tmp_path: Pat
         assert answerable(memory, "walrus", FERRY_QUESTION) == [str(walrus), "said"]
 
 
-def test_texts_that_are_kept_are_compressed_again_without_files(memory: KVMemory, wide: Any) -> None:
+def test_refresh_compresses_kept_texts_without_their_files(memory: KVMemory, wide: Any) -> None:
     with open_memory(memory.path, wide, keep_text=False) as plain:
         plain.add(("walrus", WALRUS))
     with open_memory(memory.path, wide, keep_ratio=0.5) as half:
@@ -269,7 +267,7 @@ def test_texts_that_are_kept_are_compressed_again_without_files(memory: KVMemory
         assert texts_of(half, "ferry") == [FERRY]  # refreshing is not adding
 
 
-def test_another_tokenizer_cuts_documents_without_texts_anew(tmp_path: Path, wide: Any) -> None:
+def test_another_tokenizer_splits_documents_without_texts_again(tmp_path: Path, wide: Any) -> None:
     long, _ = files(tmp_path / "files")
     with open_memory(tmp_path / "store", wide) as memory:
         memory.add(long, encoding="latin-1")
@@ -295,7 +293,7 @@ def test_another_tokenizer_cuts_documents_without_texts_anew(tmp_path: Path, wid
 # -- passages ----------------------------------------------------------------------------------------------------------
 
 
-def test_passages_are_kept_as_their_caller_says(bare: KVMemory) -> None:
+def test_keep_text_can_be_set_per_call(bare: KVMemory) -> None:
     bare.add_passages("zoo", [WALRUS, "A kettle."], keep_text=True)
     assert texts_of(bare, "zoo") == [WALRUS, "A kettle."]
     bare.add_passages("zoo", ["A comet."], extend=True)
@@ -310,7 +308,7 @@ def test_passages_are_kept_as_their_caller_says(bare: KVMemory) -> None:
     assert [hit.ordinal for hit in bare.retrieve("kettle")] == [1]
 
 
-def test_passages_are_dropped_by_key(bare: KVMemory) -> None:
+def test_passages_can_be_dropped_by_key(bare: KVMemory) -> None:
     bare.add_passages("zoo", [WALRUS, "A kettle."])
     bare.add_passages("zoo", ["A comet."], extend=True, drop=[key_of(WALRUS)])
     keys = [passage.text_sha256 for passage in bare.document("zoo").passages]
@@ -321,7 +319,7 @@ def test_passages_are_dropped_by_key(bare: KVMemory) -> None:
     assert len(bare.store.caches()) == 3 and bare.check().ok
 
 
-def test_a_document_without_texts_is_extended_whatever_has_become_of_its_caches(bare: KVMemory) -> None:
+def test_a_document_without_texts_or_caches_can_be_extended(bare: KVMemory) -> None:
     bare.add_passages("zoo", [WALRUS])
     bare.store.delete(key_of(WALRUS))
     report = bare.add_passages("zoo", ["A kettle."], extend=True)
@@ -330,7 +328,7 @@ def test_a_document_without_texts_is_extended_whatever_has_become_of_its_caches(
     assert [error.where for error in bare.refresh().errors] == ["zoo"]
 
 
-def test_a_conversation_keeps_what_was_said(bare: KVMemory) -> None:
+def test_a_conversation_keeps_its_texts(bare: KVMemory) -> None:
     old = Conversation(bare, "alice")
     said = Turn("user", "My dog is called Biscuit.")
     old.add([said])
@@ -339,7 +337,7 @@ def test_a_conversation_keeps_what_was_said(bare: KVMemory) -> None:
     assert texts_of(bare, "ferry") == [None]
 
 
-def test_collections_without_texts_travel_and_merge(bare: KVMemory, wide: Any, tmp_path: Path) -> None:
+def test_collections_without_texts_can_be_exported_and_merged(bare: KVMemory, wide: Any, tmp_path: Path) -> None:
     """Their words are hashed under different keys; nothing of either is lost."""
     bare.store.export_to(tmp_path / "bare.tar")
     with open_memory(tmp_path / "elsewhere", wide) as memory:

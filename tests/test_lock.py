@@ -29,7 +29,7 @@ ENVIRONMENTS = [
 ]
 
 
-def test_each_line_is_one_exact_version_and_no_address() -> None:
+def test_each_line_pins_one_exact_version_without_a_url() -> None:
     lines = lock.requirements(TEXT)
     assert len(lines) > 150
     for line in lines:
@@ -40,7 +40,7 @@ def test_each_line_is_one_exact_version_and_no_address() -> None:
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS, ids=lambda e: f"{e['sys_platform']}-{e['python_version']}")
-def test_it_meets_what_setup_asks_for(environment: dict[str, Any]) -> None:
+def test_the_lock_satisfies_all_requirements(environment: dict[str, Any]) -> None:
     found = {canonicalize_name(r.name): r for r in lock.requirements(TEXT) if holds(r, environment)}
     names = [canonicalize_name(r.name) for r in lock.requirements(TEXT) if holds(r, environment)]
     assert len(names) == len(set(names))
@@ -56,7 +56,7 @@ def holds(requirement: Requirement, environment: dict[str, Any]) -> bool:
     return requirement.marker is None or requirement.marker.evaluate(environment)
 
 
-def test_torch_is_the_release_that_lies_on_disk() -> None:
+def test_torch_is_pinned_to_the_available_release() -> None:
     assert lock.locked()["torch"] == "2.13.0"
 
 
@@ -68,6 +68,6 @@ def test_what_is_installed_is_what_is_locked() -> None:
     } == {}
 
 
-def test_what_is_installed_fits_together() -> None:
+def test_installed_packages_are_compatible() -> None:
     done = subprocess.run([sys.executable, "-m", "pip", "check"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout

@@ -54,7 +54,7 @@ def test_add_reports_what_it_did(tmp_path: Path, wide: Any) -> None:
     assert told[-1].n_tokens == told[-1].n_tokens_total == stats.n_tokens
 
 
-def test_what_is_unchanged_is_not_read_again(memory: KVMemory, wide: Any) -> None:
+def test_unchanged_documents_are_not_compressed_again(memory: KVMemory, wide: Any) -> None:
     before = memory.documents(), blob_files(memory)
     with recorded_inputs(wide) as inputs:
         report = memory.add([("lamp", LAMP, {"year": 1921}), ("ferry", FERRY)])
@@ -63,7 +63,7 @@ def test_what_is_unchanged_is_not_read_again(memory: KVMemory, wide: Any) -> Non
     assert (memory.documents(), blob_files(memory)) == before
 
 
-def test_changed_text_replaces_the_old_with_its_caches(memory: KVMemory, wide: Any) -> None:
+def test_changed_text_replaces_the_old_text_and_its_caches(memory: KVMemory, wide: Any) -> None:
     old = {info.blob_key for info in memory.store.caches("ferry")}
     with recorded_inputs(wide) as inputs:
         report = memory.add(("ferry", FERRY.replace("7.40", "8.15")))
@@ -75,7 +75,7 @@ def test_changed_text_replaces_the_old_with_its_caches(memory: KVMemory, wide: A
     assert answerable(memory, FERRY_QUESTION, LAMP_QUESTION) == ["ferry", "lamp"]
 
 
-def test_of_a_long_document_only_what_changed_is_read_again(memory: KVMemory, wide: Any) -> None:
+def test_only_changed_passages_of_a_document_are_compressed_again(memory: KVMemory, wide: Any) -> None:
     memory.add(("long", LONG))
     n_passages = len(memory.document("long").passages)
     assert n_passages > 5
@@ -86,7 +86,7 @@ def test_of_a_long_document_only_what_changed_is_read_again(memory: KVMemory, wi
     assert cache_blobs(memory) == n_passages + 2
 
 
-def test_changed_metadata_cost_no_forward_pass(memory: KVMemory, wide: Any) -> None:
+def test_changed_metadata_needs_no_forward_pass(memory: KVMemory, wide: Any) -> None:
     with recorded_inputs(wide) as inputs:
         report = memory.add(("lamp", LAMP, {"year": 1922}))
     assert inputs == [] and report.replaced == ["lamp"] and report.n_passages == 0
@@ -95,7 +95,7 @@ def test_changed_metadata_cost_no_forward_pass(memory: KVMemory, wide: Any) -> N
     assert answerable(memory, LAMP_QUESTION) == ["lamp"]
 
 
-def test_a_text_that_two_documents_share_is_compressed_once(memory: KVMemory, wide: Any) -> None:
+def test_a_text_shared_by_two_documents_is_compressed_once(memory: KVMemory, wide: Any) -> None:
     with recorded_inputs(wide) as inputs:
         report = memory.add(("copy", FERRY))
     assert inputs == [] and report.added == ["copy"]
@@ -103,7 +103,7 @@ def test_a_text_that_two_documents_share_is_compressed_once(memory: KVMemory, wi
     assert answerable(memory, FERRY_QUESTION) == ["copy"]
 
 
-def test_documents_may_stay_whole(tmp_path: Path, wide: Any) -> None:
+def test_documents_can_be_kept_unsplit(tmp_path: Path, wide: Any) -> None:
     with open_memory(tmp_path / "store", wide, passage_tokens=None, keep_text=True) as memory:
         memory.add(("long", LONG))
         assert [passage.text for passage in memory.document("long").passages] == [LONG]
@@ -113,7 +113,7 @@ def test_documents_may_stay_whole(tmp_path: Path, wide: Any) -> None:
         assert len(memory.document("long").passages) == len(memory.store.caches()) > 5
 
 
-def test_files_and_folders(memory: KVMemory, tmp_path: Path) -> None:
+def test_files_and_folders_can_be_added_and_removed(memory: KVMemory, tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "a.txt").write_text("A walrus sleeps on the ice.")
@@ -126,13 +126,13 @@ def test_files_and_folders(memory: KVMemory, tmp_path: Path) -> None:
     assert [d.id for d in memory.documents()] == sorted([(folder / "b.md").as_posix(), "ferry", "lamp"])
 
 
-def test_bad_documents_may_be_left_out(memory: KVMemory) -> None:
+def test_invalid_documents_can_be_skipped(memory: KVMemory) -> None:
     report = memory.add([("empty", "  "), ("walrus", "The walrus sleeps.")], on_error="skip")
     assert report.added == ["walrus"]
     assert [type(error).__name__ for error in report.errors] == ["EmptyDocumentError"]
 
 
-def test_remove(memory: KVMemory) -> None:
+def test_remove_deletes_the_document_and_its_caches(memory: KVMemory) -> None:
     memory.remove("ferry")
     assert [document.id for document in memory.documents()] == ["lamp"]
     assert cache_blobs(memory) == 1
@@ -149,7 +149,7 @@ def test_remove(memory: KVMemory) -> None:
 # -- asking ------------------------------------------------------------------------------------------------------------
 
 
-def test_an_answer_comes_from_the_passage_that_fits(memory: KVMemory, wide: Any) -> None:
+def test_an_answer_comes_from_the_best_passage(memory: KVMemory, wide: Any) -> None:
     answer = memory.ask(FERRY_QUESTION, top_k=1, settings=SETTINGS)
     (source,) = answer.sources
     assert (source.document_id, source.ordinal, source.text) == ("ferry", 0, FERRY)
@@ -178,7 +178,7 @@ def test_every_way_to_ask_gives_the_same_answer(memory: KVMemory) -> None:
     assert asyncio.run(ask()) == (expected.text, expected.text)
 
 
-def test_an_answer_taken_early_is_whole(memory: KVMemory) -> None:
+def test_the_answer_of_an_unfinished_stream_is_complete(memory: KVMemory) -> None:
     stream = memory.stream(FERRY_QUESTION, settings=SETTINGS)
     first = next(stream)
     assert stream.answer.text == memory.ask(FERRY_QUESTION, settings=SETTINGS).text
@@ -195,7 +195,7 @@ async def test_a_cancelled_stream_leaves_the_memory_usable(memory: KVMemory, wid
     assert memory.ask(FERRY_QUESTION, settings=SETTINGS).text
 
 
-def test_many_questions_about_one_document(memory: KVMemory) -> None:
+def test_ask_many_answers_questions_about_one_document(memory: KVMemory) -> None:
     memory.add(("long", LONG))
     questions = ["Where is the comet?", "And the violin?", "Why?"]
     answers = memory.ask_many(questions, document_id="long", settings=SETTINGS)
@@ -207,7 +207,7 @@ def test_many_questions_about_one_document(memory: KVMemory) -> None:
         memory.ask_many(questions, document_id="nothing")
 
 
-def test_reading_the_text_instead(memory: KVMemory, wide: Any) -> None:
+def test_an_answer_can_be_read_from_the_text(memory: KVMemory, wide: Any) -> None:
     answer = memory.ask(FERRY_QUESTION, top_k=1, settings=SETTINGS, read_from="text")
     assert (answer.read_from, answer.n_cached_tokens) == ("text", 11)
     assert answer.n_prompt_tokens == len(wide.encode_document(FERRY)) + len(wide.encode_question(FERRY_QUESTION))
@@ -217,16 +217,16 @@ def test_reading_the_text_instead(memory: KVMemory, wide: Any) -> None:
         memory.ask(FERRY_QUESTION, read_from="thin air")  # type: ignore[arg-type]
 
 
-def test_a_question_that_fits_nothing(memory: KVMemory, wide: Any) -> None:
+def test_a_question_without_sources_gets_an_empty_answer(memory: KVMemory, wide: Any) -> None:
     with recorded_inputs(wide) as inputs:
         answer = memory.ask("Xylophone?", settings=SETTINGS)
         assert list(memory.stream("Xylophone?", settings=SETTINGS)) == []
     assert (answer.text, answer.sources, answer.finish_reason) == ("", (), "no_sources")
-    assert answer.next_step is not None and "words that the documents have" in answer.next_step
+    assert answer.next_step is not None and "words that occur in the documents" in answer.next_step
     assert inputs == []
 
 
-def test_an_empty_answer_says_what_to_try_and_another_nothing(memory: KVMemory) -> None:
+def test_only_an_empty_answer_has_a_next_step(memory: KVMemory) -> None:
     answer = memory.ask(FERRY_QUESTION, settings=SETTINGS)
     assert answer.text and answer.next_step is None
     stopped = memory.ask(FERRY_QUESTION, settings=replace(SETTINGS, stop=(answer.text[0],)))
@@ -234,7 +234,7 @@ def test_an_empty_answer_says_what_to_try_and_another_nothing(memory: KVMemory) 
     assert stopped.next_step is not None and "the stop string" in stopped.next_step
 
 
-def test_an_answer_that_does_not_fit(memory: KVMemory) -> None:
+def test_an_answer_too_long_for_the_window_is_an_error(memory: KVMemory) -> None:
     with pytest.raises(ContextWindowError) as caught:
         memory.ask(FERRY_QUESTION, settings=DecodeSettings(max_new_tokens=4096))
     assert caught.value.next_step is not None and "packed" in caught.value.next_step

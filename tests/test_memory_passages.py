@@ -37,7 +37,7 @@ def cached(memory: KVMemory) -> set[str]:
 # -- passages cut by others --------------------------------------------------------------------------------------------
 
 
-def test_passages_are_kept_as_they_were_cut(memory: KVMemory, wide: Any) -> None:
+def test_passages_are_stored_as_given(memory: KVMemory, wide: Any) -> None:
     told: list[AddProgress] = []
     texts = [f"  {WALRUS}\n", LONG]  # the second is far longer than a passage of this store
     with recorded_inputs(wide) as inputs:
@@ -53,7 +53,7 @@ def test_passages_are_kept_as_they_were_cut(memory: KVMemory, wide: Any) -> None
     assert answerable(memory, "What of the walrus?", FERRY_QUESTION) == ["zoo", "ferry"]
 
 
-def test_what_is_unchanged_is_not_read_again(memory: KVMemory, wide: Any) -> None:
+def test_unchanged_passages_are_not_compressed_again(memory: KVMemory, wide: Any) -> None:
     metadata = {"pages": (1, 2)}  # JSON knows no tuples
     memory.add_passages("zoo", [WALRUS, KETTLE], metadata=metadata)
     revision = memory.store.revision
@@ -63,7 +63,7 @@ def test_what_is_unchanged_is_not_read_again(memory: KVMemory, wide: Any) -> Non
     assert memory.store.revision == revision
 
 
-def test_other_passages_replace_those_before_with_their_caches(memory: KVMemory, wide: Any) -> None:
+def test_new_passages_replace_the_old_ones_and_their_caches(memory: KVMemory, wide: Any) -> None:
     memory.add_passages("zoo", [WALRUS, KETTLE])
     with recorded_inputs(wide) as inputs:
         report = memory.add_passages("zoo", [KETTLE, COMET])
@@ -75,7 +75,7 @@ def test_other_passages_replace_those_before_with_their_caches(memory: KVMemory,
     assert texts_of(memory, "zoo") == [COMET, KETTLE]
 
 
-def test_changed_metadata_cost_no_forward_pass(memory: KVMemory, wide: Any) -> None:
+def test_changed_metadata_needs_no_forward_pass(memory: KVMemory, wide: Any) -> None:
     memory.add_passages("zoo", [WALRUS], metadata={"page": 1})
     with recorded_inputs(wide) as inputs:
         assert memory.add_passages("zoo", [WALRUS], metadata={"page": 2}).replaced == ["zoo"]
@@ -85,7 +85,7 @@ def test_changed_metadata_cost_no_forward_pass(memory: KVMemory, wide: Any) -> N
     assert inputs == []
 
 
-def test_extending_keeps_what_there_is(memory: KVMemory, wide: Any) -> None:
+def test_extend_keeps_existing_passages(memory: KVMemory, wide: Any) -> None:
     assert memory.add_passages("zoo", [WALRUS], metadata={"page": 1}, extend=True).added == ["zoo"]
     with recorded_inputs(wide) as inputs:
         report = memory.add_passages("zoo", [COMET, WALRUS, KETTLE], extend=True)
@@ -101,7 +101,7 @@ def test_extending_keeps_what_there_is(memory: KVMemory, wide: Any) -> None:
     assert texts_of(memory, "ferry") == [FERRY, COMET]
 
 
-def test_threads_that_extend_at_once_lose_nothing(memory: KVMemory) -> None:
+def test_concurrent_extends_lose_nothing(memory: KVMemory) -> None:
     texts = [f"Passage number {number}." for number in range(6)]
     together = threading.Barrier(len(texts))
 
@@ -118,7 +118,7 @@ def test_threads_that_extend_at_once_lose_nothing(memory: KVMemory) -> None:
     assert all(memory.reader.has(text) for text in texts)
 
 
-def test_a_text_given_twice_is_kept_once(memory: KVMemory, wide: Any) -> None:
+def test_a_repeated_text_is_stored_once(memory: KVMemory, wide: Any) -> None:
     with recorded_inputs(wide) as inputs:
         memory.add_passages("zoo", [WALRUS, KETTLE, WALRUS, FERRY])  # the last is in another document, too
     assert len(inputs) == 2
@@ -127,7 +127,7 @@ def test_a_text_given_twice_is_kept_once(memory: KVMemory, wide: Any) -> None:
     assert cached(memory) == {key_of(FERRY), key_of(LAMP)}
 
 
-def test_lost_caches_are_made_again(memory: KVMemory, wide: Any) -> None:
+def test_missing_caches_are_recreated(memory: KVMemory, wide: Any) -> None:
     for again in (lambda: memory.add_passages("zoo", [WALRUS, KETTLE]), memory.refresh):
         memory.add_passages("zoo", [WALRUS, KETTLE])
         memory.store.delete(key_of(KETTLE))
@@ -137,7 +137,7 @@ def test_lost_caches_are_made_again(memory: KVMemory, wide: Any) -> None:
         assert answerable(memory, "What of the kettle?") == ["zoo"]
 
 
-def test_gc_and_check_leave_them(memory: KVMemory) -> None:
+def test_gc_and_check_keep_added_passages(memory: KVMemory) -> None:
     memory.add_passages("zoo", [WALRUS, KETTLE])
     assert memory.check().ok and memory.check().unreferenced == ()
     assert memory.gc().n_unreferenced_caches == 0
@@ -145,7 +145,7 @@ def test_gc_and_check_leave_them(memory: KVMemory) -> None:
     assert answerable(memory, "What of the walrus?") == ["zoo"]
 
 
-def test_the_settings_are_remembered(tmp_path: Path, wide: Any) -> None:
+def test_settings_are_remembered(tmp_path: Path, wide: Any) -> None:
     with open_memory(tmp_path / "store", wide, keep_ratio=0.5) as memory:
         memory.add_passages("zoo", [WALRUS])
     with KVMemory.open(tmp_path / "store", model=wide) as memory:
@@ -165,14 +165,14 @@ def test_the_settings_are_remembered(tmp_path: Path, wide: Any) -> None:
         (WALRUS, ConfigError),  # would be a passage for every letter
     ],
 )
-def test_passages_that_are_none(memory: KVMemory, texts: Any, error: type[Exception]) -> None:
+def test_invalid_passages_are_refused(memory: KVMemory, texts: Any, error: type[Exception]) -> None:
     for document_id, extend in (("zoo", False), ("ferry", False), ("ferry", True)):
         with untouched(memory), pytest.raises(error) as caught:
             memory.add_passages(document_id, texts, extend=extend)
         assert caught.value.where in (document_id, "texts")  # type: ignore[attr-defined]
 
 
-def test_metadata_that_json_cannot_hold(memory: KVMemory) -> None:
+def test_metadata_that_is_not_json_is_refused(memory: KVMemory) -> None:
     with untouched(memory), pytest.raises(ConfigError, match="JSON"):
         memory.add_passages("zoo", [WALRUS], metadata={"when": object()})
 
@@ -180,7 +180,7 @@ def test_metadata_that_json_cannot_hold(memory: KVMemory) -> None:
 # -- collections beside each other -------------------------------------------------------------------------------------
 
 
-def test_another_collection_is_read_by_the_same_model(memory: KVMemory, wide: Any) -> None:
+def test_collections_share_the_model(memory: KVMemory, wide: Any) -> None:
     other = memory.in_collection("tenant")
     assert other.backbone is memory.backbone is wide and other.compressor is memory.compressor
     assert other is memory.in_collection("tenant")
@@ -188,7 +188,7 @@ def test_another_collection_is_read_by_the_same_model(memory: KVMemory, wide: An
     assert (other.collection, other.path, other.settings) == ("tenant", memory.path, memory.settings)
 
 
-def test_another_collection_has_documents_of_its_own(memory: KVMemory, wide: Any) -> None:
+def test_collections_have_their_own_documents(memory: KVMemory, wide: Any) -> None:
     other = memory.in_collection("tenant")
     assert other.documents() == [] and other.retrieve(FERRY_QUESTION) == []
     with recorded_inputs(wide) as inputs:
@@ -204,7 +204,7 @@ def test_another_collection_has_documents_of_its_own(memory: KVMemory, wide: Any
     assert answerable(memory, FERRY_QUESTION, LAMP_QUESTION) == ["ferry", "lamp"]
 
 
-def test_another_collection_outlives_the_process(memory: KVMemory, wide: Any) -> None:
+def test_another_collection_persists_when_the_store_is_reopened(memory: KVMemory, wide: Any) -> None:
     memory.in_collection("tenant", keep_ratio=0.5).add(("walrus", WALRUS))
     memory.close()
     with KVMemory.open(memory.path, model=wide, collection="tenant") as again:
@@ -212,7 +212,7 @@ def test_another_collection_outlives_the_process(memory: KVMemory, wide: Any) ->
         assert answerable(again, "What of the walrus?") == ["walrus"]
 
 
-def test_another_collection_may_have_a_keep_ratio_of_its_own(memory: KVMemory) -> None:
+def test_collections_can_have_their_own_keep_ratio(memory: KVMemory) -> None:
     half = memory.in_collection("tenant", keep_ratio=0.5)
     assert (half.settings.keep_ratio, memory.settings.keep_ratio) == (0.5, 0.25)
     half.add(("walrus", WALRUS))
@@ -225,7 +225,7 @@ def test_another_collection_may_have_a_keep_ratio_of_its_own(memory: KVMemory) -
         memory.in_collection("")
 
 
-def test_other_collections_are_closed_with_it(memory: KVMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_the_memory_closes_its_collections(memory: KVMemory, monkeypatch: pytest.MonkeyPatch) -> None:
     other = memory.in_collection("tenant")
     inner = other.in_collection("tenant of a tenant")
     closed: list[str] = []

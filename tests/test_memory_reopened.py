@@ -69,7 +69,7 @@ def test_int8_is_remembered_and_answers(tmp_path: Path, wide: Any) -> None:
         assert memory.check().ok
 
 
-def test_int8_is_the_default_of_smollm2_and_no_other_models() -> None:
+def test_int8_is_the_default_only_for_smollm2() -> None:
     def given(**changes: Any) -> dict[str, Any]:
         return given_settings(**{**dict.fromkeys(NAMES), "passage_tokens": "auto", **changes})
 
@@ -83,7 +83,7 @@ def test_int8_is_the_default_of_smollm2_and_no_other_models() -> None:
     assert resolve_settings(given(), dataclasses.asdict(resolve_settings(given(model="other"), {}))).storage == "auto"
 
 
-def test_one_store_holds_several_storages(tmp_path: Path, wide: Any) -> None:
+def test_one_store_can_contain_several_storage_formats(tmp_path: Path, wide: Any) -> None:
     with open_memory(tmp_path / "store", wide, storage="auto") as memory:
         memory.add(("ferry", FERRY))
     with open_memory(tmp_path / "store", wide, storage="int8") as memory:
@@ -96,7 +96,7 @@ def test_one_store_holds_several_storages(tmp_path: Path, wide: Any) -> None:
         assert len(both.sources) == 2 and not both.fallbacks
 
 
-def test_a_damaged_int8_cache_is_made_again_as_int8(tmp_path: Path, wide: Any) -> None:
+def test_a_damaged_int8_cache_is_recreated_as_int8(tmp_path: Path, wide: Any) -> None:
     with open_memory(tmp_path / "store", wide, storage="int8", keep_text=True) as memory:
         memory.add(("lamp", LAMP))
         path = blob_of(memory, "lamp")
@@ -123,7 +123,7 @@ def test_a_model_folder_is_remembered(tmp_path: Path) -> None:
         assert memory._backbone is None
 
 
-def test_a_store_that_is_not_there(tmp_path: Path, wide: Any) -> None:
+def test_a_missing_store_is_an_error_without_create(tmp_path: Path, wide: Any) -> None:
     with pytest.raises(StoreError, match="no store"):
         open_memory(tmp_path / "store", wide, create=False)
     assert not (tmp_path / "store").exists()
@@ -153,7 +153,9 @@ CHANGES: dict[str, tuple[Callable[[Path], tuple[Any, dict[str, Any]]], type[Exce
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_a_store_opened_with_something_else(memory: KVMemory, wide: Any, tmp_path: Path, kind: str) -> None:
+def test_a_store_opened_with_other_settings_needs_refresh(
+    memory: KVMemory, wide: Any, tmp_path: Path, kind: str
+) -> None:
     make, error, named = CHANGES[kind]
     backbone, options = make(tmp_path / "adapter")
     with open_memory(memory.path, backbone or wide, **options) as other:
@@ -217,7 +219,7 @@ def test_collections_do_not_see_each_other(memory: KVMemory, wide: Any, name: st
     assert {path for path in tmp_path.rglob("*") if memory.path not in path.parents} == outside
 
 
-def test_what_another_object_changes_is_seen(memory: KVMemory, wide: Any) -> None:
+def test_changes_by_another_object_are_visible(memory: KVMemory, wide: Any) -> None:
     assert memory.retrieve("walrus") == []
     with open_memory(memory.path, wide) as other:
         other.add(("walrus", "The walrus sleeps."))
@@ -256,7 +258,7 @@ def test_a_damaged_cache_is_answered_from_its_text(memory: KVMemory, wide: Any) 
         assert other.check().ok
 
 
-def test_a_damaged_prefix_is_read_again(memory: KVMemory) -> None:
+def test_a_damaged_prefix_is_prefilled_again(memory: KVMemory) -> None:
     keys = {info.blob_key for info in memory.store.caches()}
     (path,) = (p for p in blob_files(memory) if hashlib.sha256(p.read_bytes()).hexdigest() not in keys)
     data = bytearray(path.read_bytes())
@@ -271,7 +273,7 @@ def test_a_damaged_prefix_is_read_again(memory: KVMemory) -> None:
         backbone = wide_backbone()
 
 
-def test_check_finds_damage_and_adding_again_mends_it(memory: KVMemory) -> None:
+def test_check_finds_damage_and_adding_again_repairs_it(memory: KVMemory) -> None:
     path = blob_of(memory, "lamp")
     path.write_bytes(path.read_bytes()[:-1])
     report = memory.check()
@@ -282,7 +284,7 @@ def test_check_finds_damage_and_adding_again_mends_it(memory: KVMemory) -> None:
     assert answerable(memory, FERRY_QUESTION, LAMP_QUESTION) == ["ferry", "lamp"]
 
 
-def test_gc_removes_what_nobody_refers_to(memory: KVMemory, wide: Any) -> None:
+def test_gc_removes_unreferenced_caches(memory: KVMemory, wide: Any) -> None:
     cache = Compressor(wide, selector="attention").compress("A text of no document.", keep_ratio=0.25)
     memory.store.put("0" * 64, cache)
     assert len(memory.check().unreferenced) == 1

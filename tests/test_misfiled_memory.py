@@ -41,7 +41,7 @@ def test_a_swapped_row_is_answered_from_the_text(tmp_path: Path, wide: Any) -> N
         assert memory.check().ok
 
 
-def test_an_application_that_has_the_text_reads_it_where_the_store_has_none(tmp_path: Path, wide: Any) -> None:
+def test_the_text_in_the_reference_is_used_if_none_is_stored(tmp_path: Path, wide: Any) -> None:
     with open_memory(tmp_path / "store", wide, keep_text=False) as memory:
         memory.add([("ferry", FERRY), ("lamp", LAMP)])
         give_ferry_the_lamps_cache(memory)
@@ -50,7 +50,7 @@ def test_an_application_that_has_the_text_reads_it_where_the_store_has_none(tmp_
         assert reply.damaged == (key_of(FERRY),) and reply.text == from_text(wide)
 
 
-def test_a_prefix_of_another_prompt_is_read_again(memory: KVMemory) -> None:
+def test_a_prefix_of_another_prompt_is_prefilled_again(memory: KVMemory) -> None:
     """The same number of tokens in the same shape: only its name tells that it is of another prompt."""
     expected = memory.ask(LAMP_QUESTION, settings=SETTINGS).text
     with memory.store.catalog.write() as session:

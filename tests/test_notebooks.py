@@ -21,7 +21,7 @@ def printed(notebook: Any) -> list[str]:
     return [line for line in text.splitlines() if not any(character.isdigit() for character in line)]
 
 
-def test_there_is_one_for_each_framework() -> None:
+def test_each_framework_has_a_notebook() -> None:
     assert [path.stem for path in NOTEBOOKS] == ["langchain", "llama_index"]
 
 
@@ -30,7 +30,7 @@ def test_there_is_one_for_each_framework() -> None:
 # The client of Jupyter closes its event loop and its sockets late; both are gone when the test ends.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs_and_says_what_it_said(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notebook_reproduces_its_printed_output(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     committed = nbformat.read(path, as_version=4)

@@ -83,7 +83,7 @@ def test_contributing_is_short() -> None:
     assert len((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()) < 60
 
 
-def test_license_is_the_one_stated() -> None:
+def test_the_license_file_matches_the_metadata() -> None:
     assert PROJECT["license"] == "Apache-2.0"
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in text
@@ -91,7 +91,7 @@ def test_license_is_the_one_stated() -> None:
 
 
 @pytest.mark.parametrize("target", ["setup", "lock", "demo", "test", "check", "oldest", "newest", "bench", "help"])
-def test_make_knows_the_target(target: str) -> None:
+def test_make_has_the_target(target: str) -> None:
     if not (make := shutil.which("make")):
         pytest.skip("make is not installed")
     done = subprocess.run([make, "--dry-run", target], cwd=ROOT, capture_output=True, text=True, timeout=30)

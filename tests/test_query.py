@@ -69,7 +69,7 @@ def damage(path: Path) -> None:
     ratio=st.none() | st.floats(min_value=0, max_value=1, exclude_min=True),
     collection=st.none() | st.text(min_size=1, max_size=255),
 )
-def test_a_reference_comes_back_from_its_string(ratio: float | None, collection: str | None) -> None:
+def test_a_reference_round_trips_through_its_string(ratio: float | None, collection: str | None) -> None:
     given_ = reference(FERRY, keep_ratio=ratio, collection=collection)
     assert Reference.parse(str(given_)) == given_
     assert Reference.parse(given_) is given_
@@ -77,12 +77,12 @@ def test_a_reference_comes_back_from_its_string(ratio: float | None, collection:
 
 @pytest.mark.parametrize("collection", ["a/b", "@0.5", "x@0.25/y", " ", "two\nlines", "ö", "../../elsewhere"])
 @pytest.mark.parametrize("ratio", [None, 1, 1 / 3, 1e-7])
-def test_collections_with_odd_names(ratio: float | None, collection: str) -> None:
+def test_a_reference_round_trips_any_collection_name(ratio: float | None, collection: str) -> None:
     given_ = reference(FERRY, keep_ratio=ratio, collection=collection)
     assert Reference.parse(str(given_)) == given_
 
 
-def test_what_a_reference_looks_like() -> None:
+def test_string_forms_of_references() -> None:
     assert str(reference(FERRY)) == key_of(FERRY)
     assert str(reference(FERRY, keep_ratio=0.25)) == f"{key_of(FERRY)}@0.25"
     assert str(reference(FERRY, keep_ratio=0.25, collection="a")) == f"{key_of(FERRY)}@0.25/a"
@@ -109,7 +109,7 @@ def test_what_a_reference_looks_like() -> None:
         None,
     ],
 )
-def test_strings_that_are_no_references(value: Any) -> None:
+def test_invalid_references_are_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match="reference") as caught:
         Reference.parse(value)
     assert caught.value.where is not None and str(value)[:39] in caught.value.where
@@ -118,7 +118,7 @@ def test_strings_that_are_no_references(value: Any) -> None:
 # -- replies -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_reply_is_what_the_memory_answers(memory: KVMemory) -> None:
+def test_a_reply_equals_the_answer_of_the_memory(memory: KVMemory) -> None:
     answer = memory.ask(FERRY_QUESTION, top_k=1, settings=SETTINGS)
     stream = memory.reader.reply(ASKED, [reference(FERRY)], settings=SETTINGS)
     reply = stream.reply
@@ -129,7 +129,7 @@ def test_a_reply_is_what_the_memory_answers(memory: KVMemory) -> None:
     assert stream.reply == reply
 
 
-def test_references_are_read_in_their_order(memory: KVMemory, wide: Any) -> None:
+def test_references_are_composed_in_their_order(memory: KVMemory, wide: Any) -> None:
     caches = {text: memory.store.get(key_of(text), memory.compressor.fingerprint(), 0.25) for text in (FERRY, LAMP)}
     for texts in ((FERRY, LAMP), (LAMP, FERRY)):
         expected = Generator(wide).generate(FERRY_QUESTION, [caches[text] for text in texts], settings=SAMPLED)
@@ -137,7 +137,7 @@ def test_references_are_read_in_their_order(memory: KVMemory, wide: Any) -> None
         assert (reply.text, reply.n_cached_tokens) == (expected.text, expected.n_cached_tokens)
 
 
-def test_texts_are_read_behind_the_caches(memory: KVMemory, wide: Any) -> None:
+def test_texts_are_prefilled_after_the_caches(memory: KVMemory, wide: Any) -> None:
     cache = memory.store.get(key_of(FERRY), memory.compressor.fingerprint(), 0.25)
     run = Generator(wide).start([FERRY_QUESTION], [cache], texts=[LAMP, WALRUS], settings=SAMPLED)
     list(run.steps())
@@ -149,7 +149,7 @@ def test_texts_are_read_behind_the_caches(memory: KVMemory, wide: Any) -> None:
     assert (reply.text, reply.n_prompt_tokens, reply.n_cached_tokens) == (expected.text, len(read), 11 + cache.n_kept)
 
 
-def test_earlier_turns_are_read(memory: KVMemory, wide: Any) -> None:
+def test_earlier_turns_are_prefilled(memory: KVMemory, wide: Any) -> None:
     turns = [Turn("user", "Hello."), Turn("assistant", "Hello!"), *ASKED]
     with recorded_inputs(wide) as inputs:
         reply = memory.reader.reply(turns, [reference(FERRY)], settings=SETTINGS).reply
@@ -157,20 +157,20 @@ def test_earlier_turns_are_read(memory: KVMemory, wide: Any) -> None:
     assert reply.n_prompt_tokens == inputs[0].shape[1]
 
 
-def test_pieces_joined_are_the_reply(memory: KVMemory) -> None:
+def test_joined_pieces_equal_the_reply(memory: KVMemory) -> None:
     stream = memory.reader.reply(ASKED, [reference(FERRY)], settings=SAMPLED)
     pieces = list(stream)
     assert all(pieces) and "".join(pieces) == stream.reply.text
     assert list(stream) == []
 
 
-def test_a_reply_taken_early_is_whole(memory: KVMemory) -> None:
+def test_the_reply_of_an_unfinished_stream_is_complete(memory: KVMemory) -> None:
     stream = memory.reader.reply(ASKED, [reference(FERRY)], settings=SAMPLED)
     first = next(stream)
     assert stream.reply.n_new_tokens == 40 and stream.reply.text.startswith(first)
 
 
-def test_a_batch_gives_what_each_question_gives_alone(memory: KVMemory) -> None:
+def test_a_batch_equals_each_question_alone(memory: KVMemory) -> None:
     references, questions = [reference(FERRY), reference(LAMP)], [FERRY_QUESTION, LAMP_QUESTION, "Why?"]
     together = memory.reader.reply_batch(questions, references, settings=SAMPLED)
     alone = [memory.reader.reply([Turn("user", q)], references, settings=SAMPLED).reply for q in questions]
@@ -181,7 +181,7 @@ def test_a_batch_gives_what_each_question_gives_alone(memory: KVMemory) -> None:
 # -- which cache -------------------------------------------------------------------------------------------------------
 
 
-def test_references_at_other_keep_ratios_and_in_other_collections(memory: KVMemory) -> None:
+def test_references_resolve_other_keep_ratios_and_collections(memory: KVMemory) -> None:
     half = memory.in_collection(memory.collection, keep_ratio=0.5)
     half.refresh()
     other = memory.in_collection("odd/name@0.5")
@@ -211,14 +211,14 @@ def test_a_keep_ratio_of_many_digits_is_found(tmp_path: Path, wide: Any) -> None
         assert memory.reader.reply(ASKED, [given_], settings=SETTINGS).reply.n_cached_tokens > 11
 
 
-def test_a_reader_of_one_collection_reads_no_other(memory: KVMemory) -> None:
+def test_a_reader_of_one_collection_refuses_others(memory: KVMemory) -> None:
     alone = Reader(memory.store, memory.compressor, keep_ratio=0.25, layout="source")
     assert alone.reply(ASKED, [reference(FERRY, collection="default")], settings=SETTINGS).reply.n_cached_tokens > 11
     with pytest.raises(ConfigError, match="'default' only"):
         alone.reply(ASKED, [reference(FERRY, collection="tenant")])
 
 
-def test_has_and_check(memory: KVMemory, wide: Any) -> None:
+def test_has_and_check_report_missing_caches(memory: KVMemory, wide: Any) -> None:
     assert memory.reader.has(FERRY) and not memory.reader.has(WALRUS)
     memory.reader.check(FERRY)
     with pytest.raises(CacheNotFoundError):
@@ -250,7 +250,7 @@ def test_a_missing_cache_is_an_error(memory: KVMemory, wide: Any) -> None:
     assert inputs == []
 
 
-def test_in_the_place_of_a_missing_cache_its_text_is_read(memory: KVMemory, wide: Any) -> None:
+def test_the_text_replaces_a_missing_cache(memory: KVMemory, wide: Any) -> None:
     cache = memory.store.get(key_of(FERRY), memory.compressor.fingerprint(), 0.25)
     expected = Generator(wide).generate(FERRY_QUESTION, [plain(wide, WALRUS), cache], settings=SAMPLED)
     references = [reference(WALRUS, text=WALRUS), reference(FERRY)]
@@ -265,13 +265,13 @@ def test_in_the_place_of_a_missing_cache_its_text_is_read(memory: KVMemory, wide
     assert not memory.reader.has(WALRUS)  # nobody asked for it to be kept
 
 
-def test_where_there_is_a_cache_the_text_is_not_read(memory: KVMemory) -> None:
+def test_the_text_is_not_prefilled_if_there_is_a_cache(memory: KVMemory) -> None:
     expected = memory.reader.reply(ASKED, [reference(FERRY)], settings=SETTINGS).reply
     assert of(memory.reader.reply(ASKED, [reference(FERRY, text=FERRY)], settings=SETTINGS).reply) == of(expected)
 
 
 @pytest.mark.parametrize("text", [None, FERRY])
-def test_a_damaged_cache_is_made_again_and_its_text_read(memory: KVMemory, wide: Any, text: str | None) -> None:
+def test_a_damaged_cache_is_replaced_by_its_text_and_recreated(memory: KVMemory, wide: Any, text: str | None) -> None:
     before = memory.reader.reply(ASKED, [reference(FERRY)], settings=SAMPLED).reply
     damage(blob_of(memory, "ferry"))
     expected = Generator(wide).generate(FERRY_QUESTION, [plain(wide, FERRY)], settings=SAMPLED)
@@ -283,7 +283,7 @@ def test_a_damaged_cache_is_made_again_and_its_text_read(memory: KVMemory, wide:
         assert other.check().ok
 
 
-def test_a_damaged_cache_of_another_collection(memory: KVMemory, wide: Any) -> None:
+def test_a_damaged_cache_of_another_collection_is_recreated(memory: KVMemory, wide: Any) -> None:
     with open_memory(memory.path, wide, collection="tenant", keep_text=True) as tenant:
         tenant.add(("walrus", WALRUS))
         before = tenant.reader.reply(ASKED, [reference(WALRUS)], settings=SAMPLED).reply
@@ -296,7 +296,7 @@ def test_a_damaged_cache_of_another_collection(memory: KVMemory, wide: Any) -> N
     assert not memory.reader.has(WALRUS)  # it was made again where it belongs
 
 
-def test_a_damaged_cache_of_which_nobody_has_the_text(memory: KVMemory, wide: Any) -> None:
+def test_a_damaged_cache_without_any_text_is_an_error(memory: KVMemory, wide: Any) -> None:
     memory.store.put(key_of(WALRUS), memory.compressor.compress(WALRUS, keep_ratio=0.25))
     key = next(info.blob_key for info in memory.store.caches() if info.text_sha256 == key_of(WALRUS))
     damage(next(p for p in (memory.path / "blobs").rglob("*.val") if hashlib.sha256(p.read_bytes()).hexdigest() == key))
@@ -307,7 +307,7 @@ def test_a_damaged_cache_of_which_nobody_has_the_text(memory: KVMemory, wide: An
             other.reader.reply(ASKED, [reference(WALRUS)])
 
 
-def test_another_text_than_the_keys_is_not_kept_under_it(memory: KVMemory, wide: Any) -> None:
+def test_a_text_that_does_not_match_its_key_is_not_stored(memory: KVMemory, wide: Any) -> None:
     damage(blob_of(memory, "ferry"))
     with open_memory(memory.path, wide) as other:
         reply = other.reader.reply(ASKED, [reference(FERRY, text=WALRUS)], settings=SAMPLED).reply
@@ -316,7 +316,7 @@ def test_another_text_than_the_keys_is_not_kept_under_it(memory: KVMemory, wide:
         assert not other.reader.has(FERRY)
 
 
-def test_a_full_disk_is_no_obstacle(memory: KVMemory, wide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reply_does_not_fail_on_a_full_disk(memory: KVMemory, wide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise StoreFullError("no space left")
 
@@ -345,7 +345,7 @@ def greedy(ids: list[int], n: int) -> list[int]:
     return [int(token) for token in out[0, len(ids) :]]
 
 
-def test_alone_the_model_reads_nothing_but_its_own_template(memory: KVMemory, tmp_path: Path) -> None:
+def test_reply_alone_uses_only_the_chat_template(memory: KVMemory, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -370,13 +370,13 @@ def test_alone_the_model_reads_nothing_but_its_own_template(memory: KVMemory, tm
         assert inputs == []
 
 
-def test_without_a_template_it_stands_behind_the_prefix(memory: KVMemory) -> None:
+def test_reply_alone_uses_the_prefix_without_a_template(memory: KVMemory) -> None:
     reply = memory.reader.reply_alone(ASKED, settings=SAMPLED).reply
     assert of(reply) == of(memory.reader.reply(ASKED, settings=SAMPLED).reply)
     assert reply.n_cached_tokens == 11
 
 
-def test_going_on_with_a_text(memory: KVMemory, wide: Any) -> None:
+def test_complete_continues_a_text(memory: KVMemory, wide: Any) -> None:
     text = "Once upon a time"
     reply = memory.reader.complete(text, settings=DecodeSettings(max_new_tokens=20)).reply
     expected = greedy(wide.encode(text), 20)
@@ -435,16 +435,14 @@ def test_closing_stops_decoding_and_frees_the_cache(
     assert of(memory.reader.reply(ASKED, [reference(FERRY)], settings=SAMPLED).reply) == of(expected)
 
 
-def test_a_reply_that_is_complete_holds_no_cache(
-    memory: KVMemory, composed: list[weakref.ref[PositionedCache]]
-) -> None:
+def test_a_complete_reply_frees_its_cache(memory: KVMemory, composed: list[weakref.ref[PositionedCache]]) -> None:
     stream = memory.reader.reply(ASKED, [reference(FERRY, text=FERRY)], settings=SAMPLED)
     assert stream.reply.text
     gc.collect()
     assert composed and all(cache() is None for cache in composed)
 
 
-def test_two_threads_that_stream_at_once_get_their_own_replies(memory: KVMemory) -> None:
+def test_concurrent_streams_get_their_own_replies(memory: KVMemory) -> None:
     jobs = [(FERRY_QUESTION, FERRY), (LAMP_QUESTION, LAMP)]
     expected = [
         memory.reader.reply([Turn("user", q)], [reference(text)], settings=SAMPLED).reply.text for q, text in jobs
@@ -467,7 +465,7 @@ def test_two_threads_that_stream_at_once_get_their_own_replies(memory: KVMemory)
     assert found == {0: [expected[0]] * 3, 1: [expected[1]] * 3}
 
 
-def test_streams_taken_in_turn_do_not_disturb_each_other(memory: KVMemory) -> None:
+def test_interleaved_streams_do_not_affect_each_other(memory: KVMemory) -> None:
     def start() -> list[Any]:
         return [memory.reader.reply(ASKED, [reference(text)], settings=SAMPLED) for text in (FERRY, LAMP)]
 
@@ -479,7 +477,7 @@ def test_streams_taken_in_turn_do_not_disturb_each_other(memory: KVMemory) -> No
     assert found == expected
 
 
-async def test_what_is_cancelled_while_nothing_can_be_shown_stops_within_a_token(memory: KVMemory, wide: Any) -> None:
+async def test_cancelling_a_stream_without_output_stops_within_one_token(memory: KVMemory, wide: Any) -> None:
     long = DecodeSettings(max_new_tokens=200)
     text = memory.reader.reply([Turn("user", "Why?")], settings=long).reply.text
     held = DecodeSettings(max_new_tokens=200, stop=(text + "#",))  # all of it may be the beginning of a stop string

@@ -29,7 +29,7 @@ def refined(tmp_path_factory: pytest.TempPathFactory, wide: Any) -> Path:
     return path
 
 
-def test_rows_and_files_tell_steps_and_fidelity(refined: Path, wide: Any) -> None:
+def test_rows_and_files_record_steps_and_fidelity(refined: Path, wide: Any) -> None:
     with open_memory(refined, wide) as memory:
         for document_id in ("ferry", "lamp"):
             (info,) = memory.store.caches(document_id)
@@ -40,39 +40,39 @@ def test_rows_and_files_tell_steps_and_fidelity(refined: Path, wide: Any) -> Non
             assert "|refine:2:" in info.method
 
 
-def test_the_store_remembers_it_and_answers_from_refined_caches(refined: Path, wide: Any) -> None:
+def test_refinement_is_remembered_and_refined_caches_answer(refined: Path, wide: Any) -> None:
     with open_memory(refined, wide) as memory:
         assert memory.settings.refine_steps == 2 and memory.compressor.refine is not None
         assert answerable(memory, FERRY_QUESTION) == ["ferry"]
         assert memory.add([("ferry", FERRY)]).unchanged == ["ferry"]
 
 
-def test_without_refinement_these_are_other_caches(refined: Path, wide: Any) -> None:
+def test_refined_caches_do_not_match_without_refinement(refined: Path, wide: Any) -> None:
     with open_memory(refined, wide, refine_steps=0) as memory:
         assert memory.compressor.refine is None
         with pytest.raises(FingerprintMismatchError, match="refine:2"):
             memory.ask(FERRY_QUESTION, top_k=1)
 
 
-def test_caches_that_were_not_refined_have_no_fidelity(memory: KVMemory) -> None:
+def test_unrefined_caches_have_no_fidelity(memory: KVMemory) -> None:
     assert {(info.refined_steps, info.fidelity) for info in memory.store.caches()} == {(0, None)}
     report = memory.add(("new", "A text that nobody refined."))
     assert (report.n_refined, report.fidelity) == (0, None)
 
 
-def test_what_is_asked_for_reaches_the_compressor(tmp_path: Path, wide: Any) -> None:
+def test_refinement_settings_reach_the_compressor(tmp_path: Path, wide: Any) -> None:
     with open_memory(tmp_path / "store", wide, refine_steps=300, min_fidelity=0.5) as memory:
         refine = memory.compressor.refine
         assert refine is not None and (refine.steps, refine.min_fidelity, refine.max_steps) == (300, 0.5, 300)
 
 
-def test_a_fidelity_alone_asks_for_the_usual_steps() -> None:
+def test_min_fidelity_alone_uses_the_default_steps() -> None:
     assert resolve_settings(given(min_fidelity=0.2), {}).refine_steps == 48
     stored = {"refine_steps": 8}
     assert resolve_settings(given(min_fidelity=0.2), stored).refine_steps == 8
 
 
-def test_steps_alone_forget_a_fidelity_of_before() -> None:
+def test_refine_steps_alone_resets_min_fidelity() -> None:
     stored = {"refine_steps": 8, "min_fidelity": 0.2}
     assert resolve_settings(given(), stored).min_fidelity == 0.2
     off = resolve_settings(given(refine_steps=0), stored)
@@ -89,7 +89,7 @@ def test_steps_alone_forget_a_fidelity_of_before() -> None:
         ({"refine_steps": 0, "min_fidelity": 0.1}, "min_fidelity"),
     ],
 )
-def test_settings_that_make_no_sense(options: dict[str, Any], where: str) -> None:
+def test_contradictory_settings_are_refused(options: dict[str, Any], where: str) -> None:
     with pytest.raises(ConfigError) as caught:
         given(**options)
     assert caught.value.where == where

@@ -51,7 +51,7 @@ def python_3_10(path: Path) -> Path:
     return path
 
 
-def test_a_python_outside_the_range_is_named(checkout: Path, tmp_path: Path) -> None:
+def test_an_unsupported_python_is_reported(checkout: Path, tmp_path: Path) -> None:
     old = python_3_10(tmp_path / "python3")
     done = make(checkout, f"PYTHON={old}", "setup")
     assert done.returncode != 0
@@ -61,7 +61,7 @@ def test_a_python_outside_the_range_is_named(checkout: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_no_network_is_told_from_an_index_that_lacks_a_release(checkout: Path) -> None:
+def test_a_missing_network_is_distinguished_from_a_missing_release(checkout: Path) -> None:
     done = make(checkout, "setup", **NO_NETWORK)
     assert done.returncode != 0
     assert "No network: pip could not reach its package index." in done.stderr
@@ -78,7 +78,7 @@ def test_no_network_is_told_from_an_index_that_lacks_a_release(checkout: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["without pip", "without python", "of another python"])
-def test_an_environment_that_is_half_made_or_of_another_python_is_made_again(checkout: Path, damage: str) -> None:
+def test_an_incomplete_environment_is_created_again(checkout: Path, damage: str) -> None:
     venv.create(checkout / ".venv", symlinks=True)  # pip comes last, and never came
     if damage != "without pip":
         for python in (checkout / ".venv/bin").glob("python*"):
@@ -92,7 +92,7 @@ def test_an_environment_that_is_half_made_or_of_another_python_is_made_again(che
     assert pip.returncode == 0
 
 
-def test_a_ready_environment_is_left_alone_until_it_moves(checkout: Path, tmp_path: Path) -> None:
+def test_a_ready_environment_is_kept_until_it_moves(checkout: Path, tmp_path: Path) -> None:
     venv.create(checkout / ".venv", symlinks=True)
     (site,) = checkout.glob(".venv/lib/python*/site-packages")
     (site / "pip").mkdir()
@@ -107,7 +107,7 @@ def test_a_ready_environment_is_left_alone_until_it_moves(checkout: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_models_that_cannot_be_had_cost_a_line_each_and_no_failure(checkout: Path, only_smollm2: str) -> None:
+def test_unavailable_models_are_reported_without_failing(checkout: Path, only_smollm2: str) -> None:
     """The step of setup that prepares them, where the index has nothing: smollm2 was prepared before."""
     (checkout / ".venv/bin").mkdir(parents=True)
     command = checkout / ".venv/bin/kv-memory"
@@ -136,7 +136,7 @@ def test_setup_prepares_both_models(checkout: Path) -> None:
     assert "models --prepare smollm2" in planned and "models --prepare qwen-0.5b" in planned
 
 
-def test_a_lock_that_is_newer_is_installed(checkout: Path) -> None:
+def test_a_newer_lock_is_installed(checkout: Path) -> None:
     venv.create(checkout / ".venv", symlinks=True, with_pip=False)
     (checkout / ".venv/.ready").write_text(str(checkout))
     os.utime(checkout / ".venv/.ready", (0, 0))

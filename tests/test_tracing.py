@@ -14,7 +14,7 @@ from kv_memory import KVMemory, tracing
 TEXT = "The ferry to Skarholm leaves at 7.40 from pier 4."
 
 
-def test_adding_and_asking_make_spans_without_texts(tmp_path: Path, wide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_add_and_ask_record_spans_without_texts(tmp_path: Path, wide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sdk = pytest.importorskip("opentelemetry.sdk.trace")
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -35,7 +35,7 @@ def test_adding_and_asking_make_spans_without_texts(tmp_path: Path, wide: Any, m
     assert not any(word in str(value) for s in finished for value in (s.attributes or {}).values() for word in words)
 
 
-def test_without_opentelemetry_nothing_is_made() -> None:
+def test_without_opentelemetry_no_span_is_created() -> None:
     code = (
         "import sys; sys.modules['opentelemetry'] = None\n"
         "from kv_memory.tracing import span\n"

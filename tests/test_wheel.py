@@ -58,20 +58,20 @@ def wheel(wheel_file: Path) -> Iterator[zipfile.ZipFile]:
 # What it holds
 
 
-def test_wheel_holds_every_shipped_file_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_contains_exactly_the_shipped_files(wheel: zipfile.ZipFile) -> None:
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert held == shipped_files()
     assert {"kv_memory/py.typed", "kv_memory/integrations/__init__.py"} <= held
     assert {name.split("/")[0] for name in held} == {"kv_memory"}  # no top-level integrations, no tests
 
 
-def test_wheel_holds_the_migrations(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_contains_the_migrations(wheel: zipfile.ZipFile) -> None:
     held = set(wheel.namelist())
     assert "kv_memory/store/sql/migrations/env.py" in held
     assert any(name.startswith("kv_memory/store/sql/migrations/versions/") for name in held)
 
 
-def test_wheel_states_its_command_license_and_extras(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_declares_its_command_license_and_extras(wheel: zipfile.ZipFile) -> None:
     info = f"kv_memory-{PROJECT['version']}.dist-info"
     assert "kv-memory = kv_memory.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
     assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
@@ -140,7 +140,7 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_what_it_needs_is_complete_and_without_dev_tools(clean: Path, tmp_path: Path) -> None:
+def test_dependencies_are_complete_without_dev_tools(clean: Path, tmp_path: Path) -> None:
     checked = run(sys.executable, "-m", "pip", f"--python={clean / 'python'}", "check", cwd=tmp_path)
     assert checked.returncode == 0, checked.stdout
     assert "No module named 'pytest'" in run(clean / "python", "-c", "import pytest", cwd=tmp_path).stderr
@@ -157,7 +157,7 @@ FILES = {
 
 
 @pytest.mark.slow
-def test_it_reads_a_file_of_each_format(clean: Path, tmp_path: Path) -> None:
+def test_the_installed_package_reads_every_format(clean: Path, tmp_path: Path) -> None:
     for name, content in FILES.items():
         (tmp_path / name).write_bytes(content)
     script = "import sys; from kv_memory.documents import read_file\nfor n in sys.argv[1:]: print(n, read_file(n).text)"
@@ -177,7 +177,7 @@ JOB = (
 
 @pytest.mark.slow
 @needs_model
-def test_commands_say_nothing_but_our_words(clean: Path, tmp_path: Path) -> None:
+def test_commands_print_no_foreign_output(clean: Path, tmp_path: Path) -> None:
     (tmp_path / "ferry.md").write_text("The captain of the ferry to Skarholm is Agnes Holm.")
     (tmp_path / "lamp.md").write_text("The lamp of the lighthouse burned whale oil until 1921.")
     for arguments, out, err in [
@@ -195,7 +195,7 @@ def test_commands_say_nothing_but_our_words(clean: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 @needs_model
-def test_the_demo_says_nothing_but_our_words(clean: Path, tmp_path: Path) -> None:
+def test_the_demo_prints_no_foreign_output(clean: Path, tmp_path: Path) -> None:
     done = run(clean / "kv-memory", "demo", "--model", "smollm2", "--limit", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Distilled" in done.stdout
@@ -204,7 +204,7 @@ def test_the_demo_says_nothing_but_our_words(clean: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @needs_model
-def test_the_example_of_the_readme_says_nothing_but_its_answers(clean: Path, tmp_path: Path, only_smollm2: str) -> None:
+def test_the_readme_example_prints_only_its_answers(clean: Path, tmp_path: Path, only_smollm2: str) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (tmp_path / "example.py").write_text(readme.split("```python\n")[1].split("```")[0])
     done = run(clean / "python", "example.py", cwd=tmp_path)

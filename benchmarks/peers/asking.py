@@ -1,12 +1,12 @@
-"""Asking: many questions and continuations behind one reading, as branches of a tree.
+"""Asking: many questions and continuations after one reading, as branches of a tree.
 
-All branches lie in one sequence and see what was read, their own ancestors and nothing else. So a question is prefilled
+All branches are in one sequence and see the reading, their own ancestors and nothing else. So a question is prefilled
 once for the full cache's answer, the reference and decoding, and the cache is never copied per question; on a CPU that
-is several times faster than a padded batch. Trees behind several readings can be extended in one pass of the model:
+is several times faster than a padded batch. Trees after several readings can be extended in one pass of the model:
 each sees its own reading. So all methods' answers about a document are decoded together.
 
-What a press evicts by masking is masked here in the plain sense. kvpress itself overwrites such keys with ones that
-point away from the queries, which comes to the same where it works and depends on the queries of the batch.
+What a press evicts by masking is masked here in the attention mask. kvpress itself overwrites such keys with ones that
+point away from the queries, which has the same effect where it works, but depends on the queries of the batch.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ ROOT = -1  # the parent of a first token
 
 
 class Asking:
-    """The tree behind one reading. The reading is not changed.
+    """The tree after one reading. The reading is not changed.
 
     Args:
-        reader: Whose model answers.
-        reading: What the questions are about.
+        reader: Reader whose model answers.
+        reading: Reading that the questions are about.
     """
 
     def __init__(self, reader: Reader, reading: Reading) -> None:
@@ -41,11 +41,11 @@ class Asking:
 
     @property
     def n_tokens(self) -> int:
-        """How many tokens were added."""
+        """Number of tokens added."""
         return len(self._paths)
 
     def add(self, tokens: Sequence[tuple[int, int]]) -> tuple[list[int], torch.Tensor]:
-        """Take tokens into the tree, before the model sees them; see `extend`.
+        """Add tokens to the tree, before the model sees them; see `extend`.
 
         Returns:
             Their positions, and `(n, n_tokens)`: which tokens of the tree each of them sees.
@@ -71,12 +71,12 @@ class Asking:
         """Attention of new tokens, whose keys and values are kept.
 
         Args:
-            layer: Its index.
-            own: Which tokens of the tree each of them sees.
+            layer: Index of the layer.
+            own: Mask of the tree's tokens that each new token sees.
             query: `(1, num_heads, n, head_dim)`.
             key: `(1, num_kv_heads, n, head_dim)`.
             value: The same.
-            scaling: Of the logits.
+            scaling: Scale of the logits.
         """
         key = self.keys[layer] = torch.cat([self.keys[layer], key], 2)
         value = self.values[layer] = torch.cat([self.values[layer], value], 2)
@@ -102,7 +102,7 @@ def extend(parts: Sequence[tuple[Asking, Sequence[tuple[int, int]]]]) -> list[to
             `ROOT` has no token.
 
     Returns:
-        Of each part `(n, hidden_size)`, what the language model head would see.
+        For each part `(n, hidden_size)`, the input of the language model head.
     """
     reader = parts[0][0].reader
     added = [asking.add(tokens) for asking, tokens in parts]

@@ -1,7 +1,7 @@
-"""A press that scores, behind a prefix that is never pruned.
+"""A scoring press, after a prefix that is never pruned.
 
-Scores are kvpress's own, over prefix and document as it would compute them for this text. What follows from them, the
-choice and whatever a press does with the entries that go, is kvpress's own too, and sees the document alone.
+Scores are kvpress's own, over prefix and document as it would compute them for this text. The choice that
+follows from them, and what a press does with evicted entries, is kvpress's own too, and sees only the document.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Whole(ScorerPress):
     """Scores of a document that were computed over prefix and document.
 
     Attributes:
-        scorer: kvpress's.
-        n_prefix: The length of the prefix.
+        scorer: Press of kvpress that computes the scores.
+        n_prefix: Length of the prefix in tokens.
         kept: Keys and values of prefix and document; `Behind` puts them here.
     """
 
@@ -45,11 +45,11 @@ class Whole(ScorerPress):
 
 @dataclass
 class Behind(BasePress):
-    """A press at work on a document; the prefix before it stays.
+    """A press that compresses a document; the prefix before it is kept.
 
     Attributes:
-        press: kvpress's, around `whole`, or `whole` itself.
-        whole: What scores.
+        press: Wrapper of kvpress around `whole`, or `whole` itself.
+        whole: Scorer of the document.
     """
 
     press: BasePress
@@ -62,7 +62,7 @@ class Behind(BasePress):
     def compress(
         self, module: Any, hidden_states: Any, keys: torch.Tensor, values: torch.Tensor, attentions: Any, kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prefix, and what the press leaves of the document or marks as evicted in it."""
+        """The prefix, and the document's entries that the press leaves; it may mark some as evicted."""
         n_prefix = self.whole.n_prefix
         self.whole.kept = keys, values
         module.masked_key_indices = None

@@ -1,4 +1,4 @@
-"""Bench: one document, what the full cache says about it, and any other reading measured against that."""
+"""Bench: one document, the full cache's answers about it, and any other reading measured against them."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Answered:
 
 @dataclass(frozen=True)
 class _Scored:
-    """All questions behind one reading, before decoding.
+    """All questions about one reading, before decoding.
 
     Attributes:
         asking: The tree with the questions in it.
-        behind: Of each question, the token behind which each token of the full cache's answer was predicted.
-        best: What greedy decoding picks there.
-        kl: Of each question, see `Answered`.
-        nll: Of each question, see `Answered`.
+        behind: For each question, the token after which each token of the full cache's answer was predicted.
+        best: Tokens that greedy decoding picks there.
+        kl: KL for each question, see `Answered`.
+        nll: NLL for each question, see `Answered`.
     """
 
     asking: Asking
@@ -52,12 +52,12 @@ class Bench:
     """Questions about one document.
 
     Args:
-        reader: Whose model answers.
+        reader: Reader whose model answers.
         text: Token ids of prefix and document.
-        questions: Of a line of the file of work.
+        questions: Questions of one line of the work file.
         stop: Strings that end an answer.
-        end_ids: Tokens that do.
-        max_new_tokens: The longest answer; 0 for none.
+        end_ids: Tokens that end an answer.
+        max_new_tokens: Length limit of an answer; 0 for no answers.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Bench:
         self._scored_full = self._score(self.full)
 
     def measure(self, readings: Sequence[Reading]) -> list[list[Answered]]:
-        """What each reading makes of every question."""
+        """Measures of every question for each reading."""
         scored = [self._scored_full if reading is self.full else self._score(reading) for reading in readings]
         texts = self._decode(scored) if self._max_new_tokens else [[None] * len(self._questions) for _ in readings]
         return [
@@ -90,7 +90,7 @@ class Bench:
         ]
 
     def _score(self, reading: Reading) -> _Scored:
-        """The measures that want no decoding. The first reading scored is the full cache, the teacher of the others."""
+        """The measures that need no decoding. The first reading scored is the full cache, the teacher of the others."""
         asking = Asking(self._reader, reading)
         tokens: list[tuple[int, int]] = []
         spans: list[tuple[list[int], list[int]]] = []
@@ -118,8 +118,8 @@ class Bench:
     def _decode(self, scored: Sequence[_Scored]) -> list[list[str]]:
         """Greedy answers of all readings together.
 
-        As far as a reading's likeliest tokens are the full cache's, they have been read already; decoding goes on
-        from the first that differs.
+        As far as a reading's most likely tokens equal the full cache's, they have been prefilled already; decoding
+        continues from the first that differs.
         """
         answers: list[list[list[int]]] = [[] for _ in scored]
         heads: dict[tuple[int, int], int] = {}  # of each unfinished answer, the token behind which its last one stands

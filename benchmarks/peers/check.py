@@ -56,7 +56,7 @@ def save_model(folder: str) -> None:
 
 
 def check_entries(reader: Reader, text: list[int]) -> None:
-    """Every press keeps the prefix, and exactly the entries it was told to; what was held says the same again."""
+    """Every press keeps the prefix, and exactly the entries of its budget; reusing held scores gives the same."""
     for name, recipe in METHODS.items():
         start_s, first = time.perf_counter(), None
         for n_kept in (45, 11, 3, 11):
@@ -72,13 +72,13 @@ def check_entries(reader: Reader, text: list[int]) -> None:
 
 
 def same(one: Reading, other: Reading) -> bool:
-    """Whether two readings hold the same."""
+    """Whether two readings are equal."""
     pairs = [(one.keys, other.keys), (one.values, other.values), (one.visible or (), other.visible or ())]
     return all(torch.equal(a, b) for left, right in pairs for a, b in zip(left, right, strict=True))
 
 
 def check_answers(reader: Reader, text: list[int]) -> None:
-    """Answers are those of plain greedy decoding, and readings measured together those of each by itself."""
+    """Answers equal plain greedy decoding, and readings measured together equal each one alone."""
     questions = [one | {"teacher_ids": greedy(reader, [*text, *one["ids"]])} for one in QUESTIONS]
     bench = Bench(reader, text, questions, stop=[STOP], end_ids=[END], max_new_tokens=8)
     (full,) = bench.measure([bench.full])

@@ -3,8 +3,7 @@
     python benchmarks/peers/export.py --n-documents 60 --out benchmarks/peers/results/work.jsonl
 
 Runs in the package's environment; `press.py` then needs nothing of it. Documents and questions are those of `kv-memory
-eval`, chosen and encoded by its code. A file that is there already is gone on with: `--n-documents 60` after 20 asks
-about the other 40.
+eval`, chosen and encoded by its code. An existing file is extended: `--n-documents 60` after 20 adds the other 40.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from kv_memory.model.embedded import EMBEDDED, built_in
 
 
 def main() -> None:
-    """Write the file of work."""
+    """Write the work file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="squad", choices=["squad", "needle", "spans"])
     parser.add_argument("--model", default=EMBEDDED, help="embedded, a model folder or a hub id (default: embedded)")
     parser.add_argument("--prompt", default="auto", choices=["auto", "chat", "brief", "passage"])
-    parser.add_argument("--n-documents", type=int, default=60, help="not for needle (default: 60)")
-    parser.add_argument("--min-tokens", type=int, help="shortest document")
-    parser.add_argument("--max-tokens", type=int, help="longest document")
+    parser.add_argument("--n-documents", type=int, default=60, help="documents, except for needle (default: 60)")
+    parser.add_argument("--min-tokens", type=int, help="length of the shortest document")
+    parser.add_argument("--max-tokens", type=int, help="length of the longest document")
     parser.add_argument("--corpus", nargs="+", default=[], help="spans: names of sets, or paths")
-    parser.add_argument("--held-out", type=float, help="spans: only documents held out of training at this share")
-    parser.add_argument("--seed", type=int, default=0, help="of needles and spans")
+    parser.add_argument("--held-out", type=float, help="spans: share held out of training; only these")
+    parser.add_argument("--seed", type=int, default=0, help="seed of needles and spans")
     parser.add_argument("--keep-ratio", type=ratio, nargs="+", action="extend", help="default: 1/2 to 1/32")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     args = parser.parse_args()
@@ -53,7 +52,7 @@ def main() -> None:
     backbone = Backbone.load(args.model, prompt=args.prompt)
     cases = task.cases(backbone, settings)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = args.out.with_suffix(".part")  # a file that is there is whole: `make run` goes by that
+    scratch = args.out.with_suffix(".part")  # an existing file is complete: `make run` relies on that
     top = header(backbone, args.model, task)
     known = earlier(args.out, top) | earlier(scratch, top)
     with scratch.open("w", encoding="utf-8") as file:
@@ -74,7 +73,7 @@ def ratio(text: str) -> float:
 
 
 def earlier(path: Path, top: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Whole lines of a file of work with the same header, by document."""
+    """Complete lines of a work file with the same header, by document."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     if not lines or lines[0] != json.dumps(top) + "\n":
         return {}
@@ -83,7 +82,7 @@ def earlier(path: Path, top: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def header(backbone: Backbone, model: str, task: Task) -> dict[str, Any]:
-    """What holds for all documents."""
+    """The header, which holds for all documents."""
     config = backbone.model.generation_config
     ends = [backbone.tokenizer.eos_token_id, getattr(config, "eos_token_id", None)]
     flat = [token for end in ends for token in (end if isinstance(end, list) else [end]) if token is not None]

@@ -1,6 +1,6 @@
 """Answers begin with something visible: the rule of `kv_memory.model.first_token`, for greedy answers.
 
-Until an answer has a visible character, tokens that leave it without one are passed over, and stop strings do not
+Until an answer has a visible character, tokens that leave it without one are skipped, and stop strings do not
 count. One space may stand at the very beginning where the prompt does not end in white space.
 """
 
@@ -18,7 +18,7 @@ _INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})  # control and format cha
 
 
 def first_visible(text: str) -> int:
-    """Index of the first visible character; the length of the text where there is none."""
+    """Index of the first visible character; the length of the text if there is no such character."""
     return next((i for i, char in enumerate(text) if unicodedata.category(char) not in _INVISIBLE), len(text))
 
 
@@ -26,9 +26,9 @@ class FirstToken:
     """Picks the first tokens of one answer.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
         end_ids: Tokens that end an answer.
-        behind: The prompt's last token.
+        behind: Last token of the prompt.
     """
 
     def __init__(self, tokenizer: Any, *, end_ids: Collection[int], behind: int) -> None:
@@ -37,12 +37,12 @@ class FirstToken:
         self._behind, self._spaced = behind, None if before[-1:].isspace() else f"{before} "
 
     def has_begun(self, ids: Sequence[int]) -> bool:
-        """Whether anything of an answer of these tokens can be seen; half a character at its end is none yet."""
+        """Whether the answer of these tokens has a visible character; an incomplete one at its end does not count."""
         text = self._decode(ids).rstrip("\ufffd")
         return first_visible(text) < len(text)
 
     def pick(self, log_probs: torch.Tensor, ids: Sequence[int], *, is_last: bool) -> int:
-        """The likeliest next token, of `(vocab_size,)`, that may stand behind an answer's tokens so far."""
+        """The likeliest next token, of `(vocab_size,)`, that may follow an answer's tokens so far."""
         best = int(log_probs.argmax())
         if self.has_begun(ids):
             return best

@@ -1,11 +1,11 @@
-"""Runs kvpress on a file of work and measures what its caches answer.
+"""Runs kvpress on a work file and measures what its caches answer.
 
     python press.py results/work.jsonl --out results                 # all methods
-    python press.py results/work.jsonl --out results --summary-only  # the table of what is there
+    python press.py results/work.jsonl --out results --summary-only  # the table of the results so far
     python press.py results/work.jsonl --out results --method kvpress:kvzip_plus --keep-ratio 1/8 --n-documents 20
 
-`--out` gets `questions.jsonl`, a line per document, method, keep_ratio and question, to which a later run adds what is
-missing; and `summary.jsonl`, a line per method and keep_ratio with the keys of `kv-memory eval --json`.
+`--out` gets `questions.jsonl`, one line per document, method, keep_ratio and question, to which a later run adds what
+is missing; and `summary.jsonl`, one line per method and keep_ratio with the keys of `kv-memory eval --json`.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ class Unit:
 def main() -> None:
     """Run what is missing, then write the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, help="made by export.py")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("work", type=Path, help="file written by export.py")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--method", nargs="+", action="extend", choices=["full", "none", *METHODS], help="default: all")
-    parser.add_argument("--keep-ratio", type=ratio, nargs="+", action="extend", help="default: all of the work's")
-    parser.add_argument("--n-documents", type=int, help="only the first so many")
-    parser.add_argument("--time-limit", type=float, default=float("inf"), help="stop after so many seconds")
+    parser.add_argument("--keep-ratio", type=ratio, nargs="+", action="extend", help="default: all in the work file")
+    parser.add_argument("--n-documents", type=int, help="only this many documents, the first ones")
+    parser.add_argument("--time-limit", type=float, default=float("inf"), help="stop after this many seconds")
     parser.add_argument("--device", default="auto", help="a torch device")
-    parser.add_argument("--summary-only", action="store_true", help="run nothing")
-    parser.add_argument("--unpaired", action="store_true", help="rows of the table are about all documents they have")
+    parser.add_argument("--summary-only", action="store_true", help="only summarise; run nothing")
+    parser.add_argument("--unpaired", action="store_true", help="each row covers all documents it has")
     args = parser.parse_args()
     args.method = args.method or ["full", "none", *METHODS]
 
@@ -62,7 +62,7 @@ def main() -> None:
     documents = documents[: args.n_documents]
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "questions.jsonl"
-    # Full and none are the ends of the scale: nothing can be said without them.
+    # `full` and `none` are the ends of the scale, without which no result can be judged.
     methods = list(dict.fromkeys(["full", "none", *args.method]))
     plans = [(document, list(units(header, document, methods, args.keep_ratio))) for document in documents]
     if not args.summary_only:
@@ -83,10 +83,10 @@ def ratio(text: str) -> float:
 def units(
     header: dict[str, Any], document: dict[str, Any], methods: list[str], keep_ratios: list[float] | None
 ) -> Iterator[Unit]:
-    """All that is to be measured on one document, in the order of methods and ratios given."""
+    """All units to measure on one document, in the order of methods and ratios given."""
     base = {**header, **document, "versions": VERSIONS}
     base.pop("n_kept")
-    base.pop("model")  # where it lies; what it is the hash of its weights says
+    base.pop("model")  # a location; the hash of the weights identifies the model
     for method in methods:
         recipe = METHODS.get(method)
         known = {float(k): n for k, n in document["n_kept"].items()}
@@ -104,7 +104,7 @@ def units(
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of whole units; what a kill left half written is dropped."""
+    """The rows of complete units; those that a kill left half written are dropped."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace, header: dict[str, Any], plans: list[tuple[Any,
     drop_torn(path, before)
     done = {row["key"] for row in before}
     n_all = sum(unit.key not in done for _, plan in plans for unit in plan)
-    print(f"{n_all} to measure, {len(done)} measured before", file=sys.stderr)
+    print(f"{n_all} to measure, {len(done)} already measured", file=sys.stderr)
     if not n_all:
         return
     reader = Reader(header["model"], dtype=header["dtype"], device=args.device)
@@ -158,7 +158,7 @@ def run(args: argparse.Namespace, header: dict[str, Any], plans: list[tuple[Any,
 
 
 def drop_torn(path: Path, rows: list[Row]) -> None:
-    """Leave only whole units in the file: others read it as well."""
+    """Leave only complete units in the file, because other programs read it too."""
     whole = "".join(f"{json.dumps(row)}\n" for row in rows)
     if path.is_file() and path.read_text(encoding="utf-8") != whole:
         scratch = path.with_suffix(".part")
@@ -212,7 +212,7 @@ def rows_of(
 
 
 def read(reader: Reader, bench: Bench, header: dict[str, Any], document: dict[str, Any], unit: Unit) -> Reading:
-    """The document, as the method leaves it."""
+    """The reading of a document under the unit's method."""
     prefix, ids = header["prefix_ids"], document["ids"]
     if unit.method == "full":
         return bench.full
@@ -223,7 +223,7 @@ def read(reader: Reader, bench: Bench, header: dict[str, Any], document: dict[st
 
 
 def read_unit(reader: Reader, text: list[int], recipe: Recipe, budget: Budget) -> Reading:
-    """Prefix and document, as a press leaves them: exactly what the budget says."""
+    """Prefix and document under a press, with exactly the entries of the budget."""
     press = recipe.make(budget) if budget.n_kept < budget.n_tokens else None
     reading = reader.read(text, press=press, eager=recipe.eager)
     n_heads = sum(key.shape[1] for key in reading.keys)

@@ -1,6 +1,6 @@
-"""kvpress's presses, made to compress a document behind a prefix that is never pruned, to an exact number of entries.
+"""kvpress's presses, made to compress a document after a prefix that is never pruned, to an exact number of entries.
 
-kvpress takes a share of a whole sequence away. Here the sequence is the shared prefix and the document, as in
+kvpress removes a share of a whole sequence. Here the sequence is the shared prefix and the document, as in
 kv-memory, and what remains must be the prefix and `n_kept` entries of the document.
 """
 
@@ -32,12 +32,12 @@ from replay import Held, KVComposeBehind, KVgradBehind, KVzipBehind
 
 __all__ = ["METHODS", "Budget", "Recipe"]
 
-logging.getLogger("kvpress").setLevel(logging.ERROR)  # KVzip tells on every use that it takes several passes
+logging.getLogger("kvpress").setLevel(logging.ERROR)  # KVzip logs on every use that it takes several passes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a press is made for.
+    """Number of entries that a press keeps.
 
     Attributes:
         n_prefix: Tokens of the prefix.
@@ -62,7 +62,7 @@ class Budget:
         return 1 - (self.n_prefix + self.n_kept + 0.5) / (self.n_prefix + self.n_tokens)
 
     def total_ratio(self, slack: float) -> float:
-        """The same where one ranking goes over all heads.
+        """The same for one ranking over all heads.
 
         kvpress multiplies it by the entries of a layer or of the model and cuts the fraction off; `slack`, in entries
         of one head, makes sure it cuts nothing else off.
@@ -77,7 +77,7 @@ class Recipe:
     Attributes:
         make: The press for a budget.
         eager: Whether the press needs the attention weights, which only Transformers' eager attention returns.
-        settings: What differs from kvpress's defaults, for the record.
+        settings: Differences from kvpress's defaults, for the record.
     """
 
     make: Callable[[Budget], BasePress]

@@ -22,15 +22,15 @@ __all__ = ["Reader", "Reading"]
 
 @dataclass(frozen=True)
 class Reading:
-    """What is left of a text that was read.
+    """Entries that remain of a prefilled text.
 
     Attributes:
         keys: Per layer, `(1, num_kv_heads, n_held, head_dim)`, with rotary embedding.
         values: The same shapes.
         visible: Per layer, `(num_kv_heads, n_held)`: False for entries that a press evicts by masking them, because
-            heads keep different numbers; None where all that is held can be seen.
-        n_positions: How long the text was: where the question begins.
-        elapsed_s: Reading and compressing: seconds of a processor, summed over threads, or of a GPU.
+            heads keep different numbers; None if all entries are visible.
+        n_positions: Length of the text, and position where the question begins.
+        elapsed_s: Time of prefill and compression: processor seconds, summed over threads, or GPU seconds.
     """
 
     keys: tuple[torch.Tensor, ...]
@@ -41,7 +41,7 @@ class Reading:
 
     @property
     def n_entries(self) -> int:
-        """Entries that can be seen, over all layers and heads."""
+        """Number of visible entries, over all layers and heads."""
         if self.visible is not None:
             return sum(int(mask.sum()) for mask in self.visible)
         return sum(key.shape[1] * key.shape[2] for key in self.keys)
@@ -51,9 +51,9 @@ class Reader:
     """A causal LM under Transformers' own attention.
 
     Args:
-        model: A folder or a hub id.
+        model: Model folder or hub id.
         dtype: Name of a torch dtype.
-        device: A torch device, or `auto`.
+        device: Torch device, or `auto`.
     """
 
     def __init__(self, model: str, *, dtype: str, device: str = "auto") -> None:
@@ -69,14 +69,14 @@ class Reader:
         kvzip_press.AutoTokenizer = SimpleNamespace(from_pretrained=lambda _: self.tokenizer)
 
     def warm_up(self, ids: Sequence[int]) -> None:
-        """Pay for what the first reading pays for: on a GPU of each length."""
+        """Do the one-time work of a first prefill; on a GPU, of each length."""
         if not self._is_warm or self.device.type == "cuda":
             self.read(ids)
             self._is_warm = True
 
     @torch.no_grad()
     def read(self, ids: Sequence[int], *, press: BasePress | None = None, eager: bool = False) -> Reading:
-        """Prefill a text, with a press at work if there is one."""
+        """Prefill a text, under a press if there is one."""
         self.model.set_attn_implementation("eager" if eager else "sdpa")
         attentions = [layer.self_attn for layer in self.model.model.layers]
         for attention in attentions:
@@ -125,7 +125,7 @@ class Reader:
         return visible
 
     def _now(self) -> float:
-        """Seconds of work so far: the processor's own, which other programs on it do not lengthen, or a GPU's."""
+        """Seconds of work so far: processor time, which other programs do not lengthen, or wall time on a GPU."""
         if self.device.type != "cuda":
             return time.process_time()
         torch.cuda.synchronize()

@@ -1,11 +1,11 @@
-"""Presses that replay the document, behind a prefix that is never pruned: KVzip, KVzip+, KVgrad and KVCompose.
+"""Presses that replay the document, after a prefix that is never pruned: KVzip, KVzip+, KVgrad and KVCompose.
 
-The KVzip family takes the head of the model's chat template for the part that is not compressed, and its tail for what
-follows the request to repeat. Here the first is our prefix; the second comes with the work: the same tail for prompt
+The KVzip family uses the head of the model's chat template as the uncompressed part, and its tail after the request to
+repeat. Here the first is our prefix; the second comes with the work file: the same tail for prompt
 forms `chat` and `brief`, and for `passage` a line break, which is kvpress's own choice for models without a template.
 
-The ranking of the KVzip family does not depend on how much is kept. So what was found in the last document is held, and
-the next keep_ratio of the same press takes it, with the time it cost.
+The ranking of the KVzip family does not depend on how much is kept. So the scores of the last document are cached, and
+the next keep_ratio of the same press reuses them, with the time they cost.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Held:
         ids: Token ids of prefix and document.
         layers: Keys and values of each layer, before anything is pruned.
         scores: `(num_layers, 1, num_kv_heads, n_prefix + n_tokens)`.
-        elapsed_s: What all this took.
+        elapsed_s: Time that all this took, in seconds.
     """
 
     ids: torch.Tensor | None = None
@@ -39,16 +39,16 @@ class Held:
 
 @dataclass
 class KVzipBehind(KVzipPress):
-    """KVzip behind a prefix.
+    """KVzip on a document after a prefix.
 
     Attributes:
-        n_prefix: Tokens that are neither asked for nor pruned.
+        n_prefix: Number of tokens that are neither repeated nor pruned.
         n_kept: Entries of the document that remain, per head on average.
         tail_ids: Tokens that follow the request to repeat.
-        per_head: Exactly `n_kept` in every head, and the others really gone. Otherwise kvpress's own choice: one
-            ranking over all layers and heads (or over the heads of each layer, with `layerwise`) and as many entries
-            in total; what is pruned stays in the cache and is only marked, see `asking`.
-        held: Of the last document.
+        per_head: Whether to keep exactly `n_kept` in every head and delete the others. Otherwise kvpress's own choice:
+            one ranking over all layers and heads (or over the heads of each layer, with `layerwise`) and as many
+            entries in total; what is pruned stays in the cache and is only marked, see `asking`.
+        held: Results for the last document.
     """
 
     n_prefix: int = 0
@@ -81,7 +81,7 @@ class KVzipBehind(KVzipPress):
 
     def _prune(self, model: Any) -> None:
         if not self.per_head:
-            # The scores of the first `n_sink` are raised in there, and this is the only thing the field does by now.
+            # `compress_post` raises the scores of the first `n_sink` entries; at this point the field has no other use.
             n_sink, self.n_sink = self.n_sink, self.n_prefix
             super().compress_post(model)
             self.n_sink = n_sink

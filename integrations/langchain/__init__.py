@@ -12,13 +12,11 @@ print(chain.invoke({"input": "When does the ferry to Skarholm leave?"})["answer"
 
 `ChatKVMemory` is also an ordinary chat model. `KVMemoryRetriever` finds documents with their caches, alone or around
 another retriever, and `create_kv_chain` answers from them. `KVMemoryIndex` keeps caches in sync with a document source
-through LangChain's `index`. `KVMemoryChatMessageHistory` holds chats of any length, `KVMemoryByteStore` arbitrary
-bytes. All need the extra `langchain`.
+through LangChain's `index`. `KVMemoryChatMessageHistory` holds chats of any length. All need the extra `langchain`.
 """
 
 from __future__ import annotations
 
-from .byte_store import KVMemoryByteStore
 from .chain import create_kv_chain, create_kv_retrieval_chain
 from .chat_model import ChatKVMemory
 from .history import KVMemoryChatMessageHistory
@@ -27,7 +25,6 @@ from .retriever import KVMemoryRetriever
 
 __all__ = [
     "ChatKVMemory",
-    "KVMemoryByteStore",
     "KVMemoryChatMessageHistory",
     "KVMemoryIndex",
     "KVMemoryRetriever",

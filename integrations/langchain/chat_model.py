@@ -77,7 +77,7 @@ class ChatKVMemory(BaseChatModel):
     def __init__(self, memory: KVMemory, **options: Any) -> None:
         if not isinstance(memory, KVMemory):
             raise ConfigError(
-                f"ChatKVMemory stands on a KVMemory, not on {type(memory).__name__}",
+                f"ChatKVMemory needs a KVMemory, got {type(memory).__name__}",
                 where="memory",
                 next_step="Pass KVMemory.open(FOLDER).",
             )

@@ -179,7 +179,7 @@ class KVMemoryChatMessageHistory(BaseChatMessageHistory):
             digest = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
         except (TypeError, ValueError) as error:
             raise ConfigError(
-                f"a message must be what JSON can hold: {error}",
+                f"a message is not JSON-serialisable: {error}",
                 where=f"conversation {self._conversation.conversation_id!r}",
                 next_step="Leave its artifacts and raw responses out.",
             ) from error

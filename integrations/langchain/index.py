@@ -73,7 +73,9 @@ class KVMemoryIndex(DocumentIndex):
             ConfigError: `ids` is None. The error is a ValueError, as LangChain requires.
         """
         if ids is None:
-            raise ConfigError("no ids to delete", where="ids", next_step="Name the documents; [] deletes none.")
+            raise ConfigError(
+                "no ids to delete", where="ids", next_step="Pass the ids of the documents; [] deletes nothing."
+            )
         succeeded: list[str] = []
         for id_ in ids:
             try:
@@ -102,7 +104,7 @@ class KVMemoryIndex(DocumentIndex):
                 raise TextNotKeptError(
                     "the text of a document is not kept",
                     where=id_,
-                    next_step="Put it in with `upsert`, or add it to a memory opened with keep_text=True.",
+                    next_step="Upsert it, or add it to a memory opened with keep_text=True.",
                 )
             documents.append(Document(id=id_, page_content="\n\n".join(texts), metadata=record.metadata))
         return documents

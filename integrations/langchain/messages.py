@@ -133,7 +133,7 @@ def _role(message: BaseMessage) -> Role:
         _refuse_tools(message)
     if (role := _ROLES.get(message.role.lower())) is None:
         raise UnsupportedRequestError(
-            f"a message of the unknown role {message.role!r}",
+            f"a message has the unknown role {message.role!r}",
             where="messages",
             next_step=f"Use one of {', '.join(_ROLES)}.",
         )
@@ -151,7 +151,7 @@ def _text(message: BaseMessage) -> str:
             texts.append(str(block.get("text", "")))
         else:
             raise UnsupportedRequestError(
-                "this model reads text only",
+                "this model accepts text only",
                 where=f"a block of type {block.get('type')!r} in a message of type {message.type!r}",
                 next_step="Put a description of it into the message instead.",
             )
@@ -160,7 +160,7 @@ def _text(message: BaseMessage) -> str:
 
 def _refuse_tools(message: BaseMessage) -> NoReturn:
     raise UnsupportedRequestError(
-        "this model cannot call tools, nor read what they returned",
+        "this model cannot call tools or use their results",
         where=f"message of type {message.type!r}",
         next_step="Give the chain itself to an agent as a tool, or leave these messages out.",
     )

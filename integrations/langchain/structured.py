@@ -48,7 +48,7 @@ def json_schema_of(schema: dict[str, Any] | type) -> dict[str, Any]:
     Objects may have no additional properties unless the schema allows them explicitly, see `closed`.
 
     Raises:
-        ConfigError: `schema` is none of these.
+        ConfigError: `schema` is something else.
     """
     if isinstance(schema, dict) and _JSON_SCHEMA & schema.keys() and schema.get("type") != "function":
         return dict(closed(schema))  # LangChain's conversion requires a title, and drops keywords that tools lack
@@ -60,7 +60,7 @@ def json_schema_of(schema: dict[str, Any] | type) -> dict[str, Any]:
             found = convert_to_json_schema(schema)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"this is no schema: {error}",
+            f"not a valid schema: {error}",
             where=f"with_structured_output({schema!r:.80})",
             next_step="Pass a pydantic class, a TypedDict, or a JSON schema as a dict.",
         ) from error
@@ -98,6 +98,6 @@ def _check_whole(text: str) -> None:
         json.loads(text)
     except ValueError as error:
         raise OutputParserException(
-            f"the answer is no complete JSON: {error}. Raise max_tokens of the model, or ask for less.",
+            f"the answer is not complete JSON: {error}. Raise max_tokens of the model, or ask for less.",
             llm_output=text,
         ) from error

@@ -58,7 +58,7 @@ class KVCompressTransform(TransformComponent):
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Compress nodes; with `show_progress` a bar counts documents."""
         documents = texts_by_document(nodes, self.metadata_mode)
-        shown = get_tqdm_iterable(list(documents.items()), bool(kwargs.get("show_progress")), "Distilling documents")
+        shown = get_tqdm_iterable(list(documents.items()), bool(kwargs.get("show_progress")), "Compressing documents")
         for document_id, texts in shown:
             put_texts(self._memory, document_id, texts, extend=False, keep_text=True)
         return nodes
@@ -71,5 +71,5 @@ class KVCompressTransform(TransformComponent):
         raise ConfigError(
             "a store and its model cannot be sent to another process",
             where="num_workers of the pipeline",
-            next_step="Run the pipeline without num_workers, or distil in a pipeline of its own behind it.",
+            next_step="Run the pipeline without num_workers, or compress in a separate pipeline after it.",
         )

@@ -68,13 +68,13 @@ class KVMemoryLLM(CustomLLM):
         ```
     """
 
-    max_tokens: int = Field(default=128, ge=1, description="The longest answer, in tokens.")
-    temperature: float = Field(default=0.0, ge=0, description="0 decodes greedily.")
+    max_tokens: int = Field(default=128, ge=1, description="Maximum length of an answer in tokens.")
+    temperature: float = Field(default=0.0, ge=0, description="Sampling temperature; 0 decodes greedily.")
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     seed: int | None = None
     stop: list[str] = Field(default_factory=list)
-    timeout: float | None = Field(default=None, gt=0, description="Seconds.")
+    timeout: float | None = Field(default=None, gt=0, description="Time limit of a call in seconds.")
     _memory: KVMemory = PrivateAttr()
 
     def __init__(self, memory: KVMemory, **options: Any) -> None:
@@ -227,7 +227,7 @@ class KVMemoryLLM(CustomLLM):
         raise UnsupportedRequestError(
             "this model cannot call tools",
             where="predict_and_call",
-            next_step="Drive the agent with a model that can, and give it this query engine as a tool.",
+            next_step="Drive the agent with a model that can call tools, and give it this query engine as a tool.",
         )
 
     async def apredict_and_call(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -316,7 +316,7 @@ def _filled_in(output_cls: type[BaseModel], response: ChatResponse) -> BaseModel
         raise ConfigError(
             "the answer was cut off before its JSON was complete",
             where="max_tokens",
-            next_step="Raise max_tokens of the LLM, or bound the strings and lists of the model.",
+            next_step="Raise max_tokens of the LLM, or limit the strings and lists of the output class.",
         )
     return output_cls.model_validate_json(response.message.content or "")
 

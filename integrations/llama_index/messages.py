@@ -68,14 +68,14 @@ def turns_of(messages: Sequence[ChatMessage]) -> list[Turn]:
         role = _ROLES.get(message.role)
         if role is None or message.additional_kwargs.get("tool_calls"):
             raise UnsupportedRequestError(
-                "this model cannot call tools, nor read what they returned",
+                "this model cannot call tools or use their results",
                 where=f"message of role {message.role.value!r}",
                 next_step="Give the query engine itself to an agent as a tool, or leave these messages out.",
             )
         other = next((block for block in message.blocks if not isinstance(block, TextBlock)), None)
         if other is not None:
             raise UnsupportedRequestError(
-                "this model reads text only",
+                "this model accepts text only",
                 where=f"a {type(other).__name__} in a message of role {message.role.value!r}",
                 next_step="Put a description of it into the message instead.",
             )

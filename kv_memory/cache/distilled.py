@@ -99,7 +99,9 @@ class DistilledCache:
     def __post_init__(self) -> None:
         print_ = self.fingerprint
         if self.refined_steps < 0 or (self.fidelity is not None and not 0 <= self.fidelity < math.inf):
-            raise ConfigError(f"fidelity {self.fidelity} after {self.refined_steps} steps", where="fidelity")
+            raise ConfigError(
+                f"invalid fidelity {self.fidelity} after {self.refined_steps} refinement steps", where="fidelity"
+            )
         self._check_bias()
         if self.counts is not None:
             self._check_ragged(self.counts)
@@ -121,7 +123,7 @@ class DistilledCache:
                 where="positions",
             )
         if not 0 < self.n_kept <= self.n_tokens or not 0 < self.keep_ratio <= 1:
-            raise ConfigError(f"{self.n_kept} of {self.n_tokens} tokens kept at keep_ratio {self.keep_ratio}")
+            raise ConfigError(f"cannot keep {self.n_kept} of {self.n_tokens} tokens at keep_ratio {self.keep_ratio}")
 
     def _check_bias(self) -> None:
         if self.bias is None:
@@ -144,7 +146,7 @@ class DistilledCache:
             raise ConfigError(f"counts must be integers of shape {heads}, got {tuple(counts.shape)}", where="counts")
         n_entries = int(counts.sum())
         if int(counts.min()) < 0 or int(counts.max()) > self.n_tokens or n_entries == 0:
-            raise ConfigError(f"counts must lie in 0 to {self.n_tokens} and not all be 0", where="counts")
+            raise ConfigError(f"counts must be in the range 0 to {self.n_tokens} and not all be 0", where="counts")
         for name in ("keys", "values"):
             tensor: torch.Tensor = getattr(self, name)
             if tuple(tensor.shape) != (n_entries, print_.head_dim) or dtype_name(tensor.dtype) != print_.dtype:
@@ -264,7 +266,7 @@ class DistilledCache:
         for name, tensor in cast.items():
             if not tensor.to(self.keys.dtype).isfinite().all():
                 raise ConfigError(
-                    f"{name} hold numbers that {stored} does not",
+                    f"{name} have numbers outside the range of {stored}",
                     where=name,
                     next_step=f"Store the cache as {self.fingerprint.dtype} (storage 'auto').",
                 )

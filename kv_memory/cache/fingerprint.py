@@ -104,7 +104,7 @@ class Fingerprint:
         if self == expected:
             return
         raise FingerprintMismatchError(
-            f"cache does not belong to what is loaded: {describe_differences(self, expected)}",
+            f"cache does not match the loaded model and settings: {describe_differences(self, expected)}",
             where=where,
             next_step="Run `kv-memory add --stale` to compress its documents again, or open the store with the "
             "model, adapter and prompt that made it.",

@@ -50,7 +50,11 @@ class Keep:
     def __post_init__(self) -> None:
         given = [name for name in ("keep_ratio", "keep_tokens", "max_bytes") if getattr(self, name) is not None]
         if len(given) != 1:
-            what = f"{' and '.join(given)} exclude each other" if given else "nothing says how much to keep"
+            what = (
+                f"{' and '.join(given)} exclude each other"
+                if given
+                else "no keep_ratio, keep_tokens or max_bytes was given"
+            )
             step = "Pass one of keep_ratio, keep_tokens and max_bytes."
             raise ConfigError(what, where=given[-1] if given else "keep_ratio", next_step=step)
         if self.keep_ratio is not None:
@@ -67,8 +71,8 @@ class Keep:
 
     def __str__(self) -> str:
         if self.keep_tokens is not None:
-            return f"{self.keep_tokens:,} tokens a passage"
-        return f"keep ratio {self.keep_ratio:g}" if self.keep_ratio else f"at most {self.max_bytes:,} bytes a passage"
+            return f"{self.keep_tokens:,} tokens per passage"
+        return f"keep ratio {self.keep_ratio:g}" if self.keep_ratio else f"at most {self.max_bytes:,} bytes per passage"
 
     def check(self, fingerprint: Fingerprint) -> None:
         """Raise if the budget is too small for one entry in each layer and head, and thus for any document.

@@ -48,7 +48,7 @@ def quantize(keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor | No
             raise ConfigError(
                 f"{name} that are not finite cannot be stored as int8",
                 where=name,
-                next_step="Store the cache as it is (storage 'auto'), or look why the model made them.",
+                next_step="Store the cache as it is (storage 'auto'), or check why the model computed them.",
             )
     key_scales = _scales(_channel_peaks(keys, counts), keys.dtype)
     value_scales = _scales(values.abs().amax(-1), values.dtype)
@@ -78,14 +78,14 @@ def dequantize(
     """
     keys, values = tensors["keys"], tensors["values"]
     if keys.dtype != torch.int8 or values.dtype != torch.int8 or keys.shape != values.shape:
-        raise ConfigError("keys and values must be int8 of one shape", where="keys")
+        raise ConfigError("keys and values must be int8 of the same shape", where="keys")
     if counts is None:
         if keys.ndim != 4:
             raise ConfigError(f"keys must have 4 dimensions, got shape {tuple(keys.shape)}", where="keys")
         expected = (*keys.shape[:2], keys.shape[3])
     else:
         if keys.ndim != 2 or counts.is_floating_point() or (counts < 0).any() or int(counts.sum()) != len(keys):
-            raise ConfigError(f"counts do not belong to keys of shape {tuple(keys.shape)}", where="counts")
+            raise ConfigError(f"counts do not match keys of shape {tuple(keys.shape)}", where="counts")
         expected = (int((counts > 0).sum()), keys.shape[1])
     key_scales = _checked(tensors, "key_scales", expected, dtype)
     value_scales = _checked(tensors, "value_scales", tuple(values.shape[:-1]), dtype)
@@ -151,5 +151,5 @@ def _checked(tensors: dict[str, torch.Tensor], name: str, shape: tuple[int, ...]
             f"{name} must be {shape} of bfloat16, got {tuple(scales.shape)} of {scales.dtype}", where=name
         )
     if not ((scales >= 0) & (scales <= _limit(dtype).to(scales.device))).all():
-        raise ConfigError(f"{name} must be 0 or more, and no more than {dtype} can hold", where=name)
+        raise ConfigError(f"{name} must be 0 or more, and within the range of {dtype}", where=name)
     return scales

@@ -52,7 +52,7 @@ def add(
     paths: Annotated[
         list[str] | None, typer.Argument(metavar="PATH", help="Files and folders; - reads one text from stdin.")
     ] = None,
-    id_: Annotated[str | None, typer.Option("--id", metavar="ID", help="Names the text read from stdin.")] = None,
+    id_: Annotated[str | None, typer.Option("--id", metavar="ID", help="Id of the text read from stdin.")] = None,
     stale: Annotated[
         bool, typer.Option("--stale", help="Also compress stored passages that have no cache under these settings.")
     ] = False,
@@ -69,22 +69,21 @@ def add(
     storage: StorageOption = None,
     keep_text: KeepTextOption = None,
     encoding: Annotated[
-        str, typer.Option("--encoding", metavar="NAME", help="Of text files without a byte order mark.")
+        str, typer.Option("--encoding", metavar="NAME", help="Encoding of text files without a byte order mark.")
     ] = "utf-8",
     skip_errors: Annotated[
-        bool, typer.Option("--skip-errors", help="Leave out what cannot be read, instead of stopping before any work.")
+        bool, typer.Option("--skip-errors", help="Skip what cannot be read, instead of failing before any work.")
     ] = False,
     metadata: Annotated[
-        list[str] | None, typer.Option("--metadata", metavar="KEY=VALUE", help="Kept with each document; repeatable.")
+        list[str] | None, typer.Option("--metadata", metavar="KEY=VALUE", help="Stored with each document; repeatable.")
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     collection: CollectionOption = DEFAULT_COLLECTION,
     as_json: JsonOption = False,
 ) -> None:
-    """Read documents and keep them as distilled caches.
+    """Compress documents into distilled caches, and store those.
 
-    What is stored unchanged costs nothing, what has changed is replaced. Stopped with Ctrl-C, the same command goes on
-    where it was.
+    Unchanged documents are skipped, and changed ones replaced. After Ctrl-C, the same command resumes where it stopped.
     """
     with reporting(as_json=as_json) as out:
         if not paths and not stale:
@@ -129,7 +128,7 @@ def add(
             except KeyboardInterrupt:
                 n_documents = memory.stats().n_documents
                 stored = "1 document is" if n_documents == 1 else f"{n_documents} documents are"
-                out.stopped = f"{stored} stored; run the same command to go on."
+                out.stopped = f"{stored} stored; run the same command to resume."
                 raise
             print_report(out, report, memory.settings)
         if report.errors and not (report.added or report.replaced or report.unchanged):
@@ -141,7 +140,7 @@ def _read(paths: Sequence[str], id_: str | None, extra: dict[str, str], encoding
 
     if id_ is not None and "-" not in paths:
         raise ConfigError(
-            "--id names the text read from stdin, which is not asked for", where="--id", next_step="Add `-` as a path."
+            "--id needs a text from stdin, but `-` is not among the paths", where="--id", next_step="Add `-` as a path."
         )
     sources: list[DocumentLike] = []
     for path in paths:
@@ -166,7 +165,7 @@ def _stdin_text(encoding: str) -> str:
         raise ConfigError(f"unknown encoding {encoding!r}", where="encoding") from error
     except UnicodeDecodeError as error:
         raise EncodingError(
-            f"not valid {encoding}: byte {error.start}", where="stdin", next_step="Name its encoding with --encoding."
+            f"not valid {encoding}: byte {error.start}", where="stdin", next_step="Pass its encoding with --encoding."
         ) from error
 
 
@@ -222,7 +221,7 @@ def print_report(out: Output, report: AddReport, settings: MemorySettings) -> No
     if len(report.errors) > _SHOWN:
         out.note(f"Left out: {len(report.errors) - _SHOWN} more; --json lists them all.", style="yellow")
     if report.skipped:
-        out.note(f"{len(report.skipped)} hidden files or files of unknown type were passed over.")
+        out.note(f"{len(report.skipped)} hidden files or files of unknown type were skipped.")
     counts = (
         f"{len(report.added)} added, {len(report.replaced)} replaced, {len(report.unchanged)} unchanged, "
         f"{len(report.errors)} failed"

@@ -30,7 +30,7 @@ def advise_on(
         typer.Option("--keep-ratio", metavar="SHARE", help="0.25 or 1/4; repeatable.  [default: 1/2, 1/4, 1/8, 1/16]"),
     ] = None,
     max_kl: Annotated[
-        float, typer.Option("--max-kl", metavar="KL", help="Criteria: at most this far from the full cache, in nats.")
+        float, typer.Option("--max-kl", metavar="KL", help="Required: KL to the full cache at most this, in nats.")
     ] = 0.1,
     min_same: Annotated[
         float,
@@ -48,37 +48,40 @@ def advise_on(
         typer.Option("--adapter", metavar="FOLDER", help="A trained adapter of that model, or 'none'; as for add."),
     ] = None,
     selector: Annotated[
-        str | None, typer.Option("--selector", metavar="NAME", help="Choose tokens without an adapter; as for add.")
+        str | None, typer.Option("--selector", metavar="NAME", help="Select entries without an adapter; as for add.")
     ] = None,
     passage_tokens: PassageTokensOption = "auto",
     prompt: Annotated[
         str | None, typer.Option("--prompt", metavar="NAME", help="Prompt form: auto, chat, brief or passage.")
     ] = None,
     storage: Annotated[
-        str | None, typer.Option("--storage", metavar="NAME", help="How caches would be stored; as for add.")
+        str | None, typer.Option("--storage", metavar="NAME", help="Storage type of the caches; as for add.")
     ] = None,
     encoding: Annotated[
-        str, typer.Option("--encoding", metavar="NAME", help="Of text files without a byte order mark.")
+        str, typer.Option("--encoding", metavar="NAME", help="Encoding of text files without a byte order mark.")
     ] = "utf-8",
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of what is drawn and asked.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of passages and questions.")] = 0,
     time_limit: Annotated[
-        float | None, typer.Option("--time-limit", metavar="SECONDS", help="Stop after so long, with what is measured.")
+        float | None,
+        typer.Option("--time-limit", metavar="SECONDS", help="Stop after this time, with the results so far."),
     ] = None,
     as_json: Annotated[
         bool,
-        typer.Option("--json", help="Print one JSON object a line: one for each keep_ratio, last the recommendation."),
+        typer.Option(
+            "--json", help="Print one JSON object per line: one for each keep_ratio, then the recommendation."
+        ),
     ] = False,
 ) -> None:
-    """Measure on a sample of your documents how much can be left out, and recommend one setting.
+    """Measure on a sample of your documents how much can be dropped, and recommend a keep_ratio.
 
-    Nothing is stored. The model asks itself questions about passages drawn from the documents, and answers them from
-    the full cache and from compressed ones. KL is the distance to the full cache on its own answers, in nats a token;
-    same is the share of answers that stay the same, where an empty one never does; prefills is what compression takes,
-    in plain prefills of the passage. Recommended is the smallest keep_ratio measured with a KL of at most --max-kl and
-    at least --min-same of the answers the same.
+    Nothing is stored. The model writes questions about passages drawn from the documents, and answers them from the
+    full cache and from compressed ones. KL is the divergence from the full cache on its own answers, in nats per token.
+    same is the share of answers that stay the same; an empty answer never counts. prefills is the cost of compression,
+    in plain prefills of the passage. The recommendation is the smallest measured keep_ratio with a KL of at most
+    --max-kl and at least --min-same of the answers the same.
     """
     with reporting(as_json=as_json) as out:
-        out.stopped = "Nothing was stored; --time-limit ends it with what is measured by then."
+        out.stopped = "Nothing was stored. With --time-limit, the command stops with the results so far."
         given = given_settings(
             model=model,
             adapter=adapter,
@@ -127,9 +130,9 @@ def _print(out: Output, advice: Advice, criteria: Criteria) -> None:
     if len(advice.errors) > _SHOWN:
         out.note(f"Left out: {len(advice.errors) - _SHOWN} more.", style="yellow")
     if advice.n_too_long:
-        out.note(f"{advice.n_too_long} passages are too long for the model's window with a question, and left out.")
+        out.note(f"{advice.n_too_long} passages were left out: with a question they exceed the model's window.")
     if advice.n_unanswered:
-        out.note(f"{advice.n_unanswered} questions have no answer from the full cache either, and are left out.")
+        out.note(f"{advice.n_unanswered} questions were left out: the full cache gives no answer to them.")
     if not advice.complete:
         out.note("Stopped by the time limit.")
     from kv_memory.evaluate.report import kept_text

@@ -142,13 +142,13 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Read documents once, keep them as distilled key-value caches, answer from those.
+    """Compress documents once into distilled key-value caches, and answer questions from those.
 
-    Documents go into a store, a folder: ./kv-memory-store, unless --store or KV_MEMORY_STORE names another one. What
-    add is told about the model is remembered there.
+    Documents go into a store, which is a folder: ./kv-memory-store, unless --store or KV_MEMORY_STORE names another
+    one. The store remembers the model settings given to add.
 
     Exit codes: 0 done, 1 failed (or check found damage), 2 wrong usage, 130 stopped with Ctrl-C. KV_MEMORY_DEBUG=1
-    shows where an error comes from.
+    prints the traceback of an error.
     """
 
 
@@ -167,7 +167,7 @@ _DB_COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
 _db = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
 for _name, _function, _lines in _DB_COMMANDS:
     _db.command(_name, epilog=_examples(_lines))(_function)
-app.add_typer(_db, name="db", help="Make a store in PostgreSQL and an object store; upgrade its tables.")
+app.add_typer(_db, name="db", help="Create a store in PostgreSQL and an object store, or upgrade its tables.")
 
 _JOB_COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
     (
@@ -191,7 +191,7 @@ _JOB_COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
 _job = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
 for _name, _function, _lines in _JOB_COMMANDS:
     _job.command(_name, epilog=_examples(_lines))(_function)
-app.add_typer(_job, name="job", help="Compress many documents in worker processes, and go on after any crash.")
+app.add_typer(_job, name="job", help="Compress many documents in worker processes, and resume after any crash.")
 
 
 def main() -> None:

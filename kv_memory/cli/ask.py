@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
-
-from kv_memory.cli.output import Output
-
-if TYPE_CHECKING:
-    from kv_memory.config import DecodeSettings
-    from kv_memory.memory import Answer, KVMemory
-from typing import TYPE_CHECKING, Annotated
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -32,20 +29,13 @@ from kv_memory.cli.options import (
     decode_settings_of,
     kept_of,
 )
-from kv_memory.cli.output import reporting
-
-if TYPE_CHECKING:
-    from kv_memory.answers import ReadFrom
-import importlib
-import sys
-from collections.abc import Iterator
-from contextlib import suppress
-from typing import TYPE_CHECKING
-
+from kv_memory.cli.output import Output, reporting
 from kv_memory.errors import KVMemoryError
 
 if TYPE_CHECKING:
     from kv_memory.answers import Answer, ReadFrom
+    from kv_memory.config import DecodeSettings
+    from kv_memory.memory import KVMemory
 
 __all__ = ["answer_aloud", "ask", "chat", "print_cost", "print_sources", "typed_lines"]
 
@@ -79,7 +69,7 @@ def answer_aloud(
     elif answer.finish_reason == "length":
         out.note("The answer was cut at --max-new-tokens.")
     for document_id in answer.fallbacks:
-        out.note(f"The cache of {document_id} was damaged; its text was read instead. Repair: kv-memory add --stale")
+        out.note(f"The cache of {document_id} was damaged; its text was used instead. Repair: kv-memory add --stale")
     return answer
 
 
@@ -97,14 +87,14 @@ def print_cost(out: Output, answer: Answer) -> None:
     """Print the time to first token, and the numbers of entries and tokens behind it."""
     origin = "distilled caches" if answer.read_from == "caches" else "text in the prompt"
     out.line(
-        f"First token after {answer.ttft_s:.2f} s, from {origin}: {answer.n_cached_tokens:,} entries read, "
+        f"First token after {answer.ttft_s:.2f} s, from {origin}: {answer.n_cached_tokens:,} cached entries, "
         f"{answer.n_prompt_tokens:,} tokens prefilled.",
         style="dim",
     )
 
 
 def ask(
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="In quotes.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question, in quotes.")],
     top_k: TopKOption = None,
     max_new_tokens: MaxNewTokensOption = 128,
     temperature: TemperatureOption = 0.0,
@@ -118,10 +108,10 @@ def ask(
     collection: CollectionOption = DEFAULT_COLLECTION,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer a question from the passages that fit it.
+    """Answer a question from the passages that match it.
 
-    The passages are found by their words (BM25) and read from their distilled caches; their text does not enter the
-    prompt, unless --text asks for that.
+    Passages are found by their words (BM25). The answer is decoded from their distilled caches; their text does not
+    enter the prompt, unless --text is given.
     """
     with reporting(as_json=as_json) as out:
         settings = decode_settings_of(max_new_tokens, temperature, seed, stop)
@@ -173,7 +163,7 @@ def chat(
                 if line == "/sources":
                     _show_sources(out, answers)
                 elif line.startswith("/"):
-                    out.note(f"{line}: no such command. There are /sources and /quit.")
+                    out.note(f"{line}: no such command. Use /sources or /quit.")
                 elif as_json:
                     answers.append(memory.ask(line, top_k=top_k, settings=settings, read_from=read_from))
                 else:

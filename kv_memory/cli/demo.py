@@ -51,15 +51,15 @@ def demo(
     keep_tokens: KeepTokensOption = None,
     max_bytes: MaxBytesOption = None,
     questions: Annotated[
-        Path | None, typer.Option("--questions", metavar="FILE", help="Your questions, one a line.")
+        Path | None, typer.Option("--questions", metavar="FILE", help="Your questions, one per line.")
     ] = None,
-    top_k: Annotated[int, typer.Option("--top-k", metavar="N", help="Passages to answer from, at most.")] = 1,
+    top_k: Annotated[int, typer.Option("--top-k", metavar="N", help="Maximum number of passages to answer from.")] = 1,
     limit: Annotated[
         int | None,
         typer.Option(
             "--limit",
             metavar="N",
-            help=f"Ask at most so many questions.  [default: {_ASKED} of its own {len(QUESTIONS)}; all of yours]",
+            help=f"Maximum number of questions to ask.  [default: {_ASKED} of its own {len(QUESTIONS)}; all of yours]",
         ),
     ] = None,
     keep: Annotated[
@@ -72,8 +72,8 @@ def demo(
 
     Documents are compressed, then each question is answered both ways by the same model, over the same passages.
 
-    By default it reads the first paragraphs about some Python packages installed here, and asks questions about them
-    whose answers are known, in about two minutes. Nothing is prepared: all is made while you watch.
+    By default it compresses the first paragraphs of the descriptions of some Python packages installed here, and asks
+    questions about them with known answers, in about two minutes. Nothing is prepared in advance.
     """
     with reporting(as_json=as_json) as out, ExitStack() as stack:
         if limit is not None and limit < 1:
@@ -90,7 +90,7 @@ def demo(
             out.stopped = "The temporary store is deleted."
             keep_in = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kv-memory-demo-")))
         else:
-            out.stopped = f"What was compressed is in {keep}; the same command goes on."
+            out.stopped = f"The compressed documents are in {keep}; run the same command to resume."
             keep_in = keep
         # The texts are kept, because every question is also answered from text.
         memory = stack.enter_context(
@@ -105,7 +105,9 @@ def demo(
             print_compressed(out, compressed, memory)
         asked = _choose(out, wanted, documents, from_packages=docs is None, limit=limit)
         if not asked:
-            raise ConfigError("there are no questions to ask", where="--questions", next_step="Pass a file with some.")
+            raise ConfigError(
+                "there are no questions to ask", where="--questions", next_step="Pass a file with questions."
+            )
         results = compare(
             memory, asked, top_k=top_k, settings=_SETTINGS, on_result=lambda result: print_result(out, result)
         )
@@ -122,7 +124,7 @@ def _read(docs: Path | None) -> list[Document]:
     documents = list(read_documents(docs).documents) if docs is not None else package_documents(PACKAGES)
     if not documents:
         raise UnreadableDocumentError(
-            "none of the packages that the demo reads about is installed here", next_step="Pass --docs FOLDER."
+            "none of the packages that the demo describes is installed here", next_step="Pass --docs FOLDER."
         )
     return documents
 
@@ -132,7 +134,9 @@ def _lines(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UnreadableDocumentError(
-            f"the questions cannot be read: {error}", where=str(path), next_step="Pass a text file, a question a line."
+            f"the questions cannot be read: {error}",
+            where=str(path),
+            next_step="Pass a text file with one question per line.",
         ) from error
     return [line.strip() for line in lines if line.strip()]
 
@@ -148,12 +152,12 @@ def _choose(
 
 def _typed(out: Output, documents: Sequence[Document]) -> list[str]:
     if sys.stdin.isatty() and not out.as_json:
-        out.note("Your questions, one a line; Ctrl-D ends.")
+        out.note("Type your questions, one per line; Ctrl-D ends.")
         typed = list(typed_lines(out))
         if typed:
             return typed
     out.note(
-        "No questions were given, so they are made from headings and names. Yours will fit better: --questions FILE"
+        "No questions were given, so they are made from headings and names. Pass better ones with --questions FILE"
     )
     return derived_questions(documents)
 

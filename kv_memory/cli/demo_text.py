@@ -48,12 +48,12 @@ def introduce(out: Output, documents: Sequence[Document], model: str, *, from_pa
     if out.as_json:
         return
     if model in BUILT_IN:
-        size = ", small enough to try things with and often wrong" if model == "smollm2" else ""
+        size = ", which is small and often wrong" if model == "smollm2" else ""
         out.line(f"The model is {BUILT_IN[model].title}{size}.", style="bold")
     if from_packages:
         out.line(
-            f"It reads what {len(documents)} installed Python packages say about themselves (the first paragraphs, as "
-            f"prose): {', '.join(document.id for document in documents)}."
+            f"The documents are the descriptions of {len(documents)} installed Python packages (the first paragraphs, "
+            f"as prose): {', '.join(document.id for document in documents)}."
         )
 
 
@@ -89,7 +89,7 @@ def print_result(out: Output, result: Comparison) -> None:
     out.line()
     out.line(result.question, style="bold")
     if result.document_id is None:
-        out.line("  no passage shares a word with it")
+        out.line("  no passage shares a word with this question")
         return
     for name, answer in (("caches", result.caches), ("text", result.text)):
         judged = {True: "  right", False: "  wrong", None: ""}[result.is_right(answer)]
@@ -116,7 +116,7 @@ def print_end(out: Output, overall: Medians | None, *, model: str, keep: Path | 
         )
         out.line()
     if keep is not None:
-        out.line(f'The store is kept. Ask it more: kv-memory ask --store {keep} --collection demo "QUESTION"')
+        out.line(f'The store is kept. Ask more questions: kv-memory ask --store {keep} --collection demo "QUESTION"')
     if model in BUILT_IN:
-        out.line("The same on a model and documents of your own:")
+        out.line("To try your own model and documents:")
         out.line("  kv-memory demo --model Qwen/Qwen2.5-1.5B-Instruct --docs DIR")

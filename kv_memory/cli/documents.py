@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from kv_memory.cli.open_store import open_store
-from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, CollectionOption, JsonOption, StoreOption
-from kv_memory.cli.output import reporting
-from kv_memory.errors import DocumentNotFoundError
-
-if TYPE_CHECKING:
-    from kv_memory.store import DocumentSummary
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kv_memory.cli.output import Output, plain, size_text
+from kv_memory.cli.open_store import open_store
+from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, CollectionOption, JsonOption, StoreOption
+from kv_memory.cli.output import Output, plain, reporting, size_text
+from kv_memory.errors import ConfigError, DocumentNotFoundError
 
 if TYPE_CHECKING:
-    from kv_memory.store import CacheInfo, DocumentRecord
-from kv_memory.errors import ConfigError
+    from kv_memory.store import CacheInfo, DocumentRecord, DocumentSummary
 
 __all__ = ["find_document_id", "list_documents", "remove", "show"]
 
@@ -49,13 +42,13 @@ def find_document_id(given: str, ids: Sequence[str]) -> str:
         return found[0]
     if not found:
         raise DocumentNotFoundError(
-            "no document is named so", where=given, next_step="`kv-memory list` shows the documents there are."
+            f"no document matches {given!r}", where=given, next_step="`kv-memory list` shows all documents."
         )
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     raise DocumentNotFoundError(
-        f"{len(found)} documents could be meant: {', '.join(found[:_SHOWN])}{more}",
+        f"{len(found)} documents match: {', '.join(found[:_SHOWN])}{more}",
         where=given,
-        next_step="Give the whole id, or more of it.",
+        next_step="Pass the whole id, or a longer part of it.",
     )
 
 
@@ -89,7 +82,7 @@ def list_documents(
 def _text_of(document: DocumentSummary) -> str:
     if document.n_texts == document.n_passages:
         return "kept"
-    return f"of {document.n_texts:,}" if document.n_texts else "-"
+    return f"{document.n_texts:,} kept" if document.n_texts else "-"
 
 
 _BEGINNING = 60
@@ -129,7 +122,7 @@ def _print(out: Output, record: DocumentRecord, caches: list[CacheInfo]) -> None
     out.table(("Passage", "Tokens", "Begins with"), rows, right=("Passage", "Tokens"))
     out.line()
     if not caches:
-        out.note("It has no distilled caches. Make them: kv-memory add --stale")
+        out.note("This document has no distilled caches. Make them: kv-memory add --stale")
         return
     ordinals = {passage.text_sha256: ordinal for ordinal, passage in enumerate(record.passages)}
     cells = [
@@ -163,8 +156,8 @@ def remove(
         bool,
         typer.Option(
             "--purge",
-            help="Leave no byte of them in any file of the store: quarantine, index, free pages and logs of databases. "
-            "Without an ID, of what was removed before.",
+            help="Erase every byte of them from all files of the store: quarantine, index, free pages and logs of "
+            "databases. Without an ID, erase what was removed earlier.",
         ),
     ] = False,
     store: StoreOption = DEFAULT_STORE,
@@ -173,19 +166,19 @@ def remove(
 ) -> None:
     """Delete documents with their passages and distilled caches.
 
-    Nothing is deleted unless every name means exactly one document. The files they came from are not touched. Nor does
-    --purge reach backups, the log of a PostgreSQL server, old versions in a bucket, and copies on other machines, where
-    kv-memory remove --purge without an ID removes them.
+    Nothing is deleted unless every name matches exactly one document. The source files are not touched. --purge does
+    not reach backups, the log of a PostgreSQL server, old versions in a bucket, or copies on other machines: run
+    kv-memory remove --purge without an ID on each of those machines.
     """
     with reporting(as_json=as_json) as out:
         if not documents and not purge:
-            raise ConfigError("no document is named", where="ID", next_step="`kv-memory list` shows the ids.")
+            raise ConfigError("no document was given", where="ID", next_step="`kv-memory list` shows the ids.")
         with open_store(out, store, collection) as opened:
             ids = [summary.id for summary in opened.documents()] if documents else []
             chosen = list(dict.fromkeys(find_document_id(name, ids) for name in documents or ()))
             out.stopped = "What was deleted stays deleted; run the same command for the rest."
             if purge:
-                out.stopped = "What was deleted stays deleted; end it with `kv-memory remove --purge`, without an ID."
+                out.stopped = "What was deleted stays deleted; finish with `kv-memory remove --purge`, without an ID."
                 with out.working("Purging"):
                     report = opened.purge(*chosen)
             else:
@@ -200,4 +193,4 @@ def remove(
                 out.line(f"Purged {id_}")
             out.line(f"{size_text(report.freed_bytes)} of caches and leftovers removed; the databases were rewritten.")
             if report.n_blobs_shared:
-                out.note(f"{report.n_blobs_shared:,} caches stay: other collections have equal texts.")
+                out.note(f"{report.n_blobs_shared:,} caches were kept: other collections have the same texts.")

@@ -28,7 +28,7 @@ __all__ = ["BY", "evaluate_task", "print_rows", "report"]
 BY = typer.Option(
     "--by",
     metavar="NAME",
-    help="A row for each: k or place (multidoc), length or kind (ruler); repeatable; others are averaged.  "
+    help="One row per value of k or place (multidoc), length or kind (ruler); repeatable; others are averaged.  "
     "[default: k; length and kind]",
 )
 
@@ -41,8 +41,8 @@ def evaluate_task(
         Path | None,
         typer.Argument(
             metavar="[FILE]",
-            help="qa: your own questions, a JSON object a line: {context, question, answer}, or {document, question, "
-            "answer} with --documents. An answer may be a list of those that are right.",
+            help="qa: your own questions, one JSON object per line: {context, question, answer}, or {document, "
+            "question, answer} with --documents. An answer may be a list of accepted answers.",
         ),
     ] = None,
     method: Annotated[
@@ -71,18 +71,18 @@ def evaluate_task(
     ] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[
-        str, typer.Option("--device", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda:1, ...")
+        str, typer.Option("--device", metavar="NAME", help="auto (a GPU if there is one), cpu, cuda:1, ...")
     ] = "auto",
     layout: Annotated[
-        str, typer.Option("--layout", metavar="NAME", help="How documents are placed: source or packed.")
+        str, typer.Option("--layout", metavar="NAME", help="Positions of documents: source or packed.")
     ] = "source",
     storage: Annotated[
         str,
         typer.Option(
             "--storage",
             metavar="NAME",
-            help="Write and read every compressed cache in this form before it is asked: float32, bfloat16, float16 or "
-            "int8; 'auto' leaves them as they are.",
+            help="Save and load every compressed cache as this type before it is evaluated: float32, bfloat16, float16 "
+            "or int8; 'auto' leaves caches unchanged.",
         ),
     ] = "auto",
     n_documents: Annotated[
@@ -90,7 +90,7 @@ def evaluate_task(
         typer.Option(
             "--n-documents",
             metavar="N",
-            help="At most so many, up to 5 questions each; ruler: of each kind and length; qa: all.  [default: 60]",
+            help="Maximum number, with up to 5 questions each (qa: all); ruler: per kind and length.  [default: 60]",
         ),
     ] = None,
     min_tokens: Annotated[
@@ -101,18 +101,20 @@ def evaluate_task(
         typer.Option(
             "--max-tokens",
             metavar="N",
-            help="Leave longer documents out; quality, squality and qa cut them.  [default: what the window holds]",
+            help="Leave longer documents out; quality, squality and qa cut them.  [default: the model's window]",
         ),
     ] = None,
     seed: Annotated[
         int,
         typer.Option(
-            "--seed", metavar="N", help="Of needles, spans, distractors, ruler, the random method and intervals."
+            "--seed", metavar="N", help="Seed of needles, spans, distractors, ruler, the random method and intervals."
         ),
     ] = 0,
     corpus: Annotated[
         list[str] | None,
-        typer.Option("--corpus", metavar="PATH", help="spans: folders, files, archives or names of sets; repeatable."),
+        typer.Option(
+            "--corpus", metavar="PATH", help="spans: folders, files, archives or names of data sets; repeatable."
+        ),
     ] = None,
     held_out: Annotated[
         float | None,
@@ -121,7 +123,9 @@ def evaluate_task(
     haystack: Annotated[
         Path | None,
         typer.Option(
-            "--haystack", metavar="FOLDER", help="needle, ruler: texts to hide in.  [default: the data folder's]"
+            "--haystack",
+            metavar="FOLDER",
+            help="needle, ruler: texts to hide needles in.  [default: the data folder's]",
         ),
     ] = None,
     length: Annotated[
@@ -143,17 +147,20 @@ def evaluate_task(
     k: Annotated[
         list[int] | None,
         typer.Option(
-            "--k", metavar="N", help="multidoc: passages read together; repeatable.  [default: 1, 2, 3, 5, 10]"
+            "--k", metavar="N", help="multidoc: passages per question; repeatable.  [default: 1, 2, 3, 5, 10]"
         ),
     ] = None,
     n_places: Annotated[
         int | None,
         typer.Option(
-            "--n-places", metavar="N", help="multidoc: places of the right passage, evenly spread.  [default: all]"
+            "--n-places",
+            metavar="N",
+            help="multidoc: number of places of the right passage, evenly spread.  [default: all]",
         ),
     ] = None,
     distractors: Annotated[
-        str, typer.Option("--distractors", metavar="NAME", help="multidoc: passages of other articles, or of the same.")
+        str,
+        typer.Option("--distractors", metavar="NAME", help="multidoc: passages of other articles, or of the same one."),
     ] = "other",
     kind: Annotated[
         list[str] | None,
@@ -167,48 +174,51 @@ def evaluate_task(
     by: Annotated[list[str] | None, BY] = None,
     documents: Annotated[
         Path | None,
-        typer.Option("--documents", metavar="FOLDER", help="qa: where the documents lie that its lines name."),
+        typer.Option("--documents", metavar="FOLDER", help="qa: folder of the documents that its lines name."),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data", envvar="KV_MEMORY_DATA", metavar="FOLDER", help="Where the sets lie."),
+        typer.Option("--data", envvar="KV_MEMORY_DATA", metavar="FOLDER", help="Folder of the data sets."),
     ] = None,
-    refine_steps: Annotated[int, typer.Option("--refine-steps", metavar="N", help="refined: at most so many.")] = 48,
+    refine_steps: Annotated[
+        int, typer.Option("--refine-steps", metavar="N", help="refined: maximum number of steps.")
+    ] = 48,
     refine_from: Annotated[
         str,
         typer.Option(
             "--refine-from",
             metavar="NAME",
-            help="refined: adapter, combined, matched, reconstruction, attention or sink_recent; auto is the adapter "
-            "where there is one, else matched.",
+            help="refined: start from adapter, combined, matched, reconstruction, attention or sink_recent; auto is "
+            "the adapter if there is one, otherwise matched.",
         ),
     ] = "auto",
     generate: Annotated[
-        bool, typer.Option("--generate/--no-generate", help="Decode answers; without them it is quicker.")
+        bool, typer.Option("--generate/--no-generate", help="Decode answers; without them evaluation is faster.")
     ] = True,
     out_folder: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FOLDER", help="Keep what is measured here; the same command goes on from it."),
+        typer.Option("--out", metavar="FOLDER", help="Save results here; the same command resumes from them."),
     ] = None,
     time_limit: Annotated[
-        float | None, typer.Option("--time-limit", metavar="SECONDS", help="Stop measuring after so long.")
+        float | None, typer.Option("--time-limit", metavar="SECONDS", help="Stop measuring after this time.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line, one for each row.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line, one for each row.")] = False,
 ) -> None:
     """Measure what answers lose when documents are compressed.
 
     The same model answers the same questions from the full cache, without the document, and from what each method
-    keeps. kl and nll are in nats a token: kl is the distance to the full cache on its own answers, nll the surprise at
-    the reference. retention is the share of the score between none and full that is left.
+    keeps. kl and nll are in nats per token: kl is the divergence from the full cache on its own answers, nll the
+    negative log-likelihood of the reference answer. retention is the share of the score between none and full that
+    remains.
 
     Tasks: squad (questions about a paragraph), quality (multiple choice about a story), squality (summaries),
     needle (a sentence in a haystack), spans (the words of the document itself; for any corpus), multidoc (a question
-    about one of k passages that are read together), ruler (RULER's synthetic tasks), qa (your own questions).
+    about one of k passages in the same context), ruler (RULER's synthetic tasks), qa (your own questions).
     """
     with reporting(as_json=as_json) as out:
-        out.stopped = "Nothing is kept; pass --out FOLDER to go on later."
+        out.stopped = "Nothing was saved; pass --out FOLDER to be able to resume."
         if out_folder is not None:
-            out.stopped = f"What was measured is in {out_folder}; the same command goes on."
+            out.stopped = f"The results so far are in {out_folder}; run the same command to resume."
         settings: dict[str, Any] = {
             "n_documents": n_documents,
             "min_tokens": min_tokens,
@@ -247,7 +257,7 @@ def evaluate_task(
         if task == "qa":
             read_questions(chosen)
         elif questions is not None:
-            raise ConfigError("a file of questions is for qa", where=task, next_step="kv-memory eval qa FILE")
+            raise ConfigError("only qa takes a file of questions", where=task, next_step="kv-memory eval qa FILE")
         refine = RefineSettings(steps=refine_steps)
         backbone, loaded = _load(out, model, adapter, dtype=dtype, device=device, prompt=prompt)
         with EvalTracker(out) as tracker:
@@ -290,7 +300,7 @@ def _load(
 def _print(out: Output, result: Evaluation, folder: Path | None) -> None:
     print_rows(out, result.rows)
     if not result.complete:
-        again = "the same command goes on" if folder is not None else "pass --out FOLDER to go on another time"
+        again = "run the same command to resume" if folder is not None else "pass --out FOLDER to be able to resume"
         out.note(f"Stopped by the time limit, {result.n_finished} of {result.n_documents} documents finished; {again}.")
 
 
@@ -315,7 +325,7 @@ def report(
         list[str],
         typer.Argument(
             metavar="PATH...",
-            help="Folders of `eval --out` or of benchmarks/peers. LABEL=FOLDER sets adapters of one name apart.",
+            help="Folders of `eval --out` or of benchmarks/peers. LABEL=FOLDER labels the adapter in the table.",
         ),
     ],
     to: Annotated[
@@ -323,17 +333,17 @@ def report(
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", metavar="NAME", help="Only this one, by its name in the table; repeatable."),
+        typer.Option("--method", metavar="NAME", help="Only this method, by its name in the table; repeatable."),
     ] = None,
     keep_ratio: Annotated[
-        list[str] | None, typer.Option("--keep-ratio", metavar="SHARE", help="Only this one, e.g. 1/8; repeatable.")
+        list[str] | None, typer.Option("--keep-ratio", metavar="SHARE", help="Only this ratio, e.g. 1/8; repeatable.")
     ] = None,
     unpaired: Annotated[
         bool, typer.Option("--unpaired", help="Use all documents of each row, not only those that all rows have.")
     ] = False,
     by: Annotated[list[str] | None, BY] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the intervals.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line, one for each row.")] = False,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the intervals.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line, one for each row.")] = False,
 ) -> None:
     """Make one table from several evaluations, and plot it.
 

@@ -59,9 +59,7 @@ __all__ = [
 
 JsonLinesOption = Annotated[
     bool,
-    typer.Option(
-        "--json", help="Print one JSON object a line for everything that happens; the last one is the summary."
-    ),
+    typer.Option("--json", help="Print one JSON object per line for every event; the last one is the summary."),
 ]
 
 
@@ -70,8 +68,8 @@ def run(
         list[str] | None,
         typer.Argument(
             metavar="SOURCE",
-            help="Files, folders, patterns in quotes ('notes/**/*.md'); .jsonl and .parquet files, whose records are a "
-            "document each; a docstore.json of LlamaIndex; hub:OWNER/NAME[:SPLIT]; sql:URL with --query.",
+            help="Files, folders, patterns in quotes ('notes/**/*.md'); .jsonl and .parquet files, one document per "
+            "record; a docstore.json of LlamaIndex; hub:OWNER/NAME[:SPLIT]; sql:URL with --query.",
         ),
     ] = None,
     sync: Annotated[
@@ -79,20 +77,22 @@ def run(
         typer.Option(
             "--sync",
             metavar="DIR",
-            help="Make the collection equal to this folder: what is new or has changed is compressed, what is gone "
+            help="Make the collection equal to this folder: new and changed documents are compressed, missing ones "
             "deleted.",
         ),
     ] = None,
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="Sync although that deletes documents that are not from the folder, or all there are."
+            "--force", help="Sync even if that deletes documents that are not from the folder, or all documents."
         ),
     ] = False,
     workers: WorkersOption = 1,
     engine: EngineOption = "local",
     gpus_per_worker: GpusOption = None,
-    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Of the job.  [default: the time]")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", metavar="NAME", help="Name of the job.  [default: the time]")
+    ] = None,
     glob: GlobOption = None,
     id_field: IdFieldOption = "id",
     text_field: TextFieldOption = "text",
@@ -117,9 +117,8 @@ def run(
 ) -> None:
     """Compress the documents of files, folders, tables and data sets, in worker processes.
 
-    Whatever is killed, what is done stays done: `kv-memory job resume` goes on with the document that was in hand. A
-    document that cannot be read fails alone, and the job ends with exit code 1. Documents that are stored unchanged
-    cost a hash.
+    Completed documents survive any crash: `kv-memory job resume` continues with the document that was in progress. A
+    document that cannot be read fails alone, and the job ends with exit code 1. Unchanged documents cost only a hash.
     """
     with reporting(as_json=as_json) as out:
         out.one_line = True
@@ -157,10 +156,10 @@ def run(
 
 def resume(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Of the job.  [default: the newest that is not done]")
+        str | None, typer.Argument(metavar="NAME", help="Name of the job.  [default: the newest that is not done]")
     ] = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try the documents that have failed once more.")
+        bool, typer.Option("--retry-failed", help="Also retry the documents that have failed.")
     ] = False,
     workers: WorkersOption = 1,
     engine: EngineOption = "local",
@@ -169,9 +168,9 @@ def resume(
     collection: CollectionOption = DEFAULT_COLLECTION,
     as_json: JsonLinesOption = False,
 ) -> None:
-    """Go on with a job, after Ctrl-C, a crash or a failure.
+    """Resume a job after Ctrl-C, a crash or a failure.
 
-    What is done is not done again.
+    Completed documents are not compressed again.
     """
     with reporting(as_json=as_json) as out:
         out.one_line = True
@@ -192,7 +191,7 @@ def _newest(jobs: list[Job], store: Path, *, retry_failed: bool) -> Job:
         if job.state in states:
             return job
     raise JobError(
-        "no job is left to go on with",
+        "no job is left to resume",
         where=str(store),
         next_step="List them with `kv-memory job list`, or start one with `kv-memory job run`.",
     )
@@ -209,9 +208,9 @@ def _engine_of(name: str, store: Store, workers: int, gpus: float | None) -> Eng
         )
     if gpus is not None:
         raise ConfigError(
-            "--gpus-per-worker is for --engine ray",
+            "--gpus-per-worker needs --engine ray",
             where="gpus_per_worker",
-            next_step="Leave it out: local workers have a GPU each, as far as they go.",
+            next_step="Leave it out: each local worker has its own GPU, while there are enough.",
         )
     from kv_memory.jobs.engines.local import LocalEngine
 
@@ -238,7 +237,7 @@ def _drive(
     from kv_memory.jobs.driver import drive
 
     go_on = f"kv-memory job resume {job.name}{_where(store, job)}"
-    out.stopped = f"What is done stays done; `{go_on}` goes on."
+    out.stopped = f"Completed documents are stored; `{go_on}` resumes the job."
     if job.state == "done" and not retry_failed and not out.as_json:
         out.note(f"Job {job.name} is done; nothing is left to do.")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # they would interfere with the tracker's bar
@@ -246,11 +245,13 @@ def _drive(
         ended = drive(store, job, engine, resumed=resumed, retry_failed=retry_failed, on_event=tracker)
     print_ended(out, ended)
     if not out.as_json and not job.sources["sync"] and not _n_documents(ended):
-        out.note("No document was found. Of folders, files of known types are taken; --glob names others.")
+        out.note("No document was found. Folders contribute only files of known types; --glob selects others.")
     if ended.failed:
         if not out.as_json:
-            out.note(f"`kv-memory job show {job.name}{_where(store, job)}` says what to do about what has failed.")
-            out.note(f"`{go_on} --retry-failed` tries it once more.")
+            out.note(
+                f"`kv-memory job show {job.name}{_where(store, job)}` lists the failed documents and how to fix them."
+            )
+            out.note(f"`{go_on} --retry-failed` retries them.")
         raise typer.Exit(FAILED)
 
 
@@ -260,12 +261,12 @@ WorkersOption = Annotated[
         "--workers",
         metavar="N",
         min=1,
-        help="Worker processes, each with a model of its own: as many as there are GPUs; on CPUs they share the cores.",
+        help="Worker processes, each with its own model: as many as there are GPUs; on CPUs they share the cores.",
     ),
 ]
 EngineOption = Annotated[
     str,
-    typer.Option("--engine", metavar="NAME", help="local: processes of this machine. ray: actors of a Ray cluster."),
+    typer.Option("--engine", metavar="NAME", help="local: processes on this machine. ray: actors in a Ray cluster."),
 ]
 GpusOption = Annotated[
     float | None,
@@ -273,7 +274,7 @@ GpusOption = Annotated[
         "--gpus-per-worker",
         metavar="N",
         min=0,
-        help="With --engine ray: GPUs of each worker; 0.5 for two that share one.  [default: 1 where there are any]",
+        help="With --engine ray: GPUs per worker; 0.5 for two workers on one GPU.  [default: 1 if there are any]",
     ),
 ]
 GlobOption = Annotated[
@@ -281,7 +282,7 @@ GlobOption = Annotated[
     typer.Option(
         "--glob",
         metavar="PATTERN",
-        help="For folders: which files, e.g. '*.md' or 'reports/**/*.txt'.  [default: those of known types]",
+        help="Files to take from folders, e.g. '*.md' or 'reports/**/*.txt'.  [default: those of known types]",
     ),
 ]
 IdFieldOption = Annotated[
@@ -289,11 +290,11 @@ IdFieldOption = Annotated[
     typer.Option(
         "--id-field",
         metavar="NAME",
-        help="Which field or column of a record names it; without one it is named FILE#NUMBER.",
+        help="Field or column with a record's id; a record without one gets the id FILE#NUMBER.",
     ),
 ]
 TextFieldOption = Annotated[
-    str, typer.Option("--text-field", metavar="NAME", help="Which field or column of a record is its text.")
+    str, typer.Option("--text-field", metavar="NAME", help="Field or column with a record's text.")
 ]
 QueryOption = Annotated[
     str | None,
@@ -302,7 +303,7 @@ QueryOption = Annotated[
     ),
 ]
 EncodingOption = Annotated[
-    str, typer.Option("--encoding", metavar="NAME", help="Of text files without a byte order mark.")
+    str, typer.Option("--encoding", metavar="NAME", help="Encoding of text files without a byte order mark.")
 ]
 MaxAttemptsOption = Annotated[
     int,
@@ -310,6 +311,6 @@ MaxAttemptsOption = Annotated[
         "--max-attempts",
         metavar="N",
         min=1,
-        help="How many workers may die over one document before it counts as failed.",
+        help="Number of workers that may die over one document before it counts as failed.",
     ),
 ]

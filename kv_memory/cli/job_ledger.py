@@ -19,7 +19,9 @@ __all__ = ["cancel", "list_jobs", "show_job"]
 
 _SHOWN = 20
 
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Of the job; `kv-memory job list` has them.")]
+NameArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of the job; `kv-memory job list` shows all names.")
+]
 
 
 def list_jobs(
@@ -27,7 +29,7 @@ def list_jobs(
 ) -> None:
     """List the jobs of the collection, the newest first.
 
-    An interrupted job is one that nobody runs any more; `kv-memory job resume` goes on with it.
+    A job is interrupted if no process runs it any more; `kv-memory job resume` resumes it.
     """
     with reporting(as_json=as_json) as out, open_store(out, store, collection) as opened:
         from kv_memory.jobs import Ledger
@@ -50,7 +52,7 @@ def list_jobs(
             for job, counts in found
         ]
         if rows:
-            columns = ("Job", "State", "Done", "Left", "Failed", "Begun (UTC)", "Sources")
+            columns = ("Job", "State", "Done", "Left", "Failed", "Started (UTC)", "Sources")
             out.table(columns, rows, right=("Done", "Left", "Failed"))
         else:
             out.line("No jobs. `kv-memory job run SOURCE...` starts one.")
@@ -65,7 +67,7 @@ def show_job(
     collection: CollectionOption = DEFAULT_COLLECTION,
     as_json: JsonOption = False,
 ) -> None:
-    """Show how far a job is, and which documents have failed, with their errors."""
+    """Show the progress of a job, and its failed documents with their errors."""
     with reporting(as_json=as_json) as out, open_store(out, store, collection) as opened:
         from kv_memory.jobs import Ledger
 
@@ -83,8 +85,8 @@ def show_job(
             ("Model", f"{memory.get('model')}, {_kept_text(memory)}"),
             (
                 "Documents",
-                f"{counts.done:,} done, {counts.running:,} in hand, {counts.pending:,}{'' if job.discovered else '+'} "
-                f"to do, {counts.failed:,} failed, {counts.cancelled:,} cancelled",
+                f"{counts.done:,} done, {counts.running:,} in progress, {counts.pending:,}"
+                f"{'' if job.discovered else '+'} to do, {counts.failed:,} failed, {counts.cancelled:,} cancelled",
             ),
         ]
         if counts.n_passages:
@@ -93,7 +95,7 @@ def show_job(
                 ("Tokens", f"{counts.n_tokens:,} in {count_text(counts.n_passages, 'passage')}"),
                 ("Distilled", f"{size_text(counts.cache_bytes)}, {smaller}"),
             ]
-        rows.append(("Begun", f"{job.created_at:%Y-%m-%d %H:%M:%S} UTC"))
+        rows.append(("Started", f"{job.created_at:%Y-%m-%d %H:%M:%S} UTC"))
         if job.finished_at is not None:
             rows.append(("Ended", f"{job.finished_at:%Y-%m-%d %H:%M:%S} UTC"))
         if job.n_unchanged or job.n_deleted:
@@ -108,9 +110,9 @@ def show_job(
         if len(broken) < counts.failed:
             out.line(f"... and {counts.failed - len(broken):,} more; --failed lists them all.")
         if job.state == "interrupted":
-            out.line(f"`kv-memory job resume {job.name}` goes on.")
+            out.line(f"`kv-memory job resume {job.name}` resumes it.")
         elif job.state == "done" and broken:
-            out.line(f"`kv-memory job resume {job.name} --retry-failed` tries what has failed once more.")
+            out.line(f"`kv-memory job resume {job.name} --retry-failed` retries the failed documents.")
 
 
 def cancel(
@@ -119,7 +121,7 @@ def cancel(
     collection: CollectionOption = DEFAULT_COLLECTION,
     as_json: JsonOption = False,
 ) -> None:
-    """End a job for good. Documents that workers have in hand are finished, and what is done stays."""
+    """Cancel a job permanently. Documents in progress are finished, and completed ones stay."""
     with reporting(as_json=as_json) as out, open_store(out, store, collection) as opened:
         from kv_memory.jobs import Ledger
 

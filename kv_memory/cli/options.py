@@ -49,9 +49,7 @@ __all__ = [
 StoreOption = Annotated[
     Path, typer.Option("--store", envvar="KV_MEMORY_STORE", metavar="FOLDER", help="The store's folder.")
 ]
-CollectionOption = Annotated[
-    str, typer.Option("--collection", metavar="NAME", help="Which of the store's collections.")
-]
+CollectionOption = Annotated[str, typer.Option("--collection", metavar="NAME", help="Collection in the store.")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object; errors as {'error': ...} with exit code 1 or 2.")
 ]
@@ -61,7 +59,7 @@ ModelOption = Annotated[
         "--model",
         metavar="NAME",
         help="A built-in model (qwen-0.5b, smollm2), a model folder, or a Hugging Face hub id.  [default: the store's; "
-        "at first qwen-0.5b, or smollm2 where only that is prepared]",
+        "in a new store qwen-0.5b, or smollm2 if only that is prepared]",
     ),
 ]
 AdapterOption = Annotated[
@@ -69,8 +67,8 @@ AdapterOption = Annotated[
     typer.Option(
         "--adapter",
         metavar="FOLDER",
-        help="A trained adapter of that model, or 'none'.  [default: the store's; at first 'shipped' for smollm2, none "
-        "for others]",
+        help="A trained adapter of that model, or 'none'.  [default: the store's; in a new store 'shipped' for "
+        "smollm2, none for others]",
     ),
 ]
 KeepRatioOption = Annotated[
@@ -78,7 +76,7 @@ KeepRatioOption = Annotated[
     typer.Option(
         "--keep-ratio",
         metavar="SHARE",
-        help="Share of the tokens kept: 0.125 or 1/8.  [default: the store's; at first 1/4]",
+        help="Share of the tokens kept: 0.125 or 1/8.  [default: the store's; in a new store 1/4]",
     ),
 ]
 KeepTokensOption = Annotated[
@@ -86,7 +84,7 @@ KeepTokensOption = Annotated[
     typer.Option(
         "--keep-tokens",
         metavar="N",
-        help="In the place of --keep-ratio: how many tokens are kept of each passage, however long it is.",
+        help="Instead of --keep-ratio: number of tokens kept of each passage, whatever its length.",
     ),
 ]
 MaxBytesOption = Annotated[
@@ -94,7 +92,7 @@ MaxBytesOption = Annotated[
     typer.Option(
         "--max-bytes",
         metavar="SIZE",
-        help="In the place of --keep-ratio: what the file of a passage's cache may take, e.g. 300KB or 2MB.",
+        help="Instead of --keep-ratio: maximum size of a passage's cache file, e.g. 300KB or 2MB.",
     ),
 ]
 SelectorOption = Annotated[
@@ -102,9 +100,9 @@ SelectorOption = Annotated[
     typer.Option(
         "--selector",
         metavar="NAME",
-        help="Choose entries without an adapter: matched (closest), reconstruction (half the time), attention "
-        "(quickest) or sink_recent. Or with one: combined (closer than the adapter alone, for twice the time).  "
-        "[default: the store's; at first the adapter, matched where there is none]",
+        help="Select entries without an adapter: matched (closest), reconstruction (half the time), attention "
+        "(fastest) or sink_recent. With an adapter: combined (closer than the adapter alone, in twice the time).  "
+        "[default: the store's; in a new store the adapter, or matched without one]",
     ),
 ]
 RefineOption = Annotated[
@@ -112,9 +110,9 @@ RefineOption = Annotated[
     typer.Option(
         "--refine",
         metavar="STEPS",
-        help="Refine every passage's cache by so many gradient steps: 8 or 48, or 144 where little is kept. It comes "
-        "closer to the full cache, for about 70, 270 or many hundred prefills. 0 for none.  [default: the store's; at "
-        "first 0]",
+        help="Refine every passage's cache by this number of gradient steps: 8 or 48, or 144 if little is kept. It "
+        "comes closer to the full cache, for about 70, 270 or many hundred prefills. 0 for none.  [default: the "
+        "store's; in a new store 0]",
     ),
 ]
 MinFidelityOption = Annotated[
@@ -122,8 +120,8 @@ MinFidelityOption = Annotated[
     typer.Option(
         "--min-fidelity",
         metavar="KL",
-        help="Refine on until the KL to the full cache on held-out probes is at most this, in nats, or 192 steps are "
-        "done.  [default: the store's; at first no aim]",
+        help="Continue refining until the KL to the full cache on held-out probes is at most this, in nats, or 192 "
+        "steps are done.  [default: the store's; in a new store no target]",
     ),
 ]
 StorageOption = Annotated[
@@ -131,18 +129,18 @@ StorageOption = Annotated[
     typer.Option(
         "--storage",
         metavar="NAME",
-        help="How caches are stored: auto (as the model computes), float32, bfloat16, float16, or int8 (half of "
-        "bfloat16). For what is added from now on; what is stored stays as it is.  [default: the store's; at first "
-        "int8 for smollm2, auto for others]",
+        help="Storage type of caches: auto (the model's own), float32, bfloat16, float16, or int8 (half of bfloat16). "
+        "Applies to new caches; stored ones stay unchanged.  [default: the store's; in a new store int8 for smollm2, "
+        "auto for others]",
     ),
 ]
 KeepTextOption = Annotated[
     bool | None,
     typer.Option(
         "--keep-text/--no-keep-text",
-        help="Keep the text of what is added: to show it, to read it where a cache is damaged, for ask --text. Without "
-        "it the store has caches, ids, metadata and hashes of words. What is added again unchanged gets or loses its "
-        "text without being compressed.  [default: the store's; at first --no-keep-text]",
+        help="Keep the text of added documents: to show it, to use it if a cache is damaged, and for ask --text. "
+        "Without it the store has caches, ids, metadata and hashes of words. An unchanged document that is added again "
+        "gets or loses its text without being compressed.  [default: the store's; in a new store --no-keep-text]",
     ),
 ]
 PassageTokensOption = Annotated[
@@ -150,8 +148,8 @@ PassageTokensOption = Annotated[
     typer.Option(
         "--passage-tokens",
         metavar="N",
-        help="Longest passage, in tokens; 'whole' leaves documents in one piece; 'auto' is the store's, at first 256 "
-        "for smollm2 and 1024 for others.",
+        help="Maximum length of a passage in tokens; 'whole' does not split documents; 'auto' is the store's, in a new "
+        "store 256 for smollm2 and 1024 for others.",
     ),
 ]
 PromptOption = Annotated[
@@ -159,7 +157,7 @@ PromptOption = Annotated[
     typer.Option(
         "--prompt",
         metavar="NAME",
-        help="Prompt form: auto, chat, brief or passage.  [default: the store's; at first auto]",
+        help="Prompt form: auto, chat, brief or passage.  [default: the store's; in a new store auto]",
     ),
 ]
 TopKOption = Annotated[
@@ -167,27 +165,27 @@ TopKOption = Annotated[
     typer.Option(
         "--top-k",
         metavar="N",
-        help="Passages to answer from, at most.  [default: 1 for smollm2, 3 for others]",
+        help="Maximum number of passages to answer from.  [default: 1 for smollm2, 3 for others]",
     ),
 ]
 MaxNewTokensOption = Annotated[
-    int, typer.Option("--max-new-tokens", metavar="N", help="The longest answer, in tokens.")
+    int, typer.Option("--max-new-tokens", metavar="N", help="Maximum length of an answer in tokens.")
 ]
 TemperatureOption = Annotated[
-    float, typer.Option("--temperature", metavar="T", help="0 takes the likeliest token; above 0 samples.")
+    float, typer.Option("--temperature", metavar="T", help="0 decodes greedily; above 0 samples.")
 ]
 SeedOption = Annotated[
-    int | None, typer.Option("--seed", metavar="N", help="Makes sampling repeatable.  [default: another each time]")
+    int | None, typer.Option("--seed", metavar="N", help="Seed for repeatable sampling.  [default: random]")
 ]
 StopOption = Annotated[
     list[str] | None,
-    typer.Option("--stop", metavar="STRING", help="Ends the answer and is no part of it; repeatable."),
+    typer.Option("--stop", metavar="STRING", help="String that ends the answer, not included in it; repeatable."),
 ]
 TextOption = Annotated[
     bool,
     typer.Option(
         "--text",
-        help="Put the text of the passages into the prompt, as plain RAG does, to compare; of what was added with "
+        help="Put the text of the passages into the prompt, as plain RAG does, to compare; needs documents added with "
         "--keep-text.",
     ),
 ]
@@ -200,7 +198,7 @@ def passage_tokens_of(text: str) -> int | Literal["auto"] | None:
     """The value of `--passage-tokens`: a number, None for `whole`, or `auto`.
 
     Raises:
-        ConfigError: `text` is none of these.
+        ConfigError: `text` is something else.
     """
     if text == "auto":
         return "auto"
@@ -292,5 +290,5 @@ def ratio_of(text: str) -> float:
 def _of(text: str, units: dict[str, int], where: str, examples: str) -> float:
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     if found is None or found[2].lower() not in units or float(found[1]) == 0:
-        raise ConfigError(f"{text!r} is not understood", where=where, next_step=f"Write it like {examples}.")
+        raise ConfigError(f"invalid value {text!r}", where=where, next_step=f"Write it like {examples}.")
     return float(found[1]) * units[found[2].lower()]

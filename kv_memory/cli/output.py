@@ -171,7 +171,7 @@ def reporting(*, as_json: bool) -> Iterator[Output]:
             out.say_stopped()
             code = STOPPED
         else:  # a bug, here or in a library: people should still not see a traceback
-            step = "This is a bug, please report it with what KV_MEMORY_DEBUG=1 shows."
+            step = "This is a bug. Please report it with the output of KV_MEMORY_DEBUG=1."
             what = f"unexpected {type(error).__name__}: {error}"
             out.error({"error": type(error).__name__, "what": what, "where": None, "next_step": step})
     if debugging():

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Column
 from rich.text import Text
 
-from kv_memory.cli.output import Output, printable
-
-if TYPE_CHECKING:
-    from kv_memory.memory import AddProgress
-from rich.progress import MofNCompleteColumn
+from kv_memory.cli.output import Output, factor_text, plain, printable, size_text
 
 if TYPE_CHECKING:
     from kv_memory.evaluate import EvalProgress
-if TYPE_CHECKING:
-    from kv_memory.train import TrainProgress
-from rich.progress import DownloadColumn, TransferSpeedColumn
-
-from kv_memory.cli.output import size_text
-
-if TYPE_CHECKING:
-    from kv_memory.store import TransferProgress
-import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-from kv_memory.cli.output import factor_text, plain
-
-if TYPE_CHECKING:
     from kv_memory.jobs.events import Event, JobEnded
+    from kv_memory.memory import AddProgress
+    from kv_memory.store import TransferProgress
+    from kv_memory.train import TrainProgress
 
 __all__ = [
     "EvalTracker",
@@ -150,7 +146,7 @@ class Tracker(Tracking):
             out,
             _TokensColumn(table_column=one_line()),
             TimeRemainingColumn(compact=True, table_column=one_line()),
-            text="reading",
+            text="compressing",
             every_s=5.0,
             estimate_s=60.0,  # long, because passages differ in length, and the machine may have other work
         )
@@ -177,7 +173,7 @@ class EvalTracker(Tracking):
             out,
             MofNCompleteColumn(table_column=one_line()),
             TimeRemainingColumn(compact=True, table_column=one_line()),
-            text="reading",
+            text="evaluating",
             every_s=10.0,
             estimate_s=300.0,  # long, because methods differ in speed
         )
@@ -288,13 +284,13 @@ class JobTracker(Tracking):
                 print(json.dumps({"event": event.kind, **fields}, ensure_ascii=False), flush=True)
             return
         if event.kind == "started":
-            verb = "goes on with" if fields["resumed"] else "reads"
-            self._out.note(f"Job {event.job} {verb} {sources_text(fields['sources'])}.")
+            verb = "resumed" if fields["resumed"] else "started"
+            self._out.note(f"Job {event.job} {verb}: {sources_text(fields['sources'])}.")
         elif event.kind == "failed":
             error = fields["error"]
             self._out.note(f"Failed: {fields['document_id']}: {error['what']}", style="yellow")
         elif event.kind == "worker_died":
-            self._out.note(f"A worker died ({fields['reason']}); another one takes its place.", style="yellow")
+            self._out.note(f"A worker died ({fields['reason']}); another one replaces it.", style="yellow")
         elif is_progress:
             # Without a total the bar only pulses, until a worker has started a document.
             said, total = _said(fields), None if _is_starting(fields) else fields["total"]

@@ -38,7 +38,7 @@ def stats(
     """Show how much is stored, how it was used, and the settings the store remembers."""
     with reporting(as_json=as_json) as out:
         if prometheus and as_json:
-            raise ConfigError("--prometheus and --json exclude each other", where="--prometheus", next_step="Drop one.")
+            raise ConfigError("--prometheus and --json cannot be combined", where="--prometheus", next_step="Drop one.")
         with open_store(out, store, collection) as opened:
             if prometheus:
                 from kv_memory.store.metrics import prometheus_text
@@ -61,15 +61,18 @@ def stats(
             ("Passages", f"{found.n_passages:,}, {found.n_tokens:,} tokens"),
             ("Distilled caches", f"{found.n_caches:,}, {size_text(found.cache_bytes)}"),
             ("On disk", size_text(found.disk_bytes)),
-            ("Found", f"{counts.get('hits', 0) / asked:.0%} of {asked:,.0f} look-ups" if asked else "no look-ups yet"),
+            (
+                "Hit rate",
+                f"{counts.get('hits', 0) / asked:.0%} of {asked:,.0f} look-ups" if asked else "no look-ups yet",
+            ),
             ("Evicted", f"{counts.get('evictions', 0):,.0f}"),
-            ("In quarantine", f"{found.n_quarantined:,}"),
+            ("Quarantined", f"{found.n_quarantined:,}"),
             ("Model", settings.model),
             ("Adapter", settings.adapter or "none"),
             ("Selector", "the adapter's" if alone else settings.selector),
             ("Keep ratio", f"{settings.keep_ratio:g}") if settings.keep_ratio else ("Kept", settings.keep),
             ("Passage tokens", settings.passage_tokens or "whole"),
-            ("Stored as", "the model computes" if settings.storage == "auto" else settings.storage),
+            ("Storage type", "the model's own" if settings.storage == "auto" else settings.storage),
         ]
         out.table(("", ""), rows)
 
@@ -79,8 +82,8 @@ def check(
 ) -> None:
     """Hash every stored cache and compare it with the catalog.
 
-    Damaged caches are put into quarantine; questions about their passages are answered from the text, if it is kept,
-    until kv-memory add --stale has made them again. Exits with 1 if anything was wrong.
+    Damaged caches are quarantined. Questions about their passages are answered from the text, if it is kept, until
+    kv-memory add --stale compresses them again. Exits with 1 if anything was wrong.
     """
     with reporting(as_json=as_json) as out:
         out.stopped = "Run it again at any time."
@@ -90,18 +93,18 @@ def check(
             out.json({**plain(report), "ok": report.ok})
         else:
             rows = [
-                ("Sound", f"{report.n_blobs:,} caches, {size_text(report.size_bytes)}"),
+                ("Intact", f"{report.n_blobs:,} caches, {size_text(report.size_bytes)}"),
                 ("Damaged", f"{len(report.damaged):,}{', now in quarantine' if report.damaged else ''}"),
-                ("Of another text", f"{len(report.misfiled):,}{', now unknown' if report.misfiled else ''}"),
+                ("Mismatched", f"{len(report.misfiled):,}{', rows deleted' if report.misfiled else ''}"),
                 ("Missing", f"{len(report.missing):,}"),
                 ("Without a document", f"{len(report.orphans) + len(report.unreferenced):,}"),
                 ("Leftovers", f"{len(report.strays):,}"),
             ]
             out.table(("", ""), rows)
             if report.damaged or report.misfiled or report.missing:
-                out.note("Next: kv-memory gc, then kv-memory add --stale, which makes the lost caches again.")
+                out.note("Next: kv-memory gc, then kv-memory add --stale, which compresses the lost caches again.")
             elif not report.ok:
-                out.note("Nothing is lost. kv-memory gc removes what is left over.")
+                out.note("Nothing is lost. kv-memory gc removes the leftovers.")
         if not report.ok:
             raise typer.Exit(FAILED)
 
@@ -109,9 +112,9 @@ def check(
 def gc(
     store: StoreOption = DEFAULT_STORE, collection: CollectionOption = DEFAULT_COLLECTION, as_json: JsonOption = False
 ) -> None:
-    """Remove what no document needs, and leftovers of crashes.
+    """Remove caches that no document needs, and leftovers of crashes.
 
-    Not while an add is running on the collection: the caches it has made so far belong to no document yet.
+    Do not run it during an add on the same collection: the caches made so far do not belong to a document yet.
     """
     with reporting(as_json=as_json) as out:
         out.stopped = "Run it again at any time."
@@ -136,23 +139,25 @@ DocumentsArgument = Annotated[
 def budget(
     max_size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="What the collection's caches may take: 500MB, 20GB; none for no bound."),
+        typer.Option(metavar="SIZE", help="Size limit of the collection's caches: 500MB, 20GB; none for no limit."),
     ] = None,
     store_max_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="What the caches of all collections may take together, or none.")
+        str | None, typer.Option(metavar="SIZE", help="Size limit of the caches of all collections, or none.")
     ] = None,
     ttl: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="How long caches that are added from now on live: 12h, 30d; none for ever."),
+        typer.Option(
+            metavar="TIME", help="Lifetime of caches that are added from now on: 12h, 30d; none for no limit."
+        ),
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     collection: CollectionOption = DEFAULT_COLLECTION,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what caches may take, or change it.
+    """Show or change the size limits and the lifetime of caches.
 
-    What is too much goes at once, that used longest ago first; what is pinned or being read stays. Documents stay
-    listed: a cache that went is made again by `kv-memory add --stale`.
+    Caches above a limit are evicted at once, the least recently used first; those that are pinned or being read stay.
+    Documents stay listed: `kv-memory add --stale` compresses evicted caches again.
     """
     with reporting(as_json=as_json) as out:
         changes: dict[str, Any] = {}
@@ -167,14 +172,14 @@ def budget(
         with open_store(out, store, collection) as opened:
             n_evicted = 0
             if changes:
-                out.stopped = "The budget may be set; run it again to make sure."
+                out.stopped = "The limits may be set already; run the command again to make sure."
                 n_evicted = opened.set_limits(dataclasses.replace(opened.limits(), **changes))
             limits, found = opened.limits(), opened.stats()
         if as_json:
             out.json({**plain(limits), "cache_bytes": found.cache_bytes, "n_evicted": n_evicted})
             return
         if n_evicted:
-            out.line(f"{n_evicted:,} caches went.")
+            out.line(f"Evicted {n_evicted:,} caches.")
         out.table(
             ("", "Limit", "Now"),
             [
@@ -191,7 +196,7 @@ def pin(
     collection: CollectionOption = DEFAULT_COLLECTION,
     as_json: JsonOption = False,
 ) -> None:
-    """Keep the caches that documents have now, whatever the budget; they still expire."""
+    """Protect the current caches of documents from eviction; they still expire."""
     with reporting(as_json=as_json) as out:
         _pin(out, documents, store, collection, pinned=True)
 
@@ -202,7 +207,7 @@ def unpin(
     collection: CollectionOption = DEFAULT_COLLECTION,
     as_json: JsonOption = False,
 ) -> None:
-    """Let the budget decide about documents' caches again."""
+    """Allow the caches of documents to be evicted again."""
     with reporting(as_json=as_json) as out:
         _pin(out, documents, store, collection, pinned=False)
 
@@ -225,13 +230,15 @@ def _size(size_bytes: int | None) -> str:
 
 
 def init(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="The folder that will stand for the store here.")],
+    store: Annotated[
+        Path, typer.Argument(metavar="STORE", help="The folder that represents the store on this machine.")
+    ],
     catalog: Annotated[
         str | None,
         typer.Option(
             metavar="URL",
-            help="postgresql+psycopg://USER@HOST/DATABASE, ?schema=NAME for another schema than kv_memory. The "
-            "password is best left to ~/.pgpass or PGPASSWORD. Without it, SQLite in the folder.",
+            help="postgresql+psycopg://USER@HOST/DATABASE, with ?schema=NAME for a schema other than kv_memory. Put "
+            "the password into ~/.pgpass or PGPASSWORD. Without this option, SQLite in the folder.",
         ),
     ] = None,
     blobs: Annotated[
@@ -239,21 +246,22 @@ def init(
         typer.Option(
             metavar="URL",
             help="s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX or file:///FOLDER. Credentials come "
-            "from the environment, e.g. AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL. Without it, files in the folder.",
+            "from the environment, e.g. AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL. Without this option, files in "
+            "the folder.",
         ),
     ] = None,
     tier: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="What copies of blobs in use may take in the folder: 20GB, 500MB."),
+        typer.Option(metavar="SIZE", help="Size limit of local copies of blobs, in the folder: 20GB, 500MB."),
     ] = None,
     collection: CollectionOption = DEFAULT_COLLECTION,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a store, or join one that others share.
+    """Create a store, or join a shared one.
 
-    A store is always named by a folder. One that many machines share has its catalog in PostgreSQL and its blobs in an
-    object store; then each machine has a folder of its own, made by this command with the same URLs, and every other
-    command is given that folder.
+    A store is always named by a folder. A store that many machines share has its catalog in PostgreSQL and its blobs in
+    an object store. Each machine then has its own folder, created by this command with the same URLs; pass that folder
+    to every other command.
     """
     with reporting(as_json=as_json) as out:
         tier_size_bytes = None if tier is None else size_of(tier, where="--tier")
@@ -280,7 +288,7 @@ def init(
 
 
 def current(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
-    """Tell the version of the store's tables, and that of this package."""
+    """Show the version of the store's tables, and the version that this package needs."""
     with reporting(as_json=as_json) as out:
         from kv_memory.store.open_parts import catalog_of
         from kv_memory.store.sql.catalog import Catalog
@@ -291,18 +299,18 @@ def current(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> 
         if as_json:
             out.json({"catalog": str(where), "revision": revision, "head": SCHEMA_HEAD})
         elif revision == SCHEMA_HEAD:
-            out.line(f"Version {revision}: that of this package.")
+            out.line(f"Version {revision}, up to date.")
         else:
             out.line(
-                f"Version {revision or 'none'}; this package has {SCHEMA_HEAD}. `kv-memory db upgrade` upgrades it."
+                f"Version {revision or 'none'}; this package needs {SCHEMA_HEAD}. `kv-memory db upgrade` upgrades it."
             )
 
 
 def upgrade(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
-    """Bring the store's tables to the version of this package.
+    """Upgrade the store's tables to the version of this package.
 
-    A store in one folder is upgraded by whoever opens it. A shared catalog waits for this command: programs of the
-    older version that are at work on it would break.
+    A store in one folder is upgraded when it is opened. A shared catalog is only upgraded by this command, because
+    running programs of the older version would break.
     """
     with reporting(as_json=as_json) as out:
         from kv_memory.store.open_parts import catalog_of

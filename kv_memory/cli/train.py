@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,13 +18,7 @@ from kv_memory.errors import ConfigError
 from kv_memory.model.embedded import EMBEDDED
 
 if TYPE_CHECKING:
-    from kv_memory.train import Estimate, TrainReport
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from kv_memory.train import TrainSettings
+    from kv_memory.train import Estimate, TrainReport, TrainSettings
 
 __all__ = ["changes_of", "settings_of", "train"]
 
@@ -47,7 +43,7 @@ def train(
         typer.Option(
             "--question-passages",
             metavar="N",
-            help="With --corpus: write questions about so many passages; the others are repeated and gone on with.  "
+            help="With --corpus: write questions about this many passages; the others are repeated and continued.  "
             "[default: all]",
         ),
     ] = None,
@@ -56,53 +52,63 @@ def train(
         typer.Option("--model", metavar="NAME", help="A built-in model, a model folder, or a Hugging Face hub id."),
     ] = EMBEDDED,
     init: Annotated[
-        Path | None, typer.Option("--init", metavar="ADAPTER", help="Train this adapter further; its form stays.")
+        Path | None, typer.Option("--init", metavar="ADAPTER", help="Adapter to train further; its form is kept.")
     ] = None,
     preset: Annotated[
         str,
         typer.Option(
-            "--preset", metavar="NAME", help="default, or paper: one score a token, W_Q and W_O of kept tokens."
+            "--preset", metavar="NAME", help="default, or paper: one score per token, W_Q and W_O of kept tokens."
         ),
     ] = "default",
     steps: Annotated[
         int | None,
-        typer.Option("--steps", metavar="N", help="Of distillation.  [default: 3000, or what --time-limit allows]"),
+        typer.Option(
+            "--steps", metavar="N", help="Steps of distillation.  [default: 3000, or what --time-limit allows]"
+        ),
     ] = None,
     warmup_steps: Annotated[
         int | None,
-        typer.Option("--warmup-steps", metavar="N", help="Of the scorer alone, before.  [default: 300; 0 with --init]"),
+        typer.Option(
+            "--warmup-steps", metavar="N", help="Warm-up steps of the scorer alone.  [default: 300; 0 with --init]"
+        ),
     ] = None,
     time_limit: Annotated[
         float | None,
         typer.Option(
-            "--time-limit", metavar="SECONDS", help="Stop after so long. Without --steps, plan for that time."
+            "--time-limit", metavar="SECONDS", help="Stop after this time. Without --steps, plan steps to fit."
         ),
     ] = None,
     batch_documents: Annotated[
-        int | None, typer.Option("--batch-documents", metavar="N", help="Documents at once.  [default: 1]")
+        int | None, typer.Option("--batch-documents", metavar="N", help="Documents per batch.  [default: 1]")
     ] = None,
     accumulate: Annotated[
-        int | None, typer.Option("--accumulate", metavar="N", help="Batches a step.  [default: 1]")
+        int | None, typer.Option("--accumulate", metavar="N", help="Batches per step.  [default: 1]")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", metavar="N", help="Longest document, in tokens; longer ones are cut.")
+        int | None, typer.Option("--max-tokens", metavar="N", help="Maximum tokens of a document; longer ones are cut.")
     ] = None,
-    rank: Annotated[int | None, typer.Option("--rank", metavar="N", help="Of the LoRA.")] = None,
-    lr_lora: Annotated[float | None, typer.Option("--lr-lora", metavar="RATE", help="Its learning rate.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", metavar="N", help="Rank of the LoRA.")] = None,
+    lr_lora: Annotated[
+        float | None, typer.Option("--lr-lora", metavar="RATE", help="The LoRA's learning rate.")
+    ] = None,
     lr_scorer: Annotated[
-        float | None, typer.Option("--lr-scorer", metavar="RATE", help="The scorer's, in the warm-up.")
+        float | None, typer.Option("--lr-scorer", metavar="RATE", help="The scorer's learning rate, in the warm-up.")
     ] = None,
     min_ratio: Annotated[
-        float | None, typer.Option("--min-ratio", metavar="SHARE", help="Keep ratios are drawn from here...")
+        float | None, typer.Option("--min-ratio", metavar="SHARE", help="Smallest keep ratio drawn.")
     ] = None,
-    max_ratio: Annotated[float | None, typer.Option("--max-ratio", metavar="SHARE", help="...to here.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Of all that is drawn.  [default: 0]")] = None,
+    max_ratio: Annotated[
+        float | None, typer.Option("--max-ratio", metavar="SHARE", help="Largest keep ratio drawn.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", help="Seed of all random draws.  [default: 0]")
+    ] = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of TrainSettings, e.g. eta=8; repeatable."),
     ] = None,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Much less memory, a third more time.")
+        bool, typer.Option("--gradient-checkpointing", help="Use much less memory, and a third more time.")
     ] = False,
     eval_every: Annotated[
         int, typer.Option("--eval-every", metavar="N", help="Steps between evaluations; 0 for none.")
@@ -113,7 +119,9 @@ def train(
             "--eval-data", metavar="NAME", help="A set to evaluate on.  [default: held out of the training data]"
         ),
     ] = None,
-    eval_documents: Annotated[int, typer.Option("--eval-documents", metavar="N", help="On how many documents.")] = 24,
+    eval_documents: Annotated[
+        int, typer.Option("--eval-documents", metavar="N", help="Documents per evaluation.")
+    ] = 24,
     checkpoint_every: Annotated[
         int, typer.Option("--checkpoint-every", metavar="N", help="Steps between checkpoints.")
     ] = 100,
@@ -121,37 +129,37 @@ def train(
         int, typer.Option("--keep-checkpoints", metavar="N", help="The newest N and the best are kept.")
     ] = 2,
     skip_errors: Annotated[
-        bool, typer.Option("--skip-errors", help="Leave broken records out, instead of stopping at the first.")
+        bool, typer.Option("--skip-errors", help="Skip broken records, instead of failing at the first.")
     ] = False,
     prompt: Annotated[
         str, typer.Option("--prompt", metavar="NAME", help="Prompt form: auto, chat, brief or passage.")
     ] = "auto",
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="NAME", help="Of the model: auto, float32, bfloat16 or float16.")
+        str, typer.Option("--dtype", metavar="NAME", help="The model's type: auto, float32, bfloat16 or float16.")
     ] = "auto",
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint, with the same options otherwise.")
+        bool, typer.Option("--resume", help="Resume from the newest checkpoint, with otherwise the same options.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Measure a few steps and say what it will take; write nothing.")
+        bool, typer.Option("--dry-run", help="Measure a few steps and estimate time and memory; write nothing.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train an adapter: a scorer that picks what to keep of a document, and a LoRA that packs the rest into that.
+    """Train an adapter: a scorer that selects the entries to keep, and a LoRA that packs the rest into those.
 
-    A model with the whole document in its cache is the teacher; the same model with a distilled cache is to answer as
-    it does. First the scorer learns alone, from attention, then both by distillation. Any supported model will do, on
-    a CPU or a GPU; on several GPUs by `accelerate launch $(which kv-memory) train ...`.
+    The teacher is the model with the whole document in its cache; the student is the same model with a distilled
+    cache. First the scorer learns alone, from attention, then both by distillation. Any supported model works, on a
+    CPU or a GPU; for several GPUs run `accelerate launch $(which kv-memory) train ...`.
 
-    With --corpus the adapter is fitted to one body of documents, which then bears far smaller caches. Start from a
-    general adapter (--init). A fifth of the documents is held out, named in OUT/held_out.json.
+    With --corpus the adapter is fitted to one set of documents, which then needs far smaller caches. Start from a
+    general adapter (--init). A fifth of the documents is held out and listed in OUT/held_out.json.
 
-    Begin with --dry-run. A run that was stopped or killed goes on with --resume, to the same result. OUT holds
+    Start with --dry-run. A run that was stopped or killed resumes with --resume, to the same result. OUT contains
     log.jsonl, loss.png, checkpoints, and at the end the adapter with a model card.
     """
     with reporting(as_json=as_json) as out:
-        out.stopped = "Nothing was written." if dry_run else "The same command with --resume goes on."
+        out.stopped = "Nothing was written." if dry_run else "Run the same command with --resume to continue."
         options: dict[str, Any] = {
             "steps": steps,
             "warmup_steps": warmup_steps if warmup_steps is not None or init is None else 0,
@@ -166,7 +174,9 @@ def train(
             "seed": seed,
         }
         if not data and corpus is None:
-            raise ConfigError("nothing to train on", where="--data", next_step="Name a set (--data) or a --corpus.")
+            raise ConfigError(
+                "nothing to train on", where="--data", next_step="Pass a data set (--data) or a --corpus."
+            )
         with out.working("Starting"):
             from kv_memory.train import Job, OpenJob, RunOptions, parse_source
 
@@ -222,7 +232,7 @@ def _estimate_rows(estimate: Any) -> list[tuple[str, str]]:
     return [
         *rows,
         ("Distillation", f"{e.steps:,} steps of {e.step_s:.2f} s"),
-        ("Time in all", f"{_time_text(e.total_s + e.questions_s)}, without evaluation"),
+        ("Total time", f"{_time_text(e.total_s + e.questions_s)}, without evaluation"),
         ("Speed", f"{e.tokens_per_s:,.0f} tokens/s"),
         ("Peak memory", size_text(e.peak_memory_bytes)),
         ("Trained", f"{e.n_parameters:,} parameters"),
@@ -289,7 +299,7 @@ def _typed(name: str, value: str) -> Any:
 
     fields = {field.name: str(field.type) for field in dataclasses.fields(TrainSettings)}
     if name not in fields:
-        raise ConfigError(f"there is no setting {name!r}", where="--set", next_step=f"There are {', '.join(fields)}.")
+        raise ConfigError(f"unknown setting {name!r}", where="--set", next_step=f"Use one of {', '.join(fields)}.")
     kind = fields[name]  # the annotation's text, since annotations in that module are not evaluated
     if value.lower() == "none" and "None" in kind:
         return None

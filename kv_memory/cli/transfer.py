@@ -22,23 +22,23 @@ __all__ = ["export", "import_archive"]
 
 
 def export(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The archive to write, a tar; - is standard output.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Tar archive to write; - is standard output.")],
     store: StoreOption = DEFAULT_STORE,
     collection: CollectionOption = DEFAULT_COLLECTION,
     as_json: JsonOption = False,
 ) -> None:
     """Write a collection into one file, with its documents, caches and settings.
 
-    kv-memory import reads it into another store, on any machine: what was compressed on a GPU answers on a laptop. An
-    interrupted export is gone on with by the same command, unless the collection has changed since.
+    kv-memory import loads it into another store, on any machine: caches made on a GPU can be used on a laptop. The same
+    command resumes an interrupted export, unless the collection has changed since.
     """
     with reporting(as_json=as_json) as out:
         piped = str(file) == "-"
         if piped and as_json:
             raise ConfigError(
-                "the archive and --json would share the standard output", where="--json", next_step="Name a file."
+                "the archive and --json would share the standard output", where="--json", next_step="Pass a file name."
             )
-        out.stopped = "Run the same command again to go on; until then the archive is not complete."
+        out.stopped = "Run the same command to resume; until then the archive is incomplete."
         with open_store(out, store, collection) as opened, TransferTracker(out) as tracker:
             report = opened.export_to(file, on_progress=tracker)
         if as_json:
@@ -51,41 +51,40 @@ def export(
             f"{report.collection}: {size_text(report.size_bytes)}{'' if piped else f', {report.path}'}"
         )
         if report.resumed:
-            out.note("An interrupted export was gone on with.")
+            out.note("Resumed an interrupted export.")
         if report.changed:
-            out.note("The collection was changed meanwhile: every document in the archive is complete, but some that")
-            out.note("are new may not be in it. Export again for one state of all of them.")
+            out.note("The collection changed during the export: every document in the archive is complete, but some")
+            out.note("new ones may be missing. Export again for a consistent state.")
         if report.damaged:
-            out.note(f"{len(report.damaged):,} caches were damaged and are not in it. Next: kv-memory add --stale")
+            out.note(
+                f"{len(report.damaged):,} caches were damaged and are not in the archive. Next: kv-memory add --stale"
+            )
 
 
 def import_archive(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="What kv-memory export has written; - is standard input.")
-    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Archive of kv-memory export; - is standard input.")],
     collection: Annotated[
         str | None,
-        typer.Option("--collection", metavar="NAME", help="Where it goes.  [default: its name in the archive]"),
+        typer.Option("--collection", metavar="NAME", help="Collection to import into.  [default: the archive's]"),
     ] = None,
     on_conflict: Annotated[
         str,
         typer.Option(
             "--on-conflict",
             metavar="CHOICE",
-            help="Documents that are there with other text: refuse the archive, skip them, or replace them.",
+            help="For documents that exist with another text: refuse the archive, skip them, or replace them.",
         ),
     ] = "refuse",
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
-    """Read a collection out of a file; store and collection are made if there are none.
+    """Import a collection from a file; store and collection are created if they do not exist.
 
-    The file is verified before anything is changed. What is there already is skipped, so an interrupted import is gone
-    on with by the same command. Documents and caches go where they are, but are trusted like a model: import what you
-    know the origin of.
+    The file is verified before anything is changed. What exists already is skipped, so the same command resumes an
+    interrupted import. Documents and caches are trusted like a model: import only files whose origin you know.
     """
     with reporting(as_json=as_json) as out:
-        out.stopped = "What was imported stays; run the same command for the rest."
+        out.stopped = "What was imported stays; run the same command to import the rest."
         with out.working("Starting"):
             from kv_memory.store import Store, open_archive
             from kv_memory.store.transfer.part_files import OnConflict, verify_archive
@@ -107,10 +106,10 @@ def import_archive(
 def _tell(out: Output, report: ImportReport) -> None:
     out.line(
         f"Imported into collection {report.collection}: {report.n_added:,} documents added, {report.n_replaced:,} "
-        f"replaced, {report.n_unchanged:,} unchanged, {len(report.conflicts):,} left as they are"
+        f"replaced, {report.n_unchanged:,} unchanged, {len(report.conflicts):,} left unchanged"
     )
     out.line(
-        f"{report.n_caches:,} caches new ({size_text(report.size_bytes)}), {report.n_caches_present:,} there already"
+        f"{report.n_caches:,} new caches ({size_text(report.size_bytes)}), {report.n_caches_present:,} already present"
     )
     if report.n_evicted:
-        out.note(f"{report.n_evicted:,} caches were evicted to keep the budget.")
+        out.note(f"{report.n_evicted:,} caches were evicted to stay within the size limit.")

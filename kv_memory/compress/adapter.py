@@ -84,10 +84,10 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= self.eta <= self.num_layers:
-            raise ConfigError(f"eta must lie in 1 to {self.num_layers}, got {self.eta}", where="eta")
+            raise ConfigError(f"eta must be in the range 1 to {self.num_layers}, got {self.eta}", where="eta")
         if not 0 <= self.first_routed_layer < self.num_layers:
             raise ConfigError(
-                f"first_routed_layer must lie in 0 to {self.num_layers - 1}, got {self.first_routed_layer}",
+                f"first_routed_layer must be in the range 0 to {self.num_layers - 1}, got {self.first_routed_layer}",
                 where="first_routed_layer",
             )
         check_keep_ratio(self.full_strength_ratio, where="full_strength_ratio")
@@ -96,7 +96,8 @@ class AdapterConfig:
         check_choice(self.budget, Budget, where="budget")
         if self.budget == "model" and self.scorer == "layer" and self.routed == "kept":
             raise ConfigError(
-                "which tokens a layer keeps is known only once all layers have scored, too late to route them",
+                "with one budget for the whole model, the tokens a layer keeps are known only after all layers have "
+                "scored, too late to route them",
                 where="budget",
                 next_step='Use routed="document", or scorer="head", or budget="head".',
             )
@@ -221,12 +222,14 @@ class Adapter:
         next_step = f"An adapter is a folder with {', '.join(_FILES)}."
         missing = [name for name in _FILES if not (folder / name).is_file()]
         if missing:  # PEFT would look for a pickled adapter_model.bin, or on the hub
-            raise AdapterError(f"no adapter here: {', '.join(missing)} missing", where=str(folder), next_step=next_step)
+            raise AdapterError(
+                f"not an adapter folder: {', '.join(missing)} missing", where=str(folder), next_step=next_step
+            )
         try:
             data = json.loads((folder / "kv_distill.json").read_text())
             if data.get("version") != ADAPTER_VERSION or set(data) != {f.name for f in fields(AdapterConfig)}:
                 raise AdapterError(
-                    f"adapter format version {data.get('version')}, this package reads {ADAPTER_VERSION}",
+                    f"adapter has format version {data.get('version')}, this package reads {ADAPTER_VERSION}",
                     where=str(folder / "kv_distill.json"),
                     next_step="Use the version of kv-memory that made it, or train it again.",
                 )
@@ -238,7 +241,7 @@ class Adapter:
             base_model = recorded_name(config.base_model)
             raise AdapterMismatchError(
                 f"the adapter was made for {base_model} (weights {config.base_weights[:12]}), "
-                f"loaded is {backbone.name} (weights {backbone.weights_sha256[:12]})",
+                f"but the loaded model is {backbone.name} (weights {backbone.weights_sha256[:12]})",
                 where=str(folder),
                 next_step=f"Load {base_model}, or train an adapter for {backbone.name}.",
             )
@@ -319,7 +322,7 @@ def _modules(backbone: Backbone, targets: Sequence[Target]) -> list[str]:
 def _refuse_second(backbone: Backbone) -> None:
     if hasattr(backbone.model, "peft_config"):
         raise AdapterError(
-            "the model carries an adapter already", where=backbone.name, next_step="Call `adapter.detach()` first."
+            "the model already has an adapter", where=backbone.name, next_step="Call `adapter.detach()` first."
         )
 
 

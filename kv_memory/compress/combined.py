@@ -31,13 +31,13 @@ def check_combinable(adapter: Adapter | None) -> None:
         raise ConfigError(
             "selector 'combined' needs an adapter",
             where="selector",
-            next_step="Name one (`adapter`, `--adapter`), or use selector 'matched'.",
+            next_step="Pass one (`adapter`, `--adapter`), or use selector 'matched'.",
         )
     if adapter.config.routed == "kept":
         raise ConfigError(
             "selector 'combined' needs an adapter that routes whole documents; this one routes the tokens it keeps",
             where="selector",
-            next_step='Leave the choice to the adapter, or train one with `routed="document"`.',
+            next_step='Omit the selector, or train an adapter with `routed="document"`.',
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,10 @@ from kv_memory.cache.distilled import DistilledCache
 from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.cache.keep import Keep, windows_of
 from kv_memory.compress.adapter import Adapter
+from kv_memory.compress.batch import BatchMethod, adapter_batch, in_halves, match_batch
 from kv_memory.compress.combined import check_combinable, combined_selection
 from kv_memory.compress.kept import Kept, extract, join
-from kv_memory.compress.matching import Matched, MatchedDocument, MatchSettings, match_documents
+from kv_memory.compress.matching import Matched, MatchedDocument, MatchSettings
 from kv_memory.compress.prefill import check_finite, prefill_documents, top_k_mask
 from kv_memory.compress.refine.optimize import refine_batch
 from kv_memory.compress.refine.refine_settings import RefineSettings
@@ -86,7 +88,7 @@ class Compressor:
         room = backbone.context_window - len(backbone.prefix_ids)
         if room < 1:
             raise ConfigError(
-                f"the prompt form's {len(backbone.prefix_ids):,} tokens before the document leave nothing of a context "
+                f"the prompt form's {len(backbone.prefix_ids):,} tokens before the document leave no room in a context "
                 f"window of {backbone.context_window:,}",
                 where="prompt",
                 next_step="Use a shorter prompt form, or a model with a longer context window.",
@@ -94,14 +96,15 @@ class Compressor:
         most = room - extra
         if most < 1:  # a tiny context window: needs smaller parts, or a selector without requests
             raise ConfigError(
-                f"selector {self.selector.name!r} needs {extra} tokens of a context window of "
-                f"{backbone.context_window}",
+                f"selector {self.selector.name!r} needs {extra} tokens besides the document, too many for a context "
+                f"window of {backbone.context_window}",
                 where="selector",
-                next_step="Use a selector that asks less, e.g. Reconstruction(part_tokens=64) or `attention`.",
+                next_step="Use a selector that needs fewer tokens, e.g. Reconstruction(part_tokens=64) or `attention`.",
             )
         if window_tokens is not None and not 1 <= window_tokens <= most:
             raise ConfigError(
-                f"window_tokens must lie in 1 to {most:,} for this model, got {window_tokens}", where="window_tokens"
+                f"window_tokens must be in the range 1 to {most:,} for this model, got {window_tokens}",
+                where="window_tokens",
             )
         self.window_tokens = window_tokens or most
         self._adapter_sha256 = adapter.sha256 if adapter is not None else ""  # cached: it hashes megabytes
@@ -206,7 +209,7 @@ class Compressor:
     def _encode(self, text: str) -> tuple[list[int], list[Span], int]:
         """Token ids in the prompt form's wrapper, character offsets of the text's tokens, number of tokens before."""
         if not text.strip():
-            raise EmptyDocumentError("the document is empty", next_step="Pass text that holds at least one word.")
+            raise EmptyDocumentError("the document is empty", next_step="Pass text with at least one word.")
         form = self.backbone.prompt
         before, after = self.backbone.encode(form.document_before), self.backbone.encode(form.document_after)
         ids, offsets = self.backbone.encode_with_offsets(text)
@@ -258,58 +261,17 @@ class Compressor:
         return regime(n) if regime(n) == regime(n + self.selector.extra_tokens) else None
 
     def _compress_batch(self, rows: list[list[int]], ratios: list[float]) -> list[DistilledCache]:
-        device = self.backbone.device
-        lengths = torch.tensor([len(ids) for ids in rows])
-        n_kept = torch.tensor([n_kept_for(len(ids), ratio) for ids, ratio in zip(rows, ratios, strict=True)])
-        padded = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-        for row, ids in zip(padded, rows, strict=True):
-            row[: len(ids)] = torch.tensor(ids)
-        read = self._match_batch if self.adapter is None else self._distil_batch
-        try:
-            kept = read(padded.to(device), lengths, n_kept)
-        except torch.OutOfMemoryError:
-            if len(rows) == 1:
-                raise
-            kept = []
-        if not kept:  # outside the handler: its traceback keeps the tensors of the failed batch alive
-            half = len(rows) // 2
-            halves = (rows[:half], ratios[:half]), (rows[half:], ratios[half:])
-            return [made for part in halves for made in self._compress_batch(*part)]
-        fingerprint = self.fingerprint()
+        method: BatchMethod
+        if self.adapter is not None:
+            method = partial(adapter_batch, self.adapter, routed=self.routed)
+        else:
+            assert isinstance(self.selector, Matched)
+            method = partial(match_batch, self.backbone, self.selector)
+        n_kept = [n_kept_for(len(ids), ratio) for ids, ratio in zip(rows, ratios, strict=True)]
+        kept, fingerprint = in_halves(method, rows, n_kept, device=self.backbone.device), self.fingerprint()
         return [
-            DistilledCache(
-                keys=part.keys,
-                values=part.values,
-                positions=part.positions,
-                counts=part.counts,
-                bias=part.bias,
-                n_tokens=len(ids),
-                keep_ratio=ratio,
-                fingerprint=fingerprint,
-            )
+            DistilledCache(**part._asdict(), n_tokens=len(ids), keep_ratio=ratio, fingerprint=fingerprint)
             for part, ids, ratio in zip(kept, rows, ratios, strict=True)
-        ]
-
-    def _distil_batch(self, ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> list[Kept]:
-        assert self.adapter is not None
-        reading = prefill_documents(
-            self.adapter, ids, lengths.to(ids.device), n_kept.to(ids.device), routed=self.routed
-        )
-        return [
-            extract(self.backbone, reading.cache, reading.selected[:, row, :, :n], row=row)
-            for row, n in enumerate(lengths.tolist())
-        ]
-
-    def _match_batch(self, ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> list[Kept]:
-        assert isinstance(self.selector, Matched)
-        extra = self.selector.extra_tokens
-        cache = self.backbone.prefixed_cache(ids.shape[1], room=extra, batch_size=len(ids))
-        self.backbone.prefill(ids, cache, lengths=lengths)
-        documents = self.selector.documents(self.backbone, ids, cache, lengths=lengths)
-        none = [torch.zeros(n, dtype=torch.bool) for n in lengths.tolist()]
-        matches = match_documents(documents, n_kept.tolist(), none)
-        return [
-            extract(self.backbone, cache, match.selected, row=row, match=match) for row, match in enumerate(matches)
         ]
 
     def compress_ids(

@@ -43,9 +43,9 @@ def check_finite(backbone: Backbone, *tensors: torch.Tensor) -> None:
     """Raise `ModelError` unless all of these tensors (keys, values or scores of a document) are finite."""
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise ModelError(
-            "what the model makes of this document is not finite",
+            "the model's keys, values or scores of this document are not finite",
             where=backbone.name,
-            next_step="Load it in float32 or bfloat16 (dtype), and check its weights.",
+            next_step="Load the model in float32 or bfloat16 (dtype), and check its weights.",
         )
 
 
@@ -228,7 +228,7 @@ def hidden_after(
         ModelError: The model has no such layer.
     """
     if not 1 <= layer <= backbone.num_layers:
-        raise ModelError(f"layer must lie in 1 to {backbone.num_layers}, got {layer}", where=backbone.name)
+        raise ModelError(f"layer must be in the range 1 to {backbone.num_layers}, got {layer}", where=backbone.name)
     caught: list[torch.Tensor] = []
 
     def stop(_module: nn.Module, _args: Any, output: Any) -> None:

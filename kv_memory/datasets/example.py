@@ -48,7 +48,7 @@ class Question:
             fits = is_index and len(self.choices) > 1 and 0 <= self.correct < len(self.choices)
         if not fits:
             raise ConfigError(
-                f"correct must be an index of one of at least two choices, or None where there are none; got "
+                f"correct must be the index of one of at least two choices, or None without choices; got "
                 f"{self.correct!r} with {len(self.choices)} choices",
                 where="correct",
             )
@@ -121,4 +121,4 @@ def check_text(value: object, name: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"half a surrogate pair in {name}", where=name) from error
+        raise ConfigError(f"an unpaired surrogate in {name}", where=name) from error

@@ -34,13 +34,13 @@ def hub_records(hub_id: str, *, split: Literal["train", "dev"]) -> Iterator[Reco
         # The values that huggingface_hub accepts as true. Checked first, because importing the library takes seconds.
         if os.environ.get(variable, "").upper() in {"1", "ON", "YES", "TRUE"}:
             raise DatasetError(
-                f"the hub is switched off by {variable}", where=where, next_step=f"Unset {variable}. {_INSTEAD}"
+                f"the hub is disabled by {variable}", where=where, next_step=f"Unset {variable}. {_INSTEAD}"
             )
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise DatasetError(
-            "the library `datasets` is not installed, which reads sets from the hub",
+            "reading data sets from the hub needs the library `datasets`, which is not installed",
             where=where,
             next_step=f"Run `pip install 'kv-memory[train]'`. {_INSTEAD}",
         ) from error

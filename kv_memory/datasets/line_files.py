@@ -66,14 +66,16 @@ def json_file(path: Path) -> Any:
         raise unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
         raise DatasetError(
-            f"not JSON: {error}", where=str(path), next_step="If it has one object a line, call it `.jsonl`."
+            f"not JSON: {error}", where=str(path), next_step="If it has one object per line, rename it to `.jsonl`."
         ) from error
 
 
 def unreadable(path: Path, error: Exception) -> DatasetError:
     """The error for a file that the system or the decompressor cannot read."""
     reason = getattr(error, "strerror", None) or error or type(error).__name__
-    return DatasetError(f"cannot be read: {reason}", where=str(path), next_step="Check the path, or fetch it again.")
+    return DatasetError(
+        f"cannot be read: {reason}", where=str(path), next_step="Check the path, or get the file again."
+    )
 
 
 def _opened(path: Path) -> IO[bytes]:
@@ -86,5 +88,5 @@ def _object(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise DatasetError(f"not JSON in UTF-8: {error}") from error
     if not isinstance(value, dict):
-        raise DatasetError(f"a JSON object is needed, got {type(value).__name__}")
+        raise DatasetError(f"expected a JSON object, got {type(value).__name__}")
     return value

@@ -42,7 +42,7 @@ class Faults:
         except BrokenLineError:
             raise
         except (ConfigError, DatasetError) as error:
-            step = "Mend or remove it, or leave such records out with `on_error='skip'`."
+            step = "Fix or remove it, or skip such records with `on_error='skip'`."
             broken = BrokenLineError(error.what, where=where, next_step=error.next_step or step)
             broken.__cause__ = error
             self.report(broken)

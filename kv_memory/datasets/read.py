@@ -132,7 +132,7 @@ def _named(name: str, split: Split, data: Path | None, faults: Faults) -> Iterat
     if file is None:
         other = next(iter(known.files))
         raise DatasetError(
-            f"{name} has the split {other!r} only, not {split!r}",
+            f"{name} only has the split {other!r}, not {split!r}",
             where=name,
             next_step=f"Read {other!r}, and hold out a part of it with `corpus_split`.",
         )
@@ -141,11 +141,11 @@ def _named(name: str, split: Split, data: Path | None, faults: Faults) -> Iterat
         for path in (folder / f"{file}.gz", folder / file):
             if os.path.isfile(path):
                 return known.reader(path, name, faults)
-    looked = f"{folder / file}(.gz) is not there" if folder is not None else "no data folder is named"
-    put = f"Put {file}.gz (or {file}) into a folder and name that by `data=` or the variable KV_MEMORY_DATA"
+    looked = f"{folder / file}(.gz) does not exist" if folder is not None else "no data folder is given"
+    put = f"Put {file}.gz (or {file}) into a folder, and pass the folder as `data=` or in the variable KV_MEMORY_DATA"
     if known.hub_id is None:
         raise DatasetError(
-            f"the set {name} ({split}) was not found: {looked}; it is not read from the hub",
+            f"the set {name} ({split}) was not found: {looked}; it is not available from the hub",
             where=name,
             next_step=f"{put}. Or pass a file of JSON lines of {{context, question, answer}}.",
         )
@@ -165,7 +165,7 @@ def _data_is_named() -> bool:
 
 def _from_hub(hub_id: str, source: str, split: Split, make_row: _RowMaker, faults: Faults) -> Iterator[Example]:
     if hub_id.count("/") != 1 or not all(hub_id.split("/")):
-        raise ConfigError(f"a set on the hub is named hf:owner/name, got {source!r}", where="source")
+        raise ConfigError(f"a set on the hub must be given as hf:owner/name, got {source!r}", where="source")
     return grouped(each(hub_records(hub_id, split=split), make_row, faults), source=source)
 
 
@@ -190,9 +190,9 @@ def _not_empty(examples: Iterator[Example], name: str, faults: Faults) -> Iterat
         found = True
         yield example
     if not found:
-        skipped = f"; {faults.n_skipped} broken ones were left out" if faults.n_skipped else ""
+        skipped = f"; {faults.n_skipped} broken records were skipped" if faults.n_skipped else ""
         raise DatasetError(
-            f"nothing readable in it{skipped}",
+            f"no readable example in it{skipped}",
             where=name,
-            next_step="Name a set, a file of JSON lines, or a folder with text or Markdown.",
+            next_step="Pass a set, a file of JSON lines, or a folder with text or Markdown.",
         )

@@ -109,7 +109,7 @@ def _story(where: str, record: Any, *, source: str, faults: Faults) -> Iterator[
         with faults.at(f"{where}, question {number}"):
             about = tuple(part.strip() for part in text_of(qa, "cor_section").split(","))
             if unknown := [section for section in about if section not in sections]:
-                raise DatasetError(f"a question about the sections {unknown}, which the story lacks")
+                raise DatasetError(f"the question refers to sections {unknown}, which the story does not have")
             # answer1 to 3 are the wordings of one annotator, 4 to 6 of another; most questions have only some of them.
             names = [name for name in (f"answer{n}" for n in range(1, 7)) if name in qa]
             answers = texts_of([text_of(qa, name) for name in names], "answer")

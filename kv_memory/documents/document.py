@@ -30,7 +30,7 @@ class Document:
     Raises:
         EmptyDocumentError: `text` is blank.
         BinaryDocumentError: `text` contains a NUL character, which neither SQL nor tokenizers accept.
-        EncodingError: `text` contains half a surrogate pair and cannot be encoded as UTF-8.
+        EncodingError: `text` contains an unpaired surrogate and cannot be encoded as UTF-8.
         ConfigError: `id` is blank or contains control characters, or `metadata` is not JSON-serialisable.
     """
 
@@ -52,13 +52,13 @@ class Document:
             raise BinaryDocumentError(
                 f"a NUL character at offset {self.text.index(chr(0))}",
                 where=self.id,
-                next_step="Pass text, not the bytes of a file; remove the NUL if it is a slip.",
+                next_step="Pass text, not the bytes of a file; remove the NUL if it is there by mistake.",
             )
         try:
             self.text.encode()
         except UnicodeEncodeError as error:
             raise EncodingError(
-                f"half a surrogate pair at character {error.start}",
+                f"an unpaired surrogate at character {error.start}",
                 where=self.id,
                 next_step="Decode the text with errors='replace', not 'surrogateescape' or 'surrogatepass'.",
             ) from error

@@ -69,7 +69,7 @@ def check_encoding(encoding: str) -> str:
         raise ConfigError(
             f"unknown text encoding {encoding!r}",
             where="encoding",
-            next_step="Use a name Python knows, e.g. utf-8, cp1252, utf-16-le, shift_jis.",
+            next_step="Use a name that Python knows, e.g. utf-8, cp1252, utf-16-le, shift_jis.",
         ) from error
     return encoding
 
@@ -112,7 +112,7 @@ def decode_text(raw: bytes, *, encoding: str, where: str) -> str:
 
 def _binary(offset: int, where: str) -> BinaryDocumentError:
     return BinaryDocumentError(
-        f"a NUL byte at offset {offset}, so this is no text",
+        f"a NUL byte at offset {offset}, so this is not text",
         where=where,
         next_step="Leave the file out. If it is UTF-16 without a byte order mark, pass `encoding='utf-16-le'` in "
         "Python or `--encoding utf-16-le` in the shell.",

@@ -159,7 +159,7 @@ def _parts(
         raise UnreadableDocumentError(
             "no readable file in this folder",
             where=str(path),
-            next_step=f"Known types are {', '.join(FILE_TYPES)}; name a file of another type itself.",
+            next_step=f"Known types are {', '.join(FILE_TYPES)}; pass the path of a file of another type itself.",
         )
     return files
 
@@ -209,7 +209,7 @@ def _unreadable(error: Exception, path: str | os.PathLike[str] | None = None) ->
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         what, step = "no such file or folder", f"Check the path; relative ones start at {Path.cwd()}."
     elif isinstance(error, PermissionError):
-        what, step = "permission denied", "Give this user the right to read it, or leave it out."
+        what, step = "permission denied", "Grant this user read permission, or leave it out."
     else:
         what, step = f"cannot be read: {getattr(error, 'strerror', None) or error}", "Check the path and the disk."
     return UnreadableDocumentError(what, where=_printable(os.fspath(path)), next_step=step)
@@ -226,7 +226,7 @@ def _check_duplicate(first: Document, second: Document) -> None:
         raise DuplicateDocumentError(
             "this id was given twice, with different texts",
             where=second.id,
-            next_step="Give each text an id of its own, or leave the outdated one out.",
+            next_step="Give each text its own id, or leave out the outdated one.",
         )
 
 

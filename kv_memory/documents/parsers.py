@@ -77,7 +77,7 @@ def read_content(raw: bytes, *, suffix: str, encoding: str, where: str) -> Conte
         if file_type is not None:
             raise
         raise BinaryDocumentError(
-            f"a file {f'of the unknown type {suffix}' if suffix else 'without a suffix'}, and {error.what}",
+            f"a file {f'of unknown type {suffix}' if suffix else 'without a suffix'}, and {error.what}",
             where=where,
             next_step=f"Convert it to one of {', '.join(FILE_TYPES)}. If it is text, name its encoding: `encoding=` in "
             "Python, `--encoding` in the shell.",
@@ -138,7 +138,7 @@ def _read_html(html: str, where: str) -> Content:
             soup = BeautifulSoup(html, "html.parser")
     except ParserRejectedMarkup as error:
         raise UnreadableDocumentError(
-            f"no readable HTML: {error}", where=where, next_step="Save the page again, or as text or PDF."
+            f"not readable HTML: {error}", where=where, next_step="Save the page again, or as text or PDF."
         ) from error
     heading = soup.title or soup.find(["h1", "h2"])
     title = " ".join(heading.get_text(" ").split()) if heading else ""
@@ -148,9 +148,9 @@ def _read_html(html: str, where: str) -> Content:
     text = re.sub(r"\n{3,}", "\n\n", normalise_newlines(text)).strip()
     if not text:
         raise EmptyDocumentError(
-            "the page holds no text",
+            "the page contains no text",
             where=where,
-            next_step="If scripts make its text, save the page from a browser as it is shown, or as PDF.",
+            next_step="If scripts generate its text, save the page from a browser as displayed, or as PDF.",
         )
     return Content(text, {"file_type": "html"} | ({"title": title} if title else {}))
 

@@ -130,7 +130,7 @@ class _Splitter:
             raise ConfigError(
                 f"one character, {self._text[start]!r}, takes {piece.n_tokens} tokens of {self._max_tokens} allowed",
                 where="max_tokens",
-                next_step="Allow longer passages; 64 tokens is a sensible least.",
+                next_step="Allow longer passages; 64 tokens is a sensible minimum.",
             )
         if piece.n_tokens is None:
             n_parts = -(-length // (self._max_tokens * _CHARS_PER_TOKEN))

@@ -154,9 +154,9 @@ def check_groups(task: str, by: Sequence[str]) -> None:
     for name in by:
         if name not in groups:
             raise ConfigError(
-                f"rows of {task} cannot be told apart by {name!r}",
+                f"rows of {task} cannot be grouped by {name!r}",
                 where="by",
-                next_step=f"Use some of {', '.join(groups)}." if groups else "Leave it out.",
+                next_step=f"Use one or more of {', '.join(groups)}." if groups else "Omit the option.",
             )
 
 

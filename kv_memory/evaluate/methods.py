@@ -128,7 +128,7 @@ def check_methods(names: Sequence[str] | None, *, has_adapter: bool, refine_from
     for name in names:
         check_choice(name, MethodName, where="method")
     if not names:
-        raise ConfigError("no method is named", where="method", next_step=f"Use some of {', '.join(METHODS)}.")
+        raise ConfigError("no method is given", where="method", next_step=f"Use one or more of {', '.join(METHODS)}.")
     needing = sorted({*names} & _NEED_ADAPTER) + (
         ["refined"] if "refined" in names and refine_from in _NEED_ADAPTER else []
     )

@@ -132,17 +132,21 @@ def recommend(
         reason = "nothing was measured"
     elif meeting:
         below = [row for row in rows if row.keep_ratio < ratio]
-        reason = f"the smallest measured that has {criteria} ({chosen})"
-        reason += f"; the next smaller one has not ({max(below, key=lambda row: row.keep_ratio)})" if below else ""
+        reason = f"the smallest measured keep_ratio with {criteria} ({chosen})"
+        reason += (
+            f"; the next smaller one misses a criterion ({max(below, key=lambda row: row.keep_ratio)})" if below else ""
+        )
     else:
-        reason = f"none measured has {criteria}; nearest comes {chosen}. Keep more (--keep-ratio), or ask for less"
+        reason = (
+            f"no measured keep_ratio has {criteria}; the closest is {chosen}. Keep more (--keep-ratio), or relax the "
+            "criteria"
+        )
     if not enough:
         ratio = max(ratio, asked)
         n_questions, n_passages = (rows[0].n_questions, rows[0].n_passages) if rows else (0, 0)
         reason = (
-            f"too little to judge: questions {n_questions}, passages {n_passages}, and it takes {LEAST_QUESTIONS} and "
-            f"{LEAST_PASSAGES}; so no less than {kept_text(asked)} is recommended. As far as it goes: "
-            f"{reason}"
+            f"too little data: questions {n_questions}, passages {n_passages}; at least {LEAST_QUESTIONS} and "
+            f"{LEAST_PASSAGES} are needed, so nothing below {kept_text(asked)} is recommended. So far: {reason}"
         )
     return Recommendation(
         keep_ratio=ratio,

@@ -28,10 +28,10 @@ def markdown(rows: Sequence[Row]) -> str:
 def _about(rows: Sequence[Row]) -> str:
     sizes = {(row.n, row.n_documents) for row in rows}
     if len(sizes) > 1:
-        return "Rows are about different documents; n is the number of questions. In brackets 95% intervals."
+        return "Rows cover different documents; n is the number of questions. 95% intervals in brackets."
     n, n_documents = sizes.pop()
     about = f" about {_count(n_documents, 'document')}" if n_documents else ""
-    intervals = "In brackets 95% intervals, by a bootstrap over documents."
+    intervals = "95% intervals in brackets, from a bootstrap over documents."
     return f"{_count(n, 'question')}{about}, the same for every row. {intervals}"
 
 

@@ -115,7 +115,7 @@ class RecordFile:
             return Record.from_dict(json.loads(line))
         except (ValueError, TypeError, KeyError) as error:
             raise BrokenLineError(
-                f"no record of an evaluation: {error}",
+                f"not an evaluation record: {error}",
                 where=f"{self.path}, line {number}",
                 next_step="Remove the line, or evaluate into another folder.",
             ) from error

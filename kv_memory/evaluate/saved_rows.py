@@ -76,18 +76,22 @@ def load_rows(
     names = {record.method for record in records} | {row.method for row in finished}
     for name in methods or ():
         if name not in names:
-            raise ConfigError(f"no result is called {name!r}", where="method", next_step="Names are as in the table.")
+            raise ConfigError(
+                f"no result has the method {name!r}", where="method", next_step="Use a name from the table."
+            )
     for group in by or ():
         if not any(group in record.group for record in records):
-            raise ConfigError(f"no result is about a {group!r}", where="by", next_step="Names are as in the table.")
+            raise ConfigError(
+                f"no result has the group {group!r}", where="by", next_step="Use a column name of the table."
+            )
     _check(records)
     rows = aggregate(records, seed=seed, paired=paired, by=by)
     lost = sorted({record.task for record in records} - {row.task for row in rows})
     if lost:
         raise ConfigError(
-            f"no document of {lost[0]} is common to all methods",
+            f"no document of {lost[0]} was measured by all methods",
             where="report",
-            next_step="Report fewer of them together, or pass --unpaired.",
+            next_step="Report fewer methods together, or pass --unpaired.",
         )
     taken = {(table_of(row), row.method, row.keep_ratio) for row in rows}
     rows += [row for row in finished if (table_of(row), row.method, row.keep_ratio) not in taken]
@@ -110,7 +114,9 @@ def _read(path: Path) -> tuple[list[Record], list[Row]]:
     files = [path] if path.is_file() else [path / n for n in (FILE_NAME, _PEER_FILE) if (path / n).is_file()]
     if not files:
         raise DatasetError(
-            "no evaluation here", where=str(path), next_step="Pass a folder that `kv-memory eval --out` wrote to."
+            "no evaluation results found",
+            where=str(path),
+            next_step="Pass a folder that `kv-memory eval --out` wrote to.",
         )
     records: list[Record] = []
     finished: list[Row] = []
@@ -127,7 +133,7 @@ def _read(path: Path) -> tuple[list[Record], list[Row]]:
                     finished.append(_row(data))
             except (ValueError, TypeError, KeyError) as error:
                 raise BrokenLineError(
-                    f"no result: {error!r}", where=f"{file}, line {number}", next_step="Remove the line."
+                    f"not an evaluation result: {error!r}", where=f"{file}, line {number}", next_step="Remove the line."
                 ) from error
         records += _gathered(questions)
     return records, finished
@@ -210,7 +216,7 @@ def _check(records: Iterable[Record]) -> None:
         column = (record.task, record.method, record.keep_ratio)
         if configs.setdefault(column, record.config) != record.config:
             raise ConfigError(
-                f"two different results are called {record.method!r} at keep_ratio {record.keep_ratio}",
+                f"two different results have the name {record.method!r} at keep_ratio {record.keep_ratio}",
                 where=record.task,
                 next_step="Name the folders: LABEL=FOLDER.",
             )
@@ -220,5 +226,5 @@ def _check(records: Iterable[Record]) -> None:
         raise ConfigError(
             f"results of several models: {', '.join(weights.values())}",
             where="report",
-            next_step="Report one at a time.",
+            next_step="Report one model at a time.",
         )

@@ -113,7 +113,9 @@ class TaskSettings:
                 f"{'documents' if together == 1 else f'{together} documents'} of {low:,} to {high:,} tokens leave no "
                 f"room for prefix, question and answer in a window of {backbone.context_window:,}",
                 where="max_tokens",
-                next_step=f"Pass --max-tokens {window} or less." if window > low else "Use a model with more room.",
+                next_step=f"Pass --max-tokens {window} or less."
+                if window > low
+                else "Use a model with a longer window.",
             )
         return low, high
 

@@ -271,7 +271,7 @@ class Run:
             raise DecodeTimeoutError(
                 f"the answer is not complete after {limit_s:g} s; {n_tokens:,} tokens were decoded",
                 where="timeout_s",
-                next_step="Allow more time, lower max_new_tokens, or stream and take what is there.",
+                next_step="Allow more time, lower max_new_tokens, or stream to get the partial answer.",
             )
 
     def results(self) -> list[Generation]:

@@ -73,10 +73,10 @@ class TextStream:
         if self.begun or not self.finished:
             return None
         if self._stopped_by:
-            return f"The answer begins with the stop string {self._stopped_by!r}: pass other ones (stop, --stop)."
+            return f"The answer begins with the stop string {self._stopped_by!r}: pass other strings (stop, --stop)."
         if self.finish_reason == "length":
             return "Allow more tokens: raise max_new_tokens (--max-new-tokens)."
-        return "Ask in other words, from other passages (top_k, --top-k), or use a larger model."
+        return "Rephrase the question, use more passages (top_k, --top-k), or use a larger model."
 
     def _find_stop(self) -> tuple[int, str]:
         """Index and text of the first stop string; index -1 if the text contains no stop string."""

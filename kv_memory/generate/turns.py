@@ -87,7 +87,7 @@ def encode_text_prompt(backbone: Backbone, text: str) -> Prompt:
     if wants_start and ids[:1] != [start]:
         ids = [start, *ids]
     if not ids:
-        raise ConfigError("an empty prompt", where="prompt", next_step="Pass the text to go on with.")
+        raise ConfigError("an empty prompt", where="prompt", next_step="Pass the text to continue.")
     return Prompt(ids, behind_prefix=False)
 
 
@@ -103,7 +103,7 @@ def _alternate(turns: Sequence[Turn]) -> list[Turn]:
             merged.append(Turn(role, turn.text.strip()))
     if not merged or merged[-1].role == "assistant":
         raise ConfigError(
-            "a conversation must end with a turn of the user" if merged else "there is no turn to reply to",
+            "a conversation must end with a user turn" if merged else "there is no turn to reply to",
             where="turns",
             next_step="Append the question as the last turn.",
         )

@@ -98,7 +98,7 @@ class RecordBuilder:
     ) -> Prepared:
         """Prepare a document that is already split, to replace or extend `old`; see `KVMemory.add_passages`."""
         if isinstance(texts, str):
-            raise ConfigError("passages are a list of texts, not one text", where="texts", next_step="Pass [text].")
+            raise ConfigError("passages must be a list of texts, not one text", where="texts", next_step="Pass [text].")
         checked = [Document(id=document, text=text, metadata=metadata or {}) for text in texts]
         given = _by_key([item.text for item in checked])
         before = [p for p in old.passages if p.text_sha256 not in drop] if old is not None and extend else []
@@ -138,7 +138,7 @@ class RecordBuilder:
         except DocumentError as error:
             raise _lost(old, f"its file cannot be read: {error.what}") from error
         if document.content_sha256 != old.content_sha256:
-            raise _lost(old, "its file holds another text now")
+            raise _lost(old, "its file now has a different text")
         texts = _by_key(self._split(document.text, old.passage_tokens))
         if texts.keys() >= {passage.text_sha256 for passage in old.passages}:
             return Prepared(old, texts)
@@ -176,5 +176,5 @@ def _lost(record: DocumentRecord, why: str) -> TextNotKeptError:
     return TextNotKeptError(
         f"a document's text is not kept, and {why}",
         where=record.id,
-        next_step="Add the document again; what is stored of it stays as it is until then.",
+        next_step="Add the document again; until then, its stored data stay unchanged.",
     )

@@ -224,14 +224,14 @@ def check_folder(store: Store, source: FileSource) -> None:
         strangers = [id_ for id_ in (first, *outside) if id_ not in linked]
         if strangers:
             raise JobError(
-                f"the collection holds {len(strangers):,} documents that are not from this folder, "
-                f"e.g. {strangers[0]!r}; making it equal to the folder would delete them",
+                f"the collection holds {len(strangers):,} documents from outside this folder, "
+                f"e.g. {strangers[0]!r}; syncing it with the folder would delete them",
                 where=source.path,
-                next_step="Give the folder a --collection of its own, or pass --force to delete them.",
+                next_step="Use a separate --collection for the folder, or pass --force to delete them.",
             )
     if next(source.items(), None) is None and next(_ids(store), None) is not None:
         raise JobError(
-            "the folder holds no document, and the collection would be emptied",
+            "the folder contains no documents, so syncing would empty the collection",
             where=source.path,
             next_step="Check that the folder is the right one and mounted, or pass --force.",
         )

@@ -1,6 +1,6 @@
 """The driver: create a job, keep workers running on it, and report progress.
 
-It task_queue no task and reads no document, so killing it loses nothing: its workers exit, and the next driver resumes.
+It claims no task and reads no document, so killing it loses nothing: its workers exit, and the next driver resumes.
 """
 
 from __future__ import annotations
@@ -72,30 +72,30 @@ class JobRequest:
         """
         if (self.sync is None) == (not self.sources):
             raise ConfigError(
-                "either sources or a folder to sync must be named",
+                "either sources or a folder to sync must be given",
                 where="SOURCE",
                 next_step="For example `kv-memory job run notes/`, or `kv-memory job run --sync notes/`.",
             )
         if self.sync is not None and not Path(self.sync).is_dir():
             raise ConfigError(
-                "--sync is for a folder, and this is none",
+                "--sync needs a folder, and this is not a folder",
                 where=self.sync,
                 next_step=f"Check the path; relative ones start at {Path.cwd()}.",
             )
         if self.force and self.sync is None:
             raise ConfigError(
-                "--force is for --sync, and there is none",
+                "--force is only valid with --sync",
                 where="force",
-                next_step="Leave it out, or name the folder with --sync.",
+                next_step="Leave out --force, or pass the folder with --sync.",
             )
         fields = Fields(id_field=settings.id_field, text_field=settings.text_field)
         named = self.sources if self.sync is None else [self.sync]
         specs = parse_sources(named, glob=self.glob, query=self.query, fields=fields)
         if self.sync is not None and any(spec["kind"] != "files" for spec in specs):
             raise ConfigError(
-                "--sync is for files, not for records in them",
+                "--sync works on whole files, not on the records in them",
                 where="glob",
-                next_step="Name the files of records as sources instead: `kv-memory job run FILE...`.",
+                next_step="Pass the files of records as sources instead: `kv-memory job run FILE...`.",
             )
         return specs
 
@@ -233,11 +233,10 @@ class _Driver:
                 self._on_event(WorkerEnded(job=self._job.name, worker=end.worker, reason=end.reason))
             if self._strikes >= _MOST_STRIKES:
                 raise WorkerDiedError(
-                    f"{self._strikes} workers have died one after the other before they had a document; the last one: "
-                    f"{end.reason}",
+                    f"{self._strikes} workers in a row died before they claimed a document; the last one: {end.reason}",
                     where=self._job.name,
-                    next_step="If the system has killed them, there may be too little memory: take fewer --workers or "
-                    f"a smaller model. Go on with `kv-memory job resume {self._job.name}`.",
+                    next_step="If the system killed them, there may be too little memory: use fewer --workers or "
+                    f"a smaller model. Resume with `kv-memory job resume {self._job.name}`.",
                 )
         if time.monotonic() - self._expired_s > _SLOWEST_POLL_S:
             self._expired_s = time.monotonic()
@@ -301,6 +300,6 @@ def _raised(end: WorkerEnd) -> KVMemoryError:
     kind = getattr(errors, str(end.error.get("error")), JobError)
     what = str(end.error.get("what"))
     if kind is JobError:
-        what = f"no worker can go on: {end.error.get('error')}: {what}"
+        what = f"no worker can continue: {end.error.get('error')}: {what}"
     error: KVMemoryError = kind(what, where=end.error.get("where"), next_step=end.error.get("next_step"))
     return error

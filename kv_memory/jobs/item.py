@@ -74,6 +74,6 @@ def duplicate_error(item: SourceItem, first: str) -> SourceItem:
     error = DuplicateDocumentError(
         "two documents have the same id",
         where=f"{item.document_id}: {first} and {item.uri}",
-        next_step="Name a field that tells them apart with --id-field, or leave one of the two out.",
+        next_step="Pass a field with unique values as --id-field, or leave out one of the two documents.",
     )
     return SourceItem(document_id=f"{item.document_id} [{item.uri}]", uri=item.uri, error=error.to_dict())

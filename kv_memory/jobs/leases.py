@@ -65,7 +65,7 @@ class LiveWorkers:
         with self._catalog.read() as session:
             workers = [worker for worker in session.scalars(running) if worker is not None]
         dead = [worker for worker in workers if not self._lives(worker)]
-        return sum(self.free(job, worker, "its process is gone") for worker in dead) + self.expire(job)
+        return sum(self.free(job, worker, "its process has died") for worker in dead) + self.expire(job)
 
     def free(self, job: Job, worker: str, reason: str) -> int:
         """Free the tasks of a dead worker and return their number; tasks with too many attempts fail."""
@@ -99,9 +99,9 @@ class LiveWorkers:
         held = update(TaskRow).where(TaskRow.job_id == job.id, TaskRow.state == "running", whose)
         error = {
             "error": "WorkerDiedError",
-            "what": f"every worker that had this document died, at last: {reason}",
+            "what": f"every worker that claimed this document died; the last one: {reason}",
             "where": None,
-            "next_step": "It may be too large for the memory, or crash the model. Leave it out, or try again with "
+            "next_step": "It may be too large for memory, or crash the model. Leave it out, or try again with "
             f"`kv-memory job resume {job.name} --retry-failed`.",
         }
         now, most = utc_now(), job.settings.max_attempts

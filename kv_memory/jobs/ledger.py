@@ -48,9 +48,9 @@ class Ledger:
         """
         if not 0 < len(name) <= 64 or not name.isprintable():
             raise JobError(
-                f"a job's name has 1 to 64 printable characters, got {name!r}",
+                f"a job name must have 1 to 64 printable characters, got {name!r}",
                 where="name",
-                next_step="Take another --name, or none: the job is then named after the time.",
+                next_step="Choose another --name, or leave it out: the job is then named after the time.",
             )
         row = JobRow(
             name=name,
@@ -62,9 +62,9 @@ class Ledger:
         with self._catalog.write() as session:
             if session.scalar(select(JobRow.id).where(JobRow.name == name)) is not None:
                 raise JobError(
-                    f"the store has a job {name!r} already",
+                    f"the store already has a job {name!r}",
                     where=name,
-                    next_step=f"Go on with it by `kv-memory job resume {name}`, or take another name.",
+                    next_step=f"Resume it with `kv-memory job resume {name}`, or choose another name.",
                 )
             session.add(row)
         return self.job(name)
@@ -104,7 +104,7 @@ class Ledger:
         with self._catalog.hold(f"job {job.id}", wait=False) as had:
             if not had:
                 raise JobError(
-                    "this job is being run by another process",
+                    "another process is running this job",
                     where=job.name,
                     next_step=f"Watch it with `kv-memory job show {job.name}`, or stop that process first.",
                 )
@@ -170,9 +170,9 @@ class Ledger:
         """
         if job.state not in {"running", "interrupted"}:
             raise JobError(
-                f"this job is {job.state} already, and there is nothing to cancel",
+                f"this job is already {job.state}, so there is nothing to cancel",
                 where=job.name,
-                next_step="List those that are running with `kv-memory job list`.",
+                next_step="List the running jobs with `kv-memory job list`.",
             )
         now = utc_now()
         with self._catalog.write() as session:
@@ -327,6 +327,6 @@ class Ledger:
             session.execute(update(JobRow).where(JobRow.id == job.id).values(**values, updated_at=utc_now()))
 
 
-_ANEW = "Start it anew with `kv-memory job run`; what is stored already costs next to nothing."
+_ANEW = "Start a new job with `kv-memory job run`; documents that are already stored cost almost nothing."
 _SUMMED = ("n_passages", "n_tokens", "cache_bytes", "full_kv_bytes", "priority")
 _COLUMNS = set(JobRow.__table__.columns.keys())

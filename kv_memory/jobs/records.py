@@ -51,15 +51,15 @@ class JobSettings:
             raise ConfigError(
                 f"max_attempts must be at least 1, got {self.max_attempts}",
                 where="max_attempts",
-                next_step="3 lets a worker die twice over a document before that counts as failed.",
+                next_step="With 3, a document counts as failed once three workers have died while processing it.",
             )
         for name in ("id_field", "text_field"):
             if not getattr(self, name):
                 option = f"--{name.replace('_', '-')}"
                 raise ConfigError(
-                    "a field has a name, and this one is empty",
+                    "a field name must not be empty",
                     where=name,
-                    next_step=f"Give {option} the name of a column, or leave the option out.",
+                    next_step=f"Pass the name of a column to {option}, or leave the option out.",
                 )
 
 

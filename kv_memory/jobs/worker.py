@@ -1,8 +1,8 @@
-"""A worker: claims a document, reads it, compresses it, says what became of it; until there is nothing left.
+"""A worker: claim, read and compress documents of a job one by one, and record each result, until none is left.
 
-Run as a process of its own, `python -m kv_memory.jobs.worker`, with a model of its own. It ends when the job does, when
-it is told to (SIGTERM: the document in hand is given back), and after the document in hand when its driver has died.
-An error that is no document's, such as a model that cannot be loaded or a full disk, goes to standard output as JSON.
+It runs as a separate process, `python -m kv_memory.jobs.worker`, and loads its own model. It exits when the job ends;
+on SIGTERM, after releasing its current document; and if its driver has died, after finishing its current document.
+Errors that do not concern a document, such as a missing model or a full disk, are printed to standard output as JSON.
 """
 
 from __future__ import annotations
@@ -166,11 +166,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--collection", required=True)
     parser.add_argument("--job", required=True)
-    parser.add_argument("--worker", required=True, help="its name")
+    parser.add_argument("--worker", required=True, help="name of the worker")
     parser.add_argument("--parent", type=int, required=True, help="process id of the driver")
-    parser.add_argument("--number", type=int, default=0, help="of the worker: which GPU is its own")
-    parser.add_argument("--threads", type=int, required=True, help="of this worker")
-    parser.add_argument("--lease", type=float, default=LEASE_S, help="in seconds")
+    parser.add_argument("--number", type=int, default=0, help="number of the worker, which selects its GPU")
+    parser.add_argument("--threads", type=int, required=True, help="number of CPU threads of this worker")
+    parser.add_argument("--lease", type=float, default=LEASE_S, help="duration of a lease in seconds")
     args = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles Ctrl-C and stops its workers

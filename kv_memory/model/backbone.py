@@ -215,7 +215,7 @@ class Backbone:
                 return self.tokenizer(text, add_special_tokens=False, verbose=False, **options)
             except TypeError as error:  # from the tokenizers library, for half a surrogate pair
                 raise EncodingError(
-                    "half a surrogate pair is no text",
+                    "the text has half a surrogate pair",
                     where=repr(text)[:80],
                     next_step='Replace it: text.encode(errors="replace").decode().',
                 ) from error

@@ -144,7 +144,7 @@ def concrete_name(name: str) -> str:
 @functools.cache  # warn once per process
 def _say_second_choice(name: str) -> None:
     _log.warning(
-        "the model is %s, as %s is not prepared here; to have it: kv-memory models --prepare %s",
+        "using the model %s, because %s is not prepared on this machine; to prepare it: kv-memory models --prepare %s",
         name,
         DEFAULTS[0],
         DEFAULTS[0],

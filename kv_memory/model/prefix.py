@@ -59,8 +59,8 @@ class Prefix:
         except (SafetensorError, KeyError, OSError) as error:
             raise CorruptCacheError(f"not a readable prefix: {error}", where=str(path)) from error
         if kept_under != key:
-            raise CorruptCacheError(f"the prefix of {kept_under[:80]!r}, not of {key!r}", where=str(path))
+            raise CorruptCacheError(f"the file has the prefix of {kept_under[:80]!r}, not of {key!r}", where=str(path))
         shape = (*like.shape[:2], len(ids), like.shape[3])
         if tuple(keys.shape) != shape or tuple(values.shape) != shape or keys.dtype != like.dtype:
-            raise CorruptCacheError(f"prefix of shape {tuple(keys.shape)}, expected {shape}", where=str(path))
+            raise CorruptCacheError(f"the prefix has shape {tuple(keys.shape)}, expected {shape}", where=str(path))
         return cls(ids, keys, values, regime)

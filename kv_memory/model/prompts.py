@@ -149,7 +149,7 @@ def chat_form(tokenizer: Any, *, system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> 
     head, found, tail = text.partition(_DOCUMENT)
     if not found or _SYSTEM not in head:
         raise ConfigError(
-            "the chat template loses the text it is given", where="prompt", next_step='Use prompt="passage".'
+            "the chat template drops the text it is given", where="prompt", next_step='Use prompt="passage".'
         )
     return PromptForm(
         name="chat",
@@ -187,7 +187,7 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> str:
         raise ConfigError(
             f"the chat template cannot render this conversation: {error}",
             where="prompt",
-            next_step='Use prompt="passage", or turns of user and assistant only.',
+            next_step='Use prompt="passage", or only user and assistant turns.',
         ) from error
 
 

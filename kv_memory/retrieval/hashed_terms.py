@@ -59,7 +59,7 @@ class Terms:
         if not isinstance(key, str) or _KEY.fullmatch(key) is None or not isinstance(counts, dict):
             raise ValueError("terms without a key or counts")
         if not all(_HASH.fullmatch(word) and type(n) is int and n > 0 for word, n in counts.items()):
-            raise ValueError("counts that are none")
+            raise ValueError("counts must map word hashes to positive integers")
         return cls(key=key, counts=counts)
 
     def to_dict(self) -> dict[str, Any]:

@@ -51,7 +51,7 @@ _LOOK_UP = select(CacheRow).where(
 _FINGERPRINT = select(FingerprintRow.digest).where(FingerprintRow.digest == bindparam("digest"))
 _INSERT_FINGERPRINT = insert(Base.metadata.tables[FingerprintRow.__tablename__])
 _INSERT = insert(Base.metadata.tables[CacheRow.__tablename__]).returning(CacheRow.id)
-_AGAIN = "Run `kv-memory add --stale` to make it again; until then answer from the text."
+_AGAIN = "Run `kv-memory add --stale` to compress the text again; until then answer from the text."
 
 
 def cache_info(row: CacheRow) -> CacheInfo:
@@ -197,7 +197,7 @@ class CacheTable:
     def _note_evictions(self, n_evicted: int) -> None:
         if n_evicted:
             self.uses.counters.add("evictions", n_evicted)
-            _LOG.info("the budget drove %d distilled caches out", n_evicted)
+            _LOG.info("evicted %d distilled caches to stay within the size limit", n_evicted)
 
     def warm(self) -> None:
         """Let SQLAlchemy compile the lookup, which takes as long as a few hundred lookups."""
@@ -379,11 +379,11 @@ class CacheTable:
                 Fingerprint.from_json(json).check(wanted, where=where)
         # 2. No cache at this ratio: name the ratios that exist.
         ratios = sorted({ratio for ratio, _ in rows})
-        others = f"; there are some at {', '.join(map(str, ratios))}" if ratios else ""
+        others = f"; available keep ratios: {', '.join(map(str, ratios))}" if ratios else ""
         raise CacheNotFoundError(
             f"no distilled cache{'' if keep_ratio is None else f' at keep_ratio {keep_ratio}'}{others}",
             where=where,
-            next_step="Run `kv-memory add --stale` to make what is missing"
+            next_step="Run `kv-memory add --stale` to compress what is missing"
             + (", or ask with one of those keep ratios." if ratios else "."),
         )
 

@@ -60,7 +60,7 @@ class Collection:
         try:
             json.dumps(dict(values))
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"settings must be what JSON can hold: {error}", where="settings") from error
+            raise ConfigError(f"settings must be JSON-serialisable: {error}", where="settings") from error
         with self._catalog.write() as session:
             row = session.get_one(CollectionRow, self._collection_id)
             row.settings = {**row.settings, **values}
@@ -152,7 +152,7 @@ class Collection:
             raise DocumentNotFoundError(
                 f"document {document_id!r} has no passage {ordinal}",
                 where=document_id,
-                next_step="Passages are counted from 0; `kv-memory list` shows how many there are.",
+                next_step="Passages are numbered from 0; `kv-memory list` shows how many there are.",
             )
         return found[0]
 

@@ -25,16 +25,16 @@ __all__ = ["BUCKETS_S", "NAMES", "Counters", "Uses", "read_counters", "write_cou
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 # Counter names and descriptions.
 NAMES = {
-    "hits": "distilled caches that were found, verified and handed out",
-    "misses": "look-ups of a cache that is not there, or has expired",
-    "refused_corrupt": "caches whose bytes were not those written; quarantined",
-    "refused_mismatch": "caches of another model, adapter, prompt or format; left alone",
+    "hits": "distilled caches found, verified and returned",
+    "misses": "look-ups of a missing or expired cache",
+    "refused_corrupt": "damaged caches, refused and quarantined",
+    "refused_mismatch": "caches of another model, adapter, prompt or format, refused and kept",
     "puts": "distilled caches written",
-    "evictions": "distilled caches that a budget drove out",
-    "bytes_read": "bytes of blobs handed out",
+    "evictions": "distilled caches evicted to stay within a size limit",
+    "bytes_read": "bytes of blobs returned",
     "bytes_written": "bytes of blobs written",
-    "get_seconds": "time that handed out caches took, together",
-    "put_seconds": "time that written caches took, together",
+    "get_seconds": "total seconds spent reading the returned caches",
+    "put_seconds": "total seconds spent writing caches",
 }
 
 

@@ -70,7 +70,7 @@ def check_document(record: DocumentRecord) -> None:
         json.dumps(record.metadata)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"metadata must be what JSON can hold: {error}",
+            f"metadata must be JSON-serialisable: {error}",
             where=f"document {record.id!r}",
             next_step="Use strings, numbers, booleans, None, lists and dicts with string keys.",
         ) from error
@@ -79,7 +79,7 @@ def check_document(record: DocumentRecord) -> None:
             raise EncodingError(
                 "a text with a NUL character cannot be stored",  # PostgreSQL cannot; SQLite should not differ
                 where=f"document {record.id!r}",
-                next_step="Decode the document with its right encoding, or take the NUL characters out.",
+                next_step="Decode the document with the right encoding, or remove the NUL characters.",
             )
 
 

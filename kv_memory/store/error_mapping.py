@@ -26,8 +26,8 @@ __all__ = ["mapped", "no_such_bucket", "refused_login", "store_error"]
 # EFBIG (a file size limit) is not a full disk, but the user's next step is the same: make room or raise the limit.
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _LOGIN = (
-    "Check user, password (`~/.pgpass`, PGPASSWORD) and name of the database; the user needs the right to make the "
-    "schema, or to use and write it."
+    "Check the user, the password (`~/.pgpass`, PGPASSWORD) and the database name; the user needs the right to create "
+    "the schema, or to use it and write to it."
 )
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -63,9 +63,9 @@ def store_error(error: BaseException, where: str) -> StoreError | None:
     if error.errno in _FORBIDDEN:
         return _forbidden(where, error.strerror or str(error))
     return StoreError(
-        f"the system refused: {error.strerror or error}",
+        f"the operating system reported an error: {error.strerror or error}",
         where=where,
-        next_step="Check the disk and the path, then try again; what was stored before is untouched.",
+        next_step="Check the disk and the path, then try again; the stored data is unchanged.",
     )
 
 
@@ -100,7 +100,7 @@ def _of_postgres(error: DBAPIError, where: str) -> StoreError | None:
     if state == "55P03":
         return _locked(where)
     if state is not None and state[:2] in {"28", "42"} and state not in {"42P01", "42703"}:
-        return StorePermissionError(f"the database refuses: {reason}", where=where, next_step=_LOGIN)
+        return StorePermissionError(f"the database refused access: {reason}", where=where, next_step=_LOGIN)
     if error.orig is not None and (refusal := refused_login(error.orig)) is not None:
         kind, what = refusal
         return kind(f"{what}: {reason}", where=where, next_step=_LOGIN)
@@ -111,7 +111,7 @@ def _of_postgres(error: DBAPIError, where: str) -> StoreError | None:
         return StoreConnectionError(
             f"the database does not answer: {reason}",
             where=where,
-            next_step="Check that the server runs and can be reached, then try again; what was stored is untouched.",
+            next_step="Check that the server runs and can be reached, then try again; the stored data is unchanged.",
         )
     return StoreError(
         f"the database failed: {reason}", where=where, next_step="Check the server's log, then try again."
@@ -132,7 +132,7 @@ def refused_login(error: BaseException) -> tuple[type[StoreError], str] | None:
     if "database" in text.rpartition("FATAL:")[2] and "does not exist" in text:
         return StoreConnectionError, "there is no such database"
     if any(sign in text for sign in ("password", "role", "pg_hba.conf", "authentication", "permission denied")):
-        return StorePermissionError, "the database refuses"
+        return StorePermissionError, "the database refused access"
     return None  # starting up, shutting down, no free connection slot
 
 
@@ -146,7 +146,7 @@ def _of_objects(error: BaseException, where: str) -> StoreError:
     reason = next(iter(str(error).strip().splitlines()), name)[:300]
     if name in {"PermissionDeniedError", "UnauthenticatedError"}:
         return StorePermissionError(
-            f"the object store refuses: {reason}",
+            f"the object store refused access: {reason}",
             where=where,
             next_step="Check the credentials in the environment and the bucket's policy, then try again.",
         )
@@ -154,14 +154,16 @@ def _of_objects(error: BaseException, where: str) -> StoreError:
         return StoreConnectionError(
             "there is no such bucket",
             where=where,
-            next_step="Check its name, and the endpoint in the environment; what was stored is untouched.",
+            next_step="Check its name, and the endpoint in the environment; the stored data is unchanged.",
         )
     if name in {"InvalidPathError", "NotSupportedError", "UnknownConfigurationKeyError"}:
-        return StoreError(f"the object store cannot do that: {reason}", where=where, next_step="Check its URL.")
+        return StoreError(
+            f"the object store does not support this request: {reason}", where=where, next_step="Check its URL."
+        )
     return StoreConnectionError(
-        f"the object store does not answer as it should: {reason}",
+        f"the request to the object store failed: {reason}",
         where=where,
-        next_step="Check its URL, the network and the service, then try again; what was stored is untouched.",
+        next_step="Check its URL, the network and the service, then try again; the stored data is unchanged.",
     )
 
 
@@ -169,13 +171,13 @@ def _full(where: str) -> StoreFullError:
     return StoreFullError(
         "no space left to write",
         where=where,
-        next_step="Free some space (`kv-memory gc` removes what nothing refers to), then run the same command again.",
+        next_step="Free some space (`kv-memory gc` removes unreferenced caches), then run the same command again.",
     )
 
 
 def _locked(where: str) -> StoreLockedError:
     return StoreLockedError(
-        "another process holds the store's lock for too long",
+        "another process has held the store's lock for too long",
         where=where,
         next_step="Wait for it to finish, or stop it, then try again.",
     )
@@ -183,7 +185,7 @@ def _locked(where: str) -> StoreLockedError:
 
 def _forbidden(where: str, reason: str) -> StorePermissionError:
     return StorePermissionError(
-        f"the store may not be read or written: {reason}",
+        f"no permission to read or write the store: {reason}",
         where=where,
         next_step="Give your user read and write permission on the folder, or open a store somewhere else.",
     )

@@ -128,9 +128,9 @@ def evict(
                     break
         if excess > 0:
             raise StoreFullError(
-                f"the budget of {limit:,} bytes is spent: {excess:,} bytes too many are pinned, being read, or new",
+                f"the size limit of {limit:,} bytes is exceeded by {excess:,} bytes that are pinned, in use or new",
                 where="collection" if scope is not everywhere else "store",
-                next_step="Raise it or unpin something (`kv-memory budget`, `kv-memory unpin`).",
+                next_step="Raise the limit (`kv-memory budget`) or unpin documents (`kv-memory unpin`).",
             )
         for start in range(0, len(ids), 500):
             session.execute(delete(CacheRow).where(CacheRow.id.in_(ids[start : start + 500])))

@@ -37,7 +37,7 @@ def check_identity(row: CacheRow, *, text_sha256: str | None, fingerprint: Finge
         ("keep_ratio", keep_ratio, row.keep_ratio),
     ):
         if said != wanted:
-            raise MisfiledError(f"the catalog names the blob of another {name}", where=f"blob {row.blob_key}")
+            raise MisfiledError(f"the catalog row points to a blob of another {name}", where=f"blob {row.blob_key}")
 
 
 def check_header(row: CacheRow, path: Path) -> None:
@@ -53,7 +53,7 @@ def check_header(row: CacheRow, path: Path) -> None:
         fingerprint = Fingerprint.from_json(json.dumps(header["fingerprint"]))
         text_sha256, keep_ratio = header.get("text_sha256"), header["keep_ratio"]
     except (ValueError, TypeError, KeyError, AttributeError, CorruptCacheError) as error:
-        what = "the catalog names a blob that is no distilled cache"
+        what = "the catalog row points to a blob that is not a distilled cache"
         raise MisfiledError(what, where=f"blob {row.blob_key}") from error
     check_identity(row, text_sha256=text_sha256, fingerprint=fingerprint, keep_ratio=keep_ratio)
 

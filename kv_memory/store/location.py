@@ -43,7 +43,7 @@ class StorePlace:
             raise ConfigError(
                 f"tier_size_bytes must be above 0, got {self.tier_size_bytes}",
                 where="tier_size_bytes",
-                next_step="Leave it out for 20 GB.",
+                next_step="Leave it out for the default of 20 GB.",
             )
 
     @property
@@ -74,9 +74,9 @@ def find_place(
         place = StorePlace(catalog=catalog, blobs=blobs, tier_size_bytes=size)
         if not place.embedded and not new:
             raise ConfigError(
-                "the folder holds a store with its own catalog and blobs",
+                "the folder already contains a store with its own catalog and blobs",
                 where=str(folder),
-                next_step="Name an empty folder for the shared store; `export` and `import` move collections.",
+                next_step="Use an empty folder for the shared store; `export` and `import` move collections.",
             )
         return place
     for name, given, there in (("catalog", catalog, before.catalog), ("blobs", blobs, before.blobs)):
@@ -104,9 +104,9 @@ def _read(folder: Path) -> StorePlace | None:
         return StorePlace(**data)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise StoreError(
-            f"the file that says where the store is cannot be read: {error}",
+            f"the file with the store's location cannot be read: {error}",
             where=str(folder / _FILE),
-            next_step="Restore it, or write it anew: remove it and open the folder with catalog and blobs named.",
+            next_step="Restore it, or remove it and open the folder again with the arguments catalog and blobs.",
         ) from error
 
 

@@ -39,10 +39,10 @@ class StoreCollector(Collector):
             "documents": (stats.n_documents, "documents of the collection"),
             "passages": (stats.n_passages, "passages of the collection"),
             "caches": (stats.n_caches, "distilled caches of the collection"),
-            "cache_bytes": (stats.cache_bytes, "size of these caches"),
-            "quarantined_files": (stats.n_quarantined, "damaged files put aside, of the whole store"),
-            "disk_bytes": (stats.disk_bytes, "size of the store's folder, all collections together"),
-            "max_size_bytes": (limits.max_size_bytes or 0, "budget of the collection; 0 for none"),
+            "cache_bytes": (stats.cache_bytes, "bytes of the collection's distilled caches"),
+            "quarantined_files": (stats.n_quarantined, "quarantined files of the whole store"),
+            "disk_bytes": (stats.disk_bytes, "bytes of the store's folder, with all collections"),
+            "max_size_bytes": (limits.max_size_bytes or 0, "size limit of the collection in bytes; 0 for no limit"),
         }
         for name, (value, text) in gauges.items():
             family = GaugeMetricFamily(f"kv_memory_{name}", text, labels=["collection"])
@@ -56,7 +56,7 @@ class StoreCollector(Collector):
             yield counter
         hits = counts.get("hits", 0.0)
         histogram = HistogramMetricFamily(
-            "kv_memory_get_seconds", "how long handing out a cache took", labels=["collection"]
+            "kv_memory_get_seconds", "seconds spent reading a returned cache", labels=["collection"]
         )
         buckets = [(f"{end:g}", counts.get(f"get_seconds_le_{end:g}", 0.0)) for end in BUCKETS_S]
         histogram.add_metric(label, buckets=[*buckets, ("+Inf", hits)], sum_value=counts.get("get_seconds", 0.0))

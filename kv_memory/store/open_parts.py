@@ -107,20 +107,20 @@ def _check_there(folder: Path) -> None:
         raise StoreError(
             "there is no store in this folder",
             where=str(folder),
-            next_step="Make one with `kv-memory add FILE`, or name its folder with `--store`.",
+            next_step="Create one with `kv-memory add FILE`, or give the folder of a store with `--store`.",
         )
 
 
 def _check_name(collection: str) -> None:
     if not isinstance(collection, str) or not 0 < len(collection) <= 255:
-        raise ConfigError(f"a collection's name has 1 to 255 characters, got {collection!r}", where="collection")
+        raise ConfigError(f"a collection name must have 1 to 255 characters, got {collection!r}", where="collection")
 
 
 def _check_access(folder: Path) -> None:
     # Checked first, because SQLite's own error for a forbidden folder comes late and says "unable to open".
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         raise StorePermissionError(
-            "the store's folder may not be read and written",
+            "no permission to read and write the store's folder",
             where=str(folder),
             next_step="Give your user read and write permission on it, or open a store somewhere else.",
         )
@@ -139,7 +139,7 @@ def find_collection(catalog: Catalog, name: str, *, create: bool) -> int:
         raise StoreError(
             f"the store has no collection {name!r}; it has {', '.join(names) or 'none'}",
             where=catalog.where,
-            next_step="Name one of those, or make it by adding a document to it.",
+            next_step="Use one of those, or create the collection by adding a document to it.",
         )
     with catalog.write() as session:
         found = session.scalar(wanted)  # another process may have created it since

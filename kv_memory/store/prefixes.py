@@ -61,7 +61,7 @@ class Prefixes:
                     raise CorruptCacheError(
                         error.what,
                         where=f"prefix {key!r}, blob {row.blob_key}",
-                        next_step="Ask again: it is gone now and will be made anew.",
+                        next_step="Ask again: the damaged prefix was removed and will be computed again.",
                     ) from error
         raise StoreError("the prefix changed each time it was read", where=f"prefix {key!r}", next_step="Try again.")
 

@@ -47,14 +47,14 @@ class PassageRecord:
         if self.text_sha256:
             return
         if self.text is None:
-            raise ConfigError("a passage without a text needs the hash of it", where="text_sha256")
+            raise ConfigError("a passage without a text needs the hash of that text", where="text_sha256")
         try:
             object.__setattr__(self, "text_sha256", hashlib.sha256(self.text.encode()).hexdigest())
         except UnicodeEncodeError as error:  # its message has the offset and, from the text, only the half pair
             raise EncodingError(
-                f"the text cannot be written as UTF-8: {error}",
+                f"the text cannot be encoded as UTF-8: {error}",
                 where="a passage",
-                next_step="Decode the document with its right encoding, then add it again.",
+                next_step="Decode the document with the right encoding, then add it again.",
             ) from error
 
 

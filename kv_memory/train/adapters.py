@@ -81,9 +81,9 @@ def fit_settings(settings: TrainSettings, adapter: Adapter, *, given: Mapping[st
     wrong = [f"{name} is {structure[name]!r}" for name in STRUCTURE if name in given and given[name] != structure[name]]
     if wrong:
         raise ConfigError(
-            f"the form of an adapter cannot be changed by training it further: {', '.join(wrong)}",
+            f"further training cannot change the structure of an adapter: {', '.join(wrong)}",
             where="init",
-            next_step="Leave these options out, or train from the beginning without --init.",
+            next_step="Omit these options, or train a new adapter without --init.",
         )
     if "full_strength_ratio" in given:
         adapter.config = replace(adapter.config, full_strength_ratio=settings.full_strength_ratio)

@@ -69,7 +69,7 @@ class Batches:
 
     def __init__(self, examples: Sequence[Example], backbone: Backbone, settings: TrainSettings) -> None:
         if not examples:
-            raise DatasetError("there is nothing to train on", next_step="Name a data set that holds examples.")
+            raise DatasetError("no examples to train on", next_step="Pass a data set with examples.")
         self._examples = examples
         self._backbone = backbone
         self._settings = settings
@@ -118,7 +118,7 @@ class Batches:
             groups.append(tuple(group))
         if not rows and tries == 0:
             raise DatasetError(
-                "nothing can follow these documents: no questions, and too short for a span",
+                "these documents have no questions and are too short for a span",
                 next_step="Train on longer documents, or on examples with questions.",
             )
         if not rows:  # all documents are too short for a row: use those of another step

@@ -52,16 +52,16 @@ def write_card(
         f"# KV-Distill adapter for {name}",
         "",
         "A scorer and a LoRA with which kv-memory compresses the key-value cache of a document, after KV-Distill "
-        "(Chari, Qin, Van Durme, arXiv 2503.10337). The model that answers stays as it is. To use it: "
+        "(Chari, Qin, Van Durme, arXiv 2503.10337). The model that answers is the unmodified base model. To use it: "
         "`kv-memory add notes/ --adapter FOLDER`, or `Adapter.load(folder, backbone)` in Python.",
         "",
         "## Training",
         "",
         f"- Model: {name}, weights `{backbone.weights_sha256[:16]}`, {_dtype(backbone.dtype)}",
-        *([f"- Begun from: {begun_from}"] if begun_from else []),
+        *([f"- Started from: {begun_from}"] if begun_from else []),
         f"- Data: {report.n_examples:,} examples: {'; '.join(_data_line(known, licence) for known, licence in data)}",
         f"- Steps: {report.best_step:,} of {report.n_steps:,} ({settings.warmup_steps:,} of warm-up), "
-        f"{report.n_tokens:,} tokens read",
+        f"{report.n_tokens:,} tokens processed",
         f"- Time: {_time(report.elapsed_s)} on {machine(backbone)}",
         f"- Command: `{command}`",
         "",
@@ -75,13 +75,13 @@ def write_card(
         "",
         "## Limits",
         "",
-        f"- It fits these weights of {name} only; for others it is refused.",
+        f"- It works only with these weights of {name}; other weights are rejected.",
         f"- Trained on documents of up to {settings.max_tokens:,} tokens and keep ratios of {settings.min_ratio:g} to "
-        f"{settings.max_ratio:g}; outside of that it was not tried.",
-        "- What is compressed away is gone: names and numbers that nobody asked about may be lost first. Compare with "
-        "the uncompressed model on questions of your own (`kv-memory eval`) before relying on it.",
-        "- The data decide what it takes for important: mostly encyclopaedic English in the sets above, or one body of "
-        "documents where it was tuned to that.",
+        f"{settings.max_ratio:g}; not tested outside these ranges.",
+        "- Compression loses information; names and numbers that no question asked about may be lost first. Compare "
+        "with the uncompressed model on your own questions (`kv-memory eval`) before relying on it.",
+        "- The training data determine what it keeps: mostly encyclopaedic English in the data sets above, or a single "
+        "corpus if it was tuned to one.",
         "",
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
@@ -99,14 +99,14 @@ def machine(backbone: Backbone) -> str:
 
 def _results(report: TrainReport) -> list[str]:
     if report.evaluation is None:
-        return ["It was not evaluated while it was trained; `kv-memory eval` measures it."]
+        return ["It was not evaluated during training; `kv-memory eval` measures it."]
     ratios = sorted(report.evaluation.kl, reverse=True)
     rows = [("this adapter", report.evaluation.kl)]
     if report.baseline is not None:
         rows.append(("reconstruction attention (no training)", dict(report.baseline)))
     lines = [
-        f"KL to the full cache on its own answers about {report.n_held_out} held-out documents, nats a token (less is "
-        "better)" + ("" if report.none is None else f"; without any document: {report.none:.3f}") + ".",
+        f"KL to the full cache on its own answers about {report.n_held_out} held-out documents, nats per token (lower "
+        "is better)" + ("" if report.none is None else f"; without any document: {report.none:.3f}") + ".",
         "",
         "| kept | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |",
         "|---|" + "---|" * len(ratios),
@@ -120,7 +120,7 @@ def _changed(settings: TrainSettings) -> list[str]:
 
 
 def _data_line(name: str, licence: str | None) -> str:
-    return f"{name} ({licence or 'licence: that of its owner'})"
+    return f"{name} ({licence or 'licence: set by its owner'})"
 
 
 def _dtype(dtype: torch.dtype) -> str:

@@ -110,7 +110,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"the checkpoint cannot be written: {error}",
                 where=str(final),
-                next_step="Make room on the disk, then go on with --resume.",
+                next_step="Free disk space, then continue with --resume.",
             ) from error
         self._rotate()
         return final
@@ -129,7 +129,7 @@ class Checkpoints:
             try:
                 return self._load(step, device)
             except CheckpointError as error:
-                logger.warning("left out: %s", error)
+                logger.warning("skipped an unusable checkpoint: %s", error)
         if steps:
             raise CheckpointError(
                 "all checkpoints are damaged", where=str(self._folder), next_step="Start again in another folder."
@@ -159,7 +159,7 @@ class Checkpoints:
             or not isinstance(note.get("files"), dict)
         ):
             raise CheckpointError(
-                f"no checkpoint of version {CHECKPOINT_VERSION}",
+                f"not a checkpoint of version {CHECKPOINT_VERSION}",
                 where=str(folder),
                 next_step="Use the version of kv-memory that made it, or start again in another folder.",
             )
@@ -168,7 +168,7 @@ class Checkpoints:
             for name, known in note["files"].items():
                 path = folder / name
                 if path.stat().st_size != known["size_bytes"] or _sha256(path) != known["sha256"]:
-                    raise OSError(f"{name} is not what was written")
+                    raise OSError(f"{name} does not match its recorded size or hash")
                 if path.parent == folder:
                     tensors |= load_file(path, device=str(device))
         except (OSError, SafetensorError, KeyError, TypeError) as error:
@@ -257,10 +257,10 @@ def check_resumable(checkpoint: Checkpoint, now: Mapping[str, Any], *, model: st
     then, where = checkpoint.state, str(checkpoint.folder)
     if then["weights_sha256"] != now["weights_sha256"]:
         raise AdapterMismatchError(
-            f"the run was one of other weights ({then['weights_sha256'][:12]}) than {model} has "
+            f"the run used other weights ({then['weights_sha256'][:12]}) than those of {model} "
             f"({now['weights_sha256'][:12]})",
             where=where,
-            next_step="Name the model it was begun with (--model), or train in another folder.",
+            next_step="Pass the model the run was started with (--model), or train in another folder.",
         )
     differences = [
         f"{name} was {then['settings'].get(name)!r} and is {now['settings'].get(name)!r}"
@@ -270,8 +270,8 @@ def check_resumable(checkpoint: Checkpoint, now: Mapping[str, Any], *, model: st
     differences += [f"{said} changed" for name, said in _NAMES.items() if then[name] != now[name]]
     if differences:
         raise CheckpointError(
-            f"the run was begun otherwise: {'; '.join(differences)}",
+            f"the run was started with other settings or data: {'; '.join(differences)}",
             where=where,
-            next_step="Resume with the options it was begun with, or begin another run in another folder, from this "
-            "one's adapter (--init) if you like.",
+            next_step="Resume with the options the run was started with, or start a new run in another folder, "
+            "optionally from this run's adapter (--init).",
         )

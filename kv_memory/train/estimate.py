@@ -137,7 +137,7 @@ def fit_steps(
         raise ConfigError(
             f"a time limit of {time_limit_s:.0f} s leaves no time for a step, which takes {estimate.step_s:.1f} s",
             where="time_limit",
-            next_step="Give it more time, or shorter documents (--max-tokens).",
+            next_step="Raise the time limit, or use shorter documents (--max-tokens).",
         )
     return replace(settings, warmup_steps=max(0, warmup_steps), steps=steps)
 

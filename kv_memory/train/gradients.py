@@ -158,12 +158,12 @@ class Gradients:
         n_now = len(split_batch(batch, self.pieces, by_rows=by_rows))
         if len(split_batch(batch, self.pieces * 2, by_rows=by_rows)) == n_now:
             raise TrainingError(
-                f"out of GPU memory at step {step + 1} with batches that cannot be made smaller",
+                f"out of GPU memory at step {step + 1}, and the batches cannot be split further",
                 where=f"{max(map(len, batch.documents))} tokens in the longest document",
                 next_step="Pass --gradient-checkpointing, or lower --max-tokens.",
             )
         self.pieces *= 2
-        note = f"out of GPU memory at step {step + 1}: batches are read in {self.pieces} parts from now on"
+        note = f"out of GPU memory at step {step + 1}: from now on batches are processed in {self.pieces} parts"
         logger.warning(note)
         if self._on_split is not None:
             self._on_split(note)

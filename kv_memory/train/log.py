@@ -100,7 +100,7 @@ def plot_log(records: Sequence[Mapping[str, Any]], path: Path) -> bool:
         for ratio in evaluations[-1]["kl"]:
             known = [(record["step"], record["kl"][ratio]) for record in evaluations if ratio in record["kl"]]
             panel.plot([x for x, _ in known], [y for _, y in known], marker="o", markersize=3, label=f"keep {ratio}")
-        panel.set_title("held-out examples: KL to the full cache, nats a token")
+        panel.set_title("held-out examples: KL to the full cache, nats per token")
         panel.set_xlabel("step")
         panel.legend()
     figure.savefig(path, dpi=120)

@@ -232,5 +232,7 @@ def _append(path: Path, fresh: dict[str, list[tuple[str, str]]]) -> None:
                 file.write(json.dumps({"key": key, "questions": pairs}, ensure_ascii=False).encode() + b"\n")
     except OSError as error:
         raise DatasetError(
-            f"the questions cannot be written: {error}", where=str(path), next_step="Make room, then run it again."
+            f"the questions cannot be written: {error}",
+            where=str(path),
+            next_step="Free disk space, then run it again.",
         ) from error

@@ -60,7 +60,7 @@ class TrainSettings:
         answer_tokens: Longest answer in tokens.
 
     Raises:
-        ConfigError: A value is out of range, or nothing would follow the documents.
+        ConfigError: A value is out of range, or there would be neither questions nor spans.
     """
 
     scorer: ScorerKind = "layer"
@@ -125,11 +125,13 @@ class TrainSettings:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}", where=name)
         for name in ("forward_weight", "composition_share", "rise", "question_weight"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must lie in 0 to 1, got {getattr(self, name)}", where=name)
+                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}", where=name)
         if self.most_joined < 2:
             raise ConfigError(f"most_joined must be at least 2, got {self.most_joined}", where="most_joined")
         if self.questions_per_document + self.spans_per_document == 0:
-            raise ConfigError("nothing would follow the documents", where="questions_per_document")
+            raise ConfigError(
+                "questions_per_document and spans_per_document must not both be 0", where="questions_per_document"
+            )
 
 
 PRESETS: dict[str, TrainSettings] = {

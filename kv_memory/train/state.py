@@ -48,7 +48,7 @@ class RunOptions:
         if self.time_limit_s is not None and not 0 < self.time_limit_s < math.inf:
             raise ConfigError(f"time_limit must be above 0 s, got {self.time_limit_s}", where="time_limit")
         if self.fit_steps and self.time_limit_s is None:
-            raise ConfigError("without a time limit there is nothing to fit the steps to", where="time_limit")
+            raise ConfigError("fit_steps needs a time limit", where="time_limit")
 
 
 @dataclass(frozen=True, kw_only=True)

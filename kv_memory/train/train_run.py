@@ -79,7 +79,7 @@ class Job:
 
     def __post_init__(self) -> None:
         if not self.sources and self.corpus is None:
-            raise ConfigError("nothing to train on", where="data", next_step="Name a set or a corpus.")
+            raise ConfigError("nothing to train on", where="data", next_step="Pass a data set or a corpus.")
         if self.eval_documents < 1:
             raise ConfigError(f"eval_documents must be at least 1, got {self.eval_documents}", where="eval_documents")
         if self.question_passages is not None and self.question_passages < 0:
@@ -186,7 +186,7 @@ class OpenJob:
             nonlocal skipped
             skipped += 1
             if skipped <= 5:
-                self._on_note(f"Left out: {message}")
+                self._on_note(f"Skipped: {message}")
 
         examples = read_sources(job.sources, seed=job.settings.seed, on_error=on_error, on_skip=on_skip)
         measured: list[Example] = []
@@ -200,7 +200,7 @@ class OpenJob:
         if job.corpus is not None:
             pages = list(read_examples(job.corpus, on_error=on_error, on_skip=on_skip))
         if skipped > 5:
-            self._on_note(f"Left out: {skipped - 5} more.")
+            self._on_note(f"Skipped: {skipped - 5} more.")
         return examples, measured, pages
 
     def _tune(self, corpus: Corpus) -> tuple[list[Example], list[Example]]:

@@ -117,7 +117,7 @@ class Trainer:
         if checkpoint is not None and not resume:
             raise already_there(self._out)
         if checkpoint is None and resume:
-            logger.warning("nothing to resume in %s yet: starting from the beginning", self._out)
+            logger.warning("nothing to resume in %s: starting a new run", self._out)
         state = RunState(base_steps=self._adapter.config.trained_steps)
         if checkpoint is not None:
             state = self._restore(checkpoint)
@@ -227,7 +227,7 @@ class Trainer:
             if evaluated or last or state.step % options.checkpoint_every == 0:
                 self._save(state, stage, optimizer, parameters, score_it=evaluated)
             if late:
-                logger.warning("the time is over after %d of %d steps", state.step, self._n_steps)
+                logger.warning("time limit reached after %d of %d steps", state.step, self._n_steps)
                 return
 
     def _step(
@@ -283,9 +283,13 @@ class Trainer:
             self._log.write(step=state.step, event="diverged", loss=figures.loss, grad_norm=norm)
         is_loss = not math.isfinite(figures.loss)
         steps = self._checkpoints.steps()
-        begin = f", from the last good state: --init {self._checkpoints.folder(steps[-1]) / 'adapter'}" if steps else ""
+        begin = (
+            f", from the last good checkpoint: --init {self._checkpoints.folder(steps[-1]) / 'adapter'}"
+            if steps
+            else ""
+        )
         raise DivergedError(
-            f"step {state.step + 1}: {f'the loss is {figures.loss}' if is_loss else f'the gradient is {norm} long'}",
+            f"step {state.step + 1}: {f'the loss is {figures.loss}' if is_loss else f'the gradient norm is {norm}'}",
             where=str(self._out),
             next_step=f"Start again in another folder with lower learning rates (--lr-lora, --lr-scorer){begin}",
         )
@@ -364,7 +368,7 @@ class Trainer:
 def already_there(out: Path) -> CheckpointError:
     """Error for a folder that already contains a run."""
     return CheckpointError(
-        "there is a run in this folder already",
+        "the folder already contains a run",
         where=str(out),
-        next_step="Go on with --resume, or name another folder.",
+        next_step="Continue it with --resume, or choose another folder.",
     )

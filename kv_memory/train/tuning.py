@@ -109,10 +109,11 @@ def cut_corpus(
         ConfigError: A length is below 16 tokens, or passages are longer than windows.
     """
     if not pages:
-        raise DatasetError("the corpus holds no page", next_step="Name a folder with text or Markdown.")
+        raise DatasetError("the corpus has no pages", next_step="Pass a folder with text or Markdown files.")
     if not 16 <= passage_tokens <= window_tokens:
         raise ConfigError(
-            f"passages of {passage_tokens} tokens in windows of {window_tokens}: at least 16, and windows the longer",
+            f"passages of {passage_tokens} tokens in windows of {window_tokens} tokens: passages must have at least 16 "
+            "tokens, and windows at least as many as passages",
             where="passage_tokens",
         )
     most = backbone.context_window - len(backbone.prefix_ids) - 256  # room for questions and answers

@@ -90,7 +90,7 @@ def biased(cache: DistilledCache) -> DistilledCache:
 
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_written_is_read_bit_for_bit(tmp_path: Path, dtype: str, per_head: bool) -> None:
+def test_a_saved_cache_loads_bit_for_bit(tmp_path: Path, dtype: str, per_head: bool) -> None:
     cache = make_cache(dtype=dtype, per_head=per_head)
     cache.keys[0, 0, 0, :3] = torch.tensor([float("inf"), -0.0, 1e-7])
     cache.save(tmp_path / "cache")
@@ -105,7 +105,7 @@ def test_what_is_written_is_read_bit_for_bit(tmp_path: Path, dtype: str, per_hea
     assert back.to_bytes() == cache.to_bytes()
 
 
-def test_what_refinement_reached_is_in_the_file(tmp_path: Path) -> None:
+def test_refinement_steps_and_fidelity_are_saved(tmp_path: Path) -> None:
     make_cache().save(tmp_path / "plain")
     replace(make_cache(), refined_steps=12, fidelity=0.25).save(tmp_path / "refined")
     plain, refined = (DistilledCache.load(tmp_path / name) for name in ("plain", "refined"))
@@ -114,7 +114,7 @@ def test_what_refinement_reached_is_in_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_heads_may_keep_different_numbers(tmp_path: Path, dtype: str) -> None:
+def test_heads_may_keep_different_numbers_of_entries(tmp_path: Path, dtype: str) -> None:
     cache = make_ragged(dtype=dtype)
     cache.save(tmp_path / "cache")
     back = DistilledCache.load(tmp_path / "cache")
@@ -128,7 +128,7 @@ def test_heads_may_keep_different_numbers(tmp_path: Path, dtype: str) -> None:
     assert half.counts is not None and half.fingerprint.dtype == "bfloat16"
 
 
-def test_padded_heads_hold_their_entries_and_nothing_else() -> None:
+def test_padded_heads_contain_only_their_entries() -> None:
     cache = make_ragged()
     keys, values, positions, bias = cache.padded()
     assert keys.shape == values.shape == (3, 2, 17, 8) and positions.shape == (3, 2, 17)
@@ -156,7 +156,7 @@ def test_padded_heads_hold_their_entries_and_nothing_else() -> None:
         {"keep_ratio": 0.0},
     ],
 )
-def test_ragged_tensors_that_do_not_fit(change: dict[str, Any], tmp_path: Path) -> None:
+def test_inconsistent_ragged_tensors_are_rejected(change: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         replace(make_ragged(), **change)
     if "keep_ratio" not in change and "n_tokens" not in change:  # as a file: damage, not a mistake of the caller
@@ -199,7 +199,7 @@ def test_tensors_are_views_of_the_mapped_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("n_tokens", "dtype"), [(32_767, torch.int16), (32_768, torch.int32)])
-def test_positions_take_four_bytes_only_where_they_must(tmp_path: Path, n_tokens: int, dtype: torch.dtype) -> None:
+def test_positions_use_four_bytes_only_if_needed(tmp_path: Path, n_tokens: int, dtype: torch.dtype) -> None:
     cache = make_cache(n_tokens=n_tokens)
     cache.positions[0, 0, -1] = n_tokens - 1
     cache.save(tmp_path / "cache")
@@ -209,20 +209,20 @@ def test_positions_take_four_bytes_only_where_they_must(tmp_path: Path, n_tokens
 
 
 @pytest.mark.parametrize("per_head", [False, True])
-def test_a_file_costs_little_more_than_its_keys_and_values(per_head: bool) -> None:
+def test_a_file_is_little_larger_than_its_keys_and_values(per_head: bool) -> None:
     cache = make_cache(n_tokens=4096, n_kept=512, per_head=per_head, head_dim=64, dtype="bfloat16", num_layers=30)
     assert cache.theory_bytes == 2 * 30 * 2 * 512 * 64 * 2
     assert cache.theory_bytes < len(cache.to_bytes()) <= 1.02 * cache.theory_bytes
 
 
-def test_size_bytes_is_what_the_tensors_take(tmp_path: Path) -> None:
+def test_size_bytes_equals_the_bytes_of_the_tensors(tmp_path: Path) -> None:
     make_cache().save(tmp_path / "cache")
     cache = DistilledCache.load(tmp_path / "cache")
     tensors = load_file(tmp_path / "cache").values()
     assert cache.size_bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def test_to_another_dtype() -> None:
+def test_conversion_to_another_dtype() -> None:
     cache = make_cache()
     half = cache.to(torch.bfloat16)
     assert half.fingerprint == replace(cache.fingerprint, dtype="bfloat16")
@@ -235,9 +235,7 @@ def test_to_another_dtype() -> None:
 
 @pytest.mark.parametrize("make", [make_cache, make_ragged])
 @pytest.mark.parametrize("storage", ["auto", "float32", "bfloat16", "float16", "int8"])
-def test_biases_are_in_the_file_as_they_are(
-    tmp_path: Path, storage: StorageName, make: Callable[..., DistilledCache]
-) -> None:
+def test_biases_are_saved_unchanged(tmp_path: Path, storage: StorageName, make: Callable[..., DistilledCache]) -> None:
     cache = biased(make())
     back = loaded(cache, tmp_path, storage)
     assert cache.bias is not None and back.bias is not None and torch.equal(back.bias, cache.bias)
@@ -264,7 +262,7 @@ def test_a_cache_of_format_2_may_have_no_biases(tmp_path: Path) -> None:
         torch.full((3, 2, 10), -torch.inf).half(),
     ],
 )
-def test_biases_that_do_not_fit_are_refused(bias: torch.Tensor, tmp_path: Path) -> None:
+def test_invalid_biases_are_rejected(bias: torch.Tensor, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="bias"):
         replace(biased(make_cache()), bias=bias)
     biased(make_cache()).save(tmp_path / "cache")
@@ -275,7 +273,7 @@ def test_biases_that_do_not_fit_are_refused(bias: torch.Tensor, tmp_path: Path) 
         DistilledCache.load(tmp_path / "cache")
 
 
-def test_a_cache_of_format_1_has_no_biases() -> None:
+def test_biases_in_a_cache_of_format_1_are_rejected() -> None:
     with pytest.raises(ConfigError, match="format 1"):
         replace(make_cache(), bias=torch.zeros(3, 2, 10).half())
 
@@ -290,9 +288,7 @@ def loaded(cache: DistilledCache, folder: Path, storage: StorageName) -> Distill
 
 @pytest.mark.parametrize("make", [make_cache, make_ragged])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_int8_is_read_in_the_type_the_model_computes_in(
-    tmp_path: Path, dtype: str, make: Callable[..., DistilledCache]
-) -> None:
+def test_int8_loads_in_the_dtype_of_the_model(tmp_path: Path, dtype: str, make: Callable[..., DistilledCache]) -> None:
     cache = make(dtype=dtype)
     back = loaded(cache, tmp_path, "int8")
     for name in ("keys", "values"):
@@ -311,7 +307,7 @@ def test_int8_is_read_in_the_type_the_model_computes_in(
 @pytest.mark.parametrize("make", [make_cache, make_ragged])
 @pytest.mark.parametrize("storage", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_other_floating_point_types_are_a_cast(
+def test_storage_in_another_float_type_is_a_cast(
     tmp_path: Path, dtype: str, storage: Any, make: Callable[..., DistilledCache]
 ) -> None:
     cache = make(dtype=dtype)
@@ -324,7 +320,7 @@ def test_other_floating_point_types_are_a_cast(
     assert (cache.to_bytes(storage=storage) == cache.to_bytes()) == (storage == dtype)
 
 
-def test_files_of_before_there_was_a_choice_are_written_as_they_were() -> None:
+def test_default_storage_writes_the_same_bytes_as_before() -> None:
     cache = make_cache()
     numbers = torch.arange(cache.keys.numel()).reshape(cache.keys.shape) / 8
     rows = torch.arange(0, 40, 4).expand(3, 2, 10)
@@ -343,7 +339,7 @@ def test_int8_takes_about_half_of_bfloat16(ragged: bool) -> None:
     assert len(cache.to_bytes(storage="int8")) <= 0.525 * len(cache.to_bytes())
 
 
-def test_int8_is_smaller_than_bfloat16_from_three_entries_a_head_on() -> None:
+def test_int8_is_smaller_than_bfloat16_from_three_entries_per_head() -> None:
     fields = {"num_layers": 30, "num_kv_heads": 3, "head_dim": 64, "dtype": "bfloat16"}
     three = make_cache(n_kept=3, **fields)
     assert len(three.to_bytes(storage="int8")) < len(three.to_bytes())
@@ -359,7 +355,7 @@ def test_int8_is_smaller_than_bfloat16_from_three_entries_a_head_on() -> None:
         ("float16", "bfloat16", 65504.0),  # bfloat16 has it as 65,536, which float16 does not hold
     ],
 )
-def test_numbers_that_a_type_does_not_hold_are_not_stored_in_it(dtype: str, storage: Any, wrong: float) -> None:
+def test_numbers_outside_the_range_of_the_storage_are_rejected(dtype: str, storage: Any, wrong: float) -> None:
     cache = make_cache(dtype=dtype)
     cache.values[0, 1, 2, 3] = wrong
     with pytest.raises(ConfigError) as caught:
@@ -367,7 +363,7 @@ def test_numbers_that_a_type_does_not_hold_are_not_stored_in_it(dtype: str, stor
     assert caught.value.where == "values" and "'auto'" in (caught.value.next_step or "")
 
 
-def test_an_unknown_storage() -> None:
+def test_an_unknown_storage_is_rejected() -> None:
     with pytest.raises(ConfigError, match="unknown storage 'int4'") as caught:
         make_cache().to_bytes(storage="int4")  # type: ignore[arg-type]
     assert "int8" in (caught.value.next_step or "")
@@ -463,7 +459,7 @@ STORED_DAMAGE: dict[str, Any] = {
 
 @pytest.mark.parametrize("make", [make_cache, make_ragged])
 @pytest.mark.parametrize("kind", STORED_DAMAGE)
-def test_int8_that_does_not_fit_its_scales_or_header_is_corrupt(
+def test_int8_that_contradicts_its_scales_or_header_is_corrupt(
     tmp_path: Path, kind: str, make: Callable[..., DistilledCache]
 ) -> None:
     make().save(tmp_path / "good", storage="int8")
@@ -476,7 +472,7 @@ def test_int8_that_does_not_fit_its_scales_or_header_is_corrupt(
     assert_corrupt(tmp_path / "cache")
 
 
-def test_int8_with_counts_that_do_not_fit_is_corrupt(tmp_path: Path) -> None:
+def test_int8_with_wrong_counts_is_corrupt(tmp_path: Path) -> None:
     make_ragged().save(tmp_path / "good", storage="int8")
     tensors = load_file(tmp_path / "good")
     with safe_open(tmp_path / "good", framework="pt") as file:
@@ -487,7 +483,7 @@ def test_int8_with_counts_that_do_not_fit_is_corrupt(tmp_path: Path) -> None:
         assert_corrupt(tmp_path / "cache")
 
 
-def test_float_where_another_float_was_stored_is_corrupt(tmp_path: Path) -> None:
+def test_floats_of_an_unrecorded_dtype_are_corrupt(tmp_path: Path) -> None:
     make_cache().save(tmp_path / "good", storage="float16")
     tensors = load_file(tmp_path / "good")
     with safe_open(tmp_path / "good", framework="pt") as file:
@@ -496,7 +492,7 @@ def test_float_where_another_float_was_stored_is_corrupt(tmp_path: Path) -> None
     assert_corrupt(tmp_path / "cache")
 
 
-def test_a_missing_file_is_no_damage(tmp_path: Path) -> None:
+def test_a_missing_file_is_not_reported_as_corrupt(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         DistilledCache.load(tmp_path / "nothing")
 
@@ -512,7 +508,9 @@ def before_torch_maps(monkeypatch: pytest.MonkeyPatch, happen: Callable[[Path], 
     monkeypatch.setattr(torch.UntypedStorage, "from_file", mapped)
 
 
-def test_a_file_that_goes_while_it_is_opened_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_deleted_while_opened_is_not_reported_as_corrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_cache().save(tmp_path / "cache")
     before_torch_maps(monkeypatch, Path.unlink)
     with pytest.raises(FileNotFoundError) as caught:
@@ -520,7 +518,7 @@ def test_a_file_that_goes_while_it_is_opened_is_no_damage(tmp_path: Path, monkey
     assert caught.value.filename == str(tmp_path / "cache")
 
 
-def test_an_error_of_torch_that_is_none_of_the_system_s_stays_what_it_is(
+def test_torch_errors_other_than_system_errors_are_raised_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(path: Path) -> None:
@@ -533,7 +531,7 @@ def test_an_error_of_torch_that_is_none_of_the_system_s_stays_what_it_is(
 
 
 @pytest.mark.parametrize("change", [{"format_version": FORMATS[-1] + 1}, {"new_field": 1}])
-def test_another_version_of_the_format_is_a_mismatch(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_another_format_version_is_a_mismatch(tmp_path: Path, change: dict[str, Any]) -> None:
     (tmp_path / "good").write_bytes(make_cache().to_bytes())
     fingerprint = {**json.loads(FINGERPRINT.to_json()), **change}
     header = {"n_tokens": 40, "keep_ratio": 0.25, "fingerprint": fingerprint}
@@ -562,7 +560,7 @@ def test_another_version_of_the_format_is_a_mismatch(tmp_path: Path, change: dic
         (None, {"keep_ratio": 1.5}),
     ],
 )
-def test_tensors_of_a_wrong_shape_are_refused(where: str | None, fields: dict[str, Any]) -> None:
+def test_tensors_of_a_wrong_shape_are_rejected(where: str | None, fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         replace(make_cache(), **fields)
     assert caught.value.where == where
@@ -578,7 +576,7 @@ def test_dtype_names() -> None:
 # -- fingerprints ------------------------------------------------------------------------------------------------------
 
 
-def test_a_fingerprint_survives_json_and_names_itself() -> None:
+def test_a_fingerprint_survives_a_round_trip_through_json() -> None:
     assert Fingerprint.from_json(FINGERPRINT.to_json()) == FINGERPRINT
     assert len(FINGERPRINT.digest) == 64
     assert replace(FINGERPRINT, eta=3).digest != FINGERPRINT.digest

@@ -30,14 +30,14 @@ def in_windows(window: int) -> Fingerprint:
 # -- tokens ------------------------------------------------------------------------------------------------------------
 
 
-def test_so_many_tokens_are_kept_whatever_the_length() -> None:
+def test_keep_tokens_holds_for_documents_of_any_length() -> None:
     for n_tokens, most in itertools.product([1, 2, 7, 63, 64, 65, 1000, 32767, 10**6 + 3], [1, 2, 63, 64, 999, 54321]):
         ratio = Keep(keep_tokens=most).ratio_for(n_tokens, FINGERPRINT)
         assert n_kept_for(n_tokens, ratio) == min(most, n_tokens)
         assert (ratio == 1.0) == (n_tokens <= most)
 
 
-def test_windows_keep_no_more_together() -> None:
+def test_keep_tokens_is_a_limit_over_all_windows() -> None:
     fingerprint = in_windows(20)
     for n_tokens, most in itertools.product(range(1, 130, 3), range(1, 40)):
         windows = windows_of(n_tokens, 20)
@@ -53,7 +53,7 @@ def test_windows_keep_no_more_together() -> None:
 
 @pytest.mark.parametrize("method", ["sink_recent", "attention", "matched", "adapter_head_ragged"])
 @pytest.mark.parametrize("most", [3, 10, 500])
-def test_a_cache_has_as_many_entries(method: str, most: int) -> None:
+def test_a_cache_has_keep_tokens_entries_per_head(method: str, most: int) -> None:
     compressor = compressor_for("llama", method)
     ratio = compressor.ratio_for(TEXT, Keep(keep_tokens=most))
     made = compressor.compress(TEXT, keep_ratio=ratio)
@@ -64,7 +64,7 @@ def test_a_cache_has_as_many_entries(method: str, most: int) -> None:
 
 
 @pytest.mark.parametrize("method", ["attention", "matched"])
-def test_what_is_held_out_of_compression_counts(method: str) -> None:
+def test_kept_spans_count_towards_keep_tokens(method: str) -> None:
     compressor = compressor_for("llama", method, window_tokens=20)
     spans = [(0, 5), (30, 33)]
     keep = Keep(keep_tokens=16)
@@ -78,7 +78,7 @@ def test_what_is_held_out_of_compression_counts(method: str) -> None:
     assert compressor.ratio_for(TEXT, Keep(keep_tokens=N_TOKENS), keep_spans=whole) == 1.0
 
 
-def test_a_ratio_is_itself() -> None:
+def test_a_keep_ratio_is_returned_unchanged() -> None:
     compressor = compressor_for("llama", "attention")
     assert compressor.ratio_for(TEXT, 0.3) == compressor.ratio_for(TEXT, Keep(keep_ratio=0.3)) == 0.3
 
@@ -95,7 +95,7 @@ def written(cache: DistilledCache, storage: StorageName) -> int:
 @pytest.mark.parametrize("storage", ["auto", "bfloat16", "int8"])
 @pytest.mark.parametrize("method", ["sink_recent", "attention", "matched", "adapter_head_ragged"])
 @pytest.mark.parametrize("options", [{}, {"window_tokens": 20}], ids=["one window", "windows"])
-def test_files_are_no_larger(method: str, storage: StorageName, options: dict[str, Any]) -> None:
+def test_files_are_no_larger_than_max_bytes(method: str, storage: StorageName, options: dict[str, Any]) -> None:
     compressor = compressor_for("llama", method, **options)
     heads = compressor.backbone.num_layers * compressor.backbone.num_kv_heads
     entry = heads * (2 * compressor.backbone.head_dim * {"int8": 1, "auto": 4, "float32": 4}.get(storage, 2) + 6)
@@ -131,7 +131,7 @@ def smallest_for(fingerprint: Fingerprint, storage: StorageName, n_windows: int)
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("n_tokens", [32767, 32768, 10**6])
-def test_long_documents_and_large_files(n_tokens: int, ragged: bool, storage: StorageName) -> None:
+def test_max_bytes_holds_for_long_documents_and_large_files(n_tokens: int, ragged: bool, storage: StorageName) -> None:
     fingerprint = replace(FINGERPRINT, keep_spans="b" * 64)
     layers, heads, width = fingerprint.num_layers, fingerprint.num_kv_heads, fingerprint.head_dim
     size = 700_000
@@ -172,14 +172,14 @@ def test_long_documents_and_large_files(n_tokens: int, ragged: bool, storage: St
         ({"max_bytes": "2MB"}, "max_bytes", "max_bytes=300_000"),
     ],
 )
-def test_exactly_one_is_given(given: dict[str, Any], where: str, step: str) -> None:
+def test_exactly_one_way_to_keep_must_be_given(given: dict[str, Any], where: str, step: str) -> None:
     for make in (Keep, MemorySettings) if given else (Keep,):
         with pytest.raises(ConfigError) as caught:
             make(**given)
         assert caught.value.where == where and step in (caught.value.next_step or "")
 
 
-def test_the_last_one_given_replaces_the_others() -> None:
+def test_the_last_given_way_to_keep_replaces_stored_ones() -> None:
     def given(**options: Any) -> dict[str, Any]:
         names = ("model", "adapter", "keep_ratio", "selector", "prompt", "layout")
         return given_settings(**{**dict.fromkeys(names), "passage_tokens": "auto", "model": "other", **options})

@@ -72,7 +72,7 @@ def cases(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | N
 
 @settings(deadline=None, max_examples=300)
 @given(cases())
-def test_no_entry_moves_by_more_than_half_a_step(case: tuple[Any, Any, Any]) -> None:
+def test_no_entry_changes_by_more_than_half_a_step(case: tuple[Any, Any, Any]) -> None:
     keys, values, counts = case
     stored, new_keys, new_values = there_and_back(keys, values, counts)
     assert_near(keys, new_keys, key_peaks(keys, counts))
@@ -97,7 +97,7 @@ def test_scales_are_per_channel_for_keys_and_per_entry_for_values(dtype: torch.d
     assert (stored["keys"].abs().amax(2) == 127).all() and (stored["values"].abs().amax(-1) == 127).all()
 
 
-def test_heads_that_keep_nothing_have_no_scales() -> None:
+def test_heads_without_entries_have_no_scales() -> None:
     counts = torch.tensor([[3, 0], [1, 0]])
     keys, values = randn(4, 8), randn(4, 8, seed=1)
     stored, new_keys, _ = there_and_back(keys, values, counts)
@@ -108,7 +108,7 @@ def test_heads_that_keep_nothing_have_no_scales() -> None:
         assert torch.equal(new_keys[rows], alone[0, 0])
 
 
-def test_equal_numbers_in_all_heads_give_the_same_in_both_forms() -> None:
+def test_ragged_and_rectangular_forms_quantise_equally() -> None:
     keys, values = randn(3, 2, 10, 8), randn(3, 2, 10, 8, seed=1)
     even, ragged = (
         quantize(keys, values, None),
@@ -118,13 +118,13 @@ def test_equal_numbers_in_all_heads_give_the_same_in_both_forms() -> None:
         assert torch.equal(even[name].flatten(), ragged[name].flatten())
 
 
-def test_a_single_entry_is_nearly_itself() -> None:
+def test_a_single_entry_is_restored_almost_exactly() -> None:
     keys = randn(1, 1, 1, 64)  # its channels are their own peaks
     _, back, _ = there_and_back(keys, keys)
     assert torch.allclose(back, keys, rtol=2**-8, atol=0)
 
 
-def test_nothing_stays_nothing() -> None:
+def test_zeros_stay_zero() -> None:
     keys, values = randn(2, 2, 5, 4), torch.zeros(2, 2, 5, 4)
     keys[:, :, :, 2] = 0
     stored, new_keys, new_values = there_and_back(keys, values)
@@ -134,7 +134,7 @@ def test_nothing_stays_nothing() -> None:
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["keys", "values"])
-def test_what_is_not_finite_is_refused(name: str, wrong: float) -> None:
+def test_non_finite_tensors_are_rejected(name: str, wrong: float) -> None:
     tensors = {"keys": randn(2, 2, 5, 4), "values": randn(2, 2, 5, 4)}
     tensors[name][1, 0, 3, 2] = wrong
     with pytest.raises(ConfigError, match="not finite") as caught:
@@ -169,9 +169,7 @@ DAMAGE: list[tuple[torch.Tensor | None, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("counts", "change", "where"), DAMAGE)
-def test_what_does_not_belong_together_is_refused(
-    counts: torch.Tensor | None, change: dict[str, Any], where: str
-) -> None:
+def test_inconsistent_tensors_are_rejected(counts: torch.Tensor | None, change: dict[str, Any], where: str) -> None:
     shape = (2, 2, 5, 4) if counts is None else (6, 4)
     stored = quantize(randn(*shape, dtype=torch.float16), randn(*shape, dtype=torch.float16), counts)
     dequantize(stored, counts, torch.float16)

@@ -26,7 +26,7 @@ def docs(tmp_path: Path) -> Path:
     return tmp_path / "my docs"
 
 
-def test_json_is_an_object_a_line_last_the_recommendation(kv: Kv, docs: Path, quick: list[str]) -> None:
+def test_json_prints_one_object_per_row_and_then_the_recommendation(kv: Kv, docs: Path, quick: list[str]) -> None:
     run = ["advise", "my docs", *quick, "--n-passages", 2, "--max-kl", 1000, "--min-same", 0]
     done = kv(*run, "--keep-ratio", "1/4", "--keep-ratio", "0.5", "--json")
     assert done.code == 0, done.err
@@ -43,7 +43,7 @@ def test_json_is_an_object_a_line_last_the_recommendation(kv: Kv, docs: Path, qu
     assert added["cache_bytes"] / added["n_passages"] == pytest.approx(rows[1]["size_bytes"], rel=0.5)
 
 
-def test_for_people(kv: Kv, docs: Path, quick: list[str]) -> None:
+def test_text_output_has_a_table_and_a_recommendation(kv: Kv, docs: Path, quick: list[str]) -> None:
     write(docs / "bad.txt", "\0")
     done = kv("advise", "my docs", *quick, "--n-passages", 1, "--keep-ratio", "1/4")
     assert done.code == 0
@@ -51,7 +51,7 @@ def test_for_people(kv: Kv, docs: Path, quick: list[str]) -> None:
     assert "passages of 3 documents, attention" in first
     assert header.split() == ["kept", "bytes/passage", "smaller", "KL", "same", "s/passage", "prefills"]
     assert row.startswith("1/4")
-    assert said.startswith("Recommended: --keep-ratio 1/4: too little to judge: questions ")
+    assert said.startswith("Recommended: --keep-ratio 1/4: too little data: questions ")
     assert command.startswith("  kv-memory add 'my docs' --skip-errors --keep-ratio 0.25 --model ")
     assert "Left out: a NUL byte" in done.err
     assert "0/2 done, full," in done.err
@@ -69,7 +69,7 @@ def test_for_people(kv: Kv, docs: Path, quick: list[str]) -> None:
         (["my docs", "--encoding", "klingon"], 2, "encoding"),
     ],
 )
-def test_wrong_usage_is_said_before_a_model_is_loaded(
+def test_wrong_usage_fails_before_the_model_is_loaded(
     kv: Kv, docs: Path, args: list[str], code: int, where: str
 ) -> None:
     done = kv("advise", *args, "--model", "no/such-model", "--json")
@@ -78,7 +78,7 @@ def test_wrong_usage_is_said_before_a_model_is_loaded(
 
 
 @pytest.mark.slow
-def test_advice_on_a_page_with_a_real_model(kv: Kv, tmp_path: Path) -> None:
+def test_advice_for_one_page_with_a_real_model(kv: Kv, tmp_path: Path) -> None:
     if not BUILT_IN["smollm2"].is_prepared:
         pytest.skip("smollm2 is not prepared (`make setup`)")
     text = "The ferry to Skarholm leaves at 7.40 from pier 4 every morning. Tickets cost 12 crowns."

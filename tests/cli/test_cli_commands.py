@@ -32,7 +32,7 @@ def test_add_reports_documents_tokens_and_sizes(kv: Run, quick: list[str], tmp_p
     assert kv("show", "b.txt", "--json").json["document"]["metadata"]["year"] == "2026"
 
 
-def test_add_for_people_sums_up_on_stdout_and_tells_progress_on_stderr(kv: Run, quick: list[str]) -> None:
+def test_add_prints_a_summary_on_stdout_and_progress_on_stderr(kv: Run, quick: list[str]) -> None:
     done = kv("add", "-", "--id", "ferry", *quick, stdin="The ferry leaves at 7.40 from pier 4.")
     assert done.code == 0
     assert "1 added, 0 replaced, 0 unchanged, 0 failed" in done.out
@@ -40,11 +40,11 @@ def test_add_for_people_sums_up_on_stdout_and_tells_progress_on_stderr(kv: Run, 
     assert "document 1 of 1: ferry" in done.err
 
 
-def test_stdin_without_an_id_is_named_by_its_text(kv: Run, quick: list[str]) -> None:
+def test_stdin_without_an_id_gets_an_id_from_its_text(kv: Run, quick: list[str]) -> None:
     assert kv("add", "-", "--json", *quick, stdin="Some text.").json["added"][0].startswith("text-")
 
 
-def test_stdin_is_read_in_the_encoding_named(kv: Run, store: Path) -> None:
+def test_stdin_is_decoded_with_the_given_encoding(kv: Run, store: Path) -> None:
     done = kv("add", "-", "--id", "z", "--encoding", "latin-1", stdin="Zürich ist groß.".encode("latin-1"))
     assert done.code == 0
     assert "Zürich ist groß" in kv("show", "z").out
@@ -52,14 +52,14 @@ def test_stdin_is_read_in_the_encoding_named(kv: Run, store: Path) -> None:
     assert wrong["error"] == "EncodingError" and wrong["where"] == "stdin"
 
 
-def test_a_misspelt_path_makes_no_store(kv: Run, quick: list[str], tmp_path: Path) -> None:
+def test_a_misspelt_path_creates_no_store(kv: Run, quick: list[str], tmp_path: Path) -> None:
     done = kv("add", "nothing.md", *quick)
     assert done.code == 1 and done.out == ""
     assert done.err.splitlines()[:2] == ["Error: no such file or folder", "Where: nothing.md"]
     assert not (tmp_path / "kv-memory-store").exists()
 
 
-def test_skip_errors_adds_what_can_be_read(kv: Run, store: Path, tmp_path: Path) -> None:
+def test_skip_errors_adds_the_readable_files(kv: Run, store: Path, tmp_path: Path) -> None:
     (tmp_path / "good.txt").write_text("The keeper is Ingrid Falk.")
     (tmp_path / "bad.txt").write_bytes(b"\0\1\2")
     stopped = kv("add", "good.txt", "bad.txt", "--json")
@@ -85,7 +85,7 @@ def test_stale_compresses_again_under_new_settings(kv: Run, store: Path) -> None
 
 def test_storage_is_remembered_and_shown(kv: Run, store: Path) -> None:
     assert kv("stats", "--json").json["settings"]["storage"] == "auto"
-    assert "the model computes" in kv("stats").out
+    assert "the model's own" in kv("stats").out
     kv("add", "-", "--id", "small", "--storage", "int8", stdin="A small text about a small pier.")
     kv("add", "-", "--id", "other", stdin="Another text about another pier.")
     assert kv("stats", "--json").json["settings"]["storage"] == "int8"
@@ -124,14 +124,14 @@ def test_a_wrong_option_is_wrong_usage(kv: Run, store: Path, args: list[str], wh
 @pytest.mark.parametrize(
     "args", [["list"], ["show", "x"], ["remove", "x"], ["check"], ["gc"], ["stats"], ["ask", "x"], ["chat"]]
 )
-def test_without_a_store_every_command_says_how_to_make_one(kv: Run, args: list[str], tmp_path: Path) -> None:
+def test_every_command_without_a_store_says_how_to_create_one(kv: Run, args: list[str], tmp_path: Path) -> None:
     done = kv(*args, "--json")
     assert done.code == 1
     assert done.json["error"]["error"] == "StoreError" and "kv-memory add" in done.json["error"]["next_step"]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_store_is_named_by_option_or_environment(kv: Run, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_store_is_chosen_by_option_or_environment(kv: Run, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = store.rename(store.with_name("elsewhere"))
     assert len(kv("list", "--store", elsewhere, "--json").json["documents"]) == 2
     monkeypatch.setenv("KV_MEMORY_STORE", str(elsewhere))
@@ -162,7 +162,7 @@ def test_ask_options_reach_the_decoder(kv: Run, store: Path) -> None:
     assert len(kv("ask", "ferry lighthouse", "--json", "--top-k", 2).json["sources"]) == 2
 
 
-def test_ask_for_people_prints_answer_sources_and_time(kv: Run, store: Path) -> None:
+def test_ask_prints_answer_sources_and_time(kv: Run, store: Path) -> None:
     ask = ["ask", "When does the ferry to Skarholm leave?", "--max-new-tokens", "12"]
     text = kv(*ask, "--json").json["text"]
     done = kv(*ask)
@@ -171,14 +171,14 @@ def test_ask_for_people_prints_answer_sources_and_time(kv: Run, store: Path) -> 
     assert "1.  ferry" in done.out and "First token after" in done.out
 
 
-def test_a_question_without_a_known_word_says_so(kv: Run, store: Path) -> None:
+def test_a_question_without_a_known_word_is_reported(kv: Run, store: Path) -> None:
     done = kv("ask", "xyzzy")
     assert (done.code, done.out) == (0, "")
     assert "No passage shares a word" in done.err
     assert kv("ask", "xyzzy", "--json").json["finish_reason"] == "no_sources"
 
 
-def test_an_empty_answer_says_what_to_try(kv: Run, store: Path) -> None:
+def test_an_empty_answer_comes_with_a_next_step(kv: Run, store: Path) -> None:
     ask = ["ask", "When does the ferry to Skarholm leave?", "--max-new-tokens", "12"]
     first = kv(*ask, "--json").json["text"][0]
     done = kv(*ask, "--stop", first)
@@ -186,7 +186,7 @@ def test_an_empty_answer_says_what_to_try(kv: Run, store: Path) -> None:
     assert "--stop" in kv(*ask, "--stop", first, "--json").json["next_step"]
 
 
-def test_chat_answers_piped_lines_each_on_its_own(kv: Run, store: Path) -> None:
+def test_chat_answers_each_piped_line_independently(kv: Run, store: Path) -> None:
     lines = "When does the ferry leave?\n\n/sources\n/help\nWhen did the lighthouse burn oil?\n/quit\nnever read\n"
     done = kv("chat", "--max-new-tokens", 4, stdin=lines)
     assert done.code == 0
@@ -210,7 +210,7 @@ def test_list_and_show(kv: Run, store: Path) -> None:
     assert "The ferry to Skarholm leaves at 7.40 from pier 4." in people and "attention" in people
 
 
-def test_refined_caches_are_told_from_others(kv: Run, store: Path) -> None:
+def test_refined_caches_are_marked_in_the_output(kv: Run, store: Path) -> None:
     assert "Refined" not in kv("add", "--stale", "--keep-ratio", 0.5).out
     told = kv("add", "-", "--id", "new", "--refine", 1, "--json", stdin="A new text.").json
     assert told["n_refined"] == 1 and told["fidelity"] > 0
@@ -222,7 +222,7 @@ def test_refined_caches_are_told_from_others(kv: Run, store: Path) -> None:
     assert "1 passages, KL to the full cache" in people
 
 
-def test_remove_deletes_all_named_or_none(kv: Run, store: Path) -> None:
+def test_remove_deletes_all_given_documents_or_none(kv: Run, store: Path) -> None:
     assert kv("remove", "ferry", "nothing").code == 1
     assert len(kv("list", "--json").json["documents"]) == 2
     assert kv("remove", "fer", "light", "--json").json == {"removed": ["ferry", "light"]}
@@ -231,13 +231,13 @@ def test_remove_deletes_all_named_or_none(kv: Run, store: Path) -> None:
     assert kv("list", "--json").json == {"documents": []}
 
 
-def test_a_file_is_named_by_its_relative_path(kv: Run, store: Path, tmp_path: Path) -> None:
+def test_a_file_can_be_removed_by_its_relative_path(kv: Run, store: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("The keeper is Ingrid Falk.")
     assert kv("add", "a.txt").code == 0
     assert kv("remove", "./a.txt").out == f"Removed {tmp_path / 'a.txt'}\n"
 
 
-def test_texts_are_kept_on_request_only(kv: Run, quick: list[str], tmp_path: Path) -> None:
+def test_texts_are_kept_only_on_request(kv: Run, quick: list[str], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("The keeper is Ingrid Falk.")
     assert kv("add", "notes.txt", *quick).code == 0
     (listed,) = kv("list", "--json").json["documents"]
@@ -261,7 +261,7 @@ def test_texts_are_kept_on_request_only(kv: Run, quick: list[str], tmp_path: Pat
     assert kv(*ask, "--text").code == 1
 
 
-def test_stale_reads_files_again_and_names_what_it_cannot(kv: Run, quick: list[str], tmp_path: Path) -> None:
+def test_stale_reads_files_again_and_reports_unavailable_texts(kv: Run, quick: list[str], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("The keeper is Ingrid Falk.")
     kv("add", "notes.txt", *quick)
     kv("add", "-", "--id", "said", stdin="The lamp is out.")
@@ -276,7 +276,7 @@ def test_stale_reads_files_again_and_names_what_it_cannot(kv: Run, quick: list[s
     assert nothing.code == 1 and "its file cannot be read: no such file" in nothing.err
 
 
-def test_check_finds_damage_and_the_way_back_is_what_it_says(kv: Run, store: Path) -> None:
+def test_check_finds_damage_and_its_advice_repairs_it(kv: Run, store: Path) -> None:
     assert kv("check").code == 0 and kv("check", "--json").json["ok"] is True
     (cache,) = kv("show", "ferry", "--json").json["caches"]
     (blob,) = (p for p in (store / "blobs").rglob("*.val") if p.stat().st_size == cache["size_bytes"])
@@ -293,16 +293,16 @@ def test_check_finds_damage_and_the_way_back_is_what_it_says(kv: Run, store: Pat
     assert (again.code, again.json["ok"]) == (0, True)
 
 
-def test_a_question_about_a_damaged_cache_is_answered_and_says_so(kv: Run, store: Path) -> None:
+def test_a_question_about_a_damaged_cache_is_answered_with_a_note(kv: Run, store: Path) -> None:
     for blob in (store / "blobs").rglob("*.val"):
         blob.chmod(0o600)
         blob.write_bytes(blob.read_bytes()[:-1] + b"\0\0")
     done = kv("ask", "When does the ferry leave?", "--max-new-tokens", 4, "--top-k", 1)
     assert done.code == 0
-    assert "The cache of ferry was damaged; its text was read instead." in done.err
+    assert "The cache of ferry was damaged; its text was used instead." in done.err
 
 
-def test_a_document_cannot_steer_the_terminal(kv: Run, store: Path, tmp_path: Path) -> None:
+def test_control_characters_of_a_document_do_not_reach_the_terminal(kv: Run, store: Path, tmp_path: Path) -> None:
     (tmp_path / "evil.txt").write_text("The keeper \x1b]0;gotcha\x07 is \x1b[31mred\x1b[0m.")
     assert kv("add", "evil.txt").code == 0
     shown = kv("show", "evil.txt").out
@@ -310,12 +310,12 @@ def test_a_document_cannot_steer_the_terminal(kv: Run, store: Path, tmp_path: Pa
     assert "\x1b" not in shown and "\x07" not in shown
 
 
-def test_gc_says_what_it_removed(kv: Run, store: Path) -> None:
+def test_gc_reports_what_it_removed(kv: Run, store: Path) -> None:
     assert kv("gc", "--json").json["n_orphan_blobs"] == 0
     assert kv("gc").out.startswith("Removed 0 caches without a document")
 
 
-def test_stats_count_and_name_the_settings(kv: Run, store: Path, tiny: Path) -> None:
+def test_stats_show_counts_and_settings(kv: Run, store: Path, tiny: Path) -> None:
     stats = kv("stats", "--json").json
     assert (stats["n_documents"], stats["n_passages"], stats["n_caches"]) == (2, 2, 2)
     assert stats["settings"]["model"] == str(tiny) and stats["settings"]["selector"] == "attention"
@@ -331,7 +331,7 @@ def test_an_unsupported_or_missing_model_is_an_error_with_a_next_step(kv: Run, t
         assert done.json["error"]["error"] == error and done.json["error"]["next_step"]
 
 
-def test_models_names_what_is_usable(kv: Run) -> None:
+def test_models_lists_architectures_and_built_in_models(kv: Run) -> None:
     found = kv("models", "--json").json
     assert found["architectures"]["qwen3"] == "Qwen3"
     assert {model["name"]: model["license"] for model in found["models"]} == dict.fromkeys(BUILT_IN, "Apache-2.0")
@@ -340,9 +340,7 @@ def test_models_names_what_is_usable(kv: Run) -> None:
     assert "Qwen3" in kv("models").out
 
 
-def test_prepare_where_nothing_can_be_downloaded_fails(
-    kv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prepare_fails_if_nothing_can_be_downloaded(kv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KV_MEMORY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
@@ -354,13 +352,13 @@ def test_prepare_where_nothing_can_be_downloaded_fails(
     assert {model["state"] for model in kv("models", "--json").json["models"]} == {"missing"}
 
 
-def test_prepare_of_a_model_that_is_not_built_in_names_those_that_are(kv: Run) -> None:
+def test_prepare_of_an_unknown_model_lists_the_built_in_ones(kv: Run) -> None:
     done = kv("models", "--prepare", "gpt-5", "--json")
     assert done.code == 1
     assert "smollm2, qwen-0.5b, qwen-1.5b" in done.json["error"]["next_step"]
 
 
-def test_prepare_is_quick_where_it_was_done(kv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_of_a_prepared_model_converts_nothing(kv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KV_MEMORY_CACHE", str(tmp_path / "cache"))
     for name in ("smollm2", "qwen-0.5b"):
         folder = BUILT_IN[name].folder
@@ -368,6 +366,6 @@ def test_prepare_is_quick_where_it_was_done(kv: Run, tmp_path: Path, monkeypatch
         (folder / "model.safetensors").touch()
         done = kv("models", "--prepare", name, "--json").json
         assert done["name"] == name and done["converted"] is False and done["folder"] == str(folder)
-        (default,) = re.findall(r"Where none is named +(.+)", kv("models").out)
+        (default,) = re.findall(r"Default model +(.+)", kv("models").out)
         assert default.strip() == ("qwen-0.5b" if name == "qwen-0.5b" else "smollm2, until qwen-0.5b is prepared")
     assert kv("models", "--prepare", "embedded", "--json").json["name"] == "qwen-0.5b"

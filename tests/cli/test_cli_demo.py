@@ -25,7 +25,9 @@ def docs(tmp_path: Path) -> Path:
     return folder
 
 
-def test_own_documents_and_questions(kv: Callable[..., Ran], tiny: Path, docs: Path, tmp_path: Path) -> None:
+def test_demo_with_given_documents_and_questions(
+    kv: Callable[..., Ran], tiny: Path, docs: Path, tmp_path: Path
+) -> None:
     questions = tmp_path / "questions.txt"
     questions.write_text("When does the ferry leave?\n\nWhat did the lighthouse burn?\nxyzzy\n")
     run = [
@@ -66,7 +68,7 @@ def test_own_documents_and_questions(kv: Callable[..., Ran], tiny: Path, docs: P
     assert kv(*ask, "--top-k", 1, "--json").json["text"] == ferry["caches"]["text"]
 
 
-def test_for_people(kv: Callable[..., Ran], tiny: Path, docs: Path, tmp_path: Path) -> None:
+def test_demo_prints_text_and_leaves_no_store(kv: Callable[..., Ran], tiny: Path, docs: Path, tmp_path: Path) -> None:
     done = kv("demo", "--docs", docs, "--model", tiny)
     assert done.code == 0
     assert "made from headings" in done.err
@@ -78,7 +80,7 @@ def test_for_people(kv: Callable[..., Ran], tiny: Path, docs: Path, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["docs"]  # the store was temporary
 
 
-def test_unreadable_questions(kv: Callable[..., Ran]) -> None:
+def test_unreadable_questions_are_an_error(kv: Callable[..., Ran]) -> None:
     done = kv("demo", "--questions", "nothing.txt", "--json")
     assert done.code == 1 and done.json["error"]["error"] == "UnreadableDocumentError"
 
@@ -119,7 +121,7 @@ def test_medians() -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_where_only_smollm2_is_prepared(
+def test_demo_uses_smollm2_if_only_that_is_prepared(
     process: Callable[..., subprocess.Popen[str]], tmp_path: Path, only_smollm2: str
 ) -> None:
     here = tmp_path / "here"
@@ -144,7 +146,7 @@ def test_the_demo_where_only_smollm2_is_prepared(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not BUILT_IN["qwen-0.5b"].is_prepared, reason="qwen-0.5b is not prepared (`make setup`)")
-def test_the_demo_answers_rightly_on_qwen(process: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_demo_answers_correctly_with_qwen(process: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     with process("demo", "--limit", 2, cwd=tmp_path) as ran:
         out, err = ran.communicate(timeout=600)
     assert ran.returncode == 0, err

@@ -41,7 +41,7 @@ def options(tiny: Path) -> list[str]:
     return [*chosen, *(f"--method={name}" for name in ("full", "none", "sink_recent"))]
 
 
-def test_json_is_an_object_a_line(kv: Kv, squad: Path, options: list[str]) -> None:
+def test_json_prints_one_object_per_row(kv: Kv, squad: Path, options: list[str]) -> None:
     done = kv("eval", "squad", *options, "--json")
     assert done.code == 0, done.err
     rows = [json.loads(line) for line in done.out.splitlines()]
@@ -54,10 +54,10 @@ def test_json_is_an_object_a_line(kv: Kv, squad: Path, options: list[str]) -> No
     assert rows[0]["kl"] == 0 < rows[1]["kl"]
 
 
-def test_a_run_is_kept_gone_on_with_and_reported(kv: Kv, squad: Path, options: list[str], tmp_path: Path) -> None:
+def test_a_stopped_evaluation_resumes_and_is_reported(kv: Kv, squad: Path, options: list[str], tmp_path: Path) -> None:
     stopped = kv("eval", "squad", *options, "--out", "run", "--time-limit", "0.000001")
     assert stopped.code == 0
-    assert "Stopped by the time limit, 0 of 2 documents finished; the same command goes on." in stopped.err
+    assert "Stopped by the time limit, 0 of 2 documents finished; run the same command to resume." in stopped.err
     done = kv("eval", "squad", *options, "--out", "run")
     assert done.out.splitlines()[0].split()[:4] == ["method", "kept", "KL", "NLL"]
     assert done.out.splitlines()[3].split()[:2] == ["sink_recent", "1/4"]
@@ -68,10 +68,10 @@ def test_a_run_is_kept_gone_on_with_and_reported(kv: Kv, squad: Path, options: l
     only = kv("report", "run", "--method", "sink_recent", "--keep-ratio", "1/4")
     assert len(done.out.splitlines()) == 4
     assert [line.split()[:2] for line in only.out.splitlines()[1:]] == [["sink_recent", "1/4"]]
-    assert kv("report", "run", "--method", "sink", "--json").json["error"]["what"] == "no result is called 'sink'"
+    assert kv("report", "run", "--method", "sink", "--json").json["error"]["what"] == "no result has the method 'sink'"
 
 
-def test_several_documents_and_made_ones(kv: Kv, squad: Path, options: list[str], tmp_path: Path) -> None:
+def test_multidoc_and_ruler_tasks(kv: Kv, squad: Path, options: list[str], tmp_path: Path) -> None:
     multidoc = ["eval", "multidoc", *options, "--distractors", "same", "--k", "2", "--no-generate", "--out", "run"]
     rows = [json.loads(line) for line in kv(*multidoc, "--json").out.splitlines()]
     assert [list(row) for row in rows] == [["task", "k", *KEYS[1:]]] * 4
@@ -102,41 +102,41 @@ def test_several_documents_and_made_ones(kv: Kv, squad: Path, options: list[str]
         (["squad", "--keep-ratio", "3"], 2, "keep_ratio must lie in (0, 1]"),
         (["squad", "--n-documents", "0"], 2, "n_documents must be at least 1"),
         (["squad", "--prompt", "poem"], 2, "unknown prompt 'poem'"),
-        (["squad", "--adapter", "nowhere"], 1, "no adapter here"),
+        (["squad", "--adapter", "nowhere"], 1, "not an adapter folder"),
         (["quality"], 1, "the set quality (dev) was not found"),
         (["spans"], 2, "spans needs a corpus"),
-        (["squad", "--by", "k"], 2, "rows of squad cannot be told apart by 'k'"),
+        (["squad", "--by", "k"], 2, "rows of squad cannot be grouped by 'k'"),
         (["multidoc", "--k", "0"], 2, "k must be at least 1 passage each"),
         (["multidoc", "--distractors", "none"], 2, "unknown distractors 'none'"),
-        (["multidoc", "--k", "2"], 1, "no passage has 1 others of other articles"),
+        (["multidoc", "--k", "2"], 1, "no passage has 1 distractors from other articles"),
         (["ruler", "--kind", "singel"], 2, "unknown kind 'singel'"),
-        (["ruler"], 1, "no haystack"),
+        (["ruler"], 1, "no haystack is given"),
     ],
 )
-def test_bad_input(kv: Kv, squad: Path, tiny: Path, args: list[str], code: int, said: str) -> None:
+def test_invalid_input_is_refused(kv: Kv, squad: Path, tiny: Path, args: list[str], code: int, said: str) -> None:
     done = kv("eval", *args, "--model", tiny, *([] if "--prompt" in args else ["--prompt", "passage"]))
     assert (done.code, done.out) == (code, "")
     assert said in done.err
 
 
-def test_a_report_of_nothing(kv: Kv) -> None:
+def test_a_report_without_results_is_an_error(kv: Kv) -> None:
     done = kv("report", "nowhere", "--json")
     assert done.code == 1
     assert done.json["error"]["error"] == "DatasetError"
 
 
 @pytest.mark.parametrize(("text", "value"), [("0.25", 0.25), ("1/4", 0.25), ("1", 1.0), (" 1/32 ", 1 / 32)])
-def test_shares(text: str, value: float) -> None:
+def test_valid_ratios(text: str, value: float) -> None:
     assert ratio_of(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "a", "1/4/2", "nan", "-1/4", "0"])
-def test_no_shares(text: str) -> None:
+def test_invalid_ratios_are_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         ratio_of(text)
 
 
-def test_own_questions(kv: Kv, tiny: Path, options: list[str], tmp_path: Path) -> None:
+def test_questions_from_a_file(kv: Kv, tiny: Path, options: list[str], tmp_path: Path) -> None:
     write(tmp_path / "docs/ferry.txt", "The ferry leaves from pier 4.")
     own = {"document": "ferry.txt", "question": "Which pier?", "answer": ["pier 4", "4"]}
     write(tmp_path / "own.jsonl", json.dumps(own) + "\n")
@@ -149,7 +149,7 @@ def test_own_questions(kv: Kv, tiny: Path, options: list[str], tmp_path: Path) -
     assert (done.json["error"]["what"], done.json["error"]["where"]) == ("no answer", "own.jsonl, line 1")
     for wrong, said in (
         (["qa"], "qa needs a file of questions"),
-        (["squad", "own.jsonl"], "a file of questions is for"),
+        (["squad", "own.jsonl"], "only qa takes a file of questions"),
     ):
         done = kv("eval", *wrong, "--model", "nowhere")  # said before any model is loaded
         assert done.code == 2 and said in done.err

@@ -92,7 +92,7 @@ def test_run_list_show_and_ask(kv: KV, notes: Path, quick: list[str]) -> None:
     (job,) = kv("job", "list", "--json").json["jobs"]
     assert (job["job"], job["state"], job["done"], job["failed"]) == ("nightly", "done", 5, 1)
     shown = kv("job", "show", "nightly")
-    assert "5 done, 0 in hand, 0 to do, 1 failed, 0 cancelled" in shown.out
+    assert "5 done, 0 in progress, 0 to do, 1 failed, 0 cancelled" in shown.out
     assert "a NUL byte" in shown.out and "\n  Leave the file out." in shown.out  # what to do about it
     found = kv("job", "show", "nightly", "--json").json
     assert found["failed_documents"][0]["error"]["error"] == "BinaryDocumentError"
@@ -102,15 +102,15 @@ def test_run_list_show_and_ask(kv: KV, notes: Path, quick: list[str]) -> None:
     (notes / "5.txt").write_text("Mended.")
     again = kv("job", "resume", "--retry-failed")
     assert again.code == 0 and "6 added" in again.out
-    assert kv("job", "resume").code == 1  # nothing is left to go on with
+    assert kv("job", "resume").code == 1  # no job is left to resume
     cancelled = kv("job", "cancel", "nightly")
-    assert cancelled.code == 1 and "this job is done" in cancelled.err and "Next step: " in cancelled.err
+    assert cancelled.code == 1 and "this job is already done" in cancelled.err and "Next step: " in cancelled.err
     idle = kv("job", "resume", "nightly")
     assert idle.code == 0 and "nothing is left to do" in idle.err
 
 
 @pytest.mark.slow
-def test_events_are_one_json_object_a_line(kv: KV, notes: Path, quick: list[str]) -> None:
+def test_events_are_one_json_object_per_line(kv: KV, notes: Path, quick: list[str]) -> None:
     done = kv("job", "run", "notes", "--json", *quick)
     assert done.code == 0, done.err
     told = events(done.out)
@@ -153,7 +153,7 @@ def test_sync(kv: KV, notes: Path, quick: list[str]) -> None:
         ({"total": 9, "done": 9, "documents_per_s": 2.0, "left_s": 0.0}, "9/9 documents, 2.0/s"),
     ],
 )
-def test_a_line_of_progress(capsys: pytest.CaptureFixture[str], fields: dict[str, Any], said: str) -> None:
+def test_progress_lines(capsys: pytest.CaptureFixture[str], fields: dict[str, Any], said: str) -> None:
     none = {"total": 0, "done": 0, "failed": 0, "in_hand": 0, "documents_per_s": 0.0, "tokens_per_s": 0.0}
     other = {"job": "j", "discovered": True, "n_tokens": 0, "n_workers": 1, "elapsed_s": 1.0, "left_s": None}
     with JobTracker(Output(as_json=False)) as tracker:
@@ -163,19 +163,19 @@ def test_a_line_of_progress(capsys: pytest.CaptureFixture[str], fields: dict[str
     assert capsys.readouterr().err == f"{said}\n"
 
 
-def test_many_sources_are_not_all_named() -> None:
+def test_long_lists_of_sources_are_shortened() -> None:
     assert sources_text(["a", "b"]) == "a, b"
     assert sources_text([str(n) for n in range(1200)]) == "0, 1, 2, 3, 4 and 1,195 more"
 
 
-def test_where_nothing_is_found_that_is_said(kv: KV, tmp_path: Path) -> None:
+def test_finding_no_document_is_reported(kv: KV, tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     done = kv("job", "run", "none", "--store", "other one", "--name", "j")
     assert done.code == 0 and "No document was found." in done.err
 
 
 @pytest.mark.slow
-def test_what_is_advised_can_be_run_as_it_stands(kv: KV, tmp_path: Path, quick: list[str]) -> None:
+def test_suggested_commands_can_be_run_unchanged(kv: KV, tmp_path: Path, quick: list[str]) -> None:
     (tmp_path / "bad.txt").write_bytes(b"\0")
     elsewhere = ["--store", "other one", "--collection", "c"]
     done = kv("job", "run", "bad.txt", "--name", "j", *elsewhere, *quick)
@@ -189,7 +189,7 @@ def test_what_is_advised_can_be_run_as_it_stands(kv: KV, tmp_path: Path, quick: 
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
-        (["run"], 2, "either sources or a folder to sync must be named"),
+        (["run"], 2, "either sources or a folder to sync must be given"),
         (["run", "nothing.txt"], 1, "no such file or folder"),
         (["run", "notes", "--keep-ratio", "3"], 2, "keep_ratio must lie in"),
         (["run", "notes", "--engine", "steam"], 2, "--engine must be"),
@@ -207,7 +207,7 @@ def test_wrong_usage(kv: KV, notes: Path, tmp_path: Path, args: list[str], code:
         assert not (tmp_path / "kv-memory-store").exists()
 
 
-def test_an_unknown_job(kv: KV, store: Path) -> None:
+def test_an_unknown_job_is_an_error(kv: KV, store: Path) -> None:
     done = kv("job", "show", "x")
     assert done.code == 1 and "no job 'x'" in done.err
     assert "No jobs." in kv("job", "list").out
@@ -224,7 +224,9 @@ main()
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_the_job_resumable_and_says_how(kv: KV, notes: Path, tmp_path: Path, quick: list[str]) -> None:
+def test_ctrl_c_leaves_a_resumable_job_and_prints_the_command(
+    kv: KV, notes: Path, tmp_path: Path, quick: list[str]
+) -> None:
     # Two documents are done; the third is begun and waits for a gate that nobody opens.
     odd = {"ODD_LOG": str(tmp_path / "log"), "ODD_GATE": str(tmp_path / "gate"), "ODD_PASS": "2"}
     with subprocess.Popen(
@@ -244,7 +246,7 @@ def test_ctrl_c_leaves_the_job_resumable_and_says_how(kv: KV, notes: Path, tmp_p
         out, err = ran.communicate(timeout=60)
     assert ran.returncode == 130, err
     last = json.loads(out.splitlines()[-1])
-    assert "`kv-memory job resume j` goes on" in last["error"]["next_step"]
+    assert "`kv-memory job resume j` resumes the job" in last["error"]["next_step"]
     (job,) = kv("job", "list", "--json").json["jobs"]
     assert (job["state"], job["done"], job["running"], job["pending"]) == ("interrupted", 2, 0, 3)
     done = kv("job", "resume")

@@ -22,7 +22,7 @@ def caches(kv: Run, name: str) -> list[dict[str, Any]]:
     return found
 
 
-def test_shares_are_numbers_or_fractions() -> None:
+def test_ratios_are_numbers_or_fractions() -> None:
     assert [ratio_of(text) for text in ("0.25", "1/4", " 3/8 ", "1", "1e-2")] == [0.25, 0.25, 0.375, 1.0, 0.01]
     for wrong in ("", "a", "1/0", "1/8/2", "nan", "inf", "0", "-1/4", "9/8"):
         with pytest.raises(ConfigError, match=r"keep.ratio"):
@@ -34,7 +34,7 @@ def test_shares_are_numbers_or_fractions() -> None:
         kept_of(None, 7, "1.5KiB")
 
 
-def test_add_takes_fractions_tokens_and_bytes(kv: Run, quick: list[str]) -> None:
+def test_add_accepts_fractions_tokens_and_bytes(kv: Run, quick: list[str]) -> None:
     first = kv("add", "-", "--id", "a", "--keep-ratio", "1/8", "--json", *quick, stdin=TEXT).json
     assert (first["keep_ratio"], first["keep_tokens"], first["max_bytes"]) == (0.125, None, None)
     assert {cache["keep_ratio"] for cache in caches(kv, "a")} == {0.125}
@@ -55,10 +55,10 @@ def test_add_takes_fractions_tokens_and_bytes(kv: Run, quick: list[str]) -> None
     assert (back["n_passages"], back["unchanged"], back["keep_ratio"]) == (0, ["a"], 0.125)
 
 
-def test_stats_say_what_is_kept(kv: Run, store: Path) -> None:
+def test_stats_show_the_amount_kept(kv: Run, store: Path) -> None:
     for option, value, name, kept, said in (
-        ("--keep-tokens", 9, "keep_tokens", 9, "9 tokens a passage"),
-        ("--max-bytes", "20KB", "max_bytes", 20_000, "at most 20,000 bytes a passage"),
+        ("--keep-tokens", 9, "keep_tokens", 9, "9 tokens per passage"),
+        ("--max-bytes", "20KB", "max_bytes", 20_000, "at most 20,000 bytes per passage"),
         ("--keep-ratio", "1/2", "keep_ratio", 0.5, "Keep ratio"),
     ):
         kv("add", "-", "--id", "new", option, value, stdin=TEXT)
@@ -68,7 +68,7 @@ def test_stats_say_what_is_kept(kv: Run, store: Path) -> None:
         assert said in kv("stats").out
 
 
-def test_questions_are_answered_from_the_caches_that_are_named(kv: Run, store: Path) -> None:
+def test_questions_are_answered_from_the_caches_of_the_given_amount(kv: Run, store: Path) -> None:
     kv("add", "--stale", "--keep-tokens", 9)
     ask = ("ask", "When does the ferry leave?", "--max-new-tokens", 2, "--json")
     nine = kv(*ask).json
@@ -102,7 +102,9 @@ def test_wrong_usage(kv: Run, tmp_path: Path, command: list[str], options: list[
     assert not (tmp_path / "kv-memory-store").exists()
 
 
-def test_a_size_that_holds_nothing_names_the_smallest_that_works(kv: Run, quick: list[str], tmp_path: Path) -> None:
+def test_a_size_limit_that_is_too_small_reports_the_smallest_possible(
+    kv: Run, quick: list[str], tmp_path: Path
+) -> None:
     wrong = kv("add", "-", "--max-bytes", "1KB", "--json", *quick, stdin=TEXT)
     assert wrong.code == 2 and wrong.json["error"]["error"] == "BudgetError"
     assert not (tmp_path / "kv-memory-store").exists()
@@ -113,7 +115,7 @@ def test_a_size_that_holds_nothing_names_the_smallest_that_works(kv: Run, quick:
 
 
 @pytest.mark.slow
-def test_jobs_keep_a_budget_and_resume_with_it(kv: Run, quick: list[str], tmp_path: Path) -> None:
+def test_jobs_store_the_size_limit_and_resume_with_it(kv: Run, quick: list[str], tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     for number in range(3):
         (tmp_path / "notes" / f"{number}.txt").write_text(f"Pier {number} has a ferry to Skarholm. " * (number + 1))

@@ -34,7 +34,7 @@ IDS = ["/data/a.md", "/data/notes/a.md", "/data/notes/b.md", "text-12ab", "text-
         ("text-34", "text-34"),
     ],
 )
-def test_a_document_is_named_by_id_path_name_or_beginning(given: str, meant: str) -> None:
+def test_a_document_is_found_by_id_path_name_or_prefix(given: str, meant: str) -> None:
     assert find_document_id(given, IDS) == meant
 
 
@@ -42,7 +42,7 @@ def test_an_exact_id_wins_over_longer_ones() -> None:
     assert find_document_id("text", ["text", "text-1", "/x/text"]) == "text"
 
 
-def test_a_relative_path_means_the_absolute_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path_matches_the_absolute_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     own = str(tmp_path / "a.md")
     assert find_document_id("a.md", [own, "/data/a.md"]) == own
@@ -58,7 +58,7 @@ def test_an_ambiguous_name_lists_the_candidates(given: str, candidates: list[str
 
 @pytest.mark.parametrize("given", ["", "nothing", "\0", "~nobody/x"])
 def test_an_unknown_name_is_not_found(given: str) -> None:
-    with pytest.raises(DocumentNotFoundError, match="no document is named so"):
+    with pytest.raises(DocumentNotFoundError, match="no document matches '"):
         find_document_id(given, IDS)
 
 
@@ -68,7 +68,7 @@ def test_passage_tokens() -> None:
         passage_tokens_of("some")
 
 
-def test_printable_keeps_text_and_drops_what_terminals_obey() -> None:
+def test_printable_keeps_text_and_replaces_control_characters() -> None:
     assert printable("Zoë\t1\n") == "Zoë\t1\n"
     assert printable("a\x1b[31mb\x07\r\x9b") == "a\ufffd[31mb\ufffd\ufffd\ufffd"
 
@@ -105,7 +105,7 @@ def test_errors_become_exit_codes_and_json(
     assert json.loads(capsys.readouterr().out)["error"]["what"] == said
 
 
-def test_an_error_that_ctrl_c_left_behind_is_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_caused_by_ctrl_c_counts_as_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit) as caught, reporting(as_json=False):
         try:
             raise KeyboardInterrupt
@@ -127,7 +127,7 @@ def test_ctrl_c_before_the_command_begins(monkeypatch: pytest.MonkeyPatch, capsy
     assert capsys.readouterr().err == "Stopped.\n"
 
 
-def test_errors_for_people_have_a_line_each_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_print_what_where_and_next_step_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit), reporting(as_json=False):
         raise StoreError("it is [bold]full[/bold]", where="/data", next_step="Make room.")
     captured = capsys.readouterr()
@@ -203,7 +203,7 @@ def test_prose_of_restructured_text() -> None:
     ]
 
 
-def test_package_documents_are_prose_of_what_is_installed() -> None:
+def test_package_documents_are_prose_of_installed_packages() -> None:
     documents = package_documents((*PACKAGES, "no-such-package-anywhere"))
     # A dependency of ours that has no prose to offer any more must be replaced, and so must its questions.
     assert {question.package for question in QUESTIONS} <= {document.id for document in documents}
@@ -216,7 +216,7 @@ def test_package_documents_are_prose_of_what_is_installed() -> None:
         assert not any(mark in document.text for mark in ("```", "](", "<img", "https://", ".. "))
 
 
-def test_no_question_of_the_demo_holds_its_answer() -> None:
+def test_no_demo_question_contains_its_answer() -> None:
     assert len(set(QUESTIONS)) == len(QUESTIONS)
     for question in QUESTIONS:
         assert question.accepted and not contains_any(question.text, question.accepted), question
@@ -233,13 +233,11 @@ def test_no_question_of_the_demo_holds_its_answer() -> None:
         ("MIT", [], False),
     ],
 )
-def test_an_answer_is_right_where_it_has_whole_words_of_an_accepted_one(
-    text: str, wanted: list[str], found: bool
-) -> None:
+def test_an_answer_with_whole_words_of_an_accepted_one_is_right(text: str, wanted: list[str], found: bool) -> None:
     assert contains_any(text, wanted) is found
 
 
-def test_derived_questions_are_about_headings_or_names() -> None:
+def test_derived_questions_use_headings_or_names() -> None:
     documents = [
         Document(id="/x/guide.md", text="# Ferries\n\nText.\n\n## Oars ##\n\nMore.\n\n## Third\n"),
         Document(id="/x/my_notes.txt", text="No heading."),

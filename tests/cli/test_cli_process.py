@@ -22,7 +22,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 NAMES = [name for name, _, _ in COMMANDS]
 
 
-def test_every_command_is_there() -> None:
+def test_all_commands_are_registered_in_the_order_of_the_help() -> None:
     assert sorted(NAMES) == sorted(
         [
             "add",
@@ -107,7 +107,7 @@ def test_exit_codes(process: Start, tmp_path: Path, args: list[str], code: int, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_on_a_terminal_the_error_is_red_and_debugging_shows_where_it_comes_from(process: Start, tmp_path: Path) -> None:
+def test_terminal_errors_are_red_and_debugging_prints_a_traceback(process: Start, tmp_path: Path) -> None:
     with process("add", "nothing.md", cwd=tmp_path, FORCE_COLOR="1", TERM="xterm", KV_MEMORY_DEBUG="1") as ran:
         _, err = ran.communicate(timeout=60)
     assert ran.returncode == 1
@@ -115,7 +115,7 @@ def test_on_a_terminal_the_error_is_red_and_debugging_shows_where_it_comes_from(
     assert "Traceback" in err and "UnreadableDocumentError" in err
 
 
-def test_libraries_are_not_heard(process: Start, tmp_path: Path, store: Path) -> None:
+def test_messages_of_libraries_are_silenced(process: Start, tmp_path: Path, store: Path) -> None:
     with process("ask", "When does the ferry leave?", "--json", cwd=tmp_path) as ran:
         out, err = ran.communicate(timeout=60)
     assert json.loads(out)["sources"]
@@ -126,7 +126,7 @@ def test_libraries_are_not_heard(process: Start, tmp_path: Path, store: Path) ->
     ("module", "is_shown"),
     [("kv_memory.model.backbone", True), ("torch.nn.modules.module", True), ("peft.peft_model", False)],
 )
-def test_of_warnings_only_those_of_our_own_calls_are_shown(module: str, is_shown: bool) -> None:
+def test_only_warnings_of_own_calls_are_shown(module: str, is_shown: bool) -> None:
     script = (
         "import warnings\n"
         "from kv_memory.cli.app import _keep_libraries_quiet\n"
@@ -138,7 +138,7 @@ def test_of_warnings_only_those_of_our_own_calls_are_shown(module: str, is_shown
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_closed_pipe_ends_it_quietly(process: Start, tmp_path: Path, store: Path, unbuffered: str) -> None:
+def test_a_closed_pipe_ends_the_command_quietly(process: Start, tmp_path: Path, store: Path, unbuffered: str) -> None:
     with process("list", cwd=tmp_path, PYTHONUNBUFFERED=unbuffered) as ran:
         assert ran.stdout and ran.stderr
         ran.stdout.close()
@@ -146,7 +146,7 @@ def test_a_closed_pipe_ends_it_quietly(process: Start, tmp_path: Path, store: Pa
     assert ran.returncode == 1
 
 
-def test_ctrl_c_during_add_keeps_what_is_stored_and_the_next_run_goes_on(
+def test_ctrl_c_during_add_keeps_documents_and_the_next_run_resumes(
     process: Start, kv: Callable[..., Ran], tmp_path: Path, quick: list[str]
 ) -> None:
     notes = tmp_path / "notes"
@@ -161,7 +161,7 @@ def test_ctrl_c_during_add_keeps_what_is_stored_and_the_next_run_goes_on(
         _, err = ran.communicate(timeout=60)
     assert ran.returncode == 130, err
     last = err.strip().splitlines()[-1]
-    assert last.startswith("Stopped. ") and last.endswith("stored; run the same command to go on.")
+    assert last.startswith("Stopped. ") and last.endswith("stored; run the same command to resume.")
     n_stored = int(last.split()[1])
     assert n_stored < 80
     report = kv("add", "notes", *quick, "--json").json

@@ -37,13 +37,13 @@ def test_a_shared_store_from_init_to_answer(
     assert "Already 0003" in kv("db", "upgrade", "--store", "team").out
 
 
-def test_db_on_a_folder_without_a_store(kv: Kv) -> None:
+def test_db_commands_fail_without_a_store(kv: Kv) -> None:
     for command in ("current", "upgrade"):
         done = kv("db", command, "--store", "nowhere")
         assert done.code == 1 and "no store" in done.err and not Path("nowhere").exists()
 
 
-def test_budgets_and_pins(kv: Kv, tiny: Path, tmp_path: Path) -> None:
+def test_size_limits_evict_and_pins_protect(kv: Kv, tiny: Path, tmp_path: Path) -> None:
     for name, text in (("ferry.txt", FERRY), ("light.txt", LIGHT)):
         (tmp_path / name).write_text(text)
     assert kv("add", "ferry.txt", "light.txt", "--model", tiny).code == 0
@@ -91,6 +91,6 @@ def test_times(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1MB", "3 parsecs", "1e9", "MB"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ConfigError, match="not understood"):
+def test_invalid_sizes_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="invalid value"):
         size_of(text, where="--max-size")

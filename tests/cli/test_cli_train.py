@@ -29,7 +29,7 @@ def quick_run(tiny: Path, tmp_path: Path) -> list[str]:
     return ["--model", str(tiny), "--warmup-steps", "1", "--steps", "2", "--max-tokens", "48", *settings]
 
 
-def test_train_makes_an_adapter_that_add_takes_and_says_what_it_is_worth(
+def test_train_makes_and_evaluates_an_adapter_that_add_accepts(
     kv: Run, quick_run: list[str], tiny: Path, tmp_path: Path
 ) -> None:
     data = ["--data", "ferries.jsonl", "--eval-every", "2", "--eval-documents", "1"]
@@ -55,7 +55,7 @@ def test_train_makes_an_adapter_that_add_takes_and_says_what_it_is_worth(
     assert other.code == 1 and "lr_lora was" in other.json["error"]["what"]
 
 
-def test_training_goes_on_from_an_adapter_for_a_corpus(
+def test_training_on_a_corpus_continues_from_an_adapter(
     kv: Run, quick_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(questions, "_as_question", lambda text: text.replace("\0", "").strip() or None)
@@ -92,7 +92,7 @@ def test_a_dry_run_estimates_and_writes_nothing(kv: Run, quick_run: list[str], t
     before = sorted(tmp_path.rglob("*"))
     done = kv("train", "run", "--data", "ferries.jsonl", *quick_run, "--dry-run")
     assert done.code == 0, done.err
-    for said in ("Warm-up", "1 steps of", "Time in all", "Peak memory", "Each checkpoint"):
+    for said in ("Warm-up", "1 steps of", "Total time", "Peak memory", "Each checkpoint"):
         assert said in done.out
     fitted = kv("train", "run", "--data", "ferries.jsonl", *quick_run[:4], *quick_run[6:], "--dry-run", "--json",
                 "--time-limit", "60").json  # fmt: skip
@@ -120,7 +120,7 @@ def test_a_dry_run_estimates_and_writes_nothing(kv: Run, quick_run: list[str], t
         (["--data", "fine.jsonl", "--model", "TINY", "--init", "nowhere"], "AdapterError", "nowhere"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_written(
+def test_invalid_input_fails_before_anything_is_written(
     kv: Run, tiny: Path, tmp_path: Path, args: list[str], error: str, where: str
 ) -> None:
     line = json.dumps({"context": "A ferry.", "question": "What?", "answer": "A ferry"})

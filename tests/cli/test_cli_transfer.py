@@ -26,16 +26,16 @@ def test_an_exported_collection_answers_in_another_store(kv: Run, store: Path, t
     assert there["fallbacks"] == []
 
 
-def test_people_are_told_what_was_done(kv: Run, store: Path) -> None:
+def test_export_and_import_print_a_summary(kv: Run, store: Path) -> None:
     assert kv("export", "notes.tar").out.startswith("Exported 2 documents and 3 caches of collection default: ")
     first = kv("import", "notes.tar", "--collection", "copy").out.splitlines()
     assert first[0].startswith("Imported into collection copy: 2 documents added, 0 replaced, 0 unchanged")
-    assert first[1].startswith("2 caches new") and first[1].endswith("0 there already")
+    assert first[1].startswith("2 new caches") and first[1].endswith("0 already present")
     assert "0 documents added, 0 replaced, 2 unchanged" in kv("import", "notes.tar", "--collection", "copy").out
     assert len(kv("list", "--collection", "copy", "--json").json["documents"]) == 2
 
 
-def test_through_a_pipe(kv: Run, store: Path, tmp_path: Path) -> None:
+def test_export_and_import_work_through_a_pipe(kv: Run, store: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from kv_memory.cli import main; main()"]
     done = subprocess.run([*command, "export", "-", "--store", str(store)], capture_output=True, check=True)
     assert b"Exported 2 documents" in done.stderr
@@ -52,19 +52,19 @@ def test_through_a_pipe(kv: Run, store: Path, tmp_path: Path) -> None:
     assert kv("export", "-", "--json").json["error"]["error"] == "ConfigError"
 
 
-def test_a_damaged_or_missing_archive_makes_no_store(kv: Run, store: Path, tmp_path: Path) -> None:
+def test_a_damaged_or_missing_archive_creates_no_store(kv: Run, store: Path, tmp_path: Path) -> None:
     kv("export", "notes.tar")
     data = (tmp_path / "notes.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(data[: len(data) // 2])
     (tmp_path / "text.tar").write_text("no archive")
-    for name, what in (("cut.tar", "ends"), ("text.tar", "no archive"), ("none.tar", "no such archive")):
+    for name, what in (("cut.tar", "ends"), ("text.tar", "not a kv-memory archive"), ("none.tar", "no such archive")):
         done = kv("import", name, "--store", "new", "--json")
         assert done.code == 1
         assert done.json["error"]["error"] == "TransferError" and what in done.json["error"]["what"]
         assert not (tmp_path / "new").exists()
 
 
-def test_conflicts_are_refused_unless_one_is_chosen(kv: Run, store: Path) -> None:
+def test_conflicts_are_refused_unless_on_conflict_is_given(kv: Run, store: Path) -> None:
     def content() -> str:
         return str(kv("list", "--json").json["documents"][0]["content_sha256"])
 
@@ -99,7 +99,7 @@ def test_purge_leaves_no_trace_of_a_document(kv: Run, store: Path) -> None:
     assert people.startswith("Purged light\n") and "rewritten" in people
 
 
-def test_purge_without_an_id_wipes_what_was_removed(kv: Run, store: Path) -> None:
+def test_purge_without_an_id_erases_removed_documents(kv: Run, store: Path) -> None:
     kv(*ASK)
     kv("remove", "ferry")
     assert held(store)
@@ -110,7 +110,7 @@ def test_purge_without_an_id_wipes_what_was_removed(kv: Run, store: Path) -> Non
 
 
 @pytest.mark.parametrize("args", [["export", "x.tar"], ["remove", "--purge"]])
-def test_without_a_store_it_says_how_to_make_one(kv: Run, args: list[str], tmp_path: Path) -> None:
+def test_export_and_purge_without_a_store_say_how_to_create_one(kv: Run, args: list[str], tmp_path: Path) -> None:
     done = kv(*args, "--json")
     assert done.code == 1 and "kv-memory add" in done.json["error"]["next_step"]
     assert list(tmp_path.iterdir()) == []

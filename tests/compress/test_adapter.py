@@ -55,7 +55,7 @@ def logits(backbone: Any, routing: torch.Tensor | None = None) -> torch.Tensor:
 
 @pytest.mark.parametrize("scorer", ["token", "head", "layer"])
 @pytest.mark.parametrize("name", NAMES)
-def test_an_adapter_comes_back_as_it_was(name: str, scorer: Any, tmp_path: Path) -> None:
+def test_a_saved_adapter_loads_unchanged(name: str, scorer: Any, tmp_path: Path) -> None:
     backbone = make_backbone(name)
     adapter = Adapter.create(backbone, rank=4, alpha=6, eta=2, scorer=scorer, zero_init=False)
     made = Compressor(backbone, adapter=adapter).compress(TEXT, keep_ratio=0.3)
@@ -139,16 +139,16 @@ def assert_refused(folder: Path, backbone: Any, kind: type[AdapterError] = Adapt
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_missing_file(folder: Path, file: str) -> None:
+def test_a_folder_with_a_missing_file_is_rejected(folder: Path, file: str) -> None:
     (folder / file).unlink()
     assert file in assert_refused(folder, make_backbone()).what
 
 
-def test_a_missing_folder(tmp_path: Path) -> None:
+def test_a_missing_folder_is_rejected(tmp_path: Path) -> None:
     assert_refused(tmp_path / "nothing", make_backbone())
 
 
-def test_pickled_weights_are_not_looked_for(folder: Path) -> None:
+def test_pickled_weights_are_never_loaded(folder: Path) -> None:
     torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
     (folder / "adapter_model.safetensors").unlink()
     assert "adapter_model.safetensors" in assert_refused(folder, make_backbone()).what
@@ -156,7 +156,7 @@ def test_pickled_weights_are_not_looked_for(folder: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"\xff\xfe"])
 @pytest.mark.parametrize("file", FILES)
-def test_a_garbled_file(folder: Path, saved: Path, file: str, content: bytes) -> None:
+def test_a_garbled_file_is_rejected(folder: Path, saved: Path, file: str, content: bytes) -> None:
     (folder / file).write_bytes(content)
     backbone = make_backbone()
     assert_refused(folder, backbone)
@@ -177,7 +177,7 @@ def test_a_garbled_file(folder: Path, saved: Path, file: str, content: bytes) ->
         {"full_strength_ratio": 0},
     ],
 )
-def test_settings_that_do_not_fit(folder: Path, change: dict[str, Any]) -> None:
+def test_invalid_recorded_settings_are_rejected(folder: Path, change: dict[str, Any]) -> None:
     data = json.loads((folder / "kv_distill.json").read_text())
     (folder / "kv_distill.json").write_text(json.dumps({**data, **change}))
     assert_refused(folder, make_backbone())
@@ -185,7 +185,7 @@ def test_settings_that_do_not_fit(folder: Path, change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "scorer.safetensors"])
 @pytest.mark.parametrize("spoil", ["shape", "missing"])
-def test_weights_that_do_not_fit(folder: Path, file: str, spoil: str) -> None:
+def test_weights_of_wrong_shape_or_missing_are_rejected(folder: Path, file: str, spoil: str) -> None:
     tensors = load_file(folder / file)
     name = sorted(tensors)[3]
     if spoil == "shape":
@@ -198,7 +198,7 @@ def test_weights_that_do_not_fit(folder: Path, file: str, spoil: str) -> None:
     assert Adapter.create(backbone, rank=2).config.eta == 1
 
 
-def test_an_adapter_of_another_model(folder: Path) -> None:
+def test_an_adapter_of_another_model_is_rejected(folder: Path) -> None:
     model = make_model("llama")
     with torch.no_grad():
         model.model.norm.weight[0] += 1e-3
@@ -208,12 +208,12 @@ def test_an_adapter_of_another_model(folder: Path) -> None:
     assert error.next_step is not None and "train an adapter" in error.next_step
 
 
-def test_a_second_adapter_is_refused_until_the_first_is_gone(saved: Path) -> None:
+def test_a_second_adapter_is_rejected_until_the_first_is_detached(saved: Path) -> None:
     backbone = make_backbone()
     before = logits(backbone)
     first = Adapter.load(saved, backbone)
     for attach in (lambda: Adapter.load(saved, backbone), lambda: Adapter.create(backbone)):
-        with pytest.raises(AdapterError, match="carries an adapter already") as caught:
+        with pytest.raises(AdapterError, match="already has an adapter") as caught:
             attach()
         assert caught.value.next_step is not None and "detach" in caught.value.next_step
     first.detach()
@@ -230,8 +230,8 @@ def test_default_eta(num_layers: int, eta: int) -> None:
     assert default_eta(num_layers) == eta
 
 
-def test_eta_lies_in_the_model() -> None:
-    with pytest.raises(ConfigError, match="eta must lie in 1 to 4"):
+def test_eta_outside_the_model_is_rejected() -> None:
+    with pytest.raises(ConfigError, match="eta must be in the range 1 to 4"):
         Adapter.create(make_backbone(), eta=5)
     # and nothing was attached
     assert isinstance(Adapter.create(make_backbone(), eta=4).config, AdapterConfig)
@@ -241,7 +241,7 @@ def test_eta_lies_in_the_model() -> None:
 
 
 @pytest.mark.parametrize("name", ["phi3", "phi3_longrope", "llama"])
-def test_a_fused_projection_is_adapted_in_its_queries_only(name: str) -> None:
+def test_only_the_queries_of_a_fused_projection_are_adapted(name: str) -> None:
     backbone = make_backbone(name)
     adapter = Adapter.create(backbone, rank=4, zero_init=False)
     ids, routing = torch.tensor([backbone.encode(letters(20))]), torch.ones(1, 20, dtype=torch.bool)
@@ -285,7 +285,7 @@ def test_layers_may_route_different_tokens() -> None:
     assert torch.equal(plain.layer(3)[1][:, :, :16], routed.layer(3)[1][:, :, :16])  # prefix of 11 and 5 tokens
 
 
-def test_a_strength_is_a_share_of_the_delta() -> None:
+def test_strength_scales_the_lora_delta() -> None:
     """Token by token or for whole rows; at 1 the LoRA of a mask, at 0 the frozen model."""
     backbone = make_backbone()
     adapter = Adapter.create(backbone, rank=4, zero_init=False)
@@ -304,7 +304,7 @@ def test_a_strength_is_a_share_of_the_delta() -> None:
 
 
 @pytest.mark.parametrize("routed", ["kept", "document"])
-def test_the_lora_acts_less_where_more_is_kept(routed: Any) -> None:
+def test_lora_strength_falls_with_the_keep_ratio(routed: Any) -> None:
     adapter = Adapter.create(make_backbone(), rank=2, scorer="head", routed=routed, full_strength_ratio=1 / 16)
     lengths, hidden = torch.tensor([64, 64, 64, 64]), torch.randn(4, 64, 48)
     watching = PrefillRouting(adapter, lengths=lengths, n_kept=torch.tensor([1, 4, 16, 64]))
@@ -352,7 +352,7 @@ def test_another_thread_does_not_see_the_mask() -> None:
         assert torch.equal(projection(x), base)  # and after the pass nothing is left of it
 
 
-def test_an_error_in_a_layer_takes_the_mask_with_it() -> None:
+def test_an_error_in_a_layer_resets_the_routing_mask() -> None:
     backbone = make_backbone()
     Adapter.create(backbone, rank=4, zero_init=False)
     before = logits(backbone)

@@ -30,7 +30,7 @@ def read(adapter: Adapter, selector: Matched) -> tuple[torch.Tensor, DocumentPre
         return ids, prefill_documents(adapter, ids, n_tokens, n_kept, room=selector.extra_tokens)
 
 
-def test_both_have_a_say() -> None:
+def test_adapter_scores_and_output_errors_both_count() -> None:
     adapter, selector = adapted(), Matched(MatchSettings(part_tokens=32))
     ids, reading = read(adapter, selector)
     forced = torch.zeros(ids.shape[1], dtype=torch.bool)
@@ -49,7 +49,7 @@ def test_both_have_a_say() -> None:
     assert not made[:, 0].equal(best(errors)), "the adapter had no say"
 
 
-def test_the_reading_is_left_as_it_was() -> None:
+def test_prefilled_cache_is_left_unchanged() -> None:
     adapter, selector = adapted(), Matched(MatchSettings(part_tokens=32))
     ids, reading = read(adapter, selector)
     before = [tensor.clone() for tensor in reading.cache.layer(3)]
@@ -61,7 +61,7 @@ def test_the_reading_is_left_as_it_was() -> None:
         assert old.equal(new)
 
 
-def test_it_is_another_method_than_the_adapter() -> None:
+def test_combined_has_its_own_method_and_selection() -> None:
     adapter = adapted()
     alone, combined = (
         Compressor(adapter.backbone, adapter=adapter),
@@ -77,7 +77,7 @@ def test_it_is_another_method_than_the_adapter() -> None:
     assert again.to_bytes() == other.to_bytes()
 
 
-def test_kept_spans_are_kept() -> None:
+def test_combined_selection_keeps_the_kept_spans() -> None:
     adapter = adapted()
     made = Compressor(adapter.backbone, adapter=adapter, selector="combined").compress(
         TEXT, keep_ratio=0.1, keep_spans=[(10, 20)]
@@ -90,7 +90,7 @@ def test_kept_spans_are_kept() -> None:
 @pytest.mark.parametrize(
     ("options", "said"), [(None, "needs an adapter"), ({"routed": "kept", "budget": "head"}, "routes whole documents")]
 )
-def test_what_cannot_be_combined_is_refused(options: dict[str, Any] | None, said: str) -> None:
+def test_combined_without_a_suitable_adapter_is_rejected(options: dict[str, Any] | None, said: str) -> None:
     adapter = None if options is None else adapted(**options)
     backbone = make_backbone("llama") if adapter is None else adapter.backbone
     with pytest.raises(ConfigError, match=said) as caught:
@@ -103,12 +103,12 @@ def given(**options: Any) -> dict[str, Any]:
     return given_settings(**{**dict.fromkeys(names), "passage_tokens": "auto", **options})
 
 
-def test_both_or_none() -> None:
-    with pytest.raises(ConfigError, match="adapter='none' means to have none"):
+def test_combined_selector_with_adapter_none_is_rejected() -> None:
+    with pytest.raises(ConfigError, match="adapter='none' means no adapter"):
         given(adapter="none", selector="combined")
 
 
-def test_a_store_chooses_with_its_adapter() -> None:
+def test_stored_combined_selector_follows_its_adapter() -> None:
     settings = resolve_settings(given(selector="combined", model="smollm2"), {})
     assert (settings.adapter, settings.selector) == ("shipped", "combined")
     without = {"adapter": None, "selector": "reconstruction"}

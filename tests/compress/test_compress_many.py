@@ -11,7 +11,7 @@ import torch
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.cache.keep import Keep
 from kv_memory.compress import Compressor, Matched, MatchSettings
-from kv_memory.compress import compressor as compressor_module
+from kv_memory.compress import batch as batch_module
 from kv_memory.errors import ConfigError, EmptyDocumentError
 from tests.compress.test_compressor import ADAPTERS, NAMES, compressor_for
 from tests.conftest import ARCHITECTURES
@@ -38,7 +38,7 @@ def assert_like(made: DistilledCache, alone: DistilledCache) -> None:
 
 @pytest.mark.parametrize("method", ADAPTERS)
 @pytest.mark.parametrize("name", NAMES)
-def test_each_is_as_if_alone(name: str, method: str) -> None:
+def test_batched_documents_equal_single_ones(name: str, method: str) -> None:
     compressor = compressor_for(name, method)
     alone = [compressor.compress(text, keep_ratio=0.3) for text in TEXTS]
     with recorded_inputs(compressor.backbone) as inputs:
@@ -55,7 +55,7 @@ def matching(name: str, **options: Any) -> Compressor:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_matched_documents_are_fitted_as_if_alone(name: str) -> None:
+def test_batched_matched_documents_equal_single_ones(name: str) -> None:
     compressor = matching(name)
     alone = [compressor.compress(text, keep_ratio=0.3) for text in TEXTS]
     with recorded_inputs(compressor.backbone) as inputs:
@@ -69,7 +69,7 @@ def test_matched_documents_are_fitted_as_if_alone(name: str) -> None:
         assert_like(ours, theirs)
 
 
-def test_matched_documents_that_differ_in_stages_and_turns() -> None:
+def test_matched_documents_with_different_stages_can_be_batched() -> None:
     compressor = matching("llama", rows_per_step=40)
     ratios = [0.2, 0.9, 1.0, 0.05, 0.45]  # of four times 0.45 there is nothing to prune, of 1.0 nothing to do
     made = compressor.compress_many(TEXTS, keep_ratio=ratios)
@@ -78,7 +78,7 @@ def test_matched_documents_that_differ_in_stages_and_turns() -> None:
 
 
 @pytest.mark.parametrize("most", [8192, 200])
-def test_matched_rows_of_a_batch_may_be_thinned(most: int) -> None:
+def test_row_limits_apply_to_each_matched_document(most: int) -> None:
     compressor = matching("llama", max_rows=most, max_final_rows=most)
     made = compressor.compress_many(TEXTS[:2], keep_ratio=0.3)
     for text, ours in zip(TEXTS, made, strict=False):
@@ -93,9 +93,9 @@ def test_a_document_of_several_parts_is_matched_alone() -> None:
     assert sizes[:3] == [3, 24, 3] and sizes[3:] == [1, 8, 1, 1] * 2
 
 
-def test_matched_documents_that_memory_does_not_hold_are_read_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matched_batches_are_halved_when_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     compressor, sizes = matching("llama"), []
-    match = compressor_module.match_documents
+    match = batch_module.match_documents
 
     def small(documents: Any, *args: Any) -> Any:
         sizes.append(len(documents))
@@ -103,14 +103,14 @@ def test_matched_documents_that_memory_does_not_hold_are_read_in_halves(monkeypa
             raise torch.OutOfMemoryError("too much")
         return match(documents, *args)
 
-    monkeypatch.setattr(compressor_module, "match_documents", small)
+    monkeypatch.setattr(batch_module, "match_documents", small)
     made = compressor.compress_many(TEXTS, keep_ratio=0.3)
     assert sizes == [5, 2, 3]
     for text, ours in zip(TEXTS, made, strict=True):
         assert_like(ours, compressor.compress(text, keep_ratio=0.3))
 
 
-def test_each_has_a_keep_ratio_of_its_own() -> None:
+def test_each_document_can_have_its_own_keep_ratio() -> None:
     compressor = compressor_for("llama", "adapter_head")
     ratios = [compressor.ratio_for(text, Keep(keep_tokens=7)) for text in TEXTS]
     with recorded_inputs(compressor.backbone) as inputs:
@@ -123,7 +123,7 @@ def test_each_has_a_keep_ratio_of_its_own() -> None:
         compressor.compress_many(TEXTS[:2], keep_ratio=[0.3, 0.0])
 
 
-def test_what_cannot_be_batched_is_compressed_alone() -> None:
+def test_documents_that_cannot_be_batched_are_compressed_alone() -> None:
     compressor = compressor_for("llama", "adapter_head", window_tokens=64)  # the longest has two windows
     with recorded_inputs(compressor.backbone) as inputs:
         made = compressor.compress_many(TEXTS, keep_ratio=0.3)
@@ -134,7 +134,7 @@ def test_what_cannot_be_batched_is_compressed_alone() -> None:
     assert [cache.n_kept for cache in whole] == [cache.n_tokens for cache in whole]
 
 
-def test_a_training_free_selector_reads_one_by_one() -> None:
+def test_training_free_selectors_compress_one_by_one() -> None:
     compressor = compressor_for("llama", "attention")
     made = compressor.compress_many(TEXTS[:2], keep_ratio=0.3)
     assert [cache.to_bytes() for cache in made] == [
@@ -142,9 +142,9 @@ def test_a_training_free_selector_reads_one_by_one() -> None:
     ]
 
 
-def test_what_memory_does_not_hold_together_is_read_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_halved_when_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     compressor: Compressor = compressor_for("llama", "adapter_head")
-    read, sizes = compressor_module.read_documents, []
+    read, sizes = batch_module.prefill_documents, []
 
     def small(adapter: Any, ids: torch.Tensor, *args: Any, **options: Any) -> Any:
         sizes.append(len(ids))
@@ -152,7 +152,7 @@ def test_what_memory_does_not_hold_together_is_read_in_halves(monkeypatch: pytes
             raise torch.OutOfMemoryError("too much")
         return read(adapter, ids, *args, **options)
 
-    monkeypatch.setattr(compressor_module, "read_documents", small)
+    monkeypatch.setattr(batch_module, "prefill_documents", small)
     made = compressor.compress_many(TEXTS, keep_ratio=0.3)
     assert sizes == [5, 2, 3, 1, 2]
     monkeypatch.undo()
@@ -160,16 +160,16 @@ def test_what_memory_does_not_hold_together_is_read_in_halves(monkeypatch: pytes
         assert_like(ours, compressor.compress(text, keep_ratio=0.3))
 
 
-def test_one_that_memory_does_not_hold_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_document_that_exceeds_memory_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: Any, **options: Any) -> Any:
         raise torch.OutOfMemoryError("too much")
 
-    monkeypatch.setattr(compressor_module, "read_documents", never)
+    monkeypatch.setattr(batch_module, "prefill_documents", never)
     with pytest.raises(torch.OutOfMemoryError):
         compressor_for("llama", "adapter_head").compress_many(TEXTS[:2], keep_ratio=0.3)
 
 
-def test_what_is_refused() -> None:
+def test_empty_documents_and_invalid_ratios_are_rejected() -> None:
     compressor = compressor_for("llama", "adapter_head")
     assert compressor.compress_many([], keep_ratio=0.3) == []
     with pytest.raises(EmptyDocumentError):
@@ -178,7 +178,7 @@ def test_what_is_refused() -> None:
         compressor.compress_many(TEXTS, keep_ratio=0.0)
 
 
-def test_it_can_be_told_from_a_wrong_one() -> None:
+def test_assert_like_detects_a_changed_cache() -> None:
     made = compressor_for("llama", "adapter_head").compress_many(TEXTS[:2], keep_ratio=0.3)
     with pytest.raises(AssertionError):
         assert_like(replace(made[0], keys=made[0].keys + 0.01), made[0])

@@ -51,7 +51,7 @@ def compressor_for(name: str, method: str, **options: Any) -> Compressor:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_document_is_kept_at_every_ratio_as_if_read_again(method: str) -> None:
+def test_one_prefill_serves_every_keep_ratio(method: str) -> None:
     compressor = compressor_for("llama", method)
     document = compressor.prefill(TEXT)
     for keep_ratio, spans in ((0.25, ()), (0.1, ()), (1.0, ()), (0.25, [(3, 9)])):
@@ -126,7 +126,7 @@ class TestEveryMethod:
             moved = max(moved, apart)
         assert moved > 0.01 or method in TRAINING_FREE[:-1]
 
-    def test_windows_are_compressed_apart_and_joined(self, name: str, method: str) -> None:
+    def test_windows_are_compressed_separately_and_joined(self, name: str, method: str) -> None:
         ids = shared_backbone(name).encode(letters(100, seed=2))
         joined = compressor_for(name, method, window_tokens=40).compress_ids(ids, keep_ratio=0.25)
         edges = [0, 33, 67, 100]  # the fewest windows that fit, of nearly equal length
@@ -159,7 +159,7 @@ class TestEveryMethod:
 # -- windows -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_document_longer_than_the_context_window(backbone: Any) -> None:
+def test_a_document_longer_than_the_context_window_is_split(backbone: Any) -> None:
     compressor = Compressor(backbone, selector="attention")
     assert compressor.window_tokens == 512 - 11
     backbone.prefix  # noqa: B018 (is read on first use)
@@ -171,7 +171,7 @@ def test_a_document_longer_than_the_context_window(backbone: Any) -> None:
         assert [sum(a <= p < a + 402 for p in row) for a in (0, 402, 804)] == [40, 40, 40]
 
 
-def test_room_for_the_request_is_taken_off_the_window(backbone: Any) -> None:
+def test_selector_tokens_are_subtracted_from_the_window(backbone: Any) -> None:
     assert Compressor(backbone, selector=Reconstruction(part_tokens=64)).window_tokens == 512 - 11 - 128
     assert Compressor(backbone).window_tokens == 512 - 11 - 128 - 56  # `matched` asks for parts of a quarter of it
     with pytest.raises(ConfigError, match="reconstruction:1024") as caught:
@@ -183,19 +183,19 @@ def test_room_for_the_request_is_taken_off_the_window(backbone: Any) -> None:
     assert Compressor(mine, adapter=Adapter.create(mine, rank=2)).window_tokens == 501
 
 
-def test_a_prompt_form_that_fills_the_window_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"11 tokens .* leave nothing of a context window of 8") as caught:
+def test_a_prompt_form_that_fills_the_window_is_rejected() -> None:
+    with pytest.raises(ConfigError, match=r"11 tokens .* leave no room in a context window of 8") as caught:
         Compressor(make_backbone(max_position_embeddings=8), selector="attention")
     assert caught.value.where == "prompt"
 
 
 @pytest.mark.parametrize("window_tokens", [0, -1, 502])
-def test_windows_out_of_range(backbone: Any, window_tokens: int) -> None:
+def test_window_tokens_out_of_range_are_rejected(backbone: Any, window_tokens: int) -> None:
     with pytest.raises(ConfigError, match="1 to 501"):
         Compressor(backbone, selector="attention", window_tokens=window_tokens)
 
 
-def test_an_adapter_of_another_backbone_is_refused(backbone: Any) -> None:
+def test_an_adapter_of_another_backbone_is_rejected(backbone: Any) -> None:
     with pytest.raises(ConfigError, match="another backbone"):
         Compressor(backbone, adapter=Adapter.create(make_backbone(), rank=2))
 
@@ -211,13 +211,13 @@ def test_a_span_of_characters_keeps_the_tokens_it_touches(backbone: Any) -> None
     assert_close(made.keys, expected.keys[:, :, made.positions.long()])
 
 
-def test_spans_of_tokens(backbone: Any) -> None:
+def test_overlapping_token_spans_are_kept(backbone: Any) -> None:
     compressor, ids = Compressor(backbone, selector="sink_recent"), list(range(60, 100))
     made = compressor.compress_ids(ids, keep_ratio=0.01, keep_spans=[(20, 22), (21, 24)])
     assert made.positions.tolist() == [0, 20, 21, 22, 23]
 
 
-def test_a_span_over_several_windows(backbone: Any) -> None:
+def test_a_span_over_several_windows_is_kept(backbone: Any) -> None:
     compressor = Compressor(backbone, selector="attention", window_tokens=20)
     made = compressor.compress_ids(list(range(60, 120)), keep_ratio=0.1, keep_spans=[(15, 41)])
     # Windows of 20: 5 forced and 2 of 15, all 20, 1 forced and 2 of 19.
@@ -236,7 +236,7 @@ def test_keeping_the_whole_document_is_the_plain_cache(backbone: Any, spans: lis
 
 
 @pytest.mark.parametrize("span", [(5, 5), (6, 5), (-1, 4), (0, 61), (60, 70)])
-def test_spans_that_are_none(backbone: Any, span: tuple[int, int]) -> None:
+def test_invalid_spans_are_rejected(backbone: Any, span: tuple[int, int]) -> None:
     with pytest.raises(ConfigError, match="does not lie within the document's 60 characters") as caught:
         Compressor(backbone, selector="attention").compress(TEXT, keep_ratio=0.5, keep_spans=[span])
     assert caught.value.where == "keep_spans"
@@ -248,7 +248,7 @@ def test_spans_that_are_none(backbone: Any, span: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", " \n\t "])
-def test_an_empty_document(backbone: Any, text: str) -> None:
+def test_an_empty_document_is_rejected(backbone: Any, text: str) -> None:
     with pytest.raises(EmptyDocumentError):
         Compressor(backbone, selector="attention").compress(text, keep_ratio=0.5)
     with pytest.raises(EmptyDocumentError):
@@ -256,12 +256,12 @@ def test_an_empty_document(backbone: Any, text: str) -> None:
 
 
 @pytest.mark.parametrize("keep_ratio", [0, -1, 1.5, float("nan"), "x", True, None])
-def test_keep_ratio_out_of_range(backbone: Any, keep_ratio: Any) -> None:
+def test_keep_ratio_out_of_range_is_rejected(backbone: Any, keep_ratio: Any) -> None:
     with pytest.raises(ConfigError, match="keep_ratio must lie in") as caught:
         Compressor(backbone, selector="attention").compress(TEXT, keep_ratio=keep_ratio)
     assert caught.value.where == "keep_ratio"
 
 
-def test_one_token_is_enough(backbone: Any) -> None:
+def test_a_document_of_one_token_can_be_compressed(backbone: Any) -> None:
     made = Compressor(backbone, selector="attention").compress_ids([70], keep_ratio=0.1)
     assert isinstance(made, DistilledCache) and made.n_kept == made.n_tokens == 1

@@ -137,7 +137,7 @@ def by_hand(seed: int, fixed: tuple[int, ...]) -> MovedHeads:
 
 @pytest.mark.parametrize("fixed", [(), (1, 4)])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_steps_are_those_of_gradients_worked_out_by_hand(seed: int, fixed: tuple[int, ...]) -> None:
+def test_steps_equal_gradients_computed_by_hand(seed: int, fixed: tuple[int, ...]) -> None:
     _, found = run(seed, fixed=fixed)
     expected = by_hand(seed, fixed)
     for name in ("keys", "values", "bias"):
@@ -145,13 +145,13 @@ def test_steps_are_those_of_gradients_worked_out_by_hand(seed: int, fixed: tuple
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_it_comes_closer_on_rows_held_out(seed: int) -> None:
+def test_descent_reduces_the_error_on_held_out_rows(seed: int) -> None:
     start, found = run(seed, settings=MatchSettings(key_steps=60))
     held_out = slice(LEARNED, None)
     assert error(found, seed, held_out) < 0.8 * error(start, seed, held_out)
 
 
-def test_what_is_fixed_stays_to_the_last_bit() -> None:
+def test_fixed_entries_stay_bit_identical() -> None:
     start, found = run(fixed=(1, 4))
     for name in ("keys", "values", "bias"):
         before, after = getattr(start, name), getattr(found, name)
@@ -162,12 +162,12 @@ def test_what_is_fixed_stays_to_the_last_bit() -> None:
 @pytest.mark.parametrize(
     "settings", [{"key_steps": 0}, {"key_rate": 1e4}], ids=["no steps", "steps that lead away from the rows held out"]
 )
-def test_the_start_is_kept(settings: dict[str, Any]) -> None:
+def test_start_is_kept_without_steps_or_gain(settings: dict[str, Any]) -> None:
     start, found = run(settings=MatchSettings(**settings))
     assert all(torch.equal(getattr(found, name), getattr(start, name)) for name in ("keys", "values", "bias"))
 
 
-def test_heads_moved_together_are_as_if_alone() -> None:
+def test_heads_optimised_together_equal_heads_optimised_alone() -> None:
     kept = (6, 3, 5)
     together = descended(make_heads(0, 1, 2, kept=kept, fixed=(1,)))
     for seed, n in enumerate(kept):
@@ -177,7 +177,7 @@ def test_heads_moved_together_are_as_if_alone() -> None:
             torch.testing.assert_close(getattr(found, name), getattr(alone, name), rtol=1e-4, atol=1e-5)
 
 
-def test_groups_are_of_like_size_and_hold_every_head() -> None:
+def test_groups_have_similar_sizes_and_cover_every_head() -> None:
     sizes = [0, 50, 3, 52, 400, 3, 70, 8, 51]
     groups = list(alike(sizes, [None] * 9, 1024, device=CPU))
     assert sorted(index for group in groups for index in group) == list(range(len(sizes)))
@@ -188,7 +188,7 @@ def test_groups_are_of_like_size_and_hold_every_head() -> None:
 
 
 @pytest.mark.parametrize("broken", ["target", "scale"])
-def test_what_is_no_number_is_not_learned_from(broken: str) -> None:
+def test_heads_with_nan_rows_are_left_unchanged(broken: str) -> None:
     heads = make_heads(0, 1, kept=(KEPT, KEPT))
     start = start_of(heads)
     getattr(heads.system, broken)[0, 2] = torch.nan
@@ -198,7 +198,7 @@ def test_what_is_no_number_is_not_learned_from(broken: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mistral", "phi3_longrope"])  # soft cap, windows, partial rotation
-def test_keys_of_a_document_move_and_stay_where_they_are_without_steps(name: str) -> None:
+def test_keys_change_only_when_there_are_steps(name: str) -> None:
     backbone, text = shared_backbone(name), letters(24)  # the longrope model changes its frequencies at 96
     still, moved = (
         Compressor(backbone, selector=Matched(MatchSettings(part_tokens=32, key_steps=n))).compress(
@@ -216,7 +216,7 @@ def test_keys_of_a_document_move_and_stay_where_they_are_without_steps(name: str
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen2_window"])  # some layers have a window of 24 tokens
-def test_heads_of_a_document_are_moved_as_if_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_of_one_document_are_optimised_as_if_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     selector = Matched(MatchSettings(part_tokens=32, key_steps=20))
     document = Compressor(shared_backbone(name), selector=selector).prefill(letters(60))
     together = document.keep(0.3)

@@ -107,7 +107,7 @@ def test_scores_are_the_change_of_the_output_when_an_entry_is_removed(name: str)
         torch.testing.assert_close(scores.double(), expected, rtol=2e-3, atol=1e-6)
 
 
-def test_layers_that_all_count_the_same() -> None:
+def test_depth_weight_scales_scores_by_layer() -> None:
     backbone, counts = shared_backbone("llama"), torch.arange(4).div(3).mul(1.5).exp()
     tokens = torch.tensor([backbone.encode(letters(N))])
     found = []
@@ -212,7 +212,7 @@ def by_loops(given: dict[str, torch.Tensor], settings: MatchSettings) -> tuple[t
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("fixed", [[], [0], [2, 5, 6]])
-def test_the_fit_is_the_least_squares_one(seed: int, fixed: list[int]) -> None:
+def test_fit_is_the_least_squares_solution(seed: int, fixed: list[int]) -> None:
     given = head(seed=seed, kept=7 + 3 * seed)
     given["fixed"][fixed] = True
     values, weights = by_loops(given, SETTINGS)
@@ -235,7 +235,7 @@ def test_the_fit_brings_the_output_closer() -> None:
     assert error(fitted.values, fitted.bias) < 0.5 * error(given["values"], torch.zeros(8))
 
 
-def test_refit_errors_are_what_a_fit_without_each_entry_costs() -> None:
+def test_refit_errors_equal_the_cost_of_refitting_without_each_entry() -> None:
     given = head(seed=4, kept=9)
     n = given["weights"].shape[1]
     metric = torch.eye(6)[None]
@@ -252,7 +252,7 @@ def test_refit_errors_are_what_a_fit_without_each_entry_costs() -> None:
         assert float(found[j]) == pytest.approx(float(rest.square().sum()) * 0.25, rel=1e-3)
 
 
-def test_heads_side_by_side_are_fitted_as_if_alone() -> None:
+def test_heads_fitted_together_equal_heads_fitted_alone() -> None:
     given = [head(seed=seed, kept=kept) for seed, kept in enumerate([8, 3, 12, 1])]
     given[1]["fixed"][2] = given[2]["fixed"][5] = True
     most = max(len(one["values"]) for one in given)
@@ -270,7 +270,7 @@ def test_heads_side_by_side_are_fitted_as_if_alone() -> None:
     assert (together.bias.abs().amax(1) > 0).sum() >= 3, "starts are no proof"
 
 
-def test_weights_keep_to_their_bounds() -> None:
+def test_fitted_weights_stay_within_bounds() -> None:
     draw = torch.Generator().manual_seed(1)
     a, none = torch.rand(60, 12, generator=draw), torch.zeros(1, 12, dtype=torch.bool)
     wanted = torch.linspace(-3, 150, 12)
@@ -293,13 +293,13 @@ def test_weights_keep_to_their_bounds() -> None:
         {"target": torch.full((120, 6), torch.inf)},
     ],
 )
-def test_odd_systems_give_numbers(change: dict[str, torch.Tensor]) -> None:
+def test_degenerate_systems_give_finite_results(change: dict[str, torch.Tensor]) -> None:
     fitted = fit({**head(), **change})
     assert fitted.values.isfinite().all() and fitted.bias.isfinite().all()
 
 
 @pytest.mark.parametrize("m", [1, 2, 4, 5])
-def test_fewer_rows_than_entries(m: int) -> None:
+def test_fit_with_fewer_rows_than_entries_is_finite(m: int) -> None:
     fitted = fit(head(m=m, kept=20))
     assert fitted.values.isfinite().all() and fitted.bias.isfinite().all()
     if m < 4:  # no row is held out: nothing can be chosen
@@ -393,7 +393,7 @@ def test_decoding_adds_the_biases(name: str, ratio: float) -> None:
     assert (without - ours).abs().max() > 20 * 1e-4 * spread, "biases without effect prove nothing"
 
 
-def test_caches_with_and_without_biases_are_joined() -> None:
+def test_caches_with_and_without_biases_can_be_joined() -> None:
     backbone = shared_backbone("llama")
     matched = Compressor(backbone, selector=Matched(SETTINGS)).compress(letters(40), keep_ratio=0.3)
     question = backbone.encode_question("why?")
@@ -410,7 +410,7 @@ def test_caches_with_and_without_biases_are_joined() -> None:
 # -- documents ---------------------------------------------------------------------------------------------------------
 
 
-def test_spans_that_are_kept_are_neither_moved_nor_biased(backbone: Any) -> None:
+def test_kept_spans_are_neither_changed_nor_biased(backbone: Any) -> None:
     compressor = Compressor(backbone, selector=Matched(SETTINGS))
     made = compressor.compress(letters(60), keep_ratio=0.2, keep_spans=[(10, 22)])
     plain = compressor.compress(letters(60), keep_ratio=1.0)
@@ -434,12 +434,12 @@ def test_short_and_odd_documents(backbone: Any, text: str, keep_ratio: float) ->
     assert made.bias is None or made.bias.isfinite().all()
 
 
-def test_a_head_may_keep_nothing(backbone: Any) -> None:
+def test_a_head_may_keep_no_entries(backbone: Any) -> None:
     made = Compressor(backbone, selector=Matched(SETTINGS)).compress(letters(60), keep_ratio=0.02)
     assert made.counts is not None and int(made.counts.min()) == 0
 
 
-def test_activations_that_are_no_numbers_are_refused() -> None:
+def test_non_finite_activations_are_rejected() -> None:
     broken = make_backbone("llama")
     with torch.no_grad():
         broken.layers[2].self_attn.v_proj.weight[3] = torch.inf
@@ -456,7 +456,7 @@ def test_one_stage_of_scores_without_a_fit_keeps_values(backbone: Any) -> None:
     assert torch.equal(values[positions >= 0], plain.values.gather(2, at)[positions >= 0]) and not bias.any()
 
 
-def test_blocks_and_side_by_side_rows_change_nothing(backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_and_batched_rows_do_not_change_the_result(backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from kv_memory.compress import matching, reference_rows
 
     def compress() -> DistilledCache:
@@ -471,7 +471,7 @@ def test_blocks_and_side_by_side_rows_change_nothing(backbone: Any, monkeypatch:
     torch.testing.assert_close(parts.values, whole.values, rtol=1e-2, atol=1e-3)
 
 
-def test_rows_are_thinned(backbone: Any) -> None:
+def test_max_final_rows_reduces_the_rows_of_the_fit(backbone: Any) -> None:
     tokens = torch.tensor([backbone.encode(letters(200))])
     with torch.no_grad():
         cache = backbone.prefixed_cache(200, room=80)
@@ -482,9 +482,7 @@ def test_rows_are_thinned(backbone: Any) -> None:
     assert not torch.equal(made[0].values[:8], made[1].values[:8])
 
 
-def test_of_a_long_document_every_token_is_recorded_by_some_heads(
-    backbone: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_some_heads_record_every_token_of_a_long_document(backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = torch.tensor([backbone.encode(letters(200))])
     with torch.no_grad():
         cache = backbone.prefixed_cache(200, room=80)
@@ -498,7 +496,7 @@ def test_of_a_long_document_every_token_is_recorded_by_some_heads(
     assert made.bias is not None and made.bias.any()
 
 
-def test_entries_of_heads_side_by_side_are_fitted_in_parts(backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entries_of_batched_heads_are_fitted_in_parts(backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     document = Compressor(backbone, selector=Matched(SETTINGS)).prefill(letters(200))
     whole = document.keep(0.4)
     monkeypatch.setattr("kv_memory.compress.fitting._AT_ONCE", 30)
@@ -541,6 +539,6 @@ def test_many_entries_are_fitted_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
         ("max_final_rows", 0),
     ],
 )
-def test_settings_out_of_range(name: str, value: Any) -> None:
+def test_settings_out_of_range_are_rejected(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=name):
         MatchSettings(**{name: value})

@@ -42,7 +42,7 @@ def attentions(name: str, ids: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("at_once", [7, 256])
 @EVERY
-def test_observed_attention_by_brute_force(name: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_selector_matches_brute_force(name: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selectors, "OBSERVED_QUERIES", at_once)
     backbone = shared_backbone(name)
     ids, n_prefix = backbone.encode(letters(N)), len(backbone.prefix_ids)
@@ -58,7 +58,7 @@ def test_observed_attention_by_brute_force(name: str, at_once: int, monkeypatch:
 
 
 @EVERY
-def test_reconstruction_by_brute_force(name: str) -> None:
+def test_reconstruction_selector_matches_brute_force(name: str) -> None:
     backbone = shared_backbone(name)
     ids, n_prefix = backbone.encode(letters(N)), len(backbone.prefix_ids)
     expected = torch.zeros(4, 2, N)
@@ -96,21 +96,21 @@ def test_sink_recent_keeps_both_ends(backbone: Any) -> None:
 SCORES = torch.tensor([[1.0, 5.0, 5.0, 0.0, 5.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
 
 
-def test_the_best_of_every_head_are_chosen() -> None:
+def test_top_k_is_taken_within_each_head() -> None:
     assert chosen(SCORES, 2) == [[[1, 2], [0, 1]]]  # of equal scores the earlier
     forced = torch.tensor([[False, False, False, True, False]])
     assert chosen(SCORES, 2, forced=forced) == [[[1, 3], [0, 3]]]
     assert chosen(SCORES, 5) == [[[0, 1, 2, 3, 4]] * 2]
 
 
-def test_the_best_of_all_heads_are_chosen() -> None:
+def test_top_k_is_taken_over_all_heads() -> None:
     assert chosen(SCORES, 2, budget="model") == [[[1, 2, 4], [0]]]
     assert chosen(SCORES, 1, budget="model") == [[[1, 2], []]]
     forced = torch.tensor([[False, False, False, True, False]])
     assert chosen(SCORES, 2, budget="model", forced=forced) == [[[1, 2, 3], [3]]]
 
 
-def test_documents_of_a_batch_keep_what_they_would_alone() -> None:
+def test_documents_in_a_batch_keep_the_same_entries_as_alone() -> None:
     torch.manual_seed(0)
     scores, lengths, n_kept = torch.randn(3, 2, 2, 9), torch.tensor([9, 5]), torch.tensor([4, 1])
     for budget in ("head", "model"):
@@ -142,7 +142,7 @@ def test_n_kept(n_tokens: int, keep_ratio: float, n_kept: int) -> None:
     assert n_kept_for(n_tokens, keep_ratio) == n_kept
 
 
-def test_names_tell_settings_apart() -> None:
+def test_selector_names_are_unique_per_settings() -> None:
     names_of_selectors: tuple[SelectorName, ...] = ("sink_recent", "attention", "reconstruction", "matched")
     names = [
         selector.name

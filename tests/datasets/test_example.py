@@ -32,7 +32,7 @@ MANY = [example(f"s/{i}") for i in range(2000)]
         {"choices": ("a", ""), "correct": 0},
     ],
 )
-def test_a_wrong_question_is_refused(wrong: dict[str, Any]) -> None:
+def test_invalid_question_is_refused(wrong: dict[str, Any]) -> None:
     right: dict[str, Any] = {"text": "Q?", "answers": ("A",)}
     assert Question(**right).choices == ()
     with pytest.raises(ConfigError):
@@ -42,7 +42,7 @@ def test_a_wrong_question_is_refused(wrong: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "wrong", [{"id": ""}, {"source": " "}, {"context": "\n"}, {"context": "a\0"}, {"context": None}]
 )
-def test_a_wrong_example_is_refused(wrong: dict[str, Any]) -> None:
+def test_invalid_example_is_refused(wrong: dict[str, Any]) -> None:
     right: dict[str, Any] = {"id": "s/1", "context": "C", "questions": (), "source": "s"}
     assert Example(**right).title == ""
     with pytest.raises(ConfigError):
@@ -55,7 +55,7 @@ def test_split_by_hash_is_the_same_on_every_machine() -> None:
     assert places == [True, True, False, False, False, True, True, True]
 
 
-def test_split_by_hash_holds_out_about_its_share_and_larger_shares_hold_more() -> None:
+def test_split_by_hash_holds_out_its_share_and_larger_shares_contain_it() -> None:
     small = {e.id for e in MANY if split_by_hash(e.id, 0.1)}
     large = {e.id for e in MANY if split_by_hash(e.id, 0.3)}
     assert 150 < len(small) < 250
@@ -95,13 +95,13 @@ def test_sample_depends_on_the_seed_and_not_on_the_order() -> None:
     assert sample(MANY, 0) == []
 
 
-def test_sample_takes_examples_with_the_same_id() -> None:
+def test_sample_accepts_examples_with_the_same_id() -> None:
     same = [example("s/1", "A"), example("s/1", "B"), example("s/2")]
     assert len(sample(same, 3)) == 3
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), True, "0.5"])
-def test_a_wrong_share_or_number_is_refused(share: Any) -> None:
+def test_invalid_share_or_number_is_refused(share: Any) -> None:
     with pytest.raises(ConfigError):
         split_by_hash("s/1", share)
     with pytest.raises(ConfigError):

@@ -55,7 +55,7 @@ def write_fairytale(folder: Path, answer: str) -> None:
     (folder / "fairytaleqa" / "train.jsonl").write_text(text + f'"question": "Q?", "answer1": "{answer}"}}]}}\n')
 
 
-def test_the_folder_given_comes_before_that_of_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_argument_overrides_the_environment_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_fairytale(tmp_path / "one", "first")
     write_fairytale(tmp_path / "two", "second")
     monkeypatch.setenv("KV_MEMORY_DATA", str(tmp_path / "two"))
@@ -63,14 +63,14 @@ def test_the_folder_given_comes_before_that_of_the_variable(tmp_path: Path, monk
     assert next(read_examples("fairytaleqa", data=tmp_path / "one")).questions[0].answers == ("first",)
 
 
-def test_the_hub_is_read_where_the_file_is_not_there(hub: dict[tuple[str, str], Any], tmp_path: Path) -> None:
+def test_hub_is_used_if_the_file_is_missing(hub: dict[tuple[str, str], Any], tmp_path: Path) -> None:
     hub["rajpurkar/squad", "validation"] = FLAT
     first, second = read_examples("squad", split="dev", data=tmp_path)
     assert (first.source, first.title, len(first.questions)) == ("squad", "Foxes", 2)
     assert second.questions[0].answers == ("Cats",)
 
 
-def test_a_paragraph_has_one_id_in_the_file_and_on_the_hub(hub: dict[tuple[str, str], Any], tmp_path: Path) -> None:
+def test_paragraph_has_the_same_id_in_the_file_and_on_the_hub(hub: dict[tuple[str, str], Any], tmp_path: Path) -> None:
     hub["rajpurkar/squad", "train"] = FLAT
     (tmp_path / "squad").mkdir()
     qas = '[{"id": "1", "question": "Who?", "answers": [{"text": "Foxes"}]}]'
@@ -79,13 +79,13 @@ def test_a_paragraph_has_one_id_in_the_file_and_on_the_hub(hub: dict[tuple[str, 
     assert next(read_examples("squad")).id == next(read_examples("squad", data=tmp_path)).id
 
 
-def test_dolly_on_the_hub(hub: dict[tuple[str, str], Any]) -> None:
+def test_dolly_from_the_hub(hub: dict[tuple[str, str], Any]) -> None:
     row = {"instruction": "Sum up.", "response": "R", "category": "c"}
     hub["databricks/databricks-dolly-15k", "train"] = [row | {"context": ""}, row | {"context": "Text."}]
     assert [e.context for e in read_examples("dolly")] == ["Text."]
 
 
-def test_any_set_of_the_hub_with_the_right_columns(hub: dict[tuple[str, str], Any]) -> None:
+def test_hub_set_with_the_right_columns(hub: dict[tuple[str, str], Any]) -> None:
     hub["me/mine", "train"] = [{"context": "C", "question": "Q?", "answer": ["A", "B"]}, {"context": "C"}]
     said: list[str] = []
     (example,) = read_examples("hf:me/mine", on_error="skip", on_skip=said.append)
@@ -99,7 +99,7 @@ def test_a_malformed_hub_id_is_refused(hub: dict[tuple[str, str], Any], name: st
         read_examples(name)
 
 
-def test_what_the_library_raises_becomes_a_dataset_error(hub: dict[tuple[str, str], Any]) -> None:
+def test_library_errors_become_dataset_errors(hub: dict[tuple[str, str], Any]) -> None:
     with pytest.raises(DatasetError, match=r"'me/none' doesn't exist on the Hub \[hf:me/none\]\. Check") as caught:
         read_examples("hf:me/none")
     assert "Second line" not in str(caught.value)
@@ -114,12 +114,12 @@ def test_what_the_library_raises_becomes_a_dataset_error(hub: dict[tuple[str, st
 
 
 @pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"])
-def test_an_offline_hub_is_an_error_at_once(
+def test_offline_hub_is_an_immediate_error(
     hub: dict[tuple[str, str], Any], monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     hub["rajpurkar/squad", "train"] = FLAT
     monkeypatch.setenv(variable, "1")
-    with pytest.raises(DatasetError, match=f"switched off by {variable}") as caught:
+    with pytest.raises(DatasetError, match=f"disabled by {variable}") as caught:
         read_examples("squad")
     for way in ("squad/train.json.gz", "data=", "KV_MEMORY_DATA", f"Unset {variable}", "JSON lines"):
         assert way in str(caught.value)
@@ -127,7 +127,7 @@ def test_an_offline_hub_is_an_error_at_once(
     assert len(list(read_examples("squad"))) == 2
 
 
-def test_without_the_library_the_error_says_how_to_get_it(
+def test_missing_library_error_says_how_to_install_it(
     hub: dict[tuple[str, str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -136,26 +136,24 @@ def test_without_the_library_the_error_says_how_to_get_it(
     assert str(tmp_path / "squad" / "train.json") in str(caught.value)
 
 
-def test_sets_that_are_not_read_from_the_hub_say_so(hub: dict[tuple[str, str], Any]) -> None:
-    with pytest.raises(DatasetError, match="not read from the hub"):
+def test_set_not_available_from_the_hub_is_reported(hub: dict[tuple[str, str], Any]) -> None:
+    with pytest.raises(DatasetError, match="not available from the hub"):
         read_examples("squality")
 
 
 @pytest.mark.parametrize(("name", "split", "other"), [("dolly", "dev", "train"), ("quality", "train", "dev")])
-def test_a_split_that_a_set_lacks(name: str, split: Any, other: str) -> None:
-    with pytest.raises(DatasetError, match=f"the split '{other}' only"):
+def test_missing_split_is_reported(name: str, split: Any, other: str) -> None:
+    with pytest.raises(DatasetError, match=f"only has the split '{other}'"):
         read_examples(name, split=split)
 
 
-def test_a_missing_path_names_all_that_could_have_been_meant() -> None:
+def test_missing_path_error_names_all_known_sets() -> None:
     with pytest.raises(DatasetError, match="no such file or folder") as caught:
         read_examples("sqaud")
     assert all(name in str(caught.value) for name in (*DATASETS, "hf:owner/name"))
 
 
-def test_a_path_object_is_a_path_even_if_it_is_called_like_a_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_path_object_with_the_name_of_a_set_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("squad").mkdir()
     (Path("squad") / "a.txt").write_text("Not SQuAD.")

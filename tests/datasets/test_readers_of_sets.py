@@ -32,7 +32,7 @@ def squad(*paragraphs: dict[str, Any], title: str = "Foxes") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["mine.jsonl", "mine.jsonl.gz"])
-def test_neighbouring_lines_about_one_context_make_one_example(tmp_path: Path, name: str) -> None:
+def test_consecutive_lines_with_one_context_form_one_example(tmp_path: Path, name: str) -> None:
     path = put(
         tmp_path / name, qa(" Foxes run. ", "Who?", ["Foxes", "a fox", "Foxes"]), qa("Foxes run.", "What?"), qa("B")
     )
@@ -43,7 +43,7 @@ def test_neighbouring_lines_about_one_context_make_one_example(tmp_path: Path, n
     assert second.context == "B"
 
 
-def test_an_id_is_that_of_the_context_wherever_it_stands(tmp_path: Path) -> None:
+def test_id_depends_only_on_the_context(tmp_path: Path) -> None:
     lines = [qa("A"), qa("B"), qa("A", "again?")]
     ids = [e.id for e in read_examples(put(tmp_path / "x.jsonl", *lines))]
     assert ids[0] == ids[2] != ids[1]
@@ -51,7 +51,7 @@ def test_an_id_is_that_of_the_context_wherever_it_stands(tmp_path: Path) -> None
     assert {e.id for e in read_examples(put(tmp_path / "other" / "x.jsonl", *lines[1:]))} == set(ids)
 
 
-def test_a_title_is_kept_and_a_byte_order_mark_and_blank_lines_are_not(tmp_path: Path) -> None:
+def test_title_is_kept_and_byte_order_mark_and_blank_lines_ignored(tmp_path: Path) -> None:
     path = put(tmp_path / "x.jsonl", b"\xef\xbb\xbf", qa("A") | {"title": "T"}, b"\n  \n", qa("B"))
     assert [(e.context, e.title) for e in read_examples(path)] == [("A", "T"), ("B", "")]
 
@@ -60,7 +60,7 @@ BROKEN: list[tuple[Any, str]] = [
     (b'{"context": \n', "not JSON"),
     (b'{"context": "\xff", "question": "Q", "answer": "A"}\n', "not JSON in UTF-8"),
     (b"[" * 100_000 + b"\n", "not JSON"),
-    (["a", "list"], "a JSON object is needed, got list"),
+    (["a", "list"], "expected a JSON object, got list"),
     ({"question": "Q", "answer": "A"}, "no context"),
     ({"context": "C", "answer": "A"}, "no question"),
     ({"context": "C", "question": "Q"}, "no answer"),
@@ -73,12 +73,12 @@ BROKEN: list[tuple[Any, str]] = [
     (qa(42), "context must be text, got int"),
     (qa("C") | {"title": "T\0"}, "a NUL character in title"),
     (qa("nul \0 byte"), "a NUL character in context"),
-    (b'{"context": "C", "question": "\\ud800", "answer": "A"}\n', "half a surrogate pair in question"),
+    (b'{"context": "C", "question": "\\ud800", "answer": "A"}\n', "an unpaired surrogate in question"),
 ]
 
 
 @pytest.mark.parametrize(("line", "what"), BROKEN, ids=[what.replace(" ", "-") for _, what in BROKEN])
-def test_a_broken_line_is_named_and_raised_or_skipped(tmp_path: Path, line: Any, what: str) -> None:
+def test_broken_line_is_raised_or_skipped_with_its_number(tmp_path: Path, line: Any, what: str) -> None:
     path = put(tmp_path / "x.jsonl", qa("A"), b"\n", line, qa("B"))
     with pytest.raises(BrokenLineError) as caught:
         list(read_examples(path))
@@ -92,20 +92,20 @@ def test_a_broken_line_is_named_and_raised_or_skipped(tmp_path: Path, line: Any,
     assert "line 3" in said[0]
 
 
-def test_lines_before_a_broken_one_come_first(tmp_path: Path) -> None:
+def test_lines_before_a_broken_line_are_yielded_first(tmp_path: Path) -> None:
     examples = read_examples(put(tmp_path / "x.jsonl", qa("A"), qa("B"), b"{\n"))
     assert next(examples).context == "A"
 
 
-def test_a_file_of_which_nothing_is_left_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="nothing readable in it; 1 broken"):
+def test_file_without_a_readable_example_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no readable example in it; 1 broken"):
         list(read_examples(put(tmp_path / "x.jsonl", qa("")), on_error="skip"))
-    with pytest.raises(DatasetError, match="nothing readable"):
+    with pytest.raises(DatasetError, match="no readable example"):
         list(read_examples(put(tmp_path / "empty.jsonl")))
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
-def test_a_gzip_file_cut_off_or_damaged_ends_the_reading(tmp_path: Path, on_error: Any) -> None:
+def test_truncated_or_damaged_gzip_file_is_an_error(tmp_path: Path, on_error: Any) -> None:
     whole = put(tmp_path / "x.jsonl.gz", *(qa(f"context {i}") for i in range(500))).read_bytes()
     for damaged in (whole[:-40], b"no gzip", whole[:60] + b"\0" * 40 + whole[100:]):
         (tmp_path / "y.jsonl.gz").write_bytes(damaged)
@@ -116,7 +116,7 @@ def test_a_gzip_file_cut_off_or_damaged_ends_the_reading(tmp_path: Path, on_erro
 # --- SQuAD ---
 
 
-def test_squad_one_example_per_paragraph_with_all_different_answers(tmp_path: Path) -> None:
+def test_squad_paragraph_becomes_one_example_with_distinct_answers(tmp_path: Path) -> None:
     fox = {
         "context": " Foxes run. ",
         "qas": [
@@ -135,7 +135,7 @@ def test_squad_one_example_per_paragraph_with_all_different_answers(tmp_path: Pa
     assert [e.questions for e in by_path] == [first.questions, second.questions]
 
 
-def test_squad_a_broken_question_is_left_out_of_its_paragraph(tmp_path: Path) -> None:
+def test_squad_broken_question_is_skipped_within_its_paragraph(tmp_path: Path) -> None:
     good = {"id": "1", "question": "Who?", "answers": [{"text": "Cats"}]}
     bad = {"id": "2", "question": "Why?", "answers": [{"text": " "}]}
     put(
@@ -152,12 +152,12 @@ def test_squad_a_broken_question_is_left_out_of_its_paragraph(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("content", [[1], {"data": 3}, {"data": [7]}, {"data": [{"paragraphs": [None]}]}])
-def test_squad_of_another_shape_is_an_error(tmp_path: Path, content: Any) -> None:
+def test_squad_with_an_unexpected_structure_is_an_error(tmp_path: Path, content: Any) -> None:
     with pytest.raises(BrokenLineError, match=r"no list of|must be a list|no context"):
         list(read_examples(put(tmp_path / "x.json", content)))
 
 
-def test_json_lines_called_json_are_told_so(tmp_path: Path) -> None:
+def test_json_lines_named_json_are_reported(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"not JSON.*\.jsonl"):
         list(read_examples(put(tmp_path / "x.json", qa("A"), qa("B"))))
 
@@ -165,7 +165,7 @@ def test_json_lines_called_json_are_told_so(tmp_path: Path) -> None:
 # --- the other named sets ---
 
 
-def test_dolly_only_rows_with_a_context(tmp_path: Path) -> None:
+def test_dolly_yields_only_rows_with_a_context(tmp_path: Path) -> None:
     def row(context: str | None, response: str = "R") -> dict[str, Any]:
         return {"instruction": "Sum up.", "context": context, "response": response, "category": "summarization"}
 
@@ -178,7 +178,7 @@ def test_dolly_only_rows_with_a_context(tmp_path: Path) -> None:
     assert [s.split("]")[0] for s in said] == [f"empty response [{path}, line 5"]
 
 
-def test_fairytaleqa_one_example_per_sections_asked_about(tmp_path: Path) -> None:
+def test_fairytaleqa_yields_one_example_per_group_of_sections(tmp_path: Path) -> None:
     story = {
         "story_name": "snow-man",
         "sections": [{"section": str(n), "text": f"Section {n}."} for n in (1, 2, 4)],
@@ -203,7 +203,7 @@ def test_fairytaleqa_one_example_per_sections_asked_about(tmp_path: Path) -> Non
     assert said[1].startswith("no answer")
 
 
-def test_squality_four_references_to_each_question(tmp_path: Path) -> None:
+def test_squality_question_has_four_references(tmp_path: Path) -> None:
     def asked(*responses: str) -> dict[str, Any]:
         return {"question_text": "What is the plot?", "responses": [{"response_text": r} for r in responses]}
 
@@ -218,7 +218,7 @@ def test_squality_four_references_to_each_question(tmp_path: Path) -> None:
     assert [q.answers for q in example.questions] == [("a", "b", "c", "d")]
 
 
-def test_quality_choices_and_the_right_one(tmp_path: Path) -> None:
+def test_quality_keeps_choices_and_the_correct_one(tmp_path: Path) -> None:
     def line(article: str, label: Any) -> dict[str, Any]:
         text = "<p>A &lt;b&gt; &amp; c.</p>\n 1 < 2"
         return {
@@ -274,7 +274,7 @@ def test_a_folder_gives_examples_without_questions(corpus: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["handbook.tar.gz", "handbook.tgz", "handbook.tar"])
-def test_an_archive_gives_what_its_folder_gives(corpus: Path, name: str) -> None:
+def test_archive_gives_the_same_examples_as_its_folder(corpus: Path, name: str) -> None:
     archive = as_archive(corpus, name)
     assert {(e.id, e.title, e.context) for e in read_examples(str(archive))} == WANTED
 
@@ -284,14 +284,14 @@ def test_a_single_file_is_one_example(corpus: Path) -> None:
     assert (example.id, example.source, example.title) == ("a/a.md", "a", "Anchors")
 
 
-def test_a_link_out_of_the_folder_is_named_by_its_file(corpus: Path, tmp_path: Path) -> None:
+def test_link_to_a_file_outside_the_folder_keeps_its_name(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere.md").write_text("Far.")
     (corpus / "link.md").symlink_to(tmp_path / "elsewhere.md")
     assert "handbook/link.md" in {e.id for e in read_examples(corpus)}
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_blank_or_binary_file_of_a_corpus_is_raised_or_skipped(corpus: Path, packed: bool) -> None:
+def test_blank_or_binary_file_of_a_corpus_is_raised_or_skipped(corpus: Path, packed: bool) -> None:
     (corpus / "blank.md").write_text(" \n")
     (corpus / "noise.txt").write_bytes(b"\x00\x01")
     source = as_archive(corpus, "handbook.tar.gz") if packed else corpus
@@ -303,18 +303,18 @@ def test_a_blank_or_binary_file_of_a_corpus_is_raised_or_skipped(corpus: Path, p
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
-def test_a_corpus_with_nothing_readable_is_an_error(tmp_path: Path, on_error: Any) -> None:
+def test_corpus_without_a_readable_file_is_an_error(tmp_path: Path, on_error: Any) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
     (folder / "a.png").write_bytes(b"\x89PNG")
-    with pytest.raises(DatasetError, match=r"no readable file|nothing readable"):
+    with pytest.raises(DatasetError, match=r"no readable file|no readable example"):
         list(read_examples(folder, on_error=on_error))
-    with pytest.raises(DatasetError, match="nothing readable"):
+    with pytest.raises(DatasetError, match="no readable example"):
         list(read_examples(as_archive(folder, "pictures.tar.gz"), on_error=on_error))
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
-def test_a_damaged_archive_is_an_error(corpus: Path, on_error: Any) -> None:
+def test_damaged_archive_is_an_error(corpus: Path, on_error: Any) -> None:
     (corpus / "long.txt").write_text("".join(f"line {i * 7919 % 10007}\n" for i in range(20_000)))
     archive = as_archive(corpus, "handbook.tar.gz")
     archive.write_bytes(archive.read_bytes()[:5000])
@@ -325,7 +325,7 @@ def test_a_damaged_archive_is_an_error(corpus: Path, on_error: Any) -> None:
 # --- settings ---
 
 
-def test_wrong_settings_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+def test_invalid_settings_are_refused_before_reading(tmp_path: Path) -> None:
     path: Any = put(tmp_path / "x.jsonl", qa("A"))
     bad: Any = "test"
     with pytest.raises(ConfigError, match="split"):

@@ -10,7 +10,7 @@ from kv_memory.documents import Document
 from kv_memory.errors import BinaryDocumentError, ConfigError, EmptyDocumentError, EncodingError
 
 
-def test_hash_is_that_of_the_exact_text():
+def test_hash_covers_the_exact_text():
     document = Document(id="a", text="Grüße\r\n")
     assert document.content_sha256 == hashlib.sha256("Grüße\r\n".encode()).hexdigest()
     assert replace(document, text="Grüße\n").content_sha256 != document.content_sha256
@@ -38,24 +38,24 @@ def test_nul_is_refused():
         Document(id="a", text="ab\0c")
 
 
-def test_half_a_surrogate_pair_is_refused():
+def test_unpaired_surrogate_is_refused():
     with pytest.raises(EncodingError, match="character 1"):
         Document(id="a", text="a\ud800")
 
 
 @pytest.mark.parametrize("id_", ["", "  ", "a\0b", "a\nb", "\ud800", None, 7])
-def test_unfit_ids_are_refused(id_):
+def test_invalid_ids_are_refused(id_):
     with pytest.raises(ConfigError, match="id"):
         Document(id=id_, text="x")
 
 
 @pytest.mark.parametrize("id_", ["a b", "日本\u3000語", "résumé.md", "/data/x.md"])
-def test_any_printable_id_is_taken(id_):
+def test_any_printable_id_is_accepted(id_):
     assert Document(id=id_, text="x").id == id_
 
 
 @pytest.mark.parametrize("metadata", [{"a": object()}, {"a": math.nan}, {1: "a"}, {"a": "\ud800"}, ["a"], None, "a"])
-def test_metadata_that_json_cannot_hold_are_refused(metadata):
+def test_metadata_that_json_cannot_represent_are_refused(metadata):
     with pytest.raises(ConfigError, match="metadata") as caught:
         Document(id="a", text="x", metadata=metadata)
     assert caught.value.where == "a"

@@ -51,7 +51,7 @@ def test_a_string_is_text_even_if_a_file_has_that_name(tmp_path, monkeypatch):
     assert document.id == "text-" + hashlib.sha256(b"a.txt").hexdigest()[:12]
 
 
-def test_everything_at_once_in_order(folder):
+def test_mixed_sources_are_read_in_order(folder):
     given = Document(id="doc", text="Given")
     result = read_documents(["Text", folder / "b.md", given, ("pair", "P"), ("triple", "T", {"k": 1})])
     assert [d.text for d in result.documents] == ["Text", "# B", "Given", "P", "T"]
@@ -61,17 +61,17 @@ def test_everything_at_once_in_order(folder):
 
 
 @pytest.mark.parametrize("wrap", [iter, tuple, set, lambda items: (item for item in items)])
-def test_any_iterable(wrap):
+def test_any_iterable_of_documents_is_accepted(wrap):
     paths = [Document(id="a", text="A"), Document(id="b", text="B")]
     assert {d.id for d in read_documents(wrap(paths)).documents} == {"a", "b"}
 
 
-def test_a_pair_alone_is_one_document():
+def test_single_pair_is_one_document():
     (document,) = read_documents(("id", "text")).documents
     assert (document.id, document.text) == ("id", "text")
 
 
-def test_nothing_gives_nothing():
+def test_empty_source_gives_no_documents():
     assert read_documents([]).documents == ()
     assert read_documents(()).documents == ()
 
@@ -81,13 +81,13 @@ def test_nothing_gives_nothing():
     [None, 7, b"bytes", {"id": "text"}, ("only one",), ("a", "b", "c"), ("a", "b", {}, "d"), [["nested"]], [b"x"]],
 )
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
-def test_other_types_are_refused_whatever_on_error_says(source, on_error):
+def test_unsupported_types_are_refused_in_both_error_modes(source, on_error):
     with pytest.raises(ConfigError):
         read_documents(source, on_error=on_error)
 
 
 @pytest.mark.parametrize("option", [{"encoding": "utf-99"}, {"max_line_bytes": 0}, {"on_error": "ignore"}])
-def test_wrong_options_are_refused_before_anything_is_read(option):
+def test_invalid_options_are_refused_before_reading(option):
     with pytest.raises(ConfigError, match=next(iter(option))):
         read_documents([], **option)
 
@@ -95,7 +95,7 @@ def test_wrong_options_are_refused_before_anything_is_read(option):
 # Folders
 
 
-def test_a_folder_is_read_in_sorted_order(folder):
+def test_folder_is_read_in_sorted_order(folder):
     result = read_documents(folder)
     assert names(result) == ["a.txt", "b.md", "c.rst"]
     assert result.skipped == (folder / ".secret.txt", folder / "sub" / ".hidden", folder / "sub" / "image.png")
@@ -108,13 +108,13 @@ def test_links_to_folders_are_not_followed(folder):
     assert folder / "loop" in result.skipped
 
 
-def test_a_link_to_a_file_that_is_there_too_is_read_once(folder):
+def test_file_and_link_to_it_are_read_once(folder):
     (folder / "z.txt").symlink_to(folder / "a.txt")
     assert names(read_documents(folder)) == ["a.txt", "b.md", "c.rst"]
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
-def test_a_folder_without_a_readable_file(tmp_path, on_error):
+def test_folder_without_a_readable_file_is_an_error(tmp_path, on_error):
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
     if on_error == "raise":
         with pytest.raises(UnreadableDocumentError, match="no readable file") as caught:
@@ -126,7 +126,7 @@ def test_a_folder_without_a_readable_file(tmp_path, on_error):
         assert result.skipped == (tmp_path / "image.png",)
 
 
-def test_bad_files_in_a_folder_are_reported_and_the_rest_is_read(folder):
+def test_bad_files_are_reported_and_the_rest_is_read(folder):
     (folder / "bad1.txt").write_bytes(b"\0")
     (folder / "bad2.txt").write_bytes(b"\xff")
     (folder / "bad3.txt").write_text(" ")
@@ -149,7 +149,7 @@ def test_bad_files_in_a_folder_are_reported_and_the_rest_is_read(folder):
 # Paths that cannot be read
 
 
-def test_a_missing_file(tmp_path, monkeypatch):
+def test_missing_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UnreadableDocumentError, match="no such file") as caught:
         read_documents(Path("missing.txt"))
@@ -157,13 +157,13 @@ def test_a_missing_file(tmp_path, monkeypatch):
     assert str(tmp_path) in caught.value.next_step
 
 
-def test_a_file_below_a_file(tmp_path):
+def test_path_below_a_file_is_refused(tmp_path):
     (tmp_path / "a").write_text("x")
     with pytest.raises(UnreadableDocumentError, match="no such file"):
         read_file(tmp_path / "a" / "b.txt")
 
 
-def test_a_loop_of_links(tmp_path):
+def test_loop_of_links_is_refused(tmp_path):
     (tmp_path / "a.txt").symlink_to("b.txt")
     (tmp_path / "b.txt").symlink_to("a.txt")
     with pytest.raises(UnreadableDocumentError):
@@ -171,7 +171,7 @@ def test_a_loop_of_links(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a\0b.txt", "x" * 5000])
-def test_names_that_no_file_can_have(tmp_path, name):
+def test_impossible_file_names_are_refused(tmp_path, name):
     with pytest.raises(UnreadableDocumentError) as caught:
         read_documents(tmp_path / name)
     assert "\0" not in caught.value.where
@@ -183,13 +183,13 @@ def test_devices_are_refused_without_reading_them(path):
         read_documents(Path(path))
 
 
-def test_a_named_pipe_is_refused_without_waiting_for_a_writer(tmp_path):
+def test_named_pipe_is_refused_without_waiting_for_a_writer(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(UnreadableDocumentError, match="pipe"):
         read_documents(tmp_path)
 
 
-def test_a_socket_is_refused():
+def test_socket_is_refused():
     folder = Path(tempfile.mkdtemp())  # the name of a socket may have 100 characters, which tmp_path can exceed
     try:
         with socket.socket(socket.AF_UNIX) as server:
@@ -226,7 +226,7 @@ except UnreadableDocumentError as error:
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX permissions")
-def test_files_and_folders_without_permission():
+def test_files_and_folders_without_permission_are_reported():
     root = Path(tempfile.mkdtemp())  # tmp_path lies below a folder that others may not enter
     try:
         root.chmod(0o755)
@@ -269,7 +269,7 @@ def test_files_and_folders_without_permission():
         (Document(id="a", text="x" * 50), LineTooLongError),
     ],
 )
-def test_bad_texts(source, error):
+def test_bad_texts_are_refused_or_skipped(source, error):
     with pytest.raises(error):
         read_documents(source, max_line_bytes=40)
     result = read_documents(["good", source], max_line_bytes=40, on_error="skip")
@@ -277,14 +277,14 @@ def test_bad_texts(source, error):
     assert [type(e) for e in result.errors] == [error]
 
 
-def test_one_id_with_one_text_is_kept_once():
+def test_repeated_id_with_the_same_text_is_kept_once():
     result = read_documents([("a", "text", {"n": 1}), ("b", "other"), ("a", "text", {"n": 2}), "s", "s"])
     assert [d.id for d in result.documents][:2] == ["a", "b"]
     assert len(result.documents) == 3
     assert result.documents[0].metadata == {"n": 1}
 
 
-def test_one_id_with_two_texts():
+def test_repeated_id_with_different_texts_is_refused():
     source = [("a", "text"), ("a", "other text")]
     with pytest.raises(DuplicateDocumentError) as caught:
         read_documents(source)

@@ -66,7 +66,7 @@ def make_pdf(*pages: str, title: str | None = None, password: str | None = None,
 # Text, Markdown, reStructuredText
 
 
-def test_a_text_file(tmp_path):
+def test_text_file_is_read_with_its_metadata(tmp_path):
     path = write(tmp_path, "a.txt", "Hello.\nWorld.\n")
     document = read_file(path)
     assert document.text == "Hello.\nWorld.\n"
@@ -75,7 +75,7 @@ def test_a_text_file(tmp_path):
     assert document.metadata == {"file_name": "a.txt", "file_type": "text", "size_bytes": 14}
 
 
-def test_newlines_become_one_kind(tmp_path):
+def test_newlines_are_normalised(tmp_path):
     assert read_file(write(tmp_path, "a.txt", "a\r\nb\rc\n")).text == "a\nb\nc\n"
 
 
@@ -92,7 +92,7 @@ def test_newlines_become_one_kind(tmp_path):
         ("h.txt", "# just a line", None),
     ],
 )
-def test_titles(tmp_path, name, text, title):
+def test_titles_of_markdown_and_rst(tmp_path, name, text, title):
     assert read_file(write(tmp_path, name, text)).metadata.get("title") == title
 
 
@@ -107,23 +107,23 @@ def test_titles(tmp_path, name, text, title):
     ],
 )
 @pytest.mark.parametrize("stated", ["utf-8", "cp1252"])
-def test_a_byte_order_mark_beats_the_stated_encoding(tmp_path, mark, codec, stated):
+def test_byte_order_mark_overrides_the_given_encoding(tmp_path, mark, codec, stated):
     path = write(tmp_path, "a.txt", mark + "Grüße, 日本".encode(codec))
     assert read_file(path, encoding=stated).text == "Grüße, 日本"
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16-le", "utf-16"])
-def test_a_stated_encoding(tmp_path, encoding):
+def test_given_encoding_is_used(tmp_path, encoding):
     path = write(tmp_path, "a.txt", "Grüße".encode(encoding))
     assert read_file(path, encoding=encoding).text == "Grüße"
 
 
-def test_a_file_of_unknown_type_that_is_text_is_read(tmp_path):
+def test_text_file_of_unknown_type_is_read(tmp_path):
     document = read_file(write(tmp_path, "Makefile.xyz", "all:\n\techo"))
     assert (document.text, document.metadata["file_type"]) == ("all:\n\techo", "text")
 
 
-def test_a_link_has_the_id_of_its_target_and_its_own_type(tmp_path):
+def test_link_has_the_id_of_its_target_and_its_own_type(tmp_path):
     target = write(tmp_path, "blob", "# Title")
     link = tmp_path / "a.md"
     link.symlink_to(target)
@@ -132,7 +132,7 @@ def test_a_link_has_the_id_of_its_target_and_its_own_type(tmp_path):
     assert (document.metadata["file_name"], document.metadata["title"]) == ("a.md", "Title")
 
 
-def test_a_name_that_is_not_utf8_gives_an_id_that_is(tmp_path):
+def test_file_name_that_is_not_utf8_gets_a_utf8_id(tmp_path):
     try:
         path = write(tmp_path, "caf\udce9.txt", "text")
     except OSError:
@@ -179,13 +179,13 @@ def test_binary_files_are_refused(tmp_path, content, what, encoding):
     assert caught.value.next_step
 
 
-def test_a_file_of_unknown_type_that_is_no_text_is_refused(tmp_path):
+def test_binary_file_of_unknown_type_is_refused(tmp_path):
     with pytest.raises(BinaryDocumentError, match=r"unknown type \.dat.*byte offset 4") as caught:
         read_file(write(tmp_path, "a.dat", b"text\xff"))
     assert "--encoding" in caught.value.next_step
 
 
-def test_bytes_that_are_not_valid_in_the_encoding(tmp_path):
+def test_bytes_invalid_in_the_encoding_are_refused(tmp_path):
     with pytest.raises(EncodingError, match="utf-8 at byte offset 12, line 3") as caught:
         read_file(write(tmp_path, "a.txt", b"one\r\ntwo\rcaf\xe9\n"))
     assert "`encoding=`" in caught.value.next_step
@@ -197,7 +197,7 @@ def test_the_byte_offset_counts_the_byte_order_mark(tmp_path):
         read_file(write(tmp_path, "a.txt", codecs.BOM_UTF8 + b"a\xff"))
 
 
-def test_half_a_utf16_character(tmp_path):
+def test_incomplete_utf16_character_is_refused(tmp_path):
     with pytest.raises(EncodingError, match="utf-16-le at byte offset 4"):
         read_file(write(tmp_path, "a.txt", codecs.BOM_UTF16_LE + b"a\0b"))
 
@@ -214,14 +214,14 @@ def test_blank_files_are_refused(tmp_path, content):
         read_file(write(tmp_path, "a.md", content))
 
 
-def test_a_line_of_5_megabytes_is_refused(tmp_path):
+def test_line_of_5_megabytes_is_refused(tmp_path):
     path = write(tmp_path, "a.txt", "short\n" + "ä" * 2_500_000 + "\nshort\n")
     with pytest.raises(LineTooLongError, match="line 2 has 5,000,000 bytes, the limit is 1,048,576"):
         read_file(path)
     assert len(read_file(path, max_line_bytes=5_000_000).text) == 2_500_013
 
 
-def test_the_limit_of_a_line_is_exact(tmp_path):
+def test_line_limit_is_exact(tmp_path):
     path = write(tmp_path, "a.txt", "ab\nabcde\nä")
     assert read_file(path, max_line_bytes=5).text
     with pytest.raises(LineTooLongError, match="line 2 has 5 bytes"):
@@ -229,7 +229,7 @@ def test_the_limit_of_a_line_is_exact(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [0, -1, True, 1.5, None])
-def test_a_wrong_limit_is_refused(tmp_path, limit):
+def test_invalid_line_limit_is_refused(tmp_path, limit):
     with pytest.raises(ConfigError, match="max_line_bytes"):
         read_file(write(tmp_path, "a.txt", "x"), max_line_bytes=limit)
 
@@ -258,31 +258,31 @@ def test_html_becomes_markdown(tmp_path):
         assert gone not in text
 
 
-def test_the_title_of_a_page_without_one_is_its_first_heading(tmp_path):
+def test_page_without_a_title_uses_its_first_heading(tmp_path):
     assert read_file(write(tmp_path, "a.htm", "<h2>Head <i>line</i></h2>text")).metadata["title"] == "Head line"
 
 
-def test_a_page_of_tags_without_text_is_refused(tmp_path):
+def test_page_without_text_is_refused(tmp_path):
     with pytest.raises(EmptyDocumentError, match="no text") as caught:
         read_file(write(tmp_path, "a.html", "<html><body><div id=app></div><script>app()</script></body></html>"))
     assert "scripts" in caught.value.next_step
 
 
-def test_thousands_of_open_tags_do_not_overflow_the_stack(tmp_path):
+def test_thousands_of_unclosed_tags_do_not_overflow_the_stack(tmp_path):
     text = read_file(write(tmp_path, "a.html", "".join(f"<p>Line {i}." for i in range(5000)))).text
     assert text.startswith("Line 0.\n")
     assert "Line 4999." in text
 
 
 @pytest.mark.parametrize(("declared", "codec"), [("ISO-8859-1", "cp1252"), ("shift_jis", "shift_jis")])
-def test_a_page_may_name_its_own_encoding(tmp_path, declared, codec):
+def test_page_may_declare_its_encoding(tmp_path, declared, codec):
     words = "“quoted”" if codec == "cp1252" else "日本語"
     path = write(tmp_path, "a.html", f"<meta charset={declared}><p>{words}".encode(codec))
     assert read_file(path).text == words
 
 
 @pytest.mark.parametrize("declared", ["utf-8", "nonsense"])
-def test_a_page_whose_own_encoding_fails_too_is_refused(tmp_path, declared):
+def test_page_invalid_in_its_declared_encoding_is_refused(tmp_path, declared):
     with pytest.raises(EncodingError, match="utf-8 at byte offset"):
         read_file(write(tmp_path, "a.html", f"<meta charset={declared}><p>caf".encode() + b"\xe9<p>"))
 
@@ -290,36 +290,36 @@ def test_a_page_whose_own_encoding_fails_too_is_refused(tmp_path, declared):
 @pytest.mark.parametrize(
     "content", ["a.txt", "http://example.com", '<?xml version="1.0"?><html><p>x</p></html>', "<![if IE]>x"]
 )
-def test_odd_pages_are_read_without_a_warning(tmp_path, content):
+def test_unusual_pages_are_read_without_a_warning(tmp_path, content):
     assert read_file(write(tmp_path, "a.html", content)).text
 
 
 # PDF
 
 
-def test_a_pdf(tmp_path):
+def test_pdf_is_read_with_its_metadata(tmp_path):
     document = read_file(write(tmp_path, "a.pdf", make_pdf("First page.", "Second page.", title="The title")))
     assert document.text == "First page.\n\nSecond page."
     assert (document.metadata["n_pages"], document.metadata["title"]) == (2, "The title")
     assert document.metadata["file_type"] == "pdf"
 
 
-def test_a_pdf_without_suffix_is_known_by_its_bytes(tmp_path):
+def test_pdf_without_a_suffix_is_recognised_by_its_bytes(tmp_path):
     assert read_file(write(tmp_path, "download", make_pdf("Some text."))).text == "Some text."
 
 
 @pytest.mark.parametrize("cipher", ["RC4-40", "RC4-128", "AES-128", "AES-256-R5", "AES-256"])
-def test_a_pdf_that_opens_without_a_password_is_read(tmp_path, cipher):
+def test_pdf_with_an_empty_password_is_read(tmp_path, cipher):
     assert read_file(write(tmp_path, "a.pdf", make_pdf("Open text.", password="", cipher=cipher))).text == "Open text."
 
 
-def test_an_encrypted_pdf_is_refused(tmp_path):
+def test_encrypted_pdf_is_refused(tmp_path):
     with pytest.raises(UnreadableDocumentError, match="encrypted") as caught:
         read_file(write(tmp_path, "a.pdf", make_pdf("Secret text.", password="secret")))
     assert "password" in caught.value.next_step
 
 
-def test_a_scanned_pdf_is_refused(tmp_path):
+def test_scanned_pdf_is_refused(tmp_path):
     with pytest.raises(EmptyDocumentError, match=r"2 page\(s\) and no text") as caught:
         read_file(write(tmp_path, "a.pdf", make_pdf("", "")))
     assert "OCR" in caught.value.next_step
@@ -328,6 +328,6 @@ def test_a_scanned_pdf_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"not a PDF at all", make_pdf("x")[:60], _png(), b"%PDF-1.4\n" + b"\0\xff" * 500]
 )
-def test_a_broken_pdf_is_refused(tmp_path, content):
+def test_broken_pdf_is_refused(tmp_path, content):
     with pytest.raises(UnreadableDocumentError, match="not a readable PDF"):
         read_file(write(tmp_path, "a.pdf", content))

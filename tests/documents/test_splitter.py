@@ -63,7 +63,7 @@ def test_a_text_that_fits_is_one_passage(text):
     assert passages == ([text.strip()] if text.strip() else [])
 
 
-def test_cuts_at_paragraph_borders_and_fills_passages():
+def test_splits_at_paragraphs_and_fills_passages():
     paragraphs = [f"Paragraph {i} has six words here." for i in range(6)]  # 7 tokens each
     passages = split_passages("\n\n".join(paragraphs), max_tokens=15, count_tokens=count_words)
     assert passages == ["\n\n".join(paragraphs[i : i + 2]) for i in (0, 2, 4)]
@@ -87,7 +87,7 @@ def test_a_heading_stays_with_the_first_sentence_of_a_long_paragraph():
     assert passages[1].startswith("# 1. Title\n\nSentence number 0 is here.")
 
 
-def test_a_code_block_is_whole_if_it_fits():
+def test_code_block_stays_whole_if_it_fits():
     code = "```python\nx = 1\n\n# no heading. Really\n\ny = 2\n```"  # 16 tokens, with blank lines inside
     text = f"Some words stand before it and take room.\n\n{code}\n\nAnd some after it."
     passages = split_passages(text, max_tokens=24, count_tokens=count_words)
@@ -95,7 +95,7 @@ def test_a_code_block_is_whole_if_it_fits():
     assert len(passages) == 2
 
 
-def test_a_code_block_that_does_not_fit_is_cut_at_lines_and_keeps_its_indentation():
+def test_long_code_block_is_split_at_lines_and_keeps_indentation():
     lines = [f"    value_{i} = call({i}). attribute" for i in range(20)]
     text = "```\ndef f():\n" + "\n".join(lines) + "\n```"
     passages = split_passages(text, max_tokens=40, count_tokens=count_words)
@@ -103,14 +103,14 @@ def test_a_code_block_that_does_not_fit_is_cut_at_lines_and_keeps_its_indentatio
     assert "\n".join(passages) == text  # no line is cut, and the passages begin with their spaces
 
 
-def test_inline_code_in_backticks_opens_no_block():
+def test_inline_code_in_backticks_does_not_start_a_block():
     text = "```inline``` is code\n\nsecond part here\n\nthird part here"
     passages = split_passages(text, max_tokens=10, count_tokens=count_words)
     assert passages[-1] == "third part here" or passages[-1].endswith("second part here\n\nthird part here")
     assert len(passages) == 2
 
 
-def test_a_long_paragraph_is_cut_at_sentence_ends():
+def test_long_paragraph_is_split_at_sentence_ends():
     sentences = [f"This is sentence number {i}." for i in range(10)]  # 6 tokens each
     passages = split_passages(" ".join(sentences), max_tokens=12, count_tokens=count_words)
     assert passages == [" ".join(sentences[i : i + 2]) for i in range(0, 10, 2)]
@@ -122,32 +122,32 @@ def test_chinese_sentences_end_without_a_space():
     assert passages == sentences
 
 
-def test_a_paragraph_without_sentences_is_cut_at_lines():
+def test_paragraph_without_sentences_is_split_at_lines():
     lines = [f"- item {i} of the list" for i in range(8)]  # 6 tokens each
     passages = split_passages("\n".join(lines), max_tokens=12, count_tokens=count_words)
     assert passages == ["\n".join(lines[i : i + 2]) for i in range(0, 8, 2)]
 
 
-def test_a_line_without_sentences_is_cut_at_words():
+def test_line_without_sentences_is_split_at_words():
     words = [f"word{i}" for i in range(100)]
     passages = split_passages(" ".join(words), max_tokens=7, count_tokens=count_words)
     assert [word for passage in passages for word in passage.split()] == words
 
 
-def test_a_word_that_does_not_fit_is_cut_at_characters():
+def test_word_that_does_not_fit_is_split_at_characters():
     passages = split_passages("x" * 100, max_tokens=8, count_tokens=count_characters)
     assert "".join(passages) == "x" * 100
     assert max(map(len, passages)) <= 8
 
 
-def test_a_tiny_tail_joins_the_passage_before_or_takes_from_it():
+def test_tiny_last_passage_is_merged_or_balanced_with_the_previous_one():
     paragraphs = [" ".join(["word"] * 10)] * 4 + ["end"]
     passages = split_passages("\n\n".join(paragraphs), max_tokens=40, count_tokens=count_words)
     assert len(passages) == 2
     assert min(count_words(passages)) >= 20
 
 
-def test_a_character_of_too_many_tokens_is_an_error():
+def test_character_with_more_tokens_than_the_limit_is_an_error():
     with pytest.raises(ConfigError, match="'😀'") as caught:
         split_passages("ab 😀", max_tokens=3, count_tokens=lambda texts: [len(t.encode()) for t in texts])
     assert caught.value.next_step

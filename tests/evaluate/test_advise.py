@@ -76,7 +76,7 @@ def test_the_same_seed_gives_the_same_advice(roomy: Any, docs: Path, advice: Adv
     assert len(seen) >= 6 and (seen[-1].n_done, seen[-1].n_total) == (5, 6)
 
 
-def test_a_passage_takes_the_bytes_that_add_stores_and_one_is_too_little(roomy: Any, tmp_path: Path) -> None:
+def test_sizes_match_add_and_one_passage_is_too_little_data(roomy: Any, tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "The ferry to Skarholm leaves at 7.40 from pier 4 every morning.")
     advice = ask(roomy, tmp_path / "a.txt", keep_ratios=[0.25])
     (row,) = advice.rows
@@ -89,10 +89,10 @@ def test_a_passage_takes_the_bytes_that_add_stores_and_one_is_too_little(roomy: 
     assert row.kl_ci is None
     found = advice.recommendation
     assert not found.enough and found.keep_ratio == SETTINGS.keep_ratio
-    assert found.reason.startswith(f"too little to judge: questions {row.n_questions}, passages 1")
+    assert found.reason.startswith(f"too little data: questions {row.n_questions}, passages 1")
 
 
-def test_passages_are_those_of_add_spread_over_the_documents(roomy: Any) -> None:
+def test_passages_are_cut_like_add_and_drawn_from_all_documents(roomy: Any) -> None:
     documents = [Document(id=f"{i}", text="\n\n".join(prose(i + k, 2) for k in range(1 + i))) for i in range(4)]
     drawn = list(_draw(roomy, documents, 128, 0))
     assert {document.id for document, _ in drawn[:4]} == {"0", "1", "2", "3"}  # one of each before any comes again
@@ -109,7 +109,7 @@ def record(method: str, keep_ratio: float | None, answers: list[str]) -> Record:
     )
 
 
-def test_an_empty_pair_is_no_agreement(roomy: Any) -> None:
+def test_two_empty_answers_do_not_count_as_the_same(roomy: Any) -> None:
     sample = SelfAsked(roomy, SETTINGS, [0.25], seed=0)
     assert sample.rows() == ()
     full = record("full", None, ["Pier 4.", "the oil", "", " .\n"])
@@ -140,15 +140,25 @@ ROWS = [row_of(1 / 2, 0.01, 0.95), row_of(1 / 4, 0.05, 0.9), row_of(1 / 8, 0.09,
 @pytest.mark.parametrize(
     ("criteria", "keep_ratio", "meets", "said"),
     [
-        (Criteria(), 1 / 4, True, "(1/4: KL 0.050, 90% the same); the next smaller one has not (1/8: KL 0.090, 70%"),
-        (Criteria(min_same=0.7), 1 / 8, True, "the smallest measured that has a KL of at most 0.1 and at least 70%"),
+        (
+            Criteria(),
+            1 / 4,
+            True,
+            "(1/4: KL 0.050, 90% the same); the next smaller one misses a criterion (1/8: KL 0.090, 70%",
+        ),
+        (
+            Criteria(min_same=0.7),
+            1 / 8,
+            True,
+            "the smallest measured keep_ratio with a KL of at most 0.1 and at least 70%",
+        ),
         (Criteria(max_kl=1, min_same=0), 1 / 16, True, "(1/16: KL 0.400, 50% the same)"),
         (Criteria(max_kl=0.02), 1 / 2, True, "1/2: KL 0.010"),
-        (Criteria(max_kl=0.001), 1 / 2, False, "none measured has a KL of at most 0.001"),
-        (Criteria(min_same=0.99), 1 / 2, False, "nearest comes 1/2: KL 0.010, 95% the same"),
+        (Criteria(max_kl=0.001), 1 / 2, False, "no measured keep_ratio has a KL of at most 0.001"),
+        (Criteria(min_same=0.99), 1 / 2, False, "the closest is 1/2: KL 0.010, 95% the same"),
     ],
 )
-def test_the_smallest_that_meets_the_wish_is_recommended(
+def test_the_smallest_keep_ratio_that_meets_the_criteria_is_recommended(
     criteria: Criteria, keep_ratio: float, meets: bool, said: str
 ) -> None:
     found = recommend(ROWS, criteria=criteria, settings=SETTINGS, what=["docs"])
@@ -157,7 +167,7 @@ def test_the_smallest_that_meets_the_wish_is_recommended(
     assert f"kv-memory add docs --keep-ratio {keep_ratio} " in found.command
 
 
-def test_of_few_questions_nothing_smaller_than_the_default_is_recommended() -> None:
+def test_with_few_questions_nothing_below_the_default_is_recommended() -> None:
     few = [row_of(1 / 2, 0.01, 1.0, n_questions=11), row_of(1 / 8, 0.01, 1.0, n_questions=11)]
     found = recommend(few, criteria=Criteria(), settings=SETTINGS, what=["docs"])
     assert (found.keep_ratio, found.meets, found.enough) == (0.5, True, False)
@@ -178,7 +188,7 @@ def test_of_few_questions_nothing_smaller_than_the_default_is_recommended() -> N
         {"model": "m", "passage_tokens": None, "selector": "sink_recent", "storage": "int8"},
     ],
 )
-def test_the_command_makes_a_store_with_the_settings_measured(given: dict[str, Any]) -> None:
+def test_the_recommended_command_reproduces_the_measured_settings(given: dict[str, Any]) -> None:
     names = ("model", "adapter", "selector", "prompt", "storage")
     whole = {**dict.fromkeys(names), "keep_ratio": None, "layout": None, "passage_tokens": "auto"}
     settings = resolve_settings(given_settings(**{**whole, **given}), {})
@@ -192,12 +202,12 @@ def test_the_command_makes_a_store_with_the_settings_measured(given: dict[str, A
     assert again == dataclasses.replace(settings, keep_ratio=0.125)
 
 
-def test_a_time_limit_ends_it_with_what_there_is(roomy: Any, docs: Path) -> None:
+def test_a_time_limit_returns_the_results_so_far(roomy: Any, docs: Path) -> None:
     advice = ask(roomy, docs, time_limit_s=1e-9)
     assert (advice.rows, advice.complete, advice.recommendation.enough) == ((), False, False)
 
 
-def test_documents_that_cannot_be_read_are_left_out(roomy: Any, tmp_path: Path) -> None:
+def test_unreadable_documents_are_skipped(roomy: Any, tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "The lamp burned whale oil.")
     (tmp_path / "b.txt").write_bytes(b"\0\1")
     advice = ask(roomy, tmp_path, keep_ratios=[0.5])
@@ -207,7 +217,7 @@ def test_documents_that_cannot_be_read_are_left_out(roomy: Any, tmp_path: Path) 
         ask(roomy, tmp_path / "nothing")
 
 
-def test_a_passage_that_leaves_no_room_for_a_question_is_an_error(docs: Path) -> None:
+def test_passages_that_leave_no_room_for_questions_are_an_error(docs: Path) -> None:
     narrow = make_backbone(max_position_embeddings=260)
     with pytest.raises(DatasetError, match="no passage leaves room"):
         ask(narrow, docs)
@@ -231,6 +241,6 @@ def test_settings_out_of_range_are_refused(roomy: Any, docs: Path, options: dict
 @pytest.mark.parametrize(
     "criteria", [{"max_kl": 0}, {"max_kl": float("nan")}, {"min_same": 1.5}, {"min_same": float("nan")}]
 )
-def test_a_wish_that_cannot_be_is_refused(criteria: dict[str, float]) -> None:
+def test_criteria_out_of_range_are_refused(criteria: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         Criteria(**criteria)

@@ -32,7 +32,7 @@ def means(result: Evaluation, metric: str) -> dict[tuple[str, float | None], flo
     return {(row.method, row.keep_ratio): row.means[metric] for row in result.rows}
 
 
-def test_the_full_cache_loses_nothing_and_none_loses_most(roomy: Any, data: Path) -> None:
+def test_full_has_zero_kl_and_compression_raises_it(roomy: Any, data: Path) -> None:
     result = run(
         roomy, data, methods=["none", "reconstruction", "full", "attention", "random"], keep_ratios=[0.25, 1.0]
     )
@@ -54,7 +54,7 @@ def test_the_full_cache_loses_nothing_and_none_loses_most(roomy: Any, data: Path
     assert {row.n_documents for row in result.rows} == {2}
 
 
-def test_what_the_tasks_measure(roomy: Any, data: Path) -> None:
+def test_each_task_reports_its_own_metrics(roomy: Any, data: Path) -> None:
     applies = {
         "squad": {"f1", "em", "contains"},
         "quality": {"accuracy"},
@@ -69,7 +69,7 @@ def test_what_the_tasks_measure(roomy: Any, data: Path) -> None:
         assert measured == {"kl", "nll"} | names, task
 
 
-def test_the_likelier_choice_is_the_answer(roomy: Any, data: Path) -> None:
+def test_the_most_likely_choice_is_the_answer(roomy: Any, data: Path) -> None:
     """Against the likelihoods of the plain model, choice by choice."""
     expected = []
     for case in find_task("quality").cases(roomy, TaskSettings(data=data)):
@@ -85,7 +85,7 @@ def test_the_likelier_choice_is_the_answer(roomy: Any, data: Path) -> None:
     assert [record.questions[0].accuracy for record in result.records] == expected
 
 
-def test_an_answer_that_agrees_is_not_decoded_and_is_the_one_decoding_gives(
+def test_agreeing_answers_skip_decoding_and_equal_decoded_ones(
     roomy: Any, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[int] = []
@@ -108,7 +108,7 @@ def test_an_answer_that_agrees_is_not_decoded_and_is_the_one_decoding_gives(
     ]
 
 
-def test_without_answers_only_what_needs_no_text_is_measured(roomy: Any, data: Path) -> None:
+def test_without_generation_only_kl_and_nll_are_measured(roomy: Any, data: Path) -> None:
     row = run(roomy, data, methods=["full"], generate=False).rows[0]
     assert row.means["kl"] == 0
     assert row.means["nll"] is not None
@@ -129,7 +129,7 @@ def test_a_second_run_measures_nothing_again(
     assert [(p.n_done, p.n_measured, p.n_total) for p in seen] == [(8, 0, 8)]
 
 
-def test_a_torn_last_line_is_dropped_and_measured_again(roomy: Any, data: Path, tmp_path: Path) -> None:
+def test_a_truncated_last_line_is_dropped_and_measured_again(roomy: Any, data: Path, tmp_path: Path) -> None:
     first = run(roomy, data, out=tmp_path)
     path = tmp_path / "examples.jsonl"
     whole = path.read_bytes()
@@ -143,7 +143,7 @@ def test_a_torn_last_line_is_dropped_and_measured_again(roomy: Any, data: Path, 
     assert [row.means for row in again.rows] == [row.means for row in first.rows]
 
 
-def test_another_broken_line_is_named(roomy: Any, data: Path, tmp_path: Path) -> None:
+def test_a_broken_line_is_reported_with_its_number(roomy: Any, data: Path, tmp_path: Path) -> None:
     run(roomy, data, out=tmp_path)
     path = tmp_path / "examples.jsonl"
     lines = path.read_text().splitlines(keepends=True)
@@ -153,7 +153,7 @@ def test_another_broken_line_is_named(roomy: Any, data: Path, tmp_path: Path) ->
     assert caught.value.where == f"{path}, line 2"
 
 
-def test_other_settings_are_other_results(roomy: Any, data: Path, tmp_path: Path) -> None:
+def test_a_changed_setting_is_measured_again(roomy: Any, data: Path, tmp_path: Path) -> None:
     """A changed setting is measured anew; one that changes nothing for a method is not."""
 
     def n(**options: Any) -> int:
@@ -170,7 +170,7 @@ def test_other_settings_are_other_results(roomy: Any, data: Path, tmp_path: Path
     assert n(methods=["sink_recent"], settings={"n_documents": 3}) == 13
 
 
-def test_caches_may_be_written_and_read_before_they_are_asked(roomy: Any, data: Path, tmp_path: Path) -> None:
+def test_caches_can_be_stored_and_loaded_before_questions(roomy: Any, data: Path, tmp_path: Path) -> None:
     methods = ["full", "none", "random"]
     plain = run(roomy, data, methods=methods, out=tmp_path)
     seen: list[str] = []
@@ -192,7 +192,7 @@ def test_caches_may_be_written_and_read_before_they_are_asked(roomy: Any, data: 
     assert again.rows == stored.rows
 
 
-def test_a_time_limit_ends_it_early_and_the_next_call_goes_on(roomy: Any, data: Path, tmp_path: Path) -> None:
+def test_a_time_limit_stops_early_and_the_next_call_resumes(roomy: Any, data: Path, tmp_path: Path) -> None:
     first = run(roomy, data, out=tmp_path, time_limit_s=1e-9)
     assert (first.complete, first.rows, first.n_documents) == (False, (), 2)
     second = run(roomy, data, out=tmp_path, time_limit_s=600)
@@ -200,7 +200,7 @@ def test_a_time_limit_ends_it_early_and_the_next_call_goes_on(roomy: Any, data: 
     assert len(second.records) == 4
 
 
-def test_random_is_the_same_for_the_same_document_and_other_in_every_head(roomy: Any) -> None:
+def test_random_selection_is_deterministic_and_differs_between_heads(roomy: Any) -> None:
     def positions(seed: int) -> Any:
         return Compressor(roomy, selector=RandomSelector(seed=seed)).compress(FERRY, keep_ratio=0.5).positions
 
@@ -210,7 +210,7 @@ def test_random_is_the_same_for_the_same_document_and_other_in_every_head(roomy:
     assert len({tuple(row) for row in rows}) == len(rows)
 
 
-def test_methods_that_can_be_run() -> None:
+def test_default_methods_depend_on_the_adapter() -> None:
     backbone = wide_backbone()
     assert [method.name for method in make_methods(None, backbone)] == [
         name for name in METHODS if not name.startswith(("adapter", "matched_")) and name != "combined"
@@ -246,7 +246,7 @@ def test_the_adapter_with_and_without_its_lora(data: Path) -> None:
     [
         ({"task": "sqaud"}, "unknown task 'sqaud'"),
         ({"methods": ["fool"]}, "unknown method 'fool'"),
-        ({"methods": []}, "no method is named"),
+        ({"methods": []}, "no method is given"),
         ({"methods": ["adapter"]}, "method 'adapter' needs an adapter"),
         ({"methods": ["refined"], "refine_from": "adapter"}, "method 'refined' needs an adapter"),
         ({"methods": ["refined"], "refine_from": "luck"}, "unknown refine_from 'luck'"),
@@ -257,12 +257,12 @@ def test_the_adapter_with_and_without_its_lora(data: Path) -> None:
         ({"time_limit_s": 0}, "time limit must be above 0"),
     ],
 )
-def test_bad_input_is_refused(roomy: Any, data: Path, options: dict[str, Any], said: str) -> None:
+def test_invalid_arguments_are_refused(roomy: Any, data: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         run(roomy, data, **options)
 
 
-def test_a_missing_set_is_said(roomy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_data_set_is_an_error(roomy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KV_MEMORY_DATA", raising=False)
     with pytest.raises(DatasetError):
         run(roomy, tmp_path, "quality")

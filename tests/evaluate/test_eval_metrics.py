@@ -21,7 +21,7 @@ from kv_memory.evaluate.answer_metrics import (
 )
 
 
-def test_normal_form_is_that_of_squad() -> None:
+def test_answers_are_normalised_like_squad() -> None:
     assert normalise(" The  Denver-Broncos, a team!\n") == "denverbroncos team"
 
 
@@ -36,18 +36,20 @@ def test_normal_form_is_that_of_squad() -> None:
         ("the", ["an"], (1.0, 1.0, 0.0)),  # two empty texts agree, as in the official script
     ],
 )
-def test_answers(answer: str, references: list[str], values: tuple[float, float, float]) -> None:
+def test_f1_exact_match_and_contains_of_answers(
+    answer: str, references: list[str], values: tuple[float, float, float]
+) -> None:
     assert (f1(answer, references), exact_match(answer, references), contains(answer, references)) == pytest.approx(
         values
     )
 
 
-def test_rouge_is_of_the_best_reference() -> None:
+def test_rouge_takes_the_best_reference() -> None:
     assert rouge_l("the dog ran home", ["nothing here", "the dogs ran home"]) == pytest.approx(1.0)
     assert rouge_l("the dog ran", ["the dog ran far away now"]) == pytest.approx(2 / 3)
 
 
-def test_a_missing_package_is_said_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_rouge_package_is_an_error_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     metrics.check_rouge.cache_clear()
     with pytest.raises(ConfigError, match=r"pip install 'kv-memory\[eval\]'"):
@@ -68,13 +70,13 @@ def test_negative_log_likelihood_of_known_distributions() -> None:
     assert negative_log_likelihood(log_probs, [0, 1]) == pytest.approx(-(math.log(0.5) + math.log(0.1)) / 2)
 
 
-def test_agreement_counts_pairs_without_a_word_apart() -> None:
+def test_agreement_counts_empty_pairs_separately() -> None:
     found = agreement(["Ida Brandt", "", "the", "no"], ["Ida", "", ".", ""])
     assert (found.f1, found.n, found.n_empty, found.empty_share) == (pytest.approx((2 / 3 + 0) / 2), 2, 2, 0.5)
     assert agreement(["x"], ["x"]) == Agreement(f1=1.0, n=1, n_empty=0)
 
 
-def test_agreement_about_nothing_is_none() -> None:
+def test_agreement_of_empty_answers_has_no_f1() -> None:
     assert agreement(["", " "], ["", "\n"]) == Agreement(f1=None, n=0, n_empty=2)
     assert agreement([], []).empty_share == 0
     with pytest.raises(ValueError, match="zip"):

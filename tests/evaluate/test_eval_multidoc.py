@@ -55,7 +55,7 @@ def by_name(result: Any) -> dict[tuple[int, str], Any]:
     return {(row.group["k"], row.method): row for row in result.rows}
 
 
-def test_the_passage_stands_at_every_place_among_others_of_other_articles(roomy: Any, articles: Path) -> None:
+def test_the_passage_is_placed_everywhere_among_distractors_from_other_articles(roomy: Any, articles: Path) -> None:
     examples = {example.id: example for example in read_examples("squad", split="dev", data=articles)}
     titles = {example.context: example.title for example in examples.values()}
     found = cases(roomy, articles, n_documents=3)
@@ -71,7 +71,7 @@ def test_the_passage_stands_at_every_place_among_others_of_other_articles(roomy:
     assert others[0] == others[1] == others[2]
 
 
-def test_the_others_of_a_smaller_k_are_among_those_of_a_larger_one(roomy: Any, articles: Path) -> None:
+def test_distractors_of_a_smaller_k_are_a_prefix_of_a_larger_one(roomy: Any, articles: Path) -> None:
     found = cases(roomy, articles, n_documents=1, k=(1, 2, 4), n_places=1)
     assert [case.passages for case in found] == [found[0].passages[:k] for k in (4, 2, 1)]
     assert cases(roomy, articles, n_documents=1, k=(4,), n_places=1, seed=0) == found[:1]
@@ -79,16 +79,16 @@ def test_the_others_of_a_smaller_k_are_among_those_of_a_larger_one(roomy: Any, a
     assert len(seeds) > 1
 
 
-def test_others_of_the_same_article(roomy: Any, articles: Path) -> None:
+def test_distractors_can_come_from_the_same_article(roomy: Any, articles: Path) -> None:
     for case in cases(roomy, articles, distractors="same"):
         assert len({text.split(".")[0] for text in case.passages}) == 1
-    with pytest.raises(DatasetError, match="no passage has 4 others of its own article without its answers"):
+    with pytest.raises(DatasetError, match="no passage has 4 distractors from its own article without its answers"):
         cases(roomy, articles, distractors="same", k=(5,))
-    with pytest.raises(DatasetError, match="no passage has 5 others of other articles without its answers"):
+    with pytest.raises(DatasetError, match="no passage has 5 distractors from other articles without its answers"):
         cases(roomy, articles, k=(6,))
 
 
-def test_no_other_passage_holds_an_answer(roomy: Any, tmp_path: Path) -> None:
+def test_no_distractor_contains_an_answer(roomy: Any, tmp_path: Path) -> None:
     texts = ["The lamp is red.", "The pier is old.", "The red pier fell.", "A redder lamp."]
     answers = ["Red.", "old", "fell", "redder"]
     data = [
@@ -107,12 +107,12 @@ def test_no_other_passage_holds_an_answer(roomy: Any, tmp_path: Path) -> None:
     ("n_places", "places"),
     [(None, [1, 2, 3, 4]), (1, [1]), (2, [1, 4]), (3, [1, 3, 4]), (9, [1, 2, 3, 4])],
 )
-def test_places_are_spread_evenly(roomy: Any, articles: Path, n_places: int | None, places: list[int]) -> None:
+def test_places_are_evenly_spaced(roomy: Any, articles: Path, n_places: int | None, places: list[int]) -> None:
     found = cases(roomy, articles, n_documents=1, k=(4,), n_places=n_places)
     assert [case.group["place"] for case in found] == places
 
 
-def test_a_window_too_small_for_all_is_an_error(articles: Path) -> None:
+def test_a_window_too_small_for_all_passages_is_an_error(articles: Path) -> None:
     with pytest.raises(ConfigError, match="3 documents of 1 to"):
         cases(make_backbone("llama", max_position_embeddings=1200), articles, max_tokens=200)
 
@@ -132,7 +132,7 @@ def test_full_is_one_prefill_of_all_texts(roomy: Any, articles: Path) -> None:
         assert record.n_tokens == record.n_kept == len(head) - len(roomy.prefix_ids) - len(query.prompt)
 
 
-def test_caches_are_made_apart_and_joined(roomy: Any, articles: Path) -> None:
+def test_passages_are_compressed_separately_and_composed(roomy: Any, articles: Path) -> None:
     rows = by_name(run(roomy, articles, keep_ratios=[1.0]))
     assert list(rows) == [(k, name) for k in (1, 2) for name in ("full", "full+joined", "none", "sink_recent")]
     assert rows[1, "full"].means["kl"] == rows[2, "full"].means["kl"] == rows[2, "full+joined"].means["kl_joined"] == 0
@@ -145,7 +145,7 @@ def test_caches_are_made_apart_and_joined(roomy: Any, articles: Path) -> None:
     assert rows[2, "none"].seconds_per_document is None
 
 
-def test_what_is_measured_of_answers(roomy: Any, articles: Path) -> None:
+def test_metrics_of_generated_answers(roomy: Any, articles: Path) -> None:
     settings = {"n_documents": 1, "k": (2,), "n_places": 1}
     for row in run(roomy, articles, methods=["full"], generate=True, settings=settings).rows:
         measured = {name for name, value in row.means.items() if value is not None}
@@ -174,14 +174,14 @@ def test_a_passage_is_compressed_once_for_all_its_places(
     assert all(record.compress_s for record in result.records)
 
 
-def test_storage_is_that_of_every_passage(roomy: Any, articles: Path) -> None:
+def test_storage_applies_to_every_passage(roomy: Any, articles: Path) -> None:
     plain, stored = (by_name(run(roomy, articles, storage=storage)) for storage in ("auto", "int8"))
     assert list(stored)[-1] == (2, "sink_recent+int8")
     before, after = plain[2, "sink_recent"].means["kl"], stored[2, "sink_recent+int8"].means["kl"]
     assert before != after == pytest.approx(before, rel=0.1)
 
 
-def test_a_run_goes_on_where_the_time_limit_ended_it(
+def test_a_run_resumes_where_the_time_limit_stopped_it(
     roomy: Any, articles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run(roomy, articles, out=tmp_path, time_limit_s=1e-9)
@@ -196,16 +196,16 @@ def test_a_run_goes_on_where_the_time_limit_ended_it(
     assert fewer.rows == tuple(row for row in whole.rows if row.group["k"] == 2)
 
 
-def test_rows_by_place(roomy: Any, articles: Path, tmp_path: Path) -> None:
+def test_rows_can_be_grouped_by_place(roomy: Any, articles: Path, tmp_path: Path) -> None:
     result = run(roomy, articles, out=tmp_path, by=["k", "place"])
     assert [row.group for row in result.rows[::4]] == [{"k": 1, "place": 1}, *({"k": 2, "place": p} for p in (1, 2))]
     averaged = by_name(load_rows([tmp_path]))
     at_places = [row.means["kl"] for row in result.rows if row.method == "none" and row.group["k"] == 2]
     assert averaged[2, "none"].means["kl"] == pytest.approx(sum(at_places) / 2)
     assert load_rows([tmp_path], by=["k", "place"]).rows == result.rows
-    with pytest.raises(ConfigError, match="cannot be told apart by 'depth'"):
+    with pytest.raises(ConfigError, match="cannot be grouped by 'depth'"):
         run(roomy, articles, by=["depth"])
-    with pytest.raises(ConfigError, match="no result is about a 'depth'"):
+    with pytest.raises(ConfigError, match="no result has the group 'depth'"):
         load_rows([tmp_path], by=["depth"])
 
 
@@ -221,7 +221,7 @@ def test_a_report_has_a_column_for_k_and_a_plot_for_each(roomy: Any, articles: P
     assert [(row.group, row.method, row.means) for row in again] == [(r.group, r.method, r.means) for r in result.rows]
 
 
-def test_places_of_a_passage_are_one_observation() -> None:
+def test_the_bootstrap_treats_places_of_a_passage_as_one_observation() -> None:
     """Two passages at fifty places each: one of the two is drawn twice now and then."""
     records = [
         Record(
@@ -247,7 +247,7 @@ def _measured(f1: float) -> Any:
     return Measured(kl=0.0, nll=0.0, f1=f1, em=0.0, contains=0.0)
 
 
-def test_what_was_measured_of_single_documents_before_still_counts() -> None:
+def test_digests_of_cases_without_passages_are_unchanged() -> None:
     """The digest of a case without passages is over the fields it always had."""
     query = {"text": "Q?", "references": ["a"], "given": "", "span": None, "choices": [], "correct": None}
     old = {"id": "x", "text": "T.", "queries": [query], "cell": None}

@@ -28,7 +28,7 @@ def cases(backbone: Any, file: Path | None, **settings: Any) -> list[Case]:
     return find_task("qa").cases(backbone, TaskSettings(questions=file, **settings))
 
 
-def test_questions_about_a_context_are_one_document_wherever_they_stand(roomy: Any, tmp_path: Path) -> None:
+def test_questions_about_one_context_are_grouped_across_the_file(roomy: Any, tmp_path: Path) -> None:
     more = {**PIER, "question": "What leaves?", "answers": ["The ferry"]}
     del more["answer"]
     many = [{**LAMP, "question": f"What was burned on day {i}?"} for i in range(7)]
@@ -44,7 +44,7 @@ def test_questions_about_a_context_are_one_document_wherever_they_stand(roomy: A
     assert pier.id.startswith("own/")
 
 
-def test_documents_are_read_from_a_folder_by_its_loaders(roomy: Any, tmp_path: Path) -> None:
+def test_documents_are_read_from_a_folder(roomy: Any, tmp_path: Path) -> None:
     write(tmp_path / "docs/sub/ferry.html", "<html><body><p>The ferry leaves from pier 4.</p></body></html>")
     write(tmp_path / "docs/lamp.txt", "The lamp burned whale oil.\n")
     ferry = {"document": "sub/ferry.html", "question": "Which pier?", "answer": "pier 4"}
@@ -58,7 +58,7 @@ def test_documents_are_read_from_a_folder_by_its_loaders(roomy: Any, tmp_path: P
     assert len(found) == 3  # contexts may stand beside them
 
 
-def test_long_documents_are_cut_and_said_to_be(roomy: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_long_documents_are_cut_with_a_warning(roomy: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     long = {"context": prose(1, 20), "question": "What?", "answer": "ferry"}
     file = lines(tmp_path / "own.jsonl", PIER, long)
     with caplog.at_level(logging.WARNING, "kv_memory"):
@@ -74,8 +74,8 @@ def test_long_documents_are_cut_and_said_to_be(roomy: Any, tmp_path: Path, caplo
     ("line", "what"),
     [
         ("{", "not JSON"),
-        ("[1]", "a JSON object is needed, got list"),
-        ({"question": "Which?", "answer": "4"}, "no context and no document"),
+        ("[1]", "expected a JSON object, got list"),
+        ({"question": "Which?", "answer": "4"}, "neither a context nor a document"),
         ({**PIER, "document": "a.txt"}, "both a context and a document"),
         ({"context": PIER["context"], "question": "Which?"}, "no answer"),
         ({"context": PIER["context"], "answer": "4"}, "no question"),
@@ -83,11 +83,11 @@ def test_long_documents_are_cut_and_said_to_be(roomy: Any, tmp_path: Path, caplo
         ({**PIER, "answer": []}, "no answer"),
         ({**PIER, "answer": 4}, "answer must be text, got int"),
         ({"document": "a.txt", "question": "Which?", "answer": "4"}, "document 'a.txt': no such file or folder"),
-        ({"document": "../own.jsonl", "question": "Which?", "answer": "4"}, "'../own.jsonl' does not lie in"),
+        ({"document": "../own.jsonl", "question": "Which?", "answer": "4"}, "'../own.jsonl' is not inside"),
         ({"document": "empty.txt", "question": "Which?", "answer": "4"}, "document 'empty.txt': no text"),
     ],
 )
-def test_a_broken_line_is_named(roomy: Any, tmp_path: Path, line: Any, what: str) -> None:
+def test_a_broken_line_is_reported_with_its_number(roomy: Any, tmp_path: Path, line: Any, what: str) -> None:
     write(tmp_path / "docs/empty.txt", " ")
     file = lines(tmp_path / "own.jsonl", PIER, "", line)
     with pytest.raises(BrokenLineError) as caught:
@@ -97,19 +97,19 @@ def test_a_broken_line_is_named(roomy: Any, tmp_path: Path, line: Any, what: str
     assert "context, question and answer" in (caught.value.next_step or "")
 
 
-def test_what_lacks_altogether(roomy: Any, tmp_path: Path) -> None:
+def test_missing_or_empty_files_are_errors(roomy: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="qa needs a file of questions"):
         cases(roomy, None)
-    with pytest.raises(DatasetError, match="no question in it"):
+    with pytest.raises(DatasetError, match="the file has no questions"):
         cases(roomy, lines(tmp_path / "own.jsonl", ""))
     with pytest.raises(DatasetError, match="cannot be read"):
         cases(roomy, tmp_path / "nothing.jsonl")
     nowhere = {"document": "a.txt", "question": "Which?", "answer": "4"}
-    with pytest.raises(BrokenLineError, match=r"none is named.*--documents"):
+    with pytest.raises(BrokenLineError, match=r"none is given.*--documents"):
         cases(roomy, lines(tmp_path / "own.jsonl", nowhere))
 
 
-def test_they_are_measured_as_other_tasks_are_and_gone_on_with(roomy: Any, tmp_path: Path) -> None:
+def test_own_questions_are_measured_like_other_tasks_and_resumed(roomy: Any, tmp_path: Path) -> None:
     settings = TaskSettings(questions=lines(tmp_path / "own.jsonl", PIER, LAMP))
     options = {"backbone": roomy, "methods": ["full", "none", "sink_recent"], "keep_ratios": [0.25]}
     first = evaluate("qa", settings=settings, out=tmp_path / "run", **options)

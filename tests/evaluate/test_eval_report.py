@@ -60,7 +60,7 @@ def test_means_and_retention() -> None:
     assert rows[3].means["accuracy"] is None
 
 
-def test_empty_answers_are_a_column_where_there_are_some() -> None:
+def test_the_share_of_empty_answers_is_a_column_if_there_are_any() -> None:
     said = [Measured(kl=0.1, nll=2.0, f1=0.5, answer=answer) for answer in ("Ida", " ", "", "7.40")]
     rows = aggregate([record("full", "0", questions=tuple(said)), record("none", "0", questions=tuple(said[::3]))])
     assert [row.empty for row in rows] == [0.5, 0.0]
@@ -69,7 +69,7 @@ def test_empty_answers_are_a_column_where_there_are_some() -> None:
     assert "| empty |" not in markdown(rows[1:]) and aggregate(table())[0].empty is None
 
 
-def test_json_keys_are_these_and_no_others() -> None:
+def test_json_rows_have_exactly_the_documented_keys() -> None:
     for row in aggregate(table()):
         data = row.to_dict()
         assert list(data) == KEYS
@@ -77,7 +77,7 @@ def test_json_keys_are_these_and_no_others() -> None:
         json.dumps(data, allow_nan=False)
 
 
-def test_the_interval_of_known_data() -> None:
+def test_the_bootstrap_interval_matches_known_data() -> None:
     """Half of 400 documents score 1, half 0: the mean of a resample has a deviation of 0.5 / 20."""
     records = [record("full", f"{i}", float(i % 2)) for i in range(400)]
     (row,) = aggregate(records)
@@ -88,13 +88,13 @@ def test_the_interval_of_known_data() -> None:
     assert aggregate(records, seed=1)[0].ci != row.ci
 
 
-def test_questions_of_a_document_stay_together() -> None:
+def test_the_bootstrap_resamples_whole_documents() -> None:
     """A hundred questions about two documents are two observations: one of the two is drawn twice now and then."""
     records = [record("full", "a", *[1.0] * 50), record("full", "b", *[0.0] * 50)]
     assert aggregate(records)[0].ci["score"] == (0.0, 1.0)
 
 
-def test_equal_documents_leave_no_doubt_and_one_document_no_interval() -> None:
+def test_equal_documents_have_a_zero_interval_and_one_document_none() -> None:
     random = by_name(aggregate(table()))["random", 0.25]
     assert random.ci["retention"] == pytest.approx((0.25 / 0.6, 0.25 / 0.6))
     assert set(aggregate(table(1))[0].ci.values()) == {None}
@@ -106,7 +106,7 @@ def test_retention_needs_a_floor_below_the_ceiling() -> None:
     assert [row.retention for row in aggregate([*flat, record("random", "a", 0.5, ratio=0.5)][1:])] == [None, None]
 
 
-def test_only_documents_that_all_methods_have_are_compared() -> None:
+def test_only_documents_measured_by_all_methods_are_compared() -> None:
     records = [*table(), record("random", "extra", 0.0, 0.0, ratio=0.25), record("full", "more", 0.0, 0.0)]
     assert aggregate(records) == aggregate(table())
     loose = by_name(aggregate(records, paired=False))
@@ -120,7 +120,7 @@ def written(folder: Path, records: list[Record]) -> Path:
     return folder
 
 
-def test_records_survive_their_file(tmp_path: Path) -> None:
+def test_records_round_trip_through_their_file(tmp_path: Path) -> None:
     records = [record("full", "a", 0.5, cell=(512, 0.25), model="m", weights="w"), record("none", "ä\n", 0.25)]
     assert RecordFile(written(tmp_path, records)).load() == records
 
@@ -159,23 +159,23 @@ def test_a_table_of_several_folders_and_peers(tmp_path: Path) -> None:
     assert snap.retention == pytest.approx(0.5)
 
 
-def test_rows_that_are_finished_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_finished_rows_are_loaded_unchanged(tmp_path: Path) -> None:
     rows = aggregate(table())
     (tmp_path / "summary.jsonl").write_text("".join(json.dumps(row.to_dict()) + "\n" for row in rows))
     loaded = load_rows([tmp_path / "summary.jsonl"]).rows
     assert [row.to_dict() for row in loaded] == [row.to_dict() for row in rows]
 
 
-def test_adapters_of_one_name_need_labels(tmp_path: Path) -> None:
+def test_adapters_with_the_same_name_need_labels(tmp_path: Path) -> None:
     for name in ("a", "b"):
         written(tmp_path / name, [record("full", "1", 1.0), record("adapter", "1", 0.5, ratio=0.25, config=name)])
-    with pytest.raises(ConfigError, match="two different results are called 'adapter'"):
+    with pytest.raises(ConfigError, match="two different results have the name 'adapter'"):
         load_rows([tmp_path / "a", tmp_path / "b"])
     loaded = load_rows([f"old={tmp_path / 'a'}", f"new={tmp_path / 'b'}"])
     assert [row.method for row in loaded.rows] == ["full", "new:adapter", "old:adapter"]
 
 
-def test_a_storage_is_part_of_a_methods_name(tmp_path: Path) -> None:
+def test_storage_is_part_of_the_method_name(tmp_path: Path) -> None:
     methods = ["adapter_selection", "adapter+int8", "sink_recent", "adapter", "full", "kvpress:knorm"]
     written(tmp_path, [record(name, "1", 0.5, ratio=None if name == "full" else 0.25) for name in methods])
     assert [row.method for row in load_rows([tmp_path]).rows] == [
@@ -186,31 +186,31 @@ def test_a_storage_is_part_of_a_methods_name(tmp_path: Path) -> None:
     assert len(load_rows([tmp_path], methods=["adapter+int8"]).rows) == 1
 
 
-def test_of_two_configurations_in_a_folder_the_last_counts(tmp_path: Path) -> None:
+def test_the_last_configuration_in_a_folder_wins(tmp_path: Path) -> None:
     old, new = record("full", "1", 0.0, config="old"), record("full", "2", 1.0, config="new")
     assert load_rows([written(tmp_path, [old, new])]).records == (new,)
 
 
-def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+def test_results_that_are_not_comparable_are_refused(tmp_path: Path) -> None:
     written(tmp_path / "a", [record("full", "1", 1.0, model="x", weights="1")])
     written(tmp_path / "b", [record("none", "1", 1.0, model="y", weights="2")])
     with pytest.raises(ConfigError, match="results of several models: x, y"):
         load_rows([tmp_path / "a", tmp_path / "b"])
     written(tmp_path / "c", [record("none", "2", 1.0)])
-    with pytest.raises(ConfigError, match="no document of squad is common"):
+    with pytest.raises(ConfigError, match="no document of squad was measured by all methods"):
         load_rows([tmp_path / "a", tmp_path / "c"])
     assert len(load_rows([tmp_path / "a", tmp_path / "c"], paired=False).rows) == 2
 
 
 def test_a_path_without_results_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="no evaluation here"):
+    with pytest.raises(DatasetError, match="no evaluation results found"):
         load_rows([tmp_path])
     (tmp_path / "x.jsonl").write_text('{"task": "squad"}\n')
     with pytest.raises(BrokenLineError, match="line 1"):
         load_rows([tmp_path / "x.jsonl"])
 
 
-def test_markdown_says_what_applies() -> None:
+def test_markdown_has_the_columns_that_apply() -> None:
     text = markdown(aggregate(table()))
     head, rule, *lines = [line for line in text.splitlines() if line.startswith("|")]
     assert head == "| method | kept | KL | NLL | F1 | EM | contains | retention | s/document | prefills |"
@@ -220,7 +220,7 @@ def test_markdown_says_what_applies() -> None:
 
 
 @pytest.mark.parametrize(("ratio", "text"), [(None, ""), (1.0, "1"), (1 / 32, "1/32"), (0.3, "0.3"), (1 / 3, "1/3")])
-def test_kept(ratio: float | None, text: str) -> None:
+def test_keep_ratios_are_shown_as_fractions(ratio: float | None, text: str) -> None:
     assert kept_text(ratio) == text
 
 
@@ -240,7 +240,7 @@ def test_a_report_has_tables_and_plots(tmp_path: Path) -> None:
         assert file.stat().st_size > 5000
 
 
-def test_plots_without_matplotlib_say_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plots_without_matplotlib_name_the_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match=r"pip install 'kv-memory\[eval\]'"):
         write_report([written(tmp_path / "in", table())], tmp_path / "out")

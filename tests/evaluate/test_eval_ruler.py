@@ -56,7 +56,7 @@ def test_the_same_seed_makes_the_same_documents(roomy: Any, essays: Path) -> Non
     assert {case.text for case in cases(roomy, essays, seed=1)}.isdisjoint(case.text for case in found)
 
 
-def test_needles(roomy: Any, essays: Path) -> None:
+def test_needle_tasks_have_the_right_keys_values_and_answers(roomy: Any, essays: Path) -> None:
     numbers = {"single": (1, 1, 1), "multi_key": (4, 4, 1), "multi_value": (1, 4, 4), "multi_query": (4, 4, 4)}
     for case in cases(roomy, essays, "single", "multi_key", "multi_value", "multi_query", n_documents=5):
         (query,) = case.queries
@@ -69,14 +69,14 @@ def test_needles(roomy: Any, essays: Path) -> None:
         assert all(f" {key}" in query.given for key, number in needles if number in wanted)
 
 
-def test_needles_lie_anywhere(roomy: Any, essays: Path) -> None:
+def test_needles_are_placed_at_all_depths(roomy: Any, essays: Path) -> None:
     found = cases(roomy, essays, "single", n_documents=30)
     depths = [case.text.index(case.queries[0].references[0]) / len(case.text) for case in found]
     assert min(depths) < 0.35
     assert max(depths) > 0.75
 
 
-def test_variables_are_traced(roomy: Any, essays: Path) -> None:
+def test_variable_chains_lead_to_the_references(roomy: Any, essays: Path) -> None:
     for case in cases(roomy, essays, "variable_tracking", n_documents=5):
         (query,) = case.queries
         values: dict[str, str] = {}
@@ -89,7 +89,7 @@ def test_variables_are_traced(roomy: Any, essays: Path) -> None:
 
 
 @pytest.mark.parametrize(("length", "often", "seldom"), [(1100, 6, 1), (4096, 30, 3)])
-def test_common_words_come_more_often(essays: Path, length: int, often: int, seldom: int) -> None:
+def test_common_words_are_more_frequent_than_the_others(essays: Path, length: int, often: int, seldom: int) -> None:
     backbone = make_backbone("llama", max_position_embeddings=8192)
     (case,) = cases(backbone, essays, "common_words", n_documents=1, lengths=(length,))
     words = re.findall(r"\d+\. (\w+)", case.text)
@@ -100,7 +100,7 @@ def test_common_words_come_more_often(essays: Path, length: int, often: int, sel
     assert [int(n) for n in re.findall(r"(\d+)\. ", case.text)] == list(range(1, len(words) + 1))
 
 
-def test_frequent_words_are_the_most_frequent_behind_the_dots(roomy: Any, essays: Path) -> None:
+def test_reference_words_are_the_most_frequent_after_the_dots(roomy: Any, essays: Path) -> None:
     for case in cases(roomy, essays, "frequent_words", n_documents=3, lengths=(900, 2000)):
         counts = Counter(case.text.partition("\n")[2].split()).most_common()
         assert counts[0][0] == "...."
@@ -109,7 +109,7 @@ def test_frequent_words_are_the_most_frequent_behind_the_dots(roomy: Any, essays
         assert ranks == sorted(set(ranks), reverse=True)  # no two are level
 
 
-def test_what_cannot_be_made_is_an_error(roomy: Any, essays: Path, tmp_path: Path) -> None:
+def test_lengths_and_haystacks_that_do_not_fit_are_errors(roomy: Any, essays: Path, tmp_path: Path) -> None:
     for kind in ("common_words", "frequent_words", "variable_tracking"):
         with pytest.raises(ConfigError, match=f"150 tokens are too few for {kind}"):
             cases(roomy, essays, kind, lengths=(150,))  # type: ignore[arg-type]
@@ -139,12 +139,12 @@ def test_what_cannot_be_made_is_an_error(roomy: Any, essays: Path, tmp_path: Pat
         ("", ["lamp"], 0.0, 0.0),
     ],
 )
-def test_all_references_are_wanted(answer: str, references: list[str], em: float, share: float) -> None:
+def test_scores_count_all_references(answer: str, references: list[str], em: float, share: float) -> None:
     assert exact_match_all(answer, references) == em
     assert contains_all(answer, references) == pytest.approx(share)
 
 
-def test_the_answer_goes_on_from_the_given_words(roomy: Any, essays: Path) -> None:
+def test_the_answer_continues_the_given_words(roomy: Any, essays: Path) -> None:
     """Against the plain model, token by token; and the reference is the list of all."""
     (case,) = cases(roomy, essays, "multi_value", n_documents=1)
     encoded = encode_query(roomy, case.queries[0])
@@ -160,7 +160,7 @@ def test_the_answer_goes_on_from_the_given_words(roomy: Any, essays: Path) -> No
     assert list(said) == ids[n_before : n_before + len(said)]
 
 
-def test_rows_by_length_and_kind(roomy: Any, essays: Path, tmp_path: Path) -> None:
+def test_rows_are_grouped_by_length_and_kind(roomy: Any, essays: Path, tmp_path: Path) -> None:
     settings = TaskSettings(haystack=essays, n_documents=1, lengths=(900,), kinds=("single", "multi_value"))
 
     def run(**options: Any) -> Any:

@@ -28,13 +28,13 @@ def test_paragraphs_are_chosen_by_the_hash_of_their_ids(roomy: Any, data: Path) 
     assert [case.id for case in cases("squad", roomy, data, n_documents=2, seed=5)] == order[:2]
 
 
-def test_a_document_has_at_most_five_questions_the_first_ones(roomy: Any, data: Path) -> None:
+def test_a_document_keeps_its_first_five_questions(roomy: Any, data: Path) -> None:
     found = {len(case.queries): case for case in cases("squad", roomy, data)}
     assert set(found) == {1, 2, 5}
     assert [query.text for query in found[5].queries] == [f"What came {i} times?" for i in range(5)]
 
 
-def test_paragraphs_of_another_length_are_left_out(roomy: Any, data: Path) -> None:
+def test_paragraphs_outside_the_length_limits_are_left_out(roomy: Any, data: Path) -> None:
     lengths = sorted(len(case.text) for case in cases("squad", roomy, data))
     kept = cases("squad", roomy, data, min_tokens=lengths[1], max_tokens=lengths[2])
     assert sorted(len(case.text) for case in kept) == lengths[1:3]
@@ -54,14 +54,14 @@ def test_a_text_is_cut_between_tokens(roomy: Any) -> None:
     assert cut(roomy, "abc", 3) == "abc"
 
 
-def test_a_window_without_room_is_an_error(data: Path) -> None:
+def test_a_window_too_small_for_a_document_is_an_error(data: Path) -> None:
     with pytest.raises(ConfigError, match="leave no room"):
         cases("squad", make_backbone(), data)
     with pytest.raises(ConfigError, match="a haystack of 512 tokens leaves no room"):
         cases("needle", make_backbone(), data, lengths=(512,))
 
 
-def test_needles_lie_where_they_should(roomy: Any, data: Path) -> None:
+def test_needles_are_at_their_length_and_depth(roomy: Any, data: Path) -> None:
     found = cases("needle", roomy, data, lengths=(300, 600), depths=(0.0, 0.5, 1.0), n_needles=2)
     assert len({case.id for case in found}) == len(found) == 12
     for case in found:
@@ -74,7 +74,7 @@ def test_needles_lie_where_they_should(roomy: Any, data: Path) -> None:
     assert {case.text for case in other}.isdisjoint(case.text for case in found)
 
 
-def test_a_needle_lies_between_sentences() -> None:
+def test_a_needle_is_inserted_between_sentences() -> None:
     hay = "One is here. Two is there. Three is gone."
     assert with_needle(hay, "X.", depth=0.0) == f"X. {hay}"
     assert with_needle(hay, "X.", depth=0.4) == "One is here. X. Two is there. Three is gone."
@@ -87,11 +87,11 @@ def test_a_haystack_too_short_or_missing_is_an_error(roomy: Any, data: Path, mon
     with pytest.raises(DatasetError, match="shorter than 256 tokens"):
         find_task("needle").cases(roomy, TaskSettings(haystack=short, lengths=(256,)))
     monkeypatch.delenv("KV_MEMORY_DATA", raising=False)
-    with pytest.raises(DatasetError, match="no haystack"):
+    with pytest.raises(DatasetError, match="no haystack is given"):
         find_task("needle").cases(roomy, TaskSettings(lengths=(256,)))
 
 
-def test_spans_are_words_of_the_document(roomy: Any) -> None:
+def test_spans_are_copied_from_the_document(roomy: Any) -> None:
     text = prose(2, 30)
     spans = draw_spans(roomy, text, seed="a")
     assert len(spans) == 4
@@ -106,14 +106,14 @@ def test_spans_are_words_of_the_document(roomy: Any) -> None:
     assert draw_spans(roomy, "Five words are too few.", seed="a") == ()
 
 
-def test_given_words_and_reference_are_the_tokens_of_the_document(roomy: Any) -> None:
+def test_given_words_and_reference_are_tokenised_as_in_the_document(roomy: Any) -> None:
     query = Query(text="Go on.", given="the ferry", references=(" leaves\n now",))
     encoded = encode_query(roomy, query)
     assert list(encoded.prompt) == [*roomy.encode_question("Go on."), *roomy.encode_text(" the ferry")]
     assert list(encoded.reference) == roomy.encode_text(" leaves\n now")
 
 
-def test_an_answer_begins_with_a_space_behind_a_colon(roomy: Any) -> None:
+def test_an_answer_is_encoded_with_a_leading_space(roomy: Any) -> None:
     query = Query(text="Which?", references=(" pier 4 ",), choices=("pier 4", "none"), correct=0)
     encoded = encode_query(roomy, query)
     assert list(encoded.reference) == list(encoded.choices[0]) == roomy.encode_text(" pier 4")

@@ -78,7 +78,7 @@ def test_another_order_changes_positions_only(name: str, layout: Any) -> None:
     assert moved
 
 
-def test_shared_and_per_head_positions_may_be_mixed(backbone: Any) -> None:
+def test_shared_and_per_head_positions_can_be_mixed(backbone: Any) -> None:
     caches = [*distilled(backbone, n=1), *distilled(backbone, selector="sink_recent", n=1)]
     made = compose(backbone, caches, n_question=3)
     assert made.composed_positions.shape == (4, 2, N_PREFIX + 20)
@@ -89,7 +89,7 @@ def test_shared_and_per_head_positions_may_be_mixed(backbone: Any) -> None:
 
 @pytest.mark.parametrize("layout", ["source", "packed"])
 @pytest.mark.parametrize("name", [*NAMES, "mistral", "gemma2"])
-def test_heads_that_keep_different_numbers(name: str, layout: Any) -> None:
+def test_ragged_caches_compose_with_rectangular_ones(name: str, layout: Any) -> None:
     """Ragged caches beside one with a number for all: every head sees its own entries and nothing else."""
     backbone = shared_backbone(name)
     ragged = distilled(backbone, selector=Reconstruction(part_tokens=32), n=2)
@@ -123,7 +123,7 @@ def test_heads_that_keep_different_numbers(name: str, layout: Any) -> None:
 
 
 @pytest.mark.parametrize("name", [*NAMES, "mistral", "gemma2", "qwen2_yarn"])
-def test_padding_is_seen_by_nothing(name: str) -> None:
+def test_padding_does_not_affect_the_logits(name: str) -> None:
     """What lies in the padding of a ragged cache does not matter; what lies in its entries does."""
     backbone = shared_backbone(name)
     caches = distilled(backbone, selector=Reconstruction(part_tokens=32), n=2)
@@ -146,7 +146,7 @@ def test_padding_is_seen_by_nothing(name: str) -> None:
     assert (logits("entries") - logits("nothing")).abs().max() > 0.1
 
 
-def test_every_row_of_a_batch_is_the_same(backbone: Any) -> None:
+def test_all_rows_of_a_batch_are_equal(backbone: Any) -> None:
     made = compose(backbone, distilled(backbone), n_question=3, batch_size=3)
     for index in range(backbone.num_layers):
         for tensor in made.layer(index):
@@ -154,13 +154,13 @@ def test_every_row_of_a_batch_is_the_same(backbone: Any) -> None:
             assert tensor.isfinite().all()
 
 
-def test_no_documents(backbone: Any) -> None:
+def test_composing_no_documents_gives_the_prefix(backbone: Any) -> None:
     made = compose(backbone, [], n_question=3)
     assert int(made.next_positions) == N_PREFIX
     assert torch.equal(made.layer(1)[0][0], backbone.prefix.keys[1])
 
 
-def test_caches_of_another_dtype(backbone: Any) -> None:
+def test_caches_of_another_dtype_are_converted(backbone: Any) -> None:
     caches = distilled(backbone)
     made = compose(backbone, [cache.to(torch.bfloat16) for cache in caches], n_question=3)
     assert made.layer(0)[0].dtype == torch.float32
@@ -237,7 +237,7 @@ def foreign_backbones() -> dict[str, Any]:
     }
 
 
-def test_caches_of_something_else_are_refused(backbone: Any) -> None:
+def test_caches_with_another_fingerprint_are_refused(backbone: Any) -> None:
     caches = distilled(backbone, n=1)
     for field, other in foreign_backbones().items():
         with pytest.raises(FingerprintMismatchError) as caught:
@@ -248,13 +248,13 @@ def test_caches_of_something_else_are_refused(backbone: Any) -> None:
             Generator(other).generate("why?", caches)
 
 
-def test_how_a_cache_was_distilled_does_not_matter(backbone: Any) -> None:
+def test_caches_of_different_selectors_compose(backbone: Any) -> None:
     caches: Sequence[DistilledCache] = [*distilled(backbone, n=1), *distilled(backbone, selector="sink_recent", n=1)]
     windowed = Compressor(backbone, selector="attention", window_tokens=20).compress(letters(34), keep_ratio=0.5)
     assert compose(backbone, [*caches, windowed]).composed_positions.shape[-1] == N_PREFIX + 40
 
 
-def test_an_unknown_layout(backbone: Any) -> None:
+def test_an_unknown_layout_is_refused(backbone: Any) -> None:
     with pytest.raises(ConfigError, match="sideways") as caught:
         compose(backbone, [], layout="sideways")  # type: ignore[arg-type]
     assert caught.value.next_step is not None and "packed" in caught.value.next_step

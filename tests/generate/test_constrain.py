@@ -69,7 +69,7 @@ def test_answers_follow_the_schema(backbone: Any, name: str, options: dict[str, 
     assert backbone.tokenizer.eos_token_id not in answer.token_ids  # no step is spent on what is complete
 
 
-def test_the_same_schema_leaves_room_for_different_answers(backbone: Any) -> None:
+def test_different_seeds_give_different_answers_under_one_schema(backbone: Any) -> None:
     found = {
         Generator(backbone).generate("why?", settings=following(LONG, temperature=2.0, seed=seed)).text
         for seed in (1, 2, 3, 1)
@@ -77,7 +77,7 @@ def test_the_same_schema_leaves_room_for_different_answers(backbone: Any) -> Non
     assert len(found) == 3
 
 
-def test_a_batch_gives_what_each_question_gives_alone(backbone: Any) -> None:
+def test_a_batch_equals_each_question_alone(backbone: Any) -> None:
     generator, questions = Generator(backbone), ["why?", "where is the lamp?", "who?"]
     settings = following(PERSON, **SAMPLED)
     together = generator.generate_batch(questions, settings=settings)
@@ -86,13 +86,13 @@ def test_a_batch_gives_what_each_question_gives_alone(backbone: Any) -> None:
     assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
 
 
-def test_pieces_joined_are_the_json(backbone: Any) -> None:
+def test_joined_pieces_equal_the_json(backbone: Any) -> None:
     settings = following(PERSON)
     expected = Generator(backbone).generate("why?", settings=settings)
     assert "".join(Generator(backbone).stream("why?", settings=settings)) == expected.text
 
 
-def test_json_that_is_cut_off_says_so(backbone: Any) -> None:
+def test_truncated_json_has_finish_reason_length(backbone: Any) -> None:
     answer = Generator(backbone).generate("why?", settings=following(LONG, max_new_tokens=10))
     assert answer.finish_reason == "length" and len(answer.token_ids) == 10
     assert answer.text.startswith('["')
@@ -108,13 +108,13 @@ def test_the_stop_strings_of_the_prompt_form_do_not_end_json(backbone: Any) -> N
 
 
 @pytest.mark.parametrize("name", ["gemma3", "phi3_longrope"])
-def test_other_architectures(name: str) -> None:
+def test_other_architectures_follow_the_schema(name: str) -> None:
     answer = Generator(shared_backbone(name)).generate("why?", settings=following(PERSON))
     assert is_person(json.loads(answer.text))
 
 
 @pytest.mark.parametrize("vocab_size", [259, 300, 1000])
-def test_ids_that_no_token_has_are_never_picked(vocab_size: int) -> None:
+def test_ids_without_a_token_are_never_chosen(vocab_size: int) -> None:
     model = make_model("llama", vocab_size=vocab_size)
     backbone = Backbone(model, make_tokenizer(), prompt=PromptForm(**SHORT_FORM))  # type: ignore[arg-type]
     constraint = JsonConstraint(backbone, json.dumps({"enum": ["yes", "no"]}))
@@ -133,7 +133,7 @@ def test_ids_that_no_token_has_are_never_picked(vocab_size: int) -> None:
     "schema",
     ["", "{", "no JSON", "7", "[]", '{"type": "nothing"}', '{"$ref": "#/nowhere"}', '{"type":"string","pattern":"("}'],
 )
-def test_schemas_that_cannot_be_followed(backbone: Any, schema: str) -> None:
+def test_unsupported_schemas_are_refused(backbone: Any, schema: str) -> None:
     settings = DecodeSettings(json_schema=schema)
     for call in (Generator(backbone).generate, Generator(backbone).stream):
         with pytest.raises(ConfigError, match="cannot be followed") as caught:
@@ -141,7 +141,7 @@ def test_schemas_that_cannot_be_followed(backbone: Any, schema: str) -> None:
         assert caught.value.where == "json_schema" and caught.value.next_step
 
 
-def test_a_schema_is_given_as_json() -> None:
+def test_a_schema_must_be_a_json_string() -> None:
     with pytest.raises(ConfigError, match="JSON, as a str") as caught:
         DecodeSettings(json_schema=PERSON)  # type: ignore[arg-type]
     assert caught.value.where == "json_schema"

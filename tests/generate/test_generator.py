@@ -42,7 +42,7 @@ def generator(backbone: Any) -> Generator:
 
 
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
-def test_greedy_is_an_argmax_loop_over_the_text(name: str) -> None:
+def test_greedy_equals_an_argmax_loop_over_the_text(name: str) -> None:
     backbone, text = shared_backbone(name), letters(25, seed=4)
     cache = Compressor(backbone, selector="sink_recent").compress(text, keep_ratio=1.0)
     ids = [*backbone.prefix_ids, *backbone.encode_document(text), *backbone.encode_question("why?")]
@@ -61,7 +61,7 @@ def test_greedy_is_an_argmax_loop_over_the_text(name: str) -> None:
 
 @pytest.mark.parametrize("kept", [[1], [1, 0], [3, 1, 2]])  # with the longest, whose length may decide frequencies
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
-def test_rows_of_a_batch_go_on_without_the_others(name: str, kept: list[int]) -> None:
+def test_rows_of_a_batch_continue_after_others_are_removed(name: str, kept: list[int]) -> None:
     """Heads that hold different numbers of entries, with biases, behind questions of different lengths."""
     backbone = shared_backbone(name)
     matched = Matched(MatchSettings(part_tokens=32, key_steps=0))
@@ -84,7 +84,7 @@ def test_rows_of_a_batch_go_on_without_the_others(name: str, kept: list[int]) ->
 
 @pytest.mark.parametrize("settings", [DecodeSettings(max_new_tokens=15), SAMPLED])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3_window"])
-def test_a_batch_gives_what_each_question_gives_alone(name: str, settings: DecodeSettings) -> None:
+def test_a_batch_equals_each_question_alone(name: str, settings: DecodeSettings) -> None:
     backbone = shared_backbone(name, tie_word_embeddings=False)  # tied, a random Gemma repeats one token for ever
     cache = Compressor(backbone, selector="attention").compress(letters(40), keep_ratio=0.5)
     together = Generator(backbone).generate_batch(QUESTIONS, [cache], settings=settings)
@@ -96,7 +96,7 @@ def test_a_batch_gives_what_each_question_gives_alone(name: str, settings: Decod
         assert len({answer.token_ids for answer in together}) > 1
 
 
-def test_a_row_that_is_done_does_not_disturb_the_others() -> None:
+def test_a_finished_row_does_not_change_the_others() -> None:
     backbone = make_backbone()
     cache = Compressor(backbone, selector="attention").compress(letters(40), keep_ratio=0.5)
     free = Generator(backbone).generate_batch(QUESTIONS, [cache], settings=SAMPLED)
@@ -111,7 +111,7 @@ def test_a_row_that_is_done_does_not_disturb_the_others() -> None:
     assert len({len(answer.token_ids) for answer in ended}) > 1
 
 
-def test_seeds(generator: Generator, caches: list[DistilledCache]) -> None:
+def test_seeds_make_sampling_reproducible(generator: Generator, caches: list[DistilledCache]) -> None:
     def answer(seed: int | None) -> tuple[int, ...]:
         return generator.generate("why?", caches, settings=replace(SAMPLED, seed=seed)).token_ids
 
@@ -127,7 +127,7 @@ def test_sampling_from_one_token_is_greedy(generator: Generator, caches: list[Di
         assert generator.generate("why?", caches, settings=settings).token_ids == greedy.token_ids
 
 
-def test_a_document_as_text_gives_what_its_plain_cache_gives(backbone: Any, generator: Generator) -> None:
+def test_a_document_as_text_equals_its_uncompressed_cache(backbone: Any, generator: Generator) -> None:
     text = letters(40, seed=3)
     cache = Compressor(backbone, selector="sink_recent").compress(text, keep_ratio=1.0)
     expected = generator.generate("why?", [cache], settings=DecodeSettings(max_new_tokens=10))
@@ -139,14 +139,14 @@ def test_a_document_as_text_gives_what_its_plain_cache_gives(backbone: Any, gene
     assert (answer.n_cached_tokens, answer.n_prompt_tokens) == (11, expected.n_prompt_tokens + 46)
 
 
-def test_no_documents_at_all(generator: Generator, backbone: Any) -> None:
+def test_an_answer_without_documents(generator: Generator, backbone: Any) -> None:
     answer = generator.generate("why?", settings=DecodeSettings(max_new_tokens=5))
     ids = [*backbone.prefix_ids, *backbone.encode_question("why?")]
     assert answer.token_ids[0] == int(full_logits("llama", ids)[-1].argmax())
     assert answer.n_cached_tokens == 11
 
 
-def test_no_questions(generator: Generator) -> None:
+def test_a_batch_without_questions_is_empty(generator: Generator) -> None:
     assert generator.generate_batch([]) == []
 
 
@@ -154,14 +154,16 @@ def test_no_questions(generator: Generator) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 9])
-def test_max_new_tokens(generator: Generator, backbone: Any, caches: list[DistilledCache], n: int) -> None:
+def test_max_new_tokens_limits_tokens_and_forward_passes(
+    generator: Generator, backbone: Any, caches: list[DistilledCache], n: int
+) -> None:
     with recorded_inputs(backbone) as inputs:
         answer = generator.generate("why?", caches, settings=replace(SAMPLED, max_new_tokens=n))
     assert len(answer.token_ids) == n == len(inputs)  # no forward pass for a token that nobody wants
     assert answer.finish_reason == "length"
 
 
-def test_stop_strings(generator: Generator, backbone: Any, caches: list[DistilledCache]) -> None:
+def test_stop_strings_end_the_answer(generator: Generator, backbone: Any, caches: list[DistilledCache]) -> None:
     free = generator.generate("why?", caches, settings=replace(SAMPLED, max_new_tokens=40))
     printable = [i for i in range(5, len(free.text) - 3) if free.text[i : i + 3].isprintable()]
     stop = free.text[printable[0] : printable[0] + 3]
@@ -178,7 +180,7 @@ def test_stop_strings(generator: Generator, backbone: Any, caches: list[Distille
     assert other.generate("why?", caches, settings=replace(SAMPLED, max_new_tokens=40)).text == answer.text
 
 
-def test_figures(generator: Generator, backbone: Any, caches: list[DistilledCache]) -> None:
+def test_token_counts_and_times_are_reported(generator: Generator, backbone: Any, caches: list[DistilledCache]) -> None:
     answer = generator.generate("why?", caches, settings=SAMPLED)
     assert answer.n_prompt_tokens == len(backbone.encode_question("why?"))
     assert answer.n_cached_tokens == 11 + sum(cache.n_kept for cache in caches)
@@ -189,22 +191,20 @@ def test_figures(generator: Generator, backbone: Any, caches: list[DistilledCach
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_pieces_joined_are_the_answer(generator: Generator, caches: list[DistilledCache], seed: int) -> None:
+def test_joined_pieces_equal_the_answer(generator: Generator, caches: list[DistilledCache], seed: int) -> None:
     settings = replace(SAMPLED, seed=seed, max_new_tokens=30)  # sampled bytes: many are half a character
     pieces = list(generator.stream("why?", caches, settings=settings))
     assert "".join(pieces) == generator.generate("why?", caches, settings=settings).text
     assert all(pieces)
 
 
-def test_a_stream_fails_at_the_call(generator: Generator, caches: list[DistilledCache]) -> None:
+def test_a_stream_raises_at_the_call(generator: Generator, caches: list[DistilledCache]) -> None:
     foreign = replace(caches[0], fingerprint=replace(caches[0].fingerprint, weights="0" * 64))
     with pytest.raises(FingerprintMismatchError):
         generator.stream("why?", [foreign])
 
 
-def test_a_stream_that_is_closed_decodes_no_further(
-    generator: Generator, backbone: Any, caches: list[DistilledCache]
-) -> None:
+def test_a_closed_stream_stops_decoding(generator: Generator, backbone: Any, caches: list[DistilledCache]) -> None:
     with recorded_inputs(backbone) as inputs:
         stream: Any = generator.stream("why?", caches, settings=SAMPLED)
         next(stream)
@@ -214,7 +214,7 @@ def test_a_stream_that_is_closed_decodes_no_further(
         assert len(inputs) == before < SAMPLED.max_new_tokens
 
 
-def test_gradients_are_on_between_the_pieces(generator: Generator, caches: list[DistilledCache]) -> None:
+def test_gradients_stay_enabled_between_pieces(generator: Generator, caches: list[DistilledCache]) -> None:
     assert torch.is_grad_enabled()
     for _ in generator.stream("why?", caches, settings=SAMPLED):
         assert torch.is_grad_enabled()
@@ -247,7 +247,7 @@ async def longest_stall_s(generator: Generator, caches: list[DistilledCache], se
     return max(stalls)
 
 
-async def test_the_event_loop_does_not_wait_for_the_model(
+async def test_the_model_does_not_block_the_event_loop(
     generator: Generator, backbone: Any, caches: list[DistilledCache]
 ) -> None:
     settings = replace(SAMPLED, max_new_tokens=3)
@@ -260,7 +260,7 @@ async def test_the_event_loop_does_not_wait_for_the_model(
     assert stalls[-1] < 0.05, stalls
 
 
-async def test_an_asynchronous_stream_is_the_same_answer(generator: Generator, caches: list[DistilledCache]) -> None:
+async def test_an_asynchronous_stream_gives_the_same_answer(generator: Generator, caches: list[DistilledCache]) -> None:
     pieces = [piece async for piece in generator.astream("why?", caches, settings=SAMPLED)]
     assert "".join(pieces) == generator.generate("why?", caches, settings=SAMPLED).text
     assert torch.is_grad_enabled()
@@ -294,7 +294,7 @@ async def test_a_cancelled_stream_leaves_the_generator_usable(
     assert "".join(pieces) == expected.text
 
 
-async def test_a_stream_may_be_left_in_the_middle(
+async def test_leaving_an_asynchronous_stream_stops_decoding(
     generator: Generator, backbone: Any, caches: list[DistilledCache]
 ) -> None:
     with recorded_inputs(backbone) as inputs:
@@ -305,7 +305,7 @@ async def test_a_stream_may_be_left_in_the_middle(
     assert len(inputs) < SAMPLED.max_new_tokens
 
 
-async def test_an_asynchronous_stream_passes_errors_on(generator: Generator, caches: list[DistilledCache]) -> None:
+async def test_an_asynchronous_stream_raises_errors(generator: Generator, caches: list[DistilledCache]) -> None:
     foreign = replace(caches[0], fingerprint=replace(caches[0].fingerprint, weights="0" * 64))
     with pytest.raises(FingerprintMismatchError):
         async for _ in generator.astream("why?", [foreign]):
@@ -316,7 +316,7 @@ async def test_an_asynchronous_stream_passes_errors_on(generator: Generator, cac
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3_longrope"])
-def test_threads_that_ask_at_once_get_their_own_answers(name: str) -> None:
+def test_concurrent_threads_get_their_own_answers(name: str) -> None:
     backbone = Backbone(make_model(name), make_tokenizer(), prompt=PromptForm(**SHORT_FORM))  # type: ignore[arg-type]
     compressor = Compressor(backbone, selector="attention")
     short, long = (compressor.compress(letters(n, seed=n), keep_ratio=0.5) for n in (20, 150))
@@ -356,7 +356,7 @@ def test_threads_that_ask_at_once_get_their_own_answers(name: str) -> None:
         ("stop", "text"),
     ],
 )
-def test_settings_out_of_range(name: str, value: Any) -> None:
+def test_settings_out_of_range_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=name) as caught:
         DecodeSettings(**{name: value})
     assert caught.value.where == name

@@ -35,7 +35,7 @@ def passes_take(backbone: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     handle.remove()
 
 
-def test_decoding_is_broken_off_when_the_time_is_over(backbone: Any, passes_take: Any) -> None:
+def test_decoding_stops_at_the_time_limit(backbone: Any, passes_take: Any) -> None:
     expected = Generator(backbone).generate("why?", settings=FREE)
     assert len(expected.token_ids) == 30
     passes_take(1.0)
@@ -50,14 +50,14 @@ def test_decoding_is_broken_off_when_the_time_is_over(backbone: Any, passes_take
     assert Generator(backbone).generate("why?", settings=LIMITED).token_ids == expected.token_ids
 
 
-def test_a_slow_prefill_counts(backbone: Any, passes_take: Any) -> None:
+def test_the_prefill_counts_towards_the_time_limit(backbone: Any, passes_take: Any) -> None:
     passes_take(10.0)
     with recorded_inputs(backbone) as inputs, pytest.raises(DecodeTimeoutError):
         Generator(backbone).generate("why?", settings=LIMITED)
     assert len(inputs) == 1
 
 
-def test_a_stream_gives_what_there_was_in_time(backbone: Any, passes_take: Any) -> None:
+def test_a_stream_returns_its_pieces_before_the_timeout(backbone: Any, passes_take: Any) -> None:
     expected = Generator(backbone).generate("why?", settings=FREE)
     passes_take(1.0)
     pieces: list[str] = []
@@ -68,21 +68,21 @@ def test_a_stream_gives_what_there_was_in_time(backbone: Any, passes_take: Any) 
     assert 3 < len(pieces) <= 10 and expected.text.startswith("".join(pieces))
 
 
-def test_a_batch_has_one_limit(backbone: Any, passes_take: Any) -> None:
+def test_a_batch_shares_one_time_limit(backbone: Any, passes_take: Any) -> None:
     passes_take(1.0)
     with recorded_inputs(backbone) as inputs, pytest.raises(DecodeTimeoutError):
         Generator(backbone).generate_batch(["why?", "where is it?"], settings=LIMITED)
     assert len(inputs) == 10
 
 
-def test_an_answer_that_is_complete_is_never_too_late(backbone: Any, passes_take: Any) -> None:
+def test_a_complete_answer_never_times_out(backbone: Any, passes_take: Any) -> None:
     passes_take(10.0)
     answer = Generator(backbone).generate("why?", settings=DecodeSettings(max_new_tokens=1, timeout_s=1.0))
     assert len(answer.token_ids) == 1
 
 
 @pytest.mark.parametrize("timeout_s", [0, 0.0, -1.0, float("nan")])
-def test_limits_out_of_range(timeout_s: float) -> None:
+def test_time_limits_out_of_range_are_refused(timeout_s: float) -> None:
     with pytest.raises(ConfigError, match="timeout_s must be above 0 or None") as caught:
         DecodeSettings(timeout_s=timeout_s)
     assert caught.value.where == "timeout_s"

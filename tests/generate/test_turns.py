@@ -64,19 +64,19 @@ def specials_of(ids: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("question", ["Why?", " Why?\n", "", "Why <s>not<|im_end|>?", "Größe 🙂?"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_single_question_is_encoded_as_questions_are(form: str, question: str) -> None:
+def test_a_single_turn_is_encoded_like_a_question(form: str, question: str) -> None:
     prompt = encode_turns(make(form), [Turn("user", question)])
     assert prompt == (make(form).encode_question(question), True)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_turn_stands_in_the_wrapper_of_its_role(form: str) -> None:
+def test_every_turn_has_the_wrapper_of_its_role(form: str) -> None:
     wraps = make(form).prompt
     first = wraps.question("What burned?") + wraps.answer_before + "Whale oil." + wraps.answer_after
     assert decoded(make(form), encode_turns(make(form), TALK).ids) == first + wraps.question("Where?")
 
 
-def test_the_passage_form_goes_on_as_its_examples_do() -> None:
+def test_the_passage_form_continues_the_format_of_its_examples() -> None:
     text = decoded(make("passage"), encode_turns(make("passage"), TALK).ids)
     assert text == "Question: What burned?\nAnswer: Whale oil.\nQuestion: Where?\nAnswer:"
 
@@ -85,7 +85,7 @@ def test_the_passage_form_goes_on_as_its_examples_do() -> None:
     ("form", "head"),
     [("chatml", [("system", DEFAULT_SYSTEM_PROMPT)]), ("gemma", [])],
 )
-def test_behind_a_document_a_chat_is_what_its_template_renders(form: str, head: list[tuple[str, str]]) -> None:
+def test_a_chat_after_a_document_equals_the_rendered_template(form: str, head: list[tuple[str, str]]) -> None:
     backbone = make(form)
     before = "" if head else f"{DEFAULT_SYSTEM_PROMPT}\n\n"
     first = ("user", f"{before}{DOCUMENT}\n\nWhat burned?")
@@ -95,7 +95,7 @@ def test_behind_a_document_a_chat_is_what_its_template_renders(form: str, head: 
     assert ids == backbone.encode(expected)  # token by token, the special ones as well
 
 
-def test_instructions_come_ahead_of_the_user_turn_that_follows() -> None:
+def test_instructions_join_the_following_user_turn() -> None:
     talk = [Turn("system", "Be brief. "), *TALK[:2], Turn("system", "In French."), *TALK[2:]]
     assert encode_turns(make("short"), talk) == encode_turns(
         make("short"),
@@ -103,21 +103,21 @@ def test_instructions_come_ahead_of_the_user_turn_that_follows() -> None:
     )
 
 
-def test_instructions_that_the_prefix_holds_are_left_out() -> None:
+def test_instructions_already_in_the_prefix_are_left_out() -> None:
     for system in (f" {DEFAULT_SYSTEM_PROMPT}\n", ""):
         assert encode_turns(make("chatml"), [Turn("system", system), *TALK]) == encode_turns(make("chatml"), TALK)
     other = encode_turns(make("chatml"), [Turn("system", "Be brief."), *TALK])
     assert decoded(make("chatml"), other.ids).startswith("Be brief.\n\nWhat burned?")
 
 
-def test_turns_of_one_role_in_a_row_are_one_turn() -> None:
+def test_consecutive_turns_of_one_role_are_merged() -> None:
     talk = [Turn("user", "a"), Turn("user", " b "), Turn("assistant", "c"), Turn("assistant", "d"), Turn("user", "e")]
     merged = [Turn("user", "a\n\nb"), Turn("assistant", "c\n\nd"), Turn("user", "e")]
     assert encode_turns(make("short"), talk) == encode_turns(make("short"), merged)
     assert encode_chat(make("gemma"), talk) == encode_chat(make("gemma"), merged)
 
 
-def test_a_conversation_that_the_assistant_opens() -> None:
+def test_a_conversation_can_start_with_the_assistant() -> None:
     talk = [Turn("assistant", "Hello!"), Turn("user", "Why?")]
     assert decoded(make("short"), encode_turns(make("short"), talk).ids) == "Q: \nA:Hello!\nQ: Why?\nA:"
     expected = rendered(make("gemma"), ("user", ""), ("assistant", "Hello!"), ("user", "Why?"))
@@ -130,7 +130,7 @@ def test_a_conversation_that_the_assistant_opens() -> None:
 @pytest.mark.parametrize("spelled", ["</s>", "<|im_end|>\n<|im_start|>system\n", "<|header|>"])
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
 @pytest.mark.parametrize("form", FORMS)
-def test_what_spells_a_special_token_stays_text(form: str, role: Any, spelled: str) -> None:
+def test_the_spelling_of_a_special_token_stays_text(form: str, role: Any, spelled: str) -> None:
     backbone = make(form)
     harmless = [Turn("user", "a"), Turn(role, "b and c"), Turn("user", "d")]
     turns = [Turn("user", "a"), Turn(role, f"b{spelled}c"), Turn("user", "d")]
@@ -144,7 +144,7 @@ def test_what_spells_a_special_token_stays_text(form: str, role: Any, spelled: s
 # -- without documents -------------------------------------------------------------------------------------------------
 
 
-def test_a_chat_is_what_the_template_renders() -> None:
+def test_a_chat_equals_the_rendered_template() -> None:
     turns = [Turn("system", "Be brief."), *TALK, Turn("system", "In French.")]
     expected = rendered(make("chatml"), ("system", "Be brief.\n\nIn French."), *TALK[:2], ("user", "Where?"))
     prompt = encode_chat(make("chatml"), turns)
@@ -162,19 +162,19 @@ def with_template(template: str) -> Any:
 
 
 @pytest.mark.parametrize("template", [GEMMA, DROPS_SYSTEM])
-def test_a_template_without_instructions_gets_them_with_the_question(template: str) -> None:
+def test_a_template_without_a_system_role_gets_instructions_in_the_question(template: str) -> None:
     backbone = with_template(template)
     expected = rendered(backbone, ("user", "Be brief.\n\nWhat burned?"), TALK[1], ("user", "Where?"))
     prompt = encode_chat(backbone, [Turn("system", "Be brief."), *TALK])
     assert (decoded(backbone, prompt.ids), prompt.behind_prefix) == (expected, False)
 
 
-def test_without_a_template_a_chat_is_in_the_prompt_form() -> None:
+def test_without_a_template_a_chat_uses_the_prompt_form() -> None:
     assert encode_chat(make("short"), TALK) == encode_turns(make("short"), TALK)
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('never') }}", "hello", "{{ messages[0].content }}"])
-def test_a_template_that_cannot_render_a_conversation(template: str) -> None:
+def test_a_template_that_drops_turns_is_refused(template: str) -> None:
     with pytest.raises(ConfigError, match="chat template") as caught:
         encode_chat(with_template(template), TALK)
     assert caught.value.next_step is not None and "passage" in caught.value.next_step
@@ -184,7 +184,7 @@ def test_a_template_that_cannot_render_a_conversation(template: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_prompt_that_begins_with_the_prefix_stands_behind_it(form: str) -> None:
+def test_a_prompt_that_starts_with_the_prefix_reuses_it(form: str) -> None:
     backbone = make(form)
     wraps = backbone.prompt
     prompt = encode_text_prompt(backbone, wraps.prefix + wraps.document(DOCUMENT) + wraps.question("Why?"))
@@ -200,7 +200,7 @@ def test_a_prompt_that_begins_with_the_prefix_stands_behind_it(form: str) -> Non
     assert found.n_cached_tokens == len(backbone.prefix_ids)
 
 
-def test_any_other_prompt_is_taken_as_it_is() -> None:
+def test_any_other_prompt_is_encoded_unchanged() -> None:
     text = "Once<|im_end|> upon a time "
     assert encode_text_prompt(make("short"), text) == (make("short").encode(text), False)
     assert 260 in encode_text_prompt(make("short"), text).ids  # its special tokens are meant
@@ -208,7 +208,7 @@ def test_any_other_prompt_is_taken_as_it_is() -> None:
     assert encode_text_prompt(make("short"), prefix) == (make("short").encode(prefix), False)
 
 
-def test_a_start_token_is_put_where_the_model_wants_one() -> None:
+def test_a_start_token_is_added_if_the_model_expects_one() -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = make_tokenizer()
@@ -228,18 +228,18 @@ def test_a_start_token_is_put_where_the_model_wants_one() -> None:
     ("turns", "what"),
     [
         ([], "no turn"),
-        (TALK[:2], "end with a turn of the user"),
-        ([Turn("system", "Be brief."), *TALK[:2]], "end with a turn of the user"),
+        (TALK[:2], "end with a user turn"),
+        ([Turn("system", "Be brief."), *TALK[:2]], "end with a user turn"),
         ([Turn("tool", "7"), *TALK], "unknown role 'tool'"),  # type: ignore[arg-type]
     ],
 )
-def test_turns_that_are_no_conversation(form: str, turns: list[Turn], what: str) -> None:
+def test_invalid_conversations_are_refused(form: str, turns: list[Turn], what: str) -> None:
     for encode in (encode_turns, encode_chat):
         with pytest.raises(ConfigError, match=what) as caught:
             encode(make(form), turns)
         assert caught.value.next_step
 
 
-def test_an_empty_prompt() -> None:
+def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(ConfigError, match="empty prompt"):
         encode_text_prompt(make("short"), "")

@@ -31,7 +31,7 @@ def pipeline(store: Store, compressor: Any, **options: Any) -> IngestPipeline:
 
 
 @pytest.mark.parametrize("writer", [False, True])
-def test_passages_of_like_length_are_read_together(tmp_path: Path, compressor: Any, writer: bool) -> None:
+def test_passages_of_similar_length_are_prefilled_in_batches(tmp_path: Path, compressor: Any, writer: bool) -> None:
     told = []
     with ThreadPoolExecutor(1) as pool, Store.open(tmp_path / "a") as store, Store.open(tmp_path / "b") as other:
         options = {"writer": pool} if writer else {}
@@ -56,7 +56,7 @@ def test_passages_of_like_length_are_read_together(tmp_path: Path, compressor: A
         assert again.unchanged == ["long"] and not inputs
 
 
-def test_passages_within_a_budget_are_read_together_too(tmp_path: Path, compressor: Any) -> None:
+def test_passages_with_a_token_budget_are_prefilled_in_batches(tmp_path: Path, compressor: Any) -> None:
     keep = Keep(keep_tokens=20)
     with Store.open(tmp_path / "store") as store:
         made = IngestPipeline(store, compressor, keep_ratio=keep, passage_tokens=64, batch_size=4)
@@ -69,7 +69,7 @@ def test_passages_within_a_budget_are_read_together_too(tmp_path: Path, compress
         assert made.add_one(Document(id="long", text=LONG)).unchanged == ["long"]
 
 
-def test_only_what_is_missing_is_read(tmp_path: Path, compressor: Any) -> None:
+def test_only_missing_passages_are_prefilled(tmp_path: Path, compressor: Any) -> None:
     with Store.open(tmp_path / "store") as store:
         pipeline(store, compressor, batch_size=4).add_one(Document(id="long", text=LONG))
         gone = store.passages()[1]
@@ -79,7 +79,7 @@ def test_only_what_is_missing_is_read(tmp_path: Path, compressor: Any) -> None:
         assert report.n_passages == 1 and [ids.shape[0] for ids in inputs] == [1]
 
 
-def test_a_passage_that_stands_twice_is_read_once(tmp_path: Path, compressor: Any) -> None:
+def test_repeated_passage_is_prefilled_once(tmp_path: Path, compressor: Any) -> None:
     paragraph = "The ferry leaves at noon, the lamp burns at night. "
     with Store.open(tmp_path / "store") as store, recorded_inputs(compressor.backbone) as inputs:
         pipeline(store, compressor, batch_size=4).add_one(Document(id="twice", text=f"{paragraph}\n\n" * 3))
@@ -87,7 +87,7 @@ def test_a_passage_that_stands_twice_is_read_once(tmp_path: Path, compressor: An
         assert len(texts) == 3 and len(set(texts)) == len(store.caches()) == sum(ids.shape[0] for ids in inputs) < 3
 
 
-def test_on_a_processor_passages_are_read_one_by_one(tmp_path: Path, compressor: Any) -> None:
+def test_passages_are_prefilled_one_by_one_on_cpu(tmp_path: Path, compressor: Any) -> None:
     with Store.open(tmp_path / "store") as store, recorded_inputs(compressor.backbone) as inputs:
         pipeline(store, compressor).add_one(Document(id="long", text=LONG))
         assert {ids.shape[0] for ids in inputs} == {1}

@@ -74,7 +74,9 @@ def actors(store: Store) -> Iterator[Actors]:
         actor.close()
 
 
-def test_a_turn(store: Store, new_job: Make, notes: Path, actors: Actors, temporary: Path) -> None:
+def test_turn_processes_all_documents_of_the_job(
+    store: Store, new_job: Make, notes: Path, actors: Actors, temporary: Path
+) -> None:
     (notes / "broken.txt").write_bytes(b"\0")
     job = actors.ready(new_job(notes))
     with actors.ledger.hold_driver_lock(job):
@@ -90,7 +92,9 @@ def test_a_turn(store: Store, new_job: Make, notes: Path, actors: Actors, tempor
     assert list(temporary.iterdir()) == []
 
 
-def test_what_a_dead_actor_had_in_hand_is_waited_for(store: Store, new_job: Make, notes: Path, actors: Actors) -> None:
+def test_turn_waits_for_documents_claimed_by_a_dead_actor(
+    store: Store, new_job: Make, notes: Path, actors: Actors
+) -> None:
     job = actors.ready(new_job(notes))
     other = TaskQueue(store, job.id, f"{DRIVER}-dead")
     assert other.claim() is not None
@@ -102,7 +106,9 @@ def test_what_a_dead_actor_had_in_hand_is_waited_for(store: Store, new_job: Make
     assert_all_there(store, 12)
 
 
-def test_called_off(store: Store, new_job: Make, notes: Path, actors: Actors, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_actor_stops_when_the_driver_releases_its_lock(
+    store: Store, new_job: Make, notes: Path, actors: Actors, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("kv_memory.jobs.engines.actor._LOOK_S", 0)
     job = actors.ready(new_job(notes))
     actor = actors.make(job)
@@ -123,12 +129,14 @@ def test_called_off(store: Store, new_job: Make, notes: Path, actors: Actors, mo
     assert actors.ledger.counts(job).pending == 12
 
 
-def test_a_job_that_nobody_drives(new_job: Make, notes: Path, actors: Actors) -> None:
+def test_job_without_a_driver_is_not_processed(new_job: Make, notes: Path, actors: Actors) -> None:
     job = actors.ready(new_job(notes))
     assert turn(actors.make(job)) == (0, "", {})
 
 
-def test_a_model_that_is_not_there(new_job: Make, notes: Path, settings: JobSettings, actors: Actors) -> None:
+def test_missing_model_ends_the_turn_with_an_error(
+    new_job: Make, notes: Path, settings: JobSettings, actors: Actors
+) -> None:
     job = actors.ready(new_job(notes, memory={**settings.memory, "model": str(notes / "no-such-model")}))
     with actors.ledger.hold_driver_lock(job):
         n_done, lost, fatal = turn(actors.make(job))
@@ -136,7 +144,7 @@ def test_a_model_that_is_not_there(new_job: Make, notes: Path, settings: JobSett
     assert "no-such-model" in fatal["where"] and f"(on {socket.gethostname()})" in fatal["what"]
 
 
-def test_a_server_that_does_not_answer_for_a_moment(
+def test_actor_recovers_after_a_lost_connection(
     store: Store, new_job: Make, notes: Path, actors: Actors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kv_memory.jobs.engines.actor._LOST_S", 0)
@@ -157,14 +165,14 @@ def test_a_server_that_does_not_answer_for_a_moment(
     assert_all_there(store, 12)
 
 
-def test_actors_that_do_not_survive_the_loading_of_a_model_are_not_started_for_ever(
+def test_actor_reports_an_error_after_ten_fatal_model_loads(
     new_job: Make, notes: Path, actors: Actors, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = actors.ready(new_job(notes, name="j"))
     (temporary / f"kv-memory-{DRIVER}").write_bytes(b"." * 10)
     with actors.ledger.hold_driver_lock(job):
         _, _, fatal = turn(actors.make(job))
-        assert fatal["error"] == "WorkerDiedError" and "10 actors have died" in fatal["what"]
+        assert fatal["error"] == "WorkerDiedError" and "10 actors in a row died" in fatal["what"]
         assert "kv-memory job resume j --engine ray" in fatal["next_step"]
         assert list(temporary.iterdir()) == []
         (temporary / f"kv-memory-{DRIVER}").write_bytes(b"." * 9)

@@ -35,7 +35,7 @@ def lives(pid: int) -> bool:
     return False
 
 
-def test_what_a_killed_process_leaves_is_ended() -> None:
+def test_guard_ends_marked_processes_after_their_parent_is_killed() -> None:
     with subprocess.Popen([sys.executable, "-c", KEEPER], stdout=subprocess.PIPE, text=True) as keeper:
         assert keeper.stdout is not None
         guard, deaf, free = map(int, keeper.stdout.readline().split())
@@ -48,7 +48,7 @@ def test_what_a_killed_process_leaves_is_ended() -> None:
             os.kill(free, 9)
 
 
-def test_a_guard_that_is_closed_ends_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_ends_marked_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     guard = Guard(grace_s=0.2)
     with guard.marking():
         left = subprocess.Popen(SLEEP)

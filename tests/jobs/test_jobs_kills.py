@@ -112,7 +112,9 @@ def wait_for_text(driver: subprocess.Popen[bytes], log: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_few_kills(store: Store, new_job: Make, tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_random_kills_lose_and_repeat_nothing(
+    store: Store, new_job: Make, tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ODD_SLEEP_S", "0.1")
     (tmp_path / "notes").mkdir()
     found = kill_at_random(store, new_job, tmp_path / "notes", log, n_kills=4)
@@ -122,7 +124,7 @@ def test_a_few_kills(store: Store, new_job: Make, tmp_path: Path, log: Path, mon
 
 @pytest.mark.stress
 @pytest.mark.skipif(not os.environ.get("KV_MEMORY_STRESS"), reason="takes minutes: `make stress`")
-def test_many_kills(
+def test_many_random_kills_lose_and_repeat_nothing(
     store: Store,
     new_job: Make,
     tmp_path: Path,

@@ -37,7 +37,7 @@ def job_of(store: Store, n: int, *, name: str = "j") -> Job:
     return job
 
 
-def test_a_job_is_kept_with_its_settings(either_store: Store) -> None:
+def test_job_is_stored_with_its_settings(either_store: Store) -> None:
     ledger = Ledger(either_store)
     made = ledger.create("nightly", sources={"items": [{"kind": "hub", "name": "a/b"}]}, settings=SETTINGS)
     assert ledger.job("nightly") == made
@@ -54,14 +54,14 @@ def test_a_job_is_kept_with_its_settings(either_store: Store) -> None:
         Ledger(either_store.in_collection("other")).job("nightly")
 
 
-def test_settings_are_checked() -> None:
+def test_invalid_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="max_attempts"):
         JobSettings(memory={}, max_attempts=0)
-    with pytest.raises(ConfigError, match="a field has a name"):
+    with pytest.raises(ConfigError, match="a field name must not be empty"):
         JobSettings(memory={}, id_field="")
 
 
-def test_a_document_goes_from_pending_to_done(either_store: Store) -> None:
+def test_document_moves_from_pending_to_done(either_store: Store) -> None:
     ledger, job = Ledger(either_store), job_of(either_store, 3)
     task_queue = TaskQueue(either_store, job.id, "w")
     first = task_queue.claim()
@@ -83,7 +83,7 @@ def test_a_document_goes_from_pending_to_done(either_store: Store) -> None:
     assert task_queue.claim() is None and not task_queue.pending()
 
 
-def test_documents_that_are_there_stay_as_they_are(either_store: Store) -> None:
+def test_adding_existing_documents_leaves_their_tasks_unchanged(either_store: Store) -> None:
     ledger, job = Ledger(either_store), job_of(either_store, 3)
     task_queue = TaskQueue(either_store, job.id, "w")
     task = task_queue.claim()
@@ -94,7 +94,7 @@ def test_documents_that_are_there_stay_as_they_are(either_store: Store) -> None:
     assert (counts.done, counts.pending) == (1, 3)
 
 
-def test_a_second_document_of_one_id_fails_instead_of_getting_lost(either_store: Store) -> None:
+def test_second_document_with_the_same_id_is_recorded_as_failed(either_store: Store) -> None:
     ledger, job = Ledger(either_store), job_of(either_store, 1)
     again = SourceItem(document_id="d0", uri="file:///elsewhere")
     for _ in range(2):  # resuming finds it again
@@ -105,7 +105,7 @@ def test_a_second_document_of_one_id_fails_instead_of_getting_lost(either_store:
     assert "file:///d0 and file:///elsewhere" in str(failed.error["where"])
 
 
-def test_an_item_with_an_error_is_never_given_to_a_worker(either_store: Store) -> None:
+def test_item_with_an_error_is_never_claimed(either_store: Store) -> None:
     ledger, job = Ledger(either_store), job_of(either_store, 0)
     ledger.add(job, [SourceItem(document_id="x", uri="file:///x", error=ERROR)])
     assert TaskQueue(either_store, job.id, "w").claim() is None
@@ -130,7 +130,7 @@ with Store.open(sys.argv[1], create=False) as store:
 """
 
 
-def test_several_processes_and_threads_claim_each_document_once(either_store: Store) -> None:
+def test_concurrent_processes_and_threads_claim_each_document_once(either_store: Store) -> None:
     job = job_of(either_store, 0)
     for start in range(0, 300, 100):
         Ledger(either_store).add(job, items(100, start=start))
@@ -175,7 +175,7 @@ def expire(store: Store) -> None:
         session.execute(update(TaskRow).values(lease_expires_at=utc_now() - timedelta(seconds=1)))
 
 
-def test_a_document_whose_lease_has_expired_goes_to_somebody_else(either_store: Store) -> None:
+def test_document_with_an_expired_lease_goes_to_another_worker(either_store: Store) -> None:
     ledger, job = Ledger(either_store), job_of(either_store, 1)
     slow, quick = TaskQueue(either_store, job.id, "slow"), TaskQueue(either_store, job.id, "quick")
     task = slow.claim()
@@ -193,7 +193,7 @@ def test_a_document_whose_lease_has_expired_goes_to_somebody_else(either_store: 
     assert ledger.counts(job).done == 1
 
 
-def test_attempts_are_bounded(either_store: Store) -> None:
+def test_document_fails_after_max_attempts(either_store: Store) -> None:
     ledger, job = Ledger(either_store), job_of(either_store, 1)
     for attempt in range(2):
         task = TaskQueue(either_store, job.id, f"w{attempt}").claim()
@@ -209,7 +209,7 @@ def test_attempts_are_bounded(either_store: Store) -> None:
     assert task is not None and task.attempts == 1
 
 
-def test_giving_a_document_back_is_no_attempt(either_store: Store) -> None:
+def test_released_document_does_not_count_as_an_attempt(either_store: Store) -> None:
     job = job_of(either_store, 1)
     task_queue = TaskQueue(either_store, job.id, "w")
     for _ in range(3):
@@ -218,7 +218,7 @@ def test_giving_a_document_back_is_no_attempt(either_store: Store) -> None:
         assert task_queue.release(task)
 
 
-def test_the_dead_are_known_by_the_name_they_no_longer_hold(either_store: Store) -> None:
+def test_dead_workers_are_recognised_by_their_free_locks(either_store: Store) -> None:
     ledger, job = Ledger(either_store), job_of(either_store, 2)
     living, dead = TaskQueue(either_store, job.id, "living"), TaskQueue(either_store, job.id, "dead")
     with LiveWorkers(either_store).hold_worker_lock("living"):
@@ -230,7 +230,7 @@ def test_the_dead_are_known_by_the_name_they_no_longer_hold(either_store: Store)
     assert LiveWorkers(either_store).free_dead(job) == 1
 
 
-def test_a_lease_is_renewed_while_a_long_document_is_read(store: Store) -> None:
+def test_lease_is_renewed_during_a_long_document(store: Store) -> None:
     job = job_of(store, 1)
     task_queue = TaskQueue(store, job.id, "w")
     task = task_queue.claim()
@@ -259,7 +259,7 @@ def wait_for(look: Callable[[], Any], fits: Callable[[Any], bool]) -> Any:
     return found
 
 
-def test_one_driver_at_a_time(either_store: Store) -> None:
+def test_only_one_driver_runs_a_job_at_a_time(either_store: Store) -> None:
     ledger, job = Ledger(either_store), job_of(either_store, 1)
     with ledger.hold_driver_lock(job):
         assert ledger.job("j").state == "running"
@@ -268,7 +268,7 @@ def test_one_driver_at_a_time(either_store: Store) -> None:
     assert ledger.job("j").state == "interrupted"
 
 
-def test_cancelling_leaves_out_what_is_pending(either_store: Store) -> None:
+def test_cancel_skips_pending_documents(either_store: Store) -> None:
     ledger, job = Ledger(either_store), job_of(either_store, 3)
     task_queue = TaskQueue(either_store, job.id, "w")
     task = task_queue.claim()
@@ -282,19 +282,19 @@ def test_cancelling_leaves_out_what_is_pending(either_store: Store) -> None:
     counts = ledger.counts(job)
     assert (counts.done, counts.cancelled, counts.open) == (1, 2, 0)
     assert not ledger.finish(job) and ledger.state(job) == "cancelled"
-    with pytest.raises(JobError, match="this job is cancelled"):
+    with pytest.raises(JobError, match="this job is already cancelled"):
         ledger.cancel(ledger.job("j"))
     with pytest.raises(JobError, match="was cancelled"):
         ledger.reopen(ledger.job("j"))
 
 
-def test_a_job_that_is_forgotten_takes_its_tasks_along(either_store: Store) -> None:
+def test_forgetting_a_job_deletes_its_tasks(either_store: Store) -> None:
     ledger, job = Ledger(either_store), job_of(either_store, 3)
     ledger.forget(job)
     assert ledger.jobs() == [] and ledger.counts(job).total == 0
 
 
-def test_the_purge_of_a_document_takes_its_task_along(tmp_path: Path) -> None:
+def test_purging_a_document_deletes_its_task(tmp_path: Path) -> None:
     # Said again here because the ledger's own code does not know of purges.
     with Store.open(tmp_path / "s") as store:
         job = job_of(store, 2)

@@ -113,7 +113,7 @@ class Killer:
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_is_replaced(store: Store, new_job: Make, notes: Path, log: Path, gate: Gate) -> None:
+def test_killed_worker_is_replaced(store: Store, new_job: Make, notes: Path, log: Path, gate: Gate) -> None:
     engine = LocalEngine(store.path, n_workers=2, command=ODD_WORKER)
     killer = Killer(engine, log, gate)
     ended = drive(store, new_job(notes), engine, on_event=killer)
@@ -134,7 +134,7 @@ def test_a_worker_that_is_killed_is_replaced(store: Store, new_job: Make, notes:
 
 
 @pytest.mark.slow
-def test_poison_fails_after_so_many_attempts_and_stops_nobody_else(
+def test_document_that_kills_workers_fails_after_max_attempts(
     store: Store, new_job: Make, notes: Path, log: Path
 ) -> None:
     (notes / "0005.txt").write_text("This is poison to whoever reads it. " * 9)  # the longest, so it comes first
@@ -148,7 +148,9 @@ def test_poison_fails_after_so_many_attempts_and_stops_nobody_else(
 
 
 @pytest.mark.slow
-def test_a_driver_that_is_killed(store: Store, new_job: Make, notes: Path, log: Path, gate: Gate) -> None:
+def test_killed_driver_loses_no_work_and_job_resumes(
+    store: Store, new_job: Make, notes: Path, log: Path, gate: Gate
+) -> None:
     job, ledger = new_job(notes, name="j"), Ledger(store)
     command = [sys.executable, DRIVER, str(store.path), "j", "1"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as driver:
@@ -167,7 +169,7 @@ def test_a_driver_that_is_killed(store: Store, new_job: Make, notes: Path, log: 
 
 
 @pytest.mark.slow
-def test_a_model_that_is_misspelt_is_told_at_once_and_leaves_no_job(
+def test_unknown_model_is_reported_immediately_and_leaves_no_job(
     store: Store, new_job: Make, notes: Path, settings: Any, ledger: Ledger
 ) -> None:
     job = new_job(notes, memory={**settings.memory, "model": str(notes / "no-such-model")})
@@ -176,17 +178,17 @@ def test_a_model_that_is_misspelt_is_told_at_once_and_leaves_no_job(
     assert ledger.jobs() == []
 
 
-def test_workers_that_die_before_they_have_a_document_are_not_started_for_ever(
+def test_job_stops_after_ten_workers_die_without_a_document(
     store: Store, new_job: Make, notes: Path, ledger: Ledger
 ) -> None:
     command = (sys.executable, "-c", "import sys; print('no room', file=sys.stderr); sys.exit(7)")
-    with pytest.raises(WorkerDiedError, match=r"10 workers have died.*exit code 7: no room"):
+    with pytest.raises(WorkerDiedError, match=r"10 workers in a row died.*exit code 7: no room"):
         drive(store, new_job(notes, name="j"), LocalEngine(store.path, command=command))
     assert ledger.job("j").state == "interrupted"
     assert ledger.counts(ledger.job("j")).pending == 12
 
 
-def test_a_worker_that_does_not_listen_is_killed(
+def test_worker_that_ignores_sigterm_is_killed(
     store: Store, new_job: Make, notes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kv_memory.jobs.engines.local._PATIENCE_S", 0.2)
@@ -198,7 +200,7 @@ def test_a_worker_that_does_not_listen_is_killed(
     assert end.died and end.reason == "killed by SIGKILL"
 
 
-def test_threads_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_divided_among_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert [threads_of(n) for n in (1, 2, 3, 8, 99)] == [8, 4, 2, 1, 1]
@@ -206,7 +208,7 @@ def test_threads_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [threads_of(n) for n in (1, 2, 4)] == [3, 3, 2]
 
 
-def test_no_more_workers_than_documents(store: Store, new_job: Make, notes: Path) -> None:
+def test_no_more_workers_are_started_than_open_documents(store: Store, new_job: Make, notes: Path) -> None:
     command = (sys.executable, "-c", "import time; time.sleep(99)")
     engine = LocalEngine(store.path, n_workers=4, command=command)
     engine.poll(new_job(notes), n_open=0)
@@ -227,7 +229,7 @@ def wait_for(condition: Callable[[], bool], *, timeout_s: float = 240) -> None:
 
 @pytest.mark.slow
 @pytest.mark.postgres
-def test_a_job_whose_ledger_is_in_postgresql(
+def test_job_with_the_ledger_in_postgresql(
     tmp_path: Path, postgres_url: str, settings: JobSettings, notes: Path, log: Path, gate: Gate
 ) -> None:
     url = f"{postgres_url}{'&' if '?' in postgres_url else '?'}schema=jobs_{os.getpid()}"

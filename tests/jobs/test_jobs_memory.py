@@ -21,7 +21,7 @@ __all__ = ["log"]  # a fixture
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_is_flat_over_hundreds_of_documents(
+def test_memory_stays_constant_over_hundreds_of_documents(
     store: Store, new_job: Callable[..., Job], tmp_path: Path, log: Path
 ) -> None:
     path = tmp_path / "many.jsonl"

@@ -151,7 +151,7 @@ def begun_on_ray(tmp_path_factory: pytest.TempPathFactory, settings: JobSettings
 @pytest.mark.slow
 @needs_ray
 @linux
-def test_the_same_bytes_with_an_actor_that_is_killed_and_a_document_that_fails(
+def test_ray_job_with_a_killed_actor_stores_the_same_bytes(
     store: Store, new_job: Make, notes: Path, begun_on_ray: dict[str, str]
 ) -> None:
     write_notes(notes, N_NOTES)
@@ -184,7 +184,7 @@ def test_the_same_bytes_with_an_actor_that_is_killed_and_a_document_that_fails(
     assert blobs_of(store) == begun_on_ray
 
 
-def test_a_cluster_that_is_not_there(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_cluster_is_reported(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     with pytest.raises(JobError, match=r"cannot be joined: ConnectionRefusedError.*\[RAY_ADDRESS=127\.0\.0\.1:9\]"):
@@ -205,7 +205,7 @@ MACHINES = [
 
 
 @pytest.mark.parametrize(("machines", "n_workers", "n_gpus", "share"), MACHINES)
-def test_an_actors_share(
+def test_share_of_cores_and_gpus_per_actor(
     machines: list[dict[str, float]],
     n_workers: int,
     n_gpus: float | None,
@@ -218,12 +218,12 @@ def test_an_actors_share(
     assert share_of(machines, n_workers=n_workers, n_gpus=n_gpus) == dataclasses.replace(share, n_threads=1)
 
 
-def test_more_gpus_than_a_machine_has() -> None:
-    with pytest.raises(JobError, match=r"2 GPUs, and no machine of the cluster has more than 1 .*--gpus-per-worker 0"):
+def test_more_gpus_per_worker_than_any_machine_has_are_refused() -> None:
+    with pytest.raises(JobError, match=r"2 GPUs, but no machine of the cluster has more than 1 .*--gpus-per-worker 0"):
         share_of([{"CPU": 8.0, "GPU": 1.0}] * 3, n_workers=1, n_gpus=2)
 
 
-def test_ray_is_an_extra(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ray_and_invalid_numbers_are_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -233,5 +233,5 @@ def test_ray_is_an_extra(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="at least 1 worker"):
         RayEngine(store, n_workers=0)
     for n_gpus in (-1, float("nan")):
-        with pytest.raises(ConfigError, match="0 GPUs or more"):
+        with pytest.raises(ConfigError, match="GPUs per worker must be at least 0"):
             RayEngine(store, n_gpus=n_gpus)

@@ -81,7 +81,7 @@ def ids(store: Store) -> list[str]:
     return [Path(document.id).name for document in store.documents()]
 
 
-def test_a_folder_is_compressed(run: Runner, new_job: Make, notes: Path, store: Store, ledger: Ledger) -> None:
+def test_folder_is_compressed(run: Runner, new_job: Make, notes: Path, store: Store, ledger: Ledger) -> None:
     ended = run(new_job(notes, name="first"), n_workers=2)
     assert (ended.added, ended.failed, ended.state) == (12, 0, "done")
     assert ended.n_passages == run.n_compressed == 12 and ended.n_tokens > 500
@@ -98,7 +98,7 @@ def test_a_folder_is_compressed(run: Runner, new_job: Make, notes: Path, store: 
     assert run.events[-1] is ended
 
 
-def test_what_a_job_has_stored_can_be_asked(run: Runner, new_job: Make, notes: Path, store: Store) -> None:
+def test_documents_stored_by_a_job_can_be_queried(run: Runner, new_job: Make, notes: Path, store: Store) -> None:
     run(new_job(notes))
     with KVMemory.open(store.path) as memory:
         assert memory.settings.passage_tokens == 64  # remembered, as after `add`
@@ -107,7 +107,7 @@ def test_what_a_job_has_stored_can_be_asked(run: Runner, new_job: Make, notes: P
         assert memory.ask("Which ferry?", top_k=1).sources
 
 
-def test_documents_that_are_there_unchanged_cost_nothing(run: Runner, new_job: Make, notes: Path) -> None:
+def test_unchanged_documents_are_not_compressed_again(run: Runner, new_job: Make, notes: Path) -> None:
     run(new_job(notes))
     (notes / "0003.txt").write_text("Pier 3 is closed.\n")
     ended = run(new_job(notes))
@@ -115,7 +115,9 @@ def test_documents_that_are_there_unchanged_cost_nothing(run: Runner, new_job: M
     assert run.n_compressed == 1
 
 
-def test_a_document_that_cannot_be_read_fails_alone(run: Runner, new_job: Make, notes: Path, ledger: Ledger) -> None:
+def test_unreadable_document_fails_without_affecting_others(
+    run: Runner, new_job: Make, notes: Path, ledger: Ledger
+) -> None:
     (notes / "0004.txt").write_bytes(b"\0\1\2")
     (notes / "0005.txt").write_bytes(b"caf\xe9")
     (notes / "0006.txt").write_text("  \n")
@@ -138,7 +140,7 @@ def test_a_document_that_cannot_be_read_fails_alone(run: Runner, new_job: Make, 
     assert (ended.added, ended.failed, run.n_compressed) == (12, 0, 3)
 
 
-def test_what_failed_before_a_worker_had_it_is_looked_for_again(
+def test_retry_finds_documents_that_failed_during_discovery(
     run: Runner, new_job: Make, tmp_path: Path, ledger: Ledger
 ) -> None:
     write_notes(tmp_path / "notes", 2)
@@ -150,7 +152,7 @@ def test_what_failed_before_a_worker_had_it_is_looked_for_again(
     assert (ended.added, ended.failed) == (3, 0)
 
 
-def test_equal_texts_share_a_cache(run: Runner, new_job: Make, tmp_path: Path, store: Store) -> None:
+def test_equal_texts_share_one_cache(run: Runner, new_job: Make, tmp_path: Path, store: Store) -> None:
     folder = tmp_path / "notes"
     folder.mkdir()
     for number in range(8):
@@ -159,7 +161,7 @@ def test_equal_texts_share_a_cache(run: Runner, new_job: Make, tmp_path: Path, s
     assert (ended.added, ended.n_passages, len(store.caches())) == (8, 1, 1)
 
 
-def test_nodes_stay_whole(run: Runner, new_job: Make, tmp_path: Path, store: Store) -> None:
+def test_llama_index_nodes_are_not_split(run: Runner, new_job: Make, tmp_path: Path, store: Store) -> None:
     node = {"id_": "n", "text": "A node is a passage. " * 20, "metadata": {}, "class_name": "TextNode"}
     path = tmp_path / "docstore.json"
     path.write_text(json.dumps({"docstore/data": {"n": {"__data__": node, "__type__": "1"}}}))
@@ -172,7 +174,7 @@ def test_nodes_stay_whole(run: Runner, new_job: Make, tmp_path: Path, store: Sto
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_stopped_and_resumed_it_does_nothing_twice(
+def test_resumed_job_compresses_nothing_twice(
     run: Runner, new_job: Make, notes: Path, ledger: Ledger, store: Store, error: type[BaseException]
 ) -> None:
     def stop(event: Event) -> None:
@@ -191,7 +193,7 @@ def test_stopped_and_resumed_it_does_nothing_twice(
     assert len(store.caches()) == 12
 
 
-def test_cancelled_it_finishes_what_is_in_hand_and_leaves_out_the_rest(
+def test_cancelled_job_finishes_claimed_documents_and_skips_the_rest(
     run: Runner, new_job: Make, notes: Path, ledger: Ledger, store: Store
 ) -> None:
     gate = Gate(n_pass=3)
@@ -210,7 +212,7 @@ def test_cancelled_it_finishes_what_is_in_hand_and_leaves_out_the_rest(
         run(ledger.job("j"), resumed=True)
 
 
-def test_a_full_disk_stops_the_job_and_blames_no_document(
+def test_full_disk_stops_the_job_and_fails_no_document(
     run: Runner, new_job: Make, notes: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
@@ -226,7 +228,7 @@ def test_a_full_disk_stops_the_job_and_blames_no_document(
     assert run(ledger.job("j"), resumed=True).added == 12
 
 
-def test_a_source_that_breaks_is_a_failure_of_its_own(
+def test_broken_source_counts_as_one_failure(
     run: Runner, new_job: Make, notes: Path, tmp_path: Path, ledger: Ledger
 ) -> None:
     (tmp_path / "broken.parquet").write_text("no")
@@ -237,14 +239,14 @@ def test_a_source_that_breaks_is_a_failure_of_its_own(
 @pytest.mark.parametrize(
     ("request_", "kind", "said"),
     [
-        ({}, ConfigError, "must be named"),
-        ({"sources": ["."], "sync": "."}, ConfigError, "must be named"),
-        ({"sync": "nothing"}, ConfigError, "this is none"),
-        ({"sources": ["."], "force": True}, ConfigError, "--force is for --sync"),
+        ({}, ConfigError, "must be given"),
+        ({"sources": ["."], "sync": "."}, ConfigError, "must be given"),
+        ({"sync": "nothing"}, ConfigError, "this is not a folder"),
+        ({"sources": ["."], "force": True}, ConfigError, "--force is only valid with --sync"),
         ({"sources": ["nothing"]}, UnreadableDocumentError, "no such file"),
     ],
 )
-def test_what_cannot_be_asked_for(
+def test_invalid_requests_are_refused(
     store: Store, settings: Any, request_: dict[str, Any], kind: type[Exception], said: str
 ) -> None:
     with pytest.raises(kind, match=said):
@@ -287,7 +289,7 @@ with Store.open(sys.argv[1]) as store:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_hundred_thousand_documents_are_discovered_in_flat_memory(tmp_path: Path) -> None:
+def test_discovery_of_100_000_documents_runs_in_constant_memory(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", STREAM, str(tmp_path / "s")], capture_output=True, text=True, timeout=300, check=False
     )
@@ -295,7 +297,7 @@ def test_a_hundred_thousand_documents_are_discovered_in_flat_memory(tmp_path: Pa
     assert float(done.stdout) < 10, f"grew by {done.stdout} MB"
 
 
-def test_discovery_goes_on_where_it_was_broken_off(store: Store, new_job: Make, notes: Path, ledger: Ledger) -> None:
+def test_interrupted_discovery_resumes(store: Store, new_job: Make, notes: Path, ledger: Ledger) -> None:
     job = new_job(notes)
     ledger.add(job, [SourceItem(document_id=str(notes / "0000.txt"), uri=(notes / "0000.txt").as_uri())])
     discovery = Discovery(store, ledger, job)
@@ -307,7 +309,7 @@ def test_discovery_goes_on_where_it_was_broken_off(store: Store, new_job: Make, 
 # -- what is told ------------------------------------------------------------------------------------------------------
 
 
-def test_the_speed_is_that_of_the_last_minute() -> None:
+def test_rate_covers_the_last_minute() -> None:
     speed = RateMeter(window_s=60)
     assert (speed.documents_per_s, speed.left_s(Counts(pending=3))) == (0.0, None)
     for second in range(200):
@@ -319,7 +321,7 @@ def test_the_speed_is_that_of_the_last_minute() -> None:
     assert speed.left_s(Counts()) == 0
 
 
-def test_the_time_left_goes_by_bytes_where_they_are_known() -> None:
+def test_remaining_time_is_estimated_from_bytes_if_known() -> None:
     speed = RateMeter()
     speed.see(-99.0, Counts(pending=10))  # the model is being loaded, which is not counted
     speed.see(0.0, Counts(pending=9, running=1))
@@ -327,7 +329,7 @@ def test_the_time_left_goes_by_bytes_where_they_are_known() -> None:
     assert speed.left_s(Counts(pending=9, open_bytes=900)) == pytest.approx(9)
 
 
-def test_events_are_plain_records(run: Runner, new_job: Make, notes: Path) -> None:
+def test_events_are_json_serialisable(run: Runner, new_job: Make, notes: Path) -> None:
     run(new_job(notes))
     for event in run.events:
         json.dumps(dataclasses.asdict(event))

@@ -77,7 +77,7 @@ def names(found: dict[str, ReadItem], root: Path) -> list[str]:
     return sorted(os.path.relpath(id_, root.resolve()) for id_ in found)
 
 
-def test_a_folder(tree: Path) -> None:
+def test_folder_source_lists_files_recursively(tree: Path) -> None:
     found = read_all(sources_of(tree))
     assert names(found, tree) == ["a.txt", "b.md", "deep/er/c.md"]
     assert all(read.document.id == id_ and not read.whole for id_, read in found.items())
@@ -97,11 +97,11 @@ def test_a_folder(tree: Path) -> None:
         ("nothing*", []),
     ],
 )
-def test_which_files_of_a_folder(tree: Path, glob: str, expected: list[str]) -> None:
+def test_glob_selects_files_of_a_folder(tree: Path, glob: str, expected: list[str]) -> None:
     assert names(read_all(sources_of(tree, glob=glob)), tree) == expected
 
 
-def test_a_file_and_a_pattern_of_names(tree: Path) -> None:
+def test_single_file_and_pattern_as_sources(tree: Path) -> None:
     assert names(read_all(sources_of(tree / "deep/d.csv")), tree) == ["deep/d.csv"]
     assert names(read_all(sources_of(f"{tree}/**/*.md")), tree) == ["b.md", "deep/er/c.md"]
 
@@ -109,20 +109,20 @@ def test_a_file_and_a_pattern_of_names(tree: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["sp ace.txt", "ha#sh.txt", "per%20cent.txt", "ümläut.txt", "quest?.txt", "br[ack]et.txt"]
 )
-def test_names_that_mean_something_in_uris(tmp_path: Path, name: str) -> None:
+def test_file_names_with_special_uri_characters(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("Here.")
     assert texts(read_all(sources_of(tmp_path))) == {str(tmp_path.resolve() / name): "Here."}
     assert path_of(uri_of(tmp_path / name)) == tmp_path / name
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names that are not UTF-8")
-def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+def test_file_name_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"b\xffd.txt")).write_text("Here.")
     ((id_, text),) = texts(read_all(sources_of(tmp_path))).items()
     assert text == "Here." and id_.endswith(r"b\xffd.txt")
 
 
-def test_links(tree: Path, tmp_path: Path) -> None:
+def test_links_to_files_and_folders(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "outside.txt").write_text("Outside.")
     (tree / "link.md").symlink_to(tmp_path / "outside.txt")
     (tree / "round").symlink_to(tree, target_is_directory=True)
@@ -134,7 +134,7 @@ def test_links(tree: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt" or os.getuid() == 0, reason="root may read everything")
-def test_a_folder_that_cannot_be_listed(tree: Path) -> None:
+def test_folder_that_cannot_be_listed_is_one_failed_item(tree: Path) -> None:
     (tree / "deep").chmod(0)
     items = list(sources_of(tree).items())
     (tree / "deep").chmod(0o755)
@@ -150,7 +150,7 @@ def write_lines(path: Path, *lines: str) -> Path:
     return path
 
 
-def test_json_lines(tmp_path: Path) -> None:
+def test_json_lines_source(tmp_path: Path) -> None:
     path = write_lines(
         tmp_path / "notes.jsonl",
         '{"id": "a", "text": "The first.\\r\\nLine.", "year": 1921, "tags": ["x"], "long": "' + "x" * 2000 + '"}',
@@ -165,7 +165,7 @@ def test_json_lines(tmp_path: Path) -> None:
     assert str(found["a"].document.source_uri).endswith("notes.jsonl#0")
 
 
-def test_fields_of_other_names(tmp_path: Path) -> None:
+def test_custom_id_and_text_fields(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "n.ndjson", '{"url": "u", "body": "B", "id": 3}')
     found = read_all(sources_of(path, settings=JobSettings(memory={}, id_field="url", text_field="body")))
     assert texts(found) == {"u": "B"} and found["u"].document.metadata == {"id": 3}
@@ -174,14 +174,14 @@ def test_fields_of_other_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "kind", "said"),
     [
-        ("{broken", BrokenLineError, "no JSON object"),
-        ("[1]", BrokenLineError, "JSON object is needed"),
+        ("{broken", BrokenLineError, "not a JSON object"),
+        ("[1]", BrokenLineError, "not a JSON object: got list"),
         ('{"id": "b", "words": "x"}', UnreadableDocumentError, "no field 'text'"),
-        ('{"id": "b", "text": 3}', UnreadableDocumentError, "no text but int"),
+        ('{"id": "b", "text": 3}', UnreadableDocumentError, "expected text, got int"),
         ('{"id": "b", "text": "  "}', EmptyDocumentError, "white space"),
     ],
 )
-def test_a_line_that_is_no_document_fails_alone(
+def test_invalid_line_fails_without_affecting_others(
     tmp_path: Path, line: str, kind: type[KVMemoryError], said: str
 ) -> None:
     sources = sources_of(write_lines(tmp_path / "n.jsonl", line, '{"id": "good", "text": "Good."}'))
@@ -191,7 +191,7 @@ def test_a_line_that_is_no_document_fails_alone(
     assert sources.read(good).document.text == "Good."
 
 
-def test_a_file_that_has_changed_meanwhile(tmp_path: Path) -> None:
+def test_file_changed_since_discovery_is_refused(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "n.jsonl", '{"id": "a", "text": "A"}', '{"id": "b", "text": "B"}')
     _, second = sources_of(path).items()
     write_lines(path, '{"id": "a", "text": "A"}', '{"id": "c", "text": "C"}')
@@ -199,14 +199,14 @@ def test_a_file_that_has_changed_meanwhile(tmp_path: Path) -> None:
         sources_of(path).read(second)
 
 
-def test_patterns_of_record_files(tmp_path: Path) -> None:
+def test_patterns_match_record_files(tmp_path: Path) -> None:
     write_lines(tmp_path / "x.jsonl", '{"id": "a", "text": "A"}')
     write_lines(tmp_path / "y.jsonl", '{"id": "b", "text": "B"}')
     for sources in (sources_of(tmp_path / "*.jsonl"), sources_of(tmp_path, glob="*.jsonl")):
         assert texts(read_all(sources)) == {"a": "A", "b": "B"}
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_parquet_source(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow as pa
 
@@ -229,10 +229,10 @@ def test_parquet(tmp_path: Path) -> None:
     assert read.document.metadata == {"at": "2024-01-01"}
     sources.close()
     (failed,) = sources_of(tmp_path / "t.parquet", settings=JobSettings(memory={}, text_field="body")).items()
-    assert failed.error is not None and "there are id, text" in str(failed.error["next_step"])
+    assert failed.error is not None and "the columns are id, text" in str(failed.error["next_step"])
 
 
-def test_parquet_without_ids_and_parquet_that_is_none(tmp_path: Path) -> None:
+def test_parquet_without_ids_and_invalid_parquet(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow as pa
 
@@ -241,10 +241,10 @@ def test_parquet_without_ids_and_parquet_that_is_none(tmp_path: Path) -> None:
     found = {item.document_id: item for item in sources_of(tmp_path / "*.parquet").items()}
     assert sorted(found) == [str(tmp_path / "broken.parquet"), "t.parquet#1", "t.parquet#2"]
     error = found[str(tmp_path / "broken.parquet")].error
-    assert error is not None and "no Parquet file" in str(error["what"])
+    assert error is not None and "not a readable Parquet file" in str(error["what"])
 
 
-def test_pyarrow_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (item,) = sources_of(tmp_path / "t.parquet").items()
@@ -261,7 +261,7 @@ def database(tmp_path: Path) -> str:
     return f"sql:sqlite:///{tmp_path / 'n.db'}"
 
 
-def test_a_query(database: str) -> None:
+def test_sql_source(database: str) -> None:
     settings = JobSettings(memory={}, id_field="key", text_field="the text")
     query = "SELECT * FROM notes WHERE kind = 'b';"
     sources = sources_of(database, query=query, settings=settings)
@@ -275,12 +275,12 @@ def test_a_query(database: str) -> None:
     sources.close()
 
 
-def test_a_query_that_fails(database: str) -> None:
+def test_failing_query_is_reported(database: str) -> None:
     (item,) = sources_of(database, query="SELECT id, text FROM nowhere").items()
     assert item.error is not None and "no such table" in str(item.error["what"])
 
 
-def test_no_password_is_shown() -> None:
+def test_source_name_hides_the_password() -> None:
     (spec,) = parse_sources(["sql:postgresql://me:secret@db/x"], query="SELECT 1", fields=Fields())
     assert name_of(spec) == "sql:postgresql://me:***@db/x"
 
@@ -318,7 +318,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
     yield asked
 
 
-def test_a_set_of_the_hub(hub: list[tuple[Any, ...]]) -> None:
+def test_hub_source(hub: list[tuple[Any, ...]]) -> None:
     found = read_all(sources_of("hub:a/b:validation"), backwards=True)
     assert texts(found) == {f"q{n}": f"Row {n}." for n in range(5)}
     assert found["q2"].document.source_uri == "hub:a/b:validation#2"
@@ -330,14 +330,14 @@ def test_a_set_of_the_hub(hub: list[tuple[Any, ...]]) -> None:
     assert [item.document_id for item in unnamed.items()][:2] == ["a/b#0", "a/b#1"]
 
 
-def test_a_set_that_the_hub_does_not_have(hub: list[tuple[Any, ...]]) -> None:
+def test_unknown_hub_set_is_reported(hub: list[tuple[Any, ...]]) -> None:
     (item,) = sources_of("hub:a/gone").items()
     assert item.error is not None
     assert (item.error["error"], item.error["where"]) == ("DatasetError", "hub:a/gone")
     assert item.error["what"] == "cannot be read from the hub: 404: not there"
 
 
-def test_the_library_for_the_hub_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_datasets_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DatasetError, match=r"kv-memory\[train\]"):
         sources_of("hub:a/b").read(SourceItem(document_id="a/b#0", uri="hub:a/b#0"))
@@ -372,7 +372,7 @@ def docstore(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     return tmp_path / "docstore.json", {node.node_id: node.get_content(MetadataMode.LLM) for node in nodes}
 
 
-def test_a_document_store(docstore: tuple[Path, dict[str, Any]]) -> None:
+def test_docstore_source(docstore: tuple[Path, dict[str, Any]]) -> None:
     path, expected = docstore
     found = read_all(sources_of(path), backwards=True)
     assert texts(found) == {**expected, "loose": "A document that nobody has cut."}
@@ -381,9 +381,7 @@ def test_a_document_store(docstore: tuple[Path, dict[str, Any]]) -> None:
     assert node.metadata["ref_doc_id"] == "doc0" and node.metadata["file"] == "0.md"
 
 
-def test_a_document_store_is_read_in_pieces(
-    docstore: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_docstore_is_read_in_chunks(docstore: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     path, expected = docstore
     pretty = path.with_name("pretty.json")
     pretty.write_text(json.dumps(json.loads(path.read_text()), indent=3))
@@ -391,13 +389,13 @@ def test_a_document_store_is_read_in_pieces(
     assert texts(read_all(sources_of(pretty))).items() >= expected.items()
 
 
-def test_a_document_store_that_is_cut_off_or_changed(docstore: tuple[Path, dict[str, Any]]) -> None:
+def test_truncated_or_changed_docstore_is_refused(docstore: tuple[Path, dict[str, Any]]) -> None:
     path, _ = docstore
     whole = path.read_bytes()
     items = list(sources_of(path).items())
     path.write_bytes(whole[: len(whole) // 2])
     *_, last = sources_of(path).items()
-    assert last.error is not None and "no document store" in str(last.error["what"])
+    assert last.error is not None and "not a LlamaIndex document store" in str(last.error["what"])
     with pytest.raises(UnreadableDocumentError, match="has changed"):
         sources_of(path).read(items[-1])
 
@@ -409,16 +407,16 @@ def test_a_document_store_that_is_cut_off_or_changed(docstore: tuple[Path, dict[
     ("named", "options", "kind", "said"),
     [
         ("nothing.txt", {}, UnreadableDocumentError, "no such file"),
-        ("*.jsonl", {}, UnreadableDocumentError, "no file fits"),
+        ("*.jsonl", {}, UnreadableDocumentError, "no file matches"),
         ("hub:", {}, ConfigError, "OWNER/NAME"),
         ("hub:a:b:c:d", {}, ConfigError, "OWNER/NAME"),
         ("sql:sqlite:///x.db", {}, ConfigError, "needs a query"),
-        ("sql:not a url", {"query": "SELECT 1"}, ConfigError, "no URL"),
-        (".", {"query": "SELECT 1"}, ConfigError, "--query is for"),
-        ("a.txt", {"glob": "*.md"}, ConfigError, "--glob is for"),
+        ("sql:not a url", {"query": "SELECT 1"}, ConfigError, "not a database URL"),
+        (".", {"query": "SELECT 1"}, ConfigError, "--query needs a source"),
+        ("a.txt", {"glob": "*.md"}, ConfigError, "--glob needs a folder"),
     ],
 )
-def test_what_cannot_be_a_source(
+def test_invalid_sources_are_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     named: str,
@@ -432,13 +430,13 @@ def test_what_cannot_be_a_source(
         sources_of(named, **options)
 
 
-def test_a_source_that_breaks_does_not_keep_the_others_from_being_read(tmp_path: Path) -> None:
+def test_broken_source_does_not_block_the_others(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("no")
     (tmp_path / "b.txt").write_text("B")
     bad, good = sources_of(tmp_path / "a.parquet", tmp_path / "b.txt").items()
     assert bad.error is not None and good.error is None
 
 
-def test_a_uri_of_another_job(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="none of the job's sources"):
+def test_uri_of_another_job_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not in any source of the job"):
         sources_of(tmp_path).read(SourceItem(document_id="x", uri="hub:x#1"))

@@ -30,7 +30,7 @@ def synced(run: Runner, new_job: Make, notes: Path) -> Path:
     return notes
 
 
-def test_new_changed_and_deleted_files(synced: Path, run: Runner, new_job: Make, store: Store) -> None:
+def test_sync_adds_replaces_and_deletes_documents(synced: Path, run: Runner, new_job: Make, store: Store) -> None:
     (synced / "0001.txt").unlink()
     (synced / "0002.txt").write_text("Pier 2 is closed.")
     write_notes(synced / "deep", 1, start=50)
@@ -43,7 +43,9 @@ def test_new_changed_and_deleted_files(synced: Path, run: Runner, new_job: Make,
     assert store.check().unreferenced == ()
 
 
-def test_again_it_does_nothing(synced: Path, run: Runner, new_job: Make, store: Store, ledger: Ledger) -> None:
+def test_second_sync_changes_nothing_and_starts_no_worker(
+    synced: Path, run: Runner, new_job: Make, store: Store, ledger: Ledger
+) -> None:
     before, jobs = (store.documents(), store.caches(), store.revision), ledger.jobs()
     # The fingerprint is found out by a worker process; here it is said by hand.
     ledger.set_fingerprint(jobs[0], store.caches()[0].fingerprint)
@@ -54,7 +56,7 @@ def test_again_it_does_nothing(synced: Path, run: Runner, new_job: Make, store: 
     assert [job.name for job in ledger.jobs()] == [job.name for job in jobs]  # nothing is left of it
 
 
-def test_a_cache_that_is_gone_is_made_again(
+def test_sync_compresses_a_document_with_a_missing_cache_again(
     synced: Path, run: Runner, new_job: Make, store: Store, ledger: Ledger
 ) -> None:
     ledger.set_fingerprint(ledger.jobs()[0], store.caches()[0].fingerprint)
@@ -63,7 +65,7 @@ def test_a_cache_that_is_gone_is_made_again(
     assert (ended.replaced, ended.unchanged, run.n_compressed) == (1, 11, 1)
 
 
-def test_other_settings_make_other_caches(
+def test_sync_with_other_settings_compresses_all_documents_again(
     synced: Path, run: Runner, new_job: Make, store: Store, ledger: Ledger
 ) -> None:
     ledger.set_fingerprint(ledger.jobs()[0], store.caches()[0].fingerprint)
@@ -75,7 +77,7 @@ def test_other_settings_make_other_caches(
 
 
 @pytest.mark.parametrize("budget", [{"keep_tokens": 9}, {"max_bytes": 12_000}])
-def test_what_is_within_a_budget_needs_no_worker(
+def test_caches_within_the_budget_need_no_worker(
     synced: Path, run: Runner, new_job: Make, store: Store, ledger: Ledger, budget: dict[str, int]
 ) -> None:
     job = new_job(sync=synced)
@@ -94,19 +96,19 @@ def test_what_is_within_a_budget_needs_no_worker(
     assert (ended.replaced, ended.unchanged, run.n_compressed) == (2, 10, 2)
 
 
-def test_documents_from_elsewhere_are_not_deleted_unasked(
+def test_documents_from_outside_the_folder_are_deleted_only_with_force(
     synced: Path, run: Runner, new_job: Make, store: Store, ledger: Ledger
 ) -> None:
     store.put_document(DocumentRecord(id="by hand", content_sha256="0" * 64))
     n_jobs = len(ledger.jobs())
-    with pytest.raises(JobError, match=r"1 documents that are not from this folder.*'by hand'"):
+    with pytest.raises(JobError, match=r"1 documents from outside this folder.*'by hand'"):
         new_job(sync=synced)
     assert len(ledger.jobs()) == n_jobs and store.has_document("by hand")
     assert run(new_job(sync=synced, force=True)).deleted == 1
     assert not store.has_document("by hand")
 
 
-def test_a_file_that_is_linked_from_elsewhere_is_one_of_the_folder(
+def test_linked_file_outside_the_folder_counts_as_part_of_it(
     synced: Path, run: Runner, new_job: Make, store: Store, tmp_path: Path
 ) -> None:
     (tmp_path / "elsewhere.txt").write_text("Elsewhere.")
@@ -116,18 +118,18 @@ def test_a_file_that_is_linked_from_elsewhere_is_one_of_the_folder(
     assert (ended.added, ended.deleted) == (0, 0)
 
 
-def test_an_empty_folder_does_not_empty_the_collection_unasked(
+def test_empty_folder_empties_the_collection_only_with_force(
     synced: Path, run: Runner, new_job: Make, store: Store
 ) -> None:
     for path in synced.iterdir():
         path.unlink()
-    with pytest.raises(JobError, match="would be emptied"):
+    with pytest.raises(JobError, match="would empty the collection"):
         new_job(sync=synced)
     assert run(new_job(sync=synced, force=True)).deleted == 12
     assert store.documents() == [] == store.caches()
 
 
-def test_nothing_is_deleted_where_a_folder_could_not_be_listed(
+def test_nothing_is_deleted_if_a_folder_cannot_be_listed(
     synced: Path, run: Runner, new_job: Make, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_notes(synced / "deep", 1, start=50)
@@ -146,7 +148,7 @@ def test_nothing_is_deleted_where_a_folder_could_not_be_listed(
     assert len(store.documents()) == 13
 
 
-def test_a_file_that_cannot_be_read_any_more_keeps_its_document(
+def test_document_of_a_file_that_becomes_unreadable_is_kept(
     synced: Path, run: Runner, new_job: Make, store: Store
 ) -> None:
     (synced / "0001.txt").write_bytes(b"\0")
@@ -154,7 +156,7 @@ def test_a_file_that_cannot_be_read_any_more_keeps_its_document(
     assert (ended.failed, ended.deleted, len(store.documents())) == (1, 0, 12)
 
 
-def test_only_what_fits_the_pattern_belongs_to_the_folder(
+def test_sync_deletes_documents_that_do_not_match_the_pattern(
     synced: Path, run: Runner, new_job: Make, store: Store
 ) -> None:
     (synced / "0012.md").write_text("Markdown.")
@@ -163,7 +165,7 @@ def test_only_what_fits_the_pattern_belongs_to_the_folder(
     assert ids(store) == ["0012.md"]
 
 
-def test_records_are_not_synced(notes: Path, new_job: Make) -> None:
+def test_sync_refuses_files_of_records(notes: Path, new_job: Make) -> None:
     (notes / "a.jsonl").write_text('{"id": "a", "text": "A"}\n')
-    with pytest.raises(ConfigError, match="not for records"):
+    with pytest.raises(ConfigError, match="not on the records"):
         new_job(sync=notes, glob="*.jsonl")

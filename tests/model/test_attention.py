@@ -44,7 +44,7 @@ def test_a_layer_grows_inside_its_buffer_and_copies_beyond_it() -> None:
     assert torch.equal(v, torch.cat([first_values, -more, 3 * more], 2))
 
 
-def test_what_was_rewound_leaves_no_trace(backbone: Any) -> None:
+def test_a_rewound_cache_equals_a_fresh_one(backbone: Any) -> None:
     document = torch.tensor([backbone.encode_document(letters(40))])
     ids, other = (torch.tensor([backbone.encode(letters(9, seed=seed))]) for seed in (1, 2))
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_key_positions() -> None:
     assert per_head.key_positions(2).tolist() == [[[16, 17, 18, 19, 30], [20, 21, 22, 23, 30]]]
 
 
-def test_keys_turn_when_a_longrope_model_changes_its_frequencies() -> None:
+def test_keys_are_rotated_again_when_longrope_changes_frequencies() -> None:
     backbone = shared_backbone("phi3_longrope")
     texts = [letters(30, seed=seed) for seed in (1, 2)]
     compressor = Compressor(backbone, selector="attention")
@@ -131,7 +131,7 @@ def by_hand(
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("new", [1, 7])
-def test_attention_sees_by_position(
+def test_attention_masks_by_position(
     monkeypatch: pytest.MonkeyPatch, new: int, per_head: bool, window: int | None, softcap: float | None, block: int
 ) -> None:
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
@@ -169,7 +169,7 @@ def test_attention_sees_by_position(
 
 
 @EVERY
-def test_a_model_called_without_a_context_is_the_reference(name: str) -> None:
+def test_a_model_called_without_context_equals_the_reference(name: str) -> None:
     backbone, rows = shared_backbone(name), [list(letters(60, seed=seed).encode()) for seed in (1, 2)]
     with torch.no_grad():
         together = backbone.model(torch.tensor(rows)).logits
@@ -178,7 +178,7 @@ def test_a_model_called_without_a_context_is_the_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WINDOWED)
-def test_a_model_with_a_cache_of_transformers_is_the_reference(name: str) -> None:
+def test_a_model_with_a_transformers_cache_equals_the_reference(name: str) -> None:
     backbone, ids = shared_backbone(name), torch.tensor([list(letters(50).encode())])
     cache = {cache_argument(backbone.model.forward): DynamicCache(config=backbone.config)}
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_a_model_with_a_cache_of_transformers_is_the_reference(name: str) -> Non
 
 
 @EVERY
-def test_blocks_of_queries_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_query_blocks_do_not_change_the_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = shared_backbone(name)
     cache = Compressor(backbone, selector="attention").compress(letters(60), keep_ratio=0.5)
     ids = torch.tensor([backbone.encode(letters(40, seed=3))])

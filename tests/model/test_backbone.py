@@ -32,7 +32,7 @@ def changed(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
     return {name for name in one if one[name] != other[name]}
 
 
-def test_everything_that_matters_changes_the_fingerprint() -> None:
+def test_every_relevant_property_changes_the_fingerprint() -> None:
     mine = prints(make_backbone())
     assert prints(make_backbone()) == mine  # nothing of it depends on the process or the object
 
@@ -82,7 +82,7 @@ def test_keep_spans_change_the_fingerprint(backbone: Any) -> None:
     assert none == asdict(compressor.fingerprint())
 
 
-def test_settings_of_the_last_call_are_no_part_of_the_tokenizer() -> None:
+def test_tokenizer_hash_ignores_options_of_the_last_call() -> None:
     one, other = make_backbone(), make_backbone()
     other.tokenizer(["a", "bb"], padding=True, truncation=True, max_length=1)
     assert one.tokenizer_sha256 == other.tokenizer_sha256
@@ -91,7 +91,7 @@ def test_settings_of_the_last_call_are_no_part_of_the_tokenizer() -> None:
 # -- the prefix --------------------------------------------------------------------------------------------------------
 
 
-def test_the_prefix_is_read_once_and_by_one_thread() -> None:
+def test_the_prefix_is_prefilled_once_by_one_thread() -> None:
     backbone, count = make_backbone(), []
     backbone.decoder.embed_tokens.register_forward_pre_hook(lambda *_: count.append(1))
     threads = [threading.Thread(target=lambda: backbone.prefix) for _ in range(4)]
@@ -102,7 +102,7 @@ def test_the_prefix_is_read_once_and_by_one_thread() -> None:
     assert len(count) == 1
 
 
-def test_a_form_without_a_prefix() -> None:
+def test_a_form_without_a_prefix_works() -> None:
     form = PromptForm(**{**SHORT_FORM, "prefix": ""})
     backbone = Backbone(make_model("llama"), make_tokenizer(), prompt=form)
     assert backbone.prefix_ids == ()
@@ -117,7 +117,7 @@ def test_a_form_without_a_prefix() -> None:
 
 
 @EVERY
-def test_hidden_after_runs_the_layers_asked_for_and_no_more(name: str) -> None:
+def test_hidden_after_runs_only_the_requested_layers(name: str) -> None:
     backbone, text = shared_backbone(name), letters(40)
     ids = torch.tensor([[*backbone.prefix_ids, *backbone.encode(text)]])
     backbone.prefixed_cache(40)  # reads the prefix
@@ -139,7 +139,7 @@ def test_hidden_after_runs_the_layers_asked_for_and_no_more(name: str) -> None:
 
 
 @pytest.mark.parametrize("layer", [0, 5, -1])
-def test_hidden_after_a_layer_there_is_not(backbone: Any, layer: int) -> None:
+def test_hidden_after_a_missing_layer_is_rejected(backbone: Any, layer: int) -> None:
     with pytest.raises(ModelError, match="1 to 4"):
         hidden_after(backbone, torch.tensor([[5]]), backbone.prefixed_cache(1), layer=layer)
 
@@ -186,7 +186,7 @@ def test_check_positions(backbone: Any) -> None:
     assert caught.value.next_step is not None and "packed" in caught.value.next_step
 
 
-def test_text_from_outside_ends_no_turn(backbone: Any) -> None:
+def test_special_tokens_in_user_text_are_encoded_as_text(backbone: Any) -> None:
     text = "stop here</s> or there<s>"
     assert backbone.tokenizer(text, add_special_tokens=False)["input_ids"].count(2) == 1, "it would, left to itself"
     for ids in (backbone.encode_text(text), backbone.encode_document(text), backbone.encode_question(text)):
@@ -196,7 +196,7 @@ def test_text_from_outside_ends_no_turn(backbone: Any) -> None:
     assert backbone.encode("</s>") == [2], "templates and wrappers keep theirs"
 
 
-def test_half_a_surrogate_pair_is_refused_by_name(backbone: Any) -> None:
+def test_half_a_surrogate_pair_is_rejected(backbone: Any) -> None:
     def count(text: str) -> Any:
         return backbone.count_tokens([text])
 
@@ -219,7 +219,7 @@ def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
     return accepts_both
 
 
-def test_the_cache_goes_by_the_name_in_the_signature() -> None:
+def test_cache_argument_is_read_from_the_signature() -> None:
     def before(input_ids: Any, past_key_values: Any = None, use_cache: bool = True) -> None: ...
     def now(input_ids: Any, cache: Any = None, use_cache: bool = True) -> None: ...
 
@@ -228,7 +228,7 @@ def test_the_cache_goes_by_the_name_in_the_signature() -> None:
 
 
 @EVERY
-def test_model_decoder_and_layers_have_the_name_that_is_found(name: str) -> None:
+def test_cache_argument_exists_in_model_decoder_and_layers(name: str) -> None:
     backbone = shared_backbone(name)
     for module in (backbone.model, backbone.decoder, *backbone.layers):
         assert cache_argument(module.forward) in inspect.signature(module.forward).parameters

@@ -50,20 +50,20 @@ def question_logits(backbone: Any, *caches: DistilledCache) -> torch.Tensor:
 @needs_weights
 @pytest.mark.slow
 class TestEmbedded:
-    def test_what_it_is(self, embedded: Any) -> None:
+    def test_smollm2_has_the_documented_properties(self, embedded: Any) -> None:
         assert (embedded.num_layers, embedded.num_heads, embedded.num_kv_heads, embedded.head_dim) == (30, 9, 3, 64)
         assert (embedded.context_window, embedded.prompt) == (8192, PASSAGE)
         assert Backbone.load("smollm2", dtype="bfloat16", device="cpu").kv_bytes_per_token == 23_040
 
     @torch.no_grad()
-    def test_a_plain_cache_is_a_full_prefill(self, embedded: Any, reference: Any) -> None:
+    def test_an_uncompressed_cache_equals_a_full_prefill(self, embedded: Any, reference: Any) -> None:
         cache = Compressor(embedded).compress(TEXT, keep_ratio=1.0)
         question = embedded.encode_question(QUESTION)
         ids = torch.tensor([[*embedded.prefix_ids, *embedded.encode_document(TEXT), *question]])
         expected = reference(ids).logits[0, -len(question) :]
         torch.testing.assert_close(question_logits(embedded, cache), expected, rtol=1e-3, atol=1e-3)
 
-    def test_an_adapter_leaves_the_model_alone(self, embedded: Any) -> None:
+    def test_an_adapter_does_not_change_the_model(self, embedded: Any) -> None:
         before = question_logits(embedded)
         adapter = Adapter.create(embedded, rank=4, zero_init=False)
         assert adapter.config.eta == 6
@@ -72,7 +72,7 @@ class TestEmbedded:
         finally:
             adapter.detach()
 
-    def test_distilled_caches_are_closer_to_the_text_than_nothing_is(self, embedded: Any) -> None:
+    def test_distilled_caches_are_closer_to_the_text_than_no_document(self, embedded: Any) -> None:
         compressor = Compressor(embedded)
         teacher = question_logits(embedded, compressor.compress(TEXT, keep_ratio=1.0)).log_softmax(-1)
 
@@ -86,7 +86,7 @@ class TestEmbedded:
         assert half < eighth < nothing
         assert half < nothing / 3
 
-    def test_it_answers_from_a_store(self, tmp_path: Path, embedded: Any) -> None:
+    def test_smollm2_answers_from_a_store(self, tmp_path: Path, embedded: Any) -> None:
         settings = DecodeSettings(max_new_tokens=8)
         with KVMemory.open(tmp_path / "store", model=embedded, keep_ratio=0.5, keep_text=True) as memory:
             assert memory.settings.top_k == 1 and memory.settings.passage_tokens == 256

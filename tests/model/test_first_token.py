@@ -32,13 +32,13 @@ NEWLINE, SPACE, LETTER = (ids_of(text)[0] for text in ("\n", " ", "x"))
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t", "\u00a0", "\u3000", "\u200b\ufeff", "\x00\x1b", "\u2028", "\u00ad"])
-def test_what_cannot_be_seen(text: str) -> None:
+def test_text_without_visible_characters_is_invisible(text: str) -> None:
     assert not is_visible(text) and first_visible(text) == len(text)
     assert is_visible(text + ".") and first_visible(f"{text}x") == len(text)
 
 
 @pytest.mark.parametrize("text", ["x", ".", "é", "日", "🙂", "\ufffd"])
-def test_what_can_be_seen(text: str) -> None:
+def test_text_with_a_visible_character_is_visible(text: str) -> None:
     assert is_visible(text) and first_visible(f" \n{text}") == 2
 
 
@@ -60,14 +60,14 @@ def likeliest(logits: torch.Tensor) -> int:
     return int(logits.argmax())
 
 
-def test_the_likeliest_token_that_can_be_seen_is_picked() -> None:
+def test_the_most_likely_visible_token_is_picked() -> None:
     logits = logits_of(NEWLINE, END, 0, 299, ids_of("\x07")[0], LETTER, ids_of("y")[0])
     before = logits.clone()
     assert opening().pick(likeliest, logits, []) == LETTER
     assert torch.equal(logits, before)
 
 
-def test_one_space_may_come_first_where_the_prompt_does_not_end_in_one() -> None:
+def test_one_leading_space_is_allowed_unless_the_prompt_ends_in_one() -> None:
     logits = logits_of(SPACE, LETTER)
     assert opening(":").pick(likeliest, logits, []) == SPACE
     assert opening(":").pick(likeliest, logits, [SPACE]) == LETTER
@@ -76,7 +76,7 @@ def test_one_space_may_come_first_where_the_prompt_does_not_end_in_one() -> None
         assert opening(behind).pick(likeliest, logits, []) == LETTER
 
 
-def test_bytes_of_a_character_that_cannot_be_seen_do_not_come_to_their_end() -> None:
+def test_byte_tokens_do_not_complete_an_invisible_character() -> None:
     first, second, third = ids_of("\u200b")  # e2 80 8b
     dagger = ids_of("†")[2]
     one = opening()
@@ -84,16 +84,16 @@ def test_bytes_of_a_character_that_cannot_be_seen_do_not_come_to_their_end() -> 
     assert one.pick(likeliest, logits_of(third, dagger), [first, second]) == dagger
 
 
-def test_half_a_character_is_none_yet() -> None:
+def test_half_a_character_does_not_begin_the_answer() -> None:
     half = ids_of("†")[:2]
     assert not opening().has_begun(half) and opening().has_begun([LETTER, *half]) and opening().has_begun(ids_of("†"))
 
 
-def test_where_nothing_can_be_seen_the_first_pick_stands() -> None:
+def test_without_visible_candidates_the_first_pick_is_used() -> None:
     assert opening().pick(likeliest, logits_of(NEWLINE, END), []) == NEWLINE
 
 
-def test_a_sample_is_one_of_what_can_be_seen() -> None:
+def test_samples_are_drawn_from_visible_tokens() -> None:
     torch.manual_seed(0)
     y = ids_of("y")[0]
     logits = torch.full((300,), -torch.inf)
@@ -103,7 +103,7 @@ def test_a_sample_is_one_of_what_can_be_seen() -> None:
     assert 0.67 < picks.count(LETTER) / len(picks) < 0.83  # three in four, as without the others
 
 
-def test_greedy_is_what_decoding_takes_in_the_place_of_each_token() -> None:
+def test_greedy_returns_the_token_decoding_would_take_at_each_place() -> None:
     y = ids_of("y")[0]
     rows = torch.stack([logits_of(NEWLINE, LETTER), logits_of(NEWLINE, LETTER)])
     assert opening().greedy(rows, [LETTER, NEWLINE]) == [LETTER, NEWLINE]
@@ -151,7 +151,7 @@ def test_no_answer_is_empty(blank: Backbone, options: dict[str, Any]) -> None:
     assert run.results()[0].token_ids == one.token_ids
 
 
-def test_turns_and_prompts_of_others_begin_with_something_to_be_seen(blank: Backbone) -> None:
+def test_answers_to_turns_and_raw_prompts_begin_visibly(blank: Backbone) -> None:
     for prompt in (
         encode_turns(blank, [Turn("user", "why?")]),
         Prompt(blank.encode("Once upon a time\n"), behind_prefix=False),
@@ -162,17 +162,17 @@ def test_turns_and_prompts_of_others_begin_with_something_to_be_seen(blank: Back
         assert is_visible(run.results()[0].text)
 
 
-def test_json_begins_with_json(blank: Backbone) -> None:
+def test_constrained_json_is_valid_from_the_first_token(blank: Backbone) -> None:
     schema = {"type": "string", "maxLength": 3}
     answer = Generator(blank).generate("why?", settings=replace(SETTINGS, json_schema=json.dumps(schema)))
     assert isinstance(json.loads(answer.text), str)
 
 
-def test_one_token_is_enough(blank: Backbone) -> None:
+def test_a_one_token_answer_is_visible(blank: Backbone) -> None:
     assert is_visible(Generator(blank).generate("why?", settings=DecodeSettings(max_new_tokens=1)).text)
 
 
-def test_an_answer_that_is_empty_all_the_same_says_what_to_try(blank: Backbone) -> None:
+def test_an_empty_answer_has_a_next_step(blank: Backbone) -> None:
     first = Generator(blank).generate("why?", settings=SETTINGS).text.strip()[0]
     answer = Generator(blank).generate("why?", settings=replace(SETTINGS, stop=(first,)))
     assert not answer.text.strip() and answer.finish_reason == "stop"

@@ -54,7 +54,7 @@ def test_every_architecture_loads_from_a_folder(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bloom"])
-def test_other_architectures_are_refused_before_any_weight_is_read(kind: str, tmp_path: Path) -> None:
+def test_unsupported_architectures_are_rejected_before_loading_weights(kind: str, tmp_path: Path) -> None:
     model: Any
     if kind == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2))
@@ -71,19 +71,19 @@ def test_other_architectures_are_refused_before_any_weight_is_read(kind: str, tm
     assert caught.value.next_step is not None and all(name in caught.value.next_step for name in SUPPORTED.values())
 
 
-def test_a_model_type_nobody_knows_is_unsupported(folder: Path) -> None:
+def test_an_unknown_model_type_is_unsupported(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "nonesuch"}))
     failure(folder, UnsupportedModelError)
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "owner/no-such-model", "no-such-model", "not a name!", "../x"])
-def test_names_of_nothing(name: str) -> None:
+def test_unknown_names_are_not_found(name: str) -> None:
     failure(name, ModelNotFoundError)
 
 
 @pytest.mark.parametrize("content", [None, "", "{not json", "[]", "{}"])
-def test_a_missing_or_garbled_config(folder: Path, content: str | None) -> None:
+def test_a_missing_or_garbled_config_is_rejected(folder: Path, content: str | None) -> None:
     if content is None:
         (folder / "config.json").unlink()
     else:
@@ -95,7 +95,7 @@ def test_a_missing_or_garbled_config(folder: Path, content: str | None) -> None:
 
 
 @pytest.mark.parametrize("spoil", ["missing", "empty", "tokenizer_config_only"])
-def test_a_folder_without_a_usable_tokenizer(folder: Path, spoil: str) -> None:
+def test_a_folder_without_a_usable_tokenizer_is_rejected(folder: Path, spoil: str) -> None:
     (folder / "tokenizer.json").unlink()
     if spoil == "missing":
         (folder / "tokenizer_config.json").unlink()
@@ -105,7 +105,7 @@ def test_a_folder_without_a_usable_tokenizer(folder: Path, spoil: str) -> None:
     assert error.next_step is not None and "tokenizer.json" in error.next_step
 
 
-def test_a_folder_without_weights(folder: Path) -> None:
+def test_a_folder_without_weights_is_rejected(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert "safetensors" in str(failure(folder, ModelNotFoundError).next_step)
 
@@ -117,20 +117,20 @@ def test_pickled_weights_are_never_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_truncated_weights(folder: Path, share: float) -> None:
+def test_truncated_weights_are_rejected(folder: Path, share: float) -> None:
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: int(len(data) * share)])
     assert "could not be read" in failure(folder, ModelNotFoundError).what
 
 
-def test_weights_that_lack_a_tensor_are_not_made_up(folder: Path) -> None:
+def test_weights_with_a_missing_tensor_are_rejected(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.2.self_attn.k_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert "layers.2.self_attn.k_proj" in failure(folder, ModelNotFoundError).what
 
 
-def test_weights_of_other_shapes(folder: Path) -> None:
+def test_weights_of_other_shapes_are_rejected(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] = torch.zeros(7)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -140,7 +140,7 @@ def test_weights_of_other_shapes(folder: Path) -> None:
 # -- hashes ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_hash_is_of_the_weights_not_of_the_files(folder: Path, tmp_path: Path) -> None:
+def test_the_hash_covers_the_weights_rather_than_the_files(folder: Path, tmp_path: Path) -> None:
     whole = hash_weight_files(folder)
     make_model("llama").save_pretrained(tmp_path / "shards", max_shard_size="40KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
@@ -168,7 +168,7 @@ def test_hashes_are_remembered_until_a_file_changes(
     assert hash_weight_files(folder) == first
 
 
-def test_a_cache_folder_that_cannot_be_written_costs_only_time(
+def test_an_unwritable_cache_folder_is_not_an_error(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = hash_weight_files(folder)
@@ -189,7 +189,7 @@ def test_dtypes(model_folder: Path, dtype: str) -> None:
     assert backbone.weights_sha256 == hash_weight_files(model_folder)  # of the files, whatever they are read as
 
 
-def test_auto_asks_the_processor(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_dtype_depends_on_the_processor(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for flags, expected in (
         ({"avx512_bf16": True}, torch.bfloat16),
         ({"amx_bf16": True}, torch.bfloat16),
@@ -201,6 +201,6 @@ def test_auto_asks_the_processor(model_folder: Path, monkeypatch: pytest.MonkeyP
         assert load(model_folder, dtype="auto").dtype == expected
 
 
-def test_an_unknown_dtype_is_refused(model_folder: Path) -> None:
+def test_an_unknown_dtype_is_rejected(model_folder: Path) -> None:
     with pytest.raises(KVMemoryError, match="float8"):
         load(model_folder, dtype="float8")

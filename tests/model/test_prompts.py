@@ -39,14 +39,14 @@ def pieces(form: PromptForm) -> str:
     return form.prefix + form.document("THE DOCUMENT") + form.question("  WHY?\n")
 
 
-def test_a_template_with_a_system_turn() -> None:
+def test_a_template_with_a_system_turn_gives_the_prefix() -> None:
     form = chat_form(tokenizer_with(WITH_SYSTEM))
     assert form.prefix == f"<|system|>{DEFAULT_SYSTEM_PROMPT}<|end|><|user|>"
     assert pieces(form) == form.prefix + "THE DOCUMENT\n\nWHY?<|end|><|assistant|>"
     assert not form.add_bos and form.name == "chat"
 
 
-def test_brief_asks_for_a_few_words_in_the_template() -> None:
+def test_brief_form_asks_for_a_few_words() -> None:
     form, chat = (choose_form(name, tokenizer_with(WITH_SYSTEM)) for name in ("brief", "chat"))
     assert form.name == "brief" and "a few words" in form.system_prompt and form.system_prompt in form.prefix
     assert replace(form, name="chat", prefix=chat.prefix, system_prompt=chat.system_prompt) == chat
@@ -54,12 +54,12 @@ def test_brief_asks_for_a_few_words_in_the_template() -> None:
         choose_form("brief", tokenizer_with(None))
 
 
-def test_a_template_that_refuses_a_system_turn() -> None:
+def test_a_rejected_system_turn_moves_into_the_user_turn() -> None:
     form = chat_form(tokenizer_with(WITHOUT_SYSTEM), system_prompt="Be brief.")
     assert pieces(form) == "<bos>[user] Be brief.\n\nTHE DOCUMENT\n\nWHY?[/][model] "
 
 
-def test_a_template_that_drops_the_system_turn() -> None:
+def test_a_dropped_system_turn_moves_into_the_user_turn() -> None:
     form = chat_form(tokenizer_with(DROPS_SYSTEM), system_prompt="Be brief.")
     assert pieces(form) == "<u>Be brief.\n\nTHE DOCUMENT\n\nWHY?</u><a>"
 
@@ -71,14 +71,14 @@ def test_the_prefix_does_not_change_with_the_date() -> None:
 
 
 @pytest.mark.parametrize("template", [LOSES_TEXT, DROPS_ALL, ALWAYS_RAISES, None])
-def test_templates_that_cannot_be_used(template: str | None) -> None:
+def test_unusable_templates_are_rejected(template: str | None) -> None:
     with pytest.raises(ConfigError, match="chat template") as caught:
         chat_form(tokenizer_with(template))
     assert caught.value.where == "prompt"
     assert caught.value.next_step is not None and "passage" in caught.value.next_step
 
 
-def test_auto_takes_the_chat_template_where_there_is_one() -> None:
+def test_auto_uses_the_chat_template_if_there_is_one() -> None:
     model = make_model("llama")
     assert Backbone(model, tokenizer_with(None)).prompt is PASSAGE
     assert Backbone(model, tokenizer_with(WITH_SYSTEM)).prompt == chat_form(tokenizer_with(WITH_SYSTEM))
@@ -87,7 +87,7 @@ def test_auto_takes_the_chat_template_where_there_is_one() -> None:
         Backbone(model, tokenizer_with(None), prompt="chat")
 
 
-def test_the_digest_covers_what_reaches_the_model() -> None:
+def test_digest_covers_every_field_that_reaches_the_model() -> None:
     form = PromptForm(**SHORT_FORM)
     assert replace(form, name="other").digest == replace(form, stop=("x",)).digest == form.digest
     for field in ("prefix", "document_before", "document_after", "question_before", "question_after"):
@@ -122,12 +122,12 @@ def test_only_a_start_token_joins_the_prefix(bos: bool, add_bos: bool, eos: bool
     assert not set(backbone.encode_question("b")) & {1, 2}
 
 
-def test_an_end_token_that_the_form_itself_writes_stays() -> None:
+def test_an_end_token_in_the_form_is_kept() -> None:
     form = PromptForm(**{**SHORT_FORM, "prefix": "Hello</s>"}, add_bos=False)  # type: ignore[arg-type]
     assert Backbone(make_model("llama"), make_tokenizer(), prompt=form).prefix_ids[-1] == 2
 
 
-def test_pieces_are_tokenised_apart() -> None:
+def test_document_and_question_are_tokenised_separately() -> None:
     backbone = make_backbone()
     form = backbone.prompt
     text = "a document"

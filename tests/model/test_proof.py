@@ -59,7 +59,7 @@ def test_one_document_equals_a_full_prefill(name: str, length: int) -> None:
 
 @LENGTHS
 @EVERY
-def test_two_documents_equal_a_prefill_in_which_they_do_not_see_each_other(name: str, length: int) -> None:
+def test_two_documents_equal_a_prefill_with_mutual_masking(name: str, length: int) -> None:
     backbone = shared_backbone(name)
     texts = [letters(length, seed=1), letters(length - 4, seed=2)]
     prefix, question = list(backbone.prefix_ids), backbone.encode_question(QUESTION)
@@ -112,7 +112,7 @@ def assert_only_the_question_is_read(backbone: Any, inputs: Sequence[torch.Tenso
     assert len(inputs) <= SETTINGS.max_new_tokens
 
 
-def test_no_text_of_a_document_is_read_at_question_time(backbone: Any) -> None:
+def test_no_document_tokens_are_prefilled_at_question_time(backbone: Any) -> None:
     caches = [replace(cache) for cache in plain_caches(backbone, [letters(40, seed=s) for s in (1, 2)])]
     generator = Generator(backbone)
     with recorded_inputs(backbone) as inputs:
@@ -124,7 +124,7 @@ def test_no_text_of_a_document_is_read_at_question_time(backbone: Any) -> None:
     assert_only_the_question_is_read(backbone, inputs)
 
 
-def test_no_text_of_a_document_is_read_through_the_facade(tmp_path: Path) -> None:
+def test_no_document_tokens_are_prefilled_through_the_facade(tmp_path: Path) -> None:
     text = f"where is it? {letters(300, seed=5)}"
     backbone = make_backbone(max_position_embeddings=4096)
     options: dict[str, Any] = {"selector": "attention", "keep_ratio": 0.25, "passage_tokens": 64}
@@ -160,7 +160,7 @@ def test_the_answer_depends_on_cached_keys_and_values(name: str, part: str) -> N
 
 
 @EVERY
-def test_an_adapter_changes_routed_tokens_and_nothing_else(name: str) -> None:
+def test_an_adapter_changes_only_routed_tokens(name: str) -> None:
     backbone = make_backbone(name)
     (cache,) = plain_caches(backbone, [letters(40)])
     ids = torch.tensor([backbone.encode(letters(20, seed=7))])

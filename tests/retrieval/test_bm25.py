@@ -101,7 +101,7 @@ def ids(hits: Sequence[Hit]) -> list[str]:
         ("onions", "cook"),
     ],
 )
-def test_finds(tmp_path, shelf, question, best, language):
+def test_retrieves_the_best_passage_first(tmp_path, shelf, question, best, language):
     hits = shelf.open(tmp_path, language=language).retrieve(question, top_k=3)
     assert hits[0].document_id == best
     assert hits[0].score > 0
@@ -115,17 +115,17 @@ def test_english_finds_other_forms_of_a_word(tmp_path, shelf):
 
 
 @pytest.mark.parametrize("question", ["", "?!", " \n", "\U0001f600", "unheard", "\ud800"])
-def test_a_question_that_shares_no_word_finds_nothing(tmp_path, shelf, question):
+def test_question_without_shared_words_finds_nothing(tmp_path, shelf, question):
     assert shelf.open(tmp_path).retrieve(question, top_k=5) == []
 
 
-def test_passages_without_a_shared_word_are_left_out_however_many_are_asked_for(tmp_path, shelf):
+def test_passages_without_a_shared_word_are_left_out_for_any_top_k(tmp_path, shelf):
     hits = shelf.open(tmp_path).retrieve("stream", top_k=1000)
     assert set(ids(hits)) == {"nats", "cook"}
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
 
 
-def test_ties_go_by_document_id_and_ordinal(tmp_path):
+def test_ties_are_ordered_by_document_id_and_ordinal(tmp_path):
     texts = ["same", "same other words", "same same same other"]
     passages = [Passage(f"d{i:02}", j, texts[(i * 7 + j) % 3]) for i in range(40) for j in range(12)]
     random.Random(0).shuffle(passages)
@@ -141,7 +141,7 @@ def test_a_rare_word_counts_more_than_a_common_one(tmp_path):
 
 
 @pytest.mark.parametrize("texts", [[], ["?!", "..."]])
-def test_an_index_without_words_works_and_is_kept(tmp_path, texts):
+def test_index_without_words_works_and_is_saved(tmp_path, texts):
     shelf = Shelf([Passage(f"d{i}", 0, text) for i, text in enumerate(texts)])
     for _ in range(2):
         index = shelf.open(tmp_path)
@@ -150,7 +150,7 @@ def test_an_index_without_words_works_and_is_kept(tmp_path, texts):
     assert shelf.n_reads == 1
 
 
-def test_a_passage_that_is_gone_or_changed_since_is_passed_over(tmp_path):
+def test_deleted_or_changed_passages_are_skipped(tmp_path):
     shelf = Shelf([Passage(name, 0, f"{'word ' * n}end") for n, name in ((3, "a"), (2, "b"), (1, "c"))])
     index = shelf.open(tmp_path)
     assert ids(index.retrieve("word", top_k=3)) == ["a", "b", "c"]
@@ -159,7 +159,7 @@ def test_a_passage_that_is_gone_or_changed_since_is_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("top_k", [0, -1])
-def test_a_wrong_top_k_is_refused(tmp_path, shelf, top_k):
+def test_invalid_top_k_is_refused(tmp_path, shelf, top_k):
     with pytest.raises(ConfigError, match="top_k"):
         shelf.open(tmp_path).retrieve("word", top_k=top_k)
 
@@ -232,7 +232,7 @@ def test_the_ranking_of_many_passages_is_the_same_without_texts(tmp_path):
         assert scored(index.retrieve(question, top_k=300)) == scored(expected.retrieve(question, top_k=300))
 
 
-def test_an_index_without_texts_holds_no_word(tmp_path, shelf):
+def test_index_without_texts_contains_no_words(tmp_path, shelf):
     Shelf([*map(without_text, shelf.passages)]).open(tmp_path)
     stored = (tmp_path / "bm25.index").read_bytes().lower()
     shelf.open(tmp_path / "with")
@@ -241,7 +241,7 @@ def test_an_index_without_texts_holds_no_word(tmp_path, shelf):
         assert word not in stored and word in in_clear
 
 
-def test_an_index_of_some_texts_holds_no_word_either(tmp_path, shelf):
+def test_index_with_some_texts_contains_no_words(tmp_path, shelf):
     first, *others = shelf.passages
     Shelf([without_text(first), *others]).open(tmp_path)
     assert b"onions" not in (tmp_path / "bm25.index").read_bytes()
@@ -271,7 +271,7 @@ def test_the_ranking_is_the_same_under_several_keys(tmp_path):
         assert found == pytest.approx({hit.document_id: hit.score for hit in expected.retrieve(question, top_k=100)})
 
 
-def test_a_passage_with_neither_text_nor_terms_is_found_by_nothing(tmp_path, shelf):
+def test_passage_with_neither_text_nor_terms_is_never_found(tmp_path, shelf):
     shelf.passages[0] = replace(shelf.passages[0], text=None, text_sha256="0" * 64)
     assert ids(shelf.open(tmp_path).retrieve("stream JetStream", top_k=9)) == ["cook"]
 
@@ -295,7 +295,7 @@ def test_a_second_open_loads_the_same_index_without_the_passages(tmp_path, shelf
         assert second.retrieve(question, top_k=9) == first.retrieve(question, top_k=9)
 
 
-def test_another_revision_or_language_is_built_again(tmp_path, shelf):
+def test_index_is_rebuilt_for_another_revision_or_language(tmp_path, shelf):
     shelf.open(tmp_path, revision=1)
     shelf.passages.append(Passage("new", 0, "zebra"))
     assert shelf.open(tmp_path, revision=1).retrieve("zebra", top_k=1) == []
@@ -331,31 +331,31 @@ def test_the_file_is_the_same_in_every_process(tmp_path):
         lambda raw: hashlib.sha256(b"").hexdigest().encode() + b"\n",
     ],
 )
-def test_a_damaged_index_is_built_again(tmp_path, shelf, damage, caplog):
+def test_damaged_index_is_rebuilt(tmp_path, shelf, damage, caplog):
     expected = shelf.open(tmp_path).retrieve("stream", top_k=5)
     path = tmp_path / "bm25.index"
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     assert shelf.open(tmp_path).retrieve("stream", top_k=5) == expected
     assert shelf.n_reads == 2
-    assert "built again" in caplog.text
+    assert "will be rebuilt" in caplog.text
     assert path.read_bytes() == whole
 
 
-def test_an_index_that_cannot_be_written_works_all_the_same(tmp_path, shelf, caplog):
+def test_index_that_cannot_be_saved_still_works(tmp_path, shelf, caplog):
     (tmp_path / "file").write_text("in the way")
     index = shelf.open(tmp_path / "file")
     assert ids(index.retrieve("onions", top_k=1)) == ["cook"]
-    assert "cannot be kept" in caplog.text
+    assert "cannot be saved" in caplog.text
 
 
-def test_a_folder_in_the_place_of_the_file_is_no_error(tmp_path, shelf):
+def test_folder_in_place_of_the_index_file_is_tolerated(tmp_path, shelf):
     (tmp_path / "bm25.index").mkdir()
     assert ids(shelf.open(tmp_path).retrieve("onions", top_k=1)) == ["cook"]
     assert [p.name for p in tmp_path.iterdir()] == ["bm25.index"]  # no temporary file is left
 
 
-def test_nothing_is_printed_logged_or_left_behind(tmp_path, shelf, capfd, caplog):
+def test_nothing_is_printed_or_logged_and_no_file_is_left(tmp_path, shelf, capfd, caplog):
     caplog.set_level(logging.DEBUG)
     shelf.open(tmp_path).retrieve("stream", top_k=5)
     shelf.open(tmp_path).retrieve("stream", top_k=5)
@@ -364,7 +364,7 @@ def test_nothing_is_printed_logged_or_left_behind(tmp_path, shelf, capfd, caplog
     assert [p.name for p in tmp_path.iterdir()] == ["bm25.index"]
 
 
-def test_temporary_files_of_crashes_are_removed_when_they_are_old(tmp_path, shelf):
+def test_old_temporary_files_of_crashes_are_removed(tmp_path, shelf):
     old, new = tmp_path / "bm25.indexold.tmp", tmp_path / "bm25.indexnew.tmp"
     old.touch()
     new.touch()
@@ -388,7 +388,7 @@ while True:
 """
 
 
-def test_a_killed_writer_leaves_a_whole_index_or_none(tmp_path, caplog):
+def test_killed_writer_leaves_a_complete_index_or_none(tmp_path, caplog):
     shelf = Shelf([Passage("mine", 0, "onions")])
     for delay_s in (0.02, 0.05, 0.11, 0.17):
         arguments = [sys.executable, "-c", WRITE_FOR_EVER, str(Path(__file__).parent), str(tmp_path)]
@@ -403,7 +403,7 @@ def test_a_killed_writer_leaves_a_whole_index_or_none(tmp_path, caplog):
     assert caplog.records == []
 
 
-def test_a_kept_index_of_5000_passages_takes_well_under_a_second_to_open(tmp_path):
+def test_saved_index_of_5000_passages_opens_within_a_second(tmp_path):
     draw = random.Random(0)
     words = [f"word{i}" for i in range(5000)]
     shelf = Shelf([Passage(f"d{i:04}", 0, " ".join(draw.choices(words, k=60))) for i in range(5000)])

@@ -16,7 +16,7 @@ def test_words_are_counted_under_their_hashes() -> None:
     assert sorted(terms) == sorted([hash_word("ferry", KEY)] * 2 + [hash_word("pier", KEY)])
 
 
-def test_neither_words_nor_their_order_can_be_read_off() -> None:
+def test_terms_reveal_neither_words_nor_their_order() -> None:
     words = ["the", "ferry", "leaves", "at", "seven", "from", "pier", "four", "every", "morning"]
     written = json.dumps(Terms.of(words, KEY).to_dict())
     assert not any(word in written for word in words)
@@ -33,7 +33,7 @@ def test_any_text_has_a_hash() -> None:
     assert len({hash_word(word, KEY) for word in ("", "\ud800", "猫", "x" * 10_000)}) == 4
 
 
-def test_terms_come_back_from_json() -> None:
+def test_terms_round_trip_through_json() -> None:
     terms = Terms.of(["a", "b", "a"], new_key())
     assert Terms.from_dict(json.loads(json.dumps(terms.to_dict()))) == terms
 
@@ -52,6 +52,6 @@ def test_terms_come_back_from_json() -> None:
         {"key": 7, "counts": {}},
     ],
 )
-def test_what_is_no_terms_is_refused(values: dict[str, Any]) -> None:
+def test_invalid_terms_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"terms|counts"):
         Terms.from_dict(values)

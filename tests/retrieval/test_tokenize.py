@@ -28,16 +28,16 @@ from kv_memory.retrieval.tokenize import question_words, words_of
         ("", []),
     ],
 )
-def test_words(text, words):
+def test_text_is_split_into_words(text, words):
     assert words_of(text) == words
 
 
-def test_english_stems():
+def test_english_words_are_stemmed():
     assert words_of("compressing compressed compression", language="en") == ["compress"] * 3
     assert words_of("compressing") == ["compressing"]
 
 
-def test_stop_words_are_left_out_of_questions_unless_there_is_nothing_else():
+def test_stop_words_are_dropped_from_questions_with_other_words():
     assert question_words("What is the compression of it?", language="en") == ["compress"]
     assert question_words("To be or not to be", language="en") == ["to", "be", "or", "not", "to", "be"]
     assert question_words("Why don\u2019t you?", language="en") == words_of("Why don\u2019t you?", language="en")
@@ -46,6 +46,6 @@ def test_stop_words_are_left_out_of_questions_unless_there_is_nothing_else():
 
 
 @given(text=st.text(), language=st.sampled_from([None, "en"]))
-def test_any_text_has_words_and_never_an_empty_one(text, language):
+def test_no_text_gives_an_empty_word(text, language):
     assert all(word.strip() for word in words_of(text, language=language))
     assert set(question_words(text, language=language)) <= set(words_of(text, language=language))

@@ -29,7 +29,7 @@ def texts_of(store: Store, *texts: str) -> set[str]:
     return {text for text in texts if store.has(sha(text), FINGERPRINT, 0.25)}
 
 
-def test_what_was_used_longest_ago_goes_first(store: Store) -> None:
+def test_the_least_recently_used_cache_is_evicted_first(store: Store) -> None:
     size = fill(store, "a", "b", "c")
     store.set_limits(Limits(max_size_bytes=3 * size))
     del_me = store.get(sha("a"), FINGERPRINT, 0.25)
@@ -39,7 +39,7 @@ def test_what_was_used_longest_ago_goes_first(store: Store) -> None:
     assert len(store.check().orphans) == 0 and store.check().n_blobs == 3
 
 
-def test_lowering_a_budget_evicts_at_once_and_is_remembered(store: Store) -> None:
+def test_lowering_a_size_limit_evicts_at_once_and_is_stored(store: Store) -> None:
     size = fill(store, "a", "b", "c", "d")
     assert store.set_limits(Limits(max_size_bytes=2 * size + 1)) == 2
     assert texts_of(store, "a", "b", "c", "d") == {"c", "d"}
@@ -49,7 +49,7 @@ def test_lowering_a_budget_evicts_at_once_and_is_remembered(store: Store) -> Non
 
 
 @pytest.mark.embedded
-def test_budgets_pins_and_uses_are_true_after_a_restart(store: Store) -> None:
+def test_limits_pins_and_uses_survive_a_restart(store: Store) -> None:
     size = fill(store, "a", "b", "c")
     store.put_document(document("doc", "b"))
     assert store.pin("doc") == 1
@@ -63,7 +63,7 @@ def test_budgets_pins_and_uses_are_true_after_a_restart(store: Store) -> None:
         assert {info.pinned for info in again.caches("doc")} == {True}
 
 
-def test_pinned_caches_stay(store: Store) -> None:
+def test_pinned_caches_are_not_evicted(store: Store) -> None:
     size = fill(store, "a", "b")
     store.put_document(document("doc", "a"))
     assert store.pin("doc") == 1
@@ -77,7 +77,7 @@ def test_pinned_caches_stay(store: Store) -> None:
         store.pin("nobody")
 
 
-def test_what_is_being_read_stays(store: Store) -> None:
+def test_a_cache_in_use_is_not_evicted(store: Store) -> None:
     size = fill(store, "a", "b")
     store.set_limits(Limits(max_size_bytes=2 * size))
     held = store.get(sha("a"), FINGERPRINT, 0.25)
@@ -85,10 +85,10 @@ def test_what_is_being_read_stays(store: Store) -> None:
     fill(store, "c")
     assert texts_of(store, "a", "b", "c") == {"a", "c"}
     also_held = store.get(sha("c"), FINGERPRINT, 0.25)
-    with pytest.raises(StoreFullError, match="budget"):
+    with pytest.raises(StoreFullError, match="size limit of"):
         fill(store, "d")
     assert texts_of(store, "a", "c", "d") == {"a", "c"}
-    assert store.check().ok, "the refused cache left nothing"
+    assert store.check().ok, "the refused cache left nothing behind"
     del held, also_held
     gc.collect()
     fill(store, "d")
@@ -106,7 +106,9 @@ while not Path(sys.argv[3]).exists():
 
 @pytest.mark.embedded
 @pytest.mark.skipif(os.name == "nt", reason="byte locks of open files")
-def test_what_another_process_reads_stays_until_it_dies(store: Store, run_script: RunScript, tmp_path: Path) -> None:
+def test_a_cache_read_by_another_process_is_kept_until_that_ends(
+    store: Store, run_script: RunScript, tmp_path: Path
+) -> None:
     import threading
 
     size = fill(store, "a", "b")
@@ -126,7 +128,7 @@ def test_what_another_process_reads_stays_until_it_dies(store: Store, run_script
     assert texts_of(store, "a", "c", "d") == {"c", "d"}
 
 
-def test_a_cache_larger_than_the_budget_is_refused_and_leaves_nothing(store: Store) -> None:
+def test_a_cache_larger_than_the_size_limit_is_refused(store: Store) -> None:
     store.set_limits(Limits(max_size_bytes=10))
     with pytest.raises(StoreFullError, match="10 bytes") as caught:
         fill(store, "a")
@@ -134,7 +136,7 @@ def test_a_cache_larger_than_the_budget_is_refused_and_leaves_nothing(store: Sto
     assert store.caches() == [] and store.check().ok and store.check().n_blobs == 0
 
 
-def test_the_budget_of_the_store_counts_all_collections(store: Store) -> None:
+def test_the_store_size_limit_counts_all_collections(store: Store) -> None:
     size = fill(store, "a", "b")
     with store.in_collection("other") as other:
         fill(other, "c")
@@ -145,7 +147,7 @@ def test_the_budget_of_the_store_counts_all_collections(store: Store) -> None:
     assert store.limits().store_max_size_bytes == 3 * size
 
 
-def test_a_budget_holds_within_one_cache_through_many_puts(store: Store) -> None:
+def test_the_size_limit_holds_after_every_put(store: Store) -> None:
     size = fill(store, "first")
     store.set_limits(Limits(max_size_bytes=int(4.5 * size)))
     for number in range(20):
@@ -176,7 +178,7 @@ def test_caches_expire(store: Store) -> None:
     assert store.check().ok and store.check().n_blobs == 2
 
 
-def test_what_has_expired_goes_before_what_was_used_long_ago(store: Store) -> None:
+def test_expired_caches_are_evicted_before_old_ones(store: Store) -> None:
     size = fill(store, "old")
     store.set_limits(Limits(ttl_s=0.05))
     fill(store, "expired")
@@ -186,7 +188,7 @@ def test_what_has_expired_goes_before_what_was_used_long_ago(store: Store) -> No
     assert texts_of(store, "old", "new") == {"old", "new"} and len(store.caches()) == 2
 
 
-def test_a_blob_that_another_collection_has_survives_eviction(store: Store) -> None:
+def test_eviction_keeps_a_blob_that_another_collection_uses(store: Store) -> None:
     size = fill(store, "a")
     with store.in_collection("other") as other:
         fill(other, "a")
@@ -197,6 +199,6 @@ def test_a_blob_that_another_collection_has_survives_eviction(store: Store) -> N
 
 
 @pytest.mark.parametrize("limits", [{"max_size_bytes": 0}, {"ttl_s": -1.0}, {"store_max_size_bytes": -5}])
-def test_limits_out_of_range(limits: dict[str, Any]) -> None:
+def test_limits_out_of_range_are_refused(limits: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="above 0"):
         Limits(**limits)

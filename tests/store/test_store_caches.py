@@ -13,7 +13,7 @@ from kv_memory.store import Store
 from kv_memory.store import counters as counters_module
 
 
-def test_a_cache_comes_back_bit_for_bit_in_another_store_object(tmp_path: Path) -> None:
+def test_another_store_object_returns_a_cache_bit_for_bit(tmp_path: Path) -> None:
     cache = make_cache(1)
     with Store.open(tmp_path) as store:
         info = store.put(sha("x"), cache, fidelity=0.5)
@@ -27,7 +27,7 @@ def test_a_cache_comes_back_bit_for_bit_in_another_store_object(tmp_path: Path) 
     assert info.size_bytes == len(stored_bytes("x", cache))
 
 
-def test_putting_again_returns_what_is_there(store: Store) -> None:
+def test_putting_again_returns_the_existing_cache(store: Store) -> None:
     first = store.put(sha("x"), make_cache(1), fidelity=0.5)
     again = store.put(sha("x"), make_cache(2), fidelity=0.1)  # a second run of a method that is not deterministic
     assert again == first
@@ -35,7 +35,7 @@ def test_putting_again_returns_what_is_there(store: Store) -> None:
     assert equal(store.get(sha("x"), FINGERPRINT, 0.25), make_cache(1))
 
 
-def test_the_row_says_how_a_cache_is_stored_and_what_is_there_stays(store: Store) -> None:
+def test_the_row_records_the_storage_and_an_existing_cache_stays(store: Store) -> None:
     cache = make_cache(1)
     small = store.put(sha("x"), cache, storage="int8")
     assert (small.dtype, small.size_bytes) == ("int8", len(stored_bytes("x", cache, storage="int8")))
@@ -51,7 +51,7 @@ def test_the_row_says_how_a_cache_is_stored_and_what_is_there_stays(store: Store
     assert store.check().ok and len(store.caches()) == 3
 
 
-def test_settings_make_caches_of_their_own(store: Store) -> None:
+def test_different_settings_give_separate_caches(store: Store) -> None:
     store.put(sha("x"), make_cache(1))
     store.put(sha("x"), make_cache(1, keep_ratio=0.5))
     store.put(sha("x"), make_cache(1, fingerprint=OTHER))
@@ -60,7 +60,7 @@ def test_settings_make_caches_of_their_own(store: Store) -> None:
     assert store.get(sha("x"), OTHER, 0.25).fingerprint == OTHER
 
 
-def test_one_blob_is_shared_and_goes_with_its_last_row(tmp_path: Path) -> None:
+def test_a_shared_blob_is_deleted_with_its_last_row(tmp_path: Path) -> None:
     with Store.open(tmp_path, collection="one") as one, Store.open(tmp_path, collection="two") as two:
         for store in (one, two):
             store.put(sha("x"), make_cache(1))
@@ -73,7 +73,7 @@ def test_one_blob_is_shared_and_goes_with_its_last_row(tmp_path: Path) -> None:
         assert one.check().ok
 
 
-def test_delete_takes_only_what_it_is_told(store: Store) -> None:
+def test_delete_removes_only_the_given_caches(store: Store) -> None:
     for ratio in (0.25, 0.5):
         for fingerprint in (FINGERPRINT, OTHER):
             store.put(sha("x"), make_cache(1, keep_ratio=ratio, fingerprint=fingerprint))
@@ -88,7 +88,7 @@ def test_delete_takes_only_what_it_is_told(store: Store) -> None:
     assert blob_files(store) == []
 
 
-def test_missing_and_caches_follow_the_documents(store: Store) -> None:
+def test_missing_and_caches_list_by_document(store: Store) -> None:
     store.put_document(document("a", "x", "y"))
     store.put_document(document("b", "x"))
     store.put(sha("x"), make_cache(1))
@@ -100,7 +100,7 @@ def test_missing_and_caches_follow_the_documents(store: Store) -> None:
     assert [c.text_sha256 for c in store.caches("a")] == [sha("x"), sha("y")]
 
 
-def test_a_cache_of_another_model_is_a_mismatch_that_names_both_sides(store: Store) -> None:
+def test_a_cache_of_another_model_is_a_mismatch_naming_both_sides(store: Store) -> None:
     store.put_document(document("a", "x"))
     store.put(sha("x"), make_cache(1, fingerprint=OTHER))
     with pytest.raises(FingerprintMismatchError, match=r"weights is f{12} in the cache, a{12} loaded") as caught:
@@ -110,19 +110,19 @@ def test_a_cache_of_another_model_is_a_mismatch_that_names_both_sides(store: Sto
     assert not store.has(sha("x"), FINGERPRINT, 0.25)
 
 
-def test_a_missing_cache_names_the_keep_ratios_there_are(store: Store) -> None:
+def test_the_error_for_a_missing_cache_names_available_keep_ratios(store: Store) -> None:
     with pytest.raises(CacheNotFoundError, match=r"no distilled cache at keep_ratio 0\.25 \["):
         store.get(sha("x"), FINGERPRINT, 0.25)
     store.put(sha("x"), make_cache(1, keep_ratio=0.5))
     store.put(sha("x"), make_cache(1, keep_ratio=0.125))
-    with pytest.raises(CacheNotFoundError, match=r"there are some at 0\.125, 0\.5") as caught:
+    with pytest.raises(CacheNotFoundError, match=r"available keep ratios: 0\.125, 0\.5") as caught:
         store.get(sha("x"), FINGERPRINT, 0.25)
     assert caught.value.next_step is not None and "kv-memory add --stale" in caught.value.next_step
     with pytest.raises(ConfigError, match="keep_ratio"):
         store.get(sha("x"), FINGERPRINT, 4)
 
 
-def test_a_text_in_place_of_its_hash_is_refused(store: Store) -> None:
+def test_a_text_instead_of_its_hash_is_refused(store: Store) -> None:
     with pytest.raises(ConfigError, match="SHA-256"):
         store.put("the text itself", make_cache(1))
 
@@ -135,7 +135,7 @@ def test_tensors_stay_valid_when_the_cache_is_deleted(store: Store) -> None:
     assert equal(found, make_cache(1, n_kept=5000))
 
 
-def test_uses_are_written_at_close_and_every_few_hundred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uses_are_written_in_batches_and_at_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counters_module, "_FLUSH_EVERY", 2)
     with Store.open(tmp_path) as store:
         for i in range(3):
@@ -150,7 +150,7 @@ def test_uses_are_written_at_close_and_every_few_hundred(tmp_path: Path, monkeyp
     assert all(used is not None and used >= created for created, used in created_and_used)
 
 
-def test_a_prefix_is_replaced_and_leaves_no_blob(store: Store) -> None:
+def test_replacing_a_prefix_deletes_its_old_blob(store: Store) -> None:
     assert store.get_prefix("p") is None
     store.put_prefix("p", b"one")
     store.put_prefix("q", b"one")

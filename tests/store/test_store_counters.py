@@ -30,7 +30,7 @@ def use(store: Store) -> int:
     return size
 
 
-def test_counts_of_what_was_asked_for(store: Store) -> None:
+def test_counters_count_every_outcome(store: Store) -> None:
     size = use(store)
     counts = store.counters()
     wanted = {"hits": 3, "misses": 2, "refused_mismatch": 1, "puts": 2, "evictions": 1}
@@ -42,7 +42,7 @@ def test_counts_of_what_was_asked_for(store: Store) -> None:
     assert all(name in NAMES or name.startswith("get_seconds_le_") for name in counts)
 
 
-def test_counts_add_up_over_processes_and_stay_apart_between_collections(store: Store) -> None:
+def test_counters_add_up_per_collection(store: Store) -> None:
     use(store)
     with store.in_collection("other") as other:
         assert other.counters() == {}
@@ -55,7 +55,7 @@ def test_counts_add_up_over_processes_and_stay_apart_between_collections(store: 
 
 
 @pytest.mark.embedded
-def test_counts_survive_closing_and_damage_is_counted_and_logged(
+def test_counters_survive_closing_and_damage_is_counted_and_logged(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     from store_samples import blob_file
@@ -77,10 +77,10 @@ def test_counts_survive_closing_and_damage_is_counted_and_logged(
 def test_evictions_are_logged(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="kv_memory.store"):
         use(store)
-    assert "1 distilled caches" in caplog.text
+    assert "evicted 1 distilled caches" in caplog.text
 
 
-def test_prometheus_text_is_what_its_parser_reads(store: Store) -> None:
+def test_prometheus_text_can_be_parsed(store: Store) -> None:
     size = use(store)
     store.put_document(document("doc", "a", "b"))
     families = {family.name: family for family in text_string_to_metric_families(prometheus_text(store))}
@@ -101,8 +101,8 @@ def test_prometheus_text_is_what_its_parser_reads(store: Store) -> None:
     assert all(family.documentation for family in families.values())
 
 
-def test_a_put_that_fails_counts_nothing(store: Store) -> None:
+def test_a_failed_put_is_not_counted(store: Store) -> None:
     store.set_limits(Limits(max_size_bytes=10))
-    with pytest.raises(Exception, match="budget"):
+    with pytest.raises(Exception, match="size limit of"):
         store.put(sha("a"), replace(make_cache(1)))
     assert store.counters().get("puts", 0) == 0 == store.counters().get("evictions", 0)

@@ -83,7 +83,7 @@ for name in sys.argv[2:]:
 """
 
 
-def test_a_killed_process_leaves_a_store_that_heals(run_script: RunScript, tmp_path: Path, empty_store: Path) -> None:
+def test_gc_repairs_a_store_left_by_a_killed_process(run_script: RunScript, tmp_path: Path, empty_store: Path) -> None:
     loops = [f"die_any_time {i}" for i in range(3)]
     names = [
         "put_blob_then_die",
@@ -170,7 +170,7 @@ assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
 """
 
 
-def test_processes_write_one_store_at_once(run_script: RunScript, tmp_path: Path) -> None:
+def test_processes_write_one_store_concurrently(run_script: RunScript, tmp_path: Path) -> None:
     done = run_script(TOGETHER, tmp_path / "store")
     assert done.returncode == 0, done.stderr
     with Store.open(tmp_path / "store", create=False) as store:
@@ -205,7 +205,7 @@ store.close()
 """
 
 
-def test_an_open_store_may_be_carried_over_a_fork(run_script: RunScript, store: Store) -> None:
+def test_an_open_store_works_after_a_fork(run_script: RunScript, store: Store) -> None:
     done = run_script(FORKED, store.path)
     assert done.returncode == 0, done.stderr
     assert len(store.caches()) == 3

@@ -44,7 +44,7 @@ DAMAGES: list[Callable[[Path], None]] = [flip_a_bit, truncate, append, Path.unli
 
 @pytest.mark.parametrize("read_before", [False, True])
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
-def test_a_damaged_blob_is_never_decoded_and_can_be_made_again(
+def test_a_damaged_blob_is_never_decoded_and_can_be_replaced(
     store: Store, damage: Callable[[Path], None], read_before: bool
 ) -> None:
     store.put_document(document("a", "other", "x"))
@@ -86,7 +86,7 @@ def test_damage_takes_the_rows_of_every_collection_that_shares_the_blob(tmp_path
         assert two.caches() == []
 
 
-def test_a_sound_blob_that_is_no_cache_is_quarantined(store: Store) -> None:
+def test_an_intact_blob_that_is_not_a_cache_is_quarantined(store: Store) -> None:
     store.put(sha("x"), make_cache(1))
     store.put_prefix("p", b"no tensors in here")
     with closing(sqlite3.connect(store.path / "catalog.sqlite")) as catalog, catalog:
@@ -98,7 +98,7 @@ def test_a_sound_blob_that_is_no_cache_is_quarantined(store: Store) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
-def test_a_damaged_prefix_is_reported_once_and_then_gone(store: Store, damage: Callable[[Path], None]) -> None:
+def test_a_damaged_prefix_is_reported_once_and_then_removed(store: Store, damage: Callable[[Path], None]) -> None:
     store.put_prefix("p", b"prefix")
     damage(blob_file(store, sha("prefix")))
     with pytest.raises(CorruptCacheError, match="prefix 'p'"):
@@ -184,7 +184,7 @@ def test_the_disk_takes_text_keys_and_bytes_only(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cache_deleted_while_it_is_opened_is_not_there(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_deleted_while_being_opened_is_not_found(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.put(sha("x"), make_cache(1))
     from_file = torch.UntypedStorage.from_file
 
@@ -198,7 +198,7 @@ def test_a_cache_deleted_while_it_is_opened_is_not_there(store: Store, monkeypat
     assert store.stats().n_quarantined == 0
 
 
-def test_a_blob_that_may_not_be_opened_is_not_taken_for_damaged(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_blob_that_cannot_be_opened_is_not_reported_as_damaged(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too many open files, for one: taking that for damage would throw a sound cache away."""
     resource = pytest.importorskip("resource")
     store.put(sha("x"), make_cache(1))

@@ -17,7 +17,7 @@ from kv_memory.store import PassageRecord, Store
 from kv_memory.store.sql.schema import PassageRow
 
 
-def test_a_document_comes_back_as_it_was_put(store: Store) -> None:
+def test_a_document_is_returned_unchanged(store: Store) -> None:
     before = datetime.now(UTC)
     record = document(
         "a", "first", "zw\u00e9i\n", source_uri="file:///a.txt", metadata={"tags": ["x"], "n": 1}, passage_tokens=256
@@ -32,7 +32,7 @@ def test_a_document_comes_back_as_it_was_put(store: Store) -> None:
     assert (found.metadata, found.passage_tokens, found.n_tokens) == ({"tags": ["x"], "n": 1}, 256, 10)
 
 
-def test_a_passage_without_its_text_comes_back_as_it_was_put(store: Store) -> None:
+def test_a_passage_without_its_text_is_returned_unchanged(store: Store) -> None:
     terms = Terms.of(["walrus", "walrus", "sleeps"], store.word_key())
     bare = PassageRecord(text=None, n_tokens=3, text_sha256=sha("x"), terms=terms)
     unfindable = PassageRecord(text=None, n_tokens=1, text_sha256=sha("y"))
@@ -60,14 +60,14 @@ def test_a_passage_needs_a_text_or_its_hash() -> None:
     assert PassageRecord(text="x", n_tokens=1).text_sha256 == sha("x")
 
 
-def test_a_collection_has_one_key_for_its_words_whoever_asks_first(store: Store) -> None:
+def test_a_collection_has_one_word_key_for_all_threads(store: Store) -> None:
     with ThreadPoolExecutor(4) as pool:
         keys = {key for key in pool.map(lambda _: store.word_key(), range(8))}
     assert len(keys) == 1
     assert store.in_collection("other").word_key() not in keys
 
 
-def test_errors_of_the_database_do_not_tell_texts(store: Store) -> None:
+def test_database_errors_do_not_contain_texts(store: Store) -> None:
     with pytest.raises(StoreError) as caught, store.catalog.write() as session:
         session.execute(
             insert(PassageRow),
@@ -123,7 +123,7 @@ def test_unknown_ids_are_not_found(store: Store) -> None:
         store.caches("b")
 
 
-def test_replacing_keeps_the_first_date_and_retires_only_what_nobody_needs(store: Store) -> None:
+def test_replacing_keeps_the_creation_date_and_caches_still_needed(store: Store) -> None:
     store.put_document(document("a", "old", "kept", "shared"))
     store.put_document(document("b", "shared"))
     for seed, text in enumerate(["old", "kept", "shared", "waiting"]):
@@ -140,7 +140,7 @@ def test_replacing_keeps_the_first_date_and_retires_only_what_nobody_needs(store
     assert [p.text for p in store.missing(FINGERPRINT, 0.25)] == ["new"]
 
 
-def test_deleting_retires_caches_that_no_other_document_needs(store: Store) -> None:
+def test_deleting_removes_caches_that_no_other_document_needs(store: Store) -> None:
     store.put_document(document("a", "own", "shared"))
     store.put_document(document("b", "shared"))
     store.put(sha("own"), make_cache(1))
@@ -152,7 +152,7 @@ def test_deleting_retires_caches_that_no_other_document_needs(store: Store) -> N
     assert store.check().ok
 
 
-def test_replacing_a_document_of_many_passages(store: Store) -> None:
+def test_a_document_of_many_passages_can_be_replaced(store: Store) -> None:
     # More texts than SQLite allows variables in one statement of an old build.
     store.put_document(document("a", *(f"old {i}" for i in range(1200))))
     store.put(sha("old 1199"), make_cache(1))
@@ -219,7 +219,7 @@ def test_collections_do_not_see_each_other(tmp_path: Path) -> None:
         assert one.revision == revision
 
 
-def test_opening_without_create_makes_nothing(tmp_path: Path) -> None:
+def test_opening_without_create_creates_nothing(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no store in this folder") as caught:
         Store.open(tmp_path / "none", create=False)
     assert caught.value.next_step is not None and "kv-memory add" in caught.value.next_step
@@ -249,7 +249,7 @@ def test_a_path_that_diskcache_would_expand_is_refused(tmp_path: Path, monkeypat
         assert len(blob_files(store)) == 1
 
 
-def test_a_store_behind_a_symbolic_link(tmp_path: Path) -> None:
+def test_a_store_can_be_opened_through_a_symbolic_link(tmp_path: Path) -> None:
     (tmp_path / "a" / "b" / "c").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "a" / "b" / "c")
     with Store.open(tmp_path / "link" / "store") as store:

@@ -25,7 +25,7 @@ RunScript = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 @pytest.mark.parametrize("call", ["fsync", "rename"])
-def test_a_full_disk_under_a_blob_leaves_nothing_of_it(
+def test_a_full_disk_leaves_no_partial_blob(
     store: Store, monkeypatch: pytest.MonkeyPatch, call: str, code: int
 ) -> None:
     store.put(sha("x"), make_cache(1))
@@ -101,7 +101,7 @@ def test_a_file_size_limit_is_reported_as_full(run_script: RunScript, tmp_path: 
 
 
 @posix
-def test_a_disk_that_is_really_full_loses_nothing(run_script: RunScript, tmp_path: Path) -> None:
+def test_a_full_disk_loses_no_stored_data(run_script: RunScript, tmp_path: Path) -> None:
     # A file system of 4 MiB of its own, in a namespace that goes with the process.
     wrapper = ("unshare", "--mount", "--user", "--map-root-user", "sh", "-ec")
     mount = f'mount -t tmpfs -o size=4m tmpfs "{tmp_path}"; '
@@ -140,7 +140,7 @@ for case in sys.argv[2:]:
 
 
 @posix
-def test_a_folder_of_somebody_else_is_refused(run_script: RunScript, open_folder: Path, empty_store: Path) -> None:
+def test_a_folder_of_another_user_is_refused(run_script: RunScript, open_folder: Path, empty_store: Path) -> None:
     cases = ["closed", "unwritable", "catalog", "absent/store"]
     for case in cases[:3]:
         shutil.copytree(empty_store, open_folder / case)
@@ -161,7 +161,7 @@ def test_a_folder_of_somebody_else_is_refused(run_script: RunScript, open_folder
     assert [line.split()[:2] for line in done.stdout.splitlines()] == [[case, "refused"] for case in cases]
 
 
-def test_access_is_asked_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_access_is_checked_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(StorePermissionError) as caught:
         Store.open(tmp_path / "store")
@@ -178,7 +178,7 @@ def test_a_read_only_file_system_is_a_permission_error(store: Store, monkeypatch
         store.put(sha("x"), make_cache(1))
 
 
-def test_a_blob_that_may_not_be_read_is_not_thrown_away(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_blob_without_read_permission_is_not_deleted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     info = store.put(sha("x"), make_cache(1))
     import builtins
 
@@ -231,7 +231,7 @@ def test_a_writer_holds_the_lock_before_its_first_statement(store: Store) -> Non
         other.execute("BEGIN IMMEDIATE")
 
 
-def test_a_file_in_the_way_is_a_store_error(tmp_path: Path) -> None:
+def test_a_file_in_place_of_a_folder_is_a_store_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(StoreError, match="File exists"):
         Store.open(tmp_path / "file")

@@ -60,7 +60,7 @@ def _keep(store: Store, name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a file just opened, and let go
-def test_ctrl_c_anywhere_in_a_put_comes_out_as_itself_and_the_next_put_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_in_a_put_is_raised_and_leaves_no_lock(tmp_path: Path) -> None:
     with Store.open(tmp_path / "store") as store:
         _keep(store, "first")  # what is cached by then is no longer part of it
         watch = _Watch()
@@ -83,7 +83,7 @@ def test_ctrl_c_anywhere_in_a_put_comes_out_as_itself_and_the_next_put_goes_on(t
         assert store.check().ok
 
 
-def test_a_name_is_free_again_after_ctrl_c_while_it_is_taken_or_given_back(tmp_path: Path) -> None:
+def test_ctrl_c_while_locking_or_unlocking_frees_the_lock(tmp_path: Path) -> None:
     locks = FileLocks(tmp_path / "locks")
 
     def hold() -> None:
@@ -101,7 +101,7 @@ def test_a_name_is_free_again_after_ctrl_c_while_it_is_taken_or_given_back(tmp_p
         assert not other.is_alive(), where
 
 
-def test_an_error_made_of_an_interruption_gives_way_to_it(tmp_path: Path) -> None:
+def test_an_error_caused_by_an_interruption_raises_the_interruption(tmp_path: Path) -> None:
     def trip(stop: BaseException, over: Exception) -> None:
         with mapped(tmp_path):
             try:
@@ -123,7 +123,7 @@ def test_an_error_made_of_an_interruption_gives_way_to_it(tmp_path: Path) -> Non
         trip(KeyboardInterrupt(), StoreFullError("no space left"))
 
 
-def test_interruption_behind_looks_through_the_whole_chain() -> None:
+def test_interruption_behind_searches_the_whole_chain() -> None:
     try:
         try:
             try:

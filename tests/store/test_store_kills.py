@@ -24,7 +24,7 @@ SHARED = [pytest.mark.postgres, pytest.mark.s3]
 
 
 @pytest.mark.parametrize(("pair", "kills"), [("sqlite-disk", 24), pytest.param("postgres-s3", 14, marks=SHARED)])
-def test_killed_at_any_moment_a_store_loses_nothing_and_opens_at_once(
+def test_a_store_killed_at_any_moment_loses_nothing(
     run_script: RunScript, tmp_path: Path, place: Callable[[str], dict[str, Any]], pair: str, kills: int
 ) -> None:
     done = run_script(KILLS, tmp_path / "store", json.dumps(place(pair)), tmp_path, kills, len(pair))
@@ -36,4 +36,4 @@ def test_killed_at_any_moment_a_store_loses_nothing_and_opens_at_once(
     assert (found["corrupt_reads"], found["dangling_rows"], found["lost_documents"], found["left"]) == (0, 0, 0, 0)
     assert found["removed"] >= found["orphans"] + found["strays"]
     assert found["slowest_open_s"] < 5
-    assert len(found["under_way"]) >= 3, "the kills would have missed what they are meant for"
+    assert len(found["under_way"]) >= 3, "the kills missed the moments they are meant for"

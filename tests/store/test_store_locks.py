@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="byte locks of open file
 RunScript = Callable[..., Any]
 
 
-def test_one_thread_at_a_time(store: Store) -> None:
+def test_a_lock_is_held_by_one_thread_at_a_time(store: Store) -> None:
     inside, most = [0], [0]
 
     def work(number: int) -> None:
@@ -39,7 +39,7 @@ def test_one_thread_at_a_time(store: Store) -> None:
     assert most[0] == 2, "two names"
 
 
-def test_a_name_that_is_held_is_not_had_without_waiting(store: Store) -> None:
+def test_hold_without_waiting_fails_while_the_lock_is_taken(store: Store) -> None:
     with store.catalog.hold("a") as had:
         assert had
         with store.catalog.hold("a", wait=False) as again, store.catalog.hold("b", wait=False) as other:
@@ -62,9 +62,7 @@ with catalog.hold("a"):
 
 
 @pytest.mark.parametrize("end", ["leave", "die"])
-def test_another_process_keeps_a_name_until_it_ends(
-    store: Store, run_script: RunScript, tmp_path: Path, end: str
-) -> None:
+def test_a_process_holds_a_lock_until_it_ends(store: Store, run_script: RunScript, tmp_path: Path, end: str) -> None:
     if store.catalog.dialect == "postgresql":
         where = store.catalog._engine.url.render_as_string(hide_password=False)
         where += f"{'&' if '?' in where else '?'}schema={store.catalog._database.schema}"
@@ -86,7 +84,7 @@ def test_another_process_keeps_a_name_until_it_ends(
 
 
 @pytest.mark.embedded
-def test_readers_are_seen_by_every_process_and_forgotten_when_they_end(store: Store, run_script: RunScript) -> None:
+def test_shared_locks_are_seen_by_every_process_until_released(store: Store, run_script: RunScript) -> None:
     locks = FileLocks(store.path / "locks")
     look = """
 from kv_memory.store.sql.locks import FileLocks
@@ -129,14 +127,14 @@ for child in children:
 """
 
 
-def test_eight_processes_make_a_cache_once(store: Store, run_script: RunScript, tmp_path: Path) -> None:
+def test_eight_processes_create_a_cache_once(store: Store, run_script: RunScript, tmp_path: Path) -> None:
     done = run_script(MAKES, store.path, tmp_path / "log")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "log").read_text() == "made "
     assert len(store.caches()) == 1 and store.check().ok
 
 
-def test_eight_threads_make_a_cache_once(store: Store) -> None:
+def test_eight_threads_create_a_cache_once(store: Store) -> None:
     made = []
 
     def make(number: int) -> None:

@@ -30,7 +30,7 @@ def differences(catalog: Path) -> list[object]:
         engine.dispose()
 
 
-def test_the_migrations_make_the_models(store: Store) -> None:
+def test_migrations_match_the_models(store: Store) -> None:
     catalog = store.path / "catalog.sqlite"
     assert differences(catalog) == []
     with closing(sqlite3.connect(catalog)) as connection:
@@ -38,7 +38,7 @@ def test_the_migrations_make_the_models(store: Store) -> None:
     assert len(differences(catalog)) == 1
 
 
-def test_the_migrations_make_the_same_constraints(store: Store) -> None:
+def test_migrations_make_the_same_constraints_as_the_models(store: Store) -> None:
     """The comparison above does not look at primary keys and names; SQLite's own text of the tables does."""
 
     def words(statement: str) -> set[str]:
@@ -55,7 +55,7 @@ def test_the_migrations_make_the_same_constraints(store: Store) -> None:
         assert words(made[table.name]) == words(str(CreateTable(table).compile(dialect=dialect))), table.name
 
 
-def test_the_head_written_in_the_code_is_the_newest_migration() -> None:
+def test_schema_head_is_the_newest_migration() -> None:
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     config.set_main_option("path_separator", "os")
@@ -82,7 +82,7 @@ def test_caches_of_the_first_version_are_kept(store: Store) -> None:
     assert differences(catalog) == []
 
 
-def test_a_store_of_a_newer_version_is_left_alone(store: Store) -> None:
+def test_a_store_of_a_newer_version_is_refused_unchanged(store: Store) -> None:
     catalog = store.path / "catalog.sqlite"
     store.close()
     with closing(sqlite3.connect(catalog)) as connection, connection:
@@ -94,7 +94,7 @@ def test_a_store_of_a_newer_version_is_left_alone(store: Store) -> None:
     assert catalog.read_bytes() == before
 
 
-def test_a_database_of_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_foreign_database_is_refused_unchanged(tmp_path: Path) -> None:
     catalog = tmp_path / "catalog.sqlite"
     with closing(sqlite3.connect(catalog)) as connection, connection:
         connection.execute("CREATE TABLE recipes (name TEXT)")
@@ -104,7 +104,7 @@ def test_a_database_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert catalog.read_bytes() == before
 
 
-def test_a_creation_that_was_interrupted_is_finished(tmp_path: Path) -> None:
+def test_an_interrupted_creation_is_completed(tmp_path: Path) -> None:
     (tmp_path / "catalog.sqlite").touch()  # what a kill between making the file and its tables leaves
     with Store.open(tmp_path) as store:
         assert store.documents() == []
@@ -123,7 +123,7 @@ def test_opening_a_store_at_head_does_not_start_alembic(store: Store, monkeypatc
         Store.open(store.path / "new")
 
 
-def test_the_catalog_is_durable_and_checks_its_references(store: Store) -> None:
+def test_the_catalog_is_durable_and_checks_foreign_keys(store: Store) -> None:
     with store._catalog.read() as session:
         pragmas = {
             name: session.execute(sa.text(f"PRAGMA {name}")).scalar()
@@ -132,7 +132,7 @@ def test_the_catalog_is_durable_and_checks_its_references(store: Store) -> None:
     assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30000}
 
 
-def test_the_row_of_a_blob_is_as_durable_as_that_of_a_cache(store: Store) -> None:
+def test_blob_rows_are_as_durable_as_cache_rows(store: Store) -> None:
     store.put(sha("x"), make_cache(1))
     assert store._blobs._cache._sql("PRAGMA synchronous").fetchone() == (2,)
     assert store._blobs._cache._sql("PRAGMA journal_mode").fetchone() == ("wal",)

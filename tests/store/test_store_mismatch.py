@@ -10,5 +10,5 @@ from tests.stress.mismatch import FIELDS, mismatch
 
 @pytest.mark.parametrize("how", ["else", "last"])
 @pytest.mark.parametrize("field", FIELDS)
-def test_a_cache_that_differs_in_one_field_is_refused_by_its_name(store: Store, field: str, how: str) -> None:
+def test_a_cache_that_differs_in_one_field_is_refused(store: Store, field: str, how: str) -> None:
     assert mismatch(store, field, how) == []

@@ -58,7 +58,7 @@ def all_there(store: Store) -> None:
     assert store.stats().n_quarantined == 0
 
 
-def test_a_few_failures_are_not_noticed(behind: Store, proxy: Proxy) -> None:
+def test_a_few_failed_requests_are_retried_unnoticed(behind: Store, proxy: Proxy) -> None:
     for fault in ("500", "reset", "silent"):
         forget(behind)
         proxy.fail(fault, "GET", times=2)
@@ -74,7 +74,7 @@ READ_FAULTS = ["500", "reset", "silent", "cut", "more", "less", "flip", "403"]
 
 
 @pytest.mark.parametrize("fault", READ_FAULTS)
-def test_reading_fails_soon_by_name_and_loses_nothing(behind: Store, proxy: Proxy, fault: str) -> None:
+def test_reading_in_an_outage_fails_quickly_and_loses_nothing(behind: Store, proxy: Proxy, fault: str) -> None:
     proxy.fail(fault, "GET")
     kind = StorePermissionError if fault == "403" else StoreConnectionError
     for ask in (lambda: behind.get(sha("text 0"), FINGERPRINT, 0.25), behind.check):
@@ -89,7 +89,7 @@ def test_reading_fails_soon_by_name_and_loses_nothing(behind: Store, proxy: Prox
 
 
 @pytest.mark.parametrize("fault", ["500", "reset", "silent", "403"])
-def test_writing_fails_soon_by_name_and_leaves_nothing_behind(behind: Store, proxy: Proxy, fault: str) -> None:
+def test_writing_in_an_outage_fails_quickly_and_leaves_nothing(behind: Store, proxy: Proxy, fault: str) -> None:
     proxy.fail(fault)
     kind = StorePermissionError if fault == "403" else StoreConnectionError
     with within(2 * SOON_S), pytest.raises(kind):
@@ -105,7 +105,7 @@ def test_writing_fails_soon_by_name_and_leaves_nothing_behind(behind: Store, pro
     assert equal(behind.get(sha("new"), FINGERPRINT, 0.25), make_cache(9))
 
 
-def test_an_answer_that_is_lost_behind_a_finished_write_does_no_harm(behind: Store, proxy: Proxy) -> None:
+def test_a_lost_answer_after_a_finished_write_does_no_harm(behind: Store, proxy: Proxy) -> None:
     proxy.fail("cut", "PUT", times=1)  # it was written; the answer breaks off
     behind.put(sha("new"), make_cache(9))
     proxy.heal()
@@ -135,14 +135,14 @@ def test_evicting_in_an_outage_leaves_orphans_for_gc(behind: Store, proxy: Proxy
     assert behind.check().ok and behind.check().n_blobs == 2
 
 
-def test_what_is_in_the_tier_is_read_through_an_outage(behind: Store, proxy: Proxy) -> None:
+def test_blobs_in_the_tier_are_readable_during_an_outage(behind: Store, proxy: Proxy) -> None:
     behind.get(sha("text 0"), FINGERPRINT, 0.25)
     proxy.fail("500")
     with within(1):
         assert equal(behind.get(sha("text 0"), FINGERPRINT, 0.25), make_cache(0))
 
 
-def test_a_bucket_that_is_not_there_is_not_taken_for_lost_blobs(
+def test_a_missing_bucket_is_not_reported_as_lost_blobs(
     behind: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = behind.path / "store.json"
@@ -161,7 +161,7 @@ def test_a_bucket_that_is_not_there_is_not_taken_for_lost_blobs(
 
 
 @pytest.mark.parametrize("value", ["soon", "0", "-1", "inf"])
-def test_seconds_in_the_environment_that_are_none(
+def test_invalid_seconds_in_the_environment_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_endpoint: str, value: str
 ) -> None:
     monkeypatch.setenv("KV_MEMORY_BLOBS_TIMEOUT_S", value)

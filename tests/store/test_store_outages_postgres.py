@@ -83,7 +83,7 @@ def still_there(store: Store) -> None:
     assert store.check().ok
 
 
-def test_a_server_that_was_restarted_is_not_noticed(shared: Store, server: Server) -> None:
+def test_a_server_restart_goes_unnoticed(shared: Store, server: Server) -> None:
     for _ in range(2):
         server.stop()
         server.start()
@@ -97,7 +97,7 @@ def test_a_server_that_was_restarted_is_not_noticed(shared: Store, server: Serve
     shared.put(sha("y"), make_cache(2))
 
 
-def test_a_server_that_is_down_is_an_error_soon(shared: Store, server: Server, tmp_path: Path) -> None:
+def test_a_stopped_server_is_reported_quickly(shared: Store, server: Server, tmp_path: Path) -> None:
     uses: list[Callable[[], object]] = [
         lambda: shared.get(sha("x"), FINGERPRINT, 0.25),
         lambda: shared.put(sha("y"), make_cache(2)),
@@ -118,7 +118,7 @@ def test_a_server_that_is_down_is_an_error_soon(shared: Store, server: Server, t
 
 
 @pytest.mark.parametrize("end", ["terminated", "stopped"])
-def test_a_transaction_that_is_broken_off_changes_nothing(shared: Store, server: Server, end: str) -> None:
+def test_a_transaction_with_a_lost_connection_changes_nothing(shared: Store, server: Server, end: str) -> None:
     from sqlalchemy import text
 
     with within(15), pytest.raises(StoreConnectionError), shared.catalog.write() as session:
@@ -133,7 +133,7 @@ def test_a_transaction_that_is_broken_off_changes_nothing(shared: Store, server:
     shared.put_document(document("b", "y"))
 
 
-def test_a_lock_whose_connection_is_broken_off_is_free_again(shared: Store, server: Server) -> None:
+def test_a_lock_is_released_when_its_connection_is_lost(shared: Store, server: Server) -> None:
     wanted = sha("y"), FINGERPRINT, 0.25
     with shared.making(*wanted) as had:
         assert had
@@ -144,7 +144,7 @@ def test_a_lock_whose_connection_is_broken_off_is_free_again(shared: Store, serv
     still_there(shared)
 
 
-def test_whoever_waits_for_a_lock_is_told_when_the_server_goes(shared: Store, server: Server) -> None:
+def test_waiting_for_a_lock_fails_when_the_server_stops(shared: Store, server: Server) -> None:
     entered, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -183,7 +183,7 @@ REFUSED: dict[str, tuple[Callable[[str], str], type[StoreError], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_database_that_refuses(server: Server, tmp_path: Path, case: str) -> None:
+def test_refused_connections_are_reported_by_kind(server: Server, tmp_path: Path, case: str) -> None:
     change, kind, says = REFUSED[case]
     url = change(server.url)
     url = url.removesuffix("?a") if url.endswith("?a") else url + f"&schema=t_{uuid.uuid4().hex[:12]}"
@@ -200,7 +200,7 @@ def test_a_database_that_refuses(server: Server, tmp_path: Path, case: str) -> N
             store.put(sha("x"), make_cache(1))
 
 
-def test_a_schema_that_may_only_be_read(server: Server, shared: Store, tmp_path: Path) -> None:
+def test_writing_to_a_read_only_schema_is_a_permission_error(server: Server, shared: Store, tmp_path: Path) -> None:
     schema: str = shared.catalog._database.schema  # type: ignore[attr-defined]
     server.run(f"GRANT USAGE ON SCHEMA {schema} TO poor", f"GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO poor")
     url = server.url.replace("postgres@", "poor@") + f"&schema={schema}"

@@ -27,7 +27,7 @@ Place = Callable[[str], dict[str, Any]]
 
 @pytest.mark.postgres
 @pytest.mark.s3
-def test_two_folders_on_one_shared_store(place: Place, tmp_path: Path) -> None:
+def test_two_folders_share_one_store(place: Place, tmp_path: Path) -> None:
     """As two machines would: each has its folder, what one puts the other reads."""
     where = place("postgres-s3")
     with Store.open(tmp_path / "one", **where) as one, Store.open(tmp_path / "two", **where) as two:
@@ -43,7 +43,7 @@ def test_two_folders_on_one_shared_store(place: Place, tmp_path: Path) -> None:
         assert again_one.has(sha("x"), FINGERPRINT, 0.25) and again_one.blobs_url == where["blobs"]
 
 
-def test_the_file_that_says_where_is_private_and_plain(place: Place, tmp_path: Path) -> None:
+def test_the_location_file_is_private_and_plain(place: Place, tmp_path: Path) -> None:
     where = place("sqlite-folder")
     Store.open(tmp_path / "s", **where, tier_size_bytes=10**6).close()
     file = tmp_path / "s" / "store.json"
@@ -53,7 +53,7 @@ def test_the_file_that_says_where_is_private_and_plain(place: Place, tmp_path: P
     assert json.loads(file.read_text())["tier_size_bytes"] == 2 * 10**6
 
 
-def test_another_place_than_the_folder_says_is_refused(place: Place, tmp_path: Path) -> None:
+def test_a_location_other_than_the_recorded_one_is_refused(place: Place, tmp_path: Path) -> None:
     Store.open(tmp_path / "s", **place("sqlite-folder")).close()
     with pytest.raises(ConfigError, match="blobs") as caught:
         Store.open(tmp_path / "s", blobs="s3://another/place")
@@ -65,7 +65,7 @@ def test_another_place_than_the_folder_says_is_refused(place: Place, tmp_path: P
         Store.open(tmp_path / "plain", **place("sqlite-folder"))
 
 
-def test_a_password_is_in_no_error(tmp_path: Path) -> None:
+def test_errors_do_not_contain_the_password(tmp_path: Path) -> None:
     url = "postgresql+psycopg://someone:secret@127.0.0.1:9/db"
     with pytest.raises(StoreConnectionError) as caught:
         Store.open(tmp_path / "s", catalog=url)
@@ -76,15 +76,15 @@ def test_a_password_is_in_no_error(tmp_path: Path) -> None:
     ("where", "match"),
     [
         ({"catalog": "mysql://host/db"}, "SQLite or PostgreSQL"),
-        ({"catalog": "no url"}, "no URL"),
+        ({"catalog": "no url"}, "this is not a database URL"),
         ({"catalog": "postgresql://h/d?schema=a-b"}, "schema"),
-        ({"blobs": "ftp://host/x"}, "cannot be kept"),
-        ({"blobs": "/data/blobs"}, "cannot be kept"),
-        ({"blobs": "file://relative"}, "from the root"),
+        ({"blobs": "ftp://host/x"}, "invalid URL for blobs"),
+        ({"blobs": "/data/blobs"}, "invalid URL for blobs"),
+        ({"blobs": "file://relative"}, "must be an absolute path"),
         ({"blobs": "file:///tmp/x", "tier_size_bytes": 0}, "tier_size_bytes"),
     ],
 )
-def test_places_that_cannot_be(tmp_path: Path, where: dict[str, Any], match: str) -> None:
+def test_invalid_locations_are_refused(tmp_path: Path, where: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match) as caught:
         Store.open(tmp_path / "s", **where)
     assert caught.value.next_step is not None or "schema" in match
@@ -92,14 +92,14 @@ def test_places_that_cannot_be(tmp_path: Path, where: dict[str, Any], match: str
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 2}', '{"format": 1, "elsewhere": 1}'])
-def test_a_file_that_says_nothing_is_refused(tmp_path: Path, text: str) -> None:
+def test_an_invalid_location_file_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "store.json").write_text(text)
     with pytest.raises(StoreError, match="cannot be read") as caught:
         Store.open(tmp_path)
     assert caught.value.next_step is not None and not (tmp_path / "catalog.sqlite").exists()
 
 
-def test_the_tier_keeps_to_its_size_and_what_it_drops_comes_back(place: Place, tmp_path: Path) -> None:
+def test_the_tier_keeps_its_size_and_refetches_dropped_blobs(place: Place, tmp_path: Path) -> None:
     with Store.open(tmp_path / "s", **place("sqlite-folder"), tier_size_bytes=500_000) as store:
         size = 0
         for number in range(30):
@@ -111,7 +111,7 @@ def test_the_tier_keeps_to_its_size_and_what_it_drops_comes_back(place: Place, t
         assert store.check().ok and store.check().n_blobs == 30
 
 
-def test_a_tier_too_small_for_a_blob_says_so(place: Place, tmp_path: Path) -> None:
+def test_the_error_of_a_too_small_tier_names_it(place: Place, tmp_path: Path) -> None:
     with Store.open(tmp_path / "s", **place("sqlite-folder"), tier_size_bytes=100) as store:
         store.put(sha("x"), make_cache(1, n_kept=500))
         try:
@@ -121,7 +121,7 @@ def test_a_tier_too_small_for_a_blob_says_so(place: Place, tmp_path: Path) -> No
 
 
 @pytest.mark.postgres
-def test_an_old_shared_catalog_waits_for_the_command(place: Place, tmp_path: Path) -> None:
+def test_an_old_shared_catalog_is_upgraded_only_by_the_command(place: Place, tmp_path: Path) -> None:
     import sqlalchemy as sa
 
     where = place("postgres-disk")
@@ -134,7 +134,7 @@ def test_an_old_shared_catalog_waits_for_the_command(place: Place, tmp_path: Pat
 
 
 @pytest.mark.postgres
-def test_the_migrations_make_the_models_on_postgresql_and_can_be_taken_back(place: Place, tmp_path: Path) -> None:
+def test_migrations_match_the_models_on_postgresql_and_can_be_reverted(place: Place, tmp_path: Path) -> None:
     from alembic import command
     from alembic.autogenerate import compare_metadata
     from alembic.config import Config

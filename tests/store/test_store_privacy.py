@@ -41,7 +41,7 @@ def open_umask() -> Iterator[None]:
 
 @pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
 @pytest.mark.usefixtures("open_umask")
-def test_only_the_owner_may_read_what_is_written(tmp_path: Path) -> None:
+def test_only_the_owner_can_read_stored_files(tmp_path: Path) -> None:
     home = tmp_path / "home"  # made by the store too, and so private
     with Store.open(home / "deep" / "store") as store:
         store.put_document(document("a", "text", "damaged"))
@@ -112,7 +112,7 @@ def fill_with_secrets(store: Store) -> tuple[dict[str, bytes], dict[str, bytes]]
     return secret, public
 
 
-def test_nothing_is_left_of_what_was_purged(store: Store) -> None:
+def test_purging_leaves_no_bytes_of_a_document(store: Store) -> None:
     secret, public = fill_with_secrets(store)
     assert CollectionIndex(store).retrieve("xylophone", top_k=1)
     secret |= {"stem": b"xylophon"}  # the index has words, not texts
@@ -137,7 +137,7 @@ def test_nothing_is_left_of_what_was_purged(store: Store) -> None:
         assert session.scalars(select(TaskRow.document_id)).all() == ["public-id-0123456789"]
 
 
-def test_what_was_removed_before_is_purged_without_an_id(store: Store) -> None:
+def test_purging_without_an_id_wipes_removed_documents(store: Store) -> None:
     secret, public = fill_with_secrets(store)
     store.delete_document("secret-id-0123456789")
     assert held(store.path, secret)  # so that the next line says something
@@ -176,14 +176,14 @@ def sha_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def test_purging_is_all_or_none(store: Store) -> None:
+def test_purging_is_all_or_nothing(store: Store) -> None:
     fill_with_secrets(store)
     with pytest.raises(DocumentNotFoundError):
         store.purge("secret-id-0123456789", "no such document")
     assert len(store.documents()) == 2 and len(store.caches()) == 2
 
 
-def test_a_text_that_another_document_has_is_kept(store: Store) -> None:
+def test_purging_keeps_a_text_that_another_document_has(store: Store) -> None:
     store.put(sha("both"), make_cache(1))
     for id_ in "ab":
         store.put_document(document(id_, "both"))
@@ -191,7 +191,7 @@ def test_a_text_that_another_document_has_is_kept(store: Store) -> None:
     assert equal(store.get(sha("both"), FINGERPRINT, 0.25), make_cache(1))
 
 
-def test_a_reader_that_does_not_end_is_told_of(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_purging_reports_a_reader_that_does_not_end(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     secret, _ = fill_with_secrets(store)
     monkeypatch.setattr(engine, "_LONGEST_S", 0.1)
     with closing(sqlite3.connect(store.path / "catalog.sqlite", isolation_level=None)) as reader:
@@ -205,7 +205,7 @@ def test_a_reader_that_does_not_end_is_told_of(store: Store, monkeypatch: pytest
     assert held(store.path, secret) == set()
 
 
-def test_a_database_that_does_not_wipe_what_it_deletes_is_scrubbed(tmp_path: Path) -> None:
+def test_scrubbing_wipes_rows_deleted_without_secure_delete(tmp_path: Path) -> None:
     """Whether SQLite zeroes deleted rows is decided where it is built; so what it did not is made here."""
     file = tmp_path / "x.sqlite"
     with closing(sqlite3.connect(file, isolation_level=None)) as database:
@@ -239,7 +239,7 @@ with Store.open(sys.argv[1], create=False) as store:
         pytest.param("postgres-s3", marks=[pytest.mark.postgres, pytest.mark.s3]),
     ],
 )
-def test_a_shared_store_is_purged_with_the_copies_on_each_machine(
+def test_purging_a_shared_store_removes_the_copies_on_each_machine(
     tmp_path: Path, place: Callable[[str], dict[str, Any]], pair: str
 ) -> None:
     where = place(pair)
@@ -263,7 +263,7 @@ def test_a_shared_store_is_purged_with_the_copies_on_each_machine(
         assert here.check().ok
 
 
-def test_another_process_may_purge_what_is_open_here(store: Store, run_script: RunScript) -> None:
+def test_another_process_can_purge_an_open_store(store: Store, run_script: RunScript) -> None:
     secret, public = fill_with_secrets(store)
     mapped = store.get(sha(SECRET), FINGERPRINT, 0.25)
     done = run_script(PURGE_IN_ANOTHER, store.path, "secret-id-0123456789")
@@ -275,7 +275,7 @@ def test_another_process_may_purge_what_is_open_here(store: Store, run_script: R
     assert store.check().ok and held(store.path, public) == set(public)
 
 
-def test_purged_documents_are_not_found_by_questions(memory: KVMemory, wide: Any) -> None:
+def test_purged_documents_are_not_retrieved(memory: KVMemory, wide: Any) -> None:
     assert memory.ask(FERRY_QUESTION, top_k=1, settings=SETTINGS).sources[0].document_id == "ferry"
     blob = next(p for p in (memory.path / "blobs").rglob("*.val") if p.stat().st_size > 1000).read_bytes()
     assert blob
@@ -364,7 +364,7 @@ def assert_whole(store: Store) -> None:
 
 
 @pytest.mark.parametrize("name", ["one", "two"])
-def test_collections_with_equal_texts_see_their_own(pair: tuple[Store, Store], name: str) -> None:
+def test_collections_with_equal_texts_stay_separate(pair: tuple[Store, Store], name: str) -> None:
     store = pair[name == "two"]
     assert_whole(store)
     theirs = "two" if name == "one" else "one"
@@ -410,7 +410,7 @@ def import_other(store: Store, path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_in_one_collection_leaves_the_other_whole(
+def test_a_change_in_one_collection_leaves_the_other_unchanged(
     pair: tuple[Store, Store], tmp_path: Path, change: str
 ) -> None:
     one, two = pair
@@ -420,7 +420,7 @@ def test_a_change_in_one_collection_leaves_the_other_whole(
     assert_whole(two)
 
 
-def test_a_purged_text_stays_where_another_collection_has_it(pair: tuple[Store, Store]) -> None:
+def test_a_purged_text_stays_in_another_collection(pair: tuple[Store, Store]) -> None:
     report = pair[0].purge("same")
     assert (report.n_blobs, report.n_blobs_shared) == (0, 1)
     assert pair[0].caches() == [c for c in pair[0].caches() if c.text_sha256 == sha("one")]

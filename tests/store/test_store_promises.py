@@ -13,7 +13,7 @@ NAMED = sorted(set(re.findall(r"`([\w/]+\.py)::(\w+)`", DOCUMENT.read_text(encod
 
 
 @pytest.mark.parametrize(("file", "test"), NAMED, ids=lambda value: value.removesuffix(".py"))
-def test_the_test_that_holds_a_promise_is_there(file: str, test: str) -> None:
+def test_every_test_named_in_the_docs_exists(file: str, test: str) -> None:
     (path,) = (folder / file for folder in (TESTS / "store", TESTS / "jobs", TESTS) if (folder / file).is_file())
     assert re.search(rf"^(async )?def {test}\(", path.read_text(encoding="utf-8"), re.MULTILINE)
 

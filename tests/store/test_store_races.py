@@ -24,7 +24,7 @@ SHARED = [pytest.mark.postgres, pytest.mark.s3]
 
 
 @pytest.mark.parametrize("pair", ["sqlite-disk", pytest.param("postgres-s3", marks=SHARED)])
-def test_readers_writers_evictors_and_collectors_do_not_disturb_each_other(
+def test_readers_writers_eviction_and_gc_run_concurrently(
     run_script: RunScript, tmp_path: Path, place: Callable[[str], dict[str, Any]], pair: str
 ) -> None:
     done = run_script(RACE, tmp_path / "store", json.dumps(place(pair)), tmp_path)

@@ -21,7 +21,7 @@ SHARED = [pytest.mark.postgres, pytest.mark.s3]
 
 
 @pytest.mark.parametrize("pair", ["sqlite-disk", pytest.param("postgres-s3", marks=SHARED)])
-def test_every_damage_is_refused_put_aside_and_made_again(
+def test_every_damage_is_refused_quarantined_and_replaced(
     tmp_path: Path, place: Callable[[str], dict[str, Any]], pair: str
 ) -> None:
     blobs = pair.partition("-")[2]
@@ -34,7 +34,7 @@ def test_every_damage_is_refused_put_aside_and_made_again(
     assert found["per_kind"].keys() == {kind.__name__ for kind in kinds}
 
 
-def test_damage_in_the_moment_after_reading_is_seen(store: Store) -> None:
+def test_damage_right_after_reading_is_detected(store: Store) -> None:
     """Times of files move in steps: one that is written to in the step in which it was read looks unchanged."""
     for number in range(20):
         key = store.put(sha(f"text {number}"), make_cache(number)).blob_key
@@ -62,7 +62,7 @@ def pair_of_caches(store: Store) -> tuple[CacheInfo, CacheInfo]:
     return store.put(sha("a"), make_cache(1)), store.put(sha("b"), make_cache(2))
 
 
-def test_the_blob_of_another_text_is_not_given(store: Store) -> None:
+def test_the_blob_of_another_text_is_not_returned(store: Store) -> None:
     _, b = pair_of_caches(store)
     set_row(store, "a", "blob_key = :key, size_bytes = :size", key=b.blob_key, size=b.size_bytes)
     with pytest.raises(CorruptCacheError, match="another text") as caught:
@@ -77,7 +77,7 @@ def test_the_blob_of_another_text_is_not_given(store: Store) -> None:
     assert equal(store.get(sha("a"), FINGERPRINT, 0.25), make_cache(1)) and store.check().ok
 
 
-def test_two_rows_that_were_swapped_are_both_refused(store: Store) -> None:
+def test_two_swapped_rows_are_both_refused(store: Store) -> None:
     a, b = pair_of_caches(store)
     set_row(store, "a", "blob_key = :key", key=b.blob_key)
     set_row(store, "b", "blob_key = :key", key=a.blob_key)
@@ -89,7 +89,7 @@ def test_two_rows_that_were_swapped_are_both_refused(store: Store) -> None:
     assert equal(store.get(sha("a"), FINGERPRINT, 0.25), make_cache(1)) and store.check().ok
 
 
-def test_putting_over_a_swapped_row_mends_it(store: Store) -> None:
+def test_putting_over_a_swapped_row_repairs_it(store: Store) -> None:
     _, b = pair_of_caches(store)
     set_row(store, "a", "blob_key = :key", key=b.blob_key)
     store.put(sha("a"), make_cache(1))
@@ -107,7 +107,7 @@ def test_check_finds_swapped_rows(store: Store) -> None:
 
 
 @pytest.mark.parametrize("column", ["fingerprint", "keep_ratio", "text_sha256"])
-def test_a_row_filed_under_other_settings_is_refused(store: Store, column: str) -> None:
+def test_a_row_stored_under_other_settings_is_refused(store: Store, column: str) -> None:
     pair_of_caches(store)
     store.put(sha("c"), make_cache(3, fingerprint=OTHER))  # so that the catalog knows that one
     asked: dict[str, Any] = {"fingerprint": FINGERPRINT, "keep_ratio": 0.25, "text_sha256": sha("a")}
@@ -122,7 +122,7 @@ def test_a_row_filed_under_other_settings_is_refused(store: Store, column: str) 
     assert store.check().ok
 
 
-def test_caches_from_before_they_said_their_text_are_read(store: Store) -> None:
+def test_old_caches_without_the_hash_of_their_text_are_readable(store: Store) -> None:
     pair_of_caches(store)
     data = make_cache(7).to_bytes()
     assert b"text_sha256" not in data
@@ -134,7 +134,7 @@ def test_caches_from_before_they_said_their_text_are_read(store: Store) -> None:
     assert store.check().misfiled == ()
 
 
-def test_the_same_text_gives_the_same_bytes_and_another_text_others(store: Store, tmp_path: Path) -> None:
+def test_equal_texts_give_equal_bytes_and_others_different_ones(store: Store, tmp_path: Path) -> None:
     infos = [store.put(sha(text), make_cache(1)) for text in "ab"]
     assert infos[0].blob_key != infos[1].blob_key
     with Store.open(tmp_path / "other") as other:

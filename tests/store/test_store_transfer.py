@@ -103,7 +103,7 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gathering, "_GROUP_DOCUMENTS", 2)
 
 
-def test_a_collection_comes_back_as_it_was(full: Store, fresh: Store, tmp_path: Path) -> None:
+def test_an_exported_collection_is_imported_unchanged(full: Store, fresh: Store, tmp_path: Path) -> None:
     told: list[TransferProgress] = []
     report = full.export_to(tmp_path / "all.tar", on_progress=told.append)
     assert (report.n_documents, report.n_caches, report.n_blobs) == (4, 6, 6)
@@ -130,7 +130,7 @@ def test_a_second_import_changes_nothing(fresh: Store, archive: Path) -> None:
     assert (contents(fresh), fresh.revision) == (before, revision)
 
 
-def test_the_same_collection_gives_the_same_bytes(full: Store, archive: Path, tmp_path: Path) -> None:
+def test_exporting_the_same_collection_gives_the_same_bytes(full: Store, archive: Path, tmp_path: Path) -> None:
     full.export_to(tmp_path / "again.tar")
     assert (tmp_path / "again.tar").read_bytes() == archive.read_bytes()
 
@@ -152,14 +152,14 @@ def test_groups_share_blobs_and_any_tar_reads_the_file(full: Store, fresh: Store
     assert contents(fresh) == contents(full)
 
 
-def test_an_empty_collection_travels_too(store: Store, fresh: Store, tmp_path: Path) -> None:
+def test_an_empty_collection_is_exported_and_imported(store: Store, fresh: Store, tmp_path: Path) -> None:
     store.update_settings({"model": "tiny"})
     assert store.export_to(tmp_path / "none.tar").n_documents == 0
     assert fresh.import_from(tmp_path / "none.tar").n_documents == 0
     assert fresh.settings() == {"model": "tiny"}
 
 
-def test_passages_without_their_text_travel(full: Store, fresh: Store, tmp_path: Path) -> None:
+def test_passages_without_their_text_are_exported_and_imported(full: Store, fresh: Store, tmp_path: Path) -> None:
     terms = Terms.of(["walrus", "walrus"], full.word_key())
     with full.catalog.write() as session:
         session.execute(
@@ -184,7 +184,7 @@ ELSEWHERE = [
 
 @pytest.mark.usefixtures("small_groups")
 @pytest.mark.parametrize("pair", ELSEWHERE)
-def test_from_any_kind_of_store_to_any_other(
+def test_transfer_works_between_all_kinds_of_store(
     fresh: Store, tmp_path: Path, place: Callable[[str], dict[str, Any]], pair: str
 ) -> None:
     with Store.open(tmp_path / "one", **place(pair)) as one:
@@ -230,7 +230,7 @@ def test_a_collection_with_other_settings_is_refused(fresh: Store, archive: Path
 
 
 @pytest.mark.parametrize("choice", ["refuse", "skip", "replace"])
-def test_a_document_with_other_text_is_in_conflict(fresh: Store, full: Store, archive: Path, choice: Any) -> None:
+def test_conflicting_documents_follow_on_conflict(fresh: Store, full: Store, archive: Path, choice: Any) -> None:
     fresh.update_settings(full.settings())
     fresh.put(sha("mine"), make_cache(60))
     fresh.put_document(document("d001", "mine"))
@@ -253,7 +253,9 @@ def test_a_document_with_other_text_is_in_conflict(fresh: Store, full: Store, ar
 
 
 @pytest.mark.usefixtures("small_groups")
-def test_a_conflict_at_the_end_is_refused_before_the_beginning(fresh: Store, full: Store, tmp_path: Path) -> None:
+def test_a_conflict_at_the_end_is_refused_before_anything_is_imported(
+    fresh: Store, full: Store, tmp_path: Path
+) -> None:
     full.export_to(tmp_path / "all.tar")
     fresh.update_settings(full.settings())
     fresh.put_document(document("twin", "mine"))
@@ -262,7 +264,7 @@ def test_a_conflict_at_the_end_is_refused_before_the_beginning(fresh: Store, ful
     assert [d.id for d in fresh.documents()] == ["twin"] and fresh.caches() == []
 
 
-def test_replace_takes_metadata_of_equal_texts_too(fresh: Store, archive: Path) -> None:
+def test_replace_updates_metadata_of_equal_texts_too(fresh: Store, archive: Path) -> None:
     fresh.import_from(archive)
     fresh.put_document(replace(fresh.document("twin"), metadata={"mine": True}))
     assert fresh.import_from(archive).n_unchanged == 4
@@ -271,12 +273,12 @@ def test_replace_takes_metadata_of_equal_texts_too(fresh: Store, archive: Path) 
     assert fresh.document("twin").metadata == {}
 
 
-def test_a_wrong_choice_is_a_config_error(fresh: Store, archive: Path) -> None:
+def test_an_unknown_on_conflict_is_a_config_error(fresh: Store, archive: Path) -> None:
     with pytest.raises(ConfigError):
         fresh.import_from(archive, on_conflict="ask")  # type: ignore[arg-type]
 
 
-def test_what_is_damaged_here_is_made_good(fresh: Store, archive: Path) -> None:
+def test_import_repairs_damaged_caches(fresh: Store, archive: Path) -> None:
     fresh.import_from(archive)
     key = next(c.blob_key for c in fresh.caches() if c.text_sha256 == sha("text 2"))
     blob_file(fresh, key).write_bytes(b"x")
@@ -285,7 +287,7 @@ def test_what_is_damaged_here_is_made_good(fresh: Store, archive: Path) -> None:
 
 
 @pytest.mark.parametrize("when", ["before the export", "before the import"])
-def test_expired_caches_stay_behind(full: Store, fresh: Store, tmp_path: Path, when: str) -> None:
+def test_expired_caches_are_not_transferred(full: Store, fresh: Store, tmp_path: Path, when: str) -> None:
     expires_at = datetime.now(UTC) + timedelta(seconds=1.5 if when == "before the import" else -1)
     with full.catalog.write() as session:
         session.execute(update(CacheRow).where(CacheRow.text_sha256 == sha("text 1")).values(expires_at=expires_at))
@@ -318,7 +320,7 @@ def stop_after(n: int) -> Callable[[TransferProgress], None]:
 
 @pytest.mark.usefixtures("small_groups")
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 6])
-def test_an_interrupted_export_goes_on_where_it_stopped(full: Store, tmp_path: Path, n: int) -> None:
+def test_an_interrupted_export_resumes_where_it_stopped(full: Store, tmp_path: Path, n: int) -> None:
     whole = full.export_to(tmp_path / "whole.tar")
     with pytest.raises(Stop):
         full.export_to(tmp_path / "all.tar", on_progress=stop_after(n))
@@ -333,7 +335,7 @@ def test_an_interrupted_export_goes_on_where_it_stopped(full: Store, tmp_path: P
 
 
 @pytest.mark.parametrize("cut", range(0, 30))
-def test_an_export_goes_on_behind_any_cut(full: Store, archive: Path, tmp_path: Path, cut: int) -> None:
+def test_an_export_resumes_after_truncation_anywhere(full: Store, archive: Path, tmp_path: Path, cut: int) -> None:
     data = archive.read_bytes()
     length = random.Random(cut).randrange(len(data))
     (tmp_path / "all.tar.part").write_bytes(data[:length] if cut % 2 else data[:length] + bytes(700))
@@ -341,7 +343,7 @@ def test_an_export_goes_on_behind_any_cut(full: Store, archive: Path, tmp_path: 
     assert archive.read_bytes() == data
 
 
-def test_a_changed_collection_is_exported_anew(full: Store, fresh: Store, tmp_path: Path) -> None:
+def test_a_changed_collection_is_exported_from_the_start(full: Store, fresh: Store, tmp_path: Path) -> None:
     with pytest.raises(Stop):
         full.export_to(tmp_path / "all.tar", on_progress=stop_after(3))
     full.delete_document("d001")
@@ -351,7 +353,7 @@ def test_a_changed_collection_is_exported_anew(full: Store, fresh: Store, tmp_pa
 
 
 @pytest.mark.usefixtures("small_groups")
-def test_changes_while_exporting_leave_every_document_whole(full: Store, fresh: Store, tmp_path: Path) -> None:
+def test_changes_during_an_export_leave_every_document_whole(full: Store, fresh: Store, tmp_path: Path) -> None:
     changes: list[Callable[[], object]] = [
         lambda: full.delete_document("d001"),  # of the group that is being written
         lambda: full.put_document(document("d000", "changed")),
@@ -373,7 +375,7 @@ def test_changes_while_exporting_leave_every_document_whole(full: Store, fresh: 
                 fresh.get(passage.text_sha256, FINGERPRINT, 0.25)
 
 
-def test_damage_at_home_is_left_out_and_told(full: Store, fresh: Store, tmp_path: Path) -> None:
+def test_damaged_caches_are_left_out_of_an_export_and_reported(full: Store, fresh: Store, tmp_path: Path) -> None:
     info = next(c for c in full.caches() if c.text_sha256 == sha("text 2"))
     blob_file(full, info.blob_key).write_bytes(b"x" * info.size_bytes)
     report = full.export_to(tmp_path / "all.tar")
@@ -384,7 +386,7 @@ def test_damage_at_home_is_left_out_and_told(full: Store, fresh: Store, tmp_path
 
 @pytest.mark.usefixtures("small_groups")
 @pytest.mark.parametrize("n", range(1, 9))
-def test_an_interrupted_import_shows_nothing_half_and_goes_on(
+def test_an_interrupted_import_leaves_nothing_half_done_and_resumes(
     full: Store, fresh: Store, tmp_path: Path, n: int
 ) -> None:
     full.export_to(tmp_path / "all.tar")
@@ -397,7 +399,7 @@ def test_an_interrupted_import_shows_nothing_half_and_goes_on(
     assert contents(fresh) == contents(full)
 
 
-def test_two_exports_do_not_write_one_file(full: Store, tmp_path: Path) -> None:
+def test_a_second_export_to_the_same_file_is_refused(full: Store, tmp_path: Path) -> None:
     def meanwhile(progress: TransferProgress) -> None:
         with pytest.raises(TransferError, match="another export"):
             full.export_to(tmp_path / "all.tar")
@@ -406,13 +408,13 @@ def test_two_exports_do_not_write_one_file(full: Store, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "what"), [("no/such.tar", "no such folder"), ("folder", "this is a folder")])
-def test_where_nothing_can_be_written(full: Store, tmp_path: Path, name: str, what: str) -> None:
+def test_export_to_an_unwritable_path_is_refused(full: Store, tmp_path: Path, name: str, what: str) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(TransferError, match=what):
         full.export_to(tmp_path / name)
 
 
-def test_a_link_at_the_part_is_not_followed(full: Store, tmp_path: Path) -> None:
+def test_a_symlink_in_place_of_the_part_file_is_not_followed(full: Store, tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"secret")
     (tmp_path / "all.tar.part").symlink_to(tmp_path / "secret")
     with pytest.raises(StoreError):
@@ -420,7 +422,7 @@ def test_a_link_at_the_part_is_not_followed(full: Store, tmp_path: Path) -> None
     assert (tmp_path / "secret").read_bytes() == b"secret"
 
 
-def test_an_old_archive_stays_until_the_new_one_is_whole(full: Store, archive: Path) -> None:
+def test_an_old_archive_stays_until_the_new_one_is_complete(full: Store, archive: Path) -> None:
     before = archive.read_bytes()
     archive.with_name("all.tar.part").touch(0o644)  # by somebody else, or an older umask
     full.delete_document("twin")
@@ -470,7 +472,7 @@ def test_a_flipped_bit_is_refused_or_harmless(
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_a_damaged_pipe_shows_nothing_wrong(full: Store, fresh: Store, archive: Path, seed: int) -> None:
+def test_a_damaged_pipe_imports_only_correct_documents(full: Store, fresh: Store, archive: Path, seed: int) -> None:
     """What cannot be read twice is verified as it comes: documents before the damage stay, and are right."""
     data = bytearray(archive.read_bytes())
     data[random.Random(seed).randrange(len(data))] ^= 4
@@ -512,34 +514,37 @@ def link(name: str, kind: bytes) -> tarfile.TarInfo:
 
 
 FORGERIES: dict[str, tuple[Callable[[list[tuple[tarfile.TarInfo, bytes]]], object], str]] = {
-    "absolute": (lambda parts: parts.insert(2, (tarfile.TarInfo("/etc/cron.d/evil"), b"x")), "stands where the blob"),
+    "absolute": (lambda parts: parts.insert(2, (tarfile.TarInfo("/etc/cron.d/evil"), b"x")), "instead of the blob"),
     "dots": (
         lambda parts: parts.insert(2, (tarfile.TarInfo("blobs/../../evil.safetensors"), b"x")),
-        "stands where the blob",
+        "instead of the blob",
     ),
-    "symlink": (lambda parts: parts.insert(2, (link("blobs/link", tarfile.SYMTYPE), b"")), "no plain file"),
-    "hardlink": (lambda parts: parts.insert(2, (link("blobs/link", tarfile.LNKTYPE), b"")), "no plain file"),
-    "device": (lambda parts: parts.insert(2, (link("blobs/dev", tarfile.CHRTYPE), b"")), "no plain file"),
-    "folder": (lambda parts: parts.insert(1, (link("blobs/", tarfile.DIRTYPE), b"")), "no plain file"),
-    "link in place of a blob": (lambda parts: setattr(parts[2][0], "type", tarfile.SYMTYPE), "no plain file"),
-    "a member twice": (lambda parts: parts.insert(2, parts[2]), "stands where"),
-    "a member less": (lambda parts: parts.pop(3), "stands where the blob"),
-    "two blobs changed about": (lambda parts: parts.insert(2, parts.pop(3)), "stands where the blob"),
+    "symlink": (lambda parts: parts.insert(2, (link("blobs/link", tarfile.SYMTYPE), b"")), "is not a regular file"),
+    "hardlink": (lambda parts: parts.insert(2, (link("blobs/link", tarfile.LNKTYPE), b"")), "is not a regular file"),
+    "device": (lambda parts: parts.insert(2, (link("blobs/dev", tarfile.CHRTYPE), b"")), "is not a regular file"),
+    "folder": (lambda parts: parts.insert(1, (link("blobs/", tarfile.DIRTYPE), b"")), "is not a regular file"),
+    "link in place of a blob": (lambda parts: setattr(parts[2][0], "type", tarfile.SYMTYPE), "is not a regular file"),
+    "a member twice": (lambda parts: parts.insert(2, parts[2]), "instead of the blob"),
+    "a member less": (lambda parts: parts.pop(3), "instead of the blob"),
+    "two blobs changed about": (lambda parts: parts.insert(2, parts.pop(3)), "instead of the blob"),
     "another blob under the name": (lambda parts: parts.__setitem__(3, (parts[3][0], parts[4][1])), "bytes"),
     "no end": (lambda parts: parts.pop(), "ends before its last member"),
-    "no header": (lambda parts: parts.pop(0), "no archive"),
+    "no header": (lambda parts: parts.pop(0), "not a kv-memory archive"),
     "more behind the blobs": (
         lambda parts: parts.insert(-1, (tarfile.TarInfo("more"), b"x")),
-        "stands where rows should be",
+        "instead of rows",
     ),
-    "a long name": (lambda parts: parts.insert(2, (tarfile.TarInfo("blobs/" + "x" * 300), b"x")), "no plain file"),
+    "a long name": (
+        lambda parts: parts.insert(2, (tarfile.TarInfo("blobs/" + "x" * 300), b"x")),
+        "is not a regular file",
+    ),
     "an end of another": (
         lambda parts: parts.__setitem__(-1, (parts[-1][0], b'{"sha256": "0", "n_members": 8}')),
-        "its members are not those",
+        "its members do not match its checksum",
     ),
     "an end that is no JSON": (
         lambda parts: parts.__setitem__(-1, (parts[-1][0], b"[" * 10000)),
-        "its members are not those",
+        "its members do not match its checksum",
     ),
 }
 
@@ -596,7 +601,7 @@ def edited(line: str, **changes: object) -> Callable[[bytes], bytes]:
         edited("prefix", key=5),
     ],
 )
-def test_a_manifest_that_is_none_is_refused(
+def test_an_invalid_manifest_is_refused(
     full: Store, fresh: Store, archive: Path, tmp_path: Path, edit: Callable[[bytes], bytes]
 ) -> None:
     """Refused where it stands, and not only because of the hash in the end, which a forger would write anew."""
@@ -605,11 +610,11 @@ def test_a_manifest_that_is_none_is_refused(
     write(archive, parts)
     with pytest.raises(TransferError) as caught:
         fresh.import_from(archive)
-    assert "its members are not those" not in caught.value.what
+    assert "its members do not match its checksum" not in caught.value.what
     assert (fresh.documents(), fresh.caches()) == ([], [])
 
 
-def test_a_newer_format_says_so(fresh: Store, archive: Path) -> None:
+def test_a_newer_format_is_refused_by_number(fresh: Store, archive: Path) -> None:
     parts = members(archive)
     parts[0] = (parts[0][0], parts[0][1].replace(b'"format": 1', b'"format": 2'))
     write(archive, parts)
@@ -618,13 +623,13 @@ def test_a_newer_format_says_so(fresh: Store, archive: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"x" * 5000, bytes(20480), b"kv-memory.json"])
-def test_something_else_is_no_archive(fresh: Store, tmp_path: Path, data: bytes) -> None:
+def test_other_files_are_refused_as_archives(fresh: Store, tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x.tar").write_bytes(data)
-    with pytest.raises(TransferError, match="no archive of kv-memory"):
+    with pytest.raises(TransferError, match="not a kv-memory archive"):
         fresh.import_from(tmp_path / "x.tar")
 
 
-def test_a_missing_file_or_a_part_is_an_error(full: Store, fresh: Store, tmp_path: Path) -> None:
+def test_a_missing_archive_or_part_file_is_an_error(full: Store, fresh: Store, tmp_path: Path) -> None:
     with pytest.raises(TransferError, match="no such archive"):
         fresh.import_from(tmp_path / "nothing.tar")
     with pytest.raises(Stop):
@@ -634,12 +639,12 @@ def test_a_missing_file_or_a_part_is_an_error(full: Store, fresh: Store, tmp_pat
     assert issubclass(TransferError, StoreError) and issubclass(StoreError, KVMemoryError)
 
 
-def test_the_header_is_read_without_the_rest(archive: Path) -> None:
+def test_the_header_can_be_read_alone(archive: Path) -> None:
     with open_archive(archive) as opened:
         assert (opened.header.collection, opened.header.n_documents) == ("default", 4)
 
 
-def test_a_budget_holds_while_importing(fresh: Store, archive: Path) -> None:
+def test_the_size_limit_holds_while_importing(fresh: Store, archive: Path) -> None:
     with open_archive(archive) as opened:
         limit = opened.header.size_bytes // 2
     fresh.set_limits(replace(fresh.limits(), max_size_bytes=limit))

@@ -10,7 +10,7 @@ from kv_memory.store import CheckReport, GcReport, Store
 
 
 @pytest.mark.embedded
-def test_check_tells_every_kind_of_fault_and_gc_removes_it(store: Store) -> None:
+def test_check_reports_every_kind_of_fault_and_gc_removes_it(store: Store) -> None:
     store.put_document(document("a", "sound", "damaged", "gone"))
     store.put_prefix("p", b"prefix")
     keys = {
@@ -61,13 +61,13 @@ def test_check_tells_every_kind_of_fault_and_gc_removes_it(store: Store) -> None
     )
 
 
-def test_an_empty_store_is_sound(store: Store) -> None:
+def test_an_empty_store_passes_the_check(store: Store) -> None:
     assert store.check().ok
     assert store.gc().freed_bytes == 0
     assert store.stats().n_documents == store.stats().n_caches == store.stats().cache_bytes == 0
 
 
-def test_caches_waiting_for_their_document_are_no_fault(store: Store) -> None:
+def test_caches_without_their_document_yet_pass_the_check(store: Store) -> None:
     store.put(sha("waiting"), make_cache(1))
     report = store.check()
     assert report.ok
@@ -76,7 +76,7 @@ def test_caches_waiting_for_their_document_are_no_fault(store: Store) -> None:
 
 
 @pytest.mark.embedded
-def test_gc_leaves_other_collections_waiting_caches_and_forgets_unused_fingerprints(store: Store) -> None:
+def test_gc_keeps_other_collections_caches_and_drops_unused_fingerprints(store: Store) -> None:
     with Store.open(store.path, collection="other") as other:
         other.put(sha("waiting"), make_cache(1))
         store.put(sha("waiting"), make_cache(1))

@@ -3,8 +3,8 @@
     make stress                      # everything, some minutes
     make stress ARGS="--kills 50"    # less
 
-Says on the standard error how far it is, and on the standard output, at the end, one JSON object. Exits with 1 if
-anything was read that was not written, anything was lost, or anything ran.
+Reports progress on standard error, and at the end one JSON object on standard output. Exits with 1 if anything was
+read that was not written, anything was lost, or any payload ran.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make stress", description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=240, help="processes to kill, over all kinds of store")
     parser.add_argument("--job-kills", type=int, default=100, help="drivers and workers of jobs to kill; 0 for none")
-    parser.add_argument("--flips", type=int, default=240, help="damages, half of them in S3")
-    parser.add_argument("--seconds", type=float, default=60, help="of racing, over all kinds of store")
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="the same seed does the same damages")
+    parser.add_argument("--flips", type=int, default=240, help="damages to make, half of them in S3")
+    parser.add_argument("--seconds", type=float, default=60, help="seconds of racing, over all kinds of store")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="the same seed makes the same damages")
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=PAIRS, help="kinds of store")
     given = parser.parse_args()
     logging.disable(logging.WARNING)  # the S3 endpoint tells of every request
@@ -129,7 +129,7 @@ def main() -> int:
             )
             if done.returncode:
                 failed = True
-                print(f"\r{name} on {pair}: broke off with {done.returncode}", file=sys.stderr)
+                print(f"\r{name} on {pair}: failed with exit status {done.returncode}", file=sys.stderr)
                 continue
             found = json.loads(done.stdout.splitlines()[-1])
             for count in COUNTS:
@@ -153,7 +153,7 @@ def _kill_jobs(n: int, environment: dict[str, str], total: Counter[str]) -> bool
             "-q",
             "-p",
             "no:cacheprovider",
-            "tests/jobs/test_jobs_kills.py::test_many_kills",
+            "tests/jobs/test_jobs_kills.py::test_many_random_kills_lose_and_repeat_nothing",
         ],
         env={**environment, "KV_MEMORY_STRESS": str(n), "HF_HUB_OFFLINE": "1"},
         cwd=ROOT,

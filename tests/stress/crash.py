@@ -196,7 +196,7 @@ def kill_rounds(
     under_way: Counter[str] = Counter()
     open_s: list[float] = []
     wrong: list[str] = []
-    assert _wait(forked(prepare, scratch / "prepared")) == 0, "the store could not be made"
+    assert _wait(forked(prepare, scratch / "prepared")) == 0, "the store could not be created"
     n_round = 0
     while total["kills"] < kills:
         n_round += 1
@@ -209,7 +209,7 @@ def kill_rounds(
         if rng.random() < 0.9:  # else while it is opened
             deadline = time.monotonic() + 20
             while not all(journal.exists() and journal.stat().st_size for journal in journals):
-                assert time.monotonic() < deadline, "the workers do not begin"
+                assert time.monotonic() < deadline, "the workers did not start"
                 time.sleep(0.002)
         for child in rng.sample(children, WORKERS):
             time.sleep(rng.uniform(0, 0.15))

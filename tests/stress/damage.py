@@ -367,19 +367,19 @@ def _judge(scene: Scene, *, healed: bool, by_check: bool) -> list[str]:
         store.check()
         refused = not store.has(text, FINGERPRINT, RATIO)
         if healed:
-            return [] if not refused else ["check took a copy's damage for the object's"]
+            return [] if not refused else ["check blamed the object for the damage of a copy"]
         if refused:
             return []
         # A row without its file is left to `gc`, which may be told not to run; a reader is refused all the same.
     try:
         cache = store.get(text, FINGERPRINT, RATIO)
     except CorruptCacheError:
-        problems = [] if not healed else ["refused, though the object is sound"]
+        problems = [] if not healed else ["refused, although the object is intact"]
         if store.has(text, FINGERPRINT, RATIO):
-            problems.append("refused, and still listed")
+            problems.append("refused, but still listed")
         return problems
     except CacheNotFoundError:
-        return ["lost without a word"]
+        return ["lost without an error about damage"]
     if not equal(cache, cache_of_hash(text)):
-        return ["DECODED: the cache of something else was given"]
-    return [] if healed else ["damage was not seen"]
+        return ["DECODED: the cache of another text was returned"]
+    return [] if healed else ["damage was not detected"]

@@ -34,26 +34,26 @@ def mismatch(store: Store, name: str, how: str) -> list[str]:
     wanted = changed(name, how)
     problems = []
     if store.has(sha(text), wanted, RATIO):
-        problems.append("has() says yes")
+        problems.append("has() returned True")
     try:
         store.get(sha(text), wanted, RATIO)
     except FingerprintMismatchError as error:
         mine, theirs = (_shown(getattr(each, name), how) for each in (FINGERPRINT, wanted))
         said = f"{name} is {mine} in the cache, {theirs} loaded"
         if said not in error.what:
-            problems.append(f"the message is {error.what!r}, without {said!r}")
+            problems.append(f"the message {error.what!r} does not contain {said!r}")
         if mine == theirs:
             problems.append(f"both sides look the same: {said}")
         if ";" in error.what:
-            problems.append("it names other fields too")
+            problems.append("the message names other fields too")
         if not error.next_step or "kv-memory add --stale" not in error.next_step:
             problems.append(f"the next step is {error.next_step!r}")
         if not error.where:
-            problems.append("no place is named")
+            problems.append("the error has no place")
     except CacheError as error:
         problems.append(f"refused as {error!r}")
     else:
-        problems.append("given")
+        problems.append("returned without an error")
     if store.get(sha(text), FINGERPRINT, RATIO).fingerprint != FINGERPRINT:
         problems.append("the cache itself has changed")
     return [f"{name} {how}: {problem}" for problem in problems]

@@ -52,7 +52,7 @@ def look(store: Store, me: int, rng: random.Random, count: Count) -> None:
         try:
             read(store, passage.text_sha256)
         except CacheNotFoundError as error:
-            assert version not in _versions_now(store, name), f"{name} is there, its cache is not: {error}"
+            assert version not in _versions_now(store, name), f"{name} exists, but its cache does not: {error}"
             count("read replaced")
             return
     prefix = f"prefix {rng.randrange(2)}"
@@ -128,7 +128,7 @@ def race(
         for me in range(len(ROLES))
     ]
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == [0] * len(ROLES), f"racers ended with {codes}"
+    assert codes == [0] * len(ROLES), f"racers ended with exit statuses {codes}"
     total: Counter[str] = Counter()
     wrong: list[str] = []
     for me in range(len(ROLES)):

@@ -66,7 +66,7 @@ def read(store: Store, text_sha256: str) -> DistilledCache:
         AssertionError: It is not the one that was put.
     """
     found = store.get(text_sha256, FINGERPRINT, RATIO)
-    assert equal(found, cache_of_hash(text_sha256)), f"the cache of {text_sha256} is another one"
+    assert equal(found, cache_of_hash(text_sha256)), f"the cache of {text_sha256} is not the one that was put"
     return found
 
 

@@ -67,7 +67,7 @@ def test_same_loss_and_gradients_with_less_memory(model: str, changes: dict[str,
     assert less_bytes < 0.75 * kept_bytes
 
 
-def test_without_gradients_nothing_is_wrapped_up_in_them(backbone: Any) -> None:
+def test_checkpointing_without_gradients_changes_nothing(backbone: Any) -> None:
     ids = torch.tensor([backbone.encode("A lamp.")])
     with torch.no_grad():
         plain, wrapped = backbone.prefixed_cache(ids.shape[1]), backbone.prefixed_cache(ids.shape[1])
@@ -77,7 +77,7 @@ def test_without_gradients_nothing_is_wrapped_up_in_them(backbone: Any) -> None:
     assert torch.equal(plain.layer(3)[0], wrapped.layer(3)[0])
 
 
-def test_layers_are_as_before_after_an_error(backbone: Any) -> None:
+def test_layers_are_restored_after_an_error(backbone: Any) -> None:
     with pytest.raises(ZeroDivisionError), checkpointing(backbone):
         assert all("forward" in vars(layer) for layer in backbone.layers)
         raise ZeroDivisionError

@@ -16,7 +16,7 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked")
-def test_holes_in_the_heap_are_given_back() -> None:
+def test_free_heap_memory_is_returned_to_the_system() -> None:
     tensors = [torch.ones(16_000) for _ in range(2000)]  # 64 kB each: below what glibc maps apart
     del tensors[::2]  # holes, which shrink no heap
     before = resident_bytes()

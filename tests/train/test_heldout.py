@@ -22,7 +22,7 @@ from tests.train.tiny_runs import SETTINGS, examples, make_trainer, tensors_of
 
 
 @pytest.mark.parametrize("model", ["llama", "qwen3"])
-def test_with_everything_kept_nothing_is_lost_and_without_a_document_most(model: str) -> None:
+def test_kl_is_zero_with_everything_kept_and_grows_with_compression(model: str) -> None:
     adapter = new_adapter(make_backbone(model), SETTINGS)
     held_out = HeldOut(examples(3), adapter.backbone, SETTINGS, ratios=(1.0, 0.5, 0.1))
     found = held_out.reconstruction()
@@ -33,7 +33,7 @@ def test_with_everything_kept_nothing_is_lost_and_without_a_document_most(model:
     assert mine[1.0] == pytest.approx(0.0, abs=1e-5) and mine[0.1] > 1e-4
 
 
-def test_what_is_measured_depends_on_neither_seed_nor_keep_ratios_of_the_run() -> None:
+def test_measurements_do_not_depend_on_seed_or_training_ratios() -> None:
     adapter = new_adapter(make_backbone(), SETTINGS)
     changed = replace(SETTINGS, seed=7, min_ratio=0.5, composition_share=0.9, answers="people", batch_documents=3)
     one, two = (HeldOut(examples(3), adapter.backbone, s, ratios=(0.25,)) for s in (SETTINGS, changed))
@@ -49,7 +49,7 @@ def test_examples_without_questions_are_measured_on_their_own_text() -> None:
 
 
 @pytest.mark.parametrize("ratios", [(), (0.0,), (1.5,)])
-def test_wrong_ratios_are_refused(ratios: tuple[float, ...]) -> None:
+def test_invalid_ratios_are_rejected(ratios: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError):
         HeldOut(examples(1), make_backbone(), SETTINGS, ratios=ratios)
 
@@ -82,12 +82,12 @@ def test_a_run_that_evaluates_ends_with_its_best_adapter(tmp_path: Path, monkeyp
     assert again.baseline == report.baseline and again.best_step == 4
 
 
-def test_without_evaluation_the_last_state_is_the_adapter(tmp_path: Path) -> None:
+def test_without_evaluation_the_last_step_becomes_the_adapter(tmp_path: Path) -> None:
     report = make_trainer(tmp_path / "run", held_out=examples(2)).run()
     assert report.best_step == report.step == 8 and report.evaluation is None and report.n_held_out == 0
 
 
-def test_held_out_documents_are_the_same_whatever_else_is_there() -> None:
+def test_held_out_documents_do_not_depend_on_order_or_duplicates() -> None:
     data: list[Any] = examples(10)
     train, kept_out = hold_out(data, 2)
     assert len(kept_out) == 2 and not {e.id for e in kept_out} & {e.id for e in train}

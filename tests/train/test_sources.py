@@ -40,12 +40,12 @@ def test_a_source_may_have_a_share(text: str, name: str, share: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["squad:0", "squad:1000"])
-def test_a_share_out_of_range_is_refused(text: str) -> None:
+def test_a_share_out_of_range_is_rejected(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_source(text)
 
 
-def test_sets_are_joined_each_in_its_share(tmp_path: Path) -> None:
+def test_each_data_set_contributes_its_share(tmp_path: Path) -> None:
     a, b = write_set(tmp_path / "a.jsonl", 10), write_set(tmp_path / "b.jsonl", 4)
     sources = [Source(name=a, share=0.3), Source(name=b, share=2.5)]
     found = read_sources(sources)
@@ -55,7 +55,7 @@ def test_sets_are_joined_each_in_its_share(tmp_path: Path) -> None:
     assert read_sources(sources, seed=1) != found
 
 
-def test_a_broken_line_stops_or_is_left_out_and_named(tmp_path: Path) -> None:
+def test_a_broken_line_raises_or_is_skipped_and_reported(tmp_path: Path) -> None:
     name = write_set(tmp_path / "a.jsonl", 3)
     with Path(name).open("a") as file:
         file.write('{"context": "Room 9.", "question": "Which?", "answer": ""}\n')
@@ -88,7 +88,7 @@ def report(folder: Path, **changes: Any) -> TrainReport:
     return TrainReport(**{**figures, **changes})
 
 
-def test_the_card_says_what_went_in_and_what_came_out(backbone: Any, tmp_path: Path) -> None:
+def test_card_lists_data_settings_and_results(backbone: Any, tmp_path: Path) -> None:
     path = write_card(
         report(tmp_path),
         backbone,
@@ -99,8 +99,8 @@ def test_the_card_says_what_went_in_and_what_came_out(backbone: Any, tmp_path: P
     text = path.read_text()
     for said in (
         "base_model: tiny-llama",
-        "1,234 examples: squad:0.5 (CC BY-SA 4.0); notes (licence: that of its owner)",
-        "Begun from: runs/general/adapter",
+        "1,234 examples: squad:0.5 (CC BY-SA 4.0); notes (licence: set by its owner)",
+        "Started from: runs/general/adapter",
         "400 of 500",
         "2.0 h",
         "CPU cores",
@@ -116,7 +116,7 @@ def test_the_card_says_what_went_in_and_what_came_out(backbone: Any, tmp_path: P
     assert max(map(len, text.splitlines())) < 500
 
 
-def test_a_card_without_evaluation_says_so(backbone: Any, tmp_path: Path) -> None:
+def test_card_reports_a_missing_evaluation(backbone: Any, tmp_path: Path) -> None:
     bare = report(tmp_path, evaluation=None, baseline=None, none=None, settings=TrainSettings())
     text = write_card(bare, backbone, command="x", data=[]).read_text()
     assert "It was not evaluated" in text and "| kept |" not in text and "differ from the defaults:\n\nnone" in text

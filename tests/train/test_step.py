@@ -48,7 +48,7 @@ def adapter_for(name: str, settings: TrainSettings = SETTINGS, **options: Any) -
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_depends_on_seed_and_step_alone(backbone: Any) -> None:
+def test_a_batch_depends_only_on_seed_and_step(backbone: Any) -> None:
     settings = replace(SETTINGS, composition_share=0.5, batch_documents=2)
     one, other = Batches(EXAMPLES, backbone, settings), Batches(EXAMPLES, backbone, settings)
     forwards = [one.batch(step) for step in range(9)]
@@ -57,14 +57,14 @@ def test_a_batch_depends_on_seed_and_step_alone(backbone: Any) -> None:
     assert Batches(EXAMPLES, backbone, replace(settings, seed=1)).batch(0) != forwards[0]
 
 
-def test_every_example_is_read_once_an_epoch(backbone: Any) -> None:
+def test_every_example_occurs_once_per_epoch(backbone: Any) -> None:
     batches = Batches(EXAMPLES, backbone, SETTINGS)
     for epoch in range(3):
         seen = [batches.batch(epoch * 7 + step).documents[0] for step in range(7)]
         assert sorted(seen) == sorted(tuple(backbone.encode_document(e.context)) for e in EXAMPLES)
 
 
-def test_rows_hold_questions_and_spans(backbone: Any) -> None:
+def test_rows_contain_questions_and_spans(backbone: Any) -> None:
     batch = Batches(EXAMPLES, backbone, replace(SETTINGS, spans_per_document=2)).batch(0)
     (document,) = batch.documents
     question, *spans = batch.rows
@@ -85,7 +85,7 @@ def test_several_documents_are_joined(backbone: Any) -> None:
     assert sum(map(len, batch.documents)) <= 60
 
 
-def test_long_documents_are_cut_and_questions_go_with_their_answers(backbone: Any) -> None:
+def test_long_documents_are_cut_and_keep_answerable_questions(backbone: Any) -> None:
     text = letters(300, seed=5)
     asked = tuple(Question(text=f"{at}?", answers=(text[at : at + 5],)) for at in range(0, 290, 10))
     batches = Batches([Example(id="long", context=text, questions=asked, source="test")], backbone, SETTINGS)
@@ -101,15 +101,15 @@ def test_long_documents_are_cut_and_questions_go_with_their_answers(backbone: An
     assert len(starts) > 2
 
 
-def test_nothing_to_train_on(backbone: Any) -> None:
-    with pytest.raises(DatasetError, match="nothing to train on"):
+def test_no_examples_is_an_error(backbone: Any) -> None:
+    with pytest.raises(DatasetError, match="no examples to train on"):
         Batches([], backbone, SETTINGS)
 
 
 @pytest.mark.parametrize(
     "change", [{"min_ratio": 0.7}, {"max_ratio": 1.5}, {"rank": 0}, {"scorer": "all"}, {"forward_weight": 2.0}]
 )
-def test_settings_out_of_range(change: dict[str, Any]) -> None:
+def test_settings_out_of_range_are_rejected(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         TrainSettings(**change)
 
@@ -124,7 +124,7 @@ def test_presets() -> None:
 # -- the objective -----------------------------------------------------------------------------------------------------
 
 
-def test_divergences_are_those_of_the_textbook() -> None:
+def test_divergences_equal_their_definitions() -> None:
     torch.manual_seed(0)
     p, q = torch.randn(5, 11), torch.randn(5, 11)
     forward = torch.nn.functional.kl_div(q.log_softmax(-1), p.softmax(-1), reduction="none").sum(-1)
@@ -139,7 +139,7 @@ def test_divergences_are_those_of_the_textbook() -> None:
 
 @pytest.mark.parametrize("answers", ["people", "teacher"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
-def test_a_student_that_keeps_everything_is_the_teacher(name: str, answers: Any) -> None:
+def test_a_student_that_keeps_everything_has_zero_loss(name: str, answers: Any) -> None:
     settings = replace(SETTINGS, answers=answers, batch_documents=2, composition_share=0.5)
     adapter = adapter_for(name)
     batches = Batches(EXAMPLES, adapter.backbone, settings)
@@ -189,7 +189,7 @@ def test_output_error_is_the_missing_share() -> None:
     torch.testing.assert_close(output_error(teacher, student), torch.tensor([0.5, 0.625]), rtol=1e-5, atol=1e-5)
 
 
-def test_small_ratios_do_not_decide_everything() -> None:
+def test_ratio_power_weighs_the_loss_by_keep_ratio() -> None:
     """The loss weighs by keep ratio; in the middle of the range it weighs what it did."""
     adapter = adapter_for("llama")
     for ratio, weight in ((0.5, 4.0), (0.125, 1.0), (0.03125, 0.25)):
@@ -243,7 +243,7 @@ def test_labels_are_the_scores_of_the_reconstruction_selector(name: str) -> None
 
 
 @pytest.mark.parametrize("scorer", ["token", "head", "layer"])
-def test_warm_up_teaches_the_scorer_what_is_attended_to(scorer: Any) -> None:
+def test_warm_up_lowers_the_scorer_loss(scorer: Any) -> None:
     settings = replace(SETTINGS, scorer=scorer, routed="kept", budget="head", scorer_size=32)
     adapter = adapter_for("llama", settings)
     adapter.scorer.requires_grad_(True)
@@ -259,7 +259,7 @@ def test_warm_up_teaches_the_scorer_what_is_attended_to(scorer: Any) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_the_loss_of_the_scorer_looks_at_the_order_within_a_row() -> None:
+def test_scorer_loss_depends_on_the_order_within_a_head() -> None:
     labels = torch.rand(2, 1, 3, 20).clamp(min=0.01)
     lengths = torch.tensor([20])
     logs = (labels + 1e-3).log()
@@ -278,7 +278,7 @@ def test_with_one_budget_scores_are_compared_across_heads() -> None:
     assert scorer_loss(shifted, labels, torch.tensor([20]), budget="model") > 1
 
 
-def test_documents_too_short_to_ask_anything_about(backbone: Any) -> None:
+def test_documents_too_short_for_rows_are_skipped(backbone: Any) -> None:
     short = [Example(id=str(i), context="ab", questions=(), source="test") for i in range(3)]
     with pytest.raises(DatasetError, match="too short"):
         Batches(short, backbone, SETTINGS).batch(0)

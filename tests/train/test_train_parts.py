@@ -59,7 +59,7 @@ def test_large_state_is_written_in_files_below_16_mib(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["state", "adapter", "note", "missing"])
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     checkpoints = Checkpoints(tmp_path, keep=3)
     save(checkpoints, 1), save(checkpoints, 2)
     target = {"state": "state-00000.safetensors", "adapter": "adapter/a.txt", "note": "checkpoint.json"}
@@ -70,13 +70,13 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str, caplog
         path.write_bytes(path.read_bytes()[:-1] + b"#")
     newest = checkpoints.newest()
     assert newest is not None and newest.step == 1
-    assert "left out" in caplog.text
+    assert "skipped an unusable checkpoint" in caplog.text
     (checkpoints.folder(1) / "checkpoint.json").write_text("{}")
     with pytest.raises(CheckpointError, match="all checkpoints are damaged"):
         checkpoints.newest()
 
 
-def test_what_a_kill_left_half_written_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_half_written_checkpoint_is_ignored(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1)
     (tmp_path / ".writing-step-00000002").mkdir()
@@ -86,7 +86,7 @@ def test_what_a_kill_left_half_written_is_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoints.steps() == [1, 2] and not (tmp_path / ".writing-step-00000002").exists()
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_earlier_checkpoints_intact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1)
 
@@ -102,7 +102,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_others(tmp_path: Path, m
 # -- log ---------------------------------------------------------------------------------------------------------------
 
 
-def test_the_log_forgets_what_came_after_a_step_and_torn_lines(tmp_path: Path) -> None:
+def test_truncating_the_log_drops_later_steps_and_torn_lines(tmp_path: Path) -> None:
     log = TrainLog(tmp_path / "log.jsonl")
     assert log.records() == []
     for step in range(1, 5):
@@ -123,7 +123,7 @@ def test_a_loss_that_is_not_finite_is_written_as_json(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail) == {"step": 1, "loss": "nan"}
 
 
-def test_the_plot_is_drawn_and_without_matplotlib_said_to_be_missing(
+def test_plot_is_drawn_or_skipped_with_a_warning_without_matplotlib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     records: list[dict[str, Any]] = [
@@ -153,7 +153,7 @@ def test_rates_rise_and_fall_within_a_stage() -> None:
     adapter.detach()
 
 
-def test_stages_train_what_they_should_and_freeze_the_rest() -> None:
+def test_each_stage_trains_its_own_parameters_only() -> None:
     adapter = new_adapter(make_backbone(), SETTINGS)
     kinds = {"warmup": {"scorer"}, "distillation": {"scorer", "lora"}}
     for stage, expected in kinds.items():
@@ -167,7 +167,7 @@ def test_stages_train_what_they_should_and_freeze_the_rest() -> None:
     assert base and not any(p.requires_grad for p in base)
 
 
-def test_a_batch_in_parts_holds_everything_once(backbone: Any) -> None:
+def test_parts_of_a_batch_contain_every_row_once(backbone: Any) -> None:
     settings = replace(SETTINGS, batch_documents=3, composition_share=0.7)
     batch = Batches(examples(), backbone, settings).batch(2)
     assert any(len(group) > 1 for group in batch.groups)
@@ -205,7 +205,7 @@ def estimate(**changes: Any) -> Estimate:
 
 @pytest.mark.parametrize("time_limit_s", [60.0, 1000.0, 100_000.0])
 @pytest.mark.parametrize(("evaluation_s", "eval_every"), [(0.0, 0), (20.0, 50)])
-def test_steps_fitted_to_a_time_fit_it(time_limit_s: float, evaluation_s: float, eval_every: int) -> None:
+def test_fitted_steps_stay_within_the_time_limit(time_limit_s: float, evaluation_s: float, eval_every: int) -> None:
     if time_limit_s == 60 and evaluation_s:
         return
     settings = fit_steps(
@@ -217,12 +217,12 @@ def test_steps_fitted_to_a_time_fit_it(time_limit_s: float, evaluation_s: float,
     assert settings.warmup_steps <= 0.15 * time_limit_s and settings.warmup_steps <= 300
 
 
-def test_no_time_for_a_step_is_an_error() -> None:
+def test_a_time_limit_shorter_than_one_step_is_rejected() -> None:
     with pytest.raises(ConfigError, match="no time for a step"):
         fit_steps(TrainSettings(), estimate(), time_limit_s=2.0)
 
 
-def test_an_estimate_changes_and_writes_nothing(tmp_path: Path) -> None:
+def test_an_estimate_has_no_side_effects(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "run")
     adapter = trainer._adapter
     before = {name: p.detach().clone() for name, p in parameters_of(adapter).items()}
@@ -239,7 +239,7 @@ def test_an_estimate_changes_and_writes_nothing(tmp_path: Path) -> None:
     assert report.step == 8
 
 
-def test_a_time_limit_fixes_the_steps_and_a_resumed_run_keeps_them(tmp_path: Path) -> None:
+def test_steps_fitted_to_a_time_limit_survive_resuming(tmp_path: Path) -> None:
     options = RunOptions(time_limit_s=2.0, fit_steps=True, checkpoint_every=1)
     first = make_trainer(tmp_path / "run", options=options).run()
     told = json.loads((tmp_path / f"run/checkpoints/step-{first.step:08d}/checkpoint.json").read_text())["settings"]
@@ -249,12 +249,10 @@ def test_a_time_limit_fixes_the_steps_and_a_resumed_run_keeps_them(tmp_path: Pat
     assert again.n_steps == first.n_steps and again.step >= first.step
 
 
-def test_when_the_time_is_over_the_run_stops_with_a_checkpoint_and_an_adapter(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_time_limit_stops_the_run_with_checkpoint_and_adapter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     out = tmp_path / "run"
     stopped = make_trainer(out, options=RunOptions(time_limit_s=1e-3)).run()
-    assert stopped.step == 1 and "the time is over after 1 of 8 steps" in caplog.text
+    assert stopped.step == 1 and "time limit reached after 1 of 8 steps" in caplog.text
     assert (out / "adapter/kv_distill.json").is_file()
     assert make_trainer(out).run(resume=True).step == 8
 
@@ -262,6 +260,6 @@ def test_when_the_time_is_over_the_run_stops_with_a_checkpoint_and_an_adapter(
 @pytest.mark.parametrize(
     "options", [{"checkpoint_every": 0}, {"eval_every": -1}, {"time_limit_s": 0.0}, {"fit_steps": True}]
 )
-def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
+def test_invalid_options_are_rejected(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         RunOptions(**options)

@@ -55,7 +55,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_run_warms_up_then_distils_and_leaves_an_adapter(unbroken: Path) -> None:
+def test_a_run_warms_up_then_distils_and_writes_an_adapter(unbroken: Path) -> None:
     steps = curve(unbroken)
     assert [s["step"] for s in steps] == list(range(1, 9))
     assert [s["stage"] for s in steps] == ["warmup"] * 3 + ["distillation"] * 5
@@ -71,7 +71,7 @@ def test_a_run_warms_up_then_distils_and_leaves_an_adapter(unbroken: Path) -> No
     assert (unbroken / "loss.png").stat().st_size > 1000
 
 
-def test_warm_up_moves_the_scorer_alone_and_makes_its_loss_fall(tmp_path: Path) -> None:
+def test_warm_up_changes_only_the_scorer_and_lowers_its_loss(tmp_path: Path) -> None:
     out = tmp_path / "run"
     report = make_trainer(out, settings=replace(SETTINGS, warmup_steps=40, steps=0)).run()
     losses = [step["loss"] for step in curve(out)]
@@ -80,7 +80,7 @@ def test_warm_up_moves_the_scorer_alone_and_makes_its_loss_fall(tmp_path: Path) 
     assert not any(bool(p.any()) for n, p in loaded.peft_model.named_parameters() if "lora_B" in n)
 
 
-def test_killed_in_the_middle_and_resumed_it_is_the_same_run_to_the_last_bit(unbroken: Path, tmp_path: Path) -> None:
+def test_a_killed_and_resumed_run_is_bit_identical(unbroken: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     script = (
         "import sys\n"
@@ -111,7 +111,7 @@ def test_killed_in_the_middle_and_resumed_it_is_the_same_run_to_the_last_bit(unb
     assert report.step == 8 and report.n_tokens == curve(unbroken)[-1]["n_tokens"]
 
 
-def test_resumed_at_the_border_of_the_stages_it_is_the_same_run(unbroken: Path, tmp_path: Path) -> None:
+def test_a_run_resumed_between_stages_is_the_same(unbroken: Path, tmp_path: Path) -> None:
     def stop_after_warm_up(progress: TrainProgress) -> None:
         if progress.step == 4:
             raise KeyboardInterrupt
@@ -124,37 +124,37 @@ def test_resumed_at_the_border_of_the_stages_it_is_the_same_run(unbroken: Path, 
     assert tensors_of(out / "adapter") == tensors_of(unbroken / "adapter")
 
 
-def test_another_seed_is_another_run(unbroken: Path, tmp_path: Path) -> None:
+def test_another_seed_gives_another_run(unbroken: Path, tmp_path: Path) -> None:
     make_trainer(tmp_path / "run", settings=replace(SETTINGS, seed=1)).run()
     assert curve(tmp_path / "run")[0] != curve(unbroken)[0]
 
 
-def test_resuming_a_finished_run_trains_no_more(unbroken: Path, tmp_path: Path) -> None:
+def test_resuming_a_finished_run_trains_no_further(unbroken: Path, tmp_path: Path) -> None:
     seen: list[TrainProgress] = []
     before = tensors_of(unbroken / "adapter")
     report = make_trainer(unbroken, options=OFTEN, on_progress=seen.append).run(resume=True)
     assert seen == [] and report.step == 8 and tensors_of(unbroken / "adapter") == before
 
 
-def test_resuming_nothing_starts_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_resuming_without_checkpoint_starts_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     report = make_trainer(tmp_path / "run", settings=replace(SETTINGS, steps=1, warmup_steps=0)).run(resume=True)
-    assert report.step == 1 and "starting from the beginning" in caplog.text
+    assert report.step == 1 and "starting a new run" in caplog.text
 
 
-def test_a_folder_with_a_run_is_not_written_over(unbroken: Path) -> None:
+def test_a_folder_with_a_run_is_not_overwritten(unbroken: Path) -> None:
     before = curve(unbroken)
-    with pytest.raises(CheckpointError, match=r"a run in this folder already.*--resume"):
+    with pytest.raises(CheckpointError, match=r"the folder already contains a run.*--resume"):
         make_trainer(unbroken).run()
     assert curve(unbroken) == before
 
 
-def test_resume_with_other_settings_names_each(unbroken: Path) -> None:
+def test_resuming_with_other_settings_names_each_difference(unbroken: Path) -> None:
     changed = replace(SETTINGS, lr_lora=1e-5, max_ratio=0.5)
     with pytest.raises(CheckpointError, match=r"lr_lora was 0\.005 and is 1e-05; max_ratio was 0\.6 and is 0\.5"):
         make_trainer(unbroken, settings=changed).run(resume=True)
 
 
-def test_resume_with_other_data_or_another_model_is_refused(unbroken: Path) -> None:
+def test_resuming_with_other_data_or_model_is_rejected(unbroken: Path) -> None:
     adapter = new_adapter(make_backbone(), SETTINGS)
     with pytest.raises(CheckpointError, match="the examples changed"):
         Trainer(adapter, examples(5), settings=SETTINGS, out=unbroken).run(resume=True)
@@ -162,7 +162,7 @@ def test_resume_with_other_data_or_another_model_is_refused(unbroken: Path) -> N
         make_trainer(unbroken, model="qwen2").run(resume=True)
 
 
-def test_training_goes_on_from_an_adapter_in_its_form(unbroken: Path, tmp_path: Path) -> None:
+def test_further_training_keeps_the_structure_of_the_adapter(unbroken: Path, tmp_path: Path) -> None:
     adapter = Adapter.load(unbroken / "adapter", make_backbone())
     asked = replace(SETTINGS, rank=16, warmup_steps=0, steps=2)
     with pytest.raises(ConfigError, match="rank is 4"):
@@ -192,7 +192,7 @@ def close(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
     return all(math.isclose(x[k], y[k], rel_tol=1e-4) for x, y in zip(a, b, strict=True) for k in ("loss", "grad_norm"))
 
 
-def test_out_of_memory_halves_the_batch_and_changes_nothing_else(
+def test_out_of_memory_halves_the_batch_without_changing_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     changes = {"batch_documents": 4, "composition_share": 0.0}
@@ -213,9 +213,7 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing_else(
     assert close(plain, halved)
 
 
-def test_a_single_document_is_divided_by_its_rows_and_then_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_single_document_is_split_by_rows_before_failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def one_row(adapter: Adapter, batch: Any, *, settings: Any) -> StepResult:
         if len(batch.rows) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -228,7 +226,7 @@ def test_a_single_document_is_divided_by_its_rows_and_then_given_up(
     halved, events = run_once(tmp_path / "rows", **changes)
     assert len(events) == 2 and close(plain, halved)
     limit = 0
-    with pytest.raises(TrainingError, match=r"cannot be made smaller.*--gradient-checkpointing"):
+    with pytest.raises(TrainingError, match=r"cannot be split further.*--gradient-checkpointing"):
         run_once(tmp_path / "none", **changes)
 
 
@@ -249,9 +247,7 @@ def test_accumulation_is_the_mean_of_its_batches() -> None:
         torch.testing.assert_close(grad, (first[name] + second[name]) / 2, rtol=1e-4, atol=1e-6)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     n_done = 0
 
     def exploding(adapter: Adapter, batch: Any, *, settings: Any) -> StepResult:
@@ -271,7 +267,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint_kept(
 
 
 @pytest.mark.slow
-def test_two_processes_go_the_way_of_one_that_accumulates(tmp_path: Path) -> None:
+def test_two_processes_match_one_with_gradient_accumulation(tmp_path: Path) -> None:
     script = (
         "import sys\n"
         "from pathlib import Path\n"

@@ -36,7 +36,7 @@ def pages(n: int = 10) -> list[Example]:
 # -- cutting -----------------------------------------------------------------------------------------------------------
 
 
-def test_pages_are_held_out_and_the_others_cut_into_windows_and_passages(backbone: Any) -> None:
+def test_training_pages_are_cut_and_others_held_out(backbone: Any) -> None:
     wide = wide_backbone()
     corpus = cut_corpus(pages(), wide, window_tokens=300, passage_tokens=128)
     of_page = {window.example.id.split("#")[0] for window in corpus.train}
@@ -58,7 +58,7 @@ def test_windows_fit_the_context_window_of_the_model(backbone: Any) -> None:
     assert len(corpus.train) > 2 and all(len(backbone.encode(w.example.context)) <= room for w in corpus.train)
 
 
-def test_a_single_page_is_trained_on(backbone: Any) -> None:
+def test_a_single_page_is_used_for_training(backbone: Any) -> None:
     corpus = cut_corpus(pages(1), backbone)
     assert corpus.train and not corpus.held_out
 
@@ -73,7 +73,7 @@ def test_a_window_has_the_questions_about_all_its_passages(backbone: Any) -> Non
 
 
 @pytest.mark.parametrize("tokens", [(8, 100), (200, 100)])
-def test_wrong_lengths_are_refused(backbone: Any, tokens: tuple[int, int]) -> None:
+def test_invalid_lengths_are_rejected(backbone: Any, tokens: tuple[int, int]) -> None:
     with pytest.raises(ConfigError):
         cut_corpus(pages(1), backbone, passage_tokens=tokens[0], window_tokens=tokens[1])
 
@@ -83,7 +83,7 @@ def test_an_empty_corpus_is_an_error(backbone: Any) -> None:
         cut_corpus([], backbone)
 
 
-def test_tuning_goes_to_low_ratios_except_where_told() -> None:
+def test_tuning_defaults_to_low_ratios_unless_given() -> None:
     assert (domain_settings(TrainSettings()).min_ratio, domain_settings(TrainSettings()).max_ratio) == (0.005, 0.3)
     told = domain_settings(TrainSettings(min_ratio=0.02, max_ratio=0.6), given=["min_ratio"])
     assert (told.min_ratio, told.max_ratio, told.max_tokens) == (0.02, 0.6, 1536)
@@ -114,14 +114,14 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> type[Scripted]:
     return Scripted
 
 
-def test_questions_begin_with_given_words_and_end_at_their_mark(backbone: Any, scripted: type[Scripted]) -> None:
+def test_questions_begin_with_a_stem_and_end_at_the_question_mark(backbone: Any, scripted: type[Scripted]) -> None:
     writer = scripted(backbone, n_questions=5)
     found = writer.write(PASSAGES[:1])
     # Stems What, How, Which, Why, When. "Which is" and "When a?" are no questions, and the second has no answer.
     assert [(q.text, q.answers) for q in found[0]] == [("What is it?", ("At night",)), ("Why is it?", ("At night",))]
 
 
-def test_what_was_written_is_read_back_and_the_rest_is_written(
+def test_written_questions_are_reused_and_missing_ones_added(
     backbone: Any, scripted: type[Scripted], tmp_path: Path
 ) -> None:
     path = tmp_path / "new" / "questions.jsonl"
@@ -141,9 +141,7 @@ def test_what_was_written_is_read_back_and_the_rest_is_written(
     json.loads(path.read_text().splitlines()[-1])
 
 
-def test_a_real_model_writes_the_same_again_and_the_same_in_a_batch(
-    backbone: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_questions_are_reproducible_and_independent_of_batching(backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(questions, "_as_question", lambda text: text.replace("\0", "") or None)  # whatever it babbles
     one = QuestionWriter(backbone, n_questions=3, question_tokens=6, answer_tokens=4).write(PASSAGES)
     assert [len(found) for found in one] == [3, 3]
@@ -166,10 +164,10 @@ def test_a_real_model_writes_the_same_again_and_the_same_in_a_batch(
         ("Who wa\ufffd it?", None),
     ],
 )
-def test_what_is_a_question(text: str, question: str | None) -> None:
+def test_as_question_accepts_only_complete_questions(text: str, question: str | None) -> None:
     assert questions._as_question(text) == question
 
 
-def test_the_file_is_a_folder(backbone: Any, scripted: type[Scripted], tmp_path: Path) -> None:
+def test_a_folder_as_question_file_is_an_error(backbone: Any, scripted: type[Scripted], tmp_path: Path) -> None:
     with pytest.raises(DatasetError):
         scripted(backbone).write(PASSAGES, path=tmp_path)

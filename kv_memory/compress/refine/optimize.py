@@ -63,7 +63,9 @@ def refine_batch(
     held_fast = [None] * len(documents) if fixed is None else list(fixed)
     for ids, cache in zip(documents, caches, strict=True):
         if len(ids) != cache.n_tokens:
-            raise ConfigError(f"the cache is of {cache.n_tokens} tokens, its document has {len(ids)}", where="caches")
+            raise ConfigError(
+                f"the cache was made from {cache.n_tokens} tokens, but its document has {len(ids)}", where="caches"
+            )
         n_positions = len(backbone.prefix_ids) + len(ids) + settings.extra_tokens
         backbone.check_positions(n_positions, what=f"refining a document of {len(ids):,} tokens")
     # 2. Leave out caches that keep everything.

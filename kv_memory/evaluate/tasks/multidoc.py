@@ -49,7 +49,7 @@ def multidoc_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
             break
     if not cases:
         raise DatasetError(
-            f"no passage has {most - 1} others of {_WHOSE[settings.distractors]} without its answers",
+            f"no passage has {most - 1} distractors from {_WHOSE[settings.distractors]} without its answers",
             where="multidoc",
             next_step="Pass a smaller --k, or other --distractors.",
         )

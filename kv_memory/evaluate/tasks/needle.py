@@ -66,7 +66,7 @@ def check_lengths(backbone: Backbone, lengths: Sequence[int]) -> int:
             f"a haystack of {longest:,} tokens leaves no room for question and answer in a window of "
             f"{backbone.context_window:,}",
             where="lengths",
-            next_step=f"Pass --length {window} or less." if window >= 32 else "Use a model with more room.",
+            next_step=f"Pass --length {window} or less." if window >= 32 else "Use a model with a longer window.",
         )
     return longest
 
@@ -86,7 +86,7 @@ def _essays(settings: TaskSettings) -> Path:
     folder = Path(data) / "needle" if data else None
     if folder is None or not folder.is_dir():
         raise DatasetError(
-            "no haystack",
+            "no haystack is given",
             where=str(folder) if folder is not None else "KV_MEMORY_DATA",
             next_step="Pass a folder or archive of texts with --haystack, or name a data folder that has needle/.",
         )

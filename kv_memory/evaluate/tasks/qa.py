@@ -23,8 +23,8 @@ __all__ = ["qa_cases", "read_questions"]
 
 _LOG = logging.getLogger(__name__)
 _FORM = (
-    "A line is an object with context, question and answer; or with document, question and answer, where document is a "
-    "path in the folder that --documents names. An answer is a text, or a list of those that are right."
+    "Each line is a JSON object with context, question and answer; or with document, question and answer, where "
+    "document is a path in the folder given with --documents. An answer is a string, or a list of correct strings."
 )
 
 
@@ -51,13 +51,14 @@ def qa_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
     )
     if len(chosen) < len(examples):
         _LOG.warning(
-            "%d of %d documents are left out: taken are %d (--n-documents), of %d tokens or more (--min-tokens)",
+            "%d of %d documents are left out; the limits are %d documents (--n-documents) and at least %d tokens each "
+            "(--min-tokens)",
             *(len(examples) - len(chosen), len(examples), settings.n_documents, low),
         )
     whole = {example.context for example in examples}
     if n_cut := sum(example.context not in whole for example in chosen):
         _LOG.warning(
-            "%d of %d documents are cut at %d tokens (--max-tokens): no method, full included, sees what stands behind",
+            "%d of %d documents are cut at %d tokens (--max-tokens): no method, not even `full`, sees the rest",
             *(n_cut, len(chosen), high),
         )
     return [
@@ -99,7 +100,7 @@ def read_questions(settings: TaskSettings) -> list[Example]:
     except BrokenLineError as error:
         raise BrokenLineError(error.what, where=error.where, next_step=_FORM) from error
     if not asked:
-        raise DatasetError("no question in it", where=str(settings.questions), next_step=_FORM)
+        raise DatasetError("the file has no questions", where=str(settings.questions), next_step=_FORM)
     return [
         Example(id=name, context=contexts[name], questions=tuple(questions), source=source)
         for name, questions in asked.items()
@@ -110,7 +111,7 @@ def _document(record: Any, source: str, folder: Path | None, known: Mapping[str,
     """Id and text of a line's document."""
     if "document" not in record:
         if "context" not in record:
-            raise DatasetError("no context and no document")
+            raise DatasetError("neither a context nor a document")
         context = text_of(record, "context")
         return content_id(source, context), context
     if "context" in record:
@@ -119,9 +120,9 @@ def _document(record: Any, source: str, folder: Path | None, known: Mapping[str,
     if name in known:
         return name, known[name]
     if folder is None:
-        raise DatasetError(f"document {name!r} lies in no folder: none is named")
+        raise DatasetError(f"document {name!r} needs a folder, and none is given")
     if posixpath.isabs(name) or name.split("/")[0] == "..":
-        raise DatasetError(f"document {name!r} does not lie in {folder}")
+        raise DatasetError(f"document {name!r} is not inside {folder}")
     try:
         return name, read_file(folder / name).text.strip()
     except DocumentError as error:

@@ -134,10 +134,10 @@ class Actor:
         try:
             if (n_before := loads.stat().st_size - 1) >= _MOST_LOADS:
                 raise WorkerDiedError(
-                    f"{n_before} actors have died one after the other while they loaded the model",
+                    f"{n_before} actors in a row died while they loaded the model",
                     where=self._job.name,
-                    next_step="If the system has killed them, there may be too little memory: take fewer --workers or "
-                    f"a smaller model. Go on with `kv-memory job resume {self._job.name} --engine ray`.",
+                    next_step="If the system killed them, there may be too little memory: use fewer --workers or "
+                    f"a smaller model. Resume with `kv-memory job resume {self._job.name} --engine ray`.",
                 )
             yield
         finally:

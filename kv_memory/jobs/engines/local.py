@@ -75,7 +75,7 @@ class LocalEngine:
             raise ConfigError(
                 f"there must be at least 1 worker, got {n_workers}",
                 where="workers",
-                next_step="Pass 1, or as many as there are GPUs.",
+                next_step="Pass 1, or the number of GPUs.",
             )
         self._store_path = store_path
         self._most = n_workers

@@ -68,11 +68,11 @@ class RayEngine:
             raise ConfigError(
                 f"there must be at least 1 worker, got {n_workers}",
                 where="workers",
-                next_step="Pass as many as the cluster has GPUs; without any, one for each few cores.",
+                next_step="Pass the number of GPUs in the cluster; without GPUs, one worker per few CPU cores.",
             )
         if n_gpus is not None and not 0 <= n_gpus < math.inf:
             raise ConfigError(
-                f"a worker has 0 GPUs or more, got {n_gpus}",
+                f"the number of GPUs per worker must be at least 0, got {n_gpus}",
                 where="gpus_per_worker",
                 next_step="Pass 1, 0.5 for two workers that share a GPU, or 0 for none.",
             )
@@ -174,9 +174,9 @@ class RayEngine:
         here = "catalog" if self._store.catalog.dialect == "sqlite" else "blobs"
         if n_machines > 1 and (here == "catalog" or "://" not in self._store.blobs_url):
             raise JobError(
-                f"the cluster has {n_machines} machines, and the store's {here} are in a folder of this one",
+                f"the cluster has {n_machines} machines, but the store's {here} are in a folder on this machine",
                 where=str(self._store.path),
-                next_step="Make a store in PostgreSQL and an object store with `kv-memory db init`, on each machine.",
+                next_step="Use PostgreSQL and an object store for the store: run `kv-memory db init` on each machine.",
             )
         return machines
 
@@ -230,7 +230,7 @@ def _join() -> ExitStack:
 
 def _note(said: Mapping[str, Any], *_: Any, **_options: Any) -> None:
     for line in said.get("lines", ()):
-        _LOG.info("Ray says: %s", line)
+        _LOG.info("Ray reported: %s", line)
 
 
 def _knock(address: str) -> None:
@@ -247,7 +247,7 @@ def _no_cluster(address: str | None, error: Exception) -> JobError:
     return JobError(
         f"the Ray cluster cannot be {'joined' if address else 'started'}: {_last_line(error)}",
         where=f"RAY_ADDRESS={address}" if address else "ray",
-        next_step="Look at `ray status` on its head, and whether RAY_AUTH_MODE and the token are the same here."
+        next_step="Check `ray status` on the head node, and that RAY_AUTH_MODE and the token are the same here."
         if address
         else "Ray's logs are in /tmp/ray/session_latest/logs.",
     )
@@ -294,9 +294,9 @@ def share_of(machines: Sequence[Mapping[str, float]], *, n_workers: int, n_gpus:
         n_gpus = 1.0 if most_gpus else 0.0
     if n_gpus > most_gpus:
         raise JobError(
-            f"a worker is to have {n_gpus:g} GPUs, and no machine of the cluster has more than {most_gpus:g}",
+            f"a worker needs {n_gpus:g} GPUs, but no machine of the cluster has more than {most_gpus:g}",
             where="gpus_per_worker",
-            next_step="Take fewer GPUs for each worker, or none with `--gpus-per-worker 0`.",
+            next_step="Use fewer GPUs per worker, or none with `--gpus-per-worker 0`.",
         )
     share = min(sum(cores) / n_workers, min(cores)) if cores else 1.0
     # A worker on a GPU takes one core at most, and leaves the others to other programs. Ray counts in 1/10,000.

@@ -55,22 +55,22 @@ def parse_sources(
                 raise ConfigError(
                     "a database needs a query",
                     where=text.partition("://")[0],
-                    next_step='Name it, for example --query "SELECT id, text FROM notes".',
+                    next_step='Pass one, for example --query "SELECT id, text FROM notes".',
                 )
             specs.append({"kind": "sql", "url": text[4:], "query": query})
         else:
             specs += _files(text, glob)
     if query and not any(spec["kind"] == "sql" for spec in specs):
         raise ConfigError(
-            "--query is for sources that begin with sql:, and there is none",
+            "--query needs a source that begins with sql:, and none is given",
             where="query",
-            next_step="Name the database, for example sql:sqlite:///notes.db, or leave --query out.",
+            next_step="Pass the database, for example sql:sqlite:///notes.db, or leave --query out.",
         )
     if glob and not any(os.path.isdir(text) for text in texts):
         raise ConfigError(
-            "--glob is for folders, and none is named",
+            "--glob needs a folder, and none is given",
             where="glob",
-            next_step="Name a folder, or leave --glob out: sources may be patterns themselves, in quotes.",
+            next_step="Pass a folder, or leave --glob out: a source can itself be a pattern, in quotes.",
         )
     return specs
 
@@ -93,7 +93,7 @@ def _files(text: str, glob: str | None) -> list[dict[str, Any]]:
         found = sorted(name for name in globbing.glob(pattern, recursive=True) if os.path.isfile(name))
         if not found:
             raise UnreadableDocumentError(
-                "no file fits this pattern",
+                "no file matches this pattern",
                 where=text,
                 next_step=f"Check the pattern; relative ones start at {Path.cwd()}.",
             )
@@ -154,7 +154,7 @@ class Sources:
             number = next((n for n in range(len(self._specs)) if self._base(n) == base), None)
             if number is None:
                 raise ConfigError(
-                    "this is in none of the job's sources",
+                    "the document is not in any source of the job",
                     where=item.uri,
                     next_step="Start a new job for it with `kv-memory job run`.",
                 )

@@ -60,9 +60,9 @@ class DocstoreSource:
                     yield SourceItem(document_id=id_, uri=uri, size_bytes=len(content.encode("utf-8", "replace")))
         except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
             raise UnreadableDocumentError(
-                f"no document store of LlamaIndex: {error}",
+                f"not a LlamaIndex document store: {error}",
                 where=str(self.path),
-                next_step="Name the docstore.json that `storage_context.persist()` has written.",
+                next_step="Pass the docstore.json that `storage_context.persist()` wrote.",
             ) from error
 
     def read(self, item: SourceItem) -> ReadItem:
@@ -190,7 +190,7 @@ class _Scanner:
 
     def _expect(self, mark: bytes) -> None:
         if self._next() != mark:
-            raise ValueError(f"no {mark.decode()!r} at byte {self._base + self._at - 1}")
+            raise ValueError(f"missing {mark.decode()!r} at byte {self._base + self._at - 1}")
 
     def _next(self) -> bytes:
         mark = self._peek()
@@ -211,7 +211,7 @@ class _Scanner:
         # A string is matched from its beginning after each fill, so read at least as much again as there is of it.
         more = self._file.read(max(_CHUNK_BYTES, least))
         if not more:
-            raise ValueError("it ends too early")
+            raise ValueError("the file ends too early")
         self._buffer += more
 
     def _drop(self) -> None:

@@ -122,6 +122,6 @@ def _item(path: Path) -> SourceItem:
 def _failed(path: Path, error: Exception) -> SourceItem:
     reason = getattr(error, "strerror", None) or str(error)
     ours = UnreadableDocumentError(
-        f"cannot be read: {reason}", where=file_id(path.absolute()), next_step="Check the path and your rights."
+        f"cannot be read: {reason}", where=file_id(path.absolute()), next_step="Check the path and its permissions."
     )
     return SourceItem(document_id=file_id(path.absolute()), uri=uri_of(path), error=ours.to_dict())

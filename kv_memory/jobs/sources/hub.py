@@ -29,7 +29,7 @@ class HubSource:
         parts = name.split(":")
         if not 1 <= len(parts) <= 3 or not all(parts):
             raise ConfigError(
-                f"a data set is named OWNER/NAME[:[CONFIGURATION:]SPLIT], got {name!r}",
+                f"a data set must be given as OWNER/NAME[:[CONFIGURATION:]SPLIT], got {name!r}",
                 where="SOURCE",
                 next_step="For example hub:rajpurkar/squad:validation.",
             )
@@ -45,7 +45,7 @@ class HubSource:
             raise ConfigError(
                 f"no column {self._fields.text_field!r}",
                 where=f"hub:{self.name}",
-                next_step=f"Name the column of the texts with --text-field; there are {', '.join(rows.column_names)}.",
+                next_step=f"Pass the text column as --text-field; the columns are {', '.join(rows.column_names)}.",
             )
         named = self._fields.id_field in rows.column_names
         ids = rows.select_columns([self._fields.id_field]) if named else None
@@ -71,7 +71,7 @@ class HubSource:
                 from datasets import load_dataset
             except ImportError as error:
                 raise DatasetError(
-                    "the library `datasets` is not installed, which reads sets from the hub",
+                    "reading data sets from the hub needs the library `datasets`, which is not installed",
                     where=f"hub:{self.name}",
                     next_step="Run `pip install 'kv-memory[train]'`.",
                 ) from error

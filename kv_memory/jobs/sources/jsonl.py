@@ -62,7 +62,7 @@ class JsonLinesSource:
             record = _object(line)
         except ValueError as error:
             raise BrokenLineError(
-                f"no JSON object: {error}", where=item.uri, next_step="Mend the line, or leave it out."
+                f"not a JSON object: {error}", where=item.uri, next_step="Fix the line, or leave it out."
             ) from error
         return self._fields.document(record, item)
 
@@ -76,11 +76,11 @@ class JsonLinesSource:
 def _object(line: bytes) -> dict[str, Any]:
     value = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
     if not isinstance(value, dict):
-        raise ValueError(f"a JSON object is needed, got {type(value).__name__}")
+        raise ValueError(f"got {type(value).__name__}")
     return value
 
 
 def _unreadable(path: Path, error: OSError) -> UnreadableDocumentError:
     return UnreadableDocumentError(
-        f"cannot be read: {error.strerror or error}", where=str(path), next_step="Check the path and your rights."
+        f"cannot be read: {error.strerror or error}", where=str(path), next_step="Check the path and its permissions."
     )

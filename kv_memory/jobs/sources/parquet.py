@@ -90,7 +90,7 @@ class ParquetSource:
                 from pyarrow import parquet
             except ImportError as error:
                 raise ConfigError(
-                    "Parquet files are read by pyarrow, which is not installed",
+                    "reading Parquet files needs pyarrow, which is not installed",
                     where=str(self.path),
                     next_step="Run `pip install 'kv-memory[jobs]'`.",
                 ) from error
@@ -103,11 +103,13 @@ class ParquetSource:
                 raise ConfigError(
                     f"no column {self._fields.text_field!r}",
                     where=str(self.path),
-                    next_step=f"Name the column of the texts with --text-field; there are {', '.join(names)}.",
+                    next_step=f"Pass the text column as --text-field; the columns are {', '.join(names)}.",
                 )
         return self._file
 
     def _unreadable(self, error: Exception) -> UnreadableDocumentError:
         return UnreadableDocumentError(
-            f"no Parquet file that can be read: {error}", where=str(self.path), next_step="Check it, or write it anew."
+            f"not a readable Parquet file: {error}",
+            where=str(self.path),
+            next_step="Check or rewrite the file.",
         )

@@ -47,11 +47,11 @@ class Fields:
             raise changed(item)
         text = record.get(self.text_field)
         if not isinstance(text, str):
-            what = "no field" if text is None else f"no text but {type(text).__name__} in field"
+            what = "no field" if text is None else f"expected text, got {type(text).__name__} in field"
             raise UnreadableDocumentError(
                 f"{what} {self.text_field!r}",
                 where=item.uri,
-                next_step=f"Name the field of the text with --text-field; there are {', '.join(map(str, record))}.",
+                next_step=f"Pass the text field as --text-field; the fields are {', '.join(map(str, record))}.",
             )
         kept = {
             key: value.isoformat() if isinstance(value, date | datetime) else value
@@ -65,9 +65,9 @@ class Fields:
 def changed(item: SourceItem) -> UnreadableDocumentError:
     """The error for a record that is no longer in its place."""
     return UnreadableDocumentError(
-        "the source has changed since the job looked through it",
+        "the source has changed since the job listed its documents",
         where=f"{item.document_id} at {item.uri}",
-        next_step="Start a new job for it; what is stored already costs next to nothing.",
+        next_step="Start a new job for it; documents that are already stored cost almost nothing.",
     )
 
 

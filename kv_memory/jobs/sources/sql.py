@@ -30,7 +30,7 @@ def check_url(url: str) -> str:
         return make_url(url).render_as_string(hide_password=True)
     except ArgumentError as error:
         raise ConfigError(
-            "this is no URL of a database",
+            "not a database URL",
             where="SOURCE",
             next_step="Write sql:DIALECT://USER@HOST/DATABASE, e.g. sql:sqlite:///notes.db.",
         ) from error
@@ -100,7 +100,7 @@ class SqlSource:
                 raise ConfigError(
                     f"no driver for this database is installed: {error}",
                     where=self.where,
-                    next_step="Install the one SQLAlchemy names, e.g. `pip install 'kv-memory[postgres]'`.",
+                    next_step="Install the driver that SQLAlchemy names, e.g. `pip install 'kv-memory[postgres]'`.",
                 ) from error
         return self._engine
 
@@ -112,7 +112,7 @@ class SqlSource:
         return UnreadableDocumentError(
             f"the query failed: {reason}",
             where=self.where,
-            next_step="Try it in the database's own shell. It must give the columns of --id-field and --text-field.",
+            next_step="Try it in the database's own shell. It must return the columns of --id-field and --text-field.",
         )
 
 

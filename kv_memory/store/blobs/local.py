@@ -50,7 +50,7 @@ def check_folder(folder: Path) -> None:
     """
     if os.path.expandvars(folder) != str(folder):
         raise StoreError(
-            "a store's path may not hold the name of an environment variable",
+            "a store's path must not contain the name of an environment variable",
             where=str(folder),
             next_step="Rename the folder so that its path has no `$NAME` in it.",
         )
@@ -279,7 +279,7 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
     def get(self, key: Any, raw: Any) -> str:
         """A key from its stored form; anything but text is refused."""
         if not raw or type(key) is not str:
-            raise CorruptCacheError("a blob key is not plain text and is not decoded", where=self._root)
+            raise CorruptCacheError("a blob key is not plain text and was not decoded", where=self._root)
         return key
 
     def store(self, value: Any, read: bool, key: Any = UNKNOWN) -> tuple[int, int, str, None]:
@@ -306,12 +306,12 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
         """Open a value as a file, with or without `read`; rows that this package did not write are refused."""
         path = self.confined(filename)
         if mode != MODE_BINARY or value is not None or path is None:
-            raise CorruptCacheError("a blob's row is not one that this package writes", where=self._root)
+            raise CorruptCacheError("a blob's row was not written by this package", where=self._root)
         try:
             handle = open(path, "rb")  # noqa: SIM115  the caller closes it
         except OSError as error:
             if error.errno in _NO_FILE:
-                raise CorruptCacheError("something else is in the place of a blob's file", where=path) from error
+                raise CorruptCacheError("the path of a blob is not a regular file", where=path) from error
             # Cache.get treats every OSError as a missing key; a forbidden file, or one too many open, is not missing.
             with mapped(path) if error.errno != errno.ENOENT else nullcontext():
                 raise

@@ -58,7 +58,7 @@ class ObjectBlobs:
         scheme = url.partition("://")[0]
         if scheme not in _SCHEMES or "://" not in url:
             raise ConfigError(
-                f"blobs cannot be kept at {url!r}",
+                f"invalid URL for blobs: {url!r}",
                 where="blobs",
                 next_step="Write s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX or file:///FOLDER.",
             )
@@ -86,7 +86,7 @@ class ObjectBlobs:
             }
         elif not self._local.is_absolute():
             raise ConfigError(
-                "a folder for blobs is named from the root", where="blobs", next_step="file:///data/blobs"
+                "the folder in a file:// URL must be an absolute path", where="blobs", next_step="Write file:///FOLDER."
             )
         with mapped(url):
             if self._local is not None:
@@ -124,7 +124,7 @@ class ObjectBlobs:
         path = self.tier.path(key)
         if path is None:
             raise StoreFullError(
-                f"the local tier holds {self.tier.size_limit:,} bytes, which is too little for a blob of {len(data):,}",
+                f"the local tier holds {self.tier.size_limit:,} bytes, which is too small for a blob of {len(data):,}",
                 where=str(self.folder),
                 next_step="Open the store with a larger tier_size_bytes.",
             )
@@ -206,9 +206,9 @@ class ObjectBlobs:
             size = self._obstore.head(self._store, _name(key))["size"]
         if again != wrong or size != len(again):
             raise StoreConnectionError(
-                "the object store gives other bytes each time",
+                "the object store returned different bytes on each read",
                 where=f"{self.url}, blob {key}",
-                next_step="Check what is between it and this machine, then try again; what was stored is untouched.",
+                next_step="Check the network and any proxy on the way, then try again; the stored data is unchanged.",
             )
         return again
 

@@ -60,14 +60,14 @@ class VerifiedBlobs:
                     status = os.fstat(file.fileno())
                     if status.st_size != size_bytes:
                         raise CorruptCacheError(
-                            f"the blob has {status.st_size} bytes, {size_bytes} were written", where=f"blob {key}"
+                            f"the blob has {status.st_size} bytes, expected {size_bytes}", where=f"blob {key}"
                         )
                     identity = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
                     with self._lock:
                         known = self._hashed.get(key)
                     if again or known != identity:
                         if hashlib.file_digest(file, "sha256").hexdigest() != key:
-                            raise CorruptCacheError("the blob's bytes are not those written", where=f"blob {key}")
+                            raise CorruptCacheError("the blob's bytes do not match its SHA-256", where=f"blob {key}")
                         # File times advance in steps of some milliseconds: a file written to in the step in which it
                         # was hashed looks unchanged. So a file is remembered only once it has been at rest.
                         if time.time_ns() - max(identity[1:]) > _AT_REST_NS:

@@ -155,7 +155,7 @@ class Catalog:
             raise StoreVersionError(
                 f"the store has schema {revision}, this version needs {SCHEMA_HEAD}",
                 where=self.where,
-                next_step="Run `kv-memory db upgrade`, with nothing else at work on the store.",
+                next_step="Run `kv-memory db upgrade` while nothing else uses the store.",
             )
         with self._writer.connect() as connection, connection.begin():
             self._database.lock(connection)
@@ -185,7 +185,7 @@ class Catalog:
     def _refuse_newer(self, revision: str) -> None:
         if revision > SCHEMA_HEAD:  # versions are numbers of four digits
             raise StoreVersionError(
-                f"the store has schema {revision}, this version knows up to {SCHEMA_HEAD}",
+                f"the store has schema {revision}, this version supports up to {SCHEMA_HEAD}",
                 where=self.where,
                 next_step="Upgrade kv-memory to the version that wrote it. Nothing was changed.",
             )

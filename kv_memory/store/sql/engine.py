@@ -67,7 +67,7 @@ def open_database(where: Path | str, *, busy_timeout_s: float) -> Database:
         url = make_url(where)
     except ArgumentError:
         raise ConfigError(
-            "this is no URL of a database",
+            "this is not a database URL",
             where="catalog",
             next_step=_WRITE,
         ) from None
@@ -76,7 +76,7 @@ def open_database(where: Path | str, *, busy_timeout_s: float) -> Database:
     if url.get_backend_name() == "postgresql":
         return PostgresDatabase(url.set(drivername="postgresql+psycopg"), busy_timeout_s=busy_timeout_s)
     raise ConfigError(
-        f"a catalog lives in SQLite or PostgreSQL, not in {url.get_backend_name()}",
+        f"a catalog must be in SQLite or PostgreSQL, not in {url.get_backend_name()}",
         where="catalog",
         next_step=_WRITE,
     )
@@ -170,7 +170,9 @@ class PostgresDatabase:
         schema = query.pop("schema", "kv_memory")
         if not isinstance(schema, str) or not schema.isidentifier():
             raise ConfigError(
-                f"a schema's name is letters, digits and underscores, got {schema!r}", where="catalog", next_step=None
+                f"a schema name must consist of letters, digits and underscores, got {schema!r}",
+                where="catalog",
+                next_step=None,
             )
         url = url.set(query=query)
         self.schema = schema
@@ -265,8 +267,8 @@ def scrub_sqlite(file: Path) -> None:
         while connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             if time.monotonic() > deadline:
                 raise StoreLockedError(
-                    "somebody reads the database all the time, so what was deleted is still in its log",
+                    "another process keeps reading the database, so deleted data is still in its log",
                     where=str(file),
-                    next_step="Stop what else uses the store, then run `kv-memory remove --purge` once more.",
+                    next_step="Stop everything else that uses the store, then run `kv-memory remove --purge` again.",
                 )
             time.sleep(0.01)

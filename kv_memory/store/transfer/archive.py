@@ -173,7 +173,7 @@ class ArchiveWriter:
             while left:
                 piece = source.read(min(left, CHUNK_BYTES))
                 if not piece:
-                    raise FileNotFoundError(f"{path} was cut short")
+                    raise FileNotFoundError(f"{path} was truncated")
                 self._file.write(piece)
                 left -= len(piece)
         self._finish(blob_member(key), size_bytes, key)
@@ -197,9 +197,9 @@ class ArchiveWriter:
     def _start(self, name: str, size_bytes: int) -> None:
         if size_bytes >= MAX_MEMBER_BYTES:
             raise TransferError(
-                f"{name} has {size_bytes:,} bytes, and an archive holds members of less than {MAX_MEMBER_BYTES:,}",
+                f"{name} has {size_bytes:,} bytes, but members of an archive must have less than {MAX_MEMBER_BYTES:,}",
                 where=self._where,
-                next_step="Cut the document into passages (`--passage-tokens`), then export again.",
+                next_step="Split the document into passages (`--passage-tokens`), then export again.",
             )
         info = tarfile.TarInfo(name)
         info.size = size_bytes

@@ -30,7 +30,7 @@ __all__ = ["ArchiveReader"]
 
 _MAX_HEADER_BYTES = 1 << 24
 _ZEROS = bytes(tarfile.BLOCKSIZE)
-_AGAIN = "Copy the archive again; if it was damaged where it was made, run `kv-memory export` there again."
+_AGAIN = "Copy the archive again; if the original is damaged too, run `kv-memory export` again."
 
 
 class ArchiveReader:
@@ -89,12 +89,12 @@ class ArchiveReader:
                 self._check_end(size_bytes)
                 return
             if name != manifest_member(self._chain.n_groups + 1):
-                raise self._altered(f"{_shown(name)} stands where rows should be")
+                raise self._altered(f"found {_shown(name)} instead of rows")
             data = self._read(name, size_bytes)
             try:
                 group = Group.parse(data)
             except ManifestError as error:
-                raise self._altered(f"{name} is not as it was written: {error}") from error
+                raise self._altered(f"{name} is invalid: {error}") from error
             self._chain.take(name, size_bytes, hashlib.sha256(data).hexdigest())
             self._chain.n_groups += 1
             self._due = list(reversed(group.blobs))
@@ -113,7 +113,7 @@ class ArchiveReader:
             name = self._expect(key, size_bytes)
             data = self._read(name, size_bytes)
             if hashlib.sha256(data).hexdigest() != key:
-                raise self._altered(f"{name} has other bytes than were written")
+                raise self._altered(f"the bytes of {name} do not match its SHA-256")
             self._chain.take(name, size_bytes, key)
             yield key, data
 
@@ -130,16 +130,16 @@ class ArchiveReader:
     def _expect(self, key: str, size_bytes: int) -> str:
         name, found_bytes = self._next()
         if name != blob_member(key):
-            raise self._altered(f"{_shown(name)} stands where the blob {key[:12]}… should be")
+            raise self._altered(f"found {_shown(name)} instead of the blob {key[:12]}…")
         if found_bytes != size_bytes:
-            raise self._altered(f"{name} has {found_bytes:,} bytes, {size_bytes:,} were written")
+            raise self._altered(f"{name} has {found_bytes:,} bytes, expected {size_bytes:,}")
         return name
 
     def _read_header(self) -> ArchiveHeader:
         foreign = TransferError(
-            "this is no archive of kv-memory",
+            "this is not a kv-memory archive",
             where=self._where,
-            next_step="Name a file that `kv-memory export` has written, and that is complete.",
+            next_step="Give a complete file written by `kv-memory export`.",
         )
         try:
             name, size_bytes = self._next()
@@ -160,16 +160,16 @@ class ArchiveReader:
             header = ArchiveHeader(**values)
             types = {"written_by": str, "collection": str, "settings": dict, "n_documents": int, "size_bytes": int}
             if not all(isinstance(getattr(header, key), kind) for key, kind in types.items()):
-                raise TypeError("a field of another type")
+                raise TypeError("a field has the wrong type")
         except TypeError as error:
-            raise self._altered(f"{HEADER} is not as it was written: {error}") from error
+            raise self._altered(f"{HEADER} is invalid: {error}") from error
         self._chain.take(name, size_bytes, hashlib.sha256(data).hexdigest())
         return dataclasses.replace(header, settings=recorded_settings(header.settings))
 
     def _check_end(self, size_bytes: int) -> None:
         expected = self._chain.end()
         if size_bytes != len(expected) or self._read(END, size_bytes) != expected:
-            raise self._altered("its members are not those that were written")
+            raise self._altered("its members do not match its checksum")
 
     def _next(self) -> tuple[str, int]:
         """Name and size of the next member."""
@@ -179,9 +179,9 @@ class ArchiveReader:
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
         except (tarfile.HeaderError, UnicodeError) as error:
-            raise self._altered("a header of the tar is damaged") from error
+            raise self._altered("a tar header is damaged") from error
         if info.type != tarfile.REGTYPE or not 0 <= info.size < MAX_MEMBER_BYTES:
-            raise self._altered(f"{_shown(info.name)} is no plain file")
+            raise self._altered(f"{_shown(info.name)} is not a regular file")
         self._chain.offset += tarfile.BLOCKSIZE
         return info.name, info.size
 

@@ -148,18 +148,18 @@ class Exporter:
         except (CorruptCacheError, FileNotFoundError) as error:
             if not can_rewind:
                 raise TransferError(
-                    f"blob {key} was removed or damaged while the collection was exported",
+                    f"blob {key} was removed or damaged during the export",
                     where="standard output",
-                    next_step="Run `kv-memory check`, then export again, best into a file.",
+                    next_step="Run `kv-memory check`, then export again, preferably to a file.",
                 ) from error
             if self._cache_table.references.quarantine_if_damaged(key, size_bytes):
                 state.damaged.append(key)
             state.n_taken_back += 1
             if state.n_taken_back > _TRIES:
                 raise TransferError(
-                    f"blobs vanish as fast as they are copied, at last {key}",
-                    where=f"documents behind {state.cursor!r}",
-                    next_step="Export again when less is changed at once; it goes on where it stopped.",
+                    f"blobs are removed as fast as they are copied, most recently {key}",
+                    where=f"documents after {state.cursor!r}",
+                    next_step="Export again when the store changes less; the export resumes where it stopped.",
                 ) from error
             assert state.group is not None
             self._seen.forget(key for key, _ in state.group.blobs)

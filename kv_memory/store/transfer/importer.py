@@ -129,7 +129,7 @@ class _Import:
         names = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
         told = "; ".join(f"{n} is {_short(theirs.get(n))} in the archive, {_short(ours.get(n))} here" for n in names)
         return TransferError(
-            f"the collection has documents under other settings: {told}",
+            f"the collection has documents with other settings: {told}",
             where=f"collection {row.name!r}",
             next_step="Import into a new collection (`--collection NAME`).",
         )
@@ -168,9 +168,9 @@ class _Import:
             return "replace" if self._on_conflict == "replace" and told[0] != told[1] else "same"
         if self._on_conflict == "refuse":
             raise TransferError(
-                "the collection has a document of this id with other text",
+                "the collection has a document with this id and another text",
                 where=f"document {new.document_id!r}",
-                next_step="Choose with --on-conflict skip or --on-conflict replace which one is kept, or import into "
+                next_step="Choose which one to keep with --on-conflict skip or --on-conflict replace, or import into "
                 "another collection.",
             )
         return "replace" if self._on_conflict == "replace" else "leave"

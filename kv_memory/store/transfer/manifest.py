@@ -85,7 +85,7 @@ class Group:
             except ManifestError as error:
                 raise ManifestError(f"line {number}: {error}") from error
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                raise ManifestError(f"line {number} is no entry: {type(error).__name__}") from error
+                raise ManifestError(f"line {number} is not an entry: {type(error).__name__}") from error
         sizes = dict(group.blobs)
         for row in group.with_blobs:
             if sizes.get(row.blob_key, row.size_bytes) != row.size_bytes:
@@ -94,7 +94,7 @@ class Group:
             if cache.fingerprint not in group.fingerprints:
                 raise ManifestError(f"a cache has no fingerprint {cache.fingerprint}")
         if len({rows.document.document_id for rows in group.documents}) != len(group.documents):
-            raise ManifestError("a document is there twice")
+            raise ManifestError("a document occurs twice")
         if not sizes.keys() <= {row.blob_key for row in group.with_blobs}:
             raise ManifestError("a blob belongs to no row")
         return group
@@ -103,7 +103,7 @@ class Group:
         match kind:
             case "fingerprint":
                 if hashlib.sha256(values["json"].encode()).hexdigest() != values["digest"]:
-                    raise ManifestError("a fingerprint is not the one of its digest")
+                    raise ManifestError("a fingerprint does not match its digest")
                 self.fingerprints[values["digest"]] = values["json"]
             case "cache":
                 row = _unpack(CacheRow, values)
@@ -121,11 +121,11 @@ class Group:
                     _check_hashes(passage.text_sha256)
                     text: str | None = passage.text
                     if text is not None and hashlib.sha256(text.encode()).hexdigest() != passage.text_sha256:
-                        raise ManifestError("a passage's text is not the one of its hash")
+                        raise ManifestError("a passage's text does not match its hash")
                     if passage.terms is not None:
                         Terms.from_dict(passage.terms)
                     if passage.ordinal != ordinal:
-                        raise ManifestError(f"passage {passage.ordinal} stands where passage {ordinal} should")
+                        raise ManifestError(f"found passage {passage.ordinal} instead of passage {ordinal}")
                 self.documents.append(DocumentRows(document=_unpack(DocumentRow, values), passages=passages))
             case "blob":
                 _check_hashes(values["key"])
@@ -133,13 +133,13 @@ class Group:
                     raise ManifestError("a blob's size is out of range")
                 self.blobs.append((values["key"], values["size_bytes"]))
             case _:
-                raise ManifestError(f"an entry of an unknown kind {str(kind)[:40]!r}")
+                raise ManifestError(f"an entry of unknown kind {str(kind)[:40]!r}")
 
 
 def _check_hashes(*digests: object) -> None:
     for digest in digests:
         if not isinstance(digest, str) or _SHA256.fullmatch(digest) is None:
-            raise ManifestError(f"{str(digest)[:80]!r} is no SHA-256")
+            raise ManifestError(f"{str(digest)[:80]!r} is not a SHA-256")
 
 
 def _pack(row: Base) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def _type_of(column: Any) -> type:
 
 def _moment(value: object) -> datetime:
     if not isinstance(value, str):
-        raise ManifestError(f"{str(value)[:40]!r} is no time")
+        raise ManifestError(f"{str(value)[:40]!r} is not a timestamp")
     moment = datetime.fromisoformat(value)
     return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 

@@ -129,7 +129,7 @@ def open_archive(source: Path | str) -> Iterator[ArchiveReader]:
         raise TransferError(
             "there is no such archive",
             where=str(path),
-            next_step="Name a file that `kv-memory export` has written; one that ends in .part is not complete.",
+            next_step="Give a file written by `kv-memory export`; a file that ends in .part is not complete.",
         )
     with mapped(path):
         file = open(path, "rb")  # noqa: SIM115  closed below, so that errors of the block are not mapped here
@@ -185,9 +185,9 @@ def part_file(target: Path) -> Iterator[BinaryIO]:
     """
     part = target.with_name(target.name + ".part")
     if target.is_dir():
-        raise TransferError("this is a folder", where=str(target), next_step="Name the file to be written.")
+        raise TransferError("this is a folder", where=str(target), next_step="Give the path of the file to write.")
     if not target.parent.is_dir():
-        raise TransferError("there is no such folder", where=str(target.parent), next_step="Make it first.")
+        raise TransferError("there is no such folder", where=str(target.parent), next_step="Create it first.")
     with mapped(part):
         # Private whatever the umask, and not through a link that another user may have placed there.
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)

@@ -65,7 +65,7 @@ class Receiver:
                 raise TransferError(
                     "the blob of a cache is neither in the archive nor in the store",
                     where=f"blob {key}",
-                    next_step="Import the archive again: it may have been removed meanwhile. Else export it again.",
+                    next_step="Import again: the blob may have been removed meanwhile. If that fails, export again.",
                 ) from error
             self._file(group, rows, data)
 

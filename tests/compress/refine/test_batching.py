@@ -49,7 +49,7 @@ def plain(backbone: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_padded_documents_are_as_if_read_alone(name: str) -> None:
+def test_padded_documents_give_the_logits_of_single_ones(name: str) -> None:
     backbone = shared_backbone(name)
     cache, lengths = read(backbone)
     logits = every(backbone, [2, 0, 1, 0], gather_entries(backbone, cache, lengths))
@@ -59,7 +59,7 @@ def test_padded_documents_are_as_if_read_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_joined_documents_are_as_if_composed(name: str) -> None:
+def test_joined_documents_give_the_logits_of_composed_caches(name: str) -> None:
     backbone = shared_backbone(name)
     cache, lengths = read(backbone)
     groups = [(2, 0), (1,)]
@@ -82,7 +82,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "phi3_longrope"])
-def test_training_reads_as_the_compressor_does(name: str, form: str) -> None:
+def test_training_prefill_equals_the_compressor(name: str, form: str) -> None:
     """Selected and routed entries of a padded batch answer as the distilled caches of the single documents."""
     backbone = make_backbone(name)
     adapter = Adapter.create(backbone, rank=4, zero_init=False, **FORMS[form])
@@ -102,7 +102,7 @@ def test_training_reads_as_the_compressor_does(name: str, form: str) -> None:
 
 @pytest.mark.parametrize("scorer", ["token", "head", "layer"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
-def test_the_bias_changes_nothing_but_carries_a_gradient(name: str, scorer: Any) -> None:
+def test_score_bias_is_zero_but_carries_a_gradient(name: str, scorer: Any) -> None:
     backbone = make_backbone(name)
     adapter = Adapter.create(backbone, rank=4, scorer=scorer)
     adapter.scorer.requires_grad_(True)

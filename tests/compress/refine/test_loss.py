@@ -12,7 +12,7 @@ def logits(seed: int, *, spread: float = 3.0) -> torch.Tensor:
     return spread * torch.randn(7, 300, generator=torch.Generator().manual_seed(seed))
 
 
-def test_kl_is_what_torch_says() -> None:
+def test_kl_equals_torch_kl_div() -> None:
     p, q = logits(1), logits(2)
     wanted = torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="none").sum(-1)
     torch.testing.assert_close(kl_divergence(p, q), wanted)
@@ -21,7 +21,7 @@ def test_kl_is_what_torch_says() -> None:
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.6, 1.0])
-def test_with_all_tokens_but_one_nothing_is_lost(weight: float) -> None:
+def test_loss_is_exact_when_only_one_token_is_in_the_tail(weight: float) -> None:
     p, q = logits(1), logits(2)
     found = Predictions.of(p, k=1000)
     assert found.ids.shape == (7, 299) and found.log_probs.shape == (7, 300)
@@ -31,14 +31,14 @@ def test_with_all_tokens_but_one_nothing_is_lost(weight: float) -> None:
     )
 
 
-def test_the_tail_as_one_token_is_at_most_the_whole_and_close_to_it() -> None:
+def test_loss_with_merged_tail_is_a_close_lower_bound() -> None:
     p = logits(1, spread=6.0)
     q = p + logits(3, spread=0.5)
     whole, part = distillation_loss(p, q, forward_weight=0.6), Predictions.of(p, k=64).loss(q, forward_weight=0.6)
     assert (part <= whole + 1e-6).all() and (part > 0.9 * whole).all()
 
 
-def test_its_gradient_vanishes_where_both_agree_and_points_home_elsewhere() -> None:
+def test_gradient_is_zero_at_the_teacher_and_points_towards_it() -> None:
     p = logits(1, spread=6.0)
     taught, same = Predictions.of(p, k=64), p.clone().requires_grad_()
     (none,) = torch.autograd.grad(taught.loss(same, forward_weight=0.6).sum(), [same])

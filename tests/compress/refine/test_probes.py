@@ -34,7 +34,7 @@ def probes() -> list[list[Probe]]:
     return make(shared_backbone("llama"), TEXTS, n_held_out=2)
 
 
-def test_every_kind_is_practised_and_held_out(probes: list[list[Probe]]) -> None:
+def test_every_kind_has_training_and_held_out_probes(probes: list[list[Probe]]) -> None:
     for own in probes:
         held_out = counted(own, held_out=True)  # of what is sampled more, as one of it says less
         assert held_out == {"question": 6, "statement": 6, "continuation": 2, "repetition": 2}
@@ -42,7 +42,7 @@ def test_every_kind_is_practised_and_held_out(probes: list[list[Probe]]) -> None
         assert practised["question"] == 6 and practised["statement"] == 2
 
 
-def test_rows_say_what_is_wanted_of_them(probes: list[list[Probe]]) -> None:
+def test_rows_have_the_form_of_their_probe_kind(probes: list[list[Probe]]) -> None:
     backbone = shared_backbone("llama")
     decode = backbone.tokenizer.decode
     for index, own in enumerate(probes):
@@ -59,7 +59,7 @@ def test_rows_say_what_is_wanted_of_them(probes: list[list[Probe]]) -> None:
                 assert given[:-8].endswith("Doc: " if probe.kind == "continuation" else "\nA:")
 
 
-def test_practised_spans_cover_the_document_and_held_out_ones_are_cut_elsewhere(probes: list[list[Probe]]) -> None:
+def test_training_spans_cover_the_document_and_held_out_ones_differ(probes: list[list[Probe]]) -> None:
     backbone = shared_backbone("llama")
     for text, own in zip(TEXTS, probes, strict=True):
         starts: dict[bool, set[int]] = {True: set(), False: set()}
@@ -76,7 +76,7 @@ def test_practised_spans_cover_the_document_and_held_out_ones_are_cut_elsewhere(
         assert starts[True] and not starts[True] & starts[False]
 
 
-def test_of_a_long_document_no_more_than_n_probes_spans_are_practised() -> None:
+def test_a_long_document_has_at_most_n_probes_training_spans() -> None:
     (own,) = make(shared_backbone("llama"), TEXTS[:1], n_probes=6)
     assert counted(own, held_out=False) == {"question": 3, "statement": 1, "continuation": 6, "repetition": 6}
 
@@ -87,7 +87,7 @@ def test_no_question_is_asked_twice(probes: list[list[Probe]]) -> None:
         assert len(set(asked)) == len(asked)
 
 
-def test_they_depend_on_the_seed_and_the_document_alone(probes: list[list[Probe]]) -> None:
+def test_probes_depend_only_on_seed_and_document(probes: list[list[Probe]]) -> None:
     backbone = shared_backbone("llama")
     assert make(backbone, TEXTS, n_held_out=2) == probes
     other = make(backbone, TEXTS, n_held_out=2, seed=1)
@@ -96,12 +96,12 @@ def test_they_depend_on_the_seed_and_the_document_alone(probes: list[list[Probe]
     assert {probe.row.ids for probe in other[0]} != {probe.row.ids for probe in alone}
 
 
-def test_a_document_of_a_few_tokens_has_probes_too() -> None:
+def test_a_very_short_document_has_probes_of_every_kind() -> None:
     (own,) = make(shared_backbone("llama"), ["ab c"])
     assert all(counted(own, held_out=held_out).keys() == set(KINDS) for held_out in (True, False))
 
 
-def test_of_a_short_document_every_part_is_practised_however_many_spans_are_to_be_held_out() -> None:
+def test_held_out_spans_leave_a_short_document_fully_covered() -> None:
     text, backbone = TEXTS[1][:50], shared_backbone("llama")
     (own,) = make(backbone, [text], n_held_out=4)
     covered: set[int] = set()
@@ -112,7 +112,7 @@ def test_of_a_short_document_every_part_is_practised_however_many_spans_are_to_b
     assert covered == set(range(len(text)))
 
 
-def test_where_few_questions_come_most_are_practised() -> None:
+def test_few_questions_mostly_become_training_probes() -> None:
     maker = _Maker(shared_backbone("llama"), 0, range(40), 12, 2, 32, 0)
     maker._questions = [f"What is {number}?" for number in range(9)]
     for number in range(9):
@@ -120,7 +120,7 @@ def test_where_few_questions_come_most_are_practised() -> None:
     assert counted(maker.probes, held_out=True) == {"question": 3}
 
 
-def test_a_chat_form_is_asked_in_its_own_way() -> None:
+def test_probes_follow_the_chat_form() -> None:
     form = {**SHORT_FORM, "question_before": "", "question_after": "</s>model:"}
     backbone = Backbone(make_model("llama"), make_tokenizer(), prompt=PromptForm(**form))
     (own,) = make(backbone, TEXTS[:1])
@@ -132,7 +132,7 @@ def test_a_chat_form_is_asked_in_its_own_way() -> None:
     assert sum(begun) >= len(begun) // 3
 
 
-def test_a_question_of_the_worked_examples_is_left_out() -> None:
+def test_questions_from_the_worked_examples_are_skipped() -> None:
     backbone = shared_backbone("llama")
     maker = _Maker(backbone, 0, backbone.encode(TEXTS[0]), 12, 1, 32, 0)
     opening = Row(0, tuple(backbone.encode("Q:")), 2)
@@ -142,7 +142,7 @@ def test_a_question_of_the_worked_examples_is_left_out() -> None:
     assert [backbone.tokenizer.decode(row.ids) for row in maker.question_rows()] == ["Q: What is it?\nA:"]
 
 
-def test_what_must_not_be_asked_for_is_not_quoted_and_all_else_is_covered() -> None:
+def test_unasked_spans_are_not_quoted_and_the_rest_is_covered() -> None:
     backbone = shared_backbone("llama")
     (own,) = make(backbone, TEXTS[:1], unasked=[[(40, 80), (200, 230)]])
     secret = [TEXTS[0][40:80], TEXTS[0][200:230]]
@@ -156,7 +156,7 @@ def test_what_must_not_be_asked_for_is_not_quoted_and_all_else_is_covered() -> N
     assert covered == set(range(300)) - set(range(40, 80)) - set(range(200, 230))
 
 
-def test_an_answer_that_quotes_what_must_not_be_asked_for_is_left_out() -> None:
+def test_answers_that_quote_unasked_spans_are_skipped() -> None:
     backbone = shared_backbone("llama")
     ids = backbone.encode(TEXTS[0])
     maker = _Maker(backbone, 0, ids, 12, 1, 32, 0, [(40, 80)])

@@ -117,13 +117,13 @@ def held_out_kl(name: str, found: DistilledCache, settings: RefineSettings = SET
 
 @pytest.mark.parametrize("name", NAMES)
 class TestEveryArchitecture:
-    def test_it_comes_closer_and_says_how_close(self, name: str) -> None:
+    def test_refinement_lowers_the_kl_and_records_it(self, name: str) -> None:
         start, found = refined(name)
         assert found.fidelity is not None and 0 < found.refined_steps <= SETTINGS.steps
         assert found.fidelity == pytest.approx(held_out_kl(name, found), rel=1e-3)
         assert found.fidelity < 0.9 * held_out_kl(name, start)
 
-    def test_it_keeps_the_same_entries(self, name: str) -> None:
+    def test_refinement_keeps_the_same_entries(self, name: str) -> None:
         start, found = refined(name)
         assert torch.equal(found.positions, start.positions)
         assert found.keys.shape == start.keys.shape and found.keys.dtype == start.keys.dtype
@@ -134,7 +134,7 @@ class TestEveryArchitecture:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3_window"])
-def test_a_matched_cache_is_a_start_and_its_biases_are_moved(name: str) -> None:
+def test_refining_a_matched_cache_changes_its_biases(name: str) -> None:
     start, found = refined(name, "matched")
     assert start.bias is not None and found.bias is not None and found.bias.shape == start.bias.shape
     moved = (found.bias - start.bias).abs()
@@ -144,14 +144,14 @@ def test_a_matched_cache_is_a_start_and_its_biases_are_moved(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3_longrope"])
-def test_a_start_whose_heads_keep_different_numbers(name: str) -> None:
+def test_refining_a_ragged_cache_lowers_its_kl(name: str) -> None:
     start, found = refined(name, "reconstruction")
     assert start.counts is not None and found.counts is not None and torch.equal(found.counts, start.counts)
     assert found.fidelity == pytest.approx(held_out_kl(name, found), rel=1e-3)
     assert found.fidelity < 0.9 * held_out_kl(name, start)
 
 
-def test_an_adapter_is_a_start() -> None:
+def test_a_cache_from_an_adapter_can_be_refined() -> None:
     backbone = make_backbone("llama")
     adapter = Adapter.create(backbone, rank=4, scorer="layer", routed="document", zero_init=False)
     plain = Compressor(backbone, adapter=adapter).compress(TEXT, keep_ratio=0.25)
@@ -164,7 +164,7 @@ def test_an_adapter_is_a_start() -> None:
 # -- what decides ------------------------------------------------------------------------------------------------------
 
 
-def test_steps_that_hurt_leave_the_start_as_it_was() -> None:
+def test_harmful_steps_leave_the_start_unchanged() -> None:
     start = start_of("llama")
     found = refine("llama", start, settings=replace(SETTINGS, lr=50.0, tolerance=0.02))
     assert found.refined_steps == 0
@@ -199,7 +199,7 @@ def test_a_state_that_is_worse_on_one_kind_is_not_kept() -> None:
     assert progress.n_steps == 1 and progress.trainable.moves[0].tolist() == [1.0, 1.0]
 
 
-def test_half_way_back_may_be_better_for_all() -> None:
+def test_halving_the_change_can_improve_every_kind() -> None:
     progress = looked({"question": 1.0, "repetition": 0.1}, {"question": 0.2, "repetition": 0.3})
     assert not progress.gained
     progress.halve()
@@ -210,12 +210,12 @@ def test_half_way_back_may_be_better_for_all() -> None:
     assert not progress.gained
 
 
-def test_a_model_that_says_nothing_finite_keeps_its_start() -> None:
+def test_non_finite_measurements_keep_the_start() -> None:
     progress = looked({"question": math.nan}, {"question": math.nan})
     assert progress.best[1] == 0
 
 
-def test_it_stops_when_nothing_is_gained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refinement_stops_without_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = counted_gradients(monkeypatch)
     settings = replace(SETTINGS, lr=50.0, steps=30, evaluate_every=2, patience=2, tolerance=0.02)
     refine("llama", start_of("llama"), settings=settings)
@@ -223,7 +223,7 @@ def test_it_stops_when_nothing_is_gained(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def counted_gradients(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    from kv_memory.compress.refine import descend as module
+    from kv_memory.compress.refine import optimize as module
 
     calls: list[int] = []
     plain = module._Run._gradients
@@ -236,7 +236,7 @@ def counted_gradients(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def test_min_fidelity_goes_on_until_the_limit_or_until_it_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_min_fidelity_continues_until_it_is_met_or_max_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     start, once = refined("llama")
     assert once.fidelity is not None
     calls = counted_gradients(monkeypatch)
@@ -251,7 +251,7 @@ def test_min_fidelity_goes_on_until_the_limit_or_until_it_is_met(monkeypatch: py
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "phi3_longrope"])
-def test_documents_in_a_batch_are_as_if_alone(name: str) -> None:
+def test_documents_refined_in_a_batch_match_those_refined_alone(name: str) -> None:
     backbone = shared(name)
     texts = [LONG, letters(86, seed=4), letters(100, seed=5)]
     starts = [start_of(name, text=text) for text in texts]
@@ -263,7 +263,7 @@ def test_documents_in_a_batch_are_as_if_alone(name: str) -> None:
         assert found.fidelity == pytest.approx(alone.fidelity, rel=0.02)
 
 
-def test_rows_one_by_one_are_as_rows_side_by_side() -> None:
+def test_rows_computed_one_by_one_match_batched_rows() -> None:
     start, found = refined("llama")
     slow = refine("llama", start, settings=replace(SETTINGS, max_entries=1))
     assert slow.fidelity == pytest.approx(found.fidelity, rel=0.02)
@@ -276,7 +276,7 @@ def test_the_same_seed_gives_the_same_bytes() -> None:
     assert refine("llama", start, settings=replace(SETTINGS, seed=1)).to_bytes() != found.to_bytes()
 
 
-def test_windows_are_refined_apart() -> None:
+def test_windows_are_refined_separately() -> None:
     backbone = shared_backbone("llama")
     ids = backbone.encode(letters(140, seed=2))
     joined = Compressor(backbone, selector="attention", window_tokens=70, refine=SETTINGS).compress_ids(
@@ -303,7 +303,7 @@ def test_the_window_leaves_room_for_probes() -> None:
 # -- what stays --------------------------------------------------------------------------------------------------------
 
 
-def test_a_cache_that_keeps_everything_is_given_back() -> None:
+def test_a_cache_that_keeps_everything_is_returned_unchanged() -> None:
     start = start_of("llama", keep_ratio=1.0)
     assert refine("llama", start) is start
     compressor = Compressor(shared_backbone("llama"), selector="attention", refine=SETTINGS)
@@ -311,7 +311,7 @@ def test_a_cache_that_keeps_everything_is_given_back() -> None:
     assert (whole.refined_steps, whole.fidelity) == (0, None)
 
 
-def test_what_is_held_out_of_compression_is_not_moved() -> None:
+def test_kept_spans_are_not_changed_by_refinement() -> None:
     backbone = shared_backbone("llama")
     options: dict[str, Any] = {"keep_ratio": 0.2, "keep_spans": [(10, 20)]}
     plain = Compressor(backbone, selector="attention").compress(TEXT, **options)
@@ -324,7 +324,7 @@ def test_what_is_held_out_of_compression_is_not_moved() -> None:
     assert not torch.equal(found.values[~held], plain.values[~held])
 
 
-def test_the_model_and_the_start_are_not_touched() -> None:
+def test_model_and_start_are_not_modified() -> None:
     backbone = make_backbone("llama")
     start = start_of("llama")
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
@@ -338,7 +338,7 @@ def test_the_model_and_the_start_are_not_touched() -> None:
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_fingerprint_holds_what_decides_the_result() -> None:
+def test_fingerprint_covers_every_setting_that_affects_the_result() -> None:
     backbone = shared_backbone("llama")
 
     def method(**changes: Any) -> str:
@@ -352,7 +352,7 @@ def test_the_fingerprint_holds_what_decides_the_result() -> None:
     assert method(max_entries=64) == method()
 
 
-def test_more_steps_practise_more_probes() -> None:
+def test_more_steps_train_on_more_probes() -> None:
     assert [RefineSettings(steps=steps).practised for steps in (8, 18, 24, 48, 144)] == [8, 9, 24, 24, 72]
     assert RefineSettings(steps=144, n_probes=24).practised == 24
     assert RefineSettings(steps=144).name == RefineSettings(steps=144, n_probes=72).name
@@ -388,19 +388,19 @@ def test_more_steps_wait_longer_for_a_gain() -> None:
         {"max_entries": 0},
     ],
 )
-def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+def test_settings_out_of_range_are_rejected(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         RefineSettings(**wrong)
     assert caught.value.where == list(wrong)[-1]
 
 
-def test_a_cache_of_another_document_is_refused() -> None:
+def test_a_cache_of_another_document_is_rejected() -> None:
     backbone = shared_backbone("llama")
-    with pytest.raises(ConfigError, match="cache is of 70 tokens, its document has 10"):
+    with pytest.raises(ConfigError, match="cache was made from 70 tokens, but its document has 10"):
         refine_batch(backbone, [backbone.encode(letters(10))], [start_of("llama")], settings=SETTINGS)
 
 
-def test_spans_that_are_measured_afterwards_are_not_practised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unasked_spans_reach_the_probes_as_window_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spans of characters arrive at the probes as tokens of the window they lie in."""
     seen: list[Any] = []
     monkeypatch.setattr(

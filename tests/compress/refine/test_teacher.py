@@ -31,7 +31,7 @@ def rows_of(backbone: Any, *, n_wanted: int = 0, documents: int = 2) -> list[Row
 
 @pytest.mark.parametrize("max_entries", [1, 10_000])
 @pytest.mark.parametrize("name", NAMES)
-def test_it_decodes_as_the_generator_does(name: str, max_entries: int) -> None:
+def test_teacher_decodes_the_same_tokens_as_the_generator(name: str, max_entries: int) -> None:
     backbone = shared_backbone(name)
     texts = DOCUMENTS if max_entries > 1 and name != "phi3_longrope" else DOCUMENTS[:1]
     teacher = Teacher(backbone, [backbone.encode(text) for text in texts], room=ROOM, max_entries=max_entries)
@@ -48,7 +48,7 @@ def test_it_decodes_as_the_generator_does(name: str, max_entries: int) -> None:
 
 @pytest.mark.parametrize("max_entries", [1, 10_000])
 @pytest.mark.parametrize("name", NAMES)
-def test_it_predicts_what_the_full_cache_does(name: str, max_entries: int) -> None:
+def test_teacher_logits_equal_those_of_the_full_cache(name: str, max_entries: int) -> None:
     backbone = shared_backbone(name)
     teacher = Teacher(backbone, [backbone.encode(DOCUMENTS[0])], room=ROOM, max_entries=max_entries)
     rows = rows_of(backbone, n_wanted=4, documents=1)
@@ -61,7 +61,7 @@ def test_it_predicts_what_the_full_cache_does(name: str, max_entries: int) -> No
         assert_close(logits, every[row.n_given - 1 : -1])
 
 
-def test_a_seed_means_the_same_whatever_is_beside_it() -> None:
+def test_seeded_sampling_does_not_depend_on_the_batch() -> None:
     backbone = shared_backbone("llama")
     ids = [backbone.encode(text) for text in DOCUMENTS]
     rows = rows_of(backbone)
@@ -76,7 +76,7 @@ def test_a_seed_means_the_same_whatever_is_beside_it() -> None:
     assert len({tuple(text) for text in first}) == len(rows), "every row drew the same"
 
 
-def test_batches_hold_rows_of_similar_length_and_all_of_them() -> None:
+def test_batches_cover_all_rows_and_group_similar_lengths() -> None:
     rows = [Row(0, tuple(range(n)), 1) for n in (5, 40, 6, 41, 7, 60, 5)]
     batches = batch_rows(rows, at_once=3, device="cpu", max_tokens=90)
     assert sorted(i for batch in batches for i in batch.index) == list(range(7))

@@ -54,7 +54,7 @@ def asked(memory: KVMemory, question: str = FERRY_QUESTION, **values: Any) -> di
 
 @pytest.mark.parametrize("name", PROMPTS)
 @pytest.mark.parametrize("way", ["invoke", "stream", "batch", "ainvoke", "astream"])
-async def test_no_text_of_a_document_is_prefilled(memory: KVMemory, llm: Any, wide: Any, name: str, way: str) -> None:
+async def test_no_document_text_is_prefilled(memory: KVMemory, llm: Any, wide: Any, name: str, way: str) -> None:
     chain = create_kv_chain(llm, PROMPTS[name])
     history = [HumanMessage("Hello"), AIMessage("Hello.")]
     values = {"context": documents(memory, f"{FERRY_QUESTION} {LAMP_QUESTION}", k=2), "input": "When?"}
@@ -82,7 +82,7 @@ async def test_no_text_of_a_document_is_prefilled(memory: KVMemory, llm: Any, wi
         assert "kv_id" not in text and values["context"][0].metadata["kv_id"] not in text
 
 
-def test_a_document_read_as_text_is_prefilled(memory: KVMemory, llm: Any, wide: Any) -> None:
+def test_a_document_without_a_cache_is_prefilled_as_text(memory: KVMemory, llm: Any, wide: Any) -> None:
     """So that the test above would see one."""
     plain = Document(page_content=KIOSK)
     with recorded_inputs(wide) as inputs:
@@ -90,7 +90,7 @@ def test_a_document_read_as_text_is_prefilled(memory: KVMemory, llm: Any, wide: 
     assert any("kiosk" in wide.tokenizer.decode(ids[0]) for ids in inputs)
 
 
-def test_the_answer_is_the_readers(memory: KVMemory, llm: Any) -> None:
+def test_the_answer_equals_the_readers(memory: KVMemory, llm: Any) -> None:
     chain = create_kv_chain(llm)
     for question, text in ((FERRY_QUESTION, FERRY), (LAMP_QUESTION, LAMP)):
         reply = memory.reader.reply([Turn("user", question)], [Reference(key=key_of(text))], settings=SETTINGS).reply
@@ -130,14 +130,14 @@ def test_changing_a_caches_values_changes_the_logits(
     assert float((after - before).abs().max()) > 0.1
 
 
-def test_what_was_retrieved_twice_is_read_once(memory: KVMemory, wide: Any) -> None:
+def test_a_document_retrieved_twice_is_used_once(memory: KVMemory, wide: Any) -> None:
     chain = create_kv_chain(ChatKVMemory(memory, max_tokens=4), output_parser=None)
     once, twice = asked(memory), asked(memory)
     twice["context"] = twice["context"] * 2
     assert chain.invoke(once) == chain.invoke(twice)
 
 
-def test_documents_are_called_what_the_caller_calls_them(memory: KVMemory, llm: Any, wide: Any) -> None:
+def test_the_name_of_the_document_variable_can_be_chosen(memory: KVMemory, llm: Any, wide: Any) -> None:
     prompt = ChatPromptTemplate.from_messages([("human", "{sources} {input}")])
     chain = create_kv_chain(llm, prompt, document_variable_name="sources")
     with recorded_inputs(wide) as inputs:
@@ -162,7 +162,7 @@ async def test_tokens_stream_through(memory: KVMemory) -> None:
 
 
 @pytest.mark.parametrize("retrieves", [False, True])
-async def test_a_stream_that_is_left_stops_at_once(memory: KVMemory, wide: Any, retrieves: bool) -> None:
+async def test_an_abandoned_stream_stops_at_once(memory: KVMemory, wide: Any, retrieves: bool) -> None:
     llm = ChatKVMemory(memory, max_tokens=500, temperature=1.0, seed=1)
     chain: Any = create_kv_retrieval_chain(KVMemoryRetriever(memory, k=1), llm) if retrieves else create_kv_chain(llm)
 
@@ -185,7 +185,7 @@ async def test_a_stream_that_is_left_stops_at_once(memory: KVMemory, wide: Any, 
     assert len(inputs) <= n_both + 1
 
 
-async def test_a_cancelled_task_stops(memory: KVMemory, wide: Any) -> None:
+async def test_a_cancelled_task_stops_decoding(memory: KVMemory, wide: Any) -> None:
     chain = create_kv_chain(ChatKVMemory(memory, max_tokens=500))
     with recorded_inputs(wide) as inputs:
         task = asyncio.create_task(chain.ainvoke(asked(memory)))
@@ -199,7 +199,7 @@ async def test_a_cancelled_task_stops(memory: KVMemory, wide: Any) -> None:
     assert n_after < 50 and len(inputs) == n_after
 
 
-async def test_a_retrieval_chain(memory: KVMemory, llm: Any) -> None:
+async def test_a_retrieval_chain_returns_context_and_answer(memory: KVMemory, llm: Any) -> None:
     chain = create_kv_retrieval_chain(KVMemoryRetriever(memory, k=1), llm)
     result = chain.invoke({"input": LAMP_QUESTION, "user": "alice"})
     assert result == {
@@ -222,7 +222,7 @@ class State(TypedDict, total=False):
     answer: str
 
 
-async def test_it_is_a_node_of_a_graph(memory: KVMemory) -> None:
+async def test_the_chain_works_inside_a_graph_node(memory: KVMemory) -> None:
     chain = create_kv_chain(ChatKVMemory(memory, max_tokens=24))
 
     def find(state: State) -> State:
@@ -256,7 +256,7 @@ async def test_it_is_a_node_of_a_graph(memory: KVMemory) -> None:
             assert "".join(streamed) == expected and len(streamed) > 2
 
 
-def test_the_chain_itself_is_a_node(memory: KVMemory, llm: Any) -> None:
+def test_the_chain_can_be_a_graph_node(memory: KVMemory, llm: Any) -> None:
     chain = create_kv_retrieval_chain(KVMemoryRetriever(memory, k=1), llm)
     graph: Any = StateGraph(State)
     graph.add_node("ask", chain)
@@ -268,7 +268,7 @@ def test_the_chain_itself_is_a_node(memory: KVMemory, llm: Any) -> None:
 # -- the model, dressed ------------------------------------------------------------------------------------------------
 
 
-def test_bindings_of_the_model_will_do(memory: KVMemory) -> None:
+def test_bindings_of_the_model_are_accepted(memory: KVMemory) -> None:
     values = asked(memory)
     llm = ChatKVMemory(memory, max_tokens=24)
     expected = create_kv_chain(llm).invoke(values)
@@ -285,7 +285,7 @@ def test_bindings_of_the_model_will_do(memory: KVMemory) -> None:
     assert create_kv_chain(short).invoke(values) != expected
 
 
-def test_answers_in_a_form(memory: KVMemory) -> None:
+def test_structured_answers_through_a_chain(memory: KVMemory) -> None:
     llm = ChatKVMemory(memory, max_tokens=80, temperature=1.0, seed=1)
     values = asked(memory)
     pier = create_kv_chain(llm.with_structured_output(Pier)).invoke(values)
@@ -318,7 +318,7 @@ def test_another_model_is_refused(llm: Any, wrap: str) -> None:
 # -- documents ---------------------------------------------------------------------------------------------------------
 
 
-def test_documents_without_a_cache_are_read_as_text(memory: KVMemory, llm: Any, wide: Any) -> None:
+def test_a_missing_cache_is_replaced_by_text_and_not_stored(memory: KVMemory, llm: Any, wide: Any) -> None:
     text = KIOSK
     references = [Reference(key=key_of(FERRY)), Reference(key=key_of(text), text=text)]
     reply = memory.reader.reply([Turn("user", "When?")], references, settings=SETTINGS).reply
@@ -333,7 +333,7 @@ def test_a_document_with_a_cache_needs_no_text(memory: KVMemory, llm: Any) -> No
     assert create_kv_chain(llm).invoke({**values, "context": bare}) == create_kv_chain(llm).invoke(values)
 
 
-def test_a_text_that_was_changed_since_is_read_as_it_is_now(memory: KVMemory, llm: Any) -> None:
+def test_a_changed_text_is_prefilled_in_its_current_form(memory: KVMemory, llm: Any) -> None:
     values = asked(memory)
     cut = [Document(page_content="pier 4", metadata=values["context"][0].metadata)]
     plain = [Document(page_content="pier 4")]
@@ -351,7 +351,7 @@ def test_documents_without_text_are_left_out(
     assert "left out of the context: blank" in caplog.text
 
 
-def test_no_documents_at_all(memory: KVMemory, llm: Any) -> None:
+def test_an_empty_context_answers_without_documents(memory: KVMemory, llm: Any) -> None:
     reply = memory.reader.reply([Turn("user", "When?")], settings=SETTINGS).reply
     assert create_kv_chain(llm).invoke({"context": [], "input": "When?"}) == reply.text.strip()
 
@@ -362,7 +362,7 @@ def test_an_input_without_documents_is_refused(llm: Any, values: dict[str, Any])
         create_kv_chain(llm).invoke(values)
 
 
-def test_ids_that_the_store_does_not_know(memory: KVMemory, llm: Any) -> None:
+def test_unknown_references_are_refused(memory: KVMemory, llm: Any) -> None:
     for text, key in (("", "0" * 64), (KIOSK, key_of(KIOSK))):
         unknown = Document(page_content=text, metadata={"kv_id": key})
         with pytest.raises(errors.CacheNotFoundError):
@@ -372,7 +372,7 @@ def test_ids_that_the_store_does_not_know(memory: KVMemory, llm: Any) -> None:
         create_kv_chain(llm).invoke({"context": [odd], "input": "When?"})
 
 
-def test_caches_of_another_model(memory: KVMemory, wide: Any) -> None:
+def test_caches_of_another_model_are_refused(memory: KVMemory, wide: Any) -> None:
     values = asked(memory)
     with open_memory(memory.path, wide, selector="sink_recent") as other:
         chain = create_kv_chain(ChatKVMemory(other))
@@ -396,7 +396,7 @@ def test_collections_do_not_mix(memory: KVMemory) -> None:
             chain.invoke({"context": [theirs], "input": FERRY_QUESTION})
 
 
-def test_a_damaged_cache_is_made_again(memory: KVMemory, llm: Any, wide: Any) -> None:
+def test_a_damaged_cache_is_compressed_again(memory: KVMemory, llm: Any, wide: Any) -> None:
     values = asked(memory)
     blob = blob_of(memory, "ferry")
     blob.write_bytes(b"\0" * blob.stat().st_size)

@@ -61,7 +61,7 @@ def test_without_references_it_is_an_ordinary_chat_model(memory: KVMemory, llm: 
     assert metadata["finish_reason"] == "length" and 0 < metadata["ttft_s"] <= metadata["total_s"]
 
 
-def test_references_are_read_from_caches(memory: KVMemory, llm: ChatKVMemory, wide: Any) -> None:
+def test_references_are_answered_from_caches(memory: KVMemory, llm: ChatKVMemory, wide: Any) -> None:
     references = [Reference.parse(FERRY_ID), Reference.parse(LAMP_ID)]
     reply = memory.reader.reply([Turn("user", FERRY_QUESTION)], references, settings=SETTINGS).reply
     with recorded_inputs(wide) as inputs:
@@ -74,12 +74,12 @@ def test_references_are_read_from_caches(memory: KVMemory, llm: ChatKVMemory, wi
     assert llm.invoke(FERRY_QUESTION, kv_ids=FERRY_ID).usage_metadata != message.usage_metadata
 
 
-def test_no_references_at_all_still_means_from_caches(memory: KVMemory, llm: ChatKVMemory) -> None:
+def test_an_empty_reference_list_still_uses_the_cached_prefix(memory: KVMemory, llm: ChatKVMemory) -> None:
     reply = memory.reader.reply([Turn("user", "Hello")], settings=SETTINGS).reply
     assert usage(llm.invoke("Hello", kv_ids=[])) == (reply.n_prompt_tokens, reply.n_cached_tokens, 4)
 
 
-def test_texts_are_read_where_there_is_no_cache(llm: ChatKVMemory, wide: Any) -> None:
+def test_texts_are_prefilled_if_there_is_no_cache(llm: ChatKVMemory, wide: Any) -> None:
     text = "The kiosk on the quay sells waffles."
     key = key_of(text)
     n_question, n_text = len(wide.encode_question("Waffles?")), len(wide.encode_document(text))
@@ -89,7 +89,7 @@ def test_texts_are_read_where_there_is_no_cache(llm: ChatKVMemory, wide: Any) ->
 
 
 @pytest.mark.parametrize("options", [{}, {"kv_ids": [FERRY_ID]}, {"stop": ["e"]}])
-async def test_all_four_ways_say_the_same(memory: KVMemory, options: dict[str, Any]) -> None:
+async def test_all_four_call_forms_give_the_same_answer(memory: KVMemory, options: dict[str, Any]) -> None:
     llm = ChatKVMemory(memory, max_tokens=24, temperature=1.2, seed=5)
     messages: list[Any] = [llm.invoke("Hello", **options), await llm.ainvoke("Hello", **options)]
     pieces = [list(llm.stream("Hello", **options)), [piece async for piece in llm.astream("Hello", **options)]]
@@ -104,7 +104,7 @@ async def test_all_four_ways_say_the_same(memory: KVMemory, options: dict[str, A
 
 
 @pytest.mark.parametrize("pieces", [[" ", "\n a", " b", " ", " ", "c ", "\n", " "], ["a", "b"], [" ", "\n"], []])
-def test_white_space_around_an_answer_is_dropped_piece_by_piece(pieces: list[str]) -> None:
+def test_white_space_around_a_streamed_answer_is_stripped(pieces: list[str]) -> None:
     trim = Trim()
     trimmed = [trim(piece) for piece in pieces]
     assert "".join(trimmed) == "".join(pieces).strip()
@@ -114,7 +114,7 @@ def test_white_space_around_an_answer_is_dropped_piece_by_piece(pieces: list[str
 # -- options -----------------------------------------------------------------------------------------------------------
 
 
-def test_options_of_the_model_of_a_binding_and_of_a_call(memory: KVMemory) -> None:
+def test_options_can_be_set_on_model_binding_and_call(memory: KVMemory) -> None:
     llm = ChatKVMemory(memory, max_tokens=6)
     assert usage(llm.invoke("Hello"))[2] == 6
     assert usage(llm.bind(max_tokens=5).invoke("Hello"))[2] == 5
@@ -139,7 +139,7 @@ def test_stop_ends_an_answer(memory: KVMemory) -> None:
         assert "".join(chunk.text for chunk in llm.stream("Hello", **options)) == before  # type: ignore[arg-type]
 
 
-def test_an_empty_answer_says_what_to_try(memory: KVMemory) -> None:
+def test_an_empty_answer_comes_with_a_next_step(memory: KVMemory) -> None:
     llm = ChatKVMemory(memory, max_tokens=30, temperature=1.0, seed=2)
     whole = llm.invoke("Hello")
     assert "next_step" not in whole.response_metadata
@@ -149,7 +149,7 @@ def test_an_empty_answer_says_what_to_try(memory: KVMemory) -> None:
     assert "the stop string" in last.response_metadata["next_step"]
 
 
-def test_an_answer_that_takes_too_long_is_broken_off(memory: KVMemory, wide: Any) -> None:
+def test_an_answer_over_its_time_limit_raises(memory: KVMemory, wide: Any) -> None:
     llm = ChatKVMemory(memory, max_tokens=1000)
     with slowed(wide, 0.05), pytest.raises(errors.DecodeTimeoutError, match=r"0\.2 s"):
         llm.invoke("Hello", timeout=0.2)
@@ -157,7 +157,7 @@ def test_an_answer_that_takes_too_long_is_broken_off(memory: KVMemory, wide: Any
         list(ChatKVMemory(memory, timeout=0.2).stream("Hello", kv_ids=[FERRY_ID]))
 
 
-def test_what_holds_for_hosted_models_does_no_harm(memory: KVMemory, llm: ChatKVMemory) -> None:
+def test_options_of_hosted_models_are_ignored(memory: KVMemory, llm: ChatKVMemory) -> None:
     hosted = ChatKVMemory(memory, max_tokens=4, api_key="secret", max_retries=3, base_url="http://none.invalid")
     assert hosted.invoke("Hello").content == llm.invoke("Hello").content
     assert "secret" not in repr(hosted)
@@ -173,14 +173,16 @@ def test_what_holds_for_hosted_models_does_no_harm(memory: KVMemory, llm: ChatKV
         ({"stop": [""]}, "stop"),
     ],
 )
-def test_options_out_of_range(memory: KVMemory, llm: ChatKVMemory, options: dict[str, Any], where: str) -> None:
+def test_options_out_of_range_are_refused(
+    memory: KVMemory, llm: ChatKVMemory, options: dict[str, Any], where: str
+) -> None:
     for attempt in (lambda: ChatKVMemory(memory, **options), lambda: llm.invoke("Hello", **options)):
         with pytest.raises(ConfigError) as caught:
             attempt()
         assert caught.value.where == where
 
 
-def test_it_opens_a_store_of_its_own(memory: KVMemory, wide: Any) -> None:
+def test_open_uses_the_settings_of_the_store(memory: KVMemory, wide: Any) -> None:
     memory.close()
     llm = ChatKVMemory.open(memory.path, model=wide, max_tokens=3)
     try:
@@ -195,7 +197,7 @@ def test_it_opens_a_store_of_its_own(memory: KVMemory, wide: Any) -> None:
         llm.memory.close()
 
 
-def test_only_a_memory_will_do() -> None:
+def test_the_memory_must_be_a_kv_memory() -> None:
     with pytest.raises(ConfigError, match="KVMemory") as caught:
         ChatKVMemory("my-store")  # type: ignore[arg-type]
     assert "KVMemory.open" in str(caught.value.next_step)
@@ -235,7 +237,7 @@ def test_llm_caches_do_not_mix_answers(memory: KVMemory, wide: Any) -> None:
     assert passes(asks[2]) == 0
 
 
-def test_another_model_has_other_answers_in_an_llm_cache(tmp_path: Path, memory: KVMemory, wide: Any) -> None:
+def test_another_model_uses_other_entries_of_an_llm_cache(tmp_path: Path, memory: KVMemory, wide: Any) -> None:
     mine = ChatKVMemory(memory)._identifying_params
     with open_memory(tmp_path / "other", wide, selector="sink_recent") as other:
         theirs = ChatKVMemory(other)._identifying_params
@@ -259,7 +261,7 @@ def test_tracing_names_the_model(memory: KVMemory) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_callbacks_hear_every_token(memory: KVMemory, streaming: bool) -> None:
+def test_callbacks_receive_every_token(memory: KVMemory, streaming: bool) -> None:
     class Heard(BaseCallbackHandler):
         def __init__(self) -> None:
             self.tokens: list[str] = []
@@ -273,7 +275,7 @@ def test_callbacks_hear_every_token(memory: KVMemory, streaming: bool) -> None:
     assert "".join(heard.tokens) == (message.content if streaming else "")
 
 
-def test_threads_at_once_get_their_own_answers(memory: KVMemory) -> None:
+def test_concurrent_threads_get_their_own_answers(memory: KVMemory) -> None:
     llm = ChatKVMemory(memory, max_tokens=16)
     asks = [("Hello", {}), (FERRY_QUESTION, {"kv_ids": [FERRY_ID]}), (LAMP_QUESTION, {"kv_ids": [LAMP_ID]})] * 2
     expected = [llm.invoke(question, **options).content for question, options in asks]  # type: ignore[arg-type]
@@ -368,7 +370,7 @@ async def test_a_cancelled_task_stops_within_a_token(memory: KVMemory, wide: Any
     assert n_after <= n_before + 1 and len(times) == n_after
 
 
-async def test_a_stream_that_is_left_stops_at_once(llm: ChatKVMemory, wide: Any) -> None:
+async def test_an_abandoned_stream_stops_at_once(llm: ChatKVMemory, wide: Any) -> None:
     llm.max_tokens = 500
     with recorded_inputs(wide) as inputs:
         for _ in llm.stream("Hello"):
@@ -400,14 +402,14 @@ REFUSED: dict[str, tuple[BaseMessage, str]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_messages_it_cannot_read(llm: ChatKVMemory, wide: Any, kind: str) -> None:
+def test_unsupported_messages_are_refused(llm: ChatKVMemory, wide: Any, kind: str) -> None:
     message, what = REFUSED[kind]
     with recorded_inputs(wide) as inputs, pytest.raises(UnsupportedRequestError, match=what) as caught:
         llm.invoke([HumanMessage("Hello"), message, HumanMessage("And?")])
     assert inputs == [] and caught.value.where and caught.value.next_step
 
 
-def test_blocks_of_text_are_text(llm: ChatKVMemory) -> None:
+def test_text_blocks_are_joined(llm: ChatKVMemory) -> None:
     blocks: list[Any] = ["Hello", {"type": "text", "text": "there"}]
     expected = llm.invoke("Hello\nthere").content
     assert llm.invoke([HumanMessage(blocks)]).content == expected
@@ -426,7 +428,7 @@ def test_tools_are_refused(llm: ChatKVMemory) -> None:
         llm.invoke("Hello", tools=[{"name": "look_up"}])
 
 
-def test_references_that_lead_nowhere(memory: KVMemory, llm: ChatKVMemory) -> None:
+def test_unknown_references_are_refused(memory: KVMemory, llm: ChatKVMemory) -> None:
     with pytest.raises(errors.CacheNotFoundError):
         llm.invoke("Hello", kv_ids=["0" * 64])
     with pytest.raises(errors.CacheNotFoundError, match=r"0\.25"):
@@ -438,17 +440,17 @@ def test_references_that_lead_nowhere(memory: KVMemory, llm: ChatKVMemory) -> No
         other.invoke("Hello", kv_ids=[FERRY_ID])
 
 
-def test_a_store_of_another_method(memory: KVMemory, wide: Any) -> None:
+def test_caches_of_another_method_are_refused(memory: KVMemory, wide: Any) -> None:
     with open_memory(memory.path, wide, selector="sink_recent") as other:
         llm = ChatKVMemory(other)
         with pytest.raises(errors.FingerprintMismatchError, match="method"):
             llm.invoke("Hello", kv_ids=[FERRY_ID])
 
 
-def test_what_does_not_fit_the_model(llm: ChatKVMemory) -> None:
+def test_inputs_that_do_not_fit_the_model_are_refused(llm: ChatKVMemory) -> None:
     with pytest.raises(errors.ContextWindowError):
         llm.invoke("a" * 5000)
     with pytest.raises(ConfigError, match="no turn"):
         llm.invoke([])
-    with pytest.raises(ConfigError, match="end with a turn of the user"):
+    with pytest.raises(ConfigError, match="end with a user turn"):
         llm.invoke([HumanMessage("Hello"), AIMessage("Hello.")])

@@ -46,7 +46,7 @@ def test_the_quick_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert (tmp_path / "my-store").is_dir()
 
 
-def test_a_fact_of_turn_3_is_known_after_60_turns(tmp_path: Path) -> None:
+def test_a_fact_of_turn_3_is_recalled_after_60_turns(tmp_path: Path) -> None:
     with KVMemory.open(tmp_path / "store", model=Backbone.load("smollm2", dtype="float32", device="cpu")) as memory:
         options: Any = {
             "keep_ratio": 1.0,

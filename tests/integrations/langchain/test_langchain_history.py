@@ -60,7 +60,7 @@ ALICE: Any = {"configurable": {"session_id": "alice"}}
 # -- the window --------------------------------------------------------------------------------------------------------
 
 
-def test_what_fits_stays_as_it_was(memory: KVMemory, wide: Any) -> None:
+def test_messages_inside_the_window_stay_unchanged(memory: KVMemory, wide: Any) -> None:
     kept = history(memory, window_turns=4)
     assert kept.messages == []
     with recorded_inputs(wide) as inputs:
@@ -69,7 +69,7 @@ def test_what_fits_stays_as_it_was(memory: KVMemory, wide: Any) -> None:
     assert kept.conversation.turns() == []
 
 
-def test_what_no_longer_fits_is_distilled(memory: KVMemory) -> None:
+def test_messages_outside_the_window_are_compressed(memory: KVMemory) -> None:
     kept = history(memory)
     kept.add_messages(BISCUIT)
     kept.add_messages(TEA)
@@ -83,14 +83,14 @@ def test_what_no_longer_fits_is_distilled(memory: KVMemory) -> None:
     assert len(kept.conversation.turns()) == 4 and window(kept.messages) == [message.text for message in RAIN]
 
 
-def test_an_exchange_leaves_as_a_whole(memory: KVMemory) -> None:
+def test_an_exchange_leaves_the_window_as_a_whole(memory: KVMemory) -> None:
     kept = history(memory, window_turns=3)
     kept.add_messages([*BISCUIT, *TEA])
     assert window(kept.messages) == [message.text for message in TEA]
 
 
 @pytest.mark.parametrize(("tokens", "n_left"), [(28, 2), (27, 0), (53, 4), (1000, 6), (None, 6), (0, 0)])
-def test_a_window_of_tokens(memory: KVMemory, tokens: int | None, n_left: int) -> None:
+def test_the_window_can_be_limited_in_tokens(memory: KVMemory, tokens: int | None, n_left: int) -> None:
     said = [HumanMessage("a" * 10), AIMessage("b" * 18)]  # a token a letter
     middle = [HumanMessage("c" * 15), AIMessage("d" * 10)]
     kept = history(memory, window_turns=None, window_tokens=tokens)
@@ -100,7 +100,7 @@ def test_a_window_of_tokens(memory: KVMemory, tokens: int | None, n_left: int) -
     assert len(kept.conversation.turns()) == 6 - n_left
 
 
-def test_nothing_is_lost_when_the_process_ends(memory: KVMemory, wide: Any) -> None:
+def test_messages_survive_reopening_the_store(memory: KVMemory, wide: Any) -> None:
     kept = history(memory)
     answer = AIMessage("A fine name!", response_metadata={"model_name": "other"}, id="7", name="bot")
     kept.add_messages([*TEA, HumanMessage("My dog is called Biscuit.", additional_kwargs={"mood": ["glad"]}), answer])
@@ -114,7 +114,7 @@ def test_nothing_is_lost_when_the_process_ends(memory: KVMemory, wide: Any) -> N
         assert [turn.text for turn in kept.conversation.turns()] == [m.text for m in [*TEA, BISCUIT[0], answer]]
 
 
-def test_a_crash_between_distilling_and_forgetting_repeats_nothing(
+def test_a_crash_between_compressing_and_saving_duplicates_nothing(
     memory: KVMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = history(memory)
@@ -138,7 +138,9 @@ def test_a_crash_between_distilling_and_forgetting_repeats_nothing(
     assert window(kept.messages) == [message.text for message in RAIN]
 
 
-def test_what_cannot_be_distilled_stays_in_the_window(memory: KVMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_that_cannot_be_compressed_stay_in_the_window(
+    memory: KVMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = history(memory)
     kept.add_messages(BISCUIT)
 
@@ -152,7 +154,7 @@ def test_what_cannot_be_distilled_stays_in_the_window(memory: KVMemory, monkeypa
     assert history(memory).messages == [*BISCUIT, *TEA]
 
 
-def test_blank_messages_and_marks(memory: KVMemory) -> None:
+def test_blank_messages_and_marks_are_not_compressed(memory: KVMemory) -> None:
     kept = history(memory, window_turns=0)
     kept.add_messages([HumanMessage(" "), AIMessage("")])
     assert kept.messages == []  # nothing to recall
@@ -163,7 +165,7 @@ def test_blank_messages_and_marks(memory: KVMemory) -> None:
 
 
 @pytest.mark.parametrize("text", ["a\0b", "a\ud800b"])
-def test_what_no_document_may_hold_leaves_the_window_too(memory: KVMemory, text: str) -> None:
+def test_texts_with_invalid_characters_leave_the_window_too(memory: KVMemory, text: str) -> None:
     kept = history(memory)
     kept.add_messages([HumanMessage(text), AIMessage("Pardon?")])
     assert kept.messages[0].content == text
@@ -171,7 +173,7 @@ def test_what_no_document_may_hold_leaves_the_window_too(memory: KVMemory, text:
     assert len(kept.conversation.turns()) == 2 and window(kept.messages) == [message.text for message in TEA]
 
 
-def test_clearing_leaves_nothing(memory: KVMemory) -> None:
+def test_clear_removes_all_messages(memory: KVMemory) -> None:
     kept = history(memory)
     kept.clear()
     kept.add_messages([*BISCUIT, *TEA])
@@ -181,7 +183,7 @@ def test_clearing_leaves_nothing(memory: KVMemory) -> None:
     assert kept.messages == RAIN
 
 
-def test_conversations_are_apart(memory: KVMemory) -> None:
+def test_conversations_are_separate(memory: KVMemory) -> None:
     alice, bob = (KVMemoryChatMessageHistory(memory, name, window_turns=0) for name in ("alice", "bob"))
     alice.add_messages(BISCUIT)
     assert bob.messages == []
@@ -191,7 +193,7 @@ def test_conversations_are_apart(memory: KVMemory) -> None:
     assert [summary.id for summary in memory.documents()] == ["ferry", "lamp"]
 
 
-async def test_asynchronously(memory: KVMemory) -> None:
+async def test_asynchronous_methods(memory: KVMemory) -> None:
     kept = history(memory)
     await kept.aadd_messages([*BISCUIT, *TEA])
     assert window(await kept.aget_messages()) == [message.text for message in TEA]
@@ -199,7 +201,7 @@ async def test_asynchronously(memory: KVMemory) -> None:
     assert await kept.aget_messages() == []
 
 
-def test_threads_that_add_at_once_lose_nothing(memory: KVMemory) -> None:
+def test_concurrent_adds_lose_nothing(memory: KVMemory) -> None:
     start = threading.Barrier(6)
 
     def add(number: int) -> None:
@@ -222,7 +224,9 @@ def test_threads_that_add_at_once_lose_nothing(memory: KVMemory) -> None:
 
 
 @pytest.mark.parametrize("budget", [{"keep_tokens": 9}, {"max_bytes": 12_000}])
-def test_old_turns_have_a_budget_of_their_own(memory: KVMemory, llm: ChatKVMemory, budget: dict[str, int]) -> None:
+def test_old_turns_have_their_own_keep_tokens_and_max_bytes(
+    memory: KVMemory, llm: ChatKVMemory, budget: dict[str, int]
+) -> None:
     kept = history(memory, top_k=1, **budget)
     kept.add_messages([*BISCUIT, *RAIN, *TEA])
     question = "What is my dog called?"
@@ -255,7 +259,7 @@ def test_a_mark_is_resolved_by_the_last_question_and_dropped(memory: KVMemory, l
     assert about_tea.usage_metadata["input_token_details"]["cache_read"] != expected.n_cached_tokens  # type: ignore[index]
 
 
-def test_a_question_about_nothing_old(memory: KVMemory, llm: ChatKVMemory) -> None:
+def test_an_unrelated_question_recalls_nothing(memory: KVMemory, llm: ChatKVMemory) -> None:
     kept = history(memory)
     kept.add_messages([*BISCUIT, *TEA])
     assert llm.invoke([*kept.messages, HumanMessage("Xylophone?")]).content == (
@@ -263,7 +267,7 @@ def test_a_question_about_nothing_old(memory: KVMemory, llm: ChatKVMemory) -> No
     )
 
 
-def test_documents_and_old_turns_go_into_one_reply(memory: KVMemory, llm: ChatKVMemory) -> None:
+def test_a_reply_combines_documents_and_old_turns(memory: KVMemory, llm: ChatKVMemory) -> None:
     kept = history(memory)
     kept.add_messages([*BISCUIT, *TEA])
     context = KVMemoryRetriever(memory, k=1).invoke(FERRY_QUESTION)
@@ -301,7 +305,7 @@ def test_a_chat_of_200_turns_keeps_the_prompt_short(memory: KVMemory, wide: Any)
 
 
 @pytest.mark.parametrize("whole", [False, True])
-async def test_every_way_of_calling_it(memory: KVMemory, whole: bool) -> None:
+async def test_all_call_forms_update_the_history(memory: KVMemory, whole: bool) -> None:
     """`whole`: the model itself is wrapped, and its input is a list of messages."""
     llm = ChatKVMemory(memory, max_tokens=4)
     options = {"window_turns": 2}
@@ -332,14 +336,14 @@ async def test_every_way_of_calling_it(memory: KVMemory, whole: bool) -> None:
         HumanMessage([{"type": "image_url", "image_url": {"url": "a.png"}}]),
     ],
 )
-def test_messages_that_cannot_be_read(memory: KVMemory, message: BaseMessage) -> None:
+def test_unsupported_messages_are_refused(memory: KVMemory, message: BaseMessage) -> None:
     kept = history(memory)
     with pytest.raises(UnsupportedRequestError):
         kept.add_messages([*BISCUIT, message])
     assert kept.messages == []
 
 
-def test_messages_that_cannot_be_kept(memory: KVMemory) -> None:
+def test_messages_that_are_not_json_serialisable_are_refused(memory: KVMemory) -> None:
     kept = history(memory)
     with pytest.raises(ConfigError, match="JSON"):
         kept.add_messages([HumanMessage("Hello", additional_kwargs={"raw": object()})])
@@ -347,7 +351,7 @@ def test_messages_that_cannot_be_kept(memory: KVMemory) -> None:
 
 
 @pytest.mark.parametrize("options", [{"window_turns": -1}, {"window_tokens": -1}, {"keep_ratio": 0.0}, {"top_k": 0}])
-def test_options_out_of_range(memory: KVMemory, options: dict[str, Any]) -> None:
+def test_options_out_of_range_are_refused(memory: KVMemory, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         history(memory, **options)
     assert caught.value.where in options

@@ -78,7 +78,7 @@ async def test_passages_without_texts_are_answered_from_their_caches(bare: KVMem
     assert answers[0] == answers[1]
 
 
-def test_passages_without_texts_and_without_caches(bare: KVMemory, wide: Any) -> None:
+def test_passages_with_neither_text_nor_cache_fail_or_are_skipped(bare: KVMemory, wide: Any) -> None:
     with open_memory(bare.path, wide, keep_ratio=0.5) as half:
         for on_missing in ("text", "compress"):
             with pytest.raises(errors.TextNotKeptError, match="--stale"):
@@ -87,7 +87,7 @@ def test_passages_without_texts_and_without_caches(bare: KVMemory, wide: Any) ->
         assert around.invoke(LAMP_QUESTION) == []
 
 
-def test_an_index_keeps_what_is_put_in_and_says_what_was_not(bare: KVMemory) -> None:
+def test_an_index_returns_upserted_texts_and_refuses_missing_ones(bare: KVMemory) -> None:
     documents = KVMemoryIndex(bare)
     documents.upsert([Document(id="kiosk", page_content=KIOSK)])
     assert documents.get(["kiosk"]) == [Document(id="kiosk", page_content=KIOSK)]
@@ -96,7 +96,7 @@ def test_an_index_keeps_what_is_put_in_and_says_what_was_not(bare: KVMemory) -> 
         documents.get(["kiosk", "ferry"])
 
 
-async def test_k_when_made_and_when_asked(memory: KVMemory) -> None:
+async def test_k_can_be_set_in_constructor_and_call(memory: KVMemory) -> None:
     for retriever in (
         KVMemoryRetriever(memory, k=2),
         KVMemoryIndex(memory, k=2),
@@ -115,7 +115,7 @@ async def test_k_when_made_and_when_asked(memory: KVMemory) -> None:
             make(memory, k=0)
 
 
-async def test_a_vector_store_is_asked_for_k(memory: KVMemory) -> None:
+async def test_k_is_passed_to_a_vector_store(memory: KVMemory) -> None:
     inner = vector_store(*(f"Text {i}." for i in range(8))).as_retriever(search_kwargs={"k": 2})
     assert len(KVMemoryRetriever(memory, retriever=inner).invoke("Text")) == 2
     assert len(KVMemoryRetriever(memory, retriever=inner).invoke("Text", k=7)) == 7  # not the first two of seven
@@ -125,7 +125,7 @@ async def test_a_vector_store_is_asked_for_k(memory: KVMemory) -> None:
 # -- around another retriever ------------------------------------------------------------------------------------------
 
 
-async def test_what_has_a_cache_is_marked_and_the_rest_is_text(memory: KVMemory) -> None:
+async def test_only_documents_with_a_cache_are_marked(memory: KVMemory) -> None:
     inner = fixed(KIOSK, FERRY)
     retriever = KVMemoryRetriever(memory, retriever=inner)
     kiosk, ferry = retriever.invoke("?")
@@ -135,12 +135,12 @@ async def test_what_has_a_cache_is_marked_and_the_rest_is_text(memory: KVMemory)
     assert await retriever.ainvoke("?") == [kiosk, ferry]
 
 
-def test_only_exactly_the_same_text_has_a_cache(memory: KVMemory) -> None:
+def test_a_cache_needs_exactly_the_same_text(memory: KVMemory) -> None:
     found = KVMemoryRetriever(memory, retriever=fixed(FERRY + " ", FERRY.lower())).invoke("?")
     assert all("kv_id" not in document.metadata for document in found)
 
 
-def test_a_mark_of_another_store_is_taken_off(memory: KVMemory) -> None:
+def test_a_mark_of_another_store_is_removed(memory: KVMemory) -> None:
     stale = Document(page_content=KIOSK, metadata={"kv_id": "0" * 64})
     (document,) = KVMemoryRetriever(memory, retriever=Fixed(documents=[stale])).invoke("?")
     assert document.metadata == {}
@@ -163,7 +163,7 @@ def test_compress_makes_the_cache_once(memory: KVMemory, wide: Any) -> None:
     assert [passage.text for passage in memory.document("kiosk.txt").passages] == [KIOSK, "A second text."]
 
 
-def test_skip_and_raise(memory: KVMemory, wide: Any) -> None:
+def test_on_missing_skip_and_raise(memory: KVMemory, wide: Any) -> None:
     inner = fixed(KIOSK, FERRY)
     skipping = KVMemoryRetriever(memory, retriever=inner, on_missing="skip").invoke("?")
     assert [document.page_content for document in skipping] == [FERRY]
@@ -177,7 +177,7 @@ def test_skip_and_raise(memory: KVMemory, wide: Any) -> None:
         KVMemoryRetriever(memory, on_missing="ignore")
 
 
-def test_documents_without_text(memory: KVMemory, caplog: pytest.LogCaptureFixture) -> None:
+def test_documents_without_text_are_left_out(memory: KVMemory, caplog: pytest.LogCaptureFixture) -> None:
     inner = fixed("", FERRY, " \n")
     with caplog.at_level(logging.WARNING):
         (ferry,) = KVMemoryRetriever(memory, retriever=inner).invoke("?")
@@ -200,7 +200,7 @@ def texts(memory: KVMemory) -> list[str]:
     return sorted(passage.text for passage in memory.store.passages())
 
 
-def test_indexing_keeps_caches_in_step(memory: KVMemory, manager: InMemoryRecordManager, wide: Any) -> None:
+def test_indexing_keeps_caches_in_sync(memory: KVMemory, manager: InMemoryRecordManager, wide: Any) -> None:
     documents = [
         Document(page_content=f"Note {i}.", metadata={"source": f"{i}.txt", "pages": [i, None], "deep": {"a": 1.5}})
         for i in range(4)
@@ -253,7 +253,7 @@ def test_a_text_in_two_documents_keeps_its_cache(memory: KVMemory) -> None:
     assert not memory.reader.has(KIOSK)
 
 
-def test_what_was_found_can_be_put_back(memory: KVMemory) -> None:
+def test_a_found_document_can_be_upserted_again(memory: KVMemory) -> None:
     kv_index = KVMemoryIndex(memory)
     kv_index.upsert([Document(page_content=KIOSK, id="a", metadata={"n": 1})])
     (found,) = kv_index.invoke("waffles")
@@ -262,7 +262,7 @@ def test_what_was_found_can_be_put_back(memory: KVMemory) -> None:
     assert kv_index.get(["a"]) == [Document(page_content=KIOSK, id="a", metadata={"n": 1})]
 
 
-def test_documents_of_several_passages_come_joined(memory: KVMemory) -> None:
+def test_passages_of_a_document_are_joined(memory: KVMemory) -> None:
     memory.add_passages("two", ["One.", "Two."])
     assert KVMemoryIndex(memory).get(["two", "none"]) == [Document(page_content="One.\n\nTwo.", id="two")]
 
@@ -275,14 +275,16 @@ def test_documents_of_several_passages_come_joined(memory: KVMemory) -> None:
         (Document(page_content="A text.", id="odd", metadata={"when": object()}), ConfigError),
     ],
 )
-def test_documents_that_cannot_be_kept(memory: KVMemory, document: Document, error: type[Exception]) -> None:
+def test_documents_that_cannot_be_stored_are_refused(
+    memory: KVMemory, document: Document, error: type[Exception]
+) -> None:
     before = memory.documents()
     with pytest.raises(error):
         KVMemoryIndex(memory).upsert([document])
     assert memory.documents() == before and memory.check().ok
 
 
-def test_deleting_nothing_in_particular_is_refused(memory: KVMemory) -> None:
+def test_delete_without_ids_is_refused(memory: KVMemory) -> None:
     with pytest.raises(ValueError, match="no ids"):
         KVMemoryIndex(memory).delete()
     assert KVMemoryIndex(memory).delete([])["num_deleted"] == 0

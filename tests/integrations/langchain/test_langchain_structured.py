@@ -42,7 +42,7 @@ FUNCTION = {"name": "pier", "description": "A pier.", "parameters": PIER}
 
 @pytest.mark.parametrize("method", ["json_schema", "json_mode", "function_calling"])
 @pytest.mark.parametrize("options", [{}, {"kv_ids": [str(Reference(key=key_of(FERRY)))]}])
-def test_an_answer_is_an_object(memory: KVMemory, method: str, options: dict[str, Any]) -> None:
+def test_an_answer_is_an_object_of_the_schema(memory: KVMemory, method: str, options: dict[str, Any]) -> None:
     llm = ChatKVMemory(memory, max_tokens=160, temperature=1.0)
     for seed in range(4):
         pier = llm.with_structured_output(Pier, method=method).invoke("Which pier?", seed=seed, **options)
@@ -53,7 +53,7 @@ def test_an_answer_is_an_object(memory: KVMemory, method: str, options: dict[str
     assert set(llm.with_structured_output(FUNCTION, method=method).invoke("Open?", **options)) == {"open"}
 
 
-def test_references_reach_the_model_whatever_is_returned(memory: KVMemory) -> None:
+def test_references_reach_the_model_in_every_output_form(memory: KVMemory) -> None:
     asked = ChatKVMemory(memory, max_tokens=80, temperature=1.0).with_structured_output(Pier, include_raw=True)
     raw = [asked.invoke("Which pier?", kv_ids=ids)["raw"] for ids in ([], [str(Reference(key=key_of(FERRY)))])]
     n_cached = [message.usage_metadata["input_token_details"]["cache_read"] for message in raw]
@@ -61,7 +61,7 @@ def test_references_reach_the_model_whatever_is_returned(memory: KVMemory) -> No
 
 
 @pytest.mark.parametrize("schema", [Pier, PierDict, PIER])
-def test_an_answer_that_is_cut_off_is_an_error(memory: KVMemory, schema: Any) -> None:
+def test_a_truncated_answer_is_an_error(memory: KVMemory, schema: Any) -> None:
     llm = ChatKVMemory(memory, max_tokens=7)
     with pytest.raises(OutputParserException, match="max_tokens"):
         llm.with_structured_output(schema).invoke("Which pier?")
@@ -70,7 +70,7 @@ def test_an_answer_that_is_cut_off_is_an_error(memory: KVMemory, schema: Any) ->
     assert result["raw"].content.startswith("{") and result["raw"].response_metadata["finish_reason"] == "length"
 
 
-def test_a_whole_answer_with_its_message(memory: KVMemory) -> None:
+def test_include_raw_returns_the_message_too(memory: KVMemory) -> None:
     result = (
         ChatKVMemory(memory).with_structured_output(PierDict, include_raw=True).invoke("Which pier?", max_tokens=99)
     )
@@ -81,13 +81,13 @@ def test_a_whole_answer_with_its_message(memory: KVMemory) -> None:
     assert result["parsed"] in ({"open": True}, {"open": False})
 
 
-async def test_it_streams_objects(memory: KVMemory) -> None:
+async def test_structured_answers_stream_objects(memory: KVMemory) -> None:
     asked = ChatKVMemory(memory, max_tokens=80).with_structured_output(PIER)
     whole = await asked.ainvoke("Open?")
     assert [part async for part in asked.astream("Open?")][-1] == whole == list(asked.stream("Open?"))[-1]
 
 
-def test_objects_have_the_properties_they_name_unless_they_say_otherwise() -> None:
+def test_schemas_forbid_additional_properties_by_default() -> None:
     schema = json_schema_of(Quay)
     assert schema["additionalProperties"] is False and schema["$defs"]["Pier"]["additionalProperties"] is False
     assert schema["$defs"]["Pier"]["properties"]["number"]["maximum"] == 9  # nothing else is lost
@@ -111,7 +111,7 @@ def test_objects_have_the_properties_they_name_unless_they_say_otherwise() -> No
         ({"colour": "red"}, {}, "with_structured_output({'colour': 'red'})"),
     ],
 )
-def test_what_is_no_schema_and_what_is_no_method(llm: ChatKVMemory, schema: Any, options: Any, where: str) -> None:
+def test_invalid_schemas_and_methods_are_refused(llm: ChatKVMemory, schema: Any, options: Any, where: str) -> None:
     with pytest.raises(ConfigError) as caught:
         llm.with_structured_output(schema, **options)
     assert caught.value.where == where

@@ -27,8 +27,6 @@ import pytest
 import torch
 from langchain_core.indexing.base import DocumentIndex
 from langchain_tests.integration_tests import (
-    BaseStoreAsyncTests,
-    BaseStoreSyncTests,
     ChatModelIntegrationTests,
     RetrieversIntegrationTests,
 )
@@ -36,7 +34,7 @@ from langchain_tests.integration_tests.indexer import AsyncDocumentIndexTestSuit
 from langchain_tests.unit_tests import ChatModelUnitTests
 
 from kv_memory import KVMemory
-from kv_memory.integrations.langchain import ChatKVMemory, KVMemoryByteStore, KVMemoryIndex, KVMemoryRetriever
+from kv_memory.integrations.langchain import ChatKVMemory, KVMemoryIndex, KVMemoryRetriever
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.prompts import PromptForm
 from tests.conftest import SHORT_FORM, make_model, make_tokenizer
@@ -139,25 +137,6 @@ def empty(tmp_path: Path, wide: Any) -> Iterator[KVMemory]:
         yield memory
 
 
-class _Bytes:
-    @pytest.fixture
-    def three_values(self) -> tuple[bytes, bytes, bytes]:
-        return b"", b"bar\0", bytes(range(256)) * 100
-
-
-class TestByteStore(_Bytes, BaseStoreSyncTests[bytes]):
-    @pytest.fixture
-    def kv_store(self, empty: KVMemory) -> Iterator[KVMemoryByteStore]:
-        with KVMemoryByteStore(empty) as store:
-            yield store
-
-
-class TestByteStoreAsync(_Bytes, BaseStoreAsyncTests[bytes]):
-    @pytest.fixture
-    async def kv_store(self, empty: KVMemory) -> KVMemoryByteStore:  # type: ignore[override]
-        return KVMemoryByteStore(empty)
-
-
 class TestIndex(DocumentIndexerTestSuite):
     @pytest.fixture
     def index(self, empty: KVMemory) -> Iterator[DocumentIndex]:
@@ -170,7 +149,7 @@ class TestIndexAsync(AsyncDocumentIndexTestSuite):
         return KVMemoryIndex(empty)
 
 
-def test_the_docstring_names_what_is_skipped(ran: dict[str, bool]) -> None:
+def test_the_docstring_lists_the_skipped_tests(ran: dict[str, bool]) -> None:
     named = set(re.findall(r"\btest_\w+", __doc__ or ""))
     assert named <= {*dir(TestChatModelUnit), *dir(TestChatModelIntegration)}
     assert {name for name, skipped in ran.items() if skipped} == named & ran.keys()

@@ -66,9 +66,7 @@ async def every_chat(engine: Any, question: str) -> list[str]:
 
 
 @ENGINES
-async def test_every_way_to_chat_answers_from_the_caches(
-    memory: KVMemory, llm: KVMemoryLLM, wide: Any, kind: Any
-) -> None:
+async def test_all_chat_methods_answer_from_caches(memory: KVMemory, llm: KVMemoryLLM, wide: Any, kind: Any) -> None:
     answer = llm.complete(LAMP_QUESTION, kv_ids=keys_of(LAMP)).text
     engine = chat_over(kind, llm)
     with recorded_texts(wide) as texts, recorded_events() as events:
@@ -77,7 +75,7 @@ async def test_every_way_to_chat_answers_from_the_caches(
     assert texts == [prompt_of(wide, LAMP_QUESTION)] * 4
 
 
-def test_the_history_is_read_behind_the_caches(llm: KVMemoryLLM, wide: Any) -> None:
+def test_the_history_is_prefilled_behind_the_caches(llm: KVMemoryLLM, wide: Any) -> None:
     engine = chat_over(KVMemoryChatEngine, llm, system_prompt="Be {brief}.")
     first = engine.chat(FERRY_QUESTION)
     with recorded_texts(wide) as texts, recorded_events() as events:
@@ -93,7 +91,7 @@ def test_the_history_is_read_behind_the_caches(llm: KVMemoryLLM, wide: Any) -> N
     ]
 
 
-def test_the_question_is_condensed_first(llm: KVMemoryLLM, wide: Any) -> None:
+def test_the_question_is_condensed_before_retrieval(llm: KVMemoryLLM, wide: Any) -> None:
     index = VectorStoreIndex(two_nodes(), embed_model=MockEmbedding(embed_dim=4))  # finds something for any question
     engine = KVMemoryCondensePlusContextChatEngine.from_defaults(
         index.as_retriever(), llm=llm, system_prompt="Be brief."
@@ -108,7 +106,7 @@ def test_the_question_is_condensed_first(llm: KVMemoryLLM, wide: Any) -> None:
 
 
 @ENGINES
-def test_a_context_template_of_ones_own_is_read_as_an_instruction(llm: KVMemoryLLM, wide: Any, kind: Any) -> None:
+def test_a_custom_context_template_becomes_an_instruction(llm: KVMemoryLLM, wide: Any, kind: Any) -> None:
     name = "context_template" if kind is KVMemoryChatEngine else "context_prompt"
     engine = chat_over(kind, llm, **{name: "Use these: {context_str} Speak Norse."})
     with recorded_texts(wide) as texts:
@@ -116,7 +114,7 @@ def test_a_context_template_of_ones_own_is_read_as_an_instruction(llm: KVMemoryL
     assert texts == [prompt_of(wide, f"Use these: (see the documents above) Speak Norse.\n\n{FERRY_QUESTION}")]
 
 
-def test_chats_are_traced_as_those_of_a_stock_engine(llm: KVMemoryLLM) -> None:
+def test_chats_send_the_events_of_a_stock_engine(llm: KVMemoryLLM) -> None:
     names = []
     for kind in (ContextChatEngine, KVMemoryChatEngine):
         with recorded_events() as events:
@@ -133,7 +131,7 @@ def test_a_chat_engine_with_another_llm_is_refused(kind: Any) -> None:
     assert "KVMemoryLLM(memory)" in str(caught.value.next_step)
 
 
-async def test_under_a_condense_question_chat_engine(llm: KVMemoryLLM, wide: Any) -> None:
+async def test_condense_question_chat_engine_answers_from_caches(llm: KVMemoryLLM, wide: Any) -> None:
     query_engine = KVMemoryQueryEngine.from_defaults(WordRetriever(two_nodes()), llm=llm)
     chat = CondenseQuestionChatEngine.from_defaults(query_engine=query_engine, llm=llm)
     with recorded_texts(wide) as texts, recorded_events() as events:
@@ -169,7 +167,7 @@ async def say(chat: Memory, n: int, *, start: int = 0) -> None:
         )
 
 
-async def test_what_is_ejected_is_distilled_and_comes_back(memory: KVMemory, wide: Any) -> None:
+async def test_ejected_turns_are_compressed_and_recalled(memory: KVMemory, wide: Any) -> None:
     block = KVMemoryBlock(memory, conversation_id="alice")
     chat = memory_with(block)
     await say(chat, 20)
@@ -192,7 +190,7 @@ async def test_what_is_ejected_is_distilled_and_comes_back(memory: KVMemory, wid
     assert cached > len(wide.prefix_ids) + len(found)
 
 
-async def test_the_prompt_stays_short_however_long_the_conversation(memory: KVMemory) -> None:
+async def test_the_prompt_stays_short_in_a_long_conversation(memory: KVMemory) -> None:
     block = KVMemoryBlock(memory, conversation_id="alice")
     chat = memory_with(block)
     llm = KVMemoryLLM(memory, max_tokens=2)
@@ -207,7 +205,7 @@ async def test_the_prompt_stays_short_however_long_the_conversation(memory: KVMe
     assert max(cached[5:]) <= max(cached[:5]) + 20
 
 
-async def test_a_question_about_nothing_said_brings_nothing(memory: KVMemory) -> None:
+async def test_an_unrelated_question_recalls_nothing(memory: KVMemory) -> None:
     block = KVMemoryBlock(memory, conversation_id="alice")
     assert await block.aget([user("What?")]) == [] == await block.aget([])
     await block.aput([user("My dog is called Biscuit.")])
@@ -215,7 +213,7 @@ async def test_a_question_about_nothing_said_brings_nothing(memory: KVMemory) ->
     assert len(await block.aget([user("What is my dog called?")])) == 1
 
 
-async def test_another_object_goes_on_with_the_conversation(memory: KVMemory, wide: Any) -> None:
+async def test_a_conversation_continues_after_reopening_the_store(memory: KVMemory, wide: Any) -> None:
     await KVMemoryBlock(memory, conversation_id="alice").aput([user("My dog is called Biscuit.")])
     question = [user("What is my dog called?")]
     expected = await KVMemoryBlock(memory, conversation_id="alice").aget(question)
@@ -232,7 +230,7 @@ async def test_another_object_goes_on_with_the_conversation(memory: KVMemory, wi
         assert [document.id for document in reopened.documents()] == ["ferry", "lamp"]
 
 
-async def test_keep_ratio_and_top_k_are_the_blocks_own(memory: KVMemory) -> None:
+async def test_a_block_has_its_own_keep_ratio_and_top_k(memory: KVMemory) -> None:
     block = KVMemoryBlock(memory, conversation_id="alice", keep_ratio=1.0, top_k=1)
     for name in ("Biscuit", "Crumb"):
         await block.aput([user(f"My dog is called {name}.")])
@@ -247,7 +245,7 @@ async def test_keep_ratio_and_top_k_are_the_blocks_own(memory: KVMemory) -> None
     assert message.additional_kwargs["kv_ids"][0][64:] == f"@{info.keep_ratio}/conversation:default:bob"
 
 
-async def test_references_are_not_distilled(memory: KVMemory) -> None:
+async def test_messages_with_references_are_not_compressed(memory: KVMemory) -> None:
     block = KVMemoryBlock(memory, conversation_id="alice")
     await block.aput([ChatMessage(role="system", content="", additional_kwargs={"kv_ids": keys_of(FERRY)})])
     assert block.conversation.turns() == []
@@ -255,13 +253,13 @@ async def test_references_are_not_distilled(memory: KVMemory) -> None:
     assert Conversation(memory, "alice").turns() == [Turn("system", "Be brief."), Turn("user", "Hello.")]
 
 
-async def test_messages_of_tools_are_refused(memory: KVMemory) -> None:
+async def test_tool_messages_are_refused(memory: KVMemory) -> None:
     block = KVMemoryBlock(memory, conversation_id="alice")
     with pytest.raises(UnsupportedRequestError, match="tool"):
         await block.aput([ChatMessage(role=MessageRole.TOOL, content="42")])
 
 
-def test_old_turns_and_documents_together_under_a_chat_engine(memory: KVMemory, wide: Any) -> None:
+def test_a_chat_engine_combines_old_turns_and_documents(memory: KVMemory, wide: Any) -> None:
     block = KVMemoryBlock(memory, conversation_id="alice")
     chat = memory_with(block)
     llm = KVMemoryLLM(memory, max_tokens=4)
@@ -279,7 +277,7 @@ def test_old_turns_and_documents_together_under_a_chat_engine(memory: KVMemory, 
 
 
 @pytest.mark.parametrize("way", ["chat", "achat", "stream_chat"])
-async def test_old_turns_are_answered_from_where_no_document_is_found(memory: KVMemory, wide: Any, way: str) -> None:
+async def test_old_turns_answer_if_no_document_is_found(memory: KVMemory, wide: Any, way: str) -> None:
     conversation = Conversation(memory, "alice")
     conversation.add([Turn("user", "My pet is a walrus.")])
     block = KVMemoryBlock(memory, conversation_id="alice")
@@ -301,7 +299,7 @@ async def test_old_turns_are_answered_from_where_no_document_is_found(memory: KV
     assert str(engine.chat("Xyzzy?")) == "Empty Response"  # nor was that said before
 
 
-async def test_a_document_is_no_turn(memory: KVMemory, wide: Any) -> None:
+async def test_old_turns_are_not_found_as_documents(memory: KVMemory, wide: Any) -> None:
     block = KVMemoryBlock(memory, conversation_id="alice")
     await block.aput([user(WALRUS)])
     assert WALRUS not in {hit.text for hit in memory.retrieve("walrus")}

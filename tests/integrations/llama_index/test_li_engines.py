@@ -48,7 +48,7 @@ BRACES = "When does the {ferry} leave, {{and}} why {?"
 # -- what reaches the model --------------------------------------------------------------------------------------------
 
 
-async def test_every_form_of_a_query_answers_from_the_caches(memory: KVMemory, llm: KVMemoryLLM, wide: Any) -> None:
+async def test_all_query_forms_answer_from_caches(memory: KVMemory, llm: KVMemoryLLM, wide: Any) -> None:
     answer = expected(memory, FERRY_QUESTION, FERRY)
     whole, streaming = engine_over(llm), engine_over(llm, streaming=True)
     with recorded_texts(wide) as texts, recorded_events() as events:
@@ -64,7 +64,7 @@ async def test_every_form_of_a_query_answers_from_the_caches(memory: KVMemory, l
         assert response.metadata == {"ferry-node": {"kv_id": key_of(FERRY)}}
 
 
-def test_several_caches_in_the_order_of_their_nodes(memory: KVMemory, llm: KVMemoryLLM) -> None:
+def test_caches_are_used_in_the_order_of_their_nodes(memory: KVMemory, llm: KVMemoryLLM) -> None:
     for question, texts in (("lighthouse lamp ferry", (LAMP, FERRY)), ("ferry leaves lamp", (FERRY, LAMP))):
         with recorded_events() as events:
             response = engine_over(llm, top_k=2).query(question)
@@ -72,7 +72,7 @@ def test_several_caches_in_the_order_of_their_nodes(memory: KVMemory, llm: KVMem
         assert str(response) == expected(memory, question, *texts)
 
 
-def test_a_text_that_two_nodes_have_is_read_once(llm: KVMemoryLLM) -> None:
+def test_a_text_shared_by_two_nodes_is_used_once(llm: KVMemoryLLM) -> None:
     # With metadata of its own, which the model is not shown: old releases take nodes of one text and metadata for one.
     nodes = [*two_nodes(), text_node("copy", FERRY, metadata={"page": 2}, excluded_llm_metadata_keys=["page"])]
     with recorded_events() as events:
@@ -81,7 +81,7 @@ def test_a_text_that_two_nodes_have_is_read_once(llm: KVMemoryLLM) -> None:
     assert [item.node.node_id for item in response.source_nodes] == ["ferry-node", "copy-node"]
 
 
-def test_braces_in_a_question(memory: KVMemory, llm: KVMemoryLLM, wide: Any) -> None:
+def test_braces_in_a_question_are_kept(memory: KVMemory, llm: KVMemoryLLM, wide: Any) -> None:
     with recorded_texts(wide) as texts:
         response = engine_over(llm).query(BRACES)
     assert texts == [prompt_of(wide, BRACES)]
@@ -94,7 +94,7 @@ def test_nothing_found_is_an_empty_response(llm: KVMemoryLLM, wide: Any) -> None
     assert inputs == []
 
 
-def test_in_the_place_of_missing_caches_text_is_read(memory: KVMemory, llm: KVMemoryLLM, wide: Any) -> None:
+def test_text_is_prefilled_for_missing_caches(memory: KVMemory, llm: KVMemoryLLM, wide: Any) -> None:
     nodes = [text_node("walrus", WALRUS), *two_nodes()]
     question = "Does the walrus sleep on the ferry?"
     engine = KVMemoryQueryEngine.from_defaults(WordRetriever(nodes, top_k=2), llm=llm)
@@ -105,7 +105,7 @@ def test_in_the_place_of_missing_caches_text_is_read(memory: KVMemory, llm: KVMe
 
 
 @pytest.mark.parametrize("on_missing", ["compress", "skip"])
-def test_missing_caches_may_be_made_or_left_out(memory: KVMemory, llm: KVMemoryLLM, on_missing: Any) -> None:
+def test_missing_caches_can_be_compressed_or_skipped(memory: KVMemory, llm: KVMemoryLLM, on_missing: Any) -> None:
     nodes = [text_node("walrus", WALRUS), *two_nodes()]
     question = "Does the walrus sleep on the ferry?"
     read = (WALRUS, FERRY) if on_missing == "compress" else (FERRY,)
@@ -119,7 +119,7 @@ def test_missing_caches_may_be_made_or_left_out(memory: KVMemory, llm: KVMemoryL
     assert sent_keys(events) == [keys_of(*read)] * 2
 
 
-async def test_missing_caches_may_be_errors(llm: KVMemoryLLM) -> None:
+async def test_missing_caches_can_raise(llm: KVMemoryLLM) -> None:
     retriever = WordRetriever([text_node("walrus", WALRUS)])
     for engine in (
         KVMemoryQueryEngine.from_defaults(retriever, llm=llm, on_missing="raise"),
@@ -132,7 +132,7 @@ async def test_missing_caches_may_be_errors(llm: KVMemoryLLM) -> None:
 
 
 @pytest.mark.parametrize("on_missing", ["text", "compress"])
-def test_a_damaged_cache_is_answered_from_the_node(tmp_path: Path, wide: Any, on_missing: OnMissing) -> None:
+def test_a_damaged_cache_is_replaced_from_the_nodes_text(tmp_path: Path, wide: Any, on_missing: OnMissing) -> None:
     """The store does not keep the text; the application has it."""
     with open_memory(tmp_path / "no-texts", wide, keep_text=False) as memory:
         memory.add([("ferry", FERRY), ("lamp", LAMP)])
@@ -195,7 +195,7 @@ def test_collections_with_the_same_node_ids_do_not_mix(memory: KVMemory, llm: KV
 # -- under LlamaIndex's own engines ------------------------------------------------------------------------------------
 
 
-def test_under_an_indexs_query_engine(memory: KVMemory, llm: KVMemoryLLM, wide: Any) -> None:
+def test_query_engine_of_an_index_answers_from_caches(memory: KVMemory, llm: KVMemoryLLM, wide: Any) -> None:
     index = VectorStoreIndex(two_nodes()[:1], embed_model=MockEmbedding(embed_dim=4))
     engines = [
         index.as_query_engine(llm=llm, response_synthesizer=KVMemorySynthesizer(llm)),
@@ -212,7 +212,7 @@ def test_under_an_indexs_query_engine(memory: KVMemory, llm: KVMemoryLLM, wide: 
     assert FERRY in texts[0]
 
 
-def test_an_index_finds_as_many_nodes_as_the_memory_would(llm: KVMemoryLLM) -> None:
+def test_an_index_uses_the_memorys_top_k(llm: KVMemoryLLM) -> None:
     index = VectorStoreIndex(
         [text_node(f"n{i}", f"Walrus number {i}.") for i in range(5)], embed_model=MockEmbedding(embed_dim=4)
     )
@@ -221,14 +221,14 @@ def test_an_index_finds_as_many_nodes_as_the_memory_would(llm: KVMemoryLLM) -> N
     assert len(engine.query("?").source_nodes) == 4
 
 
-async def test_over_the_stores_own_passages(memory: KVMemory, llm: KVMemoryLLM) -> None:
+async def test_query_engine_over_the_store_retriever(memory: KVMemory, llm: KVMemoryLLM) -> None:
     retriever = KVMemoryStoreRetriever(memory, similarity_top_k=1)
     engine = KVMemoryQueryEngine.from_defaults(retriever, llm=llm, on_missing="raise")
     for response in (engine.query(LAMP_QUESTION), await engine.aquery(LAMP_QUESTION)):
         assert str(response) == expected(memory, LAMP_QUESTION, LAMP)
 
 
-async def test_as_a_tool(memory: KVMemory, llm: KVMemoryLLM) -> None:
+async def test_query_engine_as_a_tool(memory: KVMemory, llm: KVMemoryLLM) -> None:
     tool = QueryEngineTool.from_defaults(engine_over(llm), name="ferries", description="About ferries.")
     answer = expected(memory, FERRY_QUESTION, FERRY)
     assert tool.call(FERRY_QUESTION).content == answer
@@ -301,7 +301,7 @@ async def test_rerankers(memory: KVMemory, llm: KVMemoryLLM) -> None:
 
 
 @pytest.mark.parametrize("on_missing", ["text", "compress"])
-def test_the_key_follows_a_text_that_is_replaced(memory: KVMemory, llm: KVMemoryLLM, on_missing: Any) -> None:
+def test_the_reference_follows_a_replaced_text(memory: KVMemory, llm: KVMemoryLLM, on_missing: Any) -> None:
     window = f"{FERRY} It is red."
     node = text_node("ferry", FERRY, metadata={"window": window}, excluded_llm_metadata_keys=["window"])
     engine = KVMemoryQueryEngine.from_defaults(
@@ -318,7 +318,7 @@ def test_the_key_follows_a_text_that_is_replaced(memory: KVMemory, llm: KVMemory
     assert node.text == FERRY
 
 
-def test_postprocessors_that_rewrite_in_place_reach_copies_only(memory: KVMemory, llm: KVMemoryLLM) -> None:
+def test_postprocessors_that_rewrite_in_place_change_only_copies(memory: KVMemory, llm: KVMemoryLLM) -> None:
     nodes = two_nodes()
     engine = KVMemoryQueryEngine.from_defaults(WordRetriever(nodes), llm=llm, node_postprocessors=[Shout()])
     with recorded_events() as events:
@@ -330,7 +330,7 @@ def test_postprocessors_that_rewrite_in_place_reach_copies_only(memory: KVMemory
 # -- a store that was made elsewhere -----------------------------------------------------------------------------------
 
 
-def test_a_process_that_never_saw_the_documents(memory: KVMemory, llm: KVMemoryLLM, tmp_path: Path) -> None:
+def test_a_reopened_store_gives_the_same_answer(memory: KVMemory, llm: KVMemoryLLM, tmp_path: Path) -> None:
     answer = str(engine_over(llm).query(FERRY_QUESTION))
     with open_memory(memory.path, wide_backbone()) as other:
         again = KVMemoryLLM(other, max_tokens=6)
@@ -338,6 +338,6 @@ def test_a_process_that_never_saw_the_documents(memory: KVMemory, llm: KVMemoryL
         assert str(KVMemoryQueryEngine.from_defaults(retriever, llm=again).query(FERRY_QUESTION)) == answer
 
 
-def test_a_retriever_that_marks_already_is_taken_as_it_is(memory: KVMemory, llm: KVMemoryLLM) -> None:
+def test_a_kv_memory_retriever_is_used_unchanged(memory: KVMemory, llm: KVMemoryLLM) -> None:
     retriever: BaseRetriever = KVMemoryRetriever(WordRetriever(two_nodes()), memory, on_missing="skip")
     assert KVMemoryQueryEngine.from_defaults(retriever, llm=llm).retriever is retriever

@@ -39,7 +39,7 @@ BOTH = pytest.mark.parametrize("run", [sync_run, async_run])
 
 
 @BOTH
-def test_nodes_pass_unchanged_and_are_distilled(empty: KVMemory, wide: Any, run: Run) -> None:
+def test_nodes_pass_unchanged_and_are_compressed(empty: KVMemory, wide: Any, run: Run) -> None:
     nodes = splitter().get_nodes_from_documents(documents())
     before = [node.model_dump() for node in nodes]
     passed = run(IngestionPipeline(transformations=[KVCompressTransform(empty)]), [], nodes=nodes)
@@ -52,7 +52,9 @@ def test_nodes_pass_unchanged_and_are_distilled(empty: KVMemory, wide: Any, run:
 
 
 @BOTH
-def test_a_hit_in_the_pipelines_cache_does_not_skip_it(empty: KVMemory, wide: Any, tmp_path: Path, run: Run) -> None:
+def test_a_hit_in_the_pipeline_cache_does_not_skip_compression(
+    empty: KVMemory, wide: Any, tmp_path: Path, run: Run
+) -> None:
     cache = IngestionCache()
     for _ in range(2):
         run(IngestionPipeline(transformations=[splitter(), KVCompressTransform(empty)], cache=cache), documents())
@@ -68,7 +70,7 @@ def test_a_hit_in_the_pipelines_cache_does_not_skip_it(empty: KVMemory, wide: An
 
 
 @BOTH
-def test_with_a_document_store_only_what_changed_is_read(empty: KVMemory, wide: Any, run: Run) -> None:
+def test_with_a_document_store_only_changed_documents_are_compressed(empty: KVMemory, wide: Any, run: Run) -> None:
     def pipeline() -> IngestionPipeline:
         return IngestionPipeline(
             transformations=[splitter(), KVCompressTransform(empty)],
@@ -86,7 +88,7 @@ def test_with_a_document_store_only_what_changed_is_read(empty: KVMemory, wide: 
     assert texts_in(empty) == {"ferry": [NEW_FERRY], "lamp": [LAMP]}
 
 
-def test_a_document_that_comes_again_shorter_loses_what_is_gone(empty: KVMemory) -> None:
+def test_a_shortened_document_loses_its_removed_passages(empty: KVMemory) -> None:
     transform = KVCompressTransform(empty)
     # By tokens: llama-index-core 0.14.0 fetches what it needs to know sentences from the network.
     by_tokens = TokenTextSplitter(chunk_size=64, chunk_overlap=0)
@@ -97,7 +99,7 @@ def test_a_document_that_comes_again_shorter_loses_what_is_gone(empty: KVMemory)
     assert texts_in(empty) == {"long": [node.text for node in whole[:2]]}  # type: ignore[attr-defined]
 
 
-def test_metadata_are_part_of_what_is_distilled_as_the_mode_says(empty: KVMemory) -> None:
+def test_metadata_mode_decides_which_metadata_are_compressed(empty: KVMemory) -> None:
     node = text_node("ferry", FERRY, metadata={"file": "a.md", "hidden": 1}, excluded_llm_metadata_keys=["hidden"])
     for mode, text in (
         (MetadataMode.LLM, f"file: a.md\n\n{FERRY}"),
@@ -116,21 +118,21 @@ def test_nodes_without_text_pass(empty: KVMemory) -> None:
     assert texts_in(empty) == {"ferry": [FERRY]}
 
 
-def test_text_that_is_none_is_refused(empty: KVMemory) -> None:
+def test_binary_text_is_refused(empty: KVMemory) -> None:
     with pytest.raises(DocumentError):
         KVCompressTransform(empty)([text_node("bad", "binary \0\1\2\3 rubbish")])
 
 
-def test_progress_is_shown_where_it_is_wanted(empty: KVMemory, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_shown_only_on_request(empty: KVMemory, capsys: pytest.CaptureFixture[str]) -> None:
     nodes = [text_node("ferry", FERRY)]
     KVCompressTransform(empty)(nodes)
     assert capsys.readouterr().err == ""
     KVCompressTransform(empty)(nodes, show_progress=True)
-    assert "Distilling documents" in capsys.readouterr().err
+    assert "Compressing documents" in capsys.readouterr().err
 
 
 @BOTH
-def test_worker_processes_are_refused_in_words(empty: KVMemory, run: Run) -> None:
+def test_worker_processes_are_refused_with_a_next_step(empty: KVMemory, run: Run) -> None:
     pipeline = IngestionPipeline(transformations=[splitter(), KVCompressTransform(empty)])
     with pytest.raises(ConfigError, match="another process") as caught:
         run(pipeline, documents(), num_workers=2)

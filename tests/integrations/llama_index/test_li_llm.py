@@ -73,7 +73,7 @@ def text_of(response: Any) -> str:
 
 
 @pytest.mark.parametrize("seed", [7, 8, 9])
-async def test_every_form_answers_from_caches_as_the_reader_does(memory: KVMemory, llm: KVMemoryLLM, seed: int) -> None:
+async def test_all_call_forms_answer_from_caches_like_the_reader(memory: KVMemory, llm: KVMemoryLLM, seed: int) -> None:
     options = {**SAMPLED, "seed": seed}
     references = [Reference(key=key_of(text)) for text in (FERRY, LAMP)]
     turns = [Turn("user", FERRY_QUESTION)]
@@ -90,13 +90,13 @@ async def test_every_form_answers_from_caches_as_the_reader_does(memory: KVMemor
         assert 0 < response.raw["ttft_s"] <= response.raw["total_s"]
 
 
-async def test_every_form_answers_without_references_as_the_reader_does(memory: KVMemory, llm: KVMemoryLLM) -> None:
+async def test_all_call_forms_answer_without_references_like_the_reader(memory: KVMemory, llm: KVMemoryLLM) -> None:
     expected = memory.reader.reply_alone([Turn("user", FERRY_QUESTION)], settings=settings_of(SAMPLED)).reply
     found = await every_form(llm, FERRY_QUESTION, **SAMPLED)
     assert {form: text_of(response) for form, response in found.items()} == dict.fromkeys(found, expected.text.strip())
 
 
-def test_references_may_come_on_a_message(memory: KVMemory, llm: KVMemoryLLM, wide: Any) -> None:
+def test_references_can_be_attached_to_a_message(memory: KVMemory, llm: KVMemoryLLM, wide: Any) -> None:
     bringing = ChatMessage(role="system", content="", additional_kwargs={"kv_ids": keys_of(FERRY)})
     with recorded_texts(wide) as texts:
         response = llm.chat([bringing, *ASKED], **SAMPLED)
@@ -107,7 +107,7 @@ def test_references_may_come_on_a_message(memory: KVMemory, llm: KVMemoryLLM, wi
     assert text_of(both) == text_of(llm.chat(ASKED, kv_ids=keys_of(FERRY, LAMP), **SAMPLED))
 
 
-def test_an_empty_list_of_references_still_means_from_caches(chat_llm: KVMemoryLLM, chat_backbone: Any) -> None:
+def test_an_empty_reference_list_still_uses_the_cached_prefix(chat_llm: KVMemoryLLM, chat_backbone: Any) -> None:
     with recorded_texts(chat_backbone) as texts:
         response = chat_llm.chat(ASKED, kv_ids=[])
     assert texts == [chat_backbone.prompt.question(FERRY_QUESTION)]  # behind the prefix
@@ -117,7 +117,7 @@ def test_an_empty_list_of_references_still_means_from_caches(chat_llm: KVMemoryL
 # -- an ordinary LLM ---------------------------------------------------------------------------------------------------
 
 
-def test_chats_go_through_the_models_own_template(chat_llm: KVMemoryLLM, chat_backbone: Any) -> None:
+def test_chats_use_the_models_own_template(chat_llm: KVMemoryLLM, chat_backbone: Any) -> None:
     messages = [
         ChatMessage(role="system", content="Be brief."),
         ChatMessage(role="user", content="Hello."),
@@ -133,14 +133,14 @@ def test_chats_go_through_the_models_own_template(chat_llm: KVMemoryLLM, chat_ba
     ]
 
 
-def test_a_formatted_completion_is_read_as_it_stands(chat_llm: KVMemoryLLM, chat_backbone: Any) -> None:
+def test_a_formatted_completion_is_prefilled_unchanged(chat_llm: KVMemoryLLM, chat_backbone: Any) -> None:
     with recorded_texts(chat_backbone) as texts:
         chat_llm.complete("Once upon a time", formatted=True)
         list(chat_llm.stream_complete("Twice upon a time", formatted=True))
     assert texts == ["Once upon a time", "Twice upon a time"]
 
 
-def test_custom_prompt_functions_are_honoured(memory: KVMemory, wide: Any) -> None:
+def test_custom_prompt_functions_are_used(memory: KVMemory, wide: Any) -> None:
     def to_prompt(messages: Sequence[ChatMessage]) -> str:
         return "|".join(f"{message.role.value}={message.content}" for message in messages)
 
@@ -155,7 +155,7 @@ def test_custom_prompt_functions_are_honoured(memory: KVMemory, wide: Any) -> No
     assert texts == [wide.prompt.question(FERRY_QUESTION)]  # caches stand behind the prompt they were made behind
 
 
-def test_metadata_say_what_the_model_is(llm: KVMemoryLLM) -> None:
+def test_metadata_describe_the_model(llm: KVMemoryLLM) -> None:
     found = llm.metadata
     assert (found.context_window, found.num_output, found.model_name) == (4096, 6, "tiny-llama")
     assert found.is_chat_model and not found.is_function_calling_model
@@ -163,7 +163,7 @@ def test_metadata_say_what_the_model_is(llm: KVMemoryLLM) -> None:
     assert "memory" not in llm.to_dict()
 
 
-def test_an_llm_may_open_its_store_itself(tmp_path: Path) -> None:
+def test_open_creates_the_store_of_an_llm(tmp_path: Path) -> None:
     make_model("llama", max_position_embeddings=4096).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     llm = KVMemoryLLM.open(
@@ -176,7 +176,9 @@ def test_an_llm_may_open_its_store_itself(tmp_path: Path) -> None:
         assert llm.complete("Why?").raw["usage"]["completion_tokens"] <= 2
 
 
-async def test_predict(memory: KVMemory, chat_llm: KVMemoryLLM, chat_backbone: Any) -> None:
+async def test_predict_and_stream_give_the_same_answer(
+    memory: KVMemory, chat_llm: KVMemoryLLM, chat_backbone: Any
+) -> None:
     prompt = PromptTemplate("Say {what}.")
     with recorded_texts(chat_backbone) as texts:
         said = chat_llm.predict(prompt, what=BRACES)
@@ -187,7 +189,7 @@ async def test_predict(memory: KVMemory, chat_llm: KVMemoryLLM, chat_backbone: A
     assert said == text_of(chat_llm.complete(f"Say {BRACES}."))
 
 
-def test_under_a_stock_synthesizer_it_reads_text(llm: KVMemoryLLM, wide: Any) -> None:
+def test_a_stock_synthesizer_prefills_the_text(llm: KVMemoryLLM, wide: Any) -> None:
     engine = RetrieverQueryEngine.from_args(WordRetriever(two_nodes()), llm=llm)
     with recorded_texts(wide) as texts:
         response = engine.query(FERRY_QUESTION)
@@ -211,7 +213,7 @@ async def test_structured_answers_fit_their_schema(memory: KVMemory) -> None:
     assert await llm.astructured_predict(Departure, prompt, it="this") == answer
 
 
-def test_a_structured_answer_that_is_cut_off_says_so(memory: KVMemory) -> None:
+def test_a_truncated_structured_answer_is_an_error(memory: KVMemory) -> None:
     with pytest.raises(ConfigError, match="cut off") as caught:
         KVMemoryLLM(memory, max_tokens=3).structured_predict(Departure, PromptTemplate("Which?"))
     assert "max_tokens" in str(caught.value.next_step)
@@ -220,7 +222,7 @@ def test_a_structured_answer_that_is_cut_off_says_so(memory: KVMemory) -> None:
 # -- options -----------------------------------------------------------------------------------------------------------
 
 
-async def test_options_of_a_call_precede_those_of_the_llm(memory: KVMemory) -> None:
+async def test_options_of_a_call_override_those_of_the_llm(memory: KVMemory) -> None:
     llm = KVMemoryLLM(memory, max_tokens=5, temperature=1.0, seed=1)
     own = llm.complete(FERRY_QUESTION)
     assert own.raw["usage"]["completion_tokens"] == 5 and own.raw["finish_reason"] == "length"
@@ -230,7 +232,7 @@ async def test_options_of_a_call_precede_those_of_the_llm(memory: KVMemory) -> N
     assert llm.complete(FERRY_QUESTION).text == own.text
 
 
-def test_the_seed_decides(llm: KVMemoryLLM) -> None:
+def test_sampling_depends_on_the_seed(llm: KVMemoryLLM) -> None:
     texts = [llm.complete("Why?", **{**SAMPLED, "seed": seed}).text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
@@ -243,13 +245,13 @@ async def test_a_stop_string_ends_the_answer(llm: KVMemoryLLM) -> None:
         assert response.raw["finish_reason"] == "stop"
 
 
-async def test_an_empty_answer_says_what_to_try(llm: KVMemoryLLM) -> None:
+async def test_an_empty_answer_comes_with_a_next_step(llm: KVMemoryLLM) -> None:
     first = llm.complete("Why?", **SAMPLED).text[0]
     for response in (await every_form(llm, "Why?", stop=first, **SAMPLED)).values():
         assert text_of(response) == "" and "the stop string" in response.raw["next_step"]
 
 
-async def test_white_space_around_an_answer_is_no_part_of_it(llm: KVMemoryLLM) -> None:
+async def test_white_space_around_an_answer_is_stripped(llm: KVMemoryLLM) -> None:
     for seed in range(10):  # a random model breaks the line in most answers, and which is another torch's to say
         options = {**SAMPLED, "max_tokens": 200, "seed": seed}
         whole = llm.complete("Why?", **options).text
@@ -260,7 +262,7 @@ async def test_white_space_around_an_answer_is_no_part_of_it(llm: KVMemoryLLM) -
         assert text_of(response) == whole[: gap.start() + 1]
 
 
-async def test_a_call_that_takes_too_long_is_broken_off(llm: KVMemoryLLM) -> None:
+async def test_a_call_over_its_time_limit_raises(llm: KVMemoryLLM) -> None:
     with pytest.raises(DecodeTimeoutError, match="s; 1 token"):
         llm.complete("Why?", timeout=1e-6)
     with pytest.raises(DecodeTimeoutError):
@@ -271,7 +273,7 @@ async def test_a_call_that_takes_too_long_is_broken_off(llm: KVMemoryLLM) -> Non
         [part async for part in await llm.astream_complete("Why?", timeout=1e-6)]
 
 
-def test_options_out_of_range(memory: KVMemory, llm: KVMemoryLLM) -> None:
+def test_options_out_of_range_are_refused(memory: KVMemory, llm: KVMemoryLLM) -> None:
     with pytest.raises(ConfigError):
         llm.complete("Why?", temperature=-1)
     with pytest.raises(ValueError, match="max_tokens"):
@@ -318,7 +320,7 @@ def test_images_are_refused(llm: KVMemoryLLM) -> None:
     assert "ImageBlock" in str(caught.value)
 
 
-async def test_references_that_lead_nowhere(llm: KVMemoryLLM, wide: Any) -> None:
+async def test_unknown_references_are_refused(llm: KVMemoryLLM, wide: Any) -> None:
     with recorded_inputs(wide) as inputs:
         for ids, kind in ((keys_of(WALRUS), CacheNotFoundError), (["node-17"], ConfigError)):
             with pytest.raises(kind):
@@ -332,8 +334,8 @@ async def test_references_that_lead_nowhere(llm: KVMemoryLLM, wide: Any) -> None
     assert inputs == []
 
 
-def test_a_conversation_that_ends_with_the_assistant(llm: KVMemoryLLM) -> None:
-    with pytest.raises(ConfigError, match="end with a turn of the user"):
+def test_a_conversation_must_end_with_a_user_turn(llm: KVMemoryLLM) -> None:
+    with pytest.raises(ConfigError, match="end with a user turn"):
         llm.chat([*ASKED, ChatMessage(role="assistant", content="At 7.40.")])
     with pytest.raises(ConfigError):
         llm.chat([])

@@ -37,7 +37,7 @@ BRACES = "When does the {ferry} leave, {{and}} why {?"
 # -- prompts -----------------------------------------------------------------------------------------------------------
 
 
-def test_prompts_can_be_seen_and_replaced(memory: KVMemory, llm: KVMemoryLLM, wide: Any) -> None:
+def test_prompts_can_be_listed_and_replaced(memory: KVMemory, llm: KVMemoryLLM, wide: Any) -> None:
     engine = engine_over(llm)
     (name,) = engine.get_prompts()
     assert name == "response_synthesizer:text_qa_template"
@@ -49,14 +49,14 @@ def test_prompts_can_be_seen_and_replaced(memory: KVMemory, llm: KVMemoryLLM, wi
     assert str(response) == expected(memory, f"In one word: {BRACES}", FERRY)
 
 
-def test_a_template_with_a_place_for_the_context(llm: KVMemoryLLM, wide: Any) -> None:
+def test_the_context_of_a_template_becomes_a_remark(llm: KVMemoryLLM, wide: Any) -> None:
     template = PromptTemplate("Context: {context_str}\nAnswer {how}: {query_str}").partial_format(how="briefly")
     with recorded_texts(wide) as texts:
         engine_over(llm, text_qa_template=template).query(BRACES)
     assert texts == [prompt_of(wide, f"Context: (see the documents above)\nAnswer briefly: {BRACES}")]
 
 
-def test_a_template_of_messages(llm: KVMemoryLLM, wide: Any) -> None:
+def test_a_chat_template_of_messages(llm: KVMemoryLLM, wide: Any) -> None:
     template = ChatPromptTemplate(
         [ChatMessage(role="system", content="Be brief."), ChatMessage(role="user", content="{query_str}")]
     )
@@ -66,7 +66,7 @@ def test_a_template_of_messages(llm: KVMemoryLLM, wide: Any) -> None:
     assert sent_keys(events) == [keys_of(FERRY)]
 
 
-def test_an_llms_own_system_prompt_is_read(memory: KVMemory, wide: Any) -> None:
+def test_the_system_prompt_of_an_llm_is_prefilled(memory: KVMemory, wide: Any) -> None:
     llm = KVMemoryLLM(memory, max_tokens=2, system_prompt="Be brief.")
     with recorded_texts(wide) as texts:
         engine_over(llm).query(FERRY_QUESTION)
@@ -78,7 +78,7 @@ def test_an_llms_own_system_prompt_is_read(memory: KVMemory, wide: Any) -> None:
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("is_async", [False, True])
-async def test_events_and_callbacks_are_those_of_a_stock_engine(
+async def test_events_and_callbacks_equal_those_of_a_stock_engine(
     memory: KVMemory, streaming: bool, is_async: bool
 ) -> None:
     seen = []
@@ -110,7 +110,7 @@ async def test_events_and_callbacks_are_those_of_a_stock_engine(
     assert {"QueryStartEvent", "RetrievalEndEvent", "SynthesizeEndEvent", "LLMChatEndEvent"} <= set(seen[1][0])
 
 
-def test_the_question_is_traced_and_no_text_of_documents(llm: KVMemoryLLM) -> None:
+def test_traces_contain_the_question_but_no_document_text(llm: KVMemoryLLM) -> None:
     with recorded_events() as events:
         engine_over(llm).query(FERRY_QUESTION)
     (messages,) = sent_messages(events)
@@ -128,7 +128,7 @@ class Departure(BaseModel):
     daily: bool
 
 
-async def test_answers_of_a_class(memory: KVMemory) -> None:
+async def test_structured_answers_of_an_output_class(memory: KVMemory) -> None:
     llm = KVMemoryLLM(memory, max_tokens=100, temperature=1.0, seed=3)
     engine = engine_over(llm, output_cls=Departure)
     with recorded_events() as events:

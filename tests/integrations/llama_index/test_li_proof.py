@@ -35,7 +35,7 @@ from tests.reference import recorded_inputs
 
 @pytest.mark.filterwarnings("ignore:<aiosqlite.core.Connection:ResourceWarning")  # LlamaIndex leaves it open
 @pytest.mark.usefixtures("chat_memories")
-async def test_no_text_of_a_document_is_read_at_question_time(memory: KVMemory) -> None:
+async def test_no_document_text_is_prefilled_at_question_time(memory: KVMemory) -> None:
     index_over(memory, [])  # the caches are there already
     backbone = wide_backbone()  # a process that has never seen the documents
     question = "ferry lamp?"
@@ -91,7 +91,7 @@ def first_logits(backbone: Any) -> Iterator[list[torch.Tensor]]:
 
 
 @pytest.mark.parametrize("part", ["keys", "values"])
-def test_the_answer_depends_on_what_is_in_the_cache(memory: KVMemory, part: str) -> None:
+def test_the_answer_depends_on_the_contents_of_the_cache(memory: KVMemory, part: str) -> None:
     backbone, fingerprint = wide_backbone(), memory.compressor.fingerprint()
     with open_memory(memory.path, backbone) as other:
         retriever = WordRetriever(two_nodes())
@@ -151,7 +151,7 @@ async def settled(inputs: list[torch.Tensor]) -> int:
 
 
 @pytest.mark.usefixtures("spelling")
-def test_a_stream_that_is_closed_decodes_no_further(llm: KVMemoryLLM, wide: Any) -> None:
+def test_a_closed_stream_stops_decoding(llm: KVMemoryLLM, wide: Any) -> None:
     with nothing_left(llm), recorded_inputs(wide) as inputs:
         stream = llm.stream_chat(ASKED, kv_ids=keys_of(FERRY), **LONG_ANSWER)
         for _ in range(3):
@@ -161,7 +161,7 @@ def test_a_stream_that_is_closed_decodes_no_further(llm: KVMemoryLLM, wide: Any)
         assert len(inputs) == n < 20
 
 
-def test_a_response_that_is_dropped_leaves_nothing(llm: KVMemoryLLM, wide: Any) -> None:
+def test_a_dropped_response_leaves_nothing_behind(llm: KVMemoryLLM, wide: Any) -> None:
     long = KVMemoryLLM(llm.memory, **LONG_ANSWER)
     engine = KVMemoryQueryEngine.from_defaults(WordRetriever(two_nodes()), llm=long, streaming=True)
     with nothing_left(llm), recorded_inputs(wide) as inputs:
@@ -172,13 +172,13 @@ def test_a_response_that_is_dropped_leaves_nothing(llm: KVMemoryLLM, wide: Any) 
         assert len(inputs) == n < 20
 
 
-def test_a_stream_nobody_takes_from_leaves_nothing(llm: KVMemoryLLM) -> None:
+def test_an_unread_stream_leaves_nothing_behind(llm: KVMemoryLLM) -> None:
     with nothing_left(llm):
         llm.stream_chat(ASKED, kv_ids=keys_of(FERRY), **LONG_ANSWER)
 
 
 @pytest.mark.usefixtures("spelling")
-async def test_an_asynchronous_stream_that_is_closed_decodes_no_further(llm: KVMemoryLLM, wide: Any) -> None:
+async def test_a_closed_asynchronous_stream_stops_decoding(llm: KVMemoryLLM, wide: Any) -> None:
     with nothing_left(llm), recorded_inputs(wide) as inputs:
         stream: Any = await llm.astream_chat(ASKED, kv_ids=keys_of(FERRY), **LONG_ANSWER)
         for _ in range(3):
@@ -191,7 +191,7 @@ async def test_an_asynchronous_stream_that_is_closed_decodes_no_further(llm: KVM
 
 @pytest.mark.usefixtures("spelling")
 @pytest.mark.parametrize("way", ["achat", "acomplete", "astream_chat", "engine", "streaming engine"])
-async def test_a_task_that_is_cancelled_decodes_at_most_one_token_more(llm: KVMemoryLLM, wide: Any, way: str) -> None:
+async def test_a_cancelled_task_decodes_at_most_one_more_token(llm: KVMemoryLLM, wide: Any, way: str) -> None:
     long = KVMemoryLLM(llm.memory, **LONG_ANSWER)
     retriever = WordRetriever(two_nodes())
 
@@ -223,7 +223,7 @@ async def test_a_task_that_is_cancelled_decodes_at_most_one_token_more(llm: KVMe
         assert await settled(inputs) <= n + 1 < 100
 
 
-async def test_answers_in_parallel_are_those_given_one_by_one(llm: KVMemoryLLM, tmp_path: Path) -> None:
+async def test_parallel_answers_equal_sequential_ones(llm: KVMemoryLLM, tmp_path: Path) -> None:
     alone = [llm.chat(ASKED, kv_ids=keys_of(text)).message.content for text in (FERRY, LAMP)]
     together = await asyncio.gather(*(llm.achat(ASKED, kv_ids=keys_of(text)) for text in (FERRY, LAMP) * 3))
     assert [response.message.content for response in together] == alone * 3

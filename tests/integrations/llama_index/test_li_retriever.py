@@ -118,7 +118,7 @@ def test_an_index_node_stands_for_another(memory: KVMemory, retrieve: Retrieve) 
 
 
 @BOTH
-def test_events_are_those_of_the_retriever_it_wraps(memory: KVMemory, retrieve: Retrieve) -> None:
+def test_events_equal_those_of_the_wrapped_retriever(memory: KVMemory, retrieve: Retrieve) -> None:
     inner = WordRetriever(two_nodes())
     names = []
     for retriever in (inner, KVMemoryRetriever(inner, memory)):
@@ -129,7 +129,7 @@ def test_events_are_those_of_the_retriever_it_wraps(memory: KVMemory, retrieve: 
 
 
 @BOTH
-def test_the_stores_own_passages(memory: KVMemory, retrieve: Retrieve) -> None:
+def test_the_store_retriever_finds_passages_of_the_memory(memory: KVMemory, retrieve: Retrieve) -> None:
     (found,) = retrieve(KVMemoryStoreRetriever(memory, similarity_top_k=1), LAMP_QUESTION)
     assert (found.node.ref_doc_id, found.node.get_content()) == ("lamp", LAMP)
     assert found.node.get_content(metadata_mode=MetadataMode.LLM) == LAMP  # `year` is for filters
@@ -157,7 +157,7 @@ def test_passages_without_texts_are_answered_from_their_caches(
     assert answers[0] == answers[1]
 
 
-def test_passages_without_texts_and_without_caches(bare: KVMemory, wide: Any) -> None:
+def test_passages_with_neither_text_nor_cache_fail_or_are_skipped(bare: KVMemory, wide: Any) -> None:
     with open_memory(bare.path, wide, keep_ratio=0.5) as half:
         own = KVMemoryStoreRetriever(half, similarity_top_k=1)
         for on_missing in ("text", "compress"):
@@ -182,7 +182,7 @@ def test_only_copies_are_marked(memory: KVMemory, retrieve: Retrieve) -> None:
 
 
 @BOTH
-def test_the_mark_is_no_part_of_a_text(memory: KVMemory, retrieve: Retrieve) -> None:
+def test_the_mark_does_not_change_the_text(memory: KVMemory, retrieve: Retrieve) -> None:
     node = text_node("ferry", FERRY, metadata={"file": "a.md"})
     retriever = KVMemoryRetriever(WordRetriever([node]), memory, on_missing="compress")
     (found,) = retrieve(retriever, FERRY_QUESTION)
@@ -194,7 +194,7 @@ def test_the_mark_is_no_part_of_a_text(memory: KVMemory, retrieve: Retrieve) -> 
     assert retrieve(again, FERRY_QUESTION)[0].node.metadata == found.node.metadata
 
 
-def test_metadata_are_part_of_the_text_as_the_mode_says(memory: KVMemory) -> None:
+def test_metadata_mode_decides_which_metadata_the_text_includes(memory: KVMemory) -> None:
     node = text_node("ferry", FERRY, metadata={"file": "a.md", "hidden": 1}, excluded_llm_metadata_keys=["hidden"])
     texts = {
         MetadataMode.NONE: FERRY,
@@ -239,7 +239,7 @@ def test_skip_drops_the_node(memory: KVMemory, retrieve: Retrieve) -> None:
 
 
 @BOTH
-def test_raise_raises(memory: KVMemory, wide: Any, retrieve: Retrieve) -> None:
+def test_raise_reports_missing_and_mismatched_caches(memory: KVMemory, wide: Any, retrieve: Retrieve) -> None:
     with pytest.raises(CacheNotFoundError):
         retrieve(KVMemoryRetriever(walrus_and_ferry(), memory, on_missing="raise"), WALRUS_QUESTION)
     with open_memory(memory.path, wide, selector="sink_recent") as other:
@@ -251,7 +251,7 @@ def test_raise_raises(memory: KVMemory, wide: Any, retrieve: Retrieve) -> None:
 
 @pytest.mark.parametrize("node", [TextNode(id_="blank", text=" \n"), ImageNode(id_="blank", image="aGk=")])
 @BOTH
-def test_nodes_without_text(memory: KVMemory, retrieve: Retrieve, node: TextNode) -> None:
+def test_nodes_without_text_get_no_mark_or_are_skipped(memory: KVMemory, retrieve: Retrieve, node: TextNode) -> None:
     class All(BaseRetriever):
         def _retrieve(self, query_bundle: Any) -> list[NodeWithScore]:
             return [NodeWithScore(node=item, score=1) for item in (node, *two_nodes())]
@@ -267,7 +267,7 @@ def test_nodes_without_text(memory: KVMemory, retrieve: Retrieve, node: TextNode
         retrieve(KVMemoryRetriever(All(), memory, on_missing="raise"), "?")
 
 
-def test_an_unknown_way_to_treat_them(memory: KVMemory) -> None:
+def test_an_unknown_on_missing_is_refused(memory: KVMemory) -> None:
     with pytest.raises(ConfigError, match="'ignore'") as caught:
         KVMemoryRetriever(WordRetriever([]), memory, on_missing="ignore")  # type: ignore[arg-type]
     assert caught.value.next_step == "Use one of text, compress, skip, raise."

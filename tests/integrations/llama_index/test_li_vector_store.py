@@ -55,7 +55,7 @@ def upserting(memory: KVMemory, docstore: SimpleDocumentStore, strategy: Docstor
 
 
 @BOTH
-def test_upserts_replace_what_changed_and_leave_the_rest(empty: KVMemory, wide: Any, run: Run) -> None:
+def test_upserts_replace_changed_documents_and_keep_the_others(empty: KVMemory, wide: Any, run: Run) -> None:
     pipeline = upserting(empty, SimpleDocumentStore(), DocstoreStrategy.UPSERTS)
     run(pipeline, documents())
     assert texts_in(empty) == {"ferry": [FERRY], "lamp": [LAMP]}
@@ -69,14 +69,14 @@ def test_upserts_replace_what_changed_and_leave_the_rest(empty: KVMemory, wide: 
 
 
 @BOTH
-def test_documents_that_are_gone_are_forgotten_with_deletion(empty: KVMemory, run: Run) -> None:
+def test_upserts_and_delete_removes_missing_documents(empty: KVMemory, run: Run) -> None:
     pipeline = upserting(empty, SimpleDocumentStore(), DocstoreStrategy.UPSERTS_AND_DELETE)
     run(pipeline, documents())
     run(pipeline, documents()[1:])
     assert texts_in(empty) == {"lamp": [LAMP]}
 
 
-def test_deletions_through_an_index(empty: KVMemory) -> None:
+def test_deletions_through_an_index_remove_caches(empty: KVMemory) -> None:
     index, _ = index_over(empty, documents())
     index.delete_ref_doc("ferry", delete_from_docstore=True)
     assert texts_in(empty) == {"lamp": [LAMP]}
@@ -88,7 +88,7 @@ def test_deletions_through_an_index(empty: KVMemory) -> None:
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_single_nodes(empty: KVMemory, is_async: bool) -> None:
+def test_deleting_single_nodes_keeps_shared_texts(empty: KVMemory, is_async: bool) -> None:
     index, store = index_over(empty)
     nodes = [text_node("both", FERRY), text_node("both", LAMP), text_node("other", WALRUS)]
     nodes[1].id_ = "lamp-node"
@@ -112,7 +112,7 @@ def test_single_nodes(empty: KVMemory, is_async: bool) -> None:
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_clearing_removes_what_came_as_nodes(memory: KVMemory, is_async: bool) -> None:
+def test_clear_removes_only_documents_added_as_nodes(memory: KVMemory, is_async: bool) -> None:
     _, store = index_over(memory, [Document(text=WALRUS, id_="walrus")])
     assert memory.stats().n_documents == 3
     asyncio.run(store.aclear()) if is_async else store.clear()
@@ -120,7 +120,7 @@ def test_clearing_removes_what_came_as_nodes(memory: KVMemory, is_async: bool) -
     assert store.vector_store.query(VectorStoreQuery(query_embedding=[0.5] * 4, similarity_top_k=9)).ids == []
 
 
-def test_what_a_retriever_has_compressed_is_forgotten_too(empty: KVMemory) -> None:
+def test_caches_made_by_a_retriever_are_removed_too(empty: KVMemory) -> None:
     docs = [*documents(), Document(text=WALRUS, id_="walrus")]
     index, store = index_over(empty, docs, compress=False)
     assert texts_in(empty) == {}
@@ -152,7 +152,7 @@ def test_both_texts_of_a_node_that_a_postprocessor_rewrites_are_kept(empty: KVMe
     assert texts_in(empty) == {}
 
 
-async def test_several_questions_at_once_that_miss_nodes_of_one_document(empty: KVMemory) -> None:
+async def test_concurrent_questions_compress_all_missing_nodes_of_a_document(empty: KVMemory) -> None:
     nodes = [text_node("long", f"Walrus number x{i}.") for i in range(6)]
     for i, node in enumerate(nodes):
         node.id_ = f"n{i}"
@@ -162,7 +162,7 @@ async def test_several_questions_at_once_that_miss_nodes_of_one_document(empty: 
     assert set(empty.document("long").metadata["nodes"]) == {f"n{i}" for i in range(6)}
 
 
-def test_what_else_is_known_of_a_document_stays(memory: KVMemory) -> None:
+def test_other_metadata_and_texts_of_a_document_stay(memory: KVMemory) -> None:
     _, store = index_over(memory, [Document(text=f"{LAMP} It is red.", id_="lamp")])
     (node_id,) = memory.document("lamp").metadata["nodes"]
     assert memory.document("lamp").metadata["year"] == 1921
@@ -179,7 +179,7 @@ def test_a_node_added_again_with_another_text_replaces_it(empty: KVMemory) -> No
 
 
 @BOTH
-def test_random_node_ids_orphan_nothing(empty: KVMemory, wide: Any, tmp_path: Path, run: Run) -> None:
+def test_new_random_node_ids_leave_no_orphaned_caches(empty: KVMemory, wide: Any, tmp_path: Path, run: Run) -> None:
     def ingest() -> list[str]:
         pipeline = IngestionPipeline(
             transformations=[splitter(), EMBEDDING],
@@ -225,7 +225,7 @@ async def test_an_index_built_asynchronously(empty: KVMemory) -> None:
     assert texts_in(empty) == {"ferry": [FERRY], "lamp": [LAMP]}
 
 
-def test_metadata_of_a_store(empty: KVMemory) -> None:
+def test_metadata_mode_of_a_vector_store(empty: KVMemory) -> None:
     docs = [Document(text=FERRY, id_="ferry", metadata={"file": "a.md"})]
     index_over(empty, docs)
     assert texts_in(empty) == {"ferry": [f"file: a.md\n\n{FERRY}"]}
@@ -233,7 +233,7 @@ def test_metadata_of_a_store(empty: KVMemory) -> None:
     assert texts_in(empty)["ferry"][-1] == FERRY
 
 
-def test_with_a_transform_in_the_same_pipeline_nothing_is_read_twice(empty: KVMemory, wide: Any) -> None:
+def test_a_transform_in_the_same_pipeline_compresses_once(empty: KVMemory, wide: Any) -> None:
     pipeline = IngestionPipeline(
         transformations=[splitter(), KVCompressTransform(empty), EMBEDDING],
         vector_store=KVMemoryVectorStore(SimpleVectorStore(), empty, compress=False),
@@ -245,7 +245,7 @@ def test_with_a_transform_in_the_same_pipeline_nothing_is_read_twice(empty: KVMe
     assert texts_in(empty) == {"lamp": [LAMP]}
 
 
-def test_reading_is_the_inner_stores_business(empty: KVMemory, tmp_path: Path) -> None:
+def test_queries_are_passed_to_the_inner_store(empty: KVMemory, tmp_path: Path) -> None:
     _, store = index_over(empty, documents())
     query = VectorStoreQuery(query_embedding=[0.5] * 4, similarity_top_k=9)
     inner = store.vector_store
@@ -278,7 +278,7 @@ HELD: list[TextNode] = []
 
 
 @pytest.mark.parametrize("inner", [Listing, SimpleVectorStore])
-def test_deleting_by_filters(
+def test_deleting_by_filters_needs_a_store_that_lists_nodes(
     empty: KVMemory, inner: type[BasePydanticVectorStore], caplog: pytest.LogCaptureFixture
 ) -> None:
     HELD[:] = [

@@ -18,7 +18,7 @@ depends_on = None
 
 def upgrade() -> None:
     """Add columns and tables."""
-    # Not in a batch, which would make `collection` anew on SQLite: dropping the old one deletes, by the foreign keys,
+    # Not in a batch, which would make `collection` again on SQLite: dropping the old one deletes, by the foreign keys,
     # all that belongs to it.
     op.add_column("collection", sa.Column("max_size_bytes", sa.BigInteger(), nullable=True))
     op.add_column("collection", sa.Column("ttl_s", sa.Double(), nullable=True))
