@@ -27,6 +27,21 @@ def shared_backbone(name: str, **changes: Any) -> Any:
     return make_backbone(name, **changes)
 
 
+class FixedRouting:
+    """Routes tokens chosen beforehand through the adapter; a `Routing`.
+
+    Args:
+        mask: Bool or float mask, `(batch, new)` for all layers or `(num_layers, batch, new)`, see `Routing`.
+    """
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        self._mask = mask
+
+    def enter(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the mask of this layer, see `Routing`."""
+        return self._mask[layer] if self._mask.ndim == 3 else self._mask
+
+
 @torch.no_grad()
 def full_logits(name: str, ids: Sequence[int]) -> torch.Tensor:
     """Logits of one ordinary prefill, `(len(ids), vocab_size)`."""

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kv_memory.model.attention import ForwardContext
 
-__all__ = ["FixedRouting", "RoutedLinear", "current_mask", "install_routing", "routed_with"]
+__all__ = ["RoutedLinear", "current_mask", "install_routing", "routed_with"]
 
 # Not an attribute of the modules: threads that decode while another thread compresses must not see its mask.
 _MASK: ContextVar[torch.Tensor | None] = ContextVar("kv_memory_routing", default=None)
@@ -40,21 +40,6 @@ def routed_with(mask: torch.Tensor | None) -> Iterator[None]:
         yield
     finally:
         _MASK.reset(token)
-
-
-class FixedRouting:
-    """Routes tokens chosen beforehand through the adapter; a `Routing`.
-
-    Args:
-        mask: Bool or float mask, `(batch, new)` for all layers or `(num_layers, batch, new)`, see `Routing`.
-    """
-
-    def __init__(self, mask: torch.Tensor) -> None:
-        self._mask = mask
-
-    def enter(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the mask of this layer, see `Routing`."""
-        return self._mask[layer] if self._mask.ndim == 3 else self._mask
 
 
 class RoutedVariant(LoraVariant):

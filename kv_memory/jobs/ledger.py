@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from kv_memory.errors import JobError, JobNotFoundError
 from kv_memory.jobs.item import SourceItem, duplicate_error
 from kv_memory.jobs.leases import count_of, locks_reach
-from kv_memory.jobs.records import Counts, FailedTask, Job, JobSettings, Task
+from kv_memory.jobs.records import Counts, FailedTask, Job, JobSettings
 from kv_memory.model.embedded import recorded_settings
 from kv_memory.store import Store
 from kv_memory.store.sql.schema import CollectionRow, JobRow, TaskRow, utc_now
@@ -284,25 +284,6 @@ class Ledger:
                 )
                 for row in session.scalars(wanted)
             ]
-
-    def pending_range(self, job: Job) -> tuple[int, int] | None:
-        """Lowest and highest id of the pending tasks; None if no task is pending."""
-        ends = select(func.min(TaskRow.id), func.max(TaskRow.id)).where(
-            TaskRow.job_id == job.id, TaskRow.state == "pending"
-        )
-        with self._catalog.read() as session:
-            low, high = session.execute(ends).one()
-        return None if low is None else (low, high)
-
-    def pending(self, job: Job, *, low: int, high: int) -> list[Task]:
-        """Pending tasks, not yet claimed, with ids from `low` to below `high`."""
-        wanted = (
-            select(TaskRow.id, TaskRow.job_id, TaskRow.document_id, TaskRow.uri, TaskRow.attempts)
-            .where(TaskRow.job_id == job.id, TaskRow.state == "pending", TaskRow.id >= low, TaskRow.id < high)
-            .order_by(TaskRow.priority, TaskRow.id)
-        )
-        with self._catalog.read() as session:
-            return [Task(**row._mapping) for row in session.execute(wanted)]
 
     # rows
 

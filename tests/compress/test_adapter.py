@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from kv_memory.compress import Adapter, AdapterConfig, Compressor
 from kv_memory.compress.adapter import default_eta
 from kv_memory.compress.prefill import PrefillRouting
-from kv_memory.compress.routing import FixedRouting, routed_with
+from kv_memory.compress.routing import routed_with
 from kv_memory.errors import AdapterError, AdapterMismatchError, ConfigError
 from kv_memory.model.attention import ForwardContext
 from kv_memory.model.backbone import Backbone
 from tests.conftest import make_backbone, make_model
-from tests.reference import letters, plain_model
+from tests.reference import FixedRouting, letters, plain_model
 
 NAMES = ["llama", "qwen3", "gemma3", "phi3"]
 FILES = ["adapter_config.json", "adapter_model.safetensors", "scorer.safetensors", "kv_distill.json"]

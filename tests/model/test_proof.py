@@ -13,11 +13,11 @@ import torch
 from kv_memory import DecodeSettings, KVMemory
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.compress import Adapter, Compressor
-from kv_memory.compress.routing import FixedRouting
 from kv_memory.generate import Generator, compose
 from kv_memory.model.attention import ForwardContext
 from tests.conftest import ARCHITECTURES, make_backbone
 from tests.reference import (
+    FixedRouting,
     assert_close,
     blank_tokens,
     full_logits,
