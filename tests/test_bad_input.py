@@ -107,7 +107,7 @@ def test_another_encoding_can_be_passed(own_memory: KVMemory, tmp_path: Path) ->
 def test_one_id_with_two_texts_is_refused(own_memory: KVMemory) -> None:
     with untouched(own_memory), pytest.raises(errors.KVMemoryError) as caught:
         own_memory.add([GOOD, ("twice", "One text."), ("twice", "Another text.")])
-    assert_says(caught.value, errors.DuplicateDocumentError, what="twice", where="twice", step="id of its own")
+    assert_says(caught.value, errors.DuplicateDocumentError, what="twice", where="twice", step="its own id")
     assert own_memory.add([("twice", "One text."), ("twice", "One text.")]).added == ["twice"]
 
 

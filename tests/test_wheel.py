@@ -170,7 +170,7 @@ def test_the_installed_package_reads_every_format(clean: Path, tmp_path: Path) -
 
 PROGRESS = r"[\d,]+/[\d,]+ tokens, [\d,]+ tokens/s, .* left, document \d+ of \d+: .*"
 JOB = (
-    r"Job \S+ reads .*|Looking for documents|Nothing to compress|\d+ documents? to do; the model is being loaded|"
+    r"Job \S+ started: .*|Looking for documents|Nothing to compress|\d+ documents? to do; the model is being loaded|"
     r"\d+/\d+ documents.*"
 )
 
