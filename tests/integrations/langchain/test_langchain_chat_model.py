@@ -26,7 +26,7 @@ from langchain_core.messages import (
 
 from kv_memory import ConfigError, KVMemory, Reference, Turn, UnsupportedRequestError, errors
 from kv_memory.integrations.langchain import ChatKVMemory, KVMemoryRetriever, create_kv_retrieval_chain
-from kv_memory.integrations.langchain.replies import Trim
+from kv_memory.integrations.llms import Trim
 from kv_memory.query import key_of
 from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, SETTINGS, open_memory
 from tests.reference import recorded_inputs
@@ -195,6 +195,20 @@ def test_open_uses_the_settings_of_the_store(memory: KVMemory, wide: Any) -> Non
         other.memory.close()
     finally:
         llm.memory.close()
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("temprature", "temperature"), ("keep_txt", "keep_text")])
+def test_unknown_options_are_refused(tmp_path: Path, memory: KVMemory, name: str, nearest: str) -> None:
+    for attempt in (
+        lambda: ChatKVMemory.open(tmp_path / "none", **{name: 1}),
+        lambda: ChatKVMemory(memory, **{name: 1}),
+    ):
+        with pytest.raises(ConfigError, match=f"unknown option '{name}'") as caught:
+            attempt()
+        assert repr(nearest) in str(caught.value.next_step)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ConfigError, match="top_p"):
+        ChatKVMemory.open(memory.path, load_model=False, top_p=7.0)  # a wrong value closes the store
 
 
 def test_the_memory_must_be_a_kv_memory() -> None:
