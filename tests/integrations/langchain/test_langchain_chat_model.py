@@ -197,18 +197,18 @@ def test_open_uses_the_settings_of_the_store(memory: KVMemory, wide: Any) -> Non
         llm.memory.close()
 
 
-@pytest.mark.parametrize(("name", "nearest"), [("temprature", "temperature"), ("keep_txt", "keep_text")])
-def test_unknown_options_are_refused(tmp_path: Path, memory: KVMemory, name: str, nearest: str) -> None:
-    for attempt in (
-        lambda: ChatKVMemory.open(tmp_path / "none", **{name: 1}),
-        lambda: ChatKVMemory(memory, **{name: 1}),
-    ):
+def test_unknown_options_are_refused(tmp_path: Path, memory: KVMemory) -> None:
+    attempts: list[tuple[str, str, Callable[[], Any]]] = [
+        ("temprature", "temperature", lambda: ChatKVMemory.open(tmp_path / "none", temprature=1)),
+        ("keep_txt", "keep_text", lambda: ChatKVMemory.open(tmp_path / "none", keep_txt=True)),
+        ("temprature", "temperature", lambda: ChatKVMemory(memory, temprature=1)),
+        ("stops", "stop", lambda: ChatKVMemory(memory).invoke("Hello", stops=["x"])),
+    ]
+    for name, nearest, attempt in attempts:
         with pytest.raises(ConfigError, match=f"unknown option '{name}'") as caught:
             attempt()
         assert repr(nearest) in str(caught.value.next_step)
     assert not (tmp_path / "none").exists()
-    with pytest.raises(ConfigError, match="top_p"):
-        ChatKVMemory.open(memory.path, load_model=False, top_p=7.0)  # a wrong value closes the store
 
 
 def test_the_memory_must_be_a_kv_memory() -> None:
