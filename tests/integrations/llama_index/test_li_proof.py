@@ -126,18 +126,26 @@ def spelling(wide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wide, "logits", logits)
 
 
+@pytest.fixture(scope="module")
+def frozen() -> Iterator[None]:
+    """Objects that exist already are not searched for caches."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def live_caches() -> int:
+    gc.collect()
+    return sum(type(thing) is PositionedCache for thing in gc.get_objects())
+
+
 @contextmanager
 def nothing_left(llm: KVMemoryLLM) -> Iterator[None]:
     """No cache is left of what the block began, and another question is answered as before."""
-    answer = llm.chat(ASKED, kv_ids=keys_of(FERRY)).message.content
-    gc.collect()
-    gc.freeze()  # older objects are not searched
-    try:
-        yield
-        gc.collect()
-        assert not any(type(thing) is PositionedCache for thing in gc.get_objects())
-    finally:
-        gc.unfreeze()
+    before, answer = live_caches(), llm.chat(ASKED, kv_ids=keys_of(FERRY)).message.content
+    yield
+    assert live_caches() == before
     assert llm.chat(ASKED, kv_ids=keys_of(FERRY)).message.content == answer
 
 
@@ -150,7 +158,7 @@ async def settled(inputs: list[torch.Tensor]) -> int:
     return n
 
 
-@pytest.mark.usefixtures("spelling")
+@pytest.mark.usefixtures("frozen", "spelling")
 def test_a_closed_stream_stops_decoding(llm: KVMemoryLLM, wide: Any) -> None:
     with nothing_left(llm), recorded_inputs(wide) as inputs:
         stream = llm.stream_chat(ASKED, kv_ids=keys_of(FERRY), **LONG_ANSWER)
@@ -161,6 +169,7 @@ def test_a_closed_stream_stops_decoding(llm: KVMemoryLLM, wide: Any) -> None:
         assert len(inputs) == n < 20
 
 
+@pytest.mark.usefixtures("frozen")
 def test_a_dropped_response_leaves_nothing_behind(llm: KVMemoryLLM, wide: Any) -> None:
     long = KVMemoryLLM(llm.memory, **LONG_ANSWER)
     engine = KVMemoryQueryEngine.from_defaults(WordRetriever(two_nodes()), llm=long, streaming=True)
@@ -172,12 +181,13 @@ def test_a_dropped_response_leaves_nothing_behind(llm: KVMemoryLLM, wide: Any) -
         assert len(inputs) == n < 20
 
 
+@pytest.mark.usefixtures("frozen")
 def test_an_unread_stream_leaves_nothing_behind(llm: KVMemoryLLM) -> None:
     with nothing_left(llm):
         llm.stream_chat(ASKED, kv_ids=keys_of(FERRY), **LONG_ANSWER)
 
 
-@pytest.mark.usefixtures("spelling")
+@pytest.mark.usefixtures("frozen", "spelling")
 async def test_a_closed_asynchronous_stream_stops_decoding(llm: KVMemoryLLM, wide: Any) -> None:
     with nothing_left(llm), recorded_inputs(wide) as inputs:
         stream: Any = await llm.astream_chat(ASKED, kv_ids=keys_of(FERRY), **LONG_ANSWER)
@@ -189,7 +199,7 @@ async def test_a_closed_asynchronous_stream_stops_decoding(llm: KVMemoryLLM, wid
         del stream
 
 
-@pytest.mark.usefixtures("spelling")
+@pytest.mark.usefixtures("frozen", "spelling")
 @pytest.mark.parametrize("way", ["achat", "streaming engine"])
 async def test_a_cancelled_task_decodes_at_most_one_more_token(llm: KVMemoryLLM, wide: Any, way: str) -> None:
     long = KVMemoryLLM(llm.memory, **LONG_ANSWER)
