@@ -43,7 +43,7 @@ class MemorySettings:
             `bfloat16`, `float16` or `int8`, which takes half the bytes of bfloat16. `int8` for `smollm2` and `auto`
             for others, unless set. Stored caches keep their type.
         keep_text: True to keep the texts of added documents. Without texts a store holds the caches, the documents'
-            ids and metadata, and hashes of words; see `kv_memory.retrieval.hashed_terms` for what the hashes protect.
+            ids and metadata, and hashes of words; see `kv_memory.retrieval.tokenize` for what the hashes protect.
         keep_tokens: Number of tokens kept of each passage in every layer and head, instead of keep_ratio.
         max_bytes: Largest file size of a passage's cache in bytes, instead of keep_ratio.
     """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -14,8 +13,7 @@ from urllib.request import url2pathname
 from kv_memory.documents import Document, read_file, split_passages
 from kv_memory.documents.splitter import CountTokens
 from kv_memory.errors import ConfigError, DocumentError, EmptyDocumentError, TextNotKeptError
-from kv_memory.retrieval.hashed_terms import Terms
-from kv_memory.retrieval.tokenize import words_of
+from kv_memory.retrieval.tokenize import terms_of
 from kv_memory.store import DocumentRecord, PassageRecord, Store
 
 __all__ = ["Prepared", "RecordBuilder"]
@@ -157,11 +155,7 @@ class RecordBuilder:
         whole = PassageRecord(text=text, n_tokens=n_tokens)
         if keep_text:
             return whole
-        return replace(whole, text=None, terms=Terms.of(words_of(text), self._key))
-
-    @cached_property
-    def _key(self) -> str:
-        return self._store.word_key()
+        return replace(whole, text=None, terms=terms_of(text))
 
 
 def _by_key(texts: Sequence[str]) -> dict[str, str]:

@@ -26,7 +26,7 @@ from langchain_core.messages import (
 
 from kv_memory import ConfigError, KVMemory, Reference, Turn, UnsupportedRequestError, errors
 from kv_memory.integrations.langchain import ChatKVMemory, KVMemoryRetriever, create_kv_retrieval_chain
-from kv_memory.integrations.langchain.replies import Trim
+from kv_memory.integrations.llms import Trim
 from kv_memory.query import key_of
 from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, SETTINGS, open_memory
 from tests.reference import recorded_inputs
@@ -197,6 +197,20 @@ def test_open_uses_the_settings_of_the_store(memory: KVMemory, wide: Any) -> Non
         llm.memory.close()
 
 
+def test_unknown_options_are_refused(tmp_path: Path, memory: KVMemory) -> None:
+    attempts: list[tuple[str, str, Callable[[], Any]]] = [
+        ("temprature", "temperature", lambda: ChatKVMemory.open(tmp_path / "none", temprature=1)),
+        ("keep_txt", "keep_text", lambda: ChatKVMemory.open(tmp_path / "none", keep_txt=True)),
+        ("temprature", "temperature", lambda: ChatKVMemory(memory, temprature=1)),
+        ("stops", "stop", lambda: ChatKVMemory(memory).invoke("Hello", stops=["x"])),
+    ]
+    for name, nearest, attempt in attempts:
+        with pytest.raises(ConfigError, match=f"unknown option '{name}'") as caught:
+            attempt()
+        assert repr(nearest) in str(caught.value.next_step)
+    assert not (tmp_path / "none").exists()
+
+
 def test_the_memory_must_be_a_kv_memory() -> None:
     with pytest.raises(ConfigError, match="KVMemory") as caught:
         ChatKVMemory("my-store")  # type: ignore[arg-type]
@@ -328,7 +342,7 @@ async def longest_stall(work: Any) -> float:
 
 @pytest.mark.parametrize("way", ["invoke", "stream", "chain"])
 async def test_the_event_loop_is_never_blocked(memory: KVMemory, wide: Any, way: str) -> None:
-    llm = ChatKVMemory(memory, max_tokens=8)
+    llm = ChatKVMemory(memory, max_tokens=4)
 
     async def work() -> None:
         if way == "invoke":
@@ -340,10 +354,12 @@ async def test_the_event_loop_is_never_blocked(memory: KVMemory, wide: Any, way:
             assert len([chunk async for chunk in llm.astream(FERRY_QUESTION, kv_ids=[FERRY_ID])]) > 1
 
     await work()  # imports and first times
+    stalls: list[float] = []
     with slowed(wide, 0.1) as times:
-        stalls = [await longest_stall(work()) for _ in range(3)]
-    assert len(times) == 3 * 8
-    assert min(stalls) < 0.05, stalls  # the best of three, because other processes stall this one too
+        while len(stalls) < 3 and min(stalls, default=1.0) >= 0.05:  # other processes stall this one too
+            stalls.append(await longest_stall(work()))
+    assert len(times) == len(stalls) * 4
+    assert min(stalls) < 0.05, stalls
 
 
 @pytest.mark.parametrize("way", ["invoke", "stream"])
