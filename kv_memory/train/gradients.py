@@ -12,10 +12,9 @@ import torch
 
 from kv_memory.compress.adapter import Adapter
 from kv_memory.errors import TrainingError
-from kv_memory.train.batches import Batch, Batches
-from kv_memory.train.checkpointing import checkpointing
+from kv_memory.train.batches import Batch, Batches, split_batch
+from kv_memory.train.gradient_checkpointing import checkpointing
 from kv_memory.train.optimizer import Parameters, Stage
-from kv_memory.train.parts import split_batch
 from kv_memory.train.settings import TrainSettings
 from kv_memory.train.step import StepResult, distillation_step, warmup_step
 
@@ -160,7 +159,7 @@ class Gradients:
             raise TrainingError(
                 f"out of GPU memory at step {step + 1}, and the batches cannot be split further",
                 where=f"{max(map(len, batch.documents))} tokens in the longest document",
-                next_step="Pass --gradient-checkpointing, or lower --max-tokens.",
+                next_step="Set gradient_checkpointing to true, or lower max_tokens.",
             )
         self.pieces *= 2
         note = f"out of GPU memory at step {step + 1}: from now on batches are processed in {self.pieces} parts"

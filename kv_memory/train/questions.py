@@ -19,6 +19,7 @@ from kv_memory.compress.refine.teacher import Teacher, end_ids
 from kv_memory.datasets import Question
 from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.model.backbone import Backbone
+from kv_memory.train.json_lines import JsonLines
 
 __all__ = ["QuestionWriter"]
 
@@ -83,15 +84,16 @@ class QuestionWriter:
             DatasetError: The file cannot be read or written.
         """
         keys = [self._key(passage) for passage in passages]
-        known = _read(path) if path is not None else {}
+        file = None if path is None else _QuestionFile(path)
+        known = {} if file is None else file.load()
         todo = [index for index, key in enumerate(keys) if key not in known]
         for first in range(0, len(todo), self._batch):
             part = todo[first : first + self._batch]
             written = self._write([passages[index] for index in part])
             fresh = {keys[index]: pairs for index, pairs in zip(part, written, strict=True)}
             known |= fresh
-            if path is not None:
-                _append(path, fresh)
+            if file is not None:
+                file.append(fresh)
             if on_passage is not None:
                 on_passage(len(passages) - len(todo) + first + len(part), len(passages))
         return [tuple(Question(text=q, answers=(a,)) for q, a in known[key]) for key in keys]
@@ -199,40 +201,34 @@ def _number(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
-def _read(path: Path) -> dict[str, list[tuple[str, str]]]:
-    """Questions in the file; lines that are incomplete after a kill, or have another format, are skipped."""
-    found: dict[str, list[tuple[str, str]]] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return found
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(
-            f"the questions cannot be read: {error}", where=str(path), next_step="Remove the file."
-        ) from error
-    for line in lines:
+class _QuestionFile:
+    """Questions and answers by the hash of a passage; lines that are incomplete or have another format are skipped."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def load(self) -> dict[str, list[tuple[str, str]]]:
+        found: dict[str, list[tuple[str, str]]] = {}
         try:
-            record = json.loads(line)
-            pairs = [(str(q), str(a)) for q, a in record["questions"]]
-        except (ValueError, TypeError, KeyError):
-            continue
-        found[str(record["key"])] = pairs
-    return found
+            records = JsonLines(self._path).records()
+        except OSError as error:
+            raise DatasetError(
+                f"the questions cannot be read: {error}", where=str(self._path), next_step="Remove the file."
+            ) from error
+        for record in records:
+            try:
+                found[str(record["key"])] = [(str(q), str(a)) for q, a in record["questions"]]
+            except (ValueError, TypeError, KeyError):
+                continue
+        return found
 
-
-def _append(path: Path, fresh: dict[str, list[tuple[str, str]]]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            if file.tell():  # an incomplete last line is ended first
-                file.seek(-1, 2)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            for key, pairs in fresh.items():
-                file.write(json.dumps({"key": key, "questions": pairs}, ensure_ascii=False).encode() + b"\n")
-    except OSError as error:
-        raise DatasetError(
-            f"the questions cannot be written: {error}",
-            where=str(path),
-            next_step="Free disk space, then run it again.",
-        ) from error
+    def append(self, fresh: dict[str, list[tuple[str, str]]]) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            JsonLines(self._path).append(*({"key": key, "questions": pairs} for key, pairs in fresh.items()))
+        except OSError as error:
+            raise DatasetError(
+                f"the questions cannot be written: {error}",
+                where=str(self._path),
+                next_step="Free disk space, then run it again.",
+            ) from error

@@ -13,9 +13,9 @@ from kv_memory.compress.adapter import Adapter
 from kv_memory.errors import ConfigError
 from kv_memory.train.adapters import new_adapter
 from kv_memory.train.data import hold_out
-from kv_memory.train.heldout import HeldOut
-from kv_memory.train.log import TrainLog
-from kv_memory.train.state import RunOptions
+from kv_memory.train.evaluation import HeldOut
+from kv_memory.train.json_lines import JsonLines
+from kv_memory.train.settings import RunOptions
 from kv_memory.train.trainer import Trainer
 from tests.conftest import make_backbone
 from tests.train.tiny_runs import SETTINGS, examples, make_trainer, tensors_of
@@ -72,7 +72,7 @@ def test_a_run_that_evaluates_ends_with_its_best_adapter(tmp_path: Path, monkeyp
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
     assert tensors_of(out / "adapter") == tensors_of(out / "checkpoints/step-00000004/adapter")
     assert json.loads((out / "adapter/kv_distill.json").read_text())["trained_steps"] == 4
-    events = [(r["step"], r["event"]) for r in TrainLog(out / "log.jsonl").records() if "event" in r]
+    events = [(r["step"], r["event"]) for r in JsonLines(out / "log.jsonl").records() if "event" in r]
     assert events == [(0, "baseline"), (2, "evaluation"), (4, "evaluation"), (6, "evaluation"), (8, "evaluation")]
     # Resumed, what was measured once is known.
     monkeypatch.setattr(HeldOut, "reconstruction", lambda self: pytest.fail("measured again"))

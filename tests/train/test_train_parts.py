@@ -16,11 +16,10 @@ from kv_memory.train.adapters import new_adapter
 from kv_memory.train.batches import Batches
 from kv_memory.train.checkpoints import SHARD_BYTES, Checkpoint, Checkpoints
 from kv_memory.train.estimate import Estimate, fit_steps
-from kv_memory.train.log import TrainLog, plot_log
+from kv_memory.train.json_lines import JsonLines, plot_log
 from kv_memory.train.optimizer import make_optimizer, parameters_of, set_rates, trainable
 from kv_memory.train.parts import split_batch
-from kv_memory.train.settings import TrainSettings
-from kv_memory.train.state import RunOptions
+from kv_memory.train.settings import RunOptions, TrainSettings
 from tests.conftest import make_backbone
 from tests.train.tiny_runs import SETTINGS, examples, make_trainer
 
@@ -103,7 +102,7 @@ def test_a_failed_write_leaves_earlier_checkpoints_intact(tmp_path: Path, monkey
 
 
 def test_truncating_the_log_drops_later_steps_and_torn_lines(tmp_path: Path) -> None:
-    log = TrainLog(tmp_path / "log.jsonl")
+    log = JsonLines(tmp_path / "log.jsonl")
     assert log.records() == []
     for step in range(1, 5):
         log.write(step=step, loss=1 / step, stage="warmup")
@@ -118,7 +117,7 @@ def test_truncating_the_log_drops_later_steps_and_torn_lines(tmp_path: Path) -> 
 
 
 def test_a_loss_that_is_not_finite_is_written_as_json(tmp_path: Path) -> None:
-    log = TrainLog(tmp_path / "log.jsonl")
+    log = JsonLines(tmp_path / "log.jsonl")
     log.write(step=1, loss=float("nan"))
     assert json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail) == {"step": 1, "loss": "nan"}
 

@@ -29,9 +29,10 @@ from kv_memory.errors import (
 from kv_memory.train import gradients
 from kv_memory.train.adapters import fit_settings, new_adapter
 from kv_memory.train.batches import Batches
-from kv_memory.train.log import TrainLog
+from kv_memory.train.json_lines import JsonLines
 from kv_memory.train.optimizer import trainable
-from kv_memory.train.state import RunOptions, TrainProgress
+from kv_memory.train.report import TrainProgress
+from kv_memory.train.settings import RunOptions
 from kv_memory.train.step import StepResult, distillation_step
 from kv_memory.train.trainer import Trainer
 from tests.conftest import make_backbone
@@ -44,7 +45,7 @@ MEASURED = ("step", "stage", "loss", "parts", "keep_ratio", "lr", "grad_norm", "
 
 def curve(out: Path) -> list[dict[str, Any]]:
     """What the log says of each step, without the clock."""
-    return [{k: r[k] for k in MEASURED} for r in TrainLog(out / "log.jsonl").records() if "loss" in r]
+    return [{k: r[k] for k in MEASURED} for r in JsonLines(out / "log.jsonl").records() if "loss" in r]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_a_killed_and_resumed_run_is_bit_identical(unbroken: Path, tmp_path: Pat
         "import sys\n"
         "from pathlib import Path\n"
         "from tests.train.tiny_runs import make_trainer\n"
-        "from kv_memory.train.state import RunOptions\n"
+        "from kv_memory.train.settings import RunOptions\n"
         "told = lambda p: (print(p.step, flush=True), p.step == 5 and sys.stdin.read())\n"  # at 5 it waits to be killed
         "make_trainer(Path(sys.argv[1]), options=RunOptions(checkpoint_every=2), on_progress=told).run()\n"
     )
@@ -185,7 +186,7 @@ def test_no_examples_is_an_error_before_anything_is_written(tmp_path: Path) -> N
 def run_once(out: Path, **changes: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     settings = replace(SETTINGS, warmup_steps=1, steps=2, **changes)
     make_trainer(out, settings=settings).run()
-    return curve(out), [r for r in TrainLog(out / "log.jsonl").records() if "event" in r]
+    return curve(out), [r for r in JsonLines(out / "log.jsonl").records() if "event" in r]
 
 
 def close(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
@@ -263,7 +264,7 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path: Path, m
     assert str(out / "checkpoints/step-00000006/adapter") in str(caught.value)
     Adapter.load(out / "checkpoints/step-00000006/adapter", make_backbone())
     assert not (out / "adapter").exists()
-    assert TrainLog(out / "log.jsonl").records()[-1]["loss"] == "nan"
+    assert JsonLines(out / "log.jsonl").records()[-1]["loss"] == "nan"
 
 
 @pytest.mark.slow
