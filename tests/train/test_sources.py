@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
-from kv_memory.train.card import write_card
 from kv_memory.train.data import Source, parse_source, read_sources
+from kv_memory.train.report import Evaluation, TrainReport, write_card
 from kv_memory.train.settings import TrainSettings
-from kv_memory.train.state import Evaluation, TrainReport
 
 
 def write_set(path: Path, n: int) -> str:
@@ -83,7 +82,6 @@ def report(folder: Path, **changes: Any) -> TrainReport:
         "n_tokens": 98765,
         "elapsed_s": 7300.0,
         "settings": TrainSettings(rank=17),
-        "plotted": True,
     }
     return TrainReport(**{**figures, **changes})
 

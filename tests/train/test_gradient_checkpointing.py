@@ -19,12 +19,9 @@ from tests.train.tiny_runs import SETTINGS, examples
 
 FORMS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
-    ("llama", {"scorer": "head", "routed": "kept", "targets": ("q", "o")}),
-    ("llama", {"scorer": "token", "routed": "kept", "targets": ("q", "o"), "first_routed_layer": 2}),
-    ("llama", {"output_weight": 0.5}),
-    ("mistral", {}),
-    ("qwen3", {}),
-    ("gemma2", {}),
+    ("mistral", {"scorer": "head", "routed": "kept", "targets": ("q", "o")}),
+    ("qwen3", {"scorer": "token", "routed": "kept", "targets": ("q", "o"), "first_routed_layer": 2}),
+    ("gemma2", {"output_weight": 0.5}),
     ("gemma3", {}),
     ("phi3_longrope", {"targets": ("q", "o")}),
 ]
