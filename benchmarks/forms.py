@@ -99,7 +99,7 @@ def train(args: argparse.Namespace, name: str) -> dict[str, Any]:
         "form": name,
         "command": " ".join(command),
         "time_limit_s": args.time_limit,
-        "kl": report["evaluation"]["kl"],
+        "kl": report["kl"],
         "reconstruction": report["baseline"],
         "none": report["none"],
         "warmup_steps": report["settings"]["warmup_steps"],

@@ -168,7 +168,7 @@ def _report_rows(report: Any) -> list[tuple[str, str]]:
     ]
     if r.loss is not None:
         rows.append(("Loss", f"{r.loss:.4f}, the mean over the last steps"))
-    for ratio, kl in (r.evaluation.kl if r.evaluation else {}).items():
+    for ratio, kl in (r.kl or {}).items():
         beside = f"; selection without training {r.baseline[ratio]:.3f}" if r.baseline else ""
         beside += f", no document {r.none:.3f}" if r.none is not None else ""
         rows.append((f"KL at {ratio:g}", f"{kl:.3f}{beside}"))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from kv_memory.train.adapters import new_adapter
-from kv_memory.train.data import Source, parse_source
 from kv_memory.train.estimate import Estimate
 from kv_memory.train.gradient_checkpointing import checkpointing
-from kv_memory.train.report import Evaluation, TrainProgress, TrainReport
+from kv_memory.train.report import TrainProgress, TrainReport
 from kv_memory.train.run import OpenRun, TrainRun
 from kv_memory.train.settings import PRESETS, RunOptions, TrainSettings, preset
 from kv_memory.train.trainer import Trainer
@@ -14,10 +13,8 @@ from kv_memory.train.trainer import Trainer
 __all__ = [
     "PRESETS",
     "Estimate",
-    "Evaluation",
     "OpenRun",
     "RunOptions",
-    "Source",
     "TrainProgress",
     "TrainReport",
     "TrainRun",
@@ -25,6 +22,5 @@ __all__ = [
     "Trainer",
     "checkpointing",
     "new_adapter",
-    "parse_source",
     "preset",
 ]

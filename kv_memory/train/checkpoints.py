@@ -25,12 +25,11 @@ from safetensors.torch import load_file, save_file
 from kv_memory.datasets import Example
 from kv_memory.errors import AdapterMismatchError, CheckpointError
 from kv_memory.model.backbone import Backbone
-from kv_memory.train.report import Evaluation
 from kv_memory.train.settings import TrainSettings
 
-__all__ = ["Checkpoint", "Checkpoints", "RunState", "check_resumable", "evaluation_of", "identity"]
+__all__ = ["Checkpoint", "Checkpoints", "RunState", "by_ratio", "check_resumable", "identity"]
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 SHARD_BYTES = 15 * 2**20  # below 16 MiB, a common limit on file sizes
 _NOTE = "checkpoint.json"
 
@@ -62,7 +61,7 @@ class RunState:
         earlier_s: Seconds of the earlier parts of the run.
         pieces: Number of parts into which batches are split after the GPU ran out of memory; else 1.
         base_steps: Number of steps that the adapter was trained for before the run.
-        evaluation: Last evaluation; None before the first.
+        kl: KL of the adapter when it was last evaluated, see `TrainReport`; None before the first evaluation.
         baseline: KL of the reconstruction selector, see `TrainReport`.
         none: KL without any document, see `TrainReport`.
     """
@@ -72,7 +71,7 @@ class RunState:
     earlier_s: float = 0.0
     pieces: int = 1
     base_steps: int = 0
-    evaluation: Evaluation | None = None
+    kl: Mapping[float, float] | None = None
     baseline: Mapping[float, float] | None = None
     none: float | None = None
     _begin_s: float = field(default_factory=time.monotonic)
@@ -95,7 +94,7 @@ class RunState:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> RunState:
-        """Inverse of `to_json`; keep ratios, which are strings in JSON, become numbers again."""
+        """Inverse of `to_json`."""
         state = checkpoint.state
         return cls(
             step=checkpoint.step,
@@ -103,20 +102,15 @@ class RunState:
             earlier_s=state["elapsed_s"],
             pieces=state["pieces"],
             base_steps=state["base_steps"],
-            evaluation=evaluation_of(state),
-            baseline=None if state["baseline"] is None else _by_ratio(state["baseline"]),
+            kl=by_ratio(state["kl"]),
+            baseline=by_ratio(state["baseline"]),
             none=state["none"],
         )
 
 
-def evaluation_of(state: Mapping[str, Any]) -> Evaluation | None:
-    """The evaluation in a checkpoint's state; None if there is no state, or nothing was evaluated."""
-    found = state.get("evaluation")
-    return None if found is None else Evaluation(kl=_by_ratio(found["kl"]), score=found["score"])
-
-
-def _by_ratio(data: Mapping[str, float]) -> dict[float, float]:
-    return {float(ratio): value for ratio, value in data.items()}
+def by_ratio(data: Mapping[str, float] | None) -> dict[float, float] | None:
+    """A mapping by keep ratio from JSON, where keys are strings."""
+    return None if data is None else {float(ratio): value for ratio, value in data.items()}
 
 
 class Checkpoints:

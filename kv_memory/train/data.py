@@ -18,7 +18,7 @@ from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.model.backbone import Backbone
 from kv_memory.train.settings import WINDOW_TOKENS
 
-__all__ = ["LICENCES", "Corpus", "Source", "Window", "cut_corpus", "hold_out", "parse_source", "read_sources"]
+__all__ = ["LICENCES", "Corpus", "Window", "cut_corpus", "hold_out", "read_sources", "split_share"]
 
 PASSAGE_TOKENS = 256
 
@@ -34,41 +34,23 @@ LICENCES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """A data set to train on.
-
-    Attributes:
-        name: Name or path of the set, as for `read_examples`.
-        share: Share of its examples; above 1, some or all of them are repeated.
+def split_share(source: str) -> tuple[str, float]:
+    """The name of a set, as for `read_examples`, and the share of its examples: 0.5 of `squad:0.5`, else 1.
 
     Raises:
         ConfigError: The share is not in (0, 100].
     """
-
-    name: str
-    share: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 100:
-            raise ConfigError(f"a share must lie in (0, 100], got {self.share}", where=self.name)
-
-    def __str__(self) -> str:
-        return self.name if self.share == 1 else f"{self.name}:{self.share:g}"
-
-
-def parse_source(text: str) -> Source:
-    """Parse `squad` or `notes/train.jsonl`, or with a share of the examples: `squad:0.5`.
-
-    Raises:
-        ConfigError: The share is out of range.
-    """
-    match = _SHARE.fullmatch(text)
-    return Source(name=match["name"], share=float(match["share"])) if match else Source(name=text)
+    match = _SHARE.fullmatch(source)
+    if match is None:
+        return source, 1.0
+    share = float(match["share"])
+    if not 0 < share <= 100:
+        raise ConfigError(f"a share must lie in (0, 100], got {share}", where=match["name"])
+    return match["name"], share
 
 
 def read_sources(
-    sources: Sequence[Source],
+    sources: Sequence[str],
     *,
     seed: int = 0,
     on_error: Literal["raise", "skip"] = "raise",
@@ -77,18 +59,20 @@ def read_sources(
     """The training examples of all sets, one set after the other.
 
     Args:
-        sources: Data sets to read.
+        sources: Names or paths of the sets, each with an optional share, see `split_share`. Above 1, some or all
+            examples are repeated.
         seed: Random seed of the selection for fractional shares.
         on_error: Handling of broken records, see `read_examples`.
         on_skip: Callback for skipped records, see `read_examples`.
 
     Raises:
+        ConfigError: A share is out of range.
         DatasetError: A set is missing, unreadable or empty; or a record is broken, with `on_error="raise"`.
     """
     found: list[Example] = []
-    for source in sources:
-        examples = list(read_examples(source.name, split="train", on_error=on_error, on_skip=on_skip))
-        whole, rest = divmod(source.share, 1)
+    for name, share in map(split_share, sources):
+        examples = list(read_examples(name, split="train", on_error=on_error, on_skip=on_skip))
+        whole, rest = divmod(share, 1)
         found += examples * int(whole)
         if rest:
             found += sample(examples, max(1, round(rest * len(examples))), seed)
@@ -154,43 +138,35 @@ class Corpus:
     held_out_ids: tuple[str, ...]
 
 
-def cut_corpus(
-    pages: Sequence[Example],
-    backbone: Backbone,
-    *,
-    held_out: float = 0.2,
-    window_tokens: int = WINDOW_TOKENS,
-    passage_tokens: int = PASSAGE_TOKENS,
-) -> Corpus:
-    """Hold out pages by the hash of their ids, and cut all pages into windows and passages.
+def cut_corpus(pages: Sequence[Example], backbone: Backbone, *, window_tokens: int = WINDOW_TOKENS) -> Corpus:
+    """Hold out a fifth of the pages by the hash of their ids, and cut all pages into windows and passages.
 
     Args:
         pages: Pages from `read_examples`; their questions, if any, are ignored.
         backbone: Backbone with the tokenizer for counting, and the context window that limits the windows.
-        held_out: Share of the pages to hold out; 0 holds out no page.
         window_tokens: Longest window, in tokens.
-        passage_tokens: Longest passage, in tokens.
 
     Raises:
         DatasetError: There are no pages.
-        ConfigError: A length is below 16 tokens, or passages are longer than windows.
+        ConfigError: Windows would be shorter than 16 tokens.
     """
     if not pages:
         raise DatasetError("the corpus has no pages", next_step="Pass a folder with text or Markdown files.")
-    if not 16 <= passage_tokens <= window_tokens:
+    # Questions and answers need room behind a window.
+    window_tokens = min(window_tokens, backbone.context_window - len(backbone.prefix_ids) - 256)
+    if window_tokens < 16:
         raise ConfigError(
-            f"passages of {passage_tokens} tokens in windows of {window_tokens} tokens: passages must have at least 16 "
-            "tokens, and windows at least as many as passages",
-            where="passage_tokens",
+            f"documents of {window_tokens} tokens are too short to ask about",
+            where="max_tokens",
+            next_step="Raise max_tokens, or use a model with a longer context window.",
         )
-    most = backbone.context_window - len(backbone.prefix_ids) - 256  # room for questions and answers
-    window_tokens = min(window_tokens, max(passage_tokens, most))
-    train, kept_out = corpus_split(pages, held_out) if held_out else (list(pages), [])
+    passage_tokens = min(PASSAGE_TOKENS, window_tokens)
+    train, kept_out = corpus_split(pages, 0.2)
     if not train:  # e.g. a single page
         train, kept_out = kept_out, []
-    cut: Callable[[str, int], list[str]] = lambda text, n: split_passages(  # noqa: E731
-        text, max_tokens=n, count_tokens=backbone.count_tokens
-    )
+
+    def cut(text: str, n: int) -> list[str]:
+        return split_passages(text, max_tokens=n, count_tokens=backbone.count_tokens)
 
     def windows(page: Example) -> list[Window]:
         return [

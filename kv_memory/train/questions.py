@@ -17,7 +17,7 @@ from pathlib import Path
 from kv_memory.compress.refine.batching import Row
 from kv_memory.compress.refine.teacher import Teacher, end_ids
 from kv_memory.datasets import Question
-from kv_memory.errors import ConfigError, DatasetError
+from kv_memory.errors import DatasetError
 from kv_memory.model.backbone import Backbone
 from kv_memory.train.json_lines import JsonLines
 
@@ -25,6 +25,8 @@ __all__ = ["QuestionWriter"]
 
 STEMS = ("What", "How", "Which", "Why", "When", "Where", "Who", "")
 _REQUEST = "Write one question that the text above answers{begin}. Write the question only."
+QUESTION_TOKENS = 32  # longest question
+_TEMPERATURE = 0.3  # of the questions; above 0.5 a small model writes nonsense. Answers are greedy.
 _FEWEST_WORDS = 3  # shortest accepted question
 _MAX_ENTRIES = 16_384  # most entries copied at once; each question about a passage needs its own copy
 
@@ -36,14 +38,9 @@ class QuestionWriter:
         backbone: The model, with its prompt form.
         n_questions: Maximum number of questions for each passage. Texts that are not questions, questions without an
             answer, and duplicates are dropped.
-        question_tokens: Longest question, in tokens.
         answer_tokens: Longest answer, in tokens.
-        temperature: Sampling temperature of the questions; above 0.5 a small model writes nonsense. Answers are greedy.
         seed: Random seed of the questions.
         batch_passages: Number of passages prefilled at once.
-
-    Raises:
-        ConfigError: A number is out of range.
     """
 
     def __init__(
@@ -51,24 +48,17 @@ class QuestionWriter:
         backbone: Backbone,
         *,
         n_questions: int = 8,
-        question_tokens: int = 32,
         answer_tokens: int = 48,
-        temperature: float = 0.3,
         seed: int = 0,
         batch_passages: int = 1,
     ) -> None:
-        for name, value in (("n_questions", n_questions), ("batch_passages", batch_passages)):
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}", where=name)
         self._backbone = backbone
         self._n_questions = n_questions
         self._answer_tokens = answer_tokens
         self._seed = seed
         self._batch = batch_passages
-        self._question_tokens = question_tokens
-        self._temperature = temperature
         made_by = [backbone.weights_sha256, backbone.tokenizer_sha256, backbone.prompt.digest]
-        self._made_by = [*made_by, n_questions, question_tokens, answer_tokens, temperature, seed]
+        self._made_by = [*made_by, n_questions, QUESTION_TOKENS, answer_tokens, _TEMPERATURE, seed]
 
     def write(
         self, passages: Sequence[str], *, path: Path | None = None, on_passage: Callable[[int, int], None] | None = None
@@ -108,16 +98,16 @@ class QuestionWriter:
         stems = [STEMS[number % len(STEMS)] for number in range(self._n_questions)]
         asked = [(number, stem) for number in range(len(passages)) for stem in stems]
         openings = [self._opening(number, stem) for number, stem in asked]
-        room = max(len(row.ids) for row in openings) + self._question_tokens
-        room = max(room, len(backbone.encode_question(""))) + self._question_tokens + self._answer_tokens
+        room = max(len(row.ids) for row in openings) + QUESTION_TOKENS
+        room = max(room, len(backbone.encode_question(""))) + QUESTION_TOKENS + self._answer_tokens
         teacher = Teacher(backbone, documents, room=room, max_entries=_MAX_ENTRIES)
         # 2. Sample the questions.
         texts = self._decoded(
             teacher,
             openings,
-            most=self._question_tokens,
+            most=QUESTION_TOKENS,
             ends=self._question_ends,
-            temperature=self._temperature,
+            temperature=_TEMPERATURE,
             # A passage gets the same questions in any batch.
             seeds=[
                 _number(f"{self._seed}:{index % self._n_questions}:{passages[number]}")

@@ -18,7 +18,7 @@ from kv_memory.model.embedded import built_in
 from kv_memory.train.optimizer import Stage
 from kv_memory.train.settings import TrainSettings
 
-__all__ = ["Evaluation", "TrainProgress", "TrainReport", "plot_log", "write_card"]
+__all__ = ["TrainProgress", "TrainReport", "plot_log", "write_card"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,19 +45,6 @@ class TrainProgress:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """KL to the full cache on held-out examples, in nats per token.
-
-    Attributes:
-        kl: KL of the adapter, by keep ratio.
-        score: Mean over the keep ratios; the best checkpoint has the lowest score.
-    """
-
-    kl: Mapping[float, float]
-    score: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainReport:
     """Result of a run.
 
@@ -67,8 +54,9 @@ class TrainReport:
         n_steps: Number of steps planned.
         best_step: Step of the finished adapter: the one with the best evaluation, or the last.
         loss: Mean loss over the last 50 steps; None without steps.
-        evaluation: Evaluation of that adapter; None if nothing was evaluated.
-        baseline: KL by keep ratio of the reconstruction selector, which needs no training; None if not measured.
+        kl: KL to the full cache of that adapter by keep ratio, in nats per token, on held-out examples; None if nothing
+            was evaluated.
+        baseline: KL of the reconstruction selector, which needs no training; None if not measured.
         none: KL without any document; None if not measured.
         n_held_out: Number of documents in the evaluation.
         n_examples: Number of training examples.
@@ -82,7 +70,7 @@ class TrainReport:
     n_steps: int
     best_step: int
     loss: float | None
-    evaluation: Evaluation | None
+    kl: Mapping[float, float] | None
     baseline: Mapping[float, float] | None
     none: float | None
     n_held_out: int
@@ -220,12 +208,12 @@ def _machine(backbone: Backbone) -> str:
 
 
 def _results(report: TrainReport) -> list[str]:
-    if report.evaluation is None:
+    if report.kl is None:
         return ["It was not evaluated during training; `kv-memory eval` measures it."]
-    ratios = sorted(report.evaluation.kl, reverse=True)
-    rows = [("this adapter", report.evaluation.kl)]
+    ratios = sorted(report.kl, reverse=True)
+    rows = [("this adapter", report.kl)]
     if report.baseline is not None:
-        rows.append(("reconstruction attention (no training)", dict(report.baseline)))
+        rows.append(("reconstruction attention (no training)", report.baseline))
     lines = [
         f"KL to the full cache on its own answers about {report.n_held_out} held-out documents, nats per token (lower "
         "is better)" + ("" if report.none is None else f"; without any document: {report.none:.3f}") + ".",

@@ -22,7 +22,7 @@ from kv_memory.model.embedded import EMBEDDED
 from kv_memory.model.prompts import PromptName
 from kv_memory.train.adapters import fit_settings, new_adapter
 from kv_memory.train.checkpoints import Checkpoints
-from kv_memory.train.data import LICENCES, Corpus, Window, cut_corpus, hold_out, parse_source, read_sources
+from kv_memory.train.data import LICENCES, Corpus, Window, cut_corpus, hold_out, read_sources, split_share
 from kv_memory.train.estimate import Estimate, fit_steps
 from kv_memory.train.questions import QuestionWriter
 from kv_memory.train.report import TrainProgress, TrainReport, write_card
@@ -94,7 +94,7 @@ class TrainRun:
                 raise ConfigError(f"{name} must be at least {least}, got {value}", where=name)
         check_choice(self.prompt, PromptName, where="prompt")
         check_choice(self.dtype, DtypeName, where="dtype")
-        _ = self.settings, [parse_source(text) for text in self.data]  # both raise if they are wrong
+        _ = self.settings, [split_share(text) for text in self.data]  # both raise if they are wrong
 
     @property
     def settings(self) -> TrainSettings:
@@ -174,7 +174,7 @@ class OpenRun:
         report = self._trainer.run(resume=self._resume)
         run = self._run
         if self._accelerator.is_main_process:
-            data = [(text, LICENCES.get(parse_source(text).name)) for text in run.data]
+            data = [(text, LICENCES.get(split_share(text)[0])) for text in run.data]
             if run.corpus is not None:
                 data.append((f"documents of {run.corpus.name}, questions written by the model", None))
             begun_from = None if run.init is None else str(run.init)
@@ -236,8 +236,7 @@ def _read(run: TrainRun, on_note: Callable[[str], None]) -> tuple[list[Example],
         if skipped <= 5:
             on_note(f"Skipped: {message}")
 
-    sources = [parse_source(text) for text in run.data]
-    examples = read_sources(sources, seed=run.settings.seed, on_error=on_error, on_skip=on_skip)
+    examples = read_sources(run.data, seed=run.settings.seed, on_error=on_error, on_skip=on_skip)
     measured: list[Example] = []
     if run.options.eval_every and run.eval_data is not None:
         found = list(read_examples(run.eval_data, split="dev", on_error=on_error, on_skip=on_skip))

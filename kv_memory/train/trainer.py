@@ -11,7 +11,7 @@ import ctypes
 import logging
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +24,13 @@ from kv_memory.datasets import Example
 from kv_memory.errors import CheckpointError, DivergedError, TrainingError
 from kv_memory.train.adapters import replace_folder, save_adapter
 from kv_memory.train.batches import Batches
-from kv_memory.train.checkpoints import Checkpoint, Checkpoints, RunState, check_resumable, evaluation_of, identity
+from kv_memory.train.checkpoints import Checkpoint, Checkpoints, RunState, by_ratio, check_resumable, identity
 from kv_memory.train.estimate import Estimate, fit_steps, measure
 from kv_memory.train.evaluation import HeldOut
 from kv_memory.train.gradients import Figures, Gradients
 from kv_memory.train.json_lines import JsonLines
 from kv_memory.train.optimizer import Stage, StageOptimizer, parameters_of
-from kv_memory.train.report import Evaluation, TrainProgress, TrainReport, plot_log
+from kv_memory.train.report import TrainProgress, TrainReport, plot_log
 from kv_memory.train.settings import RunOptions, TrainSettings
 
 __all__ = ["Trainer", "already_there", "make_accelerator", "trim_heap"]
@@ -273,14 +273,13 @@ class Trainer:
     def _evaluate(self, state: RunState) -> None:
         assert self._heldout is not None
         if self._is_main:
-            kl = self._heldout.adapter(self._adapter)
-            state.evaluation = Evaluation(kl=kl, score=sum(kl.values()) / len(kl))
-            self._write_log(state, event="evaluation", kl=kl, score=state.evaluation.score)
+            state.kl = kl = self._heldout.adapter(self._adapter)
+            self._write_log(state, event="evaluation", kl=kl, score=_mean(kl))
         self._accelerator.wait_for_everyone()
 
     def _save(self, state: RunState, optimizer: StageOptimizer, *, evaluated: bool) -> None:
         if self._is_main:
-            score = state.evaluation.score if evaluated and state.evaluation is not None else None
+            score = _mean(state.kl) if evaluated and state.kl is not None else None
             parameters = {f"parameter/{name}": value for name, value in parameters_of(self._adapter).items()}
             checkpoint = Checkpoint(
                 step=state.step,
@@ -316,7 +315,7 @@ class Trainer:
             n_steps=self._n_steps,
             best_step=best,
             loss=sum(losses) / len(losses) if losses else None,
-            evaluation=evaluation_of(found),
+            kl=by_ratio(found.get("kl")),
             baseline=state.baseline,
             none=state.none,
             n_held_out=self._heldout.n_documents if self._heldout else 0,
@@ -325,6 +324,10 @@ class Trainer:
             elapsed_s=state.elapsed_s,
             settings=self.settings,
         )
+
+
+def _mean(kl: Mapping[float, float]) -> float:
+    return sum(kl.values()) / len(kl)
 
 
 def already_there(out: Path) -> CheckpointError:

@@ -51,7 +51,7 @@ def test_train_makes_and_evaluates_an_adapter_that_add_accepts(
     report = done.json
     assert report["adapter"] == "run/adapter" and report["step"] == report["n_steps"] == 3
     assert report["n_examples"] == 9 and report["n_held_out"] == 1
-    assert set(report["evaluation"]["kl"]) == set(report["baseline"]) == {"0.25", "0.125"}
+    assert set(report["kl"]) == set(report["baseline"]) == {"0.25", "0.125"}
     assert report["settings"]["rank"] == 2 and report["settings"]["eta"] == 2
     adapter = Adapter.load(tmp_path / "run/adapter", Backbone.load(tiny))
     assert adapter.config.trained_steps == report["best_step"] and adapter.config.scorer_size == 4
