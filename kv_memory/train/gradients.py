@@ -77,7 +77,7 @@ class Gradients:
         self.pieces = pieces
 
     def compute(self, step: int, stage: Stage, parameters: Parameters) -> Figures:
-        """Store the gradient of a step in `.grad` of the parameters; 0 for a parameter without influence on the loss.
+        """Store the gradient of a step in `.grad` of the parameters.
 
         Args:
             step: Number of the step, from 0 over both stages.
@@ -103,14 +103,15 @@ class Gradients:
         """The mean over the batches of a step; None if memory runs out."""
         # Batches of a step have equal weights, but parts of a batch are weighted by their loss weights, and their sum
         # is known only at the end. So each batch's gradient is computed separately, then added.
-        total = [torch.zeros_like(parameter) for parameter in parameters]
+        total: list[torch.Tensor | None] = [None] * len(parameters)
         found = []
         try:
             for number in range(self._settings.accumulate):
                 found.append((1.0, self._over_parts(self._batch(step, number), stage, parameters)))
-                for gradient, parameter in zip(total, parameters, strict=True):
+                for index, parameter in enumerate(parameters):
                     if parameter.grad is not None:
-                        gradient += parameter.grad / self._settings.accumulate
+                        mine, before = parameter.grad / self._settings.accumulate, total[index]
+                        total[index] = mine if before is None else before + mine
         except torch.OutOfMemoryError:
             return None
         for gradient, parameter in zip(total, parameters, strict=True):
@@ -159,7 +160,8 @@ class Gradients:
         if accelerator.num_processes == 1:
             return figures
         for parameter in parameters:
-            parameter.grad = accelerator.reduce(parameter.grad, "mean")
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = accelerator.reduce(grad, "mean")
         loss = accelerator.reduce(torch.tensor(figures.loss, device=accelerator.device), "mean")
         n_tokens = accelerator.reduce(torch.tensor(figures.n_tokens, device=accelerator.device), "sum")
         return Figures(loss=float(loss), parts=figures.parts, n_tokens=int(n_tokens))
