@@ -22,13 +22,14 @@ class TrainSettings:
     """Settings of a run, recorded in its checkpoints and compared when it is resumed.
 
     Attributes:
-        scorer: Kind of scorer, see `AdapterConfig`.
+        scorer: Kind of scorer: one score per token, as in the paper; per layer and KV head, from one hidden state; or
+            the same from the input of each layer.
         scorer_size: Width of the scorer's hidden layer.
-        eta: Number of the layer that supplies the scorer's input; `default_eta` if None.
-        routed: Tokens that go through the LoRA, see `AdapterConfig`.
-        budget: Distribution of entries over the heads, see `Budget`.
-        first_routed_layer: First layer with the LoRA, see `AdapterConfig`.
-        full_strength_ratio: Keep ratio above which the LoRA acts less, see `AdapterConfig`.
+        eta: Number of the layer that supplies the scorer's input, unless each layer has its own; `default_eta` if None.
+        routed: Tokens that go through the LoRA: those that are kept, as in the paper, or the whole document.
+        budget: Distribution of entries: the same number for every head, or one ranking over all heads of the model.
+        first_routed_layer: First layer with the LoRA.
+        full_strength_ratio: Keep ratio above which the LoRA acts less; at 1 it always acts in full, as in the paper.
         targets: Projections that the LoRA adapts.
         rank: Rank of the LoRA.
         alpha: Scaling of the LoRA; twice the rank if None.
