@@ -273,6 +273,8 @@ def test_two_processes_match_one_with_gradient_accumulation(tmp_path: Path) -> N
         "from pathlib import Path\n"
         "from tests.train.tiny_runs import make_trainer\n"
         "from tests.train.tiny_runs import SETTINGS, replace\n"
+        "from kv_memory.train import trainer\n"
+        "trainer.plot_log = lambda records, path: None\n"
         "make_trainer(Path(sys.argv[1]), settings=replace(SETTINGS, warmup_steps=1, steps=2)).run()\n"
     )
     with socket.socket() as free:
