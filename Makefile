@@ -135,13 +135,13 @@ TRAIN   := $(BIN)/kv-memory train --model smollm2
 GO_ON    = $(if $(wildcard $(1)/checkpoints),--resume)
 
 adapter: $(READY)
-	@$(TRAIN) runs/first --data squad --set full_strength_ratio=1 --set ratio_power=0 --lr-lora 8e-4 --warmup-steps 248 \
-	    --steps 503 --eval-every 150 --eval-documents 10 --checkpoint-every 50 $(call GO_ON,runs/first)
-	@$(TRAIN) runs/second --init runs/first/adapter --data squad --set full_strength_ratio=0.0625 --lr-lora 6e-4 \
-	    --steps 1600 --eval-every 400 --eval-documents 10 --checkpoint-every 50 $(call GO_ON,runs/second)
+	@$(TRAIN) runs/first --data squad --set full_strength_ratio=1 --set ratio_power=0 --set lr_lora=8e-4 \
+	    --set warmup_steps=248 --steps 503 --set eval_every=150 --set eval_documents=10 --set checkpoint_every=50 $(call GO_ON,runs/first)
+	@$(TRAIN) runs/second --init runs/first/adapter --data squad --set full_strength_ratio=0.0625 --set lr_lora=6e-4 \
+	    --steps 1600 --set eval_every=400 --set eval_documents=10 --set checkpoint_every=50 $(call GO_ON,runs/second)
 	@$(TRAIN) runs/shipped --init runs/second/adapter --data squad:0.3 --data fairytaleqa --data squality --data dolly \
-	    --max-tokens 1000 --set spans_per_document=2 --set warmup_weight=0.1 --lr-lora 4e-4 --seed 1 \
-	    --warmup-steps 0 --steps 747 --checkpoint-every 50 $(call GO_ON,runs/shipped)
+	    --set max_tokens=1000 --set spans_per_document=2 --set warmup_weight=0.1 --set lr_lora=4e-4 --set seed=1 \
+	    --set warmup_steps=0 --steps 747 --set checkpoint_every=50 $(call GO_ON,runs/shipped)
 
 services: setup
 	@$(BIN)/python tests/services.py

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_PAPER = ["--preset", "paper"]
+_PAPER = ["--set", "preset=paper"]
 _HEAD = ["--set", "scorer=head", "--set", "scorer_size=256"]
 
 # What it shows, and how it differs from the default. In the order of the table.
@@ -42,8 +42,8 @@ FORMS: dict[str, tuple[str, list[str]]] = {
         [*_HEAD, "--set", "first_routed_layer=6"],
     ),
     "from_layer_6": ("default, routed from layer 6 upwards", ["--set", "first_routed_layer=6"]),
-    "rank_16": ("default, rank 16", ["--rank", "16"]),
-    "rank_128": ("default, rank 128", ["--rank", "128"]),
+    "rank_16": ("default, rank 16", ["--set", "rank=16"]),
+    "rank_128": ("default, rank 128", ["--set", "rank=128"]),
     "teacher_answers": ("default, answers written by the teacher", ["--set", "answers=teacher"]),
     "outputs": ("default, a term for attention outputs", ["--set", "output_weight=0.5"]),
 }
@@ -84,8 +84,8 @@ def main() -> None:
 def train(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """One form, in a process of its own."""
     out = args.work / name
-    options = ["--time-limit", f"{args.time_limit:g}", "--eval-every", "100000"]
-    options += ["--eval-documents", str(args.eval_documents), "--lr-lora", f"{args.lr_lora:g}", *FORMS[name][1]]
+    options = ["--time-limit", f"{args.time_limit:g}", "--set", "eval_every=100000"]
+    options += ["--set", f"eval_documents={args.eval_documents}", "--set", f"lr_lora={args.lr_lora:g}", *FORMS[name][1]]
     sources = [part for source in args.data or ["squad"] for part in ("--data", source)]
     command = ["kv-memory", "train", str(out), *sources, *options]
     print(f"{name}: {' '.join(command)}", file=sys.stderr, flush=True)
@@ -99,7 +99,7 @@ def train(args: argparse.Namespace, name: str) -> dict[str, Any]:
         "form": name,
         "command": " ".join(command),
         "time_limit_s": args.time_limit,
-        "kl": report["evaluation"]["kl"],
+        "kl": report["kl"],
         "reconstruction": report["baseline"],
         "none": report["none"],
         "warmup_steps": report["settings"]["warmup_steps"],

@@ -1,7 +1,7 @@
 r"""The questions of `kv-memory demo` with the descriptions that answer them, as a file for `kv-memory eval qa`.
 
     python benchmarks/packages.py > packages.jsonl
-    kv-memory eval qa packages.jsonl --model qwen-0.5b --min-tokens 1 --method full --method none \
+    kv-memory eval qa packages.jsonl --model qwen-0.5b --set min_tokens=1 --method full --method none \
         --method reconstruction --method matched --keep-ratio 1/4 --keep-ratio 1/8 --keep-ratio 1/16
 
 `contains` is then the share of right answers, as the demo counts them. Descriptions are of the releases installed here;

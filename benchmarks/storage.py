@@ -7,8 +7,8 @@ Sizes are those of caches that the shipped adapter makes from documents of SQuAD
 file headers and positions included. Times are of caches with random numbers, heads of many lengths: a newly opened
 store finds the cache, verifies its SHA-256 and reads every key and value; and does so again, when the file needs no
 verification. The forms alternate; times are medians. The files are in the operating system's page cache. Differences
-are int8 minus bfloat16 in what `kv-memory eval` wrote with and without `--storage int8`, question by question, with 95%
-intervals from a bootstrap over documents, whose questions stay together.
+are int8 minus bfloat16 in what `kv-memory eval` wrote with and without `--set storage=int8`, question by question, with
+95% intervals from a bootstrap over documents, whose questions stay together.
 """
 
 from __future__ import annotations

@@ -128,8 +128,7 @@ def make(args: argparse.Namespace) -> dict[str, Any]:
     from kv_memory import Backbone, Compressor, Store
     from kv_memory.compress import Adapter
     from kv_memory.model.embedded import SHIPPED, adapter_folder
-    from kv_memory.train.adapters import new_adapter
-    from kv_memory.train.settings import TrainSettings
+    from kv_memory.train import TrainSettings, new_adapter
 
     backbone = Backbone.load(args.model)
     if args.selector:

@@ -78,9 +78,9 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
         "train",
         train,
         (
-            "kv-memory train runs/general --data squad --data dolly:0.5 --time-limit 14400 --eval-every 250",
+            "kv-memory train runs/general --data squad --data dolly:0.5 --time-limit 14400 --set eval_every=250",
             "kv-memory train runs/notes --corpus notes/ --init runs/general/adapter --steps 500",
-            "kv-memory train runs/general --data questions.jsonl --model Qwen/Qwen2.5-1.5B-Instruct --dry-run",
+            "kv-memory train runs/general --config run.toml --dry-run",
         ),
     ),
     (
@@ -88,7 +88,7 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
         evaluate_task,
         (
             "kv-memory eval squad --n-documents 20 --keep-ratio 1/4 --keep-ratio 1/8",
-            "kv-memory eval spans --corpus notes/ --min-tokens 600 --max-tokens 1500 --out runs/spans",
+            "kv-memory eval spans --set corpus=notes/ --set min_tokens=600 --out runs/spans",
             "kv-memory eval squad --adapter runs/adapter --method full --method none --method adapter --json",
             "kv-memory eval qa questions.jsonl --documents notes/ --keep-ratio 1/8",
         ),

@@ -4,33 +4,87 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from kv_memory.cli.config_file import (
+    ConfigOption,
+    SetOption,
+    Setting,
+    gather_settings,
+    list_settings_option,
+    of_owner,
+    settings_of,
+)
 from kv_memory.cli.options import ratio_of
 from kv_memory.cli.output import Output, reporting
 from kv_memory.cli.progress import EvalTracker
+from kv_memory.config import DtypeName, Layout, StorageName
 from kv_memory.errors import ConfigError
 from kv_memory.model.embedded import EMBEDDED
+from kv_memory.model.prompts import PromptName
 
 if TYPE_CHECKING:
     from kv_memory.compress import Adapter
-    from kv_memory.config import DtypeName, Layout, StorageName
-    from kv_memory.evaluate import Evaluation, Row
+    from kv_memory.evaluate import Row
     from kv_memory.evaluate.methods import RefineFrom
     from kv_memory.model.backbone import Backbone
-    from kv_memory.model.prompts import PromptName
 
-__all__ = ["BY", "evaluate_task", "print_rows", "report"]
+__all__ = ["EvalOptions", "evaluate_task", "print_rows", "report"]
 
-BY = typer.Option(
-    "--by",
-    metavar="NAME",
-    help="One row per value of k or place (multidoc), length or kind (ruler); repeatable; others are averaged.  "
-    "[default: k; length and kind]",
-)
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What an evaluation compares, besides the documents of its task.
+
+    Attributes:
+        methods: full, none, random, sink_recent, attention, reconstruction, matched_score, matched_fit,
+            matched_one_stage, matched_fixed_keys, matched_even_layers, matched, adapter_selection, adapter, combined or
+            refined; all that can be run if empty.
+        keep_ratios: Keep ratios; 1/2, 1/4, 1/8 and 1/16 if empty.
+        model: A built-in model, a model folder, or a Hugging Face hub id; `embedded` is qwen-0.5b, or smollm2 if only
+            that is prepared.
+        adapter: A trained adapter of that model.
+        prompt: Prompt form.
+        dtype: Dtype of the model.
+        device: Device of the model: auto (a GPU if there is one), cpu, cuda:1, ...
+        layout: Positions of documents.
+        storage: Type as which every compressed cache is saved and loaded before it is evaluated; auto leaves caches
+            unchanged.
+        refine_steps: refined: maximum number of steps.
+        refine_from: refined: start from adapter, combined, matched, reconstruction, attention or sink_recent; auto is
+            the adapter if there is one, otherwise matched.
+        generate: Decode answers; without them evaluation is faster.
+        by: One row per value of k or place (multidoc), length or kind (ruler); others are averaged. k, or length and
+            kind, if empty.
+        out: Folder for the results; the same command resumes from them.
+        time_limit_s: Time in seconds after which measuring stops.
+    """
+
+    methods: tuple[str, ...] = ()
+    keep_ratios: tuple[float, ...] = ()
+    model: str = EMBEDDED
+    adapter: Path | None = None
+    prompt: PromptName = "auto"
+    dtype: DtypeName = "auto"
+    device: str = "auto"
+    layout: Layout = "source"
+    storage: StorageName = "auto"
+    refine_steps: int = 48
+    refine_from: str = "auto"
+    generate: bool = True
+    by: tuple[str, ...] = ()
+    out: Path | None = None
+    time_limit_s: float | None = None
+
+
+def _known() -> dict[str, Setting]:
+    from kv_memory.evaluate import TaskSettings
+
+    return settings_of(EvalOptions, TaskSettings)
 
 
 def evaluate_task(
@@ -45,46 +99,30 @@ def evaluate_task(
             "question, answer} with --documents. An answer may be a list of accepted answers.",
         ),
     ] = None,
-    method: Annotated[
+    methods: Annotated[
         list[str] | None,
         typer.Option(
             "--method",
             metavar="NAME",
-            help="full, none, random, sink_recent, attention, reconstruction, matched_score, matched_fit, "
-            "matched_one_stage, matched_fixed_keys, matched_even_layers, matched, adapter_selection, "
-            "adapter, combined or refined; repeatable.  [default: all that can be run]",
+            help="full, none, matched, reconstruction, adapter, ...; repeatable.  [default: all that can be run]",
         ),
     ] = None,
-    keep_ratio: Annotated[
+    keep_ratios: Annotated[
         list[str] | None,
         typer.Option("--keep-ratio", metavar="SHARE", help="0.25 or 1/4; repeatable.  [default: 1/2, 1/4, 1/8, 1/16]"),
     ] = None,
     model: Annotated[
-        str,
-        typer.Option("--model", metavar="NAME", help="A built-in model, a model folder, or a Hugging Face hub id."),
-    ] = EMBEDDED,
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="NAME",
+            help="A built-in model, a model folder, or a Hugging Face hub id.  [default: qwen-0.5b, or smollm2 if only "
+            "that is prepared]",
+        ),
+    ] = None,
     adapter: Annotated[
         Path | None, typer.Option("--adapter", metavar="FOLDER", help="A trained adapter of that model.")
     ] = None,
-    prompt: Annotated[
-        str, typer.Option("--prompt", metavar="NAME", help="Prompt form: auto, chat, brief or passage.")
-    ] = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[
-        str, typer.Option("--device", metavar="NAME", help="auto (a GPU if there is one), cpu, cuda:1, ...")
-    ] = "auto",
-    layout: Annotated[
-        str, typer.Option("--layout", metavar="NAME", help="Positions of documents: source or packed.")
-    ] = "source",
-    storage: Annotated[
-        str,
-        typer.Option(
-            "--storage",
-            metavar="NAME",
-            help="Save and load every compressed cache as this type before it is evaluated: float32, bfloat16, float16 "
-            "or int8; 'auto' leaves caches unchanged.",
-        ),
-    ] = "auto",
     n_documents: Annotated[
         int | None,
         typer.Option(
@@ -93,108 +131,10 @@ def evaluate_task(
             help="Maximum number, with up to 5 questions each (qa: all); ruler: per kind and length.  [default: 60]",
         ),
     ] = None,
-    min_tokens: Annotated[
-        int | None, typer.Option("--min-tokens", metavar="N", help="Leave shorter documents out.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-tokens",
-            metavar="N",
-            help="Leave longer documents out; quality, squality and qa cut them.  [default: the model's window]",
-        ),
-    ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            "--seed", metavar="N", help="Seed of needles, spans, distractors, ruler, the random method and intervals."
-        ),
-    ] = 0,
-    corpus: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--corpus", metavar="PATH", help="spans: folders, files, archives or names of data sets; repeatable."
-        ),
-    ] = None,
-    held_out: Annotated[
-        float | None,
-        typer.Option("--held-out", metavar="SHARE", help="spans: only the share of documents kept out of training."),
-    ] = None,
-    haystack: Annotated[
-        Path | None,
-        typer.Option(
-            "--haystack",
-            metavar="FOLDER",
-            help="needle, ruler: texts to hide needles in.  [default: the data folder's]",
-        ),
-    ] = None,
-    length: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--length",
-            metavar="N",
-            help="needle, ruler: tokens; repeatable.  [default: 256, 512, 1024, 2048; ruler 1024, 2048]",
-        ),
-    ] = None,
-    depth: Annotated[
-        list[float] | None,
-        typer.Option("--depth", metavar="D", help="needle: in [0, 1]; repeatable.  [default: 0, 0.25, 0.5, 0.75, 1]"),
-    ] = None,
-    n_needles: Annotated[
-        int | None,
-        typer.Option("--n-needles", metavar="N", help="needle: for each length and depth.  [default: 4]"),
-    ] = None,
-    k: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--k", metavar="N", help="multidoc: passages per question; repeatable.  [default: 1, 2, 3, 5, 10]"
-        ),
-    ] = None,
-    n_places: Annotated[
-        int | None,
-        typer.Option(
-            "--n-places",
-            metavar="N",
-            help="multidoc: number of places of the right passage, evenly spread.  [default: all]",
-        ),
-    ] = None,
-    distractors: Annotated[
-        str,
-        typer.Option("--distractors", metavar="NAME", help="multidoc: passages of other articles, or of the same one."),
-    ] = "other",
-    kind: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--kind",
-            metavar="NAME",
-            help="ruler: single, multi_key, multi_value, multi_query, variable_tracking, common_words or "
-            "frequent_words; repeatable.  [default: all]",
-        ),
-    ] = None,
-    by: Annotated[list[str] | None, BY] = None,
     documents: Annotated[
         Path | None,
         typer.Option("--documents", metavar="FOLDER", help="qa: folder of the documents that its lines name."),
     ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", envvar="KV_MEMORY_DATA", metavar="FOLDER", help="Folder of the data sets."),
-    ] = None,
-    refine_steps: Annotated[
-        int, typer.Option("--refine-steps", metavar="N", help="refined: maximum number of steps.")
-    ] = 48,
-    refine_from: Annotated[
-        str,
-        typer.Option(
-            "--refine-from",
-            metavar="NAME",
-            help="refined: start from adapter, combined, matched, reconstruction, attention or sink_recent; auto is "
-            "the adapter if there is one, otherwise matched.",
-        ),
-    ] = "auto",
-    generate: Annotated[
-        bool, typer.Option("--generate/--no-generate", help="Decode answers; without them evaluation is faster.")
-    ] = True,
     out_folder: Annotated[
         Path | None,
         typer.Option("--out", metavar="FOLDER", help="Save results here; the same command resumes from them."),
@@ -202,6 +142,9 @@ def evaluate_task(
     time_limit: Annotated[
         float | None, typer.Option("--time-limit", metavar="SECONDS", help="Stop measuring after this time.")
     ] = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    list_settings: Annotated[bool, list_settings_option(_known)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line, one for each row.")] = False,
 ) -> None:
     """Measure what answers lose when documents are compressed.
@@ -214,94 +157,80 @@ def evaluate_task(
     Tasks: squad (questions about a paragraph), quality (multiple choice about a story), squality (summaries),
     needle (a sentence in a haystack), spans (the words of the document itself; for any corpus), multidoc (a question
     about one of k passages in the same context), ruler (RULER's synthetic tasks), qa (your own questions).
+
+    Often set: min_tokens and max_tokens (length of documents), corpus (spans), lengths (needle, ruler), k (multidoc),
+    by (rows of multidoc and ruler), generate (false is faster), storage, seed, data (folder of the data sets, instead
+    of KV_MEMORY_DATA), device. --list-settings prints all.
     """
     with reporting(as_json=as_json) as out:
-        out.stopped = "Nothing was saved; pass --out FOLDER to be able to resume."
-        if out_folder is not None:
-            out.stopped = f"The results so far are in {out_folder}; run the same command to resume."
-        settings: dict[str, Any] = {
+        options: dict[str, Any] = {
+            "methods": methods or None,
+            "keep_ratios": keep_ratios or None,
+            "model": model,
+            "adapter": adapter,
             "n_documents": n_documents,
-            "min_tokens": min_tokens,
-            "max_tokens": max_tokens,
-            "seed": seed,
-            "data": data,
-            "corpus": tuple(corpus) if corpus else None,
-            "held_out": held_out,
-            "haystack": haystack,
-            "lengths": tuple(length) if length else None,
-            "depths": tuple(depth) if depth else None,
-            "n_needles": n_needles,
-            "k": tuple(k) if k else None,
-            "n_places": n_places,
-            "distractors": distractors,
-            "kinds": tuple(kind) if kind else None,
             "questions": questions,
             "documents": documents,
+            "out": out_folder,
+            "time_limit_s": time_limit,
         }
-        ratios = [ratio_of(text) for text in keep_ratio or ()]
         with out.working("Starting"):
             from kv_memory.compress import RefineSettings
-            from kv_memory.config import StorageName, check_choice
             from kv_memory.evaluate import DEFAULT_KEEP_RATIOS, TaskSettings, evaluate
             from kv_memory.evaluate.aggregate import check_groups
             from kv_memory.evaluate.methods import check_methods
             from kv_memory.evaluate.tasks import find_task
             from kv_memory.evaluate.tasks.qa import read_questions
 
+            known = _known()
+            given = gather_settings(known, config=config, assignments=assignments or [], options=options)
+            chosen = EvalOptions(**of_owner(EvalOptions, known, given))
+            settings = TaskSettings(**of_owner(TaskSettings, known, given))
+        out.stopped = "Nothing was saved; pass --out FOLDER to be able to resume."
+        if chosen.out is not None:
+            out.stopped = f"The results so far are in {chosen.out}; run the same command to resume."
         # Checked before the model is loaded, so that a typo fails at once.
         find_task(task)
-        check_groups(task, by or ())
-        check_choice(storage, StorageName, where="storage")
-        check_methods(method, has_adapter=adapter is not None, refine_from=refine_from)
-        chosen = TaskSettings(**{name: value for name, value in settings.items() if value is not None})
+        check_groups(task, chosen.by)
+        check_methods(chosen.methods or None, has_adapter=chosen.adapter is not None, refine_from=chosen.refine_from)
         if task == "qa":
-            read_questions(chosen)
-        elif questions is not None:
+            read_questions(settings)
+        elif settings.questions is not None:
             raise ConfigError("only qa takes a file of questions", where=task, next_step="kv-memory eval qa FILE")
-        refine = RefineSettings(steps=refine_steps)
-        backbone, loaded = _load(out, model, adapter, dtype=dtype, device=device, prompt=prompt)
+        refine = RefineSettings(steps=chosen.refine_steps)
+        backbone, loaded = _load(out, chosen)
         with EvalTracker(out) as tracker:
             result = evaluate(
                 task,
                 backbone=backbone,
-                methods=method,
-                keep_ratios=ratios or DEFAULT_KEEP_RATIOS,
+                methods=chosen.methods or None,
+                keep_ratios=chosen.keep_ratios or DEFAULT_KEEP_RATIOS,
                 adapter=loaded,
-                settings=chosen,
+                settings=settings,
                 refine=refine,
-                refine_from=cast("RefineFrom", refine_from),
-                layout=cast("Layout", layout),
-                storage=cast("StorageName", storage),
-                generate=generate,
-                by=by,
-                out=out_folder,
-                time_limit_s=time_limit,
+                refine_from=cast("RefineFrom", chosen.refine_from),
+                layout=chosen.layout,
+                storage=chosen.storage,
+                generate=chosen.generate,
+                by=chosen.by or None,
+                out=chosen.out,
+                time_limit_s=chosen.time_limit_s,
                 on_progress=tracker,
             )
-        _print(out, result, out_folder)
+        print_rows(out, result.rows)
+        if not result.complete:
+            again = "pass --out FOLDER to be able to resume" if chosen.out is None else "run the same command to resume"
+            done = f"{result.n_finished} of {result.n_documents} documents finished"
+            out.note(f"Stopped by the time limit, {done}; {again}.")
 
 
-def _load(
-    out: Output, model: str, adapter: Path | None, *, dtype: str, device: str, prompt: str
-) -> tuple[Backbone, Adapter | None]:
-    with out.working(f"Loading the model ({model})"):
+def _load(out: Output, chosen: EvalOptions) -> tuple[Backbone, Adapter | None]:
+    with out.working(f"Loading the model ({chosen.model})"):
         from kv_memory.compress import Adapter
-        from kv_memory.config import check_choice
         from kv_memory.model.backbone import Backbone
-        from kv_memory.model.prompts import PromptName
 
-        check_choice(prompt, PromptName, where="prompt")
-        backbone = Backbone.load(
-            model, dtype=cast("DtypeName", dtype), device=device, prompt=cast("PromptName", prompt)
-        )
-        return backbone, None if adapter is None else Adapter.load(adapter, backbone)
-
-
-def _print(out: Output, result: Evaluation, folder: Path | None) -> None:
-    print_rows(out, result.rows)
-    if not result.complete:
-        again = "run the same command to resume" if folder is not None else "pass --out FOLDER to be able to resume"
-        out.note(f"Stopped by the time limit, {result.n_finished} of {result.n_documents} documents finished; {again}.")
+        backbone = Backbone.load(chosen.model, dtype=chosen.dtype, device=chosen.device, prompt=chosen.prompt)
+        return backbone, None if chosen.adapter is None else Adapter.load(chosen.adapter, backbone)
 
 
 def print_rows(out: Output, rows: Sequence[Row]) -> None:
@@ -341,7 +270,15 @@ def report(
     unpaired: Annotated[
         bool, typer.Option("--unpaired", help="Use all documents of each row, not only those that all rows have.")
     ] = False,
-    by: Annotated[list[str] | None, BY] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--by",
+            metavar="NAME",
+            help="One row per value of k or place (multidoc), length or kind (ruler); repeatable; others are averaged. "
+            " [default: k; length and kind]",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the intervals.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line, one for each row.")] = False,
 ) -> None:

@@ -155,7 +155,7 @@ def choose(
         raise DatasetError(
             f"no document of {min_tokens:,} to {max_tokens:,} tokens with questions",
             where=what,
-            next_step="Change --min-tokens and --max-tokens, or choose another set.",
+            next_step="Change min_tokens and max_tokens, or choose another set.",
         )
     return chosen
 

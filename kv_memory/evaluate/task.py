@@ -113,7 +113,7 @@ class TaskSettings:
                 f"{'documents' if together == 1 else f'{together} documents'} of {low:,} to {high:,} tokens leave no "
                 f"room for prefix, question and answer in a window of {backbone.context_window:,}",
                 where="max_tokens",
-                next_step=f"Pass --max-tokens {window} or less."
+                next_step=f"Set max_tokens to {window} or less."
                 if window > low
                 else "Use a model with a longer window.",
             )

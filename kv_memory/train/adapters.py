@@ -14,52 +14,26 @@ from kv_memory.errors import ConfigError
 from kv_memory.model.backbone import Backbone
 from kv_memory.train.settings import TrainSettings
 
-__all__ = ["fit_settings", "new_adapter", "save_adapter", "structure_of"]
+__all__ = ["fit_settings", "new_adapter", "replace_folder", "save_adapter"]
 
-STRUCTURE = (
-    "scorer",
-    "scorer_size",
-    "eta",
-    "routed",
-    "budget",
-    "first_routed_layer",
-    "targets",
-    "rank",
-    "alpha",
-)
+# Settings that determine the structure of an adapter: those that its `AdapterConfig` records, and its LoRA's.
+_CONFIG = ("scorer", "scorer_size", "eta", "routed", "budget", "first_routed_layer")
+_LORA = ("targets", "rank", "alpha")
 _TARGETS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "qkv_proj": "q"}
 
 
 def new_adapter(backbone: Backbone, settings: TrainSettings) -> Adapter:
     """Create an untrained adapter with the structure in the settings, attached to the backbone."""
-    return Adapter.create(
-        backbone,
-        rank=settings.rank,
-        alpha=settings.alpha,
-        targets=settings.targets,
-        eta=settings.eta,
-        scorer=settings.scorer,
-        scorer_size=settings.scorer_size,
-        routed=settings.routed,
-        budget=settings.budget,
-        first_routed_layer=settings.first_routed_layer,
-        full_strength_ratio=settings.full_strength_ratio,
-        seed=settings.seed,
-    )
+    structure: dict[str, Any] = {name: getattr(settings, name) for name in (*_CONFIG, *_LORA)}
+    return Adapter.create(backbone, **structure, full_strength_ratio=settings.full_strength_ratio, seed=settings.seed)
 
 
-def structure_of(adapter: Adapter) -> dict[str, Any]:
+def _structure_of(adapter: Adapter) -> dict[str, Any]:
     """The structure of an adapter, as values for the settings of the same names."""
-    config = adapter.config
     lora: Any = adapter.peft_model.peft_config["default"]
     found = {_TARGETS[name] for name in lora.target_modules}
     return {
-        "scorer": config.scorer,
-        "scorer_size": config.scorer_size,
-        "eta": config.eta,
-        "routed": config.routed,
-        "budget": config.budget,
-        "first_routed_layer": config.first_routed_layer,
+        **{name: getattr(adapter.config, name) for name in _CONFIG},
         "targets": tuple(name for name in "qkvo" if name in found),
         "rank": lora.r,
         "alpha": float(lora.lora_alpha),
@@ -67,7 +41,7 @@ def structure_of(adapter: Adapter) -> dict[str, Any]:
 
 
 def fit_settings(settings: TrainSettings, adapter: Adapter, *, given: Mapping[str, Any]) -> TrainSettings:
-    """Settings with the structure of an existing adapter.
+    """Settings with the structure of an existing adapter, which needs no warm-up unless it is chosen.
 
     Args:
         settings: Settings of the run.
@@ -77,17 +51,19 @@ def fit_settings(settings: TrainSettings, adapter: Adapter, *, given: Mapping[st
     Raises:
         ConfigError: A setting in `given` contradicts the adapter.
     """
-    structure = structure_of(adapter)
-    wrong = [f"{name} is {structure[name]!r}" for name in STRUCTURE if name in given and given[name] != structure[name]]
+    structure = _structure_of(adapter)
+    wrong = [f"{name} is {value!r}" for name, value in structure.items() if name in given and given[name] != value]
     if wrong:
         raise ConfigError(
             f"further training cannot change the structure of an adapter: {', '.join(wrong)}",
             where="init",
-            next_step="Omit these options, or train a new adapter without --init.",
+            next_step="Omit these settings, or train a new adapter without --init.",
         )
     if "full_strength_ratio" in given:
         adapter.config = replace(adapter.config, full_strength_ratio=settings.full_strength_ratio)
-    return replace(settings, **structure, full_strength_ratio=adapter.config.full_strength_ratio)
+    structure["full_strength_ratio"] = adapter.config.full_strength_ratio
+    warmup_steps = settings.warmup_steps if "warmup_steps" in given else 0
+    return replace(settings, **structure, warmup_steps=warmup_steps)
 
 
 def save_adapter(adapter: Adapter, folder: Path, *, trained_steps: int) -> None:

@@ -8,34 +8,18 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from kv_memory.compress.refine.batching import Row
 from kv_memory.datasets import Example, Question
 from kv_memory.errors import DatasetError
 from kv_memory.model.backbone import Backbone
 from kv_memory.train.settings import TrainSettings
 
-__all__ = ["Batch", "Batches", "Row"]
+__all__ = ["Batch", "Batches", "split_batch"]
 
 REPEAT = "\nRepeat: "
 CUE_TOKENS = 6  # tokens before a span, given to identify its start
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """Tokens that follow a document.
-
-    Attributes:
-        group: Index of the document group that the row follows.
-        ids: Question and answer, or request and span. The answer is missing if `wants_answer`.
-        n_asked: Number of leading tokens that belong to the question or request.
-        wants_answer: True if the teacher has to write the answer.
-    """
-
-    group: int
-    ids: tuple[int, ...]
-    n_asked: int
-    wants_answer: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +29,9 @@ class Batch:
     Attributes:
         documents: Token ids of the documents, in their wrappers.
         groups: Indices of the documents that are joined in each group, in order. Every document is in one group.
-        rows: Rows that follow the groups; at least one.
+        rows: Rows that follow the groups: a question with its answer, or a request with its span; at least one. The
+            `document` of a row is the index of its group. A question without tokens to predict (`n_wanted` of 0) is to
+            be answered by the teacher.
         keep_ratio: Keep ratio drawn for this batch.
     """
 
@@ -154,10 +140,10 @@ class Batches:
         for question in rng.sample(questions, min(most, len(questions))):
             asked = backbone.encode_question(question.text)
             if settings.answers == "teacher":
-                rows.append(Row(group=group, ids=tuple(asked), n_asked=len(asked), wants_answer=True))
+                rows.append(Row(group, tuple(asked), len(asked)))
                 continue
             answer = backbone.encode_text(" " + question.answers[0].strip())[: settings.answer_tokens]
-            rows.append(Row(group=group, ids=(*asked, *answer, *self._end), n_asked=len(asked)))
+            rows.append(Row(group, (*asked, *answer, *self._end), len(asked)))
         n_spans = settings.spans_per_document if questions else settings.spans_per_document + 2
         for _ in range(-(-n_spans // share)):
             if len(ids) >= CUE_TOKENS + 8:
@@ -166,5 +152,49 @@ class Batches:
                 request = backbone.encode(REPEAT) if rng.random() < 0.5 else []
                 asked = [*request, *ids[start : start + CUE_TOKENS]]
                 span = ids[start + CUE_TOKENS : start + CUE_TOKENS + length]
-                rows.append(Row(group=group, ids=(*asked, *span), n_asked=len(asked)))
+                rows.append(Row(group, (*asked, *span), len(asked)))
         return rows
+
+
+def split_batch(batch: Batch, n_parts: int, *, by_rows: bool) -> list[Batch]:
+    """Split a batch into parts that together have its groups and rows, each row once.
+
+    Groups are divided first, then the rows of a single group. The documents of that group are then prefilled in every
+    part.
+
+    Args:
+        batch: Batch to split; unchanged.
+        n_parts: Number of parts, a power of 2. The result has fewer if nothing is left to divide.
+        by_rows: True divides single groups by their rows, and drops parts without rows. False is for the warm-up:
+            its loss covers all documents and needs no rows.
+
+    Returns:
+        At least one part.
+    """
+    parts = [batch]
+    for _ in range(n_parts.bit_length() - 1):
+        parts = [half for part in parts for half in _halves(part, by_rows=by_rows)]
+    return [part for part in parts if part.rows] if by_rows else parts
+
+
+def _halves(batch: Batch, *, by_rows: bool) -> list[Batch]:
+    middle = len(batch.groups) // 2
+    if middle:
+        n = len(batch.groups)
+        return [_of_groups(batch, range(middle)), _of_groups(batch, range(middle, n))]
+    middle = len(batch.rows) // 2
+    if not by_rows or not middle:
+        return [batch]
+    return [replace(batch, rows=batch.rows[:middle]), replace(batch, rows=batch.rows[middle:])]
+
+
+def _of_groups(batch: Batch, chosen: Sequence[int]) -> Batch:
+    documents = [index for group in chosen for index in batch.groups[group]]
+    new_index = {old: new for new, old in enumerate(documents)}
+    new_group = {old: new for new, old in enumerate(chosen)}
+    return replace(
+        batch,
+        documents=tuple(batch.documents[index] for index in documents),
+        groups=tuple(tuple(new_index[index] for index in batch.groups[group]) for group in chosen),
+        rows=tuple(replace(row, document=new_group[row.document]) for row in batch.rows if row.document in new_group),
+    )

@@ -1,4 +1,4 @@
-"""Checkpoints: folders that are written atomically.
+"""Checkpoints: folders that are written atomically, and what they record of a run.
 
 A checkpoint is written under a temporary name, synced to disk, and renamed. It contains the parameters in full
 precision and the optimiser's state as safetensors files, a usable adapter, and `checkpoint.json` with everything else.
@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,9 +27,9 @@ from kv_memory.errors import AdapterMismatchError, CheckpointError
 from kv_memory.model.backbone import Backbone
 from kv_memory.train.settings import TrainSettings
 
-__all__ = ["Checkpoint", "Checkpoints", "check_resumable", "data_sha256", "fsync_path", "identity"]
+__all__ = ["Checkpoint", "Checkpoints", "RunState", "by_ratio", "check_resumable", "identity"]
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 SHARD_BYTES = 15 * 2**20  # below 16 MiB, a common limit on file sizes
 _NOTE = "checkpoint.json"
 
@@ -43,13 +44,73 @@ class Checkpoint:
         step: Number of steps done, over both stages.
         state: JSON-serialisable settings, hashes, evaluations and counters.
         tensors: Parameters and optimiser state, by name.
-        folder: Folder of the checkpoint; None before it is saved.
     """
 
     step: int
     state: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor] = field(repr=False)
-    folder: Path | None = None
+
+
+@dataclass(kw_only=True)
+class RunState:
+    """State that changes from step to step, besides parameters and optimiser; part of every checkpoint.
+
+    Attributes:
+        step: Number of steps done.
+        n_tokens: Number of tokens processed.
+        earlier_s: Seconds of the earlier parts of the run.
+        pieces: Number of parts into which batches are split after the GPU ran out of memory; else 1.
+        base_steps: Number of steps that the adapter was trained for before the run.
+        kl: KL of the adapter when it was last evaluated, see `TrainReport`; None before the first evaluation.
+        baseline: KL of the reconstruction selector, see `TrainReport`.
+        none: KL without any document, see `TrainReport`.
+    """
+
+    step: int = 0
+    n_tokens: int = 0
+    earlier_s: float = 0.0
+    pieces: int = 1
+    base_steps: int = 0
+    kl: Mapping[float, float] | None = None
+    baseline: Mapping[float, float] | None = None
+    none: float | None = None
+    _begin_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def here_s(self) -> float:
+        """Seconds since the start of this part of the run."""
+        return time.monotonic() - self._begin_s
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of all parts of the run."""
+        return self.earlier_s + self.here_s
+
+    def to_json(self) -> dict[str, Any]:
+        """The state for a checkpoint, without the step, which the checkpoint has itself."""
+        state = asdict(self)
+        del state["step"], state["_begin_s"], state["earlier_s"]
+        return {**state, "elapsed_s": self.elapsed_s}
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> RunState:
+        """Inverse of `to_json`."""
+        state = checkpoint.state
+        return cls(
+            step=checkpoint.step,
+            n_tokens=state["n_tokens"],
+            earlier_s=state["elapsed_s"],
+            pieces=state["pieces"],
+            base_steps=state["base_steps"],
+            kl=by_ratio(state["kl"]),
+            baseline=by_ratio(state["baseline"]),
+            none=state["none"],
+        )
+
+
+def by_ratio(data: Mapping[str, float] | None) -> dict[float, float] | None:
+    """A mapping by keep ratio from JSON, where keys are strings."""
+    return None if data is None else {float(ratio): value for ratio, value in data.items()}
 
 
 class Checkpoints:
@@ -101,10 +162,10 @@ class Checkpoints:
             note = {"version": CHECKPOINT_VERSION, "step": checkpoint.step, **checkpoint.state, "files": files}
             (scratch / _NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
             for path in [*scratch.rglob("*"), scratch]:
-                fsync_path(path)
+                _fsync(path)
             shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step, if the run was resumed before it
             os.replace(scratch, final)
-            fsync_path(self._folder)
+            _fsync(self._folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(scratch, ignore_errors=True)
             raise CheckpointError(
@@ -115,11 +176,8 @@ class Checkpoints:
         self._rotate()
         return final
 
-    def newest(self, *, device: torch.device | str = "cpu") -> Checkpoint | None:
-        """The newest intact checkpoint; None if there are no checkpoints.
-
-        Args:
-            device: Device of the loaded tensors.
+    def newest(self) -> Checkpoint | None:
+        """The newest intact checkpoint, its tensors on the CPU; None if there are no checkpoints.
 
         Raises:
             CheckpointError: All existing checkpoints are damaged.
@@ -127,7 +185,7 @@ class Checkpoints:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                return self._load(step, device)
+                return self._load(step)
             except CheckpointError as error:
                 logger.warning("skipped an unusable checkpoint: %s", error)
         if steps:
@@ -150,14 +208,11 @@ class Checkpoints:
             return {}
         return note
 
-    def _load(self, step: int, device: torch.device | str) -> Checkpoint:
+    def _load(self, step: int) -> Checkpoint:
         folder = self.folder(step)
         note = self.state(step)
-        if (
-            note.get("version") != CHECKPOINT_VERSION
-            or note.get("step") != step
-            or not isinstance(note.get("files"), dict)
-        ):
+        known_form = (note.get("version"), note.get("step")) == (CHECKPOINT_VERSION, step)
+        if not known_form or not isinstance(note.get("files"), dict):
             raise CheckpointError(
                 f"not a checkpoint of version {CHECKPOINT_VERSION}",
                 where=str(folder),
@@ -170,12 +225,12 @@ class Checkpoints:
                 if path.stat().st_size != known["size_bytes"] or _sha256(path) != known["sha256"]:
                     raise OSError(f"{name} does not match its recorded size or hash")
                 if path.parent == folder:
-                    tensors |= load_file(path, device=str(device))
+                    tensors |= load_file(path)
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"the checkpoint is damaged: {error}", where=str(folder), next_step="Remove the folder."
             ) from error
-        return Checkpoint(step=step, state=note, tensors=tensors, folder=folder)
+        return Checkpoint(step=step, state=note, tensors=tensors)
 
     def _rotate(self) -> None:
         steps = self.steps()
@@ -206,7 +261,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fsync_path(path: Path) -> None:
+def _fsync(path: Path) -> None:
     """Sync a file, or the entries of a folder, to disk."""
     is_folder = path.is_dir()
     if os.name == "nt" and is_folder:  # Windows cannot open a folder
@@ -218,48 +273,43 @@ def fsync_path(path: Path) -> None:
         os.close(handle)
 
 
-_NAMES = {"data_sha256": "the examples", "prompt": "the prompt form", "n_processes": "the number of processes"}
-
-
-def data_sha256(examples: Sequence[Example]) -> str:
-    """Hash of the examples' ids, context lengths and numbers of questions, in order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(f"{example.id}:{len(example.context)}:{len(example.questions)}\n".encode())
-    return digest.hexdigest()
-
-
 def identity(
     settings: TrainSettings, backbone: Backbone, examples: Sequence[Example], *, n_processes: int
 ) -> dict[str, Any]:
     """Everything that determines the result of a run, JSON-serialisable."""
+    data = hashlib.sha256()
+    for example in examples:
+        data.update(f"{example.id}:{len(example.context)}:{len(example.questions)}\n".encode())
     return {
         "settings": json.loads(json.dumps(asdict(settings))),  # as read back from JSON: tuples become lists
         "weights_sha256": backbone.weights_sha256,
-        "data_sha256": data_sha256(examples),
+        "data_sha256": data.hexdigest(),
         "prompt": backbone.prompt.digest,
         "n_processes": n_processes,
     }
 
 
-def check_resumable(checkpoint: Checkpoint, now: Mapping[str, Any], *, model: str) -> None:
+_NAMES = {"data_sha256": "the examples", "prompt": "the prompt form", "n_processes": "the number of processes"}
+
+
+def check_resumable(then: Mapping[str, Any], now: Mapping[str, Any], *, model: str, where: Path) -> None:
     """Raise unless a run with the identity `now` can resume from a checkpoint.
 
     Args:
-        checkpoint: Checkpoint to resume from.
+        then: State of the checkpoint, with the identity of its run.
         now: Identity of the current run, from `identity`.
         model: Name of the current model, for the message.
+        where: Folder of the checkpoint, for the message.
 
     Raises:
         AdapterMismatchError: The checkpoint belongs to other weights.
         CheckpointError: Settings, data, prompt form or number of processes differ; the message names each difference.
     """
-    then, where = checkpoint.state, str(checkpoint.folder)
     if then["weights_sha256"] != now["weights_sha256"]:
         raise AdapterMismatchError(
             f"the run used other weights ({then['weights_sha256'][:12]}) than those of {model} "
             f"({now['weights_sha256'][:12]})",
-            where=where,
+            where=str(where),
             next_step="Pass the model the run was started with (--model), or train in another folder.",
         )
     differences = [
@@ -271,7 +321,7 @@ def check_resumable(checkpoint: Checkpoint, now: Mapping[str, Any], *, model: st
     if differences:
         raise CheckpointError(
             f"the run was started with other settings or data: {'; '.join(differences)}",
-            where=where,
+            where=str(where),
             next_step="Resume with the options the run was started with, or start a new run in another folder, "
             "optionally from this run's adapter (--init).",
         )

@@ -1,16 +1,26 @@
-"""Training examples of a run: shares of several data sets, with some documents held out."""
+"""Training examples of a run: shares of several data sets, or the documents of a corpus, with some held out.
+
+An adapter for one corpus makes far smaller keep ratios usable for it (KV-Distill, 4.5). Pages are cut into windows as
+long as the documents that will be compressed, and windows into passages short enough for good questions from the model.
+A window is trained on with the questions about all its passages.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from kv_memory.datasets import Example, read_examples, sample
-from kv_memory.errors import ConfigError
+from kv_memory.datasets import Example, Question, corpus_split, read_examples, sample
+from kv_memory.documents import split_passages
+from kv_memory.errors import ConfigError, DatasetError
+from kv_memory.model.backbone import Backbone
+from kv_memory.train.settings import WINDOW_TOKENS
 
-__all__ = ["LICENCES", "Source", "hold_out", "parse_source", "read_sources"]
+__all__ = ["LICENCES", "Corpus", "Window", "cut_corpus", "hold_out", "read_sources", "split_share"]
+
+PASSAGE_TOKENS = 256
 
 _SHARE = re.compile(r"(?P<name>.+):(?P<share>\d+(\.\d*)?|\.\d+)")
 
@@ -24,41 +34,23 @@ LICENCES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """A data set to train on.
-
-    Attributes:
-        name: Name or path of the set, as for `read_examples`.
-        share: Share of its examples; above 1, some or all of them are repeated.
+def split_share(source: str) -> tuple[str, float]:
+    """The name of a set, as for `read_examples`, and the share of its examples: 0.5 of `squad:0.5`, else 1.
 
     Raises:
         ConfigError: The share is not in (0, 100].
     """
-
-    name: str
-    share: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 100:
-            raise ConfigError(f"a share must lie in (0, 100], got {self.share}", where=self.name)
-
-    def __str__(self) -> str:
-        return self.name if self.share == 1 else f"{self.name}:{self.share:g}"
-
-
-def parse_source(text: str) -> Source:
-    """Parse `squad` or `notes/train.jsonl`, or with a share of the examples: `squad:0.5`.
-
-    Raises:
-        ConfigError: The share is out of range.
-    """
-    match = _SHARE.fullmatch(text)
-    return Source(name=match["name"], share=float(match["share"])) if match else Source(name=text)
+    match = _SHARE.fullmatch(source)
+    if match is None:
+        return source, 1.0
+    share = float(match["share"])
+    if not 0 < share <= 100:
+        raise ConfigError(f"a share must lie in (0, 100], got {share}", where=match["name"])
+    return match["name"], share
 
 
 def read_sources(
-    sources: Sequence[Source],
+    sources: Sequence[str],
     *,
     seed: int = 0,
     on_error: Literal["raise", "skip"] = "raise",
@@ -67,18 +59,20 @@ def read_sources(
     """The training examples of all sets, one set after the other.
 
     Args:
-        sources: Data sets to read.
+        sources: Names or paths of the sets, each with an optional share, see `split_share`. Above 1, some or all
+            examples are repeated.
         seed: Random seed of the selection for fractional shares.
         on_error: Handling of broken records, see `read_examples`.
         on_skip: Callback for skipped records, see `read_examples`.
 
     Raises:
+        ConfigError: A share is out of range.
         DatasetError: A set is missing, unreadable or empty; or a record is broken, with `on_error="raise"`.
     """
     found: list[Example] = []
-    for source in sources:
-        examples = list(read_examples(source.name, split="train", on_error=on_error, on_skip=on_skip))
-        whole, rest = divmod(source.share, 1)
+    for name, share in map(split_share, sources):
+        examples = list(read_examples(name, split="train", on_error=on_error, on_skip=on_skip))
+        whole, rest = divmod(share, 1)
         found += examples * int(whole)
         if rest:
             found += sample(examples, max(1, round(rest * len(examples))), seed)
@@ -99,3 +93,92 @@ def hold_out(examples: Sequence[Example], n: int, *, most: float = 0.2) -> tuple
     chosen = sample(distinct.values(), min(n, int(len(distinct) * most)))
     ids = {example.id for example in chosen}
     return [example for example in examples if example.id not in ids], chosen
+
+
+@dataclass(frozen=True)
+class Window:
+    """A section of a page and its passages.
+
+    Attributes:
+        example: Text of the window, without questions.
+        passages: Passages of the window, in order.
+    """
+
+    example: Example
+    passages: tuple[str, ...]
+
+    def examples(self, questions: Sequence[Sequence[Question]]) -> list[Example]:
+        """The window with all questions; if it has several passages, also each passage with its own questions.
+
+        Args:
+            questions: Questions about each passage.
+        """
+        whole = replace(self.example, questions=tuple(question for part in questions for question in part))
+        if len(self.passages) == 1:
+            return [whole]
+        parts = [
+            replace(self.example, id=f"{self.example.id}/{number}", context=passage, questions=tuple(asked))
+            for number, (passage, asked) in enumerate(zip(self.passages, questions, strict=True))
+        ]
+        return [whole, *parts]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus cut into windows.
+
+    Attributes:
+        train: Windows to train on.
+        held_out: Windows of the held-out pages.
+        held_out_ids: Ids of the held-out pages.
+    """
+
+    train: tuple[Window, ...]
+    held_out: tuple[Window, ...]
+    held_out_ids: tuple[str, ...]
+
+
+def cut_corpus(pages: Sequence[Example], backbone: Backbone, *, window_tokens: int = WINDOW_TOKENS) -> Corpus:
+    """Hold out a fifth of the pages by the hash of their ids, and cut all pages into windows and passages.
+
+    Args:
+        pages: Pages from `read_examples`; their questions, if any, are ignored.
+        backbone: Backbone with the tokenizer for counting, and the context window that limits the windows.
+        window_tokens: Longest window, in tokens.
+
+    Raises:
+        DatasetError: There are no pages.
+        ConfigError: Windows would be shorter than 16 tokens.
+    """
+    if not pages:
+        raise DatasetError("the corpus has no pages", next_step="Pass a folder with text or Markdown files.")
+    # Questions and answers need room behind a window.
+    window_tokens = min(window_tokens, backbone.context_window - len(backbone.prefix_ids) - 256)
+    if window_tokens < 16:
+        raise ConfigError(
+            f"documents of {window_tokens} tokens are too short to ask about",
+            where="max_tokens",
+            next_step="Raise max_tokens, or use a model with a longer context window.",
+        )
+    passage_tokens = min(PASSAGE_TOKENS, window_tokens)
+    train, kept_out = corpus_split(pages, 0.2)
+    if not train:  # e.g. a single page
+        train, kept_out = kept_out, []
+
+    def cut(text: str, n: int) -> list[str]:
+        return split_passages(text, max_tokens=n, count_tokens=backbone.count_tokens)
+
+    def windows(page: Example) -> list[Window]:
+        return [
+            Window(
+                example=replace(page, id=f"{page.id}#{number}", context=text, questions=()),
+                passages=tuple(cut(text, passage_tokens)),
+            )
+            for number, text in enumerate(cut(page.context, window_tokens))
+        ]
+
+    return Corpus(
+        train=tuple(window for page in train for window in windows(page)),
+        held_out=tuple(window for page in kept_out for window in windows(page)),
+        held_out_ids=tuple(page.id for page in kept_out),
+    )

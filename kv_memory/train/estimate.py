@@ -136,8 +136,8 @@ def fit_steps(
     if steps < 1:
         raise ConfigError(
             f"a time limit of {time_limit_s:.0f} s leaves no time for a step, which takes {estimate.step_s:.1f} s",
-            where="time_limit",
-            next_step="Raise the time limit, or use shorter documents (--max-tokens).",
+            where="time_limit_s",
+            next_step="Raise the time limit, or lower max_tokens.",
         )
     return replace(settings, warmup_steps=max(0, warmup_steps), steps=steps)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,10 +12,9 @@ import torch
 
 from kv_memory.compress.adapter import Adapter
 from kv_memory.errors import TrainingError
-from kv_memory.train.batches import Batch, Batches
-from kv_memory.train.checkpointing import checkpointing
+from kv_memory.train.batches import Batch, Batches, split_batch
+from kv_memory.train.gradient_checkpointing import checkpointing
 from kv_memory.train.optimizer import Parameters, Stage
-from kv_memory.train.parts import split_batch
 from kv_memory.train.settings import TrainSettings
 from kv_memory.train.step import StepResult, distillation_step, warmup_step
 
@@ -67,7 +66,7 @@ class Gradients:
         accelerator: Any,
         gradient_checkpointing: bool = False,
         pieces: int = 1,
-        on_split: Callable[[str], None] | None = None,
+        on_split: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._adapter = adapter
         self._batches = batches
@@ -88,14 +87,11 @@ class Gradients:
         Raises:
             TrainingError: The GPU's memory does not hold the smallest part of a batch.
         """
-        while True:
-            for parameter in parameters.values():
-                parameter.grad = None
-            figures = self._try(step, stage, list(parameters.values()))
-            if figures is not None:
-                return self._over_processes(figures, parameters)
+        members = list(parameters.values())
+        while (figures := self._over_batches(step, stage, members)) is None:
             # Not inside an except clause: the exception's frames would keep alive the tensors that must be freed.
             self._halve(step, stage)
+        return self._over_processes(figures, members)
 
     def _batch(self, step: int, number: int) -> Batch:
         """The batch of this process; every accumulated batch of every process has its own number."""
@@ -103,53 +99,44 @@ class Gradients:
         count = step * self._settings.accumulate + number
         return self._batches.batch(count * accelerator.num_processes + accelerator.process_index)
 
-    def _try(self, step: int, stage: Stage, parameters: list[torch.nn.Parameter]) -> Figures | None:
-        accumulate = self._settings.accumulate
-        loss, n_tokens = 0.0, 0
-        parts: Counter[str] = Counter()
+    def _over_batches(self, step: int, stage: Stage, parameters: list[torch.nn.Parameter]) -> Figures | None:
+        """The mean over the batches of a step; None if memory runs out."""
+        # Batches of a step have equal weights, but parts of a batch are weighted by their loss weights, and their sum
+        # is known only at the end. So each batch's gradient is computed separately, then added.
+        total: list[torch.Tensor | None] = [None] * len(parameters)
+        found = []
         try:
-            for number in range(accumulate):
-                done = [p.grad for p in parameters]
-                for parameter in parameters:
-                    parameter.grad = None
-                figures = self._backward(self._batch(step, number), stage, parameters)
-                # Batches of a step have equal weights, but parts of a batch are weighted by their loss weights, and
-                # their sum is known only at the end. So each batch's gradient is computed separately, then added.
-                for parameter, before in zip(parameters, done, strict=True):
+            for number in range(self._settings.accumulate):
+                found.append((1.0, self._over_parts(self._batch(step, number), stage, parameters)))
+                for index, parameter in enumerate(parameters):
                     if parameter.grad is not None:
-                        parameter.grad /= accumulate
-                    if before is not None:
-                        parameter.grad = before if parameter.grad is None else before + parameter.grad
-                loss += figures.loss / accumulate
-                n_tokens += figures.n_tokens
-                for name, value in figures.parts.items():
-                    parts[name] += value / accumulate  # type: ignore[assignment]
+                        mine, before = parameter.grad / self._settings.accumulate, total[index]
+                        total[index] = mine if before is None else before + mine
         except torch.OutOfMemoryError:
             return None
-        return Figures(loss=loss, parts=dict(parts), n_tokens=n_tokens)
+        for gradient, parameter in zip(total, parameters, strict=True):
+            parameter.grad = gradient
+        return _mean(found)
 
-    def _backward(self, batch: Batch, stage: Stage, parameters: list[torch.nn.Parameter]) -> Figures:
-        """Compute the gradient of the mean loss of one batch, in `pieces` parts."""
-        pieces = split_batch(batch, self.pieces, by_rows=stage == "distillation")
-        loss, weight, n_tokens = 0.0, 0.0, 0
-        figures: Counter[str] = Counter()
-        for piece in pieces:
+    def _over_parts(self, batch: Batch, stage: Stage, parameters: list[torch.nn.Parameter]) -> Figures:
+        """The mean over the parts of one batch, by their weights relative to the first part's."""
+        for parameter in parameters:
+            parameter.grad = None
+        found: list[tuple[float, Figures]] = []
+        first = 0.0
+        for part in split_batch(batch, self.pieces, by_rows=stage == "distillation"):
             with checkpointing(self._adapter.backbone, enabled=self._checkpointing):
-                result = STEPS[stage](self._adapter, piece, settings=self._settings)
-            share = result.weight if len(pieces) > 1 else 1.0
-            self._accelerator.backward(result.loss * share if len(pieces) > 1 else result.loss)
-            loss += float(result.loss.detach()) * share
-            weight += share
-            n_tokens += result.n_tokens
-            for name, value in result.parts.items():
-                figures[name] += value * share  # type: ignore[assignment]
-        if len(pieces) > 1:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad /= weight
-        return Figures(
-            loss=loss / weight, parts={name: value / weight for name, value in figures.items()}, n_tokens=n_tokens
-        )
+                result = STEPS[stage](self._adapter, part, settings=self._settings)
+            first = first or result.weight
+            share = result.weight / first
+            self._accelerator.backward(result.loss * share)
+            figures = Figures(loss=float(result.loss.detach()), parts=result.parts, n_tokens=result.n_tokens)
+            found.append((share, figures))
+        weight = sum(share for share, _ in found)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad /= weight
+        return _mean(found)
 
     def _halve(self, step: int, stage: Stage) -> None:
         torch.cuda.empty_cache()
@@ -160,23 +147,32 @@ class Gradients:
             raise TrainingError(
                 f"out of GPU memory at step {step + 1}, and the batches cannot be split further",
                 where=f"{max(map(len, batch.documents))} tokens in the longest document",
-                next_step="Pass --gradient-checkpointing, or lower --max-tokens.",
+                next_step="Set gradient_checkpointing to true, or lower max_tokens.",
             )
         self.pieces *= 2
         note = f"out of GPU memory at step {step + 1}: from now on batches are processed in {self.pieces} parts"
         logger.warning(note)
-        if self._on_split is not None:
-            self._on_split(note)
+        self._on_split(note)
 
-    def _over_processes(self, figures: Figures, parameters: Parameters) -> Figures:
+    def _over_processes(self, figures: Figures, parameters: list[torch.nn.Parameter]) -> Figures:
         """The mean over processes. Rejected: DDP's wrapper, because the forward pass enters the model below it."""
         accelerator = self._accelerator
         if accelerator.num_processes == 1:
             return figures
-        for parameter in parameters.values():
+        for parameter in parameters:
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = accelerator.reduce(grad, "mean")
-        device = accelerator.device
-        loss = accelerator.reduce(torch.tensor(figures.loss, device=device), "mean")
-        n_tokens = accelerator.reduce(torch.tensor(figures.n_tokens, device=device), "sum")
+        loss = accelerator.reduce(torch.tensor(figures.loss, device=accelerator.device), "mean")
+        n_tokens = accelerator.reduce(torch.tensor(figures.n_tokens, device=accelerator.device), "sum")
         return Figures(loss=float(loss), parts=figures.parts, n_tokens=int(n_tokens))
+
+
+def _mean(found: Sequence[tuple[float, Figures]]) -> Figures:
+    """The mean by weight; numbers of tokens add up."""
+    total = sum(weight for weight, _ in found)
+    parts: Counter[str] = Counter()
+    for weight, figures in found:
+        for name, value in figures.parts.items():
+            parts[name] += value * weight / total  # type: ignore[assignment]
+    loss = sum(weight * figures.loss for weight, figures in found) / total
+    return Figures(loss=loss, parts=dict(parts), n_tokens=sum(figures.n_tokens for _, figures in found))

@@ -10,16 +10,7 @@ import torch
 from kv_memory.compress.adapter import Adapter
 from kv_memory.train.settings import TrainSettings
 
-__all__ = [
-    "Parameters",
-    "Stage",
-    "load_optimizer",
-    "make_optimizer",
-    "optimizer_tensors",
-    "parameters_of",
-    "set_rates",
-    "trainable",
-]
+__all__ = ["Parameters", "Stage", "StageOptimizer", "parameters_of", "trainable"]
 
 Stage = Literal["warmup", "distillation"]
 Parameters = dict[str, torch.nn.Parameter]
@@ -49,52 +40,66 @@ def trainable(adapter: Adapter, settings: TrainSettings, stage: Stage) -> Parame
     return chosen
 
 
-def make_optimizer(parameters: Parameters, settings: TrainSettings, stage: Stage) -> torch.optim.Optimizer:
-    """Create AdamW with a group for the LoRA, without weight decay, and one for the scorer."""
-    scorer_rate = settings.lr_scorer if stage == "warmup" else settings.lr_scorer_distil
-    groups = []
-    for kind, rate, decay in (("lora.", settings.lr_lora, 0.0), ("scorer.", scorer_rate, settings.weight_decay)):
-        members = [p for name, p in parameters.items() if name.startswith(kind)]
-        if members:
-            groups.append({"params": members, "lr": rate, "full_lr": rate, "weight_decay": decay, "name": kind[:-1]})
-    return torch.optim.AdamW(groups)
+class StageOptimizer:
+    """The parameters that a stage trains, and their AdamW: the LoRA's without weight decay, and the scorer's.
 
-
-def set_rates(optimizer: torch.optim.Optimizer, place: int, length: int, *, rise: float) -> dict[str, float]:
-    """Set the learning rates of one step: linear rise over the first share of a stage, then linear decay.
+    Learning rates rise linearly over the first share of the stage, then decay linearly; they never reach 0.
 
     Args:
-        optimizer: Optimiser from `make_optimizer`.
-        place: Index of the step in its stage, from 0.
-        length: Number of steps of the stage.
-        rise: Share of the steps in which the rate rises.
+        adapter: Adapter with the parameters; all that the stage does not train are frozen.
+        settings: Settings of the run.
+        stage: Stage of the run.
 
-    Returns:
-        The rates by group, `lora` and `scorer`. The schedule never reaches 0.
+    Attributes:
+        stage: Stage as given.
+        parameters: Trained parameters by name.
     """
-    n_rise = max(1, round(rise * length))
-    factor = min((place + 1) / n_rise, (length - place) / max(1, length - n_rise + 1))
-    for group in optimizer.param_groups:
-        group["lr"] = group["full_lr"] * factor
-    return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
+    def __init__(self, adapter: Adapter, settings: TrainSettings, stage: Stage) -> None:
+        self.stage: Stage = stage
+        self.parameters = trainable(adapter, settings, stage)
+        self._begin, self._length = 0, settings.warmup_steps
+        if stage == "distillation":
+            self._begin, self._length = settings.warmup_steps, settings.steps
+        self._n_rise = max(1, round(settings.rise * self._length))
+        scorer_rate = settings.lr_scorer if stage == "warmup" else settings.lr_scorer_distil
+        groups = []
+        for kind, rate, decay in (("lora", settings.lr_lora, 0.0), ("scorer", scorer_rate, settings.weight_decay)):
+            members = [p for name, p in self.parameters.items() if name.startswith(f"{kind}.")]
+            if members:
+                groups.append({"params": members, "lr": rate, "full_lr": rate, "weight_decay": decay, "name": kind})
+        self._optimizer = torch.optim.AdamW(groups)
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Parameters) -> dict[str, torch.Tensor]:
-    """The optimiser's state by name, without learning rates, which follow from the step."""
-    return {
-        f"{_STATE}{name}/{key}": value
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    def step(self, step: int) -> dict[str, float]:
+        """Update the parameters by their gradients, and remove those.
 
+        Args:
+            step: Number of the step, from 0 over both stages.
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Parameters, tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """Restore the state from `optimizer_tensors`."""
-    for key, value in tensors.items():
-        if key.startswith(_STATE):
-            name, _, field = key.removeprefix(_STATE).rpartition("/")
-            parameter = parameters[name]
-            # Adam's step counter is a tensor that stays on the CPU.
-            optimizer.state[parameter][field] = value if field == "step" else value.to(parameter.device)
+        Returns:
+            Learning rates by group, `lora` and `scorer`.
+        """
+        place = step - self._begin
+        factor = min((place + 1) / self._n_rise, (self._length - place) / max(1, self._length - self._n_rise + 1))
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["full_lr"] * factor
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return {group["name"]: group["lr"] for group in self._optimizer.param_groups}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The optimiser's state by name, without learning rates, which follow from the step."""
+        return {
+            f"{_STATE}{name}/{key}": value
+            for name, parameter in self.parameters.items()
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+        }
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Restore the state from `tensors`; others are ignored."""
+        for key, value in tensors.items():
+            if key.startswith(_STATE):
+                name, _, field = key.removeprefix(_STATE).rpartition("/")
+                parameter = self.parameters[name]
+                # Adam's step counter is a tensor that stays on the CPU.
+                self._optimizer.state[parameter][field] = value if field == "step" else value.to(parameter.device)

@@ -17,13 +17,16 @@ from pathlib import Path
 from kv_memory.compress.refine.batching import Row
 from kv_memory.compress.refine.teacher import Teacher, end_ids
 from kv_memory.datasets import Question
-from kv_memory.errors import ConfigError, DatasetError
+from kv_memory.errors import DatasetError
 from kv_memory.model.backbone import Backbone
+from kv_memory.train.json_lines import JsonLines
 
 __all__ = ["QuestionWriter"]
 
 STEMS = ("What", "How", "Which", "Why", "When", "Where", "Who", "")
 _REQUEST = "Write one question that the text above answers{begin}. Write the question only."
+QUESTION_TOKENS = 32  # longest question
+_TEMPERATURE = 0.3  # of the questions; above 0.5 a small model writes nonsense. Answers are greedy.
 _FEWEST_WORDS = 3  # shortest accepted question
 _MAX_ENTRIES = 16_384  # most entries copied at once; each question about a passage needs its own copy
 
@@ -35,14 +38,9 @@ class QuestionWriter:
         backbone: The model, with its prompt form.
         n_questions: Maximum number of questions for each passage. Texts that are not questions, questions without an
             answer, and duplicates are dropped.
-        question_tokens: Longest question, in tokens.
         answer_tokens: Longest answer, in tokens.
-        temperature: Sampling temperature of the questions; above 0.5 a small model writes nonsense. Answers are greedy.
         seed: Random seed of the questions.
         batch_passages: Number of passages prefilled at once.
-
-    Raises:
-        ConfigError: A number is out of range.
     """
 
     def __init__(
@@ -50,24 +48,17 @@ class QuestionWriter:
         backbone: Backbone,
         *,
         n_questions: int = 8,
-        question_tokens: int = 32,
         answer_tokens: int = 48,
-        temperature: float = 0.3,
         seed: int = 0,
         batch_passages: int = 1,
     ) -> None:
-        for name, value in (("n_questions", n_questions), ("batch_passages", batch_passages)):
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}", where=name)
         self._backbone = backbone
         self._n_questions = n_questions
         self._answer_tokens = answer_tokens
         self._seed = seed
         self._batch = batch_passages
-        self._question_tokens = question_tokens
-        self._temperature = temperature
         made_by = [backbone.weights_sha256, backbone.tokenizer_sha256, backbone.prompt.digest]
-        self._made_by = [*made_by, n_questions, question_tokens, answer_tokens, temperature, seed]
+        self._made_by = [*made_by, n_questions, QUESTION_TOKENS, answer_tokens, _TEMPERATURE, seed]
 
     def write(
         self, passages: Sequence[str], *, path: Path | None = None, on_passage: Callable[[int, int], None] | None = None
@@ -83,15 +74,16 @@ class QuestionWriter:
             DatasetError: The file cannot be read or written.
         """
         keys = [self._key(passage) for passage in passages]
-        known = _read(path) if path is not None else {}
+        file = None if path is None else _QuestionFile(path)
+        known = {} if file is None else file.load()
         todo = [index for index, key in enumerate(keys) if key not in known]
         for first in range(0, len(todo), self._batch):
             part = todo[first : first + self._batch]
             written = self._write([passages[index] for index in part])
             fresh = {keys[index]: pairs for index, pairs in zip(part, written, strict=True)}
             known |= fresh
-            if path is not None:
-                _append(path, fresh)
+            if file is not None:
+                file.append(fresh)
             if on_passage is not None:
                 on_passage(len(passages) - len(todo) + first + len(part), len(passages))
         return [tuple(Question(text=q, answers=(a,)) for q, a in known[key]) for key in keys]
@@ -106,16 +98,16 @@ class QuestionWriter:
         stems = [STEMS[number % len(STEMS)] for number in range(self._n_questions)]
         asked = [(number, stem) for number in range(len(passages)) for stem in stems]
         openings = [self._opening(number, stem) for number, stem in asked]
-        room = max(len(row.ids) for row in openings) + self._question_tokens
-        room = max(room, len(backbone.encode_question(""))) + self._question_tokens + self._answer_tokens
+        room = max(len(row.ids) for row in openings) + QUESTION_TOKENS
+        room = max(room, len(backbone.encode_question(""))) + QUESTION_TOKENS + self._answer_tokens
         teacher = Teacher(backbone, documents, room=room, max_entries=_MAX_ENTRIES)
         # 2. Sample the questions.
         texts = self._decoded(
             teacher,
             openings,
-            most=self._question_tokens,
+            most=QUESTION_TOKENS,
             ends=self._question_ends,
-            temperature=self._temperature,
+            temperature=_TEMPERATURE,
             # A passage gets the same questions in any batch.
             seeds=[
                 _number(f"{self._seed}:{index % self._n_questions}:{passages[number]}")
@@ -199,40 +191,34 @@ def _number(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
-def _read(path: Path) -> dict[str, list[tuple[str, str]]]:
-    """Questions in the file; lines that are incomplete after a kill, or have another format, are skipped."""
-    found: dict[str, list[tuple[str, str]]] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return found
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(
-            f"the questions cannot be read: {error}", where=str(path), next_step="Remove the file."
-        ) from error
-    for line in lines:
+class _QuestionFile:
+    """Questions and answers by the hash of a passage; lines that are incomplete or have another format are skipped."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def load(self) -> dict[str, list[tuple[str, str]]]:
+        found: dict[str, list[tuple[str, str]]] = {}
         try:
-            record = json.loads(line)
-            pairs = [(str(q), str(a)) for q, a in record["questions"]]
-        except (ValueError, TypeError, KeyError):
-            continue
-        found[str(record["key"])] = pairs
-    return found
+            records = JsonLines(self._path).records()
+        except OSError as error:
+            raise DatasetError(
+                f"the questions cannot be read: {error}", where=str(self._path), next_step="Remove the file."
+            ) from error
+        for record in records:
+            try:
+                found[str(record["key"])] = [(str(q), str(a)) for q, a in record["questions"]]
+            except (ValueError, TypeError, KeyError):
+                continue
+        return found
 
-
-def _append(path: Path, fresh: dict[str, list[tuple[str, str]]]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            if file.tell():  # an incomplete last line is ended first
-                file.seek(-1, 2)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            for key, pairs in fresh.items():
-                file.write(json.dumps({"key": key, "questions": pairs}, ensure_ascii=False).encode() + b"\n")
-    except OSError as error:
-        raise DatasetError(
-            f"the questions cannot be written: {error}",
-            where=str(path),
-            next_step="Free disk space, then run it again.",
-        ) from error
+    def append(self, fresh: dict[str, list[tuple[str, str]]]) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            JsonLines(self._path).append(*({"key": key, "questions": pairs} for key, pairs in fresh.items()))
+        except OSError as error:
+            raise DatasetError(
+                f"the questions cannot be written: {error}",
+                where=str(self._path),
+                next_step="Free disk space, then run it again.",
+            ) from error

@@ -1,7 +1,9 @@
-"""Settings that determine the result of a training run."""
+"""Settings that determine the result of a training run, their presets, and the options that do not affect it."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,7 +12,7 @@ from kv_memory.compress.scorer import ScorerKind
 from kv_memory.config import Budget, check_choice, check_keep_ratio
 from kv_memory.errors import ConfigError
 
-__all__ = ["PRESETS", "Answers", "TrainSettings", "preset"]
+__all__ = ["PRESETS", "WINDOW_TOKENS", "Answers", "RunOptions", "TrainSettings", "domain_settings", "preset"]
 
 Answers = Literal["people", "teacher"]
 
@@ -20,13 +22,14 @@ class TrainSettings:
     """Settings of a run, recorded in its checkpoints and compared when it is resumed.
 
     Attributes:
-        scorer: Kind of scorer, see `AdapterConfig`.
+        scorer: Kind of scorer: one score per token, as in the paper; per layer and KV head, from one hidden state; or
+            the same from the input of each layer.
         scorer_size: Width of the scorer's hidden layer.
-        eta: Number of the layer that supplies the scorer's input; `default_eta` if None.
-        routed: Tokens that go through the LoRA, see `AdapterConfig`.
-        budget: Distribution of entries over the heads, see `Budget`.
-        first_routed_layer: First layer with the LoRA, see `AdapterConfig`.
-        full_strength_ratio: Keep ratio above which the LoRA acts less, see `AdapterConfig`.
+        eta: Number of the layer that supplies the scorer's input, unless each layer has its own; `default_eta` if None.
+        routed: Tokens that go through the LoRA: those that are kept, as in the paper, or the whole document.
+        budget: Distribution of entries: the same number for every head, or one ranking over all heads of the model.
+        first_routed_layer: First layer with the LoRA.
+        full_strength_ratio: Keep ratio above which the LoRA acts less; at 1 it always acts in full, as in the paper.
         targets: Projections that the LoRA adapts.
         rank: Rank of the LoRA.
         alpha: Scaling of the LoRA; twice the rank if None.
@@ -109,29 +112,24 @@ class TrainSettings:
             check_keep_ratio(getattr(self, name), where=name)
         if self.min_ratio > self.max_ratio:
             raise ConfigError(f"min_ratio {self.min_ratio} is above max_ratio {self.max_ratio}", where="min_ratio")
-        for name in (
-            "rank",
-            "scorer_size",
-            "batch_documents",
-            "accumulate",
-            "max_tokens",
-            "span_tokens",
-            "answer_tokens",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}", where=name)
         for name in ("warmup_steps", "steps", "questions_per_document", "spans_per_document", "lr_scorer", "lr_lora"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}", where=name)
+            _check_at_least(self, 0, name)
+        for name in ("rank", "scorer_size", "batch_documents", "accumulate", "max_tokens", "span_tokens"):
+            _check_at_least(self, 1, name)
+        _check_at_least(self, 1, "answer_tokens")
+        _check_at_least(self, 2, "most_joined")
         for name in ("forward_weight", "composition_share", "rise", "question_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}", where=name)
-        if self.most_joined < 2:
-            raise ConfigError(f"most_joined must be at least 2, got {self.most_joined}", where="most_joined")
         if self.questions_per_document + self.spans_per_document == 0:
             raise ConfigError(
                 "questions_per_document and spans_per_document must not both be 0", where="questions_per_document"
             )
+
+
+def _check_at_least(settings: object, least: int, name: str) -> None:
+    if getattr(settings, name) < least:
+        raise ConfigError(f"{name} must be at least {least}, got {getattr(settings, name)}", where=name)
 
 
 PRESETS: dict[str, TrainSettings] = {
@@ -158,3 +156,59 @@ def preset(name: str, **changes: object) -> TrainSettings:
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}", where="preset", next_step=f"Use one of {', '.join(PRESETS)}.")
     return replace(PRESETS[name], **changes)  # type: ignore[arg-type]
+
+
+WINDOW_TOKENS = 1500  # longest window of a corpus
+# Differences from training on question data sets: keep ratios down to 1/200, long documents, more spans.
+_DOMAIN = {"min_ratio": 0.005, "max_ratio": 0.3, "max_tokens": WINDOW_TOKENS + 36, "spans_per_document": 3}
+
+
+def domain_settings(settings: TrainSettings, *, given: Iterable[str] = ()) -> TrainSettings:
+    """Settings for domain tuning; explicitly chosen ones are not changed.
+
+    Args:
+        settings: Settings of a preset, with the user's changes.
+        given: Names of the settings that the user chose explicitly.
+    """
+    chosen = set(given)
+    changes = {name: value for name, value in _DOMAIN.items() if name not in chosen}
+    if "min_ratio" in chosen:
+        changes.pop("max_ratio", None)  # the given min_ratio may be above our max_ratio
+    if "max_ratio" in chosen and settings.max_ratio < _DOMAIN["min_ratio"]:
+        changes["min_ratio"] = settings.max_ratio
+    return replace(settings, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options of a run that do not affect the result of a step.
+
+    Attributes:
+        checkpoint_every: Number of steps between checkpoints.
+        keep_checkpoints: Number of newest checkpoints to keep, in addition to the best.
+        eval_every: Number of steps between evaluations; 0 for no evaluation. Each is followed by a checkpoint.
+        eval_ratios: Keep ratios of the evaluations.
+        time_limit_s: Time in seconds after which the run writes a checkpoint and stops; None for no limit.
+        fit_steps: Fit the numbers of steps to the time limit, instead of taking them from the settings.
+        gradient_checkpointing: Recompute layers in the backward pass: much less memory, and a third more time.
+
+    Raises:
+        ConfigError: A number is out of range, or `fit_steps` is set without a time limit.
+    """
+
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    eval_every: int = 0
+    eval_ratios: tuple[float, ...] = (0.25, 0.125, 0.0625)
+    time_limit_s: float | None = None
+    fit_steps: bool = False
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, 1, "checkpoint_every")
+        _check_at_least(self, 1, "keep_checkpoints")
+        _check_at_least(self, 0, "eval_every")
+        if self.time_limit_s is not None and not 0 < self.time_limit_s < math.inf:
+            raise ConfigError(f"time_limit_s must be above 0, got {self.time_limit_s}", where="time_limit_s")
+        if self.fit_steps and self.time_limit_s is None:
+            raise ConfigError("fit_steps needs a time limit", where="time_limit_s")

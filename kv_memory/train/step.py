@@ -1,34 +1,48 @@
-"""One distillation step: the divergence of a student with a distilled cache from the teacher with the full cache."""
+"""The loss of one step, in both stages.
+
+Stage (a), the warm-up: the scorer learns the attention that each token receives from the text after the document. The
+labels are the highest attention that a token receives, in each layer and KV head, while the model repeats the document
+(the reconstruction selector's scores, KVzip) and while it prefills questions and their answers. They are dense, whereas
+the gradient of distillation covers only kept tokens.
+
+Stage (b), distillation: the divergence of a student with a distilled cache from the teacher with the full cache.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.prefill import pad, prefill_documents
-from kv_memory.compress.refine.batching import Entries, gather_entries, join_entries
-from kv_memory.compress.refine.loss import distillation_loss, kl_divergence
-from kv_memory.config import n_kept_for
+from kv_memory.compress.refine.batching import Entries, Row, RowBatch, batch_rows, gather_entries, join_entries
+from kv_memory.compress.refine.loss import distillation_loss
+from kv_memory.compress.refine.teacher import end_ids
+from kv_memory.compress.scorer import attention_scores
+from kv_memory.config import Budget, n_kept_for
+from kv_memory.model.attention import ForwardContext, attention_probabilities
 from kv_memory.model.backbone import Backbone
-from kv_memory.train.batches import Batch, Row
+from kv_memory.model.kv_cache import NEVER
+from kv_memory.train.batches import Batch
 from kv_memory.train.settings import TrainSettings
-from kv_memory.train.warmup import LabelRows, received_attention, repetition, scorer_loss
 
 __all__ = [
-    "Followed",
     "StepResult",
-    "distillation_loss",
+    "WeightedRows",
+    "answered_rows",
     "distillation_step",
-    "follow",
-    "kl_divergence",
     "output_error",
+    "received_attention",
+    "repetitions",
+    "scorer_loss",
     "warmup_step",
+    "weighted_rows",
 ]
 
-UNEVEN = 1.4  # a row longer than the shortest row of a part by more than this factor starts a new part
+REQUEST = "\n\nRepeat the previous text exactly.\n"
 
 
 @dataclass(frozen=True)
@@ -49,76 +63,41 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class Followed:
-    """Rows of a batch, of similar length, as tensors.
+class WeightedRows:
+    """Rows of similar length, and the weights of their predictions.
 
     Attributes:
-        ids: `(rows, n)`, token ids, padded on the right.
-        lengths: `(rows,)`, length of each row in tokens.
-        groups: `(rows,)`, index of the document group that each row follows.
-        wanted: Bool `(rows, n)`, True where the next token is predicted.
+        rows: The rows; `wanted` covers answers and spans, and with `question_weight` also questions and requests.
         weights: `(n_wanted,)`, loss weight of each prediction.
     """
 
-    ids: torch.Tensor
-    lengths: torch.Tensor
-    groups: torch.Tensor
-    wanted: torch.Tensor
+    rows: RowBatch
     weights: torch.Tensor
 
     def ask(self, backbone: Backbone, entries: Entries, *, outputs: list[torch.Tensor] | None = None) -> torch.Tensor:
         """Logits at the wanted tokens: `(n_wanted, vocab_size)`; `outputs` as in `Entries.ask`."""
-        return entries.ask(backbone, self.ids, self.lengths, self.groups, self.wanted, outputs=outputs)
+        rows = self.rows
+        return entries.ask(backbone, rows.ids, rows.lengths, rows.documents, rows.wanted, outputs=outputs)
 
 
-def follow(batch: Batch, teacher: Entries, backbone: Backbone, settings: TrainSettings) -> list[Followed]:
-    """The rows of a batch, in parts of similar length; a row that needs an answer gets the teacher's greedy answer.
-
-    A single part was rejected: with a span of 46 tokens beside questions of 20, most of the computation is padding.
-    """
-    device = backbone.device
-    rows = [list(row.ids) for row in batch.rows]
-    open_rows = [index for index, row in enumerate(batch.rows) if row.wants_answer]
-    if open_rows:
-        ids, lengths = pad([rows[index] for index in open_rows], device=device)
-        groups = torch.tensor([batch.rows[index].group for index in open_rows], device=device)
-        answers = _greedy(backbone, teacher, ids, lengths, groups, settings.answer_tokens)
-        for index, answer in zip(open_rows, answers, strict=True):
-            rows[index] += answer
-    parts: list[list[int]] = []
-    for index in sorted(range(len(rows)), key=lambda index: len(rows[index])):
-        if not parts or len(rows[index]) > UNEVEN * len(rows[parts[-1][0]]):
-            parts.append([])
-        parts[-1].append(index)
-    return [_as_tensors([rows[i] for i in part], [batch.rows[i] for i in part], settings, device) for part in parts]
-
-
-def _as_tensors(ids_of: list[list[int]], rows: list[Row], settings: TrainSettings, device: torch.device) -> Followed:
-    ids, lengths = pad(ids_of, device=device)  # (rows, n), (rows,)
-    place = torch.arange(ids.shape[1], device=device)  # (n,)
-    asked = torch.tensor([row.n_asked for row in rows], device=device)[:, None]  # (rows, 1)
-    # The logits at token i predict token i + 1, so the first answer token is predicted at the last question token.
-    told = (place >= asked - 1) & (place < lengths[:, None] - 1)  # (rows, n): answers and spans
-    question = (place < asked - 1) & (settings.question_weight > 0)  # (rows, n): questions and requests
-    wanted = told | question
-    return Followed(
-        ids=ids,
-        lengths=lengths,
-        groups=torch.tensor([row.group for row in rows], device=device),
-        wanted=wanted,
-        weights=(told + question * settings.question_weight)[wanted].float(),
-    )
+def answered_rows(batch: Batch, teacher: Entries, backbone: Backbone, settings: TrainSettings) -> list[Row]:
+    """The rows of a batch; a question without an answer gets the teacher's greedy answer."""
+    rows = list(batch.rows)
+    asked = [index for index, row in enumerate(rows) if not row.n_wanted]
+    if asked:
+        answers = _greedy(backbone, teacher, [rows[index] for index in asked], settings.answer_tokens)
+        for index, answer in zip(asked, answers, strict=True):
+            rows[index] = replace(rows[index], ids=(*rows[index].ids, *answer))
+    return rows
 
 
 @torch.no_grad()
-def _greedy(
-    backbone: Backbone, teacher: Entries, ids: torch.Tensor, lengths: torch.Tensor, groups: torch.Tensor, most: int
-) -> list[list[int]]:
+def _greedy(backbone: Backbone, teacher: Entries, rows: Sequence[Row], most: int) -> list[list[int]]:
     """Greedy answers of at most `most` tokens, each up to and including its end token."""
-    cache = teacher.cache(groups)
-    stop = backbone.prompt.stop
-    ends = {backbone.tokenizer.eos_token_id, *(backbone.encode(stop[0])[:1] if stop else [])}
-    answers: list[list[int]] = [[] for _ in range(len(ids))]
+    ids, lengths = pad([row.ids for row in rows], device=backbone.device)
+    cache = teacher.cache(torch.tensor([row.document for row in rows], device=backbone.device))
+    ends = end_ids(backbone)
+    answers: list[list[int]] = [[] for _ in rows]
     logits = backbone.logits(ids, cache, lengths=lengths)
     for _ in range(most):
         tokens = logits.argmax(-1)
@@ -129,6 +108,142 @@ def _greedy(
             break
         logits = backbone.logits(tokens[:, None], cache)
     return answers
+
+
+def weighted_rows(rows: Sequence[Row], backbone: Backbone, settings: TrainSettings) -> list[WeightedRows]:
+    """Answered rows in batches of similar length, with the weights of their predictions.
+
+    A single batch was rejected: with a span of 46 tokens beside questions of 20, most of the computation is padding.
+    """
+    found = []
+    for part in _by_length(rows, backbone):
+        told = part.wanted  # (rows, n): answers and spans
+        place = torch.arange(told.shape[1], device=told.device)
+        question = ~told & (place < part.lengths[:, None] - 1) & (settings.question_weight > 0)  # and requests
+        wanted = told | question
+        weights = (told + question * settings.question_weight)[wanted].float()
+        found.append(WeightedRows(replace(part, wanted=wanted), weights))
+    return found
+
+
+def _by_length(rows: Sequence[Row], backbone: Backbone) -> list[RowBatch]:
+    return batch_rows(rows, at_once=len(rows), device=backbone.device, max_tokens=sys.maxsize)
+
+
+# -- stage (a): the scorer alone -------------------------------------------------------------------------------------
+
+
+def warmup_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings) -> StepResult:
+    """Compute the loss of the scorer alone, without the LoRA; arguments as in `distillation_step`."""
+    # 1. Prefill with the frozen weights; the scorer scores every token. How many entries are kept does not matter.
+    backbone = adapter.backbone
+    ids, lengths = pad(batch.documents, device=backbone.device)
+    one = torch.ones(len(batch.documents), dtype=torch.int64, device=backbone.device)
+    reading = prefill_documents(adapter, ids, lengths, one, routed=False)
+    # 2. Labels: the attention that each token receives from a repetition of the document and from the rows.
+    full = gather_entries(backbone, reading.cache, lengths)
+    rows = answered_rows(batch, full, backbone, settings)
+    labels = received_attention(backbone, full, _label_rows(batch, rows, backbone))
+    # 3. Squared error of the scores.
+    loss = scorer_loss(reading.scores, labels, lengths, budget=adapter.config.budget)
+    n_tokens = int(lengths.sum())
+    return StepResult(loss=loss, parts={"scorer": float(loss.detach())}, n_tokens=2 * n_tokens, weight=n_tokens)
+
+
+def repetitions(backbone: Backbone, documents: Sequence[Sequence[int]]) -> list[Row]:
+    """One row for each document: a request to repeat it, and the document."""
+    request = backbone.encode(REQUEST)
+    return [Row(index, (*request, *document), len(request)) for index, document in enumerate(documents)]
+
+
+def _label_rows(batch: Batch, rows: Sequence[Row], backbone: Backbone) -> list[Row]:
+    """The rows that supply the scorer's labels: repetitions, and the rows that follow a single document."""
+    # Rows behind joined documents are left out: the labels are computed on each document's own entries.
+    alone = [
+        replace(row, document=batch.groups[row.document][0]) for row in rows if len(batch.groups[row.document]) == 1
+    ]
+    return [*repetitions(backbone, batch.documents), *alone]
+
+
+@torch.no_grad()
+def received_attention(backbone: Backbone, entries: Entries, rows: Sequence[Row]) -> torch.Tensor:
+    """The highest attention that each token of each document receives from the rows after it.
+
+    Args:
+        backbone: The model.
+        entries: All entries of the documents.
+        rows: Rows that follow the documents.
+
+    Returns:
+        `(num_layers, documents, num_kv_heads, n_tokens)`, float32, in 0 to 1.
+    """
+    n_prefix = len(backbone.prefix_ids)
+    shape = list(entries.keys.shape[:4])
+    shape[3] -= n_prefix
+    received = torch.zeros(shape, device=backbone.device)
+    for part in _by_length(rows, backbone):
+        visible = entries.positions[0, part.documents, 0] != NEVER
+        observer = _Received(received, n_prefix=n_prefix, visible=visible, asked=part)
+        cache = entries.cache(part.documents)
+        backbone.prefill(part.ids, cache, lengths=part.lengths, context=ForwardContext(observer=observer))
+    return received
+
+
+class _Received:
+    """An `AttentionObserver` that records the highest attention of each document's tokens from the rows after it."""
+
+    def __init__(self, received: torch.Tensor, *, n_prefix: int, visible: torch.Tensor, asked: RowBatch) -> None:
+        self._received = received
+        self._n_prefix = n_prefix
+        self._visible = visible
+        self._asked = asked
+
+    def observe(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        *,
+        scaling: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> None:
+        """See `AttentionObserver`; sliding windows are ignored, so tokens outside a window count as visible."""
+        # 1. Attention weights under a causal mask, without the padding of shorter documents.
+        new, length = query.shape[2], key.shape[2]
+        mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)  # (new, length)
+        mask = mask & torch.nn.functional.pad(self._visible, (0, new), value=True)[:, None, None]
+        weights = attention_probabilities(query, key, mask, scaling=scaling, softcap=softcap)
+        # 2. Maximum over the query heads of each KV head, and over the real tokens of each row.
+        here = weights[..., self._n_prefix : length - new].unflatten(1, (key.shape[1], -1))
+        real = torch.arange(new, device=query.device) < self._asked.lengths[:, None]  # (rows, new)
+        highest = (here * real[:, None, None, :, None]).amax((2, 3))  # (rows, kv_heads, tokens)
+        # 3. Maximum over the rows of each document.
+        documents = self._asked.documents[:, None, None].expand_as(highest)
+        self._received[layer].scatter_reduce_(0, documents, highest, "amax")
+
+
+def scorer_loss(scores: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor, *, budget: Budget) -> torch.Tensor:
+    """Mean squared error of scores from the targets of `attention_scores`.
+
+    Args:
+        scores: `(num_layers, documents, num_kv_heads or 1, n_tokens)`.
+        labels: `(num_layers, documents, num_kv_heads, n_tokens)`, from `received_attention`.
+        lengths: `(documents,)`, length of each document in tokens.
+        budget: Distribution of entries over the heads, see `Budget`.
+
+    Returns:
+        Scalar loss.
+    """
+    real = torch.arange(labels.shape[-1], device=labels.device) < lengths.to(labels.device)[:, None]
+    real = real[None, :, None].expand_as(labels)
+    target = attention_scores(labels, real, budget=budget)
+    if scores.shape[2] == 1:  # one score per token: its best target is the mean over layers and heads
+        target, real, scores = target.mean((0, 2), keepdim=True), real[:1, :, :1], scores[:1]
+    return ((scores - target).square() * real).sum() / real.sum()
+
+
+# -- stage (b): scorer and LoRA --------------------------------------------------------------------------------------
 
 
 def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings) -> StepResult:
@@ -151,7 +266,8 @@ def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings
         apart = gather_entries(backbone, cache, lengths)  # keys: (num_layers, documents, num_kv_heads, n, head_dim)
         full = join_entries(backbone, apart, lengths, batch.groups)  # the same, with groups in place of documents
         # 2. Teacher logits over the rows. The teacher first decodes the answers that are missing.
-        parts = follow(batch, full, backbone, settings)
+        rows = answered_rows(batch, full, backbone, settings)
+        parts = weighted_rows(rows, backbone, settings)
         attended: list[list[torch.Tensor]] = [[] for _ in parts]
         with_outputs = settings.output_weight > 0
         taught = [
@@ -185,45 +301,13 @@ def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings
         loss = loss + settings.output_weight * scale * outputs_apart
         figures["outputs"] = float(outputs_apart.detach())
     if settings.warmup_weight > 0:
-        labels = received_attention(backbone, apart, _askings(batch, parts, backbone))
+        labels = received_attention(backbone, apart, _label_rows(batch, rows, backbone))
         extra = scorer_loss(reading.scores, labels, lengths, budget=adapter.config.budget)
         loss = loss + settings.warmup_weight * extra
         figures["scorer"] = float(extra.detach())
     figures["keep_ratio"] = batch.keep_ratio
-    n_tokens = int(lengths.sum()) + sum(int(part.lengths.sum()) for part in parts)
+    n_tokens = int(lengths.sum()) + sum(len(row.ids) for row in rows)
     return StepResult(loss=loss, parts=figures, n_tokens=n_tokens, weight=float(weight))
-
-
-def _askings(batch: Batch, parts: list[Followed], backbone: Backbone) -> list[LabelRows]:
-    """The rows that supply the scorer's attention labels: repetitions, and the rows that follow a single document."""
-    askings = [repetition(backbone, batch.documents)]
-    # Rows behind joined documents are left out: the labels are computed on each document's own entries.
-    alone = torch.tensor([group[0] if len(group) == 1 else -1 for group in batch.groups], device=backbone.device)
-    for part in parts:
-        documents = alone[part.groups]
-        if bool((documents >= 0).any()):
-            chosen = documents >= 0
-            askings.append(LabelRows(part.ids[chosen], part.lengths[chosen], documents[chosen]))
-    return askings
-
-
-def warmup_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings) -> StepResult:
-    """Compute the loss of the scorer alone, without the LoRA; arguments as in `distillation_step`."""
-    # 1. Prefill with the frozen weights; the scorer scores every token. How many entries are kept does not matter.
-    backbone = adapter.backbone
-    ids, lengths = pad(batch.documents, device=backbone.device)
-    n_documents = len(batch.documents)
-    one = torch.ones(n_documents, dtype=torch.int64, device=backbone.device)
-    reading = prefill_documents(adapter, ids, lengths, one, routed=False)
-    # 2. Labels: the attention that each token receives from a repetition of the document and from the rows.
-    full = gather_entries(backbone, reading.cache, lengths)
-    parts = follow(batch, full, backbone, settings)
-    labels = received_attention(backbone, full, _askings(batch, parts, backbone))
-    # 3. Squared error of the scores.
-    loss = scorer_loss(reading.scores, labels, lengths, budget=adapter.config.budget)
-    n_tokens = int(lengths.sum())
-    figures = {"scorer": float(loss.detach())}
-    return StepResult(loss=loss, parts=figures, n_tokens=2 * n_tokens, weight=n_tokens)
 
 
 def output_error(teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor]) -> torch.Tensor:

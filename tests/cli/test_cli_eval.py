@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kv_memory.cli.eval import ratio_of
+from kv_memory.cli.options import ratio_of
 from kv_memory.errors import ConfigError
 from tests.cli.ran import Ran
 from tests.evaluate.conftest import prose, write
@@ -37,7 +37,7 @@ def squad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def options(tiny: Path) -> list[str]:
-    chosen = ["--model", str(tiny), "--prompt", "passage", "--keep-ratio", "1/4"]
+    chosen = ["--model", str(tiny), "--set", "prompt=passage", "--keep-ratio", "1/4"]
     return [*chosen, *(f"--method={name}" for name in ("full", "none", "sink_recent"))]
 
 
@@ -72,21 +72,22 @@ def test_a_stopped_evaluation_resumes_and_is_reported(kv: Kv, squad: Path, optio
 
 
 def test_multidoc_and_ruler_tasks(kv: Kv, squad: Path, options: list[str], tmp_path: Path) -> None:
-    multidoc = ["eval", "multidoc", *options, "--distractors", "same", "--k", "2", "--no-generate", "--out", "run"]
+    write(tmp_path / "multidoc.toml", 'distractors = "same"\nk = [2]\ngenerate = false\n')
+    multidoc = ["eval", "multidoc", *options, "--config", "multidoc.toml", "--out", "run"]
     rows = [json.loads(line) for line in kv(*multidoc, "--json").out.splitlines()]
     assert [list(row) for row in rows] == [["task", "k", *KEYS[1:]]] * 4
     assert [(row["k"], row["method"], row["n"]) for row in rows] == [
         (2, name, 4) for name in ("full", "full+joined", "none", "sink_recent")
     ]
-    at_places = kv(*multidoc, "--by", "k", "--by", "place").out.splitlines()
+    at_places = kv(*multidoc, "--set", "by=k,place").out.splitlines()
     assert at_places[0].split()[:4] == ["k", "place", "method", "kept"]
     assert [line.split()[:3] for line in at_places[1:]] == [
         ["2", place, row["method"]] for place in "12" for row in rows
     ]
     assert kv("report", "run", "--by", "k", "--by", "place").out.splitlines() == at_places
     write(tmp_path / "essay.txt", "The ferry met the whale and then the walrus. " * 40)
-    chosen = ["--haystack", "essay.txt", "--length", "600", "--kind", "single", "--n-documents", "2", "--no-generate"]
-    made = kv("eval", "ruler", *options, *chosen, "--json")
+    chosen = ["haystack=essay.txt", "lengths=600", "kinds=single", "n_documents=2", "generate=false"]
+    made = kv("eval", "ruler", *options, *(f"--set={text}" for text in chosen), "--json")
     assert [(row["length"], row["kind"], row["n"]) for row in map(json.loads, made.out.splitlines())] == [
         (600, "single", 2)
     ] * 3
@@ -98,23 +99,23 @@ def test_multidoc_and_ruler_tasks(kv: Kv, squad: Path, options: list[str], tmp_p
         (["sqaud"], 2, "unknown task 'sqaud'"),
         (["squad", "--method", "fool"], 2, "unknown method 'fool'"),
         (["squad", "--method", "adapter"], 2, "method 'adapter' needs an adapter"),
-        (["squad", "--keep-ratio", "1/0"], 2, "--keep-ratio must be a number or a fraction"),
+        (["squad", "--keep-ratio", "1/0"], 2, "keep_ratios must be a number or a fraction"),
         (["squad", "--keep-ratio", "3"], 2, "keep_ratio must lie in (0, 1]"),
         (["squad", "--n-documents", "0"], 2, "n_documents must be at least 1"),
-        (["squad", "--prompt", "poem"], 2, "unknown prompt 'poem'"),
+        (["squad", "--set", "prompt=poem"], 2, "prompt must be one of auto, chat, brief, passage, got 'poem'"),
         (["squad", "--adapter", "nowhere"], 1, "not an adapter folder"),
         (["quality"], 1, "the set quality (dev) was not found"),
         (["spans"], 2, "spans needs a corpus"),
-        (["squad", "--by", "k"], 2, "rows of squad cannot be grouped by 'k'"),
-        (["multidoc", "--k", "0"], 2, "k must be at least 1 passage each"),
-        (["multidoc", "--distractors", "none"], 2, "unknown distractors 'none'"),
-        (["multidoc", "--k", "2"], 1, "no passage has 1 distractors from other articles"),
-        (["ruler", "--kind", "singel"], 2, "unknown kind 'singel'"),
+        (["squad", "--set", "by=k"], 2, "rows of squad cannot be grouped by 'k'"),
+        (["multidoc", "--set", "k=0"], 2, "k must be at least 1 passage each"),
+        (["multidoc", "--set", "distractors=none"], 2, "distractors must be one of other, same"),
+        (["multidoc", "--set", "k=2"], 1, "no passage has 1 distractors from other articles"),
+        (["ruler", "--set", "kinds=singel"], 2, "kinds must be one of single, multi_key"),
         (["ruler"], 1, "no haystack is given"),
     ],
 )
 def test_invalid_input_is_refused(kv: Kv, squad: Path, tiny: Path, args: list[str], code: int, said: str) -> None:
-    done = kv("eval", *args, "--model", tiny, *([] if "--prompt" in args else ["--prompt", "passage"]))
+    done = kv("eval", *args, "--model", tiny, *([] if "prompt=poem" in args else ["--set", "prompt=passage"]))
     assert (done.code, done.out) == (code, "")
     assert said in done.err
 

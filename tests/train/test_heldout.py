@@ -13,9 +13,9 @@ from kv_memory.compress.adapter import Adapter
 from kv_memory.errors import ConfigError
 from kv_memory.train.adapters import new_adapter
 from kv_memory.train.data import hold_out
-from kv_memory.train.heldout import HeldOut
-from kv_memory.train.log import TrainLog
-from kv_memory.train.state import RunOptions
+from kv_memory.train.evaluation import HeldOut
+from kv_memory.train.json_lines import JsonLines
+from kv_memory.train.settings import RunOptions
 from kv_memory.train.trainer import Trainer
 from tests.conftest import make_backbone
 from tests.train.tiny_runs import SETTINGS, examples, make_trainer, tensors_of
@@ -67,12 +67,12 @@ def test_a_run_that_evaluates_ends_with_its_best_adapter(tmp_path: Path, monkeyp
     adapter = new_adapter(make_backbone(), SETTINGS)
     report = Trainer(adapter, train, settings=SETTINGS, out=out, options=options, held_out=kept_out).run()
     assert (report.step, report.best_step, report.n_held_out, report.n_examples) == (8, 4, 2, 8)
-    assert report.evaluation is not None and report.evaluation.kl == {0.5: 0.2, 0.25: 0.2}
+    assert report.kl == {0.5: 0.2, 0.25: 0.2}
     assert report.baseline is not None and set(report.baseline) == {0.5, 0.25} and report.none is not None
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
     assert tensors_of(out / "adapter") == tensors_of(out / "checkpoints/step-00000004/adapter")
     assert json.loads((out / "adapter/kv_distill.json").read_text())["trained_steps"] == 4
-    events = [(r["step"], r["event"]) for r in TrainLog(out / "log.jsonl").records() if "event" in r]
+    events = [(r["step"], r["event"]) for r in JsonLines(out / "log.jsonl").records() if "event" in r]
     assert events == [(0, "baseline"), (2, "evaluation"), (4, "evaluation"), (6, "evaluation"), (8, "evaluation")]
     # Resumed, what was measured once is known.
     monkeypatch.setattr(HeldOut, "reconstruction", lambda self: pytest.fail("measured again"))
@@ -83,8 +83,9 @@ def test_a_run_that_evaluates_ends_with_its_best_adapter(tmp_path: Path, monkeyp
 
 
 def test_without_evaluation_the_last_step_becomes_the_adapter(tmp_path: Path) -> None:
-    report = make_trainer(tmp_path / "run", held_out=examples(2)).run()
-    assert report.best_step == report.step == 8 and report.evaluation is None and report.n_held_out == 0
+    settings = replace(SETTINGS, warmup_steps=0, steps=2)
+    report = make_trainer(tmp_path / "run", settings=settings, held_out=examples(2)).run()
+    assert report.best_step == report.step == 2 and report.kl is None and report.n_held_out == 0
 
 
 def test_held_out_documents_do_not_depend_on_order_or_duplicates() -> None:

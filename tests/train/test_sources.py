@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
-from kv_memory.train.card import write_card
-from kv_memory.train.data import Source, parse_source, read_sources
+from kv_memory.train.data import read_sources, split_share
+from kv_memory.train.report import TrainReport, write_card
 from kv_memory.train.settings import TrainSettings
-from kv_memory.train.state import Evaluation, TrainReport
 
 
 def write_set(path: Path, n: int) -> str:
@@ -34,20 +33,18 @@ def write_set(path: Path, n: int) -> str:
     ],
 )
 def test_a_source_may_have_a_share(text: str, name: str, share: float) -> None:
-    source = parse_source(text)
-    assert (source.name, source.share) == (name, share)
-    assert parse_source(str(source)) == source
+    assert split_share(text) == (name, share)
 
 
 @pytest.mark.parametrize("text", ["squad:0", "squad:1000"])
 def test_a_share_out_of_range_is_rejected(text: str) -> None:
     with pytest.raises(ConfigError):
-        parse_source(text)
+        split_share(text)
 
 
 def test_each_data_set_contributes_its_share(tmp_path: Path) -> None:
     a, b = write_set(tmp_path / "a.jsonl", 10), write_set(tmp_path / "b.jsonl", 4)
-    sources = [Source(name=a, share=0.3), Source(name=b, share=2.5)]
+    sources = [f"{a}:0.3", f"{b}:2.5"]
     found = read_sources(sources)
     assert Counter(example.source for example in found) == {"a": 3, "b": 10}
     assert sorted(Counter(e.context for e in found if e.source == "b").values()) == [2, 2, 3, 3]
@@ -60,12 +57,12 @@ def test_a_broken_line_raises_or_is_skipped_and_reported(tmp_path: Path) -> None
     with Path(name).open("a") as file:
         file.write('{"context": "Room 9.", "question": "Which?", "answer": ""}\n')
     with pytest.raises(BrokenLineError, match="4"):
-        read_sources([Source(name=name)])
+        read_sources([name])
     skipped: list[str] = []
-    assert len(read_sources([Source(name=name)], on_error="skip", on_skip=skipped.append)) == 3
+    assert len(read_sources([name], on_error="skip", on_skip=skipped.append)) == 3
     assert len(skipped) == 1 and "4" in skipped[0]
     with pytest.raises(DatasetError):
-        read_sources([Source(name=str(tmp_path / "nothing.jsonl"))])
+        read_sources([str(tmp_path / "nothing.jsonl")])
 
 
 def report(folder: Path, **changes: Any) -> TrainReport:
@@ -75,7 +72,7 @@ def report(folder: Path, **changes: Any) -> TrainReport:
         "n_steps": 500,
         "best_step": 400,
         "loss": 0.5,
-        "evaluation": Evaluation(kl={0.25: 0.111, 0.125: 0.222}, score=0.17),
+        "kl": {0.25: 0.111, 0.125: 0.222},
         "baseline": {0.25: 0.333, 0.125: 0.444},
         "none": 1.5,
         "n_held_out": 24,
@@ -83,7 +80,6 @@ def report(folder: Path, **changes: Any) -> TrainReport:
         "n_tokens": 98765,
         "elapsed_s": 7300.0,
         "settings": TrainSettings(rank=17),
-        "plotted": True,
     }
     return TrainReport(**{**figures, **changes})
 
@@ -117,6 +113,6 @@ def test_card_lists_data_settings_and_results(backbone: Any, tmp_path: Path) -> 
 
 
 def test_card_reports_a_missing_evaluation(backbone: Any, tmp_path: Path) -> None:
-    bare = report(tmp_path, evaluation=None, baseline=None, none=None, settings=TrainSettings())
+    bare = report(tmp_path, kl=None, baseline=None, none=None, settings=TrainSettings())
     text = write_card(bare, backbone, command="x", data=[]).read_text()
     assert "It was not evaluated" in text and "| kept |" not in text and "differ from the defaults:\n\nnone" in text

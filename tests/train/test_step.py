@@ -11,12 +11,19 @@ import torch
 from kv_memory.compress import Adapter, Reconstruction
 from kv_memory.compress.prefill import pad
 from kv_memory.compress.refine.batching import gather_entries
+from kv_memory.compress.refine.loss import distillation_loss, kl_divergence
 from kv_memory.datasets import Example, Question
 from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.train.batches import Batches
 from kv_memory.train.settings import TrainSettings, preset
-from kv_memory.train.step import distillation_loss, distillation_step, kl_divergence, output_error, warmup_step
-from kv_memory.train.warmup import received_attention, repetition, scorer_loss
+from kv_memory.train.step import (
+    distillation_step,
+    output_error,
+    received_attention,
+    repetitions,
+    scorer_loss,
+    warmup_step,
+)
 from tests.conftest import make_backbone
 from tests.reference import letters, shared_backbone
 
@@ -69,12 +76,12 @@ def test_rows_contain_questions_and_spans(backbone: Any) -> None:
     (document,) = batch.documents
     question, *spans = batch.rows
     text = backbone.tokenizer.decode(question.ids)
-    assert text.startswith("Q: who?\nA: ") and question.n_asked == len(backbone.encode("Q: who?\nA:"))
+    assert text.startswith("Q: who?\nA: ") and question.n_given == len(backbone.encode("Q: who?\nA:"))
     assert text[len("Q: who?\nA: ") :].removesuffix("</s>") in backbone.tokenizer.decode(document)
     assert len(spans) == 2
     joined = ",".join(map(str, document))
     for span in spans:
-        assert ",".join(map(str, span.ids[span.n_asked - 6 :])) in joined
+        assert ",".join(map(str, span.ids[span.n_given - 6 :])) in joined
     assert SETTINGS.min_ratio <= batch.keep_ratio <= SETTINGS.max_ratio
 
 
@@ -96,7 +103,7 @@ def test_long_documents_are_cut_and_keep_answerable_questions(backbone: Any) -> 
         assert len(batch.documents[0]) == 60 and window in text
         starts.add(text.index(window))
         for row in batch.rows:
-            answer = backbone.tokenizer.decode(row.ids[row.n_asked :]).removesuffix("</s>").strip()
+            answer = backbone.tokenizer.decode(row.ids[row.n_given :]).removesuffix("</s>").strip()
             assert answer in window
     assert len(starts) > 2
 
@@ -137,21 +144,19 @@ def test_divergences_equal_their_definitions() -> None:
 # -- steps -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("answers", ["people", "teacher"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize(("name", "answers"), [("llama", "teacher"), ("mistral", "people"), ("gemma2", "people")])
 def test_a_student_that_keeps_everything_has_zero_loss(name: str, answers: Any) -> None:
     settings = replace(SETTINGS, answers=answers, batch_documents=2, composition_share=0.5)
     adapter = adapter_for(name)
     batches = Batches(EXAMPLES, adapter.backbone, settings)
-    for step in range(3):
+    for step in range(2):
         whole = distillation_step(adapter, replace(batches.batch(step), keep_ratio=1.0), settings=settings)
         assert abs(float(whole.loss.detach())) < 1e-4
         some = distillation_step(adapter, replace(batches.batch(step), keep_ratio=0.1), settings=settings)
         assert float(some.loss.detach()) > 5 * abs(float(whole.loss.detach())) + 2e-4 and some.n_tokens > 60
 
 
-@pytest.mark.parametrize("form", ["default", "paper"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize(("name", "form"), [("llama", "paper"), ("mistral", "default"), ("qwen3", "default")])
 def test_training_the_lora_lowers_the_loss(name: str, form: str) -> None:
     """On the same two documents again and again, what is kept staying as it is."""
     chosen = replace(preset(form), rank=8, max_tokens=60, answer_tokens=8, span_tokens=12, batch_documents=2)
@@ -160,9 +165,9 @@ def test_training_the_lora_lowers_the_loss(name: str, form: str) -> None:
     for parameter in lora:
         parameter.requires_grad_(True)
     batch = replace(Batches(EXAMPLES, adapter.backbone, chosen).batch(0), keep_ratio=0.3)
-    optimizer = torch.optim.Adam(lora, lr=5e-3)
+    optimizer = torch.optim.Adam(lora, lr=1e-2)
     losses = []
-    for _ in range(25):
+    for _ in range(10):
         result = distillation_step(adapter, batch, settings=chosen)
         optimizer.zero_grad()
         result.loss.backward()
@@ -232,7 +237,7 @@ def test_labels_are_the_scores_of_the_reconstruction_selector(name: str) -> None
         cache = backbone.prefixed_cache(ids.shape[1], batch_size=2)
         backbone.prefill(ids, cache, lengths=lengths)
         entries = gather_entries(backbone, cache, lengths)
-        labels = received_attention(backbone, entries, [repetition(backbone, documents)])
+        labels = received_attention(backbone, entries, repetitions(backbone, documents))
         for index, document in enumerate(documents):
             one = torch.tensor([document])
             alone = backbone.prefixed_cache(len(document), room=150)
@@ -248,9 +253,9 @@ def test_warm_up_lowers_the_scorer_loss(scorer: Any) -> None:
     adapter = adapter_for("llama", settings)
     adapter.scorer.requires_grad_(True)
     batch = Batches(EXAMPLES, adapter.backbone, settings).batch(1)
-    optimizer = torch.optim.Adam(adapter.scorer.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(adapter.scorer.parameters(), lr=2e-2)
     losses = []
-    for _ in range(30):
+    for _ in range(15):
         result = warmup_step(adapter, batch, settings=settings)
         optimizer.zero_grad()
         result.loss.backward()

@@ -13,14 +13,13 @@ import torch
 
 from kv_memory.errors import CheckpointError, ConfigError
 from kv_memory.train.adapters import new_adapter
-from kv_memory.train.batches import Batches
+from kv_memory.train.batches import Batches, split_batch
 from kv_memory.train.checkpoints import SHARD_BYTES, Checkpoint, Checkpoints
 from kv_memory.train.estimate import Estimate, fit_steps
-from kv_memory.train.log import TrainLog, plot_log
-from kv_memory.train.optimizer import make_optimizer, parameters_of, set_rates, trainable
-from kv_memory.train.parts import split_batch
-from kv_memory.train.settings import TrainSettings
-from kv_memory.train.state import RunOptions
+from kv_memory.train.json_lines import JsonLines
+from kv_memory.train.optimizer import StageOptimizer, parameters_of, trainable
+from kv_memory.train.report import plot_log
+from kv_memory.train.settings import RunOptions, TrainSettings
 from tests.conftest import make_backbone
 from tests.train.tiny_runs import SETTINGS, examples, make_trainer
 
@@ -103,11 +102,11 @@ def test_a_failed_write_leaves_earlier_checkpoints_intact(tmp_path: Path, monkey
 
 
 def test_truncating_the_log_drops_later_steps_and_torn_lines(tmp_path: Path) -> None:
-    log = TrainLog(tmp_path / "log.jsonl")
+    log = JsonLines(tmp_path / "log.jsonl")
     assert log.records() == []
     for step in range(1, 5):
-        log.write(step=step, loss=1 / step, stage="warmup")
-    log.write(step=4, event="evaluation", kl={0.25: 0.5})
+        log.append({"step": step, "loss": 1 / step, "stage": "warmup"})
+    log.append({"step": 4, "event": "evaluation", "kl": {0.25: 0.5}})
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
     log.truncate(3)
@@ -118,8 +117,8 @@ def test_truncating_the_log_drops_later_steps_and_torn_lines(tmp_path: Path) -> 
 
 
 def test_a_loss_that_is_not_finite_is_written_as_json(tmp_path: Path) -> None:
-    log = TrainLog(tmp_path / "log.jsonl")
-    log.write(step=1, loss=float("nan"))
+    log = JsonLines(tmp_path / "log.jsonl")
+    log.append({"step": 1, "loss": float("nan")})
     assert json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail) == {"step": 1, "loss": "nan"}
 
 
@@ -130,11 +129,11 @@ def test_plot_is_drawn_or_skipped_with_a_warning_without_matplotlib(
         {"step": step, "stage": "warmup" if step < 10 else "distillation", "loss": 1 / step} for step in range(1, 30)
     ]
     records.append({"step": 29, "event": "evaluation", "kl": {"0.25": 0.3}})
-    assert plot_log(records, tmp_path / "loss.png")
+    plot_log(records, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
-    assert not plot_log([], tmp_path / "none.png")
+    plot_log([], tmp_path / "none.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert not plot_log(records, tmp_path / "none.png")
+    plot_log(records, tmp_path / "none.png")
     assert "matplotlib is not installed" in caplog.text and not (tmp_path / "none.png").exists()
 
 
@@ -142,14 +141,14 @@ def test_plot_is_drawn_or_skipped_with_a_warning_without_matplotlib(
 
 
 def test_rates_rise_and_fall_within_a_stage() -> None:
-    adapter = new_adapter(make_backbone(), SETTINGS)
-    parameters = trainable(adapter, SETTINGS, "distillation")
-    optimizer = make_optimizer(parameters, SETTINGS, "distillation")
-    rates = [set_rates(optimizer, place, 20, rise=0.2)["lora"] / SETTINGS.lr_lora for place in range(20)]
+    settings = replace(SETTINGS, warmup_steps=3, steps=20, rise=0.2)
+    adapter = new_adapter(make_backbone(), settings)
+    optimizer = StageOptimizer(adapter, settings, "distillation")
+    rates = [optimizer.step(3 + place)["lora"] / settings.lr_lora for place in range(20)]
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert rates[3:] == sorted(rates[3:], reverse=True) and 0 < rates[-1] < 0.1
-    groups = {group["name"]: group for group in optimizer.param_groups}
-    assert groups["lora"]["weight_decay"] == 0 and groups["scorer"]["weight_decay"] == SETTINGS.weight_decay
+    groups = {group["name"]: group for group in optimizer._optimizer.param_groups}
+    assert groups["lora"]["weight_decay"] == 0 and groups["scorer"]["weight_decay"] == settings.weight_decay
     adapter.detach()
 
 
@@ -171,10 +170,10 @@ def test_parts_of_a_batch_contain_every_row_once(backbone: Any) -> None:
     settings = replace(SETTINGS, batch_documents=3, composition_share=0.7)
     batch = Batches(examples(), backbone, settings).batch(2)
     assert any(len(group) > 1 for group in batch.groups)
-    whole = sorted((tuple(batch.documents[i] for i in batch.groups[row.group]), row.ids) for row in batch.rows)
+    whole = sorted((tuple(batch.documents[i] for i in batch.groups[row.document]), row.ids) for row in batch.rows)
     for n_parts in (1, 2, 4, 64):
         parts = split_batch(batch, n_parts, by_rows=True)
-        rows = [(tuple(p.documents[i] for i in p.groups[r.group]), r.ids) for p in parts for r in p.rows]
+        rows = [(tuple(p.documents[i] for i in p.groups[r.document]), r.ids) for p in parts for r in p.rows]
         assert sorted(rows) == whole
         assert len(parts) == min(n_parts, len(parts)) and all(p.keep_ratio == batch.keep_ratio for p in parts)
     assert len(split_batch(batch, 64, by_rows=True)) == len(batch.rows)
@@ -223,38 +222,42 @@ def test_a_time_limit_shorter_than_one_step_is_rejected() -> None:
 
 
 def test_an_estimate_has_no_side_effects(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path / "run")
+    settings = replace(SETTINGS, warmup_steps=1, steps=2)
+    trainer = make_trainer(tmp_path / "run", settings=settings)
     adapter = trainer._adapter
     before = {name: p.detach().clone() for name, p in parameters_of(adapter).items()}
     found = trainer.estimate(n_steps=1)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in parameters_of(adapter).items())
     assert list(tmp_path.iterdir()) == []
     assert found.warmup_step_s > 0 and found.step_s > 0 and found.peak_memory_bytes > 1_000_000
-    assert found.total_s == pytest.approx(3 * found.warmup_step_s + 5 * found.step_s)
-    report = make_trainer(tmp_path / "run").run()
+    assert found.total_s == pytest.approx(found.warmup_step_s + 2 * found.step_s)
+    report = make_trainer(tmp_path / "run", settings=settings).run()
     files = list((tmp_path / "run/adapter").glob("*.safetensors"))
     assert sum(f.stat().st_size for f in files) == pytest.approx(found.adapter_bytes, abs=8000)  # headers
     states = list((tmp_path / "run/checkpoints").rglob("state-*.safetensors"))
     assert sum(f.stat().st_size for f in states) == pytest.approx(found.checkpoint_bytes, abs=24_000)
-    assert report.step == 8
+    assert report.step == 3
 
 
-def test_steps_fitted_to_a_time_limit_survive_resuming(tmp_path: Path) -> None:
-    options = RunOptions(time_limit_s=2.0, fit_steps=True, checkpoint_every=1)
+def test_steps_fitted_to_a_time_limit_survive_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = estimate(warmup_step_s=0.05, step_s=0.1)
+    monkeypatch.setattr("kv_memory.train.trainer.measure", lambda *_, **__: measured)
+    options = RunOptions(time_limit_s=0.5, fit_steps=True, checkpoint_every=1)
     first = make_trainer(tmp_path / "run", options=options).run()
     told = json.loads((tmp_path / f"run/checkpoints/step-{first.step:08d}/checkpoint.json").read_text())["settings"]
     assert first.n_steps == told["warmup_steps"] + told["steps"] >= 1  # on a busy machine
-    assert told["warmup_steps"] <= 3
+    assert told["warmup_steps"] <= 1
+    monkeypatch.setattr("kv_memory.train.trainer.measure", pytest.fail)
     again = make_trainer(tmp_path / "run", options=options).run(resume=True)
     assert again.n_steps == first.n_steps and again.step >= first.step
 
 
 def test_time_limit_stops_the_run_with_checkpoint_and_adapter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    out = tmp_path / "run"
-    stopped = make_trainer(out, options=RunOptions(time_limit_s=1e-3)).run()
-    assert stopped.step == 1 and "time limit reached after 1 of 8 steps" in caplog.text
+    out, settings = tmp_path / "run", replace(SETTINGS, warmup_steps=1, steps=1)
+    stopped = make_trainer(out, settings=settings, options=RunOptions(time_limit_s=1e-3)).run()
+    assert stopped.step == 1 and "time limit reached after 1 of 2 steps" in caplog.text
     assert (out / "adapter/kv_distill.json").is_file()
-    assert make_trainer(out).run(resume=True).step == 8
+    assert make_trainer(out, settings=settings).run(resume=True).step == 2
 
 
 @pytest.mark.parametrize(

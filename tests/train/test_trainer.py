@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -29,11 +30,12 @@ from kv_memory.errors import (
 from kv_memory.train import gradients
 from kv_memory.train.adapters import fit_settings, new_adapter
 from kv_memory.train.batches import Batches
-from kv_memory.train.log import TrainLog
+from kv_memory.train.json_lines import JsonLines
 from kv_memory.train.optimizer import trainable
-from kv_memory.train.state import RunOptions, TrainProgress
+from kv_memory.train.report import TrainProgress
+from kv_memory.train.settings import RunOptions
 from kv_memory.train.step import StepResult, distillation_step
-from kv_memory.train.trainer import Trainer
+from kv_memory.train.trainer import Trainer, trim_heap
 from tests.conftest import make_backbone
 from tests.train.tiny_runs import SETTINGS, examples, make_trainer, tensors_of
 
@@ -44,7 +46,7 @@ MEASURED = ("step", "stage", "loss", "parts", "keep_ratio", "lr", "grad_norm", "
 
 def curve(out: Path) -> list[dict[str, Any]]:
     """What the log says of each step, without the clock."""
-    return [{k: r[k] for k in MEASURED} for r in TrainLog(out / "log.jsonl").records() if "loss" in r]
+    return [{k: r[k] for k in MEASURED} for r in JsonLines(out / "log.jsonl").records() if "loss" in r]
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +73,8 @@ def test_a_run_warms_up_then_distils_and_writes_an_adapter(unbroken: Path) -> No
     assert (unbroken / "loss.png").stat().st_size > 1000
 
 
-def test_warm_up_changes_only_the_scorer_and_lowers_its_loss(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    report = make_trainer(out, settings=replace(SETTINGS, warmup_steps=40, steps=0)).run()
-    losses = [step["loss"] for step in curve(out)]
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+def test_warm_up_changes_only_the_scorer(tmp_path: Path) -> None:
+    report = make_trainer(tmp_path / "run", settings=replace(SETTINGS, warmup_steps=2, steps=0)).run()
     loaded = Adapter.load(report.adapter, make_backbone())
     assert not any(bool(p.any()) for n, p in loaded.peft_model.named_parameters() if "lora_B" in n)
 
@@ -86,7 +85,7 @@ def test_a_killed_and_resumed_run_is_bit_identical(unbroken: Path, tmp_path: Pat
         "import sys\n"
         "from pathlib import Path\n"
         "from tests.train.tiny_runs import make_trainer\n"
-        "from kv_memory.train.state import RunOptions\n"
+        "from kv_memory.train.settings import RunOptions\n"
         "told = lambda p: (print(p.step, flush=True), p.step == 5 and sys.stdin.read())\n"  # at 5 it waits to be killed
         "make_trainer(Path(sys.argv[1]), options=RunOptions(checkpoint_every=2), on_progress=told).run()\n"
     )
@@ -125,8 +124,8 @@ def test_a_run_resumed_between_stages_is_the_same(unbroken: Path, tmp_path: Path
 
 
 def test_another_seed_gives_another_run(unbroken: Path, tmp_path: Path) -> None:
-    make_trainer(tmp_path / "run", settings=replace(SETTINGS, seed=1)).run()
-    assert curve(tmp_path / "run")[0] != curve(unbroken)[0]
+    make_trainer(tmp_path / "run", settings=replace(SETTINGS, seed=1, warmup_steps=1, steps=0)).run()
+    assert curve(tmp_path / "run")[0]["loss"] != curve(unbroken)[0]["loss"]
 
 
 def test_resuming_a_finished_run_trains_no_further(unbroken: Path, tmp_path: Path) -> None:
@@ -167,7 +166,8 @@ def test_further_training_keeps_the_structure_of_the_adapter(unbroken: Path, tmp
     asked = replace(SETTINGS, rank=16, warmup_steps=0, steps=2)
     with pytest.raises(ConfigError, match="rank is 4"):
         fit_settings(asked, adapter, given={"rank": 16})
-    settings = fit_settings(asked, adapter, given={"steps": 2})
+    settings = fit_settings(replace(asked, warmup_steps=9), adapter, given={"steps": 2})
+    assert settings.warmup_steps == 0  # unless they are given
     assert (settings.rank, settings.alpha, settings.targets, settings.steps) == (4, 8.0, ("q", "k", "v", "o"), 2)
     report = Trainer(adapter, examples(), settings=settings, out=tmp_path / "run").run()
     assert json.loads((report.adapter / "kv_distill.json").read_text())["trained_steps"] == 10
@@ -183,9 +183,9 @@ def test_no_examples_is_an_error_before_anything_is_written(tmp_path: Path) -> N
 
 
 def run_once(out: Path, **changes: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    settings = replace(SETTINGS, warmup_steps=1, steps=2, **changes)
+    settings = replace(SETTINGS, warmup_steps=1, steps=1, **changes)
     make_trainer(out, settings=settings).run()
-    return curve(out), [r for r in TrainLog(out / "log.jsonl").records() if "event" in r]
+    return curve(out), [r for r in JsonLines(out / "log.jsonl").records() if "event" in r]
 
 
 def close(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
@@ -207,7 +207,7 @@ def test_out_of_memory_halves_the_batch_without_changing_results(
 
     monkeypatch.setitem(gradients.STEPS, "distillation", small_gpu)  # type: ignore[arg-type]
     halved, events = run_once(tmp_path / "halved", **changes)
-    assert sizes == [4, 2, 2, 2, 2]  # refused once; then every step in two parts
+    assert sizes == [4, 2, 2]  # refused once; then in two parts
     assert [e["event"] for e in events] == ["out_of_memory"] and "2 parts" in events[0]["note"]
     assert "out of GPU memory at step 2" in caplog.text
     assert close(plain, halved)
@@ -226,7 +226,7 @@ def test_a_single_document_is_split_by_rows_before_failing(tmp_path: Path, monke
     halved, events = run_once(tmp_path / "rows", **changes)
     assert len(events) == 2 and close(plain, halved)
     limit = 0
-    with pytest.raises(TrainingError, match=r"cannot be split further.*--gradient-checkpointing"):
+    with pytest.raises(TrainingError, match=r"cannot be split further.*gradient_checkpointing"):
         run_once(tmp_path / "none", **changes)
 
 
@@ -258,12 +258,12 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path: Path, m
 
     monkeypatch.setitem(gradients.STEPS, "distillation", exploding)  # type: ignore[arg-type]
     out = tmp_path / "run"
-    with pytest.raises(DivergedError, match=r"step 7: the loss is nan.*--lr-lora") as caught:
+    with pytest.raises(DivergedError, match=r"step 7: the loss is nan.*lower lr_lora") as caught:
         make_trainer(out, options=OFTEN).run()
     assert str(out / "checkpoints/step-00000006/adapter") in str(caught.value)
     Adapter.load(out / "checkpoints/step-00000006/adapter", make_backbone())
     assert not (out / "adapter").exists()
-    assert TrainLog(out / "log.jsonl").records()[-1]["loss"] == "nan"
+    assert JsonLines(out / "log.jsonl").records()[-1]["loss"] == "nan"
 
 
 @pytest.mark.slow
@@ -272,7 +272,10 @@ def test_two_processes_match_one_with_gradient_accumulation(tmp_path: Path) -> N
         "import sys\n"
         "from pathlib import Path\n"
         "from tests.train.tiny_runs import make_trainer\n"
-        "make_trainer(Path(sys.argv[1])).run()\n"
+        "from tests.train.tiny_runs import SETTINGS, replace\n"
+        "from kv_memory.train import trainer\n"
+        "trainer.plot_log = lambda records, path: None\n"
+        "make_trainer(Path(sys.argv[1]), settings=replace(SETTINGS, warmup_steps=1, steps=2)).run()\n"
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -287,6 +290,19 @@ def test_two_processes_match_one_with_gradient_accumulation(tmp_path: Path) -> N
         for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    make_trainer(tmp_path / "one", settings=replace(SETTINGS, accumulate=2)).run()
+    make_trainer(tmp_path / "one", settings=replace(SETTINGS, warmup_steps=1, steps=2, accumulate=2)).run()
     two, one = curve(tmp_path / "two"), curve(tmp_path / "one")
     assert [s["n_tokens"] for s in two] == [s["n_tokens"] for s in one] and close(two, one)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked")
+def test_free_heap_memory_is_returned_to_the_system() -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    tensors = [torch.ones(16_000) for _ in range(2000)]  # 64 kB each: below what glibc maps apart
+    del tensors[::2]  # holes, which shrink no heap
+    before = resident_bytes()
+    trim_heap()
+    assert before - resident_bytes() > 30e6
+    assert len(tensors) == 1000

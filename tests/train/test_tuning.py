@@ -12,9 +12,9 @@ import pytest
 from kv_memory.datasets import Example, Question
 from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.train import questions
+from kv_memory.train.data import cut_corpus
 from kv_memory.train.questions import QuestionWriter
-from kv_memory.train.settings import TrainSettings
-from kv_memory.train.tuning import cut_corpus, domain_settings
+from kv_memory.train.settings import TrainSettings, domain_settings
 from tests.conftest import make_backbone
 from tests.memories import wide_backbone
 
@@ -38,22 +38,22 @@ def pages(n: int = 10) -> list[Example]:
 
 def test_training_pages_are_cut_and_others_held_out(backbone: Any) -> None:
     wide = wide_backbone()
-    corpus = cut_corpus(pages(), wide, window_tokens=300, passage_tokens=128)
+    corpus = cut_corpus(pages(), wide, window_tokens=300)
     of_page = {window.example.id.split("#")[0] for window in corpus.train}
     assert 1 <= len(corpus.held_out_ids) <= 4 and not of_page & set(corpus.held_out_ids)
     assert of_page | set(corpus.held_out_ids) == {page.id for page in pages()}
     assert {window.example.id.split("#")[0] for window in corpus.held_out} == set(corpus.held_out_ids)
     for window in corpus.train:
         assert len(wide.encode(window.example.context)) <= 300
-        assert all(len(wide.encode(passage)) <= 128 for passage in window.passages)
+        assert all(len(wide.encode(passage)) <= 256 for passage in window.passages)
         assert "".join(window.passages).replace("\n", "") == window.example.context.replace("\n", "")
-    assert len(corpus.passages) > len(corpus.train) > len(of_page)
+    assert len(corpus.train) > len(of_page) and any(len(window.passages) > 1 for window in corpus.train)
     # A page stays on its side when others come.
     assert set(corpus.held_out_ids) <= set(cut_corpus(pages(20), wide).held_out_ids)
 
 
 def test_windows_fit_the_context_window_of_the_model(backbone: Any) -> None:
-    corpus = cut_corpus(pages(2), backbone, held_out=0.0, window_tokens=5000, passage_tokens=64)
+    corpus = cut_corpus(pages(4), backbone, window_tokens=5000)
     room = backbone.context_window - len(backbone.prefix_ids) - 256
     assert len(corpus.train) > 2 and all(len(backbone.encode(w.example.context)) <= room for w in corpus.train)
 
@@ -64,7 +64,7 @@ def test_a_single_page_is_used_for_training(backbone: Any) -> None:
 
 
 def test_a_window_has_the_questions_about_all_its_passages(backbone: Any) -> None:
-    window = cut_corpus(pages(1), wide_backbone(), window_tokens=300, passage_tokens=128).train[0]
+    window = cut_corpus(pages(1), wide_backbone(), window_tokens=300).train[0]
     asked = [(Question(text=f"Question {n} about it?", answers=("yes",)),) for n in range(len(window.passages))]
     whole, *parts = window.examples(asked)
     assert whole.context == window.example.context and whole.questions == tuple(q for part in asked for q in part)
@@ -72,10 +72,9 @@ def test_a_window_has_the_questions_about_all_its_passages(backbone: Any) -> Non
     assert len({whole.id, *(part.id for part in parts)}) == 1 + len(parts) > 2
 
 
-@pytest.mark.parametrize("tokens", [(8, 100), (200, 100)])
-def test_invalid_lengths_are_rejected(backbone: Any, tokens: tuple[int, int]) -> None:
-    with pytest.raises(ConfigError):
-        cut_corpus(pages(1), backbone, passage_tokens=tokens[0], window_tokens=tokens[1])
+def test_windows_too_short_for_questions_are_rejected(backbone: Any) -> None:
+    with pytest.raises(ConfigError, match="too short to ask about"):
+        cut_corpus(pages(1), backbone, window_tokens=15)
 
 
 def test_an_empty_corpus_is_an_error(backbone: Any) -> None:
@@ -143,13 +142,14 @@ def test_written_questions_are_reused_and_missing_ones_added(
 
 def test_questions_are_reproducible_and_independent_of_batching(backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(questions, "_as_question", lambda text: text.replace("\0", "") or None)  # whatever it babbles
-    one = QuestionWriter(backbone, n_questions=3, question_tokens=6, answer_tokens=4).write(PASSAGES)
+    monkeypatch.setattr(questions, "QUESTION_TOKENS", 6)
+    one = QuestionWriter(backbone, n_questions=3, answer_tokens=4).write(PASSAGES)
     assert [len(found) for found in one] == [3, 3]
     assert len({q.text for found in one for q in found}) == 6
-    assert QuestionWriter(backbone, n_questions=3, question_tokens=6, answer_tokens=4).write(PASSAGES) == one
-    together = QuestionWriter(backbone, n_questions=3, question_tokens=6, answer_tokens=4, batch_passages=2)
+    assert QuestionWriter(backbone, n_questions=3, answer_tokens=4).write(PASSAGES) == one
+    together = QuestionWriter(backbone, n_questions=3, answer_tokens=4, batch_passages=2)
     assert together.write(PASSAGES) == one
-    other = QuestionWriter(backbone, n_questions=3, question_tokens=6, answer_tokens=4, seed=1).write(PASSAGES)
+    other = QuestionWriter(backbone, n_questions=3, answer_tokens=4, seed=1).write(PASSAGES)
     assert other != one
 
 

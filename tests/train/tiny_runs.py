@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from kv_memory.train.adapters import new_adapter
 from kv_memory.train.settings import TrainSettings
 from kv_memory.train.trainer import Trainer
 from tests.conftest import make_backbone
+
+__all__ = ["SETTINGS", "examples", "make_trainer", "replace", "tensors_of"]
 
 THINGS = ("ferry", "kettle", "violin", "comet", "turnip", "anvil", "glacier", "parsnip", "walrus", "lamp")
 # Everything that a test could depend on is written out: defaults change when experiments say so.

@@ -51,7 +51,7 @@ def multidoc_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
         raise DatasetError(
             f"no passage has {most - 1} distractors from {_WHOSE[settings.distractors]} without its answers",
             where="multidoc",
-            next_step="Pass a smaller --k, or other --distractors.",
+            next_step="Set k to a smaller number, or choose other distractors.",
         )
     return cases
 

@@ -66,7 +66,7 @@ def check_lengths(backbone: Backbone, lengths: Sequence[int]) -> int:
             f"a haystack of {longest:,} tokens leaves no room for question and answer in a window of "
             f"{backbone.context_window:,}",
             where="lengths",
-            next_step=f"Pass --length {window} or less." if window >= 32 else "Use a model with a longer window.",
+            next_step=f"Set lengths to {window} or less." if window >= 32 else "Use a model with a longer window.",
         )
     return longest
 
@@ -88,7 +88,7 @@ def _essays(settings: TaskSettings) -> Path:
         raise DatasetError(
             "no haystack is given",
             where=str(folder) if folder is not None else "KV_MEMORY_DATA",
-            next_step="Pass a folder or archive of texts with --haystack, or name a data folder that has needle/.",
+            next_step="Set haystack to a folder or archive of texts, or name a data folder that has needle/.",
         )
     return next(iter(sorted(folder.glob("*.tar.gz"))), folder)
 
@@ -115,7 +115,7 @@ def part_of(backbone: Backbone, hay: str, n_tokens: int, draw: random.Random) ->
     raise DatasetError(
         f"the haystack is shorter than {n_tokens:,} tokens",
         where="haystack",
-        next_step="Pass a longer one with --haystack.",
+        next_step="Set haystack to a longer one.",
     )
 
 

@@ -51,14 +51,14 @@ def qa_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
     )
     if len(chosen) < len(examples):
         _LOG.warning(
-            "%d of %d documents are left out; the limits are %d documents (--n-documents) and at least %d tokens each "
-            "(--min-tokens)",
+            "%d of %d documents are left out; the limits are %d documents (n_documents) and at least %d tokens each "
+            "(min_tokens)",
             *(len(examples) - len(chosen), len(examples), settings.n_documents, low),
         )
     whole = {example.context for example in examples}
     if n_cut := sum(example.context not in whole for example in chosen):
         _LOG.warning(
-            "%d of %d documents are cut at %d tokens (--max-tokens): no method, not even `full`, sees the rest",
+            "%d of %d documents are cut at %d tokens (max_tokens): no method, not even `full`, sees the rest",
             *(n_cut, len(chosen), high),
         )
     return [

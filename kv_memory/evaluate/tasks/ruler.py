@@ -70,7 +70,9 @@ class _Maker:
             low, high = (middle, high) if self.count(make(middle)) <= self.length else (low, middle - 1)
         if low < least:
             raise ConfigError(
-                f"{self.length:,} tokens are too few for {kind}", where="lengths", next_step="Pass a larger --length."
+                f"{self.length:,} tokens are too few for {kind}",
+                where="lengths",
+                next_step="Set lengths to a larger number.",
             )
         return make(low)
 
@@ -163,7 +165,7 @@ def _too_few_words(maker: _Maker, n: int) -> DatasetError:
     return DatasetError(
         f"the haystack has {len(maker.words)} different words of 5 to 9 letters, about {n} are needed",
         where="haystack",
-        next_step="Pass a longer one with --haystack.",
+        next_step="Set haystack to a longer one.",
     )
 
 

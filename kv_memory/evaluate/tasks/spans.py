@@ -37,7 +37,7 @@ def spans_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
     """
     if not settings.corpus:
         raise ConfigError(
-            "spans needs a corpus", where="corpus", next_step="Pass --corpus with a folder, a file, or e.g. squad."
+            "spans needs a corpus", where="corpus", next_step="Set corpus to a folder, a file, or e.g. squad."
         )
     low, high = settings.token_range(backbone, least=MIN_TOKENS)
     what = ", ".join(settings.corpus)

@@ -7,14 +7,14 @@ is the best. `kv-memory eval` measures more.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from kv_memory.compress.adapter import Adapter
-from kv_memory.compress.prefill import pad, prefill_documents
-from kv_memory.compress.prefill import top_k_mask as keep
+from kv_memory.compress.prefill import pad, prefill_documents, top_k_mask
 from kv_memory.compress.refine.batching import Entries, gather_entries
+from kv_memory.compress.refine.loss import kl_divergence
 from kv_memory.compress.selectors import Reconstruction
 from kv_memory.config import check_keep_ratio, n_kept_for
 from kv_memory.datasets import Example
@@ -23,19 +23,12 @@ from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import NEVER
 from kv_memory.train.batches import Batch, Batches
 from kv_memory.train.settings import TrainSettings
-from kv_memory.train.step import Followed, follow, kl_divergence
+from kv_memory.train.step import WeightedRows, answered_rows, weighted_rows
 
 __all__ = ["HeldOut"]
 
 _Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Entries]  # ids, lengths, n_kept -> entries
-
-
-@dataclass(frozen=True)
-class _Case:
-    """One document with its rows, including the teacher's answers."""
-
-    batch: Batch
-    parts: list[Followed]
+_Case = tuple[Batch, list[WeightedRows]]  # a document, and its rows with the teacher's answers
 
 
 class HeldOut:
@@ -81,65 +74,60 @@ class HeldOut:
     def adapter(self, adapter: Adapter) -> dict[float, float]:
         """KL(full ‖ distilled) of the adapter by keep ratio, in nats per token, the mean over documents."""
 
-        def top_k_mask(ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> Entries:
+        def choose(ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> Entries:
             reading = prefill_documents(adapter, ids, lengths, n_kept)
             return gather_entries(self._backbone, reading.cache, lengths, reading.selected)
 
-        return self._measure(top_k_mask)
+        return self._measure(choose)
 
     @torch.no_grad()
     def reconstruction(self) -> dict[float, float]:
         """KL of the reconstruction selector, which needs no training; otherwise as in `adapter`."""
         backbone, selector = self._backbone, Reconstruction(part_tokens=min(1024, self._backbone.context_window // 4))
 
-        def top_k_mask(ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> Entries:
+        def choose(ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> Entries:
             cache = backbone.prefixed_cache(ids.shape[1], room=selector.extra_tokens)
             backbone.prefill(ids, cache)
             scores = selector.score(backbone, ids, cache, None)
-            selected = keep(scores[:, None], lengths, n_kept, budget=selector.budget)
+            selected = top_k_mask(scores[:, None], lengths, n_kept, budget=selector.budget)
             return gather_entries(backbone, cache, lengths, selected)
 
-        return self._measure(top_k_mask)
+        return self._measure(choose)
 
     @torch.no_grad()
     def none(self) -> float:
         """KL without any document, the worst case; otherwise as in `adapter`."""
         n_prefix = len(self._backbone.prefix_ids)
-
-        def drop(full: Entries) -> Entries:
+        kl = []
+        for batch, parts in self._prepared():
+            full = self._full(batch)
             # The document's entries become padding; the question keeps its positions.
-            gone = full.positions[..., n_prefix:].new_full(full.positions[..., n_prefix:].shape, NEVER)
-            return replace(full, positions=torch.cat([full.positions[..., :n_prefix], gone], -1))
-
-        kl = [self._kl(case, full, drop(full)) for case in self._prepared() for full in [self._full(case)]]
+            positions = full.positions.clone()
+            positions[..., n_prefix:] = NEVER
+            kl.append(self._kl(parts, full, replace(full, positions=positions)))
         return sum(kl) / len(kl)
 
-    def _measure(self, top_k_mask: _Choose) -> dict[float, float]:
+    def _measure(self, choose: _Choose) -> dict[float, float]:
         total = dict.fromkeys(self.ratios, 0.0)
         cases = self._prepared()
-        for case in cases:
-            full = self._full(case)
-            ids, lengths = pad(case.batch.documents, device=self._backbone.device)
+        for batch, parts in cases:
+            full = self._full(batch)
+            ids, lengths = pad(batch.documents, device=self._backbone.device)
             for ratio in self.ratios:
                 n_kept = torch.tensor([n_kept_for(ids.shape[1], ratio)], device=ids.device)
-                total[ratio] += self._kl(case, full, top_k_mask(ids, lengths, n_kept)) / len(cases)
+                total[ratio] += self._kl(parts, full, choose(ids, lengths, n_kept)) / len(cases)
         return total
 
-    def _kl(self, case: _Case, full: Entries, kept: Entries) -> float:
-        weight = sum(float(part.weights.sum()) for part in case.parts)
-        # The teacher's logits are recomputed each time: stored, they would take megabytes per document.
-        return (
-            sum(
-                float(
-                    (kl_divergence(part.ask(self._backbone, full), part.ask(self._backbone, kept)) * part.weights).sum()
-                )
-                for part in case.parts
-            )
-            / weight
-        )
+    def _kl(self, parts: list[WeightedRows], full: Entries, kept: Entries) -> float:
+        total = 0.0
+        for part in parts:
+            # The teacher's logits are recomputed each time: stored, they would take megabytes per document.
+            kl = kl_divergence(part.ask(self._backbone, full), part.ask(self._backbone, kept))
+            total += float((kl * part.weights).sum())
+        return total / sum(float(part.weights.sum()) for part in parts)
 
-    def _full(self, case: _Case) -> Entries:
-        ids, lengths = pad(case.batch.documents, device=self._backbone.device)
+    def _full(self, batch: Batch) -> Entries:
+        ids, lengths = pad(batch.documents, device=self._backbone.device)
         cache = self._backbone.prefixed_cache(ids.shape[1])
         self._backbone.prefill(ids, cache)
         return gather_entries(self._backbone, cache, lengths)
@@ -149,6 +137,6 @@ class HeldOut:
         if not self._cases:
             for number in range(self.n_documents):
                 batch = self._batches.batch(number)
-                parts = follow(batch, self._full(_Case(batch, [])), self._backbone, self._settings)
-                self._cases.append(_Case(batch, parts))
+                rows = answered_rows(batch, self._full(batch), self._backbone, self._settings)
+                self._cases.append((batch, weighted_rows(rows, self._backbone, self._settings)))
         return self._cases
