@@ -116,7 +116,7 @@ def make_methods(
     """
     wanted = check_methods(names, has_adapter=adapter is not None, refine_from=refine_from)
     if names is None and adapter is not None and adapter.config.routed == "kept":
-        wanted.remove("combined")  # see `check_combinable`
+        wanted.remove("combined")  # see `combined_selector`
     return [_make(name, backbone, adapter, refine or RefineSettings(), refine_from, seed) for name in wanted]
 
 

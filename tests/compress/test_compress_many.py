@@ -11,7 +11,7 @@ import torch
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.cache.keep import Keep
 from kv_memory.compress import Compressor, Matched, MatchSettings
-from kv_memory.compress import batch as batch_module
+from kv_memory.compress import windows as windows_module
 from kv_memory.errors import ConfigError, EmptyDocumentError
 from tests.compress.test_compressor import ADAPTERS, NAMES, compressor_for
 from tests.conftest import ARCHITECTURES
@@ -95,7 +95,7 @@ def test_a_document_of_several_parts_is_matched_alone() -> None:
 
 def test_matched_batches_are_halved_when_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     compressor, sizes = matching("llama"), []
-    match = batch_module.match_documents
+    match = windows_module.match_documents
 
     def small(documents: Any, *args: Any) -> Any:
         sizes.append(len(documents))
@@ -103,7 +103,7 @@ def test_matched_batches_are_halved_when_out_of_memory(monkeypatch: pytest.Monke
             raise torch.OutOfMemoryError("too much")
         return match(documents, *args)
 
-    monkeypatch.setattr(batch_module, "match_documents", small)
+    monkeypatch.setattr(windows_module, "match_documents", small)
     made = compressor.compress_many(TEXTS, keep_ratio=0.3)
     assert sizes == [5, 2, 3]
     for text, ours in zip(TEXTS, made, strict=True):
@@ -144,7 +144,7 @@ def test_training_free_selectors_compress_one_by_one() -> None:
 
 def test_batches_are_halved_when_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     compressor: Compressor = compressor_for("llama", "adapter_head")
-    read, sizes = batch_module.prefill_documents, []
+    read, sizes = windows_module.prefill_documents, []
 
     def small(adapter: Any, ids: torch.Tensor, *args: Any, **options: Any) -> Any:
         sizes.append(len(ids))
@@ -152,7 +152,7 @@ def test_batches_are_halved_when_out_of_memory(monkeypatch: pytest.MonkeyPatch) 
             raise torch.OutOfMemoryError("too much")
         return read(adapter, ids, *args, **options)
 
-    monkeypatch.setattr(batch_module, "prefill_documents", small)
+    monkeypatch.setattr(windows_module, "prefill_documents", small)
     made = compressor.compress_many(TEXTS, keep_ratio=0.3)
     assert sizes == [5, 2, 3, 1, 2]
     monkeypatch.undo()
@@ -164,7 +164,7 @@ def test_a_single_document_that_exceeds_memory_raises(monkeypatch: pytest.Monkey
     def never(*args: Any, **options: Any) -> Any:
         raise torch.OutOfMemoryError("too much")
 
-    monkeypatch.setattr(batch_module, "prefill_documents", never)
+    monkeypatch.setattr(windows_module, "prefill_documents", never)
     with pytest.raises(torch.OutOfMemoryError):
         compressor_for("llama", "adapter_head").compress_many(TEXTS[:2], keep_ratio=0.3)
 
