@@ -14,7 +14,7 @@ from kv_memory.compress.matching import Matched, MatchSettings
 from kv_memory.compress.reference_rows import repeat_rows
 from kv_memory.config import Budget, SelectorName, check_choice
 from kv_memory.errors import ConfigError
-from kv_memory.model.attention import ForwardContext, attention_probabilities
+from kv_memory.model.attention import AttentionKind, ForwardContext, attention_probabilities
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
 
@@ -72,16 +72,7 @@ class ReceivedAttention:
         self.scores = torch.zeros(backbone.num_layers, backbone.num_kv_heads, n_tokens, device=backbone.device)
         self.n_queries = torch.zeros(backbone.num_layers, n_tokens, device=backbone.device)  # that see a token
 
-    def observe(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        *,
-        scaling: float,
-        softcap: float | None,
-        window: int | None,
-    ) -> None:
+    def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, kind: AttentionKind) -> None:
         """Add one layer's attention; see `AttentionObserver`.
 
         Prefix, document and request stand side by side here, so that indices serve as positions.
@@ -92,11 +83,9 @@ class ReceivedAttention:
             stop = min(start + OBSERVED_QUERIES, new)
             end = length - new + stop
             mask = torch.ones(stop - start, end, dtype=torch.bool, device=query.device).tril(end - (stop - start))
-            if window is not None:
-                mask = mask.triu(end - (stop - start) - window + 1)
-            weights = attention_probabilities(
-                query[:, :, start:stop], key[:, :, :end], mask, scaling=scaling, softcap=softcap
-            )
+            if kind.window is not None:
+                mask = mask.triu(end - (stop - start) - kind.window + 1)
+            weights = attention_probabilities(query[:, :, start:stop], key[:, :, :end], mask, kind)
             here = weights[0, :, :, self._columns].unflatten(0, (kv_heads, -1))  # (kv_heads, group, queries, tokens)
             seen = slice(0, here.shape[-1])
             self.n_queries[layer, seen] += mask[:, self._columns].sum(0)

@@ -18,7 +18,7 @@ from kv_memory.cache.distilled import dtype_from_name, dtype_name
 from kv_memory.cache.fingerprint import FORMATS, Fingerprint
 from kv_memory.config import DtypeName
 from kv_memory.errors import ContextWindowError, EncodingError, UnsupportedModelError
-from kv_memory.model.attention import ATTENTION, ForwardContext
+from kv_memory.model.attention import ATTENTION, ForwardContext, soft_capped
 from kv_memory.model.embedded import EMBEDDED, built_in, concrete_name
 from kv_memory.model.kv_cache import NEVER, PositionedCache
 from kv_memory.model.loading import best_device, best_dtype, hash_parameters, hash_tokenizer, load_model
@@ -396,8 +396,7 @@ class Backbone:
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of hidden states from `read`: `(..., hidden_size)` to `(..., vocab_size)`."""
         logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
-        softcap = getattr(self.config, "final_logit_softcapping", None)
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        return soft_capped(logits, getattr(self.config, "final_logit_softcapping", None))
 
     def _forward(
         self,

@@ -16,7 +16,7 @@ from kv_memory.compress.prefill import pad
 from kv_memory.compress.refine.batching import Entries
 from kv_memory.compress.scorer import attention_scores
 from kv_memory.config import Budget
-from kv_memory.model.attention import ForwardContext, attention_probabilities
+from kv_memory.model.attention import AttentionKind, ForwardContext, attention_probabilities
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import NEVER
 
@@ -49,22 +49,13 @@ class _Received:
         self._visible = visible
         self._asked = asked
 
-    def observe(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        *,
-        scaling: float,
-        softcap: float | None,
-        window: int | None,
-    ) -> None:
+    def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, kind: AttentionKind) -> None:
         """See `AttentionObserver`; sliding windows are ignored, so tokens outside a window count as visible."""
         # 1. Attention weights under a causal mask, without the padding of shorter documents.
         new, length = query.shape[2], key.shape[2]
         mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)  # (new, length)
         mask = mask & torch.nn.functional.pad(self._visible, (0, new), value=True)[:, None, None]
-        weights = attention_probabilities(query, key, mask, scaling=scaling, softcap=softcap)
+        weights = attention_probabilities(query, key, mask, kind)
         # 2. Maximum over the query heads of each KV head, and over the real tokens of each row.
         here = weights[..., self._n_prefix : length - new].unflatten(1, (key.shape[1], -1))
         real = torch.arange(new, device=query.device) < self._asked.lengths[:, None]  # (rows, new)

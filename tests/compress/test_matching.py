@@ -153,6 +153,7 @@ def system_of(*given: dict[str, torch.Tensor]) -> HeadSystem:
         weights=torch.stack([padded(one["weights"], 1)[order] for one in given]),
         values=torch.stack([padded(one["values"], 0) for one in given]),
         real=torch.stack([torch.arange(most) < len(one["values"]) for one in given]),
+        fixed=torch.stack([padded(one["fixed"], 0) for one in given]),
         n_learned=int((~held_out).sum()),
         **{name: torch.stack([one[name][order] for one in given]) for name in ("rest", "target", "scale")},
     )
@@ -160,7 +161,7 @@ def system_of(*given: dict[str, torch.Tensor]) -> HeadSystem:
 
 def fit(given: dict[str, torch.Tensor]) -> FittedHeads:
     """Of one head, without the dimension of heads."""
-    fitted = fit_heads(system_of(given), given["fixed"][None], SETTINGS)
+    fitted = fit_heads(system_of(given), SETTINGS)
     return FittedHeads(fitted.values[0], fitted.bias[0])
 
 
@@ -255,14 +256,12 @@ def test_refit_errors_equal_the_cost_of_refitting_without_each_entry() -> None:
 def test_heads_fitted_together_equal_heads_fitted_alone() -> None:
     given = [head(seed=seed, kept=kept) for seed, kept in enumerate([8, 3, 12, 1])]
     given[1]["fixed"][2] = given[2]["fixed"][5] = True
-    most = max(len(one["values"]) for one in given)
-    fixed = torch.stack([torch.nn.functional.pad(one["fixed"], (0, most - len(one["fixed"]))) for one in given])
     system, metric = system_of(*given), torch.eye(6).expand(4, 6, 6)
-    together = fit_heads(system, fixed, SETTINGS)
+    together = fit_heads(system, SETTINGS)
     errors = refit_errors(system, together, metric)
     for row, one in enumerate(given):
         n, own = len(one["values"]), system_of(one)
-        alone = fit_heads(own, one["fixed"][None], SETTINGS)
+        alone = fit_heads(own, SETTINGS)
         torch.testing.assert_close(together.values[row, :n], alone.values[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(together.bias[row, :n], alone.bias[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(errors[row, :n], refit_errors(own, alone, metric[:1])[0], rtol=1e-3, atol=1e-6)
@@ -516,13 +515,12 @@ def test_many_entries_are_fitted_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
         shares = shares / (system.rest + shares.sum(-1))[..., None]
         return float((shares @ values - system.target).square().mean())
 
-    none = torch.zeros(1, 24, dtype=torch.bool)
     monkeypatch.setattr("kv_memory.compress.fitting._AT_ONCE", 10)
     parts = list(system.parts())
     assert [own for own, _ in parts] == [slice(0, 10), slice(10, 20), slice(20, 30)]
     torch.testing.assert_close(torch.stack([part.target for _, part in parts]).sum(0), system.target)
     torch.testing.assert_close(torch.stack([1 - part.rest for _, part in parts]).sum(0), 1 - system.rest)
-    fitted = [fit_heads(part, none[:, own], SETTINGS) for own, part in parts]
+    fitted = [fit_heads(part, SETTINGS) for _, part in parts]
     values, bias = torch.cat([part.values for part in fitted], 1), torch.cat([part.bias for part in fitted], 1)
     assert error(values, bias) < 0.8 * error(system.values, torch.zeros(1, 24))
 
