@@ -108,8 +108,11 @@ class HeldOut:
 
         def drop(full: Entries) -> Entries:
             # The document's entries become padding; the question keeps its positions.
-            gone = full.positions[..., n_prefix:].new_full(full.positions[..., n_prefix:].shape, NEVER)
-            return replace(full, positions=torch.cat([full.positions[..., :n_prefix], gone], -1))
+            n_tokens = full.positions[0].shape[-1] - n_prefix
+            padded = [
+                torch.nn.functional.pad(where[..., :n_prefix], (0, n_tokens), value=NEVER) for where in full.positions
+            ]
+            return replace(full, positions=padded)
 
         kl = [self._kl(case, full, drop(full)) for case in self._prepared() for full in [self._full(case)]]
         return sum(kl) / len(kl)

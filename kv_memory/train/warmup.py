@@ -85,11 +85,10 @@ def received_attention(backbone: Backbone, entries: Entries, askings: Sequence[L
         `(num_layers, documents, num_kv_heads, n_tokens)`, float32, in 0 to 1.
     """
     n_prefix = len(backbone.prefix_ids)
-    shape = list(entries.keys.shape[:4])
-    shape[3] -= n_prefix
-    received = torch.zeros(shape, device=backbone.device)
+    documents, heads, n_entries, _ = entries.keys[0].shape
+    received = torch.zeros(backbone.num_layers, documents, heads, n_entries - n_prefix, device=backbone.device)
     for asked in askings:
-        visible = entries.positions[0, asked.documents, 0] != NEVER
+        visible = entries.positions[0][asked.documents, 0] != NEVER
         observer = _Received(received, n_prefix=n_prefix, visible=visible, asked=asked)
         cache = entries.cache(asked.documents)
         backbone.prefill(asked.ids, cache, lengths=asked.lengths, context=ForwardContext(observer=observer))
