@@ -146,17 +146,7 @@ class _Run:
         settings = self._settings
         # The teacher stays local, so that its caches are freed before trainables are made.
         teacher = Teacher(self._backbone, self._documents, room=settings.extra_tokens, max_entries=settings.max_entries)
-        probes = make_probes(
-            self._backbone,
-            teacher,
-            self._documents,
-            n_probes=settings.practised,
-            n_held_out=settings.held_out,
-            probe_tokens=settings.probe_tokens,
-            temperature=settings.temperature,
-            seed=settings.seed,
-            unasked=self._unasked,
-        )
+        probes = make_probes(self._backbone, teacher, self._documents, settings.probes, unasked=self._unasked)
         every = [probe for own in probes for probe in own]
         taught: dict[int, Predictions | torch.Tensor] = {}
         for index, logits in teacher.logits([probe.row for probe in every]):

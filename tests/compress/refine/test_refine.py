@@ -87,16 +87,7 @@ def held_out(name: str, settings: RefineSettings) -> tuple[Teacher, list[Probe]]
     together, alone = (
         Teacher(backbone, ids, room=settings.extra_tokens, max_entries=n) for n in (settings.max_entries, 1)
     )
-    (probes,) = make_probes(
-        backbone,
-        together,
-        ids,
-        n_probes=settings.practised,
-        n_held_out=settings.held_out,
-        probe_tokens=settings.probe_tokens,
-        temperature=settings.temperature,
-        seed=settings.seed,
-    )
+    (probes,) = make_probes(backbone, together, ids, settings.probes)
     return alone, [probe for probe in probes if probe.held_out]
 
 
