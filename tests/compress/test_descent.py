@@ -12,7 +12,7 @@ from kv_memory.compress.descent import HeadGroup, MovedHeads, alike, descend
 from kv_memory.compress.fitting import FittedHeads, HeadSystem, fit_heads
 from kv_memory.compress.reference_rows import ReferenceRows
 from kv_memory.model.attention import AttentionKind
-from tests.reference import letters, shared_backbone
+from tests.reference import letters, padded, shared_backbone
 
 ROWS, KEPT, DIM, LEARNED = 800, 6, 4, 600
 CPU = torch.device("cpu")
@@ -208,7 +208,7 @@ def test_keys_change_only_when_there_are_steps(name: str) -> None:
     )
     plain = Compressor(backbone, selector="sink_recent").compress(text, keep_ratio=1.0)
     assert torch.equal(still.positions, moved.positions) and still.fingerprint != moved.fingerprint
-    keys, _, positions, _ = still.padded()
+    keys, _, positions, _ = padded(still)
     at = positions.clamp(min=0).long()
     original = plain.keys.gather(2, at[..., None].expand_as(keys))
     torch.testing.assert_close(keys[positions >= 0], original[positions >= 0])

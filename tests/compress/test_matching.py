@@ -22,7 +22,7 @@ from kv_memory.errors import ConfigError, ModelError
 from kv_memory.generate import compose
 from kv_memory.model.backbone import cache_argument
 from tests.conftest import ARCHITECTURES, make_backbone
-from tests.reference import LAYER_TYPED, letters, plain_model, shared_backbone
+from tests.reference import LAYER_TYPED, letters, padded, plain_model, shared_backbone
 
 EVERY = pytest.mark.parametrize("name", list(ARCHITECTURES))
 N = 40
@@ -319,7 +319,7 @@ def logits_by_hand(name: str, backbone: Any, caches: list[DistilledCache], quest
     where, biases = [torch.arange(first).expand(4, 2, -1)], [torch.zeros(4, 2, first)]
     offset = first
     for cache in caches:
-        keys, values, positions, bias = cache.padded()
+        keys, values, positions, bias = padded(cache)
         at = torch.where(positions < 0, 0, positions + offset)
         ours["keys"].append(backbone.rope.rotate(keys.float(), at, n_positions=n_positions))
         ours["values"].append(values)
@@ -413,7 +413,7 @@ def test_kept_spans_are_neither_changed_nor_biased(backbone: Any) -> None:
     compressor = Compressor(backbone, selector=Matched(SETTINGS))
     made = compressor.compress(letters(60), keep_ratio=0.2, keep_spans=[(10, 22)])
     plain = compressor.compress(letters(60), keep_ratio=1.0)
-    keys, values, positions, bias = made.padded()
+    keys, values, positions, bias = padded(made)
     inside = (positions >= 15) & (positions < 27)
     assert inside.sum() == 12 * 8 and not bias[inside].any() and bias[~inside].any()
     at = positions.clamp(min=0).long()
@@ -450,7 +450,7 @@ def test_one_stage_of_scores_without_a_fit_keeps_values(backbone: Any) -> None:
     made = Compressor(backbone, selector=Matched(MatchSettings(part_tokens=24, fit=False)))
     cache = made.compress(letters(60), keep_ratio=0.3)
     plain = made.compress(letters(60), keep_ratio=1.0)
-    _, values, positions, bias = cache.padded()
+    _, values, positions, bias = padded(cache)
     at = positions.clamp(min=0).long()[..., None].expand_as(values)
     assert torch.equal(values[positions >= 0], plain.values.gather(2, at)[positions >= 0]) and not bias.any()
 
