@@ -24,7 +24,7 @@ from tests.reference import letters, shared_backbone
 
 # The weights of the tiny Gemma 3 are untied: tied, every token predicts itself, whatever the document.
 CHANGES: dict[str, dict[str, Any]] = {"gemma3": {"tie_word_embeddings": False}}
-NAMES = ["llama", "mistral", "qwen3", "gemma2", "gemma3", "qwen2_yarn", "phi3_window", "phi3_longrope"]
+NAMES = ["llama", "gemma2", "gemma3", "phi3_window", "phi3_longrope"]
 TEXT = letters(70)
 LONG = letters(90)  # for longrope, whose frequencies change at position 96: document and probes stand behind that
 
@@ -124,7 +124,7 @@ class TestEveryArchitecture:
         assert found.fingerprint.format_version == 2
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3_window"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_refining_a_matched_cache_changes_its_biases(name: str) -> None:
     start, found = refined(name, "matched")
     assert start.bias is not None and found.bias is not None and found.bias.shape == start.bias.shape
@@ -134,7 +134,7 @@ def test_refining_a_matched_cache_changes_its_biases(name: str) -> None:
     assert found.fidelity < held_out_kl(name, start)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3_longrope"])
+@pytest.mark.parametrize("name", ["llama", "phi3_longrope"])
 def test_refining_a_ragged_cache_lowers_its_kl(name: str) -> None:
     start, found = refined(name, "reconstruction")
     assert start.counts is not None and found.counts is not None and torch.equal(found.counts, start.counts)
@@ -241,10 +241,10 @@ def test_min_fidelity_continues_until_it_is_met_or_max_steps(monkeypatch: pytest
 # -- many documents, long documents ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "phi3_longrope"])
+@pytest.mark.parametrize("name", ["llama", "phi3_longrope"])
 def test_documents_refined_in_a_batch_match_those_refined_alone(name: str) -> None:
     backbone = shared(name)
-    texts = [LONG, letters(86, seed=4), letters(100, seed=5)]
+    texts = [LONG, letters(100, seed=5)]
     starts = [start_of(name, text=text) for text in texts]
     together = refine_batch(backbone, [backbone.encode(text) for text in texts], starts, settings=SETTINGS)
     for text, start, found in zip(texts, starts, together, strict=True):
@@ -324,65 +324,6 @@ def test_model_and_start_are_not_modified() -> None:
     assert start.to_bytes() == kept
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.model.state_dict().items())
     assert all(parameter.grad is None for parameter in backbone.model.parameters())
-
-
-# -- settings ----------------------------------------------------------------------------------------------------------
-
-
-def test_fingerprint_covers_every_setting_that_affects_the_result() -> None:
-    backbone = shared_backbone("llama")
-
-    def method(**changes: Any) -> str:
-        refine = replace(SETTINGS, **changes)
-        return Compressor(backbone, selector="attention", window_tokens=64, refine=refine).fingerprint().method
-
-    plain = Compressor(backbone, selector="attention", window_tokens=64).fingerprint().method
-    assert method().startswith(f"{plain}|refine:6:")
-    changes = {"steps": 7, "lr": 0.1, "n_probes": 8, "seed": 1, "min_fidelity": 0.5, "forward_weight": 0.5}
-    assert len({method(), *(method(**{name: value}) for name, value in changes.items())}) == 7
-    assert method(max_entries=64) == method()
-
-
-def test_more_steps_train_on_more_probes() -> None:
-    assert [RefineSettings(steps=steps).practised for steps in (8, 18, 24, 48, 144)] == [8, 9, 24, 24, 72]
-    assert RefineSettings(steps=144, n_probes=24).practised == 24
-    assert RefineSettings(steps=144).name == RefineSettings(steps=144, n_probes=72).name
-
-
-def test_few_steps_hold_few_probes_out() -> None:
-    assert [RefineSettings(steps=steps).held_out for steps in (8, 23, 24, 144)] == [1, 1, 2, 2]
-    assert RefineSettings(steps=8).name == RefineSettings(steps=8, n_probes=8, n_held_out=1).name
-    assert RefineSettings(steps=8).name != RefineSettings(steps=8, n_held_out=2).name
-
-
-def test_more_steps_wait_longer_for_a_gain() -> None:
-    assert [RefineSettings(steps=steps).most_looks_without_gain for steps in (16, 48, 144)] == [2, 2, 6]
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"steps": 0},
-        {"lr": 0.0},
-        {"lr": math.inf},
-        {"n_probes": 3},
-        {"probes_per_step": 0},
-        {"n_held_out": 0},
-        {"probe_tokens": 8},
-        {"forward_weight": 1.5},
-        {"temperature": -1.0},
-        {"evaluate_every": 0},
-        {"patience": 0},
-        {"tolerance": -0.1},
-        {"min_fidelity": 0.0},
-        {"steps": 16, "max_steps": 8},
-        {"max_entries": 0},
-    ],
-)
-def test_settings_out_of_range_are_rejected(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError) as caught:
-        RefineSettings(**wrong)
-    assert caught.value.where == list(wrong)[-1]
 
 
 def test_a_cache_of_another_document_is_rejected() -> None:
