@@ -43,12 +43,24 @@ def shared(name: str) -> Any:
     return shared_backbone(name, **CHANGES.get(name, {}))
 
 
+_MADE: dict[Any, list[list[Probe]]] = {}  # making probes takes half of a refinement, and they are always the same
+
+
+def made_once(
+    backbone: Any, teacher: Teacher, documents: Sequence[Sequence[int]], settings: Any, **options: Any
+) -> list[list[Probe]]:
+    key = backbone, tuple(map(tuple, documents)), settings, repr(options)
+    if key not in _MADE:
+        _MADE[key] = make_probes(backbone, teacher, documents, settings, **options)
+    return _MADE[key]
+
+
 @pytest.fixture(autouse=True)
 def _practised_probes_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model has nothing in common with itself elsewhere: what it practises is all it can get better at."""
 
     def doubled(*args: Any, **options: Any) -> list[list[Probe]]:
-        made = [[probe for probe in own if probe.held_out] for own in make_probes(*args, **options)]
+        made = [[probe for probe in own if probe.held_out] for own in made_once(*args, **options)]
         return [[*own, *(replace(probe, held_out=False) for probe in own)] for own in made]
 
     monkeypatch.setattr("kv_memory.compress.refine.optimize.make_probes", doubled)
@@ -87,7 +99,7 @@ def held_out(name: str, settings: RefineSettings) -> tuple[Teacher, list[Probe]]
     together, alone = (
         Teacher(backbone, ids, room=settings.extra_tokens, max_entries=n) for n in (settings.max_entries, 1)
     )
-    (probes,) = make_probes(backbone, together, ids, settings.probes)
+    (probes,) = made_once(backbone, together, ids, settings.probes, unasked=None)
     return alone, [probe for probe in probes if probe.held_out]
 
 
@@ -337,7 +349,7 @@ def test_unasked_spans_reach_the_probes_as_window_tokens(monkeypatch: pytest.Mon
     seen: list[Any] = []
     monkeypatch.setattr(
         "kv_memory.compress.refine.optimize.make_probes",
-        lambda *args, unasked, **options: (seen.append(unasked), make_probes(*args, unasked=unasked, **options))[1],
+        lambda *args, unasked: (seen.append(unasked), made_once(*args, unasked=unasked))[1],
     )
     backbone = shared_backbone("llama")
     compressor = Compressor(backbone, selector="attention", window_tokens=70, refine=SETTINGS)
