@@ -13,8 +13,7 @@ import torch
 
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.matching import Matched, MatchSettings
-from kv_memory.compress.prefill import DocumentPrefill, check_finite
-from kv_memory.compress.selectors import Selector
+from kv_memory.compress.prefill import DocumentPrefill
 from kv_memory.errors import ConfigError
 from kv_memory.model.backbone import Backbone
 
@@ -46,9 +45,7 @@ def combined_selector(adapter: Adapter | None) -> Matched:
     return Matched(MatchSettings(part_tokens=part_tokens, depth_weight=0.0, fit=False))
 
 
-def combined_scores(
-    backbone: Backbone, selector: Selector, ids: torch.Tensor, reading: DocumentPrefill
-) -> torch.Tensor:
+def combined_scores(backbone: Backbone, selector: Matched, ids: torch.Tensor, reading: DocumentPrefill) -> torch.Tensor:
     """Scores of the entries of one document, `(num_layers, 1, num_kv_heads, n_tokens)`.
 
     Args:
@@ -58,6 +55,5 @@ def combined_scores(
         reading: Adapter's prefill of this document alone, with room for `selector.extra_tokens`. Its cache is
             restored afterwards.
     """
-    errors = selector.score(backbone, ids, reading.cache, None)[:, None]
-    check_finite(backbone, errors)
+    errors = selector.documents(backbone, ids, reading.cache)[0].scores[:, None]
     return reading.scores + 0.5 * errors.clamp_min(_LEAST).log().to(reading.scores.device)

@@ -78,11 +78,9 @@ class Matched:
         request = REQUEST_TOKENS + CUE_TOKENS
         self.extra_tokens = max(self.settings.part_tokens + request, QUESTION_TOKENS)
 
-    def watch(self, backbone: Backbone, *, n_prefix: int, n_tokens: int) -> None:
-        """Return None: the prefill is not observed."""
-
-    def score(self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, watched: object) -> torch.Tensor:
+    def score(self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache) -> torch.Tensor:
         """Score each entry by the error that losing it would cause, see `output_errors` and `MatchSettings.score`."""
+        backbone.prefill(ids, cache)
         return self.documents(backbone, ids, cache)[0].scores
 
     def documents(

@@ -14,7 +14,6 @@ from kv_memory.compress.kept import Kept, extract
 from kv_memory.compress.matching import Matched, MatchedDocument, match_documents
 from kv_memory.compress.prefill import check_finite, pad, prefill_documents, top_k_mask
 from kv_memory.compress.selectors import Selector
-from kv_memory.model.attention import ForwardContext
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
 
@@ -126,15 +125,12 @@ class WindowCompressor:
         assert self._selector is not None
         backbone, selector = self._backbone, self._selector
         ids, lengths = pad([window.ids for window in windows], device=backbone.device)  # (batch, n_tokens), (batch,)
-        n_tokens = ids.shape[1]
-        cache = backbone.prefixed_cache(n_tokens, room=self.extra_tokens, batch_size=len(windows))
+        cache = backbone.prefixed_cache(ids.shape[1], room=self.extra_tokens, batch_size=len(windows))
         if isinstance(selector, Matched):
             ragged = lengths if len(windows) > 1 else None
             backbone.prefill(ids, cache, lengths=ragged)
             return PrefilledWindow(cache, selector.documents(backbone, ids, cache, lengths=ragged))
-        watched = selector.watch(backbone, n_prefix=len(backbone.prefix_ids), n_tokens=n_tokens)
-        backbone.prefill(ids, cache, context=ForwardContext(observer=watched))
-        scores = selector.score(backbone, ids, cache, watched).to(ids.device)
+        scores = selector.score(backbone, ids, cache).to(ids.device)
         check_finite(backbone, scores)
         return PrefilledWindow(cache, (scores[None, None] if scores.ndim == 1 else scores)[:, None])
 
@@ -155,5 +151,6 @@ class WindowCompressor:
         )
         if self._selector is None:
             return reading.cache, reading.selected
+        assert isinstance(self._selector, Matched)
         scores = combined_scores(self._backbone, self._selector, ids, reading)
         return reading.cache, top_k_mask(scores, lengths, n_kept, budget=adapter.config.budget, forced=forced)

@@ -94,8 +94,7 @@ class HeldOut:
 
         def top_k_mask(ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> Entries:
             cache = backbone.prefixed_cache(ids.shape[1], room=selector.extra_tokens)
-            backbone.prefill(ids, cache)
-            scores = selector.score(backbone, ids, cache, None)
+            scores = selector.score(backbone, ids, cache)
             selected = keep(scores[:, None], lengths, n_kept, budget=selector.budget)
             return gather_entries(backbone, cache, lengths, selected)
 

@@ -34,7 +34,7 @@ def test_adapter_scores_and_output_errors_both_count() -> None:
     adapter, selector = adapted(), Matched(MatchSettings(part_tokens=32))
     ids, reading = read(adapter, selector)
     with torch.no_grad():
-        errors = selector.score(adapter.backbone, ids, reading.cache, None)
+        errors = selector.documents(adapter.backbone, ids, reading.cache)[0].scores
         scores = combined_scores(adapter.backbone, selector, ids, reading)
     made = top_k_mask(scores, torch.tensor([ids.shape[1]]), torch.tensor([15]), budget="model")
     assert made.shape == reading.selected.shape and int(made.sum()) == 15 * 8

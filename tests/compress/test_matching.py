@@ -97,10 +97,10 @@ def test_scores_are_the_change_of_the_output_when_an_entry_is_removed(name: str)
     tokens = torch.tensor([ids])
     selector = Matched(SETTINGS)
     with torch.no_grad():
-        document = backbone.prefixed_cache(N, room=selector.extra_tokens)
-        backbone.prefill(tokens, document)
-        keys = [document.layer(i)[0].clone() for i in range(4)]
-        scores = selector.score(backbone, tokens, document, None)
+        document, plain = (backbone.prefixed_cache(N, room=selector.extra_tokens) for _ in range(2))
+        backbone.prefill(tokens, plain)
+        keys = [plain.layer(i)[0] for i in range(4)]
+        scores = selector.score(backbone, tokens, document)
     assert all(torch.equal(document.layer(i)[0], key) for i, key in enumerate(keys)) or "longrope" in name
     if "longrope" not in name:  # whose frequencies may differ between reading and asking
         torch.testing.assert_close(scores.double(), expected, rtol=2e-3, atol=1e-6)
@@ -113,8 +113,7 @@ def test_depth_weight_scales_scores_by_layer() -> None:
     for settings in (SETTINGS, replace(SETTINGS, depth_weight=0.0)):
         document = backbone.prefixed_cache(N, room=Matched(settings).extra_tokens)
         with torch.no_grad():
-            backbone.prefill(tokens, document)
-            found.append(Matched(settings).score(backbone, tokens, document, None))
+            found.append(Matched(settings).score(backbone, tokens, document))
     torch.testing.assert_close(found[0], found[1] * counts[:, None, None], rtol=2e-3, atol=1e-4)
     assert Matched(SETTINGS).name != Matched(replace(SETTINGS, depth_weight=0.0)).name
 
