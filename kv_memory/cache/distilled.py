@@ -165,6 +165,16 @@ class DistilledCache:
         return self.n_kept if self.counts is None else int(self.counts.max())
 
     @property
+    def head_counts(self) -> torch.Tensor:
+        """Number of entries of each layer and head, `(num_layers, num_kv_heads)`, int64, on the CPU."""
+        return torch.full(self.keys.shape[:2], self.n_kept) if self.counts is None else self.counts.long().cpu()
+
+    @property
+    def flat_positions(self) -> torch.Tensor:
+        """Positions of all entries, `(n_entries,)`, layer by layer and head by head."""
+        return self.positions.expand(self.keys.shape[:-1]).flatten()
+
+    @property
     def per_head(self) -> bool:
         """Whether layers and heads keep different tokens."""
         return self.positions.ndim == 3 or self.counts is not None

@@ -245,7 +245,7 @@ class Compressor:
             raise EmptyDocumentError("the document has no tokens")
         # 1. Compress window by window.
         windows = self._windows_of(ids, keep_ratio, keep_spans)
-        read = prefilled or [None] * len(windows)
+        read: Sequence[PrefilledWindow | None] = prefilled or [None] * len(windows)
         parts = [self._windows.compress([window], own)[0] for window, own in zip(windows, read, strict=True)]
         starts = [start for start, _ in windows_of(len(ids), self.window_tokens)]
         spans = repr(sorted(map(tuple, keep_spans))) if keep_spans else ""

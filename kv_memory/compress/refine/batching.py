@@ -151,7 +151,8 @@ def join_entries(
     # 1. Entries of each document in its place: the prefix comes once, and later documents are rotated on.
     parts: list[list[tuple[torch.Tensor, ...]]] = []  # by group: (num_layers, num_kv_heads, n, ...) each
     for group in groups:
-        offset, own = 0, []
+        offset = 0
+        own: list[tuple[torch.Tensor, ...]] = []
         for index in group:
             start = n_prefix if own else 0
             key, value, where = (

@@ -43,13 +43,7 @@ class TrainableCache:
         self._backbone = backbone
         self._n_positions = n_positions
         n_prefix, device = len(backbone.prefix_ids), backbone.device
-        heads = (backbone.num_layers, backbone.num_kv_heads)
-        if cache.counts is None:
-            self.counts = torch.full(heads, cache.n_kept)
-            inside = cache.positions.to(device).expand(*heads, -1).flatten().long()
-        else:
-            self.counts = cache.counts.long().cpu()
-            inside = cache.positions.to(device).long()
+        self.counts, inside = cache.head_counts, cache.flat_positions.to(device).long()
         self.per_layer: list[int] = self.counts.sum(1).tolist()
         self.positions = inside + n_prefix
         self.next_position = n_prefix + cache.n_tokens
