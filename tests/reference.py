@@ -103,9 +103,26 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * spread)
 
 
+def padded(cache: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys, values, positions and biases of a distilled cache, padded in every head to the size of the fullest.
+
+    `(num_layers, num_kv_heads, span, head_dim)` twice, and without head_dim twice; -1 and 0 for padding.
+    """
+    flat = cache.keys.new_zeros(cache.keys.shape[:-1], dtype=torch.float16) if cache.bias is None else cache.bias
+    if cache.counts is None:
+        return cache.keys, cache.values, cache.positions.to(torch.int32).expand(cache.keys.shape[:3]), flat
+    filled = torch.arange(cache.span) < cache.counts[..., None]
+    keys = cache.keys.new_zeros(*filled.shape, cache.keys.shape[-1])
+    values, positions = torch.zeros_like(keys), torch.full(filled.shape, -1, dtype=torch.int32)
+    keys[filled], values[filled], positions[filled] = cache.keys, cache.values, cache.positions.to(torch.int32)
+    bias = flat.new_zeros(filled.shape)
+    bias[filled] = flat
+    return keys, values, positions, bias
+
+
 def by_head(cache: Any) -> list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
     """Positions, keys and values of every layer and head of a distilled cache of either form."""
-    keys, values, positions, _ = cache.padded()
+    keys, values, positions, _ = padded(cache)
     return [
         [
             (p[p >= 0].long(), k[p >= 0], v[p >= 0])

@@ -97,33 +97,46 @@ class DistilledCache:
     text_sha256: str | None = None
 
     def __post_init__(self) -> None:
-        print_ = self.fingerprint
+        print_, heads = self.fingerprint, (self.fingerprint.num_layers, self.fingerprint.num_kv_heads)
         if self.refined_steps < 0 or (self.fidelity is not None and not 0 <= self.fidelity < math.inf):
             raise ConfigError(
                 f"invalid fidelity {self.fidelity} after {self.refined_steps} refinement steps", where="fidelity"
             )
-        self._check_bias()
+        if not 0 < self.keep_ratio <= 1:
+            raise ConfigError(f"keep_ratio must lie in (0, 1], got {self.keep_ratio}", where="keep_ratio")
+        # 1. Shape of the entries: (n_entries,) with counts, else (num_layers, num_kv_heads, n_kept).
         if self.counts is not None:
-            self._check_ragged(self.counts)
-            return
-        if self.keys.ndim != 4:
+            shape: tuple[int, ...] = (self._n_counted(self.counts),)
+        elif self.keys.ndim != 4:
             raise ConfigError(f"keys must have 4 dimensions, got shape {tuple(self.keys.shape)}", where="keys")
-        shape = (print_.num_layers, print_.num_kv_heads, self.keys.shape[2], print_.head_dim)
+        else:
+            shape = (*heads, self.keys.shape[2])
+            if not 0 < self.n_kept <= self.n_tokens:
+                raise ConfigError(f"cannot keep {self.n_kept} of {self.n_tokens} tokens", where="keys")
+        # 2. Tensors of this shape.
         for name in ("keys", "values"):
             tensor: torch.Tensor = getattr(self, name)
-            if tuple(tensor.shape) != shape or dtype_name(tensor.dtype) != print_.dtype:
+            if tuple(tensor.shape) != (*shape, print_.head_dim) or dtype_name(tensor.dtype) != print_.dtype:
                 raise ConfigError(
-                    f"{name} must be {shape} of {print_.dtype}, "
+                    f"{name} must be {(*shape, print_.head_dim)} of {print_.dtype}, "
                     f"got {tuple(tensor.shape)} of {dtype_name(tensor.dtype)}",
                     where=name,
                 )
-        if tuple(self.positions.shape) not in {shape[:3], shape[2:3]} or self.positions.is_floating_point():
+        if tuple(self.positions.shape) not in {shape, shape[-1:]} or self.positions.is_floating_point():
             raise ConfigError(
-                f"positions must be integers of shape {shape[:3]} or {shape[2:3]}, got {tuple(self.positions.shape)}",
+                f"positions must be integers of shape {' or '.join(map(str, dict.fromkeys((shape, shape[-1:]))))}, "
+                f"got {tuple(self.positions.shape)}",
                 where="positions",
             )
-        if not 0 < self.n_kept <= self.n_tokens or not 0 < self.keep_ratio <= 1:
-            raise ConfigError(f"cannot keep {self.n_kept} of {self.n_tokens} tokens at keep_ratio {self.keep_ratio}")
+        self._check_bias()
+
+    def _n_counted(self, counts: torch.Tensor) -> int:
+        heads = (self.fingerprint.num_layers, self.fingerprint.num_kv_heads)
+        if tuple(counts.shape) != heads or counts.is_floating_point():
+            raise ConfigError(f"counts must be integers of shape {heads}, got {tuple(counts.shape)}", where="counts")
+        if int(counts.min()) < 0 or int(counts.max()) > self.n_tokens or int(counts.max()) == 0:
+            raise ConfigError(f"counts must be in the range 0 to {self.n_tokens} and not all be 0", where="counts")
+        return int(counts.sum())
 
     def _check_bias(self) -> None:
         if self.bias is None:
@@ -139,30 +152,6 @@ class DistilledCache:
         if not self.bias.isfinite().all():
             raise ConfigError("biases must be finite numbers", where="bias")
 
-    def _check_ragged(self, counts: torch.Tensor) -> None:
-        print_ = self.fingerprint
-        heads = (print_.num_layers, print_.num_kv_heads)
-        if tuple(counts.shape) != heads or counts.is_floating_point():
-            raise ConfigError(f"counts must be integers of shape {heads}, got {tuple(counts.shape)}", where="counts")
-        n_entries = int(counts.sum())
-        if int(counts.min()) < 0 or int(counts.max()) > self.n_tokens or n_entries == 0:
-            raise ConfigError(f"counts must be in the range 0 to {self.n_tokens} and not all be 0", where="counts")
-        for name in ("keys", "values"):
-            tensor: torch.Tensor = getattr(self, name)
-            if tuple(tensor.shape) != (n_entries, print_.head_dim) or dtype_name(tensor.dtype) != print_.dtype:
-                raise ConfigError(
-                    f"{name} must be {(n_entries, print_.head_dim)} of {print_.dtype}, "
-                    f"got {tuple(tensor.shape)} of {dtype_name(tensor.dtype)}",
-                    where=name,
-                )
-        if tuple(self.positions.shape) != (n_entries,) or self.positions.is_floating_point():
-            raise ConfigError(
-                f"positions must be integers of shape {(n_entries,)}, got {tuple(self.positions.shape)}",
-                where="positions",
-            )
-        if not 0 < self.keep_ratio <= 1:
-            raise ConfigError(f"keep_ratio must lie in (0, 1], got {self.keep_ratio}", where="keep_ratio")
-
     @property
     def n_kept(self) -> int:
         """Number of entries kept per layer and head; the rounded average if heads keep different numbers."""
@@ -175,24 +164,15 @@ class DistilledCache:
         """Number of consecutive positions that the entries need: the number of entries of the fullest head."""
         return self.n_kept if self.counts is None else int(self.counts.max())
 
-    def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys, values, positions and biases, padded in every head to the size of the fullest one.
+    @property
+    def head_counts(self) -> torch.Tensor:
+        """Number of entries of each layer and head, `(num_layers, num_kv_heads)`, int64, on the CPU."""
+        return torch.full(self.keys.shape[:2], self.n_kept) if self.counts is None else self.counts.long().cpu()
 
-        Returns:
-            Keys and values, `(num_layers, num_kv_heads, span, head_dim)` each; positions,
-            `(num_layers, num_kv_heads, span)`, int32, -1 for padding; and biases in the shape of the positions,
-            float16, 0 if the cache has no bias.
-        """
-        flat = self.keys.new_zeros(self.keys.shape[:-1], dtype=torch.float16) if self.bias is None else self.bias
-        if self.counts is None:
-            return self.keys, self.values, self.positions.to(torch.int32).expand(self.keys.shape[:3]), flat
-        filled = torch.arange(self.span, device=self.keys.device) < self.counts.to(self.keys.device)[..., None]
-        keys = self.keys.new_zeros(*filled.shape, self.keys.shape[-1])
-        values, positions = torch.zeros_like(keys), torch.full(filled.shape, -1, dtype=torch.int32, device=keys.device)
-        keys[filled], values[filled], positions[filled] = self.keys, self.values, self.positions.to(torch.int32)
-        bias = flat.new_zeros(filled.shape)
-        bias[filled] = flat
-        return keys, values, positions, bias
+    @property
+    def flat_positions(self) -> torch.Tensor:
+        """Positions of all entries, `(n_entries,)`, layer by layer and head by head."""
+        return self.positions.expand(self.keys.shape[:-1]).flatten()
 
     @property
     def per_head(self) -> bool:

@@ -40,8 +40,7 @@ def models(
             return
         with out.working("Starting"):
             from kv_memory.cache.distilled import dtype_name
-            from kv_memory.model.backbone import SUPPORTED
-            from kv_memory.model.loading import best_device, best_dtype
+            from kv_memory.model.loading import SUPPORTED, best_device, best_dtype
 
             device = best_device()
             dtype = dtype_name(best_dtype(device))

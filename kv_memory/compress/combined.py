@@ -12,17 +12,18 @@ from __future__ import annotations
 import torch
 
 from kv_memory.compress.adapter import Adapter
-from kv_memory.compress.matching import Matched
-from kv_memory.compress.prefill import DocumentPrefill, check_finite, top_k_mask
+from kv_memory.compress.matching import Matched, MatchSettings
+from kv_memory.compress.prefill import DocumentPrefill
 from kv_memory.errors import ConfigError
+from kv_memory.model.backbone import Backbone
 
-__all__ = ["check_combinable", "combined_selection"]
+__all__ = ["combined_scores", "combined_selector"]
 
 _LEAST = 1e-30  # least error, so that its logarithm is finite
 
 
-def check_combinable(adapter: Adapter | None) -> None:
-    """Raise unless output errors can take part in this adapter's selection.
+def combined_selector(adapter: Adapter | None) -> Matched:
+    """Return the selector that measures output errors beside this adapter.
 
     Raises:
         ConfigError: There is no adapter, or it routes the tokens it keeps and must therefore select them by itself.
@@ -39,33 +40,20 @@ def check_combinable(adapter: Adapter | None) -> None:
             where="selector",
             next_step='Omit the selector, or train an adapter with `routed="document"`.',
         )
+    part_tokens = min(1024, adapter.backbone.context_window // 4)
+    # No depth weight: the adapter's scorer already weighs the layers.
+    return Matched(MatchSettings(part_tokens=part_tokens, depth_weight=0.0, fit=False))
 
 
-def combined_selection(
-    adapter: Adapter,
-    selector: Matched,
-    ids: torch.Tensor,
-    reading: DocumentPrefill,
-    *,
-    n_kept: int,
-    forced: torch.Tensor,
-) -> torch.Tensor:
-    """Select the entries of one document to keep.
+def combined_scores(backbone: Backbone, selector: Matched, ids: torch.Tensor, reading: DocumentPrefill) -> torch.Tensor:
+    """Scores of the entries of one document, `(num_layers, 1, num_kv_heads, n_tokens)`.
 
     Args:
-        adapter: Adapter that prefilled the document.
+        backbone: The model.
         selector: Selector that measures the output errors.
         ids: `(1, n_tokens)`, token ids of the document.
-        reading: Prefill of this document alone, with room for `selector.extra_tokens`. Its cache is restored
-            afterwards.
-        n_kept: Number of entries to keep, in every head or on average over all of them.
-        forced: Bool `(n_tokens,)`; tokens that are kept whatever their score.
-
-    Returns:
-        Mask of the kept entries, bool `(num_layers, 1, num_kv_heads, n_tokens)`.
+        reading: Adapter's prefill of this document alone, with room for `selector.extra_tokens`. Its cache is
+            restored afterwards.
     """
-    errors = selector.score(adapter.backbone, ids, reading.cache, None)[:, None]
-    check_finite(adapter.backbone, errors)
-    scores = reading.scores + 0.5 * errors.clamp_min(_LEAST).log().to(reading.scores.device)
-    lengths, most = torch.tensor([ids.shape[1]]), torch.tensor([n_kept])
-    return top_k_mask(scores, lengths, most, budget=adapter.config.budget, forced=forced[None])
+    errors = selector.documents(backbone, ids, reading.cache)[0].scores[:, None]
+    return reading.scores + 0.5 * errors.clamp_min(_LEAST).log().to(reading.scores.device)

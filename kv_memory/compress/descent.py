@@ -36,7 +36,6 @@ class HeadGroup:
         system: System of the fit for the same rows.
         where: Positions of the entries, `(heads, kept)`.
         keys: Keys of the entries, `(heads, kept, head_dim)`, rotated.
-        fixed: Bool `(heads, kept)`; entries that are neither moved nor biased.
     """
 
     rows: ReferenceRows
@@ -44,13 +43,11 @@ class HeadGroup:
     system: HeadSystem
     where: torch.Tensor
     keys: torch.Tensor
-    fixed: torch.Tensor
 
     def parts(self) -> Iterator[HeadGroup]:
         """Split heads that keep many entries into parts of their entries; see `HeadSystem.parts`."""
         for own, system in self.system.parts():
-            where, keys, fixed = self.where[:, own], self.keys[:, own], self.fixed[:, own]
-            yield replace(self, system=system, where=where, keys=keys, fixed=fixed)
+            yield replace(self, system=system, where=self.where[:, own], keys=self.keys[:, own])
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +114,7 @@ def descend(heads: HeadGroup, fitted: FittedHeads, settings: MatchSettings) -> M
     if n == 0 or settings.key_steps == 0:
         return start
     # 1. Start and units: keys and values move in standard deviations of their head, biases in nats.
-    scale, free = system.row_scale, system.real & ~heads.fixed  # (heads, rows, 1), (heads, kept)
+    scale, free = system.row_scale, system.real & ~system.fixed  # (heads, rows, 1), (heads, kept)
     target = system.target * scale
     bias = start.bias.masked_fill(~system.real, -torch.inf)  # padding gets no attention
     begin = [start.keys, start.values, bias]
@@ -134,7 +131,7 @@ def descend(heads: HeadGroup, fitted: FittedHeads, settings: MatchSettings) -> M
     def error(moves: Sequence[torch.Tensor], turn: int) -> torch.Tensor:
         some = turns[turn]
         keys, values, bias = (b + move * mask for b, move, mask in zip(begin, moves, masks, strict=True))
-        weights = rows.logits(keys, heads.where, slice(None), some)  # (heads, rows, kept)
+        weights = rows.logits(keys, heads.where, some)  # (heads, rows, kept)
         weights = weights.sub_(heads.total[:, some, None]).add_(bias[:, None]).exp_()
         # The sum of the weights is one more column of the product, and the product is divided instead of the weights,
         # which are the large array.
@@ -162,7 +159,7 @@ def _judged(heads: HeadGroup, start: MovedHeads, moved: MovedHeads) -> MovedHead
     target = system.target * system.row_scale
 
     def shares(one: MovedHeads, some: slice) -> torch.Tensor:
-        logits = heads.rows.logits(one.keys, heads.where, slice(None), some) - heads.total[:, some, None]
+        logits = heads.rows.logits(one.keys, heads.where, some) - heads.total[:, some, None]
         weights = logits.add_(one.bias[:, None]).exp_()
         total = (system.rest[:, some, None] + weights.sum(2, keepdim=True)).clamp_min(1e-6)
         return weights.mul_(system.row_scale[:, some] / total)
@@ -170,8 +167,8 @@ def _judged(heads: HeadGroup, start: MovedHeads, moved: MovedHeads) -> MovedHead
     def error(of: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return (of @ values - target[:, held_out]).square().sum((1, 2))
 
-    every, fixed = shares(moved, slice(None)), heads.fixed | ~system.real  # (heads, rows, kept), (heads, kept)
-    values = moved.values + value_moves(every, target - every @ moved.values, fixed, system.n_real)
+    every = shares(moved, slice(None))  # (heads, rows, kept)
+    values = moved.values + value_moves(system, every, target - every @ moved.values)
     closer = error(every[:, held_out], values) < error(shares(start, held_out), start.values)  # False for NaN
     for part in (moved.keys, values, moved.bias.masked_fill(~system.real, 0.0)):
         closer &= part.isfinite().flatten(1).all(1)

@@ -36,6 +36,7 @@ class HeadSystem:
         values: Values of the kept entries, `(heads, kept, head_dim)`.
         scale: 1 / r, `(heads, rows)`; 0 for a padded row, which contributes nothing.
         real: Bool `(heads, kept)`; False for padding.
+        fixed: Bool `(heads, kept)`; entries that are neither moved nor biased.
         n_learned: Number of rows that are not held out.
     """
 
@@ -45,6 +46,7 @@ class HeadSystem:
     values: torch.Tensor
     scale: torch.Tensor
     real: torch.Tensor
+    fixed: torch.Tensor
     n_learned: int
 
     @property
@@ -84,7 +86,8 @@ class HeadSystem:
             weights, values = self.weights[..., own], self.values[:, own]
             share = weights.sum(2, keepdim=True) / kept
             target, rest = weights @ values + share * missing, 1 - share[..., 0] * (1 - self.rest)
-            yield own, replace(self, weights=weights, rest=rest, target=target, values=values, real=self.real[:, own])
+            real, fixed = self.real[:, own], self.fixed[:, own]
+            yield own, replace(self, weights=weights, rest=rest, target=target, values=values, real=real, fixed=fixed)
 
     def shares(self, weight: torch.Tensor, *, start: int = 0) -> torch.Tensor:
         """X: scaled coefficients of the entries' values in each row if their attention is `weight` times as much.
@@ -144,19 +147,18 @@ def output_errors(
     return odds.square_().mul_(left @ right).sum((0, 1)).clamp_min(0)
 
 
-def fit_heads(system: HeadSystem, fixed: torch.Tensor, settings: MatchSettings) -> FittedHeads:
+def fit_heads(system: HeadSystem, settings: MatchSettings) -> FittedHeads:
     """Fit weights and values of the entries kept in some heads, so that they stand in for the whole document.
 
     Args:
         system: Entries and rows of the heads.
-        fixed: Bool `(heads, kept)`; entries that are neither moved nor biased.
         settings: Settings with the ridges.
 
     Returns:
         Fitted entries; a head keeps its start (no bias, the given values) unless the fit is closer on its held-out
         rows.
     """
-    values, n, n_real = system.values, system.n_learned, system.n_real
+    values, n, n_real, fixed = system.values, system.n_learned, system.n_real, system.fixed
     row_scale = system.row_scale
     target = system.target * row_scale
     # 1. Weights that restore the attention of the rows to the whole document.
@@ -193,22 +195,20 @@ def fit_heads(system: HeadSystem, fixed: torch.Tensor, settings: MatchSettings) 
     )
 
 
-def value_moves(
-    shares: torch.Tensor, residual: torch.Tensor, fixed: torch.Tensor, n_real: torch.Tensor
-) -> torch.Tensor:
-    """Changes of the values that take up a residual, by ridge regression; `fixed` values do not change.
+def value_moves(system: HeadSystem, shares: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """Changes of the values that take up a residual, by ridge regression; fixed values and padding do not change.
 
     Args:
-        shares: X, `(heads, rows, kept)`.
+        system: Entries of the heads.
+        shares: X of the moved entries, `(heads, rows, kept)`.
         residual: Output to be added, `(heads, rows, head_dim)`.
-        fixed: Bool `(heads, kept)`; values that do not change.
-        n_real: Number of entries of each head, `(heads,)`.
 
     Returns:
         Changes `(heads, kept, head_dim)`.
     """
-    gram = (shares.mT @ shares).masked_fill(fixed[:, :, None] | fixed[:, None], 0.0)
-    return _solve(gram, (shares.mT @ residual).masked_fill(fixed[..., None], 0.0), _MOVED_RIDGE, n_real)
+    still = system.fixed | ~system.real
+    gram = (shares.mT @ shares).masked_fill(still[:, :, None] | still[:, None], 0.0)
+    return _solve(gram, (shares.mT @ residual).masked_fill(still[..., None], 0.0), _MOVED_RIDGE, system.n_real)
 
 
 def refit_errors(system: HeadSystem, fitted: FittedHeads, metric: torch.Tensor) -> torch.Tensor:

@@ -83,9 +83,7 @@ def refitted_errors(heads: Sequence[KeptHead], settings: MatchSettings) -> list[
     quick = replace(settings, value_ridges=_STAGE_RIDGES)
     for indices, group in _groups(heads, settings.max_rows, settings):
         metric = torch.stack([heads[i].of.metric for i in indices])
-        errors = [
-            refit_errors(part.system, fit_heads(part.system, part.fixed, quick), metric) for part in group.parts()
-        ]
+        errors = [refit_errors(part.system, fit_heads(part.system, quick), metric) for part in group.parts()]
         for i, own in zip(indices, torch.cat(errors, 1), strict=True):
             found[i] = own[: len(heads[i].kept)]
     return found
@@ -99,8 +97,7 @@ def fitted_entries(heads: Sequence[KeptHead], settings: MatchSettings) -> list[M
         found.append(MovedHeads(keys, values, values.new_zeros(len(keys))))
     for indices, group in _groups(heads, settings.max_final_rows, settings) if settings.fit else ():
         parts = [
-            (part.system.real, descend(part, fit_heads(part.system, part.fixed, settings), settings))
-            for part in group.parts()
+            (part.system.real, descend(part, fit_heads(part.system, settings), settings)) for part in group.parts()
         ]
         for row, i in enumerate(indices):
             found[i] = MovedHeads.joined([moved.of(row, real[row]) for real, moved in parts])
@@ -147,15 +144,8 @@ def _group_of(heads: Sequence[KeptHead], picked: Sequence[tuple[torch.Tensor, in
             one[:n], one[n_learned : n_learned + len(part) - n] = part[:n], part[n:]
         return out
 
-    asked = [head.of.rows for head in heads]
     total = laid([head.of.total for head in heads], torch.inf)  # (heads, rows)
-    rows = replace(
-        asked[0],
-        query=laid([rows.query for rows in asked]),
-        own=laid([rows.own for rows in asked]),
-        positions=laid([rows.positions for rows in asked]),
-        scale=laid([rows.scale for rows in asked]),
-    )
+    rows = ReferenceRows.merged([head.of.rows for head in heads], laid)
     # 2. Entries, padded to the most of any head.
     counts = torch.tensor([len(head.kept) for head in heads], device=device)
     inside = pad_sequence([head.kept for head in heads], batch_first=True)  # (heads, most kept)
@@ -164,7 +154,7 @@ def _group_of(heads: Sequence[KeptHead], picked: Sequence[tuple[torch.Tensor, in
     found = [[part[own] for part in head.of.entries()] for head, own in zip(heads, where, strict=True)]
     keys, values = (torch.stack(parts) for parts in zip(*found, strict=True))  # (heads, most kept, head_dim)
     # 3. Attention of the rows to the entries, relative to the full cache.
-    logits = rows.logits(keys, where, slice(None), slice(None))  # (heads, rows, most kept)
+    logits = rows.logits(keys, where, slice(None))  # (heads, rows, most kept)
     system = HeadSystem(
         weights=logits.sub_(total[..., None]).exp_().mul_(real[:, None]),
         rest=laid([head.of.rest for head in heads], 1.0),
@@ -172,10 +162,10 @@ def _group_of(heads: Sequence[KeptHead], picked: Sequence[tuple[torch.Tensor, in
         values=values * real[..., None],
         scale=rows.scale,
         real=real,
+        fixed=pad_sequence([head.fixed for head in heads], batch_first=True),
         n_learned=n_learned,
     )
-    fixed = pad_sequence([head.fixed for head in heads], batch_first=True)
-    return HeadGroup(rows, total, system, where, keys, fixed)
+    return HeadGroup(rows, total, system, where, keys)
 
 
 def _picked(group: int, m: int, most: int) -> tuple[torch.Tensor, int]:

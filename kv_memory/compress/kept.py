@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from kv_memory.cache.distilled import DistilledCache
+from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.compress.matching import Match
 from kv_memory.compress.prefill import check_finite
 from kv_memory.model.backbone import Backbone
@@ -16,23 +19,46 @@ __all__ = ["Kept", "extract", "join"]
 
 
 class Kept(NamedTuple):
-    """Kept entries of a window, in either form of `DistilledCache`."""
+    """Kept entries of a stretch of a document, layer by layer and head by head.
+
+    Attributes:
+        keys: `(n_entries, head_dim)`, without rotary embedding.
+        values: `(n_entries, head_dim)`.
+        positions: `(n_entries,)`, int32, positions inside the stretch.
+        counts: `(num_layers, num_kv_heads)`, number of entries of each head.
+        shared: True if all layers and heads keep the same tokens.
+        bias: `(n_entries,)`, float16; None for no bias.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
     positions: torch.Tensor
-    counts: torch.Tensor | None
+    counts: torch.Tensor
+    shared: bool
     bias: torch.Tensor | None = None
+
+    def to_cache(self, *, n_tokens: int, keep_ratio: float, fingerprint: Fingerprint) -> DistilledCache:
+        """Build the cache of a document of `n_tokens`; it is dense if all heads keep the same number of entries."""
+        make = partial(DistilledCache, n_tokens=n_tokens, keep_ratio=keep_ratio, fingerprint=fingerprint)
+        if int(self.counts.min()) != int(self.counts.max()):
+            return make(self.keys, self.values, self.positions, counts=self.counts, bias=self.bias)
+        shape = (*self.counts.shape, int(self.counts[0, 0]))
+        positions = self.positions.view(shape)
+        return make(
+            self.keys.view(*shape, -1),
+            self.values.view(*shape, -1),
+            positions[0, 0] if self.shared else positions,
+            bias=None if self.bias is None else self.bias.view(shape),
+        )
+
+    def with_entries_of(self, cache: DistilledCache) -> Kept:
+        """Replace keys, values and biases by those of a cache with the same entries."""
+        bias = None if cache.bias is None else cache.bias.flatten()
+        return self._replace(keys=cache.keys.flatten(0, -2), values=cache.values.flatten(0, -2), bias=bias)
 
 
 def extract(
-    backbone: Backbone,
-    cache: PositionedCache,
-    selected: torch.Tensor,
-    *,
-    row: int = 0,
-    offset: int = 0,
-    match: Match | None = None,
+    backbone: Backbone, cache: PositionedCache, selected: torch.Tensor, *, row: int = 0, match: Match | None = None
 ) -> Kept:
     """Extract the selected entries, with the rotary embedding removed from their keys.
 
@@ -41,74 +67,46 @@ def extract(
         cache: Cache of prefix and window, as prefilled.
         selected: Mask of the selected entries, bool `(num_layers or 1, num_kv_heads or 1, n_tokens)`.
         row: Row in the cache's batch.
-        offset: Offset of the window inside the document, in tokens.
         match: Fitted keys, values and biases that replace the selected entries; None for no fit.
     """
     n_prefix, n_tokens = len(backbone.prefix_ids), selected.shape[-1]
     mask = selected.expand(backbone.num_layers, backbone.num_kv_heads, -1)
-    counts = mask.sum(-1)
-    keys: list[torch.Tensor] = []
-    values: list[torch.Tensor] = []
-    for index in range(backbone.num_layers):
-        for kept, tensor in zip((keys, values), cache.layer(index), strict=True):
-            kept.append(tensor[row, :, n_prefix : n_prefix + n_tokens][mask[index]])  # head by head
-    check_finite(backbone, *keys, *values)
-    flat_keys, flat_values, bias = torch.cat(keys), torch.cat(values), None
-    if match is not None:
-        flat_keys, flat_values, bias = match.keys, match.values.to(flat_values.dtype), match.bias.to(torch.float16)
-    inside = torch.arange(n_tokens, device=mask.device).expand_as(mask)[mask]
-    per_layer = counts.sum(1).tolist()
-    free = backbone.rope.unrotate_flat(flat_keys, inside + n_prefix, per_layer, n_positions=cache.n_positions)
-    free = free.to(backbone.dtype)
-    positions = (inside + offset).to(torch.int32)
-    if int(counts.min()) != int(counts.max()):
-        return Kept(free, flat_values, positions, counts, bias)
-    shape = (backbone.num_layers, backbone.num_kv_heads, int(counts[0, 0]))
-    shared = selected.shape[0] == selected.shape[1] == 1
-    rows = positions.view(shape)[0, 0] if shared else positions.view(shape)
-    bias = None if bias is None else bias.view(shape)
-    return Kept(free.view(*shape, -1), flat_values.view(*shape, -1), rows, None, bias)
-
-
-def join(parts: Sequence[Kept]) -> Kept:
-    """Join windows one behind the other, in every head."""
-    if len(parts) == 1:
-        return parts[0]
+    layers = [cache.layer(index) for index in range(backbone.num_layers)]
+    keys, values = (
+        torch.cat(
+            [layer[part][row, :, n_prefix : n_prefix + n_tokens][own] for layer, own in zip(layers, mask, strict=True)]
+        )
+        for part in (0, 1)
+    )  # (n_entries, head_dim) each, head by head
+    check_finite(backbone, keys, values)
     bias = None
-    if any(part.bias is not None for part in parts):
-        parts = [part if part.bias is not None else _unbiased(part) for part in parts]
-        sizes = [_counts(part).flatten().tolist() for part in parts]
-        of_heads = [part.bias.flatten().split(n) for part, n in zip(parts, sizes, strict=True) if part.bias is not None]
-        bias = torch.cat([piece for of_head in zip(*of_heads, strict=True) for piece in of_head])
-    if all(part.counts is None for part in parts):
-        rows = [part.positions for part in parts]
-        if any(row.ndim == 3 for row in rows):  # a window kept in full has one row of positions for all heads
-            rows = [row.expand(*parts[0].keys.shape[:2], -1) for row in rows]
-        keys, values = torch.cat([part.keys for part in parts], 2), torch.cat([part.values for part in parts], 2)
-        return Kept(keys, values, torch.cat(rows, -1), None, None if bias is None else bias.view(keys.shape[:-1]))
-    split = [_by_head(part) for part in parts]
-    heads = [[torch.cat(pieces) for pieces in zip(*of_head, strict=True)] for of_head in zip(*split, strict=True)]
-    flat = [torch.cat(column) for column in zip(*heads, strict=True)]
-    counts = torch.stack([_counts(part) for part in parts]).sum(0)
-    return Kept(flat[0], flat[1], flat[2], counts, bias)
+    if match is not None:
+        keys, values, bias = match.keys, match.values.to(values.dtype), match.bias.to(torch.float16)
+    counts = mask.sum(-1)  # (num_layers, num_kv_heads)
+    inside = torch.arange(n_tokens, device=mask.device).expand_as(mask)[mask]  # (n_entries,)
+    free = backbone.rope.unrotate_flat(
+        keys, inside + n_prefix, counts.sum(1).tolist(), n_positions=cache.n_positions
+    ).to(backbone.dtype)
+    return Kept(free, values, inside.to(torch.int32), counts, selected.shape[:2] == (1, 1), bias)
 
 
-def _unbiased(part: Kept) -> Kept:
-    return part._replace(bias=part.keys.new_zeros(part.keys.shape[:-1], dtype=torch.float16))
+def join(parts: Sequence[Kept], starts: Sequence[int]) -> Kept:
+    """Join stretches of one document, which begin at `starts`, one behind the other in every head."""
+    sizes = [part.counts.flatten().tolist() for part in parts]
 
+    def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        of_parts = [tensor.split(own) for tensor, own in zip(tensors, sizes, strict=True)]
+        return torch.cat([piece for of_head in zip(*of_parts, strict=True) for piece in of_head])
 
-def _counts(part: Kept) -> torch.Tensor:
-    if part.counts is not None:
-        return part.counts
-    return torch.full(part.keys.shape[:2], part.keys.shape[2], device=part.keys.device)
-
-
-def _by_head(part: Kept) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Keys, values and positions of each head, layer by layer."""
-    sizes = _counts(part).flatten().tolist()
-    if part.counts is not None:
-        keys, values, positions = part.keys, part.values, part.positions
-    else:
-        keys, values = part.keys.flatten(0, 2), part.values.flatten(0, 2)
-        positions = part.positions.expand(part.keys.shape[:3]).flatten()
-    return list(zip(keys.split(sizes), values.split(sizes), positions.split(sizes), strict=True))
+    bias = None
+    if any(part.bias is not None for part in parts):  # a window kept in full has none
+        none = [part.keys.new_zeros(len(part.keys), dtype=torch.float16) for part in parts]
+        bias = joined([own if part.bias is None else part.bias for part, own in zip(parts, none, strict=True)])
+    return Kept(
+        keys=joined([part.keys for part in parts]),
+        values=joined([part.values for part in parts]),
+        positions=joined([part.positions + start for part, start in zip(parts, starts, strict=True)]),
+        counts=torch.stack([part.counts for part in parts]).sum(0),
+        shared=all(part.shared for part in parts),
+        bias=bias,
+    )

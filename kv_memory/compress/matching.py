@@ -68,7 +68,7 @@ class Match:
 
 
 class Matched:
-    """The selector `matched`: as a `Selector` it only scores; `MatchedDocument.match` also selects and fits."""
+    """The selector `matched`: as a `Selector` it only scores; `match_documents` also selects and fits."""
 
     budget: Budget = "model"
 
@@ -78,11 +78,9 @@ class Matched:
         request = REQUEST_TOKENS + CUE_TOKENS
         self.extra_tokens = max(self.settings.part_tokens + request, QUESTION_TOKENS)
 
-    def watch(self, backbone: Backbone, *, n_prefix: int, n_tokens: int) -> None:
-        """Return None: the prefill is not observed."""
-
-    def score(self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, watched: object) -> torch.Tensor:
+    def score(self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache) -> torch.Tensor:
         """Score each entry by the error that losing it would cause, see `output_errors` and `MatchSettings.score`."""
+        backbone.prefill(ids, cache)
         return self.documents(backbone, ids, cache)[0].scores
 
     def documents(
@@ -99,64 +97,40 @@ class Matched:
         Raises:
             ModelError: Scores are not finite.
         """
+        # 1. Reference rows behind each document.
         sizes = [ids.shape[1]] * len(ids) if lengths is None else lengths.tolist()
         rows = [own[:n] for own, n in zip(ids, sizes, strict=True)]
         reference = record_rows(backbone, rows, cache, part_tokens=self.settings.part_tokens)
-        return [
-            MatchedDocument(backbone, n, cache, reference[row], self.settings, row=row) for row, n in enumerate(sizes)
-        ]
+        # 2. Targets and scores of each KV head.
+        metrics = [_metric(backbone, layer, self.settings) for layer in range(backbone.num_layers)]
+        documents = []
+        for row, n_tokens in enumerate(sizes):
+            found = [
+                _scored(backbone, cache, (row, layer, head), n_tokens, reference[row][layer], metric, self.settings)
+                for layer, metric in enumerate(metrics)
+                for head in range(backbone.num_kv_heads)
+            ]
+            scores = torch.stack([own for _, own in found]).view(backbone.num_layers, -1, n_tokens)
+            check_finite(backbone, scores)
+            documents.append(MatchedDocument(n_tokens, self.settings, [head for head, _ in found], scores))
+        return documents
 
 
+@dataclass(frozen=True, eq=False)
 class MatchedDocument:
-    """One document with its reference rows and scores: all that `match` needs for any number of entries.
-
-    Args:
-        backbone: The model.
-        n_tokens: Number of tokens of the document.
-        cache: Cache of prefix and document, as prefilled.
-        reference: Reference rows of each layer, recorded behind the document.
-        settings: Settings of the selector.
-        row: Row of the document in the cache's batch.
+    """One document with its reference rows and scores: all that matching needs for any number of entries.
 
     Attributes:
+        n_tokens: Number of tokens of the document.
+        settings: Settings of the selector.
         heads: Targets of the fit of each KV head, layer by layer.
         scores: Error that losing each entry would cause, `(num_layers, num_kv_heads, n_tokens)`, float32.
-
-    Raises:
-        ModelError: Scores are not finite.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        n_tokens: int,
-        cache: PositionedCache,
-        reference: Sequence[ReferenceRows],
-        settings: MatchSettings,
-        *,
-        row: int = 0,
-    ) -> None:
-        self.n_tokens = n_tokens
-        self.settings = settings
-        self.heads: list[HeadRows] = []
-        found = []
-        for layer, rows in enumerate(reference):
-            metric = _metric(backbone, layer, settings)
-            for head in range(backbone.num_kv_heads):
-                made, scores = _scored(backbone, cache, (row, layer, head), n_tokens, rows, metric, settings)
-                self.heads.append(made)
-                found.append(scores)
-        self.scores = torch.stack(found).view(backbone.num_layers, backbone.num_kv_heads, n_tokens)
-        check_finite(backbone, self.scores)
-
-    def match(self, *, n_kept: int, forced: torch.Tensor) -> Match:
-        """Prune in stages, and fit the kept entries.
-
-        Args:
-            n_kept: Number of entries to keep, on average over layers and heads.
-            forced: Bool `(n_tokens,)`; tokens that are kept whatever their score, and neither moved nor biased.
-        """
-        return match_documents([self], [n_kept], [forced])[0]
+    n_tokens: int
+    settings: MatchSettings
+    heads: list[HeadRows]
+    scores: torch.Tensor
 
 
 def match_documents(
@@ -166,8 +140,9 @@ def match_documents(
 
     Args:
         documents: Documents of one model, scored with the same settings.
-        n_kept: Number of entries to keep of each document, see `MatchedDocument.match`.
-        forced: Forced tokens of each document, see `MatchedDocument.match`.
+        n_kept: Number of entries to keep of each document, on average over layers and heads.
+        forced: Bool `(n_tokens,)` for each document; tokens that are kept whatever their score, and neither moved nor
+            biased.
     """
     settings, scores = documents[0].settings, [document.scores for document in documents]
     fixed = [own.to(one.device) for own, one in zip(forced, scores, strict=True)]
@@ -233,7 +208,7 @@ def _scored(
     row, layer, head = where
     group, n_prefix = backbone.num_heads // backbone.num_kv_heads, len(backbone.prefix_ids)
     own = slice(head * group, (head + 1) * group)
-    rows, metric = reference.of(own), metric[own]
+    rows, metric = ReferenceRows.merged([reference], lambda tensors: tensors[0][own]), metric[own]
     m, device = rows.query.shape[1], rows.query.device
     total, rest = (torch.empty(group, m, device=device) for _ in range(2))  # see `HeadRows`
     target, scores = torch.empty(group, m, backbone.head_dim, device=device), torch.zeros(n_tokens, device=device)
@@ -242,7 +217,7 @@ def _scored(
     places = torch.arange(len(keys), device=device)
     for block in _blocks(group * len(keys), m):
         # 2. Attention of the rows to prefix and document, with their own request in the denominator.
-        logits = rows.logits(keys, places, slice(None), block)  # (group, block, n_prefix + n_tokens)
+        logits = rows.logits(keys, places, block)  # (group, block, n_prefix + n_tokens)
         highest = torch.maximum(logits.amax(-1), rows.own[:, block])[..., None]  # (group, block, 1)
         weights = logits.sub_(highest).exp_()
         sums = weights.sum(-1, keepdim=True) + (rows.own[:, block, None] - highest).exp()

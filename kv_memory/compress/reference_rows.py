@@ -8,7 +8,7 @@ what answers are made of. The very questions asked later did not serve better th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kv_memory.compress.prefill import pad
-from kv_memory.model.attention import ForwardContext
+from kv_memory.model.attention import AttentionKind, ForwardContext, soft_capped
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
 
@@ -50,51 +50,37 @@ class ReferenceRows:
         own: Logsumexp of each query's logits over the keys of its own request, `(num_heads, m)`, float32.
         positions: Positions of the queries, `(num_heads, m)`.
         scale: 1 over the norm of the hidden state that enters the layer, `(num_heads, m)`, float32.
-        scaling: Factor of the attention logits.
-        softcap: Soft cap of the attention logits, or None.
-        window: Length of the layer's sliding window in tokens, or None.
+        kind: Rule of the layer; layers may differ in their windows.
     """
 
     query: torch.Tensor
     own: torch.Tensor
     positions: torch.Tensor
     scale: torch.Tensor
-    scaling: float
-    softcap: float | None
-    window: int | None
+    kind: AttentionKind
 
-    @property
-    def kind(self) -> tuple[float, float | None, int | None]:
-        """Properties that rows must share to be handled as those of one layer; layers may differ in their windows."""
-        return self.scaling, self.softcap, self.window
+    @staticmethod
+    def merged(
+        several: Sequence[ReferenceRows], merge: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    ) -> ReferenceRows:
+        """Make one of several rows of the same kind; `merge` gets each of their tensors in turn."""
+        names = ("query", "own", "positions", "scale")
+        return ReferenceRows(**{n: merge([getattr(r, n) for r in several]) for n in names}, kind=several[0].kind)
 
-    def of(self, heads: slice) -> ReferenceRows:
-        """Rows of some query heads."""
-        return replace(
-            self,
-            query=self.query[heads],
-            own=self.own[heads],
-            positions=self.positions[heads],
-            scale=self.scale[heads],
-        )
-
-    def logits(self, keys: torch.Tensor, where: torch.Tensor, heads: slice, rows: slice) -> torch.Tensor:
+    def logits(self, keys: torch.Tensor, where: torch.Tensor, rows: slice) -> torch.Tensor:
         """Attention logits towards document keys.
 
         Args:
             keys: Keys, float32, rotated: `(n, head_dim)` of one KV head, or `(query heads, n, head_dim)`.
             where: Positions of the keys, `(n,)` or `(query heads, n)`.
-            heads: Query heads that share the KV head.
             rows: Range of queries.
 
         Returns:
             Logits `(query heads, rows, n)`, float32; -inf where a sliding window hides the key.
         """
-        logits = (self.query[heads, rows].float() * self.scaling) @ keys.mT
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        if self.window is not None:
-            logits.masked_fill_(where[..., None, :] <= self.positions[heads, rows, None] - self.window, -torch.inf)
+        logits = soft_capped((self.query[:, rows].float() * self.kind.scaling) @ keys.mT, self.kind.softcap)
+        if self.kind.window is not None:
+            logits.masked_fill_(where[..., None, :] <= self.positions[:, rows, None] - self.kind.window, -torch.inf)
         return logits
 
 
@@ -167,19 +153,10 @@ class _Recorder:
         ends = [sum(sizes[: document + 1]) for sizes in self.sizes]
         spans = [slice(end - sizes[document], end) for end, sizes in zip(ends, self.sizes, strict=True)]
 
-        def of(parts: Sequence[ReferenceRows], name: str) -> torch.Tensor:
-            return torch.cat([getattr(part, name)[:, own] for part, own in zip(parts, spans, strict=True)], 1)
+        def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+            return torch.cat([tensor[:, own] for tensor, own in zip(tensors, spans, strict=True)], 1)
 
-        return [
-            replace(
-                parts[0],
-                query=of(parts, "query"),
-                own=of(parts, "own"),
-                positions=of(parts, "positions"),
-                scale=of(parts, "scale"),
-            )
-            for parts in self._parts
-        ]
+        return [ReferenceRows.merged(parts, joined) for parts in self._parts]
 
     def ask(self, rows: Sequence[Sequence[Sequence[int]]], cache: PositionedCache) -> int:
         """Prefill rows of tokens behind each document, equally many; return the length of their longest sequence."""
@@ -230,16 +207,7 @@ class _Recorder:
                 for handle in handles:
                     handle.remove()
 
-    def observe(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        *,
-        scaling: float,
-        softcap: float | None,
-        window: int | None,
-    ) -> None:
+    def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, kind: AttentionKind) -> None:
         """Record one layer's queries; see `AttentionObserver`."""
         # 1. Logsumexp of each query over its own request, block by block.
         batch, heads, new, dim = query.shape
@@ -249,12 +217,11 @@ class _Recorder:
         for start in range(0, new, _BLOCK):
             rows = slice(start, min(start + _BLOCK, new))
             block = query[:, :, rows].float().unflatten(1, (own.shape[1], -1))  # (batch, kv_heads, group, block, dim)
-            logits = block @ own[:, :, None, : rows.stop].transpose(-1, -2) * scaling
-            if softcap is not None:
-                logits = torch.tanh(logits / softcap) * softcap
+            logits = block @ own[:, :, None, : rows.stop].transpose(-1, -2) * kind.scaling
+            logits = soft_capped(logits, kind.softcap)
             hidden = places[: rows.stop] > places[rows, None]
-            if window is not None:
-                hidden |= places[: rows.stop] <= places[rows, None] - window
+            if kind.window is not None:
+                hidden |= places[: rows.stop] <= places[rows, None] - kind.window
             sums[:, :, rows] = logits.masked_fill_(hidden, -torch.inf).logsumexp(-1).flatten(1, 2)
         # 2. Picked queries of the real tokens.
         real, picked = self._real, self._picked
@@ -264,9 +231,7 @@ class _Recorder:
                 own=sums.transpose(1, 2)[real].transpose(0, 1).gather(1, picked),
                 positions=self._positions[picked],
                 scale=self._scales[layer].expand(batch, -1)[real][picked],
-                scaling=scaling,
-                softcap=softcap,
-                window=window,
+                kind=kind,
             )
         )
 

@@ -1,12 +1,12 @@
 """Training-free selectors: which tokens of a document to keep, without an adapter.
 
-A selector may observe the prefill of the document, and may run requests behind it afterwards. Then it scores every
-token, for all heads together or for each layer and KV head. It never sees a user's question.
+A selector prefills the document, which it may observe, and may run requests behind it. It scores every token, for all
+heads together or for each layer and KV head. It never sees a user's question.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -14,7 +14,7 @@ from kv_memory.compress.matching import Matched, MatchSettings
 from kv_memory.compress.reference_rows import repeat_rows
 from kv_memory.config import Budget, SelectorName, check_choice
 from kv_memory.errors import ConfigError
-from kv_memory.model.attention import ForwardContext, attention_probabilities
+from kv_memory.model.attention import AttentionKind, ForwardContext, attention_probabilities
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
 
@@ -36,19 +36,14 @@ class Selector(Protocol):
     extra_tokens: int
     budget: Budget
 
-    def watch(self, backbone: Backbone, *, n_prefix: int, n_tokens: int) -> ReceivedAttention | None:
-        """Return an observer for the prefill of the document, or None."""
-
-    def score(
-        self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, watched: ReceivedAttention | None
-    ) -> torch.Tensor:
-        """Score the tokens of a prefilled document; higher is kept.
+    def score(self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache) -> torch.Tensor:
+        """Prefill a document and score its tokens; higher is kept.
 
         Args:
-            backbone: Model that prefilled the document.
+            backbone: Model that prefills the document.
             ids: `(1, n_tokens)`, token ids of the document.
-            cache: Cache of prefix and document, as prefilled; it is restored afterwards.
-            watched: Observer returned by `watch`.
+            cache: Cache with the prefix, and room for the document and `extra_tokens`; afterwards it holds the document
+                as prefilled.
 
         Returns:
             Scores `(n_tokens,)`, or `(num_layers, num_kv_heads, n_tokens)`; float32.
@@ -59,29 +54,20 @@ class ReceivedAttention:
     """Observer: attention that each document token receives, per layer and KV head.
 
     Args:
-        backbone: Model with the observed layers and heads.
-        n_prefix: Number of entries before the document, which are not scored.
+        backbone: Model with the observed layers and heads; its prefix precedes the document.
         n_tokens: Number of tokens of the document.
         reduce: `mean` over the queries that could see a token, or `max` over queries and over the query heads that
             share a KV head.
     """
 
-    def __init__(self, backbone: Backbone, *, n_prefix: int, n_tokens: int, reduce: str) -> None:
+    def __init__(self, backbone: Backbone, *, n_tokens: int, reduce: Literal["mean", "max"]) -> None:
+        n_prefix = len(backbone.prefix_ids)
         self._columns = slice(n_prefix, n_prefix + n_tokens)
         self._mean = reduce == "mean"
         self.scores = torch.zeros(backbone.num_layers, backbone.num_kv_heads, n_tokens, device=backbone.device)
         self.n_queries = torch.zeros(backbone.num_layers, n_tokens, device=backbone.device)  # that see a token
 
-    def observe(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        *,
-        scaling: float,
-        softcap: float | None,
-        window: int | None,
-    ) -> None:
+    def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, kind: AttentionKind) -> None:
         """Add one layer's attention; see `AttentionObserver`.
 
         Prefix, document and request stand side by side here, so that indices serve as positions.
@@ -92,11 +78,9 @@ class ReceivedAttention:
             stop = min(start + OBSERVED_QUERIES, new)
             end = length - new + stop
             mask = torch.ones(stop - start, end, dtype=torch.bool, device=query.device).tril(end - (stop - start))
-            if window is not None:
-                mask = mask.triu(end - (stop - start) - window + 1)
-            weights = attention_probabilities(
-                query[:, :, start:stop], key[:, :, :end], mask, scaling=scaling, softcap=softcap
-            )
+            if kind.window is not None:
+                mask = mask.triu(end - (stop - start) - kind.window + 1)
+            weights = attention_probabilities(query[:, :, start:stop], key[:, :, :end], mask, kind)
             here = weights[0, :, :, self._columns].unflatten(0, (kv_heads, -1))  # (kv_heads, group, queries, tokens)
             seen = slice(0, here.shape[-1])
             self.n_queries[layer, seen] += mask[:, self._columns].sum(0)
@@ -116,13 +100,9 @@ class SinkRecent:
         self._n_sink = n_sink
         self.name = f"sink_recent:{n_sink}"
 
-    def watch(self, backbone: Backbone, *, n_prefix: int, n_tokens: int) -> None:
-        """Return None: the prefill is not observed."""
-
-    def score(
-        self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, watched: ReceivedAttention | None
-    ) -> torch.Tensor:
+    def score(self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache) -> torch.Tensor:
         """Score later tokens higher, but the first `n_sink` highest, and the earliest of those best."""
+        backbone.prefill(ids, cache)
         n_tokens = ids.shape[1]
         scores = torch.arange(n_tokens, dtype=torch.float32)
         scores[: self._n_sink] = 2 * n_tokens - scores[: self._n_sink]
@@ -140,16 +120,11 @@ class ObservedAttention:
     extra_tokens = 0
     budget: Budget = "head"
 
-    def watch(self, backbone: Backbone, *, n_prefix: int, n_tokens: int) -> ReceivedAttention:
-        """Return an observer of the whole prefill."""
-        return ReceivedAttention(backbone, n_prefix=n_prefix, n_tokens=n_tokens, reduce="mean")
-
-    def score(
-        self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, watched: ReceivedAttention | None
-    ) -> torch.Tensor:
+    def score(self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache) -> torch.Tensor:
         """Mean attention over the queries at or after each token."""
-        assert watched is not None
-        return watched.scores / watched.n_queries[:, None]
+        received = ReceivedAttention(backbone, n_tokens=ids.shape[1], reduce="mean")
+        backbone.prefill(ids, cache, context=ForwardContext(observer=received))
+        return received.scores / received.n_queries[:, None]
 
 
 class Reconstruction:
@@ -172,17 +147,10 @@ class Reconstruction:
         self.name = f"reconstruction:{part_tokens}:{budget}"
         self.extra_tokens = part_tokens + 64  # the request and its cue
 
-    def watch(self, backbone: Backbone, *, n_prefix: int, n_tokens: int) -> None:
-        """Return None: the first prefill is not observed."""
-
-    def score(
-        self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, watched: ReceivedAttention | None
-    ) -> torch.Tensor:
+    def score(self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache) -> torch.Tensor:
         """Highest attention each token receives from the requests to repeat the document."""
-        n_tokens = ids.shape[1]
-        received = ReceivedAttention(
-            backbone, n_prefix=int(cache.next_positions[0]) - n_tokens, n_tokens=n_tokens, reduce="max"
-        )
+        backbone.prefill(ids, cache)
+        received = ReceivedAttention(backbone, n_tokens=ids.shape[1], reduce="max")
         for row in repeat_rows(backbone, ids, self._part):
             backbone.prefill(torch.tensor([row]), cache, context=ForwardContext(observer=received))
             cache.rewind(len(row))

@@ -10,7 +10,6 @@ from typing import Literal, get_args
 import torch
 
 from kv_memory.compress import Adapter, Compressor, Matched, MatchSettings, RefineSettings, SinkRecent
-from kv_memory.compress.selectors import ReceivedAttention
 from kv_memory.config import Budget, SelectorName, check_choice
 from kv_memory.errors import ConfigError
 from kv_memory.model.backbone import Backbone
@@ -77,13 +76,9 @@ class RandomSelector:
         self._seed = seed
         self.name = f"random:{seed}"
 
-    def watch(self, backbone: Backbone, *, n_prefix: int, n_tokens: int) -> None:
-        """Observes nothing."""
-
-    def score(
-        self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, watched: ReceivedAttention | None
-    ) -> torch.Tensor:
+    def score(self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache) -> torch.Tensor:
         """Random scores, drawn on the CPU so that a GPU keeps the same tokens."""
+        backbone.prefill(ids, cache)
         text = f"{self._seed}:{ids.tolist()}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
         draw = torch.Generator().manual_seed(seed)
@@ -116,7 +111,7 @@ def make_methods(
     """
     wanted = check_methods(names, has_adapter=adapter is not None, refine_from=refine_from)
     if names is None and adapter is not None and adapter.config.routed == "kept":
-        wanted.remove("combined")  # see `check_combinable`
+        wanted.remove("combined")  # see `combined_selector`
     return [_make(name, backbone, adapter, refine or RefineSettings(), refine_from, seed) for name in wanted]
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from kv_memory.assembly import load_compressor
 from kv_memory.compress import RefineSettings
-from kv_memory.compress.refine.probes import make_probes, probe_room
+from kv_memory.compress.refine.probes import ProbeSettings, make_probes
 from kv_memory.compress.refine.teacher import Teacher
 from kv_memory.evaluate.aggregate import aggregate
 from kv_memory.evaluate.answer_metrics import normalise
@@ -25,10 +25,12 @@ from kv_memory.settings import MemorySettings
 __all__ = ["ROOM_TOKENS", "SelfAsked"]
 
 _QUESTIONS = 4  # per passage
-_PROBES = 2 * _QUESTIONS  # half of the probes are questions
-_PROBE_TOKENS = 16  # limit for the other probes, which are not used
+# Half of the probes are questions; the others are short, because they are not used.
+_PROBES = ProbeSettings(
+    n_probes=2 * _QUESTIONS, n_held_out=0, probe_tokens=16, temperature=RefineSettings().temperature, seed=0
+)
 _TASK = Task(name="advise", cases=lambda backbone, settings: [], score=None, text_metrics=("em",))
-ROOM_TOKENS = probe_room(_PROBE_TOKENS) + KL_TOKENS  # reserved after a passage
+ROOM_TOKENS = _PROBES.room + KL_TOKENS  # reserved after a passage
 
 
 class SelfAsked:
@@ -87,19 +89,8 @@ class SelfAsked:
     def _asked(self, text: str) -> Case | None:
         """The passage with the questions that the model generates about it; None if it generates none."""
         ids = self._backbone.encode_document(text)
-        teacher = Teacher(
-            self._backbone, [ids], room=probe_room(_PROBE_TOKENS), max_entries=RefineSettings().max_entries
-        )
-        (probes,) = make_probes(
-            self._backbone,
-            teacher,
-            [ids],
-            n_probes=_PROBES,
-            n_held_out=0,
-            probe_tokens=_PROBE_TOKENS,
-            temperature=RefineSettings().temperature,
-            seed=self._seed,
-        )
+        teacher = Teacher(self._backbone, [ids], room=_PROBES.room, max_entries=RefineSettings().max_entries)
+        (probes,) = make_probes(self._backbone, teacher, [ids], _PROBES._replace(seed=self._seed))
         queries = tuple(
             Query(text=probe.question, references=(probe.question,))  # placeholder: unknown, and unused
             for probe in probes

@@ -97,6 +97,10 @@ def compose(
     prefix = backbone.prefix_for(n_positions)
     keys[:, 0, :, :n_prefix], values[:, 0, :, :n_prefix] = prefix.keys, prefix.values
 
+    bias = None
+    if any(cache.bias is not None for cache in caches):  # 0 for the prefix, the question and the answer
+        bias = keys.new_zeros(backbone.num_layers, 1, *keys.shape[2:4])
+
     rows = [torch.arange(n_prefix, dtype=torch.int32)]
     entry, position = n_prefix, n_prefix
     for cache in caches:
@@ -110,6 +114,8 @@ def compose(
             out=keys[:, 0, :, entries],
         )
         values[:, 0, :, entries] = cache.values.to(backbone.device)
+        if bias is not None and cache.bias is not None:
+            bias[:, 0, :, entries] = cache.bias.to(bias)
         rows.append(here)
         entry += cache.n_kept
         position += span_of(cache, layout)
@@ -117,14 +123,6 @@ def compose(
         for tensor in (keys, values):
             tensor[:, 1:, :, :n_entries] = tensor[:, :1, :, :n_entries]
 
-    bias = None
-    if any(cache.bias is not None for cache in caches):  # 0 for the prefix, the question and the answer
-        bias = keys.new_zeros(backbone.num_layers, 1, *keys.shape[2:4])
-        entry = n_prefix
-        for cache in caches:
-            if cache.bias is not None:
-                bias[:, 0, :, entry : entry + cache.n_kept] = cache.bias.to(bias)
-            entry += cache.n_kept
     if any(row.ndim == 3 for row in rows):
         rows = [row.cpu().expand(backbone.num_layers, backbone.num_kv_heads, -1) for row in rows]
     positions = torch.cat([row.cpu() for row in rows], dim=-1).to(backbone.device)
@@ -148,7 +146,7 @@ def _compose_ragged(
     """
     # 1. Lengths: a layer is as long as its fullest head; `starts` is the amount of padding in front of each head.
     n_heads, n_prefix = backbone.num_kv_heads, len(backbone.prefix_ids)
-    counts = [_counts(backbone, cache) for cache in caches]  # (num_layers, num_kv_heads) each
+    counts = [cache.head_counts for cache in caches]  # (num_layers, num_kv_heads) each
     total = n_prefix + torch.stack(counts).sum(0)  # (num_layers, num_kv_heads)
     longest = total.amax(1)  # (num_layers,)
     starts: list[list[int]] = (longest[:, None] - total).tolist()
@@ -179,16 +177,16 @@ def _compose_ragged(
     filled = [[first + n_prefix for first in heads] for heads in starts]
     offset = n_prefix
     for cache, count in zip(caches, counts, strict=True):
-        flat_keys, flat_values, inside = _flat(backbone, cache)  # (n_entries, head_dim) twice, (n_entries,)
+        flat_keys, flat_values = (part.to(like).flatten(0, -2) for part in (cache.keys, cache.values))
         # 4a. Positions of the entries, and rotary embedding for all heads in one call.
+        inside = cache.flat_positions.cpu()  # (n_entries,); keys and values are (n_entries, head_dim)
         if layout == "packed":  # side by side in each head, so that its last entry is next to the following document
             inside = torch.cat([torch.arange(cache.span - n, cache.span) for n in count.flatten().tolist()])
         where = inside.to(torch.int32) + offset  # (n_entries,)
         turned = backbone.rope.rotate_flat(
-            flat_keys.to(backbone.device), where.to(backbone.device), count.sum(1).tolist(), n_positions=n_positions
+            flat_keys, where.to(backbone.device), count.sum(1).tolist(), n_positions=n_positions
         )
         # 4b. Copy the entries of each head into all rows of the batch; `entry` is the index of its first flat entry.
-        flat_values = flat_values.to(backbone.device)
         flat_bias = None if cache.bias is None else cache.bias.flatten().to(like)
         entry = 0
         for layer, of_layer in enumerate(count.tolist()):
@@ -211,18 +209,3 @@ def _compose_ragged(
         starts=starts,
         bias=bias,
     )
-
-
-def _counts(backbone: Backbone, cache: DistilledCache) -> torch.Tensor:
-    """Number of entries in each layer and head, `(num_layers, num_kv_heads)`, on the CPU."""
-    if cache.counts is not None:
-        return cache.counts.long().cpu()
-    return torch.full((backbone.num_layers, backbone.num_kv_heads), cache.n_kept)
-
-
-def _flat(backbone: Backbone, cache: DistilledCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys, values and positions of all entries, layer by layer and head by head; positions on the CPU."""
-    if cache.counts is not None:
-        return cache.keys.to(backbone.dtype), cache.values.to(backbone.dtype), cache.positions.cpu()
-    inside = cache.positions.cpu().expand(backbone.num_layers, backbone.num_kv_heads, -1).flatten()
-    return cache.keys.to(backbone.dtype).flatten(0, 2), cache.values.to(backbone.dtype).flatten(0, 2), inside

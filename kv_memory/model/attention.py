@@ -12,7 +12,7 @@ Recomputation under gradient checkpointing and several threads on one model thus
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -23,10 +23,12 @@ from kv_memory.model.kv_cache import PositionedCache
 
 __all__ = [
     "ATTENTION",
+    "AttentionKind",
     "AttentionObserver",
     "ForwardContext",
     "Routing",
     "attention_probabilities",
+    "soft_capped",
 ]
 
 ATTENTION = "kv_memory"
@@ -34,28 +36,36 @@ QUERY_BLOCK = 512  # queries per SDPA call where a mask is needed
 SHORT = 64  # most queries for which the query heads of a KV head are packed into one, instead of repeating its keys
 
 
+class AttentionKind(NamedTuple):
+    """Rule by which a layer makes attention logits.
+
+    Attributes:
+        scaling: Factor on the logits.
+        softcap: Soft cap of the logits (Gemma 2); None for no cap.
+        window: Sliding window, in positions; None if queries see all earlier positions.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    window: int | None = None
+
+
+def soft_capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Logits held softly within `cap` of 0; unchanged if it is None."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
 class AttentionObserver(Protocol):
     """Receives the queries and keys of each layer during prefill."""
 
-    def observe(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        *,
-        scaling: float,
-        softcap: float | None,
-        window: int | None,
-    ) -> None:
+    def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, kind: AttentionKind) -> None:
         """Called once per layer, before attention.
 
         Args:
             layer: Index of the layer.
             query: `(batch, num_heads, new, head_dim)`, rotated.
             key: `(batch, num_kv_heads, seq_len, head_dim)`, rotated; the last `new` belong to the queries.
-            scaling: Factor on the attention logits.
-            softcap: Soft cap of the attention logits; None if the model has none.
-            window: Sliding window of the layer, in positions; None if queries see all earlier positions.
+            kind: Rule of the layer.
         """
 
 
@@ -129,7 +139,8 @@ def attention_forward(
         The output, `(batch, new, num_heads, head_dim)`, and None in place of the attention weights.
     """
     context = kv_memory or ForwardContext()
-    out = _attend(module, query, key, value, context, scaling, softcap, sliding_window, position_ids)
+    kind = AttentionKind(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window)
+    out = _attend(module, query, key, value, context, kind, position_ids)
     if context.outputs is not None:
         context.outputs.append(out)
     return out, None
@@ -141,40 +152,40 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     context: ForwardContext,
-    scaling: float | None,
-    softcap: float | None,
-    sliding_window: int | None,
+    kind: AttentionKind,
     position_ids: torch.Tensor | None,
 ) -> torch.Tensor:
     # 1. Report queries and keys to the observer.
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
     if context.observer is not None:
-        context.observer.observe(layer, query, key, scaling=scaling, softcap=softcap, window=sliding_window)
+        context.observer.observe(layer, query, key, kind)
 
     new, length = query.shape[2], key.shape[2]
-    window = sliding_window if sliding_window is not None and length > 1 else None
+    if length == 1:
+        kind = kind._replace(window=None)
     cache = context.cache
     # 2. Heads hold different numbers of entries, with the padding in front: attend head by head.
     if cache is not None and cache.starts is not None:
-        return _attend_by_head(module, query, key, value, context, scaling, softcap, window, position_ids)
+        return _attend_by_head(module, query, key, value, context, kind, position_ids)
     # Whether entries may be padding: rows of a batch differ in length, and heads may hold different numbers of entries.
     padded = cache is not None and (cache.n_rows > 1 or cache.padded)
     biased = cache is not None and cache.bias is not None
     past = length - new
-    if softcap is None and window is None and not padded and not biased and past <= new and new > 1:
+    if kind.softcap is None and kind.window is None and not padded and not biased and past <= new and new > 1:
         # 3. No mask is needed, only causality. SDPA aligns its causal triangle with the first key, so zero queries are
         #    put in front for the past entries, and their outputs dropped. Rejected: a mask. Without one, a long
         #    document behind a short prefix takes two thirds of the time.
         query = nn.functional.pad(query, (0, 0, past, 0))  # (batch, num_heads, seq_len, head_dim)
-        out, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
+        out, _ = sdpa_attention_forward(module, query, key, value, None, scaling=kind.scaling, is_causal=True)
         return out[:, past:]
 
     # 4. Everything else: a mask from positions, with the cache's bias added.
-    mask = _mask(context, layer, position_ids, new, length, window)  # (1 or batch, 1 or num_kv_heads, new, seq_len)
+    mask = _mask(
+        context, layer, position_ids, new, length, kind.window
+    )  # (1 or batch, 1 or num_kv_heads, new, seq_len)
     if cache is not None and cache.bias is not None:
         mask = _biased(mask, cache.bias[layer], length, dtype=query.dtype)
-    return _attend_masked(module, query, key, value, mask, scaling=scaling, softcap=softcap)
+    return _attend_masked(module, query, key, value, mask, kind)
 
 
 def _attend_by_head(
@@ -183,9 +194,7 @@ def _attend_by_head(
     key: torch.Tensor,
     value: torch.Tensor,
     context: ForwardContext,
-    scaling: float,
-    softcap: float | None,
-    window: int | None,
+    kind: AttentionKind,
     position_ids: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention head by head, each over its own entries, for heads that hold different numbers of entries.
@@ -197,7 +206,7 @@ def _attend_by_head(
     layer, length = int(module.layer_idx), key.shape[2]  # type: ignore[arg-type]
     group = query.shape[1] // key.shape[1]
     # The mask may be longer than this layer (see `_mask`); masks of all lengths agree at the end.
-    mask = _mask(context, layer, position_ids, query.shape[2], length, window)
+    mask = _mask(context, layer, position_ids, query.shape[2], length, kind.window)
     outs = []
     for head, start in enumerate(context.cache.starts[layer]):
         # 1. Mask of this head: one mask may serve all heads. Counting from the end drops the padding in front.
@@ -211,7 +220,7 @@ def _attend_by_head(
         # 3. The query heads of this KV head, over its own entries.
         queries = query[:, head * group : (head + 1) * group]  # (batch, group, new, head_dim)
         k, v = key[:, own, start:], value[:, own, start:]  # (batch, 1, n_own, head_dim)
-        outs.append(_attend_masked(module, queries, k, v, part, scaling=scaling, softcap=softcap))
+        outs.append(_attend_masked(module, queries, k, v, part, kind))
     return torch.cat(outs, dim=2)  # (batch, new, num_heads, head_dim)
 
 
@@ -221,14 +230,12 @@ def _attend_masked(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    *,
-    scaling: float,
-    softcap: float | None,
+    kind: AttentionKind,
 ) -> torch.Tensor:
     """Attention under a mask; None if every query sees all keys."""
     new, length = query.shape[2], key.shape[2]
-    if softcap is None and new <= SHORT:
-        return _attend_packed(query, key, value, mask, scaling=scaling)
+    if kind.softcap is None and new <= SHORT:
+        return _attend_packed(query, key, value, mask, scaling=kind.scaling)
 
     # Blocks of queries, each against the keys up to its own end. A mask over all keys at once would double the work.
     blocks = []
@@ -237,10 +244,10 @@ def _attend_masked(
         end = length - new + rows.stop
         part = _for_query_heads(mask, query, rows, end)  # (1 or batch, 1 or num_heads, block, end)
         q, k, v = query[:, :, rows], key[:, :, :end], value[:, :, :end]  # k, v: (batch, num_kv_heads, end, head_dim)
-        if softcap is None:
-            out, _ = sdpa_attention_forward(module, q, k, v, part, scaling=scaling, is_causal=False)
+        if kind.softcap is None:
+            out, _ = sdpa_attention_forward(module, q, k, v, part, scaling=kind.scaling, is_causal=False)
         else:
-            weights = attention_probabilities(q, k, part, scaling=scaling, softcap=softcap).to(v.dtype)
+            weights = attention_probabilities(q, k, part, kind).to(v.dtype)
             out = (weights @ repeat_kv(v, q.shape[1] // v.shape[1])).transpose(1, 2)
         blocks.append(out)  # (batch, block, num_heads, head_dim)
     return torch.cat(blocks, dim=1)
@@ -263,7 +270,7 @@ def _attend_packed(
 
 
 def attention_probabilities(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, *, scaling: float, softcap: float | None
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, kind: AttentionKind
 ) -> torch.Tensor:
     """Softmax of the attention logits in float32, computed without SDPA.
 
@@ -272,15 +279,13 @@ def attention_probabilities(
         key: `(batch, num_kv_heads, seq_len, head_dim)`.
         mask: Bool, True where a query sees a key; or float, added to the logits. Broadcast to
             `(batch, num_heads, new, seq_len)`; None if every query sees all keys.
-        scaling: Factor on the logits.
-        softcap: Soft cap of the logits; None for no cap.
+        kind: Rule of the layer; its window is up to the mask.
 
     Returns:
         `(batch, num_heads, new, seq_len)`, float32.
     """
-    logits = (query @ repeat_kv(key, query.shape[1] // key.shape[1]).transpose(2, 3)).float() * scaling
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
+    logits = (query @ repeat_kv(key, query.shape[1] // key.shape[1]).transpose(2, 3)).float() * kind.scaling
+    logits = soft_capped(logits, kind.softcap)
     if mask is not None and mask.dtype == torch.bool:
         logits = logits.masked_fill(~mask, torch.finfo(torch.float32).min)
     elif mask is not None:

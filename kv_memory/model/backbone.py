@@ -7,7 +7,6 @@ import inspect
 import json
 import threading
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +16,17 @@ from torch import nn
 from kv_memory.cache.distilled import dtype_from_name, dtype_name
 from kv_memory.cache.fingerprint import FORMATS, Fingerprint
 from kv_memory.config import DtypeName
-from kv_memory.errors import ContextWindowError, EncodingError, UnsupportedModelError
-from kv_memory.model.attention import ATTENTION, ForwardContext
+from kv_memory.errors import ContextWindowError
+from kv_memory.model.attention import ATTENTION, ForwardContext, soft_capped
 from kv_memory.model.embedded import EMBEDDED, built_in, concrete_name
+from kv_memory.model.encoding import PromptEncoder
 from kv_memory.model.kv_cache import NEVER, PositionedCache
-from kv_memory.model.loading import best_device, best_dtype, hash_parameters, hash_tokenizer, load_model
+from kv_memory.model.loading import best_device, best_dtype, check_supported, hash_parameters, load_model
 from kv_memory.model.prefix import Prefix
 from kv_memory.model.prompts import PromptForm, PromptName, choose_form
 from kv_memory.model.rope import Rope
 
-__all__ = ["SUPPORTED", "Backbone", "cache_argument"]
-
-# Transformers' model types with attention through its attention interface and "rotate half" positions, all of them
-# proven in tests/model/test_proof.py.
-SUPPORTED = {
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "gemma2": "Gemma 2",
-    "gemma3_text": "Gemma 3",
-    "phi3": "Phi-3",
-}
+__all__ = ["Backbone", "cache_argument"]
 
 
 def cache_argument(forward: Callable[..., Any]) -> str:
@@ -50,7 +38,7 @@ def cache_argument(forward: Callable[..., Any]) -> str:
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
-class Backbone:
+class Backbone(PromptEncoder):
     """A causal language model that prefills documents and answers questions.
 
     The model is never changed. Its weights stay frozen, and an attached adapter acts only on tokens that a compressor
@@ -78,18 +66,12 @@ class Backbone:
         weights_sha256: str | None = None,
     ) -> None:
         config = model.config
-        if config.model_type not in SUPPORTED:
-            raise UnsupportedModelError(
-                f"architecture {config.model_type!r} is not supported",
-                where=name or getattr(config, "_name_or_path", "") or type(model).__name__,
-                next_step=f"Use a model of one of these: {', '.join(SUPPORTED.values())}.",
-            )
+        self.name: str = name or getattr(config, "_name_or_path", "") or type(model).__name__
+        check_supported(config.model_type, where=self.name)
+        super().__init__(tokenizer, choose_form(prompt, tokenizer))
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.name = name or getattr(config, "_name_or_path", "") or type(model).__name__
         self.config = config
         self.lock = threading.RLock()  # rotary modules and routed layers hold state during a forward pass
-        self._tokenizer_lock = threading.Lock()
         self.decoder: nn.Module = model.get_decoder()
         self.layers: Sequence[nn.Module] = self.decoder.layers
         self._cache_arguments = {module: cache_argument(module.forward) for module in (self.model, self.decoder)}
@@ -107,7 +89,6 @@ class Backbone:
             lock=self.lock,
         )
         model.set_attn_implementation(ATTENTION)
-        self.prompt = choose_form(prompt, tokenizer)
         self._prefix: Prefix | None = None
 
     @classmethod
@@ -139,7 +120,7 @@ class Backbone:
         device = best_device() if device == "auto" else device
         torch_dtype = best_dtype(device) if dtype == "auto" else dtype_from_name(dtype)
         name = concrete_name(str(name))
-        loaded = load_model(name, dtype=torch_dtype, device=device, revision=revision, supported=SUPPORTED)
+        loaded = load_model(name, dtype=torch_dtype, device=device, revision=revision)
         if prompt == "auto" and (model := built_in(name)):
             prompt = model.prompt
         return cls(loaded.model, loaded.tokenizer, prompt=prompt, name=name, weights_sha256=loaded.weights_sha256)
@@ -160,13 +141,6 @@ class Backbone:
     def kv_bytes_per_token(self) -> int:
         """Size of one token in an uncompressed cache, in bytes."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-
-    # -- fingerprint ---------------------------------------------------------------------------------------------
-
-    @cached_property
-    def tokenizer_sha256(self) -> str:
-        """Hash of the tokenizer's vocabulary, merges and special tokens."""
-        return hash_tokenizer(self.tokenizer)
 
     def fingerprint(
         self,
@@ -197,76 +171,6 @@ class Backbone:
             head_dim=self.head_dim,
             keep_spans=keep_spans,
         )
-
-    # -- tokens --------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def prefix_ids(self) -> tuple[int, ...]:
-        """Token ids of the shared prefix, with the tokenizer's start token if the prompt form adds it."""
-        ids = self.tokenizer(self.prompt.prefix, add_special_tokens=self.prompt.add_bos)["input_ids"]
-        end = self.tokenizer.eos_token_id
-        while len(ids) > 1 and ids[-1] == end and not self.prompt.prefix.endswith(self.tokenizer.eos_token or "\0"):
-            ids = ids[:-1]  # some tokenizers append an end token to every text
-        return tuple(ids)
-
-    def _tokenize(self, text: str | list[str], **options: bool) -> Any:
-        with self._tokenizer_lock:  # options are part of the tokenizer's state during a call
-            try:
-                return self.tokenizer(text, add_special_tokens=False, verbose=False, **options)
-            except TypeError as error:  # from the tokenizers library, for half a surrogate pair
-                raise EncodingError(
-                    "the text has half a surrogate pair",
-                    where=repr(text)[:80],
-                    next_step='Replace it: text.encode(errors="replace").decode().',
-                ) from error
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a piece of text, without special tokens."""
-        ids: list[int] = self._tokenize(text)["input_ids"]
-        return ids
-
-    def encode_text(self, text: str) -> list[int]:
-        """Token ids of untrusted text: a spelled-out special token (`<|im_end|>`) stays text and cannot end a turn."""
-        return self.encode_with_offsets(text)[0]
-
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids as in `encode_text`, and the span of characters of each token."""
-        encoded = self._tokenize(text, split_special_tokens=True, return_offsets_mapping=True)
-        return encoded["input_ids"], encoded["offset_mapping"]
-
-    def spells_special(self, text: str) -> bool:
-        """Whether `encode` would find a special token in the text."""
-        return any(token in text for token in self._special_tokens)
-
-    @cached_property
-    def _special_tokens(self) -> frozenset[str]:
-        # `all_special_tokens` alone is not enough: it lists tokens with a role, and Llama 3's `<|start_header_id|>` has
-        # no role.
-        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
-        named = {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-        return frozenset(token for token in named if token)
-
-    def count_tokens(self, texts: list[str]) -> list[int]:
-        """Number of tokens of each text, as in `encode_text`; one call for many texts is fast."""
-        if not texts:
-            return []
-        encoded = self._tokenize(texts, split_special_tokens=True)
-        return [len(ids) for ids in encoded["input_ids"]]
-
-    def encode_document(self, text: str) -> list[int]:
-        """Token ids of a document in its wrapper; wrapper and text are tokenised separately."""
-        form = self.prompt
-        return self.encode(form.document_before) + self.encode_text(text) + self.encode(form.document_after)
-
-    def encode_question(self, question: str) -> list[int]:
-        """Token ids of a question in its wrapper."""
-        form = self.prompt
-        if not self.spells_special(question):
-            return self.encode(form.question(question))  # tokenised in one piece, like the worked examples
-        text = self.encode_text(question.strip())
-        return self.encode(form.question_before) + text + self.encode(form.question_after)
-
-    # -- forward passes ------------------------------------------------------------------------------------------
 
     @property
     def prefix(self) -> Prefix:
@@ -396,8 +300,7 @@ class Backbone:
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of hidden states from `read`: `(..., hidden_size)` to `(..., vocab_size)`."""
         logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
-        softcap = getattr(self.config, "final_logit_softcapping", None)
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        return soft_capped(logits, getattr(self.config, "final_logit_softcapping", None))
 
     def _forward(
         self,

@@ -110,7 +110,7 @@ class PositionedCache(DynamicCache):
         super().__init__()
         self.starts = starts
         self.bias = bias
-        self.padded = not isinstance(positions, torch.Tensor) or positions.ndim == 4
+        self.padded = not isinstance(positions, torch.Tensor)
         lengths = [positions.shape[-1]] if isinstance(positions, torch.Tensor) else [p.shape[-1] for p in positions]
         if len(lengths) == 1:
             lengths = lengths * len(keys)
@@ -158,7 +158,7 @@ class PositionedCache(DynamicCache):
             assert isinstance(layer, PreallocatedLayer)
             layer.keep_rows(index)
         composed = self.composed_positions
-        if not isinstance(composed, torch.Tensor) or composed.ndim == 4:
+        if not isinstance(composed, torch.Tensor):
             self.composed_positions = kept(composed)
         self.bias = None if self.bias is None else kept(self.bias)
         self.padded |= self.n_rows > 1  # questions of a batch differ in length
@@ -203,6 +203,6 @@ class PositionedCache(DynamicCache):
         """Whether the visible keys depend on the layer, apart from its window and from padding in front."""
         if self.starts is not None:
             return window is not None
-        if isinstance(self.composed_positions, torch.Tensor) and self.composed_positions.ndim < 4:
+        if isinstance(self.composed_positions, torch.Tensor):
             return window is not None and self.composed_positions.ndim == 3
         return len(self.composed_positions) > 1

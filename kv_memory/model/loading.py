@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,38 @@ from safetensors import SafetensorError, safe_open
 from kv_memory.errors import ModelNotFoundError, TokenizerError, UnsupportedModelError
 from kv_memory.model.embedded import BUILT_IN, built_in, cache_folder, prepared_folder
 
-__all__ = ["LoadedModel", "best_device", "best_dtype", "hash_parameters", "hash_tokenizer", "load_model"]
+__all__ = [
+    "SUPPORTED",
+    "LoadedModel",
+    "best_device",
+    "best_dtype",
+    "check_supported",
+    "hash_parameters",
+    "hash_tokenizer",
+    "load_model",
+]
+
+# Transformers' model types with attention through its attention interface and "rotate half" positions, all of them
+# proven in tests/model/test_proof.py.
+SUPPORTED = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3",
+    "phi3": "Phi-3",
+}
+
+
+def check_supported(model_type: str, *, where: str) -> None:
+    """Raise `UnsupportedModelError` unless models of this type are supported; the message names those that are."""
+    if model_type not in SUPPORTED:
+        raise UnsupportedModelError(
+            f"architecture {model_type!r} is not supported",
+            where=where,
+            next_step=f"Use a model of one of these: {', '.join(SUPPORTED.values())}.",
+        )
 
 
 @dataclass(frozen=True)
@@ -48,14 +78,12 @@ def best_dtype(device: str) -> torch.dtype:
     return torch.float32
 
 
-def load_model(
-    name: str, *, dtype: torch.dtype, device: str, revision: str | None, supported: Collection[str]
-) -> LoadedModel:
+def load_model(name: str, *, dtype: torch.dtype, device: str, revision: str | None) -> LoadedModel:
     """Load a causal LM and its tokenizer; the architecture is checked before any weight is read.
 
     Raises:
         ModelNotFoundError: The model does not exist, is not a model folder, or has unreadable or incomplete weights.
-        UnsupportedModelError: The model's architecture is not in `supported`.
+        UnsupportedModelError: The model's architecture is not one of `SUPPORTED`.
         TokenizerError: The model has no usable tokenizer.
     """
     import transformers
@@ -77,16 +105,11 @@ def load_model(
         raise UnsupportedModelError(
             "Transformers does not know this architecture",
             where=name,
-            next_step=f"Use a model of one of these types: {', '.join(supported)}.",
+            next_step=f"Use a model of one of these: {', '.join(SUPPORTED.values())}.",
         ) from error
     except (OSError, TypeError) as error:  # TypeError: JSON, but not an object
         raise not_found from error
-    if config.model_type not in supported:
-        raise UnsupportedModelError(
-            f"architecture {config.model_type!r} is not supported",
-            where=name,
-            next_step=f"Use a model of one of these types: {', '.join(supported)}.",
-        )
+    check_supported(config.model_type, where=name)
     tokenizer = _load_tokenizer(where, name, revision)
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()

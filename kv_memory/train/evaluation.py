@@ -87,8 +87,7 @@ class HeldOut:
 
         def choose(ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> Entries:
             cache = backbone.prefixed_cache(ids.shape[1], room=selector.extra_tokens)
-            backbone.prefill(ids, cache)
-            scores = selector.score(backbone, ids, cache, None)
+            scores = selector.score(backbone, ids, cache)
             selected = top_k_mask(scores[:, None], lengths, n_kept, budget=selector.budget)
             return gather_entries(backbone, cache, lengths, selected)
 
@@ -102,8 +101,10 @@ class HeldOut:
         for batch, parts in self._prepared():
             full = self._full(batch)
             # The document's entries become padding; the question keeps its positions.
-            positions = full.positions.clone()
-            positions[..., n_prefix:] = NEVER
+            dropped = full.positions[0].shape[-1] - n_prefix
+            positions = [
+                torch.nn.functional.pad(where[..., :n_prefix], (0, dropped), value=NEVER) for where in full.positions
+            ]
             kl.append(self._kl(parts, full, replace(full, positions=positions)))
         return sum(kl) / len(kl)
 

@@ -23,7 +23,7 @@ from kv_memory.compress.refine.loss import distillation_loss
 from kv_memory.compress.refine.teacher import end_ids
 from kv_memory.compress.scorer import attention_scores
 from kv_memory.config import Budget, n_kept_for
-from kv_memory.model.attention import ForwardContext, attention_probabilities
+from kv_memory.model.attention import AttentionKind, ForwardContext, attention_probabilities
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import NEVER
 from kv_memory.train.batches import Batch
@@ -178,11 +178,10 @@ def received_attention(backbone: Backbone, entries: Entries, rows: Sequence[Row]
         `(num_layers, documents, num_kv_heads, n_tokens)`, float32, in 0 to 1.
     """
     n_prefix = len(backbone.prefix_ids)
-    shape = list(entries.keys.shape[:4])
-    shape[3] -= n_prefix
-    received = torch.zeros(shape, device=backbone.device)
+    documents, heads, n_entries, _ = entries.keys[0].shape
+    received = torch.zeros(backbone.num_layers, documents, heads, n_entries - n_prefix, device=backbone.device)
     for part in _by_length(rows, backbone):
-        visible = entries.positions[0, part.documents, 0] != NEVER
+        visible = entries.positions[0][part.documents, 0] != NEVER
         observer = _Received(received, n_prefix=n_prefix, visible=visible, asked=part)
         cache = entries.cache(part.documents)
         backbone.prefill(part.ids, cache, lengths=part.lengths, context=ForwardContext(observer=observer))
@@ -198,22 +197,13 @@ class _Received:
         self._visible = visible
         self._asked = asked
 
-    def observe(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        *,
-        scaling: float,
-        softcap: float | None,
-        window: int | None,
-    ) -> None:
+    def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, kind: AttentionKind) -> None:
         """See `AttentionObserver`; sliding windows are ignored, so tokens outside a window count as visible."""
         # 1. Attention weights under a causal mask, without the padding of shorter documents.
         new, length = query.shape[2], key.shape[2]
         mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)  # (new, length)
         mask = mask & torch.nn.functional.pad(self._visible, (0, new), value=True)[:, None, None]
-        weights = attention_probabilities(query, key, mask, scaling=scaling, softcap=softcap)
+        weights = attention_probabilities(query, key, mask, kind)
         # 2. Maximum over the query heads of each KV head, and over the real tokens of each row.
         here = weights[..., self._n_prefix : length - new].unflatten(1, (key.shape[1], -1))
         real = torch.arange(new, device=query.device) < self._asked.lengths[:, None]  # (rows, new)
@@ -263,7 +253,7 @@ def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings
     with torch.no_grad():
         cache = backbone.prefixed_cache(ids.shape[1], batch_size=n_documents)
         backbone.prefill(ids, cache, lengths=lengths if n_documents > 1 else None)
-        apart = gather_entries(backbone, cache, lengths)  # keys: (num_layers, documents, num_kv_heads, n, head_dim)
+        apart = gather_entries(backbone, cache, lengths)  # keys of a layer: (documents, num_kv_heads, n, head_dim)
         full = join_entries(backbone, apart, lengths, batch.groups)  # the same, with groups in place of documents
         # 2. Teacher logits over the rows. The teacher first decodes the answers that are missing.
         rows = answered_rows(batch, full, backbone, settings)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -16,74 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kv_memory.cache.distilled import DistilledCache, dtype_from_name, dtype_name
-from kv_memory.cache.fingerprint import FORMATS, Fingerprint
 from kv_memory.config import StorageName
-from kv_memory.errors import ConfigError, CorruptCacheError, FingerprintMismatchError
-
-FINGERPRINT = Fingerprint(
-    format_version=1,
-    architecture="llama",
-    weights="a" * 64,
-    tokenizer="b" * 64,
-    prompt="c" * 64,
-    prefix="d" * 64,
-    method="attention|window:100",
-    adapter="",
-    eta=None,
-    rope="e" * 64,
-    dtype="float32",
-    num_layers=3,
-    num_kv_heads=2,
-    head_dim=8,
-)
-DTYPES = ["float32", "bfloat16", "float16"]
-
-
-def make_cache(*, n_tokens: int = 40, n_kept: int = 10, per_head: bool = True, **fields: Any) -> DistilledCache:
-    fingerprint = replace(FINGERPRINT, **fields)
-    generator = torch.Generator().manual_seed(0)
-    shape = (fingerprint.num_layers, fingerprint.num_kv_heads, n_kept)
-    keys, values = (
-        torch.randn(*shape, fingerprint.head_dim, generator=generator).to(dtype_from_name(fingerprint.dtype))
-        for _ in range(2)
-    )
-    rows = torch.rand(*(shape[:2] if per_head else ()), n_tokens, generator=generator).argsort(-1)
-    return DistilledCache(
-        keys=keys,
-        values=values,
-        positions=rows[..., :n_kept].sort(-1).values,
-        n_tokens=n_tokens,
-        keep_ratio=n_kept / n_tokens,
-        fingerprint=fingerprint,
-    )
-
-
-def make_ragged(*, counts: list[list[int]] | None = None, n_tokens: int = 40, **fields: Any) -> DistilledCache:
-    """A cache whose heads keep different numbers of entries, one of them none."""
-    fingerprint = replace(FINGERPRINT, **fields)
-    of = torch.tensor(counts if counts is not None else [[3, 0], [17, 1], [2, 7]])
-    generator = torch.Generator().manual_seed(0)
-    keys, values = (
-        torch.randn(int(of.sum()), fingerprint.head_dim, generator=generator).to(dtype_from_name(fingerprint.dtype))
-        for _ in range(2)
-    )
-    rows = [torch.randperm(n_tokens, generator=generator)[:n].sort().values for n in of.flatten().tolist()]
-    return DistilledCache(
-        keys=keys,
-        values=values,
-        positions=torch.cat(rows),
-        counts=of,
-        n_tokens=n_tokens,
-        keep_ratio=0.125,
-        fingerprint=fingerprint,
-    )
-
-
-def biased(cache: DistilledCache) -> DistilledCache:
-    """The same with biases: format 2."""
-    bias = torch.randn(cache.keys.shape[:-1], generator=torch.Generator().manual_seed(1)).half()
-    return replace(cache, bias=bias, fingerprint=replace(cache.fingerprint, format_version=2))
-
+from kv_memory.errors import ConfigError, CorruptCacheError
+from tests.cache.samples import DTYPES, FINGERPRINT, biased, loaded, make_cache, make_ragged
 
 # -- writing and reading -----------------------------------------------------------------------------------------------
 
@@ -128,18 +62,6 @@ def test_heads_may_keep_different_numbers_of_entries(tmp_path: Path, dtype: str)
     assert half.counts is not None and half.fingerprint.dtype == "bfloat16"
 
 
-def test_padded_heads_contain_only_their_entries() -> None:
-    cache = make_ragged()
-    keys, values, positions, bias = cache.padded()
-    assert keys.shape == values.shape == (3, 2, 17, 8) and positions.shape == (3, 2, 17)
-    assert (positions[0, 1] == -1).all() and not keys[0, 1].any() and not values[0, 1].any()
-    assert torch.equal(keys[2, 1, :7], cache.keys[-7:]) and torch.equal(values[2, 1, :7], cache.values[-7:])
-    assert positions[2, 1].tolist() == [*cache.positions[-7:].tolist(), *[-1] * 10]
-    assert bias.shape == (3, 2, 17) and not bias.any()
-    added = biased(cache).padded()[3]
-    assert torch.equal(added[2, 1, :7], biased(cache).bias[-7:]) and not added[2, 1, 7:].any()  # type: ignore[index]
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -171,7 +93,7 @@ def test_inconsistent_ragged_tensors_are_rejected(change: dict[str, Any], tmp_pa
 
 def test_the_same_cache_gives_the_same_bytes_in_every_process() -> None:
     code = (
-        "import hashlib, sys; sys.path.insert(0, sys.argv[1]); from tests.cache.test_distilled import make_cache;"
+        "import hashlib, sys; sys.path.insert(0, sys.argv[1]); from tests.cache.samples import make_cache;"
         "print(hashlib.sha256(make_cache().to_bytes()).hexdigest())"
     )
     here = hashlib.sha256(make_cache().to_bytes()).hexdigest()
@@ -281,11 +203,6 @@ def test_biases_in_a_cache_of_format_1_are_rejected() -> None:
 # -- stored in another type --------------------------------------------------------------------------------------------
 
 
-def loaded(cache: DistilledCache, folder: Path, storage: StorageName) -> DistilledCache:
-    cache.save(folder / storage, storage=storage)
-    return DistilledCache.load(folder / storage)
-
-
 @pytest.mark.parametrize("make", [make_cache, make_ragged])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_int8_loads_in_the_dtype_of_the_model(tmp_path: Path, dtype: str, make: Callable[..., DistilledCache]) -> None:
@@ -369,178 +286,6 @@ def test_an_unknown_storage_is_rejected() -> None:
     assert "int8" in (caught.value.next_step or "")
 
 
-# -- damage ------------------------------------------------------------------------------------------------------------
-
-
-def assert_corrupt(path: Path) -> None:
-    with pytest.raises(CorruptCacheError) as caught:
-        DistilledCache.load(path)
-    assert caught.value.where == str(path)
-    assert caught.value.next_step is not None and "kv-memory add --stale" in caught.value.next_step
-
-
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999])
-def test_a_truncated_file_is_corrupt(tmp_path: Path, share: float) -> None:
-    data = make_cache().to_bytes()
-    (tmp_path / "cache").write_bytes(data[: int(len(data) * share)])
-    assert_corrupt(tmp_path / "cache")
-
-
-def test_a_garbled_header_is_corrupt(tmp_path: Path) -> None:
-    data = bytearray(make_cache().to_bytes())
-    data[8:40] = b"\xff" * 32
-    (tmp_path / "cache").write_bytes(data)
-    assert_corrupt(tmp_path / "cache")
-
-
-HEADERS: dict[str, Any] = {
-    "none": None,
-    "not_json": "{",
-    "a_list": "[1]",
-    "no_fingerprint": {"n_tokens": 40, "keep_ratio": 0.25},
-    "fingerprint_is_a_list": {"n_tokens": 40, "keep_ratio": 0.25, "fingerprint": [1]},
-    "n_tokens_is_text": {"n_tokens": "40"},
-    "n_tokens_too_few": {"n_tokens": 5},
-    "keep_ratio_zero": {"keep_ratio": 0},
-    "fidelity_is_text": {"fidelity": "0.1"},
-    "fidelity_is_no_number": {"fidelity": float("nan")},
-    "steps_below_zero": {"refined_steps": -1},
-    "other_shape": {"fingerprint": {"num_layers": 4}},
-    "other_dtype": {"fingerprint": {"dtype": "float16"}},
-}
-
-
-@pytest.mark.parametrize("kind", HEADERS)
-def test_a_header_that_does_not_fit_the_tensors_is_corrupt(tmp_path: Path, kind: str) -> None:
-    (tmp_path / "good").write_bytes(make_cache().to_bytes())
-    header = {"n_tokens": 40, "keep_ratio": 0.25, "fingerprint": json.loads(FINGERPRINT.to_json())}
-    change = HEADERS[kind]
-    if isinstance(change, dict) and kind != "no_fingerprint" and isinstance(change.get("fingerprint", {}), dict):
-        change = {**header, **change, "fingerprint": {**header["fingerprint"], **change.get("fingerprint", {})}}
-    text = change if isinstance(change, str) or change is None else json.dumps(change)
-    save_file(load_file(tmp_path / "good"), tmp_path / "cache", metadata=text and {"kv_memory": text})
-    if kind == "fingerprint_is_a_list":
-        with pytest.raises(CorruptCacheError):
-            DistilledCache.load(tmp_path / "cache")
-    else:
-        assert_corrupt(tmp_path / "cache")
-
-
-@pytest.mark.parametrize("missing", ["keys", "values", "positions"])
-def test_a_file_without_one_of_the_tensors_is_corrupt(tmp_path: Path, missing: str) -> None:
-    header = {"n_tokens": 40, "keep_ratio": 0.25, "fingerprint": json.loads(FINGERPRINT.to_json())}
-    (tmp_path / "good").write_bytes(make_cache().to_bytes())
-    tensors = {name: tensor for name, tensor in load_file(tmp_path / "good").items() if name != missing}
-    save_file(tensors, tmp_path / "cache", metadata={"kv_memory": json.dumps(header)})
-    assert_corrupt(tmp_path / "cache")
-
-
-STORED_DAMAGE: dict[str, Any] = {
-    "no_key_scales": lambda t, h: t.pop("key_scales"),
-    "no_value_scales": lambda t, h: t.pop("value_scales"),
-    "scale_is_no_number": lambda t, h: t["key_scales"].view(-1)[0:1].fill_(float("nan")),
-    "scale_is_infinite": lambda t, h: t["value_scales"].view(-1)[0:1].fill_(float("inf")),
-    "scale_is_negative": lambda t, h: t["key_scales"].neg_(),
-    "scales_of_float32": lambda t, h: t.update(key_scales=t["key_scales"].float()),
-    "too_few_scales": lambda t, h: t.update(key_scales=t["key_scales"][:-1].contiguous()),
-    "one_scale_for_all": lambda t, h: t.update(value_scales=t["value_scales"].flatten()[:1]),
-    "values_of_another_type": lambda t, h: t.update(values=t["values"].float()),
-    "keys_of_another_shape": lambda t, h: t.update(keys=t["keys"][..., :-1].contiguous()),
-    "both_of_another_shape": lambda t, h: t.update(
-        {n: t[n][..., :-1].contiguous() for n in ("keys", "values", "key_scales")}
-    ),
-    "header_does_not_say_it": lambda t, h: h.pop("storage"),
-    "header_says_float16": lambda t, h: h.update(storage="float16"),
-    "header_says_nonsense": lambda t, h: h.update(storage="int4"),
-    "header_says_a_list": lambda t, h: h.update(storage=["int8"]),
-    "header_says_auto": lambda t, h: h.update(storage="auto"),
-}
-
-
-@pytest.mark.parametrize("make", [make_cache, make_ragged])
-@pytest.mark.parametrize("kind", STORED_DAMAGE)
-def test_int8_that_contradicts_its_scales_or_header_is_corrupt(
-    tmp_path: Path, kind: str, make: Callable[..., DistilledCache]
-) -> None:
-    make().save(tmp_path / "good", storage="int8")
-    DistilledCache.load(tmp_path / "good")
-    tensors = load_file(tmp_path / "good")
-    with safe_open(tmp_path / "good", framework="pt") as file:
-        header = json.loads(file.metadata()["kv_memory"])
-    STORED_DAMAGE[kind](tensors, header)
-    save_file(tensors, tmp_path / "cache", metadata={"kv_memory": json.dumps(header)})
-    assert_corrupt(tmp_path / "cache")
-
-
-def test_int8_with_wrong_counts_is_corrupt(tmp_path: Path) -> None:
-    make_ragged().save(tmp_path / "good", storage="int8")
-    tensors = load_file(tmp_path / "good")
-    with safe_open(tmp_path / "good", framework="pt") as file:
-        metadata = file.metadata()
-    for counts in ([[3, 0], [17, 1], [2, 8]], [[3, 0], [17, -1], [4, 7]], [[3, 0], [17, 1], [0, 9]]):
-        wrong = {**tensors, "counts": torch.tensor(counts, dtype=torch.int32)}
-        save_file(wrong, tmp_path / "cache", metadata=metadata)
-        assert_corrupt(tmp_path / "cache")
-
-
-def test_floats_of_an_unrecorded_dtype_are_corrupt(tmp_path: Path) -> None:
-    make_cache().save(tmp_path / "good", storage="float16")
-    tensors = load_file(tmp_path / "good")
-    with safe_open(tmp_path / "good", framework="pt") as file:
-        metadata = file.metadata()
-    save_file({**tensors, "keys": tensors["keys"].bfloat16()}, tmp_path / "cache", metadata=metadata)
-    assert_corrupt(tmp_path / "cache")
-
-
-def test_a_missing_file_is_not_reported_as_corrupt(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        DistilledCache.load(tmp_path / "nothing")
-
-
-def before_torch_maps(monkeypatch: pytest.MonkeyPatch, happen: Callable[[Path], object]) -> None:
-    """Something happens to the file after its header was read, and before its tensors are mapped."""
-    from_file = torch.UntypedStorage.from_file
-
-    def mapped(name: str, *args: Any, **options: Any) -> Any:
-        happen(Path(name))
-        return from_file(name, *args, **options)
-
-    monkeypatch.setattr(torch.UntypedStorage, "from_file", mapped)
-
-
-def test_a_file_deleted_while_opened_is_not_reported_as_corrupt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_cache().save(tmp_path / "cache")
-    before_torch_maps(monkeypatch, Path.unlink)
-    with pytest.raises(FileNotFoundError) as caught:
-        DistilledCache.load(tmp_path / "cache")
-    assert caught.value.filename == str(tmp_path / "cache")
-
-
-def test_torch_errors_other_than_system_errors_are_raised_unchanged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(path: Path) -> None:
-        raise RuntimeError("out of memory")
-
-    make_cache().save(tmp_path / "cache")
-    before_torch_maps(monkeypatch, fail)
-    with pytest.raises(RuntimeError, match=r"^out of memory$"):
-        DistilledCache.load(tmp_path / "cache")
-
-
-@pytest.mark.parametrize("change", [{"format_version": FORMATS[-1] + 1}, {"new_field": 1}])
-def test_another_format_version_is_a_mismatch(tmp_path: Path, change: dict[str, Any]) -> None:
-    (tmp_path / "good").write_bytes(make_cache().to_bytes())
-    fingerprint = {**json.loads(FINGERPRINT.to_json()), **change}
-    header = {"n_tokens": 40, "keep_ratio": 0.25, "fingerprint": fingerprint}
-    save_file(load_file(tmp_path / "good"), tmp_path / "cache", metadata={"kv_memory": json.dumps(header)})
-    with pytest.raises(FingerprintMismatchError, match="format version") as caught:
-        DistilledCache.load(tmp_path / "cache")
-    assert caught.value.next_step is not None and "again" in caught.value.next_step
-
-
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -555,12 +300,12 @@ def test_another_format_version_is_a_mismatch(tmp_path: Path, change: dict[str, 
         ("positions", {"positions": torch.zeros(9, dtype=torch.int32)}),
         ("positions", {"positions": torch.zeros(2, 3, 10, dtype=torch.int32)}),
         ("positions", {"positions": torch.zeros(10)}),
-        (None, {"n_tokens": 9}),
-        (None, {"keep_ratio": 0.0}),
-        (None, {"keep_ratio": 1.5}),
+        ("keys", {"n_tokens": 9}),
+        ("keep_ratio", {"keep_ratio": 0.0}),
+        ("keep_ratio", {"keep_ratio": 1.5}),
     ],
 )
-def test_tensors_of_a_wrong_shape_are_rejected(where: str | None, fields: dict[str, Any]) -> None:
+def test_tensors_of_a_wrong_shape_are_rejected(where: str, fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         replace(make_cache(), **fields)
     assert caught.value.where == where
@@ -571,31 +316,3 @@ def test_dtype_names() -> None:
     with pytest.raises(ConfigError, match="float8") as caught:
         dtype_from_name("float8")
     assert caught.value.next_step is not None and "bfloat16" in caught.value.next_step
-
-
-# -- fingerprints ------------------------------------------------------------------------------------------------------
-
-
-def test_a_fingerprint_survives_a_round_trip_through_json() -> None:
-    assert Fingerprint.from_json(FINGERPRINT.to_json()) == FINGERPRINT
-    assert len(FINGERPRINT.digest) == 64
-    assert replace(FINGERPRINT, eta=3).digest != FINGERPRINT.digest
-
-
-@pytest.mark.parametrize("text", ["", "nonsense", "[]", "null", "3"])
-def test_an_unreadable_fingerprint_is_corrupt(text: str) -> None:
-    with pytest.raises(CorruptCacheError):
-        Fingerprint.from_json(text)
-
-
-def test_differences_name_both_sides() -> None:
-    other = replace(FINGERPRINT, weights="f" * 64, eta=6)
-    assert FINGERPRINT.differences(other) == {"weights": ("a" * 64, "f" * 64), "eta": (None, 6)}
-    assert FINGERPRINT.differences(FINGERPRINT) == {}
-    FINGERPRINT.check(FINGERPRINT)
-    with pytest.raises(FingerprintMismatchError) as caught:
-        FINGERPRINT.check(other, where="document x")
-    assert "weights is aaaaaaaaaaaa in the cache, ffffffffffff loaded" in caught.value.what
-    assert "eta is none in the cache, 6 loaded" in caught.value.what
-    assert caught.value.where == "document x"
-    assert caught.value.next_step is not None and "kv-memory add --stale" in caught.value.next_step

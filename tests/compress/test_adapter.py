@@ -252,7 +252,7 @@ def test_only_the_queries_of_a_fused_projection_are_adapted(name: str) -> None:
         def __init__(self, into: list[torch.Tensor]) -> None:
             self.into = into
 
-        def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, **_: Any) -> None:
+        def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, kind: Any) -> None:
             self.into.append(query)
 
     with torch.no_grad():

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kv_memory.compress import Adapter, Compressor, Matched, MatchSettings
-from kv_memory.compress.combined import combined_selection
-from kv_memory.compress.prefill import DocumentPrefill, prefill_documents
+from kv_memory.compress.combined import combined_scores
+from kv_memory.compress.prefill import DocumentPrefill, prefill_documents, top_k_mask
 from kv_memory.errors import ConfigError
 from kv_memory.settings import given_settings, resolve_settings
 from tests.conftest import make_backbone
@@ -33,10 +33,10 @@ def read(adapter: Adapter, selector: Matched) -> tuple[torch.Tensor, DocumentPre
 def test_adapter_scores_and_output_errors_both_count() -> None:
     adapter, selector = adapted(), Matched(MatchSettings(part_tokens=32))
     ids, reading = read(adapter, selector)
-    forced = torch.zeros(ids.shape[1], dtype=torch.bool)
     with torch.no_grad():
-        errors = selector.score(adapter.backbone, ids, reading.cache, None)
-        made = combined_selection(adapter, selector, ids, reading, n_kept=15, forced=forced)
+        errors = selector.documents(adapter.backbone, ids, reading.cache)[0].scores
+        scores = combined_scores(adapter.backbone, selector, ids, reading)
+    made = top_k_mask(scores, torch.tensor([ids.shape[1]]), torch.tensor([15]), budget="model")
     assert made.shape == reading.selected.shape and int(made.sum()) == 15 * 8
 
     def best(scores: torch.Tensor) -> torch.Tensor:
@@ -54,9 +54,7 @@ def test_prefilled_cache_is_left_unchanged() -> None:
     ids, reading = read(adapter, selector)
     before = [tensor.clone() for tensor in reading.cache.layer(3)]
     with torch.no_grad():
-        combined_selection(
-            adapter, selector, ids, reading, n_kept=15, forced=torch.zeros(ids.shape[1], dtype=torch.bool)
-        )
+        combined_scores(adapter.backbone, selector, ids, reading)
     for old, new in zip(before, reading.cache.layer(3), strict=True):
         assert old.equal(new)
 

@@ -11,7 +11,8 @@ from kv_memory.compress import Compressor, Matched, MatchSettings
 from kv_memory.compress.descent import HeadGroup, MovedHeads, alike, descend
 from kv_memory.compress.fitting import FittedHeads, HeadSystem, fit_heads
 from kv_memory.compress.reference_rows import ReferenceRows
-from tests.reference import letters, shared_backbone
+from kv_memory.model.attention import AttentionKind
+from tests.reference import letters, padded, shared_backbone
 
 ROWS, KEPT, DIM, LEARNED = 800, 6, 4, 600
 CPU = torch.device("cpu")
@@ -43,26 +44,25 @@ def make_heads(*seeds: int, kept: tuple[int, ...] = (KEPT,), fixed: tuple[int, .
         for name, part in made.items():
             parts.setdefault(name, []).append(part)
     stacked = {name: torch.stack(several) for name, several in parts.items()}
+    marked = torch.zeros_like(real)
+    marked[:, list(fixed)] = True
     system = HeadSystem(
         **{name: stacked[name] for name in ("weights", "rest", "target", "values", "scale")},
         real=real,
+        fixed=marked,
         n_learned=LEARNED,
     )
     rows = ReferenceRows(
         **{name: stacked[name] for name in ("query", "own", "scale")},
         positions=torch.full((len(seeds), ROWS), 30),
-        scaling=1.0,
-        softcap=None,
-        window=None,
+        kind=AttentionKind(scaling=1.0),
     )
-    marked = torch.zeros_like(real)
-    marked[:, list(fixed)] = True
     where = torch.arange(max(kept)).expand(len(seeds), -1)
-    return HeadGroup(rows, stacked["total"], system, where, stacked["keys"], marked)
+    return HeadGroup(rows, stacked["total"], system, where, stacked["keys"])
 
 
 def start_of(heads: HeadGroup) -> MovedHeads:
-    fitted = fit_heads(heads.system, heads.fixed, SETTINGS)
+    fitted = fit_heads(heads.system, SETTINGS)
     return MovedHeads(heads.keys, fitted.values, fitted.bias)
 
 
@@ -91,7 +91,7 @@ def error(moved: MovedHeads, seed: int, some: slice) -> float:
 def by_hand(seed: int, fixed: tuple[int, ...]) -> MovedHeads:
     """The same steps in float64, with gradients worked out by hand."""
     heads = make_heads(seed, fixed=fixed)
-    system, start, marked = heads.system, start_of(heads), heads.fixed[0]
+    system, start, marked = heads.system, start_of(heads), heads.system.fixed[0]
     query, shift = heads.rows.query[0].double(), -heads.total[0].double()[:, None]
     scale = (system.scale[0] / system.scale[0].mean()).double()[:, None]
     target, rest, free = system.target[0].double(), system.rest[0].double()[:, None], (~marked).double()
@@ -208,7 +208,7 @@ def test_keys_change_only_when_there_are_steps(name: str) -> None:
     )
     plain = Compressor(backbone, selector="sink_recent").compress(text, keep_ratio=1.0)
     assert torch.equal(still.positions, moved.positions) and still.fingerprint != moved.fingerprint
-    keys, _, positions, _ = still.padded()
+    keys, _, positions, _ = padded(still)
     at = positions.clamp(min=0).long()
     original = plain.keys.gather(2, at[..., None].expand_as(keys))
     torch.testing.assert_close(keys[positions >= 0], original[positions >= 0])

@@ -10,7 +10,6 @@ from kv_memory.compress.prefill import top_k_mask
 from kv_memory.compress.selectors import make_selector
 from kv_memory.config import SelectorName, n_kept_for
 from kv_memory.errors import ConfigError
-from kv_memory.model.attention import ForwardContext
 from tests.conftest import ARCHITECTURES
 from tests.reference import letters, plain_model, shared_backbone
 
@@ -20,15 +19,16 @@ N = 50
 
 def scores_of(backbone: Any, selector: Selector, ids: list[int]) -> torch.Tensor:
     """As the compressor asks for them."""
-    tokens, n_prefix = torch.tensor([ids]), len(backbone.prefix_ids)
+    tokens = torch.tensor([ids])
     with torch.no_grad():
-        cache = backbone.prefixed_cache(len(ids), room=selector.extra_tokens)
-        watched = selector.watch(backbone, n_prefix=n_prefix, n_tokens=len(ids))
-        backbone.prefill(tokens, cache, context=ForwardContext(observer=watched))
-        before = [cache.layer(i)[0].clone() for i in range(backbone.num_layers)]
-        scores = selector.score(backbone, tokens, cache, watched)
-    for index, keys in enumerate(before):  # "left as it was found"
-        assert torch.equal(cache.layer(index)[0], keys)
+        cache, plain = (backbone.prefixed_cache(len(ids), room=selector.extra_tokens) for _ in range(2))
+        scores = selector.score(backbone, tokens, cache)
+        backbone.prefill(tokens, plain)
+    for index in range(backbone.num_layers):  # the requests have left nothing behind
+        assert cache.layer(index)[0].shape == plain.layer(index)[0].shape
+        if backbone.rope.varies:  # whose frequencies may change with the requests
+            continue
+        assert torch.equal(cache.layer(index)[0], plain.layer(index)[0])
     return scores
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from kv_memory.errors import KVMemoryError, ModelNotFoundError, TokenizerError, UnsupportedModelError
-from kv_memory.model.backbone import SUPPORTED, Backbone
-from kv_memory.model.loading import best_dtype, hash_weight_files
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.loading import SUPPORTED, best_dtype, hash_weight_files
 from tests.conftest import ARCHITECTURES, make_model, make_tokenizer
 
 
@@ -64,7 +64,7 @@ def test_unsupported_architectures_are_rejected_before_loading_weights(kind: str
     (tmp_path / "model.safetensors").write_bytes(b"read me and fail")
     error = failure(tmp_path, UnsupportedModelError)
     assert kind in error.what
-    assert error.next_step is not None and all(name in error.next_step for name in SUPPORTED)
+    assert error.next_step is not None and all(name in error.next_step for name in SUPPORTED.values())
     with pytest.raises(UnsupportedModelError, match=kind) as caught:
         Backbone(model, make_tokenizer(), name="mine")
     assert caught.value.where == "mine"

@@ -241,8 +241,7 @@ def test_labels_are_the_scores_of_the_reconstruction_selector(name: str) -> None
         for index, document in enumerate(documents):
             one = torch.tensor([document])
             alone = backbone.prefixed_cache(len(document), room=150)
-            backbone.prefill(one, alone)
-            expected = selector.score(backbone, one, alone, None)
+            expected = selector.score(backbone, one, alone)
             torch.testing.assert_close(labels[:, index, :, : len(document)], expected, rtol=1e-3, atol=1e-5)
     assert labels[:, 0, :, 30:].abs().max() == 0  # padding receives nothing
 

@@ -6,7 +6,7 @@ its entries.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,33 +21,33 @@ __all__ = ["Entries", "Row", "RowBatch", "batch_rows", "gather_entries", "join_e
 
 @dataclass(frozen=True)
 class Entries:
-    """Keys and values of several documents on their positions, the shared prefix included.
+    """Keys and values of several documents on their positions, the shared prefix included, layer by layer.
 
     Attributes:
-        keys: Keys `(num_layers, documents, num_kv_heads, n, head_dim)`, rotated.
-        values: Values, in the same shape.
-        positions: `(num_layers or 1, documents, num_kv_heads or 1, n)`, int32; `NEVER` for padding.
+        keys: `(documents, num_kv_heads, n, head_dim)` for each layer, rotated; layers may differ in length.
+        values: Values, in the same shapes.
+        positions: `(documents, num_kv_heads or 1, n)` for each layer, or once for all, int32; `NEVER` for padding.
         next_positions: `(documents,)`, position of the first token behind each document.
         n_positions: Length of the sequence for which the keys were rotated.
-        bias: Bias added to the attention logits, `(num_layers, documents, num_kv_heads, n)`; None for no bias.
+        bias: Bias added to the attention logits, `(documents, num_kv_heads, n)` for each layer; None for no bias.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    positions: torch.Tensor
+    keys: Sequence[torch.Tensor]
+    values: Sequence[torch.Tensor]
+    positions: Sequence[torch.Tensor]
     next_positions: torch.Tensor
     n_positions: int
-    bias: torch.Tensor | None = None
+    bias: Sequence[torch.Tensor] | None = None
 
     def cache(self, rows: torch.Tensor) -> PositionedCache:
         """Build a cache with one row for each of `rows`, the indices of the documents to follow."""
         cache = PositionedCache(
-            self.keys[:, rows],
-            self.values[:, rows],
-            positions=self.positions[:, rows],
+            [key[rows] for key in self.keys],
+            [value[rows] for value in self.values],
+            positions=[where[rows] for where in self.positions],
             next_position=0,
             n_positions=self.n_positions,
-            bias=None if self.bias is None else self.bias[:, rows],
+            bias=None if self.bias is None else [bias[rows] for bias in self.bias],
         )
         cache.next_positions = self.next_positions[rows]
         return cache
@@ -109,22 +109,21 @@ def gather_entries(
     """
     n_prefix = len(backbone.prefix_ids)
     layers = [cache.layer(index) for index in range(backbone.num_layers)]
-    keys, values = torch.stack([key for key, _ in layers]), torch.stack([value for _, value in layers])
-    device, n_tokens = keys.device, keys.shape[3] - n_prefix
-    inside = torch.arange(n_tokens, device=device, dtype=torch.int32)
+    shape, device = layers[0][0].shape, layers[0][0].device
+    inside = torch.arange(shape[2] - n_prefix, device=device, dtype=torch.int32)
     seen = (inside < lengths.to(device)[:, None])[None, :, None]
     if selected is not None:
         seen = seen & selected
-    where = torch.where(seen, inside + n_prefix, NEVER)
+    where = torch.where(seen, inside + n_prefix, NEVER)  # the shape of `selected`
     prefix = torch.arange(n_prefix, device=device, dtype=torch.int32)
     bias = None
     if scores is not None:
         straight = torch.nn.functional.pad(scores - scores.detach(), (n_prefix, 0))
-        bias = straight.expand(*keys.shape[:3], -1)
+        bias = list(straight.expand(-1, *shape[:2], -1))
     return Entries(
-        keys=keys,
-        values=values,
-        positions=torch.cat([prefix.expand(*where.shape[:3], -1), where], dim=-1),
+        keys=[key for key, _ in layers],
+        values=[value for _, value in layers],
+        positions=list(torch.cat([prefix.expand(*where.shape[:3], -1), where], dim=-1)),
         next_positions=lengths.to(device) + n_prefix,
         n_positions=cache.n_positions,
         bias=bias,
@@ -148,43 +147,45 @@ def join_entries(
     if [list(group) for group in groups] == [[index] for index in range(len(lengths))]:
         return entries
     n_prefix, spans = len(backbone.prefix_ids), lengths.tolist()
-    longest = n_prefix + max(sum(spans[index] for index in group) for group in groups)
-    keys, values, positions, biases = [], [], [], []
+    ends = [n_prefix + sum(spans[index] for index in group) for group in groups]
+    # 1. Entries of each document in its place: the prefix comes once, and later documents are rotated on.
+    parts: list[list[tuple[torch.Tensor, ...]]] = []  # by group: (num_layers, num_kv_heads, n, ...) each
     for group in groups:
         offset = 0
-        parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        own: list[tuple[torch.Tensor, ...]] = []
         for index in group:
-            start = 0 if not parts else n_prefix  # the prefix comes once
-            where = entries.positions[:, index, :, start:]
-            part = entries.keys[:, index, :, start:]
+            start = n_prefix if own else 0
+            key, value, where = (
+                torch.stack([layer[index, :, start:] for layer in layers])
+                for layers in (entries.keys, entries.values, entries.positions)
+            )
             if offset:
-                real = where.masked_fill(where == NEVER, 0).expand(*part.shape[:3])
-                free = backbone.rope.unrotate(part, real, n_positions=entries.n_positions)
-                part = backbone.rope.rotate(free, real + offset, n_positions=longest).to(part.dtype)
+                real = where.masked_fill(where == NEVER, 0).expand(*key.shape[:3])
+                free = backbone.rope.unrotate(key, real, n_positions=entries.n_positions)
+                key = backbone.rope.rotate(free, real + offset, n_positions=max(ends)).to(key.dtype)
                 where = torch.where(where == NEVER, NEVER, where + offset)
-            bias = None if entries.bias is None else entries.bias[:, index, :, start:]
-            parts.append((part, entries.values[:, index, :, start:], where, bias))
+            bias = [] if entries.bias is None else [torch.stack([b[index, :, start:] for b in entries.bias])]
+            own.append((key, value, where, *bias))
             offset += spans[index]
-        keys.append(torch.cat([part[0] for part in parts], 2))
-        values.append(torch.cat([part[1] for part in parts], 2))
-        positions.append(torch.cat([part[2] for part in parts], 2))
-        if entries.bias is not None:
-            biases.append(torch.cat([part[3] for part in parts if part[3] is not None], 2))
-    most = max(key.shape[2] for key in keys)
-    ends = [n_prefix + sum(spans[index] for index in group) for group in groups]
+        parts.append(own)
+
+    # 2. Groups side by side, padded to the longest.
+    def joined(which: int, fill: int = 0) -> list[torch.Tensor]:
+        rows = [torch.cat([part[which] for part in own], 2) for own in parts]
+        most = max(row.shape[2] for row in rows)
+        for i, row in enumerate(rows):
+            room = row.new_full((*row.shape[:2], most - row.shape[2], *row.shape[3:]), fill)
+            rows[i] = torch.cat([row, room], 2)
+        return list(torch.stack(rows, 1))  # (groups, num_kv_heads, most, ...) for each layer
+
     return Entries(
-        keys=torch.stack([_widen(key.transpose(2, 3), most, 0).transpose(2, 3) for key in keys], 1),
-        values=torch.stack([_widen(value.transpose(2, 3), most, 0).transpose(2, 3) for value in values], 1),
-        positions=torch.stack([_widen(where, most, NEVER) for where in positions], 1),
-        next_positions=torch.tensor(ends, device=entries.keys.device),
-        n_positions=longest,
-        bias=torch.stack([_widen(bias, most, 0) for bias in biases], 1) if biases else None,
+        keys=joined(0),
+        values=joined(1),
+        positions=joined(2, NEVER),
+        next_positions=torch.tensor(ends, device=entries.next_positions.device),
+        n_positions=max(ends),
+        bias=None if entries.bias is None else joined(3),
     )
-
-
-def _widen(tensor: torch.Tensor, length: int, fill: int) -> torch.Tensor:
-    """Pad the tensor on the right of its last dimension."""
-    return torch.nn.functional.pad(tensor, (0, length - tensor.shape[-1]), value=fill)
 
 
 UNEVEN = 1.5  # a row more than this many times as long as the shortest of a batch begins a new one
@@ -231,26 +232,22 @@ class RowBatch:
 
 
 def batch_rows(
-    rows: Sequence[Row],
-    *,
-    at_once: int,
-    device: torch.device | str,
-    max_tokens: int | None = None,
-    kind: Callable[[Row], Hashable] | None = None,
+    backbone: Backbone, rows: Sequence[Row], ends: Sequence[int], *, at_once: int, max_tokens: int | None = None
 ) -> list[RowBatch]:
     """Group rows into batches of similar length, so that little of what is computed is padding.
 
     Args:
+        backbone: The model.
         rows: Rows in any order.
+        ends: Position of the first token behind each document.
         at_once: Most rows of a batch.
-        device: Device of the tensors.
         max_tokens: Most tokens of a batch, padding included; a single row may be longer. None: as many as keep the
             device busy.
-        kind: Function that returns the kind of a row; rows of different kinds do not share a batch. Sorted by length,
-            rows of one kind should be contiguous.
     """
     if max_tokens is None:
-        max_tokens = CPU_TOKENS if torch.device(device).type == "cpu" else GPU_TOKENS
+        max_tokens = CPU_TOKENS if backbone.device.type == "cpu" else GPU_TOKENS
+    # Padding could lengthen a row into other rotary frequencies, so rows of different ones do not share a batch.
+    kinds = [backbone.rope.regime(ends[row.document] + len(row.ids)) if backbone.rope.varies else () for row in rows]
     batches: list[list[int]] = []
     for index in sorted(range(len(rows)), key=lambda i: len(rows[i].ids)):
         n = len(rows[index].ids)
@@ -260,14 +257,14 @@ def batch_rows(
             or len(last) == at_once
             or n * (len(last) + 1) > max_tokens
             or n > UNEVEN * len(rows[last[0]].ids)
-            or (kind is not None and kind(rows[index]) != kind(rows[last[0]]))
+            or kinds[index] != kinds[last[0]]
         ):
             batches.append([])
         batches[-1].append(index)
-    return [_as_tensors(rows, batch, device) for batch in batches]
+    return [_as_tensors(rows, batch, backbone.device) for batch in batches]
 
 
-def _as_tensors(rows: Sequence[Row], index: list[int], device: torch.device | str) -> RowBatch:
+def _as_tensors(rows: Sequence[Row], index: list[int], device: torch.device) -> RowBatch:
     ids, lengths = pad([rows[i].ids for i in index], device=device)
     place = torch.arange(ids.shape[1], device=device)
     given = torch.tensor([rows[i].n_given for i in index], device=device)[:, None]

@@ -34,11 +34,13 @@ def distillation_loss(teacher: torch.Tensor, student: torch.Tensor, *, forward_w
     Returns:
         Losses `(...)`, float32, nats.
     """
-    t, s = torch.log_softmax(teacher.float(), -1), torch.log_softmax(student.float(), -1)
+    return _both_ways(torch.log_softmax(teacher.float(), -1), torch.log_softmax(student.float(), -1), forward_weight)
+
+
+def _both_ways(t: torch.Tensor, s: torch.Tensor, forward_weight: float) -> torch.Tensor:
+    """`distillation_loss` of log-probabilities."""
     difference = t - s
-    forward = (t.exp() * difference).sum(-1)
-    backward = -(s.exp() * difference).sum(-1)
-    return forward_weight * forward + (1 - forward_weight) * backward
+    return forward_weight * (t.exp() * difference).sum(-1) - (1 - forward_weight) * (s.exp() * difference).sum(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +67,7 @@ class Predictions:
 
     def loss(self, student: torch.Tensor, *, forward_weight: float) -> torch.Tensor:
         """`distillation_loss` of student logits `(n, vocab_size)` with the tail as one token: at most the full loss."""
-        t, s = self.log_probs, _with_rest(student.float(), self.ids)
-        difference = t - s
-        return forward_weight * (t.exp() * difference).sum(-1) - (1 - forward_weight) * (s.exp() * difference).sum(-1)
+        return _both_ways(self.log_probs, _with_rest(student.float(), self.ids), forward_weight)
 
 
 def _with_rest(scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,13 @@ same, and the model is not changed. It starts from any cache of a document and n
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from kv_memory.cache.distilled import DistilledCache
-from kv_memory.compress.refine.batching import Row, RowBatch, batch_rows
+from kv_memory.compress.refine.batching import Entries, Row, RowBatch, batch_rows
 from kv_memory.compress.refine.loss import Predictions, kl_divergence
 from kv_memory.compress.refine.optimizer_state import ProbeTarget, Progress
 from kv_memory.compress.refine.probes import ProbeKind, chance, make_probes
@@ -146,17 +146,7 @@ class _Run:
         settings = self._settings
         # The teacher stays local, so that its caches are freed before trainables are made.
         teacher = Teacher(self._backbone, self._documents, room=settings.extra_tokens, max_entries=settings.max_entries)
-        probes = make_probes(
-            self._backbone,
-            teacher,
-            self._documents,
-            n_probes=settings.practised,
-            n_held_out=settings.held_out,
-            probe_tokens=settings.probe_tokens,
-            temperature=settings.temperature,
-            seed=settings.seed,
-            unasked=self._unasked,
-        )
+        probes = make_probes(self._backbone, teacher, self._documents, settings.probes, unasked=self._unasked)
         every = [probe for own in probes for probe in own]
         taught: dict[int, Predictions | torch.Tensor] = {}
         for index, logits in teacher.logits([probe.row for probe in every]):
@@ -208,15 +198,17 @@ class _Run:
         rows = [replace(asked.probe.row, document=i) for i, asked in chosen]
         for batch in self._batches(rows, together):
             with torch.enable_grad():
-                graph = together.require_grad()
-                hidden = graph.read(self._backbone, batch)  # (n_wanted, hidden_size)
+                graph = together.leaves()
+                hidden = _hidden(self._backbone, graph, batch)
                 parts = [(chosen[i][1], rows[i].n_wanted * sizes[rows[i].document]) for i in batch.index]
-                leaves = [*graph.keys, *graph.values, *graph.bias]
+                leaves = [*graph.keys, *graph.values, *(graph.bias or ())]
                 found = torch.autograd.grad(hidden, leaves, self._before_head(hidden, parts))
             # 3. The part of each document, added to its trainable.
             n = self._backbone.num_layers
             for index in sorted(set(batch.documents.tolist())):
-                keys, values, bias = (graph.entries_of(index, g) for g in (found[:n], found[n : 2 * n], found[2 * n :]))
+                keys, values, bias = (
+                    together.entries_of(index, own) for own in (found[:n], found[n : 2 * n], found[2 * n :])
+                )
                 trainables[index].add_gradient([keys, values, bias[:, None]])
 
     def _before_head(self, hidden: torch.Tensor, parts: Sequence[tuple[ProbeTarget, int]]) -> torch.Tensor:
@@ -244,7 +236,7 @@ class _Run:
         rows = [replace(asked.probe.row, document=i) for i, asked in chosen]
         found: dict[int, float] = {}
         for batch in self._batches(rows, together):
-            hidden = together.read(self._backbone, batch)
+            hidden = _hidden(self._backbone, together.entries, batch)
             for i, part in zip(batch.index, hidden.split([rows[i].n_wanted for i in batch.index]), strict=True):
                 taught = chosen[i][1].taught
                 assert isinstance(taught, torch.Tensor)
@@ -257,14 +249,9 @@ class _Run:
                     by_kind.setdefault(asked.probe.kind, []).append(found[number])
             progress.look({kind: sum(own) / len(own) for kind, own in by_kind.items()}, self._settings.tolerance)
 
-    def _batches(self, rows: Sequence[Row], trainables: TrainableCaches) -> list[RowBatch]:
-        at_once = max(1, int(self._settings.max_entries / (trainables.n_entries + self._settings.extra_tokens)))
-        rope, ends = self._backbone.rope, trainables.next_positions.tolist()
-
-        def regime(row: Row) -> Hashable:  # padding could lengthen a row into other frequencies
-            return rope.regime(ends[row.document] + len(row.ids))
-
-        return batch_rows(rows, at_once=at_once, device=self._backbone.device, kind=regime if rope.varies else None)
+    def _batches(self, rows: Sequence[Row], together: TrainableCaches) -> list[RowBatch]:
+        at_once = max(1, int(self._settings.max_entries / (together.n_entries + self._settings.extra_tokens)))
+        return batch_rows(self._backbone, rows, together.entries.next_positions.tolist(), at_once=at_once)
 
     def _result(self, progress: Progress) -> DistilledCache:
         fidelity, n_steps, _ = progress.best
@@ -276,3 +263,8 @@ class _Run:
             refined_steps=n_steps,
             fidelity=max(0.0, fidelity) if math.isfinite(fidelity) else None,  # rounding may go below zero
         )
+
+
+def _hidden(backbone: Backbone, entries: Entries, batch: RowBatch) -> torch.Tensor:
+    """Inputs of the head at the wanted tokens of rows behind the entries: `(n_wanted, hidden_size)`."""
+    return backbone.prefill(batch.ids, entries.cache(batch.documents), lengths=batch.lengths)[batch.wanted]

@@ -11,13 +11,13 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from kv_memory.compress.refine.batching import Row
 from kv_memory.compress.refine.teacher import Teacher, end_ids
 from kv_memory.model.backbone import Backbone
 
-__all__ = ["KINDS", "SHARES", "Probe", "ProbeKind", "chance", "make_probes", "probe_room"]
+__all__ = ["KINDS", "SHARES", "Probe", "ProbeKind", "ProbeSettings", "chance", "make_probes"]
 
 ProbeKind = Literal["question", "statement", "continuation", "repetition"]
 KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
@@ -56,9 +56,28 @@ class Probe:
     question: str = ""
 
 
-def probe_room(probe_tokens: int) -> int:
-    """Most tokens that are run behind a document to make and evaluate probes."""
-    return _WRAPPER_TOKENS + max(probe_tokens, _QUESTION_TOKENS + _ANSWER_TOKENS)
+class ProbeSettings(NamedTuple):
+    """Settings of the probes of each document.
+
+    Attributes:
+        n_probes: Number of training probes: questions and statements by `SHARES`; spans of either kind as many as
+            cover the document, at most this many.
+        n_held_out: Number of held-out spans of either kind; three times as many questions and statements.
+        probe_tokens: Longest span or statement, in tokens.
+        temperature: Sampling temperature of questions and statements.
+        seed: Seed of all random choices. A document's probes do not depend on the other documents of the batch.
+    """
+
+    n_probes: int
+    n_held_out: int
+    probe_tokens: int
+    temperature: float
+    seed: int
+
+    @property
+    def room(self) -> int:
+        """Most tokens that are run behind a document to make and evaluate its probes."""
+        return _WRAPPER_TOKENS + max(self.probe_tokens, _QUESTION_TOKENS + _ANSWER_TOKENS)
 
 
 def chance(seed: int, ids: Sequence[int], use: str) -> random.Random:
@@ -71,12 +90,8 @@ def make_probes(
     backbone: Backbone,
     teacher: Teacher,
     documents: Sequence[Sequence[int]],
+    settings: ProbeSettings,
     *,
-    n_probes: int,
-    n_held_out: int,
-    probe_tokens: int,
-    temperature: float,
-    seed: int,
     unasked: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> list[list[Probe]]:
     """Make probes of every kind about each document.
@@ -85,46 +100,32 @@ def make_probes(
         backbone: The model.
         teacher: Teacher that prefilled the documents.
         documents: Token ids of each document, wrappers included.
-        n_probes: Number of training probes for each document: questions and statements by `SHARES`; spans of either
-            kind as many as cover the document, at most this many.
-        n_held_out: Number of held-out spans of either kind for each document; three times as many questions and
-            statements.
-        probe_tokens: Longest span or statement, in tokens.
-        temperature: Sampling temperature of questions and statements.
-        seed: Seed of all random choices. A document's probes do not depend on the other documents of the batch.
+        settings: Number and kind of the probes.
         unasked: Spans of tokens of each document that no probe quotes.
     """
     makers = [
-        _Maker(backbone, index, ids, n_probes, n_held_out, probe_tokens, seed, unasked[index] if unasked else ())
-        for index, ids in enumerate(documents)
+        _Maker(backbone, index, ids, settings, unasked[index] if unasked else ()) for index, ids in enumerate(documents)
     ]
     ends = end_ids(backbone)
+
+    def decoded(rows: list[tuple[_Maker, Row]], **options: Any) -> list[tuple[_Maker, Row, list[int]]]:
+        texts = teacher.decode([row for _, row in rows], ends=ends, **options)
+        return [(*one, text) for one, text in zip(rows, texts, strict=True)]
+
+    def sampled(rows: list[tuple[_Maker, Row]], *, most: int) -> list[tuple[_Maker, Row, list[int]]]:
+        seeds = [maker.draw.getrandbits(32) for maker, _ in rows]
+        return decoded(rows, most=most, temperature=settings.temperature, seeds=seeds)
+
     # 1. Questions, sampled behind their first words.
-    openings = [(maker, row) for maker in makers for row in maker.openings()]
-    texts = teacher.decode(
-        [row for _, row in openings],
-        most=_QUESTION_TOKENS,
-        ends=ends,
-        temperature=temperature,
-        seeds=[maker.draw.getrandbits(32) for maker, _ in openings],
-    )
-    for (maker, row), text in zip(openings, texts, strict=True):
+    for maker, row, text in sampled([(m, row) for m in makers for row in m.openings()], most=_QUESTION_TOKENS):
         maker.take_question(row, [token for token in text if token not in ends])
     # 2. Answers, decoded greedily.
     asked = [(maker, row) for maker in makers for row in maker.question_rows()]
-    answers = teacher.decode([row for _, row in asked], most=_ANSWER_TOKENS, ends=ends, as_answers=True)
-    for (maker, row), answer in zip(asked, answers, strict=True):
+    for maker, row, answer in decoded(asked, most=_ANSWER_TOKENS, as_answers=True):
         maker.add_sampled("question", (*row.ids, *answer), len(row.ids))
     # 3. Statements, sampled.
     stated = [(maker, maker.statement_row()) for maker in makers for _ in range(maker.count("statement"))]
-    statements = teacher.decode(
-        [row for _, row in stated],
-        most=probe_tokens,
-        ends=ends,
-        temperature=temperature,
-        seeds=[maker.draw.getrandbits(32) for maker, _ in stated],
-    )
-    for (maker, row), statement in zip(stated, statements, strict=True):
+    for maker, row, statement in sampled(stated, most=settings.probe_tokens):
         maker.add_sampled("statement", (*row.ids, *statement), len(row.ids))
     # 4. Spans of the document.
     for maker in makers:
@@ -140,19 +141,13 @@ class _Maker:
         backbone: Backbone,
         index: int,
         ids: Sequence[int],
-        n_probes: int,
-        n_held_out: int,
-        probe_tokens: int,
-        seed: int,
+        settings: ProbeSettings,
         unasked: Sequence[tuple[int, int]] = (),
     ) -> None:
         self._backbone = backbone
         self._index = index
         self._ids = list(ids)
-        self._n_probes = n_probes
-        self._n_held_out = n_held_out
-        self._probe_tokens = probe_tokens
-        self._n = {kind: max(1, round(n_probes * SHARES[kind])) for kind in KINDS}
+        self._settings = settings
         self._unasked = sorted(unasked)
         self._secret = {
             tuple(self._ids[i : i + _QUOTED]) for start, end in self._unasked for i in range(start, end - _QUOTED + 1)
@@ -160,18 +155,19 @@ class _Maker:
         self._questions: list[str] = []
         self._question_of: dict[tuple[int, ...], str] = {}  # by their tokens in the wrapper
         self.probes: list[Probe] = []
-        self.draw = chance(seed, ids, "probes")
+        self.draw = chance(settings.seed, ids, "probes")
 
     def count(self, kind: ProbeKind) -> int:
         """Number of questions or statements to make, held-out ones included."""
-        return self._n[kind] + _SAMPLED * self._n_held_out
+        return max(1, round(self._settings.n_probes * SHARES[kind])) + _SAMPLED * self._settings.n_held_out
 
     def add_sampled(self, kind: ProbeKind, ids: Sequence[int], n_given: int) -> None:
         """Add a question or statement; the first of a kind are held out."""
         n_before = sum(probe.kind == kind for probe in self.probes)
-        n_held_out = _SAMPLED * self._n_held_out
+        least = self._settings.n_held_out
+        n_held_out = _SAMPLED * least
         if kind == "question":  # a short document has few, and most must be left to train on
-            n_held_out = max(self._n_held_out, min(n_held_out, len(self._questions) // 3))
+            n_held_out = max(least, min(n_held_out, len(self._questions) // 3))
         self._add(kind, ids, n_given, held_out=n_before < n_held_out)
 
     def _add(self, kind: ProbeKind, ids: Sequence[int], n_given: int, *, held_out: bool) -> None:
@@ -217,7 +213,7 @@ class _Maker:
         self._question_of = {tuple(self._backbone.encode_question(question)): question for question in asked}
         rows = list(self._question_of)
         self.draw.shuffle(rows)  # which are held out must not depend on their stems
-        longest = probe_room(self._probe_tokens) - _ANSWER_TOKENS
+        longest = self._settings.room - _ANSWER_TOKENS
         return [Row(self._index, ids, len(ids)) for ids in rows if len(ids) <= longest]
 
     # -- statements and spans ------------------------------------------------------------------------------------
@@ -240,8 +236,8 @@ class _Maker:
             "repetition": self._backbone.encode_question(_REPEAT),
         }
         for shift, kind in enumerate(lead):
-            cuts = [(True, *cut) for cut in self._cuts(2 / 3, self._n_held_out)]
-            cuts += [(False, *cut) for cut in self._cuts(shift / 3, self._n_probes)]
+            cuts = [(True, *cut) for cut in self._cuts(2 / 3, self._settings.n_held_out)]
+            cuts += [(False, *cut) for cut in self._cuts(shift / 3, self._settings.n_probes)]
             for held_out, start, end in cuts:
                 span = self._ids[start:end]
                 given = min(_GIVEN, len(span) // 3)
@@ -251,7 +247,7 @@ class _Maker:
         """Spans that cover the document from a fraction `shift` of a span on; at most `most` of them, shuffled."""
         spans = []
         for begin, end in self._stretches():
-            length = min(end - begin, self._probe_tokens)
+            length = min(end - begin, self._settings.probe_tokens)
             last = end - length
             starts = list(range(begin + round(shift * length), last + 1, length)) or [last]
             if shift < 2 / 3 and starts[-1] < last:

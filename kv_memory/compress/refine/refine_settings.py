@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 
-from kv_memory.compress.refine.probes import KINDS, probe_room
+from kv_memory.compress.refine.probes import KINDS, ProbeSettings
 from kv_memory.errors import ConfigError
 
 __all__ = ["RefineSettings"]
@@ -114,6 +114,11 @@ class RefineSettings:
         return f"refine:{self.steps}:{digest[:12]}"
 
     @property
+    def probes(self) -> ProbeSettings:
+        """Settings of each document's probes."""
+        return ProbeSettings(self.practised, self.held_out, self.probe_tokens, self.temperature, self.seed)
+
+    @property
     def extra_tokens(self) -> int:
         """Most tokens that refinement runs behind a document."""
-        return probe_room(self.probe_tokens)
+        return self.probes.room

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -61,20 +61,6 @@ class Teacher:
         finally:
             self._cache.rewind(self._cache.appended_positions.shape[1] - before)
 
-    def _batches(self, rows: Sequence[Row], *, max_tokens: int | None = None) -> list[RowBatch]:
-        rope = self._backbone.rope
-
-        def regime(row: Row) -> Hashable:  # padding could lengthen a row into other frequencies
-            return rope.regime(self._ends[row.document] + len(row.ids))
-
-        return batch_rows(
-            rows,
-            at_once=self._at_once,
-            device=self._backbone.device,
-            max_tokens=max_tokens,
-            kind=regime if rope.varies else None,
-        )
-
     @torch.no_grad()
     def logits(self, rows: Sequence[Row]) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield what the full cache predicts, row by row, because the logits of all rows at once are large.
@@ -82,7 +68,7 @@ class Teacher:
         Yields:
             Index of a row, in any order, and its logits `(n_wanted, vocab_size)`, in the model's dtype.
         """
-        for batch in self._batches(rows):
+        for batch in batch_rows(self._backbone, rows, self._ends, at_once=self._at_once):
             with self._behind(batch.documents) as cache:
                 ragged = batch.lengths if len(batch.index) > 1 else None
                 hidden = self._backbone.prefill(batch.ids, cache, lengths=ragged)[batch.wanted]
@@ -116,7 +102,7 @@ class Teacher:
         """
         found: dict[int, list[int]] = {}
         # Each decoding step loads all weights from memory: the more rows share that, the better.
-        for batch in self._batches(rows, max_tokens=_DECODED_TOKENS):
+        for batch in batch_rows(self._backbone, rows, self._ends, at_once=self._at_once, max_tokens=_DECODED_TOKENS):
             with self._behind(batch.documents) as cache:
                 chosen = None if not temperature or seeds is None else [seeds[index] for index in batch.index]
                 texts = self._go_on(batch, cache, most, ends, temperature, chosen, as_answers)

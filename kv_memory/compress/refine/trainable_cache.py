@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from kv_memory.cache.distilled import DistilledCache
-from kv_memory.compress.refine.batching import RowBatch
+from kv_memory.compress.refine.batching import Entries
 from kv_memory.model.backbone import Backbone
-from kv_memory.model.kv_cache import NEVER, PositionedCache
+from kv_memory.model.kv_cache import NEVER
 
 __all__ = ["TrainableCache", "TrainableCaches", "side_by_side"]
 
@@ -43,13 +43,7 @@ class TrainableCache:
         self._backbone = backbone
         self._n_positions = n_positions
         n_prefix, device = len(backbone.prefix_ids), backbone.device
-        heads = (backbone.num_layers, backbone.num_kv_heads)
-        if cache.counts is None:
-            self.counts = torch.full(heads, cache.n_kept)
-            inside = cache.positions.to(device).expand(*heads, -1).flatten().long()
-        else:
-            self.counts = cache.counts.long().cpu()
-            inside = cache.positions.to(device).long()
+        self.counts, inside = cache.head_counts, cache.flat_positions.to(device).long()
         self.per_layer: list[int] = self.counts.sum(1).tolist()
         self.positions = inside + n_prefix
         self.next_position = n_prefix + cache.n_tokens
@@ -99,64 +93,40 @@ class TrainableCache:
 
 @dataclass(frozen=True, eq=False)
 class TrainableCaches:
-    """Several trainables behind the shared prefix, each layer padded to its fullest head.
+    """Several trainables side by side.
 
     Attributes:
-        keys: Keys of each layer, `(documents, num_kv_heads, n, head_dim)`, rotated.
-        values: Values of each layer, in the same shapes.
-        bias: Biases of each layer, `(documents, num_kv_heads, n)`; 0 for the prefix and for padding.
-        positions: Positions of each layer, `(documents, num_kv_heads, n)`, int32; `NEVER` for padding.
-        next_positions: `(documents,)`, position of the first token behind each document.
-        n_positions: Length of the sequence for which keys are rotated.
+        entries: Their current entries behind the shared prefix, each layer padded to its fullest head.
         masks: Bool `(num_kv_heads, n)` for each trainable and layer; True where its entries lie.
     """
 
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
-    bias: list[torch.Tensor]
-    positions: list[torch.Tensor]
-    next_positions: torch.Tensor
-    n_positions: int
+    entries: Entries
     masks: list[list[torch.Tensor]]
 
     @property
     def n_entries(self) -> float:
         """Entries of a row in a layer, prefix and padding included, on average over layers."""
-        return sum(key.shape[2] for key in self.keys) / len(self.keys)
+        return sum(key.shape[2] for key in self.entries.keys) / len(self.entries.keys)
 
-    def require_grad(self) -> TrainableCaches:
-        """Return the same trainables, with keys, values and biases as leaves of a graph.
+    def leaves(self) -> Entries:
+        """Return the entries with keys, values and biases as leaves of a graph.
 
         The moves are not the leaves: assembling the layers is the same for every batch of probes, and needs no
         backward pass.
         """
-        return replace(
-            self,
-            keys=[key.detach().requires_grad_() for key in self.keys],
-            values=[value.detach().requires_grad_() for value in self.values],
-            bias=[bias.detach().requires_grad_() for bias in self.bias],
+        keys, values, bias = (
+            [layer.detach().requires_grad_() for layer in layers]
+            for layers in (self.entries.keys, self.entries.values, self.entries.bias or ())
         )
-
-    def read(self, backbone: Backbone, batch: RowBatch) -> torch.Tensor:
-        """Inputs of the head at the wanted tokens of rows behind the trainables: `(n_wanted, hidden_size)`."""
-        cache = PositionedCache(
-            [key[batch.documents] for key in self.keys],
-            [value[batch.documents] for value in self.values],
-            positions=[where[batch.documents] for where in self.positions],
-            next_position=0,
-            n_positions=self.n_positions,
-            bias=[bias[batch.documents] for bias in self.bias],
-        )
-        cache.next_positions = self.next_positions[batch.documents]
-        return backbone.prefill(batch.ids, cache, lengths=batch.lengths)[batch.wanted]
+        return replace(self.entries, keys=keys, values=values, bias=bias)
 
     def entries_of(self, index: int, layers: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Entries of one trainable in tensors shaped like `keys` or `bias`: `(n_entries, ...)`."""
+        """Entries of one trainable in tensors shaped like `entries.keys` or `entries.bias`: `(n_entries, ...)`."""
         return torch.cat([layer[index][mask] for layer, mask in zip(layers, self.masks[index], strict=True)])
 
 
 def side_by_side(backbone: Backbone, trainables: Sequence[TrainableCache], *, n_positions: int) -> TrainableCaches:
-    """Assemble the current trainables so that rows can follow them; arguments as in `TrainableCaches`."""
+    """Assemble the current trainables so that rows can follow them; keys are rotated for `n_positions` in all."""
     prefix = backbone.prefix_for(n_positions)
     n_prefix, n_heads, device = len(backbone.prefix_ids), backbone.num_kv_heads, backbone.device
     longest = torch.stack([trainable.counts.amax(1) for trainable in trainables]).amax(0).tolist()
@@ -184,12 +154,5 @@ def side_by_side(backbone: Backbone, trainables: Sequence[TrainableCache], *, n_
         values.append(value)
         biases.append(bias)
         positions.append(place)
-    return TrainableCaches(
-        keys=keys,
-        values=values,
-        bias=biases,
-        positions=positions,
-        next_positions=torch.tensor([trainable.next_position for trainable in trainables], device=device),
-        n_positions=n_positions,
-        masks=masks,
-    )
+    ends = torch.tensor([trainable.next_position for trainable in trainables], device=device)
+    return TrainableCaches(Entries(keys, values, positions, ends, n_positions, biases), masks)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kv_memory.compress.refine.batching import Row
-from kv_memory.compress.refine.probes import KINDS, Probe, _Maker, make_probes, probe_room
+from kv_memory.compress.refine.probes import KINDS, Probe, ProbeSettings, _Maker, make_probes
 from kv_memory.compress.refine.teacher import Teacher
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.prompts import PromptForm
@@ -18,11 +18,13 @@ from tests.reference import letters, shared_backbone
 TEXTS = [letters(300, seed=1), letters(120, seed=2)]
 
 
-def make(backbone: Any, texts: list[str], *, n_probes: int = 12, seed: int = 0, **options: Any) -> list[list[Probe]]:
+SETTINGS = ProbeSettings(n_probes=12, n_held_out=1, probe_tokens=32, temperature=0.7, seed=0)
+
+
+def make(backbone: Any, texts: list[str], *, unasked: Any = None, **changes: Any) -> list[list[Probe]]:
     ids = [backbone.encode(text) for text in texts]
-    teacher = Teacher(backbone, ids, room=probe_room(32), max_entries=10_000)
-    chosen = {"n_held_out": 1, "probe_tokens": 32, "temperature": 0.7, **options}
-    return make_probes(backbone, teacher, ids, n_probes=n_probes, seed=seed, **chosen)
+    teacher = Teacher(backbone, ids, room=SETTINGS.room, max_entries=10_000)
+    return make_probes(backbone, teacher, ids, SETTINGS._replace(**changes), unasked=unasked)
 
 
 def counted(probes: list[Probe], *, held_out: bool) -> dict[str, int]:
@@ -48,7 +50,7 @@ def test_rows_have_the_form_of_their_probe_kind(probes: list[list[Probe]]) -> No
     for index, own in enumerate(probes):
         for probe in own:
             row = probe.row
-            assert row.document == index and 1 <= row.n_given < len(row.ids) <= probe_room(32)
+            assert row.document == index and 1 <= row.n_given < len(row.ids) <= SETTINGS.room
             given, wanted = decode(row.ids[: row.n_given]), decode(row.ids[row.n_given :])
             if probe.kind == "question":
                 assert given.startswith("Q: ") and given.endswith("\nA:")
@@ -113,7 +115,7 @@ def test_held_out_spans_leave_a_short_document_fully_covered() -> None:
 
 
 def test_few_questions_mostly_become_training_probes() -> None:
-    maker = _Maker(shared_backbone("llama"), 0, range(40), 12, 2, 32, 0)
+    maker = _Maker(shared_backbone("llama"), 0, range(40), SETTINGS._replace(n_held_out=2))
     maker._questions = [f"What is {number}?" for number in range(9)]
     for number in range(9):
         maker.add_sampled("question", [1, 2, number], 2)
@@ -134,7 +136,7 @@ def test_probes_follow_the_chat_form() -> None:
 
 def test_questions_from_the_worked_examples_are_skipped() -> None:
     backbone = shared_backbone("llama")
-    maker = _Maker(backbone, 0, backbone.encode(TEXTS[0]), 12, 1, 32, 0)
+    maker = _Maker(backbone, 0, backbone.encode(TEXTS[0]), SETTINGS)
     opening = Row(0, tuple(backbone.encode("Q:")), 2)
     maker.take_question(opening, backbone.encode(" Read this."))
     maker.take_question(opening, backbone.encode(" What is it?"))
@@ -159,7 +161,7 @@ def test_unasked_spans_are_not_quoted_and_the_rest_is_covered() -> None:
 def test_answers_that_quote_unasked_spans_are_skipped() -> None:
     backbone = shared_backbone("llama")
     ids = backbone.encode(TEXTS[0])
-    maker = _Maker(backbone, 0, ids, 12, 1, 32, 0, [(40, 80)])
+    maker = _Maker(backbone, 0, ids, SETTINGS, [(40, 80)])
     maker.add_sampled("question", [*backbone.encode("Q: x\nA:"), *ids[50:56]], 7)
     maker.add_sampled("question", [*backbone.encode("Q: x\nA:"), *ids[50:55]], 7)
     assert [probe.row.ids[7:] for probe in maker.probes] == [tuple(ids[50:55])]
