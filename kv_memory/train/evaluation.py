@@ -138,6 +138,7 @@ class HeldOut:
         if not self._cases:
             for number in range(self.n_documents):
                 batch = self._batches.batch(number)
-                rows = answered_rows(batch, self._full(batch), self._backbone, self._settings)
-                self._cases.append((batch, weighted_rows(rows, self._backbone, self._settings)))
+                full = self._full(batch)
+                rows = answered_rows(batch, full, self._backbone, self._settings)
+                self._cases.append((batch, weighted_rows(rows, full, self._backbone, self._settings)))
         return self._cases

@@ -110,13 +110,15 @@ def _greedy(backbone: Backbone, teacher: Entries, rows: Sequence[Row], most: int
     return answers
 
 
-def weighted_rows(rows: Sequence[Row], backbone: Backbone, settings: TrainSettings) -> list[WeightedRows]:
+def weighted_rows(
+    rows: Sequence[Row], full: Entries, backbone: Backbone, settings: TrainSettings
+) -> list[WeightedRows]:
     """Answered rows in batches of similar length, with the weights of their predictions.
 
     A single batch was rejected: with a span of 46 tokens beside questions of 20, most of the computation is padding.
     """
     found = []
-    for part in _by_length(rows, backbone):
+    for part in _by_length(rows, full, backbone):
         told = part.wanted  # (rows, n): answers and spans
         place = torch.arange(told.shape[1], device=told.device)
         question = ~told & (place < part.lengths[:, None] - 1) & (settings.question_weight > 0)  # and requests
@@ -126,8 +128,9 @@ def weighted_rows(rows: Sequence[Row], backbone: Backbone, settings: TrainSettin
     return found
 
 
-def _by_length(rows: Sequence[Row], backbone: Backbone) -> list[RowBatch]:
-    return batch_rows(rows, at_once=len(rows), device=backbone.device, max_tokens=sys.maxsize)
+def _by_length(rows: Sequence[Row], entries: Entries, backbone: Backbone) -> list[RowBatch]:
+    ends = entries.next_positions.tolist()
+    return batch_rows(backbone, rows, ends, at_once=len(rows), max_tokens=sys.maxsize)
 
 
 # -- stage (a): the scorer alone -------------------------------------------------------------------------------------
@@ -180,7 +183,7 @@ def received_attention(backbone: Backbone, entries: Entries, rows: Sequence[Row]
     n_prefix = len(backbone.prefix_ids)
     documents, heads, n_entries, _ = entries.keys[0].shape
     received = torch.zeros(backbone.num_layers, documents, heads, n_entries - n_prefix, device=backbone.device)
-    for part in _by_length(rows, backbone):
+    for part in _by_length(rows, entries, backbone):
         visible = entries.positions[0][part.documents, 0] != NEVER
         observer = _Received(received, n_prefix=n_prefix, visible=visible, asked=part)
         cache = entries.cache(part.documents)
@@ -257,7 +260,7 @@ def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings
         full = join_entries(backbone, apart, lengths, batch.groups)  # the same, with groups in place of documents
         # 2. Teacher logits over the rows. The teacher first decodes the answers that are missing.
         rows = answered_rows(batch, full, backbone, settings)
-        parts = weighted_rows(rows, backbone, settings)
+        parts = weighted_rows(rows, full, backbone, settings)
         attended: list[list[torch.Tensor]] = [[] for _ in parts]
         with_outputs = settings.output_weight > 0
         taught = [
