@@ -17,7 +17,7 @@ from kv_memory import (
     Turn,
 )
 from kv_memory.query import Reference, key_of
-from kv_memory.settings import resolve_settings
+from kv_memory.settings import MemorySettings
 from kv_memory.store import PassageRecord
 from kv_memory.store.sql.schema import CollectionRow
 from tests.memories import (
@@ -125,9 +125,9 @@ def test_keep_text_is_remembered_per_collection(tmp_path: Path, wide: Any) -> No
 
 
 def test_an_older_store_keeps_storing_texts() -> None:
-    assert resolve_settings({}, {"keep_ratio": 0.5}).keep_text
-    assert not resolve_settings({"keep_text": False}, {"keep_ratio": 0.5}).keep_text
-    assert not resolve_settings({}, {}).keep_text
+    assert MemorySettings.resolve({"keep_ratio": 0.5}).keep_text
+    assert not MemorySettings.resolve({"keep_ratio": 0.5}, keep_text=False).keep_text
+    assert not MemorySettings.resolve({}).keep_text
 
 
 def test_adding_again_to_an_older_store_removes_no_text(memory: KVMemory, wide: Any) -> None:

@@ -19,7 +19,7 @@ from kv_memory.errors import (
     StoreError,
 )
 from kv_memory.generate import Generator
-from kv_memory.settings import given_settings, resolve_settings
+from kv_memory.settings import MemorySettings
 from tests.conftest import make_model, make_tokenizer
 from tests.memories import (
     FERRY,
@@ -35,8 +35,6 @@ from tests.memories import (
     wide_backbone,
 )
 from tests.reference import recorded_inputs
-
-NAMES = ["model", "adapter", "keep_ratio", "selector", "prompt", "layout"]
 
 # -- opening again -----------------------------------------------------------------------------------------------------
 
@@ -70,17 +68,14 @@ def test_int8_is_remembered_and_answers(tmp_path: Path, wide: Any) -> None:
 
 
 def test_int8_is_the_default_only_for_smollm2() -> None:
-    def given(**changes: Any) -> dict[str, Any]:
-        return given_settings(**{**dict.fromkeys(NAMES), "passage_tokens": "auto", **changes})
-
-    small = resolve_settings(given(model="smollm2"), {})
+    small = MemorySettings.resolve({}, model="smollm2")
     assert (small.model, small.storage) == ("smollm2", "int8")
-    assert resolve_settings(given(model="smollm2", storage="auto"), {}).storage == "auto"
-    assert resolve_settings(given(), {"storage": "bfloat16"}).storage == "bfloat16"
-    assert resolve_settings(given(model="other"), {}).storage == "auto"
+    assert MemorySettings.resolve({}, model="smollm2", storage="auto").storage == "auto"
+    assert MemorySettings.resolve({"storage": "bfloat16"}).storage == "bfloat16"
+    assert MemorySettings.resolve({}, model="other").storage == "auto"
     # What was measured on one model says nothing about the next.
-    assert resolve_settings(given(model="other"), dataclasses.asdict(small)).storage == "auto"
-    assert resolve_settings(given(), dataclasses.asdict(resolve_settings(given(model="other"), {}))).storage == "auto"
+    assert MemorySettings.resolve(dataclasses.asdict(small), model="other").storage == "auto"
+    assert MemorySettings.resolve(dataclasses.asdict(MemorySettings.resolve({}, model="other"))).storage == "auto"
 
 
 def test_one_store_can_contain_several_storage_formats(tmp_path: Path, wide: Any) -> None:

@@ -14,11 +14,9 @@ from kv_memory.cli.open_store import load_model, open_memory
 from kv_memory.cli.options import (
     DEFAULT_COLLECTION,
     DEFAULT_STORE,
+    Changes,
     CollectionOption,
     JsonOption,
-    KeepRatioOption,
-    KeepTokensOption,
-    MaxBytesOption,
     MaxNewTokensOption,
     SeedOption,
     StopOption,
@@ -27,10 +25,11 @@ from kv_memory.cli.options import (
     TextOption,
     TopKOption,
     decode_settings_of,
-    kept_of,
+    setting_options,
 )
 from kv_memory.cli.output import Output, reporting
 from kv_memory.errors import KVMemoryError
+from kv_memory.settings import KEEP_NAMES, MemorySettings
 
 if TYPE_CHECKING:
     from kv_memory.answers import Answer, ReadFrom
@@ -93,6 +92,7 @@ def print_cost(out: Output, answer: Answer) -> None:
     )
 
 
+@setting_options(*KEEP_NAMES)
 def ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question, in quotes.")],
     top_k: TopKOption = None,
@@ -101,9 +101,8 @@ def ask(
     seed: SeedOption = None,
     stop: StopOption = None,
     text: TextOption = False,
-    keep_ratio: KeepRatioOption = None,
-    keep_tokens: KeepTokensOption = None,
-    max_bytes: MaxBytesOption = None,
+    *,
+    changes: Changes,
     store: StoreOption = DEFAULT_STORE,
     collection: CollectionOption = DEFAULT_COLLECTION,
     as_json: JsonOption = False,
@@ -116,8 +115,8 @@ def ask(
     with reporting(as_json=as_json) as out:
         settings = decode_settings_of(max_new_tokens, temperature, seed, stop)
         read_from: ReadFrom = "text" if text else "caches"
-        kept = kept_of(keep_ratio, keep_tokens, max_bytes)
-        with open_memory(out, store, collection, **kept) as memory:
+        MemorySettings.resolve({}, **changes)  # a typo should fail before the store is opened
+        with open_memory(out, store, collection, **changes) as memory:
             load_model(out, memory)
             if as_json:
                 out.json(memory.ask(question, top_k=top_k, settings=settings, read_from=read_from))
@@ -129,6 +128,7 @@ def ask(
                 print_cost(out, answer)
 
 
+@setting_options(*KEEP_NAMES)
 def chat(
     top_k: TopKOption = None,
     max_new_tokens: MaxNewTokensOption = 128,
@@ -136,9 +136,8 @@ def chat(
     seed: SeedOption = None,
     stop: StopOption = None,
     text: TextOption = False,
-    keep_ratio: KeepRatioOption = None,
-    keep_tokens: KeepTokensOption = None,
-    max_bytes: MaxBytesOption = None,
+    *,
+    changes: Changes,
     store: StoreOption = DEFAULT_STORE,
     collection: CollectionOption = DEFAULT_COLLECTION,
     as_json: JsonOption = False,
@@ -152,8 +151,8 @@ def chat(
         settings = decode_settings_of(max_new_tokens, temperature, seed, stop)
         read_from: ReadFrom = "text" if text else "caches"
         answers: list[Answer] = []
-        kept = kept_of(keep_ratio, keep_tokens, max_bytes)
-        with open_memory(out, store, collection, **kept) as memory:
+        MemorySettings.resolve({}, **changes)  # a typo should fail before the store is opened
+        with open_memory(out, store, collection, **changes) as memory:
             load_model(out, memory)
             if sys.stdin.isatty():
                 out.note("Each question is answered on its own; earlier ones are not remembered. /sources, /quit")

@@ -28,6 +28,7 @@ from kv_memory.jobs.leases import LEASE_S, LiveWorkers, Renewer, TaskQueue
 from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.records import FailedResult, Job, Task, TaskResult
 from kv_memory.jobs.sources import Sources
+from kv_memory.memory import KVMemory
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
 
@@ -53,23 +54,9 @@ def error_of(error: Exception) -> dict[str, str | None]:
 
 def make_pipeline(store: Store, job: Job, *, device: str = "auto") -> IngestPipeline:
     """Load the job's model and compressor; errors as in `KVMemory.open`."""
-    # This late import no longer keeps torch out of the module: `kv_memory.ingest.pipeline` above loads it too.
-    from kv_memory.assembly import load_backbone, load_compressor, share_prefix
-
-    settings = MemorySettings(**job.settings.memory)
-    backbone = load_backbone(settings, dtype="auto", device=device, prompt_form=None)
-    compressor = load_compressor(settings, backbone)
-    share_prefix(store, backbone)
-    return IngestPipeline(
-        store,
-        compressor,
-        keep_ratio=settings.keep,
-        passage_tokens=settings.passage_tokens,
-        storage=settings.storage,
-        keep_text=settings.keep_text,
-        # Storing mostly waits for the disk or a server.
-        writer=ThreadPoolExecutor(1, thread_name_prefix="writer"),
-    )
+    memory = KVMemory(store, MemorySettings(**job.settings.memory), device=device)
+    # Storing mostly waits for the disk or a server.
+    return memory.pipeline(writer=ThreadPoolExecutor(1, thread_name_prefix="writer"))
 
 
 def work(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kv_memory.cli.options import kept_of, ratio_of
+from kv_memory.config import ratio_of
 from kv_memory.errors import ConfigError
 from tests.cli.ran import Ran
 
@@ -27,11 +27,6 @@ def test_ratios_are_numbers_or_fractions() -> None:
     for wrong in ("", "a", "1/0", "1/8/2", "nan", "inf", "0", "-1/4", "9/8"):
         with pytest.raises(ConfigError, match=r"keep.ratio"):
             ratio_of(wrong)
-    assert kept_of("1/8", None, None) == {"keep_ratio": 0.125, "keep_tokens": None, "max_bytes": None}
-    assert kept_of(None, 7, None) == {"keep_ratio": None, "keep_tokens": 7, "max_bytes": None}
-    assert kept_of(None, None, "1.5KiB") == {"keep_ratio": None, "keep_tokens": None, "max_bytes": 1536}
-    with pytest.raises(ConfigError, match="exclude each other"):
-        kept_of(None, 7, "1.5KiB")
 
 
 def test_add_accepts_fractions_tokens_and_bytes(kv: Run, quick: list[str]) -> None:
@@ -89,7 +84,7 @@ def test_questions_are_answered_from_the_caches_of_the_given_amount(kv: Run, sto
         (["--keep-ratio", "1/0"], "keep_ratio"),
         (["--keep-ratio", "a half"], "keep_ratio"),
         (["--keep-tokens", "0"], "keep_tokens"),
-        (["--max-bytes", "some"], "--max-bytes"),
+        (["--max-bytes", "some"], "max_bytes"),
         (["--keep-ratio", "1/4", "--max-bytes", "2MB"], "max_bytes"),
         (["--keep-tokens", "5", "--max-bytes", "2MB"], "max_bytes"),
     ],
