@@ -8,21 +8,21 @@ import dataclasses
 import threading
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from kv_memory.answers import Answer, AnswerStream, Asker, ReadFrom
 from kv_memory.compress import Adapter, Compressor, RefineSettings
 from kv_memory.config import DecodeSettings, DtypeName, check_choice, check_names
 from kv_memory.documents import DocumentLike, read_documents
-from kv_memory.errors import CorruptCacheError, StoreFullError
-from kv_memory.generate import iterate_in_thread
+from kv_memory.errors import CorruptCacheError, StoreFullError, TextNotKeptError
+from kv_memory.generate import Answer, AnswerStream, ReadFrom, Turn, iterate_in_thread
 from kv_memory.ingest.pipeline import AddProgress, AddReport, IngestPipeline
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.embedded import adapter_folder
 from kv_memory.model.prompts import PromptForm
-from kv_memory.query import Reader
+from kv_memory.query import Reader, Reference
 from kv_memory.retrieval.bm25 import CollectionIndex, Hit
 from kv_memory.settings import KEEP_NAMES, MemorySettings
 from kv_memory.store import (
@@ -256,9 +256,8 @@ class KVMemory:
             StoreError: The store cannot be written; its previous content is untouched.
         """
         read = read_documents(documents, encoding=encoding, on_error=on_error)
-        report = self.pipeline(on_progress=on_progress).add(read.documents, errors=read.errors, skipped=read.skipped)
-        self._remember()
-        return report
+        pipeline = self.pipeline(on_progress=on_progress)
+        return self._remember(pipeline.add(read.documents, errors=read.errors, skipped=read.skipped))
 
     def add_passages(
         self,
@@ -293,8 +292,7 @@ class KVMemory:
         pipeline = self.pipeline(on_progress=on_progress, keep_text=keep_text)
         with self._extend_lock:  # extending reads the document and writes it back with more passages
             report = pipeline.add_passages(document_id, texts, metadata=metadata, extend=extend, drop=drop)
-        self._remember()
-        return report
+        return self._remember(report)
 
     def refresh(
         self, *, encoding: str = "utf-8", on_progress: Callable[[AddProgress], None] | None = None
@@ -309,9 +307,7 @@ class KVMemory:
             encoding: Encoding of the text files.
             on_progress: Called after every passage.
         """
-        report = self.pipeline(on_progress=on_progress).refresh(encoding=encoding)
-        self._remember()
-        return report
+        return self._remember(self.pipeline(on_progress=on_progress).refresh(encoding=encoding))
 
     def pipeline(
         self,
@@ -330,18 +326,18 @@ class KVMemory:
         return IngestPipeline(
             self.store,
             self.compressor,
-            keep_ratio=self.settings.keep,
-            passage_tokens=self.settings.passage_tokens,
-            storage=self.settings.storage,
-            keep_text=self.settings.keep_text if keep_text is None else keep_text,
+            self.settings,
+            keep_text=keep_text,
             on_progress=on_progress,
             writer=writer,
         )
 
-    def _remember(self) -> None:
+    def _remember(self, report: AddReport) -> AddReport:
+        """Record the settings of an `add` that had nothing to store; otherwise the documents brought them."""
         values = dataclasses.asdict(self.settings)
-        if self.store.settings() != values:
+        if not report.added and not report.replaced and self.store.settings() != values:
             self.store.update_settings(values)
+        return report
 
     def remove(self, document_id: str | Path) -> None:
         """Delete a document with its passages and caches.
@@ -396,7 +392,7 @@ class KVMemory:
                 comparison.
 
         Raises:
-            CacheNotFoundError: A passage has no cache under the current settings.
+            CacheNotFoundError: A passage has no cache under the current model, adapter and prompt.
             FingerprintMismatchError: A cache was made by another model, adapter or prompt.
             CorruptCacheError: A cache is damaged, and the text that would replace it is not kept.
             TextNotKeptError: `read_from` is `text`, and the text of a passage is not kept.
@@ -414,7 +410,13 @@ class KVMemory:
         Raises:
             DocumentNotFoundError: There is no such document.
         """
-        return self._asker.ask_batch(questions, self.document(document_id), settings=settings)
+        passages = self.document(document_id).passages
+        hits = tuple(
+            Hit(document_id=document_id, ordinal=i, score=1.0, text=p.text, text_sha256=p.text_sha256, metadata={})
+            for i, p in enumerate(passages)
+        )
+        so_far = [Answer(question=question, sources=hits) for question in questions]
+        return self.reader.reply_batch(questions, _references(hits), settings=settings, so_far=so_far)
 
     def stream(
         self,
@@ -429,8 +431,17 @@ class KVMemory:
         Iterate for the text, then read `.answer`. Arguments and errors as in `ask`.
         """
         check_choice(read_from, ReadFrom, where="read_from")
-        return self._asker.stream(
-            question, self.retrieve(question, top_k=top_k), settings=settings, read_from=read_from
+        hits = tuple(self.retrieve(question, top_k=top_k))
+        so_far = Answer(question=question, sources=hits, read_from=read_from)
+        if not hits:
+            step = "Use words that occur in the documents."
+            return AnswerStream(None, dataclasses.replace(so_far, next_step=step))
+        return self.reader.reply(
+            [Turn("user", question)],
+            _references(hits) if read_from == "caches" else (),
+            texts=_texts(hits) if read_from == "text" else (),
+            settings=settings,
+            so_far=so_far,
         )
 
     async def aask(
@@ -457,21 +468,15 @@ class KVMemory:
         async for piece in iterate_in_thread(stream):
             yield piece
 
-    @property
+    @cached_property
     def reader(self) -> Reader:
         """Replies to whole conversations from referenced caches; the framework integrations are built on it."""
         return Reader(
             self.store,
             self.compressor,
-            keep_ratio=self.settings.keep,
-            layout=self.settings.layout,
-            storage=self.settings.storage,
+            self.settings,
             store_of=lambda name: self.store.in_collection(name, create=False),
         )
-
-    @property
-    def _asker(self) -> Asker:
-        return Asker(self.reader)
 
     # -- upkeep --------------------------------------------------------------------------------------------------
 
@@ -496,6 +501,22 @@ def load_compressor(settings: MemorySettings, backbone: Backbone) -> Compressor:
         most = max(settings.refine_steps, RefineSettings().max_steps)
         refine = RefineSettings(steps=settings.refine_steps, min_fidelity=settings.min_fidelity, max_steps=most)
     return Compressor(backbone, selector=settings.selector, adapter=adapter, refine=refine)
+
+
+def _references(hits: Iterable[Hit]) -> list[Reference]:
+    # No texts: a missing cache is an error here, and for a damaged one the reader takes the text from the store.
+    return [Reference(key=hit.text_sha256) for hit in hits]
+
+
+def _texts(hits: Sequence[Hit]) -> list[str]:
+    lacking = next((hit for hit in hits if hit.text is None), None)
+    if lacking is not None:
+        raise TextNotKeptError(
+            "the text of a passage is not kept, so it can only be answered from its cache",
+            where=f"{lacking.document_id}, passage {lacking.ordinal}",
+            next_step="Add the document again with `--keep-text` (keep_text=True); it is not compressed again.",
+        )
+    return [hit.text for hit in hits if hit.text is not None]
 
 
 def _share_prefix(store: Store, backbone: Backbone) -> None:

@@ -196,7 +196,7 @@ def test_a_damaged_cache_is_recreated_from_the_text_in_the_reference(bare: KVMem
     path.write_bytes(path.read_bytes()[:-1])
     with open_memory(bare.path, wide) as memory:
         asked = [Turn("user", FERRY_QUESTION)]
-        reply = memory.reader.reply(asked, [Reference(key=key_of(FERRY), text=FERRY)], settings=SETTINGS).reply
+        reply = memory.reader.reply(asked, [Reference(key=key_of(FERRY), text=FERRY)], settings=SETTINGS).answer
         assert reply.damaged == (key_of(FERRY),)
         assert answerable(memory, FERRY_QUESTION) == ["ferry"] and texts_of(memory, "ferry") == [None]
 

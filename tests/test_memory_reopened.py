@@ -13,7 +13,6 @@ from kv_memory import KVMemory
 from kv_memory.compress import Adapter, Compressor
 from kv_memory.errors import (
     AdapterMismatchError,
-    CacheNotFoundError,
     DocumentNotFoundError,
     FingerprintMismatchError,
     StoreError,
@@ -141,7 +140,6 @@ def other_weights() -> Any:
 
 CHANGES: dict[str, tuple[Callable[[Path], tuple[Any, dict[str, Any]]], type[Exception], str]] = {
     "model": (lambda _: (other_weights(), {}), FingerprintMismatchError, "weights"),
-    "keep_ratio": (lambda _: (None, {"keep_ratio": 0.5}), CacheNotFoundError, "0.25"),
     "selector": (lambda _: (None, {"selector": "sink_recent"}), FingerprintMismatchError, "method"),
     "adapter": (lambda path: (adapter_backbone(path), {"adapter": path}), FingerprintMismatchError, "adapter"),
 }

@@ -16,7 +16,7 @@ from langchain_core.tools import BaseTool
 from pydantic import Field
 
 from kv_memory import Backbone, ConfigError, DecodeSettings, KVMemory
-from kv_memory.query import ReplyStream
+from kv_memory.generate import AnswerStream
 
 from ..decoding import decode_settings, refuse_tools
 from .messages import recalled, references_of, turns_of
@@ -177,7 +177,7 @@ class ChatKVMemory(BaseChatModel):
             ContextWindowError: The caches and messages do not fit the model's context window.
             DecodeTimeoutError: The call took longer than `timeout`.
         """
-        return whole(self._start(messages, stop, kwargs).reply, self.model_name)
+        return whole(self._start(messages, stop, kwargs).answer, self.model_name)
 
     async def _agenerate(
         self,
@@ -190,7 +190,7 @@ class ChatKVMemory(BaseChatModel):
         async with steps(stream) as pieces:  # token by token, so that a cancelled task stops decoding
             async for _ in pieces:
                 pass
-        return whole(stream.reply, self.model_name)
+        return whole(stream.answer, self.model_name)
 
     def _stream(
         self,
@@ -208,7 +208,7 @@ class ChatKVMemory(BaseChatModel):
                     if run_manager is not None:
                         run_manager.on_llm_new_token(text, chunk=chunk)
                     yield chunk
-            yield last(stream.reply, self.model_name)
+            yield last(stream.answer, self.model_name)
         finally:
             stream.close()
 
@@ -228,7 +228,7 @@ class ChatKVMemory(BaseChatModel):
                     if run_manager is not None:
                         await run_manager.on_llm_new_token(text, chunk=chunk)
                     yield chunk
-        yield last(stream.reply, self.model_name)
+        yield last(stream.answer, self.model_name)
 
     # -- tools and structured answers ----------------------------------------------------------------------------
 
@@ -287,7 +287,7 @@ class ChatKVMemory(BaseChatModel):
             timeout_s=self.timeout,
         )
 
-    def _start(self, messages: list[BaseMessage], stop: list[str] | None, options: dict[str, Any]) -> ReplyStream:
+    def _start(self, messages: list[BaseMessage], stop: list[str] | None, options: dict[str, Any]) -> AnswerStream:
         settings = decode_settings(self._settings(), {**options, "stop": stop})
         turns, references = turns_of(messages), references_of(options)
         old = recalled(self.memory, messages)

@@ -27,8 +27,7 @@ from llama_index.core.llms.llm import default_completion_to_prompt
 from llama_index.core.prompts import BasePromptTemplate
 
 from kv_memory import ConfigError, DecodeSettings, KVMemory, UnsupportedRequestError
-from kv_memory.generate import iterate_in_thread
-from kv_memory.query import Reply, ReplyStream
+from kv_memory.generate import Answer, AnswerStream, iterate_in_thread
 
 from ..decoding import decode_settings
 from ..schemas import closed
@@ -141,7 +140,7 @@ class KVMemoryLLM(CustomLLM):
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a prompt: as the only user message, or verbatim with `formatted`. Errors as in `chat`."""
-        return _completion(self._start(prompt, formatted, kwargs).reply)
+        return _completion(self._start(prompt, formatted, kwargs).answer)
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
@@ -173,7 +172,7 @@ class KVMemoryLLM(CustomLLM):
             ContextWindowError: The caches and messages do not fit the model's context window.
             DecodeTimeoutError: The call took longer than `timeout`.
         """
-        return _chat(self._start_chat(messages, kwargs).reply)
+        return _chat(self._start_chat(messages, kwargs).answer)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
@@ -248,7 +247,7 @@ class KVMemoryLLM(CustomLLM):
         )
         return decode_settings(mine, options)
 
-    def _start(self, prompt: str, formatted: bool, options: dict[str, Any]) -> ReplyStream:
+    def _start(self, prompt: str, formatted: bool, options: dict[str, Any]) -> AnswerStream:
         if references_of([], options) is None:
             if not formatted and self.completion_to_prompt not in (None, default_completion_to_prompt):
                 assert self.completion_to_prompt is not None
@@ -257,7 +256,7 @@ class KVMemoryLLM(CustomLLM):
                 return self._memory.reader.complete(prompt, settings=self._settings(options))
         return self._start_chat([ChatMessage(role=MessageRole.USER, content=prompt)], options)
 
-    def _start_chat(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> ReplyStream:
+    def _start_chat(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> AnswerStream:
         settings, reader = self._settings(options), self._memory.reader
         references, turns = references_of(messages, options), turns_of(messages)
         if references is not None:
@@ -268,7 +267,7 @@ class KVMemoryLLM(CustomLLM):
         return reader.reply_alone(turns, settings=settings)
 
 
-def _parts(stream: ReplyStream) -> Iterator[tuple[str, str, Reply | None]]:
+def _parts(stream: AnswerStream) -> Iterator[tuple[str, str, Answer | None]]:
     """Yields `(text so far, new text, None)`, and at the end `(text, "", reply)`."""
     text = held = ""
     try:
@@ -277,19 +276,19 @@ def _parts(stream: ReplyStream) -> Iterator[tuple[str, str, Reply | None]]:
             if delta:
                 text += delta
                 yield text, delta, None
-        yield text, "", stream.reply
+        yield text, "", stream.answer
     finally:
         stream.close()
 
 
-async def _aparts(stream: ReplyStream) -> AsyncIterator[tuple[str, str, Reply | None]]:
+async def _aparts(stream: AnswerStream) -> AsyncIterator[tuple[str, str, Answer | None]]:
     text = held = ""
     async for piece in iterate_in_thread(stream):
         delta, held = _stripped(text, held + piece)
         if delta:
             text += delta
             yield text, delta, None
-    yield text, "", stream.reply
+    yield text, "", stream.answer
 
 
 def _stripped(text: str, piece: str) -> tuple[str, str]:
@@ -302,12 +301,12 @@ def _stripped(text: str, piece: str) -> tuple[str, str]:
     return delta, piece[len(delta) :]
 
 
-async def _finish(start: Callable[[], ReplyStream]) -> Reply:
+async def _finish(start: Callable[[], AnswerStream]) -> Answer:
     """Decode token by token, not in one call in a thread, so that a cancelled task stops decoding."""
     stream = await asyncio.to_thread(start)
     async for _ in iterate_in_thread(stream):
         pass
-    return stream.reply
+    return stream.answer
 
 
 def _filled_in(output_cls: type[BaseModel], response: ChatResponse) -> BaseModel:
@@ -321,7 +320,7 @@ def _filled_in(output_cls: type[BaseModel], response: ChatResponse) -> BaseModel
     return output_cls.model_validate_json(response.message.content or "")
 
 
-def _raw(reply: Reply) -> dict[str, Any]:
+def _raw(reply: Answer) -> dict[str, Any]:
     prompt_tokens = reply.n_prompt_tokens + reply.n_cached_tokens
     return {
         "usage": {
@@ -338,18 +337,18 @@ def _raw(reply: Reply) -> dict[str, Any]:
     }
 
 
-def _completion(reply: Reply) -> CompletionResponse:
+def _completion(reply: Answer) -> CompletionResponse:
     return CompletionResponse(text=reply.text.strip(), raw=_raw(reply))
 
 
-def _completion_part(text: str, delta: str, reply: Reply | None) -> CompletionResponse:
+def _completion_part(text: str, delta: str, reply: Answer | None) -> CompletionResponse:
     return CompletionResponse(text=text, delta=delta, raw=None if reply is None else _raw(reply))
 
 
-def _chat(reply: Reply) -> ChatResponse:
+def _chat(reply: Answer) -> ChatResponse:
     return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=reply.text.strip()), raw=_raw(reply))
 
 
-def _chat_part(text: str, delta: str, reply: Reply | None) -> ChatResponse:
+def _chat_part(text: str, delta: str, reply: Answer | None) -> ChatResponse:
     message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
     return ChatResponse(message=message, delta=delta, raw=None if reply is None else _raw(reply))

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -27,16 +27,16 @@ from kv_memory.cli.options import (
     decode_settings_of,
     setting_options,
 )
-from kv_memory.cli.output import Output, reporting
+from kv_memory.cli.output import Output, plain, reporting
 from kv_memory.errors import KVMemoryError
 from kv_memory.settings import KEEP_NAMES, MemorySettings
 
 if TYPE_CHECKING:
-    from kv_memory.answers import Answer, ReadFrom
     from kv_memory.config import DecodeSettings
+    from kv_memory.generate import Answer, ReadFrom
     from kv_memory.memory import KVMemory
 
-__all__ = ["answer_aloud", "ask", "chat", "print_cost", "print_sources", "typed_lines"]
+__all__ = ["answer_aloud", "answer_json", "ask", "chat", "print_cost", "print_sources", "typed_lines"]
 
 
 def answer_aloud(
@@ -72,6 +72,13 @@ def answer_aloud(
     return answer
 
 
+def answer_json(answer: Answer) -> dict[str, Any]:
+    """An answer for `--json`, without what only programs of this package need."""
+    left_out = {"token_ids", "damaged"}
+    shown = {name: value for name, value in plain(answer).items() if name not in left_out}
+    return {**shown, "fallbacks": answer.fallbacks}
+
+
 def print_sources(out: Output, answer: Answer) -> None:
     """Print the passages an answer came from, with their scores."""
     rows = [
@@ -84,7 +91,8 @@ def print_sources(out: Output, answer: Answer) -> None:
 
 def print_cost(out: Output, answer: Answer) -> None:
     """Print the time to first token, and the numbers of entries and tokens behind it."""
-    origin = "distilled caches" if answer.read_from == "caches" else "text in the prompt"
+    kept = " and ".join(f"{ratio:g}" for ratio in sorted(set(answer.keep_ratios), reverse=True))
+    origin = f"distilled caches (keep ratio {kept})" if answer.read_from == "caches" else "text in the prompt"
     out.line(
         f"First token after {answer.ttft_s:.2f} s, from {origin}: {answer.n_cached_tokens:,} cached entries, "
         f"{answer.n_prompt_tokens:,} tokens prefilled.",
@@ -119,7 +127,7 @@ def ask(
         with open_memory(out, store, collection, **changes) as memory:
             load_model(out, memory)
             if as_json:
-                out.json(memory.ask(question, top_k=top_k, settings=settings, read_from=read_from))
+                out.json(answer_json(memory.ask(question, top_k=top_k, settings=settings, read_from=read_from)))
                 return
             answer = answer_aloud(out, memory, question, top_k=top_k, settings=settings, read_from=read_from)
             if answer.sources:
@@ -177,7 +185,7 @@ def chat(
                             raise
                         out.error(error.to_dict())  # the next question may succeed
         if as_json:
-            out.json({"answers": answers})
+            out.json({"answers": [answer_json(answer) for answer in answers]})
 
 
 def typed_lines(out: Output) -> Iterator[str]:

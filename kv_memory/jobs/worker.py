@@ -86,7 +86,7 @@ def work(
     """
     task_queue = TaskQueue(store, job.id, worker, lease_s=lease_s)
     sources = Sources(job.sources["items"], job.settings)
-    n_done, idle_s, remembered = 0, _IDLE_S[0], False
+    n_done, idle_s = 0, _IDLE_S[0]
     task: Task | None = None
     try:
         with Renewer(task_queue, lease_s=lease_s) as renewer:
@@ -103,10 +103,6 @@ def work(
                 renewer.task = None
                 task = task_queue.finish(task, result, go_on=not alone())
                 n_done += 1
-                if not remembered and isinstance(result, TaskResult):
-                    remembered = True
-                    if store.settings() != job.settings.memory:
-                        store.update_settings(job.settings.memory)  # `ask` uses these settings, as after `add`
     except BaseException:
         if task is not None:
             with suppress(StoreError):  # otherwise its lease expires
@@ -130,7 +126,7 @@ def do_one(task: Task, sources: Sources, pipeline: IngestPipeline) -> TaskResult
             text, metadata = read.document.text, read.document.metadata
             report = pipeline.add_passages(read.document.id, [text], metadata=metadata, extend=False)
         else:
-            report = pipeline.add_one(read.document)
+            report = pipeline.add([read.document])
     except StoreError:
         raise  # the document is not at fault
     except Exception as error:
