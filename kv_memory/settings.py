@@ -86,9 +86,9 @@ class MemorySettings:
             `bfloat16`, `float16` or `int8`, which takes half the bytes of bfloat16. Stored caches keep their type.
         keep_text: True to keep the texts of added documents. Texts are needed to show them with an answer, to replace a
             damaged cache, for `read_from="text"`, and to `refresh` documents that are not files. Without them a store
-            holds caches, the documents' ids and metadata, and hashes of words; see `kv_memory.retrieval` for what the
-            hashes protect. Unchanged documents that are added again gain or lose their text without being compressed
-            again.
+            holds caches, the documents' ids and metadata, and hashes of words; see `kv_memory.retrieval.tokenize` for
+            what the hashes protect. Unchanged documents that are added again gain or lose their text without being
+            compressed again.
     """
 
     model: str = field(

@@ -143,8 +143,7 @@ def test_a_budget_that_is_too_small_creates_no_store(tmp_path: Path, wide: Any) 
 def test_passages_compressed_in_one_batch_keep_their_own_ratios(tmp_path: Path, wide: Any) -> None:
     with open_with(tmp_path / "alone", wide, keep_tokens=20) as memory, open_with(tmp_path / "b", wide) as other:
         memory.add(("long", LONG))
-        keep = memory.settings.keep
-        pipeline = IngestPipeline(other.store, memory.compressor, keep_ratio=keep, passage_tokens=64, batch_size=4)
+        pipeline = IngestPipeline(other.store, memory.compressor, memory.settings, batch_size=4)
         assert pipeline.add([Document(id="long", text=LONG)]).n_passages == len(memory.store.caches()) > 4
         ratios = {cache.text_sha256: cache.keep_ratio for cache in memory.store.caches()}
         assert {cache.text_sha256: cache.keep_ratio for cache in other.store.caches()} == ratios

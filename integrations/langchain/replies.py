@@ -12,26 +12,11 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 
 from kv_memory.generate import Answer, AnswerStream, iterate_in_thread
 
-__all__ = ["PROVIDER", "Trim", "last", "part", "steps", "whole"]
+from ..llms import reply_details
+
+__all__ = ["PROVIDER", "last", "part", "steps", "whole"]
 
 PROVIDER = "kv_memory"
-
-
-class Trim:
-    """Strips white space around a streamed answer; trailing white space is held back until more text follows."""
-
-    def __init__(self) -> None:
-        self._held: str | None = None  # None before the first text
-
-    def __call__(self, piece: str) -> str:
-        """The text that can be emitted after this piece."""
-        whole = piece.lstrip() if self._held is None else self._held + piece
-        text = whole.rstrip()
-        if text:
-            self._held = whole[len(text) :]
-        elif self._held is not None:
-            self._held = whole
-        return text
 
 
 def steps(stream: AnswerStream) -> aclosing[AsyncGenerator[str, None]]:
@@ -67,10 +52,7 @@ def _metadata(reply: Answer, model_name: str) -> dict[str, Any]:
     return {
         "model_name": model_name,
         "model_provider": PROVIDER,
-        "finish_reason": reply.finish_reason,
-        "ttft_s": reply.ttft_s,
-        "total_s": reply.total_s,
-        **({} if reply.next_step is None else {"next_step": reply.next_step}),
+        **reply_details(reply),
     }
 
 

@@ -14,6 +14,7 @@ from urllib.request import url2pathname
 from kv_memory.documents import Document, read_file, split_passages
 from kv_memory.documents.splitter import CountTokens
 from kv_memory.errors import ConfigError, DocumentError, EmptyDocumentError, TextNotKeptError
+from kv_memory.retrieval.tokenize import terms_of
 from kv_memory.store import DocumentRecord, PassageRecord
 
 __all__ = ["Prepared", "prepare", "prepare_again", "prepare_from_file", "prepare_passages", "texts_in"]

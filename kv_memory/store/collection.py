@@ -192,13 +192,3 @@ class Collection:
                 .where(PassageRow.text.is_not(None))
                 .limit(1)
             )
-
-    def word_key(self) -> str:
-        """The random key for the `Terms` of this collection's passages, created at first use."""
-        with self._catalog.read() as session:
-            key = documents.word_key(session, self._collection_id, make=False)
-        if key is None:
-            with self._catalog.write() as session:  # another process may have created it since
-                key = documents.word_key(session, self._collection_id, make=True)
-        assert key is not None
-        return key

@@ -12,10 +12,9 @@ from sqlalchemy.orm import Session
 from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.cache.keep import Keep
 from kv_memory.errors import ConfigError, DocumentNotFoundError, EncodingError
-from kv_memory.retrieval.hashed_terms import Terms, new_key
 from kv_memory.store.eviction import alive
 from kv_memory.store.records import DocumentRecord, DocumentSummary, PassageRecord, StoredPassage
-from kv_memory.store.sql.schema import CacheRow, CollectionRow, DocumentRow, OptionRow, PassageRow, utc_now
+from kv_memory.store.sql.schema import CacheRow, CollectionRow, DocumentRow, PassageRow, utc_now
 
 __all__ = [
     "batches",
@@ -31,7 +30,6 @@ __all__ = [
     "select_passages",
     "stored_passages",
     "unreferenced",
-    "word_key",
     "write_document",
 ]
 
@@ -93,7 +91,7 @@ def write_document(session: Session, collection_id: int, record: DocumentRecord)
         {
             "ordinal": ordinal,
             "text": passage.text,
-            "terms": None if passage.text is not None or passage.terms is None else passage.terms.to_dict(),
+            "terms": None if passage.text is not None or passage.terms is None else dict(passage.terms),
             "text_sha256": passage.text_sha256,
             "n_tokens": passage.n_tokens,
         }
@@ -154,8 +152,7 @@ def load_document(session: Session, collection_id: int, document_id: str) -> Doc
         metadata=row.details,
         passage_tokens=row.passage_tokens,
         passages=tuple(
-            PassageRecord(text=p.text, n_tokens=p.n_tokens, text_sha256=p.text_sha256, terms=_terms_of(p))
-            for p in passages
+            PassageRecord(text=p.text, n_tokens=p.n_tokens, text_sha256=p.text_sha256, terms=p.terms) for p in passages
         ),
         created_at=row.created_at,
         updated_at=row.updated_at,
@@ -218,7 +215,7 @@ def stored_passages(session: Session, statement: Select[PassageRow, DocumentRow]
             text_sha256=passage.text_sha256,
             n_tokens=passage.n_tokens,
             metadata=document.details,
-            terms=_terms_of(passage),
+            terms=passage.terms,
         )
         for passage, document in session.execute(statement)
     ]
@@ -275,35 +272,6 @@ def has_texts(session: Session, collection_id: int, document_id: str) -> bool:
         .where(PassageRow.text.is_not(None))
     )
     return session.scalar(kept.limit(1)) is not None
-
-
-def word_key(session: Session, collection_id: int, *, make: bool) -> str | None:
-    """The key that the collection's words are hashed with; None if it has none and `make` is off.
-
-    Args:
-        session: Session, of a writing transaction if `make` is on.
-        collection_id: Catalog row of the collection.
-        make: Whether to create a missing key; an imported collection takes the key of its passages' terms.
-    """
-    name = f"words {collection_id}"
-    found = session.get(OptionRow, name)
-    if found is not None:
-        return str(found.value["key"])
-    if not make:
-        return None
-    terms = session.scalar(
-        select(PassageRow.terms)
-        .join(DocumentRow, DocumentRow.id == PassageRow.document_pk)
-        .where(DocumentRow.collection_id == collection_id, PassageRow.terms.is_not(None))
-        .limit(1)
-    )
-    key = new_key() if terms is None else str(terms["key"])
-    session.add(OptionRow(key=name, value={"key": key}))
-    return key
-
-
-def _terms_of(row: PassageRow) -> Terms | None:
-    return None if row.terms is None else Terms(key=row.terms["key"], counts=row.terms["counts"])
 
 
 def _texts_of(session: Session, row: DocumentRow) -> set[str]:

@@ -24,7 +24,7 @@ from kv_memory.integrations.langchain import (
     create_kv_chain,
     create_kv_retrieval_chain,
 )
-from kv_memory.integrations.langchain.chain import DOCUMENTS_ABOVE
+from kv_memory.integrations.references import DOCUMENTS_ABOVE
 from kv_memory.query import key_of
 from tests.integrations.langchain.test_langchain_structured import Pier
 from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, SETTINGS, blob_of, open_memory

@@ -26,7 +26,7 @@ from langchain_core.messages import (
 
 from kv_memory import ConfigError, KVMemory, Reference, Turn, UnsupportedRequestError, errors
 from kv_memory.integrations.langchain import ChatKVMemory, KVMemoryRetriever, create_kv_retrieval_chain
-from kv_memory.integrations.langchain.replies import Trim
+from kv_memory.integrations.llms import Trim
 from kv_memory.query import key_of
 from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, SETTINGS, open_memory
 from tests.reference import recorded_inputs
@@ -195,6 +195,20 @@ def test_open_uses_the_settings_of_the_store(memory: KVMemory, wide: Any) -> Non
         other.memory.close()
     finally:
         llm.memory.close()
+
+
+def test_unknown_options_are_refused(tmp_path: Path, memory: KVMemory) -> None:
+    attempts: list[tuple[str, str, Callable[[], Any]]] = [
+        ("temprature", "temperature", lambda: ChatKVMemory.open(tmp_path / "none", temprature=1)),
+        ("keep_txt", "keep_text", lambda: ChatKVMemory.open(tmp_path / "none", keep_txt=True)),
+        ("temprature", "temperature", lambda: ChatKVMemory(memory, temprature=1)),
+        ("stops", "stop", lambda: ChatKVMemory(memory).invoke("Hello", stops=["x"])),
+    ]
+    for name, nearest, attempt in attempts:
+        with pytest.raises(ConfigError, match=f"unknown option '{name}'") as caught:
+            attempt()
+        assert repr(nearest) in str(caught.value.next_step)
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_memory_must_be_a_kv_memory() -> None:
