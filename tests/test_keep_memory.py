@@ -81,16 +81,15 @@ def test_a_store_can_switch_from_ratio_to_budgets_and_back(tmp_path: Path, wide:
         assert len(memory.store.caches()) == 3
 
 
-def test_a_budget_without_caches_is_an_error_that_refresh_fixes(tmp_path: Path, wide: Any) -> None:
+def test_refresh_makes_the_caches_of_a_new_budget(tmp_path: Path, wide: Any) -> None:
     with open_memory(tmp_path / "store", wide, keep_text=True) as memory:
         memory.add([("ferry", FERRY), ("lamp", LAMP)])
     with open_with(tmp_path / "store", wide, keep_tokens=9) as memory:
-        with pytest.raises(CacheNotFoundError, match=r"at keep_ratio 0\.\d+; available keep ratios: 0\.25"):
-            memory.ask(FERRY_QUESTION)
-        assert not memory.reader.has(FERRY) and not memory.reader.sound(FERRY)
+        assert memory.ask(FERRY_QUESTION, top_k=1, settings=SETTINGS).keep_ratios == (0.25,)
         missing = memory.store.missing(memory.compressor.fingerprint(), memory.settings.keep)
         assert [passage.document_id for passage in missing] == ["ferry", "lamp"]
         assert memory.refresh().replaced == ["ferry", "lamp"]
+        assert memory.ask(FERRY_QUESTION, top_k=1, settings=SETTINGS).n_cached_tokens == 11 + 9
         assert memory.reader.has(FERRY) and memory.reader.sound(FERRY)
         assert answerable(memory, FERRY_QUESTION, LAMP_QUESTION) == ["ferry", "lamp"]
         with pytest.raises(CacheNotFoundError, match=r"no distilled cache \["):
@@ -181,7 +180,7 @@ def test_adding_at_another_amount_leaves_everything_answerable(
         assert both.n_cached_tokens == 11 + sum(kept[source.text_sha256] for source in both.sources)
         return both.keep_ratios
 
-    with open_memory(tmp_path / "store", wide, keep_ratio=0.25) as memory:
+    with open_memory(tmp_path / "store", wide, keep_ratio=0.25, keep_text=True) as memory:
         memory.add(("ferry", FERRY))
     with open_memory(tmp_path / "store", wide, **{"keep_ratio": None, **later}) as memory:
         memory.add(("lamp", LAMP))

@@ -69,7 +69,7 @@ def test_questions_are_answered_from_the_caches_of_the_given_amount(kv: Run, sto
     nine = kv(*ask).json
     quarter = kv(*ask, "--keep-ratio", "1/4").json
     assert kv(*ask, "--keep-tokens", 9).json["n_cached_tokens"] == nine["n_cached_tokens"] < quarter["n_cached_tokens"]
-    assert quarter["keep_ratios"] == [0.25]
+    assert set(quarter["keep_ratios"]) == {0.25}
     assert kv(*ask, "--max-bytes", "20KB").json["keep_ratios"] == nine["keep_ratios"]  # the newest cache there is
     assert kv("stats", "--json").json["settings"]["keep_tokens"] == 9  # a question changes no setting
     said = kv("chat", "--keep-ratio", "1/4", "--max-new-tokens", 2, "--json", stdin="When does the ferry leave?\n")
