@@ -31,7 +31,7 @@ from kv_memory.jobs import JobSettings, Ledger
 from kv_memory.jobs.driver import JobRequest, create_job, drive
 from kv_memory.jobs.engines.local import LocalEngine, threads_of
 from kv_memory.jobs.events import Event, JobEnded
-from kv_memory.memory import load_compressor
+from kv_memory.lazy_compressor import load_compressor
 from kv_memory.model.backbone import Backbone
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store

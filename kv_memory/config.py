@@ -65,9 +65,9 @@ def ratio_of(text: str) -> float:
         value = float(Fraction(text))
     except (ValueError, ZeroDivisionError, OverflowError):
         raise ConfigError(
-            f"keep_ratio must be a number or a fraction, got {text!r}",
+            f"keep_ratio must be a number or a fraction in (0, 1], got {text!r}",
             where="keep_ratio",
-            next_step="Pass for example 0.25 or 1/4.",
+            next_step="Pass for example 0.125 or 1/8.",
         ) from None
     return check_keep_ratio(value)
 

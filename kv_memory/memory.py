@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import threading
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
@@ -13,31 +12,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from kv_memory.compress import Adapter, Compressor, RefineSettings
+from kv_memory.compress import Compressor
 from kv_memory.config import DecodeSettings, DtypeName, check_choice, check_names
 from kv_memory.documents import DocumentLike, read_documents
-from kv_memory.errors import CorruptCacheError, StoreFullError, TextNotKeptError
-from kv_memory.generate import Answer, AnswerStream, ReadFrom, Turn, iterate_in_thread
+from kv_memory.generate import Answer, AnswerStream, ReadFrom, iterate_in_thread
 from kv_memory.ingest.pipeline import AddProgress, AddReport, IngestPipeline
+from kv_memory.lazy_compressor import LazyCompressor
 from kv_memory.model.backbone import Backbone
-from kv_memory.model.embedded import adapter_folder
 from kv_memory.model.prompts import PromptForm
-from kv_memory.query import Reader, Reference
+from kv_memory.query import Reader
 from kv_memory.retrieval.bm25 import CollectionIndex, Hit
 from kv_memory.settings import KEEP_NAMES, MemorySettings
-from kv_memory.store import (
-    CheckReport,
-    DocumentRecord,
-    DocumentSummary,
-    GcReport,
-    Store,
-    StoreStats,
-)
+from kv_memory.store import Store
+from kv_memory.stored_documents import StoredDocuments
 
 __all__ = ["AddProgress", "AddReport", "Answer", "AnswerStream", "KVMemory", "MemorySettings"]
 
 
-class KVMemory:
+class KVMemory(StoredDocuments):
     """A collection of documents, each compressed once and stored as distilled caches. Created with `open`.
 
     Example:
@@ -51,27 +43,15 @@ class KVMemory:
     """
 
     def __init__(
-        self,
-        store: Store,
-        settings: MemorySettings,
-        *,
-        dtype: DtypeName = "auto",
-        device: str = "auto",
-        backbone: Backbone | None = None,
-        prompt_form: PromptForm | None = None,
+        self, store: Store, settings: MemorySettings, model: LazyCompressor | None = None, *, device: str = "auto"
     ) -> None:
-        self.store = store
+        super().__init__(store)
         self.settings = settings
-        self._dtype = dtype
-        self._device = device
-        self._backbone = backbone
-        self._prompt_form = prompt_form
-        self._prefix_shared = False
-        self._compressor: Compressor | None = None
+        self._model = model or LazyCompressor(settings, device=device)
         self._index = CollectionIndex(store)
         self._others: dict[tuple[str, MemorySettings], KVMemory] = {}
-        self._lock = threading.RLock()
-        self._extend_lock = threading.Lock()  # not `_lock`: questions would wait for it
+        self._lock = threading.Lock()
+        self._extend_lock = threading.Lock()  # not `_lock`: other collections would wait for it
 
     @classmethod
     def open(
@@ -118,33 +98,24 @@ class KVMemory:
             StoreError: The store cannot be opened; see its subclasses.
         """
         check_names(changes, {*MemorySettings.__dataclass_fields__, *cls.open.__kwdefaults__})
-        backbone = form = None
-        if isinstance(changes.get("model"), Backbone):
-            backbone = changes["model"]
-            changes["model"] = backbone.name
-        if isinstance(changes.get("prompt"), PromptForm):
-            form = changes.pop("prompt")
         given = {} if settings is None else dataclasses.asdict(settings)
-        resolved = MemorySettings.resolve(given, **changes)
-        compressor = None
+        load: dict[str, Any] = {"dtype": dtype, "device": device}
+        if isinstance(changes.get("model"), Backbone):
+            load["backbone"] = changes["model"]
+            changes["model"] = changes["model"].name
+        if isinstance(changes.get("prompt"), PromptForm):
+            load["prompt_form"] = changes.pop("prompt")
+        model = None
         if load_model and create and not Path(path).exists():
             # Load first: a faulty model or adapter must not leave an empty store behind.
-            prompt = form or resolved.prompt
-            backbone = backbone or Backbone.load(resolved.model, dtype=dtype, device=device, prompt=prompt)
-            compressor = load_compressor(resolved, backbone)
-            resolved.keep.check(compressor.fingerprint())
-        store = Store.open(
-            path,
-            collection=collection,
-            create=create,
-            catalog=catalog,
-            blobs=blobs,
-            tier_size_bytes=tier_size_bytes,
-        )
+            resolved = MemorySettings.resolve(given, **changes)
+            model = LazyCompressor(resolved, **load)
+            resolved.keep.check(model.load().fingerprint())
+        place: dict[str, Any] = {"catalog": catalog, "blobs": blobs, "tier_size_bytes": tier_size_bytes}
+        store = Store.open(path, collection=collection, create=create, **place)
         try:
             resolved = MemorySettings.resolve(given or store.settings(), **changes)
-            memory = cls(store, resolved, dtype=dtype, device=device, backbone=backbone, prompt_form=form)
-            memory._compressor = compressor
+            memory = cls(store, resolved, model or LazyCompressor(resolved, **load))
             if load_model:
                 memory.load()
             return memory
@@ -176,8 +147,7 @@ class KVMemory:
         with self._lock:
             found = self._others.get((name, settings))
             if found is None:
-                found = KVMemory(self.store.in_collection(name), settings, backbone=self.backbone)
-                found._compressor, found._prefix_shared = self.compressor, True
+                found = KVMemory(self.store.in_collection(name), settings, self._model)
                 self._others[name, settings] = found
             return found
 
@@ -197,38 +167,14 @@ class KVMemory:
         self.close()
 
     @property
-    def path(self) -> Path:
-        """Folder of the store."""
-        return self.store.path
-
-    @property
-    def collection(self) -> str:
-        """Name of the collection."""
-        return self.store.collection
-
-    @property
     def backbone(self) -> Backbone:
         """The model, loaded on first use."""
-        with self._lock:
-            if self._backbone is None:
-                self._backbone = Backbone.load(
-                    self.settings.model,
-                    dtype=self._dtype,
-                    device=self._device,
-                    prompt=self._prompt_form or self.settings.prompt,
-                )
-            return self._backbone
+        return self._model.backbone
 
     @property
     def compressor(self) -> Compressor:
         """The compressor with its adapter, loaded on first use."""
-        with self._lock:
-            if self._compressor is None:
-                self._compressor = load_compressor(self.settings, self.backbone)
-            if not self._prefix_shared:
-                self._prefix_shared = True
-                _share_prefix(self.store, self._compressor.backbone)
-            return self._compressor
+        return self._model.load(self.store)
 
     # -- documents -----------------------------------------------------------------------------------------------
 
@@ -257,7 +203,7 @@ class KVMemory:
         """
         read = read_documents(documents, encoding=encoding, on_error=on_error)
         pipeline = self.pipeline(on_progress=on_progress)
-        return self._remember(pipeline.add(read.documents, errors=read.errors, skipped=read.skipped))
+        return pipeline.add(read.documents, errors=read.errors, skipped=read.skipped)
 
     def add_passages(
         self,
@@ -291,8 +237,7 @@ class KVMemory:
         """
         pipeline = self.pipeline(on_progress=on_progress, keep_text=keep_text)
         with self._extend_lock:  # extending reads the document and writes it back with more passages
-            report = pipeline.add_passages(document_id, texts, metadata=metadata, extend=extend, drop=drop)
-        return self._remember(report)
+            return pipeline.add_passages(document_id, texts, metadata=metadata, extend=extend, drop=drop)
 
     def refresh(
         self, *, encoding: str = "utf-8", on_progress: Callable[[AddProgress], None] | None = None
@@ -307,7 +252,7 @@ class KVMemory:
             encoding: Encoding of the text files.
             on_progress: Called after every passage.
         """
-        return self._remember(self.pipeline(on_progress=on_progress).refresh(encoding=encoding))
+        return self.pipeline(on_progress=on_progress).refresh(encoding=encoding)
 
     def pipeline(
         self,
@@ -331,37 +276,6 @@ class KVMemory:
             on_progress=on_progress,
             writer=writer,
         )
-
-    def _remember(self, report: AddReport) -> AddReport:
-        """Record the settings of an `add` that had nothing to store; otherwise the documents brought them."""
-        values = dataclasses.asdict(self.settings)
-        if not report.added and not report.replaced and self.store.settings() != values:
-            self.store.update_settings(values)
-        return report
-
-    def remove(self, document_id: str | Path) -> None:
-        """Delete a document with its passages and caches.
-
-        Args:
-            document_id: Id of the document, or the path of a file that was added.
-
-        Raises:
-            DocumentNotFoundError: There is no such document.
-        """
-        id_ = document_id.resolve().as_posix() if isinstance(document_id, Path) else document_id
-        self.store.delete_document(id_)
-
-    def documents(self) -> list[DocumentSummary]:
-        """All documents, without their texts, ordered by id."""
-        return self.store.documents()
-
-    def document(self, document_id: str) -> DocumentRecord:
-        """One document with its passages.
-
-        Raises:
-            DocumentNotFoundError: There is no such document.
-        """
-        return self.store.document(document_id)
 
     # -- questions -----------------------------------------------------------------------------------------------
 
@@ -410,13 +324,7 @@ class KVMemory:
         Raises:
             DocumentNotFoundError: There is no such document.
         """
-        passages = self.document(document_id).passages
-        hits = tuple(
-            Hit(document_id=document_id, ordinal=i, score=1.0, text=p.text, text_sha256=p.text_sha256, metadata={})
-            for i, p in enumerate(passages)
-        )
-        so_far = [Answer(question=question, sources=hits) for question in questions]
-        return self.reader.reply_batch(questions, _references(hits), settings=settings, so_far=so_far)
+        return self.reader.answer_batch(questions, self.document(document_id), settings=settings)
 
     def stream(
         self,
@@ -431,18 +339,8 @@ class KVMemory:
         Iterate for the text, then read `.answer`. Arguments and errors as in `ask`.
         """
         check_choice(read_from, ReadFrom, where="read_from")
-        hits = tuple(self.retrieve(question, top_k=top_k))
-        so_far = Answer(question=question, sources=hits, read_from=read_from)
-        if not hits:
-            step = "Use words that occur in the documents."
-            return AnswerStream(None, dataclasses.replace(so_far, next_step=step))
-        return self.reader.reply(
-            [Turn("user", question)],
-            _references(hits) if read_from == "caches" else (),
-            texts=_texts(hits) if read_from == "text" else (),
-            settings=settings,
-            so_far=so_far,
-        )
+        hits = self.retrieve(question, top_k=top_k)
+        return self.reader.answer(question, hits, settings=settings, read_from=read_from)
 
     async def aask(
         self,
@@ -477,55 +375,3 @@ class KVMemory:
             self.settings,
             store_of=lambda name: self.store.in_collection(name, create=False),
         )
-
-    # -- upkeep --------------------------------------------------------------------------------------------------
-
-    def stats(self) -> StoreStats:
-        """Counts and sizes of the collection."""
-        return self.store.stats()
-
-    def check(self) -> CheckReport:
-        """Compare catalog and blobs, and verify every blob; damaged blobs are quarantined."""
-        return self.store.check()
-
-    def gc(self) -> GcReport:
-        """Delete caches and blobs that nothing refers to any more."""
-        return self.store.gc()
-
-
-def load_compressor(settings: MemorySettings, backbone: Backbone) -> Compressor:
-    """The compressor for a store's settings. Errors as in `Adapter.load`."""
-    adapter = None if settings.adapter is None else Adapter.load(adapter_folder(settings.adapter), backbone)
-    refine = None
-    if settings.refine_steps:
-        most = max(settings.refine_steps, RefineSettings().max_steps)
-        refine = RefineSettings(steps=settings.refine_steps, min_fidelity=settings.min_fidelity, max_steps=most)
-    return Compressor(backbone, selector=settings.selector, adapter=adapter, refine=refine)
-
-
-def _references(hits: Iterable[Hit]) -> list[Reference]:
-    # No texts: a missing cache is an error here, and for a damaged one the reader takes the text from the store.
-    return [Reference(key=hit.text_sha256) for hit in hits]
-
-
-def _texts(hits: Sequence[Hit]) -> list[str]:
-    lacking = next((hit for hit in hits if hit.text is None), None)
-    if lacking is not None:
-        raise TextNotKeptError(
-            "the text of a passage is not kept, so it can only be answered from its cache",
-            where=f"{lacking.document_id}, passage {lacking.ordinal}",
-            next_step="Add the document again with `--keep-text` (keep_text=True); it is not compressed again.",
-        )
-    return [hit.text for hit in hits if hit.text is not None]
-
-
-def _share_prefix(store: Store, backbone: Backbone) -> None:
-    """Load the prefilled prefix from the store, or store it there for the next process."""
-    store.warm()
-    with contextlib.suppress(CorruptCacheError):  # quarantined by the store; prefilled again below
-        path = store.get_prefix(backbone.prefix_key)
-        if path is not None:
-            backbone.load_prefix(path)
-            return
-    with contextlib.suppress(StoreFullError):  # a stored prefix only saves time
-        store.put_prefix(backbone.prefix_key, backbone.prefix.to_bytes(key=backbone.prefix_key))

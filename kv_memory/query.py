@@ -12,20 +12,22 @@ from dataclasses import dataclass, replace
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.cache.keep import Keep
 from kv_memory.compress import Compressor
-from kv_memory.config import DecodeSettings, check_keep_ratio
-from kv_memory.errors import CacheNotFoundError, ConfigError, CorruptCacheError, StoreError
+from kv_memory.config import DecodeSettings, check_choice, check_keep_ratio
+from kv_memory.errors import CacheNotFoundError, ConfigError, CorruptCacheError, StoreError, TextNotKeptError
 from kv_memory.generate import (
     Answer,
     AnswerStream,
     Generator,
     Prompt,
+    ReadFrom,
     Turn,
     encode_chat,
     encode_text_prompt,
     encode_turns,
 )
+from kv_memory.retrieval.bm25 import Hit
 from kv_memory.settings import MemorySettings
-from kv_memory.store import Store
+from kv_memory.store import DocumentRecord, Store
 from kv_memory.tracing import span
 
 __all__ = ["Reader", "Reference", "key_of"]
@@ -140,6 +142,47 @@ class Reader:
         """
         if not self.has(text):
             self._store.get(key_of(text), self._fingerprint, self._keep)
+
+    def answer(
+        self,
+        question: str,
+        hits: Sequence[Hit],
+        *,
+        settings: DecodeSettings | None = None,
+        read_from: ReadFrom = "caches",
+    ) -> AnswerStream:
+        """Answer a question from passages; without any, the answer is empty.
+
+        Args:
+            question: Any text.
+            hits: Passages of the store, best first.
+            settings: Decoding settings.
+            read_from: Form in which the passages enter the model, see `KVMemory.ask`.
+
+        Raises:
+            TextNotKeptError: `read_from` is `text`, and the text of a passage is not kept.
+            CacheNotFoundError: A passage has no cache. Other errors as in `reply`.
+        """
+        check_choice(read_from, ReadFrom, where="read_from")
+        so_far = Answer(question=question, sources=tuple(hits), read_from=read_from)
+        if not hits:
+            return AnswerStream(None, replace(so_far, next_step="Use words that occur in the documents."))
+        # No texts: a missing cache is an error here, and for a damaged one the text is taken from the store.
+        references = [Reference(key=hit.text_sha256) for hit in hits] if read_from == "caches" else ()
+        texts = _texts(hits) if read_from == "text" else ()
+        return self.reply([Turn("user", question)], references, texts=texts, settings=settings, so_far=so_far)
+
+    def answer_batch(
+        self, questions: Sequence[str], document: DocumentRecord, *, settings: DecodeSettings | None = None
+    ) -> list[Answer]:
+        """Answer several questions from all passages of a document as one batch. Errors as in `reply`."""
+        hits = tuple(
+            Hit(document_id=document.id, ordinal=i, score=1.0, text=p.text, text_sha256=p.text_sha256, metadata={})
+            for i, p in enumerate(document.passages)
+        )
+        references = [Reference(key=hit.text_sha256) for hit in hits]
+        so_far = [Answer(question=question, sources=hits) for question in questions]
+        return self.reply_batch(questions, references, settings=settings, so_far=so_far)
 
     def reply(
         self,
@@ -260,3 +303,14 @@ class Reader:
                 f"this reader can access collection {self._store.collection!r} only", where=f"collection of {reference}"
             )
         return self._store_of(reference.collection)
+
+
+def _texts(hits: Sequence[Hit]) -> list[str]:
+    lacking = next((hit for hit in hits if hit.text is None), None)
+    if lacking is not None:
+        raise TextNotKeptError(
+            "the text of a passage is not kept, so it can only be answered from its cache",
+            where=f"{lacking.document_id}, passage {lacking.ordinal}",
+            next_step="Add the document again with `--keep-text` (keep_text=True); it is not compressed again.",
+        )
+    return [hit.text for hit in hits if hit.text is not None]

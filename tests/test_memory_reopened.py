@@ -114,7 +114,7 @@ def test_a_model_folder_is_remembered(tmp_path: Path) -> None:
     with KVMemory.open(tmp_path / "store", load_model=False) as memory:
         assert [document.id for document in memory.documents()] == ["ferry"]
         assert memory.check().ok
-        assert memory._backbone is None
+        assert memory._model._backbone is None
 
 
 def test_a_missing_store_is_an_error_without_create(tmp_path: Path, wide: Any) -> None:

@@ -47,7 +47,7 @@ def test_none_leaves_a_setting_as_it_is() -> None:
         ({"keep_text": "yes"}, "keep_text", None),
         ({"adapter": 7}, "adapter", None),
         ({"model": ""}, "model", None),
-        ({"keep_ratio": "a half"}, "keep_ratio", "1/4"),
+        ({"keep_ratio": "a half"}, "keep_ratio", "1/8"),
         ({"max_bytes": "some"}, "max_bytes", "2GiB"),
     ],
 )

@@ -18,7 +18,7 @@ from kv_memory.evaluate.recommend import AdviceRow
 from kv_memory.evaluate.reference_answers import KL_TOKENS
 from kv_memory.evaluate.results import Record
 from kv_memory.evaluate.task import Task
-from kv_memory.memory import load_compressor
+from kv_memory.lazy_compressor import load_compressor
 from kv_memory.model.backbone import Backbone
 from kv_memory.settings import MemorySettings
 

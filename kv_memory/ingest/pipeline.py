@@ -124,6 +124,7 @@ class IngestPipeline:
         on_gpu = compressor.backbone.device.type == "cuda"
         self._batch_size = batch_size if batch_size is not None else _BATCH_ON_GPU if on_gpu else 1
         self._written: Future[None] | None = None
+        self._recorded = False  # whether the store has these settings
         self.fingerprint = compressor.fingerprint()  # hashes an adapter's weights: once, not per passage
         settings.keep.check(self.fingerprint)  # before any work
 
@@ -222,8 +223,16 @@ class IngestPipeline:
             finally:
                 self._wait()
             self._store.put_document(record, settings=asdict(self._settings))
+            self._recorded = True
+        self._record_settings()
         report.elapsed_s = time.perf_counter() - start_s
         return report
+
+    def _record_settings(self) -> None:
+        """Record the settings if no document has brought them: later calls continue with them."""
+        if not self._recorded and self._store.settings() != asdict(self._settings):
+            self._store.update_settings(asdict(self._settings))
+        self._recorded = True
 
     def _batches(self, record: DocumentRecord) -> list[list[PassageRecord]]:
         passages = list(record.passages)
