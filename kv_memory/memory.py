@@ -97,7 +97,7 @@ class KVMemory(StoredDocuments):
             AdapterError: The adapter cannot be read or belongs to another model.
             StoreError: The store cannot be opened; see its subclasses.
         """
-        check_names(changes, {*MemorySettings.__dataclass_fields__, *cls.open.__kwdefaults__})
+        check_names(changes, {*MemorySettings.__dataclass_fields__, *(cls.open.__kwdefaults__ or ())})
         given = {} if settings is None else dataclasses.asdict(settings)
         load: dict[str, Any] = {"dtype": dtype, "device": device}
         if isinstance(changes.get("model"), Backbone):

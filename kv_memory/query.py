@@ -200,7 +200,7 @@ class Reader:
             references: Caches to place before the conversation, in this order.
             texts: Documents to prefill as text after the caches.
             settings: Decoding settings.
-            so_far: What is known of the answer already: its question, its sources.
+            so_far: Answer as far as it is known: its question, its sources.
 
         Raises:
             CacheNotFoundError: A reference without a text has no cache.

@@ -256,12 +256,12 @@ def _filled_in(output_cls: type[BaseModel], response: ChatResponse) -> BaseModel
 
 
 def _completion(part: _Part) -> CompletionResponse:
-    return CompletionResponse(text=part.text, delta=part.delta, raw=_raw(part.answer))
+    return CompletionResponse(text=part.text, delta=part.delta, raw=_raw(part.reply))
 
 
 def _chat(part: _Part) -> ChatResponse:
     message = ChatMessage(role=MessageRole.ASSISTANT, content=part.text)
-    return ChatResponse(message=message, delta=part.delta, raw=_raw(part.answer))
+    return ChatResponse(message=message, delta=part.delta, raw=_raw(part.reply))
 
 
 def _raw(reply: Answer | None) -> dict[str, Any] | None:

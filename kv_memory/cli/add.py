@@ -131,21 +131,12 @@ def _add(out: Output, memory: KVMemory, read: ReadResult | None, *, stale: bool,
         fresh = memory.refresh(encoding=encoding, on_progress=tracker)
     if report is None:
         return fresh
+    names = {field.name for field in dataclasses.fields(report)} - {"fidelity"}
+    sums = {name: getattr(report, name) + getattr(fresh, name) for name in names}
     done = {*report.added, *report.replaced}
-    return dataclasses.replace(
-        report,
-        replaced=report.replaced + [id_ for id_ in fresh.replaced if id_ not in done],
-        unchanged=[id_ for id_ in fresh.unchanged if id_ not in done],
-        errors=report.errors + fresh.errors,
-        n_passages=report.n_passages + fresh.n_passages,
-        n_tokens=report.n_tokens + fresh.n_tokens,
-        n_kept=report.n_kept + fresh.n_kept,
-        cache_bytes=report.cache_bytes + fresh.cache_bytes,
-        full_kv_bytes=report.full_kv_bytes + fresh.full_kv_bytes,
-        n_refined=report.n_refined + fresh.n_refined,
-        fidelity=_mean_fidelity(report, fresh),
-        elapsed_s=report.elapsed_s + fresh.elapsed_s,
-    )
+    sums["replaced"] = report.replaced + [id_ for id_ in fresh.replaced if id_ not in done]
+    sums["unchanged"] = [id_ for id_ in fresh.unchanged if id_ not in done]
+    return dataclasses.replace(report, fidelity=_mean_fidelity(report, fresh), **sums)
 
 
 def _mean_fidelity(*reports: AddReport) -> float | None:

@@ -118,7 +118,8 @@ def ask(
     """Answer a question from the passages that match it.
 
     Passages are found by their words (BM25). The answer is decoded from their distilled caches; their text does not
-    enter the prompt, unless --text is given.
+    enter the prompt, unless --text is given. Caches of the amount given are preferred; a passage without one is
+    answered from the cache that it has.
     """
     with reporting(as_json=as_json) as out:
         settings = decode_settings_of(max_new_tokens, temperature, seed, stop)

@@ -251,7 +251,7 @@ class IngestPipeline:
             #    acquired in sorted order, so that two processes with the same texts cannot deadlock.
             for key, ratio in ratios.items():
                 stack.enter_context(self._store.making(key, self.fingerprint, ratio))
-            # 2. Leave out texts that have a cache by now.
+            # 2. Leave out texts that another process has cached meanwhile.
             cached = self._store.cached_texts(texts, self.fingerprint, keep)
             missing = [key for key in texts if key not in cached]
             if not missing:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import shutil
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +190,9 @@ def test_the_recommended_command_reproduces_the_measured_settings(given: dict[st
     settings = MemorySettings.resolve({}, **given)
     words = shlex.split(add_command(settings, 0.125, ["my docs"]))
     assert words[:3] == ["kv-memory", "add", "my docs"]
-    options = {name.removeprefix("--").replace("-", "_"): value for name, value in pairwise(words[3:])}
+    options = {
+        name.removeprefix("--").replace("-", "_"): value for name, value in zip(words[3::2], words[4::2], strict=True)
+    }
     assert MemorySettings.resolve({}, **options) == dataclasses.replace(settings, keep_ratio=0.125)
 
 
