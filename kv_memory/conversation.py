@@ -17,7 +17,7 @@ __all__ = ["Conversation"]
 
 # By memory and conversation id, because a server creates a new object for every request. Without the lock, two
 # concurrent `add` calls would take the same number, and the second would replace the first one's turns.
-_locks: weakref.WeakKeyDictionary[KVMemory, dict[str, threading.Lock]] = weakref.WeakKeyDictionary()
+_locks: weakref.WeakKeyDictionary[KVMemory, dict[str, threading.RLock]] = weakref.WeakKeyDictionary()
 _NAMES = {"system": "Instructions", "user": "User", "assistant": "Assistant"}
 
 
@@ -34,6 +34,9 @@ class Conversation:
         keep_tokens: Number of tokens kept of each exchange, instead of a share.
         max_bytes: Largest file size of an exchange's cache in bytes, instead of a share.
         top_k: Number of passages of old turns that one question recalls; None means the memory's own `top_k`.
+
+    Attributes:
+        lock: Lock of this conversation in this process, to be held over several steps that belong together.
 
     Example:
         ```python
@@ -69,7 +72,7 @@ class Conversation:
             max_bytes=max_bytes,
         )
         self.keep = self._memory.settings.keep
-        self._lock = _locks.setdefault(memory, {}).setdefault(conversation_id, threading.Lock())
+        self.lock = _locks.setdefault(memory, {}).setdefault(conversation_id, threading.RLock())
 
     def add(self, turns: Sequence[Turn]) -> None:
         """Compress turns, in the order they were spoken.
@@ -87,7 +90,7 @@ class Conversation:
             Document(id="turn", text=turn.text)  # raises if it is not text, before a tokenizer sees it
         if not spoken:
             return
-        with self._lock:
+        with self.lock:
             number = max((int(summary.id) for summary in self._memory.documents()), default=0) + 1
             self._memory.add_passages(
                 f"{number:08d}",
@@ -112,7 +115,7 @@ class Conversation:
 
     def clear(self) -> None:
         """Delete all turns and their caches."""
-        with self._lock:
+        with self.lock:
             for summary in self._memory.documents():
                 self._memory.remove(summary.id)
 

@@ -6,7 +6,6 @@ import difflib
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,6 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FRAMEWORKS = ["langchain", "llama_index"]
 QUESTIONS = {"Who opened the observatory?": "Ida Brandt", "Who is the harbour master?": "Nils Aker"}
-NATS_PAGES = ("what-is-nats/README.md", "core-nats/request-reply/reqreply.md", "core-nats/queue-groups/queue.md")
-NATS_QUESTIONS = ["What is a queue group?", "How are queue groups defined?"]
 
 slow = pytest.mark.slow
 # Both forms take the model that `embedded` stands for; the larger one would only take longer.
@@ -57,21 +54,8 @@ def test_switching_changes_at_most_five_lines(framework: str) -> None:
 @pytest.mark.parametrize("form", ["text", "caches"])
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_examples_answer_about_the_included_pages(framework: str, form: str, tmp_path: Path) -> None:
-    answers = ask(f"{framework}_{form}", EXAMPLES / "pages", list(QUESTIONS), tmp_path)
-    # From the text, in its chat template, the model is often wrong; it is asked all the same.
+    # From the text, in its chat template, the model answers the second question wrongly.
     asked = QUESTIONS if form == "caches" else {next(iter(QUESTIONS)): "Ida Brandt"}
+    answers = ask(f"{framework}_{form}", EXAMPLES / "pages", list(asked), tmp_path)
     assert all(expected in answers[question] for question, expected in asked.items()), answers
     assert (tmp_path / "kv-store").is_dir() == (form == "caches")
-
-
-@slow
-@on_smollm2
-@pytest.mark.skipif("KV_MEMORY_DATA" not in os.environ, reason="KV_MEMORY_DATA is not set")
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_examples_run_on_the_nats_documentation(framework: str, tmp_path: Path) -> None:
-    archive = Path(os.environ["KV_MEMORY_DATA"]) / "nats_docs" / "nats_docs.tar.gz"
-    with tarfile.open(archive) as opened:
-        pages = [opened.getmember(f"nats.docs/nats-concepts/{name}") for name in NATS_PAGES]
-        opened.extractall(tmp_path, members=pages, filter="data")
-    answers = ask(f"{framework}_caches", tmp_path, NATS_QUESTIONS, tmp_path)
-    assert any(answer.strip() for answer in answers.values()), answers  # the model leaves some unanswered

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -81,23 +82,16 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         """The settings that answers depend on. LangChain keys its LLM caches by them."""
-        settings = self._decode_settings({})
+        decoding = dataclasses.asdict(self._decode_settings({}))
+        decoding["default_stop"] = decoding.pop("stop")  # LangChain uses the name `stop` for the call's own
         return {
             "model_name": self.model_name,
             "fingerprint": self.memory.compressor.fingerprint().digest,
-            "keep_ratio": self.memory.settings.keep_ratio,
-            "keep_tokens": self.memory.settings.keep_tokens,
-            "max_bytes": self.memory.settings.max_bytes,
-            "layout": self.memory.settings.layout,
             "store": str(self.memory.path),
             "collection": self.memory.collection,
             "revision": self.memory.store.revision,
-            "max_tokens": settings.max_new_tokens,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            "top_k": settings.top_k,
-            "seed": settings.seed,
-            "default_stop": settings.stop,  # not `stop`: LangChain uses that name for the call's own
+            **dataclasses.asdict(self.memory.settings),
+            **decoding,
         }
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:

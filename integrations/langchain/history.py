@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
-import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,9 +21,6 @@ __all__ = ["KVMemoryChatMessageHistory"]
 # The windows of a tenant's conversations share one collection, each as the metadata of a document without passages:
 # it is replaced in one transaction, and no question retrieves it.
 _COLLECTION = "langchain:windows"
-
-# Keyed by memory and conversation, because RunnableWithMessageHistory makes a new object for every call.
-_locks: weakref.WeakKeyDictionary[KVMemory, dict[str, threading.Lock]] = weakref.WeakKeyDictionary()
 
 
 class _Window(NamedTuple):
@@ -95,7 +90,6 @@ class KVMemoryChatMessageHistory(BaseChatMessageHistory):
         )
         self._window_tokens = window_tokens
         self._window_turns = window_turns
-        self._lock = _locks.setdefault(memory, {}).setdefault(conversation_id, threading.Lock())
 
     @property
     def conversation(self) -> Conversation:
@@ -129,7 +123,7 @@ class KVMemoryChatMessageHistory(BaseChatMessageHistory):
         """
         new = [message for message in messages if not is_mark(message)]
         turns_of(new)
-        with self._lock:
+        with self._conversation.lock:
             window = self._load()
             window = window._replace(messages=[*window.messages, *new])
             self._save(window)  # first, so that the messages are durable even if compression fails
@@ -138,7 +132,7 @@ class KVMemoryChatMessageHistory(BaseChatMessageHistory):
 
     def clear(self) -> None:
         """Delete the conversation, including old turns and their caches."""
-        with self._lock:
+        with self._conversation.lock:
             self._conversation.clear()
             if self._windows.has_document(self._conversation.conversation_id):
                 self._windows.delete_document(self._conversation.conversation_id)

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from kv_memory import ConfigError, DocumentNotFoundError, KVMemory, TextNotKeptError
 
-from .documents import check_k, found, without_mark
+from .retriever import check_k, found, without_mark
 
 __all__ = ["KVMemoryIndex"]
 

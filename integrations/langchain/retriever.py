@@ -1,9 +1,13 @@
-"""KVMemoryRetriever: documents with their distilled caches, found by the memory itself or by any other retriever."""
+"""KVMemoryRetriever: documents with their distilled caches, found by the memory itself or by any other retriever.
+
+The key of a document's cache is the hash of its text, never its id.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
@@ -11,13 +15,14 @@ from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from pydantic import Field
 
-from kv_memory import KVMemory
+from kv_memory import ConfigError, KVMemory
 from kv_memory.config import check_choice
+from kv_memory.query import key_of
+from kv_memory.retrieval.bm25 import Hit
 
-from ..references import OnMissing
-from .documents import check_k, found, marked
+from ..references import KV_ID, OnMissing, mark_of, reference_to
 
-__all__ = ["KVMemoryRetriever"]
+__all__ = ["KVMemoryRetriever", "check_k", "found", "without_mark"]
 
 
 class KVMemoryRetriever(BaseRetriever):
@@ -91,3 +96,42 @@ def _options(retriever: BaseRetriever, k: int | None) -> dict[str, Any]:
     taken = inspect.signature(retriever._get_relevant_documents).parameters
     takes_k = "k" in taken or any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
     return {"k": k} if k is not None and takes_k else {}
+
+
+def found(hit: Hit, *, id: str, metadata: dict[str, Any]) -> Document:
+    """A passage of the memory as a document that names its cache; without content if the text is not kept."""
+    return Document(id=id, page_content=hit.text or "", metadata={**metadata, KV_ID: mark_of(hit.text_sha256)})
+
+
+def without_mark(metadata: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the metadata without the mark, which may be stale or from another store."""
+    return {name: value for name, value in metadata.items() if name != KV_ID}
+
+
+def marked(memory: KVMemory, documents: Iterable[Document], *, on_missing: OnMissing) -> list[Document]:
+    """Copies of the documents with their caches named in the metadata; see `reference_to` for documents without one."""
+    copies: list[Document] = []
+    for document in documents:
+        text, metadata, mark = document.page_content, without_mark(document.metadata), document.metadata.get(KV_ID)
+        # A document that is not stored yet is stored under its id, its source, or the key of its text.
+        id_ = document.id or str(metadata.get("source") or key_of(text))
+        reference = reference_to(
+            memory, text, on_missing=on_missing, document_id=id_, mark=None if mark is None else str(mark)
+        )
+        if reference is None:
+            continue
+        if reference.text is None:
+            metadata[KV_ID] = mark_of(reference.key)
+        copies.append(document.model_copy(update={"metadata": metadata}))
+    return copies
+
+
+def check_k(k: int | None) -> int | None:
+    """Return `k` if it is None or at least 1.
+
+    Raises:
+        ConfigError: `k` is below 1.
+    """
+    if k is not None and k < 1:
+        raise ConfigError(f"k must be at least 1, got {k}", where="k")
+    return k

@@ -25,8 +25,7 @@ from .ingestion import KVCompressTransform
 from .llm import KVMemoryLLM
 from .memory_block import KVMemoryBlock
 from .query_engine import KVMemoryQueryEngine
-from .retriever import KVMemoryRetriever
-from .store_retriever import KVMemoryStoreRetriever
+from .retriever import KVMemoryRetriever, KVMemoryStoreRetriever
 from .synthesizer import KVMemorySynthesizer
 from .vector_store import KVMemoryVectorStore
 

@@ -1,17 +1,23 @@
-"""Converts LlamaIndex's messages to turns, and to messages that carry references to distilled caches."""
+"""LlamaIndex's messages as turns, and messages and prompts that carry references to distilled caches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+from llama_index.core.base.llms.base import BaseLLM
 from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock
+from llama_index.core.bridge.pydantic import SerializeAsAny
+from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
 
 from kv_memory import Reference, Turn
 
 from ..llms import ROLES, refuse_content, refuse_tools
-from ..references import KV_IDS, reference_options
+from ..references import DOCUMENTS_ABOVE, KV_IDS, reference_options
 
-__all__ = ["message_with", "turns_of"]
+__all__ = ["KV_QA_PROMPT", "CachedPrompt", "message_with", "turns_of"]
+
+KV_QA_PROMPT = PromptTemplate("{query_str}")
 
 
 def message_with(references: Iterable[Reference]) -> ChatMessage:
@@ -37,3 +43,47 @@ def turns_of(messages: Sequence[ChatMessage]) -> list[Turn]:
         if text.strip() or KV_IDS not in message.additional_kwargs:
             turns.append(Turn(role, text))
     return turns
+
+
+class CachedPrompt(BasePromptTemplate):
+    """A template with messages that follow distilled caches.
+
+    It is a template because `LLM.predict` and similar methods accept nothing else, and they emit the events that
+    tracing relies on. References and history are not formatted: braces in them are text.
+    """
+
+    inner: SerializeAsAny[BasePromptTemplate]
+    before: list[ChatMessage]
+
+    @classmethod
+    def of(
+        cls, template: BasePromptTemplate, references: Sequence[Reference], messages: Sequence[ChatMessage]
+    ) -> CachedPrompt:
+        """The template, after the caches of `references` and after `messages`."""
+        return cls(
+            inner=template,
+            before=[message_with(references), *messages],
+            metadata=template.metadata,
+            template_vars=template.template_vars,
+            kwargs=template.kwargs,
+            output_parser=template.output_parser,
+        )
+
+    def partial_format(self, **kwargs: Any) -> CachedPrompt:
+        """As in LlamaIndex."""
+        return self.model_copy(update={"inner": self.inner.partial_format(**kwargs)})
+
+    def format(self, llm: BaseLLM | None = None, **kwargs: Any) -> str:
+        """The text of the template; the references are not text."""
+        return self.inner.format(llm=llm, **self._filled(kwargs))
+
+    def format_messages(self, llm: BaseLLM | None = None, **kwargs: Any) -> list[ChatMessage]:
+        """The messages for the LLM."""
+        return [*self.before, *self.inner.format_messages(llm=llm, **self._filled(kwargs))]
+
+    def get_template(self, llm: BaseLLM | None = None) -> str:
+        """The text of the template, before formatting."""
+        return self.inner.get_template(llm=llm)
+
+    def _filled(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {"context_str": DOCUMENTS_ABOVE, **kwargs}

@@ -29,7 +29,7 @@ __all__ = [
     "texts_by_document",
 ]
 
-_locks: weakref.WeakKeyDictionary[KVMemory, threading.RLock] = weakref.WeakKeyDictionary()
+_locks: weakref.WeakKeyDictionary[KVMemory, threading.Lock] = weakref.WeakKeyDictionary()
 _NODES = "nodes"  # in the metadata of the document in the store: {node_id: [keys of its texts]}
 
 
@@ -50,7 +50,9 @@ def node_reference(memory: KVMemory, node: BaseNode, *, on_missing: OnMissing, m
         return reference_to(memory, "", on_missing=on_missing, document_id=document_of(node), mark=str(mark))
     text = text_of(node, mode)
     if on_missing == "compress" and text.strip() and not memory.reader.has(text):
-        _put_beside(memory, node, text)  # not in `reference_to`, so that deleting the node deletes its cache
+        # Not in `reference_to`, so that deleting the node deletes its cache. A postprocessor may have changed the text,
+        # and both will be requested.
+        put_texts(memory, document_of(node), {node.node_id: text}, extend=True, beside=True)
     return reference_to(memory, text, on_missing=on_missing, document_id=document_of(node))
 
 
@@ -84,42 +86,38 @@ def texts_by_document(nodes: Iterable[BaseNode], mode: MetadataMode) -> dict[str
 
 
 def put_texts(
-    memory: KVMemory, document_id: str, texts: Mapping[str, str], *, extend: bool, keep_text: bool | None = None
-) -> None:
-    """Compress the nodes of one document, `{node_id: text}`; with `extend` its other nodes are kept."""
-    nodes = {id_: [key_of(text)] for id_, text in texts.items()}
-    _put(memory, document_id, texts.values(), nodes, extend=extend, keep_text=keep_text)
-
-
-def _put_beside(memory: KVMemory, node: BaseNode, text: str) -> None:
-    """Compress one more text of a node: a postprocessor may have changed the text, and both will be requested."""
-    document_id, keys = document_of(node), []
-    with _lock(memory):
-        if memory.store.has_document(document_id):
-            keys = memory.document(document_id).metadata.get(_NODES, {}).get(node.node_id, [])
-        _put(memory, document_id, [text], {node.node_id: [*keys, key_of(text)]}, extend=True)
-
-
-def _put(
     memory: KVMemory,
     document_id: str,
-    texts: Iterable[str],
-    nodes: dict[str, list[str]],
+    texts: Mapping[str, str],
     *,
     extend: bool,
+    beside: bool = False,
     keep_text: bool | None = None,
 ) -> None:
+    """Compress the nodes of one document, `{node_id: text}`.
+
+    Args:
+        memory: The memory that makes and stores the caches.
+        document_id: Document of the nodes.
+        texts: Text of each node.
+        extend: Keep the other nodes of the document.
+        beside: Keep the earlier texts of these nodes too, with `extend`.
+        keep_text: Keep the texts in the store; the memory's setting if None.
+    """
+    nodes = {id_: [key_of(text)] for id_, text in texts.items()}
     metadata: dict[str, Any] = {}
     stale: set[str] = set()
     with _lock(memory):
         if extend and memory.store.has_document(document_id):
             metadata = memory.document(document_id).metadata
             before = metadata.get(_NODES, {})
+            if beside:
+                nodes = {id_: [*before.get(id_, []), *keys] for id_, keys in nodes.items()}
             nodes = {**before, **nodes}
             stale = _keys(before) - _keys(nodes)  # keys of texts that nodes no longer have
         memory.add_passages(
             document_id,
-            list(texts),
+            list(texts.values()),
             metadata={**metadata, _NODES: nodes},
             extend=extend,
             drop=stale,
@@ -127,9 +125,9 @@ def _put(
         )
 
 
-def _lock(memory: KVMemory) -> threading.RLock:
+def _lock(memory: KVMemory) -> threading.Lock:
     """The lock held from reading a document's metadata to writing it: concurrent questions may compress nodes."""
-    return _locks.setdefault(memory, threading.RLock())
+    return _locks.setdefault(memory, threading.Lock())
 
 
 def _keys(nodes: Mapping[str, Iterable[str]]) -> set[str]:

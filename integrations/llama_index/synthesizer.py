@@ -21,8 +21,8 @@ from kv_memory.config import check_choice
 
 from ..references import OnMissing, references_in
 from .llm import KVMemoryLLM
+from .messages import KV_QA_PROMPT, CachedPrompt
 from .nodes import references_to
-from .prompts import KV_QA_PROMPT, CachedPrompt
 
 __all__ = ["KVMemorySynthesizer", "check_llm"]
 
@@ -107,10 +107,10 @@ class KVMemorySynthesizer(BaseSynthesizer):
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
         """As in `BaseSynthesizer`; errors as in `KVMemoryLLM.chat`."""
-        if nodes or not self._recalled:
-            return super().synthesize(query, nodes, additional_source_nodes, kv_nodes=nodes, **response_kwargs)
-        more = additional_source_nodes
-        return _without_nothing(super().synthesize(query, [_NOTHING], more, kv_nodes=[], **response_kwargs))
+        response_kwargs["kv_nodes"] = nodes
+        return _without_nothing(
+            super().synthesize(query, self._shown(nodes), additional_source_nodes, **response_kwargs)
+        )
 
     async def asynthesize(
         self,
@@ -120,15 +120,15 @@ class KVMemorySynthesizer(BaseSynthesizer):
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
         """`synthesize` without blocking the event loop."""
-        if nodes or not self._recalled:
-            return await super().asynthesize(query, nodes, additional_source_nodes, kv_nodes=nodes, **response_kwargs)
-        more = additional_source_nodes
-        return _without_nothing(await super().asynthesize(query, [_NOTHING], more, kv_nodes=[], **response_kwargs))
+        response_kwargs["kv_nodes"] = nodes
+        return _without_nothing(
+            await super().asynthesize(query, self._shown(nodes), additional_source_nodes, **response_kwargs)
+        )
 
-    @property
-    def _recalled(self) -> bool:
-        """Whether the history contains references, so that a question can be answered without any node."""
-        return bool(references_in(*(message.additional_kwargs for message in self._prefix_messages)))
+    def _shown(self, nodes: list[NodeWithScore]) -> list[NodeWithScore]:
+        """The nodes, or a placeholder if the history's references alone can answer."""
+        recalled = references_in(*(message.additional_kwargs for message in self._prefix_messages))
+        return nodes if nodes or not recalled else [_NOTHING]
 
     def get_response(
         self, query_str: str, text_chunks: Sequence[str], kv_nodes: Sequence[NodeWithScore] | None = None, **kwargs: Any

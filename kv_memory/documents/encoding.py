@@ -102,7 +102,7 @@ def decode_text(raw: bytes, *, encoding: str, where: str) -> str:
     try:
         text = body.decode(codec)
     except UnicodeError as error:
-        if b"\0" in body and not codec.lower().startswith(("utf-16", "utf_16", "utf-32", "utf_32", "utf16", "utf32")):
+        if b"\0" in body and not codecs.lookup(codec).name.startswith(("utf-16", "utf-32")):
             raise _binary(raw.index(b"\0"), where) from error
         raise _undecodable(error, body, codec, len(mark), where) from error
     if "\0" in text:

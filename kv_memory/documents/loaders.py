@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -66,26 +67,24 @@ def read_documents(
     documents: dict[str, Document] = {}
     errors: list[DocumentError] = []
     skipped: list[Path] = []
-    for item in _items(source):
+
+    def load(part: Path | DocumentError | Callable[[], Document]) -> Document:
+        if isinstance(part, Path):
+            return read_file(part, encoding=encoding, max_line_bytes=max_line_bytes)
+        if isinstance(part, DocumentError):
+            raise part
+        document = part()
+        check_lines(document.text, max_line_bytes=max_line_bytes, where=document.id)
+        return document
+
+    for part in (part for item in _items(source) for part in _parts(item, skipped)):
         try:
-            parts: Iterable[Path | Document] = _parts(item, errors, skipped, on_error)
+            document = load(part)
+            _check_duplicate(documents.setdefault(document.id, document), document)
         except DocumentError as error:
             if on_error == "raise":
                 raise
             errors.append(error)
-            continue
-        for part in parts:
-            try:
-                if isinstance(part, Document):
-                    check_lines(part.text, max_line_bytes=max_line_bytes, where=part.id)
-                    document = part
-                else:
-                    document = read_file(part, encoding=encoding, max_line_bytes=max_line_bytes)
-                _check_duplicate(documents.setdefault(document.id, document), document)
-            except DocumentError as error:
-                if on_error == "raise":
-                    raise
-                errors.append(error)
     return ReadResult(documents=tuple(documents.values()), errors=tuple(errors), skipped=tuple(skipped))
 
 
@@ -135,16 +134,15 @@ def _items(source: DocumentLike | Iterable[DocumentLike]) -> Iterable[DocumentLi
     return source  # type: ignore[return-value]  # an empty tuple is not a DocumentLike, but a valid iterable
 
 
-def _parts(
-    item: DocumentLike, errors: list[DocumentError], skipped: list[Path], on_error: OnError
-) -> Iterable[Path | Document]:
-    """Split one item into documents and files; a folder's problems go into `errors` and `skipped`."""
+def _parts(item: DocumentLike, skipped: list[Path]) -> Sequence[Path | DocumentError | Callable[[], Document]]:
+    """The files, errors and documents to be made of one item; entries of a folder that are left out go to `skipped`."""
     if isinstance(item, Document):
-        return [item]
+        return [lambda: item]
     if isinstance(item, str):
-        return [Document(id=f"text-{hashlib.sha256(item.encode(errors='replace')).hexdigest()[:12]}", text=item)]
+        id_ = f"text-{hashlib.sha256(item.encode(errors='replace')).hexdigest()[:12]}"
+        return [partial(Document, id=id_, text=item)]
     if isinstance(item, tuple) and 2 <= len(item) <= 3:
-        return [Document(id=item[0], text=item[1], metadata=item[2] if len(item) == 3 else {})]
+        return [partial(Document, id=item[0], text=item[1], metadata=item[2] if len(item) == 3 else {})]
     if not isinstance(item, os.PathLike) or not isinstance(os.fspath(item), str):
         raise _wrong_type(item)
     path = Path(item)
@@ -152,16 +150,10 @@ def _parts(
         return [path]
     files, left_out, failed = _walk(path)
     skipped.extend(left_out)
-    if failed and on_error == "raise":
-        raise failed[0]
-    errors.extend(failed)
     if not files and not failed:
-        raise UnreadableDocumentError(
-            "no readable file in this folder",
-            where=str(path),
-            next_step=f"Known types are {', '.join(FILE_TYPES)}; pass the path of a file of another type itself.",
-        )
-    return files
+        known = f"Known types are {', '.join(FILE_TYPES)}; pass the path of a file of another type itself."
+        return [UnreadableDocumentError("no readable file in this folder", where=str(path), next_step=known)]
+    return [*failed, *files]
 
 
 def _walk(folder: Path) -> tuple[list[Path], list[Path], list[DocumentError]]:
@@ -195,11 +187,7 @@ def _read_bytes(path: str | os.PathLike[str]) -> tuple[Path, bytes]:
                 next_step="Use `read_documents` for folders." if folder else "Write its content to a file first.",
             )
         return resolved, resolved.read_bytes()
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # a loop of links is a RuntimeError up to 3.12; NUL a ValueError
+    except (OSError, RuntimeError, ValueError) as error:  # loop of links: RuntimeError up to 3.12; NUL: ValueError
         raise _unreadable(error, path) from error
 
 

@@ -82,9 +82,12 @@ def read_content(raw: bytes, *, suffix: str, encoding: str, where: str) -> Conte
             next_step=f"Convert it to one of {', '.join(FILE_TYPES)}. If it is text, name its encoding: `encoding=` in "
             "Python, `--encoding` in the shell.",
         ) from error
-    metadata: dict[str, Any] = {"file_type": file_type or "text"}
     title = _first_heading(text, file_type) if file_type in {"markdown", "rst"} else None
-    return Content(text, metadata | ({"title": title} if title else {}))
+    return _content(text, title, file_type=file_type or "text")
+
+
+def _content(text: str, title: str | None, **metadata: Any) -> Content:
+    return Content(text, {**metadata, "title": title} if title else metadata)
 
 
 def _first_heading(text: str, file_type: str) -> str | None:
@@ -152,7 +155,7 @@ def _read_html(html: str, where: str) -> Content:
             where=where,
             next_step="If scripts generate its text, save the page from a browser as displayed, or as PDF.",
         )
-    return Content(text, {"file_type": "html"} | ({"title": title} if title else {}))
+    return _content(text, title, file_type="html")
 
 
 def _to_markdown(soup: BeautifulSoup) -> str:
@@ -196,8 +199,7 @@ def _read_pdf(raw: bytes, where: str) -> Content:
             where=where,
             next_step="Run text recognition (OCR) over it first, e.g. `ocrmypdf in.pdf out.pdf`.",
         )
-    metadata: dict[str, Any] = {"file_type": "pdf", "n_pages": len(pages)}
-    return Content(normalise_newlines(text), metadata | ({"title": title} if title else {}))
+    return _content(normalise_newlines(text), title, file_type="pdf", n_pages=len(pages))
 
 
 def _pdf_title(reader: PdfReader) -> str:

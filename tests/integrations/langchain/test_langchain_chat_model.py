@@ -342,7 +342,7 @@ async def longest_stall(work: Any) -> float:
 
 @pytest.mark.parametrize("way", ["invoke", "stream", "chain"])
 async def test_the_event_loop_is_never_blocked(memory: KVMemory, wide: Any, way: str) -> None:
-    llm = ChatKVMemory(memory, max_tokens=8)
+    llm = ChatKVMemory(memory, max_tokens=4)
 
     async def work() -> None:
         if way == "invoke":
@@ -354,10 +354,12 @@ async def test_the_event_loop_is_never_blocked(memory: KVMemory, wide: Any, way:
             assert len([chunk async for chunk in llm.astream(FERRY_QUESTION, kv_ids=[FERRY_ID])]) > 1
 
     await work()  # imports and first times
+    stalls: list[float] = []
     with slowed(wide, 0.1) as times:
-        stalls = [await longest_stall(work()) for _ in range(3)]
-    assert len(times) == 3 * 8
-    assert min(stalls) < 0.05, stalls  # the best of three, because other processes stall this one too
+        while len(stalls) < 3 and min(stalls, default=1.0) >= 0.05:  # other processes stall this one too
+            stalls.append(await longest_stall(work()))
+    assert len(times) == len(stalls) * 4
+    assert min(stalls) < 0.05, stalls
 
 
 @pytest.mark.parametrize("way", ["invoke", "stream"])

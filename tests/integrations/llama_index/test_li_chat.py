@@ -33,10 +33,7 @@ from tests.integrations.llama_index.li_samples import (
 from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, open_memory
 from tests.reference import recorded_inputs
 
-pytestmark = [
-    pytest.mark.usefixtures("chat_memories"),
-    pytest.mark.filterwarnings("ignore:<aiosqlite.core.Connection:ResourceWarning"),  # LlamaIndex leaves it open
-]
+pytestmark = pytest.mark.usefixtures("chat_memories")
 ENGINES = pytest.mark.parametrize("kind", [KVMemoryChatEngine, KVMemoryCondensePlusContextChatEngine])
 
 
@@ -195,14 +192,14 @@ async def test_the_prompt_stays_short_in_a_long_conversation(memory: KVMemory) -
     chat = memory_with(block)
     llm = KVMemoryLLM(memory, max_tokens=2)
     prefilled, cached = [], []
-    for i in range(10):
+    for i in range(4):
         await say(chat, 10, start=10 * i)  # 20 turns
         usage = llm.chat([*await chat.aget(input=f"What is p{i}?"), user(f"What is p{i}?")]).raw["usage"]
         cached.append(usage["prompt_tokens_details"]["cached_tokens"])
         prefilled.append(usage["prompt_tokens"] - cached[-1])
-    assert len(block.conversation.turns()) > 180
-    assert max(prefilled) < 500 and max(prefilled[5:]) <= max(prefilled[:5]) + 20
-    assert max(cached[5:]) <= max(cached[:5]) + 20
+    assert len(block.conversation.turns()) > 60
+    assert max(prefilled) < 500 and max(prefilled[2:]) <= max(prefilled[:2]) + 20
+    assert max(cached[2:]) <= max(cached[:2]) + 20
 
 
 async def test_an_unrelated_question_recalls_nothing(memory: KVMemory) -> None:

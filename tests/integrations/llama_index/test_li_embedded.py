@@ -74,7 +74,6 @@ async def test_an_answer_from_caches(embedded: KVMemory) -> None:
 
 
 @pytest.mark.usefixtures("chat_memories")
-@pytest.mark.filterwarnings("ignore:<aiosqlite.core.Connection:ResourceWarning")  # LlamaIndex leaves it open
 async def test_a_fact_from_the_third_of_many_turns_is_recalled(embedded: KVMemory) -> None:
     block = KVMemoryBlock(embedded, conversation_id="alice", keep_ratio=1.0)
     chat = Memory.from_defaults(token_limit=300, token_flush_size=100, tokenizer_fn=str.split, memory_blocks=[block])
