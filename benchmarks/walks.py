@@ -28,10 +28,10 @@ sys.path.insert(0, str(ROOT))
 
 from kv_memory.ingest.pipeline import IngestPipeline  # noqa: E402
 from kv_memory.jobs.driver import JobSettings  # noqa: E402
-from kv_memory.jobs.item import SourceItem  # noqa: E402
 from kv_memory.jobs.leases import LiveWorkers  # noqa: E402
 from kv_memory.jobs.ledger import Ledger  # noqa: E402
-from kv_memory.jobs.worker import make_pipeline, work  # noqa: E402
+from kv_memory.jobs.sources.base import SourceItem  # noqa: E402
+from kv_memory.jobs.worker import pipeline_of, work  # noqa: E402
 from kv_memory.settings import resolve_settings  # noqa: E402
 from kv_memory.store import Store  # noqa: E402
 from tests.conftest import make_model, make_tokenizer  # noqa: E402
@@ -114,10 +114,10 @@ def job_walk(folder: Path, walk: Walk) -> None:
     settings = resolve_settings({"model": str(model), "selector": "attention", "adapter": None}, {})
     with Store.open(folder / "job") as store:
         ledger, asked = Ledger(store), JobSettings(memory=dataclasses.asdict(settings))
-        sources = {"items": [{"kind": "files", "path": str(texts)}], "sync": None}
+        sources = {"items": [{"kind": "files", "path": str(texts), "glob": None}], "sync": None}
         job = ledger.create("walk", sources=sources, settings=asked)
         with LiveWorkers(store).hold_worker_lock("worker"):
-            pipeline: IngestPipeline = make_pipeline(store, job)
+            pipeline: IngestPipeline = pipeline_of(store, job)
             for name in ("lamp", "ferry"):
                 ledger.add(job, [SourceItem(document_id=name, uri=(texts / f"{name}.txt").as_uri())])
                 ledger.set_discovered(job)

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import threading
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -299,7 +300,7 @@ class KVMemory:
             StoreError: The store cannot be written; its previous content is untouched.
         """
         read = read_documents(documents, encoding=encoding, on_error=on_error)
-        report = self._pipeline(on_progress).add(read.documents, errors=read.errors, skipped=read.skipped)
+        report = self.pipeline(on_progress).add(read.documents, errors=read.errors, skipped=read.skipped)
         self._remember()
         return report
 
@@ -333,7 +334,7 @@ class KVMemory:
             DocumentError: There is no text, or one is blank or binary.
             StoreError: The store cannot be written.
         """
-        pipeline = self._pipeline(on_progress, keep_text=keep_text)
+        pipeline = self.pipeline(on_progress, keep_text=keep_text)
         with self._extend_lock:  # extending reads the document and writes it back with more passages
             report = pipeline.add_passages(document_id, texts, metadata=metadata, extend=extend, drop=drop)
         self._remember()
@@ -352,13 +353,24 @@ class KVMemory:
             encoding: Encoding of the text files.
             on_progress: Called after every passage.
         """
-        report = self._pipeline(on_progress).refresh(encoding=encoding)
+        report = self.pipeline(on_progress).refresh(encoding=encoding)
         self._remember()
         return report
 
-    def _pipeline(
-        self, on_progress: Callable[[AddProgress], None] | None, *, keep_text: bool | None = None
+    def pipeline(
+        self,
+        on_progress: Callable[[AddProgress], None] | None = None,
+        *,
+        keep_text: bool | None = None,
+        writer: Executor | None = None,
     ) -> IngestPipeline:
+        """The pipeline of `add`, for callers with more documents than fit into memory.
+
+        Args:
+            on_progress: Called after every passage.
+            keep_text: True to keep these texts, False not to; None follows the settings.
+            writer: Executor that stores caches while the next ones are compressed; None stores them at once.
+        """
         return IngestPipeline(
             self.store,
             self.compressor,
@@ -367,6 +379,7 @@ class KVMemory:
             storage=self.settings.storage,
             keep_text=self.settings.keep_text if keep_text is None else keep_text,
             on_progress=on_progress,
+            writer=writer,
         )
 
     def _remember(self) -> None:

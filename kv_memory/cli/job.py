@@ -38,7 +38,7 @@ from kv_memory.settings import given_settings, resolve_settings
 if TYPE_CHECKING:
     from kv_memory.config import SelectorName, StorageName
     from kv_memory.jobs import Job
-    from kv_memory.jobs.engines.base import Engine
+    from kv_memory.jobs.engines import Engine
     from kv_memory.jobs.events import JobEnded
     from kv_memory.model.prompts import PromptName
     from kv_memory.store import Store

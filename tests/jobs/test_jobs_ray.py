@@ -175,7 +175,7 @@ def test_ray_job_with_a_killed_actor_stores_the_same_bytes(
         assert any("gcs_server" in command for command in cluster.processes().values())
     ended = json.loads(out.splitlines()[-1])
     assert ended["failed"] == 1 and ended["added"] + ended["unchanged"] == N_NOTES and ended["unchanged"] <= 1
-    ((_, failed),) = ledger.failed(job)
+    (failed,) = ledger.failed(job)
     assert failed.document_id.endswith("broken.txt") and failed.attempts == 1
     assert failed.error["error"] == "BinaryDocumentError"
     assert_all_there(store, N_NOTES)

@@ -18,9 +18,9 @@ from kv_memory.jobs import Job, Ledger
 from kv_memory.jobs.discovery import Discovery
 from kv_memory.jobs.driver import JobRequest, create_job, drive
 from kv_memory.jobs.events import DocumentFailed, Event, JobEnded, JobStarted, Progress, RateMeter
-from kv_memory.jobs.item import SourceItem
 from kv_memory.jobs.records import Counts
-from kv_memory.jobs.worker import make_pipeline
+from kv_memory.jobs.sources.base import SourceItem
+from kv_memory.jobs.worker import pipeline_of
 from kv_memory.store import Store
 from tests.jobs.conftest import write_notes
 from tests.jobs.threads import Gate, ThreadEngine
@@ -48,7 +48,7 @@ class Runner:
         gate: Gate | None = None,
         **options: Any,
     ) -> JobEnded:
-        pipeline = make_pipeline(self.store, job)
+        pipeline = pipeline_of(self.store, job)
         self.engine = ThreadEngine(self.store, pipeline, n_workers=n_workers, gate=gate)
 
         def hear(event: Event) -> None:
@@ -123,7 +123,7 @@ def test_unreadable_document_fails_without_affecting_others(
     (notes / "0006.txt").write_text("  \n")
     ended = run(new_job(notes, name="j"))
     assert (ended.added, ended.failed) == (9, 3)
-    found = {Path(failed.document_id).name: failed.error["error"] for _, failed in ledger.failed(ledger.job("j"))}
+    found = {Path(failed.document_id).name: failed.error["error"] for failed in ledger.failed(ledger.job("j"))}
     assert found == {
         "0004.txt": "BinaryDocumentError",
         "0005.txt": "EncodingError",
@@ -262,7 +262,7 @@ import gc, sys
 from pathlib import Path
 from kv_memory.jobs import JobSettings, Ledger
 from kv_memory.jobs.discovery import Discovery
-from kv_memory.jobs.item import SourceItem
+from kv_memory.jobs.sources.base import SourceItem
 from kv_memory.store import Store
 
 def resident():

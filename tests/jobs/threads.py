@@ -7,7 +7,8 @@ from typing import Any
 
 from kv_memory.ingest.pipeline import IngestPipeline
 from kv_memory.jobs import Job
-from kv_memory.jobs.engines.base import WorkerEnd
+from kv_memory.jobs.engines import WorkerEnd
+from kv_memory.jobs.leases import LiveWorkers
 from kv_memory.jobs.records import worker_name
 from kv_memory.jobs.worker import error_of, work
 from kv_memory.store import Store
@@ -74,21 +75,20 @@ class ThreadEngine:
     def n_workers(self) -> int:
         return len(self._threads)
 
-    def stop(self) -> list[WorkerEnd]:
+    def stop(self) -> None:
         self._stopping.set()
         if self._gate is not None:
             self._gate.open()
         for _, thread in self._threads:
             thread.join()
-        ended = [self._end(name) for name, _ in self._threads]
         self._threads = []
-        return ended
 
     def _end(self, name: str) -> WorkerEnd:
         return WorkerEnd(worker=name, reason="ended", error=self._errors.get(name))
 
     def _work(self, job: Job, name: str) -> None:
         try:
-            work(self._store, job, name, self._pipeline, alone=self._stopping.is_set)
+            with LiveWorkers(self._store).hold_worker_lock(name):
+                work(self._store, job, name, self._pipeline, alone=self._stopping.is_set)
         except Exception as error:
             self._errors[name] = error_of(error)
