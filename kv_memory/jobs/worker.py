@@ -83,7 +83,11 @@ def run(
             pipeline = pipeline_of(store, found, device=device)
             if found.fingerprint != pipeline.fingerprint.digest:
                 ledger.set_fingerprint(found, pipeline.fingerprint.digest)
-            work(store, found, worker, pipeline, alone=alone, lease_s=lease_s)
+            with (
+                closing(Sources(found.sources["items"], found.settings)) as sources,
+                TaskQueue(store, found.id, worker, lease_s=lease_s) as queue,
+            ):
+                work(queue, sources, pipeline, alone=alone)
     except (StoreConnectionError, StoreLockedError) as error:  # perhaps temporary: a new worker takes over
         return WorkerEnd(worker=worker, reason=error.what, n_deaths=1)
     except Exception as error:
@@ -99,44 +103,30 @@ def pipeline_of(store: Store, job: Job, *, device: str = "auto") -> IngestPipeli
     return memory.pipeline(writer=ThreadPoolExecutor(1, thread_name_prefix="writer"))
 
 
-def work(
-    store: Store,
-    job: Job,
-    worker: str,
-    pipeline: IngestPipeline,
-    *,
-    alone: Callable[[], bool],
-    lease_s: float = LEASE_S,
-) -> None:
+def work(queue: TaskQueue, sources: Sources, pipeline: IngestPipeline, *, alone: Callable[[], bool]) -> None:
     """Process documents of a job until it ends, or until nobody drives it any more.
 
     Args:
-        store: Store of the job.
-        job: Job with the documents.
-        worker: Name of this worker.
+        queue: Tasks of the job.
+        sources: Sources of the job.
         pipeline: Ingest pipeline with the job's settings.
         alone: Function that returns True once the worker should stop, e.g. because the driver has died.
-        lease_s: Duration of a lease in seconds, see `TaskQueue`.
 
     Raises:
-        StoreError: The store cannot be used; the current document was released.
+        StoreError: The store cannot be used.
     """
     idle_s = _IDLE_S[0]
-    with (
-        closing(Sources(job.sources["items"], job.settings)) as sources,
-        TaskQueue(store, job.id, worker, lease_s=lease_s) as queue,
-    ):
-        while not alone():
-            task = queue.claim()
-            if task is None:
-                if not queue.wanted():
-                    return
-                time.sleep(idle_s)
-                idle_s = min(2 * idle_s, _IDLE_S[1])
-                continue
-            idle_s = _IDLE_S[0]
-            while task is not None:
-                task = queue.finish(task, do_one(task, sources, pipeline), go_on=not alone())
+    while not alone():
+        task = queue.claim()
+        if task is None:
+            if not queue.wanted():
+                return
+            time.sleep(idle_s)
+            idle_s = min(2 * idle_s, _IDLE_S[1])
+            continue
+        idle_s = _IDLE_S[0]
+        while task is not None:
+            task = queue.finish(task, do_one(task, sources, pipeline), go_on=not alone())
 
 
 def do_one(task: Task, sources: Sources, pipeline: IngestPipeline) -> TaskResult:

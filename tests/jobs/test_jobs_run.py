@@ -271,8 +271,8 @@ def resident():
 
 sizes = {}
 def items():
-    for n in range(100_000):
-        if n in (10_000, 99_999):
+    for n in range(40_000):
+        if n in (10_000, 39_999):
             sizes[n] = resident()
         yield SourceItem(document_id=f"/some/folder/with/a/name/document-{n}.txt", uri=f"file:///document-{n}.txt")
 
@@ -283,13 +283,13 @@ with Store.open(sys.argv[1]) as store:
     discovery._sources.items = items
     discovery.run()
     assert discovery.error is None, discovery.error
-    assert ledger.job("j").discovered and ledger.counts(job).pending == 100_000
-    print((sizes[99_999] - sizes[10_000]) / 1e6)
+    assert ledger.job("j").discovered and ledger.counts(job).pending == 40_000
+    print((sizes[39_999] - sizes[10_000]) / 1e6)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_discovery_of_100_000_documents_runs_in_constant_memory(tmp_path: Path) -> None:
+def test_discovery_of_40_000_documents_runs_in_constant_memory(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", STREAM, str(tmp_path / "s")], capture_output=True, text=True, timeout=300, check=False
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+from contextlib import closing
 from typing import Any
 
 from kv_memory.ingest.pipeline import IngestPipeline
 from kv_memory.jobs import Job
 from kv_memory.jobs.engines import WorkerEnd
-from kv_memory.jobs.leases import LiveWorkers
+from kv_memory.jobs.leases import LiveWorkers, TaskQueue
 from kv_memory.jobs.records import worker_name
+from kv_memory.jobs.sources import Sources
 from kv_memory.jobs.worker import error_of, work
 from kv_memory.store import Store
 
@@ -88,7 +90,11 @@ class ThreadEngine:
 
     def _work(self, job: Job, name: str) -> None:
         try:
-            with LiveWorkers(self._store).hold_worker_lock(name):
-                work(self._store, job, name, self._pipeline, alone=self._stopping.is_set)
+            with (
+                LiveWorkers(self._store).hold_worker_lock(name),
+                closing(Sources(job.sources["items"], job.settings)) as sources,
+                TaskQueue(self._store, job.id, name) as queue,
+            ):
+                work(queue, sources, self._pipeline, alone=self._stopping.is_set)
         except Exception as error:
             self._errors[name] = error_of(error)
