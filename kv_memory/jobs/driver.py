@@ -8,13 +8,14 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from kv_memory import errors
-from kv_memory.errors import ConfigError, JobError, KVMemoryError, WorkerDiedError
+from kv_memory.errors import ConfigError, JobError, KVMemoryError, StoreError, WorkerDiedError
 from kv_memory.jobs.discovery import Discovery, check_folder
 from kv_memory.jobs.engines import Engine, WorkerEnd
 from kv_memory.jobs.events import (
@@ -188,7 +189,8 @@ class _Driver:
             if self._discovery is not None:
                 self._discovery.stop()
             self._engine.stop()
-            self._live_workers.free_dead(self._job, counted=False)
+            with suppress(StoreError):  # otherwise the next driver frees them
+                self._live_workers.free_dead(self._job, counted=False)
         if state == "running":
             self._ledger.finish(self._job)
         ended = self._ended(time.monotonic() - start_s)

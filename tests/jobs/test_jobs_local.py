@@ -235,7 +235,7 @@ def test_job_with_the_ledger_in_postgresql(
 ) -> None:
     url = f"{postgres_url}{'&' if '?' in postgres_url else '?'}schema=jobs_{os.getpid()}"
     with Store.open(tmp_path / "shared", catalog=url) as store:
-        engine = LocalEngine(store.path, n_workers=2, command=ODD_WORKER)
+        engine = LocalEngine(store.path, command=ODD_WORKER)
         killer = Killer(engine, log, gate)
         ended = drive(store, create_job(store, JobRequest(sources=[str(notes)]), settings), engine, on_event=killer)
         assert (ended.added, ended.failed, len(killer.killed)) == (12, 0, 1)
