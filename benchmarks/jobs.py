@@ -29,7 +29,8 @@ from kv_memory.cli.packages import package_documents
 from kv_memory.documents import Document, split_passages
 from kv_memory.jobs import JobSettings, Ledger
 from kv_memory.jobs.driver import JobRequest, create_job, drive
-from kv_memory.jobs.engines.local import LocalEngine, threads_of
+from kv_memory.jobs.engines import n_cores, threads_of
+from kv_memory.jobs.engines.local import LocalEngine
 from kv_memory.jobs.events import Event, JobEnded
 from kv_memory.lazy_compressor import load_compressor
 from kv_memory.model.backbone import Backbone
@@ -62,7 +63,7 @@ def throughput(folder: Path, model: str, n_documents: int, rounds: int) -> dict[
     settings = MemorySettings.resolve({}, model=model)
     documents = _documents(n_documents)
     source = _written(folder / "documents.jsonl", documents)
-    torch.set_num_threads(threads_of(1))
+    torch.set_num_threads(threads_of(n_cores()))
     backbone = Backbone.load(settings.model, prompt=settings.prompt)
     compressor = load_compressor(settings, backbone)
     limit, count = settings.passage_tokens, backbone.count_tokens
@@ -84,7 +85,7 @@ def throughput(folder: Path, model: str, n_documents: int, rounds: int) -> dict[
         "model": model,
         "n_documents": n_documents,
         "n_passages": len(passages),
-        "n_threads": threads_of(1),
+        "n_threads": threads_of(n_cores()),
         "documents_per_s": statistics.median(job),
         "bare_documents_per_s": statistics.median(bare),
         "tokens_per_s": statistics.median(job) * tokens / n_documents,

@@ -25,7 +25,7 @@ from kv_memory.settings import MemorySettings
 
 if TYPE_CHECKING:
     from kv_memory.jobs import Job
-    from kv_memory.jobs.engines.base import Engine
+    from kv_memory.jobs.engines import Engine
     from kv_memory.jobs.events import JobEnded
     from kv_memory.store import Store
 
