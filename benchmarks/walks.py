@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -26,13 +26,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from kv_memory.ingest.pipeline import IngestPipeline  # noqa: E402
 from kv_memory.jobs.driver import JobSettings  # noqa: E402
-from kv_memory.jobs.item import SourceItem  # noqa: E402
-from kv_memory.jobs.leases import LiveWorkers  # noqa: E402
+from kv_memory.jobs.leases import LiveWorkers, TaskQueue  # noqa: E402
 from kv_memory.jobs.ledger import Ledger  # noqa: E402
-from kv_memory.jobs.worker import make_pipeline, work  # noqa: E402
-from kv_memory.settings import resolve_settings  # noqa: E402
+from kv_memory.jobs.sources import Sources  # noqa: E402
+from kv_memory.jobs.sources.base import SourceItem  # noqa: E402
+from kv_memory.jobs.worker import pipeline_of, work  # noqa: E402
+from kv_memory.settings import MemorySettings  # noqa: E402
 from kv_memory.store import Store  # noqa: E402
 from tests.conftest import make_model, make_tokenizer  # noqa: E402
 from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, open_memory, wide_backbone  # noqa: E402
@@ -111,19 +111,23 @@ def job_walk(folder: Path, walk: Walk) -> None:
     texts.mkdir()
     (texts / "lamp.txt").write_text(LAMP)
     (texts / "ferry.txt").write_text(FERRY)
-    settings = resolve_settings({"model": str(model), "selector": "attention", "adapter": None}, {})
+    settings = MemorySettings.resolve({}, model=model, selector="attention")
     with Store.open(folder / "job") as store:
         ledger, asked = Ledger(store), JobSettings(memory=dataclasses.asdict(settings))
-        sources = {"items": [{"kind": "files", "path": str(texts)}], "sync": None}
+        sources = {"items": [{"kind": "files", "path": str(texts), "glob": None}], "sync": None}
         job = ledger.create("walk", sources=sources, settings=asked)
-        with LiveWorkers(store).hold_worker_lock("worker"):
-            pipeline: IngestPipeline = make_pipeline(store, job)
+        with (
+            LiveWorkers(store).hold_worker_lock("worker"),
+            closing(Sources(sources["items"], asked)) as opened,
+            TaskQueue(store, job.id, "worker") as queue,
+        ):
+            pipeline = pipeline_of(store, job)
             for name in ("lamp", "ferry"):
                 ledger.add(job, [SourceItem(document_id=name, uri=(texts / f"{name}.txt").as_uri())])
                 ledger.set_discovered(job)
                 looks = iter([False])  # the driver lives at the first look, so that one task is claimed, and no other
                 with nullcontext() if name == "lamp" else walk.traced():
-                    work(store, job, "worker", pipeline, alone=lambda looks=looks: next(looks, True))
+                    work(queue, opened, pipeline, alone=lambda looks=looks: next(looks, True))
         counts = ledger.counts(job)
         assert (counts.done, counts.failed) == (2, 0), counts
 

@@ -12,8 +12,7 @@ from typing import Any, NoReturn, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from kv_memory import ConfigError, DecodeSettings, KVMemory, Turn, UnsupportedRequestError
-from kv_memory.generate import Role
-from kv_memory.query import Reply
+from kv_memory.generate import Answer, Role
 from kv_memory.settings import MemorySettings
 
 __all__ = ["ROLES", "MemoryLLM", "Trim", "closed", "readable", "refuse_content", "refuse_tools", "reply_details"]
@@ -34,12 +33,7 @@ _OF_MEMORY = {
     for name, parameter in inspect.signature(KVMemory.open).parameters.items()
     if parameter.kind is not parameter.VAR_KEYWORD and name != "path"
 } | {field.name for field in dataclasses.fields(MemorySettings)}
-_OF_HOSTED = {
-    "api_key",
-    "base_url",
-    "max_retries",
-}  # frameworks pass them to every LLM; a local model has no use for them
-
+_OF_HOSTED = {"api_key", "base_url", "max_retries"}  # frameworks pass them to every LLM; a local model needs none
 _OF_DECODING = {field.name for field in dataclasses.fields(DecodeSettings)}
 _SYNONYMS = {
     "max_tokens": "max_new_tokens",
@@ -191,7 +185,7 @@ class Trim:
         return text
 
 
-def reply_details(reply: Reply) -> dict[str, Any]:
+def reply_details(reply: Answer) -> dict[str, Any]:
     """The fields of a reply that a response of any framework reports: times in seconds, and a hint if it is empty."""
     details = {"finish_reason": reply.finish_reason, "ttft_s": reply.ttft_s, "total_s": reply.total_s}
     return details if reply.next_step is None else {**details, "next_step": reply.next_step}

@@ -58,7 +58,7 @@ def test_the_check_accepts_numpy_without_pickle() -> None:
         ("kv_memory/store/metrics.py", "import torch", "The store handles tensors"),
         ("kv_memory/store/blobs/local.py", "from kv_memory.model.backbone import Backbone", "The store handles"),
         ("kv_memory/memory.py", "def late():\n    from kv_memory.cli import main", "Each layer"),
-        ("kv_memory/jobs/engines/local.py", "import ray.data", "Ray is behind"),
+        ("kv_memory/jobs/engines/local.py", "import ray", "Ray is behind"),
         ("kv_memory/jobs/ledger.py", "import pickle", "Nothing is pickled"),
         ("integrations/llama_index/llm.py", "import torch", "No tensors"),
         ("kv_memory/cli/app.py", "import integrations", "does not know its integrations"),

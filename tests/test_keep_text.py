@@ -17,7 +17,7 @@ from kv_memory import (
     Turn,
 )
 from kv_memory.query import Reference, key_of
-from kv_memory.settings import resolve_settings
+from kv_memory.settings import MemorySettings
 from kv_memory.store import PassageRecord
 from kv_memory.store.sql.schema import CollectionRow
 from tests.memories import (
@@ -118,9 +118,9 @@ def test_keep_text_is_remembered_per_collection(tmp_path: Path, wide: Any) -> No
 
 
 def test_an_older_store_keeps_storing_texts() -> None:
-    assert resolve_settings({}, {"keep_ratio": 0.5}).keep_text
-    assert not resolve_settings({"keep_text": False}, {"keep_ratio": 0.5}).keep_text
-    assert not resolve_settings({}, {}).keep_text
+    assert MemorySettings.resolve({"keep_ratio": 0.5}).keep_text
+    assert not MemorySettings.resolve({"keep_ratio": 0.5}, keep_text=False).keep_text
+    assert not MemorySettings.resolve({}).keep_text
 
 
 def test_adding_again_to_an_older_store_removes_no_text(memory: KVMemory, wide: Any) -> None:
@@ -189,7 +189,7 @@ def test_a_damaged_cache_is_recreated_from_the_text_in_the_reference(bare: KVMem
     path.write_bytes(path.read_bytes()[:-1])
     with open_memory(bare.path, wide) as memory:
         asked = [Turn("user", FERRY_QUESTION)]
-        reply = memory.reader.reply(asked, [Reference(key=key_of(FERRY), text=FERRY)], settings=SETTINGS).reply
+        reply = memory.reader.reply(asked, [Reference(key=key_of(FERRY), text=FERRY)], settings=SETTINGS).answer
         assert reply.damaged == (key_of(FERRY),)
         assert answerable(memory, FERRY_QUESTION) == ["ferry"] and texts_of(memory, "ferry") == [None]
 

@@ -15,7 +15,7 @@ from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 
 from kv_memory import ConfigError, KVMemory
-from kv_memory.query import ReplyStream
+from kv_memory.generate import AnswerStream
 
 from ..llms import MemoryLLM, Trim, refuse_tools
 from ..references import references_in
@@ -121,7 +121,7 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
             ContextWindowError: The caches and messages do not fit the model's context window.
             DecodeTimeoutError: The call took longer than `timeout`.
         """
-        return whole(self._start(messages, stop, kwargs).reply, self.model_name)
+        return whole(self._start(messages, stop, kwargs).answer, self.model_name)
 
     async def _agenerate(
         self,
@@ -134,7 +134,7 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
         async with steps(stream) as pieces:  # token by token, so that a cancelled task stops decoding
             async for _ in pieces:
                 pass
-        return whole(stream.reply, self.model_name)
+        return whole(stream.answer, self.model_name)
 
     def _stream(
         self,
@@ -152,7 +152,7 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
                     if run_manager is not None:
                         run_manager.on_llm_new_token(text, chunk=chunk)
                     yield chunk
-            yield last(stream.reply, self.model_name)
+            yield last(stream.answer, self.model_name)
         finally:
             stream.close()
 
@@ -172,7 +172,7 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
                     if run_manager is not None:
                         await run_manager.on_llm_new_token(text, chunk=chunk)
                     yield chunk
-        yield last(stream.reply, self.model_name)
+        yield last(stream.answer, self.model_name)
 
     # -- tools and structured answers ----------------------------------------------------------------------------
 
@@ -219,7 +219,7 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
 
     # -- the reader ----------------------------------------------------------------------------------------------
 
-    def _start(self, messages: list[BaseMessage], stop: list[str] | None, options: dict[str, Any]) -> ReplyStream:
+    def _start(self, messages: list[BaseMessage], stop: list[str] | None, options: dict[str, Any]) -> AnswerStream:
         settings = self._decode_settings({**options, "stop": stop})
         turns, references = turns_of(messages), references_in(options)
         old = recalled(self.memory, messages)

@@ -10,8 +10,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
-from kv_memory.generate import iterate_in_thread
-from kv_memory.query import Reply, ReplyStream
+from kv_memory.generate import Answer, AnswerStream, iterate_in_thread
 
 from ..llms import reply_details
 
@@ -20,12 +19,12 @@ __all__ = ["PROVIDER", "last", "part", "steps", "whole"]
 PROVIDER = "kv_memory"
 
 
-def steps(stream: ReplyStream) -> aclosing[AsyncGenerator[str, None]]:
+def steps(stream: AnswerStream) -> aclosing[AsyncGenerator[str, None]]:
     """The pieces of a stream, each decoded in a thread; closed on exit, not when garbage is collected."""
     return aclosing(cast("AsyncGenerator[str, None]", iterate_in_thread(stream)))
 
 
-def whole(reply: Reply, model_name: str) -> ChatResult:
+def whole(reply: Answer, model_name: str) -> ChatResult:
     """A whole answer."""
     message = AIMessage(
         content=reply.text.strip(), usage_metadata=_usage(reply), response_metadata=_metadata(reply, model_name)
@@ -38,7 +37,7 @@ def part(text: str) -> ChatGenerationChunk:
     return ChatGenerationChunk(message=AIMessageChunk(content=text))
 
 
-def last(reply: Reply, model_name: str) -> ChatGenerationChunk:
+def last(reply: Answer, model_name: str) -> ChatGenerationChunk:
     """The usage and metadata, after the last piece: LangChain adds chunks up, so only one of them may carry them."""
     message = AIMessageChunk(
         content="",
@@ -49,7 +48,7 @@ def last(reply: Reply, model_name: str) -> ChatGenerationChunk:
     return ChatGenerationChunk(message=message)
 
 
-def _metadata(reply: Reply, model_name: str) -> dict[str, Any]:
+def _metadata(reply: Answer, model_name: str) -> dict[str, Any]:
     return {
         "model_name": model_name,
         "model_provider": PROVIDER,
@@ -57,7 +56,7 @@ def _metadata(reply: Reply, model_name: str) -> dict[str, Any]:
     }
 
 
-def _usage(reply: Reply) -> UsageMetadata:
+def _usage(reply: Answer) -> UsageMetadata:
     n_input = reply.n_prompt_tokens + reply.n_cached_tokens
     return UsageMetadata(
         input_tokens=n_input,

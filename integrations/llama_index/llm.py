@@ -26,8 +26,7 @@ from llama_index.core.llms.llm import default_completion_to_prompt
 from llama_index.core.prompts import BasePromptTemplate
 
 from kv_memory import ConfigError
-from kv_memory.generate import iterate_in_thread
-from kv_memory.query import Reply, ReplyStream
+from kv_memory.generate import Answer, AnswerStream, iterate_in_thread
 
 from ..llms import MemoryLLM, Trim, closed, refuse_tools, reply_details
 from ..references import references_in
@@ -92,7 +91,7 @@ class KVMemoryLLM(MemoryLLM, CustomLLM):
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a prompt: as the only user message, or verbatim with `formatted`. Errors as in `chat`."""
-        return _completion(_whole(self._start(prompt, formatted, kwargs).reply))
+        return _completion(_whole(self._start(prompt, formatted, kwargs).answer))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
@@ -124,7 +123,7 @@ class KVMemoryLLM(MemoryLLM, CustomLLM):
             ContextWindowError: The caches and messages do not fit the model's context window.
             DecodeTimeoutError: The call took longer than `timeout`.
         """
-        return _chat(_whole(self._start_chat(messages, kwargs).reply))
+        return _chat(_whole(self._start_chat(messages, kwargs).answer))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
@@ -183,7 +182,7 @@ class KVMemoryLLM(MemoryLLM, CustomLLM):
 
     # -- the reader ----------------------------------------------------------------------------------------------
 
-    def _start(self, prompt: str, formatted: bool, options: dict[str, Any]) -> ReplyStream:
+    def _start(self, prompt: str, formatted: bool, options: dict[str, Any]) -> AnswerStream:
         if references_in(options) is None:
             if not formatted and self.completion_to_prompt not in (None, default_completion_to_prompt):
                 assert self.completion_to_prompt is not None
@@ -192,7 +191,7 @@ class KVMemoryLLM(MemoryLLM, CustomLLM):
                 return self.memory.reader.complete(prompt, settings=self._decode_settings(options))
         return self._start_chat([ChatMessage(role=MessageRole.USER, content=prompt)], options)
 
-    def _start_chat(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> ReplyStream:
+    def _start_chat(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> AnswerStream:
         settings, reader = self._decode_settings(options), self.memory.reader
         references = references_in(*(message.additional_kwargs for message in messages), options)
         turns = turns_of(messages)
@@ -209,40 +208,40 @@ class _Part(NamedTuple):
 
     text: str
     delta: str | None
-    reply: Reply | None
+    reply: Answer | None
 
 
-def _parts(stream: ReplyStream) -> Iterator[_Part]:
+def _parts(stream: AnswerStream) -> Iterator[_Part]:
     text, trim = "", Trim()
     try:
         for piece in stream:
             if delta := trim(piece):
                 text += delta
                 yield _Part(text, delta, None)
-        yield _Part(text, "", stream.reply)
+        yield _Part(text, "", stream.answer)
     finally:
         stream.close()
 
 
-async def _aparts(stream: ReplyStream) -> AsyncIterator[_Part]:
+async def _aparts(stream: AnswerStream) -> AsyncIterator[_Part]:
     text, trim = "", Trim()
     async for piece in iterate_in_thread(stream):
         if delta := trim(piece):
             text += delta
             yield _Part(text, delta, None)
-    yield _Part(text, "", stream.reply)
+    yield _Part(text, "", stream.answer)
 
 
-def _whole(reply: Reply) -> _Part:
+def _whole(reply: Answer) -> _Part:
     return _Part(reply.text.strip(), None, reply)
 
 
-async def _awhole(start: Callable[..., ReplyStream], *arguments: Any) -> _Part:
+async def _awhole(start: Callable[..., AnswerStream], *arguments: Any) -> _Part:
     """Decode token by token, not in one call in a thread, so that a cancelled task stops decoding."""
     stream = await asyncio.to_thread(start, *arguments)
     async for _ in iterate_in_thread(stream):
         pass
-    return _whole(stream.reply)
+    return _whole(stream.answer)
 
 
 def _filled_in(output_cls: type[BaseModel], response: ChatResponse) -> BaseModel:
@@ -265,7 +264,7 @@ def _chat(part: _Part) -> ChatResponse:
     return ChatResponse(message=message, delta=part.delta, raw=_raw(part.reply))
 
 
-def _raw(reply: Reply | None) -> dict[str, Any] | None:
+def _raw(reply: Answer | None) -> dict[str, Any] | None:
     if reply is None:
         return None
     prompt_tokens = reply.n_prompt_tokens + reply.n_cached_tokens

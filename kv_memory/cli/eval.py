@@ -19,10 +19,9 @@ from kv_memory.cli.config_file import (
     of_owner,
     settings_of,
 )
-from kv_memory.cli.options import ratio_of
 from kv_memory.cli.output import Output, reporting
 from kv_memory.cli.progress import EvalTracker
-from kv_memory.config import DtypeName, Layout, StorageName
+from kv_memory.config import DtypeName, Layout, StorageName, ratio_of
 from kv_memory.errors import ConfigError
 from kv_memory.model.embedded import EMBEDDED
 from kv_memory.model.prompts import PromptName

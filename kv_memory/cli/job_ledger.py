@@ -13,7 +13,7 @@ from kv_memory.cli.output import factor_text, plain, reporting, size_text
 from kv_memory.cli.progress import count_text, sources_text
 
 if TYPE_CHECKING:
-    from kv_memory.jobs import Counts, Job, Ledger
+    from kv_memory.jobs import Counts, Job
 
 __all__ = ["cancel", "list_jobs", "show_job"]
 
@@ -74,7 +74,7 @@ def show_job(
         ledger = Ledger(opened)
         job = ledger.job(name)
         counts = ledger.counts(job)
-        broken = _failed(ledger, job, None if failed or as_json else _SHOWN)
+        broken = ledger.failed(job, limit=None if failed or as_json else _SHOWN)
         if as_json:
             out.json({**_plain(job, counts), "failed_documents": plain(broken), "settings": plain(job.settings)})
             return
@@ -138,18 +138,6 @@ def _names(job: Job) -> list[str]:
     from kv_memory.jobs.sources import name_of
 
     return [name_of(spec) for spec in job.sources["items"]]
-
-
-def _failed(ledger: Ledger, job: Job, most: int | None) -> list[Any]:
-    found: list[Any] = []
-    after = 0
-    while most is None or len(found) < most:
-        page = ledger.failed(job, after=after, limit=500 if most is None else most)
-        if not page:
-            break
-        after = page[-1][0]
-        found += [entry for _, entry in page]
-    return found if most is None else found[:most]
 
 
 def _plain(job: Job, counts: Counts) -> dict[str, Any]:

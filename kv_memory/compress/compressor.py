@@ -175,6 +175,8 @@ class Compressor:
         """
         if not isinstance(keep, Keep):
             return check_keep_ratio(keep)
+        if keep.keep_ratio is not None:
+            return keep.keep_ratio
         document = self._encode(text)
         windows = self._windows_of(document.ids, 1.0, document.spans(keep_spans, "keep_spans"))
         n_held = [int(window.forced.sum()) for window in windows]

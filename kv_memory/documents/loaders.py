@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from kv_memory.documents.encoding import DEFAULT_MAX_LINE_BYTES, check_encoding,
 from kv_memory.documents.parsers import FILE_TYPES, read_content
 from kv_memory.errors import ConfigError, DocumentError, DuplicateDocumentError, UnreadableDocumentError
 
-__all__ = ["DocumentLike", "OnError", "ReadResult", "file_id", "read_documents", "read_file"]
+__all__ = ["DocumentLike", "OnError", "ReadResult", "file_id", "read_documents", "read_file", "walk_folder"]
 
 OnError = Literal["raise", "skip"]
 
@@ -148,30 +148,54 @@ def _parts(item: DocumentLike, skipped: list[Path]) -> Sequence[Path | DocumentE
     path = Path(item)
     if not os.path.isdir(path):  # unlike Path.is_dir, False if a parent folder may not be searched
         return [path]
-    files, left_out, failed = _walk(path)
-    skipped.extend(left_out)
-    if not files and not failed:
-        known = f"Known types are {', '.join(FILE_TYPES)}; pass the path of a file of another type itself."
-        return [UnreadableDocumentError("no readable file in this folder", where=str(path), next_step=known)]
-    return [*failed, *files]
-
-
-def _walk(folder: Path) -> tuple[list[Path], list[Path], list[DocumentError]]:
-    """The files of known types below `folder`, the entries left out, and the errors of folders that failed."""
     files: list[Path] = []
     left_out: list[Path] = []
     failed: list[DocumentError] = []
-    for parent, folders, names in os.walk(folder, onerror=lambda error: failed.append(_unreadable(error))):
-        for name in list(folders):
-            # os.walk does not follow links to folders, which could lead back here.
-            if name.startswith(".") or Path(parent, name).is_symlink():
-                folders.remove(name)
-                left_out.append(Path(parent, name))
-        for name in names:
-            path = Path(parent, name)
-            known = path.suffix.lower() in FILE_TYPES and not name.startswith(".")
-            (files if known else left_out).append(path)
-    return sorted(files), sorted(left_out), failed
+    for found, error in walk_folder(path, _is_known, on_skip=left_out.append):
+        if error is None:
+            files.append(found)
+        else:
+            failed.append(_unreadable(error, found))
+    skipped.extend(sorted(left_out))
+    if not files and not failed:
+        known = f"Known types are {', '.join(FILE_TYPES)}; pass the path of a file of another type itself."
+        return [UnreadableDocumentError("no readable file in this folder", where=str(path), next_step=known)]
+    return [*failed, *sorted(files)]
+
+
+def walk_folder(
+    folder: Path, fits: Callable[[Path], bool], *, on_skip: Callable[[Path], object] = lambda path: None
+) -> Iterator[tuple[Path, OSError | None]]:
+    """Yield the files below a folder in no order, and each folder that cannot be listed, with its error.
+
+    Args:
+        folder: Folder to walk.
+        fits: Function that selects the files.
+        on_skip: Callback for the entries left out: hidden ones, links to folders, and files that do not fit.
+    """
+    folders = [folder]
+    while folders:
+        folder = folders.pop()
+        try:
+            # Not os.walk, which holds all names of a folder in memory.
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    path = Path(entry.path)
+                    # A link to a folder could lead back here.
+                    if entry.name.startswith(".") or (entry.is_symlink() and os.path.isdir(path)):
+                        on_skip(path)
+                    elif entry.is_dir(follow_symlinks=False):
+                        folders.append(path)
+                    elif fits(path):
+                        yield path, None
+                    else:
+                        on_skip(path)
+        except OSError as error:
+            yield folder, error
+
+
+def _is_known(path: Path) -> bool:
+    return path.suffix.lower() in FILE_TYPES
 
 
 def _read_bytes(path: str | os.PathLike[str]) -> tuple[Path, bytes]:
@@ -191,9 +215,7 @@ def _read_bytes(path: str | os.PathLike[str]) -> tuple[Path, bytes]:
         raise _unreadable(error, path) from error
 
 
-def _unreadable(error: Exception, path: str | os.PathLike[str] | None = None) -> UnreadableDocumentError:
-    if path is None:
-        path = getattr(error, "filename", None) or "?"
+def _unreadable(error: Exception, path: str | os.PathLike[str]) -> UnreadableDocumentError:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         what, step = "no such file or folder", f"Check the path; relative ones start at {Path.cwd()}."
     elif isinstance(error, PermissionError):

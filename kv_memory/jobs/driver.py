@@ -6,15 +6,18 @@ It claims no task and reads no document, so killing it loses nothing: its worker
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from kv_memory import errors
-from kv_memory.errors import ConfigError, JobError, KVMemoryError, WorkerDiedError
+from kv_memory.errors import ConfigError, JobError, KVMemoryError, StoreError, WorkerDiedError
 from kv_memory.jobs.discovery import Discovery, check_folder
-from kv_memory.jobs.engines.base import Engine, WorkerEnd
+from kv_memory.jobs.engines import Engine, WorkerEnd
 from kv_memory.jobs.events import (
     DocumentFailed,
     Event,
@@ -26,10 +29,10 @@ from kv_memory.jobs.events import (
 )
 from kv_memory.jobs.leases import LiveWorkers
 from kv_memory.jobs.ledger import Ledger
-from kv_memory.jobs.records import Counts, Job, JobSettings, job_name
+from kv_memory.jobs.records import Counts, Job, JobSettings
 from kv_memory.jobs.sources import name_of, parse_sources
+from kv_memory.jobs.sources.base import Fields
 from kv_memory.jobs.sources.files import FileSource
-from kv_memory.jobs.sources.rows import Fields
 from kv_memory.store import Store
 
 __all__ = ["JobRequest", "create_job", "drive"]
@@ -112,7 +115,9 @@ def create_job(store: Store, request: JobRequest, settings: JobSettings) -> Job:
     if request.sync is not None and not request.force:
         check_folder(store, FileSource(specs[0]["path"], glob=specs[0]["glob"]))
     sources = {"items": specs, "sync": request.sync is not None}
-    return Ledger(store).create(request.name or job_name(), sources=sources, settings=settings)
+    # The default name sorts by time.
+    name = request.name or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+    return Ledger(store).create(name, sources=sources, settings=settings)
 
 
 def drive(
@@ -160,6 +165,7 @@ class _Driver:
     def __init__(
         self, store: Store, ledger: Ledger, job: Job, engine: Engine, on_event: Callable[[Event], None]
     ) -> None:
+        self._store = store
         self._ledger = ledger
         self._live_workers = LiveWorkers(store)
         self._job = job
@@ -167,10 +173,11 @@ class _Driver:
         self._on_event = on_event
         self._discovery = None if job.discovered else Discovery(store, ledger, job)
         self._speed = RateMeter()
-        self._expired_s = 0.0
+        self._freed_s = 0.0
         self._strikes = 0
         self._progress = 0  # documents done or failed at the last check
-        self._told = {number for number, _ in ledger.failed(job, limit=_MOST_TOLD)}
+        self._remembered = False
+        self._told = {failed.document_id for failed in ledger.failed(job, limit=_MOST_TOLD)}
 
     def run(self) -> JobEnded:
         start_s = time.monotonic()
@@ -181,8 +188,9 @@ class _Driver:
         finally:
             if self._discovery is not None:
                 self._discovery.stop()
-            for end in self._engine.stop():
-                self._live_workers.free(self._job, end.worker, end.reason)
+            self._engine.stop()
+            with suppress(StoreError):  # otherwise the next driver frees them
+                self._live_workers.free_dead(self._job, counted=False)
         if state == "running":
             self._ledger.finish(self._job)
         ended = self._ended(time.monotonic() - start_s)
@@ -228,8 +236,8 @@ class _Driver:
             freed = self._live_workers.free(self._job, end.worker, end.reason)
             if end.error is not None:
                 raise _raised(end)
-            self._strikes = 0 if freed else self._strikes + 1
-            if end.died:
+            self._strikes = 0 if freed else self._strikes + max(1, end.n_deaths)
+            if end.n_deaths:
                 self._on_event(WorkerEnded(job=self._job.name, worker=end.worker, reason=end.reason))
             if self._strikes >= _MOST_STRIKES:
                 raise WorkerDiedError(
@@ -238,26 +246,22 @@ class _Driver:
                     next_step="If the system killed them, there may be too little memory: use fewer --workers or "
                     f"a smaller model. Resume with `kv-memory job resume {self._job.name}`.",
                 )
-        if time.monotonic() - self._expired_s > _SLOWEST_POLL_S:
-            self._expired_s = time.monotonic()
-            self._live_workers.expire(self._job)
+        if time.monotonic() - self._freed_s > _SLOWEST_POLL_S:
+            self._freed_s = time.monotonic()
+            self._live_workers.free_dead(self._job)
 
     def _tell(self, counts: Counts, now_s: float, elapsed_s: float, *, discovered: bool) -> None:
+        if counts.done and not self._remembered:
+            self._remembered = True
+            if self._store.settings() != self._job.settings.memory:
+                self._store.update_settings(self._job.settings.memory)  # `ask` uses these settings, as after `add`
         self._speed.see(now_s, counts)
         n_told = len(self._told)
         if counts.failed > n_told and n_told < _MOST_TOLD:
-            for number, failed in self._ledger.failed(self._job, limit=_MOST_TOLD):
-                if number not in self._told:
-                    self._told.add(number)
-                    self._on_event(
-                        DocumentFailed(
-                            job=self._job.name,
-                            document_id=failed.document_id,
-                            uri=failed.uri,
-                            attempts=failed.attempts,
-                            error=failed.error,
-                        )
-                    )
+            for failed in self._ledger.failed(self._job, limit=_MOST_TOLD):
+                if failed.document_id not in self._told:
+                    self._told.add(failed.document_id)
+                    self._on_event(DocumentFailed(job=self._job.name, **vars(failed)))
         self._on_event(
             Progress(
                 job=self._job.name,
@@ -277,6 +281,7 @@ class _Driver:
 
     def _ended(self, elapsed_s: float) -> JobEnded:
         counts, job = self._ledger.counts(self._job), self._ledger.job(self._job.name)
+        sums = ("failed", "cancelled", "n_passages", "n_tokens", "cache_bytes", "full_kv_bytes")
         return JobEnded(
             job=job.name,
             state=self._ledger.state(job),
@@ -284,13 +289,8 @@ class _Driver:
             replaced=counts.outcomes.get("replaced", 0),
             unchanged=counts.outcomes.get("unchanged", 0) + job.n_unchanged,
             deleted=job.n_deleted,
-            failed=counts.failed,
-            cancelled=counts.cancelled,
-            n_passages=counts.n_passages,
-            n_tokens=counts.n_tokens,
-            cache_bytes=counts.cache_bytes,
-            full_kv_bytes=counts.full_kv_bytes,
             elapsed_s=elapsed_s,
+            **{name: getattr(counts, name) for name in sums},
         )
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kv_memory.jobs.records import Counts
+from kv_memory.jobs.records import Counts, FailedTask
 
 __all__ = ["DocumentFailed", "Event", "JobEnded", "JobStarted", "Progress", "RateMeter", "WorkerEnded"]
 
@@ -67,14 +66,10 @@ class Progress(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DocumentFailed(Event):
+class DocumentFailed(FailedTask, Event):
     """A document failed; the job continues."""
 
     kind = "failed"
-    document_id: str
-    uri: str
-    attempts: int
-    error: Mapping[str, str | None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import CursorResult, func, select, update
+from sqlalchemy import CursorResult, ScalarSelect, Select, and_, select, update
 from sqlalchemy.orm import Session, aliased
 
 from kv_memory.errors import StoreError
-from kv_memory.jobs.records import FailedResult, Job, Task, TaskResult
+from kv_memory.jobs.records import Job, Task, TaskResult
 from kv_memory.store import Store
 from kv_memory.store.sql.catalog import Catalog
 from kv_memory.store.sql.schema import JobRow, TaskRow, utc_now
 
-__all__ = ["LEASE_S", "LiveWorkers", "Renewer", "TaskQueue", "count_of", "locks_reach"]
+__all__ = ["LEASE_S", "LiveWorkers", "TaskQueue", "count_of", "locks_reach"]
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+LEASE_S = 60.0  # for this long a disconnected worker keeps a document from the others
 
 
 def locks_reach(catalog: Catalog) -> bool:
@@ -51,52 +52,42 @@ class LiveWorkers:
 
     def __init__(self, store: Store) -> None:
         self._catalog = store.catalog
-        self._locks_reach = locks_reach(self._catalog)
 
-    @contextmanager
-    def hold_worker_lock(self, worker: str) -> Iterator[None]:
+    def hold_worker_lock(self, worker: str) -> AbstractContextManager[bool]:
         """Hold the lock by which other processes see that this worker is alive."""
-        with self._catalog.hold(f"worker {worker}"):
-            yield
+        return self._catalog.hold(f"worker {worker}")
 
-    def free_dead(self, job: Job) -> int:
-        """Free the tasks of dead workers and those with expired leases; return their number."""
-        running = select(TaskRow.worker).where(TaskRow.job_id == job.id, TaskRow.state == "running").distinct()
+    def free_dead(self, job: Job, *, counted: bool = True) -> int:
+        """Free the tasks of dead workers and those with expired leases; return their number.
+
+        Args:
+            job: Job of the tasks.
+            counted: False not to count the attempt, because the workers were stopped on purpose.
+        """
+        held = select(TaskRow.worker, TaskRow.lease_expires_at).where(
+            TaskRow.job_id == job.id, TaskRow.state == "running"
+        )
         with self._catalog.read() as session:
-            workers = [worker for worker in session.scalars(running) if worker is not None]
-        dead = [worker for worker in workers if not self._lives(worker)]
-        return sum(self.free(job, worker, "its process has died") for worker in dead) + self.expire(job)
+            rows = session.execute(held).all()
+        expired = TaskRow.lease_expires_at < utc_now()
+        n_freed = 0
+        for worker, until in rows:
+            mine = TaskRow.worker == worker
+            if until is not None and until < utc_now():
+                n_freed += self._give_up(job, and_(mine, expired), "its lease has expired", counted=counted)
+            elif not self._lives(str(worker)):
+                n_freed += self._give_up(job, mine, "its process has died", counted=counted)
+        return n_freed
 
     def free(self, job: Job, worker: str, reason: str) -> int:
         """Free the tasks of a dead worker and return their number; tasks with too many attempts fail."""
-        with self._catalog.write(alone=False) as session:
-            return self._give_up(session, job, TaskRow.worker == worker, reason)
+        return self._give_up(job, TaskRow.worker == worker, reason)
 
-    def release_all(self, job: Job, prefix: str) -> int:
-        """Free the tasks of workers stopped on purpose, without counting the attempt; return their number.
-
-        The workers are selected by the prefix of their names.
-        """
-        # Not LIKE, where an underscore in a host name would match any character.
-        whose = func.substr(TaskRow.worker, 1, len(prefix)) == prefix
+    def _give_up(self, job: Job, whose: Any, reason: str, *, counted: bool = True) -> int:
         held = update(TaskRow).where(TaskRow.job_id == job.id, TaskRow.state == "running", whose)
+        held = held.execution_options(synchronize_session=False)
         left = {"worker": None, "lease_expires_at": None, "updated_at": utc_now()}
-        with self._catalog.write(alone=False) as session:
-            again = held.values(state="pending", attempts=TaskRow.attempts - 1, **left)
-            return count_of(session.execute(again.execution_options(synchronize_session=False)))
-
-    def expire(self, job: Job) -> int:
-        """Free the tasks with expired leases; return their number."""
-        expired = TaskRow.lease_expires_at < utc_now()
-        due = select(TaskRow.id).where(TaskRow.job_id == job.id, TaskRow.state == "running", expired).limit(1)
-        with self._catalog.read() as session:
-            if session.scalar(due) is None:
-                return 0
-        with self._catalog.write(alone=False) as session:
-            return self._give_up(session, job, expired, "its lease has expired")
-
-    def _give_up(self, session: Session, job: Job, whose: Any, reason: str) -> int:
-        held = update(TaskRow).where(TaskRow.job_id == job.id, TaskRow.state == "running", whose)
+        pending = held.values(state="pending", attempts=TaskRow.attempts - (0 if counted else 1), **left)
         error = {
             "error": "WorkerDiedError",
             "what": f"every worker that claimed this document died; the last one: {reason}",
@@ -104,28 +95,25 @@ class LiveWorkers:
             "next_step": "It may be too large for memory, or crash the model. Leave it out, or try again with "
             f"`kv-memory job resume {job.name} --retry-failed`.",
         }
-        now, most = utc_now(), job.settings.max_attempts
-        left = {"worker": None, "lease_expires_at": None, "updated_at": now}
-        failed = held.where(TaskRow.attempts >= most).values(state="failed", error=error, **left)
-        again = held.where(TaskRow.attempts < most).values(state="pending", **left)
-        return count_of(session.execute(failed)) + count_of(session.execute(again))
+        failed = held.where(TaskRow.attempts >= job.settings.max_attempts).values(state="failed", error=error, **left)
+        with self._catalog.write(alone=False) as session:
+            n_failed = count_of(session.execute(failed)) if counted else 0
+            return n_failed + count_of(session.execute(pending))
 
     def _lives(self, worker: str) -> bool:
-        if not self._locks_reach:
+        if not locks_reach(self._catalog):
             return True  # only an expired lease shows that it is dead
         with self._catalog.hold(f"worker {worker}", wait=False) as had:
             return not had
 
 
-LEASE_S = 60.0  # for this long a disconnected worker keeps a document from the others
-
-
 class TaskQueue:
-    """The tasks of one job, as claimed by one worker.
+    """The tasks of one job, as claimed by one worker, one at a time.
 
-    A lease states until when a worker holds a document; a thread renews it four times as often as needed. Once it has
-    expired, `LiveWorkers.expire` frees the document for another worker, and the previous worker's result is refused.
-    Leases are compared across machines, so their clocks must differ by less than a lease.
+    A lease states until when a worker holds a document. In a `with` statement, a thread renews it four times as often
+    as needed, so that a document may take longer than a lease; leaving with an exception releases the document. Once
+    the lease has expired, `LiveWorkers.free_dead` frees the document for another worker, and the previous worker's
+    result is refused. Leases are compared across machines, so their clocks must differ by less than a lease.
 
     Args:
         store: Store with the catalog that holds the ledger.
@@ -139,31 +127,87 @@ class TaskQueue:
         self._job_id = job_id
         self._worker = worker
         self._lease_s = lease_s
+        self._held: Task | None = None
+        self._left = threading.Event()
+        self._renewer = threading.Thread(target=self._renew, name="lease", daemon=True)
 
-    def claim(self, number: int | None = None) -> Task | None:
-        """Claim the next pending document; return None if no document is pending.
+    def __enter__(self) -> Self:
+        self._renewer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._left.set()
+        self._renewer.join()
+        if self._held is not None:
+            with suppress(StoreError):  # otherwise its lease expires
+                self.release(self._held)
+
+    def claim(self) -> Task | None:
+        """Claim the next pending document; return None if no document is pending."""
+        with self._catalog.read() as session:  # a write that finds nothing would wait for other writers
+            if session.scalar(self._pending()) is None:
+                return None
+        with self._catalog.write(alone=False) as session:
+            self._held = self._claim(session)
+        return self._held
+
+    def wanted(self) -> bool:
+        """Whether the job is still running."""
+        with self._catalog.read() as session:
+            return session.scalar(select(JobRow.state).where(JobRow.id == self._job_id)) == "running"
+
+    def finish(self, task: Task, result: TaskResult, *, go_on: bool = True) -> Task | None:
+        """Record the result of a document and claim the next one, in one transaction: each costs a sync to disk.
+
+        The result is dropped if this worker no longer holds the document.
 
         Args:
-            number: Id of a task chosen in advance. The result is then None if another worker has claimed it first.
+            task: Task from `claim` or from an earlier `finish`.
+            result: Result of the document.
+            go_on: True to claim the next document.
         """
+        state = "done" if result.error is None else "failed"
         with self._catalog.write(alone=False) as session:
-            return self._claim(session, number)
+            self._change(session, task, state=state, lease_expires_at=None, **dataclasses.asdict(result))
+            following = self._claim(session) if go_on else None
+        self._held = following
+        return following
 
-    def _claim(self, session: Session, number: int | None = None) -> Task | None:
+    def release(self, task: Task) -> bool:
+        """Release an unfinished document without counting the attempt; False if this worker no longer holds it."""
+        left = {"worker": None, "lease_expires_at": None, "attempts": TaskRow.attempts - 1}
+        self._held = None
+        with self._catalog.write(alone=False) as session:
+            return self._change(session, task, state="pending", **left)
+
+    def renew(self, task: Task) -> bool:
+        """Hold a document for another lease; False if this worker no longer holds it."""
+        with self._catalog.write(alone=False) as session:
+            return self._change(session, task, lease_expires_at=self._until())
+
+    def _renew(self) -> None:
+        while not self._left.wait(self._lease_s / 4):
+            if (task := self._held) is not None:
+                with suppress(StoreError):  # retried soon; if the catalog stays unavailable, the worker notices
+                    self.renew(task)
+
+    def _pending(self) -> Select[int]:
         other = aliased(TaskRow)
-        pending = (
+        return (
             select(other.id)
             .where(other.job_id == self._job_id, other.state == "pending")
             .order_by(other.priority, other.id)
             .limit(1)
-            # Workers on PostgreSQL must not wait for each other's rows. SQLite lacks this clause and does not need it.
-            .with_for_update(skip_locked=True)
         )
-        if number is not None:
-            pending = pending.where(other.id == number)
+
+    def _claim(self, session: Session) -> Task | None:
+        # Workers on PostgreSQL must not wait for each other's rows. SQLite lacks this clause and does not need it.
+        following: ScalarSelect[int] = self._pending().with_for_update(skip_locked=True).scalar_subquery()
         claimed = (
             update(TaskRow)
-            .where(TaskRow.id == pending.scalar_subquery())
+            .where(TaskRow.id == following)
             .values(
                 state="running",
                 worker=self._worker,
@@ -177,90 +221,10 @@ class TaskQueue:
         row = session.execute(claimed).one_or_none()
         return None if row is None else Task(**row._mapping)
 
-    def pending(self) -> bool:
-        """Whether a document is pending; cheaper than a `claim` that finds nothing, which waits for other writers."""
-        one = select(TaskRow.id).where(TaskRow.job_id == self._job_id, TaskRow.state == "pending").limit(1)
-        with self._catalog.read() as session:
-            return session.scalar(one) is not None
-
-    def wanted(self) -> bool:
-        """Whether the job is still running."""
-        with self._catalog.read() as session:
-            return session.scalar(select(JobRow.state).where(JobRow.id == self._job_id)) == "running"
-
-    def finish(self, task: Task, result: TaskResult | FailedResult, *, go_on: bool = True) -> Task | None:
-        """Record the result of a document and claim the next one, in one transaction: each costs a sync to disk.
-
-        The result is dropped if this worker no longer holds the document.
-
-        Args:
-            task: Task from `claim` or from an earlier `finish`.
-            result: Result or error of the document.
-            go_on: True to claim the next document.
-        """
-        error = result.error if isinstance(result, FailedResult) else None
-        told = dataclasses.asdict(result) if isinstance(result, TaskResult) else {"elapsed_s": result.elapsed_s}
-        state = "done" if error is None else "failed"
-        with self._catalog.write(alone=False) as session:
-            self._change(session, task, lease_expires_at=None, state=state, error=error, **told)
-            return self._claim(session) if go_on else None
-
-    def release(self, task: Task) -> bool:
-        """Release an unfinished document without counting the attempt; False if this worker no longer holds it."""
-        with self._catalog.write(alone=False) as session:
-            return self._change(
-                session,
-                task,
-                lease_expires_at=None,
-                state="pending",
-                worker=None,
-                attempts=TaskRow.attempts - 1,
-            )
-
-    def renew(self, task: Task) -> bool:
-        """Hold a document for another lease; False if this worker no longer holds it."""
-        with self._catalog.write(alone=False) as session:
-            return self._change(session, task, lease_expires_at=self._until())
-
     def _change(self, session: Session, task: Task, **values: Any) -> bool:
         mine = update(TaskRow).where(TaskRow.id == task.id, TaskRow.worker == self._worker, TaskRow.state == "running")
-        result = session.execute(
-            mine.values(**values, updated_at=utc_now()).execution_options(synchronize_session=False)
-        )
-        assert isinstance(result, CursorResult)
-        return result.rowcount > 0
+        change = mine.values(**values, updated_at=utc_now()).execution_options(synchronize_session=False)
+        return count_of(session.execute(change)) > 0
 
     def _until(self) -> datetime:
         return utc_now() + timedelta(seconds=self._lease_s)
-
-
-class Renewer(threading.Thread):
-    """A thread that renews the lease of the current document, so that a long document may take longer than a lease.
-
-    Attributes:
-        task: Task in progress; None between tasks.
-    """
-
-    def __init__(self, task_queue: TaskQueue, *, lease_s: float) -> None:
-        super().__init__(name="lease", daemon=True)
-        self.task: Task | None = None
-        self._task_queue = task_queue
-        self._pause_s = lease_s / 4
-        self._ended = threading.Event()
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        self.join()
-
-    def run(self) -> None:
-        """See `threading.Thread.run`."""
-        while not self._ended.wait(self._pause_s):
-            if (task := self.task) is not None:
-                with suppress(StoreError):  # retried soon; if the catalog stays unavailable, the worker notices
-                    self._task_queue.renew(task)

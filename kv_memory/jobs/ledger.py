@@ -15,13 +15,14 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from kv_memory.errors import JobError, JobNotFoundError
-from kv_memory.jobs.item import SourceItem, duplicate_error
+from kv_memory.cache.fingerprint import Fingerprint
+from kv_memory.errors import DuplicateDocumentError, JobError, JobNotFoundError
 from kv_memory.jobs.leases import count_of, locks_reach
 from kv_memory.jobs.records import Counts, FailedTask, Job, JobSettings
+from kv_memory.jobs.sources.base import SourceItem
 from kv_memory.model.embedded import recorded_settings
 from kv_memory.store import Store
-from kv_memory.store.sql.schema import CollectionRow, JobRow, TaskRow, utc_now
+from kv_memory.store.sql.schema import CollectionRow, FingerprintRow, JobRow, TaskRow, utc_now
 
 __all__ = ["Ledger"]
 
@@ -36,7 +37,6 @@ class Ledger:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._catalog = store.catalog
-        self._locks_reach = locks_reach(self._catalog)
 
     # jobs
 
@@ -114,6 +114,13 @@ class Ledger:
         """Record the fingerprint digest of the job's caches."""
         self._update(job, fingerprint=digest)
 
+    def known_fingerprint(self, memory: Mapping[str, Any]) -> Fingerprint | None:
+        """Fingerprint of caches with these settings; None if no job of the collection has determined it yet."""
+        digests = (job.fingerprint for job in self.jobs() if job.fingerprint and job.settings.memory == memory)
+        with self._catalog.read() as session:
+            row = session.get(FingerprintRow, next(digests, None) or "")
+            return None if row is None else Fingerprint.from_json(row.json)
+
     def set_discovered(self, job: Job, *, n_unchanged: int = 0) -> None:
         """Record that every document of the sources has a task."""
         self._update(job, discovered=True, n_unchanged=n_unchanged)
@@ -141,11 +148,7 @@ class Ledger:
             JobError: The job was cancelled.
         """
         if job.state == "cancelled":
-            raise JobError(
-                "this job was cancelled",
-                where=job.name,
-                next_step=_ANEW,
-            )
+            raise JobError("this job was cancelled", where=job.name, next_step=_ANEW)
         now = utc_now()
         with self._catalog.write() as session:
             again: dict[str, Any] = {"state": "running", "finished_at": None, "updated_at": now}
@@ -210,7 +213,7 @@ class Ledger:
             )
             uris = {document_id: uri for document_id, uri in session.execute(there)}
             again = [item for item in items if uris[item.document_id] != item.uri]
-            self._insert(session, job, [duplicate_error(item, uris[item.document_id]) for item in again])
+            self._insert(session, job, [_duplicate(item, uris[item.document_id]) for item in again])
 
     def _insert(self, session: Session, job: Job, items: Sequence[SourceItem]) -> None:
         if not items:
@@ -266,24 +269,13 @@ class Ledger:
         with self._catalog.read() as session:
             return session.scalar(left) is not None
 
-    def failed(self, job: Job, *, after: int = 0, limit: int = 100) -> list[tuple[int, FailedTask]]:
-        """Failed documents with the ids of their tasks, in ascending order, starting after the id `after`."""
-        wanted = (
-            select(TaskRow)
-            .where(TaskRow.job_id == job.id, TaskRow.state == "failed", TaskRow.id > after)
-            .order_by(TaskRow.id)
-            .limit(limit)
-        )
+    def failed(self, job: Job, *, limit: int | None = None) -> list[FailedTask]:
+        """Failed documents in the order of their tasks."""
+        names = [field.name for field in dataclasses.fields(FailedTask)]
+        wanted = select(*(getattr(TaskRow, name) for name in names)).order_by(TaskRow.id).limit(limit)
         with self._catalog.read() as session:
-            return [
-                (
-                    row.id,
-                    FailedTask(
-                        document_id=row.document_id, uri=row.uri, attempts=row.attempts, error=dict(row.error or {})
-                    ),
-                )
-                for row in session.scalars(wanted)
-            ]
+            rows = session.execute(wanted.where(TaskRow.job_id == job.id, TaskRow.state == "failed")).all()
+        return [FailedTask(**row._mapping) for row in rows]
 
     # rows
 
@@ -298,7 +290,7 @@ class Ledger:
         row, collection = found
         values = {field.name: getattr(row, field.name) for field in dataclasses.fields(Job) if field.name in _COLUMNS}
         values["settings"] = JobSettings(**{**row.settings, "memory": recorded_settings(row.settings["memory"])})
-        if row.state == "running" and self._locks_reach:
+        if row.state == "running" and locks_reach(self._catalog):
             with self._catalog.hold(f"job {row.id}", wait=False) as had:
                 values["state"] = "interrupted" if had else "running"
         return Job(**values, collection=collection)
@@ -306,6 +298,16 @@ class Ledger:
     def _update(self, job: Job, **values: Any) -> None:
         with self._catalog.write() as session:
             session.execute(update(JobRow).where(JobRow.id == job.id).values(**values, updated_at=utc_now()))
+
+
+def _duplicate(item: SourceItem, first: str) -> SourceItem:
+    """A failed item for a second document with the same id."""
+    error = DuplicateDocumentError(
+        "two documents have the same id",
+        where=f"{item.document_id}: {first} and {item.uri}",
+        next_step="Pass a field with unique values as --id-field, or leave out one of the two documents.",
+    )
+    return SourceItem(document_id=f"{item.document_id} [{item.uri}]", uri=item.uri, error=error.to_dict())
 
 
 _ANEW = "Start a new job with `kv-memory job run`; documents that are already stored cost almost nothing."

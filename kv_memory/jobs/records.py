@@ -6,21 +6,19 @@ import socket
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Literal
 
 from kv_memory.errors import ConfigError
 
 __all__ = [
     "Counts",
-    "FailedResult",
     "FailedTask",
     "Job",
     "JobSettings",
     "JobState",
     "Task",
     "TaskResult",
-    "job_name",
     "worker_name",
 ]
 
@@ -116,7 +114,8 @@ class TaskResult:
     """The result of one document.
 
     Attributes:
-        outcome: Kind of change to the document; `unchanged` costs only a hash.
+        outcome: Kind of change to the document, where `unchanged` costs only a hash; None if it failed.
+        error: Error of a failed document, in the form of `KVMemoryError.to_dict`; None if it is stored.
         n_passages: Number of passages compressed.
         n_tokens: Number of tokens compressed.
         cache_bytes: Size of the new distilled caches in bytes.
@@ -124,19 +123,12 @@ class TaskResult:
         elapsed_s: Processing time in seconds.
     """
 
-    outcome: Literal["added", "replaced", "unchanged"]
+    outcome: Literal["added", "replaced", "unchanged"] | None = None
+    error: dict[str, str | None] | None = None
     n_passages: int = 0
     n_tokens: int = 0
     cache_bytes: int = 0
     full_kv_bytes: int = 0
-    elapsed_s: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class FailedResult:
-    """The error of a document that cannot be compressed, in the form of `KVMemoryError.to_dict`."""
-
-    error: dict[str, str | None]
     elapsed_s: float = 0.0
 
 
@@ -199,8 +191,3 @@ class Counts:
 def worker_name() -> str:
     """A worker name unique across machines; it starts with the host name."""
     return f"{socket.gethostname()[:100]}-{uuid.uuid4().hex[:12]}"
-
-
-def job_name() -> str:
-    """A default job name: the time, so that names sort, and a few random digits."""
-    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"

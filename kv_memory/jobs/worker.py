@@ -1,46 +1,44 @@
 """A worker: claim, read and compress documents of a job one by one, and record each result, until none is left.
 
-It runs as a separate process, `python -m kv_memory.jobs.worker`, and loads its own model. It exits when the job ends;
-on SIGTERM, after releasing its current document; and if its driver has died, after finishing its current document.
-Errors that do not concern a document, such as a missing model or a full disk, are printed to standard output as JSON.
+An engine runs it in an actor, or as a process of this machine, `python -m kv_memory.jobs.worker`. Either loads its own
+model. The process exits when the job ends; on SIGTERM, after releasing its current document; and if its driver has
+died, after finishing its current document. Its last line of standard output is a `WorkerEnd` as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
-import sys
 import time
 import types
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 from kv_memory.errors import KVMemoryError, StoreConnectionError, StoreError, StoreLockedError
 from kv_memory.ingest.pipeline import IngestPipeline
-from kv_memory.jobs.item import SourceItem
-from kv_memory.jobs.leases import LEASE_S, LiveWorkers, Renewer, TaskQueue
+from kv_memory.jobs.engines import WorkerEnd
+from kv_memory.jobs.leases import LEASE_S, LiveWorkers, TaskQueue
 from kv_memory.jobs.ledger import Ledger
-from kv_memory.jobs.records import FailedResult, Job, Task, TaskResult
+from kv_memory.jobs.records import Job, Task, TaskResult
 from kv_memory.jobs.sources import Sources
+from kv_memory.jobs.sources.base import SourceItem
+from kv_memory.memory import KVMemory
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
 
-__all__ = ["BROKEN", "BUSY", "FATAL", "Stopped", "do_one", "error_of", "main", "make_pipeline", "work"]
+__all__ = ["do_one", "error_of", "main", "pipeline_of", "run", "work"]
 
-FATAL = 3  # exit code: the error on standard output does not concern a document
-BUSY = 5  # exit code: the store does not respond, perhaps temporarily; a new worker takes over
-BROKEN = 4  # exit code: the GPU no longer works in this process
+_BROKEN = 4  # exit code: the GPU no longer works in this process
 _IDLE_S = 0.05, 0.5
-
-
-class Stopped(BaseException):
-    """The request to stop; raised wherever the worker is, like KeyboardInterrupt."""
 
 
 def error_of(error: Exception) -> dict[str, str | None]:
@@ -51,86 +49,87 @@ def error_of(error: Exception) -> dict[str, str | None]:
     return {"error": type(error).__name__, "what": text, "where": None, "next_step": None}
 
 
-def make_pipeline(store: Store, job: Job, *, device: str = "auto") -> IngestPipeline:
-    """Load the job's model and compressor; errors as in `KVMemory.open`."""
-    # This late import no longer keeps torch out of the module: `kv_memory.ingest.pipeline` above loads it too.
-    from kv_memory.assembly import load_backbone, load_compressor, share_prefix
-
-    settings = MemorySettings(**job.settings.memory)
-    backbone = load_backbone(settings, dtype="auto", device=device, prompt_form=None)
-    compressor = load_compressor(settings, backbone)
-    share_prefix(store, backbone)
-    return IngestPipeline(
-        store,
-        compressor,
-        keep_ratio=settings.keep,
-        passage_tokens=settings.passage_tokens,
-        storage=settings.storage,
-        keep_text=settings.keep_text,
-        # Storing mostly waits for the disk or a server.
-        writer=ThreadPoolExecutor(1, thread_name_prefix="writer"),
-    )
-
-
-def work(
-    store: Store,
-    job: Job,
-    worker: str,
-    pipeline: IngestPipeline,
+def run(
+    path: str | Path,
     *,
+    collection: str,
+    job: str,
+    worker: str,
     alone: Callable[[], bool],
+    n_threads: int,
+    device: str = "auto",
     lease_s: float = LEASE_S,
-) -> int:
+) -> WorkerEnd:
+    """Open a store and work on a job of it. Errors are returned, not raised.
+
+    Args:
+        path: Folder of the store.
+        collection: Name of the job's collection.
+        job: Name of the job.
+        worker: Name of this worker, unique across machines.
+        alone: See `work`.
+        n_threads: Number of CPU threads for the model.
+        device: Device of the model.
+        lease_s: Duration of a lease in seconds, see `TaskQueue`.
+    """
+    torch.set_num_threads(n_threads)
+    try:
+        with (
+            Store.open(path, collection=collection, create=False) as store,
+            LiveWorkers(store).hold_worker_lock(worker),
+        ):
+            ledger = Ledger(store)
+            found = ledger.job(job)
+            pipeline = pipeline_of(store, found, device=device)
+            if found.fingerprint != pipeline.fingerprint.digest:
+                ledger.set_fingerprint(found, pipeline.fingerprint.digest)
+            with (
+                closing(Sources(found.sources["items"], found.settings)) as sources,
+                TaskQueue(store, found.id, worker, lease_s=lease_s) as queue,
+            ):
+                work(queue, sources, pipeline, alone=alone)
+    except (StoreConnectionError, StoreLockedError) as error:  # perhaps temporary: a new worker takes over
+        return WorkerEnd(worker=worker, reason=error.what, n_deaths=1)
+    except Exception as error:
+        told = error_of(error)
+        return WorkerEnd(worker=worker, reason=str(told["what"]), error=told)
+    return WorkerEnd(worker=worker, reason="ended")
+
+
+def pipeline_of(store: Store, job: Job, *, device: str = "auto") -> IngestPipeline:
+    """The pipeline of a memory with the job's settings; errors as in `KVMemory.open`."""
+    memory = KVMemory(store, MemorySettings(**job.settings.memory), device=device)
+    # Storing mostly waits for the disk or a server.
+    return memory.pipeline(writer=ThreadPoolExecutor(1, thread_name_prefix="writer"))
+
+
+def work(queue: TaskQueue, sources: Sources, pipeline: IngestPipeline, *, alone: Callable[[], bool]) -> None:
     """Process documents of a job until it ends, or until nobody drives it any more.
 
     Args:
-        store: Store of the job.
-        job: Job with the documents.
-        worker: Name of this worker.
+        queue: Tasks of the job.
+        sources: Sources of the job.
         pipeline: Ingest pipeline with the job's settings.
         alone: Function that returns True once the worker should stop, e.g. because the driver has died.
-        lease_s: Duration of a lease in seconds, see `TaskQueue`.
-
-    Returns:
-        Number of documents processed, including failed ones.
 
     Raises:
-        StoreError: The store cannot be used; the current document was released.
+        StoreError: The store cannot be used.
     """
-    task_queue = TaskQueue(store, job.id, worker, lease_s=lease_s)
-    sources = Sources(job.sources["items"], job.settings)
-    n_done, idle_s, remembered = 0, _IDLE_S[0], False
-    task: Task | None = None
-    try:
-        with Renewer(task_queue, lease_s=lease_s) as renewer:
-            while task is not None or not alone():
-                task = task or (task_queue.claim() if task_queue.pending() else None)
-                if task is None:
-                    if not task_queue.wanted():
-                        break
-                    time.sleep(idle_s)
-                    idle_s = min(2 * idle_s, _IDLE_S[1])
-                    continue
-                idle_s, renewer.task = _IDLE_S[0], task
-                result = do_one(task, sources, pipeline)
-                renewer.task = None
-                task = task_queue.finish(task, result, go_on=not alone())
-                n_done += 1
-                if not remembered and isinstance(result, TaskResult):
-                    remembered = True
-                    if store.settings() != job.settings.memory:
-                        store.update_settings(job.settings.memory)  # `ask` uses these settings, as after `add`
-    except BaseException:
-        if task is not None:
-            with suppress(StoreError):  # otherwise its lease expires
-                task_queue.release(task)
-        raise
-    finally:
-        sources.close()
-    return n_done
+    idle_s = _IDLE_S[0]
+    while not alone():
+        task = queue.claim()
+        if task is None:
+            if not queue.wanted():
+                return
+            time.sleep(idle_s)
+            idle_s = min(2 * idle_s, _IDLE_S[1])
+            continue
+        idle_s = _IDLE_S[0]
+        while task is not None:
+            task = queue.finish(task, do_one(task, sources, pipeline), go_on=not alone())
 
 
-def do_one(task: Task, sources: Sources, pipeline: IngestPipeline) -> TaskResult | FailedResult:
+def do_one(task: Task, sources: Sources, pipeline: IngestPipeline) -> TaskResult:
     """Read and compress one document.
 
     Raises:
@@ -143,13 +142,13 @@ def do_one(task: Task, sources: Sources, pipeline: IngestPipeline) -> TaskResult
             text, metadata = read.document.text, read.document.metadata
             report = pipeline.add_passages(read.document.id, [text], metadata=metadata, extend=False)
         else:
-            report = pipeline.add_one(read.document)
+            report = pipeline.add([read.document])
     except StoreError:
-        raise  # the document is not at fault
+        raise
     except Exception as error:
         if "CUDA error" in str(error):
-            os._exit(BROKEN)  # every further call in this process would fail too; a new worker takes over
-        return FailedResult(error=error_of(error), elapsed_s=time.perf_counter() - start_s)
+            os._exit(_BROKEN)  # every further call in this process would fail too; a new worker takes over
+        return TaskResult(error=error_of(error), elapsed_s=time.perf_counter() - start_s)
     return TaskResult(
         outcome="unchanged" if report.unchanged else "added" if report.added else "replaced",
         n_passages=report.n_passages,
@@ -160,7 +159,11 @@ def do_one(task: Task, sources: Sources, pipeline: IngestPipeline) -> TaskResult
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
+class _Stopped(BaseException):
+    """The request to stop; raised wherever the worker is, like KeyboardInterrupt."""
+
+
+def main(arguments: list[str] | None = None) -> None:
     """Run a worker process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, required=True)
@@ -175,44 +178,27 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles Ctrl-C and stops its workers
     warnings.filterwarnings("ignore")  # standard error is kept for the last line of a crash
+    n_gpus = torch.cuda.device_count()
     try:
-        _run(args)
-    except Stopped:
-        return 0
-    except (StoreConnectionError, StoreLockedError) as error:
-        print(error.what, file=sys.stderr)
-        return BUSY
-    except Exception as error:
-        print(json.dumps(error_of(error)), flush=True)
-        return FATAL
-    return 0
-
-
-def _run(args: argparse.Namespace) -> None:
-    with Store.open(args.store, collection=args.collection, create=False) as store:
-        ledger = Ledger(store)
-        with LiveWorkers(store).hold_worker_lock(args.worker):
-            job = ledger.job(args.job)
-            pipeline = make_pipeline(store, job, device=_device(args.number, args.threads))
-            if job.fingerprint != pipeline.fingerprint.digest:
-                ledger.set_fingerprint(job, pipeline.fingerprint.digest)
-            work(store, job, args.worker, pipeline, alone=lambda: os.getppid() != args.parent, lease_s=args.lease)
-
-
-def _device(number: int, n_threads: int) -> str:
-    import torch
-
-    torch.set_num_threads(n_threads)
-    if torch.cuda.is_available():
-        return f"cuda:{number % torch.cuda.device_count()}"
-    return "auto"
+        end = run(
+            args.store,
+            collection=args.collection,
+            job=args.job,
+            worker=args.worker,
+            alone=lambda: os.getppid() != args.parent,
+            n_threads=args.threads,
+            device=f"cuda:{args.number % n_gpus}" if n_gpus else "auto",
+            lease_s=args.lease,
+        )
+    except _Stopped:
+        end = WorkerEnd(worker=args.worker, reason="stopped")
+    print(json.dumps(dataclasses.asdict(end)), flush=True)
 
 
 def _stop(_number: int, _frame: types.FrameType | None) -> NoReturn:
-    raise Stopped
+    raise _Stopped
 
 
 if __name__ == "__main__":
-    _code = main()
-    sys.stdout.flush()
-    os._exit(_code)  # everything is closed; shutting down torch would take another second
+    main()
+    os._exit(0)  # everything is closed; shutting down torch would take another second

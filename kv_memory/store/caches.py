@@ -15,6 +15,7 @@ from sqlalchemy import bindparam, delete, insert, select
 from sqlalchemy.orm import Session
 
 from kv_memory.cache.fingerprint import Fingerprint
+from kv_memory.cache.keep import Keep
 from kv_memory.config import StorageName, check_keep_ratio, stored_dtype
 from kv_memory.errors import (
     CacheNotFoundError,
@@ -47,6 +48,15 @@ _LOOK_UP = select(CacheRow).where(
     CacheRow.text_sha256 == bindparam("text"),
     CacheRow.fingerprint == bindparam("digest"),
     CacheRow.keep_ratio == bindparam("ratio"),
+)
+_OF_TEXT = (
+    select(CacheRow)
+    .where(
+        CacheRow.collection_id == bindparam("collection"),
+        CacheRow.text_sha256 == bindparam("text"),
+        CacheRow.fingerprint == bindparam("digest"),
+    )
+    .order_by(CacheRow.id.desc())
 )
 _FINGERPRINT = select(FingerprintRow.digest).where(FingerprintRow.digest == bindparam("digest"))
 _INSERT_FINGERPRINT = insert(Base.metadata.tables[FingerprintRow.__tablename__])
@@ -202,28 +212,20 @@ class CacheTable:
     def warm(self) -> None:
         """Let SQLAlchemy compile the lookup, which takes as long as a few hundred lookups."""
         with self._catalog.read() as session:
-            self._find(session, "", "", 1.0)
+            session.scalars(_OF_TEXT, {"collection": self._collection_id, "text": "", "digest": ""}).all()
 
-    def n_tokens(self, text_sha256: str, fingerprint: Fingerprint) -> int | None:
-        """Length of a text in tokens, from any cache of it under this fingerprint; None without such a cache."""
+    def keep_ratio_of(self, text_sha256: str, fingerprint: Fingerprint, keep: Keep) -> float | None:
+        """See `Store.keep_ratio_of`."""
         with self._catalog.read() as session:
-            length: int | None = session.scalar(
-                select(CacheRow.n_tokens)
-                .where(
-                    CacheRow.collection_id == self._collection_id,
-                    CacheRow.text_sha256 == text_sha256,
-                    CacheRow.fingerprint == fingerprint.digest,
-                )
-                .limit(1)
-            )
-        return length
+            row = self._choose(session, text_sha256, fingerprint, keep)
+        return None if row is None else row.keep_ratio
 
-    def get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | None) -> DistilledCache:
-        """See `Store.get`; keep_ratio is None if a budget was given and the text has no cache under the fingerprint."""
+    def get(self, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep) -> DistilledCache:
+        """See `Store.get`."""
         start_s = time.perf_counter()
-        with span("store.get", text_sha256=text_sha256, keep_ratio=keep_ratio or 0.0):
+        with span("store.get", text_sha256=text_sha256):
             try:
-                cache, size_bytes = self._get(text_sha256, fingerprint, keep_ratio)
+                cache, size_bytes = self._get(text_sha256, fingerprint, keep)
             except CacheNotFoundError:
                 self.uses.counters.add("misses")
                 raise
@@ -237,7 +239,7 @@ class CacheTable:
         self.uses.counters.got(size_bytes, time.perf_counter() - start_s)
         return cache
 
-    def _get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | None) -> tuple[DistilledCache, int]:
+    def _get(self, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep) -> tuple[DistilledCache, int]:
         """Find, lock, verify and load a cache; returns it with the size of its blob in bytes.
 
         Writers are not excluded between these steps. A round in which the row or its blob changes is repeated, at
@@ -246,9 +248,10 @@ class CacheTable:
         for _ in range(3):
             # 1. Find the row. Without one, raise an error that names the existing caches.
             with self._catalog.read() as session:
-                row = None if keep_ratio is None else self._find(session, text_sha256, fingerprint.digest, keep_ratio)
+                row = self._choose(session, text_sha256, fingerprint, keep)
                 if row is None:
-                    self._raise_not_found(session, text_sha256, fingerprint, keep_ratio)
+                    ratio = None if isinstance(keep, Keep) else keep
+                    self._raise_not_found(session, text_sha256, fingerprint, ratio)
                     raise AssertionError("unreachable")
             # 2. Lock the blob for reading: eviction skips locked blobs. If the row was deleted since step 1, the blob
             # may be gone too, which step 3 notices.
@@ -289,15 +292,15 @@ class CacheTable:
             return cache, row.size_bytes
         raise StoreError("the cache changed each time it was read", where=f"text {text_sha256}", next_step="Try again.")
 
-    def has(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> bool:
+    def has(self, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep) -> bool:
         """See `Store.has`."""
         with self._catalog.read() as session:
-            return self._find(session, text_sha256, fingerprint.digest, keep_ratio) is not None
+            return self._choose(session, text_sha256, fingerprint, keep) is not None
 
-    def sound(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> bool:
+    def sound(self, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep) -> bool:
         """See `Store.sound`."""
         with self._catalog.read() as session:
-            row = self._find(session, text_sha256, fingerprint.digest, keep_ratio)
+            row = self._choose(session, text_sha256, fingerprint, keep)
         if row is None:
             return False
         try:
@@ -351,6 +354,17 @@ class CacheTable:
         }
         row: CacheRow | None = session.scalar(_LOOK_UP, names)
         return None if row is not None and _is_expired(row) and not expired else row
+
+    def _choose(
+        self, session: Session, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep
+    ) -> CacheRow | None:
+        """The text's cache at a keep ratio; for a `Keep` the one that it gives, else the newest one."""
+        if not isinstance(keep, Keep):
+            return self._find(session, text_sha256, fingerprint.digest, keep)
+        names = {"collection": self._collection_id, "text": text_sha256, "digest": fingerprint.digest}
+        rows = [row for row in session.scalars(_OF_TEXT, names) if not _is_expired(row)]
+        fitting = (row for row in rows if keep.fits(row.keep_ratio, row.n_tokens, fingerprint))
+        return next(fitting, rows[0] if rows else None)
 
     def _document_of(self, text_sha256: str) -> str:
         with self._catalog.read() as session:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
+from kv_memory.cache.fingerprint import Fingerprint
+from kv_memory.cache.keep import Keep
 from kv_memory.errors import ConfigError, DocumentNotFoundError
 from kv_memory.store import documents
 from kv_memory.store.caches import CacheTable
@@ -62,7 +65,11 @@ class Collection:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"settings must be JSON-serialisable: {error}", where="settings") from error
         with self._catalog.write() as session:
-            row = session.get_one(CollectionRow, self._collection_id)
+            self._set(session, values)
+
+    def _set(self, session: Session, values: Mapping[str, Any]) -> None:
+        row = session.get_one(CollectionRow, self._collection_id)
+        if row.settings != {**row.settings, **values}:
             row.settings = {**row.settings, **values}
 
     @property
@@ -73,8 +80,10 @@ class Collection:
 
     # documents
 
-    def put_document(self, record: DocumentRecord) -> None:
+    def put_document(self, record: DocumentRecord, *, settings: Mapping[str, Any] | None = None) -> None:
         """Insert a document, or replace the one of the same id, in one transaction.
+
+        Settings are recorded with it, see `update_settings`.
 
         Caches of texts that only its previous version had are deleted. Caches that a running `add` has put for a
         document still to come are not touched.
@@ -89,6 +98,8 @@ class Collection:
             dropped = documents.write_document(session, self._collection_id, record)
             keys = self._cache_table.retire(session, dropped)
             documents.bump_revision(session, self._collection_id)
+            if settings is not None:
+                self._set(session, settings)
         self._cache_table.references.delete_unreferenced(keys)
         if had_texts and any(passage.text is None for passage in record.passages):
             # The index may have been built from these texts; the next question rebuilds it, without their words.
@@ -128,6 +139,21 @@ class Collection:
             except DocumentNotFoundError:
                 return False
             return True
+
+    def find_document(self, id: str, fingerprint: Fingerprint, keep: Keep) -> tuple[DocumentRecord, set[str]] | None:
+        """A document, and the hashes of its texts that `cached_texts` returns; None if there is no such document."""
+        with self._catalog.read() as session:
+            try:
+                record = documents.load_document(session, self._collection_id, id)
+            except DocumentNotFoundError:
+                return None
+            texts = {passage.text_sha256 for passage in record.passages}
+            return record, documents.cached_texts(session, self._collection_id, texts, fingerprint, keep)
+
+    def cached_texts(self, texts: Iterable[str], fingerprint: Fingerprint, keep: Keep) -> set[str]:
+        """The subset of `texts` (hashes) that have a cache of exactly this amount; the blobs are not checked."""
+        with self._catalog.read() as session:
+            return documents.cached_texts(session, self._collection_id, texts, fingerprint, keep)
 
     def passages(self) -> list[StoredPassage]:
         """All passages, ordered by document id and ordinal."""

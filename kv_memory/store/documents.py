@@ -9,13 +9,17 @@ from typing import TypeVar
 from sqlalchemy import ColumnElement, Select, delete, exists, func, insert, select, update
 from sqlalchemy.orm import Session
 
+from kv_memory.cache.fingerprint import Fingerprint
+from kv_memory.cache.keep import Keep
 from kv_memory.errors import ConfigError, DocumentNotFoundError, EncodingError
+from kv_memory.store.eviction import alive
 from kv_memory.store.records import DocumentRecord, DocumentSummary, PassageRecord, StoredPassage
 from kv_memory.store.sql.schema import CacheRow, CollectionRow, DocumentRow, PassageRow, utc_now
 
 __all__ = [
     "batches",
     "bump_revision",
+    "cached_texts",
     "check_document",
     "delete_document",
     "find_document",
@@ -228,6 +232,24 @@ def referred_texts(session: Session, collection_id: int, texts: Iterable[str]) -
                 .where(DocumentRow.collection_id == collection_id, PassageRow.text_sha256.in_(batch))
             )
         )
+    return found
+
+
+def cached_texts(
+    session: Session, collection_id: int, texts: Iterable[str], fingerprint: Fingerprint, keep: Keep
+) -> set[str]:
+    """The subset of `texts` (hashes) that have a cache of this amount under this fingerprint."""
+    found: set[str] = set()
+    for batch in batches(texts):
+        rows = session.execute(
+            select(CacheRow.text_sha256, CacheRow.keep_ratio, CacheRow.n_tokens).where(
+                CacheRow.collection_id == collection_id,
+                CacheRow.fingerprint == fingerprint.digest,
+                CacheRow.text_sha256.in_(batch),
+                alive(utc_now()),
+            )
+        )
+        found.update(text for text, ratio, n_tokens in rows if keep.fits(ratio, n_tokens, fingerprint))
     return found
 
 

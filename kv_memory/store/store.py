@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from sqlalchemy import exists, select, update
+from sqlalchemy import select, update
 
 from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.cache.keep import Keep
@@ -21,7 +21,7 @@ from kv_memory.store.blobs.remote import ObjectBlobs
 from kv_memory.store.blobs.verified import VerifiedBlobs
 from kv_memory.store.caches import CacheTable, cache_info
 from kv_memory.store.collection import Collection
-from kv_memory.store.eviction import Limits, alive, read_limits, write_limits
+from kv_memory.store.eviction import Limits, read_limits, write_limits
 from kv_memory.store.open_parts import StoreParts, find_collection, open_parts
 from kv_memory.store.prefixes import Prefixes
 from kv_memory.store.purge import PurgeReport, purge
@@ -33,7 +33,7 @@ from kv_memory.store.records import (
     StoreStats,
 )
 from kv_memory.store.sql.catalog import Catalog
-from kv_memory.store.sql.schema import CacheRow, PassageRow, utc_now
+from kv_memory.store.sql.schema import CacheRow, PassageRow
 from kv_memory.store.transfer.archive_reader import ArchiveReader
 from kv_memory.store.transfer.export import export_collection
 from kv_memory.store.transfer.importer import import_collection
@@ -201,63 +201,41 @@ class Store(Collection):
         Args:
             text_sha256: SHA-256 hex digest of the UTF-8 text.
             fingerprint: Fingerprint that the cache was made under.
-            keep_ratio: Keep ratio of the cache, or a `Keep`, which gives the keep ratio for this text.
+            keep_ratio: Keep ratio of the cache. A `Keep` prefers the cache of this amount, and else takes the newest
+                one: documents of one collection may have been added at several amounts.
 
         Raises:
-            CacheNotFoundError: The text has no cache at this keep ratio; the message names the keep ratios it has.
+            CacheNotFoundError: The text has no such cache; the message names the keep ratios it has.
             FingerprintMismatchError: The cache was made under another fingerprint; the message names the differences.
             CorruptCacheError: The blob is damaged. It is quarantined, and `missing` lists the passage again.
-            BudgetError: The budget of a `Keep` is too small for this text.
         """
-        return self._cache_table.get(text_sha256, fingerprint, self.keep_ratio_of(text_sha256, fingerprint, keep_ratio))
+        return self._cache_table.get(text_sha256, fingerprint, keep_ratio)
 
     def has(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> bool:
-        """Whether the catalog has such a cache; the blob is not checked."""
-        ratio = self.keep_ratio_of(text_sha256, fingerprint, keep_ratio)
-        return ratio is not None and self._cache_table.has(text_sha256, fingerprint, ratio)
+        """Whether `get` would find a cache; the blob is not checked."""
+        return self._cache_table.has(text_sha256, fingerprint, keep_ratio)
 
     def sound(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> bool:
-        """Whether such a cache exists with a sound blob; nothing is quarantined, which `get` and `check` do."""
-        ratio = self.keep_ratio_of(text_sha256, fingerprint, keep_ratio)
-        return ratio is not None and self._cache_table.sound(text_sha256, fingerprint, ratio)
+        """Whether `get` would find a sound cache; nothing is quarantined, which `get` and `check` do."""
+        return self._cache_table.sound(text_sha256, fingerprint, keep_ratio)
 
-    def keep_ratio_of(self, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep) -> float | None:
-        """The keep_ratio that `keep` gives for a text; None if that needs its length and no cache records it.
-
-        Raises:
-            BudgetError: The budget is too small for this text.
-        """
-        if not isinstance(keep, Keep):
-            return keep
-        if keep.keep_ratio is not None:
-            return keep.keep_ratio
-        n_tokens = self._cache_table.n_tokens(text_sha256, fingerprint)
-        return None if n_tokens is None else keep.ratio_for(n_tokens, fingerprint)
+    def keep_ratio_of(self, text_sha256: str, fingerprint: Fingerprint, keep: Keep) -> float | None:
+        """The keep ratio of the cache that `get` would find; None without one."""
+        return self._cache_table.keep_ratio_of(text_sha256, fingerprint, keep)
 
     def missing(self, fingerprint: Fingerprint, keep_ratio: float | Keep) -> list[StoredPassage]:
         """The passages without a cache under these settings, ordered by document id and ordinal."""
-        within = keep_ratio if isinstance(keep_ratio, Keep) else Keep(keep_ratio=keep_ratio)
-        caches = (
-            CacheRow.collection_id == self._collection_id,
-            CacheRow.fingerprint == fingerprint.digest,
-            alive(utc_now()),
-        )
+        keep = keep_ratio if isinstance(keep_ratio, Keep) else Keep(keep_ratio=keep_ratio)
         passages = documents.select_passages(self._collection_id)
         with self._catalog.read() as session:
-            if within.keep_ratio is not None:
-                same = exists().where(
-                    *caches, CacheRow.text_sha256 == PassageRow.text_sha256, CacheRow.keep_ratio == within.keep_ratio
-                )
-                return documents.stored_passages(session, passages.where(~same))
-            rows = session.execute(select(CacheRow.text_sha256, CacheRow.keep_ratio, CacheRow.n_tokens).where(*caches))
-            cached = {key for key, ratio, n_tokens in rows if within.fits(ratio, n_tokens, fingerprint)}
             texts = set(session.scalars(passages.with_only_columns(PassageRow.text_sha256).order_by(None)))
+            texts -= documents.cached_texts(session, self._collection_id, texts, fingerprint, keep)
             found = [
                 passage
-                for batch in documents.batches(sorted(texts - cached))
+                for batch in documents.batches(sorted(texts))
                 for passage in documents.stored_passages(session, passages.where(PassageRow.text_sha256.in_(batch)))
             ]
-            return sorted(found, key=lambda passage: (passage.document_id, passage.ordinal))
+        return sorted(found, key=lambda passage: (passage.document_id, passage.ordinal))
 
     def delete(
         self, text_sha256: str, *, fingerprint: Fingerprint | None = None, keep_ratio: float | None = None

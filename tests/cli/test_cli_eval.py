@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from kv_memory.cli.options import ratio_of
-from kv_memory.errors import ConfigError
 from tests.cli.ran import Ran
 from tests.evaluate.conftest import prose, write
 
@@ -124,17 +122,6 @@ def test_a_report_without_results_is_an_error(kv: Kv) -> None:
     done = kv("report", "nowhere", "--json")
     assert done.code == 1
     assert done.json["error"]["error"] == "DatasetError"
-
-
-@pytest.mark.parametrize(("text", "value"), [("0.25", 0.25), ("1/4", 0.25), ("1", 1.0), (" 1/32 ", 1 / 32)])
-def test_valid_ratios(text: str, value: float) -> None:
-    assert ratio_of(text) == value
-
-
-@pytest.mark.parametrize("text", ["", "a", "1/4/2", "nan", "-1/4", "0"])
-def test_invalid_ratios_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError):
-        ratio_of(text)
 
 
 def test_questions_from_a_file(kv: Kv, tiny: Path, options: list[str], tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ __all__ = ["log"]  # a fixture
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SIGKILL, /proc")
 Make = Callable[..., Job]
-_PER_JOB = 40
 
 
 def children(parent: int) -> list[int]:
@@ -41,7 +40,9 @@ def children(parent: int) -> list[int]:
     return found
 
 
-def kill_at_random(store: Store, new_job: Make, folder: Path, log: Path, *, n_kills: int) -> dict[str, int]:
+def kill_at_random(
+    store: Store, new_job: Make, folder: Path, log: Path, *, n_kills: int, n_per_job: int = 40
+) -> dict[str, int]:
     """Run jobs, one behind the other, while drivers and workers are killed; what was lost, and what done twice."""
     chance = random.Random(n_kills)
     ledger, kills, n_jobs = Ledger(store), Counter[str](), 0
@@ -55,7 +56,7 @@ def kill_at_random(store: Store, new_job: Make, folder: Path, log: Path, *, n_ki
                     driver.wait(timeout=60)
                 if sum(kills.values()) >= n_kills:
                     break
-                write_notes(folder / f"job-{n_jobs}", _PER_JOB, start=n_jobs * _PER_JOB)
+                write_notes(folder / f"job-{n_jobs}", n_per_job, start=n_jobs * n_per_job)
                 # Killed at random, a document may have bad luck more often than three times.
                 job = new_job(folder / f"job-{n_jobs}", name=f"job-{n_jobs}", max_attempts=1000)
                 n_jobs += 1
@@ -81,7 +82,7 @@ def kill_at_random(store: Store, new_job: Make, folder: Path, log: Path, *, n_ki
                     if victim == driver.pid:
                         driver.wait()
                     killed.append(victim)
-    total = n_jobs * _PER_JOB
+    total = n_jobs * n_per_job
     failed = sum(ledger.counts(job).failed for job in ledger.jobs())
     assert all(ledger.counts(job).open == 0 for job in ledger.jobs())
     caches = Counter(info.text_sha256 for info in store.caches())
@@ -117,9 +118,9 @@ def test_few_random_kills_lose_and_repeat_nothing(
 ) -> None:
     monkeypatch.setenv("ODD_SLEEP_S", "0.1")
     (tmp_path / "notes").mkdir()
-    found = kill_at_random(store, new_job, tmp_path / "notes", log, n_kills=4)
+    found = kill_at_random(store, new_job, tmp_path / "notes", log, n_kills=3, n_per_job=20)
     assert (found["lost_documents"], found["done_twice"]) == (0, 0)
-    assert found["kills"] >= 4
+    assert found["kills"] >= 3
 
 
 @pytest.mark.stress

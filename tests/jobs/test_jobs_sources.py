@@ -24,10 +24,9 @@ from kv_memory.errors import (
     UnreadableDocumentError,
 )
 from kv_memory.jobs import JobSettings
-from kv_memory.jobs.item import ReadItem, SourceItem
 from kv_memory.jobs.sources import Sources, name_of, parse_sources
-from kv_memory.jobs.sources.files import path_of, uri_of
-from kv_memory.jobs.sources.rows import Fields
+from kv_memory.jobs.sources.base import Fields, ReadItem, SourceItem, uri_of
+from kv_memory.jobs.sources.files import path_of
 
 SETTINGS = JobSettings(memory={})
 
@@ -385,7 +384,7 @@ def test_docstore_is_read_in_chunks(docstore: tuple[Path, dict[str, Any]], monke
     path, expected = docstore
     pretty = path.with_name("pretty.json")
     pretty.write_text(json.dumps(json.loads(path.read_text()), indent=3))
-    monkeypatch.setattr("kv_memory.jobs.sources.docstore._CHUNK_BYTES", 7)
+    monkeypatch.setattr("kv_memory.jobs.sources.docstore._CHUNK_CHARS", 7)
     assert texts(read_all(sources_of(pretty))).items() >= expected.items()
 
 

@@ -142,7 +142,7 @@ def test_nothing_is_deleted_if_a_folder_cannot_be_listed(
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr("kv_memory.jobs.sources.files.os.scandir", refuse)
+    monkeypatch.setattr("kv_memory.documents.loaders.os.scandir", refuse)
     ended = run(new_job(sync=synced))
     assert (ended.deleted, ended.failed) == (0, 1)
     assert len(store.documents()) == 13

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+from contextlib import closing
 from typing import Any
 
 from kv_memory.ingest.pipeline import IngestPipeline
 from kv_memory.jobs import Job
-from kv_memory.jobs.engines.base import WorkerEnd
+from kv_memory.jobs.engines import WorkerEnd
+from kv_memory.jobs.leases import LiveWorkers, TaskQueue
 from kv_memory.jobs.records import worker_name
+from kv_memory.jobs.sources import Sources
 from kv_memory.jobs.worker import error_of, work
 from kv_memory.store import Store
 
@@ -38,9 +41,9 @@ class _Gated:
         self._pipeline = pipeline
         self._gate = gate
 
-    def add_one(self, *args: Any, **options: Any) -> Any:
+    def add(self, *args: Any, **options: Any) -> Any:
         self._gate.wait()
-        return self._pipeline.add_one(*args, **options)
+        return self._pipeline.add(*args, **options)
 
     def add_passages(self, *args: Any, **options: Any) -> Any:
         self._gate.wait()
@@ -74,21 +77,24 @@ class ThreadEngine:
     def n_workers(self) -> int:
         return len(self._threads)
 
-    def stop(self) -> list[WorkerEnd]:
+    def stop(self) -> None:
         self._stopping.set()
         if self._gate is not None:
             self._gate.open()
         for _, thread in self._threads:
             thread.join()
-        ended = [self._end(name) for name, _ in self._threads]
         self._threads = []
-        return ended
 
     def _end(self, name: str) -> WorkerEnd:
         return WorkerEnd(worker=name, reason="ended", error=self._errors.get(name))
 
     def _work(self, job: Job, name: str) -> None:
         try:
-            work(self._store, job, name, self._pipeline, alone=self._stopping.is_set)
+            with (
+                LiveWorkers(self._store).hold_worker_lock(name),
+                closing(Sources(job.sources["items"], job.settings)) as sources,
+                TaskQueue(self._store, job.id, name) as queue,
+            ):
+                work(queue, sources, self._pipeline, alone=self._stopping.is_set)
         except Exception as error:
             self._errors[name] = error_of(error)

@@ -1,1 +1,59 @@
 """Engines that run the workers: as processes of this machine, or on Ray."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Protocol
+
+from kv_memory.jobs.records import Job
+
+__all__ = ["Engine", "WorkerEnd", "n_cores", "threads_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerEnd:
+    """The end of a worker.
+
+    Attributes:
+        worker: Name of the worker in the ledger.
+        reason: Reason of the end, for display.
+        n_deaths: Number of processes that died as this worker, without an `error`; 0 for a normal end.
+        error: Error that keeps every worker from processing documents, in the form of `KVMemoryError.to_dict`; None
+            for any other end.
+    """
+
+    worker: str
+    reason: str
+    n_deaths: int = 0
+    error: dict[str, str | None] | None = None
+
+
+class Engine(Protocol):
+    """Keeps workers running; the workers claim their documents from the ledger themselves."""
+
+    def poll(self, job: Job, *, n_open: int) -> list[WorkerEnd]:
+        """Start missing workers, no more than there are open documents; return those that have ended.
+
+        Args:
+            job: Job that the workers process.
+            n_open: Number of documents pending or in progress.
+        """
+
+    def n_workers(self) -> int:
+        """Number of running workers."""
+
+    def stop(self) -> None:
+        """Stop all workers soon, and kill those that do not release their documents."""
+
+
+def n_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_of(share: float) -> int:
+    """Number of threads for a worker with this share of the cores; `OMP_NUM_THREADS` if that is lower."""
+    most = max(1, int(share))
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(most, int(asked)) if asked.isdigit() and int(asked) else most

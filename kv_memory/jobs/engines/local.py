@@ -20,25 +20,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from kv_memory.errors import ConfigError
-from kv_memory.jobs.engines.base import WorkerEnd
+from kv_memory.jobs.engines import WorkerEnd, n_cores, threads_of
 from kv_memory.jobs.leases import LEASE_S
 from kv_memory.jobs.records import Job, worker_name
 
-__all__ = ["LocalEngine", "threads_of"]
+__all__ = ["LocalEngine"]
 
 _WORKER = (sys.executable, "-m", "kv_memory.jobs.worker")
-_FATAL = 3  # exit code of kv_memory.jobs.worker; importing it here would load torch
 _PATIENCE_S = 10.0  # time for a worker to release its document
 _SAID_CHARS = 300
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-
-def threads_of(n_workers: int) -> int:
-    """Number of threads for each of `n_workers` on this machine; `OMP_NUM_THREADS` if that is lower."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = max(1, cores // n_workers)
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return min(share, int(asked)) if asked.isdigit() and int(asked) else share
 
 
 @dataclass
@@ -46,7 +37,7 @@ class _Process:
     name: str
     number: int
     process: subprocess.Popen[bytes]
-    said: IO[bytes]  # standard output: an error that does not concern a document
+    said: IO[bytes]  # standard output: how it ended
     noise: IO[bytes]  # standard error: the output of a library before it crashes
 
 
@@ -81,14 +72,13 @@ class LocalEngine:
         self._most = n_workers
         self._lease_s = lease_s
         self._command = tuple(command)
-        self._threads = threads_of(n_workers)
+        self._threads = threads_of(n_cores() / n_workers)
         self._processes: list[_Process] = []
-        self._stopping = False
 
     def poll(self, job: Job, *, n_open: int) -> list[WorkerEnd]:
         """See `Engine.poll`."""
         ended = self._collect()
-        while not self._stopping and len(self._processes) < min(self._most, n_open):
+        while len(self._processes) < min(self._most, n_open):
             self._start(job)
         return ended
 
@@ -101,25 +91,19 @@ class LocalEngine:
         """Process ids of the workers."""
         return [entry.process.pid for entry in self._processes]
 
-    def stop(self) -> list[WorkerEnd]:
+    def stop(self) -> None:
         """See `Engine.stop`."""
-        patience_s = 0.0 if self._stopping else _PATIENCE_S
-        self._stopping = True
         for entry in self._processes:
             with suppress(OSError):
                 entry.process.terminate()
-        deadline = time.monotonic() + patience_s
-        ended: list[WorkerEnd] = []
+        deadline = time.monotonic() + _PATIENCE_S
         while self._processes:
-            ended += self._collect()
             if time.monotonic() > deadline:
                 for entry in self._processes:
-                    with suppress(OSError):
-                        entry.process.kill()
+                    entry.process.kill()
                     entry.process.wait()
-            else:
-                time.sleep(0.01)
-        return ended
+            self._collect()
+            time.sleep(0.01)
 
     def _start(self, job: Job) -> None:
         taken = {entry.number for entry in self._processes}
@@ -173,15 +157,11 @@ _QUIET = {
 def _end_of(entry: _Process) -> WorkerEnd:
     code = entry.process.returncode
     if code == 0:
-        return WorkerEnd(worker=entry.name, reason="ended")
-    if code == _FATAL:
-        with suppress(ValueError):
-            entry.said.seek(0)
-            error = json.loads(entry.said.read().decode().strip().splitlines()[-1])
-            return WorkerEnd(worker=entry.name, reason=str(error["what"]), error=error)
+        entry.said.seek(0)
+        return WorkerEnd(**json.loads(entry.said.read().splitlines()[-1]))
     reason = f"exit code {code}" if code > 0 else f"killed by {_signal_name(-code)}"
     said = _last_words(entry.noise)
-    return WorkerEnd(worker=entry.name, reason=f"{reason}: {said}" if said else reason, died=True)
+    return WorkerEnd(worker=entry.name, reason=f"{reason}: {said}" if said else reason, n_deaths=1)
 
 
 def _signal_name(number: int) -> str:

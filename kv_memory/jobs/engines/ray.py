@@ -1,44 +1,59 @@
-"""RayEngine: workers as actors of a Ray cluster, in a pool of Ray Data; the only file that imports ray.
+"""RayEngine: workers as actors of a Ray cluster; the only file that imports ray.
 
-A row of the data set is a turn of work. An actor takes a row, loads its model the first time, and then runs the same
-code as a worker of the local engine: it claims documents from the ledger and writes caches directly to the store, until
-no document is left. It returns a row of a few bytes. No text and no tensor passes through Ray, and the ledger remains
-the checkpoint: the checkpoint of Ray Data requires sources and sinks that are files on a shared disk. Documents as rows
-were rejected: an actor receives a block of them, and at the end the others wait for the actor with the last block.
+An actor runs the same code as a worker of the local engine: it claims documents from the ledger and writes caches
+directly to the store, until the job ends. No text and no tensor passes through Ray, and the ledger remains the
+checkpoint. Ray Data was rejected: its checkpoint requires sources and sinks that are files on a shared disk, and at the
+end of a job its actors wait for the one with the last block of documents.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
 import math
 import os
 import socket
-import threading
-import time
-import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from kv_memory.errors import ConfigError, JobError
-from kv_memory.jobs.engines.actor import Actor, call_of
-from kv_memory.jobs.engines.base import WorkerEnd
-from kv_memory.jobs.engines.guard import Guard
-from kv_memory.jobs.leases import LEASE_S, LiveWorkers
-from kv_memory.jobs.ledger import Ledger
-from kv_memory.jobs.records import Job
+from kv_memory.jobs.engines import WorkerEnd, n_cores, threads_of
+from kv_memory.jobs.leases import LEASE_S
+from kv_memory.jobs.records import Job, worker_name
 from kv_memory.store import Store
 
-__all__ = ["RayEngine", "Share", "share_of"]
+__all__ = ["RayEngine", "RayWorker", "Share", "share_of"]
 
 _LOG = logging.getLogger(__name__)
+_RESTARTS = 3  # an actor whose process has died once more is replaced by the driver, which counts its deaths
 _PATIENCE_S = 10.0  # time for the actors to end after their current documents
-_FREE_S = 5.0
+_KILL_S = 5.0
 _KNOCK_S = 5.0
-_SPARE_TURNS = 16  # beyond two per actor: for actors that join late or return a turn
+_SAID_CHARS = 300
 _ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # off, as on these systems, Ray opens no port to other machines
+
+
+class RayWorker:
+    """The class of the actors."""
+
+    def run(self, path: str, **options: Any) -> dict[str, Any]:
+        """Work on a job until it ends or Ray cancels this call; return the `WorkerEnd` as a dict.
+
+        Args:
+            path: Path of the store's folder on this machine.
+            options: Further arguments of `worker.run`.
+        """
+        import ray
+
+        from kv_memory.jobs.worker import run
+
+        # A restarted actor needs a new name: the ledger frees the documents of the old one.
+        end = run(path, worker=worker_name(), alone=ray.get_runtime_context().is_canceled, **options)
+        here = f"{end.reason} (on {socket.gethostname()})"
+        error = None if end.error is None else {**end.error, "what": here}
+        return dataclasses.asdict(dataclasses.replace(end, reason=here, error=error))
 
 
 class RayEngine:
@@ -51,7 +66,7 @@ class RayEngine:
         store: Store of the job. Its folder must be at the same path on every machine of the cluster: SQLite allows
             only one machine; with PostgreSQL and an object store, run `kv-memory db init` on each. Source files must be
             at the same paths too.
-        n_workers: Maximum number of actors; as many are started as there is room for.
+        n_workers: Maximum number of actors; those for which there is no room wait for it.
         n_gpus: Number of GPUs per actor, e.g. 0.5 for two actors that share one; None for one if the cluster has any.
         lease_s: Duration of a lease in seconds, see `TaskQueue`.
 
@@ -77,93 +92,76 @@ class RayEngine:
                 next_step="Pass 1, 0.5 for two workers that share a GPU, or 0 for none.",
             )
         self._store = store
-        self._ledger = Ledger(store)
-        self._live_workers = LiveWorkers(store)
         self._most = n_workers
         self._lease_s = lease_s
-        self._name = f"ray-{uuid.uuid4().hex[:8]}"
+        self._actors: dict[Any, Any] = {}  # by the reference to the result of its `run`
         self._cluster = _join()
         try:
             self._share = share_of(self._check_machines(), n_workers=n_workers, n_gpus=n_gpus)
         except BaseException:
-            self._shut_down()
+            self._cluster.close()
             raise
-        self._run: _Run | None = None
-        self._job: Job | None = None
-        self._calling = ExitStack()  # while it is open, the actors see that the driver wants work done
-        self._freed_s = 0.0
-        self._stopping = False
 
     def poll(self, job: Job, *, n_open: int) -> list[WorkerEnd]:
-        """See `Engine.poll`; Ray replaces dead actors, so this reports returned turns and runs that broke off."""
-        ended: list[WorkerEnd] = []
-        if self._job is None:
-            self._job = job
-            self._calling.enter_context(self._store.catalog.hold(call_of(self._name)))
-        if self._run is not None:
-            ended += self._run.lost()
-            if not self._run.is_alive():
-                ended += self._ends(self._run)
-                self._run = None
-        if time.monotonic() - self._freed_s > _FREE_S:
-            self._freed_s = time.monotonic()
-            self._live_workers.free_dead(job)  # documents of dead actors; the other actors wait for them
-        if self._run is None and n_open and not self._stopping and not any(end.error for end in ended):
-            self._run = _Run(self._turns(job), self._name)
-            self._run.start()
+        """See `Engine.poll`; Ray itself restarts an actor whose process has died, a few times."""
+        import ray
+
+        running = list(self._actors)
+        done = ray.wait(running, num_returns=len(running), timeout=0)[0] if running else []
+        ended = [self._end_of(result) for result in done]
+        while len(self._actors) < min(self._most, n_open):
+            self._start(job)
         return ended
 
     def n_workers(self) -> int:
-        """See `Engine.n_workers`; the maximum while a run is active."""
-        return 0 if self._run is None else self._most
+        """See `Engine.n_workers`; actors that wait for room are included."""
+        return len(self._actors)
 
-    def stop(self) -> list[WorkerEnd]:
+    def stop(self) -> None:
         """See `Engine.stop`."""
-        patience_s = 0.0 if self._stopping else _PATIENCE_S
-        self._stopping = True
-        self._calling.close()
-        if self._run is not None:
-            self._run.join(patience_s)
-            self._run = None
-        self._shut_down()
-        if self._job is not None:
-            self._live_workers.release_all(self._job, self._name)
-        return []
-
-    def _turns(self, job: Job) -> Any:
         import ray
 
-        n_turns = 2 * self._most + _SPARE_TURNS
-        turns = ray.data.from_items([{"turn": number} for number in range(n_turns)], override_num_blocks=n_turns)
-        turns = turns.map_batches(
-            Actor,
-            fn_constructor_kwargs={
-                "path": str(self._store.path),
-                "collection": job.collection,
-                "job": job.name,
-                "driver": self._name,
-                "n_threads": self._share.n_threads,
-                "device": "auto" if self._share.n_gpus else "cpu",
-                "lease_s": self._lease_s,
-            },
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(
-                min_size=1,  # one is enough to start
-                max_size=self._most,
-                initial_size=self._most,
-                max_tasks_in_flight_per_actor=2,  # with one, Ray never notices that more actors would help
-            ),
+        running = list(self._actors)
+        if running:
+            for result in running:
+                ray.cancel(result)
+            ray.wait(running, num_returns=len(running), timeout=_PATIENCE_S)
+            for actor in self._actors.values():
+                ray.kill(actor)
+            ray.wait(running, num_returns=len(running), timeout=_KILL_S)
+            self._actors.clear()
+        self._cluster.close()
+
+    def _start(self, job: Job) -> None:
+        import ray
+
+        worker: Any = ray.remote(
             num_cpus=self._share.n_cpus,
             num_gpus=self._share.n_gpus,
+            max_restarts=_RESTARTS,
+            max_task_retries=_RESTARTS,
+        )(RayWorker)
+        actor = worker.remote()
+        result = actor.run.remote(
+            str(self._store.path),
+            collection=job.collection,
+            job=job.name,
+            n_threads=self._share.n_threads,
+            device="auto" if self._share.n_gpus else "cpu",
+            lease_s=self._lease_s,
         )
-        turns.context.enable_progress_bars = False
-        return turns
+        self._actors[result] = actor
 
-    def _ends(self, run: _Run) -> list[WorkerEnd]:
-        """The ends to report for a run that is over although documents are left."""
-        if run.fatal is not None:
-            return [WorkerEnd(worker=self._name, reason=str(run.fatal.get("what")), error=run.fatal)]
-        return [] if run.broken is None else [WorkerEnd(worker=self._name, reason=run.broken, died=True)]
+    def _end_of(self, result: Any) -> WorkerEnd:
+        import ray
+
+        actor = self._actors.pop(result)
+        try:
+            return WorkerEnd(**ray.get(result))
+        except Exception as error:  # its process has died once too often, or could not begin
+            return WorkerEnd(worker="actor", reason=_last_line(error), n_deaths=1 + _RESTARTS)
+        finally:
+            ray.kill(actor)
 
     def _check_machines(self) -> list[dict[str, float]]:
         """Check that all machines can reach the store, and return the resources of each."""
@@ -180,9 +178,6 @@ class RayEngine:
             )
         return machines
 
-    def _shut_down(self) -> None:
-        self._cluster.close()
-
 
 def _join() -> ExitStack:
     """Join the cluster; closing the returned stack leaves it, unless the application had joined it before."""
@@ -198,32 +193,26 @@ def _join() -> ExitStack:
         os.environ.setdefault(_ON_LOOPBACK, "0")  # Ray reads it at import
     try:
         import ray
-        import ray.data
     except ImportError as error:
         raise ConfigError(
             "Ray is not installed", where="engine", next_step="Run `pip install 'kv-memory[ray]'`."
         ) from error
     if ray.is_initialized():
         return left
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns about actions of Ray Data itself
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # this engine reports its errors
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with ExitStack() as joined:
         try:
             if address:
                 ray.init(address=address, **quiet)
             else:  # "local", or it would join a cluster started earlier on this machine
-                guard = Guard()
-                joined.callback(guard.close)
-                with guard.marking():
-                    ray.init(address="local", include_dashboard=False, num_cpus=_n_cores(), **quiet)
+                ray.init(address="local", include_dashboard=False, num_cpus=n_cores(), **quiet)
         except Exception as error:
             raise _no_cluster(address, error) from error
-        joined.callback(ray.shutdown)
         # Even without log_to_driver, Ray prints messages about dead nodes to standard output, among our JSON.
         internals: Any = ray._private.worker
         joined.callback(setattr, internals, "print_to_stdstream", internals.print_to_stdstream)
         internals.print_to_stdstream = _note
+        joined.callback(ray.shutdown)
         left = joined.pop_all()
     return left
 
@@ -253,13 +242,9 @@ def _no_cluster(address: str | None, error: Exception) -> JobError:
     )
 
 
-def _n_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _last_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[-1].strip()[:_SAID_CHARS]}" if lines else type(error).__name__
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,39 +287,4 @@ def share_of(machines: Sequence[Mapping[str, float]], *, n_workers: int, n_gpus:
     # A worker on a GPU takes one core at most, and leaves the others to other programs. Ray counts in 1/10,000.
     n_cpus = min(share, 1) if n_gpus or share < 1 else int(share)
     n_cpus = max(1, math.floor(n_cpus * 1e4)) / 1e4
-    return Share(n_cpus=n_cpus, n_gpus=n_gpus, n_threads=_threads_asked(max(1, int(share))))
-
-
-def _threads_asked(share: int) -> int:
-    """The smaller of `share` and `OMP_NUM_THREADS`, as for the local engine's workers."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return min(share, int(asked)) if asked.isdigit() and int(asked) else share
-
-
-class _Run(threading.Thread):
-    """A thread that iterates over a data set; each row reports how a turn ended."""
-
-    def __init__(self, dataset: Any, name: str) -> None:
-        super().__init__(name=f"{name} run", daemon=True)
-        self.fatal: dict[str, str | None] | None = None
-        self.broken: str | None = None
-        self._dataset = dataset
-        self._worker = name
-        self._lost: list[str] = []
-
-    def run(self) -> None:
-        """See `threading.Thread.run`."""
-        try:
-            for row in self._dataset.iter_rows():
-                if row["lost"]:
-                    self._lost.append(row["lost"])
-                if row["fatal"]:
-                    self.fatal = json.loads(row["fatal"])
-                    return
-        except Exception as error:
-            self.broken = _last_line(error)
-
-    def lost(self) -> list[WorkerEnd]:
-        """The turns that actors have returned since the last call."""
-        told, self._lost = self._lost, []
-        return [WorkerEnd(worker=self._worker, reason=reason, died=True) for reason in told]
+    return Share(n_cpus=n_cpus, n_gpus=n_gpus, n_threads=threads_of(share))

@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from kv_memory.errors import ConfigError, KVMemoryError, UnreadableDocumentError
-from kv_memory.jobs.item import ReadItem, Source, SourceItem
 from kv_memory.jobs.records import JobSettings
+from kv_memory.jobs.sources.base import Fields, ReadItem, Source, SourceItem
 from kv_memory.jobs.sources.docstore import DocstoreSource, is_docstore
-from kv_memory.jobs.sources.files import FileSource, is_pattern, uri_of
-from kv_memory.jobs.sources.hub import HubSource
-from kv_memory.jobs.sources.jsonl import JsonLinesSource
-from kv_memory.jobs.sources.parquet import ParquetSource
-from kv_memory.jobs.sources.rows import Fields
+from kv_memory.jobs.sources.files import FileSource, is_pattern
+from kv_memory.jobs.sources.records import HubSource, JsonLinesSource, ParquetSource
 from kv_memory.jobs.sources.sql import SqlSource, check_url
 
 __all__ = ["Sources", "name_of", "parse_sources"]
@@ -114,6 +111,19 @@ def name_of(spec: dict[str, Any]) -> str:
     return os.path.join(spec["path"], spec["glob"]) if spec.get("glob") else str(spec["path"])
 
 
+def _source_of(number: int, spec: dict[str, Any], settings: JobSettings) -> Source:
+    kind, fields = spec["kind"], Fields(id_field=settings.id_field, text_field=settings.text_field)
+    if kind == "sql":
+        return SqlSource(number, spec["url"], spec["query"], fields)
+    if kind == "hub":
+        return HubSource(spec["name"], fields)
+    if kind == "docstore":
+        return DocstoreSource(Path(spec["path"]))
+    if kind == "files":
+        return FileSource(spec["path"], glob=spec["glob"], encoding=settings.encoding)
+    return (JsonLinesSource if kind == "jsonl" else ParquetSource)(Path(spec["path"]), fields)
+
+
 class Sources:
     """All sources of a job.
 
@@ -123,20 +133,17 @@ class Sources:
     """
 
     def __init__(self, specs: Sequence[dict[str, Any]], settings: JobSettings) -> None:
-        self._specs = specs
-        self._settings = settings
-        self._fields = Fields(id_field=settings.id_field, text_field=settings.text_field)
+        self._names = [name_of(spec) for spec in specs]
+        self._sources = [_source_of(number, spec, settings) for number, spec in enumerate(specs)]
+        self._by_uri = {source.uri: source for source in self._sources}
         self._files = FileSource("", encoding=settings.encoding)
-        self._opened: dict[str, Source] = {}
 
     def items(self) -> Iterator[SourceItem]:
         """Yield the documents of all sources; a source that fails becomes an item with an error; the rest continue."""
-        for number, spec in enumerate(self._specs):
-            source = self._make(number)
+        for name, source in zip(self._names, self._sources, strict=True):
             try:
                 yield from source.items()
             except KVMemoryError as error:
-                name = name_of(spec)
                 yield SourceItem(document_id=name, uri=name, error=error.to_dict())
             finally:
                 source.close()
@@ -148,41 +155,16 @@ class Sources:
             KVMemoryError: The document cannot be read.
         """
         base, behind, _ = item.uri.partition("#")
-        if not behind:
-            return self._files.read(item)
-        if base not in self._opened:
-            number = next((n for n in range(len(self._specs)) if self._base(n) == base), None)
-            if number is None:
-                raise ConfigError(
-                    "the document is not in any source of the job",
-                    where=item.uri,
-                    next_step="Start a new job for it with `kv-memory job run`.",
-                )
-            self._opened[base] = self._make(number)
-        return self._opened[base].read(item)
+        source = self._by_uri.get(base) if behind else self._files
+        if source is None:
+            raise ConfigError(
+                "the document is not in any source of the job",
+                where=item.uri,
+                next_step="Start a new job for it with `kv-memory job run`.",
+            )
+        return source.read(item)
 
     def close(self) -> None:
         """Close the open sources."""
-        for source in self._opened.values():
+        for source in self._sources:
             source.close()
-        self._opened.clear()
-
-    def _base(self, number: int) -> str:
-        spec = self._specs[number]
-        if spec["kind"] == "sql":
-            return f"sql:{number}"
-        return f"hub:{spec['name']}" if spec["kind"] == "hub" else uri_of(Path(spec["path"]))
-
-    def _make(self, number: int) -> Source:
-        spec, kind = self._specs[number], self._specs[number]["kind"]
-        if kind == "sql":
-            return SqlSource(number, spec["url"], spec["query"], self._fields)
-        if kind == "hub":
-            return HubSource(spec["name"], self._fields)
-        if kind == "jsonl":
-            return JsonLinesSource(Path(spec["path"]), self._fields)
-        if kind == "parquet":
-            return ParquetSource(Path(spec["path"]), self._fields)
-        if kind == "docstore":
-            return DocstoreSource(Path(spec["path"]))
-        return FileSource(spec["path"], glob=spec["glob"], encoding=self._settings.encoding)

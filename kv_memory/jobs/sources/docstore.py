@@ -10,21 +10,19 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from kv_memory.documents import Document
 from kv_memory.errors import UnreadableDocumentError
-from kv_memory.jobs.item import ReadItem, SourceItem
-from kv_memory.jobs.sources.files import uri_of
-from kv_memory.jobs.sources.rows import changed
+from kv_memory.jobs.sources.base import ReadItem, Source, SourceItem, changed, uri_of
 
 __all__ = ["DocstoreSource", "is_docstore"]
 
 _DATA = "docstore/data"
 _DOCUMENT = "4"  # type of a document; any other type is a node, which is already split
-_CHUNK_BYTES = 1 << 16
-_MARKS, _ENDS = re.compile(rb'["{}\[\]]'), re.compile(rb"[,}\]]")
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_CHUNK_CHARS = 1 << 16
+_DECODER = json.JSONDecoder()
+_BAD = (OSError, ValueError, AttributeError, LookupError, TypeError)
 
 
 def is_docstore(path: Path) -> bool:
@@ -36,7 +34,7 @@ def is_docstore(path: Path) -> bool:
         return False
 
 
-class DocstoreSource:
+class DocstoreSource(Source):
     """The nodes or documents of a store.
 
     Nodes are kept whole, with the metadata for the model in front of their text, so that an index over them finds their
@@ -47,21 +45,21 @@ class DocstoreSource:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._uri = uri_of(path)
+        self.uri = uri_of(path)
+        self._path = path
 
     def items(self) -> Iterator[SourceItem]:
         """See `Source.items`; nodes without text, such as images, are skipped."""
         try:
-            for id_, raw, start, end in _entries(self.path):
-                content = _content(json.loads(raw))
+            for id_, entry, start, end in _entries(self._path):
+                content = _content(entry)
                 if content.strip():
-                    uri = f"{self._uri}#{start}-{end}"
-                    yield SourceItem(document_id=id_, uri=uri, size_bytes=len(content.encode("utf-8", "replace")))
-        except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
+                    size_bytes = len(content.encode("utf-8", "replace"))
+                    yield SourceItem(document_id=id_, uri=f"{self.uri}#{start}-{end}", size_bytes=size_bytes)
+        except _BAD as error:
             raise UnreadableDocumentError(
                 f"not a LlamaIndex document store: {error}",
-                where=str(self.path),
+                where=str(self._path),
                 next_step="Pass the docstore.json that `storage_context.persist()` wrote.",
             ) from error
 
@@ -69,7 +67,7 @@ class DocstoreSource:
         """See `Source.read`."""
         start, end = map(int, item.locator.split("-"))
         try:
-            with self.path.open("rb") as file:
+            with self._path.open("rb") as file:
                 file.seek(start)
                 entry = json.loads(file.read(end - start))
             data = _data(entry)
@@ -79,12 +77,9 @@ class DocstoreSource:
             document = Document(
                 id=item.document_id, text=_content(entry), source_uri=item.uri, metadata={**metadata, **_source(data)}
             )
-        except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
+        except _BAD as error:
             raise changed(item) from error
         return ReadItem(document=document, whole=entry.get("__type__") != _DOCUMENT)
-
-    def close(self) -> None:
-        """Do nothing; no file stays open."""
 
 
 def _data(entry: dict[str, Any]) -> dict[str, Any]:
@@ -117,104 +112,72 @@ def _source(data: dict[str, Any]) -> dict[str, str]:
     return {"ref_doc_id": str(relation["node_id"])} if relation.get("node_id") else {}
 
 
-def _entries(path: Path) -> Iterator[tuple[str, bytes, int, int]]:
-    """Yield id, JSON, start and end offset of every entry; one entry at a time is in memory."""
-    with path.open("rb") as file:
+def _entries(path: Path) -> Iterator[tuple[str, Any, int, int]]:
+    """Yield id, value, start and end offset in bytes of every entry; one entry at a time is in memory."""
+    with path.open(encoding="utf-8", newline="") as file:
         scanner = _Scanner(file)
         for key in scanner.members():
             if key != _DATA:
                 scanner.value()
                 continue
             for id_ in scanner.members():
-                raw, start = scanner.value()
-                yield id_, raw, start, start + len(raw)
+                yield id_, *scanner.value()
 
 
 class _Scanner:
-    """Scans a JSON file of nested objects, value by value."""
+    """Decodes a JSON file of nested objects, value by value."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: IO[str]) -> None:
         self._file = file
-        self._buffer = b""
-        self._base = 0  # offset of the buffer in the file
-        self._at = 0  # position in the buffer
+        self._text = ""
+        self._offset = 0  # of the text in the file, in bytes
 
     def members(self) -> Iterator[str]:
         """Yield the keys of the object that begins here; the caller must consume each value before the next key."""
-        self._expect(b"{")
-        if self._peek() == b"}":
-            self._at += 1
-            return
+        self._expect("{")
+        while self._peek() != "}":
+            yield self._key()
+            if self._peek() == ",":
+                self._expect(",")
+        self._expect("}")
+
+    def value(self) -> tuple[Any, int, int]:
+        """Decode the value that begins here; return it with its start and end offset in bytes."""
+        self._peek()
         while True:
-            raw, _ = self.value()
-            self._expect(b":")
-            yield json.loads(raw)
-            if self._peek() == b"}":
-                self._at += 1
-                return
-            self._expect(b",")
+            try:
+                value, end = _DECODER.raw_decode(self._text)
+                break
+            except ValueError:  # perhaps because there is more of it
+                self._fill()
+        start = self._offset
+        self._drop(end)
+        return value, start, self._offset
 
-    def value(self) -> tuple[bytes, int]:
-        """Consume the value that begins here; return its JSON and its offset in the file."""
-        first = self._peek()
-        self._drop()
-        if first == b'"':
-            self._string()
-        elif first in {b"{", b"["}:
-            depth = 0
-            while True:
-                mark = self._seek(_MARKS)
-                if mark == b'"':
-                    self._string()
-                    continue
-                self._at += 1
-                depth += 1 if mark in {b"{", b"["} else -1
-                if depth == 0:
-                    break
-        else:
-            self._seek(_ENDS)
-        return self._buffer[: self._at], self._base
+    def _key(self) -> str:
+        key, _, _ = self.value()
+        self._expect(":")
+        return str(key)
 
-    def _seek(self, marks: re.Pattern[bytes]) -> bytes:
-        """Advance to the next byte that matches `marks`, and return it."""
-        while (match := marks.search(self._buffer, self._at)) is None:
-            self._at = len(self._buffer)
-            self._fill(0)
-        self._at = match.start()
-        return match.group()
+    def _expect(self, mark: str) -> None:
+        if self._peek() != mark:
+            raise ValueError(f"missing {mark!r} at byte {self._offset}")
+        self._drop(1)
 
-    def _string(self) -> None:
-        while (match := _STRING.match(self._buffer, self._at)) is None:
-            self._fill(len(self._buffer) - self._at)
-        self._at = match.end()
+    def _peek(self) -> str:
+        """The next character that is not white space."""
+        while not (text := self._text.lstrip(" \t\r\n")):
+            self._fill()
+        self._drop(len(self._text) - len(text))
+        return self._text[0]
 
-    def _expect(self, mark: bytes) -> None:
-        if self._next() != mark:
-            raise ValueError(f"missing {mark.decode()!r} at byte {self._base + self._at - 1}")
+    def _drop(self, n_chars: int) -> None:
+        self._offset += len(self._text[:n_chars].encode())
+        self._text = self._text[n_chars:]
 
-    def _next(self) -> bytes:
-        mark = self._peek()
-        self._at += 1
-        return mark
-
-    def _peek(self) -> bytes:
-        """Skip white space, and return the next byte without consuming it."""
-        while True:
-            while self._at < len(self._buffer):
-                mark = self._buffer[self._at : self._at + 1]
-                if not mark.isspace():
-                    return mark
-                self._at += 1
-            self._fill(0)
-
-    def _fill(self, least: int) -> None:
-        # A string is matched from its beginning after each fill, so read at least as much again as there is of it.
-        more = self._file.read(max(_CHUNK_BYTES, least))
+    def _fill(self) -> None:
+        # A value is decoded from its beginning after each fill, so at least as much again is read as there is of it.
+        more = self._file.read(max(_CHUNK_CHARS, len(self._text)))
         if not more:
             raise ValueError("the file ends too early")
-        self._buffer += more
-
-    def _drop(self) -> None:
-        self._base += self._at
-        self._buffer = self._buffer[self._at :]
-        self._at = 0
+        self._text += more

@@ -11,22 +11,16 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from kv_memory.documents import read_file
-from kv_memory.documents.loaders import file_id
+from kv_memory.documents.loaders import file_id, walk_folder
 from kv_memory.documents.parsers import FILE_TYPES
-from kv_memory.errors import UnreadableDocumentError
-from kv_memory.jobs.item import ReadItem, SourceItem
+from kv_memory.jobs.sources.base import ReadItem, Source, SourceItem, unreadable, uri_of
 
-__all__ = ["FileSource", "is_pattern", "path_of", "uri_of"]
+__all__ = ["FileSource", "is_pattern", "path_of"]
 
 
 def is_pattern(text: str) -> bool:
     """Whether a source is a pattern of file names rather than a file or folder."""
     return globbing.has_magic(text) and not os.path.exists(text)
-
-
-def uri_of(path: Path) -> str:
-    """The uri of a file as named; links are not resolved, because the name determines the type."""
-    return path.absolute().as_uri()
 
 
 def path_of(uri: str) -> Path:
@@ -38,7 +32,7 @@ def path_of(uri: str) -> Path:
     return Path(path)
 
 
-class FileSource:
+class FileSource(Source):
     """The files below a folder, the files that match a pattern, or one file.
 
     Args:
@@ -49,58 +43,33 @@ class FileSource:
     """
 
     def __init__(self, path: str, *, glob: str | None = None, encoding: str = "utf-8") -> None:
+        self.uri = uri_of(Path(path))
         self.path = path
-        self.glob = glob
-        self.encoding = encoding
-        self.n_skipped = 0
+        self._glob = glob
+        self._encoding = encoding
 
     def items(self) -> Iterator[SourceItem]:
         """See `Source.items`; not sorted, which would hold the names of a million files in memory."""
-        self.n_skipped = 0
         if is_pattern(self.path):
             for name in globbing.iglob(self.path, recursive=True):
                 if os.path.isfile(name):
                     yield _item(Path(name))
         elif os.path.isdir(self.path):
-            yield from self._below(self.path)
+            for path, error in walk_folder(Path(self.path), self._fits):
+                yield _item(path) if error is None else _failed(path, error)
         else:
             yield _item(Path(self.path))
 
     def read(self, item: SourceItem) -> ReadItem:
         """See `Source.read`."""
-        return ReadItem(document=read_file(path_of(item.uri), encoding=self.encoding))
+        return ReadItem(document=read_file(path_of(item.uri), encoding=self._encoding))
 
-    def close(self) -> None:
-        """Do nothing; no file stays open."""
-
-    def _below(self, root: str) -> Iterator[SourceItem]:
-        folders = [root]
-        while folders:
-            folder = folders.pop()
-            try:
-                # Not os.walk, which holds all names of a folder in memory.
-                with os.scandir(folder) as entries:
-                    for entry in entries:
-                        hidden = entry.name.startswith(".")
-                        if entry.is_dir():
-                            # A link to a folder could lead back here.
-                            if hidden or entry.is_symlink():
-                                self.n_skipped += 1
-                            else:
-                                folders.append(entry.path)
-                        elif hidden or not self._fits(entry.name, os.path.relpath(entry.path, root)):
-                            self.n_skipped += 1
-                        else:
-                            yield _item(Path(entry.path))
-            except OSError as error:
-                yield _failed(Path(folder), error)
-
-    def _fits(self, name: str, below: str) -> bool:
-        if self.glob is None:
-            return os.path.splitext(name)[1].lower() in FILE_TYPES
-        if "/" not in self.glob:
-            return fnmatch.fnmatchcase(name, self.glob)
-        return re.fullmatch(_regex(self.glob), below.replace(os.sep, "/")) is not None
+    def _fits(self, path: Path) -> bool:
+        if self._glob is None:
+            return path.suffix.lower() in FILE_TYPES
+        if "/" not in self._glob:
+            return fnmatch.fnmatchcase(path.name, self._glob)
+        return re.fullmatch(_regex(self._glob), path.relative_to(self.path).as_posix()) is not None
 
 
 def _regex(pattern: str) -> str:
@@ -120,8 +89,5 @@ def _item(path: Path) -> SourceItem:
 
 
 def _failed(path: Path, error: Exception) -> SourceItem:
-    reason = getattr(error, "strerror", None) or str(error)
-    ours = UnreadableDocumentError(
-        f"cannot be read: {reason}", where=file_id(path.absolute()), next_step="Check the path and its permissions."
-    )
-    return SourceItem(document_id=file_id(path.absolute()), uri=uri_of(path), error=ours.to_dict())
+    name = file_id(path.absolute())
+    return SourceItem(document_id=name, uri=uri_of(path), error=unreadable(name, error).to_dict())

@@ -12,8 +12,7 @@ from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from kv_memory.errors import ConfigError, UnreadableDocumentError
-from kv_memory.jobs.item import ReadItem, SourceItem
-from kv_memory.jobs.sources.rows import Fields, changed
+from kv_memory.jobs.sources.base import Fields, ReadItem, Source, SourceItem, changed
 
 __all__ = ["SqlSource", "check_url"]
 
@@ -36,7 +35,7 @@ def check_url(url: str) -> str:
         ) from error
 
 
-class SqlSource:
+class SqlSource(Source):
     """The rows of a query.
 
     Reading a document does not run the query for all rows, but for one: `SELECT * FROM (QUERY) WHERE id = ...`.
@@ -50,8 +49,8 @@ class SqlSource:
     """
 
     def __init__(self, number: int, url: str, query: str, fields: Fields) -> None:
-        self.where = check_url(url)
-        self._number = number
+        self._where = check_url(url)
+        self.uri = f"sql:{number}"
         self._url = url
         self._query = query.strip().rstrip(";")
         self._fields = fields
@@ -66,7 +65,7 @@ class SqlSource:
                     text(f"SELECT kv_rows.{key} FROM ({self._query}) AS kv_rows")
                 )
                 for (value,) in rows:
-                    yield SourceItem(document_id=str(value), uri=f"sql:{self._number}#{_written(value)}")
+                    yield SourceItem(document_id=str(value), uri=f"{self.uri}#{_written(value)}")
         except SQLAlchemyError as error:
             raise self._failed(error) from error
 
@@ -99,7 +98,7 @@ class SqlSource:
             except (NoSuchModuleError, ImportError) as error:
                 raise ConfigError(
                     f"no driver for this database is installed: {error}",
-                    where=self.where,
+                    where=self._where,
                     next_step="Install the driver that SQLAlchemy names, e.g. `pip install 'kv-memory[postgres]'`.",
                 ) from error
         return self._engine
@@ -111,7 +110,7 @@ class SqlSource:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         return UnreadableDocumentError(
             f"the query failed: {reason}",
-            where=self.where,
+            where=self._where,
             next_step="Try it in the database's own shell. It must return the columns of --id-field and --text-field.",
         )
 

@@ -53,7 +53,7 @@ def test_without_references_it_is_an_ordinary_chat_model(memory: KVMemory, llm: 
         Turn("assistant", "Hello."),
         Turn("user", "Who are you?"),
     ]
-    message, reply = llm.invoke(history), memory.reader.reply_alone(turns, settings=SETTINGS).reply
+    message, reply = llm.invoke(history), memory.reader.reply_alone(turns, settings=SETTINGS).answer
     assert message.content == reply.text.strip() != ""
     assert usage(message) == (reply.n_prompt_tokens, reply.n_cached_tokens, reply.n_new_tokens)
     metadata = message.response_metadata
@@ -63,7 +63,7 @@ def test_without_references_it_is_an_ordinary_chat_model(memory: KVMemory, llm: 
 
 def test_references_are_answered_from_caches(memory: KVMemory, llm: ChatKVMemory, wide: Any) -> None:
     references = [Reference.parse(FERRY_ID), Reference.parse(LAMP_ID)]
-    reply = memory.reader.reply([Turn("user", FERRY_QUESTION)], references, settings=SETTINGS).reply
+    reply = memory.reader.reply([Turn("user", FERRY_QUESTION)], references, settings=SETTINGS).answer
     with recorded_inputs(wide) as inputs:
         message = llm.invoke(FERRY_QUESTION, kv_ids=[FERRY_ID, LAMP_ID])
     assert message.content == reply.text.strip()
@@ -75,7 +75,7 @@ def test_references_are_answered_from_caches(memory: KVMemory, llm: ChatKVMemory
 
 
 def test_an_empty_reference_list_still_uses_the_cached_prefix(memory: KVMemory, llm: ChatKVMemory) -> None:
-    reply = memory.reader.reply([Turn("user", "Hello")], settings=SETTINGS).reply
+    reply = memory.reader.reply([Turn("user", "Hello")], settings=SETTINGS).answer
     assert usage(llm.invoke("Hello", kv_ids=[])) == (reply.n_prompt_tokens, reply.n_cached_tokens, 4)
 
 

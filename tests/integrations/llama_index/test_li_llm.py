@@ -77,7 +77,7 @@ async def test_all_call_forms_answer_from_caches_like_the_reader(memory: KVMemor
     options = {**SAMPLED, "seed": seed}
     references = [Reference(key=key_of(text)) for text in (FERRY, LAMP)]
     turns = [Turn("user", FERRY_QUESTION)]
-    expected = memory.reader.reply(turns, references, settings=settings_of(options)).reply
+    expected = memory.reader.reply(turns, references, settings=settings_of(options)).answer
     found = await every_form(llm, FERRY_QUESTION, kv_ids=keys_of(FERRY, LAMP), **options)
     assert {form: text_of(response) for form, response in found.items()} == dict.fromkeys(found, expected.text.strip())
     for response in found.values():
@@ -91,7 +91,7 @@ async def test_all_call_forms_answer_from_caches_like_the_reader(memory: KVMemor
 
 
 async def test_all_call_forms_answer_without_references_like_the_reader(memory: KVMemory, llm: KVMemoryLLM) -> None:
-    expected = memory.reader.reply_alone([Turn("user", FERRY_QUESTION)], settings=settings_of(SAMPLED)).reply
+    expected = memory.reader.reply_alone([Turn("user", FERRY_QUESTION)], settings=settings_of(SAMPLED)).answer
     found = await every_form(llm, FERRY_QUESTION, **SAMPLED)
     assert {form: text_of(response) for form, response in found.items()} == dict.fromkeys(found, expected.text.strip())
 

@@ -1,20 +1,85 @@
-"""Records as documents: the fields for text and id, and the metadata that is kept."""
+"""Sources: small items, possibly millions of them, the documents read from them, and the fields of records."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
+from pathlib import Path
 from typing import Any
 
 from kv_memory.documents import Document
 from kv_memory.documents.encoding import normalise_newlines
 from kv_memory.errors import UnreadableDocumentError
-from kv_memory.jobs.item import ReadItem, SourceItem
 
-__all__ = ["Fields", "changed"]
+__all__ = ["Fields", "ReadItem", "Source", "SourceItem", "changed", "unreadable", "uri_of"]
 
 _MOST_CHARS = 1000  # longest value kept as metadata; longer ones are texts themselves
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceItem:
+    """A document of a source, without its text.
+
+    Attributes:
+        document_id: Id of the document in the collection.
+        uri: Address from which a worker reads this document: `file:///a.md`, `file:///a.jsonl#BYTE OFFSET`.
+        size_bytes: Size of the source in bytes; 0 if unknown. Larger documents are processed first, so that none is
+            left alone at the end, and consecutive documents have about the same length.
+        error: Error found while listing the source, in the form of `KVMemoryError.to_dict`; None if it can be read.
+    """
+
+    document_id: str
+    uri: str
+    size_bytes: int = 0
+    error: dict[str, str | None] | None = None
+
+    @property
+    def locator(self) -> str:
+        """The place of the document in its source: the part of the uri after the `#`."""
+        return self.uri.partition("#")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadItem:
+    """A document read by a worker.
+
+    Attributes:
+        document: Document with its text.
+        whole: True if the document is already a passage and must not be split.
+    """
+
+    document: Document
+    whole: bool = False
+
+
+class Source:
+    """A source of documents.
+
+    Attributes:
+        uri: Beginning of the uris of its documents, up to the `#`.
+    """
+
+    uri: str
+
+    def items(self) -> Iterator[SourceItem]:
+        """Yield every document; only a few are in memory at a time.
+
+        Raises:
+            KVMemoryError: The source as a whole cannot be read, or its reading breaks off.
+        """
+        raise NotImplementedError
+
+    def read(self, item: SourceItem) -> ReadItem:
+        """Read one document.
+
+        Raises:
+            KVMemoryError: The document no longer exists, or is not text.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Release files and connections."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +134,19 @@ def changed(item: SourceItem) -> UnreadableDocumentError:
         where=f"{item.document_id} at {item.uri}",
         next_step="Start a new job for it; documents that are already stored cost almost nothing.",
     )
+
+
+def unreadable(name: str | Path, error: Exception) -> UnreadableDocumentError:
+    """The error for a file or folder that cannot be read."""
+    reason = getattr(error, "strerror", None) or error
+    return UnreadableDocumentError(
+        f"cannot be read: {reason}", where=str(name), next_step="Check the path and its permissions."
+    )
+
+
+def uri_of(path: Path) -> str:
+    """The uri of a file as named; links are not resolved, because the name determines the type."""
+    return path.absolute().as_uri()
 
 
 def _is_short(value: Any) -> bool:
