@@ -32,9 +32,9 @@ from kv_memory.jobs import JobSettings, Ledger
 from kv_memory.jobs.driver import JobRequest, create_job, drive
 from kv_memory.jobs.engines.local import LocalEngine, threads_of
 from kv_memory.jobs.events import Event, JobEnded
+from kv_memory.jobs.schema import TaskRow
 from kv_memory.settings import MemorySettings, resolve_settings
 from kv_memory.store import Store
-from kv_memory.store.sql.schema import TaskRow
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 

@@ -19,11 +19,13 @@ from kv_memory.errors import JobError, JobNotFoundError
 from kv_memory.jobs.item import SourceItem, duplicate_error
 from kv_memory.jobs.leases import count_of, locks_reach
 from kv_memory.jobs.records import Counts, FailedTask, Job, JobSettings
+from kv_memory.jobs.schema import JobRow, TaskRow
 from kv_memory.model.embedded import recorded_settings
 from kv_memory.store import Store
-from kv_memory.store.sql.schema import CollectionRow, JobRow, TaskRow, utc_now
+from kv_memory.store.documents import batches
+from kv_memory.store.sql.schema import CollectionRow, utc_now
 
-__all__ = ["Ledger"]
+__all__ = ["Ledger", "forget_documents"]
 
 
 class Ledger:
@@ -306,6 +308,14 @@ class Ledger:
     def _update(self, job: Job, **values: Any) -> None:
         with self._catalog.write() as session:
             session.execute(update(JobRow).where(JobRow.id == job.id).values(**values, updated_at=utc_now()))
+
+
+def forget_documents(store: Store, ids: Sequence[str]) -> None:
+    """Delete the tasks of these documents from all jobs of the collection; `Store.purge` then wipes their bytes."""
+    jobs = select(JobRow.id).where(JobRow.collection_id == store.collection_id)
+    with store.catalog.write() as session:
+        for batch in batches(ids):
+            session.execute(delete(TaskRow).where(TaskRow.document_id.in_(batch), TaskRow.job_id.in_(jobs)))
 
 
 _ANEW = "Start a new job with `kv-memory job run`; documents that are already stored cost almost nothing."

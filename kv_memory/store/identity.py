@@ -24,7 +24,7 @@ def check_identity(row: CacheRow, *, text_sha256: str | None, fingerprint: Finge
 
     Args:
         row: Catalog row of the cache.
-        text_sha256: Text hash recorded in the blob; None in blobs of the first versions, which do not record it.
+        text_sha256: Text hash recorded in the blob; None if the blob was not written by a store.
         fingerprint: Fingerprint recorded in the blob.
         keep_ratio: Keep ratio recorded in the blob.
 
@@ -32,7 +32,7 @@ def check_identity(row: CacheRow, *, text_sha256: str | None, fingerprint: Finge
         MisfiledError: Blob and row differ.
     """
     for name, said, wanted in (
-        ("text", text_sha256 or row.text_sha256, row.text_sha256),
+        ("text", text_sha256, row.text_sha256),
         ("fingerprint", fingerprint.digest, row.fingerprint),
         ("keep_ratio", keep_ratio, row.keep_ratio),
     ):

@@ -23,7 +23,7 @@ from kv_memory.store.caches import CacheTable
 from kv_memory.store.error_mapping import mapped
 from kv_memory.store.sql.catalog import Catalog
 from kv_memory.store.sql.engine import scrub_sqlite
-from kv_memory.store.sql.schema import CacheRow, FingerprintRow, JobRow, PrefixRow, TaskRow
+from kv_memory.store.sql.schema import CacheRow, FingerprintRow, PrefixRow
 
 __all__ = ["PurgeReport", "index_folder", "purge"]
 
@@ -80,9 +80,6 @@ def purge(
             for id_ in chosen:
                 dropped |= documents.delete_document(session, collection_id, id_)
             keys.update(cache_table.retire(session, dropped))
-            jobs = select(JobRow.id).where(JobRow.collection_id == collection_id)
-            for batch in documents.batches(chosen):
-                session.execute(delete(TaskRow).where(TaskRow.document_id.in_(batch), TaskRow.job_id.in_(jobs)))
             session.execute(delete(FingerprintRow).where(FingerprintRow.digest.not_in(select(CacheRow.fingerprint))))
             documents.bump_revision(session, collection_id)
     freed_bytes, n_shared = 0, 0

@@ -403,10 +403,11 @@ class Store(Collection):
         """Delete documents so that no file of the store holds a byte of them or their caches any more.
 
         Unlike `delete_document` it also empties the quarantine, removes the collection's index until the next
-        question, removes the documents from the job ledger, and rewrites the databases and truncates their logs (on
-        PostgreSQL `VACUUM FULL`). Caches of equal texts in other collections stay. Not reached are backups, the log
-        of a PostgreSQL server, versions kept by a bucket, copies on other machines (purge there too, without an id),
-        and the medium under the file system.
+        question, and rewrites the databases and truncates their logs (on PostgreSQL `VACUUM FULL`). Caches of equal
+        texts in other collections stay. The ledger of jobs has ids of documents too: call
+        `kv_memory.jobs.ledger.forget_documents` before, as `kv-memory remove --purge` does. Not reached are backups,
+        the log of a PostgreSQL server, versions kept by a bucket, copies on other machines (purge there too, without
+        an id), and the medium under the file system.
 
         Args:
             ids: Ids of documents. Without any, data of documents deleted earlier is purged.

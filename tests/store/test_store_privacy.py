@@ -15,11 +15,12 @@ from sqlalchemy import insert, select
 from store_samples import FINGERPRINT, OTHER, blob_file, document, equal, make_cache, sha
 
 from kv_memory.errors import CorruptCacheError, DocumentNotFoundError, KVMemoryError, StoreLockedError
+from kv_memory.jobs.ledger import forget_documents
+from kv_memory.jobs.schema import JobRow, TaskRow
 from kv_memory.memory import KVMemory
 from kv_memory.retrieval.bm25 import CollectionIndex
 from kv_memory.store import Store
 from kv_memory.store.sql import engine
-from kv_memory.store.sql.schema import JobRow, TaskRow
 from tests.memories import FERRY, FERRY_QUESTION, LAMP_QUESTION, SETTINGS, open_memory
 
 RunScript = Callable[..., Any]
@@ -123,6 +124,7 @@ def test_purging_leaves_no_bytes_of_a_document(store: Store) -> None:
         for id_ in ("secret-id-0123456789", "public-id-0123456789"):
             session.execute(insert(TaskRow).values(job_id=job.id, document_id=id_, uri=f"file:///{id_}", state="done"))
     assert held(store.path, secret | public) == set(secret | public)
+    forget_documents(store, ["secret-id-0123456789"])
     report = store.purge("secret-id-0123456789")
     assert (report.documents, report.n_blobs, report.n_blobs_shared) == (("secret-id-0123456789",), 1, 0)
     assert report.freed_bytes > 1000

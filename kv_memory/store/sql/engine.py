@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_random_exponential
@@ -21,7 +21,6 @@ from kv_memory.errors import ConfigError, StoreLockedError
 from kv_memory.store.error_mapping import mapped, refused_login
 from kv_memory.store.fs import private_opener
 from kv_memory.store.sql.locks import FileLocks, PostgresLocks
-from kv_memory.store.sql.schema import Base
 
 __all__ = ["Database", "PostgresDatabase", "SQLiteDatabase", "open_database", "scrub_sqlite"]
 
@@ -212,7 +211,7 @@ class PostgresDatabase:
         """Rewrite the tables, each locked meanwhile; the server's log and backups are up to its operator."""
         # A plain VACUUM leaves the bytes of deleted rows in place until new rows overwrite them.
         with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            for table in Base.metadata.tables:
+            for table in inspect(connection).get_table_names(schema=self.schema):  # other layers' tables too
                 connection.execute(text(f'VACUUM (FULL) "{table}"'))
 
     def lock(self, connection: Connection) -> None:
