@@ -24,7 +24,7 @@ from kv_memory.jobs.sources import Sources
 from kv_memory.jobs.sources.files import FileSource, path_of
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
-from kv_memory.store.eviction import alive
+from kv_memory.store.documents import alive
 from kv_memory.store.sql.schema import CacheRow, DocumentRow, FingerprintRow, PassageRow, utc_now
 
 __all__ = ["Discovery", "Seen", "check_folder", "is_current", "known_fingerprint", "unseen"]

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from kv_memory.store.eviction import Limits
-from kv_memory.store.purge import PurgeReport
 from kv_memory.store.records import (
     CacheInfo,
     CheckReport,
@@ -14,6 +13,7 @@ from kv_memory.store.records import (
     DocumentSummary,
     GcReport,
     PassageRecord,
+    PurgeReport,
     StoredPassage,
     StoreStats,
 )

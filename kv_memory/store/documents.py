@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from typing import TypeVar
 
-from sqlalchemy import ColumnElement, Select, delete, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, Select, delete, exists, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from kv_memory.errors import ConfigError, DocumentNotFoundError, EncodingError
@@ -15,6 +16,7 @@ from kv_memory.store.records import DocumentRecord, DocumentSummary, PassageReco
 from kv_memory.store.sql.schema import CacheRow, CollectionRow, DocumentRow, OptionRow, PassageRow, utc_now
 
 __all__ = [
+    "alive",
     "batches",
     "bump_revision",
     "check_document",
@@ -23,7 +25,8 @@ __all__ = [
     "has_texts",
     "list_documents",
     "load_document",
-    "referred_texts",
+    "place_of",
+    "retire_caches",
     "select_passages",
     "stored_passages",
     "unreferenced",
@@ -194,14 +197,25 @@ def list_documents(session: Session, collection_id: int) -> list[DocumentSummary
     ]
 
 
-def select_passages(collection_id: int) -> Select[PassageRow, DocumentRow]:
-    """A query for a collection's passages, ordered by document id and ordinal; the caller may narrow it."""
-    return (
+def select_passages(collection_id: int, document_id: str | None = None) -> Select[PassageRow, DocumentRow]:
+    """A query for the passages of a collection, or of one document, by document id and ordinal; it may be narrowed."""
+    passages = (
         select(PassageRow, DocumentRow)
         .join(DocumentRow, DocumentRow.id == PassageRow.document_pk)
         .where(DocumentRow.collection_id == collection_id)
         .order_by(DocumentRow.document_id, PassageRow.ordinal)
     )
+    return passages if document_id is None else passages.where(DocumentRow.document_id == document_id)
+
+
+def place_of(session: Session, collection_id: int, text_sha256: str) -> str:
+    """Where a text stands, for errors: its document and passage, or its hash."""
+    passages = select_passages(collection_id).where(PassageRow.text_sha256 == text_sha256)
+    found = session.execute(passages.limit(1)).first()
+    if found is None:
+        return f"text {text_sha256}"
+    passage, document = found
+    return f"document {document.document_id!r}, passage {passage.ordinal}"
 
 
 def stored_passages(session: Session, statement: Select[PassageRow, DocumentRow]) -> list[StoredPassage]:
@@ -220,18 +234,18 @@ def stored_passages(session: Session, statement: Select[PassageRow, DocumentRow]
     ]
 
 
-def referred_texts(session: Session, collection_id: int, texts: Iterable[str]) -> set[str]:
-    """The subset of `texts` (hashes) that passages of the collection have."""
-    found: set[str] = set()
+def retire_caches(session: Session, collection_id: int, texts: Iterable[str]) -> list[str]:
+    """Delete caches of texts (hashes) that no passage of the collection has; returns their blob keys."""
+    keys: list[str] = []
     for batch in batches(texts):
-        found.update(
-            session.scalars(
-                select(PassageRow.text_sha256)
-                .join(DocumentRow, DocumentRow.id == PassageRow.document_pk)
-                .where(DocumentRow.collection_id == collection_id, PassageRow.text_sha256.in_(batch))
-            )
-        )
-    return found
+        gone = delete(CacheRow).where(unreferenced(collection_id), CacheRow.text_sha256.in_(batch))
+        keys += session.scalars(gone.returning(CacheRow.blob_key))
+    return keys
+
+
+def alive(now: datetime) -> ColumnElement[bool]:
+    """Condition for caches that have not expired."""
+    return or_(CacheRow.expires_at.is_(None), CacheRow.expires_at > now)
 
 
 def unreferenced(collection_id: int) -> ColumnElement[bool]:

@@ -104,7 +104,7 @@ def test_opening_a_store_at_head_does_not_start_alembic(store: Store, monkeypatc
 
 
 def test_the_catalog_is_durable_and_checks_foreign_keys(store: Store) -> None:
-    with store._catalog.read() as session:
+    with store.catalog.read() as session:
         pragmas = {
             name: session.execute(sa.text(f"PRAGMA {name}")).scalar()
             for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
@@ -114,5 +114,6 @@ def test_the_catalog_is_durable_and_checks_foreign_keys(store: Store) -> None:
 
 def test_blob_rows_are_as_durable_as_cache_rows(store: Store) -> None:
     store.put(sha("x"), make_cache(1))
-    assert store._blobs._cache._sql("PRAGMA synchronous").fetchone() == (2,)
-    assert store._blobs._cache._sql("PRAGMA journal_mode").fetchone() == ("wal",)
+    with store.references.verified_blobs.blobs._cache() as cache:
+        assert cache._sql("PRAGMA synchronous").fetchone() == (2,)
+        assert cache._sql("PRAGMA journal_mode").fetchone() == ("wal",)

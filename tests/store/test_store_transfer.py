@@ -45,10 +45,10 @@ def fill(store: Store, n: int = 3) -> None:
     with store.catalog.write() as session:
         row = session.scalars(select(CacheRow).where(CacheRow.text_sha256 == sha("text 1"))).one()
         # Two rows with one blob, as in stores from before blobs said what text they are of.
-        store._cache_table.references.verified_blobs.blobs.delete(row.blob_key)
+        store.references.verified_blobs.blobs.delete(row.blob_key)
         data = make_cache(1).to_bytes()
         row.blob_key, row.size_bytes = blob_key(data), len(data)
-        store._cache_table.references.verified_blobs.put(row.blob_key, data)
+        store.references.verified_blobs.put(row.blob_key, data)
         names = [column.name for column in CacheRow.__table__.columns if column.name != "id"]
         session.add(CacheRow(**{name: getattr(row, name) for name in names} | {"text_sha256": sha("twin")}))
         session.flush()

@@ -28,7 +28,6 @@ __all__ = [
     "Base",
     "CacheRow",
     "CollectionRow",
-    "CounterRow",
     "DocumentRow",
     "FingerprintRow",
     "OptionRow",
@@ -98,17 +97,6 @@ class OptionRow(Base):
     __tablename__ = "option"
     key: Mapped[str] = mapped_column(String(64), primary_key=True)
     value: Mapped[dict[str, Any]]
-
-
-class CounterRow(Base):
-    """A count that grows: hits, misses, evictions. Written with a delay, like the times of last use."""
-
-    __tablename__ = "counter"
-    __table_args__ = (UniqueConstraint("collection_id", "name"),)
-    id: Mapped[int] = mapped_column(primary_key=True)
-    collection_id: Mapped[int] = mapped_column(ForeignKey("collection.id", ondelete="CASCADE"))
-    name: Mapped[str] = mapped_column(String(64))
-    value: Mapped[float]
 
 
 class DocumentRow(Base):

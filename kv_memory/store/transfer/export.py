@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kv_memory.errors import CorruptCacheError, TransferError
-from kv_memory.store.caches import CacheTable
+from kv_memory.store.caches import Caches
 from kv_memory.store.transfer.archive import ArchiveHeader, ArchiveWriter, Mark
 from kv_memory.store.transfer.archive_reader import ArchiveReader
 from kv_memory.store.transfer.gathering import Gatherer
@@ -28,7 +28,7 @@ _TRIES = 10  # of a group with blobs that vanish while they are copied
 
 
 def export_collection(
-    cache_table: CacheTable,
+    cache_table: Caches,
     collection_id: int,
     target: Path | str,
     on_progress: Callable[[TransferProgress], None] | None = None,
@@ -82,7 +82,7 @@ class Exporter:
 
     def __init__(
         self,
-        cache_table: CacheTable,
+        cache_table: Caches,
         collection_id: int,
         on_progress: Callable[[TransferProgress], None] | None,
     ) -> None:

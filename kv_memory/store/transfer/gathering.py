@@ -10,8 +10,7 @@ from sqlalchemy.orm import Session
 
 import kv_memory
 from kv_memory.model.embedded import recorded_settings
-from kv_memory.store.documents import batches
-from kv_memory.store.eviction import alive
+from kv_memory.store.documents import alive, batches
 from kv_memory.store.sql.catalog import Catalog
 from kv_memory.store.sql.schema import (
     CacheRow,

@@ -18,7 +18,7 @@ from kv_memory.config import check_choice
 from kv_memory.errors import TransferError
 from kv_memory.model.embedded import recorded_settings
 from kv_memory.store import documents
-from kv_memory.store.caches import CacheTable
+from kv_memory.store.caches import Caches
 from kv_memory.store.sql.schema import CollectionRow, DocumentRow, PassageRow
 from kv_memory.store.transfer.archive_reader import ArchiveReader
 from kv_memory.store.transfer.manifest import DocumentRows, Group
@@ -36,7 +36,7 @@ __all__ = ["import_collection"]
 
 
 def import_collection(
-    cache_table: CacheTable,
+    cache_table: Caches,
     collection_id: int,
     source: Path | str | ArchiveReader,
     *,
@@ -54,7 +54,7 @@ def import_collection(
 class _Import:
     def __init__(
         self,
-        cache_table: CacheTable,
+        cache_table: Caches,
         collection_id: int,
         archive: ArchiveReader,
         on_conflict: OnConflict,
@@ -206,7 +206,7 @@ class _Import:
             passage.document_pk = rows.document.id
         session.add_all(rows.passages)
         session.flush()
-        return self._cache_table.retire(session, dropped)
+        return documents.retire_caches(session, self._collection_id, dropped)
 
 
 def _texts(group: Group, verdicts: dict[str, str]) -> set[str]:

@@ -9,8 +9,8 @@ from sqlalchemy import ColumnElement, delete, select
 from sqlalchemy.orm import Session
 
 from kv_memory.errors import CorruptCacheError, TransferError
-from kv_memory.store.caches import CacheTable
-from kv_memory.store.eviction import read_limits
+from kv_memory.store.caches import Caches
+from kv_memory.store.eviction import Limits, read_limits
 from kv_memory.store.sql.schema import CacheRow, FingerprintRow, PrefixRow, utc_now
 from kv_memory.store.transfer.archive_reader import ArchiveReader
 from kv_memory.store.transfer.manifest import Group
@@ -39,7 +39,7 @@ class Receiver:
         collection_id: Catalog row of the collection that gets them.
     """
 
-    def __init__(self, cache_table: CacheTable, collection_id: int) -> None:
+    def __init__(self, cache_table: Caches, collection_id: int) -> None:
         self.received = Received()
         self._cache_table = cache_table
         self._references = cache_table.references
@@ -117,12 +117,12 @@ class Receiver:
         key = rows[0].blob_key
         left = [key]  # blobs that may have no row afterwards
         try:
-            # As in `CacheTable.put`: the lock keeps the blob from being swept away before a row names it.
+            # As in `Caches.put`: the lock keeps the blob from being swept away before a row names it.
             with self._catalog.hold(f"blob {key}"):
                 self._references.verified_blobs.put(key, data)
                 with self._catalog.write() as session:
                     gone = [other for row in rows for other in self._insert(session, group, row)]
-                    bounded = read_limits(session, self._collection_id).bounded
+                    bounded = read_limits(session, self._collection_id) != Limits()
                 left = [other for other in gone if other != key]
         finally:
             self._references.delete_unreferenced(left)

@@ -127,18 +127,6 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("key", name="pk_option"),
     )
     op.create_table(
-        "counter",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("collection_id", sa.Integer(), nullable=False),
-        sa.Column("name", sa.String(64), nullable=False),
-        sa.Column("value", sa.Double(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["collection_id"], ["collection.id"], name="fk_counter_collection_id_collection", ondelete="CASCADE"
-        ),
-        sa.PrimaryKeyConstraint("id", name="pk_counter"),
-        sa.UniqueConstraint("collection_id", "name", name="uq_counter_collection_id_name"),
-    )
-    op.create_table(
         "job",
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("name", sa.String(64), nullable=False),
