@@ -25,7 +25,6 @@ from typing import Any
 
 from sqlalchemy import select
 
-from kv_memory.assembly import load_backbone, load_compressor
 from kv_memory.cli.packages import package_documents
 from kv_memory.documents import Document, split_passages
 from kv_memory.jobs import JobSettings, Ledger
@@ -33,7 +32,9 @@ from kv_memory.jobs.driver import JobRequest, create_job, drive
 from kv_memory.jobs.engines.local import LocalEngine, threads_of
 from kv_memory.jobs.events import Event, JobEnded
 from kv_memory.jobs.schema import TaskRow
-from kv_memory.settings import MemorySettings, resolve_settings
+from kv_memory.lazy_compressor import load_compressor
+from kv_memory.model.backbone import Backbone
+from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -58,11 +59,11 @@ def throughput(folder: Path, model: str, n_documents: int, rounds: int) -> dict[
     """Documents and tokens a second, of a job and of the bare loop."""
     import torch
 
-    settings = resolve_settings({"model": model}, {})
+    settings = MemorySettings.resolve({}, model=model)
     documents = _documents(n_documents)
     source = _written(folder / "documents.jsonl", documents)
     torch.set_num_threads(threads_of(1))
-    backbone = load_backbone(settings, dtype="auto", device="auto", prompt_form=None)
+    backbone = Backbone.load(settings.model, prompt=settings.prompt)
     compressor = load_compressor(settings, backbone)
     limit, count = settings.passage_tokens, backbone.count_tokens
     cut = [p for d in documents for p in split_passages(d.text, max_tokens=limit, count_tokens=count)]
@@ -99,7 +100,7 @@ def memory(folder: Path, n_documents: int) -> dict[str, Any]:
     tiny = folder / "tiny"
     make_model("llama", max_position_embeddings=4096).save_pretrained(tiny)
     make_tokenizer().save_pretrained(tiny)
-    settings = resolve_settings({"model": str(tiny), "selector": "attention", "adapter": None}, {})
+    settings = MemorySettings.resolve({}, model=tiny, selector="attention")
     names = [f"Pier {n}" for n in range(n_documents)]
     texts = [Document(id=name, text=f"{name} has a ferry that leaves at 7.40. " * 8) for name in names]
     ended, seconds, sizes = _run(folder / "tiny store", _written(folder / "small.jsonl", texts), settings)

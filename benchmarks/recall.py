@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_memory import Conversation, DecodeSettings, KVMemory, Turn
-from kv_memory.cli.options import ratio_of
+from kv_memory.config import ratio_of
 
 FACTS = [  # said, asked, a word of the answer
     ("My dog is called Biscuit.", "What is my dog called?", "Biscuit"),

@@ -25,9 +25,8 @@ import numpy as np
 import torch
 
 from kv_memory.cache.distilled import DistilledCache
-from kv_memory.cli.options import ratio_of
 from kv_memory.compress import Adapter, Compressor
-from kv_memory.config import StorageName
+from kv_memory.config import StorageName, ratio_of
 from kv_memory.evaluate import Record, TaskSettings
 from kv_memory.evaluate.results import RecordFile, latest
 from kv_memory.evaluate.tasks import find_task

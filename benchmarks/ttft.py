@@ -29,7 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kv_memory.cli.options import ratio_of
+from kv_memory.config import ratio_of
 
 LENGTHS = (512, 1024, 2048, 4096)
 QUESTION = "What does the text say about the way it works?"

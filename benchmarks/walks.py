@@ -32,7 +32,7 @@ from kv_memory.jobs.item import SourceItem  # noqa: E402
 from kv_memory.jobs.leases import LiveWorkers  # noqa: E402
 from kv_memory.jobs.ledger import Ledger  # noqa: E402
 from kv_memory.jobs.worker import make_pipeline, work  # noqa: E402
-from kv_memory.settings import resolve_settings  # noqa: E402
+from kv_memory.settings import MemorySettings  # noqa: E402
 from kv_memory.store import Store  # noqa: E402
 from tests.conftest import make_model, make_tokenizer  # noqa: E402
 from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, open_memory, wide_backbone  # noqa: E402
@@ -111,7 +111,7 @@ def job_walk(folder: Path, walk: Walk) -> None:
     texts.mkdir()
     (texts / "lamp.txt").write_text(LAMP)
     (texts / "ferry.txt").write_text(FERRY)
-    settings = resolve_settings({"model": str(model), "selector": "attention", "adapter": None}, {})
+    settings = MemorySettings.resolve({}, model=model, selector="attention")
     with Store.open(folder / "job") as store:
         ledger, asked = Ledger(store), JobSettings(memory=dataclasses.asdict(settings))
         sources = {"items": [{"kind": "files", "path": str(texts)}], "sync": None}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, get_args
 
 from kv_memory.errors import ConfigError
@@ -17,7 +21,11 @@ __all__ = [
     "StorageName",
     "check_choice",
     "check_keep_ratio",
+    "check_names",
     "n_kept_for",
+    "ratio_of",
+    "seconds_of",
+    "size_of",
     "stored_dtype",
 ]
 
@@ -45,6 +53,52 @@ def check_keep_ratio(keep_ratio: float, *, where: str = "keep_ratio") -> float:
             next_step="Pass the share of tokens to keep, e.g. 0.125 for a cache 8 times smaller.",
         )
     return float(keep_ratio)
+
+
+def ratio_of(text: str) -> float:
+    """The value of a share written as `0.25` or `1/4`.
+
+    Raises:
+        ConfigError: `text` is neither, or the value is not in (0, 1].
+    """
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ConfigError(
+            f"keep_ratio must be a number or a fraction in (0, 1], got {text!r}",
+            where="keep_ratio",
+            next_step="Pass for example 0.125 or 1/8.",
+        ) from None
+    return check_keep_ratio(value)
+
+
+_SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_TIMES = {"": 1, "s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def size_of(text: str, *, where: str) -> int:
+    """The number of bytes of a size, e.g. `500MB` (10^6) or `2GiB` (2^30).
+
+    Raises:
+        ConfigError: `text` is not a size above 0.
+    """
+    return int(_of(text, _SIZES, where, "500MB, 20GB or 2GiB"))
+
+
+def seconds_of(text: str, *, where: str) -> float:
+    """The number of seconds of a duration, e.g. `90s`, `12h`, `30d`.
+
+    Raises:
+        ConfigError: `text` is not a duration above 0.
+    """
+    return _of(text, _TIMES, where, "90s, 12h or 30d")
+
+
+def _of(text: str, units: dict[str, int], where: str, examples: str) -> float:
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+    if found is None or found[2].lower() not in units or float(found[1]) == 0:
+        raise ConfigError(f"invalid value {text!r}", where=where, next_step=f"Write it like {examples}.")
+    return float(found[1]) * units[found[2].lower()]
 
 
 def n_kept_for(n_tokens: int, keep_ratio: float) -> int:
@@ -105,6 +159,19 @@ def check_choice(value: str, choices: object, *, where: str) -> str:
     if value not in names:
         raise ConfigError(f"unknown {where} {value!r}", where=where, next_step=f"Use one of {', '.join(names)}.")
     return value
+
+
+def check_names(given: Iterable[str], known: Collection[str], *, what: str = "option") -> None:
+    """Refuse names that are not known.
+
+    Raises:
+        ConfigError: A name is unknown; the error names the nearest one, or all of them.
+    """
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            step = f"Did you mean {near[0]!r}?" if near else f"Use one of {', '.join(sorted(known))}."
+            raise ConfigError(f"unknown {what} {name!r}", where=name, next_step=step)
 
 
 def stored_dtype(storage: str, dtype: str) -> str:

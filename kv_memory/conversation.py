@@ -40,7 +40,7 @@ class Conversation:
         old = Conversation(memory, "alice")
         old.add([Turn("user", "My dog is called Biscuit."), Turn("assistant", "A fine name.")])
         question = Turn("user", "What is my dog called?")
-        reply = memory.reader.reply([question], old.recall(question.text)).reply
+        reply = memory.reader.reply([question], old.recall(question.text)).answer
         ```
     """
 

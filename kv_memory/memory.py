@@ -6,36 +6,30 @@ import asyncio
 import dataclasses
 import threading
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from kv_memory.answers import Answer, AnswerStream, Asker, ReadFrom
-from kv_memory.assembly import load_backbone, load_compressor, share_prefix
-from kv_memory.cache.keep import Keep, given_keep
 from kv_memory.compress import Compressor
-from kv_memory.config import DecodeSettings, DtypeName, Layout, SelectorName, StorageName, check_choice
+from kv_memory.config import DecodeSettings, DtypeName, check_choice, check_names
 from kv_memory.documents import DocumentLike, read_documents
-from kv_memory.generate import iterate_in_thread
+from kv_memory.generate import Answer, AnswerStream, ReadFrom, iterate_in_thread
 from kv_memory.ingest.pipeline import AddProgress, AddReport, IngestPipeline
+from kv_memory.lazy_compressor import LazyCompressor
 from kv_memory.model.backbone import Backbone
-from kv_memory.model.prompts import PromptForm, PromptName
+from kv_memory.model.prompts import PromptForm
 from kv_memory.query import Reader
 from kv_memory.retrieval.bm25 import CollectionIndex, Hit
-from kv_memory.settings import MemorySettings, given_settings, resolve_settings
-from kv_memory.store import (
-    CheckReport,
-    DocumentRecord,
-    DocumentSummary,
-    GcReport,
-    Store,
-    StoreStats,
-)
+from kv_memory.settings import KEEP_NAMES, MemorySettings
+from kv_memory.store import Store
+from kv_memory.stored_documents import StoredDocuments
 
 __all__ = ["AddProgress", "AddReport", "Answer", "AnswerStream", "KVMemory", "MemorySettings"]
 
 
-class KVMemory:
+class KVMemory(StoredDocuments):
     """A collection of documents, each compressed once and stored as distilled caches. Created with `open`.
 
     Example:
@@ -49,46 +43,22 @@ class KVMemory:
     """
 
     def __init__(
-        self,
-        store: Store,
-        settings: MemorySettings,
-        *,
-        dtype: DtypeName = "auto",
-        device: str = "auto",
-        backbone: Backbone | None = None,
-        prompt_form: PromptForm | None = None,
+        self, store: Store, settings: MemorySettings, model: LazyCompressor | None = None, *, device: str = "auto"
     ) -> None:
-        self.store = store
+        super().__init__(store)
         self.settings = settings
-        self._dtype = dtype
-        self._device = device
-        self._backbone = backbone
-        self._prompt_form = prompt_form
-        self._prefix_shared = False
-        self._compressor: Compressor | None = None
+        self._model = model or LazyCompressor(settings, device=device)
         self._index = CollectionIndex(store)
-        self._others: dict[tuple[str, Keep], KVMemory] = {}
-        self._lock = threading.RLock()
-        self._extend_lock = threading.Lock()  # not `_lock`: questions would wait for it
+        self._others: dict[tuple[str, MemorySettings], KVMemory] = {}
+        self._lock = threading.Lock()
+        self._extend_lock = threading.Lock()  # not `_lock`: other collections would wait for it
 
     @classmethod
     def open(
         cls,
         path: Path | str,
+        settings: MemorySettings | None = None,
         *,
-        model: str | Path | Backbone | None = None,
-        adapter: str | Path | None = None,
-        keep_ratio: float | None = None,
-        keep_tokens: int | None = None,
-        max_bytes: int | None = None,
-        selector: SelectorName | None = None,
-        passage_tokens: int | Literal["auto"] | None = "auto",
-        prompt: PromptName | PromptForm | None = None,
-        layout: Layout | None = None,
-        refine_steps: int | None = None,
-        min_fidelity: float | None = None,
-        storage: StorageName | None = None,
-        keep_text: bool | None = None,
         dtype: DtypeName = "auto",
         device: str = "auto",
         collection: str = "default",
@@ -97,40 +67,16 @@ class KVMemory:
         tier_size_bytes: int | None = None,
         create: bool = True,
         load_model: bool = True,
+        **changes: Any,
     ) -> KVMemory:
         """Open a store, or create one.
 
-        Settings that are not given keep the values that the store recorded at the last `add`. A new store starts with
-        the defaults of `MemorySettings`.
+        The settings are `MemorySettings`, which describes them all. Those that are not given keep the values that the
+        store recorded at the last `add`; a new store starts with the defaults.
 
         Args:
             path: Folder of the store.
-            model: Model to use: `qwen-0.5b`, `smollm2`, a model folder, a hub id, or a `Backbone`. A new store takes
-                `qwen-0.5b`, or `smollm2` if only that one is prepared, and records its choice.
-            adapter: Adapter folder for that model, `shipped` (the default of `smollm2`) or `none`.
-            keep_ratio: Share of the tokens kept, in (0, 1].
-            keep_tokens: Number of tokens kept of each passage in every layer and head, instead of a share. It is an
-                average where heads share their entries. Shorter passages are kept whole.
-            max_bytes: Largest file size of a passage's cache in bytes, instead of a share. A cache that fits is kept
-                whole.
-            selector: Training-free selector, used without an adapter; or `combined`, an adapter and `matched`
-                together, which prefills each passage twice and selects more reliably.
-            passage_tokens: Length of the longest passage in tokens; None keeps documents whole.
-            prompt: Prompt form: `auto`, `chat`, `brief`, `passage`, or a `PromptForm`. A `Backbone` brings its own
-                form: set it there instead.
-            layout: Placement of documents: `source` or `packed`.
-            refine_steps: Refinement steps for the cache of every passage during `add`; 0 for none. Refined caches
-                answer closer to the full cache, at the cost of hundreds of prefills. Given without `min_fidelity`, it
-                clears the recorded `min_fidelity`.
-            min_fidelity: KL to the full cache on held-out probes, in nats, at which refinement stops. Refinement gives
-                up after 192 steps, or after `refine_steps` if that is more. Without `refine_steps` it starts with 48.
-            storage: Storage type of keys and values: `auto` (as the model computes them), `float32`, `bfloat16`,
-                `float16` or `int8`, which takes half the bytes of bfloat16 and is the default of `smollm2`. It applies
-                to documents added from now on; one store may hold several types.
-            keep_text: True to keep the texts of documents added from now on. Texts are needed to show them with an
-                answer, to replace a damaged cache, for `read_from="text"`, and to `refresh` documents that are not
-                files. A new store keeps none, and finds passages by hashes of their words. Unchanged documents that
-                are added again gain or lose their text without being compressed again.
+            settings: All settings, instead of the recorded ones.
             dtype: Type of the model's weights and caches; `auto` takes bfloat16 where that is fast.
             device: Device of the model: `auto`, `cpu`, `cuda`, ...
             collection: Name of the collection. Tenants are collections; a lookup never leaves its own.
@@ -140,51 +86,36 @@ class KVMemory:
             create: True to create the store if it does not exist.
             load_model: True to load the model now, so that its errors are raised here. False loads it at first use;
                 listing, checking and removing need no model.
+            changes: Single settings by name, e.g. `keep_ratio=1/8`; see `MemorySettings.resolve`. `model` may also be a
+                `Backbone`, and `prompt` a `PromptForm`, unless a `Backbone` brings its own.
 
         Raises:
-            ConfigError: A setting is out of range, or two settings exclude each other.
+            ConfigError: A name is unknown, a setting is out of range, or two settings exclude each other.
             BudgetError: `keep_tokens` or `max_bytes` is too small for any cache of this model; the error names the
                 smallest value that works.
             ModelError: The model cannot be found, loaded or used; see its subclasses.
             AdapterError: The adapter cannot be read or belongs to another model.
             StoreError: The store cannot be opened; see its subclasses.
         """
-        form = prompt if isinstance(prompt, PromptForm) else None
-        given = given_settings(
-            model=model.name if isinstance(model, Backbone) else model,
-            adapter=adapter,
-            keep_ratio=keep_ratio,
-            keep_tokens=keep_tokens,
-            max_bytes=max_bytes,
-            selector=selector,
-            passage_tokens=passage_tokens,
-            prompt=None if isinstance(prompt, PromptForm) else prompt,
-            layout=layout,
-            refine_steps=refine_steps,
-            min_fidelity=min_fidelity,
-            storage=storage,
-            keep_text=keep_text,
-        )
-        backbone = model if isinstance(model, Backbone) else None
-        compressor = None
+        check_names(changes, {*MemorySettings.__dataclass_fields__, *(cls.open.__kwdefaults__ or ())})
+        given = {} if settings is None else dataclasses.asdict(settings)
+        load: dict[str, Any] = {"dtype": dtype, "device": device}
+        if isinstance(changes.get("model"), Backbone):
+            load["backbone"] = changes["model"]
+            changes["model"] = changes["model"].name
+        if isinstance(changes.get("prompt"), PromptForm):
+            load["prompt_form"] = changes.pop("prompt")
+        model = None
         if load_model and create and not Path(path).exists():
             # Load first: a faulty model or adapter must not leave an empty store behind.
-            settings = resolve_settings(given, {})
-            backbone = backbone or load_backbone(settings, dtype=dtype, device=device, prompt_form=form)
-            compressor = load_compressor(settings, backbone)
-            settings.keep.check(compressor.fingerprint())
-        store = Store.open(
-            path,
-            collection=collection,
-            create=create,
-            catalog=catalog,
-            blobs=blobs,
-            tier_size_bytes=tier_size_bytes,
-        )
+            resolved = MemorySettings.resolve(given, **changes)
+            model = LazyCompressor(resolved, **load)
+            resolved.keep.check(model.load().fingerprint())
+        place: dict[str, Any] = {"catalog": catalog, "blobs": blobs, "tier_size_bytes": tier_size_bytes}
+        store = Store.open(path, collection=collection, create=create, **place)
         try:
-            settings = resolve_settings(given, store.settings())
-            memory = cls(store, settings, dtype=dtype, device=device, backbone=backbone, prompt_form=form)
-            memory._compressor = compressor
+            resolved = MemorySettings.resolve(given or store.settings(), **changes)
+            memory = cls(store, resolved, model or LazyCompressor(resolved, **load))
             if load_model:
                 memory.load()
             return memory
@@ -196,35 +127,28 @@ class KVMemory:
         """Load the model and the adapter, and prefill the shared prefix, now instead of at first use."""
         _ = self.compressor
 
-    def in_collection(
-        self,
-        name: str,
-        *,
-        keep_ratio: float | None = None,
-        keep_tokens: int | None = None,
-        max_bytes: int | None = None,
-    ) -> KVMemory:
+    def in_collection(self, name: str, **changes: Any) -> KVMemory:
         """Another collection of this store, with the same model.
 
         The collection is created if it does not exist, and closed together with this one.
 
         Args:
             name: Name of the collection: a tenant, a conversation.
-            keep_ratio: Share of the tokens kept of documents added to it. If none of the three is given, this
+            changes: One of keep_ratio, keep_tokens and max_bytes, for documents added to it; without any, this
                 collection's setting applies.
-            keep_tokens: See `open`.
-            max_bytes: See `open`.
+
+        Raises:
+            ConfigError: Another setting is named, or a value is out of range.
         """
-        given: dict[str, Any] = given_keep(keep_ratio, keep_tokens, max_bytes)
-        settings = dataclasses.replace(self.settings, **given)
+        check_names(changes, KEEP_NAMES, what="setting of a collection")
+        settings = MemorySettings.resolve(dataclasses.asdict(self.settings), **changes)
         if name == self.collection and settings == self.settings:
             return self
         with self._lock:
-            found = self._others.get((name, settings.keep))
+            found = self._others.get((name, settings))
             if found is None:
-                found = KVMemory(self.store.in_collection(name), settings, backbone=self.backbone)
-                found._compressor, found._prefix_shared = self.compressor, True
-                self._others[name, settings.keep] = found
+                found = KVMemory(self.store.in_collection(name), settings, self._model)
+                self._others[name, settings] = found
             return found
 
     def close(self) -> None:
@@ -243,35 +167,14 @@ class KVMemory:
         self.close()
 
     @property
-    def path(self) -> Path:
-        """Folder of the store."""
-        return self.store.path
-
-    @property
-    def collection(self) -> str:
-        """Name of the collection."""
-        return self.store.collection
-
-    @property
     def backbone(self) -> Backbone:
         """The model, loaded on first use."""
-        with self._lock:
-            if self._backbone is None:
-                self._backbone = load_backbone(
-                    self.settings, dtype=self._dtype, device=self._device, prompt_form=self._prompt_form
-                )
-            return self._backbone
+        return self._model.backbone
 
     @property
     def compressor(self) -> Compressor:
         """The compressor with its adapter, loaded on first use."""
-        with self._lock:
-            if self._compressor is None:
-                self._compressor = load_compressor(self.settings, self.backbone)
-            if not self._prefix_shared:
-                self._prefix_shared = True
-                share_prefix(self.store, self._compressor.backbone)
-            return self._compressor
+        return self._model.load(self.store)
 
     # -- documents -----------------------------------------------------------------------------------------------
 
@@ -299,9 +202,8 @@ class KVMemory:
             StoreError: The store cannot be written; its previous content is untouched.
         """
         read = read_documents(documents, encoding=encoding, on_error=on_error)
-        report = self._pipeline(on_progress).add(read.documents, errors=read.errors, skipped=read.skipped)
-        self._remember()
-        return report
+        pipeline = self.pipeline(on_progress=on_progress)
+        return pipeline.add(read.documents, errors=read.errors, skipped=read.skipped)
 
     def add_passages(
         self,
@@ -333,11 +235,9 @@ class KVMemory:
             DocumentError: There is no text, or one is blank or binary.
             StoreError: The store cannot be written.
         """
-        pipeline = self._pipeline(on_progress, keep_text=keep_text)
+        pipeline = self.pipeline(on_progress=on_progress, keep_text=keep_text)
         with self._extend_lock:  # extending reads the document and writes it back with more passages
-            report = pipeline.add_passages(document_id, texts, metadata=metadata, extend=extend, drop=drop)
-        self._remember()
-        return report
+            return pipeline.add_passages(document_id, texts, metadata=metadata, extend=extend, drop=drop)
 
     def refresh(
         self, *, encoding: str = "utf-8", on_progress: Callable[[AddProgress], None] | None = None
@@ -352,51 +252,30 @@ class KVMemory:
             encoding: Encoding of the text files.
             on_progress: Called after every passage.
         """
-        report = self._pipeline(on_progress).refresh(encoding=encoding)
-        self._remember()
-        return report
+        return self.pipeline(on_progress=on_progress).refresh(encoding=encoding)
 
-    def _pipeline(
-        self, on_progress: Callable[[AddProgress], None] | None, *, keep_text: bool | None = None
+    def pipeline(
+        self,
+        *,
+        on_progress: Callable[[AddProgress], None] | None = None,
+        keep_text: bool | None = None,
+        writer: Executor | None = None,
     ) -> IngestPipeline:
+        """The pipeline behind `add`, for callers with too many documents to hold in memory.
+
+        Args:
+            on_progress: Called after every passage.
+            keep_text: True to keep texts, False not to; None follows the settings.
+            writer: Executor that stores caches while the next ones are compressed; None stores them at once.
+        """
         return IngestPipeline(
             self.store,
             self.compressor,
-            keep_ratio=self.settings.keep,
-            passage_tokens=self.settings.passage_tokens,
-            storage=self.settings.storage,
-            keep_text=self.settings.keep_text if keep_text is None else keep_text,
+            self.settings,
+            keep_text=keep_text,
             on_progress=on_progress,
+            writer=writer,
         )
-
-    def _remember(self) -> None:
-        values = dataclasses.asdict(self.settings)
-        if self.store.settings() != values:
-            self.store.update_settings(values)
-
-    def remove(self, document_id: str | Path) -> None:
-        """Delete a document with its passages and caches.
-
-        Args:
-            document_id: Id of the document, or the path of a file that was added.
-
-        Raises:
-            DocumentNotFoundError: There is no such document.
-        """
-        id_ = document_id.resolve().as_posix() if isinstance(document_id, Path) else document_id
-        self.store.delete_document(id_)
-
-    def documents(self) -> list[DocumentSummary]:
-        """All documents, without their texts, ordered by id."""
-        return self.store.documents()
-
-    def document(self, document_id: str) -> DocumentRecord:
-        """One document with its passages.
-
-        Raises:
-            DocumentNotFoundError: There is no such document.
-        """
-        return self.store.document(document_id)
 
     # -- questions -----------------------------------------------------------------------------------------------
 
@@ -427,7 +306,7 @@ class KVMemory:
                 comparison.
 
         Raises:
-            CacheNotFoundError: A passage has no cache under the current settings.
+            CacheNotFoundError: A passage has no cache under the current model, adapter and prompt.
             FingerprintMismatchError: A cache was made by another model, adapter or prompt.
             CorruptCacheError: A cache is damaged, and the text that would replace it is not kept.
             TextNotKeptError: `read_from` is `text`, and the text of a passage is not kept.
@@ -445,7 +324,7 @@ class KVMemory:
         Raises:
             DocumentNotFoundError: There is no such document.
         """
-        return self._asker.ask_batch(questions, self.document(document_id), settings=settings)
+        return self.reader.answer_batch(questions, self.document(document_id), settings=settings)
 
     def stream(
         self,
@@ -460,9 +339,8 @@ class KVMemory:
         Iterate for the text, then read `.answer`. Arguments and errors as in `ask`.
         """
         check_choice(read_from, ReadFrom, where="read_from")
-        return self._asker.stream(
-            question, self.retrieve(question, top_k=top_k), settings=settings, read_from=read_from
-        )
+        hits = self.retrieve(question, top_k=top_k)
+        return self.reader.answer(question, hits, settings=settings, read_from=read_from)
 
     async def aask(
         self,
@@ -488,32 +366,12 @@ class KVMemory:
         async for piece in iterate_in_thread(stream):
             yield piece
 
-    @property
+    @cached_property
     def reader(self) -> Reader:
         """Replies to whole conversations from referenced caches; the framework integrations are built on it."""
         return Reader(
             self.store,
             self.compressor,
-            keep_ratio=self.settings.keep,
-            layout=self.settings.layout,
-            storage=self.settings.storage,
+            self.settings,
             store_of=lambda name: self.store.in_collection(name, create=False),
         )
-
-    @property
-    def _asker(self) -> Asker:
-        return Asker(self.reader)
-
-    # -- upkeep --------------------------------------------------------------------------------------------------
-
-    def stats(self) -> StoreStats:
-        """Counts and sizes of the collection."""
-        return self.store.stats()
-
-    def check(self) -> CheckReport:
-        """Compare catalog and blobs, and verify every blob; damaged blobs are quarantined."""
-        return self.store.check()
-
-    def gc(self) -> GcReport:
-        """Delete caches and blobs that nothing refers to any more."""
-        return self.store.gc()

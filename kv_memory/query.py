@@ -1,4 +1,4 @@
-"""Reader: replies from referenced distilled caches, the basis of the facade and of the framework integrations."""
+"""Reader: answers from referenced distilled caches, the basis of the facade and of the framework integrations."""
 
 from __future__ import annotations
 
@@ -6,20 +6,31 @@ import contextlib
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.cache.keep import Keep
 from kv_memory.compress import Compressor
-from kv_memory.config import DecodeSettings, Layout, StorageName, check_keep_ratio
-from kv_memory.errors import CacheNotFoundError, ConfigError, CorruptCacheError, StoreError
-from kv_memory.generate import Generator, Prompt, Run, Turn, encode_chat, encode_text_prompt, encode_turns
-from kv_memory.store import Store
+from kv_memory.config import DecodeSettings, check_choice, check_keep_ratio
+from kv_memory.errors import CacheNotFoundError, ConfigError, CorruptCacheError, StoreError, TextNotKeptError
+from kv_memory.generate import (
+    Answer,
+    AnswerStream,
+    Generator,
+    Prompt,
+    ReadFrom,
+    Turn,
+    encode_chat,
+    encode_text_prompt,
+    encode_turns,
+)
+from kv_memory.retrieval.bm25 import Hit
+from kv_memory.settings import MemorySettings
+from kv_memory.store import DocumentRecord, Store
 from kv_memory.tracing import span
 
-__all__ = ["Reader", "Reference", "Reply", "ReplyStream", "key_of"]
+__all__ = ["Reader", "Reference", "key_of"]
 
 _REFERENCE = re.compile(r"(?P<key>[0-9a-f]{64})(?:@(?P<ratio>[0-9.e-]+))?(?:/(?P<collection>.+))?", re.DOTALL)
 _ADD_AGAIN = (
@@ -43,7 +54,7 @@ class Reference:
     Attributes:
         key: Key of the text, see `key_of`.
         text: Text to prefill if there is no intact cache.
-        keep_ratio: keep_ratio of the cache; None means the store's setting.
+        keep_ratio: keep_ratio of the cache; None means the cache there is, see `Reader`.
         collection: Collection of the cache; None means the reader's own.
     """
 
@@ -79,87 +90,15 @@ class Reference:
         return cls(key=found["key"], keep_ratio=ratio, collection=found["collection"])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """A reply and its cost.
-
-    Attributes:
-        text: Decoded text, without the stop string.
-        finish_reason: `stop` (end token, stop string, or JSON complete) or `length` (cut at max_new_tokens).
-        n_prompt_tokens: Tokens prefilled for this reply, including texts that replace caches.
-        n_cached_tokens: Cache entries used instead of prefill, including the shared prefix.
-        n_new_tokens: Number of decoded tokens.
-        ttft_s: Seconds from the call to the first token: loading from the store, composing, prefill.
-        total_s: Seconds from the call to the last token.
-        damaged: Keys of damaged caches. Each was quarantined and its text prefilled instead. The text was then
-            compressed again, unless it does not match the key or the store cannot take the cache.
-        next_step: Advice if the text is empty; None otherwise.
-    """
-
-    text: str
-    finish_reason: Literal["stop", "length"]
-    n_prompt_tokens: int
-    n_cached_tokens: int
-    n_new_tokens: int
-    ttft_s: float
-    total_s: float
-    damaged: tuple[str, ...] = ()
-    next_step: str | None = None
-
-
-class ReplyStream(Iterator[str]):
-    """Pieces of a reply as they are decoded; closing it stops decoding."""
-
-    def __init__(self, run: Run, loaded: _Loaded) -> None:
-        self._run = run
-        self._loaded = loaded._replace(caches=[])  # freed: they are composed already
-        self._steps = run.steps()
-
-    def __next__(self) -> str:
-        for step in self._steps:
-            if step[0]:
-                return step[0]
-        raise StopIteration
-
-    def each_token(self) -> Iterator[str]:
-        """The same pieces, plus an empty one for every token that yields no text yet."""
-        return (step[0] for step in self._steps)
-
-    @property
-    def reply(self) -> Reply:
-        """The whole reply; decodes the remaining tokens first.
-
-        For a closed stream, the reply holds the tokens decoded before it was closed.
-        """
-        for _ in self._steps:
-            pass
-        return _replies(self._run, self._loaded)[0]
-
-    def close(self) -> None:
-        """Stop decoding and free its memory."""
-        self._steps.close()  # type: ignore[attr-defined]
-        self._run.close()
-
-
-class _Loaded(NamedTuple):
-    """Caches in the order of their references; `n_text` of their tokens were prefilled by this call."""
-
-    caches: list[DistilledCache]
-    n_text: int
-    damaged: tuple[str, ...]
-    elapsed_s: float
-
-
 class Reader:
-    """Replies from distilled caches. Safe to use from several threads.
+    """Answers from distilled caches. Safe to use from several threads.
 
     Args:
         store: Store of the caches.
         compressor: Compressor whose fingerprint the caches must have; it compresses the texts of missing or damaged
             caches.
-        keep_ratio: keep_ratio of caches whose reference names none; a `Keep` gives each text its own.
-        layout: Placement of documents, see `generate.compose`.
-        storage: Storage type of caches that are compressed again.
+        settings: Settings with the amount kept of the preferred caches, for references without a keep_ratio: of a text
+            without such a cache, the newest one is taken.
         store_of: Function that returns the store of another collection.
     """
 
@@ -167,43 +106,83 @@ class Reader:
         self,
         store: Store,
         compressor: Compressor,
+        settings: MemorySettings,
         *,
-        keep_ratio: float | Keep,
-        layout: Layout,
-        storage: StorageName = "auto",
         store_of: Callable[[str], Store] | None = None,
     ) -> None:
         self._store = store
         self._compressor = compressor
-        self._keep_ratio = keep_ratio
-        self._storage = storage
+        self._fingerprint = compressor.fingerprint()  # hashes an adapter's weights: once, not per question
+        self._keep = settings.keep
+        self._storage = settings.storage
         self._store_of = store_of
-        self._generator = Generator(compressor.backbone, layout=layout)
+        self._generator = Generator(compressor.backbone, layout=settings.layout)
 
     def has(self, text: str) -> bool:
-        """Whether there is a cache of exactly this text under the current settings."""
+        """Whether there is a cache of exactly this text under the current settings, whatever its keep_ratio."""
         return self.has_key(key_of(text))
 
     def has_key(self, key: str) -> bool:
         """`has`, by the text's key."""
-        return self._store.has(key, self._compressor.fingerprint(), self._keep_ratio)
+        return self._store.has(key, self._fingerprint, self._keep)
 
     def sound(self, text: str) -> bool:
         """Whether there is such a cache and its bytes are intact.
 
         Loading checks the bytes too; this method has no side effect.
         """
-        return self._store.sound(key_of(text), self._compressor.fingerprint(), self._keep_ratio)
+        return self._store.sound(key_of(text), self._fingerprint, self._keep)
 
     def check(self, text: str) -> None:
         """Raise unless `has`.
 
         Raises:
-            CacheNotFoundError: There is no such cache; the error names the keep ratios that exist.
+            CacheNotFoundError: There is no such cache.
             FingerprintMismatchError: The cache was made by another model, adapter or prompt.
         """
         if not self.has(text):
-            self._store.get(key_of(text), self._compressor.fingerprint(), self._keep_ratio)
+            self._store.get(key_of(text), self._fingerprint, self._keep)
+
+    def answer(
+        self,
+        question: str,
+        hits: Sequence[Hit],
+        *,
+        settings: DecodeSettings | None = None,
+        read_from: ReadFrom = "caches",
+    ) -> AnswerStream:
+        """Answer a question from passages; without any, the answer is empty.
+
+        Args:
+            question: Any text.
+            hits: Passages of the store, best first.
+            settings: Decoding settings.
+            read_from: Form in which the passages enter the model, see `KVMemory.ask`.
+
+        Raises:
+            TextNotKeptError: `read_from` is `text`, and the text of a passage is not kept.
+            CacheNotFoundError: A passage has no cache. Other errors as in `reply`.
+        """
+        check_choice(read_from, ReadFrom, where="read_from")
+        so_far = Answer(question=question, sources=tuple(hits), read_from=read_from)
+        if not hits:
+            return AnswerStream(None, replace(so_far, next_step="Use words that occur in the documents."))
+        # No texts: a missing cache is an error here, and for a damaged one the text is taken from the store.
+        references = [Reference(key=hit.text_sha256) for hit in hits] if read_from == "caches" else ()
+        texts = _texts(hits) if read_from == "text" else ()
+        return self.reply([Turn("user", question)], references, texts=texts, settings=settings, so_far=so_far)
+
+    def answer_batch(
+        self, questions: Sequence[str], document: DocumentRecord, *, settings: DecodeSettings | None = None
+    ) -> list[Answer]:
+        """Answer several questions from all passages of a document as one batch. Errors as in `reply`."""
+        hits = tuple(
+            Hit(document_id=document.id, ordinal=i, score=1.0, text=p.text, text_sha256=p.text_sha256, metadata={})
+            for i, p in enumerate(document.passages)
+        )
+        references = [Reference(key=hit.text_sha256) for hit in hits]
+        so_far = [Answer(question=question, sources=hits) for question in questions]
+        return self.reply_batch(questions, references, settings=settings, so_far=so_far)
 
     def reply(
         self,
@@ -212,7 +191,8 @@ class Reader:
         *,
         texts: Sequence[str] = (),
         settings: DecodeSettings | None = None,
-    ) -> ReplyStream:
+        so_far: Answer | None = None,
+    ) -> AnswerStream:
         """Reply to a conversation, from distilled caches after the shared prefix.
 
         Args:
@@ -220,6 +200,7 @@ class Reader:
             references: Caches to place before the conversation, in this order.
             texts: Documents to prefill as text after the caches.
             settings: Decoding settings.
+            so_far: Answer as far as it is known: its question, its sources.
 
         Raises:
             CacheNotFoundError: A reference without a text has no cache.
@@ -231,73 +212,90 @@ class Reader:
         backbone = self._compressor.backbone
         prompt = encode_turns(backbone, turns)
         documents = [token for text in texts for token in backbone.encode_document(text)]
-        loaded = self.load(references)
-        prompt = Prompt([*documents, *prompt.ids], behind_prefix=True)
-        return ReplyStream(self._generator.start_prompt(prompt, loaded.caches, settings=settings), loaded)
+        caches, so_far = self._load(references, so_far or Answer())
+        return self._start(Prompt([*documents, *prompt.ids], behind_prefix=True), settings, caches, so_far)
 
-    def reply_alone(self, turns: Sequence[Turn], *, settings: DecodeSettings | None = None) -> ReplyStream:
+    def reply_alone(self, turns: Sequence[Turn], *, settings: DecodeSettings | None = None) -> AnswerStream:
         """Reply to a conversation without documents, in the model's own chat template. Errors as in `reply`."""
-        return self._start_alone(encode_chat(self._compressor.backbone, turns), settings)
+        return self._start(encode_chat(self._compressor.backbone, turns), settings)
 
-    def complete(self, text: str, *, settings: DecodeSettings | None = None) -> ReplyStream:
+    def complete(self, text: str, *, settings: DecodeSettings | None = None) -> AnswerStream:
         """Continue a text without any template. Errors as in `reply`."""
-        return self._start_alone(encode_text_prompt(self._compressor.backbone, text), settings)
+        return self._start(encode_text_prompt(self._compressor.backbone, text), settings)
 
     def reply_batch(
-        self, questions: Sequence[str], references: Sequence[Reference], *, settings: DecodeSettings | None = None
-    ) -> list[Reply]:
-        """Reply to several questions about the same documents as one batch. Errors as in `reply`."""
+        self,
+        questions: Sequence[str],
+        references: Sequence[Reference],
+        *,
+        settings: DecodeSettings | None = None,
+        so_far: Sequence[Answer] = (),
+    ) -> list[Answer]:
+        """Reply to several questions about the same documents as one batch. Arguments and errors as in `reply`."""
         if not questions:
             return []
-        loaded = self.load(references)
-        run = self._generator.start(questions, loaded.caches, settings=settings)
+        caches, loaded = self._load(references, Answer())
+        known = so_far or [Answer()] * len(questions)
+        answers = [replace(loaded, question=answer.question, sources=answer.sources) for answer in known]
+        run = self._generator.start(questions, caches, settings=settings, so_far=answers)
         for _ in run.steps():
             pass
-        return _replies(run, loaded)
+        return run.results()
 
-    def _start_alone(self, prompt: Prompt, settings: DecodeSettings | None) -> ReplyStream:
-        nothing = _Loaded([], 0, (), 0.0)
-        return ReplyStream(self._generator.start_prompt(prompt, settings=settings), nothing)
+    def _start(
+        self,
+        prompt: Prompt,
+        settings: DecodeSettings | None,
+        caches: Sequence[DistilledCache] = (),
+        so_far: Answer | None = None,
+    ) -> AnswerStream:
+        so_far = so_far or Answer()
+        return AnswerStream(self._generator.start_prompt(prompt, caches, settings=settings, so_far=so_far), so_far)
 
-    def load(self, references: Sequence[Reference]) -> _Loaded:
+    def _load(self, references: Sequence[Reference], so_far: Answer) -> tuple[list[DistilledCache], Answer]:
         """The caches of the references; a missing or damaged cache is replaced by the full cache of its text."""
-        with span("load", collection=self._store.collection, n_references=len(references)):
-            return self._load(references)
-
-    def _load(self, references: Sequence[Reference]) -> _Loaded:
         start_s = time.perf_counter()
-        fingerprint = self._compressor.fingerprint()
         caches: list[DistilledCache] = []
         damaged: list[str] = []
-        n_text = 0
-        for reference in references:
-            store = self._store
-            if reference.collection not in (None, store.collection):
-                store = self._other_store(reference)
-            ratio = self._keep_ratio if reference.keep_ratio is None else reference.keep_ratio
-            text = reference.text
-            try:
-                cache = store.get(reference.key, fingerprint, ratio)
-            except CacheNotFoundError:
-                if text is None:
-                    raise
-                cache = self._compressor.compress(text, keep_ratio=1.0)
-                n_text += cache.n_tokens
-            except CorruptCacheError as error:
-                text = store.text(reference.key) if text is None else text
-                if text is None:
-                    raise CorruptCacheError(error.what, where=error.where, next_step=_ADD_AGAIN) from error
-                cache = self._compressor.compress(text, keep_ratio=1.0)
-                n_text += cache.n_tokens
-                damaged.append(reference.key)
-                if key_of(text) != reference.key:  # stored under this key, it would pass for the other text's cache
-                    caches.append(cache)
+        n_text = 0  # tokens of texts that replace caches: they count as prompt, not as cached
+        with span("load", collection=self._store.collection, n_references=len(references)):
+            for reference in references:
+                store = self._store
+                if reference.collection not in (None, store.collection):
+                    store = self._other_store(reference)
+                keep = self._keep if reference.keep_ratio is None else reference.keep_ratio
+                text = reference.text
+                try:
+                    caches.append(store.get(reference.key, self._fingerprint, keep))
                     continue
-                with contextlib.suppress(StoreError):  # the reply does not depend on storing it
-                    again = self._compressor.compress(text, keep_ratio=self._compressor.ratio_for(text, ratio))
-                    store.put(reference.key, again, storage=self._storage)
-            caches.append(cache)
-        return _Loaded(caches, n_text, tuple(damaged), time.perf_counter() - start_s)
+                except CacheNotFoundError:
+                    if text is None:
+                        raise
+                except CorruptCacheError as error:
+                    text = store.text(reference.key) if text is None else text
+                    if text is None:
+                        raise CorruptCacheError(error.what, where=error.where, next_step=_ADD_AGAIN) from error
+                    damaged.append(reference.key)
+                    self._store_again(store, reference.key, text, keep)
+                caches.append(self._compressor.compress(text, keep_ratio=1.0))
+                n_text += caches[-1].n_tokens
+        elapsed_s = time.perf_counter() - start_s
+        return caches, replace(
+            so_far,
+            n_prompt_tokens=n_text,
+            n_cached_tokens=-n_text,
+            ttft_s=elapsed_s,
+            total_s=elapsed_s,
+            keep_ratios=tuple(cache.keep_ratio for cache in caches),
+            damaged=tuple(damaged),
+        )
+
+    def _store_again(self, store: Store, key: str, text: str, keep: float | Keep) -> None:
+        """Replace a damaged cache, unless the text is another one: under this key, it would pass for the right one."""
+        if key_of(text) == key:
+            with contextlib.suppress(StoreError):  # the answer does not depend on storing it
+                again = self._compressor.compress(text, keep_ratio=self._compressor.ratio_for(text, keep))
+                store.put(key, again, storage=self._storage)
 
     def _other_store(self, reference: Reference) -> Store:
         if self._store_of is None or reference.collection is None:
@@ -307,18 +305,12 @@ class Reader:
         return self._store_of(reference.collection)
 
 
-def _replies(run: Run, loaded: _Loaded) -> list[Reply]:
-    return [
-        Reply(
-            text=generation.text,
-            finish_reason=generation.finish_reason,
-            n_prompt_tokens=generation.n_prompt_tokens + loaded.n_text,
-            n_cached_tokens=generation.n_cached_tokens - loaded.n_text,
-            n_new_tokens=len(generation.token_ids),
-            ttft_s=loaded.elapsed_s + generation.ttft_s,
-            total_s=loaded.elapsed_s + generation.total_s,
-            damaged=loaded.damaged,
-            next_step=generation.next_step,
+def _texts(hits: Sequence[Hit]) -> list[str]:
+    lacking = next((hit for hit in hits if hit.text is None), None)
+    if lacking is not None:
+        raise TextNotKeptError(
+            "the text of a passage is not kept, so it can only be answered from its cache",
+            where=f"{lacking.document_id}, passage {lacking.ordinal}",
+            next_step="Add the document again with `--keep-text` (keep_text=True); it is not compressed again.",
         )
-        for generation in run.results()
-    ]
+    return [hit.text for hit in hits if hit.text is not None]

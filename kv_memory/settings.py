@@ -2,196 +2,309 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin, get_type_hints
 
-from kv_memory.cache.keep import Keep, given_keep
-from kv_memory.config import Layout, SelectorName, StorageName, check_choice
+from kv_memory.cache.keep import Keep
+from kv_memory.config import Layout, SelectorName, StorageName, check_choice, check_names, ratio_of, size_of
 from kv_memory.errors import ConfigError
 from kv_memory.model.embedded import BUILT_IN, DEFAULTS, EMBEDDED, SHIPPED, built_in, concrete_name, recorded_settings
 from kv_memory.model.prompts import PromptName
 
-__all__ = ["MemorySettings", "given_settings", "resolve_settings"]
+__all__ = ["KEEP_NAMES", "NO_ADAPTER", "MemorySettings"]
 
 NO_ADAPTER = "none"  # the name a caller passes for "no adapter"
-REFINE_STEPS = 48  # if only min_fidelity is given
+KEEP_NAMES = ("keep_ratio", "keep_tokens", "max_bytes")  # settings of which one replaces the others
+_KEEP_RATIO = 0.25
+_REFINE_STEPS = 48  # if only min_fidelity is given
+# A model of 135M parameters loses the thread in long passages. int8 costs it less than half a point of F1 at 1/4, 1/8
+# and 1/16: docs/fidelity.md.
+_OF_SMOLLM2: dict[str, Any] = {"adapter": SHIPPED, "passage_tokens": 256, "storage": "int8"}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+def _passage_tokens(text: str) -> int | Literal["auto"] | None:
+    if text in {"auto", "whole"}:
+        return "auto" if text == "auto" else None
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(
+            f"passage_tokens must be a number, 'whole' or 'auto', got {text!r}",
+            where="passage_tokens",
+            next_step="Pass for example 512.",
+        ) from None
+
+
+def _option(
+    metavar: str,
+    help: str,
+    *,
+    name: str | None = None,
+    new: str | None = None,
+    parse: Callable[[str], Any] | None = None,
+) -> dict[str, Any]:
+    """Metadata of a field: its option of the command line.
+
+    Args:
+        metavar: Placeholder of the value in the help.
+        help: Help of the option.
+        name: Name of the option, if it does not follow from the field's.
+        new: Value in a new store, for the help; None names the default, and "" names none.
+        parse: Function from the written form of a value to the value.
+    """
+    return {"metavar": metavar, "help": help, "option": name, "new": new, "parse": parse}
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemorySettings:
     """How a store's documents are compressed and asked; recorded in the store.
 
+    The defaults are those of a new store. `smollm2` has its own for adapter, passage_tokens and storage: see `resolve`.
+
     Attributes:
-        model: Name of a built-in model, a model folder, or a hub id. `embedded`, which stands for different models on
-            different machines, is never recorded.
-        adapter: Adapter folder, `shipped` for the one inside this package, or None. `smollm2` uses `shipped` unless an
-            adapter or a selector is named.
-        keep_ratio: Share of the tokens kept, in (0, 1]. 0.25 unless set; None if keep_tokens or max_bytes is set.
-        selector: Training-free selector, used without an adapter; or `combined`, an adapter and the scores of
-            `matched` together.
-        passage_tokens: Length of the longest passage in tokens: 256 for `smollm2` and 1,024 for others, unless set.
-            None keeps documents whole.
-        prompt: Name of the prompt form.
+        model: Name of a built-in model (`qwen-0.5b`, `smollm2`), a model folder, or a hub id. A new store takes
+            `qwen-0.5b`, or `smollm2` if only that one is prepared, and records its choice.
+        adapter: Adapter folder for that model, `shipped` for the one inside this package, or None.
+        keep_ratio: Share of the tokens kept, in (0, 1]. 0.25 unless keep_tokens or max_bytes is set.
+        keep_tokens: Number of tokens kept of each passage in every layer and head, instead of a share. It is an average
+            where heads share their entries. Shorter passages are kept whole.
+        max_bytes: Largest file size of a passage's cache in bytes, instead of a share. A cache that fits is kept whole.
+        selector: Training-free selector, used without an adapter; or `combined`, an adapter and `matched` together,
+            which prefills each passage twice and selects more reliably.
+        passage_tokens: Length of the longest passage in tokens; None keeps documents whole.
+        prompt: Name of the prompt form: `auto`, `chat`, `brief` or `passage`.
         layout: Placement of documents, see `generate.compose`.
-        refine_steps: Refinement steps for every passage, see `RefineSettings`; 0 for none.
-        min_fidelity: Target for the held-out KL in nats. Refinement continues until it is reached, or for 192 steps,
-            or for `refine_steps` if that is more. None stops after `refine_steps`.
+        refine_steps: Refinement steps for the cache of every passage, see `RefineSettings`; 0 for none. Refined caches
+            answer closer to the full cache, at the cost of hundreds of prefills.
+        min_fidelity: KL to the full cache on held-out probes, in nats, at which refinement stops. It gives up after 192
+            steps, or after refine_steps if that is more. None stops after refine_steps.
         storage: Storage type of keys and values that are added: `auto` (as the model computes them), `float32`,
-            `bfloat16`, `float16` or `int8`, which takes half the bytes of bfloat16. `int8` for `smollm2` and `auto`
-            for others, unless set. Stored caches keep their type.
-        keep_text: True to keep the texts of added documents. Without texts a store holds the caches, the documents'
-            ids and metadata, and hashes of words; see `kv_memory.retrieval.hashed_terms` for what the hashes protect.
-        keep_tokens: Number of tokens kept of each passage in every layer and head, instead of keep_ratio.
-        max_bytes: Largest file size of a passage's cache in bytes, instead of keep_ratio.
+            `bfloat16`, `float16` or `int8`, which takes half the bytes of bfloat16. Stored caches keep their type.
+        keep_text: True to keep the texts of added documents. Texts are needed to show them with an answer, to replace a
+            damaged cache, for `read_from="text"`, and to `refresh` documents that are not files. Without them a store
+            holds caches, the documents' ids and metadata, and hashes of words; see `kv_memory.retrieval.tokenize` for
+            what the hashes protect. Unchanged documents that are added again gain or lose their text without being
+            compressed again.
     """
 
-    model: str = DEFAULTS[0]
-    adapter: str | None = None
-    keep_ratio: float | None = None
-    selector: SelectorName = "matched"
-    passage_tokens: int | None = 1024
-    prompt: PromptName = "auto"
+    model: str = field(
+        default=DEFAULTS[0],
+        metadata=_option(
+            "NAME",
+            "A built-in model (qwen-0.5b, smollm2), a model folder, or a Hugging Face hub id.",
+            new=f"{DEFAULTS[0]}, or {DEFAULTS[1]} if only that is prepared",
+        ),
+    )
+    adapter: str | None = field(default=None, metadata=_option("FOLDER", "A trained adapter of that model, or 'none'."))
+    keep_ratio: float | None = field(
+        default=None,
+        metadata=_option("SHARE", "Share of the tokens kept: 0.125 or 1/8.", new=f"{_KEEP_RATIO}", parse=ratio_of),
+    )
+    keep_tokens: int | None = field(
+        default=None,
+        metadata=_option(
+            "N", "Instead of --keep-ratio: number of tokens kept of each passage, whatever its length.", new=""
+        ),
+    )
+    max_bytes: int | None = field(
+        default=None,
+        metadata=_option(
+            "SIZE",
+            "Instead of --keep-ratio: maximum size of a passage's cache file, e.g. 300KB or 2MB.",
+            new="",
+            parse=functools.partial(size_of, where="max_bytes"),
+        ),
+    )
+    selector: SelectorName = field(
+        default="matched",
+        metadata=_option(
+            "NAME",
+            "Select entries without an adapter: matched (closest), reconstruction (half the time), attention (fastest) "
+            "or sink_recent. With an adapter: combined (closer than the adapter alone, in twice the time).",
+            new="the adapter, or matched without one",
+        ),
+    )
+    passage_tokens: int | None = field(
+        default=1024,
+        metadata=_option(
+            "N",
+            "Maximum length of a passage in tokens; 'whole' does not split documents.",
+            parse=_passage_tokens,
+        ),
+    )
+    prompt: PromptName = field(default="auto", metadata=_option("NAME", "Prompt form: auto, chat, brief or passage."))
     layout: Layout = "source"
-    refine_steps: int = 0
-    min_fidelity: float | None = None
-    storage: StorageName = "auto"
-    keep_text: bool = False
-    keep_tokens: int | None = None
-    max_bytes: int | None = None
+    refine_steps: int = field(
+        default=0,
+        metadata=_option(
+            "STEPS",
+            "Refine every passage's cache by this number of gradient steps: 8 or 48, or 144 if little is kept. It "
+            "comes closer to the full cache, for about 70, 270 or many hundred prefills. 0 for none.",
+            name="--refine",
+        ),
+    )
+    min_fidelity: float | None = field(
+        default=None,
+        metadata=_option(
+            "KL",
+            "Continue refining until the KL to the full cache on held-out probes is at most this, in nats, or 192 "
+            "steps are done.",
+            new="no target",
+        ),
+    )
+    storage: StorageName = field(
+        default="auto",
+        metadata=_option(
+            "NAME",
+            "Storage type of caches: auto (the model's own), float32, bfloat16, float16, or int8 (half of bfloat16). "
+            "Applies to new caches; stored ones stay unchanged.",
+        ),
+    )
+    keep_text: bool = field(
+        default=False,
+        metadata=_option(
+            "",
+            "Keep the text of added documents: to show it, to use it if a cache is damaged, and for ask --text. "
+            "Without it the store has caches, ids, metadata and hashes of words. An unchanged document that is added "
+            "again gets or loses its text without being compressed.",
+            name="--keep-text/--no-keep-text",
+            new="--no-keep-text",
+        ),
+    )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", concrete_name(self.model))
         if self.keep_ratio is self.keep_tokens is self.max_bytes is None:
-            object.__setattr__(self, "keep_ratio", 0.25)
+            object.__setattr__(self, "keep_ratio", _KEEP_RATIO)
         _ = self.keep  # raises for values that `Keep` rejects
-        check_choice(self.selector, SelectorName, where="selector")
-        check_choice(self.prompt, PromptName, where="prompt")
-        check_choice(self.layout, Layout, where="layout")
-        check_choice(self.storage, StorageName, where="storage")
-        if self.passage_tokens is not None and self.passage_tokens < 16:
-            raise ConfigError(
-                f"passage_tokens must be at least 16 or None, got {self.passage_tokens}", where="passage_tokens"
-            )
-        if self.refine_steps < 0:
-            raise ConfigError(f"refine_steps must be 0 or more, got {self.refine_steps}", where="refine_steps")
-        if self.min_fidelity is not None and not 0 < self.min_fidelity < math.inf:
-            raise ConfigError(
-                f"min_fidelity must be above 0 or None, got {self.min_fidelity}",
-                where="min_fidelity",
-                next_step="Pass a KL in nats, e.g. 0.1.",
-            )
+        for name, hint in _hints().items():
+            if get_origin(hint) is Literal:
+                check_choice(getattr(self, name), hint, where=name)
+        checks = {
+            "model": (isinstance(self.model, str) and bool(self.model), "a name, a folder or a hub id"),
+            "adapter": (self.adapter is None or isinstance(self.adapter, str), "a folder or None"),
+            "passage_tokens": (self.passage_tokens is None or _is_int(self.passage_tokens, 16), "at least 16 or None"),
+            "refine_steps": (_is_int(self.refine_steps, 0), "a whole number, 0 or more"),
+            "min_fidelity": (
+                self.min_fidelity is None
+                or (isinstance(self.min_fidelity, int | float) and 0 < self.min_fidelity < math.inf),
+                "a KL in nats above 0, e.g. 0.1, or None",
+            ),
+            "keep_text": (isinstance(self.keep_text, bool), "True or False"),
+        }
+        for name, (ok, wanted) in checks.items():
+            if not ok:
+                raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)!r}", where=name)
 
-    @property
+    @functools.cached_property
     def keep(self) -> Keep:
         """The keep_ratio, token budget or size limit of each passage."""
-        return Keep(
-            keep_ratio=self.keep_ratio,
-            keep_tokens=self.keep_tokens,
-            max_bytes=self.max_bytes,
-            storage=self.storage,
-        )
+        kept = {name: getattr(self, name) for name in KEEP_NAMES}
+        return Keep(**kept, storage=self.storage)
 
     @property
     def top_k(self) -> int:
         """Default number of passages to answer from: 1 for `smollm2`, which cannot handle more, otherwise 3."""
         return 1 if built_in(self.model) is BUILT_IN["smollm2"] else 3
 
+    @classmethod
+    def resolve(cls, recorded: Mapping[str, Any], **changes: Any) -> MemorySettings:
+        """The changes, else what is recorded, else the defaults.
 
-def given_settings(
-    *,
-    model: str | Path | None,
-    adapter: str | Path | None,
-    keep_ratio: float | None,
-    selector: SelectorName | None,
-    passage_tokens: int | Literal["auto"] | None,
-    prompt: PromptName | None,
-    layout: Layout | None,
-    refine_steps: int | None = None,
-    min_fidelity: float | None = None,
-    storage: StorageName | None = None,
-    keep_text: bool | None = None,
-    keep_tokens: int | None = None,
-    max_bytes: int | None = None,
-) -> dict[str, Any]:
-    """The settings that a caller gave, checked; those left at None (`auto` for passage_tokens) are omitted.
+        A change to None leaves the setting as it is, except passage_tokens=None, which keeps documents whole
+        (`auto` leaves it). The adapter name `none` means no adapter, and so does a training-free selector without an
+        adapter. One of keep_ratio, keep_tokens and max_bytes replaces the recorded one. Written forms are accepted:
+        `1/8` as keep_ratio, `300KB` as max_bytes, `whole` as passage_tokens.
 
-    The adapter name `none` means no adapter. Naming a training-free selector without an adapter means the same. Of
-    keep_ratio, keep_tokens and max_bytes, the given one replaces the recorded one.
+        Args:
+            recorded: Settings recorded by the last `add`; empty for a new store. Earlier versions, which knew one
+                built-in model only, recorded it as `embedded` or not at all.
+            changes: Fields to change.
 
-    Raises:
-        ConfigError: A setting is out of range, or two settings contradict each other.
-    """
-    values = {
-        "model": None if model is None else str(model),
-        "adapter": None if adapter in {None, NO_ADAPTER} else str(adapter),
-        "selector": selector,
-        "prompt": prompt,
-        "layout": layout,
-        "refine_steps": refine_steps,
-        "min_fidelity": min_fidelity,
-        "storage": storage,
-        "keep_text": keep_text,
-    }
-    given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
-    given |= given_keep(keep_ratio, keep_tokens, max_bytes)
-    # Naming a training-free selector means no adapter; `combined` is the exception: it needs one.
-    if adapter == NO_ADAPTER or (adapter is None and selector not in {None, "combined"}):
-        given["adapter"] = None
-    if passage_tokens != "auto":
-        given["passage_tokens"] = passage_tokens
-    MemorySettings(**given)
+        Raises:
+            ConfigError: A name is unknown, a value is out of range, or two changes contradict each other.
+        """
+        given = _given(changes)
+        names = {each.name for each in fields(cls)}
+        kept = {name: value for name, value in recorded_settings(recorded).items() if name in names}
+        if recorded:
+            kept.setdefault("model", "smollm2")
+            kept.setdefault("keep_text", True)  # older versions kept all texts, so their stores continue to
+        # 1. The model. Keep a recorded one: another default on this machine must not cause all documents to be
+        #    compressed again.
+        model = given.get("model", kept.get("model", EMBEDDED))
+        if model == EMBEDDED:
+            model = kept["model"] if kept.get("model") in DEFAULTS else concrete_name(EMBEDDED)
+        # 2. Drop recorded values that the changes make void.
+        if model != kept.get("model"):
+            # Adapter and prompt belong to one model, and the cost of int8 was measured on one model only.
+            for name in ("adapter", "prompt", "storage"):
+                kept.pop(name, None)
+        if "refine_steps" in given:
+            kept.pop("min_fidelity", None)  # newly given steps are exact, not a start towards the old fidelity
+        if given.get("selector") == "combined" and kept.get("adapter") is None:
+            kept.pop("adapter", None)  # the recorded None only meant a training-free selector
+        # 3. Merge. The defaults of the fields fill what is left.
+        values = {**kept, **given, "model": model}
+        if values.get("min_fidelity") is not None and not values.get("refine_steps"):
+            values["refine_steps"] = _REFINE_STEPS
+        if built_in(model) is BUILT_IN["smollm2"]:
+            values = {**_OF_SMOLLM2, **values}
+        if values.get("adapter") is None and values.get("selector") == "combined" and "selector" not in given:
+            del values["selector"]  # recorded when there was an adapter
+        return cls(**values)
+
+
+def _given(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The changes that were made, in the form of the fields."""
+    known = {each.name: each for each in fields(MemorySettings)}
+    check_names(changes, known, what="setting")
+    given: dict[str, Any] = {}
+    for name, value in changes.items():
+        parse = known[name].metadata.get("parse")
+        if isinstance(value, str) and parse is not None:
+            value = parse(value)
+        if value != "auto" if name == "passage_tokens" else value is not None:
+            given[name] = str(value) if isinstance(value, Path) else value
+    if given.keys() & set(KEEP_NAMES):
+        given = {**dict.fromkeys(KEEP_NAMES), **given}
+    adapter, selector = given.get("adapter"), given.get("selector")
     if selector == "combined" and adapter == NO_ADAPTER:
         raise ConfigError(
             "selector 'combined' needs an adapter, and adapter='none' means no adapter",
             where="selector",
             next_step="Drop one, or use selector 'matched'.",
         )
-    if refine_steps == 0 and min_fidelity is not None:
+    if given.get("refine_steps") == 0 and "min_fidelity" in given:
         raise ConfigError(
             "min_fidelity needs refinement, and refine_steps=0 turns it off",
             where="min_fidelity",
             next_step="Drop one.",
         )
+    # Naming a training-free selector means no adapter; `combined` is the exception: it needs one.
+    if adapter == NO_ADAPTER or (adapter is None and selector not in {None, "combined"}):
+        given["adapter"] = None
     return given
 
 
-def resolve_settings(given: Mapping[str, Any], stored: Mapping[str, Any]) -> MemorySettings:
-    """Given settings, else recorded ones, else the defaults.
+def new_value_text(name: str) -> str:
+    """The value of a setting in a new store, for the help of its option; empty without one."""
+    setting = MemorySettings.__dataclass_fields__[name]
+    text = setting.metadata["new"]
+    if text is not None:
+        return str(text)
+    default = "none" if setting.default is None else str(setting.default)
+    return f"{_OF_SMOLLM2[name]} for smollm2, {default} for others" if name in _OF_SMOLLM2 else default
 
-    Args:
-        given: Settings from `given_settings`.
-        stored: Settings recorded by the last `add`; empty for a new store. Earlier versions, which knew one built-in
-            model only, recorded it as `embedded` or not at all.
-    """
-    names = {field.name for field in dataclasses.fields(MemorySettings)}
-    kept = {name: value for name, value in recorded_settings(stored).items() if name in names}
-    if stored:
-        kept.setdefault("model", "smollm2")
-    model = given.get("model", kept.get("model", EMBEDDED))
-    if model == EMBEDDED:
-        # Keep the recorded model: another default on this machine must not cause all documents to be compressed again.
-        model = kept["model"] if kept.get("model") in DEFAULTS else concrete_name(EMBEDDED)
-    if model != kept.get("model"):
-        # Adapter and prompt belong to one model, and the cost of int8 was measured on one model only.
-        for name in ("adapter", "prompt", "storage"):
-            kept.pop(name, None)
-    if stored:
-        kept.setdefault("keep_text", True)  # older versions kept all texts, so their stores continue to
-    if "refine_steps" in given:
-        kept.pop("min_fidelity", None)  # newly given steps are exact, not a start towards the old fidelity
-    if given.get("selector") == "combined" and kept.get("adapter") is None:
-        kept.pop("adapter", None)  # the recorded None only meant a training-free selector
-    merged = {**kept, **given, "model": model}
-    if merged.get("min_fidelity") is not None and not merged.get("refine_steps"):
-        merged["refine_steps"] = REFINE_STEPS
-    # A model of 135M parameters loses the thread in long passages, and its caches tolerate little compression.
-    defaults: dict[str, Any] = {"passage_tokens": 1024, "keep_ratio": 0.25}
-    if built_in(model) is BUILT_IN["smollm2"]:
-        # int8 costs it less than half a point of F1 at 1/4, 1/8 and 1/16: docs/fidelity.md.
-        defaults = {"passage_tokens": 256, "keep_ratio": 0.25, "adapter": SHIPPED, "storage": "int8"}
-    values = {**defaults, **merged}
-    if values.get("adapter") is None and values.get("selector") == "combined" and "selector" not in given:
-        del values["selector"]  # recorded when there was an adapter
-    return MemorySettings(**values)
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(MemorySettings)
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -63,7 +63,7 @@ def test_a_reply_uses_the_caches_of_recalled_turns(memory: KVMemory, wide: Any) 
     references = old.recall("What is my dog called?")
     turns = [Turn("user", "What is my dog called?")]
     with recorded_inputs(wide) as inputs:
-        reply = memory.reader.reply(turns, references, settings=SETTINGS).reply
+        reply = memory.reader.reply(turns, references, settings=SETTINGS).answer
     assert inputs[0].shape[1] == reply.n_prompt_tokens == len(wide.encode_question(turns[0].text))  # no text of old
     assert reply.n_cached_tokens == 11 + info.n_kept
 
@@ -107,7 +107,7 @@ def test_turns_persist_when_the_store_is_reopened(memory: KVMemory, wide: Any) -
             old = Conversation(again, "alice")
             assert old.turns() == [BISCUIT, NICE] and old.recall("dog") == expected != []
         assert inputs == []
-        reply = again.reader.reply([Turn("user", "dog?")], expected, settings=SETTINGS).reply
+        reply = again.reader.reply([Turn("user", "dog?")], expected, settings=SETTINGS).answer
         assert reply.n_cached_tokens > 11
         old.add([TEA])
         assert old.turns() == [BISCUIT, NICE, TEA]
@@ -134,7 +134,7 @@ def test_a_conversation_can_have_its_own_keep_ratio(memory: KVMemory) -> None:
         (info,) = old._memory.store.caches()
         (reference,) = old.recall("dog")
         assert old.keep.keep_ratio == info.keep_ratio == reference.keep_ratio == ratio
-        reply = memory.reader.reply([Turn("user", "dog?")], [reference], settings=SETTINGS).reply
+        reply = memory.reader.reply([Turn("user", "dog?")], [reference], settings=SETTINGS).answer
         assert reply.n_cached_tokens == 11 + info.n_kept
     assert memory.settings.keep_ratio == 0.25
 
@@ -217,7 +217,7 @@ def test_a_reply_can_use_documents_and_turns_together(memory: KVMemory) -> None:
     (said,) = old._memory.store.caches()
     references = [Reference(key=ferry.text_sha256), *old.recall("dog")]
     assert [reference.key for reference in references] == [ferry.text_sha256, key_of(f"User: {BISCUIT.text}")]
-    reply = memory.reader.reply([Turn("user", "dog?")], references, settings=SETTINGS).reply
+    reply = memory.reader.reply([Turn("user", "dog?")], references, settings=SETTINGS).answer
     assert reply.n_cached_tokens == 11 + ferry.n_kept + said.n_kept
 
 
@@ -299,5 +299,5 @@ def test_a_fact_from_many_turns_ago_is_recalled(tmp_path: Path) -> None:
             old.add(said[start : start + 2])
         assert len(old.turns()) == 200 and old.turns() == said
         (reference,) = old.recall(question.text)  # smollm2 reads one passage
-        assert "Biscuit" in memory.reader.reply([question], [reference], settings=settings).reply.text
-        assert "Biscuit" not in memory.reader.reply([question], settings=settings).reply.text
+        assert "Biscuit" in memory.reader.reply([question], [reference], settings=settings).answer.text
+        assert "Biscuit" not in memory.reader.reply([question], settings=settings).answer.text

@@ -20,7 +20,7 @@ from kv_memory.errors import AdapterMismatchError, TransferError
 from kv_memory.jobs import JobSettings, Ledger
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.embedded import BUILT_IN, _say_second_choice, adapter_folder, default_model
-from kv_memory.settings import MemorySettings, resolve_settings
+from kv_memory.settings import MemorySettings
 from kv_memory.store import DocumentRecord, PassageRecord, Store
 from kv_memory.store.transfer import gathering
 
@@ -46,18 +46,18 @@ def test_a_new_store_uses_qwen_or_warns_that_it_uses_smollm2(
     prepared: Callable[[str], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     # None is prepared: the first choice, whose error says how to get it.
-    assert default_model() is BUILT_IN["qwen-0.5b"] and resolve_settings({}, {}).model == "qwen-0.5b"
+    assert default_model() is BUILT_IN["qwen-0.5b"] and MemorySettings.resolve({}).model == "qwen-0.5b"
     assert caplog.messages == []
     prepared("smollm2")
     for given in ({}, {"model": "embedded"}):
-        settings = resolve_settings(given, {})
+        settings = MemorySettings.resolve({}, **given)
         assert (settings.model, settings.adapter, settings.passage_tokens) == ("smollm2", "shipped", 256)
         assert (settings.storage, settings.top_k) == ("int8", 1)
     (message,) = caplog.messages  # once
     assert message.startswith("using the model smollm2") and "kv-memory models --prepare qwen-0.5b" in message
     prepared("qwen-0.5b")
     for given in ({}, {"model": "embedded"}):
-        settings = resolve_settings(given, {})
+        settings = MemorySettings.resolve({}, **given)
         assert (settings.model, settings.adapter, settings.passage_tokens) == ("qwen-0.5b", None, 1024)
         assert (settings.storage, settings.top_k) == ("auto", 3)
     assert len(caplog.messages) == 1
@@ -65,14 +65,14 @@ def test_a_new_store_uses_qwen_or_warns_that_it_uses_smollm2(
 
 def test_a_store_keeps_its_model_when_another_is_prepared_later(prepared: Callable[[str], None]) -> None:
     prepared("smollm2")
-    first = resolve_settings({}, {})
+    first = MemorySettings.resolve({})
     prepared("qwen-0.5b")
     for given in ({}, {"model": "embedded"}, {"model": "smollm2"}):
-        assert resolve_settings(given, dataclasses.asdict(first)) == first
-    other = resolve_settings({"model": "qwen-0.5b"}, dataclasses.asdict(first))
+        assert MemorySettings.resolve(dataclasses.asdict(first), **given) == first
+    other = MemorySettings.resolve(dataclasses.asdict(first), model="qwen-0.5b")
     assert (other.model, other.adapter, other.storage) == ("qwen-0.5b", None, "auto")
     # `embedded`, where the store has another model: what a new store takes.
-    assert resolve_settings({"model": "embedded"}, {"model": "owner/name"}).model == "qwen-0.5b"
+    assert MemorySettings.resolve({"model": "owner/name"}, model="embedded").model == "qwen-0.5b"
 
 
 @pytest.mark.parametrize("stored", [OLD, {"keep_ratio": 0.25}, {**OLD, "model": "smollm2"}])
@@ -81,7 +81,7 @@ def test_settings_of_the_old_default_resolve_to_smollm2(
     stored: dict[str, Any], given: dict[str, Any], prepared: Callable[[str], None]
 ) -> None:
     prepared("qwen-0.5b")
-    settings = resolve_settings(given, stored)
+    settings = MemorySettings.resolve(stored, **given)
     expected = {**OLD, "model": "smollm2", "keep_text": True}
     assert settings == MemorySettings(**expected) and settings.top_k == 1
 

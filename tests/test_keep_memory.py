@@ -81,16 +81,15 @@ def test_a_store_can_switch_from_ratio_to_budgets_and_back(tmp_path: Path, wide:
         assert len(memory.store.caches()) == 3
 
 
-def test_a_budget_without_caches_is_an_error_that_refresh_fixes(tmp_path: Path, wide: Any) -> None:
+def test_refresh_makes_the_caches_of_a_new_budget(tmp_path: Path, wide: Any) -> None:
     with open_memory(tmp_path / "store", wide, keep_text=True) as memory:
         memory.add([("ferry", FERRY), ("lamp", LAMP)])
     with open_with(tmp_path / "store", wide, keep_tokens=9) as memory:
-        with pytest.raises(CacheNotFoundError, match=r"at keep_ratio 0\.\d+; available keep ratios: 0\.25"):
-            memory.ask(FERRY_QUESTION)
-        assert not memory.reader.has(FERRY) and not memory.reader.sound(FERRY)
+        assert memory.ask(FERRY_QUESTION, top_k=1, settings=SETTINGS).keep_ratios == (0.25,)
         missing = memory.store.missing(memory.compressor.fingerprint(), memory.settings.keep)
         assert [passage.document_id for passage in missing] == ["ferry", "lamp"]
         assert memory.refresh().replaced == ["ferry", "lamp"]
+        assert memory.ask(FERRY_QUESTION, top_k=1, settings=SETTINGS).n_cached_tokens == 11 + 9
         assert memory.reader.has(FERRY) and memory.reader.sound(FERRY)
         assert answerable(memory, FERRY_QUESTION, LAMP_QUESTION) == ["ferry", "lamp"]
         with pytest.raises(CacheNotFoundError, match=r"no distilled cache \["):
@@ -143,12 +142,11 @@ def test_a_budget_that_is_too_small_creates_no_store(tmp_path: Path, wide: Any) 
 def test_passages_compressed_in_one_batch_keep_their_own_ratios(tmp_path: Path, wide: Any) -> None:
     with open_with(tmp_path / "alone", wide, keep_tokens=20) as memory, open_with(tmp_path / "b", wide) as other:
         memory.add(("long", LONG))
-        keep = memory.settings.keep
-        pipeline = IngestPipeline(other.store, memory.compressor, keep_ratio=keep, passage_tokens=64, batch_size=4)
-        assert pipeline.add_one(Document(id="long", text=LONG)).n_passages == len(memory.store.caches()) > 4
+        pipeline = IngestPipeline(other.store, memory.compressor, memory.settings, batch_size=4)
+        assert pipeline.add([Document(id="long", text=LONG)]).n_passages == len(memory.store.caches()) > 4
         ratios = {cache.text_sha256: cache.keep_ratio for cache in memory.store.caches()}
         assert {cache.text_sha256: cache.keep_ratio for cache in other.store.caches()} == ratios
-        assert pipeline.add_one(Document(id="long", text=LONG)).unchanged == ["long"]
+        assert pipeline.add([Document(id="long", text=LONG)]).unchanged == ["long"]
 
 
 def test_collections_and_conversations_can_have_their_own_budgets(memory: KVMemory) -> None:
@@ -159,7 +157,7 @@ def test_collections_and_conversations_can_have_their_own_budgets(memory: KVMemo
     (cache,) = few.store.caches()
     found = [Reference(key=key_of(FERRY), keep_ratio=cache.keep_ratio, collection="tenant")]
     turns = [Turn("user", "What is my dog called?")]
-    assert memory.reader.reply(turns, found, settings=SETTINGS).reply.n_cached_tokens == 11 + 7
+    assert memory.reader.reply(turns, found, settings=SETTINGS).answer.n_cached_tokens == 11 + 7
 
     old = Conversation(memory, "alice", keep_tokens=9)
     old.add([Turn("user", "My dog is called Biscuit.")])
@@ -167,4 +165,32 @@ def test_collections_and_conversations_can_have_their_own_budgets(memory: KVMemo
     for question in ("dog", "tea"):
         (reference,) = old.recall(question)
         assert reference == Reference.parse(str(reference)) and reference.keep_ratio not in (None, 0.25)
-        assert memory.reader.reply(turns, [reference], settings=SETTINGS).reply.n_cached_tokens == 11 + 9
+        assert memory.reader.reply(turns, [reference], settings=SETTINGS).answer.n_cached_tokens == 11 + 9
+
+
+@pytest.mark.parametrize("later", [{"keep_ratio": 0.125}, {"keep_tokens": 9}, {"max_bytes": 60_000}])
+def test_adding_at_another_amount_leaves_everything_answerable(
+    tmp_path: Path, wide: Any, later: dict[str, Any]
+) -> None:
+    def asked(memory: KVMemory) -> tuple[float, ...]:
+        assert answerable(memory, FERRY_QUESTION, LAMP_QUESTION) == ["ferry", "lamp"]
+        both = memory.ask(f"{FERRY_QUESTION} {LAMP_QUESTION}", top_k=2, settings=SETTINGS)
+        assert len(both.sources) == 2 and not both.fallbacks
+        kept = {info.text_sha256: info.n_kept for info in memory.store.caches()}
+        assert both.n_cached_tokens == 11 + sum(kept[source.text_sha256] for source in both.sources)
+        return both.keep_ratios
+
+    with open_memory(tmp_path / "store", wide, keep_ratio=0.25, keep_text=True) as memory:
+        memory.add(("ferry", FERRY))
+    with open_memory(tmp_path / "store", wide, **{"keep_ratio": None, **later}) as memory:
+        memory.add(("lamp", LAMP))
+        assert 0.25 in asked(memory) and len(set(asked(memory))) == 2
+    with KVMemory.open(tmp_path / "store", model=wide) as memory:
+        assert 0.25 in asked(memory)
+        # The preferred amount wins where both are stored.
+        memory.refresh()
+        assert len(memory.store.caches("ferry")) == 2
+        (ratio,) = memory.ask(FERRY_QUESTION, top_k=1, settings=SETTINGS).keep_ratios
+        assert ratio != 0.25
+        with open_memory(tmp_path / "store", wide, keep_ratio=0.25) as first:
+            assert first.ask(FERRY_QUESTION, top_k=1, settings=SETTINGS).keep_ratios == (0.25,)

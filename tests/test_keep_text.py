@@ -17,7 +17,7 @@ from kv_memory import (
     Turn,
 )
 from kv_memory.query import Reference, key_of
-from kv_memory.settings import resolve_settings
+from kv_memory.settings import MemorySettings
 from kv_memory.store import PassageRecord
 from kv_memory.store.sql.schema import CollectionRow
 from tests.memories import (
@@ -100,13 +100,6 @@ def test_answers_are_the_same_with_and_without_texts(bare: KVMemory, memory: KVM
     assert many.sources[0].text is None
 
 
-def test_each_collection_hashes_its_words_with_its_own_key(bare: KVMemory) -> None:
-    bare.add(("walrus", WALRUS))
-    keys = {passage.terms.key for passage in bare.store.passages() if passage.terms is not None}
-    assert keys == {bare.store.word_key()} and len(bare.store.passages()) == 3
-    assert bare.in_collection("other").store.word_key() not in keys
-
-
 # -- the setting -------------------------------------------------------------------------------------------------------
 
 
@@ -125,9 +118,9 @@ def test_keep_text_is_remembered_per_collection(tmp_path: Path, wide: Any) -> No
 
 
 def test_an_older_store_keeps_storing_texts() -> None:
-    assert resolve_settings({}, {"keep_ratio": 0.5}).keep_text
-    assert not resolve_settings({"keep_text": False}, {"keep_ratio": 0.5}).keep_text
-    assert not resolve_settings({}, {}).keep_text
+    assert MemorySettings.resolve({"keep_ratio": 0.5}).keep_text
+    assert not MemorySettings.resolve({"keep_ratio": 0.5}, keep_text=False).keep_text
+    assert not MemorySettings.resolve({}).keep_text
 
 
 def test_adding_again_to_an_older_store_removes_no_text(memory: KVMemory, wide: Any) -> None:
@@ -196,7 +189,7 @@ def test_a_damaged_cache_is_recreated_from_the_text_in_the_reference(bare: KVMem
     path.write_bytes(path.read_bytes()[:-1])
     with open_memory(bare.path, wide) as memory:
         asked = [Turn("user", FERRY_QUESTION)]
-        reply = memory.reader.reply(asked, [Reference(key=key_of(FERRY), text=FERRY)], settings=SETTINGS).reply
+        reply = memory.reader.reply(asked, [Reference(key=key_of(FERRY), text=FERRY)], settings=SETTINGS).answer
         assert reply.damaged == (key_of(FERRY),)
         assert answerable(memory, FERRY_QUESTION) == ["ferry"] and texts_of(memory, "ferry") == [None]
 
@@ -338,7 +331,6 @@ def test_a_conversation_keeps_its_texts(bare: KVMemory) -> None:
 
 
 def test_collections_without_texts_can_be_exported_and_merged(bare: KVMemory, wide: Any, tmp_path: Path) -> None:
-    """Their words are hashed under different keys; nothing of either is lost."""
     bare.store.export_to(tmp_path / "bare.tar")
     with open_memory(tmp_path / "elsewhere", wide) as memory:
         memory.add(("walrus", "The walrus leaves."))
@@ -347,5 +339,5 @@ def test_collections_without_texts_can_be_exported_and_merged(bare: KVMemory, wi
         assert {hit.document_id for hit in memory.retrieve("What leaves?", top_k=9)} == {"walrus", "ferry"}
     with open_memory(tmp_path / "fresh", wide, load_model=False) as memory:
         memory.store.import_from(tmp_path / "bare.tar")
-        assert memory.store.word_key() == bare.store.word_key()  # what is added to it fits what was imported
+        assert {hit.document_id for hit in memory.retrieve("What leaves?", top_k=9)} == {"ferry"}
     assert held(tmp_path, {b"skarholm", b"lighthouse"}) == set()

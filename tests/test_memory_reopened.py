@@ -13,13 +13,12 @@ from kv_memory import KVMemory
 from kv_memory.compress import Adapter, Compressor
 from kv_memory.errors import (
     AdapterMismatchError,
-    CacheNotFoundError,
     DocumentNotFoundError,
     FingerprintMismatchError,
     StoreError,
 )
 from kv_memory.generate import Generator
-from kv_memory.settings import given_settings, resolve_settings
+from kv_memory.settings import MemorySettings
 from tests.conftest import make_model, make_tokenizer
 from tests.memories import (
     FERRY,
@@ -35,8 +34,6 @@ from tests.memories import (
     wide_backbone,
 )
 from tests.reference import recorded_inputs
-
-NAMES = ["model", "adapter", "keep_ratio", "selector", "prompt", "layout"]
 
 # -- opening again -----------------------------------------------------------------------------------------------------
 
@@ -70,17 +67,14 @@ def test_int8_is_remembered_and_answers(tmp_path: Path, wide: Any) -> None:
 
 
 def test_int8_is_the_default_only_for_smollm2() -> None:
-    def given(**changes: Any) -> dict[str, Any]:
-        return given_settings(**{**dict.fromkeys(NAMES), "passage_tokens": "auto", **changes})
-
-    small = resolve_settings(given(model="smollm2"), {})
+    small = MemorySettings.resolve({}, model="smollm2")
     assert (small.model, small.storage) == ("smollm2", "int8")
-    assert resolve_settings(given(model="smollm2", storage="auto"), {}).storage == "auto"
-    assert resolve_settings(given(), {"storage": "bfloat16"}).storage == "bfloat16"
-    assert resolve_settings(given(model="other"), {}).storage == "auto"
+    assert MemorySettings.resolve({}, model="smollm2", storage="auto").storage == "auto"
+    assert MemorySettings.resolve({"storage": "bfloat16"}).storage == "bfloat16"
+    assert MemorySettings.resolve({}, model="other").storage == "auto"
     # What was measured on one model says nothing about the next.
-    assert resolve_settings(given(model="other"), dataclasses.asdict(small)).storage == "auto"
-    assert resolve_settings(given(), dataclasses.asdict(resolve_settings(given(model="other"), {}))).storage == "auto"
+    assert MemorySettings.resolve(dataclasses.asdict(small), model="other").storage == "auto"
+    assert MemorySettings.resolve(dataclasses.asdict(MemorySettings.resolve({}, model="other"))).storage == "auto"
 
 
 def test_one_store_can_contain_several_storage_formats(tmp_path: Path, wide: Any) -> None:
@@ -120,7 +114,7 @@ def test_a_model_folder_is_remembered(tmp_path: Path) -> None:
     with KVMemory.open(tmp_path / "store", load_model=False) as memory:
         assert [document.id for document in memory.documents()] == ["ferry"]
         assert memory.check().ok
-        assert memory._backbone is None
+        assert memory._model._backbone is None
 
 
 def test_a_missing_store_is_an_error_without_create(tmp_path: Path, wide: Any) -> None:
@@ -146,7 +140,6 @@ def other_weights() -> Any:
 
 CHANGES: dict[str, tuple[Callable[[Path], tuple[Any, dict[str, Any]]], type[Exception], str]] = {
     "model": (lambda _: (other_weights(), {}), FingerprintMismatchError, "weights"),
-    "keep_ratio": (lambda _: (None, {"keep_ratio": 0.5}), CacheNotFoundError, "0.25"),
     "selector": (lambda _: (None, {"selector": "sink_recent"}), FingerprintMismatchError, "method"),
     "adapter": (lambda path: (adapter_backbone(path), {"adapter": path}), FingerprintMismatchError, "adapter"),
 }

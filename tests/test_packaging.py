@@ -22,7 +22,6 @@ PROJECT = PYPROJECT["project"]
 DISTRIBUTIONS = {
     "bs4": "beautifulsoup4",
     "llama_index": "llama-index-core",
-    "Stemmer": "pystemmer",
 }
 
 

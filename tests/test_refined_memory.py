@@ -9,13 +9,8 @@ import pytest
 
 from kv_memory import KVMemory
 from kv_memory.errors import ConfigError, FingerprintMismatchError
-from kv_memory.settings import given_settings, resolve_settings
+from kv_memory.settings import MemorySettings
 from tests.memories import FERRY, FERRY_QUESTION, LAMP, answerable, open_memory
-
-
-def given(**options: Any) -> dict[str, Any]:
-    names = ("model", "adapter", "keep_ratio", "selector", "prompt", "layout")
-    return given_settings(**{**dict.fromkeys(names), "passage_tokens": "auto", **options})
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +62,17 @@ def test_refinement_settings_reach_the_compressor(tmp_path: Path, wide: Any) -> 
 
 
 def test_min_fidelity_alone_uses_the_default_steps() -> None:
-    assert resolve_settings(given(min_fidelity=0.2), {}).refine_steps == 48
+    assert MemorySettings.resolve({}, min_fidelity=0.2).refine_steps == 48
     stored = {"refine_steps": 8}
-    assert resolve_settings(given(min_fidelity=0.2), stored).refine_steps == 8
+    assert MemorySettings.resolve(stored, min_fidelity=0.2).refine_steps == 8
 
 
 def test_refine_steps_alone_resets_min_fidelity() -> None:
     stored = {"refine_steps": 8, "min_fidelity": 0.2}
-    assert resolve_settings(given(), stored).min_fidelity == 0.2
-    off = resolve_settings(given(refine_steps=0), stored)
+    assert MemorySettings.resolve(stored).min_fidelity == 0.2
+    off = MemorySettings.resolve(stored, refine_steps=0)
     assert (off.refine_steps, off.min_fidelity) == (0, None)
-    assert resolve_settings(given(refine_steps=4), stored).min_fidelity is None
+    assert MemorySettings.resolve(stored, refine_steps=4).min_fidelity is None
 
 
 @pytest.mark.parametrize(
@@ -91,5 +86,5 @@ def test_refine_steps_alone_resets_min_fidelity() -> None:
 )
 def test_contradictory_settings_are_refused(options: dict[str, Any], where: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        given(**options)
+        MemorySettings.resolve({}, **options)
     assert caught.value.where == where

@@ -20,13 +20,11 @@ from langchain_core.runnables.configurable import RunnableConfigurableFields
 from kv_memory import ConfigError, Reference
 from kv_memory.query import key_of
 
+from ..references import DOCUMENTS_ABOVE, KV_ID, reference_options
 from .chat_model import ChatKVMemory
-from .documents import KV_ID
-from .messages import options_for
 
-__all__ = ["DOCUMENTS_ABOVE", "create_kv_chain", "create_kv_retrieval_chain"]
+__all__ = ["create_kv_chain", "create_kv_retrieval_chain"]
 
-DOCUMENTS_ABOVE = "(see the documents above)"  # replaces {context}
 _PROMPT = ChatPromptTemplate.from_messages(
     [MessagesPlaceholder("chat_history", optional=True), ("human", "{input}")]  # nothing else: documents come before
 )
@@ -71,7 +69,7 @@ def create_kv_chain(
 
     def answer(values: Mapping[str, Any]) -> Runnable[Any, Any]:
         # Returned, not run: LangChain streams a runnable that a lambda returns; one run inside would not stream.
-        options = options_for(_references(values, document_variable_name))
+        options = reference_options(_references(values, document_variable_name))
         seen = {**values, document_variable_name: DOCUMENTS_ABOVE}
         shown = RunnableLambda[Any, Any](lambda _: seen, name="documents_above")
         chain: Runnable[Any, Any] = shown | asked | RunnableLambda(_without_remark) | llm.bind(**options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -13,20 +12,20 @@ from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
-from pydantic import Field
 
-from kv_memory import Backbone, ConfigError, DecodeSettings, KVMemory
-from kv_memory.query import ReplyStream
+from kv_memory import ConfigError, KVMemory
+from kv_memory.generate import AnswerStream
 
-from ..decoding import decode_settings, refuse_tools
-from .messages import recalled, references_of, turns_of
-from .replies import PROVIDER, Trim, last, part, steps, whole
+from ..llms import MemoryLLM, Trim, refuse_tools
+from ..references import references_in
+from .messages import recalled, turns_of
+from .replies import PROVIDER, last, part, steps, whole
 from .structured import structured
 
 __all__ = ["ChatKVMemory"]
 
 
-class ChatKVMemory(BaseChatModel):
+class ChatKVMemory(MemoryLLM, BaseChatModel):
     """A LangChain chat model over the model of a `KVMemory`.
 
     Without references it is an ordinary chat model with the model's own chat template. References are `kv_ids`, an
@@ -39,7 +38,7 @@ class ChatKVMemory(BaseChatModel):
     stop within a token when they are cancelled. `usage_metadata` includes cached entries in `input_tokens` and reports
     them in `input_token_details["cache_read"]`. `response_metadata` has `model_name`, `model_provider`,
     `finish_reason`, `ttft_s` and `total_s` (both in seconds), and for an empty answer `next_step`, a suggestion.
-    Options that only concern hosted models (`api_key`, `max_retries`) are ignored.
+    Options that only concern hosted models (`api_key`, `base_url`, `max_retries`) are ignored.
 
     Args:
         memory: An open memory. Its model is loaded now, unless it already is.
@@ -53,7 +52,7 @@ class ChatKVMemory(BaseChatModel):
         streaming: Decode piece by piece for callbacks even where the caller does not stream.
 
     Raises:
-        ConfigError: An option is out of range (pydantic's `ValidationError` if it has the wrong type).
+        ConfigError: An option is unknown or out of range (pydantic's `ValidationError` if it has the wrong type).
         ModelError: The model cannot be loaded.
 
     Example:
@@ -64,60 +63,11 @@ class ChatKVMemory(BaseChatModel):
         ```
     """
 
-    memory: KVMemory = Field(exclude=True, repr=False)
-    max_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    stop: list[str] | None = None
-    timeout: float | None = None
     streaming: bool = False
 
     def __init__(self, memory: KVMemory, **options: Any) -> None:
-        if not isinstance(memory, KVMemory):
-            raise ConfigError(
-                f"ChatKVMemory needs a KVMemory, got {type(memory).__name__}",
-                where="memory",
-                next_step="Pass KVMemory.open(FOLDER).",
-            )
-        super().__init__(**{**options, "memory": memory})
-        self._settings()
+        super().__init__(memory, **options)
         memory.load()  # otherwise the first use of the model, which loads it, might block the event loop
-
-    @classmethod
-    def open(
-        cls,
-        path: str | Path,
-        *,
-        model: str | Path | Backbone | None = None,
-        keep_ratio: float | None = None,
-        keep_tokens: int | None = None,
-        max_bytes: int | None = None,
-        collection: str = "default",
-        **options: Any,
-    ) -> ChatKVMemory:
-        """A chat model over a store that is opened or created; `memory.close()` when done. Errors as `KVMemory.open`.
-
-        Args:
-            path: The store's folder.
-            model: A built-in model, a model folder, a hub id, or a `Backbone`; the model that the store records if
-                None.
-            keep_ratio: Share of the tokens kept, in (0, 1].
-            keep_tokens: Number of tokens kept of each passage, instead of `keep_ratio`.
-            max_bytes: Maximum size of a passage's cache file in bytes, instead of `keep_ratio`.
-            collection: The collection (tenant) to read and write.
-            **options: Options of the class.
-        """
-        memory = KVMemory.open(
-            path,
-            model=model,
-            keep_ratio=keep_ratio,
-            keep_tokens=keep_tokens,
-            max_bytes=max_bytes,
-            collection=collection,
-        )
-        return cls(memory, **options)
 
     @property
     def model_name(self) -> str:
@@ -131,7 +81,7 @@ class ChatKVMemory(BaseChatModel):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         """The settings that answers depend on. LangChain keys its LLM caches by them."""
-        settings = self._settings()
+        settings = self._decode_settings({})
         return {
             "model_name": self.model_name,
             "fingerprint": self.memory.compressor.fingerprint().digest,
@@ -177,7 +127,7 @@ class ChatKVMemory(BaseChatModel):
             ContextWindowError: The caches and messages do not fit the model's context window.
             DecodeTimeoutError: The call took longer than `timeout`.
         """
-        return whole(self._start(messages, stop, kwargs).reply, self.model_name)
+        return whole(self._start(messages, stop, kwargs).answer, self.model_name)
 
     async def _agenerate(
         self,
@@ -190,7 +140,7 @@ class ChatKVMemory(BaseChatModel):
         async with steps(stream) as pieces:  # token by token, so that a cancelled task stops decoding
             async for _ in pieces:
                 pass
-        return whole(stream.reply, self.model_name)
+        return whole(stream.answer, self.model_name)
 
     def _stream(
         self,
@@ -208,7 +158,7 @@ class ChatKVMemory(BaseChatModel):
                     if run_manager is not None:
                         run_manager.on_llm_new_token(text, chunk=chunk)
                     yield chunk
-            yield last(stream.reply, self.model_name)
+            yield last(stream.answer, self.model_name)
         finally:
             stream.close()
 
@@ -228,7 +178,7 @@ class ChatKVMemory(BaseChatModel):
                     if run_manager is not None:
                         await run_manager.on_llm_new_token(text, chunk=chunk)
                     yield chunk
-        yield last(stream.reply, self.model_name)
+        yield last(stream.answer, self.model_name)
 
     # -- tools and structured answers ----------------------------------------------------------------------------
 
@@ -244,8 +194,7 @@ class ChatKVMemory(BaseChatModel):
         Raises:
             UnsupportedRequestError: Always; the message says what to do instead.
         """
-        refuse_tools({"tools": True})
-        raise AssertionError("tools are refused")
+        refuse_tools(where="bind_tools")
 
     def with_structured_output(
         self,
@@ -276,20 +225,9 @@ class ChatKVMemory(BaseChatModel):
 
     # -- the reader ----------------------------------------------------------------------------------------------
 
-    def _settings(self) -> DecodeSettings:
-        return DecodeSettings(
-            max_new_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            seed=self.seed,
-            stop=tuple(self.stop or ()),
-            timeout_s=self.timeout,
-        )
-
-    def _start(self, messages: list[BaseMessage], stop: list[str] | None, options: dict[str, Any]) -> ReplyStream:
-        settings = decode_settings(self._settings(), {**options, "stop": stop})
-        turns, references = turns_of(messages), references_of(options)
+    def _start(self, messages: list[BaseMessage], stop: list[str] | None, options: dict[str, Any]) -> AnswerStream:
+        settings = self._decode_settings({**options, "stop": stop})
+        turns, references = turns_of(messages), references_in(options)
         old = recalled(self.memory, messages)
         if references is None and not old:
             return self.memory.reader.reply_alone(turns, settings=settings)

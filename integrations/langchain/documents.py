@@ -7,22 +7,18 @@ from typing import Any
 
 from langchain_core.documents import Document
 
-from kv_memory import ConfigError, KVMemory, Reference
+from kv_memory import ConfigError, KVMemory
 from kv_memory.query import key_of
+from kv_memory.retrieval.bm25 import Hit
 
-from ..missing import OnMissing, reference_to
+from ..references import KV_ID, OnMissing, mark_of, reference_to
 
-__all__ = ["KV_ID", "check_k", "marked", "with_mark", "without_mark"]
-
-KV_ID = "kv_id"  # in a document's metadata: str(Reference)
+__all__ = ["check_k", "found", "marked", "without_mark"]
 
 
-def with_mark(metadata: dict[str, Any], key: str) -> dict[str, Any]:
-    """A copy of the metadata that names a cache.
-
-    The collection is omitted, so that an LLM over one tenant's collection never loads from another tenant's.
-    """
-    return {**metadata, KV_ID: str(Reference(key=key))}
+def found(hit: Hit, *, id: str, metadata: dict[str, Any]) -> Document:
+    """A passage of the memory as a document that names its cache; without content if the text is not kept."""
+    return Document(id=id, page_content=hit.text or "", metadata={**metadata, KV_ID: mark_of(hit.text_sha256)})
 
 
 def without_mark(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +39,7 @@ def marked(memory: KVMemory, documents: Iterable[Document], *, on_missing: OnMis
         if reference is None:
             continue
         if reference.text is None:
-            metadata = with_mark(metadata, reference.key)
+            metadata[KV_ID] = mark_of(reference.key)
         copies.append(document.model_copy(update={"metadata": metadata}))
     return copies
 

@@ -15,7 +15,7 @@ from langchain_core.messages import BaseMessage, HumanMessage, messages_from_dic
 from kv_memory import ConfigError, Conversation, DocumentNotFoundError, KVMemory
 from kv_memory.store import DocumentRecord, Store
 
-from ..readable import readable
+from ..llms import readable
 from .messages import RecallMark, is_mark, turns_of
 
 __all__ = ["KVMemoryChatMessageHistory"]

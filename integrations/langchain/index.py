@@ -15,7 +15,7 @@ from pydantic import Field
 
 from kv_memory import ConfigError, DocumentNotFoundError, KVMemory, TextNotKeptError
 
-from .documents import check_k, with_mark, without_mark
+from .documents import check_k, found, without_mark
 
 __all__ = ["KVMemoryIndex"]
 
@@ -121,9 +121,4 @@ class KVMemoryIndex(DocumentIndex):
 
     def _find(self, query: str, k: int | None) -> list[Document]:
         hits = self.memory.retrieve(query, top_k=check_k(self.k if k is None else k))
-        return [
-            Document(
-                id=hit.document_id, page_content=hit.text or "", metadata=with_mark(dict(hit.metadata), hit.text_sha256)
-            )
-            for hit in hits
-        ]
+        return [found(hit, id=hit.document_id, metadata=dict(hit.metadata)) for hit in hits]

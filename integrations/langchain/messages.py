@@ -1,42 +1,20 @@
-"""Converts LangChain's messages to turns and references, and defines the mark by which a history asks for recall."""
+"""Converts LangChain's messages to turns, and defines the mark by which a history asks for recall."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage
 
 from kv_memory import Conversation, KVMemory, Reference, Turn, UnsupportedRequestError
 from kv_memory.generate import Role
 
-__all__ = [
-    "KV_IDS",
-    "KV_RECALL",
-    "KV_TEXTS",
-    "RecallMark",
-    "is_mark",
-    "options_for",
-    "recalled",
-    "references_of",
-    "turns_of",
-]
+from ..llms import ROLES, refuse_content, refuse_tools
 
-# Options of a call. They contain strings only, because tracers and caches serialise them.
-KV_IDS = "kv_ids"  # [str(Reference)], in the order of composition
-KV_TEXTS = "kv_texts"  # {key: text}, for references that may have no cache
+__all__ = ["KV_RECALL", "RecallMark", "is_mark", "recalled", "turns_of"]
 
 KV_RECALL = "kv_recall"  # in the additional_kwargs of a message: a RecallMark as a dict
-
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "ai": "assistant",
-}
 
 
 class RecallMark(NamedTuple):
@@ -77,28 +55,6 @@ def turns_of(messages: Sequence[BaseMessage]) -> list[Turn]:
     return [Turn(_role(message), _text(message)) for message in messages if not is_mark(message)]
 
 
-def options_for(references: Iterable[Reference]) -> dict[str, Any]:
-    """References as options of a call."""
-    known = {str(reference): reference for reference in references}  # drops duplicates
-    options: dict[str, Any] = {KV_IDS: list(known)}
-    texts = {reference.key: reference.text for reference in known.values() if reference.text is not None}
-    return {**options, KV_TEXTS: texts} if texts else options
-
-
-def references_of(options: Mapping[str, Any]) -> list[Reference] | None:
-    """The references in the options of a call; None if the options do not set `kv_ids`.
-
-    Raises:
-        ConfigError: A value is not a reference.
-    """
-    given = options.get(KV_IDS)
-    if given is None:
-        return None
-    texts = options.get(KV_TEXTS) or {}
-    references = [Reference.parse(value) for value in ([given] if isinstance(given, str | Reference) else given)]
-    return [replace(reference, text=texts.get(reference.key, reference.text)) for reference in references]
-
-
 def recalled(memory: KVMemory, messages: Sequence[BaseMessage]) -> list[Reference]:
     """References to the old turns that are relevant to the last user message, from every marked conversation."""
     marks = [RecallMark(**message.additional_kwargs[KV_RECALL]) for message in messages if is_mark(message)]
@@ -121,46 +77,28 @@ def recalled(memory: KVMemory, messages: Sequence[BaseMessage]) -> list[Referenc
 
 
 def _role(message: BaseMessage) -> Role:
-    if isinstance(message, AIMessage):
-        if message.tool_calls:
-            _refuse_tools(message)
-        return "assistant"
     if isinstance(message, HumanMessage):
         return "user"
     if isinstance(message, SystemMessage):
         return "system"
+    if isinstance(message, AIMessage) and not message.tool_calls:
+        return "assistant"
     if not isinstance(message, ChatMessage):
-        _refuse_tools(message)
-    if (role := _ROLES.get(message.role.lower())) is None:
+        refuse_tools(where=f"message of type {message.type!r}")
+    if (role := ROLES.get(message.role.lower())) is None:
         raise UnsupportedRequestError(
             f"a message has the unknown role {message.role!r}",
             where="messages",
-            next_step=f"Use one of {', '.join(_ROLES)}.",
+            next_step=f"Use one of {', '.join(ROLES)}.",
         )
     return role
 
 
 def _text(message: BaseMessage) -> str:
-    if isinstance(message.content, str):
-        return message.content
+    blocks = [message.content] if isinstance(message.content, str) else message.content
     texts: list[str] = []
-    for block in message.content:
-        if isinstance(block, str):
-            texts.append(block)
-        elif block.get("type") == "text":
-            texts.append(str(block.get("text", "")))
-        else:
-            raise UnsupportedRequestError(
-                "this model accepts text only",
-                where=f"a block of type {block.get('type')!r} in a message of type {message.type!r}",
-                next_step="Put a description of it into the message instead.",
-            )
+    for block in blocks:
+        if not isinstance(block, str) and block.get("type") != "text":
+            refuse_content(f"a block of type {block.get('type')!r}", where=f"type {message.type!r}")
+        texts.append(block if isinstance(block, str) else str(block.get("text", "")))
     return "\n".join(texts)
-
-
-def _refuse_tools(message: BaseMessage) -> NoReturn:
-    raise UnsupportedRequestError(
-        "this model cannot call tools or use their results",
-        where=f"message of type {message.type!r}",
-        next_step="Give the chain itself to an agent as a tool, or leave these messages out.",
-    )

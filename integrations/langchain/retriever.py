@@ -14,8 +14,8 @@ from pydantic import Field
 from kv_memory import KVMemory
 from kv_memory.config import check_choice
 
-from ..missing import OnMissing
-from .documents import check_k, marked, with_mark
+from ..references import OnMissing
+from .documents import check_k, found, marked
 
 __all__ = ["KVMemoryRetriever"]
 
@@ -81,11 +81,7 @@ class KVMemoryRetriever(BaseRetriever):
 
     def _own(self, query: str, k: int | None) -> list[Document]:
         return [
-            Document(
-                id=f"{hit.document_id}#{hit.ordinal}",
-                page_content=hit.text or "",
-                metadata=with_mark({"source": hit.document_id, **hit.metadata}, hit.text_sha256),
-            )
+            found(hit, id=f"{hit.document_id}#{hit.ordinal}", metadata={"source": hit.document_id, **hit.metadata})
             for hit in self.memory.retrieve(query, top_k=k)
         ]
 

@@ -18,7 +18,7 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from kv_memory import ConfigError
 from kv_memory.config import check_choice
 
-from ..schemas import closed
+from ..llms import closed
 
 __all__ = ["Method", "json_schema_of", "structured"]
 

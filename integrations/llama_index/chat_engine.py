@@ -11,7 +11,7 @@ from llama_index.core.chat_engine.condense_plus_context import DEFAULT_CONTEXT_P
 from llama_index.core.chat_engine.context import DEFAULT_CONTEXT_TEMPLATE
 from llama_index.core.prompts import PromptTemplate
 
-from .prompts import DOCUMENTS_ABOVE
+from ..references import DOCUMENTS_ABOVE
 from .synthesizer import KVMemorySynthesizer, check_llm
 
 if TYPE_CHECKING:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import (
@@ -20,24 +19,23 @@ from llama_index.core.base.llms.types import (
     LLMMetadata,
     MessageRole,
 )
-from llama_index.core.bridge.pydantic import BaseModel, Field, PrivateAttr
+from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import default_completion_to_prompt
 from llama_index.core.prompts import BasePromptTemplate
 
-from kv_memory import ConfigError, DecodeSettings, KVMemory, UnsupportedRequestError
-from kv_memory.generate import iterate_in_thread
-from kv_memory.query import Reply, ReplyStream
+from kv_memory import ConfigError
+from kv_memory.generate import Answer, AnswerStream, iterate_in_thread
 
-from ..decoding import decode_settings
-from ..schemas import closed
-from .messages import references_of, turns_of
+from ..llms import MemoryLLM, Trim, closed, refuse_tools, reply_details
+from ..references import references_in
+from .messages import turns_of
 
 __all__ = ["KVMemoryLLM"]
 
 
-class KVMemoryLLM(CustomLLM):
+class KVMemoryLLM(MemoryLLM, CustomLLM):
     """A LlamaIndex LLM over the model of a `KVMemory`.
 
     Without references it is an ordinary LLM: chats and completions go through the model's own chat template (or
@@ -60,6 +58,9 @@ class KVMemoryLLM(CustomLLM):
         stop: Strings that end an answer.
         timeout: Time limit of a call in seconds, after which it raises `DecodeTimeoutError`.
 
+    Raises:
+        ConfigError: An option is unknown or out of range (pydantic's `ValidationError` if it has the wrong type).
+
     Example:
         ```python
         memory = KVMemory.open("my-store")
@@ -68,66 +69,15 @@ class KVMemoryLLM(CustomLLM):
         ```
     """
 
-    max_tokens: int = Field(default=128, ge=1, description="Maximum length of an answer in tokens.")
-    temperature: float = Field(default=0.0, ge=0, description="Sampling temperature; 0 decodes greedily.")
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
-    seed: int | None = None
-    stop: list[str] = Field(default_factory=list)
-    timeout: float | None = Field(default=None, gt=0, description="Time limit of a call in seconds.")
-    _memory: KVMemory = PrivateAttr()
-
-    def __init__(self, memory: KVMemory, **options: Any) -> None:
-        super().__init__(**options)
-        self._memory = memory
-
-    @classmethod
-    def open(
-        cls,
-        path: str | Path,
-        *,
-        model: str | Path | None = None,
-        keep_ratio: float | None = None,
-        keep_tokens: int | None = None,
-        max_bytes: int | None = None,
-        collection: str = "default",
-        **options: Any,
-    ) -> KVMemoryLLM:
-        """An LLM over a store that is opened or created; `memory.close()` when done. Errors as `KVMemory.open`.
-
-        Args:
-            path: The store's folder.
-            model: A built-in model, a model folder, or a hub id; the model that the store records if None.
-            keep_ratio: Share of the tokens kept, in (0, 1].
-            keep_tokens: Number of tokens kept of each passage, instead of `keep_ratio`.
-            max_bytes: Maximum size of a passage's cache file in bytes, instead of `keep_ratio`.
-            collection: The collection (tenant) to read and write.
-            **options: Options of the class.
-        """
-        memory = KVMemory.open(
-            path,
-            model=model,
-            keep_ratio=keep_ratio,
-            keep_tokens=keep_tokens,
-            max_bytes=max_bytes,
-            collection=collection,
-        )
-        return cls(memory, **options)
-
     @classmethod
     def class_name(cls) -> str:
         """The name under which LlamaIndex serialises it."""
         return "KVMemoryLLM"
 
     @property
-    def memory(self) -> KVMemory:
-        """The memory that holds the caches and the model."""
-        return self._memory
-
-    @property
     def metadata(self) -> LLMMetadata:
         """The model's name, context window and capabilities."""
-        backbone = self._memory.backbone
+        backbone = self.memory.backbone
         return LLMMetadata(
             context_window=backbone.context_window,
             num_output=self.max_tokens,
@@ -141,24 +91,24 @@ class KVMemoryLLM(CustomLLM):
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a prompt: as the only user message, or verbatim with `formatted`. Errors as in `chat`."""
-        return _completion(self._start(prompt, formatted, kwargs).reply)
+        return _completion(_whole(self._start(prompt, formatted, kwargs).answer))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """`complete`, piece by piece."""
         stream = self._start(prompt, formatted, kwargs)
-        return (_completion_part(text, delta, reply) for text, delta, reply in _parts(stream))
+        return (_completion(part) for part in _parts(stream))
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """`complete` without blocking the event loop."""
-        return _completion(await _finish(lambda: self._start(prompt, formatted, kwargs)))
+        return _completion(await _awhole(self._start, prompt, formatted, kwargs))
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """`stream_complete` without blocking the event loop."""
         stream = await asyncio.to_thread(self._start, prompt, formatted, kwargs)
-        return (_completion_part(text, delta, reply) async for text, delta, reply in _aparts(stream))
+        return (_completion(part) async for part in _aparts(stream))
 
     # -- chats ---------------------------------------------------------------------------------------------------
 
@@ -173,24 +123,24 @@ class KVMemoryLLM(CustomLLM):
             ContextWindowError: The caches and messages do not fit the model's context window.
             DecodeTimeoutError: The call took longer than `timeout`.
         """
-        return _chat(self._start_chat(messages, kwargs).reply)
+        return _chat(_whole(self._start_chat(messages, kwargs).answer))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """`chat`, piece by piece."""
         stream = self._start_chat(messages, kwargs)
-        return (_chat_part(text, delta, reply) for text, delta, reply in _parts(stream))
+        return (_chat(part) for part in _parts(stream))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """`chat` without blocking the event loop."""
-        return _chat(await _finish(lambda: self._start_chat(messages, kwargs)))
+        return _chat(await _awhole(self._start_chat, messages, kwargs))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """`stream_chat` without blocking the event loop."""
         stream = await asyncio.to_thread(self._start_chat, messages, kwargs)
-        return (_chat_part(text, delta, reply) async for text, delta, reply in _aparts(stream))
+        return (_chat(part) async for part in _aparts(stream))
 
     # -- structured answers --------------------------------------------------------------------------------------
 
@@ -224,11 +174,7 @@ class KVMemoryLLM(CustomLLM):
 
     def predict_and_call(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: the model cannot choose tools."""
-        raise UnsupportedRequestError(
-            "this model cannot call tools",
-            where="predict_and_call",
-            next_step="Drive the agent with a model that can call tools, and give it this query engine as a tool.",
-        )
+        refuse_tools(where="predict_and_call")
 
     async def apredict_and_call(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused, as `predict_and_call`."""
@@ -236,30 +182,19 @@ class KVMemoryLLM(CustomLLM):
 
     # -- the reader ----------------------------------------------------------------------------------------------
 
-    def _settings(self, options: dict[str, Any]) -> DecodeSettings:
-        mine = DecodeSettings(
-            max_new_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            seed=self.seed,
-            stop=tuple(self.stop),
-            timeout_s=self.timeout,
-        )
-        return decode_settings(mine, options)
-
-    def _start(self, prompt: str, formatted: bool, options: dict[str, Any]) -> ReplyStream:
-        if references_of([], options) is None:
+    def _start(self, prompt: str, formatted: bool, options: dict[str, Any]) -> AnswerStream:
+        if references_in(options) is None:
             if not formatted and self.completion_to_prompt not in (None, default_completion_to_prompt):
                 assert self.completion_to_prompt is not None
                 prompt, formatted = self.completion_to_prompt(prompt), True
             if formatted:
-                return self._memory.reader.complete(prompt, settings=self._settings(options))
+                return self.memory.reader.complete(prompt, settings=self._decode_settings(options))
         return self._start_chat([ChatMessage(role=MessageRole.USER, content=prompt)], options)
 
-    def _start_chat(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> ReplyStream:
-        settings, reader = self._settings(options), self._memory.reader
-        references, turns = references_of(messages, options), turns_of(messages)
+    def _start_chat(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> AnswerStream:
+        settings, reader = self._decode_settings(options), self.memory.reader
+        references = references_in(*(message.additional_kwargs for message in messages), options)
+        turns = turns_of(messages)
         if references is not None:
             return reader.reply(turns, references, settings=settings)
         if self.messages_to_prompt not in (None, generic_messages_to_prompt):
@@ -268,46 +203,45 @@ class KVMemoryLLM(CustomLLM):
         return reader.reply_alone(turns, settings=settings)
 
 
-def _parts(stream: ReplyStream) -> Iterator[tuple[str, str, Reply | None]]:
-    """Yields `(text so far, new text, None)`, and at the end `(text, "", reply)`."""
-    text = held = ""
+class _Part(NamedTuple):
+    """A part of an answer as it streams: the text so far, the new text, and at the end the reply."""
+
+    text: str
+    delta: str | None
+    reply: Answer | None
+
+
+def _parts(stream: AnswerStream) -> Iterator[_Part]:
+    text, trim = "", Trim()
     try:
         for piece in stream:
-            delta, held = _stripped(text, held + piece)
-            if delta:
+            if delta := trim(piece):
                 text += delta
-                yield text, delta, None
-        yield text, "", stream.reply
+                yield _Part(text, delta, None)
+        yield _Part(text, "", stream.answer)
     finally:
         stream.close()
 
 
-async def _aparts(stream: ReplyStream) -> AsyncIterator[tuple[str, str, Reply | None]]:
-    text = held = ""
+async def _aparts(stream: AnswerStream) -> AsyncIterator[_Part]:
+    text, trim = "", Trim()
     async for piece in iterate_in_thread(stream):
-        delta, held = _stripped(text, held + piece)
-        if delta:
+        if delta := trim(piece):
             text += delta
-            yield text, delta, None
-    yield text, "", stream.reply
+            yield _Part(text, delta, None)
+    yield _Part(text, "", stream.answer)
 
 
-def _stripped(text: str, piece: str) -> tuple[str, str]:
-    """The text that a piece adds, and its trailing white space, which is held back until more text follows.
-
-    Streamed answers must equal whole ones, which are stripped.
-    """
-    piece = piece if text else piece.lstrip()
-    delta = piece.rstrip()
-    return delta, piece[len(delta) :]
+def _whole(reply: Answer) -> _Part:
+    return _Part(reply.text.strip(), None, reply)
 
 
-async def _finish(start: Callable[[], ReplyStream]) -> Reply:
+async def _awhole(start: Callable[..., AnswerStream], *arguments: Any) -> _Part:
     """Decode token by token, not in one call in a thread, so that a cancelled task stops decoding."""
-    stream = await asyncio.to_thread(start)
+    stream = await asyncio.to_thread(start, *arguments)
     async for _ in iterate_in_thread(stream):
         pass
-    return stream.reply
+    return _whole(stream.answer)
 
 
 def _filled_in(output_cls: type[BaseModel], response: ChatResponse) -> BaseModel:
@@ -321,7 +255,18 @@ def _filled_in(output_cls: type[BaseModel], response: ChatResponse) -> BaseModel
     return output_cls.model_validate_json(response.message.content or "")
 
 
-def _raw(reply: Reply) -> dict[str, Any]:
+def _completion(part: _Part) -> CompletionResponse:
+    return CompletionResponse(text=part.text, delta=part.delta, raw=_raw(part.reply))
+
+
+def _chat(part: _Part) -> ChatResponse:
+    message = ChatMessage(role=MessageRole.ASSISTANT, content=part.text)
+    return ChatResponse(message=message, delta=part.delta, raw=_raw(part.reply))
+
+
+def _raw(reply: Answer | None) -> dict[str, Any] | None:
+    if reply is None:
+        return None
     prompt_tokens = reply.n_prompt_tokens + reply.n_cached_tokens
     return {
         "usage": {
@@ -330,26 +275,6 @@ def _raw(reply: Reply) -> dict[str, Any]:
             "total_tokens": prompt_tokens + reply.n_new_tokens,
             "prompt_tokens_details": {"cached_tokens": reply.n_cached_tokens},
         },
-        "finish_reason": reply.finish_reason,
-        "ttft_s": reply.ttft_s,
-        "total_s": reply.total_s,
         "damaged": list(reply.damaged),
-        **({} if reply.next_step is None else {"next_step": reply.next_step}),
+        **reply_details(reply),
     }
-
-
-def _completion(reply: Reply) -> CompletionResponse:
-    return CompletionResponse(text=reply.text.strip(), raw=_raw(reply))
-
-
-def _completion_part(text: str, delta: str, reply: Reply | None) -> CompletionResponse:
-    return CompletionResponse(text=text, delta=delta, raw=None if reply is None else _raw(reply))
-
-
-def _chat(reply: Reply) -> ChatResponse:
-    return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=reply.text.strip()), raw=_raw(reply))
-
-
-def _chat_part(text: str, delta: str, reply: Reply | None) -> ChatResponse:
-    message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
-    return ChatResponse(message=message, delta=delta, raw=None if reply is None else _raw(reply))

@@ -12,8 +12,9 @@ from llama_index.core.memory import BaseMemoryBlock
 
 from kv_memory import Conversation, KVMemory
 
-from ..readable import readable
-from .messages import KV_IDS, message_with, turns_of
+from ..llms import readable
+from ..references import KV_IDS
+from .messages import message_with, turns_of
 
 __all__ = ["KVMemoryBlock"]
 

@@ -16,10 +16,9 @@ from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, NodeWithS
 from kv_memory import KVMemory, Reference
 from kv_memory.query import key_of
 
-from ..missing import OnMissing, reference_to
+from ..references import KV_ID, OnMissing, mark_of, reference_to
 
 __all__ = [
-    "KV_ID",
     "document_of",
     "forget_all",
     "forget_nodes",
@@ -31,7 +30,6 @@ __all__ = [
 ]
 
 _locks: weakref.WeakKeyDictionary[KVMemory, threading.RLock] = weakref.WeakKeyDictionary()
-KV_ID = "kv_id"  # in a node's metadata, excluded from its text
 _NODES = "nodes"  # in the metadata of the document in the store: {node_id: [keys of its texts]}
 
 
@@ -69,7 +67,7 @@ def marked(item: NodeWithScore, reference: Reference | None) -> NodeWithScore:
     if reference is None or reference.text is not None:
         return item
     node = item.node.model_copy()
-    node.metadata = {**node.metadata, KV_ID: str(reference)}
+    node.metadata = {**node.metadata, KV_ID: mark_of(reference.key)}
     node.excluded_llm_metadata_keys = [*node.excluded_llm_metadata_keys, KV_ID]
     node.excluded_embed_metadata_keys = [*node.excluded_embed_metadata_keys, KV_ID]
     return NodeWithScore(node=node, score=item.score)

@@ -12,12 +12,12 @@ from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
 
 from kv_memory import Reference
 
+from ..references import DOCUMENTS_ABOVE
 from .messages import message_with
 
-__all__ = ["DOCUMENTS_ABOVE", "KV_QA_PROMPT", "CachedPrompt"]
+__all__ = ["KV_QA_PROMPT", "CachedPrompt"]
 
 KV_QA_PROMPT = PromptTemplate("{query_str}")
-DOCUMENTS_ABOVE = "(see the documents above)"  # replaces {context_str}
 
 
 class CachedPrompt(BasePromptTemplate):

@@ -14,7 +14,7 @@ from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.retrievers import BaseRetriever
 from llama_index.core.schema import MetadataMode
 
-from ..missing import OnMissing
+from ..references import OnMissing
 from .llm import KVMemoryLLM
 from .retriever import KVMemoryRetriever
 from .synthesizer import KVMemorySynthesizer, check_llm

@@ -12,7 +12,7 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from kv_memory import KVMemory
 from kv_memory.config import check_choice
 
-from ..missing import OnMissing
+from ..references import OnMissing
 from .nodes import marked, node_reference
 
 __all__ = ["KVMemoryRetriever"]

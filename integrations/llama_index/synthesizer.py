@@ -19,9 +19,8 @@ from llama_index.core.types import RESPONSE_TEXT_TYPE
 from kv_memory import ConfigError
 from kv_memory.config import check_choice
 
-from ..missing import OnMissing
+from ..references import OnMissing, references_in
 from .llm import KVMemoryLLM
-from .messages import references_of
 from .nodes import references_to
 from .prompts import KV_QA_PROMPT, CachedPrompt
 
@@ -129,7 +128,7 @@ class KVMemorySynthesizer(BaseSynthesizer):
     @property
     def _recalled(self) -> bool:
         """Whether the history contains references, so that a question can be answered without any node."""
-        return bool(references_of(self._prefix_messages, {}))
+        return bool(references_in(*(message.additional_kwargs for message in self._prefix_messages)))
 
     def get_response(
         self, query_str: str, text_chunks: Sequence[str], kv_nodes: Sequence[NodeWithScore] | None = None, **kwargs: Any

@@ -20,7 +20,7 @@ from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.config import StorageName, check_keep_ratio, n_kept_for, stored_dtype
 from kv_memory.errors import BudgetError, ConfigError
 
-__all__ = ["Keep", "given_keep", "windows_of"]
+__all__ = ["Keep", "windows_of"]
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 _TENSORS = ("bias", "counts", "key_scales", "keys", "positions", "value_scales", "values")
@@ -144,21 +144,6 @@ class Keep:
             where="max_bytes",
             next_step=f"Pass {smallest} or more.",
         )
-
-
-def given_keep(
-    keep_ratio: float | None, keep_tokens: int | None, max_bytes: int | None
-) -> dict[str, float | int | None]:
-    """A caller's choice as changes to settings: empty, or one of the three, with None for the others it replaces.
-
-    Raises:
-        ConfigError: More than one is given, or one is out of range.
-    """
-    values = {"keep_ratio": keep_ratio, "keep_tokens": keep_tokens, "max_bytes": max_bytes}
-    if all(value is None for value in values.values()):
-        return {}
-    Keep(keep_ratio=keep_ratio, keep_tokens=keep_tokens, max_bytes=max_bytes)
-    return values
 
 
 def windows_of(n_tokens: int, window: int) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,40 +14,27 @@ from kv_memory.cli.open_store import load_model, open_memory
 from kv_memory.cli.options import (
     DEFAULT_COLLECTION,
     DEFAULT_STORE,
-    AdapterOption,
+    Changes,
     CollectionOption,
     JsonOption,
-    KeepRatioOption,
-    KeepTextOption,
-    KeepTokensOption,
-    MaxBytesOption,
-    MinFidelityOption,
-    ModelOption,
-    PassageTokensOption,
-    PromptOption,
-    RefineOption,
-    SelectorOption,
-    StorageOption,
     StoreOption,
-    kept_of,
-    passage_tokens_of,
+    setting_options,
 )
 from kv_memory.cli.output import FAILED, Output, factor_text, plain, reporting, size_text
 from kv_memory.cli.progress import Tracker
 from kv_memory.errors import ConfigError
-from kv_memory.settings import MemorySettings, given_settings
+from kv_memory.settings import MemorySettings
 
 if TYPE_CHECKING:
-    from kv_memory.config import SelectorName, StorageName
     from kv_memory.documents import DocumentLike, ReadResult
     from kv_memory.memory import AddReport, KVMemory
-    from kv_memory.model.prompts import PromptName
 
 __all__ = ["add", "print_report"]
 
 _SHOWN = 5
 
 
+@setting_options()
 def add(
     paths: Annotated[
         list[str] | None, typer.Argument(metavar="PATH", help="Files and folders; - reads one text from stdin.")
@@ -56,18 +43,8 @@ def add(
     stale: Annotated[
         bool, typer.Option("--stale", help="Also compress stored passages that have no cache under these settings.")
     ] = False,
-    keep_ratio: KeepRatioOption = None,
-    keep_tokens: KeepTokensOption = None,
-    max_bytes: MaxBytesOption = None,
-    model: ModelOption = None,
-    adapter: AdapterOption = None,
-    selector: SelectorOption = None,
-    passage_tokens: PassageTokensOption = "auto",
-    prompt: PromptOption = None,
-    refine: RefineOption = None,
-    min_fidelity: MinFidelityOption = None,
-    storage: StorageOption = None,
-    keep_text: KeepTextOption = None,
+    *,
+    changes: Changes,
     encoding: Annotated[
         str, typer.Option("--encoding", metavar="NAME", help="Encoding of text files without a byte order mark.")
     ] = "utf-8",
@@ -89,39 +66,10 @@ def add(
         if not paths and not stale:
             raise ConfigError("nothing to add", where="PATH", next_step="Name files or folders, or pass --stale.")
         extra = _pairs(metadata or [])
-        limit = passage_tokens_of(passage_tokens)
-        kept = kept_of(keep_ratio, keep_tokens, max_bytes)
         # Check options, then documents, before a store is created and a model loaded: a typo should fail at once.
-        given_settings(
-            model=model,
-            adapter=adapter,
-            **kept,
-            selector=cast("SelectorName | None", selector),
-            passage_tokens=limit,
-            prompt=cast("PromptName | None", prompt),
-            layout=None,
-            refine_steps=refine,
-            min_fidelity=min_fidelity,
-            storage=cast("StorageName | None", storage),
-            keep_text=keep_text,
-        )
+        MemorySettings.resolve({}, **changes)
         read = _read(paths or [], id_, extra, encoding, skip_errors) if paths else None
-        with open_memory(
-            out,
-            store,
-            collection,
-            create=bool(paths),
-            model=model,
-            adapter=adapter,
-            **kept,
-            selector=selector,
-            passage_tokens=limit,
-            prompt=prompt,
-            refine_steps=refine,
-            min_fidelity=min_fidelity,
-            storage=storage,
-            keep_text=keep_text,
-        ) as memory:
+        with open_memory(out, store, collection, create=bool(paths), **changes) as memory:
             try:
                 load_model(out, memory)
                 report = _add(out, memory, read, stale=stale, encoding=encoding)
@@ -183,21 +131,12 @@ def _add(out: Output, memory: KVMemory, read: ReadResult | None, *, stale: bool,
         fresh = memory.refresh(encoding=encoding, on_progress=tracker)
     if report is None:
         return fresh
+    names = {field.name for field in dataclasses.fields(report)} - {"fidelity"}
+    sums = {name: getattr(report, name) + getattr(fresh, name) for name in names}
     done = {*report.added, *report.replaced}
-    return dataclasses.replace(
-        report,
-        replaced=report.replaced + [id_ for id_ in fresh.replaced if id_ not in done],
-        unchanged=[id_ for id_ in fresh.unchanged if id_ not in done],
-        errors=report.errors + fresh.errors,
-        n_passages=report.n_passages + fresh.n_passages,
-        n_tokens=report.n_tokens + fresh.n_tokens,
-        n_kept=report.n_kept + fresh.n_kept,
-        cache_bytes=report.cache_bytes + fresh.cache_bytes,
-        full_kv_bytes=report.full_kv_bytes + fresh.full_kv_bytes,
-        n_refined=report.n_refined + fresh.n_refined,
-        fidelity=_mean_fidelity(report, fresh),
-        elapsed_s=report.elapsed_s + fresh.elapsed_s,
-    )
+    sums["replaced"] = report.replaced + [id_ for id_ in fresh.replaced if id_ not in done]
+    sums["unchanged"] = [id_ for id_ in fresh.unchanged if id_ not in done]
+    return dataclasses.replace(report, fidelity=_mean_fidelity(report, fresh), **sums)
 
 
 def _mean_fidelity(*reports: AddReport) -> float | None:

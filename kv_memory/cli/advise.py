@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kv_memory.cli.options import PassageTokensOption, passage_tokens_of, ratio_of
+from kv_memory.cli.options import Changes, setting_options
 from kv_memory.cli.output import Output, plain, reporting, size_text
 from kv_memory.cli.progress import EvalTracker
-from kv_memory.settings import given_settings, resolve_settings
+from kv_memory.config import ratio_of
+from kv_memory.settings import MemorySettings
 
 if TYPE_CHECKING:
-    from kv_memory.config import SelectorName, StorageName
     from kv_memory.evaluate import Advice, AdviceRow, Criteria
-    from kv_memory.model.prompts import PromptName
 
 __all__ = ["advise_on"]
 
 _SHOWN = 3
 
 
+@setting_options("model", "adapter", "selector", "passage_tokens", "prompt", "storage")
 def advise_on(
     paths: Annotated[list[Path], typer.Argument(metavar="FOLDER", help="Folders and files with your documents.")],
     keep_ratio: Annotated[
@@ -39,24 +39,8 @@ def advise_on(
     n_passages: Annotated[
         int, typer.Option("--n-passages", metavar="N", help="Passages to draw; up to 4 questions about each.")
     ] = 8,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", metavar="NAME", help="A built-in model, a folder or a hub id.  [default: embedded]"),
-    ] = None,
-    adapter: Annotated[
-        str | None,
-        typer.Option("--adapter", metavar="FOLDER", help="A trained adapter of that model, or 'none'; as for add."),
-    ] = None,
-    selector: Annotated[
-        str | None, typer.Option("--selector", metavar="NAME", help="Select entries without an adapter; as for add.")
-    ] = None,
-    passage_tokens: PassageTokensOption = "auto",
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", metavar="NAME", help="Prompt form: auto, chat, brief or passage.")
-    ] = None,
-    storage: Annotated[
-        str | None, typer.Option("--storage", metavar="NAME", help="Storage type of the caches; as for add.")
-    ] = None,
+    *,
+    changes: Changes,
     encoding: Annotated[
         str, typer.Option("--encoding", metavar="NAME", help="Encoding of text files without a byte order mark.")
     ] = "utf-8",
@@ -82,23 +66,13 @@ def advise_on(
     """
     with reporting(as_json=as_json) as out:
         out.stopped = "Nothing was stored. With --time-limit, the command stops with the results so far."
-        given = given_settings(
-            model=model,
-            adapter=adapter,
-            keep_ratio=None,
-            selector=cast("SelectorName | None", selector),
-            passage_tokens=passage_tokens_of(passage_tokens),
-            prompt=cast("PromptName | None", prompt),
-            layout=None,
-            storage=cast("StorageName | None", storage),
-        )
-        settings = resolve_settings(given, {})
+        settings = MemorySettings.resolve({}, **changes)
         ratios = [ratio_of(text) for text in keep_ratio or ()]
         with out.working("Starting"):
-            from kv_memory.assembly import load_backbone
             from kv_memory.documents import read_documents
             from kv_memory.documents.encoding import check_encoding
             from kv_memory.evaluate import DEFAULT_KEEP_RATIOS, Criteria, advise
+            from kv_memory.model.backbone import Backbone
 
         # Checked before the model is loaded, so that a typo fails at once.
         criteria = Criteria(max_kl=max_kl, min_same=min_same)
@@ -107,7 +81,7 @@ def advise_on(
             if not path.exists():
                 read_documents(path)
         with out.working(f"Loading the model ({settings.model})"):
-            backbone = load_backbone(settings, dtype="auto", device="auto", prompt_form=None)
+            backbone = Backbone.load(settings.model, prompt=settings.prompt)
         with EvalTracker(out) as tracker:
             advice = advise(
                 paths,

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,11 +14,9 @@ from kv_memory.cli.open_store import load_model, open_memory
 from kv_memory.cli.options import (
     DEFAULT_COLLECTION,
     DEFAULT_STORE,
+    Changes,
     CollectionOption,
     JsonOption,
-    KeepRatioOption,
-    KeepTokensOption,
-    MaxBytesOption,
     MaxNewTokensOption,
     SeedOption,
     StopOption,
@@ -27,17 +25,18 @@ from kv_memory.cli.options import (
     TextOption,
     TopKOption,
     decode_settings_of,
-    kept_of,
+    setting_options,
 )
-from kv_memory.cli.output import Output, reporting
+from kv_memory.cli.output import Output, plain, reporting
 from kv_memory.errors import KVMemoryError
+from kv_memory.settings import KEEP_NAMES, MemorySettings
 
 if TYPE_CHECKING:
-    from kv_memory.answers import Answer, ReadFrom
     from kv_memory.config import DecodeSettings
+    from kv_memory.generate import Answer, ReadFrom
     from kv_memory.memory import KVMemory
 
-__all__ = ["answer_aloud", "ask", "chat", "print_cost", "print_sources", "typed_lines"]
+__all__ = ["answer_aloud", "answer_json", "ask", "chat", "print_cost", "print_sources", "typed_lines"]
 
 
 def answer_aloud(
@@ -73,6 +72,13 @@ def answer_aloud(
     return answer
 
 
+def answer_json(answer: Answer) -> dict[str, Any]:
+    """An answer for `--json`, without what only programs of this package need."""
+    left_out = {"token_ids", "damaged"}
+    shown = {name: value for name, value in plain(answer).items() if name not in left_out}
+    return {**shown, "fallbacks": answer.fallbacks}
+
+
 def print_sources(out: Output, answer: Answer) -> None:
     """Print the passages an answer came from, with their scores."""
     rows = [
@@ -85,7 +91,8 @@ def print_sources(out: Output, answer: Answer) -> None:
 
 def print_cost(out: Output, answer: Answer) -> None:
     """Print the time to first token, and the numbers of entries and tokens behind it."""
-    origin = "distilled caches" if answer.read_from == "caches" else "text in the prompt"
+    kept = " and ".join(f"{ratio:g}" for ratio in sorted(set(answer.keep_ratios), reverse=True))
+    origin = f"distilled caches (keep ratio {kept})" if answer.read_from == "caches" else "text in the prompt"
     out.line(
         f"First token after {answer.ttft_s:.2f} s, from {origin}: {answer.n_cached_tokens:,} cached entries, "
         f"{answer.n_prompt_tokens:,} tokens prefilled.",
@@ -93,6 +100,7 @@ def print_cost(out: Output, answer: Answer) -> None:
     )
 
 
+@setting_options(*KEEP_NAMES)
 def ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question, in quotes.")],
     top_k: TopKOption = None,
@@ -101,9 +109,8 @@ def ask(
     seed: SeedOption = None,
     stop: StopOption = None,
     text: TextOption = False,
-    keep_ratio: KeepRatioOption = None,
-    keep_tokens: KeepTokensOption = None,
-    max_bytes: MaxBytesOption = None,
+    *,
+    changes: Changes,
     store: StoreOption = DEFAULT_STORE,
     collection: CollectionOption = DEFAULT_COLLECTION,
     as_json: JsonOption = False,
@@ -111,16 +118,17 @@ def ask(
     """Answer a question from the passages that match it.
 
     Passages are found by their words (BM25). The answer is decoded from their distilled caches; their text does not
-    enter the prompt, unless --text is given.
+    enter the prompt, unless --text is given. Caches of the amount given are preferred; a passage without one is
+    answered from the cache that it has.
     """
     with reporting(as_json=as_json) as out:
         settings = decode_settings_of(max_new_tokens, temperature, seed, stop)
         read_from: ReadFrom = "text" if text else "caches"
-        kept = kept_of(keep_ratio, keep_tokens, max_bytes)
-        with open_memory(out, store, collection, **kept) as memory:
+        MemorySettings.resolve({}, **changes)  # a typo should fail before the store is opened
+        with open_memory(out, store, collection, **changes) as memory:
             load_model(out, memory)
             if as_json:
-                out.json(memory.ask(question, top_k=top_k, settings=settings, read_from=read_from))
+                out.json(answer_json(memory.ask(question, top_k=top_k, settings=settings, read_from=read_from)))
                 return
             answer = answer_aloud(out, memory, question, top_k=top_k, settings=settings, read_from=read_from)
             if answer.sources:
@@ -129,6 +137,7 @@ def ask(
                 print_cost(out, answer)
 
 
+@setting_options(*KEEP_NAMES)
 def chat(
     top_k: TopKOption = None,
     max_new_tokens: MaxNewTokensOption = 128,
@@ -136,9 +145,8 @@ def chat(
     seed: SeedOption = None,
     stop: StopOption = None,
     text: TextOption = False,
-    keep_ratio: KeepRatioOption = None,
-    keep_tokens: KeepTokensOption = None,
-    max_bytes: MaxBytesOption = None,
+    *,
+    changes: Changes,
     store: StoreOption = DEFAULT_STORE,
     collection: CollectionOption = DEFAULT_COLLECTION,
     as_json: JsonOption = False,
@@ -152,8 +160,8 @@ def chat(
         settings = decode_settings_of(max_new_tokens, temperature, seed, stop)
         read_from: ReadFrom = "text" if text else "caches"
         answers: list[Answer] = []
-        kept = kept_of(keep_ratio, keep_tokens, max_bytes)
-        with open_memory(out, store, collection, **kept) as memory:
+        MemorySettings.resolve({}, **changes)  # a typo should fail before the store is opened
+        with open_memory(out, store, collection, **changes) as memory:
             load_model(out, memory)
             if sys.stdin.isatty():
                 out.note("Each question is answered on its own; earlier ones are not remembered. /sources, /quit")
@@ -178,7 +186,7 @@ def chat(
                             raise
                         out.error(error.to_dict())  # the next question may succeed
         if as_json:
-            out.json({"answers": answers})
+            out.json({"answers": [answer_json(answer) for answer in answers]})
 
 
 def typed_lines(out: Output) -> Iterator[str]:

@@ -11,7 +11,7 @@ from kv_memory.cli.demo_questions import Question, contains_any
 from kv_memory.config import DecodeSettings
 
 if TYPE_CHECKING:
-    from kv_memory.answers import Answer, ReadFrom
+    from kv_memory.generate import Answer, ReadFrom
     from kv_memory.memory import KVMemory
 
 __all__ = ["Comparison", "Medians", "compare", "medians"]

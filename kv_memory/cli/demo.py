@@ -17,13 +17,14 @@ from kv_memory.cli.compare import Comparison, Medians, compare, medians
 from kv_memory.cli.demo_questions import QUESTIONS, Question, known_questions
 from kv_memory.cli.demo_text import Compressed, introduce, print_compressed, print_end, print_result
 from kv_memory.cli.open_store import load_model, open_memory
-from kv_memory.cli.options import JsonOption, KeepRatioOption, KeepTokensOption, MaxBytesOption, kept_of
+from kv_memory.cli.options import Changes, JsonOption, setting_options
 from kv_memory.cli.output import Output, plain, reporting
 from kv_memory.cli.packages import PACKAGES, package_documents
 from kv_memory.cli.progress import Tracker
 from kv_memory.config import DecodeSettings
 from kv_memory.errors import ConfigError, UnreadableDocumentError
 from kv_memory.model.embedded import EMBEDDED
+from kv_memory.settings import KEEP_NAMES, MemorySettings
 
 if TYPE_CHECKING:
     from kv_memory.documents import Document
@@ -38,6 +39,7 @@ _HEADING = re.compile(r"^#{1,3} +(\S.*?)[ #]*$", re.MULTILINE)
 _SETTINGS = DecodeSettings(max_new_tokens=24)
 
 
+@setting_options(*KEEP_NAMES)
 def demo(
     docs: Annotated[
         Path | None,
@@ -47,9 +49,8 @@ def demo(
         str,
         typer.Option("--model", metavar="NAME", help="A built-in model, a model folder, or a Hugging Face hub id."),
     ] = EMBEDDED,
-    keep_ratio: KeepRatioOption = None,
-    keep_tokens: KeepTokensOption = None,
-    max_bytes: MaxBytesOption = None,
+    *,
+    changes: Changes,
     questions: Annotated[
         Path | None, typer.Option("--questions", metavar="FILE", help="Your questions, one per line.")
     ] = None,
@@ -78,9 +79,8 @@ def demo(
     with reporting(as_json=as_json) as out, ExitStack() as stack:
         if limit is not None and limit < 1:
             raise ConfigError(f"--limit must be at least 1, got {limit}", where="--limit")
-        kept = kept_of(keep_ratio, keep_tokens, max_bytes)
-        if not any(kept.values()):
-            kept["keep_ratio"] = KEEP_RATIO
+        changes = changes or {"keep_ratio": KEEP_RATIO}
+        MemorySettings.resolve({}, **changes)
         wanted = _lines(questions) if questions is not None else None
         documents = _read(docs)
         if wanted is None and docs is None:  # compress only documents that a question is about
@@ -94,7 +94,7 @@ def demo(
             keep_in = keep
         # The texts are kept, because every question is also answered from text.
         memory = stack.enter_context(
-            open_memory(out, keep_in, "demo", create=True, model=model, **kept, keep_text=True)
+            open_memory(out, keep_in, "demo", create=True, model=model, **changes, keep_text=True)
         )
         introduce(out, documents, memory.settings.model, from_packages=docs is None)
         load_model(out, memory)

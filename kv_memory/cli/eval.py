@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from kv_memory.cli.options import ratio_of
 from kv_memory.cli.output import Output, reporting
 from kv_memory.cli.progress import EvalTracker
+from kv_memory.config import ratio_of
 from kv_memory.errors import ConfigError
 from kv_memory.model.embedded import EMBEDDED
 

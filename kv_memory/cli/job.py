@@ -6,41 +6,27 @@ import dataclasses
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kv_memory.cli.options import (
     DEFAULT_COLLECTION,
     DEFAULT_STORE,
-    AdapterOption,
+    Changes,
     CollectionOption,
-    KeepRatioOption,
-    KeepTextOption,
-    KeepTokensOption,
-    MaxBytesOption,
-    MinFidelityOption,
-    ModelOption,
-    PassageTokensOption,
-    PromptOption,
-    RefineOption,
-    SelectorOption,
-    StorageOption,
     StoreOption,
-    kept_of,
-    passage_tokens_of,
+    setting_options,
 )
 from kv_memory.cli.output import FAILED, Output, reporting
 from kv_memory.cli.progress import JobTracker, print_ended
 from kv_memory.errors import ConfigError, JobError
-from kv_memory.settings import given_settings, resolve_settings
+from kv_memory.settings import MemorySettings
 
 if TYPE_CHECKING:
-    from kv_memory.config import SelectorName, StorageName
     from kv_memory.jobs import Job
     from kv_memory.jobs.engines.base import Engine
     from kv_memory.jobs.events import JobEnded
-    from kv_memory.model.prompts import PromptName
     from kv_memory.store import Store
 
 __all__ = [
@@ -61,8 +47,68 @@ JsonLinesOption = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON object per line for every event; the last one is the summary."),
 ]
+WorkersOption = Annotated[
+    int,
+    typer.Option(
+        "--workers",
+        metavar="N",
+        min=1,
+        help="Worker processes, each with its own model: as many as there are GPUs; on CPUs they share the cores.",
+    ),
+]
+EngineOption = Annotated[
+    str,
+    typer.Option("--engine", metavar="NAME", help="local: processes on this machine. ray: actors in a Ray cluster."),
+]
+GpusOption = Annotated[
+    float | None,
+    typer.Option(
+        "--gpus-per-worker",
+        metavar="N",
+        min=0,
+        help="With --engine ray: GPUs per worker; 0.5 for two workers on one GPU.  [default: 1 if there are any]",
+    ),
+]
+GlobOption = Annotated[
+    str | None,
+    typer.Option(
+        "--glob",
+        metavar="PATTERN",
+        help="Files to take from folders, e.g. '*.md' or 'reports/**/*.txt'.  [default: those of known types]",
+    ),
+]
+IdFieldOption = Annotated[
+    str,
+    typer.Option(
+        "--id-field",
+        metavar="NAME",
+        help="Field or column with a record's id; a record without one gets the id FILE#NUMBER.",
+    ),
+]
+TextFieldOption = Annotated[
+    str, typer.Option("--text-field", metavar="NAME", help="Field or column with a record's text.")
+]
+QueryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--query", metavar="SQL", help='For sql: sources, e.g. "SELECT id, text FROM notes"; one row is one document.'
+    ),
+]
+EncodingOption = Annotated[
+    str, typer.Option("--encoding", metavar="NAME", help="Encoding of text files without a byte order mark.")
+]
+MaxAttemptsOption = Annotated[
+    int,
+    typer.Option(
+        "--max-attempts",
+        metavar="N",
+        min=1,
+        help="Number of workers that may die over one document before it counts as failed.",
+    ),
+]
 
 
+@setting_options()
 def run(
     sources: Annotated[
         list[str] | None,
@@ -99,18 +145,8 @@ def run(
     query: QueryOption = None,
     encoding: EncodingOption = "utf-8",
     max_attempts: MaxAttemptsOption = 3,
-    keep_ratio: KeepRatioOption = None,
-    keep_tokens: KeepTokensOption = None,
-    max_bytes: MaxBytesOption = None,
-    model: ModelOption = None,
-    adapter: AdapterOption = None,
-    selector: SelectorOption = None,
-    passage_tokens: PassageTokensOption = "auto",
-    prompt: PromptOption = None,
-    refine: RefineOption = None,
-    min_fidelity: MinFidelityOption = None,
-    storage: StorageOption = None,
-    keep_text: KeepTextOption = None,
+    *,
+    changes: Changes,
     store: StoreOption = DEFAULT_STORE,
     collection: CollectionOption = DEFAULT_COLLECTION,
     as_json: JsonLinesOption = False,
@@ -122,19 +158,7 @@ def run(
     """
     with reporting(as_json=as_json) as out:
         out.one_line = True
-        given = given_settings(
-            model=model,
-            adapter=adapter,
-            **kept_of(keep_ratio, keep_tokens, max_bytes),
-            selector=cast("SelectorName | None", selector),
-            passage_tokens=passage_tokens_of(passage_tokens),
-            prompt=cast("PromptName | None", prompt),
-            layout=None,
-            refine_steps=refine,
-            min_fidelity=min_fidelity,
-            storage=cast("StorageName | None", storage),
-            keep_text=keep_text,
-        )
+        MemorySettings.resolve({}, **changes)
         with out.working("Starting"):
             from kv_memory.documents.encoding import check_encoding
             from kv_memory.jobs import JobSettings
@@ -149,7 +173,7 @@ def run(
         request.specs(settings)  # checked before a store is created, so that a typo does not leave one behind
         with Store.open(store, collection=collection) as opened:
             made = _engine_of(engine, opened, workers, gpus_per_worker)
-            memory = resolve_settings(given, opened.settings())
+            memory = MemorySettings.resolve(opened.settings(), **changes)
             settings = dataclasses.replace(settings, memory=dataclasses.asdict(memory))
             _drive(out, opened, create_job(opened, request, settings), made)
 
@@ -253,64 +277,3 @@ def _drive(
             )
             out.note(f"`{go_on} --retry-failed` retries them.")
         raise typer.Exit(FAILED)
-
-
-WorkersOption = Annotated[
-    int,
-    typer.Option(
-        "--workers",
-        metavar="N",
-        min=1,
-        help="Worker processes, each with its own model: as many as there are GPUs; on CPUs they share the cores.",
-    ),
-]
-EngineOption = Annotated[
-    str,
-    typer.Option("--engine", metavar="NAME", help="local: processes on this machine. ray: actors in a Ray cluster."),
-]
-GpusOption = Annotated[
-    float | None,
-    typer.Option(
-        "--gpus-per-worker",
-        metavar="N",
-        min=0,
-        help="With --engine ray: GPUs per worker; 0.5 for two workers on one GPU.  [default: 1 if there are any]",
-    ),
-]
-GlobOption = Annotated[
-    str | None,
-    typer.Option(
-        "--glob",
-        metavar="PATTERN",
-        help="Files to take from folders, e.g. '*.md' or 'reports/**/*.txt'.  [default: those of known types]",
-    ),
-]
-IdFieldOption = Annotated[
-    str,
-    typer.Option(
-        "--id-field",
-        metavar="NAME",
-        help="Field or column with a record's id; a record without one gets the id FILE#NUMBER.",
-    ),
-]
-TextFieldOption = Annotated[
-    str, typer.Option("--text-field", metavar="NAME", help="Field or column with a record's text.")
-]
-QueryOption = Annotated[
-    str | None,
-    typer.Option(
-        "--query", metavar="SQL", help='For sql: sources, e.g. "SELECT id, text FROM notes"; one row is one document.'
-    ),
-]
-EncodingOption = Annotated[
-    str, typer.Option("--encoding", metavar="NAME", help="Encoding of text files without a byte order mark.")
-]
-MaxAttemptsOption = Annotated[
-    int,
-    typer.Option(
-        "--max-attempts",
-        metavar="N",
-        min=1,
-        help="Number of workers that may die over one document before it counts as failed.",
-    ),
-]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any
 
 from kv_memory.cli.output import Output
 
 if TYPE_CHECKING:
-    from kv_memory.config import SelectorName, StorageName
     from kv_memory.memory import KVMemory
-    from kv_memory.model.prompts import PromptName
     from kv_memory.store import Store
 
 __all__ = ["load_model", "open_memory", "open_store"]
@@ -27,50 +25,15 @@ def open_store(out: Output, store: Path, collection: str) -> Store:
         return Store.open(store, collection=collection, create=False)
 
 
-def open_memory(
-    out: Output,
-    store: Path,
-    collection: str,
-    *,
-    create: bool = False,
-    model: str | None = None,
-    adapter: str | None = None,
-    keep_ratio: float | None = None,
-    keep_tokens: int | None = None,
-    max_bytes: int | None = None,
-    selector: str | None = None,
-    passage_tokens: int | Literal["auto"] | None = "auto",
-    prompt: str | None = None,
-    refine_steps: int | None = None,
-    min_fidelity: float | None = None,
-    storage: str | None = None,
-    keep_text: bool | None = None,
-) -> KVMemory:
-    """Open a memory, or with `create` also a new one; settings and errors as in `KVMemory.open`.
+def open_memory(out: Output, store: Path, collection: str, *, create: bool = False, **changes: Any) -> KVMemory:
+    """Open a memory, or with `create` also a new one; changes and errors as in `KVMemory.open`.
 
     With `create` the model is loaded at once, so that a wrong name does not leave an empty store behind.
     """
     with out.working("Loading the model" if create else "Starting"):
         from kv_memory.memory import KVMemory
 
-        return KVMemory.open(
-            store,
-            collection=collection,
-            create=create,
-            model=model,
-            adapter=adapter,
-            keep_ratio=keep_ratio,
-            keep_tokens=keep_tokens,
-            max_bytes=max_bytes,
-            selector=cast("SelectorName | None", selector),  # checked in `open`, with an error that names the choices
-            passage_tokens=passage_tokens,
-            prompt=cast("PromptName | None", prompt),
-            refine_steps=refine_steps,
-            min_fidelity=min_fidelity,
-            storage=cast("StorageName | None", storage),
-            keep_text=keep_text,
-            load_model=create,
-        )
+        return KVMemory.open(store, collection=collection, create=create, load_model=create, **changes)
 
 
 def load_model(out: Output, memory: KVMemory) -> None:

@@ -1,49 +1,34 @@
-"""Options that several commands share, and the parsing of their values."""
+"""Options that several commands share; those of the settings are made from the fields of `MemorySettings`."""
 
 from __future__ import annotations
 
-import re
-from fractions import Fraction
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from kv_memory.cache.keep import given_keep
-from kv_memory.config import DecodeSettings, check_keep_ratio
-from kv_memory.errors import ConfigError
+from kv_memory.config import DecodeSettings
+from kv_memory.settings import MemorySettings, new_value_text
 
 __all__ = [
     "DEFAULT_COLLECTION",
     "DEFAULT_STORE",
-    "AdapterOption",
+    "Changes",
     "CollectionOption",
     "JsonOption",
-    "KeepRatioOption",
-    "KeepTextOption",
-    "KeepTokensOption",
-    "Kept",
-    "MaxBytesOption",
     "MaxNewTokensOption",
-    "MinFidelityOption",
-    "ModelOption",
-    "PassageTokensOption",
-    "PromptOption",
-    "RefineOption",
     "SeedOption",
-    "SelectorOption",
     "StopOption",
-    "StorageOption",
     "StoreOption",
     "TemperatureOption",
     "TextOption",
     "TopKOption",
     "decode_settings_of",
-    "kept_of",
-    "passage_tokens_of",
-    "ratio_of",
-    "seconds_of",
-    "size_of",
+    "setting_options",
 ]
 
 StoreOption = Annotated[
@@ -52,113 +37,6 @@ StoreOption = Annotated[
 CollectionOption = Annotated[str, typer.Option("--collection", metavar="NAME", help="Collection in the store.")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object; errors as {'error': ...} with exit code 1 or 2.")
-]
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="NAME",
-        help="A built-in model (qwen-0.5b, smollm2), a model folder, or a Hugging Face hub id.  [default: the store's; "
-        "in a new store qwen-0.5b, or smollm2 if only that is prepared]",
-    ),
-]
-AdapterOption = Annotated[
-    str | None,
-    typer.Option(
-        "--adapter",
-        metavar="FOLDER",
-        help="A trained adapter of that model, or 'none'.  [default: the store's; in a new store 'shipped' for "
-        "smollm2, none for others]",
-    ),
-]
-KeepRatioOption = Annotated[
-    str | None,
-    typer.Option(
-        "--keep-ratio",
-        metavar="SHARE",
-        help="Share of the tokens kept: 0.125 or 1/8.  [default: the store's; in a new store 1/4]",
-    ),
-]
-KeepTokensOption = Annotated[
-    int | None,
-    typer.Option(
-        "--keep-tokens",
-        metavar="N",
-        help="Instead of --keep-ratio: number of tokens kept of each passage, whatever its length.",
-    ),
-]
-MaxBytesOption = Annotated[
-    str | None,
-    typer.Option(
-        "--max-bytes",
-        metavar="SIZE",
-        help="Instead of --keep-ratio: maximum size of a passage's cache file, e.g. 300KB or 2MB.",
-    ),
-]
-SelectorOption = Annotated[
-    str | None,
-    typer.Option(
-        "--selector",
-        metavar="NAME",
-        help="Select entries without an adapter: matched (closest), reconstruction (half the time), attention "
-        "(fastest) or sink_recent. With an adapter: combined (closer than the adapter alone, in twice the time).  "
-        "[default: the store's; in a new store the adapter, or matched without one]",
-    ),
-]
-RefineOption = Annotated[
-    int | None,
-    typer.Option(
-        "--refine",
-        metavar="STEPS",
-        help="Refine every passage's cache by this number of gradient steps: 8 or 48, or 144 if little is kept. It "
-        "comes closer to the full cache, for about 70, 270 or many hundred prefills. 0 for none.  [default: the "
-        "store's; in a new store 0]",
-    ),
-]
-MinFidelityOption = Annotated[
-    float | None,
-    typer.Option(
-        "--min-fidelity",
-        metavar="KL",
-        help="Continue refining until the KL to the full cache on held-out probes is at most this, in nats, or 192 "
-        "steps are done.  [default: the store's; in a new store no target]",
-    ),
-]
-StorageOption = Annotated[
-    str | None,
-    typer.Option(
-        "--storage",
-        metavar="NAME",
-        help="Storage type of caches: auto (the model's own), float32, bfloat16, float16, or int8 (half of bfloat16). "
-        "Applies to new caches; stored ones stay unchanged.  [default: the store's; in a new store int8 for smollm2, "
-        "auto for others]",
-    ),
-]
-KeepTextOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--keep-text/--no-keep-text",
-        help="Keep the text of added documents: to show it, to use it if a cache is damaged, and for ask --text. "
-        "Without it the store has caches, ids, metadata and hashes of words. An unchanged document that is added again "
-        "gets or loses its text without being compressed.  [default: the store's; in a new store --no-keep-text]",
-    ),
-]
-PassageTokensOption = Annotated[
-    str,
-    typer.Option(
-        "--passage-tokens",
-        metavar="N",
-        help="Maximum length of a passage in tokens; 'whole' does not split documents; 'auto' is the store's, in a new "
-        "store 256 for smollm2 and 1024 for others.",
-    ),
-]
-PromptOption = Annotated[
-    str | None,
-    typer.Option(
-        "--prompt",
-        metavar="NAME",
-        help="Prompt form: auto, chat, brief or passage.  [default: the store's; in a new store auto]",
-    ),
 ]
 TopKOption = Annotated[
     int | None,
@@ -194,47 +72,52 @@ DEFAULT_STORE = Path("kv-memory-store")
 DEFAULT_COLLECTION = "default"
 
 
-def passage_tokens_of(text: str) -> int | Literal["auto"] | None:
-    """The value of `--passage-tokens`: a number, None for `whole`, or `auto`.
+Changes = dict[str, Any]  # settings that were given, for `MemorySettings.resolve`
 
-    Raises:
-        ConfigError: `text` is something else.
+
+def setting_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of some settings; those that were given are its argument `changes`.
+
+    Args:
+        names: Fields of `MemorySettings`; none means all that have an option. Their values are parsed by
+            `MemorySettings.resolve`, so that its errors are reported as those of the command.
     """
-    if text == "auto":
-        return "auto"
-    if text == "whole":
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise ConfigError(
-            f"--passage-tokens must be a number, 'whole' or 'auto', got {text!r}",
-            where="passage_tokens",
-            next_step="Pass for example --passage-tokens 512.",
-        ) from None
-
-
-class Kept(TypedDict):
-    """The amount to keep, under the names of the settings; at most one value is not None."""
-
-    keep_ratio: float | None
-    keep_tokens: int | None
-    max_bytes: int | None
-
-
-def kept_of(keep_ratio: str | None, keep_tokens: int | None, max_bytes: str | None) -> Kept:
-    """The values of `--keep-ratio`, `--keep-tokens` and `--max-bytes`.
-
-    Raises:
-        ConfigError: A value is invalid, or several options are given.
-    """
-    kept: Kept = {
-        "keep_ratio": None if keep_ratio is None else ratio_of(keep_ratio),
-        "keep_tokens": keep_tokens,
-        "max_bytes": None if max_bytes is None else size_of(max_bytes, where="--max-bytes"),
+    options = {
+        field.name: _setting_option(field)
+        for field in dataclasses.fields(MemorySettings)
+        if field.metadata and (not names or field.name in names)
     }
-    given_keep(**kept)  # for its checks only, before a model is loaded
-    return kept
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def with_changes(**values: Any) -> None:
+            given = {name: values.pop(name) for name in options}
+            command(**values, changes={name: value for name, value in given.items() if value is not None})
+
+        signature = inspect.signature(command, eval_str=True)
+        parameters: list[inspect.Parameter] = []
+        for parameter in signature.parameters.values():
+            parameters += options.values() if parameter.name == "changes" else [parameter]
+        # typer takes the options from here.
+        with_changes.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        with_changes.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return with_changes
+
+    return decorate
+
+
+def _setting_option(field: dataclasses.Field[Any]) -> inspect.Parameter:
+    """The option of a setting; None if it is not given."""
+    hint = get_type_hints(MemorySettings)[field.name]
+    plain = [kind for kind in (bool, int, float) if kind is hint or kind in get_args(hint)]
+    kind: Any = str if field.metadata["parse"] is not None or not plain else plain[0]
+    new = new_value_text(field.name)
+    help_ = field.metadata["help"] + (f"  [default: the store's; in a new store {new}]" if new else "")
+    name = field.metadata["option"] or "--" + field.name.replace("_", "-")
+    option = typer.Option(name, metavar=field.metadata["metavar"] or None, help=help_)
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
 
 
 def decode_settings_of(
@@ -246,49 +129,3 @@ def decode_settings_of(
         ConfigError: A value is out of range.
     """
     return DecodeSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=tuple(stop or ()))
-
-
-_SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_TIMES = {"": 1, "s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-
-
-def size_of(text: str, *, where: str) -> int:
-    """The number of bytes of a size, e.g. `500MB` (10^6) or `2GiB` (2^30).
-
-    Raises:
-        ConfigError: `text` is not a size above 0.
-    """
-    return int(_of(text, _SIZES, where, "500MB, 20GB or 2GiB"))
-
-
-def seconds_of(text: str, *, where: str) -> float:
-    """The number of seconds of a duration, e.g. `90s`, `12h`, `30d`.
-
-    Raises:
-        ConfigError: `text` is not a duration above 0.
-    """
-    return _of(text, _TIMES, where, "90s, 12h or 30d")
-
-
-def ratio_of(text: str) -> float:
-    """The value of a share written as `0.25` or `1/4`.
-
-    Raises:
-        ConfigError: `text` is neither, or the value is not in (0, 1].
-    """
-    try:
-        value = float(Fraction(text))
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise ConfigError(
-            f"--keep-ratio must be a number or a fraction, got {text!r}",
-            where="keep_ratio",
-            next_step="Pass for example --keep-ratio 0.25 or --keep-ratio 1/4.",
-        ) from None
-    return check_keep_ratio(value)
-
-
-def _of(text: str, units: dict[str, int], where: str, examples: str) -> float:
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
-    if found is None or found[2].lower() not in units or float(found[1]) == 0:
-        raise ConfigError(f"invalid value {text!r}", where=where, next_step=f"Write it like {examples}.")
-    return float(found[1]) * units[found[2].lower()]

@@ -16,12 +16,11 @@ from kv_memory.cli.options import (
     CollectionOption,
     JsonOption,
     StoreOption,
-    seconds_of,
-    size_of,
 )
 from kv_memory.cli.output import FAILED, Output, plain, reporting, size_text
+from kv_memory.config import seconds_of, size_of
 from kv_memory.errors import ConfigError
-from kv_memory.settings import resolve_settings
+from kv_memory.settings import MemorySettings
 
 __all__ = ["budget", "check", "current", "gc", "init", "pin", "stats", "unpin", "upgrade"]
 
@@ -46,7 +45,7 @@ def stats(
                 out.piece(prometheus_text(opened))
                 return
             found, folder = opened.stats(), opened.path
-            settings = resolve_settings({}, opened.settings())
+            settings = MemorySettings.resolve(opened.settings())
         if as_json:
             out.json({**plain(found), "store": folder, "collection": collection, "settings": settings})
             return

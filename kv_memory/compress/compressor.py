@@ -199,6 +199,8 @@ class Compressor:
         """
         if not isinstance(keep, Keep):
             return check_keep_ratio(keep)
+        if keep.keep_ratio is not None:
+            return keep.keep_ratio
         ids, offsets, n_before = self._encode(text)
         held = {
             i + n_before for span in _token_spans(offsets, keep_spans, len(text), "keep_spans") for i in range(*span)

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from kv_memory.assembly import load_backbone
 from kv_memory.config import check_keep_ratio
 from kv_memory.documents import Document, DocumentLike, read_documents, split_passages
 from kv_memory.errors import ConfigError, DatasetError, DocumentError, EmptyDocumentError
@@ -24,7 +23,7 @@ from kv_memory.evaluate.harness import DEFAULT_KEEP_RATIOS, EvalProgress
 from kv_memory.evaluate.recommend import AdviceRow, Criteria, Recommendation, recommend
 from kv_memory.evaluate.self_asked import ROOM_TOKENS, SelfAsked
 from kv_memory.model.backbone import Backbone
-from kv_memory.settings import MemorySettings, resolve_settings
+from kv_memory.settings import MemorySettings
 
 __all__ = ["Advice", "advise"]
 
@@ -96,9 +95,9 @@ def advise(
     read = read_documents(source, encoding=encoding, on_error="skip")
     if not read.documents:
         raise read.errors[0] if read.errors else EmptyDocumentError("no documents", where="source")
-    settings = settings or resolve_settings({} if backbone is None else {"model": backbone.name}, {})
+    settings = settings or MemorySettings.resolve({}, model=None if backbone is None else backbone.name)
     settings = dataclasses.replace(settings, refine_steps=0, min_fidelity=None)
-    backbone = backbone or load_backbone(settings, dtype="auto", device="auto", prompt_form=None)
+    backbone = backbone or Backbone.load(settings.model, prompt=settings.prompt)
     sample = SelfAsked(backbone, settings, ratios, seed)
     room = backbone.context_window - len(backbone.prefix_ids) - ROOM_TOKENS
     drawn = list(itertools.islice(_draw(backbone, read.documents, settings.passage_tokens, seed), _TRIES * n_passages))

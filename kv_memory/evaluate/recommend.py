@@ -10,7 +10,7 @@ from typing import Any
 from kv_memory.errors import ConfigError
 from kv_memory.evaluate.aggregate import Interval
 from kv_memory.evaluate.report import kept_text
-from kv_memory.settings import NO_ADAPTER, MemorySettings, resolve_settings
+from kv_memory.settings import NO_ADAPTER, MemorySettings
 
 __all__ = ["LEAST_PASSAGES", "LEAST_QUESTIONS", "AdviceRow", "Criteria", "Recommendation", "add_command", "recommend"]
 
@@ -159,7 +159,7 @@ def recommend(
 
 def add_command(settings: MemorySettings, keep_ratio: float, what: Sequence[str]) -> str:
     """The `kv-memory add` command for a store with these settings; the model's default settings are omitted."""
-    default = resolve_settings({"model": settings.model}, {})
+    default = MemorySettings.resolve({}, model=settings.model)
     words: list[Any] = ["kv-memory", "add", *what, "--keep-ratio", keep_ratio]
     if settings.model != MemorySettings.model:
         words += ["--model", settings.model]

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from kv_memory.assembly import load_compressor
 from kv_memory.compress import RefineSettings
 from kv_memory.compress.refine.probes import make_probes, probe_room
 from kv_memory.compress.refine.teacher import Teacher
@@ -19,6 +18,7 @@ from kv_memory.evaluate.recommend import AdviceRow
 from kv_memory.evaluate.reference_answers import KL_TOKENS
 from kv_memory.evaluate.results import Record
 from kv_memory.evaluate.task import Task
+from kv_memory.lazy_compressor import load_compressor
 from kv_memory.model.backbone import Backbone
 from kv_memory.settings import MemorySettings
 

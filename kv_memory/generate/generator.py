@@ -5,48 +5,24 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.config import DecodeSettings, Layout
 from kv_memory.errors import DecodeTimeoutError
+from kv_memory.generate.answer import Answer, iterate_in_thread
 from kv_memory.generate.compose import compose
 from kv_memory.generate.constrain import JsonConstraint
 from kv_memory.generate.sampling import Sampler
-from kv_memory.generate.text import FinishReason, TextStream
+from kv_memory.generate.text import TextStream
 from kv_memory.generate.turns import Prompt
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.first_token import FirstToken
 from kv_memory.model.kv_cache import PositionedCache
 
-__all__ = ["Generation", "Generator", "Run", "end_ids", "first_token_rule", "iterate_in_thread"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """One decoded answer.
-
-    Attributes:
-        text: Decoded text, without the stop string.
-        token_ids: Decoded token ids, including the end token.
-        finish_reason: Reason for the end: `stop` (end token, stop string or complete JSON) or `length`.
-        n_prompt_tokens: Tokens prefilled for this question, without the documents in distilled caches.
-        n_cached_tokens: Entries taken from caches, including the shared prefix.
-        ttft_s: Seconds from the call to the first token, including composing.
-        total_s: Seconds from the call to the last token.
-        next_step: Advice if the text is empty; None otherwise.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    n_prompt_tokens: int
-    n_cached_tokens: int
-    ttft_s: float
-    total_s: float
-    next_step: str | None = None
+__all__ = ["Generator", "Run", "end_ids", "first_token_rule"]
 
 
 class Generator:
@@ -66,13 +42,13 @@ class Generator:
 
     def generate(
         self, question: str, caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
-    ) -> Generation:
+    ) -> Answer:
         """Answer one question; see `generate_batch` for arguments and errors."""
         return self.generate_batch([question], caches, settings=settings)[0]
 
     def generate_batch(
         self, questions: Sequence[str], caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
-    ) -> list[Generation]:
+    ) -> list[Answer]:
         """Answer several questions about the same documents as one batch.
 
         Args:
@@ -117,6 +93,7 @@ class Generator:
         *,
         texts: Sequence[str] = (),
         settings: DecodeSettings | None = None,
+        so_far: Sequence[Answer] = (),
     ) -> Run:
         """Start a batch, for callers that need both the pieces and the statistics. Errors as in `generate_batch`.
 
@@ -125,49 +102,35 @@ class Generator:
             caches: Distilled caches of the documents, in order.
             texts: Documents to prefill as text after the caches and before the question: plain RAG, for comparison.
             settings: Decoding settings.
+            so_far: Answers before decoding, see `Run`.
         """
         documents = [token for text in texts for token in self.backbone.encode_document(text)]
         prompts = [Prompt(documents + self.backbone.encode_question(q), behind_prefix=True) for q in questions]
-        return Run(self.backbone, prompts, caches, self.layout, settings or DecodeSettings())
+        return Run(self.backbone, prompts, caches, self.layout, settings or DecodeSettings(), so_far=so_far)
 
     def start_prompt(
-        self, prompt: Prompt, caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
+        self,
+        prompt: Prompt,
+        caches: Sequence[DistilledCache] = (),
+        *,
+        settings: DecodeSettings | None = None,
+        so_far: Answer | None = None,
     ) -> Run:
         """Start with a prompt from `turns`; a prompt that does not follow the prefix takes no caches.
 
         Errors as in `generate_batch`.
         """
         assert prompt.behind_prefix or not caches
-        return Run(self.backbone, [prompt], caches, self.layout, settings or DecodeSettings())
-
-
-async def iterate_in_thread(pieces: Iterator[str]) -> AsyncIterator[str]:
-    """Iterate over a blocking iterator in asyncio: every step runs in a thread, and empty pieces are skipped.
-
-    If the iterator has `each_token`, a step is one token, with an empty piece where no text is ready. Cancelling then
-    stops within a token, even in the middle of a character or of a possible stop string.
-    """
-    steps = getattr(pieces, "each_token", lambda: pieces)()
-    step: asyncio.Future[str | None] | None = None
-    try:
-        while True:
-            step = asyncio.ensure_future(asyncio.to_thread(next, steps, None))
-            piece = await asyncio.shield(step)
-            if piece is None:
-                return
-            if piece:
-                yield piece
-    finally:
-        if step is not None and not step.done():  # cancelled during a step, which cannot be interrupted
-            await asyncio.wait([step])
-        pieces.close()  # type: ignore[attr-defined]
+        given = () if so_far is None else (so_far,)
+        return Run(self.backbone, [prompt], caches, self.layout, settings or DecodeSettings(), so_far=given)
 
 
 class Run:
     """One batch: composed on construction, decoded by `steps`, summarised by `results`. See `Generator.start`.
 
     `read` is the state of prompts that are prefilled already: their cache, which the run consumes, and the logits of
-    the next token, `(rows, vocab_size)`.
+    the next token, `(rows, vocab_size)`. `so_far` are the answers before decoding, one a prompt: what is known of them,
+    and the tokens and seconds spent already, to which the run adds its own.
     """
 
     def __init__(
@@ -179,10 +142,12 @@ class Run:
         settings: DecodeSettings,
         *,
         read: tuple[PositionedCache, torch.Tensor] | None = None,
+        so_far: Sequence[Answer] = (),
     ) -> None:
         self._start_s = time.perf_counter()
         self._backbone = backbone
         self._settings = settings
+        self._so_far = so_far or [Answer()] * len(prompts)
         self._lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
         width = int(self._lengths.max())
         self._ids = torch.tensor([prompt.ids + [0] * (width - len(prompt.ids)) for prompt in prompts])
@@ -274,21 +239,22 @@ class Run:
                 next_step="Allow more time, lower max_new_tokens, or stream to get the partial answer.",
             )
 
-    def results(self) -> list[Generation]:
+    def results(self) -> list[Answer]:
         """The answers, after `steps` has ended."""
         return [
-            Generation(
-                text=text.text,
+            replace(
+                so_far,
+                text=text.text.strip() if so_far.question else text.text,
                 token_ids=tuple(text.token_ids),
                 finish_reason=text.finish_reason,
-                n_prompt_tokens=int(length),
-                n_cached_tokens=self._n_cached,
-                ttft_s=ttft_s,
-                total_s=total_s,
+                n_prompt_tokens=so_far.n_prompt_tokens + int(length),
+                n_cached_tokens=so_far.n_cached_tokens + self._n_cached,
+                ttft_s=so_far.ttft_s + ttft_s,
+                total_s=so_far.total_s + total_s,
                 next_step=text.next_step,
             )
-            for text, length, ttft_s, total_s in zip(
-                self._texts, self._lengths, self._ttft_s, self._total_s, strict=True
+            for so_far, text, length, ttft_s, total_s in zip(
+                self._so_far, self._texts, self._lengths, self._ttft_s, self._total_s, strict=True
             )
         ]
 

@@ -10,18 +10,23 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kv_memory.cache.distilled import DistilledCache
-from kv_memory.cache.fingerprint import Fingerprint
-from kv_memory.cache.keep import Keep
 from kv_memory.compress import Compressor
-from kv_memory.config import StorageName
 from kv_memory.documents import Document
 from kv_memory.errors import KVMemoryError, TextNotKeptError
-from kv_memory.ingest.document_records import Prepared, RecordBuilder
+from kv_memory.ingest.document_records import (
+    Prepared,
+    prepare,
+    prepare_again,
+    prepare_from_file,
+    prepare_passages,
+    texts_in,
+)
+from kv_memory.settings import MemorySettings
 from kv_memory.store import CacheInfo, DocumentRecord, PassageRecord, Store, StoredPassage
 from kv_memory.tracing import span
 
@@ -88,12 +93,10 @@ class IngestPipeline:
     """Compresses documents into a store.
 
     Args:
-        store: Store that receives documents and caches.
+        store: Store that receives documents and caches; it records the settings with each document.
         compressor: Compressor of the passages.
-        keep_ratio: Keep ratio of all passages; a `Keep` sets a separate ratio for each passage.
-        passage_tokens: Maximum length of a passage in tokens; None keeps documents whole.
-        storage: Storage format of keys and values in new caches; existing caches stay unchanged.
-        keep_text: True to keep the texts of added documents, see `RecordBuilder`.
+        settings: Settings for passages, caches and texts.
+        keep_text: True to keep the texts of added documents, False not to; None follows the settings.
         on_progress: Callback after every batch of passages.
         writer: Executor that stores the caches of a batch while the next one is compressed; None stores them at once.
         batch_size: Number of passages of a document compressed at once, grouped by similar length. None means 8 on a
@@ -104,83 +107,34 @@ class IngestPipeline:
         self,
         store: Store,
         compressor: Compressor,
+        settings: MemorySettings,
         *,
-        keep_ratio: float | Keep,
-        passage_tokens: int | None,
-        storage: StorageName = "auto",
-        keep_text: bool = False,
+        keep_text: bool | None = None,
         on_progress: Callable[[AddProgress], None] | None = None,
         writer: Executor | None = None,
         batch_size: int | None = None,
     ) -> None:
         self._store = store
         self._compressor = compressor
-        self._keep_ratio = keep_ratio
-        self._passage_tokens = passage_tokens
-        self._storage = storage
-        self._record_builder = RecordBuilder(store, compressor.backbone.count_tokens, keep_text=keep_text)
+        self._settings = settings
+        self._count_tokens = compressor.backbone.count_tokens
+        self._keep_text = settings.keep_text if keep_text is None else keep_text
         self._on_progress = on_progress
         self._writer = writer
         on_gpu = compressor.backbone.device.type == "cuda"
         self._batch_size = batch_size if batch_size is not None else _BATCH_ON_GPU if on_gpu else 1
         self._written: Future[None] | None = None
-        self._fingerprint = compressor.fingerprint()  # hashes an adapter's weights: once, not per passage
-        if isinstance(keep_ratio, Keep):
-            keep_ratio.check(self._fingerprint)  # before any work
-
-    @property
-    def fingerprint(self) -> Fingerprint:
-        """Fingerprint of the caches that this pipeline makes."""
-        return self._fingerprint
+        self._recorded = False  # whether the store has these settings
+        self.fingerprint = compressor.fingerprint()  # hashes an adapter's weights: once, not per passage
+        settings.keep.check(self.fingerprint)  # before any work
 
     def add(
-        self, documents: Sequence[Document], *, errors: Iterable[KVMemoryError] = (), skipped: Iterable[Path] = ()
+        self, documents: Iterable[Document], *, errors: Iterable[KVMemoryError] = (), skipped: Iterable[Path] = ()
     ) -> AddReport:
         """Add or replace documents; unchanged documents are not compressed again."""
-        report = AddReport(errors=list(errors), skipped=[str(path) for path in skipped])
-        start_s = time.perf_counter()
-        todo = [found for document in documents if (found := self._sorted(document, report)) is not None]
-        self._compress(todo, report)
-        report.elapsed_s = time.perf_counter() - start_s
-        return report
-
-    def add_one(self, document: Document) -> AddReport:
-        """Add or replace one document, for callers with too many documents to hold in memory.
-
-        The report has its id in `added`, `replaced` or `unchanged`.
-        """
-        report = AddReport()
-        start_s = time.perf_counter()
-        found = self._sorted(document, report)
-        self._compress([] if found is None else [found], report)
-        report.elapsed_s = time.perf_counter() - start_s
-        return report
-
-    def refresh(self, *, encoding: str = "utf-8") -> AddReport:
-        """Compress every stored passage that has no cache under the current settings; see `KVMemory.refresh`."""
-        report = AddReport()
-        start_s = time.perf_counter()
-        missing: dict[str, list[StoredPassage]] = {}
-        for passage in self._store.missing(self._fingerprint, self._keep_ratio):
-            missing.setdefault(passage.document_id, []).append(passage)
-        todo: list[Prepared] = []
-        for summary in self._store.documents():
-            if summary.id not in missing:
-                report.unchanged.append(summary.id)
-                continue
-            record = self._store.document(summary.id)
-            try:
-                if all(passage.text is not None for passage in missing[summary.id]):
-                    todo.append(self._record_builder.as_it_is(record))
-                else:
-                    todo.append(self._record_builder.read_again(record, encoding=encoding))
-            except TextNotKeptError as error:
-                report.errors.append(error)
-            else:
-                report.replaced.append(summary.id)
-        self._compress(todo, report)
-        report.elapsed_s = time.perf_counter() - start_s
-        return report
+        start_s, report = time.perf_counter(), AddReport(errors=list(errors), skipped=[str(path) for path in skipped])
+        todo = [made for document in documents if (made := self._prepared(document, report)) is not None]
+        return self._compress(todo, report, start_s)
 
     def add_passages(
         self,
@@ -192,56 +146,93 @@ class IngestPipeline:
         drop: Collection[str] = (),
     ) -> AddReport:
         """Add or replace a document that the caller has split into passages; see `KVMemory.add_passages`."""
-        report = AddReport()
-        start_s = time.perf_counter()
-        old = self._record_builder.stored(document)
-        prepared = self._record_builder.passages(document, texts, old=old, metadata=metadata, extend=extend, drop=drop)
-        if old is not None and self._is_whole(prepared) and _same(old, prepared.record):
+        start_s, report = time.perf_counter(), AddReport()
+        old, cached = self._store.find_document(document, self.fingerprint, self._settings.keep) or (None, set[str]())
+        made = prepare_passages(
+            document,
+            texts,
+            self._count_tokens,
+            old=old,
+            metadata=metadata,
+            extend=extend,
+            drop=drop,
+            keep_text=self._keep_text,
+        )
+        if old is not None and made.texts.keys() <= cached and _same(old, made.record):
             report.unchanged.append(document)
-        else:
-            (report.added if old is None else report.replaced).append(document)
-            self._compress([prepared], report)
-        report.elapsed_s = time.perf_counter() - start_s
-        return report
+            return self._compress([], report, start_s)
+        (report.added if old is None else report.replaced).append(document)
+        return self._compress([made._replace(cached=cached)], report, start_s)
 
-    def _sorted(self, document: Document, report: AddReport) -> Prepared | None:
+    def refresh(self, *, encoding: str = "utf-8") -> AddReport:
+        """Compress every stored passage that has no cache under the current settings; see `KVMemory.refresh`."""
+        start_s, report = time.perf_counter(), AddReport()
+        missing: dict[str, list[StoredPassage]] = {}
+        for passage in self._store.missing(self.fingerprint, self._settings.keep):
+            missing.setdefault(passage.document_id, []).append(passage)
+        todo: list[Prepared] = []
+        for summary in self._store.documents():
+            if summary.id not in missing:
+                report.unchanged.append(summary.id)
+                continue
+            record = self._store.document(summary.id)
+            try:
+                if all(passage.text is not None for passage in missing[summary.id]):
+                    made = Prepared(record, texts_in(record))
+                else:
+                    made = prepare_from_file(record, self._count_tokens, encoding=encoding)
+            except TextNotKeptError as error:
+                report.errors.append(error)
+            else:
+                cached = {p.text_sha256 for p in record.passages} - {p.text_sha256 for p in missing[summary.id]}
+                todo.append(made._replace(cached=cached))
+                report.replaced.append(summary.id)
+        return self._compress(todo, report, start_s)
+
+    def _prepared(self, document: Document, report: AddReport) -> Prepared | None:
         """Classify a document in the report, and prepare it for compression; return None if it is unchanged.
 
         Only this document is looked up: listing the collection for each document of a job would be quadratic.
         """
-        old = self._record_builder.stored(document.id)
-        wanted = document.content_sha256, self._passage_tokens
-        if old is None or (old.content_sha256, old.passage_tokens) != wanted:
+        found = self._store.find_document(document.id, self.fingerprint, self._settings.keep)
+        old, cached = found or (None, set[str]())
+        limit = self._settings.passage_tokens
+        if old is None or (old.content_sha256, old.passage_tokens) != (document.content_sha256, limit):
             (report.added if old is None else report.replaced).append(document.id)
-            return self._record_builder.cut(document, self._passage_tokens)
-        cached = all(self._has(passage.text_sha256) for passage in old.passages)
-        if cached and old.metadata == dict(document.metadata) and self._record_builder.is_kept_so(old.passages):
+            made = prepare(document, limit, self._count_tokens, keep_text=self._keep_text)
+            return made._replace(cached=cached)
+        kept = all((passage.text is not None) == self._keep_text for passage in old.passages)
+        if kept and old.metadata == document.metadata and all(p.text_sha256 in cached for p in old.passages):
             report.unchanged.append(document.id)
             return None
-        report.replaced.append(document.id)
-        return self._record_builder.again(document, old)  # the passages are unchanged; the metadata may have changed
+        report.replaced.append(document.id)  # the passages are unchanged; the metadata may have changed
+        made = prepare_again(document, old, self._count_tokens, keep_text=self._keep_text)
+        return made._replace(cached=cached)
 
-    def _has(self, text_sha256: str) -> bool:
-        return self._store.has(text_sha256, self._fingerprint, self._keep_ratio)
-
-    def _is_whole(self, prepared: Prepared) -> bool:
-        """Whether every passage with a known text has its cache."""
-        return all(self._has(p.text_sha256) for p in prepared.record.passages if p.text_sha256 in prepared.texts)
-
-    def _compress(self, todo: list[Prepared], report: AddReport) -> None:
-        total = sum(prepared.record.n_tokens for prepared in todo)
+    def _compress(self, todo: list[Prepared], report: AddReport, start_s: float) -> AddReport:
+        total = sum(made.record.n_tokens for made in todo)
         done = 0
-        for index, (record, texts) in enumerate(todo):
+        for index, (record, texts, cached) in enumerate(todo):
             try:
                 for batch in self._batches(record):
                     # A passage without text stays unchanged; `refresh` reports it if it has no cache.
-                    here = [passage.text_sha256 for passage in batch if passage.text_sha256 in texts]
-                    self._make({text_sha256: texts[text_sha256] for text_sha256 in here}, report)
+                    keys = {passage.text_sha256 for passage in batch} & texts.keys() - cached
+                    self._make({key: texts[key] for key in sorted(keys)}, report)
                     done += sum(passage.n_tokens for passage in batch)
                     self._tell(record, index, len(todo), done, total)
             finally:
                 self._wait()
-            self._store.put_document(record)
+            self._store.put_document(record, settings=asdict(self._settings))
+            self._recorded = True
+        self._record_settings()
+        report.elapsed_s = time.perf_counter() - start_s
+        return report
+
+    def _record_settings(self) -> None:
+        """Record the settings if no document has brought them: later calls continue with them."""
+        if not self._recorded and self._store.settings() != asdict(self._settings):
+            self._store.update_settings(asdict(self._settings))
+        self._recorded = True
 
     def _batches(self, record: DocumentRecord) -> list[list[PassageRecord]]:
         passages = list(record.passages)
@@ -250,21 +241,29 @@ class IngestPipeline:
         return [passages[i : i + self._batch_size] for i in range(0, len(passages), self._batch_size)]
 
     def _make(self, texts: dict[str, str], report: AddReport) -> None:
-        """Compress and store the texts, keyed by their hash, that have no cache."""
+        """Compress and store the texts, by their sorted hashes, that have no cache."""
+        if not texts:
+            return
+        keep = self._settings.keep
+        ratios = {key: self._compressor.ratio_for(text, keep) for key, text in texts.items()}
         with ExitStack() as stack:
-            # 1. Lock the missing texts: one process compresses a text, the others wait and find its cache. The locks
-            #    are acquired in sorted order, so that two processes with the same texts cannot deadlock.
-            missing = sorted(text_sha256 for text_sha256 in texts if not self._has(text_sha256))
-            ratios = {key: self._compressor.ratio_for(texts[key], self._keep_ratio) for key in missing}
-            for text_sha256 in missing:
-                stack.enter_context(self._store.making(text_sha256, self._fingerprint, ratios[text_sha256]))
-            # 2. Check again: another process may have stored a cache while this one waited.
-            missing = [text_sha256 for text_sha256 in missing if not self._has(text_sha256)]
+            # 1. Lock the texts: one process compresses a text, the others wait and find its cache. The locks are
+            #    acquired in sorted order, so that two processes with the same texts cannot deadlock.
+            for key, ratio in ratios.items():
+                stack.enter_context(self._store.making(key, self.fingerprint, ratio))
+            # 2. Leave out texts that another process has cached meanwhile.
+            cached = self._store.cached_texts(texts, self.fingerprint, keep)
+            missing = [key for key in texts if key not in cached]
             if not missing:
                 return
             # 3. Compress the rest as one batch.
             with span("compress", keep_ratio=ratios[missing[0]], collection=self._store.collection):
-                caches = self._read([texts[key] for key in missing], [ratios[key] for key in missing])
+                if len(missing) == 1:
+                    caches = [self._compressor.compress(texts[missing[0]], keep_ratio=ratios[missing[0]])]
+                else:
+                    caches = self._compressor.compress_many(
+                        [texts[key] for key in missing], keep_ratio=[ratios[key] for key in missing]
+                    )
             # 4. Store the caches; `_write` then releases the locks.
             held = stack.pop_all()
         made = list(zip(missing, caches, strict=True))
@@ -274,15 +273,10 @@ class IngestPipeline:
         self._wait()  # at most one batch waits in memory
         self._written = self._writer.submit(self._write, made, report, held)
 
-    def _read(self, texts: list[str], ratios: list[float]) -> list[DistilledCache]:
-        if len(texts) == 1:
-            return [self._compressor.compress(texts[0], keep_ratio=ratios[0])]
-        return self._compressor.compress_many(texts, keep_ratio=ratios)
-
     def _write(self, made: list[tuple[str, DistilledCache]], report: AddReport, held: ExitStack) -> None:
         with held:
             for text_sha256, cache in made:
-                self._count(report, cache, self._store.put(text_sha256, cache, storage=self._storage))
+                self._count(report, cache, self._store.put(text_sha256, cache, storage=self._settings.storage))
 
     def _count(self, report: AddReport, cache: DistilledCache, info: CacheInfo) -> None:
         report.n_passages += 1

@@ -28,6 +28,7 @@ from kv_memory.jobs.leases import LEASE_S, LiveWorkers, Renewer, TaskQueue
 from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.records import FailedResult, Job, Task, TaskResult
 from kv_memory.jobs.sources import Sources
+from kv_memory.memory import KVMemory
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
 
@@ -53,23 +54,9 @@ def error_of(error: Exception) -> dict[str, str | None]:
 
 def make_pipeline(store: Store, job: Job, *, device: str = "auto") -> IngestPipeline:
     """Load the job's model and compressor; errors as in `KVMemory.open`."""
-    # This late import no longer keeps torch out of the module: `kv_memory.ingest.pipeline` above loads it too.
-    from kv_memory.assembly import load_backbone, load_compressor, share_prefix
-
-    settings = MemorySettings(**job.settings.memory)
-    backbone = load_backbone(settings, dtype="auto", device=device, prompt_form=None)
-    compressor = load_compressor(settings, backbone)
-    share_prefix(store, backbone)
-    return IngestPipeline(
-        store,
-        compressor,
-        keep_ratio=settings.keep,
-        passage_tokens=settings.passage_tokens,
-        storage=settings.storage,
-        keep_text=settings.keep_text,
-        # Storing mostly waits for the disk or a server.
-        writer=ThreadPoolExecutor(1, thread_name_prefix="writer"),
-    )
+    memory = KVMemory(store, MemorySettings(**job.settings.memory), device=device)
+    # Storing mostly waits for the disk or a server.
+    return memory.pipeline(writer=ThreadPoolExecutor(1, thread_name_prefix="writer"))
 
 
 def work(
@@ -99,7 +86,7 @@ def work(
     """
     task_queue = TaskQueue(store, job.id, worker, lease_s=lease_s)
     sources = Sources(job.sources["items"], job.settings)
-    n_done, idle_s, remembered = 0, _IDLE_S[0], False
+    n_done, idle_s = 0, _IDLE_S[0]
     task: Task | None = None
     try:
         with Renewer(task_queue, lease_s=lease_s) as renewer:
@@ -116,10 +103,6 @@ def work(
                 renewer.task = None
                 task = task_queue.finish(task, result, go_on=not alone())
                 n_done += 1
-                if not remembered and isinstance(result, TaskResult):
-                    remembered = True
-                    if store.settings() != job.settings.memory:
-                        store.update_settings(job.settings.memory)  # `ask` uses these settings, as after `add`
     except BaseException:
         if task is not None:
             with suppress(StoreError):  # otherwise its lease expires
@@ -143,7 +126,7 @@ def do_one(task: Task, sources: Sources, pipeline: IngestPipeline) -> TaskResult
             text, metadata = read.document.text, read.document.metadata
             report = pipeline.add_passages(read.document.id, [text], metadata=metadata, extend=False)
         else:
-            report = pipeline.add_one(read.document)
+            report = pipeline.add([read.document])
     except StoreError:
         raise  # the document is not at fault
     except Exception as error:

@@ -1,1 +1,1 @@
-"""Full-text search over passages: BM25 on words, or on their hashes if no text is stored."""
+"""Full-text search over passages: BM25 on the hashes of their words."""

@@ -1,4 +1,4 @@
-"""Tokenization for BM25: split passages and questions into the words that are compared.
+"""Words of passages and questions for BM25, and the hashes by which they are compared.
 
 The default pattern of bm25s was rejected: it drops single characters, so that `C`, `HTTP/2` and most Chinese words
 cannot be found, and it treats `nats-server` as two unrelated words. Here:
@@ -6,24 +6,24 @@ cannot be found, and it treats `nats-server` as two unrelated words. Here:
 - text is normalised to NFKC and case-folded;
 - names of several parts (`nats-server`, `JetStream`, `HTTP/2`, `keep_ratio`) yield the parts and the whole, so that
   `jetstream`, `Jet-Stream` and `jet stream` all find `JetStream`;
-- scripts without spaces yield single characters and pairs; the pairs are as in Lucene's CJK analyzer;
-- `language="en"` reduces words to Snowball stems, and drops words such as `the` from questions.
+- scripts without spaces yield single characters and pairs; the pairs are as in Lucene's CJK analyzer.
+
+A passage whose text is not kept is found by its *terms*: hashes of its words with their counts. They keep plain words
+out of files, backups and logs, but are not encryption: every store hashes in the same public way, so anyone with the
+database can look up the hashes of a dictionary. A random key for each store was rejected: it would stand in the same
+database, and passages of merged stores could not be compared.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Literal
 
-import Stemmer
-from bm25s.stopwords import STOPWORDS_EN_PLUS
-
-__all__ = ["Language", "question_words", "words_of"]
-
-Language = Literal["en"]
+__all__ = ["hash_word", "terms_of", "words_of"]
 
 # `re` does not count vowel signs as \w, which would split Hindi and Thai words; so these blocks are listed. The danda
 # (U+0964 and U+0965) is left out: it is a full stop.
@@ -39,51 +39,35 @@ _CAMEL = re.compile(r"(?<=[a-zß-öø-ÿ0-9])(?=[A-ZÀ-ÖØ-Þ])|(?<=[A-ZÀ-ÖØ
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17d3\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]+"
 )
-_STOP_WORDS = frozenset(STOPWORDS_EN_PLUS)
 # A longer chain is a path or a sentence without spaces; joined, it would match nothing.
 _MAX_JOINED_PARTS = 4
 
 
-def words_of(text: str, *, language: Language | None = None) -> list[str]:
-    """The words of a text, in order, repeated as often as they occur.
-
-    Args:
-        text: Any text, in any script.
-        language: `en` to reduce English words to their stems; None to leave all words unchanged.
-    """
-    return _taken_apart(_names(text), language)
-
-
-def question_words(question: str, *, language: Language | None = None) -> list[str]:
-    """The words of a question; `language="en"` drops stop words, unless the question has only those.
-
-    Passages keep their stop words, so that a question such as `To be or not to be?` still finds something.
-    """
-    names = _names(question)
-    if language == "en":
-        names = [name for name in names if name.casefold().replace("\u2019", "'") not in _STOP_WORDS] or names
-    return _taken_apart(names, language)
-
-
-def _taken_apart(names: list[str], language: Language | None) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """The words of a text in any script, in order, repeated as often as they occur."""
     words: list[str] = []
-    for name in names:
+    for name in _NAME.findall(unicodedata.normalize("NFKC", text)):
         # A stretch of Chinese or a long path hardly recurs; caching it would fill the memory with its parts.
         once = len(name) > 32 or _UNSPACED.search(name)
-        words.extend(_words_of_name.__wrapped__(name, language) if once else _words_of_name(name, language))
+        words.extend(_parts_and_wholes(name) if once else _words_of_name(name))
     return words
 
 
-# A few words make up most of any text, and splitting them takes most of the time of indexing.
+def terms_of(text: str) -> dict[str, int]:
+    """The hashes of a text's words with their counts, in the order of the hashes, which reveals nothing of the text."""
+    return dict(sorted((hash_word(word), n) for word, n in Counter(words_of(text)).items()))
+
+
+# A few words make up most of any text; splitting and hashing them takes most of the time of indexing.
 @lru_cache(maxsize=1 << 16)
-def _words_of_name(name: str, language: Language | None) -> tuple[str, ...]:
-    words = tuple(_parts_and_wholes(name))
-    # Creating a stemmer takes 2 microseconds. A global one was rejected: stemmers are not thread-safe.
-    return tuple(Stemmer.Stemmer("english").stemWords(words)) if language == "en" else words
+def hash_word(word: str) -> str:
+    """The hash of a word: 8 bytes of BLAKE2b, in hex."""
+    return hashlib.blake2b(word.encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
-def _names(text: str) -> list[str]:
-    return _NAME.findall(unicodedata.normalize("NFKC", text))
+@lru_cache(maxsize=1 << 16)
+def _words_of_name(name: str) -> tuple[str, ...]:
+    return tuple(_parts_and_wholes(name))
 
 
 def _parts_and_wholes(name: str) -> Iterator[str]:

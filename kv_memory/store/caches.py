@@ -45,18 +45,22 @@ _SAME = (
     (CacheRow.collection_id == bindparam("collection"))
     & (CacheRow.text_sha256 == bindparam("text"))
     & (CacheRow.fingerprint == bindparam("digest"))
-    & (CacheRow.keep_ratio == bindparam("ratio"))
 )
-_ANY = select(CacheRow).where(_SAME)
-# Columns, and the time as SQLite has it: half of the time of an ORM object, for each `get`.
-_ALIVE = select(
-    CacheRow.id,
-    CacheRow.blob_key,
-    CacheRow.size_bytes,
-    CacheRow.text_sha256,
-    CacheRow.fingerprint,
-    CacheRow.keep_ratio,
-).where(_SAME, or_(CacheRow.expires_at.is_(None), CacheRow.expires_at > bindparam("now", type_=DateTime())))
+_AT_RATIO = select(CacheRow).where(_SAME, CacheRow.keep_ratio == bindparam("ratio"))
+# Columns, and the time as SQLite has it: half of the time of ORM objects, for each `get`.
+_OF_TEXT = (
+    select(
+        CacheRow.id,
+        CacheRow.blob_key,
+        CacheRow.size_bytes,
+        CacheRow.text_sha256,
+        CacheRow.fingerprint,
+        CacheRow.keep_ratio,
+        CacheRow.n_tokens,
+    )
+    .where(_SAME, or_(CacheRow.expires_at.is_(None), CacheRow.expires_at > bindparam("now", type_=DateTime())))
+    .order_by(CacheRow.id.desc())
+)
 _FINGERPRINT = select(FingerprintRow.digest).where(FingerprintRow.digest == bindparam("digest"))
 _INSERT_FINGERPRINT = insert(Base.metadata.tables[FingerprintRow.__tablename__])
 _INSERT = insert(Base.metadata.tables[CacheRow.__tablename__]).returning(CacheRow.id)
@@ -120,7 +124,7 @@ class Caches(Eviction):
 
                 def add_row(session: Session, key: str) -> list[str]:
                     nonlocal info, there
-                    row = session.scalar(_ANY, names)
+                    row = session.scalar(_AT_RATIO, names)
                     if row is not None and (row.expires_at is None or row.expires_at > utc_now()):
                         there = row
                         return [] if key == row.blob_key else [key]
@@ -169,19 +173,18 @@ class Caches(Eviction):
         Args:
             text_sha256: SHA-256 hex digest of the UTF-8 text.
             fingerprint: Fingerprint that the cache was made under.
-            keep_ratio: Keep ratio of the cache, or a `Keep`, which gives the keep ratio for this text.
+            keep_ratio: Keep ratio of the cache. A `Keep` prefers the cache of this amount, and else takes the newest
+                one: documents of one collection may have been added at several amounts.
 
         Raises:
-            CacheNotFoundError: The text has no cache at this keep ratio; the message names the keep ratios it has.
+            CacheNotFoundError: The text has no such cache; the message names the keep ratios it has.
             FingerprintMismatchError: The cache was made under another fingerprint; the message names the differences.
             CorruptCacheError: The blob is damaged. It is quarantined, and `missing` lists the passage again.
-            BudgetError: The budget of a `Keep` is too small for this text.
         """
         start_s = time.perf_counter()
-        ratio = self.keep_ratio_of(text_sha256, fingerprint, keep_ratio) if isinstance(keep_ratio, Keep) else keep_ratio
-        with span("store.get", text_sha256=text_sha256, keep_ratio=ratio or 0.0):
+        with span("store.get", text_sha256=text_sha256):
             try:
-                cache, size_bytes = self._load(text_sha256, fingerprint, ratio)
+                cache, size_bytes = self._load(text_sha256, fingerprint, keep_ratio)
             except CacheError as error:
                 GETS.labels(self.collection, _OUTCOMES[type(error)]).inc()
                 if isinstance(error, CorruptCacheError):
@@ -192,7 +195,7 @@ class Caches(Eviction):
         GET_SECONDS.labels(self.collection).observe(time.perf_counter() - start_s)
         return cache
 
-    def _load(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | None) -> tuple[DistilledCache, int]:
+    def _load(self, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep) -> tuple[DistilledCache, int]:
         """Find, verify and load a cache; returns it with the size of its blob in bytes.
 
         Writers are not excluded between these steps. A round in which the row or its blob changes is repeated, at
@@ -201,9 +204,9 @@ class Caches(Eviction):
         for _ in range(3):
             # 1. Find the row. Without one, raise an error that names the existing caches.
             with self.catalog.read() as session:
-                row = self._find(session, text_sha256, fingerprint.digest, keep_ratio)
+                row = self._find(session, text_sha256, fingerprint, keep)
                 if row is None:
-                    raise self._not_found(session, text_sha256, fingerprint, keep_ratio)
+                    raise self._not_found(session, text_sha256, fingerprint, keep)
             try:
                 # 2. Verify length and SHA-256 of the file.
                 path = self.references.verified_blobs.verified_path(row.blob_key, row.size_bytes)
@@ -230,15 +233,22 @@ class Caches(Eviction):
         """Do the one-time work of the first `get` now, for a process that can do so while it loads its model."""
         self.references.verified_blobs.blobs.warm()
         with self.catalog.read() as session:  # SQLAlchemy compiles the statement, which takes as long as 100 look-ups
-            self._find(session, "", "", 1.0)
+            session.execute(_OF_TEXT, {"collection": 0, "text": "", "digest": "", "now": datetime.min}).all()
 
     def has(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> bool:
-        """Whether the catalog has such a cache; the blob is not checked."""
-        return self._row(text_sha256, fingerprint, keep_ratio) is not None
+        """Whether `get` would find a cache; the blob is not checked."""
+        return self.keep_ratio_of(text_sha256, fingerprint, keep_ratio) is not None
+
+    def keep_ratio_of(self, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep) -> float | None:
+        """The keep ratio of the cache that `get` would find; None without one."""
+        with self.catalog.read() as session:
+            row = self._find(session, text_sha256, fingerprint, keep)
+        return None if row is None else row.keep_ratio
 
     def sound(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> bool:
-        """Whether such a cache exists with a sound blob; nothing is quarantined, which `get` and `check` do."""
-        row = self._row(text_sha256, fingerprint, keep_ratio)
+        """Whether `get` would find a sound cache; nothing is quarantined, which `get` and `check` do."""
+        with self.catalog.read() as session:
+            row = self._find(session, text_sha256, fingerprint, keep_ratio)
         if row is None:
             return False
         try:
@@ -247,34 +257,15 @@ class Caches(Eviction):
             return False
         return True
 
-    def _row(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> Any:
-        ratio = self.keep_ratio_of(text_sha256, fingerprint, keep_ratio)
-        with self.catalog.read() as session:
-            return self._find(session, text_sha256, fingerprint.digest, ratio)
-
-    def _find(self, session: Session, text_sha256: str, digest: str, keep_ratio: float | None) -> Any:
-        """The columns of _ALIVE; None without such a cache, and if a budget gives no keep ratio for the text."""
-        names = {"collection": self.collection_id, "text": text_sha256, "digest": digest, "ratio": keep_ratio}
-        return session.execute(_ALIVE, {**names, "now": datetime.now(UTC).replace(tzinfo=None)}).one_or_none()
-
-    def keep_ratio_of(self, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep) -> float | None:
-        """The keep_ratio that `keep` gives for a text; None if that needs its length and no cache records it.
-
-        Raises:
-            BudgetError: The budget is too small for this text.
-        """
+    def _find(self, session: Session, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep) -> Any:
+        """The columns of _OF_TEXT at a keep ratio; for a `Keep` of the cache that it gives, else of the newest one."""
+        now = datetime.now(UTC).replace(tzinfo=None)
+        names = {"collection": self.collection_id, "text": text_sha256, "digest": fingerprint.digest, "now": now}
+        rows = session.execute(_OF_TEXT, names).all()
         if not isinstance(keep, Keep):
-            return keep
-        if keep.keep_ratio is not None:
-            return keep.keep_ratio
-        known = select(CacheRow.n_tokens).where(
-            CacheRow.collection_id == self.collection_id,
-            CacheRow.text_sha256 == text_sha256,
-            CacheRow.fingerprint == fingerprint.digest,
-        )
-        with self.catalog.read() as session:
-            n_tokens = session.scalar(known.limit(1))
-        return None if n_tokens is None else keep.ratio_for(n_tokens, fingerprint)
+            return next((row for row in rows if row.keep_ratio == keep), None)
+        fitting = (row for row in rows if keep.fits(row.keep_ratio, row.n_tokens, fingerprint))
+        return next(fitting, rows[0] if rows else None)
 
     def delete(
         self, text_sha256: str, *, fingerprint: Fingerprint | None = None, keep_ratio: float | None = None
@@ -361,11 +352,8 @@ class Caches(Eviction):
             f"a distilled cache is damaged and was quarantined: {what}", where=f"{where}, blob {key}", next_step=_AGAIN
         )
 
-    def _not_found(
-        self, session: Session, text_sha256: str, wanted: Fingerprint, keep_ratio: float | None
-    ) -> CacheError:
-        if keep_ratio is not None:
-            check_keep_ratio(keep_ratio)
+    def _not_found(self, session: Session, text_sha256: str, wanted: Fingerprint, keep: float | Keep) -> CacheError:
+        keep_ratio = None if isinstance(keep, Keep) else check_keep_ratio(keep)
         rows = session.execute(
             select(CacheRow.keep_ratio, FingerprintRow.json)
             .join(FingerprintRow, FingerprintRow.digest == CacheRow.fingerprint)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import exists, select
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.cache.keep import Keep
@@ -18,7 +19,7 @@ from kv_memory.store import documents
 from kv_memory.store.blob_references import BlobReferences
 from kv_memory.store.records import DocumentRecord, DocumentSummary, StoredPassage
 from kv_memory.store.sql.catalog import Catalog
-from kv_memory.store.sql.schema import CacheRow, CollectionRow, DocumentRow, PassageRow, utc_now
+from kv_memory.store.sql.schema import CollectionRow, DocumentRow, PassageRow
 
 __all__ = ["CollectionPart", "Documents", "find_collection"]
 
@@ -66,7 +67,11 @@ class Documents(CollectionPart):
         except (TypeError, ValueError) as error:
             raise ConfigError(f"settings must be JSON-serialisable: {error}", where="settings") from error
         with self.catalog.write() as session:
-            row = session.get_one(CollectionRow, self.collection_id)
+            self._set(session, values)
+
+    def _set(self, session: Session, values: Mapping[str, Any]) -> None:
+        row = session.get_one(CollectionRow, self.collection_id)
+        if row.settings != {**row.settings, **values}:
             row.settings = {**row.settings, **values}
 
     @property
@@ -75,8 +80,10 @@ class Documents(CollectionPart):
         with self.catalog.read() as session:
             return session.get_one(CollectionRow, self.collection_id).revision
 
-    def put_document(self, record: DocumentRecord) -> None:
+    def put_document(self, record: DocumentRecord, *, settings: Mapping[str, Any] | None = None) -> None:
         """Insert a document, or replace the one of the same id, in one transaction.
+
+        Settings are recorded with it, see `update_settings`.
 
         Caches of texts that only its previous version had are deleted. Caches that a running `add` has put for a
         document still to come are not touched.
@@ -92,6 +99,8 @@ class Documents(CollectionPart):
             dropped = documents.write_document(session, self.collection_id, record)
             keys = documents.retire_caches(session, self.collection_id, dropped)
             documents.bump_revision(session, self.collection_id)
+            if settings is not None:
+                self._set(session, settings)
         self.references.delete_unreferenced(keys)
         if had_texts:
             # The index may have been built from these texts; the next question rebuilds it, without their words.
@@ -132,40 +141,39 @@ class Documents(CollectionPart):
                 return False
             return True
 
+    def find_document(self, id: str, fingerprint: Fingerprint, keep: Keep) -> tuple[DocumentRecord, set[str]] | None:
+        """A document, and the hashes of its texts that `cached_texts` returns; None if there is no such document."""
+        with self.catalog.read() as session:
+            try:
+                record = documents.load_document(session, self.collection_id, id)
+            except DocumentNotFoundError:
+                return None
+            texts = {passage.text_sha256 for passage in record.passages}
+            return record, documents.cached_texts(session, self.collection_id, texts, fingerprint, keep)
+
+    def cached_texts(self, texts: Iterable[str], fingerprint: Fingerprint, keep: Keep) -> set[str]:
+        """The subset of `texts` (hashes) that have a cache of exactly this amount; the blobs are not checked."""
+        with self.catalog.read() as session:
+            return documents.cached_texts(session, self.collection_id, texts, fingerprint, keep)
+
     def passages(self) -> list[StoredPassage]:
         """All passages, ordered by document id and ordinal."""
         with self.catalog.read() as session:
             return documents.stored_passages(session, documents.select_passages(self.collection_id))
 
-    def missing(
-        self, fingerprint: Fingerprint, keep_ratio: float | Keep, *, document_id: str | None = None
-    ) -> list[StoredPassage]:
-        """The passages without a cache under these settings, of all documents or one, by document id and ordinal."""
-        within = keep_ratio if isinstance(keep_ratio, Keep) else Keep(keep_ratio=keep_ratio)
-        caches = (
-            CacheRow.collection_id == self.collection_id,
-            CacheRow.fingerprint == fingerprint.digest,
-            CacheRow.text_sha256 == PassageRow.text_sha256,
-            documents.alive(utc_now()),
-        )
-        passages = documents.select_passages(self.collection_id, document_id)
+    def missing(self, fingerprint: Fingerprint, keep_ratio: float | Keep) -> list[StoredPassage]:
+        """The passages without a cache under these settings, ordered by document id and ordinal."""
+        keep = keep_ratio if isinstance(keep_ratio, Keep) else Keep(keep_ratio=keep_ratio)
+        passages = documents.select_passages(self.collection_id)
         with self.catalog.read() as session:
-            if within.keep_ratio is not None:
-                same = exists().where(*caches, CacheRow.keep_ratio == within.keep_ratio)
-                return documents.stored_passages(session, passages.where(~same))
-            texts = passages.with_only_columns(PassageRow.text_sha256).order_by(None)
-            known = select(CacheRow.text_sha256, CacheRow.keep_ratio, CacheRow.n_tokens).where(
-                *caches[:2], caches[3], CacheRow.text_sha256.in_(texts)
-            )
-            cached = {
-                key for key, ratio, n_tokens in session.execute(known) if within.fits(ratio, n_tokens, fingerprint)
-            }
+            texts = set(session.scalars(passages.with_only_columns(PassageRow.text_sha256).order_by(None)))
+            texts -= documents.cached_texts(session, self.collection_id, texts, fingerprint, keep)
             found = [
                 passage
-                for batch in documents.batches(sorted(set(session.scalars(texts)) - cached))
+                for batch in documents.batches(sorted(texts))
                 for passage in documents.stored_passages(session, passages.where(PassageRow.text_sha256.in_(batch)))
             ]
-            return sorted(found, key=lambda passage: (passage.document_id, passage.ordinal))
+        return sorted(found, key=lambda passage: (passage.document_id, passage.ordinal))
 
     def passage(self, document_id: str, ordinal: int) -> StoredPassage:
         """One passage.
@@ -199,16 +207,6 @@ class Documents(CollectionPart):
                 .where(PassageRow.text.is_not(None))
                 .limit(1)
             )
-
-    def word_key(self) -> str:
-        """The random key for the `Terms` of this collection's passages, created at first use."""
-        with self.catalog.read() as session:
-            key = documents.word_key(session, self.collection_id, make=False)
-        if key is None:
-            with self.catalog.write() as session:  # another process may have created it since
-                key = documents.word_key(session, self.collection_id, make=True)
-        assert key is not None
-        return key
 
 
 def find_collection(catalog: Catalog, name: str, *, create: bool) -> int:

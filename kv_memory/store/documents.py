@@ -10,15 +10,17 @@ from typing import TypeVar
 from sqlalchemy import ColumnElement, Select, delete, exists, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
+from kv_memory.cache.fingerprint import Fingerprint
+from kv_memory.cache.keep import Keep
 from kv_memory.errors import ConfigError, DocumentNotFoundError, EncodingError
-from kv_memory.retrieval.hashed_terms import Terms, new_key
 from kv_memory.store.records import DocumentRecord, DocumentSummary, PassageRecord, StoredPassage
-from kv_memory.store.sql.schema import CacheRow, CollectionRow, DocumentRow, OptionRow, PassageRow, utc_now
+from kv_memory.store.sql.schema import CacheRow, CollectionRow, DocumentRow, PassageRow, utc_now
 
 __all__ = [
     "alive",
     "batches",
     "bump_revision",
+    "cached_texts",
     "check_document",
     "delete_document",
     "find_document",
@@ -30,7 +32,6 @@ __all__ = [
     "select_passages",
     "stored_passages",
     "unreferenced",
-    "word_key",
     "write_document",
 ]
 
@@ -92,7 +93,7 @@ def write_document(session: Session, collection_id: int, record: DocumentRecord)
         {
             "ordinal": ordinal,
             "text": passage.text,
-            "terms": None if passage.text is not None or passage.terms is None else passage.terms.to_dict(),
+            "terms": None if passage.text is not None or passage.terms is None else dict(passage.terms),
             "text_sha256": passage.text_sha256,
             "n_tokens": passage.n_tokens,
         }
@@ -153,8 +154,7 @@ def load_document(session: Session, collection_id: int, document_id: str) -> Doc
         metadata=row.details,
         passage_tokens=row.passage_tokens,
         passages=tuple(
-            PassageRecord(text=p.text, n_tokens=p.n_tokens, text_sha256=p.text_sha256, terms=_terms_of(p))
-            for p in passages
+            PassageRecord(text=p.text, n_tokens=p.n_tokens, text_sha256=p.text_sha256, terms=p.terms) for p in passages
         ),
         created_at=row.created_at,
         updated_at=row.updated_at,
@@ -197,15 +197,14 @@ def list_documents(session: Session, collection_id: int) -> list[DocumentSummary
     ]
 
 
-def select_passages(collection_id: int, document_id: str | None = None) -> Select[PassageRow, DocumentRow]:
-    """A query for the passages of a collection, or of one document, by document id and ordinal; it may be narrowed."""
-    passages = (
+def select_passages(collection_id: int) -> Select[PassageRow, DocumentRow]:
+    """A query for a collection's passages, ordered by document id and ordinal; the caller may narrow it."""
+    return (
         select(PassageRow, DocumentRow)
         .join(DocumentRow, DocumentRow.id == PassageRow.document_pk)
         .where(DocumentRow.collection_id == collection_id)
         .order_by(DocumentRow.document_id, PassageRow.ordinal)
     )
-    return passages if document_id is None else passages.where(DocumentRow.document_id == document_id)
 
 
 def place_of(session: Session, collection_id: int, text_sha256: str) -> str:
@@ -228,7 +227,7 @@ def stored_passages(session: Session, statement: Select[PassageRow, DocumentRow]
             text_sha256=passage.text_sha256,
             n_tokens=passage.n_tokens,
             metadata=document.details,
-            terms=_terms_of(passage),
+            terms=passage.terms,
         )
         for passage, document in session.execute(statement)
     ]
@@ -246,6 +245,24 @@ def retire_caches(session: Session, collection_id: int, texts: Iterable[str]) ->
 def alive(now: datetime) -> ColumnElement[bool]:
     """Condition for caches that have not expired."""
     return or_(CacheRow.expires_at.is_(None), CacheRow.expires_at > now)
+
+
+def cached_texts(
+    session: Session, collection_id: int, texts: Iterable[str], fingerprint: Fingerprint, keep: Keep
+) -> set[str]:
+    """The subset of `texts` (hashes) that have a cache of this amount under this fingerprint."""
+    found: set[str] = set()
+    for batch in batches(texts):
+        rows = session.execute(
+            select(CacheRow.text_sha256, CacheRow.keep_ratio, CacheRow.n_tokens).where(
+                CacheRow.collection_id == collection_id,
+                CacheRow.fingerprint == fingerprint.digest,
+                CacheRow.text_sha256.in_(batch),
+                alive(utc_now()),
+            )
+        )
+        found.update(text for text, ratio, n_tokens in rows if keep.fits(ratio, n_tokens, fingerprint))
+    return found
 
 
 def unreferenced(collection_id: int) -> ColumnElement[bool]:
@@ -267,35 +284,6 @@ def has_texts(session: Session, collection_id: int, document_id: str) -> bool:
         .where(PassageRow.text.is_not(None))
     )
     return session.scalar(kept.limit(1)) is not None
-
-
-def word_key(session: Session, collection_id: int, *, make: bool) -> str | None:
-    """The key that the collection's words are hashed with; None if it has none and `make` is off.
-
-    Args:
-        session: Session, of a writing transaction if `make` is on.
-        collection_id: Catalog row of the collection.
-        make: Whether to create a missing key; an imported collection takes the key of its passages' terms.
-    """
-    name = f"words {collection_id}"
-    found = session.get(OptionRow, name)
-    if found is not None:
-        return str(found.value["key"])
-    if not make:
-        return None
-    terms = session.scalar(
-        select(PassageRow.terms)
-        .join(DocumentRow, DocumentRow.id == PassageRow.document_pk)
-        .where(DocumentRow.collection_id == collection_id, PassageRow.terms.is_not(None))
-        .limit(1)
-    )
-    key = new_key() if terms is None else str(terms["key"])
-    session.add(OptionRow(key=name, value={"key": key}))
-    return key
-
-
-def _terms_of(row: PassageRow) -> Terms | None:
-    return None if row.terms is None else Terms(key=row.terms["key"], counts=row.terms["counts"])
 
 
 def _texts_of(session: Session, row: DocumentRow) -> set[str]:

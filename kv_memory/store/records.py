@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from kv_memory.errors import ConfigError, EncodingError
-from kv_memory.retrieval.hashed_terms import Terms
 
 __all__ = [
     "CacheInfo",
@@ -32,7 +32,8 @@ class PassageRecord:
         n_tokens: Length of the passage in tokens.
         text_sha256: SHA-256 hex digest of the UTF-8 text, the key of its distilled caches. Computed from the text
             unless given.
-        terms: Hashed words for retrieval if the text is not kept; without them, no question finds the passage.
+        terms: Hashes of words with their counts, for retrieval if the text is not kept; without them, no question finds
+            the passage.
 
     Raises:
         EncodingError: The text has half a surrogate pair, which UTF-8 cannot encode.
@@ -42,7 +43,7 @@ class PassageRecord:
     text: str | None
     n_tokens: int
     text_sha256: str = ""
-    terms: Terms | None = field(default=None, repr=False)
+    terms: Mapping[str, int] | None = field(default=None, repr=False, hash=False)
 
     def __post_init__(self) -> None:
         if self.text_sha256:
@@ -121,7 +122,7 @@ class StoredPassage:
         text_sha256: SHA-256 hex digest of the UTF-8 text.
         n_tokens: Length of the passage in tokens.
         metadata: Metadata of the document.
-        terms: Hashed words for retrieval if the text is not kept.
+        terms: Hashes of words with their counts, for retrieval if the text is not kept.
     """
 
     document_id: str
@@ -130,7 +131,7 @@ class StoredPassage:
     text_sha256: str
     n_tokens: int
     metadata: dict[str, Any]
-    terms: Terms | None = field(default=None, repr=False)
+    terms: Mapping[str, int] | None = field(default=None, repr=False, hash=False)
 
 
 @dataclass(frozen=True, kw_only=True)

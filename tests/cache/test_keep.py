@@ -11,9 +11,9 @@ import torch
 
 from kv_memory import BudgetError, ConfigError, DistilledCache, Keep
 from kv_memory.cache.fingerprint import Fingerprint
-from kv_memory.cache.keep import given_keep, windows_of
+from kv_memory.cache.keep import windows_of
 from kv_memory.config import StorageName, n_kept_for
-from kv_memory.settings import MemorySettings, given_settings, resolve_settings
+from kv_memory.settings import MemorySettings
 from tests.compress.test_compressor import compressor_for
 from tests.reference import letters
 from tests.store.store_samples import FINGERPRINT
@@ -180,18 +180,15 @@ def test_exactly_one_way_to_keep_must_be_given(given: dict[str, Any], where: str
 
 
 def test_the_last_given_way_to_keep_replaces_stored_ones() -> None:
-    def given(**options: Any) -> dict[str, Any]:
-        names = ("model", "adapter", "keep_ratio", "selector", "prompt", "layout")
-        return given_settings(**{**dict.fromkeys(names), "passage_tokens": "auto", "model": "other", **options})
-
     stored: dict[str, Any] = {}
     for choice in ({}, {"keep_tokens": 64}, {"max_bytes": 300_000}, {"keep_ratio": 0.5}, {"max_bytes": 9}, {}):
-        settings = resolve_settings(given(**choice), stored)
+        settings = MemorySettings.resolve(stored, model="other", **choice)
         stored = {name: getattr(settings, name) for name in ("model", "keep_ratio", "keep_tokens", "max_bytes")}
         wanted = choice or ({"max_bytes": 9} if stored["max_bytes"] else {"keep_ratio": 0.25})
         assert {name: value for name, value in stored.items() if value is not None and name != "model"} == wanted
         assert settings.keep == Keep(**wanted)  # type: ignore[arg-type]
-    assert resolve_settings(given(keep_tokens=4), {"keep_ratio": 0.5}).keep == Keep(keep_tokens=4)  # an older store
-    assert given_keep(None, None, None) == {}
+    assert MemorySettings.resolve({"keep_ratio": 0.5}, model="other", keep_tokens=4).keep == Keep(
+        keep_tokens=4
+    )  # an older store
     with pytest.raises(ConfigError, match="keep_tokens and max_bytes exclude each other"):
-        given(keep_tokens=4, max_bytes=4)
+        MemorySettings.resolve({}, keep_tokens=4, max_bytes=4)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kv_memory.cli.options import kept_of, ratio_of
+from kv_memory.config import ratio_of
 from kv_memory.errors import ConfigError
 from tests.cli.ran import Ran
 
@@ -27,11 +27,6 @@ def test_ratios_are_numbers_or_fractions() -> None:
     for wrong in ("", "a", "1/0", "1/8/2", "nan", "inf", "0", "-1/4", "9/8"):
         with pytest.raises(ConfigError, match=r"keep.ratio"):
             ratio_of(wrong)
-    assert kept_of("1/8", None, None) == {"keep_ratio": 0.125, "keep_tokens": None, "max_bytes": None}
-    assert kept_of(None, 7, None) == {"keep_ratio": None, "keep_tokens": 7, "max_bytes": None}
-    assert kept_of(None, None, "1.5KiB") == {"keep_ratio": None, "keep_tokens": None, "max_bytes": 1536}
-    with pytest.raises(ConfigError, match="exclude each other"):
-        kept_of(None, 7, "1.5KiB")
 
 
 def test_add_accepts_fractions_tokens_and_bytes(kv: Run, quick: list[str]) -> None:
@@ -74,12 +69,24 @@ def test_questions_are_answered_from_the_caches_of_the_given_amount(kv: Run, sto
     nine = kv(*ask).json
     quarter = kv(*ask, "--keep-ratio", "1/4").json
     assert kv(*ask, "--keep-tokens", 9).json["n_cached_tokens"] == nine["n_cached_tokens"] < quarter["n_cached_tokens"]
-    none = kv(*ask, "--max-bytes", "20KB")
-    assert none.code == 1 and none.json["error"]["error"] == "CacheNotFoundError"
+    assert set(quarter["keep_ratios"]) == {0.25}
+    assert kv(*ask, "--max-bytes", "20KB").json["keep_ratios"] == nine["keep_ratios"]  # the newest cache there is
     assert kv("stats", "--json").json["settings"]["keep_tokens"] == 9  # a question changes no setting
     said = kv("chat", "--keep-ratio", "1/4", "--max-new-tokens", 2, "--json", stdin="When does the ferry leave?\n")
     assert said.code == 0 and '"error"' not in said.out
     assert [answer["n_cached_tokens"] for answer in said.json["answers"]] == [quarter["n_cached_tokens"]]
+
+
+def test_a_file_added_at_another_ratio_makes_nothing_unanswerable(kv: Run, quick: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The ferry to Skarholm leaves at 7.40 from pier 4 every morning.")
+    (tmp_path / "b.txt").write_text("The lighthouse lamp burned whale oil until an office acted.")
+    kv("add", "a.txt", "--keep-ratio", "1/4", *quick)
+    kv("add", "b.txt", "--keep-ratio", "1/8")
+    ask = ("--max-new-tokens", 2, "--json")
+    assert kv("ask", "When does the ferry leave?", "--top-k", 1, *ask).json["keep_ratios"] == [0.25]
+    assert kv("ask", "What did the lamp burn?", "--top-k", 1, *ask).json["keep_ratios"] == [0.125]
+    both = kv("ask", "When does the ferry leave? What did the lamp burn?", "--top-k", 2, *ask).json
+    assert sorted(both["keep_ratios"]) == [0.125, 0.25] and both["fallbacks"] == []
 
 
 @pytest.mark.parametrize("command", [["add", "-"], ["job", "run", "."], ["ask", "Why?"], ["chat"], ["demo"]])
@@ -89,7 +96,7 @@ def test_questions_are_answered_from_the_caches_of_the_given_amount(kv: Run, sto
         (["--keep-ratio", "1/0"], "keep_ratio"),
         (["--keep-ratio", "a half"], "keep_ratio"),
         (["--keep-tokens", "0"], "keep_tokens"),
-        (["--max-bytes", "some"], "--max-bytes"),
+        (["--max-bytes", "some"], "max_bytes"),
         (["--keep-ratio", "1/4", "--max-bytes", "2MB"], "max_bytes"),
         (["--keep-tokens", "5", "--max-bytes", "2MB"], "max_bytes"),
     ],

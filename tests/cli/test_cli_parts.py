@@ -14,7 +14,6 @@ import kv_memory.cli
 from kv_memory.cli.demo import derived_questions
 from kv_memory.cli.demo_questions import QUESTIONS, contains_any, known_questions
 from kv_memory.cli.documents import find_document_id
-from kv_memory.cli.options import passage_tokens_of
 from kv_memory.cli.output import plain, printable, reporting
 from kv_memory.cli.packages import PACKAGES, package_documents, prose_of
 from kv_memory.documents import Document
@@ -60,12 +59,6 @@ def test_an_ambiguous_name_lists_the_candidates(given: str, candidates: list[str
 def test_an_unknown_name_is_not_found(given: str) -> None:
     with pytest.raises(DocumentNotFoundError, match="no document matches '"):
         find_document_id(given, IDS)
-
-
-def test_passage_tokens() -> None:
-    assert [passage_tokens_of(text) for text in ("auto", "whole", "64")] == ["auto", None, 64]
-    with pytest.raises(ConfigError, match="whole"):
-        passage_tokens_of("some")
 
 
 def test_printable_keeps_text_and_replaces_control_characters() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kv_memory.cli.options import seconds_of, size_of
+from kv_memory.config import seconds_of, size_of
 from kv_memory.errors import ConfigError
 from tests.cli.conftest import FERRY, LIGHT
 from tests.cli.ran import Ran

@@ -11,7 +11,7 @@ from kv_memory.compress import Adapter, Compressor, Matched, MatchSettings
 from kv_memory.compress.combined import combined_selection
 from kv_memory.compress.prefill import DocumentPrefill, prefill_documents
 from kv_memory.errors import ConfigError
-from kv_memory.settings import given_settings, resolve_settings
+from kv_memory.settings import MemorySettings
 from tests.conftest import make_backbone
 from tests.reference import by_head, letters
 
@@ -98,26 +98,21 @@ def test_combined_without_a_suitable_adapter_is_rejected(options: dict[str, Any]
     assert caught.value.next_step
 
 
-def given(**options: Any) -> dict[str, Any]:
-    names = ("model", "adapter", "keep_ratio", "selector", "prompt", "layout")
-    return given_settings(**{**dict.fromkeys(names), "passage_tokens": "auto", **options})
-
-
 def test_combined_selector_with_adapter_none_is_rejected() -> None:
     with pytest.raises(ConfigError, match="adapter='none' means no adapter"):
-        given(adapter="none", selector="combined")
+        MemorySettings.resolve({}, adapter="none", selector="combined")
 
 
 def test_stored_combined_selector_follows_its_adapter() -> None:
-    settings = resolve_settings(given(selector="combined", model="smollm2"), {})
+    settings = MemorySettings.resolve({}, selector="combined", model="smollm2")
     assert (settings.adapter, settings.selector) == ("shipped", "combined")
     without = {"adapter": None, "selector": "reconstruction"}
-    assert resolve_settings(given(selector="combined"), without).adapter == "shipped"
+    assert MemorySettings.resolve(without, selector="combined").adapter == "shipped"
     combined = {"adapter": "shipped", "selector": "combined"}
-    assert resolve_settings({}, combined).selector == "combined"
-    left = resolve_settings(given(adapter="none"), combined)
+    assert MemorySettings.resolve(combined).selector == "combined"
+    left = MemorySettings.resolve(combined, adapter="none")
     assert (left.adapter, left.selector) == (None, "matched")
-    elsewhere = resolve_settings(given(model="a/model"), combined)
+    elsewhere = MemorySettings.resolve(combined, model="a/model")
     assert (elsewhere.adapter, elsewhere.selector) == (None, "matched")
-    other = resolve_settings(given(selector="attention"), combined)
+    other = MemorySettings.resolve(combined, selector="attention")
     assert (other.adapter, other.selector) == (None, "attention")

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import shutil
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kv_memory.cli.options import passage_tokens_of
 from kv_memory.documents import Document, split_passages
 from kv_memory.errors import ConfigError, DatasetError, UnreadableDocumentError
 from kv_memory.evaluate import Advice, AdviceRow, Criteria, advise
@@ -22,7 +20,7 @@ from kv_memory.evaluate.recommend import add_command, recommend
 from kv_memory.evaluate.results import Record
 from kv_memory.evaluate.self_asked import SelfAsked
 from kv_memory.memory import KVMemory
-from kv_memory.settings import MemorySettings, given_settings, resolve_settings
+from kv_memory.settings import MemorySettings
 from tests.conftest import make_backbone
 from tests.evaluate.conftest import prose, write
 
@@ -189,17 +187,13 @@ def test_with_few_questions_nothing_below_the_default_is_recommended() -> None:
     ],
 )
 def test_the_recommended_command_reproduces_the_measured_settings(given: dict[str, Any]) -> None:
-    names = ("model", "adapter", "selector", "prompt", "storage")
-    whole = {**dict.fromkeys(names), "keep_ratio": None, "layout": None, "passage_tokens": "auto"}
-    settings = resolve_settings(given_settings(**{**whole, **given}), {})
+    settings = MemorySettings.resolve({}, **given)
     words = shlex.split(add_command(settings, 0.125, ["my docs"]))
     assert words[:3] == ["kv-memory", "add", "my docs"]
-    options = {name.removeprefix("--").replace("-", "_"): value for name, value in pairwise(words[3:])}
-    options = {name: value for name, value in options.items() if name in whole}
-    limit = passage_tokens_of(options.pop("passage_tokens", "auto"))
-    ratio = float(options.pop("keep_ratio"))
-    again = resolve_settings(given_settings(**{**whole, **options, "passage_tokens": limit, "keep_ratio": ratio}), {})
-    assert again == dataclasses.replace(settings, keep_ratio=0.125)
+    options = {
+        name.removeprefix("--").replace("-", "_"): value for name, value in zip(words[3::2], words[4::2], strict=True)
+    }
+    assert MemorySettings.resolve({}, **options) == dataclasses.replace(settings, keep_ratio=0.125)
 
 
 def test_a_time_limit_returns_the_results_so_far(roomy: Any, docs: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from kv_memory.jobs import Job, JobSettings, Ledger
 from kv_memory.jobs.driver import JobRequest, create_job
-from kv_memory.settings import resolve_settings
+from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
 from tests import services
 from tests.conftest import make_model, make_tokenizer
@@ -32,8 +32,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def settings(tiny: Path) -> JobSettings:
     """Settings with which a document takes milliseconds."""
-    given = {"model": str(tiny), "selector": "attention", "adapter": None, "passage_tokens": 64, "prompt": "passage"}
-    return JobSettings(memory=dataclasses.asdict(resolve_settings(given, {})))
+    given = {"model": str(tiny), "selector": "attention", "passage_tokens": 64, "prompt": "passage"}
+    return JobSettings(memory=dataclasses.asdict(MemorySettings.resolve({}, **given)))
 
 
 @pytest.fixture

@@ -38,9 +38,9 @@ class _Gated:
         self._pipeline = pipeline
         self._gate = gate
 
-    def add_one(self, *args: Any, **options: Any) -> Any:
+    def add(self, *args: Any, **options: Any) -> Any:
         self._gate.wait()
-        return self._pipeline.add_one(*args, **options)
+        return self._pipeline.add(*args, **options)
 
     def add_passages(self, *args: Any, **options: Any) -> Any:
         self._gate.wait()

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_memory.retrieval.tokenize import question_words, words_of
+from kv_memory.retrieval.tokenize import hash_word, terms_of, words_of
 
 
 @pytest.mark.parametrize(
@@ -32,20 +34,22 @@ def test_text_is_split_into_words(text, words):
     assert words_of(text) == words
 
 
-def test_english_words_are_stemmed():
-    assert words_of("compressing compressed compression", language="en") == ["compress"] * 3
-    assert words_of("compressing") == ["compressing"]
+@given(text=st.text())
+def test_no_text_gives_an_empty_word(text):
+    assert all(word.strip() for word in words_of(text))
 
 
-def test_stop_words_are_dropped_from_questions_with_other_words():
-    assert question_words("What is the compression of it?", language="en") == ["compress"]
-    assert question_words("To be or not to be", language="en") == ["to", "be", "or", "not", "to", "be"]
-    assert question_words("Why don\u2019t you?", language="en") == words_of("Why don\u2019t you?", language="en")
-    assert question_words("Why don\u2019t you run?", language="en") == ["run"]
-    assert question_words("What is it") == ["what", "is", "it"]
+def test_words_are_counted_under_their_hashes():
+    assert terms_of("Ferry, pier, ferry") == {hash_word("ferry"): 2, hash_word("pier"): 1}
+    assert hash_word("ferry") == "107d8d835fa7536e"  # stored, so it may not change
 
 
-@given(text=st.text(), language=st.sampled_from([None, "en"]))
-def test_no_text_gives_an_empty_word(text, language):
-    assert all(word.strip() for word in words_of(text, language=language))
-    assert set(question_words(text, language=language)) <= set(words_of(text, language=language))
+def test_terms_reveal_neither_words_nor_their_order():
+    words = ["the", "ferry", "leaves", "at", "seven", "from", "pier", "four", "every", "morning"]
+    written = json.dumps(terms_of(" ".join(words)))
+    assert not any(word in written for word in words)
+    assert written == json.dumps(terms_of(" ".join(words[::-1])))
+
+
+def test_any_word_has_a_hash():
+    assert len({hash_word(word) for word in ("", "\ud800", "猫", "x" * 10_000)}) == 4

@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import stat
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from sqlalchemy import func, insert, select
 from store_samples import FINGERPRINT, blob_files, document, equal, make_cache, sha
 
 from kv_memory.errors import ConfigError, DocumentNotFoundError, EncodingError, StoreError
-from kv_memory.retrieval.hashed_terms import Terms
 from kv_memory.store import PassageRecord, Store
 from kv_memory.store.sql.schema import PassageRow
 
@@ -33,7 +31,7 @@ def test_a_document_is_returned_unchanged(store: Store) -> None:
 
 
 def test_a_passage_without_its_text_is_returned_unchanged(store: Store) -> None:
-    terms = Terms.of(["walrus", "walrus", "sleeps"], store.word_key())
+    terms = {"0" * 16: 2, "1" * 16: 1}
     bare = PassageRecord(text=None, n_tokens=3, text_sha256=sha("x"), terms=terms)
     unfindable = PassageRecord(text=None, n_tokens=1, text_sha256=sha("y"))
     record = document("a", "kept", passages=(bare, PassageRecord(text="kept", n_tokens=4), unfindable))
@@ -58,13 +56,6 @@ def test_a_passage_needs_a_text_or_its_hash() -> None:
     with pytest.raises(ConfigError, match="hash"):
         PassageRecord(text=None, n_tokens=1)
     assert PassageRecord(text="x", n_tokens=1).text_sha256 == sha("x")
-
-
-def test_a_collection_has_one_word_key_for_all_threads(store: Store) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        keys = {key for key in pool.map(lambda _: store.word_key(), range(8))}
-    assert len(keys) == 1
-    assert store.in_collection("other").word_key() not in keys
 
 
 def test_database_errors_do_not_contain_texts(store: Store) -> None:

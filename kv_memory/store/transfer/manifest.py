@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from sqlalchemy import JSON, inspect
 
-from kv_memory.retrieval.hashed_terms import Terms
 from kv_memory.store.sql.schema import Base, CacheRow, DocumentRow, PassageRow, PrefixRow, UTCDateTime, utc_now
 
 __all__ = ["DocumentRows", "Group", "ManifestError"]
@@ -19,6 +18,7 @@ __all__ = ["DocumentRows", "Group", "ManifestError"]
 _ROW = TypeVar("_ROW", bound=Base)
 _OWN = {"id", "collection_id", "document_pk"}  # ids of one store, which are meaningless in another
 _SHA256 = re.compile("[0-9a-f]{64}")
+_WORD_HASH = re.compile("[0-9a-f]{16}")
 
 
 class ManifestError(ValueError):
@@ -123,7 +123,7 @@ class Group:
                     if text is not None and hashlib.sha256(text.encode()).hexdigest() != passage.text_sha256:
                         raise ManifestError("a passage's text does not match its hash")
                     if passage.terms is not None:
-                        Terms.from_dict(passage.terms)
+                        _check_terms(passage.terms)
                     if passage.ordinal != ordinal:
                         raise ManifestError(f"found passage {passage.ordinal} instead of passage {ordinal}")
                 self.documents.append(DocumentRows(document=_unpack(DocumentRow, values), passages=passages))
@@ -140,6 +140,13 @@ def _check_hashes(*digests: object) -> None:
     for digest in digests:
         if not isinstance(digest, str) or _SHA256.fullmatch(digest) is None:
             raise ManifestError(f"{str(digest)[:80]!r} is not a SHA-256")
+
+
+def _check_terms(terms: object) -> None:
+    if not isinstance(terms, dict) or not all(
+        _WORD_HASH.fullmatch(word) and type(n) is int and n > 0 for word, n in terms.items()
+    ):
+        raise ManifestError("a passage's terms must map word hashes to positive integers")
 
 
 def _pack(row: Base) -> dict[str, Any]:

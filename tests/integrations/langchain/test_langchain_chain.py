@@ -24,7 +24,7 @@ from kv_memory.integrations.langchain import (
     create_kv_chain,
     create_kv_retrieval_chain,
 )
-from kv_memory.integrations.langchain.chain import DOCUMENTS_ABOVE
+from kv_memory.integrations.references import DOCUMENTS_ABOVE
 from kv_memory.query import key_of
 from tests.integrations.langchain.test_langchain_structured import Pier
 from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, SETTINGS, blob_of, open_memory
@@ -93,10 +93,10 @@ def test_a_document_without_a_cache_is_prefilled_as_text(memory: KVMemory, llm: 
 def test_the_answer_equals_the_readers(memory: KVMemory, llm: Any) -> None:
     chain = create_kv_chain(llm)
     for question, text in ((FERRY_QUESTION, FERRY), (LAMP_QUESTION, LAMP)):
-        reply = memory.reader.reply([Turn("user", question)], [Reference(key=key_of(text))], settings=SETTINGS).reply
+        reply = memory.reader.reply([Turn("user", question)], [Reference(key=key_of(text))], settings=SETTINGS).answer
         assert chain.invoke(asked(memory, question)) == reply.text.strip()
     turns = [Turn("user", "Hello"), Turn("assistant", "Hello."), Turn("user", FERRY_QUESTION)]
-    reply = memory.reader.reply(turns, [Reference(key=key_of(FERRY))], settings=SETTINGS).reply
+    reply = memory.reader.reply(turns, [Reference(key=key_of(FERRY))], settings=SETTINGS).answer
     assert chain.invoke(asked(memory, chat_history=[("human", "Hello"), ("ai", "Hello.")])) == reply.text.strip()
 
 
@@ -321,7 +321,7 @@ def test_another_model_is_refused(llm: Any, wrap: str) -> None:
 def test_a_missing_cache_is_replaced_by_text_and_not_stored(memory: KVMemory, llm: Any, wide: Any) -> None:
     text = KIOSK
     references = [Reference(key=key_of(FERRY)), Reference(key=key_of(text), text=text)]
-    reply = memory.reader.reply([Turn("user", "When?")], references, settings=SETTINGS).reply
+    reply = memory.reader.reply([Turn("user", "When?")], references, settings=SETTINGS).answer
     context = [*documents(memory), Document(page_content=text)]
     assert create_kv_chain(llm).invoke({"context": context, "input": "When?"}) == reply.text.strip()
     assert not memory.reader.has(text)  # read, not kept
@@ -352,7 +352,7 @@ def test_documents_without_text_are_left_out(
 
 
 def test_an_empty_context_answers_without_documents(memory: KVMemory, llm: Any) -> None:
-    reply = memory.reader.reply([Turn("user", "When?")], settings=SETTINGS).reply
+    reply = memory.reader.reply([Turn("user", "When?")], settings=SETTINGS).answer
     assert create_kv_chain(llm).invoke({"context": [], "input": "When?"}) == reply.text.strip()
 
 
@@ -390,7 +390,7 @@ def test_collections_do_not_mix(memory: KVMemory) -> None:
     for mine, theirs, tenant in ((*found, tenants[0]), (*found[::-1], tenants[1])):
         chain = create_kv_chain(ChatKVMemory(tenant, max_tokens=4))
         reference = Reference.parse(mine.metadata["kv_id"])
-        reply = tenant.reader.reply([Turn("user", FERRY_QUESTION)], [reference], settings=SETTINGS).reply
+        reply = tenant.reader.reply([Turn("user", FERRY_QUESTION)], [reference], settings=SETTINGS).answer
         assert chain.invoke({"context": [mine], "input": FERRY_QUESTION}) == reply.text.strip()
         with pytest.raises(errors.CacheNotFoundError):
             chain.invoke({"context": [theirs], "input": FERRY_QUESTION})

@@ -26,7 +26,7 @@ from langchain_core.messages import (
 
 from kv_memory import ConfigError, KVMemory, Reference, Turn, UnsupportedRequestError, errors
 from kv_memory.integrations.langchain import ChatKVMemory, KVMemoryRetriever, create_kv_retrieval_chain
-from kv_memory.integrations.langchain.replies import Trim
+from kv_memory.integrations.llms import Trim
 from kv_memory.query import key_of
 from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, SETTINGS, open_memory
 from tests.reference import recorded_inputs
@@ -53,7 +53,7 @@ def test_without_references_it_is_an_ordinary_chat_model(memory: KVMemory, llm: 
         Turn("assistant", "Hello."),
         Turn("user", "Who are you?"),
     ]
-    message, reply = llm.invoke(history), memory.reader.reply_alone(turns, settings=SETTINGS).reply
+    message, reply = llm.invoke(history), memory.reader.reply_alone(turns, settings=SETTINGS).answer
     assert message.content == reply.text.strip() != ""
     assert usage(message) == (reply.n_prompt_tokens, reply.n_cached_tokens, reply.n_new_tokens)
     metadata = message.response_metadata
@@ -63,7 +63,7 @@ def test_without_references_it_is_an_ordinary_chat_model(memory: KVMemory, llm: 
 
 def test_references_are_answered_from_caches(memory: KVMemory, llm: ChatKVMemory, wide: Any) -> None:
     references = [Reference.parse(FERRY_ID), Reference.parse(LAMP_ID)]
-    reply = memory.reader.reply([Turn("user", FERRY_QUESTION)], references, settings=SETTINGS).reply
+    reply = memory.reader.reply([Turn("user", FERRY_QUESTION)], references, settings=SETTINGS).answer
     with recorded_inputs(wide) as inputs:
         message = llm.invoke(FERRY_QUESTION, kv_ids=[FERRY_ID, LAMP_ID])
     assert message.content == reply.text.strip()
@@ -75,7 +75,7 @@ def test_references_are_answered_from_caches(memory: KVMemory, llm: ChatKVMemory
 
 
 def test_an_empty_reference_list_still_uses_the_cached_prefix(memory: KVMemory, llm: ChatKVMemory) -> None:
-    reply = memory.reader.reply([Turn("user", "Hello")], settings=SETTINGS).reply
+    reply = memory.reader.reply([Turn("user", "Hello")], settings=SETTINGS).answer
     assert usage(llm.invoke("Hello", kv_ids=[])) == (reply.n_prompt_tokens, reply.n_cached_tokens, 4)
 
 
@@ -195,6 +195,20 @@ def test_open_uses_the_settings_of_the_store(memory: KVMemory, wide: Any) -> Non
         other.memory.close()
     finally:
         llm.memory.close()
+
+
+def test_unknown_options_are_refused(tmp_path: Path, memory: KVMemory) -> None:
+    attempts: list[tuple[str, str, Callable[[], Any]]] = [
+        ("temprature", "temperature", lambda: ChatKVMemory.open(tmp_path / "none", temprature=1)),
+        ("keep_txt", "keep_text", lambda: ChatKVMemory.open(tmp_path / "none", keep_txt=True)),
+        ("temprature", "temperature", lambda: ChatKVMemory(memory, temprature=1)),
+        ("stops", "stop", lambda: ChatKVMemory(memory).invoke("Hello", stops=["x"])),
+    ]
+    for name, nearest, attempt in attempts:
+        with pytest.raises(ConfigError, match=f"unknown option '{name}'") as caught:
+            attempt()
+        assert repr(nearest) in str(caught.value.next_step)
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_memory_must_be_a_kv_memory() -> None:

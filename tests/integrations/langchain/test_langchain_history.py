@@ -248,7 +248,7 @@ def test_a_mark_is_resolved_by_the_last_question_and_dropped(memory: KVMemory, l
     assert len(references) == 1 and references[0].keep_ratio == 1.0
     turns = [Turn("user", TEA[0].text), Turn("assistant", "With milk?"), Turn("user", question)]
     with recorded_inputs(wide) as inputs:
-        expected = memory.reader.reply(turns, references, settings=llm._settings()).reply
+        expected = memory.reader.reply(turns, references, settings=llm._decode_settings({})).answer
         message = llm.invoke([*kept.messages, HumanMessage(question)])
     prefills = [ids.tolist() for ids in inputs if ids.shape[1] > 1]
     assert len(prefills) == 2 and prefills[0] == prefills[1]

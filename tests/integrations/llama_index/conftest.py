@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import gc
-import warnings
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from llama_index.core.storage.chat_store import sql
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from kv_memory import KVMemory
 from kv_memory.integrations.llama_index import KVMemoryLLM
@@ -50,12 +50,19 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KVMemory]:
 
 
 @pytest.fixture
-def chat_memories() -> Iterator[None]:
-    """For tests with a `Memory` of LlamaIndex, which never closes its SQLite connection: it goes here, not later."""
+async def chat_memories(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    """For tests with a `Memory` of LlamaIndex, which never closes its SQLite connection."""
+    engines: list[AsyncEngine] = []
+    create = sql.create_async_engine
+
+    def recorded(*args: Any, **options: Any) -> AsyncEngine:
+        engines.append(create(*args, **options))
+        return engines[-1]
+
+    monkeypatch.setattr(sql, "create_async_engine", recorded)
     yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
+    for engine in engines:
+        await engine.dispose()
 
 
 @pytest.fixture

@@ -167,5 +167,5 @@ def engine_over(llm: KVMemoryLLM, *, top_k: int = 1, **options: Any) -> KVMemory
 def expected(memory: KVMemory, question: str, *texts: str, n: int = 6) -> str:
     """What the reader replies."""
     references = [Reference(key=key_of(text)) for text in texts]
-    reply = memory.reader.reply([Turn("user", question)], references, settings=DecodeSettings(max_new_tokens=n)).reply
+    reply = memory.reader.reply([Turn("user", question)], references, settings=DecodeSettings(max_new_tokens=n)).answer
     return reply.text.strip()

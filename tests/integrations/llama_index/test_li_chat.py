@@ -285,7 +285,7 @@ async def test_old_turns_answer_if_no_document_is_found(memory: KVMemory, wide: 
     llm = KVMemoryLLM(memory, max_tokens=4)
     engine = KVMemoryChatEngine.from_defaults(retriever=retriever, llm=llm, memory=memory_with(block))
     question = "What is my pet?"
-    expected = memory.reader.reply([Turn("user", question)], conversation.recall(question)).reply.text
+    expected = memory.reader.reply([Turn("user", question)], conversation.recall(question)).answer.text
     with recorded_events() as events:
         if way == "stream_chat":
             answer = "".join(engine.stream_chat(question).response_gen)

@@ -23,7 +23,7 @@ from kv_memory.integrations.llama_index import (
     KVMemoryStoreRetriever,
     KVMemorySynthesizer,
 )
-from kv_memory.integrations.missing import OnMissing
+from kv_memory.integrations.references import OnMissing
 from kv_memory.query import key_of
 from tests.integrations.llama_index.li_samples import (
     WALRUS,

@@ -77,7 +77,7 @@ async def test_all_call_forms_answer_from_caches_like_the_reader(memory: KVMemor
     options = {**SAMPLED, "seed": seed}
     references = [Reference(key=key_of(text)) for text in (FERRY, LAMP)]
     turns = [Turn("user", FERRY_QUESTION)]
-    expected = memory.reader.reply(turns, references, settings=settings_of(options)).reply
+    expected = memory.reader.reply(turns, references, settings=settings_of(options)).answer
     found = await every_form(llm, FERRY_QUESTION, kv_ids=keys_of(FERRY, LAMP), **options)
     assert {form: text_of(response) for form, response in found.items()} == dict.fromkeys(found, expected.text.strip())
     for response in found.values():
@@ -91,7 +91,7 @@ async def test_all_call_forms_answer_from_caches_like_the_reader(memory: KVMemor
 
 
 async def test_all_call_forms_answer_without_references_like_the_reader(memory: KVMemory, llm: KVMemoryLLM) -> None:
-    expected = memory.reader.reply_alone([Turn("user", FERRY_QUESTION)], settings=settings_of(SAMPLED)).reply
+    expected = memory.reader.reply_alone([Turn("user", FERRY_QUESTION)], settings=settings_of(SAMPLED)).answer
     found = await every_form(llm, FERRY_QUESTION, **SAMPLED)
     assert {form: text_of(response) for form, response in found.items()} == dict.fromkeys(found, expected.text.strip())
 
@@ -167,9 +167,16 @@ def test_open_creates_the_store_of_an_llm(tmp_path: Path) -> None:
     make_model("llama", max_position_embeddings=4096).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     llm = KVMemoryLLM.open(
-        tmp_path / "store", model=tmp_path / "model", keep_ratio=0.5, collection="tenant", max_tokens=2
+        tmp_path / "store",
+        model=tmp_path / "model",
+        device="cpu",
+        keep_ratio=0.5,
+        keep_text=True,
+        collection="tenant",
+        max_tokens=2,
     )
     with llm.memory as memory:
+        assert memory.settings.keep_text
         assert (memory.settings.keep_ratio, memory.collection) == (0.5, "tenant")
         with KVMemoryLLM.open(memory.path, model=tmp_path / "model", max_bytes=10**6).memory as other:
             assert (other.settings.keep_ratio, other.settings.max_bytes) == (None, 10**6)
@@ -276,8 +283,25 @@ async def test_a_call_over_its_time_limit_raises(llm: KVMemoryLLM) -> None:
 def test_options_out_of_range_are_refused(memory: KVMemory, llm: KVMemoryLLM) -> None:
     with pytest.raises(ConfigError):
         llm.complete("Why?", temperature=-1)
-    with pytest.raises(ValueError, match="max_tokens"):
+    with pytest.raises(ConfigError, match="max_new_tokens"):
         KVMemoryLLM(memory, max_tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("temprature", "temperature"), ("keep_txt", "keep_text"), ("max_token", "max_tokens"), ("memory", None)],
+)
+def test_unknown_options_are_refused_before_anything_is_made(
+    tmp_path: Path, memory: KVMemory, llm: KVMemoryLLM, name: str, nearest: str | None
+) -> None:
+    attempts = [lambda: KVMemoryLLM.open(tmp_path / "none", **{name: 1})]
+    if nearest in KVMemoryLLM.model_fields:
+        attempts += [lambda: KVMemoryLLM(memory, **{name: 1}), lambda: llm.complete("Why?", **{name: 1})]
+    for attempt in attempts:
+        with pytest.raises(ConfigError, match=f"unknown option '{name}'") as caught:
+            attempt()
+        assert nearest is None or repr(nearest) in str(caught.value.next_step)
+    assert not (tmp_path / "none").exists()
 
 
 def test_tokens_are_counted_by_llama_index(memory: KVMemory) -> None:

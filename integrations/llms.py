@@ -1,0 +1,215 @@
+"""What the LLM classes of all frameworks share: their options, opening a store, messages and answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kv_memory import ConfigError, DecodeSettings, KVMemory, Turn, UnsupportedRequestError
+from kv_memory.generate import Answer, Role
+from kv_memory.settings import MemorySettings
+
+__all__ = ["ROLES", "MemoryLLM", "Trim", "closed", "readable", "refuse_content", "refuse_tools", "reply_details"]
+
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "ai": "assistant",
+    "chatbot": "assistant",
+    "model": "assistant",
+}
+# Options of the memory: parameters of `KVMemory.open` and the settings that it takes by name.
+_OF_MEMORY = {
+    name
+    for name, parameter in inspect.signature(KVMemory.open).parameters.items()
+    if parameter.kind is not parameter.VAR_KEYWORD and name != "path"
+} | {field.name for field in dataclasses.fields(MemorySettings)}
+_OF_HOSTED = {"api_key", "base_url", "max_retries"}  # frameworks pass them to every LLM; a local model needs none
+_OF_DECODING = {field.name for field in dataclasses.fields(DecodeSettings)}
+_SYNONYMS = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "num_output": "max_new_tokens",
+    "timeout": "timeout_s",
+}
+_TOOLS = {"tools", "tool_choice", "functions", "function_call", "tool_required"}
+
+
+class MemoryLLM(BaseModel):
+    """An LLM over the model of a `KVMemory`; a framework's class inherits from this one first."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    memory: KVMemory = Field(exclude=True, repr=False)
+    max_tokens: int = Field(default=128, description="Maximum length of an answer in tokens.")
+    temperature: float = Field(default=0.0, description="Sampling temperature; 0 decodes greedily.")
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: list[str] | None = None
+    timeout: float | None = Field(default=None, description="Time limit of a call in seconds.")
+
+    def __init__(self, memory: KVMemory, **options: Any) -> None:
+        if not isinstance(memory, KVMemory):
+            raise ConfigError(
+                f"{type(self).__name__} needs a KVMemory, got {type(memory).__name__}",
+                where="memory",
+                next_step="Pass KVMemory.open(FOLDER).",
+            )
+        own = type(self).model_fields
+        _refuse_unknown(options, own.keys() | _OF_HOSTED, where=type(self).__name__)
+        super().__init__(**{name: value for name, value in options.items() if name in own}, memory=memory)
+        self._decode_settings({})
+
+    @classmethod
+    def open(cls, path: str | Path, **options: Any) -> Self:
+        """An LLM over a store that is opened or created; `memory.close()` when done.
+
+        Args:
+            path: The store's folder.
+            options: Options of this class, and all options of `KVMemory.open` (`model`, `keep_ratio`, `device`,
+                `collection`, ...).
+
+        Raises:
+            ConfigError: An option is unknown (the error names the nearest one) or out of range.
+            ModelError: The model cannot be loaded.
+            StoreError: The store cannot be opened.
+        """
+        own = (cls.model_fields.keys() | _OF_HOSTED) - {"memory"}
+        _refuse_unknown(options, own | _OF_MEMORY, where=f"{cls.__name__}.open")
+        memory = KVMemory.open(path, **{name: value for name, value in options.items() if name not in own})
+        try:
+            return cls(memory, **{name: value for name, value in options.items() if name in own})
+        except BaseException:
+            memory.close()
+            raise
+
+    def _decode_settings(self, options: Mapping[str, Any]) -> DecodeSettings:
+        """Settings of a call: the class's own, changed by the call's options.
+
+        Options that are None, and options that frameworks add of their own, are ignored.
+
+        Raises:
+            ConfigError: A value is out of range, or an option's name is misspelt.
+            UnsupportedRequestError: The options ask for tools.
+        """
+        if asked := sorted(name for name in _TOOLS if options.get(name)):
+            refuse_tools(where=", ".join(asked))
+        own = {name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "top_k", "seed", "timeout")}
+        values: dict[str, Any] = {"stop": self.stop or ()}
+        for name, value in [*own.items(), *options.items()]:
+            field = _SYNONYMS.get(name, name)
+            if field in _OF_DECODING and value is not None:
+                values[field] = value
+            elif field not in _OF_DECODING and (
+                nearest := _nearest(name, _OF_DECODING | _SYNONYMS.keys(), cutoff=0.85)
+            ):
+                raise _unknown(name, nearest, where="options of a call")
+        stop = values["stop"]
+        return DecodeSettings(**{**values, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
+
+
+def _refuse_unknown(options: Collection[str], known: Collection[str], *, where: str) -> None:
+    for name in options:
+        if name not in known:
+            raise _unknown(name, _nearest(name, known, cutoff=0.6), where=where)
+
+
+def _nearest(name: str, known: Collection[str], *, cutoff: float) -> str | None:
+    return next(iter(difflib.get_close_matches(name, sorted(known), n=1, cutoff=cutoff)), None)
+
+
+def _unknown(name: str, nearest: str | None, *, where: str) -> ConfigError:
+    step = "Leave it out." if nearest is None else f"Did you mean {nearest!r}?"
+    return ConfigError(f"unknown option {name!r}", where=where, next_step=step)
+
+
+def refuse_tools(*, where: str) -> NoReturn:
+    """Refuse tools in the options or messages of a call.
+
+    Raises:
+        UnsupportedRequestError: Always; the message says what to do instead.
+    """
+    raise UnsupportedRequestError(
+        "this model cannot call tools or use their results",
+        where=where,
+        next_step="Give the query engine or chain itself to an agent as a tool, driven by a model that can call "
+        "tools; for answers in a fixed format use structured output.",
+    )
+
+
+def refuse_content(kind: str, *, where: str) -> NoReturn:
+    """Refuse a block of a message that is not text.
+
+    Raises:
+        UnsupportedRequestError: Always.
+    """
+    raise UnsupportedRequestError(
+        "this model accepts text only",
+        where=f"{kind} in a message of {where}",
+        next_step="Put a description of it into the message instead.",
+    )
+
+
+def readable(turn: Turn) -> Turn:
+    """A turn with NUL replaced by U+FFFD and lone surrogates by `?`.
+
+    A turn that cannot be compressed would otherwise block its chat permanently.
+    """
+    return Turn(turn.role, turn.text.replace("\0", "\ufffd").encode(errors="replace").decode())
+
+
+class Trim:
+    """Strips white space around a streamed answer; trailing white space is held back until more text follows."""
+
+    def __init__(self) -> None:
+        self._held: str | None = None  # None before the first text
+
+    def __call__(self, piece: str) -> str:
+        """The text that can be emitted after this piece."""
+        whole = piece.lstrip() if self._held is None else self._held + piece
+        text = whole.rstrip()
+        if text:
+            self._held = whole[len(text) :]
+        elif self._held is not None:
+            self._held = whole
+        return text
+
+
+def reply_details(reply: Answer) -> dict[str, Any]:
+    """The fields of a reply that a response of any framework reports: times in seconds, and a hint if it is empty."""
+    details = {"finish_reason": reply.finish_reason, "ttft_s": reply.ttft_s, "total_s": reply.total_s}
+    return details if reply.next_step is None else {**details, "next_step": reply.next_step}
+
+
+_NAMED = {"properties", "patternProperties", "$defs", "definitions"}  # their keys are names, not schema keywords
+_VALUES = {"default", "const", "enum", "examples"}
+
+
+def closed(node: Any) -> Any:
+    """A copy of a JSON schema with `additionalProperties: false` on objects that do not set `additionalProperties`.
+
+    JSON schema allows additional properties by default, and a small model that is allowed to keeps adding some.
+    """
+    if isinstance(node, list):
+        return [closed(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    found: dict[str, Any] = {}
+    for word, value in node.items():
+        if word in _NAMED and isinstance(value, dict):
+            found[word] = {name: closed(item) for name, item in value.items()}
+        else:  # not inside an allOf of several parts: each names only some of the properties of one object
+            found[word] = value if word in _VALUES or (word == "allOf" and len(value) > 1) else closed(value)
+    if "properties" in found:
+        found.setdefault("additionalProperties", False)
+    return found
