@@ -14,6 +14,8 @@ not prove who wrote it.
 from __future__ import annotations
 
 import hashlib
+import io
+import itertools
 import json
 import os
 import re
@@ -209,11 +211,14 @@ def _pack(
                 connection.execute("PRAGMA journal_mode = DELETE")  # everything is in this one file afterwards
         sums = {name: _sha256(folder / name) for name in _DATABASES}
         header = {"format": _FORMAT, "written_by": kv_memory.__version__, "collection": collection, "sha256": sums}
-        (folder / _HEADER).write_text(json.dumps(header, ensure_ascii=False), encoding="utf-8")
+        data = json.dumps(header, ensure_ascii=False).encode()
+        first = _without_owner(tarfile.TarInfo(_HEADER))
+        first.size = len(data)
         blobs = (path for path in sorted((folder / "blobs").rglob("*/*")) if path.is_file())
         with open(part, "wb", opener=private_opener) as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
-                for path in (folder / _HEADER, *(folder / name for name in _DATABASES), *blobs):
+                tar.addfile(first, io.BytesIO(data))
+                for path in itertools.chain((folder / name for name in _DATABASES), blobs):
                     tar.add(path, path.relative_to(folder).as_posix(), filter=_without_owner)
                     tar.members = []  # tarfile would keep a record of each until the end
                     if on_progress is not None:
@@ -294,8 +299,9 @@ def _verify(store: Store) -> None:
     """
     report = store.check()
     if not report.ok:
-        wrong = (*report.damaged, *report.missing, *report.misfiled, *report.orphans, *report.strays)
-        raise ValueError(f"{len(wrong)} of its caches are damaged, missing or of another text, e.g. {wrong[0]}")
+        faults = {name: getattr(report, name) for name in ("damaged", "missing", "misfiled", "orphans", "strays")}
+        told = ", ".join(f"{len(keys)} {name}" for name, keys in faults.items() if keys)
+        raise ValueError(f"its blobs are not those of its catalog: {told}")
     with store.catalog.read() as session:
         for table in (CollectionRow, DocumentRow, PassageRow, FingerprintRow, CacheRow, PrefixRow):
             for row in session.scalars(select(table).execution_options(yield_per=100)):
