@@ -220,7 +220,6 @@ def _pack(
                 tar.addfile(first, io.BytesIO(data))
                 for path in itertools.chain((folder / name for name in _DATABASES), blobs):
                     tar.add(path, path.relative_to(folder).as_posix(), filter=_without_owner)
-                    tar.members = []  # tarfile would keep a record of each until the end
                     if on_progress is not None:
                         total = max(file.tell(), progress.size_bytes_total)
                         on_progress(replace(progress, size_bytes=file.tell(), size_bytes_total=total))
@@ -280,7 +279,6 @@ def _unpack(source: Path, folder: Path, on_progress: OnProgress | None) -> str:
             )
         while (member := tar.next()) is not None:
             tar.extract(member, folder, filter="data")
-            tar.members = []
             if on_progress is not None:
                 on_progress(TransferProgress(step="unpack", size_bytes=file.tell(), size_bytes_total=total))
         for name in _DATABASES:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -110,7 +111,7 @@ def copy_collection(
 
 
 def _references(store: Store) -> BlobReferences:
-    """The blobs of a store, which travel as bytes; this module uses nothing else that `Store` does not offer."""
+    """The blobs of a store with the rows that name them: `Store` has no method for the bytes of a cache."""
     return store._cache_table.references
 
 
@@ -132,7 +133,6 @@ class _Copy:
         # Several documents may share a cache, which counts once: text, fingerprint, keep_ratio.
         self._taken: set[tuple[str, str, float]] = set()
         self._left_out: set[tuple[str, str, float]] = set()
-        self._done_bytes = 0
         self._total_bytes = source.stats().cache_bytes
 
     def run(self) -> CopyReport:
@@ -140,8 +140,9 @@ class _Copy:
         if self._on_conflict == "refuse":
             # All of them first, so that a copy that would be refused halfway changes nothing.
             for document_id in _document_ids(self._source):
-                if self._target.has_document(document_id):
-                    self._verdict(self._source.document(document_id))
+                with suppress(DocumentNotFoundError):  # deleted meanwhile
+                    if self._target.has_document(document_id):
+                        self._verdict(self._source.document(document_id))
         self._source._cache_table.uses.flush()  # times of last use are copied too
         self._copy_prefixes()
         for document_id in _document_ids(self._source):
@@ -149,7 +150,7 @@ class _Copy:
             self._tell()
         return CopyReport(
             collection=self._target.collection,
-            n_documents=sum(self._counts[verdict] for verdict in ("add", "replace", "same", "leave")),
+            n_documents=self._counts["documents"],
             n_added=self._counts["add"],
             n_replaced=self._counts["replace"],
             n_unchanged=self._counts["same"],
@@ -164,12 +165,10 @@ class _Copy:
 
     def _tell(self) -> None:
         if self._on_progress is not None:
-            n_documents = self._counts["add"] + self._counts["replace"] + self._counts["same"] + self._counts["leave"]
-            total = max(self._done_bytes, self._total_bytes)
+            n_documents, size_bytes = self._counts["documents"], self._counts["bytes done"]
+            total = max(size_bytes, self._total_bytes)
             self._on_progress(
-                TransferProgress(
-                    step="copy", n_documents=n_documents, size_bytes=self._done_bytes, size_bytes_total=total
-                )
+                TransferProgress(step="copy", n_documents=n_documents, size_bytes=size_bytes, size_bytes_total=total)
             )
 
     # settings and prefixes
@@ -232,7 +231,7 @@ class _Copy:
                 where=f"document {document_id!r}",
                 next_step="Run the same command again when the store changes less.",
             )
-        self._counts[verdict] += 1
+        self._counts.update({"documents": 1, verdict: 1})
         if verdict in {"add", "replace"}:
             self._target.put_document(record)
         elif verdict == "leave":
@@ -268,12 +267,12 @@ class _Copy:
             elif key not in self._taken:
                 if self._has(info):
                     self._counts["caches present"] += 1
-                elif (data := self._bytes(info)) is not None:
-                    self._put(info, data)
+                elif (found := self._blob(info)) is not None:
+                    self._put(info, *found)
                 elif info.blob_key not in self._damaged:
                     return False
                 self._taken.add(key)
-                self._done_bytes += info.size_bytes
+                self._counts["bytes done"] += info.size_bytes
                 self._tell()
         return True
 
@@ -291,21 +290,22 @@ class _Copy:
             & (CacheRow.keep_ratio == info.keep_ratio)
         )
 
-    def _bytes(self, info: CacheInfo) -> bytes | None:
-        """The verified blob from the source; None if it is gone, or was damaged and is quarantined."""
+    def _blob(self, info: CacheInfo) -> tuple[bytes, str] | None:
+        """A verified blob and its fingerprint in full; None if the cache is gone, or was damaged and is quarantined."""
         references = _references(self._source)
+        with self._source.catalog.read() as session:
+            fingerprint = session.get(FingerprintRow, info.fingerprint)
         with mapped(f"blob {info.blob_key}"):
             try:
-                return references.verified_blobs.verified_path(info.blob_key, info.size_bytes).read_bytes()
+                data = references.verified_blobs.verified_path(info.blob_key, info.size_bytes).read_bytes()
             except (CorruptCacheError, FileNotFoundError):
                 if references.quarantine_if_damaged(info.blob_key, info.size_bytes):
                     self._damaged.append(info.blob_key)
-        return None
+                return None
+        return None if fingerprint is None else (data, fingerprint.json)
 
-    def _put(self, info: CacheInfo, data: bytes) -> None:
+    def _put(self, info: CacheInfo, data: bytes, fingerprint: str) -> None:
         """Store a blob, then its row with all dates, pins and fidelity; replaces an expired or damaged cache."""
-        with self._source.catalog.read() as session:
-            fingerprint = session.get_one(FingerprintRow, info.fingerprint).json
         references = _references(self._target)
         left = {info.blob_key}  # blobs that may have no row afterwards
         try:
