@@ -302,7 +302,7 @@ def _verify(store: Store) -> None:
         raise ValueError(f"its blobs are not those of its catalog: {told}")
     with store.catalog.read() as session:
         for table in (CollectionRow, DocumentRow, PassageRow, FingerprintRow, CacheRow, PrefixRow):
-            for row in session.scalars(select(table).execution_options(yield_per=100)):
+            for row in session.scalars(select(table).execution_options(yield_per=5)):
                 _check_types(row)
                 if isinstance(row, FingerprintRow) and _digest(row.json) != row.digest:
                     raise ValueError("a fingerprint does not match its digest")
