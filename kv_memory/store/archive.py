@@ -77,7 +77,8 @@ class ExportReport:
         size_bytes: Size of the archive in bytes.
         changed: Whether documents were added, changed or removed during the export. Each document in the archive
             existed with its caches, but maybe not all of them at the same time.
-        damaged: Keys of blobs that were found damaged or missing, and are not in the archive.
+        damaged: Keys of blobs that were found damaged or missing, and text hashes of caches with the blob of another
+            text. They are not in the archive.
     """
 
     path: Path
@@ -111,7 +112,7 @@ def export_collection(store: Store, path: Path | str, *, on_progress: OnProgress
     if not target.parent.is_dir():
         raise TransferError("there is no such folder", where=str(target.parent), next_step="Create it first.")
     revision = store.revision
-    with _temporary(target.parent, f"{target.name}.part-") as folder:
+    with _temporary(target.parent, f"{target.name[:99]}.part-") as folder:
         with Store.open(folder / "store", collection=store.collection) as small:
             copied = copy_collection(store, small, on_progress=on_progress)
             checked = small.check()
@@ -121,10 +122,8 @@ def export_collection(store: Store, path: Path | str, *, on_progress: OnProgress
                 where=str(folder),
                 next_step="Check the disk, or export to another one.",
             )
-        part = folder / target.name
-        progress = TransferProgress(
-            step="pack", n_documents=copied.n_documents, size_bytes=0, size_bytes_total=checked.size_bytes
-        )
+        part = folder / "archive.tar"
+        progress = TransferProgress(step="pack", n_documents=copied.n_documents, size_bytes_total=checked.size_bytes)
         _pack(folder / "store", store.collection, part, progress, on_progress)
         with mapped(target):
             size_bytes = part.stat().st_size
@@ -175,7 +174,7 @@ def open_archive(path: Path | str, *, on_progress: OnProgress | None = None) -> 
             "there is no such archive", where=str(source), next_step="Give a file written by `kv-memory export`."
         )
     beside = source.parent if os.access(source.parent, os.W_OK) else None
-    with _temporary(beside, f"{source.name}.unpacked-") as folder:
+    with _temporary(beside, f"{source.name[:99]}.unpacked-") as folder:
         with _as_damage(source):
             collection = _unpack(source, folder, on_progress)
             opened = Store.open(folder, collection=collection, create=False)
@@ -248,7 +247,7 @@ class _Member(tarfile.TarInfo):
         """See `tarfile.TarInfo.frombuf`."""
         info = super().frombuf(buf, encoding, errors)
         if info.type != tarfile.REGTYPE or info.size < 0 or _MEMBER.fullmatch(info.name) is None:
-            raise tarfile.ReadError(f"{info.name[:100]!r} does not belong into an archive")
+            raise tarfile.ReadError(f"{info.name[:100]!r} does not belong in an archive")
         return info
 
 
@@ -290,7 +289,7 @@ def _unpack(source: Path, folder: Path, on_progress: OnProgress | None) -> str:
 
 
 def _verify(store: Store) -> None:
-    """Check blobs and rows; rows are no more than a file says, and SQLite takes any value in any column.
+    """Check blobs and rows; SQLite takes any value in any column, and an archive may come from anywhere.
 
     Raises:
         ValueError: The store is not what an export writes.
@@ -336,7 +335,15 @@ def _as_damage(source: Path) -> Iterator[None]:
     """Map what damaged or forged data may raise to `TransferError`."""
     try:
         yield
-    except (StoreError, CorruptCacheError, tarfile.TarError, ValueError, TypeError, LookupError) as error:
+    except (
+        StoreError,
+        CorruptCacheError,
+        tarfile.TarError,
+        ValueError,
+        TypeError,
+        LookupError,
+        RecursionError,
+    ) as error:
         if isinstance(error, StoreError) and type(error) is not StoreError:
             raise  # no space, no permission, a newer version
         what = error.what if isinstance(error, KVMemoryError) else error

@@ -320,6 +320,7 @@ EDITS = [
     "UPDATE passage SET n_tokens = 'many'",
     "UPDATE document SET metadata = '[]'",
     "UPDATE document SET metadata = 'no JSON'",
+    f"UPDATE document SET metadata = '{'[' * 100_000}'",
     "UPDATE document SET content_sha256 = x'00'",
     "UPDATE prefix SET blob_key = 'x'",
     "UPDATE collection SET name = 'other'",
