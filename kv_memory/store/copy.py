@@ -20,7 +20,7 @@ from kv_memory.errors import CorruptCacheError, DocumentNotFoundError, TransferE
 from kv_memory.model.embedded import recorded_settings
 from kv_memory.store.blob_references import BlobReferences
 from kv_memory.store.error_mapping import mapped
-from kv_memory.store.eviction import alive, read_limits
+from kv_memory.store.eviction import alive
 from kv_memory.store.records import CacheInfo, DocumentRecord
 from kv_memory.store.sql.schema import CacheRow, CollectionRow, DocumentRow, FingerprintRow, PrefixRow, utc_now
 from kv_memory.store.store import Store
@@ -134,6 +134,8 @@ class _Copy:
         self._taken: set[tuple[str, str, float]] = set()
         self._left_out: set[tuple[str, str, float]] = set()
         self._total_bytes = source.stats().cache_bytes
+        limits = target.limits()
+        self._is_bounded = limits.max_size_bytes is not None or limits.store_max_size_bytes is not None
 
     def run(self) -> CopyReport:
         self._copy_settings()
@@ -318,12 +320,11 @@ class _Copy:
                         session.flush()
                     gone = set(session.scalars(delete(CacheRow).where(self._same(info)).returning(CacheRow.blob_key)))
                     session.add(CacheRow(collection_id=self._target.collection_id, **vars(info)))
-                    bounded = read_limits(session, self._target.collection_id).bounded
                 left = gone - left
         finally:
             references.delete_unreferenced(left)
         self._counts.update({"caches": 1, "bytes": len(data)})
-        if bounded:
+        if self._is_bounded:
             self._counts["evicted"] += self._target._cache_table.make_room()
 
 
