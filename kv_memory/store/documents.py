@@ -104,7 +104,7 @@ def write_document(session: Session, collection_id: int, record: DocumentRecord)
     try:
         row = find_document(session, collection_id, record.id)
     except DocumentNotFoundError:
-        row = DocumentRow(collection_id=collection_id, document_id=record.id, created_at=now)
+        row = DocumentRow(collection_id=collection_id, document_id=record.id, created_at=record.created_at or now)
         session.add(row)
     else:
         before = _texts_of(session, row)

@@ -72,7 +72,7 @@ class DocumentRecord:
         metadata: JSON-serialisable metadata.
         passage_tokens: Length limit of its passages in tokens; None if it was not split.
         passages: Passages in the order of the text.
-        created_at: Time of the first put, UTC; set by the store, and ignored when put.
+        created_at: Time of the first put, UTC; set by the store unless given for a new document.
         updated_at: Time of the last put, UTC; set by the store, and ignored when put.
     """
 

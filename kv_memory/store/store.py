@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,10 +16,6 @@ from kv_memory.store.collection import Documents, find_collection
 from kv_memory.store.location import CATALOG_FILE, find_place, prepare_folder, write_place
 from kv_memory.store.records import CheckReport, GcReport, PurgeReport, StoreStats
 from kv_memory.store.sql import catalog as catalogs
-from kv_memory.store.transfer.archive_reader import ArchiveReader
-from kv_memory.store.transfer.export import export_collection
-from kv_memory.store.transfer.importer import import_collection
-from kv_memory.store.transfer.part_files import ExportReport, ImportReport, OnConflict, TransferProgress
 
 __all__ = ["Store"]
 
@@ -131,57 +126,6 @@ class Store(Documents, Caches):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def export_to(
-        self, path: Path | str, *, on_progress: Callable[[TransferProgress], None] | None = None
-    ) -> ExportReport:
-        """Write the collection unchanged into one file: documents, caches, prefixes and settings.
-
-        The export is written to `PATH.part` and renamed when it is complete. An interrupted export resumes if the
-        collection has not changed since. Documents may be added during the export.
-
-        Args:
-            path: File to write, or `-` for standard output.
-            on_progress: Callback, called after every blob.
-
-        Raises:
-            TransferError: Another export is writing the file, or its folder does not exist.
-            StoreFullError: No space left. The next export resumes from what was written.
-        """
-        return export_collection(self, self.collection_id, path, on_progress)
-
-    def import_from(
-        self,
-        source: Path | str | ArchiveReader,
-        *,
-        on_conflict: OnConflict = "refuse",
-        on_progress: Callable[[TransferProgress], None] | None = None,
-    ) -> ImportReport:
-        """Import an archive that `export_to` wrote into this collection.
-
-        A file is verified completely before anything is changed; standard input is verified as it arrives. Existing
-        data is skipped, so an interrupted import is resumed by running it again. An archive does not prove who wrote
-        it: import one only from a source that you would accept a model from.
-
-        Args:
-            source: Archive file, `-` for standard input, or an archive from `open_archive`.
-            on_conflict: Action for existing documents with other text: `refuse` the archive, `skip` them, or
-                `replace` them. `replace` also replaces documents with equal text but other metadata, source or
-                passage length.
-            on_progress: Callback, called after every blob.
-
-        Raises:
-            TransferError: The archive is damaged, incomplete or of a newer format; the collection has documents under
-                other settings; or a document is in conflict.
-            StoreFullError: No space left. Data imported before stays.
-        """
-        return import_collection(
-            self,
-            self.collection_id,
-            source,
-            on_conflict=on_conflict,
-            on_progress=on_progress,
-        )
 
     def purge(self, *ids: str) -> PurgeReport:
         """Delete documents so that no file of the store holds a byte of them or their caches any more.

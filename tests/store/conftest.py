@@ -15,7 +15,9 @@ import pytest
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # store_samples, which zygote.py needs by name too
 
-from kv_memory.store import Store, maintenance  # noqa: E402
+from filled_store import fill  # noqa: E402
+
+from kv_memory.store import Store, export_collection, maintenance  # noqa: E402
 
 _ENVIRONMENT = {
     **os.environ,
@@ -114,3 +116,30 @@ def run_script(
         return subprocess.CompletedProcess(args, status, stdout, stderr)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def _filled(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
+    """A folder with a store and its archive, to be copied."""
+    folder = tmp_path_factory.mktemp("filled")
+    with Store.open(shutil.copytree(empty_store, folder / "store"), create=False) as store:
+        fill(store)
+        export_collection(store, folder / "all.tar")
+    return folder
+
+
+@pytest.fixture
+def full(tmp_path: Path, _filled: Path) -> Iterator[Store]:
+    with Store.open(shutil.copytree(_filled / "store", tmp_path / "store"), create=False) as opened:
+        yield opened
+
+
+@pytest.fixture
+def archive(tmp_path: Path, _filled: Path) -> Path:
+    return Path(shutil.copy(_filled / "all.tar", tmp_path / "all.tar"))
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, empty_store: Path) -> Iterator[Store]:
+    with Store.open(shutil.copytree(empty_store, tmp_path / "fresh"), create=False) as opened:
+        yield opened

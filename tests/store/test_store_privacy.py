@@ -20,7 +20,7 @@ from kv_memory.jobs.schema import JobRow, TaskRow
 from kv_memory.memory import KVMemory
 from kv_memory.retrieval.bm25 import CollectionIndex
 from kv_memory.retrieval.tokenize import hash_word
-from kv_memory.store import Store
+from kv_memory.store import Store, export_collection, import_archive
 from kv_memory.store.sql import engine
 from tests.memories import FERRY, FERRY_QUESTION, LAMP_QUESTION, SETTINGS, open_memory
 
@@ -45,6 +45,7 @@ def open_umask() -> Iterator[None]:
 @pytest.mark.usefixtures("open_umask")
 def test_only_the_owner_can_read_stored_files(tmp_path: Path) -> None:
     home = tmp_path / "home"  # made by the store too, and so private
+    found: dict[str, int] = {}
     with Store.open(home / "deep" / "store") as store:
         store.put_document(document("a", "text", "damaged"))
         store.put(sha("text"), make_cache(1))
@@ -56,15 +57,17 @@ def test_only_the_owner_can_read_stored_files(tmp_path: Path) -> None:
             store.get(sha("damaged"), FINGERPRINT, 0.25)
         store.get(sha("text"), FINGERPRINT, 0.25)
         with pytest.raises(ZeroDivisionError):
-            store.export_to(home / "part.tar", on_progress=lambda _: 1 // 0)
-        store.export_to(home / "all.tar")
+            export_collection(store, home / "part.tar", on_progress=lambda _: 1 // 0)
+        export_collection(store, home / "all.tar", on_progress=lambda _: found.update(modes(home)))
         with Store.open(home / "copy", collection="other") as copy:
-            copy.import_from(home / "all.tar")
+            import_archive(home / "all.tar", copy, on_progress=lambda _: found.update(modes(home)))
             assert copy.stats().n_caches == 1
             assert modes(home) == {}
+        # What was unpacked was in a folder that only its owner may enter.
+        assert all(".unpacked-" in str(Path(path).parent) for path in found)
         names = {path.name for path in home.rglob("*")}
         assert {"catalog.sqlite-wal", "catalog.sqlite-shm", "cache.db-wal", "cache.db-shm", "bm25.index"} <= names
-        assert {"all.tar", "part.tar.part", f"{info.blob_key}.safetensors"} <= names
+        assert {"all.tar", f"{info.blob_key}.safetensors"} <= names
         store.check()
         store.gc()
         store.purge("a")
@@ -408,8 +411,8 @@ def import_other(store: Store, path: Path) -> None:
         elsewhere.put(sha("theirs"), make_cache(33))
         elsewhere.put_document(document("same", "theirs"))
         elsewhere.put_prefix("same", b"theirs")
-        elsewhere.export_to(path / "theirs.tar")
-    store.import_from(path / "theirs.tar", on_conflict="replace")
+        export_collection(elsewhere, path / "theirs.tar")
+    import_archive(path / "theirs.tar", store, on_conflict="replace")
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -433,5 +436,5 @@ def test_a_purged_text_stays_in_another_collection(pair: tuple[Store, Store]) ->
 
 
 def test_an_export_holds_one_collection(pair: tuple[Store, Store], tmp_path: Path) -> None:
-    pair[0].export_to(tmp_path / "one.tar")
+    export_collection(pair[0], tmp_path / "one.tar")
     assert b"two" not in (tmp_path / "one.tar").read_bytes()
