@@ -32,11 +32,11 @@ from kv_memory.jobs.driver import JobRequest, create_job, drive
 from kv_memory.jobs.engines import n_cores, threads_of
 from kv_memory.jobs.engines.local import LocalEngine
 from kv_memory.jobs.events import Event, JobEnded
+from kv_memory.jobs.schema import TaskRow
 from kv_memory.lazy_compressor import load_compressor
 from kv_memory.model.backbone import Backbone
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
-from kv_memory.store.sql.schema import TaskRow
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 

@@ -21,8 +21,7 @@ from kv_memory.jobs import JobSettings, Ledger
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.embedded import BUILT_IN, _say_second_choice, adapter_folder, default_model
 from kv_memory.settings import MemorySettings
-from kv_memory.store import DocumentRecord, PassageRecord, Store
-from kv_memory.store.transfer import gathering
+from kv_memory.store import DocumentRecord, PassageRecord, Store, copy_collection
 
 FERRY = "The captain of the ferry to Skarholm is Agnes Holm, who has sailed it since 2009."
 QUESTION = "Who is the captain of the ferry?"
@@ -86,31 +85,23 @@ def test_settings_of_the_old_default_resolve_to_smollm2(
     assert settings == MemorySettings(**expected) and settings.top_k == 1
 
 
-def test_old_archives_and_new_stores_are_compatible_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_the_old_default_are_copied_as_smollm2(tmp_path: Path) -> None:
     def filled(place: Store, settings: dict[str, Any]) -> None:
         place.update_settings(settings)
         place.put_document(
             DocumentRecord(id="a", content_sha256="0" * 64, passages=(PassageRecord(text="a", n_tokens=1),))
         )
 
-    with Store.open(tmp_path / "old") as old:
+    with Store.open(tmp_path / "store", collection="old") as old:
         filled(old, OLD)
-        monkeypatch.setattr(gathering, "recorded_settings", dict)
-        old.export_to(tmp_path / "old.tar")
-        monkeypatch.undo()
-        old.export_to(tmp_path / "new.tar")
-    assert b'"embedded"' in (tmp_path / "old.tar").read_bytes()
-    assert b'"embedded"' not in (tmp_path / "new.tar").read_bytes()
-    with Store.open(tmp_path / "empty") as empty:
-        empty.import_from(tmp_path / "old.tar")
-        assert empty.settings() == {**OLD, "model": "smollm2"}
-        assert empty.import_from(tmp_path / "new.tar").n_unchanged == 1
-    with Store.open(tmp_path / "other") as other:
+        new = old.in_collection("new")
+        assert copy_collection(old, new).n_added == 1
+        assert new.settings() == {**OLD, "model": "smollm2"}
+        assert copy_collection(new, old).n_unchanged == 1  # not refused: the settings are the same
+        other = old.in_collection("other")
         filled(other, {**OLD, "model": "qwen-0.5b"})
-        with pytest.raises(TransferError, match=r'model is "smollm2" in the archive, "qwen-0\.5b" here'):
-            other.import_from(tmp_path / "old.tar")
-    with Store.open(tmp_path / "old") as old:
-        old.import_from(tmp_path / "new.tar")  # not refused: the settings are the same
+        with pytest.raises(TransferError, match=r'model is "smollm2" there, "qwen-0\.5b" here'):
+            copy_collection(old, other)
 
 
 def test_an_old_job_continues_with_smollm2(tmp_path: Path) -> None:

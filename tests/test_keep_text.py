@@ -18,7 +18,7 @@ from kv_memory import (
 )
 from kv_memory.query import Reference, key_of
 from kv_memory.settings import MemorySettings
-from kv_memory.store import PassageRecord
+from kv_memory.store import PassageRecord, export_collection, import_archive
 from kv_memory.store.sql.schema import CollectionRow
 from tests.memories import (
     FERRY,
@@ -331,13 +331,13 @@ def test_a_conversation_keeps_its_texts(bare: KVMemory) -> None:
 
 
 def test_collections_without_texts_can_be_exported_and_merged(bare: KVMemory, wide: Any, tmp_path: Path) -> None:
-    bare.store.export_to(tmp_path / "bare.tar")
+    export_collection(bare.store, tmp_path / "bare.tar")
     with open_memory(tmp_path / "elsewhere", wide) as memory:
         memory.add(("walrus", "The walrus leaves."))
-        memory.store.import_from(tmp_path / "bare.tar")
+        import_archive(tmp_path / "bare.tar", memory.store)
         assert answerable(memory, "walrus", "Skarholm", LAMP_QUESTION) == ["walrus", "ferry", "lamp"]
         assert {hit.document_id for hit in memory.retrieve("What leaves?", top_k=9)} == {"walrus", "ferry"}
     with open_memory(tmp_path / "fresh", wide, load_model=False) as memory:
-        memory.store.import_from(tmp_path / "bare.tar")
+        import_archive(tmp_path / "bare.tar", memory.store)
         assert {hit.document_id for hit in memory.retrieve("What leaves?", top_k=9)} == {"ferry"}
     assert held(tmp_path, {b"skarholm", b"lighthouse"}) == set()

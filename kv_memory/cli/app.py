@@ -24,7 +24,7 @@ from kv_memory.cli.models import models
 from kv_memory.cli.output import FAILED, STOPPED, debugging
 from kv_memory.cli.store import budget, check, current, gc, init, pin, stats, unpin, upgrade
 from kv_memory.cli.train import train
-from kv_memory.cli.transfer import export, import_archive
+from kv_memory.cli.transfer import export, import_file
 
 __all__ = ["COMMANDS", "app", "main"]
 
@@ -60,7 +60,7 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
     ),
     (
         "import",
-        import_archive,
+        import_file,
         ("kv-memory import notes.tar", "kv-memory import notes.tar --collection copy --on-conflict replace"),
     ),
     ("budget", budget, ("kv-memory budget --max-size 20GB --ttl 30d", "kv-memory budget --json")),

@@ -180,6 +180,9 @@ def remove(
             if purge:
                 out.stopped = "What was deleted stays deleted; finish with `kv-memory remove --purge`, without an ID."
                 with out.working("Purging"):
+                    from kv_memory.jobs.ledger import forget_documents
+
+                    forget_documents(opened, chosen)
                     report = opened.purge(*chosen)
             else:
                 for id_ in chosen:

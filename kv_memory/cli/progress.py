@@ -233,7 +233,7 @@ class TrainTracker(Tracking):
             self._out.note(line)
 
 
-_STEPS = {"export": "exporting", "verify": "verifying", "import": "importing"}
+_STEPS = {"copy": "copying", "pack": "packing", "unpack": "unpacking", "verify": "verifying"}
 
 
 class TransferTracker(Tracking):

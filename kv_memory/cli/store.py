@@ -28,13 +28,13 @@ __all__ = ["budget", "check", "current", "gc", "init", "pin", "stats", "unpin", 
 def stats(
     prometheus: Annotated[
         bool,
-        typer.Option("--prometheus", help="Print Prometheus's text format: sizes, hits, misses, evictions, times."),
+        typer.Option("--prometheus", help="Print the sizes in Prometheus's text format."),
     ] = False,
     store: StoreOption = DEFAULT_STORE,
     collection: CollectionOption = DEFAULT_COLLECTION,
     as_json: JsonOption = False,
 ) -> None:
-    """Show how much is stored, how it was used, and the settings the store remembers."""
+    """Show how much is stored, and the settings the store remembers."""
     with reporting(as_json=as_json) as out:
         if prometheus and as_json:
             raise ConfigError("--prometheus and --json cannot be combined", where="--prometheus", next_step="Drop one.")
@@ -44,14 +44,11 @@ def stats(
 
                 out.piece(prometheus_text(opened))
                 return
-            found, folder, counts = opened.stats(), opened.path, opened.counters()
+            found, folder = opened.stats(), opened.path
             settings = MemorySettings.resolve(opened.settings())
         if as_json:
-            out.json(
-                {**plain(found), "store": folder, "collection": collection, "settings": settings, "counters": counts}
-            )
+            out.json({**plain(found), "store": folder, "collection": collection, "settings": settings})
             return
-        asked = counts.get("hits", 0) + counts.get("misses", 0)
         alone = settings.adapter is not None and settings.selector != "combined"
         rows: list[tuple[str, object]] = [
             ("Store", folder),
@@ -60,11 +57,6 @@ def stats(
             ("Passages", f"{found.n_passages:,}, {found.n_tokens:,} tokens"),
             ("Distilled caches", f"{found.n_caches:,}, {size_text(found.cache_bytes)}"),
             ("On disk", size_text(found.disk_bytes)),
-            (
-                "Hit rate",
-                f"{counts.get('hits', 0) / asked:.0%} of {asked:,.0f} look-ups" if asked else "no look-ups yet",
-            ),
-            ("Evicted", f"{counts.get('evictions', 0):,.0f}"),
             ("Quarantined", f"{found.n_quarantined:,}"),
             ("Model", settings.model),
             ("Adapter", settings.adapter or "none"),
@@ -289,7 +281,7 @@ def init(
 def current(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
     """Show the version of the store's tables, and the version that this package needs."""
     with reporting(as_json=as_json) as out:
-        from kv_memory.store.open_parts import catalog_of
+        from kv_memory.store.location import catalog_of
         from kv_memory.store.sql.catalog import Catalog
         from kv_memory.store.sql.schema import SCHEMA_HEAD
 
@@ -312,7 +304,7 @@ def upgrade(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> 
     running programs of the older version would break.
     """
     with reporting(as_json=as_json) as out:
-        from kv_memory.store.open_parts import catalog_of
+        from kv_memory.store.location import catalog_of
         from kv_memory.store.sql.catalog import Catalog
 
         where = catalog_of(store)

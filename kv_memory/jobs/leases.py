@@ -14,9 +14,10 @@ from sqlalchemy.orm import Session, aliased
 
 from kv_memory.errors import StoreError
 from kv_memory.jobs.records import Job, Task, TaskResult
+from kv_memory.jobs.schema import JobRow, TaskRow
 from kv_memory.store import Store
 from kv_memory.store.sql.catalog import Catalog
-from kv_memory.store.sql.schema import JobRow, TaskRow, utc_now
+from kv_memory.store.sql.schema import utc_now
 
 __all__ = ["LEASE_S", "LiveWorkers", "TaskQueue", "count_of", "locks_reach"]
 

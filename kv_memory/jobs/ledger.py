@@ -19,12 +19,14 @@ from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.errors import DuplicateDocumentError, JobError, JobNotFoundError
 from kv_memory.jobs.leases import count_of, locks_reach
 from kv_memory.jobs.records import Counts, FailedTask, Job, JobSettings
+from kv_memory.jobs.schema import JobRow, TaskRow
 from kv_memory.jobs.sources.base import SourceItem
 from kv_memory.model.embedded import recorded_settings
 from kv_memory.store import Store
-from kv_memory.store.sql.schema import CollectionRow, FingerprintRow, JobRow, TaskRow, utc_now
+from kv_memory.store.documents import batches
+from kv_memory.store.sql.schema import CollectionRow, FingerprintRow, utc_now
 
-__all__ = ["Ledger"]
+__all__ = ["Ledger", "forget_documents"]
 
 
 class Ledger:
@@ -308,6 +310,14 @@ def _duplicate(item: SourceItem, first: str) -> SourceItem:
         next_step="Pass a field with unique values as --id-field, or leave out one of the two documents.",
     )
     return SourceItem(document_id=f"{item.document_id} [{item.uri}]", uri=item.uri, error=error.to_dict())
+
+
+def forget_documents(store: Store, ids: Sequence[str]) -> None:
+    """Delete the tasks of these documents from all jobs of the collection; `Store.purge` then wipes their bytes."""
+    jobs = select(JobRow.id).where(JobRow.collection_id == store.collection_id)
+    with store.catalog.write() as session:
+        for batch in batches(ids):
+            session.execute(delete(TaskRow).where(TaskRow.document_id.in_(batch), TaskRow.job_id.in_(jobs)))
 
 
 _ANEW = "Start a new job with `kv-memory job run`; documents that are already stored cost almost nothing."

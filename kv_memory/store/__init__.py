@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+from kv_memory.store.archive import ExportReport, export_collection, import_archive, open_archive
+from kv_memory.store.copy import CopyReport, OnConflict, TransferProgress, copy_collection
 from kv_memory.store.eviction import Limits
-from kv_memory.store.purge import PurgeReport
 from kv_memory.store.records import (
     CacheInfo,
     CheckReport,
@@ -14,26 +15,30 @@ from kv_memory.store.records import (
     DocumentSummary,
     GcReport,
     PassageRecord,
+    PurgeReport,
     StoredPassage,
     StoreStats,
 )
 from kv_memory.store.store import Store
-from kv_memory.store.transfer.part_files import ExportReport, ImportReport, TransferProgress, open_archive
 
 __all__ = [
     "CacheInfo",
     "CheckReport",
+    "CopyReport",
     "DocumentRecord",
     "DocumentSummary",
     "ExportReport",
     "GcReport",
-    "ImportReport",
     "Limits",
+    "OnConflict",
     "PassageRecord",
     "PurgeReport",
     "Store",
     "StoreStats",
     "StoredPassage",
     "TransferProgress",
+    "copy_collection",
+    "export_collection",
+    "import_archive",
     "open_archive",
 ]

@@ -1,167 +1,154 @@
-"""The distilled caches of one collection, with rows and blobs kept consistent."""
+"""The distilled caches and shared prefixes of one collection, with rows and blobs kept consistent."""
 
 from __future__ import annotations
 
 import logging
 import re
 import time
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
-from weakref import finalize
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import bindparam, delete, insert, select
+from sqlalchemy import DateTime, bindparam, delete, insert, or_, select
 from sqlalchemy.orm import Session
 
 from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.cache.keep import Keep
 from kv_memory.config import StorageName, check_keep_ratio, stored_dtype
 from kv_memory.errors import (
+    CacheError,
     CacheNotFoundError,
     ConfigError,
     CorruptCacheError,
     FingerprintMismatchError,
     StoreError,
 )
-from kv_memory.store.blob_references import BlobReferences
-from kv_memory.store.blobs.local import blob_key
-from kv_memory.store.counters import Uses
-from kv_memory.store.documents import batches, referred_texts, select_passages
-from kv_memory.store.error_mapping import store_error
-from kv_memory.store.eviction import Limits, alive, evict, read_limits
-from kv_memory.store.identity import MisfiledError, check_header, check_identity
+from kv_memory.store import documents
+from kv_memory.store.blobs.verified import MisfiledError, check_header, load_cache
+from kv_memory.store.documents import alive
+from kv_memory.store.eviction import Eviction, read_limits
+from kv_memory.store.metrics import BYTES_READ, BYTES_WRITTEN, GET_SECONDS, GETS, PUT_SECONDS
 from kv_memory.store.records import CacheInfo
-from kv_memory.store.sql.locks import FileLocks
-from kv_memory.store.sql.schema import Base, CacheRow, FingerprintRow, PassageRow, utc_now
+from kv_memory.store.sql.schema import Base, CacheRow, FingerprintRow, PassageRow, PrefixRow, utc_now
 from kv_memory.tracing import span
 
 if TYPE_CHECKING:
     from kv_memory.cache.distilled import DistilledCache  # imports torch: listing without loading a cache stays fast
 
-__all__ = ["CacheTable", "cache_info"]
+__all__ = ["Caches"]
 
 _LOG = logging.getLogger(__name__)
 # Built once: building them takes longer than running them.
-_LOOK_UP = select(CacheRow).where(
-    CacheRow.collection_id == bindparam("collection"),
-    CacheRow.text_sha256 == bindparam("text"),
-    CacheRow.fingerprint == bindparam("digest"),
-    CacheRow.keep_ratio == bindparam("ratio"),
+_SAME = (
+    (CacheRow.collection_id == bindparam("collection"))
+    & (CacheRow.text_sha256 == bindparam("text"))
+    & (CacheRow.fingerprint == bindparam("digest"))
 )
+_AT_RATIO = select(CacheRow).where(_SAME, CacheRow.keep_ratio == bindparam("ratio"))
+# Columns, and the time as SQLite has it: half of the time of ORM objects, for each `get`.
 _OF_TEXT = (
-    select(CacheRow)
-    .where(
-        CacheRow.collection_id == bindparam("collection"),
-        CacheRow.text_sha256 == bindparam("text"),
-        CacheRow.fingerprint == bindparam("digest"),
+    select(
+        CacheRow.id,
+        CacheRow.blob_key,
+        CacheRow.size_bytes,
+        CacheRow.text_sha256,
+        CacheRow.fingerprint,
+        CacheRow.keep_ratio,
+        CacheRow.n_tokens,
     )
+    .where(_SAME, or_(CacheRow.expires_at.is_(None), CacheRow.expires_at > bindparam("now", type_=DateTime())))
     .order_by(CacheRow.id.desc())
 )
 _FINGERPRINT = select(FingerprintRow.digest).where(FingerprintRow.digest == bindparam("digest"))
 _INSERT_FINGERPRINT = insert(Base.metadata.tables[FingerprintRow.__tablename__])
 _INSERT = insert(Base.metadata.tables[CacheRow.__tablename__]).returning(CacheRow.id)
 _AGAIN = "Run `kv-memory add --stale` to compress the text again; until then answer from the text."
+_OUTCOMES = {CacheNotFoundError: "missing", FingerprintMismatchError: "mismatch", CorruptCacheError: "corrupt"}
 
 
-def cache_info(row: CacheRow) -> CacheInfo:
-    """Convert a catalog row to its record."""
-    names = CacheInfo.__dataclass_fields__
-    return CacheInfo(**{name: getattr(row, name) for name in names})
-
-
-class CacheTable:
-    """Caches of one collection. Thread-safe.
-
-    Args:
-        references: Blobs of the store and the rows that name them.
-        readers: Locks that mark which blobs are being read on this machine.
-        collection_id: Catalog row of the collection.
-    """
-
-    def __init__(self, references: BlobReferences, readers: FileLocks, collection_id: int) -> None:
-        self.references = references
-        self._catalog = references.catalog
-        self._readers = readers
-        self._collection_id = collection_id
-        self.uses = Uses(references.catalog, collection_id)
+class Caches(Eviction):
+    """Caches and prefixes of one collection: the part of `Store` that needs blobs."""
 
     def put(
-        self, text_sha256: str, cache: DistilledCache, *, fidelity: float | None, storage: StorageName
+        self,
+        text_sha256: str,
+        cache: DistilledCache,
+        *,
+        fidelity: float | None = None,
+        storage: StorageName = "auto",
     ) -> CacheInfo:
-        """See `Store.put`."""
+        """Store a distilled cache: the blob first, then its row. Both are durable when this returns.
+
+        The text need not be in a document yet. If the collection already has a sound cache of this text, fingerprint
+        and keep ratio, that cache stays and its row is returned.
+
+        Args:
+            text_sha256: SHA-256 hex digest of the UTF-8 text of the cache.
+            cache: Cache to store.
+            fidelity: Last held-out probe KL in nats; None takes the cache's own.
+            storage: Number format of keys and values in the blob, see `DistilledCache.to_bytes`; `get` recognises it.
+
+        Raises:
+            ConfigError: The cache cannot be stored in this format.
+            StoreFullError: No space left. Nothing of this cache is kept, and everything else is untouched.
+        """
         if re.fullmatch("[0-9a-f]{64}", text_sha256) is None:
             raise ConfigError("text_sha256 must be a SHA-256 hex digest", where=f"text_sha256={text_sha256[:80]!r}")
-        with (
-            span("store.put", text_sha256=text_sha256, keep_ratio=cache.keep_ratio),
-            self.uses.counters.timing("put_seconds"),
-        ):
-            return self._put(text_sha256, cache, fidelity=fidelity, storage=storage)
+        start_s = time.perf_counter()
+        with span("store.put", text_sha256=text_sha256, keep_ratio=cache.keep_ratio):
+            # The blob records the hash of its text, so a row that names another text's blob is detected.
+            data = replace(cache, text_sha256=text_sha256).to_bytes(storage=storage)
+            info = CacheInfo(
+                text_sha256=text_sha256,
+                fingerprint=cache.fingerprint.digest,
+                method=cache.fingerprint.method,
+                keep_ratio=cache.keep_ratio,
+                n_tokens=cache.n_tokens,
+                n_kept=cache.n_kept,
+                dtype=stored_dtype(storage, cache.fingerprint.dtype),
+                size_bytes=len(data),
+                blob_key="",  # known when it is stored, as are the times
+                fidelity=cache.fidelity if fidelity is None else fidelity,
+                refined_steps=cache.refined_steps,
+                pinned=False,
+                created_at=utc_now(),
+                last_used_at=None,
+                expires_at=None,
+            )
+            names = {"collection": self.collection_id, "text": text_sha256}
+            names |= {"digest": info.fingerprint, "ratio": info.keep_ratio}
+            for _ in range(3):
+                there: CacheRow | None = None
 
-    def _put(
-        self, text_sha256: str, cache: DistilledCache, *, fidelity: float | None, storage: StorageName
-    ) -> CacheInfo:
-        digest, keep_ratio = cache.fingerprint.digest, cache.keep_ratio
-        there, limits = self._sound_row(text_sha256, digest, keep_ratio)
-        if there is not None:
-            return cache_info(there)
-        # The blob records the hash of its text, so a row that names another text's blob is detected.
-        data = replace(cache, text_sha256=text_sha256).to_bytes(storage=storage)
-        key = blob_key(data)
-        info = CacheInfo(
-            text_sha256=text_sha256,
-            fingerprint=digest,
-            method=cache.fingerprint.method,
-            keep_ratio=keep_ratio,
-            n_tokens=cache.n_tokens,
-            n_kept=cache.n_kept,
-            dtype=stored_dtype(storage, cache.fingerprint.dtype),
-            size_bytes=len(data),
-            blob_key=key,
-            fidelity=cache.fidelity if fidelity is None else fidelity,
-            refined_steps=cache.refined_steps,
-            pinned=False,
-            created_at=utc_now(),
-            last_used_at=None,
-            expires_at=None,
-        )
-        left: list[str] = [key]  # blobs that may have no row afterwards
-        try:
-            # The blob first, and outside any transaction, because an upload may take long. The lock keeps it from
-            # being swept away before a row names it.
-            with self._catalog.hold(f"blob {key}"):
-                self.references.verified_blobs.put(key, data)
-                if limits.bounded:
-                    self.uses.flush()  # eviction goes by times of last use
-                with self._catalog.write() as session:
-                    there = self._find(session, text_sha256, digest, keep_ratio, expired=True)
-                    if there is not None and not _is_expired(there):  # another writer was faster
-                        return cache_info(there)
-                    info, left = self._insert(session, info, cache.fingerprint, instead_of=there)
-                self.uses.counters.add("puts")
-                self.uses.counters.add("bytes_written", len(data))
-                return info
-        finally:
-            self.references.delete_unreferenced(left)
+                def add_row(session: Session, key: str) -> list[str]:
+                    nonlocal info, there
+                    row = session.scalar(_AT_RATIO, names)
+                    if row is not None and (row.expires_at is None or row.expires_at > utc_now()):
+                        there = row
+                        return [] if key == row.blob_key else [key]
+                    info = replace(info, blob_key=key)
+                    info, gone = self._insert(session, info, cache.fingerprint, instead_of=row)
+                    return gone
 
-    def _sound_row(self, text_sha256: str, digest: str, keep_ratio: float) -> tuple[CacheRow | None, Limits]:
-        """The row of a cache with a sound blob, and the current limits; a row with a bad blob is removed first."""
-        with self._catalog.read() as session:
-            row = self._find(session, text_sha256, digest, keep_ratio)
-            limits = read_limits(session, self._collection_id)
-        if row is not None and not self.references.verified_blobs.sound(row.blob_key, row.size_bytes):
-            self.references.quarantine_with_rows(row.blob_key, row.size_bytes)
-            return None, limits
-        if row is not None and self.references.drop_if_misfiled(row):
-            return None, limits
-        return row, limits
+                self.references.put(data, add_row)
+                if there is None:
+                    break
+                if self.references.is_sound(there):
+                    return _cache_info(there)
+            else:
+                raise StoreError("the cache changed each time", where=f"text {text_sha256}", next_step="Try again.")
+        PUT_SECONDS.labels(self.collection).observe(time.perf_counter() - start_s)
+        BYTES_WRITTEN.labels(self.collection).inc(len(data))
+        return info
 
     def _insert(
         self, session: Session, info: CacheInfo, fingerprint: Fingerprint, *, instead_of: CacheRow | None
     ) -> tuple[CacheInfo, list[str]]:
         """Insert a row and evict to make room for it; returns its final record, and the blob keys of deleted rows."""
         now = utc_now()
-        limits = read_limits(session, self._collection_id)
+        limits = read_limits(session, self.collection_id)
         expires_at = None if limits.ttl_s is None else now + timedelta(seconds=limits.ttl_s)
         info = replace(info, created_at=now, expires_at=expires_at)
         gone: list[str] = []
@@ -173,134 +160,95 @@ class CacheTable:
         connection = session.connection()
         if connection.scalar(_FINGERPRINT, {"digest": info.fingerprint}) is None:
             connection.execute(_INSERT_FINGERPRINT, {"digest": info.fingerprint, "json": fingerprint.to_json()})
-        row_id = connection.scalar(_INSERT, {"collection_id": self._collection_id, **vars(info)})
-        if limits.bounded:
-            evicted = evict(
-                session,
-                self._collection_id,
-                limits,
-                now=now,
-                spare=row_id,
-                being_read=lambda key: self._readers.shared(f"read {key}"),
-            )
-            self._note_evictions(len(evicted))
-            gone += evicted
-        return info, gone
+        row_id = connection.scalar(_INSERT, {"collection_id": self.collection_id, **vars(info)})
+        return info, gone + self._evict(session, limits, now, spare=row_id)
 
-    def make_room(self) -> int:
-        """Evict what exceeds the limits now, e.g. after they were lowered, and return the number of evicted caches."""
-        self.uses.flush()
-        with self._catalog.write() as session:
-            limits = read_limits(session, self._collection_id)
-            gone = evict(
-                session,
-                self._collection_id,
-                limits,
-                now=utc_now(),
-                spare=None,
-                being_read=lambda key: self._readers.shared(f"read {key}"),
-            )
-        self._note_evictions(len(gone))
-        self.references.delete_unreferenced(gone)
-        return len(gone)
+    def get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> DistilledCache:
+        """A distilled cache, its tensors mapped from the file.
 
-    def _note_evictions(self, n_evicted: int) -> None:
-        if n_evicted:
-            self.uses.counters.add("evictions", n_evicted)
-            _LOG.info("evicted %d distilled caches to stay within the size limit", n_evicted)
+        The file's SHA-256 is checked the first time this process reads it. The tensors stay valid when the cache is
+        deleted later. Times of last use are buffered, and written when the store is closed or 256 caches are in the
+        buffer.
 
-    def warm(self) -> None:
-        """Let SQLAlchemy compile the lookup, which takes as long as a few hundred lookups."""
-        with self._catalog.read() as session:
-            session.scalars(_OF_TEXT, {"collection": self._collection_id, "text": "", "digest": ""}).all()
+        Args:
+            text_sha256: SHA-256 hex digest of the UTF-8 text.
+            fingerprint: Fingerprint that the cache was made under.
+            keep_ratio: Keep ratio of the cache. A `Keep` prefers the cache of this amount, and else takes the newest
+                one: documents of one collection may have been added at several amounts.
 
-    def keep_ratio_of(self, text_sha256: str, fingerprint: Fingerprint, keep: Keep) -> float | None:
-        """See `Store.keep_ratio_of`."""
-        with self._catalog.read() as session:
-            row = self._choose(session, text_sha256, fingerprint, keep)
-        return None if row is None else row.keep_ratio
-
-    def get(self, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep) -> DistilledCache:
-        """See `Store.get`."""
+        Raises:
+            CacheNotFoundError: The text has no such cache; the message names the keep ratios it has.
+            FingerprintMismatchError: The cache was made under another fingerprint; the message names the differences.
+            CorruptCacheError: The blob is damaged. It is quarantined, and `missing` lists the passage again.
+        """
         start_s = time.perf_counter()
         with span("store.get", text_sha256=text_sha256):
             try:
-                cache, size_bytes = self._get(text_sha256, fingerprint, keep)
-            except CacheNotFoundError:
-                self.uses.counters.add("misses")
+                cache, size_bytes = self._load(text_sha256, fingerprint, keep_ratio)
+            except CacheError as error:
+                GETS.labels(self.collection, _OUTCOMES[type(error)]).inc()
+                if isinstance(error, CorruptCacheError):
+                    _LOG.warning("%s", error)
                 raise
-            except FingerprintMismatchError:
-                self.uses.counters.add("refused_mismatch")
-                raise
-            except CorruptCacheError as error:
-                self.uses.counters.add("refused_corrupt")
-                _LOG.warning("%s", error)
-                raise
-        self.uses.counters.got(size_bytes, time.perf_counter() - start_s)
+        GETS.labels(self.collection, "hit").inc()
+        BYTES_READ.labels(self.collection).inc(size_bytes)
+        GET_SECONDS.labels(self.collection).observe(time.perf_counter() - start_s)
         return cache
 
-    def _get(self, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep) -> tuple[DistilledCache, int]:
-        """Find, lock, verify and load a cache; returns it with the size of its blob in bytes.
+    def _load(self, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep) -> tuple[DistilledCache, int]:
+        """Find, verify and load a cache; returns it with the size of its blob in bytes.
 
         Writers are not excluded between these steps. A round in which the row or its blob changes is repeated, at
         most twice.
         """
         for _ in range(3):
             # 1. Find the row. Without one, raise an error that names the existing caches.
-            with self._catalog.read() as session:
-                row = self._choose(session, text_sha256, fingerprint, keep)
+            with self.catalog.read() as session:
+                row = self._find(session, text_sha256, fingerprint, keep)
                 if row is None:
-                    ratio = None if isinstance(keep, Keep) else keep
-                    self._raise_not_found(session, text_sha256, fingerprint, ratio)
-                    raise AssertionError("unreachable")
-            # 2. Lock the blob for reading: eviction skips locked blobs. If the row was deleted since step 1, the blob
-            # may be gone too, which step 3 notices.
-            name = f"read {row.blob_key}"
-            self._readers.share(name)
-            kept = False
-            readable = False
+                    raise self._not_found(session, text_sha256, fingerprint, keep)
             try:
-                # 3. Verify length and SHA-256 of the file.
+                # 2. Verify length and SHA-256 of the file.
                 path = self.references.verified_blobs.verified_path(row.blob_key, row.size_bytes)
-                readable = True
-                # 4. Load it, and compare the identity that it records with the row.
-                cache = _load(path)
-                check_identity(
-                    row, text_sha256=cache.text_sha256, fingerprint=cache.fingerprint, keep_ratio=cache.keep_ratio
-                )
-                # 5. Keep the lock as long as the cache lives: its tensors are mapped from the file.
-                finalize(cache, self._readers.unshare, name)
-                kept = True
+                # 3. Load it, and compare the identity that it records with the row. Its tensors are mapped from the
+                # file, which stays readable when it is removed.
+                cache = load_cache(row, path)
             except FileNotFoundError:
-                continue  # removed after step 3: the next round finds no row, or a missing blob
-            except MisfiledError as error:
-                # The blob is sound, but not the one of this row: delete the row.
-                if self.references.drop_misfiled(row):
-                    raise self._corrupt(error.what, row.blob_key, text_sha256) from error
-                continue  # the row was deleted or changed by another writer
+                continue  # removed after step 2: the next round finds no row, or a missing blob
             except CorruptCacheError as error:
-                # Quarantine the blob and delete its rows. A failure of step 3 is rechecked, because another writer may
-                # have replaced the blob since. One of step 4 is not: the hash is right, so a recheck would pass.
-                if self.references.quarantine_with_rows(row.blob_key, row.size_bytes, recheck=not readable):
+                # The row of a sound blob that is of something else is deleted; a damaged blob is quarantined.
+                if isinstance(error, MisfiledError):
+                    refused = self.references.drop_misfiled(row)
+                else:
+                    refused = self.references.quarantine_with_rows(row.blob_key, row.size_bytes)
+                if refused:
                     raise self._corrupt(error.what, row.blob_key, text_sha256) from error
-                continue  # the cache was deleted or replaced by another writer
-            finally:
-                if not kept:
-                    self._readers.unshare(name)
-            # 6. Note the time of use, for eviction.
+                continue  # another writer has deleted or replaced the cache
+            # 4. Note the time of use, for eviction.
             self.uses.note(row.id)
             return cache, row.size_bytes
         raise StoreError("the cache changed each time it was read", where=f"text {text_sha256}", next_step="Try again.")
 
-    def has(self, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep) -> bool:
-        """See `Store.has`."""
-        with self._catalog.read() as session:
-            return self._choose(session, text_sha256, fingerprint, keep) is not None
+    def warm(self) -> None:
+        """Do the one-time work of the first `get` now, for a process that can do so while it loads its model."""
+        self.references.verified_blobs.blobs.warm()
+        with self.catalog.read() as session:  # SQLAlchemy compiles the statement, which takes as long as 100 look-ups
+            session.execute(_OF_TEXT, {"collection": 0, "text": "", "digest": "", "now": datetime.min}).all()
 
-    def sound(self, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep) -> bool:
-        """See `Store.sound`."""
-        with self._catalog.read() as session:
-            row = self._choose(session, text_sha256, fingerprint, keep)
+    def has(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> bool:
+        """Whether `get` would find a cache; the blob is not checked."""
+        return self.keep_ratio_of(text_sha256, fingerprint, keep_ratio) is not None
+
+    def keep_ratio_of(self, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep) -> float | None:
+        """The keep ratio of the cache that `get` would find; None without one."""
+        with self.catalog.read() as session:
+            row = self._find(session, text_sha256, fingerprint, keep)
+        return None if row is None else row.keep_ratio
+
+    def sound(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> bool:
+        """Whether `get` would find a sound cache; nothing is quarantined, which `get` and `check` do."""
+        with self.catalog.read() as session:
+            row = self._find(session, text_sha256, fingerprint, keep_ratio)
         if row is None:
             return False
         try:
@@ -309,92 +257,122 @@ class CacheTable:
             return False
         return True
 
-    def delete(self, text_sha256: str, *, fingerprint: Fingerprint | None, keep_ratio: float | None) -> int:
-        """See `Store.delete`."""
-        statement = (
-            delete(CacheRow)
-            .where(CacheRow.collection_id == self._collection_id, CacheRow.text_sha256 == text_sha256)
-            .returning(CacheRow.blob_key)
+    def _find(self, session: Session, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep) -> Any:
+        """The columns of _OF_TEXT at a keep ratio; for a `Keep` of the cache that it gives, else of the newest one."""
+        now = datetime.now(UTC).replace(tzinfo=None)
+        names = {"collection": self.collection_id, "text": text_sha256, "digest": fingerprint.digest, "now": now}
+        rows = session.execute(_OF_TEXT, names).all()
+        if not isinstance(keep, Keep):
+            return next((row for row in rows if row.keep_ratio == keep), None)
+        fitting = (row for row in rows if keep.fits(row.keep_ratio, row.n_tokens, fingerprint))
+        return next(fitting, rows[0] if rows else None)
+
+    def delete(
+        self, text_sha256: str, *, fingerprint: Fingerprint | None = None, keep_ratio: float | None = None
+    ) -> int:
+        """Delete a text's caches, all of them or those under the given settings, and return their number."""
+        statement = delete(CacheRow).where(
+            CacheRow.collection_id == self.collection_id, CacheRow.text_sha256 == text_sha256
         )
         if fingerprint is not None:
             statement = statement.where(CacheRow.fingerprint == fingerprint.digest)
         if keep_ratio is not None:
             statement = statement.where(CacheRow.keep_ratio == check_keep_ratio(keep_ratio))
-        with self._catalog.write() as session:
-            keys = list(session.scalars(statement))
+        with self.catalog.write() as session:
+            keys = session.scalars(statement.returning(CacheRow.blob_key)).all()
         self.references.delete_unreferenced(keys)
         return len(keys)
 
-    def retire(self, session: Session, texts: set[str]) -> list[str]:
-        """Delete caches of texts that no passage of the collection has; returns their blob keys."""
-        keys: list[str] = []
-        for batch in batches(texts - referred_texts(session, self._collection_id, texts)):
-            keys += session.scalars(
-                delete(CacheRow)
-                .where(CacheRow.collection_id == self._collection_id, CacheRow.text_sha256.in_(batch))
-                .returning(CacheRow.blob_key)
-            )
-        return keys
+    def caches(self, document_id: str | None = None) -> list[CacheInfo]:
+        """Records of all caches of the collection, or of one document's passages, oldest first.
+
+        Raises:
+            DocumentNotFoundError: The collection has no such document.
+        """
+        statement = select(CacheRow).where(CacheRow.collection_id == self.collection_id).order_by(CacheRow.id)
+        with self.catalog.read() as session:
+            if document_id is not None:
+                row = documents.find_document(session, self.collection_id, document_id)
+                texts = select(PassageRow.text_sha256).where(PassageRow.document_pk == row.id)
+                statement = statement.where(CacheRow.text_sha256.in_(texts))
+            return [_cache_info(row) for row in session.scalars(statement)]
+
+    def making(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> AbstractContextManager[bool]:
+        """A lock on making this cache: wait for it by entering the context, call `has` again, then compress and `put`.
+
+        A document that eight callers request at once is thus compressed once, across threads, processes and, with a
+        catalog in PostgreSQL, machines. If the holder dies, the lock passes to the next one.
+        """
+        name = f"make {self.collection_id} {text_sha256} {fingerprint.digest} {check_keep_ratio(keep_ratio)!r}"
+        return self.catalog.hold(name)
+
+    def put_prefix(self, key: str, data: bytes) -> None:
+        """Store the cache of a shared prefix, as safetensors bytes, replacing any under the same key."""
+
+        def add_row(session: Session, blob: str) -> list[str]:
+            row = session.scalar(self._prefix(key))
+            left = [] if row is None or row.blob_key == blob else [row.blob_key]
+            if row is None:
+                row = PrefixRow(collection_id=self.collection_id, key=key)
+                session.add(row)
+            row.blob_key, row.size_bytes = blob, len(data)
+            return left
+
+        self.references.put(data, add_row)
+
+    def get_prefix(self, key: str) -> Path | None:
+        """The safetensors file of a shared prefix, checked like a cache; None if the key has no prefix.
+
+        Raises:
+            CorruptCacheError: The blob is damaged. It is quarantined, and the next call returns None.
+        """
+        for _ in range(3):
+            with self.catalog.read() as session:
+                row = session.scalar(self._prefix(key))
+            if row is None:
+                return None
+            try:
+                return self.references.verified_blobs.verified_path(row.blob_key, row.size_bytes)
+            except CorruptCacheError as error:
+                if self.references.quarantine_with_rows(row.blob_key, row.size_bytes):
+                    raise CorruptCacheError(
+                        error.what,
+                        where=f"prefix {key!r}, blob {row.blob_key}",
+                        next_step="Ask again: the damaged prefix was removed and will be computed again.",
+                    ) from error
+        raise StoreError("the prefix changed each time it was read", where=f"prefix {key!r}", next_step="Try again.")
+
+    def _prefix(self, key: str) -> Any:
+        return select(PrefixRow).where(PrefixRow.collection_id == self.collection_id, PrefixRow.key == key)
 
     def _corrupt(self, what: str, key: str, text_sha256: str) -> CorruptCacheError:
+        with self.catalog.read() as session:
+            where = documents.place_of(session, self.collection_id, text_sha256)
         return CorruptCacheError(
-            f"a distilled cache is damaged and was quarantined: {what}",
-            where=f"{self._document_of(text_sha256)}, blob {key}",
-            next_step=_AGAIN,
+            f"a distilled cache is damaged and was quarantined: {what}", where=f"{where}, blob {key}", next_step=_AGAIN
         )
 
-    def _find(
-        self, session: Session, text_sha256: str, digest: str, keep_ratio: float, *, expired: bool = False
-    ) -> CacheRow | None:
-        names = {
-            "collection": self._collection_id,
-            "text": text_sha256,
-            "digest": digest,
-            "ratio": check_keep_ratio(keep_ratio),
-        }
-        row: CacheRow | None = session.scalar(_LOOK_UP, names)
-        return None if row is not None and _is_expired(row) and not expired else row
-
-    def _choose(
-        self, session: Session, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep
-    ) -> CacheRow | None:
-        """The text's cache at a keep ratio; for a `Keep` the one that it gives, else the newest one."""
-        if not isinstance(keep, Keep):
-            return self._find(session, text_sha256, fingerprint.digest, keep)
-        names = {"collection": self._collection_id, "text": text_sha256, "digest": fingerprint.digest}
-        rows = [row for row in session.scalars(_OF_TEXT, names) if not _is_expired(row)]
-        fitting = (row for row in rows if keep.fits(row.keep_ratio, row.n_tokens, fingerprint))
-        return next(fitting, rows[0] if rows else None)
-
-    def _document_of(self, text_sha256: str) -> str:
-        with self._catalog.read() as session:
-            found = session.execute(
-                select_passages(self._collection_id).where(PassageRow.text_sha256 == text_sha256).limit(1)
-            ).first()
-        if found is None:
-            return f"text {text_sha256}"
-        passage, document = found
-        return f"document {document.document_id!r}, passage {passage.ordinal}"
-
-    def _raise_not_found(
-        self, session: Session, text_sha256: str, wanted: Fingerprint, keep_ratio: float | None
-    ) -> None:
+    def _not_found(self, session: Session, text_sha256: str, wanted: Fingerprint, keep: float | Keep) -> CacheError:
+        keep_ratio = None if isinstance(keep, Keep) else check_keep_ratio(keep)
         rows = session.execute(
             select(CacheRow.keep_ratio, FingerprintRow.json)
             .join(FingerprintRow, FingerprintRow.digest == CacheRow.fingerprint)
-            .where(CacheRow.collection_id == self._collection_id, CacheRow.text_sha256 == text_sha256, alive(utc_now()))
+            .where(CacheRow.collection_id == self.collection_id, CacheRow.text_sha256 == text_sha256, alive(utc_now()))
             .order_by(CacheRow.id.desc())
         ).all()
-        where = self._document_of(text_sha256)
-        # 1. A cache at this ratio exists under another fingerprint: raise an error that names the differences. The
-        # newest comes first. Without a ratio any cache of the text will do.
+        where = documents.place_of(session, self.collection_id, text_sha256)
+        # 1. A cache at this ratio exists under another fingerprint: an error that names the differences. The newest
+        # comes first. Without a ratio any cache of the text will do.
         for ratio, json in rows:
             if keep_ratio in (ratio, None):
-                Fingerprint.from_json(json).check(wanted, where=where)
+                try:
+                    Fingerprint.from_json(json).check(wanted, where=where)
+                except FingerprintMismatchError as error:
+                    return error
         # 2. No cache at this ratio: name the ratios that exist.
         ratios = sorted({ratio for ratio, _ in rows})
         others = f"; available keep ratios: {', '.join(map(str, ratios))}" if ratios else ""
-        raise CacheNotFoundError(
+        return CacheNotFoundError(
             f"no distilled cache{'' if keep_ratio is None else f' at keep_ratio {keep_ratio}'}{others}",
             where=where,
             next_step="Run `kv-memory add --stale` to compress what is missing"
@@ -402,17 +380,5 @@ class CacheTable:
         )
 
 
-def _is_expired(row: CacheRow) -> bool:
-    return row.expires_at is not None and row.expires_at <= utc_now()
-
-
-def _load(path: Path) -> DistilledCache:
-    from kv_memory.cache.distilled import DistilledCache
-
-    try:
-        return DistilledCache.load(path)
-    except CorruptCacheError as error:
-        # The bytes have just been verified, so a failed system call is not evidence of damage.
-        if isinstance(error.__cause__, OSError) and (ours := store_error(error.__cause__, str(path))) is not None:
-            raise ours from error
-        raise
+def _cache_info(row: CacheRow) -> CacheInfo:
+    return CacheInfo(**{name: getattr(row, name) for name in CacheInfo.__dataclass_fields__})

@@ -1,7 +1,8 @@
-"""The documents and passages of one collection: the part of `Store` that only needs rows."""
+"""The documents and passages of one collection."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping
@@ -13,46 +14,47 @@ from sqlalchemy.orm import Session
 
 from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.cache.keep import Keep
-from kv_memory.errors import ConfigError, DocumentNotFoundError
+from kv_memory.errors import ConfigError, DocumentNotFoundError, StoreError
 from kv_memory.store import documents
-from kv_memory.store.caches import CacheTable
-from kv_memory.store.purge import index_folder
+from kv_memory.store.blob_references import BlobReferences
 from kv_memory.store.records import DocumentRecord, DocumentSummary, StoredPassage
 from kv_memory.store.sql.catalog import Catalog
 from kv_memory.store.sql.schema import CollectionRow, DocumentRow, PassageRow
 
-__all__ = ["Collection"]
+__all__ = ["CollectionPart", "Documents", "find_collection"]
 
 
-class Collection:
-    """Documents of one collection; only its subclass `Store` is instantiated.
+class CollectionPart:
+    """What the documents and the caches of one collection share.
 
     Args:
         path: Folder of the store.
-        catalog: Catalog of the store.
-        cache_table: Caches of the collection, which are deleted with their documents.
-        collection_id: Catalog row of the collection.
+        collection: Name of the collection.
+        collection_id: Row of the collection in the catalog.
+        references: Catalog and blobs of the store.
     """
 
-    collection: str
-
-    def __init__(self, path: Path, catalog: Catalog, cache_table: CacheTable, collection_id: int) -> None:
+    def __init__(self, path: Path, collection: str, collection_id: int, references: BlobReferences) -> None:
         self.path = path
-        self._catalog = catalog
-        self._cache_table = cache_table
-        self._collection_id = collection_id
+        self.collection = collection
+        self.collection_id = collection_id
+        self.references = references
+        self.catalog = references.catalog
+
+
+class Documents(CollectionPart):
+    """Documents and settings of one collection: the part of `Store` that only needs rows."""
 
     @property
     def index_folder(self) -> Path:
         """Folder of the index over the collection's passages."""
-        return index_folder(self.path, self.collection)
-
-    # the collection
+        # Named by a hash: a collection's name may have characters that a file name may not, or lead out of the store.
+        return self.path / "bm25" / hashlib.sha256(self.collection.encode()).hexdigest()[:16]
 
     def settings(self) -> dict[str, Any]:
         """The collection's settings, as given to `update_settings`."""
-        with self._catalog.read() as session:
-            return dict(session.get_one(CollectionRow, self._collection_id).settings)
+        with self.catalog.read() as session:
+            return dict(session.get_one(CollectionRow, self.collection_id).settings)
 
     def update_settings(self, values: Mapping[str, Any]) -> None:
         """Set some of the collection's settings and keep the others.
@@ -64,21 +66,19 @@ class Collection:
             json.dumps(dict(values))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"settings must be JSON-serialisable: {error}", where="settings") from error
-        with self._catalog.write() as session:
+        with self.catalog.write() as session:
             self._set(session, values)
 
     def _set(self, session: Session, values: Mapping[str, Any]) -> None:
-        row = session.get_one(CollectionRow, self._collection_id)
+        row = session.get_one(CollectionRow, self.collection_id)
         if row.settings != {**row.settings, **values}:
             row.settings = {**row.settings, **values}
 
     @property
     def revision(self) -> int:
         """Revision number, which grows whenever a document is put or deleted; derived data is keyed by it."""
-        with self._catalog.read() as session:
-            return session.get_one(CollectionRow, self._collection_id).revision
-
-    # documents
+        with self.catalog.read() as session:
+            return session.get_one(CollectionRow, self.collection_id).revision
 
     def put_document(self, record: DocumentRecord, *, settings: Mapping[str, Any] | None = None) -> None:
         """Insert a document, or replace the one of the same id, in one transaction.
@@ -93,15 +93,16 @@ class Collection:
             EncodingError: The id, the source URI or a text cannot be stored.
         """
         documents.check_document(record)
-        with self._catalog.write() as session:
-            had_texts = documents.has_texts(session, self._collection_id, record.id)
-            dropped = documents.write_document(session, self._collection_id, record)
-            keys = self._cache_table.retire(session, dropped)
-            documents.bump_revision(session, self._collection_id)
+        with self.catalog.write() as session:
+            hides = any(passage.text is None for passage in record.passages)
+            had_texts = hides and documents.has_texts(session, self.collection_id, record.id)
+            dropped = documents.write_document(session, self.collection_id, record)
+            keys = documents.retire_caches(session, self.collection_id, dropped)
+            documents.bump_revision(session, self.collection_id)
             if settings is not None:
                 self._set(session, settings)
-        self._cache_table.references.delete_unreferenced(keys)
-        if had_texts and any(passage.text is None for passage in record.passages):
+        self.references.delete_unreferenced(keys)
+        if had_texts:
             # The index may have been built from these texts; the next question rebuilds it, without their words.
             shutil.rmtree(self.index_folder, ignore_errors=True)
 
@@ -111,11 +112,11 @@ class Collection:
         Raises:
             DocumentNotFoundError: The collection has no such document.
         """
-        with self._catalog.write() as session:
-            dropped = documents.delete_document(session, self._collection_id, id)
-            keys = self._cache_table.retire(session, dropped)
-            documents.bump_revision(session, self._collection_id)
-        self._cache_table.references.delete_unreferenced(keys)
+        with self.catalog.write() as session:
+            dropped = documents.delete_document(session, self.collection_id, id)
+            keys = documents.retire_caches(session, self.collection_id, dropped)
+            documents.bump_revision(session, self.collection_id)
+        self.references.delete_unreferenced(keys)
 
     def document(self, id: str) -> DocumentRecord:
         """A document with its passages.
@@ -123,42 +124,56 @@ class Collection:
         Raises:
             DocumentNotFoundError: The collection has no such document.
         """
-        with self._catalog.read() as session:
-            return documents.load_document(session, self._collection_id, id)
+        with self.catalog.read() as session:
+            return documents.load_document(session, self.collection_id, id)
 
     def documents(self) -> list[DocumentSummary]:
         """All documents without their text, ordered by id."""
-        with self._catalog.read() as session:
-            return documents.list_documents(session, self._collection_id)
+        with self.catalog.read() as session:
+            return documents.list_documents(session, self.collection_id)
 
     def has_document(self, id: str) -> bool:
         """Whether the collection has a document with this id."""
-        with self._catalog.read() as session:
+        with self.catalog.read() as session:
             try:
-                documents.find_document(session, self._collection_id, id)
+                documents.find_document(session, self.collection_id, id)
             except DocumentNotFoundError:
                 return False
             return True
 
     def find_document(self, id: str, fingerprint: Fingerprint, keep: Keep) -> tuple[DocumentRecord, set[str]] | None:
         """A document, and the hashes of its texts that `cached_texts` returns; None if there is no such document."""
-        with self._catalog.read() as session:
+        with self.catalog.read() as session:
             try:
-                record = documents.load_document(session, self._collection_id, id)
+                record = documents.load_document(session, self.collection_id, id)
             except DocumentNotFoundError:
                 return None
             texts = {passage.text_sha256 for passage in record.passages}
-            return record, documents.cached_texts(session, self._collection_id, texts, fingerprint, keep)
+            return record, documents.cached_texts(session, self.collection_id, texts, fingerprint, keep)
 
     def cached_texts(self, texts: Iterable[str], fingerprint: Fingerprint, keep: Keep) -> set[str]:
         """The subset of `texts` (hashes) that have a cache of exactly this amount; the blobs are not checked."""
-        with self._catalog.read() as session:
-            return documents.cached_texts(session, self._collection_id, texts, fingerprint, keep)
+        with self.catalog.read() as session:
+            return documents.cached_texts(session, self.collection_id, texts, fingerprint, keep)
 
     def passages(self) -> list[StoredPassage]:
         """All passages, ordered by document id and ordinal."""
-        with self._catalog.read() as session:
-            return documents.stored_passages(session, documents.select_passages(self._collection_id))
+        with self.catalog.read() as session:
+            return documents.stored_passages(session, documents.select_passages(self.collection_id))
+
+    def missing(self, fingerprint: Fingerprint, keep_ratio: float | Keep) -> list[StoredPassage]:
+        """The passages without a cache under these settings, ordered by document id and ordinal."""
+        keep = keep_ratio if isinstance(keep_ratio, Keep) else Keep(keep_ratio=keep_ratio)
+        passages = documents.select_passages(self.collection_id)
+        with self.catalog.read() as session:
+            texts = set(session.scalars(passages.with_only_columns(PassageRow.text_sha256).order_by(None)))
+            texts -= documents.cached_texts(session, self.collection_id, texts, fingerprint, keep)
+            found = [
+                passage
+                for batch in documents.batches(sorted(texts))
+                for passage in documents.stored_passages(session, passages.where(PassageRow.text_sha256.in_(batch)))
+            ]
+        return sorted(found, key=lambda passage: (passage.document_id, passage.ordinal))
 
     def passage(self, document_id: str, ordinal: int) -> StoredPassage:
         """One passage.
@@ -166,11 +181,11 @@ class Collection:
         Raises:
             DocumentNotFoundError: The collection has no such document, or the document has fewer passages.
         """
-        with self._catalog.read() as session:
-            documents.find_document(session, self._collection_id, document_id)
+        with self.catalog.read() as session:
+            documents.find_document(session, self.collection_id, document_id)
             found = documents.stored_passages(
                 session,
-                documents.select_passages(self._collection_id).where(
+                documents.select_passages(self.collection_id).where(
                     DocumentRow.document_id == document_id, PassageRow.ordinal == ordinal
                 ),
             )
@@ -184,11 +199,37 @@ class Collection:
 
     def text(self, text_sha256: str) -> str | None:
         """The passage text with this SHA-256 hex digest; None if no passage of the collection keeps such a text."""
-        with self._catalog.read() as session:
+        with self.catalog.read() as session:
             return session.scalar(
                 select(PassageRow.text)
                 .join(DocumentRow, DocumentRow.id == PassageRow.document_pk)
-                .where(DocumentRow.collection_id == self._collection_id, PassageRow.text_sha256 == text_sha256)
+                .where(DocumentRow.collection_id == self.collection_id, PassageRow.text_sha256 == text_sha256)
                 .where(PassageRow.text.is_not(None))
                 .limit(1)
             )
+
+
+def find_collection(catalog: Catalog, name: str, *, create: bool) -> int:
+    """The id of a collection's row; a missing one is created if `create` is on. Errors as in `Store.in_collection`."""
+    if not isinstance(name, str) or not 0 < len(name) <= 255:
+        raise ConfigError(f"a collection name must have 1 to 255 characters, got {name!r}", where="collection")
+    wanted = select(CollectionRow.id).where(CollectionRow.name == name)
+    with catalog.read() as session:
+        found = session.scalar(wanted)
+        names = session.scalars(select(CollectionRow.name).order_by(CollectionRow.name)).all()
+    if found is not None:
+        return found
+    if not create:
+        raise StoreError(
+            f"the store has no collection {name!r}; it has {', '.join(names) or 'none'}",
+            where=catalog.where,
+            next_step="Use one of those, or create the collection by adding a document to it.",
+        )
+    with catalog.write() as session:
+        found = session.scalar(wanted)  # another process may have created it since
+        if found is None:
+            row = CollectionRow(name=name, settings={})
+            session.add(row)
+            session.flush()
+            found = row.id
+        return found

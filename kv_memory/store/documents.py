@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from typing import TypeVar
 
-from sqlalchemy import ColumnElement, Select, delete, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, Select, delete, exists, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.cache.keep import Keep
 from kv_memory.errors import ConfigError, DocumentNotFoundError, EncodingError
-from kv_memory.store.eviction import alive
 from kv_memory.store.records import DocumentRecord, DocumentSummary, PassageRecord, StoredPassage
 from kv_memory.store.sql.schema import CacheRow, CollectionRow, DocumentRow, PassageRow, utc_now
 
 __all__ = [
+    "alive",
     "batches",
     "bump_revision",
     "cached_texts",
@@ -26,7 +27,8 @@ __all__ = [
     "has_texts",
     "list_documents",
     "load_document",
-    "referred_texts",
+    "place_of",
+    "retire_caches",
     "select_passages",
     "stored_passages",
     "unreferenced",
@@ -102,7 +104,7 @@ def write_document(session: Session, collection_id: int, record: DocumentRecord)
     try:
         row = find_document(session, collection_id, record.id)
     except DocumentNotFoundError:
-        row = DocumentRow(collection_id=collection_id, document_id=record.id, created_at=now)
+        row = DocumentRow(collection_id=collection_id, document_id=record.id, created_at=record.created_at or now)
         session.add(row)
     else:
         before = _texts_of(session, row)
@@ -205,6 +207,16 @@ def select_passages(collection_id: int) -> Select[PassageRow, DocumentRow]:
     )
 
 
+def place_of(session: Session, collection_id: int, text_sha256: str) -> str:
+    """Where a text stands, for errors: its document and passage, or its hash."""
+    passages = select_passages(collection_id).where(PassageRow.text_sha256 == text_sha256)
+    found = session.execute(passages.limit(1)).first()
+    if found is None:
+        return f"text {text_sha256}"
+    passage, document = found
+    return f"document {document.document_id!r}, passage {passage.ordinal}"
+
+
 def stored_passages(session: Session, statement: Select[PassageRow, DocumentRow]) -> list[StoredPassage]:
     """Run a query made from `select_passages`."""
     return [
@@ -221,18 +233,18 @@ def stored_passages(session: Session, statement: Select[PassageRow, DocumentRow]
     ]
 
 
-def referred_texts(session: Session, collection_id: int, texts: Iterable[str]) -> set[str]:
-    """The subset of `texts` (hashes) that passages of the collection have."""
-    found: set[str] = set()
+def retire_caches(session: Session, collection_id: int, texts: Iterable[str]) -> list[str]:
+    """Delete caches of texts (hashes) that no passage of the collection has; returns their blob keys."""
+    keys: list[str] = []
     for batch in batches(texts):
-        found.update(
-            session.scalars(
-                select(PassageRow.text_sha256)
-                .join(DocumentRow, DocumentRow.id == PassageRow.document_pk)
-                .where(DocumentRow.collection_id == collection_id, PassageRow.text_sha256.in_(batch))
-            )
-        )
-    return found
+        gone = delete(CacheRow).where(unreferenced(collection_id), CacheRow.text_sha256.in_(batch))
+        keys += session.scalars(gone.returning(CacheRow.blob_key))
+    return keys
+
+
+def alive(now: datetime) -> ColumnElement[bool]:
+    """Condition for caches that have not expired."""
+    return or_(CacheRow.expires_at.is_(None), CacheRow.expires_at > now)
 
 
 def cached_texts(

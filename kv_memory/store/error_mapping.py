@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import diskcache
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
@@ -21,7 +22,7 @@ from kv_memory.errors import (
     interruption_behind,
 )
 
-__all__ = ["mapped", "no_such_bucket", "refused_login", "store_error"]
+__all__ = ["mapped", "no_such_bucket", "raise_mapped", "refused_login", "store_error"]
 
 # EFBIG (a file size limit) is not a full disk, but the user's next step is the same: make room or raise the limit.
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -208,13 +209,18 @@ def mapped(where: Path | str) -> Iterator[None]:
     """
     try:
         yield
-    except KVMemoryError:
-        raise
     except Exception as error:
-        ours = store_error(error, str(where))
-        if ours is not None:
-            raise ours from error
-        stop = interruption_behind(error)
-        if stop is None:
-            raise
-        raise type(stop)(*stop.args) from error  # the interruption, not the error that followed from it
+        raise_mapped(error, str(where))
+
+
+def raise_mapped(error: Exception, where: str) -> NoReturn:
+    """Raise what `mapped` raises for an error."""
+    if isinstance(error, KVMemoryError):
+        raise error
+    ours = store_error(error, where)
+    if ours is not None:
+        raise ours from error
+    stop = interruption_behind(error)
+    if stop is None:
+        raise error
+    raise type(stop)(*stop.args) from error  # the interruption, not the error that followed from it

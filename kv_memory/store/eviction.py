@@ -1,18 +1,30 @@
-"""Size and age limits of caches, and the order of eviction."""
+"""Size and age limits of caches, times of last use, and the order of eviction."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import threading
+import time
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
+from pathlib import Path
 
-from sqlalchemy import ColumnElement, bindparam, delete, func, or_, select, true
+from sqlalchemy import bindparam, delete, func, select, true, update
 from sqlalchemy.orm import Session
 
-from kv_memory.errors import ConfigError, StoreFullError
-from kv_memory.store.sql.schema import CacheRow, CollectionRow, OptionRow
+from kv_memory.errors import ConfigError, StoreError, StoreFullError
+from kv_memory.store import documents
+from kv_memory.store.blob_references import BlobReferences
+from kv_memory.store.collection import CollectionPart
+from kv_memory.store.documents import alive
+from kv_memory.store.metrics import EVICTIONS
+from kv_memory.store.sql.catalog import Catalog
+from kv_memory.store.sql.schema import CacheRow, CollectionRow, OptionRow, PassageRow, utc_now
 
-__all__ = ["Limits", "alive", "evict", "read_limits", "write_limits"]
+__all__ = ["Eviction", "LastUses", "Limits", "read_limits", "write_limits"]
+
+_LOG = logging.getLogger(__name__)
 
 _BUDGET = "budget"
 # Built once: each put runs it twice, and building it takes longer than running it.
@@ -44,11 +56,6 @@ class Limits:
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be above 0 or None, got {value}", where=name)
 
-    @property
-    def bounded(self) -> bool:
-        """Whether a size limit is set, so that eviction may be needed."""
-        return self.max_size_bytes is not None or self.store_max_size_bytes is not None
-
 
 def read_limits(session: Session, collection_id: int) -> Limits:
     """The limits of a collection."""
@@ -69,69 +76,146 @@ def write_limits(session: Session, collection_id: int, limits: Limits) -> None:
         session.add(OptionRow(key=_BUDGET, value=value))
 
 
-def alive(now: datetime) -> ColumnElement[bool]:
-    """Condition for caches that have not expired."""
-    return or_(CacheRow.expires_at.is_(None), CacheRow.expires_at > now)
+_FLUSH_EVERY = 256  # caches with a time of last use that a crash may lose; a write per get would cost an fsync each
 
 
-def evict(
-    session: Session,
-    collection_id: int,
-    limits: Limits,
-    *,
-    now: datetime,
-    spare: int | None,
-    being_read: Callable[[str], bool],
-) -> list[str]:
-    """Delete rows while a size limit is exceeded: expired caches first, then the least recently used.
+class LastUses:
+    """Times of last use of caches, written to the catalog with a delay. Thread-safe."""
 
-    Args:
-        session: Session of a writing transaction.
-        collection_id: Catalog row of the collection that `max_size_bytes` applies to.
-        limits: Limits to enforce.
-        now: Time at which expiry is judged.
-        spare: Id of the row that was just added, which is not evicted; None for no such row.
-        being_read: Function that returns whether a process of this machine reads the blob of a key.
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._lock = threading.Lock()
+        self._used: dict[int, float] = {}
 
-    Returns:
-        Blob keys of the deleted rows, for `BlobReferences.delete_unreferenced`.
+    def note(self, row_id: int) -> None:
+        """Record that the cache of a row was used now."""
+        with self._lock:
+            self._used[row_id] = time.time()
+            full = len(self._used) >= _FLUSH_EVERY
+        if full:
+            self.flush()
 
-    Raises:
-        StoreFullError: Caches that are pinned, being read or just added exceed a limit; roll back.
-    """
-    gone: list[str] = []
-    everywhere = true()
-    for scope, limit in (
-        (CacheRow.collection_id == collection_id, limits.max_size_bytes),
-        (everywhere, limits.store_max_size_bytes),
-    ):
-        if limit is None:
-            continue
-        excess = (session.scalar(select(func.coalesce(func.sum(CacheRow.size_bytes), 0)).where(scope)) or 0) - limit
-        if excess <= 0:
-            continue
-        oldest_first = (
-            select(CacheRow.id, CacheRow.blob_key, CacheRow.size_bytes)
-            .where(scope, CacheRow.pinned.is_(False), CacheRow.id != spare)
-            # Expired caches come first, whatever their last use.
-            .order_by(alive(now), func.coalesce(CacheRow.last_used_at, CacheRow.created_at), CacheRow.id)
-        )
-        ids: list[int] = []
-        with session.execute(oldest_first.execution_options(yield_per=200)) as candidates:
-            for row_id, key, size_bytes in candidates:
-                if being_read(key):
-                    continue
-                ids.append(row_id)
-                gone.append(key)
-                excess -= size_bytes
-                if excess <= 0:
-                    break
-        if excess > 0:
-            raise StoreFullError(
-                f"the size limit of {limit:,} bytes is exceeded by {excess:,} bytes that are pinned, in use or new",
-                where="collection" if scope is not everywhere else "store",
-                next_step="Raise the limit (`kv-memory budget`) or unpin documents (`kv-memory unpin`).",
+    def flush(self) -> None:
+        """Write the times in the buffer; if that fails they are dropped, and no error is raised."""
+        if self._used:
+            with suppress(StoreError), self._catalog.write() as session:
+                self.write(session)
+
+    def write(self, session: Session) -> None:
+        """Write the times in the buffer in a writing transaction."""
+        with self._lock:
+            used, self._used = self._used, {}
+        for row_id, at in used.items():
+            last_used_at = datetime.fromtimestamp(at, UTC)
+            session.execute(update(CacheRow).where(CacheRow.id == row_id).values(last_used_at=last_used_at))
+
+
+class Eviction(CollectionPart):
+    """Limits of one collection, and eviction of its caches."""
+
+    def __init__(self, path: Path, collection: str, collection_id: int, references: BlobReferences) -> None:
+        super().__init__(path, collection, collection_id, references)
+        self.uses = LastUses(references.catalog)
+
+    def limits(self) -> Limits:
+        """Size and age limits of the collection and the store."""
+        with self.catalog.read() as session:
+            return read_limits(session, self.collection_id)
+
+    def set_limits(self, limits: Limits) -> int:
+        """Limit the collection and the store, and evict at once what exceeds the limits, least recently used first.
+
+        A cache's expiry is fixed when it is put: a new `ttl_s` does not change existing caches.
+
+        Returns:
+            Number of evicted caches.
+
+        Raises:
+            StoreFullError: Pinned caches exceed a limit. The limits are set nevertheless.
+        """
+        with self.catalog.write() as session:
+            write_limits(session, self.collection_id, limits)
+        return self.make_room()
+
+    def make_room(self) -> int:
+        """Evict what exceeds the limits now, e.g. after caches were copied, and return the number of evicted caches."""
+        with self.catalog.write() as session:
+            gone = self._evict(session, read_limits(session, self.collection_id), utc_now(), spare=None)
+        self.references.delete_unreferenced(gone)
+        return len(gone)
+
+    def pin(self, document_id: str, *, pinned: bool = True) -> int:
+        """Pin the caches that a document has now, so that they are not evicted, or unpin them; they still expire.
+
+        Returns:
+            Number of these caches.
+
+        Raises:
+            DocumentNotFoundError: The collection has no such document.
+        """
+        with self.catalog.write() as session:
+            row = documents.find_document(session, self.collection_id, document_id)
+            texts = select(PassageRow.text_sha256).where(PassageRow.document_pk == row.id)
+            changed = session.scalars(
+                update(CacheRow)
+                .where(CacheRow.collection_id == self.collection_id, CacheRow.text_sha256.in_(texts))
+                .values(pinned=pinned)
+                .returning(CacheRow.id)
+            ).all()
+        return len(changed)
+
+    def _evict(self, session: Session, limits: Limits, now: datetime, *, spare: int | None) -> list[str]:
+        """Delete rows while a size limit is exceeded: expired caches first, then the least recently used.
+
+        Args:
+            session: Session of a writing transaction.
+            limits: Limits to enforce.
+            now: Time at which expiry is judged.
+            spare: Id of the row that was just added, which is not evicted; None for no such row.
+
+        Returns:
+            Blob keys of the deleted rows, for `BlobReferences.delete_unreferenced`.
+
+        Raises:
+            StoreFullError: Caches that are pinned or just added exceed a limit; roll back.
+        """
+        if limits.max_size_bytes is None and limits.store_max_size_bytes is None:
+            return []
+        self.uses.write(session)
+        gone: list[str] = []
+        everywhere = true()
+        for scope, limit in (
+            (CacheRow.collection_id == self.collection_id, limits.max_size_bytes),
+            (everywhere, limits.store_max_size_bytes),
+        ):
+            if limit is None:
+                continue
+            excess = (session.scalar(select(func.coalesce(func.sum(CacheRow.size_bytes), 0)).where(scope)) or 0) - limit
+            if excess <= 0:
+                continue
+            oldest_first = (
+                select(CacheRow.id, CacheRow.blob_key, CacheRow.size_bytes)
+                .where(scope, CacheRow.pinned.is_(False), CacheRow.id != spare)
+                # Expired caches come first, whatever their last use.
+                .order_by(alive(now), func.coalesce(CacheRow.last_used_at, CacheRow.created_at), CacheRow.id)
             )
-        for start in range(0, len(ids), 500):
-            session.execute(delete(CacheRow).where(CacheRow.id.in_(ids[start : start + 500])))
-    return gone
+            ids: list[int] = []
+            with session.execute(oldest_first.execution_options(yield_per=200)) as candidates:
+                for row_id, key, size_bytes in candidates:
+                    ids.append(row_id)
+                    gone.append(key)
+                    excess -= size_bytes
+                    if excess <= 0:
+                        break
+            if excess > 0:
+                raise StoreFullError(
+                    f"the size limit of {limit:,} bytes is exceeded by {excess:,} bytes that are pinned or new",
+                    where="collection" if scope is not everywhere else "store",
+                    next_step="Raise the limit (`kv-memory budget`) or unpin documents (`kv-memory unpin`).",
+                )
+            for start in range(0, len(ids), 500):
+                session.execute(delete(CacheRow).where(CacheRow.id.in_(ids[start : start + 500])))
+        if gone:
+            EVICTIONS.labels(self.collection).inc(len(gone))
+            _LOG.info("evicted %d distilled caches to stay within the size limit", len(gone))
+        return gone

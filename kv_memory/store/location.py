@@ -13,11 +13,14 @@ from pathlib import Path
 
 from sqlalchemy import make_url
 
-from kv_memory.errors import ConfigError, StoreError
+from kv_memory.errors import ConfigError, StoreError, StorePermissionError
+from kv_memory.store.blobs.local import check_folder
 from kv_memory.store.error_mapping import mapped
-from kv_memory.store.fs import fsync_folder, private_opener
+from kv_memory.store.fs import fsync_folder, private_folder, private_opener
 
-__all__ = ["TIER_SIZE_BYTES", "StorePlace", "find_place", "write_place"]
+__all__ = ["CATALOG_FILE", "TIER_SIZE_BYTES", "StorePlace", "catalog_of", "find_place", "prepare_folder", "write_place"]
+
+CATALOG_FILE = "catalog.sqlite"
 
 TIER_SIZE_BYTES = 20 * 10**9
 _FILE = "store.json"
@@ -50,6 +53,57 @@ class StorePlace:
     def embedded(self) -> bool:
         """Whether the folder holds both catalog and blobs."""
         return self.catalog is None and self.blobs is None
+
+
+def prepare_folder(path: Path | str, *, create: bool) -> tuple[Path, bool]:
+    """The absolute path of a store's folder, made if it is missing, and whether it has no store yet.
+
+    Raises:
+        StoreError: There is no store and `create` is off, or the path has the name of an environment variable in it.
+        StorePermissionError: The folder is not readable and writable.
+    """
+    folder = Path(os.path.abspath(Path(path).expanduser()))
+    check_folder(folder)
+    with mapped(folder):
+        new = not _has_store(folder)
+        if not create:
+            _check_there(folder)
+        private_folder(folder)
+        # Checked first, because SQLite's own error for a forbidden folder comes late and says "unable to open".
+        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+            raise StorePermissionError(
+                "no permission to read and write the store's folder",
+                where=str(folder),
+                next_step="Give your user read and write permission on it, or open a store somewhere else.",
+            )
+        for name in ("blobs", "quarantine"):
+            private_folder(folder / name)
+    return folder, new
+
+
+def _has_store(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (CATALOG_FILE, _FILE))
+
+
+def _check_there(folder: Path) -> None:
+    if not _has_store(folder):
+        raise StoreError(
+            "there is no store in this folder",
+            where=str(folder),
+            next_step="Create one with `kv-memory add FILE`, or give the folder of a store with `--store`.",
+        )
+
+
+def catalog_of(path: Path | str) -> Path | str:
+    """Location of the catalog of a store's folder, for `Catalog`; nothing is opened.
+
+    Raises:
+        StoreError: The folder has no store.
+    """
+    folder = Path(os.path.abspath(Path(path).expanduser()))
+    _check_there(folder)
+    place = find_place(folder, catalog=None, blobs=None, tier_size_bytes=None, new=False)
+    return place.catalog or folder / CATALOG_FILE
 
 
 def find_place(

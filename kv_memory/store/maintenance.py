@@ -7,42 +7,32 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from sqlalchemy import delete, func, select
-from sqlalchemy.orm import Session
 
-from kv_memory.errors import CorruptCacheError
-from kv_memory.store.blob_references import BlobReferences
-from kv_memory.store.blobs.verified import VerifiedBlobs
-from kv_memory.store.documents import unreferenced
-from kv_memory.store.eviction import alive
+from kv_memory.store.blob_references import BlobReferences, named_blobs
+from kv_memory.store.collection import CollectionPart
+from kv_memory.store.documents import alive, unreferenced
 from kv_memory.store.records import CheckReport, GcReport, StoreStats
-from kv_memory.store.sql.catalog import Catalog
 from kv_memory.store.sql.schema import CacheRow, DocumentRow, FingerprintRow, PassageRow, PrefixRow, utc_now
 
-__all__ = ["check", "count", "gc"]
+__all__ = ["GRACE_S", "check", "gc", "stats"]
+
+# A blob or file without a row may belong to a put in progress. An upload takes less than this.
+GRACE_S = 600.0
 
 
-def _named_blobs(session: Session) -> dict[str, int]:
-    """Every blob that a row of any collection names, with its size in bytes."""
-    named: dict[str, int] = {}
-    for table in (CacheRow, PrefixRow):
-        for key, size_bytes in session.execute(select(table.blob_key, table.size_bytes)):
-            named[key] = size_bytes
-    return named
-
-
-def check(references: BlobReferences, collection_id: int) -> CheckReport:
+def check(part: CollectionPart) -> CheckReport:
     """See `Store.check`."""
-    catalog, verified_blobs = references.catalog, references.verified_blobs
+    references = part.references
     # Blobs are listed and hashed while others write, so every difference between the two lists is checked once more.
-    audit = verified_blobs.blobs.audit()
-    with catalog.read() as session:
-        named = _named_blobs(session)
-        waiting = session.scalars(select(CacheRow.text_sha256).where(unreferenced(collection_id)).distinct()).all()
-    missing = _really_missing(catalog, verified_blobs, named.keys() - audit.keys)
+    audit = references.verified_blobs.blobs.audit(min_age_s=GRACE_S)
+    with part.catalog.read() as session:
+        named = named_blobs(session)
+        waiting = session.scalars(select(CacheRow.text_sha256).where(unreferenced(part.collection_id)).distinct()).all()
+    missing = _really_missing(references, named.keys() - audit.keys)
     there = {key: size_bytes for key, size_bytes in named.items() if key not in missing}
     damaged = {key for key in sorted(there) if references.quarantine_if_damaged(key, there[key])}
     sound = there.keys() - damaged
-    with catalog.read() as session:
+    with part.catalog.read() as session:
         rows = session.scalars(select(CacheRow).order_by(CacheRow.id)).all()
     misfiled = [row.text_sha256 for row in rows if row.blob_key in sound and references.drop_if_misfiled(row)]
     return CheckReport(
@@ -51,61 +41,45 @@ def check(references: BlobReferences, collection_id: int) -> CheckReport:
         damaged=tuple(sorted(damaged)),
         misfiled=tuple(misfiled),
         missing=tuple(sorted(missing)),
-        orphans=tuple(sorted(_really_orphaned(catalog, audit.keys - named.keys()))),
+        orphans=tuple(sorted(_really_orphaned(references, audit.keys - audit.young - named.keys()))),
         strays=audit.strays,
         unreferenced=tuple(sorted(waiting)),
     )
 
 
-def _really_missing(catalog: Catalog, verified_blobs: VerifiedBlobs, keys: AbstractSet[str]) -> set[str]:
+def _really_missing(references: BlobReferences, keys: AbstractSet[str]) -> set[str]:
     """The subset of the blobs that do not exist although rows still name them."""
-    with catalog.read() as session:
-        still = keys & _named_blobs(session).keys() if keys else set()
-    return {key for key in still if not _is_there(verified_blobs, key)}
+    gone = {key for key in keys if not references.verified_blobs.blobs.has(key)}
+    with references.catalog.read() as session:
+        return gone & named_blobs(session, gone).keys()
 
 
-def _is_there(verified_blobs: VerifiedBlobs, key: str) -> bool:
-    try:
-        return verified_blobs.blobs.path(key) is not None
-    except CorruptCacheError:
-        return False
+def _really_orphaned(references: BlobReferences, keys: AbstractSet[str]) -> set[str]:
+    """The subset of the blobs that no row names by now."""
+    with references.catalog.read() as session:
+        return set(keys - named_blobs(session, keys).keys())
 
 
-def _really_orphaned(catalog: Catalog, keys: AbstractSet[str]) -> set[str]:
-    """The subset of the blobs that no row names, and that no writer is about to name."""
-    free = set()
-    for key in keys:
-        with catalog.hold(f"blob {key}", wait=False) as ours:
-            if ours:
-                free.add(key)
-    with catalog.read() as session:
-        return free - _named_blobs(session).keys() if free else set()
-
-
-def gc(references: BlobReferences, collection_id: int) -> GcReport:
+def gc(part: CollectionPart) -> GcReport:
     """See `Store.gc`."""
-    catalog, verified_blobs = references.catalog, references.verified_blobs
-    audit = verified_blobs.blobs.audit(repair=True)
-    with catalog.read() as session:
-        named = _named_blobs(session)
-    orphans = _really_orphaned(catalog, audit.keys - named.keys())
-    missing = _really_missing(catalog, verified_blobs, named.keys() - audit.keys)
+    references = part.references
+    audit = references.verified_blobs.blobs.audit(min_age_s=GRACE_S, repair=True)
+    with part.catalog.read() as session:
+        named = named_blobs(session).keys()
+    orphans = _really_orphaned(references, audit.keys - audit.young - named)
+    missing = _really_missing(references, named - audit.keys)
     # Rows first, in a transaction of their own: if it fails, no blob has been removed under a row that stays.
-    with catalog.write() as session:
-        expired = session.execute(
-            delete(CacheRow).where(~alive(utc_now())).returning(CacheRow.id, CacheRow.blob_key)
-        ).all()
-        waiting = session.execute(
-            delete(CacheRow).where(unreferenced(collection_id)).returning(CacheRow.id, CacheRow.blob_key)
+    with part.catalog.write() as session:
+        expired = session.scalars(delete(CacheRow).where(~alive(utc_now())).returning(CacheRow.blob_key)).all()
+        waiting = session.scalars(
+            delete(CacheRow).where(unreferenced(part.collection_id)).returning(CacheRow.blob_key)
         ).all()
         n_dangling = 0
         for key in missing:
             for table in (CacheRow, PrefixRow):
                 n_dangling += len(session.scalars(delete(table).where(table.blob_key == key).returning(table.id)).all())
         session.execute(delete(FingerprintRow).where(FingerprintRow.digest.not_in(select(CacheRow.fingerprint))))
-    freed_bytes = audit.freed_bytes + references.delete_unreferenced(
-        [*orphans, *(row.blob_key for row in (*waiting, *expired))]
-    )
+    freed_bytes = audit.freed_bytes + references.delete_unreferenced([*orphans, *waiting, *expired])
     return GcReport(
         n_orphan_blobs=len(orphans),
         n_dangling_rows=n_dangling,
@@ -116,20 +90,20 @@ def gc(references: BlobReferences, collection_id: int) -> GcReport:
     )
 
 
-def count(catalog: Catalog, folder: Path, quarantine: Path, collection_id: int) -> StoreStats:
+def stats(part: CollectionPart) -> StoreStats:
     """See `Store.stats`."""
-    with catalog.read() as session:
+    with part.catalog.read() as session:
         n_documents = session.scalar(
-            select(func.count()).select_from(DocumentRow).where(DocumentRow.collection_id == collection_id)
+            select(func.count()).select_from(DocumentRow).where(DocumentRow.collection_id == part.collection_id)
         )
         n_passages, n_tokens = session.execute(
             select(func.count(), func.coalesce(func.sum(PassageRow.n_tokens), 0))
             .join(DocumentRow, DocumentRow.id == PassageRow.document_pk)
-            .where(DocumentRow.collection_id == collection_id)
+            .where(DocumentRow.collection_id == part.collection_id)
         ).one()
         n_caches, cache_bytes = session.execute(
             select(func.count(), func.coalesce(func.sum(CacheRow.size_bytes), 0)).where(
-                CacheRow.collection_id == collection_id
+                CacheRow.collection_id == part.collection_id
             )
         ).one()
     return StoreStats(
@@ -138,8 +112,8 @@ def count(catalog: Catalog, folder: Path, quarantine: Path, collection_id: int) 
         n_tokens=n_tokens,
         n_caches=n_caches,
         cache_bytes=cache_bytes,
-        disk_bytes=_size_of(folder),
-        n_quarantined=len(os.listdir(quarantine)),
+        disk_bytes=_size_of(part.path),
+        n_quarantined=len(os.listdir(part.references.verified_blobs.quarantine_folder)),
     )
 
 

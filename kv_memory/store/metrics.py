@@ -1,4 +1,6 @@
-"""Prometheus metrics of a store, for `kv-memory stats --prometheus` and for a `/metrics` endpoint of your own.
+"""Prometheus metrics: counters and times of this process, and the sizes of a collection.
+
+The counters are in prometheus_client's registry. An endpoint adds a collection's sizes to it:
 
 from prometheus_client import REGISTRY
 from kv_memory.store.metrics import StoreCollector
@@ -9,20 +11,44 @@ REGISTRY.register(StoreCollector(memory.store))
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from kv_memory.store.counters import BUCKETS_S, NAMES
-from kv_memory.store.store import Store
+if TYPE_CHECKING:
+    from kv_memory.store.store import Store
 
-__all__ = ["StoreCollector", "prometheus_text"]
+__all__ = [
+    "BYTES_READ",
+    "BYTES_WRITTEN",
+    "EVICTIONS",
+    "GETS",
+    "GET_SECONDS",
+    "PUT_SECONDS",
+    "StoreCollector",
+    "prometheus_text",
+]
+
+_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+_LABELS = ["collection"]
+
+GETS = Counter(
+    "kv_memory_gets",
+    "look-ups of distilled caches; outcome: hit, missing (or expired), mismatch (of another model, adapter, prompt or "
+    "format) or corrupt (damaged and quarantined)",
+    ["collection", "outcome"],
+)
+GET_SECONDS = Histogram("kv_memory_get_seconds", "seconds spent reading a returned cache", _LABELS, buckets=_BUCKETS_S)
+PUT_SECONDS = Histogram("kv_memory_put_seconds", "seconds spent writing a new cache", _LABELS, buckets=_BUCKETS_S)
+BYTES_READ = Counter("kv_memory_bytes_read", "bytes of blobs of returned caches", _LABELS)
+BYTES_WRITTEN = Counter("kv_memory_bytes_written", "bytes of blobs of new caches", _LABELS)
+EVICTIONS = Counter("kv_memory_evictions", "distilled caches evicted to stay within a size limit", _LABELS)
 
 
 class StoreCollector(Collector):
-    """Counts and sizes of one collection, collected at each scrape.
+    """Sizes of one collection, collected at each scrape.
 
     Args:
         store: Store that stays open as long as it is scraped.
@@ -31,40 +57,27 @@ class StoreCollector(Collector):
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def collect(self) -> Iterator[Any]:
+    def collect(self) -> Iterator[Metric]:
         """The metric families."""
-        label = [self._store.collection]
-        stats, limits, counts = self._store.stats(), self._store.limits(), self._store.counters()
-        gauges = {
-            "documents": (stats.n_documents, "documents of the collection"),
-            "passages": (stats.n_passages, "passages of the collection"),
-            "caches": (stats.n_caches, "distilled caches of the collection"),
-            "cache_bytes": (stats.cache_bytes, "bytes of the collection's distilled caches"),
-            "quarantined_files": (stats.n_quarantined, "quarantined files of the whole store"),
-            "disk_bytes": (stats.disk_bytes, "bytes of the store's folder, with all collections"),
-            "max_size_bytes": (limits.max_size_bytes or 0, "size limit of the collection in bytes; 0 for no limit"),
-        }
-        for name, (value, text) in gauges.items():
-            family = GaugeMetricFamily(f"kv_memory_{name}", text, labels=["collection"])
-            family.add_metric(label, value)
+        stats, limits = self._store.stats(), self._store.limits()
+        for name, value, text in (
+            ("documents", stats.n_documents, "documents of the collection"),
+            ("passages", stats.n_passages, "passages of the collection"),
+            ("caches", stats.n_caches, "distilled caches of the collection"),
+            ("cache_bytes", stats.cache_bytes, "bytes of the collection's distilled caches"),
+            ("quarantined_files", stats.n_quarantined, "quarantined files of the whole store"),
+            ("disk_bytes", stats.disk_bytes, "bytes of the store's folder, with all collections"),
+            ("max_size_bytes", limits.max_size_bytes or 0, "size limit of the collection in bytes; 0 for no limit"),
+        ):
+            family = GaugeMetricFamily(f"kv_memory_{name}", text, labels=_LABELS)
+            family.add_metric([self._store.collection], value)
             yield family
-        for name, text in NAMES.items():
-            if name == "get_seconds":
-                continue
-            counter = CounterMetricFamily(f"kv_memory_{name}", text, labels=["collection"])
-            counter.add_metric(label, counts.get(name, 0.0))
-            yield counter
-        hits = counts.get("hits", 0.0)
-        histogram = HistogramMetricFamily(
-            "kv_memory_get_seconds", "seconds spent reading a returned cache", labels=["collection"]
-        )
-        buckets = [(f"{end:g}", counts.get(f"get_seconds_le_{end:g}", 0.0)) for end in BUCKETS_S]
-        histogram.add_metric(label, buckets=[*buckets, ("+Inf", hits)], sum_value=counts.get("get_seconds", 0.0))
-        yield histogram
 
 
 def prometheus_text(store: Store) -> str:
-    """The metrics of a store's collection in Prometheus's text format."""
+    """The sizes of a store's collection, and the counters of this process, in Prometheus's text format."""
     registry = CollectorRegistry()
     registry.register(StoreCollector(store))
+    for metric in (GETS, GET_SECONDS, PUT_SECONDS, BYTES_READ, BYTES_WRITTEN, EVICTIONS):
+        registry.register(metric)
     return generate_latest(registry).decode()

@@ -8,127 +8,71 @@ guarantees nothing. If the medium itself may fall into other hands, encrypt it.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from diskcache.core import DBNAME
 from sqlalchemy import delete, select
 
 from kv_memory.store import documents
+from kv_memory.store.blob_references import named_blobs
 from kv_memory.store.blobs.remote import ObjectBlobs
-from kv_memory.store.caches import CacheTable
+from kv_memory.store.collection import CollectionPart
 from kv_memory.store.error_mapping import mapped
-from kv_memory.store.sql.catalog import Catalog
+from kv_memory.store.records import PurgeReport
 from kv_memory.store.sql.engine import scrub_sqlite
-from kv_memory.store.sql.schema import CacheRow, FingerprintRow, JobRow, PrefixRow, TaskRow
+from kv_memory.store.sql.schema import CacheRow, FingerprintRow
 
-__all__ = ["PurgeReport", "index_folder", "purge"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PurgeReport:
-    """Removals by `Store.purge`.
-
-    Attributes:
-        documents: Ids of the purged documents.
-        n_blobs: Number of removed blobs of these documents' caches.
-        n_blobs_shared: Number of their blobs that stay, because caches of equal texts in other collections use them
-            too.
-        n_orphan_blobs: Number of other blobs that no row named.
-        n_quarantined: Number of files in quarantine, which cannot be attributed to documents.
-        n_strays: Number of leftovers of interrupted writes.
-        freed_bytes: Size of the removed blobs and files in bytes.
-    """
-
-    documents: tuple[str, ...]
-    n_blobs: int
-    n_blobs_shared: int
-    n_orphan_blobs: int
-    n_quarantined: int
-    n_strays: int
-    freed_bytes: int
+__all__ = ["purge"]
 
 
-def index_folder(folder: Path, collection: str) -> Path:
-    """Folder of a collection's index in a store's folder.
-
-    It is named by a hash, because a collection's name may have characters that a file name may not, or lead out of
-    the store.
-    """
-    return folder / "bm25" / hashlib.sha256(collection.encode()).hexdigest()[:16]
-
-
-def purge(
-    cache_table: CacheTable,
-    collection_id: int,
-    ids: Iterable[str],
-    *,
-    folder: Path,
-    collection: str,
-) -> PurgeReport:
+def purge(part: CollectionPart, index_folder: Path, ids: Iterable[str]) -> PurgeReport:
     """See `Store.purge`."""
-    references = cache_table.references
-    catalog, verified_blobs = references.catalog, references.verified_blobs
+    references, catalog = part.references, part.catalog
+    blobs = references.verified_blobs.blobs
     chosen = tuple(dict.fromkeys(ids))
+    # 1. The rows, of all documents or none.
     keys: set[str] = set()
     if chosen:
         with catalog.write() as session:
             dropped: set[str] = set()
             for id_ in chosen:
-                dropped |= documents.delete_document(session, collection_id, id_)
-            keys.update(cache_table.retire(session, dropped))
-            jobs = select(JobRow.id).where(JobRow.collection_id == collection_id)
-            for batch in documents.batches(chosen):
-                session.execute(delete(TaskRow).where(TaskRow.document_id.in_(batch), TaskRow.job_id.in_(jobs)))
+                dropped |= documents.delete_document(session, part.collection_id, id_)
+            keys.update(documents.retire_caches(session, part.collection_id, dropped))
             session.execute(delete(FingerprintRow).where(FingerprintRow.digest.not_in(select(CacheRow.fingerprint))))
-            documents.bump_revision(session, collection_id)
-    freed_bytes, n_shared = 0, 0
-    for key in keys:
-        # Not `BlobReferences.delete_unreferenced`, which silently leaves blobs that it cannot lock at once to `gc`.
-        with catalog.hold(f"blob {key}"):
-            if _unnamed(catalog, [key]):
-                freed_bytes += verified_blobs.blobs.delete(key)
-            else:
-                n_shared += 1
-    audit = verified_blobs.blobs.audit(repair=True)
-    orphans = _unnamed(catalog, audit.keys)
-    freed_bytes += audit.freed_bytes + references.delete_unreferenced(orphans)
-    if isinstance(verified_blobs.blobs, ObjectBlobs):
-        # Copies of blobs that another machine purged; anything in the tier may be dropped at any time.
-        for key in _unnamed(catalog, verified_blobs.blobs.tier.audit().keys):
-            verified_blobs.blobs.tier.delete(key)
-    n_quarantined = 0
-    with mapped(folder):
-        for file in verified_blobs.quarantine_folder.iterdir():
-            freed_bytes += file.lstat().st_size
-            file.unlink()
-            n_quarantined += 1
-        index = index_folder(folder, collection)
-        if index.is_dir():
-            shutil.rmtree(index)
-    scrub_sqlite(folder / "blobs" / DBNAME)
-    catalog.scrub()
+            documents.bump_revision(session, part.collection_id)
+    with catalog.hold("purge"):
+        # 2. Blobs without a row: theirs, and those of earlier deletions and interrupted writes, however young. A put
+        # in progress finds its blob removed, and stores it again.
+        audit = blobs.audit(min_age_s=-1.0, repair=True)
+        with catalog.read() as session:
+            named = named_blobs(session)
+        freed_bytes = audit.freed_bytes
+        for batch in documents.batches(keys | (audit.keys - named.keys()), 50):
+            freed_bytes += references.remove_unnamed(batch)
+        if isinstance(blobs, ObjectBlobs):
+            # Copies of blobs that another machine purged; anything in the tier may be dropped at any time.
+            for key in blobs.tier.audit(min_age_s=0.0).keys - named.keys():
+                blobs.tier.delete(key)
+        # 3. Files that say what was in a document.
+        n_quarantined = 0
+        with mapped(part.path):
+            for file in references.verified_blobs.quarantine_folder.iterdir():
+                freed_bytes += file.lstat().st_size
+                file.unlink()
+                n_quarantined += 1
+            if index_folder.is_dir():
+                shutil.rmtree(index_folder)
+        # 4. What the databases keep of deleted rows.
+        scrub_sqlite(part.path / "blobs" / DBNAME)
+        catalog.scrub()
     return PurgeReport(
         documents=chosen,
-        n_blobs=len(keys) - n_shared,
-        n_blobs_shared=n_shared,
-        n_orphan_blobs=len(orphans),
+        n_blobs=len(keys - named.keys()),
+        n_blobs_shared=len(keys & named.keys()),
+        n_orphan_blobs=len(audit.keys - named.keys() - keys),
         n_quarantined=n_quarantined,
         n_strays=len(audit.strays),
         freed_bytes=freed_bytes,
     )
-
-
-def _unnamed(catalog: Catalog, keys: Iterable[str]) -> set[str]:
-    """The subset of the blobs that no row of any collection names."""
-    unnamed: set[str] = set()
-    for batch in documents.batches(keys):
-        with catalog.read() as session:
-            named: set[str] = set()
-            for table in (CacheRow, PrefixRow):
-                named.update(session.scalars(select(table.blob_key).where(table.blob_key.in_(batch))))
-        unnamed.update(set(batch) - named)
-    return unnamed

@@ -17,6 +17,7 @@ __all__ = [
     "DocumentSummary",
     "GcReport",
     "PassageRecord",
+    "PurgeReport",
     "StoreStats",
     "StoredPassage",
 ]
@@ -71,7 +72,7 @@ class DocumentRecord:
         metadata: JSON-serialisable metadata.
         passage_tokens: Length limit of its passages in tokens; None if it was not split.
         passages: Passages in the order of the text.
-        created_at: Time of the first put, UTC; set by the store, and ignored when put.
+        created_at: Time of the first put, UTC; set by the store unless given for a new document.
         updated_at: Time of the last put, UTC; set by the store, and ignored when put.
     """
 
@@ -182,9 +183,10 @@ class CheckReport:
         damaged: Keys of blobs with wrong bytes; they are quarantined, and their rows deleted.
         misfiled: `text_sha256` of caches with a row that named the blob of something else; these rows are deleted.
         missing: Keys of blobs that rows name and that do not exist. `Store.gc` deletes the rows.
-        orphans: Keys of blobs that no row names. `Store.gc` deletes them.
-        strays: Leftovers of interrupted writes: paths in the blob folder or object store, or `row N` of diskcache's
-            table. `Store.gc` deletes them.
+        orphans: Keys of blobs that no row names, without those younger than ten minutes, which may belong to a put in
+            progress. `Store.gc` deletes them.
+        strays: Leftovers of interrupted writes, older than ten minutes: paths in the blob folder or object store, or
+            `row N` of diskcache's table. `Store.gc` deletes them.
         unreferenced: `text_sha256` of this collection's caches with a text that is in no passage: an interrupted or
             running `add` leaves them for its next run. `Store.gc` deletes them.
     """
@@ -221,6 +223,30 @@ class GcReport:
     n_dangling_rows: int
     n_unreferenced_caches: int
     n_expired_caches: int
+    n_strays: int
+    freed_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PurgeReport:
+    """Removals by `Store.purge`.
+
+    Attributes:
+        documents: Ids of the purged documents.
+        n_blobs: Number of removed blobs of these documents' caches.
+        n_blobs_shared: Number of their blobs that stay, because caches of equal texts in other collections use them
+            too.
+        n_orphan_blobs: Number of other blobs that no row named.
+        n_quarantined: Number of files in quarantine, which cannot be attributed to documents.
+        n_strays: Number of leftovers of interrupted writes.
+        freed_bytes: Size of the removed blobs and files in bytes.
+    """
+
+    documents: tuple[str, ...]
+    n_blobs: int
+    n_blobs_shared: int
+    n_orphan_blobs: int
+    n_quarantined: int
     n_strays: int
     freed_bytes: int
 

@@ -2,50 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
-from sqlalchemy import select, update
-
-from kv_memory.cache.fingerprint import Fingerprint
-from kv_memory.cache.keep import Keep
-from kv_memory.config import StorageName, check_keep_ratio
-from kv_memory.store import documents
-from kv_memory.store import maintenance as upkeep
+from kv_memory.store import maintenance, purge
 from kv_memory.store.blob_references import BlobReferences
+from kv_memory.store.blobs.local import DiskBlobs
 from kv_memory.store.blobs.remote import ObjectBlobs
 from kv_memory.store.blobs.verified import VerifiedBlobs
-from kv_memory.store.caches import CacheTable, cache_info
-from kv_memory.store.collection import Collection
-from kv_memory.store.eviction import Limits, read_limits, write_limits
-from kv_memory.store.open_parts import StoreParts, find_collection, open_parts
-from kv_memory.store.prefixes import Prefixes
-from kv_memory.store.purge import PurgeReport, purge
-from kv_memory.store.records import (
-    CacheInfo,
-    CheckReport,
-    GcReport,
-    StoredPassage,
-    StoreStats,
-)
-from kv_memory.store.sql.catalog import Catalog
-from kv_memory.store.sql.schema import CacheRow, PassageRow
-from kv_memory.store.transfer.archive_reader import ArchiveReader
-from kv_memory.store.transfer.export import export_collection
-from kv_memory.store.transfer.importer import import_collection
-from kv_memory.store.transfer.part_files import ExportReport, ImportReport, OnConflict, TransferProgress
-
-if TYPE_CHECKING:
-    from kv_memory.cache.distilled import DistilledCache  # imports torch: listing without loading a cache stays fast
+from kv_memory.store.caches import Caches
+from kv_memory.store.collection import Documents, find_collection
+from kv_memory.store.location import CATALOG_FILE, find_place, prepare_folder, write_place
+from kv_memory.store.records import CheckReport, GcReport, PurgeReport, StoreStats
+from kv_memory.store.sql import catalog as catalogs
 
 __all__ = ["Store"]
 
 
-class Store(Collection):
+class Store(Documents, Caches):
     """One collection of a store. Thread-safe, and several processes may use one store.
 
     A store is named by its folder, which holds `catalog.sqlite`, `blobs/` and `quarantine/`. It must be on a local
@@ -59,16 +34,7 @@ class Store(Collection):
     Create one with `Store.open`.
     """
 
-    def __init__(self, parts: StoreParts, collection: str) -> None:
-        self.collection = collection
-        self._parts = parts
-        self._blobs = parts.blobs
-        self._quarantine = parts.folder / "quarantine"
-        references = BlobReferences(parts.catalog, VerifiedBlobs(parts.blobs, self._quarantine))
-        self._owns_connections = True
-        self._prefixes = Prefixes(references, parts.collection_id)
-        cache_table = CacheTable(references, parts.readers, parts.collection_id)
-        super().__init__(parts.folder, parts.catalog, cache_table, parts.collection_id)
+    _owns_connections = True
 
     @classmethod
     def open(
@@ -103,15 +69,28 @@ class Store(Collection):
             StorePermissionError: The folder is not readable and writable.
             StoreConnectionError: The database or the object store does not answer.
         """
-        parts = open_parts(
-            path,
-            collection=collection,
-            create=create,
-            catalog=catalog,
-            blobs=blobs,
-            tier_size_bytes=tier_size_bytes,
+        folder, new = prepare_folder(path, create=create)
+        place = find_place(folder, catalog=catalog, blobs=blobs, tier_size_bytes=tier_size_bytes, new=new)
+        disk = DiskBlobs(
+            folder / "blobs",
+            timeout_s=catalogs.BUSY_TIMEOUT_S,
+            size_limit=None if place.blobs is None else place.tier_size_bytes,
         )
-        return cls(parts, collection)
+        kept = disk if place.blobs is None else ObjectBlobs(place.blobs, disk)
+        # Others may be using a shared catalog with the version that wrote it: they decide when it is upgraded.
+        opened = catalogs.Catalog(
+            place.catalog or folder / CATALOG_FILE,
+            busy_timeout_s=catalogs.BUSY_TIMEOUT_S,
+            upgrade=place.catalog is None,
+        )
+        try:
+            collection_id = find_collection(opened, collection, create=create)
+            write_place(folder, place)
+        except BaseException:
+            opened.close()
+            raise
+        references = BlobReferences(opened, VerifiedBlobs(kept, folder / "quarantine"))
+        return cls(folder, collection, collection_id, references)
 
     def in_collection(self, collection: str, *, create: bool = True) -> Store:
         """Another collection of this store over the same connections; it becomes unusable when this store is closed.
@@ -123,33 +102,22 @@ class Store(Collection):
         Raises:
             StoreError: The collection does not exist and `create` is off.
         """
-        collection_id = find_collection(self._catalog, collection, create=create)
-        store = Store(replace(self._parts, collection_id=collection_id), collection)
+        collection_id = find_collection(self.catalog, collection, create=create)
+        store = Store(self.path, collection, collection_id, self.references)
         store._owns_connections = False
         return store
 
     def close(self) -> None:
         """Write buffered data and close the connections."""
-        self._cache_table.uses.flush()
+        self.uses.flush()
         if self._owns_connections:
-            self._parts.readers.close()
-            self._blobs.close()
-            self._catalog.close()
+            self.references.verified_blobs.blobs.close()
+            self.catalog.close()
 
     @property
     def blobs_url(self) -> str:
         """URL of the object store, or path of the folder, that holds the blobs."""
-        return self._blobs.url if isinstance(self._blobs, ObjectBlobs) else str(self._blobs.folder)
-
-    @property
-    def catalog(self) -> Catalog:
-        """The database, for the job ledger, which keeps its own tables in it."""
-        return self._catalog
-
-    @property
-    def collection_id(self) -> int:
-        """The collection's row in the catalog."""
-        return self._collection_id
+        return self.references.verified_blobs.blobs.where
 
     def __enter__(self) -> Self:
         return self
@@ -159,232 +127,15 @@ class Store(Collection):
     ) -> None:
         self.close()
 
-    # caches
-
-    def warm(self) -> None:
-        """Do the one-time work of the first `get` now, for a process that can do so while it loads its model."""
-        self._blobs.warm()
-        self._cache_table.warm()
-
-    def put(
-        self,
-        text_sha256: str,
-        cache: DistilledCache,
-        *,
-        fidelity: float | None = None,
-        storage: StorageName = "auto",
-    ) -> CacheInfo:
-        """Store a distilled cache: the blob first, then its row. Both are durable when this returns.
-
-        The text need not be in a document yet. If the collection already has a sound cache of this text, fingerprint
-        and keep ratio, that cache stays and its row is returned.
-
-        Args:
-            text_sha256: SHA-256 hex digest of the UTF-8 text of the cache.
-            cache: Cache to store.
-            fidelity: Last held-out probe KL in nats; None takes the cache's own.
-            storage: Number format of keys and values in the blob, see `DistilledCache.to_bytes`; `get` recognises it.
-
-        Raises:
-            ConfigError: The cache cannot be stored in this format.
-            StoreFullError: No space left. Nothing of this cache is kept, and everything else is untouched.
-        """
-        return self._cache_table.put(text_sha256, cache, fidelity=fidelity, storage=storage)
-
-    def get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> DistilledCache:
-        """A distilled cache, its tensors mapped from the file.
-
-        The file's SHA-256 is checked the first time this process reads it. The tensors stay valid when the cache is
-        deleted later. Times of last use are buffered, and written when the store is closed or 256 caches are in the
-        buffer.
-
-        Args:
-            text_sha256: SHA-256 hex digest of the UTF-8 text.
-            fingerprint: Fingerprint that the cache was made under.
-            keep_ratio: Keep ratio of the cache. A `Keep` prefers the cache of this amount, and else takes the newest
-                one: documents of one collection may have been added at several amounts.
-
-        Raises:
-            CacheNotFoundError: The text has no such cache; the message names the keep ratios it has.
-            FingerprintMismatchError: The cache was made under another fingerprint; the message names the differences.
-            CorruptCacheError: The blob is damaged. It is quarantined, and `missing` lists the passage again.
-        """
-        return self._cache_table.get(text_sha256, fingerprint, keep_ratio)
-
-    def has(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> bool:
-        """Whether `get` would find a cache; the blob is not checked."""
-        return self._cache_table.has(text_sha256, fingerprint, keep_ratio)
-
-    def sound(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> bool:
-        """Whether `get` would find a sound cache; nothing is quarantined, which `get` and `check` do."""
-        return self._cache_table.sound(text_sha256, fingerprint, keep_ratio)
-
-    def keep_ratio_of(self, text_sha256: str, fingerprint: Fingerprint, keep: Keep) -> float | None:
-        """The keep ratio of the cache that `get` would find; None without one."""
-        return self._cache_table.keep_ratio_of(text_sha256, fingerprint, keep)
-
-    def missing(self, fingerprint: Fingerprint, keep_ratio: float | Keep) -> list[StoredPassage]:
-        """The passages without a cache under these settings, ordered by document id and ordinal."""
-        keep = keep_ratio if isinstance(keep_ratio, Keep) else Keep(keep_ratio=keep_ratio)
-        passages = documents.select_passages(self._collection_id)
-        with self._catalog.read() as session:
-            texts = set(session.scalars(passages.with_only_columns(PassageRow.text_sha256).order_by(None)))
-            texts -= documents.cached_texts(session, self._collection_id, texts, fingerprint, keep)
-            found = [
-                passage
-                for batch in documents.batches(sorted(texts))
-                for passage in documents.stored_passages(session, passages.where(PassageRow.text_sha256.in_(batch)))
-            ]
-        return sorted(found, key=lambda passage: (passage.document_id, passage.ordinal))
-
-    def delete(
-        self, text_sha256: str, *, fingerprint: Fingerprint | None = None, keep_ratio: float | None = None
-    ) -> int:
-        """Delete a text's caches, all of them or those under the given settings, and return their number."""
-        return self._cache_table.delete(text_sha256, fingerprint=fingerprint, keep_ratio=keep_ratio)
-
-    def caches(self, document_id: str | None = None) -> list[CacheInfo]:
-        """Records of all caches of the collection, or of one document's passages, oldest first.
-
-        Raises:
-            DocumentNotFoundError: The collection has no such document.
-        """
-        statement = select(CacheRow).where(CacheRow.collection_id == self._collection_id).order_by(CacheRow.id)
-        with self._catalog.read() as session:
-            if document_id is not None:
-                row = documents.find_document(session, self._collection_id, document_id)
-                texts = select(PassageRow.text_sha256).where(PassageRow.document_pk == row.id)
-                statement = statement.where(CacheRow.text_sha256.in_(texts))
-            return [cache_info(row) for row in session.scalars(statement)]
-
-    def making(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> AbstractContextManager[bool]:
-        """A lock on making this cache: wait for it by entering the context, call `has` again, then compress and `put`.
-
-        A document that eight callers request at once is thus compressed once, across threads, processes and, with a
-        catalog in PostgreSQL, machines. If the holder dies, the lock passes to the next one.
-        """
-        name = f"make {self._collection_id} {text_sha256} {fingerprint.digest} {check_keep_ratio(keep_ratio)!r}"
-        return self._catalog.hold(name)
-
-    # limits
-
-    def limits(self) -> Limits:
-        """Size and age limits of the collection and the store."""
-        with self._catalog.read() as session:
-            return read_limits(session, self._collection_id)
-
-    def set_limits(self, limits: Limits) -> int:
-        """Limit the collection and the store, and evict at once what exceeds the limits, least recently used first.
-
-        A cache's expiry is fixed when it is put: a new `ttl_s` does not change existing caches.
-
-        Returns:
-            Number of evicted caches.
-
-        Raises:
-            StoreFullError: Pinned caches and caches being read exceed a limit. The limits are set nevertheless.
-        """
-        with self._catalog.write() as session:
-            write_limits(session, self._collection_id, limits)
-        return self._cache_table.make_room()
-
-    def pin(self, document_id: str, *, pinned: bool = True) -> int:
-        """Pin the caches that a document has now, so that they are not evicted, or unpin them; they still expire.
-
-        Returns:
-            Number of these caches.
-
-        Raises:
-            DocumentNotFoundError: The collection has no such document.
-        """
-        with self._catalog.write() as session:
-            row = documents.find_document(session, self._collection_id, document_id)
-            texts = select(PassageRow.text_sha256).where(PassageRow.document_pk == row.id)
-            changed = session.scalars(
-                update(CacheRow)
-                .where(CacheRow.collection_id == self._collection_id, CacheRow.text_sha256.in_(texts))
-                .values(pinned=pinned)
-                .returning(CacheRow.id)
-            ).all()
-        return len(changed)
-
-    # prefixes
-
-    def put_prefix(self, key: str, data: bytes) -> None:
-        """Store the cache of a shared prefix, as safetensors bytes, replacing any under the same key."""
-        self._prefixes.put(key, data)
-
-    def get_prefix(self, key: str) -> Path | None:
-        """The safetensors file of a shared prefix, checked like a cache; None if the key has no prefix.
-
-        Raises:
-            CorruptCacheError: The blob is damaged. It is quarantined, and the next call returns None.
-        """
-        return self._prefixes.get(key)
-
-    # transfer
-
-    def export_to(
-        self, path: Path | str, *, on_progress: Callable[[TransferProgress], None] | None = None
-    ) -> ExportReport:
-        """Write the collection unchanged into one file: documents, caches, prefixes and settings.
-
-        The export is written to `PATH.part` and renamed when it is complete. An interrupted export resumes if the
-        collection has not changed since. Documents may be added during the export.
-
-        Args:
-            path: File to write, or `-` for standard output.
-            on_progress: Callback, called after every blob.
-
-        Raises:
-            TransferError: Another export is writing the file, or its folder does not exist.
-            StoreFullError: No space left. The next export resumes from what was written.
-        """
-        return export_collection(self._cache_table, self._collection_id, path, on_progress)
-
-    def import_from(
-        self,
-        source: Path | str | ArchiveReader,
-        *,
-        on_conflict: OnConflict = "refuse",
-        on_progress: Callable[[TransferProgress], None] | None = None,
-    ) -> ImportReport:
-        """Import an archive that `export_to` wrote into this collection.
-
-        A file is verified completely before anything is changed; standard input is verified as it arrives. Existing
-        data is skipped, so an interrupted import is resumed by running it again. An archive does not prove who wrote
-        it: import one only from a source that you would accept a model from.
-
-        Args:
-            source: Archive file, `-` for standard input, or an archive from `open_archive`.
-            on_conflict: Action for existing documents with other text: `refuse` the archive, `skip` them, or
-                `replace` them. `replace` also replaces documents with equal text but other metadata, source or
-                passage length.
-            on_progress: Callback, called after every blob.
-
-        Raises:
-            TransferError: The archive is damaged, incomplete or of a newer format; the collection has documents under
-                other settings; or a document is in conflict.
-            StoreFullError: No space left. Data imported before stays.
-        """
-        return import_collection(
-            self._cache_table,
-            self._collection_id,
-            source,
-            on_conflict=on_conflict,
-            on_progress=on_progress,
-        )
-
-    # maintenance
-
     def purge(self, *ids: str) -> PurgeReport:
         """Delete documents so that no file of the store holds a byte of them or their caches any more.
 
         Unlike `delete_document` it also empties the quarantine, removes the collection's index until the next
-        question, removes the documents from the job ledger, and rewrites the databases and truncates their logs (on
-        PostgreSQL `VACUUM FULL`). Caches of equal texts in other collections stay. Not reached are backups, the log
-        of a PostgreSQL server, versions kept by a bucket, copies on other machines (purge there too, without an id),
-        and the medium under the file system.
+        question, and rewrites the databases and truncates their logs (on PostgreSQL `VACUUM FULL`). Caches of equal
+        texts in other collections stay. The ledger of jobs has ids of documents too: call
+        `kv_memory.jobs.ledger.forget_documents` before, as `kv-memory remove --purge` does. Not reached are backups,
+        the log of a PostgreSQL server, versions kept by a bucket, copies on other machines (purge there too, without
+        an id), and the medium under the file system.
 
         Args:
             ids: Ids of documents. Without any, data of documents deleted earlier is purged.
@@ -394,21 +145,7 @@ class Store(Collection):
             StoreLockedError: Another process keeps reading a database. The documents are deleted; purge again without
                 an id.
         """
-        return purge(
-            self._cache_table,
-            self._collection_id,
-            ids,
-            folder=self.path,
-            collection=self.collection,
-        )
-
-    def counters(self) -> dict[str, float]:
-        """Usage counters of this collection since it was created; `counters.NAMES` has names and meanings.
-
-        Like times of last use they are written with a delay: counts that other processes have not flushed are
-        missing.
-        """
-        return self._cache_table.uses.totals()
+        return purge.purge(self, self.index_folder, ids)
 
     def check(self) -> CheckReport:
         """Hash every blob that a row names, and compare the row with the blob's header.
@@ -416,16 +153,17 @@ class Store(Collection):
         Damaged blobs are quarantined and their rows deleted, and so are rows that name the blob of something else.
         Nothing else is changed.
         """
-        return upkeep.check(self._cache_table.references, self._collection_id)
+        return maintenance.check(self)
 
     def gc(self) -> GcReport:
         """Remove orphan blobs, rows without a blob, leftovers of crashes, expired caches and unreferenced caches.
 
-        It covers the whole store, but unreferenced caches of this collection only. Do not run it during an `add` to
-        the collection: the caches that `add` has made so far are not referred to yet.
+        A blob or file younger than ten minutes may belong to a put in progress and stays. It covers the whole store,
+        but unreferenced caches of this collection only. Do not run it during an `add` to the collection: the caches
+        that `add` has made so far are not referred to yet.
         """
-        return upkeep.gc(self._cache_table.references, self._collection_id)
+        return maintenance.gc(self)
 
     def stats(self) -> StoreStats:
         """Counts of the collection and the size of the folder, in bytes."""
-        return upkeep.count(self._catalog, self.path, self._quarantine, self._collection_id)
+        return maintenance.stats(self)

@@ -17,10 +17,12 @@ from sqlalchemy import select, update
 from kv_memory.errors import ConfigError, JobError, JobNotFoundError
 from kv_memory.jobs import JobSettings, Ledger
 from kv_memory.jobs.leases import LiveWorkers, TaskQueue
+from kv_memory.jobs.ledger import forget_documents
 from kv_memory.jobs.records import Job, TaskResult
+from kv_memory.jobs.schema import TaskRow
 from kv_memory.jobs.sources.base import SourceItem
 from kv_memory.store import Store
-from kv_memory.store.sql.schema import TaskRow, utc_now
+from kv_memory.store.sql.schema import utc_now
 
 SETTINGS = JobSettings(memory={}, max_attempts=2)
 ERROR: dict[str, str | None] = {"error": "EmptyDocumentError", "what": "no text", "where": "a", "next_step": None}
@@ -316,5 +318,6 @@ def test_purging_a_document_deletes_its_task(tmp_path: Path) -> None:
         from kv_memory.store import DocumentRecord
 
         store.put_document(DocumentRecord(id="d1", content_sha256="0" * 64))
+        forget_documents(store, ["d1"])
         store.purge("d1")
         assert Ledger(store).counts(job).total == 1

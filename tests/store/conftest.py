@@ -15,7 +15,9 @@ import pytest
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # store_samples, which zygote.py needs by name too
 
-from kv_memory.store import Store  # noqa: E402
+from filled_store import fill  # noqa: E402
+
+from kv_memory.store import Store, export_collection, maintenance  # noqa: E402
 
 _ENVIRONMENT = {
     **os.environ,
@@ -43,7 +45,6 @@ CONTRACT = {
     "test_store_upkeep",
     "test_store_budgets",
     "test_store_locks",
-    "test_store_counters",
 }
 
 
@@ -53,6 +54,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         marks: dict[str, Any] = {"postgres": pytest.mark.postgres, "s3": pytest.mark.s3}
         pairs = [pytest.param(pair, marks=[marks[part] for part in pair.split("-") if part in marks]) for pair in PAIRS]
         metafunc.parametrize("store", pairs, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blobs and files without a row count as leftovers at once, not only after ten minutes."""
+    monkeypatch.setattr(maintenance, "GRACE_S", -1.0)
 
 
 @pytest.fixture
@@ -109,3 +116,30 @@ def run_script(
         return subprocess.CompletedProcess(args, status, stdout, stderr)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def _filled(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
+    """A folder with a store and its archive, to be copied."""
+    folder = tmp_path_factory.mktemp("filled")
+    with Store.open(shutil.copytree(empty_store, folder / "store"), create=False) as store:
+        fill(store)
+        export_collection(store, folder / "all.tar")
+    return folder
+
+
+@pytest.fixture
+def full(tmp_path: Path, _filled: Path) -> Iterator[Store]:
+    with Store.open(shutil.copytree(_filled / "store", tmp_path / "store"), create=False) as opened:
+        yield opened
+
+
+@pytest.fixture
+def archive(tmp_path: Path, _filled: Path) -> Path:
+    return Path(shutil.copy(_filled / "all.tar", tmp_path / "all.tar"))
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, empty_store: Path) -> Iterator[Store]:
+    with Store.open(shutil.copytree(empty_store, tmp_path / "fresh"), create=False) as opened:
+        yield opened

@@ -9,8 +9,7 @@ import torch
 from store_samples import FINGERPRINT, OTHER, blob_files, document, equal, make_cache, sha, stored_bytes
 
 from kv_memory.errors import CacheNotFoundError, ConfigError, FingerprintMismatchError
-from kv_memory.store import Store
-from kv_memory.store import counters as counters_module
+from kv_memory.store import Store, eviction
 
 
 def test_another_store_object_returns_a_cache_bit_for_bit(tmp_path: Path) -> None:
@@ -136,7 +135,7 @@ def test_tensors_stay_valid_when_the_cache_is_deleted(store: Store) -> None:
 
 
 def test_uses_are_written_in_batches_and_at_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counters_module, "_FLUSH_EVERY", 2)
+    monkeypatch.setattr(eviction, "_FLUSH_EVERY", 2)
     with Store.open(tmp_path) as store:
         for i in range(3):
             store.put(sha(str(i)), make_cache(i))

@@ -83,6 +83,7 @@ def test_ctrl_c_in_a_put_is_raised_and_leaves_no_lock(tmp_path: Path) -> None:
         assert store.check().ok
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ctrl_c_while_locking_or_unlocking_frees_the_lock(tmp_path: Path) -> None:
     locks = FileLocks(tmp_path / "locks")
 

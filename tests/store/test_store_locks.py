@@ -14,9 +14,8 @@ import pytest
 from store_samples import FINGERPRINT, make_cache, sha
 
 from kv_memory.store import Store
-from kv_memory.store.sql.locks import FileLocks
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="byte locks of open files")
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="fork")
 RunScript = Callable[..., Any]
 
 
@@ -84,25 +83,22 @@ def test_a_process_holds_a_lock_until_it_ends(store: Store, run_script: RunScrip
 
 
 @pytest.mark.embedded
-def test_shared_locks_are_seen_by_every_process_until_released(store: Store, run_script: RunScript) -> None:
-    locks = FileLocks(store.path / "locks")
-    look = """
-from kv_memory.store.sql.locks import FileLocks
-locks = FileLocks(Path(sys.argv[1]))
-print(locks.shared("a"), locks.shared("b"))
-"""
-    locks.share("a")
-    locks.share("a")
-    assert locks.shared("a") and not locks.shared("b")
-    assert run_script(look, store.path / "locks").stdout == "True False\n"
-    locks.unshare("a")
-    assert run_script(look, store.path / "locks").stdout == "True False\n"
-    locks.unshare("a")
-    locks.unshare("a")  # once too often
-    assert run_script(look, store.path / "locks").stdout == "False False\n"
-    locks.share("b")
-    locks.close()
-    assert not FileLocks(store.path / "locks").shared("b")
+def test_locks_leave_no_files_behind(store: Store) -> None:
+    with store.catalog.hold("a"):
+        assert len(list((store.path / "locks").iterdir())) == 1
+        with store.catalog.hold("a", wait=False) as again:
+            assert not again
+        assert len(list((store.path / "locks").iterdir())) == 1
+    assert list((store.path / "locks").iterdir()) == []
+
+
+def test_a_lock_can_be_released_by_another_thread(store: Store) -> None:
+    held = store.catalog.hold("a")
+    assert held.__enter__()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(held.__exit__, None, None, None).result()
+    with store.catalog.hold("a", wait=False) as after:
+        assert after
 
 
 MAKES = """

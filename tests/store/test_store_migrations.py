@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.schema import CreateTable
-from store_samples import FINGERPRINT, make_cache, sha
+from store_samples import make_cache, sha
 
+import kv_memory.jobs.schema  # noqa: F401  its tables are in the catalog too
 from kv_memory.errors import StoreError, StoreVersionError
 from kv_memory.store import Store
 from kv_memory.store.sql.catalog import MIGRATIONS, Catalog
@@ -62,26 +62,6 @@ def test_schema_head_is_the_newest_migration() -> None:
     assert ScriptDirectory.from_config(config).get_heads() == [SCHEMA_HEAD]
 
 
-def test_caches_of_the_first_version_are_kept(store: Store) -> None:
-    """A store as the first migration left it, with a cache in it, is opened."""
-    catalog, before = store.path / "catalog.sqlite", store.put(sha("x"), make_cache(1))
-    store.close()
-    engine = sa.create_engine(f"sqlite:///{catalog}")
-    with engine.begin() as connection:
-        config = Config(attributes={"connection": connection})
-        config.set_main_option("script_location", str(MIGRATIONS))
-        config.set_main_option("path_separator", "os")
-        command.downgrade(config, "0001")
-        columns = {column["name"] for column in sa.inspect(connection).get_columns("distilled_cache")}
-        assert "refined_steps" not in columns and "fidelity" in columns
-    engine.dispose()
-    with Store.open(store.path, create=False) as opened:
-        assert opened.get(sha("x"), FINGERPRINT, 0.25).refined_steps == 0
-        (after,) = opened.caches()
-    assert after.refined_steps == 0 and after.blob_key == before.blob_key
-    assert differences(catalog) == []
-
-
 def test_a_store_of_a_newer_version_is_refused_unchanged(store: Store) -> None:
     catalog = store.path / "catalog.sqlite"
     store.close()
@@ -124,7 +104,7 @@ def test_opening_a_store_at_head_does_not_start_alembic(store: Store, monkeypatc
 
 
 def test_the_catalog_is_durable_and_checks_foreign_keys(store: Store) -> None:
-    with store._catalog.read() as session:
+    with store.catalog.read() as session:
         pragmas = {
             name: session.execute(sa.text(f"PRAGMA {name}")).scalar()
             for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
@@ -134,5 +114,6 @@ def test_the_catalog_is_durable_and_checks_foreign_keys(store: Store) -> None:
 
 def test_blob_rows_are_as_durable_as_cache_rows(store: Store) -> None:
     store.put(sha("x"), make_cache(1))
-    assert store._blobs._cache._sql("PRAGMA synchronous").fetchone() == (2,)
-    assert store._blobs._cache._sql("PRAGMA journal_mode").fetchone() == ("wal",)
+    with store.references.verified_blobs.blobs._cache() as cache:
+        assert cache._sql("PRAGMA synchronous").fetchone() == (2,)
+        assert cache._sql("PRAGMA journal_mode").fetchone() == ("wal",)

@@ -44,8 +44,8 @@ def behind(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 def forget(store: Store) -> None:
     """Take all copies out of the tier."""
-    blobs: Any = store._blobs
-    for key in blobs.tier.audit().keys:
+    blobs: Any = store.references.verified_blobs.blobs
+    for key in blobs.tier.audit(min_age_s=0).keys:
         blobs.tier.delete(key)
 
 

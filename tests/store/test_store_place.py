@@ -126,34 +126,24 @@ def test_an_old_shared_catalog_is_upgraded_only_by_the_command(place: Place, tmp
 
     where = place("postgres-disk")
     with Store.open(tmp_path / "s", **where) as store, store.catalog.write() as session:
-        session.execute(sa.text("UPDATE alembic_version SET version_num = '0002'"))
-    with pytest.raises(StoreVersionError, match="0002") as caught:
+        session.execute(sa.text("UPDATE alembic_version SET version_num = '0000'"))
+    with pytest.raises(StoreVersionError, match="0000") as caught:
         Store.open(tmp_path / "s")
     assert "db upgrade" in str(caught.value.next_step)
-    assert Catalog.revision_at(where["catalog"]) == "0002"
+    assert Catalog.revision_at(where["catalog"]) == "0000"
 
 
 @pytest.mark.postgres
-def test_migrations_match_the_models_on_postgresql_and_can_be_reverted(place: Place, tmp_path: Path) -> None:
-    from alembic import command
+def test_the_migration_matches_the_models_on_postgresql(place: Place, tmp_path: Path) -> None:
     from alembic.autogenerate import compare_metadata
-    from alembic.config import Config
     from alembic.migration import MigrationContext
 
-    from kv_memory.store.sql.catalog import MIGRATIONS
+    import kv_memory.jobs.schema  # noqa: F401  its tables are in the catalog too
     from kv_memory.store.sql.schema import Base
 
     with Store.open(tmp_path / "s", **place("postgres-disk")) as store:
-        store.put(sha("x"), make_cache(1))
         assert store.catalog.revision() == SCHEMA_HEAD
         with store.catalog._engine.connect() as connection:
             options = {"compare_type": True, "compare_server_default": True}
             context = MigrationContext.configure(connection, opts=options)
             assert list(compare_metadata(context, Base.metadata)) == []
-        with store.catalog._engine.begin() as connection:
-            config = Config(attributes={"connection": connection})
-            config.set_main_option("script_location", str(MIGRATIONS))
-            config.set_main_option("path_separator", "os")
-            command.downgrade(config, "0001")
-            command.upgrade(config, "head")
-        assert store.get(sha("x"), FINGERPRINT, 0.25).n_kept == 8

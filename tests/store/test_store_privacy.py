@@ -15,12 +15,13 @@ from sqlalchemy import insert, select
 from store_samples import FINGERPRINT, OTHER, blob_file, document, equal, make_cache, sha
 
 from kv_memory.errors import CorruptCacheError, DocumentNotFoundError, KVMemoryError, StoreLockedError
+from kv_memory.jobs.ledger import forget_documents
+from kv_memory.jobs.schema import JobRow, TaskRow
 from kv_memory.memory import KVMemory
 from kv_memory.retrieval.bm25 import CollectionIndex
 from kv_memory.retrieval.tokenize import hash_word
-from kv_memory.store import Store
+from kv_memory.store import Store, export_collection, import_archive
 from kv_memory.store.sql import engine
-from kv_memory.store.sql.schema import JobRow, TaskRow
 from tests.memories import FERRY, FERRY_QUESTION, LAMP_QUESTION, SETTINGS, open_memory
 
 RunScript = Callable[..., Any]
@@ -44,6 +45,7 @@ def open_umask() -> Iterator[None]:
 @pytest.mark.usefixtures("open_umask")
 def test_only_the_owner_can_read_stored_files(tmp_path: Path) -> None:
     home = tmp_path / "home"  # made by the store too, and so private
+    found: dict[str, int] = {}
     with Store.open(home / "deep" / "store") as store:
         store.put_document(document("a", "text", "damaged"))
         store.put(sha("text"), make_cache(1))
@@ -55,15 +57,17 @@ def test_only_the_owner_can_read_stored_files(tmp_path: Path) -> None:
             store.get(sha("damaged"), FINGERPRINT, 0.25)
         store.get(sha("text"), FINGERPRINT, 0.25)
         with pytest.raises(ZeroDivisionError):
-            store.export_to(home / "part.tar", on_progress=lambda _: 1 // 0)
-        store.export_to(home / "all.tar")
+            export_collection(store, home / "part.tar", on_progress=lambda _: 1 // 0)
+        export_collection(store, home / "all.tar", on_progress=lambda _: found.update(modes(home)))
         with Store.open(home / "copy", collection="other") as copy:
-            copy.import_from(home / "all.tar")
+            import_archive(home / "all.tar", copy, on_progress=lambda _: found.update(modes(home)))
             assert copy.stats().n_caches == 1
             assert modes(home) == {}
+        # What was unpacked was in a folder that only its owner may enter.
+        assert all(".unpacked-" in str(Path(path).parent) for path in found)
         names = {path.name for path in home.rglob("*")}
         assert {"catalog.sqlite-wal", "catalog.sqlite-shm", "cache.db-wal", "cache.db-shm", "bm25.index"} <= names
-        assert {"all.tar", "part.tar.part", f"{info.blob_key}.safetensors"} <= names
+        assert {"all.tar", f"{info.blob_key}.safetensors"} <= names
         store.check()
         store.gc()
         store.purge("a")
@@ -124,6 +128,7 @@ def test_purging_leaves_no_bytes_of_a_document(store: Store) -> None:
         for id_ in ("secret-id-0123456789", "public-id-0123456789"):
             session.execute(insert(TaskRow).values(job_id=job.id, document_id=id_, uri=f"file:///{id_}", state="done"))
     assert held(store.path, secret | public) == set(secret | public)
+    forget_documents(store, ["secret-id-0123456789"])
     report = store.purge("secret-id-0123456789")
     assert (report.documents, report.n_blobs, report.n_blobs_shared) == (("secret-id-0123456789",), 1, 0)
     assert report.freed_bytes > 1000
@@ -164,7 +169,7 @@ def test_quarantine_orphans_and_leftovers_are_purged(store: Store) -> None:
     with pytest.raises(CorruptCacheError):
         store.get(sha(SECRET), FINGERPRINT, 0.25)
     orphan = make_cache(100, n_kept=40, fingerprint=OTHER).to_bytes()
-    store._cache_table.references.verified_blobs.put(sha_of(orphan), orphan)
+    store.references.verified_blobs.put(sha_of(orphan), orphan)
     report = store.purge("secret-id-0123456789")
     assert (report.n_quarantined, report.n_orphan_blobs, report.n_strays) == (1, 1, 1)
     assert held(store.path, secret) == set()
@@ -406,8 +411,8 @@ def import_other(store: Store, path: Path) -> None:
         elsewhere.put(sha("theirs"), make_cache(33))
         elsewhere.put_document(document("same", "theirs"))
         elsewhere.put_prefix("same", b"theirs")
-        elsewhere.export_to(path / "theirs.tar")
-    store.import_from(path / "theirs.tar", on_conflict="replace")
+        export_collection(elsewhere, path / "theirs.tar")
+    import_archive(path / "theirs.tar", store, on_conflict="replace")
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -431,5 +436,5 @@ def test_a_purged_text_stays_in_another_collection(pair: tuple[Store, Store]) ->
 
 
 def test_an_export_holds_one_collection(pair: tuple[Store, Store], tmp_path: Path) -> None:
-    pair[0].export_to(tmp_path / "one.tar")
+    export_collection(pair[0], tmp_path / "one.tar")
     assert b"two" not in (tmp_path / "one.tar").read_bytes()

@@ -14,7 +14,6 @@ from store_samples import FINGERPRINT, OTHER, blob_file, document, equal, make_c
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.errors import CacheNotFoundError, CorruptCacheError
 from kv_memory.store import CacheInfo, Store
-from kv_memory.store.blobs.local import blob_key
 from tests.stress import damage
 
 SHARED = [pytest.mark.postgres, pytest.mark.s3]
@@ -120,18 +119,6 @@ def test_a_row_stored_under_other_settings_is_refused(store: Store, column: str)
         store.get(**asked)
     assert store.stats().n_quarantined == 1  # nobody else's blob either
     assert store.check().ok
-
-
-def test_old_caches_without_the_hash_of_their_text_are_readable(store: Store) -> None:
-    pair_of_caches(store)
-    data = make_cache(7).to_bytes()
-    assert b"text_sha256" not in data
-    with store.catalog.hold(f"blob {blob_key(data)}"):
-        store._cache_table.references.verified_blobs.put(blob_key(data), data)
-        set_row(store, "a", "blob_key = :key, size_bytes = :size", key=blob_key(data), size=len(data))
-    found = store.get(sha("a"), FINGERPRINT, 0.25)
-    assert equal(found, make_cache(7)) and found.text_sha256 is None
-    assert store.check().misfiled == ()
 
 
 def test_equal_texts_give_equal_bytes_and_others_different_ones(store: Store, tmp_path: Path) -> None:

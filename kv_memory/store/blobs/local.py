@@ -9,32 +9,23 @@ import os
 import re
 import sqlite3
 import threading
+import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any
 
 import diskcache
 from diskcache.core import DBNAME, MODE_BINARY, UNKNOWN
 
 from kv_memory.errors import CorruptCacheError, StoreError
-from kv_memory.store.error_mapping import mapped
+from kv_memory.store.error_mapping import raise_mapped
 from kv_memory.store.fs import fsync_folder, private_file, private_folder, private_opener
-from kv_memory.store.sql.locks import FileLocks
 
-__all__ = [
-    "BlobAudit",
-    "BlobStore",
-    "DiskBlobs",
-    "SafeTensorsDisk",
-    "blob_key",
-    "check_folder",
-    "is_blob_key",
-]
-
-_WRITING = "writing blobs"
+__all__ = ["BlobAudit", "DiskBlobs", "SafeTensorsDisk", "blob_key", "check_folder", "is_blob_key"]
 
 
 def blob_key(data: bytes) -> str:
@@ -67,46 +58,19 @@ class BlobAudit:
 
     Attributes:
         keys: Names of the blobs that have a file; its bytes are not checked.
+        young: Those of them that are younger than `min_age_s`.
         strays: Files and rows that belong to no blob: unfinished writes, rows without a file, tampered rows.
         freed_bytes: Size of the removed files in bytes; 0 without `repair`.
     """
 
     keys: frozenset[str]
+    young: frozenset[str]
     strays: tuple[str, ...]
-    freed_bytes: int = 0
-
-
-class BlobStore(Protocol):
-    """Storage for blobs, thread-safe; it trusts the caller's keys and need not check hashes."""
-
-    def put(self, key: str, data: bytes) -> None:
-        """Store a blob durably; one that is there under the key may stay or be overwritten.
-
-        Raises:
-            StoreFullError: No space left; nothing of this blob stays behind.
-            StorePermissionError: The folder is not writable.
-        """
-
-    def path(self, key: str, *, fresh: bool = False) -> Path | None:
-        """The local file of a blob; None if the blob does not exist.
-
-        Args:
-            key: Name of the blob.
-            fresh: Whether to drop a local copy and fetch the blob from the store again.
-
-        Raises:
-            CorruptCacheError: The store's own entry for the key was tampered with.
-        """
-
-    def delete(self, key: str) -> int:
-        """Remove a blob if it exists; returns the number of bytes freed."""
-
-    def audit(self, *, repair: bool = False) -> BlobAudit:
-        """List the contents and, with `repair`, remove what belongs to no blob; local writers wait meanwhile."""
+    freed_bytes: int
 
 
 class DiskBlobs:
-    """Blobs in a separate folder, managed by a hardened diskcache.
+    """Blobs in a separate folder, managed by a hardened diskcache. Thread-safe; hashes are the caller's to check.
 
     The folder is separate, because diskcache treats every file in it as its own. diskcache is opened at first use:
     opening costs about 40 small transactions, which a command that only reads the catalog should not pay.
@@ -120,21 +84,31 @@ class DiskBlobs:
 
     def __init__(self, folder: Path, *, timeout_s: float, size_limit: int | None = None) -> None:
         self.folder = folder
+        self.where = str(folder)
         self.size_limit = size_limit
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._opened: Any = None
-        # The lock file is beside the folder: inside, it would belong to no blob. Writers share one lock of it. An
-        # audit takes that lock exclusively, so that it never mistakes a write in progress for the leftovers of a
-        # crash.
-        self._locks = FileLocks(folder.with_name("locks"))
 
-    @property
-    def _cache(self) -> Any:
+    @contextmanager
+    def _cache(self) -> Iterator[Any]:
+        """diskcache, with its errors mapped; after Ctrl-C it is opened again, with new connections.
+
+        A diskcache interrupted while it begins a transaction never ends it: no process could write any more.
+        """
+        try:
+            yield self._opened or self._open()
+        except Exception as error:
+            raise_mapped(error, self.where)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> Any:
         with self._lock:
             if self._opened is None:
                 private_file(self.folder / DBNAME)
-                cache = diskcache.Cache(
+                self._opened = diskcache.Cache(
                     str(self.folder),
                     timeout=self._timeout_s,
                     disk=SafeTensorsDisk,
@@ -143,32 +117,21 @@ class DiskBlobs:
                     cull_limit=0 if self.size_limit is None else 2,  # per put; more might evict what was just written
                     size_limit=2**62 if self.size_limit is None else self.size_limit,
                 )
-                self._opened = cache
             return self._opened
-
-    @contextmanager
-    def _used(self) -> Iterator[Any]:
-        """diskcache, with its errors mapped; after Ctrl-C it is reopened with new connections.
-
-        A diskcache interrupted while it begins a transaction never ends it: no process could write any more.
-        """
-        with mapped(self.folder):
-            try:
-                yield self._cache
-            except Exception:
-                raise
-            except BaseException:
-                self.close()
-                raise
 
     def warm(self) -> None:
         """Open diskcache now instead of at the first use."""
-        with self._used():
+        with self._cache():
             pass
 
     def put(self, key: str, data: bytes, *, replace: bool = False) -> None:
-        """See `BlobStore.put`; with `replace`, an existing key gets the new bytes, otherwise it keeps the old ones."""
-        with self._locks.sharing(_WRITING), self._used() as cache:
+        """Store a blob durably; with `replace`, an existing key gets the new bytes, otherwise it keeps the old ones.
+
+        Raises:
+            StoreFullError: No space left; nothing of this blob stays behind.
+            StorePermissionError: The folder is not writable.
+        """
+        with self._cache() as cache:
             cache.disk.written.path = None
             # With diskcache's default (NORMAL) a power cut can lose a row although its catalog row is durable. Set
             # for this thread's connection and not as a setting, with which opening would sync 40 times instead of
@@ -177,7 +140,10 @@ class DiskBlobs:
             try:
                 # `add`, not `set`: of two processes with the same blob the second drops its own file. `set` would
                 # drop the first one's, which a reader may be about to open.
-                (cache.set if replace else cache.add)(key, data)
+                if not (replace or cache.add(key, data) or self.has(key)):
+                    replace = True  # a row without its file
+                if replace:
+                    cache.set(key, data)
             except Exception:
                 # diskcache leaves the file behind if it could not write the row. After Ctrl-C it is unknown whether
                 # it did: the file stays, and a later audit removes it if it has no row.
@@ -186,62 +152,82 @@ class DiskBlobs:
                         os.unlink(path)
                 raise
 
-    def path(self, key: str, *, fresh: bool = False) -> Path | None:
-        """See `BlobStore.path`; `fresh` has no effect, because this is the store itself."""
-        with self._used() as cache:
-            handle = cache.get(key, read=True)
-            if handle is None:
-                return None
-            with handle:
-                return Path(handle.name)
+    def open(self, key: str, *, fresh: bool = False) -> BufferedReader | None:
+        """The file of a blob, open for reading; None if the blob does not exist.
+
+        Args:
+            key: Name of the blob.
+            fresh: Whether to drop a local copy and fetch the blob from the store again; no effect here, in the store.
+
+        Raises:
+            CorruptCacheError: diskcache's row of the blob was tampered with.
+        """
+        with self._cache() as cache:
+            handle: BufferedReader | None = cache.get(key, read=True)
+        return handle
 
     def has(self, key: str) -> bool:
-        """Whether the key has an entry; its file is not checked."""
-        with self._used() as cache:
-            return key in cache
+        """Whether the blob exists; its bytes are not checked."""
+        with suppress(CorruptCacheError):
+            if (file := self.open(key)) is not None:
+                file.close()
+                return True
+        return False
 
     def delete(self, key: str) -> int:
-        """See `BlobStore.delete`."""
-        with self._locks.sharing(_WRITING), self._used() as cache:
-            freed_bytes = 0
-            with suppress(CorruptCacheError):
-                if (path := self.path(key)) is not None:
-                    freed_bytes = path.stat().st_size
+        """Remove a blob if it exists; returns the number of bytes freed."""
+        freed_bytes = 0
+        with suppress(CorruptCacheError):
+            if (file := self.open(key)) is not None:
+                with file:
+                    freed_bytes = os.fstat(file.fileno()).st_size
+        with self._cache() as cache:
             cache.delete(key)
-            return freed_bytes
+        return freed_bytes
 
-    def audit(self, *, repair: bool = False) -> BlobAudit:
-        """See `BlobStore.audit`; reads the SQL table itself, because `iterkeys` and `check` fail on tampered rows."""
-        with self._locks.hold(_WRITING), mapped(self.folder):
-            disk: SafeTensorsDisk = self._cache.disk
-            keys: set[str] = set()
-            files: set[str] = set()
+    def audit(self, *, min_age_s: float, repair: bool = False) -> BlobAudit:
+        """List the contents and, with `repair`, remove what belongs to no blob.
+
+        Args:
+            min_age_s: Age in seconds from which a file without a row counts as a leftover; a younger one may be a
+                write in progress.
+            repair: Whether to remove strays.
+        """
+        with self._cache() as cache:
+            disk: SafeTensorsDisk = cache.disk
+            keys: dict[str, str] = {}  # by file
             strays: list[str] = []
-            freed_bytes = 0
-            database = self.folder / DBNAME
-            with closing(sqlite3.connect(database, timeout=self._timeout_s, isolation_level=None)) as connection:
-                rows = connection.execute("SELECT rowid, key, raw, mode, filename, value FROM Cache").fetchall()
-                for rowid, key, raw, mode, filename, value in rows:
+            # The SQL table itself, because `iterkeys` and `check` of diskcache fail on tampered rows.
+            with closing(sqlite3.connect(self.folder / DBNAME, timeout=self._timeout_s, isolation_level=None)) as rows:
+                columns = "rowid, key, raw, mode, filename, value"
+                for rowid, key, raw, mode, filename, value in rows.execute(f"SELECT {columns} FROM Cache").fetchall():
                     path = disk.confined(filename)
                     ours = isinstance(key, str) and raw == 1 and mode == MODE_BINARY and value is None
                     if ours and path is not None and os.path.isfile(path):
-                        keys.add(key)
-                        files.add(path)
+                        keys[path] = key
                         continue
                     strays.append(f"row {rowid}")
                     if repair:
-                        connection.execute("DELETE FROM Cache WHERE rowid = ?", (rowid,))
-            root = os.path.realpath(self.folder)
-            own = {os.path.join(root, DBNAME + suffix) for suffix in ("", "-wal", "-shm", "-journal")}
-            for folder, _, names in os.walk(root):
-                for path in (os.path.join(folder, name) for name in names):
-                    if path in files or path in own:
-                        continue
-                    strays.append(os.path.relpath(path, root))
+                        rows.execute("DELETE FROM Cache WHERE rowid = ?", (rowid,))
+            young: set[str] = set()
+            freed_bytes = 0
+            latest = time.time() - min_age_s
+            for path, status in disk.files():
+                if path in keys:
+                    if status.st_mtime > latest:
+                        young.add(keys[path])
+                elif status.st_mtime <= latest:
+                    strays.append(os.path.relpath(path, disk.root))
                     if repair:
-                        freed_bytes += os.lstat(path).st_size
-                        os.unlink(path)
-            return BlobAudit(keys=frozenset(keys), strays=tuple(sorted(strays)), freed_bytes=freed_bytes)
+                        freed_bytes += status.st_size
+                        with suppress(FileNotFoundError):
+                            os.unlink(path)
+            return BlobAudit(
+                keys=frozenset(keys.values()),
+                young=frozenset(young),
+                strays=tuple(sorted(strays)),
+                freed_bytes=freed_bytes,
+            )
 
     def close(self) -> None:
         """Close this thread's connection; those of other threads close with their threads."""
@@ -255,11 +241,14 @@ _NO_FILE = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
 
 
 class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
-    """Storage of `str` keys and `bytes` values, each value a durable file inside the folder."""
+    """Storage of `str` keys and `bytes` values, each value a durable file inside the folder.
+
+    A file has a name of its own and not that of its blob: diskcache writes a new file before it drops the old one.
+    """
 
     def __init__(self, directory: str, **settings: Any) -> None:  # diskcache passes its own `disk_*` settings
         super().__init__(directory, **settings)
-        self._root = os.path.realpath(directory)
+        self.root = os.path.realpath(directory)
         self._durable_folders: set[str] = set()
         self.written = threading.local()  # .path: the file this thread wrote last, for undoing a failed insert
 
@@ -267,8 +256,17 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
         """The full path of a row's `filename`; None if it leaves the folder or is not a value file."""
         if not isinstance(filename, str) or not filename.endswith(".val") or "\0" in filename:
             return None
-        path = os.path.realpath(os.path.join(self._root, filename))
-        return path if path.startswith(self._root + os.sep) else None
+        path = os.path.realpath(os.path.join(self.root, filename))
+        return path if path.startswith(self.root + os.sep) else None
+
+    def files(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Paths and states of all files in the folder but diskcache's database."""
+        own = {os.path.join(self.root, DBNAME + suffix) for suffix in ("", "-wal", "-shm", "-journal")}
+        for folder, _, names in os.walk(self.root):
+            for path in (os.path.join(folder, name) for name in names):
+                with suppress(FileNotFoundError):  # removed by another process
+                    if path not in own:
+                        yield path, os.lstat(path)
 
     def put(self, key: Any) -> tuple[str, bool]:
         """The stored form of a key."""
@@ -279,7 +277,7 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
     def get(self, key: Any, raw: Any) -> str:
         """A key from its stored form; anything but text is refused."""
         if not raw or type(key) is not str:
-            raise CorruptCacheError("a blob key is not plain text and was not decoded", where=self._root)
+            raise CorruptCacheError("a blob key is not plain text and was not decoded", where=self.root)
         return key
 
     def store(self, value: Any, read: bool, key: Any = UNKNOWN) -> tuple[int, int, str, None]:
@@ -287,8 +285,11 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
         if type(value) is not bytes or read:
             raise TypeError(f"blobs are bytes, got {type(value).__name__}")
         # Through a stream, because that branch writes a file even for small values.
-        size, mode, filename, _ = super().store(io.BytesIO(value), True, key=key)
-        self.written.path = os.path.join(self._root, filename)
+        try:
+            size, mode, filename, _ = super().store(io.BytesIO(value), True, key=key)
+        except FileNotFoundError:  # a purge has taken the unfinished file for a leftover
+            size, mode, filename, _ = super().store(io.BytesIO(value), True, key=key)
+        self.written.path = os.path.join(self.root, filename)
         return size, mode, filename, None
 
     def filename(self, key: Any = UNKNOWN, value: Any = UNKNOWN) -> tuple[str, str]:
@@ -300,22 +301,23 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
         """
         name = uuid.uuid4().hex
         filename = os.path.join(name[0], f"{name[1:]}.val")
-        return filename, os.path.join(self._root, filename)
+        return filename, os.path.join(self.root, filename)
 
-    def fetch(self, mode: Any, filename: Any, value: Any, read: bool) -> BinaryIO:
+    def fetch(self, mode: Any, filename: Any, value: Any, read: bool) -> BufferedReader:
         """Open a value as a file, with or without `read`; rows that this package did not write are refused."""
         path = self.confined(filename)
         if mode != MODE_BINARY or value is not None or path is None:
-            raise CorruptCacheError("a blob's row was not written by this package", where=self._root)
+            raise CorruptCacheError("a blob's row was not written by this package", where=self.root)
         try:
-            handle = open(path, "rb")  # noqa: SIM115  the caller closes it
+            return open(path, "rb")  # the caller closes it
+        except FileNotFoundError:
+            raise
         except OSError as error:
             if error.errno in _NO_FILE:
                 raise CorruptCacheError("the path of a blob is not a regular file", where=path) from error
-            # Cache.get treats every OSError as a missing key; a forbidden file, or one too many open, is not missing.
-            with mapped(path) if error.errno != errno.ENOENT else nullcontext():
-                raise
-        return handle
+            # Mapped here, because `Cache.get` treats every OSError as a missing key; a forbidden file, or one too many
+            # open, is not missing.
+            raise_mapped(error, path)
 
     def remove(self, file_path: Any) -> None:
         """Remove a value file; a path outside the folder is left alone, and only its row goes."""
@@ -330,7 +332,7 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
         folder = os.path.dirname(full_path)
         if folder not in self._durable_folders:  # new, or made by a process that has not synced it yet
             private_folder(Path(folder))
-            fsync_folder(self._root)
+            fsync_folder(self.root)
             self._durable_folders.add(folder)
         try:
             with open(temporary, "xb", opener=private_opener) as handle:

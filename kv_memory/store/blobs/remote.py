@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from contextlib import suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,7 @@ class ObjectBlobs:
                 where="blobs",
                 next_step="Write s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX or file:///FOLDER.",
             )
-        self.url = url
-        self.folder = tier.folder
+        self.where = url
         self.tier = tier
         self._obstore: Any = obstore
         self._local = Path(url.removeprefix("file://")) if scheme == "file" else None
@@ -98,92 +97,94 @@ class ObjectBlobs:
         self.tier.warm()
 
     def put(self, key: str, data: bytes) -> None:
-        """See `BlobStore.put`."""
-        with mapped(self.url):
+        """See `DiskBlobs.put`."""
+        with mapped(self.where):
             # Overwrites an existing object: it may be damaged, and checking takes as long as writing.
             self._obstore.put(self._store, _name(key), data)
             self._make_durable(key)
         with suppress(StoreError):  # the tier is only for speed; the blob is already safe
             self.tier.put(key, data, replace=True)
 
-    def path(self, key: str, *, fresh: bool = False) -> Path | None:
-        """See `BlobStore.path`; a blob that is not in the tier is downloaded."""
+    def open(self, key: str, *, fresh: bool = False) -> BufferedReader | None:
+        """See `DiskBlobs.open`; a blob that is not in the tier is downloaded."""
         if not is_blob_key(key):
             return None  # such a name could be of an object that is not ours
         if fresh:
             self.tier.delete(key)
         with suppress(CorruptCacheError):  # a tampered row of the tier: fetched again below
-            if (path := self.tier.path(key)) is not None:
-                return path
+            if (file := self.tier.open(key)) is not None:
+                return file
         data = self._fetch(key)
         if data is not None and blob_key(data) != key:
             data = self._fetch_again(key, data)
         if data is None:
             return None
         self.tier.put(key, data, replace=True)
-        path = self.tier.path(key)
-        if path is None:
+        file = self.tier.open(key)
+        if file is None:
             raise StoreFullError(
                 f"the local tier holds {self.tier.size_limit:,} bytes, which is too small for a blob of {len(data):,}",
-                where=str(self.folder),
+                where=self.tier.where,
                 next_step="Open the store with a larger tier_size_bytes.",
             )
-        return path
+        return file
 
     def has(self, key: str) -> bool:
         """Whether the object exists; its bytes are not checked."""
-        with mapped(self.url):
-            return self._has(key)
+        return self._size_bytes(key) is not None
 
     def delete(self, key: str) -> int:
-        """See `BlobStore.delete`."""
-        if not is_blob_key(key):
-            return 0
+        """See `DiskBlobs.delete`."""
         self.tier.delete(key)
-        with mapped(self.url):
-            try:
-                size: int = self._obstore.head(self._store, _name(key))["size"]
-                self._obstore.delete(self._store, _name(key))
-            except FileNotFoundError:
-                return 0
-            return size
+        size_bytes = self._size_bytes(key)
+        if size_bytes is None:
+            return 0
+        with mapped(self.where), suppress(FileNotFoundError):
+            self._obstore.delete(self._store, _name(key))
+        return size_bytes
 
-    def audit(self, *, repair: bool = False) -> BlobAudit:
-        """See `BlobStore.audit`; objects that are not blobs are strays, and so are those of the tier."""
-        tier = self.tier.audit(repair=repair)
+    def audit(self, *, min_age_s: float, repair: bool = False) -> BlobAudit:
+        """See `DiskBlobs.audit`; objects that are not blobs are strays, and so are those of the tier."""
+        tier = self.tier.audit(min_age_s=min_age_s, repair=repair)
+        latest = datetime.now(UTC) - timedelta(seconds=min_age_s)
         keys: set[str] = set()
+        young: set[str] = set()
         strays = list(tier.strays)
         freed_bytes = tier.freed_bytes
-        with mapped(self.url):
-            for path, size in self._listed():
-                key = path.rpartition("/")[2]
-                if path == _name(key) and is_blob_key(key):
-                    keys.add(key)
-                    continue
-                strays.append(path)
-                if repair:
-                    self._obstore.delete(self._store, path)
-                    freed_bytes += size
-        return BlobAudit(keys=frozenset(keys), strays=tuple(sorted(strays)), freed_bytes=freed_bytes)
+        with mapped(self.where):
+            for chunk in self._obstore.list(self._store, chunk_size=1000):
+                for entry in chunk:
+                    key = entry["path"].rpartition("/")[2]
+                    if is_blob_key(key) and entry["path"] == _name(key):
+                        keys.add(key)
+                        if entry["last_modified"] > latest:
+                            young.add(key)
+                        continue
+                    strays.append(entry["path"])
+                    if repair:
+                        self._obstore.delete(self._store, entry["path"])
+                        freed_bytes += entry["size"]
+        return BlobAudit(
+            keys=frozenset(keys), young=frozenset(young), strays=tuple(sorted(strays)), freed_bytes=freed_bytes
+        )
 
     def close(self) -> None:
         """Close the tier."""
         self.tier.close()
 
-    def _listed(self) -> Iterator[tuple[str, int]]:
-        for chunk in self._obstore.list(self._store, chunk_size=1000):
-            for entry in chunk:
-                yield entry["path"], entry["size"]
-
-    def _has(self, key: str, size_bytes: int | None = None) -> bool:
-        try:
-            size = self._obstore.head(self._store, _name(key))["size"]
-        except FileNotFoundError:
-            return False
-        return size_bytes is None or bool(size == size_bytes)
+    def _size_bytes(self, key: str) -> int | None:
+        """Size of the object; None if it does not exist."""
+        if not is_blob_key(key):
+            return None
+        with mapped(self.where):
+            try:
+                size: int = self._obstore.head(self._store, _name(key))["size"]
+            except FileNotFoundError:
+                return None
+            return size
 
     def _fetch(self, key: str) -> bytes | None:
-        with mapped(self.url):
+        with mapped(self.where):
             try:
                 return bytes(self._obstore.get(self._store, _name(key)).bytes())
             except FileNotFoundError as error:
@@ -202,12 +203,10 @@ class ObjectBlobs:
         again = self._fetch(key)
         if again is None or blob_key(again) == key:
             return again
-        with mapped(self.url):
-            size = self._obstore.head(self._store, _name(key))["size"]
-        if again != wrong or size != len(again):
+        if again != wrong or self._size_bytes(key) != len(again):
             raise StoreConnectionError(
                 "the object store returned different bytes on each read",
-                where=f"{self.url}, blob {key}",
+                where=f"{self.where}, blob {key}",
                 next_step="Check the network and any proxy on the way, then try again; the stored data is unchanged.",
             )
         return again

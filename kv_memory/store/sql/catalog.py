@@ -1,9 +1,8 @@
 """The catalog: transactions on one database, and its schema upgrades.
 
 Every writing transaction, except with `alone=False`, keeps all other writers out from its first statement: `BEGIN
-IMMEDIATE` on SQLite, an advisory lock on PostgreSQL. Rows that it has read therefore do not change under it. Blobs
-are not written inside transactions, because an upload may take any time; named locks (`Catalog.hold`) keep a blob
-from being removed before a row refers to it.
+IMMEDIATE` on SQLite, an advisory lock on PostgreSQL. Rows that it has read therefore do not change under it. Blobs are
+written before such a transaction, because an upload may take any time, and removed inside one (see `BlobReferences`).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.orm import Session
 
 from kv_memory.errors import StoreError, StoreVersionError, interruption_behind
-from kv_memory.store.error_mapping import mapped
+from kv_memory.store.error_mapping import mapped, raise_mapped
 from kv_memory.store.sql.engine import open_database
 from kv_memory.store.sql.schema import SCHEMA_HEAD
 
@@ -47,9 +46,8 @@ class Catalog:
             self._database = open_database(where, busy_timeout_s=busy_timeout_s)
         self.where = self._database.where
         self._engine = self._database.engine
-        reads, writes = self._database.options
-        self._reader = self._engine.execution_options(**reads)
-        self._writer = self._engine.execution_options(**writes)
+        self._reader = self._engine.execution_options(**self._database.reading)
+        self._writer = self._engine.execution_options(**self._database.writing)
         self._pid = os.getpid()
         try:
             with mapped(self.where):
@@ -66,13 +64,7 @@ class Catalog:
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A transaction that sees one state of the catalog and blocks nobody."""
-        with (
-            mapped(self.where),
-            self._after_fork(self._reader).connect() as connection,
-            _not_used_again_if_interrupted(connection),
-            Session(connection, expire_on_commit=False) as session,
-            session.begin(),
-        ):
+        with self._transaction(self._reader, self._database.begin_read) as session:
             yield session
 
     @contextmanager
@@ -86,29 +78,43 @@ class Catalog:
         Raises:
             StoreLockedError: The write lock was not acquired within the busy timeout.
         """
-        with (
-            mapped(self.where),
-            # Begun here and not by the session, which begins at its first statement: that may come after the blobs
-            # were checked. And a session that is interrupted while it begins keeps other writers waiting.
-            self._after_fork(self._writer).connect() as connection,
-            _not_used_again_if_interrupted(connection),
-            connection.begin(),
-            Session(connection, expire_on_commit=False) as session,
-            session.begin(),
-        ):
-            if alone:
-                self._database.lock(connection)
+        begin = self._database.begin_alone if alone else self._database.begin_write
+        with self._transaction(self._writer, begin) as session:
             yield session
 
-    def hold(self, name: str, *, wait: bool = True) -> AbstractContextManager[bool]:
-        """A context that holds a lock against all threads, processes and machines with this catalog, see `Locks.hold`.
+    @contextmanager
+    def _transaction(self, engine: Engine, begin: str | None) -> Iterator[Session]:
+        if self._pid != os.getpid():
+            self._after_fork()
+        try:
+            # Begun here and not by the session, which begins at its first statement: that may come after the blobs
+            # were checked. And a session that is interrupted while it begins keeps other writers waiting.
+            with engine.connect() as connection:
+                try:
+                    with connection.begin():
+                        if begin is not None:
+                            connection.exec_driver_sql(begin)
+                        with Session(connection, expire_on_commit=False) as session, session.begin():
+                            yield session
+                except GeneratorExit:  # a generator that is closed was not interrupted
+                    raise
+                except BaseException as error:
+                    # Close the connection after Ctrl-C instead of returning it to the pool: a cursor may live on in
+                    # the traceback, and SQLite refuses to commit while its statement is open.
+                    if not isinstance(error, Exception) or interruption_behind(error) is not None:
+                        connection.invalidate()
+                    raise
+        except Exception as error:
+            raise_mapped(error, self.where)
 
-        Args:
-            name: Name of the lock, any text.
-            wait: Whether to wait for a taken lock; if off, the context is then entered with False.
+    def hold(self, name: str, *, wait: bool = True) -> AbstractContextManager[bool]:
+        """A context that holds a lock against all threads, processes and machines with this catalog.
+
+        Arguments and value are those of `FileLocks.hold`.
         """
-        self._after_fork(self._engine)
-        return self._database.hold(name, wait=wait)
+        if self._pid != os.getpid():
+            self._after_fork()
+        return self._database.locks.hold(name, wait=wait)
 
     def revision(self) -> str | None:
         """The schema version of the catalog, None if it has none yet."""
@@ -118,7 +124,6 @@ class Catalog:
     def scrub(self) -> None:
         """Remove deleted data from the database's files: free pages and, with SQLite, the log. See `purge`."""
         with mapped(self.where):
-            self._after_fork(self._engine)
             self._database.scrub()
 
     @classmethod
@@ -136,12 +141,10 @@ class Catalog:
         """Close every connection that is not in use."""
         self._engine.dispose()
 
-    def _after_fork(self, engine: Engine) -> Engine:
+    def _after_fork(self) -> None:
         # A forked process must neither use nor close its parent's connections.
-        if self._pid != os.getpid():
-            self._engine.dispose(close=False)
-            self._pid = os.getpid()
-        return engine
+        self._engine.dispose(close=False)
+        self._pid = os.getpid()
 
     def _upgrade(self, *, allowed: bool) -> None:
         with self._engine.connect() as connection:
@@ -158,8 +161,8 @@ class Catalog:
                 next_step="Run `kv-memory db upgrade` while nothing else uses the store.",
             )
         with self._writer.connect() as connection, connection.begin():
-            self._database.lock(connection)
             # Under the write lock: of two processes that open an old store, the second finds it upgraded.
+            connection.exec_driver_sql(self._database.begin_alone)
             self._migrate(connection)
 
     def _migrate(self, connection: Connection) -> None:
@@ -189,23 +192,6 @@ class Catalog:
                 where=self.where,
                 next_step="Upgrade kv-memory to the version that wrote it. Nothing was changed.",
             )
-
-
-@contextmanager
-def _not_used_again_if_interrupted(connection: Connection) -> Iterator[None]:
-    """Close the connection after Ctrl-C instead of returning it to the pool.
-
-    A cursor may live on in the traceback, and SQLite refuses to commit while its statement is open. Closing a
-    generator does not count as an interruption.
-    """
-    try:
-        yield
-    except GeneratorExit:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) or interruption_behind(error) is not None:
-            connection.invalidate()
-        raise
 
 
 def _is_empty(connection: Connection) -> bool:

@@ -1,61 +1,32 @@
-"""Differences between SQLite and PostgreSQL: connect, begin, lock, create and scrub.
+"""Differences between SQLite and PostgreSQL: connect, begin, create and scrub.
 
 All other statements of the catalog are the same for both.
 """
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import time
-from contextlib import AbstractContextManager, closing, suppress
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import URL, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_random_exponential
 
 from kv_memory.errors import ConfigError, StoreLockedError
 from kv_memory.store.error_mapping import mapped, refused_login
-from kv_memory.store.fs import private_opener
+from kv_memory.store.fs import private_file
 from kv_memory.store.sql.locks import FileLocks, PostgresLocks
-from kv_memory.store.sql.schema import Base
 
-__all__ = ["Database", "PostgresDatabase", "SQLiteDatabase", "open_database", "scrub_sqlite"]
+__all__ = ["PostgresDatabase", "SQLiteDatabase", "open_database", "scrub_sqlite"]
 
 _WRITE = "Write postgresql+psycopg://USER@HOST/DATABASE, or leave it out for SQLite in the store's folder."
-_WRITES = "kv_memory_write"  # execution option: this connection's transactions write
 
 
-class Database(Protocol):
-    """One database under the catalog.
-
-    Attributes:
-        engine: SQLAlchemy engine.
-        where: Name of the database in errors, without a password.
-        options: Execution options for reading and for writing transactions.
-    """
-
-    engine: Engine
-    where: str
-    options: tuple[dict[str, Any], dict[str, Any]]
-
-    def create(self) -> None:
-        """Prepare an empty database for its tables."""
-
-    def scrub(self) -> None:
-        """Remove from the database's files the data that was deleted from its tables."""
-
-    def lock(self, connection: Connection) -> None:
-        """Keep every other writer out until the transaction ends."""
-
-    def hold(self, name: str, *, wait: bool = True) -> AbstractContextManager[bool]:
-        """See `Locks.hold`."""
-
-
-def open_database(where: Path | str, *, busy_timeout_s: float) -> Database:
+def open_database(where: Path | str, *, busy_timeout_s: float) -> SQLiteDatabase | PostgresDatabase:
     """The database at a file or a URL: `sqlite:///FILE` or `postgresql+psycopg://USER@HOST/NAME?schema=NAME`.
 
     Raises:
@@ -66,11 +37,7 @@ def open_database(where: Path | str, *, busy_timeout_s: float) -> Database:
     try:
         url = make_url(where)
     except ArgumentError:
-        raise ConfigError(
-            "this is not a database URL",
-            where="catalog",
-            next_step=_WRITE,
-        ) from None
+        raise ConfigError("this is not a database URL", where="catalog", next_step=_WRITE) from None
     if url.get_backend_name() == "sqlite" and url.database:
         return SQLiteDatabase(Path(url.database), busy_timeout_s=busy_timeout_s)
     if url.get_backend_name() == "postgresql":
@@ -83,15 +50,30 @@ def open_database(where: Path | str, *, busy_timeout_s: float) -> Database:
 
 
 class SQLiteDatabase:
-    """A file in the store's folder, with one writer at a time by SQLite's own lock."""
+    """A file in the store's folder, with one writer at a time by SQLite's own lock.
 
-    options: tuple[dict[str, Any], dict[str, Any]] = ({}, {_WRITES: True})
+    Attributes:
+        engine: SQLAlchemy engine.
+        locks: Named locks.
+        where: Name of the database in errors.
+        reading: Execution options of a reading transaction.
+        writing: Execution options of a writing transaction.
+        begin_read: Statement that begins a reading transaction.
+        begin_write: Statement that begins a writing transaction.
+        begin_alone: Statement that begins a writing transaction and keeps other writers out.
+    """
+
+    reading: dict[str, Any] = {}  # noqa: RUF012
+    writing: dict[str, Any] = {}  # noqa: RUF012
+    begin_read = "BEGIN"
+    # Upgrading a read transaction to a write fails at once if another writer wrote in between.
+    begin_write = begin_alone = "BEGIN IMMEDIATE"
 
     def __init__(self, file: Path, *, busy_timeout_s: float) -> None:
         self.file = file
         self.where = str(file)
+        self.locks = FileLocks(file.with_name("locks"))
         self._busy_timeout_s = busy_timeout_s
-        self._locks = FileLocks(file.with_name("locks"))
         self.engine = create_engine(
             URL.create("sqlite", database=str(file)),
             connect_args={"timeout": busy_timeout_s, "check_same_thread": False, "isolation_level": None},
@@ -100,10 +82,8 @@ class SQLiteDatabase:
             max_overflow=-1,  # callers wait in SQLite, whose error we can map, not in the pool
         )
         event.listen(self.engine, "connect", self._set_pragmas)
-        event.listen(self.engine, "begin", self._begin)
         event.listen(self.engine, "invalidate", self._roll_back)
-        if not file.exists():
-            os.close(private_opener(str(file), os.O_RDWR | os.O_CREAT))  # -wal and -shm inherit the mode
+        private_file(file)
 
     def create(self) -> None:
         """Switch a new file to the write-ahead log; the mode is stored in the file."""
@@ -120,15 +100,8 @@ class SQLiteDatabase:
                 time.sleep(0.01)
 
     def scrub(self) -> None:
-        """See `Database.scrub`."""
+        """Remove from the database's files the data that was deleted from its tables."""
         scrub_sqlite(self.file)
-
-    def lock(self, connection: Connection) -> None:
-        """Do nothing: the transaction began with the lock."""
-
-    def hold(self, name: str, *, wait: bool = True) -> AbstractContextManager[bool]:
-        """See `Locks.hold`."""
-        return self._locks.hold(name, wait=wait)
 
     @staticmethod
     def _set_pragmas(connection: Any, _entry: ConnectionPoolEntry) -> None:
@@ -144,26 +117,19 @@ class SQLiteDatabase:
         with suppress(sqlite3.Error):
             connection.rollback()
 
-    @staticmethod
-    def _begin(connection: Connection) -> None:
-        # Upgrading a read transaction to a write fails at once if another writer wrote in between, so writers begin
-        # as such.
-        writes = connection.get_execution_options().get(_WRITES, False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
 
 class PostgresDatabase:
     """A schema of a PostgreSQL database: `kv_memory`, or another by `?schema=NAME` in the URL.
 
     It is a separate schema, because our table names are common ones. An advisory lock admits one writer at a time, so
-    that the guarantees of SQLite hold here too: transactions are short, and blobs are written outside them.
+    that the guarantees of SQLite hold here too: transactions are short, and blobs are uploaded outside them. Attributes
+    are those of `SQLiteDatabase`.
     """
 
     # A reader sees one state of the catalog, as on SQLite.
-    options: tuple[dict[str, Any], dict[str, Any]] = (
-        {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True},
-        {"isolation_level": "READ COMMITTED"},
-    )
+    reading: dict[str, Any] = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}  # noqa: RUF012
+    writing: dict[str, Any] = {"isolation_level": "READ COMMITTED"}  # noqa: RUF012
+    begin_read = begin_write = None  # the driver begins at the first statement
 
     def __init__(self, url: URL, *, busy_timeout_s: float) -> None:
         query = dict(url.query)
@@ -177,6 +143,7 @@ class PostgresDatabase:
         url = url.set(query=query)
         self.schema = schema
         self.where = f"{url.render_as_string(hide_password=True)} schema {schema}"
+        self.begin_alone = f"SELECT pg_advisory_xact_lock(hashtextextended('kv_memory write {schema}', 0))"
         milliseconds = int(1000 * busy_timeout_s)
         try:
             self.engine = create_engine(
@@ -199,33 +166,22 @@ class PostgresDatabase:
                 where="catalog",
                 next_step="Run `pip install 'kv-memory[postgres]'`.",
             ) from error
-        self._locks = PostgresLocks(self.engine, schema, self.where)
+        self.locks = PostgresLocks(self.engine, schema, self.where)
         event.listen(self.engine, "do_connect", self._connect)
 
     def create(self) -> None:
         """Create the schema."""
         with self.engine.begin() as connection:
-            self.lock(connection)  # CREATE SCHEMA IF NOT EXISTS fails if two processes run it at once
+            # CREATE SCHEMA IF NOT EXISTS fails if two processes run it at once.
+            connection.exec_driver_sql(self.begin_alone)
             connection.execute(text(f'CREATE SCHEMA IF NOT EXISTS "{self.schema}"'))
 
     def scrub(self) -> None:
         """Rewrite the tables, each locked meanwhile; the server's log and backups are up to its operator."""
         # A plain VACUUM leaves the bytes of deleted rows in place until new rows overwrite them.
         with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            for table in Base.metadata.tables:
+            for table in inspect(connection).get_table_names():  # the tables of jobs too
                 connection.execute(text(f'VACUUM (FULL) "{table}"'))
-
-    def lock(self, connection: Connection) -> None:
-        """Wait for the write lock, which ends with the transaction."""
-        connection.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"), {"name": self._turn})
-
-    def hold(self, name: str, *, wait: bool = True) -> AbstractContextManager[bool]:
-        """See `Locks.hold`."""
-        return self._locks.hold(name, wait=wait)
-
-    @property
-    def _turn(self) -> str:
-        return f"kv_memory write {self.schema}"
 
     @staticmethod
     def _connect(dialect: Any, _record: object, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:

@@ -1,4 +1,7 @@
-"""The catalog's tables, as typed ORM classes. Every change needs a migration; a test compares the two."""
+"""The catalog's tables, as typed ORM classes. Every change needs a migration; a test compares the two.
+
+The tables of `kv_memory.jobs` are in `kv_memory/jobs/schema.py`, with the same `Base`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from sqlalchemy import (
     DateTime,
     Double,
     ForeignKey,
-    Index,
     MetaData,
     String,
     Text,
@@ -26,20 +28,17 @@ __all__ = [
     "Base",
     "CacheRow",
     "CollectionRow",
-    "CounterRow",
     "DocumentRow",
     "FingerprintRow",
-    "JobRow",
     "OptionRow",
     "PassageRow",
     "PrefixRow",
-    "TaskRow",
     "UTCDateTime",
     "utc_now",
 ]
 
 # The newest migration. Written here, so that opening a store at head need not import Alembic; a test checks it.
-SCHEMA_HEAD = "0003"
+SCHEMA_HEAD = "0001"
 
 
 def utc_now() -> datetime:
@@ -98,17 +97,6 @@ class OptionRow(Base):
     __tablename__ = "option"
     key: Mapped[str] = mapped_column(String(64), primary_key=True)
     value: Mapped[dict[str, Any]]
-
-
-class CounterRow(Base):
-    """A count that grows: hits, misses, evictions. Written with a delay, like the times of last use."""
-
-    __tablename__ = "counter"
-    __table_args__ = (UniqueConstraint("collection_id", "name"),)
-    id: Mapped[int] = mapped_column(primary_key=True)
-    collection_id: Mapped[int] = mapped_column(ForeignKey("collection.id", ondelete="CASCADE"))
-    name: Mapped[str] = mapped_column(String(64))
-    value: Mapped[float]
 
 
 class DocumentRow(Base):
@@ -192,54 +180,3 @@ class PrefixRow(Base):
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     blob_key: Mapped[str] = mapped_column(String(64), index=True)
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
-
-
-class JobRow(Base):
-    """A batch of documents to compress; `kv_memory.jobs` reads and writes it."""
-
-    __tablename__ = "job"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str] = mapped_column(String(64), unique=True)
-    collection_id: Mapped[int] = mapped_column(ForeignKey("collection.id", ondelete="CASCADE"))
-    state: Mapped[str] = mapped_column(String(16))
-    sources: Mapped[dict[str, Any]]
-    settings: Mapped[dict[str, Any]]
-    # Fingerprint of its caches; known once a worker has loaded the model.
-    fingerprint: Mapped[str | None] = mapped_column(String(64))
-    # Whether every document of the sources has its task.
-    discovered: Mapped[bool] = mapped_column(default=False)
-    n_deleted: Mapped[int] = mapped_column(default=0)
-    n_unchanged: Mapped[int] = mapped_column(default=0)
-    created_at: Mapped[datetime] = mapped_column(default=utc_now)
-    updated_at: Mapped[datetime] = mapped_column(default=utc_now)
-    finished_at: Mapped[datetime | None]
-
-
-class TaskRow(Base):
-    """One document of a job: an entry of the ledger."""
-
-    __tablename__ = "task"
-    __table_args__ = (
-        UniqueConstraint("job_id", "document_id"),
-        Index(None, "job_id", "state", "priority", "id"),  # for claiming a task
-    )
-    id: Mapped[int] = mapped_column(primary_key=True)
-    job_id: Mapped[int] = mapped_column(ForeignKey("job.id", ondelete="CASCADE"))
-    document_id: Mapped[str] = mapped_column(Text)
-    uri: Mapped[str] = mapped_column(Text)
-    # Lowest first: the negative size of the document in bytes, or 0 if it is unknown.
-    priority: Mapped[int] = mapped_column(BigInteger, default=0)
-    state: Mapped[str] = mapped_column(String(16))
-    attempts: Mapped[int] = mapped_column(default=0)
-    worker: Mapped[str | None] = mapped_column(String(255))
-    lease_expires_at: Mapped[datetime | None]
-    # Result: added, replaced or unchanged; or the error.
-    outcome: Mapped[str | None] = mapped_column(String(16))
-    error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
-    n_passages: Mapped[int] = mapped_column(default=0)
-    n_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
-    cache_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
-    full_kv_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
-    elapsed_s: Mapped[float | None]
-    created_at: Mapped[datetime] = mapped_column(default=utc_now)
-    updated_at: Mapped[datetime] = mapped_column(default=utc_now)

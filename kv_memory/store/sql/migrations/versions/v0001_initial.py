@@ -1,4 +1,4 @@
-"""The first catalog.
+"""The first catalog, with the tables of `kv_memory.jobs`.
 
 Revision: 0001. Types are written out rather than taken from schema.py: a migration must not change with the models.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-__all__ = ["downgrade", "upgrade"]
+__all__ = ["upgrade"]
 
 revision = "0001"
 down_revision = None
@@ -24,6 +24,8 @@ def upgrade() -> None:
         sa.Column("name", sa.String(255), nullable=False),
         sa.Column("revision", sa.Integer(), nullable=False),
         sa.Column("settings", sa.JSON(), nullable=False),
+        sa.Column("max_size_bytes", sa.BigInteger(), nullable=True),
+        sa.Column("ttl_s", sa.Double(), nullable=True),
         sa.Column("created_at", sa.DateTime(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_collection"),
         sa.UniqueConstraint("name", name="uq_collection_name"),
@@ -50,7 +52,8 @@ def upgrade() -> None:
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("document_pk", sa.Integer(), nullable=False),
         sa.Column("ordinal", sa.Integer(), nullable=False),
-        sa.Column("text", sa.Text(), nullable=False),
+        sa.Column("text", sa.Text(), nullable=True),
+        sa.Column("terms", sa.JSON(), nullable=True),
         sa.Column("text_sha256", sa.String(64), nullable=False),
         sa.Column("n_tokens", sa.Integer(), nullable=False),
         sa.ForeignKeyConstraint(
@@ -80,6 +83,7 @@ def upgrade() -> None:
         sa.Column("size_bytes", sa.BigInteger(), nullable=False),
         sa.Column("blob_key", sa.String(64), nullable=False),
         sa.Column("fidelity", sa.Double(), nullable=True),
+        sa.Column("refined_steps", sa.Integer(), nullable=False),
         sa.Column("pinned", sa.Boolean(), nullable=False),
         sa.Column("created_at", sa.DateTime(), nullable=False),
         sa.Column("last_used_at", sa.DateTime(), nullable=True),
@@ -100,6 +104,7 @@ def upgrade() -> None:
         ),
     )
     op.create_index("ix_distilled_cache_blob_key", "distilled_cache", ["blob_key"])
+    op.create_index("ix_distilled_cache_expires_at", "distilled_cache", ["expires_at"])
     op.create_table(
         "prefix",
         sa.Column("id", sa.Integer(), nullable=False),
@@ -115,9 +120,55 @@ def upgrade() -> None:
         sa.UniqueConstraint("collection_id", "key", name="uq_prefix_collection_id_key"),
     )
     op.create_index("ix_prefix_blob_key", "prefix", ["blob_key"])
-
-
-def downgrade() -> None:
-    """Drop the tables."""
-    for table in ("prefix", "distilled_cache", "fingerprint", "passage", "document", "collection"):
-        op.drop_table(table)
+    op.create_table(
+        "option",
+        sa.Column("key", sa.String(64), nullable=False),
+        sa.Column("value", sa.JSON(), nullable=False),
+        sa.PrimaryKeyConstraint("key", name="pk_option"),
+    )
+    op.create_table(
+        "job",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("name", sa.String(64), nullable=False),
+        sa.Column("collection_id", sa.Integer(), nullable=False),
+        sa.Column("state", sa.String(16), nullable=False),
+        sa.Column("sources", sa.JSON(), nullable=False),
+        sa.Column("settings", sa.JSON(), nullable=False),
+        sa.Column("fingerprint", sa.String(64), nullable=True),
+        sa.Column("discovered", sa.Boolean(), nullable=False),
+        sa.Column("n_deleted", sa.Integer(), nullable=False),
+        sa.Column("n_unchanged", sa.Integer(), nullable=False),
+        sa.Column("created_at", sa.DateTime(), nullable=False),
+        sa.Column("updated_at", sa.DateTime(), nullable=False),
+        sa.Column("finished_at", sa.DateTime(), nullable=True),
+        sa.ForeignKeyConstraint(
+            ["collection_id"], ["collection.id"], name="fk_job_collection_id_collection", ondelete="CASCADE"
+        ),
+        sa.PrimaryKeyConstraint("id", name="pk_job"),
+        sa.UniqueConstraint("name", name="uq_job_name"),
+    )
+    op.create_table(
+        "task",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("job_id", sa.Integer(), nullable=False),
+        sa.Column("document_id", sa.Text(), nullable=False),
+        sa.Column("uri", sa.Text(), nullable=False),
+        sa.Column("priority", sa.BigInteger(), nullable=False),
+        sa.Column("state", sa.String(16), nullable=False),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("worker", sa.String(255), nullable=True),
+        sa.Column("lease_expires_at", sa.DateTime(), nullable=True),
+        sa.Column("outcome", sa.String(16), nullable=True),
+        sa.Column("error", sa.JSON(), nullable=True),
+        sa.Column("n_passages", sa.Integer(), nullable=False),
+        sa.Column("n_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("cache_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("full_kv_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("elapsed_s", sa.Double(), nullable=True),
+        sa.Column("created_at", sa.DateTime(), nullable=False),
+        sa.Column("updated_at", sa.DateTime(), nullable=False),
+        sa.ForeignKeyConstraint(["job_id"], ["job.id"], name="fk_task_job_id_job", ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("id", name="pk_task"),
+        sa.UniqueConstraint("job_id", "document_id", name="uq_task_job_id_document_id"),
+    )
+    op.create_index("ix_task_job_id_state_priority_id", "task", ["job_id", "state", "priority", "id"])
