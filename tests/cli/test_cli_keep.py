@@ -82,7 +82,7 @@ def test_questions_are_answered_from_the_caches_of_the_given_amount(kv: Run, sto
     assert [answer["n_cached_tokens"] for answer in said.json["answers"]] == [quarter["n_cached_tokens"]]
 
 
-@pytest.mark.parametrize("command", [["add", "-"], ["job", "run", "."], ["ask", "Why?"], ["chat"], ["demo"]])
+@pytest.mark.parametrize("command", [["add", "-"], ["job", "run", "."], ["ask", "Why?"], ["chat"]])
 @pytest.mark.parametrize(
     ("options", "where"),
     [

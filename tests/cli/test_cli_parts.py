@@ -11,13 +11,9 @@ import pytest
 import typer
 
 import kv_memory.cli
-from kv_memory.cli.demo import derived_questions
-from kv_memory.cli.demo_questions import QUESTIONS, contains_any, known_questions
 from kv_memory.cli.documents import find_document_id
 from kv_memory.cli.options import passage_tokens_of
 from kv_memory.cli.output import plain, printable, reporting
-from kv_memory.cli.packages import PACKAGES, package_documents, prose_of
-from kv_memory.documents import Document
 from kv_memory.errors import ConfigError, DocumentNotFoundError, StoreError
 from kv_memory.store import PassageRecord
 
@@ -133,117 +129,3 @@ def test_errors_print_what_where_and_next_step_on_stderr(capsys: pytest.CaptureF
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "Error: it is [bold]full[/bold]\nWhere: /data\nNext step: Make room.\n"
-
-
-MARKDOWN = """\
-[![CI](https://ci.example/badge.svg)](https://ci.example/run)
-<div align="center"><img src="x.png"></div>
-
-# Ferry
-
-Ferry is a **library** for [crossing](https://example.org/a_(b)) water, written in `Python` by <b>one</b> person.
-It has no engine. <!-- hidden
-words -->
-
-```python
-import ferry  # this is no prose at all, and must go.
-```
-
-It can do all of these things:
-
-- Row with *two* oars, forwards or backwards
-- Sail where there is wind.
-
-| a | table of things that has enough words. |
-
-See https://example.org/manual for all there is to know.
-
-Short one.
-
-[docs]: https://example.org "a title with more than enough words."
-"""
-
-RST = """\
-Ferry
-=====
-
-|PyPI| |Downloads|
-
-.. |PyPI| image:: https://img.example/pypi.svg
-    :target: https://pypi.example/ferry
-
-`Ferry <https://example.org>`_ is a library for crossing water,
-and uses :class:`Oar` and ``Sail``.
-
-.. code-block:: python
-
-    import ferry  # no prose either, whatever it looks like.
-
-An example follows here for everybody to see::
-
-    >>> ferry.cross("the wide and very deep river.")
-
-The author_ is Maren Dahl, who lives by the water.
-"""
-
-
-def test_prose_of_markdown() -> None:
-    assert prose_of(MARKDOWN).split("\n\n") == [
-        "Ferry is a library for crossing water, written in Python by one person. It has no engine.",
-        "It can do all of these things:",
-        "- Row with two oars, forwards or backwards\n- Sail where there is wind.",
-        "See for all there is to know.",
-    ]
-
-
-def test_prose_of_restructured_text() -> None:
-    assert prose_of(RST).split("\n\n") == [
-        "Ferry is a library for crossing water, and uses Oar and Sail.",
-        "The author is Maren Dahl, who lives by the water.",
-    ]
-
-
-def test_package_documents_are_prose_of_installed_packages() -> None:
-    documents = package_documents((*PACKAGES, "no-such-package-anywhere"))
-    # A dependency of ours that has no prose to offer any more must be replaced, and so must its questions.
-    assert {question.package for question in QUESTIONS} <= {document.id for document in documents}
-    assert len(documents) >= 12
-    known = known_questions(documents)
-    assert len(known) >= 24 and len({question.package for question in known[:12]}) <= 7  # the demo compresses few
-    for document in documents:
-        assert 200 < len(document.text) < 1300
-        assert document.metadata["version"] in document.text
-        assert not any(mark in document.text for mark in ("```", "](", "<img", "https://", ".. "))
-
-
-def test_no_demo_question_contains_its_answer() -> None:
-    assert len(set(QUESTIONS)) == len(QUESTIONS)
-    for question in QUESTIONS:
-        assert question.accepted and not contains_any(question.text, question.accepted), question
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted", "found"),
-    [
-        ("It is\nGrant  Jenks.", ["grant jenks"], True),
-        ("The limit is 3.", ["MIT"], False),
-        ("Under the MIT-License", ["MIT"], True),
-        ("About 800ns", ["80", "800 ns"], False),
-        ("", ["MIT"], False),
-        ("MIT", [], False),
-    ],
-)
-def test_an_answer_with_whole_words_of_an_accepted_one_is_right(text: str, wanted: list[str], found: bool) -> None:
-    assert contains_any(text, wanted) is found
-
-
-def test_derived_questions_use_headings_or_names() -> None:
-    documents = [
-        Document(id="/x/guide.md", text="# Ferries\n\nText.\n\n## Oars ##\n\nMore.\n\n## Third\n"),
-        Document(id="/x/my_notes.txt", text="No heading."),
-    ]
-    assert derived_questions(documents) == [
-        "What does it say about Ferries?",
-        "What does it say about Oars?",
-        "What does it say about my notes?",
-    ]
