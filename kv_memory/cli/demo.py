@@ -13,7 +13,7 @@ import typer
 from kv_memory.cli.demo_documents import QUESTIONS, Question, known_questions, package_documents
 from kv_memory.cli.options import JsonOption, KeepRatioOption, ratio_of
 from kv_memory.cli.output import Output, factor_text, plain, reporting, size_text
-from kv_memory.cli.progress import Tracker
+from kv_memory.cli.progress import AddTracker
 from kv_memory.config import DecodeSettings
 from kv_memory.errors import ConfigError
 from kv_memory.model.embedded import BUILT_IN, EMBEDDED
@@ -59,7 +59,7 @@ def demo(
             # The texts are kept, because every question is also answered from text.
             memory = KVMemory.open(folder, collection="demo", model=model, keep_ratio=ratio, keep_text=True)
             stack.enter_context(memory).load()
-        with Tracker(out) as tracker:
+        with AddTracker(out) as tracker:
             report = memory.add(documents, on_progress=tracker)
         sizes = ("n_passages", "n_tokens", "full_kv_bytes", "cache_bytes", "elapsed_s")
         compressed = {"n_documents": len(documents)} | {name: getattr(report, name) for name in sizes}
