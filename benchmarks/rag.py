@@ -52,7 +52,7 @@ from llama_index.core.response_synthesizers import ResponseMode, get_response_sy
 from kv_memory import Document, KVMemory
 from kv_memory.cli.options import ratio_of
 from kv_memory.datasets import read_examples
-from kv_memory.evaluate.answer_metrics import agreement, f1
+from kv_memory.evaluate.metrics import agreement, f1
 from kv_memory.integrations.llama_index import KVMemoryLLM, KVMemoryQueryEngine, KVMemoryStoreRetriever
 from kv_memory.model.first_token import is_visible
 

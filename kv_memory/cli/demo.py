@@ -104,7 +104,7 @@ def _chosen(docs: Path | None, file: Path | None, limit: int | None) -> tuple[li
 
 def _answered(out: Output, memory: KVMemory, question: Question, *, flip: bool) -> dict[str, Any]:
     """A question answered both ways, from text first if `flip`."""
-    from kv_memory.evaluate.answer_metrics import contains
+    from kv_memory.evaluate.metrics import contains
 
     settings, known = DecodeSettings(max_new_tokens=24), question.accepted
     order = _WAYS[::-1] if flip else _WAYS

@@ -89,7 +89,7 @@ def _prose(description: str, max_chars: int) -> str:
 
 def known_questions(documents: Sequence[Document], questions: Sequence[Question] = QUESTIONS) -> list[Question]:
     """The questions that these documents answer; the description of another release may lack an answer."""
-    from kv_memory.evaluate.answer_metrics import contains
+    from kv_memory.evaluate.metrics import contains
 
     texts = {document.id: document.text for document in documents}
     return [asked for asked in questions if contains(texts.get(asked.package, ""), asked.accepted)]

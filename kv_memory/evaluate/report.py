@@ -7,8 +7,8 @@ from pathlib import Path
 
 from kv_memory.errors import DatasetError
 from kv_memory.evaluate.aggregate import Interval, Row, table_of
-from kv_memory.evaluate.measure import METRICS
 from kv_memory.evaluate.plots import plot_fidelity, plot_needle
+from kv_memory.evaluate.records import METRICS
 from kv_memory.evaluate.saved_rows import Loaded, load_rows
 
 __all__ = ["cells", "kept_text", "markdown", "write_report"]

@@ -14,7 +14,7 @@ import pytest
 
 from kv_memory.cli.demo import _medians
 from kv_memory.cli.demo_documents import PACKAGES, QUESTIONS, _prose, known_questions, package_documents
-from kv_memory.evaluate.answer_metrics import contains
+from kv_memory.evaluate.metrics import contains
 from kv_memory.model.embedded import BUILT_IN
 from tests.cli.ran import Ran
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,12 +9,11 @@ import torch
 
 from kv_memory.compress import Adapter, Compressor
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
-from kv_memory.evaluate import METHODS, Evaluation, TaskSettings, evaluate, load_rows, measure
-from kv_memory.evaluate.bench import Bench
+from kv_memory.evaluate import METHODS, EvalProgress, Evaluation, TaskSettings, evaluate, load_rows, scoring
 from kv_memory.evaluate.cases import encode_query
-from kv_memory.evaluate.harness import EvalProgress
+from kv_memory.evaluate.measure import Bench
 from kv_memory.evaluate.methods import RandomSelector, make_methods
-from kv_memory.evaluate.prefilled_questions import PrefilledQuestions
+from kv_memory.evaluate.scoring import PrefilledQuestions
 from kv_memory.evaluate.tasks import find_task
 from tests.memories import FERRY, wide_backbone
 
@@ -99,7 +97,7 @@ def test_agreeing_answers_skip_decoding_and_equal_decoded_ones(
     quick = run(roomy, data, methods=["full", "random"], keep_ratios=[0.9])
     n_all = sum(len(record.questions) for record in quick.records)
     assert sum(decoded) < n_all
-    monkeypatch.setattr(measure, "_Scored", lambda **values: SimpleNamespace(**{**values, "agrees": False}))
+    monkeypatch.setattr(scoring, "_agrees", lambda *_: False)
     decoded.clear()
     slow = run(roomy, data, methods=["full", "random"], keep_ratios=[0.9])
     assert sum(decoded) == n_all

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kv_memory.errors import ConfigError
-from kv_memory.evaluate import answer_metrics as metrics
-from kv_memory.evaluate.answer_metrics import (
+from kv_memory.evaluate import metrics
+from kv_memory.evaluate.metrics import (
     Agreement,
     agreement,
     contains,

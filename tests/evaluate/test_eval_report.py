@@ -9,9 +9,8 @@ import pytest
 
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
 from kv_memory.evaluate import Record, Row, aggregate, load_rows, markdown, write_report
-from kv_memory.evaluate.measure import Measured
+from kv_memory.evaluate.records import Measured, RecordFile
 from kv_memory.evaluate.report import kept_text
-from kv_memory.evaluate.results import RecordFile
 
 KEYS = [
     *("task", "method", "keep_ratio", "n", "kl", "nll", "f1", "em", "contains", "accuracy", "rouge_l"),

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from kv_memory.datasets import Example, read_examples
 from kv_memory.errors import DatasetError
-from kv_memory.evaluate.answer_metrics import normalise
 from kv_memory.evaluate.cases import Case, Query, choose, in_hash_order
+from kv_memory.evaluate.metrics import normalise
 from kv_memory.evaluate.task import MAX_QUESTIONS, Distractors, TaskSettings
 from kv_memory.model.backbone import Backbone
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from kv_memory.datasets import Example, read_examples
 from kv_memory.errors import DatasetError
-from kv_memory.evaluate.answer_metrics import check_rouge
 from kv_memory.evaluate.cases import Case, Query, choose, in_hash_order
+from kv_memory.evaluate.metrics import check_rouge
 from kv_memory.evaluate.task import MAX_QUESTIONS, TaskSettings
 from kv_memory.model.backbone import Backbone
 
