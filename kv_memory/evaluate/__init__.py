@@ -11,8 +11,8 @@ from kv_memory.evaluate.records import Record
 from kv_memory.evaluate.report import markdown, write_report
 from kv_memory.evaluate.runner import DEFAULT_KEEP_RATIOS, Evaluation, evaluate
 from kv_memory.evaluate.saved_rows import Loaded, load_rows
-from kv_memory.evaluate.task import TaskSettings
 from kv_memory.evaluate.tasks import TASKS, TaskName
+from kv_memory.evaluate.tasks.base import TaskSettings
 
 __all__ = [
     "DEFAULT_KEEP_RATIOS",

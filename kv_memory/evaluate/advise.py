@@ -32,7 +32,7 @@ from kv_memory.evaluate.recommend import AdviceRow, Criteria, Recommendation, re
 from kv_memory.evaluate.records import Record
 from kv_memory.evaluate.runner import DEFAULT_KEEP_RATIOS
 from kv_memory.evaluate.scoring import KL_TOKENS
-from kv_memory.evaluate.task import Task
+from kv_memory.evaluate.tasks.base import Task
 from kv_memory.model.backbone import Backbone
 from kv_memory.settings import MemorySettings, resolve_settings
 

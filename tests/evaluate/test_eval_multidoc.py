@@ -213,7 +213,7 @@ def test_a_report_has_a_column_for_k_and_a_plot_for_each(roomy: Any, articles: P
     result = run(roomy, articles, out=tmp_path / "run")
     header = markdown(result.rows).splitlines()[4]
     assert header == "| k | method | kept | n | KL | NLL | KL to joined | s/document | prefills |"
-    _, files = write_report([tmp_path / "run"], tmp_path / "figures")
+    files = write_report(load_rows([tmp_path / "run"]), tmp_path / "figures")
     assert [file.name for file in files] == ["tables.md", "multidoc_k_1_fidelity.png", "multidoc_k_2_fidelity.png"]
     printed = tmp_path / "rows.jsonl"
     printed.write_text("".join(json.dumps(row.to_dict()) + "\n" for row in result.rows))

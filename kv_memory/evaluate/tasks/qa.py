@@ -15,8 +15,8 @@ from kv_memory.datasets.on_error import Faults
 from kv_memory.datasets.record_files import text_of, texts_of
 from kv_memory.documents import read_file
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError, DocumentError
-from kv_memory.evaluate.cases import Case, Query, choose, in_hash_order
-from kv_memory.evaluate.task import TaskSettings
+from kv_memory.evaluate.cases import Case, Query
+from kv_memory.evaluate.tasks.base import TaskSettings, choose
 from kv_memory.model.backbone import Backbone
 
 __all__ = ["qa_cases", "read_questions"]
@@ -40,15 +40,7 @@ def qa_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
     """
     examples = read_questions(settings)
     low, high = settings.token_range(backbone)
-    chosen = choose(
-        in_hash_order(examples),
-        backbone,
-        n_documents=settings.n_documents,
-        min_tokens=low,
-        max_tokens=high,
-        cut_long=True,
-        what=str(settings.questions),
-    )
+    chosen = choose(examples, backbone, settings, what=str(settings.questions), cut_long=True)
     if len(chosen) < len(examples):
         _LOG.warning(
             "%d of %d documents are left out; the limits are %d documents (--n-documents) and at least %d tokens each "
