@@ -10,9 +10,7 @@ from typing import Any
 
 from kv_memory.datasets import Example, Question
 from kv_memory.datasets.example import content_id
-from kv_memory.datasets.line_files import bare_name, json_lines
-from kv_memory.datasets.on_error import Faults
-from kv_memory.datasets.record_files import text_of, texts_of
+from kv_memory.datasets.records import Faults, bare_name, json_lines, text_of, texts_of
 from kv_memory.documents import read_file
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError, DocumentError
 from kv_memory.evaluate.cases import Case, Query
