@@ -175,7 +175,11 @@ def test_a_passage_is_compressed_once_for_all_its_places(
 
 
 def test_storage_applies_to_every_passage(roomy: Any, articles: Path) -> None:
-    plain, stored = (by_name(run(roomy, articles, storage=storage)) for storage in ("auto", "int8"))
+    settings = {"n_documents": 1, "k": (2,), "n_places": 1}
+    plain, stored = (
+        by_name(run(roomy, articles, methods=["sink_recent"], storage=storage, settings=settings))
+        for storage in ("auto", "int8")
+    )
     assert list(stored)[-1] == (2, "sink_recent+int8")
     before, after = plain[2, "sink_recent"].means["kl"], stored[2, "sink_recent+int8"].means["kl"]
     assert before != after == pytest.approx(before, rel=0.1)
