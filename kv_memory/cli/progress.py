@@ -44,11 +44,12 @@ class _Figures(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """The column's text."""
+        speed = task.speed or (task.completed / task.elapsed if task.elapsed else 0.0)
         if self._unit == "bytes":
             done = size_text(round(task.completed)) + (f"/{size_text(round(task.total))}" if task.total else "")
-            return Text(f"{done}, {size_text(round(task.speed))}/s" if task.speed else done)
+            return Text(f"{done}, {size_text(round(speed))}/s" if speed else done)
         text = f"{task.completed:,.0f}/{task.total or 0:,.0f} {self._unit}"
-        return Text(f"{text}, {task.speed:,.0f} {self._unit}/s" if task.speed and self._unit == "tokens" else text)
+        return Text(f"{text}, {speed:,.0f} {self._unit}/s" if speed and self._unit == "tokens" else text)
 
 
 class Tracker:
