@@ -40,7 +40,7 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="embedded", help="a built-in model, a model folder or a hub id")
+    parser.add_argument("--model", default="qwen-0.5b", help="built-in, a folder or a hub id (default: qwen-0.5b)")
     parser.add_argument("--method", action="append", help="a selector; repeatable (default: reconstruction, matched)")
     parser.add_argument("--length", type=int, action="append", help="document tokens; repeatable (default: 1024)")
     parser.add_argument("--keep-ratio", type=float, default=0.125, help="share of tokens kept (default: 0.125)")

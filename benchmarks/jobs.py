@@ -23,9 +23,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from packages import PACKAGES
 from sqlalchemy import select
 
-from kv_memory.cli.packages import package_documents
+from kv_memory.cli.demo_documents import package_documents
 from kv_memory.documents import Document, split_passages
 from kv_memory.jobs import JobSettings, Ledger
 from kv_memory.jobs.driver import JobRequest, create_job, drive
@@ -141,7 +142,7 @@ def _run(path: Path, source: Path, settings: MemorySettings) -> tuple[JobEnded, 
 
 def _documents(n: int) -> list[Document]:
     """Descriptions of installed packages, of several passages each; no two sentences are the same."""
-    packages = package_documents(max_chars=3000)
+    packages = package_documents(PACKAGES, max_chars=3000)
     texts = [packages[k % len(packages)].text.replace(". ", f" ({k}). ") for k in range(n)]
     return [Document(id=f"document {k}", text=f"Note {k}: {text}") for k, text in enumerate(texts)]
 

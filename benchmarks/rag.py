@@ -52,7 +52,7 @@ from llama_index.core.response_synthesizers import ResponseMode, get_response_sy
 from kv_memory import Document, KVMemory
 from kv_memory.config import ratio_of
 from kv_memory.datasets import read_examples
-from kv_memory.evaluate.answer_metrics import agreement, f1
+from kv_memory.evaluate.metrics import f1, normalise
 from kv_memory.integrations.llama_index import KVMemoryLLM, KVMemoryQueryEngine, KVMemoryStoreRetriever
 from kv_memory.model.first_token import is_visible
 
@@ -89,7 +89,9 @@ class Usage(BaseEventHandler):
 def main() -> None:
     """Make the store, ask, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="embedded", help="embedded, a model folder or a hub id (default: embedded)")
+    parser.add_argument(
+        "--model", default="qwen-0.5b", help="a built-in model, a folder or a hub id (default: qwen-0.5b)"
+    )
     parser.add_argument("--keep-ratio", type=ratio_of, default=0.25, help="share of tokens kept (default: 0.25)")
     parser.add_argument("--top-k", type=int, nargs="+", default=[1, 3, 5], help="retrieved passages (default: 1 3 5)")
     parser.add_argument("--n-pages", type=int, default=60, help="pages of SQuAD (default: 60)")
@@ -189,7 +191,8 @@ def measure(
     dispatcher.event_handlers.remove(usage)
     cached, text = asked["cached"], asked["text"]
     references = [answers for _, answers in questions]
-    agree, agree_none = agreement(cached.answers, text.answers), agreement(none, text.answers)
+    agree, both_empty = agreement(cached.answers, text.answers)
+    agree_none, both_empty_none = agreement(none, text.answers)
     return {
         "top_k": top_k,
         "ttft_cached_s": statistics.median(cached.ttft_s),
@@ -198,10 +201,10 @@ def measure(
         "total_text_s": statistics.median(text.total_s),
         "prompt_tokens_cached": statistics.mean(cached.prompt_tokens),
         "prompt_tokens_text": statistics.mean(text.prompt_tokens),
-        "agreement": agree.f1,
-        "agreement_none": agree_none.f1,
-        "both_empty": agree.empty_share,
-        "both_empty_none": agree_none.empty_share,
+        "agreement": agree,
+        "agreement_none": agree_none,
+        "both_empty": both_empty,
+        "both_empty_none": both_empty_none,
         "empty_cached": empty_share(cached.answers),
         "empty_text": empty_share(text.answers),
         "empty_none": empty_share(none),
@@ -238,6 +241,13 @@ def mean_f1(answers: Sequence[str], references: Sequence[tuple[str, ...]]) -> fl
     """Over the questions that have references; None where none has."""
     scores = [f1(answer, known) for answer, known in zip(answers, references, strict=True) if known]
     return statistics.mean(scores) if scores else None
+
+
+def agreement(answers: Sequence[str], others: Sequence[str]) -> tuple[float | None, float]:
+    """F1 between two answers to each question, a mean over the pairs with a word, and the share of the other pairs."""
+    pairs = list(zip(answers, others, strict=True))
+    scores = [f1(a, [b]) for a, b in pairs if normalise(a) or normalise(b)]
+    return statistics.mean(scores) if scores else None, 1 - len(scores) / max(1, len(pairs))
 
 
 def empty_share(answers: Sequence[str]) -> float:

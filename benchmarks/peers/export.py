@@ -17,17 +17,17 @@ from kv_memory import Backbone
 from kv_memory.compress import Compressor, SinkRecent
 from kv_memory.config import n_kept_for
 from kv_memory.evaluate.cases import Case, encode_query
-from kv_memory.evaluate.reference_answers import KL_TOKENS, answers
-from kv_memory.evaluate.task import Task, TaskSettings
+from kv_memory.evaluate.scoring import KL_TOKENS, answers
 from kv_memory.evaluate.tasks import find_task
-from kv_memory.model.embedded import EMBEDDED, built_in
+from kv_memory.evaluate.tasks.base import Task, TaskSettings
+from kv_memory.model.embedded import built_in
 
 
 def main() -> None:
     """Write the work file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="squad", choices=["squad", "needle", "spans"])
-    parser.add_argument("--model", default=EMBEDDED, help="embedded, a model folder or a hub id (default: embedded)")
+    parser.add_argument("--model", default="qwen-0.5b", help="built-in, a folder or a hub id (default: qwen-0.5b)")
     parser.add_argument("--prompt", default="auto", choices=["auto", "chat", "brief", "passage"])
     parser.add_argument("--n-documents", type=int, default=60, help="documents, except for needle (default: 60)")
     parser.add_argument("--min-tokens", type=int, help="length of the shortest document")

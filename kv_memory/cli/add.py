@@ -21,7 +21,7 @@ from kv_memory.cli.options import (
     setting_options,
 )
 from kv_memory.cli.output import FAILED, Output, factor_text, plain, reporting, size_text
-from kv_memory.cli.progress import Tracker
+from kv_memory.cli.progress import AddTracker
 from kv_memory.errors import ConfigError
 from kv_memory.settings import MemorySettings
 
@@ -121,13 +121,13 @@ def _add(out: Output, memory: KVMemory, read: ReadResult | None, *, stale: bool,
     """Add the documents that were read, then compress stale passages; returns one report of both."""
     report: AddReport | None = None
     if read is not None:
-        with Tracker(out) as tracker:
+        with AddTracker(out) as tracker:
             report = memory.add(read.documents, on_progress=tracker)
         report.errors.extend(read.errors)
         report.skipped.extend(map(str, read.skipped))
     if not stale and report is not None:
         return report
-    with Tracker(out) as tracker:
+    with AddTracker(out) as tracker:
         fresh = memory.refresh(encoding=encoding, on_progress=tracker)
     if report is None:
         return fresh

@@ -109,7 +109,7 @@ COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
         (
             "kv-memory demo",
             "kv-memory demo --docs notes/ --questions questions.txt",
-            "kv-memory demo --model Qwen/Qwen2.5-1.5B-Instruct --docs notes/",
+            "kv-memory demo --model Qwen/Qwen2.5-1.5B-Instruct --keep-ratio 1/4",
         ),
     ),
 )

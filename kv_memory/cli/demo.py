@@ -1,221 +1,156 @@
-"""`kv-memory demo`: compresses documents and answers questions, with figures measured live on this machine."""
+"""`kv-memory demo`: answers from distilled caches and from text, side by side, measured live on this machine."""
 
 from __future__ import annotations
 
-import re
-import sys
 import tempfile
-from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kv_memory.cli.ask import typed_lines
-from kv_memory.cli.compare import Comparison, Medians, compare, medians
-from kv_memory.cli.demo_questions import QUESTIONS, Question, known_questions
-from kv_memory.cli.demo_text import Compressed, introduce, print_compressed, print_end, print_result
-from kv_memory.cli.open_store import load_model, open_memory
+from kv_memory.cli.demo_documents import QUESTIONS, Question, known_questions, package_documents
 from kv_memory.cli.options import Changes, JsonOption, setting_options
-from kv_memory.cli.output import Output, plain, reporting
-from kv_memory.cli.packages import PACKAGES, package_documents
-from kv_memory.cli.progress import Tracker
+from kv_memory.cli.output import Output, factor_text, plain, reporting, size_text
+from kv_memory.cli.progress import AddTracker
 from kv_memory.config import DecodeSettings
-from kv_memory.errors import ConfigError, UnreadableDocumentError
-from kv_memory.model.embedded import EMBEDDED
+from kv_memory.errors import ConfigError
+from kv_memory.model.embedded import BUILT_IN, EMBEDDED
 from kv_memory.settings import KEEP_NAMES, MemorySettings
 
 if TYPE_CHECKING:
     from kv_memory.documents import Document
-    from kv_memory.memory import AddReport, KVMemory
+    from kv_memory.generate import ReadFrom
+    from kv_memory.memory import KVMemory
 
-__all__ = ["KEEP_RATIO", "demo", "derived_questions"]
+__all__ = ["demo"]
 
-KEEP_RATIO: float | None = 1 / 8  # the demo's default; None would be the default of new stores
-_ASKED = 12  # number of built-in questions without --limit
-_DERIVED = 6  # maximum number of questions made from headings
-_HEADING = re.compile(r"^#{1,3} +(\S.*?)[ #]*$", re.MULTILINE)
-_SETTINGS = DecodeSettings(max_new_tokens=24)
+_WAYS: tuple[ReadFrom, ReadFrom] = ("caches", "text")
+_NAMES = ("cached", "text")  # the same in the names of counts
 
 
 @setting_options(*KEEP_NAMES)
 def demo(
-    docs: Annotated[
-        Path | None,
-        typer.Option("--docs", metavar="FOLDER", help="Your documents.  [default: descriptions of installed packages]"),
-    ] = None,
+    docs: Annotated[Path | None, typer.Option("--docs", metavar="FOLDER", help="Your documents.")] = None,
     model: Annotated[
         str,
         typer.Option("--model", metavar="NAME", help="A built-in model, a model folder, or a Hugging Face hub id."),
     ] = EMBEDDED,
     *,
     changes: Changes,
-    questions: Annotated[
-        Path | None, typer.Option("--questions", metavar="FILE", help="Your questions, one per line.")
-    ] = None,
-    top_k: Annotated[int, typer.Option("--top-k", metavar="N", help="Maximum number of passages to answer from.")] = 1,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            "--limit",
-            metavar="N",
-            help=f"Maximum number of questions to ask.  [default: {_ASKED} of its own {len(QUESTIONS)}; all of yours]",
-        ),
-    ] = None,
-    keep: Annotated[
-        Path | None,
-        typer.Option("--keep", metavar="FOLDER", help="Keep the store here.  [default: a temporary folder]"),
-    ] = None,
+    questions: Annotated[Path | None, typer.Option("--questions", metavar="FILE", help="Yours, one a line.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="Maximum number of questions.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Try it: answers from distilled caches and from text, side by side.
 
-    Documents are compressed, then each question is answered both ways by the same model, over the same passages.
-
-    By default it compresses the first paragraphs of the descriptions of some Python packages installed here, and asks
-    questions about them with known answers, in about two minutes. Nothing is prepared in advance.
+    Documents are compressed, then each question is answered both ways by the same model, over the same passage. By
+    default these are the first paragraphs of the descriptions of some Python packages installed here, with questions
+    whose answers are known, which takes about two minutes. Nothing is prepared in advance.
     """
     with reporting(as_json=as_json) as out, ExitStack() as stack:
         if limit is not None and limit < 1:
             raise ConfigError(f"--limit must be at least 1, got {limit}", where="--limit")
-        changes = changes or {"keep_ratio": KEEP_RATIO}
-        MemorySettings.resolve({}, **changes)
-        wanted = _lines(questions) if questions is not None else None
-        documents = _read(docs)
-        if wanted is None and docs is None:  # compress only documents that a question is about
-            about = {asked.package.lower() for asked in known_questions(documents)[: limit or _ASKED]}
-            documents = [document for document in documents if document.id.lower() in about] or documents
-        if keep is None:
-            out.stopped = "The temporary store is deleted."
-            keep_in = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kv-memory-demo-")))
-        else:
-            out.stopped = f"The compressed documents are in {keep}; run the same command to resume."
-            keep_in = keep
-        # The texts are kept, because every question is also answered from text.
-        memory = stack.enter_context(
-            open_memory(out, keep_in, "demo", create=True, model=model, **changes, keep_text=True)
-        )
-        introduce(out, documents, memory.settings.model, from_packages=docs is None)
-        load_model(out, memory)
-        with Tracker(out) as tracker:
+        settings = MemorySettings.resolve({}, **(changes or {"keep_ratio": "1/8"}), model=model, keep_text=True)
+        documents, asked = _chosen(docs, questions, limit)
+        out.stopped = "The temporary store is deleted."
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kv-memory-demo-"))
+        with out.working(f"Loading the model ({model})"):
+            from kv_memory.memory import KVMemory
+
+            # The texts are kept, because every question is also answered from text.
+            memory = KVMemory.open(folder, settings, collection="demo")
+            stack.enter_context(memory).load()
+        with AddTracker(out) as tracker:
             report = memory.add(documents, on_progress=tracker)
-        compressed = _measure(memory, report)
+        sizes = ("n_passages", "n_tokens", "full_kv_bytes", "cache_bytes", "elapsed_s")
+        compressed = {"n_documents": len(documents)} | {name: getattr(report, name) for name in sizes}
+        compressed["factor"] = report.full_kv_bytes / report.cache_bytes
+        compressed["tokens_per_s"] = report.n_tokens / report.elapsed_s
+        ids = [document.id for document in documents]
         if not as_json:
-            print_compressed(out, compressed, memory)
-        asked = _choose(out, wanted, documents, from_packages=docs is None, limit=limit)
-        if not asked:
-            raise ConfigError(
-                "there are no questions to ask", where="--questions", next_step="Pass a file with questions."
-            )
-        results = compare(
-            memory, asked, top_k=top_k, settings=_SETTINGS, on_result=lambda result: print_result(out, result)
-        )
-        overall = medians(results)
+            name = memory.settings.model
+            out.line(f"The model is {BUILT_IN[name].title if name in BUILT_IN else name}.", style="bold")
+            out.line(f"The documents are {', '.join(ids)}.")
+            took = f"in {report.elapsed_s:.0f} s, {compressed['tokens_per_s']:,.0f} tokens/s"
+            distilled = f"{size_text(report.cache_bytes)}, {factor_text(report.full_kv_bytes, report.cache_bytes)}"
+            full = size_text(report.full_kv_bytes)
+            out.table(("", ""), [("Compressed", took), ("Full KV", full), ("Distilled", distilled)])
+            out.line("Each question is answered from a passage's distilled cache, and with its text in the prompt.")
+        for way in _WAYS:  # otherwise the first question would pay for everything that is set up on first use
+            memory.ask(asked[0].text, top_k=1, settings=DecodeSettings(max_new_tokens=1), read_from=way)
+        results = [_answered(out, memory, question, flip=i % 2 == 1) for i, question in enumerate(asked)]
+        medians = _medians(results)
         if as_json:
-            out.json(_summary(memory, documents, compressed, results, overall))
-        else:
-            print_end(out, overall, model=memory.settings.model, keep=keep)
+            ends = ("questions", "known", "both_empty")
+            counts = [f"n_{end}" for end in ends] + [f"{kind}_{way}" for kind in ("right", "empty") for way in _NAMES]
+            summary = {name: medians and medians[name] for name in counts} | {"factor": compressed["factor"]}
+            dtype, device = str(memory.backbone.dtype).removeprefix("torch."), str(memory.backbone.device)
+            summary |= {"settings": memory.settings, "dtype": dtype, "device": device, "compressed": compressed}
+            out.json(summary | {"documents": ids, "questions": results, "medians": medians})
+        elif medians is not None:
+            _conclude(out, medians)
 
 
-def _read(docs: Path | None) -> list[Document]:
-    from kv_memory.documents import read_documents
+def _chosen(docs: Path | None, file: Path | None, limit: int | None) -> tuple[list[Document], list[Question]]:
+    from kv_memory.documents import read_documents, read_file
 
-    documents = list(read_documents(docs).documents) if docs is not None else package_documents(PACKAGES)
-    if not documents:
-        raise UnreadableDocumentError(
-            "none of the packages that the demo describes is installed here", next_step="Pass --docs FOLDER."
-        )
-    return documents
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UnreadableDocumentError(
-            f"the questions cannot be read: {error}",
-            where=str(path),
-            next_step="Pass a text file with one question per line.",
-        ) from error
-    return [line.strip() for line in lines if line.strip()]
+    if (docs is None) != (file is None):
+        raise ConfigError("--docs and --questions go together", where="--docs", next_step="Pass both, or neither.")
+    if docs is not None and file is not None:
+        asked = [Question(line.strip()) for line in read_file(file).text.splitlines() if line.strip()][:limit]
+        return list(read_documents(docs).documents), asked
+    asked = known_questions(package_documents(), QUESTIONS)[:limit]
+    return package_documents(list(dict.fromkeys(question.package for question in asked))), asked
 
 
-def _choose(
-    out: Output, wanted: list[str] | None, documents: Sequence[Document], *, from_packages: bool, limit: int | None
-) -> list[Question]:
-    """The questions to ask: the user's, those with known answers, typed ones, or ones made from headings."""
-    if wanted is None and from_packages:
-        return known_questions(documents)[: limit or _ASKED]
-    return [Question(text) for text in (_typed(out, documents) if wanted is None else wanted)[:limit]]
+def _answered(out: Output, memory: KVMemory, question: Question, *, flip: bool) -> dict[str, Any]:
+    """A question answered both ways, from text first if `flip`."""
+    from kv_memory.evaluate.metrics import contains
+
+    settings, known = DecodeSettings(max_new_tokens=24), question.accepted
+    order = _WAYS[::-1] if flip else _WAYS
+    answers = {way: memory.ask(question.text, top_k=1, settings=settings, read_from=way) for way in order}
+    caches, text = answers["caches"], answers["text"]
+    right = [bool(contains(answer.text, known)) if known else None for answer in (caches, text)]
+    found = caches.sources[0].document_id if caches.sources else None
+    if not out.as_json:
+        out.line(f"\n{question.text}", style="bold")
+        for way, answer, is_right in zip(_WAYS, (caches, text), right, strict=True):
+            judged = {True: "right", False: "wrong", None: ""}[is_right]
+            out.line(f"  {way:<6}  {answer.text or '(nothing)'}  [{answer.ttft_s:.3f} s to first token]  {judged}")
+        if found is None:
+            out.line("  no passage shares a word with this question")
+    result = {"question": question.text, "accepted": known, "document_id": found, "caches": plain(caches)}
+    result |= {"text": plain(text), "ttft_ratio": None if found is None else text.ttft_s / caches.ttft_s}
+    return result | {"right_cached": right[0], "right_text": right[1]}
 
 
-def _typed(out: Output, documents: Sequence[Document]) -> list[str]:
-    if sys.stdin.isatty() and not out.as_json:
-        out.note("Type your questions, one per line; Ctrl-D ends.")
-        typed = list(typed_lines(out))
-        if typed:
-            return typed
-    out.note(
-        "No questions were given, so they are made from headings and names. Pass better ones with --questions FILE"
-    )
-    return derived_questions(documents)
+def _medians(results: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Counts, medians and totals over the questions with a passage; None if no question has one."""
+    counted = [result for result in results if result["document_id"] is not None]
+    if not counted:
+        return None
+    known = [result for result in counted if result["accepted"]]
+    pairs = [[result[way]["text"].strip().rstrip(".").casefold() for way in _WAYS] for result in counted]
+    found: dict[str, Any] = {"n_questions": len(counted), "n_known": len(known)}
+    for index, (way, name) in enumerate(zip(_WAYS, _NAMES, strict=True)):
+        found[f"right_{name}"] = sum(result[f"right_{name}"] for result in known) if known else None
+        found[f"empty_{name}"] = sum(not pair[index] for pair in pairs)
+        found[f"{way}_ttft_s"] = median(result[way]["ttft_s"] for result in counted)
+        found[f"{way}_total_s"] = sum(result[way]["total_s"] for result in counted)
+    found["n_both_empty"] = pairs.count(["", ""])
+    found["n_same"] = sum(cached == text != "" for cached, text in pairs)  # two empty answers are no agreement
+    return found | {"ttft_ratio": found["text_ttft_s"] / found["caches_ttft_s"]}
 
 
-def derived_questions(documents: Iterable[Document]) -> list[str]:
-    """Questions about unknown documents, made from their headings, or from a document's name if it has no headings."""
-    topics: list[str] = []
-    for document in documents:
-        headings = _HEADING.findall(document.text)
-        topics += headings[:2] or [Path(document.id).stem.replace("_", " ").replace("-", " ")]
-    return [f"What does it say about {topic}?" for topic in dict.fromkeys(topics)][:_DERIVED]
-
-
-def _measure(memory: KVMemory, report: AddReport) -> Compressed:
-    # From the store, not from the report: with --keep, a second run compresses nothing.
-    stored, caches = memory.stats(), memory.store.caches()
-    keep, ours = memory.settings.keep, memory.compressor.fingerprint()
-    caches = [c for c in caches if c.fingerprint == ours.digest and keep.fits(c.keep_ratio, c.n_tokens, ours)]
-    n_tokens = sum(cache.n_tokens for cache in caches)
-    full, small = n_tokens * memory.backbone.kv_bytes_per_token, sum(cache.size_bytes for cache in caches)
-    return Compressed(
-        n_documents=stored.n_documents,
-        n_passages=stored.n_passages,
-        n_tokens=n_tokens,
-        full_kv_bytes=full,
-        cache_bytes=small,
-        factor=full / small,
-        elapsed_s=report.elapsed_s if report.n_tokens else 0.0,
-        tokens_per_s=report.n_tokens / report.elapsed_s if report.n_tokens else None,
-    )
-
-
-def _summary(
-    memory: KVMemory,
-    documents: Sequence[Document],
-    compressed: Compressed,
-    results: Sequence[Comparison],
-    overall: Medians | None,
-) -> dict[str, Any]:
-    found = plain(overall) if overall is not None else {}
-    names = ("n_questions", "n_known", "right_cached", "right_text", "empty_cached", "empty_text", "n_both_empty")
-    return {
-        **{name: found.get(name) for name in names},
-        "factor": compressed.factor,
-        "settings": memory.settings,
-        "dtype": str(memory.backbone.dtype).removeprefix("torch."),
-        "device": str(memory.backbone.device),
-        "documents": [document.id for document in documents],
-        "compressed": compressed,
-        "questions": [_described(result) for result in results],
-        "medians": overall,
-    }
-
-
-def _described(result: Comparison) -> dict[str, Any]:
-    return {
-        **plain(result),
-        "ttft_ratio": result.ttft_ratio,
-        "right_cached": result.is_right(result.caches),
-        "right_text": result.is_right(result.text),
-    }
+def _conclude(out: Output, found: dict[str, Any]) -> None:
+    n, known = found["n_questions"], found["n_known"]
+    rows = [("Right answers", *(f"{found[f'right_{way}']} of {known}" for way in _NAMES))] if known else []
+    rows += [("Empty answers", *(f"{found[f'empty_{way}']} of {n}" for way in _NAMES))]
+    rows += [("Median time to first token", *(f"{found[f'{way}_ttft_s']:.3f} s" for way in _WAYS))]
+    rows += [("All answers", *(f"{found[f'{way}_total_s']:.1f} s" for way in _WAYS))]
+    out.line()
+    out.table(("", "Distilled caches", "Text"), rows)
+    out.line(f"First token {found['ttft_ratio']:.1f}x sooner; the same answer both ways to {found['n_same']} of {n}.")

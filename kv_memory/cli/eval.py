@@ -297,10 +297,9 @@ def report(
                 "paired": not unpaired,
                 "by": by,
             }
-            if to is None:
-                loaded = load_rows(paths, seed=seed, **chosen)
-            else:
-                loaded, files = write_report(paths, to, seed=seed, **chosen)
+            loaded = load_rows(paths, seed=seed, **chosen)
+            if to is not None:
+                files = write_report(loaded, to)
         print_rows(out, loaded.rows)
         for file in files:
             out.note(f"Wrote {file}")

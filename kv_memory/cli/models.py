@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import DownloadColumn
 
 from kv_memory.cli.options import JsonOption
 from kv_memory.cli.output import Output, reporting, size_text
-from kv_memory.cli.progress import Tracking
+from kv_memory.cli.progress import Tracker
 from kv_memory.errors import ModelNotFoundError
 from kv_memory.model.embedded import BUILT_IN, DEFAULTS, EMBEDDED, BuiltInModel, default_model
 
@@ -93,16 +92,11 @@ def _prepare(out: Output, name: str, weights: list[Path]) -> None:
         )
     was_ready, start_s = model.is_prepared, time.monotonic()
     out.stopped = "What has been downloaded is kept; run the same command to resume."
-    with Tracking(out, DownloadColumn(), text="Starting", every_s=0) as tracker:
+    with Tracker(out, unit="bytes") as tracker:
         from kv_memory.model import weights as weights_of
 
-        told = ""
-
         def progress(step: str, n_bytes: int) -> None:
-            nonlocal told
-            if not tracker.show(step, n_bytes, model.size_bytes) and not out.as_json and step != told:
-                out.note(f"{step} ({model.name}, {size_text(model.size_bytes)})")
-                told = step
+            tracker.show(f"{step} ({model.name})", n_bytes, model.size_bytes)
 
         folder = weights_of.prepare(model, files=weights, progress=progress)
     elapsed_s = time.monotonic() - start_s

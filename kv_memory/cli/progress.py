@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
 
@@ -32,93 +23,87 @@ if TYPE_CHECKING:
     from kv_memory.train import TrainProgress
 
 __all__ = [
+    "AddTracker",
     "EvalTracker",
     "JobTracker",
     "Tracker",
-    "Tracking",
     "TrainTracker",
     "TransferTracker",
     "count_text",
-    "one_line",
     "print_ended",
     "sources_text",
 ]
 
 
-def one_line() -> Column:
-    """A column of a bar that is never wrapped, whatever the terminal's width."""
-    return Column(no_wrap=True)
+class _Figures(ProgressColumn):
+    """Done, total, and speed in a unit; `bytes` are shown as sizes."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        """The column's text."""
+        speed = task.speed or (task.completed / task.elapsed if task.elapsed else 0.0)
+        if self._unit == "bytes":
+            done = size_text(round(task.completed)) + (f"/{size_text(round(task.total))}" if task.total else "")
+            return Text(f"{done}, {size_text(round(speed))}/s" if speed else done)
+        text = f"{task.completed:,.0f}/{task.total or 0:,.0f} {self._unit}"
+        return Text(f"{text}, {speed:,.0f} {self._unit}/s" if speed and self._unit == "tokens" else text)
 
 
-class Tracking:
-    """A context manager that shows the bar. Each long command has a subclass, which it calls with its progress.
+class Tracker:
+    """A bar on a terminal, and a line now and then elsewhere.
+
+    Most long commands have a subclass, which takes the command's progress and says what `show` shows.
 
     Args:
         out: Output to write notes to.
-        columns: Columns after the text and the bar itself.
-        text: Text before the bar until the first `show`.
+        unit: Unit of what is counted; without one, text alone is shown.
         every_s: Minimum time between lines in seconds, where there is no terminal.
-        at_once: Allow the first line immediately.
-        estimate_s: Period from which speed and remaining time are estimated, in seconds.
     """
 
-    def __init__(
-        self,
-        out: Output,
-        *columns: ProgressColumn,
-        text: str,
-        every_s: float,
-        at_once: bool = True,
-        estimate_s: float = 30.0,
-    ) -> None:
-        self._out = out
-        self._start_s = time.monotonic()
-        self._told_s = None if at_once else self._start_s
-        self._every_s = every_s
-        self._bar: Progress | None = None
-        if out.notes.is_terminal and not out.as_json:
-            self._bar = Progress(
-                TextColumn("{task.fields[text]}", markup=False, table_column=one_line()),
-                BarColumn(bar_width=None),  # fills the rest of the line
-                *columns,
-                console=out.notes,
-                transient=True,
-                expand=True,
-                speed_estimate_period=estimate_s,
-            )
-            self._task = self._bar.add_task("", total=None, text=text)
+    def __init__(self, out: Output, *, unit: str = "", every_s: float = 5.0) -> None:
+        self._out, self._every_s, self._told_s = out, every_s, -math.inf
+        self._figures = _Figures(unit) if unit else None
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None),  # fills the rest of the line
+            *((self._figures, TimeRemainingColumn(compact=True)) if self._figures else ()),
+            console=out.notes,
+            transient=True,
+            expand=True,
+            speed_estimate_period=120.0,  # long, because documents and methods differ
+            disable=out.as_json or not out.notes.is_terminal,
+        )
+        self._bar.add_task("", total=None)
+        (self._task,) = self._bar.tasks
 
     def __enter__(self) -> Self:
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.stop()
 
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds since this tracker was created."""
-        return time.monotonic() - self._start_s
-
     def show(self, text: str, n_done: float, n_total: float | None) -> bool:
-        """Update the bar; False if there is no bar, and a line may be written instead."""
-        if self._bar is not None:
-            self._bar.update(self._task, total=n_total, completed=n_done, text=text)
-        return self._bar is not None
+        """Show the number of things done of all (None if unknown) and what is being done; True if as a line."""
+        task = self._task
+        self._bar.update(task.id, description=printable(text), completed=n_done, total=n_total)
+        if not self._bar.disable or not self.is_time():
+            return False
+        left = f", {task.time_remaining:,.0f} s left" if self._figures and task.time_remaining else ""
+        self._out.note(f"{self._figures.render(task)}, {text}{left}" if self._figures else text)
+        return True
 
-    def restart(self, text: str) -> None:
-        """Begin another step: reset the bar and its speed."""
-        if self._bar is not None:
-            self._bar.reset(self._task, total=None, text=text)
-
-    def is_time(self, every_s: float | None = None) -> bool:
-        """Whether a line is due; if so, the next one is due after `every_s` seconds."""
+    def is_time(self) -> bool:
+        """Whether a line is due; if so, the next one is due later."""
         now_s = time.monotonic()
-        if self._told_s is not None and now_s - self._told_s < (self._every_s if every_s is None else every_s):
+        if now_s - self._told_s < self._every_s:
             return False
         self._told_s = now_s
         return True
@@ -127,178 +112,100 @@ class Tracking:
 _NAME_WIDTH = 24
 
 
-class _TokensColumn(ProgressColumn):
-    """A column with the tokens done, all tokens, and tokens per second."""
-
-    def render(self, task: Task) -> Text:
-        """The column's text."""
-        if task.total is None:
-            return Text("")
-        speed = f", {task.speed:,.0f} tokens/s" if task.speed else ""
-        return Text(f"{task.completed:,.0f}/{task.total:,.0f} tokens{speed}")
-
-
-class Tracker(Tracking):
+class AddTracker(Tracker):
     """Call it with every `AddProgress`."""
 
     def __init__(self, out: Output) -> None:
-        super().__init__(
-            out,
-            _TokensColumn(table_column=one_line()),
-            TimeRemainingColumn(compact=True, table_column=one_line()),
-            text="compressing",
-            every_s=5.0,
-            estimate_s=60.0,  # long, because passages differ in length, and the machine may have other work
-        )
+        super().__init__(out, unit="tokens")
 
     def __call__(self, progress: AddProgress) -> None:
         """Show the progress."""
-        name = printable(progress.document_id)
+        name = progress.document_id
         short = name if len(name) <= _NAME_WIDTH else f"…{name[1 - _NAME_WIDTH :]}"
-        if self.show(short, progress.n_tokens, progress.n_tokens_total) or not self.is_time():
-            return
-        speed = progress.n_tokens / max(self.elapsed_s, 1e-3)
-        left_s = (progress.n_tokens_total - progress.n_tokens) / max(speed, 1e-3)
-        self._out.note(
-            f"{progress.n_tokens:,}/{progress.n_tokens_total:,} tokens, {speed:,.0f} tokens/s, {left_s:,.0f} s left, "
-            f"document {progress.n_documents + 1} of {progress.n_documents_total}: {name}"
-        )
+        text = f"document {progress.n_documents + 1} of {progress.n_documents_total}: {short}"
+        self.show(text, progress.n_tokens, progress.n_tokens_total)
 
 
-class EvalTracker(Tracking):
+class EvalTracker(Tracker):
     """Call it with every `EvalProgress`."""
 
     def __init__(self, out: Output) -> None:
-        super().__init__(
-            out,
-            MofNCompleteColumn(table_column=one_line()),
-            TimeRemainingColumn(compact=True, table_column=one_line()),
-            text="evaluating",
-            every_s=10.0,
-            estimate_s=300.0,  # long, because methods differ in speed
-        )
+        super().__init__(out, unit="done", every_s=10.0)
 
     def __call__(self, progress: EvalProgress) -> None:
         """Show the progress."""
-        name = progress.method
-        if progress.keep_ratio is not None:
-            name += f" at {progress.keep_ratio:.3g}"
-        if self.show(name, progress.n_done, progress.n_total) or not self.is_time():
-            return
-        line = f"{progress.n_done:,}/{progress.n_total:,} done, {name}, {printable(progress.document_id)}"
-        if (measured := progress.n_measured) > 0:
-            left_s = self.elapsed_s / measured * (progress.n_total - progress.n_done)
-            line += f", {left_s:,.0f} s left"
-        self._out.note(line)
+        at = "" if progress.keep_ratio is None else f" at {progress.keep_ratio:.3g}"
+        self.show(f"{progress.method}{at}, {progress.document_id}", progress.n_done, progress.n_total)
 
 
 _SMOOTH = 0.95  # weight of the past in the loss shown, since the loss of a single step is noisy
 
 
-class TrainTracker(Tracking):
+class TrainTracker(Tracker):
     """Call it with every `TrainProgress`."""
 
     def __init__(self, out: Output) -> None:
-        super().__init__(
-            out,
-            MofNCompleteColumn(table_column=one_line()),
-            TimeRemainingColumn(compact=True, table_column=one_line()),
-            text="preparing",
-            every_s=30.0,
-            at_once=False,
-            estimate_s=300.0,  # long, because documents differ in length
-        )
-        self._first: TrainProgress | None = None
+        super().__init__(out, unit="done", every_s=30.0)
         self._loss: tuple[str, float] = "", 0.0
 
     def questions(self, n_done: int, n_total: int) -> None:
         """Show the number of passages that questions were written about."""
-        self._tell("writing questions", n_done, n_total, f"questions about {n_done:,} of {n_total:,} passages")
+        self.show("writing questions about passages", n_done, n_total)
 
     def __call__(self, progress: TrainProgress) -> None:
         """Show the progress."""
         stage, loss = self._loss
         loss = _SMOOTH * loss + (1 - _SMOOTH) * progress.loss if stage == progress.stage else progress.loss
         self._loss = progress.stage, loss
-        self._first = self._first or progress
-        per_step_s = (progress.elapsed_s - self._first.elapsed_s) / max(progress.step - self._first.step, 1)
-        left_s = per_step_s * (progress.n_steps - progress.step)
-        line = (
-            f"step {progress.step:,} of {progress.n_steps:,}, {progress.stage}, loss {loss:.3f}, {left_s:,.0f} s left"
-        )
-        self._tell(f"{progress.stage}, loss {loss:.3f}", progress.step, progress.n_steps, line)
-
-    def _tell(self, text: str, n_done: int, n_total: int, line: str) -> None:
-        if not self.show(text, n_done, n_total) and (self.is_time() or n_done == n_total):
-            self._out.note(line)
+        self.show(f"{progress.stage}, loss {loss:.3f}", progress.step, progress.n_steps)
 
 
 _STEPS = {"copy": "copying", "pack": "packing", "unpack": "unpacking", "verify": "verifying"}
 
 
-class TransferTracker(Tracking):
+class TransferTracker(Tracker):
     """Call it with every `TransferProgress`."""
 
     def __init__(self, out: Output) -> None:
-        super().__init__(
-            out,
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(compact=True),
-            text="",
-            every_s=5.0,
-            at_once=False,  # a transfer of a few seconds needs no line
-        )
+        super().__init__(out, unit="bytes")
         self._step = ""
 
     def __call__(self, progress: TransferProgress) -> None:
         """Show the progress."""
-        total = progress.size_bytes_total or None
-        step = _STEPS[progress.step]
-        if step != self._step:
-            self._step = step
-            self.restart(step)
-        if self.show(step, progress.size_bytes, total) or not self.is_time():
-            return
-        of_all = f" of {size_text(total)}" if total else ""
-        self._out.note(f"{step}: {size_text(progress.size_bytes)}{of_all}, {progress.n_documents:,} documents")
+        if progress.step != self._step:  # another step has a speed of its own
+            self._step = progress.step
+            self._bar.reset(self._task.id)
+        text = {"export": "exporting", "verify": "verifying", "import": "importing"}[progress.step]
+        self.show(f"{text}, {progress.n_documents:,} documents", progress.size_bytes, progress.size_bytes_total or None)
 
 
 _SHOWN = 5  # maximum number of sources shown
-_JSON_EVERY_S = 1.0
 
 
-class JobTracker(Tracking):
+class JobTracker(Tracker):
     """Call it with every event; with `as_json`, events are printed as lines on stdout."""
 
     def __init__(self, out: Output) -> None:
-        super().__init__(out, text="", every_s=_JSON_EVERY_S if out.as_json else 5.0)
+        super().__init__(out, every_s=1.0 if out.as_json else 5.0)
         self._told = ""
 
     def __call__(self, event: Event) -> None:
         """Show the event."""
         fields: dict[str, Any] = plain(event)
-        is_progress = event.kind == "progress"
         if self._out.as_json:
-            if not is_progress or self.is_time():
+            if event.kind != "progress" or self.is_time():
                 print(json.dumps({"event": event.kind, **fields}, ensure_ascii=False), flush=True)
-            return
-        if event.kind == "started":
+        elif event.kind == "started":
             verb = "resumed" if fields["resumed"] else "started"
             self._out.note(f"Job {event.job} {verb}: {sources_text(fields['sources'])}.")
         elif event.kind == "failed":
-            error = fields["error"]
-            self._out.note(f"Failed: {fields['document_id']}: {error['what']}", style="yellow")
+            self._out.note(f"Failed: {fields['document_id']}: {fields['error']['what']}", style="yellow")
         elif event.kind == "worker_died":
             self._out.note(f"A worker died ({fields['reason']}); another one replaces it.", style="yellow")
-        elif is_progress:
+        elif event.kind == "progress" and ((said := _said(fields)) != self._told or not self._bar.disable):
             # Without a total the bar only pulses, until a worker has started a document.
-            said, total = _said(fields), None if _is_starting(fields) else fields["total"]
-            if self.show(said, fields["done"] + fields["failed"], total):
-                return
-            if said != self._told and self.is_time():
-                self._told = said
-                self._out.note(said)
+            total = None if _is_starting(fields) else fields["total"]
+            self._told = said if self.show(said, fields["done"] + fields["failed"], total) else self._told
 
 
 def sources_text(names: Sequence[str]) -> str:

@@ -83,11 +83,12 @@ class Example:
 
 
 class Row(NamedTuple):
-    """One question with its document, the form in which most sets store them."""
+    """One question with its document, the form in which most sets store them; without an id, the text gives one."""
 
     context: str
     question: Question
     title: str = ""
+    id: str = ""
 
 
 def content_id(source: str, context: str) -> str:
@@ -101,9 +102,10 @@ def grouped(rows: Iterable[Row], *, source: str) -> Iterator[Example]:
     Only neighbouring rows are grouped: grouping all of them would hold the whole set in memory. A document that appears
     again later yields another example with the same id.
     """
-    for (context, title), group in itertools.groupby(rows, key=lambda row: (row.context, row.title)):
+    for (context, title, id), group in itertools.groupby(rows, key=lambda row: (row.context, row.title, row.id)):
+        name = f"{source}/{id}" if id else content_id(source, context)
         questions = tuple(row.question for row in group)
-        yield Example(id=content_id(source, context), context=context, questions=questions, source=source, title=title)
+        yield Example(id=name, context=context, questions=questions, source=source, title=title)
 
 
 def check_text(value: object, name: str) -> None:

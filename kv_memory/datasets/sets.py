@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import html
-import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from kv_memory.datasets.example import Example, Question, Row, content_id, grouped
-from kv_memory.datasets.line_files import json_file, json_lines
-from kv_memory.datasets.on_error import Faults
-from kv_memory.datasets.record_files import Record, each, items_of, text_of, texts_of, title_of
+from kv_memory.datasets.records import (
+    Faults,
+    Record,
+    each,
+    items_of,
+    json_file,
+    json_lines,
+    text_of,
+    texts_of,
+    title_of,
+)
 from kv_memory.errors import DatasetError
 
 __all__ = [
@@ -62,14 +69,9 @@ def read_squad(path: Path, source: str, faults: Faults) -> Iterator[Example]:
 def _paragraphs(path: Path, faults: Faults) -> Iterator[Record]:
     """Yield `(article, paragraph)` for every paragraph of every article."""
     content = json_file(path)
-    articles: list[Any] = []
-    with faults.at(str(path)):
-        articles = items_of(content, "data")
-    for place, article in enumerate(articles, start=1):
+    for place, article in enumerate(faults.items(str(path), partial(items_of, content, "data")), start=1):
         where = f"{path}, article {place}"
-        paragraphs: list[Any] = []
-        with faults.at(where):
-            paragraphs = items_of(article, "paragraphs")
+        paragraphs = faults.items(where, partial(items_of, article, "paragraphs"))
         for number, paragraph in enumerate(paragraphs, start=1):
             yield f"{where}, paragraph {number}", (article, paragraph)
 
@@ -142,21 +144,12 @@ def _summarised(where: str, record: Any, *, source: str, faults: Faults) -> Iter
         yield Example(id=f"{source}/{passage}", context=context, questions=tuple(questions), source=source)
 
 
-class _Choice(NamedTuple):
-    article: str
-    context: str
-    question: Question
-
-
 def read_quality(path: Path, source: str, faults: Faults) -> Iterator[Example]:
     """Read QuALITY's flat form, a multiple-choice question per line; neighbouring lines of an article are grouped."""
-    choices = each(json_lines(path, faults), _choice, faults)
-    for (article, context), group in itertools.groupby(choices, key=lambda c: (c.article, c.context)):
-        questions = tuple(choice.question for choice in group)
-        yield Example(id=f"{source}/{article}", context=context, questions=questions, source=source)
+    return grouped(each(json_lines(path, faults), _choice, faults), source=source)
 
 
-def _choice(where: str, record: Any) -> Iterable[_Choice]:
+def _choice(where: str, record: Any) -> Iterator[Row]:
     options = tuple(html.unescape(text_of({"option": o}, "option")) for o in items_of(record, "options"))
     label = record.get("gold_label")
     # The flat form counts from 0; the authors' nested form, which is not supported, counts from 1.
@@ -166,7 +159,7 @@ def _choice(where: str, record: Any) -> Iterable[_Choice]:
     question = Question(text=text, answers=(options[label],), choices=options, correct=label)
     # Tags first, since an escaped `&lt;` is text.
     context = _tidy(html.unescape(_TAG.sub("", text_of(record, "article"))))
-    return [_Choice(text_of(record, "article_id"), context, question)]
+    yield Row(context, question, id=text_of(record, "article_id"))
 
 
 def _tidy(text: str) -> str:

@@ -7,27 +7,45 @@ as in a store. So nothing but the documents is needed. Refinement itself is left
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import itertools
 import math
 import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from kv_memory.compress import RefineSettings
+from kv_memory.compress.refine.probes import ProbeSettings, make_probes
+from kv_memory.compress.refine.teacher import Teacher
 from kv_memory.config import check_keep_ratio
 from kv_memory.documents import Document, DocumentLike, read_documents, split_passages
 from kv_memory.errors import ConfigError, DatasetError, DocumentError, EmptyDocumentError
-from kv_memory.evaluate.harness import DEFAULT_KEEP_RATIOS, EvalProgress
+from kv_memory.evaluate.aggregate import aggregate
+from kv_memory.evaluate.cases import Case, Query
+from kv_memory.evaluate.measure import Bench, Column, EvalProgress
+from kv_memory.evaluate.methods import Method, make_methods
+from kv_memory.evaluate.metrics import normalise
 from kv_memory.evaluate.recommend import AdviceRow, Criteria, Recommendation, recommend
-from kv_memory.evaluate.self_asked import ROOM_TOKENS, SelfAsked
+from kv_memory.evaluate.records import Record
+from kv_memory.evaluate.runner import DEFAULT_KEEP_RATIOS
+from kv_memory.evaluate.scoring import KL_TOKENS
+from kv_memory.evaluate.tasks.base import Task
+from kv_memory.lazy_compressor import load_compressor
 from kv_memory.model.backbone import Backbone
 from kv_memory.settings import MemorySettings
 
 __all__ = ["Advice", "advise"]
 
 _TRIES = 3  # passages sampled per passage needed: for some the model generates no question that it can answer
+_QUESTIONS = 4  # per passage
+# Half of the probes are questions; the others are short, because they are not used.
+_PROBES = ProbeSettings(
+    n_probes=2 * _QUESTIONS, n_held_out=0, probe_tokens=16, temperature=RefineSettings().temperature, seed=0
+)
+_ROOM_TOKENS = _PROBES.room + KL_TOKENS  # reserved after a passage
+_TASK = Task(name="advise", cases=lambda backbone, settings: [], score=None, text_metrics=("em",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +114,11 @@ def advise(
     if not read.documents:
         raise read.errors[0] if read.errors else EmptyDocumentError("no documents", where="source")
     settings = settings or MemorySettings.resolve({}, model=None if backbone is None else backbone.name)
-    settings = dataclasses.replace(settings, refine_steps=0, min_fidelity=None)
+    settings = replace(settings, refine_steps=0, min_fidelity=None)
     backbone = backbone or Backbone.load(settings.model, prompt=settings.prompt)
-    sample = SelfAsked(backbone, settings, ratios, seed)
-    room = backbone.context_window - len(backbone.prefix_ids) - ROOM_TOKENS
+    columns = _columns(backbone, settings, ratios)
+    bench = Bench(backbone, _TASK, settings.layout, generate=True)
+    room = backbone.context_window - len(backbone.prefix_ids) - _ROOM_TOKENS
     drawn = list(itertools.islice(_draw(backbone, read.documents, settings.passage_tokens, seed), _TRIES * n_passages))
     fitting = [(document, text) for document, text in drawn if len(backbone.encode_document(text)) <= room]
     if not fitting:
@@ -108,29 +127,34 @@ def advise(
             where=read.documents[0].id,
             next_step="Cut documents into shorter passages (--passage-tokens), or use a model with a longer window.",
         )
-    n_columns, complete = len(sample.columns), True
+    measured: list[list[Record]] = []  # one list per passage, one record per column
+    n_unanswered, complete = 0, True
     for document, text in fitting:
-
-        def go_on(index: int, document_id: str = document.id) -> bool:
-            if time_limit_s is not None and time.monotonic() - start_s > time_limit_s:
-                return False
-            if on_progress is not None:
-                column, n_done = sample.columns[index], sample.n_passages * n_columns + index
-                progress = EvalProgress(
-                    n_done=n_done,
-                    n_measured=n_done,
-                    n_total=min(n_passages, len(fitting)) * n_columns,
-                    document_id=document_id,
-                    method=column.name,
-                    keep_ratio=column.keep_ratio,
-                )
-                on_progress(progress)
-            return True
-
-        complete = sample.n_passages == n_passages or sample.measure(text, go_on)
-        if not complete:
+        if len(measured) == n_passages or not complete:
             break
-    rows = sample.rows()
+        case: Case | None = None
+        records: list[Record] = []
+        answered: list[bool] = []
+        for column in columns:
+            if time_limit_s is not None and time.monotonic() - start_s > time_limit_s:
+                complete = False
+                break
+            if on_progress is not None:
+                n_done, n_total = len(measured) * len(columns) + len(records), min(n_passages, len(fitting))
+                on_progress(column.progress(document.id, n_done, n_done, n_total * len(columns)))
+            case = case or _asked(backbone, text, seed)
+            if case is None:
+                break
+            record = bench.run(case, column, key="", config="")
+            answered = answered or [bool(normalise(question.answer or "")) for question in record.questions]
+            if not any(answered):
+                break
+            records.append(replace(record, questions=tuple(itertools.compress(record.questions, answered))))
+        if complete:
+            n_unanswered += answered.count(False)
+        if len(records) == len(columns):
+            measured.append(records)
+    rows = _rows(measured, backbone.kv_bytes_per_token)
     items = [source] if isinstance(source, str | os.PathLike | Document) else source
     what = [os.fspath(item) for item in items if isinstance(item, os.PathLike)] or ["PATH"]
     what += ["--encoding", encoding] if encoding != "utf-8" else []
@@ -140,11 +164,20 @@ def advise(
         recommendation=recommend(rows, criteria=criteria or Criteria(), settings=settings, what=what),
         settings=settings,
         n_documents=len(read.documents),
-        n_unanswered=sample.n_unanswered,
+        n_unanswered=n_unanswered,
         n_too_long=len(drawn) - len(fitting),
         errors=read.errors,
         complete=complete,
     )
+
+
+def _columns(backbone: Backbone, settings: MemorySettings, ratios: Sequence[float]) -> list[Column]:
+    """The full cache, then the method of these settings at each ratio."""
+    compressor = load_compressor(settings, backbone)
+    alone = compressor.adapter is not None and settings.selector != "combined"
+    method = Method("adapter" if alone else settings.selector, compressor, "", ratios=True)
+    full = Column(make_methods(["full"], backbone)[0], None)
+    return [full, *(Column(method, ratio, settings.storage) for ratio in ratios)]
 
 
 def _checked(keep_ratios: Sequence[float], n_passages: int, time_limit_s: float | None) -> list[float]:
@@ -182,3 +215,46 @@ def _draw(
             elif (passage := left[index].pop()) not in seen:
                 seen.add(passage)
                 yield documents[index], passage
+
+
+def _asked(backbone: Backbone, text: str, seed: int) -> Case | None:
+    """The passage with the questions that the model generates about it; None if it generates none."""
+    ids = backbone.encode_document(text)
+    teacher = Teacher(backbone, [ids], room=_PROBES.room, max_entries=RefineSettings().max_entries)
+    (probes,) = make_probes(backbone, teacher, [ids], _PROBES._replace(seed=seed))
+    queries = tuple(
+        Query(text=probe.question, references=(probe.question,))  # placeholder: unknown, and unused
+        for probe in probes
+        if probe.kind == "question"
+    )
+    return Case(id=hashlib.sha256(text.encode()).hexdigest()[:16], text=text, queries=queries) if queries else None
+
+
+def _rows(measured: Sequence[Sequence[Record]], kv_bytes_per_token: int) -> tuple[AdviceRow, ...]:
+    """One row for each keep_ratio, from the records of each passage, the full cache's first."""
+    found = []
+    columns = list(zip(*measured, strict=True))
+    for row, own in zip(aggregate(itertools.chain.from_iterable(measured))[1:], columns[1:], strict=True):
+        pairs = [
+            (normalise(a.answer or ""), normalise(b.answer or ""))  # SQuAD's normal form; empty without a word
+            for full, record in zip(columns[0], own, strict=True)
+            for a, b in zip(full.questions, record.questions, strict=True)
+        ]
+        kl, keep_ratio = row.means["kl"], row.keep_ratio
+        assert kl is not None and keep_ratio is not None
+        found.append(
+            AdviceRow(
+                keep_ratio=keep_ratio,
+                method=row.method,
+                n_passages=row.n_documents,
+                n_questions=row.n,
+                size_bytes=sum(record.size_bytes or 0 for record in own) / len(own),
+                full_bytes=sum(record.n_tokens for record in own) / len(own) * kv_bytes_per_token,
+                kl=kl,
+                kl_ci=row.ci["kl"],
+                same=sum(bool(a) and a == b for a, b in pairs) / len(pairs),
+                seconds=row.seconds_per_document or 0.0,
+                prefills=row.prefills or 0.0,
+            )
+        )
+    return tuple(found)

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from kv_memory.errors import ConfigError
 from kv_memory.evaluate.cases import Group
-from kv_memory.evaluate.measure import METRICS
 from kv_memory.evaluate.methods import METHODS
-from kv_memory.evaluate.results import Record
+from kv_memory.evaluate.records import METRICS, Record
 from kv_memory.evaluate.tasks import TASKS
 from kv_memory.model.first_token import is_visible
 
@@ -169,12 +168,38 @@ def _rows(
     task: str, group: Group, columns: dict[tuple[str, float | None], _Column], seed: int, paired: bool
 ) -> list[Row]:
     common = set.intersection(*(set(column.by_case) for column in columns.values()))
-    full, none = columns.get(("full", None)), columns.get(("none", None))
+    ends = [columns.get((name, None)) for name in ("full", "none")]
+    score = score_of(task)
     rows = []
     for (method, ratio), column in sorted(columns.items(), key=lambda item: order(*item[0])):
         cases = sorted(common if paired else column.by_case)
-        if cases:
-            rows.append(_row(task, group, method, ratio, column, cases, full, none, seed))
+        if not cases:
+            continue
+        sums = {metric: column.sums(metric, cases) for metric in METRICS}
+        retention, interval = _retention(score, [column, *ends], cases, seed)
+        taken = [column.by_case[case] for case in cases]
+        seconds = [record.compress_s for record in taken if record.compress_s is not None]
+        answers = [q.answer for record in taken for q in record.questions if q.answer is not None]
+        ratios = [r.compress_s / r.prefill_s for r in taken if r.compress_s is not None and r.prefill_s]
+        row = Row(
+            task=task,
+            method=method,
+            keep_ratio=ratio,
+            n=sum(len(record.questions) for record in taken),
+            n_documents=len({record.document for record in taken}),
+            means={name: None if two is None else float(two[0].sum() / two[1].sum()) for name, two in sums.items()},
+            retention=retention,
+            ci={
+                "kl": _interval(sums["kl"], seed),
+                "score": _interval(sums[score] if score else None, seed),
+                "retention": interval,
+            },
+            seconds_per_document=sum(seconds) / len(seconds) if seconds else None,
+            prefills=median(ratios) if ratios else None,  # since single documents may have shared the machine
+            empty=sum(not is_visible(answer) for answer in answers) / len(answers) if answers else None,
+            group=group,
+        )
+        rows.append(row)
     return rows
 
 
@@ -190,68 +215,23 @@ def plain_name(method: str) -> str:
     return method.rpartition(":")[2].partition("+")[0]
 
 
-def _row(
-    task: str,
-    group: Group,
-    method: str,
-    ratio: float | None,
-    column: _Column,
-    cases: Sequence[_Case],
-    full: _Column | None,
-    none: _Column | None,
-    seed: int,
-) -> Row:
-    means: dict[str, float | None] = {}
-    for metric in METRICS:
-        sums = column.sums(metric, cases)
-        means[metric] = float(sums[0].sum() / sums[1].sum()) if sums is not None else None
-    score = score_of(task)
-    retention, interval = _retention(score, column, cases, full, none, seed)
-    taken = [column.by_case[case] for case in cases]
-    seconds = [record.compress_s for record in taken if record.compress_s is not None]
-    answers = [q.answer for record in taken for q in record.questions if q.answer is not None]
-    ratios = [r.compress_s / r.prefill_s for r in taken if r.compress_s is not None and r.prefill_s]
-    return Row(
-        task=task,
-        method=method,
-        keep_ratio=ratio,
-        n=sum(len(record.questions) for record in taken),
-        n_documents=len({record.document for record in taken}),
-        means=means,
-        retention=retention,
-        ci={
-            "kl": _interval(column.sums("kl", cases), seed),
-            "score": _interval(column.sums(score, cases) if score else None, seed),
-            "retention": interval,
-        },
-        seconds_per_document=sum(seconds) / len(seconds) if seconds else None,
-        prefills=median(ratios) if ratios else None,  # the median, since single documents may have shared the machine
-        empty=sum(not is_visible(answer) for answer in answers) / len(answers) if answers else None,
-        group=group,
-    )
-
-
 def _retention(
-    score: str | None,
-    column: _Column,
-    cases: Sequence[_Case],
-    full: _Column | None,
-    none: _Column | None,
-    seed: int,
+    score: str | None, columns: Sequence[_Column | None], cases: Sequence[_Case], seed: int
 ) -> tuple[float | None, Interval | None]:
-    if full is None or none is None or score is None:
+    """Retention of the first column between the others, `full` and `none`, with its interval."""
+    three = [column for column in columns if column is not None]
+    shared = [case for case in cases if all(case in column.by_case for column in three)]
+    if score is None or len(three) < 3 or not shared:
         return None, None
-    shared = [case for case in cases if case in full.by_case and case in none.by_case]
-    if not shared:
-        return None, None
-    three = [one.sums(score, shared) for one in (column, full, none)]
-    sums = [one for one in three if one is not None]
+    found = [column.sums(score, shared) for column in three]
+    sums = [one for one in found if one is not None]
     if len(sums) < 3:
         return None, None
     own, ceiling, floor = (total.sum() / n.sum() for total, n in sums)
-    value = float((own - floor) / (ceiling - floor)) if ceiling != floor else None
-    n_documents = len(sums[0][0])
-    if value is None or n_documents < 2:
+    if ceiling == floor:
+        return None, None
+    value = float((own - floor) / (ceiling - floor))
+    if (n_documents := len(sums[0][0])) < 2:
         return value, None
     draws = _draws(n_documents, seed)
     own_b, ceiling_b, floor_b = ((draws @ total) / (draws @ n) for total, n in sums)

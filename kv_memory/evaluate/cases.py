@@ -1,21 +1,16 @@
-"""Cases: documents of a task and the questions about them; how they are chosen, filtered and truncated."""
+"""Cases: documents of a task and the questions about them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
-from kv_memory.datasets import Example
-from kv_memory.errors import DatasetError
 from kv_memory.model.backbone import Backbone
 
-__all__ = ["ROOM_TOKENS", "Case", "EncodedQuery", "Group", "Query", "choose", "cut", "encode_query", "in_hash_order"]
+__all__ = ["Case", "EncodedQuery", "Group", "Query", "encode_query"]
 
 Group = dict[str, int | str]
-
-ROOM_TOKENS = 1024  # reserved in the window for a question with its answer, and for a selector's own prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,68 +108,3 @@ def encode_query(backbone: Backbone, query: Query) -> EncodedQuery:
         reference = backbone.encode_text(lead + right.strip())
     choices = tuple(tuple(backbone.encode_text(lead + choice.strip())) for choice in query.choices)
     return EncodedQuery(prompt=tuple(prompt), reference=tuple(reference), choices=choices)
-
-
-def in_hash_order(examples: Iterable[Example]) -> list[Example]:
-    """Examples ordered by the SHA-256 of their ids: the first N are a sample that anybody can reproduce.
-
-    A document that occurs twice has the same id and is taken once.
-    """
-    unique: dict[str, Example] = {}
-    for example in examples:
-        unique.setdefault(example.id, example)
-    return sorted(unique.values(), key=lambda example: hashlib.sha256(example.id.encode()).hexdigest())
-
-
-def choose(
-    examples: Iterable[Example],
-    backbone: Backbone,
-    *,
-    n_documents: int,
-    min_tokens: int,
-    max_tokens: int,
-    cut_long: bool = False,
-    what: str,
-) -> list[Example]:
-    """The first documents of a suitable length.
-
-    Args:
-        examples: Examples in the order of preference.
-        backbone: Model whose tokenizer counts the tokens.
-        n_documents: Largest number of documents.
-        min_tokens: Lower bound of the length; shorter documents are left out.
-        max_tokens: Upper bound of the length; longer documents are left out, or truncated.
-        cut_long: True to truncate documents that are too long.
-        what: Name of the set, for the error.
-
-    Raises:
-        DatasetError: No document has a suitable length.
-    """
-    chosen = list(_fitting(examples, backbone, n_documents, min_tokens, max_tokens, cut_long))
-    if not chosen:
-        raise DatasetError(
-            f"no document of {min_tokens:,} to {max_tokens:,} tokens with questions",
-            where=what,
-            next_step="Change min_tokens and max_tokens, or choose another set.",
-        )
-    return chosen
-
-
-def _fitting(
-    examples: Iterable[Example], backbone: Backbone, n_documents: int, least: int, most: int, cut_long: bool
-) -> Iterator[Example]:
-    found = 0
-    for example in examples:
-        if found == n_documents:
-            return
-        (n_tokens,) = backbone.count_tokens([example.context])
-        if n_tokens < least or (n_tokens > most and not cut_long):
-            continue
-        found += 1
-        yield replace(example, context=cut(backbone, example.context, most)) if n_tokens > most else example
-
-
-def cut(backbone: Backbone, text: str, n_tokens: int) -> str:
-    """The beginning of a text, of at most `n_tokens` tokens."""
-    offsets = backbone.encode_with_offsets(text)[1]
-    return text if len(offsets) <= n_tokens else text[: offsets[n_tokens - 1][1]].rstrip()

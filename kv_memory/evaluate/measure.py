@@ -1,181 +1,213 @@
-"""Measure: scores a method's cache on the questions about a document."""
+"""Measure: one document after the other, with every method, against the full model's own answers."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
 
 from kv_memory.cache.distilled import DistilledCache
-from kv_memory.config import DecodeSettings, Layout
-from kv_memory.evaluate.answer_metrics import ALL_WANTED, TEXT_METRICS, kl_divergence, negative_log_likelihood
-from kv_memory.evaluate.cases import Case, EncodedQuery, Query
-from kv_memory.evaluate.prefilled_questions import PrefilledQuestions, batches
-from kv_memory.evaluate.reference_answers import KL_TOKENS, TeacherAnswer
-from kv_memory.evaluate.task import Task
-from kv_memory.generate import first_token_rule
+from kv_memory.compress import Compressor, PrefilledDocument
+from kv_memory.config import Layout, StorageName
+from kv_memory.evaluate.cases import Case, EncodedQuery, encode_query
+from kv_memory.evaluate.methods import Method, make_methods
+from kv_memory.evaluate.records import Record
+from kv_memory.evaluate.scoring import TeacherAnswer, score, teach
+from kv_memory.evaluate.tasks.base import Task
 from kv_memory.model.backbone import Backbone
 
-__all__ = ["METRICS", "Measured", "measure"]
+__all__ = ["Bench", "Column", "EvalProgress"]
 
-METRICS = ("kl", "nll", "f1", "em", "contains", "accuracy", "rouge_l", "kl_joined")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Measures of one question; a measure that does not apply, or was not requested, is None.
+class EvalProgress:
+    """Progress of an evaluation. A measurement is one document with one column.
 
     Attributes:
-        kl: KL(full || method) in nats; the mean over the tokens of the full model's own answer, or of the reference,
-            see `Task.kl_on`.
-        nll: Mean negative log-likelihood per token of the first reference, in nats; or of a list of all references, if
-            all are required.
-        f1: F1, see `metrics`.
-        em: Exact match, see `metrics`.
-        contains: Containment, see `metrics`.
-        accuracy: 1 if the correct choice has the highest mean log-likelihood per token, else 0.
-        rouge_l: ROUGE-L, see `metrics`.
-        kl_joined: The same as `kl`, against the joined full caches of the single documents; None for one document.
-        answer: The greedy answer.
+        n_done: Measurements done, including those found in the folder.
+        n_measured: Measurements done by this call.
+        n_total: Measurements in total: documents times columns.
+        document_id: Id of the next document.
+        method: Name of the next method, with its storage if that is not `auto`.
+        keep_ratio: keep_ratio of the next measurement.
     """
 
-    kl: float
-    nll: float
-    f1: float | None = None
-    em: float | None = None
-    contains: float | None = None
-    accuracy: float | None = None
-    rouge_l: float | None = None
-    kl_joined: float | None = None
-    answer: str | None = None
+    n_done: int
+    n_measured: int
+    n_total: int
+    document_id: str
+    method: str
+    keep_ratio: float | None
 
 
-def measure(
-    backbone: Backbone,
-    caches: Sequence[DistilledCache],
-    case: Case,
-    encoded: Sequence[EncodedQuery],
-    taught: Sequence[TeacherAnswer],
-    task: Task,
-    *,
-    layout: Layout,
-    generate: bool,
-) -> list[Measured]:
-    """Measure all questions of a document.
+@dataclass(frozen=True, eq=False)
+class Column:
+    """A method at a keep_ratio (None for methods without one), and the storage type of its caches.
+
+    `joined` applies to `full` and several documents: one cache for each document, joined, instead of one prefill of
+    all texts.
+    """
+
+    method: Method
+    keep_ratio: float | None
+    storage: StorageName = "auto"
+    joined: bool = False
+
+    @property
+    def name(self) -> str:
+        """The method's name in tables: `adapter+int8` for caches stored as int8, or `full+joined`."""
+        name = self.method.name if self.storage == "auto" else f"{self.method.name}+{self.storage}"
+        return f"{name}+joined" if self.joined else name
+
+    def progress(self, document_id: str, n_done: int, n_measured: int, n_total: int) -> EvalProgress:
+        """Progress before this column is measured on a document."""
+        return EvalProgress(
+            n_done=n_done,
+            n_measured=n_measured,
+            n_total=n_total,
+            document_id=document_id,
+            method=self.name,
+            keep_ratio=self.keep_ratio,
+        )
+
+
+class _Made(NamedTuple):
+    """One document's cache, the seconds it took (now or for an earlier case), and its size in a store in bytes."""
+
+    cache: DistilledCache
+    elapsed_s: float
+    size_bytes: int
+
+
+class Bench:
+    """Measures columns; the full model's answers are reused while the case stays the same.
+
+    Caches of passages are reused while cases share them: the same passage occurs again at another place.
 
     Args:
         backbone: The model.
-        caches: The method's caches of the document; empty for the floor.
-        case: The document and its questions.
-        encoded: Those questions, as tokens.
-        taught: The full model's answers to them.
         task: The task, which determines the metrics.
-        layout: Placement of documents, see `compose`.
-        generate: True to decode answers if the task has text metrics.
-
-    Raises:
-        ContextWindowError: Document, question and answer do not fit the model.
+        layout: Placement of documents.
+        generate: True to decode answers.
     """
-    settings = DecodeSettings(max_new_tokens=task.max_new_tokens) if generate and task.text_metrics else None
-    n_new = max(KL_TOKENS, *(len(row) for query in encoded for row in (query.reference, *query.choices)))
-    n_new = max(n_new, settings.max_new_tokens) if settings else n_new
-    n_entries = len(backbone.prefix_ids) + sum(cache.n_kept for cache in caches)
-    n_tokens = max(len(query.prompt) for query in encoded) + n_new
-    scored: list[_Scored] = []
-    texts: list[str | None] = []
-    for part in batches(backbone, len(encoded), n_entries=n_entries, n_tokens=n_tokens):
-        asked = PrefilledQuestions(
-            backbone, caches, [query.prompt for query in encoded[part]], layout=layout, n_new=n_new
+
+    def __init__(self, backbone: Backbone, task: Task, layout: Layout, generate: bool) -> None:
+        self._backbone, self._task, self._layout, self._generate = backbone, task, layout, generate
+        full = make_methods(["full"], backbone)[0]
+        self._full, self._joined = Column(full, None), Column(full, None, joined=True)
+        self._made: dict[tuple[str, float | None, str], _Made] = {}
+        self._compressor: Compressor | None = None  # compressor of the documents in `_prefilled`
+        self._prefilled: dict[str, tuple[PrefilledDocument, float]] = {}
+        self._case: Case | None = None
+        self._taught: list[TeacherAnswer] = []
+        self._encoded: list[EncodedQuery] = []
+        self._plain: _Made | None = None
+
+    def run(self, case: Case, column: Column, *, key: str, config: str) -> Record:
+        """Measure one case with one method."""
+        if self._case is not case:
+            self._take(case)
+        assert self._plain is not None
+        made = self._caches(case, column)
+        caches = [one.cache for one in made]
+        questions = score(
+            self._backbone,
+            caches,
+            case,
+            self._encoded,
+            self._taught,
+            self._task,
+            layout=self._layout,
+            generate=self._generate,
         )
-        found = _score(backbone, asked, case.queries[part], encoded[part], taught[part])
-        scored += found
-        texts += [None] * len(found) if settings is None else _texts(asked, taught[part], found, settings)
-    return [
-        Measured(
-            kl=one.kl,
-            nll=one.nll,
-            accuracy=one.accuracy,
-            kl_joined=one.kl_joined,
-            answer=text,
-            **_judged(text, query, task),
+        return Record(
+            key=key,
+            config=config,
+            task=self._task.name,
+            document=case.id,
+            method=column.name,
+            keep_ratio=column.keep_ratio,
+            model=self._backbone.name,
+            weights=self._backbone.weights_sha256,
+            n_tokens=self._plain.cache.n_tokens,
+            n_kept=sum(cache.n_kept for cache in caches),
+            compress_s=sum(one.elapsed_s for one in made) if made else None,
+            prefill_s=self._plain.elapsed_s,
+            size_bytes=sum(one.size_bytes for one in made) if column.method.ratios else None,
+            cell=case.cell,
+            group=case.group,
+            questions=tuple(questions),
         )
-        for one, text, query in zip(scored, texts, case.queries, strict=True)
-    ]
+
+    def _take(self, case: Case) -> None:
+        """Prefill all documents of a case in full, and collect the full model's answers to its questions."""
+        if self._case is None:  # the first pass also prefills the shared prefix, and compiles kernels on a GPU
+            self._caches(case, self._full)
+        self._case, self._prefilled = case, {}
+        self._made = {key: made for key, made in self._made.items() if key[2] in case.passages}
+        (self._plain,) = self._caches(case, self._full)
+        self._encoded = [encode_query(self._backbone, query) for query in case.queries]
+        joined = [made.cache for made in self._caches(case, self._joined)] if case.passages else []
+        full = self._plain.cache
+        self._taught = teach(self._backbone, full, self._encoded, self._task, layout=self._layout, joined=joined)
+
+    def _caches(self, case: Case, column: Column) -> list[_Made]:
+        """A method's caches of the documents; one for `full`, and none for `none`."""
+        compressor = column.method.compressor
+        if compressor is None:
+            return []
+        if not column.method.ratios and not column.joined:
+            ids = [token for text in case.documents for token in self._backbone.encode_document(text)]
+            return [_Made(*self._timed(partial(compressor.compress_ids, ids, keep_ratio=1.0)), 0)]
+        found = []
+        for text in case.documents:
+            key = (column.name, column.keep_ratio, text)
+            made = self._made.get(key) or self._compress(compressor, text, case, column)
+            if case.passages:
+                self._made[key] = made
+            found.append(made)
+        return found
+
+    def _compress(self, compressor: Compressor, text: str, case: Case, column: Column) -> _Made:
+        if column.keep_ratio is None:  # the full cache of one of several documents
+            cache, elapsed_s = self._timed(partial(compressor.compress, text, keep_ratio=1.0))
+        else:
+            if self._compressor is not compressor:
+                self._compressor, self._prefilled = compressor, {}
+            if text not in self._prefilled:  # one prefill for all ratios, which follow each other
+                self._prefilled[text] = self._timed(partial(compressor.prefill, text))
+            document, prefill_s = self._prefilled[text]
+            unasked = [query.span for query in case.queries if query.span is not None]
+            cache, elapsed_s = self._timed(partial(document.keep, column.keep_ratio, unasked_spans=unasked))
+            elapsed_s += prefill_s
+        return _stored(cache, text, column.storage, elapsed_s)
+
+    def _timed(self, work: Callable[[], T]) -> tuple[T, float]:
+        self._wait()
+        start_s = time.perf_counter()
+        made = work()
+        self._wait()
+        return made, time.perf_counter() - start_s
+
+    def _wait(self) -> None:
+        """Wait for the GPU, which still computes after a call has returned."""
+        if self._backbone.device.type == "cuda":
+            torch.cuda.synchronize(self._backbone.device)
 
 
-def _judged(text: str | None, query: Query, task: Task) -> dict[str, float]:
-    if text is None:
-        return {}
-    metrics = ALL_WANTED if query.all_wanted else TEXT_METRICS
-    return {name: metrics[name](text, query.references) for name in task.text_metrics}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Scored:
-    kl: float
-    nll: float
-    accuracy: float | None
-    kl_joined: float | None
-    agrees: bool  # greedy tokens equal those of the full model at every token of its answer
-
-
-def _score(
-    backbone: Backbone,
-    asked: PrefilledQuestions,
-    queries: Sequence[Query],
-    encoded: Sequence[EncodedQuery],
-    taught: Sequence[TeacherAnswer],
-) -> list[_Scored]:
-    kl, agrees, kl_joined = [], [], list[float | None]()
-    for log_probs, teacher, query in zip(asked.follow([one.ids for one in taught]), taught, encoded, strict=True):
-        kl.append(kl_divergence(teacher.log_probs, log_probs))
-        best = first_token_rule(backbone, query.prompt).greedy(log_probs, teacher.ids)
-        agrees.append(best == list(teacher.ids))
-        joined = teacher.joined_log_probs
-        kl_joined.append(None if joined is None else kl_divergence(joined, log_probs))
-    nll = _losses(asked, [query.reference for query in encoded])
-    accuracy = _accuracy(asked, queries, encoded)
-    return [
-        _Scored(kl=kl[i], nll=nll[i], accuracy=accuracy[i], kl_joined=kl_joined[i], agrees=agrees[i])
-        for i in range(len(queries))
-    ]
-
-
-def _losses(asked: PrefilledQuestions, rows: Sequence[Sequence[int]]) -> list[float]:
-    """Mean negative log-likelihood per token of each row; infinite for an empty one."""
-    return [
-        negative_log_likelihood(log_probs, row) if row else math.inf
-        for log_probs, row in zip(asked.follow(rows), rows, strict=True)
-    ]
-
-
-def _accuracy(
-    asked: PrefilledQuestions, queries: Sequence[Query], encoded: Sequence[EncodedQuery]
-) -> list[float | None]:
-    n_choices = max(len(query.choices) for query in encoded)
-    losses = [
-        _losses(asked, [query.choices[i] if i < len(query.choices) else () for query in encoded])
-        for i in range(n_choices)
-    ]
-    result: list[float | None] = []
-    for row, query in enumerate(queries):
-        own = [losses[i][row] for i in range(len(query.choices))]
-        result.append(float(own.index(min(own)) == query.correct) if own else None)
-    return result
-
-
-def _texts(
-    asked: PrefilledQuestions, taught: Sequence[TeacherAnswer], scored: Sequence[_Scored], settings: DecodeSettings
-) -> list[str | None]:
-    """Greedy answers.
-
-    If the method's likeliest token (of those that may open an answer) equals the full model's at every token of its
-    answer, greedy decoding would follow the same path to the same end. The answer is then known, and is not decoded.
-    """
-    texts: list[str | None] = [
-        teacher.text if one.agrees and teacher.whole else None for teacher, one in zip(taught, scored, strict=True)
-    ]
-    open_rows = [row for row, text in enumerate(texts) if text is None]
-    for row, text in zip(open_rows, asked.decode(open_rows, settings) if open_rows else (), strict=True):
-        texts[row] = text
-    return texts
+def _stored(cache: DistilledCache, text: str, storage: StorageName, elapsed_s: float) -> _Made:
+    """The cache as it is loaded after it was written."""
+    with tempfile.TemporaryDirectory(prefix="kv-memory-eval-") as folder:
+        path = Path(folder) / "cache"
+        replace(cache, text_sha256=hashlib.sha256(text.encode()).hexdigest()).save(path, storage=storage)
+        return _Made(DistilledCache.load(path, device=str(cache.keys.device)), elapsed_s, path.stat().st_size)

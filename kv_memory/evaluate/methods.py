@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from kv_memory.compress import Adapter, Compressor, Matched, MatchSettings, RefineSettings, SinkRecent
-from kv_memory.config import Budget, SelectorName, check_choice
+from kv_memory.config import Budget, check_choice
 from kv_memory.errors import ConfigError
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
@@ -112,7 +112,20 @@ def make_methods(
     wanted = check_methods(names, has_adapter=adapter is not None, refine_from=refine_from)
     if names is None and adapter is not None and adapter.config.routed == "kept":
         wanted.remove("combined")  # see `combined_selector`
-    return [_make(name, backbone, adapter, refine or RefineSettings(), refine_from, seed) for name in wanted]
+    start = ("matched" if adapter is None else "adapter") if refine_from == "auto" else refine_from
+    refine = refine or RefineSettings()
+    methods = []
+    for name in wanted:
+        if name == "none":
+            methods.append(Method(name, None, backbone.fingerprint(method="none").digest, ratios=False))
+            continue
+        refined = name == "refined"
+        compressor = _compressor(start if refined else name, backbone, adapter, seed, refine if refined else None)
+        # The fingerprint is about decoding and may omit some settings of refinement, so they are added here.
+        settings = f"|{refine!r}" if refined else ""
+        digest = hashlib.sha256(f"{name}|{compressor.fingerprint().digest}{settings}".encode()).hexdigest()
+        methods.append(Method(name, compressor, digest, ratios=name != "full"))
+    return methods
 
 
 def check_methods(names: Sequence[str] | None, *, has_adapter: bool, refine_from: str) -> list[MethodName]:
@@ -134,48 +147,18 @@ def check_methods(names: Sequence[str] | None, *, has_adapter: bool, refine_from
     return [name for name in METHODS if name in names]
 
 
-def _make(
-    name: MethodName,
-    backbone: Backbone,
-    adapter: Adapter | None,
-    refine: RefineSettings,
-    refine_from: RefineFrom,
-    seed: int,
-) -> Method:
-    if name == "none":
-        return Method(name, None, backbone.fingerprint(method="none").digest, ratios=False)
-    compressor = _compressor(name, backbone, adapter, refine, refine_from, seed)
-    # The fingerprint is about decoding and may omit some settings of refinement, so they are added here.
-    settings = f"|{refine!r}" if name == "refined" else ""
-    digest = hashlib.sha256(f"{name}|{compressor.fingerprint().digest}{settings}".encode()).hexdigest()
-    return Method(name, compressor, digest, ratios=name != "full")
-
-
 def _compressor(
-    name: MethodName,
-    backbone: Backbone,
-    adapter: Adapter | None,
-    refine: RefineSettings,
-    refine_from: RefineFrom,
-    seed: int,
+    name: str, backbone: Backbone, adapter: Adapter | None, seed: int, refine: RefineSettings | None
 ) -> Compressor:
-    if name == "full":  # at keep_ratio 1 the selector is unused
-        return Compressor(backbone, selector=SinkRecent())
-    if name in PARTS:
-        part_tokens = min(1024, backbone.context_window // 4)
-        return Compressor(backbone, selector=Matched(replace(PARTS[name], part_tokens=part_tokens)))
-    if name == "random":
-        return Compressor(backbone, selector=RandomSelector(seed=seed))
     if name == "combined":
-        return Compressor(backbone, adapter=adapter, selector="combined")
-    if name in _NEED_ADAPTER:
-        return Compressor(backbone, adapter=adapter, routed=name == "adapter")
-    if name != "refined":
-        selector: SelectorName = name  # type: ignore[assignment]
-        return Compressor(backbone, selector=selector)
-    start = ("matched" if adapter is None else "adapter") if refine_from == "auto" else refine_from
-    if start == "combined":
         return Compressor(backbone, adapter=adapter, selector="combined", refine=refine)
-    if start == "adapter":
-        return Compressor(backbone, adapter=adapter, refine=refine)
-    return Compressor(backbone, selector=start, refine=refine)
+    if name in _NEED_ADAPTER:
+        return Compressor(backbone, adapter=adapter, routed=name == "adapter", refine=refine)
+    selector: Any = name
+    if name == "full":  # at keep_ratio 1 the selector is unused
+        selector = SinkRecent()
+    elif name == "random":
+        selector = RandomSelector(seed=seed)
+    elif name in PARTS:
+        selector = Matched(replace(PARTS[name], part_tokens=min(1024, backbone.context_window // 4)))
+    return Compressor(backbone, selector=selector, refine=refine)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from kv_memory.errors import DatasetError
 from kv_memory.evaluate.aggregate import Interval, Row, table_of
-from kv_memory.evaluate.measure import METRICS
 from kv_memory.evaluate.plots import plot_fidelity, plot_needle
-from kv_memory.evaluate.saved_rows import Loaded, load_rows
+from kv_memory.evaluate.records import METRICS
+from kv_memory.evaluate.saved_rows import Loaded
 
 __all__ = ["cells", "kept_text", "markdown", "write_report"]
 
@@ -84,37 +84,22 @@ def _figure(value: float | None, pair: Interval | None = None, *, digits: int = 
     return f"{value:.{digits}f}{interval}"
 
 
-def write_report(
-    paths: Sequence[Path | str],
-    to: Path | str,
-    *,
-    seed: int = 0,
-    paired: bool = True,
-    by: Sequence[str] | None = None,
-    methods: Sequence[str] | None = None,
-    keep_ratios: Sequence[float] | None = None,
-) -> tuple[Loaded, list[Path]]:
+def write_report(loaded: Loaded, to: Path | str) -> list[Path]:
     """Write `tables.md` and the plots.
 
     The plots are `TASK_fidelity.png` for each task, or for each of its groups, and `needle_map.png` for needle.
 
     Args:
-        paths: Sources, see `load_rows`.
+        loaded: Rows and records, see `load_rows`.
         to: Folder to write to.
-        seed: Random seed of the intervals.
-        paired: Pairing of documents, see `load_rows`.
-        by: Groups with separate rows, see `load_rows`.
-        methods: Methods to include, see `load_rows`.
-        keep_ratios: Ratios to include, see `load_rows`.
 
     Returns:
-        The loaded rows and records, and the files written.
+        The files written.
 
     Raises:
-        ConfigError: As in `load_rows`; or the package matplotlib is missing.
-        DatasetError: As in `load_rows`; or the folder cannot be written to.
+        ConfigError: The package matplotlib is missing.
+        DatasetError: The folder cannot be written to.
     """
-    loaded = load_rows(paths, seed=seed, paired=paired, by=by, methods=methods, keep_ratios=keep_ratios)
     folder = Path(to)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,4 +116,4 @@ def write_report(
             files.append(plot_needle(cells, folder / "needle_map.png"))
     except OSError as error:
         raise DatasetError(f"cannot be written: {error.strerror}", where=str(folder)) from error
-    return loaded, files
+    return files

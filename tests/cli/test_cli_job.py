@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -159,7 +160,7 @@ def test_progress_lines(capsys: pytest.CaptureFixture[str], fields: dict[str, An
     with JobTracker(Output(as_json=False)) as tracker:
         for _ in range(2):
             tracker(Progress(**{**other, **none, **fields}))
-            tracker._told_s = None  # as if some seconds had passed: still, nothing is said twice
+            tracker._told_s = -math.inf  # as if some seconds had passed: still, nothing is said twice
     assert capsys.readouterr().err == f"{said}\n"
 
 

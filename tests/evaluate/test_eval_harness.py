@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,12 +9,11 @@ import torch
 
 from kv_memory.compress import Adapter, Compressor
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
-from kv_memory.evaluate import METHODS, Evaluation, TaskSettings, evaluate, load_rows, measure
-from kv_memory.evaluate.bench import Bench
+from kv_memory.evaluate import METHODS, EvalProgress, Evaluation, TaskSettings, evaluate, load_rows, scoring
 from kv_memory.evaluate.cases import encode_query
-from kv_memory.evaluate.harness import EvalProgress
+from kv_memory.evaluate.measure import Bench
 from kv_memory.evaluate.methods import RandomSelector, make_methods
-from kv_memory.evaluate.prefilled_questions import PrefilledQuestions
+from kv_memory.evaluate.scoring import PrefilledQuestions
 from kv_memory.evaluate.tasks import find_task
 from tests.memories import FERRY, wide_backbone
 
@@ -34,7 +32,11 @@ def means(result: Evaluation, metric: str) -> dict[tuple[str, float | None], flo
 
 def test_full_has_zero_kl_and_compression_raises_it(roomy: Any, data: Path) -> None:
     result = run(
-        roomy, data, methods=["none", "reconstruction", "full", "attention", "random"], keep_ratios=[0.25, 1.0]
+        roomy,
+        data,
+        methods=["none", "reconstruction", "full", "attention", "random"],
+        keep_ratios=[0.25, 1.0],
+        generate=False,
     )
     kl = means(result, "kl")
     assert list(kl) == [  # the order is that of METHODS, whatever was asked for
@@ -64,7 +66,8 @@ def test_each_task_reports_its_own_metrics(roomy: Any, data: Path) -> None:
     }
     needle = {"lengths": (300,), "depths": (0.5,), "n_needles": 1}
     for task, names in applies.items():
-        row = run(roomy, data, task, settings={**needle, "corpus": (str(data / "needle"),)}).rows[0]
+        settings = {**needle, "corpus": (str(data / "needle"),), "n_documents": 1}
+        (row,) = run(roomy, data, task, methods=["full"], settings=settings).rows
         measured = {name for name, value in row.means.items() if value is not None}
         assert measured == {"kl", "nll"} | names, task
 
@@ -99,7 +102,7 @@ def test_agreeing_answers_skip_decoding_and_equal_decoded_ones(
     quick = run(roomy, data, methods=["full", "random"], keep_ratios=[0.9])
     n_all = sum(len(record.questions) for record in quick.records)
     assert sum(decoded) < n_all
-    monkeypatch.setattr(measure, "_Scored", lambda **values: SimpleNamespace(**{**values, "agrees": False}))
+    monkeypatch.setattr(scoring, "_agrees", lambda *_: False)
     decoded.clear()
     slow = run(roomy, data, methods=["full", "random"], keep_ratios=[0.9])
     assert sum(decoded) == n_all
@@ -118,24 +121,24 @@ def test_without_generation_only_kl_and_nll_are_measured(roomy: Any, data: Path)
 def test_a_second_run_measures_nothing_again(
     roomy: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = run(roomy, data, methods=CHEAP, out=tmp_path)
+    first = run(roomy, data, methods=CHEAP, out=tmp_path, generate=False)
     lines = (tmp_path / "examples.jsonl").read_bytes()
     assert lines.count(b"\n") == 2 * len(CHEAP)
     monkeypatch.setattr(Bench, "run", lambda *_, **__: pytest.fail("measured again"))
     seen: list[EvalProgress] = []
-    again = run(roomy, data, methods=CHEAP, out=tmp_path, on_progress=seen.append)
+    again = run(roomy, data, methods=CHEAP, out=tmp_path, generate=False, on_progress=seen.append)
     assert (tmp_path / "examples.jsonl").read_bytes() == lines
     assert again.rows == first.rows
     assert [(p.n_done, p.n_measured, p.n_total) for p in seen] == [(8, 0, 8)]
 
 
 def test_a_truncated_last_line_is_dropped_and_measured_again(roomy: Any, data: Path, tmp_path: Path) -> None:
-    first = run(roomy, data, out=tmp_path)
+    first = run(roomy, data, out=tmp_path, generate=False)
     path = tmp_path / "examples.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole[:-40])
     seen: list[EvalProgress] = []
-    again = run(roomy, data, out=tmp_path, on_progress=seen.append)
+    again = run(roomy, data, out=tmp_path, generate=False, on_progress=seen.append)
     assert seen[-1].n_measured == 1
     lines = path.read_bytes().splitlines()
     assert len(lines) == 4
@@ -144,12 +147,12 @@ def test_a_truncated_last_line_is_dropped_and_measured_again(roomy: Any, data: P
 
 
 def test_a_broken_line_is_reported_with_its_number(roomy: Any, data: Path, tmp_path: Path) -> None:
-    run(roomy, data, out=tmp_path)
+    run(roomy, data, out=tmp_path, generate=False)
     path = tmp_path / "examples.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([lines[0], '{"key": 1}\n', *lines[2:]]))
     with pytest.raises(BrokenLineError) as caught:
-        run(roomy, data, out=tmp_path)
+        run(roomy, data, out=tmp_path, generate=False)
     assert caught.value.where == f"{path}, line 2"
 
 
@@ -157,17 +160,18 @@ def test_a_changed_setting_is_measured_again(roomy: Any, data: Path, tmp_path: P
     """A changed setting is measured anew; one that changes nothing for a method is not."""
 
     def n(**options: Any) -> int:
-        run(roomy, data, out=tmp_path, **options)
+        settings = {"n_documents": 1, **options.pop("settings", {})}
+        run(roomy, data, out=tmp_path, settings=settings, **{"generate": False, **options})
         return (tmp_path / "examples.jsonl").read_bytes().count(b"\n")
 
-    assert n(methods=["random"]) == 2
-    assert n(methods=["random"], keep_ratios=[0.5]) == 4
-    assert n(methods=["random"], settings={"seed": 1}) == 6
-    assert n(methods=["random"], layout="packed") == 8
-    assert n(methods=["random"], generate=False) == 10
-    assert n(methods=["sink_recent"]) == 12
-    assert n(methods=["sink_recent"], settings={"seed": 1}) == 12
-    assert n(methods=["sink_recent"], settings={"n_documents": 3}) == 13
+    assert n(methods=["random"]) == 1
+    assert n(methods=["random"], keep_ratios=[0.5]) == 2
+    assert n(methods=["random"], settings={"seed": 1}) == 3
+    assert n(methods=["random"], layout="packed") == 4
+    assert n(methods=["random"], generate=True) == 5
+    assert n(methods=["sink_recent"]) == 6
+    assert n(methods=["sink_recent"], settings={"seed": 1}) == 6
+    assert n(methods=["sink_recent"], settings={"n_documents": 2}) == 7
 
 
 def test_caches_can_be_stored_and_loaded_before_questions(roomy: Any, data: Path, tmp_path: Path) -> None:
@@ -193,9 +197,9 @@ def test_caches_can_be_stored_and_loaded_before_questions(roomy: Any, data: Path
 
 
 def test_a_time_limit_stops_early_and_the_next_call_resumes(roomy: Any, data: Path, tmp_path: Path) -> None:
-    first = run(roomy, data, out=tmp_path, time_limit_s=1e-9)
+    first = run(roomy, data, out=tmp_path, generate=False, time_limit_s=1e-9)
     assert (first.complete, first.rows, first.n_documents) == (False, (), 2)
-    second = run(roomy, data, out=tmp_path, time_limit_s=600)
+    second = run(roomy, data, out=tmp_path, generate=False, time_limit_s=600)
     assert second.complete
     assert len(second.records) == 4
 

@@ -7,10 +7,8 @@ import pytest
 import torch
 
 from kv_memory.errors import ConfigError
-from kv_memory.evaluate import answer_metrics as metrics
-from kv_memory.evaluate.answer_metrics import (
-    Agreement,
-    agreement,
+from kv_memory.evaluate import metrics
+from kv_memory.evaluate.metrics import (
     contains,
     exact_match,
     f1,
@@ -68,16 +66,3 @@ def test_kl_of_known_distributions() -> None:
 def test_negative_log_likelihood_of_known_distributions() -> None:
     log_probs = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
     assert negative_log_likelihood(log_probs, [0, 1]) == pytest.approx(-(math.log(0.5) + math.log(0.1)) / 2)
-
-
-def test_agreement_counts_empty_pairs_separately() -> None:
-    found = agreement(["Ida Brandt", "", "the", "no"], ["Ida", "", ".", ""])
-    assert (found.f1, found.n, found.n_empty, found.empty_share) == (pytest.approx((2 / 3 + 0) / 2), 2, 2, 0.5)
-    assert agreement(["x"], ["x"]) == Agreement(f1=1.0, n=1, n_empty=0)
-
-
-def test_agreement_of_empty_answers_has_no_f1() -> None:
-    assert agreement(["", " "], ["", "\n"]) == Agreement(f1=None, n=0, n_empty=2)
-    assert agreement([], []).empty_share == 0
-    with pytest.raises(ValueError, match="zip"):
-        agreement(["x"], [])

@@ -12,9 +12,9 @@ from kv_memory.compress import Compressor
 from kv_memory.datasets import read_examples
 from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.evaluate import Evaluation, TaskSettings, aggregate, evaluate, load_rows, markdown, write_report
-from kv_memory.evaluate.bench import Bench
 from kv_memory.evaluate.cases import Case, Query, encode_query
-from kv_memory.evaluate.results import Record
+from kv_memory.evaluate.measure import Bench
+from kv_memory.evaluate.records import Record
 from kv_memory.evaluate.tasks import find_task
 from tests.conftest import make_backbone
 from tests.evaluate.conftest import prose, write
@@ -175,7 +175,11 @@ def test_a_passage_is_compressed_once_for_all_its_places(
 
 
 def test_storage_applies_to_every_passage(roomy: Any, articles: Path) -> None:
-    plain, stored = (by_name(run(roomy, articles, storage=storage)) for storage in ("auto", "int8"))
+    settings = {"n_documents": 1, "k": (2,), "n_places": 1}
+    plain, stored = (
+        by_name(run(roomy, articles, methods=["sink_recent"], storage=storage, settings=settings))
+        for storage in ("auto", "int8")
+    )
     assert list(stored)[-1] == (2, "sink_recent+int8")
     before, after = plain[2, "sink_recent"].means["kl"], stored[2, "sink_recent+int8"].means["kl"]
     assert before != after == pytest.approx(before, rel=0.1)
@@ -213,7 +217,7 @@ def test_a_report_has_a_column_for_k_and_a_plot_for_each(roomy: Any, articles: P
     result = run(roomy, articles, out=tmp_path / "run")
     header = markdown(result.rows).splitlines()[4]
     assert header == "| k | method | kept | n | KL | NLL | KL to joined | s/document | prefills |"
-    _, files = write_report([tmp_path / "run"], tmp_path / "figures")
+    files = write_report(load_rows([tmp_path / "run"]), tmp_path / "figures")
     assert [file.name for file in files] == ["tables.md", "multidoc_k_1_fidelity.png", "multidoc_k_2_fidelity.png"]
     printed = tmp_path / "rows.jsonl"
     printed.write_text("".join(json.dumps(row.to_dict()) + "\n" for row in result.rows))
@@ -242,7 +246,7 @@ def test_the_bootstrap_treats_places_of_a_passage_as_one_observation() -> None:
 
 
 def _measured(f1: float) -> Any:
-    from kv_memory.evaluate.measure import Measured
+    from kv_memory.evaluate.records import Measured
 
     return Measured(kl=0.0, nll=0.0, f1=f1, em=0.0, contains=0.0)
 

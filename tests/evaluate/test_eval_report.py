@@ -9,9 +9,8 @@ import pytest
 
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
 from kv_memory.evaluate import Record, Row, aggregate, load_rows, markdown, write_report
-from kv_memory.evaluate.measure import Measured
+from kv_memory.evaluate.records import Measured, RecordFile
 from kv_memory.evaluate.report import kept_text
-from kv_memory.evaluate.results import RecordFile
 
 KEYS = [
     *("task", "method", "keep_ratio", "n", "kl", "nll", "f1", "em", "contains", "accuracy", "rouge_l"),
@@ -231,7 +230,8 @@ def test_a_report_has_tables_and_plots(tmp_path: Path) -> None:
         for length in (256, 512)
         for depth in (0.0, 1.0)
     ]
-    loaded, files = write_report([written(tmp_path / "in", [*table(), *needles])], tmp_path / "out")
+    loaded = load_rows([written(tmp_path / "in", [*table(), *needles])])
+    files = write_report(loaded, tmp_path / "out")
     names = ["tables.md", "needle_fidelity.png", "squad_fidelity.png", "needle_map.png"]
     assert [file.name for file in files] == names
     assert (tmp_path / "out" / "tables.md").read_text() == markdown(loaded.rows)
@@ -243,7 +243,7 @@ def test_a_report_has_tables_and_plots(tmp_path: Path) -> None:
 def test_plots_without_matplotlib_name_the_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match=r"pip install 'kv-memory\[eval\]'"):
-        write_report([written(tmp_path / "in", table())], tmp_path / "out")
+        write_report(load_rows([written(tmp_path / "in", table())]), tmp_path / "out")
 
 
 def test_figures_are_finite() -> None:

@@ -11,11 +11,11 @@ import torch
 from kv_memory.compress import Compressor, SinkRecent
 from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.evaluate import TaskSettings, evaluate
-from kv_memory.evaluate.answer_metrics import contains_all, exact_match_all
 from kv_memory.evaluate.cases import Case, encode_query
-from kv_memory.evaluate.reference_answers import answers
-from kv_memory.evaluate.task import RulerKind
+from kv_memory.evaluate.metrics import contains_all, exact_match_all
+from kv_memory.evaluate.scoring import answers
 from kv_memory.evaluate.tasks import find_task
+from kv_memory.evaluate.tasks.base import RulerKind
 from tests.conftest import make_backbone
 from tests.evaluate.conftest import write
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kv_memory.compress import Compressor
-from kv_memory.evaluate.prefilled_questions import PrefilledQuestions, batches
+from kv_memory.evaluate.scoring import PrefilledQuestions, batches
 from tests.memories import FERRY
 
 PROMPTS = [[70, 71, 72], [80, 81, 82, 83, 84], [90]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from kv_memory.config import check_choice
-from kv_memory.evaluate.task import Task
+from kv_memory.evaluate.tasks.base import Task
 from kv_memory.evaluate.tasks.multidoc import multidoc_cases
 from kv_memory.evaluate.tasks.needle import needle_cases
 from kv_memory.evaluate.tasks.qa import qa_cases

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 from kv_memory.datasets import Example, read_examples
 from kv_memory.errors import DatasetError
-from kv_memory.evaluate.answer_metrics import normalise
-from kv_memory.evaluate.cases import Case, Query, choose, in_hash_order
-from kv_memory.evaluate.task import MAX_QUESTIONS, Distractors, TaskSettings
+from kv_memory.evaluate.cases import Case, Query
+from kv_memory.evaluate.metrics import normalise
+from kv_memory.evaluate.tasks.base import MAX_QUESTIONS, Distractors, TaskSettings, choose
 from kv_memory.model.backbone import Backbone
 
 __all__ = ["multidoc_cases"]
@@ -34,9 +34,8 @@ def multidoc_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
         ConfigError: The window is too small for this number of passages.
     """
     most = max(settings.k)
-    low, high = settings.token_range(backbone, together=most)
-    examples = in_hash_order(read_examples("squad", split="dev", data=settings.data))
-    fitting = choose(examples, backbone, n_documents=len(examples), min_tokens=low, max_tokens=high, what="multidoc")
+    examples = list(read_examples("squad", split="dev", data=settings.data))
+    fitting = choose(examples, backbone, settings, what="multidoc", together=most, n_documents=len(examples))
     cases: list[Case] = []
     n_taken = 0
     for example in fitting:

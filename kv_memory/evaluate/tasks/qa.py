@@ -10,13 +10,11 @@ from typing import Any
 
 from kv_memory.datasets import Example, Question
 from kv_memory.datasets.example import content_id
-from kv_memory.datasets.line_files import bare_name, json_lines
-from kv_memory.datasets.on_error import Faults
-from kv_memory.datasets.record_files import text_of, texts_of
+from kv_memory.datasets.records import Faults, bare_name, json_lines, text_of, texts_of
 from kv_memory.documents import read_file
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError, DocumentError
-from kv_memory.evaluate.cases import Case, Query, choose, in_hash_order
-from kv_memory.evaluate.task import TaskSettings
+from kv_memory.evaluate.cases import Case, Query
+from kv_memory.evaluate.tasks.base import TaskSettings, choose
 from kv_memory.model.backbone import Backbone
 
 __all__ = ["qa_cases", "read_questions"]
@@ -40,15 +38,7 @@ def qa_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
     """
     examples = read_questions(settings)
     low, high = settings.token_range(backbone)
-    chosen = choose(
-        in_hash_order(examples),
-        backbone,
-        n_documents=settings.n_documents,
-        min_tokens=low,
-        max_tokens=high,
-        cut_long=True,
-        what=str(settings.questions),
-    )
+    chosen = choose(examples, backbone, settings, what=str(settings.questions), cut_long=True)
     if len(chosen) < len(examples):
         _LOG.warning(
             "%d of %d documents are left out; the limits are %d documents (n_documents) and at least %d tokens each "

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from kv_memory.datasets import Example, read_examples
 from kv_memory.errors import DatasetError
-from kv_memory.evaluate.answer_metrics import check_rouge
-from kv_memory.evaluate.cases import Case, Query, choose, in_hash_order
-from kv_memory.evaluate.task import MAX_QUESTIONS, TaskSettings
+from kv_memory.evaluate.cases import Case, Query
+from kv_memory.evaluate.metrics import check_rouge
+from kv_memory.evaluate.tasks.base import MAX_QUESTIONS, TaskSettings, choose
 from kv_memory.model.backbone import Backbone
 
 __all__ = ["quality_cases", "squad_cases", "squality_cases"]
@@ -33,17 +33,7 @@ def squality_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
 def _cases(
     name: str, backbone: Backbone, settings: TaskSettings, *, cut_long: bool, multiple_choice: bool = False
 ) -> list[Case]:
-    low, high = settings.token_range(backbone)
     examples = _with_questions(read_examples(name, split="dev", data=settings.data), multiple_choice)
-    chosen = choose(
-        in_hash_order(examples),
-        backbone,
-        n_documents=settings.n_documents,
-        min_tokens=low,
-        max_tokens=high,
-        cut_long=cut_long,
-        what=name,
-    )
     return [
         Case(
             id=example.id,
@@ -58,7 +48,7 @@ def _cases(
                 for question in example.questions[:MAX_QUESTIONS]
             ),
         )
-        for example in chosen
+        for example in choose(examples, backbone, settings, what=name, cut_long=cut_long)
     ]
 
 

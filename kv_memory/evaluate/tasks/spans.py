@@ -13,8 +13,8 @@ from collections.abc import Iterable
 
 from kv_memory.datasets import Example, read_examples, split_by_hash
 from kv_memory.errors import ConfigError
-from kv_memory.evaluate.cases import Case, Query, choose, in_hash_order
-from kv_memory.evaluate.task import TaskSettings
+from kv_memory.evaluate.cases import Case, Query
+from kv_memory.evaluate.tasks.base import TaskSettings, choose
 from kv_memory.model.backbone import Backbone
 
 __all__ = ["REQUEST", "draw_spans", "spans_cases"]
@@ -39,19 +39,10 @@ def spans_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
         raise ConfigError(
             "spans needs a corpus", where="corpus", next_step="Set corpus to a folder, a file, or e.g. squad."
         )
-    low, high = settings.token_range(backbone, least=MIN_TOKENS)
     what = ", ".join(settings.corpus)
-    chosen = choose(
-        in_hash_order(_examples(settings)),
-        backbone,
-        n_documents=settings.n_documents,
-        min_tokens=low,
-        max_tokens=high,
-        what=what,
-    )
     return [
         Case(id=example.id, text=example.context, queries=spans)
-        for example in chosen
+        for example in choose(_examples(settings), backbone, settings, what=what, least=MIN_TOKENS)
         if (spans := draw_spans(backbone, example.context, seed=f"{settings.seed}:{example.id}"))
     ]
 

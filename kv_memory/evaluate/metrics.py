@@ -6,7 +6,6 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -18,8 +17,6 @@ from kv_memory.errors import ConfigError
 __all__ = [
     "ALL_WANTED",
     "TEXT_METRICS",
-    "Agreement",
-    "agreement",
     "check_rouge",
     "contains",
     "contains_all",
@@ -64,36 +61,6 @@ def contains(answer: str, references: Sequence[str]) -> float:
     words = f" {normalise(answer)} "
     wanted = [normalise(reference) for reference in references]
     return float(any(f" {reference} " in words for reference in wanted if reference))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Agreement:
-    """Agreement of answers, pair by pair. Pairs without a word on either side are not scored.
-
-    Attributes:
-        f1: Mean F1 between the words of two answers, over the pairs with a word on at least one side; None if there
-            are no such pairs.
-        n: Number of those pairs.
-        n_empty: Number of pairs without a word on either side.
-    """
-
-    f1: float | None
-    n: int
-    n_empty: int
-
-    @property
-    def empty_share(self) -> float:
-        """Share of pairs without a word on either side; 0 if there are no pairs."""
-        return self.n_empty / max(1, self.n + self.n_empty)
-
-
-def agreement(answers: Sequence[str], others: Sequence[str]) -> Agreement:
-    """Compare answers with other answers to the same questions, in the same order."""
-    pairs = list(zip(answers, others, strict=True))
-    telling = [(a, b) for a, b in pairs if normalise(a) or normalise(b)]
-    scores = [f1(a, [b]) for a, b in telling]
-    mean = sum(scores) / len(scores) if scores else None
-    return Agreement(f1=mean, n=len(telling), n_empty=len(pairs) - len(telling))
 
 
 def contains_all(answer: str, references: Sequence[str]) -> float:

@@ -1,13 +1,13 @@
-"""The harness: measures every document of a task with every method, once, and saves each result immediately."""
+"""The runner: measures every document of a task with every method, once, and saves each result immediately."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +15,20 @@ from kv_memory.compress import Adapter, RefineSettings
 from kv_memory.config import Layout, StorageName, check_choice, check_keep_ratio
 from kv_memory.errors import ConfigError
 from kv_memory.evaluate.aggregate import Row, aggregate, check_groups
-from kv_memory.evaluate.bench import Bench, Column
 from kv_memory.evaluate.cases import Case
+from kv_memory.evaluate.measure import Bench, Column, EvalProgress
 from kv_memory.evaluate.methods import Method, RefineFrom, make_methods
-from kv_memory.evaluate.reference_answers import KL_TOKENS
-from kv_memory.evaluate.results import Record, RecordFile
-from kv_memory.evaluate.task import Task, TaskSettings
+from kv_memory.evaluate.records import Record, RecordFile
+from kv_memory.evaluate.scoring import KL_TOKENS
 from kv_memory.evaluate.tasks import find_task
+from kv_memory.evaluate.tasks.base import Task, TaskSettings
 from kv_memory.model.backbone import Backbone
 
-__all__ = ["DEFAULT_KEEP_RATIOS", "EvalProgress", "Evaluation", "evaluate"]
+__all__ = ["DEFAULT_KEEP_RATIOS", "Evaluation", "evaluate"]
 
 DEFAULT_KEEP_RATIOS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 # Part of every key. Raise it when a measure changes its meaning; the package's own version does not reflect that.
 _MEASURES_VERSION = 2  # 2: an answer begins with a visible character
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalProgress:
-    """Progress of an evaluation. A measurement is one document with one column.
-
-    Attributes:
-        n_done: Measurements done, including those found in the folder.
-        n_measured: Measurements done by this call.
-        n_total: Measurements in total: documents times columns.
-        document_id: Id of the next document.
-        method: Name of the next method, with its storage if that is not `auto`.
-        keep_ratio: keep_ratio of the next measurement.
-    """
-
-    n_done: int
-    n_measured: int
-    n_total: int
-    document_id: str
-    method: str
-    keep_ratio: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,32 +120,21 @@ def evaluate(
     keys = [[_key(configs[column], case) for column in columns] for case in cases]
     bench = Bench(backbone, found_task, layout, generate)
     n_done, n_measured, complete = 0, 0, True
-
-    def tell(case: Case, column: Column) -> None:
-        if on_progress is not None:
-            progress = EvalProgress(
-                n_done=n_done,
-                n_measured=n_measured,
-                n_total=len(cases) * len(columns),
-                document_id=case.id,
-                method=column.name,
-                keep_ratio=column.keep_ratio,
-            )
-            on_progress(progress)
-
-    for (case, column), key in zip(_in_order(cases, columns), chain.from_iterable(keys), strict=True):
+    # Document by document: the full model is asked once for all methods, and an interrupted run stays paired.
+    for (case, column), key in zip(product(cases, columns), chain.from_iterable(keys), strict=True):
         if key not in known:
             if time_limit_s is not None and time.monotonic() - start_s > time_limit_s:
                 complete = False
                 break
-            tell(case, column)
+            if on_progress is not None:
+                on_progress(column.progress(case.id, n_done, n_measured, len(cases) * len(columns)))
             known[key] = bench.run(case, column, key=key, config=configs[column])
             if file is not None:
                 file.append(known[key])
             n_measured += 1
         n_done += 1
-    if cases:
-        tell(case, column)
+    if cases and on_progress is not None:
+        on_progress(column.progress(case.id, n_done, n_measured, len(cases) * len(columns)))
     records = tuple(known[key] for key in chain.from_iterable(keys) if key in known)
     return Evaluation(
         task=task,
@@ -190,11 +158,6 @@ def _columns(
         for joined in ((False, True) if together and method.name == "full" else (False,))
         for ratio in (ratios if method.ratios else (None,))
     ]
-
-
-def _in_order(cases: Sequence[Case], columns: Sequence[Column]) -> Iterator[tuple[Case, Column]]:
-    """Document by document: the full model is asked once for all methods, and an interrupted run stays paired."""
-    return ((case, column) for case in cases for column in columns)
 
 
 def _config(task: Task, column: Column, settings: TaskSettings, layout: Layout, generate: bool) -> str:

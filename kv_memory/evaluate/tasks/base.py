@@ -1,24 +1,36 @@
-"""Task: a set of documents, the questions about them and their metrics; and the settings of all tasks."""
+"""What all tasks share: their settings, and how documents are chosen and truncated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from kv_memory.config import check_choice
-from kv_memory.errors import ConfigError
-from kv_memory.evaluate.cases import ROOM_TOKENS, Case
+from kv_memory.datasets import Example
+from kv_memory.errors import ConfigError, DatasetError
+from kv_memory.evaluate.cases import Case
 from kv_memory.model.backbone import Backbone
 
-__all__ = ["Distractors", "RulerKind", "ScoreName", "Task", "TaskSettings", "room_for_document"]
+__all__ = [
+    "Distractors",
+    "RulerKind",
+    "Task",
+    "TaskSettings",
+    "choose",
+    "cut",
+    "in_hash_order",
+    "room_for_document",
+]
 
 ScoreName = Literal["f1", "accuracy", "rouge_l", "contains"]
 Distractors = Literal["other", "same"]
 RulerKind = Literal[
     "single", "multi_key", "multi_value", "multi_query", "variable_tracking", "common_words", "frequent_words"
 ]
+ROOM_TOKENS = 1024  # reserved in the window for a question with its answer, and for a selector's own prompt
 MAX_QUESTIONS = 5  # per document: more add little information
 
 
@@ -148,3 +160,66 @@ class Task:
     by: tuple[str, ...] = ()
     drawn: bool = False
     together: bool = False
+
+
+def in_hash_order(examples: Iterable[Example]) -> list[Example]:
+    """Examples ordered by the SHA-256 of their ids: the first N are a sample that anybody can reproduce.
+
+    A document that occurs twice has the same id and is taken once.
+    """
+    unique: dict[str, Example] = {}
+    for example in examples:
+        unique.setdefault(example.id, example)
+    return sorted(unique.values(), key=lambda example: hashlib.sha256(example.id.encode()).hexdigest())
+
+
+def choose(
+    examples: Iterable[Example],
+    backbone: Backbone,
+    settings: TaskSettings,
+    *,
+    what: str,
+    least: int = 1,
+    together: int = 1,
+    cut_long: bool = False,
+    n_documents: int | None = None,
+) -> list[Example]:
+    """The first documents of a suitable length, in the order of `in_hash_order`.
+
+    Args:
+        examples: All examples.
+        backbone: Model whose tokenizer counts the tokens, and whose window is the limit.
+        settings: Bounds of the length, and number of documents.
+        what: Name of the set, for the error.
+        least: Lower bound of the task itself, in tokens.
+        together: Number of documents that are used together.
+        cut_long: True to truncate documents that are too long; otherwise they are left out.
+        n_documents: Largest number of documents; None means that of the settings.
+
+    Raises:
+        ConfigError: The window is too small for the requested documents.
+        DatasetError: No document has a suitable length.
+    """
+    low, high = settings.token_range(backbone, least=least, together=together)
+    chosen: list[Example] = []
+    for example in in_hash_order(examples):
+        if len(chosen) == (settings.n_documents if n_documents is None else n_documents):
+            break
+        (n_tokens,) = backbone.count_tokens([example.context])
+        if low <= n_tokens <= high:
+            chosen.append(example)
+        elif n_tokens > high and cut_long:
+            chosen.append(replace(example, context=cut(backbone, example.context, high)))
+    if not chosen:
+        raise DatasetError(
+            f"no document of {low:,} to {high:,} tokens with questions",
+            where=what,
+            next_step="Change min_tokens and max_tokens, or choose another set.",
+        )
+    return chosen
+
+
+def cut(backbone: Backbone, text: str, n_tokens: int) -> str:
+    """The beginning of a text, of at most `n_tokens` tokens."""
+    offsets = backbone.encode_with_offsets(text)[1]
+    return text if len(offsets) <= n_tokens else text[: offsets[n_tokens - 1][1]].rstrip()

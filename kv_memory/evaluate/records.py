@@ -11,11 +11,40 @@ from typing import Any
 
 from kv_memory.errors import BrokenLineError, DatasetError
 from kv_memory.evaluate.cases import Group
-from kv_memory.evaluate.measure import Measured
 
-__all__ = ["FILE_NAME", "Record", "RecordFile", "latest"]
+__all__ = ["FILE_NAME", "METRICS", "Measured", "Record", "RecordFile", "latest"]
 
 FILE_NAME = "examples.jsonl"
+METRICS = ("kl", "nll", "f1", "em", "contains", "accuracy", "rouge_l", "kl_joined")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Measures of one question; a measure that does not apply, or was not requested, is None.
+
+    Attributes:
+        kl: KL(full || method) in nats; the mean over the tokens of the full model's own answer, or of the reference,
+            see `Task.kl_on`.
+        nll: Mean negative log-likelihood per token of the first reference, in nats; or of a list of all references, if
+            all are required.
+        f1: F1, see `metrics`.
+        em: Exact match, see `metrics`.
+        contains: Containment, see `metrics`.
+        accuracy: 1 if the correct choice has the highest mean log-likelihood per token, else 0.
+        rouge_l: ROUGE-L, see `metrics`.
+        kl_joined: The same as `kl`, against the joined full caches of the single documents; None for one document.
+        answer: The greedy answer.
+    """
+
+    kl: float
+    nll: float
+    f1: float | None = None
+    em: float | None = None
+    contains: float | None = None
+    accuracy: float | None = None
+    rouge_l: float | None = None
+    kl_joined: float | None = None
+    answer: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,216 @@
+"""Records of a set: JSON and JSON lines, plain or gzipped, their fields, and what happens to broken ones."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, Literal, TypeVar, cast
+
+from kv_memory.datasets.example import check_text
+from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
+
+__all__ = [
+    "READ_ERRORS",
+    "Faults",
+    "OnError",
+    "Record",
+    "bare_name",
+    "each",
+    "items_of",
+    "json_file",
+    "json_lines",
+    "text_of",
+    "texts_of",
+    "title_of",
+    "unreadable",
+]
+
+_T = TypeVar("_T")
+
+OnError = Literal["raise", "skip"]
+Record = tuple[str, Any]
+"""The place of a record, for errors, and the record itself."""
+
+# A truncated gzip file raises an EOFError, a damaged one a zlib.error or an OSError.
+READ_ERRORS = (OSError, EOFError, zlib.error)
+
+# Longest first, so that a stem does not keep half a suffix.
+_SUFFIXES = (".jsonl.gz", ".json.gz", ".tar.gz", ".jsonl", ".json", ".tgz", ".tar", ".md", ".txt")
+
+
+@dataclass(kw_only=True)
+class Faults:
+    """Decides between raising and skipping, and counts what was skipped.
+
+    Attributes:
+        on_error: Mode, `raise` or `skip`.
+        on_skip: Callback for the message of each skipped fault.
+        n_skipped: Number of faults skipped so far.
+    """
+
+    on_error: OnError
+    on_skip: Callable[[str], None] | None = None
+    n_skipped: int = field(default=0, init=False)
+
+    @contextmanager
+    def at(self, where: str) -> Iterator[None]:
+        """Leave the block at a ConfigError or DatasetError, and report it as a BrokenLineError at this place.
+
+        Blocks may be nested: a fault is reported once, by the innermost.
+
+        Raises:
+            BrokenLineError: Such an error occurred, and `on_error` is `raise`.
+        """
+        try:
+            yield
+        except BrokenLineError:
+            raise
+        except (ConfigError, DatasetError) as error:
+            step = "Fix or remove it, or skip such records with `on_error='skip'`."
+            broken = BrokenLineError(error.what, where=where, next_step=error.next_step or step)
+            broken.__cause__ = error
+            self.report(broken)
+
+    def items(self, where: str, make: Callable[[], Iterable[_T]]) -> list[_T]:
+        """What `make` yields; nothing if it fails and the fault is skipped."""
+        with self.at(where):
+            return list(make())
+        return []
+
+    def report(self, error: DatasetError) -> None:
+        """Raise the error, or count it and pass its message on."""
+        if self.on_error == "raise":
+            raise error
+        self.n_skipped += 1
+        if self.on_skip is not None:
+            self.on_skip(str(error))
+
+
+def each(records: Iterable[Record], make: Callable[[str, Any], Iterable[_T]], faults: Faults) -> Iterator[_T]:
+    """Yield the results of `make(where, record)` for each record, in order; skipped broken records yield nothing."""
+    for where, record in records:
+        yield from faults.items(where, partial(make, where, record))
+
+
+def bare_name(path: Path) -> str:
+    """The name of a folder, or of a file without a known suffix: `nats_docs.tar.gz` becomes `nats_docs`."""
+    name = path.resolve().name or str(path)  # resolve(): `.` and `docs/..` have no name of their own
+    suffix = next((s for s in _SUFFIXES if name.lower().endswith(s) and len(name) > len(s)), "")
+    return name[: len(name) - len(suffix)]
+
+
+def json_lines(path: Path, faults: Faults) -> Iterator[Record]:
+    """Yield the objects of a JSONL file, each with `file, line n`; blank lines are counted but yield nothing.
+
+    Raises:
+        BrokenLineError: A line is not a JSON object in UTF-8, and `faults` raises.
+        DatasetError: The file cannot be read, or its compressed data are truncated or damaged. This is raised in both
+            modes, since nothing after that place can be read.
+    """
+    try:
+        with _opened(path) as file:
+            for number, line in enumerate(file, start=1):
+                raw = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if not raw.strip():
+                    continue
+                where = f"{path}, line {number}"
+                for record in faults.items(where, partial(_objects, raw)):
+                    yield where, record
+    except READ_ERRORS as error:
+        raise unreadable(path, error) from error
+
+
+def json_file(path: Path) -> Any:
+    """Load the one JSON value of a file.
+
+    Raises:
+        DatasetError: The file cannot be read, or is not JSON.
+    """
+    try:
+        with _opened(path) as file:
+            return json.loads(file.read().removeprefix(codecs.BOM_UTF8))
+    except READ_ERRORS as error:
+        raise unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(
+            f"not JSON: {error}", where=str(path), next_step="If it has one object per line, rename it to `.jsonl`."
+        ) from error
+
+
+def unreadable(path: Path, error: Exception) -> DatasetError:
+    """The error for a file that the system or the decompressor cannot read."""
+    reason = getattr(error, "strerror", None) or error or type(error).__name__
+    return DatasetError(
+        f"cannot be read: {reason}", where=str(path), next_step="Check the path, or get the file again."
+    )
+
+
+def _opened(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _objects(line: bytes) -> Iterator[dict[str, Any]]:
+    try:
+        value = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise DatasetError(f"not JSON in UTF-8: {error}") from error
+    if not isinstance(value, dict):
+        raise DatasetError(f"expected a JSON object, got {type(value).__name__}")
+    yield value
+
+
+def text_of(record: Any, name: str) -> str:
+    """The text in the field `name`, without white space around it.
+
+    Raises:
+        DatasetError: The field is missing.
+        ConfigError: The value is not text, is blank, or contains characters that no tokenizer accepts.
+    """
+    value = record.get(name) if isinstance(record, dict) else None
+    if value is None:
+        raise DatasetError(f"no {name}")
+    check_text(value, name)
+    return str(value).strip()
+
+
+def title_of(record: Any) -> str:
+    """The title of a record; empty if it has no title, as in most sets."""
+    value = record.get("title") if isinstance(record, dict) else None
+    return text_of(record, "title") if isinstance(value, str) and value.strip() else ""
+
+
+def items_of(record: Any, name: str) -> list[Any]:
+    """The list in the field `name`.
+
+    Raises:
+        DatasetError: The field is missing or not a list.
+    """
+    value = record.get(name) if isinstance(record, dict) else None
+    if not isinstance(value, list):
+        raise DatasetError(f"no list of {name}" if value is None else f"{name} must be a list")
+    return value
+
+
+def texts_of(values: Any, name: str) -> tuple[str, ...]:
+    """The distinct texts, in order, of a text, a list of texts or of `{"text": …}`, or `{"text": [text, …]}`.
+
+    The last form is that of SQuAD on the hub.
+
+    Raises:
+        DatasetError: There is no text.
+        ConfigError: A value is not text, is blank, or contains characters that no tokenizer accepts.
+    """
+    if isinstance(values, dict):
+        values = values.get("text")
+    found = values if isinstance(values, list | tuple) else [values]
+    texts = [text_of({name: v.get("text") if isinstance(v, dict) else v}, name) for v in found]
+    if not texts:
+        raise DatasetError(f"no {name}")
+    return tuple(dict.fromkeys(texts))
