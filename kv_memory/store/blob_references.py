@@ -9,7 +9,7 @@ A blob without a row that an interrupted writer has left is an orphan, which `gc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 
 from sqlalchemy import delete, select, union
@@ -50,7 +50,7 @@ class BlobReferences:
         self.catalog = catalog
         self.verified_blobs = verified_blobs
 
-    def put(self, data: bytes, add_row: Callable[[Session, str], Iterable[str]]) -> None:
+    def put(self, data: bytes, add_row: Callable[[Session, str], Collection[str]]) -> None:
         """Store a blob, then its row.
 
         Args:
@@ -62,7 +62,7 @@ class BlobReferences:
             StoreError: The blob was removed each time it was stored.
         """
         key = blob_key(data)
-        left: Iterable[str] = [key]
+        left: Collection[str] = [key]
         try:
             for _ in range(3):
                 self.verified_blobs.put(key, data)
@@ -79,7 +79,8 @@ class BlobReferences:
             left = [*left, key]
             raise
         finally:
-            self.delete_unreferenced(left)
+            if left:
+                self.delete_unreferenced(left)
 
     def delete_unreferenced(self, keys: Iterable[str]) -> int:
         """Remove those of the blobs that no row names; what cannot be removed now is left to `gc`.

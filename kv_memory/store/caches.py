@@ -161,7 +161,9 @@ class Caches(Eviction):
         if connection.scalar(_FINGERPRINT, {"digest": info.fingerprint}) is None:
             connection.execute(_INSERT_FINGERPRINT, {"digest": info.fingerprint, "json": fingerprint.to_json()})
         row_id = connection.scalar(_INSERT, {"collection_id": self.collection_id, **vars(info)})
-        return info, gone + self._evict(session, limits, now, spare=row_id)
+        if limits.max_size_bytes is not None or limits.store_max_size_bytes is not None:
+            gone += self._evict(session, limits, now, spare=row_id)
+        return info, gone
 
     def get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> DistilledCache:
         """A distilled cache, its tensors mapped from the file.

@@ -97,11 +97,12 @@ class Documents(CollectionPart):
             hides = any(passage.text is None for passage in record.passages)
             had_texts = hides and documents.has_texts(session, self.collection_id, record.id)
             dropped = documents.write_document(session, self.collection_id, record)
-            keys = documents.retire_caches(session, self.collection_id, dropped)
+            keys = documents.retire_caches(session, self.collection_id, dropped) if dropped else []
             documents.bump_revision(session, self.collection_id)
             if settings is not None:
                 self._set(session, settings)
-        self.references.delete_unreferenced(keys)
+        if keys:
+            self.references.delete_unreferenced(keys)
         if had_texts:
             # The index may have been built from these texts; the next question rebuilds it, without their words.
             shutil.rmtree(self.index_folder, ignore_errors=True)

@@ -179,8 +179,6 @@ class Eviction(CollectionPart):
         Raises:
             StoreFullError: Caches that are pinned or just added exceed a limit; roll back.
         """
-        if limits.max_size_bytes is None and limits.store_max_size_bytes is None:
-            return []
         self.uses.write(session)
         gone: list[str] = []
         everywhere = true()

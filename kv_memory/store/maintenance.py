@@ -55,7 +55,7 @@ def _really_missing(references: BlobReferences, keys: AbstractSet[str]) -> set[s
 
 
 def _really_orphaned(references: BlobReferences, keys: AbstractSet[str]) -> set[str]:
-    """The subset of the blobs that no row names by now."""
+    """The subset of the blobs that still no row names."""
     with references.catalog.read() as session:
         return set(keys - named_blobs(session, keys).keys())
 

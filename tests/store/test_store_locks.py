@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_samples import FINGERPRINT, make_cache, sha
+from store_samples import FINGERPRINT, equal, make_cache, sha
 
 from kv_memory.store import Store
 
@@ -171,3 +171,20 @@ def test_puts_and_deletes_of_the_same_blob_never_lose_it(store: Store) -> None:
             tenant.get(info.text_sha256, FINGERPRINT, info.keep_ratio)
             n_rows += 1
     assert report.n_blobs == min(1, n_rows)
+
+
+def test_a_blob_removed_before_its_row_is_written_is_stored_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs, removed = store.references.verified_blobs, []
+    put = blobs.put
+
+    def put_and_lose(key: str, data: bytes) -> None:
+        put(key, data)
+        if not removed:
+            removed.append(blobs.blobs.delete(key))
+
+    monkeypatch.setattr(blobs, "put", put_and_lose)
+    info = store.put(sha("x"), make_cache(1))
+    assert removed == [info.size_bytes]
+    assert equal(store.get(sha("x"), FINGERPRINT, 0.25), make_cache(1)) and store.check().ok

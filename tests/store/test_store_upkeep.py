@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import os
 import sqlite3
 from contextlib import closing
 
 import pytest
-from store_samples import FINGERPRINT, OTHER, blob_file, blob_files, document, make_cache, sha
+from store_samples import FINGERPRINT, OTHER, blob_file, blob_files, document, equal, make_cache, sha
 
-from kv_memory.store import CheckReport, GcReport, Store
+from kv_memory.store import CheckReport, GcReport, Store, maintenance
+from kv_memory.store.blobs.local import blob_key
 
 
 @pytest.mark.embedded
@@ -98,3 +100,29 @@ def test_stats_count_the_collection_and_the_folder(store: Store) -> None:
     assert stats.cache_bytes == 2 * info.size_bytes
     assert stats.disk_bytes == sum(p.stat().st_size for p in store.path.rglob("*") if p.is_file())
     assert stats.disk_bytes > stats.cache_bytes
+
+
+def test_blobs_and_files_of_a_put_in_progress_are_left_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_cache(1).to_bytes()
+    store.references.verified_blobs.put(blob_key(data), data)
+    (store.path / "blobs" / "half.val.tmp").write_bytes(b"12345")
+    monkeypatch.setattr(maintenance, "GRACE_S", 600.0)
+    assert store.check().ok
+    store.gc()
+    monkeypatch.setattr(maintenance, "GRACE_S", -1.0)
+    found = store.check()
+    assert (found.orphans, found.strays) == ((blob_key(data),), ("half.val.tmp",))
+
+
+@pytest.mark.embedded
+def test_a_put_survives_a_purge_of_its_unfinished_file(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = os.rename
+
+    def purge_first(source: str, target: str) -> None:
+        monkeypatch.setattr(os, "rename", rename)
+        assert store.purge().n_strays == 1
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", purge_first)
+    store.put(sha("x"), make_cache(1))
+    assert equal(store.get(sha("x"), FINGERPRINT, 0.25), make_cache(1)) and store.check().ok

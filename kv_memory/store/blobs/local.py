@@ -97,7 +97,7 @@ class DiskBlobs:
         A diskcache interrupted while it begins a transaction never ends it: no process could write any more.
         """
         try:
-            yield self._opened or self._open()
+            yield self._open() if self._opened is None else self._opened  # not `or`: an empty one is false
         except Exception as error:
             raise_mapped(error, self.where)
         except BaseException:

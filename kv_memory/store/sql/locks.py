@@ -38,8 +38,8 @@ class FileLocks:
     """Locks among the threads and processes of one machine.
 
     Args:
-        folder: Folder of the lock files, created if missing. A file is removed by whoever has held its lock; one that a
-            killed process has left is used again.
+        folder: Folder of the lock files, created if missing. A file is removed with its lock; one that a killed process
+            has left is used again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,8 +64,10 @@ class FileLocks:
         finally:
             if file is not None:
                 with suppress(OSError):
-                    os.unlink(path)  # before it is unlocked: whoever locks the removed file then makes a new one
-                _unlock(file)
+                    os.unlink(path)  # before it is unlocked: a waiter that locks the removed file makes a new one
+                if sys.platform != "win32":
+                    fcntl.flock(file, fcntl.LOCK_UN)  # not by closing: a process forked meanwhile shares the open file
+                file.close()
 
 
 def _locked(path: Path, *, wait: bool) -> FileIO | None:
@@ -73,33 +75,22 @@ def _locked(path: Path, *, wait: bool) -> FileIO | None:
     pause_s, longest_s = _POLL_S
     while True:
         file = open(path, "ab", buffering=0, opener=private_opener)  # noqa: SIM115  returned
-        taken = not _lock(file)
-        if not taken and os.fstat(file.fileno()).st_nlink:
-            return file
-        file.close()
-        if taken and not wait:
-            return None
-        if taken:
+        try:
+            if sys.platform == "win32":
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            if not wait:
+                return None
             # Polled. A blocking call was rejected, because Ctrl-C does not interrupt it in every thread.
             time.sleep(pause_s * random.uniform(0.5, 1))
             pause_s = min(2 * pause_s, longest_s)
-
-
-def _lock(file: FileIO) -> bool:
-    try:
-        if sys.platform == "win32":
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
-
-
-def _unlock(file: FileIO) -> None:
-    if sys.platform != "win32":
-        fcntl.flock(file, fcntl.LOCK_UN)  # not by closing: a process forked meanwhile shares the open file
-    file.close()
+            continue
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # removed by the one who held it
 
 
 class PostgresLocks:
