@@ -7,37 +7,31 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import select, update
+import torch
+from sqlalchemy import update
 from store_samples import OTHER, document, make_cache, sha
 
 from kv_memory.store import CacheInfo, Store, TransferProgress
-from kv_memory.store.blobs.local import blob_key
 from kv_memory.store.sql.schema import CacheRow
 
 NOW = datetime(2026, 5, 4, 3, 2, 1, 567, tzinfo=UTC)
 
 
 def fill(store: Store, n: int = 3) -> None:
-    """`n` documents of two passages, one of which they all have; every kind of row."""
+    """`n` documents of two passages, one of which they all have; every kind of row, and a cache with all it may have."""
     store.update_settings({"model": "tiny", "keep_ratio": 0.25})
     store.put(sha("shared"), make_cache(99))
     for i in range(n):
         store.put(sha(f"text {i}"), make_cache(i), fidelity=0.1 * i)
         store.put_document(document(f"d{i:03}", f"text {i}", "shared", metadata={"n": i, "ü": [None, "\ud800"]}))
-    store.put(sha("text 0"), make_cache(7, keep_ratio=0.5, fingerprint=OTHER), storage="int8")
+    biased = make_cache(7, keep_ratio=0.5, fingerprint=replace(OTHER, format_version=2))
+    biased = replace(biased, bias=torch.ones(biased.keys.shape[:-1], dtype=torch.float16))
+    store.put(sha("text 0"), biased, storage="int8")
     store.put_document(document("twin", "twin", source_uri="file:///twin", passage_tokens=64))
     store.put(sha("waiting"), make_cache(50))  # belongs to no document, so it stays at home
     store.put_prefix("p", b"prefix")
+    store.put(sha("twin"), make_cache(1))
     with store.catalog.write() as session:
-        row = session.scalars(select(CacheRow).where(CacheRow.text_sha256 == sha("text 1"))).one()
-        # Two rows with one blob, as in stores from before blobs said what text they are of.
-        store._cache_table.references.verified_blobs.blobs.delete(row.blob_key)
-        data = make_cache(1).to_bytes()
-        row.blob_key, row.size_bytes = blob_key(data), len(data)
-        store._cache_table.references.verified_blobs.put(row.blob_key, data)
-        names = [column.name for column in CacheRow.__table__.columns if column.name != "id"]
-        session.add(CacheRow(**{name: getattr(row, name) for name in names} | {"text_sha256": sha("twin")}))
-        session.flush()
         session.execute(
             update(CacheRow)
             .where(CacheRow.text_sha256 == sha("text 1"))

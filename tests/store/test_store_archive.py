@@ -41,7 +41,7 @@ from tests.memories import FERRY_QUESTION, LAMP_QUESTION, SETTINGS, open_memory
 def test_an_exported_collection_is_imported_unchanged(full: Store, fresh: Store, tmp_path: Path) -> None:
     told: list[TransferProgress] = []
     report = export_collection(full, tmp_path / "all.tar", on_progress=told.append)
-    assert (report.n_documents, report.n_caches, report.n_blobs) == (4, 6, 6)
+    assert (report.n_documents, report.n_caches, report.n_blobs) == (4, 6, 7)
     assert (report.changed, report.damaged) == (False, ())
     assert report.size_bytes == (tmp_path / "all.tar").stat().st_size
     came = import_archive(tmp_path / "all.tar", fresh, on_progress=told.append)
@@ -70,7 +70,7 @@ def test_any_tar_lists_an_archive_and_it_names_no_user(archive: Path) -> None:
         names = tar.getnames()
         assert all(member.isfile() and member.mode == 0o600 and member.uname == "" for member in tar)
     assert names[:3] == ["kv-memory.json", "catalog.sqlite", "blobs/cache.db"]
-    assert len(names) == 3 + 6 and all(name.startswith("blobs/") for name in names[3:])
+    assert len(names) == 3 + 7 and all(name.startswith("blobs/") for name in names[3:])
     assert stat.S_IMODE(archive.stat().st_mode) == 0o600
 
 
