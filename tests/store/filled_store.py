@@ -18,7 +18,7 @@ NOW = datetime(2026, 5, 4, 3, 2, 1, 567, tzinfo=UTC)
 
 
 def fill(store: Store, n: int = 3) -> None:
-    """`n` documents of two passages, one of which they all have; every kind of row, and a cache with all it may have."""
+    """`n` documents of two passages, one of which they all have; every kind of row and of cache."""
     store.update_settings({"model": "tiny", "keep_ratio": 0.25})
     store.put(sha("shared"), make_cache(99))
     for i in range(n):
