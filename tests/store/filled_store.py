@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import torch
 from sqlalchemy import update
 from store_samples import OTHER, document, make_cache, sha
 
@@ -17,13 +18,15 @@ NOW = datetime(2026, 5, 4, 3, 2, 1, 567, tzinfo=UTC)
 
 
 def fill(store: Store, n: int = 3) -> None:
-    """`n` documents of two passages, one of which they all have; every kind of row."""
+    """`n` documents of two passages, one of which they all have; every kind of row and of cache."""
     store.update_settings({"model": "tiny", "keep_ratio": 0.25})
     store.put(sha("shared"), make_cache(99))
     for i in range(n):
         store.put(sha(f"text {i}"), make_cache(i), fidelity=0.1 * i)
         store.put_document(document(f"d{i:03}", f"text {i}", "shared", metadata={"n": i, "ü": [None, "\ud800"]}))
-    store.put(sha("text 0"), make_cache(7, keep_ratio=0.5, fingerprint=OTHER), storage="int8")
+    biased = make_cache(7, keep_ratio=0.5, fingerprint=replace(OTHER, format_version=2))
+    biased = replace(biased, bias=torch.ones(biased.keys.shape[:-1], dtype=torch.float16))
+    store.put(sha("text 0"), biased, storage="int8")
     store.put_document(document("twin", "twin", source_uri="file:///twin", passage_tokens=64))
     store.put(sha("twin"), make_cache(1))
     store.put(sha("waiting"), make_cache(50))  # belongs to no document, so it stays at home

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import random
-import shutil
 import sqlite3
 import stat
 import tarfile
@@ -385,34 +384,3 @@ def test_an_archive_in_a_read_only_folder_is_imported(fresh: Store, archive: Pat
         assert import_archive(folder / "all.tar", fresh).n_added == 4
     finally:
         folder.chmod(0o700)
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_collection(
-    run_script: Callable[..., Any], tmp_path: Path, empty_store: Path
-) -> None:
-    """Three times the documents, and 1.4 MB of text more: few passages at a time are in memory, and no list of all."""
-    folder = shutil.copytree(empty_store, tmp_path / "big")
-    done = run_script(GROWTH, folder, tmp_path / "big.tar", tmp_path / "copy")
-    assert done.returncode == 0, done.stderr
-    small, large = json.loads(done.stdout)
-    assert large - small < 500_000, (small, large)
-
-
-GROWTH = """
-import json, tracemalloc
-from kv_memory.store import export_collection, import_archive
-
-peaks = []
-for start, stop in ((0, 1), (1, 12), (12, 40)):  # the first one imports Alembic
-    with Store.open(sys.argv[1]) as store:
-        for i in range(start, stop):
-            store.put_document(document(f"d{i:06}", f"{i} " + "word " * 10_000))
-        tracemalloc.start()
-        export_collection(store, sys.argv[2])
-        with Store.open(sys.argv[3] + str(stop)) as copy:
-            assert import_archive(sys.argv[2], copy).n_added == stop
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-print(json.dumps(peaks[1:]))
-"""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -153,3 +155,34 @@ def test_a_document_that_never_stays_the_same_is_an_error(
     with pytest.raises(TransferError, match="document 'd000'"):
         copy_collection(full, fresh)
     assert fresh.documents() == []
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_collection(
+    run_script: Callable[..., Any], tmp_path: Path, empty_store: Path
+) -> None:
+    """Three times the documents, and 1.4 MB of text more: few passages at a time are in memory, and no list of all."""
+    folder = shutil.copytree(empty_store, tmp_path / "big")
+    done = run_script(GROWTH, folder, tmp_path / "big.tar", tmp_path / "copy")
+    assert done.returncode == 0, done.stderr
+    small, large = json.loads(done.stdout)
+    assert large - small < 500_000, (small, large)
+
+
+GROWTH = """
+import json, tracemalloc
+from kv_memory.store import export_collection, import_archive
+
+peaks = []
+for start, stop in ((0, 1), (1, 12), (12, 40)):  # the first one imports Alembic
+    with Store.open(sys.argv[1]) as store:
+        for i in range(start, stop):
+            store.put_document(document(f"d{i:06}", f"{i} " + "word " * 10_000))
+        tracemalloc.start()
+        export_collection(store, sys.argv[2])
+        with Store.open(sys.argv[3] + str(stop)) as copy:
+            assert import_archive(sys.argv[2], copy).n_added == stop
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+print(json.dumps(peaks[1:]))
+"""
