@@ -2,22 +2,15 @@
 
 ```
 KVMemoryError
-├── ConfigError                  a setting outside its range (also a ValueError)
-│   └── BudgetError              fewer tokens or bytes than the smallest cache has; names the smallest that works
+├── ConfigError                  a setting out of range, e.g. a budget below the smallest cache (also a ValueError)
 ├── ModelError
 │   ├── ModelNotFoundError       no such hub id, folder or built-in weights
-│   ├── UnsupportedModelError    an architecture that cannot be compressed
-│   ├── TokenizerError           a model without a usable tokenizer
+│   ├── UnsupportedModelError    an architecture that cannot be compressed, or no usable tokenizer
 │   └── ContextWindowError       more positions than the model can address
-├── AdapterError                 an adapter folder that is missing or malformed
-│   └── AdapterMismatchError     an adapter trained on other weights
-├── DocumentError
+├── AdapterError                 an adapter folder that is missing or malformed, or trained on other weights
+├── DocumentError                also two texts under one id in one call
 │   ├── EmptyDocumentError       nothing but white space
-│   ├── UnreadableDocumentError  a path that is missing, forbidden or of an unknown type
-│   ├── BinaryDocumentError      bytes that are not text (NUL bytes, an image, an archive)
-│   ├── EncodingError            text that is not valid in the stated encoding
-│   ├── LineTooLongError         a line so long that it must be data, not prose
-│   ├── DuplicateDocumentError   one id, two texts, in one call
+│   ├── UnreadableDocumentError  a path that cannot be opened, or bytes that are not text in the stated encoding
 │   ├── DocumentNotFoundError    an id that the collection does not hold (also a KeyError)
 │   └── TextNotKeptError         a text is needed that was not kept when its document was added
 ├── CacheError
@@ -28,15 +21,10 @@ KVMemoryError
 ├── UnsupportedRequestError      a request that a model cannot fulfil: tool calls, images
 ├── DatasetError                 a training or evaluation set that is missing or unreadable
 │   └── BrokenLineError          a line that is not a valid example; named by number
-├── TrainingError
-│   ├── DivergedError            a loss or gradient that is not finite; the last good checkpoint is kept
-│   └── CheckpointError          a checkpoint that is unreadable, or was made with other settings
-├── JobError                     a job that cannot run, e.g. because another process runs it
-│   ├── JobNotFoundError         no job with this name in the store (also a KeyError)
+├── TrainingError                a loss that is not finite, or a checkpoint that cannot be resumed
+├── JobError                     a job that cannot run, e.g. because another process runs it, or is not in the store
 │   └── WorkerDiedError          a worker that was killed, or died, on a document or before its first
-└── StoreError
-    ├── StoreVersionError        a store written by a newer version
-    ├── StorePermissionError     a folder that may not be read or written
+└── StoreError                   also a folder without permission, or a store written by a newer version
     ├── StoreFullError           no space left; the previous content is untouched
     ├── StoreLockedError         another process locks the catalog for too long
     ├── StoreConnectionError     a database or object store that does not answer, or disconnected
@@ -48,39 +36,27 @@ from __future__ import annotations
 
 __all__ = [
     "AdapterError",
-    "AdapterMismatchError",
-    "BinaryDocumentError",
     "BrokenLineError",
-    "BudgetError",
     "CacheError",
     "CacheNotFoundError",
-    "CheckpointError",
     "ConfigError",
     "ContextWindowError",
     "CorruptCacheError",
     "DatasetError",
     "DecodeTimeoutError",
-    "DivergedError",
     "DocumentError",
     "DocumentNotFoundError",
-    "DuplicateDocumentError",
     "EmptyDocumentError",
-    "EncodingError",
     "FingerprintMismatchError",
     "JobError",
-    "JobNotFoundError",
     "KVMemoryError",
-    "LineTooLongError",
     "ModelError",
     "ModelNotFoundError",
     "StoreConnectionError",
     "StoreError",
     "StoreFullError",
     "StoreLockedError",
-    "StorePermissionError",
-    "StoreVersionError",
     "TextNotKeptError",
-    "TokenizerError",
     "TrainingError",
     "TransferError",
     "UnreadableDocumentError",
@@ -121,11 +97,7 @@ class KVMemoryError(Exception):
 
 
 class ConfigError(KVMemoryError, ValueError):
-    """A setting is outside its range or contradicts another one."""
-
-
-class BudgetError(ConfigError):
-    """A budget of tokens or bytes is smaller than the smallest cache of a document."""
+    """A setting is outside its range or contradicts another one; also a budget that is too small for any cache."""
 
 
 class ModelError(KVMemoryError):
@@ -137,11 +109,7 @@ class ModelNotFoundError(ModelError):
 
 
 class UnsupportedModelError(ModelError):
-    """The architecture is not one of those whose caches can be compressed and repositioned."""
-
-
-class TokenizerError(ModelError):
-    """The model has no usable tokenizer."""
+    """The architecture is not one whose caches can be compressed and repositioned, or the tokenizer is unusable."""
 
 
 class ContextWindowError(ModelError):
@@ -149,15 +117,11 @@ class ContextWindowError(ModelError):
 
 
 class AdapterError(KVMemoryError):
-    """An adapter folder is missing, incomplete or malformed."""
-
-
-class AdapterMismatchError(AdapterError):
-    """The adapter was trained on other weights than the model that is loaded."""
+    """An adapter folder is missing, incomplete or malformed, or was trained on other weights than the loaded model."""
 
 
 class DocumentError(KVMemoryError):
-    """Base of the errors of input documents."""
+    """Base of the errors of input documents; also one id with two different texts in one call."""
 
 
 class EmptyDocumentError(DocumentError):
@@ -165,23 +129,7 @@ class EmptyDocumentError(DocumentError):
 
 
 class UnreadableDocumentError(DocumentError):
-    """The path is missing, may not be read, or has a type without a parser."""
-
-
-class BinaryDocumentError(DocumentError):
-    """The bytes are not text."""
-
-
-class EncodingError(DocumentError):
-    """The bytes are not valid in the stated encoding."""
-
-
-class LineTooLongError(DocumentError):
-    """A line is so long that it must be data, not prose."""
-
-
-class DuplicateDocumentError(DocumentError):
-    """One id was given twice with different texts in one call."""
+    """The path is missing, forbidden or of an unknown type, or its bytes are not text in the stated encoding."""
 
 
 class DocumentNotFoundError(DocumentError, KeyError):
@@ -225,23 +173,11 @@ class BrokenLineError(DatasetError):
 
 
 class TrainingError(KVMemoryError):
-    """Base of the errors of training."""
-
-
-class DivergedError(TrainingError):
-    """A loss or a gradient is not finite. The last good checkpoint is kept."""
-
-
-class CheckpointError(TrainingError):
-    """A checkpoint cannot be read, or was made with other settings."""
+    """A loss or gradient is not finite (the last good checkpoint is kept), or a checkpoint cannot be resumed."""
 
 
 class JobError(KVMemoryError):
-    """A job cannot be run as requested."""
-
-
-class JobNotFoundError(JobError, KeyError):
-    """The store has no job with this name."""
+    """A job cannot be run as requested, or the store has no job with this name."""
 
 
 class WorkerDiedError(JobError):
@@ -249,15 +185,7 @@ class WorkerDiedError(JobError):
 
 
 class StoreError(KVMemoryError):
-    """Base of the errors of the store's folder or database."""
-
-
-class StoreVersionError(StoreError):
-    """The store was written by a newer version of this package."""
-
-
-class StorePermissionError(StoreError):
-    """The store's folder may not be read or written."""
+    """Base of the errors of the store's folder or database: no permission, or written by a newer version."""
 
 
 class StoreFullError(StoreError):

@@ -90,9 +90,8 @@ class KVMemory(StoredDocuments):
                 `Backbone`, and `prompt` a `PromptForm`, unless a `Backbone` brings its own.
 
         Raises:
-            ConfigError: A name is unknown, a setting is out of range, or two settings exclude each other.
-            BudgetError: `keep_tokens` or `max_bytes` is too small for any cache of this model; the error names the
-                smallest value that works.
+            ConfigError: A name is unknown, a setting is out of range, or two settings exclude each other; `keep_tokens`
+                or `max_bytes` is too small for any cache of this model; the error names the smallest value that works.
             ModelError: The model cannot be found, loaded or used; see its subclasses.
             AdapterError: The adapter cannot be read or belongs to another model.
             StoreError: The store cannot be opened; see its subclasses.

@@ -79,7 +79,7 @@ def start(process: subprocess.Popen[str], code: str, path: Path) -> None:
 
 WITHOUT_PERMISSION = """
 import os
-from kv_memory.errors import StorePermissionError
+from kv_memory.errors import StoreError
 backbone = wide_backbone()
 backbone.prefix
 if os.getuid() == 0:
@@ -88,7 +88,7 @@ try:
     with open_memory(path, backbone) as memory:
         memory.add(("new", "Something new."))
     print("no error")
-except StorePermissionError as error:
+except StoreError as error:
     print("refused", error.where, "|", error.next_step)
 """
 

@@ -8,7 +8,7 @@ import pytest
 
 from kv_memory import DecodeSettings, KVMemory
 from kv_memory.conversation import Conversation
-from kv_memory.errors import BinaryDocumentError, ConfigError, EncodingError
+from kv_memory.errors import ConfigError, UnreadableDocumentError
 from kv_memory.generate import Turn
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.embedded import BUILT_IN
@@ -258,8 +258,8 @@ def test_invalid_names_are_refused(memory: KVMemory, name: str) -> None:
     ("turn", "error"),
     [
         (Turn("tool", "7"), ConfigError),  # type: ignore[arg-type]
-        (Turn("user", "a\0b"), BinaryDocumentError),
-        (Turn("user", "half \ud83d"), EncodingError),
+        (Turn("user", "a\0b"), UnreadableDocumentError),
+        (Turn("user", "half \ud83d"), UnreadableDocumentError),
     ],
 )
 def test_invalid_turns_are_refused_and_store_nothing(memory: KVMemory, turn: Turn, error: type[Exception]) -> None:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from kv_memory import DecodeSettings, KVMemory
 from kv_memory.cli import app
 from kv_memory.compress import Adapter
-from kv_memory.errors import AdapterMismatchError, TransferError
+from kv_memory.errors import AdapterError, TransferError
 from kv_memory.jobs import JobSettings, Ledger
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.embedded import BUILT_IN, _say_second_choice, adapter_folder, default_model
@@ -154,7 +154,7 @@ def test_qwen_answers_in_a_few_words_from_a_store(tmp_path: Path) -> None:
         memory.add([("ferry", FERRY), ("lamp", "The lamp burned whale oil until 1921.")])
         assert "Agnes Holm" in memory.ask(QUESTION, settings=DecodeSettings(max_new_tokens=16)).text
         assert memory.store.settings()["model"] == "qwen-0.5b"
-        with pytest.raises(AdapterMismatchError, match="made for smollm2") as caught:
+        with pytest.raises(AdapterError, match="made for smollm2") as caught:
             Adapter.load(adapter_folder("shipped"), memory.backbone)
     assert caught.value.next_step is not None and caught.value.next_step.startswith("Load smollm2")
 

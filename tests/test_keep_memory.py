@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kv_memory import BudgetError, ConfigError, Conversation, KVMemory, Reference, Turn
+from kv_memory import ConfigError, Conversation, KVMemory, Reference, Turn
 from kv_memory.cache.keep import Keep
 from kv_memory.documents import Document
 from kv_memory.errors import CacheNotFoundError, FingerprintMismatchError
@@ -123,7 +123,7 @@ def test_storage_decides_how_many_entries_fit(tmp_path: Path, wide: Any) -> None
 
 
 def test_a_budget_that_is_too_small_creates_no_store(tmp_path: Path, wide: Any) -> None:
-    with pytest.raises(BudgetError) as caught:
+    with pytest.raises(ConfigError) as caught:
         open_with(tmp_path / "store", wide, max_bytes=1000)
     assert caught.value.next_step is not None and not (tmp_path / "store").exists()
     smallest = int(caught.value.next_step.split()[1])
@@ -131,7 +131,7 @@ def test_a_budget_that_is_too_small_creates_no_store(tmp_path: Path, wide: Any) 
         memory.add(("ferry", FERRY))
         assert [(cache.n_kept, cache.size_bytes <= smallest) for cache in memory.store.caches()] == [(1, True)]
     with open_with(tmp_path / "store", wide, max_bytes=smallest - 1) as memory:
-        with pytest.raises(BudgetError, match="max_bytes"):
+        with pytest.raises(ConfigError, match="max_bytes"):
             memory.add(("lamp", LAMP))
         assert [summary.id for summary in memory.documents()] == ["ferry"]
         assert memory.store.settings()["max_bytes"] == smallest

@@ -11,10 +11,10 @@ import pytest
 from kv_memory import (
     Conversation,
     CorruptCacheError,
-    EncodingError,
     KVMemory,
     TextNotKeptError,
     Turn,
+    UnreadableDocumentError,
 )
 from kv_memory.query import Reference, key_of
 from kv_memory.settings import MemorySettings
@@ -196,7 +196,7 @@ def test_a_damaged_cache_is_recreated_from_the_text_in_the_reference(bare: KVMem
 
 def test_errors_do_not_contain_texts() -> None:
     secret = "the launch code is 7040 " * 4
-    with pytest.raises(EncodingError) as caught:
+    with pytest.raises(UnreadableDocumentError) as caught:
         PassageRecord(text=secret + "\ud800", n_tokens=1)
     assert "launch" not in str(caught.value)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kv_memory import KVMemory
-from kv_memory.errors import BinaryDocumentError, ConfigError, DocumentNotFoundError, EmptyDocumentError, EncodingError
+from kv_memory.errors import ConfigError, DocumentNotFoundError, EmptyDocumentError, UnreadableDocumentError
 from kv_memory.memory import AddProgress
 from kv_memory.query import key_of
 from tests.memories import (
@@ -159,8 +159,8 @@ def test_settings_are_remembered(tmp_path: Path, wide: Any) -> None:
         ([], EmptyDocumentError),
         ([WALRUS, ""], EmptyDocumentError),
         ([WALRUS, " \n"], EmptyDocumentError),
-        ([WALRUS, "a\0b"], BinaryDocumentError),
-        ([WALRUS, "half \ud83d"], EncodingError),
+        ([WALRUS, "a\0b"], UnreadableDocumentError),
+        ([WALRUS, "half \ud83d"], UnreadableDocumentError),
         ([WALRUS, 7], ConfigError),
         (WALRUS, ConfigError),  # would be a passage for every letter
     ],

@@ -12,7 +12,7 @@ import torch
 from kv_memory import KVMemory
 from kv_memory.compress import Adapter, Compressor
 from kv_memory.errors import (
-    AdapterMismatchError,
+    AdapterError,
     DocumentNotFoundError,
     FingerprintMismatchError,
     StoreError,
@@ -187,7 +187,7 @@ def test_an_adapter_is_remembered(memory: KVMemory, tmp_path: Path) -> None:
 
 def test_an_adapter_of_another_model_is_refused_at_opening(memory: KVMemory, tmp_path: Path) -> None:
     adapter_backbone(tmp_path / "adapter")
-    with pytest.raises(AdapterMismatchError) as caught:
+    with pytest.raises(AdapterError) as caught:
         open_memory(memory.path, other_weights(), adapter=tmp_path / "adapter")
     assert "finetuned" in caught.value.what and caught.value.where == str(tmp_path / "adapter")
     assert answerable(memory, FERRY_QUESTION) == ["ferry"]

@@ -18,7 +18,7 @@ from itertools import pairwise
 
 from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.config import StorageName, check_keep_ratio, n_kept_for, stored_dtype
-from kv_memory.errors import BudgetError, ConfigError
+from kv_memory.errors import ConfigError
 
 __all__ = ["Keep", "windows_of"]
 
@@ -78,7 +78,7 @@ class Keep:
         """Raise if the budget is too small for one entry in each layer and head, and thus for any document.
 
         Raises:
-            BudgetError: The budget is too small; the message names the smallest one that works.
+            ConfigError: The budget is too small; the message names the smallest one that works.
         """
         self.ratio_for(1, fingerprint)
 
@@ -92,7 +92,7 @@ class Keep:
                 no token is held out.
 
         Raises:
-            BudgetError: The budget is smaller than the smallest cache of the document; the message names the smallest
+            ConfigError: The budget is smaller than the smallest cache of the document; the message names the smallest
                 budget that works.
         """
         if self.keep_ratio is not None:
@@ -117,7 +117,7 @@ class Keep:
         """Whether this keep_ratio is exactly the one for a document of `n_tokens`; False if the budget is too small."""
         try:
             return keep_ratio == self.ratio_for(n_tokens, fingerprint)
-        except BudgetError:
+        except ConfigError:
             return False
 
     def _n_entries(self, n_tokens: int, fingerprint: Fingerprint) -> int:
@@ -130,7 +130,7 @@ class Keep:
 
     def _raise_too_small(self, n_tokens: int, fingerprint: Fingerprint, least: int) -> None:
         if self.keep_tokens is not None:
-            raise BudgetError(
+            raise ConfigError(
                 f"keep_tokens {self.keep_tokens:,} is too small for a document of {n_tokens:,} tokens, whose cache has "
                 f"at least {least:,} entries in every layer and head",
                 where="keep_tokens",
@@ -138,7 +138,7 @@ class Keep:
             )
         entries = least * _entry_bytes(n_tokens, fingerprint, self.storage)
         smallest = entries + _fixed_bytes(fingerprint, self.storage)
-        raise BudgetError(
+        raise ConfigError(
             f"max_bytes {self.max_bytes:,} is too small for a cache of {least:,} "
             f"entr{'y' if least == 1 else 'ies'} in every layer and head, which takes up to {smallest:,} bytes",
             where="max_bytes",

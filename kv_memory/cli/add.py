@@ -105,14 +105,14 @@ def _read(paths: Sequence[str], id_: str | None, extra: dict[str, str], encoding
 
 
 def _stdin_text(encoding: str) -> str:
-    from kv_memory.errors import EncodingError
+    from kv_memory.errors import UnreadableDocumentError
 
     try:
         return sys.stdin.buffer.read().decode(encoding).replace("\r\n", "\n")
     except LookupError as error:
         raise ConfigError(f"unknown encoding {encoding!r}", where="encoding") from error
     except UnicodeDecodeError as error:
-        raise EncodingError(
+        raise UnreadableDocumentError(
             f"not valid {encoding}: byte {error.start}", where="stdin", next_step="Pass its encoding with --encoding."
         ) from error
 

@@ -24,7 +24,7 @@ from torch import nn
 from kv_memory.compress.routing import RoutedLinear, install_routing
 from kv_memory.compress.scorer import Scorer, ScorerKind
 from kv_memory.config import Budget, check_choice, check_keep_ratio
-from kv_memory.errors import AdapterError, AdapterMismatchError, ConfigError
+from kv_memory.errors import AdapterError, ConfigError
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.embedded import built_in, recorded_name
 
@@ -215,8 +215,8 @@ class Adapter:
         """Load an adapter folder and attach it.
 
         Raises:
-            AdapterError: The folder is incomplete or malformed, or the model already carries an adapter.
-            AdapterMismatchError: The adapter was made for other weights than the backbone's.
+            AdapterError: The folder is incomplete or malformed, or the model already carries an adapter; the adapter
+                was made for other weights than the backbone's.
         """
         folder = Path(folder)
         next_step = f"An adapter is a folder with {', '.join(_FILES)}."
@@ -239,7 +239,7 @@ class Adapter:
             raise AdapterError(f"unreadable adapter: {error}", where=str(folder), next_step=next_step) from error
         if config.base_weights != backbone.weights_sha256:
             base_model = recorded_name(config.base_model)
-            raise AdapterMismatchError(
+            raise AdapterError(
                 f"the adapter was made for {base_model} (weights {config.base_weights[:12]}), "
                 f"but the loaded model is {backbone.name} (weights {backbone.weights_sha256[:12]})",
                 where=str(folder),

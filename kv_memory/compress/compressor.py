@@ -169,9 +169,9 @@ class Compressor:
             keep_spans: Character spans as in `compress`; their tokens count towards the budget.
 
         Raises:
-            BudgetError: The budget is too small for this text; the message names the smallest that works.
+            ConfigError: The budget is too small for this text; the message names the smallest that works; A keep_ratio
+                or a span is out of range.
             EmptyDocumentError: The text is blank.
-            ConfigError: A keep_ratio or a span is out of range.
         """
         if not isinstance(keep, Keep):
             return check_keep_ratio(keep)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from kv_memory.errors import BinaryDocumentError, ConfigError, EmptyDocumentError, EncodingError
+from kv_memory.errors import ConfigError, EmptyDocumentError, UnreadableDocumentError
 
 __all__ = ["Document"]
 
@@ -29,8 +29,8 @@ class Document:
 
     Raises:
         EmptyDocumentError: `text` is blank.
-        BinaryDocumentError: `text` contains a NUL character, which neither SQL nor tokenizers accept.
-        EncodingError: `text` contains an unpaired surrogate and cannot be encoded as UTF-8.
+        UnreadableDocumentError: `text` contains a NUL character, which neither SQL nor tokenizers accept; `text`
+            contains an unpaired surrogate and cannot be encoded as UTF-8.
         ConfigError: `id` is blank or contains control characters, or `metadata` is not JSON-serialisable.
     """
 
@@ -49,7 +49,7 @@ class Document:
         if not self.text.strip():
             raise EmptyDocumentError("no text, or white space only", where=self.id, next_step="Leave the document out.")
         if "\0" in self.text:
-            raise BinaryDocumentError(
+            raise UnreadableDocumentError(
                 f"a NUL character at offset {self.text.index(chr(0))}",
                 where=self.id,
                 next_step="Pass text, not the bytes of a file; remove the NUL if it is there by mistake.",
@@ -57,7 +57,7 @@ class Document:
         try:
             self.text.encode()
         except UnicodeEncodeError as error:
-            raise EncodingError(
+            raise UnreadableDocumentError(
                 f"an unpaired surrogate at character {error.start}",
                 where=self.id,
                 next_step="Decode the text with errors='replace', not 'surrogateescape' or 'surrogatepass'.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 
-from kv_memory.errors import BinaryDocumentError, ConfigError, EncodingError, LineTooLongError
+from kv_memory.errors import ConfigError, UnreadableDocumentError
 
 __all__ = [
     "DEFAULT_MAX_LINE_BYTES",
@@ -86,14 +86,13 @@ def decode_text(raw: bytes, *, encoding: str, where: str) -> str:
         The text, with its newlines unchanged.
 
     Raises:
-        BinaryDocumentError: The bytes have a known binary format, such as an image or archive, or contain NUL
-            characters.
-        EncodingError: The bytes are not valid in the encoding; the message states the byte and line.
+        UnreadableDocumentError: The bytes have a known binary format, such as an image or archive, or contain NUL
+            characters; the bytes are not valid in the encoding; the message states the byte and line.
     """
     mark, codec = next(((m, c) for m, c in _MARKS if raw.startswith(m)), (b"", encoding))
     kind = None if mark else file_format(raw)
     if kind is not None:
-        raise BinaryDocumentError(
+        raise UnreadableDocumentError(
             f"not text but {kind}",
             where=where,
             next_step="Give it the suffix .pdf." if kind == "a PDF" else "Convert it to text, Markdown, HTML or PDF.",
@@ -103,15 +102,15 @@ def decode_text(raw: bytes, *, encoding: str, where: str) -> str:
         text = body.decode(codec)
     except UnicodeError as error:
         if b"\0" in body and not codecs.lookup(codec).name.startswith(("utf-16", "utf-32")):
-            raise _binary(raw.index(b"\0"), where) from error
+            raise _binary(raw.index(b"\0"), where) from None
         raise _undecodable(error, body, codec, len(mark), where) from error
     if "\0" in text:
         raise _binary(raw.index(b"\0"), where)
     return text
 
 
-def _binary(offset: int, where: str) -> BinaryDocumentError:
-    return BinaryDocumentError(
+def _binary(offset: int, where: str) -> UnreadableDocumentError:
+    return UnreadableDocumentError(
         f"a NUL byte at offset {offset}, so this is not text",
         where=where,
         next_step="Leave the file out. If it is UTF-16 without a byte order mark, pass `encoding='utf-16-le'` in "
@@ -119,13 +118,15 @@ def _binary(offset: int, where: str) -> BinaryDocumentError:
     )
 
 
-def _undecodable(error: UnicodeError, body: bytes, codec: str, n_mark_bytes: int, where: str) -> EncodingError:
+def _undecodable(
+    error: UnicodeError, body: bytes, codec: str, n_mark_bytes: int, where: str
+) -> UnreadableDocumentError:
     place = reason = ""
     if isinstance(error, UnicodeDecodeError):
         before = normalise_newlines(body[: error.start].decode(codec, "replace"))
         place = f" at byte offset {error.start + n_mark_bytes}, line {before.count(chr(10)) + 1}"
         reason = f": {error.reason}"
-    return EncodingError(
+    return UnreadableDocumentError(
         f"not valid {codec}{place}{reason}",
         where=where,
         next_step="Name the file's encoding, e.g. cp1252: `encoding=` in Python, `--encoding` in the shell.",
@@ -141,7 +142,7 @@ def check_lines(text: str, *, max_line_bytes: int, where: str) -> None:
     """Refuse lines of more than `max_line_bytes` bytes of UTF-8.
 
     Raises:
-        LineTooLongError: A line is too long; the message states the first one and its length.
+        UnreadableDocumentError: A line is too long; the message states the first one and its length.
     """
     if len(text) * 4 <= max_line_bytes:  # no character takes more than 4 bytes
         return
@@ -150,7 +151,7 @@ def check_lines(text: str, *, max_line_bytes: int, where: str) -> None:
             continue
         size_bytes = len(line.encode("utf-8", "surrogatepass"))
         if size_bytes > max_line_bytes:
-            raise LineTooLongError(
+            raise UnreadableDocumentError(
                 f"line {number} has {size_bytes:,} bytes, the limit is {max_line_bytes:,}",
                 where=where,
                 next_step="Leave it out if it is data. If it is prose, break its lines or raise `max_line_bytes`.",

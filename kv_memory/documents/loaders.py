@@ -15,7 +15,7 @@ from kv_memory.config import check_choice
 from kv_memory.documents.document import Document
 from kv_memory.documents.encoding import DEFAULT_MAX_LINE_BYTES, check_encoding, check_lines
 from kv_memory.documents.parsers import FILE_TYPES, read_content
-from kv_memory.errors import ConfigError, DocumentError, DuplicateDocumentError, UnreadableDocumentError
+from kv_memory.errors import ConfigError, DocumentError, UnreadableDocumentError
 
 __all__ = ["DocumentLike", "OnError", "ReadResult", "file_id", "read_documents", "read_file", "walk_folder"]
 
@@ -102,11 +102,9 @@ def read_file(
         max_line_bytes: Maximum length of a line, in bytes of UTF-8.
 
     Raises:
-        UnreadableDocumentError: The path is missing, forbidden, a folder, a device, or a broken or encrypted PDF.
-        BinaryDocumentError: The bytes are not text.
-        EncodingError: The bytes are not valid in `encoding`.
+        UnreadableDocumentError: The path is missing, forbidden, a folder, a device, or a broken or encrypted PDF; the
+            bytes are not text; the bytes are not valid in `encoding`; A line is longer than `max_line_bytes`.
         EmptyDocumentError: The file contains no text.
-        LineTooLongError: A line is longer than `max_line_bytes`.
         ConfigError: `encoding` or `max_line_bytes` is wrong.
     """
     check_encoding(encoding)
@@ -233,7 +231,7 @@ def _printable(path: str) -> str:
 
 def _check_duplicate(first: Document, second: Document) -> None:
     if first.text != second.text:
-        raise DuplicateDocumentError(
+        raise DocumentError(
             "this id was given twice, with different texts",
             where=second.id,
             next_step="Give each text its own id, or leave out the outdated one.",

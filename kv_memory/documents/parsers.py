@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kv_memory.documents.encoding import decode_text, file_format, normalise_newlines
 from kv_memory.documents.splitter import FENCE
-from kv_memory.errors import BinaryDocumentError, EmptyDocumentError, EncodingError, UnreadableDocumentError
+from kv_memory.errors import EmptyDocumentError, UnreadableDocumentError
 
 if TYPE_CHECKING:
     from bs4 import BeautifulSoup
@@ -61,10 +61,9 @@ def read_content(raw: bytes, *, suffix: str, encoding: str, where: str) -> Conte
         where: Name of the file, for errors.
 
     Raises:
-        BinaryDocumentError: The bytes are not text.
+        UnreadableDocumentError: The bytes are not text, or not valid in `encoding`; a PDF is encrypted or broken, or
+            the parser rejects an HTML page.
         EmptyDocumentError: A PDF or HTML page contains no text.
-        EncodingError: The bytes are not valid in `encoding`.
-        UnreadableDocumentError: A PDF is encrypted or broken, or the parser rejects an HTML page.
     """
     file_type = FILE_TYPES.get(suffix.lower())
     if file_type == "pdf" or (file_type is None and file_format(raw) == "a PDF"):
@@ -73,10 +72,10 @@ def read_content(raw: bytes, *, suffix: str, encoding: str, where: str) -> Conte
         return _read_html(_decode_html(raw, encoding, where), where)
     try:
         text = normalise_newlines(decode_text(raw, encoding=encoding, where=where))
-    except EncodingError as error:
-        if file_type is not None:
+    except UnreadableDocumentError as error:
+        if file_type is not None or not isinstance(error.__cause__, UnicodeError):
             raise
-        raise BinaryDocumentError(
+        raise UnreadableDocumentError(
             f"a file {f'of unknown type {suffix}' if suffix else 'without a suffix'}, and {error.what}",
             where=where,
             next_step=f"Convert it to one of {', '.join(FILE_TYPES)}. If it is text, name its encoding: `encoding=` in "
@@ -117,9 +116,9 @@ def _decode_html(raw: bytes, encoding: str, where: str) -> str:
 
     try:
         return decode_text(raw, encoding=encoding, where=where)
-    except EncodingError:
+    except UnreadableDocumentError as error:
         declared = EncodingDetector.find_declared_encoding(raw, is_html=True)
-        if declared is None:
+        if declared is None or not isinstance(error.__cause__, UnicodeError):
             raise
         try:
             # Browsers decode these names as cp1252, so pages that declare them are written in it.

@@ -16,7 +16,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from kv_memory.cache.fingerprint import Fingerprint
-from kv_memory.errors import DuplicateDocumentError, JobError, JobNotFoundError
+from kv_memory.errors import DocumentError, JobError
 from kv_memory.jobs.leases import count_of, locks_reach
 from kv_memory.jobs.records import Counts, FailedTask, Job, JobSettings
 from kv_memory.jobs.schema import JobRow, TaskRow
@@ -75,12 +75,12 @@ class Ledger:
         """Look up a job by its name.
 
         Raises:
-            JobNotFoundError: The collection has no job of this name.
+            JobError: The collection has no job of this name.
         """
         with self._catalog.read() as session:
             row = session.execute(self._jobs().where(JobRow.name == name)).one_or_none()
         if row is None:
-            raise JobNotFoundError(
+            raise JobError(
                 f"no job {name!r} in this collection", where=name, next_step="List them with `kv-memory job list`."
             )
         return self._record(row)
@@ -304,7 +304,7 @@ class Ledger:
 
 def _duplicate(item: SourceItem, first: str) -> SourceItem:
     """A failed item for a second document with the same id."""
-    error = DuplicateDocumentError(
+    error = DocumentError(
         "two documents have the same id",
         where=f"{item.document_id}: {first} and {item.uri}",
         next_step="Pass a field with unique values as --id-field, or leave out one of the two documents.",

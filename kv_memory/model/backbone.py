@@ -114,8 +114,7 @@ class Backbone(PromptEncoder):
 
         Raises:
             ModelNotFoundError: The model does not exist.
-            TokenizerError: The model has no usable tokenizer.
-            UnsupportedModelError: The model's architecture is not supported.
+            UnsupportedModelError: The model has no usable tokenizer; the model's architecture is not supported.
         """
         device = best_device() if device == "auto" else device
         torch_dtype = best_dtype(device) if dtype == "auto" else dtype_from_name(dtype)

@@ -6,7 +6,7 @@ import threading
 from functools import cached_property
 from typing import Any
 
-from kv_memory.errors import EncodingError
+from kv_memory.errors import UnreadableDocumentError
 from kv_memory.model.loading import hash_tokenizer
 from kv_memory.model.prompts import PromptForm
 
@@ -45,7 +45,7 @@ class PromptEncoder:
             try:
                 return self.tokenizer(text, add_special_tokens=False, verbose=False, **options)
             except TypeError as error:  # from the tokenizers library, for half a surrogate pair
-                raise EncodingError(
+                raise UnreadableDocumentError(
                     "the text has half a surrogate pair",
                     where=repr(text)[:80],
                     next_step='Replace it: text.encode(errors="replace").decode().',

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kv_memory.errors import ModelNotFoundError, TokenizerError, UnsupportedModelError
+from kv_memory.errors import ModelNotFoundError, UnsupportedModelError
 from kv_memory.model.embedded import BUILT_IN, built_in, cache_folder, prepared_folder
 
 __all__ = [
@@ -83,8 +83,7 @@ def load_model(name: str, *, dtype: torch.dtype, device: str, revision: str | No
 
     Raises:
         ModelNotFoundError: The model does not exist, is not a model folder, or has unreadable or incomplete weights.
-        UnsupportedModelError: The model's architecture is not one of `SUPPORTED`.
-        TokenizerError: The model has no usable tokenizer.
+        UnsupportedModelError: The model's architecture is not one of `SUPPORTED`; the model has no usable tokenizer.
     """
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -142,7 +141,7 @@ def load_model(name: str, *, dtype: torch.dtype, device: str, revision: str | No
 def _load_tokenizer(where: str, name: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    error = TokenizerError(
+    error = UnsupportedModelError(
         "the model has no usable tokenizer",
         where=name,
         next_step="Put the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights.",

@@ -155,7 +155,7 @@ def import_archive(
 
     Raises:
         TransferError: The archive is damaged, incomplete, or of another format.
-        StoreVersionError: A newer version of this package wrote the archive.
+        StoreError: A newer version of this package wrote the archive.
     """
     with open_archive(path, on_progress=on_progress) as archive:
         return copy_collection(archive, store, on_conflict=on_conflict, on_progress=on_progress)

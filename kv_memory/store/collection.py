@@ -90,7 +90,7 @@ class Documents(CollectionPart):
 
         Raises:
             ConfigError: The metadata is not JSON-serialisable.
-            EncodingError: The id, the source URI or a text cannot be stored.
+            UnreadableDocumentError: The id, the source URI or a text cannot be stored.
         """
         documents.check_document(record)
         with self.catalog.write() as session:

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.cache.keep import Keep
-from kv_memory.errors import ConfigError, DocumentNotFoundError, EncodingError
+from kv_memory.errors import ConfigError, DocumentNotFoundError, UnreadableDocumentError
 from kv_memory.store.records import DocumentRecord, DocumentSummary, PassageRecord, StoredPassage
 from kv_memory.store.sql.schema import CacheRow, CollectionRow, DocumentRow, PassageRow, utc_now
 
@@ -68,7 +68,7 @@ def check_document(record: DocumentRecord) -> None:
 
     Raises:
         ConfigError: The metadata is not JSON-serialisable.
-        EncodingError: The id, the source URI or a text has a NUL character.
+        UnreadableDocumentError: The id, the source URI or a text has a NUL character.
     """
     try:
         json.dumps(record.metadata)
@@ -80,7 +80,7 @@ def check_document(record: DocumentRecord) -> None:
         ) from error
     for text in (record.id, record.source_uri or "", *(passage.text or "" for passage in record.passages)):
         if "\0" in text:
-            raise EncodingError(
+            raise UnreadableDocumentError(
                 "a text with a NUL character cannot be stored",  # PostgreSQL cannot; SQLite should not differ
                 where=f"document {record.id!r}",
                 next_step="Decode the document with the right encoding, or remove the NUL characters.",

@@ -18,7 +18,6 @@ from kv_memory.errors import (
     StoreError,
     StoreFullError,
     StoreLockedError,
-    StorePermissionError,
     interruption_behind,
 )
 
@@ -101,7 +100,7 @@ def _of_postgres(error: DBAPIError, where: str) -> StoreError | None:
     if state == "55P03":
         return _locked(where)
     if state is not None and state[:2] in {"28", "42"} and state not in {"42P01", "42703"}:
-        return StorePermissionError(f"the database refused access: {reason}", where=where, next_step=_LOGIN)
+        return StoreError(f"the database refused access: {reason}", where=where, next_step=_LOGIN)
     if error.orig is not None and (refusal := refused_login(error.orig)) is not None:
         kind, what = refusal
         return kind(f"{what}: {reason}", where=where, next_step=_LOGIN)
@@ -133,7 +132,7 @@ def refused_login(error: BaseException) -> tuple[type[StoreError], str] | None:
     if "database" in text.rpartition("FATAL:")[2] and "does not exist" in text:
         return StoreConnectionError, "there is no such database"
     if any(sign in text for sign in ("password", "role", "pg_hba.conf", "authentication", "permission denied")):
-        return StorePermissionError, "the database refused access"
+        return StoreError, "the database refused access"
     return None  # starting up, shutting down, no free connection slot
 
 
@@ -146,7 +145,7 @@ def _of_objects(error: BaseException, where: str) -> StoreError:
     name = type(error).__name__
     reason = next(iter(str(error).strip().splitlines()), name)[:300]
     if name in {"PermissionDeniedError", "UnauthenticatedError"}:
-        return StorePermissionError(
+        return StoreError(
             f"the object store refused access: {reason}",
             where=where,
             next_step="Check the credentials in the environment and the bucket's policy, then try again.",
@@ -184,8 +183,8 @@ def _locked(where: str) -> StoreLockedError:
     )
 
 
-def _forbidden(where: str, reason: str) -> StorePermissionError:
-    return StorePermissionError(
+def _forbidden(where: str, reason: str) -> StoreError:
+    return StoreError(
         f"no permission to read or write the store: {reason}",
         where=where,
         next_step="Give your user read and write permission on the folder, or open a store somewhere else.",
@@ -203,9 +202,8 @@ def mapped(where: Path | str) -> Iterator[None]:
         KeyboardInterrupt: Or another interruption, also one that the interrupted library turned into another error.
         StoreConnectionError: A server does not answer.
         StoreFullError: No space, quota or file size left.
-        StorePermissionError: Reading or writing is not allowed.
+        StoreError: Reading or writing is not allowed; any other failure of the disk or the database.
         StoreLockedError: The wait for another process's lock timed out.
-        StoreError: Any other failure of the disk or the database.
     """
     try:
         yield

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sqlalchemy import make_url
 
-from kv_memory.errors import ConfigError, StoreError, StorePermissionError
+from kv_memory.errors import ConfigError, StoreError
 from kv_memory.store.blobs.local import check_folder
 from kv_memory.store.error_mapping import mapped
 from kv_memory.store.fs import fsync_folder, private_folder, private_opener
@@ -59,8 +59,8 @@ def prepare_folder(path: Path | str, *, create: bool) -> tuple[Path, bool]:
     """The absolute path of a store's folder, made if it is missing, and whether it has no store yet.
 
     Raises:
-        StoreError: There is no store and `create` is off, or the path has the name of an environment variable in it.
-        StorePermissionError: The folder is not readable and writable.
+        StoreError: There is no store and `create` is off, or the path has the name of an environment variable in it;
+            the folder is not readable and writable.
     """
     folder = Path(os.path.abspath(Path(path).expanduser()))
     check_folder(folder)
@@ -71,7 +71,7 @@ def prepare_folder(path: Path | str, *, create: bool) -> tuple[Path, bool]:
         private_folder(folder)
         # Checked first, because SQLite's own error for a forbidden folder comes late and says "unable to open".
         if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-            raise StorePermissionError(
+            raise StoreError(
                 "no permission to read and write the store's folder",
                 where=str(folder),
                 next_step="Give your user read and write permission on it, or open a store somewhere else.",

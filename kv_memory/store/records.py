@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from kv_memory.errors import ConfigError, EncodingError
+from kv_memory.errors import ConfigError, UnreadableDocumentError
 
 __all__ = [
     "CacheInfo",
@@ -36,7 +36,7 @@ class PassageRecord:
             the passage.
 
     Raises:
-        EncodingError: The text has half a surrogate pair, which UTF-8 cannot encode.
+        UnreadableDocumentError: The text has half a surrogate pair, which UTF-8 cannot encode.
         ConfigError: Neither the text nor its hash is given.
     """
 
@@ -53,7 +53,7 @@ class PassageRecord:
         try:
             object.__setattr__(self, "text_sha256", hashlib.sha256(self.text.encode()).hexdigest())
         except UnicodeEncodeError as error:  # its message has the offset and, from the text, only the half pair
-            raise EncodingError(
+            raise UnreadableDocumentError(
                 f"the text cannot be encoded as UTF-8: {error}",
                 where="a passage",
                 next_step="Decode the document with the right encoding, then add it again.",

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kv_memory.datasets import Example
-from kv_memory.errors import AdapterMismatchError, CheckpointError
+from kv_memory.errors import AdapterError, TrainingError
 from kv_memory.model.backbone import Backbone
 from kv_memory.train.settings import TrainSettings
 
@@ -144,7 +144,7 @@ class Checkpoints:
             write_adapter: Function that writes the adapter into a given folder.
 
         Raises:
-            CheckpointError: The checkpoint cannot be written; earlier ones are untouched.
+            TrainingError: The checkpoint cannot be written; earlier ones are untouched.
         """
         final = self.folder(checkpoint.step)
         scratch = self._folder / f".writing-{final.name}"
@@ -168,7 +168,7 @@ class Checkpoints:
             _fsync(self._folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(scratch, ignore_errors=True)
-            raise CheckpointError(
+            raise TrainingError(
                 f"the checkpoint cannot be written: {error}",
                 where=str(final),
                 next_step="Free disk space, then continue with --resume.",
@@ -180,16 +180,16 @@ class Checkpoints:
         """The newest intact checkpoint, its tensors on the CPU; None if there are no checkpoints.
 
         Raises:
-            CheckpointError: All existing checkpoints are damaged.
+            TrainingError: All existing checkpoints are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):
             try:
                 return self._load(step)
-            except CheckpointError as error:
+            except TrainingError as error:
                 logger.warning("skipped an unusable checkpoint: %s", error)
         if steps:
-            raise CheckpointError(
+            raise TrainingError(
                 "all checkpoints are damaged", where=str(self._folder), next_step="Start again in another folder."
             )
         return None
@@ -213,7 +213,7 @@ class Checkpoints:
         note = self.state(step)
         known_form = (note.get("version"), note.get("step")) == (CHECKPOINT_VERSION, step)
         if not known_form or not isinstance(note.get("files"), dict):
-            raise CheckpointError(
+            raise TrainingError(
                 f"not a checkpoint of version {CHECKPOINT_VERSION}",
                 where=str(folder),
                 next_step="Use the version of kv-memory that made it, or start again in another folder.",
@@ -227,7 +227,7 @@ class Checkpoints:
                 if path.parent == folder:
                     tensors |= load_file(path)
         except (OSError, SafetensorError, KeyError, TypeError) as error:
-            raise CheckpointError(
+            raise TrainingError(
                 f"the checkpoint is damaged: {error}", where=str(folder), next_step="Remove the folder."
             ) from error
         return Checkpoint(step=step, state=note, tensors=tensors)
@@ -302,11 +302,11 @@ def check_resumable(then: Mapping[str, Any], now: Mapping[str, Any], *, model: s
         where: Folder of the checkpoint, for the message.
 
     Raises:
-        AdapterMismatchError: The checkpoint belongs to other weights.
-        CheckpointError: Settings, data, prompt form or number of processes differ; the message names each difference.
+        AdapterError: The checkpoint belongs to other weights.
+        TrainingError: Settings, data, prompt form or number of processes differ; the message names each difference.
     """
     if then["weights_sha256"] != now["weights_sha256"]:
-        raise AdapterMismatchError(
+        raise AdapterError(
             f"the run used other weights ({then['weights_sha256'][:12]}) than those of {model} "
             f"({now['weights_sha256'][:12]})",
             where=str(where),
@@ -319,7 +319,7 @@ def check_resumable(then: Mapping[str, Any], now: Mapping[str, Any], *, model: s
     ]
     differences += [f"{said} changed" for name, said in _NAMES.items() if then[name] != now[name]]
     if differences:
-        raise CheckpointError(
+        raise TrainingError(
             f"the run was started with other settings or data: {'; '.join(differences)}",
             where=str(where),
             next_step="Resume with the options the run was started with, or start a new run in another folder, "

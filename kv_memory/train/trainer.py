@@ -21,7 +21,7 @@ import torch
 
 from kv_memory.compress.adapter import Adapter
 from kv_memory.datasets import Example
-from kv_memory.errors import CheckpointError, DivergedError, TrainingError
+from kv_memory.errors import TrainingError
 from kv_memory.train.adapters import replace_folder, save_adapter
 from kv_memory.train.batches import Batches
 from kv_memory.train.checkpoints import Checkpoint, Checkpoints, RunState, by_ratio, check_resumable, identity
@@ -98,11 +98,10 @@ class Trainer:
             resume: Resume from the newest checkpoint; start from the beginning if there is no checkpoint yet.
 
         Raises:
-            CheckpointError: The folder already contains a run; or the resumed run had other settings or data; or
-                checkpoints are damaged or cannot be written.
-            AdapterMismatchError: The resumed run belongs to another model.
-            DivergedError: A loss or gradient is not finite; earlier checkpoints are kept.
-            TrainingError: The GPU's memory is too small for the smallest part of a batch.
+            TrainingError: The folder already contains a run; or the resumed run had other settings or data; or
+                checkpoints are damaged or cannot be written; a loss or gradient is not finite; earlier checkpoints are
+                kept; the GPU's memory is too small for the smallest part of a batch.
+            AdapterError: The resumed run belongs to another model.
         """
         checkpoint = self._checkpoints.newest()
         if checkpoint is not None and not resume:
@@ -264,7 +263,7 @@ class Trainer:
         what = f"the gradient norm is {norm}" if math.isfinite(figures.loss) else f"the loss is {figures.loss}"
         steps = self._checkpoints.steps()
         good = f", from the last good checkpoint: --init {self._checkpoints.folder(steps[-1]) / 'adapter'}"
-        raise DivergedError(
+        raise TrainingError(
             f"step {state.step + 1}: {what}",
             where=str(self._out),
             next_step=f"Start again in another folder with lower lr_lora and lr_scorer{good if steps else ''}",
@@ -330,9 +329,9 @@ def _mean(kl: Mapping[float, float]) -> float:
     return sum(kl.values()) / len(kl)
 
 
-def already_there(out: Path) -> CheckpointError:
+def already_there(out: Path) -> TrainingError:
     """Error for a folder that already contains a run."""
-    return CheckpointError(
+    return TrainingError(
         "the folder already contains a run",
         where=str(out),
         next_step="Continue it with --resume, or choose another folder.",

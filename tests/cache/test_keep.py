@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kv_memory import BudgetError, ConfigError, DistilledCache, Keep
+from kv_memory import ConfigError, DistilledCache, Keep
 from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.cache.keep import windows_of
 from kv_memory.config import StorageName, n_kept_for
@@ -42,7 +42,7 @@ def test_keep_tokens_is_a_limit_over_all_windows() -> None:
     for n_tokens, most in itertools.product(range(1, 130, 3), range(1, 40)):
         windows = windows_of(n_tokens, 20)
         if most < len(windows):
-            with pytest.raises(BudgetError, match="keep_tokens") as caught:
+            with pytest.raises(ConfigError, match="keep_tokens") as caught:
                 Keep(keep_tokens=most).ratio_for(n_tokens, fingerprint)
             assert caught.value.next_step == f"Pass {len(windows)} or more."
             continue
@@ -70,7 +70,7 @@ def test_kept_spans_count_towards_keep_tokens(method: str) -> None:
     keep = Keep(keep_tokens=16)
     made = compressor.compress(TEXT, keep_ratio=compressor.ratio_for(TEXT, keep, keep_spans=spans), keep_spans=spans)
     assert 8 < made.n_kept <= 16
-    with pytest.raises(BudgetError) as caught:
+    with pytest.raises(ConfigError) as caught:
         compressor.ratio_for(TEXT, Keep(keep_tokens=8), keep_spans=spans)
     assert caught.value.next_step == "Pass 12 or more."  # eight are held, and each of four windows keeps one
     assert compressor.ratio_for(TEXT, Keep(keep_tokens=12), keep_spans=spans) > 0
@@ -114,7 +114,7 @@ def test_files_are_no_larger_than_max_bytes(method: str, storage: StorageName, o
 
 def smallest_for(fingerprint: Fingerprint, storage: StorageName, n_windows: int) -> int:
     """What the error names; it works, and a byte less does not."""
-    with pytest.raises(BudgetError) as caught:
+    with pytest.raises(ConfigError) as caught:
         Keep(max_bytes=1, storage=storage).ratio_for(N_TOKENS, fingerprint)
     error = caught.value
     assert error.where == "max_bytes" and error.next_step is not None
@@ -123,7 +123,7 @@ def smallest_for(fingerprint: Fingerprint, storage: StorageName, n_windows: int)
     ratio = Keep(max_bytes=smallest, storage=storage).ratio_for(N_TOKENS, fingerprint)
     windows = windows_of(N_TOKENS, int(fingerprint.method.rpartition("window:")[2]))
     assert len(windows) == n_windows == sum(n_kept_for(end - start, ratio) for start, end in windows)
-    with pytest.raises(BudgetError):
+    with pytest.raises(ConfigError):
         Keep(max_bytes=smallest - 1, storage=storage).ratio_for(N_TOKENS, fingerprint)
     return smallest
 

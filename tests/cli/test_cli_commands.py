@@ -49,7 +49,7 @@ def test_stdin_is_decoded_with_the_given_encoding(kv: Run, store: Path) -> None:
     assert done.code == 0
     assert "Zürich ist groß" in kv("show", "z").out
     wrong = kv("add", "-", "--id", "z", "--json", stdin=b"\xff\xfe\xfd").json["error"]
-    assert wrong["error"] == "EncodingError" and wrong["where"] == "stdin"
+    assert wrong["error"] == "UnreadableDocumentError" and wrong["where"] == "stdin"
 
 
 def test_a_misspelt_path_creates_no_store(kv: Run, quick: list[str], tmp_path: Path) -> None:
@@ -63,11 +63,11 @@ def test_skip_errors_adds_the_readable_files(kv: Run, store: Path, tmp_path: Pat
     (tmp_path / "good.txt").write_text("The keeper is Ingrid Falk.")
     (tmp_path / "bad.txt").write_bytes(b"\0\1\2")
     stopped = kv("add", "good.txt", "bad.txt", "--json")
-    assert stopped.code == 1 and stopped.json["error"]["error"] == "BinaryDocumentError"
+    assert stopped.code == 1 and stopped.json["error"]["error"] == "UnreadableDocumentError"
     done = kv("add", "good.txt", "bad.txt", "--skip-errors", "--json")
     assert done.code == 0
     assert done.json["added"] == [str(tmp_path / "good.txt")]
-    assert [error["error"] for error in done.json["errors"]] == ["BinaryDocumentError"]
+    assert [error["error"] for error in done.json["errors"]] == ["UnreadableDocumentError"]
     only_bad = kv("add", "bad.txt", "--skip-errors")
     assert only_bad.code == 1
     assert "Left out:" in only_bad.err and "bad.txt" in only_bad.err

@@ -96,7 +96,7 @@ def test_run_list_show_and_ask(kv: KV, notes: Path, quick: list[str]) -> None:
     assert "5 done, 0 in progress, 0 to do, 1 failed, 0 cancelled" in shown.out
     assert "a NUL byte" in shown.out and "\n  Leave the file out." in shown.out  # what to do about it
     found = kv("job", "show", "nightly", "--json").json
-    assert found["failed_documents"][0]["error"]["error"] == "BinaryDocumentError"
+    assert found["failed_documents"][0]["error"]["error"] == "UnreadableDocumentError"
     assert kv("ask", "Which ferry?", "--json").json["sources"]
     # Resumed, the failed one is left alone; retried and mended, it is done.
     assert kv("job", "resume", "nightly").code == 1

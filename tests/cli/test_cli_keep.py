@@ -113,7 +113,7 @@ def test_a_size_limit_that_is_too_small_reports_the_smallest_possible(
     kv: Run, quick: list[str], tmp_path: Path
 ) -> None:
     wrong = kv("add", "-", "--max-bytes", "1KB", "--json", *quick, stdin=TEXT)
-    assert wrong.code == 2 and wrong.json["error"]["error"] == "BudgetError"
+    assert wrong.code == 2 and wrong.json["error"]["error"] == "ConfigError"
     assert not (tmp_path / "kv-memory-store").exists()
     smallest = wrong.json["error"]["next_step"].split()[1]
     done = kv("add", "-", "--id", "a", "--max-bytes", smallest, "--json", *quick, stdin=TEXT)

@@ -61,7 +61,7 @@ def test_train_makes_and_evaluates_an_adapter_that_add_accepts(
     assert added.code == 0, added.err
     # Once more without --resume: nothing is written over. With it: it is finished.
     again = kv(*command, "--json")
-    assert again.code == 1 and again.json["error"]["error"] == "CheckpointError"
+    assert again.code == 1 and again.json["error"]["error"] == "TrainingError"
     resumed = kv(*command, "--resume")
     assert resumed.code == 0 and "3 of 3" in resumed.out and "no document" in resumed.out
     other = kv(*command, "--resume", "--set", "lr_lora=0.1", "--json")

@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 
 from kv_memory.documents import Document
-from kv_memory.errors import BinaryDocumentError, ConfigError, EmptyDocumentError, EncodingError
+from kv_memory.errors import ConfigError, EmptyDocumentError, UnreadableDocumentError
 
 
 def test_hash_covers_the_exact_text():
@@ -34,12 +34,12 @@ def test_blank_text_is_refused(text):
 
 
 def test_nul_is_refused():
-    with pytest.raises(BinaryDocumentError, match="offset 2"):
+    with pytest.raises(UnreadableDocumentError, match="offset 2"):
         Document(id="a", text="ab\0c")
 
 
 def test_unpaired_surrogate_is_refused():
-    with pytest.raises(EncodingError, match="character 1"):
+    with pytest.raises(UnreadableDocumentError, match="character 1"):
         Document(id="a", text="a\ud800")
 
 

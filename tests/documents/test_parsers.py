@@ -12,11 +12,8 @@ from pypdf import PdfReader, PdfWriter
 
 from kv_memory.documents import read_file
 from kv_memory.errors import (
-    BinaryDocumentError,
     ConfigError,
     EmptyDocumentError,
-    EncodingError,
-    LineTooLongError,
     UnreadableDocumentError,
 )
 
@@ -173,32 +170,32 @@ def _zip() -> bytes:
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
 def test_binary_files_are_refused(tmp_path, content, what, encoding):
     path = write(tmp_path, "a.txt", content)
-    with pytest.raises(BinaryDocumentError, match=what) as caught:
+    with pytest.raises(UnreadableDocumentError, match=what) as caught:
         read_file(path, encoding=encoding)
     assert caught.value.where == path.resolve().as_posix()
     assert caught.value.next_step
 
 
 def test_binary_file_of_unknown_type_is_refused(tmp_path):
-    with pytest.raises(BinaryDocumentError, match=r"unknown type \.dat.*byte offset 4") as caught:
+    with pytest.raises(UnreadableDocumentError, match=r"unknown type \.dat.*byte offset 4") as caught:
         read_file(write(tmp_path, "a.dat", b"text\xff"))
     assert "--encoding" in caught.value.next_step
 
 
 def test_bytes_invalid_in_the_encoding_are_refused(tmp_path):
-    with pytest.raises(EncodingError, match="utf-8 at byte offset 12, line 3") as caught:
+    with pytest.raises(UnreadableDocumentError, match="utf-8 at byte offset 12, line 3") as caught:
         read_file(write(tmp_path, "a.txt", b"one\r\ntwo\rcaf\xe9\n"))
     assert "`encoding=`" in caught.value.next_step
     assert "`--encoding`" in caught.value.next_step
 
 
 def test_the_byte_offset_counts_the_byte_order_mark(tmp_path):
-    with pytest.raises(EncodingError, match="byte offset 4, line 1"):
+    with pytest.raises(UnreadableDocumentError, match="byte offset 4, line 1"):
         read_file(write(tmp_path, "a.txt", codecs.BOM_UTF8 + b"a\xff"))
 
 
 def test_incomplete_utf16_character_is_refused(tmp_path):
-    with pytest.raises(EncodingError, match="utf-16-le at byte offset 4"):
+    with pytest.raises(UnreadableDocumentError, match="utf-16-le at byte offset 4"):
         read_file(write(tmp_path, "a.txt", codecs.BOM_UTF16_LE + b"a\0b"))
 
 
@@ -216,7 +213,7 @@ def test_blank_files_are_refused(tmp_path, content):
 
 def test_line_of_5_megabytes_is_refused(tmp_path):
     path = write(tmp_path, "a.txt", "short\n" + "ä" * 2_500_000 + "\nshort\n")
-    with pytest.raises(LineTooLongError, match="line 2 has 5,000,000 bytes, the limit is 1,048,576"):
+    with pytest.raises(UnreadableDocumentError, match="line 2 has 5,000,000 bytes, the limit is 1,048,576"):
         read_file(path)
     assert len(read_file(path, max_line_bytes=5_000_000).text) == 2_500_013
 
@@ -224,7 +221,7 @@ def test_line_of_5_megabytes_is_refused(tmp_path):
 def test_line_limit_is_exact(tmp_path):
     path = write(tmp_path, "a.txt", "ab\nabcde\nä")
     assert read_file(path, max_line_bytes=5).text
-    with pytest.raises(LineTooLongError, match="line 2 has 5 bytes"):
+    with pytest.raises(UnreadableDocumentError, match="line 2 has 5 bytes"):
         read_file(path, max_line_bytes=4)
 
 
@@ -283,7 +280,7 @@ def test_page_may_declare_its_encoding(tmp_path, declared, codec):
 
 @pytest.mark.parametrize("declared", ["utf-8", "nonsense"])
 def test_page_invalid_in_its_declared_encoding_is_refused(tmp_path, declared):
-    with pytest.raises(EncodingError, match="utf-8 at byte offset"):
+    with pytest.raises(UnreadableDocumentError, match="utf-8 at byte offset"):
         read_file(write(tmp_path, "a.html", f"<meta charset={declared}><p>caf".encode() + b"\xe9<p>"))
 
 

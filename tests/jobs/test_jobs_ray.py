@@ -177,7 +177,7 @@ def test_ray_job_with_a_killed_actor_stores_the_same_bytes(
     assert ended["failed"] == 1 and ended["added"] + ended["unchanged"] == N_NOTES and ended["unchanged"] <= 1
     (failed,) = ledger.failed(job)
     assert failed.document_id.endswith("broken.txt") and failed.attempts == 1
-    assert failed.error["error"] == "BinaryDocumentError"
+    assert failed.error["error"] == "UnreadableDocumentError"
     assert_all_there(store, N_NOTES)
     assert ledger.job(job.name).fingerprint == store.caches()[0].fingerprint
     assert store.settings()["passage_tokens"] == 64

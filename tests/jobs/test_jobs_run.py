@@ -125,8 +125,8 @@ def test_unreadable_document_fails_without_affecting_others(
     assert (ended.added, ended.failed) == (9, 3)
     found = {Path(failed.document_id).name: failed.error["error"] for failed in ledger.failed(ledger.job("j"))}
     assert found == {
-        "0004.txt": "BinaryDocumentError",
-        "0005.txt": "EncodingError",
+        "0004.txt": "UnreadableDocumentError",
+        "0005.txt": "UnreadableDocumentError",
         "0006.txt": "EmptyDocumentError",
     }
     heard = run.heard(DocumentFailed)

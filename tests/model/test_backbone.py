@@ -12,7 +12,7 @@ import torch
 
 from kv_memory.compress import Adapter, Compressor
 from kv_memory.compress.prefill import hidden_after
-from kv_memory.errors import ContextWindowError, EncodingError, ModelError
+from kv_memory.errors import ContextWindowError, ModelError, UnreadableDocumentError
 from kv_memory.model.backbone import Backbone, cache_argument
 from kv_memory.model.prompts import PromptForm
 from tests.conftest import ARCHITECTURES, SHORT_FORM, make_backbone, make_model, make_tokenizer
@@ -201,7 +201,7 @@ def test_half_a_surrogate_pair_is_rejected(backbone: Any) -> None:
         return backbone.count_tokens([text])
 
     for encode in (backbone.encode, backbone.encode_text, backbone.encode_question, count):
-        with pytest.raises(EncodingError, match="surrogate"):
+        with pytest.raises(UnreadableDocumentError, match="surrogate"):
             encode("half \ud800 a pair")
         encode("a whole \U0001f600 one")
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from kv_memory.errors import KVMemoryError, ModelNotFoundError, TokenizerError, UnsupportedModelError
+from kv_memory.errors import KVMemoryError, ModelNotFoundError, UnsupportedModelError
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.loading import SUPPORTED, best_dtype, hash_weight_files
 from tests.conftest import ARCHITECTURES, make_model, make_tokenizer
@@ -101,7 +101,7 @@ def test_a_folder_without_a_usable_tokenizer_is_rejected(folder: Path, spoil: st
         (folder / "tokenizer_config.json").unlink()
     elif spoil == "empty":
         (folder / "tokenizer.json").write_text("")
-    error = failure(folder, TokenizerError)
+    error = failure(folder, UnsupportedModelError)
     assert error.next_step is not None and "tokenizer.json" in error.next_step
 
 

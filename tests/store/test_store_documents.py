@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import func, insert, select
 from store_samples import FINGERPRINT, blob_files, document, equal, make_cache, sha
 
-from kv_memory.errors import ConfigError, DocumentNotFoundError, EncodingError, StoreError
+from kv_memory.errors import ConfigError, DocumentNotFoundError, StoreError, UnreadableDocumentError
 from kv_memory.store import PassageRecord, Store
 from kv_memory.store.sql.schema import PassageRow
 
@@ -77,7 +77,7 @@ def test_ids_are_ordered_by_code_points_in_every_catalog(store: Store) -> None:
 
 def test_a_nul_character_is_refused_by_every_catalog(store: Store) -> None:
     for record in (document("a", "x\0"), document("a\0", "x"), document("a", "x", source_uri="\0")):
-        with pytest.raises(EncodingError, match="NUL"):
+        with pytest.raises(UnreadableDocumentError, match="NUL"):
             store.put_document(record)
     assert store.documents() == [] and store.revision == 0
 
@@ -171,7 +171,7 @@ def test_a_failed_put_changes_nothing(store: Store) -> None:
     revision = store.revision
     with pytest.raises(ConfigError, match="JSON"):
         store.put_document(document("a", "y", metadata={"when": datetime.now(UTC)}))
-    with pytest.raises(EncodingError, match="UTF-8"):
+    with pytest.raises(UnreadableDocumentError, match="UTF-8"):
         store.put_document(
             document("a", "y").__class__(
                 id="a", content_sha256="0" * 64, passages=(PassageRecord(text="\ud800", n_tokens=1),)

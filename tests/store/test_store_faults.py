@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from store_samples import FINGERPRINT, blob_files, document, equal, make_cache, sha
 
-from kv_memory.errors import StoreError, StoreFullError, StoreLockedError, StorePermissionError
+from kv_memory.errors import StoreError, StoreFullError, StoreLockedError
 from kv_memory.store import Store
 from kv_memory.store.sql import catalog as catalog_module
 
@@ -134,7 +134,7 @@ for case in sys.argv[2:]:
             store.get(sha("x"), FINGERPRINT, 0.25)
             store.put_document(document("a", "x"))
         print(case, "no error")
-    except StorePermissionError as error:
+    except StoreError as error:
         print(case, "refused", error.where)
 """
 
@@ -163,7 +163,7 @@ def test_a_folder_of_another_user_is_refused(run_script: RunScript, open_folder:
 
 def test_access_is_checked_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(StorePermissionError) as caught:
+    with pytest.raises(StoreError) as caught:
         Store.open(tmp_path / "store")
     assert caught.value.where == str(tmp_path / "store")
     assert list((tmp_path / "store").iterdir()) == []
@@ -174,7 +174,7 @@ def test_a_read_only_file_system_is_a_permission_error(store: Store, monkeypatch
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(os, "rename", fail)
-    with pytest.raises(StorePermissionError):
+    with pytest.raises(StoreError):
         store.put(sha("x"), make_cache(1))
 
 
@@ -191,7 +191,7 @@ def test_a_blob_without_read_permission_is_not_deleted(store: Store, monkeypatch
 
     with monkeypatch.context() as patched:
         patched.setattr(builtins, "open", refuse)
-        with pytest.raises(StorePermissionError, match="Permission denied"):
+        with pytest.raises(StoreError, match="Permission denied"):
             store.get(sha("x"), FINGERPRINT, 0.25)
     assert store.caches() == [info]
 

@@ -12,7 +12,7 @@ import pytest
 from faulty_proxy import Proxy, faulty_proxy
 from store_samples import FINGERPRINT, document, equal, make_cache, sha, within
 
-from kv_memory.errors import ConfigError, StoreConnectionError, StorePermissionError
+from kv_memory.errors import ConfigError, StoreConnectionError, StoreError
 from kv_memory.store import Limits, Store
 from tests import services
 
@@ -76,7 +76,7 @@ READ_FAULTS = ["500", "reset", "silent", "cut", "more", "less", "flip", "403"]
 @pytest.mark.parametrize("fault", READ_FAULTS)
 def test_reading_in_an_outage_fails_quickly_and_loses_nothing(behind: Store, proxy: Proxy, fault: str) -> None:
     proxy.fail(fault, "GET")
-    kind = StorePermissionError if fault == "403" else StoreConnectionError
+    kind = StoreError if fault == "403" else StoreConnectionError
     for ask in (lambda: behind.get(sha("text 0"), FINGERPRINT, 0.25), behind.check):
         with within(SOON_S), pytest.raises(kind) as caught:
             ask()
@@ -91,7 +91,7 @@ def test_reading_in_an_outage_fails_quickly_and_loses_nothing(behind: Store, pro
 @pytest.mark.parametrize("fault", ["500", "reset", "silent", "403"])
 def test_writing_in_an_outage_fails_quickly_and_leaves_nothing(behind: Store, proxy: Proxy, fault: str) -> None:
     proxy.fail(fault)
-    kind = StorePermissionError if fault == "403" else StoreConnectionError
+    kind = StoreError if fault == "403" else StoreConnectionError
     with within(2 * SOON_S), pytest.raises(kind):
         behind.put(sha("new"), make_cache(9))
     assert not behind.has(sha("new"), FINGERPRINT, 0.25)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kv_memory.errors import CheckpointError, ConfigError
+from kv_memory.errors import ConfigError, TrainingError
 from kv_memory.train.adapters import new_adapter
 from kv_memory.train.batches import Batches, split_batch
 from kv_memory.train.checkpoints import SHARD_BYTES, Checkpoint, Checkpoints
@@ -71,7 +71,7 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, damage: str, caplog: py
     assert newest is not None and newest.step == 1
     assert "skipped an unusable checkpoint" in caplog.text
     (checkpoints.folder(1) / "checkpoint.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="all checkpoints are damaged"):
+    with pytest.raises(TrainingError, match="all checkpoints are damaged"):
         checkpoints.newest()
 
 
@@ -93,7 +93,7 @@ def test_a_failed_write_leaves_earlier_checkpoints_intact(tmp_path: Path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("kv_memory.train.checkpoints.save_file", full)
-    with pytest.raises(CheckpointError, match=r"No space left.*--resume"):
+    with pytest.raises(TrainingError, match=r"No space left.*--resume"):
         save(checkpoints, 2)
     assert checkpoints.steps() == [1] and len(list(tmp_path.iterdir())) == 1
 

@@ -129,7 +129,7 @@ class DiskBlobs:
 
         Raises:
             StoreFullError: No space left; nothing of this blob stays behind.
-            StorePermissionError: The folder is not writable.
+            StoreError: The folder is not writable.
         """
         with self._cache() as cache:
             cache.disk.written.path = None

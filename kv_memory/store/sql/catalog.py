@@ -15,7 +15,7 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.orm import Session
 
-from kv_memory.errors import StoreError, StoreVersionError, interruption_behind
+from kv_memory.errors import StoreError, interruption_behind
 from kv_memory.store.error_mapping import mapped, raise_mapped
 from kv_memory.store.sql.engine import open_database
 from kv_memory.store.sql.schema import SCHEMA_HEAD
@@ -35,10 +35,9 @@ class Catalog:
         upgrade: Whether to upgrade old tables to this version's schema; if off, an old catalog is refused.
 
     Raises:
-        StoreVersionError: A newer version of this package wrote the catalog, or an older one did and `upgrade` is
-            off. It was not changed.
+        StoreError: A newer version of this package wrote the catalog, or an older one did and `upgrade` is off. It was
+            not changed; the database is not a catalog, or cannot be opened.
         StoreConnectionError: The server cannot be reached.
-        StoreError: The database is not a catalog, or cannot be opened.
     """
 
     def __init__(self, where: Path | str, *, busy_timeout_s: float = BUSY_TIMEOUT_S, upgrade: bool = True) -> None:
@@ -155,7 +154,7 @@ class Catalog:
             self._database.create()
         elif not allowed and revision is not None:
             self._refuse_newer(revision)
-            raise StoreVersionError(
+            raise StoreError(
                 f"the store has schema {revision}, this version needs {SCHEMA_HEAD}",
                 where=self.where,
                 next_step="Run `kv-memory db upgrade` while nothing else uses the store.",
@@ -187,7 +186,7 @@ class Catalog:
 
     def _refuse_newer(self, revision: str) -> None:
         if revision > SCHEMA_HEAD:  # versions are numbers of four digits
-            raise StoreVersionError(
+            raise StoreError(
                 f"the store has schema {revision}, this version supports up to {SCHEMA_HEAD}",
                 where=self.where,
                 next_step="Upgrade kv-memory to the version that wrote it. Nothing was changed.",

@@ -271,7 +271,7 @@ def test_passages_of_a_document_are_joined(memory: KVMemory) -> None:
     ("document", "error"),
     [
         (Document(page_content=" \n", id="blank"), errors.EmptyDocumentError),
-        (Document(page_content="a\0b", id="binary"), errors.BinaryDocumentError),
+        (Document(page_content="a\0b", id="binary"), errors.UnreadableDocumentError),
         (Document(page_content="A text.", id="odd", metadata={"when": object()}), ConfigError),
     ],
 )
