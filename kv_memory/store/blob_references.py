@@ -24,6 +24,7 @@ from kv_memory.store.sql.schema import CacheRow, PrefixRow
 
 __all__ = ["BlobReferences", "named_blobs"]
 
+_TRIES = 10  # to store a blob that another process keeps removing
 _REMOVED_AT_ONCE = 50  # blobs in one transaction, for which other writers wait
 
 
@@ -64,7 +65,7 @@ class BlobReferences:
         key = blob_key(data)
         left: Collection[str] = [key]
         try:
-            for _ in range(3):
+            for _ in range(_TRIES):
                 self.verified_blobs.put(key, data)
                 with self.catalog.write() as session:
                     if self.verified_blobs.blobs.has(key):

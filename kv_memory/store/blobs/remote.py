@@ -101,7 +101,8 @@ class ObjectBlobs:
         with mapped(self.where):
             # Overwrites an existing object: it may be damaged, and checking takes as long as writing.
             self._obstore.put(self._store, _name(key), data)
-            self._make_durable(key)
+            with suppress(FileNotFoundError):  # deleted meanwhile: no row named it yet, and the caller looks again
+                self._make_durable(key)
         with suppress(StoreError):  # the tier is only for speed; the blob is already safe
             self.tier.put(key, data, replace=True)
 

@@ -78,13 +78,14 @@ async def test_passages_without_texts_are_answered_from_their_caches(bare: KVMem
     assert answers[0] == answers[1]
 
 
-def test_passages_with_neither_text_nor_cache_fail_or_are_skipped(bare: KVMemory, wide: Any) -> None:
-    with open_memory(bare.path, wide, keep_ratio=0.5) as half:
-        for on_missing in ("text", "compress"):
-            with pytest.raises(errors.TextNotKeptError, match="--stale"):
-                KVMemoryRetriever(half, retriever=KVMemoryRetriever(half), on_missing=on_missing).invoke(LAMP_QUESTION)
-        around = KVMemoryRetriever(half, retriever=KVMemoryRetriever(half), on_missing="skip")
-        assert around.invoke(LAMP_QUESTION) == []
+def test_passages_with_neither_text_nor_cache_fail_or_are_skipped(bare: KVMemory) -> None:
+    for cache in list(bare.store.caches()):
+        bare.store.delete(cache.text_sha256)
+    for on_missing in ("text", "compress"):
+        with pytest.raises(errors.TextNotKeptError, match="--stale"):
+            KVMemoryRetriever(bare, retriever=KVMemoryRetriever(bare), on_missing=on_missing).invoke(LAMP_QUESTION)
+    around = KVMemoryRetriever(bare, retriever=KVMemoryRetriever(bare), on_missing="skip")
+    assert around.invoke(LAMP_QUESTION) == []
 
 
 def test_an_index_returns_upserted_texts_and_refuses_missing_ones(bare: KVMemory) -> None:
