@@ -33,7 +33,7 @@ from kv_memory.jobs.driver import JobRequest, create_job, drive
 from kv_memory.jobs.engines import n_cores, threads_of
 from kv_memory.jobs.engines.local import LocalEngine
 from kv_memory.jobs.events import Event, JobEnded
-from kv_memory.jobs.schema import TaskRow
+from kv_memory.jobs.job_tables import TaskRow
 from kv_memory.lazy_compressor import load_compressor
 from kv_memory.model.backbone import Backbone
 from kv_memory.settings import MemorySettings

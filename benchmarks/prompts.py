@@ -33,7 +33,7 @@ from kv_memory import DecodeSettings
 from kv_memory.compress import Compressor
 from kv_memory.datasets import Example, Question, read_examples
 from kv_memory.evaluate.metrics import contains, exact_match, f1
-from kv_memory.evaluate.tasks.base import in_hash_order
+from kv_memory.evaluate.tasks.task import in_hash_order
 from kv_memory.generate import Generation, Generator
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.first_token import is_visible

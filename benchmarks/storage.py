@@ -28,7 +28,7 @@ from kv_memory.cache.distilled import DistilledCache
 from kv_memory.compress import Adapter, Compressor
 from kv_memory.config import StorageName, ratio_of
 from kv_memory.evaluate import Record, TaskSettings
-from kv_memory.evaluate.records import RecordFile, latest
+from kv_memory.evaluate.question_records import RecordFile, latest
 from kv_memory.evaluate.tasks import find_task
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.embedded import adapter_folder

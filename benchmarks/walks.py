@@ -30,7 +30,7 @@ from kv_memory.jobs.driver import JobSettings  # noqa: E402
 from kv_memory.jobs.leases import LiveWorkers, TaskQueue  # noqa: E402
 from kv_memory.jobs.ledger import Ledger  # noqa: E402
 from kv_memory.jobs.sources import Sources  # noqa: E402
-from kv_memory.jobs.sources.base import SourceItem  # noqa: E402
+from kv_memory.jobs.sources.source import SourceItem  # noqa: E402
 from kv_memory.jobs.worker import pipeline_of, work  # noqa: E402
 from kv_memory.settings import MemorySettings  # noqa: E402
 from kv_memory.store import Store  # noqa: E402

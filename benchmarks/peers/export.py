@@ -19,7 +19,7 @@ from kv_memory.config import n_kept_for
 from kv_memory.evaluate.cases import Case, encode_query
 from kv_memory.evaluate.scoring import KL_TOKENS, answers
 from kv_memory.evaluate.tasks import find_task
-from kv_memory.evaluate.tasks.base import Task, TaskSettings
+from kv_memory.evaluate.tasks.task import Task, TaskSettings
 from kv_memory.model.embedded import built_in
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from kv_memory.datasets.example import Example
-from kv_memory.datasets.records import READ_ERRORS, Faults, unreadable
+from kv_memory.datasets.record_files import READ_ERRORS, Faults, unreadable
 from kv_memory.documents import Document, read_documents
 from kv_memory.documents.parsers import FILE_TYPES, read_content
 from kv_memory.errors import DatasetError, DocumentError

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from kv_memory.datasets.records import Record
+from kv_memory.datasets.record_files import Record
 from kv_memory.errors import DatasetError
 
 __all__ = ["hub_records"]

@@ -12,7 +12,7 @@ from kv_memory.config import check_choice
 from kv_memory.datasets.corpus import read_archive, read_texts
 from kv_memory.datasets.example import Example, Row, grouped
 from kv_memory.datasets.hub_sets import hub_records
-from kv_memory.datasets.records import Faults, OnError, bare_name, each
+from kv_memory.datasets.record_files import Faults, OnError, bare_name, each
 from kv_memory.datasets.sets import (
     dolly_row,
     qa_row,

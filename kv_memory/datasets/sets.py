@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_memory.datasets.example import Example, Question, Row, content_id, grouped
-from kv_memory.datasets.records import (
+from kv_memory.datasets.record_files import (
     Faults,
     Record,
     each,

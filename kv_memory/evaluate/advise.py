@@ -27,11 +27,11 @@ from kv_memory.evaluate.cases import Case, Query
 from kv_memory.evaluate.measure import Bench, Column, EvalProgress
 from kv_memory.evaluate.methods import Method, make_methods
 from kv_memory.evaluate.metrics import normalise
+from kv_memory.evaluate.question_records import Record
 from kv_memory.evaluate.recommend import AdviceRow, Criteria, Recommendation, recommend
-from kv_memory.evaluate.records import Record
 from kv_memory.evaluate.runner import DEFAULT_KEEP_RATIOS
 from kv_memory.evaluate.scoring import KL_TOKENS
-from kv_memory.evaluate.tasks.base import Task
+from kv_memory.evaluate.tasks.task import Task
 from kv_memory.lazy_compressor import load_compressor
 from kv_memory.model.backbone import Backbone
 from kv_memory.settings import MemorySettings

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kv_memory.errors import ConfigError
 from kv_memory.evaluate.cases import Group
 from kv_memory.evaluate.methods import METHODS
-from kv_memory.evaluate.records import METRICS, Record
+from kv_memory.evaluate.question_records import METRICS, Record
 from kv_memory.evaluate.tasks import TASKS
 from kv_memory.model.first_token import is_visible
 

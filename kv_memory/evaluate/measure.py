@@ -18,9 +18,9 @@ from kv_memory.compress import Compressor, PrefilledDocument
 from kv_memory.config import Layout, StorageName
 from kv_memory.evaluate.cases import Case, EncodedQuery, encode_query
 from kv_memory.evaluate.methods import Method, make_methods
-from kv_memory.evaluate.records import Record
+from kv_memory.evaluate.question_records import Record
 from kv_memory.evaluate.scoring import TeacherAnswer, score, teach
-from kv_memory.evaluate.tasks.base import Task
+from kv_memory.evaluate.tasks.task import Task
 from kv_memory.model.backbone import Backbone
 
 __all__ = ["Bench", "Column", "EvalProgress"]

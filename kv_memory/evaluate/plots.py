@@ -8,7 +8,7 @@ from typing import Any
 
 from kv_memory.errors import ConfigError
 from kv_memory.evaluate.aggregate import Row, order, score_of
-from kv_memory.evaluate.records import Record
+from kv_memory.evaluate.question_records import Record
 
 __all__ = ["plot_fidelity", "plot_needle"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from kv_memory.errors import DatasetError
 from kv_memory.evaluate.aggregate import Interval, Row, table_of
 from kv_memory.evaluate.plots import plot_fidelity, plot_needle
-from kv_memory.evaluate.records import METRICS
+from kv_memory.evaluate.question_records import METRICS
 from kv_memory.evaluate.saved_rows import Loaded
 
 __all__ = ["cells", "kept_text", "markdown", "write_report"]

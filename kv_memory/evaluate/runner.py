@@ -18,10 +18,10 @@ from kv_memory.evaluate.aggregate import Row, aggregate, check_groups
 from kv_memory.evaluate.cases import Case
 from kv_memory.evaluate.measure import Bench, Column, EvalProgress
 from kv_memory.evaluate.methods import Method, RefineFrom, make_methods
-from kv_memory.evaluate.records import Record, RecordFile
+from kv_memory.evaluate.question_records import Record, RecordFile
 from kv_memory.evaluate.scoring import KL_TOKENS
 from kv_memory.evaluate.tasks import find_task
-from kv_memory.evaluate.tasks.base import Task, TaskSettings
+from kv_memory.evaluate.tasks.task import Task, TaskSettings
 from kv_memory.model.backbone import Backbone
 
 __all__ = ["DEFAULT_KEEP_RATIOS", "Evaluation", "evaluate"]

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
 from kv_memory.evaluate.aggregate import Row, aggregate, order, plain_name, table_of
-from kv_memory.evaluate.records import FILE_NAME, METRICS, Measured, Record, latest
+from kv_memory.evaluate.question_records import FILE_NAME, METRICS, Measured, Record, latest
 from kv_memory.evaluate.tasks import TASKS
 
 __all__ = ["Loaded", "load_rows"]

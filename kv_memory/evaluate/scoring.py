@@ -12,8 +12,8 @@ from kv_memory.cache.distilled import DistilledCache
 from kv_memory.config import DecodeSettings, Layout
 from kv_memory.evaluate.cases import Case, EncodedQuery, Query
 from kv_memory.evaluate.metrics import ALL_WANTED, TEXT_METRICS, kl_divergence, negative_log_likelihood
-from kv_memory.evaluate.records import Measured
-from kv_memory.evaluate.tasks.base import Task
+from kv_memory.evaluate.question_records import Measured
+from kv_memory.evaluate.tasks.task import Task
 from kv_memory.generate import Prompt, Run, compose, first_token_rule
 from kv_memory.model.backbone import Backbone
 

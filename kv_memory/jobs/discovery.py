@@ -13,11 +13,11 @@ from sqlalchemy import func, select
 from kv_memory.documents import read_file
 from kv_memory.documents.loaders import file_id
 from kv_memory.errors import DocumentError, JobError
+from kv_memory.jobs.job_records import Job
 from kv_memory.jobs.ledger import Ledger
-from kv_memory.jobs.records import Job
 from kv_memory.jobs.sources import Sources
-from kv_memory.jobs.sources.base import SourceItem
 from kv_memory.jobs.sources.files import FileSource, path_of
+from kv_memory.jobs.sources.source import SourceItem
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
 from kv_memory.store.sql.schema import DocumentRow

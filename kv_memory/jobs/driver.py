@@ -27,12 +27,12 @@ from kv_memory.jobs.events import (
     RateMeter,
     WorkerEnded,
 )
+from kv_memory.jobs.job_records import Counts, Job, JobSettings
 from kv_memory.jobs.leases import LiveWorkers
 from kv_memory.jobs.ledger import Ledger
-from kv_memory.jobs.records import Counts, Job, JobSettings
 from kv_memory.jobs.sources import name_of, parse_sources
-from kv_memory.jobs.sources.base import Fields
 from kv_memory.jobs.sources.files import FileSource
+from kv_memory.jobs.sources.source import Fields
 from kv_memory.store import Store
 
 __all__ = ["JobRequest", "create_job", "drive"]

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kv_memory.jobs.records import Counts, FailedTask
+from kv_memory.jobs.job_records import Counts, FailedTask
 
 __all__ = ["DocumentFailed", "Event", "JobEnded", "JobStarted", "Progress", "RateMeter", "WorkerEnded"]
 

@@ -13,8 +13,8 @@ from sqlalchemy import CursorResult, ScalarSelect, Select, and_, select, update
 from sqlalchemy.orm import Session, aliased
 
 from kv_memory.errors import StoreError
-from kv_memory.jobs.records import Job, Task, TaskResult
-from kv_memory.jobs.schema import JobRow, TaskRow
+from kv_memory.jobs.job_records import Job, Task, TaskResult
+from kv_memory.jobs.job_tables import JobRow, TaskRow
 from kv_memory.store import Store
 from kv_memory.store.sql.catalog import Catalog
 from kv_memory.store.sql.schema import utc_now

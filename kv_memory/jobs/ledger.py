@@ -17,10 +17,10 @@ from sqlalchemy.orm import Session
 
 from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.errors import DocumentError, JobError
+from kv_memory.jobs.job_records import Counts, FailedTask, Job, JobSettings
+from kv_memory.jobs.job_tables import JobRow, TaskRow
 from kv_memory.jobs.leases import count_of, locks_reach
-from kv_memory.jobs.records import Counts, FailedTask, Job, JobSettings
-from kv_memory.jobs.schema import JobRow, TaskRow
-from kv_memory.jobs.sources.base import SourceItem
+from kv_memory.jobs.sources.source import SourceItem
 from kv_memory.model.embedded import recorded_settings
 from kv_memory.store import Store
 from kv_memory.store.documents import batches

@@ -26,11 +26,11 @@ import torch
 from kv_memory.errors import KVMemoryError, StoreConnectionError, StoreError, StoreLockedError
 from kv_memory.ingest.pipeline import IngestPipeline
 from kv_memory.jobs.engines import WorkerEnd
+from kv_memory.jobs.job_records import Job, Task, TaskResult
 from kv_memory.jobs.leases import LEASE_S, LiveWorkers, TaskQueue
 from kv_memory.jobs.ledger import Ledger
-from kv_memory.jobs.records import Job, Task, TaskResult
 from kv_memory.jobs.sources import Sources
-from kv_memory.jobs.sources.base import SourceItem
+from kv_memory.jobs.sources.source import SourceItem
 from kv_memory.memory import KVMemory
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store

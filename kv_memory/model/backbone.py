@@ -19,10 +19,10 @@ from kv_memory.config import DtypeName
 from kv_memory.errors import ContextWindowError
 from kv_memory.model.attention import ATTENTION, ForwardContext, soft_capped
 from kv_memory.model.embedded import EMBEDDED, built_in, concrete_name
-from kv_memory.model.encoding import PromptEncoder
 from kv_memory.model.kv_cache import NEVER, PositionedCache
 from kv_memory.model.loading import best_device, best_dtype, check_supported, hash_parameters, load_model
 from kv_memory.model.prefix import Prefix
+from kv_memory.model.prompt_encoder import PromptEncoder
 from kv_memory.model.prompts import PromptForm, PromptName, choose_form
 from kv_memory.model.rope import Rope
 

@@ -25,8 +25,8 @@ from kv_memory.train.checkpoints import Checkpoints
 from kv_memory.train.data import LICENCES, Corpus, Window, cut_corpus, hold_out, read_sources, split_share
 from kv_memory.train.estimate import Estimate, fit_steps
 from kv_memory.train.questions import QuestionWriter
-from kv_memory.train.report import TrainProgress, TrainReport, write_card
 from kv_memory.train.settings import RunOptions, TrainSettings, domain_settings, preset
+from kv_memory.train.train_report import TrainProgress, TrainReport, write_card
 from kv_memory.train.trainer import Trainer, already_there, make_accelerator
 
 __all__ = ["OpenRun", "TrainRun"]

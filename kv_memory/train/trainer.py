@@ -30,8 +30,8 @@ from kv_memory.train.evaluation import HeldOut
 from kv_memory.train.gradients import Figures, Gradients
 from kv_memory.train.json_lines import JsonLines
 from kv_memory.train.optimizer import Stage, StageOptimizer, parameters_of
-from kv_memory.train.report import TrainProgress, TrainReport, plot_log
 from kv_memory.train.settings import RunOptions, TrainSettings
+from kv_memory.train.train_report import TrainProgress, TrainReport, plot_log
 
 __all__ = ["Trainer", "already_there", "make_accelerator", "trim_heap"]
 

@@ -14,8 +14,8 @@ from kv_memory.documents import Document, split_passages
 from kv_memory.errors import ConfigError, DatasetError, UnreadableDocumentError
 from kv_memory.evaluate import Advice, AdviceRow, Criteria, EvalProgress, advise
 from kv_memory.evaluate.advise import _draw, _rows
+from kv_memory.evaluate.question_records import Measured, Record
 from kv_memory.evaluate.recommend import add_command, recommend
-from kv_memory.evaluate.records import Measured, Record
 from kv_memory.memory import KVMemory
 from kv_memory.settings import MemorySettings
 from tests.conftest import make_backbone

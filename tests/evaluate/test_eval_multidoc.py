@@ -14,7 +14,7 @@ from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.evaluate import Evaluation, TaskSettings, aggregate, evaluate, load_rows, markdown, write_report
 from kv_memory.evaluate.cases import Case, Query, encode_query
 from kv_memory.evaluate.measure import Bench
-from kv_memory.evaluate.records import Record
+from kv_memory.evaluate.question_records import Record
 from kv_memory.evaluate.tasks import find_task
 from tests.conftest import make_backbone
 from tests.evaluate.conftest import prose, write
@@ -246,7 +246,7 @@ def test_the_bootstrap_treats_places_of_a_passage_as_one_observation() -> None:
 
 
 def _measured(f1: float) -> Any:
-    from kv_memory.evaluate.records import Measured
+    from kv_memory.evaluate.question_records import Measured
 
     return Measured(kl=0.0, nll=0.0, f1=f1, em=0.0, contains=0.0)
 

@@ -9,7 +9,7 @@ import pytest
 
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
 from kv_memory.evaluate import Record, Row, aggregate, load_rows, markdown, write_report
-from kv_memory.evaluate.records import Measured, RecordFile
+from kv_memory.evaluate.question_records import Measured, RecordFile
 from kv_memory.evaluate.report import kept_text
 
 KEYS = [

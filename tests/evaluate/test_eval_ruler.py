@@ -15,7 +15,7 @@ from kv_memory.evaluate.cases import Case, encode_query
 from kv_memory.evaluate.metrics import contains_all, exact_match_all
 from kv_memory.evaluate.scoring import answers
 from kv_memory.evaluate.tasks import find_task
-from kv_memory.evaluate.tasks.base import RulerKind
+from kv_memory.evaluate.tasks.task import RulerKind
 from tests.conftest import make_backbone
 from tests.evaluate.conftest import write
 

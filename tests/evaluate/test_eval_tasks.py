@@ -10,9 +10,9 @@ from kv_memory.datasets import read_examples, split_by_hash
 from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.evaluate.cases import Query, encode_query
 from kv_memory.evaluate.tasks import find_task
-from kv_memory.evaluate.tasks.base import TaskSettings, cut
 from kv_memory.evaluate.tasks.needle import with_needle
 from kv_memory.evaluate.tasks.spans import draw_spans
+from kv_memory.evaluate.tasks.task import TaskSettings, cut
 from tests.conftest import make_backbone
 from tests.evaluate.conftest import prose
 

@@ -16,11 +16,11 @@ from sqlalchemy import select, update
 
 from kv_memory.errors import ConfigError, JobError
 from kv_memory.jobs import JobSettings, Ledger
+from kv_memory.jobs.job_records import Job, TaskResult
+from kv_memory.jobs.job_tables import TaskRow
 from kv_memory.jobs.leases import LiveWorkers, TaskQueue
 from kv_memory.jobs.ledger import forget_documents
-from kv_memory.jobs.records import Job, TaskResult
-from kv_memory.jobs.schema import TaskRow
-from kv_memory.jobs.sources.base import SourceItem
+from kv_memory.jobs.sources.source import SourceItem
 from kv_memory.store import Store
 from kv_memory.store.sql.schema import utc_now
 
@@ -119,7 +119,7 @@ def test_item_with_an_error_is_never_claimed(either_store: Store) -> None:
 CLAIM = """
 import sys
 from kv_memory.jobs.leases import TaskQueue
-from kv_memory.jobs.records import TaskResult
+from kv_memory.jobs.job_records import TaskResult
 from kv_memory.store import Store
 with Store.open(sys.argv[1], create=False) as store:
     task_queue = TaskQueue(store, int(sys.argv[2]), sys.argv[3])

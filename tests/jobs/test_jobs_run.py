@@ -18,8 +18,8 @@ from kv_memory.jobs import Job, Ledger
 from kv_memory.jobs.discovery import Discovery
 from kv_memory.jobs.driver import JobRequest, create_job, drive
 from kv_memory.jobs.events import DocumentFailed, Event, JobEnded, JobStarted, Progress, RateMeter
-from kv_memory.jobs.records import Counts
-from kv_memory.jobs.sources.base import SourceItem
+from kv_memory.jobs.job_records import Counts
+from kv_memory.jobs.sources.source import SourceItem
 from kv_memory.jobs.worker import pipeline_of
 from kv_memory.store import Store
 from tests.jobs.conftest import write_notes
@@ -262,7 +262,7 @@ import gc, sys
 from pathlib import Path
 from kv_memory.jobs import JobSettings, Ledger
 from kv_memory.jobs.discovery import Discovery
-from kv_memory.jobs.sources.base import SourceItem
+from kv_memory.jobs.sources.source import SourceItem
 from kv_memory.store import Store
 
 def resident():

@@ -25,8 +25,8 @@ from kv_memory.errors import (
 )
 from kv_memory.jobs import JobSettings
 from kv_memory.jobs.sources import Sources, name_of, parse_sources
-from kv_memory.jobs.sources.base import Fields, ReadItem, SourceItem, uri_of
 from kv_memory.jobs.sources.files import path_of
+from kv_memory.jobs.sources.source import Fields, ReadItem, SourceItem, uri_of
 
 SETTINGS = JobSettings(memory={})
 

@@ -9,8 +9,8 @@ from typing import Any
 from kv_memory.ingest.pipeline import IngestPipeline
 from kv_memory.jobs import Job
 from kv_memory.jobs.engines import WorkerEnd
+from kv_memory.jobs.job_records import worker_name
 from kv_memory.jobs.leases import LiveWorkers, TaskQueue
-from kv_memory.jobs.records import worker_name
 from kv_memory.jobs.sources import Sources
 from kv_memory.jobs.worker import error_of, work
 from kv_memory.store import Store

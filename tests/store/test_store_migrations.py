@@ -13,7 +13,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy.schema import CreateTable
 from store_samples import make_cache, sha
 
-import kv_memory.jobs.schema  # noqa: F401  its tables are in the catalog too
+import kv_memory.jobs.job_tables  # noqa: F401  its tables are in the catalog too
 from kv_memory.errors import StoreError
 from kv_memory.store import Store
 from kv_memory.store.sql.catalog import MIGRATIONS, Catalog

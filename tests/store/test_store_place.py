@@ -137,7 +137,7 @@ def test_the_migration_matches_the_models_on_postgresql(place: Place, tmp_path: 
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
-    import kv_memory.jobs.schema  # noqa: F401  its tables are in the catalog too
+    import kv_memory.jobs.job_tables  # noqa: F401  its tables are in the catalog too
     from kv_memory.store.sql.schema import Base
 
     with Store.open(tmp_path / "s", **place("postgres-disk")) as store:

@@ -15,8 +15,8 @@ from sqlalchemy import insert, select
 from store_samples import FINGERPRINT, OTHER, blob_file, document, equal, make_cache, sha
 
 from kv_memory.errors import CorruptCacheError, DocumentNotFoundError, KVMemoryError, StoreLockedError
+from kv_memory.jobs.job_tables import JobRow, TaskRow
 from kv_memory.jobs.ledger import forget_documents
-from kv_memory.jobs.schema import JobRow, TaskRow
 from kv_memory.memory import KVMemory
 from kv_memory.retrieval.bm25 import CollectionIndex
 from kv_memory.retrieval.tokenize import hash_word

@@ -11,8 +11,8 @@ import pytest
 
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
 from kv_memory.train.data import read_sources, split_share
-from kv_memory.train.report import TrainReport, write_card
 from kv_memory.train.settings import TrainSettings
+from kv_memory.train.train_report import TrainReport, write_card
 
 
 def write_set(path: Path, n: int) -> str:

@@ -18,8 +18,8 @@ from kv_memory.train.checkpoints import SHARD_BYTES, Checkpoint, Checkpoints
 from kv_memory.train.estimate import Estimate, fit_steps
 from kv_memory.train.json_lines import JsonLines
 from kv_memory.train.optimizer import StageOptimizer, parameters_of, trainable
-from kv_memory.train.report import plot_log
 from kv_memory.train.settings import RunOptions, TrainSettings
+from kv_memory.train.train_report import plot_log
 from tests.conftest import make_backbone
 from tests.train.tiny_runs import SETTINGS, examples, make_trainer
 

@@ -30,9 +30,9 @@ from kv_memory.train.adapters import fit_settings, new_adapter
 from kv_memory.train.batches import Batches
 from kv_memory.train.json_lines import JsonLines
 from kv_memory.train.optimizer import trainable
-from kv_memory.train.report import TrainProgress
 from kv_memory.train.settings import RunOptions
 from kv_memory.train.step import StepResult, distillation_step
+from kv_memory.train.train_report import TrainProgress
 from kv_memory.train.trainer import Trainer, trim_heap
 from tests.conftest import make_backbone
 from tests.train.tiny_runs import SETTINGS, examples, make_trainer, tensors_of

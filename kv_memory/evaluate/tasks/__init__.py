@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 from kv_memory.config import check_choice
-from kv_memory.evaluate.tasks.base import Task
 from kv_memory.evaluate.tasks.multidoc import multidoc_cases
 from kv_memory.evaluate.tasks.needle import needle_cases
 from kv_memory.evaluate.tasks.qa import qa_cases
 from kv_memory.evaluate.tasks.reading import quality_cases, squad_cases, squality_cases
 from kv_memory.evaluate.tasks.ruler import ruler_cases
 from kv_memory.evaluate.tasks.spans import spans_cases
+from kv_memory.evaluate.tasks.task import Task
 
 __all__ = ["TASKS", "TaskName", "find_task"]
 

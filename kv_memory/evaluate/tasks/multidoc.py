@@ -15,7 +15,7 @@ from kv_memory.datasets import Example, read_examples
 from kv_memory.errors import DatasetError
 from kv_memory.evaluate.cases import Case, Query
 from kv_memory.evaluate.metrics import normalise
-from kv_memory.evaluate.tasks.base import MAX_QUESTIONS, Distractors, TaskSettings, choose
+from kv_memory.evaluate.tasks.task import MAX_QUESTIONS, Distractors, TaskSettings, choose
 from kv_memory.model.backbone import Backbone
 
 __all__ = ["multidoc_cases"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from kv_memory.datasets import read_examples
 from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.evaluate.cases import Case, Query
-from kv_memory.evaluate.tasks.base import TaskSettings, cut, room_for_document
+from kv_memory.evaluate.tasks.task import TaskSettings, cut, room_for_document
 from kv_memory.model.backbone import Backbone
 
 __all__ = ["SENTENCE_END", "check_lengths", "haystack_text", "needle_cases", "part_of", "with_needle"]

@@ -10,11 +10,11 @@ from typing import Any
 
 from kv_memory.datasets import Example, Question
 from kv_memory.datasets.example import content_id
-from kv_memory.datasets.records import Faults, bare_name, json_lines, text_of, texts_of
+from kv_memory.datasets.record_files import Faults, bare_name, json_lines, text_of, texts_of
 from kv_memory.documents import read_file
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError, DocumentError
 from kv_memory.evaluate.cases import Case, Query
-from kv_memory.evaluate.tasks.base import TaskSettings, choose
+from kv_memory.evaluate.tasks.task import TaskSettings, choose
 from kv_memory.model.backbone import Backbone
 
 __all__ = ["qa_cases", "read_questions"]

@@ -8,7 +8,7 @@ from kv_memory.datasets import Example, read_examples
 from kv_memory.errors import DatasetError
 from kv_memory.evaluate.cases import Case, Query
 from kv_memory.evaluate.metrics import check_rouge
-from kv_memory.evaluate.tasks.base import MAX_QUESTIONS, TaskSettings, choose
+from kv_memory.evaluate.tasks.task import MAX_QUESTIONS, TaskSettings, choose
 from kv_memory.model.backbone import Backbone
 
 __all__ = ["quality_cases", "squad_cases", "squality_cases"]

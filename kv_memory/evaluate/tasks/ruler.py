@@ -28,8 +28,8 @@ from typing import get_args
 
 from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.evaluate.cases import Case, Query
-from kv_memory.evaluate.tasks.base import RulerKind, TaskSettings, cut
 from kv_memory.evaluate.tasks.needle import SENTENCE_END, check_lengths, haystack_text, part_of
+from kv_memory.evaluate.tasks.task import RulerKind, TaskSettings, cut
 from kv_memory.model.backbone import Backbone
 
 __all__ = ["ruler_cases"]

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from kv_memory.datasets import Example, read_examples, split_by_hash
 from kv_memory.errors import ConfigError
 from kv_memory.evaluate.cases import Case, Query
-from kv_memory.evaluate.tasks.base import TaskSettings, choose
+from kv_memory.evaluate.tasks.task import TaskSettings, choose
 from kv_memory.model.backbone import Backbone
 
 __all__ = ["REQUEST", "draw_spans", "spans_cases"]

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Protocol
 
-from kv_memory.jobs.records import Job
+from kv_memory.jobs.job_records import Job
 
 __all__ = ["Engine", "WorkerEnd", "n_cores", "threads_of"]
 

@@ -21,8 +21,8 @@ from typing import IO, Any
 
 from kv_memory.errors import ConfigError
 from kv_memory.jobs.engines import WorkerEnd, n_cores, threads_of
+from kv_memory.jobs.job_records import Job, worker_name
 from kv_memory.jobs.leases import LEASE_S
-from kv_memory.jobs.records import Job, worker_name
 
 __all__ = ["LocalEngine"]
 

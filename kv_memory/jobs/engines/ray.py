@@ -20,8 +20,8 @@ from typing import Any
 
 from kv_memory.errors import ConfigError, JobError
 from kv_memory.jobs.engines import WorkerEnd, n_cores, threads_of
+from kv_memory.jobs.job_records import Job, worker_name
 from kv_memory.jobs.leases import LEASE_S
-from kv_memory.jobs.records import Job, worker_name
 from kv_memory.store import Store
 
 __all__ = ["RayEngine", "RayWorker", "Share", "share_of"]

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from kv_memory.errors import ConfigError, KVMemoryError, UnreadableDocumentError
-from kv_memory.jobs.records import JobSettings
-from kv_memory.jobs.sources.base import Fields, ReadItem, Source, SourceItem
+from kv_memory.jobs.job_records import JobSettings
 from kv_memory.jobs.sources.docstore import DocstoreSource, is_docstore
 from kv_memory.jobs.sources.files import FileSource, is_pattern
-from kv_memory.jobs.sources.records import HubSource, JsonLinesSource, ParquetSource
+from kv_memory.jobs.sources.row_files import HubSource, JsonLinesSource, ParquetSource
+from kv_memory.jobs.sources.source import Fields, ReadItem, Source, SourceItem
 from kv_memory.jobs.sources.sql import SqlSource, check_url
 
 __all__ = ["Sources", "name_of", "parse_sources"]

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from kv_memory.documents import Document
 from kv_memory.errors import UnreadableDocumentError
-from kv_memory.jobs.sources.base import ReadItem, Source, SourceItem, changed, uri_of
+from kv_memory.jobs.sources.source import ReadItem, Source, SourceItem, changed, uri_of
 
 __all__ = ["DocstoreSource", "is_docstore"]
 

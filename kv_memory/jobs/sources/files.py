@@ -13,7 +13,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from kv_memory.documents import read_file
 from kv_memory.documents.loaders import file_id, walk_folder
 from kv_memory.documents.parsers import FILE_TYPES
-from kv_memory.jobs.sources.base import ReadItem, Source, SourceItem, unreadable, uri_of
+from kv_memory.jobs.sources.source import ReadItem, Source, SourceItem, unreadable, uri_of
 
 __all__ = ["FileSource", "is_pattern", "path_of"]
 

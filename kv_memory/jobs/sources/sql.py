@@ -12,7 +12,7 @@ from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from kv_memory.errors import ConfigError, UnreadableDocumentError
-from kv_memory.jobs.sources.base import Fields, ReadItem, Source, SourceItem, changed
+from kv_memory.jobs.sources.source import Fields, ReadItem, Source, SourceItem, changed
 
 __all__ = ["SqlSource", "check_url"]
 

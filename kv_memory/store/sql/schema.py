@@ -1,6 +1,6 @@
 """The catalog's tables, as typed ORM classes. Every change needs a migration; a test compares the two.
 
-The tables of `kv_memory.jobs` are in `kv_memory/jobs/schema.py`, with the same `Base`.
+The tables of `kv_memory.jobs` are in `kv_memory/jobs/job_tables.py`, with the same `Base`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError, UnreadableDocumentError
-from kv_memory.jobs.sources.base import Fields, ReadItem, Source, SourceItem, changed, unreadable, uri_of
+from kv_memory.jobs.sources.source import Fields, ReadItem, Source, SourceItem, changed, unreadable, uri_of
 
 __all__ = ["HubSource", "JsonLinesSource", "ParquetSource"]
 
