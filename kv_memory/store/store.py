@@ -62,9 +62,9 @@ class Store(Documents, Caches):
 
         Raises:
             ConfigError: `catalog` or `blobs` is not a valid URL, or not the one of the existing store.
-            StoreError: The store or collection does not exist and `create` is off, or the folder holds something else;
-                A newer version of this package wrote the store, or an older version wrote a shared catalog, which
-                `kv-memory db upgrade` upgrades. Nothing was changed; the folder is not readable and writable.
+            StoreError: The store or collection does not exist and `create` is off; the folder holds something else, or is
+                not readable and writable; a newer version of this package wrote the store, or an older version wrote a
+                shared catalog, which `kv-memory db upgrade` upgrades. Nothing was changed.
             StoreConnectionError: The database or the object store does not answer.
         """
         folder, new = prepare_folder(path, create=create)
