@@ -11,15 +11,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, NamedTuple
 
-from sqlalchemy import ColumnElement, delete, select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from kv_memory.config import check_choice
 from kv_memory.errors import CorruptCacheError, DocumentNotFoundError, TransferError
 from kv_memory.model.embedded import recorded_settings
-from kv_memory.store.documents import alive
+from kv_memory.store.blobs.local import DiskBlobs
+from kv_memory.store.documents import alive, batches
 from kv_memory.store.error_mapping import mapped
 from kv_memory.store.records import CacheInfo, DocumentRecord
 from kv_memory.store.sql.schema import CacheRow, CollectionRow, DocumentRow, FingerprintRow, PrefixRow, utc_now
@@ -30,6 +32,9 @@ __all__ = ["CopyReport", "OnConflict", "TransferProgress", "copy_collection"]
 OnConflict = Literal["refuse", "skip", "replace"]
 _TRIES = 10  # of a document that changes while it is copied
 _PAGE = 500  # document ids
+# Caches in one transaction. Their bytes are in memory together, unless they are linked.
+_MOST_CACHES = 50
+_MOST_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +104,7 @@ def copy_collection(
         target: Collection to copy into; it may have documents.
         on_conflict: Action for existing documents with other text: `refuse` the whole copy, `skip` them, or `replace`
             them. `replace` also replaces documents with equal text but other metadata, source or passage length.
-        on_progress: Callback, called after every cache and document.
+        on_progress: Callback, called after every document, and more often in a long one.
 
     Raises:
         TransferError: The target has documents under other settings; a document is in conflict; or a document changes
@@ -108,6 +113,17 @@ def copy_collection(
     """
     check_choice(on_conflict, OnConflict, where="on_conflict")
     return _Copy(source, target, on_conflict, on_progress).run()
+
+
+_Key = tuple[str, str, float]  # text, fingerprint, keep_ratio
+
+
+class _Cache(NamedTuple):
+    """A cache to be stored: its record, its blob as bytes or as a file to link, its fingerprint as JSON."""
+
+    info: CacheInfo
+    data: bytes | Path
+    fingerprint: str
 
 
 class _Copy:
@@ -125,9 +141,14 @@ class _Copy:
         self._counts: Counter[str] = Counter()
         self._conflicts: list[str] = []
         self._damaged: list[str] = []
-        # Several documents may share a cache, which counts once: text, fingerprint, keep_ratio.
-        self._taken: set[tuple[str, str, float]] = set()
-        self._left_out: set[tuple[str, str, float]] = set()
+        # Several documents may share a cache, which counts once.
+        self._taken: set[_Key] = set()
+        self._left_out: set[_Key] = set()
+        self._fingerprints: dict[str, str] = {}  # JSON by digest
+        # Blobs are linked from or into a temporary store. Two lasting stores share no files: one may be the backup of
+        # the other.
+        lasting = source.catalog.durable and target.catalog.durable
+        self._links = not lasting and isinstance(target.references.verified_blobs.blobs, DiskBlobs)
         self._total_bytes = source.stats().cache_bytes
         limits = target.limits()
         self._is_bounded = limits.max_size_bytes is not None or limits.store_max_size_bytes is not None
@@ -257,65 +278,106 @@ class _Copy:
     def _copy_caches(self, caches: list[CacheInfo], *, leave: bool) -> bool:
         """Copy a document's caches; False if one vanished meanwhile, so that the document must be looked up again."""
         now = utc_now()
+        wanted: list[CacheInfo] = []
         for info in caches:
-            key = info.text_sha256, info.fingerprint, info.keep_ratio
             if leave or (info.expires_at is not None and info.expires_at <= now):
-                self._left_out.add(key)
-            elif key not in self._taken:
-                if self._has(info):
-                    self._counts["caches present"] += 1
-                elif (found := self._blob(info)) is not None:
-                    self._put(info, *found)
-                elif info.blob_key not in self._damaged:
-                    return False
-                self._taken.add(key)
-                self._counts["bytes done"] += info.size_bytes
-                self._tell()
-        return True
+                self._left_out.add(_key(info))
+            elif _key(info) not in self._taken:
+                wanted.append(info)
+        present = self._present(wanted)
+        batch: list[_Cache] = []
+        for info in wanted:
+            if _key(info) in present:
+                self._counts["caches present"] += 1
+                self._count(info)
+            elif (found := self._blob(info)) is not None:
+                batch.append(_Cache(info, *found))
+                if len(batch) == _MOST_CACHES or sum(cache.info.size_bytes for cache in batch) > _MOST_BYTES:
+                    if not self._put(batch):
+                        return False
+                    batch = []
+                    self._tell()
+            elif info.blob_key in self._damaged:
+                self._count(info)
+            else:
+                return False
+        return self._put(batch)
 
-    def _has(self, info: CacheInfo) -> bool:
-        """Whether the target has a sound cache of this text, fingerprint and keep ratio."""
-        with self._target.catalog.read() as session:
-            row = session.scalar(select(CacheRow).where(self._same(info), alive(utc_now())))
-        return row is not None and self._target.references.verified_blobs.sound(row.blob_key, row.size_bytes)
+    def _count(self, info: CacheInfo) -> None:
+        self._taken.add(_key(info))
+        self._counts["bytes done"] += info.size_bytes
 
-    def _same(self, info: CacheInfo) -> ColumnElement[bool]:
-        return (
-            (CacheRow.collection_id == self._target.collection_id)
-            & (CacheRow.text_sha256 == info.text_sha256)
-            & (CacheRow.fingerprint == info.fingerprint)
-            & (CacheRow.keep_ratio == info.keep_ratio)
-        )
+    def _present(self, infos: list[CacheInfo]) -> set[_Key]:
+        """The caches that the target has already, and which are sound there."""
+        present: set[_Key] = set()
+        for texts in batches({info.text_sha256 for info in infos}):
+            here = (CacheRow.collection_id == self._target.collection_id) & CacheRow.text_sha256.in_(texts)
+            with self._target.catalog.read() as session:
+                rows = session.scalars(select(CacheRow).where(here, alive(utc_now()))).all()
+            sound = self._target.references.verified_blobs.sound
+            present |= {_key(row) for row in rows if sound(row.blob_key, row.size_bytes)}
+        return present
 
-    def _blob(self, info: CacheInfo) -> tuple[bytes, str] | None:
-        """A verified blob and its fingerprint in full; None if the cache is gone, or was damaged and is quarantined."""
+    def _blob(self, info: CacheInfo) -> tuple[bytes | Path, str] | None:
+        """A verified blob and its fingerprint in full; None if the cache is gone, or was damaged and is quarantined.
+
+        The bytes were hashed, or will be before they are stored.
+        """
+        if (fingerprint := self._fingerprints.get(info.fingerprint)) is None:
+            with self._source.catalog.read() as session:
+                row = session.get(FingerprintRow, info.fingerprint)
+            if row is None:
+                return None
+            fingerprint = self._fingerprints[info.fingerprint] = row.json
         references = self._source.references
-        with self._source.catalog.read() as session:
-            fingerprint = session.get(FingerprintRow, info.fingerprint)
         with mapped(f"blob {info.blob_key}"):
             try:
-                data = references.verified_blobs.verified_path(info.blob_key, info.size_bytes).read_bytes()
+                path = references.verified_blobs.verified_path(info.blob_key, info.size_bytes)
+                return path if self._links else path.read_bytes(), fingerprint
             except (CorruptCacheError, FileNotFoundError):
                 if references.quarantine_if_damaged(info.blob_key, info.size_bytes):
                     self._damaged.append(info.blob_key)
                 return None
-        return None if fingerprint is None else (data, fingerprint.json)
 
-    def _put(self, info: CacheInfo, data: bytes, fingerprint: str) -> None:
-        """Store a blob, then its row with all dates, pins and fidelity; replaces an expired or damaged cache."""
+    def _put(self, caches: list[_Cache]) -> bool:
+        """Store blobs, then their rows with all dates, pins and fidelity; False if one of the source was removed.
 
-        def add_row(session: Session, key: str) -> set[str]:
-            if session.get(FingerprintRow, info.fingerprint) is None:
-                session.add(FingerprintRow(digest=info.fingerprint, json=fingerprint))
-                session.flush()
-            gone = set(session.scalars(delete(CacheRow).where(self._same(info)).returning(CacheRow.blob_key)))
-            session.add(CacheRow(collection_id=self._target.collection_id, **vars(info)))
-            return gone - {key}
+        Expired and damaged caches are replaced.
+        """
+        blobs = {cache.info.blob_key: cache.data for cache in caches}
 
-        self._target.references.put(data, add_row)
-        self._counts.update({"caches": 1, "bytes": len(data)})
+        def add_rows(session: Session) -> set[str]:
+            gone: set[str] = set()
+            for info, _, fingerprint in caches:
+                if session.get(FingerprintRow, info.fingerprint) is None:
+                    session.add(FingerprintRow(digest=info.fingerprint, json=fingerprint))
+                    session.flush()
+                same = (
+                    (CacheRow.collection_id == self._target.collection_id)
+                    & (CacheRow.text_sha256 == info.text_sha256)
+                    & (CacheRow.fingerprint == info.fingerprint)
+                    & (CacheRow.keep_ratio == info.keep_ratio)
+                )
+                gone.update(session.scalars(delete(CacheRow).where(same).returning(CacheRow.blob_key)))
+            session.add_all(CacheRow(collection_id=self._target.collection_id, **vars(cache.info)) for cache in caches)
+            return gone - blobs.keys()
+
+        if not caches:
+            return True
+        try:
+            self._target.references.put_all(blobs, add_rows)
+        except CorruptCacheError:
+            return False
+        for cache in caches:
+            self._count(cache.info)
+            self._counts.update({"caches": 1, "bytes": cache.info.size_bytes})
         if self._is_bounded:
             self._counts["evicted"] += self._target.make_room()
+        return True
+
+
+def _key(cache: CacheInfo | CacheRow) -> _Key:
+    return cache.text_sha256, cache.fingerprint, cache.keep_ratio
 
 
 def _document_ids(store: Store) -> Iterator[str]:
