@@ -94,9 +94,9 @@ class ExportReport:
 def export_collection(store: Store, path: Path | str, *, on_progress: OnProgress | None = None) -> ExportReport:
     """Write a collection into one file: documents, caches, prefixes and settings.
 
-    It is copied into a folder `PATH.part-...`, checked and packed there, and renamed to PATH. Blobs are linked into that
-    folder; where that is not possible, an export takes twice the size of the collection on the disk. A killed process
-    leaves the folder behind. Documents may be added during the export.
+    It is copied into a folder `PATH.part-...`, checked and packed there, and renamed to PATH. Blobs are linked into
+    that folder; where that is not possible, an export takes twice the size of the collection on the disk. A killed
+    process leaves the folder behind. Documents may be added during the export.
 
     A blob is hashed in the store, unless this process has done so before, because a damaged one is left out. It is
     hashed again in the folder, because the archive replaces an older one.
@@ -104,7 +104,7 @@ def export_collection(store: Store, path: Path | str, *, on_progress: OnProgress
     Args:
         store: Collection to export.
         path: File to write; an existing one is replaced.
-        on_progress: Callback, called after every document, and more often in a long one.
+        on_progress: Callback, called after every cache and document.
 
     Raises:
         TransferError: The path is not that of a file, or its folder does not exist.

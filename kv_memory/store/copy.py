@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,7 +21,7 @@ from sqlalchemy.orm import Session
 from kv_memory.config import check_choice
 from kv_memory.errors import CorruptCacheError, DocumentNotFoundError, TransferError
 from kv_memory.model.embedded import recorded_settings
-from kv_memory.store.blobs.local import DiskBlobs
+from kv_memory.store.blobs.local import DiskBlobs, blob_key
 from kv_memory.store.documents import alive, batches
 from kv_memory.store.error_mapping import mapped
 from kv_memory.store.records import CacheInfo, DocumentRecord
@@ -32,9 +33,10 @@ __all__ = ["CopyReport", "OnConflict", "TransferProgress", "copy_collection"]
 OnConflict = Literal["refuse", "skip", "replace"]
 _TRIES = 10  # of a document that changes while it is copied
 _PAGE = 500  # document ids
-# Caches in one transaction. Their bytes are in memory together, unless they are linked.
-_MOST_CACHES = 50
+# Caches and documents stored together, whose bytes (unless they are linked) and characters are in memory meanwhile.
+_MOST_AT_ONCE = 50  # of each
 _MOST_BYTES = 32 * 2**20
+_MOST_CHARACTERS = 2**18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,7 @@ def copy_collection(
         target: Collection to copy into; it may have documents.
         on_conflict: Action for existing documents with other text: `refuse` the whole copy, `skip` them, or `replace`
             them. `replace` also replaces documents with equal text but other metadata, source or passage length.
-        on_progress: Callback, called after every document, and more often in a long one.
+        on_progress: Callback, called after every cache and document.
 
     Raises:
         TransferError: The target has documents under other settings; a document is in conflict; or a document changes
@@ -149,6 +151,10 @@ class _Copy:
         # the other.
         lasting = source.catalog.durable and target.catalog.durable
         self._links = not lasting and isinstance(target.references.verified_blobs.blobs, DiskBlobs)
+        # Linked files of a lasting source may be removed at any time, so they are not kept waiting.
+        self._waits = target.catalog.durable
+        self._caches: list[_Cache] = []  # to be stored, and the documents after them
+        self._documents: list[DocumentRecord] = []
         self._total_bytes = source.stats().cache_bytes
         limits = target.limits()
         self._is_bounded = limits.max_size_bytes is not None or limits.store_max_size_bytes is not None
@@ -166,6 +172,7 @@ class _Copy:
         for document_id in _document_ids(self._source):
             self._copy_document(document_id)
             self._tell()
+        self._store()
         return CopyReport(
             collection=self._target.collection,
             n_documents=self._counts["documents"],
@@ -214,11 +221,11 @@ class _Copy:
         keys = select(PrefixRow.key, PrefixRow.blob_key).where(PrefixRow.collection_id == self._source.collection_id)
         with self._source.catalog.read() as session:
             found = session.execute(keys).all()
-        for key, blob_key in found:
+        for key, blob in found:
             if self._sound_prefix(self._target, key) is not None:
                 continue
             if (data := self._sound_prefix(self._source, key)) is None:
-                self._damaged.append(blob_key)
+                self._damaged.append(blob)
             else:
                 self._target.put_prefix(key, data)
 
@@ -237,7 +244,7 @@ class _Copy:
             try:
                 record = self._source.document(document_id)
                 verdict = self._verdict(record)
-                whole = self._copy_caches(self._source.caches(document_id), leave=verdict == "leave")
+                whole = self._take_caches(self._source.caches(document_id), leave=verdict == "leave")
                 whole &= self._source.document(document_id).updated_at == record.updated_at
             except DocumentNotFoundError:
                 return  # deleted meanwhile
@@ -251,7 +258,12 @@ class _Copy:
             )
         self._counts.update({"documents": 1, verdict: 1})
         if verdict in {"add", "replace"}:
-            self._target.put_document(record)
+            self._documents.append(record)
+            n_characters = sum(len(passage.text or "") for each in self._documents for passage in each.passages)
+            full = len(self._documents) >= _MOST_AT_ONCE or n_characters > _MOST_CHARACTERS
+            # A replaced document takes its old caches along, perhaps one that the next document needs.
+            if full or verdict == "replace" or not self._waits:
+                self._store()
         elif verdict == "leave":
             self._conflicts.append(document_id)
 
@@ -275,7 +287,7 @@ class _Copy:
 
     # caches
 
-    def _copy_caches(self, caches: list[CacheInfo], *, leave: bool) -> bool:
+    def _take_caches(self, caches: list[CacheInfo], *, leave: bool) -> bool:
         """Copy a document's caches; False if one vanished meanwhile, so that the document must be looked up again."""
         now = utc_now()
         wanted: list[CacheInfo] = []
@@ -285,23 +297,19 @@ class _Copy:
             elif _key(info) not in self._taken:
                 wanted.append(info)
         present = self._present(wanted)
-        batch: list[_Cache] = []
         for info in wanted:
             if _key(info) in present:
                 self._counts["caches present"] += 1
-                self._count(info)
             elif (found := self._blob(info)) is not None:
-                batch.append(_Cache(info, *found))
-                if len(batch) == _MOST_CACHES or sum(cache.info.size_bytes for cache in batch) > _MOST_BYTES:
-                    if not self._put(batch):
-                        return False
-                    batch = []
-                    self._tell()
-            elif info.blob_key in self._damaged:
-                self._count(info)
-            else:
+                self._caches.append(_Cache(info, *found))
+            elif info.blob_key not in self._damaged:
                 return False
-        return self._put(batch)
+            self._count(info)
+            n_bytes = sum(len(cache.data) for cache in self._caches if isinstance(cache.data, bytes))
+            if (len(self._caches) >= _MOST_AT_ONCE or n_bytes > _MOST_BYTES) and not self._store():
+                return False
+            self._tell()
+        return self._waits or self._store()
 
     def _count(self, info: CacheInfo) -> None:
         self._taken.add(_key(info))
@@ -319,10 +327,7 @@ class _Copy:
         return present
 
     def _blob(self, info: CacheInfo) -> tuple[bytes | Path, str] | None:
-        """A verified blob and its fingerprint in full; None if the cache is gone, or was damaged and is quarantined.
-
-        The bytes were hashed, or will be before they are stored.
-        """
+        """A verified blob and its fingerprint in full; None if the cache is gone, or was damaged and is quarantined."""
         if (fingerprint := self._fingerprints.get(info.fingerprint)) is None:
             with self._source.catalog.read() as session:
                 row = session.get(FingerprintRow, info.fingerprint)
@@ -333,47 +338,56 @@ class _Copy:
         with mapped(f"blob {info.blob_key}"):
             try:
                 path = references.verified_blobs.verified_path(info.blob_key, info.size_bytes)
-                return path if self._links else path.read_bytes(), fingerprint
+                if self._links:
+                    return path, fingerprint
+                data = path.read_bytes()
+                # Hashed again, because the file may have been hashed long ago.
+                if blob_key(data) != info.blob_key:
+                    raise CorruptCacheError("the blob's bytes changed", where=f"blob {info.blob_key}")
+                return data, fingerprint
             except (CorruptCacheError, FileNotFoundError):
                 if references.quarantine_if_damaged(info.blob_key, info.size_bytes):
                     self._damaged.append(info.blob_key)
                 return None
 
-    def _put(self, caches: list[_Cache]) -> bool:
-        """Store blobs, then their rows with all dates, pins and fidelity; False if one of the source was removed.
-
-        Expired and damaged caches are replaced.
-        """
-        blobs = {cache.info.blob_key: cache.data for cache in caches}
-
-        def add_rows(session: Session) -> set[str]:
-            gone: set[str] = set()
-            for info, _, fingerprint in caches:
-                if session.get(FingerprintRow, info.fingerprint) is None:
-                    session.add(FingerprintRow(digest=info.fingerprint, json=fingerprint))
-                    session.flush()
-                same = (
-                    (CacheRow.collection_id == self._target.collection_id)
-                    & (CacheRow.text_sha256 == info.text_sha256)
-                    & (CacheRow.fingerprint == info.fingerprint)
-                    & (CacheRow.keep_ratio == info.keep_ratio)
-                )
-                gone.update(session.scalars(delete(CacheRow).where(same).returning(CacheRow.blob_key)))
-            session.add_all(CacheRow(collection_id=self._target.collection_id, **vars(cache.info)) for cache in caches)
-            return gone - blobs.keys()
-
-        if not caches:
-            return True
+    def _store(self) -> bool:
+        """Store the waiting caches, then the documents; False if a blob of the source was removed meanwhile."""
+        caches, self._caches = self._caches, []
+        records, self._documents = self._documents, []
         try:
-            self._target.references.put_all(blobs, add_rows)
+            if caches:
+                blobs = {cache.info.blob_key: cache.data for cache in caches}
+                self._target.references.put_all(blobs, partial(self._add_rows, caches))
         except CorruptCacheError:
+            if self._waits:
+                raise
+            self._taken.difference_update(_key(cache.info) for cache in caches)
+            self._documents = records
             return False
         for cache in caches:
-            self._count(cache.info)
             self._counts.update({"caches": 1, "bytes": cache.info.size_bytes})
+        for record in records:
+            self._target.put_document(record)
         if self._is_bounded:
             self._counts["evicted"] += self._target.make_room()
         return True
+
+    def _add_rows(self, caches: list[_Cache], session: Session) -> set[str]:
+        """Write rows with all dates, pins and fidelity, in place of those of expired and damaged caches."""
+        gone: set[str] = set()
+        for info, _, fingerprint in caches:
+            if session.get(FingerprintRow, info.fingerprint) is None:
+                session.add(FingerprintRow(digest=info.fingerprint, json=fingerprint))
+                session.flush()
+            same = (
+                (CacheRow.collection_id == self._target.collection_id)
+                & (CacheRow.text_sha256 == info.text_sha256)
+                & (CacheRow.fingerprint == info.fingerprint)
+                & (CacheRow.keep_ratio == info.keep_ratio)
+            )
+            gone.update(session.scalars(delete(CacheRow).where(same).returning(CacheRow.blob_key)))
+        session.add_all(CacheRow(collection_id=self._target.collection_id, **vars(c.info)) for c in caches)
+        return gone - {cache.info.blob_key for cache in caches}
 
 
 def _key(cache: CacheInfo | CacheRow) -> _Key:

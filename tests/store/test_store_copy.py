@@ -109,6 +109,14 @@ def test_replace_updates_metadata_of_equal_texts_too(fresh: Store, full: Store) 
     assert fresh.document("twin").metadata == {}
 
 
+def test_a_cache_of_a_replaced_document_stays_if_another_one_needs_it(fresh: Store, full: Store) -> None:
+    fresh.update_settings(full.settings())
+    fresh.put(sha("twin"), make_cache(1))
+    fresh.put_document(document("d001", "twin"))
+    assert copy_collection(full, fresh, on_conflict="replace").n_replaced == 1
+    assert fresh.missing(FINGERPRINT, 0.25) == []
+
+
 def test_an_unknown_on_conflict_is_a_config_error(fresh: Store, full: Store) -> None:
     with pytest.raises(ConfigError):
         copy_collection(full, fresh, on_conflict="ask")  # type: ignore[arg-type]

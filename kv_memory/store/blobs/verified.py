@@ -90,12 +90,12 @@ class VerifiedBlobs:
     def put(self, blobs: Mapping[str, bytes | Path]) -> None:
         """Store blobs as `DiskBlobs.put` does; an existing one is used if it is sound and replaced if it is not."""
         if isinstance(self.blobs, DiskBlobs):
-            blobs = {key: data for key, data in blobs.items() if not self._has_sound(key, data)}
+            blobs = {key: data for key, data in blobs.items() if not self._has_sound(key)}
         # An object store is not asked: a copy in the tier does not prove that the object exists, which another
         # machine may have removed since.
         self.blobs.put(blobs)
 
-    def _has_sound(self, key: str, data: bytes | Path) -> bool:
+    def _has_sound(self, key: str) -> bool:
         """Whether the blob exists and is sound; a damaged one is quarantined."""
         try:
             file = self.blobs.open(key)
@@ -104,8 +104,9 @@ class VerifiedBlobs:
             return False
         if file is None:
             return False
-        file.close()
-        if self.sound(key, len(data) if isinstance(data, bytes) else data.stat().st_size):
+        with file:
+            size_bytes = os.fstat(file.fileno()).st_size
+        if self.sound(key, size_bytes):
             return True
         self.quarantine(key)
         return False
