@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from sqlalchemy import delete, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from kv_memory.config import check_choice
@@ -374,20 +374,18 @@ class _Copy:
 
     def _add_rows(self, caches: list[_Cache], session: Session) -> set[str]:
         """Write rows with all dates, pins and fidelity, in place of those of expired and damaged caches."""
-        gone: set[str] = set()
-        for info, _, fingerprint in caches:
-            if session.get(FingerprintRow, info.fingerprint) is None:
-                session.add(FingerprintRow(digest=info.fingerprint, json=fingerprint))
-                session.flush()
-            same = (
-                (CacheRow.collection_id == self._target.collection_id)
-                & (CacheRow.text_sha256 == info.text_sha256)
-                & (CacheRow.fingerprint == info.fingerprint)
-                & (CacheRow.keep_ratio == info.keep_ratio)
-            )
-            gone.update(session.scalars(delete(CacheRow).where(same).returning(CacheRow.blob_key)))
+        for digest, fingerprint in {cache.info.fingerprint: cache.fingerprint for cache in caches}.items():
+            if session.get(FingerprintRow, digest) is None:
+                session.add(FingerprintRow(digest=digest, json=fingerprint))
+        here = CacheRow.collection_id == self._target.collection_id
+        texts = {cache.info.text_sha256 for cache in caches}
+        old = {_key(row): row for row in session.scalars(select(CacheRow).where(here, CacheRow.text_sha256.in_(texts)))}
+        replaced = [old[key] for cache in caches if (key := _key(cache.info)) in old]
+        for row in replaced:
+            session.delete(row)
+        session.flush()  # the old rows first, because the new ones have their keys
         session.add_all(CacheRow(collection_id=self._target.collection_id, **vars(c.info)) for c in caches)
-        return gone - {cache.info.blob_key for cache in caches}
+        return {row.blob_key for row in replaced} - {cache.info.blob_key for cache in caches}
 
 
 def _key(cache: CacheInfo | CacheRow) -> _Key:
