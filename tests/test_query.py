@@ -1,11 +1,7 @@
+"""References, answers from caches and texts, and answers without documents."""
+
 from __future__ import annotations
 
-import asyncio
-import gc
-import hashlib
-import threading
-import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,52 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kv_memory import DecodeSettings, KVMemory
-from kv_memory.compress import Compressor
 from kv_memory.errors import (
     CacheNotFoundError,
     ConfigError,
     ContextWindowError,
-    CorruptCacheError,
     FingerprintMismatchError,
-    StoreFullError,
 )
-from kv_memory.generate import Answer, Generator, Turn, iterate_in_thread
-from kv_memory.model.kv_cache import PositionedCache
+from kv_memory.generate import Generator, Turn
 from kv_memory.query import Reader, Reference, key_of
 from tests.conftest import make_tokenizer
-from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, SETTINGS, blob_of, open_memory, wide_backbone
+from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, SETTINGS, open_memory, wide_backbone
+from tests.query_samples import ASKED, SAMPLED, WALRUS, of, reference
 from tests.reference import blank_tokens, plain_model, recorded_inputs
-
-ASKED = [Turn("user", FERRY_QUESTION)]
-SAMPLED = DecodeSettings(max_new_tokens=40, temperature=1.0, seed=7)
-WALRUS = "The walrus sleeps on the ice all day."
-
-
-def reference(text: str, /, **changes: Any) -> Reference:
-    return Reference(key=key_of(text), **changes)
-
-
-def of(reply: Answer) -> tuple[Any, ...]:
-    """A reply without its times."""
-    return (
-        reply.text,
-        reply.finish_reason,
-        reply.n_prompt_tokens,
-        reply.n_cached_tokens,
-        reply.n_new_tokens,
-        reply.damaged,
-    )
-
-
-def plain(wide: Any, text: str) -> Any:
-    return Compressor(wide, selector="attention").compress(text, keep_ratio=1.0)
-
-
-def damage(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-40] ^= 0xFF
-    path.write_bytes(data)
-
 
 # -- references --------------------------------------------------------------------------------------------------------
 
@@ -231,98 +193,6 @@ def test_has_and_check_report_missing_caches(memory: KVMemory, wide: Any) -> Non
                 call()
 
 
-# -- without a sound cache ---------------------------------------------------------------------------------------------
-
-
-def test_a_missing_cache_is_an_error(memory: KVMemory, wide: Any) -> None:
-    with recorded_inputs(wide) as inputs:
-        for call in (
-            lambda: memory.reader.reply(ASKED, [reference(FERRY), reference(WALRUS)]),
-            lambda: memory.reader.reply(ASKED, [reference(FERRY, keep_ratio=0.5)]),
-            lambda: memory.reader.reply_batch([FERRY_QUESTION], [reference(WALRUS)]),
-        ):
-            with pytest.raises(CacheNotFoundError) as caught:
-                call()
-            assert caught.value.next_step
-    assert inputs == []
-
-
-def test_the_text_replaces_a_missing_cache(memory: KVMemory, wide: Any) -> None:
-    cache = memory.store.get(key_of(FERRY), memory.compressor.fingerprint(), 0.25)
-    expected = Generator(wide).generate(FERRY_QUESTION, [plain(wide, WALRUS), cache], settings=SAMPLED)
-    references = [reference(WALRUS, text=WALRUS), reference(FERRY)]
-    for reply in (
-        memory.reader.reply(ASKED, references, settings=SAMPLED).answer,
-        *memory.reader.reply_batch([FERRY_QUESTION], references, settings=SAMPLED),
-    ):
-        assert reply.text == expected.text
-        assert reply.n_prompt_tokens == len(wide.encode_question(FERRY_QUESTION) + wide.encode_document(WALRUS))
-        assert reply.n_cached_tokens == 11 + cache.n_kept
-        assert reply.damaged == ()
-    assert not memory.reader.has(WALRUS)  # nobody asked for it to be kept
-
-
-def test_the_text_is_not_prefilled_if_there_is_a_cache(memory: KVMemory) -> None:
-    expected = memory.reader.reply(ASKED, [reference(FERRY)], settings=SETTINGS).answer
-    assert of(memory.reader.reply(ASKED, [reference(FERRY, text=FERRY)], settings=SETTINGS).answer) == of(expected)
-
-
-@pytest.mark.parametrize("text", [None, FERRY])
-def test_a_damaged_cache_is_replaced_by_its_text_and_recreated(memory: KVMemory, wide: Any, text: str | None) -> None:
-    before = memory.reader.reply(ASKED, [reference(FERRY)], settings=SAMPLED).answer
-    damage(blob_of(memory, "ferry"))
-    expected = Generator(wide).generate(FERRY_QUESTION, [plain(wide, FERRY)], settings=SAMPLED)
-    with open_memory(memory.path, wide) as other:  # whoever has read it has found it sound
-        reply = other.reader.reply(ASKED, [reference(FERRY, text=text)], settings=SAMPLED).answer
-        assert (reply.text, reply.damaged, reply.n_cached_tokens) == (expected.text, (key_of(FERRY),), 11)
-        assert reply.n_prompt_tokens == len(wide.encode_question(FERRY_QUESTION) + wide.encode_document(FERRY))
-        assert of(other.reader.reply(ASKED, [reference(FERRY)], settings=SAMPLED).answer) == of(before)
-        assert other.check().ok
-
-
-def test_a_damaged_cache_of_another_collection_is_recreated(memory: KVMemory, wide: Any) -> None:
-    with open_memory(memory.path, wide, collection="tenant", keep_text=True) as tenant:
-        tenant.add(("walrus", WALRUS))
-        before = tenant.reader.reply(ASKED, [reference(WALRUS)], settings=SAMPLED).answer
-        damage(blob_of(tenant, "walrus"))
-    given_ = reference(WALRUS, collection="tenant")
-    reply = memory.reader.reply(ASKED, [given_], settings=SAMPLED).answer
-    expected = Generator(wide).generate(FERRY_QUESTION, [plain(wide, WALRUS)], settings=SAMPLED)
-    assert (reply.text, reply.damaged) == (expected.text, (key_of(WALRUS),))
-    assert of(memory.reader.reply(ASKED, [given_], settings=SAMPLED).answer) == of(before)
-    assert not memory.reader.has(WALRUS)  # it was made again where it belongs
-
-
-def test_a_damaged_cache_without_any_text_is_an_error(memory: KVMemory, wide: Any) -> None:
-    memory.store.put(key_of(WALRUS), memory.compressor.compress(WALRUS, keep_ratio=0.25))
-    key = next(info.blob_key for info in memory.store.caches() if info.text_sha256 == key_of(WALRUS))
-    damage(next(p for p in (memory.path / "blobs").rglob("*.val") if hashlib.sha256(p.read_bytes()).hexdigest() == key))
-    with open_memory(memory.path, wide) as other:
-        with pytest.raises(CorruptCacheError):
-            other.reader.reply(ASKED, [reference(WALRUS)])
-        with pytest.raises(CacheNotFoundError):  # it is in quarantine now
-            other.reader.reply(ASKED, [reference(WALRUS)])
-
-
-def test_a_text_that_does_not_match_its_key_is_not_stored(memory: KVMemory, wide: Any) -> None:
-    damage(blob_of(memory, "ferry"))
-    with open_memory(memory.path, wide) as other:
-        reply = other.reader.reply(ASKED, [reference(FERRY, text=WALRUS)], settings=SAMPLED).answer
-        expected = Generator(wide).generate(FERRY_QUESTION, [plain(wide, WALRUS)], settings=SAMPLED)
-        assert (reply.text, reply.damaged) == (expected.text, (key_of(FERRY),))
-        assert not other.reader.has(FERRY)
-
-
-def test_a_reply_does_not_fail_on_a_full_disk(memory: KVMemory, wide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise StoreFullError("no space left")
-
-    damage(blob_of(memory, "ferry"))
-    with open_memory(memory.path, wide) as other:
-        monkeypatch.setattr(other.store, "put", full)
-        assert other.reader.reply(ASKED, [reference(FERRY)], settings=SETTINGS).answer.damaged == (key_of(FERRY),)
-
-
 # -- without documents -------------------------------------------------------------------------------------------------
 
 
@@ -385,113 +255,3 @@ def test_complete_continues_a_text(memory: KVMemory, wide: Any) -> None:
     assert of(reply) == of(memory.reader.reply(ASKED, texts=[FERRY], settings=SAMPLED).answer)
     with pytest.raises(ConfigError, match="empty prompt"):
         memory.reader.complete("")
-
-
-# -- breaking off ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def composed(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[PositionedCache]]:
-    """Every cache that is made for a reply from now on."""
-    made: list[weakref.ref[PositionedCache]] = []
-    init: Callable[..., None] = PositionedCache.__init__
-
-    def noted(self: PositionedCache, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        made.append(weakref.ref(self))
-
-    monkeypatch.setattr(PositionedCache, "__init__", noted)
-    return made
-
-
-@pytest.mark.parametrize("taken", [0, 1, 5])
-def test_closing_stops_decoding_and_frees_the_cache(
-    memory: KVMemory, wide: Any, composed: list[weakref.ref[PositionedCache]], taken: int
-) -> None:
-    expected = memory.reader.reply(ASKED, [reference(FERRY)], settings=SAMPLED).answer
-    composed.clear()
-    gc.collect()
-    gc.disable()  # freed at once, not when the collector happens to come by
-    try:
-        with recorded_inputs(wide) as inputs:
-            stream = memory.reader.reply(ASKED, [reference(FERRY)], settings=SAMPLED)
-            pieces = [next(stream) for _ in range(taken)]
-            (cache,) = composed
-            assert cache() is not None
-            read = len(inputs)
-            stream.close()
-            assert cache() is None
-            assert list(stream) == []
-            reply = stream.answer
-        assert len(inputs) == read < 40
-    finally:
-        gc.enable()
-    assert (reply.n_new_tokens, reply.text.startswith("".join(pieces))) == (read, True)
-    assert reply.finish_reason == "length"
-    stream.close()  # twice is fine
-    assert of(memory.reader.reply(ASKED, [reference(FERRY)], settings=SAMPLED).answer) == of(expected)
-
-
-def test_a_complete_reply_frees_its_cache(memory: KVMemory, composed: list[weakref.ref[PositionedCache]]) -> None:
-    stream = memory.reader.reply(ASKED, [reference(FERRY, text=FERRY)], settings=SAMPLED)
-    assert stream.answer.text
-    gc.collect()
-    assert composed and all(cache() is None for cache in composed)
-
-
-def test_concurrent_streams_get_their_own_replies(memory: KVMemory) -> None:
-    jobs = [(FERRY_QUESTION, FERRY), (LAMP_QUESTION, LAMP)]
-    expected = [
-        memory.reader.reply([Turn("user", q)], [reference(text)], settings=SAMPLED).answer.text for q, text in jobs
-    ]
-    assert expected[0] != expected[1]
-    found: dict[int, list[str]] = {0: [], 1: []}
-    reader, both = memory.reader, threading.Barrier(2)
-
-    def stream(index: int) -> None:
-        question, text = jobs[index]
-        both.wait()
-        for _ in range(3):
-            found[index].append("".join(reader.reply([Turn("user", question)], [reference(text)], settings=SAMPLED)))
-
-    threads = [threading.Thread(target=stream, args=(index,)) for index in found]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == {0: [expected[0]] * 3, 1: [expected[1]] * 3}
-
-
-def test_interleaved_streams_do_not_affect_each_other(memory: KVMemory) -> None:
-    def start() -> list[Any]:
-        return [memory.reader.reply(ASKED, [reference(text)], settings=SAMPLED) for text in (FERRY, LAMP)]
-
-    expected = [stream.answer.text for stream in start()]
-    streams, found = start(), ["", ""]
-    for _ in range(40):
-        for index, stream in enumerate(streams):
-            found[index] += next(stream, "")
-    assert found == expected
-
-
-async def test_cancelling_a_stream_without_output_stops_within_one_token(memory: KVMemory, wide: Any) -> None:
-    long = DecodeSettings(max_new_tokens=200)
-    text = memory.reader.reply([Turn("user", "Why?")], settings=long).answer.text
-    held = DecodeSettings(max_new_tokens=200, stop=(text + "#",))  # all of it may be the beginning of a stop string
-    stream = memory.reader.reply([Turn("user", "Why?")], settings=held)
-
-    async def take() -> None:
-        async for _ in iterate_in_thread(stream):
-            raise AssertionError("a piece was shown")
-
-    with recorded_inputs(wide) as inputs:
-        task = asyncio.create_task(take())
-        while len(inputs) < 5:
-            await asyncio.sleep(0.001)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert len(inputs) < 50
-        n = len(inputs)
-        await asyncio.sleep(0.05)
-        assert len(inputs) == n

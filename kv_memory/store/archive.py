@@ -94,8 +94,12 @@ class ExportReport:
 def export_collection(store: Store, path: Path | str, *, on_progress: OnProgress | None = None) -> ExportReport:
     """Write a collection into one file: documents, caches, prefixes and settings.
 
-    It is copied into a folder `PATH.part-...`, checked and packed there, and renamed to PATH. This takes twice the size
-    of the collection on the disk. A killed process leaves that folder behind. Documents may be added during the export.
+    It is copied into a folder `PATH.part-...`, checked and packed there, and renamed to PATH. Blobs are linked into
+    that folder; where that is not possible, an export takes twice the size of the collection on the disk. A killed
+    process leaves the folder behind. Documents may be added during the export.
+
+    A blob is hashed in the store, unless this process has done so before, because a damaged one is left out. It is
+    hashed again in the folder, because the archive replaces an older one.
 
     Args:
         store: Collection to export.
@@ -113,7 +117,8 @@ def export_collection(store: Store, path: Path | str, *, on_progress: OnProgress
         raise TransferError("there is no such folder", where=str(target.parent), next_step="Create it first.")
     revision = store.revision
     with _temporary(target.parent, f"{target.name[:99]}.part-") as folder:
-        with Store.open(folder / "store", collection=store.collection) as small:
+        # Not durable: only the finished file is synced, before its rename.
+        with Store.open(folder / "store", collection=store.collection, durable=False) as small:
             copied = copy_collection(store, small, on_progress=on_progress)
             checked = small.check()
         if checked.damaged or checked.missing:
@@ -177,7 +182,7 @@ def open_archive(path: Path | str, *, on_progress: OnProgress | None = None) -> 
     with _temporary(beside, f"{source.name[:99]}.unpacked-") as folder:
         with _as_damage(source):
             collection = _unpack(source, folder, on_progress)
-            opened = Store.open(folder, collection=collection, create=False)
+            opened = Store.open(folder, collection=collection, create=False, durable=False)
         with opened:
             if on_progress is not None:
                 on_progress(TransferProgress(step="verify"))
@@ -277,7 +282,9 @@ def _unpack(source: Path, folder: Path, on_progress: OnProgress | None) -> str:
                 next_step="Use the version of kv-memory that wrote it, or a newer one.",
             )
         while (member := tar.next()) is not None:
-            tar.extract(member, folder, filter="data")
+            # Without the mode and time of the archive: the store that it is imported into takes over these files.
+            tar.extract(member, folder, set_attrs=False, filter="data")
+            os.chmod(folder / member.name, 0o600)
             if on_progress is not None:
                 on_progress(TransferProgress(step="unpack", size_bytes=file.tell(), size_bytes_total=total))
         for name in _DATABASES:

@@ -9,8 +9,9 @@ A blob without a row that an interrupted writer has left is an orphan, which `gc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 
 from sqlalchemy import delete, select, union
 from sqlalchemy.orm import Session
@@ -52,32 +53,36 @@ class BlobReferences:
         self.verified_blobs = verified_blobs
 
     def put(self, data: bytes, add_row: Callable[[Session, str], Collection[str]]) -> None:
-        """Store a blob, then its row.
+        """Store a blob, then its row; `put_all` of one blob, whose name `add_row` is given too."""
+        key = blob_key(data)
+        self.put_all({key: data}, lambda session: add_row(session, key))
+
+    def put_all(self, blobs: Mapping[str, bytes | Path], add_rows: Callable[[Session], Collection[str]]) -> None:
+        """Store blobs, then their rows in one transaction.
 
         Args:
-            data: Bytes of the blob.
-            add_row: Function that writes the row in the session, given the name of the blob; returns the names of
-                blobs that may have no row afterwards. What it raises rolls the transaction back.
+            blobs: Blobs by name, see `DiskBlobs.put`.
+            add_rows: Function that writes the rows in the session; returns the names of blobs that may have no row
+                afterwards. What it raises rolls the transaction back.
 
         Raises:
-            StoreError: The blob was removed each time it was stored.
+            StoreError: A blob was removed each time it was stored.
         """
-        key = blob_key(data)
-        left: Collection[str] = [key]
+        left: Collection[str] = [*blobs]
         try:
             for _ in range(_TRIES):
-                self.verified_blobs.put(key, data)
+                self.verified_blobs.put(blobs)
                 with self.catalog.write() as session:
-                    if self.verified_blobs.blobs.has(key):
-                        left = add_row(session, key)
+                    if all(self.verified_blobs.blobs.has(key) for key in blobs):
+                        left = add_rows(session)
                         break
             else:
-                raise StoreError("the blob was removed each time it was stored", where=f"blob {key}")
+                raise StoreError("a blob was removed each time it was stored", where=f"blob {', '.join(blobs)}")
         except StoreLockedError:
-            left = []  # removing the blob would wait for the same lock; `gc` does it
+            left = []  # removing the blobs would wait for the same lock; `gc` does it
             raise
         except BaseException:
-            left = [*left, key]
+            left = [*left, *blobs]
             raise
         finally:
             if left:

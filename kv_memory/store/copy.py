@@ -11,15 +11,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
 
-from sqlalchemy import ColumnElement, delete, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from kv_memory.config import check_choice
 from kv_memory.errors import CorruptCacheError, DocumentNotFoundError, TransferError
 from kv_memory.model.embedded import recorded_settings
-from kv_memory.store.documents import alive
+from kv_memory.store.blobs.local import DiskBlobs, blob_key
+from kv_memory.store.documents import alive, batches
 from kv_memory.store.error_mapping import mapped
 from kv_memory.store.records import CacheInfo, DocumentRecord
 from kv_memory.store.sql.schema import CacheRow, CollectionRow, DocumentRow, FingerprintRow, PrefixRow, utc_now
@@ -30,6 +33,10 @@ __all__ = ["CopyReport", "OnConflict", "TransferProgress", "copy_collection"]
 OnConflict = Literal["refuse", "skip", "replace"]
 _TRIES = 10  # of a document that changes while it is copied
 _PAGE = 500  # document ids
+# Caches and documents stored together, whose bytes (unless they are linked) and characters are in memory meanwhile.
+_MOST_AT_ONCE = 50  # of each
+_MOST_BYTES = 32 * 2**20
+_MOST_CHARACTERS = 2**18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +117,17 @@ def copy_collection(
     return _Copy(source, target, on_conflict, on_progress).run()
 
 
+_Key = tuple[str, str, float]  # text, fingerprint, keep_ratio
+
+
+class _Cache(NamedTuple):
+    """A cache to be stored: its record, its blob as bytes or as a file to link, its fingerprint as JSON."""
+
+    info: CacheInfo
+    data: bytes | Path
+    fingerprint: str
+
+
 class _Copy:
     def __init__(
         self,
@@ -125,9 +143,18 @@ class _Copy:
         self._counts: Counter[str] = Counter()
         self._conflicts: list[str] = []
         self._damaged: list[str] = []
-        # Several documents may share a cache, which counts once: text, fingerprint, keep_ratio.
-        self._taken: set[tuple[str, str, float]] = set()
-        self._left_out: set[tuple[str, str, float]] = set()
+        # Several documents may share a cache, which counts once.
+        self._taken: set[_Key] = set()
+        self._left_out: set[_Key] = set()
+        self._fingerprints: dict[str, str] = {}  # JSON by digest
+        # Blobs are linked from or into a temporary store. Two lasting stores share no files: one may be the backup of
+        # the other.
+        lasting = source.catalog.durable and target.catalog.durable
+        self._links = not lasting and isinstance(target.references.verified_blobs.blobs, DiskBlobs)
+        # Linked files of a lasting source may be removed at any time, so they are not kept waiting.
+        self._waits = target.catalog.durable
+        self._caches: list[_Cache] = []  # to be stored, and the documents after them
+        self._documents: list[DocumentRecord] = []
         self._total_bytes = source.stats().cache_bytes
         limits = target.limits()
         self._is_bounded = limits.max_size_bytes is not None or limits.store_max_size_bytes is not None
@@ -145,6 +172,7 @@ class _Copy:
         for document_id in _document_ids(self._source):
             self._copy_document(document_id)
             self._tell()
+        self._store()
         return CopyReport(
             collection=self._target.collection,
             n_documents=self._counts["documents"],
@@ -193,11 +221,11 @@ class _Copy:
         keys = select(PrefixRow.key, PrefixRow.blob_key).where(PrefixRow.collection_id == self._source.collection_id)
         with self._source.catalog.read() as session:
             found = session.execute(keys).all()
-        for key, blob_key in found:
+        for key, blob in found:
             if self._sound_prefix(self._target, key) is not None:
                 continue
             if (data := self._sound_prefix(self._source, key)) is None:
-                self._damaged.append(blob_key)
+                self._damaged.append(blob)
             else:
                 self._target.put_prefix(key, data)
 
@@ -216,7 +244,7 @@ class _Copy:
             try:
                 record = self._source.document(document_id)
                 verdict = self._verdict(record)
-                whole = self._copy_caches(self._source.caches(document_id), leave=verdict == "leave")
+                whole = self._take_caches(self._source.caches(document_id), leave=verdict == "leave")
                 whole &= self._source.document(document_id).updated_at == record.updated_at
             except DocumentNotFoundError:
                 return  # deleted meanwhile
@@ -230,7 +258,12 @@ class _Copy:
             )
         self._counts.update({"documents": 1, verdict: 1})
         if verdict in {"add", "replace"}:
-            self._target.put_document(record)
+            self._documents.append(record)
+            n_characters = sum(len(passage.text or "") for each in self._documents for passage in each.passages)
+            full = len(self._documents) >= _MOST_AT_ONCE or n_characters > _MOST_CHARACTERS
+            # A replaced document takes its old caches along, perhaps one that the next document needs.
+            if full or verdict == "replace" or not self._waits:
+                self._store()
         elif verdict == "leave":
             self._conflicts.append(document_id)
 
@@ -254,68 +287,109 @@ class _Copy:
 
     # caches
 
-    def _copy_caches(self, caches: list[CacheInfo], *, leave: bool) -> bool:
+    def _take_caches(self, caches: list[CacheInfo], *, leave: bool) -> bool:
         """Copy a document's caches; False if one vanished meanwhile, so that the document must be looked up again."""
         now = utc_now()
+        wanted: list[CacheInfo] = []
         for info in caches:
-            key = info.text_sha256, info.fingerprint, info.keep_ratio
             if leave or (info.expires_at is not None and info.expires_at <= now):
-                self._left_out.add(key)
-            elif key not in self._taken:
-                if self._has(info):
-                    self._counts["caches present"] += 1
-                elif (found := self._blob(info)) is not None:
-                    self._put(info, *found)
-                elif info.blob_key not in self._damaged:
-                    return False
-                self._taken.add(key)
-                self._counts["bytes done"] += info.size_bytes
-                self._tell()
-        return True
+                self._left_out.add(_key(info))
+            elif _key(info) not in self._taken:
+                wanted.append(info)
+        present = self._present(wanted)
+        for info in wanted:
+            if _key(info) in present:
+                self._counts["caches present"] += 1
+            elif (found := self._blob(info)) is not None:
+                self._caches.append(_Cache(info, *found))
+            elif info.blob_key not in self._damaged:
+                return False
+            self._count(info)
+            n_bytes = sum(len(cache.data) for cache in self._caches if isinstance(cache.data, bytes))
+            if (len(self._caches) >= _MOST_AT_ONCE or n_bytes > _MOST_BYTES) and not self._store():
+                return False
+            self._tell()
+        return self._waits or self._store()
 
-    def _has(self, info: CacheInfo) -> bool:
-        """Whether the target has a sound cache of this text, fingerprint and keep ratio."""
-        with self._target.catalog.read() as session:
-            row = session.scalar(select(CacheRow).where(self._same(info), alive(utc_now())))
-        return row is not None and self._target.references.verified_blobs.sound(row.blob_key, row.size_bytes)
+    def _count(self, info: CacheInfo) -> None:
+        self._taken.add(_key(info))
+        self._counts["bytes done"] += info.size_bytes
 
-    def _same(self, info: CacheInfo) -> ColumnElement[bool]:
-        return (
-            (CacheRow.collection_id == self._target.collection_id)
-            & (CacheRow.text_sha256 == info.text_sha256)
-            & (CacheRow.fingerprint == info.fingerprint)
-            & (CacheRow.keep_ratio == info.keep_ratio)
-        )
+    def _present(self, infos: list[CacheInfo]) -> set[_Key]:
+        """The caches that the target has already, and which are sound there."""
+        present: set[_Key] = set()
+        for texts in batches({info.text_sha256 for info in infos}):
+            here = (CacheRow.collection_id == self._target.collection_id) & CacheRow.text_sha256.in_(texts)
+            with self._target.catalog.read() as session:
+                rows = session.scalars(select(CacheRow).where(here, alive(utc_now()))).all()
+            sound = self._target.references.verified_blobs.sound
+            present |= {_key(row) for row in rows if sound(row.blob_key, row.size_bytes)}
+        return present
 
-    def _blob(self, info: CacheInfo) -> tuple[bytes, str] | None:
+    def _blob(self, info: CacheInfo) -> tuple[bytes | Path, str] | None:
         """A verified blob and its fingerprint in full; None if the cache is gone, or was damaged and is quarantined."""
+        if (fingerprint := self._fingerprints.get(info.fingerprint)) is None:
+            with self._source.catalog.read() as session:
+                row = session.get(FingerprintRow, info.fingerprint)
+            if row is None:
+                return None
+            fingerprint = self._fingerprints[info.fingerprint] = row.json
         references = self._source.references
-        with self._source.catalog.read() as session:
-            fingerprint = session.get(FingerprintRow, info.fingerprint)
         with mapped(f"blob {info.blob_key}"):
             try:
-                data = references.verified_blobs.verified_path(info.blob_key, info.size_bytes).read_bytes()
+                path = references.verified_blobs.verified_path(info.blob_key, info.size_bytes)
+                if self._links:
+                    return path, fingerprint
+                data = path.read_bytes()
+                # Hashed again, because the file may have been hashed long ago.
+                if blob_key(data) != info.blob_key:
+                    raise CorruptCacheError("the blob's bytes changed", where=f"blob {info.blob_key}")
+                return data, fingerprint
             except (CorruptCacheError, FileNotFoundError):
                 if references.quarantine_if_damaged(info.blob_key, info.size_bytes):
                     self._damaged.append(info.blob_key)
                 return None
-        return None if fingerprint is None else (data, fingerprint.json)
 
-    def _put(self, info: CacheInfo, data: bytes, fingerprint: str) -> None:
-        """Store a blob, then its row with all dates, pins and fidelity; replaces an expired or damaged cache."""
-
-        def add_row(session: Session, key: str) -> set[str]:
-            if session.get(FingerprintRow, info.fingerprint) is None:
-                session.add(FingerprintRow(digest=info.fingerprint, json=fingerprint))
-                session.flush()
-            gone = set(session.scalars(delete(CacheRow).where(self._same(info)).returning(CacheRow.blob_key)))
-            session.add(CacheRow(collection_id=self._target.collection_id, **vars(info)))
-            return gone - {key}
-
-        self._target.references.put(data, add_row)
-        self._counts.update({"caches": 1, "bytes": len(data)})
+    def _store(self) -> bool:
+        """Store the waiting caches, then the documents; False if a blob of the source was removed meanwhile."""
+        caches, self._caches = self._caches, []
+        records, self._documents = self._documents, []
+        try:
+            if caches:
+                blobs = {cache.info.blob_key: cache.data for cache in caches}
+                self._target.references.put_all(blobs, partial(self._add_rows, caches))
+        except CorruptCacheError:
+            if self._waits:
+                raise
+            self._taken.difference_update(_key(cache.info) for cache in caches)
+            self._documents = records
+            return False
+        for cache in caches:
+            self._counts.update({"caches": 1, "bytes": cache.info.size_bytes})
+        for record in records:
+            self._target.put_document(record)
         if self._is_bounded:
             self._counts["evicted"] += self._target.make_room()
+        return True
+
+    def _add_rows(self, caches: list[_Cache], session: Session) -> set[str]:
+        """Write rows with all dates, pins and fidelity, in place of those of expired and damaged caches."""
+        for digest, fingerprint in {cache.info.fingerprint: cache.fingerprint for cache in caches}.items():
+            if session.get(FingerprintRow, digest) is None:
+                session.add(FingerprintRow(digest=digest, json=fingerprint))
+        here = CacheRow.collection_id == self._target.collection_id
+        texts = {cache.info.text_sha256 for cache in caches}
+        old = {_key(row): row for row in session.scalars(select(CacheRow).where(here, CacheRow.text_sha256.in_(texts)))}
+        replaced = [old[key] for cache in caches if (key := _key(cache.info)) in old]
+        for row in replaced:
+            session.delete(row)
+        session.flush()  # the old rows first, because the new ones have their keys
+        session.add_all(CacheRow(collection_id=self._target.collection_id, **vars(c.info)) for c in caches)
+        return {row.blob_key for row in replaced} - {cache.info.blob_key for cache in caches}
+
+
+def _key(cache: CacheInfo | CacheRow) -> _Key:
+    return cache.text_sha256, cache.fingerprint, cache.keep_ratio
 
 
 def _document_ids(store: Store) -> Iterator[str]:

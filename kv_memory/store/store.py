@@ -46,6 +46,7 @@ class Store(Documents, Caches):
         catalog: str | None = None,
         blobs: str | None = None,
         tier_size_bytes: int | None = None,
+        durable: bool = True,
     ) -> Store:
         """Open the store in a folder, and upgrade an old one.
 
@@ -59,6 +60,8 @@ class Store(Documents, Caches):
             blobs: Object store URL for a new store: `s3://BUCKET/PREFIX`, `gs://...`, `az://...` or `file:///FOLDER`.
                 Credentials come from the environment. None keeps the blobs in the folder.
             tier_size_bytes: Size limit in bytes for local copies of an object store's blobs; 20 GB unless set.
+            durable: Whether written data survives a power cut. Turn it off only for a temporary store, whose folder
+                then takes no sync at all.
 
         Raises:
             ConfigError: `catalog` or `blobs` is not a valid URL, or not the one of the existing store.
@@ -73,6 +76,7 @@ class Store(Documents, Caches):
             folder / "blobs",
             timeout_s=catalogs.BUSY_TIMEOUT_S,
             size_limit=None if place.blobs is None else place.tier_size_bytes,
+            durable=durable,
         )
         kept = disk if place.blobs is None else ObjectBlobs(place.blobs, disk)
         # Others may be using a shared catalog with the version that wrote it: they decide when it is upgraded.
@@ -80,6 +84,7 @@ class Store(Documents, Caches):
             place.catalog or folder / CATALOG_FILE,
             busy_timeout_s=catalogs.BUSY_TIMEOUT_S,
             upgrade=place.catalog is None,
+            durable=durable,
         )
         try:
             collection_id = find_collection(opened, collection, create=create)

@@ -18,6 +18,7 @@ from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
 from tests import services
 from tests.conftest import make_model, make_tokenizer
+from tests.jobs.source_samples import opened
 
 
 @pytest.fixture(scope="session")
@@ -98,3 +99,10 @@ def new_job(store: Store, settings: JobSettings) -> Callable[..., Job]:
 @pytest.fixture
 def ledger(store: Store) -> Ledger:
     return Ledger(store)
+
+
+@pytest.fixture(autouse=True)
+def _sources_closed() -> Iterator[None]:
+    yield
+    while opened:
+        opened.pop().close()

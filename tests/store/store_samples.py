@@ -90,3 +90,22 @@ def within(seconds: float) -> Iterator[None]:
     begun = time.monotonic()
     yield
     assert time.monotonic() - begun < seconds
+
+
+def held(folder: Path, samples: dict[str, bytes]) -> set[str]:
+    """Which of the samples stand in a file of the folder, or are its name."""
+    found: set[str] = set()
+    for path in folder.rglob("*"):
+        data = path.read_bytes() if path.is_file() else b""
+        data += str(path.relative_to(folder)).encode()
+        found |= {name for name, sample in samples.items() if sample in data}
+    return found
+
+
+def samples_of(name: str, blob: bytes, *others: bytes) -> dict[str, bytes]:
+    """Pieces of 32 bytes all over a blob's tensors, and whatever else gives a document away."""
+    start = 8 + int.from_bytes(blob[:8], "little")  # the header before is the same in all blobs of a model
+    places = range(start, len(blob) - 32, max(1, (len(blob) - start) // 40))
+    pieces = {f"{name} blob at {i}": blob[i : i + 32] for i in places if len(set(blob[i : i + 32])) > 16}
+    assert len(pieces) > 20
+    return pieces | {f"{name} {other[:20]!r}": other for other in others}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from filled_store import Stop, contents, stop_after
 from sqlalchemy import select, update
-from store_samples import FINGERPRINT, blob_file, document, equal, make_cache, sha
+from store_samples import FINGERPRINT, blob_file, blob_files, document, equal, make_cache, sha
 
 from kv_memory.errors import ConfigError, TransferError
 from kv_memory.store import (
@@ -41,8 +41,6 @@ def test_passages_without_their_text_are_copied(full: Store, fresh: Store) -> No
 
 ELSEWHERE = [
     pytest.param("sqlite-folder"),
-    pytest.param("postgres-disk", marks=pytest.mark.postgres),
-    pytest.param("sqlite-s3", marks=pytest.mark.s3),
     pytest.param("postgres-s3", marks=[pytest.mark.postgres, pytest.mark.s3]),
 ]
 
@@ -61,6 +59,18 @@ def test_transfer_works_between_all_kinds_of_store(
         assert contents(copy) == expected and elsewhere.check().ok
     import_archive(tmp_path / "all.tar", fresh)
     assert contents(fresh) == expected
+
+
+def test_two_lasting_stores_share_no_files(full: Store, fresh: Store, tmp_path: Path) -> None:
+    files = {path: path.stat() for path in blob_files(full)}
+    copy_collection(full, fresh)
+    export_collection(full, tmp_path / "all.tar")
+    with Store.open(tmp_path / "imported") as imported:
+        import_archive(tmp_path / "all.tar", imported)
+        copies = blob_files(fresh) + blob_files(imported)
+    assert len(copies) == 2 * 7
+    assert all((path.stat().st_nlink, path.stat().st_mode & 0o777) == (1, 0o600) for path in [*files, *copies])
+    assert all(path.stat().st_mtime == status.st_mtime for path, status in files.items())
 
 
 # conflicts
@@ -109,6 +119,14 @@ def test_replace_updates_metadata_of_equal_texts_too(fresh: Store, full: Store) 
     assert fresh.document("twin").metadata == {}
 
 
+def test_a_cache_of_a_replaced_document_stays_if_another_one_needs_it(fresh: Store, full: Store) -> None:
+    fresh.update_settings(full.settings())
+    fresh.put(sha("twin"), make_cache(1))
+    fresh.put_document(document("d001", "twin"))
+    assert copy_collection(full, fresh, on_conflict="replace").n_replaced == 1
+    assert fresh.missing(FINGERPRINT, 0.25) == []
+
+
 def test_an_unknown_on_conflict_is_a_config_error(fresh: Store, full: Store) -> None:
     with pytest.raises(ConfigError):
         copy_collection(full, fresh, on_conflict="ask")  # type: ignore[arg-type]
@@ -131,10 +149,14 @@ def test_the_size_limit_holds_while_copying(fresh: Store, full: Store) -> None:
     assert "d000" in {d.id for d in fresh.documents()} and fresh.check().ok
 
 
-@pytest.mark.parametrize("n", [1, 3, 6, 9])
-def test_an_interrupted_copy_leaves_whole_documents_and_resumes(full: Store, fresh: Store, n: int) -> None:
+@pytest.mark.parametrize("n", [1, 6, 9])
+def test_an_interrupted_copy_leaves_whole_documents_and_resumes(
+    full: Store, fresh: Store, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    monkeypatch.setattr("kv_memory.store.copy._MOST_AT_ONCE", 2)
     with pytest.raises(Stop):
         copy_collection(full, fresh, on_progress=stop_after(n))
+    assert len(fresh.documents()) == {1: 0, 6: 1, 9: 3}[n]
     assert fresh.missing(FINGERPRINT, 0.25) == []
     assert fresh.check().ok
     report = copy_collection(full, fresh)
@@ -161,12 +183,12 @@ def test_a_document_that_never_stays_the_same_is_an_error(
 def test_memory_does_not_grow_with_the_collection(
     run_script: Callable[..., Any], tmp_path: Path, empty_store: Path
 ) -> None:
-    """Three times the documents, and 1.4 MB of text more: few passages at a time are in memory, and no list of all."""
+    """Three times the documents, and 0.8 MB of text more: few passages at a time are in memory, and no list of all."""
     folder = shutil.copytree(empty_store, tmp_path / "big")
     done = run_script(GROWTH, folder, tmp_path / "big.tar", tmp_path / "copy")
     assert done.returncode == 0, done.stderr
     small, large = json.loads(done.stdout)
-    assert large - small < 500_000, (small, large)
+    assert large - small < 400_000, (small, large)
 
 
 GROWTH = """
@@ -174,7 +196,7 @@ import json, tracemalloc
 from kv_memory.store import export_collection, import_archive
 
 peaks = []
-for start, stop in ((0, 1), (1, 12), (12, 40)):  # the first one imports Alembic
+for start, stop in ((0, 1), (1, 9), (9, 25)):  # the first one imports Alembic
     with Store.open(sys.argv[1]) as store:
         for i in range(start, stop):
             store.put_document(document(f"d{i:06}", f"{i} " + "word " * 10_000))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import os
 import re
 import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
@@ -80,12 +79,14 @@ class DiskBlobs:
         timeout_s: Time to wait for another process's write, in seconds.
         size_limit: Size limit in bytes of a tier in front of an object store, beyond which the least recently read
             blobs are evicted. None for a store, which evicts nothing by itself.
+        durable: Whether a blob survives a power cut once it is stored.
     """
 
-    def __init__(self, folder: Path, *, timeout_s: float, size_limit: int | None = None) -> None:
+    def __init__(self, folder: Path, *, timeout_s: float, size_limit: int | None = None, durable: bool = True) -> None:
         self.folder = folder
         self.where = str(folder)
         self.size_limit = size_limit
+        self.durable = durable
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._opened: Any = None
@@ -124,32 +125,50 @@ class DiskBlobs:
         with self._cache():
             pass
 
-    def put(self, key: str, data: bytes, *, replace: bool = False) -> None:
-        """Store a blob durably; with `replace`, an existing key gets the new bytes, otherwise it keeps the old ones.
+    def put(self, blobs: Mapping[str, bytes | Path], *, replace: bool = False) -> None:
+        """Store blobs durably; with `replace`, an existing key gets the new bytes, otherwise it keeps the old ones.
+
+        Args:
+            blobs: Bytes by key, or a file with them, which is linked and must never be written to.
+            replace: Whether to replace existing blobs.
 
         Raises:
-            StoreFullError: No space left; nothing of this blob stays behind.
+            CorruptCacheError: A file does not exist any more.
+            StoreFullError: No space left; nothing of these blobs stays behind.
             StoreError: The folder is not writable.
         """
         with self._cache() as cache:
-            cache.disk.written.path = None
+            disk: SafeTensorsDisk = cache.disk
             # With diskcache's default (NORMAL) a power cut can lose a row although its catalog row is durable. Set
             # for this thread's connection and not as a setting, with which opening would sync 40 times instead of
             # twice.
-            cache.reset("sqlite_synchronous", 2, update=False)
+            cache.reset("sqlite_synchronous", 2 if self.durable else 0, update=False)
+            files: list[_File] = []
             try:
-                # `add`, not `set`: of two processes with the same blob the second drops its own file. `set` would
-                # drop the first one's, which a reader may be about to open.
-                if not (replace or cache.add(key, data) or self.has(key)):
-                    replace = True  # a row without its file
-                if replace:
-                    cache.set(key, data)
+                # 1. Write the files, before the transaction, for which other processes wait.
+                for key, data in blobs.items():
+                    files.append(disk.write(key, data, durable=self.durable))
+                if self.durable:
+                    for folder in {os.path.dirname(file.path) for file in files}:
+                        fsync_folder(folder)
+                # 2. Insert their rows.
+                with cache.transact():
+                    for (key, data), file in zip(blobs.items(), list(files), strict=True):
+                        # `add`, not `set`: of two processes with the same blob the second drops its own file. `set`
+                        # would drop the first one's, which a reader may be about to open.
+                        if replace:
+                            cache.set(key, file)
+                        elif not (cache.add(key, file) or self.has(key)):  # a row without its file
+                            files.append(disk.write(key, data, durable=self.durable))
+                            if self.durable:
+                                fsync_folder(os.path.dirname(files[-1].path))
+                            cache.set(key, files[-1])
             except Exception:
-                # diskcache leaves the file behind if it could not write the row. After Ctrl-C it is unknown whether
-                # it did: the file stays, and a later audit removes it if it has no row.
-                if (path := cache.disk.written.path) is not None:
+                # diskcache leaves a file behind if it could not write the row. After Ctrl-C it is unknown whether
+                # it did: the files stay, and a later audit removes those without a row.
+                for file in files:
                     with suppress(OSError):
-                        os.unlink(path)
+                        os.unlink(file.path)
                 raise
 
     def open(self, key: str, *, fresh: bool = False) -> BufferedReader | None:
@@ -240,8 +259,17 @@ class DiskBlobs:
 _NO_FILE = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
 
 
+@dataclass(frozen=True)
+class _File:
+    """A written file that has no row yet: its name in the folder, full path, and size in bytes."""
+
+    name: str
+    path: str
+    size_bytes: int
+
+
 class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
-    """Storage of `str` keys and `bytes` values, each value a durable file inside the folder.
+    """Storage of `str` keys and of values that are files inside the folder, written before by `write`.
 
     A file has a name of its own and not that of its blob: diskcache writes a new file before it drops the old one.
     """
@@ -250,7 +278,6 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
         super().__init__(directory, **settings)
         self.root = os.path.realpath(directory)
         self._durable_folders: set[str] = set()
-        self.written = threading.local()  # .path: the file this thread wrote last, for undoing a failed insert
 
     def confined(self, filename: object) -> str | None:
         """The full path of a row's `filename`; None if it leaves the folder or is not a value file."""
@@ -281,16 +308,21 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
         return key
 
     def store(self, value: Any, read: bool, key: Any = UNKNOWN) -> tuple[int, int, str, None]:
-        """Write a value as a file."""
-        if type(value) is not bytes or read:
-            raise TypeError(f"blobs are bytes, got {type(value).__name__}")
-        # Through a stream, because that branch writes a file even for small values.
+        """The columns of a value's row."""
+        if type(value) is not _File or read:
+            raise TypeError(f"blobs are files written before, got {type(value).__name__}")
+        return value.size_bytes, MODE_BINARY, value.name, None
+
+    def write(self, key: str, data: bytes | Path, *, durable: bool) -> _File:
+        """Write a file, or link one; to be durable its folder must be synced too."""
+        name, path = self.filename()
         try:
-            size, mode, filename, _ = super().store(io.BytesIO(value), True, key=key)
-        except FileNotFoundError:  # a purge has taken the unfinished file for a leftover
-            size, mode, filename, _ = super().store(io.BytesIO(value), True, key=key)
-        self.written.path = os.path.join(self.root, filename)
-        return size, mode, filename, None
+            self._create(path, key, data, durable)
+        except FileNotFoundError as error:
+            if isinstance(data, Path) and not data.exists():
+                raise CorruptCacheError("the blob was removed meanwhile", where=f"blob {key}") from error
+            self._create(path, key, data, durable)  # a purge has taken the unfinished file for a leftover
+        return _File(name, path, os.path.getsize(path))
 
     def filename(self, key: Any = UNKNOWN, value: Any = UNKNOWN) -> tuple[str, str]:
         """A new name for a value's file, as a relative and an absolute path.
@@ -327,23 +359,32 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
             with suppress(FileNotFoundError):
                 (os.rmdir if os.path.isdir(path) else os.unlink)(path)
 
-    def _write(self, full_path: str, iterator: Iterable[bytes], mode: str, encoding: str | None = None) -> int:
-        temporary = full_path + ".tmp"
-        folder = os.path.dirname(full_path)
+    def _create(self, path: str, key: str, data: bytes | Path, durable: bool) -> None:
+        temporary = path + ".tmp"
+        folder = os.path.dirname(path)
         if folder not in self._durable_folders:  # new, or made by a process that has not synced it yet
             private_folder(Path(folder))
-            fsync_folder(self.root)
+            if durable:
+                fsync_folder(self.root)
             self._durable_folders.add(folder)
         try:
-            with open(temporary, "xb", opener=private_opener) as handle:
-                size = sum(handle.write(chunk) for chunk in iterator)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.rename(temporary, full_path)
-            fsync_folder(folder)
+            if isinstance(data, Path):
+                try:
+                    os.link(data, temporary)
+                except OSError:  # another file system, or one without links
+                    data = data.read_bytes()
+                    if blob_key(data) != key:
+                        raise CorruptCacheError("the blob changed meanwhile", where=f"blob {key}") from None
+            if isinstance(data, bytes):
+                with open(temporary, "xb", opener=private_opener) as file:
+                    file.write(data)
+            if durable:
+                with open(temporary, "rb+") as file:
+                    os.utime(temporary)  # a linked file is as young as a written one, for `audit`
+                    os.fsync(file.fileno())
+            os.rename(temporary, path)
         except BaseException:
-            for path in (temporary, full_path):
+            for name in (temporary, path):
                 with suppress(OSError):
-                    os.unlink(path)
+                    os.unlink(name)
             raise
-        return size

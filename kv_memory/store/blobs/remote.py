@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from io import BufferedReader
@@ -96,15 +97,19 @@ class ObjectBlobs:
         """Open the tier now instead of at the first use."""
         self.tier.warm()
 
-    def put(self, key: str, data: bytes) -> None:
-        """See `DiskBlobs.put`."""
+    def put(self, blobs: Mapping[str, bytes | Path]) -> None:
+        """See `DiskBlobs.put`; existing objects are replaced."""
+        for key, data in blobs.items():
+            self._put(key, data if isinstance(data, bytes) else data.read_bytes())
+
+    def _put(self, key: str, data: bytes) -> None:
         with mapped(self.where):
             # Overwrites an existing object: it may be damaged, and checking takes as long as writing.
             self._obstore.put(self._store, _name(key), data)
             with suppress(FileNotFoundError):  # deleted meanwhile: no row named it yet, and the caller looks again
                 self._make_durable(key)
         with suppress(StoreError):  # the tier is only for speed; the blob is already safe
-            self.tier.put(key, data, replace=True)
+            self.tier.put({key: data}, replace=True)
 
     def open(self, key: str, *, fresh: bool = False) -> BufferedReader | None:
         """See `DiskBlobs.open`; a blob that is not in the tier is downloaded."""
@@ -120,7 +125,7 @@ class ObjectBlobs:
             data = self._fetch_again(key, data)
         if data is None:
             return None
-        self.tier.put(key, data, replace=True)
+        self.tier.put({key: data}, replace=True)
         file = self.tier.open(key)
         if file is None:
             raise StoreFullError(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,22 +87,29 @@ class VerifiedBlobs:
             return False
         return True
 
-    def put(self, key: str, data: bytes) -> None:
-        """Store a blob durably; one that is there already is used if it is sound and replaced if it is not."""
+    def put(self, blobs: Mapping[str, bytes | Path]) -> None:
+        """Store blobs as `DiskBlobs.put` does; an existing one is used if it is sound and replaced if it is not."""
         if isinstance(self.blobs, DiskBlobs):
-            try:
-                file = self.blobs.open(key)
-            except CorruptCacheError:  # the row was tampered with
-                self.quarantine(key)
-            else:
-                if file is not None:
-                    file.close()
-                    if self.sound(key, len(data)):
-                        return
-                    self.quarantine(key)
+            blobs = {key: data for key, data in blobs.items() if not self._has_sound(key)}
         # An object store is not asked: a copy in the tier does not prove that the object exists, which another
         # machine may have removed since.
-        self.blobs.put(key, data)
+        self.blobs.put(blobs)
+
+    def _has_sound(self, key: str) -> bool:
+        """Whether the blob exists and is sound; a damaged one is quarantined."""
+        try:
+            file = self.blobs.open(key)
+        except CorruptCacheError:  # the row was tampered with
+            self.quarantine(key)
+            return False
+        if file is None:
+            return False
+        with file:
+            size_bytes = os.fstat(file.fileno()).st_size
+        if self.sound(key, size_bytes):
+            return True
+        self.quarantine(key)
+        return False
 
     def quarantine(self, key: str) -> None:
         """Move a damaged blob to the quarantine folder, for inspection; a missing one is no error."""

@@ -33,6 +33,7 @@ class Catalog:
         where: Path of a SQLite file, created if missing, or URL of a PostgreSQL database.
         busy_timeout_s: Time that a writer waits for another one, in seconds.
         upgrade: Whether to upgrade old tables to this version's schema; if off, an old catalog is refused.
+        durable: Whether a SQLite file survives a power cut after each transaction.
 
     Raises:
         StoreError: A newer version of this package wrote the catalog, or an older one did and `upgrade` is off. It was
@@ -40,10 +41,18 @@ class Catalog:
         StoreConnectionError: The server cannot be reached.
     """
 
-    def __init__(self, where: Path | str, *, busy_timeout_s: float = BUSY_TIMEOUT_S, upgrade: bool = True) -> None:
+    def __init__(
+        self,
+        where: Path | str,
+        *,
+        busy_timeout_s: float = BUSY_TIMEOUT_S,
+        upgrade: bool = True,
+        durable: bool = True,
+    ) -> None:
         with mapped(where):
-            self._database = open_database(where, busy_timeout_s=busy_timeout_s)
+            self._database = open_database(where, busy_timeout_s=busy_timeout_s, durable=durable)
         self.where = self._database.where
+        self.durable = durable
         self._engine = self._database.engine
         self._reader = self._engine.execution_options(**self._database.reading)
         self._writer = self._engine.execution_options(**self._database.writing)

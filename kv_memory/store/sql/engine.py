@@ -26,14 +26,16 @@ __all__ = ["PostgresDatabase", "SQLiteDatabase", "open_database", "scrub_sqlite"
 _WRITE = "Write postgresql+psycopg://USER@HOST/DATABASE, or leave it out for SQLite in the store's folder."
 
 
-def open_database(where: Path | str, *, busy_timeout_s: float) -> SQLiteDatabase | PostgresDatabase:
+def open_database(
+    where: Path | str, *, busy_timeout_s: float, durable: bool = True
+) -> SQLiteDatabase | PostgresDatabase:
     """The database at a file or a URL: `sqlite:///FILE` or `postgresql+psycopg://USER@HOST/NAME?schema=NAME`.
 
     Raises:
         ConfigError: The URL is invalid or names another kind of database, or psycopg is not installed.
     """
     if isinstance(where, Path):
-        return SQLiteDatabase(where, busy_timeout_s=busy_timeout_s)
+        return SQLiteDatabase(where, busy_timeout_s=busy_timeout_s, durable=durable)
     try:
         url = make_url(where)
     except ArgumentError:
@@ -69,11 +71,13 @@ class SQLiteDatabase:
     # Upgrading a read transaction to a write fails at once if another writer wrote in between.
     begin_write = begin_alone = "BEGIN IMMEDIATE"
 
-    def __init__(self, file: Path, *, busy_timeout_s: float) -> None:
+    def __init__(self, file: Path, *, busy_timeout_s: float, durable: bool = True) -> None:
         self.file = file
         self.where = str(file)
         self.locks = FileLocks(file.with_name("locks"))
         self._busy_timeout_s = busy_timeout_s
+        # FULL: a row that names a blob must survive a power cut once put() has returned. Reads are as fast as before.
+        self._pragmas = ("foreign_keys = ON", f"synchronous = {'FULL' if durable else 'OFF'}")
         self.engine = create_engine(
             URL.create("sqlite", database=str(file)),
             connect_args={"timeout": busy_timeout_s, "check_same_thread": False, "isolation_level": None},
@@ -103,10 +107,8 @@ class SQLiteDatabase:
         """Remove from the database's files the data that was deleted from its tables."""
         scrub_sqlite(self.file)
 
-    @staticmethod
-    def _set_pragmas(connection: Any, _entry: ConnectionPoolEntry) -> None:
-        # FULL: a row that names a blob must survive a power cut once put() has returned. Reads are as fast as before.
-        for pragma in ("foreign_keys = ON", "synchronous = FULL"):
+    def _set_pragmas(self, connection: Any, _entry: ConnectionPoolEntry) -> None:
+        for pragma in self._pragmas:
             connection.execute(f"PRAGMA {pragma}")
 
     @staticmethod
