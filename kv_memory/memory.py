@@ -109,7 +109,7 @@ class KVMemory(StoredDocuments):
             # Load first: a faulty model or adapter must not leave an empty store behind.
             resolved = MemorySettings.resolve(given, **changes)
             model = LazyCompressor(resolved, **load)
-            resolved.keep.check(model.load().fingerprint())
+            resolved.keep.ratio_for(1, model.load().fingerprint())  # raises if no document fits the budget
         place: dict[str, Any] = {"catalog": catalog, "blobs": blobs, "tier_size_bytes": tier_size_bytes}
         store = Store.open(path, collection=collection, create=create, **place)
         try:
@@ -170,7 +170,7 @@ class KVMemory(StoredDocuments):
         """The model, loaded on first use."""
         return self._model.backbone
 
-    @property
+    @cached_property
     def compressor(self) -> Compressor:
         """The compressor with its adapter, loaded on first use."""
         return self._model.load(self.store)

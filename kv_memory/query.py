@@ -112,7 +112,7 @@ class Reader:
     ) -> None:
         self._store = store
         self._compressor = compressor
-        self._fingerprint = compressor.fingerprint()  # hashes an adapter's weights: once, not per question
+        self._fingerprint = compressor.fingerprint()
         self._keep = settings.keep
         self._storage = settings.storage
         self._store_of = store_of

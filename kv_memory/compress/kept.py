@@ -84,8 +84,8 @@ def extract(
         keys, values, bias = match.keys, match.values.to(values.dtype), match.bias.to(torch.float16)
     counts = mask.sum(-1)  # (num_layers, num_kv_heads)
     inside = torch.arange(n_tokens, device=mask.device).expand_as(mask)[mask]  # (n_entries,)
-    free = backbone.rope.unrotate_flat(
-        keys, inside + n_prefix, counts.sum(1).tolist(), n_positions=cache.n_positions
+    free = backbone.rope.rotate_flat(
+        keys, inside + n_prefix, counts.sum(1).tolist(), n_positions=cache.n_positions, inverse=True
     ).to(backbone.dtype)
     return Kept(free, values, inside.to(torch.int32), counts, selected.shape[:2] == (1, 1), bias)
 
