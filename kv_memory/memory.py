@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from kv_memory.compress import Compressor
-from kv_memory.config import DecodeSettings, DtypeName, check_choice, check_names
+from kv_memory.config import DecodeSettings, DtypeName, check_names
 from kv_memory.documents import DocumentLike, read_documents
 from kv_memory.generate import Answer, AnswerStream, ReadFrom, iterate_in_thread
 from kv_memory.ingest.pipeline import AddProgress, AddReport, IngestPipeline
@@ -337,7 +337,6 @@ class KVMemory(StoredDocuments):
 
         Iterate for the text, then read `.answer`. Arguments and errors as in `ask`.
         """
-        check_choice(read_from, ReadFrom, where="read_from")
         hits = self.retrieve(question, top_k=top_k)
         return self.reader.answer(question, hits, settings=settings, read_from=read_from)
 

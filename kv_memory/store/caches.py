@@ -266,8 +266,10 @@ class Caches(Eviction):
         rows = session.execute(_OF_TEXT, names).all()
         if not isinstance(keep, Keep):
             return next((row for row in rows if row.keep_ratio == keep), None)
+        if len(rows) < 2:
+            return rows[0] if rows else None
         fitting = (row for row in rows if keep.fits(row.keep_ratio, row.n_tokens, fingerprint))
-        return next(fitting, rows[0] if rows else None)
+        return next(fitting, rows[0])
 
     def delete(
         self, text_sha256: str, *, fingerprint: Fingerprint | None = None, keep_ratio: float | None = None
