@@ -299,8 +299,7 @@ class Compressor:
         """Encode a document in the prompt form's wrapper."""
         if not text.strip():
             raise EmptyDocumentError("the document is empty", next_step="Pass text with at least one word.")
-        form = self.backbone.prompt
-        before, after = self.backbone.encode(form.document_before), self.backbone.encode(form.document_after)
+        before, after = self.backbone.document_wrapper
         ids, offsets = self.backbone.encode_with_offsets(text)
         return _Encoded([*before, *ids, *after], offsets, len(before), len(text))
 
