@@ -277,7 +277,7 @@ class _Copy:
         """Whether the target has a sound cache of this text, fingerprint and keep ratio."""
         with self._target.catalog.read() as session:
             row = session.scalar(select(CacheRow).where(self._same(info), alive(utc_now())))
-        return row is not None and self._target.references.verified_blobs.sound(row.blob_key, row.size_bytes)
+        return row is not None and self._target.references.sound(row.blob_key, row.size_bytes)
 
     def _same(self, info: CacheInfo) -> ColumnElement[bool]:
         return (
@@ -294,7 +294,7 @@ class _Copy:
             fingerprint = session.get(FingerprintRow, info.fingerprint)
         with mapped(f"blob {info.blob_key}"):
             try:
-                data = references.verified_blobs.verified_path(info.blob_key, info.size_bytes).read_bytes()
+                data = references.verified_path(info.blob_key, info.size_bytes).read_bytes()
             except (CorruptCacheError, FileNotFoundError):
                 if references.quarantine_if_damaged(info.blob_key, info.size_bytes):
                     self._damaged.append(info.blob_key)
