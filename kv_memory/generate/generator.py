@@ -14,10 +14,9 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.config import DecodeSettings, Layout
 from kv_memory.errors import DecodeTimeoutError
-from kv_memory.generate.answer import Answer, iterate_in_thread
+from kv_memory.generate.answer import Answer, TextStream, iterate_in_thread
 from kv_memory.generate.compose import compose
 from kv_memory.generate.constrain import JsonConstraint
-from kv_memory.generate.text import TextStream
 from kv_memory.generate.turns import Prompt
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.first_token import FirstToken
