@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from kv_memory.compress import Compressor
-from kv_memory.config import DecodeSettings, DtypeName, check_choice, check_names
+from kv_memory.config import DecodeSettings, DtypeName, check_names
 from kv_memory.documents import DocumentLike, read_documents
 from kv_memory.generate import Answer, AnswerStream, ReadFrom, iterate_in_thread
 from kv_memory.ingest.pipeline import AddProgress, AddReport, IngestPipeline
@@ -109,7 +109,7 @@ class KVMemory(StoredDocuments):
             # Load first: a faulty model or adapter must not leave an empty store behind.
             resolved = MemorySettings.resolve(given, **changes)
             model = LazyCompressor(resolved, **load)
-            resolved.keep.check(model.load().fingerprint())
+            resolved.keep.ratio_for(1, model.load().fingerprint())  # raises if no document fits the budget
         place: dict[str, Any] = {"catalog": catalog, "blobs": blobs, "tier_size_bytes": tier_size_bytes}
         store = Store.open(path, collection=collection, create=create, **place)
         try:
@@ -170,7 +170,7 @@ class KVMemory(StoredDocuments):
         """The model, loaded on first use."""
         return self._model.backbone
 
-    @property
+    @cached_property
     def compressor(self) -> Compressor:
         """The compressor with its adapter, loaded on first use."""
         return self._model.load(self.store)
@@ -337,7 +337,6 @@ class KVMemory(StoredDocuments):
 
         Iterate for the text, then read `.answer`. Arguments and errors as in `ask`.
         """
-        check_choice(read_from, ReadFrom, where="read_from")
         hits = self.retrieve(question, top_k=top_k)
         return self.reader.answer(question, hits, settings=settings, read_from=read_from)
 

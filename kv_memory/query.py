@@ -20,6 +20,7 @@ from kv_memory.generate import (
     Generator,
     Prompt,
     ReadFrom,
+    Run,
     Turn,
     encode_chat,
     encode_text_prompt,
@@ -112,11 +113,11 @@ class Reader:
     ) -> None:
         self._store = store
         self._compressor = compressor
-        self._fingerprint = compressor.fingerprint()  # hashes an adapter's weights: once, not per question
+        self._fingerprint = compressor.fingerprint()
         self._keep = settings.keep
         self._storage = settings.storage
         self._store_of = store_of
-        self._generator = Generator(compressor.backbone, layout=settings.layout)
+        self._layout = settings.layout
 
     def has(self, text: str) -> bool:
         """Whether there is a cache of exactly this text under the current settings, whatever its keep_ratio."""
@@ -237,7 +238,8 @@ class Reader:
         caches, loaded = self._load(references, Answer())
         known = so_far or [Answer()] * len(questions)
         answers = [replace(loaded, question=answer.question, sources=answer.sources) for answer in known]
-        run = self._generator.start(questions, caches, settings=settings, so_far=answers)
+        generator = Generator(self._compressor.backbone, layout=self._layout)
+        run = generator.start(questions, caches, settings=settings, so_far=answers)
         for _ in run.steps():
             pass
         return run.results()
@@ -249,8 +251,9 @@ class Reader:
         caches: Sequence[DistilledCache] = (),
         so_far: Answer | None = None,
     ) -> AnswerStream:
-        so_far = so_far or Answer()
-        return AnswerStream(self._generator.start_prompt(prompt, caches, settings=settings, so_far=so_far), so_far)
+        so_far, settings = so_far or Answer(), settings or DecodeSettings()
+        run = Run(self._compressor.backbone, [prompt], caches, self._layout, settings, so_far=[so_far])
+        return AnswerStream(run, so_far)
 
     def _load(self, references: Sequence[Reference], so_far: Answer) -> tuple[list[DistilledCache], Answer]:
         """The caches of the references; a missing or damaged cache is replaced by the full cache of its text."""

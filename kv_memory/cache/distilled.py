@@ -128,7 +128,8 @@ class DistilledCache:
                 f"got {tuple(self.positions.shape)}",
                 where="positions",
             )
-        self._check_bias()
+        if self.bias is not None:
+            self._check_bias(self.bias)
 
     def _n_counted(self, counts: torch.Tensor) -> int:
         heads = (self.fingerprint.num_layers, self.fingerprint.num_kv_heads)
@@ -138,18 +139,16 @@ class DistilledCache:
             raise ConfigError(f"counts must be in the range 0 to {self.n_tokens} and not all be 0", where="counts")
         return int(counts.sum())
 
-    def _check_bias(self) -> None:
-        if self.bias is None:
-            return
+    def _check_bias(self, bias: torch.Tensor) -> None:
         if self.fingerprint.format_version < 2:
             raise ConfigError("a cache of format 1 has no biases", where="bias")
-        if self.bias.shape != self.keys.shape[:-1] or self.bias.dtype != torch.float16:
+        if bias.shape != self.keys.shape[:-1] or bias.dtype != torch.float16:
             raise ConfigError(
                 f"bias must be {tuple(self.keys.shape[:-1])} of float16, "
-                f"got {tuple(self.bias.shape)} of {dtype_name(self.bias.dtype)}",
+                f"got {tuple(bias.shape)} of {dtype_name(bias.dtype)}",
                 where="bias",
             )
-        if not self.bias.isfinite().all():
+        if not bias.isfinite().all():
             raise ConfigError("biases must be finite numbers", where="bias")
 
     @property

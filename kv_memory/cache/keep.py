@@ -74,14 +74,6 @@ class Keep:
             return f"{self.keep_tokens:,} tokens per passage"
         return f"keep ratio {self.keep_ratio:g}" if self.keep_ratio else f"at most {self.max_bytes:,} bytes per passage"
 
-    def check(self, fingerprint: Fingerprint) -> None:
-        """Raise if the budget is too small for one entry in each layer and head, and thus for any document.
-
-        Raises:
-            ConfigError: The budget is too small; the message names the smallest one that works.
-        """
-        self.ratio_for(1, fingerprint)
-
     def ratio_for(self, n_tokens: int, fingerprint: Fingerprint, *, n_held: Sequence[int] = ()) -> float:
         """The keep_ratio at which a document's cache is within the budget.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -100,10 +101,14 @@ class Compressor:
                 where="window_tokens",
             )
         self.window_tokens = window_tokens or most
-        self._adapter_sha256 = adapter.sha256 if adapter is not None else ""  # cached: it hashes megabytes
+        self._adapter_sha256 = adapter.sha256 if adapter is not None else ""  # here, while loading: hashes megabytes
 
     def fingerprint(self, *, keep_spans: str = "") -> Fingerprint:
         """Fingerprint of the caches that this compressor makes; `keep_spans` as in `Fingerprint`."""
+        return replace(self._plain_fingerprint, keep_spans=keep_spans) if keep_spans else self._plain_fingerprint
+
+    @cached_property  # its digest is cached with it
+    def _plain_fingerprint(self) -> Fingerprint:
         method, biased = self.selector.name, isinstance(self.selector, Matched)
         if self.adapter is not None:
             together = f"+{self.selector.name}" if self._combined else ""
@@ -113,7 +118,6 @@ class Compressor:
             method=f"{method}|window:{self.window_tokens}{refined}",
             adapter=self._adapter_sha256,
             eta=None if self.adapter is None else self.adapter.config.eta,
-            keep_spans=keep_spans,
             format_version=2 if biased or self.refine is not None else 1,  # version 2 has biases
         )
 
@@ -138,8 +142,9 @@ class Compressor:
             EmptyDocumentError: The text is blank.
             ConfigError: keep_ratio or a span is out of range.
         """
-        document = PrefilledDocument(self, self._encode(text), None)
-        return document.keep(keep_ratio, keep_spans=keep_spans, unasked_spans=unasked_spans)
+        document = self._encode(text)
+        kept, unasked = document.spans(keep_spans, "keep_spans"), document.spans(unasked_spans, "unasked_spans")
+        return self._compress(document.ids, None, keep_ratio, kept, unasked)
 
     @torch.no_grad()
     def prefill(self, text: str) -> PrefilledDocument:
@@ -253,7 +258,8 @@ class Compressor:
         spans = repr(sorted(map(tuple, keep_spans))) if keep_spans else ""
         fingerprint = self.fingerprint(keep_spans=hashlib.sha256(spans.encode()).hexdigest() if spans else "")
         if self.refine is None:
-            return join(parts, starts).to_cache(n_tokens=len(ids), keep_ratio=keep_ratio, fingerprint=fingerprint)
+            kept = parts[0] if len(parts) == 1 else join(parts, starts)
+            return kept.to_cache(n_tokens=len(ids), keep_ratio=keep_ratio, fingerprint=fingerprint)
         # 2. Refine each window as a document of its own, one at a time, as in prefill, to limit memory.
         refined = []
         for window, part, start in zip(windows, parts, starts, strict=True):
@@ -293,8 +299,7 @@ class Compressor:
         """Encode a document in the prompt form's wrapper."""
         if not text.strip():
             raise EmptyDocumentError("the document is empty", next_step="Pass text with at least one word.")
-        form = self.backbone.prompt
-        before, after = self.backbone.encode(form.document_before), self.backbone.encode(form.document_after)
+        before, after = self.backbone.document_wrapper
         ids, offsets = self.backbone.encode_with_offsets(text)
         return _Encoded([*before, *ids, *after], offsets, len(before), len(text))
 

@@ -32,8 +32,8 @@ import torch
 from kv_memory.compress.descent import MovedHeads
 from kv_memory.compress.fitting import output_errors
 from kv_memory.compress.head_fit import HeadRows, KeptHead, fitted_entries, refitted_errors
+from kv_memory.compress.kept import check_finite, top_k_mask
 from kv_memory.compress.match_settings import MatchSettings
-from kv_memory.compress.prefill import check_finite, top_k_mask
 from kv_memory.compress.reference_rows import (
     CUE_TOKENS,
     QUESTION_TOKENS,

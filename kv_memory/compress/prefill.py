@@ -7,7 +7,6 @@ other forms everything is decided during one pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,80 +14,13 @@ import torch
 from torch import nn
 
 from kv_memory.compress.adapter import Adapter
-from kv_memory.config import Budget
+from kv_memory.compress.kept import top_k_mask
 from kv_memory.errors import ModelError
 from kv_memory.model.attention import ForwardContext
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
 
-__all__ = [
-    "DocumentPrefill",
-    "PrefillRouting",
-    "check_finite",
-    "hidden_after",
-    "pad",
-    "prefill_documents",
-    "top_k_mask",
-]
-
-
-def pad(rows: Sequence[Sequence[int]], *, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad token ids of several texts on the right with 0: `(batch, longest)`; also return their lengths `(batch,)`."""
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device), lengths
-
-
-def check_finite(backbone: Backbone, *tensors: torch.Tensor) -> None:
-    """Raise `ModelError` unless all of these tensors (keys, values or scores of a document) are finite."""
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-        raise ModelError(
-            "the model's keys, values or scores of this document are not finite",
-            where=backbone.name,
-            next_step="Load the model in float32 or bfloat16 (dtype), and check its weights.",
-        )
-
-
-def top_k_mask(
-    scores: torch.Tensor,
-    lengths: torch.Tensor,
-    n_kept: torch.Tensor,
-    *,
-    budget: Budget,
-    forced: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Select the entries with the highest scores (top-k); of equal scores the first wins, so the result never varies.
-
-    Args:
-        scores: Scores `(num_layers, batch, num_kv_heads, n_tokens)`, or with 1 in place of layers and heads.
-        lengths: `(batch,)`, real tokens of each document.
-        n_kept: `(batch,)`, number of entries to keep, in every head or on average over all of them.
-        budget: Distribution of entries among the heads, see `Budget`.
-        forced: Bool `(batch, n_tokens)`; tokens that are kept whatever their score.
-
-    Returns:
-        Mask of the kept entries, bool, in the shape of `scores`.
-    """
-    # 1. Rank forced tokens first and padding last.
-    n_tokens, device = scores.shape[-1], scores.device
-    real = torch.arange(n_tokens, device=device) < lengths.to(device)[:, None]  # (batch, n_tokens)
-    ranked = scores.detach().masked_fill(~real[None, :, None], -torch.inf)  # the shape of scores
-    if forced is not None:
-        ranked = ranked.masked_fill(forced.to(device)[None, :, None], torch.inf)
-    # 2. With the budget `model`, all heads of a document compete in one ranking, for the total of all heads.
-    most = n_kept.to(device)  # (batch,)
-    if budget == "model":
-        layers, batch, heads = scores.shape[:3]
-        ranked = ranked.transpose(0, 1).reshape(1, batch, 1, -1)  # (1, batch, 1, layers * heads * n_tokens)
-        most = most * layers * heads
-    # 3. Top-k, by a stable sort: k differs between documents, and `torch.topk` leaves the order of equal scores open.
-    order = ranked.sort(dim=-1, descending=True, stable=True).indices
-    chosen = torch.arange(ranked.shape[-1], device=device) < most[:, None, None]  # (batch, 1, n_ranked)
-    mask = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, order, chosen.expand_as(order))
-    # 4. Back to the shape of scores.
-    if budget == "model":
-        mask = mask.reshape(batch, layers, heads, n_tokens).transpose(0, 1)
-    return mask
+__all__ = ["DocumentPrefill", "PrefillRouting", "hidden_after", "prefill_documents"]
 
 
 class PrefillRouting:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from kv_memory.compress.prefill import pad
+from kv_memory.compress.kept import pad
 from kv_memory.model.attention import AttentionKind, ForwardContext, soft_capped
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache

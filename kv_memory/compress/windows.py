@@ -10,9 +10,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.combined import combined_scores
-from kv_memory.compress.kept import Kept, extract
+from kv_memory.compress.kept import Kept, check_finite, extract, pad, top_k_mask
 from kv_memory.compress.matching import Matched, MatchedDocument, match_documents
-from kv_memory.compress.prefill import check_finite, pad, prefill_documents, top_k_mask
+from kv_memory.compress.prefill import prefill_documents
 from kv_memory.compress.selectors import Selector
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache

@@ -13,14 +13,22 @@ from typing import Any, Literal, TypeAlias
 
 from kv_memory.config import check_choice
 from kv_memory.documents.document import Document
-from kv_memory.documents.encoding import DEFAULT_MAX_LINE_BYTES, check_encoding, check_lines
 from kv_memory.documents.parsers import FILE_TYPES, read_content
 from kv_memory.errors import ConfigError, DocumentError, UnreadableDocumentError
 
-__all__ = ["DocumentLike", "OnError", "ReadResult", "file_id", "read_documents", "read_file", "walk_folder"]
+__all__ = [
+    "DocumentLike",
+    "OnError",
+    "ReadResult",
+    "check_encoding",
+    "file_id",
+    "read_documents",
+    "read_file",
+    "walk_folder",
+]
 
+DEFAULT_MAX_LINE_BYTES = 1 << 20
 OnError = Literal["raise", "skip"]
-
 
 # A str is always text, and a path object always a file or folder: a guess would depend on the disk.
 DocumentLike: TypeAlias = str | os.PathLike[str] | Document | tuple[str, str] | tuple[str, str, Mapping[str, Any]]
@@ -67,20 +75,21 @@ def read_documents(
     documents: dict[str, Document] = {}
     errors: list[DocumentError] = []
     skipped: list[Path] = []
-
-    def load(part: Path | DocumentError | Callable[[], Document]) -> Document:
-        if isinstance(part, Path):
-            return read_file(part, encoding=encoding, max_line_bytes=max_line_bytes)
-        if isinstance(part, DocumentError):
-            raise part
-        document = part()
-        check_lines(document.text, max_line_bytes=max_line_bytes, where=document.id)
-        return document
-
     for part in (part for item in _items(source) for part in _parts(item, skipped)):
         try:
-            document = load(part)
-            _check_duplicate(documents.setdefault(document.id, document), document)
+            if isinstance(part, DocumentError):
+                raise part
+            if isinstance(part, Path):
+                document = read_file(part, encoding=encoding, max_line_bytes=max_line_bytes)
+            else:
+                document = part()
+                _check_lines(document.text, max_line_bytes=max_line_bytes, where=document.id)
+            if documents.setdefault(document.id, document).text != document.text:
+                raise DocumentError(
+                    "this id was given twice, with different texts",
+                    where=document.id,
+                    next_step="Give each text its own id, or leave out the outdated one.",
+                )
         except DocumentError as error:
             if on_error == "raise":
                 raise
@@ -112,9 +121,29 @@ def read_file(
     resolved, raw = _read_bytes(path)
     name, given = file_id(resolved), Path(path)  # a link's own name determines the type, not its target's
     content = read_content(raw, suffix=given.suffix, encoding=encoding, where=name)
-    check_lines(content.text, max_line_bytes=max_line_bytes, where=name)
+    _check_lines(content.text, max_line_bytes=max_line_bytes, where=name)
     metadata = {"file_name": _printable(given.name), "size_bytes": len(raw), **content.metadata}
     return Document(id=name, text=content.text, source_uri=resolved.as_uri(), metadata=metadata)
+
+
+def check_encoding(encoding: str) -> str:
+    """Return `encoding` if Python decodes text with it.
+
+    Raises:
+        ConfigError: The name is unknown, or names a codec that does not turn bytes into text (`base64`).
+    """
+    try:
+        # Not with empty bytes: Python decodes those without looking up the name.
+        b" ".decode(encoding)
+    except UnicodeError:  # a text codec in which one space is invalid, e.g. utf-16; before its base ValueError
+        pass
+    except (LookupError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"unknown text encoding {encoding!r}",
+            where="encoding",
+            next_step="Use a name that Python knows, e.g. utf-8, cp1252, utf-16-le, shift_jis.",
+        ) from error
+    return encoding
 
 
 def file_id(resolved: Path) -> str:
@@ -229,18 +258,29 @@ def _printable(path: str) -> str:
     return "".join(c if ord(c) >= 32 and c != "\x7f" else f"\\x{ord(c):02x}" for c in name)
 
 
-def _check_duplicate(first: Document, second: Document) -> None:
-    if first.text != second.text:
-        raise DocumentError(
-            "this id was given twice, with different texts",
-            where=second.id,
-            next_step="Give each text its own id, or leave out the outdated one.",
-        )
-
-
 def _check_limit(max_line_bytes: int) -> None:
     if isinstance(max_line_bytes, bool) or not isinstance(max_line_bytes, int) or max_line_bytes < 1:
         raise ConfigError(f"max_line_bytes must be at least 1, got {max_line_bytes!r}", where="max_line_bytes")
+
+
+def _check_lines(text: str, *, max_line_bytes: int, where: str) -> None:
+    """Refuse lines of more than `max_line_bytes` bytes of UTF-8.
+
+    Raises:
+        UnreadableDocumentError: A line is too long; the message states the first one and its length.
+    """
+    if len(text) * 4 <= max_line_bytes:  # no character takes more than 4 bytes
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if len(line) * 4 <= max_line_bytes:
+            continue
+        size_bytes = len(line.encode("utf-8", "surrogatepass"))
+        if size_bytes > max_line_bytes:
+            raise UnreadableDocumentError(
+                f"line {number} has {size_bytes:,} bytes, the limit is {max_line_bytes:,}",
+                where=where,
+                next_step="Leave it out if it is data. If it is prose, break its lines or raise `max_line_bytes`.",
+            )
 
 
 def _wrong_type(source: object) -> ConfigError:

@@ -1,18 +1,19 @@
 """Parsers from one file to plain text: text, Markdown, reStructuredText, HTML and PDF.
 
-A parser takes the file's bytes and returns its text and metadata. HTML becomes Markdown, because `split_passages` cuts
+A parser takes the file's bytes and returns its text and metadata. A byte order mark overrides the given encoding, and
+bytes that are not text are refused. HTML becomes Markdown, because `split_passages` cuts
 at its headings and code blocks. markdownify converts it; a converter of our own was rejected.
 """
 
 from __future__ import annotations
 
+import codecs
 import io
 import re
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kv_memory.documents.encoding import decode_text, file_format, normalise_newlines
 from kv_memory.documents.splitter import FENCE
 from kv_memory.errors import EmptyDocumentError, UnreadableDocumentError
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from bs4 import BeautifulSoup
     from pypdf import PdfReader
 
-__all__ = ["FILE_TYPES", "Content", "read_content"]
+__all__ = ["FILE_TYPES", "Content", "decode_text", "normalise_newlines", "read_content"]
 
 FILE_TYPES: Mapping[str, str] = {
     ".txt": "text",
@@ -32,6 +33,33 @@ FILE_TYPES: Mapping[str, str] = {
     ".htm": "html",
     ".pdf": "pdf",
 }
+
+# UTF-32 before UTF-16: the little-endian mark of UTF-32 begins with that of UTF-16.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+# Only signatures that no text begins with, since an 8-bit encoding decodes any bytes. Formats that begin with plain
+# letters (RIFF, ID3, GIF) are left to the check for NUL bytes.
+_SIGNATURES = (
+    (b"\x89PNG\r\n\x1a\n", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"PK\x03\x04", "a ZIP archive (perhaps an office document)"),
+    (b"PK\x05\x06", "an empty ZIP archive"),
+    (b"\x1f\x8b\x08", "a gzip archive"),
+    (b"\xfd7zXZ\x00", "an xz archive"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive"),
+    (b"\x7fELF", "an ELF program"),
+    (b"\xca\xfe\xba\xbe", "a program or Java class"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old office document"),
+    (b"SQLite format 3\x00", "an SQLite database"),
+)
+_PDF = re.compile(rb"%PDF-\d\.\d")
 
 _ATX_HEADING = re.compile(r" {0,3}#{1,6}[ \t]+(.+?)[ \t]*#*[ \t]*$")
 _UNDERLINE = {
@@ -83,6 +111,78 @@ def read_content(raw: bytes, *, suffix: str, encoding: str, where: str) -> Conte
         ) from error
     title = _first_heading(text, file_type) if file_type in {"markdown", "rst"} else None
     return _content(text, title, file_type=file_type or "text")
+
+
+def file_format(raw: bytes) -> str | None:
+    """The binary format that the first bytes identify, e.g. `a PNG image`; None if they identify no format."""
+    for signature, name in _SIGNATURES:
+        if raw.startswith(signature):
+            return name
+    return "a PDF" if _PDF.match(raw) else None
+
+
+def decode_text(raw: bytes, *, encoding: str, where: str) -> str:
+    """Decode a file's bytes; a byte order mark overrides the given encoding and is removed.
+
+    Args:
+        raw: All bytes of the file.
+        encoding: Encoding of files without a byte order mark.
+        where: Name of the file, for errors.
+
+    Returns:
+        The text, with its newlines unchanged.
+
+    Raises:
+        UnreadableDocumentError: The bytes have a known binary format, such as an image or archive, or contain NUL
+            characters; the bytes are not valid in the encoding; the message states the byte and line.
+    """
+    mark, codec = next(((m, c) for m, c in _MARKS if raw.startswith(m)), (b"", encoding))
+    kind = None if mark else file_format(raw)
+    if kind is not None:
+        raise UnreadableDocumentError(
+            f"not text but {kind}",
+            where=where,
+            next_step="Give it the suffix .pdf." if kind == "a PDF" else "Convert it to text, Markdown, HTML or PDF.",
+        )
+    body = raw[len(mark) :]
+    try:
+        text = body.decode(codec)
+    except UnicodeError as error:
+        if b"\0" in body and not codecs.lookup(codec).name.startswith(("utf-16", "utf-32")):
+            raise _binary(raw.index(b"\0"), where) from None
+        raise _undecodable(error, body, codec, len(mark), where) from error
+    if "\0" in text:
+        raise _binary(raw.index(b"\0"), where)
+    return text
+
+
+def _binary(offset: int, where: str) -> UnreadableDocumentError:
+    return UnreadableDocumentError(
+        f"a NUL byte at offset {offset}, so this is not text",
+        where=where,
+        next_step="Leave the file out. If it is UTF-16 without a byte order mark, pass `encoding='utf-16-le'` in "
+        "Python or `--encoding utf-16-le` in the shell.",
+    )
+
+
+def _undecodable(
+    error: UnicodeError, body: bytes, codec: str, n_mark_bytes: int, where: str
+) -> UnreadableDocumentError:
+    place = reason = ""
+    if isinstance(error, UnicodeDecodeError):
+        before = normalise_newlines(body[: error.start].decode(codec, "replace"))
+        place = f" at byte offset {error.start + n_mark_bytes}, line {before.count(chr(10)) + 1}"
+        reason = f": {error.reason}"
+    return UnreadableDocumentError(
+        f"not valid {codec}{place}{reason}",
+        where=where,
+        next_step="Name the file's encoding, e.g. cp1252: `encoding=` in Python, `--encoding` in the shell.",
+    )
+
+
+def normalise_newlines(text: str) -> str:
+    r"""The text with `\r\n` and `\r` replaced by `\n`."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _content(text: str, title: str | None, **metadata: Any) -> Content:

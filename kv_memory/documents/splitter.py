@@ -75,6 +75,13 @@ def split_passages(text: str, *, max_tokens: int | None, count_tokens: CountToke
         return []
     if max_tokens is None:
         return [text.strip()]
+    # A single line that fits is one passage. Longer ones are not even counted, see _MAX_CHARS_PER_TOKEN; white space in
+    # front belongs to the first piece, and counts.
+    line = text.rstrip()
+    if "\n" not in line and not line[0].isspace() and len(line) <= max_tokens * _MAX_CHARS_PER_TOKEN:
+        (n_tokens,) = count_tokens([line])
+        if n_tokens <= max_tokens:
+            return [line]
     return _Splitter(text, max_tokens, count_tokens).passages()
 
 

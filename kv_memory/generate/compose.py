@@ -12,32 +12,7 @@ from kv_memory.config import Layout, check_choice
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import NEVER, PositionedCache
 
-__all__ = ["check_compatible", "compose", "span_of"]
-
-
-def span_of(cache: DistilledCache, layout: Layout) -> int:
-    """Number of positions a document takes: its original length (`source`), or its kept entries (`packed`)."""
-    return cache.n_tokens if layout == "source" else cache.span
-
-
-def check_compatible(backbone: Backbone, cache: DistilledCache) -> None:
-    """Raise unless the model can decode from this cache.
-
-    Model, tokenizer, prompt and positions must match. The way the cache was compressed does not matter, so caches of
-    several methods, adapters and dtypes may be composed.
-
-    Raises:
-        FingerprintMismatchError: The cache does not match; the error names the differing fields.
-    """
-    made = cache.fingerprint
-    mine = backbone.fingerprint(
-        method=made.method,
-        adapter=made.adapter,
-        eta=made.eta,
-        keep_spans=made.keep_spans,
-        format_version=made.format_version,
-    )
-    made.check(replace(mine, dtype=made.dtype))
+__all__ = ["compose"]
 
 
 @torch.no_grad()
@@ -70,19 +45,30 @@ def compose(
     """
     check_choice(layout, Layout, where="layout")
     n_prefix = len(backbone.prefix_ids)
-    start = n_prefix + sum(span_of(cache, layout) for cache in caches)
+    spans = [cache.n_tokens if layout == "source" else cache.span for cache in caches]  # positions of each document
+    start = n_prefix + sum(spans)
     backbone.check_positions(
         start + n_question + n_new,
         what=f"a prefix of {n_prefix:,}, {len(caches)} documents over {start - n_prefix:,} positions ({layout}), "
         f"a question of {n_question:,} and an answer of up to {n_new:,} tokens",
     )
     for cache in caches:
-        check_compatible(backbone, cache)
+        # Model, tokenizer, prompt and positions must match. The way the cache was compressed does not matter, so caches
+        # of several methods, adapters and dtypes may be composed.
+        made = cache.fingerprint
+        mine = backbone.fingerprint(
+            method=made.method,
+            adapter=made.adapter,
+            eta=made.eta,
+            keep_spans=made.keep_spans,
+            format_version=made.format_version,
+        )
+        made.check(replace(mine, dtype=made.dtype))
 
     n_positions = start + n_question
     if any(cache.counts is not None for cache in caches):
         return _compose_ragged(
-            backbone, caches, layout, start=start, n_positions=n_positions, room=n_question + n_new, rows=batch_size
+            backbone, caches, layout, spans, n_positions=n_positions, room=n_question + n_new, rows=batch_size
         )
     n_entries = n_prefix + sum(cache.n_kept for cache in caches)
     shape = (
@@ -103,7 +89,7 @@ def compose(
 
     rows = [torch.arange(n_prefix, dtype=torch.int32)]
     entry, position = n_prefix, n_prefix
-    for cache in caches:
+    for cache, span in zip(caches, spans, strict=True):
         inside = cache.positions if layout == "source" else torch.arange(cache.n_kept)
         here = inside.to(torch.int32) + position  # (n_kept,) or (num_layers, num_kv_heads, n_kept)
         entries = slice(entry, entry + cache.n_kept)
@@ -118,7 +104,7 @@ def compose(
             bias[:, 0, :, entries] = cache.bias.to(bias)
         rows.append(here)
         entry += cache.n_kept
-        position += span_of(cache, layout)
+        position += span
     if batch_size > 1:
         for tensor in (keys, values):
             tensor[:, 1:, :, :n_entries] = tensor[:, :1, :, :n_entries]
@@ -133,8 +119,8 @@ def _compose_ragged(
     backbone: Backbone,
     caches: Sequence[DistilledCache],
     layout: Layout,
+    spans: Sequence[int],
     *,
-    start: int,
     n_positions: int,
     room: int,
     rows: int,
@@ -176,7 +162,7 @@ def _compose_ragged(
     #    the document begins.
     filled = [[first + n_prefix for first in heads] for heads in starts]
     offset = n_prefix
-    for cache, count in zip(caches, counts, strict=True):
+    for cache, count, span in zip(caches, counts, spans, strict=True):
         flat_keys, flat_values = (part.to(like).flatten(0, -2) for part in (cache.keys, cache.values))
         # 4a. Positions of the entries, and rotary embedding for all heads in one call.
         inside = cache.flat_positions.cpu()  # (n_entries,); keys and values are (n_entries, head_dim)
@@ -199,12 +185,12 @@ def _compose_ragged(
                     bias[layer][0, head, there] = flat_bias[here]
                 filled[layer][head] += n
                 entry += n
-        offset += span_of(cache, layout)
+        offset += span
     return PositionedCache(
         keys,
         values,
         positions=[p.to(backbone.device) for p in positions],
-        next_position=start,
+        next_position=offset,
         n_positions=n_positions,
         starts=starts,
         bias=bias,

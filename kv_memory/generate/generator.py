@@ -6,23 +6,23 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.config import DecodeSettings, Layout
 from kv_memory.errors import DecodeTimeoutError
-from kv_memory.generate.answer import Answer, iterate_in_thread
+from kv_memory.generate.answer import Answer, TextStream, iterate_in_thread
 from kv_memory.generate.compose import compose
 from kv_memory.generate.constrain import JsonConstraint
-from kv_memory.generate.sampling import Sampler
-from kv_memory.generate.text import TextStream
 from kv_memory.generate.turns import Prompt
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.first_token import FirstToken
 from kv_memory.model.kv_cache import PositionedCache
 
-__all__ = ["Generator", "Run", "end_ids", "first_token_rule"]
+__all__ = ["Generator", "Run", "Sampler", "end_ids", "first_token_rule"]
 
 
 class Generator:
@@ -108,21 +108,38 @@ class Generator:
         prompts = [Prompt(documents + self.backbone.encode_question(q), behind_prefix=True) for q in questions]
         return Run(self.backbone, prompts, caches, self.layout, settings or DecodeSettings(), so_far=so_far)
 
-    def start_prompt(
-        self,
-        prompt: Prompt,
-        caches: Sequence[DistilledCache] = (),
-        *,
-        settings: DecodeSettings | None = None,
-        so_far: Answer | None = None,
-    ) -> Run:
-        """Start with a prompt from `turns`; a prompt that does not follow the prefix takes no caches.
 
-        Errors as in `generate_batch`.
-        """
-        assert prompt.behind_prefix or not caches
-        given = () if so_far is None else (so_far,)
-        return Run(self.backbone, [prompt], caches, self.layout, settings or DecodeSettings(), so_far=given)
+class Sampler:
+    """Picks tokens for one answer, with its own random generator.
+
+    Args:
+        settings: Decoding settings; temperature 0 is greedy.
+        device: Device of the logits.
+    """
+
+    def __init__(self, settings: DecodeSettings, *, device: torch.device) -> None:
+        self._greedy = settings.temperature == 0
+        self._warpers = LogitsProcessorList()
+        if self._greedy:
+            return
+        self._generator = torch.Generator(device=device)
+        if settings.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(settings.seed)
+        self._warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
+        if settings.top_k:
+            self._warpers.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(settings.top_p))
+
+    def pick(self, logits: torch.Tensor) -> int:
+        """The next token id from `(vocab_size,)` logits."""
+        if self._greedy:
+            return int(logits.argmax())
+        none: Any = torch.empty(1, 0, dtype=torch.long)
+        scores = self._warpers(none, logits[None].float())
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
 
 
 class Run:
@@ -174,7 +191,10 @@ class Run:
             None if settings.json_schema is None else JsonConstraint(backbone, settings.json_schema) for _ in prompts
         ]
         self._end_ids = end_ids(backbone)
-        self._openings = [first_token_rule(backbone, prompt.ids) for prompt in prompts]
+        self._openings = [
+            FirstToken(backbone.tokenizer, end_ids=self._end_ids, behind=prompt.ids[-1] if prompt.ids else None)
+            for prompt in prompts
+        ]
         self._ttft_s = [0.0] * len(prompts)
         self._total_s = [0.0] * len(prompts)
 

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from kv_memory.config import check_choice
 from kv_memory.errors import ConfigError
 from kv_memory.model.backbone import Backbone
-from kv_memory.model.prompts import PromptForm, render_chat
+from kv_memory.model.prompts import render_chat
 
 __all__ = ["Prompt", "Role", "Turn", "encode_chat", "encode_text_prompt", "encode_turns"]
 
@@ -48,7 +48,16 @@ def encode_turns(backbone: Backbone, turns: Sequence[Turn]) -> Prompt:
     Raises:
         ConfigError: There is no turn, one has an unknown role, or the last one is the assistant's.
     """
-    return Prompt(_encode(backbone, _pieces(backbone.prompt, turns)), behind_prefix=True)
+    form = backbone.prompt
+    in_prefix = {"", form.system_prompt.strip()}
+    pieces: list[_Piece] = []
+    for turn in _alternate([t for t in turns if not (t.role == "system" and t.text.strip() in in_prefix)]):
+        if turn.role == "user":
+            around = form.question_before, form.question_after
+        else:
+            around = form.answer_before, form.answer_after
+        pieces += [_Piece(around[0], False), _Piece(turn.text, True), _Piece(around[1], False)]
+    return Prompt(_encode(backbone, pieces), behind_prefix=True)
 
 
 def encode_chat(backbone: Backbone, turns: Sequence[Turn]) -> Prompt:
@@ -108,18 +117,6 @@ def _alternate(turns: Sequence[Turn]) -> list[Turn]:
             next_step="Append the question as the last turn.",
         )
     return merged if merged[0].role == "user" else [Turn("user", ""), *merged]
-
-
-def _pieces(form: PromptForm, turns: Sequence[Turn]) -> list[_Piece]:
-    read_already = {"", form.system_prompt.strip()}
-    pieces: list[_Piece] = []
-    for turn in _alternate([t for t in turns if not (t.role == "system" and t.text.strip() in read_already)]):
-        if turn.role == "user":
-            around = form.question_before, form.question_after
-        else:
-            around = form.answer_before, form.answer_after
-        pieces += [_Piece(around[0], False), _Piece(turn.text, True), _Piece(around[1], False)]
-    return pieces
 
 
 def _templated(backbone: Backbone, turns: Sequence[Turn]) -> Prompt:

@@ -40,15 +40,16 @@ def prepare(document: Document, limit: int | None, count_tokens: CountTokens, *,
     Without `keep_text`, the words of the passages are kept as hashes, for retrieval.
     """
     texts = split_passages(document.text, max_tokens=limit, count_tokens=count_tokens)
+    passages = tuple(_passage(t, n, keep_text) for t, n in zip(texts, count_tokens(texts), strict=True))
     record = DocumentRecord(
         id=document.id,
         content_sha256=document.content_sha256,
         source_uri=document.source_uri,
         metadata=dict(document.metadata),
         passage_tokens=limit,
-        passages=tuple(_passage(t, n, keep_text) for t, n in zip(texts, count_tokens(texts), strict=True)),
+        passages=passages,
     )
-    return Prepared(record, _by_key(texts))
+    return Prepared(record, {passage.text_sha256: text for passage, text in zip(passages, texts, strict=True)})
 
 
 def prepare_again(document: Document, old: DocumentRecord, count_tokens: CountTokens, *, keep_text: bool) -> Prepared:

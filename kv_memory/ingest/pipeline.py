@@ -27,7 +27,7 @@ from kv_memory.ingest.document_records import (
     texts_in,
 )
 from kv_memory.settings import MemorySettings
-from kv_memory.store import CacheInfo, DocumentRecord, PassageRecord, Store, StoredPassage
+from kv_memory.store import DocumentRecord, Store, StoredPassage
 from kv_memory.tracing import span
 
 __all__ = ["AddProgress", "AddReport", "IngestPipeline"]
@@ -125,8 +125,8 @@ class IngestPipeline:
         self._batch_size = batch_size if batch_size is not None else _BATCH_ON_GPU if on_gpu else 1
         self._written: Future[None] | None = None
         self._recorded = False  # whether the store has these settings
-        self.fingerprint = compressor.fingerprint()  # hashes an adapter's weights: once, not per passage
-        settings.keep.check(self.fingerprint)  # before any work
+        self.fingerprint = compressor.fingerprint()
+        settings.keep.ratio_for(1, self.fingerprint)  # raises, before any work, if no document fits the budget
 
     def add(
         self, documents: Iterable[Document], *, errors: Iterable[KVMemoryError] = (), skipped: Iterable[Path] = ()
@@ -211,34 +211,39 @@ class IngestPipeline:
 
     def _compress(self, todo: list[Prepared], report: AddReport, start_s: float) -> AddReport:
         total = sum(made.record.n_tokens for made in todo)
+        settings = asdict(self._settings)
         done = 0
         for index, (record, texts, cached) in enumerate(todo):
             try:
-                for batch in self._batches(record):
+                passages = list(record.passages)
+                if self._batch_size > 1:
+                    passages.sort(key=lambda passage: passage.n_tokens)
+                for start in range(0, len(passages), self._batch_size):
+                    batch = passages[start : start + self._batch_size]
                     # A passage without text stays unchanged; `refresh` reports it if it has no cache.
                     keys = {passage.text_sha256 for passage in batch} & texts.keys() - cached
                     self._make({key: texts[key] for key in sorted(keys)}, report)
                     done += sum(passage.n_tokens for passage in batch)
-                    self._tell(record, index, len(todo), done, total)
+                    if self._on_progress is not None:
+                        self._on_progress(
+                            AddProgress(
+                                document_id=record.id,
+                                n_documents=index,
+                                n_documents_total=len(todo),
+                                n_tokens=done,
+                                n_tokens_total=total,
+                            )
+                        )
             finally:
                 self._wait()
-            self._store.put_document(record, settings=asdict(self._settings))
+            self._store.put_document(record, settings=settings)
             self._recorded = True
-        self._record_settings()
+        if not self._recorded:  # no document has brought the settings, with which later calls continue
+            if self._store.settings() != settings:
+                self._store.update_settings(settings)
+            self._recorded = True
         report.elapsed_s = time.perf_counter() - start_s
         return report
-
-    def _record_settings(self) -> None:
-        """Record the settings if no document has brought them: later calls continue with them."""
-        if not self._recorded and self._store.settings() != asdict(self._settings):
-            self._store.update_settings(asdict(self._settings))
-        self._recorded = True
-
-    def _batches(self, record: DocumentRecord) -> list[list[PassageRecord]]:
-        passages = list(record.passages)
-        if self._batch_size > 1:
-            passages.sort(key=lambda passage: passage.n_tokens)
-        return [passages[i : i + self._batch_size] for i in range(0, len(passages), self._batch_size)]
 
     def _make(self, texts: dict[str, str], report: AddReport) -> None:
         """Compress and store the texts, by their sorted hashes, that have no cache."""
@@ -276,36 +281,22 @@ class IngestPipeline:
     def _write(self, made: list[tuple[str, DistilledCache]], report: AddReport, held: ExitStack) -> None:
         with held:
             for text_sha256, cache in made:
-                self._count(report, cache, self._store.put(text_sha256, cache, storage=self._settings.storage))
-
-    def _count(self, report: AddReport, cache: DistilledCache, info: CacheInfo) -> None:
-        report.n_passages += 1
-        report.n_tokens += cache.n_tokens
-        report.n_kept += cache.n_kept
-        report.cache_bytes += info.size_bytes
-        if cache.fidelity is not None:
-            report.n_refined += 1
-            before = report.fidelity or 0.0
-            report.fidelity = before + (cache.fidelity - before) / report.n_refined
-        report.full_kv_bytes += cache.n_tokens * self._compressor.backbone.kv_bytes_per_token
+                info = self._store.put(text_sha256, cache, storage=self._settings.storage)
+                report.n_passages += 1
+                report.n_tokens += info.n_tokens
+                report.n_kept += info.n_kept
+                report.cache_bytes += info.size_bytes
+                report.full_kv_bytes += info.n_tokens * self._compressor.backbone.kv_bytes_per_token
+                if cache.fidelity is not None:
+                    report.n_refined += 1
+                    before = report.fidelity or 0.0
+                    report.fidelity = before + (cache.fidelity - before) / report.n_refined
 
     def _wait(self) -> None:
         """Wait until the previous batch is stored; errors as in `Store.put`."""
         written, self._written = self._written, None
         if written is not None:
             written.result()
-
-    def _tell(self, record: DocumentRecord, index: int, n_documents: int, done: int, total: int) -> None:
-        if self._on_progress is not None:
-            self._on_progress(
-                AddProgress(
-                    document_id=record.id,
-                    n_documents=index,
-                    n_documents_total=n_documents,
-                    n_tokens=done,
-                    n_tokens_total=total,
-                )
-            )
 
 
 def _same(old: DocumentRecord, new: DocumentRecord) -> bool:

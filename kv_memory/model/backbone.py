@@ -7,6 +7,8 @@ import inspect
 import json
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,11 @@ class Backbone(PromptEncoder):
         name: Name of the model in errors and listings.
         weights_sha256: Hash of the weights, if known; else computed from the parameters.
 
+    Attributes:
+        dtype: Dtype of the model's weights and of its caches.
+        device: Device of the model.
+        kv_bytes_per_token: Size of one token in an uncompressed cache, in bytes.
+
     Raises:
         UnsupportedModelError: The architecture is not supported; the message names those that are.
     """
@@ -88,6 +95,9 @@ class Backbone(PromptEncoder):
             layer_types=list(config.layer_types) if per_layer else [None] * self.num_layers,
             lock=self.lock,
         )
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
+        self.kv_bytes_per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
         model.set_attn_implementation(ATTENTION)
         self._prefix: Prefix | None = None
 
@@ -124,23 +134,6 @@ class Backbone(PromptEncoder):
             prompt = model.prompt
         return cls(loaded.model, loaded.tokenizer, prompt=prompt, name=name, weights_sha256=loaded.weights_sha256)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the model's weights and of its caches."""
-        dtype: torch.dtype = self.model.dtype
-        return dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the model."""
-        device: torch.device = self.model.device
-        return device
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Size of one token in an uncompressed cache, in bytes."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-
     def fingerprint(
         self,
         *,
@@ -151,24 +144,34 @@ class Backbone(PromptEncoder):
         format_version: int = FORMATS[0],
     ) -> Fingerprint:
         """Fingerprint of the caches of this model and method; arguments as in `Fingerprint`."""
+        return replace(
+            self._plain_fingerprint,
+            method=method,
+            adapter=adapter,
+            eta=eta,
+            keep_spans=keep_spans,
+            format_version=format_version,
+        )
+
+    @cached_property
+    def _plain_fingerprint(self) -> Fingerprint:
         rope = json.dumps(getattr(self.config, "rope_parameters", None) or {}, sort_keys=True)
         prefix = ",".join(map(str, self.prefix_ids))
         return Fingerprint(
-            format_version=format_version,
+            format_version=FORMATS[0],
             architecture=self.config.model_type,
             weights=self.weights_sha256,
             tokenizer=self.tokenizer_sha256,
             prompt=self.prompt.digest,
             prefix=hashlib.sha256(prefix.encode()).hexdigest(),
-            method=method,
-            adapter=adapter,
-            eta=eta,
+            method="",
+            adapter="",
+            eta=None,
             rope=hashlib.sha256(rope.encode()).hexdigest(),
             dtype=dtype_name(self.dtype),
             num_layers=self.num_layers,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
-            keep_spans=keep_spans,
         )
 
     @property

@@ -2,7 +2,7 @@
 
 After worked examples, the likeliest first token is often the line break that also ends the answer; after a chat
 template, it is the end token. Until an answer has a visible character, tokens that leave it without one are skipped,
-and stop strings are ignored (`generate.text`). Masking a list of such tokens was rejected: every process would decode
+and stop strings are ignored (`generate.answer`). Masking a list of such tokens was rejected: every process would decode
 its whole vocabulary before the first answer, and a list cannot handle a character that consists of several tokens.
 """
 

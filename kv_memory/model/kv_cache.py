@@ -180,7 +180,7 @@ class PositionedCache(DynamicCache):
             positions = positions.masked_fill(positions == NEVER, 0)  # padding: any valid position will do
             old = torch.cat([key.flatten(0, 2) for key in keys])  # (entries, head_dim)
             # 2. Undo the old rotation, apply the new one.
-            free = rope.unrotate_flat(old, positions, per_layer, n_positions=self.n_positions)
+            free = rope.rotate_flat(old, positions, per_layer, n_positions=self.n_positions, inverse=True)
             turned = rope.rotate_flat(free, positions, per_layer, n_positions=n_positions).to(old.dtype)
             for layer, key, new in zip(self.layers, keys, turned.split(per_layer), strict=True):
                 assert isinstance(layer, PreallocatedLayer)

@@ -40,6 +40,11 @@ class PromptEncoder:
             ids = ids[:-1]  # some tokenizers append an end token to every text
         return tuple(ids)
 
+    @cached_property
+    def document_wrapper(self) -> tuple[list[int], list[int]]:
+        """Token ids before and after each document."""
+        return self.encode(self.prompt.document_before), self.encode(self.prompt.document_after)
+
     def _tokenize(self, text: str | list[str], **options: bool) -> Any:
         with self._tokenizer_lock:  # options are part of the tokenizer's state during a call
             try:
@@ -86,8 +91,8 @@ class PromptEncoder:
 
     def encode_document(self, text: str) -> list[int]:
         """Token ids of a document in its wrapper; wrapper and text are tokenised separately."""
-        form = self.prompt
-        return self.encode(form.document_before) + self.encode_text(text) + self.encode(form.document_after)
+        before, after = self.document_wrapper
+        return before + self.encode_text(text) + after
 
     def encode_question(self, question: str) -> list[int]:
         """Token ids of a question in its wrapper."""

@@ -49,7 +49,7 @@ def words_of(text: str) -> list[str]:
     for name in _NAME.findall(unicodedata.normalize("NFKC", text)):
         # A stretch of Chinese or a long path hardly recurs; caching it would fill the memory with its parts.
         once = len(name) > 32 or _UNSPACED.search(name)
-        words.extend(_parts_and_wholes(name) if once else _words_of_name(name))
+        words += (_words_of_name.__wrapped__ if once else _words_of_name)(name)
     return words
 
 
@@ -67,19 +67,18 @@ def hash_word(word: str) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def _words_of_name(name: str) -> tuple[str, ...]:
-    return tuple(_parts_and_wholes(name))
-
-
-def _parts_and_wholes(name: str) -> Iterator[str]:
+    """The parts of a name, and the whole."""
+    words: list[str] = []
     parts = _PART.findall(name)
     for part in parts:
         pieces = _CAMEL.split(part)
         for piece in pieces:
-            yield from _split_unspaced(piece.casefold())
+            words += _split_unspaced(piece.casefold())
         if len(pieces) > 1:
-            yield part.casefold()
+            words.append(part.casefold())
     if 1 < len(parts) <= _MAX_JOINED_PARTS:
-        yield "".join(parts).casefold()
+        words.append("".join(parts).casefold())
+    return tuple(words)
 
 
 def _split_unspaced(word: str) -> Iterator[str]:

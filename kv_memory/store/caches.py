@@ -26,7 +26,7 @@ from kv_memory.errors import (
     StoreError,
 )
 from kv_memory.store import documents
-from kv_memory.store.blobs.verified import MisfiledError, check_header, load_cache
+from kv_memory.store.blob_references import MisfiledError, check_header, load_cache
 from kv_memory.store.documents import alive
 from kv_memory.store.eviction import Eviction, read_limits
 from kv_memory.store.metrics import BYTES_READ, BYTES_WRITTEN, GET_SECONDS, GETS, PUT_SECONDS
@@ -211,7 +211,7 @@ class Caches(Eviction):
                     raise self._not_found(session, text_sha256, fingerprint, keep)
             try:
                 # 2. Verify length and SHA-256 of the file.
-                path = self.references.verified_blobs.verified_path(row.blob_key, row.size_bytes)
+                path = self.references.verified_path(row.blob_key, row.size_bytes)
                 # 3. Load it, and compare the identity that it records with the row. Its tensors are mapped from the
                 # file, which stays readable when it is removed.
                 cache = load_cache(row, path)
@@ -233,7 +233,7 @@ class Caches(Eviction):
 
     def warm(self) -> None:
         """Do the one-time work of the first `get` now, for a process that can do so while it loads its model."""
-        self.references.verified_blobs.blobs.warm()
+        self.references.blobs.warm()
         with self.catalog.read() as session:  # SQLAlchemy compiles the statement, which takes as long as 100 look-ups
             session.execute(_OF_TEXT, {"collection": 0, "text": "", "digest": "", "now": datetime.min}).all()
 
@@ -254,7 +254,7 @@ class Caches(Eviction):
         if row is None:
             return False
         try:
-            check_header(row, self.references.verified_blobs.verified_path(row.blob_key, row.size_bytes))
+            check_header(row, self.references.verified_path(row.blob_key, row.size_bytes))
         except (CorruptCacheError, FingerprintMismatchError):
             return False
         return True
@@ -266,8 +266,10 @@ class Caches(Eviction):
         rows = session.execute(_OF_TEXT, names).all()
         if not isinstance(keep, Keep):
             return next((row for row in rows if row.keep_ratio == keep), None)
+        if len(rows) < 2:
+            return rows[0] if rows else None
         fitting = (row for row in rows if keep.fits(row.keep_ratio, row.n_tokens, fingerprint))
-        return next(fitting, rows[0] if rows else None)
+        return next(fitting, rows[0])
 
     def delete(
         self, text_sha256: str, *, fingerprint: Fingerprint | None = None, keep_ratio: float | None = None
@@ -334,7 +336,7 @@ class Caches(Eviction):
             if row is None:
                 return None
             try:
-                return self.references.verified_blobs.verified_path(row.blob_key, row.size_bytes)
+                return self.references.verified_path(row.blob_key, row.size_bytes)
             except CorruptCacheError as error:
                 if self.references.quarantine_with_rows(row.blob_key, row.size_bytes):
                     raise CorruptCacheError(

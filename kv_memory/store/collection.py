@@ -94,8 +94,11 @@ class Documents(CollectionPart):
         """
         documents.check_document(record)
         with self.catalog.write() as session:
+            kept = documents.select_passages(self.collection_id).where(
+                DocumentRow.document_id == record.id, PassageRow.text.is_not(None)
+            )
             hides = any(passage.text is None for passage in record.passages)
-            had_texts = hides and documents.has_texts(session, self.collection_id, record.id)
+            had_texts = hides and session.execute(kept.limit(1)).first() is not None
             dropped = documents.write_document(session, self.collection_id, record)
             keys = documents.retire_caches(session, self.collection_id, dropped) if dropped else []
             documents.bump_revision(session, self.collection_id)
@@ -126,7 +129,7 @@ class Documents(CollectionPart):
             DocumentNotFoundError: The collection has no such document.
         """
         with self.catalog.read() as session:
-            return documents.load_document(session, self.collection_id, id)
+            return documents.load_document(session, documents.find_document(session, self.collection_id, id))
 
     def documents(self) -> list[DocumentSummary]:
         """All documents without their text, ordered by id."""
@@ -136,19 +139,15 @@ class Documents(CollectionPart):
     def has_document(self, id: str) -> bool:
         """Whether the collection has a document with this id."""
         with self.catalog.read() as session:
-            try:
-                documents.find_document(session, self.collection_id, id)
-            except DocumentNotFoundError:
-                return False
-            return True
+            return documents.document_row(session, self.collection_id, id) is not None
 
     def find_document(self, id: str, fingerprint: Fingerprint, keep: Keep) -> tuple[DocumentRecord, set[str]] | None:
         """A document, and the hashes of its texts that `cached_texts` returns; None if there is no such document."""
         with self.catalog.read() as session:
-            try:
-                record = documents.load_document(session, self.collection_id, id)
-            except DocumentNotFoundError:
+            row = documents.document_row(session, self.collection_id, id)
+            if row is None:
                 return None
+            record = documents.load_document(session, row)
             texts = {passage.text_sha256 for passage in record.passages}
             return record, documents.cached_texts(session, self.collection_id, texts, fingerprint, keep)
 
@@ -183,13 +182,14 @@ class Documents(CollectionPart):
             DocumentNotFoundError: The collection has no such document, or the document has fewer passages.
         """
         with self.catalog.read() as session:
-            documents.find_document(session, self.collection_id, document_id)
             found = documents.stored_passages(
                 session,
                 documents.select_passages(self.collection_id).where(
                     DocumentRow.document_id == document_id, PassageRow.ordinal == ordinal
                 ),
             )
+            if not found:
+                documents.find_document(session, self.collection_id, document_id)  # raises if it is missing as well
         if not found:
             raise DocumentNotFoundError(
                 f"document {document_id!r} has no passage {ordinal}",

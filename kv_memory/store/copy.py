@@ -150,7 +150,7 @@ class _Copy:
         # Blobs are linked from or into a temporary store. Two lasting stores share no files: one may be the backup of
         # the other.
         lasting = source.catalog.durable and target.catalog.durable
-        self._links = not lasting and isinstance(target.references.verified_blobs.blobs, DiskBlobs)
+        self._links = not lasting and isinstance(target.references.blobs, DiskBlobs)
         # Linked files of a lasting source may be removed at any time, so they are not kept waiting.
         self._waits = target.catalog.durable
         self._caches: list[_Cache] = []  # to be stored, and the documents after them
@@ -322,7 +322,7 @@ class _Copy:
             here = (CacheRow.collection_id == self._target.collection_id) & CacheRow.text_sha256.in_(texts)
             with self._target.catalog.read() as session:
                 rows = session.scalars(select(CacheRow).where(here, alive(utc_now()))).all()
-            sound = self._target.references.verified_blobs.sound
+            sound = self._target.references.sound
             present |= {_key(row) for row in rows if sound(row.blob_key, row.size_bytes)}
         return present
 
@@ -337,7 +337,7 @@ class _Copy:
         references = self._source.references
         with mapped(f"blob {info.blob_key}"):
             try:
-                path = references.verified_blobs.verified_path(info.blob_key, info.size_bytes)
+                path = references.verified_path(info.blob_key, info.size_bytes)
                 if self._links:
                     return path, fingerprint
                 data = path.read_bytes()

@@ -23,8 +23,8 @@ __all__ = [
     "cached_texts",
     "check_document",
     "delete_document",
+    "document_row",
     "find_document",
-    "has_texts",
     "list_documents",
     "load_document",
     "place_of",
@@ -45,15 +45,20 @@ def batches(items: Iterable[T], size: int = 500) -> Iterator[list[T]]:
         yield everything[start : start + size]
 
 
+def document_row(session: Session, collection_id: int, document_id: str) -> DocumentRow | None:
+    """The document's row; None if the collection has no such document."""
+    return session.scalar(
+        select(DocumentRow).where(DocumentRow.collection_id == collection_id, DocumentRow.document_id == document_id)
+    )
+
+
 def find_document(session: Session, collection_id: int, document_id: str) -> DocumentRow:
     """The document's row.
 
     Raises:
         DocumentNotFoundError: The collection has no such document.
     """
-    row = session.scalar(
-        select(DocumentRow).where(DocumentRow.collection_id == collection_id, DocumentRow.document_id == document_id)
-    )
+    row = document_row(session, collection_id, document_id)
     if row is None:
         raise DocumentNotFoundError(
             f"no document {document_id!r} in this collection",
@@ -101,9 +106,8 @@ def write_document(session: Session, collection_id: int, record: DocumentRecord)
     ]
     now = utc_now()
     before: set[str] = set()
-    try:
-        row = find_document(session, collection_id, record.id)
-    except DocumentNotFoundError:
+    row = document_row(session, collection_id, record.id)
+    if row is None:
         row = DocumentRow(collection_id=collection_id, document_id=record.id, created_at=record.created_at or now)
         session.add(row)
     else:
@@ -139,13 +143,8 @@ def bump_revision(session: Session, collection_id: int) -> None:
     )
 
 
-def load_document(session: Session, collection_id: int, document_id: str) -> DocumentRecord:
-    """A document with its passages.
-
-    Raises:
-        DocumentNotFoundError: The collection has no such document.
-    """
-    row = find_document(session, collection_id, document_id)
+def load_document(session: Session, row: DocumentRow) -> DocumentRecord:
+    """A document with its passages."""
     passages = session.scalars(select(PassageRow).where(PassageRow.document_pk == row.id).order_by(PassageRow.ordinal))
     return DocumentRecord(
         id=row.document_id,
@@ -273,17 +272,6 @@ def unreferenced(collection_id: int) -> ColumnElement[bool]:
         DocumentRow.collection_id == collection_id,
     )
     return (CacheRow.collection_id == collection_id) & ~referred
-
-
-def has_texts(session: Session, collection_id: int, document_id: str) -> bool:
-    """Whether a document exists and keeps the text of at least one passage."""
-    kept = (
-        select(PassageRow.id)
-        .join(DocumentRow, DocumentRow.id == PassageRow.document_pk)
-        .where(DocumentRow.collection_id == collection_id, DocumentRow.document_id == document_id)
-        .where(PassageRow.text.is_not(None))
-    )
-    return session.scalar(kept.limit(1)) is not None
 
 
 def _texts_of(session: Session, row: DocumentRow) -> set[str]:

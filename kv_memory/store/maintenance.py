@@ -24,7 +24,7 @@ def check(part: CollectionPart) -> CheckReport:
     """See `Store.check`."""
     references = part.references
     # Blobs are listed and hashed while others write, so every difference between the two lists is checked once more.
-    audit = references.verified_blobs.blobs.audit(min_age_s=GRACE_S)
+    audit = references.blobs.audit(min_age_s=GRACE_S)
     with part.catalog.read() as session:
         named = named_blobs(session)
         waiting = session.scalars(select(CacheRow.text_sha256).where(unreferenced(part.collection_id)).distinct()).all()
@@ -49,7 +49,7 @@ def check(part: CollectionPart) -> CheckReport:
 
 def _really_missing(references: BlobReferences, keys: AbstractSet[str]) -> set[str]:
     """The subset of the blobs that do not exist although rows still name them."""
-    gone = {key for key in keys if not references.verified_blobs.blobs.has(key)}
+    gone = {key for key in keys if not references.blobs.has(key)}
     with references.catalog.read() as session:
         return gone & named_blobs(session, gone).keys()
 
@@ -63,7 +63,7 @@ def _really_orphaned(references: BlobReferences, keys: AbstractSet[str]) -> set[
 def gc(part: CollectionPart) -> GcReport:
     """See `Store.gc`."""
     references = part.references
-    audit = references.verified_blobs.blobs.audit(min_age_s=GRACE_S, repair=True)
+    audit = references.blobs.audit(min_age_s=GRACE_S, repair=True)
     with part.catalog.read() as session:
         named = named_blobs(session).keys()
     orphans = _really_orphaned(references, audit.keys - audit.young - named)
@@ -113,7 +113,7 @@ def stats(part: CollectionPart) -> StoreStats:
         n_caches=n_caches,
         cache_bytes=cache_bytes,
         disk_bytes=_size_of(part.path),
-        n_quarantined=len(os.listdir(part.references.verified_blobs.quarantine_folder)),
+        n_quarantined=len(os.listdir(part.references.quarantine_folder)),
     )
 
 

@@ -30,7 +30,7 @@ __all__ = ["purge"]
 def purge(part: CollectionPart, index_folder: Path, ids: Iterable[str]) -> PurgeReport:
     """See `Store.purge`."""
     references, catalog = part.references, part.catalog
-    blobs = references.verified_blobs.blobs
+    blobs = references.blobs
     chosen = tuple(dict.fromkeys(ids))
     # 1. The rows, of all documents or none.
     keys: set[str] = set()
@@ -58,7 +58,7 @@ def purge(part: CollectionPart, index_folder: Path, ids: Iterable[str]) -> Purge
         # 3. Files that say what was in a document.
         n_quarantined = 0
         with mapped(part.path):
-            for file in references.verified_blobs.quarantine_folder.iterdir():
+            for file in references.quarantine_folder.iterdir():
                 freed_bytes += file.lstat().st_size
                 file.unlink()
                 n_quarantined += 1

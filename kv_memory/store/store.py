@@ -10,7 +10,6 @@ from kv_memory.store import maintenance, purge
 from kv_memory.store.blob_references import BlobReferences
 from kv_memory.store.blobs.local import DiskBlobs
 from kv_memory.store.blobs.remote import ObjectBlobs
-from kv_memory.store.blobs.verified import VerifiedBlobs
 from kv_memory.store.caches import Caches
 from kv_memory.store.collection import Documents, find_collection
 from kv_memory.store.location import CATALOG_FILE, find_place, prepare_folder, write_place
@@ -65,9 +64,9 @@ class Store(Documents, Caches):
 
         Raises:
             ConfigError: `catalog` or `blobs` is not a valid URL, or not the one of the existing store.
-            StoreError: The store or collection does not exist and `create` is off; the folder holds something else, or is
-                not readable and writable; a newer version of this package wrote the store, or an older version wrote a
-                shared catalog, which `kv-memory db upgrade` upgrades. Nothing was changed.
+            StoreError: The store or collection does not exist and `create` is off; the folder holds something else, or
+                is not readable and writable; a newer version of this package wrote the store, or an older version wrote
+                a shared catalog, which `kv-memory db upgrade` upgrades. Nothing was changed.
             StoreConnectionError: The database or the object store does not answer.
         """
         folder, new = prepare_folder(path, create=create)
@@ -92,7 +91,7 @@ class Store(Documents, Caches):
         except BaseException:
             opened.close()
             raise
-        references = BlobReferences(opened, VerifiedBlobs(kept, folder / "quarantine"))
+        references = BlobReferences(opened, kept, folder / "quarantine")
         return cls(folder, collection, collection_id, references)
 
     def in_collection(self, collection: str, *, create: bool = True) -> Store:
@@ -114,13 +113,13 @@ class Store(Documents, Caches):
         """Write buffered data and close the connections."""
         self.uses.flush()
         if self._owns_connections:
-            self.references.verified_blobs.blobs.close()
+            self.references.blobs.close()
             self.catalog.close()
 
     @property
     def blobs_url(self) -> str:
         """URL of the object store, or path of the folder, that holds the blobs."""
-        return self.references.verified_blobs.blobs.where
+        return self.references.blobs.where
 
     def __enter__(self) -> Self:
         return self

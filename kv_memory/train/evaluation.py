@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 
 from kv_memory.compress.adapter import Adapter
-from kv_memory.compress.prefill import pad, prefill_documents, top_k_mask
+from kv_memory.compress.kept import pad, top_k_mask
+from kv_memory.compress.prefill import prefill_documents
 from kv_memory.compress.refine.batching import Entries, gather_entries
 from kv_memory.compress.refine.loss import kl_divergence
 from kv_memory.compress.selectors import Reconstruction

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from kv_memory.compress.adapter import Adapter
-from kv_memory.compress.prefill import pad, prefill_documents
+from kv_memory.compress.kept import pad
+from kv_memory.compress.prefill import prefill_documents
 from kv_memory.compress.refine.batching import Entries, Row, RowBatch, batch_rows, gather_entries, join_entries
 from kv_memory.compress.refine.loss import distillation_loss
 from kv_memory.compress.refine.teacher import end_ids

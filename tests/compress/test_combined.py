@@ -9,7 +9,8 @@ import torch
 
 from kv_memory.compress import Adapter, Compressor, Matched, MatchSettings
 from kv_memory.compress.combined import combined_scores
-from kv_memory.compress.prefill import DocumentPrefill, prefill_documents, top_k_mask
+from kv_memory.compress.kept import top_k_mask
+from kv_memory.compress.prefill import DocumentPrefill, prefill_documents
 from kv_memory.errors import ConfigError
 from kv_memory.settings import MemorySettings
 from tests.conftest import make_backbone

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kv_memory.compress import ObservedAttention, Reconstruction, Selector, SinkRecent, selectors
-from kv_memory.compress.prefill import top_k_mask
+from kv_memory.compress.kept import top_k_mask
 from kv_memory.compress.selectors import make_selector
 from kv_memory.config import SelectorName, n_kept_for
 from kv_memory.errors import ConfigError

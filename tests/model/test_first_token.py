@@ -10,7 +10,7 @@ import torch
 
 from kv_memory.compress import Compressor
 from kv_memory.config import DecodeSettings
-from kv_memory.generate import Generator, Turn, encode_turns
+from kv_memory.generate import Generator, Run, Turn, encode_turns
 from kv_memory.generate.turns import Prompt
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.first_token import FirstToken, first_visible, is_visible
@@ -156,7 +156,7 @@ def test_answers_to_turns_and_raw_prompts_begin_visibly(blank: Backbone) -> None
         encode_turns(blank, [Turn("user", "why?")]),
         Prompt(blank.encode("Once upon a time\n"), behind_prefix=False),
     ):
-        run = Generator(blank).start_prompt(prompt, settings=SETTINGS)
+        run = Run(blank, [prompt], (), "source", SETTINGS)
         for _ in run.steps():
             pass
         assert is_visible(run.results()[0].text)

@@ -53,7 +53,7 @@ def contents(store: Store) -> dict[str, Any]:
 
 
 def blob_bytes(store: Store, info: CacheInfo) -> bytes:
-    return store.references.verified_blobs.verified_path(info.blob_key, info.size_bytes).read_bytes()
+    return store.references.verified_path(info.blob_key, info.size_bytes).read_bytes()
 
 
 class Stop(Exception):  # noqa: N818

@@ -176,15 +176,15 @@ def test_puts_and_deletes_of_the_same_blob_never_lose_it(store: Store) -> None:
 def test_a_blob_removed_before_its_row_is_written_is_stored_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blobs, removed = store.references.verified_blobs, []
-    put = blobs.put
+    references, removed = store.references, []
+    put = references.put_blob
 
     def put_and_lose(key: str, data: bytes) -> None:
         put(key, data)
         if not removed:
-            removed.append(blobs.blobs.delete(key))
+            removed.append(references.blobs.delete(key))
 
-    monkeypatch.setattr(blobs, "put", put_and_lose)
+    monkeypatch.setattr(references, "put_blob", put_and_lose)
     info = store.put(sha("x"), make_cache(1))
     assert removed == [info.size_bytes]
     assert equal(store.get(sha("x"), FINGERPRINT, 0.25), make_cache(1)) and store.check().ok

@@ -114,6 +114,6 @@ def test_the_catalog_is_durable_and_checks_foreign_keys(store: Store) -> None:
 
 def test_blob_rows_are_as_durable_as_cache_rows(store: Store) -> None:
     store.put(sha("x"), make_cache(1))
-    with store.references.verified_blobs.blobs._cache() as cache:
+    with store.references.blobs._cache() as cache:
         assert cache._sql("PRAGMA synchronous").fetchone() == (2,)
         assert cache._sql("PRAGMA journal_mode").fetchone() == ("wal",)

@@ -44,7 +44,7 @@ def behind(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 def forget(store: Store) -> None:
     """Take all copies out of the tier."""
-    blobs: Any = store.references.verified_blobs.blobs
+    blobs: Any = store.references.blobs
     for key in blobs.tier.audit(min_age_s=0).keys:
         blobs.tier.delete(key)
 

@@ -76,7 +76,7 @@ def test_only_the_owner_can_read_stored_files(tmp_path: Path) -> None:
 
 
 SECRET, PUBLIC = (
-    "The verified_blobs's code is Xylophone-Quagmire-4711. " * 4,
+    "The vault's code is Xylophone-Quagmire-4711. " * 4,
     "Nothing of note happened at Zwiebelturm today. " * 4,
 )
 
@@ -150,7 +150,7 @@ def test_quarantine_orphans_and_leftovers_are_purged(store: Store) -> None:
     with pytest.raises(CorruptCacheError):
         store.get(sha(SECRET), FINGERPRINT, 0.25)
     orphan = make_cache(100, n_kept=40, fingerprint=OTHER).to_bytes()
-    store.references.verified_blobs.put({sha_of(orphan): orphan})
+    store.references.put_blobs({sha_of(orphan): orphan})
     report = store.purge("secret-id-0123456789")
     assert (report.n_quarantined, report.n_orphan_blobs, report.n_strays) == (1, 1, 1)
     assert held(store.path, secret) == set()

@@ -104,7 +104,7 @@ def test_stats_count_the_collection_and_the_folder(store: Store) -> None:
 
 def test_blobs_and_files_of_a_put_in_progress_are_left_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_cache(1).to_bytes()
-    store.references.verified_blobs.put({blob_key(data): data})
+    store.references.put_blobs({blob_key(data): data})
     (store.path / "blobs" / "half.val.tmp").write_bytes(b"12345")
     monkeypatch.setattr(maintenance, "GRACE_S", 600.0)
     assert store.check().ok

@@ -82,13 +82,13 @@ class Scene:
 
     def put_object(self, data: bytes, *, in_tier: bool = False) -> None:
         """Put other bytes in the place of the victim's object, and take the copy in the tier away."""
-        blobs: Any = self.store.references.verified_blobs.blobs
+        blobs: Any = self.store.references.blobs
         blobs._obstore.put(blobs._store, self.name, data)
         if not in_tier:
             blobs.tier.delete(self.victim.blob_key)
 
     def object(self, info: CacheInfo) -> bytes:
-        blobs: Any = self.store.references.verified_blobs.blobs
+        blobs: Any = self.store.references.blobs
         return bytes(blobs._obstore.get(blobs._store, f"{info.blob_key[:2]}/{info.blob_key}").bytes())
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kv_memory.compress import Adapter, Reconstruction
-from kv_memory.compress.prefill import pad
+from kv_memory.compress.kept import pad
 from kv_memory.compress.refine.batching import gather_entries
 from kv_memory.compress.refine.loss import distillation_loss, kl_divergence
 from kv_memory.datasets import Example, Question

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kv_memory.compress.prefill import pad
+from kv_memory.compress.kept import pad
 from kv_memory.model.attention import ForwardContext
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import NEVER, PositionedCache

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from kv_memory.compress.prefill import pad
+from kv_memory.compress.kept import pad
 from kv_memory.compress.refine.batching import Entries, Row, RowBatch, batch_rows, gather_entries
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.first_token import FirstToken

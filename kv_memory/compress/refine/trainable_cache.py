@@ -80,7 +80,9 @@ class TrainableCache:
     def result(self) -> DistilledCache:
         """Current cache, on the device and in the dtype of the cache at the start; biases are float16."""
         keys, values, bias = self.moved()
-        free = self._backbone.rope.unrotate_flat(keys, self.positions, self.per_layer, n_positions=self._n_positions)
+        free = self._backbone.rope.rotate_flat(
+            keys, self.positions, self.per_layer, n_positions=self._n_positions, inverse=True
+        )
         like = self.cache.keys
         return replace(
             self.cache,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_memory.documents import Document
-from kv_memory.documents.encoding import normalise_newlines
+from kv_memory.documents.parsers import normalise_newlines
 from kv_memory.errors import UnreadableDocumentError
 
 __all__ = ["Fields", "ReadItem", "Source", "SourceItem", "changed", "unreadable", "uri_of"]

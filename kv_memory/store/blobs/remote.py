@@ -201,7 +201,7 @@ class ObjectBlobs:
     def _fetch_again(self, key: str, wrong: bytes) -> bytes | None:
         """Fetch a blob again after wrong bytes; they are returned only if the object itself is damaged.
 
-        `VerifiedBlobs` quarantines a damaged blob and deletes it, so a faulty connection must not be believed.
+        `BlobReferences` quarantines a damaged blob and deletes it, so a faulty connection must not be believed.
 
         Raises:
             StoreConnectionError: The answers differ.

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from sqlalchemy import Engine, text
 
-from kv_memory.store.error_mapping import mapped
+from kv_memory.store.error_mapping import mapped, raise_mapped
 from kv_memory.store.fs import private_folder, private_opener
 
 if sys.platform == "win32":
@@ -56,9 +56,11 @@ class FileLocks:
             wait: Whether to wait for a taken lock; if off, the context is then entered with False.
         """
         path = self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.lock"
-        with mapped(self._folder):
+        try:
             private_folder(self._folder)
             file = _locked(path, wait=wait)
+        except OSError as error:
+            raise_mapped(error, str(self._folder))
         try:
             yield file is not None
         finally:

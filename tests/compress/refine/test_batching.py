@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from kv_memory.compress import Adapter, Compressor
-from kv_memory.compress.prefill import pad, prefill_documents
+from kv_memory.compress.kept import pad
+from kv_memory.compress.prefill import prefill_documents
 from kv_memory.compress.refine.batching import gather_entries, join_entries
 from kv_memory.generate import compose
 from tests.conftest import make_backbone
