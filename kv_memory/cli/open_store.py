@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kv_memory.cli.options import Place
 from kv_memory.cli.output import Output
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["load_model", "open_memory", "open_store"]
 
 
-def open_store(out: Output, store: Path, collection: str) -> Store:
+def open_store(out: Output, place: Place) -> Store:
     """Open an existing store for commands that need no model. Errors as in `Store.open`.
 
     A KVMemory would load the model library, which takes seconds.
@@ -22,10 +22,10 @@ def open_store(out: Output, store: Path, collection: str) -> Store:
     with out.working("Starting"):
         from kv_memory.store import Store
 
-        return Store.open(store, collection=collection, create=False)
+        return Store.open(place.store, collection=place.collection, create=False)
 
 
-def open_memory(out: Output, store: Path, collection: str, *, create: bool = False, **changes: Any) -> KVMemory:
+def open_memory(out: Output, place: Place, *, create: bool = False, **changes: Any) -> KVMemory:
     """Open a memory, or with `create` also a new one; changes and errors as in `KVMemory.open`.
 
     With `create` the model is loaded at once, so that a wrong name does not leave an empty store behind.
@@ -33,7 +33,7 @@ def open_memory(out: Output, store: Path, collection: str, *, create: bool = Fal
     with out.working("Loading the model" if create else "Starting"):
         from kv_memory.memory import KVMemory
 
-        return KVMemory.open(store, collection=collection, create=create, load_model=create, **changes)
+        return KVMemory.open(place.store, collection=place.collection, create=create, load_model=create, **changes)
 
 
 def load_model(out: Output, memory: KVMemory) -> None:
