@@ -23,8 +23,6 @@ from .messages import recalled, turns_of
 from .replies import PROVIDER, last, part, steps, whole
 from .structured import structured
 
-__all__ = ["ChatKVMemory"]
-
 
 class ChatKVMemory(MemoryLLM, BaseChatModel):
     """A LangChain chat model over the model of a `KVMemory`.

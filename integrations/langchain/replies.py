@@ -14,8 +14,6 @@ from kv_memory.generate import Answer, AnswerStream, iterate_in_thread
 
 from ..llms import reply_details
 
-__all__ = ["PROVIDER", "last", "part", "steps", "whole"]
-
 PROVIDER = "kv_memory"
 
 

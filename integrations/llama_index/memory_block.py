@@ -16,8 +16,6 @@ from ..llms import readable
 from ..references import KV_IDS
 from .messages import message_with, turns_of
 
-__all__ = ["KVMemoryBlock"]
-
 
 class KVMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     """A block of LlamaIndex's `Memory`, for a `KVMemoryLLM` or an engine over one.

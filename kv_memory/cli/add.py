@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from kv_memory.documents import DocumentLike, ReadResult
     from kv_memory.memory import AddReport, KVMemory
 
-__all__ = ["add", "print_report"]
-
 _SHOWN = 5
 
 

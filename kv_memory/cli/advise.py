@@ -17,8 +17,6 @@ from kv_memory.settings import MemorySettings
 if TYPE_CHECKING:
     from kv_memory.evaluate import Advice, AdviceRow, Criteria
 
-__all__ = ["advise_on"]
-
 _SHOWN = 3
 
 

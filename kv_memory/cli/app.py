@@ -26,8 +26,6 @@ from kv_memory.cli.store import budget, check, current, gc, init, pin, stats, un
 from kv_memory.cli.train import train
 from kv_memory.cli.transfer import export, import_file
 
-__all__ = ["COMMANDS", "app", "main"]
-
 _Command: TypeAlias = tuple[str, Callable[..., None], *tuple[str, ...]]  # name, function, examples of usage
 
 # In the order of the help.

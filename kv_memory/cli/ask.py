@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from kv_memory.generate import Answer
     from kv_memory.memory import KVMemory
 
-__all__ = ["ask", "chat"]
-
 
 def _answer_aloud(out: Output, memory: KVMemory, question: str, asking: Asking) -> Answer:
     """Print the answer to a question piece by piece. Errors as in `KVMemory.ask`."""

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from kv_memory.generate import ReadFrom
     from kv_memory.memory import KVMemory
 
-__all__ = ["demo"]
-
 _WAYS: tuple[ReadFrom, ReadFrom] = ("caches", "text")
 _NAMES = ("cached", "text")  # the same in the names of counts
 

@@ -16,8 +16,6 @@ from kv_memory.errors import ConfigError, DocumentNotFoundError
 if TYPE_CHECKING:
     from kv_memory.store import CacheInfo, DocumentRecord, DocumentSummary
 
-__all__ = ["find_document_id", "list_documents", "remove", "show"]
-
 _SHOWN = 8
 
 

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from kv_memory.evaluate.methods import RefineFrom
     from kv_memory.model.backbone import Backbone
 
-__all__ = ["EvalOptions", "evaluate_task", "print_rows", "report"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from kv_memory.jobs.events import JobEnded
     from kv_memory.store import Store
 
-__all__ = ["resume", "run"]
-
 _JSON_LINES = "Print one JSON object per line for every event; the last one is the summary."
 WorkersOption = Annotated[
     int,

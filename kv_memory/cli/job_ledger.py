@@ -15,8 +15,6 @@ from kv_memory.cli.progress import count_text, sources_text
 if TYPE_CHECKING:
     from kv_memory.jobs import Counts, Job
 
-__all__ = ["cancel", "list_jobs", "show_job"]
-
 _SHOWN = 20
 
 NameArgument = Annotated[

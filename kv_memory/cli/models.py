@@ -14,8 +14,6 @@ from kv_memory.cli.progress import Tracker
 from kv_memory.errors import ModelNotFoundError
 from kv_memory.model.embedded import BUILT_IN, DEFAULTS, EMBEDDED, BuiltInModel, default_model
 
-__all__ = ["models"]
-
 
 @command()
 def models(

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from kv_memory.memory import KVMemory
     from kv_memory.store import Store
 
-__all__ = ["load_model", "open_memory", "open_store"]
-
 
 def open_store(out: Output, place: Place) -> Store:
     """Open an existing store for commands that need no model. Errors as in `Store.open`.

@@ -15,19 +15,6 @@ from kv_memory.cli.output import reporting
 from kv_memory.config import DecodeSettings
 from kv_memory.settings import MemorySettings, new_value_text
 
-__all__ = [
-    "DEFAULT_COLLECTION",
-    "DEFAULT_STORE",
-    "Asking",
-    "Changes",
-    "CollectionOption",
-    "EncodingOption",
-    "ModelOption",
-    "Place",
-    "StoreOption",
-    "command",
-]
-
 DEFAULT_STORE = Path("kv-memory-store")
 DEFAULT_COLLECTION = "default"
 

@@ -22,19 +22,6 @@ from rich.text import Text
 
 from kv_memory.errors import ConfigError, KVMemoryError, interruption_behind
 
-__all__ = [
-    "FAILED",
-    "STOPPED",
-    "Output",
-    "debugging",
-    "factor_text",
-    "plain",
-    "printable",
-    "reporting",
-    "size_text",
-    "time_text",
-]
-
 FAILED, USAGE, STOPPED = 1, 2, 130
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _UNBOUNDED = 10_000  # width outside of a terminal, so that lines in a file are not folded at 80 columns

@@ -22,18 +22,6 @@ if TYPE_CHECKING:
     from kv_memory.store import TransferProgress
     from kv_memory.train import TrainProgress
 
-__all__ = [
-    "AddTracker",
-    "EvalTracker",
-    "JobTracker",
-    "Tracker",
-    "TrainTracker",
-    "TransferTracker",
-    "count_text",
-    "print_ended",
-    "sources_text",
-]
-
 
 class _Figures(ProgressColumn):
     """Done, total, and speed in a unit; `bytes` are shown as sizes."""
@@ -175,7 +163,11 @@ class TransferTracker(Tracker):
         if progress.step != self._step:  # another step has a speed of its own
             self._step = progress.step
             self._bar.reset(self._task.id)
-        self.show(f"{_STEPS[progress.step]}, {progress.n_documents:,} documents", progress.size_bytes, progress.size_bytes_total or None)
+        self.show(
+            f"{_STEPS[progress.step]}, {progress.n_documents:,} documents",
+            progress.size_bytes,
+            progress.size_bytes_total or None,
+        )
 
 
 _SHOWN = 5  # maximum number of sources shown

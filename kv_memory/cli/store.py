@@ -16,8 +16,6 @@ from kv_memory.config import seconds_of, size_of
 from kv_memory.errors import ConfigError
 from kv_memory.settings import MemorySettings
 
-__all__ = ["budget", "check", "current", "gc", "init", "pin", "stats", "unpin", "upgrade"]
-
 
 @command()
 def stats(

@@ -25,8 +25,6 @@ from kv_memory.cli.progress import TrainTracker
 if TYPE_CHECKING:
     from kv_memory.train import Estimate, TrainReport
 
-__all__ = ["train"]
-
 
 def _known() -> dict[str, Setting]:
     from kv_memory.train import RunOptions, TrainRun, TrainSettings

@@ -14,8 +14,6 @@ from kv_memory.cli.progress import TransferTracker
 from kv_memory.config import check_choice
 from kv_memory.errors import ConfigError
 
-__all__ = ["export", "import_file"]
-
 
 @command()
 def export(

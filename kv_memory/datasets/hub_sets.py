@@ -9,8 +9,6 @@ from typing import Any, Literal
 from kv_memory.datasets.record_files import Record
 from kv_memory.errors import DatasetError
 
-__all__ = ["hub_records"]
-
 _SPLITS = {"train": "train", "dev": "validation"}
 _INSTEAD = "Pass a file instead: JSON lines of {context, question, answer}."
 

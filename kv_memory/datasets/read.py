@@ -25,8 +25,6 @@ from kv_memory.datasets.sets import (
 )
 from kv_memory.errors import ConfigError, DatasetError
 
-__all__ = ["DATASETS", "Split", "read_examples"]
-
 Split = Literal["train", "dev"]
 
 _Reader = Callable[[Path, str, Faults], Iterator[Example]]

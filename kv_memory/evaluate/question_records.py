@@ -12,8 +12,6 @@ from typing import Any
 from kv_memory.errors import BrokenLineError, DatasetError
 from kv_memory.evaluate.cases import Group
 
-__all__ = ["FILE_NAME", "METRICS", "Measured", "Record", "RecordFile", "latest"]
-
 FILE_NAME = "examples.jsonl"
 METRICS = ("kl", "nll", "f1", "em", "contains", "accuracy", "rouge_l", "kl_joined")
 

@@ -11,8 +11,6 @@ from kv_memory.evaluate.plots import plot_fidelity, plot_needle
 from kv_memory.evaluate.question_records import METRICS
 from kv_memory.evaluate.saved_rows import Loaded
 
-__all__ = ["cells", "kept_text", "markdown", "write_report"]
-
 _NAMES = {"kl": "KL", "nll": "NLL", "f1": "F1", "em": "EM", "rouge_l": "ROUGE-L", "kl_joined": "KL to joined"}
 
 

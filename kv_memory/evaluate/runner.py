@@ -24,8 +24,6 @@ from kv_memory.evaluate.tasks import find_task
 from kv_memory.evaluate.tasks.task import Task, TaskSettings
 from kv_memory.model.backbone import Backbone
 
-__all__ = ["DEFAULT_KEEP_RATIOS", "Evaluation", "evaluate"]
-
 DEFAULT_KEEP_RATIOS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 # Part of every key. Raise it when a measure changes its meaning; the package's own version does not reflect that.
 _MEASURES_VERSION = 2  # 2: an answer begins with a visible character

@@ -14,8 +14,6 @@ from kv_memory.evaluate.aggregate import Row, aggregate, order, plain_name, tabl
 from kv_memory.evaluate.question_records import FILE_NAME, METRICS, Measured, Record, latest
 from kv_memory.evaluate.tasks import TASKS
 
-__all__ = ["Loaded", "load_rows"]
-
 _Thing = TypeVar("_Thing", Record, Row)
 _PEER_FILE = "questions.jsonl"
 _LEARNED = {"adapter", "adapter_selection", "combined", "refined"}  # a table may hold several of each, by label

@@ -17,8 +17,6 @@ from kv_memory.evaluate.tasks.task import Task
 from kv_memory.generate import Prompt, Run, compose, first_token_rule
 from kv_memory.model.backbone import Backbone
 
-__all__ = ["KL_TOKENS", "PrefilledQuestions", "TeacherAnswer", "answers", "batches", "score", "teach"]
-
 KL_TOKENS = 32  # length limit of the answer on which KL is measured
 _CPU_BYTES, _GPU_BYTES = 1 << 30, 4 << 30  # size limit of caches and logits of one batch
 

@@ -35,8 +35,6 @@ from kv_memory.memory import KVMemory
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
 
-__all__ = ["do_one", "error_of", "main", "pipeline_of", "run", "work"]
-
 _BROKEN = 4  # exit code: the GPU no longer works in this process
 _IDLE_S = 0.05, 0.5
 

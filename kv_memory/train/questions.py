@@ -21,8 +21,6 @@ from kv_memory.errors import DatasetError
 from kv_memory.model.backbone import Backbone
 from kv_memory.train.json_lines import JsonLines
 
-__all__ = ["QuestionWriter"]
-
 STEMS = ("What", "How", "Which", "Why", "When", "Where", "Who", "")
 _REQUEST = "Write one question that the text above answers{begin}. Write the question only."
 QUESTION_TOKENS = 32  # longest question

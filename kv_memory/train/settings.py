@@ -12,8 +12,6 @@ from kv_memory.compress.scorer import ScorerKind
 from kv_memory.config import Budget, check_choice, check_keep_ratio
 from kv_memory.errors import ConfigError
 
-__all__ = ["PRESETS", "WINDOW_TOKENS", "Answers", "RunOptions", "TrainSettings", "domain_settings", "preset"]
-
 Answers = Literal["people", "teacher"]
 
 

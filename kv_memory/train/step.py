@@ -29,18 +29,6 @@ from kv_memory.model.kv_cache import NEVER
 from kv_memory.train.batches import Batch
 from kv_memory.train.settings import TrainSettings
 
-__all__ = [
-    "StepResult",
-    "WeightedRows",
-    "answered_rows",
-    "distillation_step",
-    "received_attention",
-    "repetitions",
-    "scorer_loss",
-    "warmup_step",
-    "weighted_rows",
-]
-
 REQUEST = "\n\nRepeat the previous text exactly.\n"
 
 

@@ -18,8 +18,6 @@ from kv_memory.evaluate.metrics import normalise
 from kv_memory.evaluate.tasks.task import MAX_QUESTIONS, Distractors, TaskSettings, choose
 from kv_memory.model.backbone import Backbone
 
-__all__ = ["multidoc_cases"]
-
 _WHOSE: dict[Distractors, str] = {"other": "other articles", "same": "its own article"}
 
 

@@ -24,8 +24,6 @@ from kv_memory.jobs.engines import WorkerEnd, n_cores, threads_of
 from kv_memory.jobs.job_records import Job, worker_name
 from kv_memory.jobs.leases import LEASE_S
 
-__all__ = ["LocalEngine"]
-
 _WORKER = (sys.executable, "-m", "kv_memory.jobs.worker")
 _PATIENCE_S = 10.0  # time for a worker to release its document
 _SAID_CHARS = 300

@@ -12,8 +12,6 @@ from typing import IO, Any
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError, UnreadableDocumentError
 from kv_memory.jobs.sources.source import Fields, ReadItem, Source, SourceItem, changed, unreadable, uri_of
 
-__all__ = ["HubSource", "JsonLinesSource", "ParquetSource"]
-
 _BATCH_ROWS = 256  # held in memory at once
 
 
