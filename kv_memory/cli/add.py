@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kv_memory.cli.open_store import load_model, open_memory
 from kv_memory.cli.options import Changes, EncodingOption, Place, command
 from kv_memory.cli.output import FAILED, Output, factor_text, plain, size_text
 from kv_memory.cli.progress import AddTracker
@@ -54,9 +53,8 @@ def add(
     extra = _pairs(metadata or [])
     # Documents are checked before a store is created and a model loaded: a typo should fail at once.
     read = _read(paths or [], id_, extra, encoding, skip_errors) if paths else None
-    with open_memory(out, place, create=bool(paths), **changes) as memory:
+    with place.open_memory(out, create=bool(paths), **changes) as memory:
         try:
-            load_model(out, memory)
             report = _add(out, memory, read, stale=stale, encoding=encoding)
         except KeyboardInterrupt:
             n_documents = memory.stats().n_documents

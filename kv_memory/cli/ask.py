@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kv_memory.cli.open_store import load_model, open_memory
 from kv_memory.cli.options import Asking, Changes, Place, command
 from kv_memory.cli.output import Output, plain
 from kv_memory.errors import KVMemoryError
@@ -89,8 +88,7 @@ def ask(
     enter the prompt, unless --text is given. Caches of the amount given are preferred; a passage without one is
     answered from the cache that it has.
     """
-    with open_memory(out, place, **changes) as memory:
-        load_model(out, memory)
+    with place.open_memory(out, **changes) as memory:
         if out.as_json:
             out.json(_answer_json(memory.ask(question, **asking._asdict())))
             return
@@ -109,8 +107,7 @@ def chat(*, asking: Asking, changes: Changes, place: Place, out: Output) -> None
     pipe. /sources shows where the last answer came from; /quit or Ctrl-D ends; Ctrl-C stops an answer.
     """
     answers: list[Answer] = []
-    with open_memory(out, place, **changes) as memory:
-        load_model(out, memory)
+    with place.open_memory(out, **changes) as memory:
         if sys.stdin.isatty():
             out.note("Each question is answered on its own; earlier ones are not remembered. /sources, /quit")
         for line in _typed_lines(out):

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kv_memory.cli.open_store import open_store
 from kv_memory.cli.options import Place, command
 from kv_memory.cli.output import Output, plain, size_text
 from kv_memory.errors import ConfigError, DocumentNotFoundError
@@ -60,7 +59,7 @@ def _as_path_id(given: str) -> str:
 @command()
 def list_documents(*, place: Place, out: Output) -> None:
     """List the documents."""
-    with open_store(out, place) as opened:
+    with place.open_store(out) as opened:
         documents = opened.documents()
     if out.as_json:
         out.json({"documents": documents})
@@ -93,7 +92,7 @@ def show(
     out: Output,
 ) -> None:
     """Show a document with its passages and distilled caches."""
-    with open_store(out, place) as opened:
+    with place.open_store(out) as opened:
         id_ = find_document_id(document, [summary.id for summary in opened.documents()])
         record, caches = opened.document(id_), opened.caches(id_)
     if out.as_json:
@@ -168,7 +167,7 @@ def remove(
     """
     if not documents and not purge:
         raise ConfigError("no document was given", where="ID", next_step="`kv-memory list` shows the ids.")
-    with open_store(out, place) as opened:
+    with place.open_store(out) as opened:
         ids = [summary.id for summary in opened.documents()] if documents else []
         chosen = list(dict.fromkeys(find_document_id(name, ids) for name in documents or ()))
         out.stopped = "What was deleted stays deleted; run the same command for the rest."

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kv_memory.cli.open_store import open_store
 from kv_memory.cli.options import Place, command
 from kv_memory.cli.output import Output, factor_text, plain, size_text
 from kv_memory.cli.progress import count_text, sources_text
@@ -28,7 +27,7 @@ def list_jobs(*, place: Place, out: Output) -> None:
 
     A job is interrupted if no process runs it any more; `kv-memory job resume` resumes it.
     """
-    with open_store(out, place) as opened:
+    with place.open_store(out) as opened:
         from kv_memory.jobs import Ledger
 
         ledger = Ledger(opened)
@@ -66,7 +65,7 @@ def show_job(
     out: Output,
 ) -> None:
     """Show the progress of a job, and its failed documents with their errors."""
-    with open_store(out, place) as opened:
+    with place.open_store(out) as opened:
         from kv_memory.jobs import Ledger
 
         ledger = Ledger(opened)
@@ -116,7 +115,7 @@ def show_job(
 @command()
 def cancel(name: NameArgument, *, place: Place, out: Output) -> None:
     """Cancel a job permanently. Documents in progress are finished, and completed ones stay."""
-    with open_store(out, place) as opened:
+    with place.open_store(out) as opened:
         from kv_memory.jobs import Ledger
 
         ledger = Ledger(opened)

@@ -7,13 +7,17 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 import typer
 
-from kv_memory.cli.output import reporting
+from kv_memory.cli.output import Output, reporting
 from kv_memory.config import DecodeSettings
 from kv_memory.settings import MemorySettings, new_value_text
+
+if TYPE_CHECKING:
+    from kv_memory.memory import KVMemory
+    from kv_memory.store import Store
 
 DEFAULT_STORE = Path("kv-memory-store")
 DEFAULT_COLLECTION = "default"
@@ -39,10 +43,27 @@ Changes = dict[str, Any]  # settings that were given, for `MemorySettings.resolv
 
 
 class Place(NamedTuple):
-    """Folder of the store, and collection in it."""
+    """Folder of the store, and collection in it; opened with a status line, since that takes a moment."""
 
     store: Path
     collection: str
+
+    def open_store(self, out: Output) -> Store:
+        """Open an existing store for commands that need no model. Errors as in `Store.open`.
+
+        A KVMemory would load the model library, which takes seconds.
+        """
+        with out.working("Starting"):
+            from kv_memory.store import Store
+
+            return Store.open(self.store, collection=self.collection, create=False)
+
+    def open_memory(self, out: Output, *, create: bool = False, **changes: Any) -> KVMemory:
+        """Open a memory with its model, or with `create` also a new one; changes and errors as in `KVMemory.open`."""
+        with out.working("Loading the model"):
+            from kv_memory.memory import KVMemory
+
+            return KVMemory.open(self.store, collection=self.collection, create=create, **changes)
 
 
 class Asking(NamedTuple):

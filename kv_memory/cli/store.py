@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from kv_memory.cli.documents import find_document_id
-from kv_memory.cli.open_store import open_store
 from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, CollectionOption, Place, StoreOption, command
 from kv_memory.cli.output import FAILED, Output, plain, size_text
 from kv_memory.config import seconds_of, size_of
@@ -30,7 +29,7 @@ def stats(
     """Show how much is stored, and the settings the store remembers."""
     if prometheus and out.as_json:
         raise ConfigError("--prometheus and --json cannot be combined", where="--prometheus", next_step="Drop one.")
-    with open_store(out, place) as opened:
+    with place.open_store(out) as opened:
         if prometheus:
             from kv_memory.store.metrics import prometheus_text
 
@@ -68,7 +67,7 @@ def check(*, place: Place, out: Output) -> None:
     kv-memory add --stale compresses them again. Exits with 1 if anything was wrong.
     """
     out.stopped = "Run it again at any time."
-    with open_store(out, place) as opened, out.working("Checking"):
+    with place.open_store(out) as opened, out.working("Checking"):
         report = opened.check()
     if out.as_json:
         out.json({**plain(report), "ok": report.ok})
@@ -97,7 +96,7 @@ def gc(*, place: Place, out: Output) -> None:
     Do not run it during an add on the same collection: the caches made so far do not belong to a document yet.
     """
     out.stopped = "Run it again at any time."
-    with open_store(out, place) as opened, out.working("Removing"):
+    with place.open_store(out) as opened, out.working("Removing"):
         report = opened.gc()
     if out.as_json:
         out.json(report)
@@ -148,7 +147,7 @@ def budget(
         if text is not None:
             option = {"max_size_bytes": "--max-size", "ttl_s": "--ttl"}.get(name, "--store-max-size")
             changes[name] = None if text.lower() == _NONE else read(text, where=option)
-    with open_store(out, place) as opened:
+    with place.open_store(out) as opened:
         n_evicted = 0
         if changes:
             out.stopped = "The limits may be set already; run the command again to make sure."
@@ -183,7 +182,7 @@ def unpin(documents: DocumentsArgument, *, place: Place, out: Output) -> None:
 
 def _pin(out: Output, documents: list[str], place: Place, *, pinned: bool) -> None:
     done: dict[str, int] = {}
-    with open_store(out, place) as opened:
+    with place.open_store(out) as opened:
         ids = [summary.id for summary in opened.documents()]
         for id_ in dict.fromkeys(find_document_id(name, ids) for name in documents):
             done[id_] = opened.pin(id_, pinned=pinned)

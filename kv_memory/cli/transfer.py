@@ -7,7 +7,6 @@ from typing import Annotated, cast
 
 import typer
 
-from kv_memory.cli.open_store import open_store
 from kv_memory.cli.options import DEFAULT_STORE, Place, StoreOption, command
 from kv_memory.cli.output import Output, size_text
 from kv_memory.cli.progress import TransferTracker
@@ -25,7 +24,7 @@ def export(
     """
     if str(file) == "-":
         raise ConfigError("an archive is not written to a pipe", where="FILE", next_step="Pass a file name.")
-    with open_store(out, place) as opened, TransferTracker(out) as tracker:
+    with place.open_store(out) as opened, TransferTracker(out) as tracker:
         from kv_memory.store import export_collection
 
         report = export_collection(opened, file, on_progress=tracker)
