@@ -19,7 +19,6 @@ from kv_memory.settings import MemorySettings
 if TYPE_CHECKING:
     from kv_memory.jobs import Job
     from kv_memory.jobs.engines import Engine
-    from kv_memory.jobs.events import JobEnded
     from kv_memory.store import Store
 
 _JSON_LINES = "Print one JSON object per line for every event; the last one is the summary."
@@ -218,10 +217,6 @@ def _where(store: Store, job: Job) -> str:
     return "".join(f" {option} {shlex.quote(value)}" for option, value in given.items())
 
 
-def _n_documents(ended: JobEnded) -> int:
-    return ended.added + ended.replaced + ended.unchanged + ended.failed + ended.cancelled
-
-
 def _drive(
     out: Output, store: Store, job: Job, engine: Engine, *, resumed: bool = False, retry_failed: bool = False
 ) -> None:
@@ -235,7 +230,8 @@ def _drive(
     with JobTracker(out) as tracker:
         ended = drive(store, job, engine, resumed=resumed, retry_failed=retry_failed, on_event=tracker)
     print_ended(out, ended)
-    if not out.as_json and not job.sources["sync"] and not _n_documents(ended):
+    n_documents = ended.added + ended.replaced + ended.unchanged + ended.failed + ended.cancelled
+    if not (out.as_json or job.sources["sync"] or n_documents):
         out.note("No document was found. Folders contribute only files of known types; --glob selects others.")
     if ended.failed:
         if not out.as_json:
