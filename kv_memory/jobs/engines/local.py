@@ -108,8 +108,16 @@ class LocalEngine:
         number = next(n for n in range(self._most) if n not in taken)
         name = worker_name()
         said, noise = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
-        options = {"path": str(self._store_path), "collection": job.collection, "job": job.name, "worker": name}
-        options |= {"n_threads": self._threads, "lease_s": self._lease_s, "parent": os.getpid(), "number": number}
+        options = {
+            "path": str(self._store_path),
+            "collection": job.collection,
+            "job": job.name,
+            "worker": name,
+            "n_threads": self._threads,
+            "lease_s": self._lease_s,
+            "parent": os.getpid(),
+            "number": number,
+        }
         process = subprocess.Popen(
             [*self._command, json.dumps(options)],
             stdin=subprocess.DEVNULL,
