@@ -45,7 +45,6 @@ FORMS: dict[str, tuple[str, list[str]]] = {
     "rank_16": ("default, rank 16", ["--set", "rank=16"]),
     "rank_128": ("default, rank 128", ["--set", "rank=128"]),
     "teacher_answers": ("default, answers written by the teacher", ["--set", "answers=teacher"]),
-    "outputs": ("default, a term for attention outputs", ["--set", "output_weight=0.5"]),
 }
 
 

@@ -15,8 +15,6 @@ from kv_memory import ConfigError, DecodeSettings, KVMemory, Turn, UnsupportedRe
 from kv_memory.generate import Answer, Role
 from kv_memory.settings import MemorySettings
 
-__all__ = ["ROLES", "MemoryLLM", "Trim", "closed", "readable", "refuse_content", "refuse_tools", "reply_details"]
-
 ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",

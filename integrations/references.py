@@ -13,18 +13,6 @@ from typing import Any, Literal
 from kv_memory import EmptyDocumentError, KVMemory, Reference, TextNotKeptError
 from kv_memory.query import key_of
 
-__all__ = [
-    "DOCUMENTS_ABOVE",
-    "KV_ID",
-    "KV_IDS",
-    "KV_TEXTS",
-    "OnMissing",
-    "mark_of",
-    "reference_options",
-    "reference_to",
-    "references_in",
-]
-
 KV_ID = "kv_id"  # in the metadata of a document or node: str(Reference)
 KV_IDS = "kv_ids"  # in the options of a call or a message: [str(Reference)], in the order of composition
 KV_TEXTS = "kv_texts"  # beside them: {key: text}, for references that may have no cache

@@ -23,8 +23,6 @@ from kv_memory.query import key_of
 from ..references import DOCUMENTS_ABOVE, KV_ID, reference_options
 from .chat_model import ChatKVMemory
 
-__all__ = ["create_kv_chain", "create_kv_retrieval_chain"]
-
 _PROMPT = ChatPromptTemplate.from_messages(
     [MessagesPlaceholder("chat_history", optional=True), ("human", "{input}")]  # nothing else: documents come before
 )

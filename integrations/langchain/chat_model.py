@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing
+from typing import Any, NoReturn, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
-from langchain_core.messages import BaseMessage
-from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 
 from kv_memory import ConfigError, KVMemory
-from kv_memory.generate import AnswerStream
+from kv_memory.generate import Answer, AnswerStream, iterate_in_thread
 
-from ..llms import MemoryLLM, Trim, refuse_tools
+from ..llms import MemoryLLM, Trim, refuse_tools, reply_details
 from ..references import references_in
 from .messages import recalled, turns_of
-from .replies import PROVIDER, last, part, steps, whole
 from .structured import structured
 
-__all__ = ["ChatKVMemory"]
+_PROVIDER = "kv_memory"
 
 
 class ChatKVMemory(MemoryLLM, BaseChatModel):
@@ -96,7 +97,7 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop or self.stop, **kwargs)
-        params["ls_provider"] = PROVIDER
+        params["ls_provider"] = _PROVIDER
         return params
 
     def get_token_ids(self, text: str) -> list[int]:
@@ -121,7 +122,7 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
             ContextWindowError: The caches and messages do not fit the model's context window.
             DecodeTimeoutError: The call took longer than `timeout`.
         """
-        return whole(self._start(messages, stop, kwargs).answer, self.model_name)
+        return _whole(self._start(messages, stop, kwargs).answer, self.model_name)
 
     async def _agenerate(
         self,
@@ -131,10 +132,10 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         stream = await asyncio.to_thread(self._start, messages, stop, kwargs)
-        async with steps(stream) as pieces:  # token by token, so that a cancelled task stops decoding
+        async with _steps(stream) as pieces:  # token by token, so that a cancelled task stops decoding
             async for _ in pieces:
                 pass
-        return whole(stream.answer, self.model_name)
+        return _whole(stream.answer, self.model_name)
 
     def _stream(
         self,
@@ -148,11 +149,11 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
         try:
             for piece in stream:
                 if text := trim(piece):
-                    chunk = part(text)
+                    chunk = _part(text)
                     if run_manager is not None:
                         run_manager.on_llm_new_token(text, chunk=chunk)
                     yield chunk
-            yield last(stream.answer, self.model_name)
+            yield _last(stream.answer, self.model_name)
         finally:
             stream.close()
 
@@ -165,14 +166,14 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
     ) -> AsyncIterator[ChatGenerationChunk]:
         stream = await asyncio.to_thread(self._start, messages, stop, kwargs)
         trim = Trim()
-        async with steps(stream) as pieces:
+        async with _steps(stream) as pieces:
             async for piece in pieces:
                 if text := trim(piece):
-                    chunk = part(text)
+                    chunk = _part(text)
                     if run_manager is not None:
                         await run_manager.on_llm_new_token(text, chunk=chunk)
                     yield chunk
-        yield last(stream.answer, self.model_name)
+        yield _last(stream.answer, self.model_name)
 
     # -- tools and structured answers ----------------------------------------------------------------------------
 
@@ -226,3 +227,53 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
         if references is None and not old:
             return self.memory.reader.reply_alone(turns, settings=settings)
         return self.memory.reader.reply(turns, [*(references or ()), *old], settings=settings)
+
+
+# -- LangChain's forms of an answer ----------------------------------------------------------------------------------
+
+
+def _steps(stream: AnswerStream) -> aclosing[AsyncGenerator[str, None]]:
+    """The pieces of a stream, each decoded in a thread; closed on exit, not when garbage is collected."""
+    return aclosing(cast("AsyncGenerator[str, None]", iterate_in_thread(stream)))
+
+
+def _whole(reply: Answer, model_name: str) -> ChatResult:
+    """A whole answer."""
+    message = AIMessage(
+        content=reply.text.strip(), usage_metadata=_usage(reply), response_metadata=_metadata(reply, model_name)
+    )
+    return ChatResult(generations=[ChatGeneration(message=message)])
+
+
+def _part(text: str) -> ChatGenerationChunk:
+    """A piece of an answer."""
+    return ChatGenerationChunk(message=AIMessageChunk(content=text))
+
+
+def _last(reply: Answer, model_name: str) -> ChatGenerationChunk:
+    """The usage and metadata, after the last piece: LangChain adds chunks up, so only one of them may carry them."""
+    message = AIMessageChunk(
+        content="",
+        usage_metadata=_usage(reply),
+        response_metadata=_metadata(reply, model_name),
+        chunk_position="last",
+    )
+    return ChatGenerationChunk(message=message)
+
+
+def _metadata(reply: Answer, model_name: str) -> dict[str, Any]:
+    return {
+        "model_name": model_name,
+        "model_provider": _PROVIDER,
+        **reply_details(reply),
+    }
+
+
+def _usage(reply: Answer) -> UsageMetadata:
+    n_input = reply.n_prompt_tokens + reply.n_cached_tokens
+    return UsageMetadata(
+        input_tokens=n_input,
+        output_tokens=reply.n_new_tokens,
+        total_tokens=n_input + reply.n_new_tokens,
+        input_token_details=InputTokenDetails(cache_read=reply.n_cached_tokens),
+    )

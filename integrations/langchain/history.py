@@ -16,8 +16,6 @@ from kv_memory.store import DocumentRecord, Store
 from ..llms import readable
 from .messages import RecallMark, is_mark, turns_of
 
-__all__ = ["KVMemoryChatMessageHistory"]
-
 # The windows of a tenant's conversations share one collection, each as the metadata of a document without passages:
 # it is replaced in one transaction, and no question retrieves it.
 _COLLECTION = "langchain:windows"

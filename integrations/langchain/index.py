@@ -17,8 +17,6 @@ from kv_memory import ConfigError, DocumentNotFoundError, KVMemory, TextNotKeptE
 
 from .retriever import check_k, found, without_mark
 
-__all__ = ["KVMemoryIndex"]
-
 
 class KVMemoryIndex(DocumentIndex):
     """A `DocumentIndex` that compresses documents on insertion, and finds them by the memory's own BM25.

@@ -12,8 +12,6 @@ from kv_memory.generate import Role
 
 from ..llms import ROLES, refuse_content, refuse_tools
 
-__all__ = ["KV_RECALL", "RecallMark", "is_mark", "recalled", "turns_of"]
-
 KV_RECALL = "kv_recall"  # in the additional_kwargs of a message: a RecallMark as a dict
 
 

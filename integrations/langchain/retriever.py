@@ -22,8 +22,6 @@ from kv_memory.retrieval.bm25 import Hit
 
 from ..references import KV_ID, OnMissing, mark_of, reference_to
 
-__all__ = ["KVMemoryRetriever", "check_k", "found", "without_mark"]
-
 
 class KVMemoryRetriever(BaseRetriever):
     """Finds documents and names their distilled caches in `metadata["kv_id"]`, for `create_kv_chain`, `ChatKVMemory`.

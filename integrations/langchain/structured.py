@@ -20,8 +20,6 @@ from kv_memory.config import check_choice
 
 from ..llms import closed
 
-__all__ = ["Method", "json_schema_of", "structured"]
-
 Method = Literal["json_schema", "json_mode", "function_calling"]
 _JSON_SCHEMA = {"type", "properties", "$ref", "anyOf", "oneOf", "allOf", "enum", "const"}
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from llama_index.core.llms import LLM
     from llama_index.core.retrievers import BaseRetriever
 
-__all__ = ["KVMemoryChatEngine", "KVMemoryCondensePlusContextChatEngine"]
-
 _DEFAULTS = {DEFAULT_CONTEXT_TEMPLATE, DEFAULT_CONTEXT_PROMPT_TEMPLATE}
 
 

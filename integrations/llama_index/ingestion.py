@@ -15,8 +15,6 @@ from kv_memory import ConfigError, KVMemory
 
 from .nodes import put_texts, texts_by_document
 
-__all__ = ["KVCompressTransform"]
-
 
 class KVCompressTransform(TransformComponent):
     """Compresses every node into a distilled cache and passes it on unchanged. Nodes with a cache cost nothing.

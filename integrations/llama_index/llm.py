@@ -32,8 +32,6 @@ from ..llms import MemoryLLM, Trim, closed, refuse_tools, reply_details
 from ..references import references_in
 from .messages import turns_of
 
-__all__ = ["KVMemoryLLM"]
-
 
 class KVMemoryLLM(MemoryLLM, CustomLLM):
     """A LlamaIndex LLM over the model of a `KVMemory`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
@@ -15,8 +14,6 @@ from kv_memory import Conversation, KVMemory
 from ..llms import readable
 from ..references import KV_IDS
 from .messages import message_with, turns_of
-
-__all__ = ["KVMemoryBlock"]
 
 
 class KVMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
@@ -74,7 +71,9 @@ class KVMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         return self._conversation
 
     async def _aget(self, messages: list[ChatMessage] | None = None, **block_kwargs: Any) -> list[ChatMessage]:
-        question = _last_question(messages or [])
+        question = next(
+            (str(m.content) for m in reversed(messages or []) if m.role == MessageRole.USER and m.content), ""
+        )
         if not question:
             return []
         references = await asyncio.to_thread(self._conversation.recall, question)
@@ -83,7 +82,3 @@ class KVMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     async def _aput(self, messages: list[ChatMessage]) -> None:
         spoken = [message for message in messages if KV_IDS not in message.additional_kwargs]
         await asyncio.to_thread(self._conversation.add, [readable(turn) for turn in turns_of(spoken)])
-
-
-def _last_question(messages: Sequence[ChatMessage]) -> str:
-    return next((str(m.content) for m in reversed(messages) if m.role == MessageRole.USER and m.content), "")

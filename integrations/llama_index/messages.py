@@ -15,8 +15,6 @@ from kv_memory import Reference, Turn
 from ..llms import ROLES, refuse_content, refuse_tools
 from ..references import DOCUMENTS_ABOVE, KV_IDS, reference_options
 
-__all__ = ["KV_QA_PROMPT", "CachedPrompt", "message_with", "turns_of"]
-
 KV_QA_PROMPT = PromptTemplate("{query_str}")
 
 

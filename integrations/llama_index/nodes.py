@@ -18,17 +18,6 @@ from kv_memory.query import key_of
 
 from ..references import KV_ID, OnMissing, mark_of, reference_to
 
-__all__ = [
-    "document_of",
-    "forget_all",
-    "forget_nodes",
-    "marked",
-    "node_reference",
-    "put_texts",
-    "references_to",
-    "texts_by_document",
-]
-
 _locks: weakref.WeakKeyDictionary[KVMemory, threading.Lock] = weakref.WeakKeyDictionary()
 _NODES = "nodes"  # in the metadata of the document in the store: {node_id: [keys of its texts]}
 

@@ -19,8 +19,6 @@ from .llm import KVMemoryLLM
 from .retriever import KVMemoryRetriever
 from .synthesizer import KVMemorySynthesizer, check_llm
 
-__all__ = ["KVMemoryQueryEngine"]
-
 
 class KVMemoryQueryEngine(RetrieverQueryEngine):
     """A `RetrieverQueryEngine` over a `KVMemoryRetriever` and a `KVMemorySynthesizer`.

@@ -23,8 +23,6 @@ from kv_memory.retrieval.bm25 import Hit
 from ..references import OnMissing
 from .nodes import marked, node_reference
 
-__all__ = ["KVMemoryRetriever", "KVMemoryStoreRetriever"]
-
 
 class KVMemoryRetriever(BaseRetriever):
     """Wraps a retriever (vector, BM25, fusion, auto-merging, ...) and marks its nodes with `metadata["kv_id"]`.

@@ -24,8 +24,6 @@ from .llm import KVMemoryLLM
 from .messages import KV_QA_PROMPT, CachedPrompt
 from .nodes import references_to
 
-__all__ = ["KVMemorySynthesizer", "check_llm"]
-
 
 def check_llm(llm: object, *, where: str) -> KVMemoryLLM:
     """Return the LLM if it can answer from caches.

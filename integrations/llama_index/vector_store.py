@@ -21,8 +21,6 @@ from kv_memory import DocumentNotFoundError, KVMemory
 
 from .nodes import forget_all, forget_nodes, put_texts, texts_by_document
 
-__all__ = ["KVMemoryVectorStore"]
-
 _log = logging.getLogger(__name__)
 
 

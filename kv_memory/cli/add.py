@@ -10,17 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kv_memory.cli.open_store import load_model, open_memory
-from kv_memory.cli.options import (
-    DEFAULT_COLLECTION,
-    DEFAULT_STORE,
-    Changes,
-    CollectionOption,
-    JsonOption,
-    StoreOption,
-    setting_options,
-)
-from kv_memory.cli.output import FAILED, Output, factor_text, plain, reporting, size_text
+from kv_memory.cli.options import Changes, EncodingOption, Place, command
+from kv_memory.cli.output import FAILED, Output, factor_text, plain, size_text
 from kv_memory.cli.progress import AddTracker
 from kv_memory.errors import ConfigError
 from kv_memory.settings import MemorySettings
@@ -29,12 +20,10 @@ if TYPE_CHECKING:
     from kv_memory.documents import DocumentLike, ReadResult
     from kv_memory.memory import AddReport, KVMemory
 
-__all__ = ["add", "print_report"]
-
 _SHOWN = 5
 
 
-@setting_options()
+@command()
 def add(
     paths: Annotated[
         list[str] | None, typer.Argument(metavar="PATH", help="Files and folders; - reads one text from stdin.")
@@ -45,42 +34,36 @@ def add(
     ] = False,
     *,
     changes: Changes,
-    encoding: Annotated[
-        str, typer.Option("--encoding", metavar="NAME", help="Encoding of text files without a byte order mark.")
-    ] = "utf-8",
+    encoding: EncodingOption = "utf-8",
     skip_errors: Annotated[
         bool, typer.Option("--skip-errors", help="Skip what cannot be read, instead of failing before any work.")
     ] = False,
     metadata: Annotated[
         list[str] | None, typer.Option("--metadata", metavar="KEY=VALUE", help="Stored with each document; repeatable.")
     ] = None,
-    store: StoreOption = DEFAULT_STORE,
-    collection: CollectionOption = DEFAULT_COLLECTION,
-    as_json: JsonOption = False,
+    place: Place,
+    out: Output,
 ) -> None:
     """Compress documents into distilled caches, and store those.
 
     Unchanged documents are skipped, and changed ones replaced. After Ctrl-C, the same command resumes where it stopped.
     """
-    with reporting(as_json=as_json) as out:
-        if not paths and not stale:
-            raise ConfigError("nothing to add", where="PATH", next_step="Name files or folders, or pass --stale.")
-        extra = _pairs(metadata or [])
-        # Check options, then documents, before a store is created and a model loaded: a typo should fail at once.
-        MemorySettings.resolve({}, **changes)
-        read = _read(paths or [], id_, extra, encoding, skip_errors) if paths else None
-        with open_memory(out, store, collection, create=bool(paths), **changes) as memory:
-            try:
-                load_model(out, memory)
-                report = _add(out, memory, read, stale=stale, encoding=encoding)
-            except KeyboardInterrupt:
-                n_documents = memory.stats().n_documents
-                stored = "1 document is" if n_documents == 1 else f"{n_documents} documents are"
-                out.stopped = f"{stored} stored; run the same command to resume."
-                raise
-            print_report(out, report, memory.settings)
-        if report.errors and not (report.added or report.replaced or report.unchanged):
-            raise typer.Exit(FAILED)
+    if not paths and not stale:
+        raise ConfigError("nothing to add", where="PATH", next_step="Name files or folders, or pass --stale.")
+    extra = _pairs(metadata or [])
+    # Documents are checked before a store is created and a model loaded: a typo should fail at once.
+    read = _read(paths or [], id_, extra, encoding, skip_errors) if paths else None
+    with place.open_memory(out, create=bool(paths), **changes) as memory:
+        try:
+            report = _add(out, memory, read, stale=stale, encoding=encoding)
+        except KeyboardInterrupt:
+            n_documents = memory.stats().n_documents
+            stored = "1 document is" if n_documents == 1 else f"{n_documents} documents are"
+            out.stopped = f"{stored} stored; run the same command to resume."
+            raise
+        print_report(out, report, memory.settings)
+    if report.errors and not (report.added or report.replaced or report.unchanged):
+        raise typer.Exit(FAILED)
 
 
 def _read(paths: Sequence[str], id_: str | None, extra: dict[str, str], encoding: str, skip_errors: bool) -> ReadResult:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kv_memory.cli.options import Changes, setting_options
-from kv_memory.cli.output import Output, plain, reporting, size_text
+from kv_memory.cli.options import Changes, EncodingOption, command
+from kv_memory.cli.output import Output, plain, size_text
 from kv_memory.cli.progress import EvalTracker
 from kv_memory.config import ratio_of
 from kv_memory.settings import MemorySettings
@@ -17,12 +17,18 @@ from kv_memory.settings import MemorySettings
 if TYPE_CHECKING:
     from kv_memory.evaluate import Advice, AdviceRow, Criteria
 
-__all__ = ["advise_on"]
-
 _SHOWN = 3
 
 
-@setting_options("model", "adapter", "selector", "passage_tokens", "prompt", "storage")
+@command(
+    "model",
+    "adapter",
+    "selector",
+    "passage_tokens",
+    "prompt",
+    "storage",
+    json_help="Print one JSON object per line: one for each keep_ratio, then the recommendation.",
+)
 def advise_on(
     paths: Annotated[list[Path], typer.Argument(metavar="FOLDER", help="Folders and files with your documents.")],
     keep_ratio: Annotated[
@@ -41,20 +47,13 @@ def advise_on(
     ] = 8,
     *,
     changes: Changes,
-    encoding: Annotated[
-        str, typer.Option("--encoding", metavar="NAME", help="Encoding of text files without a byte order mark.")
-    ] = "utf-8",
+    encoding: EncodingOption = "utf-8",
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of passages and questions.")] = 0,
     time_limit: Annotated[
         float | None,
         typer.Option("--time-limit", metavar="SECONDS", help="Stop after this time, with the results so far."),
     ] = None,
-    as_json: Annotated[
-        bool,
-        typer.Option(
-            "--json", help="Print one JSON object per line: one for each keep_ratio, then the recommendation."
-        ),
-    ] = False,
+    out: Output,
 ) -> None:
     """Measure on a sample of your documents how much can be dropped, and recommend a keep_ratio.
 
@@ -64,38 +63,37 @@ def advise_on(
     in plain prefills of the passage. The recommendation is the smallest measured keep_ratio with a KL of at most
     --max-kl and at least --min-same of the answers the same.
     """
-    with reporting(as_json=as_json) as out:
-        out.stopped = "Nothing was stored. With --time-limit, the command stops with the results so far."
-        settings = MemorySettings.resolve({}, **changes)
-        ratios = [ratio_of(text) for text in keep_ratio or ()]
-        with out.working("Starting"):
-            from kv_memory.documents import read_documents
-            from kv_memory.documents.loaders import check_encoding
-            from kv_memory.evaluate import DEFAULT_KEEP_RATIOS, Criteria, advise
-            from kv_memory.model.backbone import Backbone
+    out.stopped = "Nothing was stored. With --time-limit, the command stops with the results so far."
+    settings = MemorySettings.resolve({}, **changes)
+    ratios = [ratio_of(text) for text in keep_ratio or ()]
+    with out.working("Starting"):
+        from kv_memory.documents import read_documents
+        from kv_memory.documents.loaders import check_encoding
+        from kv_memory.evaluate import DEFAULT_KEEP_RATIOS, Criteria, advise
+        from kv_memory.model.backbone import Backbone
 
-        # Checked before the model is loaded, so that a typo fails at once.
-        criteria = Criteria(max_kl=max_kl, min_same=min_same)
-        check_encoding(encoding)
-        for path in paths:
-            if not path.exists():
-                read_documents(path)
-        with out.working(f"Loading the model ({settings.model})"):
-            backbone = Backbone.load(settings.model, prompt=settings.prompt)
-        with EvalTracker(out) as tracker:
-            advice = advise(
-                paths,
-                settings=settings,
-                backbone=backbone,
-                keep_ratios=ratios or DEFAULT_KEEP_RATIOS,
-                criteria=criteria,
-                n_passages=n_passages,
-                seed=seed,
-                encoding=encoding,
-                time_limit_s=time_limit,
-                on_progress=tracker,
-            )
-        _print(out, advice, criteria)
+    # Checked before the model is loaded, so that a typo fails at once.
+    criteria = Criteria(max_kl=max_kl, min_same=min_same)
+    check_encoding(encoding)
+    for path in paths:
+        if not path.exists():
+            read_documents(path)
+    with out.working(f"Loading the model ({settings.model})"):
+        backbone = Backbone.load(settings.model, prompt=settings.prompt)
+    with EvalTracker(out) as tracker:
+        advice = advise(
+            paths,
+            settings=settings,
+            backbone=backbone,
+            keep_ratios=ratios or DEFAULT_KEEP_RATIOS,
+            criteria=criteria,
+            n_passages=n_passages,
+            seed=seed,
+            encoding=encoding,
+            time_limit_s=time_limit,
+            on_progress=tracker,
+        )
+    _print(out, advice, criteria)
 
 
 def _print(out: Output, advice: Advice, criteria: Criteria) -> None:

@@ -19,8 +19,6 @@ import typer
 from kv_memory.cli.output import Output
 from kv_memory.errors import ConfigError
 
-__all__ = ["ConfigOption", "SetOption", "Setting", "gather_settings", "list_settings_option", "of_owner", "settings_of"]
-
 ConfigOption = Annotated[
     Path | None,
     typer.Option(

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kv_memory.cli.demo_documents import QUESTIONS, Question, known_questions, package_documents
-from kv_memory.cli.options import Changes, JsonOption, setting_options
-from kv_memory.cli.output import Output, factor_text, plain, reporting, size_text
+from kv_memory.cli.options import Changes, command
+from kv_memory.cli.output import Output, factor_text, plain, size_text
 from kv_memory.cli.progress import AddTracker
 from kv_memory.config import DecodeSettings
 from kv_memory.errors import ConfigError
@@ -24,13 +24,11 @@ if TYPE_CHECKING:
     from kv_memory.generate import ReadFrom
     from kv_memory.memory import KVMemory
 
-__all__ = ["demo"]
-
 _WAYS: tuple[ReadFrom, ReadFrom] = ("caches", "text")
 _NAMES = ("cached", "text")  # the same in the names of counts
 
 
-@setting_options(*KEEP_NAMES)
+@command(*KEEP_NAMES)
 def demo(
     docs: Annotated[Path | None, typer.Option("--docs", metavar="FOLDER", help="Your documents.")] = None,
     model: Annotated[
@@ -41,7 +39,7 @@ def demo(
     changes: Changes,
     questions: Annotated[Path | None, typer.Option("--questions", metavar="FILE", help="Yours, one a line.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="Maximum number of questions.")] = None,
-    as_json: JsonOption = False,
+    out: Output,
 ) -> None:
     """Try it: answers from distilled caches and from text, side by side.
 
@@ -49,7 +47,7 @@ def demo(
     default these are the first paragraphs of the descriptions of some Python packages installed here, with questions
     whose answers are known, which takes about two minutes. Nothing is prepared in advance.
     """
-    with reporting(as_json=as_json) as out, ExitStack() as stack:
+    with ExitStack() as stack:
         if limit is not None and limit < 1:
             raise ConfigError(f"--limit must be at least 1, got {limit}", where="--limit")
         settings = MemorySettings.resolve({}, **(changes or {"keep_ratio": "1/8"}), model=model, keep_text=True)
@@ -69,7 +67,7 @@ def demo(
         compressed["factor"] = report.full_kv_bytes / report.cache_bytes
         compressed["tokens_per_s"] = report.n_tokens / report.elapsed_s
         ids = [document.id for document in documents]
-        if not as_json:
+        if not out.as_json:
             name = memory.settings.model
             out.line(f"The model is {BUILT_IN[name].title if name in BUILT_IN else name}.", style="bold")
             out.line(f"The documents are {', '.join(ids)}.")
@@ -82,7 +80,7 @@ def demo(
             memory.ask(asked[0].text, top_k=1, settings=DecodeSettings(max_new_tokens=1), read_from=way)
         results = [_answered(out, memory, question, flip=i % 2 == 1) for i, question in enumerate(asked)]
         medians = _medians(results)
-        if as_json:
+        if out.as_json:
             ends = ("questions", "known", "both_empty")
             counts = [f"n_{end}" for end in ends] + [f"{kind}_{way}" for kind in ("right", "empty") for way in _NAMES]
             summary = {name: medians and medians[name] for name in counts} | {"factor": compressed["factor"]}

@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 from kv_memory.documents import Document
 
-__all__ = ["PACKAGES", "QUESTIONS", "Question", "known_questions", "package_documents"]
-
 
 class Question(NamedTuple):
     """A question, strings of which a right answer contains one (none if unknown), and the package it is about."""

@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kv_memory.cli.open_store import open_store
-from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, CollectionOption, JsonOption, StoreOption
-from kv_memory.cli.output import Output, plain, reporting, size_text
+from kv_memory.cli.options import Place, command
+from kv_memory.cli.output import Output, plain, size_text
 from kv_memory.errors import ConfigError, DocumentNotFoundError
 
 if TYPE_CHECKING:
     from kv_memory.store import CacheInfo, DocumentRecord, DocumentSummary
-
-__all__ = ["find_document_id", "list_documents", "remove", "show"]
 
 _SHOWN = 8
 
@@ -59,24 +56,21 @@ def _as_path_id(given: str) -> str:
         return given
 
 
-def list_documents(
-    store: StoreOption = DEFAULT_STORE, collection: CollectionOption = DEFAULT_COLLECTION, as_json: JsonOption = False
-) -> None:
+@command()
+def list_documents(*, place: Place, out: Output) -> None:
     """List the documents."""
-    with reporting(as_json=as_json) as out:
-        with open_store(out, store, collection) as opened:
-            documents = opened.documents()
-        if as_json:
-            out.json({"documents": documents})
-            return
-        if not documents:
-            out.note("There are no documents yet. Add some: kv-memory add FILE")
-            return
-        rows = [
-            (d.id, f"{d.n_passages:,}", f"{d.n_tokens:,}", _text_of(d), f"{d.updated_at:%Y-%m-%d %H:%M}")
-            for d in documents
-        ]
-        out.table(("Document", "Passages", "Tokens", "Text", "Stored (UTC)"), rows, right=("Passages", "Tokens"))
+    with place.open_store(out) as opened:
+        documents = opened.documents()
+    if out.as_json:
+        out.json({"documents": documents})
+        return
+    if not documents:
+        out.note("There are no documents yet. Add some: kv-memory add FILE")
+        return
+    rows = [
+        (d.id, f"{d.n_passages:,}", f"{d.n_tokens:,}", _text_of(d), f"{d.updated_at:%Y-%m-%d %H:%M}") for d in documents
+    ]
+    out.table(("Document", "Passages", "Tokens", "Text", "Stored (UTC)"), rows, right=("Passages", "Tokens"))
 
 
 def _text_of(document: DocumentSummary) -> str:
@@ -88,26 +82,26 @@ def _text_of(document: DocumentSummary) -> str:
 _BEGINNING = 60
 
 
+@command()
 def show(
     document: Annotated[
         str, typer.Argument(metavar="ID", help="An id, the path or name of a file, or the beginning of an id.")
     ],
-    store: StoreOption = DEFAULT_STORE,
-    collection: CollectionOption = DEFAULT_COLLECTION,
-    as_json: JsonOption = False,
+    *,
+    place: Place,
+    out: Output,
 ) -> None:
     """Show a document with its passages and distilled caches."""
-    with reporting(as_json=as_json) as out:
-        with open_store(out, store, collection) as opened:
-            id_ = find_document_id(document, [summary.id for summary in opened.documents()])
-            record, caches = opened.document(id_), opened.caches(id_)
-        if as_json:
-            shown = {**plain(record), "n_tokens": record.n_tokens}
-            for passage in shown["passages"]:
-                del passage["terms"]  # word hashes for retrieval, which would fill pages
-            out.json({"document": shown, "caches": caches})
-        else:
-            _print(out, record, caches)
+    with place.open_store(out) as opened:
+        id_ = find_document_id(document, [summary.id for summary in opened.documents()])
+        record, caches = opened.document(id_), opened.caches(id_)
+    if out.as_json:
+        shown = {**plain(record), "n_tokens": record.n_tokens}
+        for passage in shown["passages"]:
+            del passage["terms"]  # word hashes for retrieval, which would fill pages
+        out.json({"document": shown, "caches": caches})
+    else:
+        _print(out, record, caches)
 
 
 def _print(out: Output, record: DocumentRecord, caches: list[CacheInfo]) -> None:
@@ -148,6 +142,7 @@ def _beginning(text: str | None) -> str:
     return line if len(line) <= _BEGINNING else f"{line[:_BEGINNING]}…"
 
 
+@command()
 def remove(
     documents: Annotated[
         list[str] | None, typer.Argument(metavar="ID", help="Ids, paths or names of files, or beginnings of ids.")
@@ -160,9 +155,9 @@ def remove(
             "databases. Without an ID, erase what was removed earlier.",
         ),
     ] = False,
-    store: StoreOption = DEFAULT_STORE,
-    collection: CollectionOption = DEFAULT_COLLECTION,
-    as_json: JsonOption = False,
+    *,
+    place: Place,
+    out: Output,
 ) -> None:
     """Delete documents with their passages and distilled caches.
 
@@ -170,30 +165,29 @@ def remove(
     not reach backups, the log of a PostgreSQL server, old versions in a bucket, or copies on other machines: run
     kv-memory remove --purge without an ID on each of those machines.
     """
-    with reporting(as_json=as_json) as out:
-        if not documents and not purge:
-            raise ConfigError("no document was given", where="ID", next_step="`kv-memory list` shows the ids.")
-        with open_store(out, store, collection) as opened:
-            ids = [summary.id for summary in opened.documents()] if documents else []
-            chosen = list(dict.fromkeys(find_document_id(name, ids) for name in documents or ()))
-            out.stopped = "What was deleted stays deleted; run the same command for the rest."
-            if purge:
-                out.stopped = "What was deleted stays deleted; finish with `kv-memory remove --purge`, without an ID."
-                with out.working("Purging"):
-                    from kv_memory.jobs.ledger import forget_documents
+    if not documents and not purge:
+        raise ConfigError("no document was given", where="ID", next_step="`kv-memory list` shows the ids.")
+    with place.open_store(out) as opened:
+        ids = [summary.id for summary in opened.documents()] if documents else []
+        chosen = list(dict.fromkeys(find_document_id(name, ids) for name in documents or ()))
+        out.stopped = "What was deleted stays deleted; run the same command for the rest."
+        if purge:
+            out.stopped = "What was deleted stays deleted; finish with `kv-memory remove --purge`, without an ID."
+            with out.working("Purging"):
+                from kv_memory.jobs.ledger import forget_documents
 
-                    forget_documents(opened, chosen)
-                    report = opened.purge(*chosen)
-            else:
-                for id_ in chosen:
-                    opened.delete_document(id_)
-                    if not as_json:
-                        out.line(f"Removed {id_}")
-        if as_json:
-            out.json({"removed": chosen, **({"purged": report} if purge else {})})
-        elif purge:
+                forget_documents(opened, chosen)
+                report = opened.purge(*chosen)
+        else:
             for id_ in chosen:
-                out.line(f"Purged {id_}")
-            out.line(f"{size_text(report.freed_bytes)} of caches and leftovers removed; the databases were rewritten.")
-            if report.n_blobs_shared:
-                out.note(f"{report.n_blobs_shared:,} caches were kept: other collections have the same texts.")
+                opened.delete_document(id_)
+                if not out.as_json:
+                    out.line(f"Removed {id_}")
+    if out.as_json:
+        out.json({"removed": chosen, **({"purged": report} if purge else {})})
+    elif purge:
+        for id_ in chosen:
+            out.line(f"Purged {id_}")
+        out.line(f"{size_text(report.freed_bytes)} of caches and leftovers removed; the databases were rewritten.")
+        if report.n_blobs_shared:
+            out.note(f"{report.n_blobs_shared:,} caches were kept: other collections have the same texts.")

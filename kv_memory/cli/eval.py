@@ -19,7 +19,8 @@ from kv_memory.cli.config_file import (
     of_owner,
     settings_of,
 )
-from kv_memory.cli.output import Output, reporting
+from kv_memory.cli.options import ModelOption, command
+from kv_memory.cli.output import Output
 from kv_memory.cli.progress import EvalTracker
 from kv_memory.config import DtypeName, Layout, StorageName, ratio_of
 from kv_memory.errors import ConfigError
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from kv_memory.evaluate import Row
     from kv_memory.evaluate.methods import RefineFrom
     from kv_memory.model.backbone import Backbone
-
-__all__ = ["EvalOptions", "evaluate_task", "print_rows", "report"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +85,7 @@ def _known() -> dict[str, Setting]:
     return settings_of(EvalOptions, TaskSettings)
 
 
+@command(json_help="Print one JSON object per line, one for each row.")
 def evaluate_task(
     task: Annotated[
         str, typer.Argument(metavar="TASK", help="squad, quality, squality, needle, spans, multidoc, ruler or qa.")
@@ -110,15 +110,7 @@ def evaluate_task(
         list[str] | None,
         typer.Option("--keep-ratio", metavar="SHARE", help="0.25 or 1/4; repeatable.  [default: 1/2, 1/4, 1/8, 1/16]"),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            metavar="NAME",
-            help="A built-in model, a model folder, or a Hugging Face hub id.  [default: qwen-0.5b, or smollm2 if only "
-            "that is prepared]",
-        ),
-    ] = None,
+    model: ModelOption = None,
     adapter: Annotated[
         Path | None, typer.Option("--adapter", metavar="FOLDER", help="A trained adapter of that model.")
     ] = None,
@@ -144,7 +136,8 @@ def evaluate_task(
     config: ConfigOption = None,
     assignments: SetOption = None,
     list_settings: Annotated[bool, list_settings_option(_known)] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line, one for each row.")] = False,
+    *,
+    out: Output,
 ) -> None:
     """Measure what answers lose when documents are compressed.
 
@@ -161,66 +154,65 @@ def evaluate_task(
     by (rows of multidoc and ruler), generate (false is faster), storage, seed, data (folder of the data sets, instead
     of KV_MEMORY_DATA), device. --list-settings prints all.
     """
-    with reporting(as_json=as_json) as out:
-        options: dict[str, Any] = {
-            "methods": methods or None,
-            "keep_ratios": keep_ratios or None,
-            "model": model,
-            "adapter": adapter,
-            "n_documents": n_documents,
-            "questions": questions,
-            "documents": documents,
-            "out": out_folder,
-            "time_limit_s": time_limit,
-        }
-        with out.working("Starting"):
-            from kv_memory.compress import RefineSettings
-            from kv_memory.evaluate import DEFAULT_KEEP_RATIOS, TaskSettings, evaluate
-            from kv_memory.evaluate.aggregate import check_groups
-            from kv_memory.evaluate.methods import check_methods
-            from kv_memory.evaluate.tasks import find_task
-            from kv_memory.evaluate.tasks.qa import read_questions
+    options: dict[str, Any] = {
+        "methods": methods or None,
+        "keep_ratios": keep_ratios or None,
+        "model": model,
+        "adapter": adapter,
+        "n_documents": n_documents,
+        "questions": questions,
+        "documents": documents,
+        "out": out_folder,
+        "time_limit_s": time_limit,
+    }
+    with out.working("Starting"):
+        from kv_memory.compress import RefineSettings
+        from kv_memory.evaluate import DEFAULT_KEEP_RATIOS, TaskSettings, evaluate
+        from kv_memory.evaluate.aggregate import check_groups
+        from kv_memory.evaluate.methods import check_methods
+        from kv_memory.evaluate.tasks import find_task
+        from kv_memory.evaluate.tasks.qa import read_questions
 
-            known = _known()
-            given = gather_settings(known, config=config, assignments=assignments or [], options=options)
-            chosen = EvalOptions(**of_owner(EvalOptions, known, given))
-            settings = TaskSettings(**of_owner(TaskSettings, known, given))
-        out.stopped = "Nothing was saved; pass --out FOLDER to be able to resume."
-        if chosen.out is not None:
-            out.stopped = f"The results so far are in {chosen.out}; run the same command to resume."
-        # Checked before the model is loaded, so that a typo fails at once.
-        find_task(task)
-        check_groups(task, chosen.by)
-        check_methods(chosen.methods or None, has_adapter=chosen.adapter is not None, refine_from=chosen.refine_from)
-        if task == "qa":
-            read_questions(settings)
-        elif settings.questions is not None:
-            raise ConfigError("only qa takes a file of questions", where=task, next_step="kv-memory eval qa FILE")
-        refine = RefineSettings(steps=chosen.refine_steps)
-        backbone, loaded = _load(out, chosen)
-        with EvalTracker(out) as tracker:
-            result = evaluate(
-                task,
-                backbone=backbone,
-                methods=chosen.methods or None,
-                keep_ratios=chosen.keep_ratios or DEFAULT_KEEP_RATIOS,
-                adapter=loaded,
-                settings=settings,
-                refine=refine,
-                refine_from=cast("RefineFrom", chosen.refine_from),
-                layout=chosen.layout,
-                storage=chosen.storage,
-                generate=chosen.generate,
-                by=chosen.by or None,
-                out=chosen.out,
-                time_limit_s=chosen.time_limit_s,
-                on_progress=tracker,
-            )
-        print_rows(out, result.rows)
-        if not result.complete:
-            again = "pass --out FOLDER to be able to resume" if chosen.out is None else "run the same command to resume"
-            done = f"{result.n_finished} of {result.n_documents} documents finished"
-            out.note(f"Stopped by the time limit, {done}; {again}.")
+        known = _known()
+        given = gather_settings(known, config=config, assignments=assignments or [], options=options)
+        chosen = EvalOptions(**of_owner(EvalOptions, known, given))
+        settings = TaskSettings(**of_owner(TaskSettings, known, given))
+    out.stopped = "Nothing was saved; pass --out FOLDER to be able to resume."
+    if chosen.out is not None:
+        out.stopped = f"The results so far are in {chosen.out}; run the same command to resume."
+    # Checked before the model is loaded, so that a typo fails at once.
+    find_task(task)
+    check_groups(task, chosen.by)
+    check_methods(chosen.methods or None, has_adapter=chosen.adapter is not None, refine_from=chosen.refine_from)
+    if task == "qa":
+        read_questions(settings)
+    elif settings.questions is not None:
+        raise ConfigError("only qa takes a file of questions", where=task, next_step="kv-memory eval qa FILE")
+    refine = RefineSettings(steps=chosen.refine_steps)
+    backbone, loaded = _load(out, chosen)
+    with EvalTracker(out) as tracker:
+        result = evaluate(
+            task,
+            backbone=backbone,
+            methods=chosen.methods or None,
+            keep_ratios=chosen.keep_ratios or DEFAULT_KEEP_RATIOS,
+            adapter=loaded,
+            settings=settings,
+            refine=refine,
+            refine_from=cast("RefineFrom", chosen.refine_from),
+            layout=chosen.layout,
+            storage=chosen.storage,
+            generate=chosen.generate,
+            by=chosen.by or None,
+            out=chosen.out,
+            time_limit_s=chosen.time_limit_s,
+            on_progress=tracker,
+        )
+    print_rows(out, result.rows)
+    if not result.complete:
+        again = "pass --out FOLDER to be able to resume" if chosen.out is None else "run the same command to resume"
+        done = f"{result.n_finished} of {result.n_documents} documents finished"
+        out.note(f"Stopped by the time limit, {done}; {again}.")
 
 
 def _load(out: Output, chosen: EvalOptions) -> tuple[Backbone, Adapter | None]:
@@ -248,6 +240,7 @@ def print_rows(out: Output, rows: Sequence[Row]) -> None:
         out.table(header, lines, right=header[2:])
 
 
+@command(json_help="Print one JSON object per line, one for each row.")
 def report(
     paths: Annotated[
         list[str],
@@ -279,27 +272,27 @@ def report(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the intervals.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line, one for each row.")] = False,
+    *,
+    out: Output,
 ) -> None:
     """Make one table from several evaluations, and plot it.
 
     Rows are compared on the documents that all of them have.
     """
-    with reporting(as_json=as_json) as out:
-        ratios = [ratio_of(text) for text in keep_ratio or ()] or None
-        with out.working("Reading"):
-            from kv_memory.evaluate import load_rows, write_report
+    ratios = [ratio_of(text) for text in keep_ratio or ()] or None
+    with out.working("Reading"):
+        from kv_memory.evaluate import load_rows, write_report
 
-            files: list[Path] = []
-            chosen: dict[str, Any] = {
-                "methods": method or None,
-                "keep_ratios": ratios,
-                "paired": not unpaired,
-                "by": by,
-            }
-            loaded = load_rows(paths, seed=seed, **chosen)
-            if to is not None:
-                files = write_report(loaded, to)
-        print_rows(out, loaded.rows)
-        for file in files:
-            out.note(f"Wrote {file}")
+        files: list[Path] = []
+        chosen: dict[str, Any] = {
+            "methods": method or None,
+            "keep_ratios": ratios,
+            "paired": not unpaired,
+            "by": by,
+        }
+        loaded = load_rows(paths, seed=seed, **chosen)
+        if to is not None:
+            files = write_report(loaded, to)
+    print_rows(out, loaded.rows)
+    for file in files:
+        out.note(f"Wrote {file}")

@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kv_memory.cli.options import (
-    DEFAULT_COLLECTION,
-    DEFAULT_STORE,
-    Changes,
-    CollectionOption,
-    StoreOption,
-    setting_options,
-)
-from kv_memory.cli.output import FAILED, Output, reporting
+from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, Changes, EncodingOption, Place, command
+from kv_memory.cli.output import FAILED, Output
 from kv_memory.cli.progress import JobTracker, print_ended
 from kv_memory.errors import ConfigError, JobError
 from kv_memory.settings import MemorySettings
@@ -26,27 +19,9 @@ from kv_memory.settings import MemorySettings
 if TYPE_CHECKING:
     from kv_memory.jobs import Job
     from kv_memory.jobs.engines import Engine
-    from kv_memory.jobs.events import JobEnded
     from kv_memory.store import Store
 
-__all__ = [
-    "EncodingOption",
-    "EngineOption",
-    "GlobOption",
-    "GpusOption",
-    "IdFieldOption",
-    "MaxAttemptsOption",
-    "QueryOption",
-    "TextFieldOption",
-    "WorkersOption",
-    "resume",
-    "run",
-]
-
-JsonLinesOption = Annotated[
-    bool,
-    typer.Option("--json", help="Print one JSON object per line for every event; the last one is the summary."),
-]
+_JSON_LINES = "Print one JSON object per line for every event; the last one is the summary."
 WorkersOption = Annotated[
     int,
     typer.Option(
@@ -69,46 +44,9 @@ GpusOption = Annotated[
         help="With --engine ray: GPUs per worker; 0.5 for two workers on one GPU.  [default: 1 if there are any]",
     ),
 ]
-GlobOption = Annotated[
-    str | None,
-    typer.Option(
-        "--glob",
-        metavar="PATTERN",
-        help="Files to take from folders, e.g. '*.md' or 'reports/**/*.txt'.  [default: those of known types]",
-    ),
-]
-IdFieldOption = Annotated[
-    str,
-    typer.Option(
-        "--id-field",
-        metavar="NAME",
-        help="Field or column with a record's id; a record without one gets the id FILE#NUMBER.",
-    ),
-]
-TextFieldOption = Annotated[
-    str, typer.Option("--text-field", metavar="NAME", help="Field or column with a record's text.")
-]
-QueryOption = Annotated[
-    str | None,
-    typer.Option(
-        "--query", metavar="SQL", help='For sql: sources, e.g. "SELECT id, text FROM notes"; one row is one document.'
-    ),
-]
-EncodingOption = Annotated[
-    str, typer.Option("--encoding", metavar="NAME", help="Encoding of text files without a byte order mark.")
-]
-MaxAttemptsOption = Annotated[
-    int,
-    typer.Option(
-        "--max-attempts",
-        metavar="N",
-        min=1,
-        help="Number of workers that may die over one document before it counts as failed.",
-    ),
-]
 
 
-@setting_options()
+@command(json_help=_JSON_LINES)
 def run(
     sources: Annotated[
         list[str] | None,
@@ -139,45 +77,75 @@ def run(
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="Name of the job.  [default: the time]")
     ] = None,
-    glob: GlobOption = None,
-    id_field: IdFieldOption = "id",
-    text_field: TextFieldOption = "text",
-    query: QueryOption = None,
+    glob: Annotated[
+        str | None,
+        typer.Option(
+            "--glob",
+            metavar="PATTERN",
+            help="Files to take from folders, e.g. '*.md' or 'reports/**/*.txt'.  [default: those of known types]",
+        ),
+    ] = None,
+    id_field: Annotated[
+        str,
+        typer.Option(
+            "--id-field",
+            metavar="NAME",
+            help="Field or column with a record's id; a record without one gets the id FILE#NUMBER.",
+        ),
+    ] = "id",
+    text_field: Annotated[
+        str, typer.Option("--text-field", metavar="NAME", help="Field or column with a record's text.")
+    ] = "text",
+    query: Annotated[
+        str | None,
+        typer.Option(
+            "--query",
+            metavar="SQL",
+            help='For sql: sources, e.g. "SELECT id, text FROM notes"; one row is one document.',
+        ),
+    ] = None,
     encoding: EncodingOption = "utf-8",
-    max_attempts: MaxAttemptsOption = 3,
+    max_attempts: Annotated[
+        int,
+        typer.Option(
+            "--max-attempts",
+            metavar="N",
+            min=1,
+            help="Number of workers that may die over one document before it counts as failed.",
+        ),
+    ] = 3,
     *,
     changes: Changes,
-    store: StoreOption = DEFAULT_STORE,
-    collection: CollectionOption = DEFAULT_COLLECTION,
-    as_json: JsonLinesOption = False,
+    place: Place,
+    out: Output,
 ) -> None:
     """Compress the documents of files, folders, tables and data sets, in worker processes.
 
     Completed documents survive any crash: `kv-memory job resume` continues with the document that was in progress. A
     document that cannot be read fails alone, and the job ends with exit code 1. Unchanged documents cost only a hash.
     """
-    with reporting(as_json=as_json) as out:
-        out.one_line = True
-        MemorySettings.resolve({}, **changes)
-        with out.working("Starting"):
-            from kv_memory.documents.loaders import check_encoding
-            from kv_memory.jobs import JobSettings
-            from kv_memory.jobs.driver import JobRequest, create_job
-            from kv_memory.store import Store
+    out.one_line = True
+    MemorySettings.resolve({}, **changes)  # a typo should fail before a store is created
+    with out.working("Starting"):
+        from kv_memory.documents.loaders import check_encoding
+        from kv_memory.jobs import JobSettings
+        from kv_memory.jobs.driver import JobRequest, create_job
+        from kv_memory.store import Store
 
-        check_encoding(encoding)
-        request = JobRequest(sources=sources or [], sync=sync, force=force, glob=glob, query=query, name=name)
-        settings = JobSettings(
-            memory={}, encoding=encoding, id_field=id_field, text_field=text_field, max_attempts=max_attempts
-        )
-        request.specs(settings)  # checked before a store is created, so that a typo does not leave one behind
-        with Store.open(store, collection=collection) as opened:
-            made = _engine_of(engine, opened, workers, gpus_per_worker)
-            memory = MemorySettings.resolve(opened.settings(), **changes)
-            settings = dataclasses.replace(settings, memory=dataclasses.asdict(memory))
-            _drive(out, opened, create_job(opened, request, settings), made)
+    check_encoding(encoding)
+    request = JobRequest(sources=sources or [], sync=sync, force=force, glob=glob, query=query, name=name)
+    settings = JobSettings(
+        memory={}, encoding=encoding, id_field=id_field, text_field=text_field, max_attempts=max_attempts
+    )
+    request.specs(settings)  # checked before a store is created, so that a typo does not leave one behind
+    with Store.open(place.store, collection=place.collection) as opened:
+        made = _engine_of(engine, opened, workers, gpus_per_worker)
+        memory = MemorySettings.resolve(opened.settings(), **changes)
+        settings = dataclasses.replace(settings, memory=dataclasses.asdict(memory))
+        _drive(out, opened, create_job(opened, request, settings), made)
 
 
+@command(json_help=_JSON_LINES)
 def resume(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="Name of the job.  [default: the newest that is not done]")
@@ -188,25 +156,24 @@ def resume(
     workers: WorkersOption = 1,
     engine: EngineOption = "local",
     gpus_per_worker: GpusOption = None,
-    store: StoreOption = DEFAULT_STORE,
-    collection: CollectionOption = DEFAULT_COLLECTION,
-    as_json: JsonLinesOption = False,
+    *,
+    place: Place,
+    out: Output,
 ) -> None:
     """Resume a job after Ctrl-C, a crash or a failure.
 
     Completed documents are not compressed again.
     """
-    with reporting(as_json=as_json) as out:
-        out.one_line = True
-        with out.working("Starting"):
-            from kv_memory.jobs import Ledger
-            from kv_memory.store import Store
+    out.one_line = True
+    with out.working("Starting"):
+        from kv_memory.jobs import Ledger
+        from kv_memory.store import Store
 
-        with Store.open(store, collection=collection, create=False) as opened:
-            ledger = Ledger(opened)
-            job = _newest(ledger.jobs(), store, retry_failed=retry_failed) if name is None else ledger.job(name)
-            made = _engine_of(engine, opened, workers, gpus_per_worker)
-            _drive(out, opened, job, made, resumed=True, retry_failed=retry_failed)
+    with Store.open(place.store, collection=place.collection, create=False) as opened:
+        ledger = Ledger(opened)
+        job = _newest(ledger.jobs(), place.store, retry_failed=retry_failed) if name is None else ledger.job(name)
+        made = _engine_of(engine, opened, workers, gpus_per_worker)
+        _drive(out, opened, job, made, resumed=True, retry_failed=retry_failed)
 
 
 def _newest(jobs: list[Job], store: Path, *, retry_failed: bool) -> Job:
@@ -251,10 +218,6 @@ def _where(store: Store, job: Job) -> str:
     return "".join(f" {option} {shlex.quote(value)}" for option, value in given.items())
 
 
-def _n_documents(ended: JobEnded) -> int:
-    return ended.added + ended.replaced + ended.unchanged + ended.failed + ended.cancelled
-
-
 def _drive(
     out: Output, store: Store, job: Job, engine: Engine, *, resumed: bool = False, retry_failed: bool = False
 ) -> None:
@@ -268,7 +231,8 @@ def _drive(
     with JobTracker(out) as tracker:
         ended = drive(store, job, engine, resumed=resumed, retry_failed=retry_failed, on_event=tracker)
     print_ended(out, ended)
-    if not out.as_json and not job.sources["sync"] and not _n_documents(ended):
+    n_documents = ended.added + ended.replaced + ended.unchanged + ended.failed + ended.cancelled
+    if not (out.as_json or job.sources["sync"] or n_documents):
         out.note("No document was found. Folders contribute only files of known types; --glob selects others.")
     if ended.failed:
         if not out.as_json:

@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kv_memory.cli.open_store import open_store
-from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, CollectionOption, JsonOption, StoreOption
-from kv_memory.cli.output import factor_text, plain, reporting, size_text
+from kv_memory.cli.options import Place, command
+from kv_memory.cli.output import Output, factor_text, plain, size_text
 from kv_memory.cli.progress import count_text, sources_text
 
 if TYPE_CHECKING:
     from kv_memory.jobs import Counts, Job
-
-__all__ = ["cancel", "list_jobs", "show_job"]
 
 _SHOWN = 20
 
@@ -24,19 +21,18 @@ NameArgument = Annotated[
 ]
 
 
-def list_jobs(
-    store: StoreOption = DEFAULT_STORE, collection: CollectionOption = DEFAULT_COLLECTION, as_json: JsonOption = False
-) -> None:
+@command()
+def list_jobs(*, place: Place, out: Output) -> None:
     """List the jobs of the collection, the newest first.
 
     A job is interrupted if no process runs it any more; `kv-memory job resume` resumes it.
     """
-    with reporting(as_json=as_json) as out, open_store(out, store, collection) as opened:
+    with place.open_store(out) as opened:
         from kv_memory.jobs import Ledger
 
         ledger = Ledger(opened)
         found = [(job, ledger.counts(job)) for job in ledger.jobs()]
-        if as_json:
+        if out.as_json:
             out.json({"jobs": [_plain(job, counts) for job, counts in found]})
             return
         rows = [
@@ -58,24 +54,25 @@ def list_jobs(
             out.line("No jobs. `kv-memory job run SOURCE...` starts one.")
 
 
+@command()
 def show_job(
     name: NameArgument,
     failed: Annotated[
         bool, typer.Option("--failed", help="List every failed document, not only the first 20.")
     ] = False,
-    store: StoreOption = DEFAULT_STORE,
-    collection: CollectionOption = DEFAULT_COLLECTION,
-    as_json: JsonOption = False,
+    *,
+    place: Place,
+    out: Output,
 ) -> None:
     """Show the progress of a job, and its failed documents with their errors."""
-    with reporting(as_json=as_json) as out, open_store(out, store, collection) as opened:
+    with place.open_store(out) as opened:
         from kv_memory.jobs import Ledger
 
         ledger = Ledger(opened)
         job = ledger.job(name)
         counts = ledger.counts(job)
-        broken = ledger.failed(job, limit=None if failed or as_json else _SHOWN)
-        if as_json:
+        broken = ledger.failed(job, limit=None if failed or out.as_json else _SHOWN)
+        if out.as_json:
             out.json({**_plain(job, counts), "failed_documents": plain(broken), "settings": plain(job.settings)})
             return
         memory = job.settings.memory
@@ -115,20 +112,16 @@ def show_job(
             out.line(f"`kv-memory job resume {job.name} --retry-failed` retries the failed documents.")
 
 
-def cancel(
-    name: NameArgument,
-    store: StoreOption = DEFAULT_STORE,
-    collection: CollectionOption = DEFAULT_COLLECTION,
-    as_json: JsonOption = False,
-) -> None:
+@command()
+def cancel(name: NameArgument, *, place: Place, out: Output) -> None:
     """Cancel a job permanently. Documents in progress are finished, and completed ones stay."""
-    with reporting(as_json=as_json) as out, open_store(out, store, collection) as opened:
+    with place.open_store(out) as opened:
         from kv_memory.jobs import Ledger
 
         ledger = Ledger(opened)
         job = ledger.job(name)
         n = ledger.cancel(job)
-        if as_json:
+        if out.as_json:
             out.json({"job": job.name, "cancelled": n})
         else:
             out.line(f"Cancelled {job.name}; {count_text(n, 'document')} left out.")

@@ -8,15 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from kv_memory.cli.options import JsonOption
-from kv_memory.cli.output import Output, reporting, size_text
+from kv_memory.cli.options import command
+from kv_memory.cli.output import Output, size_text
 from kv_memory.cli.progress import Tracker
 from kv_memory.errors import ModelNotFoundError
 from kv_memory.model.embedded import BUILT_IN, DEFAULTS, EMBEDDED, BuiltInModel, default_model
 
-__all__ = ["models"]
 
-
+@command()
 def models(
     prepare: Annotated[
         str | None,
@@ -30,41 +29,41 @@ def models(
             "each, in order), instead of downloading them.",
         ),
     ] = None,
-    as_json: JsonOption = False,
+    *,
+    out: Output,
 ) -> None:
     """Show which models can be used here, and how they would run."""
-    with reporting(as_json=as_json) as out:
-        if prepare:
-            _prepare(out, prepare, weights or [])
-            return
-        with out.working("Starting"):
-            from kv_memory.cache.distilled import dtype_name
-            from kv_memory.model.loading import SUPPORTED, best_device, best_dtype
+    if prepare:
+        _prepare(out, prepare, weights or [])
+        return
+    with out.working("Starting"):
+        from kv_memory.cache.distilled import dtype_name
+        from kv_memory.model.loading import SUPPORTED, best_device, best_dtype
 
-            device = best_device()
-            dtype = dtype_name(best_dtype(device))
-        listed = [_describe(model) for model in BUILT_IN.values()]
-        if as_json:
-            out.json({"architectures": SUPPORTED, "models": listed, "device": device, "dtype": dtype})
-            return
-        out.table(
-            ("Built in", "Model", "License", "Download", "State"),
-            [(m["name"], m["title"], m["license"], size_text(m["size_bytes"]), _state_text(m)) for m in listed],
-            right=["Download"],
-        )
-        default = default_model().name
-        rows = [
-            (
-                "Default model",
-                default if default == DEFAULTS[0] else f"{default}, until {DEFAULTS[0]} is prepared",
-            ),
-            ("Other models", "a folder with safetensors weights, or a Hugging Face hub id: --model owner/name"),
-            ("Architectures", ", ".join(SUPPORTED.values())),
-            ("Device", device),
-            ("Type", dtype),
-        ]
-        out.line()
-        out.table(("", ""), rows)
+        device = best_device()
+        dtype = dtype_name(best_dtype(device))
+    listed = [_describe(model) for model in BUILT_IN.values()]
+    if out.as_json:
+        out.json({"architectures": SUPPORTED, "models": listed, "device": device, "dtype": dtype})
+        return
+    out.table(
+        ("Built in", "Model", "License", "Download", "State"),
+        [(m["name"], m["title"], m["license"], size_text(m["size_bytes"]), _state_text(m)) for m in listed],
+        right=["Download"],
+    )
+    default = default_model().name
+    rows = [
+        (
+            "Default model",
+            default if default == DEFAULTS[0] else f"{default}, until {DEFAULTS[0]} is prepared",
+        ),
+        ("Other models", "a folder with safetensors weights, or a Hugging Face hub id: --model owner/name"),
+        ("Architectures", ", ".join(SUPPORTED.values())),
+        ("Device", device),
+        ("Type", dtype),
+    ]
+    out.line()
+    out.table(("", ""), rows)
 
 
 def _describe(model: BuiltInModel) -> dict[str, Any]:

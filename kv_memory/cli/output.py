@@ -22,8 +22,6 @@ from rich.text import Text
 
 from kv_memory.errors import ConfigError, KVMemoryError, interruption_behind
 
-__all__ = ["FAILED", "STOPPED", "Output", "debugging", "factor_text", "plain", "printable", "reporting", "size_text"]
-
 FAILED, USAGE, STOPPED = 1, 2, 130
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _UNBOUNDED = 10_000  # width outside of a terminal, so that lines in a file are not folded at 80 columns
@@ -42,6 +40,15 @@ def printable(text: str) -> str:
 def size_text(size_bytes: int) -> str:
     """A size for people, e.g. `94.1 MB`."""
     return decimal(size_bytes)
+
+
+def time_text(seconds: float) -> str:
+    """A duration for people, e.g. `1 h 5 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def factor_text(full_bytes: int, size_bytes: int) -> str:

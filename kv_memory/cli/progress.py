@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Column
 from rich.text import Text
 
-from kv_memory.cli.output import Output, factor_text, plain, printable, size_text
+from kv_memory.cli.output import Output, factor_text, plain, printable, size_text, time_text
 
 if TYPE_CHECKING:
     from kv_memory.evaluate import EvalProgress
@@ -21,18 +21,6 @@ if TYPE_CHECKING:
     from kv_memory.memory import AddProgress
     from kv_memory.store import TransferProgress
     from kv_memory.train import TrainProgress
-
-__all__ = [
-    "AddTracker",
-    "EvalTracker",
-    "JobTracker",
-    "Tracker",
-    "TrainTracker",
-    "TransferTracker",
-    "count_text",
-    "print_ended",
-    "sources_text",
-]
 
 
 class _Figures(ProgressColumn):
@@ -175,8 +163,11 @@ class TransferTracker(Tracker):
         if progress.step != self._step:  # another step has a speed of its own
             self._step = progress.step
             self._bar.reset(self._task.id)
-        text = {"export": "exporting", "verify": "verifying", "import": "importing"}[progress.step]
-        self.show(f"{text}, {progress.n_documents:,} documents", progress.size_bytes, progress.size_bytes_total or None)
+        self.show(
+            f"{_STEPS[progress.step]}, {progress.n_documents:,} documents",
+            progress.size_bytes,
+            progress.size_bytes_total or None,
+        )
 
 
 _SHOWN = 5  # maximum number of sources shown
@@ -234,7 +225,7 @@ def _said(fields: dict[str, Any]) -> str:
     if fields["tokens_per_s"]:
         parts.append(f"{fields['tokens_per_s']:,.0f} tokens/s")
     if fields["left_s"]:
-        parts.append(f"{_time_text(fields['left_s'])} left")
+        parts.append(f"{time_text(fields['left_s'])} left")
     if fields["failed"]:
         parts.append(f"{fields['failed']:,} failed")
     return ", ".join(parts)
@@ -243,14 +234,6 @@ def _said(fields: dict[str, Any]) -> str:
 def count_text(n: int, noun: str, *, more: str = "") -> str:
     """A number of things, e.g. `1 document`, `12 documents`; `more` follows the number, e.g. `+` if it may grow."""
     return f"{n:,}{more} {noun if n == 1 and not more else f'{noun}s'}"
-
-
-def _time_text(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def print_ended(out: Output, ended: JobEnded) -> None:
@@ -268,5 +251,5 @@ def print_ended(out: Output, ended: JobEnded) -> None:
             ("Full KV", size_text(ended.full_kv_bytes)),
             ("Distilled", f"{size_text(ended.cache_bytes)}, {factor_text(ended.full_kv_bytes, ended.cache_bytes)}"),
         ]
-    rows.append(("Time", _time_text(ended.elapsed_s)))
+    rows.append(("Time", time_text(ended.elapsed_s)))
     out.table(("", ""), rows)

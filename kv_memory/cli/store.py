@@ -9,116 +9,103 @@ from typing import Annotated, Any
 import typer
 
 from kv_memory.cli.documents import find_document_id
-from kv_memory.cli.open_store import open_store
-from kv_memory.cli.options import (
-    DEFAULT_COLLECTION,
-    DEFAULT_STORE,
-    CollectionOption,
-    JsonOption,
-    StoreOption,
-)
-from kv_memory.cli.output import FAILED, Output, plain, reporting, size_text
+from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, CollectionOption, Place, StoreOption, command
+from kv_memory.cli.output import FAILED, Output, plain, size_text
 from kv_memory.config import seconds_of, size_of
 from kv_memory.errors import ConfigError
 from kv_memory.settings import MemorySettings
 
-__all__ = ["budget", "check", "current", "gc", "init", "pin", "stats", "unpin", "upgrade"]
 
-
+@command()
 def stats(
     prometheus: Annotated[
         bool,
         typer.Option("--prometheus", help="Print the sizes in Prometheus's text format."),
     ] = False,
-    store: StoreOption = DEFAULT_STORE,
-    collection: CollectionOption = DEFAULT_COLLECTION,
-    as_json: JsonOption = False,
+    *,
+    place: Place,
+    out: Output,
 ) -> None:
     """Show how much is stored, and the settings the store remembers."""
-    with reporting(as_json=as_json) as out:
-        if prometheus and as_json:
-            raise ConfigError("--prometheus and --json cannot be combined", where="--prometheus", next_step="Drop one.")
-        with open_store(out, store, collection) as opened:
-            if prometheus:
-                from kv_memory.store.metrics import prometheus_text
+    if prometheus and out.as_json:
+        raise ConfigError("--prometheus and --json cannot be combined", where="--prometheus", next_step="Drop one.")
+    with place.open_store(out) as opened:
+        if prometheus:
+            from kv_memory.store.metrics import prometheus_text
 
-                out.piece(prometheus_text(opened))
-                return
-            found, folder = opened.stats(), opened.path
-            settings = MemorySettings.resolve(opened.settings())
-        if as_json:
-            out.json({**plain(found), "store": folder, "collection": collection, "settings": settings})
+            out.piece(prometheus_text(opened))
             return
-        alone = settings.adapter is not None and settings.selector != "combined"
-        rows: list[tuple[str, object]] = [
-            ("Store", folder),
-            ("Collection", collection),
-            ("Documents", f"{found.n_documents:,}"),
-            ("Passages", f"{found.n_passages:,}, {found.n_tokens:,} tokens"),
-            ("Distilled caches", f"{found.n_caches:,}, {size_text(found.cache_bytes)}"),
-            ("On disk", size_text(found.disk_bytes)),
-            ("Quarantined", f"{found.n_quarantined:,}"),
-            ("Model", settings.model),
-            ("Adapter", settings.adapter or "none"),
-            ("Selector", "the adapter's" if alone else settings.selector),
-            ("Keep ratio", f"{settings.keep_ratio:g}") if settings.keep_ratio else ("Kept", settings.keep),
-            ("Passage tokens", settings.passage_tokens or "whole"),
-            ("Storage type", "the model's own" if settings.storage == "auto" else settings.storage),
-        ]
-        out.table(("", ""), rows)
+        found, folder = opened.stats(), opened.path
+        settings = MemorySettings.resolve(opened.settings())
+    if out.as_json:
+        out.json({**plain(found), "store": folder, "collection": place.collection, "settings": settings})
+        return
+    alone = settings.adapter is not None and settings.selector != "combined"
+    rows: list[tuple[str, object]] = [
+        ("Store", folder),
+        ("Collection", place.collection),
+        ("Documents", f"{found.n_documents:,}"),
+        ("Passages", f"{found.n_passages:,}, {found.n_tokens:,} tokens"),
+        ("Distilled caches", f"{found.n_caches:,}, {size_text(found.cache_bytes)}"),
+        ("On disk", size_text(found.disk_bytes)),
+        ("Quarantined", f"{found.n_quarantined:,}"),
+        ("Model", settings.model),
+        ("Adapter", settings.adapter or "none"),
+        ("Selector", "the adapter's" if alone else settings.selector),
+        ("Keep ratio", f"{settings.keep_ratio:g}") if settings.keep_ratio else ("Kept", settings.keep),
+        ("Passage tokens", settings.passage_tokens or "whole"),
+        ("Storage type", "the model's own" if settings.storage == "auto" else settings.storage),
+    ]
+    out.table(("", ""), rows)
 
 
-def check(
-    store: StoreOption = DEFAULT_STORE, collection: CollectionOption = DEFAULT_COLLECTION, as_json: JsonOption = False
-) -> None:
+@command()
+def check(*, place: Place, out: Output) -> None:
     """Hash every stored cache and compare it with the catalog.
 
     Damaged caches are quarantined. Questions about their passages are answered from the text, if it is kept, until
     kv-memory add --stale compresses them again. Exits with 1 if anything was wrong.
     """
-    with reporting(as_json=as_json) as out:
-        out.stopped = "Run it again at any time."
-        with open_store(out, store, collection) as opened, out.working("Checking"):
-            report = opened.check()
-        if as_json:
-            out.json({**plain(report), "ok": report.ok})
-        else:
-            rows = [
-                ("Intact", f"{report.n_blobs:,} caches, {size_text(report.size_bytes)}"),
-                ("Damaged", f"{len(report.damaged):,}{', now in quarantine' if report.damaged else ''}"),
-                ("Mismatched", f"{len(report.misfiled):,}{', rows deleted' if report.misfiled else ''}"),
-                ("Missing", f"{len(report.missing):,}"),
-                ("Without a document", f"{len(report.orphans) + len(report.unreferenced):,}"),
-                ("Leftovers", f"{len(report.strays):,}"),
-            ]
-            out.table(("", ""), rows)
-            if report.damaged or report.misfiled or report.missing:
-                out.note("Next: kv-memory gc, then kv-memory add --stale, which compresses the lost caches again.")
-            elif not report.ok:
-                out.note("Nothing is lost. kv-memory gc removes the leftovers.")
-        if not report.ok:
-            raise typer.Exit(FAILED)
+    out.stopped = "Run it again at any time."
+    with place.open_store(out) as opened, out.working("Checking"):
+        report = opened.check()
+    if out.as_json:
+        out.json({**plain(report), "ok": report.ok})
+    else:
+        rows = [
+            ("Intact", f"{report.n_blobs:,} caches, {size_text(report.size_bytes)}"),
+            ("Damaged", f"{len(report.damaged):,}{', now in quarantine' if report.damaged else ''}"),
+            ("Mismatched", f"{len(report.misfiled):,}{', rows deleted' if report.misfiled else ''}"),
+            ("Missing", f"{len(report.missing):,}"),
+            ("Without a document", f"{len(report.orphans) + len(report.unreferenced):,}"),
+            ("Leftovers", f"{len(report.strays):,}"),
+        ]
+        out.table(("", ""), rows)
+        if report.damaged or report.misfiled or report.missing:
+            out.note("Next: kv-memory gc, then kv-memory add --stale, which compresses the lost caches again.")
+        elif not report.ok:
+            out.note("Nothing is lost. kv-memory gc removes the leftovers.")
+    if not report.ok:
+        raise typer.Exit(FAILED)
 
 
-def gc(
-    store: StoreOption = DEFAULT_STORE, collection: CollectionOption = DEFAULT_COLLECTION, as_json: JsonOption = False
-) -> None:
+@command()
+def gc(*, place: Place, out: Output) -> None:
     """Remove caches that no document needs, and leftovers of crashes.
 
     Do not run it during an add on the same collection: the caches made so far do not belong to a document yet.
     """
-    with reporting(as_json=as_json) as out:
-        out.stopped = "Run it again at any time."
-        with open_store(out, store, collection) as opened, out.working("Removing"):
-            report = opened.gc()
-        if as_json:
-            out.json(report)
-            return
-        n_caches = report.n_orphan_blobs + report.n_unreferenced_caches
-        out.line(
-            f"Removed {n_caches:,} caches without a document, {report.n_dangling_rows:,} entries without a cache and "
-            f"{report.n_strays:,} leftovers; {size_text(report.freed_bytes)} freed."
-        )
+    out.stopped = "Run it again at any time."
+    with place.open_store(out) as opened, out.working("Removing"):
+        report = opened.gc()
+    if out.as_json:
+        out.json(report)
+        return
+    n_caches = report.n_orphan_blobs + report.n_unreferenced_caches
+    out.line(
+        f"Removed {n_caches:,} caches without a document, {report.n_dangling_rows:,} entries without a cache and "
+        f"{report.n_strays:,} leftovers; {size_text(report.freed_bytes)} freed."
+    )
 
 
 _NONE = "none"
@@ -127,6 +114,7 @@ DocumentsArgument = Annotated[
 ]
 
 
+@command()
 def budget(
     max_size: Annotated[
         str | None,
@@ -141,71 +129,60 @@ def budget(
             metavar="TIME", help="Lifetime of caches that are added from now on: 12h, 30d; none for no limit."
         ),
     ] = None,
-    store: StoreOption = DEFAULT_STORE,
-    collection: CollectionOption = DEFAULT_COLLECTION,
-    as_json: JsonOption = False,
+    *,
+    place: Place,
+    out: Output,
 ) -> None:
     """Show or change the size limits and the lifetime of caches.
 
     Caches above a limit are evicted at once, the least recently used first; those that are pinned or being read stay.
     Documents stay listed: `kv-memory add --stale` compresses evicted caches again.
     """
-    with reporting(as_json=as_json) as out:
-        changes: dict[str, Any] = {}
-        for name, text, read in (
-            ("max_size_bytes", max_size, size_of),
-            ("store_max_size_bytes", store_max_size, size_of),
-            ("ttl_s", ttl, seconds_of),
-        ):
-            if text is not None:
-                option = {"max_size_bytes": "--max-size", "ttl_s": "--ttl"}.get(name, "--store-max-size")
-                changes[name] = None if text.lower() == _NONE else read(text, where=option)
-        with open_store(out, store, collection) as opened:
-            n_evicted = 0
-            if changes:
-                out.stopped = "The limits may be set already; run the command again to make sure."
-                n_evicted = opened.set_limits(dataclasses.replace(opened.limits(), **changes))
-            limits, found = opened.limits(), opened.stats()
-        if as_json:
-            out.json({**plain(limits), "cache_bytes": found.cache_bytes, "n_evicted": n_evicted})
-            return
-        if n_evicted:
-            out.line(f"Evicted {n_evicted:,} caches.")
-        out.table(
-            ("", "Limit", "Now"),
-            [
-                (f"Collection {collection}", _size(limits.max_size_bytes), size_text(found.cache_bytes)),
-                ("All collections", _size(limits.store_max_size_bytes), ""),
-                ("Age", "none" if limits.ttl_s is None else f"{limits.ttl_s:,.0f} s", ""),
-            ],
-        )
+    changes: dict[str, Any] = {}
+    for name, text, read in (
+        ("max_size_bytes", max_size, size_of),
+        ("store_max_size_bytes", store_max_size, size_of),
+        ("ttl_s", ttl, seconds_of),
+    ):
+        if text is not None:
+            option = {"max_size_bytes": "--max-size", "ttl_s": "--ttl"}.get(name, "--store-max-size")
+            changes[name] = None if text.lower() == _NONE else read(text, where=option)
+    with place.open_store(out) as opened:
+        n_evicted = 0
+        if changes:
+            out.stopped = "The limits may be set already; run the command again to make sure."
+            n_evicted = opened.set_limits(dataclasses.replace(opened.limits(), **changes))
+        limits, found = opened.limits(), opened.stats()
+    if out.as_json:
+        out.json({**plain(limits), "cache_bytes": found.cache_bytes, "n_evicted": n_evicted})
+        return
+    if n_evicted:
+        out.line(f"Evicted {n_evicted:,} caches.")
+    out.table(
+        ("", "Limit", "Now"),
+        [
+            (f"Collection {place.collection}", _size(limits.max_size_bytes), size_text(found.cache_bytes)),
+            ("All collections", _size(limits.store_max_size_bytes), ""),
+            ("Age", "none" if limits.ttl_s is None else f"{limits.ttl_s:,.0f} s", ""),
+        ],
+    )
 
 
-def pin(
-    documents: DocumentsArgument,
-    store: StoreOption = DEFAULT_STORE,
-    collection: CollectionOption = DEFAULT_COLLECTION,
-    as_json: JsonOption = False,
-) -> None:
+@command()
+def pin(documents: DocumentsArgument, *, place: Place, out: Output) -> None:
     """Protect the current caches of documents from eviction; they still expire."""
-    with reporting(as_json=as_json) as out:
-        _pin(out, documents, store, collection, pinned=True)
+    _pin(out, documents, place, pinned=True)
 
 
-def unpin(
-    documents: DocumentsArgument,
-    store: StoreOption = DEFAULT_STORE,
-    collection: CollectionOption = DEFAULT_COLLECTION,
-    as_json: JsonOption = False,
-) -> None:
+@command()
+def unpin(documents: DocumentsArgument, *, place: Place, out: Output) -> None:
     """Allow the caches of documents to be evicted again."""
-    with reporting(as_json=as_json) as out:
-        _pin(out, documents, store, collection, pinned=False)
+    _pin(out, documents, place, pinned=False)
 
 
-def _pin(out: Output, documents: list[str], store: Any, collection: str, *, pinned: bool) -> None:
+def _pin(out: Output, documents: list[str], place: Place, *, pinned: bool) -> None:
     done: dict[str, int] = {}
-    with open_store(out, store, collection) as opened:
+    with place.open_store(out) as opened:
         ids = [summary.id for summary in opened.documents()]
         for id_ in dict.fromkeys(find_document_id(name, ids) for name in documents):
             done[id_] = opened.pin(id_, pinned=pinned)
@@ -220,6 +197,7 @@ def _size(size_bytes: int | None) -> str:
     return "none" if size_bytes is None else size_text(size_bytes)
 
 
+@command()
 def init(
     store: Annotated[
         Path, typer.Argument(metavar="STORE", help="The folder that represents the store on this machine.")
@@ -246,7 +224,8 @@ def init(
         typer.Option(metavar="SIZE", help="Size limit of local copies of blobs, in the folder: 20GB, 500MB."),
     ] = None,
     collection: CollectionOption = DEFAULT_COLLECTION,
-    as_json: JsonOption = False,
+    *,
+    out: Output,
 ) -> None:
     """Create a store, or join a shared one.
 
@@ -254,66 +233,63 @@ def init(
     an object store. Each machine then has its own folder, created by this command with the same URLs; pass that folder
     to every other command.
     """
-    with reporting(as_json=as_json) as out:
-        tier_size_bytes = None if tier is None else size_of(tier, where="--tier")
-        with out.working("Connecting"):
-            from kv_memory.store import Store
+    tier_size_bytes = None if tier is None else size_of(tier, where="--tier")
+    with out.working("Connecting"):
+        from kv_memory.store import Store
 
-            with Store.open(
-                store, collection=collection, catalog=catalog, blobs=blobs, tier_size_bytes=tier_size_bytes
-            ) as opened:
-                found = {
-                    "store": opened.path,
-                    "catalog": opened.catalog.where,
-                    "blobs": opened.blobs_url,
-                    "revision": opened.catalog.revision(),
-                    "n_documents": opened.stats().n_documents,
-                }
-        if as_json:
-            out.json(found)
-            return
-        out.line(f"Store    {found['store']}")
-        out.line(f"Catalog  {found['catalog']}, version {found['revision']}")
-        out.line(f"Blobs    {found['blobs']}")
-        out.line(f"Collection {collection!r} has {found['n_documents']:,} documents.")
+        with Store.open(
+            store, collection=collection, catalog=catalog, blobs=blobs, tier_size_bytes=tier_size_bytes
+        ) as opened:
+            found = {
+                "store": opened.path,
+                "catalog": opened.catalog.where,
+                "blobs": opened.blobs_url,
+                "revision": opened.catalog.revision(),
+                "n_documents": opened.stats().n_documents,
+            }
+    if out.as_json:
+        out.json(found)
+        return
+    out.line(f"Store    {found['store']}")
+    out.line(f"Catalog  {found['catalog']}, version {found['revision']}")
+    out.line(f"Blobs    {found['blobs']}")
+    out.line(f"Collection {collection!r} has {found['n_documents']:,} documents.")
 
 
-def current(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
+@command()
+def current(store: StoreOption = DEFAULT_STORE, *, out: Output) -> None:
     """Show the version of the store's tables, and the version that this package needs."""
-    with reporting(as_json=as_json) as out:
-        from kv_memory.store.location import catalog_of
-        from kv_memory.store.sql.catalog import Catalog
-        from kv_memory.store.sql.schema import SCHEMA_HEAD
+    from kv_memory.store.location import catalog_of
+    from kv_memory.store.sql.catalog import Catalog
+    from kv_memory.store.sql.schema import SCHEMA_HEAD
 
-        where = catalog_of(store)
-        revision = Catalog.revision_at(where)
-        if as_json:
-            out.json({"catalog": str(where), "revision": revision, "head": SCHEMA_HEAD})
-        elif revision == SCHEMA_HEAD:
-            out.line(f"Version {revision}, up to date.")
-        else:
-            out.line(
-                f"Version {revision or 'none'}; this package needs {SCHEMA_HEAD}. `kv-memory db upgrade` upgrades it."
-            )
+    where = catalog_of(store)
+    revision = Catalog.revision_at(where)
+    if out.as_json:
+        out.json({"catalog": str(where), "revision": revision, "head": SCHEMA_HEAD})
+    elif revision == SCHEMA_HEAD:
+        out.line(f"Version {revision}, up to date.")
+    else:
+        out.line(f"Version {revision or 'none'}; this package needs {SCHEMA_HEAD}. `kv-memory db upgrade` upgrades it.")
 
 
-def upgrade(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
+@command()
+def upgrade(store: StoreOption = DEFAULT_STORE, *, out: Output) -> None:
     """Upgrade the store's tables to the version of this package.
 
     A store in one folder is upgraded when it is opened. A shared catalog is only upgraded by this command, because
     running programs of the older version would break.
     """
-    with reporting(as_json=as_json) as out:
-        from kv_memory.store.location import catalog_of
-        from kv_memory.store.sql.catalog import Catalog
+    from kv_memory.store.location import catalog_of
+    from kv_memory.store.sql.catalog import Catalog
 
-        where = catalog_of(store)
-        with out.working("Upgrading"):
-            before = Catalog.revision_at(where)
-            catalog = Catalog(where)
-            after = catalog.revision()
-            catalog.close()
-        if as_json:
-            out.json({"catalog": catalog.where, "before": before, "after": after})
-        else:
-            out.line(f"Version {after}; it was {before or 'none'}." if after != before else f"Already {after}.")
+    where = catalog_of(store)
+    with out.working("Upgrading"):
+        before = Catalog.revision_at(where)
+        catalog = Catalog(where)
+        after = catalog.revision()
+        catalog.close()
+    if out.as_json:
+        out.json({"catalog": catalog.where, "before": before, "after": after})
+    else:
+        out.line(f"Version {after}; it was {before or 'none'}." if after != before else f"Already {after}.")

@@ -18,14 +18,12 @@ from kv_memory.cli.config_file import (
     of_owner,
     settings_of,
 )
-from kv_memory.cli.options import JsonOption
-from kv_memory.cli.output import reporting, size_text
+from kv_memory.cli.options import ModelOption, command
+from kv_memory.cli.output import Output, size_text, time_text
 from kv_memory.cli.progress import TrainTracker
 
 if TYPE_CHECKING:
     from kv_memory.train import Estimate, TrainReport
-
-__all__ = ["train"]
 
 
 def _known() -> dict[str, Setting]:
@@ -35,6 +33,7 @@ def _known() -> dict[str, Setting]:
     return settings_of(TrainRun, RunOptions, TrainSettings, without=without)
 
 
+@command()
 def train(
     out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="The run's folder; the adapter is OUT/adapter.")],
     data: Annotated[
@@ -50,15 +49,7 @@ def train(
         Path | None,
         typer.Option("--corpus", metavar="PATH", help="Adapt to these documents; the model writes questions itself."),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            metavar="NAME",
-            help="A built-in model, a model folder, or a Hugging Face hub id.  [default: "
-            "qwen-0.5b, or smollm2 if only that is prepared]",
-        ),
-    ] = None,
+    model: ModelOption = None,
     init: Annotated[
         Path | None, typer.Option("--init", metavar="ADAPTER", help="Adapter to train further; its form is kept.")
     ] = None,
@@ -83,7 +74,8 @@ def train(
         bool, typer.Option("--dry-run", help="Measure a few steps and estimate time and memory; write nothing.")
     ] = False,
     list_settings: Annotated[bool, list_settings_option(_known)] = False,
-    as_json: JsonOption = False,
+    *,
+    out: Output,
 ) -> None:
     """Train an adapter: a scorer that selects the entries to keep, and a LoRA that packs the rest into those.
 
@@ -101,56 +93,55 @@ def train(
     ratios that are drawn), lr_lora, seed, accumulate, gradient_checkpointing (much less memory), device.
     --list-settings prints all.
     """
-    with reporting(as_json=as_json) as out:
-        out.stopped = "Nothing was written." if dry_run else "Run the same command with --resume to continue."
-        options: dict[str, Any] = {
-            "data": data or None,
-            "corpus": corpus,
-            "model": model,
-            "init": init,
-            "steps": steps,
-            "time_limit_s": time_limit,
-        }
-        with out.working("Starting"):
-            from kv_memory.train import OpenRun, RunOptions, TrainRun, TrainSettings
+    out.stopped = "Nothing was written." if dry_run else "Run the same command with --resume to continue."
+    options: dict[str, Any] = {
+        "data": data or None,
+        "corpus": corpus,
+        "model": model,
+        "init": init,
+        "steps": steps,
+        "time_limit_s": time_limit,
+    }
+    with out.working("Starting"):
+        from kv_memory.train import OpenRun, RunOptions, TrainRun, TrainSettings
 
-            known = _known()
-            given = gather_settings(known, config=config, assignments=assignments or [], options=options)
-            run = TrainRun(
-                out=out_folder,
-                changes=of_owner(TrainSettings, known, given),
-                options=RunOptions(
-                    **of_owner(RunOptions, known, given),
-                    fit_steps=given.get("time_limit_s") is not None and "steps" not in given,
-                ),
-                command=shlex.join(["kv-memory", *sys.argv[1:]]),
-                **of_owner(TrainRun, known, given),
-            )
-        with TrainTracker(out) as tracker:
-            opened = OpenRun(
-                run,
-                resume=resume,
-                dry_run=dry_run,
-                on_note=out.note,
-                on_passage=tracker.questions,
-                on_progress=tracker,
-            )
-            done = opened.estimate() if dry_run else opened.train()
-        if as_json:
-            out.json(done)
-        else:
-            out.table(("", ""), _estimate_rows(done) if dry_run else _report_rows(done))
+        known = _known()
+        given = gather_settings(known, config=config, assignments=assignments or [], options=options)
+        run = TrainRun(
+            out=out_folder,
+            changes=of_owner(TrainSettings, known, given),
+            options=RunOptions(
+                **of_owner(RunOptions, known, given),
+                fit_steps=given.get("time_limit_s") is not None and "steps" not in given,
+            ),
+            command=shlex.join(["kv-memory", *sys.argv[1:]]),
+            **of_owner(TrainRun, known, given),
+        )
+    with TrainTracker(out) as tracker:
+        opened = OpenRun(
+            run,
+            resume=resume,
+            dry_run=dry_run,
+            on_note=out.note,
+            on_passage=tracker.questions,
+            on_progress=tracker,
+        )
+        done = opened.estimate() if dry_run else opened.train()
+    if out.as_json:
+        out.json(done)
+    else:
+        out.table(("", ""), _estimate_rows(done) if dry_run else _report_rows(done))
 
 
 def _estimate_rows(estimate: Any) -> list[tuple[str, str]]:
     e: Estimate = estimate
-    rows = [("Questions about the corpus", _time_text(e.questions_s))] if e.questions_s else []
+    rows = [("Questions about the corpus", time_text(e.questions_s))] if e.questions_s else []
     if e.warmup_steps:
         rows.append(("Warm-up", f"{e.warmup_steps:,} steps of {e.warmup_step_s:.2f} s"))
     return [
         *rows,
         ("Distillation", f"{e.steps:,} steps of {e.step_s:.2f} s"),
-        ("Total time", f"{_time_text(e.total_s + e.questions_s)}, without evaluation"),
+        ("Total time", f"{time_text(e.total_s + e.questions_s)}, without evaluation"),
         ("Speed", f"{e.tokens_per_s:,.0f} tokens/s"),
         ("Peak memory", size_text(e.peak_memory_bytes)),
         ("Trained", f"{e.n_parameters:,} parameters"),
@@ -164,7 +155,7 @@ def _report_rows(report: Any) -> list[tuple[str, str]]:
     rows = [
         ("Adapter", str(r.adapter)),
         ("Steps", f"{r.step:,} of {r.n_steps:,}" + (f"; the best was {r.best_step:,}" if r.best_step < r.step else "")),
-        ("Time", f"{_time_text(r.elapsed_s)}, {r.n_tokens:,} tokens"),
+        ("Time", f"{time_text(r.elapsed_s)}, {r.n_tokens:,} tokens"),
     ]
     if r.loss is not None:
         rows.append(("Loss", f"{r.loss:.4f}, the mean over the last steps"))
@@ -173,9 +164,3 @@ def _report_rows(report: Any) -> list[tuple[str, str]]:
         beside += f", no document {r.none:.3f}" if r.none is not None else ""
         rows.append((f"KL at {ratio:g}", f"{kl:.3f}{beside}"))
     return rows
-
-
-def _time_text(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -7,49 +7,42 @@ from typing import Annotated, cast
 
 import typer
 
-from kv_memory.cli.open_store import open_store
-from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, CollectionOption, JsonOption, StoreOption
-from kv_memory.cli.output import reporting, size_text
+from kv_memory.cli.options import DEFAULT_STORE, Place, StoreOption, command
+from kv_memory.cli.output import Output, size_text
 from kv_memory.cli.progress import TransferTracker
 from kv_memory.config import check_choice
 from kv_memory.errors import ConfigError
 
-__all__ = ["export", "import_file"]
 
-
+@command()
 def export(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Tar archive to write.")],
-    store: StoreOption = DEFAULT_STORE,
-    collection: CollectionOption = DEFAULT_COLLECTION,
-    as_json: JsonOption = False,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Tar archive to write.")], *, place: Place, out: Output
 ) -> None:
     """Write a collection into one file, with its documents, caches and settings.
 
     kv-memory import loads it into another store, on any machine: caches made on a GPU can be used on a laptop.
     """
-    with reporting(as_json=as_json) as out:
-        if str(file) == "-":
-            raise ConfigError("an archive is not written to a pipe", where="FILE", next_step="Pass a file name.")
-        with open_store(out, store, collection) as opened, TransferTracker(out) as tracker:
-            from kv_memory.store import export_collection
+    if str(file) == "-":
+        raise ConfigError("an archive is not written to a pipe", where="FILE", next_step="Pass a file name.")
+    with place.open_store(out) as opened, TransferTracker(out) as tracker:
+        from kv_memory.store import export_collection
 
-            report = export_collection(opened, file, on_progress=tracker)
-        if as_json:
-            out.json(report)
-            return
-        out.line(
-            f"Exported {report.n_documents:,} documents and {report.n_blobs:,} caches of collection "
-            f"{report.collection}: {size_text(report.size_bytes)}, {report.path}"
-        )
-        if report.changed:
-            out.note("The collection changed during the export: every document in the archive is complete, but some")
-            out.note("new ones may be missing. Export again for a consistent state.")
-        if report.damaged:
-            out.note(
-                f"{len(report.damaged):,} caches were damaged and are not in the archive. Next: kv-memory add --stale"
-            )
+        report = export_collection(opened, file, on_progress=tracker)
+    if out.as_json:
+        out.json(report)
+        return
+    out.line(
+        f"Exported {report.n_documents:,} documents and {report.n_blobs:,} caches of collection "
+        f"{report.collection}: {size_text(report.size_bytes)}, {report.path}"
+    )
+    if report.changed:
+        out.note("The collection changed during the export: every document in the archive is complete, but some")
+        out.note("new ones may be missing. Export again for a consistent state.")
+    if report.damaged:
+        out.note(f"{len(report.damaged):,} caches were damaged and are not in the archive. Next: kv-memory add --stale")
 
 
+@command()
 def import_file(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Archive of kv-memory export.")],
     collection: Annotated[
@@ -65,35 +58,32 @@ def import_file(
         ),
     ] = "refuse",
     store: StoreOption = DEFAULT_STORE,
-    as_json: JsonOption = False,
+    *,
+    out: Output,
 ) -> None:
     """Import a collection from a file; store and collection are created if they do not exist.
 
     The file is verified before anything is changed. What exists already is skipped, so the same command resumes an
     interrupted import. Documents and caches are trusted like a model: import only files whose origin you know.
     """
-    with reporting(as_json=as_json) as out:
-        out.stopped = "What was imported stays; run the same command to import the rest."
-        with out.working("Starting"):
-            from kv_memory.store import OnConflict, Store, copy_collection, open_archive
+    out.stopped = "What was imported stays; run the same command to import the rest."
+    with out.working("Starting"):
+        from kv_memory.store import OnConflict, Store, copy_collection, open_archive
 
-        check_choice(on_conflict, OnConflict, where="--on-conflict")
-        with TransferTracker(out) as tracker, open_archive(file, on_progress=tracker) as archive:
-            name = archive.collection if collection is None else collection
-            with Store.open(store, collection=name) as opened:
-                report = copy_collection(
-                    archive, opened, on_conflict=cast("OnConflict", on_conflict), on_progress=tracker
-                )
-        if as_json:
-            out.json(report)
-            return
-        out.line(
-            f"Imported into collection {report.collection}: {report.n_added:,} documents added, {report.n_replaced:,} "
-            f"replaced, {report.n_unchanged:,} unchanged, {len(report.conflicts):,} left unchanged"
-        )
-        out.line(
-            f"{report.n_caches:,} new caches ({size_text(report.size_bytes)}), "
-            f"{report.n_caches_present:,} already present"
-        )
-        if report.n_evicted:
-            out.note(f"{report.n_evicted:,} caches were evicted to stay within the size limit.")
+    check_choice(on_conflict, OnConflict, where="--on-conflict")
+    with TransferTracker(out) as tracker, open_archive(file, on_progress=tracker) as archive:
+        name = archive.collection if collection is None else collection
+        with Store.open(store, collection=name) as opened:
+            report = copy_collection(archive, opened, on_conflict=cast("OnConflict", on_conflict), on_progress=tracker)
+    if out.as_json:
+        out.json(report)
+        return
+    out.line(
+        f"Imported into collection {report.collection}: {report.n_added:,} documents added, {report.n_replaced:,} "
+        f"replaced, {report.n_unchanged:,} unchanged, {len(report.conflicts):,} left unchanged"
+    )
+    out.line(
+        f"{report.n_caches:,} new caches ({size_text(report.size_bytes)}), {report.n_caches_present:,} already present"
+    )
+    if report.n_evicted:
+        out.note(f"{report.n_evicted:,} caches were evicted to stay within the size limit.")

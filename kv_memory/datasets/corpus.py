@@ -12,8 +12,6 @@ from kv_memory.documents import Document, read_documents
 from kv_memory.documents.parsers import FILE_TYPES, read_content
 from kv_memory.errors import DatasetError, DocumentError
 
-__all__ = ["read_archive", "read_texts"]
-
 
 def read_texts(path: Path, source: str, faults: Faults) -> Iterator[Example]:
     """Read one file, or a folder in sorted order, by the rules of `read_documents`: any type that it reads.

@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 from kv_memory.errors import ConfigError
 
-__all__ = ["Example", "Question", "Row", "check_text", "content_id", "grouped"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Question:

@@ -9,8 +9,6 @@ from typing import Any, Literal
 from kv_memory.datasets.record_files import Record
 from kv_memory.errors import DatasetError
 
-__all__ = ["hub_records"]
-
 _SPLITS = {"train": "train", "dev": "validation"}
 _INSTEAD = "Pass a file instead: JSON lines of {context, question, answer}."
 
@@ -36,6 +34,20 @@ def hub_records(hub_id: str, *, split: Literal["train", "dev"]) -> Iterator[Reco
             raise DatasetError(
                 f"the hub is disabled by {variable}", where=where, next_step=f"Unset {variable}. {_INSTEAD}"
             )
+    return _rows(load_hub_set(hub_id, where=where, split=_SPLITS[split], streaming=True), where)
+
+
+def load_hub_set(*arguments: str | None, where: str, **options: Any) -> Any:
+    """What `datasets.load_dataset` returns for these arguments.
+
+    Args:
+        arguments: Positional arguments: the name of the set, and its configuration.
+        where: Name of the set, for errors.
+        options: Other arguments.
+
+    Raises:
+        DatasetError: The library is not installed, or the hub does not have the set.
+    """
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -45,10 +57,9 @@ def hub_records(hub_id: str, *, split: Literal["train", "dev"]) -> Iterator[Reco
             next_step=f"Run `pip install 'kv-memory[train]'`. {_INSTEAD}",
         ) from error
     try:
-        stream = load_dataset(hub_id, split=_SPLITS[split], streaming=True)
+        return load_dataset(*arguments, **options)
     except Exception as error:  # its own errors, and those of httpx, fsspec and pyarrow
         raise _failed(where, error) from error
-    return _rows(stream, where)
 
 
 def _rows(stream: Any, where: str) -> Iterator[Record]:

@@ -25,8 +25,6 @@ from kv_memory.datasets.sets import (
 )
 from kv_memory.errors import ConfigError, DatasetError
 
-__all__ = ["DATASETS", "Split", "read_examples"]
-
 Split = Literal["train", "dev"]
 
 _Reader = Callable[[Path, str, Faults], Iterator[Example]]
@@ -134,7 +132,8 @@ def _named(name: str, split: Split, data: Path | None, faults: Faults) -> Iterat
             where=name,
             next_step=f"Read {other!r}, and hold out a part of it with `corpus_split`.",
         )
-    folder = data if data is not None else Path(os.environ["KV_MEMORY_DATA"]) if _data_is_named() else None
+    named = os.environ.get("KV_MEMORY_DATA", "")
+    folder = data if data is not None else Path(named) if named.strip() else None
     if folder is not None:
         for path in (folder / f"{file}.gz", folder / file):
             if os.path.isfile(path):
@@ -155,10 +154,6 @@ def _named(name: str, split: Split, data: Path | None, faults: Faults) -> Iterat
             where=error.where,
             next_step=f"{put}. Or: {error.next_step}",
         ) from error
-
-
-def _data_is_named() -> bool:
-    return bool(os.environ.get("KV_MEMORY_DATA", "").strip())
 
 
 def _from_hub(hub_id: str, source: str, split: Split, make_row: _RowMaker, faults: Faults) -> Iterator[Example]:

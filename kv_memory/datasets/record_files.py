@@ -16,22 +16,6 @@ from typing import IO, Any, Literal, TypeVar, cast
 from kv_memory.datasets.example import check_text
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
 
-__all__ = [
-    "READ_ERRORS",
-    "Faults",
-    "OnError",
-    "Record",
-    "bare_name",
-    "each",
-    "items_of",
-    "json_file",
-    "json_lines",
-    "text_of",
-    "texts_of",
-    "title_of",
-    "unreadable",
-]
-
 _T = TypeVar("_T")
 
 OnError = Literal["raise", "skip"]

@@ -23,17 +23,6 @@ from kv_memory.datasets.record_files import (
 )
 from kv_memory.errors import DatasetError
 
-__all__ = [
-    "dolly_row",
-    "qa_row",
-    "read_dolly",
-    "read_fairytaleqa",
-    "read_qa",
-    "read_quality",
-    "read_squad",
-    "read_squality",
-]
-
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 
 

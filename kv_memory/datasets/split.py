@@ -13,8 +13,6 @@ from collections.abc import Iterable
 from kv_memory.datasets.example import Example
 from kv_memory.errors import ConfigError
 
-__all__ = ["corpus_split", "sample", "split_by_hash"]
-
 
 def split_by_hash(id: str, share: float) -> bool:
     """Whether the document with this id belongs to the held-out `share`.

@@ -36,8 +36,6 @@ from kv_memory.lazy_compressor import load_compressor
 from kv_memory.model.backbone import Backbone
 from kv_memory.settings import MemorySettings
 
-__all__ = ["Advice", "advise"]
-
 _TRIES = 3  # passages sampled per passage needed: for some the model generates no question that it can answer
 _QUESTIONS = 4  # per passage
 # Half of the probes are questions; the others are short, because they are not used.

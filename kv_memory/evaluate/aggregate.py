@@ -17,19 +17,6 @@ from kv_memory.evaluate.question_records import METRICS, Record
 from kv_memory.evaluate.tasks import TASKS
 from kv_memory.model.first_token import is_visible
 
-__all__ = [
-    "CONFIDENCE",
-    "RESAMPLES",
-    "Interval",
-    "Row",
-    "aggregate",
-    "check_groups",
-    "order",
-    "plain_name",
-    "score_of",
-    "table_of",
-]
-
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, field
 
 from kv_memory.model.backbone import Backbone
 
-__all__ = ["Case", "EncodedQuery", "Group", "Query", "encode_query"]
-
 Group = dict[str, int | str]
 
 

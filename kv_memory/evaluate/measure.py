@@ -23,9 +23,6 @@ from kv_memory.evaluate.scoring import TeacherAnswer, score, teach
 from kv_memory.evaluate.tasks.task import Task
 from kv_memory.model.backbone import Backbone
 
-__all__ = ["Bench", "Column", "EvalProgress"]
-
-
 T = TypeVar("T")
 
 

@@ -15,8 +15,6 @@ from kv_memory.errors import ConfigError
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
 
-__all__ = ["METHODS", "Method", "MethodName", "RandomSelector", "RefineFrom", "check_methods", "make_methods"]
-
 MethodName = Literal[
     "full",
     "none",

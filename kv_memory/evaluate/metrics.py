@@ -14,21 +14,6 @@ from torch.nn import functional as F
 
 from kv_memory.errors import ConfigError
 
-__all__ = [
-    "ALL_WANTED",
-    "TEXT_METRICS",
-    "check_rouge",
-    "contains",
-    "contains_all",
-    "exact_match",
-    "exact_match_all",
-    "f1",
-    "kl_divergence",
-    "negative_log_likelihood",
-    "normalise",
-    "rouge_l",
-]
-
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _NUMBERING = re.compile(r"(?:^|(?<=\s))\d{1,2}[.)]\s")  # numbers of a list: `1. pier 2. lamp`

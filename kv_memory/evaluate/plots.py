@@ -10,8 +10,6 @@ from kv_memory.errors import ConfigError
 from kv_memory.evaluate.aggregate import Row, order, score_of
 from kv_memory.evaluate.question_records import Record
 
-__all__ = ["plot_fidelity", "plot_needle"]
-
 _DPI = 120
 _LABELS = {"f1": "F1", "rouge_l": "ROUGE-L", "kl": "KL to the full cache (nats)"}
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kv_memory.errors import BrokenLineError, DatasetError
 from kv_memory.evaluate.cases import Group
 
-__all__ = ["FILE_NAME", "METRICS", "Measured", "Record", "RecordFile", "latest"]
+T = TypeVar("T")
 
 FILE_NAME = "examples.jsonl"
 METRICS = ("kl", "nll", "f1", "em", "contains", "accuracy", "rouge_l", "kl_joined")
@@ -109,6 +109,38 @@ class Record:
         return cls(**values)
 
 
+def read_lines(path: Path, parse: Callable[[dict[str, Any]], T], *, repair: bool = False) -> list[T]:
+    """The lines of a file of results, without an incomplete last one: cut off by a kill, or still being written.
+
+    Args:
+        path: Path of the file.
+        parse: Function that makes a result of a line's object.
+        repair: Remove the incomplete line from the file.
+
+    Raises:
+        BrokenLineError: A line is not a result; the error names its number.
+        DatasetError: The file cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DatasetError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    whole = content.rfind(b"\n") + 1
+    if repair and whole < len(content):
+        os.truncate(path, whole)
+    found = []
+    for number, line in enumerate(content[:whole].splitlines(), 1):
+        try:
+            found.append(parse(json.loads(line)))
+        except (ValueError, TypeError, KeyError) as error:
+            raise BrokenLineError(
+                f"not an evaluation result: {error!r}",
+                where=f"{path}, line {number}",
+                next_step="Remove the line, or evaluate into another folder.",
+            ) from error
+    return found
+
+
 class RecordFile:
     """An append-only file of records.
 
@@ -122,32 +154,8 @@ class RecordFile:
         self.path = folder / FILE_NAME
 
     def load(self) -> list[Record]:
-        """All records, in the order written; an incomplete last line is removed from the file.
-
-        Raises:
-            BrokenLineError: A line is not a record; the error names its number.
-            DatasetError: The file cannot be read.
-        """
-        try:
-            content = self.path.read_bytes()
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise DatasetError(f"cannot be read: {error.strerror}", where=str(self.path)) from error
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(self.path, whole)
-        return [self._record(line, number) for number, line in enumerate(content[:whole].splitlines(), 1)]
-
-    def _record(self, line: bytes, number: int) -> Record:
-        try:
-            return Record.from_dict(json.loads(line))
-        except (ValueError, TypeError, KeyError) as error:
-            raise BrokenLineError(
-                f"not an evaluation record: {error}",
-                where=f"{self.path}, line {number}",
-                next_step="Remove the line, or evaluate into another folder.",
-            ) from error
+        """All records, in the order written; an incomplete last line is removed. Errors as in `read_lines`."""
+        return read_lines(self.path, Record.from_dict, repair=True) if self.path.exists() else []
 
     def append(self, record: Record) -> None:
         """Write one record; it is in the file when this returns, even if the process is killed afterwards.

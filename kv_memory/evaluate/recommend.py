@@ -12,8 +12,6 @@ from kv_memory.evaluate.aggregate import Interval
 from kv_memory.evaluate.report import kept_text
 from kv_memory.settings import NO_ADAPTER, MemorySettings
 
-__all__ = ["LEAST_PASSAGES", "LEAST_QUESTIONS", "AdviceRow", "Criteria", "Recommendation", "add_command", "recommend"]
-
 LEAST_PASSAGES, LEAST_QUESTIONS = 3, 12  # below these there is too little data to judge
 
 

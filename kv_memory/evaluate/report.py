@@ -11,8 +11,6 @@ from kv_memory.evaluate.plots import plot_fidelity, plot_needle
 from kv_memory.evaluate.question_records import METRICS
 from kv_memory.evaluate.saved_rows import Loaded
 
-__all__ = ["cells", "kept_text", "markdown", "write_report"]
-
 _NAMES = {"kl": "KL", "nll": "NLL", "f1": "F1", "em": "EM", "rouge_l": "ROUGE-L", "kl_joined": "KL to joined"}
 
 
@@ -56,17 +54,15 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     header += ["empty"] if silent else []
     table = [[*header, *(["retention"] if retained else []), "s/document", "prefills"]]
     for row in rows:
-        line = [*(_group_text(row.group.get(name, "")) for name in groups), row.method, kept_text(row.keep_ratio)]
+        own = [row.group.get(name, "") for name in groups]
+        line = [f"{value:,}" if isinstance(value, int) else value for value in own]
+        line += [row.method, kept_text(row.keep_ratio)]
         line += [str(row.n)] if differ else []
         line += [_figure(row.means.get(name), row.ci.get("kl") if name == "kl" else None) for name in metrics]
         line += [_figure(row.empty, digits=2)] if silent else []
         line += [_figure(row.retention, row.ci.get("retention"), digits=2)] if retained else []
         table.append([*line, _figure(row.seconds_per_document), _figure(row.prefills, digits=1)])
     return table
-
-
-def _group_text(value: int | str) -> str:
-    return f"{value:,}" if isinstance(value, int) else value
 
 
 def kept_text(keep_ratio: float | None) -> str:

@@ -15,7 +15,6 @@ from kv_memory.compress import Adapter, RefineSettings
 from kv_memory.config import Layout, StorageName, check_choice, check_keep_ratio
 from kv_memory.errors import ConfigError
 from kv_memory.evaluate.aggregate import Row, aggregate, check_groups
-from kv_memory.evaluate.cases import Case
 from kv_memory.evaluate.measure import Bench, Column, EvalProgress
 from kv_memory.evaluate.methods import Method, RefineFrom, make_methods
 from kv_memory.evaluate.question_records import Record, RecordFile
@@ -23,8 +22,6 @@ from kv_memory.evaluate.scoring import KL_TOKENS
 from kv_memory.evaluate.tasks import find_task
 from kv_memory.evaluate.tasks.task import Task, TaskSettings
 from kv_memory.model.backbone import Backbone
-
-__all__ = ["DEFAULT_KEEP_RATIOS", "Evaluation", "evaluate"]
 
 DEFAULT_KEEP_RATIOS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 # Part of every key. Raise it when a measure changes its meaning; the package's own version does not reflect that.
@@ -117,7 +114,10 @@ def evaluate(
     known = {record.key: record for record in file.load()} if file is not None else {}
     cases = found_task.cases(backbone, settings)
     configs = {column: _config(found_task, column, settings, layout, generate) for column in columns}
-    keys = [[_key(configs[column], case) for column in columns] for case in cases]
+    keys = [
+        [hashlib.sha256(f"{configs[column]}:{case.digest}".encode()).hexdigest() for column in columns]
+        for case in cases
+    ]
     bench = Bench(backbone, found_task, layout, generate)
     n_done, n_measured, complete = 0, 0, True
     # Document by document: the full model is asked once for all methods, and an interrupted run stays paired.
@@ -177,7 +177,3 @@ def _config(task: Task, column: Column, settings: TaskSettings, layout: Layout, 
     if column.joined:
         decides["joined"] = True
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-
-
-def _key(config: str, case: Case) -> str:
-    return hashlib.sha256(f"{config}:{case.digest}".encode()).hexdigest()

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import isclose
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
+from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.evaluate.aggregate import Row, aggregate, order, plain_name, table_of
-from kv_memory.evaluate.question_records import FILE_NAME, METRICS, Measured, Record, latest
+from kv_memory.evaluate.question_records import FILE_NAME, METRICS, Measured, Record, latest, read_lines
 from kv_memory.evaluate.tasks import TASKS
-
-__all__ = ["Loaded", "load_rows"]
 
 _Thing = TypeVar("_Thing", Record, Row)
 _PEER_FILE = "questions.jsonl"
@@ -120,30 +117,18 @@ def _read(path: Path) -> tuple[list[Record], list[Row]]:
     records: list[Record] = []
     finished: list[Row] = []
     for file in files:
-        questions: list[tuple[dict[str, Any], Measured]] = []
-        for number, line in enumerate(_lines(file), 1):
-            try:
-                data = json.loads(line)
-                if "questions" in data:
-                    records.append(Record.from_dict(data))
-                elif "question" in data:
-                    questions.append((data, _measured(data)))
-                else:
-                    finished.append(_row(data))
-            except (ValueError, TypeError, KeyError) as error:
-                raise BrokenLineError(
-                    f"not an evaluation result: {error!r}", where=f"{file}, line {number}", next_step="Remove the line."
-                ) from error
-        records += _gathered(questions)
+        found = read_lines(file, _parsed)
+        records += [one for one in found if isinstance(one, Record)]
+        records += _gathered([one for one in found if isinstance(one, tuple)])
+        finished += [one for one in found if isinstance(one, Row)]
     return records, finished
 
 
-def _lines(file: Path) -> list[str]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"cannot be read: {error}", where=str(file)) from error
-    return [line for line in lines if line.endswith("\n")]  # else cut off, or still being written
+def _parsed(data: dict[str, Any]) -> Record | Row | tuple[dict[str, Any], Measured]:
+    """A line: a record of ours, a question of a peer, or a row of a table."""
+    if "questions" in data:
+        return Record.from_dict(data)
+    return (data, _measured(data)) if "question" in data else _row(data)
 
 
 def _measured(data: dict[str, Any]) -> Measured:

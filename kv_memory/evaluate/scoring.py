@@ -17,8 +17,6 @@ from kv_memory.evaluate.tasks.task import Task
 from kv_memory.generate import Prompt, Run, compose, first_token_rule
 from kv_memory.model.backbone import Backbone
 
-__all__ = ["KL_TOKENS", "PrefilledQuestions", "TeacherAnswer", "answers", "batches", "score", "teach"]
-
 KL_TOKENS = 32  # length limit of the answer on which KL is measured
 _CPU_BYTES, _GPU_BYTES = 1 << 30, 4 << 30  # size limit of caches and logits of one batch
 
@@ -137,29 +135,16 @@ class TeacherAnswer:
     joined_log_probs: torch.Tensor | None = None
 
 
-def answers(
-    backbone: Backbone,
-    caches: Sequence[DistilledCache],
-    prompts: Sequence[Sequence[int]],
-    *,
-    layout: Layout,
-    max_new_tokens: int,
+def _answers(
+    backbone: Backbone, full: DistilledCache, prompts: Sequence[Sequence[int]], *, layout: Layout, max_new_tokens: int
 ) -> list[tuple[str, tuple[int, ...]]]:
-    """Greedy answers, decoded by the code that `ask` uses: text and token ids, including the end token.
-
-    Args:
-        backbone: The model.
-        caches: Caches of the documents, in order.
-        prompts: Token ids of each question in its wrapper, and of the words that the answer begins with.
-        layout: Placement of documents, see `compose`.
-        max_new_tokens: Length limit of an answer, in tokens.
-    """
+    """Greedy answers, decoded by the code that `ask` uses: text and token ids, including the end token."""
     settings = DecodeSettings(max_new_tokens=max_new_tokens)
-    n_entries = len(backbone.prefix_ids) + sum(cache.n_kept for cache in caches)
+    n_entries = len(backbone.prefix_ids) + full.n_kept
     results = []
     # Decoding computes one row of logits per question; its copy of the cache takes the memory.
     for part in batches(backbone, len(prompts), n_entries=n_entries + max_new_tokens, n_tokens=1):
-        run = Run(backbone, [Prompt([*ids], behind_prefix=True) for ids in prompts[part]], caches, layout, settings)
+        run = Run(backbone, [Prompt([*ids], behind_prefix=True) for ids in prompts[part]], [full], layout, settings)
         for _ in run.steps():
             pass
         results += [(generation.text.strip(), generation.token_ids) for generation in run.results()]
@@ -190,7 +175,7 @@ def teach(
     """
     if task.kl_on == "answer":
         prompts = [query.prompt for query in encoded]
-        said = answers(backbone, [full], prompts, layout=layout, max_new_tokens=task.max_new_tokens)
+        said = _answers(backbone, full, prompts, layout=layout, max_new_tokens=task.max_new_tokens)
     else:
         said = [("", query.reference) for query in encoded]
     rows = [ids[:KL_TOKENS] for _, ids in said]

@@ -22,8 +22,6 @@ from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
 from kv_memory.store.sql.schema import DocumentRow
 
-__all__ = ["Discovery", "check_folder"]
-
 _BATCH = 500
 _WAIT_S = 0.3
 _BATCH_S = 0.5  # the first documents must not wait for the 500th

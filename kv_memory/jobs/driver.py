@@ -35,8 +35,6 @@ from kv_memory.jobs.sources.files import FileSource
 from kv_memory.jobs.sources.source import Fields
 from kv_memory.store import Store
 
-__all__ = ["JobRequest", "create_job", "drive"]
-
 _POLL_S = 0.2, 0.5  # at the start, and later: polling takes processor time from the workers
 _BEGINNING_S = 5.0
 _SHARE_OF_POLLING = 0.02  # upper bound, as a share of the time: counting a million tasks is slow

@@ -8,8 +8,6 @@ from typing import ClassVar
 
 from kv_memory.jobs.job_records import Counts, FailedTask
 
-__all__ = ["DocumentFailed", "Event", "JobEnded", "JobStarted", "Progress", "RateMeter", "WorkerEnded"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Event:

@@ -11,17 +11,6 @@ from typing import Any, Literal
 
 from kv_memory.errors import ConfigError
 
-__all__ = [
-    "Counts",
-    "FailedTask",
-    "Job",
-    "JobSettings",
-    "JobState",
-    "Task",
-    "TaskResult",
-    "worker_name",
-]
-
 JobState = Literal["running", "interrupted", "done", "cancelled"]
 """`interrupted` is stored as `running`: no process drives the job any more."""
 

@@ -10,8 +10,6 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from kv_memory.store.sql.schema import Base, utc_now
 
-__all__ = ["JobRow", "TaskRow"]
-
 
 class JobRow(Base):
     """A batch of documents to compress."""

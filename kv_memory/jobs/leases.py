@@ -19,8 +19,6 @@ from kv_memory.store import Store
 from kv_memory.store.sql.catalog import Catalog
 from kv_memory.store.sql.schema import utc_now
 
-__all__ = ["LEASE_S", "LiveWorkers", "TaskQueue", "count_of", "locks_reach"]
-
 try:
     import fcntl
 except ImportError:  # Windows

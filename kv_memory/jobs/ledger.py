@@ -26,8 +26,6 @@ from kv_memory.store import Store
 from kv_memory.store.documents import batches
 from kv_memory.store.sql.schema import CollectionRow, FingerprintRow, utc_now
 
-__all__ = ["Ledger", "forget_documents"]
-
 
 class Ledger:
     """The jobs of one collection; thread-safe.

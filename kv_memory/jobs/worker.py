@@ -7,11 +7,11 @@ died, after finishing its current document. Its last line of standard output is 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
 import signal
+import sys
 import time
 import types
 import warnings
@@ -34,8 +34,6 @@ from kv_memory.jobs.sources.source import SourceItem
 from kv_memory.memory import KVMemory
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
-
-__all__ = ["do_one", "error_of", "main", "pipeline_of", "run", "work"]
 
 _BROKEN = 4  # exit code: the GPU no longer works in this process
 _IDLE_S = 0.05, 0.5
@@ -163,35 +161,23 @@ class _Stopped(BaseException):
     """The request to stop; raised wherever the worker is, like KeyboardInterrupt."""
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run a worker process."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", type=Path, required=True)
-    parser.add_argument("--collection", required=True)
-    parser.add_argument("--job", required=True)
-    parser.add_argument("--worker", required=True, help="name of the worker")
-    parser.add_argument("--parent", type=int, required=True, help="process id of the driver")
-    parser.add_argument("--number", type=int, default=0, help="number of the worker, which selects its GPU")
-    parser.add_argument("--threads", type=int, required=True, help="number of CPU threads of this worker")
-    parser.add_argument("--lease", type=float, default=LEASE_S, help="duration of a lease in seconds")
-    args = parser.parse_args(arguments)
+def main() -> None:
+    """Run a worker process.
+
+    Its argument is a JSON object: options of `run`, `parent`, the process id of the driver, and `number`, the number of
+    the worker, which selects its GPU.
+    """
+    options = json.loads(sys.argv[1])
+    parent, number = options.pop("parent"), options.pop("number")
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles Ctrl-C and stops its workers
     warnings.filterwarnings("ignore")  # standard error is kept for the last line of a crash
     n_gpus = torch.cuda.device_count()
     try:
-        end = run(
-            args.store,
-            collection=args.collection,
-            job=args.job,
-            worker=args.worker,
-            alone=lambda: os.getppid() != args.parent,
-            n_threads=args.threads,
-            device=f"cuda:{args.number % n_gpus}" if n_gpus else "auto",
-            lease_s=args.lease,
-        )
+        device = f"cuda:{number % n_gpus}" if n_gpus else "auto"
+        end = run(**options, alone=lambda: os.getppid() != parent, device=device)
     except _Stopped:
-        end = WorkerEnd(worker=args.worker, reason="stopped")
+        end = WorkerEnd(worker=options["worker"], reason="stopped")
     print(json.dumps(dataclasses.asdict(end)), flush=True)
 
 

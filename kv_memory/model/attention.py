@@ -93,15 +93,12 @@ class ForwardContext:
         cache: Cache with the positions of the keys; None if the tokens are alone in their sequence.
         observer: Observer of every layer's queries and keys.
         routing: Choice of the tokens that go through the adapter; None routes no token.
-        outputs: List that receives every layer's attention output, before W_O: `(batch, new, num_heads, head_dim)`
-            each; None collects nothing. Layers rerun by gradient checkpointing append theirs at the end.
         masks: Masks of this pass, by layer (-1 if shared by all layers) and window; filled on demand.
     """
 
     cache: PositionedCache | None = None
     observer: AttentionObserver | None = None
     routing: Routing | None = None
-    outputs: list[torch.Tensor] | None = None
     masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict, repr=False)
 
 
@@ -140,10 +137,7 @@ def attention_forward(
     """
     context = kv_memory or ForwardContext()
     kind = AttentionKind(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window)
-    out = _attend(module, query, key, value, context, kind, position_ids)
-    if context.outputs is not None:
-        context.outputs.append(out)
-    return out, None
+    return _attend(module, query, key, value, context, kind, position_ids), None
 
 
 def _attend(

@@ -14,8 +14,6 @@ from kv_memory.errors import ConfigError
 from kv_memory.model.backbone import Backbone
 from kv_memory.train.settings import TrainSettings
 
-__all__ = ["fit_settings", "new_adapter", "replace_folder", "save_adapter"]
-
 # Settings that determine the structure of an adapter: those that its `AdapterConfig` records, and its LoRA's.
 _CONFIG = ("scorer", "scorer_size", "eta", "routed", "budget", "first_routed_layer")
 _LORA = ("targets", "rank", "alpha")

@@ -16,8 +16,6 @@ from kv_memory.errors import DatasetError
 from kv_memory.model.backbone import Backbone
 from kv_memory.train.settings import TrainSettings
 
-__all__ = ["Batch", "Batches", "split_batch"]
-
 REPEAT = "\nRepeat: "
 CUE_TOKENS = 6  # tokens before a span, given to identify its start
 

@@ -27,8 +27,6 @@ from kv_memory.errors import AdapterError, TrainingError
 from kv_memory.model.backbone import Backbone
 from kv_memory.train.settings import TrainSettings
 
-__all__ = ["Checkpoint", "Checkpoints", "RunState", "by_ratio", "check_resumable", "identity"]
-
 CHECKPOINT_VERSION = 2
 SHARD_BYTES = 15 * 2**20  # below 16 MiB, a common limit on file sizes
 _NOTE = "checkpoint.json"

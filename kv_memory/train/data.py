@@ -18,8 +18,6 @@ from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.model.backbone import Backbone
 from kv_memory.train.settings import WINDOW_TOKENS
 
-__all__ = ["LICENCES", "Corpus", "Window", "cut_corpus", "hold_out", "read_sources", "split_share"]
-
 PASSAGE_TOKENS = 256
 
 _SHARE = re.compile(r"(?P<name>.+):(?P<share>\d+(\.\d*)?|\.\d+)")

@@ -26,8 +26,6 @@ from kv_memory.train.batches import Batch, Batches
 from kv_memory.train.settings import TrainSettings
 from kv_memory.train.step import WeightedRows, answered_rows, weighted_rows
 
-__all__ = ["HeldOut"]
-
 _Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Entries]  # ids, lengths, n_kept -> entries
 _Case = tuple[Batch, list[WeightedRows]]  # a document, and its rows with the teacher's answers
 

@@ -21,8 +21,6 @@ from kv_memory.compress.routing import current_mask, routed_with
 from kv_memory.model.backbone import Backbone, cache_argument
 from kv_memory.model.kv_cache import PositionedCache
 
-__all__ = ["checkpointing"]
-
 
 class _OneLayer:
     """A cache of one layer that records its new entries; attention calls only `update`."""

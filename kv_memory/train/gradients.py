@@ -18,8 +18,6 @@ from kv_memory.train.optimizer import Parameters, Stage
 from kv_memory.train.settings import TrainSettings
 from kv_memory.train.step import StepResult, distillation_step, warmup_step
 
-__all__ = ["Figures", "Gradients"]
-
 StepFunction: TypeAlias = Callable[..., StepResult]
 STEPS: Mapping[Stage, StepFunction] = {"warmup": warmup_step, "distillation": distillation_step}
 

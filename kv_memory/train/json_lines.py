@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["JsonLines"]
-
 
 class JsonLines:
     """A file of JSON objects, one a line.

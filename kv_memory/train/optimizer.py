@@ -10,8 +10,6 @@ import torch
 from kv_memory.compress.adapter import Adapter
 from kv_memory.train.settings import TrainSettings
 
-__all__ = ["Parameters", "Stage", "StageOptimizer", "parameters_of", "trainable"]
-
 Stage = Literal["warmup", "distillation"]
 Parameters = dict[str, torch.nn.Parameter]
 _STATE = "optimizer/"

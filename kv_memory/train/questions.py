@@ -21,8 +21,6 @@ from kv_memory.errors import DatasetError
 from kv_memory.model.backbone import Backbone
 from kv_memory.train.json_lines import JsonLines
 
-__all__ = ["QuestionWriter"]
-
 STEMS = ("What", "How", "Which", "Why", "When", "Where", "Who", "")
 _REQUEST = "Write one question that the text above answers{begin}. Write the question only."
 QUESTION_TOKENS = 32  # longest question
@@ -110,8 +108,9 @@ class QuestionWriter:
             temperature=_TEMPERATURE,
             # A passage gets the same questions in any batch.
             seeds=[
-                _number(f"{self._seed}:{index % self._n_questions}:{passages[number]}")
+                int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
                 for index, (number, _) in enumerate(asked)
+                for text in [f"{self._seed}:{index % self._n_questions}:{passages[number]}"]
             ],
         )
         # 3. Drop texts that are not questions, and duplicates.
@@ -185,10 +184,6 @@ def _as_question(text: str) -> str | None:
     # Data sets reject NUL. A replacement character comes from an incomplete UTF-8 sequence.
     is_text = "\0" not in question and "\N{REPLACEMENT CHARACTER}" not in question
     return question if found and is_text and len(question.split()) >= _FEWEST_WORDS else None
-
-
-def _number(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 class _QuestionFile:

@@ -29,8 +29,6 @@ from kv_memory.train.settings import RunOptions, TrainSettings, domain_settings,
 from kv_memory.train.train_report import TrainProgress, TrainReport, write_card
 from kv_memory.train.trainer import Trainer, already_there, make_accelerator
 
-__all__ = ["OpenRun", "TrainRun"]
-
 _TRIED = 2  # number of passages for which a dry run writes questions
 
 

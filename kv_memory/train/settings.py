@@ -12,8 +12,6 @@ from kv_memory.compress.scorer import ScorerKind
 from kv_memory.config import Budget, check_choice, check_keep_ratio
 from kv_memory.errors import ConfigError
 
-__all__ = ["PRESETS", "WINDOW_TOKENS", "Answers", "RunOptions", "TrainSettings", "domain_settings", "preset"]
-
 Answers = Literal["people", "teacher"]
 
 
@@ -46,7 +44,6 @@ class TrainSettings:
         clip_norm: Norm to which longer gradients are clipped.
         forward_weight: Weight λ of KL(teacher‖student) in the objective; KL(student‖teacher) has 1 - λ.
         warmup_weight: Weight of the warm-up's loss in stage (b), relative to the distillation loss.
-        output_weight: Weight of the error of the student's attention outputs, relative to the teacher's.
         ratio_power: Exponent of the keep ratio in the factor on the loss. At 0, small ratios, with the largest
             divergence, dominate; at 1, all ratios have about the same influence.
         min_ratio: Smallest keep ratio. Ratios are drawn log-uniformly between `min_ratio` and `max_ratio`.
@@ -89,7 +86,6 @@ class TrainSettings:
     clip_norm: float = 1.0
     forward_weight: float = 0.6
     warmup_weight: float = 0.0
-    output_weight: float = 0.0
     ratio_power: float = 1.0
     min_ratio: float = 0.03
     max_ratio: float = 0.5

@@ -30,19 +30,6 @@ from kv_memory.model.kv_cache import NEVER
 from kv_memory.train.batches import Batch
 from kv_memory.train.settings import TrainSettings
 
-__all__ = [
-    "StepResult",
-    "WeightedRows",
-    "answered_rows",
-    "distillation_step",
-    "output_error",
-    "received_attention",
-    "repetitions",
-    "scorer_loss",
-    "warmup_step",
-    "weighted_rows",
-]
-
 REQUEST = "\n\nRepeat the previous text exactly.\n"
 
 
@@ -75,10 +62,10 @@ class WeightedRows:
     rows: RowBatch
     weights: torch.Tensor
 
-    def ask(self, backbone: Backbone, entries: Entries, *, outputs: list[torch.Tensor] | None = None) -> torch.Tensor:
-        """Logits at the wanted tokens: `(n_wanted, vocab_size)`; `outputs` as in `Entries.ask`."""
+    def ask(self, backbone: Backbone, entries: Entries) -> torch.Tensor:
+        """Logits at the wanted tokens: `(n_wanted, vocab_size)`."""
         rows = self.rows
-        return entries.ask(backbone, rows.ids, rows.lengths, rows.documents, rows.wanted, outputs=outputs)
+        return entries.ask(backbone, rows.ids, rows.lengths, rows.documents, rows.wanted)
 
 
 def answered_rows(batch: Batch, teacher: Entries, backbone: Backbone, settings: TrainSettings) -> list[Row]:
@@ -262,12 +249,7 @@ def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings
         # 2. Teacher logits over the rows. The teacher first decodes the answers that are missing.
         rows = answered_rows(batch, full, backbone, settings)
         parts = weighted_rows(rows, full, backbone, settings)
-        attended: list[list[torch.Tensor]] = [[] for _ in parts]
-        with_outputs = settings.output_weight > 0
-        taught = [
-            part.ask(backbone, full, outputs=outputs if with_outputs else None)
-            for part, outputs in zip(parts, attended, strict=True)
-        ]  # each (n_wanted, vocab_size)
+        taught = [part.ask(backbone, full) for part in parts]  # each (n_wanted, vocab_size)
     # 3. Student, with gradients: prefill through scorer and LoRA, select, and join. Entries that are not selected stay
     #    in place as padding. Scores join the graph (as a bias of value 0) only if the scorer is trained.
     reading = prefill_documents(adapter, ids, lengths, n_kept)
@@ -276,24 +258,16 @@ def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings
         backbone, reading.cache, lengths, reading.selected, reading.scores if learns else None
     )
     distilled = join_entries(backbone, student_entries, lengths, batch.groups)
-    # 4. Mean divergence over the predictions of all parts, by weight; with `output_weight`, of attention outputs too.
+    # 4. Mean divergence over the predictions of all parts, by weight.
     weight = torch.cat([part.weights for part in parts]).sum()
     divergence = torch.zeros((), device=backbone.device)
-    outputs_apart = torch.zeros((), device=backbone.device)
-    for part, teacher, wanted_outputs in zip(parts, taught, attended, strict=True):
-        outputs: list[torch.Tensor] = []
-        logits = part.ask(backbone, distilled, outputs=outputs if with_outputs else None)  # (n_wanted, vocab_size)
+    for part, teacher in zip(parts, taught, strict=True):
+        logits = part.ask(backbone, distilled)  # (n_wanted, vocab_size)
         apart_by = distillation_loss(teacher, logits, forward_weight=settings.forward_weight)  # (n_wanted,)
         divergence = divergence + (apart_by * part.weights).sum() / weight
-        if with_outputs:
-            errors = output_error(wanted_outputs, outputs)  # (n_wanted,)
-            outputs_apart = outputs_apart + (errors * part.weights).sum() / weight
-    # 5. Scale by (keep_ratio / geometric mean of min_ratio and max_ratio) ** ratio_power, and add the optional terms.
+    # 5. Scale by (keep_ratio / geometric mean of min_ratio and max_ratio) ** ratio_power, and add the warm-up's loss.
     scale = (batch.keep_ratio**2 / (settings.min_ratio * settings.max_ratio)) ** (settings.ratio_power / 2)
     loss, figures = divergence * scale, {"divergence": float(divergence.detach())}
-    if with_outputs:
-        loss = loss + settings.output_weight * scale * outputs_apart
-        figures["outputs"] = float(outputs_apart.detach())
     if settings.warmup_weight > 0:
         labels = received_attention(backbone, apart, _label_rows(batch, rows, backbone))
         extra = scorer_loss(reading.scores, labels, lengths, budget=adapter.config.budget)
@@ -302,20 +276,3 @@ def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings
     figures["keep_ratio"] = batch.keep_ratio
     n_tokens = int(lengths.sum()) + sum(len(row.ids) for row in rows)
     return StepResult(loss=loss, parts=figures, n_tokens=n_tokens, weight=float(weight))
-
-
-def output_error(teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Squared error of the student's attention outputs, as a share of the teacher's squared norm.
-
-    Args:
-        teacher: Attention outputs of every layer, `(n, num_heads * head_dim)` each.
-        student: Attention outputs of the student, in the same shapes.
-
-    Returns:
-        `(n,)`, float32, the mean over layers: 0 where both are equal, 1 where the student's output is 0.
-    """
-    shares = [
-        (s.float() - t.float()).square().sum(-1) / (t.float().square().sum(-1) + 1e-6)
-        for t, s in zip(teacher, student, strict=True)
-    ]
-    return torch.stack(shares).mean(0)

@@ -18,8 +18,6 @@ from kv_memory.model.embedded import built_in
 from kv_memory.train.optimizer import Stage
 from kv_memory.train.settings import TrainSettings
 
-__all__ = ["TrainProgress", "TrainReport", "plot_log", "write_card"]
-
 logger = logging.getLogger(__name__)
 
 

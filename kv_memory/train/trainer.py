@@ -33,8 +33,6 @@ from kv_memory.train.optimizer import Stage, StageOptimizer, parameters_of
 from kv_memory.train.settings import RunOptions, TrainSettings
 from kv_memory.train.train_report import TrainProgress, TrainReport, plot_log
 
-__all__ = ["Trainer", "already_there", "make_accelerator", "trim_heap"]
-
 TRIM_EVERY = 25  # steps
 
 logger = logging.getLogger(__name__)

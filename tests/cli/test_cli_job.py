@@ -39,8 +39,8 @@ def events(out: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.splitlines()]
 
 
-@pytest.mark.parametrize(("name", "lines"), [(name, lines) for name, _, lines in _JOB_COMMANDS])
-def test_help_shows_examples_that_are_valid_usage(kv: KV, name: str, lines: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("name", "lines"), [(name, lines) for name, _, *lines in _JOB_COMMANDS])
+def test_help_shows_examples_that_are_valid_usage(kv: KV, name: str, lines: list[str]) -> None:
     done = kv("job", name, "--help")
     assert done.code == 0 and "--json" in done.out
     group = typer.main.get_command(app).commands["job"]  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ from kv_memory.cli.app import COMMANDS
 from tests.cli.ran import Ran
 
 Start = Callable[..., "subprocess.Popen[str]"]
-NAMES = [name for name, _, _ in COMMANDS]
+NAMES = [name for name, *_ in COMMANDS]
 
 
 def test_all_commands_are_registered_in_the_order_of_the_help() -> None:
@@ -61,8 +61,8 @@ def test_help_shows_examples_that_are_valid_usage(kv: Callable[..., Ran], name: 
     assert "--json" in done.out
 
 
-@pytest.mark.parametrize(("name", "lines"), [(name, lines) for name, _, lines in COMMANDS])
-def test_examples_parse(name: str, lines: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("name", "lines"), [(name, lines) for name, _, *lines in COMMANDS])
+def test_examples_parse(name: str, lines: list[str]) -> None:
     """The options of each example exist: parsed by the command itself, and not run."""
     group = typer.main.get_command(app)
     for line in lines:

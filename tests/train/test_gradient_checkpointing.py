@@ -21,7 +21,7 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("mistral", {"scorer": "head", "routed": "kept", "targets": ("q", "o")}),
     ("qwen3", {"scorer": "token", "routed": "kept", "targets": ("q", "o"), "first_routed_layer": 2}),
-    ("gemma2", {"output_weight": 0.5}),
+    ("gemma2", {}),
     ("gemma3", {}),
     ("phi3_longrope", {"targets": ("q", "o")}),
 ]

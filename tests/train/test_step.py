@@ -18,7 +18,6 @@ from kv_memory.train.batches import Batches
 from kv_memory.train.settings import TrainSettings, preset
 from kv_memory.train.step import (
     distillation_step,
-    output_error,
     received_attention,
     repetitions,
     scorer_loss,
@@ -174,24 +173,6 @@ def test_training_the_lora_lowers_the_loss(name: str, form: str) -> None:
         optimizer.step()
         losses.append(float(result.loss.detach()))
     assert min(losses[-3:]) < 0.9 * losses[0]
-
-
-def test_attention_outputs_are_a_term_of_the_loss() -> None:
-    """Nothing where everything is kept; else the share by which they miss, weighed, beside the divergence."""
-    settings = replace(SETTINGS, output_weight=0.5, ratio_power=0.0)
-    adapter = adapter_for("llama")
-    batch = Batches(EXAMPLES, adapter.backbone, settings).batch(0)
-    whole = distillation_step(adapter, replace(batch, keep_ratio=1.0), settings=settings)
-    assert whole.parts["outputs"] < 1e-6
-    some = distillation_step(adapter, replace(batch, keep_ratio=0.1), settings=settings)
-    assert 0.001 < some.parts["outputs"] < 2
-    assert float(some.loss.detach()) == pytest.approx(some.parts["divergence"] + 0.5 * some.parts["outputs"], rel=1e-5)
-
-
-def test_output_error_is_the_missing_share() -> None:
-    teacher = [torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [2.0, 0.0]])]
-    student = [torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [2.0, 1.0]])]
-    torch.testing.assert_close(output_error(teacher, student), torch.tensor([0.5, 0.625]), rtol=1e-5, atol=1e-5)
 
 
 def test_ratio_power_weighs_the_loss_by_keep_ratio() -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 from kv_memory.compress.kept import pad
-from kv_memory.model.attention import ForwardContext
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import NEVER, PositionedCache
 
@@ -53,14 +52,7 @@ class Entries:
         return cache
 
     def ask(
-        self,
-        backbone: Backbone,
-        ids: torch.Tensor,
-        lengths: torch.Tensor,
-        rows: torch.Tensor,
-        wanted: torch.Tensor,
-        *,
-        outputs: list[torch.Tensor] | None = None,
+        self, backbone: Backbone, ids: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor, wanted: torch.Tensor
     ) -> torch.Tensor:
         """Logits at some tokens of rows behind the documents.
 
@@ -70,17 +62,11 @@ class Entries:
             lengths: `(rows,)`, real tokens of each row.
             rows: `(rows,)`, index of the document that each row follows.
             wanted: Bool `(rows, n)`; tokens with a next token to predict.
-            outputs: List that receives every layer's attention output at those tokens, `(number of wanted, num_heads *
-                head_dim)`; None for no such list.
 
         Returns:
             Logits `(number of wanted, vocab_size)`, row by row, in the model's dtype.
         """
-        cache = self.cache(rows)
-        every: list[torch.Tensor] | None = None if outputs is None else []
-        hidden = backbone.prefill(ids, cache, lengths=lengths, context=ForwardContext(outputs=every))
-        if outputs is not None and every is not None:
-            outputs += [out[wanted].flatten(1) for out in every[: backbone.num_layers]]
+        hidden = backbone.prefill(ids, self.cache(rows), lengths=lengths)
         logits: torch.Tensor = backbone.head(hidden[wanted])
         return logits
 

@@ -18,8 +18,6 @@ from kv_memory.evaluate.metrics import normalise
 from kv_memory.evaluate.tasks.task import MAX_QUESTIONS, Distractors, TaskSettings, choose
 from kv_memory.model.backbone import Backbone
 
-__all__ = ["multidoc_cases"]
-
 _WHOSE: dict[Distractors, str] = {"other": "other articles", "same": "its own article"}
 
 
@@ -59,7 +57,8 @@ def _others(
     example: Example, pool: Sequence[Example], n: int, distractors: Distractors, *, seed: str
 ) -> tuple[str, ...]:
     """Passages that do not contain an answer; fewer than `n` if there are not enough."""
-    answers = {f" {text} " for question in _asked(example) for a in question if (text := normalise(a))}
+    asked = [answer for question in example.questions[:MAX_QUESTIONS] for answer in question.answers]
+    answers = {f" {text} " for answer in asked if (text := normalise(answer))}
     same = distractors == "same"
     candidates = [one for one in pool if one.id != example.id and (one.title == example.title) == same]
     random.Random(seed).shuffle(candidates)  # a str is hashed by SHA-512: the same on every machine
@@ -71,10 +70,6 @@ def _others(
         if not any(answer in text for answer in answers):
             found.append(candidate.context)
     return tuple(found)
-
-
-def _asked(example: Example) -> list[tuple[str, ...]]:
-    return [question.answers for question in example.questions[:MAX_QUESTIONS]]
 
 
 def _placed(example: Example, others: Sequence[str], settings: TaskSettings) -> list[Case]:

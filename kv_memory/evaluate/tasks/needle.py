@@ -14,8 +14,6 @@ from kv_memory.evaluate.cases import Case, Query
 from kv_memory.evaluate.tasks.task import TaskSettings, cut, room_for_document
 from kv_memory.model.backbone import Backbone
 
-__all__ = ["SENTENCE_END", "check_lengths", "haystack_text", "needle_cases", "part_of", "with_needle"]
-
 _LENGTHS = (256, 512, 1024, 2048)
 
 _NEEDLES = (

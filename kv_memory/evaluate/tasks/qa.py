@@ -17,8 +17,6 @@ from kv_memory.evaluate.cases import Case, Query
 from kv_memory.evaluate.tasks.task import TaskSettings, choose
 from kv_memory.model.backbone import Backbone
 
-__all__ = ["qa_cases", "read_questions"]
-
 _LOG = logging.getLogger(__name__)
 _FORM = (
     "Each line is a JSON object with context, question and answer; or with document, question and answer, where "

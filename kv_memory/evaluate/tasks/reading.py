@@ -11,8 +11,6 @@ from kv_memory.evaluate.metrics import check_rouge
 from kv_memory.evaluate.tasks.task import MAX_QUESTIONS, TaskSettings, choose
 from kv_memory.model.backbone import Backbone
 
-__all__ = ["quality_cases", "squad_cases", "squality_cases"]
-
 
 def squad_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
     """Paragraphs of SQuAD 1.1 dev; the question is never seen at compression."""

@@ -32,8 +32,6 @@ from kv_memory.evaluate.tasks.needle import SENTENCE_END, check_lengths, haystac
 from kv_memory.evaluate.tasks.task import RulerKind, TaskSettings, cut
 from kv_memory.model.backbone import Backbone
 
-__all__ = ["ruler_cases"]
-
 _LENGTHS = (1024, 2048)
 _N_NEEDLES = 4
 _N_HOPS = 4

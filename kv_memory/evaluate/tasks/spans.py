@@ -17,8 +17,6 @@ from kv_memory.evaluate.cases import Case, Query
 from kv_memory.evaluate.tasks.task import TaskSettings, choose
 from kv_memory.model.backbone import Backbone
 
-__all__ = ["REQUEST", "draw_spans", "spans_cases"]
-
 # A question, so that it also works in a chat template. Continuing the bare words, without a request or after
 # the document's own wrapper, gave the same figures; naming the words in the request gave worse ones.
 REQUEST = "Repeat the passage word for word."

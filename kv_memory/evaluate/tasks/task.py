@@ -14,17 +14,6 @@ from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.evaluate.cases import Case
 from kv_memory.model.backbone import Backbone
 
-__all__ = [
-    "Distractors",
-    "RulerKind",
-    "Task",
-    "TaskSettings",
-    "choose",
-    "cut",
-    "in_hash_order",
-    "room_for_document",
-]
-
 ScoreName = Literal["f1", "accuracy", "rouge_l", "contains"]
 Distractors = Literal["other", "same"]
 RulerKind = Literal[

@@ -17,14 +17,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from kv_memory.errors import ConfigError
 from kv_memory.jobs.engines import WorkerEnd, n_cores, threads_of
 from kv_memory.jobs.job_records import Job, worker_name
 from kv_memory.jobs.leases import LEASE_S
-
-__all__ = ["LocalEngine"]
 
 _WORKER = (sys.executable, "-m", "kv_memory.jobs.worker")
 _PATIENCE_S = 10.0  # time for a worker to release its document
@@ -110,27 +108,24 @@ class LocalEngine:
         number = next(n for n in range(self._most) if n not in taken)
         name = worker_name()
         said, noise = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
-        command = [
-            *self._command,
-            *("--store", str(self._store_path)),
-            *("--collection", job.collection),
-            *("--job", job.name),
-            *("--worker", name),
-            *("--parent", str(os.getpid())),
-            *("--number", str(number)),
-            *("--threads", str(self._threads)),
-            *("--lease", str(self._lease_s)),
-        ]
-        options: dict[str, Any] = {}
-        if os.name == "posix":
-            options["start_new_session"] = True  # Ctrl-C reaches a whole foreground group; the engine stops its workers
+        options = {
+            "path": str(self._store_path),
+            "collection": job.collection,
+            "job": job.name,
+            "worker": name,
+            "n_threads": self._threads,
+            "lease_s": self._lease_s,
+            "parent": os.getpid(),
+            "number": number,
+        }
         process = subprocess.Popen(
-            command,
+            [*self._command, json.dumps(options)],
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=noise,
             env={**os.environ, **dict.fromkeys(_THREADS, str(self._threads)), **_QUIET},
-            **options,
+            # Ctrl-C reaches a whole foreground group; the engine stops its workers.
+            start_new_session=os.name == "posix",
         )
         self._processes.append(_Process(name, number, process, said, noise))
 

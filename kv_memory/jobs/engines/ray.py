@@ -24,8 +24,6 @@ from kv_memory.jobs.job_records import Job, worker_name
 from kv_memory.jobs.leases import LEASE_S
 from kv_memory.store import Store
 
-__all__ = ["RayEngine", "RayWorker", "Share", "share_of"]
-
 _LOG = logging.getLogger(__name__)
 _RESTARTS = 3  # an actor whose process has died once more is replaced by the driver, which counts its deaths
 _PATIENCE_S = 10.0  # time for the actors to end after their current documents

@@ -16,8 +16,6 @@ from kv_memory.documents import Document
 from kv_memory.errors import UnreadableDocumentError
 from kv_memory.jobs.sources.source import ReadItem, Source, SourceItem, changed, uri_of
 
-__all__ = ["DocstoreSource", "is_docstore"]
-
 _DATA = "docstore/data"
 _DOCUMENT = "4"  # type of a document; any other type is a node, which is already split
 _CHUNK_CHARS = 1 << 16

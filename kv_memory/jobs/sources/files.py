@@ -15,8 +15,6 @@ from kv_memory.documents.loaders import file_id, walk_folder
 from kv_memory.documents.parsers import FILE_TYPES
 from kv_memory.jobs.sources.source import ReadItem, Source, SourceItem, unreadable, uri_of
 
-__all__ = ["FileSource", "is_pattern", "path_of"]
-
 
 def is_pattern(text: str) -> bool:
     """Whether a source is a pattern of file names rather than a file or folder."""

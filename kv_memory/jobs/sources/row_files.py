@@ -9,10 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from kv_memory.errors import BrokenLineError, ConfigError, DatasetError, UnreadableDocumentError
+from kv_memory.datasets.hub_sets import load_hub_set
+from kv_memory.errors import BrokenLineError, ConfigError, UnreadableDocumentError
 from kv_memory.jobs.sources.source import Fields, ReadItem, Source, SourceItem, changed, unreadable, uri_of
-
-__all__ = ["HubSource", "JsonLinesSource", "ParquetSource"]
 
 _BATCH_ROWS = 256  # held in memory at once
 
@@ -213,23 +212,7 @@ class HubSource(Source):
 
     def _open(self) -> Any:
         if self._rows is None:
-            try:
-                from datasets import load_dataset
-            except ImportError as error:
-                raise DatasetError(
-                    "reading data sets from the hub needs the library `datasets`, which is not installed",
-                    where=self.uri,
-                    next_step="Run `pip install 'kv-memory[train]'`.",
-                ) from error
-            try:
-                self._rows = load_dataset(self._path, self._config, split=self._split)
-            except Exception as error:  # its own errors, and those of httpx, fsspec and pyarrow
-                reason = str(error).strip().split("\n")[0][:200].rstrip(".") or type(error).__name__
-                raise DatasetError(
-                    f"cannot be read from the hub: {reason}",
-                    where=self.uri,
-                    next_step="Check the name, its splits and the connection.",
-                ) from error
+            self._rows = load_hub_set(self._path, self._config, where=self.uri, split=self._split)
         return self._rows
 
 

@@ -12,8 +12,6 @@ from kv_memory.documents import Document
 from kv_memory.documents.parsers import normalise_newlines
 from kv_memory.errors import UnreadableDocumentError
 
-__all__ = ["Fields", "ReadItem", "Source", "SourceItem", "changed", "unreadable", "uri_of"]
-
 _MOST_CHARS = 1000  # longest value kept as metadata; longer ones are texts themselves
 
 

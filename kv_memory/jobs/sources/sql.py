@@ -14,8 +14,6 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from kv_memory.errors import ConfigError, UnreadableDocumentError
 from kv_memory.jobs.sources.source import Fields, ReadItem, Source, SourceItem, changed
 
-__all__ = ["SqlSource", "check_url"]
-
 _ROWS_AT_ONCE = 500
 
 
