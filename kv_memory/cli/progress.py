@@ -175,7 +175,7 @@ class TransferTracker(Tracker):
         if progress.step != self._step:  # another step has a speed of its own
             self._step = progress.step
             self._bar.reset(self._task.id)
-        text = {"export": "exporting", "verify": "verifying", "import": "importing"}[progress.step]
+        text = _STEPS[progress.step]
         self.show(f"{text}, {progress.n_documents:,} documents", progress.size_bytes, progress.size_bytes_total or None)
 
 
