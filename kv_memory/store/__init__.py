@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from kv_memory.store.archive import ExportReport, export_collection, import_archive, open_archive
-from kv_memory.store.copy import CopyReport, OnConflict, TransferProgress, copy_collection
+from kv_memory.store.copy import OnConflict, copy_collection
 from kv_memory.store.eviction import Limits
 from kv_memory.store.records import (
     CacheInfo,
     CheckReport,
+    CopyReport,
     DocumentRecord,
     DocumentSummary,
     GcReport,
@@ -18,6 +19,7 @@ from kv_memory.store.records import (
     PurgeReport,
     StoredPassage,
     StoreStats,
+    TransferProgress,
 )
 from kv_memory.store.store import Store
 

@@ -35,9 +35,10 @@ from sqlalchemy import JSON, inspect, select
 import kv_memory
 from kv_memory.errors import CorruptCacheError, KVMemoryError, StoreError, TransferError
 from kv_memory.store.blobs.local import is_blob_key
-from kv_memory.store.copy import CopyReport, OnConflict, TransferProgress, copy_collection
+from kv_memory.store.copy import OnConflict, copy_collection
 from kv_memory.store.error_mapping import mapped
 from kv_memory.store.fs import fsync_folder, private_opener
+from kv_memory.store.records import CopyReport, TransferProgress
 from kv_memory.store.sql.schema import (
     Base,
     CacheRow,

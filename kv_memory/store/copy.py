@@ -10,7 +10,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -24,11 +23,11 @@ from kv_memory.model.embedded import recorded_settings
 from kv_memory.store.blobs.local import DiskBlobs, blob_key
 from kv_memory.store.documents import alive, batches
 from kv_memory.store.error_mapping import mapped
-from kv_memory.store.records import CacheInfo, DocumentRecord
+from kv_memory.store.records import CacheInfo, CopyReport, DocumentRecord, TransferProgress
 from kv_memory.store.sql.schema import CacheRow, CollectionRow, DocumentRow, FingerprintRow, PrefixRow, utc_now
 from kv_memory.store.store import Store
 
-__all__ = ["CopyReport", "OnConflict", "TransferProgress", "copy_collection"]
+__all__ = ["OnConflict", "copy_collection"]
 
 OnConflict = Literal["refuse", "skip", "replace"]
 _TRIES = 10  # of a document that changes while it is copied
@@ -37,56 +36,6 @@ _PAGE = 500  # document ids
 _MOST_AT_ONCE = 50  # of each
 _MOST_BYTES = 32 * 2**20
 _MOST_CHARACTERS = 2**18
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransferProgress:
-    """Progress of a copy, an export or an import.
-
-    Attributes:
-        step: Present step. An export copies, then packs; an import unpacks, verifies, then copies.
-        n_documents: Number of documents copied.
-        size_bytes: Number of bytes done in this step.
-        size_bytes_total: Estimated number of bytes of this step; 0 if it is unknown.
-    """
-
-    step: Literal["copy", "pack", "unpack", "verify"]
-    n_documents: int = 0
-    size_bytes: int = 0
-    size_bytes_total: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class CopyReport:
-    """Result of `copy_collection` and `import_archive`.
-
-    Attributes:
-        collection: Name of the collection that was copied into.
-        n_documents: Number of documents in the source.
-        n_added: Number of new documents.
-        n_replaced: Number of documents that replaced others with their id.
-        n_unchanged: Number of documents that existed already, with the same text.
-        conflicts: Ids of documents that exist with other text, and were left unchanged.
-        n_caches: Number of new distilled caches.
-        n_caches_present: Number of distilled caches that existed already.
-        n_caches_left_out: Number of distilled caches that have expired, or belong to documents that were left out.
-        n_evicted: Number of caches evicted to stay within size limits.
-        size_bytes: Size of the stored blobs in bytes.
-        damaged: Keys of blobs that were found damaged or missing in the source, and were not copied.
-    """
-
-    collection: str
-    n_documents: int
-    n_added: int
-    n_replaced: int
-    n_unchanged: int
-    conflicts: tuple[str, ...]
-    n_caches: int
-    n_caches_present: int
-    n_caches_left_out: int
-    n_evicted: int
-    size_bytes: int
-    damaged: tuple[str, ...]
 
 
 def copy_collection(

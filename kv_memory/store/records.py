@@ -6,13 +6,14 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from kv_memory.errors import ConfigError, UnreadableDocumentError
 
 __all__ = [
     "CacheInfo",
     "CheckReport",
+    "CopyReport",
     "DocumentRecord",
     "DocumentSummary",
     "GcReport",
@@ -20,6 +21,7 @@ __all__ = [
     "PurgeReport",
     "StoreStats",
     "StoredPassage",
+    "TransferProgress",
 ]
 
 
@@ -272,3 +274,53 @@ class StoreStats:
     cache_bytes: int
     disk_bytes: int
     n_quarantined: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferProgress:
+    """Progress of a copy, an export or an import.
+
+    Attributes:
+        step: Present step. An export copies, then packs; an import unpacks, verifies, then copies.
+        n_documents: Number of documents copied.
+        size_bytes: Number of bytes done in this step.
+        size_bytes_total: Estimated number of bytes of this step; 0 if it is unknown.
+    """
+
+    step: Literal["copy", "pack", "unpack", "verify"]
+    n_documents: int = 0
+    size_bytes: int = 0
+    size_bytes_total: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopyReport:
+    """Result of `copy_collection` and `import_archive`.
+
+    Attributes:
+        collection: Name of the collection that was copied into.
+        n_documents: Number of documents in the source.
+        n_added: Number of new documents.
+        n_replaced: Number of documents that replaced others with their id.
+        n_unchanged: Number of documents that existed already, with the same text.
+        conflicts: Ids of documents that exist with other text, and were left unchanged.
+        n_caches: Number of new distilled caches.
+        n_caches_present: Number of distilled caches that existed already.
+        n_caches_left_out: Number of distilled caches that have expired, or belong to documents that were left out.
+        n_evicted: Number of caches evicted to stay within size limits.
+        size_bytes: Size of the stored blobs in bytes.
+        damaged: Keys of blobs that were found damaged or missing in the source, and were not copied.
+    """
+
+    collection: str
+    n_documents: int
+    n_added: int
+    n_replaced: int
+    n_unchanged: int
+    conflicts: tuple[str, ...]
+    n_caches: int
+    n_caches_present: int
+    n_caches_left_out: int
+    n_evicted: int
+    size_bytes: int
+    damaged: tuple[str, ...]

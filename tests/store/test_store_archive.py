@@ -280,14 +280,16 @@ FORGERIES: dict[str, tuple[Callable[[Members], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("forgery", FORGERIES)
-def test_a_forged_archive_is_refused(fresh: Store, archive: Path, forgery: str) -> None:
-    parts = members(archive)
-    forge, what = FORGERIES[forgery]
-    forge(parts)
-    write(archive, parts)
-    with pytest.raises(TransferError, match=what):
-        import_archive(archive, fresh)
+def test_a_forged_archive_is_refused(fresh: Store, archive: Path) -> None:
+    whole = archive.read_bytes()
+    for forgery, (forge, what) in FORGERIES.items():
+        archive.write_bytes(whole)
+        parts = members(archive)
+        forge(parts)
+        write(archive, parts)
+        with pytest.raises(TransferError, match=what):
+            import_archive(archive, fresh)
+            pytest.fail(f"imported: {forgery}")
     assert (fresh.documents(), fresh.caches(), fresh.settings()) == ([], [], {})
     assert sorted(path.name for path in archive.parent.iterdir()) == ["all.tar", "fresh"]
 
@@ -330,12 +332,15 @@ EDITS = [
 ]
 
 
-@pytest.mark.parametrize("edit", EDITS)
-def test_invalid_rows_are_refused(fresh: Store, archive: Path, tmp_path: Path, edit: str) -> None:
+def test_invalid_rows_are_refused(fresh: Store, archive: Path, tmp_path: Path) -> None:
     """Also with the right hash, which a forger would write anew."""
-    with_catalog(archive, tmp_path / "catalog", edit)
-    with pytest.raises(TransferError, match="was altered"):
-        import_archive(archive, fresh)
+    whole = archive.read_bytes()
+    for edit in EDITS:
+        archive.write_bytes(whole)
+        with_catalog(archive, tmp_path / "catalog", edit)
+        with pytest.raises(TransferError, match="was altered"):
+            import_archive(archive, fresh)
+            pytest.fail(f"imported after {edit[:80]}")
     assert (fresh.documents(), fresh.caches()) == ([], [])
 
 
