@@ -135,7 +135,7 @@ class TeacherAnswer:
     joined_log_probs: torch.Tensor | None = None
 
 
-def _answers(
+def greedy_answers(
     backbone: Backbone, full: DistilledCache, prompts: Sequence[Sequence[int]], *, layout: Layout, max_new_tokens: int
 ) -> list[tuple[str, tuple[int, ...]]]:
     """Greedy answers, decoded by the code that `ask` uses: text and token ids, including the end token."""
@@ -175,7 +175,7 @@ def teach(
     """
     if task.kl_on == "answer":
         prompts = [query.prompt for query in encoded]
-        said = _answers(backbone, full, prompts, layout=layout, max_new_tokens=task.max_new_tokens)
+        said = greedy_answers(backbone, full, prompts, layout=layout, max_new_tokens=task.max_new_tokens)
     else:
         said = [("", query.reference) for query in encoded]
     rows = [ids[:KL_TOKENS] for _, ids in said]

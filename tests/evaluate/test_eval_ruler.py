@@ -13,7 +13,7 @@ from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.evaluate import TaskSettings, evaluate
 from kv_memory.evaluate.cases import Case, encode_query
 from kv_memory.evaluate.metrics import contains_all, exact_match_all
-from kv_memory.evaluate.scoring import answers
+from kv_memory.evaluate.scoring import greedy_answers
 from kv_memory.evaluate.tasks import find_task
 from kv_memory.evaluate.tasks.task import RulerKind
 from tests.conftest import make_backbone
@@ -156,7 +156,7 @@ def test_the_answer_continues_the_given_words(roomy: Any, essays: Path) -> None:
     for _ in range(5):
         ids.append(int(roomy.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     full = Compressor(roomy, selector=SinkRecent()).compress(case.text, keep_ratio=1.0)
-    ((_, said),) = answers(roomy, [full], [encoded.prompt], layout="source", max_new_tokens=5)
+    ((_, said),) = greedy_answers(roomy, full, [encoded.prompt], layout="source", max_new_tokens=5)
     assert list(said) == ids[n_before : n_before + len(said)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -177,14 +177,14 @@ def test_a_blob_removed_before_its_row_is_written_is_stored_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     references, removed = store.references, []
-    put = references.put_blob
+    put = references.put_blobs
 
-    def put_and_lose(key: str, data: bytes) -> None:
-        put(key, data)
+    def put_and_lose(blobs: Mapping[str, bytes | Path]) -> None:
+        put(blobs)
         if not removed:
-            removed.append(references.blobs.delete(key))
+            removed.extend(references.blobs.delete(key) for key in blobs)
 
-    monkeypatch.setattr(references, "put_blob", put_and_lose)
+    monkeypatch.setattr(references, "put_blobs", put_and_lose)
     info = store.put(sha("x"), make_cache(1))
     assert removed == [info.size_bytes]
     assert equal(store.get(sha("x"), FINGERPRINT, 0.25), make_cache(1)) and store.check().ok
