@@ -45,7 +45,7 @@ def demo(
 
     Documents are compressed, then each question is answered both ways by the same model, over the same passage. By
     default these are the first paragraphs of the descriptions of some Python packages installed here, with questions
-    whose answers are known, which takes about two minutes. Nothing is prepared in advance.
+    whose answers are known, which takes half a minute to two minutes. Nothing is prepared in advance.
     """
     with ExitStack() as stack:
         if limit is not None and limit < 1:

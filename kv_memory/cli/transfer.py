@@ -32,7 +32,7 @@ def export(
         out.json(report)
         return
     out.line(
-        f"Exported {report.n_documents:,} documents and {report.n_blobs:,} caches of collection "
+        f"Exported {report.n_documents:,} documents and {report.n_caches:,} caches of collection "
         f"{report.collection}: {size_text(report.size_bytes)}, {report.path}"
     )
     if report.changed:
