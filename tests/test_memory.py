@@ -108,7 +108,7 @@ def test_documents_can_be_kept_unsplit(tmp_path: Path, wide: Any) -> None:
         memory.add(("long", LONG))
         assert [passage.text for passage in memory.document("long").passages] == [LONG]
         assert answerable(memory, "Where is the comet?") == ["long"]
-    with open_memory(tmp_path / "store", wide) as memory:  # cut otherwise: made anew
+    with open_memory(tmp_path / "store", wide) as memory:  # cut differently, so compressed again
         assert memory.add(("long", LONG)).replaced == ["long"]
         assert len(memory.document("long").passages) == len(memory.store.caches()) > 5
 

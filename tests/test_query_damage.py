@@ -70,7 +70,7 @@ def test_a_damaged_cache_is_replaced_by_its_text_and_recreated(memory: KVMemory,
     before = memory.reader.reply(ASKED, [reference(FERRY)], settings=SAMPLED).answer
     damage(blob_of(memory, "ferry"))
     expected = Generator(wide).generate(FERRY_QUESTION, [plain(wide, FERRY)], settings=SAMPLED)
-    with open_memory(memory.path, wide) as other:  # whoever has read it has found it sound
+    with open_memory(memory.path, wide) as other:  # a process that has verified the blob would not hash it again
         reply = other.reader.reply(ASKED, [reference(FERRY, text=text)], settings=SAMPLED).answer
         assert (reply.text, reply.damaged, reply.n_cached_tokens) == (expected.text, (key_of(FERRY),), 11)
         assert reply.n_prompt_tokens == len(wide.encode_question(FERRY_QUESTION) + wide.encode_document(FERRY))

@@ -45,7 +45,7 @@ def test_an_exported_collection_is_imported_unchanged(full: Store, fresh: Store,
     came = import_archive(tmp_path / "all.tar", fresh, on_progress=told.append)
     assert (came.n_added, came.n_caches, came.n_caches_present, came.conflicts) == (4, 6, 0, ())
     assert contents(fresh) == contents(full)
-    assert fresh.revision > 0  # so that the index is made anew
+    assert fresh.revision > 0  # so that retrieval rebuilds its index
     assert equal(fresh.get(sha("text 1"), FINGERPRINT, 0.25), make_cache(1))
     assert fresh.check().ok and fresh.check().unreferenced == ()
     (kept,) = [c for c in fresh.caches() if c.text_sha256 == sha("text 1")]
@@ -333,7 +333,7 @@ EDITS = [
 
 
 def test_invalid_rows_are_refused(fresh: Store, archive: Path, tmp_path: Path) -> None:
-    """Also with the right hash, which a forger would write anew."""
+    """Also with the right hash, which a forger would compute again."""
     whole = archive.read_bytes()
     for edit in EDITS:
         archive.write_bytes(whole)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from kv_memory.documents import Document
 from kv_memory.documents.parsers import normalise_newlines
@@ -51,7 +51,7 @@ class ReadItem:
     whole: bool = False
 
 
-class Source:
+class Source(Protocol):
     """A source of documents.
 
     Attributes:
@@ -66,7 +66,6 @@ class Source:
         Raises:
             KVMemoryError: The source as a whole cannot be read, or its reading breaks off.
         """
-        raise NotImplementedError
 
     def read(self, item: SourceItem) -> ReadItem:
         """Read one document.
@@ -74,10 +73,10 @@ class Source:
         Raises:
             KVMemoryError: The document no longer exists, or is not text.
         """
-        raise NotImplementedError
 
     def close(self) -> None:
         """Release files and connections."""
+        return
 
 
 @dataclass(frozen=True, kw_only=True)
