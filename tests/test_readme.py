@@ -65,7 +65,7 @@ def run(example: str, folder: Path, said: str) -> str:
 @pytest.mark.parametrize("said", ["qwen-0.5b"], indirect=True)  # on smollm2 it is run from the wheel
 def test_the_example_prints_what_the_readme_shows(tmp_path: Path, said: str) -> None:
     answers = run(examples("README.md")[0], tmp_path, said).splitlines()
-    shown = README.split("prints:\n\n```\n")[1].split("```")[0].splitlines()
+    shown = README.split("example.py` prints")[1].split("```\n")[1].splitlines()
     assert len(answers) == len(shown) == 2
     assert "Ida Brandt" in answers[0] and "14 tons" in answers[1]
     assert [line.split(" (")[1] for line in answers] == [line.split(" (")[1] for line in shown]
