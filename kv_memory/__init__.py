@@ -9,36 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from kv_memory.errors import (
-    AdapterError,
-    BrokenLineError,
-    CacheError,
-    CacheNotFoundError,
-    ConfigError,
-    ContextWindowError,
-    CorruptCacheError,
-    DatasetError,
-    DecodeTimeoutError,
-    DocumentError,
-    DocumentNotFoundError,
-    EmptyDocumentError,
-    FingerprintMismatchError,
-    JobError,
-    KVMemoryError,
-    ModelError,
-    ModelNotFoundError,
-    StoreConnectionError,
-    StoreError,
-    StoreFullError,
-    StoreLockedError,
-    TextNotKeptError,
-    TrainingError,
-    TransferError,
-    UnreadableDocumentError,
-    UnsupportedModelError,
-    UnsupportedRequestError,
-    WorkerDiedError,
-)
+from kv_memory import errors
+from kv_memory.errors import *  # noqa: F403 (all of them)
 
 if TYPE_CHECKING:
     from kv_memory.cache.distilled import DistilledCache
@@ -49,61 +21,35 @@ if TYPE_CHECKING:
     from kv_memory.conversation import Conversation
     from kv_memory.documents import Document
     from kv_memory.generate import Generator, Turn
-    from kv_memory.memory import Answer, KVMemory
+    from kv_memory.generate.answer import Answer
+    from kv_memory.memory import KVMemory
     from kv_memory.model.backbone import Backbone
     from kv_memory.query import Reference
     from kv_memory.store import Store
 
 __all__ = [
-    "AdapterError",
     "Answer",
     "Backbone",
-    "BrokenLineError",
-    "CacheError",
-    "CacheNotFoundError",
     "Compressor",
-    "ConfigError",
-    "ContextWindowError",
     "Conversation",
-    "CorruptCacheError",
-    "DatasetError",
     "DecodeSettings",
-    "DecodeTimeoutError",
     "DistilledCache",
     "Document",
-    "DocumentError",
-    "DocumentNotFoundError",
-    "EmptyDocumentError",
     "Fingerprint",
-    "FingerprintMismatchError",
     "Generator",
-    "JobError",
     "KVMemory",
-    "KVMemoryError",
     "Keep",
-    "ModelError",
-    "ModelNotFoundError",
     "Reference",
     "Store",
-    "StoreConnectionError",
-    "StoreError",
-    "StoreFullError",
-    "StoreLockedError",
-    "TextNotKeptError",
-    "TrainingError",
-    "TransferError",
     "Turn",
-    "UnreadableDocumentError",
-    "UnsupportedModelError",
-    "UnsupportedRequestError",
-    "WorkerDiedError",
     "__version__",
 ]
+__all__ += errors.__all__
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Answer": "kv_memory.memory",
+    "Answer": "kv_memory.generate.answer",
     "Backbone": "kv_memory.model.backbone",
     "Compressor": "kv_memory.compress",
     "Conversation": "kv_memory.conversation",

@@ -12,23 +12,6 @@ from typing import Literal, get_args
 
 from kv_memory.errors import ConfigError
 
-__all__ = [
-    "Budget",
-    "DecodeSettings",
-    "DtypeName",
-    "Layout",
-    "SelectorName",
-    "StorageName",
-    "check_choice",
-    "check_keep_ratio",
-    "check_names",
-    "n_kept_for",
-    "ratio_of",
-    "seconds_of",
-    "size_of",
-    "stored_dtype",
-]
-
 Layout = Literal["source", "packed"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 # The type of keys and values in a file; `auto` is the type the model computes in.

@@ -13,8 +13,6 @@ from kv_memory.generate import Role, Turn
 from kv_memory.memory import KVMemory
 from kv_memory.query import Reference
 
-__all__ = ["Conversation"]
-
 # By memory and conversation id, because a server creates a new object for every request. Without the lock, two
 # concurrent `add` calls would take the same number, and the second would replace the first one's turns.
 _locks: weakref.WeakKeyDictionary[KVMemory, dict[str, threading.RLock]] = weakref.WeakKeyDictionary()

@@ -14,8 +14,6 @@ from kv_memory.model.prompts import PromptForm
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
 
-__all__ = ["LazyCompressor", "load_compressor"]
-
 
 class LazyCompressor:
     """The model and compressor of a store's settings. Thread-safe; shared by the store's collections.

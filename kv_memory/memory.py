@@ -26,8 +26,6 @@ from kv_memory.settings import KEEP_NAMES, MemorySettings
 from kv_memory.store import Store
 from kv_memory.stored_documents import StoredDocuments
 
-__all__ = ["AddProgress", "AddReport", "Answer", "AnswerStream", "KVMemory", "MemorySettings"]
-
 
 class KVMemory(StoredDocuments):
     """A collection of documents, each compressed once and stored as distilled caches. Created with `open`.

@@ -31,8 +31,6 @@ from kv_memory.settings import MemorySettings
 from kv_memory.store import DocumentRecord, Store
 from kv_memory.tracing import span
 
-__all__ = ["Reader", "Reference", "key_of"]
-
 _REFERENCE = re.compile(r"(?P<key>[0-9a-f]{64})(?:@(?P<ratio>[0-9.e-]+))?(?:/(?P<collection>.+))?", re.DOTALL)
 _ADD_AGAIN = (
     "Its text is not kept, so it cannot be used instead: add the document again, or run `kv-memory add --stale` if it "

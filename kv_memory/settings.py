@@ -15,8 +15,6 @@ from kv_memory.errors import ConfigError
 from kv_memory.model.embedded import BUILT_IN, DEFAULTS, EMBEDDED, SHIPPED, built_in, concrete_name, recorded_settings
 from kv_memory.model.prompts import PromptName
 
-__all__ = ["KEEP_NAMES", "NO_ADAPTER", "MemorySettings"]
-
 NO_ADAPTER = "none"  # the name a caller passes for "no adapter"
 KEEP_NAMES = ("keep_ratio", "keep_tokens", "max_bytes")  # settings of which one replaces the others
 _KEEP_RATIO = 0.25

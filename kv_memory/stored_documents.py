@@ -6,8 +6,6 @@ from pathlib import Path
 
 from kv_memory.store import CheckReport, DocumentRecord, DocumentSummary, GcReport, Store, StoreStats
 
-__all__ = ["StoredDocuments"]
-
 
 class StoredDocuments:
     """The documents of one collection; `KVMemory` adds to them and answers from them.

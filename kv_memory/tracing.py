@@ -10,8 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
-__all__ = ["span"]
-
 
 def span(name: str, **attributes: str | int | float | bool) -> AbstractContextManager[Any]:
     """A span around a block: `kv_memory.NAME` with attributes `kv_memory.*`.

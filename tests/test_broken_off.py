@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from kv_memory import KVMemory, errors
-from kv_memory.memory import AddProgress
+from kv_memory.ingest.pipeline import AddProgress
 from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, LONG, answerable, assert_says, open_memory
 from tests.reference import recorded_inputs
 

@@ -15,7 +15,7 @@ from kv_memory.errors import (
     DocumentNotFoundError,
 )
 from kv_memory.generate import Generator
-from kv_memory.memory import AddProgress
+from kv_memory.ingest.pipeline import AddProgress
 from tests.memories import (
     FERRY,
     FERRY_QUESTION,

@@ -8,7 +8,7 @@ import pytest
 
 from kv_memory import KVMemory
 from kv_memory.errors import ConfigError, DocumentNotFoundError, EmptyDocumentError, UnreadableDocumentError
-from kv_memory.memory import AddProgress
+from kv_memory.ingest.pipeline import AddProgress
 from kv_memory.query import key_of
 from tests.memories import (
     FERRY,

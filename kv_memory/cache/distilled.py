@@ -38,8 +38,6 @@ from kv_memory.cache.quantize import dequantize, quantize
 from kv_memory.config import StorageName, stored_dtype
 from kv_memory.errors import ConfigError, CorruptCacheError
 
-__all__ = ["DistilledCache", "dtype_from_name", "dtype_name"]
-
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -13,8 +13,6 @@ from typing import Any
 
 from kv_memory.errors import CorruptCacheError, FingerprintMismatchError
 
-__all__ = ["FORMATS", "Fingerprint", "describe_differences"]
-
 # Formats of the cache file, see `distilled`: 2 if entries may have biases, else 1, so that caches from before biases
 # existed keep their fingerprint.
 FORMATS = (1, 2)

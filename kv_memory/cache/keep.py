@@ -20,8 +20,6 @@ from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.config import StorageName, check_keep_ratio, n_kept_for, stored_dtype
 from kv_memory.errors import ConfigError
 
-__all__ = ["Keep", "windows_of"]
-
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 _TENSORS = ("bias", "counts", "key_scales", "keys", "positions", "value_scales", "values")
 _WINDOW = re.compile(r"\bwindow:(\d+)")

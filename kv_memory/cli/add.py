@@ -18,7 +18,8 @@ from kv_memory.settings import MemorySettings
 
 if TYPE_CHECKING:
     from kv_memory.documents import DocumentLike, ReadResult
-    from kv_memory.memory import AddReport, KVMemory
+    from kv_memory.ingest.pipeline import AddReport
+    from kv_memory.memory import KVMemory
 
 _SHOWN = 5
 

@@ -17,8 +17,8 @@ from kv_memory.cli.output import Output, factor_text, plain, printable, size_tex
 
 if TYPE_CHECKING:
     from kv_memory.evaluate import EvalProgress
+    from kv_memory.ingest.pipeline import AddProgress
     from kv_memory.jobs.events import Event, JobEnded
-    from kv_memory.memory import AddProgress
     from kv_memory.store import TransferProgress
     from kv_memory.train import TrainProgress
 

@@ -28,8 +28,6 @@ from kv_memory.errors import AdapterError, ConfigError
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.embedded import built_in, recorded_name
 
-__all__ = ["Adapter", "AdapterConfig", "Routed", "Target", "default_eta"]
-
 ADAPTER_VERSION = 3
 Routed = Literal["kept", "document"]
 Target = Literal["q", "k", "v", "o"]

@@ -12,12 +12,11 @@ from __future__ import annotations
 import torch
 
 from kv_memory.compress.adapter import Adapter
-from kv_memory.compress.matching import Matched, MatchSettings
+from kv_memory.compress.match_settings import MatchSettings
+from kv_memory.compress.matching import Matched
 from kv_memory.compress.prefill import DocumentPrefill
 from kv_memory.errors import ConfigError
 from kv_memory.model.backbone import Backbone
-
-__all__ = ["combined_scores", "combined_selector"]
 
 _LEAST = 1e-30  # least error, so that its logarithm is finite
 

@@ -25,8 +25,6 @@ from kv_memory.config import SelectorName, check_keep_ratio, n_kept_for
 from kv_memory.errors import ConfigError, EmptyDocumentError
 from kv_memory.model.backbone import Backbone
 
-__all__ = ["Compressor", "PrefilledDocument", "Span"]
-
 Span = tuple[int, int]  # start and end, end excluded
 
 

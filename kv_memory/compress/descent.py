@@ -18,8 +18,6 @@ from kv_memory.compress.fitting import FittedHeads, HeadSystem, value_moves
 from kv_memory.compress.match_settings import MatchSettings
 from kv_memory.compress.reference_rows import ReferenceRows
 
-__all__ = ["HeadGroup", "MovedHeads", "alike", "descend"]
-
 _BETAS = (0.9, 0.95)
 _WEIGHTS = 1 << 19  # attention weights of one step, over all heads that are moved together
 _ON_A_GPU = 16  # times as many on a GPU, where kernel launches dominate small arrays

@@ -13,8 +13,6 @@ import torch
 
 from kv_memory.compress.match_settings import MatchSettings
 
-__all__ = ["FittedHeads", "HeadSystem", "bounded_ridge", "fit_heads", "output_errors", "refit_errors", "value_moves"]
-
 _LEAST, _MOST = 1e-2, 1e2  # bounds of an entry's weight, e to its bias
 _AT_ONCE = 2048  # entries of a head that are fitted together
 _MOVED_RIDGE = 1e-2  # ridge of the values behind moved keys, in mean diagonals

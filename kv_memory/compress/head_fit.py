@@ -19,8 +19,6 @@ from kv_memory.compress.match_settings import MatchSettings
 from kv_memory.compress.reference_rows import ReferenceRows
 from kv_memory.model.kv_cache import PositionedCache
 
-__all__ = ["HeadRows", "KeptHead", "fitted_entries", "refitted_errors"]
-
 _STAGE_RIDGES = (1e-2, 1e-1)  # ridges tried in the fits of stages, which need not be the best
 _HELD_OUT = 4  # one position in four is held out, to choose the ridge
 

@@ -18,8 +18,6 @@ from kv_memory.model.kv_cache import PositionedCache
 if TYPE_CHECKING:
     from kv_memory.compress.matching import Match  # it selects with `top_k_mask`
 
-__all__ = ["Kept", "check_finite", "extract", "join", "pad", "top_k_mask"]
-
 
 def pad(rows: Sequence[Sequence[int]], *, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad token ids of several texts on the right with 0: `(batch, longest)`; also return their lengths `(batch,)`."""

@@ -8,8 +8,6 @@ from typing import Literal
 
 from kv_memory.errors import ConfigError
 
-__all__ = ["MatchSettings"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class MatchSettings:

@@ -45,8 +45,6 @@ from kv_memory.config import Budget
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
 
-__all__ = ["Match", "MatchSettings", "Matched", "MatchedDocument", "match_documents"]
-
 _LOGITS = 1 << 22  # attention logits that are held in memory at once
 
 

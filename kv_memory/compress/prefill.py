@@ -20,8 +20,6 @@ from kv_memory.model.attention import ForwardContext
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
 
-__all__ = ["DocumentPrefill", "PrefillRouting", "hidden_after", "prefill_documents"]
-
 
 class PrefillRouting:
     """Scores, selects and routes in each layer while documents are prefilled; a `Routing`.

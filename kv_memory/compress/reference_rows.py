@@ -20,8 +20,6 @@ from kv_memory.model.attention import AttentionKind, ForwardContext, soft_capped
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
 
-__all__ = ["QUESTION_TOKENS", "REPEAT", "REPEAT_FROM", "ReferenceRows", "record_rows", "repeat_rows"]
-
 REPEAT = "\n\nRepeat the previous text exactly.\n"
 REPEAT_FROM = "\n\nRepeat the previous text exactly, from here on: "
 REQUEST_TOKENS, CUE_TOKENS = 48, 8

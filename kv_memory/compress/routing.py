@@ -21,8 +21,6 @@ from torch.utils.hooks import RemovableHandle
 
 from kv_memory.model.attention import ForwardContext
 
-__all__ = ["RoutedLinear", "current_mask", "install_routing", "routed_with"]
-
 # Not an attribute of the modules: threads that decode while another thread compresses must not see its mask.
 _MASK: ContextVar[torch.Tensor | None] = ContextVar("kv_memory_routing", default=None)
 

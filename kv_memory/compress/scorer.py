@@ -9,8 +9,6 @@ from torch import nn
 
 from kv_memory.config import Budget
 
-__all__ = ["Scorer", "ScorerKind", "attention_scores"]
-
 FLOOR = 1e-3  # attention far below this gets the same score as no attention
 
 # `token`: one score per token for all heads, from the hidden state after layer eta (the paper's form). `head`: one per

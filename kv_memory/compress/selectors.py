@@ -10,15 +10,14 @@ from typing import Literal, Protocol
 
 import torch
 
-from kv_memory.compress.matching import Matched, MatchSettings
+from kv_memory.compress.match_settings import MatchSettings
+from kv_memory.compress.matching import Matched
 from kv_memory.compress.reference_rows import repeat_rows
 from kv_memory.config import Budget, SelectorName, check_choice
 from kv_memory.errors import ConfigError
 from kv_memory.model.attention import AttentionKind, ForwardContext, attention_probabilities
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
-
-__all__ = ["ObservedAttention", "Reconstruction", "Selector", "SinkRecent", "make_selector"]
 
 OBSERVED_QUERIES = 256  # processed at once: their attention is held in memory in float32
 

@@ -17,8 +17,6 @@ from kv_memory.compress.selectors import Selector
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
 
-__all__ = ["PrefilledWindow", "Window", "WindowCompressor"]
-
 
 class Window(NamedTuple):
     """A stretch of a document.

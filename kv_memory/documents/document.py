@@ -12,8 +12,6 @@ from typing import Any
 
 from kv_memory.errors import ConfigError, EmptyDocumentError, UnreadableDocumentError
 
-__all__ = ["Document"]
-
 _UNFIT_FOR_ID = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and lone surrogates
 
 

@@ -16,17 +16,6 @@ from kv_memory.documents.document import Document
 from kv_memory.documents.parsers import FILE_TYPES, read_content
 from kv_memory.errors import ConfigError, DocumentError, UnreadableDocumentError
 
-__all__ = [
-    "DocumentLike",
-    "OnError",
-    "ReadResult",
-    "check_encoding",
-    "file_id",
-    "read_documents",
-    "read_file",
-    "walk_folder",
-]
-
 DEFAULT_MAX_LINE_BYTES = 1 << 20
 OnError = Literal["raise", "skip"]
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from bs4 import BeautifulSoup
     from pypdf import PdfReader
 
-__all__ = ["FILE_TYPES", "Content", "decode_text", "normalise_newlines", "read_content"]
-
 FILE_TYPES: Mapping[str, str] = {
     ".txt": "text",
     ".text": "text",

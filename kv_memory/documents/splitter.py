@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 
 from kv_memory.errors import ConfigError
 
-__all__ = ["FENCE", "CountTokens", "split_passages"]
-
 CountTokens = Callable[[list[str]], list[int]]
 
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")

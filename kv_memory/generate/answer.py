@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from kv_memory.generate.generator import Run
     from kv_memory.retrieval.bm25 import Hit
 
-__all__ = ["Answer", "AnswerStream", "ReadFrom", "TextStream", "iterate_in_thread"]
-
 FinishReason = Literal["stop", "length"]
 ReadFrom = Literal["caches", "text"]
 

@@ -12,8 +12,6 @@ from kv_memory.config import Layout, check_choice
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import NEVER, PositionedCache
 
-__all__ = ["compose"]
-
 
 @torch.no_grad()
 def compose(

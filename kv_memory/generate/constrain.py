@@ -18,8 +18,6 @@ import torch
 from kv_memory.errors import ConfigError
 from kv_memory.model.backbone import Backbone
 
-__all__ = ["JsonConstraint"]
-
 _tokenizers: weakref.WeakKeyDictionary[Backbone, Any] = weakref.WeakKeyDictionary()  # loading a vocabulary takes 0.1 s
 _lock = threading.Lock()
 

@@ -22,8 +22,6 @@ from kv_memory.model.backbone import Backbone
 from kv_memory.model.first_token import FirstToken
 from kv_memory.model.kv_cache import PositionedCache
 
-__all__ = ["Generator", "Run", "Sampler", "end_ids", "first_token_rule"]
-
 
 class Generator:
     """Answers questions from distilled caches. Safe to use from several threads.

@@ -10,8 +10,6 @@ from kv_memory.errors import ConfigError
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.prompts import render_chat
 
-__all__ = ["Prompt", "Role", "Turn", "encode_chat", "encode_text_prompt", "encode_turns"]
-
 Role = Literal["system", "user", "assistant"]
 
 

@@ -17,8 +17,6 @@ from kv_memory.errors import ConfigError, DocumentError, EmptyDocumentError, Tex
 from kv_memory.retrieval.tokenize import terms_of
 from kv_memory.store import DocumentRecord, PassageRecord
 
-__all__ = ["Prepared", "prepare", "prepare_again", "prepare_from_file", "prepare_passages", "texts_in"]
-
 
 class Prepared(NamedTuple):
     """A document on its way into the store.

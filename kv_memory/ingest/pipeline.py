@@ -30,8 +30,6 @@ from kv_memory.settings import MemorySettings
 from kv_memory.store import DocumentRecord, Store, StoredPassage
 from kv_memory.tracing import span
 
-__all__ = ["AddProgress", "AddReport", "IngestPipeline"]
-
 _BATCH_ON_GPU = 8  # passages; each holds a lock in the catalog meanwhile, on PostgreSQL with its own connection
 
 

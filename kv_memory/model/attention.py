@@ -21,16 +21,6 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 
 from kv_memory.model.kv_cache import PositionedCache
 
-__all__ = [
-    "ATTENTION",
-    "AttentionKind",
-    "AttentionObserver",
-    "ForwardContext",
-    "Routing",
-    "attention_probabilities",
-    "soft_capped",
-]
-
 ATTENTION = "kv_memory"
 QUERY_BLOCK = 512  # queries per SDPA call where a mask is needed
 SHORT = 64  # most queries for which the query heads of a KV head are packed into one, instead of repeating its keys

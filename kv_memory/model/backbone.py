@@ -28,8 +28,6 @@ from kv_memory.model.prompt_encoder import PromptEncoder
 from kv_memory.model.prompts import PromptForm, PromptName, choose_form
 from kv_memory.model.rope import Rope
 
-__all__ = ["Backbone", "cache_argument"]
-
 
 def cache_argument(forward: Callable[..., Any]) -> str:
     """Name of the cache argument of a Transformers forward pass: `cache` from 5.24 on, `past_key_values` before.

@@ -15,22 +15,6 @@ from typing import Any, Literal
 
 from kv_memory.errors import ModelNotFoundError
 
-__all__ = [
-    "BUILT_IN",
-    "DEFAULTS",
-    "EMBEDDED",
-    "SHIPPED",
-    "BuiltInModel",
-    "adapter_folder",
-    "built_in",
-    "cache_folder",
-    "concrete_name",
-    "default_model",
-    "prepared_folder",
-    "recorded_name",
-    "recorded_settings",
-]
-
 _log = logging.getLogger(__name__)
 
 

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["FirstToken", "first_visible", "is_visible"]
-
 _INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})  # control and format characters, white space
 
 

@@ -15,8 +15,6 @@ from transformers.cache_utils import DynamicLayer
 
 from kv_memory.model.rope import Rope
 
-__all__ = ["NEVER", "PositionedCache", "PreallocatedLayer"]
-
 NEVER = torch.iinfo(torch.int32).max  # position of padding: later than every query, so never visible
 
 

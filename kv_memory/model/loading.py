@@ -17,17 +17,6 @@ from safetensors import SafetensorError, safe_open
 from kv_memory.errors import ModelNotFoundError, UnsupportedModelError
 from kv_memory.model.embedded import BUILT_IN, built_in, cache_folder, prepared_folder
 
-__all__ = [
-    "SUPPORTED",
-    "LoadedModel",
-    "best_device",
-    "best_dtype",
-    "check_supported",
-    "hash_parameters",
-    "hash_tokenizer",
-    "load_model",
-]
-
 # Transformers' model types with attention through its attention interface and "rotate half" positions, all of them
 # proven in tests/model/test_proof.py.
 SUPPORTED = {

@@ -12,8 +12,6 @@ from safetensors import SafetensorError, safe_open
 
 from kv_memory.errors import CorruptCacheError
 
-__all__ = ["Prefix"]
-
 
 @dataclass(frozen=True, eq=False)
 class Prefix:

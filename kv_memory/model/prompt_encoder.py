@@ -10,8 +10,6 @@ from kv_memory.errors import UnreadableDocumentError
 from kv_memory.model.loading import hash_tokenizer
 from kv_memory.model.prompts import PromptForm
 
-__all__ = ["PromptEncoder"]
-
 
 class PromptEncoder:
     """A tokenizer and a prompt form; the basis of `Backbone`. Safe to use from several threads.

@@ -13,8 +13,6 @@ from typing import Any, Literal
 
 from kv_memory.errors import ConfigError
 
-__all__ = ["DEFAULT_SYSTEM_PROMPT", "PASSAGE", "PromptForm", "PromptName", "chat_form", "choose_form", "render_chat"]
-
 PromptName = Literal["auto", "chat", "brief", "passage"]
 DEFAULT_SYSTEM_PROMPT = "Answer the question from the documents. If they do not hold the answer, say so."
 BRIEF_SYSTEM_PROMPT = "Answer the question with a few words from the documents. If they lack the answer, say so."

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Rope"]
-
 CHUNK_BYTES = 1 << 20  # size of the float32 keys rotated at once on a CPU
 
 

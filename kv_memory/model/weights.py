@@ -24,8 +24,6 @@ from urllib.request import getproxies
 from kv_memory.errors import ModelNotFoundError
 from kv_memory.model.embedded import BuiltInModel, cache_folder
 
-__all__ = ["Progress", "prepare"]
-
 Progress = Callable[[str, int], None]  # the current action, and the bytes of the GGUF file present so far
 
 

@@ -32,8 +32,6 @@ from kv_memory.store import Store
 from kv_memory.store.fs import private_folder
 from kv_memory.store.records import StoredPassage
 
-__all__ = ["CollectionIndex", "Hit"]
-
 _FORMAT = 3  # version of the file format and of the tokenization; a change of either rebuilds every index
 _FILE_NAME = "bm25.index"
 _ARRAYS = ("data", "indices", "indptr")  # sparse matrix of scores, word by word

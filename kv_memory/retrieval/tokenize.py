@@ -23,8 +23,6 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 
-__all__ = ["hash_word", "terms_of", "words_of"]
-
 # `re` does not count vowel signs as \w, which would split Hindi and Thai words; so these blocks are listed. The danda
 # (U+0964 and U+0965) is left out: it is a full stop.
 _MARKS = (

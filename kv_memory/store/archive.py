@@ -51,8 +51,6 @@ from kv_memory.store.sql.schema import (
 )
 from kv_memory.store.store import Store
 
-__all__ = ["ExportReport", "export_collection", "import_archive", "open_archive"]
-
 _FORMAT = 1
 _HEADER = "kv-memory.json"
 _MAX_HEADER_BYTES = 1 << 16

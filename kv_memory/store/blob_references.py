@@ -35,8 +35,6 @@ from kv_memory.store.sql.schema import CacheRow, PrefixRow
 if TYPE_CHECKING:
     from kv_memory.cache.distilled import DistilledCache  # imports torch: listing without loading a cache stays fast
 
-__all__ = ["BlobReferences", "MisfiledError", "check_header", "load_cache", "named_blobs"]
-
 _AT_REST_NS = 50_000_000
 _TRIES = 10  # to store a blob that another process keeps removing
 _REMOVED_AT_ONCE = 50  # blobs in one transaction, for which other writers wait

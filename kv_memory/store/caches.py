@@ -37,8 +37,6 @@ from kv_memory.tracing import span
 if TYPE_CHECKING:
     from kv_memory.cache.distilled import DistilledCache  # imports torch: listing without loading a cache stays fast
 
-__all__ = ["Caches"]
-
 _LOG = logging.getLogger(__name__)
 # Built once: building them takes longer than running them.
 _SAME = (

@@ -21,8 +21,6 @@ from kv_memory.store.records import DocumentRecord, DocumentSummary, StoredPassa
 from kv_memory.store.sql.catalog import Catalog
 from kv_memory.store.sql.schema import CollectionRow, DocumentRow, PassageRow
 
-__all__ = ["CollectionPart", "Documents", "find_collection"]
-
 
 class CollectionPart:
     """What the documents and the caches of one collection share.

@@ -27,8 +27,6 @@ from kv_memory.store.records import CacheInfo, CopyReport, DocumentRecord, Trans
 from kv_memory.store.sql.schema import CacheRow, CollectionRow, DocumentRow, FingerprintRow, PrefixRow, utc_now
 from kv_memory.store.store import Store
 
-__all__ = ["OnConflict", "copy_collection"]
-
 OnConflict = Literal["refuse", "skip", "replace"]
 _TRIES = 10  # of a document that changes while it is copied
 _PAGE = 500  # document ids

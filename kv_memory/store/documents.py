@@ -16,25 +16,6 @@ from kv_memory.errors import ConfigError, DocumentNotFoundError, UnreadableDocum
 from kv_memory.store.records import DocumentRecord, DocumentSummary, PassageRecord, StoredPassage
 from kv_memory.store.sql.schema import CacheRow, CollectionRow, DocumentRow, PassageRow, utc_now
 
-__all__ = [
-    "alive",
-    "batches",
-    "bump_revision",
-    "cached_texts",
-    "check_document",
-    "delete_document",
-    "document_row",
-    "find_document",
-    "list_documents",
-    "load_document",
-    "place_of",
-    "retire_caches",
-    "select_passages",
-    "stored_passages",
-    "unreferenced",
-    "write_document",
-]
-
 T = TypeVar("T")
 
 

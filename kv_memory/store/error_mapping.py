@@ -21,8 +21,6 @@ from kv_memory.errors import (
     interruption_behind,
 )
 
-__all__ = ["mapped", "no_such_bucket", "raise_mapped", "refused_login", "store_error"]
-
 # EFBIG (a file size limit) is not a full disk, but the user's next step is the same: make room or raise the limit.
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _LOGIN = (

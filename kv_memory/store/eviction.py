@@ -22,8 +22,6 @@ from kv_memory.store.metrics import EVICTIONS
 from kv_memory.store.sql.catalog import Catalog
 from kv_memory.store.sql.schema import CacheRow, CollectionRow, OptionRow, PassageRow, utc_now
 
-__all__ = ["Eviction", "LastUses", "Limits", "read_limits", "write_limits"]
-
 _LOG = logging.getLogger(__name__)
 
 _BUDGET = "budget"

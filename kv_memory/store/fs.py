@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["fsync_folder", "private_file", "private_folder", "private_opener"]
-
 
 def fsync_folder(folder: str) -> None:
     """Make the entries of a folder durable, because a renamed file survives a power cut only after this."""

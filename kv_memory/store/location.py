@@ -18,8 +18,6 @@ from kv_memory.store.blobs.local import check_folder
 from kv_memory.store.error_mapping import mapped
 from kv_memory.store.fs import fsync_folder, private_folder, private_opener
 
-__all__ = ["CATALOG_FILE", "TIER_SIZE_BYTES", "StorePlace", "catalog_of", "find_place", "prepare_folder", "write_place"]
-
 CATALOG_FILE = "catalog.sqlite"
 
 TIER_SIZE_BYTES = 20 * 10**9

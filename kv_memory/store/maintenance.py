@@ -14,8 +14,6 @@ from kv_memory.store.documents import alive, unreferenced
 from kv_memory.store.records import CheckReport, GcReport, StoreStats
 from kv_memory.store.sql.schema import CacheRow, DocumentRow, FingerprintRow, PassageRow, PrefixRow, utc_now
 
-__all__ = ["GRACE_S", "check", "gc", "stats"]
-
 # A blob or file without a row may belong to a put in progress. An upload takes less than this.
 GRACE_S = 600.0
 

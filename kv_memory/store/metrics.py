@@ -20,17 +20,6 @@ from prometheus_client.registry import Collector
 if TYPE_CHECKING:
     from kv_memory.store.store import Store
 
-__all__ = [
-    "BYTES_READ",
-    "BYTES_WRITTEN",
-    "EVICTIONS",
-    "GETS",
-    "GET_SECONDS",
-    "PUT_SECONDS",
-    "StoreCollector",
-    "prometheus_text",
-]
-
 _BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 _LABELS = ["collection"]
 

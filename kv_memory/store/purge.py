@@ -24,8 +24,6 @@ from kv_memory.store.records import PurgeReport
 from kv_memory.store.sql.engine import scrub_sqlite
 from kv_memory.store.sql.schema import CacheRow, FingerprintRow
 
-__all__ = ["purge"]
-
 
 def purge(part: CollectionPart, index_folder: Path, ids: Iterable[str]) -> PurgeReport:
     """See `Store.purge`."""

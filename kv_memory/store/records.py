@@ -10,20 +10,6 @@ from typing import Any, Literal
 
 from kv_memory.errors import ConfigError, UnreadableDocumentError
 
-__all__ = [
-    "CacheInfo",
-    "CheckReport",
-    "CopyReport",
-    "DocumentRecord",
-    "DocumentSummary",
-    "GcReport",
-    "PassageRecord",
-    "PurgeReport",
-    "StoreStats",
-    "StoredPassage",
-    "TransferProgress",
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class PassageRecord:

@@ -16,8 +16,6 @@ from kv_memory.store.location import CATALOG_FILE, find_place, prepare_folder, w
 from kv_memory.store.records import CheckReport, GcReport, PurgeReport, StoreStats
 from kv_memory.store.sql import catalog as catalogs
 
-__all__ = ["Store"]
-
 
 class Store(Documents, Caches):
     """One collection of a store. Thread-safe, and several processes may use one store.

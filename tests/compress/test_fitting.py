@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kv_memory.compress.fitting import FittedHeads, HeadSystem, bounded_ridge, fit_heads, refit_errors
-from kv_memory.compress.matching import MatchSettings
+from kv_memory.compress.match_settings import MatchSettings
 
 SETTINGS = MatchSettings()
 

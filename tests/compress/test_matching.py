@@ -14,7 +14,8 @@ from transformers import DynamicCache
 
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.compress import Compressor
-from kv_memory.compress.matching import Matched, MatchSettings
+from kv_memory.compress.match_settings import MatchSettings
+from kv_memory.compress.matching import Matched
 from kv_memory.compress.reference_rows import record_rows
 from kv_memory.config import n_kept_for
 from kv_memory.errors import ConfigError, ModelError

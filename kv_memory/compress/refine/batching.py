@@ -15,8 +15,6 @@ from kv_memory.compress.kept import pad
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import NEVER, PositionedCache
 
-__all__ = ["Entries", "Row", "RowBatch", "batch_rows", "gather_entries", "join_entries"]
-
 
 @dataclass(frozen=True)
 class Entries:

@@ -24,8 +24,6 @@ from kv_memory.compress.refine.trainable_cache import TrainableCache, TrainableC
 from kv_memory.errors import ConfigError
 from kv_memory.model.backbone import Backbone
 
-__all__ = ["RefineSettings", "refine_batch"]
-
 _HALVINGS = 2
 _LOSS_SCALE = 256.0  # no effect on Adam, but float16 gradients would underflow without it
 

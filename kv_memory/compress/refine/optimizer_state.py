@@ -13,8 +13,6 @@ from kv_memory.compress.refine.loss import Predictions
 from kv_memory.compress.refine.probes import KINDS, SHARES, Probe, ProbeKind
 from kv_memory.compress.refine.trainable_cache import TrainableCache
 
-__all__ = ["ProbeTarget", "Progress"]
-
 
 @dataclass(frozen=True)
 class ProbeTarget:

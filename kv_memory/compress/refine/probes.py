@@ -17,8 +17,6 @@ from kv_memory.compress.refine.batching import Row
 from kv_memory.compress.refine.teacher import Teacher, end_ids
 from kv_memory.model.backbone import Backbone
 
-__all__ = ["KINDS", "SHARES", "Probe", "ProbeKind", "ProbeSettings", "chance", "make_probes"]
-
 ProbeKind = Literal["question", "statement", "continuation", "repetition"]
 KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
 # Shares of the probes of a step. Half are questions, because caches exist to be asked.

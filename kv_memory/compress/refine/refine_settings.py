@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from kv_memory.compress.refine.probes import KINDS, ProbeSettings
 from kv_memory.errors import ConfigError
 
-__all__ = ["RefineSettings"]
-
 RECIPE = 3  # incremented when the same settings give another result; part of the fingerprint
 _STEPS = 48
 _FEW_STEPS = 24  # below, making and evaluating probes would cost more than the steps

@@ -13,8 +13,6 @@ from kv_memory.model.backbone import Backbone
 from kv_memory.model.first_token import FirstToken
 from kv_memory.model.kv_cache import PositionedCache
 
-__all__ = ["Teacher", "end_ids"]
-
 _DECODED_TOKENS = 4096  # most prompt tokens of the rows that are decoded as one batch
 
 

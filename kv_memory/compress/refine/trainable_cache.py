@@ -12,8 +12,6 @@ from kv_memory.compress.refine.batching import Entries
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import NEVER
 
-__all__ = ["TrainableCache", "TrainableCaches", "side_by_side"]
-
 
 class TrainableCache:
     """Kept keys, values and biases of one document, and their offsets from the start.

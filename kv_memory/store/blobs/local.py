@@ -24,8 +24,6 @@ from kv_memory.errors import CorruptCacheError, StoreError
 from kv_memory.store.error_mapping import raise_mapped
 from kv_memory.store.fs import fsync_folder, private_file, private_folder, private_opener
 
-__all__ = ["BlobAudit", "DiskBlobs", "SafeTensorsDisk", "blob_key", "check_folder", "is_blob_key"]
-
 
 def blob_key(data: bytes) -> str:
     """The name of a blob: the SHA-256 hex digest of its bytes."""

@@ -20,8 +20,6 @@ from kv_memory.store.blobs.local import BlobAudit, DiskBlobs, blob_key, is_blob_
 from kv_memory.store.error_mapping import mapped, no_such_bucket
 from kv_memory.store.fs import fsync_folder
 
-__all__ = ["ObjectBlobs"]
-
 _SCHEMES = ("s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss", "file")
 
 

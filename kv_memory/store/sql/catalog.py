@@ -20,8 +20,6 @@ from kv_memory.store.error_mapping import mapped, raise_mapped
 from kv_memory.store.sql.engine import open_database
 from kv_memory.store.sql.schema import SCHEMA_HEAD
 
-__all__ = ["BUSY_TIMEOUT_S", "MIGRATIONS", "Catalog"]
-
 BUSY_TIMEOUT_S = 30.0
 MIGRATIONS = Path(__file__).parent / "migrations"
 

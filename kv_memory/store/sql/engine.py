@@ -21,8 +21,6 @@ from kv_memory.store.error_mapping import mapped, refused_login
 from kv_memory.store.fs import private_file
 from kv_memory.store.sql.locks import FileLocks, PostgresLocks
 
-__all__ = ["PostgresDatabase", "SQLiteDatabase", "open_database", "scrub_sqlite"]
-
 _WRITE = "Write postgresql+psycopg://USER@HOST/DATABASE, or leave it out for SQLite in the store's folder."
 
 

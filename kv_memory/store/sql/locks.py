@@ -29,8 +29,6 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-__all__ = ["FileLocks", "PostgresLocks"]
-
 _POLL_S = 0.002, 0.05
 
 

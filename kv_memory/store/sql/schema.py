@@ -23,20 +23,6 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
-__all__ = [
-    "SCHEMA_HEAD",
-    "Base",
-    "CacheRow",
-    "CollectionRow",
-    "DocumentRow",
-    "FingerprintRow",
-    "OptionRow",
-    "PassageRow",
-    "PrefixRow",
-    "UTCDateTime",
-    "utc_now",
-]
-
 # The newest migration. Written here, so that opening a store at head need not import Alembic; a test checks it.
 SCHEMA_HEAD = "0001"
 
