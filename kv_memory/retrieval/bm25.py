@@ -16,6 +16,7 @@ import os
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from kv_memory.store import Store
 from kv_memory.store.fs import private_folder
 from kv_memory.store.records import StoredPassage
 
-_FORMAT = 3  # version of the file format and of the tokenization; a change of either rebuilds every index
+_FORMAT = 4  # version of the file format and of the tokenization; a change of either rebuilds every index
 _FILE_NAME = "bm25.index"
 _ARRAYS = ("data", "indices", "indptr")  # sparse matrix of scores, word by word
 _STALE_S = 3600
@@ -147,7 +148,8 @@ def _build(passages: Sequence[StoredPassage], header: dict[str, int]) -> _Index:
     vocabulary: dict[str, int] = {}
     ids: list[list[int]] = []
     for passage in ordered:
-        terms = passage.terms or {} if passage.text is None else terms_of(passage.text)
+        terms = Counter(passage.terms or {} if passage.text is None else terms_of(passage.text))
+        terms += Counter(terms_of(str(passage.metadata.get("title") or "")))  # a passage rarely names its document
         ids.append([id_ for term, n in terms.items() for id_ in [vocabulary.setdefault(term, len(vocabulary))] * n])
     if not vocabulary:  # bm25s would divide by a mean length of 0
         return _Index(header, rows, None)

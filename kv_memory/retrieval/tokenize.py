@@ -3,9 +3,12 @@
 The default pattern of bm25s was rejected: it drops single characters, so that `C`, `HTTP/2` and most Chinese words
 cannot be found, and it treats `nats-server` as two unrelated words. Here:
 
-- text is normalised to NFKC and case-folded;
+- text is compared as Unicode's NFKC_Casefold: compatible forms, upper and lower case, and invisible characters such as
+  the soft hyphen make no difference;
+- words consist of letters, marks and numbers by their Unicode properties, and of the signs between them that Unicode's
+  word boundaries (UAX 29) allow inside a word. `regex` knows these properties, and `re` does not;
 - names of several parts (`nats-server`, `JetStream`, `HTTP/2`, `keep_ratio`) yield the parts and the whole, so that
-  `jetstream`, `Jet-Stream` and `jet stream` all find `JetStream`;
+  `jetstream`, `Jet-Stream` and `jet stream` all find `JetStream`. So does a word that is broken at the end of a line;
 - scripts without spaces yield single characters and pairs; the pairs are as in Lucene's CJK analyzer.
 
 A passage whose text is not kept is found by its *terms*: hashes of its words with their counts. They keep plain words
@@ -17,26 +20,30 @@ database, and passages of merged stores could not be compared.
 from __future__ import annotations
 
 import hashlib
-import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 
-# `re` does not count vowel signs as \w, which would split Hindi and Thai words; so these blocks are listed. The danda
-# (U+0964 and U+0965) is left out: it is a full stop.
-_MARKS = (
-    "\u0300-\u036f\u0591-\u05bd\u0610-\u061a\u064b-\u065f\u0670\u0900-\u0963\u0966-\u0fff\u1000-\u109f\u1780-\u17d3"
+import regex
+
+_INVISIBLE = regex.compile(r"\u00ad[ \t]*\n[ \t]*|\p{Default_Ignorable_Code_Point}+")  # or a soft hyphen's line end
+_PART = regex.compile(r"[\p{L}\p{N}][\p{L}\p{N}\p{Mn}\p{Mc}]*+")
+# Signs that join the parts of a name: nats-server, keep_ratio, HTTP/2, node.js, user@host, don't, 1,000, abbreviations
+# in Hebrew. A hyphen may be followed by a line end.
+_JOINED = (
+    r"(?:[_/@'+&\p{WB=MidLetter}\p{WB=MidNumLet}]|[-\u2010\u2011](?:[ \t]*+\n[ \t]*+)?"
+    r"|(?<=\p{Nd}),(?=\p{Nd})|(?<=\p{Hebrew})\"(?=\p{Hebrew}))"
 )
-_CHARACTER = rf"(?:[^\W_]|[{_MARKS}])"
-# A name of several parts: words joined by one sign, as in nats-server, keep_ratio, HTTP/2, node.js, user@host, don't.
-_NAME = re.compile(rf"{_CHARACTER}+(?:[-_./:@'\u2019+&]{_CHARACTER}+)*")
-_PART = re.compile(rf"{_CHARACTER}+")
-_CAMEL = re.compile(r"(?<=[a-zß-öø-ÿ0-9])(?=[A-ZÀ-ÖØ-Þ])|(?<=[A-ZÀ-ÖØ-Þ])(?=[A-ZÀ-ÖØ-Þ][a-zß-öø-ÿ])")
-# Han, kana, Thai, Lao, Burmese, Khmer, and Hangul, where particles are attached without a space.
-_UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17d3\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]+"
+_NAME = regex.compile(rf"{_PART.pattern}(?:{_JOINED}{_PART.pattern})*+")
+_CAMEL = regex.compile(r"(?<=[\p{Ll}\p{Nd}])(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll})")
+# Scripts that put no space between words: Han, kana and Bopomofo; Hangul, where particles are attached without one; and
+# the line breaking classes of South East Asia (SA: Thai, Lao, Burmese, Khmer; the others: Javanese, Balinese and more).
+_UNSPACED = regex.compile(
+    r"[\p{Han}\p{scx=Hira}\p{scx=Kana}\p{Bopomofo}\p{Hangul}\p{LB=SA}\p{LB=AK}\p{LB=AP}\p{LB=AS}\p{LB=VF}\p{LB=VI}]"
+    r"[\p{Mn}\p{Mc}]*+"
 )
+_UNSPACED_RUN = regex.compile(rf"(?:{_UNSPACED.pattern})+|(?:(?!{_UNSPACED.pattern}).)+", regex.DOTALL)
 # A longer chain is a path or a sentence without spaces; joined, it would match nothing.
 _MAX_JOINED_PARTS = 4
 
@@ -44,7 +51,7 @@ _MAX_JOINED_PARTS = 4
 def words_of(text: str) -> list[str]:
     """The words of a text in any script, in order, repeated as often as they occur."""
     words: list[str] = []
-    for name in _NAME.findall(unicodedata.normalize("NFKC", text)):
+    for name in _NAME.findall(unicodedata.normalize("NFKC", _INVISIBLE.sub("", text))):
         # A stretch of Chinese or a long path hardly recurs; caching it would fill the memory with its parts.
         once = len(name) > 32 or _UNSPACED.search(name)
         words += (_words_of_name.__wrapped__ if once else _words_of_name)(name)
@@ -70,23 +77,12 @@ def _words_of_name(name: str) -> tuple[str, ...]:
     parts = _PART.findall(name)
     for part in parts:
         pieces = _CAMEL.split(part)
-        for piece in pieces:
-            words += _split_unspaced(piece.casefold())
+        for run in (run for piece in pieces for run in _UNSPACED_RUN.findall(piece)):
+            characters = _UNSPACED.findall(run)  # each with its marks
+            words += characters or [run]
+            words += [first + second for first, second in pairwise(characters)]
         if len(pieces) > 1:
-            words.append(part.casefold())
+            words.append(part)
     if 1 < len(parts) <= _MAX_JOINED_PARTS:
-        words.append("".join(parts).casefold())
-    return tuple(words)
-
-
-def _split_unspaced(word: str) -> Iterator[str]:
-    position = 0
-    for run in _UNSPACED.finditer(word):
-        if position < run.start():
-            yield word[position : run.start()]
-        characters = run[0]
-        yield from characters
-        yield from (characters[i : i + 2] for i in range(len(characters) - 1))
-        position = run.end()
-    if position < len(word):
-        yield word[position:]
+        words.append("".join(parts))
+    return tuple(unicodedata.normalize("NFKC", word.casefold()) for word in words)
