@@ -68,7 +68,7 @@ def advise_on(
     ratios = [ratio_of(text) for text in keep_ratio or ()]
     with out.working("Starting"):
         from kv_memory.documents import read_documents
-        from kv_memory.documents.loaders import check_encoding
+        from kv_memory.documents.decoding import check_encoding
         from kv_memory.evaluate import DEFAULT_KEEP_RATIOS, Criteria, advise
         from kv_memory.model.backbone import Backbone
 

@@ -127,7 +127,7 @@ def run(
     out.one_line = True
     MemorySettings.resolve({}, **changes)  # a typo should fail before a store is created
     with out.working("Starting"):
-        from kv_memory.documents.loaders import check_encoding
+        from kv_memory.documents.decoding import check_encoding
         from kv_memory.jobs import JobSettings
         from kv_memory.jobs.driver import JobRequest, create_job
         from kv_memory.store import Store

@@ -24,6 +24,7 @@ class Document:
         text: Text, kept exactly as given.
         source_uri: Origin of the document, e.g. `file:///data/a.md`.
         metadata: JSON-serialisable values under str keys; a copy is kept.
+        notes: Remarks on what the file's parser replaced or lost; they are reported, not stored.
 
     Raises:
         EmptyDocumentError: `text` is blank.
@@ -36,6 +37,7 @@ class Document:
     text: str
     source_uri: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id.strip() or _UNFIT_FOR_ID.search(self.id):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from kv_memory.config import check_choice
+from kv_memory.documents.decoding import check_encoding
 from kv_memory.documents.document import Document
 from kv_memory.documents.parsers import FILE_TYPES, read_content
 from kv_memory.errors import ConfigError, DocumentError, UnreadableDocumentError
@@ -112,27 +113,7 @@ def read_file(
     content = read_content(raw, suffix=given.suffix, encoding=encoding, where=name)
     _check_lines(content.text, max_line_bytes=max_line_bytes, where=name)
     metadata = {"file_name": _printable(given.name), "size_bytes": len(raw), **content.metadata}
-    return Document(id=name, text=content.text, source_uri=resolved.as_uri(), metadata=metadata)
-
-
-def check_encoding(encoding: str) -> str:
-    """Return `encoding` if Python decodes text with it.
-
-    Raises:
-        ConfigError: The name is unknown, or names a codec that does not turn bytes into text (`base64`).
-    """
-    try:
-        # Not with empty bytes: Python decodes those without looking up the name.
-        b" ".decode(encoding)
-    except UnicodeError:  # a text codec in which one space is invalid, e.g. utf-16; before its base ValueError
-        pass
-    except (LookupError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"unknown text encoding {encoding!r}",
-            where="encoding",
-            next_step="Use a name that Python knows, e.g. utf-8, cp1252, utf-16-le, shift_jis.",
-        ) from error
-    return encoding
+    return Document(id=name, text=content.text, source_uri=resolved.as_uri(), metadata=metadata, notes=content.notes)
 
 
 def file_id(resolved: Path) -> str:

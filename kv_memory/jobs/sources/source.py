@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kv_memory.documents import Document
-from kv_memory.documents.parsers import normalise_newlines
+from kv_memory.documents.decoding import normalise_newlines
 from kv_memory.errors import UnreadableDocumentError
 
 _MOST_CHARS = 1000  # longest value kept as metadata; longer ones are texts themselves
