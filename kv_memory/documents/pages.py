@@ -23,6 +23,7 @@ _BLOCKS = (
     "address, aside, center, details, dialog, fieldset, figure, footer, form, frameset, header, hgroup, legend, main, "
     "search, summary"
 )
+_ATTRIBUTES = {"colspan", "start"}  # those that markdownify looks at; of others, any name may be malformed
 _SAME_AS = {"dir": "ul", "menu": "ul", "listing": "pre", "xmp": "pre", "plaintext": "pre"}
 _PADDED = re.compile(r"(?<![ \t])[ \t]+\n")
 _BLANK_LINES = re.compile(r"\n{3,}")
@@ -47,8 +48,11 @@ def read_page(html: str) -> Page:
             node.parent.remove_child(node)
     for node in tree.query(", ".join((_BLOCKS, *_SAME_AS))):
         node.name = _SAME_AS.get(node.name, "div")
-    # Parsed a second time, for markdownify: what `to_html` writes is well-formed.
-    text = _to_markdown(tree.to_html(pretty=False)) or tree.to_text()
+    for node in tree.query("*"):
+        node.attrs = {name: node.attrs[name] for name in _ATTRIBUTES & node.attrs.keys()}
+    # Parsed a second time, for markdownify: what `to_html` writes is well-formed. Only a style sheet keeps links apart
+    # that follow one another, as in menus.
+    text = _to_markdown(tree.to_html(pretty=False).replace("</a><a>", "</a> <a>")) or tree.to_text()
     return Page(title, _BLANK_LINES.sub("\n\n", _PADDED.sub("\n", text.replace("\xa0", " "))).strip())
 
 
