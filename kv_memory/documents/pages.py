@@ -41,7 +41,8 @@ def read_page(html: str) -> Page:
     from justhtml import JustHTML
 
     tree = JustHTML(html, sanitize=False)
-    headings = tree.query("title") or tree.query("h1, h2")
+    titles = [node for node in tree.query("title") if node.namespace != "svg"]  # a picture's title is not the page's
+    headings = titles or tree.query("h1, h2")
     title = " ".join(headings[0].to_text().split()) if headings else ""
     for node in tree.query(_NO_TEXT):
         if node.parent is not None:
