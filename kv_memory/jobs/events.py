@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kv_memory.jobs.job_records import Counts, FailedTask
+from kv_memory.jobs.job_records import Counts, FailedTask, Outcomes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,36 +80,18 @@ class WorkerEnded(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobEnded(Event):
+class JobEnded(Outcomes, Event):
     """The job has ended.
 
     Attributes:
         state: Final state, `done` or `cancelled`.
-        added: Number of new documents.
-        replaced: Number of documents with changed text, metadata or settings.
-        unchanged: Number of documents that needed no work.
         deleted: Number of documents deleted by a sync.
-        failed: Number of failed documents.
-        cancelled: Number of documents left out because the job was cancelled.
-        n_passages: Number of passages compressed.
-        n_tokens: Number of tokens compressed.
-        cache_bytes: Size of the new distilled caches in bytes.
-        full_kv_bytes: Size that their uncompressed caches would have, in bytes.
         elapsed_s: Time since the job started or resumed, in seconds.
     """
 
     kind = "ended"
     state: str
-    added: int
-    replaced: int
-    unchanged: int
     deleted: int
-    failed: int
-    cancelled: int
-    n_passages: int
-    n_tokens: int
-    cache_bytes: int
-    full_kv_bytes: int
     elapsed_s: float
 
 

@@ -18,8 +18,7 @@ from kv_memory.jobs import Job, Ledger
 from kv_memory.jobs.discovery import Discovery
 from kv_memory.jobs.driver import JobRequest, create_job, drive
 from kv_memory.jobs.events import DocumentFailed, Event, JobEnded, JobStarted, Progress, RateMeter
-from kv_memory.jobs.job_records import Counts
-from kv_memory.jobs.sources.source import SourceItem
+from kv_memory.jobs.job_records import Counts, SourceItem
 from kv_memory.jobs.worker import pipeline_of
 from kv_memory.store import Store
 from tests.jobs.conftest import write_notes
@@ -262,7 +261,7 @@ import gc, sys
 from pathlib import Path
 from kv_memory.jobs import JobSettings, Ledger
 from kv_memory.jobs.discovery import Discovery
-from kv_memory.jobs.sources.source import SourceItem
+from kv_memory.jobs.job_records import SourceItem
 from kv_memory.store import Store
 
 def resident():
@@ -314,7 +313,7 @@ def test_rate_covers_the_last_minute() -> None:
     assert (speed.documents_per_s, speed.left_s(Counts(pending=3))) == (0.0, None)
     for second in range(200):
         done = second + 9 * max(0, second - 100)
-        speed.see(float(second), Counts(running=1, outcomes={"added": done}, n_tokens=100 * second))
+        speed.see(float(second), Counts(running=1, added=done, n_tokens=100 * second))
     assert speed.documents_per_s == pytest.approx(10)
     assert speed.tokens_per_s == pytest.approx(100)
     assert speed.left_s(Counts(pending=50)) == pytest.approx(5)
@@ -325,7 +324,7 @@ def test_remaining_time_is_estimated_from_bytes_if_known() -> None:
     speed = RateMeter()
     speed.see(-99.0, Counts(pending=10))  # the model is being loaded, which is not counted
     speed.see(0.0, Counts(pending=9, running=1))
-    speed.see(10.0, Counts(outcomes={"added": 1}, done_bytes=1000))
+    speed.see(10.0, Counts(added=1, done_bytes=1000))
     assert speed.left_s(Counts(pending=9, open_bytes=900)) == pytest.approx(9)
 
 

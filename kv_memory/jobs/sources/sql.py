@@ -12,7 +12,8 @@ from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from kv_memory.errors import ConfigError, UnreadableDocumentError
-from kv_memory.jobs.sources.source import Fields, ReadItem, Source, SourceItem, changed
+from kv_memory.jobs.job_records import JobSettings, SourceItem
+from kv_memory.jobs.sources.source import ReadItem, Source, changed, read_record
 
 _ROWS_AT_ONCE = 500
 
@@ -43,22 +44,22 @@ class SqlSource(Source):
         number: Number of the source in its job. It stands for the URL in uris, because a URL may contain a password.
         url: URL of the database, in SQLAlchemy's form.
         query: SELECT statement with a column for the key and one for the text.
-        fields: Names of these columns.
+        settings: Settings with the names of these columns.
     """
 
-    def __init__(self, number: int, url: str, query: str, fields: Fields) -> None:
+    def __init__(self, number: int, url: str, query: str, settings: JobSettings) -> None:
         self._where = check_url(url)
         self.uri = f"sql:{number}"
         self._url = url
         self._query = query.strip().rstrip(";")
-        self._fields = fields
+        self._settings = settings
         self._engine: Engine | None = None
 
     def items(self) -> Iterator[SourceItem]:
         """See `Source.items`; only the keys are fetched, a few hundred rows at a time."""
         try:
             with self._open().connect() as connection:
-                key = self._quoted(self._fields.id_field)
+                key = self._quoted_key()
                 rows = connection.execution_options(stream_results=True, yield_per=_ROWS_AT_ONCE).execute(
                     text(f"SELECT kv_rows.{key} FROM ({self._query}) AS kv_rows")
                 )
@@ -71,7 +72,7 @@ class SqlSource(Source):
         """See `Source.read`."""
         try:
             with self._open().connect() as connection:
-                key = self._quoted(self._fields.id_field)
+                key = self._quoted_key()
                 found = connection.execute(
                     text(f"SELECT * FROM ({self._query}) AS kv_rows WHERE kv_rows.{key} = :key"),
                     {"key": json.loads(item.locator)},
@@ -81,7 +82,7 @@ class SqlSource(Source):
             raise self._failed(error) from error
         if row is None:
             raise changed(item)
-        return self._fields.document({name: _plain(value) for name, value in row.items()}, item)
+        return read_record({name: _plain(value) for name, value in row.items()}, item, self._settings)
 
     def close(self) -> None:
         """Close the connections."""
@@ -101,8 +102,8 @@ class SqlSource(Source):
                 ) from error
         return self._engine
 
-    def _quoted(self, name: str) -> str:
-        return self._open().dialect.identifier_preparer.quote(name)
+    def _quoted_key(self) -> str:
+        return self._open().dialect.identifier_preparer.quote(self._settings.id_field)
 
     def _failed(self, error: SQLAlchemyError) -> UnreadableDocumentError:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
