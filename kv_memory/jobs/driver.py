@@ -241,13 +241,13 @@ class _Driver:
             self._ledger.free_dead(self._job)
 
     def _tell(self, counts: Counts, now_s: float, elapsed_s: float, *, discovered: bool) -> None:
-        self._speed.see(now_s, counts)
         n_told = len(self._told)
         if counts.failed > n_told and n_told < _MOST_TOLD:
             for failed in self._ledger.failed(self._job, limit=_MOST_TOLD):
                 if failed.document_id not in self._told:
                     self._told.add(failed.document_id)
                     self._on_event(DocumentFailed(job=self._job.name, **vars(failed)))
+        documents_per_s, tokens_per_s, left_s = self._speed.see(now_s, counts)
         self._on_event(
             Progress(
                 job=self._job.name,
@@ -259,9 +259,9 @@ class _Driver:
                 n_tokens=counts.n_tokens,
                 n_workers=self._engine.n_workers(),
                 elapsed_s=elapsed_s,
-                documents_per_s=self._speed.documents_per_s,
-                tokens_per_s=self._speed.tokens_per_s,
-                left_s=self._speed.left_s(counts) if discovered else None,
+                documents_per_s=documents_per_s,
+                tokens_per_s=tokens_per_s,
+                left_s=left_s if discovered else None,
             )
         )
 

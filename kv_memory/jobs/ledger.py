@@ -17,7 +17,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from kv_memory.cache.fingerprint import Fingerprint
-from kv_memory.errors import DocumentError, JobError
+from kv_memory.errors import DocumentError, JobError, WorkerDiedError
 from kv_memory.jobs.job_records import Counts, FailedTask, Job, JobSettings, SourceItem, Work
 from kv_memory.jobs.job_tables import JobRow, TaskRow
 from kv_memory.jobs.leases import count_of
@@ -289,14 +289,12 @@ class Ledger:
     def _free(self, job: Job, whose: Any, reason: str, *, counted: bool = True) -> int:
         held = update(TaskRow).where(TaskRow.job_id == job.id, TaskRow.state == "running", whose)
         held = held.values(worker=None, lease_expires_at=None).execution_options(synchronize_session=False)
-        error = {
-            "error": "WorkerDiedError",
-            "what": f"every worker that claimed this document died; the last one: {reason}",
-            "where": None,
-            "next_step": "It may be too large for memory, or crash the model. Leave it out, or try again with "
+        error = WorkerDiedError(
+            f"every worker that claimed this document died; the last one: {reason}",
+            next_step="It may be too large for memory, or crash the model. Leave it out, or try again with "
             f"`kv-memory job resume {job.name} --retry-failed`.",
-        }
-        failed = held.where(TaskRow.attempts >= job.settings.max_attempts).values(state="failed", error=error)
+        )
+        failed = held.where(TaskRow.attempts >= job.settings.max_attempts).values(state="failed", error=error.to_dict())
         pending = held.values(state="pending", attempts=TaskRow.attempts - (0 if counted else 1))
         with self._catalog.write(alone=False) as session:
             n_failed = count_of(session.execute(failed)) if counted else 0

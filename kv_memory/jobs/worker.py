@@ -42,8 +42,8 @@ def error_of(error: Exception) -> dict[str, str | None]:
     """An error in the form that the ledger stores."""
     if isinstance(error, KVMemoryError):
         return error.to_dict()
-    text = str(error).strip()[:1000] or type(error).__name__
-    return {"error": type(error).__name__, "what": text, "where": None, "next_step": None}
+    name = type(error).__name__
+    return {**KVMemoryError(str(error).strip()[:1000] or name).to_dict(), "error": name}
 
 
 def run(

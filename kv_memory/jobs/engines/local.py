@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from kv_memory.errors import ConfigError
-from kv_memory.jobs.engines import WorkerEnd, n_cores, threads_of
+from kv_memory.jobs.engines import WorkerEnd, check_n_workers, last_line, n_cores, threads_of
 from kv_memory.jobs.job_records import Job, worker_name
 from kv_memory.jobs.leases import LEASE_S
 
 _WORKER = (sys.executable, "-m", "kv_memory.jobs.worker")
 _PATIENCE_S = 10.0  # time for a worker to release its document
-_SAID_CHARS = 300
+_NOISE_BYTES = 2000  # at the end of the standard error, looked through for the last line
+_SIGNALS = {member.value: member.name for member in signal.Signals}
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -60,14 +60,8 @@ class LocalEngine:
         lease_s: float = LEASE_S,
         command: Sequence[str] = _WORKER,
     ) -> None:
-        if n_workers < 1:
-            raise ConfigError(
-                f"there must be at least 1 worker, got {n_workers}",
-                where="workers",
-                next_step="Pass 1, or the number of GPUs.",
-            )
         self._store_path = store_path
-        self._most = n_workers
+        self._most = check_n_workers(n_workers)
         self._lease_s = lease_s
         self._command = tuple(command)
         self._threads = threads_of(n_cores() / n_workers)
@@ -104,8 +98,7 @@ class LocalEngine:
             time.sleep(0.01)
 
     def _start(self, job: Job) -> None:
-        taken = {entry.number for entry in self._processes}
-        number = next(n for n in range(self._most) if n not in taken)
+        number = min(set(range(self._most)) - {entry.number for entry in self._processes})
         name = worker_name()
         said, noise = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
         options = {
@@ -154,20 +147,7 @@ def _end_of(entry: _Process) -> WorkerEnd:
     if code == 0:
         entry.said.seek(0)
         return WorkerEnd(**json.loads(entry.said.read().splitlines()[-1]))
-    reason = f"exit code {code}" if code > 0 else f"killed by {_signal_name(-code)}"
-    said = _last_words(entry.noise)
+    reason = f"exit code {code}" if code > 0 else f"killed by {_SIGNALS.get(-code, f'signal {-code}')}"
+    entry.noise.seek(max(0, entry.noise.seek(0, os.SEEK_END) - _NOISE_BYTES))
+    said = last_line(entry.noise.read().decode("utf-8", "replace"))
     return WorkerEnd(worker=entry.name, reason=f"{reason}: {said}" if said else reason, n_deaths=1)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def _last_words(noise: IO[bytes]) -> str:
-    size = noise.seek(0, os.SEEK_END)
-    noise.seek(max(0, size - 4 * _SAID_CHARS))
-    lines = noise.read().decode("utf-8", "replace").strip().splitlines()
-    return lines[-1].strip()[:_SAID_CHARS] if lines else ""

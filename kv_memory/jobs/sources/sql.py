@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy import Connection, Engine, column, create_engine, literal_column, make_url, select, text
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from kv_memory.errors import ConfigError, UnreadableDocumentError
@@ -51,35 +52,23 @@ class SqlSource(Source):
         self._where = check_url(url)
         self.uri = f"sql:{number}"
         self._url = url
-        self._query = query.strip().rstrip(";")
+        key = column(settings.id_field)
+        self._key = text(query.strip().rstrip(";")).columns(key).subquery("kv_rows").c[key.name]
         self._settings = settings
         self._engine: Engine | None = None
 
     def items(self) -> Iterator[SourceItem]:
         """See `Source.items`; only the keys are fetched, a few hundred rows at a time."""
-        try:
-            with self._open().connect() as connection:
-                key = self._quoted_key()
-                rows = connection.execution_options(stream_results=True, yield_per=_ROWS_AT_ONCE).execute(
-                    text(f"SELECT kv_rows.{key} FROM ({self._query}) AS kv_rows")
-                )
-                for (value,) in rows:
-                    yield SourceItem(document_id=str(value), uri=f"{self.uri}#{_written(value)}")
-        except SQLAlchemyError as error:
-            raise self._failed(error) from error
+        with self._connected() as connection:
+            streaming = connection.execution_options(stream_results=True, yield_per=_ROWS_AT_ONCE)
+            for value in streaming.scalars(select(self._key)):
+                yield SourceItem(document_id=str(value), uri=f"{self.uri}#{_written(value)}")
 
     def read(self, item: SourceItem) -> ReadItem:
         """See `Source.read`."""
-        try:
-            with self._open().connect() as connection:
-                key = self._quoted_key()
-                found = connection.execute(
-                    text(f"SELECT * FROM ({self._query}) AS kv_rows WHERE kv_rows.{key} = :key"),
-                    {"key": json.loads(item.locator)},
-                )
-                row = found.mappings().first()
-        except SQLAlchemyError as error:
-            raise self._failed(error) from error
+        rows = select(literal_column("*")).select_from(self._key.table)
+        with self._connected() as connection:
+            row = connection.execute(rows.where(self._key == json.loads(item.locator))).mappings().first()
         if row is None:
             raise changed(item)
         return read_record({name: _plain(value) for name, value in row.items()}, item, self._settings)
@@ -90,28 +79,27 @@ class SqlSource(Source):
             self._engine.dispose()
             self._engine = None
 
-    def _open(self) -> Engine:
-        if self._engine is None:
-            try:
+    @contextmanager
+    def _connected(self) -> Iterator[Connection]:
+        try:
+            if self._engine is None:
                 self._engine = create_engine(self._url)
-            except (NoSuchModuleError, ImportError) as error:
-                raise ConfigError(
-                    f"no driver for this database is installed: {error}",
-                    where=self._where,
-                    next_step="Install the driver that SQLAlchemy names, e.g. `pip install 'kv-memory[postgres]'`.",
-                ) from error
-        return self._engine
-
-    def _quoted_key(self) -> str:
-        return self._open().dialect.identifier_preparer.quote(self._settings.id_field)
-
-    def _failed(self, error: SQLAlchemyError) -> UnreadableDocumentError:
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        return UnreadableDocumentError(
-            f"the query failed: {reason}",
-            where=self._where,
-            next_step="Try it in the database's own shell. It must return the columns of --id-field and --text-field.",
-        )
+            with self._engine.connect() as connection:
+                yield connection
+        except (NoSuchModuleError, ImportError) as error:
+            raise ConfigError(
+                f"no driver for this database is installed: {error}",
+                where=self._where,
+                next_step="Install the driver that SQLAlchemy names, e.g. `pip install 'kv-memory[postgres]'`.",
+            ) from error
+        except SQLAlchemyError as error:
+            reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+            raise UnreadableDocumentError(
+                f"the query failed: {reason}",
+                where=self._where,
+                next_step="Try it in the database's own shell. It must return the columns of --id-field and "
+                "--text-field.",
+            ) from error
 
 
 def _written(value: Any) -> str:
