@@ -23,7 +23,6 @@ from kv_memory.store import Store
 from kv_memory.store.sql.schema import DocumentRow
 
 _BATCH = 500
-_WAIT_S = 0.3
 _BATCH_S = 0.5  # the first documents must not wait for the 500th
 
 
@@ -32,14 +31,16 @@ class Discovery(threading.Thread):
 
     Attributes:
         error: Exception that ended the thread early; None while it runs and after it has completed.
-        listed: True once every document has a task. A sync then continues: it deletes documents that are gone, but
-            only when the other tasks are finished, so that a file that was merely moved finds its caches.
+        listed: True once every document has a task.
+        tasks_done: Event that the driver sets once all tasks are finished. Only then, a sync deletes documents that are
+            gone, so that a file that was merely moved finds its caches.
     """
 
     def __init__(self, store: Store, ledger: Ledger, job: Job) -> None:
         super().__init__(name=f"discovery of {job.name}", daemon=True)
         self.error: BaseException | None = None
         self.listed = False
+        self.tasks_done = threading.Event()
         self._store = store
         self._ledger = ledger
         self._job = job
@@ -49,6 +50,7 @@ class Discovery(threading.Thread):
     def stop(self) -> None:
         """Stop the thread after the current batch, and wait for it to end."""
         self._stopped.set()
+        self.tasks_done.set()
         if self.is_alive():
             self.join()
 
@@ -87,9 +89,9 @@ class Discovery(threading.Thread):
         if not self._add(self._differing(seen)):
             return
         self.listed = True
-        while self._ledger.is_open(self._job):
-            if self._stopped.wait(_WAIT_S):
-                return
+        self.tasks_done.wait()
+        if self._stopped.is_set():
+            return
         gone = [] if self._n_unlisted else [id_ for id_ in _ids(self._store) if id_ not in seen]
         for n_deleted, id_ in enumerate(gone, self._job.n_deleted + 1):
             self._store.delete_document(id_)

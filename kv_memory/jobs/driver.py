@@ -100,11 +100,9 @@ class JobRequest:
 
 
 def create_job(store: Store, request: JobRequest, settings: JobSettings) -> Job:
-    """Create a job in the ledger.
+    """Create a job in the ledger; errors of the request as in `JobRequest.specs`.
 
     Raises:
-        ConfigError: The request is malformed.
-        UnreadableDocumentError: A file or folder does not exist, or no file of records matches a pattern.
         JobError: The name is taken or invalid, or the sync would delete documents that `force` does not allow.
     """
     specs = request.specs()
@@ -125,15 +123,7 @@ def drive(
     retry_failed: bool = False,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> JobEnded:
-    """Run a job to its end.
-
-    Args:
-        store: Store of the job.
-        job: Job from `create_job` or the ledger.
-        engine: Engine that runs the workers.
-        resumed: True if the job was started before.
-        retry_failed: True to retry failed documents.
-        on_event: Callback for every event, called from this thread.
+    """Run a job to its end. Events are passed to `on_event` from this thread.
 
     Raises:
         JobError: Another process drives the job, or it was cancelled before.
@@ -198,17 +188,20 @@ class _Driver:
         """Keep the job running until no document is left, or until it is cancelled."""
         pause_s = 0.0
         while True:
-            # In this order: documents discovered between the two calls are then included in the counts.
+            # Before the counts, which then include all documents that are listed.
             discovered = self._is_discovered()
+            listed = discovered or self._discovery.listed
             asked_s = time.monotonic()
             counts, state = self._ledger.counts(self._job), self._ledger.state(self._job)
             now_s = time.monotonic()
             least_s = _POLL_S[now_s - start_s > _BEGINNING_S]
             pause_s = min(max(least_s, (now_s - asked_s) / _SHARE_OF_POLLING), _SLOWEST_POLL_S)
-            self._tell(counts, now_s, now_s - start_s, discovered=discovered or self._discovery.listed)
+            self._tell(counts, now_s, now_s - start_s, discovered=listed)
             is_cancelled = state != "running"
             if not counts.running if is_cancelled else discovered and not counts.open:
                 return
+            if listed and not is_cancelled and not counts.open:
+                self._discovery.tasks_done.set()
             self._poll(counts, wanted=0 if is_cancelled else counts.open)
             time.sleep(pause_s)
 

@@ -34,12 +34,6 @@ class TaskQueue:
     as needed, so that a document may take longer than a lease; leaving with an exception releases the document. Once
     the lease has expired, `Ledger.free_dead` frees the document for another worker, and the previous worker's
     result is refused. Leases are compared across machines, so their clocks must differ by less than a lease.
-
-    Args:
-        store: Store with the catalog that holds the ledger.
-        job_id: Id of the job.
-        worker: Name of the worker.
-        lease_s: Duration of a claim in seconds, unless it is renewed.
     """
 
     def __init__(self, store: Store, job_id: int, worker: str, *, lease_s: float = LEASE_S) -> None:
@@ -79,14 +73,10 @@ class TaskQueue:
             return session.scalar(select(JobRow.state).where(JobRow.id == self._job_id)) == "running"
 
     def finish(self, task: Task, result: TaskResult, *, go_on: bool = True) -> Task | None:
-        """Record the result of a document and claim the next one, in one transaction: each costs a sync to disk.
+        """Record the result of a document and, with `go_on`, claim the next one.
 
-        The result is dropped if this worker no longer holds the document.
-
-        Args:
-            task: Task from `claim` or from an earlier `finish`.
-            result: Result of the document.
-            go_on: True to claim the next document.
+        Both happen in one transaction, because each costs a sync to disk. The result is dropped if this worker no
+        longer holds the document.
         """
         state = "done" if result.error is None else "failed"
         with self._catalog.write(alone=False) as session:

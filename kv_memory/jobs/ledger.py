@@ -28,11 +28,7 @@ from kv_memory.store.sql.schema import FingerprintRow, utc_now
 
 
 class Ledger:
-    """The jobs of one collection; thread-safe.
-
-    Args:
-        store: Store with the catalog that holds the ledger.
-    """
+    """The jobs of one collection, in the catalog of its store; thread-safe."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -131,9 +127,7 @@ class Ledger:
     def reopen(self, job: Job, *, retry_failed: bool = False) -> Job:
         """Set a job to running again; tasks held by dead workers are left to `free_dead`.
 
-        Args:
-            job: Job that this process drives, see `hold_driver_lock`.
-            retry_failed: True to retry failed documents, and to repeat the discovery if it found broken ones.
+        With `retry_failed`, failed documents are retried, and the discovery is repeated if it found broken ones.
 
         Raises:
             JobError: The job was cancelled.
@@ -235,12 +229,6 @@ class Ledger:
                 totals["open_bytes" if state in _OPEN else "done_bytes"] -= int(priority)
         return Counts(**totals)
 
-    def is_open(self, job: Job) -> bool:
-        """Whether documents are pending or in progress."""
-        left = select(TaskRow.id).where(TaskRow.job_id == job.id, TaskRow.state.in_(_OPEN)).limit(1)
-        with self._catalog.read() as session:
-            return session.scalar(left) is not None
-
     def failed(self, job: Job, *, limit: int | None = None) -> list[FailedTask]:
         """Failed documents in the order of their tasks."""
         names = [field.name for field in dataclasses.fields(FailedTask)]
@@ -262,9 +250,7 @@ class Ledger:
     def free_dead(self, job: Job, *, counted: bool = True) -> int:
         """Free the tasks of dead workers and those with expired leases; return their number.
 
-        Args:
-            job: Job of the tasks.
-            counted: False not to count the attempt, because the workers were stopped on purpose.
+        Without `counted`, the attempt does not count: the workers were stopped on purpose.
         """
         held = select(TaskRow.worker, TaskRow.lease_expires_at)
         with self._catalog.read() as session:

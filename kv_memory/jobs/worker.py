@@ -57,17 +57,9 @@ def run(
     device: str = "auto",
     lease_s: float = LEASE_S,
 ) -> WorkerEnd:
-    """Open a store and work on a job of it. Errors are returned, not raised.
+    """Open the store in the folder `path` and work on a job of it; see `work` for `alone`, `TaskQueue` for `lease_s`.
 
-    Args:
-        path: Folder of the store.
-        collection: Name of the job's collection.
-        job: Name of the job.
-        worker: Name of this worker, unique across machines.
-        alone: See `work`.
-        n_threads: Number of CPU threads for the model.
-        device: Device of the model.
-        lease_s: Duration of a lease in seconds, see `TaskQueue`.
+    Errors are returned, not raised.
     """
     torch.set_num_threads(n_threads)
     try:

@@ -34,12 +34,7 @@ class Engine(Protocol):
     """Keeps workers running; the workers claim their documents from the ledger themselves."""
 
     def poll(self, job: Job, *, n_open: int) -> list[WorkerEnd]:
-        """Start missing workers, no more than there are open documents; return those that have ended.
-
-        Args:
-            job: Job that the workers process.
-            n_open: Number of documents pending or in progress.
-        """
+        """Start missing workers, no more than `n_open` documents need; return those that have ended."""
 
     def n_workers(self) -> int:
         """Number of running workers."""
@@ -72,5 +67,5 @@ def check_n_workers(n: int) -> int:
 
 
 def last_line(text: str) -> str:
-    """The last line of an output, for a message: at most 300 characters; empty if there is none."""
+    """The last line of an output, for a message: at most 300 characters, possibly empty."""
     return text.strip().rpartition("\n")[2].strip()[:300]

@@ -30,6 +30,10 @@ _SIGNALS = {member.value: member.name for member in signal.Signals}
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
+# Output of libraries would be lost, or would garble the error.
+_QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
 @dataclass
 class _Process:
     name: str
@@ -40,25 +44,14 @@ class _Process:
 
 
 class LocalEngine:
-    """Workers as processes of this machine, each with its own model.
-
-    Args:
-        store_path: Path of the store's folder.
-        n_workers: Maximum number of workers at a time.
-        lease_s: Duration of a lease in seconds, see `TaskQueue`.
-        command: Command that starts a worker; replaced in tests.
+    """Workers as processes of this machine, each with its own model; `command`, which starts one, is for tests.
 
     Raises:
-        ConfigError: `n_workers` is below 1.
+        ConfigError: `n_workers`, the maximum number of workers at a time, is below 1.
     """
 
     def __init__(
-        self,
-        store_path: Path,
-        *,
-        n_workers: int = 1,
-        lease_s: float = LEASE_S,
-        command: Sequence[str] = _WORKER,
+        self, store_path: Path, *, n_workers: int = 1, lease_s: float = LEASE_S, command: Sequence[str] = _WORKER
     ) -> None:
         self._store_path = store_path
         self._most = check_n_workers(n_workers)
@@ -131,15 +124,6 @@ class LocalEngine:
             entry.said.close()
             entry.noise.close()
         return ended
-
-
-# Output of libraries would be lost, or would garble the error.
-_QUIET = {
-    "TOKENIZERS_PARALLELISM": "false",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "PYTHONUNBUFFERED": "1",
-}
 
 
 def _end_of(entry: _Process) -> WorkerEnd:

@@ -35,12 +35,7 @@ class RayWorker:
     """The class of the actors."""
 
     def run(self, path: str, **options: Any) -> dict[str, Any]:
-        """Work on a job until it ends or Ray cancels this call; return the `WorkerEnd` as a dict.
-
-        Args:
-            path: Path of the store's folder on this machine.
-            options: Further arguments of `worker.run`.
-        """
+        """Work on a job until it ends or Ray cancels this call; see `worker.run`. Returns the `WorkerEnd` as a dict."""
         import ray
 
         from kv_memory.jobs.worker import run
@@ -119,13 +114,9 @@ class RayEngine:
         self._cluster.close()
 
     def _start(self, job: Job) -> None:
-        worker = self._ray.remote(
-            num_cpus=self._share.n_cpus,
-            num_gpus=self._share.n_gpus,
-            max_restarts=_RESTARTS,
-            max_task_retries=_RESTARTS,
-        )(RayWorker)
-        actor = worker.remote()
+        resources = {"num_cpus": self._share.n_cpus, "num_gpus": self._share.n_gpus}
+        restarts = {"max_restarts": _RESTARTS, "max_task_retries": _RESTARTS}
+        actor = self._ray.remote(**resources, **restarts)(RayWorker).remote()
         result = actor.run.remote(
             str(self._store.path),
             collection=job.collection,
@@ -219,13 +210,7 @@ def _last_line(error: BaseException) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """The share of the cluster's resources for one actor.
-
-    Attributes:
-        n_cpus: Number of cores, as counted by Ray; a fraction if actors outnumber cores.
-        n_gpus: Number of GPUs; a fraction if actors share a GPU.
-        n_threads: Number of CPU threads for the model.
-    """
+    """The cores and GPUs of one actor, fractions if actors share one, and the number of CPU threads for its model."""
 
     n_cpus: float
     n_gpus: float

@@ -116,12 +116,7 @@ def _source_of(number: int, spec: dict[str, Any], settings: JobSettings) -> Sour
 
 
 class Sources:
-    """All sources of a job.
-
-    Args:
-        specs: Specs from `parse_sources`.
-        settings: Settings of the job.
-    """
+    """All sources of a job, from the specs of `parse_sources`."""
 
     def __init__(self, specs: Sequence[dict[str, Any]], settings: JobSettings) -> None:
         self._names = [name_of(spec) for spec in specs]

@@ -39,9 +39,6 @@ class DocstoreSource(Source):
 
     Nodes are kept whole, with the metadata for the model in front of their text, so that an index over them finds their
     caches. Documents are split like any other.
-
-    Args:
-        path: Path of `docstore.json`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,10 +70,10 @@ class DocstoreSource(Source):
             data = _data(entry)
             if str(data["id_"]) != item.document_id:
                 raise changed(item)
-            metadata = data.get("metadata") or {}
-            document = Document(
-                id=item.document_id, text=_content(entry), source_uri=item.uri, metadata={**metadata, **_source(data)}
-            )
+            metadata = dict(data.get("metadata") or {})
+            if split_from := ((data.get("relationships") or {}).get("1") or {}).get("node_id"):
+                metadata["ref_doc_id"] = str(split_from)
+            document = Document(id=item.document_id, text=_content(entry), source_uri=item.uri, metadata=metadata)
         except _BAD as error:
             raise changed(item) from error
         return ReadItem(document=document, whole=entry.get("__type__") != _DOCUMENT)
@@ -104,12 +101,6 @@ def _content(entry: dict[str, Any]) -> str:
         return text
     whole = data.get("text_template") or data.get("text_tmpl") or "{metadata_str}\n\n{content}"
     return str(whole.format(content=text, metadata_str=metadata).strip())
-
-
-def _source(data: dict[str, Any]) -> dict[str, str]:
-    """Metadata that names the document a node was split from; empty if unknown."""
-    relation = (data.get("relationships") or {}).get("1") or {}
-    return {"ref_doc_id": str(relation["node_id"])} if relation.get("node_id") else {}
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any, int, int]]:

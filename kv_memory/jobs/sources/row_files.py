@@ -19,12 +19,7 @@ _BATCH_ROWS = 256  # held in memory at once
 
 
 class JsonLinesSource(Source):
-    """The lines of a file, each an object, addressed by their byte offsets.
-
-    Args:
-        path: Path of the file, which must not be compressed: that would rule out seeking to a line.
-        settings: Settings with the names of the fields.
-    """
+    """The lines of a file, each an object, addressed by byte offsets, which a compressed file would rule out."""
 
     def __init__(self, path: Path, settings: JobSettings) -> None:
         self.uri = uri_of(path)
@@ -73,10 +68,6 @@ class ParquetSource(Source):
 
     The sizes of texts are unknown before they are read, so rows are processed in their order: a worker then reads a row
     group once, a batch at a time, instead of starting over for each row.
-
-    Args:
-        path: Path of the file.
-        settings: Settings with the names of the columns.
     """
 
     def __init__(self, path: Path, settings: JobSettings) -> None:
@@ -98,7 +89,7 @@ class ParquetSource(Source):
             for group in range(file.num_row_groups):
                 for row, record in self._rows_of(group, columns):
                     number += 1
-                    id_ = record_id(_values(record), id_field, f"{self._path.name}#{number}")
+                    id_ = record_id(record.to_pylist()[0], id_field, f"{self._path.name}#{number}")
                     yield SourceItem(document_id=id_, uri=f"{self.uri}#{group}/{row}")
 
     def read(self, item: SourceItem) -> ReadItem:
@@ -113,7 +104,7 @@ class ParquetSource(Source):
             for number, record in self._rows:
                 if number == row:
                     self._last = group, row
-                    return read_record(_values(record), item, self._settings)
+                    return read_record(record.to_pylist()[0], item, self._settings)
         raise changed(item)
 
     def close(self) -> None:
@@ -136,11 +127,6 @@ class ParquetSource(Source):
 
             self._file = parquet.ParquetFile(self._path)
         return self._file
-
-
-def _values(row: Any) -> dict[str, Any]:
-    values: dict[str, Any] = row.to_pylist()[0]
-    return values
 
 
 @contextmanager
@@ -166,11 +152,6 @@ class HubSource(Source):
 
     The set is downloaded once per machine, as Arrow files that are memory-mapped: a row is found by its number without
     loading the others. Streaming, as in training, was rejected: it would start over for every row.
-
-    Args:
-        name: `OWNER/NAME` or a folder, optionally followed by `:SPLIT` or `:CONFIGURATION:SPLIT`; the default split is
-            `train`.
-        settings: Settings with the names of the fields.
     """
 
     def __init__(self, name: str, settings: JobSettings) -> None:
@@ -201,7 +182,7 @@ class HubSource(Source):
 
 
 def parse_hub_name(name: str) -> tuple[str, str | None, str]:
-    """Path, configuration and split of a data set, from `OWNER/NAME[:[CONFIGURATION:]SPLIT]`.
+    """Path, configuration and split (`train` by default) of a set, from `OWNER/NAME[:[CONFIGURATION:]SPLIT]`.
 
     Raises:
         ConfigError: The name has another form.

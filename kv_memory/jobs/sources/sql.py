@@ -9,7 +9,18 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, Engine, column, create_engine, literal_column, make_url, select, text
+from sqlalchemy import (
+    ColumnClause,
+    Connection,
+    Engine,
+    Select,
+    column,
+    create_engine,
+    literal_column,
+    make_url,
+    select,
+    text,
+)
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from kv_memory.errors import ConfigError, UnreadableDocumentError
@@ -52,7 +63,7 @@ class SqlSource(Source):
         self._where = check_url(url)
         self.uri = f"sql:{number}"
         self._url = url
-        key = column(settings.id_field)
+        key: ColumnClause[Any] = column(settings.id_field)
         self._key = text(query.strip().rstrip(";")).columns(key).subquery("kv_rows").c[key.name]
         self._settings = settings
         self._engine: Engine | None = None
@@ -66,7 +77,7 @@ class SqlSource(Source):
 
     def read(self, item: SourceItem) -> ReadItem:
         """See `Source.read`."""
-        rows = select(literal_column("*")).select_from(self._key.table)
+        rows: Select[Any] = select(literal_column("*")).select_from(self._key.table)
         with self._connected() as connection:
             row = connection.execute(rows.where(self._key == json.loads(item.locator))).mappings().first()
         if row is None:
