@@ -19,15 +19,7 @@ from kv_memory import errors
 from kv_memory.errors import ConfigError, JobError, KVMemoryError, StoreError, WorkerDiedError
 from kv_memory.jobs.discovery import Discovery, check_folder
 from kv_memory.jobs.engines import Engine, WorkerEnd
-from kv_memory.jobs.events import (
-    DocumentFailed,
-    Event,
-    JobEnded,
-    JobStarted,
-    Progress,
-    RateMeter,
-    WorkerEnded,
-)
+from kv_memory.jobs.events import DocumentFailed, Event, JobEnded, JobStarted, Progress, RateMeter, WorkerEnded
 from kv_memory.jobs.job_records import Counts, Job, JobSettings, Outcomes
 from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.sources import name_of, parse_sources

@@ -92,13 +92,7 @@ def pipeline_of(store: Store, job: Job, *, device: str = "auto") -> IngestPipeli
 
 
 def work(queue: TaskQueue, sources: Sources, pipeline: IngestPipeline, *, alone: Callable[[], bool]) -> None:
-    """Process documents of a job until it ends, or until nobody drives it any more.
-
-    Args:
-        queue: Tasks of the job.
-        sources: Sources of the job.
-        pipeline: Ingest pipeline with the job's settings.
-        alone: Function that returns True once the worker should stop, e.g. because the driver has died.
+    """Process documents of a job until it ends, or until `alone` is true, e.g. because its driver has died.
 
     Raises:
         StoreError: The store cannot be used.
