@@ -72,18 +72,18 @@ def _checkpointed(plain: Callable[..., Any], index: int) -> Callable[..., Any]:
             return plain(hidden_states, *args, **kwargs)
         mask = current_mask()
 
-        def run(hidden: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, ...]:
-            part = _OneLayer(keys, values)
+        # Not an argument of `run`: checkpoint would refuse entries behind which others were since written in place.
+        past = cache.layer(index)
+
+        def run(hidden: torch.Tensor) -> tuple[Any, ...]:
+            part = _OneLayer(*past)
             with routed_with(mask):
                 out = plain(hidden, *args, **{**kwargs, name: part})
             assert part.new is not None
             return out, *part.new
 
-        past_keys, past_values = cache.layer(index)
         # These models draw no random numbers (dropout is 0), so the random state need not be preserved.
-        out, keys, values = checkpoint(
-            run, hidden_states, past_keys, past_values, use_reentrant=False, preserve_rng_state=False
-        )
+        out, keys, values = checkpoint(run, hidden_states, use_reentrant=False, preserve_rng_state=False)
         cache.update(keys, values, index)
         return out
 

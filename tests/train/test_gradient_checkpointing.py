@@ -43,7 +43,9 @@ def step(model: str, changes: dict[str, Any], *, enabled: bool) -> tuple[float, 
         return tensor
 
     batch = Batches(examples(), backbone, settings).batch(1)
-    with checkpointing(backbone, enabled=enabled), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with checkpointing(backbone, enabled=enabled):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):  # these would hide a change in place
+            distillation_step(adapter, batch, settings=settings)
         result = distillation_step(adapter, batch, settings=settings)
     result.loss.backward()  # type: ignore[no-untyped-call]
     grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
