@@ -1,10 +1,10 @@
-"""Adapters in training: created from settings, converted back to settings, saved in the model's dtype."""
+"""Adapters in training: created from settings, converted back to settings, and saved."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,33 +65,19 @@ def fit_settings(settings: TrainSettings, adapter: Adapter, *, given: Mapping[st
 
 
 def save_adapter(adapter: Adapter, folder: Path, *, trained_steps: int) -> None:
-    """Write the adapter with its LoRA in the model's dtype, to which `Adapter.load` would convert it anyway.
+    """Write the adapter into a folder, and the number of steps that it was trained for."""
+    adapter.config = replace(adapter.config, trained_steps=trained_steps)
+    adapter.save(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card template, not filled in
 
-    The parameters in training stay in float32. An existing folder is replaced as a whole.
-    """
-    lora = {name: p for name, p in adapter.peft_model.named_parameters() if "lora_" in name}
-    masters = {name: p.data for name, p in lora.items()}
-    config = adapter.config
-    scratch = folder.with_name(f".writing-{folder.name}")
+
+def replace_folder(folder: Path, *, write: Callable[[Path], object]) -> None:
+    """Write a folder under another name, then rename it; an existing folder is replaced as a whole."""
+    scratch, old = folder.with_name(f".writing-{folder.name}"), folder.with_name(f".old-{folder.name}")
     shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        for parameter in lora.values():
-            parameter.data = parameter.data.to(adapter.backbone.dtype)
-        adapter.config = replace(config, trained_steps=trained_steps)
-        adapter.save(scratch)
-    finally:
-        adapter.config = config
-        for name, parameter in lora.items():
-            parameter.data = masters[name]
-    (scratch / "README.md").unlink(missing_ok=True)  # PEFT's model card template, not filled in
-    replace_folder(scratch, folder)
-
-
-def replace_folder(new: Path, final: Path) -> None:
-    """Rename a finished folder to its final name; a folder of that name is removed."""
-    old = final.with_name(f".old-{final.name}")
     shutil.rmtree(old, ignore_errors=True)
-    if final.is_dir():
-        os.replace(final, old)
-    os.replace(new, final)
+    write(scratch)
+    if folder.is_dir():
+        os.replace(folder, old)
+    os.replace(scratch, folder)
     shutil.rmtree(old, ignore_errors=True)

@@ -14,11 +14,12 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -27,7 +28,7 @@ from kv_memory.errors import AdapterError, TrainingError
 from kv_memory.model.backbone import Backbone
 from kv_memory.train.settings import TrainSettings
 
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 SHARD_BYTES = 15 * 2**20  # below 16 MiB, a common limit on file sizes
 _NOTE = "checkpoint.json"
 
@@ -39,12 +40,10 @@ class Checkpoint:
     """The state of a run after a step.
 
     Attributes:
-        step: Number of steps done, over both stages.
-        state: JSON-serialisable settings, hashes, evaluations and counters.
+        state: JSON-serialisable `RunState`, `identity`, `stage`, and the `score`: the mean KL, None if not evaluated.
         tensors: Parameters and optimiser state, by name.
     """
 
-    step: int
     state: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor] = field(repr=False)
 
@@ -54,7 +53,7 @@ class RunState:
     """State that changes from step to step, besides parameters and optimiser; part of every checkpoint.
 
     Attributes:
-        step: Number of steps done.
+        step: Number of steps done, over both stages.
         n_tokens: Number of tokens processed.
         earlier_s: Seconds of the earlier parts of the run.
         pieces: Number of parts into which batches are split after the GPU ran out of memory; else 1.
@@ -72,7 +71,7 @@ class RunState:
     kl: Mapping[float, float] | None = None
     baseline: Mapping[float, float] | None = None
     none: float | None = None
-    _begin_s: float = field(default_factory=time.monotonic)
+    _begin_s: float = field(default_factory=time.monotonic, init=False)
 
     @property
     def here_s(self) -> float:
@@ -85,25 +84,16 @@ class RunState:
         return self.earlier_s + self.here_s
 
     def to_json(self) -> dict[str, Any]:
-        """The state for a checkpoint, without the step, which the checkpoint has itself."""
-        state = asdict(self)
-        del state["step"], state["_begin_s"], state["earlier_s"]
-        return {**state, "elapsed_s": self.elapsed_s}
+        """The state for a checkpoint; this part of the run is then one of the earlier ones."""
+        state = {**asdict(self), "earlier_s": self.elapsed_s}
+        del state["_begin_s"]
+        return state
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> RunState:
-        """Inverse of `to_json`."""
-        state = checkpoint.state
-        return cls(
-            step=checkpoint.step,
-            n_tokens=state["n_tokens"],
-            earlier_s=state["elapsed_s"],
-            pieces=state["pieces"],
-            base_steps=state["base_steps"],
-            kl=by_ratio(state["kl"]),
-            baseline=by_ratio(state["baseline"]),
-            none=state["none"],
-        )
+    def from_json(cls, state: Mapping[str, Any]) -> RunState:
+        """Inverse of `to_json`; other names in `state` are ignored."""
+        known = {known.name: state[known.name] for known in fields(cls) if known.init}
+        return cls(**{**known, "kl": by_ratio(state["kl"]), "baseline": by_ratio(state["baseline"])})
 
 
 def by_ratio(data: Mapping[str, float] | None) -> dict[float, float] | None:
@@ -125,9 +115,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, ascending."""
-        if not self._folder.is_dir():
-            return []
-        names = [path.name.removeprefix("step-") for path in self._folder.iterdir() if path.name.startswith("step-")]
+        names = [path.name.removeprefix("step-") for path in self._folder.glob("step-*")]
         return sorted(int(name) for name in names if name.isdigit())
 
     def folder(self, step: int) -> Path:
@@ -138,26 +126,28 @@ class Checkpoints:
         """Write a checkpoint, then remove checkpoints that are no longer kept.
 
         Args:
-            checkpoint: Checkpoint to write. The best has the lowest `state["score"]`, which is None if not evaluated.
+            checkpoint: Checkpoint to write. The best has the lowest `state["score"]`.
             write_adapter: Function that writes the adapter into a given folder.
 
         Raises:
             TrainingError: The checkpoint cannot be written; earlier ones are untouched.
         """
-        final = self.folder(checkpoint.step)
+        final = self.folder(checkpoint.state["step"])
         scratch = self._folder / f".writing-{final.name}"
+        # A copy, because safetensors rejects tensors that share memory, such as views of one buffer.
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in checkpoint.tensors.items()}
+        shards = split_torch_state_dict_into_shards(
+            tensors, filename_pattern="state{suffix}.safetensors", max_shard_size=SHARD_BYTES
+        )
         try:
             shutil.rmtree(scratch, ignore_errors=True)
             (scratch / "adapter").mkdir(parents=True)
-            for name, shard in _shards(checkpoint.tensors).items():
-                save_file(shard, scratch / name)
+            for file, names in shards.filename_to_tensors.items():
+                save_file({name: tensors[name] for name in names}, scratch / file)
             write_adapter(scratch / "adapter")
-            files = {
-                path.relative_to(scratch).as_posix(): {"size_bytes": path.stat().st_size, "sha256": _sha256(path)}
-                for path in sorted(scratch.rglob("*"))
-                if path.is_file()
-            }
-            note = {"version": CHECKPOINT_VERSION, "step": checkpoint.step, **checkpoint.state, "files": files}
+            files = sorted(path for path in scratch.rglob("*") if path.is_file())
+            hashes = {path.relative_to(scratch).as_posix(): _sha256(path) for path in files}
+            note = {"version": CHECKPOINT_VERSION, **checkpoint.state, "files": hashes}
             (scratch / _NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
             for path in [*scratch.rglob("*"), scratch]:
                 _fsync(path)
@@ -201,16 +191,14 @@ class Checkpoints:
     def state(self, step: int) -> dict[str, Any]:
         """Contents of the `checkpoint.json` of a step; empty if it cannot be read."""
         try:
-            note: dict[str, Any] = json.loads((self.folder(step) / _NOTE).read_text(encoding="utf-8"))
+            state = json.loads((self.folder(step) / _NOTE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return note
+        return state if isinstance(state, dict) else {}
 
     def _load(self, step: int) -> Checkpoint:
-        folder = self.folder(step)
-        note = self.state(step)
-        known_form = (note.get("version"), note.get("step")) == (CHECKPOINT_VERSION, step)
-        if not known_form or not isinstance(note.get("files"), dict):
+        folder, state = self.folder(step), self.state(step)
+        if (state.get("version"), state.get("step")) != (CHECKPOINT_VERSION, step) or "files" not in state:
             raise TrainingError(
                 f"not a checkpoint of version {CHECKPOINT_VERSION}",
                 where=str(folder),
@@ -218,17 +206,16 @@ class Checkpoints:
             )
         tensors: dict[str, torch.Tensor] = {}
         try:
-            for name, known in note["files"].items():
-                path = folder / name
-                if path.stat().st_size != known["size_bytes"] or _sha256(path) != known["sha256"]:
-                    raise OSError(f"{name} does not match its recorded size or hash")
-                if path.parent == folder:
-                    tensors |= load_file(path)
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            for name, sha256 in state["files"].items():
+                if _sha256(folder / name) != sha256:
+                    raise OSError(f"{name} does not match its recorded hash")
+                if name.startswith("state"):
+                    tensors |= load_file(folder / name)
+        except (OSError, SafetensorError, AttributeError) as error:
             raise TrainingError(
                 f"the checkpoint is damaged: {error}", where=str(folder), next_step="Remove the folder."
             ) from error
-        return Checkpoint(step=step, state=note, tensors=tensors)
+        return Checkpoint(state=state, tensors=tensors)
 
     def _rotate(self) -> None:
         steps = self.steps()
@@ -236,22 +223,7 @@ class Checkpoints:
         for step in steps:
             if step not in wanted:
                 # Renamed first: a half-deleted checkpoint must not look like a complete one.
-                gone = self.folder(step).rename(self._folder / f".gone-{step}")
-                shutil.rmtree(gone, ignore_errors=True)
-
-
-def _shards(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """Tensors by file, at most `SHARD_BYTES` each; a larger tensor gets its own file."""
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        # A copy, because safetensors rejects tensors that share memory, such as views of one buffer.
-        shards[-1][name] = tensor.detach().cpu().contiguous().clone()
-        size += tensor.nbytes
-    return {f"state-{number:05d}.safetensors": shard for number, shard in enumerate(shards) if shard}
+                shutil.rmtree(self.folder(step).rename(self._folder / f".gone-{step}"), ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:
@@ -291,13 +263,7 @@ _NAMES = {"data_sha256": "the examples", "prompt": "the prompt form", "n_process
 
 
 def check_resumable(then: Mapping[str, Any], now: Mapping[str, Any], *, model: str, where: Path) -> None:
-    """Raise unless a run with the identity `now` can resume from a checkpoint.
-
-    Args:
-        then: State of the checkpoint, with the identity of its run.
-        now: Identity of the current run, from `identity`.
-        model: Name of the current model, for the message.
-        where: Folder of the checkpoint, for the message.
+    """Raise unless a run with the identity `now`, for `model`, can resume from the checkpoint in `where`.
 
     Raises:
         AdapterError: The checkpoint belongs to other weights.
@@ -311,9 +277,9 @@ def check_resumable(then: Mapping[str, Any], now: Mapping[str, Any], *, model: s
             next_step="Pass the model the run was started with (--model), or train in another folder.",
         )
     differences = [
-        f"{name} was {then['settings'].get(name)!r} and is {now['settings'].get(name)!r}"
-        for name in sorted({*then["settings"], *now["settings"]})
-        if then["settings"].get(name) != now["settings"].get(name)
+        f"{name} was {was!r} and is {value!r}"
+        for name, value in now["settings"].items()
+        if (was := then["settings"].get(name)) != value
     ]
     differences += [f"{said} changed" for name, said in _NAMES.items() if then[name] != now[name]]
     if differences:

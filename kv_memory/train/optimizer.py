@@ -1,9 +1,10 @@
-"""Trained parameters, their optimiser, and its state as plain tensors."""
+"""The parameters that a stage trains, their optimiser, and its state as plain tensors."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -12,7 +13,6 @@ from kv_memory.train.settings import TrainSettings
 
 Stage = Literal["warmup", "distillation"]
 Parameters = dict[str, torch.nn.Parameter]
-_STATE = "optimizer/"
 
 
 def parameters_of(adapter: Adapter) -> Parameters:
@@ -26,20 +26,24 @@ def parameters_of(adapter: Adapter) -> Parameters:
     return {**lora, **{f"scorer.{name}": p for name, p in adapter.scorer.named_parameters()}}
 
 
+def learning_rates(settings: TrainSettings, stage: Stage) -> dict[str, float]:
+    """Full learning rates of a stage, by the first part of the parameters' names; it trains no others."""
+    if stage == "warmup":
+        return {"scorer": settings.lr_scorer}
+    scorer = {"scorer": settings.lr_scorer_distil} if settings.lr_scorer_distil > 0 else {}
+    return {"lora": settings.lr_lora, **scorer}
+
+
 def trainable(adapter: Adapter, settings: TrainSettings, stage: Stage) -> Parameters:
     """The parameters that a stage trains; all others are frozen."""
-    everything = parameters_of(adapter)
-    kinds = {"scorer."} if stage == "warmup" else {"lora."}
-    if settings.lr_scorer_distil > 0:
-        kinds.add("scorer.")
-    chosen = {name: p for name, p in everything.items() if name.startswith(tuple(kinds))}
+    everything, kinds = parameters_of(adapter), learning_rates(settings, stage)
     for name, parameter in everything.items():
-        parameter.requires_grad_(name in chosen)
-    return chosen
+        parameter.requires_grad_(name.split(".")[0] in kinds)
+    return {name: p for name, p in everything.items() if p.requires_grad}
 
 
 class StageOptimizer:
-    """The parameters that a stage trains, and their AdamW: the LoRA's without weight decay, and the scorer's.
+    """The parameters that a stage trains, and their AdamW; weight decay is for the scorer alone.
 
     Learning rates rise linearly over the first share of the stage, then decay linearly; they never reach 0.
 
@@ -60,13 +64,15 @@ class StageOptimizer:
         if stage == "distillation":
             self._begin, self._length = settings.warmup_steps, settings.steps
         self._n_rise = max(1, round(settings.rise * self._length))
-        scorer_rate = settings.lr_scorer if stage == "warmup" else settings.lr_scorer_distil
-        groups = []
-        for kind, rate, decay in (("lora", settings.lr_lora, 0.0), ("scorer", scorer_rate, settings.weight_decay)):
-            members = [p for name, p in self.parameters.items() if name.startswith(f"{kind}.")]
-            if members:
-                groups.append({"params": members, "lr": rate, "full_lr": rate, "weight_decay": decay, "name": kind})
-        self._optimizer = torch.optim.AdamW(groups)
+        self._rates = learning_rates(settings, stage)
+        self._optimizer = torch.optim.AdamW(
+            {
+                "name": kind,
+                "params": [p for name, p in self.parameters.items() if name.startswith(f"{kind}.")],
+                "weight_decay": settings.weight_decay if kind == "scorer" else 0.0,
+            }
+            for kind in self._rates
+        )
 
     def step(self, step: int) -> dict[str, float]:
         """Update the parameters by their gradients, and remove those.
@@ -75,29 +81,27 @@ class StageOptimizer:
             step: Number of the step, from 0 over both stages.
 
         Returns:
-            Learning rates by group, `lora` and `scorer`.
+            Learning rates by kind of parameter, see `learning_rates`.
         """
         place = step - self._begin
         factor = min((place + 1) / self._n_rise, (self._length - place) / max(1, self._length - self._n_rise + 1))
+        rates = {kind: rate * factor for kind, rate in self._rates.items()}
         for group in self._optimizer.param_groups:
-            group["lr"] = group["full_lr"] * factor
+            group["lr"] = rates[group["name"]]
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return {group["name"]: group["lr"] for group in self._optimizer.param_groups}
+        return rates
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The optimiser's state by name, without learning rates, which follow from the step."""
-        return {
-            f"{_STATE}{name}/{key}": value
-            for name, parameter in self.parameters.items()
-            for key, value in self._optimizer.state.get(parameter, {}).items()
-        }
+        state = self._optimizer.state_dict()["state"]
+        return {f"optimizer/{index}/{name}": value for index, own in state.items() for name, value in own.items()}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Restore the state from `tensors`; others are ignored."""
+        state: dict[int, dict[str, Any]] = defaultdict(dict)
         for key, value in tensors.items():
-            if key.startswith(_STATE):
-                name, _, field = key.removeprefix(_STATE).rpartition("/")
-                parameter = self.parameters[name]
-                # Adam's step counter is a tensor that stays on the CPU.
-                self._optimizer.state[parameter][field] = value if field == "step" else value.to(parameter.device)
+            if key.startswith("optimizer/"):
+                _, index, name = key.split("/")
+                state[int(index)][name] = value
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -55,6 +56,8 @@ class QuestionWriter:
         self._answer_tokens = answer_tokens
         self._seed = seed
         self._batch = batch_passages
+        # A chat template has no text before questions that the model could continue, so a question is requested.
+        self._by_request = not backbone.prompt.question_before.strip()
         made_by = [backbone.weights_sha256, backbone.tokenizer_sha256, backbone.prompt.digest]
         self._made_by = [*made_by, n_questions, QUESTION_TOKENS, answer_tokens, _TEMPERATURE, seed]
 
@@ -71,23 +74,30 @@ class QuestionWriter:
         Raises:
             DatasetError: The file cannot be read or written.
         """
-        keys = [self._key(passage) for passage in passages]
-        file = None if path is None else _QuestionFile(path)
-        known = {} if file is None else file.load()
-        todo = [index for index, key in enumerate(keys) if key not in known]
-        for first in range(0, len(todo), self._batch):
-            part = todo[first : first + self._batch]
-            written = self._write([passages[index] for index in part])
-            fresh = {keys[index]: pairs for index, pairs in zip(part, written, strict=True)}
-            known |= fresh
-            if file is not None:
-                file.append(fresh)
-            if on_passage is not None:
-                on_passage(len(passages) - len(todo) + first + len(part), len(passages))
+        keys = [hashlib.sha256(json.dumps([*self._made_by, passage]).encode()).hexdigest() for passage in passages]
+        known: dict[str, list[tuple[str, str]]] = {}
+        try:
+            for record in JsonLines(path).records() if path is not None else ():
+                with suppress(ValueError, TypeError, KeyError):  # a line in another format
+                    known[str(record["key"])] = [(str(q), str(a)) for q, a in record["questions"]]
+            todo = [index for index, key in enumerate(keys) if key not in known]
+            for first in range(0, len(todo), self._batch):
+                part = todo[first : first + self._batch]
+                written = self._write([passages[index] for index in part])
+                fresh = {keys[index]: pairs for index, pairs in zip(part, written, strict=True)}
+                known |= fresh
+                if path is not None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    JsonLines(path).append(*({"key": key, "questions": pairs} for key, pairs in fresh.items()))
+                if on_passage is not None:
+                    on_passage(len(passages) - len(todo) + first + len(part), len(passages))
+        except OSError as error:
+            raise DatasetError(
+                f"the file of questions cannot be used: {error}",
+                where=str(path),
+                next_step="Free disk space, or remove the file if it cannot be read; then run it again.",
+            ) from error
         return [tuple(Question(text=q, answers=(a,)) for q, a in known[key]) for key in keys]
-
-    def _key(self, passage: str) -> str:
-        return hashlib.sha256(json.dumps([*self._made_by, passage]).encode()).hexdigest()
 
     def _write(self, passages: Sequence[str]) -> list[list[tuple[str, str]]]:
         backbone = self._backbone
@@ -108,9 +118,8 @@ class QuestionWriter:
             temperature=_TEMPERATURE,
             # A passage gets the same questions in any batch.
             seeds=[
-                int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+                _number(f"{self._seed}:{index % self._n_questions}:{passages[number]}")
                 for index, (number, _) in enumerate(asked)
-                for text in [f"{self._seed}:{index % self._n_questions}:{passages[number]}"]
             ],
         )
         # 3. Drop texts that are not questions, and duplicates.
@@ -134,11 +143,6 @@ class QuestionWriter:
             if answer.strip() and "\0" not in answer:
                 found[number].append((question, answer.strip()))
         return found
-
-    @property
-    def _by_request(self) -> bool:
-        """Whether to request a question: a chat template has no text before questions that the model could continue."""
-        return not self._backbone.prompt.question_before.strip()
 
     def _opening(self, number: int, stem: str) -> Row:
         """Opening of a question about the passage with this number."""
@@ -177,6 +181,10 @@ class QuestionWriter:
         return texts
 
 
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
 def _as_question(text: str) -> str | None:
     """The first line of a text up to its question mark; None if that is not a question."""
     line, found, _ = text.strip().partition("\n")[0].partition("?")
@@ -184,36 +192,3 @@ def _as_question(text: str) -> str | None:
     # Data sets reject NUL. A replacement character comes from an incomplete UTF-8 sequence.
     is_text = "\0" not in question and "\N{REPLACEMENT CHARACTER}" not in question
     return question if found and is_text and len(question.split()) >= _FEWEST_WORDS else None
-
-
-class _QuestionFile:
-    """Questions and answers by the hash of a passage; lines that are incomplete or have another format are skipped."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def load(self) -> dict[str, list[tuple[str, str]]]:
-        found: dict[str, list[tuple[str, str]]] = {}
-        try:
-            records = JsonLines(self._path).records()
-        except OSError as error:
-            raise DatasetError(
-                f"the questions cannot be read: {error}", where=str(self._path), next_step="Remove the file."
-            ) from error
-        for record in records:
-            try:
-                found[str(record["key"])] = [(str(q), str(a)) for q, a in record["questions"]]
-            except (ValueError, TypeError, KeyError):
-                continue
-        return found
-
-    def append(self, fresh: dict[str, list[tuple[str, str]]]) -> None:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            JsonLines(self._path).append(*({"key": key, "questions": pairs} for key, pairs in fresh.items()))
-        except OSError as error:
-            raise DatasetError(
-                f"the questions cannot be written: {error}",
-                where=str(self._path),
-                next_step="Free disk space, then run it again.",
-            ) from error

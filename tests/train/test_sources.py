@@ -90,7 +90,7 @@ def test_card_lists_data_settings_and_results(backbone: Any, tmp_path: Path) -> 
         backbone,
         command="kv-memory train runs/x --data squad",
         data=[("squad:0.5", "CC BY-SA 4.0"), ("notes", None)],
-        begun_from="runs/general/adapter",
+        begun_from=Path("runs/general/adapter"),
     )
     text = path.read_text()
     for said in (
