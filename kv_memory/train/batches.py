@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from kv_memory.compress.refine.batching import Row
 from kv_memory.datasets import Example, Question
@@ -57,7 +58,6 @@ class Batches:
         self._examples = examples
         self._backbone = backbone
         self._settings = settings
-        self._order: tuple[int, list[int]] = (-1, [])
         self._before = backbone.encode(backbone.prompt.document_before)
         self._after = backbone.encode(backbone.prompt.document_after)
         stop = backbone.prompt.stop
@@ -112,11 +112,7 @@ class Batches:
     def _example(self, number: int) -> Example:
         """The example with this number: every example once per epoch, each epoch in its own order."""
         epoch, place = divmod(number, len(self._examples))
-        if self._order[0] != epoch:
-            order = list(range(len(self._examples)))
-            random.Random(f"{self._settings.seed}:epoch:{epoch}").shuffle(order)
-            self._order = epoch, order
-        return self._examples[self._order[1][place]]
+        return self._examples[_order(self._settings.seed, epoch, len(self._examples))[place]]
 
     def _cut(self, example: Example, most: int, rng: random.Random) -> tuple[list[int], list[Question]]:
         """The document's tokens, or a random window of a long document, and the questions that they can answer."""
@@ -154,6 +150,13 @@ class Batches:
         return rows
 
 
+@lru_cache(maxsize=1)
+def _order(seed: int, epoch: int, n: int) -> list[int]:
+    order = list(range(n))
+    random.Random(f"{seed}:epoch:{epoch}").shuffle(order)
+    return order
+
+
 def split_batch(batch: Batch, n_parts: int, *, by_rows: bool) -> list[Batch]:
     """Split a batch into parts that together have its groups and rows, each row once.
 
@@ -176,23 +179,20 @@ def split_batch(batch: Batch, n_parts: int, *, by_rows: bool) -> list[Batch]:
 
 
 def _halves(batch: Batch, *, by_rows: bool) -> list[Batch]:
-    middle = len(batch.groups) // 2
-    if middle:
-        n = len(batch.groups)
-        return [_of_groups(batch, range(middle)), _of_groups(batch, range(middle, n))]
-    middle = len(batch.rows) // 2
-    if not by_rows or not middle:
-        return [batch]
-    return [replace(batch, rows=batch.rows[:middle]), replace(batch, rows=batch.rows[middle:])]
+    n_groups, n_rows = len(batch.groups), len(batch.rows)
+    if n_groups > 1:
+        return [_of_groups(batch, 0, n_groups // 2), _of_groups(batch, n_groups // 2, n_groups)]
+    if by_rows and n_rows > 1:
+        return [replace(batch, rows=batch.rows[: n_rows // 2]), replace(batch, rows=batch.rows[n_rows // 2 :])]
+    return [batch]
 
 
-def _of_groups(batch: Batch, chosen: Sequence[int]) -> Batch:
-    documents = [index for group in chosen for index in batch.groups[group]]
-    new_index = {old: new for new, old in enumerate(documents)}
-    new_group = {old: new for new, old in enumerate(chosen)}
+def _of_groups(batch: Batch, begin: int, end: int) -> Batch:
+    """The groups from `begin` to `end`, whose documents follow one another, with their rows."""
+    first, last = batch.groups[begin][0], batch.groups[end - 1][-1]
     return replace(
         batch,
-        documents=tuple(batch.documents[index] for index in documents),
-        groups=tuple(tuple(new_index[index] for index in batch.groups[group]) for group in chosen),
-        rows=tuple(replace(row, document=new_group[row.document]) for row in batch.rows if row.document in new_group),
+        documents=batch.documents[first : last + 1],
+        groups=tuple(tuple(index - first for index in group) for group in batch.groups[begin:end]),
+        rows=tuple(replace(row, document=row.document - begin) for row in batch.rows if begin <= row.document < end),
     )

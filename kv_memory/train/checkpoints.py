@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kv_memory.datasets import Example
-from kv_memory.errors import AdapterError, TrainingError
+from kv_memory.errors import TrainingError
 from kv_memory.model.backbone import Backbone
 from kv_memory.train.settings import TrainSettings
 
@@ -259,23 +259,21 @@ def identity(
     }
 
 
-_NAMES = {"data_sha256": "the examples", "prompt": "the prompt form", "n_processes": "the number of processes"}
+_NAMES = {
+    "weights_sha256": "the model's weights",
+    "data_sha256": "the examples",
+    "prompt": "the prompt form",
+    "n_processes": "the number of processes",
+}
 
 
-def check_resumable(then: Mapping[str, Any], now: Mapping[str, Any], *, model: str, where: Path) -> None:
-    """Raise unless a run with the identity `now`, for `model`, can resume from the checkpoint in `where`.
+def check_resumable(then: Mapping[str, Any], now: Mapping[str, Any], *, where: Path) -> None:
+    """Raise unless a run with the identity `now` can resume from the checkpoint in `where`, with the state `then`.
 
     Raises:
-        AdapterError: The checkpoint belongs to other weights.
-        TrainingError: Settings, data, prompt form or number of processes differ; the message names each difference.
+        TrainingError: The runs differ in settings, data, model, prompt form or number of processes; each difference is
+            named.
     """
-    if then["weights_sha256"] != now["weights_sha256"]:
-        raise AdapterError(
-            f"the run used other weights ({then['weights_sha256'][:12]}) than those of {model} "
-            f"({now['weights_sha256'][:12]})",
-            where=str(where),
-            next_step="Pass the model the run was started with (--model), or train in another folder.",
-        )
     differences = [
         f"{name} was {was!r} and is {value!r}"
         for name, value in now["settings"].items()
@@ -286,6 +284,6 @@ def check_resumable(then: Mapping[str, Any], now: Mapping[str, Any], *, model: s
         raise TrainingError(
             f"the run was started with other settings or data: {'; '.join(differences)}",
             where=str(where),
-            next_step="Resume with the options the run was started with, or start a new run in another folder, "
-            "optionally from this run's adapter (--init).",
+            next_step="Resume with the model and options the run was started with, or start a new run in another "
+            "folder, optionally from this run's adapter (--init).",
         )

@@ -6,7 +6,7 @@ is the best. `kv-memory eval` measures more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -26,8 +26,6 @@ from kv_memory.model.kv_cache import PositionedCache
 from kv_memory.train.batches import Batches
 from kv_memory.train.settings import TrainSettings
 from kv_memory.train.step import WeightedRows, answered_rows, weighted_rows
-
-_Selected = tuple[PositionedCache, torch.Tensor]  # prefilled documents, and the mask of their selected entries
 
 
 class _Case(NamedTuple):
@@ -78,30 +76,32 @@ class HeldOut:
         self._cases: list[_Case] = []
 
     @torch.no_grad()
-    def adapter(self, adapter: Adapter) -> dict[float, float]:
-        """KL(full ‖ distilled) of the adapter by keep ratio, in nats per token, the mean over documents."""
+    def measure(self, adapter: Adapter | None = None) -> dict[float, float]:
+        """KL(full ‖ distilled) by keep ratio, in nats per token, the mean over documents.
 
-        def select(ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> _Selected:
-            done = prefill_documents(adapter, ids, lengths, n_kept)
-            return done.cache, done.selected
-
-        return self._measure(select)
-
-    @torch.no_grad()
-    def reconstruction(self) -> dict[float, float]:
-        """KL of the reconstruction selector, which needs no training; otherwise as in `adapter`."""
-        backbone, selector = self._backbone, Reconstruction(part_tokens=min(1024, self._backbone.context_window // 4))
-
-        def select(ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> _Selected:
-            cache = backbone.prefixed_cache(ids.shape[1], room=selector.extra_tokens)
-            scores = selector.score(backbone, ids, cache)
-            return cache, top_k_mask(scores[:, None], lengths, n_kept, budget=selector.budget)
-
-        return self._measure(select)
+        Args:
+            adapter: Adapter to measure; None measures the reconstruction selector, which needs no training.
+        """
+        backbone, total = self._backbone, dict.fromkeys(self.ratios, 0.0)
+        selector = Reconstruction(part_tokens=min(1024, backbone.context_window // 4))
+        for ids, lengths, rows in self._prepared():
+            full = gather_entries(backbone, self._prefilled(ids), lengths)
+            for ratio in self.ratios:
+                n_kept = torch.tensor([n_kept_for(ids.shape[1], ratio)], device=ids.device)
+                if adapter is None:
+                    cache = backbone.prefixed_cache(ids.shape[1], room=selector.extra_tokens)
+                    scores = selector.score(backbone, ids, cache)[:, None]
+                    selected = top_k_mask(scores, lengths, n_kept, budget=selector.budget)
+                else:
+                    done = prefill_documents(adapter, ids, lengths, n_kept)
+                    cache, selected = done.cache, done.selected
+                kept = gather_entries(backbone, cache, lengths, selected)
+                total[ratio] += self._kl(rows, full, kept) / self.n_documents
+        return total
 
     @torch.no_grad()
     def none(self) -> float:
-        """KL without any document, the worst case; otherwise as in `adapter`."""
+        """KL without any document, the worst case; otherwise as in `measure`."""
         total = 0.0
         for ids, lengths, rows in self._prepared():
             cache = self._prefilled(ids)
@@ -109,17 +109,6 @@ class HeldOut:
             nothing = torch.zeros_like(ids, dtype=torch.bool)[None, :, None]  # the question keeps its positions
             total += self._kl(rows, full, gather_entries(self._backbone, cache, lengths, nothing))
         return total / self.n_documents
-
-    def _measure(self, select: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], _Selected]) -> dict[float, float]:
-        total = dict.fromkeys(self.ratios, 0.0)
-        for ids, lengths, rows in self._prepared():
-            full = gather_entries(self._backbone, self._prefilled(ids), lengths)
-            for ratio in self.ratios:
-                n_kept = torch.tensor([n_kept_for(ids.shape[1], ratio)], device=ids.device)
-                cache, selected = select(ids, lengths, n_kept)
-                kept = gather_entries(self._backbone, cache, lengths, selected)
-                total[ratio] += self._kl(rows, full, kept) / self.n_documents
-        return total
 
     def _kl(self, parts: list[WeightedRows], full: Entries, kept: Entries) -> float:
         total = 0.0

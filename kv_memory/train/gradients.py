@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -24,37 +25,25 @@ Figures: TypeAlias = dict[str, float]  # `loss`, those of `StepResult`, and `n_t
 logger = logging.getLogger(__name__)
 
 
+@dataclass
 class Gradients:
     """Computes the gradient of any step.
 
-    Args:
+    Attributes:
         adapter: Adapter with the parameters.
         batches: Source of the batches; every batch depends only on its number.
         settings: Settings of the run.
         accelerator: Accelerate's `Accelerator`; each of its processes has its own batches.
         gradient_checkpointing: Recompute layers in the backward pass, see `checkpointing`.
-        pieces: Number of parts into which a batch is split, a power of 2.
-
-    Attributes:
-        pieces: Current number of parts; doubles when a GPU runs out of memory.
+        pieces: Number of parts into which a batch is split, a power of 2; doubles when a GPU runs out of memory.
     """
 
-    def __init__(
-        self,
-        adapter: Adapter,
-        batches: Batches,
-        settings: TrainSettings,
-        *,
-        accelerator: Any,
-        gradient_checkpointing: bool = False,
-        pieces: int = 1,
-    ) -> None:
-        self._adapter = adapter
-        self._batches = batches
-        self._settings = settings
-        self._accelerator = accelerator
-        self._checkpointing = gradient_checkpointing
-        self.pieces = pieces
+    adapter: Adapter
+    batches: Batches
+    settings: TrainSettings
+    accelerator: Any
+    gradient_checkpointing: bool = False
+    pieces: int = 1
 
     def compute(self, step: int, stage: Stage, parameters: Sequence[torch.nn.Parameter]) -> Figures:
         """Store the gradient of a step in `.grad` of the parameters.
@@ -65,7 +54,7 @@ class Gradients:
             parameters: Parameters of this stage, from `trainable`.
 
         Returns:
-            Means over batches, of the loss also over processes; `n_tokens` is the sum over both.
+            Means over the batches, of the loss also over processes; `n_tokens` is the sum over both.
 
         Raises:
             TrainingError: The GPU's memory does not hold the smallest part of a batch.
@@ -80,9 +69,8 @@ class Gradients:
 
     def _batch(self, step: int, number: int) -> Batch:
         """The batch of this process; every accumulated batch of every process has its own number."""
-        accelerator = self._accelerator
-        count = step * self._settings.accumulate + number
-        return self._batches.batch(count * accelerator.num_processes + accelerator.process_index)
+        count = step * self.settings.accumulate + number
+        return self.batches.batch(count * self.accelerator.num_processes + self.accelerator.process_index)
 
     def _parts(self, batch: Batch, stage: Stage, pieces: int) -> list[Batch]:
         return split_batch(batch, pieces, by_rows=stage == "distillation")
@@ -90,7 +78,7 @@ class Gradients:
     def _over_batches(self, step: int, stage: Stage, parameters: Sequence[torch.nn.Parameter]) -> Figures:
         # Batches of a step have equal weights, but parts of a batch are weighted by their loss weights, and their sum
         # is known only at the end. So each batch's gradient is computed separately, then added.
-        n_batches = self._settings.accumulate
+        n_batches = self.settings.accumulate
         total: dict[int, torch.Tensor] = {}
         batches = []
         for number in range(n_batches):
@@ -99,11 +87,11 @@ class Gradients:
             parts: list[tuple[float, Figures]] = []
             first = 0.0
             for part in self._parts(self._batch(step, number), stage, self.pieces):
-                with checkpointing(self._adapter.backbone, enabled=self._checkpointing):
-                    result = STEPS[stage](self._adapter, part, settings=self._settings)
+                with checkpointing(self.adapter.backbone, enabled=self.gradient_checkpointing):
+                    result = STEPS[stage](self.adapter, part, settings=self.settings)
                 first = first or result.weight
                 weight = result.weight / first
-                self._accelerator.backward(result.loss * weight)
+                self.accelerator.backward(result.loss * weight)
                 figures = {**result.figures, "loss": float(result.loss.detach()), "n_tokens": result.n_tokens}
                 parts.append((weight, figures))
             all_weights = sum(weight for weight, _ in parts)
@@ -132,7 +120,7 @@ class Gradients:
 
     def _over_processes(self, figures: Figures, parameters: Sequence[torch.nn.Parameter]) -> Figures:
         """The mean over processes. Rejected: DDP's wrapper, because the forward pass enters the model below it."""
-        accelerator = self._accelerator
+        accelerator = self.accelerator
         if accelerator.num_processes == 1:
             return figures
         for parameter in parameters:

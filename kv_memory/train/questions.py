@@ -110,8 +110,7 @@ class QuestionWriter:
         room = max(room, len(backbone.encode_question(""))) + QUESTION_TOKENS + self._answer_tokens
         teacher = Teacher(backbone, documents, room=room, max_entries=_MAX_ENTRIES)
         # 2. Sample the questions.
-        texts = self._decoded(
-            teacher,
+        tokens = teacher.decode(
             openings,
             most=QUESTION_TOKENS,
             ends=self._question_ends,
@@ -124,22 +123,21 @@ class QuestionWriter:
         )
         # 3. Drop texts that are not questions, and duplicates.
         questions: list[tuple[int, str]] = []
-        for (number, stem), text in zip(asked, texts, strict=True):
+        for (number, stem), text in zip(asked, self._texts(tokens), strict=True):
             question = _as_question(text if self._by_request else stem + text)
             # A small model tends to repeat the question of a worked example.
             if question and question not in backbone.prompt.prefix and (number, question) not in questions:
                 questions.append((number, question))
         # 4. Answer greedily, and drop questions without an answer.
-        rows = [backbone.encode_question(question) for _, question in questions]
-        answers = self._decoded(
-            teacher,
-            [Row(number, tuple(ids), len(ids)) for (number, _), ids in zip(questions, rows, strict=True)],
+        rows = [(number, backbone.encode_question(question)) for number, question in questions]
+        answers = teacher.decode(
+            [Row(number, tuple(ids), len(ids)) for number, ids in rows],
             most=self._answer_tokens,
             ends=end_ids(backbone),
             as_answers=True,
         )
         found: list[list[tuple[str, str]]] = [[] for _ in passages]
-        for (number, question), answer in zip(questions, answers, strict=True):
+        for (number, question), answer in zip(questions, self._texts(answers), strict=True):
             if answer.strip() and "\0" not in answer:
                 found[number].append((question, answer.strip()))
         return found
@@ -160,21 +158,8 @@ class QuestionWriter:
         texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
         return {token for token, text in enumerate(texts) if "?" in text or "\n" in text} | end_ids(self._backbone)
 
-    def _decoded(
-        self,
-        teacher: Teacher,
-        rows: Sequence[Row],
-        *,
-        most: int,
-        ends: set[int],
-        temperature: float = 0.0,
-        seeds: Sequence[int] | None = None,
-        as_answers: bool = False,
-    ) -> list[str]:
-        """Continuations of the rows, each cut at a stop string, which may be inside its last token."""
-        if not rows:
-            return []
-        tokens = teacher.decode(rows, most=most, ends=ends, temperature=temperature, seeds=seeds, as_answers=as_answers)
+    def _texts(self, tokens: Sequence[Sequence[int]]) -> list[str]:
+        """Decoded texts, each cut at a stop string, which may be inside its last token."""
         texts = [str(self._backbone.tokenizer.decode(row, skip_special_tokens=True)) for row in tokens]
         for stop in self._backbone.prompt.stop:
             texts = [text.split(stop)[0] if text.strip() else text for text in texts]

@@ -25,7 +25,7 @@ from kv_memory.train.checkpoints import Checkpoints
 from kv_memory.train.data import LICENCES, Corpus, Window, cut_corpus, hold_out, read_sources, split_share
 from kv_memory.train.estimate import Estimate
 from kv_memory.train.questions import QuestionWriter
-from kv_memory.train.settings import RunOptions, TrainSettings, domain_settings, preset
+from kv_memory.train.settings import RunOptions, TrainSettings, check_at_least, domain_settings, preset
 from kv_memory.train.train_report import TrainProgress, TrainReport, write_card
 from kv_memory.train.trainer import Trainer, already_there, make_accelerator
 
@@ -87,10 +87,8 @@ class TrainRun:
             raise ConfigError(
                 "nothing to train on", where="data", next_step="Pass a data set (--data) or documents (--corpus)."
             )
-        for name, least in (("eval_documents", 1), ("n_questions", 1), ("question_passages", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be at least {least}, got {value}", where=name)
+        check_at_least(self, 1, "eval_documents", "n_questions")
+        check_at_least(self, 0, "question_passages")
         check_choice(self.prompt, PromptName, where="prompt")
         check_choice(self.dtype, DtypeName, where="dtype")
         _ = self.settings, [split_share(text) for text in self.data]  # both raise if they are wrong

@@ -86,8 +86,8 @@ class Trainer:
             adapter,
             Batches(examples, adapter.backbone, settings),
             settings,
-            accelerator=self._accelerator,
-            gradient_checkpointing=self._options.gradient_checkpointing,
+            self._accelerator,
+            self._options.gradient_checkpointing,
         )
         self._heldout: HeldOut | None = None
         if held_out and self._options.eval_every:
@@ -119,10 +119,9 @@ class Trainer:
             resume: Resume from the newest checkpoint; start from the beginning if there is no checkpoint yet.
 
         Raises:
-            TrainingError: The folder already contains a run; or the resumed run had other settings or data; or
-                checkpoints are damaged or cannot be written; a loss or gradient is not finite; earlier checkpoints are
-                kept; the GPU's memory is too small for the smallest part of a batch.
-            AdapterError: The resumed run belongs to another model.
+            TrainingError: The folder already contains a run; or the resumed run had other settings, data or weights;
+                or checkpoints are damaged or cannot be written; a loss or gradient is not finite; earlier checkpoints
+                are kept; the GPU's memory is too small for the smallest part of a batch.
         """
         checkpoint = self._checkpoints.newest()
         if checkpoint is not None and not resume:
@@ -160,7 +159,7 @@ class Trainer:
             fitted = {name: then["settings"][name] for name in ("warmup_steps", "steps")}
             self.settings = replace(self.settings, **fitted)
         folder = self._checkpoints.folder(then["step"])
-        check_resumable(then, self._identity(), model=self._adapter.backbone.name, where=folder)
+        check_resumable(then, self._identity(), where=folder)
         for name, parameter in parameters_of(self._adapter).items():
             parameter.data = checkpoint.tensors[f"parameter/{name}"].to(parameter.device)
         self._state = RunState.from_json(then)
@@ -172,7 +171,7 @@ class Trainer:
         if self._heldout is not None and self._is_main:
             state.none = self._heldout.none()
             before_s = state.here_s
-            state.baseline = self._heldout.reconstruction()
+            state.baseline = self._heldout.measure()
             evaluation_s = state.here_s - before_s
             self._write_log(event="baseline", kl=state.baseline, none=state.none)
         if self._options.fit_steps:
@@ -208,7 +207,7 @@ class Trainer:
             score = None
             evaluated = self._heldout is not None and (last or state.step % options.eval_every == 0)
             if evaluated and self._is_main and self._heldout is not None:
-                state.kl = kl = self._heldout.adapter(self._adapter)
+                state.kl = kl = self._heldout.measure(self._adapter)
                 score = sum(kl.values()) / len(kl)
                 self._write_log(event="evaluation", kl=kl, score=score)
             if evaluated or last or state.step % options.checkpoint_every == 0:
