@@ -1,12 +1,9 @@
-"""Adapters in training: created from settings, converted back to settings, and saved."""
+"""Adapters in training: created from settings, and the settings that an existing one prescribes."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from kv_memory.compress.adapter import Adapter
@@ -26,18 +23,6 @@ def new_adapter(backbone: Backbone, settings: TrainSettings) -> Adapter:
     return Adapter.create(backbone, **structure, full_strength_ratio=settings.full_strength_ratio, seed=settings.seed)
 
 
-def _structure_of(adapter: Adapter) -> dict[str, Any]:
-    """The structure of an adapter, as values for the settings of the same names."""
-    lora: Any = adapter.peft_model.peft_config["default"]
-    found = {_TARGETS[name] for name in lora.target_modules}
-    return {
-        **{name: getattr(adapter.config, name) for name in _CONFIG},
-        "targets": tuple(name for name in "qkvo" if name in found),
-        "rank": lora.r,
-        "alpha": float(lora.lora_alpha),
-    }
-
-
 def fit_settings(settings: TrainSettings, adapter: Adapter, *, given: Mapping[str, Any]) -> TrainSettings:
     """Settings with the structure of an existing adapter, which needs no warm-up unless it is chosen.
 
@@ -49,7 +34,11 @@ def fit_settings(settings: TrainSettings, adapter: Adapter, *, given: Mapping[st
     Raises:
         ConfigError: A setting in `given` contradicts the adapter.
     """
-    structure = _structure_of(adapter)
+    lora: Any = adapter.peft_model.peft_config["default"]
+    targets = {_TARGETS[name] for name in lora.target_modules}
+    structure: dict[str, Any] = {name: getattr(adapter.config, name) for name in _CONFIG}
+    structure["targets"] = tuple(name for name in "qkvo" if name in targets)
+    structure |= {"rank": lora.r, "alpha": float(lora.lora_alpha)}
     wrong = [f"{name} is {value!r}" for name, value in structure.items() if name in given and given[name] != value]
     if wrong:
         raise ConfigError(
@@ -62,22 +51,3 @@ def fit_settings(settings: TrainSettings, adapter: Adapter, *, given: Mapping[st
     structure["full_strength_ratio"] = adapter.config.full_strength_ratio
     warmup_steps = settings.warmup_steps if "warmup_steps" in given else 0
     return replace(settings, **structure, warmup_steps=warmup_steps)
-
-
-def save_adapter(adapter: Adapter, folder: Path, *, trained_steps: int) -> None:
-    """Write the adapter into a folder, and the number of steps that it was trained for."""
-    adapter.config = replace(adapter.config, trained_steps=trained_steps)
-    adapter.save(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card template, not filled in
-
-
-def replace_folder(folder: Path, *, write: Callable[[Path], object]) -> None:
-    """Write a folder under another name, then rename it; an existing folder is replaced as a whole."""
-    scratch, old = folder.with_name(f".writing-{folder.name}"), folder.with_name(f".old-{folder.name}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    write(scratch)
-    if folder.is_dir():
-        os.replace(folder, old)
-    os.replace(scratch, folder)
-    shutil.rmtree(old, ignore_errors=True)

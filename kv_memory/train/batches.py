@@ -28,9 +28,8 @@ class Batch:
     Attributes:
         documents: Token ids of the documents, in their wrappers.
         groups: Indices of the documents that are joined in each group, in order. Every document is in one group.
-        rows: Rows that follow the groups: a question with its answer, or a request with its span; at least one. The
-            `document` of a row is the index of its group. A question without tokens to predict (`n_wanted` of 0) is to
-            be answered by the teacher.
+        rows: Questions with their answers, and requests with their spans; at least one. The `document` of a row is the
+            index of its group. A question without tokens to predict is to be answered by the teacher.
         keep_ratio: Keep ratio drawn for this batch.
     """
 
@@ -66,11 +65,7 @@ class Batches:
         self._most = min(settings.max_tokens, room)
 
     def batch(self, step: int, *, tries: int = 50) -> Batch:
-        """The batch of a step, counted from 0.
-
-        Args:
-            step: Number of the batch.
-            tries: Number of other steps to take documents from, if nothing can be asked about these.
+        """The batch of a step, counted from 0; that of another step, at most `tries` times, if it has no rows.
 
         Raises:
             DatasetError: Nothing can be asked about the documents of any of these steps.
@@ -150,7 +145,7 @@ class Batches:
         return rows
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # of training, and of the evaluation in between
 def _order(seed: int, epoch: int, n: int) -> list[int]:
     order = list(range(n))
     random.Random(f"{seed}:epoch:{epoch}").shuffle(order)
@@ -160,17 +155,11 @@ def _order(seed: int, epoch: int, n: int) -> list[int]:
 def split_batch(batch: Batch, n_parts: int, *, by_rows: bool) -> list[Batch]:
     """Split a batch into parts that together have its groups and rows, each row once.
 
-    Groups are divided first, then the rows of a single group. The documents of that group are then prefilled in every
-    part.
-
     Args:
-        batch: Batch to split; unchanged.
+        batch: Batch to split.
         n_parts: Number of parts, a power of 2. The result has fewer if nothing is left to divide.
-        by_rows: True divides single groups by their rows, and drops parts without rows. False is for the warm-up:
-            its loss covers all documents and needs no rows.
-
-    Returns:
-        At least one part.
+        by_rows: True also divides single groups by their rows, with their documents in every part, and drops parts
+            without rows. False is for the warm-up, whose loss covers all documents and needs no rows.
     """
     parts = [batch]
     for _ in range(n_parts.bit_length() - 1):

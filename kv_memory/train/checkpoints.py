@@ -132,30 +132,26 @@ class Checkpoints:
         Raises:
             TrainingError: The checkpoint cannot be written; earlier ones are untouched.
         """
-        final = self.folder(checkpoint.state["step"])
-        scratch = self._folder / f".writing-{final.name}"
         # A copy, because safetensors rejects tensors that share memory, such as views of one buffer.
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in checkpoint.tensors.items()}
         shards = split_torch_state_dict_into_shards(
             tensors, filename_pattern="state{suffix}.safetensors", max_shard_size=SHARD_BYTES
         )
-        try:
-            shutil.rmtree(scratch, ignore_errors=True)
-            (scratch / "adapter").mkdir(parents=True)
+
+        def write(folder: Path) -> None:
+            (folder / "adapter").mkdir()
             for file, names in shards.filename_to_tensors.items():
-                save_file({name: tensors[name] for name in names}, scratch / file)
-            write_adapter(scratch / "adapter")
-            files = sorted(path for path in scratch.rglob("*") if path.is_file())
-            hashes = {path.relative_to(scratch).as_posix(): _sha256(path) for path in files}
+                save_file({name: tensors[name] for name in names}, folder / file)
+            write_adapter(folder / "adapter")
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            hashes = {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
             note = {"version": CHECKPOINT_VERSION, **checkpoint.state, "files": hashes}
-            (scratch / _NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-            for path in [*scratch.rglob("*"), scratch]:
-                _fsync(path)
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step, if the run was resumed before it
-            os.replace(scratch, final)
-            _fsync(self._folder)
+            (folder / _NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+
+        final = self.folder(checkpoint.state["step"])
+        try:
+            replace_folder(final, write)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(scratch, ignore_errors=True)
             raise TrainingError(
                 f"the checkpoint cannot be written: {error}",
                 where=str(final),
@@ -168,17 +164,19 @@ class Checkpoints:
         """The newest intact checkpoint, its tensors on the CPU; None if there are no checkpoints.
 
         Raises:
-            TrainingError: All existing checkpoints are damaged.
+            TrainingError: All existing checkpoints are damaged, or have another format.
         """
         steps = self.steps()
         for step in reversed(steps):
             try:
                 return self._load(step)
-            except TrainingError as error:
-                logger.warning("skipped an unusable checkpoint: %s", error)
+            except (OSError, ValueError, LookupError, AttributeError, SafetensorError) as error:
+                logger.warning("skipped an unusable checkpoint: %s: %s", self.folder(step), error)
         if steps:
             raise TrainingError(
-                "all checkpoints are damaged", where=str(self._folder), next_step="Start again in another folder."
+                f"all checkpoints are damaged, or not of version {CHECKPOINT_VERSION}",
+                where=str(self._folder),
+                next_step="Use the version of kv-memory that made them, or start again in another folder.",
             )
         return None
 
@@ -198,23 +196,14 @@ class Checkpoints:
 
     def _load(self, step: int) -> Checkpoint:
         folder, state = self.folder(step), self.state(step)
-        if (state.get("version"), state.get("step")) != (CHECKPOINT_VERSION, step) or "files" not in state:
-            raise TrainingError(
-                f"not a checkpoint of version {CHECKPOINT_VERSION}",
-                where=str(folder),
-                next_step="Use the version of kv-memory that made it, or start again in another folder.",
-            )
+        if (state.get("version"), state.get("step")) != (CHECKPOINT_VERSION, step):
+            raise ValueError(f"{_NOTE} is damaged, or not of version {CHECKPOINT_VERSION}")
         tensors: dict[str, torch.Tensor] = {}
-        try:
-            for name, sha256 in state["files"].items():
-                if _sha256(folder / name) != sha256:
-                    raise OSError(f"{name} does not match its recorded hash")
-                if name.startswith("state"):
-                    tensors |= load_file(folder / name)
-        except (OSError, SafetensorError, AttributeError) as error:
-            raise TrainingError(
-                f"the checkpoint is damaged: {error}", where=str(folder), next_step="Remove the folder."
-            ) from error
+        for name, sha256 in state["files"].items():
+            if _sha256(folder / name) != sha256:
+                raise ValueError(f"{name} does not match its recorded hash")
+            if name.startswith("state"):
+                tensors |= load_file(folder / name)
         return Checkpoint(state=state, tensors=tensors)
 
     def _rotate(self) -> None:
@@ -224,6 +213,25 @@ class Checkpoints:
             if step not in wanted:
                 # Renamed first: a half-deleted checkpoint must not look like a complete one.
                 shutil.rmtree(self.folder(step).rename(self._folder / f".gone-{step}"), ignore_errors=True)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill an empty folder, sync it to disk, then rename it; an existing folder is replaced as a whole."""
+    scratch, old = folder.with_name(f".writing-{folder.name}"), folder.with_name(f".old-{folder.name}")
+    for path in (scratch, old):
+        shutil.rmtree(path, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        write(scratch)
+        for path in [*scratch.rglob("*"), scratch]:
+            _fsync(path)
+        if folder.is_dir():
+            os.replace(folder, old)
+        os.replace(scratch, folder)
+        _fsync(folder.parent)
+    finally:
+        for path in (scratch, old):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

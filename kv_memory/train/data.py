@@ -7,9 +7,9 @@ A window is trained on with the questions about all its passages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from kv_memory.datasets import Example, Question, corpus_split, read_examples, sample
 from kv_memory.documents import split_passages
@@ -46,11 +46,7 @@ def split_share(source: str) -> tuple[str, float]:
 
 
 def read_sources(
-    sources: Sequence[str],
-    *,
-    seed: int = 0,
-    on_error: Literal["raise", "skip"] = "raise",
-    on_skip: Callable[[str], None] | None = None,
+    sources: Sequence[str], *, seed: int = 0, read: Callable[..., Iterable[Example]] = read_examples
 ) -> list[Example]:
     """The training examples of all sets, one set after the other.
 
@@ -58,16 +54,15 @@ def read_sources(
         sources: Names or paths of the sets, each with an optional share, see `split_share`. Above 1, some or all
             examples are repeated.
         seed: Random seed of the selection for fractional shares.
-        on_error: Handling of broken records, see `read_examples`.
-        on_skip: Callback for skipped records, see `read_examples`.
+        read: `read_examples`, perhaps with other arguments.
 
     Raises:
         ConfigError: A share is out of range.
-        DatasetError: A set is missing, unreadable or empty; or a record is broken, with `on_error="raise"`.
+        DatasetError: A set is missing, unreadable or empty, or a record is broken.
     """
     found: list[Example] = []
     for name, share in map(split_share, sources):
-        examples = list(read_examples(name, split="train", on_error=on_error, on_skip=on_skip))
+        examples = list(read(name, split="train"))
         whole, rest = divmod(share, 1)
         found += examples * int(whole)
         if rest:
@@ -76,14 +71,9 @@ def read_sources(
 
 
 def hold_out(examples: Sequence[Example], n: int, *, most: float = 0.2) -> tuple[list[Example], list[Example]]:
-    """Hold out `n` documents for evaluation: `(training, held out)`.
+    """Hold out `n` documents (examples with the same id), at most a share of `most`: `(training, held out)`.
 
     The choice depends only on the documents' ids, so it is stable between runs and hardly changes when data are added.
-
-    Args:
-        examples: Examples; those with the same id are one document.
-        n: Number of documents to hold out.
-        most: Largest share of all documents to hold out.
     """
     distinct = {example.id: example for example in examples}
     chosen = sample(distinct.values(), min(n, int(len(distinct) * most)))

@@ -8,11 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kv_memory.compress.adapter import Adapter
 from kv_memory.errors import ConfigError
 from kv_memory.train.gradients import Gradients
 from kv_memory.train.optimizer import Stage, parameters_of, trainable
-from kv_memory.train.settings import TrainSettings
 
 _WARMUP_SHARE = 0.15  # largest share of the warm-up when steps are fitted to a time limit
 _USABLE = 0.94  # share of the time limit for steps; the rest allows for checkpoints and for longer steps than measured
@@ -51,23 +49,17 @@ class Estimate:
     questions_s: float = 0.0
 
 
-def measure(gradients: Gradients, adapter: Adapter, settings: TrainSettings, *, n_steps: int = 3) -> Estimate:
-    """Compute the gradients of a few steps of each stage, and discard them.
-
-    Args:
-        gradients: Gradient computation of the run.
-        adapter: Adapter of the run; unchanged, except that its LoRA is float32 afterwards.
-        settings: Settings of the run.
-        n_steps: Number of measured steps, after one unmeasured step.
-    """
+def measure(gradients: Gradients, *, n_steps: int = 3) -> Estimate:
+    """Time the gradients of `n_steps` of each stage, after one more; the adapter's LoRA is float32 afterwards."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    adapter, settings = gradients.adapter, gradients.settings
     lengths: dict[Stage, int] = {"warmup": settings.warmup_steps, "distillation": settings.steps}
     seconds: dict[Stage, float] = dict.fromkeys(lengths, 0.0)
     tokens_per_s = 0.0
     for stage, length in lengths.items():
         if length:
-            seconds[stage], tokens_per_s = _time(gradients, adapter, settings, stage, n_steps)
+            seconds[stage], tokens_per_s = _time(gradients, stage, n_steps)
     everything = parameters_of(adapter)
     n_lora = sum(p.numel() for name, p in everything.items() if name.startswith("lora."))
     n_parameters = sum(p.numel() for p in everything.values())
@@ -87,11 +79,9 @@ def measure(gradients: Gradients, adapter: Adapter, settings: TrainSettings, *, 
     )
 
 
-def _time(
-    gradients: Gradients, adapter: Adapter, settings: TrainSettings, stage: Stage, n_steps: int
-) -> tuple[float, float]:
+def _time(gradients: Gradients, stage: Stage, n_steps: int) -> tuple[float, float]:
     """Seconds per step, and tokens per second."""
-    parameters = list(trainable(adapter, settings, stage).values())
+    parameters = list(trainable(gradients.adapter, gradients.settings, stage).values())
     begin_s, n_tokens = 0.0, 0.0
     for step in range(n_steps + 1):
         tokens = gradients.compute(step, stage, parameters)["n_tokens"]

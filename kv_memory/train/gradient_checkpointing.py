@@ -38,20 +38,13 @@ class _OneLayer:
 
 
 @contextmanager
-def checkpointing(backbone: Backbone, *, enabled: bool = True) -> Iterator[None]:
+def checkpointing(backbone: Backbone) -> Iterator[None]:
     """Within the block, decoder layers store only their inputs for the backward pass and recompute the rest.
 
     This costs a second forward pass, and reduces the memory of a long document to that of one layer. Without gradients
     (the teacher, decoding), nothing changes. It is not thread-safe: the layers of the model are wrapped within the
     block. The backward pass may come after the block.
-
-    Args:
-        backbone: Backbone with the layers to wrap.
-        enabled: False makes the block do nothing.
     """
-    if not enabled:
-        yield
-        return
     try:
         for index, layer in enumerate(backbone.layers):
             # An instance attribute hides the class's method; `del` restores it.

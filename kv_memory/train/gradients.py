@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -87,7 +87,7 @@ class Gradients:
             parts: list[tuple[float, Figures]] = []
             first = 0.0
             for part in self._parts(self._batch(step, number), stage, self.pieces):
-                with checkpointing(self.adapter.backbone, enabled=self.gradient_checkpointing):
+                with checkpointing(self.adapter.backbone) if self.gradient_checkpointing else nullcontext():
                     result = STEPS[stage](self.adapter, part, settings=self.settings)
                 first = first or result.weight
                 weight = result.weight / first

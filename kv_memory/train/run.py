@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,24 +222,22 @@ class OpenRun:
 def _read(run: TrainRun, on_note: Callable[[str], None]) -> tuple[list[Example], list[Example], list[Example]]:
     """Training examples, evaluation examples, and the pages of the corpus."""
     skipped: list[str] = []
-    on_error: Any = "skip" if run.skip_errors else "raise"
 
     def on_skip(message: str) -> None:
         skipped.append(message)
         if len(skipped) <= _SHOWN:
             on_note(f"Skipped: {message}")
 
-    examples = read_sources(run.data, seed=run.settings.seed, on_error=on_error, on_skip=on_skip)
+    read = partial(read_examples, on_error="skip" if run.skip_errors else "raise", on_skip=on_skip)
+    examples = read_sources(run.data, seed=run.settings.seed, read=read)
     measured: list[Example] = []
     if run.options.eval_every and run.eval_data is not None:
         contexts = {example.context for example in examples}
-        found = read_examples(run.eval_data, split="dev", on_error=on_error, on_skip=on_skip)
-        measured = hold_out([e for e in found if e.context not in contexts], run.eval_documents, most=1.0)[1]
+        found = [example for example in read(run.eval_data, split="dev") if example.context not in contexts]
+        measured = hold_out(found, run.eval_documents, most=1.0)[1]
     elif run.options.eval_every and run.corpus is None:
         examples, measured = hold_out(examples, run.eval_documents)
-    pages: list[Example] = []
-    if run.corpus is not None:
-        pages = list(read_examples(run.corpus, on_error=on_error, on_skip=on_skip))
+    pages = [] if run.corpus is None else list(read(run.corpus))
     if len(skipped) > _SHOWN:
         on_note(f"Skipped: {len(skipped) - _SHOWN} more.")
     return examples, measured, pages

@@ -23,9 +23,16 @@ import torch
 from kv_memory.compress.adapter import Adapter
 from kv_memory.datasets import Example
 from kv_memory.errors import TrainingError
-from kv_memory.train.adapters import replace_folder, save_adapter
 from kv_memory.train.batches import Batches
-from kv_memory.train.checkpoints import Checkpoint, Checkpoints, RunState, by_ratio, check_resumable, identity
+from kv_memory.train.checkpoints import (
+    Checkpoint,
+    Checkpoints,
+    RunState,
+    by_ratio,
+    check_resumable,
+    identity,
+    replace_folder,
+)
 from kv_memory.train.estimate import Estimate, fit_steps, measure
 from kv_memory.train.evaluation import HeldOut
 from kv_memory.train.gradients import Gradients
@@ -102,7 +109,7 @@ class Trainer:
             spent_s: Seconds of the time limit that have passed, for a run whose steps are fitted to it.
             evaluation_s: Seconds per evaluation, for the same.
         """
-        options, estimate = self._options, measure(self._gradients, self._adapter, self.settings, n_steps=n_steps)
+        options, estimate = self._options, measure(self._gradients, n_steps=n_steps)
         if not options.fit_steps or options.time_limit_s is None:
             return estimate
         return fit_steps(
@@ -267,7 +274,10 @@ class Trainer:
         self._accelerator.wait_for_everyone()
 
     def _write_adapter(self, folder: Path) -> None:
-        save_adapter(self._adapter, folder, trained_steps=self._state.base_steps + self._state.step)
+        trained_steps = self._state.base_steps + self._state.step
+        self._adapter.config = replace(self._adapter.config, trained_steps=trained_steps)
+        self._adapter.save(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card template, not filled in
 
     # -- end -------------------------------------------------------------------------------------------------------
 
@@ -277,9 +287,9 @@ class Trainer:
         best = self._checkpoints.best() or state.step
         adapter, found = self._out / "adapter", self._checkpoints.state(best)
         if self._is_main:
-            copy = partial(shutil.copytree, self._checkpoints.folder(best) / "adapter")
+            copy = partial(shutil.copytree, self._checkpoints.folder(best) / "adapter", dirs_exist_ok=True)
             # Without a readable checkpoint, e.g. after a run of 0 steps, the adapter is written as it is.
-            replace_folder(adapter, write=copy if found else self._write_adapter)
+            replace_folder(adapter, copy if found else self._write_adapter)
             plot_log(records, self._out / "loss.png")
         losses = [record["loss"] for record in records if "stage" in record][-50:]
         return TrainReport(

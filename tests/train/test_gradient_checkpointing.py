@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -43,7 +44,7 @@ def step(model: str, changes: dict[str, Any], *, enabled: bool) -> tuple[float, 
         return tensor
 
     batch = Batches(examples(), backbone, settings).batch(1)
-    with checkpointing(backbone, enabled=enabled):
+    with checkpointing(backbone) if enabled else nullcontext():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):  # these would hide a change in place
             distillation_step(adapter, batch, settings=settings)
         result = distillation_step(adapter, batch, settings=settings)
