@@ -40,16 +40,7 @@ class Batch:
 
 
 class Batches:
-    """Builds the batch of any step.
-
-    Args:
-        examples: Training examples; at least one.
-        backbone: Backbone with the tokenizer and the prompt form.
-        settings: Settings of the run.
-
-    Raises:
-        DatasetError: There are no examples.
-    """
+    """Builds the batch of any step; a `DatasetError` without examples."""
 
     def __init__(self, examples: Sequence[Example], backbone: Backbone, settings: TrainSettings) -> None:
         if not examples:

@@ -252,7 +252,7 @@ def _fsync(path: Path) -> None:
 
 
 def identity(
-    settings: TrainSettings, backbone: Backbone, examples: Sequence[Example], *, n_processes: int
+    settings: TrainSettings, backbone: Backbone, examples: Sequence[Example], n_processes: int
 ) -> dict[str, Any]:
     """Everything that determines the result of a run, JSON-serialisable."""
     data = hashlib.sha256()

@@ -37,17 +37,13 @@ class _Case(NamedTuple):
 
 
 class HeldOut:
-    """Measures an adapter on held-out examples.
+    """Measures an adapter on held-out examples; those without questions, on spans of their own text.
 
     Args:
-        examples: Held-out examples; those without questions are measured on spans of their own text.
+        examples: Held-out examples.
         backbone: The model.
         settings: Settings of the run, for the lengths of documents and answers.
         ratios: Keep ratios of the measurements.
-
-    Attributes:
-        ratios: Keep ratios as given.
-        n_documents: Number of examples.
 
     Raises:
         ConfigError: A keep ratio is outside (0, 1], or no keep ratio is given.

@@ -12,11 +12,7 @@ from typing import Any
 
 
 class JsonLines:
-    """A file of JSON objects, one a line.
-
-    Args:
-        path: Path of the file, created with the first line.
-    """
+    """A file of JSON objects, one a line; it is created with the first."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

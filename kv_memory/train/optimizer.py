@@ -45,24 +45,19 @@ def trainable(adapter: Adapter, settings: TrainSettings, stage: Stage) -> Parame
 class StageOptimizer:
     """The parameters that a stage trains, and their AdamW; weight decay is for the scorer alone.
 
-    Learning rates rise linearly over the first share of the stage, then decay linearly; they never reach 0.
-
-    Args:
-        adapter: Adapter with the parameters; all that the stage does not train are frozen.
-        settings: Settings of the run.
-        stage: Stage of the run.
+    Learning rates rise linearly over the first share of the stage, then decay linearly; they never reach 0. Parameters
+    that the stage does not train are frozen.
 
     Attributes:
-        stage: Stage as given.
+        stage: Stage of the run.
         parameters: Trained parameters by name.
     """
 
     def __init__(self, adapter: Adapter, settings: TrainSettings, stage: Stage) -> None:
         self.stage: Stage = stage
         self.parameters = trainable(adapter, settings, stage)
-        self._begin, self._length = 0, settings.warmup_steps
-        if stage == "distillation":
-            self._begin, self._length = settings.warmup_steps, settings.steps
+        warmup, n = settings.warmup_steps, settings.steps
+        self._begin, self._length = (0, warmup) if stage == "warmup" else (warmup, n)
         self._n_rise = max(1, round(settings.rise * self._length))
         self._rates = learning_rates(settings, stage)
         self._optimizer = torch.optim.AdamW(
@@ -75,13 +70,10 @@ class StageOptimizer:
         )
 
     def step(self, step: int) -> dict[str, float]:
-        """Update the parameters by their gradients, and remove those.
-
-        Args:
-            step: Number of the step, from 0 over both stages.
+        """Update the parameters by their gradients, and remove those, at a step counted from 0 over both stages.
 
         Returns:
-            Learning rates by kind of parameter, see `learning_rates`.
+            Learning rates by kind of parameter, as in `learning_rates`.
         """
         place = step - self._begin
         factor = min((place + 1) / self._n_rise, (self._length - place) / max(1, self._length - self._n_rise + 1))

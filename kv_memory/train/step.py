@@ -117,7 +117,7 @@ def _by_length(rows: Sequence[Row], entries: Entries, backbone: Backbone) -> lis
 
 
 def warmup_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings) -> StepResult:
-    """Compute the loss of the scorer alone, without the LoRA; arguments as in `distillation_step`."""
+    """Compute the loss of the scorer alone, without the LoRA."""
     # 1. Prefill with the frozen weights; the scorer scores every token. How many entries are kept does not matter.
     backbone = adapter.backbone
     ids, lengths = pad(batch.documents, device=backbone.device)
@@ -148,11 +148,6 @@ def label_rows(batch: Batch, rows: Sequence[Row], backbone: Backbone) -> list[Ro
 @torch.no_grad()
 def received_attention(backbone: Backbone, entries: Entries, rows: Sequence[Row]) -> torch.Tensor:
     """The highest attention that each token of each document receives from the rows after it.
-
-    Args:
-        backbone: The model.
-        entries: All entries of the documents.
-        rows: Rows that follow the documents.
 
     Returns:
         `(num_layers, documents, num_kv_heads, n_tokens)`, float32, in 0 to 1.
@@ -217,13 +212,7 @@ def scorer_loss(scores: torch.Tensor, labels: torch.Tensor, lengths: torch.Tenso
 
 
 def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings) -> StepResult:
-    """Compute the distillation loss of one batch; see `TrainSettings` for its terms.
-
-    Args:
-        adapter: Adapter with the scorer and the LoRA that receive gradients.
-        batch: Batch from `Batches.batch`.
-        settings: Settings of the run.
-    """
+    """Compute the distillation loss of one batch; see `TrainSettings` for its terms."""
     # 1. Teacher, without gradients: prefill each document on its own, then join the documents of each group.
     backbone = adapter.backbone
     ids, lengths = pad(batch.documents, device=backbone.device)  # (documents, n_tokens), (documents,)

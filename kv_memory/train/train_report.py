@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -79,12 +80,7 @@ class TrainReport:
 
 
 def plot_log(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw losses and evaluations over the steps; nothing without matplotlib (with a warning), or without steps.
-
-    Args:
-        records: Lines of a log.
-        path: Path of the plot, a `.png` or `.svg` file.
-    """
+    """Draw losses and evaluations of a log into a `.png` file; nothing without steps, or without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure  # rejected: pyplot, which has windows and global state
@@ -104,8 +100,10 @@ def plot_log(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     for panel, (stage, group) in zip(panels, stages, strict=False):
         x = [record["step"] for record in group]
         losses = [record["loss"] for record in group]
+        window = max(5, len(x) // 50)
+        recent = [losses[max(0, end - window) : end] for end in range(1, len(x) + 1)]
         panel.plot(x, losses, color="0.8", linewidth=0.8)
-        panel.plot(x, _smoothed(losses), color="C0")
+        panel.plot(x, list(map(fmean, recent)), color="C0")
         panel.set(title=f"{stage}: loss, and its mean over the last steps", xlabel="step")
     if evaluations:
         for ratio in evaluations[-1]["kl"]:
@@ -114,13 +112,6 @@ def plot_log(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         panels[-1].set(title="held-out examples: KL to the full cache, nats per token", xlabel="step")
         panels[-1].legend()
     figure.savefig(path, dpi=120)
-
-
-def _smoothed(values: Sequence[float]) -> list[float]:
-    """Moving average over a window that ends at each value: a fiftieth of all steps, at least 5."""
-    window = max(5, len(values) // 50)
-    windows = (values[max(0, end - window) : end] for end in range(1, len(values) + 1))
-    return [sum(part) / len(part) for part in windows]
 
 
 _CARD = """---
@@ -171,7 +162,7 @@ def write_card(
     data: Sequence[tuple[str, str | None]],
     begun_from: Path | None = None,
 ) -> Path:
-    """Write `README.md` into the folder of a finished adapter.
+    """Write the model card, `README.md`, into the folder of a finished adapter; return its path.
 
     Args:
         report: Report of the training run.
@@ -179,9 +170,6 @@ def write_card(
         command: Command that reproduces the adapter.
         data: Names of the training sets, each with its licence; None if the licence is unknown.
         begun_from: Adapter that was trained further; None if training started from scratch.
-
-    Returns:
-        Path of the model card.
     """
     path, model, hours = report.adapter / "README.md", built_in(backbone.name), report.elapsed_s / 3600
     settings, default = asdict(report.settings), asdict(TrainSettings())

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NoReturn
 
 import torch
@@ -24,15 +25,7 @@ from kv_memory.compress.adapter import Adapter
 from kv_memory.datasets import Example
 from kv_memory.errors import TrainingError
 from kv_memory.train.batches import Batches
-from kv_memory.train.checkpoints import (
-    Checkpoint,
-    Checkpoints,
-    RunState,
-    by_ratio,
-    check_resumable,
-    identity,
-    replace_folder,
-)
+from kv_memory.train.checkpoints import Checkpoint, Checkpoints, RunState, check_resumable, identity, replace_folder
 from kv_memory.train.estimate import Estimate, fit_steps, measure
 from kv_memory.train.evaluation import HeldOut
 from kv_memory.train.gradients import Gradients
@@ -106,7 +99,7 @@ class Trainer:
 
         Args:
             n_steps: Number of measured steps of each stage.
-            spent_s: Seconds of the time limit that have passed, for a run whose steps are fitted to it.
+            spent_s: Seconds of the time limit that have passed, for steps that are fitted to it.
             evaluation_s: Seconds per evaluation, for the same.
         """
         options, estimate = self._options, measure(self._gradients, n_steps=n_steps)
@@ -152,13 +145,13 @@ class Trainer:
     def _n_steps(self) -> int:
         return self.settings.warmup_steps + self.settings.steps
 
+    @property
+    def _identity(self) -> dict[str, Any]:
+        return identity(self.settings, self._adapter.backbone, self._examples, self._accelerator.num_processes)
+
     def _write_log(self, **record: Any) -> None:
         if self._is_main:
             self._log.append({"step": self._state.step, **record})
-
-    def _identity(self) -> dict[str, Any]:
-        n = self._accelerator.num_processes
-        return identity(self.settings, self._adapter.backbone, self._examples, n_processes=n)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         then = checkpoint.state
@@ -166,7 +159,7 @@ class Trainer:
             fitted = {name: then["settings"][name] for name in ("warmup_steps", "steps")}
             self.settings = replace(self.settings, **fitted)
         folder = self._checkpoints.folder(then["step"])
-        check_resumable(then, self._identity(), where=folder)
+        check_resumable(then, self._identity, where=folder)
         for name, parameter in parameters_of(self._adapter).items():
             parameter.data = checkpoint.tensors[f"parameter/{name}"].to(parameter.device)
         self._state = RunState.from_json(then)
@@ -215,7 +208,7 @@ class Trainer:
             evaluated = self._heldout is not None and (last or state.step % options.eval_every == 0)
             if evaluated and self._is_main and self._heldout is not None:
                 state.kl = kl = self._heldout.measure(self._adapter)
-                score = sum(kl.values()) / len(kl)
+                score = fmean(kl.values())
                 self._write_log(event="evaluation", kl=kl, score=score)
             if evaluated or last or state.step % options.checkpoint_every == 0:
                 self._save(optimizer, score)
@@ -267,7 +260,7 @@ class Trainer:
         if self._is_main:
             parameters = {f"parameter/{name}": value for name, value in parameters_of(self._adapter).items()}
             checkpoint = Checkpoint(
-                state={**self._identity(), **self._state.to_json(), "stage": optimizer.stage, "score": score},
+                state={**self._identity, **self._state.to_json(), "stage": optimizer.stage, "score": score},
                 tensors={**parameters, **optimizer.tensors()},
             )
             self._checkpoints.save(checkpoint, write_adapter=self._write_adapter)
@@ -297,8 +290,8 @@ class Trainer:
             step=state.step,
             n_steps=self._n_steps,
             best_step=best,
-            loss=sum(losses) / len(losses) if losses else None,
-            kl=by_ratio(found.get("kl")),
+            loss=fmean(losses) if losses else None,
+            kl=RunState.from_json(found).kl if found else None,
             baseline=state.baseline,
             none=state.none,
             n_held_out=self._heldout.n_documents if self._heldout else 0,
