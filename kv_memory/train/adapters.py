@@ -1,15 +1,24 @@
-"""Adapters in training: created from settings, and the settings that an existing one prescribes."""
+"""Adapters in training: created from settings, the settings that an existing one prescribes, and their parameters.
+
+Another form of adapter is created in `new_adapter`, names its parameters in `parameters_of`, says in `learning_rates`
+which of them a stage trains, and has its step in `gradients.STEPS`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from kv_memory.compress.adapter import Adapter
 from kv_memory.errors import ConfigError
 from kv_memory.model.backbone import Backbone
 from kv_memory.train.settings import TrainSettings
+
+Stage = Literal["warmup", "distillation"]
+Parameters = dict[str, torch.nn.Parameter]
 
 # Settings that determine the structure of an adapter: those that its `AdapterConfig` records, and its LoRA's.
 _CONFIG = ("scorer", "scorer_size", "eta", "routed", "budget", "first_routed_layer")
@@ -51,3 +60,30 @@ def fit_settings(settings: TrainSettings, adapter: Adapter, *, given: Mapping[st
     structure["full_strength_ratio"] = adapter.config.full_strength_ratio
     warmup_steps = settings.warmup_steps if "warmup_steps" in given else 0
     return replace(settings, **structure, warmup_steps=warmup_steps)
+
+
+def parameters_of(adapter: Adapter) -> Parameters:
+    """All parameters of an adapter by name, `lora.…` and `scorer.…`; the LoRA is converted to float32.
+
+    In bfloat16, the dtype of a loaded LoRA, steps of 1e-4 would vanish.
+    """
+    lora = {f"lora.{name}": p for name, p in adapter.peft_model.named_parameters() if "lora_" in name}
+    for parameter in lora.values():
+        parameter.data = parameter.data.float()
+    return {**lora, **{f"scorer.{name}": p for name, p in adapter.scorer.named_parameters()}}
+
+
+def learning_rates(settings: TrainSettings, stage: Stage) -> dict[str, float]:
+    """Full learning rates of a stage, by the first part of the parameters' names; it trains no others."""
+    if stage == "warmup":
+        return {"scorer": settings.lr_scorer}
+    scorer = {"scorer": settings.lr_scorer_distil} if settings.lr_scorer_distil > 0 else {}
+    return {"lora": settings.lr_lora, **scorer}
+
+
+def trainable(adapter: Adapter, settings: TrainSettings, stage: Stage) -> Parameters:
+    """The parameters that a stage trains; all others are frozen."""
+    everything, kinds = parameters_of(adapter), learning_rates(settings, stage)
+    for name, parameter in everything.items():
+        parameter.requires_grad_(name.split(".")[0] in kinds)
+    return {name: p for name, p in everything.items() if p.requires_grad}

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -35,8 +35,7 @@ _NOTE = "checkpoint.json"
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """The state of a run after a step.
 
     Attributes:
@@ -45,7 +44,7 @@ class Checkpoint:
     """
 
     state: Mapping[str, Any]
-    tensors: Mapping[str, torch.Tensor] = field(repr=False)
+    tensors: Mapping[str, torch.Tensor]
 
 
 @dataclass(kw_only=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from kv_memory.errors import ConfigError
+from kv_memory.train.adapters import Stage, parameters_of, trainable
 from kv_memory.train.gradients import Gradients
-from kv_memory.train.optimizer import Stage, parameters_of, trainable
 
 _WARMUP_SHARE = 0.15  # largest share of the warm-up when steps are fitted to a time limit
 _USABLE = 0.94  # share of the time limit for steps; the rest allows for checkpoints and for longer steps than measured

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 
@@ -27,13 +26,8 @@ from kv_memory.train.batches import Batches
 from kv_memory.train.settings import TrainSettings
 from kv_memory.train.step import WeightedRows, answered_rows, weighted_rows
 
-
-class _Case(NamedTuple):
-    """A document, and its rows with the teacher's answers."""
-
-    ids: torch.Tensor
-    lengths: torch.Tensor
-    rows: list[WeightedRows]
+# Token ids and length of a document, and the rows behind it with the teacher's answers.
+_Case = tuple[torch.Tensor, torch.Tensor, list[WeightedRows]]
 
 
 class HeldOut:
@@ -126,5 +120,5 @@ class HeldOut:
             ids, lengths = pad(batch.documents, device=self._backbone.device)
             full = gather_entries(self._backbone, self._prefilled(ids), lengths)
             rows = answered_rows(batch, full, self._backbone, self._settings)
-            self._cases.append(_Case(ids, lengths, weighted_rows(rows, full, self._backbone, self._settings)))
+            self._cases.append((ids, lengths, weighted_rows(rows, full, self._backbone, self._settings)))
         return self._cases

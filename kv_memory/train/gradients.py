@@ -12,13 +12,12 @@ import torch
 
 from kv_memory.compress.adapter import Adapter
 from kv_memory.errors import TrainingError
+from kv_memory.train.adapters import Stage
 from kv_memory.train.batches import Batch, Batches, split_batch
 from kv_memory.train.gradient_checkpointing import checkpointing
-from kv_memory.train.optimizer import Stage
 from kv_memory.train.settings import TrainSettings
 from kv_memory.train.step import StepResult, distillation_step, warmup_step
 
-# A form of adapter with a loss of its own adds its step here, and its learning rates to `learning_rates`.
 STEPS: Mapping[Stage, Callable[..., StepResult]] = {"warmup": warmup_step, "distillation": distillation_step}
 Figures: TypeAlias = dict[str, float]  # `loss`, those of `StepResult`, and `n_tokens`
 

@@ -1,45 +1,16 @@
-"""The parameters that a stage trains, their optimiser, and its state as plain tensors."""
+"""The optimiser of a stage, and its state as plain tensors."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from kv_memory.compress.adapter import Adapter
+from kv_memory.train.adapters import Stage, learning_rates, trainable
 from kv_memory.train.settings import TrainSettings
-
-Stage = Literal["warmup", "distillation"]
-Parameters = dict[str, torch.nn.Parameter]
-
-
-def parameters_of(adapter: Adapter) -> Parameters:
-    """All parameters of an adapter by name, `lora.…` and `scorer.…`; the LoRA is converted to float32.
-
-    In bfloat16, the dtype of a loaded LoRA, steps of 1e-4 would vanish.
-    """
-    lora = {f"lora.{name}": p for name, p in adapter.peft_model.named_parameters() if "lora_" in name}
-    for parameter in lora.values():
-        parameter.data = parameter.data.float()
-    return {**lora, **{f"scorer.{name}": p for name, p in adapter.scorer.named_parameters()}}
-
-
-def learning_rates(settings: TrainSettings, stage: Stage) -> dict[str, float]:
-    """Full learning rates of a stage, by the first part of the parameters' names; it trains no others."""
-    if stage == "warmup":
-        return {"scorer": settings.lr_scorer}
-    scorer = {"scorer": settings.lr_scorer_distil} if settings.lr_scorer_distil > 0 else {}
-    return {"lora": settings.lr_lora, **scorer}
-
-
-def trainable(adapter: Adapter, settings: TrainSettings, stage: Stage) -> Parameters:
-    """The parameters that a stage trains; all others are frozen."""
-    everything, kinds = parameters_of(adapter), learning_rates(settings, stage)
-    for name, parameter in everything.items():
-        parameter.requires_grad_(name.split(".")[0] in kinds)
-    return {name: p for name, p in everything.items() if p.requires_grad}
 
 
 class StageOptimizer:

@@ -16,7 +16,7 @@ import torch
 
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.embedded import built_in
-from kv_memory.train.optimizer import Stage
+from kv_memory.train.adapters import Stage
 from kv_memory.train.settings import TrainSettings
 
 logger = logging.getLogger(__name__)

@@ -24,13 +24,14 @@ import torch
 from kv_memory.compress.adapter import Adapter
 from kv_memory.datasets import Example
 from kv_memory.errors import TrainingError
+from kv_memory.train.adapters import Stage, parameters_of
 from kv_memory.train.batches import Batches
 from kv_memory.train.checkpoints import Checkpoint, Checkpoints, RunState, check_resumable, identity, replace_folder
 from kv_memory.train.estimate import Estimate, fit_steps, measure
 from kv_memory.train.evaluation import HeldOut
 from kv_memory.train.gradients import Gradients
 from kv_memory.train.json_lines import JsonLines
-from kv_memory.train.optimizer import Stage, StageOptimizer, parameters_of
+from kv_memory.train.optimizer import StageOptimizer
 from kv_memory.train.settings import RunOptions, TrainSettings
 from kv_memory.train.train_report import TrainProgress, TrainReport, plot_log
 

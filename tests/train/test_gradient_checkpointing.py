@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from kv_memory.compress.adapter import Adapter
-from kv_memory.train.adapters import new_adapter
+from kv_memory.train.adapters import new_adapter, trainable
 from kv_memory.train.batches import Batches
 from kv_memory.train.gradient_checkpointing import checkpointing
-from kv_memory.train.optimizer import trainable
 from kv_memory.train.step import distillation_step
 from tests.conftest import make_backbone
 from tests.train.tiny_runs import SETTINGS, examples

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from kv_memory.errors import ConfigError, TrainingError
-from kv_memory.train.adapters import new_adapter
+from kv_memory.train.adapters import new_adapter, parameters_of, trainable
 from kv_memory.train.batches import Batches, split_batch
 from kv_memory.train.checkpoints import SHARD_BYTES, Checkpoint, Checkpoints
 from kv_memory.train.estimate import Estimate, fit_steps
 from kv_memory.train.json_lines import JsonLines
-from kv_memory.train.optimizer import StageOptimizer, parameters_of, trainable
+from kv_memory.train.optimizer import StageOptimizer
 from kv_memory.train.settings import RunOptions
 from kv_memory.train.train_report import plot_log
 from tests.conftest import make_backbone

@@ -25,10 +25,9 @@ from kv_memory.errors import (
     TrainingError,
 )
 from kv_memory.train import gradients
-from kv_memory.train.adapters import fit_settings, new_adapter
+from kv_memory.train.adapters import fit_settings, new_adapter, trainable
 from kv_memory.train.batches import Batches
 from kv_memory.train.json_lines import JsonLines
-from kv_memory.train.optimizer import trainable
 from kv_memory.train.settings import RunOptions
 from kv_memory.train.step import StepResult, distillation_step
 from kv_memory.train.train_report import TrainProgress
