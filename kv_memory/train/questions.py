@@ -64,7 +64,7 @@ class QuestionWriter:
             DatasetError: The file cannot be read or written.
         """
         backbone = self.backbone
-        made_by = [backbone.weights_sha256, backbone.tokenizer_sha256, backbone.prompt.digest]
+        made_by: list[object] = [backbone.weights_sha256, backbone.tokenizer_sha256, backbone.prompt.digest]
         made_by += [self.n_questions, QUESTION_TOKENS, self.answer_tokens, _TEMPERATURE, self.seed]
         keys = [hashlib.sha256(json.dumps([*made_by, passage]).encode()).hexdigest() for passage in passages]
         known: dict[str, list[tuple[str, str]]] = {}
