@@ -182,8 +182,8 @@ class Checkpoints:
     def best(self) -> int | None:
         """The step with the lowest score, the latest of equal ones; None if no checkpoint was evaluated."""
         scores = {step: self.state(step).get("score") for step in self.steps()}
-        known = {step: score for step, score in scores.items() if isinstance(score, int | float)}
-        return min(known, key=lambda step: (known[step], -step)) if known else None
+        known = [(score, -step) for step, score in scores.items() if score is not None]
+        return -min(known)[1] if known else None
 
     def state(self, step: int) -> dict[str, Any]:
         """Contents of the `checkpoint.json` of a step; empty if it cannot be read."""

@@ -144,11 +144,21 @@ class OpenRun:
         self._accelerator = make_accelerator(self._backbone.device)
         if pages:
             corpus = cut_corpus(pages, self._backbone, window_tokens=settings.max_tokens)
+            writer = QuestionWriter(
+                self._backbone,
+                n_questions=run.n_questions,
+                answer_tokens=settings.answer_tokens,
+                seed=settings.seed,
+                batch_passages=1 if self._backbone.device.type == "cpu" else 16,
+            )
             if dry_run:
-                self._time_questions(corpus, settings)
+                passages = self._asked_about(corpus.train)
+                begin_s = time.monotonic()
+                writer.write(passages[:_TRIED])
+                self._questions_s = (time.monotonic() - begin_s) / max(1, len(passages[:_TRIED])) * len(passages)
                 examples += [window.example for window in corpus.train]
             else:
-                tuned, kept_out = self._tune(corpus, settings, on_passage)
+                tuned, kept_out = self._tune(corpus, writer, on_passage)
                 examples += tuned
                 measured = measured or kept_out
         self._trainer = Trainer(
@@ -175,26 +185,11 @@ class OpenRun:
             write_card(report, self._backbone, command=run.command, data=data, begun_from=run.init)
         return report
 
-    def _writer(self, settings: TrainSettings) -> QuestionWriter:
-        return QuestionWriter(
-            self._backbone,
-            n_questions=self._run.n_questions,
-            answer_tokens=settings.answer_tokens,
-            seed=settings.seed,
-            batch_passages=1 if self._backbone.device.type == "cpu" else 16,
-        )
-
-    def _time_questions(self, corpus: Corpus, settings: TrainSettings) -> None:
-        passages = self._asked_about(corpus.train)
-        begin_s = time.monotonic()
-        self._writer(settings).write(passages[:_TRIED])
-        self._questions_s = (time.monotonic() - begin_s) / max(1, len(passages[:_TRIED])) * len(passages)
-
     def _tune(
-        self, corpus: Corpus, settings: TrainSettings, on_passage: Callable[[int, int], None] | None
+        self, corpus: Corpus, writer: QuestionWriter, on_passage: Callable[[int, int], None] | None
     ) -> tuple[list[Example], list[Example]]:
         """Windows with questions: for training, and for evaluation from held-out pages."""
-        run, writer = self._run, self._writer(settings)
+        run = self._run
 
         def examples(windows: Sequence[Window], on_passage: Any = None) -> list[list[Example]]:
             passages = self._asked_about(windows)
