@@ -23,7 +23,7 @@ from kv_memory.jobs.leases import count_of, locks_reach
 from kv_memory.jobs.sources.source import SourceItem
 from kv_memory.model.embedded import recorded_settings
 from kv_memory.store import Store
-from kv_memory.store.documents import batches
+from kv_memory.store.sql.catalog import batches
 from kv_memory.store.sql.schema import CollectionRow, FingerprintRow, utc_now
 
 

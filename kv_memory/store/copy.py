@@ -21,9 +21,10 @@ from kv_memory.config import check_choice
 from kv_memory.errors import CorruptCacheError, DocumentNotFoundError, TransferError
 from kv_memory.model.embedded import recorded_settings
 from kv_memory.store.blobs.local import DiskBlobs, blob_key
-from kv_memory.store.documents import alive, batches
+from kv_memory.store.documents import alive
 from kv_memory.store.error_mapping import mapped
 from kv_memory.store.records import CacheInfo, CopyReport, DocumentRecord, TransferProgress
+from kv_memory.store.sql.catalog import batches
 from kv_memory.store.sql.schema import CacheRow, CollectionRow, DocumentRow, FingerprintRow, PrefixRow, utc_now
 from kv_memory.store.store import Store
 

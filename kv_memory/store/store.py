@@ -6,18 +6,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from sqlalchemy import select
+
+from kv_memory.errors import ConfigError, StoreError
 from kv_memory.store import maintenance, purge
 from kv_memory.store.blob_references import BlobReferences
 from kv_memory.store.blobs.local import DiskBlobs
 from kv_memory.store.blobs.remote import ObjectBlobs
 from kv_memory.store.caches import Caches
-from kv_memory.store.collection import Documents, find_collection
 from kv_memory.store.location import CATALOG_FILE, find_place, prepare_folder, write_place
 from kv_memory.store.records import CheckReport, GcReport, PurgeReport, StoreStats
 from kv_memory.store.sql import catalog as catalogs
+from kv_memory.store.sql.schema import CollectionRow
 
 
-class Store(Documents, Caches):
+class Store(Caches):
     """One collection of a store. Thread-safe, and several processes may use one store.
 
     A store is named by its folder, which holds `catalog.sqlite`, `blobs/` and `quarantine/`. It must be on a local
@@ -84,7 +87,7 @@ class Store(Documents, Caches):
             durable=durable,
         )
         try:
-            collection_id = find_collection(opened, collection, create=create)
+            collection_id = _find_collection(opened, collection, create=create)
             write_place(folder, place)
         except BaseException:
             opened.close()
@@ -102,7 +105,7 @@ class Store(Documents, Caches):
         Raises:
             StoreError: The collection does not exist and `create` is off.
         """
-        collection_id = find_collection(self.catalog, collection, create=create)
+        collection_id = _find_collection(self.catalog, collection, create=create)
         store = Store(self.path, collection, collection_id, self.references)
         store._owns_connections = False
         return store
@@ -145,7 +148,7 @@ class Store(Documents, Caches):
             StoreLockedError: Another process keeps reading a database. The documents are deleted; purge again without
                 an id.
         """
-        return purge.purge(self, self.index_folder, ids)
+        return purge.purge(self, ids)
 
     def check(self) -> CheckReport:
         """Hash every blob that a row names, and compare the row with the blob's header.
@@ -167,3 +170,29 @@ class Store(Documents, Caches):
     def stats(self) -> StoreStats:
         """Counts of the collection and the size of the folder, in bytes."""
         return maintenance.stats(self)
+
+
+def _find_collection(catalog: catalogs.Catalog, name: str, *, create: bool) -> int:
+    """The id of a collection's row; a missing one is created if `create` is on. Errors as in `Store.in_collection`."""
+    if not isinstance(name, str) or not 0 < len(name) <= 255:
+        raise ConfigError(f"a collection name must have 1 to 255 characters, got {name!r}", where="collection")
+    wanted = select(CollectionRow.id).where(CollectionRow.name == name)
+    with catalog.read() as session:
+        found = session.scalar(wanted)
+        names = session.scalars(select(CollectionRow.name).order_by(CollectionRow.name)).all()
+    if found is not None:
+        return found
+    if not create:
+        raise StoreError(
+            f"the store has no collection {name!r}; it has {', '.join(names) or 'none'}",
+            where=catalog.where,
+            next_step="Use one of those, or create the collection by adding a document to it.",
+        )
+    with catalog.write() as session:
+        found = session.scalar(wanted)  # another process may have created it since
+        if found is None:
+            row = CollectionRow(name=name, settings={})
+            session.add(row)
+            session.flush()
+            found = row.id
+        return found

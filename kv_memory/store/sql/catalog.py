@@ -8,9 +8,10 @@ written before such a transaction, because an upload may take any time, and remo
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.orm import Session
@@ -20,6 +21,7 @@ from kv_memory.store.error_mapping import mapped, raise_mapped
 from kv_memory.store.sql.engine import open_database
 from kv_memory.store.sql.schema import SCHEMA_HEAD
 
+T = TypeVar("T")
 BUSY_TIMEOUT_S = 30.0
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -198,6 +200,13 @@ class Catalog:
                 where=self.where,
                 next_step="Upgrade kv-memory to the version that wrote it. Nothing was changed.",
             )
+
+
+def batches(items: Iterable[T], size: int = 500) -> Iterator[list[T]]:
+    """Split items into lists of at most `size`: SQLite limits the variables of a statement, in old builds to 999."""
+    everything = list(items)
+    for start in range(0, len(everything), size):
+        yield everything[start : start + size]
 
 
 def _is_empty(connection: Connection) -> bool:
