@@ -16,7 +16,8 @@ from kv_memory.store.blobs.remote import ObjectBlobs
 from kv_memory.store.caches import Caches
 from kv_memory.store.location import CATALOG_FILE, find_place, prepare_folder, write_place
 from kv_memory.store.records import CheckReport, GcReport, PurgeReport, StoreStats
-from kv_memory.store.sql import catalog as catalogs
+from kv_memory.store.sql import engine
+from kv_memory.store.sql.catalog import Catalog
 from kv_memory.store.sql.schema import CollectionRow
 
 
@@ -70,22 +71,17 @@ class Store(Caches):
                 a shared catalog, which `kv-memory db upgrade` upgrades. Nothing was changed.
             StoreConnectionError: The database or the object store does not answer.
         """
-        folder, new = prepare_folder(path, create=create)
-        place = find_place(folder, catalog=catalog, blobs=blobs, tier_size_bytes=tier_size_bytes, new=new)
+        folder = prepare_folder(path, create=create)
+        place = find_place(folder, catalog=catalog, blobs=blobs, tier_size_bytes=tier_size_bytes)
         disk = DiskBlobs(
             folder / "blobs",
-            timeout_s=catalogs.BUSY_TIMEOUT_S,
+            timeout_s=engine.BUSY_TIMEOUT_S,
             size_limit=None if place.blobs is None else place.tier_size_bytes,
             durable=durable,
         )
         kept = disk if place.blobs is None else ObjectBlobs(place.blobs, disk)
         # Others may be using a shared catalog with the version that wrote it: they decide when it is upgraded.
-        opened = catalogs.Catalog(
-            place.catalog or folder / CATALOG_FILE,
-            busy_timeout_s=catalogs.BUSY_TIMEOUT_S,
-            upgrade=place.catalog is None,
-            durable=durable,
-        )
+        opened = Catalog(place.catalog or folder / CATALOG_FILE, upgrade=place.catalog is None, durable=durable)
         try:
             collection_id = _find_collection(opened, collection, create=create)
             write_place(folder, place)
@@ -172,7 +168,7 @@ class Store(Caches):
         return maintenance.stats(self)
 
 
-def _find_collection(catalog: catalogs.Catalog, name: str, *, create: bool) -> int:
+def _find_collection(catalog: Catalog, name: str, *, create: bool) -> int:
     """The id of a collection's row; a missing one is created if `create` is on. Errors as in `Store.in_collection`."""
     if not isinstance(name, str) or not 0 < len(name) <= 255:
         raise ConfigError(f"a collection name must have 1 to 255 characters, got {name!r}", where="collection")

@@ -74,7 +74,7 @@ def test_errors_do_not_contain_the_password(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "match"),
     [
-        ({"catalog": "mysql://host/db"}, "SQLite or PostgreSQL"),
+        ({"catalog": "mysql://host/db"}, "must be in PostgreSQL"),
         ({"catalog": "no url"}, "this is not a database URL"),
         ({"catalog": "postgresql://h/d?schema=a-b"}, "schema"),
         ({"blobs": "ftp://host/x"}, "invalid URL for blobs"),

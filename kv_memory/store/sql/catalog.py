@@ -22,7 +22,6 @@ from kv_memory.store.sql.engine import open_database
 from kv_memory.store.sql.schema import SCHEMA_HEAD
 
 T = TypeVar("T")
-BUSY_TIMEOUT_S = 30.0
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 
@@ -31,7 +30,6 @@ class Catalog:
 
     Args:
         where: Path of a SQLite file, created if missing, or URL of a PostgreSQL database.
-        busy_timeout_s: Time that a writer waits for another one, in seconds.
         upgrade: Whether to upgrade old tables to this version's schema; if off, an old catalog is refused.
         durable: Whether a SQLite file survives a power cut after each transaction.
 
@@ -41,16 +39,9 @@ class Catalog:
         StoreConnectionError: The server cannot be reached.
     """
 
-    def __init__(
-        self,
-        where: Path | str,
-        *,
-        busy_timeout_s: float = BUSY_TIMEOUT_S,
-        upgrade: bool = True,
-        durable: bool = True,
-    ) -> None:
+    def __init__(self, where: Path | str, *, upgrade: bool = True, durable: bool = True) -> None:
         with mapped(where):
-            self._database = open_database(where, busy_timeout_s=busy_timeout_s, durable=durable)
+            self._database = open_database(where, durable=durable)
         self.where = self._database.where
         self.durable = durable
         self._engine = self._database.engine
@@ -127,7 +118,7 @@ class Catalog:
     def revision(self) -> str | None:
         """The schema version of the catalog, None if it has none yet."""
         with mapped(self.where), self._engine.connect() as connection:
-            return _revision(connection)
+            return _schema_of(connection)[0]
 
     def scrub(self) -> None:
         """Remove deleted data from the database's files: free pages and, with SQLite, the log. See `purge`."""
@@ -138,10 +129,10 @@ class Catalog:
     def revision_at(cls, where: Path | str) -> str | None:
         """The schema version of a catalog of any version, which is left unchanged."""
         with mapped(where):
-            database = open_database(where, busy_timeout_s=BUSY_TIMEOUT_S)
+            database = open_database(where)
         try:
             with mapped(database.where), database.engine.connect() as connection:
-                return _revision(connection)
+                return _schema_of(connection)[0]
         finally:
             database.engine.dispose()
 
@@ -156,7 +147,7 @@ class Catalog:
 
     def _upgrade(self, *, allowed: bool) -> None:
         with self._engine.connect() as connection:
-            revision, empty = _revision(connection), _is_empty(connection)
+            revision, empty = _schema_of(connection)
         if revision == SCHEMA_HEAD:
             return
         if empty:
@@ -178,10 +169,10 @@ class Catalog:
         from alembic import command
         from alembic.config import Config
 
-        revision = _revision(connection)
+        revision, empty = _schema_of(connection)
         if revision is not None:
             self._refuse_newer(revision)
-        elif not _is_empty(connection):
+        elif not empty:
             raise StoreError(
                 "this database is not a catalog of kv-memory",
                 where=self.where,
@@ -209,14 +200,10 @@ def batches(items: Iterable[T], size: int = 500) -> Iterator[list[T]]:
         yield everything[start : start + size]
 
 
-def _is_empty(connection: Connection) -> bool:
-    if connection.dialect.name == "sqlite":
-        return connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar() == 0
-    return not inspect(connection).get_table_names()  # in the search path's schema
-
-
-def _revision(connection: Connection) -> str | None:
-    if not inspect(connection).has_table("alembic_version"):
-        return None
+def _schema_of(connection: Connection) -> tuple[str | None, bool]:
+    """The schema version, None without one, and whether the database (the schema in the search path) has no table."""
+    tables = inspect(connection).get_table_names()
+    if "alembic_version" not in tables:
+        return None, not tables
     revision: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
-    return revision
+    return revision, False
