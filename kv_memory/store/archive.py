@@ -145,11 +145,7 @@ def export_collection(store: Store, path: Path | str, *, on_progress: OnProgress
 
 
 def import_archive(
-    path: Path | str,
-    store: Store,
-    *,
-    on_conflict: OnConflict = "refuse",
-    on_progress: OnProgress | None = None,
+    path: Path | str, store: Store, *, on_conflict: OnConflict = "refuse", on_progress: OnProgress | None = None
 ) -> CopyReport:
     """Import an archive that `export_collection` wrote into a collection; arguments and errors as in `copy_collection`.
 

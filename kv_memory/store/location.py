@@ -100,11 +100,7 @@ def catalog_of(path: Path | str) -> Path | str:
 def find_place(folder: Path, *, catalog: str | None, blobs: str | None, tier_size_bytes: int | None) -> StorePlace:
     """The given location, else the one recorded in the folder, else the folder itself; nothing is written.
 
-    Args:
-        folder: Folder of the store, which must exist.
-        catalog: Given URL of a PostgreSQL database; None if not given.
-        blobs: Given URL of an object store; None if not given.
-        tier_size_bytes: Given size limit in bytes for local copies of blobs; may be changed later. None if not given.
+    The arguments are those of `StorePlace`, None if not given; `tier_size_bytes` may differ from the recorded one.
 
     Raises:
         ConfigError: The store is at another location than the given one.

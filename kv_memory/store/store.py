@@ -81,8 +81,9 @@ class Store(Caches):
         )
         kept = disk if place.blobs is None else ObjectBlobs(place.blobs, disk)
         # Others may be using a shared catalog with the version that wrote it: they decide when it is upgraded.
-        opened = Catalog(place.catalog or folder / CATALOG_FILE, upgrade=place.catalog is None, durable=durable)
+        opened = Catalog(place.catalog or folder / CATALOG_FILE, durable=durable)
         try:
+            opened.upgrade(allowed=place.catalog is None)
             collection_id = _find_collection(opened, collection, create=create)
             write_place(folder, place)
         except BaseException:

@@ -30,16 +30,10 @@ class Catalog:
 
     Args:
         where: Path of a SQLite file, created if missing, or URL of a PostgreSQL database.
-        upgrade: Whether to upgrade old tables to this version's schema; if off, an old catalog is refused.
         durable: Whether a SQLite file survives a power cut after each transaction.
-
-    Raises:
-        StoreError: A newer version of this package wrote the catalog, or an older one did and `upgrade` is off. It was
-            not changed; the database is not a catalog, or cannot be opened.
-        StoreConnectionError: The server cannot be reached.
     """
 
-    def __init__(self, where: Path | str, *, upgrade: bool = True, durable: bool = True) -> None:
+    def __init__(self, where: Path | str, *, durable: bool = True) -> None:
         with mapped(where):
             self._database = open_database(where, durable=durable)
         self.where = self._database.where
@@ -48,12 +42,6 @@ class Catalog:
         self._reader = self._engine.execution_options(**self._database.reading)
         self._writer = self._engine.execution_options(**self._database.writing)
         self._pid = os.getpid()
-        try:
-            with mapped(self.where):
-                self._upgrade(allowed=upgrade)
-        except BaseException:
-            self.close()
-            raise
 
     @property
     def dialect(self) -> str:
@@ -116,7 +104,7 @@ class Catalog:
         return self._database.locks.hold(name, wait=wait)
 
     def revision(self) -> str | None:
-        """The schema version of the catalog, None if it has none yet."""
+        """The schema version of the catalog, which may be of any version; None if it has none yet."""
         with mapped(self.where), self._engine.connect() as connection:
             return _schema_of(connection)[0]
 
@@ -124,17 +112,6 @@ class Catalog:
         """Remove deleted data from the database's files: free pages and, with SQLite, the log. See `purge`."""
         with mapped(self.where):
             self._database.scrub()
-
-    @classmethod
-    def revision_at(cls, where: Path | str) -> str | None:
-        """The schema version of a catalog of any version, which is left unchanged."""
-        with mapped(where):
-            database = open_database(where)
-        try:
-            with mapped(database.where), database.engine.connect() as connection:
-                return _schema_of(connection)[0]
-        finally:
-            database.engine.dispose()
 
     def close(self) -> None:
         """Close every connection that is not in use."""
@@ -145,24 +122,35 @@ class Catalog:
         self._engine.dispose(close=False)
         self._pid = os.getpid()
 
-    def _upgrade(self, *, allowed: bool) -> None:
-        with self._engine.connect() as connection:
-            revision, empty = _schema_of(connection)
-        if revision == SCHEMA_HEAD:
-            return
-        if empty:
-            self._database.create()
-        elif not allowed and revision is not None:
-            self._refuse_newer(revision)
-            raise StoreError(
-                f"the store has schema {revision}, this version needs {SCHEMA_HEAD}",
-                where=self.where,
-                next_step="Run `kv-memory db upgrade` while nothing else uses the store.",
-            )
-        with self._writer.connect() as connection, connection.begin():
-            # Under the write lock: of two processes that open an old store, the second finds it upgraded.
-            connection.exec_driver_sql(self._database.begin_alone)
-            self._migrate(connection)
+    def upgrade(self, *, allowed: bool = True) -> None:
+        """Create missing tables, and upgrade old ones to this version's schema.
+
+        Args:
+            allowed: Whether to upgrade old tables; if off, they are refused.
+
+        Raises:
+            StoreError: A newer version of this package wrote the catalog, or an older one did and `allowed` is off; the
+                database is not a catalog, or cannot be opened. It was not changed.
+            StoreConnectionError: The server cannot be reached.
+        """
+        with mapped(self.where):
+            with self._engine.connect() as connection:
+                revision, empty = _schema_of(connection)
+            if revision == SCHEMA_HEAD:
+                return
+            if empty:
+                self._database.create()
+            elif not allowed and revision is not None:
+                self._refuse_newer(revision)
+                raise StoreError(
+                    f"the store has schema {revision}, this version needs {SCHEMA_HEAD}",
+                    where=self.where,
+                    next_step="Run `kv-memory db upgrade` while nothing else uses the store.",
+                )
+            with self._writer.connect() as connection, connection.begin():
+                # Under the write lock: of two processes that open an old store, the second finds it upgraded.
+                connection.exec_driver_sql(self._database.begin_alone)
+                self._migrate(connection)
 
     def _migrate(self, connection: Connection) -> None:
         # Imported here: Alembic takes longer to import than a store at head takes to open.

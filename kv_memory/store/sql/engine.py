@@ -50,13 +50,9 @@ class SQLiteDatabase:
     """A file in the store's folder, with one writer at a time by SQLite's own lock.
 
     Attributes:
-        engine: SQLAlchemy engine.
-        locks: Named locks.
         where: Name of the database in errors.
-        reading: Execution options of a reading transaction.
-        writing: Execution options of a writing transaction.
-        begin_read: Statement that begins a reading transaction.
-        begin_write: Statement that begins a writing transaction.
+        reading, writing: Execution options of transactions.
+        begin_read, begin_write: Statements that begin transactions.
         begin_alone: Statement that begins a writing transaction and keeps other writers out.
     """
 

@@ -47,11 +47,7 @@ class FileLocks:
     def hold(self, name: str, *, wait: bool = True) -> Iterator[bool]:
         """A context that holds a lock; yields True if it was acquired, False if `wait` is off and it is taken.
 
-        Another thread than the one that has entered the context may leave it.
-
-        Args:
-            name: Name of the lock, any text.
-            wait: Whether to wait for a taken lock; if off, the context is then entered with False.
+        Another thread than the one that has entered the context may leave it. A name may be any text.
         """
         path = self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.lock"
         try:
