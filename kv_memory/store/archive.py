@@ -35,16 +35,7 @@ from kv_memory.store.copy import OnConflict, copy_collection
 from kv_memory.store.error_mapping import mapped
 from kv_memory.store.fs import fsync_folder, private_opener
 from kv_memory.store.records import CopyReport, TransferProgress
-from kv_memory.store.sql.schema import (
-    Base,
-    CacheRow,
-    CollectionRow,
-    DocumentRow,
-    FingerprintRow,
-    PassageRow,
-    PrefixRow,
-    UTCDateTime,
-)
+from kv_memory.store.sql.schema import Base, CacheRow, FingerprintRow, PassageRow, UTCDateTime
 from kv_memory.store.store import Store
 
 _FORMAT = 1
@@ -205,7 +196,8 @@ def _pack(
                 connection.execute("PRAGMA journal_mode = DELETE")  # everything is in this one file afterwards
         sums = {name: _sha256(folder / name) for name in _DATABASES}
         header = {"format": _FORMAT, "written_by": kv_memory.__version__, "collection": collection, "sha256": sums}
-        (folder / _HEADER).write_text(json.dumps(header))
+        with open(folder / _HEADER, "w", opener=private_opener) as file:
+            json.dump(header, file)
         blobs = (path for path in sorted((folder / "blobs").rglob("*/*")) if path.is_file())
         with open(part, "wb", opener=private_opener) as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
@@ -294,7 +286,7 @@ def _verify(store: Store) -> None:
         told = ", ".join(f"{len(keys)} {name}" for name, keys in faults.items() if keys)
         raise ValueError(f"its blobs are not those of its catalog: {told}")
     with store.catalog.read() as session:
-        for table in (CollectionRow, DocumentRow, PassageRow, FingerprintRow, CacheRow, PrefixRow):
+        for table in Base.__subclasses__():
             for row in session.scalars(select(table).execution_options(yield_per=5)):
                 _check_types(row)
                 if isinstance(row, FingerprintRow) and _digest(row.json) != row.digest:

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, delete, exists, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Select, delete, exists, func, insert, or_, select
 from sqlalchemy.orm import Session
 
 from kv_memory.cache.fingerprint import Fingerprint
@@ -21,16 +21,7 @@ from kv_memory.store.records import DocumentRecord, DocumentSummary, PassageReco
 from kv_memory.store.sql.catalog import batches
 from kv_memory.store.sql.schema import CacheRow, CollectionRow, DocumentRow, PassageRow, utc_now
 
-# Columns under the names of the fields of `DocumentRecord`, `PassageRecord` and `StoredPassage`.
-_DOCUMENT = (
-    DocumentRow.document_id.label("id"),
-    DocumentRow.content_sha256,
-    DocumentRow.source_uri,
-    DocumentRow.details.label("metadata"),
-    DocumentRow.passage_tokens,
-    DocumentRow.created_at,
-    DocumentRow.updated_at,
-)
+# Columns under the names of the fields of `PassageRecord` and `StoredPassage`.
 _PASSAGE = (PassageRow.text, PassageRow.n_tokens, PassageRow.text_sha256, PassageRow.terms)
 _STORED = (*_PASSAGE, PassageRow.ordinal, DocumentRow.document_id, DocumentRow.details.label("metadata"))
 
@@ -74,17 +65,14 @@ class Documents:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"settings must be JSON-serialisable: {error}", where="settings") from error
         with self.catalog.write() as session:
-            self._set(session, values)
-
-    def _set(self, session: Session, values: Mapping[str, Any]) -> None:
-        row = session.get_one(CollectionRow, self.collection_id)
-        row.settings = {**row.settings, **values}  # written only if it differs
+            row = session.get_one(CollectionRow, self.collection_id)
+            row.settings = {**row.settings, **values}  # written only if it differs
 
     @property
     def revision(self) -> int:
         """Revision number, which grows whenever a document is put or deleted; derived data is keyed by it."""
         with self.catalog.read() as session:
-            return session.get_one(CollectionRow, self.collection_id).revision
+            return session.scalars(select(CollectionRow.revision).where(CollectionRow.id == self.collection_id)).one()
 
     def put_document(self, record: DocumentRecord, *, settings: Mapping[str, Any] | None = None) -> None:
         """Insert a document, or replace the one of the same id, in one transaction.
@@ -123,10 +111,10 @@ class Documents:
             if rows:
                 session.execute(insert(PassageRow), rows)
             if dropped := before.keys() - {passage.text_sha256 for passage in record.passages}:
-                keys = retire_caches(session, self.collection_id, dropped)
-            bump_revision(session, self.collection_id)
-            if settings is not None:
-                self._set(session, settings)
+                keys = _retire_caches(session, self.collection_id, dropped)
+            collection = session.get_one(CollectionRow, self.collection_id)
+            collection.revision += 1
+            collection.settings = {**collection.settings, **(settings or {})}
         if keys:
             self.references.delete_unreferenced(keys)
         if any(before.values()) and any(passage.text is None for passage in record.passages):
@@ -140,9 +128,7 @@ class Documents:
             DocumentNotFoundError: The collection has no such document.
         """
         with self.catalog.write() as session:
-            dropped = delete_document(session, self.collection_id, id)
-            keys = retire_caches(session, self.collection_id, dropped)
-            bump_revision(session, self.collection_id)
+            keys = delete_document(session, self.collection_id, id)
         self.references.delete_unreferenced(keys)
 
     def document(self, id: str) -> DocumentRecord:
@@ -152,27 +138,13 @@ class Documents:
             DocumentNotFoundError: The collection has no such document.
         """
         with self.catalog.read() as session:
-            found = self._document(session, id)
-        if found is None:
-            raise _not_found(id)
-        return found
-
-    def _document(self, session: Session, id: str) -> DocumentRecord | None:
-        row = session.execute(select(*_DOCUMENT).where(_is_document(self.collection_id, id))).first()
-        if row is None:
-            return None
-        passages = session.execute(_passages(self.collection_id, *_PASSAGE).where(DocumentRow.document_id == id))
-        return DocumentRecord(passages=tuple(PassageRecord(**each._asdict()) for each in passages), **row._asdict())
+            return _record(session, find_document(session, self.collection_id, id))
 
     def documents(self) -> list[DocumentSummary]:
         """All documents without their text, ordered by id."""
-        counts = (
-            func.count(PassageRow.id).label("n_passages"),
-            func.count(PassageRow.text).label("n_texts"),
-            func.coalesce(func.sum(PassageRow.n_tokens), 0).label("n_tokens"),
-        )
+        n_tokens = func.coalesce(func.sum(PassageRow.n_tokens), 0)
         statement = (
-            select(*_DOCUMENT, *counts)
+            select(DocumentRow, func.count(PassageRow.id), func.count(PassageRow.text), n_tokens)
             .select_from(DocumentRow)
             .outerjoin(PassageRow)
             .where(DocumentRow.collection_id == self.collection_id)
@@ -180,7 +152,10 @@ class Documents:
             .order_by(DocumentRow.document_id)
         )
         with self.catalog.read() as session:
-            return [DocumentSummary(**row._asdict()) for row in session.execute(statement)]
+            return [
+                DocumentSummary(**_shared(row), n_passages=n_passages, n_texts=n_texts, n_tokens=n_tokens)
+                for row, n_passages, n_texts, n_tokens in session.execute(statement)
+            ]
 
     def has_document(self, id: str) -> bool:
         """Whether the collection has a document with this id."""
@@ -190,9 +165,10 @@ class Documents:
     def find_document(self, id: str, fingerprint: Fingerprint, keep: Keep) -> tuple[DocumentRecord, set[str]] | None:
         """A document, and the hashes of its texts that `cached_texts` returns; None if there is no such document."""
         with self.catalog.read() as session:
-            record = self._document(session, id)
-            if record is None:
+            row = _row(session, self.collection_id, id)
+            if row is None:
                 return None
+            record = _record(session, row)
             texts = {passage.text_sha256 for passage in record.passages}
             return record, self._cached(session, texts, fingerprint, keep)
 
@@ -218,7 +194,7 @@ class Documents:
     def passages(self) -> list[StoredPassage]:
         """All passages, ordered by document id and ordinal."""
         with self.catalog.read() as session:
-            return _stored(session, _passages(self.collection_id, *_STORED))
+            return [StoredPassage(**row._asdict()) for row in session.execute(_passages(self.collection_id, *_STORED))]
 
     def missing(self, fingerprint: Fingerprint, keep_ratio: float | Keep) -> list[StoredPassage]:
         """The passages without a cache under these settings, ordered by document id and ordinal."""
@@ -229,7 +205,7 @@ class Documents:
             texts -= self._cached(session, texts, fingerprint, keep)
             for batch in batches(texts):
                 these = _passages(self.collection_id, *_STORED).where(PassageRow.text_sha256.in_(batch))
-                found += _stored(session, these)
+                found += [StoredPassage(**row._asdict()) for row in session.execute(these)]
         return sorted(found, key=lambda passage: (passage.document_id, passage.ordinal))
 
     def passage(self, document_id: str, ordinal: int) -> StoredPassage:
@@ -242,16 +218,16 @@ class Documents:
             DocumentRow.document_id == document_id, PassageRow.ordinal == ordinal
         )
         with self.catalog.read() as session:
-            found = _stored(session, one)
-            if not found:
+            found = session.execute(one).one_or_none()
+            if found is None:
                 find_document(session, self.collection_id, document_id)  # raises if it is missing as well
-        if not found:
+        if found is None:
             raise DocumentNotFoundError(
                 f"document {document_id!r} has no passage {ordinal}",
                 where=document_id,
                 next_step="Passages are numbered from 0; `kv-memory list` shows how many there are.",
             )
-        return found[0]
+        return StoredPassage(**found._asdict())
 
     def text(self, text_sha256: str) -> str | None:
         """The passage text with this SHA-256 hex digest; None if no passage of the collection keeps such a text."""
@@ -281,11 +257,9 @@ def _check(record: DocumentRecord) -> None:
 
 
 def _row(session: Session, collection_id: int, document_id: str) -> DocumentRow | None:
-    return session.scalar(select(DocumentRow).where(_is_document(collection_id, document_id)))
-
-
-def _is_document(collection_id: int, document_id: str) -> ColumnElement[bool]:
-    return (DocumentRow.collection_id == collection_id) & (DocumentRow.document_id == document_id)
+    return session.scalar(
+        select(DocumentRow).where(DocumentRow.collection_id == collection_id, DocumentRow.document_id == document_id)
+    )
 
 
 def find_document(session: Session, collection_id: int, document_id: str) -> DocumentRow:
@@ -296,24 +270,32 @@ def find_document(session: Session, collection_id: int, document_id: str) -> Doc
     """
     row = _row(session, collection_id, document_id)
     if row is None:
-        raise _not_found(document_id)
+        raise DocumentNotFoundError(
+            f"no document {document_id!r} in this collection",
+            where=document_id,
+            next_step="List the ids with `kv-memory list`.",
+        )
     return row
 
 
-def _not_found(document_id: str) -> DocumentNotFoundError:
-    return DocumentNotFoundError(
-        f"no document {document_id!r} in this collection",
-        where=document_id,
-        next_step="List the ids with `kv-memory list`.",
-    )
+def _shared(row: DocumentRow) -> dict[str, Any]:
+    """The fields that `DocumentRecord` and `DocumentSummary` share."""
+    names = ("content_sha256", "source_uri", "passage_tokens", "created_at", "updated_at")
+    return {"id": row.document_id, "metadata": row.details, **{name: getattr(row, name) for name in names}}
 
 
-def delete_document(session: Session, collection_id: int, document_id: str) -> set[str]:
-    """Delete a document and its passages; returns the hashes of its texts. Errors as in `find_document`."""
+def _record(session: Session, row: DocumentRow) -> DocumentRecord:
+    passages = session.execute(select(*_PASSAGE).where(PassageRow.document_pk == row.id).order_by(PassageRow.ordinal))
+    return DocumentRecord(**_shared(row), passages=tuple(PassageRecord(**each._asdict()) for each in passages))
+
+
+def delete_document(session: Session, collection_id: int, document_id: str) -> list[str]:
+    """Delete a document as `Documents.delete_document` does; returns blob keys for `delete_unreferenced`."""
     row = find_document(session, collection_id, document_id)
-    texts = set(_texts_of(session, row))
+    texts = _texts_of(session, row)
     session.execute(delete(DocumentRow).where(DocumentRow.id == row.id))
-    return texts
+    session.get_one(CollectionRow, collection_id).revision += 1
+    return _retire_caches(session, collection_id, texts)
 
 
 def _texts_of(session: Session, row: DocumentRow) -> dict[str, bool]:
@@ -322,20 +304,13 @@ def _texts_of(session: Session, row: DocumentRow) -> dict[str, bool]:
     return {text: n > 0 for text, n in session.execute(texts.group_by(PassageRow.text_sha256))}
 
 
-def retire_caches(session: Session, collection_id: int, texts: Iterable[str]) -> list[str]:
+def _retire_caches(session: Session, collection_id: int, texts: Iterable[str]) -> list[str]:
     """Delete caches of texts (hashes) that no passage of the collection has; returns their blob keys."""
     keys: list[str] = []
     for batch in batches(texts):
         gone = delete(CacheRow).where(unreferenced(collection_id), CacheRow.text_sha256.in_(batch))
         keys += session.scalars(gone.returning(CacheRow.blob_key))
     return keys
-
-
-def bump_revision(session: Session, collection_id: int) -> None:
-    """Record that the collection's passages have changed."""
-    session.execute(
-        update(CollectionRow).where(CollectionRow.id == collection_id).values(revision=CollectionRow.revision + 1)
-    )
 
 
 def place_of(session: Session, collection_id: int, text_sha256: str) -> str:
@@ -353,10 +328,6 @@ def _passages(collection_id: int, *columns: Any) -> Select[*tuple[Any, ...]]:
         .where(DocumentRow.collection_id == collection_id)
         .order_by(DocumentRow.document_id, PassageRow.ordinal)
     )
-
-
-def _stored(session: Session, passages: Select[*tuple[Any, ...]]) -> list[StoredPassage]:
-    return [StoredPassage(**row._asdict()) for row in session.execute(passages)]
 
 
 def alive(now: datetime) -> ColumnElement[bool]:

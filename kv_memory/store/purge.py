@@ -33,12 +33,9 @@ def purge(part: documents.Documents, ids: Iterable[str]) -> PurgeReport:
     keys: set[str] = set()
     if chosen:
         with catalog.write() as session:
-            dropped: set[str] = set()
             for id_ in chosen:
-                dropped |= documents.delete_document(session, part.collection_id, id_)
-            keys.update(documents.retire_caches(session, part.collection_id, dropped))
+                keys.update(documents.delete_document(session, part.collection_id, id_))
             session.execute(delete(FingerprintRow).where(FingerprintRow.digest.not_in(select(CacheRow.fingerprint))))
-            documents.bump_revision(session, part.collection_id)
     with catalog.hold("purge"):
         # 2. Blobs without a row: theirs, and those of earlier deletions and interrupted writes, however young. A put
         # in progress finds its blob removed, and stores it again.

@@ -41,6 +41,7 @@ class FileLocks:
     """
 
     def __init__(self, folder: Path) -> None:
+        private_folder(folder)
         self._folder = folder
 
     @contextmanager
@@ -51,7 +52,6 @@ class FileLocks:
         """
         path = self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.lock"
         try:
-            private_folder(self._folder)
             file = _locked(path, wait=wait)
         except OSError as error:
             raise_mapped(error, str(self._folder))
