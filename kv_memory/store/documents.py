@@ -235,7 +235,8 @@ class Documents:
             PassageRow.text_sha256 == text_sha256, PassageRow.text.is_not(None)
         )
         with self.catalog.read() as session:
-            return session.scalar(texts.limit(1))
+            found: str | None = session.scalar(texts.limit(1))
+        return found
 
 
 def _check(record: DocumentRecord) -> None:

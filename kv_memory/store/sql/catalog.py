@@ -21,7 +21,7 @@ from kv_memory.store.error_mapping import mapped, raise_mapped
 from kv_memory.store.sql.engine import open_database
 from kv_memory.store.sql.schema import SCHEMA_HEAD
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 
@@ -48,14 +48,11 @@ class Catalog:
         """`sqlite` or `postgresql`."""
         return self._engine.dialect.name
 
-    @contextmanager
-    def read(self) -> Iterator[Session]:
+    def read(self) -> AbstractContextManager[Session]:
         """A transaction that sees one state of the catalog and blocks nobody."""
-        with self._transaction(self._reader, self._database.begin_read) as session:
-            yield session
+        return self._transaction(self._reader, self._database.begin_read)
 
-    @contextmanager
-    def write(self, *, alone: bool = True) -> Iterator[Session]:
+    def write(self, *, alone: bool = True) -> AbstractContextManager[Session]:
         """A transaction that keeps other writers out from its start and is durable once it has committed.
 
         Args:
@@ -66,8 +63,7 @@ class Catalog:
             StoreLockedError: The write lock was not acquired within the busy timeout.
         """
         begin = self._database.begin_alone if alone else self._database.begin_write
-        with self._transaction(self._writer, begin) as session:
-            yield session
+        return self._transaction(self._writer, begin)
 
     @contextmanager
     def _transaction(self, engine: Engine, begin: str | None) -> Iterator[Session]:
@@ -181,7 +177,7 @@ class Catalog:
             )
 
 
-def batches(items: Iterable[T], size: int = 500) -> Iterator[list[T]]:
+def batches(items: Iterable[_T], size: int = 500) -> Iterator[list[_T]]:
     """Split items into lists of at most `size`: SQLite limits the variables of a statement, in old builds to 999."""
     everything = list(items)
     for start in range(0, len(everything), size):

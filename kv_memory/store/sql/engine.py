@@ -11,10 +11,10 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import tenacity
 from sqlalchemy import URL, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_random_exponential
 
 from kv_memory.errors import ConfigError, StoreLockedError
 from kv_memory.store.error_mapping import mapped, refused_login
@@ -82,16 +82,15 @@ class SQLiteDatabase:
     def create(self) -> None:
         """Switch a new file to the write-ahead log; the mode is stored in the file."""
         # SQLite does not apply its busy timeout here, so we wait ourselves.
-        deadline = time.monotonic() + BUSY_TIMEOUT_S
-        while True:
-            try:
-                with closing(sqlite3.connect(self.file, timeout=BUSY_TIMEOUT_S)) as connection:
-                    connection.execute("PRAGMA journal_mode = WAL")
-                return
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_message(match=".*locked"),
+            stop=tenacity.stop_after_delay(BUSY_TIMEOUT_S),
+            wait=tenacity.wait_fixed(0.01),
+            reraise=True,
+        )
+        for attempt in retrying:
+            with attempt, closing(sqlite3.connect(self.file)) as connection:
+                connection.execute("PRAGMA journal_mode = WAL")
 
     def scrub(self) -> None:
         """Remove from the database's files the data that was deleted from its tables."""
@@ -178,10 +177,10 @@ class PostgresDatabase:
     def _connect(dialect: Any, _record: object, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         # A server that restarts is back within seconds: at most five tries, none of them started after 20 s, then the
         # error.
-        retrying = Retrying(
-            retry=retry_if_exception(_may_pass),
-            stop=stop_after_attempt(5) | stop_after_delay(20),
-            wait=wait_random_exponential(multiplier=0.2, max=2),
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_may_pass),
+            stop=tenacity.stop_after_attempt(5) | tenacity.stop_after_delay(20),
+            wait=tenacity.wait_random_exponential(multiplier=0.2, max=2),
             reraise=True,
         )
         return retrying(dialect.connect, *arguments, **named)
