@@ -221,12 +221,11 @@ class Documents:
             found = session.execute(one).one_or_none()
             if found is None:
                 find_document(session, self.collection_id, document_id)  # raises if it is missing as well
-        if found is None:
-            raise DocumentNotFoundError(
-                f"document {document_id!r} has no passage {ordinal}",
-                where=document_id,
-                next_step="Passages are numbered from 0; `kv-memory list` shows how many there are.",
-            )
+                raise DocumentNotFoundError(
+                    f"document {document_id!r} has no passage {ordinal}",
+                    where=document_id,
+                    next_step="Passages are numbered from 0; `kv-memory list` shows how many there are.",
+                )
         return StoredPassage(**found._asdict())
 
     def text(self, text_sha256: str) -> str | None:

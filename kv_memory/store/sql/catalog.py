@@ -162,10 +162,9 @@ class Catalog:
                 where=self.where,
                 next_step="Choose another folder for the store, or another schema of the database.",
             )
-        config = Config()
+        config = Config(attributes={"connection": connection})
         config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
         config.set_main_option("path_separator", "os")
-        config.attributes["connection"] = connection
         command.upgrade(config, "head")
 
     def _refuse_newer(self, revision: str) -> None:

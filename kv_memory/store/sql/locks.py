@@ -111,20 +111,19 @@ class PostgresLocks:
         function = "pg_advisory_lock" if wait else "pg_try_advisory_lock"
         with mapped(self._where):
             connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        try:
-            with mapped(self._where):
-                # pg_advisory_lock returns an empty string.
-                held = connection.scalar(text(f"SELECT {function}(:number)"), number) is not False
-        except BaseException:
-            connection.invalidate()  # the lock, if it was acquired, ends with the connection
-            connection.close()
-            raise
-        try:
-            yield held
-        finally:
+        with connection:
             try:
-                if held:
-                    connection.execute(text("SELECT pg_advisory_unlock(:number)"), number)
-            except Exception:
-                connection.invalidate()
-            connection.close()
+                with mapped(self._where):
+                    # pg_advisory_lock returns an empty string.
+                    held = connection.scalar(text(f"SELECT {function}(:number)"), number) is not False
+            except BaseException:
+                connection.invalidate()  # the lock, if it was acquired, ends with the connection
+                raise
+            try:
+                yield held
+            finally:
+                try:
+                    if held:
+                        connection.execute(text("SELECT pg_advisory_unlock(:number)"), number)
+                except Exception:
+                    connection.invalidate()
