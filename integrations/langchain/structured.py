@@ -29,15 +29,18 @@ class _WholeJson(JsonOutputParser):
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
         if not partial:
-            _check_whole(result[0].text)
+            try:
+                json.loads(result[0].text)
+            except ValueError as error:
+                raise OutputParserException(
+                    f"the answer is not complete JSON: {error}. Raise max_tokens of the model, or ask for less.",
+                    llm_output=result[0].text,
+                ) from error
         return super().parse_result(result, partial=partial)
 
 
-class _WholeObject(PydanticOutputParser[Any]):
-    def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
-        if not partial:
-            _check_whole(result[0].text)
-        return super().parse_result(result, partial=partial)
+class _WholeObject(PydanticOutputParser[Any], _WholeJson):
+    """Likewise: LangChain's parser of objects parses their JSON with its next base class."""
 
 
 def json_schema_of(schema: dict[str, Any] | type) -> dict[str, Any]:
@@ -89,13 +92,3 @@ def structured(
     return (
         bound | RunnableMap(raw=RunnablePassthrough()) | parsed.with_fallbacks([failed], exception_key="parsing_error")
     )
-
-
-def _check_whole(text: str) -> None:
-    try:
-        json.loads(text)
-    except ValueError as error:
-        raise OutputParserException(
-            f"the answer is not complete JSON: {error}. Raise max_tokens of the model, or ask for less.",
-            llm_output=text,
-        ) from error
