@@ -170,10 +170,8 @@ class Trim:
         """The text that can be emitted after this piece."""
         whole = piece.lstrip() if self._held is None else self._held + piece
         text = whole.rstrip()
-        if text:
+        if text or self._held is not None:
             self._held = whole[len(text) :]
-        elif self._held is not None:
-            self._held = whole
         return text
 
 
