@@ -24,8 +24,7 @@ from kv_memory.model.embedded import EMBEDDED, built_in, concrete_name
 from kv_memory.model.kv_cache import NEVER, PositionedCache
 from kv_memory.model.loading import best_device, best_dtype, check_supported, hash_parameters, load_model
 from kv_memory.model.prefix import Prefix
-from kv_memory.model.prompt_encoder import PromptEncoder
-from kv_memory.model.prompts import PromptForm, PromptName, choose_form
+from kv_memory.model.prompts import PromptEncoder, PromptForm, PromptName, choose_form
 from kv_memory.model.rope import Rope
 
 
@@ -127,10 +126,10 @@ class Backbone(PromptEncoder):
         device = best_device() if device == "auto" else device
         torch_dtype = best_dtype(device) if dtype == "auto" else dtype_from_name(dtype)
         name = concrete_name(str(name))
-        loaded = load_model(name, dtype=torch_dtype, device=device, revision=revision)
-        if prompt == "auto" and (model := built_in(name)):
-            prompt = model.prompt
-        return cls(loaded.model, loaded.tokenizer, prompt=prompt, name=name, weights_sha256=loaded.weights_sha256)
+        model, tokenizer, weights = load_model(name, dtype=torch_dtype, device=device, revision=revision)
+        if prompt == "auto" and (found := built_in(name)):
+            prompt = found.prompt
+        return cls(model, tokenizer, prompt=prompt, name=name, weights_sha256=weights)
 
     def fingerprint(
         self,
@@ -256,13 +255,7 @@ class Backbone(PromptEncoder):
         lengths: torch.Tensor | None = None,
         context: ForwardContext | None = None,
     ) -> torch.Tensor:
-        """Prefill tokens into a cache, without computing logits.
-
-        Args:
-            ids: `(batch, n)` token ids, padded on the right.
-            cache: Cache to extend by `n` entries.
-            lengths: `(batch,)`, real tokens per row; None if no row has padding.
-            context: Observer and routing; its cache is set here.
+        """Prefill tokens into a cache, without computing logits; arguments as in `logits`.
 
         Returns:
             `(batch, n, hidden_size)`, input of the language model head.
@@ -298,7 +291,7 @@ class Backbone(PromptEncoder):
         return logits if every else logits[torch.arange(len(row_of)), row_of.to(logits.device)]
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits of hidden states from `read`: `(..., hidden_size)` to `(..., vocab_size)`."""
+        """Logits of hidden states from `prefill`: `(..., hidden_size)` to `(..., vocab_size)`."""
         logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
         return soft_capped(logits, getattr(self.config, "final_logit_softcapping", None))
 

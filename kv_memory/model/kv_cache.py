@@ -94,6 +94,8 @@ class PositionedCache(DynamicCache):
         appended_positions: `(batch, n_appended)`, positions of the tokens prefilled since.
     """
 
+    layers: list[PreallocatedLayer]  # type: ignore[assignment]
+
     def __init__(
         self,
         keys: torch.Tensor | Sequence[torch.Tensor],
@@ -128,7 +130,7 @@ class PositionedCache(DynamicCache):
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer: `(batch, num_kv_heads, length, head_dim)` each, views of its buffer."""
         layer = self.layers[index]
-        assert isinstance(layer, PreallocatedLayer) and layer.keys is not None and layer.values is not None
+        assert layer.keys is not None and layer.values is not None
         return layer.keys, layer.values
 
     def rewind(self, n_tokens: int) -> None:
@@ -136,7 +138,6 @@ class PositionedCache(DynamicCache):
         if n_tokens == 0:
             return
         for layer in self.layers:
-            assert isinstance(layer, PreallocatedLayer)
             layer.rewind(n_tokens)
         self.appended_positions = self.appended_positions[:, :-n_tokens]
         self.next_positions = self.next_positions - n_tokens
@@ -153,7 +154,6 @@ class PositionedCache(DynamicCache):
             return [layer[index] if layer.shape[0] > 1 else layer for layer in layers]
 
         for layer in self.layers:
-            assert isinstance(layer, PreallocatedLayer)
             layer.keep_rows(index)
         composed = self.composed_positions
         if not isinstance(composed, torch.Tensor):
@@ -181,7 +181,6 @@ class PositionedCache(DynamicCache):
             free = rope.rotate_flat(old, positions, per_layer, n_positions=self.n_positions, inverse=True)
             turned = rope.rotate_flat(free, positions, per_layer, n_positions=n_positions).to(old.dtype)
             for layer, key, new in zip(self.layers, keys, turned.split(per_layer), strict=True):
-                assert isinstance(layer, PreallocatedLayer)
                 layer.put_keys(new.view(key.shape))
         self.n_positions = n_positions
 
