@@ -104,11 +104,7 @@ class MemoryLLM(BaseModel):
     def _decode_settings(self, options: Mapping[str, Any]) -> DecodeSettings:
         """Settings of a call: the class's own, changed by the call's options.
 
-        Options that are None, and options that frameworks add of their own, are ignored.
-
-        Raises:
-            ConfigError: A value is out of range, or an option's name is misspelt.
-            UnsupportedRequestError: The options ask for tools.
+        Options that are None, and options that frameworks add of their own, are ignored; misspelt ones are refused.
         """
         if asked := sorted(name for name in _TOOLS if options.get(name)):
             refuse_tools(where=", ".join(asked))
@@ -126,11 +122,7 @@ class MemoryLLM(BaseModel):
 
 
 def refuse_tools(*, where: str) -> NoReturn:
-    """Refuse tools in the options or messages of a call.
-
-    Raises:
-        UnsupportedRequestError: Always; the message says what to do instead.
-    """
+    """Refuse tools in the options or messages of a call, with an `UnsupportedRequestError`."""
     raise UnsupportedRequestError(
         "this model cannot call tools or use their results",
         where=where,
@@ -140,11 +132,7 @@ def refuse_tools(*, where: str) -> NoReturn:
 
 
 def refuse_content(kind: str, *, where: str) -> NoReturn:
-    """Refuse a block of a message that is not text.
-
-    Raises:
-        UnsupportedRequestError: Always.
-    """
+    """Refuse a block of a message that is not text, with an `UnsupportedRequestError`."""
     raise UnsupportedRequestError(
         "this model accepts text only",
         where=f"{kind} in a message of {where}",

@@ -232,11 +232,6 @@ def _marked(memory: KVMemory, documents: Iterable[Document], *, on_missing: OnMi
 
 
 def _check_k(k: int | None) -> int | None:
-    """Return `k` if it is None or at least 1.
-
-    Raises:
-        ConfigError: `k` is below 1.
-    """
     if k is not None and k < 1:
         raise ConfigError(f"k must be at least 1, got {k}", where="k")
     return k

@@ -216,7 +216,7 @@ def _parts(item: DocumentLike, skipped: list[Path]) -> Sequence[Path | DocumentE
     files: list[Path] = []
     left_out: list[Path] = []
     failed: list[DocumentError] = []
-    for found, error in walk_folder(path, _is_known, on_skip=left_out.append):
+    for found, error in walk_folder(path, lambda file: file.suffix.lower() in FILE_TYPES, on_skip=left_out.append):
         if error is None:
             files.append(found)
         else:
@@ -257,10 +257,6 @@ def walk_folder(
                         on_skip(path)
         except OSError as error:
             yield folder, error
-
-
-def _is_known(path: Path) -> bool:
-    return path.suffix.lower() in FILE_TYPES
 
 
 def _read_bytes(path: str | os.PathLike[str]) -> tuple[Path, bytes]:

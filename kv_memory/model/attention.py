@@ -52,11 +52,8 @@ class AttentionObserver(Protocol):
     def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, kind: AttentionKind) -> None:
         """Called once per layer, before attention.
 
-        Args:
-            layer: Index of the layer.
-            query: `(batch, num_heads, new, head_dim)`, rotated.
-            key: `(batch, num_kv_heads, seq_len, head_dim)`, rotated; the last `new` belong to the queries.
-            kind: Rule of the layer.
+        Both are rotated: `query` `(batch, num_heads, new, head_dim)`, and `key` `(batch, num_kv_heads, seq_len,
+        head_dim)`, whose last `new` belong to the queries.
         """
 
 
@@ -66,13 +63,8 @@ class Routing(Protocol):
     def enter(self, layer: int, hidden: torch.Tensor) -> torch.Tensor | None:
         """Called before each decoder layer, and again if gradient checkpointing reruns the layer with its hooks.
 
-        Args:
-            layer: Index of the layer.
-            hidden: `(batch, new, hidden_size)`, input of the layer.
-
-        Returns:
-            Bool `(batch, new)`, or float: the strength of the adapter for each token, 0 for not at all. `(batch, 1)`
-            applies to all tokens of a row alike; None routes no token.
+        Its input, `hidden`, is `(batch, new, hidden_size)`. The result is bool `(batch, new)`, or float: the strength
+        of the adapter for each token, 0 for not at all. `(batch, 1)` applies to all tokens of a row; None routes none.
         """
 
 
@@ -233,17 +225,10 @@ def _attend_packed(
 def attention_probabilities(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, kind: AttentionKind
 ) -> torch.Tensor:
-    """Softmax of the attention logits in float32, computed without SDPA.
+    """Softmax of the attention logits, `(batch, num_heads, new, seq_len)` in float32, computed without SDPA.
 
-    Args:
-        query: `(batch, num_heads, new, head_dim)`.
-        key: `(batch, num_kv_heads, seq_len, head_dim)`.
-        mask: Bool, True where a query sees a key; or float, added to the logits. Broadcast to
-            `(batch, num_heads, new, seq_len)`; None if every query sees all keys.
-        kind: Rule of the layer; its window is up to the mask.
-
-    Returns:
-        `(batch, num_heads, new, seq_len)`, float32.
+    `query` and `key` are as in `attention_forward`. The mask is bool, True where a query sees a key, or float, added to
+    the logits; None if every query sees all keys. The window of `kind` is up to the mask.
     """
     logits = (query @ repeat_kv(key, query.shape[1] // key.shape[1]).transpose(2, 3)).float() * kind.scaling
     logits = soft_capped(logits, kind.softcap)

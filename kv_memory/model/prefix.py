@@ -40,12 +40,8 @@ class Prefix:
     def load(cls, path: Path, *, key: str, ids: tuple[int, ...], regime: tuple[Any, ...], like: torch.Tensor) -> Prefix:
         """Inverse of `to_bytes`.
 
-        Args:
-            path: Path of the file.
-            key: Storage key that the file must have; the oldest files have none, and are accepted.
-            ids: Token ids of the prefix. Only their number is checked; the key covers the rest.
-            regime: Regime of a sequence of this length.
-            like: Tensor with the expected dtype, device and shape, except for the third dimension.
+        The file must have this storage key (the oldest ones have none, and are accepted), as many entries as `ids`, and
+        the dtype and other dimensions of `like`.
 
         Raises:
             CorruptCacheError: The file is not a prefix of this key and shape.
