@@ -203,7 +203,7 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
 
     def _last(self, reply: Answer) -> ChatGenerationChunk:
         """The usage and metadata, after the last piece: LangChain adds chunks up, so only one may carry them."""
-        return ChatGenerationChunk(message=AIMessageChunk("", **self._costs(reply), chunk_position="last"))
+        return ChatGenerationChunk(message=AIMessageChunk(content="", **self._costs(reply), chunk_position="last"))
 
     def _costs(self, reply: Answer) -> dict[str, Any]:
         n_input = reply.n_prompt_tokens + reply.n_cached_tokens

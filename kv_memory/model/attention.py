@@ -186,7 +186,15 @@ def _attend_masked(
     """Attention under a mask; None if every query sees all keys."""
     new, length = query.shape[2], key.shape[2]
     if kind.softcap is None and new <= SHORT:
-        return _attend_packed(query, key, value, mask, scaling=kind.scaling)
+        # A short question over a long cache: query heads that share a KV head become rows of one head. Under a mask,
+        # Transformers repeats keys and values for every query head; with 600 cached entries, that copy took as long as
+        # the attention itself.
+        batch, heads, _, dim = query.shape
+        group = heads // key.shape[1]
+        packed = query.reshape(batch, key.shape[1], group * new, dim)  # (batch, num_kv_heads, group * new, head_dim)
+        mask = None if mask is None else mask.repeat(1, 1, group, 1)  # (..., group * new, seq_len)
+        out = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=kind.scaling)
+        return out.reshape(batch, heads, new, -1).transpose(1, 2).contiguous()
 
     # Blocks of queries, each against the keys up to its own end. A mask over all keys at once would double the work.
     blocks = []
@@ -204,22 +212,6 @@ def _attend_masked(
             out = (weights @ repeat_kv(v, q.shape[1] // v.shape[1])).transpose(1, 2)
         blocks.append(out)  # (batch, block, num_heads, head_dim)
     return torch.cat(blocks, dim=1)
-
-
-def _attend_packed(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, *, scaling: float
-) -> torch.Tensor:
-    """Attention of a short question over a long cache: query heads that share a KV head become rows of one head.
-
-    Under a mask, Transformers repeats keys and values for every query head. With 600 cached entries, that copy took as
-    long as the attention itself.
-    """
-    batch, heads, new, dim = query.shape
-    kv_heads = key.shape[1]
-    rows = query.reshape(batch, kv_heads, heads // kv_heads * new, dim)  # (batch, num_kv_heads, group * new, head_dim)
-    mask = None if mask is None else mask.repeat(1, 1, heads // kv_heads, 1)  # (..., group * new, seq_len)
-    out = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, heads, new, -1).transpose(1, 2).contiguous()
 
 
 def attention_probabilities(
@@ -268,19 +260,8 @@ def _mask(
     if cache is not None and cache.starts is not None and window is None:
         length = cache.n_composed + cache.appended_positions.shape[1]
     shared = (layer if cache is not None and cache.differs_by_layer(window) else -1, window)
-    if shared not in context.masks:
-        context.masks[shared] = _make_mask(cache, layer, position_ids, new, length, window)
-    return context.masks[shared]
-
-
-def _make_mask(
-    cache: PositionedCache | None,
-    layer: int,
-    position_ids: torch.Tensor | None,
-    new: int,
-    length: int,
-    window: int | None,
-) -> torch.Tensor | None:
+    if shared in context.masks:
+        return context.masks[shared]
     assert position_ids is not None
     queries = position_ids.to(torch.int32)[:, None, :, None]  # (1 or batch, 1, new, 1)
     # 1. Positions of the keys: (1 or batch, 1 or num_kv_heads, length).
@@ -297,7 +278,8 @@ def _make_mask(
     mask = keys[:, :, None, :] <= queries  # (1 or batch, 1 or num_kv_heads, new, length)
     if window is not None:
         mask &= keys[:, :, None, :] > queries - window
-    return None if new == 1 and bool(mask.all()) else mask
+    context.masks[shared] = None if new == 1 and bool(mask.all()) else mask
+    return context.masks[shared]
 
 
 AttentionInterface.register(ATTENTION, attention_forward)

@@ -21,9 +21,8 @@ from kv_memory.config import DtypeName
 from kv_memory.errors import ContextWindowError
 from kv_memory.model.attention import ATTENTION, ForwardContext, soft_capped
 from kv_memory.model.embedded import EMBEDDED, built_in, concrete_name
-from kv_memory.model.kv_cache import NEVER, PositionedCache
+from kv_memory.model.kv_cache import NEVER, PositionedCache, Prefix
 from kv_memory.model.loading import best_device, best_dtype, check_supported, hash_parameters, load_model
-from kv_memory.model.prefix import Prefix
 from kv_memory.model.prompts import PromptEncoder, PromptForm, PromptName, choose_form
 from kv_memory.model.rope import Rope
 
@@ -190,10 +189,9 @@ class Backbone(PromptEncoder):
         Raises:
             CorruptCacheError: The file has other contents.
         """
-        n_prefix = len(self.prefix_ids)
-        like = torch.empty(self.num_layers, self.num_kv_heads, 0, self.head_dim, dtype=self.dtype, device=self.device)
-        regime = self.rope.regime(n_prefix)
-        self._prefix = Prefix.load(path, key=self.prefix_key, ids=self.prefix_ids, regime=regime, like=like)
+        shape = (self.num_layers, self.num_kv_heads, len(self.prefix_ids), self.head_dim)
+        like = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self._prefix = Prefix.load(path, key=self.prefix_key, regime=self.rope.regime(shape[2]), like=like)
 
     def prefix_for(self, n_positions: int) -> Prefix:
         """The prefix with the rotary frequencies of a sequence of `n_positions` in total."""
@@ -217,7 +215,7 @@ class Backbone(PromptEncoder):
             cache.rewind(1)
         layers = [cache.layer(index) for index in range(self.num_layers)]
         keys, values = torch.stack([k[0] for k, _ in layers]), torch.stack([v[0] for _, v in layers])
-        return Prefix(self.prefix_ids, keys, values, wanted)
+        return Prefix(keys, values, wanted)
 
     def empty_cache(self, capacity: int, *, batch_size: int = 1) -> PositionedCache:
         """An empty cache with room for `capacity` entries."""
