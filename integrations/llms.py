@@ -53,6 +53,11 @@ class MemoryLLM(BaseModel):
 
     Raises:
         ConfigError: An option is unknown or out of range (pydantic's `ValidationError` if it has the wrong type).
+        UnsupportedRequestError: The messages or options of a call contain tools, images or audio.
+        CacheNotFoundError: A reference has no cache in the store, and no text came with it.
+        FingerprintMismatchError: A cache was made by another model, adapter or prompt.
+        ContextWindowError: The caches and messages do not fit the model's context window.
+        DecodeTimeoutError: A call took longer than `timeout`.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)

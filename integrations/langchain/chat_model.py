@@ -43,7 +43,8 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
     Options that only concern hosted models (`api_key`, `base_url`, `max_retries`) are ignored.
 
     Args:
-        memory: An open memory. Its model is loaded now, unless it already is. `MemoryLLM` describes the other options.
+        memory: An open memory. Its model is loaded now, unless it already is. `MemoryLLM` describes the other options,
+            and the errors of a call.
         streaming: Decode piece by piece for callbacks even where the caller does not stream.
 
     Raises:
@@ -104,15 +105,6 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        """Reply to messages.
-
-        Raises:
-            UnsupportedRequestError: The messages or options contain tools, images or audio.
-            CacheNotFoundError: A reference has no cache in the store, and no text came with it.
-            FingerprintMismatchError: A cache was made by another model, adapter or prompt.
-            ContextWindowError: The caches and messages do not fit the model's context window.
-            DecodeTimeoutError: The call took longer than `timeout`.
-        """
         return self._result(self._start(messages, stop, kwargs).answer)
 
     async def _agenerate(

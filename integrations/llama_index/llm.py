@@ -50,7 +50,7 @@ class KVMemoryLLM(MemoryLLM, CustomLLM):
     stop within a token when they are cancelled. A response's `raw` holds `usage` in OpenAI's format (`prompt_tokens`
     includes cached entries, `prompt_tokens_details.cached_tokens` reports them), `finish_reason`, `ttft_s`, `total_s`,
     `damaged` (keys of damaged caches, answered from the text), and for an empty answer `next_step`, a suggestion.
-    `MemoryLLM` describes the options and their errors.
+    `MemoryLLM` describes the options, and the errors of a call.
 
     Example:
         ```python
@@ -101,15 +101,7 @@ class KVMemoryLLM(MemoryLLM, CustomLLM):
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """Reply to messages, from caches if the messages or options contain references (`kv_ids`).
-
-        Raises:
-            UnsupportedRequestError: The messages or options contain tools, images or audio.
-            CacheNotFoundError: A reference has no cache in the store, and no text came with it.
-            FingerprintMismatchError: A cache was made by another model, adapter or prompt.
-            ContextWindowError: The caches and messages do not fit the model's context window.
-            DecodeTimeoutError: The call took longer than `timeout`.
-        """
+        """Reply to messages, from caches if they or the options contain references (`kv_ids`); errors: `MemoryLLM`."""
         return _whole(self._start_chat(messages, kwargs).answer)
 
     @llm_chat_callback()
