@@ -24,8 +24,8 @@ Method = Literal["json_schema", "json_mode", "function_calling"]
 _JSON_SCHEMA = {"type", "properties", "$ref", "anyOf", "oneOf", "allOf", "enum", "const"}
 
 
-class _WholeJson(JsonOutputParser):
-    """Parses complete JSON only; LangChain's own parser would close the brackets of JSON that was cut off."""
+class _Whole:
+    """Parses complete JSON only; LangChain's own parsers would close the brackets of JSON that was cut off."""
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
         if not partial:
@@ -36,11 +36,15 @@ class _WholeJson(JsonOutputParser):
                     f"the answer is not complete JSON: {error}. Raise max_tokens of the model, or ask for less.",
                     llm_output=result[0].text,
                 ) from error
-        return super().parse_result(result, partial=partial)
+        return super().parse_result(result, partial=partial)  # type: ignore[misc]
 
 
-class _WholeObject(PydanticOutputParser[Any], _WholeJson):
-    """Likewise: LangChain's parser of objects parses their JSON with its next base class."""
+class _WholeJson(_Whole, JsonOutputParser):
+    pass
+
+
+class _WholeObject(_Whole, PydanticOutputParser[Any]):
+    pass
 
 
 def json_schema_of(schema: dict[str, Any] | type) -> dict[str, Any]:
