@@ -1,8 +1,8 @@
 """Parsers from one file to plain text: text, Markdown, reStructuredText, HTML and PDF.
 
 A parser takes the file's bytes and returns its text and metadata. A byte order mark overrides the given encoding, and
-bytes that are not text are refused. HTML becomes Markdown, because `split_passages` cuts
-at its headings and code blocks. markdownify converts it; a converter of our own was rejected.
+bytes that are not text are refused. HTML becomes Markdown, because `split_passages` cuts at its headings and code
+blocks. markdownify converts it; a converter of our own was rejected.
 """
 
 from __future__ import annotations
@@ -77,14 +77,11 @@ class Content(NamedTuple):
 
 
 def read_content(raw: bytes, *, suffix: str, encoding: str, where: str) -> Content:
-    """Turn a file's bytes into text.
+    """Turn all bytes of a file into text.
 
-    Args:
-        raw: All bytes of the file.
-        suffix: Suffix of the file name with the dot, e.g. `.md`. A file with an unknown suffix is parsed as PDF if its
-            bytes begin like one, and otherwise as text.
-        encoding: Encoding of text files. An HTML page may declare its own, which is used if this one fails.
-        where: Name of the file, for errors.
+    A file with an unknown suffix (`.md` is one that is known) is parsed as PDF if its bytes begin like one, and
+    otherwise as text. `encoding` is that of text files; an HTML page may declare its own, which is used if this one
+    fails. `where` names the file in errors.
 
     Raises:
         UnreadableDocumentError: The bytes are not text, or not valid in `encoding`; a PDF is encrypted or broken, or
@@ -92,12 +89,12 @@ def read_content(raw: bytes, *, suffix: str, encoding: str, where: str) -> Conte
         EmptyDocumentError: A PDF or HTML page contains no text.
     """
     file_type = FILE_TYPES.get(suffix.lower())
-    if file_type == "pdf" or (file_type is None and file_format(raw) == "a PDF"):
+    if file_type == "pdf" or (file_type is None and _format_of(raw) == "a PDF"):
         return _read_pdf(raw, where)
     if file_type == "html":
         return _read_html(_decode_html(raw, encoding, where), where)
     try:
-        text = normalise_newlines(decode_text(raw, encoding=encoding, where=where))
+        text = normalise_newlines(_decode(raw, encoding=encoding, where=where))
     except UnreadableDocumentError as error:
         if file_type is not None or not isinstance(error.__cause__, UnicodeError):
             raise
@@ -111,7 +108,7 @@ def read_content(raw: bytes, *, suffix: str, encoding: str, where: str) -> Conte
     return _content(text, title, file_type=file_type or "text")
 
 
-def file_format(raw: bytes) -> str | None:
+def _format_of(raw: bytes) -> str | None:
     """The binary format that the first bytes identify, e.g. `a PNG image`; None if they identify no format."""
     for signature, name in _SIGNATURES:
         if raw.startswith(signature):
@@ -119,23 +116,10 @@ def file_format(raw: bytes) -> str | None:
     return "a PDF" if _PDF.match(raw) else None
 
 
-def decode_text(raw: bytes, *, encoding: str, where: str) -> str:
-    """Decode a file's bytes; a byte order mark overrides the given encoding and is removed.
-
-    Args:
-        raw: All bytes of the file.
-        encoding: Encoding of files without a byte order mark.
-        where: Name of the file, for errors.
-
-    Returns:
-        The text, with its newlines unchanged.
-
-    Raises:
-        UnreadableDocumentError: The bytes have a known binary format, such as an image or archive, or contain NUL
-            characters; the bytes are not valid in the encoding; the message states the byte and line.
-    """
+def _decode(raw: bytes, *, encoding: str, where: str) -> str:
+    """Decode a file's bytes; a byte order mark overrides the given encoding and is removed."""
     mark, codec = next(((m, c) for m, c in _MARKS if raw.startswith(m)), (b"", encoding))
-    kind = None if mark else file_format(raw)
+    kind = None if mark else _format_of(raw)
     if kind is not None:
         raise UnreadableDocumentError(
             f"not text but {kind}",
@@ -213,7 +197,7 @@ def _decode_html(raw: bytes, encoding: str, where: str) -> str:
     from bs4.dammit import EncodingDetector
 
     try:
-        return decode_text(raw, encoding=encoding, where=where)
+        return _decode(raw, encoding=encoding, where=where)
     except UnreadableDocumentError as error:
         declared = EncodingDetector.find_declared_encoding(raw, is_html=True)
         if declared is None or not isinstance(error.__cause__, UnicodeError):
