@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
+import asyncio
 import difflib
-import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing, closing
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from kv_memory import ConfigError, DecodeSettings, KVMemory, Turn, UnsupportedRequestError
-from kv_memory.generate import Answer, Role
+from kv_memory.config import check_names
+from kv_memory.generate import Answer, AnswerStream, Role, iterate_in_thread
 from kv_memory.settings import MemorySettings
 
 ROLES: dict[str, Role] = {
@@ -25,14 +26,9 @@ ROLES: dict[str, Role] = {
     "chatbot": "assistant",
     "model": "assistant",
 }
-# Options of the memory: parameters of `KVMemory.open` and the settings that it takes by name.
-_OF_MEMORY = {
-    name
-    for name, parameter in inspect.signature(KVMemory.open).parameters.items()
-    if parameter.kind is not parameter.VAR_KEYWORD and name != "path"
-} | {field.name for field in dataclasses.fields(MemorySettings)}
+_OF_MEMORY = {"settings", *(KVMemory.open.__kwdefaults__ or ()), *MemorySettings.__dataclass_fields__}
 _OF_HOSTED = {"api_key", "base_url", "max_retries"}  # frameworks pass them to every LLM; a local model needs none
-_OF_DECODING = {field.name for field in dataclasses.fields(DecodeSettings)}
+_OF_DECODING = DecodeSettings.__dataclass_fields__.keys()
 _SYNONYMS = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
@@ -43,18 +39,37 @@ _TOOLS = {"tools", "tool_choice", "functions", "function_call", "tool_required"}
 
 
 class MemoryLLM(BaseModel):
-    """An LLM over the model of a `KVMemory`; a framework's class inherits from this one first."""
+    """An LLM over the model of a `KVMemory`; a framework's class inherits from this one first.
+
+    Args:
+        memory: An open memory; its model is loaded at the first use.
+        max_tokens: Maximum length of an answer in tokens.
+        temperature: Sampling temperature; 0 decodes greedily.
+        top_p: Probability of the smallest set of tokens to sample from.
+        top_k: Number of likeliest tokens to sample from; 0 for all.
+        seed: Seed for repeatable sampling.
+        stop: Strings that end an answer.
+        timeout: Time limit of a call in seconds, after which it raises `DecodeTimeoutError`.
+
+    Raises:
+        ConfigError: An option is unknown or out of range (pydantic's `ValidationError` if it has the wrong type).
+        UnsupportedRequestError: The messages or options of a call contain tools, images or audio.
+        CacheNotFoundError: A reference has no cache in the store, and no text came with it.
+        FingerprintMismatchError: A cache was made by another model, adapter or prompt.
+        ContextWindowError: The caches and messages do not fit the model's context window.
+        DecodeTimeoutError: A call took longer than `timeout`.
+    """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     memory: KVMemory = Field(exclude=True, repr=False)
-    max_tokens: int = Field(default=128, description="Maximum length of an answer in tokens.")
-    temperature: float = Field(default=0.0, description="Sampling temperature; 0 decodes greedily.")
+    max_tokens: int = 128
+    temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int | None = None
     stop: list[str] | None = None
-    timeout: float | None = Field(default=None, description="Time limit of a call in seconds.")
+    timeout: float | None = None
 
     def __init__(self, memory: KVMemory, **options: Any) -> None:
         if not isinstance(memory, KVMemory):
@@ -64,7 +79,7 @@ class MemoryLLM(BaseModel):
                 next_step="Pass KVMemory.open(FOLDER).",
             )
         own = type(self).model_fields
-        _refuse_unknown(options, own.keys() | _OF_HOSTED, where=type(self).__name__)
+        check_names(options, own.keys() | _OF_HOSTED)
         super().__init__(**{name: value for name, value in options.items() if name in own}, memory=memory)
         self._decode_settings({})
 
@@ -83,7 +98,7 @@ class MemoryLLM(BaseModel):
             StoreError: The store cannot be opened.
         """
         own = (cls.model_fields.keys() | _OF_HOSTED) - {"memory"}
-        _refuse_unknown(options, own | _OF_MEMORY, where=f"{cls.__name__}.open")
+        check_names(options, own | _OF_MEMORY)
         memory = KVMemory.open(path, **{name: value for name, value in options.items() if name not in own})
         try:
             return cls(memory, **{name: value for name, value in options.items() if name in own})
@@ -94,11 +109,7 @@ class MemoryLLM(BaseModel):
     def _decode_settings(self, options: Mapping[str, Any]) -> DecodeSettings:
         """Settings of a call: the class's own, changed by the call's options.
 
-        Options that are None, and options that frameworks add of their own, are ignored.
-
-        Raises:
-            ConfigError: A value is out of range, or an option's name is misspelt.
-            UnsupportedRequestError: The options ask for tools.
+        Options that are None, and options that frameworks add of their own, are ignored; misspelt ones are refused.
         """
         if asked := sorted(name for name in _TOOLS if options.get(name)):
             refuse_tools(where=", ".join(asked))
@@ -106,37 +117,17 @@ class MemoryLLM(BaseModel):
         values: dict[str, Any] = {"stop": self.stop or ()}
         for name, value in [*own.items(), *options.items()]:
             field = _SYNONYMS.get(name, name)
-            if field in _OF_DECODING and value is not None:
+            if field not in _OF_DECODING:
+                if difflib.get_close_matches(name, _OF_DECODING | _SYNONYMS.keys(), cutoff=0.85):
+                    check_names([name], _OF_DECODING | _SYNONYMS.keys())
+            elif value is not None:
                 values[field] = value
-            elif field not in _OF_DECODING and (
-                nearest := _nearest(name, _OF_DECODING | _SYNONYMS.keys(), cutoff=0.85)
-            ):
-                raise _unknown(name, nearest, where="options of a call")
         stop = values["stop"]
         return DecodeSettings(**{**values, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
 
 
-def _refuse_unknown(options: Collection[str], known: Collection[str], *, where: str) -> None:
-    for name in options:
-        if name not in known:
-            raise _unknown(name, _nearest(name, known, cutoff=0.6), where=where)
-
-
-def _nearest(name: str, known: Collection[str], *, cutoff: float) -> str | None:
-    return next(iter(difflib.get_close_matches(name, sorted(known), n=1, cutoff=cutoff)), None)
-
-
-def _unknown(name: str, nearest: str | None, *, where: str) -> ConfigError:
-    step = "Leave it out." if nearest is None else f"Did you mean {nearest!r}?"
-    return ConfigError(f"unknown option {name!r}", where=where, next_step=step)
-
-
 def refuse_tools(*, where: str) -> NoReturn:
-    """Refuse tools in the options or messages of a call.
-
-    Raises:
-        UnsupportedRequestError: Always; the message says what to do instead.
-    """
+    """Refuse tools in the options or messages of a call, with an `UnsupportedRequestError`."""
     raise UnsupportedRequestError(
         "this model cannot call tools or use their results",
         where=where,
@@ -146,11 +137,7 @@ def refuse_tools(*, where: str) -> NoReturn:
 
 
 def refuse_content(kind: str, *, where: str) -> NoReturn:
-    """Refuse a block of a message that is not text.
-
-    Raises:
-        UnsupportedRequestError: Always.
-    """
+    """Refuse a block of a message that is not text, with an `UnsupportedRequestError`."""
     raise UnsupportedRequestError(
         "this model accepts text only",
         where=f"{kind} in a message of {where}",
@@ -176,11 +163,33 @@ class Trim:
         """The text that can be emitted after this piece."""
         whole = piece.lstrip() if self._held is None else self._held + piece
         text = whole.rstrip()
-        if text:
+        if text or self._held is not None:
             self._held = whole[len(text) :]
-        elif self._held is not None:
-            self._held = whole
         return text
+
+
+def trimmed(stream: AnswerStream) -> Iterator[str]:
+    """The pieces of an answer, without white space around it; the stream is closed at the end."""
+    with closing(stream):
+        yield from filter(None, map(Trim(), stream))
+
+
+async def trimmed_in_thread(stream: AnswerStream) -> AsyncGenerator[str, None]:
+    """`trimmed`, with every token decoded in a thread."""
+    trim = Trim()
+    async with aclosing(iterate_in_thread(stream)) as pieces:
+        async for piece in pieces:
+            if text := trim(piece):
+                yield text
+
+
+async def answer_in_thread(start: Callable[..., AnswerStream], *arguments: Any) -> Answer:
+    """The whole answer of a started stream, decoded token by token, so that a cancelled task stops decoding."""
+    stream = await asyncio.to_thread(start, *arguments)
+    async with aclosing(iterate_in_thread(stream)) as pieces:
+        async for _ in pieces:
+            pass
+    return stream.answer
 
 
 def reply_details(reply: Answer) -> dict[str, Any]:

@@ -61,16 +61,10 @@ def reference_to(
 ) -> Reference | None:
     """A reference to the distilled cache of exactly this text; None if the text is to be left out.
 
-    Blank text is left out and logged, unless `on_missing` is `raise`: one empty node must not fail a whole answer.
-    Blank text with a mark belongs to a passage without a stored text; only its cache can be used.
-
-    Args:
-        memory: The memory that holds the cache.
-        text: The text as the framework would put it into a prompt.
-        on_missing: Action for a text without a cache.
-        document_id: Document that the text belongs to, for `compress`; removing the document removes the cache.
-        mark: Reference to the cache of a passage without text, as the store's own retrievers set it; only its key is
-            used.
+    The text is as the framework would put it into a prompt. For `compress` it belongs to the document `document_id`:
+    removing the document removes the cache. Blank text is left out and logged, unless `on_missing` is `raise`: one
+    empty node must not fail a whole answer. Blank text with a mark, a reference as the store's own retrievers set it,
+    is of a passage whose text is not stored: only the cache of the mark's key can be used.
 
     Raises:
         EmptyDocumentError: The text is blank, with `raise`.

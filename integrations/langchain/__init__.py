@@ -20,8 +20,7 @@ from __future__ import annotations
 from .chain import create_kv_chain, create_kv_retrieval_chain
 from .chat_model import ChatKVMemory
 from .history import KVMemoryChatMessageHistory
-from .index import KVMemoryIndex
-from .retriever import KVMemoryRetriever
+from .retriever import KVMemoryIndex, KVMemoryRetriever
 
 __all__ = [
     "ChatKVMemory",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
@@ -17,9 +17,9 @@ from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 
 from kv_memory import ConfigError, KVMemory
-from kv_memory.generate import Answer, AnswerStream, iterate_in_thread
+from kv_memory.generate import Answer, AnswerStream
 
-from ..llms import MemoryLLM, Trim, refuse_tools, reply_details
+from ..llms import MemoryLLM, answer_in_thread, refuse_tools, reply_details, trimmed, trimmed_in_thread
 from ..references import references_in
 from .messages import recalled, turns_of
 from .structured import structured
@@ -43,14 +43,8 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
     Options that only concern hosted models (`api_key`, `base_url`, `max_retries`) are ignored.
 
     Args:
-        memory: An open memory. Its model is loaded now, unless it already is.
-        max_tokens: Maximum length of an answer in tokens.
-        temperature: Sampling temperature; 0 decodes greedily.
-        top_p: Probability of the smallest set of tokens to sample from.
-        top_k: Number of likeliest tokens to sample from; 0 for all.
-        seed: Seed for repeatable sampling.
-        stop: Strings that end an answer.
-        timeout: Time limit of a call in seconds, after which it raises `DecodeTimeoutError`.
+        memory: An open memory. Its model is loaded now, unless it already is. `MemoryLLM` describes the other options,
+            and the errors of a call.
         streaming: Decode piece by piece for callbacks even where the caller does not stream.
 
     Raises:
@@ -104,8 +98,6 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
         """The token ids of a text, by the model's own tokenizer."""
         return self.memory.backbone.encode_text(text)
 
-    # -- methods that LangChain calls ----------------------------------------------------------------------------
-
     def _generate(
         self,
         messages: list[BaseMessage],
@@ -113,16 +105,7 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        """Reply to messages.
-
-        Raises:
-            UnsupportedRequestError: The messages or options contain tools, images or audio.
-            CacheNotFoundError: A reference has no cache in the store, and no text came with it.
-            FingerprintMismatchError: A cache was made by another model, adapter or prompt.
-            ContextWindowError: The caches and messages do not fit the model's context window.
-            DecodeTimeoutError: The call took longer than `timeout`.
-        """
-        return _whole(self._start(messages, stop, kwargs).answer, self.model_name)
+        return self._result(self._start(messages, stop, kwargs).answer)
 
     async def _agenerate(
         self,
@@ -131,11 +114,7 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        stream = await asyncio.to_thread(self._start, messages, stop, kwargs)
-        async with _steps(stream) as pieces:  # token by token, so that a cancelled task stops decoding
-            async for _ in pieces:
-                pass
-        return _whole(stream.answer, self.model_name)
+        return self._result(await answer_in_thread(self._start, messages, stop, kwargs))
 
     def _stream(
         self,
@@ -145,17 +124,9 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         stream = self._start(messages, stop, kwargs)
-        trim = Trim()
-        try:
-            for piece in stream:
-                if text := trim(piece):
-                    chunk = _part(text)
-                    if run_manager is not None:
-                        run_manager.on_llm_new_token(text, chunk=chunk)
-                    yield chunk
-            yield _last(stream.answer, self.model_name)
-        finally:
-            stream.close()
+        for text in trimmed(stream):
+            yield ChatGenerationChunk(message=AIMessageChunk(content=text))
+        yield self._last(stream.answer)
 
     async def _astream(
         self,
@@ -165,17 +136,10 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         stream = await asyncio.to_thread(self._start, messages, stop, kwargs)
-        trim = Trim()
-        async with _steps(stream) as pieces:
-            async for piece in pieces:
-                if text := trim(piece):
-                    chunk = _part(text)
-                    if run_manager is not None:
-                        await run_manager.on_llm_new_token(text, chunk=chunk)
-                    yield chunk
-        yield _last(stream.answer, self.model_name)
-
-    # -- tools and structured answers ----------------------------------------------------------------------------
+        async with aclosing(trimmed_in_thread(stream)) as texts:  # not closed when garbage is collected
+            async for text in texts:
+                yield ChatGenerationChunk(message=AIMessageChunk(content=text))
+        yield self._last(stream.answer)
 
     def bind_tools(
         self,
@@ -218,8 +182,6 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
             raise ConfigError(f"unknown options {sorted(kwargs)}", where="with_structured_output")
         return structured(self, schema, method=method, include_raw=include_raw)
 
-    # -- the reader ----------------------------------------------------------------------------------------------
-
     def _start(self, messages: list[BaseMessage], stop: list[str] | None, options: dict[str, Any]) -> AnswerStream:
         settings = self._decode_settings({**options, "stop": stop})
         turns, references = turns_of(messages), references_in(options)
@@ -228,52 +190,20 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
             return self.memory.reader.reply_alone(turns, settings=settings)
         return self.memory.reader.reply(turns, [*(references or ()), *old], settings=settings)
 
+    def _result(self, reply: Answer) -> ChatResult:
+        return ChatResult(generations=[ChatGeneration(message=AIMessage(reply.text.strip(), **self._costs(reply)))])
 
-# -- LangChain's forms of an answer ----------------------------------------------------------------------------------
+    def _last(self, reply: Answer) -> ChatGenerationChunk:
+        """The usage and metadata, after the last piece: LangChain adds chunks up, so only one may carry them."""
+        return ChatGenerationChunk(message=AIMessageChunk(content="", **self._costs(reply), chunk_position="last"))
 
-
-def _steps(stream: AnswerStream) -> aclosing[AsyncGenerator[str, None]]:
-    """The pieces of a stream, each decoded in a thread; closed on exit, not when garbage is collected."""
-    return aclosing(cast("AsyncGenerator[str, None]", iterate_in_thread(stream)))
-
-
-def _whole(reply: Answer, model_name: str) -> ChatResult:
-    """A whole answer."""
-    message = AIMessage(
-        content=reply.text.strip(), usage_metadata=_usage(reply), response_metadata=_metadata(reply, model_name)
-    )
-    return ChatResult(generations=[ChatGeneration(message=message)])
-
-
-def _part(text: str) -> ChatGenerationChunk:
-    """A piece of an answer."""
-    return ChatGenerationChunk(message=AIMessageChunk(content=text))
-
-
-def _last(reply: Answer, model_name: str) -> ChatGenerationChunk:
-    """The usage and metadata, after the last piece: LangChain adds chunks up, so only one of them may carry them."""
-    message = AIMessageChunk(
-        content="",
-        usage_metadata=_usage(reply),
-        response_metadata=_metadata(reply, model_name),
-        chunk_position="last",
-    )
-    return ChatGenerationChunk(message=message)
-
-
-def _metadata(reply: Answer, model_name: str) -> dict[str, Any]:
-    return {
-        "model_name": model_name,
-        "model_provider": _PROVIDER,
-        **reply_details(reply),
-    }
-
-
-def _usage(reply: Answer) -> UsageMetadata:
-    n_input = reply.n_prompt_tokens + reply.n_cached_tokens
-    return UsageMetadata(
-        input_tokens=n_input,
-        output_tokens=reply.n_new_tokens,
-        total_tokens=n_input + reply.n_new_tokens,
-        input_token_details=InputTokenDetails(cache_read=reply.n_cached_tokens),
-    )
+    def _costs(self, reply: Answer) -> dict[str, Any]:
+        n_input = reply.n_prompt_tokens + reply.n_cached_tokens
+        usage = UsageMetadata(
+            input_tokens=n_input,
+            output_tokens=reply.n_new_tokens,
+            total_tokens=n_input + reply.n_new_tokens,
+            input_token_details=InputTokenDetails(cache_read=reply.n_cached_tokens),
+        )
+        metadata = {"model_name": self.model_name, "model_provider": _PROVIDER, **reply_details(reply)}
+        return {"usage_metadata": usage, "response_metadata": metadata}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from kv_memory import ConfigError, Conversation, DocumentNotFoundError, KVMemory
 from kv_memory.store import DocumentRecord, Store
 
 from ..llms import readable
-from .messages import RecallMark, is_mark, turns_of
+from .messages import is_mark, recall_mark, turns_of
 
 # The windows of a tenant's conversations share one collection, each as the metadata of a document without passages:
 # it is replaced in one transaction, and no question retrieves it.
@@ -48,6 +49,9 @@ class KVMemoryChatMessageHistory(BaseChatMessageHistory):
         max_bytes: Maximum size of an exchange's cache file in bytes, instead of `keep_ratio`.
         top_k: Number of passages of old turns that a question recalls; the memory's `top_k` if None.
 
+    Attributes:
+        conversation: The turns that have left the window.
+
     Raises:
         ConfigError: An option is out of range.
 
@@ -78,7 +82,7 @@ class KVMemoryChatMessageHistory(BaseChatMessageHistory):
             if value is not None and value < 0:
                 raise ConfigError(f"{name} must be 0 or more, or None, got {value}", where=name)
         self._memory = memory
-        self._conversation = Conversation(
+        self.conversation = Conversation(
             memory,
             conversation_id,
             keep_ratio=keep_ratio,
@@ -86,13 +90,8 @@ class KVMemoryChatMessageHistory(BaseChatMessageHistory):
             max_bytes=max_bytes,
             top_k=top_k,
         )
-        self._window_tokens = window_tokens
-        self._window_turns = window_turns
-
-    @property
-    def conversation(self) -> Conversation:
-        """The turns that have left the window."""
-        return self._conversation
+        self._window_tokens = math.inf if window_tokens is None else window_tokens
+        self._window_turns = math.inf if window_turns is None else window_turns
 
     @property
     def messages(self) -> list[BaseMessage]:  # type: ignore[override]  # LangChain's attribute may be a property
@@ -100,16 +99,7 @@ class KVMemoryChatMessageHistory(BaseChatMessageHistory):
         window = self._load()
         if not window.n_turns:
             return window.messages
-        old = self._conversation
-        mark = RecallMark(
-            old.conversation_id,
-            old.keep.keep_ratio,
-            old.top_k,
-            window.n_turns,
-            keep_tokens=old.keep.keep_tokens,
-            max_bytes=old.keep.max_bytes,
-        )
-        return [mark.message(), *window.messages]
+        return [recall_mark(self.conversation, window.n_turns), *window.messages]
 
     def add_messages(self, messages: Sequence[BaseMessage]) -> None:
         """Append messages, and compress those that no longer fit the window.
@@ -121,7 +111,7 @@ class KVMemoryChatMessageHistory(BaseChatMessageHistory):
         """
         new = [message for message in messages if not is_mark(message)]
         turns_of(new)
-        with self._conversation.lock:
+        with self.conversation.lock:
             window = self._load()
             window = window._replace(messages=[*window.messages, *new])
             self._save(window)  # first, so that the messages are durable even if compression fails
@@ -130,28 +120,25 @@ class KVMemoryChatMessageHistory(BaseChatMessageHistory):
 
     def clear(self) -> None:
         """Delete the conversation, including old turns and their caches."""
-        with self._conversation.lock:
-            self._conversation.clear()
-            if self._windows.has_document(self._conversation.conversation_id):
-                self._windows.delete_document(self._conversation.conversation_id)
+        with self.conversation.lock:
+            self.conversation.clear()
+            if self._windows.has_document(self.conversation.conversation_id):
+                self._windows.delete_document(self.conversation.conversation_id)
 
     def _n_leaving(self, messages: Sequence[BaseMessage]) -> int:
         """Number of oldest messages that leave the window: as few as necessary, and only whole exchanges."""
         lengths = self._memory.backbone.count_tokens([readable(turn).text for turn in turns_of(messages)])
-        for start in range(len(messages) + 1):
-            fits = (self._window_tokens is None or sum(lengths[start:]) <= self._window_tokens) and (
-                self._window_turns is None or len(messages) - start <= self._window_turns
-            )
-            begins = start in (0, len(messages)) or isinstance(messages[start], HumanMessage)
-            if fits and begins:
+        for start, message in enumerate(messages):
+            fits = sum(lengths[start:]) <= self._window_tokens and len(messages) - start <= self._window_turns
+            if fits and (start == 0 or isinstance(message, HumanMessage)):
                 return start
-        raise AssertionError("an empty window always fits")
+        return len(messages)
 
     def _distil(self, window: _Window, leaving: int) -> None:
         turns = [readable(turn) for turn in turns_of(window.messages[:leaving]) if turn.text.strip()]
         # A crash between the two writes below leaves turns in both places; they are not compressed a second time.
-        n_distilled = len(self._conversation.turns())
-        self._conversation.add(turns[max(0, n_distilled - window.n_turns) :])
+        n_distilled = len(self.conversation.turns())
+        self.conversation.add(turns[max(0, n_distilled - window.n_turns) :])
         self._save(_Window(window.messages[leaving:], window.n_turns + len(turns)))
 
     @property
@@ -160,7 +147,7 @@ class KVMemoryChatMessageHistory(BaseChatMessageHistory):
 
     def _load(self) -> _Window:
         try:
-            kept = self._windows.document(self._conversation.conversation_id).metadata
+            kept = self._windows.document(self.conversation.conversation_id).metadata
         except DocumentNotFoundError:
             return _Window([], 0)
         return _Window(messages_from_dict(kept["messages"]), kept["n_turns"])
@@ -172,8 +159,8 @@ class KVMemoryChatMessageHistory(BaseChatMessageHistory):
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"a message is not JSON-serialisable: {error}",
-                where=f"conversation {self._conversation.conversation_id!r}",
+                where=f"conversation {self.conversation.conversation_id!r}",
                 next_step="Leave its artifacts and raw responses out.",
             ) from error
-        record = DocumentRecord(id=self._conversation.conversation_id, content_sha256=digest, metadata=kept)
+        record = DocumentRecord(id=self.conversation.conversation_id, content_sha256=digest, metadata=kept)
         self._windows.put_document(record)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage
 
@@ -12,31 +11,17 @@ from kv_memory.generate import Role
 
 from ..llms import ROLES, refuse_content, refuse_tools
 
-KV_RECALL = "kv_recall"  # in the additional_kwargs of a message: a RecallMark as a dict
+KV_RECALL = "kv_recall"  # in the additional_kwargs of a message: the arguments of a `Conversation`, and `n_turns`
 
 
-class RecallMark(NamedTuple):
-    """A request for recall on a history's first message, because a history is loaded before the question is known.
+def recall_mark(old: Conversation, n_turns: int) -> SystemMessage:
+    """An empty message that asks for recall: a history is loaded before the question is known.
 
-    Attributes:
-        conversation_id: Conversation to recall old turns from.
-        keep_ratio: Keep ratio of the old turns' caches; None if one of the last two is set.
-        top_k: Number of passages to recall.
-        n_turns: Number of turns that have left the window; it changes the key of LLM caches when more turns leave.
-        keep_tokens: Number of tokens kept of each exchange, see `Conversation`.
-        max_bytes: Maximum size of an exchange's cache file in bytes, see `Conversation`.
+    The number of turns that have left the window changes the key of LLM caches when more turns leave.
     """
-
-    conversation_id: str
-    keep_ratio: float | None
-    top_k: int
-    n_turns: int
-    keep_tokens: int | None = None
-    max_bytes: int | None = None
-
-    def message(self) -> SystemMessage:
-        """An empty message that carries the mark."""
-        return SystemMessage(content="", additional_kwargs={KV_RECALL: self._asdict()})
+    kept = {"keep_ratio": old.keep.keep_ratio, "keep_tokens": old.keep.keep_tokens, "max_bytes": old.keep.max_bytes}
+    mark = {"conversation_id": old.conversation_id, **kept, "top_k": old.top_k, "n_turns": n_turns}
+    return SystemMessage(content="", additional_kwargs={KV_RECALL: mark})
 
 
 def is_mark(message: BaseMessage) -> bool:
@@ -55,22 +40,14 @@ def turns_of(messages: Sequence[BaseMessage]) -> list[Turn]:
 
 def recalled(memory: KVMemory, messages: Sequence[BaseMessage]) -> list[Reference]:
     """References to the old turns that are relevant to the last user message, from every marked conversation."""
-    marks = [RecallMark(**message.additional_kwargs[KV_RECALL]) for message in messages if is_mark(message)]
     question = next((_text(m) for m in reversed(messages) if not is_mark(m) and _role(m) == "user"), "")
     if not question.strip():
         return []
     found: list[Reference] = []
-    for mark in marks:
-        if mark.n_turns:
-            old = Conversation(
-                memory,
-                mark.conversation_id,
-                keep_ratio=mark.keep_ratio,
-                keep_tokens=mark.keep_tokens,
-                max_bytes=mark.max_bytes,
-                top_k=mark.top_k,
-            )
-            found += old.recall(question)
+    for message in filter(is_mark, messages):
+        options = dict(message.additional_kwargs[KV_RECALL])
+        if options.pop("n_turns"):
+            found += Conversation(memory, **options).recall(question)
     return found
 
 

@@ -24,20 +24,27 @@ Method = Literal["json_schema", "json_mode", "function_calling"]
 _JSON_SCHEMA = {"type", "properties", "$ref", "anyOf", "oneOf", "allOf", "enum", "const"}
 
 
-class _WholeJson(JsonOutputParser):
-    """Parses complete JSON only; LangChain's own parser would close the brackets of JSON that was cut off."""
+class _Whole:
+    """Parses complete JSON only; LangChain's own parsers would close the brackets of JSON that was cut off."""
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
         if not partial:
-            _check_whole(result[0].text)
-        return super().parse_result(result, partial=partial)
+            try:
+                json.loads(result[0].text)
+            except ValueError as error:
+                raise OutputParserException(
+                    f"the answer is not complete JSON: {error}. Raise max_tokens of the model, or ask for less.",
+                    llm_output=result[0].text,
+                ) from error
+        return super().parse_result(result, partial=partial)  # type: ignore[misc]
 
 
-class _WholeObject(PydanticOutputParser[Any]):
-    def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
-        if not partial:
-            _check_whole(result[0].text)
-        return super().parse_result(result, partial=partial)
+class _WholeJson(_Whole, JsonOutputParser):
+    pass
+
+
+class _WholeObject(_Whole, PydanticOutputParser[Any]):
+    pass
 
 
 def json_schema_of(schema: dict[str, Any] | type) -> dict[str, Any]:
@@ -89,13 +96,3 @@ def structured(
     return (
         bound | RunnableMap(raw=RunnablePassthrough()) | parsed.with_fallbacks([failed], exception_key="parsing_error")
     )
-
-
-def _check_whole(text: str) -> None:
-    try:
-        json.loads(text)
-    except ValueError as error:
-        raise OutputParserException(
-            f"the answer is not complete JSON: {error}. Raise max_tokens of the model, or ask for less.",
-            llm_output=text,
-        ) from error

@@ -20,14 +20,12 @@ chats. All need the extra `llama-index`.
 
 from __future__ import annotations
 
-from .chat_engine import KVMemoryChatEngine, KVMemoryCondensePlusContextChatEngine
-from .ingestion import KVCompressTransform
+from .engines import KVMemoryChatEngine, KVMemoryCondensePlusContextChatEngine, KVMemoryQueryEngine
+from .indexing import KVCompressTransform, KVMemoryVectorStore
 from .llm import KVMemoryLLM
 from .memory_block import KVMemoryBlock
-from .query_engine import KVMemoryQueryEngine
 from .retriever import KVMemoryRetriever, KVMemoryStoreRetriever
 from .synthesizer import KVMemorySynthesizer
-from .vector_store import KVMemoryVectorStore
 
 __all__ = [
     "KVCompressTransform",

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
+from llama_index.core.base.llms.generic_utils import (
+    astream_chat_response_to_completion_response,
+    chat_response_to_completion_response,
+    stream_chat_response_to_completion_response,
+)
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -26,9 +31,9 @@ from llama_index.core.llms.llm import default_completion_to_prompt
 from llama_index.core.prompts import BasePromptTemplate
 
 from kv_memory import ConfigError
-from kv_memory.generate import Answer, AnswerStream, iterate_in_thread
+from kv_memory.generate import Answer, AnswerStream
 
-from ..llms import MemoryLLM, Trim, closed, refuse_tools, reply_details
+from ..llms import MemoryLLM, answer_in_thread, closed, refuse_tools, reply_details, trimmed, trimmed_in_thread
 from ..references import references_in
 from .messages import turns_of
 
@@ -45,19 +50,7 @@ class KVMemoryLLM(MemoryLLM, CustomLLM):
     stop within a token when they are cancelled. A response's `raw` holds `usage` in OpenAI's format (`prompt_tokens`
     includes cached entries, `prompt_tokens_details.cached_tokens` reports them), `finish_reason`, `ttft_s`, `total_s`,
     `damaged` (keys of damaged caches, answered from the text), and for an empty answer `next_step`, a suggestion.
-
-    Args:
-        memory: An open memory; its model is loaded at the first use.
-        max_tokens: Maximum length of an answer in tokens.
-        temperature: Sampling temperature; 0 decodes greedily.
-        top_p: Probability of the smallest set of tokens to sample from.
-        top_k: Number of likeliest tokens to sample from; 0 for all.
-        seed: Seed for repeatable sampling.
-        stop: Strings that end an answer.
-        timeout: Time limit of a call in seconds, after which it raises `DecodeTimeoutError`.
-
-    Raises:
-        ConfigError: An option is unknown or out of range (pydantic's `ValidationError` if it has the wrong type).
+    `MemoryLLM` describes the options, and the errors of a call.
 
     Example:
         ```python
@@ -84,63 +77,47 @@ class KVMemoryLLM(MemoryLLM, CustomLLM):
             model_name=backbone.name,
         )
 
-    # -- completions ---------------------------------------------------------------------------------------------
-
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a prompt: as the only user message, or verbatim with `formatted`. Errors as in `chat`."""
-        return _completion(_whole(self._start(prompt, formatted, kwargs).answer))
+        return chat_response_to_completion_response(_whole(self._start(prompt, formatted, kwargs).answer))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """`complete`, piece by piece."""
-        stream = self._start(prompt, formatted, kwargs)
-        return (_completion(part) for part in _parts(stream))
+        return stream_chat_response_to_completion_response(_parts(self._start(prompt, formatted, kwargs)))
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """`complete` without blocking the event loop."""
-        return _completion(await _awhole(self._start, prompt, formatted, kwargs))
+        reply = await answer_in_thread(self._start, prompt, formatted, kwargs)
+        return chat_response_to_completion_response(_whole(reply))
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """`stream_complete` without blocking the event loop."""
         stream = await asyncio.to_thread(self._start, prompt, formatted, kwargs)
-        return (_completion(part) async for part in _aparts(stream))
-
-    # -- chats ---------------------------------------------------------------------------------------------------
+        return astream_chat_response_to_completion_response(_aparts(stream))
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """Reply to messages, from caches if the messages or options contain references (`kv_ids`).
-
-        Raises:
-            UnsupportedRequestError: The messages or options contain tools, images or audio.
-            CacheNotFoundError: A reference has no cache in the store, and no text came with it.
-            FingerprintMismatchError: A cache was made by another model, adapter or prompt.
-            ContextWindowError: The caches and messages do not fit the model's context window.
-            DecodeTimeoutError: The call took longer than `timeout`.
-        """
-        return _chat(_whole(self._start_chat(messages, kwargs).answer))
+        """Reply to messages, from caches if they or the options contain references (`kv_ids`); errors: `MemoryLLM`."""
+        return _whole(self._start_chat(messages, kwargs).answer)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """`chat`, piece by piece."""
-        stream = self._start_chat(messages, kwargs)
-        return (_chat(part) for part in _parts(stream))
+        return _parts(self._start_chat(messages, kwargs))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """`chat` without blocking the event loop."""
-        return _chat(await _awhole(self._start_chat, messages, kwargs))
+        return _whole(await answer_in_thread(self._start_chat, messages, kwargs))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """`stream_chat` without blocking the event loop."""
-        stream = await asyncio.to_thread(self._start_chat, messages, kwargs)
-        return (_chat(part) async for part in _aparts(stream))
-
-    # -- structured answers --------------------------------------------------------------------------------------
+        return _aparts(await asyncio.to_thread(self._start_chat, messages, kwargs))
 
     def structured_predict(
         self,
@@ -154,9 +131,8 @@ class KVMemoryLLM(MemoryLLM, CustomLLM):
         Raises:
             ConfigError: `max_tokens` is too small, llguidance is not installed, or it does not support the schema.
         """
-        options = {**(llm_kwargs or {}), "json_schema": json.dumps(closed(output_cls.model_json_schema()))}
-        response = self.chat(self._get_messages(prompt, **prompt_args), **options)
-        return _filled_in(output_cls, response)
+        messages, options = self._get_messages(prompt, **prompt_args), _by_schema(output_cls, llm_kwargs)
+        return _filled_in(output_cls, self.chat(messages, **options))
 
     async def astructured_predict(
         self,
@@ -166,9 +142,8 @@ class KVMemoryLLM(MemoryLLM, CustomLLM):
         **prompt_args: Any,
     ) -> BaseModel:
         """`structured_predict` without blocking the event loop."""
-        options = {**(llm_kwargs or {}), "json_schema": json.dumps(closed(output_cls.model_json_schema()))}
-        response = await self.achat(self._get_messages(prompt, **prompt_args), **options)
-        return _filled_in(output_cls, response)
+        messages, options = self._get_messages(prompt, **prompt_args), _by_schema(output_cls, llm_kwargs)
+        return _filled_in(output_cls, await self.achat(messages, **options))
 
     def predict_and_call(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: the model cannot choose tools."""
@@ -177,8 +152,6 @@ class KVMemoryLLM(MemoryLLM, CustomLLM):
     async def apredict_and_call(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused, as `predict_and_call`."""
         self.predict_and_call()
-
-    # -- the reader ----------------------------------------------------------------------------------------------
 
     def _start(self, prompt: str, formatted: bool, options: dict[str, Any]) -> AnswerStream:
         if references_in(options) is None:
@@ -201,45 +174,34 @@ class KVMemoryLLM(MemoryLLM, CustomLLM):
         return reader.reply_alone(turns, settings=settings)
 
 
-class _Part(NamedTuple):
-    """A part of an answer as it streams: the text so far, the new text, and at the end the reply."""
-
-    text: str
-    delta: str | None
-    reply: Answer | None
-
-
-def _parts(stream: AnswerStream) -> Iterator[_Part]:
-    text, trim = "", Trim()
-    try:
-        for piece in stream:
-            if delta := trim(piece):
-                text += delta
-                yield _Part(text, delta, None)
-        yield _Part(text, "", stream.answer)
-    finally:
-        stream.close()
+def _parts(stream: AnswerStream) -> ChatResponseGen:
+    text = ""
+    for delta in trimmed(stream):
+        text += delta
+        yield _response(text, delta=delta)
+    yield _response(text, delta="", reply=stream.answer)
 
 
-async def _aparts(stream: AnswerStream) -> AsyncIterator[_Part]:
-    text, trim = "", Trim()
-    async for piece in iterate_in_thread(stream):
-        if delta := trim(piece):
-            text += delta
-            yield _Part(text, delta, None)
-    yield _Part(text, "", stream.answer)
+async def _aparts(stream: AnswerStream) -> ChatResponseAsyncGen:
+    text = ""
+    async for delta in trimmed_in_thread(stream):
+        text += delta
+        yield _response(text, delta=delta)
+    yield _response(text, delta="", reply=stream.answer)
 
 
-def _whole(reply: Answer) -> _Part:
-    return _Part(reply.text.strip(), None, reply)
+def _whole(reply: Answer) -> ChatResponse:
+    return _response(reply.text.strip(), reply=reply)
 
 
-async def _awhole(start: Callable[..., AnswerStream], *arguments: Any) -> _Part:
-    """Decode token by token, not in one call in a thread, so that a cancelled task stops decoding."""
-    stream = await asyncio.to_thread(start, *arguments)
-    async for _ in iterate_in_thread(stream):
-        pass
-    return _whole(stream.answer)
+def _response(text: str, *, delta: str | None = None, reply: Answer | None = None) -> ChatResponse:
+    """A response with the text so far, the new text of a part, and the usage once the reply is complete."""
+    message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
+    return ChatResponse(message=message, delta=delta, raw=None if reply is None else _raw(reply))
+
+
+def _by_schema(output_cls: type[BaseModel], options: dict[str, Any] | None) -> dict[str, Any]:
+    return {**(options or {}), "json_schema": json.dumps(closed(output_cls.model_json_schema()))}
 
 
 def _filled_in(output_cls: type[BaseModel], response: ChatResponse) -> BaseModel:
@@ -253,18 +215,7 @@ def _filled_in(output_cls: type[BaseModel], response: ChatResponse) -> BaseModel
     return output_cls.model_validate_json(response.message.content or "")
 
 
-def _completion(part: _Part) -> CompletionResponse:
-    return CompletionResponse(text=part.text, delta=part.delta, raw=_raw(part.reply))
-
-
-def _chat(part: _Part) -> ChatResponse:
-    message = ChatMessage(role=MessageRole.ASSISTANT, content=part.text)
-    return ChatResponse(message=message, delta=part.delta, raw=_raw(part.reply))
-
-
-def _raw(reply: Answer | None) -> dict[str, Any] | None:
-    if reply is None:
-        return None
+def _raw(reply: Answer) -> dict[str, Any]:
     prompt_tokens = reply.n_prompt_tokens + reply.n_cached_tokens
     return {
         "usage": {

@@ -83,15 +83,9 @@ def put_texts(
     beside: bool = False,
     keep_text: bool | None = None,
 ) -> None:
-    """Compress the nodes of one document, `{node_id: text}`.
+    """Compress the nodes of one document, `{node_id: text}`; with `extend`, its other nodes stay.
 
-    Args:
-        memory: The memory that makes and stores the caches.
-        document_id: Document of the nodes.
-        texts: Text of each node.
-        extend: Keep the other nodes of the document.
-        beside: Keep the earlier texts of these nodes too, with `extend`.
-        keep_text: Keep the texts in the store; the memory's setting if None.
+    With `beside`, the earlier texts of these nodes stay too. `keep_text` is as in `KVMemory.add_passages`.
     """
     nodes = {id_: [key_of(text)] for id_, text in texts.items()}
     metadata: dict[str, Any] = {}

@@ -104,7 +104,7 @@ class KVMemorySynthesizer(BaseSynthesizer):
         additional_source_nodes: Sequence[NodeWithScore] | None = None,
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
-        """As in `BaseSynthesizer`; errors as in `KVMemoryLLM.chat`."""
+        """As in `BaseSynthesizer`; errors as in `MemoryLLM`."""
         response_kwargs["kv_nodes"] = nodes
         return _without_nothing(
             super().synthesize(query, self._shown(nodes), additional_source_nodes, **response_kwargs)

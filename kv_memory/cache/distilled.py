@@ -25,7 +25,7 @@ import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -186,17 +186,6 @@ class DistilledCache:
     def theory_bytes(self) -> int:
         """Size of the kept keys and values alone, in bytes: `2 * entries * head_dim * itemsize`."""
         return 2 * self.keys.numel() * self.keys.element_size()
-
-    def to(self, dtype: torch.dtype) -> DistilledCache:
-        """The same cache with keys and values in another floating point type."""
-        if dtype == self.keys.dtype:
-            return self
-        return replace(
-            self,
-            keys=self.keys.to(dtype),
-            values=self.values.to(dtype),
-            fingerprint=replace(self.fingerprint, dtype=dtype_name(dtype)),
-        )
 
     def to_bytes(self, *, storage: StorageName = "auto") -> bytes:
         """The cache as one safetensors file. The same cache always gives the same bytes.

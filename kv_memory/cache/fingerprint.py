@@ -9,7 +9,6 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
-from typing import Any
 
 from kv_memory.errors import CorruptCacheError, FingerprintMismatchError
 
@@ -88,11 +87,6 @@ class Fingerprint:
         except (json.JSONDecodeError, AttributeError, TypeError) as error:
             raise CorruptCacheError(f"fingerprint is not readable: {error}") from error
 
-    def differences(self, other: Fingerprint) -> dict[str, tuple[Any, Any]]:
-        """The fields in which two fingerprints differ: `{name: (this, other)}`."""
-        mine, theirs = asdict(self), asdict(other)
-        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
-
     def check(self, expected: Fingerprint, *, where: str | None = None) -> None:
         """Raise unless this cache fingerprint equals the one the loaded model expects.
 
@@ -101,20 +95,16 @@ class Fingerprint:
         """
         if self == expected:
             return
+        said = []
+        for name, mine in asdict(self).items():
+            if mine != (theirs := getattr(expected, name)):
+                here, there = (str(side) if side not in ("", None) else "none" for side in (mine, theirs))
+                if here[:12] != there[:12]:
+                    here, there = (side[:12] if len(side) == 64 else side for side in (here, there))
+                said.append(f"{name} is {here} in the cache, {there} loaded")
         raise FingerprintMismatchError(
-            f"cache does not match the loaded model and settings: {describe_differences(self, expected)}",
+            f"cache does not match the loaded model and settings: {'; '.join(said)}",
             where=where,
             next_step="Run `kv-memory add --stale` to compress its documents again, or open the store with the "
             "model, adapter and prompt that made it.",
         )
-
-
-def describe_differences(made: Fingerprint, loaded: Fingerprint) -> str:
-    """One readable line: each differing field with its value in the cache and in the loaded model."""
-    said = []
-    for name, sides in made.differences(loaded).items():
-        here, there = (str(side) if side not in ("", None) else "none" for side in sides)
-        if here[:12] != there[:12]:
-            here, there = (side[:12] if len(side) == 64 else side for side in (here, there))
-        said.append(f"{name} is {here} in the cache, {there} loaded")
-    return "; ".join(said)

@@ -93,7 +93,11 @@ class Keep:
         free = [end - start - n for (start, end), n in zip(windows, held, strict=True)]
         # 2. Compare the entries that the budget holds with the fewest possible ones.
         least = sum(held) + sum(n > 0 for n in free)  # every window keeps at least one free token
-        most = self._n_entries(n_tokens, fingerprint)
+        most = self.keep_tokens
+        if most is None:
+            assert self.max_bytes is not None
+            room = self.max_bytes - _fixed_bytes(fingerprint, self.storage)
+            most = room // _entry_bytes(n_tokens, fingerprint, self.storage)
         if most < least:
             self._raise_too_small(n_tokens, fingerprint, least)
         n_free = sum(free)
@@ -109,14 +113,6 @@ class Keep:
             return keep_ratio == self.ratio_for(n_tokens, fingerprint)
         except ConfigError:
             return False
-
-    def _n_entries(self, n_tokens: int, fingerprint: Fingerprint) -> int:
-        """Number of entries per layer and head within the budget."""
-        if self.keep_tokens is not None:
-            return self.keep_tokens
-        assert self.max_bytes is not None
-        room = self.max_bytes - _fixed_bytes(fingerprint, self.storage)
-        return room // _entry_bytes(n_tokens, fingerprint, self.storage)
 
     def _raise_too_small(self, n_tokens: int, fingerprint: Fingerprint, least: int) -> None:
         if self.keep_tokens is not None:

@@ -61,15 +61,7 @@ def quantize(keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor | No
 def dequantize(
     tensors: dict[str, torch.Tensor], counts: torch.Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse of `quantize`, except for rounding.
-
-    Args:
-        tensors: Keys, values and their scales, as returned by `quantize`.
-        counts: Number of entries of each head, as for `quantize`.
-        dtype: Dtype of the result, equal to the dtype before quantisation.
-
-    Returns:
-        Keys and values, in the shapes of the int8 tensors.
+    """Inverse of `quantize`, except for rounding; `dtype` must be the dtype before quantisation.
 
     Raises:
         ConfigError: Dtypes or shapes do not match, or a scale is negative, not finite, or larger than the dtype allows.

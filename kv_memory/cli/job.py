@@ -137,7 +137,7 @@ def run(
     settings = JobSettings(
         memory={}, encoding=encoding, id_field=id_field, text_field=text_field, max_attempts=max_attempts
     )
-    request.specs(settings)  # checked before a store is created, so that a typo does not leave one behind
+    request.specs()  # checked before a store is created, so that a typo does not leave one behind
     with Store.open(place.store, collection=place.collection) as opened:
         made = _engine_of(engine, opened, workers, gpus_per_worker)
         memory = MemorySettings.resolve(opened.settings(), **changes)

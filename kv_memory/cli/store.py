@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -264,7 +265,8 @@ def current(store: StoreOption = DEFAULT_STORE, *, out: Output) -> None:
     from kv_memory.store.sql.schema import SCHEMA_HEAD
 
     where = catalog_of(store)
-    revision = Catalog.revision_at(where)
+    with closing(Catalog(where)) as catalog:
+        revision = catalog.revision()
     if out.as_json:
         out.json({"catalog": str(where), "revision": revision, "head": SCHEMA_HEAD})
     elif revision == SCHEMA_HEAD:
@@ -284,11 +286,10 @@ def upgrade(store: StoreOption = DEFAULT_STORE, *, out: Output) -> None:
     from kv_memory.store.sql.catalog import Catalog
 
     where = catalog_of(store)
-    with out.working("Upgrading"):
-        before = Catalog.revision_at(where)
-        catalog = Catalog(where)
+    with out.working("Upgrading"), closing(Catalog(where)) as catalog:
+        before = catalog.revision()
+        catalog.upgrade()
         after = catalog.revision()
-        catalog.close()
     if out.as_json:
         out.json({"catalog": catalog.where, "before": before, "after": after})
     else:

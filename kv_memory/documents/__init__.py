@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from kv_memory.documents.document import Document
-from kv_memory.documents.loaders import DocumentLike, ReadResult, read_documents, read_file
+from kv_memory.documents.loaders import Document, DocumentLike, ReadResult, read_documents, read_file
 from kv_memory.documents.splitter import split_passages
 
 __all__ = ["Document", "DocumentLike", "ReadResult", "read_documents", "read_file", "split_passages"]

@@ -1,24 +1,82 @@
-"""Loaders: turn the callers' texts, files, folders, and mixtures of them into documents."""
+"""Documents, validated on creation, and loaders that make them of texts, files, folders, and mixtures of them."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from kv_memory.config import check_choice
 from kv_memory.documents.decoding import check_encoding
-from kv_memory.documents.document import Document
 from kv_memory.documents.parsers import FILE_TYPES, read_content
-from kv_memory.errors import ConfigError, DocumentError, UnreadableDocumentError
+from kv_memory.errors import ConfigError, DocumentError, EmptyDocumentError, UnreadableDocumentError
 
-DEFAULT_MAX_LINE_BYTES = 1 << 20
+MAX_LINE_BYTES = 1 << 20  # a longer line of UTF-8 is data, not prose
 OnError = Literal["raise", "skip"]
+_UNFIT_FOR_ID = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and lone surrogates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A text with a name.
+
+    Attributes:
+        id: Id of the document in its collection; adding the same id with another text replaces the document.
+        text: Text, kept exactly as given.
+        source_uri: Origin of the document, e.g. `file:///data/a.md`.
+        metadata: JSON-serialisable values under str keys; a copy is kept.
+        notes: Remarks on what the file's parser replaced or lost; they are reported, not stored.
+
+    Raises:
+        EmptyDocumentError: `text` is blank.
+        UnreadableDocumentError: `text` contains a NUL character, which neither SQL nor tokenizers accept; `text`
+            contains an unpaired surrogate and cannot be encoded as UTF-8.
+        ConfigError: `id` is blank or contains control characters, or `metadata` is not JSON-serialisable.
+    """
+
+    id: str
+    text: str
+    source_uri: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.id, str) or not self.id.strip() or _UNFIT_FOR_ID.search(self.id):
+            raise ConfigError(
+                f"a document id must be a non-empty str without control characters, got {self.id!r}", where="id"
+            )
+        if not isinstance(self.text, str):
+            raise ConfigError(f"text must be a str, got {type(self.text).__name__}", where=self.id)
+        if not self.text.strip():
+            raise EmptyDocumentError("no text, or white space only", where=self.id, next_step="Leave the document out.")
+        if "\0" in self.text:
+            raise UnreadableDocumentError(
+                f"a NUL character at offset {self.text.index(chr(0))}",
+                where=self.id,
+                next_step="Pass text, not the bytes of a file; remove the NUL if it is there by mistake.",
+            )
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            raise UnreadableDocumentError(
+                f"an unpaired surrogate at character {error.start}",
+                where=self.id,
+                next_step="Decode the text with errors='replace', not 'surrogateescape' or 'surrogatepass'.",
+            ) from error
+        object.__setattr__(self, "metadata", _json_copy(self.metadata, where=self.id))
+
+    @cached_property
+    def content_sha256(self) -> str:
+        """SHA-256 of the text's UTF-8 bytes, in hex; it decides whether a stored document is current."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
 
 # A str is always text, and a path object always a file or folder: a guess would depend on the disk.
 DocumentLike: TypeAlias = str | os.PathLike[str] | Document | tuple[str, str] | tuple[str, str, Mapping[str, Any]]
@@ -43,7 +101,6 @@ def read_documents(
     source: DocumentLike | Iterable[DocumentLike],
     *,
     encoding: str = "utf-8",
-    max_line_bytes: int = DEFAULT_MAX_LINE_BYTES,
     on_error: OnError = "raise",
 ) -> ReadResult:
     """Read texts, files and folders.
@@ -52,7 +109,6 @@ def read_documents(
         source: A text (str), a file or folder (a path object), a Document, `(id, text)`, `(id, text, metadata)`, or
             an iterable of these. Folders are read recursively.
         encoding: Encoding of text files without a byte order mark.
-        max_line_bytes: Maximum length of a line of any document, in bytes of UTF-8.
         on_error: `raise` stops at the first bad document; `skip` continues and collects the errors.
 
     Raises:
@@ -61,7 +117,6 @@ def read_documents(
     """
     check_choice(on_error, OnError, where="on_error")
     check_encoding(encoding)
-    _check_limit(max_line_bytes)
     documents: dict[str, Document] = {}
     errors: list[DocumentError] = []
     skipped: list[Path] = []
@@ -70,10 +125,10 @@ def read_documents(
             if isinstance(part, DocumentError):
                 raise part
             if isinstance(part, Path):
-                document = read_file(part, encoding=encoding, max_line_bytes=max_line_bytes)
+                document = read_file(part, encoding=encoding)
             else:
                 document = part()
-                _check_lines(document.text, max_line_bytes=max_line_bytes, where=document.id)
+                _check_lines(document.text, where=document.id)
             if documents.setdefault(document.id, document).text != document.text:
                 raise DocumentError(
                     "this id was given twice, with different texts",
@@ -87,9 +142,7 @@ def read_documents(
     return ReadResult(documents=tuple(documents.values()), errors=tuple(errors), skipped=tuple(skipped))
 
 
-def read_file(
-    path: str | os.PathLike[str], *, encoding: str = "utf-8", max_line_bytes: int = DEFAULT_MAX_LINE_BYTES
-) -> Document:
+def read_file(path: str | os.PathLike[str], *, encoding: str = "utf-8") -> Document:
     r"""Read one file of a known type, or any file that is valid text.
 
     The id is the absolute path with links resolved. Newlines become `\n`. The metadata hold `file_name`, `file_type`,
@@ -98,20 +151,18 @@ def read_file(
     Args:
         path: Path of the file.
         encoding: Encoding of text files without a byte order mark.
-        max_line_bytes: Maximum length of a line, in bytes of UTF-8.
 
     Raises:
         UnreadableDocumentError: The path is missing, forbidden, a folder, a device, or a broken or encrypted PDF; the
-            bytes are not text; the bytes are not valid in `encoding`; A line is longer than `max_line_bytes`.
+            bytes are not text; the bytes are not valid in `encoding`; a line is longer than `MAX_LINE_BYTES`.
         EmptyDocumentError: The file contains no text.
-        ConfigError: `encoding` or `max_line_bytes` is wrong.
+        ConfigError: `encoding` is unknown.
     """
     check_encoding(encoding)
-    _check_limit(max_line_bytes)
     resolved, raw = _read_bytes(path)
     name, given = file_id(resolved), Path(path)  # a link's own name determines the type, not its target's
     content = read_content(raw, suffix=given.suffix, encoding=encoding, where=name)
-    _check_lines(content.text, max_line_bytes=max_line_bytes, where=name)
+    _check_lines(content.text, where=name)
     metadata = {"file_name": _printable(given.name), "size_bytes": len(raw), **content.metadata}
     return Document(id=name, text=content.text, source_uri=resolved.as_uri(), metadata=metadata, notes=content.notes)
 
@@ -148,7 +199,7 @@ def _parts(item: DocumentLike, skipped: list[Path]) -> Sequence[Path | DocumentE
     files: list[Path] = []
     left_out: list[Path] = []
     failed: list[DocumentError] = []
-    for found, error in walk_folder(path, _is_known, on_skip=left_out.append):
+    for found, error in walk_folder(path, lambda file: file.suffix.lower() in FILE_TYPES, on_skip=left_out.append):
         if error is None:
             files.append(found)
         else:
@@ -191,10 +242,6 @@ def walk_folder(
             yield folder, error
 
 
-def _is_known(path: Path) -> bool:
-    return path.suffix.lower() in FILE_TYPES
-
-
 def _read_bytes(path: str | os.PathLike[str]) -> tuple[Path, bytes]:
     try:
         resolved = Path(path).resolve(strict=True)
@@ -228,28 +275,14 @@ def _printable(path: str) -> str:
     return "".join(c if ord(c) >= 32 and c != "\x7f" else f"\\x{ord(c):02x}" for c in name)
 
 
-def _check_limit(max_line_bytes: int) -> None:
-    if isinstance(max_line_bytes, bool) or not isinstance(max_line_bytes, int) or max_line_bytes < 1:
-        raise ConfigError(f"max_line_bytes must be at least 1, got {max_line_bytes!r}", where="max_line_bytes")
-
-
-def _check_lines(text: str, *, max_line_bytes: int, where: str) -> None:
-    """Refuse lines of more than `max_line_bytes` bytes of UTF-8.
-
-    Raises:
-        UnreadableDocumentError: A line is too long; the message states the first one and its length.
-    """
-    if len(text) * 4 <= max_line_bytes:  # no character takes more than 4 bytes
-        return
+def _check_lines(text: str, *, where: str) -> None:
     for number, line in enumerate(text.split("\n"), start=1):
-        if len(line) * 4 <= max_line_bytes:
-            continue
         size_bytes = len(line.encode("utf-8", "surrogatepass"))
-        if size_bytes > max_line_bytes:
+        if size_bytes > MAX_LINE_BYTES:
             raise UnreadableDocumentError(
-                f"line {number} has {size_bytes:,} bytes, the limit is {max_line_bytes:,}",
+                f"line {number} has {size_bytes:,} bytes, the limit is {MAX_LINE_BYTES:,}",
                 where=where,
-                next_step="Leave it out if it is data. If it is prose, break its lines or raise `max_line_bytes`.",
+                next_step="Leave it out if it is data. If it is prose, break its lines.",
             )
 
 
@@ -259,3 +292,21 @@ def _wrong_type(source: object) -> ConfigError:
         where="source",
         next_step="Pass a text (str), a path, a Document, (id, text), (id, text, metadata), or a list of these.",
     )
+
+
+def _json_copy(metadata: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """Copy metadata through JSON, so that the stored and the in-memory values never differ."""
+    try:
+        if not isinstance(metadata, Mapping) or not all(isinstance(key, str) for key in metadata):
+            raise TypeError("it must be a mapping with str keys")
+        # ensure_ascii=False and encode() find lone surrogates, which databases would refuse later.
+        text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False)
+        text.encode()
+        copy: dict[str, Any] = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"metadata cannot be written as JSON: {error}",
+            where=where,
+            next_step="Use str keys, and str, int, finite float, bool, None, lists and mappings as values.",
+        ) from error
+    return copy

@@ -33,21 +33,13 @@ _CHARS_PER_TOKEN, _MAX_CHARS_PER_TOKEN = 4, 32
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """`text[start:end]`, with the white space before it.
-
-    Attributes:
-        start: Offset of the first character.
-        end: Offset after the last character.
-        heading_end: Offset before which no sentence or line is split off, so that a heading stays with its text.
-        code: True for a fenced block, where full stops do not end sentences.
-        n_tokens: Number of tokens; None if the piece is not counted yet, or is too long to be counted.
-    """
+    """`text[start:end]`, with the white space before it."""
 
     start: int
     end: int
-    heading_end: int = 0
-    code: bool = False
-    n_tokens: int | None = None
+    heading_end: int = 0  # no sentence or line is split off before this offset, so that a heading stays with its text
+    code: bool = False  # a fenced block, where full stops do not end sentences
+    n_tokens: int | None = None  # None if the piece is not counted yet, or is too long to be counted
 
 
 def split_passages(text: str, *, max_tokens: int | None, count_tokens: CountTokens) -> list[str]:

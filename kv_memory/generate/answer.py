@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -197,7 +197,7 @@ class TextStream:
         return 0
 
 
-async def iterate_in_thread(pieces: AnswerStream | Generator[str, None, None]) -> AsyncIterator[str]:
+async def iterate_in_thread(pieces: AnswerStream | Generator[str, None, None]) -> AsyncGenerator[str, None]:
     """Iterate over a blocking iterator in asyncio: every step runs in a thread, and empty pieces are skipped.
 
     A step of an answer is one token, with an empty piece where no text is ready. Cancelling then stops within a token,

@@ -11,6 +11,7 @@ Recomputation under gradient checkpointing and several threads on one model thus
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -51,11 +52,8 @@ class AttentionObserver(Protocol):
     def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, kind: AttentionKind) -> None:
         """Called once per layer, before attention.
 
-        Args:
-            layer: Index of the layer.
-            query: `(batch, num_heads, new, head_dim)`, rotated.
-            key: `(batch, num_kv_heads, seq_len, head_dim)`, rotated; the last `new` belong to the queries.
-            kind: Rule of the layer.
+        Both are rotated: `query` `(batch, num_heads, new, head_dim)`, and `key` `(batch, num_kv_heads, seq_len,
+        head_dim)`, whose last `new` belong to the queries.
         """
 
 
@@ -65,13 +63,8 @@ class Routing(Protocol):
     def enter(self, layer: int, hidden: torch.Tensor) -> torch.Tensor | None:
         """Called before each decoder layer, and again if gradient checkpointing reruns the layer with its hooks.
 
-        Args:
-            layer: Index of the layer.
-            hidden: `(batch, new, hidden_size)`, input of the layer.
-
-        Returns:
-            Bool `(batch, new)`, or float: the strength of the adapter for each token, 0 for not at all. `(batch, 1)`
-            applies to all tokens of a row alike; None routes no token.
+        Its input, `hidden`, is `(batch, new, hidden_size)`. The result is bool `(batch, new)`, or float: the strength
+        of the adapter for each token, 0 for not at all. `(batch, 1)` applies to all tokens of a row; None routes none.
         """
 
 
@@ -108,68 +101,46 @@ def attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attention with masks computed from positions; the signature is that of Transformers' attention interface.
 
-    Args:
-        module: The attention layer.
-        query: `(batch, num_heads, new, head_dim)`.
-        key: `(batch, num_kv_heads, seq_len, head_dim)`.
-        value: `(batch, num_kv_heads, seq_len, head_dim)`.
-        attention_mask: Ignored; Transformers builds none for an attention function without a mask function.
-        scaling: Factor on the logits; `head_dim ** -0.5` if None.
-        dropout: Ignored; these models run with a dropout of 0.
-        softcap: Soft cap of the logits (Gemma 2); None for no cap.
-        sliding_window: Sliding window of the layer, in positions; None if queries see all earlier positions.
-        position_ids: `(1 or batch, new)`, positions of the queries.
-        kv_memory: Context of the forward pass; None if the model is called without a `PositionedCache`.
-        **kwargs: Ignored; Transformers passes these to other attention functions.
+    `attention_mask` (Transformers builds none for an attention function without a mask function), `dropout` (0 in these
+    models) and `kwargs` are ignored. `scaling` is `head_dim ** -0.5` if None; `kv_memory` is None if the model is
+    called without a `PositionedCache`. Shapes: `query` `(batch, num_heads, new, head_dim)`, `key` and `value`
+    `(batch, num_kv_heads, seq_len, head_dim)`, `position_ids` of the queries `(1 or batch, new)`.
 
     Returns:
         The output, `(batch, new, num_heads, head_dim)`, and None in place of the attention weights.
     """
     context = kv_memory or ForwardContext()
     kind = AttentionKind(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window)
-    return _attend(module, query, key, value, context, kind, position_ids), None
-
-
-def _attend(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    context: ForwardContext,
-    kind: AttentionKind,
-    position_ids: torch.Tensor | None,
-) -> torch.Tensor:
     # 1. Report queries and keys to the observer.
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if context.observer is not None:
         context.observer.observe(layer, query, key, kind)
 
-    new, length = query.shape[2], key.shape[2]
+    new, length, cache = query.shape[2], key.shape[2], context.cache
     if length == 1:
         kind = kind._replace(window=None)
-    cache = context.cache
-    # 2. Heads hold different numbers of entries, with the padding in front: attend head by head.
-    if cache is not None and cache.starts is not None:
-        return _attend_by_head(module, query, key, value, context, kind, position_ids)
     # Whether entries may be padding: rows of a batch differ in length, and heads may hold different numbers of entries.
     padded = cache is not None and (cache.n_rows > 1 or cache.padded)
-    biased = cache is not None and cache.bias is not None
+    starts = None if cache is None or cache.starts is None else cache.starts[layer]
+    bias = None if cache is None or cache.bias is None else cache.bias[layer]
+    free = kind.softcap is None and kind.window is None and not padded and starts is None and bias is None
     past = length - new
-    if kind.softcap is None and kind.window is None and not padded and not biased and past <= new and new > 1:
-        # 3. No mask is needed, only causality. SDPA aligns its causal triangle with the first key, so zero queries are
+    if free and past <= new and new > 1:
+        # 2. No mask is needed, only causality. SDPA aligns its causal triangle with the first key, so zero queries are
         #    put in front for the past entries, and their outputs dropped. Rejected: a mask. Without one, a long
         #    document behind a short prefix takes two thirds of the time.
         query = nn.functional.pad(query, (0, 0, past, 0))  # (batch, num_heads, seq_len, head_dim)
         out, _ = sdpa_attention_forward(module, query, key, value, None, scaling=kind.scaling, is_causal=True)
-        return out[:, past:]
+        return out[:, past:], None
 
-    # 4. Everything else: a mask from positions, with the cache's bias added.
     mask = _mask(
         context, layer, position_ids, new, length, kind.window
     )  # (1 or batch, 1 or num_kv_heads, new, seq_len)
-    if cache is not None and cache.bias is not None:
-        mask = _biased(mask, cache.bias[layer], length, dtype=query.dtype)
-    return _attend_masked(module, query, key, value, mask, kind)
+    if starts is not None:
+        # 3. Heads hold different numbers of entries, with the padding in front: attend head by head.
+        return _attend_by_head(module, query, key, value, mask, bias, starts, kind), None
+    # 4. Everything else: a mask from positions, with the cache's bias added.
+    return _attend_masked(module, query, key, value, _biased(mask, bias, length, dtype=query.dtype), kind), None
 
 
 def _attend_by_head(
@@ -177,31 +148,27 @@ def _attend_by_head(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    context: ForwardContext,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    starts: Sequence[int],
     kind: AttentionKind,
-    position_ids: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention head by head, each over its own entries, for heads that hold different numbers of entries.
 
     The fullest head of a layer may hold three times the average. A single call for all heads, with a mask over the
     padding, was rejected: it took twice the time of caches with equal numbers in every head.
     """
-    assert context.cache is not None and context.cache.starts is not None
-    layer, length = int(module.layer_idx), key.shape[2]  # type: ignore[arg-type]
-    group = query.shape[1] // key.shape[1]
-    # The mask may be longer than this layer (see `_mask`); masks of all lengths agree at the end.
-    mask = _mask(context, layer, position_ids, query.shape[2], length, kind.window)
+    length, group = key.shape[2], query.shape[1] // key.shape[1]
     outs = []
-    for head, start in enumerate(context.cache.starts[layer]):
-        # 1. Mask of this head: one mask may serve all heads. Counting from the end drops the padding in front.
+    for head, start in enumerate(starts):
+        own = slice(head, head + 1)
+        # 1. Mask of this head: one mask may serve all heads. Counting from the end drops the padding in front, and fits
+        #    a mask longer than this layer (see `_mask`): masks of all lengths agree at the end.
         part = mask
         if mask is not None:
             part = mask[:, head % mask.shape[1], None, :, start - length :]  # (1 or batch, 1, new, n_own)
-        # 2. Bias of this head.
-        own = slice(head, head + 1)
-        if context.cache.bias is not None:
-            part = _biased(part, context.cache.bias[layer][:, own, start:], length - start, dtype=query.dtype)
-        # 3. The query heads of this KV head, over its own entries.
+        part = _biased(part, None if bias is None else bias[:, own, start:], length - start, dtype=query.dtype)
+        # 2. The query heads of this KV head, over its own entries.
         queries = query[:, head * group : (head + 1) * group]  # (batch, group, new, head_dim)
         k, v = key[:, own, start:], value[:, own, start:]  # (batch, 1, n_own, head_dim)
         outs.append(_attend_masked(module, queries, k, v, part, kind))
@@ -219,14 +186,24 @@ def _attend_masked(
     """Attention under a mask; None if every query sees all keys."""
     new, length = query.shape[2], key.shape[2]
     if kind.softcap is None and new <= SHORT:
-        return _attend_packed(query, key, value, mask, scaling=kind.scaling)
+        # A short question over a long cache: query heads that share a KV head become rows of one head. Under a mask,
+        # Transformers repeats keys and values for every query head; with 600 cached entries, that copy took as long as
+        # the attention itself.
+        batch, heads, _, dim = query.shape
+        group = heads // key.shape[1]
+        packed = query.reshape(batch, key.shape[1], group * new, dim)  # (batch, num_kv_heads, group * new, head_dim)
+        mask = None if mask is None else mask.repeat(1, 1, group, 1)  # (..., group * new, seq_len)
+        out = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=kind.scaling)
+        return out.reshape(batch, heads, new, -1).transpose(1, 2).contiguous()
 
     # Blocks of queries, each against the keys up to its own end. A mask over all keys at once would double the work.
     blocks = []
     for start in range(0, new, QUERY_BLOCK):
         rows = slice(start, min(start + QUERY_BLOCK, new))
         end = length - new + rows.stop
-        part = _for_query_heads(mask, query, rows, end)  # (1 or batch, 1 or num_heads, block, end)
+        part = None if mask is None else mask[:, :, rows, :end]
+        if part is not None and part.shape[1] > 1:  # masks per KV head are repeated per query head
+            part = part.repeat_interleave(query.shape[1] // part.shape[1], dim=1)  # (1 or batch, num_heads, block, end)
         q, k, v = query[:, :, rows], key[:, :, :end], value[:, :, :end]  # k, v: (batch, num_kv_heads, end, head_dim)
         if kind.softcap is None:
             out, _ = sdpa_attention_forward(module, q, k, v, part, scaling=kind.scaling, is_causal=False)
@@ -237,36 +214,13 @@ def _attend_masked(
     return torch.cat(blocks, dim=1)
 
 
-def _attend_packed(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, *, scaling: float
-) -> torch.Tensor:
-    """Attention of a short question over a long cache: query heads that share a KV head become rows of one head.
-
-    Under a mask, Transformers repeats keys and values for every query head. With 600 cached entries, that copy took as
-    long as the attention itself.
-    """
-    batch, heads, new, dim = query.shape
-    kv_heads = key.shape[1]
-    rows = query.reshape(batch, kv_heads, heads // kv_heads * new, dim)  # (batch, num_kv_heads, group * new, head_dim)
-    mask = None if mask is None else mask.repeat(1, 1, heads // kv_heads, 1)  # (..., group * new, seq_len)
-    out = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, heads, new, -1).transpose(1, 2).contiguous()
-
-
 def attention_probabilities(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, kind: AttentionKind
 ) -> torch.Tensor:
-    """Softmax of the attention logits in float32, computed without SDPA.
+    """Softmax of the attention logits, `(batch, num_heads, new, seq_len)` in float32, computed without SDPA.
 
-    Args:
-        query: `(batch, num_heads, new, head_dim)`.
-        key: `(batch, num_kv_heads, seq_len, head_dim)`.
-        mask: Bool, True where a query sees a key; or float, added to the logits. Broadcast to
-            `(batch, num_heads, new, seq_len)`; None if every query sees all keys.
-        kind: Rule of the layer; its window is up to the mask.
-
-    Returns:
-        `(batch, num_heads, new, seq_len)`, float32.
+    `query` and `key` are as in `attention_forward`. The mask is bool, True where a query sees a key, or float, added to
+    the logits; None if every query sees all keys. The window of `kind` is up to the mask.
     """
     logits = (query @ repeat_kv(key, query.shape[1] // key.shape[1]).transpose(2, 3)).float() * kind.scaling
     logits = soft_capped(logits, kind.softcap)
@@ -277,20 +231,18 @@ def attention_probabilities(
     return torch.softmax(logits, dim=-1)
 
 
-def _biased(mask: torch.Tensor | None, bias: torch.Tensor, length: int, *, dtype: torch.dtype) -> torch.Tensor:
-    """Additive mask: the bias on the first entries of the cache, and the smallest number where a key is not visible.
+def _biased(
+    mask: torch.Tensor | None, bias: torch.Tensor | None, length: int, *, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """Additive mask of `length` keys: the bias on the first of them, and the smallest number where one is not visible.
 
-    Args:
-        mask: True where a query sees a key; None if every query sees all keys.
-        bias: `(batch or 1, num_kv_heads, n)`; keys beyond the first `n` have no bias.
-        length: Number of keys.
-        dtype: Dtype of the queries.
+    Without a bias, the mask itself. The bias is `(batch or 1, num_kv_heads, n)`; keys beyond the first `n` have none.
     """
+    if bias is None:
+        return mask
     bias = bias[..., :length].to(dtype)  # the bias may be longer than the keys
     added = nn.functional.pad(bias, (0, length - bias.shape[-1]))[:, :, None]  # (batch or 1, num_kv_heads, 1, length)
-    if mask is None:
-        return added
-    return added.masked_fill(~mask, torch.finfo(dtype).min)
+    return added if mask is None else added.masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _mask(
@@ -308,19 +260,8 @@ def _mask(
     if cache is not None and cache.starts is not None and window is None:
         length = cache.n_composed + cache.appended_positions.shape[1]
     shared = (layer if cache is not None and cache.differs_by_layer(window) else -1, window)
-    if shared not in context.masks:
-        context.masks[shared] = _make_mask(cache, layer, position_ids, new, length, window)
-    return context.masks[shared]
-
-
-def _make_mask(
-    cache: PositionedCache | None,
-    layer: int,
-    position_ids: torch.Tensor | None,
-    new: int,
-    length: int,
-    window: int | None,
-) -> torch.Tensor | None:
+    if shared in context.masks:
+        return context.masks[shared]
     assert position_ids is not None
     queries = position_ids.to(torch.int32)[:, None, :, None]  # (1 or batch, 1, new, 1)
     # 1. Positions of the keys: (1 or batch, 1 or num_kv_heads, length).
@@ -328,27 +269,17 @@ def _make_mask(
         keys = position_ids.to(torch.int32)[:, None]
     elif cache is None:  # Transformers' own cache: positions without gaps
         keys = queries[:, :, -1] + torch.arange(1 - length, 1, device=queries.device, dtype=torch.int32)
-        keys = keys[:, None] if keys.ndim == 2 else keys
-    elif window is None and cache.padded and cache.starts is None:
+    elif window is not None or (cache.padded and cache.starts is None):
         keys = cache.key_positions(layer)
-    elif window is None:  # composed entries precede every query: -1 stands for all their positions
+    else:  # composed entries precede every query: -1 stands for all their positions
         composed = length - cache.appended_positions.shape[1]
-        keys = torch.nn.functional.pad(cache.appended_positions, (composed, 0), value=-1)[:, None]
-    else:
-        keys = cache.key_positions(layer)
+        keys = nn.functional.pad(cache.appended_positions, (composed, 0), value=-1)[:, None]
     # 2. A key is visible if it is not later than the query, and inside its window.
     mask = keys[:, :, None, :] <= queries  # (1 or batch, 1 or num_kv_heads, new, length)
     if window is not None:
         mask &= keys[:, :, None, :] > queries - window
-    return None if new == 1 and bool(mask.all()) else mask
-
-
-def _for_query_heads(mask: torch.Tensor | None, query: torch.Tensor, rows: slice, end: int) -> torch.Tensor | None:
-    """The part of a mask for some queries and the keys up to `end`; masks per KV head are repeated per query head."""
-    if mask is None:
-        return None
-    part = mask[:, :, rows, :end]
-    return part if part.shape[1] == 1 else part.repeat_interleave(query.shape[1] // part.shape[1], dim=1)
+    context.masks[shared] = None if new == 1 and bool(mask.all()) else mask
+    return context.masks[shared]
 
 
 AttentionInterface.register(ATTENTION, attention_forward)

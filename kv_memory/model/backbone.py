@@ -21,11 +21,9 @@ from kv_memory.config import DtypeName
 from kv_memory.errors import ContextWindowError
 from kv_memory.model.attention import ATTENTION, ForwardContext, soft_capped
 from kv_memory.model.embedded import EMBEDDED, built_in, concrete_name
-from kv_memory.model.kv_cache import NEVER, PositionedCache
+from kv_memory.model.kv_cache import NEVER, PositionedCache, Prefix
 from kv_memory.model.loading import best_device, best_dtype, check_supported, hash_parameters, load_model
-from kv_memory.model.prefix import Prefix
-from kv_memory.model.prompt_encoder import PromptEncoder
-from kv_memory.model.prompts import PromptForm, PromptName, choose_form
+from kv_memory.model.prompts import PromptEncoder, PromptForm, PromptName, choose_form
 from kv_memory.model.rope import Rope
 
 
@@ -127,10 +125,10 @@ class Backbone(PromptEncoder):
         device = best_device() if device == "auto" else device
         torch_dtype = best_dtype(device) if dtype == "auto" else dtype_from_name(dtype)
         name = concrete_name(str(name))
-        loaded = load_model(name, dtype=torch_dtype, device=device, revision=revision)
-        if prompt == "auto" and (model := built_in(name)):
-            prompt = model.prompt
-        return cls(loaded.model, loaded.tokenizer, prompt=prompt, name=name, weights_sha256=loaded.weights_sha256)
+        model, tokenizer, weights = load_model(name, dtype=torch_dtype, device=device, revision=revision)
+        if prompt == "auto" and (found := built_in(name)):
+            prompt = found.prompt
+        return cls(model, tokenizer, prompt=prompt, name=name, weights_sha256=weights)
 
     def fingerprint(
         self,
@@ -191,10 +189,9 @@ class Backbone(PromptEncoder):
         Raises:
             CorruptCacheError: The file has other contents.
         """
-        n_prefix = len(self.prefix_ids)
-        like = torch.empty(self.num_layers, self.num_kv_heads, 0, self.head_dim, dtype=self.dtype, device=self.device)
-        regime = self.rope.regime(n_prefix)
-        self._prefix = Prefix.load(path, key=self.prefix_key, ids=self.prefix_ids, regime=regime, like=like)
+        shape = (self.num_layers, self.num_kv_heads, len(self.prefix_ids), self.head_dim)
+        like = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self._prefix = Prefix.load(path, key=self.prefix_key, regime=self.rope.regime(shape[2]), like=like)
 
     def prefix_for(self, n_positions: int) -> Prefix:
         """The prefix with the rotary frequencies of a sequence of `n_positions` in total."""
@@ -218,7 +215,7 @@ class Backbone(PromptEncoder):
             cache.rewind(1)
         layers = [cache.layer(index) for index in range(self.num_layers)]
         keys, values = torch.stack([k[0] for k, _ in layers]), torch.stack([v[0] for _, v in layers])
-        return Prefix(self.prefix_ids, keys, values, wanted)
+        return Prefix(keys, values, wanted)
 
     def empty_cache(self, capacity: int, *, batch_size: int = 1) -> PositionedCache:
         """An empty cache with room for `capacity` entries."""
@@ -256,13 +253,7 @@ class Backbone(PromptEncoder):
         lengths: torch.Tensor | None = None,
         context: ForwardContext | None = None,
     ) -> torch.Tensor:
-        """Prefill tokens into a cache, without computing logits.
-
-        Args:
-            ids: `(batch, n)` token ids, padded on the right.
-            cache: Cache to extend by `n` entries.
-            lengths: `(batch,)`, real tokens per row; None if no row has padding.
-            context: Observer and routing; its cache is set here.
+        """Prefill tokens into a cache, without computing logits; arguments as in `logits`.
 
         Returns:
             `(batch, n, hidden_size)`, input of the language model head.
@@ -298,7 +289,7 @@ class Backbone(PromptEncoder):
         return logits if every else logits[torch.arange(len(row_of)), row_of.to(logits.device)]
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits of hidden states from `read`: `(..., hidden_size)` to `(..., vocab_size)`."""
+        """Logits of hidden states from `prefill`: `(..., hidden_size)` to `(..., vocab_size)`."""
         logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
         return soft_capped(logits, getattr(self.config, "final_logit_softcapping", None))
 

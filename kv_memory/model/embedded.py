@@ -20,31 +20,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuiltInModel:
-    """A built-in model and the source of its weights.
+    """A built-in model and the source of its weights."""
 
-    Args:
-        name: Name of the model in this package, accepted anywhere a model is named.
-        title: Publisher's name for the model.
-        license: SPDX identifier of the license.
-        prompt: Prompt form with the best answers.
-        gguf: Name of the GGUF file, in the wheels and on the hub.
-        sha256: SHA-256 of that file. A file with another hash is never parsed.
-        size_bytes: Size of that file in bytes.
-        wheels: Wheels on PyPI with one data file each: the parts of the GGUF file, in order.
-        base_id: Hub id of the original model, named in adapters and model cards in place of the converted one.
-        hub_id: Hub id of the repository with the GGUF file; empty if the file is not on the hub.
-    """
-
-    name: str
-    title: str
-    license: str
-    prompt: Literal["chat", "brief", "passage"]
-    gguf: str
-    sha256: str
-    size_bytes: int
-    wheels: tuple[str, ...]
-    base_id: str
-    hub_id: str = ""
+    name: str  # in this package, accepted anywhere a model is named
+    title: str  # the publisher's name
+    license: str  # an SPDX identifier
+    prompt: Literal["chat", "brief", "passage"]  # the form with the best answers
+    gguf: str  # name of the GGUF file, in the wheels and on the hub
+    sha256: str  # of that file; a file with another hash is never parsed
+    size_bytes: int  # of that file
+    wheels: tuple[str, ...]  # on PyPI, with one data file each: the parts of the GGUF file, in order
+    base_id: str  # hub id of the original model, named in adapters and model cards in place of the converted one
+    hub_id: str = ""  # hub id of the repository with the GGUF file; empty if the file is not on the hub
 
     @property
     def folder(self) -> Path:

@@ -52,16 +52,9 @@ class FirstToken:
         *,
         is_last: bool = False,
     ) -> int:
-        """Pick the next token among those allowed here.
+        """Pick the next token after `ids` among those allowed here; the first pick if no finite logit is of such one.
 
-        Args:
-            choose: Function that picks a token from logits.
-            logits: `(vocab_size,)`, logits of the next token.
-            ids: Tokens of the answer so far.
-            is_last: True if this is the last token of the answer.
-
-        Returns:
-            An allowed token; the first pick if no token with a finite logit is allowed.
+        `choose` picks a token from logits, `(vocab_size,)`. `is_last` says that the answer ends with this token.
         """
         first = token = choose(logits)
         left = logits

@@ -1,4 +1,4 @@
-"""The model's key-value cache: keys and values with rotary embedding, and the position of every entry.
+"""The model's key-value cache: keys and values with rotary embedding, and the position of every entry; the prefix.
 
 In a composed cache, index and position differ, and in a distilled cache they differ from head to head. Every entry
 therefore has an explicit position. Layers grow inside a buffer, and heads may hold different numbers of entries.
@@ -7,12 +7,17 @@ therefore has an explicit position. Layers grow inside a buffer, and heads may h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from kv_memory.errors import CorruptCacheError
 from kv_memory.model.rope import Rope
 
 NEVER = torch.iinfo(torch.int32).max  # position of padding: later than every query, so never visible
@@ -94,6 +99,8 @@ class PositionedCache(DynamicCache):
         appended_positions: `(batch, n_appended)`, positions of the tokens prefilled since.
     """
 
+    layers: list[PreallocatedLayer]  # type: ignore[assignment]
+
     def __init__(
         self,
         keys: torch.Tensor | Sequence[torch.Tensor],
@@ -128,7 +135,7 @@ class PositionedCache(DynamicCache):
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer: `(batch, num_kv_heads, length, head_dim)` each, views of its buffer."""
         layer = self.layers[index]
-        assert isinstance(layer, PreallocatedLayer) and layer.keys is not None and layer.values is not None
+        assert layer.keys is not None and layer.values is not None
         return layer.keys, layer.values
 
     def rewind(self, n_tokens: int) -> None:
@@ -136,7 +143,6 @@ class PositionedCache(DynamicCache):
         if n_tokens == 0:
             return
         for layer in self.layers:
-            assert isinstance(layer, PreallocatedLayer)
             layer.rewind(n_tokens)
         self.appended_positions = self.appended_positions[:, :-n_tokens]
         self.next_positions = self.next_positions - n_tokens
@@ -153,7 +159,6 @@ class PositionedCache(DynamicCache):
             return [layer[index] if layer.shape[0] > 1 else layer for layer in layers]
 
         for layer in self.layers:
-            assert isinstance(layer, PreallocatedLayer)
             layer.keep_rows(index)
         composed = self.composed_positions
         if not isinstance(composed, torch.Tensor):
@@ -181,7 +186,6 @@ class PositionedCache(DynamicCache):
             free = rope.rotate_flat(old, positions, per_layer, n_positions=self.n_positions, inverse=True)
             turned = rope.rotate_flat(free, positions, per_layer, n_positions=n_positions).to(old.dtype)
             for layer, key, new in zip(self.layers, keys, turned.split(per_layer), strict=True):
-                assert isinstance(layer, PreallocatedLayer)
                 layer.put_keys(new.view(key.shape))
         self.n_positions = n_positions
 
@@ -204,3 +208,45 @@ class PositionedCache(DynamicCache):
         if isinstance(self.composed_positions, torch.Tensor):
             return window is not None and self.composed_positions.ndim == 3
         return len(self.composed_positions) > 1
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """The shared beginning of every prompt, prefilled once and stored between runs.
+
+    Unlike a distilled cache, it is stored with rotary embedding, because its positions never change. It is therefore
+    restored bit by bit.
+
+    Attributes:
+        keys: `(num_layers, num_kv_heads, n_tokens, head_dim)`, with rotary embedding.
+        values: `(num_layers, num_kv_heads, n_tokens, head_dim)`.
+        regime: Regime of the rotary frequencies, see `Rope.regime`.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    regime: tuple[Any, ...]
+
+    def to_bytes(self, *, key: str) -> bytes:
+        """Keys and values as one safetensors file, with its storage key in the metadata."""
+        return safetensors.torch.save({"keys": self.keys.cpu(), "values": self.values.cpu()}, metadata={"key": key})
+
+    @classmethod
+    def load(cls, path: Path, *, key: str, regime: tuple[Any, ...], like: torch.Tensor) -> Prefix:
+        """Inverse of `to_bytes`; the file must have this storage key (the oldest have none), and keys like `like`.
+
+        Raises:
+            CorruptCacheError: The file is not a prefix of this key, shape and dtype.
+        """
+        try:
+            with safe_open(str(path), framework="pt", device=str(like.device)) as file:
+                kept_under = (file.metadata() or {}).get("key", key)
+                keys, values = file.get_tensor("keys"), file.get_tensor("values")
+        except (SafetensorError, KeyError, OSError) as error:
+            raise CorruptCacheError(f"not a readable prefix: {error}", where=str(path)) from error
+        if kept_under != key:
+            raise CorruptCacheError(f"the file has the prefix of {kept_under[:80]!r}, not of {key!r}", where=str(path))
+        shape = tuple(like.shape)
+        if tuple(keys.shape) != shape or tuple(values.shape) != shape or keys.dtype != like.dtype:
+            raise CorruptCacheError(f"the prefix has shape {tuple(keys.shape)}, expected {shape}", where=str(path))
+        return cls(keys, values, regime)

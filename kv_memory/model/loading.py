@@ -7,7 +7,6 @@ import json
 import os
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +39,6 @@ def check_supported(model_type: str, *, where: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model, its tokenizer, and the hash of its weights."""
-
-    model: Any
-    tokenizer: Any
-    weights_sha256: str
-
-
 def best_device() -> str:
     """`cuda` or `mps` if available, else `cpu`."""
     if torch.cuda.is_available():
@@ -67,8 +57,8 @@ def best_dtype(device: str) -> torch.dtype:
     return torch.float32
 
 
-def load_model(name: str, *, dtype: torch.dtype, device: str, revision: str | None) -> LoadedModel:
-    """Load a causal LM and its tokenizer; the architecture is checked before any weight is read.
+def load_model(name: str, *, dtype: torch.dtype, device: str, revision: str | None) -> tuple[Any, Any, str]:
+    """Load a causal LM, its tokenizer and the hash of its weights; the architecture is checked before any is read.
 
     Raises:
         ModelNotFoundError: The model does not exist, is not a model folder, or has unreadable or incomplete weights.
@@ -124,7 +114,7 @@ def load_model(name: str, *, dtype: torch.dtype, device: str, revision: str | No
     model = model.to(device)
     folder = Path(where) if Path(where).is_dir() else _hub_snapshot(name, revision)
     weights = hash_weight_files(folder) if folder else hash_parameters(model)
-    return LoadedModel(model, tokenizer, weights)
+    return model, tokenizer, weights
 
 
 def _load_tokenizer(where: str, name: str, revision: str | None) -> Any:
@@ -197,16 +187,3 @@ def _tensor_hashes(path: Path) -> dict[str, str]:
             json.dump({"path": str(real), "tensors": hashes}, scratch)
         os.replace(scratch.name, note)
     return hashes
-
-
-def hash_tokenizer(tokenizer: Any) -> str:
-    """SHA-256 over everything that determines the token ids of a text."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        data = json.loads(backend.to_str())
-        # Padding and truncation belong to the last call, not to the tokenizer.
-        data.pop("padding", None), data.pop("truncation", None)
-        text = json.dumps(data, sort_keys=True)
-    else:
-        text = json.dumps([sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.all_special_tokens))])
-    return hashlib.sha256(text.encode()).hexdigest()

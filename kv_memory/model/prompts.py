@@ -1,4 +1,4 @@
-"""Prompt forms: the shared prefix, the wrapper around each document, the wrapper around the question.
+"""Prompt forms: the shared prefix, the wrapper around each document, the wrapper around the question; their token ids.
 
 A form is text only. Its three pieces are tokenised separately, so that no token spans a boundary. The prefix is
 prefilled once and shared by all documents.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
-from kv_memory.errors import ConfigError
+from kv_memory.errors import ConfigError, UnreadableDocumentError
 
 PromptName = Literal["auto", "chat", "brief", "passage"]
 DEFAULT_SYSTEM_PROMPT = "Answer the question from the documents. If they do not hold the answer, say so."
@@ -132,18 +134,13 @@ def chat_form(tokenizer: Any, *, system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> 
         raise ConfigError(
             "this model's tokenizer has no chat template", where="prompt", next_step='Use prompt="passage".'
         )
-    user = {"role": "user", "content": _DOCUMENT}
     try:
-        text = _render(tokenizer, [{"role": "system", "content": _SYSTEM}, user])
-        if _SYSTEM not in text:
-            raise ValueError("the template drops the system turn")
-    except Exception:  # templates raise any type for an unknown role (Gemma: TemplateError)
-        try:
-            text = _render(tokenizer, [{"role": "user", "content": f"{_SYSTEM}\n\n{_DOCUMENT}"}])
-        except Exception as error:
-            raise ConfigError(
-                f"the chat template cannot be rendered: {error}", where="prompt", next_step='Use prompt="passage".'
-            ) from error
+        roles = (("system", _SYSTEM), ("user", _DOCUMENT))
+        text = render_chat(tokenizer, [{"role": role, "content": content} for role, content in roles])
+    except ConfigError:
+        text = ""
+    if _SYSTEM not in text:  # a template that refuses (Gemma) or drops the system turn
+        text = render_chat(tokenizer, [{"role": "user", "content": f"{_SYSTEM}\n\n{_DOCUMENT}"}])
     head, found, tail = text.partition(_DOCUMENT)
     if not found or _SYSTEM not in head:
         raise ConfigError(
@@ -166,8 +163,8 @@ def _between_turns(tokenizer: Any) -> str:
     """Text that a chat template puts between an answer and the next question."""
     turns = [("user", _DOCUMENT), ("assistant", _ANSWER), ("user", _SYSTEM)]
     try:
-        text = _render(tokenizer, [{"role": role, "content": content} for role, content in turns])
-    except Exception:
+        text = render_chat(tokenizer, [{"role": role, "content": content} for role, content in turns])
+    except ConfigError:
         return "\n\n"  # a template for a single question
     after = text.partition(_ANSWER)[2]
     return after.partition(_SYSTEM)[0] if _SYSTEM in after else "\n\n"
@@ -177,21 +174,117 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     """Render a conversation with the tokenizer's chat template, up to the beginning of the reply.
 
     Raises:
-        ConfigError: The template rejects the conversation, e.g. for an unknown role. Templates raise any type.
+        ConfigError: The template rejects the conversation, e.g. for an unknown role.
     """
     try:
-        return _render(tokenizer, messages)
-    except Exception as error:
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = _FIXED_DATE + template
+        options = {"chat_template": template, "tokenize": False, "add_generation_prompt": True}
+        return str(tokenizer.apply_chat_template(messages, **options))
+    except Exception as error:  # templates raise any type (Gemma: TemplateError)
         raise ConfigError(
-            f"the chat template cannot render this conversation: {error}",
+            f"the chat template cannot be rendered: {error}",
             where="prompt",
             next_step='Use prompt="passage", or only user and assistant turns.',
         ) from error
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        template = _FIXED_DATE + template
-    text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
-    return str(text)
+class PromptEncoder:
+    """A tokenizer and a prompt form; the basis of `Backbone`. Safe to use from several threads.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        prompt: Layout of prefix, documents and question.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: PromptForm) -> None:
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self._tokenizer_lock = threading.Lock()
+
+    @cached_property
+    def tokenizer_sha256(self) -> str:
+        """SHA-256 over everything that determines the token ids of a text."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            data = json.loads(backend.to_str())
+            # Padding and truncation belong to the last call, not to the tokenizer.
+            data.pop("padding", None), data.pop("truncation", None)
+            text = json.dumps(data, sort_keys=True)
+        else:
+            text = json.dumps(
+                [sorted(self.tokenizer.get_vocab().items()), sorted(map(str, self.tokenizer.all_special_tokens))]
+            )
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """Token ids of the shared prefix, with the tokenizer's start token if the prompt form adds it."""
+        ids = self.tokenizer(self.prompt.prefix, add_special_tokens=self.prompt.add_bos)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        while len(ids) > 1 and ids[-1] == end and not self.prompt.prefix.endswith(self.tokenizer.eos_token or "\0"):
+            ids = ids[:-1]  # some tokenizers append an end token to every text
+        return tuple(ids)
+
+    @cached_property
+    def document_wrapper(self) -> tuple[list[int], list[int]]:
+        """Token ids before and after each document."""
+        return self.encode(self.prompt.document_before), self.encode(self.prompt.document_after)
+
+    def _tokenize(self, text: str | list[str], **options: bool) -> Any:
+        with self._tokenizer_lock:  # options are part of the tokenizer's state during a call
+            try:
+                return self.tokenizer(text, add_special_tokens=False, verbose=False, **options)
+            except TypeError as error:  # from the tokenizers library, for half a surrogate pair
+                raise UnreadableDocumentError(
+                    "the text has half a surrogate pair",
+                    where=repr(text)[:80],
+                    next_step='Replace it: text.encode(errors="replace").decode().',
+                ) from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a piece of text, without special tokens."""
+        ids: list[int] = self._tokenize(text)["input_ids"]
+        return ids
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of untrusted text: a spelled-out special token (`<|im_end|>`) stays text and cannot end a turn."""
+        return self.encode_with_offsets(text)[0]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids as in `encode_text`, and the span of characters of each token."""
+        encoded = self._tokenize(text, split_special_tokens=True, return_offsets_mapping=True)
+        return encoded["input_ids"], encoded["offset_mapping"]
+
+    def spells_special(self, text: str) -> bool:
+        """Whether `encode` would find a special token in the text."""
+        return any(token in text for token in self._special_tokens)
+
+    @cached_property
+    def _special_tokens(self) -> frozenset[str]:
+        # `all_special_tokens` alone is not enough: it lists tokens with a role, and Llama 3's `<|start_header_id|>` has
+        # no role.
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        named = {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+        return frozenset(token for token in named if token)
+
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        """Number of tokens of each text, as in `encode_text`; one call for many texts is fast."""
+        if not texts:
+            return []
+        encoded = self._tokenize(texts, split_special_tokens=True)
+        return [len(ids) for ids in encoded["input_ids"]]
+
+    def encode_document(self, text: str) -> list[int]:
+        """Token ids of a document in its wrapper; wrapper and text are tokenised separately."""
+        before, after = self.document_wrapper
+        return before + self.encode_text(text) + after
+
+    def encode_question(self, question: str) -> list[int]:
+        """Token ids of a question in its wrapper."""
+        form = self.prompt
+        if not self.spells_special(question):
+            return self.encode(form.question(question))  # tokenised in one piece, like the worked examples
+        text = self.encode_text(question.strip())
+        return self.encode(form.question_before) + text + self.encode(form.question_after)

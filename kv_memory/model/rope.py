@@ -114,17 +114,9 @@ class Rope:
         n_positions: int,
         inverse: bool = False,
     ) -> torch.Tensor:
-        """`rotate` for heads that hold different numbers of entries.
+        """`rotate` for heads that hold different numbers of entries; with `inverse`, the result is float32.
 
-        Args:
-            keys: `(entries, head_dim)`, layer by layer.
-            positions: `(entries,)`.
-            per_layer: Number of entries of each layer.
-            n_positions: Length of the whole sequence, as in `rotate`.
-            inverse: True to undo the rotation of rotated keys.
-
-        Returns:
-            Keys with rotary embedding, in the shape and dtype of `keys`; with `inverse` without it, in float32.
+        `keys` are `(entries, head_dim)`, layer by layer, with `per_layer` entries each; `positions` are `(entries,)`.
         """
         dtype = torch.float32 if inverse else keys.dtype
         parts, where = keys.split(list(per_layer)), positions.long().split(list(per_layer))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -100,20 +100,18 @@ class TrainSettings:
     answer_tokens: int = 48
 
     def __post_init__(self) -> None:
-        check_choice(self.scorer, ScorerKind, where="scorer")
-        check_choice(self.routed, Routed, where="routed")
-        check_choice(self.budget, Budget, where="budget")
-        check_choice(self.answers, Answers, where="answers")
+        for name, choices in (("scorer", ScorerKind), ("routed", Routed), ("budget", Budget), ("answers", Answers)):
+            check_choice(getattr(self, name), choices, where=name)
         for name in ("min_ratio", "max_ratio", "full_strength_ratio"):
             check_keep_ratio(getattr(self, name), where=name)
         if self.min_ratio > self.max_ratio:
             raise ConfigError(f"min_ratio {self.min_ratio} is above max_ratio {self.max_ratio}", where="min_ratio")
-        for name in ("warmup_steps", "steps", "questions_per_document", "spans_per_document", "lr_scorer", "lr_lora"):
-            _check_at_least(self, 0, name)
-        for name in ("rank", "scorer_size", "batch_documents", "accumulate", "max_tokens", "span_tokens"):
-            _check_at_least(self, 1, name)
-        _check_at_least(self, 1, "answer_tokens")
-        _check_at_least(self, 2, "most_joined")
+        check_at_least(
+            self, 0, "warmup_steps", "steps", "questions_per_document", "spans_per_document", "lr_scorer", "lr_lora"
+        )
+        check_at_least(self, 1, "rank", "scorer_size", "batch_documents", "accumulate", "max_tokens", "span_tokens")
+        check_at_least(self, 1, "answer_tokens")
+        check_at_least(self, 2, "most_joined")
         for name in ("forward_weight", "composition_share", "rise", "question_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}", where=name)
@@ -123,9 +121,12 @@ class TrainSettings:
             )
 
 
-def _check_at_least(settings: object, least: int, name: str) -> None:
-    if getattr(settings, name) < least:
-        raise ConfigError(f"{name} must be at least {least}, got {getattr(settings, name)}", where=name)
+def check_at_least(settings: object, least: int, *names: str) -> None:
+    """Raise a `ConfigError` if one of the values with these names is less; None is not."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}", where=name)
 
 
 PRESETS: dict[str, TrainSettings] = {
@@ -159,18 +160,12 @@ WINDOW_TOKENS = 1500  # longest window of a corpus
 _DOMAIN = {"min_ratio": 0.005, "max_ratio": 0.3, "max_tokens": WINDOW_TOKENS + 36, "spans_per_document": 3}
 
 
-def domain_settings(settings: TrainSettings, *, given: Iterable[str] = ()) -> TrainSettings:
-    """Settings for domain tuning; explicitly chosen ones are not changed.
-
-    Args:
-        settings: Settings of a preset, with the user's changes.
-        given: Names of the settings that the user chose explicitly.
-    """
-    chosen = set(given)
-    changes = {name: value for name, value in _DOMAIN.items() if name not in chosen}
-    if "min_ratio" in chosen:
+def domain_settings(settings: TrainSettings, *, given: Collection[str] = ()) -> TrainSettings:
+    """Settings for domain tuning; those with names in `given` were chosen explicitly, and are not changed."""
+    changes = {name: value for name, value in _DOMAIN.items() if name not in given}
+    if "min_ratio" in given:
         changes.pop("max_ratio", None)  # the given min_ratio may be above our max_ratio
-    if "max_ratio" in chosen and settings.max_ratio < _DOMAIN["min_ratio"]:
+    if "max_ratio" in given and settings.max_ratio < _DOMAIN["min_ratio"]:
         changes["min_ratio"] = settings.max_ratio
     return replace(settings, **changes)  # type: ignore[arg-type]
 
@@ -201,9 +196,8 @@ class RunOptions:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "checkpoint_every")
-        _check_at_least(self, 1, "keep_checkpoints")
-        _check_at_least(self, 0, "eval_every")
+        check_at_least(self, 1, "checkpoint_every", "keep_checkpoints")
+        check_at_least(self, 0, "eval_every")
         if self.time_limit_s is not None and not 0 < self.time_limit_s < math.inf:
             raise ConfigError(f"time_limit_s must be above 0, got {self.time_limit_s}", where="time_limit_s")
         if self.fit_steps and self.time_limit_s is None:

@@ -100,7 +100,7 @@ def test_a_binary_file_is_no_page(raw):
 )
 def test_embedded_files_are_no_text(tmp_path: Path, name, content):
     (tmp_path / name).write_text(content.format("iVBORw0KGgo" * 10_000))
-    document = read_file(tmp_path / name, max_line_bytes=1 << 20)
+    document = read_file(tmp_path / name)
     assert len(document.text) < 120 and "Text." in document.text and "More." in document.text
 
 

@@ -12,12 +12,10 @@ from pathlib import Path
 import pytest
 
 from kv_memory.documents import Document, read_documents, read_file
-from kv_memory.errors import (
-    ConfigError,
-    DocumentError,
-    EmptyDocumentError,
-    UnreadableDocumentError,
-)
+from kv_memory.documents.loaders import MAX_LINE_BYTES
+from kv_memory.errors import ConfigError, DocumentError, EmptyDocumentError, UnreadableDocumentError
+
+LONG_LINE = "x" * (MAX_LINE_BYTES + 1)
 
 
 @pytest.fixture
@@ -83,7 +81,7 @@ def test_unsupported_types_are_refused_in_both_error_modes(source, on_error):
         read_documents(source, on_error=on_error)
 
 
-@pytest.mark.parametrize("option", [{"encoding": "utf-99"}, {"max_line_bytes": 0}, {"on_error": "ignore"}])
+@pytest.mark.parametrize("option", [{"encoding": "utf-99"}, {"on_error": "ignore"}])
 def test_invalid_options_are_refused_before_reading(option):
     with pytest.raises(ConfigError, match=next(iter(option))):
         read_documents([], **option)
@@ -127,9 +125,9 @@ def test_bad_files_are_reported_and_the_rest_is_read(folder):
     (folder / "bad1.txt").write_bytes(b"\0")
     (folder / "bad2.txt").write_bytes(b"\xff")
     (folder / "bad3.txt").write_text(" ")
-    (folder / "bad4.txt").write_text("x" * 50)
+    (folder / "bad4.txt").write_text(LONG_LINE)
     (folder / "bad5.txt").symlink_to("nowhere")
-    result = read_documents(folder, on_error="skip", max_line_bytes=40)
+    result = read_documents(folder, on_error="skip")
     assert names(result) == ["a.txt", "b.md", "c.rst"]
     assert [type(e) for e in result.errors] == [
         UnreadableDocumentError,
@@ -262,14 +260,14 @@ def test_files_and_folders_without_permission_are_reported():
         (("id", " \n"), EmptyDocumentError),
         ("a\0", UnreadableDocumentError),
         ("\ud800", UnreadableDocumentError),
-        ("x" * 50, UnreadableDocumentError),
-        (Document(id="a", text="x" * 50), UnreadableDocumentError),
+        pytest.param(LONG_LINE, UnreadableDocumentError, id="long line"),
+        (Document(id="a", text=LONG_LINE), UnreadableDocumentError),
     ],
 )
 def test_bad_texts_are_refused_or_skipped(source, error):
     with pytest.raises(error):
-        read_documents(source, max_line_bytes=40)
-    result = read_documents(["good", source], max_line_bytes=40, on_error="skip")
+        read_documents(source)
+    result = read_documents(["good", source], on_error="skip")
     assert [d.text for d in result.documents] == ["good"]
     assert [type(e) for e in result.errors] == [error]
 

@@ -11,11 +11,8 @@ import pytest
 from pypdf import PdfReader, PdfWriter
 
 from kv_memory.documents import read_file
-from kv_memory.errors import (
-    ConfigError,
-    EmptyDocumentError,
-    UnreadableDocumentError,
-)
+from kv_memory.documents.loaders import MAX_LINE_BYTES
+from kv_memory.errors import ConfigError, EmptyDocumentError, UnreadableDocumentError
 
 
 def write(folder: Path, name: str, content: bytes | str) -> Path:
@@ -215,20 +212,12 @@ def test_line_of_5_megabytes_is_refused(tmp_path):
     path = write(tmp_path, "a.txt", "short\n" + "ä" * 2_500_000 + "\nshort\n")
     with pytest.raises(UnreadableDocumentError, match="line 2 has 5,000,000 bytes, the limit is 1,048,576"):
         read_file(path)
-    assert len(read_file(path, max_line_bytes=5_000_000).text) == 2_500_013
 
 
 def test_line_limit_is_exact(tmp_path):
-    path = write(tmp_path, "a.txt", "ab\nabcde\nä")
-    assert read_file(path, max_line_bytes=5).text
-    with pytest.raises(UnreadableDocumentError, match="line 2 has 5 bytes"):
-        read_file(path, max_line_bytes=4)
-
-
-@pytest.mark.parametrize("limit", [0, -1, True, 1.5, None])
-def test_invalid_line_limit_is_refused(tmp_path, limit):
-    with pytest.raises(ConfigError, match="max_line_bytes"):
-        read_file(write(tmp_path, "a.txt", "x"), max_line_bytes=limit)
+    assert read_file(write(tmp_path, "a.txt", "ab\n" + "ä" * (MAX_LINE_BYTES // 2) + "\nb")).text
+    with pytest.raises(UnreadableDocumentError, match="line 2 has 1,048,577 bytes"):
+        read_file(write(tmp_path, "a.txt", "ab\n" + "ä" * (MAX_LINE_BYTES // 2) + "b"))
 
 
 # HTML

@@ -1,23 +1,30 @@
-"""KVMemoryQueryEngine: LlamaIndex's retriever query engine, assembled for distilled caches."""
+"""LlamaIndex's query and chat engines, answering from distilled caches; its own chat engines always use text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.callbacks import CallbackManager
+from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextChatEngine
+from llama_index.core.chat_engine.condense_plus_context import DEFAULT_CONTEXT_PROMPT_TEMPLATE
+from llama_index.core.chat_engine.context import DEFAULT_CONTEXT_TEMPLATE
 from llama_index.core.indices.base import BaseIndex
+from llama_index.core.llms import LLM
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from llama_index.core.prompts import BasePromptTemplate
+from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.retrievers import BaseRetriever
 from llama_index.core.schema import MetadataMode
 
-from ..references import OnMissing
+from ..references import DOCUMENTS_ABOVE, OnMissing
 from .llm import KVMemoryLLM
 from .retriever import KVMemoryRetriever
 from .synthesizer import KVMemorySynthesizer, check_llm
+
+_DEFAULTS = {DEFAULT_CONTEXT_TEMPLATE, DEFAULT_CONTEXT_PROMPT_TEMPLATE}
 
 
 class KVMemoryQueryEngine(RetrieverQueryEngine):
@@ -85,3 +92,54 @@ class KVMemoryQueryEngine(RetrieverQueryEngine):
             node_postprocessors=list(node_postprocessors or []),
             callback_manager=manager,
         )
+
+
+class _FromCaches:
+    """What both engines do differently from LlamaIndex's."""
+
+    _llm: Any
+    callback_manager: Any
+
+    def __init__(self, retriever: BaseRetriever, llm: LLM, *args: Any, **kwargs: Any) -> None:
+        checked = check_llm(llm, where=f"llm of {type(self).__name__}")
+        super().__init__(retriever, checked, *args, **kwargs)  # type: ignore[call-arg]
+
+    def _synthesizer(
+        self, instructions: Sequence[ChatMessage], context: PromptTemplate, history: list[ChatMessage], streaming: bool
+    ) -> KVMemorySynthesizer:
+        """A synthesizer behind instructions and history; a custom context template becomes one of the instructions."""
+        before = list(instructions)
+        if context.template not in _DEFAULTS:  # the defaults only announce that context follows
+            text = context.format(context_str=DOCUMENTS_ABOVE)
+            before.append(ChatMessage(role=MessageRole.SYSTEM, content=text))
+        return KVMemorySynthesizer(
+            self._llm,
+            prefix_messages=[*before, *history],
+            streaming=streaming,
+            callback_manager=self.callback_manager,
+        )
+
+
+class KVMemoryChatEngine(_FromCaches, ContextChatEngine):
+    """`ContextChatEngine` with the caches of retrieved nodes instead of their text.
+
+    Make one with `from_defaults(retriever=..., llm=KVMemoryLLM(memory))`; all of its options work.
+
+    Raises:
+        ConfigError: The LLM is not a `KVMemoryLLM`; the message names the fix.
+    """
+
+    def _get_response_synthesizer(self, chat_history: list[ChatMessage], streaming: bool = False) -> Any:
+        return self._synthesizer(self._prefix_messages, self._context_template, chat_history, streaming)
+
+
+class KVMemoryCondensePlusContextChatEngine(_FromCaches, CondensePlusContextChatEngine):
+    """`CondensePlusContextChatEngine` with the caches of retrieved nodes instead of their text.
+
+    Raises:
+        ConfigError: The LLM is not a `KVMemoryLLM`; the message names the fix.
+    """
+
+    def _get_response_synthesizer(self, chat_history: list[ChatMessage], streaming: bool = False) -> Any:
+        before = [ChatMessage(role=MessageRole.SYSTEM, content=self._system_prompt)] if self._system_prompt else []
+        return self._synthesizer(before, self._context_prompt_template, chat_history, streaming)
