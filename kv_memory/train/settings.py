@@ -9,7 +9,7 @@ from typing import Literal
 
 from kv_memory.compress.adapter import Routed, Target
 from kv_memory.compress.scorer import ScorerKind
-from kv_memory.config import Budget, check_choice, check_keep_ratio
+from kv_memory.config import Budget, check_choices, check_fields, check_keep_ratio
 from kv_memory.errors import ConfigError
 
 Answers = Literal["people", "teacher"]
@@ -100,32 +100,25 @@ class TrainSettings:
     answer_tokens: int = 48
 
     def __post_init__(self) -> None:
-        check_choice(self.scorer, ScorerKind, where="scorer")
-        check_choice(self.routed, Routed, where="routed")
-        check_choice(self.budget, Budget, where="budget")
-        check_choice(self.answers, Answers, where="answers")
+        check_choices(self)
         for name in ("min_ratio", "max_ratio", "full_strength_ratio"):
             check_keep_ratio(getattr(self, name), where=name)
         if self.min_ratio > self.max_ratio:
             raise ConfigError(f"min_ratio {self.min_ratio} is above max_ratio {self.max_ratio}", where="min_ratio")
-        for name in ("warmup_steps", "steps", "questions_per_document", "spans_per_document", "lr_scorer", "lr_lora"):
-            _check_at_least(self, 0, name)
-        for name in ("rank", "scorer_size", "batch_documents", "accumulate", "max_tokens", "span_tokens"):
-            _check_at_least(self, 1, name)
-        _check_at_least(self, 1, "answer_tokens")
+        _check_at_least(self, 0, "warmup_steps steps questions_per_document spans_per_document lr_scorer lr_lora")
+        _check_at_least(self, 1, "rank scorer_size batch_documents accumulate max_tokens span_tokens answer_tokens")
         _check_at_least(self, 2, "most_joined")
         for name in ("forward_weight", "composition_share", "rise", "question_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}", where=name)
+            check_fields(self, **{name: (0 <= getattr(self, name) <= 1, "in [0, 1]")})
         if self.questions_per_document + self.spans_per_document == 0:
             raise ConfigError(
                 "questions_per_document and spans_per_document must not both be 0", where="questions_per_document"
             )
 
 
-def _check_at_least(settings: object, least: int, name: str) -> None:
-    if getattr(settings, name) < least:
-        raise ConfigError(f"{name} must be at least {least}, got {getattr(settings, name)}", where=name)
+def _check_at_least(settings: object, least: int, names: str) -> None:
+    for name in names.split():
+        check_fields(settings, **{name: (getattr(settings, name) >= least, f"at least {least}")})
 
 
 PRESETS: dict[str, TrainSettings] = {
@@ -201,10 +194,8 @@ class RunOptions:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "checkpoint_every")
-        _check_at_least(self, 1, "keep_checkpoints")
+        _check_at_least(self, 1, "checkpoint_every keep_checkpoints")
         _check_at_least(self, 0, "eval_every")
-        if self.time_limit_s is not None and not 0 < self.time_limit_s < math.inf:
-            raise ConfigError(f"time_limit_s must be above 0, got {self.time_limit_s}", where="time_limit_s")
+        check_fields(self, time_limit_s=(self.time_limit_s is None or 0 < self.time_limit_s < math.inf, "above 0"))
         if self.fit_steps and self.time_limit_s is None:
             raise ConfigError("fit_steps needs a time limit", where="time_limit_s")

@@ -14,10 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
-from kv_memory.cli import app
-from kv_memory.cli.app import _JOB_COMMANDS
 from kv_memory.cli.output import Output
 from kv_memory.cli.progress import JobTracker, sources_text
 from kv_memory.jobs.events import Progress
@@ -37,31 +34,6 @@ def notes(tmp_path: Path) -> Path:
 
 def events(out: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.splitlines()]
-
-
-@pytest.mark.parametrize(("name", "lines"), [(name, lines) for name, _, *lines in _JOB_COMMANDS])
-def test_help_shows_examples_that_are_valid_usage(kv: KV, name: str, lines: list[str]) -> None:
-    done = kv("job", name, "--help")
-    assert done.code == 0 and "--json" in done.out
-    group = typer.main.get_command(app).commands["job"]  # type: ignore[attr-defined]
-    for line in lines:
-        assert line in done.out
-        words = shlex.split(line)
-        assert words[:3] == ["kv-memory", "job", name]
-        assert group.commands[name].make_context(name, words[3:]).params
-
-
-def test_help_loads_no_model_library(python: list[str]) -> None:
-    script = (
-        "import sys\n"
-        "from typer.testing import CliRunner\n"
-        "from kv_memory.cli import app\n"
-        "for name in ('run', 'list', 'show', 'resume', 'cancel'):\n"
-        "    assert CliRunner().invoke(app, ['job', name, '--help']).exit_code == 0\n"
-        "print(*({'torch', 'transformers', 'peft', 'sqlalchemy'} & set(sys.modules)))"
-    )
-    done = subprocess.run([*python, "-c", script], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
 @pytest.mark.slow

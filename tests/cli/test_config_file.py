@@ -40,7 +40,7 @@ KNOWN = settings_of(Sizes, without={"secret"})
 
 
 def gather(*assignments: str, config: Path | None = None, **options: Any) -> dict[str, Any]:
-    return gather_settings(KNOWN, config=config, assignments=assignments, options=options)
+    return gather_settings(KNOWN, config=config, assignments=assignments, **options)[Sizes]
 
 
 def test_settings_are_the_fields_with_their_meanings() -> None:
@@ -78,7 +78,7 @@ def test_set_takes_precedence_over_options_and_these_over_the_file(tmp_path: Pat
     ("assignment", "what", "step"),
     [
         ("steps", "--set must be NAME=VALUE", "--set seed=1"),
-        ("stepz=1", "unknown setting 'stepz'", "Did you mean steps?"),
+        ("stepz=1", "unknown setting 'stepz'", "Did you mean 'steps'?"),
         ("secret=1", "unknown setting 'secret'", "--list-settings prints all"),
         ("steps=six", "steps must be a whole number", ""),
         ("steps=1.5", "steps must be a whole number", ""),
