@@ -6,15 +6,49 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kv_memory.cli.options import Asking, Changes, Place, command
+from kv_memory.cli.options import Changes, Place, command
 from kv_memory.cli.output import Output, plain
+from kv_memory.config import DecodeSettings
 from kv_memory.errors import KVMemoryError
 from kv_memory.settings import KEEP_NAMES
 
 if TYPE_CHECKING:
     from kv_memory.generate import Answer, AnswerStream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How questions are answered.
+
+    Attributes:
+        top_k (N): Maximum number of passages to answer from.  [default: 1 for smollm2, 3 for others]
+        max_new_tokens (N): Maximum length of an answer in tokens.
+        temperature (T): 0 decodes greedily; above 0 samples.
+        seed (N): Seed for repeatable sampling.  [default: random]
+        stop (STRING): String that ends the answer, not included in it; repeatable.
+        text: Put the text of the passages into the prompt, as plain RAG does, to compare; needs documents added with
+            --keep-text.
+    """
+
+    top_k: int | None = None
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    seed: int | None = None
+    stop: list[str] | None = None
+    text: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `KVMemory.ask`; errors as in `DecodeSettings`."""
+        settings = DecodeSettings(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            stop=tuple(self.stop or ()),
+        )
+        return {"top_k": self.top_k, "settings": settings, "read_from": "text" if self.text else "caches"}
 
 
 def _answer_aloud(out: Output, stream: AnswerStream) -> Answer:
@@ -145,8 +179,6 @@ def _typed_lines(out: Output) -> Iterator[str]:
 
 
 def _show_sources(out: Output, answers: list[Answer]) -> None:
-    if out.as_json:
-        return  # the JSON object has them
     if not answers or not answers[-1].sources:
         out.note("There are no sources yet." if not answers else "The last answer had no sources.")
         return

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -18,82 +19,77 @@ from kv_memory.cli.output import Output
 from kv_memory.config import check_names
 from kv_memory.errors import ConfigError
 
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", metavar="FILE", help="TOML or JSON file of settings, by the names that --list-settings prints."
-    ),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="NAME=VALUE",
-        help="Any setting that --list-settings prints; repeatable. A list is a,b; a share may be 1/8. Takes precedence "
-        "over the other options, and these over the file.",
-    ),
-]
-
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """A value that a file, `--set` or an option may give.
 
     Attributes:
-        owner: Dataclass with a field of this name.
+        owner: Dataclass or function with an argument of this name.
         kind: Type of the value.
         default: Default value.
-        meaning: Line of the field in the docstring of its dataclass.
+        meaning: Line of the argument in the owner's docstring.
     """
 
-    owner: type
+    owner: Callable[..., Any]
     kind: Any
     default: Any
     meaning: str
 
 
-def settings_of(*owners: type, without: Collection[str] = ()) -> dict[str, Setting]:
-    """The fields of dataclasses as settings, by name, except those in `without`."""
+def settings_of(*owners: Callable[..., Any], without: Collection[str] = ()) -> dict[str, Setting]:
+    """The arguments of dataclasses and functions as settings, by name, except those in `without`; the last one wins."""
     found = {}
     for owner in owners:
-        kinds, meanings = get_type_hints(owner), entries_of(owner, "Attributes")
-        for field in dataclasses.fields(owner):
-            if field.name not in without:
-                meaning = meanings[field.name][1] if field.name in meanings else ""
-                found[field.name] = Setting(owner, kinds[field.name], field.default, meaning)
+        kinds = get_type_hints(owner)
+        entries = entries_of(owner, "Attributes" if isinstance(owner, type) else "Args")
+        for name, parameter in inspect.signature(owner).parameters.items():
+            if name not in without:
+                found[name] = Setting(owner, kinds[name], parameter.default, entries.get(name, ("", ""))[1])
     return found
 
 
-def gather_settings(
-    known: Mapping[str, Setting], *, config: Path | None, assignments: Sequence[str] | None, **options: Any
-) -> dict[type, dict[str, Any]]:
-    """The settings that the user gave, by dataclass and name, with values of the right types.
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """Settings that the user gave.
 
-    Args:
-        known: All settings of the command, from `settings_of`.
-        config: File of settings.
-        assignments: Strings `NAME=VALUE`.
-        options: Values of the command's options, by the name of the setting; None or [] if an option was not given.
-
-    Raises:
-        ConfigError: The file cannot be read, a name is unknown, or a value has the wrong type.
+    Attributes:
+        config (FILE): TOML or JSON file of settings, by the names that --list-settings prints.
+        set_ (NAME=VALUE): Any setting that --list-settings prints; repeatable. A list is a,b; a share may be 1/8. Takes
+            precedence over the other options, and these over the file.
     """
-    given = [(name, value, str(config)) for name, value in (_load(config) if config else {}).items()]
-    given += [(name, value, name) for name, value in options.items() if value is not None and value != []]
-    for text in assignments or ():
-        name, found_sign, value = text.partition("=")
-        if not found_sign:
-            raise ConfigError(f"--set must be NAME=VALUE, got {text!r}", where="--set", next_step="E.g. --set seed=1")
-        given.append((name, value, "--set"))
-    found: dict[type, dict[str, Any]] = {setting.owner: {} for setting in known.values()}
-    for given_name, value, where in given:
-        name = given_name.strip().replace("-", "_")
-        check_names([name], known, what="setting", where=where, every="--list-settings prints all settings.")
-        try:
-            found[known[name].owner][name] = _convert(value, known[name].kind)
-        except ValueError as error:
-            raise ConfigError(f"{name} must be {error}, got {value!r}", where=where) from None
-    return found
+
+    config: Path | None = None
+    set_: list[str] | None = None
+
+    def gather(self, known: Mapping[str, Setting], **options: Any) -> dict[Callable[..., Any], dict[str, Any]]:
+        """The settings by owner and name, with values of the right types.
+
+        Args:
+            known: All settings of the command, from `settings_of`.
+            options: Values of the command's options, by the name of the setting; None or [] if an option was not given.
+
+        Raises:
+            ConfigError: The file cannot be read, a name is unknown, or a value has the wrong type.
+        """
+        given = [(name, value, str(self.config)) for name, value in (_load(self.config) if self.config else {}).items()]
+        given += [(name, value, name) for name, value in options.items() if value is not None and value != []]
+        for text in self.set_ or ():
+            name, found_sign, value = text.partition("=")
+            if not found_sign:
+                raise ConfigError(
+                    f"--set must be NAME=VALUE, got {text!r}", where="--set", next_step="E.g. --set seed=1"
+                )
+            given.append((name, value, "--set"))
+        found: dict[Callable[..., Any], dict[str, Any]] = {setting.owner: {} for setting in known.values()}
+        for given_name, value, where in given:
+            name = given_name.strip().replace("-", "_")
+            check_names([name], known, what="setting", where=where, every="--list-settings prints all settings.")
+            try:
+                found[known[name].owner][name] = _convert(value, known[name].kind)
+            except ValueError as error:
+                raise ConfigError(f"{name} must be {error}, got {value!r}", where=where) from None
+        return found
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -121,11 +117,11 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {
 def _convert(value: Any, kind: Any) -> Any:
     """The value in its type; a ValueError says which type that is."""
     arguments = get_args(kind)
-    if NoneType in arguments:
-        if value is None or str(value).lower() == "none":
+    if get_origin(kind) in {Union, UnionType}:
+        if NoneType in arguments and (value is None or str(value).lower() == "none"):
             return None
-        return _convert(value, next(argument for argument in arguments if argument is not NoneType))
-    if get_origin(kind) is tuple:
+        return _convert(value, arguments[0])
+    if get_origin(kind) in {tuple, Sequence}:
         items = value if isinstance(value, list | tuple) else filter(None, map(str.strip, str(value).split(",")))
         return tuple(_convert(item, arguments[0]) for item in items)
     if value is None or isinstance(value, list | tuple | dict):

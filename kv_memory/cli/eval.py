@@ -5,78 +5,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
-from kv_memory.cli.config_file import (
-    ConfigOption,
-    SetOption,
-    Setting,
-    gather_settings,
-    list_settings_option,
-    settings_of,
-)
+from kv_memory.cli.config_file import Given, Setting, list_settings_option, settings_of
 from kv_memory.cli.options import command
 from kv_memory.cli.output import Output
 from kv_memory.cli.progress import track_eval
-from kv_memory.config import DtypeName, Layout, StorageName, ratio_of
+from kv_memory.config import ratio_of
 from kv_memory.errors import ConfigError
 from kv_memory.model.embedded import EMBEDDED
-from kv_memory.model.prompts import PromptName
 
 if TYPE_CHECKING:
     from kv_memory.evaluate import Row
-    from kv_memory.evaluate.methods import RefineFrom
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """What an evaluation compares, besides the documents of its task.
+    """What an evaluation needs besides the arguments of `Backbone.load` and `evaluate`, and the task's documents.
 
     Attributes:
-        methods: full, none, random, sink_recent, attention, reconstruction, matched_score, matched_fit,
-            matched_one_stage, matched_fixed_keys, matched_even_layers, matched, adapter_selection, adapter, combined or
-            refined; all that can be run if empty.
-        keep_ratios: Keep ratios; 1/2, 1/4, 1/8 and 1/16 if empty.
         model: A built-in model, a model folder, or a Hugging Face hub id; `embedded` is qwen-0.5b, or smollm2 if only
             that is prepared.
         adapter: A trained adapter of that model.
-        prompt: Prompt form.
-        dtype: Dtype of the model.
-        device: Device of the model: auto (a GPU if there is one), cpu, cuda:1, ...
-        layout: Positions of documents.
-        storage: Type as which every compressed cache is saved and loaded before it is evaluated; auto leaves caches
-            unchanged.
         refine_steps: refined: maximum number of steps.
-        refine_from: refined: start from adapter, combined, matched, reconstruction, attention or sink_recent; auto is
-            the adapter if there is one, otherwise matched.
-        generate: Decode answers; without them evaluation is faster.
-        by: One row per value of k or place (multidoc), length or kind (ruler); others are averaged. k, or length and
-            kind, if empty.
-        out: Folder for the results; the same command resumes from them.
-        time_limit_s: Time in seconds after which measuring stops.
     """
 
-    methods: tuple[str, ...] = ()
-    keep_ratios: tuple[float, ...] = ()
     model: str = EMBEDDED
     adapter: Path | None = None
-    prompt: PromptName = "auto"
-    dtype: DtypeName = "auto"
-    device: str = "auto"
-    layout: Layout = "source"
-    storage: StorageName = "auto"
     refine_steps: int = 48
-    refine_from: str = "auto"
-    generate: bool = True
-    by: tuple[str, ...] = ()
-    out: Path | None = None
-    time_limit_s: float | None = None
 
 
 def _known() -> dict[str, Setting]:
-    from kv_memory.evaluate import TaskSettings
+    from kv_memory.evaluate import TaskSettings, evaluate
+    from kv_memory.model.backbone import Backbone
 
-    return settings_of(EvalOptions, TaskSettings)
+    without = ("task", "backbone", "settings", "refine", "on_progress", "name")
+    return settings_of(evaluate, Backbone.load, TaskSettings, EvalOptions, without=without)
 
 
 @command(json_lines="one for each row")
@@ -92,8 +56,7 @@ def evaluate_task(
     documents: Path | None = None,
     out_: Path | None = None,
     time_limit: float | None = None,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
+    given: Given,
     list_settings: Annotated[bool, list_settings_option(_known)] = False,
     out: Output,
 ) -> Any:
@@ -129,16 +92,15 @@ def evaluate_task(
     """
     with out.working("Starting"):
         from kv_memory.compress import RefineSettings
-        from kv_memory.evaluate import DEFAULT_KEEP_RATIOS, TaskSettings, evaluate
+        from kv_memory.evaluate import TaskSettings, evaluate
         from kv_memory.evaluate.aggregate import check_groups
         from kv_memory.evaluate.methods import check_methods
         from kv_memory.evaluate.tasks import find_task
         from kv_memory.evaluate.tasks.qa import read_questions
+        from kv_memory.model.backbone import Backbone
 
-        given = gather_settings(
+        found = given.gather(
             _known(),
-            config=config,
-            assignments=assignments,
             methods=method,
             keep_ratios=keep_ratio,
             model=model,
@@ -149,14 +111,18 @@ def evaluate_task(
             out=out_,
             time_limit_s=time_limit,
         )
-        chosen, settings = EvalOptions(**given[EvalOptions]), TaskSettings(**given[TaskSettings])
-    out.stopped = "Nothing was saved; pass --out FOLDER to be able to resume."
-    if chosen.out is not None:
-        out.stopped = f"The results so far are in {chosen.out}; run the same command to resume."
+        chosen, settings = EvalOptions(**found[EvalOptions]), TaskSettings(**found[TaskSettings])
+        options = found[evaluate]
+    folder, again = options.get("out"), "run the same command to resume"
+    out.stopped = f"The results so far are in {folder}; {again}."
+    if folder is None:
+        again = "pass --out FOLDER to be able to resume"
+        out.stopped = f"Nothing was saved; {again}."
     # Checked before the model is loaded, so that a typo fails at once.
     find_task(task)
-    check_groups(task, chosen.by)
-    check_methods(chosen.methods or None, has_adapter=chosen.adapter is not None, refine_from=chosen.refine_from)
+    check_groups(task, options.get("by", ()))
+    has_adapter, refine_from = chosen.adapter is not None, options.get("refine_from", "auto")
+    check_methods(options.get("methods"), has_adapter=has_adapter, refine_from=refine_from)
     if task == "qa":
         read_questions(settings)
     elif settings.questions is not None:
@@ -164,31 +130,21 @@ def evaluate_task(
     refine = RefineSettings(steps=chosen.refine_steps)
     with out.working(f"Loading the model ({chosen.model})"):
         from kv_memory.compress import Adapter
-        from kv_memory.model.backbone import Backbone
 
-        backbone = Backbone.load(chosen.model, dtype=chosen.dtype, device=chosen.device, prompt=chosen.prompt)
-        loaded = None if chosen.adapter is None else Adapter.load(chosen.adapter, backbone)
+        backbone = Backbone.load(chosen.model, **found[Backbone.load])
+        adapter_ = None if chosen.adapter is None else Adapter.load(chosen.adapter, backbone)
     with track_eval(out) as tracker:
         result = evaluate(
             task,
             backbone=backbone,
-            methods=chosen.methods or None,
-            keep_ratios=chosen.keep_ratios or DEFAULT_KEEP_RATIOS,
-            adapter=loaded,
+            adapter=adapter_,
             settings=settings,
             refine=refine,
-            refine_from=cast("RefineFrom", chosen.refine_from),
-            layout=chosen.layout,
-            storage=chosen.storage,
-            generate=chosen.generate,
-            by=chosen.by or None,
-            out=chosen.out,
-            time_limit_s=chosen.time_limit_s,
             on_progress=tracker,
+            **options,
         )
     _print(out, result.rows)
     if not result.complete:
-        again = "pass --out FOLDER to be able to resume" if chosen.out is None else "run the same command to resume"
         done = f"{result.n_finished} of {result.n_documents} documents finished"
         out.note(f"Stopped by the time limit, {done}; {again}.")
     return [row.to_dict() for row in result.rows]

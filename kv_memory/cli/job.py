@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, Changes, EncodingOption, Place, command
 from kv_memory.cli.output import FAILED, Output
 from kv_memory.cli.progress import JobTracker, print_ended
-from kv_memory.errors import ConfigError, JobError
+from kv_memory.config import check_fields
+from kv_memory.errors import JobError
 from kv_memory.settings import MemorySettings
 
 if TYPE_CHECKING:
@@ -21,29 +21,43 @@ if TYPE_CHECKING:
     from kv_memory.jobs.engines import Engine
     from kv_memory.store import Store
 
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Worker processes of a job.
+
+    Attributes:
+        workers (N): Worker processes, each with its own model: as many as there are GPUs; on CPUs they share the cores.
+        engine (NAME): local: processes on this machine. ray: actors in a Ray cluster.
+        gpus_per_worker (N): With --engine ray: GPUs per worker; 0.5 for two workers on one GPU.  [default: 1 if there
+            are any]
+    """
+
+    workers: int = 1
+    engine: str = "local"
+    gpus_per_worker: float | None = None
+
+    def __post_init__(self) -> None:
+        gpus = self.gpus_per_worker
+        check_fields(
+            self,
+            workers=(self.workers >= 1, "at least 1"),
+            engine=(self.engine in {"local", "ray"}, "local or ray"),
+            gpus_per_worker=(gpus is None or (gpus >= 0 and self.engine == "ray"), "0 or more, with --engine ray"),
+        )
+
+    def engine_for(self, store: Store) -> Engine:
+        """The engine that runs them on the tasks of a store."""
+        if self.engine == "ray":
+            from kv_memory.jobs.engines.ray import RayEngine
+
+            return RayEngine(store, n_workers=self.workers, n_gpus=self.gpus_per_worker)
+        from kv_memory.jobs.engines.local import LocalEngine
+
+        return LocalEngine(store.path, n_workers=self.workers)
+
+
 _JSON_LINES = "every event; the last one is the summary"
-WorkersOption = Annotated[
-    int,
-    typer.Option(
-        "--workers",
-        metavar="N",
-        min=1,
-        help="Worker processes, each with its own model: as many as there are GPUs; on CPUs they share the cores.",
-    ),
-]
-EngineOption = Annotated[
-    str,
-    typer.Option("--engine", metavar="NAME", help="local: processes on this machine. ray: actors in a Ray cluster."),
-]
-GpusOption = Annotated[
-    float | None,
-    typer.Option(
-        "--gpus-per-worker",
-        metavar="N",
-        min=0,
-        help="With --engine ray: GPUs per worker; 0.5 for two workers on one GPU.  [default: 1 if there are any]",
-    ),
-]
 
 
 @command(json_lines=_JSON_LINES)
@@ -52,9 +66,7 @@ def run(
     *,
     sync: str | None = None,
     force: bool = False,
-    workers: WorkersOption = 1,
-    engine: EngineOption = "local",
-    gpus_per_worker: GpusOption = None,
+    workers: Workers,
     name: str | None = None,
     glob: str | None = None,
     id_field: str = "id",
@@ -97,7 +109,7 @@ def run(
     )
     request.specs(settings)  # checked before a store is created, so that a typo does not leave one behind
     with Store.open(place.store, collection=place.collection) as opened:
-        made = _engine_of(engine, opened, workers, gpus_per_worker)
+        made = workers.engine_for(opened)
         memory = MemorySettings.resolve(opened.settings(), **changes)
         settings = dataclasses.replace(settings, memory=dataclasses.asdict(memory))
         _drive(out, opened, create_job(opened, request, settings), made)
@@ -108,9 +120,7 @@ def resume(
     name: str | None = None,
     *,
     retry_failed: bool = False,
-    workers: WorkersOption = 1,
-    engine: EngineOption = "local",
-    gpus_per_worker: GpusOption = None,
+    workers: Workers,
     place: Place,
     out: Output,
 ) -> None:
@@ -129,7 +139,7 @@ def resume(
     with Store.open(place.store, collection=place.collection, create=False) as opened:
         ledger = Ledger(opened)
         job = _newest(ledger.jobs(), place.store, retry_failed=retry_failed) if name is None else ledger.job(name)
-        made = _engine_of(engine, opened, workers, gpus_per_worker)
+        made = workers.engine_for(opened)
         _drive(out, opened, job, made, resumed=True, retry_failed=retry_failed)
 
 
@@ -143,26 +153,6 @@ def _newest(jobs: list[Job], store: Path, *, retry_failed: bool) -> Job:
         where=str(store),
         next_step="List them with `kv-memory job list`, or start one with `kv-memory job run`.",
     )
-
-
-def _engine_of(name: str, store: Store, workers: int, gpus: float | None) -> Engine:
-    if name == "ray":
-        from kv_memory.jobs.engines.ray import RayEngine
-
-        return RayEngine(store, n_workers=workers, n_gpus=gpus)
-    if name != "local":
-        raise ConfigError(
-            f"--engine must be local or ray, got {name!r}", where="engine", next_step="Leave it out for local."
-        )
-    if gpus is not None:
-        raise ConfigError(
-            "--gpus-per-worker needs --engine ray",
-            where="gpus_per_worker",
-            next_step="Leave it out: each local worker has its own GPU, while there are enough.",
-        )
-    from kv_memory.jobs.engines.local import LocalEngine
-
-    return LocalEngine(store.path, n_workers=workers)
 
 
 def _where(store: Store, job: Job) -> str:

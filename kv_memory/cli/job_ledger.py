@@ -124,21 +124,20 @@ def _names(job: Job) -> list[str]:
 
 
 def _plain(job: Job, counts: Counts) -> dict[str, Any]:
+    shown = (
+        "state",
+        "collection",
+        "discovered",
+        "n_deleted",
+        "n_unchanged",
+        "fingerprint",
+        "created_at",
+        "finished_at",
+    )
     return {
-        "job": job.name,
-        "state": job.state,
-        "collection": job.collection,
-        "sources": _names(job),
-        "discovered": job.discovered,
+        **{"job": job.name, "sources": _names(job), **{name: getattr(job, name) for name in shown}},
         **{name: value for name, value in plain(counts).items() if not name.endswith("_bytes") or "_kv" in name},
-        "cache_bytes": counts.cache_bytes,
-        "done": counts.done,
-        "total": counts.total,
-        "n_deleted": job.n_deleted,
-        "n_unchanged": job.n_unchanged,
-        "fingerprint": job.fingerprint,
-        "created_at": job.created_at.isoformat(),
-        "finished_at": None if job.finished_at is None else job.finished_at.isoformat(),
+        **{name: getattr(counts, name) for name in ("cache_bytes", "done", "total")},
     }
 
 

@@ -6,14 +6,13 @@ import functools
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from kv_memory.cli.output import Output, reporting
-from kv_memory.config import DecodeSettings
 from kv_memory.settings import OF_SMOLLM2, WRITTEN, MemorySettings
 
 if TYPE_CHECKING:
@@ -59,45 +58,13 @@ class Place:
             return KVMemory.open(self.store, collection=self.collection, create=create, **changes)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Asking:
-    """How questions are answered.
-
-    Attributes:
-        top_k (N): Maximum number of passages to answer from.  [default: 1 for smollm2, 3 for others]
-        max_new_tokens (N): Maximum length of an answer in tokens.
-        temperature (T): 0 decodes greedily; above 0 samples.
-        seed (N): Seed for repeatable sampling.  [default: random]
-        stop (STRING): String that ends the answer, not included in it; repeatable.
-        text: Put the text of the passages into the prompt, as plain RAG does, to compare; needs documents added with
-            --keep-text.
-    """
-
-    top_k: int | None = None
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    seed: int | None = None
-    stop: list[str] | None = None
-    text: bool = False
-
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of `KVMemory.ask`; errors as in `DecodeSettings`."""
-        settings = DecodeSettings(
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            seed=self.seed,
-            stop=tuple(self.stop or ()),
-        )
-        return {"top_k": self.top_k, "settings": settings, "read_from": "text" if self.text else "caches"}
-
-
 def command(*settings: str, json_lines: str = "") -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Make a command of a function: what it raises is printed and becomes an exit code, see `reporting`.
 
     The function prints for people, and returns what `--json` prints instead. Its section `Options` has a line
-    `name (METAVAR): Help.` for each parameter; keyword-only ones become options, others arguments. Four parameters
-    stand for options that commands share: `out`, its `Output`, for `--json`; `place` for `--store` and `--collection`;
-    `asking` for those of answers; `changes` for the settings that were given.
+    `name (METAVAR): Help.` for each parameter; keyword-only ones become options, others arguments. A parameter that is
+    a dataclass stands for options of its fields, with help from its `Attributes`; `changes` stands for options of
+    settings, and is those that were given; `out`, the command's `Output`, stands for `--json`.
 
     Args:
         settings: Fields of `MemorySettings` with an option; none means all. Their values are parsed by
@@ -106,27 +73,29 @@ def command(*settings: str, json_lines: str = "") -> Callable[[Callable[..., Any
     """
     json_help = f"Print one JSON object per line: {json_lines}" if json_lines else "Print one JSON object"
     json_option = typer.Option("--json", help=f"{json_help}; errors as {{'error': ...}} with exit code 1 or 2.")
-    shared = {
-        "out": [_parameter("as_json", Annotated[bool, json_option], False)],
-        "place": _fields_of(Place),
-        "asking": _fields_of(Asking),
-        "changes": [_of_setting(name) for name in settings or _SETTINGS],
-    }
+    as_json = _parameter("as_json", Annotated[bool, json_option], False)
+    of_settings = [_of_setting(name) for name in settings or _SETTINGS]
 
     def decorate(function: Callable[..., Any]) -> Callable[..., None]:
         signature, helps = inspect.signature(function, eval_str=True), entries_of(function, "Options")
-        given = [name for name in ("place", "asking", "changes") if name in signature.parameters]
+        parameters: list[inspect.Parameter] = []
+        groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
+        for name, parameter in signature.parameters.items():
+            if name == "changes" or is_dataclass(parameter.annotation):
+                made = of_settings if name == "changes" else _fields_of(parameter.annotation)
+                make = _changes if name == "changes" else parameter.annotation
+                groups[name] = make, [each.name for each in made]
+                parameters += made
+            else:
+                parameters.append(as_json if name == "out" else _described(parameter, helps))
 
         @functools.wraps(function)
         def run(**values: Any) -> None:
             with reporting(as_json=values.pop("as_json"), by_line=bool(json_lines)) as out:
-                for name in given:
-                    values[name] = _SHARED[name](**{option.name: values.pop(option.name) for option in shared[name]})
+                for name, (make, names) in groups.items():
+                    values[name] = make(**{each: values.pop(each) for each in names})
                 out.result(function(**values, out=out))
 
-        parameters: list[inspect.Parameter] = []
-        for parameter in signature.parameters.values():
-            parameters += shared.get(parameter.name) or [_described(parameter, helps)]
         # typer takes the options from here.
         run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -193,6 +162,3 @@ def _changes(**given: Any) -> Changes:
     changes = {name: value for name, value in given.items() if value is not None}
     MemorySettings.resolve({}, **changes)  # a typo should fail before the store is opened
     return changes
-
-
-_SHARED: dict[str, Callable[..., Any]] = {"place": Place, "asking": Asking, "changes": _changes}

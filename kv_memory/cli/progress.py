@@ -37,7 +37,8 @@ class Tracker:
     def __init__(
         self, out: Output, describe: Callable[[Any], Shown] | None = None, *, unit: str = "", every_s: float = 5.0
     ) -> None:
-        self._out, self._describe, self._unit, self._every_s, self._told_s = out, describe, unit, every_s, -math.inf
+        self._out, self._describe, self._unit, self._every_s = out, describe, unit, every_s
+        self._told_s, self._told = -math.inf, ""
         no_wrap = Column(no_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}", markup=False, table_column=no_wrap),
@@ -66,19 +67,19 @@ class Tracker:
         assert self._describe is not None
         self.show(*self._describe(progress))
 
-    def show(self, text: str, n_done: float, n_total: float | None) -> bool:
-        """Show the number of things done of all (None if unknown) and what is being done; True if as a line."""
+    def show(self, text: str, n_done: float, n_total: float | None) -> None:
+        """Show what is being done, and the number of things done of all (None if unknown)."""
         task = self._task
         if n_done < task.completed:  # another step, which has a speed of its own
             self._bar.reset(task.id)
         self._bar.update(task.id, description=printable(text), completed=n_done, total=n_total)
         figures = _figures(task, self._unit)
         self._bar.update(task.id, figures=figures)
-        if not self._bar.disable or not self.is_time():
-            return False
         left = f", {task.time_remaining:,.0f} s left" if self._unit and task.time_remaining else ""
-        self._out.note(f"{figures}, {text}{left}" if figures else text)
-        return True
+        line = f"{figures}, {text}{left}" if figures else text
+        if self._bar.disable and line != self._told and self.is_time():
+            self._told = line
+            self._out.note(line)
 
     def is_time(self) -> bool:
         """Whether a line is due; if so, the next one is due later."""
@@ -155,7 +156,6 @@ class JobTracker(Tracker):
 
     def __init__(self, out: Output) -> None:
         super().__init__(out, every_s=1.0 if out.as_json else 5.0)
-        self._told = ""
 
     def __call__(self, event: Any) -> None:
         """Show the event."""
@@ -169,10 +169,9 @@ class JobTracker(Tracker):
             self._out.note(f"Failed: {event.document_id}: {event.error['what']}", style="yellow")
         elif event.kind == "worker_died":
             self._out.note(f"A worker died ({event.reason}); another one replaces it.", style="yellow")
-        elif event.kind == "progress" and ((said := _said(event)) != self._told or not self._bar.disable):
+        elif event.kind == "progress":
             # Without a total the bar only pulses, until a worker has started a document.
-            total = None if _is_starting(event) else event.total
-            self._told = said if self.show(said, event.done + event.failed, total) else self._told
+            self.show(_said(event), event.done + event.failed, None if _is_starting(event) else event.total)
 
 
 def sources_text(names: Sequence[str]) -> str:
@@ -208,11 +207,12 @@ def count_text(n: int, noun: str, *, more: str = "") -> str:
 
 def print_ended(out: Output, ended: JobEnded) -> None:
     """Print the summary of a job that has ended."""
-    counts = [f"{ended.added:,} added, {ended.replaced:,} replaced, {ended.unchanged:,} unchanged"]
-    counts += [f"{ended.deleted:,} deleted"] if ended.deleted else []
-    counts += [f"{ended.failed:,} failed"]
-    counts += [f"{ended.cancelled:,} cancelled"] if ended.cancelled else []
-    rows = [("Job", f"{ended.job}, {ended.state}"), ("Documents", ", ".join(counts))]
+    always = {name: getattr(ended, name) for name in ("added", "replaced", "unchanged", "failed")}
+    counts = always | {name: n for name in ("deleted", "cancelled") if (n := getattr(ended, name))}
+    rows = [
+        ("Job", f"{ended.job}, {ended.state}"),
+        ("Documents", ", ".join(f"{n:,} {name}" for name, n in counts.items())),
+    ]
     if ended.n_passages:
         rows += [
             ("Tokens", f"{ended.n_tokens:,} in {count_text(ended.n_passages, 'passage')}"),

@@ -7,14 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from kv_memory.cli.config_file import (
-    ConfigOption,
-    SetOption,
-    Setting,
-    gather_settings,
-    list_settings_option,
-    settings_of,
-)
+from kv_memory.cli.config_file import Given, Setting, list_settings_option, settings_of
 from kv_memory.cli.options import command
 from kv_memory.cli.output import Output, size_text, time_text
 from kv_memory.cli.progress import track_train
@@ -40,8 +33,7 @@ def train(
     init: Path | None = None,
     steps: int | None = None,
     time_limit: float | None = None,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
+    given: Given,
     resume: bool = False,
     dry_run: bool = False,
     list_settings: Annotated[bool, list_settings_option(_known)] = False,
@@ -80,10 +72,8 @@ def train(
     with out.working("Starting"):
         from kv_memory.train import Estimate, OpenRun, RunOptions, TrainRun, TrainSettings
 
-        given = gather_settings(
+        found = given.gather(
             _known(),
-            config=config,
-            assignments=assignments,
             data=data,
             corpus=corpus,
             model=model,
@@ -91,14 +81,14 @@ def train(
             steps=steps,
             time_limit_s=time_limit,
         )
-        changes, options = given[TrainSettings], given[RunOptions]
+        changes, options = found[TrainSettings], found[RunOptions]
         fits = options.get("time_limit_s") is not None and "steps" not in changes
         run = TrainRun(
             out=out_folder,
             changes=changes,
             options=RunOptions(**options, fit_steps=fits),
             command=shlex.join(["kv-memory", *sys.argv[1:]]),
-            **given[TrainRun],
+            **found[TrainRun],
         )
     with track_train(out) as tracker:
         opened = OpenRun(

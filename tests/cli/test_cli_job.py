@@ -165,19 +165,19 @@ def test_suggested_commands_can_be_run_unchanged(kv: KV, tmp_path: Path, quick: 
         (["run"], 2, "either sources or a folder to sync must be given"),
         (["run", "nothing.txt"], 1, "no such file or folder"),
         (["run", "notes", "--keep-ratio", "3"], 2, "keep_ratio must lie in"),
-        (["run", "notes", "--engine", "steam"], 2, "--engine must be"),
+        (["run", "notes", "--engine", "steam"], 2, "engine must be local or ray"),
         (["run", "notes", "--encoding", "nonsense"], 2, "unknown text encoding"),
         (["run", "sql:sqlite:///x.db"], 2, "needs a query"),
         (["list"], 1, "there is no store"),
         (["show", "x"], 1, "there is no store"),
-        (["run", "notes", "--workers", "0"], 2, ""),
+        (["run", "notes", "--workers", "0"], 2, "workers must be at least 1"),
+        (["run", "notes", "--gpus-per-worker", "1"], 2, "with --engine ray"),
     ],
 )
 def test_wrong_usage(kv: KV, notes: Path, tmp_path: Path, args: list[str], code: int, said: str) -> None:
     done = kv("job", *args)
     assert done.code == code and said in done.err
-    if "steam" not in args:
-        assert not (tmp_path / "kv-memory-store").exists()
+    assert not (tmp_path / "kv-memory-store").exists()
 
 
 def test_an_unknown_job_is_an_error(kv: KV, store: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
-from kv_memory.cli.config_file import gather_settings, settings_of
+from kv_memory.cli.config_file import Given, settings_of
 from kv_memory.errors import ConfigError
 from tests.cli.ran import Ran
 
@@ -40,7 +40,7 @@ KNOWN = settings_of(Sizes, without={"secret"})
 
 
 def gather(*assignments: str, config: Path | None = None, **options: Any) -> dict[str, Any]:
-    return gather_settings(KNOWN, config=config, assignments=assignments, **options)[Sizes]
+    return Given(config, [*assignments]).gather(KNOWN, **options)[Sizes]
 
 
 def test_settings_are_the_fields_with_their_meanings() -> None:
