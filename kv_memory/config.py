@@ -161,15 +161,9 @@ def check_names(
 ) -> None:
     """Refuse names that are not known.
 
-    Args:
-        given: Names to check.
-        known: Allowed names.
-        what: Noun for a name.
-        where: Place of the names; each name itself if empty.
-        every: Sentence that says where all names are; if empty, the error lists them.
-
     Raises:
-        ConfigError: A name is unknown; the error names the nearest one, or all of them.
+        ConfigError: A name is unknown; the error names the nearest one. Without any, its next step is the sentence
+            `every`, or all names. It is in `where`, or the name itself.
     """
     for name in given:
         if name not in known:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kv_memory.cli.options import Changes, EncodingOption, Place, command
+from kv_memory.cli.options import Changes, EncodingOption, Place, command, pairs_of
 from kv_memory.cli.output import FAILED, Output, factor_text, plain, size_text
 from kv_memory.cli.progress import track_add
 from kv_memory.errors import ConfigError
@@ -48,7 +48,7 @@ def add(
     """
     if not paths and not stale:
         raise ConfigError("nothing to add", where="PATH", next_step="Name files or folders, or pass --stale.")
-    extra = _pairs(metadata or [])
+    extra = dict(pairs_of(metadata or (), option="--metadata"))
     # Documents are checked before a store is created and a model loaded: a typo should fail at once.
     read = _read(paths or [], id_, extra, encoding, skip_errors) if paths else None
     with place.open_memory(out, create=bool(paths), **changes) as memory:
@@ -151,15 +151,3 @@ def _print(out: Output, report: AddReport) -> None:
     if report.fidelity is not None:
         rows.append(("Refined", f"{report.n_refined:,} passages, KL to the full cache {report.fidelity:.3f} nats"))
     out.table(("", ""), rows)
-
-
-def _pairs(items: Sequence[str]) -> dict[str, str]:
-    pairs: dict[str, str] = {}
-    for item in items:
-        key, found, value = item.partition("=")
-        if not found or not key.strip():
-            raise ConfigError(
-                f"--metadata must be KEY=VALUE, got {item!r}", where="metadata", next_step="For example: year=2026"
-            )
-        pairs[key.strip()] = value
-    return pairs

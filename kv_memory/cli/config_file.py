@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from kv_memory.cli.options import entries_of
+from kv_memory.cli.options import entries_of, pairs_of
 from kv_memory.cli.output import Output
 from kv_memory.config import check_names
 from kv_memory.errors import ConfigError
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """A value that a file, `--set` or an option may give.
-
-    Attributes:
-        owner: Dataclass or function with an argument of this name.
-        kind: Type of the value.
-        default: Default value.
-        meaning: Line of the argument in the owner's docstring.
-    """
+class Setting(NamedTuple):
+    """A value that may be given: an argument of `owner`, a dataclass or function, and its line in the docstring."""
 
     owner: Callable[..., Any]
     kind: Any
@@ -49,7 +41,7 @@ def settings_of(*owners: Callable[..., Any], without: Collection[str] = ()) -> d
     return found
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Given:
     """Settings that the user gave.
 
@@ -74,13 +66,7 @@ class Given:
         """
         given = [(name, value, str(self.config)) for name, value in (_load(self.config) if self.config else {}).items()]
         given += [(name, value, name) for name, value in options.items() if value is not None and value != []]
-        for text in self.set_ or ():
-            name, found_sign, value = text.partition("=")
-            if not found_sign:
-                raise ConfigError(
-                    f"--set must be NAME=VALUE, got {text!r}", where="--set", next_step="E.g. --set seed=1"
-                )
-            given.append((name, value, "--set"))
+        given += [(name, value, "--set") for name, value in pairs_of(self.set_ or (), option="--set")]
         found: dict[Callable[..., Any], dict[str, Any]] = {setting.owner: {} for setting in known.values()}
         for given_name, value, where in given:
             name = given_name.strip().replace("-", "_")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import typer
 
 from kv_memory.cli.output import Output, reporting
+from kv_memory.errors import ConfigError
 from kv_memory.settings import OF_SMOLLM2, WRITTEN, MemorySettings
 
 if TYPE_CHECKING:
@@ -118,6 +119,21 @@ def entries_of(documented: object, section: str) -> dict[str, tuple[str | None, 
             break
         found[name] = metavar, text
     return found
+
+
+def pairs_of(items: Iterable[str], *, option: str) -> list[tuple[str, str]]:
+    """The names and values of an option's items `NAME=VALUE`.
+
+    Raises:
+        ConfigError: An item has no name or no equals sign.
+    """
+    pairs = []
+    for item in items:
+        name, found, value = item.partition("=")
+        if not found or not name.strip():
+            raise ConfigError(f"{option} must be NAME=VALUE, got {item!r}", where=option, next_step="E.g. year=2026")
+        pairs.append((name.strip(), value))
+    return pairs
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

@@ -96,7 +96,7 @@ def train(
             resume=resume,
             dry_run=dry_run,
             on_note=out.note,
-            on_passage=lambda n, n_all: tracker.show("writing questions about passages", n, n_all),
+            on_passage=lambda *done: tracker.show("writing questions about passages", *done),
             on_progress=tracker,
         )
         done = opened.estimate() if dry_run else opened.train()

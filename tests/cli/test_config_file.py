@@ -77,7 +77,7 @@ def test_set_takes_precedence_over_options_and_these_over_the_file(tmp_path: Pat
 @pytest.mark.parametrize(
     ("assignment", "what", "step"),
     [
-        ("steps", "--set must be NAME=VALUE", "--set seed=1"),
+        ("steps", "--set must be NAME=VALUE", "year=2026"),
         ("stepz=1", "unknown setting 'stepz'", "Did you mean 'steps'?"),
         ("secret=1", "unknown setting 'secret'", "--list-settings prints all"),
         ("steps=six", "steps must be a whole number", ""),
