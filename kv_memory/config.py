@@ -137,6 +137,12 @@ def check_fields(settings: object, **checks: tuple[object, str]) -> None:
             raise ConfigError(f"{name} must be {wanted}, got {getattr(settings, name)!r}", where=name)
 
 
+def check_at_least(settings: object, least: int, names: str) -> None:
+    """Raise a `ConfigError` for the first field below `least`; `names` are separated by spaces."""
+    for name in names.split():
+        check_fields(settings, **{name: (getattr(settings, name) >= least, f"at least {least}")})
+
+
 def check_choices(settings: object) -> None:
     """Check the fields of a dataclass that are Literals; errors as in `check_choice`."""
     for name, hint in get_type_hints(type(settings)).items():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kv_memory.cli.options import Changes, EncodingOption, Place, command, pairs_of
-from kv_memory.cli.output import FAILED, Output, factor_text, plain, size_text
+from kv_memory.cli.output import FAILED, Output, plain, size_rows
 from kv_memory.cli.progress import track_add
 from kv_memory.errors import ConfigError
 from kv_memory.settings import KEEP_NAMES
@@ -143,11 +143,8 @@ def _print(out: Output, report: AddReport) -> None:
     rows = [("Documents", counts)]
     if report.n_passages:
         speed = report.n_tokens / max(report.elapsed_s, 1e-9)
-        rows += [
-            ("Tokens", f"{report.n_tokens:,} in {report.n_passages:,} passages, {speed:,.0f} tokens/s"),
-            ("Full KV", size_text(report.full_kv_bytes)),
-            ("Distilled", f"{size_text(report.cache_bytes)}, {factor_text(report.full_kv_bytes, report.cache_bytes)}"),
-        ]
+        rows += [("Tokens", f"{report.n_tokens:,} in {report.n_passages:,} passages, {speed:,.0f} tokens/s")]
+        rows += size_rows(report.full_kv_bytes, report.cache_bytes)
     if report.fidelity is not None:
         rows.append(("Refined", f"{report.n_refined:,} passages, KL to the full cache {report.fidelity:.3f} nats"))
     out.table(("", ""), rows)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kv_memory.cli.demo_documents import QUESTIONS, Question, known_questions, package_documents
 from kv_memory.cli.options import Changes, command
-from kv_memory.cli.output import Output, factor_text, plain, size_text
+from kv_memory.cli.output import Output, plain, size_rows
 from kv_memory.cli.progress import track_add
 from kv_memory.config import DecodeSettings
 from kv_memory.errors import ConfigError
@@ -72,9 +72,7 @@ def demo(
         out.line(f"The model is {BUILT_IN[name].title if name in BUILT_IN else name}.", style="bold")
         out.line(f"The documents are {', '.join(ids)}.")
         took = f"in {report.elapsed_s:.0f} s, {compressed['tokens_per_s']:,.0f} tokens/s"
-        distilled = f"{size_text(report.cache_bytes)}, {factor_text(report.full_kv_bytes, report.cache_bytes)}"
-        full = size_text(report.full_kv_bytes)
-        out.table(("", ""), [("Compressed", took), ("Full KV", full), ("Distilled", distilled)])
+        out.table(("", ""), [("Compressed", took), *size_rows(report.full_kv_bytes, report.cache_bytes)])
         out.line("Each question is answered from a passage's distilled cache, and with its text in the prompt.")
         for way in _WAYS:  # otherwise the first question would pay for everything that is set up on first use
             memory.ask(asked[0].text, top_k=1, settings=DecodeSettings(max_new_tokens=1), read_from=way)

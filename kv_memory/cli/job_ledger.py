@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kv_memory.cli.options import Place, command
-from kv_memory.cli.output import Output, factor_text, plain, size_text
+from kv_memory.cli.output import Output, plain, size_rows
 from kv_memory.cli.progress import count_text, sources_text
 from kv_memory.settings import KEEP_NAMES
 
@@ -74,11 +74,8 @@ def show_job(name: str, *, failed: bool = False, place: Place, out: Output) -> A
             ),
         ]
         if counts.n_passages:
-            smaller = factor_text(counts.full_kv_bytes, counts.cache_bytes)
-            rows += [
-                ("Tokens", f"{counts.n_tokens:,} in {count_text(counts.n_passages, 'passage')}"),
-                ("Distilled", f"{size_text(counts.cache_bytes)}, {smaller}"),
-            ]
+            rows += [("Tokens", f"{counts.n_tokens:,} in {count_text(counts.n_passages, 'passage')}")]
+            rows += size_rows(counts.full_kv_bytes, counts.cache_bytes)
         rows.append(("Started", f"{job.created_at:%Y-%m-%d %H:%M:%S} UTC"))
         if job.finished_at is not None:
             rows.append(("Ended", f"{job.finished_at:%Y-%m-%d %H:%M:%S} UTC"))

@@ -48,9 +48,10 @@ def time_text(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def factor_text(full_bytes: int, size_bytes: int) -> str:
-    """The factor between two sizes for people, e.g. `4.0x smaller`; a dash if `size_bytes` is 0."""
-    return f"{full_bytes / size_bytes:.1f}x smaller" if size_bytes else "-"
+def size_rows(full_bytes: int, cache_bytes: int) -> list[tuple[str, str]]:
+    """Rows of a table: the size of full caches, and that of distilled ones with the factor between the two."""
+    smaller = f", {full_bytes / cache_bytes:.1f}x smaller" if cache_bytes else ""
+    return [("Full KV", size_text(full_bytes)), ("Distilled", f"{size_text(cache_bytes)}{smaller}")]
 
 
 def plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from kv_memory.cli.output import Output, factor_text, plain, printable, size_text, time_text
+from kv_memory.cli.output import Output, plain, printable, size_rows, size_text, time_text
 
 if TYPE_CHECKING:
     from kv_memory.evaluate import EvalProgress
@@ -214,10 +214,7 @@ def print_ended(out: Output, ended: JobEnded) -> None:
         ("Documents", ", ".join(f"{n:,} {name}" for name, n in counts.items())),
     ]
     if ended.n_passages:
-        rows += [
-            ("Tokens", f"{ended.n_tokens:,} in {count_text(ended.n_passages, 'passage')}"),
-            ("Full KV", size_text(ended.full_kv_bytes)),
-            ("Distilled", f"{size_text(ended.cache_bytes)}, {factor_text(ended.full_kv_bytes, ended.cache_bytes)}"),
-        ]
+        rows += [("Tokens", f"{ended.n_tokens:,} in {count_text(ended.n_passages, 'passage')}")]
+        rows += size_rows(ended.full_kv_bytes, ended.cache_bytes)
     rows.append(("Time", time_text(ended.elapsed_s)))
     out.table(("", ""), rows)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from kv_memory.compress.adapter import Routed, Target
 from kv_memory.compress.scorer import ScorerKind
-from kv_memory.config import Budget, check_choices, check_fields, check_keep_ratio
+from kv_memory.config import Budget, check_at_least, check_choices, check_fields, check_keep_ratio, check_names
 from kv_memory.errors import ConfigError
 
 Answers = Literal["people", "teacher"]
@@ -105,20 +105,15 @@ class TrainSettings:
             check_keep_ratio(getattr(self, name), where=name)
         if self.min_ratio > self.max_ratio:
             raise ConfigError(f"min_ratio {self.min_ratio} is above max_ratio {self.max_ratio}", where="min_ratio")
-        _check_at_least(self, 0, "warmup_steps steps questions_per_document spans_per_document lr_scorer lr_lora")
-        _check_at_least(self, 1, "rank scorer_size batch_documents accumulate max_tokens span_tokens answer_tokens")
-        _check_at_least(self, 2, "most_joined")
+        check_at_least(self, 0, "warmup_steps steps questions_per_document spans_per_document lr_scorer lr_lora")
+        check_at_least(self, 1, "rank scorer_size batch_documents accumulate max_tokens span_tokens answer_tokens")
+        check_at_least(self, 2, "most_joined")
         for name in ("forward_weight", "composition_share", "rise", "question_weight"):
             check_fields(self, **{name: (0 <= getattr(self, name) <= 1, "in [0, 1]")})
         if self.questions_per_document + self.spans_per_document == 0:
             raise ConfigError(
                 "questions_per_document and spans_per_document must not both be 0", where="questions_per_document"
             )
-
-
-def _check_at_least(settings: object, least: int, names: str) -> None:
-    for name in names.split():
-        check_fields(settings, **{name: (getattr(settings, name) >= least, f"at least {least}")})
 
 
 PRESETS: dict[str, TrainSettings] = {
@@ -142,8 +137,7 @@ def preset(name: str, **changes: object) -> TrainSettings:
     Raises:
         ConfigError: The preset does not exist, or a change is out of range.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}", where="preset", next_step=f"Use one of {', '.join(PRESETS)}.")
+    check_names([name], PRESETS, what="preset", where="preset")
     return replace(PRESETS[name], **changes)  # type: ignore[arg-type]
 
 
@@ -194,8 +188,8 @@ class RunOptions:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "checkpoint_every keep_checkpoints")
-        _check_at_least(self, 0, "eval_every")
+        check_at_least(self, 1, "checkpoint_every keep_checkpoints")
+        check_at_least(self, 0, "eval_every")
         check_fields(self, time_limit_s=(self.time_limit_s is None or 0 < self.time_limit_s < math.inf, "above 0"))
         if self.fit_steps and self.time_limit_s is None:
             raise ConfigError("fit_steps needs a time limit", where="time_limit_s")
