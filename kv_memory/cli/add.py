@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kv_memory.cli.options import Changes, EncodingOption, Place, command, pairs_of
 from kv_memory.cli.output import FAILED, Output, plain, size_rows
-from kv_memory.cli.progress import track_add
+from kv_memory.cli.progress import count_text, track_add
 from kv_memory.errors import ConfigError
 from kv_memory.settings import KEEP_NAMES
 
@@ -55,8 +55,7 @@ def add(
         try:
             report = _add(out, memory, read, stale=stale, encoding=encoding)
         except KeyboardInterrupt:
-            n_documents = memory.stats().n_documents
-            stored = "1 document is" if n_documents == 1 else f"{n_documents} documents are"
+            stored = count_text(memory.stats().n_documents, "document")
             out.stopped = f"{stored} stored; run the same command to resume."
             raise
         settings = memory.settings

@@ -85,7 +85,7 @@ class Output:
         self.code = 0
         self.stopped = "Nothing was changed."
         self._indent = 2 if sys.stdout.isatty() and not by_line else None
-        self._out = _console(stderr=False)
+        self._out = _console(quiet=as_json)
         self.notes = _console(stderr=True)
 
     def json(self, value: Any) -> None:
@@ -102,8 +102,7 @@ class Output:
 
     def line(self, text: str = "", *, style: str | None = None) -> None:
         """Print a line of the result."""
-        if not self.as_json:
-            self._out.print(Text(printable(text), style=style or ""), soft_wrap=True)
+        self._out.print(Text(printable(text), style=style or ""), soft_wrap=True)
 
     def piece(self, text: str) -> None:
         """Print a part of a line, and flush."""
@@ -112,8 +111,6 @@ class Output:
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[str] = ()) -> None:
         """Print a table of the result; the columns named in `right` are aligned right."""
-        if self.as_json:
-            return
         table = Table(box=None, pad_edge=False, show_header=any(columns), header_style="bold")
         numbers = set(right)
         for column in columns:
@@ -125,7 +122,7 @@ class Output:
             return
         with self._out.capture() as capture:
             self._out.print(table)
-        print("\n".join(line.rstrip() for line in capture.get().splitlines()))  # no padding in a file
+        self._out.out("\n".join(line.rstrip() for line in capture.get().splitlines()))  # no padding in a file
 
     def note(self, text: str, *, style: str | None = None) -> None:
         """Print a line about the work, not its result."""
@@ -149,16 +146,9 @@ class Output:
             if error.get(name):
                 self.note(f"{label}: {error[name]}")
 
-    def say_stopped(self) -> None:
-        """Print that the command was stopped, and how to continue."""
-        if self.as_json:
-            self.error({"error": "KeyboardInterrupt", "what": "stopped", "where": None, "next_step": self.stopped})
-        else:
-            self.note(f"Stopped. {self.stopped}")
 
-
-def _console(*, stderr: bool) -> Console:
-    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    console = Console(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = _UNBOUNDED
     return console
@@ -182,8 +172,11 @@ def reporting(*, as_json: bool, by_line: bool = False) -> Iterator[Output]:
             out.error(error.to_dict())
             code = USAGE if isinstance(error, ConfigError) else FAILED
         elif any(isinstance(each, KeyboardInterrupt) for each in (error, interruption_behind(error))):
-            out.say_stopped()
             code = STOPPED
+            if as_json:
+                out.error({"error": "KeyboardInterrupt", "what": "stopped", "where": None, "next_step": out.stopped})
+            else:
+                out.note(f"Stopped. {out.stopped}")
         else:  # a bug, here or in a library: people should still not see a traceback
             step = "This is a bug. Please report it with the output of KV_MEMORY_DEBUG=1."
             what = f"unexpected {type(error).__name__}: {error}"
