@@ -76,7 +76,7 @@ class Output:
 
     Attributes:
         code: Exit code of the command if it raises nothing.
-        stopped: What to say about its state when it is stopped.
+        stopped: Sentence about its state, for when it is stopped.
         notes: Console of stderr.
     """
 
