@@ -137,10 +137,11 @@ def check_fields(settings: object, **checks: tuple[object, str]) -> None:
             raise ConfigError(f"{name} must be {wanted}, got {getattr(settings, name)!r}", where=name)
 
 
-def check_at_least(settings: object, least: int, names: str) -> None:
-    """Raise a `ConfigError` for the first field below `least`; `names` are separated by spaces."""
-    for name in names.split():
-        check_fields(settings, **{name: (getattr(settings, name) >= least, f"at least {least}")})
+def check_at_least(settings: object, least: int, *names: str) -> None:
+    """Raise a `ConfigError` for the first of these fields that is below `least`; None is not."""
+    for name in names:
+        value = getattr(settings, name)
+        check_fields(settings, **{name: (value is None or value >= least, f"at least {least}")})
 
 
 def check_choices(settings: object) -> None:

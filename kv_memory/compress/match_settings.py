@@ -54,7 +54,7 @@ class MatchSettings:
             value_ridges=(all(0 < v < math.inf for v in self.value_ridges) and self.value_ridges, "numbers above 0"),
             key_rate=(0 < self.key_rate < math.inf, "above 0"),
         )
-        check_at_least(self, 1, "part_tokens max_rows max_final_rows rows_per_step")
+        check_at_least(self, 1, "part_tokens", "max_rows", "max_final_rows", "rows_per_step")
         check_at_least(self, 0, "key_steps")
 
     @property

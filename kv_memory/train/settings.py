@@ -105,8 +105,20 @@ class TrainSettings:
             check_keep_ratio(getattr(self, name), where=name)
         if self.min_ratio > self.max_ratio:
             raise ConfigError(f"min_ratio {self.min_ratio} is above max_ratio {self.max_ratio}", where="min_ratio")
-        check_at_least(self, 0, "warmup_steps steps questions_per_document spans_per_document lr_scorer lr_lora")
-        check_at_least(self, 1, "rank scorer_size batch_documents accumulate max_tokens span_tokens answer_tokens")
+        check_at_least(
+            self, 0, "warmup_steps", "steps", "questions_per_document", "spans_per_document", "lr_scorer", "lr_lora"
+        )
+        check_at_least(
+            self,
+            1,
+            "rank",
+            "scorer_size",
+            "batch_documents",
+            "accumulate",
+            "max_tokens",
+            "span_tokens",
+            "answer_tokens",
+        )
         check_at_least(self, 2, "most_joined")
         for name in ("forward_weight", "composition_share", "rise", "question_weight"):
             check_fields(self, **{name: (0 <= getattr(self, name) <= 1, "in [0, 1]")})
@@ -188,7 +200,7 @@ class RunOptions:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "checkpoint_every keep_checkpoints")
+        check_at_least(self, 1, "checkpoint_every", "keep_checkpoints")
         check_at_least(self, 0, "eval_every")
         check_fields(self, time_limit_s=(self.time_limit_s is None or 0 < self.time_limit_s < math.inf, "above 0"))
         if self.fit_steps and self.time_limit_s is None:
