@@ -26,11 +26,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from kv_memory.jobs.driver import JobSettings  # noqa: E402
-from kv_memory.jobs.leases import LiveWorkers, TaskQueue  # noqa: E402
+from kv_memory.jobs.job_records import JobSettings, SourceItem  # noqa: E402
+from kv_memory.jobs.leases import TaskQueue  # noqa: E402
 from kv_memory.jobs.ledger import Ledger  # noqa: E402
 from kv_memory.jobs.sources import Sources  # noqa: E402
-from kv_memory.jobs.sources.source import SourceItem  # noqa: E402
 from kv_memory.jobs.worker import pipeline_of, work  # noqa: E402
 from kv_memory.settings import MemorySettings  # noqa: E402
 from kv_memory.store import Store  # noqa: E402
@@ -117,14 +116,14 @@ def job_walk(folder: Path, walk: Walk) -> None:
         sources = {"items": [{"kind": "files", "path": str(texts), "glob": None}], "sync": None}
         job = ledger.create("walk", sources=sources, settings=asked)
         with (
-            LiveWorkers(store).hold_worker_lock("worker"),
+            ledger.hold_worker_lock("worker"),
             closing(Sources(sources["items"], asked)) as opened,
             TaskQueue(store, job.id, "worker") as queue,
         ):
             pipeline = pipeline_of(store, job)
             for name in ("lamp", "ferry"):
                 ledger.add(job, [SourceItem(document_id=name, uri=(texts / f"{name}.txt").as_uri())])
-                ledger.set_discovered(job)
+                ledger.update(job, discovered=True)
                 looks = iter([False])  # the driver lives at the first look, so that one task is claimed, and no other
                 with nullcontext() if name == "lamp" else walk.traced():
                     work(queue, opened, pipeline, alone=lambda looks=looks: next(looks, True))

@@ -365,9 +365,4 @@ class KVMemory(StoredDocuments):
     @cached_property
     def reader(self) -> Reader:
         """Replies to whole conversations from referenced caches; the framework integrations are built on it."""
-        return Reader(
-            self.store,
-            self.compressor,
-            self.settings,
-            store_of=lambda name: self.store.in_collection(name, create=False),
-        )
+        return Reader(self.store, self.compressor, self.settings)

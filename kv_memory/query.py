@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kv_memory.cache.distilled import DistilledCache
@@ -98,23 +98,14 @@ class Reader:
             caches.
         settings: Settings with the amount kept of the preferred caches, for references without a keep_ratio: of a text
             without such a cache, the newest one is taken.
-        store_of: Function that returns the store of another collection.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        compressor: Compressor,
-        settings: MemorySettings,
-        *,
-        store_of: Callable[[str], Store] | None = None,
-    ) -> None:
+    def __init__(self, store: Store, compressor: Compressor, settings: MemorySettings) -> None:
         self._store = store
         self._compressor = compressor
         self._fingerprint = compressor.fingerprint()
         self._keep = settings.keep
         self._storage = settings.storage
-        self._store_of = store_of
         self._layout = settings.layout
 
     def has(self, text: str) -> bool:
@@ -175,13 +166,19 @@ class Reader:
         self, questions: Sequence[str], document: DocumentRecord, *, settings: DecodeSettings | None = None
     ) -> list[Answer]:
         """Answer several questions from all passages of a document as one batch. Errors as in `reply`."""
+        if not questions:
+            return []
         hits = tuple(
             Hit(document_id=document.id, ordinal=i, score=1.0, text=p.text, text_sha256=p.text_sha256, metadata={})
             for i, p in enumerate(document.passages)
         )
-        references = [Reference(key=hit.text_sha256) for hit in hits]
-        so_far = [Answer(question=question, sources=hits) for question in questions]
-        return self.reply_batch(questions, references, settings=settings, so_far=so_far)
+        caches, loaded = self._load([Reference(key=hit.text_sha256) for hit in hits], Answer(sources=hits))
+        run = Generator(self._compressor.backbone, layout=self._layout).start(
+            questions, caches, settings=settings, so_far=[replace(loaded, question=question) for question in questions]
+        )
+        for _ in run.steps():
+            pass
+        return run.results()
 
     def reply(
         self,
@@ -222,26 +219,6 @@ class Reader:
         """Continue a text without any template. Errors as in `reply`."""
         return self._start(encode_text_prompt(self._compressor.backbone, text), settings)
 
-    def reply_batch(
-        self,
-        questions: Sequence[str],
-        references: Sequence[Reference],
-        *,
-        settings: DecodeSettings | None = None,
-        so_far: Sequence[Answer] = (),
-    ) -> list[Answer]:
-        """Reply to several questions about the same documents as one batch. Arguments and errors as in `reply`."""
-        if not questions:
-            return []
-        caches, loaded = self._load(references, Answer())
-        known = so_far or [Answer()] * len(questions)
-        answers = [replace(loaded, question=answer.question, sources=answer.sources) for answer in known]
-        generator = Generator(self._compressor.backbone, layout=self._layout)
-        run = generator.start(questions, caches, settings=settings, so_far=answers)
-        for _ in run.steps():
-            pass
-        return run.results()
-
     def _start(
         self,
         prompt: Prompt,
@@ -263,7 +240,7 @@ class Reader:
             for reference in references:
                 store = self._store
                 if reference.collection not in (None, store.collection):
-                    store = self._other_store(reference)
+                    store = store.in_collection(str(reference.collection), create=False)
                 keep = self._keep if reference.keep_ratio is None else reference.keep_ratio
                 text = reference.text
                 try:
@@ -297,13 +274,6 @@ class Reader:
             with contextlib.suppress(StoreError):  # the answer does not depend on storing it
                 again = self._compressor.compress(text, keep_ratio=self._compressor.ratio_for(text, keep))
                 store.put(key, again, storage=self._storage)
-
-    def _other_store(self, reference: Reference) -> Store:
-        if self._store_of is None or reference.collection is None:
-            raise ConfigError(
-                f"this reader can access collection {self._store.collection!r} only", where=f"collection of {reference}"
-            )
-        return self._store_of(reference.collection)
 
 
 def _texts(hits: Sequence[Hit]) -> list[str]:

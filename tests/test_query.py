@@ -18,7 +18,7 @@ from kv_memory.errors import (
     FingerprintMismatchError,
 )
 from kv_memory.generate import Generator, Turn
-from kv_memory.query import Reader, Reference, key_of
+from kv_memory.query import Reference, key_of
 from tests.conftest import make_tokenizer
 from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, SETTINGS, open_memory, wide_backbone
 from tests.query_samples import ASKED, SAMPLED, WALRUS, of, reference
@@ -133,11 +133,14 @@ def test_the_reply_of_an_unfinished_stream_is_complete(memory: KVMemory) -> None
 
 
 def test_a_batch_equals_each_question_alone(memory: KVMemory) -> None:
+    memory.add_passages("both", [FERRY, LAMP])
     references, questions = [reference(FERRY), reference(LAMP)], [FERRY_QUESTION, LAMP_QUESTION, "Why?"]
-    together = memory.reader.reply_batch(questions, references, settings=SAMPLED)
+    together = memory.ask_many(questions, document_id="both", settings=SAMPLED)
     alone = [memory.reader.reply([Turn("user", q)], references, settings=SAMPLED).answer for q in questions]
-    assert [of(reply) for reply in together] == [of(reply) for reply in alone]
-    assert memory.reader.reply_batch([], references) == []
+    assert [(answer.token_ids, answer.n_cached_tokens) for answer in together] == [
+        (answer.token_ids, answer.n_cached_tokens) for answer in alone
+    ]
+    assert memory.ask_many([], document_id="both") == []
 
 
 # -- which cache -------------------------------------------------------------------------------------------------------
@@ -171,13 +174,6 @@ def test_a_keep_ratio_of_many_digits_is_found(tmp_path: Path, wide: Any) -> None
         memory.add(("ferry", FERRY))
         given_ = Reference.parse(str(reference(FERRY, keep_ratio=1 / 3)))
         assert memory.reader.reply(ASKED, [given_], settings=SETTINGS).answer.n_cached_tokens > 11
-
-
-def test_a_reader_of_one_collection_refuses_others(memory: KVMemory) -> None:
-    alone = Reader(memory.store, memory.compressor, memory.settings)
-    assert alone.reply(ASKED, [reference(FERRY, collection="default")], settings=SETTINGS).answer.n_cached_tokens > 11
-    with pytest.raises(ConfigError, match="'default' only"):
-        alone.reply(ASKED, [reference(FERRY, collection="tenant")])
 
 
 def test_has_and_check_report_missing_caches(memory: KVMemory, wide: Any) -> None:

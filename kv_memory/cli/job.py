@@ -107,7 +107,7 @@ def run(
     settings = JobSettings(
         memory={}, encoding=encoding, id_field=id_field, text_field=text_field, max_attempts=max_attempts
     )
-    request.specs(settings)  # checked before a store is created, so that a typo does not leave one behind
+    request.specs()  # checked before a store is created, so that a typo does not leave one behind
     with Store.open(place.store, collection=place.collection) as opened:
         made = workers.engine_for(opened)
         memory = MemorySettings.resolve(opened.settings(), **changes)

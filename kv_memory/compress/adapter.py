@@ -261,8 +261,10 @@ class Adapter:
         name = recorded_name(self.config.base_model)  # PEFT would record the folder of the weights
         model = built_in(name)
         lora.base_model_name_or_path = model.base_id if model else name
+        # In the model's dtype, to which `load` would convert it anyway; in training it is float32.
+        state = {n: p.to(self.backbone.dtype) for n, p in self.peft_model.named_parameters() if "lora_" in n}
         # Without this option PEFT looks up the base model on the hub, to see if its vocabulary grew.
-        self.peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+        self.peft_model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
         scorer = {name: tensor.cpu().contiguous() for name, tensor in self.scorer.state_dict().items()}
         save_file(scorer, folder / "scorer.safetensors")
         (folder / "kv_distill.json").write_text(json.dumps(asdict(self.config), indent=2, sort_keys=True) + "\n")

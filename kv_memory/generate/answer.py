@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -78,7 +78,7 @@ class AnswerStream(Iterator[str]):
         self.sources = so_far.sources
         self._run = run
         self._so_far = so_far
-        self._steps: Iterator[list[str]] = iter(()) if run is None else run.steps()
+        self._steps: Generator[list[str], None, None] = ([""] for _ in ()) if run is None else run.steps()
 
     def __next__(self) -> str:
         for (piece,) in self._steps:
@@ -102,8 +102,8 @@ class AnswerStream(Iterator[str]):
 
     def close(self) -> None:
         """Stop decoding and free its memory."""
+        self._steps.close()
         if self._run is not None:
-            self._steps.close()  # type: ignore[attr-defined]
             self._run.close()
 
 
@@ -197,13 +197,13 @@ class TextStream:
         return 0
 
 
-async def iterate_in_thread(pieces: Iterator[str]) -> AsyncIterator[str]:
+async def iterate_in_thread(pieces: AnswerStream | Generator[str, None, None]) -> AsyncIterator[str]:
     """Iterate over a blocking iterator in asyncio: every step runs in a thread, and empty pieces are skipped.
 
-    If the iterator has `each_token`, a step is one token, with an empty piece where no text is ready. Cancelling then
-    stops within a token, even in the middle of a character or of a possible stop string.
+    A step of an answer is one token, with an empty piece where no text is ready. Cancelling then stops within a token,
+    even in the middle of a character or of a possible stop string.
     """
-    steps = getattr(pieces, "each_token", lambda: pieces)()
+    steps = pieces.each_token() if isinstance(pieces, AnswerStream) else pieces
     step: asyncio.Future[str | None] | None = None
     try:
         while True:
@@ -216,4 +216,4 @@ async def iterate_in_thread(pieces: Iterator[str]) -> AsyncIterator[str]:
     finally:
         if step is not None and not step.done():  # cancelled during a step, which cannot be interrupted
             await asyncio.wait([step])
-        pieces.close()  # type: ignore[attr-defined]
+        pieces.close()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
+from collections.abc import Generator as Steps
 from dataclasses import replace
 from typing import Any
 
@@ -67,7 +68,7 @@ class Generator:
 
     def stream(
         self, question: str, caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
-    ) -> Iterator[str]:
+    ) -> Steps[str, None, None]:
         """Answer one question piece by piece; the pieces joined are the answer.
 
         Arguments and errors as in `generate_batch`. Errors before decoding are raised by the call itself, not by the
@@ -196,7 +197,7 @@ class Run:
         self._ttft_s = [0.0] * len(prompts)
         self._total_s = [0.0] * len(prompts)
 
-    def steps(self) -> Iterator[list[str]]:
+    def steps(self) -> Steps[list[str], None, None]:
         """Decode token by token; each step yields the new text of every row, empty for rows that have ended.
 
         Raises:
@@ -213,7 +214,7 @@ class Run:
         self._cache = None
 
     @torch.no_grad()
-    def _decode(self, cache: PositionedCache) -> Iterator[list[str]]:
+    def _decode(self, cache: PositionedCache) -> Steps[list[str], None, None]:
         backbone, ragged = self._backbone, len(self._lengths) > 1 and bool((self._lengths != self._lengths[0]).any())
         logits = self._first
         if logits is None:

@@ -5,27 +5,25 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 
+from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.documents import read_file
 from kv_memory.documents.loaders import file_id
 from kv_memory.errors import DocumentError, JobError
-from kv_memory.jobs.job_records import Job
+from kv_memory.jobs.job_records import Job, SourceItem
 from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.sources import Sources
 from kv_memory.jobs.sources.files import FileSource, path_of
-from kv_memory.jobs.sources.source import SourceItem
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
 from kv_memory.store.sql.schema import DocumentRow
 
 _BATCH = 500
-_WAIT_S = 0.3
 _BATCH_S = 0.5  # the first documents must not wait for the 500th
-_PAGE = 1000
 
 
 class Discovery(threading.Thread):
@@ -33,14 +31,16 @@ class Discovery(threading.Thread):
 
     Attributes:
         error: Exception that ended the thread early; None while it runs and after it has completed.
-        listed: True once every document has a task. A sync then continues: it deletes documents that are gone, but
-            only when the other tasks are finished, so that a file that was merely moved finds its caches.
+        listed: True once every document has a task.
+        tasks_done: Event that the driver sets once all tasks are finished. Only then, a sync deletes documents that are
+            gone, so that a file that was merely moved finds its caches.
     """
 
     def __init__(self, store: Store, ledger: Ledger, job: Job) -> None:
         super().__init__(name=f"discovery of {job.name}", daemon=True)
         self.error: BaseException | None = None
         self.listed = False
+        self.tasks_done = threading.Event()
         self._store = store
         self._ledger = ledger
         self._job = job
@@ -50,7 +50,9 @@ class Discovery(threading.Thread):
     def stop(self) -> None:
         """Stop the thread after the current batch, and wait for it to end."""
         self._stopped.set()
-        self.join()
+        self.tasks_done.set()
+        if self.is_alive():
+            self.join()
 
     def run(self) -> None:
         """See `threading.Thread.run`."""
@@ -59,7 +61,7 @@ class Discovery(threading.Thread):
                 self._sync()
             elif self._add(self._sources.items()):
                 self.listed = True
-                self._ledger.set_discovered(self._job)
+                self._ledger.update(self._job, discovered=True)
         except BaseException as error:
             self.error = error
 
@@ -87,48 +89,41 @@ class Discovery(threading.Thread):
         if not self._add(self._differing(seen)):
             return
         self.listed = True
-        while self._ledger.is_open(self._job):
-            if self._stopped.wait(_WAIT_S):
-                return
-        if not self._n_unlisted:
-            for id_ in _ids(self._store):
-                if id_ not in seen:
-                    self._store.delete_document(id_)
-                    self._ledger.count_deleted(self._job, 1)
-        self._ledger.set_discovered(self._job, n_unchanged=self._n_unchanged)
+        self.tasks_done.wait()
+        if self._stopped.is_set():
+            return
+        gone = [] if self._n_unlisted else [id_ for id_ in _ids(self._store) if id_ not in seen]
+        for n_deleted, id_ in enumerate(gone, self._job.n_deleted + 1):
+            self._store.delete_document(id_)
+            self._ledger.update(self._job, n_deleted=n_deleted)
+        self._ledger.update(self._job, discovered=True, n_unchanged=self._n_unchanged)
 
     def _differing(self, seen: set[str]) -> Iterator[SourceItem]:
-        uncached = self._uncached()
+        # Without it, only a worker, which has the model, can tell whether all caches are there.
+        fingerprint = self._ledger.known_fingerprint(self._job.settings.memory)
         for item in self._sources.items():
             seen.add(item.document_id)
             if item.error is not None:
                 self._n_unlisted += os.path.isdir(path_of(item.uri))  # the content of this folder is unknown
-            elif uncached is not None and item.document_id not in uncached and self._is_same(item):
+            elif fingerprint is not None and self._is_current(item, fingerprint):
                 self._n_unchanged += 1
                 continue
             yield item
 
-    def _uncached(self) -> set[str] | None:
-        """Ids of stored documents without all their caches; None if only a worker, which has the model, can tell."""
-        fingerprint = self._ledger.known_fingerprint(self._job.settings.memory)
-        if fingerprint is None:
-            return None
-        keep = MemorySettings(**self._job.settings.memory).keep
-        return {passage.document_id for passage in self._store.missing(fingerprint, keep)}
-
-    def _is_same(self, item: SourceItem) -> bool:
-        """Whether a document is stored with the text and metadata that its file has, and with the job's settings."""
-        memory = self._job.settings.memory
+    def _is_current(self, item: SourceItem, fingerprint: Fingerprint) -> bool:
+        """Whether a document is stored with the text and metadata of its file, the job's settings, and all caches."""
+        memory = MemorySettings(**self._job.settings.memory)
         try:
             document = read_file(path_of(item.uri), encoding=self._job.settings.encoding)
         except DocumentError:
             return False  # the worker reports the error
-        if not self._store.has_document(document.id):
+        stored, cached = self._store.find_document(document.id, fingerprint, memory.keep) or (None, set[str]())
+        if stored is None:
             return False
-        stored = self._store.document(document.id)
         found = (stored.content_sha256, stored.passage_tokens, stored.metadata)
-        return found == (document.content_sha256, memory["passage_tokens"], dict(document.metadata)) and all(
-            (passage.text is not None) == memory["keep_text"] for passage in stored.passages
+        return found == (document.content_sha256, memory.passage_tokens, dict(document.metadata)) and all(
+            (passage.text is not None) == memory.keep_text and passage.text_sha256 in cached
+            for passage in stored.passages
         )
 
 
@@ -139,9 +134,9 @@ def check_folder(store: Store, source: FileSource) -> None:
         JobError: The collection holds documents from outside the folder, or the folder is empty and the collection is
             not.
     """
+    ids, inside = _ids(store), file_id(Path(source.path).resolve()).rstrip("/") + "/"
     # Links are resolved only if a document lies outside: they are few, and a linked document has its target's id.
-    outside = list(_ids(store, without=file_id(Path(source.path).resolve()).rstrip("/") + "/"))
-    if outside:
+    if outside := [id_ for id_ in ids if not id_.startswith(inside)]:
         linked = {item.document_id for item in source.items() if os.path.islink(path_of(item.uri))}
         strangers = [id_ for id_ in outside if id_ not in linked]
         if strangers:
@@ -151,7 +146,7 @@ def check_folder(store: Store, source: FileSource) -> None:
                 where=source.path,
                 next_step="Use a separate --collection for the folder, or pass --force to delete them.",
             )
-    if next(source.items(), None) is None and next(_ids(store), None) is not None:
+    if ids and next(source.items(), None) is None:
         raise JobError(
             "the folder contains no documents, so syncing would empty the collection",
             where=source.path,
@@ -159,22 +154,8 @@ def check_folder(store: Store, source: FileSource) -> None:
         )
 
 
-def _ids(store: Store, *, without: str | None = None) -> Iterator[str]:
-    """Ids of the collection's documents in ascending order, loaded in pages to keep memory and transactions small."""
-    last = ""
-    while True:
-        wanted = (
-            select(DocumentRow.document_id)
-            .where(DocumentRow.collection_id == store.collection_id, DocumentRow.document_id > last)
-            .order_by(DocumentRow.document_id)
-            .limit(_PAGE)
-        )
-        if without is not None:
-            # Not LIKE, which ignores case in SQLite.
-            wanted = wanted.where(func.substr(DocumentRow.document_id, 1, len(without)) != without)
-        with store.catalog.read() as session:
-            page = session.scalars(wanted).all()
-        if not page:
-            return
-        yield from page
-        last = page[-1]
+def _ids(store: Store) -> Sequence[str]:
+    """Ids of the collection's documents in ascending order; about 100 MB for a million."""
+    ids = select(DocumentRow.document_id).where(DocumentRow.collection_id == store.collection_id)
+    with store.catalog.read() as session:
+        return session.scalars(ids.order_by(DocumentRow.document_id)).all()

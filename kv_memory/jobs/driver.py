@@ -5,6 +5,7 @@ It claims no task and reads no document, so killing it loses nothing: its worker
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -18,21 +19,11 @@ from kv_memory import errors
 from kv_memory.errors import ConfigError, JobError, KVMemoryError, StoreError, WorkerDiedError
 from kv_memory.jobs.discovery import Discovery, check_folder
 from kv_memory.jobs.engines import Engine, WorkerEnd
-from kv_memory.jobs.events import (
-    DocumentFailed,
-    Event,
-    JobEnded,
-    JobStarted,
-    Progress,
-    RateMeter,
-    WorkerEnded,
-)
-from kv_memory.jobs.job_records import Counts, Job, JobSettings
-from kv_memory.jobs.leases import LiveWorkers
+from kv_memory.jobs.events import DocumentFailed, Event, JobEnded, JobStarted, Progress, RateMeter, WorkerEnded
+from kv_memory.jobs.job_records import Counts, Job, JobSettings, Outcomes
 from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.sources import name_of, parse_sources
 from kv_memory.jobs.sources.files import FileSource
-from kv_memory.jobs.sources.source import Fields
 from kv_memory.store import Store
 
 _POLL_S = 0.2, 0.5  # at the start, and later: polling takes processor time from the workers
@@ -63,7 +54,7 @@ class JobRequest:
     query: str | None = None
     name: str | None = None
 
-    def specs(self, settings: JobSettings) -> list[dict[str, Any]]:
+    def specs(self) -> list[dict[str, Any]]:
         """The sources as specs, the form that the ledger stores.
 
         Raises:
@@ -89,9 +80,8 @@ class JobRequest:
                 where="force",
                 next_step="Leave out --force, or pass the folder with --sync.",
             )
-        fields = Fields(id_field=settings.id_field, text_field=settings.text_field)
         named = self.sources if self.sync is None else [self.sync]
-        specs = parse_sources(named, glob=self.glob, query=self.query, fields=fields)
+        specs = parse_sources(named, glob=self.glob, query=self.query)
         if self.sync is not None and any(spec["kind"] != "files" for spec in specs):
             raise ConfigError(
                 "--sync works on whole files, not on the records in them",
@@ -102,14 +92,12 @@ class JobRequest:
 
 
 def create_job(store: Store, request: JobRequest, settings: JobSettings) -> Job:
-    """Create a job in the ledger.
+    """Create a job in the ledger; errors of the request as in `JobRequest.specs`.
 
     Raises:
-        ConfigError: The request is malformed.
-        UnreadableDocumentError: A file or folder does not exist, or no file of records matches a pattern.
         JobError: The name is taken or invalid, or the sync would delete documents that `force` does not allow.
     """
-    specs = request.specs(settings)
+    specs = request.specs()
     if request.sync is not None and not request.force:
         check_folder(store, FileSource(specs[0]["path"], glob=specs[0]["glob"]))
     sources = {"items": specs, "sync": request.sync is not None}
@@ -127,15 +115,7 @@ def drive(
     retry_failed: bool = False,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> JobEnded:
-    """Run a job to its end.
-
-    Args:
-        store: Store of the job.
-        job: Job from `create_job` or the ledger.
-        engine: Engine that runs the workers.
-        resumed: True if the job was started before.
-        retry_failed: True to retry failed documents.
-        on_event: Callback for every event, called from this thread.
+    """Run a job to its end. Events are passed to `on_event` from this thread.
 
     Raises:
         JobError: Another process drives the job, or it was cancelled before.
@@ -147,7 +127,7 @@ def drive(
     with ledger.hold_driver_lock(job):
         job = ledger.reopen(job, retry_failed=retry_failed)
         if resumed:
-            LiveWorkers(store).free_dead(job)
+            ledger.free_dead(job)
         names = tuple(map(name_of, job.sources["items"]))
         on_event(JobStarted(job=job.name, sources=names, resumed=resumed))
         driver = _Driver(store, ledger, job, engine, on_event)
@@ -163,64 +143,61 @@ class _Driver:
     def __init__(
         self, store: Store, ledger: Ledger, job: Job, engine: Engine, on_event: Callable[[Event], None]
     ) -> None:
-        self._store = store
         self._ledger = ledger
-        self._live_workers = LiveWorkers(store)
         self._job = job
         self._engine = engine
         self._on_event = on_event
-        self._discovery = None if job.discovered else Discovery(store, ledger, job)
+        self._discovery = Discovery(store, ledger, job)
         self._speed = RateMeter()
         self._freed_s = 0.0
         self._strikes = 0
         self._progress = 0  # documents done or failed at the last check
-        self._remembered = False
         self._told = {failed.document_id for failed in ledger.failed(job, limit=_MOST_TOLD)}
 
     def run(self) -> JobEnded:
         start_s = time.monotonic()
-        if self._discovery is not None:
+        if not self._job.discovered:
             self._discovery.start()
         try:
-            state = self._watch(start_s)
+            self._watch(start_s)
         finally:
-            if self._discovery is not None:
-                self._discovery.stop()
+            self._discovery.stop()
             self._engine.stop()
             with suppress(StoreError):  # otherwise the next driver frees them
-                self._live_workers.free_dead(self._job, counted=False)
-        if state == "running":
-            self._ledger.finish(self._job)
-        ended = self._ended(time.monotonic() - start_s)
+                self._ledger.free_dead(self._job, counted=False)
+        self._ledger.finish(self._job)
+        counts, job = self._ledger.counts(self._job), self._ledger.job(self._job.name)
+        done = {field.name: getattr(counts, field.name) for field in dataclasses.fields(Outcomes)}
+        done["unchanged"] += job.n_unchanged
+        elapsed_s = time.monotonic() - start_s
+        ended = JobEnded(job=job.name, state=job.state, deleted=job.n_deleted, elapsed_s=elapsed_s, **done)
         self._on_event(ended)
-        if self._job.sources.get("sync") and not self._ledger.counts(self._job).total:
-            self._ledger.forget(self._job)  # the sync found nothing to do, so no record is needed
+        if job.sources.get("sync") and not counts.total:
+            self._ledger.forget(job)  # the sync found nothing to do, so no record is needed
         return ended
 
-    def _watch(self, start_s: float) -> str:
-        """Keep the job running until no document is left; return its final state."""
+    def _watch(self, start_s: float) -> None:
+        """Keep the job running until no document is left, or until it is cancelled."""
         pause_s = 0.0
         while True:
-            # In this order: documents discovered between the two calls are then included in the counts.
+            # Before the counts, which then include all documents that are listed.
             discovered = self._is_discovered()
+            listed = discovered or self._discovery.listed
             asked_s = time.monotonic()
             counts, state = self._ledger.counts(self._job), self._ledger.state(self._job)
             now_s = time.monotonic()
             least_s = _POLL_S[now_s - start_s > _BEGINNING_S]
             pause_s = min(max(least_s, (now_s - asked_s) / _SHARE_OF_POLLING), _SLOWEST_POLL_S)
-            listed = discovered or (self._discovery is not None and self._discovery.listed)
             self._tell(counts, now_s, now_s - start_s, discovered=listed)
-            if state != "running":
-                if not counts.running:
-                    return state
-            elif discovered and not counts.open:
-                return state
-            self._poll(counts, wanted=counts.open if state == "running" else 0)
+            is_cancelled = state != "running"
+            if not counts.running if is_cancelled else discovered and not counts.open:
+                return
+            if listed and not is_cancelled and not counts.open:
+                self._discovery.tasks_done.set()
+            self._poll(counts, wanted=0 if is_cancelled else counts.open)
             time.sleep(pause_s)
 
     def _is_discovered(self) -> bool:
-        if self._discovery is None:
-            return True
         if self._discovery.is_alive():
             return False
         if (error := self._discovery.error) is not None and self._ledger.state(self._job) == "running":
@@ -231,7 +208,7 @@ class _Driver:
         if counts.done + counts.failed > self._progress:
             self._progress, self._strikes = counts.done + counts.failed, 0
         for end in self._engine.poll(self._job, n_open=wanted):
-            freed = self._live_workers.free(self._job, end.worker, end.reason)
+            freed = self._ledger.free(self._job, end.worker, end.reason)
             if end.error is not None:
                 raise _raised(end)
             self._strikes = 0 if freed else self._strikes + max(1, end.n_deaths)
@@ -246,20 +223,16 @@ class _Driver:
                 )
         if time.monotonic() - self._freed_s > _SLOWEST_POLL_S:
             self._freed_s = time.monotonic()
-            self._live_workers.free_dead(self._job)
+            self._ledger.free_dead(self._job)
 
     def _tell(self, counts: Counts, now_s: float, elapsed_s: float, *, discovered: bool) -> None:
-        if counts.done and not self._remembered:
-            self._remembered = True
-            if self._store.settings() != self._job.settings.memory:
-                self._store.update_settings(self._job.settings.memory)  # `ask` uses these settings, as after `add`
-        self._speed.see(now_s, counts)
         n_told = len(self._told)
         if counts.failed > n_told and n_told < _MOST_TOLD:
             for failed in self._ledger.failed(self._job, limit=_MOST_TOLD):
                 if failed.document_id not in self._told:
                     self._told.add(failed.document_id)
                     self._on_event(DocumentFailed(job=self._job.name, **vars(failed)))
+        documents_per_s, tokens_per_s, left_s = self._speed.see(now_s, counts)
         self._on_event(
             Progress(
                 job=self._job.name,
@@ -271,24 +244,10 @@ class _Driver:
                 n_tokens=counts.n_tokens,
                 n_workers=self._engine.n_workers(),
                 elapsed_s=elapsed_s,
-                documents_per_s=self._speed.documents_per_s,
-                tokens_per_s=self._speed.tokens_per_s,
-                left_s=self._speed.left_s(counts) if discovered else None,
+                documents_per_s=documents_per_s,
+                tokens_per_s=tokens_per_s,
+                left_s=left_s if discovered else None,
             )
-        )
-
-    def _ended(self, elapsed_s: float) -> JobEnded:
-        counts, job = self._ledger.counts(self._job), self._ledger.job(self._job.name)
-        sums = ("failed", "cancelled", "n_passages", "n_tokens", "cache_bytes", "full_kv_bytes")
-        return JobEnded(
-            job=job.name,
-            state=self._ledger.state(job),
-            added=counts.outcomes.get("added", 0),
-            replaced=counts.outcomes.get("replaced", 0),
-            unchanged=counts.outcomes.get("unchanged", 0) + job.n_unchanged,
-            deleted=job.n_deleted,
-            elapsed_s=elapsed_s,
-            **{name: getattr(counts, name) for name in sums},
         )
 
 

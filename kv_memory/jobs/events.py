@@ -6,7 +6,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kv_memory.jobs.job_records import Counts, FailedTask
+from kv_memory.jobs.job_records import Counts, FailedTask, Outcomes
+
+_WINDOW_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,79 +82,46 @@ class WorkerEnded(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobEnded(Event):
+class JobEnded(Outcomes, Event):
     """The job has ended.
 
     Attributes:
         state: Final state, `done` or `cancelled`.
-        added: Number of new documents.
-        replaced: Number of documents with changed text, metadata or settings.
-        unchanged: Number of documents that needed no work.
         deleted: Number of documents deleted by a sync.
-        failed: Number of failed documents.
-        cancelled: Number of documents left out because the job was cancelled.
-        n_passages: Number of passages compressed.
-        n_tokens: Number of tokens compressed.
-        cache_bytes: Size of the new distilled caches in bytes.
-        full_kv_bytes: Size that their uncompressed caches would have, in bytes.
         elapsed_s: Time since the job started or resumed, in seconds.
     """
 
     kind = "ended"
     state: str
-    added: int
-    replaced: int
-    unchanged: int
     deleted: int
-    failed: int
-    cancelled: int
-    n_passages: int
-    n_tokens: int
-    cache_bytes: int
-    full_kv_bytes: int
     elapsed_s: float
 
 
 class RateMeter:
-    """The recent speed of a job: its first minute says little about its tenth hour.
+    """The speed of a job over the last minute: its first minute says little about its tenth hour."""
 
-    Args:
-        window_s: Length of the sliding window in seconds.
-    """
-
-    def __init__(self, *, window_s: float = 60.0) -> None:
-        self._window_s = window_s
+    def __init__(self) -> None:
         self._begun = False
-        self._seen: deque[tuple[float, int, int, int]] = deque()
+        self._seen: deque[tuple[float, Counts]] = deque()
 
-    def see(self, now_s: float, counts: Counts) -> None:
-        """Record the counts at a point in time."""
-        if len(self._seen) == 1 and not self._begun:
+    def see(self, now_s: float, counts: Counts) -> tuple[float, float, float | None]:
+        """Record the counts at a point in time.
+
+        Returns:
+            Documents done or failed per second, tokens compressed per second, and the estimated remaining time in
+            seconds, by the sizes of the documents if they are known; None while it is unknown.
+        """
+        if not self._begun:
             self._seen.clear()  # the time for loading models does not count
         self._begun = self._begun or bool(counts.running)
-        self._seen.append((now_s, counts.done + counts.failed, counts.n_tokens, counts.done_bytes))
-        while len(self._seen) > 2 and now_s - self._seen[1][0] > self._window_s:
+        self._seen.append((now_s, counts))
+        while len(self._seen) > 2 and now_s - self._seen[1][0] > _WINDOW_S:
             self._seen.popleft()
-
-    @property
-    def documents_per_s(self) -> float:
-        """Documents done or failed per second."""
-        return self._rate(1)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens compressed per second."""
-        return self._rate(2)
-
-    def left_s(self, counts: Counts) -> float | None:
-        """Estimated remaining time, based on the sizes of the documents if they are known; None while it is unknown."""
-        if not counts.open:
-            return 0.0
-        done, left = (self._rate(3), counts.open_bytes) if counts.open_bytes else (self._rate(1), counts.open)
-        return left / done if done else None
-
-    def _rate(self, column: int) -> float:
-        if len(self._seen) < 2:
-            return 0.0
-        first, last = self._seen[0], self._seen[-1]
-        return (last[column] - first[column]) / max(last[0] - first[0], 1e-3)
+        begin_s, begin = self._seen[0]
+        elapsed_s = max(now_s - begin_s, 1e-3)
+        n_documents = counts.done + counts.failed - begin.done - begin.failed
+        done, left = n_documents, counts.open
+        if counts.open_bytes:
+            done, left = counts.done_bytes - begin.done_bytes, counts.open_bytes
+        left_s = 0.0 if not counts.open else left / done * elapsed_s if done else None
+        return n_documents / elapsed_s, (counts.n_tokens - begin.n_tokens) / elapsed_s, left_s

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from kv_memory.errors import ConfigError
 
 JobState = Literal["running", "interrupted", "done", "cancelled"]
 """`interrupted` is stored as `running`: no process drives the job any more."""
+Outcome = Literal["added", "replaced", "unchanged"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +23,8 @@ class JobSettings:
     Attributes:
         memory: `MemorySettings` as a dict.
         encoding: Encoding of text files without a byte order mark.
-        id_field: Field of a record that holds its id.
-        text_field: Field of a record that holds its text.
+        id_field: Field with the id of a record; a record without one is named after its source and number.
+        text_field: Field with the text of a record.
         max_attempts: Number of workers that may die over one document before it counts as failed.
     """
 
@@ -52,28 +53,21 @@ class JobSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job as stored in the ledger.
+    """A job as stored in the ledger; times are in UTC.
 
     Attributes:
-        id: Id of the job's row.
         name: Name, unique in the store.
-        collection_id: Id of the collection that receives the documents.
-        collection: Name of this collection.
-        state: State of the job: `running`, `interrupted`, `done` or `cancelled`.
+        collection: Name of the collection that receives the documents.
         sources: Requested sources, `{"items": [SPEC, ...], "sync": bool}`.
-        settings: Settings for reading and compressing the documents.
         fingerprint: Digest of the caches' fingerprint; None until a worker has loaded the model.
         discovered: True once every document of the sources has a task.
         n_deleted: Number of documents deleted by a sync.
         n_unchanged: Number of documents that a sync found stored and unchanged; they have no tasks.
-        created_at: Time of creation, in UTC.
-        updated_at: Time of the last change, in UTC.
-        finished_at: Time of the end, in UTC; None while the job is unfinished.
+        finished_at: Time of the end; None while the job is unfinished.
     """
 
     id: int
     name: str
-    collection_id: int
     collection: str
     state: JobState
     sources: dict[str, Any]
@@ -83,42 +77,38 @@ class Job:
     n_deleted: int
     n_unchanged: int
     created_at: datetime
-    updated_at: datetime
     finished_at: datetime | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """A document that a worker has claimed."""
+class SourceItem:
+    """A document of a source, without its text.
 
-    id: int
-    job_id: int
+    Attributes:
+        document_id: Id of the document in the collection.
+        uri: Address from which a worker reads this document: `file:///a.md`, `file:///a.jsonl#BYTE OFFSET`.
+        size_bytes: Size of the source in bytes; 0 if unknown. Larger documents are processed first, so that none is
+            left alone at the end, and consecutive documents have about the same length.
+        error: Error found while listing the source, in the form of `KVMemoryError.to_dict`; None if it can be read.
+    """
+
     document_id: str
     uri: str
-    attempts: int
+    size_bytes: int = 0
+    error: dict[str, str | None] | None = None
+
+    @property
+    def locator(self) -> str:
+        """The place of the document in its source: the part of the uri after the `#`."""
+        return self.uri.partition("#")[2]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskResult:
-    """The result of one document.
+class Task(SourceItem):
+    """A document that a worker has claimed."""
 
-    Attributes:
-        outcome: Kind of change to the document, where `unchanged` costs only a hash; None if it failed.
-        error: Error of a failed document, in the form of `KVMemoryError.to_dict`; None if it is stored.
-        n_passages: Number of passages compressed.
-        n_tokens: Number of tokens compressed.
-        cache_bytes: Size of the new distilled caches in bytes.
-        full_kv_bytes: Size that their uncompressed caches would have, in bytes.
-        elapsed_s: Processing time in seconds.
-    """
-
-    outcome: Literal["added", "replaced", "unchanged"] | None = None
-    error: dict[str, str | None] | None = None
-    n_passages: int = 0
-    n_tokens: int = 0
-    cache_bytes: int = 0
-    full_kv_bytes: int = 0
-    elapsed_s: float = 0.0
+    id: int
+    attempts: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,39 +122,76 @@ class FailedTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counts:
+class Work:
+    """The work that a document, or a whole job, has taken.
+
+    Attributes:
+        n_passages: Number of passages compressed.
+        n_tokens: Number of tokens compressed.
+        cache_bytes: Size of the new distilled caches in bytes.
+        full_kv_bytes: Size that their uncompressed caches would have, in bytes.
+    """
+
+    n_passages: int = 0
+    n_tokens: int = 0
+    cache_bytes: int = 0
+    full_kv_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult(Work):
+    """The result of one document.
+
+    Attributes:
+        outcome: Kind of change to the document, where `unchanged` costs only a hash; None if it failed.
+        error: Error of a failed document, in the form of `KVMemoryError.to_dict`; None if it is stored.
+        elapsed_s: Processing time in seconds.
+    """
+
+    outcome: Outcome | None = None
+    error: dict[str, str | None] | None = None
+    elapsed_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcomes(Work):
+    """Numbers of documents by outcome.
+
+    Attributes:
+        added: Number of new documents.
+        replaced: Number of documents with changed text, metadata or settings.
+        unchanged: Number of documents that needed no work.
+        failed: Number of failed documents.
+        cancelled: Number of documents left out because the job was cancelled.
+    """
+
+    added: int = 0
+    replaced: int = 0
+    unchanged: int = 0
+    failed: int = 0
+    cancelled: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts(Outcomes):
     """The progress of a job.
 
     Attributes:
         pending: Number of documents not yet claimed.
         running: Number of documents in progress.
-        failed: Number of failed documents.
-        cancelled: Number of documents left out because the job was cancelled.
-        outcomes: Number of finished documents by outcome.
-        n_passages: Number of passages compressed.
-        n_tokens: Number of tokens compressed.
-        cache_bytes: Size of the new distilled caches in bytes.
-        full_kv_bytes: Size that their uncompressed caches would have, in bytes.
         done_bytes: Size in bytes of the sources of done and failed documents, as far as known.
         open_bytes: Size in bytes of the sources of pending and running documents, as far as known.
     """
 
     pending: int = 0
     running: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    outcomes: Mapping[str, int] = field(default_factory=dict)
-    n_passages: int = 0
-    n_tokens: int = 0
-    cache_bytes: int = 0
-    full_kv_bytes: int = 0
     done_bytes: int = 0
     open_bytes: int = 0
 
     @property
     def done(self) -> int:
         """Number of finished documents."""
-        return sum(self.outcomes.values())
+        return self.added + self.replaced + self.unchanged
 
     @property
     def open(self) -> int:

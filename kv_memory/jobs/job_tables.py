@@ -28,7 +28,7 @@ class JobRow(Base):
     n_deleted: Mapped[int] = mapped_column(default=0)
     n_unchanged: Mapped[int] = mapped_column(default=0)
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
-    updated_at: Mapped[datetime] = mapped_column(default=utc_now)
+    updated_at: Mapped[datetime] = mapped_column(default=utc_now, onupdate=utc_now)
     finished_at: Mapped[datetime | None]
 
 
@@ -59,4 +59,4 @@ class TaskRow(Base):
     full_kv_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     elapsed_s: Mapped[float | None]
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
-    updated_at: Mapped[datetime] = mapped_column(default=utc_now)
+    updated_at: Mapped[datetime] = mapped_column(default=utc_now, onupdate=utc_now)

@@ -7,32 +7,28 @@ see `leases.TaskQueue`.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import Select, and_, delete, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from kv_memory.cache.fingerprint import Fingerprint
-from kv_memory.errors import DocumentError, JobError
-from kv_memory.jobs.job_records import Counts, FailedTask, Job, JobSettings
+from kv_memory.errors import DocumentError, JobError, WorkerDiedError
+from kv_memory.jobs.job_records import Counts, FailedTask, Job, JobSettings, SourceItem, Work
 from kv_memory.jobs.job_tables import JobRow, TaskRow
-from kv_memory.jobs.leases import count_of, locks_reach
-from kv_memory.jobs.sources.source import SourceItem
+from kv_memory.jobs.leases import count_of
 from kv_memory.model.embedded import recorded_settings
 from kv_memory.store import Store
 from kv_memory.store.documents import batches
-from kv_memory.store.sql.schema import CollectionRow, FingerprintRow, utc_now
+from kv_memory.store.sql.schema import FingerprintRow, utc_now
 
 
 class Ledger:
-    """The jobs of one collection; thread-safe.
-
-    Args:
-        store: Store with the catalog that holds the ledger.
-    """
+    """The jobs of one collection, in the catalog of its store; thread-safe."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -76,7 +72,7 @@ class Ledger:
             JobError: The collection has no job of this name.
         """
         with self._catalog.read() as session:
-            row = session.execute(self._jobs().where(JobRow.name == name)).one_or_none()
+            row = session.scalar(self._jobs().where(JobRow.name == name))
         if row is None:
             raise JobError(
                 f"no job {name!r} in this collection", where=name, next_step="List them with `kv-memory job list`."
@@ -86,7 +82,7 @@ class Ledger:
     def jobs(self) -> list[Job]:
         """All jobs of the collection, the newest first."""
         with self._catalog.read() as session:
-            rows = session.execute(self._jobs().order_by(JobRow.id.desc())).all()
+            rows = session.scalars(self._jobs().order_by(JobRow.id.desc())).all()
         return [self._record(row) for row in rows]
 
     def state(self, job: Job) -> str:
@@ -110,9 +106,10 @@ class Ledger:
                 )
             yield
 
-    def set_fingerprint(self, job: Job, digest: str) -> None:
-        """Record the fingerprint digest of the job's caches."""
-        self._update(job, fingerprint=digest)
+    def update(self, job: Job, **values: Any) -> None:
+        """Set fields of the job, such as `fingerprint`, `discovered` or `n_deleted`."""
+        with self._catalog.write() as session:
+            session.execute(update(JobRow).where(JobRow.id == job.id).values(**values))
 
     def known_fingerprint(self, memory: Mapping[str, Any]) -> Fingerprint | None:
         """Fingerprint of caches with these settings; None if no job of the collection has determined it yet."""
@@ -121,44 +118,31 @@ class Ledger:
             row = session.get(FingerprintRow, next(digests, None) or "")
             return None if row is None else Fingerprint.from_json(row.json)
 
-    def set_discovered(self, job: Job, *, n_unchanged: int = 0) -> None:
-        """Record that every document of the sources has a task."""
-        self._update(job, discovered=True, n_unchanged=n_unchanged)
-
-    def count_deleted(self, job: Job, n: int) -> None:
-        """Add `n` to the number of documents deleted by a sync."""
-        self._update(job, n_deleted=JobRow.n_deleted + n)
-
-    def finish(self, job: Job) -> bool:
-        """Mark the job as done; False if it was cancelled meanwhile."""
-        now = utc_now()
+    def finish(self, job: Job) -> None:
+        """Mark the job as done, unless it was cancelled meanwhile."""
         with self._catalog.write() as session:
             done = update(JobRow).where(JobRow.id == job.id, JobRow.state == "running")
-            result = session.execute(done.values(state="done", finished_at=now, updated_at=now))
-            return count_of(result) > 0
+            session.execute(done.values(state="done", finished_at=utc_now()))
 
     def reopen(self, job: Job, *, retry_failed: bool = False) -> Job:
-        """Set a job to running again; tasks held by dead workers are left to `LiveWorkers.free_dead`.
+        """Set a job to running again; tasks held by dead workers are left to `free_dead`.
 
-        Args:
-            job: Job that this process drives, see `hold_driver_lock`.
-            retry_failed: True to retry failed documents, and to repeat the discovery if it found broken ones.
+        With `retry_failed`, failed documents are retried, and the discovery is repeated if it found broken ones.
 
         Raises:
             JobError: The job was cancelled.
         """
         if job.state == "cancelled":
             raise JobError("this job was cancelled", where=job.name, next_step=_ANEW)
-        now = utc_now()
         with self._catalog.write() as session:
-            again: dict[str, Any] = {"state": "running", "finished_at": None, "updated_at": now}
+            again: dict[str, Any] = {"state": "running", "finished_at": None}
             if retry_failed:
                 failed = (TaskRow.job_id == job.id) & (TaskRow.state == "failed")
                 # Without attempts: discovery found the error before any worker claimed the document.
                 if count_of(session.execute(delete(TaskRow).where(failed, TaskRow.attempts == 0))):
                     again["discovered"] = False
                 retried = update(TaskRow).where(failed)
-                session.execute(retried.values(state="pending", attempts=0, error=None, worker=None, updated_at=now))
+                session.execute(retried.values(state="pending", attempts=0, error=None, worker=None))
             session.execute(update(JobRow).where(JobRow.id == job.id).values(**again))
         return self.job(job.name)
 
@@ -177,13 +161,12 @@ class Ledger:
                 where=job.name,
                 next_step="List the running jobs with `kv-memory job list`.",
             )
-        now = utc_now()
         with self._catalog.write() as session:
-            states = ["pending"] if job.state == "running" else ["pending", "running"]
+            states = ["pending"] if job.state == "running" else _OPEN
             left = update(TaskRow).where(TaskRow.job_id == job.id, TaskRow.state.in_(states))
-            result = session.execute(left.values(state="cancelled", worker=None, updated_at=now))
+            result = session.execute(left.values(state="cancelled", worker=None))
             ended = update(JobRow).where(JobRow.id == job.id, JobRow.state == "running")
-            session.execute(ended.values(state="cancelled", finished_at=now, updated_at=now))
+            session.execute(ended.values(state="cancelled", finished_at=utc_now()))
             return count_of(result)
 
     def forget(self, job: Job) -> None:
@@ -218,7 +201,6 @@ class Ledger:
     def _insert(self, session: Session, job: Job, items: Sequence[SourceItem]) -> None:
         if not items:
             return
-        now = utc_now()
         rows = [
             {
                 "job_id": job.id,
@@ -227,8 +209,6 @@ class Ledger:
                 "priority": -item.size_bytes,
                 "state": "pending" if item.error is None else "failed",
                 "error": item.error,
-                "created_at": now,
-                "updated_at": now,
             }
             for item in items
         ]
@@ -237,37 +217,17 @@ class Ledger:
 
     def counts(self, job: Job) -> Counts:
         """Progress of the job."""
-        sums = [func.coalesce(func.sum(getattr(TaskRow, name)), 0) for name in _SUMMED]
-        states = (
-            select(TaskRow.state, TaskRow.outcome, func.count(), *sums)
-            .where(TaskRow.job_id == job.id)
-            .group_by(TaskRow.state, TaskRow.outcome)
-        )
+        sums = [func.coalesce(func.sum(getattr(TaskRow, name)), 0) for name in (*_WORK, "priority")]
+        kinds = select(TaskRow.state, TaskRow.outcome, func.count(), *sums).where(TaskRow.job_id == job.id)
         with self._catalog.read() as session:
-            rows = session.execute(states).all()
-        n: dict[str, int] = {}
-        outcomes: dict[str, int] = {}
-        totals = dict.fromkeys(_SUMMED, 0)
-        open_bytes = done_bytes = 0
-        for state, outcome, count, *summed in rows:
-            of_row = dict(zip(_SUMMED, map(int, summed), strict=True))
-            n[state] = n.get(state, 0) + count
-            if state == "done":
-                outcomes[outcome or "added"] = outcomes.get(outcome or "added", 0) + count
-            if state in {"pending", "running"}:
-                open_bytes -= of_row["priority"]
-            elif state != "cancelled":
-                done_bytes -= of_row["priority"]
-            totals = {name: totals[name] + of_row[name] for name in _SUMMED}
-        del totals["priority"]
-        left = {state: n.get(state, 0) for state in ("pending", "running", "failed", "cancelled")}
-        return Counts(**left, outcomes=outcomes, **totals, done_bytes=done_bytes, open_bytes=open_bytes)
-
-    def is_open(self, job: Job) -> bool:
-        """Whether documents are pending or in progress."""
-        left = select(TaskRow.id).where(TaskRow.job_id == job.id, TaskRow.state.in_(["pending", "running"])).limit(1)
-        with self._catalog.read() as session:
-            return session.scalar(left) is not None
+            rows = session.execute(kinds.group_by(TaskRow.state, TaskRow.outcome)).all()
+        totals = Counter[str]()
+        for state, outcome, n, *work, priority in rows:
+            totals.update(dict(zip(_WORK, map(int, work), strict=True)))
+            totals[outcome if state == "done" else state] += n
+            if state != "cancelled":
+                totals["open_bytes" if state in _OPEN else "done_bytes"] -= int(priority)
+        return Counts(**totals)
 
     def failed(self, job: Job, *, limit: int | None = None) -> list[FailedTask]:
         """Failed documents in the order of their tasks."""
@@ -277,27 +237,67 @@ class Ledger:
             rows = session.execute(wanted.where(TaskRow.job_id == job.id, TaskRow.state == "failed")).all()
         return [FailedTask(**row._mapping) for row in rows]
 
+    # workers
+
+    def hold_worker_lock(self, worker: str) -> AbstractContextManager[bool]:
+        """Hold the lock by which other processes see that this worker is alive.
+
+        It is released when the process is killed: the driver detects that at once, and with PostgreSQL on any machine.
+        Process ids were rejected: they are reused, and containers have the same ones.
+        """
+        return self._catalog.hold(f"worker {worker}")
+
+    def free_dead(self, job: Job, *, counted: bool = True) -> int:
+        """Free the tasks of dead workers and those with expired leases; return their number.
+
+        Without `counted`, the attempt does not count: the workers were stopped on purpose.
+        """
+        held = select(TaskRow.worker, TaskRow.lease_expires_at)
+        with self._catalog.read() as session:
+            rows = session.execute(held.where(TaskRow.job_id == job.id, TaskRow.state == "running")).all()
+        n_freed = 0
+        for worker, until in rows:
+            mine = TaskRow.worker == worker
+            if until is not None and until < utc_now():
+                mine = and_(mine, TaskRow.lease_expires_at < utc_now())
+                n_freed += self._free(job, mine, "its lease has expired", counted=counted)
+                continue
+            with self._catalog.hold(f"worker {worker}", wait=False) as is_dead:
+                pass
+            if is_dead:
+                n_freed += self._free(job, mine, "its process has died", counted=counted)
+        return n_freed
+
+    def free(self, job: Job, worker: str, reason: str) -> int:
+        """Free the tasks of a dead worker and return their number; tasks with too many attempts fail."""
+        return self._free(job, TaskRow.worker == worker, reason)
+
+    def _free(self, job: Job, whose: Any, reason: str, *, counted: bool = True) -> int:
+        held = update(TaskRow).where(TaskRow.job_id == job.id, TaskRow.state == "running", whose)
+        held = held.values(worker=None, lease_expires_at=None).execution_options(synchronize_session=False)
+        error = WorkerDiedError(
+            f"every worker that claimed this document died; the last one: {reason}",
+            next_step="It may be too large for memory, or crash the model. Leave it out, or try again with "
+            f"`kv-memory job resume {job.name} --retry-failed`.",
+        )
+        failed = held.where(TaskRow.attempts >= job.settings.max_attempts).values(state="failed", error=error.to_dict())
+        pending = held.values(state="pending", attempts=TaskRow.attempts - (0 if counted else 1))
+        with self._catalog.write(alone=False) as session:
+            n_failed = count_of(session.execute(failed)) if counted else 0
+            return n_failed + count_of(session.execute(pending))
+
     # rows
 
-    def _jobs(self) -> Any:
-        return (
-            select(JobRow, CollectionRow.name)
-            .join(CollectionRow, CollectionRow.id == JobRow.collection_id)
-            .where(JobRow.collection_id == self._store.collection_id)
-        )
+    def _jobs(self) -> Select[JobRow]:
+        return select(JobRow).where(JobRow.collection_id == self._store.collection_id)
 
-    def _record(self, found: Any) -> Job:
-        row, collection = found
-        values = {field.name: getattr(row, field.name) for field in dataclasses.fields(Job) if field.name in _COLUMNS}
+    def _record(self, row: JobRow) -> Job:
+        values = {name: getattr(row, name) for name in _COLUMNS}
         values["settings"] = JobSettings(**{**row.settings, "memory": recorded_settings(row.settings["memory"])})
-        if row.state == "running" and locks_reach(self._catalog):
+        if row.state == "running":
             with self._catalog.hold(f"job {row.id}", wait=False) as had:
                 values["state"] = "interrupted" if had else "running"
-        return Job(**values, collection=collection)
-
-    def _update(self, job: Job, **values: Any) -> None:
-        with self._catalog.write() as session:
-            session.execute(update(JobRow).where(JobRow.id == job.id).values(**values, updated_at=utc_now()))
+        return Job(**values, collection=self._store.collection)
 
 
 def _duplicate(item: SourceItem, first: str) -> SourceItem:
@@ -319,5 +319,6 @@ def forget_documents(store: Store, ids: Sequence[str]) -> None:
 
 
 _ANEW = "Start a new job with `kv-memory job run`; documents that are already stored cost almost nothing."
-_SUMMED = ("n_passages", "n_tokens", "cache_bytes", "full_kv_bytes", "priority")
-_COLUMNS = set(JobRow.__table__.columns.keys())
+_OPEN = ("pending", "running")
+_WORK = [field.name for field in dataclasses.fields(Work)]
+_COLUMNS = [field.name for field in dataclasses.fields(Job) if field.name != "collection"]

@@ -26,11 +26,10 @@ import torch
 from kv_memory.errors import KVMemoryError, StoreConnectionError, StoreError, StoreLockedError
 from kv_memory.ingest.pipeline import IngestPipeline
 from kv_memory.jobs.engines import WorkerEnd
-from kv_memory.jobs.job_records import Job, Task, TaskResult
-from kv_memory.jobs.leases import LEASE_S, LiveWorkers, TaskQueue
+from kv_memory.jobs.job_records import Job, Outcome, Task, TaskResult, Work
+from kv_memory.jobs.leases import LEASE_S, TaskQueue
 from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.sources import Sources
-from kv_memory.jobs.sources.source import SourceItem
 from kv_memory.memory import KVMemory
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
@@ -43,8 +42,8 @@ def error_of(error: Exception) -> dict[str, str | None]:
     """An error in the form that the ledger stores."""
     if isinstance(error, KVMemoryError):
         return error.to_dict()
-    text = str(error).strip()[:1000] or type(error).__name__
-    return {"error": type(error).__name__, "what": text, "where": None, "next_step": None}
+    name = type(error).__name__
+    return {**KVMemoryError(str(error).strip()[:1000] or name).to_dict(), "error": name}
 
 
 def run(
@@ -58,29 +57,20 @@ def run(
     device: str = "auto",
     lease_s: float = LEASE_S,
 ) -> WorkerEnd:
-    """Open a store and work on a job of it. Errors are returned, not raised.
+    """Open the store in the folder `path` and work on a job of it; see `work` for `alone`, `TaskQueue` for `lease_s`.
 
-    Args:
-        path: Folder of the store.
-        collection: Name of the job's collection.
-        job: Name of the job.
-        worker: Name of this worker, unique across machines.
-        alone: See `work`.
-        n_threads: Number of CPU threads for the model.
-        device: Device of the model.
-        lease_s: Duration of a lease in seconds, see `TaskQueue`.
+    Errors are returned, not raised.
     """
     torch.set_num_threads(n_threads)
     try:
         with (
             Store.open(path, collection=collection, create=False) as store,
-            LiveWorkers(store).hold_worker_lock(worker),
+            (ledger := Ledger(store)).hold_worker_lock(worker),
         ):
-            ledger = Ledger(store)
             found = ledger.job(job)
             pipeline = pipeline_of(store, found, device=device)
             if found.fingerprint != pipeline.fingerprint.digest:
-                ledger.set_fingerprint(found, pipeline.fingerprint.digest)
+                ledger.update(found, fingerprint=pipeline.fingerprint.digest)
             with (
                 closing(Sources(found.sources["items"], found.settings)) as sources,
                 TaskQueue(store, found.id, worker, lease_s=lease_s) as queue,
@@ -102,13 +92,7 @@ def pipeline_of(store: Store, job: Job, *, device: str = "auto") -> IngestPipeli
 
 
 def work(queue: TaskQueue, sources: Sources, pipeline: IngestPipeline, *, alone: Callable[[], bool]) -> None:
-    """Process documents of a job until it ends, or until nobody drives it any more.
-
-    Args:
-        queue: Tasks of the job.
-        sources: Sources of the job.
-        pipeline: Ingest pipeline with the job's settings.
-        alone: Function that returns True once the worker should stop, e.g. because the driver has died.
+    """Process documents of a job until it ends, or until `alone` is true, e.g. because its driver has died.
 
     Raises:
         StoreError: The store cannot be used.
@@ -135,7 +119,7 @@ def do_one(task: Task, sources: Sources, pipeline: IngestPipeline) -> TaskResult
     """
     start_s = time.perf_counter()
     try:
-        read = sources.read(SourceItem(document_id=task.document_id, uri=task.uri))
+        read = sources.read(task)
         if read.whole:  # stored under the exact text, which callers look up
             text, metadata = read.document.text, read.document.metadata
             report = pipeline.add_passages(read.document.id, [text], metadata=metadata, extend=False)
@@ -147,14 +131,9 @@ def do_one(task: Task, sources: Sources, pipeline: IngestPipeline) -> TaskResult
         if "CUDA error" in str(error):
             os._exit(_BROKEN)  # every further call in this process would fail too; a new worker takes over
         return TaskResult(error=error_of(error), elapsed_s=time.perf_counter() - start_s)
-    return TaskResult(
-        outcome="unchanged" if report.unchanged else "added" if report.added else "replaced",
-        n_passages=report.n_passages,
-        n_tokens=report.n_tokens,
-        cache_bytes=report.cache_bytes,
-        full_kv_bytes=report.full_kv_bytes,
-        elapsed_s=time.perf_counter() - start_s,
-    )
+    outcome: Outcome = "unchanged" if report.unchanged else "added" if report.added else "replaced"
+    work = {field.name: getattr(report, field.name) for field in dataclasses.fields(Work)}
+    return TaskResult(outcome=outcome, elapsed_s=time.perf_counter() - start_s, **work)
 
 
 class _Stopped(BaseException):

@@ -1,18 +1,24 @@
-"""Adapters in training: created from settings, converted back to settings, saved in the model's dtype."""
+"""Adapters in training: created from settings, the settings that an existing one prescribes, and their parameters.
+
+Another form of adapter is created in `new_adapter`, names its parameters in `parameters_of`, says in `learning_rates`
+which of them a stage trains, and has its step in `gradients.STEPS`.
+"""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from kv_memory.compress.adapter import Adapter
 from kv_memory.errors import ConfigError
 from kv_memory.model.backbone import Backbone
 from kv_memory.train.settings import TrainSettings
+
+Stage = Literal["warmup", "distillation"]
+Parameters = dict[str, torch.nn.Parameter]
 
 # Settings that determine the structure of an adapter: those that its `AdapterConfig` records, and its LoRA's.
 _CONFIG = ("scorer", "scorer_size", "eta", "routed", "budget", "first_routed_layer")
@@ -26,18 +32,6 @@ def new_adapter(backbone: Backbone, settings: TrainSettings) -> Adapter:
     return Adapter.create(backbone, **structure, full_strength_ratio=settings.full_strength_ratio, seed=settings.seed)
 
 
-def _structure_of(adapter: Adapter) -> dict[str, Any]:
-    """The structure of an adapter, as values for the settings of the same names."""
-    lora: Any = adapter.peft_model.peft_config["default"]
-    found = {_TARGETS[name] for name in lora.target_modules}
-    return {
-        **{name: getattr(adapter.config, name) for name in _CONFIG},
-        "targets": tuple(name for name in "qkvo" if name in found),
-        "rank": lora.r,
-        "alpha": float(lora.lora_alpha),
-    }
-
-
 def fit_settings(settings: TrainSettings, adapter: Adapter, *, given: Mapping[str, Any]) -> TrainSettings:
     """Settings with the structure of an existing adapter, which needs no warm-up unless it is chosen.
 
@@ -49,7 +43,11 @@ def fit_settings(settings: TrainSettings, adapter: Adapter, *, given: Mapping[st
     Raises:
         ConfigError: A setting in `given` contradicts the adapter.
     """
-    structure = _structure_of(adapter)
+    lora: Any = adapter.peft_model.peft_config["default"]
+    targets = {_TARGETS[name] for name in lora.target_modules}
+    structure: dict[str, Any] = {name: getattr(adapter.config, name) for name in _CONFIG}
+    structure["targets"] = tuple(name for name in "qkvo" if name in targets)
+    structure |= {"rank": lora.r, "alpha": float(lora.lora_alpha)}
     wrong = [f"{name} is {value!r}" for name, value in structure.items() if name in given and given[name] != value]
     if wrong:
         raise ConfigError(
@@ -64,34 +62,28 @@ def fit_settings(settings: TrainSettings, adapter: Adapter, *, given: Mapping[st
     return replace(settings, **structure, warmup_steps=warmup_steps)
 
 
-def save_adapter(adapter: Adapter, folder: Path, *, trained_steps: int) -> None:
-    """Write the adapter with its LoRA in the model's dtype, to which `Adapter.load` would convert it anyway.
+def parameters_of(adapter: Adapter) -> Parameters:
+    """All parameters of an adapter by name, `lora.…` and `scorer.…`; the LoRA is converted to float32.
 
-    The parameters in training stay in float32. An existing folder is replaced as a whole.
+    In bfloat16, the dtype of a loaded LoRA, steps of 1e-4 would vanish.
     """
-    lora = {name: p for name, p in adapter.peft_model.named_parameters() if "lora_" in name}
-    masters = {name: p.data for name, p in lora.items()}
-    config = adapter.config
-    scratch = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        for parameter in lora.values():
-            parameter.data = parameter.data.to(adapter.backbone.dtype)
-        adapter.config = replace(config, trained_steps=trained_steps)
-        adapter.save(scratch)
-    finally:
-        adapter.config = config
-        for name, parameter in lora.items():
-            parameter.data = masters[name]
-    (scratch / "README.md").unlink(missing_ok=True)  # PEFT's model card template, not filled in
-    replace_folder(scratch, folder)
+    lora = {f"lora.{name}": p for name, p in adapter.peft_model.named_parameters() if "lora_" in name}
+    for parameter in lora.values():
+        parameter.data = parameter.data.float()
+    return {**lora, **{f"scorer.{name}": p for name, p in adapter.scorer.named_parameters()}}
 
 
-def replace_folder(new: Path, final: Path) -> None:
-    """Rename a finished folder to its final name; a folder of that name is removed."""
-    old = final.with_name(f".old-{final.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.is_dir():
-        os.replace(final, old)
-    os.replace(new, final)
-    shutil.rmtree(old, ignore_errors=True)
+def learning_rates(settings: TrainSettings, stage: Stage) -> dict[str, float]:
+    """Full learning rates of a stage, by the first part of the parameters' names; it trains no others."""
+    if stage == "warmup":
+        return {"scorer": settings.lr_scorer}
+    scorer = {"scorer": settings.lr_scorer_distil} if settings.lr_scorer_distil > 0 else {}
+    return {"lora": settings.lr_lora, **scorer}
+
+
+def trainable(adapter: Adapter, settings: TrainSettings, stage: Stage) -> Parameters:
+    """The parameters that a stage trains; all others are frozen."""
+    everything, kinds = parameters_of(adapter), learning_rates(settings, stage)
+    for name, parameter in everything.items():
+        parameter.requires_grad_(name.split(".")[0] in kinds)
+    return {name: p for name, p in everything.items() if p.requires_grad}

@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from kv_memory.compress.refine.batching import Row
 from kv_memory.datasets import Example, Question
@@ -27,9 +28,8 @@ class Batch:
     Attributes:
         documents: Token ids of the documents, in their wrappers.
         groups: Indices of the documents that are joined in each group, in order. Every document is in one group.
-        rows: Rows that follow the groups: a question with its answer, or a request with its span; at least one. The
-            `document` of a row is the index of its group. A question without tokens to predict (`n_wanted` of 0) is to
-            be answered by the teacher.
+        rows: Questions with their answers, and requests with their spans; at least one. The `document` of a row is the
+            index of its group. A question without tokens to predict is to be answered by the teacher.
         keep_ratio: Keep ratio drawn for this batch.
     """
 
@@ -40,16 +40,7 @@ class Batch:
 
 
 class Batches:
-    """Builds the batch of any step.
-
-    Args:
-        examples: Training examples; at least one.
-        backbone: Backbone with the tokenizer and the prompt form.
-        settings: Settings of the run.
-
-    Raises:
-        DatasetError: There are no examples.
-    """
+    """Builds the batch of any step; a `DatasetError` without examples."""
 
     def __init__(self, examples: Sequence[Example], backbone: Backbone, settings: TrainSettings) -> None:
         if not examples:
@@ -57,7 +48,6 @@ class Batches:
         self._examples = examples
         self._backbone = backbone
         self._settings = settings
-        self._order: tuple[int, list[int]] = (-1, [])
         self._before = backbone.encode(backbone.prompt.document_before)
         self._after = backbone.encode(backbone.prompt.document_after)
         stop = backbone.prompt.stop
@@ -66,11 +56,7 @@ class Batches:
         self._most = min(settings.max_tokens, room)
 
     def batch(self, step: int, *, tries: int = 50) -> Batch:
-        """The batch of a step, counted from 0.
-
-        Args:
-            step: Number of the batch.
-            tries: Number of other steps to take documents from, if nothing can be asked about these.
+        """The batch of a step, counted from 0; that of another step, at most `tries` times, if it has no rows.
 
         Raises:
             DatasetError: Nothing can be asked about the documents of any of these steps.
@@ -112,11 +98,7 @@ class Batches:
     def _example(self, number: int) -> Example:
         """The example with this number: every example once per epoch, each epoch in its own order."""
         epoch, place = divmod(number, len(self._examples))
-        if self._order[0] != epoch:
-            order = list(range(len(self._examples)))
-            random.Random(f"{self._settings.seed}:epoch:{epoch}").shuffle(order)
-            self._order = epoch, order
-        return self._examples[self._order[1][place]]
+        return self._examples[_order(self._settings.seed, epoch, len(self._examples))[place]]
 
     def _cut(self, example: Example, most: int, rng: random.Random) -> tuple[list[int], list[Question]]:
         """The document's tokens, or a random window of a long document, and the questions that they can answer."""
@@ -154,20 +136,21 @@ class Batches:
         return rows
 
 
+@lru_cache(maxsize=2)  # of training, and of the evaluation in between
+def _order(seed: int, epoch: int, n: int) -> list[int]:
+    order = list(range(n))
+    random.Random(f"{seed}:epoch:{epoch}").shuffle(order)
+    return order
+
+
 def split_batch(batch: Batch, n_parts: int, *, by_rows: bool) -> list[Batch]:
     """Split a batch into parts that together have its groups and rows, each row once.
 
-    Groups are divided first, then the rows of a single group. The documents of that group are then prefilled in every
-    part.
-
     Args:
-        batch: Batch to split; unchanged.
+        batch: Batch to split.
         n_parts: Number of parts, a power of 2. The result has fewer if nothing is left to divide.
-        by_rows: True divides single groups by their rows, and drops parts without rows. False is for the warm-up:
-            its loss covers all documents and needs no rows.
-
-    Returns:
-        At least one part.
+        by_rows: True also divides single groups by their rows, with their documents in every part, and drops parts
+            without rows. False is for the warm-up, whose loss covers all documents and needs no rows.
     """
     parts = [batch]
     for _ in range(n_parts.bit_length() - 1):
@@ -176,23 +159,20 @@ def split_batch(batch: Batch, n_parts: int, *, by_rows: bool) -> list[Batch]:
 
 
 def _halves(batch: Batch, *, by_rows: bool) -> list[Batch]:
-    middle = len(batch.groups) // 2
-    if middle:
-        n = len(batch.groups)
-        return [_of_groups(batch, range(middle)), _of_groups(batch, range(middle, n))]
-    middle = len(batch.rows) // 2
-    if not by_rows or not middle:
-        return [batch]
-    return [replace(batch, rows=batch.rows[:middle]), replace(batch, rows=batch.rows[middle:])]
+    n_groups, n_rows = len(batch.groups), len(batch.rows)
+    if n_groups > 1:
+        return [_of_groups(batch, 0, n_groups // 2), _of_groups(batch, n_groups // 2, n_groups)]
+    if by_rows and n_rows > 1:
+        return [replace(batch, rows=batch.rows[: n_rows // 2]), replace(batch, rows=batch.rows[n_rows // 2 :])]
+    return [batch]
 
 
-def _of_groups(batch: Batch, chosen: Sequence[int]) -> Batch:
-    documents = [index for group in chosen for index in batch.groups[group]]
-    new_index = {old: new for new, old in enumerate(documents)}
-    new_group = {old: new for new, old in enumerate(chosen)}
+def _of_groups(batch: Batch, begin: int, end: int) -> Batch:
+    """The groups from `begin` to `end`, whose documents follow one another, with their rows."""
+    first, last = batch.groups[begin][0], batch.groups[end - 1][-1]
     return replace(
         batch,
-        documents=tuple(batch.documents[index] for index in documents),
-        groups=tuple(tuple(new_index[index] for index in batch.groups[group]) for group in chosen),
-        rows=tuple(replace(row, document=new_group[row.document]) for row in batch.rows if row.document in new_group),
+        documents=batch.documents[first : last + 1],
+        groups=tuple(tuple(index - first for index in group) for group in batch.groups[begin:end]),
+        rows=tuple(replace(row, document=row.document - begin) for row in batch.rows if begin <= row.document < end),
     )

@@ -14,39 +14,37 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kv_memory.datasets import Example
-from kv_memory.errors import AdapterError, TrainingError
+from kv_memory.errors import TrainingError
 from kv_memory.model.backbone import Backbone
 from kv_memory.train.settings import TrainSettings
 
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 SHARD_BYTES = 15 * 2**20  # below 16 MiB, a common limit on file sizes
 _NOTE = "checkpoint.json"
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """The state of a run after a step.
 
     Attributes:
-        step: Number of steps done, over both stages.
-        state: JSON-serialisable settings, hashes, evaluations and counters.
+        state: JSON-serialisable `RunState`, `identity`, `stage`, and the `score`: the mean KL, None if not evaluated.
         tensors: Parameters and optimiser state, by name.
     """
 
-    step: int
     state: Mapping[str, Any]
-    tensors: Mapping[str, torch.Tensor] = field(repr=False)
+    tensors: Mapping[str, torch.Tensor]
 
 
 @dataclass(kw_only=True)
@@ -54,7 +52,7 @@ class RunState:
     """State that changes from step to step, besides parameters and optimiser; part of every checkpoint.
 
     Attributes:
-        step: Number of steps done.
+        step: Number of steps done, over both stages.
         n_tokens: Number of tokens processed.
         earlier_s: Seconds of the earlier parts of the run.
         pieces: Number of parts into which batches are split after the GPU ran out of memory; else 1.
@@ -72,7 +70,7 @@ class RunState:
     kl: Mapping[float, float] | None = None
     baseline: Mapping[float, float] | None = None
     none: float | None = None
-    _begin_s: float = field(default_factory=time.monotonic)
+    _begin_s: float = field(default_factory=time.monotonic, init=False)
 
     @property
     def here_s(self) -> float:
@@ -85,25 +83,16 @@ class RunState:
         return self.earlier_s + self.here_s
 
     def to_json(self) -> dict[str, Any]:
-        """The state for a checkpoint, without the step, which the checkpoint has itself."""
-        state = asdict(self)
-        del state["step"], state["_begin_s"], state["earlier_s"]
-        return {**state, "elapsed_s": self.elapsed_s}
+        """The state for a checkpoint; this part of the run is then one of the earlier ones."""
+        state = {**asdict(self), "earlier_s": self.elapsed_s}
+        del state["_begin_s"]
+        return state
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> RunState:
-        """Inverse of `to_json`."""
-        state = checkpoint.state
-        return cls(
-            step=checkpoint.step,
-            n_tokens=state["n_tokens"],
-            earlier_s=state["elapsed_s"],
-            pieces=state["pieces"],
-            base_steps=state["base_steps"],
-            kl=by_ratio(state["kl"]),
-            baseline=by_ratio(state["baseline"]),
-            none=state["none"],
-        )
+    def from_json(cls, state: Mapping[str, Any]) -> RunState:
+        """Inverse of `to_json`; other names in `state` are ignored."""
+        known = {known.name: state[known.name] for known in fields(cls) if known.init}
+        return cls(**{**known, "kl": by_ratio(state["kl"]), "baseline": by_ratio(state["baseline"])})
 
 
 def by_ratio(data: Mapping[str, float] | None) -> dict[float, float] | None:
@@ -125,9 +114,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, ascending."""
-        if not self._folder.is_dir():
-            return []
-        names = [path.name.removeprefix("step-") for path in self._folder.iterdir() if path.name.startswith("step-")]
+        names = [path.name.removeprefix("step-") for path in self._folder.glob("step-*")]
         return sorted(int(name) for name in names if name.isdigit())
 
     def folder(self, step: int) -> Path:
@@ -138,34 +125,32 @@ class Checkpoints:
         """Write a checkpoint, then remove checkpoints that are no longer kept.
 
         Args:
-            checkpoint: Checkpoint to write. The best has the lowest `state["score"]`, which is None if not evaluated.
+            checkpoint: Checkpoint to write. The best has the lowest `state["score"]`.
             write_adapter: Function that writes the adapter into a given folder.
 
         Raises:
             TrainingError: The checkpoint cannot be written; earlier ones are untouched.
         """
-        final = self.folder(checkpoint.step)
-        scratch = self._folder / f".writing-{final.name}"
+        # A copy, because safetensors rejects tensors that share memory, such as views of one buffer.
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in checkpoint.tensors.items()}
+        shards = split_torch_state_dict_into_shards(
+            tensors, filename_pattern="state{suffix}.safetensors", max_shard_size=SHARD_BYTES
+        )
+
+        def write(folder: Path) -> None:
+            (folder / "adapter").mkdir()
+            for file, names in shards.filename_to_tensors.items():
+                save_file({name: tensors[name] for name in names}, folder / file)
+            write_adapter(folder / "adapter")
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            hashes = {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+            note = {"version": CHECKPOINT_VERSION, **checkpoint.state, "files": hashes}
+            (folder / _NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+
+        final = self.folder(checkpoint.state["step"])
         try:
-            shutil.rmtree(scratch, ignore_errors=True)
-            (scratch / "adapter").mkdir(parents=True)
-            for name, shard in _shards(checkpoint.tensors).items():
-                save_file(shard, scratch / name)
-            write_adapter(scratch / "adapter")
-            files = {
-                path.relative_to(scratch).as_posix(): {"size_bytes": path.stat().st_size, "sha256": _sha256(path)}
-                for path in sorted(scratch.rglob("*"))
-                if path.is_file()
-            }
-            note = {"version": CHECKPOINT_VERSION, "step": checkpoint.step, **checkpoint.state, "files": files}
-            (scratch / _NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-            for path in [*scratch.rglob("*"), scratch]:
-                _fsync(path)
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step, if the run was resumed before it
-            os.replace(scratch, final)
-            _fsync(self._folder)
+            replace_folder(final, write)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(scratch, ignore_errors=True)
             raise TrainingError(
                 f"the checkpoint cannot be written: {error}",
                 where=str(final),
@@ -178,57 +163,47 @@ class Checkpoints:
         """The newest intact checkpoint, its tensors on the CPU; None if there are no checkpoints.
 
         Raises:
-            TrainingError: All existing checkpoints are damaged.
+            TrainingError: All existing checkpoints are damaged, or have another format.
         """
         steps = self.steps()
         for step in reversed(steps):
             try:
                 return self._load(step)
-            except TrainingError as error:
-                logger.warning("skipped an unusable checkpoint: %s", error)
+            except (OSError, ValueError, LookupError, AttributeError, SafetensorError) as error:
+                logger.warning("skipped an unusable checkpoint: %s: %s", self.folder(step), error)
         if steps:
             raise TrainingError(
-                "all checkpoints are damaged", where=str(self._folder), next_step="Start again in another folder."
+                f"all checkpoints are damaged, or not of version {CHECKPOINT_VERSION}",
+                where=str(self._folder),
+                next_step="Use the version of kv-memory that made them, or start again in another folder.",
             )
         return None
 
     def best(self) -> int | None:
         """The step with the lowest score, the latest of equal ones; None if no checkpoint was evaluated."""
         scores = {step: self.state(step).get("score") for step in self.steps()}
-        known = {step: score for step, score in scores.items() if isinstance(score, int | float)}
-        return min(known, key=lambda step: (known[step], -step)) if known else None
+        known = [(score, -step) for step, score in scores.items() if score is not None]
+        return -min(known)[1] if known else None
 
     def state(self, step: int) -> dict[str, Any]:
         """Contents of the `checkpoint.json` of a step; empty if it cannot be read."""
         try:
-            note: dict[str, Any] = json.loads((self.folder(step) / _NOTE).read_text(encoding="utf-8"))
+            state = json.loads((self.folder(step) / _NOTE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return note
+        return state if isinstance(state, dict) else {}
 
     def _load(self, step: int) -> Checkpoint:
-        folder = self.folder(step)
-        note = self.state(step)
-        known_form = (note.get("version"), note.get("step")) == (CHECKPOINT_VERSION, step)
-        if not known_form or not isinstance(note.get("files"), dict):
-            raise TrainingError(
-                f"not a checkpoint of version {CHECKPOINT_VERSION}",
-                where=str(folder),
-                next_step="Use the version of kv-memory that made it, or start again in another folder.",
-            )
+        folder, state = self.folder(step), self.state(step)
+        if (state.get("version"), state.get("step")) != (CHECKPOINT_VERSION, step):
+            raise ValueError(f"{_NOTE} is damaged, or not of version {CHECKPOINT_VERSION}")
         tensors: dict[str, torch.Tensor] = {}
-        try:
-            for name, known in note["files"].items():
-                path = folder / name
-                if path.stat().st_size != known["size_bytes"] or _sha256(path) != known["sha256"]:
-                    raise OSError(f"{name} does not match its recorded size or hash")
-                if path.parent == folder:
-                    tensors |= load_file(path)
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
-            raise TrainingError(
-                f"the checkpoint is damaged: {error}", where=str(folder), next_step="Remove the folder."
-            ) from error
-        return Checkpoint(step=step, state=note, tensors=tensors)
+        for name, sha256 in state["files"].items():
+            if _sha256(folder / name) != sha256:
+                raise ValueError(f"{name} does not match its recorded hash")
+            if name.startswith("state"):
+                tensors |= load_file(folder / name)
+        return Checkpoint(state=state, tensors=tensors)
 
     def _rotate(self) -> None:
         steps = self.steps()
@@ -236,22 +211,26 @@ class Checkpoints:
         for step in steps:
             if step not in wanted:
                 # Renamed first: a half-deleted checkpoint must not look like a complete one.
-                gone = self.folder(step).rename(self._folder / f".gone-{step}")
-                shutil.rmtree(gone, ignore_errors=True)
+                shutil.rmtree(self.folder(step).rename(self._folder / f".gone-{step}"), ignore_errors=True)
 
 
-def _shards(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """Tensors by file, at most `SHARD_BYTES` each; a larger tensor gets its own file."""
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        # A copy, because safetensors rejects tensors that share memory, such as views of one buffer.
-        shards[-1][name] = tensor.detach().cpu().contiguous().clone()
-        size += tensor.nbytes
-    return {f"state-{number:05d}.safetensors": shard for number, shard in enumerate(shards) if shard}
+def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill an empty folder, sync it to disk, then rename it; an existing folder is replaced as a whole."""
+    scratch, old = folder.with_name(f".writing-{folder.name}"), folder.with_name(f".old-{folder.name}")
+    for path in (scratch, old):
+        shutil.rmtree(path, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        write(scratch)
+        for path in [*scratch.rglob("*"), scratch]:
+            _fsync(path)
+        if folder.is_dir():
+            os.replace(folder, old)
+        os.replace(scratch, folder)
+        _fsync(folder.parent)
+    finally:
+        for path in (scratch, old):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:
@@ -272,7 +251,7 @@ def _fsync(path: Path) -> None:
 
 
 def identity(
-    settings: TrainSettings, backbone: Backbone, examples: Sequence[Example], *, n_processes: int
+    settings: TrainSettings, backbone: Backbone, examples: Sequence[Example], n_processes: int
 ) -> dict[str, Any]:
     """Everything that determines the result of a run, JSON-serialisable."""
     data = hashlib.sha256()
@@ -287,39 +266,31 @@ def identity(
     }
 
 
-_NAMES = {"data_sha256": "the examples", "prompt": "the prompt form", "n_processes": "the number of processes"}
+_NAMES = {
+    "weights_sha256": "the model's weights",
+    "data_sha256": "the examples",
+    "prompt": "the prompt form",
+    "n_processes": "the number of processes",
+}
 
 
-def check_resumable(then: Mapping[str, Any], now: Mapping[str, Any], *, model: str, where: Path) -> None:
-    """Raise unless a run with the identity `now` can resume from a checkpoint.
-
-    Args:
-        then: State of the checkpoint, with the identity of its run.
-        now: Identity of the current run, from `identity`.
-        model: Name of the current model, for the message.
-        where: Folder of the checkpoint, for the message.
+def check_resumable(then: Mapping[str, Any], now: Mapping[str, Any], *, where: Path) -> None:
+    """Raise unless a run with the identity `now` can resume from the checkpoint in `where`, with the state `then`.
 
     Raises:
-        AdapterError: The checkpoint belongs to other weights.
-        TrainingError: Settings, data, prompt form or number of processes differ; the message names each difference.
+        TrainingError: The runs differ in settings, data, model, prompt form or number of processes; each difference is
+            named.
     """
-    if then["weights_sha256"] != now["weights_sha256"]:
-        raise AdapterError(
-            f"the run used other weights ({then['weights_sha256'][:12]}) than those of {model} "
-            f"({now['weights_sha256'][:12]})",
-            where=str(where),
-            next_step="Pass the model the run was started with (--model), or train in another folder.",
-        )
     differences = [
-        f"{name} was {then['settings'].get(name)!r} and is {now['settings'].get(name)!r}"
-        for name in sorted({*then["settings"], *now["settings"]})
-        if then["settings"].get(name) != now["settings"].get(name)
+        f"{name} was {was!r} and is {value!r}"
+        for name, value in now["settings"].items()
+        if (was := then["settings"].get(name)) != value
     ]
     differences += [f"{said} changed" for name, said in _NAMES.items() if then[name] != now[name]]
     if differences:
         raise TrainingError(
             f"the run was started with other settings or data: {'; '.join(differences)}",
             where=str(where),
-            next_step="Resume with the options the run was started with, or start a new run in another folder, "
-            "optionally from this run's adapter (--init).",
+            next_step="Resume with the model and options the run was started with, or start a new run in another "
+            "folder, optionally from this run's adapter (--init).",
         )

@@ -7,10 +7,9 @@ A window is trained on with the questions about all its passages.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 from kv_memory.datasets import Example, Question, corpus_split, read_examples, sample
 from kv_memory.documents import split_passages
@@ -19,8 +18,6 @@ from kv_memory.model.backbone import Backbone
 from kv_memory.train.settings import WINDOW_TOKENS
 
 PASSAGE_TOKENS = 256
-
-_SHARE = re.compile(r"(?P<name>.+):(?P<share>\d+(\.\d*)?|\.\d+)")
 
 # Licences as stated by the publishers of the known sets; a model card must name them.
 LICENCES = {
@@ -38,21 +35,18 @@ def split_share(source: str) -> tuple[str, float]:
     Raises:
         ConfigError: The share is not in (0, 100].
     """
-    match = _SHARE.fullmatch(source)
-    if match is None:
+    name, _, text = source.rpartition(":")
+    try:
+        name, share = (name, float(text)) if name else (source, 1.0)
+    except ValueError:  # the end of a name
         return source, 1.0
-    share = float(match["share"])
     if not 0 < share <= 100:
-        raise ConfigError(f"a share must lie in (0, 100], got {share}", where=match["name"])
-    return match["name"], share
+        raise ConfigError(f"a share must lie in (0, 100], got {share}", where=name)
+    return name, share
 
 
 def read_sources(
-    sources: Sequence[str],
-    *,
-    seed: int = 0,
-    on_error: Literal["raise", "skip"] = "raise",
-    on_skip: Callable[[str], None] | None = None,
+    sources: Sequence[str], *, seed: int = 0, read: Callable[..., Iterable[Example]] = read_examples
 ) -> list[Example]:
     """The training examples of all sets, one set after the other.
 
@@ -60,16 +54,15 @@ def read_sources(
         sources: Names or paths of the sets, each with an optional share, see `split_share`. Above 1, some or all
             examples are repeated.
         seed: Random seed of the selection for fractional shares.
-        on_error: Handling of broken records, see `read_examples`.
-        on_skip: Callback for skipped records, see `read_examples`.
+        read: `read_examples`, perhaps with other arguments.
 
     Raises:
         ConfigError: A share is out of range.
-        DatasetError: A set is missing, unreadable or empty; or a record is broken, with `on_error="raise"`.
+        DatasetError: A set is missing, unreadable or empty, or a record is broken.
     """
     found: list[Example] = []
     for name, share in map(split_share, sources):
-        examples = list(read_examples(name, split="train", on_error=on_error, on_skip=on_skip))
+        examples = list(read(name, split="train"))
         whole, rest = divmod(share, 1)
         found += examples * int(whole)
         if rest:
@@ -78,14 +71,9 @@ def read_sources(
 
 
 def hold_out(examples: Sequence[Example], n: int, *, most: float = 0.2) -> tuple[list[Example], list[Example]]:
-    """Hold out `n` documents for evaluation: `(training, held out)`.
+    """Hold out `n` documents (examples with the same id), at most a share of `most`: `(training, held out)`.
 
     The choice depends only on the documents' ids, so it is stable between runs and hardly changes when data are added.
-
-    Args:
-        examples: Examples; those with the same id are one document.
-        n: Number of documents to hold out.
-        most: Largest share of all documents to hold out.
     """
     distinct = {example.id: example for example in examples}
     chosen = sample(distinct.values(), min(n, int(len(distinct) * most)))
@@ -93,24 +81,14 @@ def hold_out(examples: Sequence[Example], n: int, *, most: float = 0.2) -> tuple
     return [example for example in examples if example.id not in ids], chosen
 
 
-@dataclass(frozen=True)
-class Window:
-    """A section of a page and its passages.
-
-    Attributes:
-        example: Text of the window, without questions.
-        passages: Passages of the window, in order.
-    """
+class Window(NamedTuple):
+    """A section of a page, without questions, and its passages in order."""
 
     example: Example
-    passages: tuple[str, ...]
+    passages: list[str]
 
     def examples(self, questions: Sequence[Sequence[Question]]) -> list[Example]:
-        """The window with all questions; if it has several passages, also each passage with its own questions.
-
-        Args:
-            questions: Questions about each passage.
-        """
+        """The window with the questions about all passages; if it has several, also each passage with its own."""
         whole = replace(self.example, questions=tuple(question for part in questions for question in part))
         if len(self.passages) == 1:
             return [whole]
@@ -121,19 +99,12 @@ class Window:
         return [whole, *parts]
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """A corpus cut into windows.
+class Corpus(NamedTuple):
+    """A corpus cut into windows: those to train on, those of the held-out pages, and the ids of these pages."""
 
-    Attributes:
-        train: Windows to train on.
-        held_out: Windows of the held-out pages.
-        held_out_ids: Ids of the held-out pages.
-    """
-
-    train: tuple[Window, ...]
-    held_out: tuple[Window, ...]
-    held_out_ids: tuple[str, ...]
+    train: list[Window]
+    held_out: list[Window]
+    held_out_ids: list[str]
 
 
 def cut_corpus(pages: Sequence[Example], backbone: Backbone, *, window_tokens: int = WINDOW_TOKENS) -> Corpus:
@@ -159,24 +130,18 @@ def cut_corpus(pages: Sequence[Example], backbone: Backbone, *, window_tokens: i
             next_step="Raise max_tokens, or use a model with a longer context window.",
         )
     passage_tokens = min(PASSAGE_TOKENS, window_tokens)
-    train, kept_out = corpus_split(pages, 0.2)
-    if not train:  # e.g. a single page
-        train, kept_out = kept_out, []
 
     def cut(text: str, n: int) -> list[str]:
         return split_passages(text, max_tokens=n, count_tokens=backbone.count_tokens)
 
-    def windows(page: Example) -> list[Window]:
+    def windows(pages: Sequence[Example]) -> list[Window]:
         return [
-            Window(
-                example=replace(page, id=f"{page.id}#{number}", context=text, questions=()),
-                passages=tuple(cut(text, passage_tokens)),
-            )
+            Window(replace(page, id=f"{page.id}#{number}", context=text, questions=()), cut(text, passage_tokens))
+            for page in pages
             for number, text in enumerate(cut(page.context, window_tokens))
         ]
 
-    return Corpus(
-        train=tuple(window for page in train for window in windows(page)),
-        held_out=tuple(window for page in kept_out for window in windows(page)),
-        held_out_ids=tuple(page.id for page in kept_out),
-    )
+    train, kept_out = corpus_split(pages, 0.2)
+    if not train:  # e.g. a single page
+        train, kept_out = kept_out, []
+    return Corpus(windows(train), windows(kept_out), [page.id for page in kept_out])

@@ -8,11 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kv_memory.compress.adapter import Adapter
 from kv_memory.errors import ConfigError
+from kv_memory.train.adapters import Stage, parameters_of, trainable
 from kv_memory.train.gradients import Gradients
-from kv_memory.train.optimizer import Stage, parameters_of, trainable
-from kv_memory.train.settings import TrainSettings
 
 _WARMUP_SHARE = 0.15  # largest share of the warm-up when steps are fitted to a time limit
 _USABLE = 0.94  # share of the time limit for steps; the rest allows for checkpoints and for longer steps than measured
@@ -51,73 +49,59 @@ class Estimate:
     questions_s: float = 0.0
 
 
-def measure(gradients: Gradients, adapter: Adapter, settings: TrainSettings, *, n_steps: int = 3) -> Estimate:
-    """Compute the gradients of a few steps of each stage, and discard them.
-
-    Args:
-        gradients: Gradient computation of the run.
-        adapter: Adapter of the run; unchanged, except that its LoRA is float32 afterwards.
-        settings: Settings of the run.
-        n_steps: Number of measured steps, after one unmeasured step.
-    """
+def measure(gradients: Gradients, *, n_steps: int = 3) -> Estimate:
+    """Time the gradients of `n_steps` of each stage, after one more; the adapter's LoRA is float32 afterwards."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    seconds: dict[Stage, float] = {"warmup": 0.0, "distillation": 0.0}
-    n_tokens = 0
+    adapter, settings = gradients.adapter, gradients.settings
     lengths: dict[Stage, int] = {"warmup": settings.warmup_steps, "distillation": settings.steps}
+    seconds: dict[Stage, float] = dict.fromkeys(lengths, 0.0)
+    tokens_per_s = 0.0
     for stage, length in lengths.items():
         if length:
-            seconds[stage], n_tokens = _time(gradients, adapter, settings, stage, n_steps)
+            seconds[stage], tokens_per_s = _time(gradients, stage, n_steps)
     everything = parameters_of(adapter)
     n_lora = sum(p.numel() for name, p in everything.items() if name.startswith("lora."))
-    n_scorer = sum(p.numel() for p in everything.values()) - n_lora
+    n_parameters = sum(p.numel() for p in everything.values())
     n_moving = sum(p.numel() for p in trainable(adapter, settings, "distillation").values())
     return Estimate(
         warmup_step_s=seconds["warmup"],
         step_s=seconds["distillation"],
         warmup_steps=settings.warmup_steps,
         steps=settings.steps,
-        total_s=settings.warmup_steps * seconds["warmup"] + settings.steps * seconds["distillation"],
-        tokens_per_s=n_tokens / max(seconds["distillation"] or seconds["warmup"], 1e-9),
+        total_s=sum(lengths[stage] * seconds[stage] for stage in lengths),
+        tokens_per_s=tokens_per_s,
         peak_memory_bytes=peak_memory_bytes(),
-        n_parameters=n_lora + n_scorer,
-        adapter_bytes=n_lora * adapter.backbone.dtype.itemsize + n_scorer * 4,
-        checkpoint_bytes=4 * (n_lora + n_scorer + 2 * n_moving),
+        n_parameters=n_parameters,
+        adapter_bytes=n_lora * adapter.backbone.dtype.itemsize + (n_parameters - n_lora) * 4,
+        checkpoint_bytes=4 * (n_parameters + 2 * n_moving),
         pieces=gradients.pieces,
     )
 
 
-def _time(
-    gradients: Gradients, adapter: Adapter, settings: TrainSettings, stage: Stage, n_steps: int
-) -> tuple[float, int]:
-    """Seconds per step, and tokens per step."""
-    parameters = trainable(adapter, settings, stage)
-    start_s, n_tokens = 0.0, 0
+def _time(gradients: Gradients, stage: Stage, n_steps: int) -> tuple[float, float]:
+    """Seconds per step, and tokens per second."""
+    parameters = list(trainable(gradients.adapter, gradients.settings, stage).values())
+    begin_s, n_tokens = 0.0, 0.0
     for step in range(n_steps + 1):
-        if step == 1:  # the first step includes one-time costs: prefix, memory, compiled kernels
-            _wait()
-            start_s, n_tokens = time.perf_counter(), 0
-        n_tokens += gradients.compute(step, stage, parameters).n_tokens
-    _wait()
-    elapsed_s = time.perf_counter() - start_s
-    for parameter in parameters.values():
+        tokens = gradients.compute(step, stage, parameters)["n_tokens"]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if step == 0:  # the first step includes one-time costs: prefix, memory, compiled kernels
+            begin_s = time.perf_counter()
+        else:
+            n_tokens += tokens
+    elapsed_s = time.perf_counter() - begin_s
+    for parameter in parameters:
         parameter.grad = None
-    return elapsed_s / n_steps, n_tokens // n_steps
+    return elapsed_s / n_steps, n_tokens / max(elapsed_s, 1e-9)
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def fit_steps(
-    settings: TrainSettings, estimate: Estimate, *, time_limit_s: float, evaluation_s: float = 0.0, eval_every: int = 0
-) -> TrainSettings:
-    """Settings with numbers of steps that fit a time limit, and a warm-up of at most 15 % of the time.
+def fit_steps(estimate: Estimate, *, time_limit_s: float, evaluation_s: float = 0.0, eval_every: int = 0) -> Estimate:
+    """The estimate for numbers of steps that fit a time limit, with a warm-up of at most 15 % of the time.
 
     Args:
-        settings: Settings of the run; their `warmup_steps` are an upper limit.
-        estimate: Estimate measured with these settings.
+        estimate: Estimate of the run; its `warmup_steps` are an upper limit.
         time_limit_s: Time limit in seconds for the whole run.
         evaluation_s: Seconds per evaluation.
         eval_every: Number of steps between evaluations; 0 for no evaluation.
@@ -125,19 +109,18 @@ def fit_steps(
     Raises:
         ConfigError: The time is too short for a single step of stage (b).
     """
-    left_s = time_limit_s * _USABLE - 2 * evaluation_s
-    warmup_steps = settings.warmup_steps
-    if warmup_steps:
-        warmup_steps = min(warmup_steps, int(left_s * _WARMUP_SHARE / max(estimate.warmup_step_s, 1e-9)))
-    left_s -= max(0, warmup_steps) * estimate.warmup_step_s
-    steps = int(left_s / (estimate.step_s + (evaluation_s / eval_every if eval_every else 0.0)))
+    left_s = max(0.0, time_limit_s * _USABLE - 2 * evaluation_s)
+    warmup_steps = min(estimate.warmup_steps, int(left_s * _WARMUP_SHARE / max(estimate.warmup_step_s, 1e-9)))
+    warmup_s = warmup_steps * estimate.warmup_step_s
+    steps = int((left_s - warmup_s) / (estimate.step_s + (evaluation_s / eval_every if eval_every else 0.0)))
     if steps < 1:
         raise ConfigError(
             f"a time limit of {time_limit_s:.0f} s leaves no time for a step, which takes {estimate.step_s:.1f} s",
             where="time_limit_s",
             next_step="Raise the time limit, or lower max_tokens.",
         )
-    return replace(settings, warmup_steps=max(0, warmup_steps), steps=steps)
+    total_s = warmup_s + steps * estimate.step_s
+    return replace(estimate, warmup_steps=warmup_steps, steps=steps, total_s=total_s)
 
 
 def peak_memory_bytes() -> int:

@@ -6,7 +6,7 @@ is the best. `kv-memory eval` measures more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -21,27 +21,23 @@ from kv_memory.config import check_keep_ratio, n_kept_for
 from kv_memory.datasets import Example
 from kv_memory.errors import ConfigError
 from kv_memory.model.backbone import Backbone
-from kv_memory.model.kv_cache import NEVER
-from kv_memory.train.batches import Batch, Batches
+from kv_memory.model.kv_cache import PositionedCache
+from kv_memory.train.batches import Batches
 from kv_memory.train.settings import TrainSettings
 from kv_memory.train.step import WeightedRows, answered_rows, weighted_rows
 
-_Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Entries]  # ids, lengths, n_kept -> entries
-_Case = tuple[Batch, list[WeightedRows]]  # a document, and its rows with the teacher's answers
+# Token ids and length of a document, and the rows behind it with the teacher's answers.
+_Case = tuple[torch.Tensor, torch.Tensor, list[WeightedRows]]
 
 
 class HeldOut:
-    """Measures an adapter on held-out examples.
+    """Measures an adapter on held-out examples; those without questions, on spans of their own text.
 
     Args:
-        examples: Held-out examples; those without questions are measured on spans of their own text.
+        examples: Held-out examples.
         backbone: The model.
         settings: Settings of the run, for the lengths of documents and answers.
         ratios: Keep ratios of the measurements.
-
-    Attributes:
-        ratios: Keep ratios as given.
-        n_documents: Number of examples.
 
     Raises:
         ConfigError: A keep ratio is outside (0, 1], or no keep ratio is given.
@@ -70,53 +66,39 @@ class HeldOut:
         self._cases: list[_Case] = []
 
     @torch.no_grad()
-    def adapter(self, adapter: Adapter) -> dict[float, float]:
-        """KL(full ‖ distilled) of the adapter by keep ratio, in nats per token, the mean over documents."""
+    def measure(self, adapter: Adapter | None = None) -> dict[float, float]:
+        """KL(full ‖ distilled) by keep ratio, in nats per token, the mean over documents.
 
-        def choose(ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> Entries:
-            reading = prefill_documents(adapter, ids, lengths, n_kept)
-            return gather_entries(self._backbone, reading.cache, lengths, reading.selected)
-
-        return self._measure(choose)
-
-    @torch.no_grad()
-    def reconstruction(self) -> dict[float, float]:
-        """KL of the reconstruction selector, which needs no training; otherwise as in `adapter`."""
-        backbone, selector = self._backbone, Reconstruction(part_tokens=min(1024, self._backbone.context_window // 4))
-
-        def choose(ids: torch.Tensor, lengths: torch.Tensor, n_kept: torch.Tensor) -> Entries:
-            cache = backbone.prefixed_cache(ids.shape[1], room=selector.extra_tokens)
-            scores = selector.score(backbone, ids, cache)
-            selected = top_k_mask(scores[:, None], lengths, n_kept, budget=selector.budget)
-            return gather_entries(backbone, cache, lengths, selected)
-
-        return self._measure(choose)
+        Args:
+            adapter: Adapter to measure; None measures the reconstruction selector, which needs no training.
+        """
+        backbone, total = self._backbone, dict.fromkeys(self.ratios, 0.0)
+        selector = Reconstruction(part_tokens=min(1024, backbone.context_window // 4))
+        for ids, lengths, rows in self._prepared():
+            full = gather_entries(backbone, self._prefilled(ids), lengths)
+            for ratio in self.ratios:
+                n_kept = torch.tensor([n_kept_for(ids.shape[1], ratio)], device=ids.device)
+                if adapter is None:
+                    cache = backbone.prefixed_cache(ids.shape[1], room=selector.extra_tokens)
+                    scores = selector.score(backbone, ids, cache)[:, None]
+                    selected = top_k_mask(scores, lengths, n_kept, budget=selector.budget)
+                else:
+                    done = prefill_documents(adapter, ids, lengths, n_kept)
+                    cache, selected = done.cache, done.selected
+                kept = gather_entries(backbone, cache, lengths, selected)
+                total[ratio] += self._kl(rows, full, kept) / self.n_documents
+        return total
 
     @torch.no_grad()
     def none(self) -> float:
-        """KL without any document, the worst case; otherwise as in `adapter`."""
-        n_prefix = len(self._backbone.prefix_ids)
-        kl = []
-        for batch, parts in self._prepared():
-            full = self._full(batch)
-            # The document's entries become padding; the question keeps its positions.
-            dropped = full.positions[0].shape[-1] - n_prefix
-            positions = [
-                torch.nn.functional.pad(where[..., :n_prefix], (0, dropped), value=NEVER) for where in full.positions
-            ]
-            kl.append(self._kl(parts, full, replace(full, positions=positions)))
-        return sum(kl) / len(kl)
-
-    def _measure(self, choose: _Choose) -> dict[float, float]:
-        total = dict.fromkeys(self.ratios, 0.0)
-        cases = self._prepared()
-        for batch, parts in cases:
-            full = self._full(batch)
-            ids, lengths = pad(batch.documents, device=self._backbone.device)
-            for ratio in self.ratios:
-                n_kept = torch.tensor([n_kept_for(ids.shape[1], ratio)], device=ids.device)
-                total[ratio] += self._kl(parts, full, choose(ids, lengths, n_kept)) / len(cases)
-        return total
+        """KL without any document, the worst case; otherwise as in `measure`."""
+        total = 0.0
+        for ids, lengths, rows in self._prepared():
+            cache = self._prefilled(ids)
+            full = gather_entries(self._backbone, cache, lengths)
+            nothing = torch.zeros_like(ids, dtype=torch.bool)[None, :, None]  # the question keeps its positions
+            total += self._kl(rows, full, gather_entries(self._backbone, cache, lengths, nothing))
+        return total / self.n_documents
 
     def _kl(self, parts: list[WeightedRows], full: Entries, kept: Entries) -> float:
         total = 0.0
@@ -126,18 +108,17 @@ class HeldOut:
             total += float((kl * part.weights).sum())
         return total / sum(float(part.weights.sum()) for part in parts)
 
-    def _full(self, batch: Batch) -> Entries:
-        ids, lengths = pad(batch.documents, device=self._backbone.device)
+    def _prefilled(self, ids: torch.Tensor) -> PositionedCache:
         cache = self._backbone.prefixed_cache(ids.shape[1])
         self._backbone.prefill(ids, cache)
-        return gather_entries(self._backbone, cache, lengths)
+        return cache
 
     def _prepared(self) -> list[_Case]:
         """The documents with the teacher's answers, which are decoded only once."""
-        if not self._cases:
-            for number in range(self.n_documents):
-                batch = self._batches.batch(number)
-                full = self._full(batch)
-                rows = answered_rows(batch, full, self._backbone, self._settings)
-                self._cases.append((batch, weighted_rows(rows, full, self._backbone, self._settings)))
+        for number in range(len(self._cases), self.n_documents):
+            batch = self._batches.batch(number)
+            ids, lengths = pad(batch.documents, device=self._backbone.device)
+            full = gather_entries(self._backbone, self._prefilled(ids), lengths)
+            rows = answered_rows(batch, full, self._backbone, self._settings)
+            self._cases.append((ids, lengths, weighted_rows(rows, full, self._backbone, self._settings)))
         return self._cases

@@ -38,20 +38,13 @@ class _OneLayer:
 
 
 @contextmanager
-def checkpointing(backbone: Backbone, *, enabled: bool = True) -> Iterator[None]:
+def checkpointing(backbone: Backbone) -> Iterator[None]:
     """Within the block, decoder layers store only their inputs for the backward pass and recompute the rest.
 
     This costs a second forward pass, and reduces the memory of a long document to that of one layer. Without gradients
     (the teacher, decoding), nothing changes. It is not thread-safe: the layers of the model are wrapped within the
     block. The backward pass may come after the block.
-
-    Args:
-        backbone: Backbone with the layers to wrap.
-        enabled: False makes the block do nothing.
     """
-    if not enabled:
-        yield
-        return
     try:
         for index, layer in enumerate(backbone.layers):
             # An instance attribute hides the class's method; `del` restores it.
@@ -72,18 +65,18 @@ def _checkpointed(plain: Callable[..., Any], index: int) -> Callable[..., Any]:
             return plain(hidden_states, *args, **kwargs)
         mask = current_mask()
 
-        def run(hidden: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, ...]:
-            part = _OneLayer(keys, values)
+        # Not an argument of `run`: checkpoint would refuse entries behind which others were since written in place.
+        past = cache.layer(index)
+
+        def run(hidden: torch.Tensor) -> tuple[Any, ...]:
+            part = _OneLayer(*past)
             with routed_with(mask):
                 out = plain(hidden, *args, **{**kwargs, name: part})
             assert part.new is not None
             return out, *part.new
 
-        past_keys, past_values = cache.layer(index)
         # These models draw no random numbers (dropout is 0), so the random state need not be preserved.
-        out, keys, values = checkpoint(
-            run, hidden_states, past_keys, past_values, use_reentrant=False, preserve_rng_state=False
-        )
+        out, keys, values = checkpoint(run, hidden_states, use_reentrant=False, preserve_rng_state=False)
         cache.update(keys, values, index)
         return out
 

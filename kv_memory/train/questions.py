@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -29,34 +31,24 @@ _FEWEST_WORDS = 3  # shortest accepted question
 _MAX_ENTRIES = 16_384  # most entries copied at once; each question about a passage needs its own copy
 
 
+@dataclass(frozen=True)
 class QuestionWriter:
     """Writes questions and answers, reproducibly for a seed.
 
-    Args:
+    Attributes:
         backbone: The model, with its prompt form.
-        n_questions: Maximum number of questions for each passage. Texts that are not questions, questions without an
-            answer, and duplicates are dropped.
+        n_questions: Most questions about a passage; what is no question, has no answer, or is a duplicate is dropped.
         answer_tokens: Longest answer, in tokens.
         seed: Random seed of the questions.
         batch_passages: Number of passages prefilled at once.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        n_questions: int = 8,
-        answer_tokens: int = 48,
-        seed: int = 0,
-        batch_passages: int = 1,
-    ) -> None:
-        self._backbone = backbone
-        self._n_questions = n_questions
-        self._answer_tokens = answer_tokens
-        self._seed = seed
-        self._batch = batch_passages
-        made_by = [backbone.weights_sha256, backbone.tokenizer_sha256, backbone.prompt.digest]
-        self._made_by = [*made_by, n_questions, QUESTION_TOKENS, answer_tokens, _TEMPERATURE, seed]
+    backbone: Backbone
+    _: KW_ONLY
+    n_questions: int = 8
+    answer_tokens: int = 48
+    seed: int = 0
+    batch_passages: int = 1
 
     def write(
         self, passages: Sequence[str], *, path: Path | None = None, on_passage: Callable[[int, int], None] | None = None
@@ -71,66 +63,69 @@ class QuestionWriter:
         Raises:
             DatasetError: The file cannot be read or written.
         """
-        keys = [self._key(passage) for passage in passages]
-        file = None if path is None else _QuestionFile(path)
-        known = {} if file is None else file.load()
+        backbone = self.backbone
+        made_by: list[object] = [backbone.weights_sha256, backbone.tokenizer_sha256, backbone.prompt.digest]
+        made_by += [self.n_questions, QUESTION_TOKENS, self.answer_tokens, _TEMPERATURE, self.seed]
+        keys = [hashlib.sha256(json.dumps([*made_by, passage]).encode()).hexdigest() for passage in passages]
+        known: dict[str, list[tuple[str, str]]] = {}
+        with _file_errors(path):
+            records = [] if path is None else JsonLines(path).records()
+        for record in records:
+            with suppress(ValueError, TypeError, KeyError):  # a line in another format
+                known[str(record["key"])] = [(str(q), str(a)) for q, a in record["questions"]]
         todo = [index for index, key in enumerate(keys) if key not in known]
-        for first in range(0, len(todo), self._batch):
-            part = todo[first : first + self._batch]
+        for first in range(0, len(todo), self.batch_passages):
+            part = todo[first : first + self.batch_passages]
             written = self._write([passages[index] for index in part])
             fresh = {keys[index]: pairs for index, pairs in zip(part, written, strict=True)}
             known |= fresh
-            if file is not None:
-                file.append(fresh)
+            with _file_errors(path):
+                if path is not None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    JsonLines(path).append(*({"key": key, "questions": pairs} for key, pairs in fresh.items()))
             if on_passage is not None:
                 on_passage(len(passages) - len(todo) + first + len(part), len(passages))
         return [tuple(Question(text=q, answers=(a,)) for q, a in known[key]) for key in keys]
 
-    def _key(self, passage: str) -> str:
-        return hashlib.sha256(json.dumps([*self._made_by, passage]).encode()).hexdigest()
-
     def _write(self, passages: Sequence[str]) -> list[list[tuple[str, str]]]:
-        backbone = self._backbone
+        backbone = self.backbone
         # 1. Prefill the passages, with room for the longest question, its wrapper or opening, and the longest answer.
         documents = [backbone.encode_document(passage) for passage in passages]
-        stems = [STEMS[number % len(STEMS)] for number in range(self._n_questions)]
+        stems = [STEMS[number % len(STEMS)] for number in range(self.n_questions)]
         asked = [(number, stem) for number in range(len(passages)) for stem in stems]
         openings = [self._opening(number, stem) for number, stem in asked]
         room = max(len(row.ids) for row in openings) + QUESTION_TOKENS
-        room = max(room, len(backbone.encode_question(""))) + QUESTION_TOKENS + self._answer_tokens
+        room = max(room, len(backbone.encode_question(""))) + QUESTION_TOKENS + self.answer_tokens
         teacher = Teacher(backbone, documents, room=room, max_entries=_MAX_ENTRIES)
         # 2. Sample the questions.
-        texts = self._decoded(
-            teacher,
+        tokens = teacher.decode(
             openings,
             most=QUESTION_TOKENS,
             ends=self._question_ends,
             temperature=_TEMPERATURE,
             # A passage gets the same questions in any batch.
             seeds=[
-                int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+                _number(f"{self.seed}:{index % self.n_questions}:{passages[number]}")
                 for index, (number, _) in enumerate(asked)
-                for text in [f"{self._seed}:{index % self._n_questions}:{passages[number]}"]
             ],
         )
         # 3. Drop texts that are not questions, and duplicates.
         questions: list[tuple[int, str]] = []
-        for (number, stem), text in zip(asked, texts, strict=True):
+        for (number, stem), text in zip(asked, self._texts(tokens), strict=True):
             question = _as_question(text if self._by_request else stem + text)
             # A small model tends to repeat the question of a worked example.
             if question and question not in backbone.prompt.prefix and (number, question) not in questions:
                 questions.append((number, question))
         # 4. Answer greedily, and drop questions without an answer.
-        rows = [backbone.encode_question(question) for _, question in questions]
-        answers = self._decoded(
-            teacher,
-            [Row(number, tuple(ids), len(ids)) for (number, _), ids in zip(questions, rows, strict=True)],
-            most=self._answer_tokens,
+        rows = [(number, backbone.encode_question(question)) for number, question in questions]
+        answers = teacher.decode(
+            [Row(number, tuple(ids), len(ids)) for number, ids in rows],
+            most=self.answer_tokens,
             ends=end_ids(backbone),
             as_answers=True,
         )
         found: list[list[tuple[str, str]]] = [[] for _ in passages]
-        for (number, question), answer in zip(questions, answers, strict=True):
+        for (number, question), answer in zip(questions, self._texts(answers), strict=True):
             if answer.strip() and "\0" not in answer:
                 found[number].append((question, answer.strip()))
         return found
@@ -138,43 +133,46 @@ class QuestionWriter:
     @property
     def _by_request(self) -> bool:
         """Whether to request a question: a chat template has no text before questions that the model could continue."""
-        return not self._backbone.prompt.question_before.strip()
+        return not self.backbone.prompt.question_before.strip()
 
     def _opening(self, number: int, stem: str) -> Row:
         """Opening of a question about the passage with this number."""
         if self._by_request:
             request = _REQUEST.format(begin=f", beginning with {stem!r}" if stem else "")
-            ids = self._backbone.encode_question(request)
+            ids = self.backbone.encode_question(request)
         else:
-            ids = self._backbone.encode((self._backbone.prompt.question_before + stem).rstrip())
+            ids = self.backbone.encode((self.backbone.prompt.question_before + stem).rstrip())
         return Row(number, tuple(ids), len(ids))
 
     @cached_property
     def _question_ends(self) -> set[int]:
         """Tokens that contain a question mark or a line break, and tokens that end an answer."""
-        tokenizer = self._backbone.tokenizer
+        tokenizer = self.backbone.tokenizer
         texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-        return {token for token, text in enumerate(texts) if "?" in text or "\n" in text} | end_ids(self._backbone)
+        return {token for token, text in enumerate(texts) if "?" in text or "\n" in text} | end_ids(self.backbone)
 
-    def _decoded(
-        self,
-        teacher: Teacher,
-        rows: Sequence[Row],
-        *,
-        most: int,
-        ends: set[int],
-        temperature: float = 0.0,
-        seeds: Sequence[int] | None = None,
-        as_answers: bool = False,
-    ) -> list[str]:
-        """Continuations of the rows, each cut at a stop string, which may be inside its last token."""
-        if not rows:
-            return []
-        tokens = teacher.decode(rows, most=most, ends=ends, temperature=temperature, seeds=seeds, as_answers=as_answers)
-        texts = [str(self._backbone.tokenizer.decode(row, skip_special_tokens=True)) for row in tokens]
-        for stop in self._backbone.prompt.stop:
+    def _texts(self, tokens: Sequence[Sequence[int]]) -> list[str]:
+        """Decoded texts, each cut at a stop string, which may be inside its last token."""
+        texts = [str(self.backbone.tokenizer.decode(row, skip_special_tokens=True)) for row in tokens]
+        for stop in self.backbone.prompt.stop:
             texts = [text.split(stop)[0] if text.strip() else text for text in texts]
         return texts
+
+
+@contextmanager
+def _file_errors(path: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DatasetError(
+            f"the file of questions cannot be used: {error}",
+            where=str(path),
+            next_step="Free disk space, or remove the file if it cannot be read; then run it again.",
+        ) from error
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def _as_question(text: str) -> str | None:
@@ -184,36 +182,3 @@ def _as_question(text: str) -> str | None:
     # Data sets reject NUL. A replacement character comes from an incomplete UTF-8 sequence.
     is_text = "\0" not in question and "\N{REPLACEMENT CHARACTER}" not in question
     return question if found and is_text and len(question.split()) >= _FEWEST_WORDS else None
-
-
-class _QuestionFile:
-    """Questions and answers by the hash of a passage; lines that are incomplete or have another format are skipped."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def load(self) -> dict[str, list[tuple[str, str]]]:
-        found: dict[str, list[tuple[str, str]]] = {}
-        try:
-            records = JsonLines(self._path).records()
-        except OSError as error:
-            raise DatasetError(
-                f"the questions cannot be read: {error}", where=str(self._path), next_step="Remove the file."
-            ) from error
-        for record in records:
-            try:
-                found[str(record["key"])] = [(str(q), str(a)) for q, a in record["questions"]]
-            except (ValueError, TypeError, KeyError):
-                continue
-        return found
-
-    def append(self, fresh: dict[str, list[tuple[str, str]]]) -> None:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            JsonLines(self._path).append(*({"key": key, "questions": pairs} for key, pairs in fresh.items()))
-        except OSError as error:
-            raise DatasetError(
-                f"the questions cannot be written: {error}",
-                where=str(self._path),
-                next_step="Free disk space, then run it again.",
-            ) from error

@@ -6,15 +6,16 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kv_memory.compress.adapter import Adapter
-from kv_memory.config import DtypeName, check_choice
+from kv_memory.config import DtypeName, check_at_least, check_choices
 from kv_memory.datasets import Example, read_examples
 from kv_memory.errors import ConfigError
 from kv_memory.model.backbone import Backbone
@@ -23,13 +24,14 @@ from kv_memory.model.prompts import PromptName
 from kv_memory.train.adapters import fit_settings, new_adapter
 from kv_memory.train.checkpoints import Checkpoints
 from kv_memory.train.data import LICENCES, Corpus, Window, cut_corpus, hold_out, read_sources, split_share
-from kv_memory.train.estimate import Estimate, fit_steps
+from kv_memory.train.estimate import Estimate
 from kv_memory.train.questions import QuestionWriter
 from kv_memory.train.settings import RunOptions, TrainSettings, domain_settings, preset
 from kv_memory.train.train_report import TrainProgress, TrainReport, write_card
 from kv_memory.train.trainer import Trainer, already_there, make_accelerator
 
 _TRIED = 2  # number of passages for which a dry run writes questions
+_SHOWN = 5  # number of skipped records that are named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +88,9 @@ class TrainRun:
             raise ConfigError(
                 "nothing to train on", where="data", next_step="Pass a data set (--data) or documents (--corpus)."
             )
-        for name, least in (("eval_documents", 1), ("n_questions", 1), ("question_passages", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be at least {least}, got {value}", where=name)
-        check_choice(self.prompt, PromptName, where="prompt")
-        check_choice(self.dtype, DtypeName, where="dtype")
+        check_at_least(self, 1, "eval_documents", "n_questions")
+        check_at_least(self, 0, "question_passages")
+        check_choices(self)
         _ = self.settings, [split_share(text) for text in self.data]  # both raise if they are wrong
 
     @property
@@ -129,7 +128,6 @@ class OpenRun:
     ) -> None:
         self._run = run
         self._resume = resume
-        self._on_passage = on_passage
         self._questions_s = 0.0
         if not resume and not dry_run and Checkpoints(run.out / "checkpoints").steps():
             raise already_there(run.out)
@@ -145,9 +143,23 @@ class OpenRun:
         self._accelerator = make_accelerator(self._backbone.device)
         if pages:
             corpus = cut_corpus(pages, self._backbone, window_tokens=settings.max_tokens)
-            tuned, kept_out = self._tune(corpus, settings, dry_run=dry_run)
-            examples += tuned
-            measured = measured or kept_out
+            writer = QuestionWriter(
+                self._backbone,
+                n_questions=run.n_questions,
+                answer_tokens=settings.answer_tokens,
+                seed=settings.seed,
+                batch_passages=1 if self._backbone.device.type == "cpu" else 16,
+            )
+            if dry_run:
+                passages = self._asked_about(corpus.train)
+                begin_s = time.monotonic()
+                writer.write(passages[:_TRIED])
+                self._questions_s = (time.monotonic() - begin_s) / max(1, len(passages[:_TRIED])) * len(passages)
+                examples += [window.example for window in corpus.train]
+            else:
+                tuned, kept_out = self._tune(corpus, writer, on_passage)
+                examples += tuned
+                measured = measured or kept_out
         self._trainer = Trainer(
             adapter,
             examples,
@@ -160,99 +172,72 @@ class OpenRun:
 
     def estimate(self) -> Estimate:
         """Estimate the cost of the run; nothing is written."""
-        options, estimate = self._run.options, self._trainer.estimate()
-        if options.fit_steps and options.time_limit_s is not None:
-            fitted = fit_steps(self._trainer.settings, estimate, time_limit_s=options.time_limit_s)
-            total_s = fitted.warmup_steps * estimate.warmup_step_s + fitted.steps * estimate.step_s
-            estimate = replace(estimate, warmup_steps=fitted.warmup_steps, steps=fitted.steps, total_s=total_s)
-        return replace(estimate, questions_s=self._questions_s)
+        return replace(self._trainer.estimate(), questions_s=self._questions_s)
 
     def train(self) -> TrainReport:
         """Train, and write the model card; errors as in `Trainer.run`."""
-        report = self._trainer.run(resume=self._resume)
-        run = self._run
+        report, run = self._trainer.run(resume=self._resume), self._run
         if self._accelerator.is_main_process:
             data = [(text, LICENCES.get(split_share(text)[0])) for text in run.data]
             if run.corpus is not None:
                 data.append((f"documents of {run.corpus.name}, questions written by the model", None))
-            begun_from = None if run.init is None else str(run.init)
-            write_card(report, self._backbone, command=run.command, data=data, begun_from=begun_from)
+            write_card(report, self._backbone, command=run.command, data=data, begun_from=run.init)
         return report
 
-    def _tune(self, corpus: Corpus, settings: TrainSettings, *, dry_run: bool) -> tuple[list[Example], list[Example]]:
+    def _tune(
+        self, corpus: Corpus, writer: QuestionWriter, on_passage: Callable[[int, int], None] | None
+    ) -> tuple[list[Example], list[Example]]:
         """Windows with questions: for training, and for evaluation from held-out pages."""
         run = self._run
-        writer = QuestionWriter(
-            self._backbone,
-            n_questions=run.n_questions,
-            answer_tokens=settings.answer_tokens,
-            seed=settings.seed,
-            batch_passages=1 if self._backbone.device.type == "cpu" else 16,
-        )
-        if dry_run:
-            passages = self._asked_about(corpus.train)
-            begin_s = time.monotonic()
-            writer.write(passages[:_TRIED])
-            self._questions_s = (time.monotonic() - begin_s) / max(1, len(passages[:_TRIED])) * len(passages)
-            return [window.example for window in corpus.train], []
-        measured = corpus.held_out[: run.eval_documents] if run.options.eval_every else ()
+
+        def examples(windows: Sequence[Window], on_passage: Any = None) -> list[list[Example]]:
+            passages = self._asked_about(windows)
+            questions = writer.write(passages, path=run.out / "questions.jsonl", on_passage=on_passage)
+            written = dict(zip(passages, questions, strict=True))
+            return [window.examples([written.get(passage, ()) for passage in window.passages]) for window in windows]
+
         with self._accelerator.main_process_first():  # the others read them from the file
-            train = self._examples(writer, corpus.train, self._on_passage)
-            held_out = self._examples(writer, measured, None)
+            train = examples(corpus.train, on_passage)
+            held_out = examples(corpus.held_out[: run.eval_documents] if run.options.eval_every else [])
         if self._accelerator.is_main_process:
             run.out.mkdir(parents=True, exist_ok=True)
             (run.out / "held_out.json").write_text(json.dumps(corpus.held_out_ids, indent=2) + "\n", encoding="utf-8")
         return [example for window in train for example in window], [window[0] for window in held_out]
 
-    def _examples(
-        self, writer: QuestionWriter, windows: Iterable[Window], on_passage: Callable[[int, int], None] | None
-    ) -> list[list[Example]]:
-        """The examples of each window."""
-        passages = self._asked_about(windows)
-        questions = writer.write(passages, path=self._run.out / "questions.jsonl", on_passage=on_passage)
-        written = dict(zip(passages, questions, strict=True))
-        return [window.examples([written.get(passage, ()) for passage in window.passages]) for window in windows]
-
-    def _asked_about(self, windows: Iterable[Window]) -> list[str]:
+    def _asked_about(self, windows: Sequence[Window]) -> list[str]:
         """The passages to write questions about; a smaller selection is a subset of a larger one."""
         passages = [passage for window in windows for passage in window.passages]
         most = self._run.question_passages
         if most is None:
             return passages
-        digest = {passage: hashlib.sha256(passage.encode()).digest() for passage in passages}
-        return sorted(digest, key=digest.__getitem__)[:most]
+        return sorted(set(passages), key=lambda passage: hashlib.sha256(passage.encode()).digest())[:most]
 
 
 def _read(run: TrainRun, on_note: Callable[[str], None]) -> tuple[list[Example], list[Example], list[Example]]:
     """Training examples, evaluation examples, and the pages of the corpus."""
-    skipped = 0
-    on_error: Any = "skip" if run.skip_errors else "raise"
+    skipped: list[str] = []
 
     def on_skip(message: str) -> None:
-        nonlocal skipped
-        skipped += 1
-        if skipped <= 5:
+        skipped.append(message)
+        if len(skipped) <= _SHOWN:
             on_note(f"Skipped: {message}")
 
-    examples = read_sources(run.data, seed=run.settings.seed, on_error=on_error, on_skip=on_skip)
+    read = partial(read_examples, on_error="skip" if run.skip_errors else "raise", on_skip=on_skip)
+    examples = read_sources(run.data, seed=run.settings.seed, read=read)
     measured: list[Example] = []
     if run.options.eval_every and run.eval_data is not None:
-        found = list(read_examples(run.eval_data, split="dev", on_error=on_error, on_skip=on_skip))
         contexts = {example.context for example in examples}
-        measured = hold_out([e for e in found if e.context not in contexts], run.eval_documents, most=1.0)[1]
+        found = [example for example in read(run.eval_data, split="dev") if example.context not in contexts]
+        measured = hold_out(found, run.eval_documents, most=1.0)[1]
     elif run.options.eval_every and run.corpus is None:
         examples, measured = hold_out(examples, run.eval_documents)
-    pages: list[Example] = []
-    if run.corpus is not None:
-        pages = list(read_examples(run.corpus, on_error=on_error, on_skip=on_skip))
-    if skipped > 5:
-        on_note(f"Skipped: {skipped - 5} more.")
+    pages = [] if run.corpus is None else list(read(run.corpus))
+    if len(skipped) > _SHOWN:
+        on_note(f"Skipped: {len(skipped) - _SHOWN} more.")
     return examples, measured, pages
 
 
 def _local_device(name: str) -> str:
     """Resolve `auto` under `accelerate launch` to this process's own GPU; other names are unchanged."""
     rank = os.environ.get("LOCAL_RANK")
-    if name == "auto" and rank is not None and torch.cuda.is_available():
-        return f"cuda:{rank}"
-    return name
+    return f"cuda:{rank}" if name == "auto" and rank is not None and torch.cuda.is_available() else name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -108,17 +108,8 @@ class TrainSettings:
         check_at_least(
             self, 0, "warmup_steps", "steps", "questions_per_document", "spans_per_document", "lr_scorer", "lr_lora"
         )
-        check_at_least(
-            self,
-            1,
-            "rank",
-            "scorer_size",
-            "batch_documents",
-            "accumulate",
-            "max_tokens",
-            "span_tokens",
-            "answer_tokens",
-        )
+        check_at_least(self, 1, "rank", "scorer_size", "batch_documents", "accumulate", "max_tokens", "span_tokens")
+        check_at_least(self, 1, "answer_tokens")
         check_at_least(self, 2, "most_joined")
         for name in ("forward_weight", "composition_share", "rise", "question_weight"):
             check_fields(self, **{name: (0 <= getattr(self, name) <= 1, "in [0, 1]")})
@@ -158,18 +149,12 @@ WINDOW_TOKENS = 1500  # longest window of a corpus
 _DOMAIN = {"min_ratio": 0.005, "max_ratio": 0.3, "max_tokens": WINDOW_TOKENS + 36, "spans_per_document": 3}
 
 
-def domain_settings(settings: TrainSettings, *, given: Iterable[str] = ()) -> TrainSettings:
-    """Settings for domain tuning; explicitly chosen ones are not changed.
-
-    Args:
-        settings: Settings of a preset, with the user's changes.
-        given: Names of the settings that the user chose explicitly.
-    """
-    chosen = set(given)
-    changes = {name: value for name, value in _DOMAIN.items() if name not in chosen}
-    if "min_ratio" in chosen:
+def domain_settings(settings: TrainSettings, *, given: Collection[str] = ()) -> TrainSettings:
+    """Settings for domain tuning; those with names in `given` were chosen explicitly, and are not changed."""
+    changes = {name: value for name, value in _DOMAIN.items() if name not in given}
+    if "min_ratio" in given:
         changes.pop("max_ratio", None)  # the given min_ratio may be above our max_ratio
-    if "max_ratio" in chosen and settings.max_ratio < _DOMAIN["min_ratio"]:
+    if "max_ratio" in given and settings.max_ratio < _DOMAIN["min_ratio"]:
         changes["min_ratio"] = settings.max_ratio
     return replace(settings, **changes)  # type: ignore[arg-type]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,15 +39,15 @@ class StepResult:
 
     Attributes:
         loss: Scalar loss, with its autograd graph.
-        parts: Terms of the loss and other figures, for the log.
+        figures: Terms of the loss and other figures, for the log.
         n_tokens: Number of tokens processed, in documents and rows.
         weight: Weight of the loss relative to the other parts of the same batch.
     """
 
     loss: torch.Tensor
-    parts: dict[str, float] = field(default_factory=dict)
-    n_tokens: int = 0
-    weight: float = 1.0
+    figures: dict[str, float]
+    n_tokens: int
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -68,34 +68,26 @@ class WeightedRows:
         return entries.ask(backbone, rows.ids, rows.lengths, rows.documents, rows.wanted)
 
 
+@torch.no_grad()
 def answered_rows(batch: Batch, teacher: Entries, backbone: Backbone, settings: TrainSettings) -> list[Row]:
     """The rows of a batch; a question without an answer gets the teacher's greedy answer."""
-    rows = list(batch.rows)
-    asked = [index for index, row in enumerate(rows) if not row.n_wanted]
+    asked = [row for row in batch.rows if not row.n_wanted]
+    answers: list[list[int]] = [[] for _ in asked]  # each up to and including its end token
     if asked:
-        answers = _greedy(backbone, teacher, [rows[index] for index in asked], settings.answer_tokens)
-        for index, answer in zip(asked, answers, strict=True):
-            rows[index] = replace(rows[index], ids=(*rows[index].ids, *answer))
-    return rows
-
-
-@torch.no_grad()
-def _greedy(backbone: Backbone, teacher: Entries, rows: Sequence[Row], most: int) -> list[list[int]]:
-    """Greedy answers of at most `most` tokens, each up to and including its end token."""
-    ids, lengths = pad([row.ids for row in rows], device=backbone.device)
-    cache = teacher.cache(torch.tensor([row.document for row in rows], device=backbone.device))
-    ends = end_ids(backbone)
-    answers: list[list[int]] = [[] for _ in rows]
-    logits = backbone.logits(ids, cache, lengths=lengths)
-    for _ in range(most):
-        tokens = logits.argmax(-1)
-        for answer, token in zip(answers, tokens.tolist(), strict=True):
-            if not answer or answer[-1] not in ends:
-                answer.append(token)
-        if all(answer[-1] in ends for answer in answers):
-            break
-        logits = backbone.logits(tokens[:, None], cache)
-    return answers
+        ids, lengths = pad([row.ids for row in asked], device=backbone.device)
+        cache = teacher.cache(torch.tensor([row.document for row in asked], device=backbone.device))
+        ends = end_ids(backbone)
+        logits = backbone.logits(ids, cache, lengths=lengths)
+        for _ in range(settings.answer_tokens):
+            tokens = logits.argmax(-1)
+            for answer, token in zip(answers, tokens.tolist(), strict=True):
+                if not answer or answer[-1] not in ends:
+                    answer.append(token)
+            if all(answer[-1] in ends for answer in answers):
+                break
+            logits = backbone.logits(tokens[:, None], cache)
+    answered = iter(answers)
+    return [row if row.n_wanted else replace(row, ids=(*row.ids, *next(answered))) for row in batch.rows]
 
 
 def weighted_rows(
@@ -125,7 +117,7 @@ def _by_length(rows: Sequence[Row], entries: Entries, backbone: Backbone) -> lis
 
 
 def warmup_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings) -> StepResult:
-    """Compute the loss of the scorer alone, without the LoRA; arguments as in `distillation_step`."""
+    """Compute the loss of the scorer alone, without the LoRA."""
     # 1. Prefill with the frozen weights; the scorer scores every token. How many entries are kept does not matter.
     backbone = adapter.backbone
     ids, lengths = pad(batch.documents, device=backbone.device)
@@ -134,36 +126,28 @@ def warmup_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings) -> S
     # 2. Labels: the attention that each token receives from a repetition of the document and from the rows.
     full = gather_entries(backbone, reading.cache, lengths)
     rows = answered_rows(batch, full, backbone, settings)
-    labels = received_attention(backbone, full, _label_rows(batch, rows, backbone))
+    labels = received_attention(backbone, full, label_rows(batch, rows, backbone))
     # 3. Squared error of the scores.
     loss = scorer_loss(reading.scores, labels, lengths, budget=adapter.config.budget)
     n_tokens = int(lengths.sum())
-    return StepResult(loss=loss, parts={"scorer": float(loss.detach())}, n_tokens=2 * n_tokens, weight=n_tokens)
+    return StepResult(loss=loss, figures={"scorer": float(loss.detach())}, n_tokens=2 * n_tokens, weight=n_tokens)
 
 
-def repetitions(backbone: Backbone, documents: Sequence[Sequence[int]]) -> list[Row]:
-    """One row for each document: a request to repeat it, and the document."""
+def label_rows(batch: Batch, rows: Sequence[Row], backbone: Backbone) -> list[Row]:
+    """The rows that supply the scorer's labels: repetitions of each document, and those of `rows` behind a single one.
+
+    Rows behind joined documents are left out, as the labels are computed on each document's own entries.
+    """
     request = backbone.encode(REQUEST)
-    return [Row(index, (*request, *document), len(request)) for index, document in enumerate(documents)]
-
-
-def _label_rows(batch: Batch, rows: Sequence[Row], backbone: Backbone) -> list[Row]:
-    """The rows that supply the scorer's labels: repetitions, and the rows that follow a single document."""
-    # Rows behind joined documents are left out: the labels are computed on each document's own entries.
-    alone = [
-        replace(row, document=batch.groups[row.document][0]) for row in rows if len(batch.groups[row.document]) == 1
-    ]
-    return [*repetitions(backbone, batch.documents), *alone]
+    repeated = [Row(index, (*request, *document), len(request)) for index, document in enumerate(batch.documents)]
+    groups = [batch.groups[row.document] for row in rows]
+    alone = [replace(row, document=g[0]) for row, g in zip(rows, groups, strict=True) if len(g) == 1]
+    return [*repeated, *alone]
 
 
 @torch.no_grad()
 def received_attention(backbone: Backbone, entries: Entries, rows: Sequence[Row]) -> torch.Tensor:
     """The highest attention that each token of each document receives from the rows after it.
-
-    Args:
-        backbone: The model.
-        entries: All entries of the documents.
-        rows: Rows that follow the documents.
 
     Returns:
         `(num_layers, documents, num_kv_heads, n_tokens)`, float32, in 0 to 1.
@@ -173,35 +157,35 @@ def received_attention(backbone: Backbone, entries: Entries, rows: Sequence[Row]
     received = torch.zeros(backbone.num_layers, documents, heads, n_entries - n_prefix, device=backbone.device)
     for part in _by_length(rows, entries, backbone):
         visible = entries.positions[0][part.documents, 0] != NEVER
-        observer = _Received(received, n_prefix=n_prefix, visible=visible, asked=part)
+        observer = _Received(received, n_prefix, visible, part)
         cache = entries.cache(part.documents)
         backbone.prefill(part.ids, cache, lengths=part.lengths, context=ForwardContext(observer=observer))
     return received
 
 
+@dataclass(frozen=True)
 class _Received:
     """An `AttentionObserver` that records the highest attention of each document's tokens from the rows after it."""
 
-    def __init__(self, received: torch.Tensor, *, n_prefix: int, visible: torch.Tensor, asked: RowBatch) -> None:
-        self._received = received
-        self._n_prefix = n_prefix
-        self._visible = visible
-        self._asked = asked
+    received: torch.Tensor  # (num_layers, documents, num_kv_heads, n_tokens)
+    n_prefix: int
+    visible: torch.Tensor  # bool (rows, entries)
+    asked: RowBatch
 
     def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, kind: AttentionKind) -> None:
         """See `AttentionObserver`; sliding windows are ignored, so tokens outside a window count as visible."""
         # 1. Attention weights under a causal mask, without the padding of shorter documents.
         new, length = query.shape[2], key.shape[2]
         mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)  # (new, length)
-        mask = mask & torch.nn.functional.pad(self._visible, (0, new), value=True)[:, None, None]
+        mask = mask & torch.nn.functional.pad(self.visible, (0, new), value=True)[:, None, None]
         weights = attention_probabilities(query, key, mask, kind)
         # 2. Maximum over the query heads of each KV head, and over the real tokens of each row.
-        here = weights[..., self._n_prefix : length - new].unflatten(1, (key.shape[1], -1))
-        real = torch.arange(new, device=query.device) < self._asked.lengths[:, None]  # (rows, new)
+        here = weights[..., self.n_prefix : length - new].unflatten(1, (key.shape[1], -1))
+        real = torch.arange(new, device=query.device) < self.asked.lengths[:, None]  # (rows, new)
         highest = (here * real[:, None, None, :, None]).amax((2, 3))  # (rows, kv_heads, tokens)
         # 3. Maximum over the rows of each document.
-        documents = self._asked.documents[:, None, None].expand_as(highest)
-        self._received[layer].scatter_reduce_(0, documents, highest, "amax")
+        documents = self.asked.documents[:, None, None].expand_as(highest)
+        self.received[layer].scatter_reduce_(0, documents, highest, "amax")
 
 
 def scorer_loss(scores: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor, *, budget: Budget) -> torch.Tensor:
@@ -228,13 +212,7 @@ def scorer_loss(scores: torch.Tensor, labels: torch.Tensor, lengths: torch.Tenso
 
 
 def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings) -> StepResult:
-    """Compute the distillation loss of one batch; see `TrainSettings` for its terms.
-
-    Args:
-        adapter: Adapter with the scorer and the LoRA that receive gradients.
-        batch: Batch from `Batches.batch`.
-        settings: Settings of the run.
-    """
+    """Compute the distillation loss of one batch; see `TrainSettings` for its terms."""
     # 1. Teacher, without gradients: prefill each document on its own, then join the documents of each group.
     backbone = adapter.backbone
     ids, lengths = pad(batch.documents, device=backbone.device)  # (documents, n_tokens), (documents,)
@@ -269,10 +247,10 @@ def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings
     scale = (batch.keep_ratio**2 / (settings.min_ratio * settings.max_ratio)) ** (settings.ratio_power / 2)
     loss, figures = divergence * scale, {"divergence": float(divergence.detach())}
     if settings.warmup_weight > 0:
-        labels = received_attention(backbone, apart, _label_rows(batch, rows, backbone))
+        labels = received_attention(backbone, apart, label_rows(batch, rows, backbone))
         extra = scorer_loss(reading.scores, labels, lengths, budget=adapter.config.budget)
         loss = loss + settings.warmup_weight * extra
         figures["scorer"] = float(extra.detach())
     figures["keep_ratio"] = batch.keep_ratio
     n_tokens = int(lengths.sum()) + sum(len(row.ids) for row in rows)
-    return StepResult(loss=loss, parts=figures, n_tokens=n_tokens, weight=float(weight))
+    return StepResult(loss=loss, figures=figures, n_tokens=n_tokens, weight=float(weight))

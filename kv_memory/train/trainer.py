@@ -11,10 +11,12 @@ import ctypes
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NoReturn
 
 import torch
@@ -22,14 +24,14 @@ import torch
 from kv_memory.compress.adapter import Adapter
 from kv_memory.datasets import Example
 from kv_memory.errors import TrainingError
-from kv_memory.train.adapters import replace_folder, save_adapter
+from kv_memory.train.adapters import Stage, parameters_of
 from kv_memory.train.batches import Batches
-from kv_memory.train.checkpoints import Checkpoint, Checkpoints, RunState, by_ratio, check_resumable, identity
+from kv_memory.train.checkpoints import Checkpoint, Checkpoints, RunState, check_resumable, identity, replace_folder
 from kv_memory.train.estimate import Estimate, fit_steps, measure
 from kv_memory.train.evaluation import HeldOut
-from kv_memory.train.gradients import Figures, Gradients
+from kv_memory.train.gradients import Gradients
 from kv_memory.train.json_lines import JsonLines
-from kv_memory.train.optimizer import Stage, StageOptimizer, parameters_of
+from kv_memory.train.optimizer import StageOptimizer
 from kv_memory.train.settings import RunOptions, TrainSettings
 from kv_memory.train.train_report import TrainProgress, TrainReport, plot_log
 
@@ -78,16 +80,38 @@ class Trainer:
         self._options = options or RunOptions()
         self._on_progress = on_progress
         self._accelerator = make_accelerator(adapter.backbone.device)
+        self._is_main = bool(self._accelerator.is_main_process)  # the process that writes all files
         self._checkpoints = Checkpoints(out / "checkpoints", keep=self._options.keep_checkpoints)
         self._log = JsonLines(out / "log.jsonl")
-        self._batches = Batches(examples, adapter.backbone, settings)
+        self._gradients = Gradients(
+            adapter,
+            Batches(examples, adapter.backbone, settings),
+            settings,
+            self._accelerator,
+            self._options.gradient_checkpointing,
+        )
         self._heldout: HeldOut | None = None
         if held_out and self._options.eval_every:
             self._heldout = HeldOut(held_out, adapter.backbone, settings, ratios=self._options.eval_ratios)
+        self._state = RunState(base_steps=adapter.config.trained_steps)
 
-    def estimate(self, *, n_steps: int = 3) -> Estimate:
-        """Estimate the cost of the run from a few steps without updates; nothing is written."""
-        return measure(self._gradients(RunState()), self._adapter, self.settings, n_steps=n_steps)
+    def estimate(self, *, n_steps: int = 3, spent_s: float = 0.0, evaluation_s: float = 0.0) -> Estimate:
+        """Estimate the cost of the run from a few steps without updates; nothing is written.
+
+        Args:
+            n_steps: Number of measured steps of each stage.
+            spent_s: Seconds of the time limit that have passed, for steps that are fitted to it.
+            evaluation_s: Seconds per evaluation, for the same.
+        """
+        options, estimate = self._options, measure(self._gradients, n_steps=n_steps)
+        if not options.fit_steps or options.time_limit_s is None:
+            return estimate
+        return fit_steps(
+            estimate,
+            time_limit_s=options.time_limit_s - spent_s,
+            evaluation_s=evaluation_s,
+            eval_every=options.eval_every if self._heldout else 0,
+        )
 
     def run(self, *, resume: bool = False) -> TrainReport:
         """Train to the end, or to the time limit.
@@ -96,106 +120,76 @@ class Trainer:
             resume: Resume from the newest checkpoint; start from the beginning if there is no checkpoint yet.
 
         Raises:
-            TrainingError: The folder already contains a run; or the resumed run had other settings or data; or
-                checkpoints are damaged or cannot be written; a loss or gradient is not finite; earlier checkpoints are
-                kept; the GPU's memory is too small for the smallest part of a batch.
-            AdapterError: The resumed run belongs to another model.
+            TrainingError: The folder already contains a run; or the resumed run had other settings, data or weights;
+                or checkpoints are damaged or cannot be written; a loss or gradient is not finite; earlier checkpoints
+                are kept; the GPU's memory is too small for the smallest part of a batch.
         """
         checkpoint = self._checkpoints.newest()
         if checkpoint is not None and not resume:
             raise already_there(self._out)
         if checkpoint is None and resume:
             logger.warning("nothing to resume in %s: starting a new run", self._out)
-        state = RunState(base_steps=self._adapter.config.trained_steps)
+        self._state = RunState(base_steps=self._state.base_steps)  # its clock starts here
         if checkpoint is not None:
-            state = self._restore(checkpoint)
+            self._restore(checkpoint)
         if self._is_main:
             self._out.mkdir(parents=True, exist_ok=True)
-            self._log.truncate(state.step or -1)
+            self._log.truncate(self._state.step or -1)
         if checkpoint is None:
-            self._prepare(state)
-        self._train(state, checkpoint)
-        return self._finish(state)
+            self._prepare()
+        self._train(checkpoint)
+        return self._finish()
 
     # -- start -----------------------------------------------------------------------------------------------------
-
-    @property
-    def _is_main(self) -> bool:
-        """Whether this is the main process, which writes all files."""
-        return bool(self._accelerator.is_main_process)
 
     @property
     def _n_steps(self) -> int:
         return self.settings.warmup_steps + self.settings.steps
 
-    def _write_log(self, state: RunState, **record: Any) -> None:
-        if self._is_main and self._out.is_dir():  # an estimate has no folder
-            self._log.append({"step": state.step, **record})
-
+    @property
     def _identity(self) -> dict[str, Any]:
-        n = self._accelerator.num_processes
-        return identity(self.settings, self._adapter.backbone, self._examples, n_processes=n)
+        return identity(self.settings, self._adapter.backbone, self._examples, self._accelerator.num_processes)
 
-    def _gradients(self, state: RunState) -> Gradients:
-        def on_split(note: str) -> None:
-            state.pieces = gradients.pieces
-            self._write_log(state, event="out_of_memory", note=note)
+    def _write_log(self, **record: Any) -> None:
+        if self._is_main:
+            self._log.append({"step": self._state.step, **record})
 
-        gradients = Gradients(
-            self._adapter,
-            self._batches,
-            self.settings,
-            accelerator=self._accelerator,
-            gradient_checkpointing=self._options.gradient_checkpointing,
-            pieces=state.pieces,
-            on_split=on_split,
-        )
-        return gradients
-
-    def _restore(self, checkpoint: Checkpoint) -> RunState:
+    def _restore(self, checkpoint: Checkpoint) -> None:
         then = checkpoint.state
         if self._options.fit_steps:  # they were fitted when the run started
             fitted = {name: then["settings"][name] for name in ("warmup_steps", "steps")}
             self.settings = replace(self.settings, **fitted)
-        folder = self._checkpoints.folder(checkpoint.step)
-        check_resumable(then, self._identity(), model=self._adapter.backbone.name, where=folder)
+        folder = self._checkpoints.folder(then["step"])
+        check_resumable(then, self._identity, where=folder)
         for name, parameter in parameters_of(self._adapter).items():
             parameter.data = checkpoint.tensors[f"parameter/{name}"].to(parameter.device)
-        return RunState.of(checkpoint)
+        self._state = RunState.from_json(then)
+        self._gradients.pieces = self._state.pieces
 
-    def _prepare(self, state: RunState) -> None:
+    def _prepare(self) -> None:
         """Measure baselines on the held-out examples; with `fit_steps`, fit the numbers of steps to the time limit."""
-        evaluation_s = 0.0
+        state, evaluation_s = self._state, 0.0
         if self._heldout is not None and self._is_main:
             state.none = self._heldout.none()
             before_s = state.here_s
-            state.baseline = self._heldout.reconstruction()
+            state.baseline = self._heldout.measure()
             evaluation_s = state.here_s - before_s
-            self._write_log(state, event="baseline", kl=dict(state.baseline), none=state.none)
+            self._write_log(event="baseline", kl=state.baseline, none=state.none)
         if self._options.fit_steps:
-            assert self._options.time_limit_s is not None
-            fitted = fit_steps(
-                self.settings,
-                self.estimate(),
-                time_limit_s=self._options.time_limit_s - state.here_s,
-                evaluation_s=evaluation_s,
-                eval_every=self._options.eval_every if self._heldout else 0,
-            )
+            fitted = self.estimate(spent_s=state.here_s, evaluation_s=evaluation_s)
             warmup_steps, steps = self._agreed(fitted.warmup_steps, fitted.steps)
             self.settings = replace(self.settings, warmup_steps=warmup_steps, steps=steps)
 
     def _agreed(self, *values: int) -> list[int]:
         """The main process's values, in all processes, because clocks differ."""
-        if self._accelerator.num_processes == 1:
-            return list(values)
         mine = torch.tensor(values, device=self._accelerator.device) * self._is_main
         said: list[int] = self._accelerator.reduce(mine, "sum").tolist()
         return said
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
-    def _train(self, state: RunState, checkpoint: Checkpoint | None) -> None:
-        options, gradients = self._options, self._gradients(state)
+    def _train(self, checkpoint: Checkpoint | None) -> None:
+        options, state = self._options, self._state
         optimizer: StageOptimizer | None = None
         while state.step < self._n_steps:
             # 1. At the start of a stage: its optimiser, restored if the checkpoint is of this stage.
@@ -206,30 +200,34 @@ class Trainer:
                     optimizer.load(checkpoint.tensors)
                 checkpoint = None
             # 2. One step. All processes must agree on whether the time is over.
-            self._step(state, gradients, optimizer)
+            self._step(optimizer)
             late = options.time_limit_s is not None and state.here_s > options.time_limit_s
             late = bool(self._agreed(int(late))[0])
             last = late or state.step == self._n_steps
             # 3. Evaluate, and write a checkpoint: every evaluation is followed by one.
+            score = None
             evaluated = self._heldout is not None and (last or state.step % options.eval_every == 0)
-            if evaluated:
-                self._evaluate(state)
+            if evaluated and self._is_main and self._heldout is not None:
+                state.kl = kl = self._heldout.measure(self._adapter)
+                score = fmean(kl.values())
+                self._write_log(event="evaluation", kl=kl, score=score)
             if evaluated or last or state.step % options.checkpoint_every == 0:
-                self._save(state, optimizer, evaluated=evaluated)
+                self._save(optimizer, score)
             if late:
                 logger.warning("time limit reached after %d of %d steps", state.step, self._n_steps)
                 return
 
-    def _step(self, state: RunState, gradients: Gradients, optimizer: StageOptimizer) -> None:
+    def _step(self, optimizer: StageOptimizer) -> None:
         # 1. Gradients, clipped; a step that is not finite ends the run before it changes a parameter.
-        figures = gradients.compute(state.step, optimizer.stage, optimizer.parameters)
-        norm = float(self._accelerator.clip_grad_norm_(list(optimizer.parameters.values()), self.settings.clip_norm))
-        if not (math.isfinite(figures.loss) and math.isfinite(norm)):
-            self._stop_diverged(state, figures, norm)
+        state, parameters = self._state, list(optimizer.parameters.values())
+        figures = self._gradients.compute(state.step, optimizer.stage, parameters)
+        norm = float(self._accelerator.clip_grad_norm_(parameters, self.settings.clip_norm))
+        if not (math.isfinite(figures["loss"]) and math.isfinite(norm)):
+            self._stop_diverged(figures["loss"], norm)
         # 2. The update.
         rates = optimizer.step(state.step)
         state.step += 1
-        state.n_tokens += figures.n_tokens
+        state.n_tokens += int(figures["n_tokens"])
         if state.step % TRIM_EVERY == 0:
             trim_heap()
         # 3. Log and progress.
@@ -237,82 +235,64 @@ class Trainer:
             step=state.step,
             n_steps=self._n_steps,
             stage=optimizer.stage,
-            loss=figures.loss,
+            loss=figures["loss"],
             n_tokens=state.n_tokens,
             elapsed_s=round(state.elapsed_s, 3),
         )
-        parts = dict(figures.parts)
-        self._write_log(
-            state,
-            stage=progress.stage,
-            loss=progress.loss,
-            keep_ratio=parts.pop("keep_ratio", None),
-            parts=parts,
-            lr=rates,
-            grad_norm=norm,
-            n_tokens=progress.n_tokens,
-            elapsed_s=progress.elapsed_s,
-        )
+        self._write_log(**{**figures, **asdict(progress)}, lr=rates, grad_norm=norm)
+        if self._gradients.pieces != state.pieces:
+            state.pieces = self._gradients.pieces
+            self._write_log(event="out_of_memory", pieces=state.pieces)
         if self._on_progress is not None:
             self._on_progress(progress)
 
-    def _stop_diverged(self, state: RunState, figures: Figures, norm: float) -> NoReturn:
-        self._write_log(state, event="diverged", loss=figures.loss, grad_norm=norm)
-        what = f"the gradient norm is {norm}" if math.isfinite(figures.loss) else f"the loss is {figures.loss}"
+    def _stop_diverged(self, loss: float, norm: float) -> NoReturn:
+        self._write_log(event="diverged", loss=loss, grad_norm=norm)
+        what = f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
         steps = self._checkpoints.steps()
         good = f", from the last good checkpoint: --init {self._checkpoints.folder(steps[-1]) / 'adapter'}"
         raise TrainingError(
-            f"step {state.step + 1}: {what}",
+            f"step {self._state.step + 1}: {what}",
             where=str(self._out),
             next_step=f"Start again in another folder with lower lr_lora and lr_scorer{good if steps else ''}",
         )
 
-    def _evaluate(self, state: RunState) -> None:
-        assert self._heldout is not None
+    def _save(self, optimizer: StageOptimizer, score: float | None) -> None:
         if self._is_main:
-            state.kl = kl = self._heldout.adapter(self._adapter)
-            self._write_log(state, event="evaluation", kl=kl, score=_mean(kl))
-        self._accelerator.wait_for_everyone()
-
-    def _save(self, state: RunState, optimizer: StageOptimizer, *, evaluated: bool) -> None:
-        if self._is_main:
-            score = _mean(state.kl) if evaluated and state.kl is not None else None
             parameters = {f"parameter/{name}": value for name, value in parameters_of(self._adapter).items()}
             checkpoint = Checkpoint(
-                step=state.step,
-                state={**self._identity(), **state.to_json(), "stage": optimizer.stage, "score": score},
+                state={**self._identity, **self._state.to_json(), "stage": optimizer.stage, "score": score},
                 tensors={**parameters, **optimizer.tensors()},
             )
-            self._checkpoints.save(checkpoint, write_adapter=lambda folder: self._write_adapter(folder, state))
+            self._checkpoints.save(checkpoint, write_adapter=self._write_adapter)
         self._accelerator.wait_for_everyone()
 
-    def _write_adapter(self, folder: Path, state: RunState) -> None:
-        save_adapter(self._adapter, folder, trained_steps=state.base_steps + state.step)
+    def _write_adapter(self, folder: Path) -> None:
+        trained_steps = self._state.base_steps + self._state.step
+        self._adapter.config = replace(self._adapter.config, trained_steps=trained_steps)
+        self._adapter.save(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card template, not filled in
 
     # -- end -------------------------------------------------------------------------------------------------------
 
-    def _finish(self, state: RunState) -> TrainReport:
+    def _finish(self) -> TrainReport:
         """Copy the best adapter to its final folder, draw the plot, and build the report."""
+        state, records = self._state, self._log.records()
         best = self._checkpoints.best() or state.step
-        found = self._checkpoints.state(best)
-        adapter, records = self._out / "adapter", self._log.records()
+        adapter, found = self._out / "adapter", self._checkpoints.state(best)
         if self._is_main:
-            if found:
-                scratch = self._out / ".writing-best"
-                shutil.rmtree(scratch, ignore_errors=True)
-                shutil.copytree(self._checkpoints.folder(best) / "adapter", scratch)
-                replace_folder(scratch, adapter)
-            else:  # no readable checkpoint, e.g. after a run of 0 steps
-                self._write_adapter(adapter, state)
+            copy = partial(shutil.copytree, self._checkpoints.folder(best) / "adapter", dirs_exist_ok=True)
+            # Without a readable checkpoint, e.g. after a run of 0 steps, the adapter is written as it is.
+            replace_folder(adapter, copy if found else self._write_adapter)
             plot_log(records, self._out / "loss.png")
-        losses = [record["loss"] for record in records if isinstance(record.get("loss"), float)][-50:]
+        losses = [record["loss"] for record in records if "stage" in record][-50:]
         return TrainReport(
             adapter=adapter,
             step=state.step,
             n_steps=self._n_steps,
             best_step=best,
-            loss=sum(losses) / len(losses) if losses else None,
-            kl=by_ratio(found.get("kl")),
+            loss=fmean(losses) if losses else None,
+            kl=RunState.from_json(found).kl if found else None,
             baseline=state.baseline,
             none=state.none,
             n_held_out=self._heldout.n_documents if self._heldout else 0,
@@ -321,10 +301,6 @@ class Trainer:
             elapsed_s=state.elapsed_s,
             settings=self.settings,
         )
-
-
-def _mean(kl: Mapping[float, float]) -> float:
-    return sum(kl.values()) / len(kl)
 
 
 def already_there(out: Path) -> TrainingError:
@@ -337,10 +313,7 @@ def already_there(out: Path) -> TrainingError:
 
 
 def make_accelerator(device: torch.device) -> Any:
-    """Create an `Accelerator` without mixed precision: the base model is bfloat16 already, and the adapter float32.
-
-    Args:
-        device: Device of the model.
+    """An `Accelerator` without mixed precision: the base model is bfloat16 already, and the adapter float32.
 
     Raises:
         TrainingError: Accelerate is not installed.

@@ -7,7 +7,7 @@ from typing import Any
 
 from kv_memory.jobs import JobSettings
 from kv_memory.jobs.sources import Sources, parse_sources
-from kv_memory.jobs.sources.source import Fields, ReadItem
+from kv_memory.jobs.sources.source import ReadItem
 
 SETTINGS = JobSettings(memory={})
 
@@ -16,8 +16,7 @@ opened: list[Sources] = []
 
 
 def sources_of(*texts: object, settings: JobSettings = SETTINGS, **options: Any) -> Sources:
-    fields = Fields(id_field=settings.id_field, text_field=settings.text_field)
-    specs = parse_sources([str(text) for text in texts], fields=fields, **options)
+    specs = parse_sources([str(text) for text in texts], **options)
     opened.append(Sources(json.loads(json.dumps(specs)), settings))  # as the ledger keeps them
     return opened[-1]
 

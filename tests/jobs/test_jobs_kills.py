@@ -62,7 +62,7 @@ def kill_at_random(
                 n_jobs += 1
             if driver is None or driver.poll() is not None:
                 # Where the one before was killed the moment before, its lock is free at once.
-                command = [sys.executable, DRIVER, str(store.path), job.name, "2"]
+                command = [sys.executable, DRIVER, str(store.path), job.name, "2", "local"]
                 driver = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
             if sum(kills.values()) >= n_kills:
                 driver.wait(timeout=300)

@@ -16,11 +16,10 @@ from sqlalchemy import select, update
 
 from kv_memory.errors import ConfigError, JobError
 from kv_memory.jobs import JobSettings, Ledger
-from kv_memory.jobs.job_records import Job, TaskResult
+from kv_memory.jobs.job_records import Job, SourceItem, TaskResult
 from kv_memory.jobs.job_tables import TaskRow
-from kv_memory.jobs.leases import LiveWorkers, TaskQueue
+from kv_memory.jobs.leases import TaskQueue
 from kv_memory.jobs.ledger import forget_documents
-from kv_memory.jobs.sources.source import SourceItem
 from kv_memory.store import Store
 from kv_memory.store.sql.schema import utc_now
 
@@ -78,7 +77,7 @@ def test_document_moves_from_pending_to_done(either_store: Store) -> None:
     assert task_queue.finish(third, TaskResult(outcome="unchanged"), go_on=False) is None
     counts = ledger.counts(job)
     assert (counts.done, counts.failed, counts.open, counts.total) == (2, 1, 0, 3)
-    assert counts.outcomes == {"added": 1, "unchanged": 1}
+    assert (counts.added, counts.replaced, counts.unchanged) == (1, 0, 1)
     assert (counts.n_passages, counts.n_tokens, counts.cache_bytes) == (2, 90, 5)
     (failed,) = ledger.failed(job)
     assert (failed.document_id, dict(failed.error)) == ("d1", ERROR)
@@ -182,11 +181,10 @@ def test_document_with_an_expired_lease_goes_to_another_worker(either_store: Sto
     slow, quick = TaskQueue(either_store, job.id, "slow"), TaskQueue(either_store, job.id, "quick")
     task = slow.claim()
     assert task is not None and quick.claim() is None
-    live_workers = LiveWorkers(either_store)
-    with live_workers.hold_worker_lock("slow"):
-        assert live_workers.free_dead(job) == 0
+    with ledger.hold_worker_lock("slow"):
+        assert ledger.free_dead(job) == 0
         expire(either_store)
-        assert live_workers.free_dead(job) == 1
+        assert ledger.free_dead(job) == 1
     again = quick.claim()
     assert again is not None and again.attempts == 2
     # The slow one comes back: its result is refused, the other one's counts.
@@ -202,7 +200,7 @@ def test_document_fails_after_max_attempts(either_store: Store) -> None:
     for attempt in range(2):
         task = TaskQueue(either_store, job.id, f"w{attempt}").claim()
         assert task is not None
-        assert LiveWorkers(either_store).free(job, f"w{attempt}", "killed by SIGKILL") == 1
+        assert ledger.free(job, f"w{attempt}", "killed by SIGKILL") == 1
     (failed,) = ledger.failed(job)
     assert failed.attempts == 2
     assert failed.error["error"] == "WorkerDiedError" and "SIGKILL" in str(failed.error["what"])
@@ -225,13 +223,13 @@ def test_released_document_does_not_count_as_an_attempt(either_store: Store) -> 
 def test_dead_workers_are_recognised_by_their_free_locks(either_store: Store) -> None:
     ledger, job = Ledger(either_store), job_of(either_store, 2)
     living, dead = TaskQueue(either_store, job.id, "living"), TaskQueue(either_store, job.id, "dead")
-    with LiveWorkers(either_store).hold_worker_lock("living"):
+    with ledger.hold_worker_lock("living"):
         assert living.claim() is not None
         assert dead.claim() is not None
-        assert LiveWorkers(either_store).free_dead(job) == 1
+        assert ledger.free_dead(job) == 1
         counts = ledger.counts(job)
         assert (counts.running, counts.pending) == (1, 1)
-    assert LiveWorkers(either_store).free_dead(job) == 1
+    assert ledger.free_dead(job) == 1
 
 
 def test_lease_is_renewed_during_a_long_document(store: Store) -> None:
@@ -265,7 +263,7 @@ def test_document_of_a_worker_stopped_on_purpose_does_not_count_as_an_attempt(st
     for _ in range(3):
         task = TaskQueue(store, job.id, "w").claim()
         assert task is not None and task.attempts == 1
-        assert LiveWorkers(store).free_dead(job, counted=False) == 1
+        assert Ledger(store).free_dead(job, counted=False) == 1
 
 
 def wait_for(look: Callable[[], Any], fits: Callable[[Any], bool]) -> Any:
@@ -298,7 +296,8 @@ def test_cancel_skips_pending_documents(either_store: Store) -> None:
         assert task_queue.finish(task, TaskResult(outcome="added")) is None
     counts = ledger.counts(job)
     assert (counts.done, counts.cancelled, counts.open) == (1, 2, 0)
-    assert not ledger.finish(job) and ledger.state(job) == "cancelled"
+    ledger.finish(job)
+    assert ledger.state(job) == "cancelled"
     with pytest.raises(JobError, match="this job is already cancelled"):
         ledger.cancel(ledger.job("j"))
     with pytest.raises(JobError, match="was cancelled"):

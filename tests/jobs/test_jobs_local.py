@@ -152,7 +152,7 @@ def test_killed_driver_loses_no_work_and_job_resumes(
     store: Store, new_job: Make, notes: Path, log: Path, gate: Gate
 ) -> None:
     job, ledger = new_job(notes, name="j"), Ledger(store)
-    command = [sys.executable, DRIVER, str(store.path), "j", "1"]
+    command = [sys.executable, DRIVER, str(store.path), "j", "1", "local"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as driver:
         wait_for(lambda: ledger.counts(job).done == 2 and bool(waiting(log)))
         driver.kill()

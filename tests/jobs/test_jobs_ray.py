@@ -26,25 +26,13 @@ from kv_memory.jobs.engines.local import LocalEngine
 from kv_memory.jobs.engines.ray import RayEngine, Share, share_of
 from kv_memory.store import Store
 from tests.jobs.conftest import write_notes
-from tests.jobs.test_jobs_local import assert_all_there, wait_for
+from tests.jobs.test_jobs_local import DRIVER, assert_all_there, wait_for
 
 Make = Callable[..., Job]
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the `ray` extra is not installed")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="SIGKILL, /proc")
 
 N_NOTES = 60
-DRIVE = """
-import dataclasses, json, sys
-from kv_memory.jobs import Ledger
-from kv_memory.jobs.engines.ray import RayEngine
-from kv_memory.jobs.driver import drive
-from kv_memory.store import Store
-
-with Store.open(sys.argv[1], create=False) as store:
-    engine = RayEngine(store, n_workers=int(sys.argv[3]), lease_s=20)
-    ended = drive(store, Ledger(store).job(sys.argv[2]), engine, resumed=True)
-    print(json.dumps(dataclasses.asdict(ended)))
-"""
 
 
 class Marked:
@@ -65,7 +53,7 @@ class Marked:
         return process
 
     def drive(self, store: Store, job: Job, *, n_workers: int = 1) -> subprocess.Popen[str]:
-        return self.start(sys.executable, "-c", DRIVE, str(store.path), job.name, str(n_workers))
+        return self.start(sys.executable, DRIVER, str(store.path), job.name, str(n_workers), "ray")
 
     def processes(self) -> dict[int, str]:
         """Command lines of those that are left, by process id."""

@@ -22,8 +22,8 @@ from kv_memory.errors import (
     UnreadableDocumentError,
 )
 from kv_memory.jobs import JobSettings
+from kv_memory.jobs.job_records import SourceItem
 from kv_memory.jobs.sources import name_of, parse_sources
-from kv_memory.jobs.sources.source import Fields, SourceItem
 from tests.jobs.source_samples import read_all, sources_of, texts
 
 # -- records -----------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_failing_query_is_reported(database: str) -> None:
 
 
 def test_source_name_hides_the_password() -> None:
-    (spec,) = parse_sources(["sql:postgresql://me:secret@db/x"], query="SELECT 1", fields=Fields())
+    (spec,) = parse_sources(["sql:postgresql://me:secret@db/x"], query="SELECT 1")
     assert name_of(spec) == "sql:postgresql://me:***@db/x"
 
 
@@ -265,12 +265,11 @@ def test_docstore_source(docstore: tuple[Path, dict[str, Any]]) -> None:
     assert node.metadata["ref_doc_id"] == "doc0" and node.metadata["file"] == "0.md"
 
 
-def test_docstore_is_read_in_chunks(docstore: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_indented_docstore_with_other_members_and_braces_in_strings(docstore: tuple[Path, dict[str, Any]]) -> None:
     path, expected = docstore
-    pretty = path.with_name("pretty.json")
-    pretty.write_text(json.dumps(json.loads(path.read_text()), indent=3))
-    monkeypatch.setattr("kv_memory.jobs.sources.docstore._CHUNK_CHARS", 7)
-    assert texts(read_all(sources_of(pretty))).items() >= expected.items()
+    whole = {"docstore/ref_doc_info": {"a": {"node_ids": ["{", '"}']}}, **json.loads(path.read_text())}
+    path.write_text(json.dumps(whole, indent=3, ensure_ascii=False))
+    assert texts(read_all(sources_of(path))).items() >= expected.items()
 
 
 def test_truncated_or_changed_docstore_is_refused(docstore: tuple[Path, dict[str, Any]]) -> None:

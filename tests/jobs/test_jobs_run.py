@@ -18,8 +18,7 @@ from kv_memory.jobs import Job, Ledger
 from kv_memory.jobs.discovery import Discovery
 from kv_memory.jobs.driver import JobRequest, create_job, drive
 from kv_memory.jobs.events import DocumentFailed, Event, JobEnded, JobStarted, Progress, RateMeter
-from kv_memory.jobs.job_records import Counts
-from kv_memory.jobs.sources.source import SourceItem
+from kv_memory.jobs.job_records import Counts, SourceItem
 from kv_memory.jobs.worker import pipeline_of
 from kv_memory.store import Store
 from tests.jobs.conftest import write_notes
@@ -262,7 +261,7 @@ import gc, sys
 from pathlib import Path
 from kv_memory.jobs import JobSettings, Ledger
 from kv_memory.jobs.discovery import Discovery
-from kv_memory.jobs.sources.source import SourceItem
+from kv_memory.jobs.job_records import SourceItem
 from kv_memory.store import Store
 
 def resident():
@@ -310,23 +309,20 @@ def test_interrupted_discovery_resumes(store: Store, new_job: Make, notes: Path,
 
 
 def test_rate_covers_the_last_minute() -> None:
-    speed = RateMeter(window_s=60)
-    assert (speed.documents_per_s, speed.left_s(Counts(pending=3))) == (0.0, None)
+    speed = RateMeter()
+    assert speed.see(-1.0, Counts(pending=3)) == (0.0, 0.0, None)
     for second in range(200):
         done = second + 9 * max(0, second - 100)
-        speed.see(float(second), Counts(running=1, outcomes={"added": done}, n_tokens=100 * second))
-    assert speed.documents_per_s == pytest.approx(10)
-    assert speed.tokens_per_s == pytest.approx(100)
-    assert speed.left_s(Counts(pending=50)) == pytest.approx(5)
-    assert speed.left_s(Counts()) == 0
+        found = speed.see(float(second), Counts(running=1, pending=49, added=done, n_tokens=100 * second))
+    assert found == pytest.approx((10, 100, 5))
+    assert speed.see(200.0, Counts(added=1000, n_tokens=20_000))[2] == 0
 
 
 def test_remaining_time_is_estimated_from_bytes_if_known() -> None:
     speed = RateMeter()
     speed.see(-99.0, Counts(pending=10))  # the model is being loaded, which is not counted
     speed.see(0.0, Counts(pending=9, running=1))
-    speed.see(10.0, Counts(outcomes={"added": 1}, done_bytes=1000))
-    assert speed.left_s(Counts(pending=9, open_bytes=900)) == pytest.approx(9)
+    assert speed.see(10.0, Counts(pending=9, added=1, done_bytes=1000, open_bytes=900))[2] == pytest.approx(9)
 
 
 def test_events_are_json_serialisable(run: Runner, new_job: Make, notes: Path) -> None:

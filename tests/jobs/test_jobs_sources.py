@@ -14,8 +14,9 @@ from kv_memory.errors import (
     KVMemoryError,
     UnreadableDocumentError,
 )
+from kv_memory.jobs.job_records import SourceItem
 from kv_memory.jobs.sources.files import path_of
-from kv_memory.jobs.sources.source import ReadItem, SourceItem, uri_of
+from kv_memory.jobs.sources.source import ReadItem, uri_of
 from tests.jobs.source_samples import read_all, sources_of, texts
 
 # -- files -------------------------------------------------------------------------------------------------------------

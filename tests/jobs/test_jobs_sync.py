@@ -48,7 +48,7 @@ def test_second_sync_changes_nothing_and_starts_no_worker(
 ) -> None:
     before, jobs = (store.documents(), store.caches(), store.revision), ledger.jobs()
     # The fingerprint is found out by a worker process; here it is said by hand.
-    ledger.set_fingerprint(jobs[0], store.caches()[0].fingerprint)
+    ledger.update(jobs[0], fingerprint=store.caches()[0].fingerprint)
     ended = run(new_job(sync=synced))
     assert (ended.added, ended.replaced, ended.unchanged, ended.deleted) == (0, 0, 12, 0)
     assert run.engine is not None and run.engine.n_started == 0  # no worker, hence no model
@@ -59,7 +59,7 @@ def test_second_sync_changes_nothing_and_starts_no_worker(
 def test_sync_compresses_a_document_with_a_missing_cache_again(
     synced: Path, run: Runner, new_job: Make, store: Store, ledger: Ledger
 ) -> None:
-    ledger.set_fingerprint(ledger.jobs()[0], store.caches()[0].fingerprint)
+    ledger.update(ledger.jobs()[0], fingerprint=store.caches()[0].fingerprint)
     store.delete(store.caches()[5].text_sha256)
     ended = run(new_job(sync=synced))
     assert (ended.replaced, ended.unchanged, run.n_compressed) == (1, 11, 1)
@@ -68,7 +68,7 @@ def test_sync_compresses_a_document_with_a_missing_cache_again(
 def test_sync_with_other_settings_compresses_all_documents_again(
     synced: Path, run: Runner, new_job: Make, store: Store, ledger: Ledger
 ) -> None:
-    ledger.set_fingerprint(ledger.jobs()[0], store.caches()[0].fingerprint)
+    ledger.update(ledger.jobs()[0], fingerprint=store.caches()[0].fingerprint)
     job = new_job(sync=synced)
     memory = {**job.settings.memory, "keep_ratio": 0.5}
     ledger.forget(job)
@@ -87,7 +87,7 @@ def test_caches_within_the_budget_need_no_worker(
     assert (ended.replaced, run.n_compressed) == (12, 12)
     assert all(cache.n_kept == 9 or "max_bytes" in budget for cache in store.caches()[12:])
     assert all(cache.size_bytes <= 12_000 for cache in store.caches()[12:])
-    ledger.set_fingerprint(ledger.jobs()[0], store.caches()[12].fingerprint)
+    ledger.update(ledger.jobs()[0], fingerprint=store.caches()[12].fingerprint)
     assert run(new_job(sync=synced, memory=memory)).unchanged == 12
     assert run.engine is not None and run.engine.n_started == 0
     store.delete(store.caches()[-1].text_sha256)

@@ -7,10 +7,10 @@ from contextlib import closing
 from typing import Any
 
 from kv_memory.ingest.pipeline import IngestPipeline
-from kv_memory.jobs import Job
+from kv_memory.jobs import Job, Ledger
 from kv_memory.jobs.engines import WorkerEnd
 from kv_memory.jobs.job_records import worker_name
-from kv_memory.jobs.leases import LiveWorkers, TaskQueue
+from kv_memory.jobs.leases import TaskQueue
 from kv_memory.jobs.sources import Sources
 from kv_memory.jobs.worker import error_of, work
 from kv_memory.store import Store
@@ -91,7 +91,7 @@ class ThreadEngine:
     def _work(self, job: Job, name: str) -> None:
         try:
             with (
-                LiveWorkers(self._store).hold_worker_lock(name),
+                Ledger(self._store).hold_worker_lock(name),
                 closing(Sources(job.sources["items"], job.settings)) as sources,
                 TaskQueue(self._store, job.id, name) as queue,
             ):

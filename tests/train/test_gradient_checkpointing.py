@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -9,10 +10,9 @@ import pytest
 import torch
 
 from kv_memory.compress.adapter import Adapter
-from kv_memory.train.adapters import new_adapter
+from kv_memory.train.adapters import new_adapter, trainable
 from kv_memory.train.batches import Batches
 from kv_memory.train.gradient_checkpointing import checkpointing
-from kv_memory.train.optimizer import trainable
 from kv_memory.train.step import distillation_step
 from tests.conftest import make_backbone
 from tests.train.tiny_runs import SETTINGS, examples
@@ -43,7 +43,9 @@ def step(model: str, changes: dict[str, Any], *, enabled: bool) -> tuple[float, 
         return tensor
 
     batch = Batches(examples(), backbone, settings).batch(1)
-    with checkpointing(backbone, enabled=enabled), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with checkpointing(backbone) if enabled else nullcontext():
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):  # these would hide a change in place
+            distillation_step(adapter, batch, settings=settings)
         result = distillation_step(adapter, batch, settings=settings)
     result.loss.backward()  # type: ignore[no-untyped-call]
     grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}

@@ -25,11 +25,11 @@ from tests.train.tiny_runs import SETTINGS, examples, make_trainer, tensors_of
 def test_kl_is_zero_with_everything_kept_and_grows_with_compression(model: str) -> None:
     adapter = new_adapter(make_backbone(model), SETTINGS)
     held_out = HeldOut(examples(3), adapter.backbone, SETTINGS, ratios=(1.0, 0.5, 0.1))
-    found = held_out.reconstruction()
+    found = held_out.measure()
     assert found[1.0] == pytest.approx(0.0, abs=1e-5)
     assert 1e-4 < found[0.5] < found[0.1]
     assert held_out.none() > found[0.5]
-    mine = held_out.adapter(adapter)
+    mine = held_out.measure(adapter)
     assert mine[1.0] == pytest.approx(0.0, abs=1e-5) and mine[0.1] > 1e-4
 
 
@@ -37,14 +37,14 @@ def test_measurements_do_not_depend_on_seed_or_training_ratios() -> None:
     adapter = new_adapter(make_backbone(), SETTINGS)
     changed = replace(SETTINGS, seed=7, min_ratio=0.5, composition_share=0.9, answers="people", batch_documents=3)
     one, two = (HeldOut(examples(3), adapter.backbone, s, ratios=(0.25,)) for s in (SETTINGS, changed))
-    assert one.adapter(adapter) == two.adapter(adapter)
-    assert one.adapter(adapter) == one.adapter(adapter)
+    assert one.measure(adapter) == two.measure(adapter)
+    assert one.measure(adapter) == one.measure(adapter)
 
 
 def test_examples_without_questions_are_measured_on_their_own_text() -> None:
     adapter = new_adapter(make_backbone(), SETTINGS)
     plain = [replace(example, questions=()) for example in examples(2)]
-    found = HeldOut(plain, adapter.backbone, SETTINGS, ratios=(0.25,)).adapter(adapter)
+    found = HeldOut(plain, adapter.backbone, SETTINGS, ratios=(0.25,)).measure(adapter)
     assert found[0.25] > 1e-4
 
 
@@ -57,10 +57,10 @@ def test_invalid_ratios_are_rejected(ratios: tuple[float, ...]) -> None:
 def test_a_run_that_evaluates_ends_with_its_best_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = iter([0.9, 0.2, 0.5, 0.4])
 
-    def measured(self: HeldOut, adapter: Adapter) -> dict[float, float]:
-        return dict.fromkeys(self.ratios, next(figures))
+    def measured(self: HeldOut, adapter: Adapter | None = None) -> dict[float, float]:
+        return dict.fromkeys(self.ratios, 0.7 if adapter is None else next(figures))
 
-    monkeypatch.setattr(HeldOut, "adapter", measured)
+    monkeypatch.setattr(HeldOut, "measure", measured)
     train, kept_out = hold_out(examples(10), 2)
     out = tmp_path / "run"
     options = RunOptions(eval_every=2, eval_ratios=(0.5, 0.25), keep_checkpoints=1, checkpoint_every=1000)
@@ -75,7 +75,7 @@ def test_a_run_that_evaluates_ends_with_its_best_adapter(tmp_path: Path, monkeyp
     events = [(r["step"], r["event"]) for r in JsonLines(out / "log.jsonl").records() if "event" in r]
     assert events == [(0, "baseline"), (2, "evaluation"), (4, "evaluation"), (6, "evaluation"), (8, "evaluation")]
     # Resumed, what was measured once is known.
-    monkeypatch.setattr(HeldOut, "reconstruction", lambda self: pytest.fail("measured again"))
+    monkeypatch.setattr(HeldOut, "measure", lambda self, adapter=None: pytest.fail("measured again"))
     again = Trainer(
         new_adapter(make_backbone(), SETTINGS), train, settings=SETTINGS, out=out, options=options, held_out=kept_out
     ).run(resume=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kv_memory.datasets import read_examples
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
 from kv_memory.train.data import read_sources, split_share
 from kv_memory.train.settings import TrainSettings
@@ -59,7 +61,7 @@ def test_a_broken_line_raises_or_is_skipped_and_reported(tmp_path: Path) -> None
     with pytest.raises(BrokenLineError, match="4"):
         read_sources([name])
     skipped: list[str] = []
-    assert len(read_sources([name], on_error="skip", on_skip=skipped.append)) == 3
+    assert len(read_sources([name], read=partial(read_examples, on_error="skip", on_skip=skipped.append))) == 3
     assert len(skipped) == 1 and "4" in skipped[0]
     with pytest.raises(DatasetError):
         read_sources([str(tmp_path / "nothing.jsonl")])
@@ -90,7 +92,7 @@ def test_card_lists_data_settings_and_results(backbone: Any, tmp_path: Path) -> 
         backbone,
         command="kv-memory train runs/x --data squad",
         data=[("squad:0.5", "CC BY-SA 4.0"), ("notes", None)],
-        begun_from="runs/general/adapter",
+        begun_from=Path("runs/general/adapter"),
     )
     text = path.read_text()
     for said in (

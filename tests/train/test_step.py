@@ -14,12 +14,12 @@ from kv_memory.compress.refine.batching import gather_entries
 from kv_memory.compress.refine.loss import distillation_loss, kl_divergence
 from kv_memory.datasets import Example, Question
 from kv_memory.errors import ConfigError, DatasetError
-from kv_memory.train.batches import Batches
+from kv_memory.train.batches import Batch, Batches
 from kv_memory.train.settings import TrainSettings, preset
 from kv_memory.train.step import (
     distillation_step,
+    label_rows,
     received_attention,
-    repetitions,
     scorer_loss,
     warmup_step,
 )
@@ -212,13 +212,14 @@ def test_labels_are_the_scores_of_the_reconstruction_selector(name: str) -> None
     else:
         backbone = shared_backbone(name)
     documents = [backbone.encode(letters(n, seed=n)) for n in (30, 50)]
+    batch = Batch(documents=tuple(map(tuple, documents)), groups=((0,), (1,)), rows=(), keep_ratio=0.5)
     ids, lengths = pad(documents, device="cpu")
     selector = Reconstruction()
     with torch.no_grad():
         cache = backbone.prefixed_cache(ids.shape[1], batch_size=2)
         backbone.prefill(ids, cache, lengths=lengths)
         entries = gather_entries(backbone, cache, lengths)
-        labels = received_attention(backbone, entries, repetitions(backbone, documents))
+        labels = received_attention(backbone, entries, label_rows(batch, (), backbone))
         for index, document in enumerate(documents):
             one = torch.tensor([document])
             alone = backbone.prefixed_cache(len(document), room=150)

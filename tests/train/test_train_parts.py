@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from kv_memory.errors import ConfigError, TrainingError
-from kv_memory.train.adapters import new_adapter
+from kv_memory.train.adapters import new_adapter, parameters_of, trainable
 from kv_memory.train.batches import Batches, split_batch
 from kv_memory.train.checkpoints import SHARD_BYTES, Checkpoint, Checkpoints
 from kv_memory.train.estimate import Estimate, fit_steps
 from kv_memory.train.json_lines import JsonLines
-from kv_memory.train.optimizer import StageOptimizer, parameters_of, trainable
-from kv_memory.train.settings import RunOptions, TrainSettings
+from kv_memory.train.optimizer import StageOptimizer
+from kv_memory.train.settings import RunOptions
 from kv_memory.train.train_report import plot_log
 from tests.conftest import make_backbone
 from tests.train.tiny_runs import SETTINGS, examples, make_trainer
@@ -28,7 +28,7 @@ def save(checkpoints: Checkpoints, step: int, *, score: float | None = None, n: 
     def write_adapter(folder: Path) -> None:
         (folder / "a.txt").write_text(str(step))
 
-    made = Checkpoint(step=step, state={"score": score}, tensors={"x": torch.arange(n) + step})
+    made = Checkpoint(state={"step": step, "score": score}, tensors={"x": torch.arange(n) + step})
     return checkpoints.save(made, write_adapter=write_adapter)
 
 
@@ -41,14 +41,15 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
         save(checkpoints, step, score=score)
     assert checkpoints.steps() == [2, 4, 5] and checkpoints.best() == 2
     newest = checkpoints.newest()
-    assert newest is not None and newest.step == 5 and newest.tensors["x"].tolist() == [5, 6, 7]
+    assert newest is not None and newest.state["step"] == 5 and newest.tensors["x"].tolist() == [5, 6, 7]
     assert [p.name for p in (tmp_path / "c").iterdir() if p.name.startswith(".")] == []
 
 
 def test_large_state_is_written_in_files_below_16_mib(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.full((1_100_000,), float(i)) for i in range(9)}  # 4.4 MB each
     checkpoints = Checkpoints(tmp_path)
-    folder = checkpoints.save(Checkpoint(step=1, state={}, tensors=tensors), write_adapter=lambda folder: None)
+    checkpoint = Checkpoint(state={"step": 1}, tensors=tensors)
+    folder = checkpoints.save(checkpoint, write_adapter=lambda folder: None)
     files = sorted(folder.glob("*.safetensors"))
     assert len(files) == 3 and max(file.stat().st_size for file in files) < 16 * 2**20
     newest = checkpoints.newest()
@@ -61,14 +62,14 @@ def test_large_state_is_written_in_files_below_16_mib(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     checkpoints = Checkpoints(tmp_path, keep=3)
     save(checkpoints, 1), save(checkpoints, 2)
-    target = {"state": "state-00000.safetensors", "adapter": "adapter/a.txt", "note": "checkpoint.json"}
-    path = checkpoints.folder(2) / target.get(damage, "state-00000.safetensors")
+    target = {"state": "state.safetensors", "adapter": "adapter/a.txt", "note": "checkpoint.json"}
+    path = checkpoints.folder(2) / target.get(damage, "state.safetensors")
     if damage == "missing":
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-1] + b"#")
     newest = checkpoints.newest()
-    assert newest is not None and newest.step == 1
+    assert newest is not None and newest.state["step"] == 1
     assert "skipped an unusable checkpoint" in caplog.text
     (checkpoints.folder(1) / "checkpoint.json").write_text("{}")
     with pytest.raises(TrainingError, match="all checkpoints are damaged"):
@@ -79,7 +80,7 @@ def test_a_half_written_checkpoint_is_ignored(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1)
     (tmp_path / ".writing-step-00000002").mkdir()
-    (tmp_path / ".writing-step-00000002/state-00000.safetensors").write_bytes(b"half")
+    (tmp_path / ".writing-step-00000002/state.safetensors").write_bytes(b"half")
     assert checkpoints.steps() == [1]
     save(checkpoints, 2)
     assert checkpoints.steps() == [1, 2] and not (tmp_path / ".writing-step-00000002").exists()
@@ -207,18 +208,16 @@ def estimate(**changes: Any) -> Estimate:
 def test_fitted_steps_stay_within_the_time_limit(time_limit_s: float, evaluation_s: float, eval_every: int) -> None:
     if time_limit_s == 60 and evaluation_s:
         return
-    settings = fit_steps(
-        TrainSettings(), estimate(), time_limit_s=time_limit_s, evaluation_s=evaluation_s, eval_every=eval_every
-    )
-    n_evaluations = settings.steps / eval_every if eval_every else 0
-    taken_s = settings.warmup_steps * 1.0 + settings.steps * 2.0 + n_evaluations * evaluation_s
+    fitted = fit_steps(estimate(), time_limit_s=time_limit_s, evaluation_s=evaluation_s, eval_every=eval_every)
+    assert fitted.total_s == fitted.warmup_steps * 1.0 + fitted.steps * 2.0
+    taken_s = fitted.total_s + (fitted.steps / eval_every * evaluation_s if eval_every else 0)
     assert 0.8 * (time_limit_s - 2 * evaluation_s) < taken_s <= time_limit_s
-    assert settings.warmup_steps <= 0.15 * time_limit_s and settings.warmup_steps <= 300
+    assert fitted.warmup_steps <= 0.15 * time_limit_s and fitted.warmup_steps <= 300
 
 
 def test_a_time_limit_shorter_than_one_step_is_rejected() -> None:
     with pytest.raises(ConfigError, match="no time for a step"):
-        fit_steps(TrainSettings(), estimate(), time_limit_s=2.0)
+        fit_steps(estimate(), time_limit_s=2.0)
 
 
 def test_an_estimate_has_no_side_effects(tmp_path: Path) -> None:
@@ -234,7 +233,7 @@ def test_an_estimate_has_no_side_effects(tmp_path: Path) -> None:
     report = make_trainer(tmp_path / "run", settings=settings).run()
     files = list((tmp_path / "run/adapter").glob("*.safetensors"))
     assert sum(f.stat().st_size for f in files) == pytest.approx(found.adapter_bytes, abs=8000)  # headers
-    states = list((tmp_path / "run/checkpoints").rglob("state-*.safetensors"))
+    states = list((tmp_path / "run/checkpoints").rglob("state*.safetensors"))
     assert sum(f.stat().st_size for f in states) == pytest.approx(found.checkpoint_bytes, abs=24_000)
     assert report.step == 3
 

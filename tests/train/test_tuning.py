@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kv_memory.compress.refine.teacher import Teacher
 from kv_memory.datasets import Example, Question
 from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.train import questions
@@ -92,29 +92,27 @@ def test_tuning_defaults_to_low_ratios_unless_given() -> None:
 # -- questions ---------------------------------------------------------------------------------------------------------
 
 
-class Scripted(QuestionWriter):
+class Scripted(Teacher):
     """Writes what it is told instead of what a random model would babble."""
 
-    says: Sequence[str] = ()
-    answers: Sequence[str] = ()
     n_calls = 0
 
-    def _decoded(self, teacher: Any, rows: Any, *, temperature: float = 0.0, **_: Any) -> list[str]:
-        type(self).n_calls += 1
-        texts = self.says if temperature else self.answers
-        return [texts[i % len(texts)] for i in range(len(rows))]
+    def decode(self, rows: Any, *, temperature: float = 0.0, **_: Any) -> list[list[int]]:
+        Scripted.n_calls += 1
+        says = [" is it? More", " leaves at night?", " is\nnot one", " is it? Again", " a?"]
+        texts = says if temperature else [" At night ", " "]
+        return [self._backbone.encode_text(texts[i % len(texts)]) for i in range(len(rows))]
 
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> type[Scripted]:
-    monkeypatch.setattr(Scripted, "says", [" is it? More", " leaves at night?", " is\nnot one", " is it? Again", " a?"])
-    monkeypatch.setattr(Scripted, "answers", [" At night ", " "])
+    monkeypatch.setattr(questions, "Teacher", Scripted)
     monkeypatch.setattr(Scripted, "n_calls", 0)
     return Scripted
 
 
 def test_questions_begin_with_a_stem_and_end_at_the_question_mark(backbone: Any, scripted: type[Scripted]) -> None:
-    writer = scripted(backbone, n_questions=5)
+    writer = QuestionWriter(backbone, n_questions=5)
     found = writer.write(PASSAGES[:1])
     # Stems What, How, Which, Why, When. "Which is" and "When a?" are no questions, and the second has no answer.
     assert [(q.text, q.answers) for q in found[0]] == [("What is it?", ("At night",)), ("Why is it?", ("At night",))]
@@ -125,17 +123,19 @@ def test_written_questions_are_reused_and_missing_ones_added(
 ) -> None:
     path = tmp_path / "new" / "questions.jsonl"
     told: list[tuple[int, int]] = []
-    first = scripted(backbone, n_questions=2).write(PASSAGES[:1], path=path)
+    first = QuestionWriter(backbone, n_questions=2).write(PASSAGES[:1], path=path)
     n_calls = scripted.n_calls
     with path.open("a") as file:
         file.write('{"key": "torn')
-    both = scripted(backbone, n_questions=2).write(PASSAGES, path=path, on_passage=lambda *n: told.append(n))
+    both = QuestionWriter(backbone, n_questions=2).write(PASSAGES, path=path, on_passage=lambda *n: told.append(n))
     assert both[0] == first[0] and both[1] and scripted.n_calls == n_calls + 2 and told == [(2, 2)]
     assert len([line for line in path.read_text().splitlines() if line.endswith("}")]) == 2
-    assert scripted(backbone, n_questions=2).write(PASSAGES, path=path) == both and scripted.n_calls == n_calls + 2
+    assert (
+        QuestionWriter(backbone, n_questions=2).write(PASSAGES, path=path) == both and scripted.n_calls == n_calls + 2
+    )
     # Another seed, model or number of questions asks other questions.
-    scripted(backbone, n_questions=2, seed=1).write(PASSAGES[:1], path=path)
-    scripted(make_backbone("qwen2"), n_questions=2).write(PASSAGES[:1], path=path)
+    QuestionWriter(backbone, n_questions=2, seed=1).write(PASSAGES[:1], path=path)
+    QuestionWriter(make_backbone("qwen2"), n_questions=2).write(PASSAGES[:1], path=path)
     assert scripted.n_calls == n_calls + 6
     json.loads(path.read_text().splitlines()[-1])
 
@@ -170,4 +170,4 @@ def test_as_question_accepts_only_complete_questions(text: str, question: str | 
 
 def test_a_folder_as_question_file_is_an_error(backbone: Any, scripted: type[Scripted], tmp_path: Path) -> None:
     with pytest.raises(DatasetError):
-        scripted(backbone).write(PASSAGES, path=tmp_path)
+        QuestionWriter(backbone).write(PASSAGES, path=tmp_path)

@@ -6,9 +6,10 @@ import os
 from dataclasses import dataclass
 from typing import Protocol
 
+from kv_memory.errors import ConfigError
 from kv_memory.jobs.job_records import Job
 
-__all__ = ["Engine", "WorkerEnd", "n_cores", "threads_of"]
+__all__ = ["Engine", "WorkerEnd", "check_n_workers", "last_line", "n_cores", "threads_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +34,7 @@ class Engine(Protocol):
     """Keeps workers running; the workers claim their documents from the ledger themselves."""
 
     def poll(self, job: Job, *, n_open: int) -> list[WorkerEnd]:
-        """Start missing workers, no more than there are open documents; return those that have ended.
-
-        Args:
-            job: Job that the workers process.
-            n_open: Number of documents pending or in progress.
-        """
+        """Start missing workers, no more than `n_open` documents need; return those that have ended."""
 
     def n_workers(self) -> int:
         """Number of running workers."""
@@ -57,3 +53,19 @@ def threads_of(share: float) -> int:
     most = max(1, int(share))
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return min(most, int(asked)) if asked.isdigit() and int(asked) else most
+
+
+def check_n_workers(n: int) -> int:
+    """Return the number of workers if it is at least 1; otherwise raise a ConfigError."""
+    if n < 1:
+        raise ConfigError(
+            f"there must be at least 1 worker, got {n}",
+            where="workers",
+            next_step="Pass the number of GPUs; without GPUs 1, or on Ray one worker per few CPU cores.",
+        )
+    return n
+
+
+def last_line(text: str) -> str:
+    """The last line of an output, for a message: at most 300 characters, possibly empty."""
+    return text.strip().rpartition("\n")[2].strip()[:300]

@@ -19,15 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from kv_memory.errors import ConfigError
-from kv_memory.jobs.engines import WorkerEnd, n_cores, threads_of
+from kv_memory.jobs.engines import WorkerEnd, check_n_workers, last_line, n_cores, threads_of
 from kv_memory.jobs.job_records import Job, worker_name
 from kv_memory.jobs.leases import LEASE_S
 
 _WORKER = (sys.executable, "-m", "kv_memory.jobs.worker")
 _PATIENCE_S = 10.0  # time for a worker to release its document
-_SAID_CHARS = 300
+_NOISE_BYTES = 2000  # at the end of the standard error, looked through for the last line
+_SIGNALS = {member.value: member.name for member in signal.Signals}
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+# Output of libraries would be lost, or would garble the error.
+_QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 @dataclass
@@ -40,34 +44,17 @@ class _Process:
 
 
 class LocalEngine:
-    """Workers as processes of this machine, each with its own model.
-
-    Args:
-        store_path: Path of the store's folder.
-        n_workers: Maximum number of workers at a time.
-        lease_s: Duration of a lease in seconds, see `TaskQueue`.
-        command: Command that starts a worker; replaced in tests.
+    """Workers as processes of this machine, each with its own model; `command`, which starts one, is for tests.
 
     Raises:
-        ConfigError: `n_workers` is below 1.
+        ConfigError: `n_workers`, the maximum number of workers at a time, is below 1.
     """
 
     def __init__(
-        self,
-        store_path: Path,
-        *,
-        n_workers: int = 1,
-        lease_s: float = LEASE_S,
-        command: Sequence[str] = _WORKER,
+        self, store_path: Path, *, n_workers: int = 1, lease_s: float = LEASE_S, command: Sequence[str] = _WORKER
     ) -> None:
-        if n_workers < 1:
-            raise ConfigError(
-                f"there must be at least 1 worker, got {n_workers}",
-                where="workers",
-                next_step="Pass 1, or the number of GPUs.",
-            )
         self._store_path = store_path
-        self._most = n_workers
+        self._most = check_n_workers(n_workers)
         self._lease_s = lease_s
         self._command = tuple(command)
         self._threads = threads_of(n_cores() / n_workers)
@@ -104,8 +91,7 @@ class LocalEngine:
             time.sleep(0.01)
 
     def _start(self, job: Job) -> None:
-        taken = {entry.number for entry in self._processes}
-        number = next(n for n in range(self._most) if n not in taken)
+        number = min(set(range(self._most)) - {entry.number for entry in self._processes})
         name = worker_name()
         said, noise = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
         options = {
@@ -140,34 +126,12 @@ class LocalEngine:
         return ended
 
 
-# Output of libraries would be lost, or would garble the error.
-_QUIET = {
-    "TOKENIZERS_PARALLELISM": "false",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "PYTHONUNBUFFERED": "1",
-}
-
-
 def _end_of(entry: _Process) -> WorkerEnd:
     code = entry.process.returncode
     if code == 0:
         entry.said.seek(0)
         return WorkerEnd(**json.loads(entry.said.read().splitlines()[-1]))
-    reason = f"exit code {code}" if code > 0 else f"killed by {_signal_name(-code)}"
-    said = _last_words(entry.noise)
+    reason = f"exit code {code}" if code > 0 else f"killed by {_SIGNALS.get(-code, f'signal {-code}')}"
+    entry.noise.seek(max(0, entry.noise.seek(0, os.SEEK_END) - _NOISE_BYTES))
+    said = last_line(entry.noise.read().decode("utf-8", "replace"))
     return WorkerEnd(worker=entry.name, reason=f"{reason}: {said}" if said else reason, n_deaths=1)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def _last_words(noise: IO[bytes]) -> str:
-    size = noise.seek(0, os.SEEK_END)
-    noise.seek(max(0, size - 4 * _SAID_CHARS))
-    lines = noise.read().decode("utf-8", "replace").strip().splitlines()
-    return lines[-1].strip()[:_SAID_CHARS] if lines else ""

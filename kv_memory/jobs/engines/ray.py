@@ -19,17 +19,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from kv_memory.errors import ConfigError, JobError
-from kv_memory.jobs.engines import WorkerEnd, n_cores, threads_of
+from kv_memory.jobs.engines import WorkerEnd, check_n_workers, last_line, n_cores, threads_of
 from kv_memory.jobs.job_records import Job, worker_name
 from kv_memory.jobs.leases import LEASE_S
 from kv_memory.store import Store
 
-_LOG = logging.getLogger(__name__)
 _RESTARTS = 3  # an actor whose process has died once more is replaced by the driver, which counts its deaths
 _PATIENCE_S = 10.0  # time for the actors to end after their current documents
 _KILL_S = 5.0
 _KNOCK_S = 5.0
-_SAID_CHARS = 300
 _ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # off, as on these systems, Ray opens no port to other machines
 
 
@@ -37,12 +35,7 @@ class RayWorker:
     """The class of the actors."""
 
     def run(self, path: str, **options: Any) -> dict[str, Any]:
-        """Work on a job until it ends or Ray cancels this call; return the `WorkerEnd` as a dict.
-
-        Args:
-            path: Path of the store's folder on this machine.
-            options: Further arguments of `worker.run`.
-        """
+        """Work on a job until it ends or Ray cancels this call; see `worker.run`. Returns the `WorkerEnd` as a dict."""
         import ray
 
         from kv_memory.jobs.worker import run
@@ -77,12 +70,6 @@ class RayEngine:
     def __init__(
         self, store: Store, *, n_workers: int = 1, n_gpus: float | None = None, lease_s: float = LEASE_S
     ) -> None:
-        if n_workers < 1:
-            raise ConfigError(
-                f"there must be at least 1 worker, got {n_workers}",
-                where="workers",
-                next_step="Pass the number of GPUs in the cluster; without GPUs, one worker per few CPU cores.",
-            )
         if n_gpus is not None and not 0 <= n_gpus < math.inf:
             raise ConfigError(
                 f"the number of GPUs per worker must be at least 0, got {n_gpus}",
@@ -90,10 +77,10 @@ class RayEngine:
                 next_step="Pass 1, 0.5 for two workers that share a GPU, or 0 for none.",
             )
         self._store = store
-        self._most = n_workers
+        self._most = check_n_workers(n_workers)
         self._lease_s = lease_s
         self._actors: dict[Any, Any] = {}  # by the reference to the result of its `run`
-        self._cluster = _join()
+        self._ray, self._cluster = _join()
         try:
             self._share = share_of(self._check_machines(), n_workers=n_workers, n_gpus=n_gpus)
         except BaseException:
@@ -102,10 +89,8 @@ class RayEngine:
 
     def poll(self, job: Job, *, n_open: int) -> list[WorkerEnd]:
         """See `Engine.poll`; Ray itself restarts an actor whose process has died, a few times."""
-        import ray
-
         running = list(self._actors)
-        done = ray.wait(running, num_returns=len(running), timeout=0)[0] if running else []
+        done = self._ray.wait(running, num_returns=len(running), timeout=0)[0] if running else []
         ended = [self._end_of(result) for result in done]
         while len(self._actors) < min(self._most, n_open):
             self._start(job)
@@ -117,9 +102,7 @@ class RayEngine:
 
     def stop(self) -> None:
         """See `Engine.stop`."""
-        import ray
-
-        running = list(self._actors)
+        ray, running = self._ray, list(self._actors)
         if running:
             for result in running:
                 ray.cancel(result)
@@ -131,15 +114,9 @@ class RayEngine:
         self._cluster.close()
 
     def _start(self, job: Job) -> None:
-        import ray
-
-        worker: Any = ray.remote(
-            num_cpus=self._share.n_cpus,
-            num_gpus=self._share.n_gpus,
-            max_restarts=_RESTARTS,
-            max_task_retries=_RESTARTS,
-        )(RayWorker)
-        actor = worker.remote()
+        resources = {"num_cpus": self._share.n_cpus, "num_gpus": self._share.n_gpus}
+        restarts = {"max_restarts": _RESTARTS, "max_task_retries": _RESTARTS}
+        actor = self._ray.remote(**resources, **restarts)(RayWorker).remote()
         result = actor.run.remote(
             str(self._store.path),
             collection=job.collection,
@@ -151,21 +128,17 @@ class RayEngine:
         self._actors[result] = actor
 
     def _end_of(self, result: Any) -> WorkerEnd:
-        import ray
-
         actor = self._actors.pop(result)
         try:
-            return WorkerEnd(**ray.get(result))
+            return WorkerEnd(**self._ray.get(result))
         except Exception as error:  # its process has died once too often, or could not begin
             return WorkerEnd(worker="actor", reason=_last_line(error), n_deaths=1 + _RESTARTS)
         finally:
-            ray.kill(actor)
+            self._ray.kill(actor)
 
     def _check_machines(self) -> list[dict[str, float]]:
         """Check that all machines can reach the store, and return the resources of each."""
-        import ray
-
-        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         n_machines = len(machines)
         here = "catalog" if self._store.catalog.dialect == "sqlite" else "blobs"
         if n_machines > 1 and (here == "catalog" or "://" not in self._store.blobs_url):
@@ -177,13 +150,10 @@ class RayEngine:
         return machines
 
 
-def _join() -> ExitStack:
-    """Join the cluster; closing the returned stack leaves it, unless the application had joined it before."""
-    left = ExitStack()
+def _join() -> tuple[Any, ExitStack]:
+    """Import Ray and join the cluster; closing the returned stack leaves it, unless the application had joined it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault(
-        "RAY_ENABLE_AUTO_CONNECT", "0"
-    )  # or leftovers of a run would start another cluster after the last one
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # or leftovers of a run would start another cluster later
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _knock(address)
@@ -196,7 +166,7 @@ def _join() -> ExitStack:
             "Ray is not installed", where="engine", next_step="Run `pip install 'kv-memory[ray]'`."
         ) from error
     if ray.is_initialized():
-        return left
+        return ray, ExitStack()
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with ExitStack() as joined:
         try:
@@ -209,15 +179,9 @@ def _join() -> ExitStack:
         # Even without log_to_driver, Ray prints messages about dead nodes to standard output, among our JSON.
         internals: Any = ray._private.worker
         joined.callback(setattr, internals, "print_to_stdstream", internals.print_to_stdstream)
-        internals.print_to_stdstream = _note
+        internals.print_to_stdstream = lambda *_, **_options: None
         joined.callback(ray.shutdown)
-        left = joined.pop_all()
-    return left
-
-
-def _note(said: Mapping[str, Any], *_: Any, **_options: Any) -> None:
-    for line in said.get("lines", ()):
-        _LOG.info("Ray reported: %s", line)
+        return ray, joined.pop_all()
 
 
 def _knock(address: str) -> None:
@@ -241,19 +205,12 @@ def _no_cluster(address: str | None, error: Exception) -> JobError:
 
 
 def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1].strip()[:_SAID_CHARS]}" if lines else type(error).__name__
+    return ": ".join(filter(None, (type(error).__name__, last_line(str(error)))))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """The share of the cluster's resources for one actor.
-
-    Attributes:
-        n_cpus: Number of cores, as counted by Ray; a fraction if actors outnumber cores.
-        n_gpus: Number of GPUs; a fraction if actors share a GPU.
-        n_threads: Number of CPU threads for the model.
-    """
+    """The cores and GPUs of one actor, fractions if actors share one, and the number of CPU threads for its model."""
 
     n_cpus: float
     n_gpus: float

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from kv_memory.errors import ConfigError, KVMemoryError, UnreadableDocumentError
-from kv_memory.jobs.job_records import JobSettings
+from kv_memory.jobs.job_records import JobSettings, SourceItem
 from kv_memory.jobs.sources.docstore import DocstoreSource, is_docstore
 from kv_memory.jobs.sources.files import FileSource, is_pattern
-from kv_memory.jobs.sources.row_files import HubSource, JsonLinesSource, ParquetSource
-from kv_memory.jobs.sources.source import Fields, ReadItem, Source, SourceItem
+from kv_memory.jobs.sources.row_files import HubSource, JsonLinesSource, ParquetSource, parse_hub_name
+from kv_memory.jobs.sources.source import ReadItem, Source
 from kv_memory.jobs.sources.sql import SqlSource, check_url
 
 __all__ = ["Sources", "name_of", "parse_sources"]
@@ -25,16 +25,13 @@ __all__ = ["Sources", "name_of", "parse_sources"]
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
 
 
-def parse_sources(
-    texts: Sequence[str], *, glob: str | None = None, query: str | None = None, fields: Fields
-) -> list[dict[str, Any]]:
+def parse_sources(texts: Sequence[str], *, glob: str | None = None, query: str | None = None) -> list[dict[str, Any]]:
     """Turn the user's arguments into specs.
 
     Args:
         texts: Files, folders, patterns; `hub:NAME`; `sql:URL`.
         glob: Pattern for the files of folders.
         query: SQL query for the `sql:` sources.
-        fields: Names of the fields of records.
 
     Raises:
         ConfigError: A name or URL is malformed, a `sql:` source has no query, or an option is given without a source
@@ -44,7 +41,7 @@ def parse_sources(
     specs: list[dict[str, Any]] = []
     for text in texts:
         if text.startswith("hub:"):
-            HubSource(text[4:], fields)  # raises if the name is malformed
+            parse_hub_name(text[4:])  # raises if it is malformed
             specs.append({"kind": "hub", "name": text[4:]})
         elif text.startswith("sql:"):
             check_url(text[4:])
@@ -74,32 +71,26 @@ def parse_sources(
 
 def _files(text: str, glob: str | None) -> list[dict[str, Any]]:
     path = os.path.abspath(os.path.expanduser(text))
-    pattern = path if is_pattern(path) else None
-    if pattern is None and not os.path.exists(path):
-        raise UnreadableDocumentError(
-            "no such file or folder", where=text, next_step=f"Check the path; relative ones start at {Path.cwd()}."
-        )
-    if os.path.isdir(path) and glob:
-        if Path(glob).suffix.lower() in _KINDS:
-            pattern = os.path.join(globbing.escape(path), glob if "/" in glob else f"**/{glob}")
-        else:
+    if os.path.isdir(path):
+        if glob is None or _kind_of(glob) is None:
             return [{"kind": "files", "path": path, "glob": glob}]
-    kind = _KINDS.get(Path(pattern or path).suffix.lower())
-    if kind is not None and pattern is not None:
+        path = os.path.join(globbing.escape(path), glob if "/" in glob else f"**/{glob}")
+    kind, next_step = _kind_of(path), f"Check the path; relative ones start at {Path.cwd()}."
+    if not is_pattern(path):
+        if not os.path.exists(path):
+            raise UnreadableDocumentError("no such file or folder", where=text, next_step=next_step)
+        kind = kind or ("docstore" if is_docstore(Path(path)) else None)
+    elif kind is not None:
         # Files of records are few, so each is a source of its own.
-        found = sorted(name for name in globbing.glob(pattern, recursive=True) if os.path.isfile(name))
+        found = sorted(name for name in globbing.glob(path, recursive=True) if os.path.isfile(name))
         if not found:
-            raise UnreadableDocumentError(
-                "no file matches this pattern",
-                where=text,
-                next_step=f"Check the pattern; relative ones start at {Path.cwd()}.",
-            )
+            raise UnreadableDocumentError("no file matches this pattern", where=text, next_step=next_step)
         return [{"kind": kind, "path": name} for name in found]
-    if kind is None and os.path.isfile(path) and is_docstore(Path(path)):
-        kind = "docstore"
-    if kind is None or os.path.isdir(path):
-        return [{"kind": "files", "path": path, "glob": None}]
-    return [{"kind": kind, "path": path}]
+    return [{"kind": kind or "files", "path": path, "glob": None}]
+
+
+def _kind_of(path: str) -> str | None:
+    return _KINDS.get(Path(path).suffix.lower())
 
 
 def name_of(spec: dict[str, Any]) -> str:
@@ -112,25 +103,20 @@ def name_of(spec: dict[str, Any]) -> str:
 
 
 def _source_of(number: int, spec: dict[str, Any], settings: JobSettings) -> Source:
-    kind, fields = spec["kind"], Fields(id_field=settings.id_field, text_field=settings.text_field)
+    kind = spec["kind"]
     if kind == "sql":
-        return SqlSource(number, spec["url"], spec["query"], fields)
+        return SqlSource(number, spec["url"], spec["query"], settings)
     if kind == "hub":
-        return HubSource(spec["name"], fields)
+        return HubSource(spec["name"], settings)
     if kind == "docstore":
         return DocstoreSource(Path(spec["path"]))
     if kind == "files":
         return FileSource(spec["path"], glob=spec["glob"], encoding=settings.encoding)
-    return (JsonLinesSource if kind == "jsonl" else ParquetSource)(Path(spec["path"]), fields)
+    return (JsonLinesSource if kind == "jsonl" else ParquetSource)(Path(spec["path"]), settings)
 
 
 class Sources:
-    """All sources of a job.
-
-    Args:
-        specs: Specs from `parse_sources`.
-        settings: Settings of the job.
-    """
+    """All sources of a job, from the specs of `parse_sources`."""
 
     def __init__(self, specs: Sequence[dict[str, Any]], settings: JobSettings) -> None:
         self._names = [name_of(spec) for spec in specs]

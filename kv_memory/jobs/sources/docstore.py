@@ -7,19 +7,21 @@ addressed by its byte range in the file.
 from __future__ import annotations
 
 import json
+import mmap
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from kv_memory.documents import Document
 from kv_memory.errors import UnreadableDocumentError
-from kv_memory.jobs.sources.source import ReadItem, Source, SourceItem, changed, uri_of
+from kv_memory.jobs.job_records import SourceItem
+from kv_memory.jobs.sources.source import ReadItem, Source, changed, uri_of
 
-_DATA = "docstore/data"
+_DATA = b'"docstore/data"'
+_DEPTH = 3  # of an entry
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[{}]', re.DOTALL)  # a string, or a brace outside of strings
 _DOCUMENT = "4"  # type of a document; any other type is a node, which is already split
-_CHUNK_CHARS = 1 << 16
-_DECODER = json.JSONDecoder()
 _BAD = (OSError, ValueError, AttributeError, LookupError, TypeError)
 
 
@@ -37,9 +39,6 @@ class DocstoreSource(Source):
 
     Nodes are kept whole, with the metadata for the model in front of their text, so that an index over them finds their
     caches. Documents are split like any other.
-
-    Args:
-        path: Path of `docstore.json`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,10 +70,10 @@ class DocstoreSource(Source):
             data = _data(entry)
             if str(data["id_"]) != item.document_id:
                 raise changed(item)
-            metadata = data.get("metadata") or {}
-            document = Document(
-                id=item.document_id, text=_content(entry), source_uri=item.uri, metadata={**metadata, **_source(data)}
-            )
+            metadata = dict(data.get("metadata") or {})
+            if split_from := ((data.get("relationships") or {}).get("1") or {}).get("node_id"):
+                metadata["ref_doc_id"] = str(split_from)
+            document = Document(id=item.document_id, text=_content(entry), source_uri=item.uri, metadata=metadata)
         except _BAD as error:
             raise changed(item) from error
         return ReadItem(document=document, whole=entry.get("__type__") != _DOCUMENT)
@@ -104,78 +103,24 @@ def _content(entry: dict[str, Any]) -> str:
     return str(whole.format(content=text, metadata_str=metadata).strip())
 
 
-def _source(data: dict[str, Any]) -> dict[str, str]:
-    """Metadata that names the document a node was split from; empty if unknown."""
-    relation = (data.get("relationships") or {}).get("1") or {}
-    return {"ref_doc_id": str(relation["node_id"])} if relation.get("node_id") else {}
-
-
 def _entries(path: Path) -> Iterator[tuple[str, Any, int, int]]:
-    """Yield id, value, start and end offset in bytes of every entry; one entry at a time is in memory."""
-    with path.open(encoding="utf-8", newline="") as file:
-        scanner = _Scanner(file)
-        for key in scanner.members():
-            if key != _DATA:
-                scanner.value()
-                continue
-            for id_ in scanner.members():
-                yield id_, *scanner.value()
+    """Yield id, value, start and end offset in bytes of every entry.
 
-
-class _Scanner:
-    """Decodes a JSON file of nested objects, value by value."""
-
-    def __init__(self, file: IO[str]) -> None:
-        self._file = file
-        self._text = ""
-        self._offset = 0  # of the text in the file, in bytes
-
-    def members(self) -> Iterator[str]:
-        """Yield the keys of the object that begins here; the caller must consume each value before the next key."""
-        self._expect("{")
-        while self._peek() != "}":
-            yield self._key()
-            if self._peek() == ",":
-                self._expect(",")
-        self._expect("}")
-
-    def value(self) -> tuple[Any, int, int]:
-        """Decode the value that begins here; return it with its start and end offset in bytes."""
-        self._peek()
-        while True:
-            try:
-                value, end = _DECODER.raw_decode(self._text)
-                break
-            except ValueError:  # perhaps because there is more of it
-                self._fill()
-        start = self._offset
-        self._drop(end)
-        return value, start, self._offset
-
-    def _key(self) -> str:
-        key, _, _ = self.value()
-        self._expect(":")
-        return str(key)
-
-    def _expect(self, mark: str) -> None:
-        if self._peek() != mark:
-            raise ValueError(f"missing {mark!r} at byte {self._offset}")
-        self._drop(1)
-
-    def _peek(self) -> str:
-        """The next character that is not white space."""
-        while not (text := self._text.lstrip(" \t\r\n")):
-            self._fill()
-        self._drop(len(self._text) - len(text))
-        return self._text[0]
-
-    def _drop(self, n_chars: int) -> None:
-        self._offset += len(self._text[:n_chars].encode())
-        self._text = self._text[n_chars:]
-
-    def _fill(self) -> None:
-        # A value is decoded from its beginning after each fill, so at least as much again is read as there is of it.
-        more = self._file.read(max(_CHUNK_CHARS, len(self._text)))
-        if not more:
+    An entry is an object in the object `docstore/data` of the file's object. The file is mapped, and one entry at a
+    time is decoded.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        depth, start, keys = 0, 0, {1: b"", 2: b""}  # the last string at these depths
+        for token in _TOKEN.finditer(data):
+            if token[0] == b"{":
+                depth += 1
+                if depth == _DEPTH:
+                    start = token.start()
+            elif token[0] == b"}":
+                if depth == _DEPTH and keys[1] == _DATA:
+                    yield json.loads(keys[2]), json.loads(data[start : token.end()]), start, token.end()
+                depth -= 1
+            elif depth < _DEPTH:
+                keys[depth] = token[0]
+        if depth:
             raise ValueError("the file ends too early")
-        self._text += more

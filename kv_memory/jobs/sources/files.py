@@ -13,7 +13,8 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from kv_memory.documents import read_file
 from kv_memory.documents.loaders import file_id, walk_folder
 from kv_memory.documents.parsers import FILE_TYPES
-from kv_memory.jobs.sources.source import ReadItem, Source, SourceItem, unreadable, uri_of
+from kv_memory.jobs.job_records import SourceItem
+from kv_memory.jobs.sources.source import ReadItem, Source, unreadable, uri_of
 
 
 def is_pattern(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Sources: small items, possibly millions of them, the documents read from them, and the fields of records."""
+"""Sources: they list small items, possibly millions of them, and read the document of an item."""
 
 from __future__ import annotations
 
@@ -11,31 +11,9 @@ from typing import Any, Protocol
 from kv_memory.documents import Document
 from kv_memory.documents.parsers import normalise_newlines
 from kv_memory.errors import UnreadableDocumentError
+from kv_memory.jobs.job_records import JobSettings, SourceItem
 
 _MOST_CHARS = 1000  # longest value kept as metadata; longer ones are texts themselves
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceItem:
-    """A document of a source, without its text.
-
-    Attributes:
-        document_id: Id of the document in the collection.
-        uri: Address from which a worker reads this document: `file:///a.md`, `file:///a.jsonl#BYTE OFFSET`.
-        size_bytes: Size of the source in bytes; 0 if unknown. Larger documents are processed first, so that none is
-            left alone at the end, and consecutive documents have about the same length.
-        error: Error found while listing the source, in the form of `KVMemoryError.to_dict`; None if it can be read.
-    """
-
-    document_id: str
-    uri: str
-    size_bytes: int = 0
-    error: dict[str, str | None] | None = None
-
-    @property
-    def locator(self) -> str:
-        """The place of the document in its source: the part of the uri after the `#`."""
-        return self.uri.partition("#")[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,49 +57,38 @@ class Source(Protocol):
         return
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fields:
-    """The field names of a source's records.
+def record_id(record: Mapping[str, Any], id_field: str, otherwise: str) -> str:
+    """The id of a record in a form that SQL accepts; `otherwise` if the record has no id."""
+    value = record.get(id_field)
+    if value is None or not str(value).strip():
+        return otherwise
+    return str(value).encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
 
-    Attributes:
-        id_field: Field with the id; a record without one is named after its source and number.
-        text_field: Field with the text.
+
+def read_record(record: Mapping[str, Any], item: SourceItem, settings: JobSettings) -> ReadItem:
+    """Convert a record to a document; short values of other fields become its metadata.
+
+    Raises:
+        UnreadableDocumentError: The record has no text, or its id has changed since discovery.
+        DocumentError: The text is blank or cannot be stored.
     """
-
-    id_field: str = "id"
-    text_field: str = "text"
-
-    def id_of(self, record: Mapping[str, Any], otherwise: str) -> str:
-        """The id of a record in a form that SQL accepts; `otherwise` if the record has no id."""
-        value = record.get(self.id_field)
-        if value is None or not str(value).strip():
-            return otherwise
-        return str(value).encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
-
-    def document(self, record: Mapping[str, Any], item: SourceItem) -> ReadItem:
-        """Convert a record to a document; short values of other fields become its metadata.
-
-        Raises:
-            UnreadableDocumentError: The record has no text, or its id has changed since discovery.
-            DocumentError: The text is blank or cannot be stored.
-        """
-        if self.id_of(record, item.document_id) != item.document_id:
-            raise changed(item)
-        text = record.get(self.text_field)
-        if not isinstance(text, str):
-            what = "no field" if text is None else f"expected text, got {type(text).__name__} in field"
-            raise UnreadableDocumentError(
-                f"{what} {self.text_field!r}",
-                where=item.uri,
-                next_step=f"Pass the text field as --text-field; the fields are {', '.join(map(str, record))}.",
-            )
-        kept = {
-            key: value.isoformat() if isinstance(value, date | datetime) else value
-            for key, value in record.items()
-            if key not in {self.id_field, self.text_field} and _is_short(value)
-        }
-        text = normalise_newlines(text)
-        return ReadItem(document=Document(id=item.document_id, text=text, source_uri=item.uri, metadata=kept))
+    if record_id(record, settings.id_field, item.document_id) != item.document_id:
+        raise changed(item)
+    text = record.get(settings.text_field)
+    if not isinstance(text, str):
+        what = "no field" if text is None else f"expected text, got {type(text).__name__} in field"
+        raise UnreadableDocumentError(
+            f"{what} {settings.text_field!r}",
+            where=item.uri,
+            next_step=f"Pass the text field as --text-field; the fields are {', '.join(map(str, record))}.",
+        )
+    kept = {
+        key: value.isoformat() if isinstance(value, date | datetime) else value
+        for key, value in record.items()
+        if key not in {settings.id_field, settings.text_field} and _is_short(value)
+    }
+    text = normalise_newlines(text)
+    return ReadItem(document=Document(id=item.document_id, text=text, source_uri=item.uri, metadata=kept))
 
 
 def changed(item: SourceItem) -> UnreadableDocumentError:

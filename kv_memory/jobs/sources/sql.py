@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy import (
+    ColumnClause,
+    Connection,
+    Engine,
+    Select,
+    column,
+    create_engine,
+    literal_column,
+    make_url,
+    select,
+    text,
+)
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from kv_memory.errors import ConfigError, UnreadableDocumentError
-from kv_memory.jobs.sources.source import Fields, ReadItem, Source, SourceItem, changed
+from kv_memory.jobs.job_records import JobSettings, SourceItem
+from kv_memory.jobs.sources.source import ReadItem, Source, changed, read_record
 
 _ROWS_AT_ONCE = 500
 
@@ -43,45 +56,33 @@ class SqlSource(Source):
         number: Number of the source in its job. It stands for the URL in uris, because a URL may contain a password.
         url: URL of the database, in SQLAlchemy's form.
         query: SELECT statement with a column for the key and one for the text.
-        fields: Names of these columns.
+        settings: Settings with the names of these columns.
     """
 
-    def __init__(self, number: int, url: str, query: str, fields: Fields) -> None:
+    def __init__(self, number: int, url: str, query: str, settings: JobSettings) -> None:
         self._where = check_url(url)
         self.uri = f"sql:{number}"
         self._url = url
-        self._query = query.strip().rstrip(";")
-        self._fields = fields
+        key: ColumnClause[Any] = column(settings.id_field)
+        self._key = text(query.strip().rstrip(";")).columns(key).subquery("kv_rows").c[key.name]
+        self._settings = settings
         self._engine: Engine | None = None
 
     def items(self) -> Iterator[SourceItem]:
         """See `Source.items`; only the keys are fetched, a few hundred rows at a time."""
-        try:
-            with self._open().connect() as connection:
-                key = self._quoted(self._fields.id_field)
-                rows = connection.execution_options(stream_results=True, yield_per=_ROWS_AT_ONCE).execute(
-                    text(f"SELECT kv_rows.{key} FROM ({self._query}) AS kv_rows")
-                )
-                for (value,) in rows:
-                    yield SourceItem(document_id=str(value), uri=f"{self.uri}#{_written(value)}")
-        except SQLAlchemyError as error:
-            raise self._failed(error) from error
+        with self._connected() as connection:
+            streaming = connection.execution_options(stream_results=True, yield_per=_ROWS_AT_ONCE)
+            for value in streaming.scalars(select(self._key)):
+                yield SourceItem(document_id=str(value), uri=f"{self.uri}#{_written(value)}")
 
     def read(self, item: SourceItem) -> ReadItem:
         """See `Source.read`."""
-        try:
-            with self._open().connect() as connection:
-                key = self._quoted(self._fields.id_field)
-                found = connection.execute(
-                    text(f"SELECT * FROM ({self._query}) AS kv_rows WHERE kv_rows.{key} = :key"),
-                    {"key": json.loads(item.locator)},
-                )
-                row = found.mappings().first()
-        except SQLAlchemyError as error:
-            raise self._failed(error) from error
+        rows: Select[Any] = select(literal_column("*")).select_from(self._key.table)
+        with self._connected() as connection:
+            row = connection.execute(rows.where(self._key == json.loads(item.locator))).mappings().first()
         if row is None:
             raise changed(item)
-        return self._fields.document({name: _plain(value) for name, value in row.items()}, item)
+        return read_record({name: _plain(value) for name, value in row.items()}, item, self._settings)
 
     def close(self) -> None:
         """Close the connections."""
@@ -89,28 +90,27 @@ class SqlSource(Source):
             self._engine.dispose()
             self._engine = None
 
-    def _open(self) -> Engine:
-        if self._engine is None:
-            try:
+    @contextmanager
+    def _connected(self) -> Iterator[Connection]:
+        try:
+            if self._engine is None:
                 self._engine = create_engine(self._url)
-            except (NoSuchModuleError, ImportError) as error:
-                raise ConfigError(
-                    f"no driver for this database is installed: {error}",
-                    where=self._where,
-                    next_step="Install the driver that SQLAlchemy names, e.g. `pip install 'kv-memory[postgres]'`.",
-                ) from error
-        return self._engine
-
-    def _quoted(self, name: str) -> str:
-        return self._open().dialect.identifier_preparer.quote(name)
-
-    def _failed(self, error: SQLAlchemyError) -> UnreadableDocumentError:
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        return UnreadableDocumentError(
-            f"the query failed: {reason}",
-            where=self._where,
-            next_step="Try it in the database's own shell. It must return the columns of --id-field and --text-field.",
-        )
+            with self._engine.connect() as connection:
+                yield connection
+        except (NoSuchModuleError, ImportError) as error:
+            raise ConfigError(
+                f"no driver for this database is installed: {error}",
+                where=self._where,
+                next_step="Install the driver that SQLAlchemy names, e.g. `pip install 'kv-memory[postgres]'`.",
+            ) from error
+        except SQLAlchemyError as error:
+            reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+            raise UnreadableDocumentError(
+                f"the query failed: {reason}",
+                where=self._where,
+                next_step="Try it in the database's own shell. It must return the columns of --id-field and "
+                "--text-field.",
+            ) from error
 
 
 def _written(value: Any) -> str:
