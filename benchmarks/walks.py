@@ -37,7 +37,7 @@ from tests.conftest import make_model, make_tokenizer  # noqa: E402
 from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, open_memory, wide_backbone  # noqa: E402
 
 _PACKAGE = str(ROOT / "kv_memory")
-_TRANSACTIONS = {"Catalog.read", "Catalog.write"}
+_TRANSACTIONS = {"Catalog._transaction"}
 
 
 class Walk:

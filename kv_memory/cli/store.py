@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,8 @@ def current(store: StoreOption = DEFAULT_STORE, *, out: Output) -> Any:
     from kv_memory.store.sql.schema import SCHEMA_HEAD
 
     where = catalog_of(store)
-    revision = Catalog.revision_at(where)
+    with closing(Catalog(where)) as catalog:
+        revision = catalog.revision()
     if revision == SCHEMA_HEAD:
         out.line(f"Version {revision}, up to date.")
     else:
@@ -248,10 +250,9 @@ def upgrade(store: StoreOption = DEFAULT_STORE, *, out: Output) -> Any:
     from kv_memory.store.sql.catalog import Catalog
 
     where = catalog_of(store)
-    with out.working("Upgrading"):
-        before = Catalog.revision_at(where)
-        catalog = Catalog(where)
+    with out.working("Upgrading"), closing(Catalog(where)) as catalog:
+        before = catalog.revision()
+        catalog.upgrade()
         after = catalog.revision()
-        catalog.close()
     out.line(f"Version {after}; it was {before or 'none'}." if after != before else f"Already {after}.")
     return {"catalog": catalog.where, "before": before, "after": after}

@@ -23,7 +23,7 @@ from kv_memory.jobs.job_tables import JobRow, TaskRow
 from kv_memory.jobs.leases import count_of
 from kv_memory.model.embedded import recorded_settings
 from kv_memory.store import Store
-from kv_memory.store.documents import batches
+from kv_memory.store.sql.catalog import batches
 from kv_memory.store.sql.schema import FingerprintRow, utc_now
 
 

@@ -14,12 +14,9 @@ not prove who wrote it.
 from __future__ import annotations
 
 import hashlib
-import io
-import itertools
 import json
 import os
 import re
-import shutil
 import sqlite3
 import tarfile
 import tempfile
@@ -28,7 +25,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy import JSON, inspect, select
 
@@ -39,25 +35,18 @@ from kv_memory.store.copy import OnConflict, copy_collection
 from kv_memory.store.error_mapping import mapped
 from kv_memory.store.fs import fsync_folder, private_opener
 from kv_memory.store.records import CopyReport, TransferProgress
-from kv_memory.store.sql.schema import (
-    Base,
-    CacheRow,
-    CollectionRow,
-    DocumentRow,
-    FingerprintRow,
-    PassageRow,
-    PrefixRow,
-    UTCDateTime,
-)
+from kv_memory.store.sql.schema import Base, CacheRow, FingerprintRow, PassageRow, UTCDateTime
 from kv_memory.store.store import Store
 
 _FORMAT = 1
 _HEADER = "kv-memory.json"
+_MALFORMED = (tarfile.TarError, ValueError, TypeError, LookupError, RecursionError)  # raised by parsers
 _MAX_HEADER_BYTES = 1 << 16
 _DATABASES = ("catalog.sqlite", "blobs/cache.db")
 # Not `store.json`, with which the unpacked store would connect to servers of the writer's choice.
 _MEMBER = re.compile(r"kv-memory\.json|catalog\.sqlite|blobs/(\w+/)*\w+\.\w+")
 _WORD_HASH = re.compile("[0-9a-f]{16}")
+_PYTHON_TYPES = {JSON: dict, UTCDateTime: datetime}  # where SQLAlchemy's answer is `object`
 _AGAIN = "Copy the archive again; if the original is damaged too, run `kv-memory export` again."
 
 OnProgress = Callable[[TransferProgress], None]
@@ -115,7 +104,8 @@ def export_collection(store: Store, path: Path | str, *, on_progress: OnProgress
     if not target.parent.is_dir():
         raise TransferError("there is no such folder", where=str(target.parent), next_step="Create it first.")
     revision = store.revision
-    with _temporary(target.parent, f"{target.name[:99]}.part-") as folder:
+    with _temporary(target.parent, f"{target.name[:99]}.part-") as name:
+        folder = Path(name)
         # Not durable: only the finished file is synced, before its rename.
         with Store.open(folder / "store", collection=store.collection, durable=False) as small:
             copied = copy_collection(store, small, on_progress=on_progress)
@@ -146,11 +136,7 @@ def export_collection(store: Store, path: Path | str, *, on_progress: OnProgress
 
 
 def import_archive(
-    path: Path | str,
-    store: Store,
-    *,
-    on_conflict: OnConflict = "refuse",
-    on_progress: OnProgress | None = None,
+    path: Path | str, store: Store, *, on_conflict: OnConflict = "refuse", on_progress: OnProgress | None = None
 ) -> CopyReport:
     """Import an archive that `export_collection` wrote into a collection; arguments and errors as in `copy_collection`.
 
@@ -178,7 +164,8 @@ def open_archive(path: Path | str, *, on_progress: OnProgress | None = None) -> 
             "there is no such archive", where=str(source), next_step="Give a file written by `kv-memory export`."
         )
     beside = source.parent if os.access(source.parent, os.W_OK) else None
-    with _temporary(beside, f"{source.name[:99]}.unpacked-") as folder:
+    with _temporary(beside, f"{source.name[:99]}.unpacked-") as name:
+        folder = Path(name)
         with _as_damage(source):
             collection = _unpack(source, folder, on_progress)
             opened = Store.open(folder, collection=collection, create=False, durable=False)
@@ -190,15 +177,10 @@ def open_archive(path: Path | str, *, on_progress: OnProgress | None = None) -> 
             yield opened
 
 
-@contextmanager
-def _temporary(beside: Path | None, prefix: str) -> Iterator[Path]:
+def _temporary(beside: Path | None, prefix: str) -> tempfile.TemporaryDirectory[str]:
     """A folder that only its owner may enter."""
     with mapped(beside or tempfile.gettempdir()):
-        folder = tempfile.mkdtemp(prefix=prefix, dir=beside)
-    try:
-        yield Path(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        return tempfile.TemporaryDirectory(prefix=prefix, dir=beside, ignore_cleanup_errors=True)
 
 
 # writing
@@ -214,14 +196,12 @@ def _pack(
                 connection.execute("PRAGMA journal_mode = DELETE")  # everything is in this one file afterwards
         sums = {name: _sha256(folder / name) for name in _DATABASES}
         header = {"format": _FORMAT, "written_by": kv_memory.__version__, "collection": collection, "sha256": sums}
-        data = json.dumps(header, ensure_ascii=False).encode()
-        first = _without_owner(tarfile.TarInfo(_HEADER))
-        first.size = len(data)
+        with open(folder / _HEADER, "w", opener=private_opener) as file:
+            json.dump(header, file)
         blobs = (path for path in sorted((folder / "blobs").rglob("*/*")) if path.is_file())
         with open(part, "wb", opener=private_opener) as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
-                tar.addfile(first, io.BytesIO(data))
-                for path in itertools.chain((folder / name for name in _DATABASES), blobs):
+                for path in (*(folder / name for name in (_HEADER, *_DATABASES)), *blobs):
                     tar.add(path, path.relative_to(folder).as_posix(), filter=_without_owner)
                     if on_progress is not None:
                         total = max(file.tell(), progress.size_bytes_total)
@@ -272,7 +252,7 @@ def _unpack(source: Path, folder: Path, on_progress: OnProgress | None) -> str:
             tar.extract(first, folder, filter="data")
             header = json.loads((folder / _HEADER).read_bytes())
             format_ = header["format"]
-        except (tarfile.TarError, ValueError, TypeError, LookupError, RecursionError) as error:
+        except _MALFORMED as error:
             raise foreign from error
         if format_ != _FORMAT:
             raise TransferError(
@@ -306,7 +286,7 @@ def _verify(store: Store) -> None:
         told = ", ".join(f"{len(keys)} {name}" for name, keys in faults.items() if keys)
         raise ValueError(f"its blobs are not those of its catalog: {told}")
     with store.catalog.read() as session:
-        for table in (CollectionRow, DocumentRow, PassageRow, FingerprintRow, CacheRow, PrefixRow):
+        for table in Base.__subclasses__():
             for row in session.scalars(select(table).execution_options(yield_per=5)):
                 _check_types(row)
                 if isinstance(row, FingerprintRow) and _digest(row.json) != row.digest:
@@ -317,22 +297,15 @@ def _verify(store: Store) -> None:
                     raise ValueError(f"{row.text_sha256[:80]!r} is not a SHA-256")
                 if isinstance(row, PassageRow) and row.text is not None and _digest(row.text) != row.text_sha256:
                     raise ValueError("the text of a passage does not match its SHA-256")
-                if isinstance(row, PassageRow) and row.terms is not None:
-                    _check_terms(row.terms)
-
-
-def _check_terms(terms: dict[str, object]) -> None:
-    if not all(_WORD_HASH.fullmatch(word) and type(n) is int and n > 0 for word, n in terms.items()):
-        raise ValueError("the terms of a passage must map hashes of words to positive integers")
+                terms = (row.terms or {}) if isinstance(row, PassageRow) else {}
+                if not all(_WORD_HASH.fullmatch(word) and type(n) is int and n > 0 for word, n in terms.items()):
+                    raise ValueError("the terms of a passage must map hashes of words to positive integers")
 
 
 def _check_types(row: Base) -> None:
     for attribute in inspect(type(row)).column_attrs:
         column, value = attribute.columns[0], getattr(row, attribute.key)
-        if isinstance(column.type, UTCDateTime):
-            expected: Any = datetime
-        else:
-            expected = dict if isinstance(column.type, JSON) else column.type.python_type
+        expected = _PYTHON_TYPES.get(type(column.type), column.type.python_type)
         if not (column.nullable if value is None else isinstance(value, expected)):
             raise ValueError(f"{attribute.key} is {str(value)[:40]!r} in a row of {type(row).__tablename__}")
 
@@ -346,15 +319,7 @@ def _as_damage(source: Path) -> Iterator[None]:
     """Map what damaged or forged data may raise to `TransferError`."""
     try:
         yield
-    except (
-        StoreError,
-        CorruptCacheError,
-        tarfile.TarError,
-        ValueError,
-        TypeError,
-        LookupError,
-        RecursionError,
-    ) as error:
+    except (StoreError, CorruptCacheError, *_MALFORMED) as error:
         if isinstance(error, StoreError) and type(error) is not StoreError:
             raise  # no space, no permission, a newer version
         what = error.what if isinstance(error, KVMemoryError) else error

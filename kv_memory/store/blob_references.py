@@ -27,9 +27,8 @@ from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.errors import CorruptCacheError, FingerprintMismatchError, StoreError, StoreLockedError
 from kv_memory.store.blobs.local import DiskBlobs, blob_key
 from kv_memory.store.blobs.remote import ObjectBlobs
-from kv_memory.store.documents import batches
 from kv_memory.store.error_mapping import mapped, raise_mapped, store_error
-from kv_memory.store.sql.catalog import Catalog
+from kv_memory.store.sql.catalog import Catalog, batches
 from kv_memory.store.sql.schema import CacheRow, PrefixRow
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -20,10 +20,10 @@ from sqlalchemy.orm import Session
 from kv_memory.config import check_choice
 from kv_memory.errors import CorruptCacheError, DocumentNotFoundError, TransferError
 from kv_memory.model.embedded import recorded_settings
-from kv_memory.store.blobs.local import DiskBlobs, blob_key
-from kv_memory.store.documents import alive, batches
+from kv_memory.store.blobs.local import DiskBlobs
 from kv_memory.store.error_mapping import mapped
 from kv_memory.store.records import CacheInfo, CopyReport, DocumentRecord, TransferProgress
+from kv_memory.store.sql.catalog import batches
 from kv_memory.store.sql.schema import CacheRow, CollectionRow, DocumentRow, FingerprintRow, PrefixRow, utc_now
 from kv_memory.store.store import Store
 
@@ -67,14 +67,6 @@ def copy_collection(
 _Key = tuple[str, str, float]  # text, fingerprint, keep_ratio
 
 
-class _Cache(NamedTuple):
-    """A cache to be stored: its record, its blob as bytes or as a file to link, its fingerprint as JSON."""
-
-    info: CacheInfo
-    data: bytes | Path
-    fingerprint: str
-
-
 class _Copy:
     def __init__(
         self,
@@ -100,7 +92,8 @@ class _Copy:
         self._links = not lasting and isinstance(target.references.blobs, DiskBlobs)
         # Linked files of a lasting source may be removed at any time, so they are not kept waiting.
         self._waits = target.catalog.durable
-        self._caches: list[_Cache] = []  # to be stored, and the documents after them
+        # To be stored: caches, each with its blob as bytes or as a file to link, and the documents after them.
+        self._caches: list[tuple[CacheInfo, bytes | Path]] = []
         self._documents: list[DocumentRecord] = []
         self._total_bytes = source.stats().cache_bytes
         limits = target.limits()
@@ -236,10 +229,9 @@ class _Copy:
 
     def _take_caches(self, caches: list[CacheInfo], *, leave: bool) -> bool:
         """Copy a document's caches; False if one vanished meanwhile, so that the document must be looked up again."""
-        now = utc_now()
         wanted: list[CacheInfo] = []
         for info in caches:
-            if leave or (info.expires_at is not None and info.expires_at <= now):
+            if leave or _expired(info):
                 self._left_out.add(_key(info))
             elif _key(info) not in self._taken:
                 wanted.append(info)
@@ -247,51 +239,42 @@ class _Copy:
         for info in wanted:
             if _key(info) in present:
                 self._counts["caches present"] += 1
-            elif (found := self._blob(info)) is not None:
-                self._caches.append(_Cache(info, *found))
+            elif (data := self._blob(info)) is not None:
+                self._caches.append((info, data))
             elif info.blob_key not in self._damaged:
                 return False
-            self._count(info)
-            n_bytes = sum(len(cache.data) for cache in self._caches if isinstance(cache.data, bytes))
+            self._taken.add(_key(info))
+            self._counts["bytes done"] += info.size_bytes
+            n_bytes = sum(len(data) for _, data in self._caches if isinstance(data, bytes))
             if (len(self._caches) >= _MOST_AT_ONCE or n_bytes > _MOST_BYTES) and not self._store():
                 return False
             self._tell()
         return self._waits or self._store()
 
-    def _count(self, info: CacheInfo) -> None:
-        self._taken.add(_key(info))
-        self._counts["bytes done"] += info.size_bytes
-
     def _present(self, infos: list[CacheInfo]) -> set[_Key]:
         """The caches that the target has already, and which are sound there."""
         present: set[_Key] = set()
         for texts in batches({info.text_sha256 for info in infos}):
-            here = (CacheRow.collection_id == self._target.collection_id) & CacheRow.text_sha256.in_(texts)
             with self._target.catalog.read() as session:
-                rows = session.scalars(select(CacheRow).where(here, alive(utc_now()))).all()
+                rows = [row for row in self._rows(session, texts) if not _expired(row)]
             sound = self._target.references.sound
             present |= {_key(row) for row in rows if sound(row.blob_key, row.size_bytes)}
         return present
 
-    def _blob(self, info: CacheInfo) -> tuple[bytes | Path, str] | None:
-        """A verified blob and its fingerprint in full; None if the cache is gone, or was damaged and is quarantined."""
-        if (fingerprint := self._fingerprints.get(info.fingerprint)) is None:
+    def _blob(self, info: CacheInfo) -> bytes | Path | None:
+        """A verified blob; None if the cache is gone, or was damaged and is quarantined."""
+        if info.fingerprint not in self._fingerprints:
             with self._source.catalog.read() as session:
                 row = session.get(FingerprintRow, info.fingerprint)
             if row is None:
                 return None
-            fingerprint = self._fingerprints[info.fingerprint] = row.json
+            self._fingerprints[info.fingerprint] = row.json
         references = self._source.references
         with mapped(f"blob {info.blob_key}"):
             try:
-                path = references.verified_path(info.blob_key, info.size_bytes)
-                if self._links:
-                    return path, fingerprint
-                data = path.read_bytes()
-                # Hashed again, because the file may have been hashed long ago.
-                if blob_key(data) != info.blob_key:
-                    raise CorruptCacheError("the blob's bytes changed", where=f"blob {info.blob_key}")
-                return data, fingerprint
+                # A copy is hashed again, because the file may have been hashed long ago.
+                path = references.verified_path(info.blob_key, info.size_bytes, again=not self._links)
+                return path if self._links else path.read_bytes()
             except (CorruptCacheError, FileNotFoundError):
                 if references.quarantine_if_damaged(info.blob_key, info.size_bytes):
                     self._damaged.append(info.blob_key)
@@ -303,36 +286,41 @@ class _Copy:
         records, self._documents = self._documents, []
         try:
             if caches:
-                blobs = {cache.info.blob_key: cache.data for cache in caches}
-                self._target.references.put_all(blobs, partial(self._add_rows, caches))
+                blobs = {info.blob_key: data for info, data in caches}
+                self._target.references.put_all(blobs, partial(self._add_rows, [info for info, _ in caches]))
         except CorruptCacheError:
             if self._waits:
                 raise
-            self._taken.difference_update(_key(cache.info) for cache in caches)
+            self._taken.difference_update(_key(info) for info, _ in caches)
             self._documents = records
             return False
-        for cache in caches:
-            self._counts.update({"caches": 1, "bytes": cache.info.size_bytes})
+        self._counts.update({"caches": len(caches), "bytes": sum(info.size_bytes for info, _ in caches)})
         for record in records:
             self._target.put_document(record)
         if self._is_bounded:
             self._counts["evicted"] += self._target.make_room()
         return True
 
-    def _add_rows(self, caches: list[_Cache], session: Session) -> set[str]:
+    def _add_rows(self, infos: list[CacheInfo], session: Session) -> set[str]:
         """Write rows with all dates, pins and fidelity, in place of those of expired and damaged caches."""
-        for digest, fingerprint in {cache.info.fingerprint: cache.fingerprint for cache in caches}.items():
+        for digest in {info.fingerprint for info in infos}:
             if session.get(FingerprintRow, digest) is None:
-                session.add(FingerprintRow(digest=digest, json=fingerprint))
-        here = CacheRow.collection_id == self._target.collection_id
-        texts = {cache.info.text_sha256 for cache in caches}
-        old = {_key(row): row for row in session.scalars(select(CacheRow).where(here, CacheRow.text_sha256.in_(texts)))}
-        replaced = [old[key] for cache in caches if (key := _key(cache.info)) in old]
+                session.add(FingerprintRow(digest=digest, json=self._fingerprints[digest]))
+        rows = self._rows(session, [info.text_sha256 for info in infos])
+        replaced = [row for row in rows if _key(row) in {_key(info) for info in infos}]
         for row in replaced:
             session.delete(row)
         session.flush()  # the old rows first, because the new ones have their keys
-        session.add_all(CacheRow(collection_id=self._target.collection_id, **vars(c.info)) for c in caches)
-        return {row.blob_key for row in replaced} - {cache.info.blob_key for cache in caches}
+        session.add_all(CacheRow(collection_id=self._target.collection_id, **vars(info)) for info in infos)
+        return {row.blob_key for row in replaced} - {info.blob_key for info in infos}
+
+    def _rows(self, session: Session, texts: list[str]) -> Sequence[CacheRow]:
+        here = CacheRow.collection_id == self._target.collection_id
+        return session.scalars(select(CacheRow).where(here, CacheRow.text_sha256.in_(texts))).all()
+
+
+def _expired(cache: CacheInfo | CacheRow) -> bool:
+    return cache.expires_at is not None and cache.expires_at <= utc_now()
 
 
 def _key(cache: CacheInfo | CacheRow) -> _Key:

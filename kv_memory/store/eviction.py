@@ -16,8 +16,7 @@ from sqlalchemy.orm import Session
 from kv_memory.errors import ConfigError, StoreError, StoreFullError
 from kv_memory.store import documents
 from kv_memory.store.blob_references import BlobReferences
-from kv_memory.store.collection import CollectionPart
-from kv_memory.store.documents import alive
+from kv_memory.store.documents import Documents, alive
 from kv_memory.store.metrics import EVICTIONS
 from kv_memory.store.sql.catalog import Catalog
 from kv_memory.store.sql.schema import CacheRow, CollectionRow, OptionRow, PassageRow, utc_now
@@ -108,7 +107,7 @@ class LastUses:
             session.execute(update(CacheRow).where(CacheRow.id == row_id).values(last_used_at=last_used_at))
 
 
-class Eviction(CollectionPart):
+class Eviction(Documents):
     """Limits of one collection, and eviction of its caches."""
 
     def __init__(self, path: Path, collection: str, collection_id: int, references: BlobReferences) -> None:

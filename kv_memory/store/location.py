@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from sqlalchemy import make_url
@@ -19,8 +19,6 @@ from kv_memory.store.error_mapping import mapped
 from kv_memory.store.fs import fsync_folder, private_folder, private_opener
 
 CATALOG_FILE = "catalog.sqlite"
-
-TIER_SIZE_BYTES = 20 * 10**9
 _FILE = "store.json"
 _FORMAT = 1
 
@@ -37,7 +35,7 @@ class StorePlace:
 
     catalog: str | None = None
     blobs: str | None = None
-    tier_size_bytes: int = TIER_SIZE_BYTES
+    tier_size_bytes: int = 20 * 10**9
 
     def __post_init__(self) -> None:
         if self.tier_size_bytes <= 0:
@@ -53,8 +51,8 @@ class StorePlace:
         return self.catalog is None and self.blobs is None
 
 
-def prepare_folder(path: Path | str, *, create: bool) -> tuple[Path, bool]:
-    """The absolute path of a store's folder, made if it is missing, and whether it has no store yet.
+def prepare_folder(path: Path | str, *, create: bool) -> Path:
+    """The absolute path of a store's folder, made if it is missing.
 
     Raises:
         StoreError: There is no store and `create` is off, or the path has the name of an environment variable in it;
@@ -63,7 +61,6 @@ def prepare_folder(path: Path | str, *, create: bool) -> tuple[Path, bool]:
     folder = Path(os.path.abspath(Path(path).expanduser()))
     check_folder(folder)
     with mapped(folder):
-        new = not _has_store(folder)
         if not create:
             _check_there(folder)
         private_folder(folder)
@@ -76,15 +73,11 @@ def prepare_folder(path: Path | str, *, create: bool) -> tuple[Path, bool]:
             )
         for name in ("blobs", "quarantine"):
             private_folder(folder / name)
-    return folder, new
-
-
-def _has_store(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (CATALOG_FILE, _FILE))
+    return folder
 
 
 def _check_there(folder: Path) -> None:
-    if not _has_store(folder):
+    if not any((folder / name).is_file() for name in (CATALOG_FILE, _FILE)):
         raise StoreError(
             "there is no store in this folder",
             where=str(folder),
@@ -100,47 +93,36 @@ def catalog_of(path: Path | str) -> Path | str:
     """
     folder = Path(os.path.abspath(Path(path).expanduser()))
     _check_there(folder)
-    place = find_place(folder, catalog=None, blobs=None, tier_size_bytes=None, new=False)
-    return place.catalog or folder / CATALOG_FILE
+    place = _read(folder)
+    return (place and place.catalog) or folder / CATALOG_FILE
 
 
-def find_place(
-    folder: Path, *, catalog: str | None, blobs: str | None, tier_size_bytes: int | None, new: bool
-) -> StorePlace:
+def find_place(folder: Path, *, catalog: str | None, blobs: str | None, tier_size_bytes: int | None) -> StorePlace:
     """The given location, else the one recorded in the folder, else the folder itself; nothing is written.
 
-    Args:
-        folder: Folder of the store, which must exist.
-        catalog: Given URL of a PostgreSQL database; None if not given.
-        blobs: Given URL of an object store; None if not given.
-        tier_size_bytes: Given size limit in bytes for local copies of blobs; may be changed later. None if not given.
-        new: Whether the folder has no store yet.
+    The arguments are those of `StorePlace`, None if not given; `tier_size_bytes` may differ from the recorded one.
 
     Raises:
         ConfigError: The store is at another location than the given one.
         StoreError: `store.json` cannot be read.
     """
-    before = _read(folder)
-    if before is None:
-        size = TIER_SIZE_BYTES if tier_size_bytes is None else tier_size_bytes
-        place = StorePlace(catalog=catalog, blobs=blobs, tier_size_bytes=size)
-        if not place.embedded and not new:
+    place = _read(folder)
+    if place is None:
+        place = StorePlace(catalog=catalog, blobs=blobs)
+        if not place.embedded and (folder / CATALOG_FILE).is_file():
             raise ConfigError(
                 "the folder already contains a store with its own catalog and blobs",
                 where=str(folder),
                 next_step="Use an empty folder for the shared store; `export` and `import` move collections.",
             )
-        return place
-    for name, given, there in (("catalog", catalog, before.catalog), ("blobs", blobs, before.blobs)):
-        if given is not None and not _same(given, there):
+    for name, given, there in (("catalog", catalog, place.catalog), ("blobs", blobs, place.blobs)):
+        if given is not None and given.rstrip("/") != (there or "").rstrip("/"):
             raise ConfigError(
                 f"the store has its {name} at {_shown(there)}, not at {_shown(given)}",
                 where=str(folder / _FILE),
                 next_step=f"Leave {name} out, or name another folder.",
             )
-    if tier_size_bytes is not None and tier_size_bytes != before.tier_size_bytes:
-        return StorePlace(catalog=before.catalog, blobs=before.blobs, tier_size_bytes=tier_size_bytes)
-    return before
+    return place if tier_size_bytes is None else replace(place, tier_size_bytes=tier_size_bytes)
 
 
 def _read(folder: Path) -> StorePlace | None:
@@ -177,10 +159,6 @@ def write_place(folder: Path, place: StorePlace) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, folder / _FILE)
         fsync_folder(str(folder))
-
-
-def _same(given: str, there: str | None) -> bool:
-    return there is not None and given.rstrip("/") == there.rstrip("/")
 
 
 def _shown(url: str | None) -> str:

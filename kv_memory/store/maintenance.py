@@ -9,8 +9,7 @@ from pathlib import Path
 from sqlalchemy import delete, func, select
 
 from kv_memory.store.blob_references import BlobReferences, named_blobs
-from kv_memory.store.collection import CollectionPart
-from kv_memory.store.documents import alive, unreferenced
+from kv_memory.store.documents import Documents, alive, unreferenced
 from kv_memory.store.records import CheckReport, GcReport, StoreStats
 from kv_memory.store.sql.schema import CacheRow, DocumentRow, FingerprintRow, PassageRow, PrefixRow, utc_now
 
@@ -18,7 +17,7 @@ from kv_memory.store.sql.schema import CacheRow, DocumentRow, FingerprintRow, Pa
 GRACE_S = 600.0
 
 
-def check(part: CollectionPart) -> CheckReport:
+def check(part: Documents) -> CheckReport:
     """See `Store.check`."""
     references = part.references
     # Blobs are listed and hashed while others write, so every difference between the two lists is checked once more.
@@ -58,7 +57,7 @@ def _really_orphaned(references: BlobReferences, keys: AbstractSet[str]) -> set[
         return set(keys - named_blobs(session, keys).keys())
 
 
-def gc(part: CollectionPart) -> GcReport:
+def gc(part: Documents) -> GcReport:
     """See `Store.gc`."""
     references = part.references
     audit = references.blobs.audit(min_age_s=GRACE_S, repair=True)
@@ -88,7 +87,7 @@ def gc(part: CollectionPart) -> GcReport:
     )
 
 
-def stats(part: CollectionPart) -> StoreStats:
+def stats(part: Documents) -> StoreStats:
     """See `Store.stats`."""
     with part.catalog.read() as session:
         n_documents = session.scalar(

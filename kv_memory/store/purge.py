@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
-from pathlib import Path
 
 from diskcache.core import DBNAME
 from sqlalchemy import delete, select
@@ -18,14 +17,14 @@ from sqlalchemy import delete, select
 from kv_memory.store import documents
 from kv_memory.store.blob_references import named_blobs
 from kv_memory.store.blobs.remote import ObjectBlobs
-from kv_memory.store.collection import CollectionPart
 from kv_memory.store.error_mapping import mapped
 from kv_memory.store.records import PurgeReport
+from kv_memory.store.sql.catalog import batches
 from kv_memory.store.sql.engine import scrub_sqlite
 from kv_memory.store.sql.schema import CacheRow, FingerprintRow
 
 
-def purge(part: CollectionPart, index_folder: Path, ids: Iterable[str]) -> PurgeReport:
+def purge(part: documents.Documents, ids: Iterable[str]) -> PurgeReport:
     """See `Store.purge`."""
     references, catalog = part.references, part.catalog
     blobs = references.blobs
@@ -34,12 +33,9 @@ def purge(part: CollectionPart, index_folder: Path, ids: Iterable[str]) -> Purge
     keys: set[str] = set()
     if chosen:
         with catalog.write() as session:
-            dropped: set[str] = set()
             for id_ in chosen:
-                dropped |= documents.delete_document(session, part.collection_id, id_)
-            keys.update(documents.retire_caches(session, part.collection_id, dropped))
+                keys.update(documents.delete_document(session, part.collection_id, id_))
             session.execute(delete(FingerprintRow).where(FingerprintRow.digest.not_in(select(CacheRow.fingerprint))))
-            documents.bump_revision(session, part.collection_id)
     with catalog.hold("purge"):
         # 2. Blobs without a row: theirs, and those of earlier deletions and interrupted writes, however young. A put
         # in progress finds its blob removed, and stores it again.
@@ -47,7 +43,7 @@ def purge(part: CollectionPart, index_folder: Path, ids: Iterable[str]) -> Purge
         with catalog.read() as session:
             named = named_blobs(session)
         freed_bytes = audit.freed_bytes
-        for batch in documents.batches(keys | (audit.keys - named.keys()), 50):
+        for batch in batches(keys | (audit.keys - named.keys()), 50):
             freed_bytes += references.remove_unnamed(batch)
         if isinstance(blobs, ObjectBlobs):
             # Copies of blobs that another machine purged; anything in the tier may be dropped at any time.
@@ -60,8 +56,8 @@ def purge(part: CollectionPart, index_folder: Path, ids: Iterable[str]) -> Purge
                 freed_bytes += file.lstat().st_size
                 file.unlink()
                 n_quarantined += 1
-            if index_folder.is_dir():
-                shutil.rmtree(index_folder)
+            if part.index_folder.is_dir():
+                shutil.rmtree(part.index_folder)
         # 4. What the databases keep of deleted rows.
         scrub_sqlite(part.path / "blobs" / DBNAME)
         catalog.scrub()

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
+from sqlalchemy import select
+
+from kv_memory.errors import ConfigError, StoreError
 from kv_memory.store import maintenance, purge
 from kv_memory.store.blob_references import BlobReferences
 from kv_memory.store.blobs.local import DiskBlobs
 from kv_memory.store.blobs.remote import ObjectBlobs
 from kv_memory.store.caches import Caches
-from kv_memory.store.collection import Documents, find_collection
 from kv_memory.store.location import CATALOG_FILE, find_place, prepare_folder, write_place
 from kv_memory.store.records import CheckReport, GcReport, PurgeReport, StoreStats
-from kv_memory.store.sql import catalog as catalogs
+from kv_memory.store.sql import engine
+from kv_memory.store.sql.catalog import Catalog
+from kv_memory.store.sql.schema import CollectionRow
 
 
-class Store(Documents, Caches):
+class Store(Caches):
     """One collection of a store. Thread-safe, and several processes may use one store.
 
     A store is named by its folder, which holds `catalog.sqlite`, `blobs/` and `quarantine/`. It must be on a local
@@ -67,24 +70,20 @@ class Store(Documents, Caches):
                 a shared catalog, which `kv-memory db upgrade` upgrades. Nothing was changed.
             StoreConnectionError: The database or the object store does not answer.
         """
-        folder, new = prepare_folder(path, create=create)
-        place = find_place(folder, catalog=catalog, blobs=blobs, tier_size_bytes=tier_size_bytes, new=new)
+        folder = prepare_folder(path, create=create)
+        place = find_place(folder, catalog=catalog, blobs=blobs, tier_size_bytes=tier_size_bytes)
         disk = DiskBlobs(
             folder / "blobs",
-            timeout_s=catalogs.BUSY_TIMEOUT_S,
+            timeout_s=engine.BUSY_TIMEOUT_S,
             size_limit=None if place.blobs is None else place.tier_size_bytes,
             durable=durable,
         )
         kept = disk if place.blobs is None else ObjectBlobs(place.blobs, disk)
         # Others may be using a shared catalog with the version that wrote it: they decide when it is upgraded.
-        opened = catalogs.Catalog(
-            place.catalog or folder / CATALOG_FILE,
-            busy_timeout_s=catalogs.BUSY_TIMEOUT_S,
-            upgrade=place.catalog is None,
-            durable=durable,
-        )
+        opened = Catalog(place.catalog or folder / CATALOG_FILE, durable=durable)
         try:
-            collection_id = find_collection(opened, collection, create=create)
+            opened.upgrade(allowed=place.catalog is None)
+            collection_id = _find_collection(opened, collection, create=create)
             write_place(folder, place)
         except BaseException:
             opened.close()
@@ -102,7 +101,7 @@ class Store(Documents, Caches):
         Raises:
             StoreError: The collection does not exist and `create` is off.
         """
-        collection_id = find_collection(self.catalog, collection, create=create)
+        collection_id = _find_collection(self.catalog, collection, create=create)
         store = Store(self.path, collection, collection_id, self.references)
         store._owns_connections = False
         return store
@@ -122,9 +121,7 @@ class Store(Documents, Caches):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def purge(self, *ids: str) -> PurgeReport:
@@ -145,7 +142,7 @@ class Store(Documents, Caches):
             StoreLockedError: Another process keeps reading a database. The documents are deleted; purge again without
                 an id.
         """
-        return purge.purge(self, self.index_folder, ids)
+        return purge.purge(self, ids)
 
     def check(self) -> CheckReport:
         """Hash every blob that a row names, and compare the row with the blob's header.
@@ -167,3 +164,29 @@ class Store(Documents, Caches):
     def stats(self) -> StoreStats:
         """Counts of the collection and the size of the folder, in bytes."""
         return maintenance.stats(self)
+
+
+def _find_collection(catalog: Catalog, name: str, *, create: bool) -> int:
+    """The id of a collection's row; a missing one is created if `create` is on. Errors as in `Store.in_collection`."""
+    if not isinstance(name, str) or not 0 < len(name) <= 255:
+        raise ConfigError(f"a collection name must have 1 to 255 characters, got {name!r}", where="collection")
+    wanted = select(CollectionRow.id).where(CollectionRow.name == name)
+    with catalog.read() as session:
+        found = session.scalar(wanted)
+        names = session.scalars(select(CollectionRow.name).order_by(CollectionRow.name)).all()
+    if found is not None:
+        return found
+    if not create:
+        raise StoreError(
+            f"the store has no collection {name!r}; it has {', '.join(names) or 'none'}",
+            where=catalog.where,
+            next_step="Use one of those, or create the collection by adding a document to it.",
+        )
+    with catalog.write() as session:
+        found = session.scalar(wanted)  # another process may have created it since
+        if found is None:
+            row = CollectionRow(name=name, settings={})
+            session.add(row)
+            session.flush()
+            found = row.id
+        return found

@@ -17,7 +17,7 @@ from store_samples import FINGERPRINT, blob_files, document, equal, make_cache, 
 
 from kv_memory.errors import StoreError, StoreFullError, StoreLockedError
 from kv_memory.store import Store
-from kv_memory.store.sql import catalog as catalog_module
+from kv_memory.store.sql import engine
 
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX limits and users")
 RunScript = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -199,7 +199,7 @@ def test_a_blob_without_read_permission_is_not_deleted(store: Store, monkeypatch
 def test_a_locked_catalog_is_readable_and_not_writable(
     tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalog_module, "BUSY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(engine, "BUSY_TIMEOUT_S", 0.2)
     folder = shutil.copytree(empty_store, tmp_path / "store")
     with Store.open(folder) as store, closing(sqlite3.connect(folder / "catalog.sqlite")) as other:
         store.put(sha("x"), make_cache(1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_errors_do_not_contain_the_password(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "match"),
     [
-        ({"catalog": "mysql://host/db"}, "SQLite or PostgreSQL"),
+        ({"catalog": "mysql://host/db"}, "must be in PostgreSQL"),
         ({"catalog": "no url"}, "this is not a database URL"),
         ({"catalog": "postgresql://h/d?schema=a-b"}, "schema"),
         ({"blobs": "ftp://host/x"}, "invalid URL for blobs"),
@@ -129,7 +130,8 @@ def test_an_old_shared_catalog_is_upgraded_only_by_the_command(place: Place, tmp
     with pytest.raises(StoreError, match="0000") as caught:
         Store.open(tmp_path / "s")
     assert "db upgrade" in str(caught.value.next_step)
-    assert Catalog.revision_at(where["catalog"]) == "0000"
+    with closing(Catalog(where["catalog"])) as catalog:
+        assert catalog.revision() == "0000"
 
 
 @pytest.mark.postgres

@@ -180,7 +180,7 @@ def test_purging_keeps_a_text_that_another_document_has(store: Store) -> None:
 
 def test_purging_reports_a_reader_that_does_not_end(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     secret, _ = fill_with_secrets(store)
-    monkeypatch.setattr(engine, "_LONGEST_S", 0.1)
+    monkeypatch.setattr(engine, "BUSY_TIMEOUT_S", 0.1)
     with closing(sqlite3.connect(store.path / "catalog.sqlite", isolation_level=None)) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM document").fetchone()

@@ -8,9 +8,10 @@ written before such a transaction, because an upload may take any time, and remo
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.orm import Session
@@ -20,7 +21,7 @@ from kv_memory.store.error_mapping import mapped, raise_mapped
 from kv_memory.store.sql.engine import open_database
 from kv_memory.store.sql.schema import SCHEMA_HEAD
 
-BUSY_TIMEOUT_S = 30.0
+_T = TypeVar("_T")
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 
@@ -29,52 +30,29 @@ class Catalog:
 
     Args:
         where: Path of a SQLite file, created if missing, or URL of a PostgreSQL database.
-        busy_timeout_s: Time that a writer waits for another one, in seconds.
-        upgrade: Whether to upgrade old tables to this version's schema; if off, an old catalog is refused.
         durable: Whether a SQLite file survives a power cut after each transaction.
-
-    Raises:
-        StoreError: A newer version of this package wrote the catalog, or an older one did and `upgrade` is off. It was
-            not changed; the database is not a catalog, or cannot be opened.
-        StoreConnectionError: The server cannot be reached.
     """
 
-    def __init__(
-        self,
-        where: Path | str,
-        *,
-        busy_timeout_s: float = BUSY_TIMEOUT_S,
-        upgrade: bool = True,
-        durable: bool = True,
-    ) -> None:
+    def __init__(self, where: Path | str, *, durable: bool = True) -> None:
         with mapped(where):
-            self._database = open_database(where, busy_timeout_s=busy_timeout_s, durable=durable)
+            self._database = open_database(where, durable=durable)
         self.where = self._database.where
         self.durable = durable
         self._engine = self._database.engine
         self._reader = self._engine.execution_options(**self._database.reading)
         self._writer = self._engine.execution_options(**self._database.writing)
         self._pid = os.getpid()
-        try:
-            with mapped(self.where):
-                self._upgrade(allowed=upgrade)
-        except BaseException:
-            self.close()
-            raise
 
     @property
     def dialect(self) -> str:
         """`sqlite` or `postgresql`."""
         return self._engine.dialect.name
 
-    @contextmanager
-    def read(self) -> Iterator[Session]:
+    def read(self) -> AbstractContextManager[Session]:
         """A transaction that sees one state of the catalog and blocks nobody."""
-        with self._transaction(self._reader, self._database.begin_read) as session:
-            yield session
+        return self._transaction(self._reader, self._database.begin_read)
 
-    @contextmanager
-    def write(self, *, alone: bool = True) -> Iterator[Session]:
+    def write(self, *, alone: bool = True) -> AbstractContextManager[Session]:
         """A transaction that keeps other writers out from its start and is durable once it has committed.
 
         Args:
@@ -85,8 +63,7 @@ class Catalog:
             StoreLockedError: The write lock was not acquired within the busy timeout.
         """
         begin = self._database.begin_alone if alone else self._database.begin_write
-        with self._transaction(self._writer, begin) as session:
-            yield session
+        return self._transaction(self._writer, begin)
 
     @contextmanager
     def _transaction(self, engine: Engine, begin: str | None) -> Iterator[Session]:
@@ -123,25 +100,14 @@ class Catalog:
         return self._database.locks.hold(name, wait=wait)
 
     def revision(self) -> str | None:
-        """The schema version of the catalog, None if it has none yet."""
+        """The schema version of the catalog, which may be of any version; None if it has none yet."""
         with mapped(self.where), self._engine.connect() as connection:
-            return _revision(connection)
+            return _schema_of(connection)[0]
 
     def scrub(self) -> None:
         """Remove deleted data from the database's files: free pages and, with SQLite, the log. See `purge`."""
         with mapped(self.where):
             self._database.scrub()
-
-    @classmethod
-    def revision_at(cls, where: Path | str) -> str | None:
-        """The schema version of a catalog of any version, which is left unchanged."""
-        with mapped(where):
-            database = open_database(where, busy_timeout_s=BUSY_TIMEOUT_S)
-        try:
-            with mapped(database.where), database.engine.connect() as connection:
-                return _revision(connection)
-        finally:
-            database.engine.dispose()
 
     def close(self) -> None:
         """Close every connection that is not in use."""
@@ -152,43 +118,53 @@ class Catalog:
         self._engine.dispose(close=False)
         self._pid = os.getpid()
 
-    def _upgrade(self, *, allowed: bool) -> None:
-        with self._engine.connect() as connection:
-            revision, empty = _revision(connection), _is_empty(connection)
-        if revision == SCHEMA_HEAD:
-            return
-        if empty:
-            self._database.create()
-        elif not allowed and revision is not None:
-            self._refuse_newer(revision)
-            raise StoreError(
-                f"the store has schema {revision}, this version needs {SCHEMA_HEAD}",
-                where=self.where,
-                next_step="Run `kv-memory db upgrade` while nothing else uses the store.",
-            )
-        with self._writer.connect() as connection, connection.begin():
-            # Under the write lock: of two processes that open an old store, the second finds it upgraded.
-            connection.exec_driver_sql(self._database.begin_alone)
-            self._migrate(connection)
+    def upgrade(self, *, allowed: bool = True) -> None:
+        """Create missing tables, and upgrade old ones to this version's schema.
+
+        Args:
+            allowed: Whether to upgrade old tables; if off, they are refused.
+
+        Raises:
+            StoreError: A newer version of this package wrote the catalog, or an older one did and `allowed` is off; the
+                database is not a catalog, or cannot be opened. It was not changed.
+            StoreConnectionError: The server cannot be reached.
+        """
+        with mapped(self.where):
+            with self._engine.connect() as connection:
+                revision, empty = _schema_of(connection)
+            if revision == SCHEMA_HEAD:
+                return
+            if empty:
+                self._database.create()
+            elif not allowed and revision is not None:
+                self._refuse_newer(revision)
+                raise StoreError(
+                    f"the store has schema {revision}, this version needs {SCHEMA_HEAD}",
+                    where=self.where,
+                    next_step="Run `kv-memory db upgrade` while nothing else uses the store.",
+                )
+            with self._writer.connect() as connection, connection.begin():
+                # Under the write lock: of two processes that open an old store, the second finds it upgraded.
+                connection.exec_driver_sql(self._database.begin_alone)
+                self._migrate(connection)
 
     def _migrate(self, connection: Connection) -> None:
         # Imported here: Alembic takes longer to import than a store at head takes to open.
         from alembic import command
         from alembic.config import Config
 
-        revision = _revision(connection)
+        revision, empty = _schema_of(connection)
         if revision is not None:
             self._refuse_newer(revision)
-        elif not _is_empty(connection):
+        elif not empty:
             raise StoreError(
                 "this database is not a catalog of kv-memory",
                 where=self.where,
                 next_step="Choose another folder for the store, or another schema of the database.",
             )
-        config = Config()
+        config = Config(attributes={"connection": connection})
         config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
         config.set_main_option("path_separator", "os")
-        config.attributes["connection"] = connection
         command.upgrade(config, "head")
 
     def _refuse_newer(self, revision: str) -> None:
@@ -200,14 +176,17 @@ class Catalog:
             )
 
 
-def _is_empty(connection: Connection) -> bool:
-    if connection.dialect.name == "sqlite":
-        return connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar() == 0
-    return not inspect(connection).get_table_names()  # in the search path's schema
+def batches(items: Iterable[_T], size: int = 500) -> Iterator[list[_T]]:
+    """Split items into lists of at most `size`: SQLite limits the variables of a statement, in old builds to 999."""
+    everything = list(items)
+    for start in range(0, len(everything), size):
+        yield everything[start : start + size]
 
 
-def _revision(connection: Connection) -> str | None:
-    if not inspect(connection).has_table("alembic_version"):
-        return None
+def _schema_of(connection: Connection) -> tuple[str | None, bool]:
+    """The schema version, None without one, and whether the database (the schema in the search path) has no table."""
+    tables = inspect(connection).get_table_names()
+    if "alembic_version" not in tables:
+        return None, not tables
     revision: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
-    return revision
+    return revision, False

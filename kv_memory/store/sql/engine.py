@@ -11,39 +11,36 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import tenacity
 from sqlalchemy import URL, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_random_exponential
 
 from kv_memory.errors import ConfigError, StoreLockedError
 from kv_memory.store.error_mapping import mapped, refused_login
 from kv_memory.store.fs import private_file
 from kv_memory.store.sql.locks import FileLocks, PostgresLocks
 
+BUSY_TIMEOUT_S = 30.0  # a writer's wait for another one
 _WRITE = "Write postgresql+psycopg://USER@HOST/DATABASE, or leave it out for SQLite in the store's folder."
 
 
-def open_database(
-    where: Path | str, *, busy_timeout_s: float, durable: bool = True
-) -> SQLiteDatabase | PostgresDatabase:
-    """The database at a file or a URL: `sqlite:///FILE` or `postgresql+psycopg://USER@HOST/NAME?schema=NAME`.
+def open_database(where: Path | str, *, durable: bool = True) -> SQLiteDatabase | PostgresDatabase:
+    """The database at a file, or at a URL `postgresql+psycopg://USER@HOST/NAME?schema=NAME`.
 
     Raises:
         ConfigError: The URL is invalid or names another kind of database, or psycopg is not installed.
     """
     if isinstance(where, Path):
-        return SQLiteDatabase(where, busy_timeout_s=busy_timeout_s, durable=durable)
+        return SQLiteDatabase(where, durable=durable)
     try:
         url = make_url(where)
     except ArgumentError:
         raise ConfigError("this is not a database URL", where="catalog", next_step=_WRITE) from None
-    if url.get_backend_name() == "sqlite" and url.database:
-        return SQLiteDatabase(Path(url.database), busy_timeout_s=busy_timeout_s)
     if url.get_backend_name() == "postgresql":
-        return PostgresDatabase(url.set(drivername="postgresql+psycopg"), busy_timeout_s=busy_timeout_s)
+        return PostgresDatabase(url.set(drivername="postgresql+psycopg"))
     raise ConfigError(
-        f"a catalog must be in SQLite or PostgreSQL, not in {url.get_backend_name()}",
+        f"a catalog outside the folder must be in PostgreSQL, not in {url.get_backend_name()}",
         where="catalog",
         next_step=_WRITE,
     )
@@ -53,13 +50,9 @@ class SQLiteDatabase:
     """A file in the store's folder, with one writer at a time by SQLite's own lock.
 
     Attributes:
-        engine: SQLAlchemy engine.
-        locks: Named locks.
         where: Name of the database in errors.
-        reading: Execution options of a reading transaction.
-        writing: Execution options of a writing transaction.
-        begin_read: Statement that begins a reading transaction.
-        begin_write: Statement that begins a writing transaction.
+        reading, writing: Execution options of transactions.
+        begin_read, begin_write: Statements that begin transactions.
         begin_alone: Statement that begins a writing transaction and keeps other writers out.
     """
 
@@ -69,16 +62,15 @@ class SQLiteDatabase:
     # Upgrading a read transaction to a write fails at once if another writer wrote in between.
     begin_write = begin_alone = "BEGIN IMMEDIATE"
 
-    def __init__(self, file: Path, *, busy_timeout_s: float, durable: bool = True) -> None:
+    def __init__(self, file: Path, *, durable: bool) -> None:
         self.file = file
         self.where = str(file)
         self.locks = FileLocks(file.with_name("locks"))
-        self._busy_timeout_s = busy_timeout_s
         # FULL: a row that names a blob must survive a power cut once put() has returned. Reads are as fast as before.
         self._pragmas = ("foreign_keys = ON", f"synchronous = {'FULL' if durable else 'OFF'}")
         self.engine = create_engine(
             URL.create("sqlite", database=str(file)),
-            connect_args={"timeout": busy_timeout_s, "check_same_thread": False, "isolation_level": None},
+            connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False, "isolation_level": None},
             hide_parameters=True,  # otherwise errors would print the texts in the statements
             poolclass=QueuePool,
             max_overflow=-1,  # callers wait in SQLite, whose error we can map, not in the pool
@@ -90,16 +82,15 @@ class SQLiteDatabase:
     def create(self) -> None:
         """Switch a new file to the write-ahead log; the mode is stored in the file."""
         # SQLite does not apply its busy timeout here, so we wait ourselves.
-        deadline = time.monotonic() + self._busy_timeout_s
-        while True:
-            try:
-                with closing(sqlite3.connect(self.file, timeout=self._busy_timeout_s)) as connection:
-                    connection.execute("PRAGMA journal_mode = WAL")
-                return
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_message(match=".*locked"),
+            stop=tenacity.stop_after_delay(BUSY_TIMEOUT_S),
+            wait=tenacity.wait_fixed(0.01),
+            reraise=True,
+        )
+        for attempt in retrying:
+            with attempt, closing(sqlite3.connect(self.file)) as connection:
+                connection.execute("PRAGMA journal_mode = WAL")
 
     def scrub(self) -> None:
         """Remove from the database's files the data that was deleted from its tables."""
@@ -131,7 +122,7 @@ class PostgresDatabase:
     writing: dict[str, Any] = {"isolation_level": "READ COMMITTED"}  # noqa: RUF012
     begin_read = begin_write = None  # the driver begins at the first statement
 
-    def __init__(self, url: URL, *, busy_timeout_s: float) -> None:
+    def __init__(self, url: URL) -> None:
         query = dict(url.query)
         schema = query.pop("schema", "kv_memory")
         if not isinstance(schema, str) or not schema.isidentifier():
@@ -144,13 +135,12 @@ class PostgresDatabase:
         self.schema = schema
         self.where = f"{url.render_as_string(hide_password=True)} schema {schema}"
         self.begin_alone = f"SELECT pg_advisory_xact_lock(hashtextextended('kv_memory write {schema}', 0))"
-        milliseconds = int(1000 * busy_timeout_s)
         try:
             self.engine = create_engine(
                 url,
                 connect_args={
                     "connect_timeout": 10,
-                    "options": f"-c search_path={schema} -c lock_timeout={milliseconds} -c timezone=UTC",
+                    "options": f"-c search_path={schema} -c lock_timeout={int(1000 * BUSY_TIMEOUT_S)} -c timezone=UTC",
                     # A server that vanishes silently is noticed within a minute.
                     "keepalives_idle": 20,
                     "keepalives_interval": 10,
@@ -187,10 +177,10 @@ class PostgresDatabase:
     def _connect(dialect: Any, _record: object, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         # A server that restarts is back within seconds: at most five tries, none of them started after 20 s, then the
         # error.
-        retrying = Retrying(
-            retry=retry_if_exception(_may_pass),
-            stop=stop_after_attempt(5) | stop_after_delay(20),
-            wait=wait_random_exponential(multiplier=0.2, max=2),
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_may_pass),
+            stop=tenacity.stop_after_attempt(5) | tenacity.stop_after_delay(20),
+            wait=tenacity.wait_random_exponential(multiplier=0.2, max=2),
             reraise=True,
         )
         return retrying(dialect.connect, *arguments, **named)
@@ -199,9 +189,6 @@ class PostgresDatabase:
 def _may_pass(error: BaseException) -> bool:
     """Whether a retry may connect: not with a wrong password or a missing database."""
     return type(error).__name__ == "OperationalError" and refused_login(error) is None
-
-
-_LONGEST_S = 30.0
 
 
 def scrub_sqlite(file: Path) -> None:
@@ -213,8 +200,8 @@ def scrub_sqlite(file: Path) -> None:
     """
     if not file.is_file():
         return
-    deadline = time.monotonic() + _LONGEST_S
-    with mapped(file), closing(sqlite3.connect(file, timeout=_LONGEST_S, isolation_level=None)) as connection:
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    with mapped(file), closing(sqlite3.connect(file, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as connection:
         # Zero new pages. Otherwise SQLite leaves in them what the memory held before, such as pages it has just read.
         connection.execute("PRAGMA secure_delete = ON")
         connection.execute("VACUUM")

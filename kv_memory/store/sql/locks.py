@@ -41,21 +41,17 @@ class FileLocks:
     """
 
     def __init__(self, folder: Path) -> None:
+        private_folder(folder)
         self._folder = folder
 
     @contextmanager
     def hold(self, name: str, *, wait: bool = True) -> Iterator[bool]:
         """A context that holds a lock; yields True if it was acquired, False if `wait` is off and it is taken.
 
-        Another thread than the one that has entered the context may leave it.
-
-        Args:
-            name: Name of the lock, any text.
-            wait: Whether to wait for a taken lock; if off, the context is then entered with False.
+        Another thread than the one that has entered the context may leave it. A name may be any text.
         """
         path = self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.lock"
         try:
-            private_folder(self._folder)
             file = _locked(path, wait=wait)
         except OSError as error:
             raise_mapped(error, str(self._folder))
@@ -115,20 +111,19 @@ class PostgresLocks:
         function = "pg_advisory_lock" if wait else "pg_try_advisory_lock"
         with mapped(self._where):
             connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        try:
-            with mapped(self._where):
-                # pg_advisory_lock returns an empty string.
-                held = connection.scalar(text(f"SELECT {function}(:number)"), number) is not False
-        except BaseException:
-            connection.invalidate()  # the lock, if it was acquired, ends with the connection
-            connection.close()
-            raise
-        try:
-            yield held
-        finally:
+        with connection:
             try:
-                if held:
-                    connection.execute(text("SELECT pg_advisory_unlock(:number)"), number)
-            except Exception:
-                connection.invalidate()
-            connection.close()
+                with mapped(self._where):
+                    # pg_advisory_lock returns an empty string.
+                    held = connection.scalar(text(f"SELECT {function}(:number)"), number) is not False
+            except BaseException:
+                connection.invalidate()  # the lock, if it was acquired, ends with the connection
+                raise
+            try:
+                yield held
+            finally:
+                try:
+                    if held:
+                        connection.execute(text("SELECT pg_advisory_unlock(:number)"), number)
+                except Exception:
+                    connection.invalidate()

@@ -6,8 +6,6 @@ from alembic import context
 
 from kv_memory.store.sql.schema import Base
 
-__all__: list[str] = []
-
 context.configure(
     connection=context.config.attributes["connection"],
     target_metadata=Base.metadata,

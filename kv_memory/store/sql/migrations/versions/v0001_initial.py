@@ -1,9 +1,12 @@
 """The first catalog, with the tables of `kv_memory.jobs`.
 
 Revision: 0001. Types are written out rather than taken from schema.py: a migration must not change with the models.
+Names of constraints follow the convention of `Base.metadata`, which `env.py` gives to Alembic.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import sqlalchemy as sa
 from alembic import op
@@ -18,155 +21,99 @@ def upgrade() -> None:
     """Create the tables."""
     op.create_table(
         "collection",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("name", sa.String(255), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
-        sa.Column("settings", sa.JSON(), nullable=False),
-        sa.Column("max_size_bytes", sa.BigInteger(), nullable=True),
-        sa.Column("ttl_s", sa.Double(), nullable=True),
-        sa.Column("created_at", sa.DateTime(), nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_collection"),
-        sa.UniqueConstraint("name", name="uq_collection_name"),
+        sa.Column("id", sa.Integer(), primary_key=True),
+        sa.Column("name", sa.String(255), nullable=False, unique=True),
+        *_columns(sa.Integer(), "revision"),
+        *_columns(sa.JSON(), "settings"),
+        *_columns(sa.BigInteger(), "max_size_bytes", nullable=True),
+        *_columns(sa.Double(), "ttl_s", nullable=True),
+        *_columns(sa.DateTime(), "created_at"),
     )
     op.create_table(
         "document",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("collection_id", sa.Integer(), nullable=False),
-        sa.Column("document_id", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=False),
-        sa.Column("content_sha256", sa.String(64), nullable=False),
-        sa.Column("source_uri", sa.Text(), nullable=True),
-        sa.Column("metadata", sa.JSON(), nullable=False),
-        sa.Column("passage_tokens", sa.Integer(), nullable=True),
-        sa.Column("created_at", sa.DateTime(), nullable=False),
-        sa.Column("updated_at", sa.DateTime(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["collection_id"], ["collection.id"], name="fk_document_collection_id_collection", ondelete="CASCADE"
-        ),
-        sa.PrimaryKeyConstraint("id", name="pk_document"),
-        sa.UniqueConstraint("collection_id", "document_id", name="uq_document_collection_id_document_id"),
+        *_owned_by("collection", "collection_id"),
+        *_columns(sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), "document_id"),
+        *_columns(sa.String(64), "content_sha256"),
+        *_columns(sa.Text(), "source_uri", nullable=True),
+        *_columns(sa.JSON(), "metadata"),
+        *_columns(sa.Integer(), "passage_tokens", nullable=True),
+        *_columns(sa.DateTime(), "created_at", "updated_at"),
+        sa.UniqueConstraint("collection_id", "document_id"),
     )
     op.create_table(
         "passage",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("document_pk", sa.Integer(), nullable=False),
-        sa.Column("ordinal", sa.Integer(), nullable=False),
-        sa.Column("text", sa.Text(), nullable=True),
-        sa.Column("terms", sa.JSON(), nullable=True),
-        sa.Column("text_sha256", sa.String(64), nullable=False),
-        sa.Column("n_tokens", sa.Integer(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["document_pk"], ["document.id"], name="fk_passage_document_pk_document", ondelete="CASCADE"
-        ),
-        sa.PrimaryKeyConstraint("id", name="pk_passage"),
-        sa.UniqueConstraint("document_pk", "ordinal", name="uq_passage_document_pk_ordinal"),
+        *_owned_by("document", "document_pk"),
+        *_columns(sa.Integer(), "ordinal", "n_tokens"),
+        *_columns(sa.Text(), "text", nullable=True),
+        *_columns(sa.JSON(), "terms", nullable=True),
+        sa.Column("text_sha256", sa.String(64), nullable=False, index=True),
+        sa.UniqueConstraint("document_pk", "ordinal"),
     )
-    op.create_index("ix_passage_text_sha256", "passage", ["text_sha256"])
-    op.create_table(
-        "fingerprint",
-        sa.Column("digest", sa.String(64), nullable=False),
-        sa.Column("json", sa.Text(), nullable=False),
-        sa.PrimaryKeyConstraint("digest", name="pk_fingerprint"),
-    )
+    op.create_table("fingerprint", sa.Column("digest", sa.String(64), primary_key=True), *_columns(sa.Text(), "json"))
     op.create_table(
         "distilled_cache",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("collection_id", sa.Integer(), nullable=False),
-        sa.Column("text_sha256", sa.String(64), nullable=False),
-        sa.Column("fingerprint", sa.String(64), nullable=False),
-        sa.Column("method", sa.Text(), nullable=False),
-        sa.Column("keep_ratio", sa.Double(), nullable=False),
-        sa.Column("n_tokens", sa.Integer(), nullable=False),
-        sa.Column("n_kept", sa.Integer(), nullable=False),
-        sa.Column("dtype", sa.String(32), nullable=False),
-        sa.Column("size_bytes", sa.BigInteger(), nullable=False),
-        sa.Column("blob_key", sa.String(64), nullable=False),
-        sa.Column("fidelity", sa.Double(), nullable=True),
-        sa.Column("refined_steps", sa.Integer(), nullable=False),
-        sa.Column("pinned", sa.Boolean(), nullable=False),
-        sa.Column("created_at", sa.DateTime(), nullable=False),
-        sa.Column("last_used_at", sa.DateTime(), nullable=True),
-        sa.Column("expires_at", sa.DateTime(), nullable=True),
-        sa.ForeignKeyConstraint(
-            ["collection_id"], ["collection.id"], name="fk_distilled_cache_collection_id_collection", ondelete="CASCADE"
-        ),
-        sa.ForeignKeyConstraint(
-            ["fingerprint"], ["fingerprint.digest"], name="fk_distilled_cache_fingerprint_fingerprint"
-        ),
-        sa.PrimaryKeyConstraint("id", name="pk_distilled_cache"),
+        *_owned_by("collection", "collection_id"),
+        *_columns(sa.String(64), "text_sha256"),
+        sa.Column("fingerprint", sa.String(64), sa.ForeignKey("fingerprint.digest"), nullable=False),
+        *_columns(sa.Text(), "method"),
+        *_columns(sa.Double(), "keep_ratio"),
+        *_columns(sa.Integer(), "n_tokens", "n_kept", "refined_steps"),
+        *_columns(sa.String(32), "dtype"),
+        *_columns(sa.BigInteger(), "size_bytes"),
+        sa.Column("blob_key", sa.String(64), nullable=False, index=True),
+        *_columns(sa.Double(), "fidelity", nullable=True),
+        *_columns(sa.Boolean(), "pinned"),
+        *_columns(sa.DateTime(), "created_at"),
+        *_columns(sa.DateTime(), "last_used_at", nullable=True),
+        sa.Column("expires_at", sa.DateTime(), index=True),
         sa.UniqueConstraint(
-            "collection_id",
-            "text_sha256",
-            "fingerprint",
-            "keep_ratio",
-            name="uq_distilled_cache_text_settings",
+            "collection_id", "text_sha256", "fingerprint", "keep_ratio", name="uq_distilled_cache_text_settings"
         ),
     )
-    op.create_index("ix_distilled_cache_blob_key", "distilled_cache", ["blob_key"])
-    op.create_index("ix_distilled_cache_expires_at", "distilled_cache", ["expires_at"])
     op.create_table(
         "prefix",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("collection_id", sa.Integer(), nullable=False),
-        sa.Column("key", sa.Text(), nullable=False),
-        sa.Column("size_bytes", sa.BigInteger(), nullable=False),
-        sa.Column("blob_key", sa.String(64), nullable=False),
-        sa.Column("created_at", sa.DateTime(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["collection_id"], ["collection.id"], name="fk_prefix_collection_id_collection", ondelete="CASCADE"
-        ),
-        sa.PrimaryKeyConstraint("id", name="pk_prefix"),
-        sa.UniqueConstraint("collection_id", "key", name="uq_prefix_collection_id_key"),
+        *_owned_by("collection", "collection_id"),
+        *_columns(sa.Text(), "key"),
+        *_columns(sa.BigInteger(), "size_bytes"),
+        sa.Column("blob_key", sa.String(64), nullable=False, index=True),
+        *_columns(sa.DateTime(), "created_at"),
+        sa.UniqueConstraint("collection_id", "key"),
     )
-    op.create_index("ix_prefix_blob_key", "prefix", ["blob_key"])
-    op.create_table(
-        "option",
-        sa.Column("key", sa.String(64), nullable=False),
-        sa.Column("value", sa.JSON(), nullable=False),
-        sa.PrimaryKeyConstraint("key", name="pk_option"),
-    )
+    op.create_table("option", sa.Column("key", sa.String(64), primary_key=True), *_columns(sa.JSON(), "value"))
     op.create_table(
         "job",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("name", sa.String(64), nullable=False),
-        sa.Column("collection_id", sa.Integer(), nullable=False),
-        sa.Column("state", sa.String(16), nullable=False),
-        sa.Column("sources", sa.JSON(), nullable=False),
-        sa.Column("settings", sa.JSON(), nullable=False),
-        sa.Column("fingerprint", sa.String(64), nullable=True),
-        sa.Column("discovered", sa.Boolean(), nullable=False),
-        sa.Column("n_deleted", sa.Integer(), nullable=False),
-        sa.Column("n_unchanged", sa.Integer(), nullable=False),
-        sa.Column("created_at", sa.DateTime(), nullable=False),
-        sa.Column("updated_at", sa.DateTime(), nullable=False),
-        sa.Column("finished_at", sa.DateTime(), nullable=True),
-        sa.ForeignKeyConstraint(
-            ["collection_id"], ["collection.id"], name="fk_job_collection_id_collection", ondelete="CASCADE"
-        ),
-        sa.PrimaryKeyConstraint("id", name="pk_job"),
-        sa.UniqueConstraint("name", name="uq_job_name"),
+        *_owned_by("collection", "collection_id"),
+        sa.Column("name", sa.String(64), nullable=False, unique=True),
+        *_columns(sa.String(16), "state"),
+        *_columns(sa.JSON(), "sources", "settings"),
+        *_columns(sa.String(64), "fingerprint", nullable=True),
+        *_columns(sa.Boolean(), "discovered"),
+        *_columns(sa.Integer(), "n_deleted", "n_unchanged"),
+        *_columns(sa.DateTime(), "created_at", "updated_at"),
+        *_columns(sa.DateTime(), "finished_at", nullable=True),
     )
     op.create_table(
         "task",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("job_id", sa.Integer(), nullable=False),
-        sa.Column("document_id", sa.Text(), nullable=False),
-        sa.Column("uri", sa.Text(), nullable=False),
-        sa.Column("priority", sa.BigInteger(), nullable=False),
-        sa.Column("state", sa.String(16), nullable=False),
-        sa.Column("attempts", sa.Integer(), nullable=False),
-        sa.Column("worker", sa.String(255), nullable=True),
-        sa.Column("lease_expires_at", sa.DateTime(), nullable=True),
-        sa.Column("outcome", sa.String(16), nullable=True),
-        sa.Column("error", sa.JSON(), nullable=True),
-        sa.Column("n_passages", sa.Integer(), nullable=False),
-        sa.Column("n_tokens", sa.BigInteger(), nullable=False),
-        sa.Column("cache_bytes", sa.BigInteger(), nullable=False),
-        sa.Column("full_kv_bytes", sa.BigInteger(), nullable=False),
-        sa.Column("elapsed_s", sa.Double(), nullable=True),
-        sa.Column("created_at", sa.DateTime(), nullable=False),
-        sa.Column("updated_at", sa.DateTime(), nullable=False),
-        sa.ForeignKeyConstraint(["job_id"], ["job.id"], name="fk_task_job_id_job", ondelete="CASCADE"),
-        sa.PrimaryKeyConstraint("id", name="pk_task"),
-        sa.UniqueConstraint("job_id", "document_id", name="uq_task_job_id_document_id"),
+        *_owned_by("job", "job_id"),
+        *_columns(sa.Text(), "document_id", "uri"),
+        *_columns(sa.String(16), "state"),
+        *_columns(sa.Integer(), "attempts", "n_passages"),
+        *_columns(sa.BigInteger(), "priority", "n_tokens", "cache_bytes", "full_kv_bytes"),
+        *_columns(sa.String(255), "worker", nullable=True),
+        *_columns(sa.String(16), "outcome", nullable=True),
+        *_columns(sa.JSON(), "error", nullable=True),
+        *_columns(sa.Double(), "elapsed_s", nullable=True),
+        *_columns(sa.DateTime(), "created_at", "updated_at"),
+        *_columns(sa.DateTime(), "lease_expires_at", nullable=True),
+        sa.UniqueConstraint("job_id", "document_id"),
+        sa.Index(None, "job_id", "state", "priority", "id"),
     )
-    op.create_index("ix_task_job_id_state_priority_id", "task", ["job_id", "state", "priority", "id"])
+
+
+def _columns(kind: sa.types.TypeEngine[Any], *names: str, nullable: bool = False) -> list[sa.Column[Any]]:
+    return [sa.Column(name, kind, nullable=nullable) for name in names]
+
+
+def _owned_by(table: str, name: str) -> list[sa.Column[int]]:
+    owner = sa.ForeignKey(f"{table}.id", ondelete="CASCADE")
+    return [sa.Column("id", sa.Integer(), primary_key=True), sa.Column(name, sa.Integer(), owner, nullable=False)]
