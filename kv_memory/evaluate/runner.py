@@ -75,7 +75,9 @@ def evaluate(
     Args:
         task: `squad`, `quality`, `squality`, `needle`, `spans`, `multidoc`, `ruler` or `qa`.
         backbone: The model.
-        methods: Names from `METHODS`; None means all that can be run.
+        methods: full, none, random, sink_recent, attention, reconstruction, matched_score, matched_fit,
+            matched_one_stage, matched_fixed_keys, matched_even_layers, matched, adapter_selection, adapter, combined or
+            refined; None means all that can be run.
         keep_ratios: Ratios to measure, in (0, 1]; `full` and `none` have no ratio.
         adapter: Adapter attached to the backbone, for the methods that need one and as the start of `refined`.
         settings: Selection of documents, see `TaskSettings`. Its seed is also that of `random` and of the intervals.
@@ -85,7 +87,8 @@ def evaluate(
         storage: Storage type in which every compressed cache is written and loaded before it is used. Unless it is
             `auto`, the methods are named `adapter+int8` and so on. `full` and `none` are not affected.
         generate: False skips metrics of decoded answers (F1 and similar) for speed.
-        by: Groups with separate rows, see `aggregate`; None means those that suit the task.
+        by: One row per value of k or place (multidoc), length or kind (ruler); others are averaged. None means k, or
+            length and kind.
         out: Folder for `examples.jsonl`; results that it contains are not measured again.
         time_limit_s: Time limit in seconds, checked before each document and method.
         on_progress: Called before each document and method, and at the end.
