@@ -10,7 +10,8 @@ from typing import Any
 
 from kv_memory.datasets import Example, Question
 from kv_memory.datasets.example import content_id
-from kv_memory.datasets.record_files import Faults, bare_name, json_lines, text_of, texts_of
+from kv_memory.datasets.record_files import Faults, bare_name, json_lines, text_of
+from kv_memory.datasets.sets import question_of
 from kv_memory.documents import read_file
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError, DocumentError
 from kv_memory.evaluate.cases import Case, Query
@@ -81,10 +82,8 @@ def read_questions(settings: TaskSettings) -> list[Example]:
         for where, record in json_lines(settings.questions, faults):
             with faults.at(where):
                 name, context = _document(record, source, settings.documents, contexts)
-                answers = texts_of(record.get("answer", record.get("answers")), "answer")
-                question = Question(text=text_of(record, "question"), answers=answers)
+                asked.setdefault(name, []).append(question_of(record))
                 contexts[name] = context
-                asked.setdefault(name, []).append(question)
     except BrokenLineError as error:
         raise BrokenLineError(error.what, where=error.where, next_step=_FORM) from error
     if not asked:
