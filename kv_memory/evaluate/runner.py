@@ -17,7 +17,7 @@ from kv_memory.errors import ConfigError
 from kv_memory.evaluate.aggregate import Row, aggregate, check_groups
 from kv_memory.evaluate.measure import Bench, Column, EvalProgress
 from kv_memory.evaluate.methods import Method, RefineFrom, make_methods
-from kv_memory.evaluate.question_records import Record, RecordFile
+from kv_memory.evaluate.question_records import Record, append_record, load_records
 from kv_memory.evaluate.scoring import KL_TOKENS
 from kv_memory.evaluate.tasks import find_task
 from kv_memory.evaluate.tasks.task import Task, TaskSettings
@@ -110,8 +110,7 @@ def evaluate(
         storage,
         together=found_task.together,
     )
-    file = RecordFile(Path(out)) if out is not None else None
-    known = {record.key: record for record in file.load()} if file is not None else {}
+    known = {record.key: record for record in load_records(Path(out))} if out is not None else {}
     cases = found_task.cases(backbone, settings)
     configs = {column: _config(found_task, column, settings, layout, generate) for column in columns}
     keys = [
@@ -129,8 +128,8 @@ def evaluate(
             if on_progress is not None:
                 on_progress(column.progress(case.id, n_done, n_measured, len(cases) * len(columns)))
             known[key] = bench.run(case, column, key=key, config=configs[column])
-            if file is not None:
-                file.append(known[key])
+            if out is not None:
+                append_record(Path(out), known[key])
             n_measured += 1
         n_done += 1
     if cases and on_progress is not None:
