@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,8 @@ import torch
 
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.compress import Compressor, PrefilledDocument
-from kv_memory.config import Layout, StorageName
+from kv_memory.config import Layout, StorageName, check_keep_ratio
+from kv_memory.errors import ConfigError
 from kv_memory.evaluate.cases import Case
 from kv_memory.evaluate.methods import Method, make_methods
 from kv_memory.evaluate.question_records import Record
@@ -24,6 +25,19 @@ from kv_memory.evaluate.tasks.task import Task
 from kv_memory.model.backbone import Backbone
 
 T = TypeVar("T")
+
+
+def check_limits(keep_ratios: Sequence[float], time_limit_s: float | None) -> list[float]:
+    """The ratios without duplicates, in falling order.
+
+    Raises:
+        ConfigError: There is no ratio, one is outside (0, 1], or the time limit is not above 0.
+    """
+    if time_limit_s is not None and time_limit_s <= 0:
+        raise ConfigError(f"the time limit must be above 0, got {time_limit_s}", where="time_limit_s")
+    if not keep_ratios:
+        raise ConfigError("no keep_ratio is given", where="keep_ratio", next_step="Pass for example --keep-ratio 1/4.")
+    return sorted({check_keep_ratio(ratio) for ratio in keep_ratios}, reverse=True)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kv_memory.datasets import Example, read_examples
 from kv_memory.errors import DatasetError
-from kv_memory.evaluate.cases import Case, Query
+from kv_memory.evaluate.cases import Case
 from kv_memory.evaluate.metrics import normalise
-from kv_memory.evaluate.tasks.task import MAX_QUESTIONS, Distractors, TaskSettings, choose
+from kv_memory.evaluate.tasks.task import MAX_QUESTIONS, Distractors, TaskSettings, choose, queries_of
 from kv_memory.model.backbone import Backbone
 
 _WHOSE: dict[Distractors, str] = {"other": "other articles", "same": "its own article"}
@@ -33,7 +34,8 @@ def multidoc_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
     """
     most = max(settings.k)
     examples = list(read_examples("squad", split="dev", data=settings.data))
-    fitting = choose(examples, backbone, settings, what="multidoc", together=most, n_documents=len(examples))
+    every = replace(settings, n_documents=len(examples))
+    fitting = choose(examples, backbone, every, what="multidoc", together=most)
     cases: list[Case] = []
     n_taken = 0
     for example in fitting:
@@ -74,12 +76,11 @@ def _others(
 
 def _placed(example: Example, others: Sequence[str], settings: TaskSettings) -> list[Case]:
     """Cases with the passage among others, the largest k first: its caches are reused by the smaller ones."""
-    queries = tuple(Query(text=q.text, references=q.answers) for q in example.questions[:MAX_QUESTIONS])
     return [
         Case(
             id=example.id,
             text=example.context,
-            queries=queries,
+            queries=queries_of(example),
             passages=(*others[:place], example.context, *others[place : k - 1]),
             group={"k": k, "place": place + 1},
         )
