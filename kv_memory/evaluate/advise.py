@@ -52,7 +52,6 @@ class Advice:
     Attributes:
         rows: Measured rows by falling keep_ratio; empty if no question could be generated.
         recommendation: Recommended setting.
-        settings: Settings of the measurement.
         n_documents: Number of documents read.
         n_unanswered: Questions left out because the full cache gives no answer to them.
         n_too_long: Sampled passages that, with a question, are too long for the model's window.
@@ -62,7 +61,6 @@ class Advice:
 
     rows: tuple[AdviceRow, ...]
     recommendation: Recommendation
-    settings: MemorySettings
     n_documents: int
     n_unanswered: int
     n_too_long: int
@@ -165,7 +163,6 @@ def advise(
     return Advice(
         rows=rows,
         recommendation=recommend(rows, criteria=criteria or Criteria(), settings=settings, what=what),
-        settings=settings,
         n_documents=len(read.documents),
         n_unanswered=n_unanswered,
         n_too_long=len(drawn) - len(fitting),

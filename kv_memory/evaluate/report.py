@@ -19,7 +19,10 @@ def markdown(rows: Sequence[Row]) -> str:
     parts = []
     for task in dict.fromkeys(row.task for row in rows):
         own = [row for row in rows if row.task == task]
-        parts.append(f"### {task}\n\n{_about(own)}\n\n{_table(own)}\n")
+        header, *lines = cells(own)
+        rule = ["---", *["---:"] * (len(header) - 1)]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
+        parts.append(f"### {task}\n\n{_about(own)}\n\n{table}\n")
     return "\n".join(parts)
 
 
@@ -28,19 +31,9 @@ def _about(rows: Sequence[Row]) -> str:
     if len(sizes) > 1:
         return "Rows cover different documents; n is the number of questions. 95% intervals in brackets."
     n, n_documents = sizes.pop()
-    about = f" about {_count(n_documents, 'document')}" if n_documents else ""
-    intervals = "95% intervals in brackets, from a bootstrap over documents."
-    return f"{_count(n, 'question')}{about}, the same for every row. {intervals}"
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
-
-
-def _table(rows: Sequence[Row]) -> str:
-    header, *lines = cells(rows)
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
+    documents = f" about {n_documents:,} document{'s' * (n_documents != 1)}" if n_documents else ""
+    questions = f"{n:,} question{'s' * (n != 1)}{documents}"
+    return f"{questions}, the same for every row. 95% intervals in brackets, from a bootstrap over documents."
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
@@ -81,16 +74,9 @@ def _figure(value: float | None, pair: Interval | None = None, *, digits: int = 
 
 
 def write_report(loaded: Loaded, to: Path | str) -> list[Path]:
-    """Write `tables.md` and the plots.
+    """Write `tables.md` and the plots into a folder, and return the files written.
 
     The plots are `TASK_fidelity.png` for each task, or for each of its groups, and `needle_map.png` for needle.
-
-    Args:
-        loaded: Rows and records, see `load_rows`.
-        to: Folder to write to.
-
-    Returns:
-        The files written.
 
     Raises:
         ConfigError: The package matplotlib is missing.
