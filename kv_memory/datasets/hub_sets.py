@@ -17,10 +17,6 @@ _INSTEAD = "Pass a file instead: JSON lines of {context, question, answer}."
 def hub_records(hub_id: str, *, split: Literal["train", "dev"]) -> Iterator[Record]:
     """Stream the rows of a set on the hub; nothing is kept on disk, and no code of the set is run.
 
-    Args:
-        hub_id: Name of the set, `owner/name`.
-        split: Split of the set; `dev` is called `validation` on the hub.
-
     Raises:
         DatasetError: The hub is switched off, the library is not installed, or the hub does not have the set; while
             iterating, if the connection breaks.
@@ -36,12 +32,7 @@ def hub_records(hub_id: str, *, split: Literal["train", "dev"]) -> Iterator[Reco
 
 
 def load_hub_set(*arguments: str | None, where: str, **options: Any) -> Any:
-    """What `datasets.load_dataset` returns for these arguments.
-
-    Args:
-        arguments: Positional arguments: the name of the set, and its configuration.
-        where: Name of the set, for errors.
-        options: Other arguments.
+    """What `datasets.load_dataset` returns for these arguments; `where` names the set in errors.
 
     Raises:
         DatasetError: The library is not installed, or the hub does not have the set.

@@ -214,7 +214,7 @@ def _rows(measured: Sequence[Sequence[Record]], kv_bytes_per_token: int) -> tupl
     """One row for each keep_ratio, from the records of each passage, the full cache's first."""
     found = []
     columns = list(zip(*measured, strict=True))
-    for row, own in zip(aggregate(itertools.chain.from_iterable(measured))[1:], columns[1:], strict=True):
+    for row, own in zip(aggregate(itertools.chain(*measured))[1:], columns[1:], strict=True):
         pairs = [
             (normalise(a.answer or ""), normalise(b.answer or ""))  # SQuAD's normal form; empty without a word
             for full, record in zip(columns[0], own, strict=True)

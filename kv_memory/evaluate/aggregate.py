@@ -67,18 +67,15 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """The row as one flat, printable object; apart from the group, with the same keys for all tasks and methods."""
-        return {
+        data: dict[str, Any] = {
             "task": self.task,
             **self.group,
             "method": self.method,
             "keep_ratio": self.keep_ratio,
             "n": self.n,
-            **{name: self.means.get(name) for name in METRICS},
-            "retention": self.retention,
-            "ci": {name: None if pair is None else list(pair) for name, pair in self.ci.items()},
-            "seconds_per_document": self.seconds_per_document,
-            "prefills": self.prefills,
         }
+        data |= {name: self.means.get(name) for name in METRICS}
+        return data | {name: getattr(self, name) for name in ("retention", "ci", "seconds_per_document", "prefills")}
 
 
 def score_of(task: str) -> str | None:
@@ -120,13 +117,12 @@ def check_groups(task: str, by: Sequence[str]) -> None:
         ConfigError: A name is not one of the task's groups; the error names the available ones.
     """
     groups = TASKS[task].groups
-    for name in by:
-        if name not in groups:
-            raise ConfigError(
-                f"rows of {task} cannot be grouped by {name!r}",
-                where="by",
-                next_step=f"Use one or more of {', '.join(groups)}." if groups else "Omit the option.",
-            )
+    if unknown := [name for name in by if name not in groups]:
+        raise ConfigError(
+            f"rows of {task} cannot be grouped by {unknown[0]!r}",
+            where="by",
+            next_step=f"Use one or more of {', '.join(groups)}." if groups else "Omit the option.",
+        )
 
 
 def table_of(row: Row) -> tuple[str, tuple[tuple[str, int | str], ...]]:

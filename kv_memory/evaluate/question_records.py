@@ -115,10 +115,7 @@ class Record:
 def read_lines(path: Path, parse: Callable[[dict[str, Any]], T], *, repair: bool = False) -> list[T]:
     """The lines of a file of results, without an incomplete last one: cut off by a kill, or still being written.
 
-    Args:
-        path: Path of the file.
-        parse: Function that makes a result of a line's object.
-        repair: Remove the incomplete line from the file.
+    `parse` makes a result of a line's object; `repair` removes the incomplete line from the file.
 
     Raises:
         BrokenLineError: A line is not a result; the error names its number.

@@ -127,7 +127,9 @@ def _parsed(data: dict[str, Any]) -> tuple[Any, Record | Row]:
         return None, Record.from_dict(data)
     if "question" not in data:
         return None, _row(data)
-    measured = {name: data.get(name) for name in METRICS} | {name: float(data[name]) for name in ("kl", "nll")}
+    measured: dict[str, Any] = {name: data.get(name) for name in METRICS} | {
+        name: float(data[name]) for name in ("kl", "nll")
+    }
     seconds, prefills = data.get("seconds_per_document"), data.get("prefills")
     return data["question"], Record(
         key="",

@@ -58,10 +58,7 @@ class PrefilledQuestions:
         self._first = backbone.logits(ids, self._cache, lengths=lengths if ragged else None)
 
     def follow(self, rows: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
-        """Log-probabilities at every token of a continuation of each question.
-
-        Args:
-            rows: Token ids, one row per question; a row may be empty.
+        """Log-probabilities at every token of a continuation of each question; a row of token ids may be empty.
 
         Yields:
             `(len(row), vocab_size)`, float32. One at a time, because together they are large.
@@ -100,11 +97,7 @@ def _padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
 def batches(backbone: Backbone, n_rows: int, *, n_entries: int, n_tokens: int) -> list[slice]:
     """Rows split into batches whose caches and logits take at most 1 GiB (4 on a GPU), with at least one row each.
 
-    Args:
-        backbone: The model.
-        n_rows: Number of rows.
-        n_entries: Number of entries of the cache that is copied for each row.
-        n_tokens: Number of tokens prefilled after it.
+    For each row a cache of `n_entries` is copied, and `n_tokens` are prefilled after it.
     """
     row_bytes = (n_entries + n_tokens) * backbone.kv_bytes_per_token
     row_bytes += n_tokens * int(backbone.config.vocab_size) * backbone.dtype.itemsize
@@ -201,10 +194,7 @@ class CaseScorer:
         return [t for part, asked in self._asked(caches, KL_TOKENS) for t in asked.follow(rows[part])]
 
     def score(self, caches: Sequence[DistilledCache]) -> list[Measured]:
-        """Measure all questions.
-
-        Args:
-            caches: The method's caches of the document; empty for the floor.
+        """Measure all questions with a method's caches of the document; without caches, the floor.
 
         Raises:
             ContextWindowError: Document, question and answer do not fit the model.
@@ -237,18 +227,18 @@ class CaseScorer:
         open_rows = [row for row, text in enumerate(texts) if text is None]
         if self._generate and open_rows:
             settings = DecodeSettings(max_new_tokens=self._task.max_new_tokens)
-            for row, text in zip(open_rows, asked.decode(open_rows, settings), strict=True):
-                texts[row] = text
-        for row, (text, query) in enumerate(zip(texts, queries, strict=True)):
-            metrics = ALL_WANTED if query.all_wanted else TEXT_METRICS
-            names = self._task.text_metrics if text is not None else ()
+            for row, decoded in zip(open_rows, asked.decode(open_rows, settings), strict=True):
+                texts[row] = decoded
+        for row, own in enumerate(queries):
+            answer, metrics = texts[row], ALL_WANTED if own.all_wanted else TEXT_METRICS
+            names = () if answer is None else self._task.text_metrics
             yield Measured(
                 kl=kl[row][0],
                 nll=nll[row],
                 accuracy=accuracy[row],
                 kl_joined=kl[row][1],
-                answer=text,
-                **{name: metrics[name](text or "", query.references) for name in names},
+                answer=answer,
+                **{name: metrics[name](answer or "", own.references) for name in names},
             )
 
 
