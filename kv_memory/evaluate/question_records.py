@@ -19,18 +19,18 @@ FILE_NAME = "examples.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Measures of one question; a measure that does not apply, or was not requested, is None.
+    """Measures of one question; one that does not apply, or was not requested, is None. For the texts see `metrics`.
 
     Attributes:
         kl: KL(full || method) in nats; the mean over the tokens of the full model's own answer, or of the reference,
             see `Task.kl_on`.
         nll: Mean negative log-likelihood per token of the first reference, in nats; or of a list of all references, if
             all are required.
-        f1: F1, see `metrics`.
-        em: Exact match, see `metrics`.
-        contains: Containment, see `metrics`.
+        f1: F1.
+        em: Exact match.
+        contains: Containment.
         accuracy: 1 if the correct choice has the highest mean log-likelihood per token, else 0.
-        rouge_l: ROUGE-L, see `metrics`.
+        rouge_l: ROUGE-L.
         kl_joined: The same as `kl`, against the joined full caches of the single documents; None for one document.
         answer: The greedy answer.
     """

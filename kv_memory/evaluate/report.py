@@ -38,24 +38,26 @@ def _about(rows: Sequence[Row]) -> str:
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
     """The table of one task as text: a header and a line for each row; columns without information are left out."""
-    metrics = [name for name in METRICS if any(row.means.get(name) is not None for row in rows)]
-    retained = any(row.retention is not None for row in rows)
-    differ = len({row.n for row in rows}) > 1
-    silent = any(row.empty for row in rows)
-    groups = list(dict.fromkeys(name for row in rows for name in row.group))
-    header = [*groups, "method", "kept", *(["n"] if differ else []), *(_NAMES.get(name, name) for name in metrics)]
-    header += ["empty"] if silent else []
-    table = [[*header, *(["retention"] if retained else []), "s/document", "prefills"]]
-    for row in rows:
-        own = [row.group.get(name, "") for name in groups]
-        line = [f"{value:,}" if isinstance(value, int) else value for value in own]
-        line += [row.method, kept_text(row.keep_ratio)]
-        line += [str(row.n)] if differ else []
-        line += [_figure(row.means.get(name), row.ci.get("kl") if name == "kl" else None) for name in metrics]
-        line += [_figure(row.empty, digits=2)] if silent else []
-        line += [_figure(row.retention, row.ci.get("retention"), digits=2)] if retained else []
-        table.append([*line, _figure(row.seconds_per_document), _figure(row.prefills, digits=1)])
-    return table
+    table: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for row in rows for name in row.group):
+        values = [row.group.get(name, "") for row in rows]
+        table[name] = [f"{value:,}" if isinstance(value, int) else value for value in values]
+    table["method"] = [row.method for row in rows]
+    table["kept"] = [kept_text(row.keep_ratio) for row in rows]
+    if len({row.n for row in rows}) > 1:
+        table["n"] = [str(row.n) for row in rows]
+    for name in METRICS:
+        if any(row.means.get(name) is not None for row in rows):
+            pairs = [row.ci.get("kl") if name == "kl" else None for row in rows]
+            figures = [_figure(row.means.get(name), pair) for row, pair in zip(rows, pairs, strict=True)]
+            table[_NAMES.get(name, name)] = figures
+    if any(row.empty for row in rows):
+        table["empty"] = [_figure(row.empty, digits=2) for row in rows]
+    if any(row.retention is not None for row in rows):
+        table["retention"] = [_figure(row.retention, row.ci.get("retention"), digits=2) for row in rows]
+    table["s/document"] = [_figure(row.seconds_per_document) for row in rows]
+    table["prefills"] = [_figure(row.prefills, digits=1) for row in rows]
+    return [list(table), *map(list, zip(*table.values(), strict=True))]
 
 
 def kept_text(keep_ratio: float | None) -> str:

@@ -127,9 +127,8 @@ def _parsed(data: dict[str, Any]) -> tuple[Any, Record | Row]:
         return None, Record.from_dict(data)
     if "question" not in data:
         return None, _row(data)
-    measured: dict[str, Any] = {name: data.get(name) for name in METRICS} | {
-        name: float(data[name]) for name in ("kl", "nll")
-    }
+    measured: dict[str, Any] = {name: data.get(name) for name in METRICS}
+    measured |= {name: float(data[name]) for name in ("kl", "nll")}
     seconds, prefills = data.get("seconds_per_document"), data.get("prefills")
     return data["question"], Record(
         key="",
@@ -155,7 +154,7 @@ def _joined(documents: Sequence[dict[Any, Record]]) -> Iterator[Record]:
 
 
 def _row(data: dict[str, Any]) -> Row:
-    pairs = {name: None if pair is None else (pair[0], pair[1]) for name, pair in (data.get("ci") or {}).items()}
+    ci = data.get("ci") or {}
     groups = TASKS[data["task"]].groups if data["task"] in TASKS else ()
     return Row(
         task=data["task"],
@@ -165,7 +164,7 @@ def _row(data: dict[str, Any]) -> Row:
         n_documents=0,
         means={name: data.get(name) for name in METRICS},
         retention=data.get("retention"),
-        ci={name: pairs.get(name) for name in ("kl", "score", "retention")},
+        ci={name: (ci[name][0], ci[name][1]) if ci.get(name) else None for name in ("kl", "score", "retention")},
         seconds_per_document=data.get("seconds_per_document"),
         prefills=data.get("prefills"),
         group={name: data[name] for name in groups if name in data},

@@ -57,13 +57,17 @@ class PrefilledQuestions:
         ragged = bool((lengths != lengths[0]).any())
         self._first = backbone.logits(ids, self._cache, lengths=lengths if ragged else None)
 
+    @torch.no_grad()
     def follow(self, rows: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
         """Log-probabilities at every token of a continuation of each question; a row of token ids may be empty.
 
         Yields:
             `(len(row), vocab_size)`, float32. One at a time, because together they are large.
         """
-        rest = self._rest(rows)
+        rest, width = None, max(map(len, rows)) - 1
+        if width > 0:  # rows are padded at their end, where attention does not reach; the last token needs no logits
+            rest = self._backbone.logits(_padded([row[:-1] for row in rows]), self._cache, every=True)
+            self._cache.rewind(width)
         for index, row in enumerate(rows):
             logits = self._first[index : index + 1].float()
             if rest is not None and len(row) > 1:
@@ -77,16 +81,6 @@ class PrefilledQuestions:
         read = self._cache, self._first[list(rows)]
         run = Run(self._backbone, prompts, self._caches, self._layout, settings, read=read)
         return [answer.text.strip() for answer in _decoded(run)]
-
-    @torch.no_grad()
-    def _rest(self, rows: Sequence[Sequence[int]]) -> torch.Tensor | None:
-        """Logits after every token but the last. Rows are padded at their end, where attention does not reach."""
-        width = max(len(row) for row in rows) - 1
-        if width < 1:
-            return None
-        logits = self._backbone.logits(_padded([row[:-1] for row in rows]), self._cache, every=True)
-        self._cache.rewind(width)
-        return logits
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:

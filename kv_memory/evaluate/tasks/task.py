@@ -99,7 +99,7 @@ class TaskSettings:
     def token_range(self, backbone: Backbone, *, least: int = 1, together: int = 1) -> tuple[int, int]:
         """Smallest and largest length of the documents to use, in tokens.
 
-        `least` is the lower bound of the task itself; so many documents as `together` must fit the window.
+        `least` is the lower bound of the task itself; `together` documents must fit the window at once.
 
         Raises:
             ConfigError: The window is too small for the requested documents.
