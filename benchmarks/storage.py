@@ -28,7 +28,7 @@ from kv_memory.cache.distilled import DistilledCache
 from kv_memory.compress import Adapter, Compressor
 from kv_memory.config import StorageName, ratio_of
 from kv_memory.evaluate import Record, TaskSettings
-from kv_memory.evaluate.question_records import RecordFile, latest
+from kv_memory.evaluate.question_records import latest, load_records
 from kv_memory.evaluate.tasks import find_task
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.embedded import adapter_folder
@@ -56,7 +56,7 @@ def main() -> None:
 def differences(folder: Path, ratios: list[float]) -> list[dict[str, Any]]:
     """Means and paired differences of KL and F1, by keep ratio."""
     columns: dict[tuple[str, float | None], dict[str, Record]] = {}
-    for record in latest(RecordFile(folder).load()):
+    for record in latest(load_records(folder)):
         columns.setdefault((record.method, record.keep_ratio), {})[record.document] = record
     rows = []
     for ratio in ratios:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from kv_memory.errors import ConfigError
 
@@ -118,18 +118,37 @@ class DecodeSettings:
     json_schema: str | None = None
 
     def __post_init__(self) -> None:
-        checks = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (self.temperature >= 0 and math.isfinite(self.temperature), "0 or more"),
-            "top_k": (self.top_k >= 0, "0 or more"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "timeout_s": (self.timeout_s is None or self.timeout_s > 0, "above 0 or None"),
-            "json_schema": (self.json_schema is None or isinstance(self.json_schema, str), "JSON, as a str"),
-            "stop": (not isinstance(self.stop, str) and all(self.stop), "a tuple of non-empty strings"),
-        }
-        for name, (ok, wanted) in checks.items():
-            if not ok:
-                raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)!r}", where=name)
+        check_fields(
+            self,
+            max_new_tokens=(self.max_new_tokens >= 1, "at least 1"),
+            temperature=(self.temperature >= 0 and math.isfinite(self.temperature), "0 or more"),
+            top_k=(self.top_k >= 0, "0 or more"),
+            top_p=(0 < self.top_p <= 1, "in (0, 1]"),
+            timeout_s=(self.timeout_s is None or self.timeout_s > 0, "above 0 or None"),
+            json_schema=(self.json_schema is None or isinstance(self.json_schema, str), "JSON, as a str"),
+            stop=(not isinstance(self.stop, str) and all(self.stop), "a tuple of non-empty strings"),
+        )
+
+
+def check_fields(settings: object, **checks: tuple[object, str]) -> None:
+    """Raise a `ConfigError` for the first field whose check is false; the text says what it must be."""
+    for name, (ok, wanted) in checks.items():
+        if not ok:
+            raise ConfigError(f"{name} must be {wanted}, got {getattr(settings, name)!r}", where=name)
+
+
+def check_at_least(settings: object, least: int, *names: str) -> None:
+    """Raise a `ConfigError` for the first of these fields that is below `least`; None is not."""
+    for name in names:
+        value = getattr(settings, name)
+        check_fields(settings, **{name: (value is None or value >= least, f"at least {least}")})
+
+
+def check_choices(settings: object) -> None:
+    """Check the fields of a dataclass that are Literals; errors as in `check_choice`."""
+    for name, hint in get_type_hints(type(settings)).items():
+        if get_origin(hint) is Literal:
+            check_choice(getattr(settings, name), hint, where=name)
 
 
 def check_choice(value: str, choices: object, *, where: str) -> str:
@@ -144,17 +163,20 @@ def check_choice(value: str, choices: object, *, where: str) -> str:
     return value
 
 
-def check_names(given: Iterable[str], known: Collection[str], *, what: str = "option") -> None:
+def check_names(
+    given: Iterable[str], known: Collection[str], *, what: str = "option", where: str = "", every: str = ""
+) -> None:
     """Refuse names that are not known.
 
     Raises:
-        ConfigError: A name is unknown; the error names the nearest one, or all of them.
+        ConfigError: A name is unknown; the error names the nearest one. Without any, its next step is the sentence
+            `every`, or all names. It is in `where`, or the name itself.
     """
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            step = f"Did you mean {near[0]!r}?" if near else f"Use one of {', '.join(sorted(known))}."
-            raise ConfigError(f"unknown {what} {name!r}", where=name, next_step=step)
+            step = f"Did you mean {near[0]!r}?" if near else every or f"Use one of {', '.join(sorted(known))}."
+            raise ConfigError(f"unknown {what} {name!r}", where=where or name, next_step=step)
 
 
 def stored_dtype(storage: str, dtype: str) -> str:

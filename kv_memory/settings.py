@@ -5,23 +5,31 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import Any, Literal
 
 from kv_memory.cache.keep import Keep
-from kv_memory.config import Layout, SelectorName, StorageName, check_choice, check_names, ratio_of, size_of
+from kv_memory.config import (
+    Layout,
+    SelectorName,
+    StorageName,
+    check_choices,
+    check_fields,
+    check_names,
+    ratio_of,
+    size_of,
+)
 from kv_memory.errors import ConfigError
 from kv_memory.model.embedded import BUILT_IN, DEFAULTS, EMBEDDED, SHIPPED, built_in, concrete_name, recorded_settings
 from kv_memory.model.prompts import PromptName
 
 NO_ADAPTER = "none"  # the name a caller passes for "no adapter"
 KEEP_NAMES = ("keep_ratio", "keep_tokens", "max_bytes")  # settings of which one replaces the others
-_KEEP_RATIO = 0.25
 _REFINE_STEPS = 48  # if only min_fidelity is given
 # A model of 135M parameters loses the thread in long passages. int8 costs it less than half a point of F1 at 1/4, 1/8
 # and 1/16: docs/fidelity.md.
-_OF_SMOLLM2: dict[str, Any] = {"adapter": SHIPPED, "passage_tokens": 256, "storage": "int8"}
+OF_SMOLLM2: dict[str, Any] = {"adapter": SHIPPED, "passage_tokens": 256, "storage": "int8"}
 
 
 def _passage_tokens(text: str) -> int | Literal["auto"] | None:
@@ -37,24 +45,12 @@ def _passage_tokens(text: str) -> int | Literal["auto"] | None:
         ) from None
 
 
-def _option(
-    metavar: str,
-    help: str,
-    *,
-    name: str | None = None,
-    new: str | None = None,
-    parse: Callable[[str], Any] | None = None,
-) -> dict[str, Any]:
-    """Metadata of a field: its option of the command line.
-
-    Args:
-        metavar: Placeholder of the value in the help.
-        help: Help of the option.
-        name: Name of the option, if it does not follow from the field's.
-        new: Value in a new store, for the help; None names the default, and "" names none.
-        parse: Function from the written form of a value to the value.
-    """
-    return {"metavar": metavar, "help": help, "option": name, "new": new, "parse": parse}
+# Settings with a written form, and its parser.
+WRITTEN: dict[str, Callable[[str], Any]] = {
+    "keep_ratio": ratio_of,
+    "max_bytes": functools.partial(size_of, where="max_bytes"),
+    "passage_tokens": _passage_tokens,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,140 +59,71 @@ class MemorySettings:
 
     The defaults are those of a new store. `smollm2` has its own for adapter, passage_tokens and storage: see `resolve`.
 
+    The command line shows these lines as the help of its options.
+
     Attributes:
-        model: Name of a built-in model (`qwen-0.5b`, `smollm2`), a model folder, or a hub id. A new store takes
-            `qwen-0.5b`, or `smollm2` if only that one is prepared, and records its choice.
-        adapter: Adapter folder for that model, `shipped` for the one inside this package, or None.
-        keep_ratio: Share of the tokens kept, in (0, 1]. 0.25 unless keep_tokens or max_bytes is set.
+        model: Name of a built-in model (`qwen-0.5b`, `smollm2`), a model folder, or a Hugging Face hub id. A new store
+            takes `qwen-0.5b`, or `smollm2` if only that one is prepared, and records its choice.
+        adapter: Folder of a trained adapter of that model, `shipped` for the one inside this package, or none.
+        keep_ratio: Share of the tokens kept, in (0, 1], e.g. 0.125 or `1/8`. 0.25 unless keep_tokens or max_bytes is
+            set.
         keep_tokens: Number of tokens kept of each passage in every layer and head, instead of a share. It is an average
             where heads share their entries. Shorter passages are kept whole.
-        max_bytes: Largest file size of a passage's cache in bytes, instead of a share. A cache that fits is kept whole.
-        selector: Training-free selector, used without an adapter; or `combined`, an adapter and `matched` together,
-            which prefills each passage twice and selects more reliably.
-        passage_tokens: Length of the longest passage in tokens; None keeps documents whole.
+        max_bytes: Largest size of a passage's cache file in bytes, or e.g. `300KB` or `2MB`, instead of a share. A
+            cache that fits is kept whole.
+        selector: Selector without an adapter: `matched` (closest), `reconstruction` (half the time), `attention`
+            (fastest) or `sink_recent`; or `combined`, an adapter and `matched` together, which comes closer than the
+            adapter alone, in twice the time.
+        passage_tokens: Length of the longest passage in tokens, or `whole` (None) if documents are not split.
         prompt: Name of the prompt form: `auto`, `chat`, `brief` or `passage`.
         layout: Placement of documents, see `generate.compose`.
-        refine_steps: Refinement steps for the cache of every passage, see `RefineSettings`; 0 for none. Refined caches
-            answer closer to the full cache, at the cost of hundreds of prefills.
+        refine_steps: Number of gradient steps that refine the cache of every passage, see `RefineSettings`: 8 or 48, or
+            144 if little is kept; 0 for none. It comes closer to the full cache, for about 70, 270 or many hundred
+            prefills.
         min_fidelity: KL to the full cache on held-out probes, in nats, at which refinement stops. It gives up after 192
             steps, or after refine_steps if that is more. None stops after refine_steps.
         storage: Storage type of keys and values that are added: `auto` (as the model computes them), `float32`,
             `bfloat16`, `float16` or `int8`, which takes half the bytes of bfloat16. Stored caches keep their type.
         keep_text: True to keep the texts of added documents. Texts are needed to show them with an answer, to replace a
-            damaged cache, for `read_from="text"`, and to `refresh` documents that are not files. Without them a store
-            holds caches, the documents' ids and metadata, and hashes of words; see `kv_memory.retrieval.tokenize` for
-            what the hashes protect. Unchanged documents that are added again gain or lose their text without being
-            compressed again.
+            damaged cache, for `read_from="text"` (ask --text), and to `refresh` documents that are not files. Without
+            them a store holds caches, the documents' ids and metadata, and hashes of words; see
+            `kv_memory.retrieval.tokenize` for what the hashes protect. Unchanged documents that are added again gain or
+            lose their text without being compressed again.
     """
 
-    model: str = field(
-        default=DEFAULTS[0],
-        metadata=_option(
-            "NAME",
-            "A built-in model (qwen-0.5b, smollm2), a model folder, or a Hugging Face hub id.",
-            new=f"{DEFAULTS[0]}, or {DEFAULTS[1]} if only that is prepared",
-        ),
-    )
-    adapter: str | None = field(default=None, metadata=_option("FOLDER", "A trained adapter of that model, or 'none'."))
-    keep_ratio: float | None = field(
-        default=None,
-        metadata=_option("SHARE", "Share of the tokens kept: 0.125 or 1/8.", new=f"{_KEEP_RATIO}", parse=ratio_of),
-    )
-    keep_tokens: int | None = field(
-        default=None,
-        metadata=_option(
-            "N", "Instead of --keep-ratio: number of tokens kept of each passage, whatever its length.", new=""
-        ),
-    )
-    max_bytes: int | None = field(
-        default=None,
-        metadata=_option(
-            "SIZE",
-            "Instead of --keep-ratio: maximum size of a passage's cache file, e.g. 300KB or 2MB.",
-            new="",
-            parse=functools.partial(size_of, where="max_bytes"),
-        ),
-    )
-    selector: SelectorName = field(
-        default="matched",
-        metadata=_option(
-            "NAME",
-            "Select entries without an adapter: matched (closest), reconstruction (half the time), attention (fastest) "
-            "or sink_recent. With an adapter: combined (closer than the adapter alone, in twice the time).",
-            new="the adapter, or matched without one",
-        ),
-    )
-    passage_tokens: int | None = field(
-        default=1024,
-        metadata=_option(
-            "N",
-            "Maximum length of a passage in tokens; 'whole' does not split documents.",
-            parse=_passage_tokens,
-        ),
-    )
-    prompt: PromptName = field(default="auto", metadata=_option("NAME", "Prompt form: auto, chat, brief or passage."))
+    model: str = DEFAULTS[0]
+    adapter: str | None = None
+    keep_ratio: float | None = None
+    keep_tokens: int | None = None
+    max_bytes: int | None = None
+    selector: SelectorName = "matched"
+    passage_tokens: int | None = 1024
+    prompt: PromptName = "auto"
     layout: Layout = "source"
-    refine_steps: int = field(
-        default=0,
-        metadata=_option(
-            "STEPS",
-            "Refine every passage's cache by this number of gradient steps: 8 or 48, or 144 if little is kept. It "
-            "comes closer to the full cache, for about 70, 270 or many hundred prefills. 0 for none.",
-            name="--refine",
-        ),
-    )
-    min_fidelity: float | None = field(
-        default=None,
-        metadata=_option(
-            "KL",
-            "Continue refining until the KL to the full cache on held-out probes is at most this, in nats, or 192 "
-            "steps are done.",
-            new="no target",
-        ),
-    )
-    storage: StorageName = field(
-        default="auto",
-        metadata=_option(
-            "NAME",
-            "Storage type of caches: auto (the model's own), float32, bfloat16, float16, or int8 (half of bfloat16). "
-            "Applies to new caches; stored ones stay unchanged.",
-        ),
-    )
-    keep_text: bool = field(
-        default=False,
-        metadata=_option(
-            "",
-            "Keep the text of added documents: to show it, to use it if a cache is damaged, and for ask --text. "
-            "Without it the store has caches, ids, metadata and hashes of words. An unchanged document that is added "
-            "again gets or loses its text without being compressed.",
-            name="--keep-text/--no-keep-text",
-            new="--no-keep-text",
-        ),
-    )
+    refine_steps: int = 0
+    min_fidelity: float | None = None
+    storage: StorageName = "auto"
+    keep_text: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", concrete_name(self.model))
         if self.keep_ratio is self.keep_tokens is self.max_bytes is None:
-            object.__setattr__(self, "keep_ratio", _KEEP_RATIO)
+            object.__setattr__(self, "keep_ratio", 0.25)
         _ = self.keep  # raises for values that `Keep` rejects
-        for name, hint in _hints().items():
-            if get_origin(hint) is Literal:
-                check_choice(getattr(self, name), hint, where=name)
-        checks = {
-            "model": (isinstance(self.model, str) and bool(self.model), "a name, a folder or a hub id"),
-            "adapter": (self.adapter is None or isinstance(self.adapter, str), "a folder or None"),
-            "passage_tokens": (self.passage_tokens is None or _is_int(self.passage_tokens, 16), "at least 16 or None"),
-            "refine_steps": (_is_int(self.refine_steps, 0), "a whole number, 0 or more"),
-            "min_fidelity": (
+        check_choices(self)
+        check_fields(
+            self,
+            model=(isinstance(self.model, str) and bool(self.model), "a name, a folder or a hub id"),
+            adapter=(self.adapter is None or isinstance(self.adapter, str), "a folder or None"),
+            passage_tokens=(self.passage_tokens is None or _is_int(self.passage_tokens, 16), "at least 16 or None"),
+            refine_steps=(_is_int(self.refine_steps, 0), "a whole number, 0 or more"),
+            min_fidelity=(
                 self.min_fidelity is None
                 or (isinstance(self.min_fidelity, int | float) and 0 < self.min_fidelity < math.inf),
                 "a KL in nats above 0, e.g. 0.1, or None",
             ),
-            "keep_text": (isinstance(self.keep_text, bool), "True or False"),
-        }
-        for name, (ok, wanted) in checks.items():
-            if not ok:
-                raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)!r}", where=name)
+            keep_text=(isinstance(self.keep_text, bool), "True or False"),
+        )
 
     @functools.cached_property
     def keep(self) -> Keep:
@@ -227,8 +154,7 @@ class MemorySettings:
             ConfigError: A name is unknown, a value is out of range, or two changes contradict each other.
         """
         given = _given(changes)
-        names = {each.name for each in fields(cls)}
-        kept = {name: value for name, value in recorded_settings(recorded).items() if name in names}
+        kept = {k: value for k, value in recorded_settings(recorded).items() if k in cls.__dataclass_fields__}
         if recorded:
             kept.setdefault("model", "smollm2")
             kept.setdefault("keep_text", True)  # older versions kept all texts, so their stores continue to
@@ -251,7 +177,7 @@ class MemorySettings:
         if values.get("min_fidelity") is not None and not values.get("refine_steps"):
             values["refine_steps"] = _REFINE_STEPS
         if built_in(model) is BUILT_IN["smollm2"]:
-            values = {**_OF_SMOLLM2, **values}
+            values = {**OF_SMOLLM2, **values}
         if values.get("adapter") is None and values.get("selector") == "combined" and "selector" not in given:
             del values["selector"]  # recorded when there was an adapter
         return cls(**values)
@@ -259,13 +185,11 @@ class MemorySettings:
 
 def _given(changes: Mapping[str, Any]) -> dict[str, Any]:
     """The changes that were made, in the form of the fields."""
-    known = {each.name: each for each in fields(MemorySettings)}
-    check_names(changes, known, what="setting")
+    check_names(changes, MemorySettings.__dataclass_fields__, what="setting")
     given: dict[str, Any] = {}
     for name, value in changes.items():
-        parse = known[name].metadata.get("parse")
-        if isinstance(value, str) and parse is not None:
-            value = parse(value)
+        if isinstance(value, str) and name in WRITTEN:
+            value = WRITTEN[name](value)
         if value != "auto" if name == "passage_tokens" else value is not None:
             given[name] = str(value) if isinstance(value, Path) else value
     if given.keys() & set(KEEP_NAMES):
@@ -287,21 +211,6 @@ def _given(changes: Mapping[str, Any]) -> dict[str, Any]:
     if adapter == NO_ADAPTER or (adapter is None and selector not in {None, "combined"}):
         given["adapter"] = None
     return given
-
-
-def new_value_text(name: str) -> str:
-    """The value of a setting in a new store, for the help of its option; empty without one."""
-    setting = MemorySettings.__dataclass_fields__[name]
-    text = setting.metadata["new"]
-    if text is not None:
-        return str(text)
-    default = "none" if setting.default is None else str(setting.default)
-    return f"{_OF_SMOLLM2[name]} for smollm2, {default} for others" if name in _OF_SMOLLM2 else default
-
-
-@functools.cache
-def _hints() -> dict[str, Any]:
-    return get_type_hints(MemorySettings)
 
 
 def _is_int(value: object, least: int) -> bool:

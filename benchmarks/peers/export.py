@@ -17,7 +17,7 @@ from kv_memory import Backbone
 from kv_memory.compress import Compressor, SinkRecent
 from kv_memory.config import n_kept_for
 from kv_memory.evaluate.cases import Case, encode_query
-from kv_memory.evaluate.scoring import KL_TOKENS, answers
+from kv_memory.evaluate.scoring import KL_TOKENS, greedy_answers
 from kv_memory.evaluate.tasks import find_task
 from kv_memory.evaluate.tasks.task import Task, TaskSettings
 from kv_memory.model.embedded import built_in
@@ -110,7 +110,7 @@ def document(backbone: Backbone, task: Task, case: Case, keep_ratios: list[float
     if task.kl_on == "answer":
         full = Compressor(backbone, selector=SinkRecent()).compress(case.text, keep_ratio=1.0)
         asked = [query.prompt for query in encoded]
-        said = answers(backbone, [full], asked, layout="source", max_new_tokens=task.max_new_tokens)
+        said = greedy_answers(backbone, full, asked, layout="source", max_new_tokens=task.max_new_tokens)
     else:
         said = [("", query.reference) for query in encoded]
     return {

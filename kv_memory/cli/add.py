@@ -6,15 +6,13 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from kv_memory.cli.options import Changes, EncodingOption, Place, command
-from kv_memory.cli.output import FAILED, Output, factor_text, plain, size_text
-from kv_memory.cli.progress import AddTracker
+from kv_memory.cli.options import Changes, EncodingOption, Place, command, pairs_of
+from kv_memory.cli.output import FAILED, Output, plain, size_rows
+from kv_memory.cli.progress import count_text, track_add
 from kv_memory.errors import ConfigError
-from kv_memory.settings import MemorySettings
+from kv_memory.settings import KEEP_NAMES
 
 if TYPE_CHECKING:
     from kv_memory.documents import DocumentLike, ReadResult
@@ -26,45 +24,46 @@ _SHOWN = 5
 
 @command()
 def add(
-    paths: Annotated[
-        list[str] | None, typer.Argument(metavar="PATH", help="Files and folders; - reads one text from stdin.")
-    ] = None,
-    id_: Annotated[str | None, typer.Option("--id", metavar="ID", help="Id of the text read from stdin.")] = None,
-    stale: Annotated[
-        bool, typer.Option("--stale", help="Also compress stored passages that have no cache under these settings.")
-    ] = False,
+    paths: list[str] | None = None,
     *,
+    id_: str | None = None,
+    stale: bool = False,
     changes: Changes,
     encoding: EncodingOption = "utf-8",
-    skip_errors: Annotated[
-        bool, typer.Option("--skip-errors", help="Skip what cannot be read, instead of failing before any work.")
-    ] = False,
-    metadata: Annotated[
-        list[str] | None, typer.Option("--metadata", metavar="KEY=VALUE", help="Stored with each document; repeatable.")
-    ] = None,
+    skip_errors: bool = False,
+    metadata: list[str] | None = None,
     place: Place,
     out: Output,
-) -> None:
+) -> Any:
     """Compress documents into distilled caches, and store those.
 
     Unchanged documents are skipped, and changed ones replaced. After Ctrl-C, the same command resumes where it stopped.
+
+    Options:
+        paths (PATH): Files and folders; - reads one text from stdin.
+        id_ (ID): Id of the text read from stdin.
+        stale: Also compress stored passages that have no cache under these settings.
+        skip_errors: Skip what cannot be read, instead of failing before any work.
+        metadata (KEY=VALUE): Stored with each document; repeatable.
     """
     if not paths and not stale:
         raise ConfigError("nothing to add", where="PATH", next_step="Name files or folders, or pass --stale.")
-    extra = _pairs(metadata or [])
+    extra = dict(pairs_of(metadata or (), option="--metadata"))
     # Documents are checked before a store is created and a model loaded: a typo should fail at once.
     read = _read(paths or [], id_, extra, encoding, skip_errors) if paths else None
     with place.open_memory(out, create=bool(paths), **changes) as memory:
         try:
             report = _add(out, memory, read, stale=stale, encoding=encoding)
         except KeyboardInterrupt:
-            n_documents = memory.stats().n_documents
-            stored = "1 document is" if n_documents == 1 else f"{n_documents} documents are"
+            stored = count_text(memory.stats().n_documents, "document")
             out.stopped = f"{stored} stored; run the same command to resume."
             raise
-        print_report(out, report, memory.settings)
+        settings = memory.settings
+    _print(out, report)
     if report.errors and not (report.added or report.replaced or report.unchanged):
-        raise typer.Exit(FAILED)
+        out.code = FAILED
+    factor = report.full_kv_bytes / report.cache_bytes if report.cache_bytes else None
+    return {**plain(report), "factor": factor, **{name: getattr(settings, name) for name in KEEP_NAMES}}
 
 
 def _read(paths: Sequence[str], id_: str | None, extra: dict[str, str], encoding: str, skip_errors: bool) -> ReadResult:
@@ -105,13 +104,13 @@ def _add(out: Output, memory: KVMemory, read: ReadResult | None, *, stale: bool,
     """Add the documents that were read, then compress stale passages; returns one report of both."""
     report: AddReport | None = None
     if read is not None:
-        with AddTracker(out) as tracker:
+        with track_add(out) as tracker:
             report = memory.add(read.documents, on_progress=tracker)
         report.errors.extend(read.errors)
         report.skipped.extend(map(str, read.skipped))
     if not stale and report is not None:
         return report
-    with AddTracker(out) as tracker:
+    with track_add(out) as tracker:
         fresh = memory.refresh(encoding=encoding, on_progress=tracker)
     if report is None:
         return fresh
@@ -128,17 +127,8 @@ def _mean_fidelity(*reports: AddReport) -> float | None:
     return sum(n * fidelity for n, fidelity in measured) / sum(n for n, _ in measured) if measured else None
 
 
-def print_report(out: Output, report: AddReport, settings: MemorySettings) -> None:
-    """Print the documents, tokens and sizes of a report, or the whole report as JSON.
-
-    The JSON also has `factor` (full size divided by distilled size) and the settings `keep_ratio`, `keep_tokens` and
-    `max_bytes`.
-    """
-    if out.as_json:
-        factor = report.full_kv_bytes / report.cache_bytes if report.cache_bytes else None
-        kept = {name: getattr(settings, name) for name in ("keep_ratio", "keep_tokens", "max_bytes")}
-        out.json({**plain(report), "factor": factor, **kept})
-        return
+def _print(out: Output, report: AddReport) -> None:
+    """Print the documents, tokens and sizes of a report."""
     for error in report.errors[:_SHOWN]:
         out.note(f"Left out: {error.what} [{error.where}]", style="yellow")
     if len(report.errors) > _SHOWN:
@@ -152,23 +142,8 @@ def print_report(out: Output, report: AddReport, settings: MemorySettings) -> No
     rows = [("Documents", counts)]
     if report.n_passages:
         speed = report.n_tokens / max(report.elapsed_s, 1e-9)
-        rows += [
-            ("Tokens", f"{report.n_tokens:,} in {report.n_passages:,} passages, {speed:,.0f} tokens/s"),
-            ("Full KV", size_text(report.full_kv_bytes)),
-            ("Distilled", f"{size_text(report.cache_bytes)}, {factor_text(report.full_kv_bytes, report.cache_bytes)}"),
-        ]
+        rows += [("Tokens", f"{report.n_tokens:,} in {report.n_passages:,} passages, {speed:,.0f} tokens/s")]
+        rows += size_rows(report.full_kv_bytes, report.cache_bytes)
     if report.fidelity is not None:
         rows.append(("Refined", f"{report.n_refined:,} passages, KL to the full cache {report.fidelity:.3f} nats"))
     out.table(("", ""), rows)
-
-
-def _pairs(items: Sequence[str]) -> dict[str, str]:
-    pairs: dict[str, str] = {}
-    for item in items:
-        key, found, value = item.partition("=")
-        if not found or not key.strip():
-            raise ConfigError(
-                f"--metadata must be KEY=VALUE, got {item!r}", where="metadata", next_step="For example: year=2026"
-            )
-        pairs[key.strip()] = value
-    return pairs

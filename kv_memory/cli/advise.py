@@ -2,59 +2,38 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from kv_memory.cli.options import Changes, EncodingOption, command
 from kv_memory.cli.output import Output, plain, size_text
-from kv_memory.cli.progress import EvalTracker
+from kv_memory.cli.progress import track_eval
 from kv_memory.config import ratio_of
 from kv_memory.settings import MemorySettings
 
 if TYPE_CHECKING:
-    from kv_memory.evaluate import Advice, AdviceRow, Criteria
+    from kv_memory.evaluate import Advice, AdviceRow
 
 _SHOWN = 3
 
 
 @command(
-    "model",
-    "adapter",
-    "selector",
-    "passage_tokens",
-    "prompt",
-    "storage",
-    json_help="Print one JSON object per line: one for each keep_ratio, then the recommendation.",
+    *("model", "adapter", "selector", "passage_tokens", "prompt", "storage"),
+    json_lines="one for each keep_ratio, then the recommendation",
 )
 def advise_on(
-    paths: Annotated[list[Path], typer.Argument(metavar="FOLDER", help="Folders and files with your documents.")],
-    keep_ratio: Annotated[
-        list[str] | None,
-        typer.Option("--keep-ratio", metavar="SHARE", help="0.25 or 1/4; repeatable.  [default: 1/2, 1/4, 1/8, 1/16]"),
-    ] = None,
-    max_kl: Annotated[
-        float, typer.Option("--max-kl", metavar="KL", help="Required: KL to the full cache at most this, in nats.")
-    ] = 0.1,
-    min_same: Annotated[
-        float,
-        typer.Option("--min-same", metavar="SHARE", help="Required: at least this share of answers stays the same."),
-    ] = 0.8,
-    n_passages: Annotated[
-        int, typer.Option("--n-passages", metavar="N", help="Passages to draw; up to 4 questions about each.")
-    ] = 8,
+    paths: list[Path],
     *,
+    keep_ratio: list[str] | None = None,
+    max_kl: float = 0.1,
+    min_same: float = 0.8,
+    n_passages: int = 8,
     changes: Changes,
     encoding: EncodingOption = "utf-8",
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of passages and questions.")] = 0,
-    time_limit: Annotated[
-        float | None,
-        typer.Option("--time-limit", metavar="SECONDS", help="Stop after this time, with the results so far."),
-    ] = None,
+    seed: int = 0,
+    time_limit: float | None = None,
     out: Output,
-) -> None:
+) -> Any:
     """Measure on a sample of your documents how much can be dropped, and recommend a keep_ratio.
 
     Nothing is stored. The model writes questions about passages drawn from the documents, and answers them from the
@@ -62,6 +41,15 @@ def advise_on(
     same is the share of answers that stay the same; an empty answer never counts. prefills is the cost of compression,
     in plain prefills of the passage. The recommendation is the smallest measured keep_ratio with a KL of at most
     --max-kl and at least --min-same of the answers the same.
+
+    Options:
+        paths (FOLDER): Folders and files with your documents.
+        keep_ratio (SHARE): 0.25 or 1/4; repeatable.  [default: 1/2, 1/4, 1/8, 1/16]
+        max_kl (KL): Required: KL to the full cache at most this, in nats.
+        min_same (SHARE): Required: at least this share of answers stays the same.
+        n_passages (N): Passages to draw; up to 4 questions about each.
+        seed (N): Seed of passages and questions.
+        time_limit (SECONDS): Stop after this time, with the results so far.
     """
     out.stopped = "Nothing was stored. With --time-limit, the command stops with the results so far."
     settings = MemorySettings.resolve({}, **changes)
@@ -80,7 +68,7 @@ def advise_on(
             read_documents(path)
     with out.working(f"Loading the model ({settings.model})"):
         backbone = Backbone.load(settings.model, prompt=settings.prompt)
-    with EvalTracker(out) as tracker:
+    with track_eval(out) as tracker:
         advice = advise(
             paths,
             settings=settings,
@@ -93,10 +81,14 @@ def advise_on(
             time_limit_s=time_limit,
             on_progress=tracker,
         )
-    _print(out, advice, criteria)
+    _print(out, advice)
+    rows = [{**plain(row), "factor": row.factor} for row in advice.rows]
+    counts = {name: getattr(advice, name) for name in ("n_documents", "n_unanswered", "n_too_long", "complete")}
+    found = advice.recommendation
+    return [*rows, {"recommended": found.keep_ratio, **plain(found), **plain(criteria), **counts}]
 
 
-def _print(out: Output, advice: Advice, criteria: Criteria) -> None:
+def _print(out: Output, advice: Advice) -> None:
     for error in advice.errors[:_SHOWN]:
         out.note(f"Left out: {error.what} [{error.where}]", style="yellow")
     if len(advice.errors) > _SHOWN:
@@ -110,12 +102,6 @@ def _print(out: Output, advice: Advice, criteria: Criteria) -> None:
     from kv_memory.evaluate.report import kept_text
 
     found, rows = advice.recommendation, advice.rows
-    if out.as_json:
-        for row in rows:
-            print(json.dumps({**plain(row), "factor": row.factor}))
-        counts = {name: getattr(advice, name) for name in ("n_documents", "n_unanswered", "n_too_long", "complete")}
-        print(json.dumps({"recommended": found.keep_ratio, **plain(found), **plain(criteria), **counts}))
-        return
     if rows:
         out.line(
             f"{rows[0].n_questions} questions about {rows[0].n_passages} passages of {advice.n_documents} documents, "

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated
 
 import typer
 
@@ -26,92 +26,83 @@ from kv_memory.cli.store import budget, check, current, gc, init, pin, stats, un
 from kv_memory.cli.train import train
 from kv_memory.cli.transfer import export, import_file
 
-_Command: TypeAlias = tuple[str, Callable[..., None], *tuple[str, ...]]  # name, function, examples of usage
-
 # In the order of the help.
-COMMANDS: tuple[_Command, ...] = (
-    (
-        "add",
-        add,
-        "kv-memory add notes/ report.pdf",
-        "kv-memory add notes/ --model Qwen/Qwen2.5-1.5B-Instruct --keep-ratio 1/8",
-        "kv-memory add report.pdf --max-bytes 300KB",
-        "git log | kv-memory add - --id git-log",
-    ),
-    (
-        "ask",
-        ask,
-        'kv-memory ask "When does the ferry leave?"',
-        'kv-memory ask "Who wrote the report?" --top-k 3 --json',
-    ),
-    ("chat", chat, "kv-memory chat", "kv-memory chat < questions.txt"),
-    ("list", list_documents, "kv-memory list", "kv-memory list --json --collection team-a"),
-    ("show", show, "kv-memory show report.pdf", "kv-memory show text-3f2a --json"),
-    (
-        "remove",
-        remove,
-        "kv-memory remove report.pdf",
-        "kv-memory remove notes/a.md notes/b.md",
-        "kv-memory remove report --purge",
-    ),
-    ("export", export, "kv-memory export notes.tar", "kv-memory export team-a.tar --collection team-a"),
-    (
-        "import",
-        import_file,
-        "kv-memory import notes.tar",
-        "kv-memory import notes.tar --collection copy --on-conflict replace",
-    ),
-    ("budget", budget, "kv-memory budget --max-size 20GB --ttl 30d", "kv-memory budget --json"),
-    ("pin", pin, "kv-memory pin handbook.pdf"),
-    ("unpin", unpin, "kv-memory unpin handbook.pdf"),
-    ("check", check, "kv-memory check", "kv-memory check --json"),
-    ("gc", gc, "kv-memory gc"),
-    (
-        "stats",
-        stats,
-        "kv-memory stats",
-        "kv-memory stats --prometheus",
-        "KV_MEMORY_STORE=/data/memory kv-memory stats --json",
-    ),
-    ("models", models, "kv-memory models", "kv-memory models --prepare qwen-0.5b"),
-    (
-        "train",
-        train,
-        "kv-memory train runs/general --data squad --data dolly:0.5 --time-limit 14400 --set eval_every=250",
-        "kv-memory train runs/notes --corpus notes/ --init runs/general/adapter --steps 500",
-        "kv-memory train runs/general --config run.toml --dry-run",
-    ),
-    (
-        "eval",
-        evaluate_task,
-        "kv-memory eval squad --n-documents 20 --keep-ratio 1/4 --keep-ratio 1/8",
-        "kv-memory eval spans --set corpus=notes/ --set min_tokens=600 --out runs/spans",
-        "kv-memory eval squad --adapter runs/adapter --method full --method none --method adapter --json",
-        "kv-memory eval qa questions.jsonl --documents notes/ --keep-ratio 1/8",
-    ),
-    (
-        "advise",
-        advise_on,
-        "kv-memory advise notes/",
-        "kv-memory advise notes/ --model qwen-0.5b --max-kl 0.05 --n-passages 20 --json",
-    ),
-    (
-        "report",
-        report,
-        "kv-memory report runs/squad --to docs/figures",
-        "kv-memory report old=runs/a new=runs/b --json",
-    ),
-    (
-        "demo",
-        demo,
-        "kv-memory demo",
-        "kv-memory demo --docs notes/ --questions questions.txt",
-        "kv-memory demo --model Qwen/Qwen2.5-1.5B-Instruct --keep-ratio 1/4",
-    ),
-)
+COMMANDS: dict[str, Callable[..., None]] = {
+    **{"add": add, "ask": ask, "chat": chat, "list": list_documents, "show": show, "remove": remove},
+    **{"export": export, "import": import_file, "budget": budget, "pin": pin, "unpin": unpin},
+    **{"check": check, "gc": gc, "stats": stats, "models": models, "train": train, "eval": evaluate_task},
+    **{"advise": advise_on, "report": report, "demo": demo},
+    **{"db init": init, "db current": current, "db upgrade": upgrade},
+    **{"job run": run, "job list": list_jobs, "job show": show_job, "job resume": resume, "job cancel": cancel},
+}
+EXAMPLES = """\
+kv-memory add notes/ report.pdf
+kv-memory add notes/ --model Qwen/Qwen2.5-1.5B-Instruct --keep-ratio 1/8
+kv-memory add report.pdf --max-bytes 300KB
+git log | kv-memory add - --id git-log
+kv-memory ask "When does the ferry leave?"
+kv-memory ask "Who wrote the report?" --top-k 3 --json
+kv-memory chat
+kv-memory chat < questions.txt
+kv-memory list
+kv-memory list --json --collection team-a
+kv-memory show report.pdf
+kv-memory show text-3f2a --json
+kv-memory remove report.pdf
+kv-memory remove notes/a.md notes/b.md
+kv-memory remove report --purge
+kv-memory export notes.tar
+kv-memory export team-a.tar --collection team-a
+kv-memory import notes.tar
+kv-memory import notes.tar --collection copy --on-conflict replace
+kv-memory budget --max-size 20GB --ttl 30d
+kv-memory budget --json
+kv-memory pin handbook.pdf
+kv-memory unpin handbook.pdf
+kv-memory check
+kv-memory check --json
+kv-memory gc
+kv-memory stats
+kv-memory stats --prometheus
+KV_MEMORY_STORE=/data/memory kv-memory stats --json
+kv-memory models
+kv-memory models --prepare qwen-0.5b
+kv-memory train runs/general --data squad --data dolly:0.5 --time-limit 14400 --set eval_every=250
+kv-memory train runs/notes --corpus notes/ --init runs/general/adapter --steps 500
+kv-memory train runs/general --config run.toml --dry-run
+kv-memory eval squad --n-documents 20 --keep-ratio 1/4 --keep-ratio 1/8
+kv-memory eval spans --set corpus=notes/ --set min_tokens=600 --out runs/spans
+kv-memory eval squad --adapter runs/adapter --method full --method none --method adapter --json
+kv-memory eval qa questions.jsonl --documents notes/ --keep-ratio 1/8
+kv-memory advise notes/
+kv-memory advise notes/ --model qwen-0.5b --max-kl 0.05 --n-passages 20 --json
+kv-memory report runs/squad --to docs/figures
+kv-memory report old=runs/a new=runs/b --json
+kv-memory demo
+kv-memory demo --docs notes/ --questions questions.txt
+kv-memory demo --model Qwen/Qwen2.5-1.5B-Instruct --keep-ratio 1/4
+kv-memory db init team --catalog postgresql+psycopg://kv@db.local/kv --blobs s3://caches/team --tier 50GB
+kv-memory db current --store team
+kv-memory db upgrade --store team
+kv-memory job run notes/ 'reports/**/*.pdf' --workers 4
+kv-memory job run pages.jsonl --id-field url --text-field body --json
+kv-memory job run --sync notes/ --collection notes
+kv-memory job list
+kv-memory job list --json
+kv-memory job show nightly
+kv-memory job show nightly --failed
+kv-memory job resume
+kv-memory job resume nightly --retry-failed --workers 2
+kv-memory job cancel nightly
+""".splitlines()
 
 
-def _examples(*lines: str) -> str:
+def examples_of(name: str) -> list[str]:
+    """The examples of a command."""
+    return [line for line in EXAMPLES if f"kv-memory {name} " in f"{line} "]
+
+
+def _epilog(lines: list[str]) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)  # \b keeps click from joining the lines
 
 
@@ -122,7 +113,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=_examples("kv-memory demo", "kv-memory add notes/", 'kv-memory ask "When does the ferry leave?"'),
+    epilog=_epilog(["kv-memory demo", "kv-memory add notes/", 'kv-memory ask "When does the ferry leave?"']),
 )
 
 
@@ -148,40 +139,13 @@ def _root(
     """
 
 
-for _name, _function, *_lines in COMMANDS:
-    app.command(_name, epilog=_examples(*_lines))(_function)
-
-_DB_COMMANDS: tuple[_Command, ...] = (
-    (
-        "init",
-        init,
-        "kv-memory db init team --catalog postgresql+psycopg://kv@db.local/kv --blobs s3://caches/team --tier 50GB",
-    ),
-    ("current", current, "kv-memory db current --store team"),
-    ("upgrade", upgrade, "kv-memory db upgrade --store team"),
-)
 _db = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
-for _name, _function, *_lines in _DB_COMMANDS:
-    _db.command(_name, epilog=_examples(*_lines))(_function)
 app.add_typer(_db, name="db", help="Create a store in PostgreSQL and an object store, or upgrade its tables.")
-
-_JOB_COMMANDS: tuple[_Command, ...] = (
-    (
-        "run",
-        run,
-        "kv-memory job run notes/ 'reports/**/*.pdf' --workers 4",
-        "kv-memory job run pages.jsonl --id-field url --text-field body --json",
-        "kv-memory job run --sync notes/ --collection notes",
-    ),
-    ("list", list_jobs, "kv-memory job list", "kv-memory job list --json"),
-    ("show", show_job, "kv-memory job show nightly", "kv-memory job show nightly --failed"),
-    ("resume", resume, "kv-memory job resume", "kv-memory job resume nightly --retry-failed --workers 2"),
-    ("cancel", cancel, "kv-memory job cancel nightly"),
-)
 _job = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
-for _name, _function, *_lines in _JOB_COMMANDS:
-    _job.command(_name, epilog=_examples(*_lines))(_function)
 app.add_typer(_job, name="job", help="Compress many documents in worker processes, and resume after any crash.")
+for _name, _function in COMMANDS.items():
+    _group, _, _short = _name.rpartition(" ")
+    {"": app, "db": _db, "job": _job}[_group].command(_short, epilog=_epilog(examples_of(_name)))(_function)
 
 
 def main() -> None:
@@ -210,7 +174,7 @@ def _keep_libraries_quiet() -> None:
     """
     if debugging():
         return
-    quiet: dict[str, Any] = {
+    quiet = {
         "TRANSFORMERS_VERBOSITY": "error",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -6,23 +6,53 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from kv_memory.cli.options import Asking, Changes, Place, command
+from kv_memory.cli.options import Changes, Place, command
 from kv_memory.cli.output import Output, plain
+from kv_memory.config import DecodeSettings
 from kv_memory.errors import KVMemoryError
 from kv_memory.settings import KEEP_NAMES
 
 if TYPE_CHECKING:
-    from kv_memory.generate import Answer
-    from kv_memory.memory import KVMemory
+    from kv_memory.generate import Answer, AnswerStream
 
 
-def _answer_aloud(out: Output, memory: KVMemory, question: str, asking: Asking) -> Answer:
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How questions are answered.
+
+    Attributes:
+        top_k (N): Maximum number of passages to answer from.  [default: 1 for smollm2, 3 for others]
+        max_new_tokens (N): Maximum length of an answer in tokens.
+        temperature (T): 0 decodes greedily; above 0 samples.
+        seed (N): Seed for repeatable sampling.  [default: random]
+        stop (STRING): String that ends the answer, not included in it; repeatable.
+        text: Put the text of the passages into the prompt, as plain RAG does, to compare; needs documents added with
+            --keep-text.
+    """
+
+    top_k: int | None = None
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    seed: int | None = None
+    stop: list[str] | None = None
+    text: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `KVMemory.ask`; errors as in `DecodeSettings`."""
+        settings = DecodeSettings(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            stop=tuple(self.stop or ()),
+        )
+        return {"top_k": self.top_k, "settings": settings, "read_from": "text" if self.text else "caches"}
+
+
+def _answer_aloud(out: Output, stream: AnswerStream) -> Answer:
     """Print the answer to a question piece by piece. Errors as in `KVMemory.ask`."""
-    stream = memory.stream(question, **asking._asdict())
     begun = False
     try:
         for piece in stream:
@@ -74,25 +104,21 @@ def _print_cost(out: Output, answer: Answer) -> None:
 
 
 @command(*KEEP_NAMES)
-def ask(
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question, in quotes.")],
-    *,
-    asking: Asking,
-    changes: Changes,
-    place: Place,
-    out: Output,
-) -> None:
+def ask(question: str, *, asking: Asking, changes: Changes, place: Place, out: Output) -> Any:
     """Answer a question from the passages that match it.
 
     Passages are found by their words (BM25). The answer is decoded from their distilled caches; their text does not
     enter the prompt, unless --text is given. Caches of the amount given are preferred; a passage without one is
     answered from the cache that it has.
+
+    Options:
+        question (QUESTION): The question, in quotes.
     """
+    given = asking.arguments()
     with place.open_memory(out, **changes) as memory:
         if out.as_json:
-            out.json(_answer_json(memory.ask(question, **asking._asdict())))
-            return
-        answer = _answer_aloud(out, memory, question, asking)
+            return _answer_json(memory.ask(question, **given))
+        answer = _answer_aloud(out, memory.stream(question, **given))
         if answer.sources:
             out.line()
             _print_sources(out, answer)
@@ -100,13 +126,14 @@ def ask(
 
 
 @command(*KEEP_NAMES)
-def chat(*, asking: Asking, changes: Changes, place: Place, out: Output) -> None:
+def chat(*, asking: Asking, changes: Changes, place: Place, out: Output) -> Any:
     """Ask one question after another.
 
     Each question is answered on its own: earlier questions and answers are not remembered. Lines may also come from a
     pipe. /sources shows where the last answer came from; /quit or Ctrl-D ends; Ctrl-C stops an answer.
     """
     answers: list[Answer] = []
+    given = asking.arguments()
     with place.open_memory(out, **changes) as memory:
         if sys.stdin.isatty():
             out.note("Each question is answered on its own; earlier ones are not remembered. /sources, /quit")
@@ -118,18 +145,17 @@ def chat(*, asking: Asking, changes: Changes, place: Place, out: Output) -> None
             elif line.startswith("/"):
                 out.note(f"{line}: no such command. Use /sources or /quit.")
             elif out.as_json:
-                answers.append(memory.ask(line, **asking._asdict()))
+                answers.append(memory.ask(line, **given))
             else:
                 try:
-                    answers.append(_answer_aloud(out, memory, line, asking))
+                    answers.append(_answer_aloud(out, memory.stream(line, **given)))
                 except KeyboardInterrupt:
                     out.note("Stopped.")
                 except KVMemoryError as error:
                     if not sys.stdin.isatty():
                         raise
                     out.error(error.to_dict())  # the next question may succeed
-    if out.as_json:
-        out.json({"answers": [_answer_json(answer) for answer in answers]})
+    return {"answers": [_answer_json(answer) for answer in answers]}
 
 
 def _typed_lines(out: Output) -> Iterator[str]:
@@ -153,8 +179,6 @@ def _typed_lines(out: Output) -> Iterator[str]:
 
 
 def _show_sources(out: Output, answers: list[Answer]) -> None:
-    if out.as_json:
-        return  # the JSON object has them
     if not answers or not answers[-1].sources:
         out.note("There are no sources yet." if not answers else "The last answer had no sources.")
         return

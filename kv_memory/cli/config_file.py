@@ -2,115 +2,80 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import inspect
 import json
-import math
-import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import typer
 
+from kv_memory.cli.options import entries_of, pairs_of
 from kv_memory.cli.output import Output
+from kv_memory.config import check_names
 from kv_memory.errors import ConfigError
 
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", metavar="FILE", help="TOML or JSON file of settings, by the names that --list-settings prints."
-    ),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="NAME=VALUE",
-        help="Any setting that --list-settings prints; repeatable. A list is a,b; a share may be 1/8. Takes precedence "
-        "over the other options, and these over the file.",
-    ),
-]
 
+class Setting(NamedTuple):
+    """A value that may be given: an argument of `owner`, a dataclass or function, and its line in the docstring."""
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """A value that a file, `--set` or an option may give.
-
-    Attributes:
-        owner: Dataclass with a field of this name.
-        kind: Type of the value.
-        default: Default value.
-        meaning: Line of the field in the docstring of its dataclass.
-    """
-
-    owner: type
+    owner: Callable[..., Any]
     kind: Any
     default: Any
     meaning: str
 
 
-def settings_of(*owners: type, without: Collection[str] = ()) -> dict[str, Setting]:
-    """The fields of dataclasses as settings, by name, except those in `without`."""
+def settings_of(*owners: Callable[..., Any], without: Collection[str] = ()) -> dict[str, Setting]:
+    """The arguments of dataclasses and functions as settings, by name, except those in `without`; the last one wins."""
     found = {}
     for owner in owners:
-        kinds, meanings = get_type_hints(owner), _meanings(owner)
-        for field in dataclasses.fields(owner):
-            if field.name not in without:
-                meaning = meanings.get(field.name, "")
-                found[field.name] = Setting(owner, kinds[field.name], field.default, meaning)
+        kinds = get_type_hints(owner)
+        entries = entries_of(owner, "Attributes" if isinstance(owner, type) else "Args")
+        for name, parameter in inspect.signature(owner).parameters.items():
+            if name not in without:
+                found[name] = Setting(owner, kinds[name], parameter.default, entries.get(name, ("", ""))[1])
     return found
 
 
-def _meanings(owner: type) -> dict[str, str]:
-    """The texts of a docstring's `Attributes`, by name."""
-    found: dict[str, str] = {}
-    name = ""
-    for line in (inspect.getdoc(owner) or "").partition("Attributes:\n")[2].splitlines():
-        if begun := re.match(r" {4}(\w+): (.*)", line):
-            name = begun[1]
-            found[name] = begun[2]
-        elif line.startswith(" " * 8):
-            found[name] += f" {line.strip()}"
-        else:  # the end of the section
-            break
-    return found
+@dataclass(frozen=True)
+class Given:
+    """Settings that the user gave.
 
-
-def gather_settings(
-    known: Mapping[str, Setting], *, config: Path | None, assignments: Sequence[str], options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The settings that the user gave, by name, with values of the right types.
-
-    Args:
-        known: All settings of the command, from `settings_of`.
-        config: File of settings.
-        assignments: Strings `NAME=VALUE`.
-        options: Values of the command's options, by the name of the setting; None if an option was not given.
-
-    Raises:
-        ConfigError: The file cannot be read, a name is unknown, or a value has the wrong type.
+    Attributes:
+        config (FILE): TOML or JSON file of settings, by the names that --list-settings prints.
+        set_ (NAME=VALUE): Any setting that --list-settings prints; repeatable. A list is a,b; a share may be 1/8. Takes
+            precedence over the other options, and these over the file.
     """
-    found: dict[str, Any] = {}
-    for name, value in _load(config).items() if config is not None else ():
-        found |= _checked(known, name, value, where=str(config))
-    for name, value in options.items():
-        if value is not None:
-            found |= _checked(known, name, value, where=name)
-    for text in assignments:
-        name, found_sign, value = text.partition("=")
-        if not found_sign:
-            raise ConfigError(f"--set must be NAME=VALUE, got {text!r}", where="--set", next_step="E.g. --set seed=1")
-        found |= _checked(known, name, value, where="--set")
-    return found
 
+    config: Path | None = None
+    set_: list[str] | None = None
 
-def of_owner(owner: type, known: Mapping[str, Setting], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of the settings that belong to one dataclass."""
-    return {name: value for name, value in values.items() if known[name].owner is owner}
+    def gather(self, known: Mapping[str, Setting], **options: Any) -> dict[Callable[..., Any], dict[str, Any]]:
+        """The settings by owner and name, with values of the right types.
+
+        Args:
+            known: All settings of the command, from `settings_of`.
+            options: Values of the command's options, by the name of the setting; None or [] if an option was not given.
+
+        Raises:
+            ConfigError: The file cannot be read, a name is unknown, or a value has the wrong type.
+        """
+        given = [(name, value, str(self.config)) for name, value in (_load(self.config) if self.config else {}).items()]
+        given += [(name, value, name) for name, value in options.items() if value is not None and value != []]
+        given += [(name, value, "--set") for name, value in pairs_of(self.set_ or (), option="--set")]
+        found: dict[Callable[..., Any], dict[str, Any]] = {setting.owner: {} for setting in known.values()}
+        for given_name, value, where in given:
+            name = given_name.strip().replace("-", "_")
+            check_names([name], known, what="setting", where=where, every="--list-settings prints all settings.")
+            try:
+                found[known[name].owner][name] = _convert(value, known[name].kind)
+            except ValueError as error:
+                raise ConfigError(f"{name} must be {error}, got {value!r}", where=where) from None
+        return found
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -128,28 +93,21 @@ def _load(path: Path) -> dict[str, Any]:
     return found
 
 
-def _checked(known: Mapping[str, Setting], given: str, value: Any, *, where: str) -> dict[str, Any]:
-    name = given.strip().replace("-", "_")
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        meant = f"Did you mean {close[0]}? " if close else ""
-        raise ConfigError(
-            f"unknown setting {given.strip()!r}", where=where, next_step=f"{meant}--list-settings prints all settings."
-        )
-    try:
-        return {name: _convert(value, known[name].kind)}
-    except ValueError as error:
-        raise ConfigError(f"{name} must be {error}, got {value!r}", where=where) from None
+_WANTED = {bool: "true or false", int: "a whole number", float: "a number or a fraction"}
+_PARSERS: dict[Any, Callable[[str], Any]] = {
+    bool: lambda text: {"true": True, "false": False}[text.lower()],
+    float: lambda text: float(Fraction(text)),
+}
 
 
 def _convert(value: Any, kind: Any) -> Any:
     """The value in its type; a ValueError says which type that is."""
     arguments = get_args(kind)
-    if NoneType in arguments:
-        if value is None or str(value).lower() == "none":
+    if get_origin(kind) in {Union, UnionType}:
+        if NoneType in arguments and (value is None or str(value).lower() == "none"):
             return None
-        return _convert(value, next(argument for argument in arguments if argument is not NoneType))
-    if get_origin(kind) is tuple:
+        return _convert(value, arguments[0])
+    if get_origin(kind) in {tuple, Sequence}:
         items = value if isinstance(value, list | tuple) else filter(None, map(str.strip, str(value).split(",")))
         return tuple(_convert(item, arguments[0]) for item in items)
     if value is None or isinstance(value, list | tuple | dict):
@@ -159,27 +117,10 @@ def _convert(value: Any, kind: Any) -> Any:
         if text not in arguments:
             raise ValueError(f"one of {', '.join(arguments)}")
         return text
-    if kind is bool:
-        if text.lower() not in {"true", "false"}:
-            raise ValueError("true or false")
-        return text.lower() == "true"
-    if kind is int:
-        try:
-            return int(text)
-        except ValueError:
-            raise ValueError("a whole number") from None
-    return _number(text) if kind is float else kind(text)
-
-
-def _number(text: str) -> float:
-    above, slash, below = text.partition("/")
     try:
-        number = float(above) / float(below) if slash else float(text)
-    except (ValueError, ZeroDivisionError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError("a number or a fraction")
-    return number
+        return _PARSERS.get(kind, kind)(text)
+    except (ValueError, KeyError, ArithmeticError):
+        raise ValueError(_WANTED[kind]) from None
 
 
 def list_settings_option(load: Callable[[], Mapping[str, Setting]]) -> Any:

@@ -6,17 +6,15 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from kv_memory.cli.demo_documents import QUESTIONS, Question, known_questions, package_documents
 from kv_memory.cli.options import Changes, command
-from kv_memory.cli.output import Output, factor_text, plain, size_text
-from kv_memory.cli.progress import AddTracker
+from kv_memory.cli.output import Output, plain, size_rows
+from kv_memory.cli.progress import track_add
 from kv_memory.config import DecodeSettings
 from kv_memory.errors import ConfigError
-from kv_memory.model.embedded import BUILT_IN, EMBEDDED
+from kv_memory.model.embedded import BUILT_IN
 from kv_memory.settings import KEEP_NAMES, MemorySettings
 
 if TYPE_CHECKING:
@@ -28,67 +26,66 @@ _WAYS: tuple[ReadFrom, ReadFrom] = ("caches", "text")
 _NAMES = ("cached", "text")  # the same in the names of counts
 
 
-@command(*KEEP_NAMES)
+@command("model", *KEEP_NAMES)
 def demo(
-    docs: Annotated[Path | None, typer.Option("--docs", metavar="FOLDER", help="Your documents.")] = None,
-    model: Annotated[
-        str,
-        typer.Option("--model", metavar="NAME", help="A built-in model, a model folder, or a Hugging Face hub id."),
-    ] = EMBEDDED,
     *,
+    docs: Path | None = None,
     changes: Changes,
-    questions: Annotated[Path | None, typer.Option("--questions", metavar="FILE", help="Yours, one a line.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="Maximum number of questions.")] = None,
+    questions: Path | None = None,
+    limit: int | None = None,
     out: Output,
-) -> None:
+) -> Any:
     """Try it: answers from distilled caches and from text, side by side.
 
     Documents are compressed, then each question is answered both ways by the same model, over the same passage. By
     default these are the first paragraphs of the descriptions of some Python packages installed here, with questions
     whose answers are known, which takes half a minute to two minutes. Nothing is prepared in advance.
+
+    Options:
+        docs (FOLDER): Your documents.
+        questions (FILE): Yours, one a line.
+        limit (N): Maximum number of questions.
     """
     with ExitStack() as stack:
         if limit is not None and limit < 1:
             raise ConfigError(f"--limit must be at least 1, got {limit}", where="--limit")
-        settings = MemorySettings.resolve({}, **(changes or {"keep_ratio": "1/8"}), model=model, keep_text=True)
+        if not changes.keys() & set(KEEP_NAMES):
+            changes["keep_ratio"] = "1/8"
+        settings = MemorySettings.resolve({}, **changes, keep_text=True)
         documents, asked = _chosen(docs, questions, limit)
         out.stopped = "The temporary store is deleted."
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kv-memory-demo-"))
-        with out.working(f"Loading the model ({model})"):
+        with out.working(f"Loading the model ({settings.model})"):
             from kv_memory.memory import KVMemory
 
             # The texts are kept, because every question is also answered from text.
             memory = KVMemory.open(folder, settings, collection="demo")
             stack.enter_context(memory).load()
-        with AddTracker(out) as tracker:
+        with track_add(out) as tracker:
             report = memory.add(documents, on_progress=tracker)
         sizes = ("n_passages", "n_tokens", "full_kv_bytes", "cache_bytes", "elapsed_s")
         compressed = {"n_documents": len(documents)} | {name: getattr(report, name) for name in sizes}
         compressed["factor"] = report.full_kv_bytes / report.cache_bytes
         compressed["tokens_per_s"] = report.n_tokens / report.elapsed_s
         ids = [document.id for document in documents]
-        if not out.as_json:
-            name = memory.settings.model
-            out.line(f"The model is {BUILT_IN[name].title if name in BUILT_IN else name}.", style="bold")
-            out.line(f"The documents are {', '.join(ids)}.")
-            took = f"in {report.elapsed_s:.0f} s, {compressed['tokens_per_s']:,.0f} tokens/s"
-            distilled = f"{size_text(report.cache_bytes)}, {factor_text(report.full_kv_bytes, report.cache_bytes)}"
-            full = size_text(report.full_kv_bytes)
-            out.table(("", ""), [("Compressed", took), ("Full KV", full), ("Distilled", distilled)])
-            out.line("Each question is answered from a passage's distilled cache, and with its text in the prompt.")
+        name = memory.settings.model
+        out.line(f"The model is {BUILT_IN[name].title if name in BUILT_IN else name}.", style="bold")
+        out.line(f"The documents are {', '.join(ids)}.")
+        took = f"in {report.elapsed_s:.0f} s, {compressed['tokens_per_s']:,.0f} tokens/s"
+        out.table(("", ""), [("Compressed", took), *size_rows(report.full_kv_bytes, report.cache_bytes)])
+        out.line("Each question is answered from a passage's distilled cache, and with its text in the prompt.")
         for way in _WAYS:  # otherwise the first question would pay for everything that is set up on first use
             memory.ask(asked[0].text, top_k=1, settings=DecodeSettings(max_new_tokens=1), read_from=way)
         results = [_answered(out, memory, question, flip=i % 2 == 1) for i, question in enumerate(asked)]
         medians = _medians(results)
-        if out.as_json:
-            ends = ("questions", "known", "both_empty")
-            counts = [f"n_{end}" for end in ends] + [f"{kind}_{way}" for kind in ("right", "empty") for way in _NAMES]
-            summary = {name: medians and medians[name] for name in counts} | {"factor": compressed["factor"]}
-            dtype, device = str(memory.backbone.dtype).removeprefix("torch."), str(memory.backbone.device)
-            summary |= {"settings": memory.settings, "dtype": dtype, "device": device, "compressed": compressed}
-            out.json(summary | {"documents": ids, "questions": results, "medians": medians})
-        elif medians is not None:
+        if medians is not None:
             _conclude(out, medians)
+        ends = ("questions", "known", "both_empty")
+        counts = [f"n_{end}" for end in ends] + [f"{kind}_{way}" for kind in ("right", "empty") for way in _NAMES]
+        summary = {name: medians and medians[name] for name in counts} | {"factor": compressed["factor"]}
+        dtype, device = str(memory.backbone.dtype).removeprefix("torch."), str(memory.backbone.device)
+        summary |= {"settings": memory.settings, "dtype": dtype, "device": device, "compressed": compressed}
+        return summary | {"documents": ids, "questions": results, "medians": medians}
 
 
 def _chosen(docs: Path | None, file: Path | None, limit: int | None) -> tuple[list[Document], list[Question]]:
@@ -113,13 +110,12 @@ def _answered(out: Output, memory: KVMemory, question: Question, *, flip: bool) 
     caches, text = answers["caches"], answers["text"]
     right = [bool(contains(answer.text, known)) if known else None for answer in (caches, text)]
     found = caches.sources[0].document_id if caches.sources else None
-    if not out.as_json:
-        out.line(f"\n{question.text}", style="bold")
-        for way, answer, is_right in zip(_WAYS, (caches, text), right, strict=True):
-            judged = {True: "right", False: "wrong", None: ""}[is_right]
-            out.line(f"  {way:<6}  {answer.text or '(nothing)'}  [{answer.ttft_s:.3f} s to first token]  {judged}")
-        if found is None:
-            out.line("  no passage shares a word with this question")
+    out.line(f"\n{question.text}", style="bold")
+    for way, answer, is_right in zip(_WAYS, (caches, text), right, strict=True):
+        judged = {True: "right", False: "wrong", None: ""}[is_right]
+        out.line(f"  {way:<6}  {answer.text or '(nothing)'}  [{answer.ttft_s:.3f} s to first token]  {judged}")
+    if found is None:
+        out.line("  no passage shares a word with this question")
     result = {"question": question.text, "accepted": known, "document_id": found, "caches": plain(caches)}
     result |= {"text": plain(text), "ttft_ratio": None if found is None else text.ttft_s / caches.ttft_s}
     return result | {"right_cached": right[0], "right_text": right[1]}

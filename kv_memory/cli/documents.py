@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from kv_memory.cli.options import Place, command
 from kv_memory.cli.output import Output, plain, size_text
@@ -57,20 +55,18 @@ def _as_path_id(given: str) -> str:
 
 
 @command()
-def list_documents(*, place: Place, out: Output) -> None:
+def list_documents(*, place: Place, out: Output) -> Any:
     """List the documents."""
     with place.open_store(out) as opened:
         documents = opened.documents()
-    if out.as_json:
-        out.json({"documents": documents})
-        return
-    if not documents:
-        out.note("There are no documents yet. Add some: kv-memory add FILE")
-        return
     rows = [
         (d.id, f"{d.n_passages:,}", f"{d.n_tokens:,}", _text_of(d), f"{d.updated_at:%Y-%m-%d %H:%M}") for d in documents
     ]
-    out.table(("Document", "Passages", "Tokens", "Text", "Stored (UTC)"), rows, right=("Passages", "Tokens"))
+    if rows:
+        out.table(("Document", "Passages", "Tokens", "Text", "Stored (UTC)"), rows, right=("Passages", "Tokens"))
+    else:
+        out.note("There are no documents yet. Add some: kv-memory add FILE")
+    return {"documents": documents}
 
 
 def _text_of(document: DocumentSummary) -> str:
@@ -83,25 +79,20 @@ _BEGINNING = 60
 
 
 @command()
-def show(
-    document: Annotated[
-        str, typer.Argument(metavar="ID", help="An id, the path or name of a file, or the beginning of an id.")
-    ],
-    *,
-    place: Place,
-    out: Output,
-) -> None:
-    """Show a document with its passages and distilled caches."""
+def show(document: str, *, place: Place, out: Output) -> Any:
+    """Show a document with its passages and distilled caches.
+
+    Options:
+        document (ID): An id, the path or name of a file, or the beginning of an id.
+    """
     with place.open_store(out) as opened:
         id_ = find_document_id(document, [summary.id for summary in opened.documents()])
         record, caches = opened.document(id_), opened.caches(id_)
-    if out.as_json:
-        shown = {**plain(record), "n_tokens": record.n_tokens}
-        for passage in shown["passages"]:
-            del passage["terms"]  # word hashes for retrieval, which would fill pages
-        out.json({"document": shown, "caches": caches})
-    else:
-        _print(out, record, caches)
+    _print(out, record, caches)
+    shown = {**plain(record), "n_tokens": record.n_tokens}
+    for passage in shown["passages"]:
+        del passage["terms"]  # word hashes for retrieval, which would fill pages
+    return {"document": shown, "caches": caches}
 
 
 def _print(out: Output, record: DocumentRecord, caches: list[CacheInfo]) -> None:
@@ -143,27 +134,17 @@ def _beginning(text: str | None) -> str:
 
 
 @command()
-def remove(
-    documents: Annotated[
-        list[str] | None, typer.Argument(metavar="ID", help="Ids, paths or names of files, or beginnings of ids.")
-    ] = None,
-    purge: Annotated[
-        bool,
-        typer.Option(
-            "--purge",
-            help="Erase every byte of them from all files of the store: quarantine, index, free pages and logs of "
-            "databases. Without an ID, erase what was removed earlier.",
-        ),
-    ] = False,
-    *,
-    place: Place,
-    out: Output,
-) -> None:
+def remove(documents: list[str] | None = None, *, purge: bool = False, place: Place, out: Output) -> Any:
     """Delete documents with their passages and distilled caches.
 
     Nothing is deleted unless every name matches exactly one document. The source files are not touched. --purge does
     not reach backups, the log of a PostgreSQL server, old versions in a bucket, or copies on other machines: run
     kv-memory remove --purge without an ID on each of those machines.
+
+    Options:
+        documents (ID): Ids, paths or names of files, or beginnings of ids.
+        purge: Erase every byte of them from all files of the store: quarantine, index, free pages and logs of
+            databases. Without an ID, erase what was removed earlier.
     """
     if not documents and not purge:
         raise ConfigError("no document was given", where="ID", next_step="`kv-memory list` shows the ids.")
@@ -171,23 +152,20 @@ def remove(
         ids = [summary.id for summary in opened.documents()] if documents else []
         chosen = list(dict.fromkeys(find_document_id(name, ids) for name in documents or ()))
         out.stopped = "What was deleted stays deleted; run the same command for the rest."
-        if purge:
-            out.stopped = "What was deleted stays deleted; finish with `kv-memory remove --purge`, without an ID."
-            with out.working("Purging"):
-                from kv_memory.jobs.ledger import forget_documents
-
-                forget_documents(opened, chosen)
-                report = opened.purge(*chosen)
-        else:
+        if not purge:
             for id_ in chosen:
                 opened.delete_document(id_)
-                if not out.as_json:
-                    out.line(f"Removed {id_}")
-    if out.as_json:
-        out.json({"removed": chosen, **({"purged": report} if purge else {})})
-    elif purge:
-        for id_ in chosen:
-            out.line(f"Purged {id_}")
-        out.line(f"{size_text(report.freed_bytes)} of caches and leftovers removed; the databases were rewritten.")
-        if report.n_blobs_shared:
-            out.note(f"{report.n_blobs_shared:,} caches were kept: other collections have the same texts.")
+                out.line(f"Removed {id_}")
+            return {"removed": chosen}
+        out.stopped = "What was deleted stays deleted; finish with `kv-memory remove --purge`, without an ID."
+        with out.working("Purging"):
+            from kv_memory.jobs.ledger import forget_documents
+
+            forget_documents(opened, chosen)
+            report = opened.purge(*chosen)
+    for id_ in chosen:
+        out.line(f"Purged {id_}")
+    out.line(f"{size_text(report.freed_bytes)} of caches and leftovers removed; the databases were rewritten.")
+    if report.n_blobs_shared:
+        out.note(f"{report.n_blobs_shared:,} caches were kept: other collections have the same texts.")
+    return {"removed": chosen, "purged": report}

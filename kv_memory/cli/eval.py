@@ -2,143 +2,64 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from kv_memory.cli.config_file import (
-    ConfigOption,
-    SetOption,
-    Setting,
-    gather_settings,
-    list_settings_option,
-    of_owner,
-    settings_of,
-)
-from kv_memory.cli.options import ModelOption, command
+from kv_memory.cli.config_file import Given, Setting, list_settings_option, settings_of
+from kv_memory.cli.options import command
 from kv_memory.cli.output import Output
-from kv_memory.cli.progress import EvalTracker
-from kv_memory.config import DtypeName, Layout, StorageName, ratio_of
+from kv_memory.cli.progress import track_eval
+from kv_memory.config import ratio_of
 from kv_memory.errors import ConfigError
 from kv_memory.model.embedded import EMBEDDED
-from kv_memory.model.prompts import PromptName
 
 if TYPE_CHECKING:
-    from kv_memory.compress import Adapter
     from kv_memory.evaluate import Row
-    from kv_memory.evaluate.methods import RefineFrom
-    from kv_memory.model.backbone import Backbone
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """What an evaluation compares, besides the documents of its task.
+    """What an evaluation needs besides the arguments of `Backbone.load` and `evaluate`, and the task's documents.
 
     Attributes:
-        methods: full, none, random, sink_recent, attention, reconstruction, matched_score, matched_fit,
-            matched_one_stage, matched_fixed_keys, matched_even_layers, matched, adapter_selection, adapter, combined or
-            refined; all that can be run if empty.
-        keep_ratios: Keep ratios; 1/2, 1/4, 1/8 and 1/16 if empty.
         model: A built-in model, a model folder, or a Hugging Face hub id; `embedded` is qwen-0.5b, or smollm2 if only
             that is prepared.
         adapter: A trained adapter of that model.
-        prompt: Prompt form.
-        dtype: Dtype of the model.
-        device: Device of the model: auto (a GPU if there is one), cpu, cuda:1, ...
-        layout: Positions of documents.
-        storage: Type as which every compressed cache is saved and loaded before it is evaluated; auto leaves caches
-            unchanged.
         refine_steps: refined: maximum number of steps.
-        refine_from: refined: start from adapter, combined, matched, reconstruction, attention or sink_recent; auto is
-            the adapter if there is one, otherwise matched.
-        generate: Decode answers; without them evaluation is faster.
-        by: One row per value of k or place (multidoc), length or kind (ruler); others are averaged. k, or length and
-            kind, if empty.
-        out: Folder for the results; the same command resumes from them.
-        time_limit_s: Time in seconds after which measuring stops.
     """
 
-    methods: tuple[str, ...] = ()
-    keep_ratios: tuple[float, ...] = ()
     model: str = EMBEDDED
     adapter: Path | None = None
-    prompt: PromptName = "auto"
-    dtype: DtypeName = "auto"
-    device: str = "auto"
-    layout: Layout = "source"
-    storage: StorageName = "auto"
     refine_steps: int = 48
-    refine_from: str = "auto"
-    generate: bool = True
-    by: tuple[str, ...] = ()
-    out: Path | None = None
-    time_limit_s: float | None = None
 
 
 def _known() -> dict[str, Setting]:
-    from kv_memory.evaluate import TaskSettings
+    from kv_memory.evaluate import TaskSettings, evaluate
+    from kv_memory.model.backbone import Backbone
 
-    return settings_of(EvalOptions, TaskSettings)
+    without = ("task", "backbone", "settings", "refine", "on_progress", "name")
+    return settings_of(evaluate, Backbone.load, TaskSettings, EvalOptions, without=without)
 
 
-@command(json_help="Print one JSON object per line, one for each row.")
+@command(json_lines="one for each row")
 def evaluate_task(
-    task: Annotated[
-        str, typer.Argument(metavar="TASK", help="squad, quality, squality, needle, spans, multidoc, ruler or qa.")
-    ],
-    questions: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[FILE]",
-            help="qa: your own questions, one JSON object per line: {context, question, answer}, or {document, "
-            "question, answer} with --documents. An answer may be a list of accepted answers.",
-        ),
-    ] = None,
-    methods: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--method",
-            metavar="NAME",
-            help="full, none, matched, reconstruction, adapter, ...; repeatable.  [default: all that can be run]",
-        ),
-    ] = None,
-    keep_ratios: Annotated[
-        list[str] | None,
-        typer.Option("--keep-ratio", metavar="SHARE", help="0.25 or 1/4; repeatable.  [default: 1/2, 1/4, 1/8, 1/16]"),
-    ] = None,
-    model: ModelOption = None,
-    adapter: Annotated[
-        Path | None, typer.Option("--adapter", metavar="FOLDER", help="A trained adapter of that model.")
-    ] = None,
-    n_documents: Annotated[
-        int | None,
-        typer.Option(
-            "--n-documents",
-            metavar="N",
-            help="Maximum number, with up to 5 questions each (qa: all); ruler: per kind and length.  [default: 60]",
-        ),
-    ] = None,
-    documents: Annotated[
-        Path | None,
-        typer.Option("--documents", metavar="FOLDER", help="qa: folder of the documents that its lines name."),
-    ] = None,
-    out_folder: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="FOLDER", help="Save results here; the same command resumes from them."),
-    ] = None,
-    time_limit: Annotated[
-        float | None, typer.Option("--time-limit", metavar="SECONDS", help="Stop measuring after this time.")
-    ] = None,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    list_settings: Annotated[bool, list_settings_option(_known)] = False,
+    task: str,
+    questions: Path | None = None,
     *,
+    method: list[str] | None = None,
+    keep_ratio: list[str] | None = None,
+    model: str | None = None,
+    adapter: Path | None = None,
+    n_documents: int | None = None,
+    documents: Path | None = None,
+    out_: Path | None = None,
+    time_limit: float | None = None,
+    given: Given,
+    list_settings: Annotated[bool, list_settings_option(_known)] = False,
     out: Output,
-) -> None:
+) -> Any:
     """Measure what answers lose when documents are compressed.
 
     The same model answers the same questions from the full cache, without the document, and from what each method
@@ -153,83 +74,83 @@ def evaluate_task(
     Often set: min_tokens and max_tokens (length of documents), corpus (spans), lengths (needle, ruler), k (multidoc),
     by (rows of multidoc and ruler), generate (false is faster), storage, seed, data (folder of the data sets, instead
     of KV_MEMORY_DATA), device. --list-settings prints all.
+
+    Options:
+        task (TASK): squad, quality, squality, needle, spans, multidoc, ruler or qa.
+        questions ([FILE]): qa: your own questions, one JSON object per line: {context, question, answer}, or {document,
+            question, answer} with --documents. An answer may be a list of accepted answers.
+        method (NAME): full, none, matched, reconstruction, adapter, ...; repeatable.  [default: all that can be run]
+        keep_ratio (SHARE): 0.25 or 1/4; repeatable.  [default: 1/2, 1/4, 1/8, 1/16]
+        model (NAME): A built-in model, a model folder, or a Hugging Face hub id.  [default: qwen-0.5b, or smollm2 if
+            only that is prepared]
+        adapter (FOLDER): A trained adapter of that model.
+        n_documents (N): Maximum number, with up to 5 questions each (qa: all); ruler: per kind and length.
+            [default: 60]
+        documents (FOLDER): qa: folder of the documents that its lines name.
+        out_ (FOLDER): Save results here; the same command resumes from them.
+        time_limit (SECONDS): Stop measuring after this time.
     """
-    options: dict[str, Any] = {
-        "methods": methods or None,
-        "keep_ratios": keep_ratios or None,
-        "model": model,
-        "adapter": adapter,
-        "n_documents": n_documents,
-        "questions": questions,
-        "documents": documents,
-        "out": out_folder,
-        "time_limit_s": time_limit,
-    }
     with out.working("Starting"):
         from kv_memory.compress import RefineSettings
-        from kv_memory.evaluate import DEFAULT_KEEP_RATIOS, TaskSettings, evaluate
+        from kv_memory.evaluate import TaskSettings, evaluate
         from kv_memory.evaluate.aggregate import check_groups
         from kv_memory.evaluate.methods import check_methods
         from kv_memory.evaluate.tasks import find_task
         from kv_memory.evaluate.tasks.qa import read_questions
+        from kv_memory.model.backbone import Backbone
 
-        known = _known()
-        given = gather_settings(known, config=config, assignments=assignments or [], options=options)
-        chosen = EvalOptions(**of_owner(EvalOptions, known, given))
-        settings = TaskSettings(**of_owner(TaskSettings, known, given))
-    out.stopped = "Nothing was saved; pass --out FOLDER to be able to resume."
-    if chosen.out is not None:
-        out.stopped = f"The results so far are in {chosen.out}; run the same command to resume."
+        found = given.gather(
+            _known(),
+            methods=method,
+            keep_ratios=keep_ratio,
+            model=model,
+            adapter=adapter,
+            n_documents=n_documents,
+            questions=questions,
+            documents=documents,
+            out=out_,
+            time_limit_s=time_limit,
+        )
+        chosen, settings = EvalOptions(**found[EvalOptions]), TaskSettings(**found[TaskSettings])
+        options = found[evaluate]
+    folder, again = options.get("out"), "run the same command to resume"
+    out.stopped = f"The results so far are in {folder}; {again}."
+    if folder is None:
+        again = "pass --out FOLDER to be able to resume"
+        out.stopped = f"Nothing was saved; {again}."
     # Checked before the model is loaded, so that a typo fails at once.
     find_task(task)
-    check_groups(task, chosen.by)
-    check_methods(chosen.methods or None, has_adapter=chosen.adapter is not None, refine_from=chosen.refine_from)
+    check_groups(task, options.get("by", ()))
+    has_adapter, refine_from = chosen.adapter is not None, options.get("refine_from", "auto")
+    check_methods(options.get("methods"), has_adapter=has_adapter, refine_from=refine_from)
     if task == "qa":
         read_questions(settings)
     elif settings.questions is not None:
         raise ConfigError("only qa takes a file of questions", where=task, next_step="kv-memory eval qa FILE")
     refine = RefineSettings(steps=chosen.refine_steps)
-    backbone, loaded = _load(out, chosen)
-    with EvalTracker(out) as tracker:
+    with out.working(f"Loading the model ({chosen.model})"):
+        from kv_memory.compress import Adapter
+
+        backbone = Backbone.load(chosen.model, **found[Backbone.load])
+        adapter_ = None if chosen.adapter is None else Adapter.load(chosen.adapter, backbone)
+    with track_eval(out) as tracker:
         result = evaluate(
             task,
             backbone=backbone,
-            methods=chosen.methods or None,
-            keep_ratios=chosen.keep_ratios or DEFAULT_KEEP_RATIOS,
-            adapter=loaded,
+            adapter=adapter_,
             settings=settings,
             refine=refine,
-            refine_from=cast("RefineFrom", chosen.refine_from),
-            layout=chosen.layout,
-            storage=chosen.storage,
-            generate=chosen.generate,
-            by=chosen.by or None,
-            out=chosen.out,
-            time_limit_s=chosen.time_limit_s,
             on_progress=tracker,
+            **options,
         )
-    print_rows(out, result.rows)
+    _print(out, result.rows)
     if not result.complete:
-        again = "pass --out FOLDER to be able to resume" if chosen.out is None else "run the same command to resume"
         done = f"{result.n_finished} of {result.n_documents} documents finished"
         out.note(f"Stopped by the time limit, {done}; {again}.")
+    return [row.to_dict() for row in result.rows]
 
 
-def _load(out: Output, chosen: EvalOptions) -> tuple[Backbone, Adapter | None]:
-    with out.working(f"Loading the model ({chosen.model})"):
-        from kv_memory.compress import Adapter
-        from kv_memory.model.backbone import Backbone
-
-        backbone = Backbone.load(chosen.model, dtype=chosen.dtype, device=chosen.device, prompt=chosen.prompt)
-        return backbone, None if chosen.adapter is None else Adapter.load(chosen.adapter, backbone)
-
-
-def print_rows(out: Output, rows: Sequence[Row]) -> None:
-    """Print the rows as a table, or with `--json` as one object per line."""
-    if out.as_json:
-        for row in rows:
-            print(json.dumps(row.to_dict(), ensure_ascii=False))
-        return
+def _print(out: Output, rows: Sequence[Row]) -> None:
     from kv_memory.evaluate.report import cells
 
     tasks = list(dict.fromkeys(row.task for row in rows))
@@ -240,59 +161,41 @@ def print_rows(out: Output, rows: Sequence[Row]) -> None:
         out.table(header, lines, right=header[2:])
 
 
-@command(json_help="Print one JSON object per line, one for each row.")
+@command(json_lines="one for each row")
 def report(
-    paths: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="PATH...",
-            help="Folders of `eval --out` or of benchmarks/peers. LABEL=FOLDER labels the adapter in the table.",
-        ),
-    ],
-    to: Annotated[
-        Path | None, typer.Option("--to", metavar="FOLDER", help="Write tables.md and the plots here.")
-    ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option("--method", metavar="NAME", help="Only this method, by its name in the table; repeatable."),
-    ] = None,
-    keep_ratio: Annotated[
-        list[str] | None, typer.Option("--keep-ratio", metavar="SHARE", help="Only this ratio, e.g. 1/8; repeatable.")
-    ] = None,
-    unpaired: Annotated[
-        bool, typer.Option("--unpaired", help="Use all documents of each row, not only those that all rows have.")
-    ] = False,
-    by: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--by",
-            metavar="NAME",
-            help="One row per value of k or place (multidoc), length or kind (ruler); repeatable; others are averaged. "
-            " [default: k; length and kind]",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the intervals.")] = 0,
+    paths: list[str],
     *,
+    to: Path | None = None,
+    method: list[str] | None = None,
+    keep_ratio: list[str] | None = None,
+    unpaired: bool = False,
+    by: list[str] | None = None,
+    seed: int = 0,
     out: Output,
-) -> None:
+) -> Any:
     """Make one table from several evaluations, and plot it.
 
     Rows are compared on the documents that all of them have.
+
+    Options:
+        paths (PATH...): Folders of `eval --out` or of benchmarks/peers. LABEL=FOLDER labels the adapter in the table.
+        to (FOLDER): Write tables.md and the plots here.
+        method (NAME): Only this method, by its name in the table; repeatable.
+        keep_ratio (SHARE): Only this ratio, e.g. 1/8; repeatable.
+        unpaired: Use all documents of each row, not only those that all rows have.
+        by (NAME): One row per value of k or place (multidoc), length or kind (ruler); repeatable; others are averaged.
+            [default: k; length and kind]
+        seed (N): Seed of the intervals.
     """
     ratios = [ratio_of(text) for text in keep_ratio or ()] or None
     with out.working("Reading"):
         from kv_memory.evaluate import load_rows, write_report
 
-        files: list[Path] = []
-        chosen: dict[str, Any] = {
-            "methods": method or None,
-            "keep_ratios": ratios,
-            "paired": not unpaired,
-            "by": by,
-        }
-        loaded = load_rows(paths, seed=seed, **chosen)
-        if to is not None:
-            files = write_report(loaded, to)
-    print_rows(out, loaded.rows)
+        loaded = load_rows(
+            paths, seed=seed, methods=method or None, keep_ratios=ratios, paired=not unpaired, by=by or None
+        )
+        files = [] if to is None else write_report(loaded, to)
+    _print(out, loaded.rows)
     for file in files:
         out.note(f"Wrote {file}")
+    return [row.to_dict() for row in loaded.rows]

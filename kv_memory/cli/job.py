@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, Changes, EncodingOption, Place, command
 from kv_memory.cli.output import FAILED, Output
 from kv_memory.cli.progress import JobTracker, print_ended
-from kv_memory.errors import ConfigError, JobError
+from kv_memory.config import check_fields
+from kv_memory.errors import JobError
 from kv_memory.settings import MemorySettings
 
 if TYPE_CHECKING:
@@ -21,100 +21,59 @@ if TYPE_CHECKING:
     from kv_memory.jobs.engines import Engine
     from kv_memory.store import Store
 
-_JSON_LINES = "Print one JSON object per line for every event; the last one is the summary."
-WorkersOption = Annotated[
-    int,
-    typer.Option(
-        "--workers",
-        metavar="N",
-        min=1,
-        help="Worker processes, each with its own model: as many as there are GPUs; on CPUs they share the cores.",
-    ),
-]
-EngineOption = Annotated[
-    str,
-    typer.Option("--engine", metavar="NAME", help="local: processes on this machine. ray: actors in a Ray cluster."),
-]
-GpusOption = Annotated[
-    float | None,
-    typer.Option(
-        "--gpus-per-worker",
-        metavar="N",
-        min=0,
-        help="With --engine ray: GPUs per worker; 0.5 for two workers on one GPU.  [default: 1 if there are any]",
-    ),
-]
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Worker processes of a job.
+
+    Attributes:
+        workers (N): Worker processes, each with its own model: as many as there are GPUs; on CPUs they share the cores.
+        engine (NAME): local: processes on this machine. ray: actors in a Ray cluster.
+        gpus_per_worker (N): With --engine ray: GPUs per worker; 0.5 for two workers on one GPU.  [default: 1 if there
+            are any]
+    """
+
+    workers: int = 1
+    engine: str = "local"
+    gpus_per_worker: float | None = None
+
+    def __post_init__(self) -> None:
+        gpus = self.gpus_per_worker
+        check_fields(
+            self,
+            workers=(self.workers >= 1, "at least 1"),
+            engine=(self.engine in {"local", "ray"}, "local or ray"),
+            gpus_per_worker=(gpus is None or (gpus >= 0 and self.engine == "ray"), "0 or more, with --engine ray"),
+        )
+
+    def engine_for(self, store: Store) -> Engine:
+        """The engine that runs them on the tasks of a store."""
+        if self.engine == "ray":
+            from kv_memory.jobs.engines.ray import RayEngine
+
+            return RayEngine(store, n_workers=self.workers, n_gpus=self.gpus_per_worker)
+        from kv_memory.jobs.engines.local import LocalEngine
+
+        return LocalEngine(store.path, n_workers=self.workers)
 
 
-@command(json_help=_JSON_LINES)
+_JSON_LINES = "every event; the last one is the summary"
+
+
+@command(json_lines=_JSON_LINES)
 def run(
-    sources: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="SOURCE",
-            help="Files, folders, patterns in quotes ('notes/**/*.md'); .jsonl and .parquet files, one document per "
-            "record; a docstore.json of LlamaIndex; hub:OWNER/NAME[:SPLIT]; sql:URL with --query.",
-        ),
-    ] = None,
-    sync: Annotated[
-        str | None,
-        typer.Option(
-            "--sync",
-            metavar="DIR",
-            help="Make the collection equal to this folder: new and changed documents are compressed, missing ones "
-            "deleted.",
-        ),
-    ] = None,
-    force: Annotated[
-        bool,
-        typer.Option(
-            "--force", help="Sync even if that deletes documents that are not from the folder, or all documents."
-        ),
-    ] = False,
-    workers: WorkersOption = 1,
-    engine: EngineOption = "local",
-    gpus_per_worker: GpusOption = None,
-    name: Annotated[
-        str | None, typer.Option("--name", metavar="NAME", help="Name of the job.  [default: the time]")
-    ] = None,
-    glob: Annotated[
-        str | None,
-        typer.Option(
-            "--glob",
-            metavar="PATTERN",
-            help="Files to take from folders, e.g. '*.md' or 'reports/**/*.txt'.  [default: those of known types]",
-        ),
-    ] = None,
-    id_field: Annotated[
-        str,
-        typer.Option(
-            "--id-field",
-            metavar="NAME",
-            help="Field or column with a record's id; a record without one gets the id FILE#NUMBER.",
-        ),
-    ] = "id",
-    text_field: Annotated[
-        str, typer.Option("--text-field", metavar="NAME", help="Field or column with a record's text.")
-    ] = "text",
-    query: Annotated[
-        str | None,
-        typer.Option(
-            "--query",
-            metavar="SQL",
-            help='For sql: sources, e.g. "SELECT id, text FROM notes"; one row is one document.',
-        ),
-    ] = None,
-    encoding: EncodingOption = "utf-8",
-    max_attempts: Annotated[
-        int,
-        typer.Option(
-            "--max-attempts",
-            metavar="N",
-            min=1,
-            help="Number of workers that may die over one document before it counts as failed.",
-        ),
-    ] = 3,
+    sources: list[str] | None = None,
     *,
+    sync: str | None = None,
+    force: bool = False,
+    workers: Workers,
+    name: str | None = None,
+    glob: str | None = None,
+    id_field: str = "id",
+    text_field: str = "text",
+    query: str | None = None,
+    encoding: EncodingOption = "utf-8",
+    max_attempts: int = 3,
     changes: Changes,
     place: Place,
     out: Output,
@@ -123,9 +82,20 @@ def run(
 
     Completed documents survive any crash: `kv-memory job resume` continues with the document that was in progress. A
     document that cannot be read fails alone, and the job ends with exit code 1. Unchanged documents cost only a hash.
+
+    Options:
+        sources (SOURCE): Files, folders, patterns in quotes ('notes/**/*.md'); .jsonl and .parquet files, one document
+            per record; a docstore.json of LlamaIndex; hub:OWNER/NAME[:SPLIT]; sql:URL with --query.
+        sync (DIR): Make the collection equal to this folder: new and changed documents are compressed, missing ones
+            deleted.
+        force: Sync even if that deletes documents that are not from the folder, or all documents.
+        name (NAME): Name of the job.  [default: the time]
+        glob (PATTERN): Files to take from folders, e.g. '*.md' or 'reports/**/*.txt'.  [default: those of known types]
+        id_field (NAME): Field or column with a record's id; a record without one gets the id FILE#NUMBER.
+        text_field (NAME): Field or column with a record's text.
+        query (SQL): For sql: sources, e.g. "SELECT id, text FROM notes"; one row is one document.
+        max_attempts (N): Number of workers that may die over one document before it counts as failed.
     """
-    out.one_line = True
-    MemorySettings.resolve({}, **changes)  # a typo should fail before a store is created
     with out.working("Starting"):
         from kv_memory.documents.decoding import check_encoding
         from kv_memory.jobs import JobSettings
@@ -139,32 +109,29 @@ def run(
     )
     request.specs()  # checked before a store is created, so that a typo does not leave one behind
     with Store.open(place.store, collection=place.collection) as opened:
-        made = _engine_of(engine, opened, workers, gpus_per_worker)
+        made = workers.engine_for(opened)
         memory = MemorySettings.resolve(opened.settings(), **changes)
         settings = dataclasses.replace(settings, memory=dataclasses.asdict(memory))
         _drive(out, opened, create_job(opened, request, settings), made)
 
 
-@command(json_help=_JSON_LINES)
+@command(json_lines=_JSON_LINES)
 def resume(
-    name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Name of the job.  [default: the newest that is not done]")
-    ] = None,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Also retry the documents that have failed.")
-    ] = False,
-    workers: WorkersOption = 1,
-    engine: EngineOption = "local",
-    gpus_per_worker: GpusOption = None,
+    name: str | None = None,
     *,
+    retry_failed: bool = False,
+    workers: Workers,
     place: Place,
     out: Output,
 ) -> None:
     """Resume a job after Ctrl-C, a crash or a failure.
 
     Completed documents are not compressed again.
+
+    Options:
+        name (NAME): Name of the job.  [default: the newest that is not done]
+        retry_failed: Also retry the documents that have failed.
     """
-    out.one_line = True
     with out.working("Starting"):
         from kv_memory.jobs import Ledger
         from kv_memory.store import Store
@@ -172,7 +139,7 @@ def resume(
     with Store.open(place.store, collection=place.collection, create=False) as opened:
         ledger = Ledger(opened)
         job = _newest(ledger.jobs(), place.store, retry_failed=retry_failed) if name is None else ledger.job(name)
-        made = _engine_of(engine, opened, workers, gpus_per_worker)
+        made = workers.engine_for(opened)
         _drive(out, opened, job, made, resumed=True, retry_failed=retry_failed)
 
 
@@ -188,34 +155,12 @@ def _newest(jobs: list[Job], store: Path, *, retry_failed: bool) -> Job:
     )
 
 
-def _engine_of(name: str, store: Store, workers: int, gpus: float | None) -> Engine:
-    if name == "ray":
-        from kv_memory.jobs.engines.ray import RayEngine
-
-        return RayEngine(store, n_workers=workers, n_gpus=gpus)
-    if name != "local":
-        raise ConfigError(
-            f"--engine must be local or ray, got {name!r}", where="engine", next_step="Leave it out for local."
-        )
-    if gpus is not None:
-        raise ConfigError(
-            "--gpus-per-worker needs --engine ray",
-            where="gpus_per_worker",
-            next_step="Leave it out: each local worker has its own GPU, while there are enough.",
-        )
-    from kv_memory.jobs.engines.local import LocalEngine
-
-    return LocalEngine(store.path, n_workers=workers)
-
-
 def _where(store: Store, job: Job) -> str:
     """The options that a command needs to find the job again; empty if the defaults suffice."""
-    given = {}
-    if store.path.absolute() != Path(os.environ.get("KV_MEMORY_STORE") or DEFAULT_STORE).absolute():
-        given["--store"] = str(store.path)
-    if job.collection != DEFAULT_COLLECTION:
-        given["--collection"] = job.collection
-    return "".join(f" {option} {shlex.quote(value)}" for option, value in given.items())
+    expected = Path(os.environ.get("KV_MEMORY_STORE") or DEFAULT_STORE).absolute()
+    words = [] if store.path.absolute() == expected else ["--store", str(store.path)]
+    words += [] if job.collection == DEFAULT_COLLECTION else ["--collection", job.collection]
+    return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 def _drive(
@@ -223,21 +168,19 @@ def _drive(
 ) -> None:
     from kv_memory.jobs.driver import drive
 
-    go_on = f"kv-memory job resume {job.name}{_where(store, job)}"
+    where = _where(store, job)
+    go_on = f"kv-memory job resume {job.name}{where}"
     out.stopped = f"Completed documents are stored; `{go_on}` resumes the job."
-    if job.state == "done" and not retry_failed and not out.as_json:
+    if job.state == "done" and not retry_failed:
         out.note(f"Job {job.name} is done; nothing is left to do.")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # they would interfere with the tracker's bar
     with JobTracker(out) as tracker:
         ended = drive(store, job, engine, resumed=resumed, retry_failed=retry_failed, on_event=tracker)
     print_ended(out, ended)
     n_documents = ended.added + ended.replaced + ended.unchanged + ended.failed + ended.cancelled
-    if not (out.as_json or job.sources["sync"] or n_documents):
+    if not (job.sources["sync"] or n_documents):
         out.note("No document was found. Folders contribute only files of known types; --glob selects others.")
     if ended.failed:
-        if not out.as_json:
-            out.note(
-                f"`kv-memory job show {job.name}{_where(store, job)}` lists the failed documents and how to fix them."
-            )
-            out.note(f"`{go_on} --retry-failed` retries them.")
-        raise typer.Exit(FAILED)
+        out.note(f"`kv-memory job show {job.name}{where}` lists the failed documents and how to fix them.")
+        out.note(f"`{go_on} --retry-failed` retries them.")
+        out.code = FAILED

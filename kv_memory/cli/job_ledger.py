@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from kv_memory.cli.options import Place, command
-from kv_memory.cli.output import Output, factor_text, plain, size_text
+from kv_memory.cli.output import Output, plain, size_rows
 from kv_memory.cli.progress import count_text, sources_text
+from kv_memory.settings import KEEP_NAMES
 
 if TYPE_CHECKING:
     from kv_memory.jobs import Counts, Job
 
 _SHOWN = 20
 
-NameArgument = Annotated[
-    str, typer.Argument(metavar="NAME", help="Name of the job; `kv-memory job list` shows all names.")
-]
-
 
 @command()
-def list_jobs(*, place: Place, out: Output) -> None:
+def list_jobs(*, place: Place, out: Output) -> Any:
     """List the jobs of the collection, the newest first.
 
     A job is interrupted if no process runs it any more; `kv-memory job resume` resumes it.
@@ -32,9 +27,6 @@ def list_jobs(*, place: Place, out: Output) -> None:
 
         ledger = Ledger(opened)
         found = [(job, ledger.counts(job)) for job in ledger.jobs()]
-        if out.as_json:
-            out.json({"jobs": [_plain(job, counts) for job, counts in found]})
-            return
         rows = [
             (
                 job.name,
@@ -52,19 +44,17 @@ def list_jobs(*, place: Place, out: Output) -> None:
             out.table(columns, rows, right=("Done", "Left", "Failed"))
         else:
             out.line("No jobs. `kv-memory job run SOURCE...` starts one.")
+        return {"jobs": [_plain(job, counts) for job, counts in found]}
 
 
 @command()
-def show_job(
-    name: NameArgument,
-    failed: Annotated[
-        bool, typer.Option("--failed", help="List every failed document, not only the first 20.")
-    ] = False,
-    *,
-    place: Place,
-    out: Output,
-) -> None:
-    """Show the progress of a job, and its failed documents with their errors."""
+def show_job(name: str, *, failed: bool = False, place: Place, out: Output) -> Any:
+    """Show the progress of a job, and its failed documents with their errors.
+
+    Options:
+        name (NAME): Name of the job; `kv-memory job list` shows all names.
+        failed: List every failed document, not only the first 20.
+    """
     with place.open_store(out) as opened:
         from kv_memory.jobs import Ledger
 
@@ -72,9 +62,6 @@ def show_job(
         job = ledger.job(name)
         counts = ledger.counts(job)
         broken = ledger.failed(job, limit=None if failed or out.as_json else _SHOWN)
-        if out.as_json:
-            out.json({**_plain(job, counts), "failed_documents": plain(broken), "settings": plain(job.settings)})
-            return
         memory = job.settings.memory
         rows = [
             ("Job", f"{job.name}, {job.state}"),
@@ -87,11 +74,8 @@ def show_job(
             ),
         ]
         if counts.n_passages:
-            smaller = factor_text(counts.full_kv_bytes, counts.cache_bytes)
-            rows += [
-                ("Tokens", f"{counts.n_tokens:,} in {count_text(counts.n_passages, 'passage')}"),
-                ("Distilled", f"{size_text(counts.cache_bytes)}, {smaller}"),
-            ]
+            rows += [("Tokens", f"{counts.n_tokens:,} in {count_text(counts.n_passages, 'passage')}")]
+            rows += size_rows(counts.full_kv_bytes, counts.cache_bytes)
         rows.append(("Started", f"{job.created_at:%Y-%m-%d %H:%M:%S} UTC"))
         if job.finished_at is not None:
             rows.append(("Ended", f"{job.finished_at:%Y-%m-%d %H:%M:%S} UTC"))
@@ -110,21 +94,24 @@ def show_job(
             out.line(f"`kv-memory job resume {job.name}` resumes it.")
         elif job.state == "done" and broken:
             out.line(f"`kv-memory job resume {job.name} --retry-failed` retries the failed documents.")
+        return {**_plain(job, counts), "failed_documents": broken, "settings": job.settings}
 
 
 @command()
-def cancel(name: NameArgument, *, place: Place, out: Output) -> None:
-    """Cancel a job permanently. Documents in progress are finished, and completed ones stay."""
+def cancel(name: str, *, place: Place, out: Output) -> Any:
+    """Cancel a job permanently. Documents in progress are finished, and completed ones stay.
+
+    Options:
+        name (NAME): Name of the job; `kv-memory job list` shows all names.
+    """
     with place.open_store(out) as opened:
         from kv_memory.jobs import Ledger
 
         ledger = Ledger(opened)
         job = ledger.job(name)
         n = ledger.cancel(job)
-        if out.as_json:
-            out.json({"job": job.name, "cancelled": n})
-        else:
-            out.line(f"Cancelled {job.name}; {count_text(n, 'document')} left out.")
+        out.line(f"Cancelled {job.name}; {count_text(n, 'document')} left out.")
+        return {"job": job.name, "cancelled": n}
 
 
 def _names(job: Job) -> list[str]:
@@ -134,24 +121,22 @@ def _names(job: Job) -> list[str]:
 
 
 def _plain(job: Job, counts: Counts) -> dict[str, Any]:
+    shown = (
+        "state",
+        "collection",
+        "discovered",
+        "n_deleted",
+        "n_unchanged",
+        "fingerprint",
+        "created_at",
+        "finished_at",
+    )
     return {
-        "job": job.name,
-        "state": job.state,
-        "collection": job.collection,
-        "sources": _names(job),
-        "discovered": job.discovered,
+        **{"job": job.name, "sources": _names(job), **{name: getattr(job, name) for name in shown}},
         **{name: value for name, value in plain(counts).items() if not name.endswith("_bytes") or "_kv" in name},
-        "cache_bytes": counts.cache_bytes,
-        "done": counts.done,
-        "total": counts.total,
-        "n_deleted": job.n_deleted,
-        "n_unchanged": job.n_unchanged,
-        "fingerprint": job.fingerprint,
-        "created_at": job.created_at.isoformat(),
-        "finished_at": None if job.finished_at is None else job.finished_at.isoformat(),
+        **{name: getattr(counts, name) for name in ("cache_bytes", "done", "total")},
     }
 
 
 def _kept_text(memory: Mapping[str, Any]) -> str:
-    names = ("keep_ratio", "keep_tokens", "max_bytes")
-    return ", ".join(f"{name} {memory[name]}" for name in names if memory.get(name) is not None)
+    return ", ".join(f"{name} {memory[name]}" for name in KEEP_NAMES if memory.get(name) is not None)

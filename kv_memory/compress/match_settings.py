@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from kv_memory.errors import ConfigError
+from kv_memory.config import check_at_least, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +46,16 @@ class MatchSettings:
     rows_per_step: int = 512
 
     def __post_init__(self) -> None:
-        checks = {
-            "depth_weight": (math.isfinite(self.depth_weight), "a finite number"),
-            "stages": (all(1 < stage < math.inf for stage in self.stages), "numbers above 1"),
-            "weight_ridge": (0 < self.weight_ridge < math.inf, "above 0"),
-            "value_ridges": (all(0 < v < math.inf for v in self.value_ridges) and self.value_ridges, "numbers above 0"),
-            "part_tokens": (self.part_tokens >= 1, "at least 1"),
-            "max_rows": (self.max_rows >= 1, "at least 1"),
-            "max_final_rows": (self.max_final_rows >= 1, "at least 1"),
-            "key_steps": (self.key_steps >= 0, "at least 0"),
-            "key_rate": (0 < self.key_rate < math.inf, "above 0"),
-            "rows_per_step": (self.rows_per_step >= 1, "at least 1"),
-        }
-        for name, (ok, wanted) in checks.items():
-            if not ok:
-                raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)!r}", where=name)
+        check_fields(
+            self,
+            depth_weight=(math.isfinite(self.depth_weight), "a finite number"),
+            stages=(all(1 < stage < math.inf for stage in self.stages), "numbers above 1"),
+            weight_ridge=(0 < self.weight_ridge < math.inf, "above 0"),
+            value_ridges=(all(0 < v < math.inf for v in self.value_ridges) and self.value_ridges, "numbers above 0"),
+            key_rate=(0 < self.key_rate < math.inf, "above 0"),
+        )
+        check_at_least(self, 1, "part_tokens", "max_rows", "max_final_rows", "rows_per_step")
+        check_at_least(self, 0, "key_steps")
 
     @property
     def name(self) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple
 
 from kv_memory.errors import ConfigError
@@ -31,20 +32,14 @@ class Question:
     correct: int | None = None
 
     def __post_init__(self) -> None:
-        check_text(self.text, "question")
         if not isinstance(self.answers, tuple) or not self.answers:
             raise ConfigError("a question needs a tuple of at least one answer", where="answers")
-        for answer in self.answers:
-            check_text(answer, "answer")
-        for choice in self.choices:
-            check_text(choice, "choice")
-        # A bool is an int, and True would name the second choice.
-        is_index = isinstance(self.correct, int) and not isinstance(self.correct, bool)
-        if self.correct is None:
-            fits = not self.choices
-        else:
-            fits = is_index and len(self.choices) > 1 and 0 <= self.correct < len(self.choices)
-        if not fits:
+        for name, texts in {"question": (self.text,), "answer": self.answers, "choice": self.choices}.items():
+            for text in texts:
+                check_text(text, name)
+        # By its type, because a bool is an int, and True would name the second choice.
+        is_index = type(self.correct) is int and len(self.choices) > 1 and self.correct in range(len(self.choices))
+        if not is_index and (self.correct is not None or self.choices):
             raise ConfigError(
                 f"correct must be the index of one of at least two choices, or None without choices; got "
                 f"{self.correct!r} with {len(self.choices)} choices",
@@ -75,18 +70,29 @@ class Example:
     title: str = ""
 
     def __post_init__(self) -> None:
-        check_text(self.id, "id")
-        check_text(self.source, "source")
-        check_text(self.context, "context")
+        for name in ("id", "source", "context"):
+            check_text(getattr(self, name), name)
 
 
 class Row(NamedTuple):
-    """One question with its document, the form in which most sets store them; without an id, the text gives one."""
+    """One question with its document, the form in which most sets store them.
+
+    Attributes:
+        context: Text of the document.
+        question: The question.
+        title: Title of the document, if known.
+        id: Id of the document in the set; empty if its text is to give one.
+        place: Place of the document in its file, if it is stored once for all its questions.
+    """
 
     context: str
     question: Question
     title: str = ""
     id: str = ""
+    place: str = ""
+
+
+_document = attrgetter("context", "title", "id", "place")
 
 
 def content_id(source: str, context: str) -> str:
@@ -100,7 +106,7 @@ def grouped(rows: Iterable[Row], *, source: str) -> Iterator[Example]:
     Only neighbouring rows are grouped: grouping all of them would hold the whole set in memory. A document that appears
     again later yields another example with the same id.
     """
-    for (context, title, id), group in itertools.groupby(rows, key=lambda row: (row.context, row.title, row.id)):
+    for (context, title, id, _), group in itertools.groupby(rows, key=_document):
         name = f"{source}/{id}" if id else content_id(source, context)
         questions = tuple(row.question for row in group)
         yield Example(id=name, context=context, questions=questions, source=source, title=title)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from kv_memory.datasets.record_files import Record
@@ -15,13 +16,6 @@ _INSTEAD = "Pass a file instead: JSON lines of {context, question, answer}."
 
 def hub_records(hub_id: str, *, split: Literal["train", "dev"]) -> Iterator[Record]:
     """Stream the rows of a set on the hub; nothing is kept on disk, and no code of the set is run.
-
-    Args:
-        hub_id: Name of the set, `owner/name`.
-        split: Split of the set; `dev` is called `validation` on the hub.
-
-    Returns:
-        An iterator over rows of a set that was found; it fetches rows while it runs.
 
     Raises:
         DatasetError: The hub is switched off, the library is not installed, or the hub does not have the set; while
@@ -38,12 +32,7 @@ def hub_records(hub_id: str, *, split: Literal["train", "dev"]) -> Iterator[Reco
 
 
 def load_hub_set(*arguments: str | None, where: str, **options: Any) -> Any:
-    """What `datasets.load_dataset` returns for these arguments.
-
-    Args:
-        arguments: Positional arguments: the name of the set, and its configuration.
-        where: Name of the set, for errors.
-        options: Other arguments.
+    """What `datasets.load_dataset` returns for these arguments; `where` names the set in errors.
 
     Raises:
         DatasetError: The library is not installed, or the hub does not have the set.
@@ -56,24 +45,24 @@ def load_hub_set(*arguments: str | None, where: str, **options: Any) -> Any:
             where=where,
             next_step=f"Run `pip install 'kv-memory[train]'`. {_INSTEAD}",
         ) from error
-    try:
+    with _hub_errors(where):
         return load_dataset(*arguments, **options)
-    except Exception as error:  # its own errors, and those of httpx, fsspec and pyarrow
-        raise _failed(where, error) from error
 
 
 def _rows(stream: Any, where: str) -> Iterator[Record]:
-    try:
+    with _hub_errors(where):
         for number, row in enumerate(stream, start=1):
             yield f"{where}, row {number}", row
-    except Exception as error:
-        raise _failed(where, error) from error
 
 
-def _failed(where: str, error: Exception) -> DatasetError:
-    reason = str(error).strip().split("\n")[0][:200].rstrip(".") or type(error).__name__
-    return DatasetError(
-        f"cannot be read from the hub: {reason}",
-        where=where,
-        next_step=f"Check the name, its splits and the connection. {_INSTEAD}",
-    )
+@contextmanager
+def _hub_errors(where: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the library's own errors, and those of httpx, fsspec and pyarrow
+        reason = str(error).strip().split("\n")[0][:200].rstrip(".") or type(error).__name__
+        raise DatasetError(
+            f"cannot be read from the hub: {reason}",
+            where=where,
+            next_step=f"Check the name, its splits and the connection. {_INSTEAD}",
+        ) from error

@@ -3,76 +3,52 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from kv_memory.config import check_choice
 from kv_memory.datasets.corpus import read_archive, read_texts
 from kv_memory.datasets.example import Example, Row, grouped
 from kv_memory.datasets.hub_sets import hub_records
-from kv_memory.datasets.record_files import Faults, OnError, bare_name, each
+from kv_memory.datasets.record_files import Faults, Record, bare_name, json_file, json_lines
 from kv_memory.datasets.sets import (
-    dolly_row,
-    qa_row,
-    read_dolly,
-    read_fairytaleqa,
-    read_qa,
-    read_quality,
-    read_squad,
-    read_squality,
+    RowMaker,
+    dolly_rows,
+    fairytale_rows,
+    qa_rows,
+    quality_rows,
+    squad_rows,
+    squality_rows,
 )
+from kv_memory.documents.loaders import OnError
 from kv_memory.errors import ConfigError, DatasetError
 
 Split = Literal["train", "dev"]
 
-_Reader = Callable[[Path, str, Faults], Iterator[Example]]
-_RowMaker = Callable[[str, object], Iterator[Row]]
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Known:
-    """The location of a published set: its files below the data folder, without `.gz`, and its id on the hub.
+class _Known(NamedTuple):
+    """A published set: its rows, its files below the data folder, without `.gz`, and its id and rows on the hub.
 
     Only hub ids with known columns that load without code of their own are listed.
     """
 
-    reader: _Reader
-    files: Mapping[Split, str] = field(default_factory=dict)
+    rows: RowMaker
+    files: Mapping[Split, str]
     hub_id: str | None = None
-    make_row: _RowMaker = qa_row
+    hub_rows: RowMaker = qa_rows
 
 
-_KNOWN: Mapping[str, _Known] = {
-    "squad": _Known(
-        reader=read_squad, files={"train": "squad/train.json", "dev": "squad/dev.json"}, hub_id="rajpurkar/squad"
-    ),
-    "dolly": _Known(
-        reader=read_dolly,
-        files={"train": "dolly/dolly-15k.jsonl"},
-        hub_id="databricks/databricks-dolly-15k",
-        make_row=dolly_row,
-    ),
-    "fairytaleqa": _Known(
-        reader=read_fairytaleqa, files={"train": "fairytaleqa/train.jsonl", "dev": "fairytaleqa/val.jsonl"}
-    ),
-    "squality": _Known(reader=read_squality, files={"train": "squality/train.jsonl", "dev": "squality/dev.jsonl"}),
-    "quality": _Known(reader=read_quality, files={"dev": "quality/dev_sample.jsonl"}),
+_KNOWN = {
+    "squad": _Known(squad_rows, {"train": "squad/train.json", "dev": "squad/dev.json"}, "rajpurkar/squad"),
+    "dolly": _Known(dolly_rows, {"train": "dolly/dolly-15k.jsonl"}, "databricks/databricks-dolly-15k", dolly_rows),
+    "fairytaleqa": _Known(fairytale_rows, {"train": "fairytaleqa/train.jsonl", "dev": "fairytaleqa/val.jsonl"}),
+    "squality": _Known(squality_rows, {"train": "squality/train.jsonl", "dev": "squality/dev.jsonl"}),
+    "quality": _Known(quality_rows, {"dev": "quality/dev_sample.jsonl"}),
 }
 
 DATASETS: tuple[str, ...] = tuple(_KNOWN)
 """Names of sets that `read_examples` accepts."""
-
-_READERS: Mapping[str, _Reader] = {
-    ".jsonl": read_qa,
-    ".jsonl.gz": read_qa,
-    ".json": read_squad,
-    ".json.gz": read_squad,
-    ".tar": read_archive,
-    ".tar.gz": read_archive,
-    ".tgz": read_archive,
-}
 
 
 def read_examples(
@@ -116,10 +92,16 @@ def read_examples(
     if isinstance(source, str) and source in _KNOWN:
         examples = _named(source, split, data, faults)
     elif isinstance(source, str) and source.startswith("hf:"):
-        examples = _from_hub(source.removeprefix("hf:"), source, split, qa_row, faults)
+        examples = _from_hub(source.removeprefix("hf:"), source, split, qa_rows, faults)
     else:
         examples = _from_path(Path(source), faults)
     return _not_empty(examples, str(source), faults)
+
+
+def data_folder(data: Path | None) -> Path | None:
+    """The folder of the named sets: `data`, or else that of the environment."""
+    named = os.environ.get("KV_MEMORY_DATA", "")
+    return data if data is not None else Path(named) if named.strip() else None
 
 
 def _named(name: str, split: Split, data: Path | None, faults: Faults) -> Iterator[Example]:
@@ -132,39 +114,38 @@ def _named(name: str, split: Split, data: Path | None, faults: Faults) -> Iterat
             where=name,
             next_step=f"Read {other!r}, and hold out a part of it with `corpus_split`.",
         )
-    named = os.environ.get("KV_MEMORY_DATA", "")
-    folder = data if data is not None else Path(named) if named.strip() else None
+    folder = data_folder(data)
     if folder is not None:
         for path in (folder / f"{file}.gz", folder / file):
             if os.path.isfile(path):
-                return known.reader(path, name, faults)
+                return _from_file(path, name, known.rows, faults)
     looked = f"{folder / file}(.gz) does not exist" if folder is not None else "no data folder is given"
+    missing = f"the set {name} ({split}) was not found: {looked};"
     put = f"Put {file}.gz (or {file}) into a folder, and pass the folder as `data=` or in the variable KV_MEMORY_DATA"
     if known.hub_id is None:
         raise DatasetError(
-            f"the set {name} ({split}) was not found: {looked}; it is not available from the hub",
+            f"{missing} it is not available from the hub",
             where=name,
             next_step=f"{put}. Or pass a file of JSON lines of {{context, question, answer}}.",
         )
     try:
-        return _from_hub(known.hub_id, name, split, known.make_row, faults)
+        return _from_hub(known.hub_id, name, split, known.hub_rows, faults)
     except DatasetError as error:
         raise DatasetError(
-            f"the set {name} ({split}) was not found: {looked}; {error.what}",
-            where=error.where,
-            next_step=f"{put}. Or: {error.next_step}",
+            f"{missing} {error.what}", where=error.where, next_step=f"{put}. Or: {error.next_step}"
         ) from error
 
 
-def _from_hub(hub_id: str, source: str, split: Split, make_row: _RowMaker, faults: Faults) -> Iterator[Example]:
+def _from_hub(hub_id: str, source: str, split: Split, make: RowMaker, faults: Faults) -> Iterator[Example]:
     if hub_id.count("/") != 1 or not all(hub_id.split("/")):
         raise ConfigError(f"a set on the hub must be given as hf:owner/name, got {source!r}", where="source")
-    return grouped(each(hub_records(hub_id, split=split), make_row, faults), source=source)
+    return grouped(_rows(hub_records(hub_id, split=split), make, faults), source=source)
 
 
 def _from_path(path: Path, faults: Faults) -> Iterator[Example]:
+    name, source = path.name.lower(), bare_name(path)
     if os.path.isdir(path):
-        return read_texts(path, bare_name(path), faults)
+        return read_texts(path, source, faults)
     if not os.path.exists(path):
         raise DatasetError(
             "no such file or folder, and no set of this name is known",
@@ -172,9 +153,23 @@ def _from_path(path: Path, faults: Faults) -> Iterator[Example]:
             next_step=f"Known names are {', '.join(DATASETS)}; a set on the hub is hf:owner/name; relative paths start "
             f"at {Path.cwd()}.",
         )
-    name = path.name.lower()
-    reader = next((reader for suffix, reader in _READERS.items() if name.endswith(suffix)), read_texts)
-    return reader(path, bare_name(path), faults)
+    if name.endswith((".jsonl", ".jsonl.gz")):
+        return _from_file(path, source, qa_rows, faults)
+    if name.endswith((".json", ".json.gz")):
+        return _from_file(path, source, squad_rows, faults)
+    return (read_archive if name.endswith((".tar", ".tar.gz", ".tgz")) else read_texts)(path, source, faults)
+
+
+def _from_file(path: Path, source: str, make: RowMaker, faults: Faults) -> Iterator[Example]:
+    whole = path.name.lower().endswith((".json", ".json.gz"))
+    return grouped(_rows(json_file(path) if whole else json_lines(path, faults), make, faults), source=source)
+
+
+def _rows(records: Iterable[Record], make: RowMaker, faults: Faults) -> Iterator[Row]:
+    """Yield the rows of each record, in order; skipped broken records yield nothing."""
+    for where, record in records:
+        with faults.at(where):
+            yield from make(where, record, faults)
 
 
 def _not_empty(examples: Iterator[Example], name: str, faults: Faults) -> Iterator[Example]:

@@ -5,25 +5,20 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar, cast
+from typing import IO, Any, cast
 
 from kv_memory.datasets.example import check_text
+from kv_memory.documents.loaders import OnError
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
 
-_T = TypeVar("_T")
-
-OnError = Literal["raise", "skip"]
 Record = tuple[str, Any]
 """The place of a record, for errors, and the record itself."""
-
-# A truncated gzip file raises an EOFError, a damaged one a zlib.error or an OSError.
-READ_ERRORS = (OSError, EOFError, zlib.error)
 
 # Longest first, so that a stem does not keep half a suffix.
 _SUFFIXES = (".jsonl.gz", ".json.gz", ".tar.gz", ".jsonl", ".json", ".tgz", ".tar", ".md", ".txt")
@@ -62,11 +57,11 @@ class Faults:
             broken.__cause__ = error
             self.report(broken)
 
-    def items(self, where: str, make: Callable[[], Iterable[_T]]) -> list[_T]:
-        """What `make` yields; nothing if it fails and the fault is skipped."""
+    def parts(self, where: str, record: Any, name: str, noun: str) -> Iterator[Record]:
+        """Yield the items of the list `name` of a record with their places; a missing list is the record's fault."""
         with self.at(where):
-            return list(make())
-        return []
+            for number, item in enumerate(items_of(record, name), start=1):
+                yield f"{where}, {noun} {number}", item
 
     def report(self, error: DatasetError) -> None:
         """Raise the error, or count it and pass its message on."""
@@ -75,12 +70,6 @@ class Faults:
         self.n_skipped += 1
         if self.on_skip is not None:
             self.on_skip(str(error))
-
-
-def each(records: Iterable[Record], make: Callable[[str, Any], Iterable[_T]], faults: Faults) -> Iterator[_T]:
-    """Yield the results of `make(where, record)` for each record, in order; skipped broken records yield nothing."""
-    for where, record in records:
-        yield from faults.items(where, partial(make, where, record))
 
 
 def bare_name(path: Path) -> str:
@@ -95,59 +84,65 @@ def json_lines(path: Path, faults: Faults) -> Iterator[Record]:
 
     Raises:
         BrokenLineError: A line is not a JSON object in UTF-8, and `faults` raises.
-        DatasetError: The file cannot be read, or its compressed data are truncated or damaged. This is raised in both
-            modes, since nothing after that place can be read.
+        DatasetError: As in `reading`, in both modes, since nothing after that place can be read.
     """
-    try:
-        with _opened(path) as file:
-            for number, line in enumerate(file, start=1):
-                raw = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if not raw.strip():
-                    continue
-                where = f"{path}, line {number}"
-                for record in faults.items(where, partial(_objects, raw)):
-                    yield where, record
-    except READ_ERRORS as error:
-        raise unreadable(path, error) from error
+    with reading(path), _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            raw = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            where = f"{path}, line {number}"
+            if raw.strip():
+                with faults.at(where):
+                    yield where, _object(raw)
 
 
-def json_file(path: Path) -> Any:
-    """Load the one JSON value of a file.
+def json_file(path: Path) -> Iterator[Record]:
+    """Yield the one JSON value of a file.
 
     Raises:
         DatasetError: The file cannot be read, or is not JSON.
     """
+    with reading(path), _opened(path) as file:
+        content = file.read().removeprefix(codecs.BOM_UTF8)
     try:
-        with _opened(path) as file:
-            return json.loads(file.read().removeprefix(codecs.BOM_UTF8))
-    except READ_ERRORS as error:
-        raise unreadable(path, error) from error
+        yield str(path), json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DatasetError(
             f"not JSON: {error}", where=str(path), next_step="If it has one object per line, rename it to `.jsonl`."
         ) from error
 
 
-def unreadable(path: Path, error: Exception) -> DatasetError:
-    """The error for a file that the system or the decompressor cannot read."""
-    reason = getattr(error, "strerror", None) or error or type(error).__name__
-    return DatasetError(
-        f"cannot be read: {reason}", where=str(path), next_step="Check the path, or get the file again."
-    )
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn errors of the system and the decompressor into a DatasetError.
+
+    Raises:
+        DatasetError: The file cannot be read, or its compressed data are truncated or damaged.
+    """
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        reason = getattr(error, "strerror", None) or error or type(error).__name__
+        raise DatasetError(
+            f"cannot be read: {reason}", where=str(path), next_step="Check the path, or get the file again."
+        ) from error
 
 
 def _opened(path: Path) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
-def _objects(line: bytes) -> Iterator[dict[str, Any]]:
+def _object(line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line.decode())
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise DatasetError(f"not JSON in UTF-8: {error}") from error
     if not isinstance(value, dict):
         raise DatasetError(f"expected a JSON object, got {type(value).__name__}")
-    yield value
+    return value
+
+
+def _field(record: Any, name: str) -> Any:
+    return record.get(name) if isinstance(record, dict) else None
 
 
 def text_of(record: Any, name: str) -> str:
@@ -157,7 +152,7 @@ def text_of(record: Any, name: str) -> str:
         DatasetError: The field is missing.
         ConfigError: The value is not text, is blank, or contains characters that no tokenizer accepts.
     """
-    value = record.get(name) if isinstance(record, dict) else None
+    value = _field(record, name)
     if value is None:
         raise DatasetError(f"no {name}")
     check_text(value, name)
@@ -166,7 +161,7 @@ def text_of(record: Any, name: str) -> str:
 
 def title_of(record: Any) -> str:
     """The title of a record; empty if it has no title, as in most sets."""
-    value = record.get("title") if isinstance(record, dict) else None
+    value = _field(record, "title")
     return text_of(record, "title") if isinstance(value, str) and value.strip() else ""
 
 
@@ -176,7 +171,7 @@ def items_of(record: Any, name: str) -> list[Any]:
     Raises:
         DatasetError: The field is missing or not a list.
     """
-    value = record.get(name) if isinstance(record, dict) else None
+    value = _field(record, name)
     if not isinstance(value, list):
         raise DatasetError(f"no list of {name}" if value is None else f"{name} must be a list")
     return value
@@ -189,7 +184,7 @@ def texts_of(values: Any, name: str) -> tuple[str, ...]:
 
     Raises:
         DatasetError: There is no text.
-        ConfigError: A value is not text, is blank, or contains characters that no tokenizer accepts.
+        ConfigError: As in `text_of`.
     """
     if isinstance(values, dict):
         values = values.get("text")

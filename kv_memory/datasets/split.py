@@ -19,12 +19,8 @@ def split_by_hash(id: str, share: float) -> bool:
 
     A document held out at one share is held out at every larger one.
 
-    Args:
-        id: Id of the example.
-        share: Share of all documents that is held out, in [0, 1].
-
     Raises:
-        ConfigError: `share` is outside its range.
+        ConfigError: `share` is outside [0, 1].
     """
     _check_share(share, where="share")
     return _place(id) < share
@@ -36,15 +32,11 @@ def corpus_split(examples: Iterable[Example], held_out: float = 0.2) -> tuple[li
     The split is by `split_by_hash`, so the held-out part has about, not exactly, this share. If one side would be empty
     and there are at least two documents, the document closest to the border changes sides.
 
-    Args:
-        examples: All examples; they are held in memory.
-        held_out: Share of documents held out, in (0, 1).
-
     Returns:
         `(training, held out)`; examples with the same id are on the same side.
 
     Raises:
-        ConfigError: `held_out` is outside its range.
+        ConfigError: `held_out` is outside (0, 1).
     """
     _check_share(held_out, where="held_out", open_ends=True)
     everything = list(examples)
@@ -61,11 +53,6 @@ def sample(examples: Iterable[Example], n: int, seed: int = 0) -> list[Example]:
     """Draw `n` examples without holding the others in memory; all of them, shuffled, if there are at most `n`.
 
     The same examples in any order give the same sample, and a smaller sample is the beginning of a larger one.
-
-    Args:
-        examples: Examples to draw from; iterated once, to the end.
-        n: Number of examples to draw.
-        seed: Seed of the sample; a different seed draws different examples.
 
     Raises:
         ConfigError: `n` is negative.

@@ -19,12 +19,11 @@ from dataclasses import dataclass, replace
 from kv_memory.compress import RefineSettings
 from kv_memory.compress.refine.probes import ProbeSettings, make_probes
 from kv_memory.compress.refine.teacher import Teacher
-from kv_memory.config import check_keep_ratio
 from kv_memory.documents import Document, DocumentLike, read_documents, split_passages
 from kv_memory.errors import ConfigError, DatasetError, DocumentError, EmptyDocumentError
 from kv_memory.evaluate.aggregate import aggregate
 from kv_memory.evaluate.cases import Case, Query
-from kv_memory.evaluate.measure import Bench, Column, EvalProgress
+from kv_memory.evaluate.measure import Bench, Column, EvalProgress, check_limits
 from kv_memory.evaluate.methods import Method, make_methods
 from kv_memory.evaluate.metrics import normalise
 from kv_memory.evaluate.question_records import Record
@@ -53,7 +52,6 @@ class Advice:
     Attributes:
         rows: Measured rows by falling keep_ratio; empty if no question could be generated.
         recommendation: Recommended setting.
-        settings: Settings of the measurement.
         n_documents: Number of documents read.
         n_unanswered: Questions left out because the full cache gives no answer to them.
         n_too_long: Sampled passages that, with a question, are too long for the model's window.
@@ -63,7 +61,6 @@ class Advice:
 
     rows: tuple[AdviceRow, ...]
     recommendation: Recommendation
-    settings: MemorySettings
     n_documents: int
     n_unanswered: int
     n_too_long: int
@@ -106,7 +103,9 @@ def advise(
         ModelError, AdapterError: As `KVMemory.open`.
     """
     start_s = time.monotonic()
-    ratios = _checked(keep_ratios, n_passages, time_limit_s)
+    if n_passages < 1:
+        raise ConfigError(f"n_passages must be at least 1, got {n_passages}", where="n_passages")
+    ratios = check_limits(keep_ratios, time_limit_s)
     source = list(source) if isinstance(source, Iterator) else source
     read = read_documents(source, encoding=encoding, on_error="skip")
     if not read.documents:
@@ -114,7 +113,11 @@ def advise(
     settings = settings or MemorySettings.resolve({}, model=None if backbone is None else backbone.name)
     settings = replace(settings, refine_steps=0, min_fidelity=None)
     backbone = backbone or Backbone.load(settings.model, prompt=settings.prompt)
-    columns = _columns(backbone, settings, ratios)
+    compressor = load_compressor(settings, backbone)
+    alone = compressor.adapter is not None and settings.selector != "combined"
+    method = Method("adapter" if alone else settings.selector, compressor, "")
+    columns = [Column(make_methods(["full"], backbone)[0], None)]
+    columns += [Column(method, ratio, settings.storage) for ratio in ratios]
     bench = Bench(backbone, _TASK, settings.layout, generate=True)
     room = backbone.context_window - len(backbone.prefix_ids) - _ROOM_TOKENS
     drawn = list(itertools.islice(_draw(backbone, read.documents, settings.passage_tokens, seed), _TRIES * n_passages))
@@ -143,7 +146,7 @@ def advise(
             case = case or _asked(backbone, text, seed)
             if case is None:
                 break
-            record = bench.run(case, column, key="", config="")
+            record = bench.run(case, column)
             answered = answered or [bool(normalise(question.answer or "")) for question in record.questions]
             if not any(answered):
                 break
@@ -160,33 +163,12 @@ def advise(
     return Advice(
         rows=rows,
         recommendation=recommend(rows, criteria=criteria or Criteria(), settings=settings, what=what),
-        settings=settings,
         n_documents=len(read.documents),
         n_unanswered=n_unanswered,
         n_too_long=len(drawn) - len(fitting),
         errors=read.errors,
         complete=complete,
     )
-
-
-def _columns(backbone: Backbone, settings: MemorySettings, ratios: Sequence[float]) -> list[Column]:
-    """The full cache, then the method of these settings at each ratio."""
-    compressor = load_compressor(settings, backbone)
-    alone = compressor.adapter is not None and settings.selector != "combined"
-    method = Method("adapter" if alone else settings.selector, compressor, "", ratios=True)
-    full = Column(make_methods(["full"], backbone)[0], None)
-    return [full, *(Column(method, ratio, settings.storage) for ratio in ratios)]
-
-
-def _checked(keep_ratios: Sequence[float], n_passages: int, time_limit_s: float | None) -> list[float]:
-    """The ratios without duplicates, in falling order."""
-    if n_passages < 1:
-        raise ConfigError(f"n_passages must be at least 1, got {n_passages}", where="n_passages")
-    if time_limit_s is not None and time_limit_s <= 0:
-        raise ConfigError(f"the time limit must be above 0, got {time_limit_s}", where="time_limit_s")
-    if not keep_ratios:
-        raise ConfigError("no keep_ratio is given", where="keep_ratio", next_step="Pass for example --keep-ratio 1/4.")
-    return sorted({check_keep_ratio(ratio) for ratio in keep_ratios}, reverse=True)
 
 
 def _draw(
@@ -232,7 +214,7 @@ def _rows(measured: Sequence[Sequence[Record]], kv_bytes_per_token: int) -> tupl
     """One row for each keep_ratio, from the records of each passage, the full cache's first."""
     found = []
     columns = list(zip(*measured, strict=True))
-    for row, own in zip(aggregate(itertools.chain.from_iterable(measured))[1:], columns[1:], strict=True):
+    for row, own in zip(aggregate(itertools.chain(*measured))[1:], columns[1:], strict=True):
         pairs = [
             (normalise(a.answer or ""), normalise(b.answer or ""))  # SQuAD's normal form; empty without a word
             for full, record in zip(columns[0], own, strict=True)

@@ -23,6 +23,7 @@ RESAMPLES = 1000
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
 _Case = tuple[str, Hashable]
+_Column = dict[_Case, Record]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,41 +67,20 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """The row as one flat, printable object; apart from the group, with the same keys for all tasks and methods."""
-        return {
+        data: dict[str, Any] = {
             "task": self.task,
             **self.group,
             "method": self.method,
             "keep_ratio": self.keep_ratio,
             "n": self.n,
-            **{name: self.means.get(name) for name in METRICS},
-            "retention": self.retention,
-            "ci": {name: None if pair is None else list(pair) for name, pair in self.ci.items()},
-            "seconds_per_document": self.seconds_per_document,
-            "prefills": self.prefills,
         }
+        data |= {name: self.means.get(name) for name in METRICS}
+        return data | {name: getattr(self, name) for name in ("retention", "ci", "seconds_per_document", "prefills")}
 
 
 def score_of(task: str) -> str | None:
     """The main score of a task; None if it has none, or if the task is not one of `TASKS`."""
     return TASKS[task].score if task in TASKS else None
-
-
-class _Column:
-    """The records of one method at one keep_ratio, by case."""
-
-    def __init__(self, records: Sequence[Record]) -> None:
-        self.by_case = {record.case: record for record in records}
-
-    def sums(self, metric: str, cases: Sequence[_Case]) -> tuple[Floats, Floats] | None:
-        """Sum over questions and number of questions for each document; None if the metric does not apply."""
-        documents: dict[str, list[float | None]] = {}
-        for case in cases:
-            values = documents.setdefault(case[0], [])
-            values += [getattr(question, metric) for question in self.by_case[case].questions]
-        rows = [[value for value in values if value is not None] for values in documents.values()]
-        if any(len(row) < len(values) for row, values in zip(rows, documents.values(), strict=True)):
-            return None
-        return np.array([sum(row) for row in rows], float), np.array([len(row) for row in rows], float)
 
 
 def aggregate(
@@ -116,17 +96,17 @@ def aggregate(
         by: Names of groups with separate rows, e.g. `k` and `place`; rows are averaged over all other groups. None
             means `Task.by`.
     """
-    tasks: dict[str, dict[tuple[tuple[str, int | str], ...], dict[tuple[str, float | None], list[Record]]]] = {}
+    tasks: dict[str, dict[tuple[tuple[str, int | str], ...], dict[tuple[str, float | None], _Column]]] = {}
     for record in records:
         names = (TASKS[record.task].by if record.task in TASKS else ()) if by is None else by
         group = tuple((name, record.group[name]) for name in names if name in record.group)
         columns = tasks.setdefault(record.task, {}).setdefault(group, {})
-        columns.setdefault((record.method, record.keep_ratio), []).append(record)
+        columns.setdefault((record.method, record.keep_ratio), {})[record.case] = record
     return [
         row
         for task, groups in tasks.items()
-        for group in sorted(groups)
-        for row in _rows(task, dict(group), {name: _Column(own) for name, own in groups[group].items()}, seed, paired)
+        for group, columns in sorted(groups.items())
+        for row in _rows(task, dict(group), columns, seed, paired)
     ]
 
 
@@ -137,13 +117,12 @@ def check_groups(task: str, by: Sequence[str]) -> None:
         ConfigError: A name is not one of the task's groups; the error names the available ones.
     """
     groups = TASKS[task].groups
-    for name in by:
-        if name not in groups:
-            raise ConfigError(
-                f"rows of {task} cannot be grouped by {name!r}",
-                where="by",
-                next_step=f"Use one or more of {', '.join(groups)}." if groups else "Omit the option.",
-            )
+    if unknown := [name for name in by if name not in groups]:
+        raise ConfigError(
+            f"rows of {task} cannot be grouped by {unknown[0]!r}",
+            where="by",
+            next_step=f"Use one or more of {', '.join(groups)}." if groups else "Omit the option.",
+        )
 
 
 def table_of(row: Row) -> tuple[str, tuple[tuple[str, int | str], ...]]:
@@ -154,39 +133,40 @@ def table_of(row: Row) -> tuple[str, tuple[tuple[str, int | str], ...]]:
 def _rows(
     task: str, group: Group, columns: dict[tuple[str, float | None], _Column], seed: int, paired: bool
 ) -> list[Row]:
-    common = set.intersection(*(set(column.by_case) for column in columns.values()))
+    common = set.intersection(*map(set, columns.values()))
     ends = [columns.get((name, None)) for name in ("full", "none")]
     score = score_of(task)
     rows = []
     for (method, ratio), column in sorted(columns.items(), key=lambda item: order(*item[0])):
-        cases = sorted(common if paired else column.by_case)
+        cases = sorted(common if paired else column)
         if not cases:
             continue
-        sums = {metric: column.sums(metric, cases) for metric in METRICS}
+        sums = {metric: _sums(column, metric, cases) for metric in METRICS}
         retention, interval = _retention(score, [column, *ends], cases, seed)
-        taken = [column.by_case[case] for case in cases]
+        taken = [column[case] for case in cases]
         seconds = [record.compress_s for record in taken if record.compress_s is not None]
         answers = [q.answer for record in taken for q in record.questions if q.answer is not None]
         ratios = [r.compress_s / r.prefill_s for r in taken if r.compress_s is not None and r.prefill_s]
-        row = Row(
-            task=task,
-            method=method,
-            keep_ratio=ratio,
-            n=sum(len(record.questions) for record in taken),
-            n_documents=len({record.document for record in taken}),
-            means={name: None if two is None else float(two[0].sum() / two[1].sum()) for name, two in sums.items()},
-            retention=retention,
-            ci={
-                "kl": _interval(sums["kl"], seed),
-                "score": _interval(sums[score] if score else None, seed),
-                "retention": interval,
-            },
-            seconds_per_document=sum(seconds) / len(seconds) if seconds else None,
-            prefills=median(ratios) if ratios else None,  # since single documents may have shared the machine
-            empty=sum(not is_visible(answer) for answer in answers) / len(answers) if answers else None,
-            group=group,
+        rows.append(
+            Row(
+                task=task,
+                method=method,
+                keep_ratio=ratio,
+                n=sum(len(record.questions) for record in taken),
+                n_documents=len({record.document for record in taken}),
+                means={name: None if two is None else float(two[0].sum() / two[1].sum()) for name, two in sums.items()},
+                retention=retention,
+                ci={
+                    "kl": _interval(sums["kl"], seed),
+                    "score": _interval(sums[score] if score else None, seed),
+                    "retention": interval,
+                },
+                seconds_per_document=sum(seconds) / len(seconds) if seconds else None,
+                prefills=median(ratios) if ratios else None,  # since single documents may have shared the machine
+                empty=sum(not is_visible(answer) for answer in answers) / len(answers) if answers else None,
+                group=group,
+            )
         )
-        rows.append(row)
     return rows
 
 
@@ -207,10 +187,8 @@ def _retention(
 ) -> tuple[float | None, Interval | None]:
     """Retention of the first column between the others, `full` and `none`, with its interval."""
     three = [column for column in columns if column is not None]
-    shared = [case for case in cases if all(case in column.by_case for column in three)]
-    if score is None or len(three) < 3 or not shared:
-        return None, None
-    found = [column.sums(score, shared) for column in three]
+    shared = [case for case in cases if all(case in column for column in three)]
+    found = [_sums(column, score, shared) for column in three] if score and shared else []
     sums = [one for one in found if one is not None]
     if len(sums) < 3:
         return None, None
@@ -224,6 +202,17 @@ def _retention(
     own_b, ceiling_b, floor_b = ((draws @ total) / (draws @ n) for total, n in sums)
     some = ceiling_b != floor_b  # without a gap between floor and ceiling, retention is undefined
     return value, _percentiles((own_b[some] - floor_b[some]) / (ceiling_b[some] - floor_b[some]))
+
+
+def _sums(column: _Column, metric: str, cases: Sequence[_Case]) -> tuple[Floats, Floats] | None:
+    """Sum over questions and number of questions for each document; None if the metric does not apply."""
+    documents: dict[str, list[float | None]] = {}
+    for case in cases:
+        documents.setdefault(case[0], []).extend(getattr(question, metric) for question in column[case].questions)
+    if any(None in values for values in documents.values()):
+        return None
+    sums = [sum(filter(None, values)) for values in documents.values()]
+    return np.array(sums, float), np.array([len(values) for values in documents.values()], float)
 
 
 def _interval(sums: tuple[Floats, Floats] | None, seed: int) -> Interval | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 from kv_memory.model.backbone import Backbone
 
@@ -65,17 +66,14 @@ class Case:
         """SHA-256 over the documents and their questions."""
         data = asdict(self)
         # Fields added later are omitted if unused, so that the digests of earlier measurements stay valid.
-        for name in ("passages", "group"):
-            if not data[name]:
-                del data[name]
-        for query in data["queries"]:
-            if not query["all_wanted"]:
-                del query["all_wanted"]
+        for fields in (data, *data["queries"]):
+            for name in {"passages", "group", "all_wanted"} & fields.keys():
+                if not fields[name]:
+                    del fields[name]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncodedQuery:
+class EncodedQuery(NamedTuple):
     """Token ids of a query.
 
     Attributes:
@@ -105,4 +103,4 @@ def encode_query(backbone: Backbone, query: Query) -> EncodedQuery:
     else:
         reference = backbone.encode_text(lead + right.strip())
     choices = tuple(tuple(backbone.encode_text(lead + choice.strip())) for choice in query.choices)
-    return EncodedQuery(prompt=tuple(prompt), reference=tuple(reference), choices=choices)
+    return EncodedQuery(tuple(prompt), tuple(reference), choices)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,18 +15,32 @@ import torch
 
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.compress import Compressor, PrefilledDocument
-from kv_memory.config import Layout, StorageName
-from kv_memory.evaluate.cases import Case, EncodedQuery, encode_query
+from kv_memory.config import Layout, StorageName, check_keep_ratio
+from kv_memory.errors import ConfigError
+from kv_memory.evaluate.cases import Case
 from kv_memory.evaluate.methods import Method, make_methods
 from kv_memory.evaluate.question_records import Record
-from kv_memory.evaluate.scoring import TeacherAnswer, score, teach
+from kv_memory.evaluate.scoring import CaseScorer
 from kv_memory.evaluate.tasks.task import Task
 from kv_memory.model.backbone import Backbone
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
+def check_limits(keep_ratios: Sequence[float], time_limit_s: float | None) -> list[float]:
+    """The ratios without duplicates, in falling order.
+
+    Raises:
+        ConfigError: There is no ratio, one is outside (0, 1], or the time limit is not above 0.
+    """
+    if time_limit_s is not None and time_limit_s <= 0:
+        raise ConfigError(f"the time limit must be above 0, got {time_limit_s}", where="time_limit_s")
+    if not keep_ratios:
+        raise ConfigError("no keep_ratio is given", where="keep_ratio", next_step="Pass for example --keep-ratio 1/4.")
+    return sorted({check_keep_ratio(ratio) for ratio in keep_ratios}, reverse=True)
+
+
+@dataclass(frozen=True)
 class EvalProgress:
     """Progress of an evaluation. A measurement is one document with one column.
 
@@ -68,14 +82,7 @@ class Column:
 
     def progress(self, document_id: str, n_done: int, n_measured: int, n_total: int) -> EvalProgress:
         """Progress before this column is measured on a document."""
-        return EvalProgress(
-            n_done=n_done,
-            n_measured=n_measured,
-            n_total=n_total,
-            document_id=document_id,
-            method=self.name,
-            keep_ratio=self.keep_ratio,
-        )
+        return EvalProgress(n_done, n_measured, n_total, document_id, self.name, self.keep_ratio)
 
 
 class _Made(NamedTuple):
@@ -99,34 +106,23 @@ class Bench:
     """
 
     def __init__(self, backbone: Backbone, task: Task, layout: Layout, generate: bool) -> None:
-        self._backbone, self._task, self._layout, self._generate = backbone, task, layout, generate
+        self._backbone, self._task = backbone, task
+        self._scorer_of = partial(CaseScorer, backbone, task, layout=layout, generate=generate)
         full = make_methods(["full"], backbone)[0]
         self._full, self._joined = Column(full, None), Column(full, None, joined=True)
         self._made: dict[tuple[str, float | None, str], _Made] = {}
         self._compressor: Compressor | None = None  # compressor of the documents in `_prefilled`
         self._prefilled: dict[str, tuple[PrefilledDocument, float]] = {}
         self._case: Case | None = None
-        self._taught: list[TeacherAnswer] = []
-        self._encoded: list[EncodedQuery] = []
-        self._plain: _Made | None = None
+        self._plain: _Made
+        self._scorer: CaseScorer
 
-    def run(self, case: Case, column: Column, *, key: str, config: str) -> Record:
+    def run(self, case: Case, column: Column, *, key: str = "", config: str = "") -> Record:
         """Measure one case with one method."""
         if self._case is not case:
             self._take(case)
-        assert self._plain is not None
         made = self._caches(case, column)
         caches = [one.cache for one in made]
-        questions = score(
-            self._backbone,
-            caches,
-            case,
-            self._encoded,
-            self._taught,
-            self._task,
-            layout=self._layout,
-            generate=self._generate,
-        )
         return Record(
             key=key,
             config=config,
@@ -143,7 +139,7 @@ class Bench:
             size_bytes=sum(one.size_bytes for one in made) if column.method.ratios else None,
             cell=case.cell,
             group=case.group,
-            questions=tuple(questions),
+            questions=tuple(self._scorer.score(caches)),
         )
 
     def _take(self, case: Case) -> None:
@@ -153,10 +149,8 @@ class Bench:
         self._case, self._prefilled = case, {}
         self._made = {key: made for key, made in self._made.items() if key[2] in case.passages}
         (self._plain,) = self._caches(case, self._full)
-        self._encoded = [encode_query(self._backbone, query) for query in case.queries]
         joined = [made.cache for made in self._caches(case, self._joined)] if case.passages else []
-        full = self._plain.cache
-        self._taught = teach(self._backbone, full, self._encoded, self._task, layout=self._layout, joined=joined)
+        self._scorer = self._scorer_of(case, self._plain.cache, joined)
 
     def _caches(self, case: Case, column: Column) -> list[_Made]:
         """A method's caches of the documents; one for `full`, and none for `none`."""

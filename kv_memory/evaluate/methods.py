@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from kv_memory.compress import Adapter, Compressor, Matched, MatchSettings, RefineSettings, SinkRecent
+from kv_memory.compress import Adapter, Compressor, Matched, MatchSettings, RefineSettings
 from kv_memory.config import Budget, check_choice
 from kv_memory.errors import ConfigError
 from kv_memory.model.backbone import Backbone
@@ -55,13 +55,16 @@ class Method:
         name: Name from `METHODS`.
         compressor: The compressor; None for `none`.
         digest: Hash of everything that determines its caches: equal digests, equal results.
-        ratios: True if it has a keep_ratio; the ceiling (`full`) and the floor (`none`) have none.
     """
 
-    name: MethodName
+    name: str
     compressor: Compressor | None
     digest: str
-    ratios: bool
+
+    @property
+    def ratios(self) -> bool:
+        """Whether it has a keep_ratio; the ceiling (`full`) and the floor (`none`) have none."""
+        return self.name not in ("full", "none")
 
 
 class RandomSelector:
@@ -115,14 +118,14 @@ def make_methods(
     methods = []
     for name in wanted:
         if name == "none":
-            methods.append(Method(name, None, backbone.fingerprint(method="none").digest, ratios=False))
+            methods.append(Method(name, None, backbone.fingerprint(method="none").digest))
             continue
         refined = name == "refined"
         compressor = _compressor(start if refined else name, backbone, adapter, seed, refine if refined else None)
         # The fingerprint is about decoding and may omit some settings of refinement, so they are added here.
         settings = f"|{refine!r}" if refined else ""
         digest = hashlib.sha256(f"{name}|{compressor.fingerprint().digest}{settings}".encode()).hexdigest()
-        methods.append(Method(name, compressor, digest, ratios=name != "full"))
+        methods.append(Method(name, compressor, digest))
     return methods
 
 
@@ -135,9 +138,8 @@ def check_methods(names: Sequence[str] | None, *, has_adapter: bool, refine_from
         check_choice(name, MethodName, where="method")
     if not names:
         raise ConfigError("no method is given", where="method", next_step=f"Use one or more of {', '.join(METHODS)}.")
-    needing = sorted({*names} & _NEED_ADAPTER) + (
-        ["refined"] if "refined" in names and refine_from in _NEED_ADAPTER else []
-    )
+    needing = sorted({*names} & _NEED_ADAPTER)
+    needing += ["refined"] if "refined" in names and refine_from in _NEED_ADAPTER else []
     if needing and not has_adapter:
         raise ConfigError(
             f"method {needing[0]!r} needs an adapter", where="adapter", next_step="Pass one, e.g. --adapter FOLDER."
@@ -152,10 +154,8 @@ def _compressor(
         return Compressor(backbone, adapter=adapter, selector="combined", refine=refine)
     if name in _NEED_ADAPTER:
         return Compressor(backbone, adapter=adapter, routed=name == "adapter", refine=refine)
-    selector: Any = name
-    if name == "full":  # at keep_ratio 1 the selector is unused
-        selector = SinkRecent()
-    elif name == "random":
+    selector: Any = "sink_recent" if name == "full" else name  # at keep_ratio 1 the selector is unused
+    if name == "random":
         selector = RandomSelector(seed=seed)
     elif name in PARTS:
         selector = Matched(replace(PARTS[name], part_tokens=min(1024, backbone.context_window // 4)))

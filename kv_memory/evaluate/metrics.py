@@ -26,14 +26,9 @@ def normalise(text: str) -> str:
 
 def f1(answer: str, references: Sequence[str]) -> float:
     """Harmonic mean of precision and recall over words, in [0, 1]; the best over the references."""
-    return max(_f1(normalise(answer).split(), normalise(reference).split()) for reference in references)
-
-
-def _f1(answer: list[str], reference: list[str]) -> float:
-    if not answer or not reference:
-        return float(answer == reference)
-    common = sum((Counter(answer) & Counter(reference)).values())
-    return 2 * common / (len(answer) + len(reference))
+    said = Counter(normalise(answer).split())
+    wanted = [Counter(normalise(reference).split()) for reference in references]
+    return max(2 * (said & words).total() / n if (n := said.total() + words.total()) else 1.0 for words in wanted)
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
@@ -97,22 +92,12 @@ ALL_WANTED = TEXT_METRICS | {"em": exact_match_all, "contains": contains_all}
 
 
 def kl_divergence(teacher: torch.Tensor, student: torch.Tensor) -> float:
-    """KL(teacher || student) in nats, the mean over tokens.
-
-    Args:
-        teacher: Log-probabilities, `(n_tokens, vocab_size)`, float32.
-        student: Log-probabilities of the same shape and type.
-    """
+    """KL(teacher || student) in nats, the mean over tokens; of log-probabilities, `(n_tokens, vocab_size)`, float32."""
     divergence = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
     return max(0.0, float(divergence.mean()))  # rounding can give -1e-8 for two equal distributions
 
 
 def negative_log_likelihood(log_probs: torch.Tensor, ids: Sequence[int]) -> float:
-    """Mean negative log-likelihood per token, in nats.
-
-    Args:
-        log_probs: Log-probabilities, `(n_tokens, vocab_size)`, float32.
-        ids: Token ids, `(n_tokens,)`.
-    """
+    """Mean negative log-likelihood of token ids, in nats; of log-probabilities, `(len(ids), vocab_size)`, float32."""
     wanted = torch.tensor(list(ids), device=log_probs.device)[:, None]
     return float(-log_probs.gather(1, wanted).mean())

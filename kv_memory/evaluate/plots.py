@@ -26,11 +26,9 @@ def _figure(width: float, height: float) -> Any:
 
 
 def plot_fidelity(rows: Sequence[Row], path: Path) -> Path:
-    """KL, and the task's main score where it has one, against keep_ratio; ceiling and floor as lines.
+    """Plot KL, and the task's main score where it has one, against keep_ratio, from rows of one task and group.
 
-    Args:
-        rows: Rows of one task and one of its groups.
-        path: Path of the PNG file.
+    Ceiling and floor are lines.
 
     Raises:
         ConfigError: The package matplotlib is missing.
@@ -60,9 +58,9 @@ def _draw(panel: Any, rows: Sequence[Row], measure: str) -> None:
         ratios = [row.keep_ratio for row in own]
         marker, line = "os^Dv<>Pp*"[index % 10], "-" if index < 10 else ":"
         panel.plot(ratios, values, marker=marker, linestyle=line, color=f"C{index % 10}", label=method, markersize=4)
-        pairs = [row.ci.get("kl" if measure == "kl" else "score") for row in own]
-        if all(pair is not None for pair in pairs):
-            low, high = zip(*(pair for pair in pairs if pair is not None), strict=True)
+        pairs = [pair for row in own if (pair := row.ci.get("kl" if measure == "kl" else "score")) is not None]
+        if len(pairs) == len(own):
+            low, high = zip(*pairs, strict=True)
             panel.fill_between(ratios, low, high, color=f"C{index % 10}", alpha=0.12, linewidth=0)
     ticks = sorted({row.keep_ratio for row in rows if row.keep_ratio is not None})
     panel.set_xscale("log", base=2)
@@ -73,11 +71,9 @@ def _draw(panel: Any, rows: Sequence[Row], measure: str) -> None:
 
 
 def plot_needle(records: Sequence[Record], path: Path) -> Path:
-    """Share of answers that contain the needle, by length and depth; the needle's NLL if answers were not decoded.
+    """Plot the share of answers that contain the needle, by length and depth, from records that have a cell.
 
-    Args:
-        records: Records that have a cell.
-        path: Path of the PNG file.
+    If answers were not decoded, it is the needle's NLL.
 
     Raises:
         ConfigError: The package matplotlib is missing.

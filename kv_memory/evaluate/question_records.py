@@ -15,23 +15,22 @@ from kv_memory.evaluate.cases import Group
 T = TypeVar("T")
 
 FILE_NAME = "examples.jsonl"
-METRICS = ("kl", "nll", "f1", "em", "contains", "accuracy", "rouge_l", "kl_joined")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Measures of one question; a measure that does not apply, or was not requested, is None.
+    """Measures of one question; one that does not apply, or was not requested, is None. For the texts see `metrics`.
 
     Attributes:
         kl: KL(full || method) in nats; the mean over the tokens of the full model's own answer, or of the reference,
             see `Task.kl_on`.
         nll: Mean negative log-likelihood per token of the first reference, in nats; or of a list of all references, if
             all are required.
-        f1: F1, see `metrics`.
-        em: Exact match, see `metrics`.
-        contains: Containment, see `metrics`.
+        f1: F1.
+        em: Exact match.
+        contains: Containment.
         accuracy: 1 if the correct choice has the highest mean log-likelihood per token, else 0.
-        rouge_l: ROUGE-L, see `metrics`.
+        rouge_l: ROUGE-L.
         kl_joined: The same as `kl`, against the joined full caches of the single documents; None for one document.
         answer: The greedy answer.
     """
@@ -45,6 +44,9 @@ class Measured:
     rouge_l: float | None = None
     kl_joined: float | None = None
     answer: str | None = None
+
+
+METRICS = tuple(field.name for field in fields(Measured) if field.name != "answer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +94,14 @@ class Record:
         """Document and group: equal for the records of one case by several methods."""
         return self.document, tuple(self.group.items())
 
-    def to_line(self) -> str:
-        """One line of JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+    @property
+    def column(self) -> tuple[str, str, float | None]:
+        """Task, method and keep_ratio: equal for the records of one row of a table that covers all groups."""
+        return self.task, self.method, self.keep_ratio
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
-        """Inverse of `to_line`, from the parsed JSON.
+        """The record of a line's object.
 
         Raises:
             TypeError, KeyError: The object is not a record.
@@ -112,10 +115,7 @@ class Record:
 def read_lines(path: Path, parse: Callable[[dict[str, Any]], T], *, repair: bool = False) -> list[T]:
     """The lines of a file of results, without an incomplete last one: cut off by a kill, or still being written.
 
-    Args:
-        path: Path of the file.
-        parse: Function that makes a result of a line's object.
-        repair: Remove the incomplete line from the file.
+    `parse` makes a result of a line's object; `repair` removes the incomplete line from the file.
 
     Raises:
         BrokenLineError: A line is not a result; the error names its number.
@@ -141,36 +141,27 @@ def read_lines(path: Path, parse: Callable[[dict[str, Any]], T], *, repair: bool
     return found
 
 
-class RecordFile:
-    """An append-only file of records.
+def load_records(folder: Path) -> list[Record]:
+    """The records of a folder, in the order written; an incomplete last line is removed. Errors as in `read_lines`."""
+    path = folder / FILE_NAME
+    return read_lines(path, Record.from_dict, repair=True) if path.exists() else []
 
-    An incomplete last line, left by a killed process, is dropped. Any other broken line is an error.
 
-    Args:
-        folder: Folder of `examples.jsonl`, which need not exist yet.
+def append_record(folder: Path, record: Record) -> None:
+    """Write a record to a folder; it is in the file when this returns, even if the process is killed afterwards.
+
+    Raises:
+        DatasetError: The folder, which need not exist, cannot be written to.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE_NAME
-
-    def load(self) -> list[Record]:
-        """All records, in the order written; an incomplete last line is removed. Errors as in `read_lines`."""
-        return read_lines(self.path, Record.from_dict, repair=True) if self.path.exists() else []
-
-    def append(self, record: Record) -> None:
-        """Write one record; it is in the file when this returns, even if the process is killed afterwards.
-
-        Raises:
-            DatasetError: The folder cannot be written to.
-        """
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                file.write(record.to_line().encode())
-        except OSError as error:
-            raise DatasetError(
-                f"cannot be written: {error.strerror}", where=str(self.path), next_step="Pass another --out."
-            ) from error
+    path = folder / FILE_NAME
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(json.dumps(asdict(record), ensure_ascii=False).encode() + b"\n")
+    except OSError as error:
+        raise DatasetError(
+            f"cannot be written: {error.strerror}", where=str(path), next_step="Pass another --out."
+        ) from error
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
@@ -178,12 +169,9 @@ def latest(records: Iterable[Record]) -> list[Record]:
 
     A folder may contain lines of an earlier adapter beside those of the adapter that replaced it.
     """
-    found: dict[tuple[str, str, float | None], dict[Hashable, Record]] = {}
-    configs: dict[tuple[str, str, float | None], str] = {}
+    found: dict[tuple[str, str, float | None], tuple[str, dict[Hashable, Record]]] = {}
     for record in records:
-        column = (record.task, record.method, record.keep_ratio)
-        if configs.get(column) != record.config:
-            configs[column] = record.config
-            found[column] = {}
-        found[column][record.case] = record
-    return [record for cases in found.values() for record in cases.values()]
+        if found.get(record.column, (None,))[0] != record.config:
+            found[record.column] = record.config, {}
+        found[record.column][1][record.case] = record
+    return [record for _, cases in found.values() for record in cases.values()]

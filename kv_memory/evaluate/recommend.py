@@ -37,10 +37,6 @@ class Criteria:
                 f"min_same must lie in [0, 1], got {self.min_same}", where="min_same", next_step="Pass e.g. 0.8."
             )
 
-    def is_met_by(self, row: AdviceRow) -> bool:
-        """Whether a row meets both criteria."""
-        return row.kl <= self.max_kl and row.same >= self.min_same
-
     def __str__(self) -> str:
         return f"a KL of at most {self.max_kl:g} and at least {self.min_same:.0%} of answers the same"
 
@@ -110,18 +106,11 @@ def recommend(
     """The smallest measured keep_ratio that meets the criteria; if none does, the one with the smallest KL.
 
     With fewer than 12 questions about 3 passages there is too little data. The result is then never smaller than the
-    keep_ratio of the settings.
-
-    Args:
-        rows: Measured rows; empty if no question could be generated.
-        criteria: Criteria for the keep_ratio.
-        settings: Settings of the measurement.
-        what: Arguments of the `add` command: paths, and options for them.
+    keep_ratio of the settings. `what` are the arguments of the `add` command: paths, and options for them.
     """
-    meeting = [row for row in rows if criteria.is_met_by(row)]
-    chosen = (
-        min(meeting, key=lambda row: row.keep_ratio) if meeting else min(rows, key=lambda row: row.kl, default=None)
-    )
+    meeting = [row for row in rows if row.kl <= criteria.max_kl and row.same >= criteria.min_same]
+    closest = min(rows, key=lambda row: row.kl, default=None)
+    chosen = min(meeting, key=lambda row: row.keep_ratio, default=closest)
     enough = bool(rows) and rows[0].n_passages >= LEAST_PASSAGES and rows[0].n_questions >= LEAST_QUESTIONS
     asked = settings.keep_ratio
     assert asked is not None  # advice compares ratios, not budgets of tokens or size limits
@@ -129,11 +118,10 @@ def recommend(
     if chosen is None:
         reason = "nothing was measured"
     elif meeting:
-        below = [row for row in rows if row.keep_ratio < ratio]
         reason = f"the smallest measured keep_ratio with {criteria} ({chosen})"
-        reason += (
-            f"; the next smaller one misses a criterion ({max(below, key=lambda row: row.keep_ratio)})" if below else ""
-        )
+        if below := [row for row in rows if row.keep_ratio < ratio]:
+            next_one = max(below, key=lambda row: row.keep_ratio)
+            reason += f"; the next smaller one misses a criterion ({next_one})"
     else:
         reason = (
             f"no measured keep_ratio has {criteria}; the closest is {chosen}. Keep more (--keep-ratio), or relax the "
@@ -161,15 +149,14 @@ def add_command(settings: MemorySettings, keep_ratio: float, what: Sequence[str]
     words: list[Any] = ["kv-memory", "add", *what, "--keep-ratio", keep_ratio]
     if settings.model != MemorySettings.model:
         words += ["--model", settings.model]
-    for name, option in (
-        ("adapter", "--adapter"),
-        ("selector", "--selector"),
-        ("passage_tokens", "--passage-tokens"),
-        ("prompt", "--prompt"),
-        ("storage", "--storage"),
-    ):
+    for name, none in {
+        "adapter": NO_ADAPTER,
+        "selector": "",
+        "passage_tokens": "whole",
+        "prompt": "",
+        "storage": "",
+    }.items():
         value = getattr(settings, name)
         if value != getattr(default, name):
-            none = NO_ADAPTER if name == "adapter" else "whole"
-            words += [option, none if value is None else value]
+            words += [f"--{name.replace('_', '-')}", none if value is None else value]
     return shlex.join(map(str, words))

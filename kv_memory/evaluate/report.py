@@ -19,7 +19,10 @@ def markdown(rows: Sequence[Row]) -> str:
     parts = []
     for task in dict.fromkeys(row.task for row in rows):
         own = [row for row in rows if row.task == task]
-        parts.append(f"### {task}\n\n{_about(own)}\n\n{_table(own)}\n")
+        header, *lines = cells(own)
+        rule = ["---", *["---:"] * (len(header) - 1)]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
+        parts.append(f"### {task}\n\n{_about(own)}\n\n{table}\n")
     return "\n".join(parts)
 
 
@@ -28,41 +31,33 @@ def _about(rows: Sequence[Row]) -> str:
     if len(sizes) > 1:
         return "Rows cover different documents; n is the number of questions. 95% intervals in brackets."
     n, n_documents = sizes.pop()
-    about = f" about {_count(n_documents, 'document')}" if n_documents else ""
-    intervals = "95% intervals in brackets, from a bootstrap over documents."
-    return f"{_count(n, 'question')}{about}, the same for every row. {intervals}"
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
-
-
-def _table(rows: Sequence[Row]) -> str:
-    header, *lines = cells(rows)
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
+    documents = f" about {n_documents:,} document{'s' * (n_documents != 1)}" if n_documents else ""
+    questions = f"{n:,} question{'s' * (n != 1)}{documents}"
+    return f"{questions}, the same for every row. 95% intervals in brackets, from a bootstrap over documents."
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
     """The table of one task as text: a header and a line for each row; columns without information are left out."""
-    metrics = [name for name in METRICS if any(row.means.get(name) is not None for row in rows)]
-    retained = any(row.retention is not None for row in rows)
-    differ = len({row.n for row in rows}) > 1
-    silent = any(row.empty for row in rows)
-    groups = list(dict.fromkeys(name for row in rows for name in row.group))
-    header = [*groups, "method", "kept", *(["n"] if differ else []), *(_NAMES.get(name, name) for name in metrics)]
-    header += ["empty"] if silent else []
-    table = [[*header, *(["retention"] if retained else []), "s/document", "prefills"]]
-    for row in rows:
-        own = [row.group.get(name, "") for name in groups]
-        line = [f"{value:,}" if isinstance(value, int) else value for value in own]
-        line += [row.method, kept_text(row.keep_ratio)]
-        line += [str(row.n)] if differ else []
-        line += [_figure(row.means.get(name), row.ci.get("kl") if name == "kl" else None) for name in metrics]
-        line += [_figure(row.empty, digits=2)] if silent else []
-        line += [_figure(row.retention, row.ci.get("retention"), digits=2)] if retained else []
-        table.append([*line, _figure(row.seconds_per_document), _figure(row.prefills, digits=1)])
-    return table
+    table: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for row in rows for name in row.group):
+        values = [row.group.get(name, "") for row in rows]
+        table[name] = [f"{value:,}" if isinstance(value, int) else value for value in values]
+    table["method"] = [row.method for row in rows]
+    table["kept"] = [kept_text(row.keep_ratio) for row in rows]
+    if len({row.n for row in rows}) > 1:
+        table["n"] = [str(row.n) for row in rows]
+    for name in METRICS:
+        if any(row.means.get(name) is not None for row in rows):
+            pairs = [row.ci.get("kl") if name == "kl" else None for row in rows]
+            figures = [_figure(row.means.get(name), pair) for row, pair in zip(rows, pairs, strict=True)]
+            table[_NAMES.get(name, name)] = figures
+    if any(row.empty for row in rows):
+        table["empty"] = [_figure(row.empty, digits=2) for row in rows]
+    if any(row.retention is not None for row in rows):
+        table["retention"] = [_figure(row.retention, row.ci.get("retention"), digits=2) for row in rows]
+    table["s/document"] = [_figure(row.seconds_per_document) for row in rows]
+    table["prefills"] = [_figure(row.prefills, digits=1) for row in rows]
+    return [list(table), *map(list, zip(*table.values(), strict=True))]
 
 
 def kept_text(keep_ratio: float | None) -> str:
@@ -81,16 +76,9 @@ def _figure(value: float | None, pair: Interval | None = None, *, digits: int = 
 
 
 def write_report(loaded: Loaded, to: Path | str) -> list[Path]:
-    """Write `tables.md` and the plots.
+    """Write `tables.md` and the plots into a folder, and return the files written.
 
     The plots are `TASK_fidelity.png` for each task, or for each of its groups, and `needle_map.png` for needle.
-
-    Args:
-        loaded: Rows and records, see `load_rows`.
-        to: Folder to write to.
-
-    Returns:
-        The files written.
 
     Raises:
         ConfigError: The package matplotlib is missing.

@@ -6,18 +6,17 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
 from kv_memory.compress import Adapter, RefineSettings
-from kv_memory.config import Layout, StorageName, check_choice, check_keep_ratio
-from kv_memory.errors import ConfigError
+from kv_memory.config import Layout, StorageName, check_choice
 from kv_memory.evaluate.aggregate import Row, aggregate, check_groups
-from kv_memory.evaluate.measure import Bench, Column, EvalProgress
-from kv_memory.evaluate.methods import Method, RefineFrom, make_methods
-from kv_memory.evaluate.question_records import Record, RecordFile
+from kv_memory.evaluate.measure import Bench, Column, EvalProgress, check_limits
+from kv_memory.evaluate.methods import RefineFrom, make_methods
+from kv_memory.evaluate.question_records import Record, append_record, load_records
 from kv_memory.evaluate.scoring import KL_TOKENS
 from kv_memory.evaluate.tasks import find_task
 from kv_memory.evaluate.tasks.task import Task, TaskSettings
@@ -75,7 +74,9 @@ def evaluate(
     Args:
         task: `squad`, `quality`, `squality`, `needle`, `spans`, `multidoc`, `ruler` or `qa`.
         backbone: The model.
-        methods: Names from `METHODS`; None means all that can be run.
+        methods: full, none, random, sink_recent, attention, reconstruction, matched_score, matched_fit,
+            matched_one_stage, matched_fixed_keys, matched_even_layers, matched, adapter_selection, adapter, combined or
+            refined; None means all that can be run.
         keep_ratios: Ratios to measure, in (0, 1]; `full` and `none` have no ratio.
         adapter: Adapter attached to the backbone, for the methods that need one and as the start of `refined`.
         settings: Selection of documents, see `TaskSettings`. Its seed is also that of `random` and of the intervals.
@@ -85,7 +86,8 @@ def evaluate(
         storage: Storage type in which every compressed cache is written and loaded before it is used. Unless it is
             `auto`, the methods are named `adapter+int8` and so on. `full` and `none` are not affected.
         generate: False skips metrics of decoded answers (F1 and similar) for speed.
-        by: Groups with separate rows, see `aggregate`; None means those that suit the task.
+        by: One row per value of k or place (multidoc), length or kind (ruler); others are averaged. None means k, or
+            length and kind.
         out: Folder for `examples.jsonl`; results that it contains are not measured again.
         time_limit_s: Time limit in seconds, checked before each document and method.
         on_progress: Called before each document and method, and at the end.
@@ -102,16 +104,15 @@ def evaluate(
     check_groups(task, by or ())
     check_choice(layout, Layout, where="layout")
     check_choice(storage, StorageName, where="storage")
-    if time_limit_s is not None and time_limit_s <= 0:
-        raise ConfigError(f"the time limit must be above 0, got {time_limit_s}", where="time_limit_s")
-    columns = _columns(
-        make_methods(methods, backbone, adapter=adapter, refine=refine, refine_from=refine_from, seed=settings.seed),
-        keep_ratios,
-        storage,
-        together=found_task.together,
-    )
-    file = RecordFile(Path(out)) if out is not None else None
-    known = {record.key: record for record in file.load()} if file is not None else {}
+    ratios = check_limits(keep_ratios, time_limit_s)
+    made = make_methods(methods, backbone, adapter=adapter, refine=refine, refine_from=refine_from, seed=settings.seed)
+    columns = [
+        Column(method, ratio, storage if method.ratios else "auto", joined)
+        for method in made
+        for joined in ((False, True) if found_task.together and method.name == "full" else (False,))
+        for ratio in (ratios if method.ratios else (None,))
+    ]
+    known = {record.key: record for record in load_records(Path(out))} if out is not None else {}
     cases = found_task.cases(backbone, settings)
     configs = {column: _config(found_task, column, settings, layout, generate) for column in columns}
     keys = [
@@ -122,19 +123,20 @@ def evaluate(
     n_done, n_measured, complete = 0, 0, True
     # Document by document: the full model is asked once for all methods, and an interrupted run stays paired.
     for (case, column), key in zip(product(cases, columns), chain.from_iterable(keys), strict=True):
+        progress = column.progress(case.id, n_done, n_measured, len(cases) * len(columns))
         if key not in known:
             if time_limit_s is not None and time.monotonic() - start_s > time_limit_s:
                 complete = False
                 break
             if on_progress is not None:
-                on_progress(column.progress(case.id, n_done, n_measured, len(cases) * len(columns)))
+                on_progress(progress)
             known[key] = bench.run(case, column, key=key, config=configs[column])
-            if file is not None:
-                file.append(known[key])
+            if out is not None:
+                append_record(Path(out), known[key])
             n_measured += 1
         n_done += 1
     if cases and on_progress is not None:
-        on_progress(column.progress(case.id, n_done, n_measured, len(cases) * len(columns)))
+        on_progress(replace(progress, n_done=n_done, n_measured=n_measured))
     records = tuple(known[key] for key in chain.from_iterable(keys) if key in known)
     return Evaluation(
         task=task,
@@ -144,20 +146,6 @@ def evaluate(
         n_finished=sum(known.keys() >= {*of_case} for of_case in keys),
         complete=complete,
     )
-
-
-def _columns(
-    methods: Sequence[Method], keep_ratios: Sequence[float], storage: StorageName, *, together: bool
-) -> list[Column]:
-    ratios = sorted({check_keep_ratio(ratio) for ratio in keep_ratios}, reverse=True)
-    if not ratios and any(method.ratios for method in methods):
-        raise ConfigError("no keep_ratio is given", where="keep_ratio", next_step="Pass for example --keep-ratio 1/4.")
-    return [
-        Column(method, ratio, storage if method.ratios else "auto", joined)
-        for method in methods
-        for joined in ((False, True) if together and method.name == "full" else (False,))
-        for ratio in (ratios if method.ratios else (None,))
-    ]
 
 
 def _config(task: Task, column: Column, settings: TaskSettings, layout: Layout, generate: bool) -> str:

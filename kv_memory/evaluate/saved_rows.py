@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from math import isclose
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.evaluate.aggregate import Row, aggregate, order, plain_name, table_of
@@ -18,14 +18,8 @@ _PEER_FILE = "questions.jsonl"
 _LEARNED = {"adapter", "adapter_selection", "combined", "refined"}  # a table may hold several of each, by label
 
 
-@dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """Contents of several folders.
-
-    Attributes:
-        rows: Rows of the table.
-        records: Records from which the rows were aggregated, including those of peers.
-    """
+class Loaded(NamedTuple):
+    """Rows of a table, and the records from which they were aggregated, including those of peers."""
 
     rows: tuple[Row, ...]
     records: tuple[Record, ...]
@@ -66,20 +60,18 @@ def load_rows(
             label, _, file = file.partition("=")
             found = Path(file)
         own, rows = _read(found)
-        records += [_labelled(record, label) for record in latest(own)]
+        records += latest(_labelled(own, label) if label else own)
         finished += rows
     records, finished = _chosen(records, methods, keep_ratios), _chosen(finished, methods, keep_ratios)
     names = {record.method for record in records} | {row.method for row in finished}
-    for name in methods or ():
-        if name not in names:
-            raise ConfigError(
-                f"no result has the method {name!r}", where="method", next_step="Use a name from the table."
-            )
-    for group in by or ():
-        if not any(group in record.group for record in records):
-            raise ConfigError(
-                f"no result has the group {group!r}", where="by", next_step="Use a column name of the table."
-            )
+    if unknown := [name for name in methods or () if name not in names]:
+        raise ConfigError(
+            f"no result has the method {unknown[0]!r}", where="method", next_step="Use a name from the table."
+        )
+    if unknown := [name for name in by or () if not any(name in record.group for record in records)]:
+        raise ConfigError(
+            f"no result has the group {unknown[0]!r}", where="by", next_step="Use a column name of the table."
+        )
     _check(records)
     rows = aggregate(records, seed=seed, paired=paired, by=by)
     lost = sorted({record.task for record in records} - {row.task for row in rows})
@@ -92,7 +84,7 @@ def load_rows(
     taken = {(table_of(row), row.method, row.keep_ratio) for row in rows}
     rows += [row for row in finished if (table_of(row), row.method, row.keep_ratio) not in taken]
     rows.sort(key=lambda row: (table_of(row), *order(row.method, row.keep_ratio)))
-    return Loaded(rows=tuple(rows), records=tuple(records))
+    return Loaded(tuple(rows), tuple(records))
 
 
 def _chosen(
@@ -117,56 +109,53 @@ def _read(path: Path) -> tuple[list[Record], list[Row]]:
     records: list[Record] = []
     finished: list[Row] = []
     for file in files:
-        found = read_lines(file, _parsed)
-        records += [one for one in found if isinstance(one, Record)]
-        records += _gathered([one for one in found if isinstance(one, tuple)])
-        finished += [one for one in found if isinstance(one, Row)]
+        asked: dict[tuple[Any, ...], dict[Any, Record]] = {}
+        for question, found in read_lines(file, _parsed):
+            if isinstance(found, Row):
+                finished.append(found)
+            elif question is None:
+                records.append(found)
+            else:  # a repeated measurement counts once
+                asked.setdefault((*found.column, found.document), {})[question] = found
+        records += _joined(list(asked.values()))
     return records, finished
 
 
-def _parsed(data: dict[str, Any]) -> Record | Row | tuple[dict[str, Any], Measured]:
-    """A line: a record of ours, a question of a peer, or a row of a table."""
+def _parsed(data: dict[str, Any]) -> tuple[Any, Record | Row]:
+    """A line: a record of ours, a row of a table, or one question of a peer, with its id."""
     if "questions" in data:
-        return Record.from_dict(data)
-    return (data, _measured(data)) if "question" in data else _row(data)
+        return None, Record.from_dict(data)
+    if "question" not in data:
+        return None, _row(data)
+    measured: dict[str, Any] = {name: data.get(name) for name in METRICS}
+    measured |= {name: float(data[name]) for name in ("kl", "nll")}
+    seconds, prefills = data.get("seconds_per_document"), data.get("prefills")
+    return data["question"], Record(
+        key="",
+        config="",
+        task=data["task"],
+        document=data["document"],
+        method=data["method"],
+        keep_ratio=data["keep_ratio"],
+        compress_s=seconds,
+        prefill_s=seconds / prefills if seconds and prefills else None,
+        questions=(Measured(**measured),),
+    )
 
 
-def _measured(data: dict[str, Any]) -> Measured:
-    for name in ("task", "document", "method", "keep_ratio"):
-        data[name]
-    others = {name: data.get(name) for name in METRICS[2:]}
-    return Measured(kl=float(data["kl"]), nll=float(data["nll"]), **others)
-
-
-def _gathered(questions: Sequence[tuple[dict[str, Any], Measured]]) -> list[Record]:
-    """Records from rows per question, which is what peers write."""
-    groups: dict[tuple[str, str, str, float | None], dict[Any, tuple[dict[str, Any], Measured]]] = {}
-    for data, measured in questions:
-        group = (data["task"], data["document"], data["method"], data["keep_ratio"])
-        groups.setdefault(group, {})[data["question"]] = (data, measured)  # a repeated measurement counts once
-    source = next((method.partition(":")[0] for _, _, method, _ in groups if ":" in method), "peer")
-    records = []
-    for (task, document, method, ratio), rows in groups.items():
-        first = next(iter(rows.values()))[0]
-        seconds, prefills = first.get("seconds_per_document"), first.get("prefills")
-        records.append(
-            Record(
-                key="",
-                config=source,
-                task=task,
-                document=document,
-                method=method if ":" in method else f"{source}:{method}",  # its `full` cross-checks ours
-                keep_ratio=ratio,
-                compress_s=seconds,
-                prefill_s=seconds / prefills if seconds and prefills else None,
-                questions=tuple(measured for _, measured in rows.values()),
-            )
-        )
-    return records
+def _joined(documents: Sequence[dict[Any, Record]]) -> Iterator[Record]:
+    """One record for each document and column, from a peer's records of each question."""
+    firsts = [next(iter(questions.values())) for questions in documents]
+    peer = next((first.method.partition(":")[0] for first in firsts if ":" in first.method), "peer")
+    for first, questions in zip(firsts, documents, strict=True):
+        method = first.method if ":" in first.method else f"{peer}:{first.method}"  # its `full` cross-checks ours
+        own = tuple(measured for record in questions.values() for measured in record.questions)
+        yield replace(first, config=peer, method=method, questions=own)
 
 
 def _row(data: dict[str, Any]) -> Row:
-    pairs = {name: None if pair is None else (pair[0], pair[1]) for name, pair in (data.get("ci") or {}).items()}
+    ci = data.get("ci") or {}
+    groups = TASKS[data["task"]].groups if data["task"] in TASKS else ()
     return Row(
         task=data["task"],
         method=data["method"],
@@ -175,37 +164,30 @@ def _row(data: dict[str, Any]) -> Row:
         n_documents=0,
         means={name: data.get(name) for name in METRICS},
         retention=data.get("retention"),
-        ci={name: pairs.get(name) for name in ("kl", "score", "retention")},
+        ci={name: (ci[name][0], ci[name][1]) if ci.get(name) else None for name in ("kl", "score", "retention")},
         seconds_per_document=data.get("seconds_per_document"),
         prefills=data.get("prefills"),
-        group={name: data[name] for name in TASKS[data["task"]].groups if name in data}
-        if data["task"] in TASKS
-        else {},
+        group={name: data[name] for name in groups if name in data},
     )
 
 
-def _labelled(record: Record, label: str) -> Record:
-    return (
-        replace(record, method=f"{label}:{record.method}")
-        if label and plain_name(record.method) in _LEARNED
-        else record
-    )
+def _labelled(records: Iterable[Record], label: str) -> Iterator[Record]:
+    for record in records:
+        learned = plain_name(record.method) in _LEARNED
+        yield replace(record, method=f"{label}:{record.method}") if learned else record
 
 
-def _check(records: Iterable[Record]) -> None:
+def _check(records: Sequence[Record]) -> None:
     """Raise if the table would compare results that are not comparable."""
     configs: dict[tuple[str, str, float | None], str] = {}
-    weights: dict[str, str] = {}
+    weights = {record.weights: record.model for record in records if record.weights}
     for record in records:
-        column = (record.task, record.method, record.keep_ratio)
-        if configs.setdefault(column, record.config) != record.config:
+        if configs.setdefault(record.column, record.config) != record.config:
             raise ConfigError(
                 f"two different results have the name {record.method!r} at keep_ratio {record.keep_ratio}",
                 where=record.task,
                 next_step="Name the folders: LABEL=FOLDER.",
             )
-        if record.weights:
-            weights[record.weights] = record.model
     if len(weights) > 1:
         raise ConfigError(
             f"results of several models: {', '.join(weights.values())}",

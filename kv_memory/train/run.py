@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kv_memory.compress.adapter import Adapter
-from kv_memory.config import DtypeName, check_choice
+from kv_memory.config import DtypeName, check_at_least, check_choices
 from kv_memory.datasets import Example, read_examples
 from kv_memory.errors import ConfigError
 from kv_memory.model.backbone import Backbone
@@ -26,7 +26,7 @@ from kv_memory.train.checkpoints import Checkpoints
 from kv_memory.train.data import LICENCES, Corpus, Window, cut_corpus, hold_out, read_sources, split_share
 from kv_memory.train.estimate import Estimate
 from kv_memory.train.questions import QuestionWriter
-from kv_memory.train.settings import RunOptions, TrainSettings, check_at_least, domain_settings, preset
+from kv_memory.train.settings import RunOptions, TrainSettings, domain_settings, preset
 from kv_memory.train.train_report import TrainProgress, TrainReport, write_card
 from kv_memory.train.trainer import Trainer, already_there, make_accelerator
 
@@ -90,8 +90,7 @@ class TrainRun:
             )
         check_at_least(self, 1, "eval_documents", "n_questions")
         check_at_least(self, 0, "question_passages")
-        check_choice(self.prompt, PromptName, where="prompt")
-        check_choice(self.dtype, DtypeName, where="dtype")
+        check_choices(self)
         _ = self.settings, [split_share(text) for text in self.data]  # both raise if they are wrong
 
     @property

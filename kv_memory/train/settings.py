@@ -9,7 +9,7 @@ from typing import Literal
 
 from kv_memory.compress.adapter import Routed, Target
 from kv_memory.compress.scorer import ScorerKind
-from kv_memory.config import Budget, check_choice, check_keep_ratio
+from kv_memory.config import Budget, check_at_least, check_choices, check_fields, check_keep_ratio, check_names
 from kv_memory.errors import ConfigError
 
 Answers = Literal["people", "teacher"]
@@ -100,8 +100,7 @@ class TrainSettings:
     answer_tokens: int = 48
 
     def __post_init__(self) -> None:
-        for name, choices in (("scorer", ScorerKind), ("routed", Routed), ("budget", Budget), ("answers", Answers)):
-            check_choice(getattr(self, name), choices, where=name)
+        check_choices(self)
         for name in ("min_ratio", "max_ratio", "full_strength_ratio"):
             check_keep_ratio(getattr(self, name), where=name)
         if self.min_ratio > self.max_ratio:
@@ -113,20 +112,11 @@ class TrainSettings:
         check_at_least(self, 1, "answer_tokens")
         check_at_least(self, 2, "most_joined")
         for name in ("forward_weight", "composition_share", "rise", "question_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}", where=name)
+            check_fields(self, **{name: (0 <= getattr(self, name) <= 1, "in [0, 1]")})
         if self.questions_per_document + self.spans_per_document == 0:
             raise ConfigError(
                 "questions_per_document and spans_per_document must not both be 0", where="questions_per_document"
             )
-
-
-def check_at_least(settings: object, least: int, *names: str) -> None:
-    """Raise a `ConfigError` if one of the values with these names is less; None is not."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise ConfigError(f"{name} must be at least {least}, got {value}", where=name)
 
 
 PRESETS: dict[str, TrainSettings] = {
@@ -150,8 +140,7 @@ def preset(name: str, **changes: object) -> TrainSettings:
     Raises:
         ConfigError: The preset does not exist, or a change is out of range.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}", where="preset", next_step=f"Use one of {', '.join(PRESETS)}.")
+    check_names([name], PRESETS, what="preset", where="preset")
     return replace(PRESETS[name], **changes)  # type: ignore[arg-type]
 
 
@@ -198,7 +187,6 @@ class RunOptions:
     def __post_init__(self) -> None:
         check_at_least(self, 1, "checkpoint_every", "keep_checkpoints")
         check_at_least(self, 0, "eval_every")
-        if self.time_limit_s is not None and not 0 < self.time_limit_s < math.inf:
-            raise ConfigError(f"time_limit_s must be above 0, got {self.time_limit_s}", where="time_limit_s")
+        check_fields(self, time_limit_s=(self.time_limit_s is None or 0 < self.time_limit_s < math.inf, "above 0"))
         if self.fit_steps and self.time_limit_s is None:
             raise ConfigError("fit_steps needs a time limit", where="time_limit_s")

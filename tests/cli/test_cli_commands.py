@@ -103,7 +103,7 @@ def test_storage_is_remembered_and_shown(kv: Run, store: Path) -> None:
         (["add", "-", "--selector", "magic"], "selector"),
         (["add", "-", "--passage-tokens", "many"], "passage_tokens"),
         (["add", "-", "--passage-tokens", "3"], "passage_tokens"),
-        (["add", "-", "--metadata", "year"], "metadata"),
+        (["add", "-", "--metadata", "year"], "--metadata"),
         (["add", "-", "--encoding", "klingon"], "encoding"),
         (["add", ".", "--id", "x"], "--id"),
         (["add", "-", "--refine", "-1"], "refine_steps"),

@@ -10,67 +10,53 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
 from kv_memory.cli import app
-from kv_memory.cli.app import COMMANDS
+from kv_memory.cli.app import COMMANDS, EXAMPLES, examples_of
 from tests.cli.ran import Ran
 
 Start = Callable[..., "subprocess.Popen[str]"]
-NAMES = [name for name, *_ in COMMANDS]
+GROUPS = {
+    "": "add ask chat list show remove export import budget pin unpin check gc stats models train eval advise report "
+    "demo",
+    "db": "init current upgrade",
+    "job": "run list show resume cancel",
+}
 
 
 def test_all_commands_are_registered_in_the_order_of_the_help() -> None:
-    assert sorted(NAMES) == sorted(
-        [
-            "add",
-            "ask",
-            "chat",
-            "list",
-            "show",
-            "remove",
-            "check",
-            "gc",
-            "stats",
-            "advise",
-            "models",
-            "train",
-            "eval",
-            "report",
-            "demo",
-            "export",
-            "import",
-            "budget",
-            "pin",
-            "unpin",
-        ]
-    )
-    assert [command.name for command in app.registered_commands] == NAMES
+    group: Any = typer.main.get_command(app)
+    for name, commands in GROUPS.items():
+        found = group.commands[name].commands if name else group.commands
+        assert [each for each in found if each not in GROUPS] == commands.split()
+    assert list(COMMANDS) == [
+        f"{name} {each}".strip() for name, commands in GROUPS.items() for each in commands.split()
+    ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_shows_examples_that_are_valid_usage(kv: Callable[..., Ran], name: str) -> None:
-    done = kv(name, "--help")
-    assert done.code == 0
-    _, found, examples = done.out.partition("Examples:\n")
-    lines = [line.strip() for line in examples.strip().splitlines()]
-    assert found and 1 <= len(lines) <= 4
-    assert all(f"kv-memory {name}" in line for line in lines)
-    assert "--json" in done.out
-
-
-@pytest.mark.parametrize(("name", "lines"), [(name, lines) for name, _, *lines in COMMANDS])
-def test_examples_parse(name: str, lines: list[str]) -> None:
     """The options of each example exist: parsed by the command itself, and not run."""
-    group = typer.main.get_command(app)
+    done = kv(*name.split(), "--help")
+    assert done.code == 0
+    lines = [line.strip() for line in done.out.partition("Examples:\n")[2].strip().splitlines()]
+    assert lines == examples_of(name) and 1 <= len(lines) <= 4
+    assert "--json" in done.out
+    command: Any = typer.main.get_command(app)
+    for word in name.split():
+        command = command.commands[word]
     for line in lines:
         words = shlex.split(line.split("| ")[-1].split(" < ")[0])
-        words = [word for word in words if not word.startswith("KV_MEMORY_STORE=")]
-        assert words[:2] == ["kv-memory", name]
-        command = group.commands[name]  # type: ignore[attr-defined]
-        assert command.make_context(name, words[2:]).params
+        given = words[words.index("kv-memory") + 1 + len(name.split()) :]
+        assert command.make_context(name, given).params
+
+
+def test_every_example_belongs_to_one_command() -> None:
+    assert sorted(line for name in COMMANDS for line in examples_of(name)) == sorted(EXAMPLES)
 
 
 def test_no_help_loads_a_model_library(python: list[str]) -> None:
@@ -78,8 +64,8 @@ def test_no_help_loads_a_model_library(python: list[str]) -> None:
         "import sys\n"
         "from typer.testing import CliRunner\n"
         "from kv_memory.cli import app\n"
-        f"for name in {NAMES!r}:\n"
-        "    assert CliRunner().invoke(app, [name, '--help']).exit_code == 0\n"
+        f"for name in {list(COMMANDS)!r}:\n"
+        "    assert CliRunner().invoke(app, [*name.split(), '--help']).exit_code == 0\n"
         "print(*({'torch', 'transformers', 'peft', 'sqlalchemy'} & set(sys.modules)))"
     )
     done = subprocess.run([*python, "-c", script], capture_output=True, text=True, timeout=60)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
-from kv_memory.cli.config_file import gather_settings, settings_of
+from kv_memory.cli.config_file import Given, settings_of
 from kv_memory.errors import ConfigError
 from tests.cli.ran import Ran
 
@@ -40,7 +40,7 @@ KNOWN = settings_of(Sizes, without={"secret"})
 
 
 def gather(*assignments: str, config: Path | None = None, **options: Any) -> dict[str, Any]:
-    return gather_settings(KNOWN, config=config, assignments=assignments, options=options)
+    return Given(config, [*assignments]).gather(KNOWN, **options)[Sizes]
 
 
 def test_settings_are_the_fields_with_their_meanings() -> None:
@@ -77,8 +77,8 @@ def test_set_takes_precedence_over_options_and_these_over_the_file(tmp_path: Pat
 @pytest.mark.parametrize(
     ("assignment", "what", "step"),
     [
-        ("steps", "--set must be NAME=VALUE", "--set seed=1"),
-        ("stepz=1", "unknown setting 'stepz'", "Did you mean steps?"),
+        ("steps", "--set must be NAME=VALUE", "year=2026"),
+        ("stepz=1", "unknown setting 'stepz'", "Did you mean 'steps'?"),
         ("secret=1", "unknown setting 'secret'", "--list-settings prints all"),
         ("steps=six", "steps must be a whole number", ""),
         ("steps=1.5", "steps must be a whole number", ""),

@@ -9,7 +9,7 @@ import pytest
 
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError
 from kv_memory.evaluate import Record, Row, aggregate, load_rows, markdown, write_report
-from kv_memory.evaluate.question_records import Measured, RecordFile
+from kv_memory.evaluate.question_records import Measured, append_record, load_records
 from kv_memory.evaluate.report import kept_text
 
 KEYS = [
@@ -115,13 +115,13 @@ def test_only_documents_measured_by_all_methods_are_compared() -> None:
 
 def written(folder: Path, records: list[Record]) -> Path:
     for one in records:
-        RecordFile(folder).append(one)
+        append_record(folder, one)
     return folder
 
 
 def test_records_round_trip_through_their_file(tmp_path: Path) -> None:
     records = [record("full", "a", 0.5, cell=(512, 0.25), model="m", weights="w"), record("none", "ä\n", 0.25)]
-    assert RecordFile(written(tmp_path, records)).load() == records
+    assert load_records(written(tmp_path, records)) == records
 
 
 def test_a_table_of_several_folders_and_peers(tmp_path: Path) -> None:

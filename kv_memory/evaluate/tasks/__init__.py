@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 from kv_memory.config import check_choice
 from kv_memory.evaluate.tasks.multidoc import multidoc_cases
 from kv_memory.evaluate.tasks.needle import needle_cases
-from kv_memory.evaluate.tasks.qa import qa_cases
-from kv_memory.evaluate.tasks.reading import quality_cases, squad_cases, squality_cases
+from kv_memory.evaluate.tasks.qa import qa_cases, reading_cases
 from kv_memory.evaluate.tasks.ruler import ruler_cases
 from kv_memory.evaluate.tasks.spans import spans_cases
 from kv_memory.evaluate.tasks.task import Task
@@ -17,19 +17,26 @@ __all__ = ["TASKS", "TaskName", "find_task"]
 
 TaskName = Literal["squad", "quality", "squality", "needle", "spans", "multidoc", "ruler", "qa"]
 
+_WORDS = ("f1", "em", "contains")
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task(name="squad", cases=squad_cases, score="f1", text_metrics=("f1", "em", "contains")),
-        Task(name="quality", cases=quality_cases, score="accuracy"),
-        Task(name="squality", cases=squality_cases, score="rouge_l", text_metrics=("rouge_l",), max_new_tokens=160),
+        Task(name="squad", cases=partial(reading_cases, "squad"), score="f1", text_metrics=_WORDS),
+        Task(name="quality", cases=partial(reading_cases, "quality"), score="accuracy"),
+        Task(
+            name="squality",
+            cases=partial(reading_cases, "squality"),
+            score="rouge_l",
+            text_metrics=("rouge_l",),
+            max_new_tokens=160,
+        ),
         Task(name="needle", cases=needle_cases, score="contains", text_metrics=("contains",), drawn=True),
         Task(name="spans", cases=spans_cases, score=None, kl_on="reference", drawn=True),
         Task(
             name="multidoc",
             cases=multidoc_cases,
             score="f1",
-            text_metrics=("f1", "em", "contains"),
+            text_metrics=_WORDS,
             groups=("k", "place"),
             by=("k",),
             drawn=True,
@@ -45,7 +52,7 @@ TASKS: dict[str, Task] = {
             by=("length", "kind"),
             drawn=True,
         ),
-        Task(name="qa", cases=qa_cases, score="f1", text_metrics=("f1", "em", "contains")),
+        Task(name="qa", cases=qa_cases, score="f1", text_metrics=_WORDS),
     )
 }
 

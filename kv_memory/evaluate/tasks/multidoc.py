@@ -9,13 +9,15 @@ Every other row adds compression to that, and `KL to joined` is its distance to 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 
 from kv_memory.datasets import Example, read_examples
 from kv_memory.errors import DatasetError
-from kv_memory.evaluate.cases import Case, Query
+from kv_memory.evaluate.cases import Case
 from kv_memory.evaluate.metrics import normalise
-from kv_memory.evaluate.tasks.task import MAX_QUESTIONS, Distractors, TaskSettings, choose
+from kv_memory.evaluate.tasks.task import MAX_QUESTIONS, Distractors, TaskSettings, choose, queries_of
 from kv_memory.model.backbone import Backbone
 
 _WHOSE: dict[Distractors, str] = {"other": "other articles", "same": "its own article"}
@@ -33,17 +35,13 @@ def multidoc_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
     """
     most = max(settings.k)
     examples = list(read_examples("squad", split="dev", data=settings.data))
-    fitting = choose(examples, backbone, settings, what="multidoc", together=most, n_documents=len(examples))
-    cases: list[Case] = []
-    n_taken = 0
-    for example in fitting:
-        others = _others(example, fitting, most - 1, settings.distractors, seed=f"{settings.seed}:{example.id}")
-        if len(others) < most - 1 or not example.questions:
-            continue
-        n_taken += 1
-        cases += _placed(example, others, settings)
-        if n_taken == settings.n_documents:
-            break
+    every = replace(settings, n_documents=len(examples))
+    fitting = choose(examples, backbone, every, what="multidoc", together=most)
+    seeded = (
+        (one, _others(one, fitting, most - 1, settings.distractors, f"{settings.seed}:{one.id}")) for one in fitting
+    )
+    enough = ((example, others) for example, others in seeded if len(others) == most - 1)
+    cases = [case for pair in islice(enough, settings.n_documents) for case in _placed(*pair, settings)]
     if not cases:
         raise DatasetError(
             f"no passage has {most - 1} distractors from {_WHOSE[settings.distractors]} without its answers",
@@ -53,43 +51,26 @@ def multidoc_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
     return cases
 
 
-def _others(
-    example: Example, pool: Sequence[Example], n: int, distractors: Distractors, *, seed: str
-) -> tuple[str, ...]:
+def _others(example: Example, pool: Sequence[Example], n: int, distractors: Distractors, seed: str) -> tuple[str, ...]:
     """Passages that do not contain an answer; fewer than `n` if there are not enough."""
     asked = [answer for question in example.questions[:MAX_QUESTIONS] for answer in question.answers]
     answers = {f" {text} " for answer in asked if (text := normalise(answer))}
     same = distractors == "same"
     candidates = [one for one in pool if one.id != example.id and (one.title == example.title) == same]
     random.Random(seed).shuffle(candidates)  # a str is hashed by SHA-512: the same on every machine
-    found: list[str] = []
-    for candidate in candidates:
-        if len(found) == n:
-            break
-        text = f" {normalise(candidate.context)} "
-        if not any(answer in text for answer in answers):
-            found.append(candidate.context)
-    return tuple(found)
+    texts = ((one.context, f" {normalise(one.context)} ") for one in candidates)
+    return tuple(islice((text for text, words in texts if not any(answer in words for answer in answers)), n))
 
 
-def _placed(example: Example, others: Sequence[str], settings: TaskSettings) -> list[Case]:
+def _placed(example: Example, others: Sequence[str], settings: TaskSettings) -> Iterator[Case]:
     """Cases with the passage among others, the largest k first: its caches are reused by the smaller ones."""
-    queries = tuple(Query(text=q.text, references=q.answers) for q in example.questions[:MAX_QUESTIONS])
-    return [
-        Case(
-            id=example.id,
-            text=example.context,
-            queries=queries,
-            passages=(*others[:place], example.context, *others[place : k - 1]),
-            group={"k": k, "place": place + 1},
-        )
-        for k in sorted(set(settings.k), reverse=True)
-        for place in _places(k, settings.n_places)
-    ]
-
-
-def _places(k: int, n_places: int | None) -> list[int]:
-    """Indices of the passage with the answer: all k, or `n_places` from the first to the last."""
-    if n_places is None or n_places >= k:
-        return list(range(k))
-    return [round(i * (k - 1) / max(1, n_places - 1)) for i in range(n_places)]
+    for k in sorted(set(settings.k), reverse=True):
+        n = min(k, settings.n_places or k)  # places, evenly spread from the first to the last
+        for place in (round(i * (k - 1) / max(1, n - 1)) for i in range(n)):
+            yield Case(
+                id=example.id,
+                text=example.context,
+                queries=queries_of(example),
+                passages=(*others[:place], example.context, *others[place : k - 1]),
+                group={"k": k, "place": place + 1},
+            )

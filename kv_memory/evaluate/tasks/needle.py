@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from kv_memory.datasets import read_examples
+from kv_memory.datasets.read import data_folder
 from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.evaluate.cases import Case, Query
 from kv_memory.evaluate.tasks.task import TaskSettings, cut, room_for_document
@@ -75,20 +74,16 @@ def haystack_text(settings: TaskSettings) -> str:
     Raises:
         DatasetError: There are no essays.
     """
-    source = settings.haystack if settings.haystack is not None else _essays(settings)
-    return "\n\n".join(example.context for example in read_examples(source, data=settings.data))
-
-
-def _essays(settings: TaskSettings) -> Path:
-    data = settings.data or os.environ.get("KV_MEMORY_DATA")
-    folder = Path(data) / "needle" if data else None
-    if folder is None or not folder.is_dir():
-        raise DatasetError(
-            "no haystack is given",
-            where=str(folder) if folder is not None else "KV_MEMORY_DATA",
-            next_step="Set haystack to a folder or archive of texts, or name a data folder that has needle/.",
-        )
-    return next(iter(sorted(folder.glob("*.tar.gz"))), folder)
+    source, data = settings.haystack, data_folder(settings.data)
+    if source is None:
+        if data is None or not (data / "needle").is_dir():
+            raise DatasetError(
+                "no haystack is given",
+                where="KV_MEMORY_DATA" if data is None else str(data / "needle"),
+                next_step="Set haystack to a folder or archive of texts, or name a data folder that has needle/.",
+            )
+        source = min((data / "needle").glob("*.tar.gz"), default=data / "needle")
+    return "\n\n".join(example.context for example in read_examples(source))
 
 
 def _needle(draw: random.Random) -> tuple[str, Query]:

@@ -1,4 +1,4 @@
-"""qa: the user's own questions; their documents are in the same file or in a folder."""
+"""Questions by people: the paper's sets SQuAD, QuALITY and SQuALITY, and qa, the user's own questions."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kv_memory.datasets import Example, Question
+from kv_memory.datasets import Example, Question, read_examples
 from kv_memory.datasets.example import content_id
-from kv_memory.datasets.record_files import Faults, bare_name, json_lines, text_of, texts_of
+from kv_memory.datasets.record_files import Faults, bare_name, json_lines, text_of
+from kv_memory.datasets.sets import question_of
 from kv_memory.documents import read_file
 from kv_memory.errors import BrokenLineError, ConfigError, DatasetError, DocumentError
-from kv_memory.evaluate.cases import Case, Query
-from kv_memory.evaluate.tasks.task import TaskSettings, choose
+from kv_memory.evaluate.cases import Case
+from kv_memory.evaluate.metrics import check_rouge
+from kv_memory.evaluate.tasks.task import TaskSettings, choose, queries_of
 from kv_memory.model.backbone import Backbone
 
 _LOG = logging.getLogger(__name__)
@@ -22,6 +24,18 @@ _FORM = (
     "Each line is a JSON object with context, question and answer; or with document, question and answer, where "
     "document is a path in the folder given with --documents. An answer is a string, or a list of correct strings."
 )
+
+
+def reading_cases(name: str, backbone: Backbone, settings: TaskSettings) -> list[Case]:
+    """Documents of the development set of SQuAD, QuALITY or SQuALITY, with up to five questions each.
+
+    The stories of QuALITY and SQuALITY are truncated to the window.
+    """
+    if name == "squality":
+        check_rouge()
+    examples = read_examples(name, split="dev", data=settings.data)
+    chosen = choose(examples, backbone, settings, what=name, cut_long=name != "squad")
+    return [Case(id=example.id, text=example.context, queries=queries_of(example)) for example in chosen]
 
 
 def qa_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
@@ -49,14 +63,7 @@ def qa_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
             "%d of %d documents are cut at %d tokens (max_tokens): no method, not even `full`, sees the rest",
             *(n_cut, len(chosen), high),
         )
-    return [
-        Case(
-            id=example.id,
-            text=example.context,
-            queries=tuple(Query(text=q.text, references=q.answers) for q in example.questions),
-        )
-        for example in chosen
-    ]
+    return [Case(id=example.id, text=example.context, queries=queries_of(example, None)) for example in chosen]
 
 
 def read_questions(settings: TaskSettings) -> list[Example]:
@@ -81,10 +88,8 @@ def read_questions(settings: TaskSettings) -> list[Example]:
         for where, record in json_lines(settings.questions, faults):
             with faults.at(where):
                 name, context = _document(record, source, settings.documents, contexts)
-                answers = texts_of(record.get("answer", record.get("answers")), "answer")
-                question = Question(text=text_of(record, "question"), answers=answers)
+                asked.setdefault(name, []).append(question_of(record))
                 contexts[name] = context
-                asked.setdefault(name, []).append(question)
     except BrokenLineError as error:
         raise BrokenLineError(error.what, where=error.where, next_step=_FORM) from error
     if not asked:

@@ -24,6 +24,7 @@ import re
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import get_args
 
 from kv_memory.errors import ConfigError, DatasetError
@@ -43,10 +44,11 @@ _LEAST_DRAWN = 83  # words: from here on the first five ranks occur 50, 12, 5, 3
 _DOTS = "...."  # replaces the most frequent word, which is noise
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Maker:
-    """The ingredients of a document: the model that counts tokens, essays, their words, a length, and randomness."""
+    """What a document is made from: the model that counts tokens, essays, their words, a length, and randomness."""
 
+    kind: RulerKind
     backbone: Backbone
     hay: str
     words: Sequence[str]
@@ -56,7 +58,7 @@ class _Maker:
     def count(self, text: str) -> int:
         return self.backbone.count_tokens([text])[0]
 
-    def filled(self, make: Callable[[int], str], least: int, most: int, *, kind: RulerKind) -> str:
+    def filled(self, make: Callable[[int], str], least: int, most: int) -> str:
         """`make(n)` for the largest n from `least` to `most` that fits the length.
 
         Raises:
@@ -68,7 +70,7 @@ class _Maker:
             low, high = (middle, high) if self.count(make(middle)) <= self.length else (low, middle - 1)
         if low < least:
             raise ConfigError(
-                f"{self.length:,} tokens are too few for {kind}",
+                f"{self.length:,} tokens are too few for {self.kind}",
                 where="lengths",
                 next_step="Set lengths to a larger number.",
             )
@@ -92,7 +94,7 @@ def ruler_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
         range(settings.n_documents), lengths, settings.kinds or get_args(RulerKind)
     ):
         name = f"ruler:{kind}:{length}:{settings.seed}:{index}"
-        maker = _Maker(backbone=backbone, hay=hay, words=words, length=length, draw=random.Random(name))
+        maker = _Maker(kind, backbone, hay, words, length, random.Random(name))
         text, query = _MAKERS[kind](maker)
         cases.append(Case(id=name, text=text, queries=(query,), group={"length": length, "kind": kind}))
     return cases
@@ -103,14 +105,6 @@ def _asked(question: str, given: str, references: Sequence[str]) -> Query:
 
 
 # -- needles -----------------------------------------------------------------------------------------------------
-
-
-def _single(maker: _Maker) -> tuple[str, Query]:
-    return _one_number(maker, n_keys=1)
-
-
-def _multi_key(maker: _Maker) -> tuple[str, Query]:
-    return _one_number(maker, n_keys=_N_NEEDLES)
 
 
 def _one_number(maker: _Maker, *, n_keys: int) -> tuple[str, Query]:
@@ -145,18 +139,14 @@ def _all_numbers(named: str, numbers: Sequence[str]) -> Query:
 
 
 def _keys(maker: _Maker, n: int) -> list[str]:
-    words = _some_words(maker, 2 * n)
+    if 2 * n > len(maker.words):
+        raise _too_few_words(maker, 2 * n)
+    words = maker.draw.sample(maker.words, 2 * n)
     return [f"{first}-{second}" for first, second in zip(words[:n], words[n:], strict=True)]
 
 
 def _numbers(maker: _Maker, n: int) -> list[str]:
     return [str(number) for number in maker.draw.sample(range(1_000_000, 10_000_000), n)]
-
-
-def _some_words(maker: _Maker, n: int) -> list[str]:
-    if n > len(maker.words):
-        raise _too_few_words(maker, n)
-    return maker.draw.sample(maker.words, n)
 
 
 def _too_few_words(maker: _Maker, n: int) -> DatasetError:
@@ -191,12 +181,17 @@ def _scattered(units: Sequence[str], needles: Sequence[str], draw: random.Random
 # -- tracing and counting ----------------------------------------------------------------------------------------
 
 
+def _made_up(draw: random.Random, n: int, letters: str, *, k: int) -> list[str]:
+    """Different words of `k` random letters."""
+    words: dict[str, None] = {}
+    while len(words) < n:
+        words["".join(draw.choices(letters, k=k))] = None
+    return list(words)
+
+
 def _variable_tracking(maker: _Maker) -> tuple[str, Query]:
     draw = maker.draw
-    names: list[str] = []
-    while len(names) <= _N_HOPS:
-        if (name := "".join(draw.choices(string.ascii_uppercase, k=5))) not in names:
-            names.append(name)
+    names = _made_up(draw, _N_HOPS + 1, string.ascii_uppercase, k=5)
     value = str(draw.randrange(10_000, 100_000))
     chain = [f"VAR {names[0]} = {value}"]
     chain += [f"VAR {name} = VAR {before}" for before, name in itertools.pairwise(names)]
@@ -211,12 +206,12 @@ def _variable_tracking(maker: _Maker) -> tuple[str, Query]:
         f"By the chain of assignments in the text, {len(names)} variables are assigned the value {value}, they are:",
         names,
     )
-    return maker.filled(make, 1, maker.length, kind="variable_tracking"), query
+    return maker.filled(make, 1, maker.length), query
 
 
 def _common_words(maker: _Maker) -> tuple[str, Query]:
     often, seldom = (30, 3) if maker.length >= _LONG else (6, 1)
-    words = _some_words(maker, min(len(maker.words), _N_COMMON + maker.length))
+    words = maker.draw.sample(maker.words, min(len(maker.words), _N_COMMON + maker.length))
     common, others = words[:_N_COMMON], words[_N_COMMON:]
     seed = maker.draw.random()
 
@@ -236,16 +231,12 @@ def _common_words(maker: _Maker) -> tuple[str, Query]:
         f"The {_N_COMMON} words that appear most often in the list are:",
         sorted(common),
     )
-    return maker.filled(make, 1, len(others), kind="common_words"), query
+    return maker.filled(make, 1, len(others)), query
 
 
 def _frequent_words(maker: _Maker) -> tuple[str, Query]:
     n_ranks = int(maker.length**0.5) + 4  # rank k occurs n / (zeta * k**2) times: at most sqrt(n) ranks
-    coded: list[str] = []
-    while len(coded) < n_ranks:
-        if (word := "".join(maker.draw.choices(string.ascii_lowercase, k=6))) not in coded:
-            coded.append(word)
-    coded[0] = _DOTS
+    coded = [_DOTS, *_made_up(maker.draw, n_ranks, string.ascii_lowercase, k=6)[1:]]
     seed = maker.draw.random()
 
     def make(n: int) -> str:
@@ -261,12 +252,12 @@ def _frequent_words(maker: _Maker) -> tuple[str, Query]:
         "The three words that appear most often in the coded text are:",
         coded[1:4],
     )
-    return maker.filled(make, _LEAST_DRAWN, maker.length, kind="frequent_words"), query
+    return maker.filled(make, _LEAST_DRAWN, maker.length), query
 
 
 _MAKERS: dict[RulerKind, Callable[[_Maker], tuple[str, Query]]] = {
-    "single": _single,
-    "multi_key": _multi_key,
+    "single": partial(_one_number, n_keys=1),
+    "multi_key": partial(_one_number, n_keys=_N_NEEDLES),
     "multi_value": _multi_value,
     "multi_query": _multi_query,
     "variable_tracking": _variable_tracking,

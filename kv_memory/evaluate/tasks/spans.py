@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable
 
-from kv_memory.datasets import Example, read_examples, split_by_hash
+from kv_memory.datasets import read_examples, split_by_hash
 from kv_memory.errors import ConfigError
 from kv_memory.evaluate.cases import Case, Query
 from kv_memory.evaluate.tasks.task import TaskSettings, choose
@@ -38,18 +37,17 @@ def spans_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
             "spans needs a corpus", where="corpus", next_step="Set corpus to a folder, a file, or e.g. squad."
         )
     what = ", ".join(settings.corpus)
+    examples = (
+        example
+        for source in settings.corpus
+        for example in read_examples(source, split="dev", data=settings.data)
+        if settings.held_out is None or split_by_hash(example.id, settings.held_out)
+    )
     return [
         Case(id=example.id, text=example.context, queries=spans)
-        for example in choose(_examples(settings), backbone, settings, what=what, least=MIN_TOKENS)
+        for example in choose(examples, backbone, settings, what=what, least=MIN_TOKENS)
         if (spans := draw_spans(backbone, example.context, seed=f"{settings.seed}:{example.id}"))
     ]
-
-
-def _examples(settings: TaskSettings) -> Iterable[Example]:
-    for source in settings.corpus:
-        for example in read_examples(source, split="dev", data=settings.data):
-            if settings.held_out is None or split_by_hash(example.id, settings.held_out):
-                yield example
 
 
 def draw_spans(backbone: Backbone, text: str, *, seed: str) -> tuple[Query, ...]:

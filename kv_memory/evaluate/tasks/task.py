@@ -11,7 +11,7 @@ from typing import Literal
 from kv_memory.config import check_choice
 from kv_memory.datasets import Example
 from kv_memory.errors import ConfigError, DatasetError
-from kv_memory.evaluate.cases import Case
+from kv_memory.evaluate.cases import Case, Query
 from kv_memory.model.backbone import Backbone
 
 ScoreName = Literal["f1", "accuracy", "rouge_l", "contains"]
@@ -99,10 +99,7 @@ class TaskSettings:
     def token_range(self, backbone: Backbone, *, least: int = 1, together: int = 1) -> tuple[int, int]:
         """Smallest and largest length of the documents to use, in tokens.
 
-        Args:
-            backbone: Model whose window is the limit.
-            least: Lower bound of the task itself.
-            together: Number of documents that are used together.
+        `least` is the lower bound of the task itself; `together` documents must fit the window at once.
 
         Raises:
             ConfigError: The window is too small for the requested documents.
@@ -151,6 +148,13 @@ class Task:
     together: bool = False
 
 
+def queries_of(example: Example, most: int | None = MAX_QUESTIONS) -> tuple[Query, ...]:
+    """The first questions about a document, with all their answers; all questions if `most` is None."""
+    return tuple(
+        Query(text=q.text, references=q.answers, choices=q.choices, correct=q.correct) for q in example.questions[:most]
+    )
+
+
 def in_hash_order(examples: Iterable[Example]) -> list[Example]:
     """Examples ordered by the SHA-256 of their ids: the first N are a sample that anybody can reproduce.
 
@@ -171,7 +175,6 @@ def choose(
     least: int = 1,
     together: int = 1,
     cut_long: bool = False,
-    n_documents: int | None = None,
 ) -> list[Example]:
     """The first documents of a suitable length, in the order of `in_hash_order`.
 
@@ -183,7 +186,6 @@ def choose(
         least: Lower bound of the task itself, in tokens.
         together: Number of documents that are used together.
         cut_long: True to truncate documents that are too long; otherwise they are left out.
-        n_documents: Largest number of documents; None means that of the settings.
 
     Raises:
         ConfigError: The window is too small for the requested documents.
@@ -192,7 +194,7 @@ def choose(
     low, high = settings.token_range(backbone, least=least, together=together)
     chosen: list[Example] = []
     for example in in_hash_order(examples):
-        if len(chosen) == (settings.n_documents if n_documents is None else n_documents):
+        if len(chosen) == settings.n_documents:
             break
         (n_tokens,) = backbone.count_tokens([example.context])
         if low <= n_tokens <= high:
