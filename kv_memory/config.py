@@ -186,3 +186,19 @@ def stored_dtype(storage: str, dtype: str) -> str:
         ConfigError: `storage` is not a `StorageName`.
     """
     return dtype if check_choice(storage, StorageName, where="storage") == "auto" else storage
+
+
+_UNFIT_FOR_NAMES = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and lone surrogates
+
+
+def check_name(name: object, *, where: str, most: int | None = None) -> None:
+    """Raise unless every database and log can take this name of a document, a collection or a conversation.
+
+    Raises:
+        ConfigError: It is not a str, it is blank or too long, or it contains control characters or half a surrogate
+            pair.
+    """
+    fits = isinstance(name, str) and name.strip() and not _UNFIT_FOR_NAMES.search(name)
+    if not fits or (most is not None and len(str(name)) > most):
+        kind = "non-empty str" if most is None else f"str of 1 to {most} characters,"
+        raise ConfigError(f"{where} must be a {kind} without control characters, got {name!r}", where=where)

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 
-from kv_memory.config import check_choice
+from kv_memory.config import check_choice, check_name
 from kv_memory.documents import Document, split_passages
 from kv_memory.errors import ConfigError
 from kv_memory.generate import Role, Turn
@@ -55,8 +55,7 @@ class Conversation:
         max_bytes: int | None = None,
         top_k: int | None = None,
     ) -> None:
-        if not conversation_id.strip():
-            raise ConfigError("a conversation needs a name", where="conversation_id")
+        check_name(conversation_id, where="conversation_id")
         if top_k is not None and top_k < 1:
             raise ConfigError(f"top_k must be at least 1, got {top_k}", where="top_k")
         self.conversation_id = conversation_id

@@ -39,8 +39,11 @@ _ADD_AGAIN = (
 
 
 def key_of(text: str) -> str:
-    """The key of a text's distilled caches: the SHA-256 of its UTF-8 bytes, in hex."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    """The key of a text's distilled caches: the SHA-256 of its UTF-8 bytes, in hex.
+
+    Half a surrogate pair counts too; no stored text has one.
+    """
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

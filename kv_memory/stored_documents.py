@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kv_memory.documents.loaders import file_id
 from kv_memory.store import CheckReport, DocumentRecord, DocumentSummary, GcReport, Store, StoreStats
 
 
@@ -36,7 +37,7 @@ class StoredDocuments:
         Raises:
             DocumentNotFoundError: There is no such document.
         """
-        id_ = document_id.resolve().as_posix() if isinstance(document_id, Path) else document_id
+        id_ = file_id(document_id) if isinstance(document_id, Path) else document_id
         self.store.delete_document(id_)
 
     def documents(self) -> list[DocumentSummary]:

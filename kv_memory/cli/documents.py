@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kv_memory.cli.options import Place, command
 from kv_memory.cli.output import Output, plain, size_text
+from kv_memory.documents.loaders import file_id
 from kv_memory.errors import ConfigError, DocumentNotFoundError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def find_document_id(given: str, ids: Sequence[str]) -> str:
 
 def _as_path_id(given: str) -> str:
     try:
-        return Path(given).expanduser().resolve().as_posix()
+        return file_id(Path(given).expanduser())
     except (OSError, RuntimeError, ValueError):  # a loop of links, an unknown user or a NUL: not the path of a file
         return given
 

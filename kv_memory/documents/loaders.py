@@ -5,22 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+from urllib.parse import unquote_to_bytes, urlsplit
 
-from kv_memory.config import check_choice
+from kv_memory.config import check_choice, check_name
 from kv_memory.documents.decoding import check_encoding
 from kv_memory.documents.parsers import FILE_TYPES, read_content
 from kv_memory.errors import ConfigError, DocumentError, EmptyDocumentError, UnreadableDocumentError
 
 MAX_LINE_BYTES = 1 << 20  # a longer line of UTF-8 is data, not prose
 OnError = Literal["raise", "skip"]
-_UNFIT_FOR_ID = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and lone surrogates
+_LONGEST_PATH = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +48,9 @@ class Document:
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.id, str) or not self.id.strip() or _UNFIT_FOR_ID.search(self.id):
-            raise ConfigError(
-                f"a document id must be a non-empty str without control characters, got {self.id!r}", where="id"
-            )
+        check_name(self.id, where="id")
+        if self.source_uri is not None:
+            check_name(self.source_uri, where="source_uri")
         if not isinstance(self.text, str):
             raise ConfigError(f"text must be a str, got {type(self.text).__name__}", where=self.id)
         if not self.text.strip():
@@ -78,7 +77,8 @@ class Document:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-# A str is always text, and a path object always a file or folder: a guess would depend on the disk.
+# A str is always text, and a path object always a file or folder: a guess would depend on the disk. A str that names a
+# file or folder is refused, because it was hardly meant to be the text.
 DocumentLike: TypeAlias = str | os.PathLike[str] | Document | tuple[str, str] | tuple[str, str, Mapping[str, Any]]
 
 
@@ -167,9 +167,19 @@ def read_file(path: str | os.PathLike[str], *, encoding: str = "utf-8") -> Docum
     return Document(id=name, text=content.text, source_uri=resolved.as_uri(), metadata=metadata, notes=content.notes)
 
 
-def file_id(resolved: Path) -> str:
+def file_id(path: str | os.PathLike[str]) -> str:
     """The id of a file's document: its absolute path with links resolved; bytes unfit for JSON or SQL are escaped."""
+    try:
+        resolved = Path(path).resolve()
+    except (OSError, RuntimeError, ValueError):  # a loop of links; half a surrogate pair or a NUL
+        resolved = Path(path).absolute()
     return _printable(resolved.as_posix())
+
+
+def path_of(uri: str) -> Path:
+    """The path of a file uri, without the part after `#`; names that are not UTF-8 are restored unchanged."""
+    path = os.fsdecode(unquote_to_bytes(urlsplit(uri).path))
+    return Path(path.lstrip("/") if os.name == "nt" else path)  # /C:/a.txt
 
 
 def _items(source: DocumentLike | Iterable[DocumentLike]) -> Iterable[DocumentLike]:
@@ -187,6 +197,8 @@ def _parts(item: DocumentLike, skipped: list[Path]) -> Sequence[Path | DocumentE
     if isinstance(item, Document):
         return [lambda: item]
     if isinstance(item, str):
+        if len(item) < _LONGEST_PATH and (os.path.isdir(item) or os.path.isfile(item)):
+            return [_path_as_text(item)]
         id_ = f"text-{hashlib.sha256(item.encode(errors='replace')).hexdigest()[:12]}"
         return [partial(Document, id=id_, text=item)]
     if isinstance(item, tuple) and 2 <= len(item) <= 3:
@@ -271,8 +283,20 @@ def _unreadable(error: Exception, path: str | os.PathLike[str]) -> UnreadableDoc
 
 def _printable(path: str) -> str:
     r"""A path as a string that JSON and SQL accept; control characters and bytes that are not UTF-8 become `\xff`."""
-    name = os.fsencode(path).decode("utf-8", "backslashreplace")
+    try:
+        name = os.fsencode(path).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a surrogate pair, which no path contains
+        name = path.encode("utf-8", "backslashreplace").decode()
     return "".join(c if ord(c) >= 32 and c != "\x7f" else f"\\x{ord(c):02x}" for c in name)
+
+
+def _path_as_text(text: str) -> UnreadableDocumentError:
+    kind = "folder" if os.path.isdir(text) else "file"
+    return UnreadableDocumentError(
+        f"this text is the name of a {kind}",
+        where=repr(text),
+        next_step=f"Pass Path({text!r}) to add the {kind}, or (id, {text!r}) to add these words.",
+    )
 
 
 def _check_lines(text: str, *, where: str) -> None:

@@ -50,7 +50,7 @@ def read_page(html: str) -> Page:
     for node in tree.query(", ".join((_BLOCKS, *_SAME_AS))):
         node.name = _SAME_AS.get(node.name, "div")
     for node in tree.query("*"):
-        node.attrs = {name: node.attrs[name] for name in _ATTRIBUTES & node.attrs.keys()}
+        node.attrs = {name: value for name, value in (node.attrs or {}).items() if name in _ATTRIBUTES}
     # Parsed a second time, for markdownify: what `to_html` writes is well-formed. Only a style sheet keeps links apart
     # that follow one another, as in menus.
     text = _to_markdown(tree.to_html(pretty=False).replace("</a><a>", "</a> <a>")) or tree.to_text()

@@ -6,12 +6,11 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from kv_memory.documents import Document, read_file, split_passages
+from kv_memory.documents.loaders import path_of
 from kv_memory.documents.splitter import CountTokens
 from kv_memory.errors import ConfigError, DocumentError, EmptyDocumentError, TextNotKeptError
 from kv_memory.retrieval.tokenize import terms_of
@@ -115,7 +114,7 @@ def prepare_from_file(old: DocumentRecord, count_tokens: CountTokens, *, encodin
     if url.scheme != "file":
         raise _lost(old, "it did not come from a file")
     try:
-        document = read_file(Path(url2pathname(url.path)), encoding=encoding)
+        document = read_file(path_of(old.source_uri or ""), encoding=encoding)
     except DocumentError as error:
         raise _lost(old, f"its file cannot be read: {error.what}") from error
     if document.content_sha256 != old.content_sha256:

@@ -12,12 +12,12 @@ from sqlalchemy import select
 
 from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.documents import read_file
-from kv_memory.documents.loaders import file_id
+from kv_memory.documents.loaders import file_id, path_of
 from kv_memory.errors import DocumentError, JobError
 from kv_memory.jobs.job_records import Job, SourceItem
 from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.sources import Sources
-from kv_memory.jobs.sources.files import FileSource, path_of
+from kv_memory.jobs.sources.files import FileSource
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
 from kv_memory.store.sql.schema import DocumentRow

@@ -7,7 +7,8 @@ from typing import Self
 
 from sqlalchemy import select
 
-from kv_memory.errors import ConfigError, StoreError
+from kv_memory.config import check_name
+from kv_memory.errors import StoreError
 from kv_memory.store import maintenance, purge
 from kv_memory.store.blob_references import BlobReferences
 from kv_memory.store.blobs.local import DiskBlobs
@@ -168,8 +169,7 @@ class Store(Caches):
 
 def _find_collection(catalog: Catalog, name: str, *, create: bool) -> int:
     """The id of a collection's row; a missing one is created if `create` is on. Errors as in `Store.in_collection`."""
-    if not isinstance(name, str) or not 0 < len(name) <= 255:
-        raise ConfigError(f"a collection name must have 1 to 255 characters, got {name!r}", where="collection")
+    check_name(name, where="collection", most=255)
     wanted = select(CollectionRow.id).where(CollectionRow.name == name)
     with catalog.read() as session:
         found = session.scalar(wanted)

@@ -22,7 +22,7 @@ _DATA = b'"docstore/data"'
 _DEPTH = 3  # of an entry
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[{}]', re.DOTALL)  # a string, or a brace outside of strings
 _DOCUMENT = "4"  # type of a document; any other type is a node, which is already split
-_BAD = (OSError, ValueError, AttributeError, LookupError, TypeError)
+_BAD = (OSError, ValueError, AttributeError, LookupError, TypeError, RecursionError)
 
 
 def is_docstore(path: Path) -> bool:

@@ -8,10 +8,9 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import unquote_to_bytes, urlsplit
 
 from kv_memory.documents import read_file
-from kv_memory.documents.loaders import file_id, walk_folder
+from kv_memory.documents.loaders import file_id, path_of, walk_folder
 from kv_memory.documents.parsers import FILE_TYPES
 from kv_memory.jobs.job_records import SourceItem
 from kv_memory.jobs.sources.source import ReadItem, Source, unreadable, uri_of
@@ -20,15 +19,6 @@ from kv_memory.jobs.sources.source import ReadItem, Source, unreadable, uri_of
 def is_pattern(text: str) -> bool:
     """Whether a source is a pattern of file names rather than a file or folder."""
     return globbing.has_magic(text) and not os.path.exists(text)
-
-
-def path_of(uri: str) -> Path:
-    """The path of a file uri, without the part after `#`; names that are not UTF-8 are restored unchanged."""
-    parts = urlsplit(uri)
-    path = os.fsdecode(unquote_to_bytes(parts.path))
-    if os.name == "nt":  # /C:/a.txt
-        path = path.lstrip("/")
-    return Path(path)
 
 
 class FileSource(Source):

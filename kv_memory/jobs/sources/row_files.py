@@ -57,7 +57,10 @@ class JsonLinesSource(Source):
 
 
 def _object(line: bytes) -> dict[str, Any]:
-    value = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
+    try:
+        value = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError(f"got {type(value).__name__}")
     return value

@@ -64,7 +64,9 @@ class SqlSource(Source):
         self.uri = f"sql:{number}"
         self._url = url
         key: ColumnClause[Any] = column(settings.id_field)
-        self._key = text(query.strip().rstrip(";")).columns(key).subquery("kv_rows").c[key.name]
+        # Passed on as it is: without the backslashes, `text` would take ':harbour' for a parameter.
+        statement = query.strip().rstrip(";").replace(":", r"\:")
+        self._key = text(statement).columns(key).subquery("kv_rows").c[key.name]
         self._settings = settings
         self._engine: Engine | None = None
 
@@ -72,8 +74,10 @@ class SqlSource(Source):
         """See `Source.items`; only the keys are fetched, a few hundred rows at a time."""
         with self._connected() as connection:
             streaming = connection.execution_options(stream_results=True, yield_per=_ROWS_AT_ONCE)
-            for value in streaming.scalars(select(self._key)):
-                yield SourceItem(document_id=str(value), uri=f"{self.uri}#{_written(value)}")
+            for number, value in enumerate(streaming.scalars(select(self._key)), start=1):
+                error = _without_key(self._key.name, number).to_dict() if value is None else None
+                id_ = f"row {number}" if value is None else str(value)
+                yield SourceItem(document_id=id_, uri=f"{self.uri}#{_written(value)}", error=error)
 
     def read(self, item: SourceItem) -> ReadItem:
         """See `Source.read`."""
@@ -111,6 +115,14 @@ class SqlSource(Source):
                 next_step="Try it in the database's own shell. It must return the columns of --id-field and "
                 "--text-field.",
             ) from error
+
+
+def _without_key(key: str, number: int) -> UnreadableDocumentError:
+    return UnreadableDocumentError(
+        f"the key {key!r} of this row is NULL, so it can neither be named nor found again",
+        where=f"row {number}",
+        next_step=f"Give every row a key, or leave such rows out: WHERE {key} IS NOT NULL.",
+    )
 
 
 def _written(value: Any) -> str:

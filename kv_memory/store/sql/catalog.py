@@ -16,7 +16,7 @@ from typing import TypeVar
 from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.orm import Session
 
-from kv_memory.errors import StoreError, interruption_behind
+from kv_memory.errors import ConfigError, StoreError, interruption_behind
 from kv_memory.store.error_mapping import mapped, raise_mapped
 from kv_memory.store.sql.engine import open_database
 from kv_memory.store.sql.schema import SCHEMA_HEAD
@@ -87,6 +87,12 @@ class Catalog:
                     if not isinstance(error, Exception) or interruption_behind(error) is not None:
                         connection.invalidate()
                     raise
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                "half a surrogate pair, which no database stores",
+                where=ascii(error.object)[:120],
+                next_step='Replace it: text.encode(errors="replace").decode().',
+            ) from error
         except Exception as error:
             raise_mapped(error, self.where)
 
