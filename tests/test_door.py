@@ -48,18 +48,26 @@ def test_a_question_with_half_a_surrogate_pair_is_no_failure_of_retrieval(memory
     assert not memory.reader.has(HALF)
 
 
-@pytest.mark.parametrize("name", ["docs", "docs/", "notes.md", "./docs"])
-def test_a_text_that_names_a_file_or_folder_is_refused(
+@pytest.mark.parametrize("name", ["docs", "docs/", "./docs", "docs/../docs"])
+def test_a_text_that_names_a_folder_is_refused(
     memory: KVMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("docs").mkdir()
-    Path("notes.md").write_text("The ferry leaves at seven.")
-    with pytest.raises(KVMemoryError, match="is the name of a") as caught:
+    with pytest.raises(KVMemoryError, match="is the name of a folder") as caught:
         memory.add(name)
     assert f"Pass Path({name!r})" in str(caught.value.next_step)
     assert memory.add([("words", name)]).added == ["words"]
     assert len(memory.add([name, "Another text."], on_error="skip").errors) == 1
+
+
+def test_a_text_that_names_a_file_is_added_with_a_remark(
+    memory: KVMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notes.md").write_text("The ferry leaves at seven.")
+    (note,) = memory.add("notes.md").notes
+    assert "pass Path('notes.md')" in note
 
 
 def test_a_file_whose_name_is_not_utf8_is_added_listed_refreshed_and_removed(tmp_path: Path, wide: Any) -> None:

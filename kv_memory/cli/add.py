@@ -88,16 +88,9 @@ def _read(paths: Sequence[str], id_: str | None, extra: dict[str, str], encoding
 
 
 def _stdin_text(encoding: str) -> str:
-    from kv_memory.errors import UnreadableDocumentError
+    from kv_memory.documents.decoding import check_encoding, decode_text
 
-    try:
-        return sys.stdin.buffer.read().decode(encoding).replace("\r\n", "\n")
-    except LookupError as error:
-        raise ConfigError(f"unknown encoding {encoding!r}", where="encoding") from error
-    except UnicodeDecodeError as error:
-        raise UnreadableDocumentError(
-            f"not valid {encoding}: byte {error.start}", where="stdin", next_step="Pass its encoding with --encoding."
-        ) from error
+    return decode_text(sys.stdin.buffer.read(), encoding=check_encoding(encoding), where="stdin").text
 
 
 def _add(out: Output, memory: KVMemory, read: ReadResult | None, *, stale: bool, encoding: str) -> AddReport:
@@ -133,6 +126,10 @@ def _print(out: Output, report: AddReport) -> None:
         out.note(f"Left out: {error.what} [{error.where}]", style="yellow")
     if len(report.errors) > _SHOWN:
         out.note(f"Left out: {len(report.errors) - _SHOWN} more; --json lists them all.", style="yellow")
+    for note in report.notes[:_SHOWN]:
+        out.note(f"Note: {note}", style="yellow")
+    if len(report.notes) > _SHOWN:
+        out.note(f"{len(report.notes) - _SHOWN} more notes; --json lists them all.", style="yellow")
     if report.skipped:
         out.note(f"{len(report.skipped)} hidden files or files of unknown type were skipped.")
     counts = (

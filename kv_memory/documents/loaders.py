@@ -32,7 +32,8 @@ class Document:
         text: Text, kept exactly as given.
         source_uri: Origin of the document, e.g. `file:///data/a.md`.
         metadata: JSON-serialisable values under str keys; a copy is kept.
-        notes: Remarks on what the file's parser replaced or lost; they are reported, not stored.
+        notes: Remarks on what the file's parser replaced or lost, for reports; `read_file` puts them into the metadata
+            too, as `reader_notes`.
 
     Raises:
         EmptyDocumentError: `text` is blank.
@@ -77,8 +78,8 @@ class Document:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-# A str is always text, and a path object always a file or folder: a guess would depend on the disk. A str that names a
-# file or folder is refused, because it was hardly meant to be the text.
+# A str is always text, and a path object always a file or folder: a guess would depend on the disk. The name of a folder
+# is refused as a text, because it was hardly meant as one.
 DocumentLike: TypeAlias = str | os.PathLike[str] | Document | tuple[str, str] | tuple[str, str, Mapping[str, Any]]
 
 
@@ -146,7 +147,7 @@ def read_file(path: str | os.PathLike[str], *, encoding: str = "utf-8") -> Docum
     r"""Read one file of a known type, or any file that is valid text.
 
     The id is the absolute path with links resolved. Newlines become `\n`. The metadata hold `file_name`, `file_type`,
-    `size_bytes`, and `title` and `n_pages` if known.
+    `size_bytes`, and `title`, `n_pages` and `reader_notes` if there are any.
 
     Args:
         path: Path of the file.
@@ -164,6 +165,8 @@ def read_file(path: str | os.PathLike[str], *, encoding: str = "utf-8") -> Docum
     content = read_content(raw, suffix=given.suffix, encoding=encoding, where=name)
     _check_lines(content.text, where=name)
     metadata = {"file_name": _printable(given.name), "size_bytes": len(raw), **content.metadata}
+    if content.notes:
+        metadata["reader_notes"] = list(content.notes)
     return Document(id=name, text=content.text, source_uri=resolved.as_uri(), metadata=metadata, notes=content.notes)
 
 
@@ -197,10 +200,18 @@ def _parts(item: DocumentLike, skipped: list[Path]) -> Sequence[Path | DocumentE
     if isinstance(item, Document):
         return [lambda: item]
     if isinstance(item, str):
-        if len(item) < _LONGEST_PATH and (os.path.isdir(item) or os.path.isfile(item)):
-            return [_path_as_text(item)]
+        kind = _kind_of(item)
+        if kind == "folder":
+            return [
+                UnreadableDocumentError(
+                    "this text is the name of a folder",
+                    where=repr(item),
+                    next_step=f"Pass Path({item!r}) to add its files, or (id, {item!r}) to add these words.",
+                )
+            ]
+        notes = (f"This text is the name of a file; to add the file, pass Path({item!r}).",) if kind else ()
         id_ = f"text-{hashlib.sha256(item.encode(errors='replace')).hexdigest()[:12]}"
-        return [partial(Document, id=id_, text=item)]
+        return [partial(Document, id=id_, text=item, notes=notes)]
     if isinstance(item, tuple) and 2 <= len(item) <= 3:
         return [partial(Document, id=item[0], text=item[1], metadata=item[2] if len(item) == 3 else {})]
     if not isinstance(item, os.PathLike) or not isinstance(os.fspath(item), str):
@@ -290,13 +301,11 @@ def _printable(path: str) -> str:
     return "".join(c if ord(c) >= 32 and c != "\x7f" else f"\\x{ord(c):02x}" for c in name)
 
 
-def _path_as_text(text: str) -> UnreadableDocumentError:
-    kind = "folder" if os.path.isdir(text) else "file"
-    return UnreadableDocumentError(
-        f"this text is the name of a {kind}",
-        where=repr(text),
-        next_step=f"Pass Path({text!r}) to add the {kind}, or (id, {text!r}) to add these words.",
-    )
+def _kind_of(text: str) -> Literal["folder", "file"] | None:
+    """What a text names on this disk."""
+    if len(text) > _LONGEST_PATH:
+        return None
+    return "folder" if os.path.isdir(text) else "file" if os.path.isfile(text) else None
 
 
 def _check_lines(text: str, *, where: str) -> None:

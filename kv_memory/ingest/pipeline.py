@@ -62,6 +62,7 @@ class AddReport:
         unchanged: Ids of documents that needed no work.
         errors: Errors of documents left out: with `on_error="skip"`, or by `refresh` because their text is missing.
         skipped: Hidden entries, folder links and files of unknown type that were found in a folder.
+        notes: Remarks on documents that were added or replaced: what their parsers replaced or lost.
         n_passages: Number of passages compressed.
         n_tokens: Number of tokens compressed, wrappers included.
         n_kept: Number of entries kept of these tokens in every layer and head.
@@ -77,6 +78,7 @@ class AddReport:
     unchanged: list[str] = field(default_factory=list)
     errors: list[KVMemoryError] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     n_passages: int = 0
     n_tokens: int = 0
     n_kept: int = 0
@@ -197,6 +199,7 @@ class IngestPipeline:
         limit = self._settings.passage_tokens
         if old is None or (old.content_sha256, old.passage_tokens) != (document.content_sha256, limit):
             (report.added if old is None else report.replaced).append(document.id)
+            report.notes += [f"{note} [{document.id}]" for note in document.notes]
             made = prepare(document, limit, self._count_tokens, keep_text=self._keep_text)
             return made._replace(cached=cached)
         kept = all((passage.text is not None) == self._keep_text for passage in old.passages)

@@ -113,3 +113,13 @@ def test_a_page_that_shrinks_to_next_to_nothing_is_noted(tmp_path: Path):
     (tmp_path / "a.html").write_text(f"<p>Please enable scripts.<script>{'x' * 90_000}</script>")
     (note,) = read_file(tmp_path / "a.html").notes
     assert note.startswith("22 characters of text in 90,0") and "save the page from a browser" in note
+
+
+def test_remarks_are_reported_and_stored(tmp_path: Path, memory):
+    (tmp_path / "a.md").write_bytes("naïve café ".encode() + b"\xe9 is open.")
+    report = memory.add(tmp_path / "a.md")
+    assert report.notes == [f"1 invalid byte(s) of utf-8 replaced by U+FFFD [{report.added[0]}]"]
+    assert memory.document(report.added[0]).metadata["reader_notes"] == [
+        "1 invalid byte(s) of utf-8 replaced by U+FFFD"
+    ]
+    assert memory.add(tmp_path / "a.md").notes == []
