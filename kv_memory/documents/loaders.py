@@ -78,8 +78,8 @@ class Document:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-# A str is always text, and a path object always a file or folder: a guess would depend on the disk. The name of a folder
-# is refused as a text, because it was hardly meant as one.
+# A str is always text, and a path object always a file or folder: a guess would depend on the disk. A text that names a
+# folder is refused, because it was hardly meant as a text.
 DocumentLike: TypeAlias = str | os.PathLike[str] | Document | tuple[str, str] | tuple[str, str, Mapping[str, Any]]
 
 
