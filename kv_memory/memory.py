@@ -346,8 +346,11 @@ class KVMemory(StoredDocuments):
         settings: DecodeSettings | None = None,
         read_from: ReadFrom = "caches",
     ) -> Answer:
-        """`ask` for asyncio: runs in a thread."""
-        return await asyncio.to_thread(self.ask, question, top_k=top_k, settings=settings, read_from=read_from)
+        """`ask` for asyncio: every step runs in a thread; cancelling it stops within a token."""
+        stream = await asyncio.to_thread(self.stream, question, top_k=top_k, settings=settings, read_from=read_from)
+        async for _ in iterate_in_thread(stream):
+            pass
+        return stream.answer
 
     async def astream(
         self,

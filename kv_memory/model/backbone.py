@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,11 +19,11 @@ from torch import nn
 from kv_memory.cache.distilled import dtype_from_name, dtype_name
 from kv_memory.cache.fingerprint import FORMATS, Fingerprint
 from kv_memory.config import DtypeName
-from kv_memory.errors import ContextWindowError
+from kv_memory.errors import ContextWindowError, ModelError
 from kv_memory.model.attention import ATTENTION, ForwardContext, soft_capped
 from kv_memory.model.embedded import EMBEDDED, built_in, concrete_name
 from kv_memory.model.kv_cache import NEVER, PositionedCache, Prefix
-from kv_memory.model.loading import best_device, best_dtype, check_supported, hash_parameters, load_model
+from kv_memory.model.loading import best_device, best_dtype, check_device, check_supported, hash_parameters, load_model
 from kv_memory.model.prompts import PromptEncoder, PromptForm, PromptName, choose_form
 from kv_memory.model.rope import Rope
 
@@ -96,6 +97,7 @@ class Backbone(PromptEncoder):
         self.kv_bytes_per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
         model.set_attn_implementation(ATTENTION)
         self._prefix: Prefix | None = None
+        self._pid = os.getpid()
 
     @classmethod
     def load(
@@ -119,10 +121,11 @@ class Backbone(PromptEncoder):
             revision: Revision of a hub id.
 
         Raises:
+            ConfigError: The device cannot be used.
             ModelNotFoundError: The model does not exist.
             UnsupportedModelError: The model has no usable tokenizer; the model's architecture is not supported.
         """
-        device = best_device() if device == "auto" else device
+        device = best_device() if device == "auto" else check_device(device)
         torch_dtype = best_dtype(device) if dtype == "auto" else dtype_from_name(dtype)
         name = concrete_name(str(name))
         model, tokenizer, weights = load_model(name, dtype=torch_dtype, device=device, revision=revision)
@@ -219,6 +222,7 @@ class Backbone(PromptEncoder):
 
     def empty_cache(self, capacity: int, *, batch_size: int = 1) -> PositionedCache:
         """An empty cache with room for `capacity` entries."""
+        self._check_process()
         shape = (self.num_layers, batch_size, self.num_kv_heads, capacity, self.head_dim)
         keys = torch.empty(shape, dtype=self.dtype, device=self.device)
         none = torch.empty(0, dtype=torch.int32, device=self.device)
@@ -238,11 +242,26 @@ class Backbone(PromptEncoder):
 
     def check_positions(self, n_positions: int, *, what: str) -> None:
         """Raise `ContextWindowError` unless the model can address `n_positions`."""
+        self._check_process()
         if n_positions > self.context_window:
             raise ContextWindowError(
                 f"{what} needs {n_positions:,} positions, the model has {self.context_window:,}",
                 where=self.name,
                 next_step="Retrieve fewer or shorter documents, lower max_new_tokens, or use layout='packed'.",
+            )
+
+    def _check_process(self) -> None:
+        """Refuse to compute in a forked child, where the threads that torch has started are missing: it would hang.
+
+        Raises:
+            ModelError: The model was loaded by the parent, which computes with several threads or on a GPU.
+        """
+        if os.getpid() != self._pid and (torch.get_num_threads() > 1 or self.device.type != "cpu"):
+            raise ModelError(
+                "the model was loaded before this process was forked",
+                where=self.name,
+                next_step="Open the memory in each process after it has started, or start processes by `spawn`. With "
+                "torch.set_num_threads(1) before the fork, a model on the CPU works in the child too.",
             )
 
     def prefill(
@@ -304,6 +323,7 @@ class Backbone(PromptEncoder):
         positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
+        self._check_process()
         ids = ids.to(self.device)  # (batch, n)
         n = ids.shape[1]
         # 1. Positions continue after each row's last token; with length-dependent frequencies, rotate the keys again.

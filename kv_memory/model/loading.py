@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kv_memory.errors import ModelNotFoundError, UnsupportedModelError
+from kv_memory.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from kv_memory.model.embedded import BUILT_IN, built_in, cache_folder, prepared_folder
 
 # Transformers' model types with attention through its attention interface and "rotate half" positions, all of them
@@ -46,6 +46,24 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def check_device(device: str) -> str:
+    """Return `device` if tensors can be made on it.
+
+    Raises:
+        ConfigError: Torch does not know it, was built without it, or the machine has none of this number.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"device {device!r} cannot be used: {reason}",
+            where="device",
+            next_step=f"Use 'auto', which is {best_device()!r} on this machine.",
+        ) from error
+    return device
+
+
 def best_dtype(device: str) -> torch.dtype:
     """bfloat16 if the processor or GPU multiplies it in hardware, else float32."""
     if device.startswith("cuda"):
@@ -69,14 +87,15 @@ def load_model(name: str, *, dtype: torch.dtype, device: str, revision: str | No
 
     model_built_in = built_in(name)
     where = str(prepared_folder(model_built_in)) if model_built_in else name
+    local_only = not Path(where).is_dir() and not _reaches_hub(name, revision)
     not_found = ModelNotFoundError(
-        "no such model",
+        "no copy of this model here, and the hub cannot be reached" if local_only else "no such model",
         where=name,
         next_step=f"Use {', '.join(BUILT_IN)}, a local folder with config.json and safetensors weights, or a hub id "
         "(`owner/model`; needs a network or a filled hub cache).",
     )
     try:
-        config = AutoConfig.from_pretrained(where, revision=revision)
+        config = AutoConfig.from_pretrained(where, revision=revision, local_files_only=local_only)
     except ValueError as error:  # unknown model type, or malformed id
         if "model type" not in str(error) and "architecture" not in str(error):
             raise not_found from error
@@ -88,12 +107,17 @@ def load_model(name: str, *, dtype: torch.dtype, device: str, revision: str | No
     except (OSError, TypeError) as error:  # TypeError: JSON, but not an object
         raise not_found from error
     check_supported(config.model_type, where=name)
-    tokenizer = _load_tokenizer(where, name, revision)
+    tokenizer = _load_tokenizer(where, name, revision, local_only)
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
+            where,
+            revision=revision,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            local_files_only=local_only,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelNotFoundError(
@@ -117,7 +141,22 @@ def load_model(name: str, *, dtype: torch.dtype, device: str, revision: str | No
     return model, tokenizer, weights
 
 
-def _load_tokenizer(where: str, name: str, revision: str | None) -> Any:
+def _reaches_hub(name: str, revision: str | None) -> bool:
+    """Whether the hub answers. Without this single question, every file would be asked for six times, 24 seconds."""
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        HfApi().model_info(name, revision=revision, timeout=10)
+    except (httpx.TransportError, OfflineModeIsEnabled):
+        return False
+    except Exception:  # no such model, or a malformed id: said by what follows
+        return True
+    return True
+
+
+def _load_tokenizer(where: str, name: str, revision: str | None, local_only: bool) -> Any:
     from transformers import AutoTokenizer
 
     error = UnsupportedModelError(
@@ -130,7 +169,7 @@ def _load_tokenizer(where: str, name: str, revision: str | None) -> Any:
     if folder.is_dir() and not any((folder / file).is_file() for file in known):
         raise error  # Transformers would build an empty tokenizer from the model type alone
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, local_files_only=local_only)
     except Exception as cause:  # tokenizers raise many types: OSError, ValueError, TypeError, its own Exception
         raise error from cause
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:
