@@ -143,16 +143,15 @@ def load_model(name: str, *, dtype: torch.dtype, device: str, revision: str | No
 
 def _reaches_hub(name: str, revision: str | None) -> bool:
     """Whether the hub answers. Without this single question, every file would be asked for six times, 24 seconds."""
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         HfApi().model_info(name, revision=revision, timeout=10)
-    except (httpx.TransportError, OfflineModeIsEnabled):
-        return False
-    except Exception:  # no such model, or a malformed id: said by what follows
+    except (HfHubHTTPError, HFValidationError):  # it answers that there is none, or the id is malformed
         return True
+    except Exception:  # offline mode; a connection failed or timed out, of whichever HTTP library the hub's uses
+        return False
     return True
 
 
