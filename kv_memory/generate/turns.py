@@ -119,9 +119,8 @@ def _alternate(turns: Sequence[Turn]) -> list[Turn]:
 
 def _templated(backbone: Backbone, turns: Sequence[Turn]) -> Prompt:
     marks = [f"\ue000{index}\ue001" for index in range(len(turns))]
-    text = render_chat(
-        backbone.tokenizer, [{"role": turn.role, "content": mark} for turn, mark in zip(turns, marks, strict=True)]
-    )
+    messages = [{"role": turn.role, "content": mark} for turn, mark in zip(turns, marks, strict=True)]
+    text = render_chat(backbone.tokenizer, messages, dict(backbone.prompt.switches))
     pieces: list[_Piece] = []
     for turn, mark in zip(turns, marks, strict=True):
         before, found, text = text.partition(mark)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -27,7 +28,7 @@ _FIXED_DATE = (
 _DOCUMENT, _SYSTEM, _ANSWER = "\ue000document\ue000", "\ue000system\ue000", "\ue000answer\ue000"
 
 
-_NOT_IN_DIGEST = {"name", "stop", "system_prompt", "answer_before", "answer_after"}
+_NOT_IN_DIGEST = {"name", "switches", "stop", "system_prompt", "answer_before", "answer_after"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ class PromptForm:
         answer_after: Text between an earlier answer and the next question's wrapper.
         stop: Strings that end an answer in this form, once it has a visible character.
         add_bos: True if the tokenizer's own start token precedes the prefix (chat templates contain theirs).
+        switches: Names and values of the chat template's own variables, for conversations without documents too.
     """
 
     name: str
@@ -59,6 +61,7 @@ class PromptForm:
     answer_after: str = "\n"
     stop: tuple[str, ...] = ()
     add_bos: bool = True
+    switches: tuple[tuple[str, Any], ...] = ()
 
     @property
     def digest(self) -> str:
@@ -102,11 +105,17 @@ PASSAGE = PromptForm(
 )
 
 
-def choose_form(prompt: PromptName | PromptForm, tokenizer: Any) -> PromptForm:
+# Switches of templates whose models think before they answer, off: an answer of 128 tokens would be all thinking.
+_SWITCHES: Mapping[str, Any] = {"enable_thinking": False, "thinking": False, "reasoning_effort": "low"}
+
+
+def choose_form(
+    prompt: PromptName | PromptForm, tokenizer: Any, switches: Mapping[str, Any] | None = None
+) -> PromptForm:
     """Resolve a prompt form: `auto` is the model's chat template, or `passage` if it has none.
 
     `brief` is the chat template with a system prompt that asks for a few words instead of sentences. A `PromptForm` is
-    returned unchanged.
+    returned unchanged. `switches` are variables of the chat template, see `PromptForm`.
 
     Raises:
         ConfigError: See `chat_form`.
@@ -116,16 +125,20 @@ def choose_form(prompt: PromptName | PromptForm, tokenizer: Any) -> PromptForm:
     if prompt == "passage" or (prompt == "auto" and not getattr(tokenizer, "chat_template", None)):
         return PASSAGE
     if prompt == "brief":
-        return replace(chat_form(tokenizer, system_prompt=BRIEF_SYSTEM_PROMPT), name="brief")
-    return chat_form(tokenizer)
+        form = chat_form(tokenizer, system_prompt=BRIEF_SYSTEM_PROMPT, switches=switches)
+        return replace(form, name="brief")
+    return chat_form(tokenizer, switches=switches)
 
 
-def chat_form(tokenizer: Any, *, system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> PromptForm:
+def chat_form(
+    tokenizer: Any, *, system_prompt: str = DEFAULT_SYSTEM_PROMPT, switches: Mapping[str, Any] | None = None
+) -> PromptForm:
     """The prompt form of a model's own chat template, with system prompt and template head as the shared prefix.
 
     Args:
         tokenizer: Transformers tokenizer with a chat template.
         system_prompt: Text of the system turn; put before the documents if the template has no such turn.
+        switches: Variables of the template, e.g. `{"enable_thinking": True}`. Those for thinking are off otherwise.
 
     Raises:
         ConfigError: The template is missing, cannot be rendered, or loses the text it is given.
@@ -136,11 +149,11 @@ def chat_form(tokenizer: Any, *, system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> 
         )
     try:
         roles = (("system", _SYSTEM), ("user", _DOCUMENT))
-        text = render_chat(tokenizer, [{"role": role, "content": content} for role, content in roles])
+        text = render_chat(tokenizer, [{"role": role, "content": content} for role, content in roles], switches)
     except ConfigError:
         text = ""
     if _SYSTEM not in text:  # a template that refuses (Gemma) or drops the system turn
-        text = render_chat(tokenizer, [{"role": "user", "content": f"{_SYSTEM}\n\n{_DOCUMENT}"}])
+        text = render_chat(tokenizer, [{"role": "user", "content": f"{_SYSTEM}\n\n{_DOCUMENT}"}], switches)
     head, found, tail = text.partition(_DOCUMENT)
     if not found or _SYSTEM not in head:
         raise ConfigError(
@@ -154,24 +167,27 @@ def chat_form(tokenizer: Any, *, system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> 
         question_before="",
         question_after=tail,
         system_prompt=system_prompt,
-        answer_after=_between_turns(tokenizer),
+        answer_after=_between_turns(tokenizer, switches),
         add_bos=False,
+        switches=tuple((switches or {}).items()),
     )
 
 
-def _between_turns(tokenizer: Any) -> str:
+def _between_turns(tokenizer: Any, switches: Mapping[str, Any] | None) -> str:
     """Text that a chat template puts between an answer and the next question."""
     turns = [("user", _DOCUMENT), ("assistant", _ANSWER), ("user", _SYSTEM)]
     try:
-        text = render_chat(tokenizer, [{"role": role, "content": content} for role, content in turns])
+        text = render_chat(tokenizer, [{"role": role, "content": content} for role, content in turns], switches)
     except ConfigError:
         return "\n\n"  # a template for a single question
     after = text.partition(_ANSWER)[2]
     return after.partition(_SYSTEM)[0] if _SYSTEM in after else "\n\n"
 
 
-def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+def render_chat(tokenizer: Any, messages: list[dict[str, str]], switches: Mapping[str, Any] | None = None) -> str:
     """Render a conversation with the tokenizer's chat template, up to the beginning of the reply.
+
+    `switches` are further variables of the template.
 
     Raises:
         ConfigError: The template rejects the conversation, e.g. for an unknown role.
@@ -180,7 +196,8 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> str:
         template = tokenizer.get_chat_template()
         if "strftime_now" in template:
             template = _FIXED_DATE + template
-        options = {"chat_template": template, "tokenize": False, "add_generation_prompt": True}
+        options = {**_SWITCHES, **(switches or {})}
+        options |= {"chat_template": template, "tokenize": False, "add_generation_prompt": True}
         return str(tokenizer.apply_chat_template(messages, **options))
     except Exception as error:  # templates raise any type (Gemma: TemplateError)
         raise ConfigError(

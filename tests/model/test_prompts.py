@@ -134,3 +134,30 @@ def test_document_and_question_are_tokenised_separately() -> None:
     assert backbone.tokenizer.decode(backbone.encode_document(text)) == form.document(text)
     assert backbone.tokenizer.decode(backbone.encode_question(" why? ")) == form.question("why?")
     assert json.loads(json.dumps(SHORT_FORM))["question_before"] + "why?\nA:" == form.question("why?")
+
+
+THINKS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+)
+THINKS_UNLESS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '</think>' if not thinking else '<think>' }}"
+)
+EFFORT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}[{{ reasoning_effort | default('medium') }}]"
+
+
+@pytest.mark.parametrize(
+    ("template", "switch", "default", "switched"),
+    [
+        (THINKS, {"enable_thinking": True}, "<assistant><think></think>", "<assistant>"),
+        (THINKS_UNLESS, {"thinking": True}, "</think>", "<think>"),
+        (EFFORT, {"reasoning_effort": "high"}, "[low]", "[high]"),
+    ],
+)
+def test_thinking_is_off_unless_it_is_switched_on(
+    template: str, switch: dict[str, object], default: str, switched: str
+) -> None:
+    tokenizer = tokenizer_with(template)
+    assert chat_form(tokenizer).question_after == default
+    assert chat_form(tokenizer, switches=switch).question_after == switched
+    assert chat_form(tokenizer, switches=switch).digest != chat_form(tokenizer).digest
