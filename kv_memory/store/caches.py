@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -26,7 +25,8 @@ from kv_memory.errors import (
     StoreError,
 )
 from kv_memory.store import documents
-from kv_memory.store.blob_references import MisfiledError, check_header, load_cache
+from kv_memory.store.blob_references import check_header, load_cache
+from kv_memory.store.blobs.local import blob_key, is_blob_key
 from kv_memory.store.documents import alive
 from kv_memory.store.eviction import Eviction, read_limits
 from kv_memory.store.metrics import BYTES_READ, BYTES_WRITTEN, GET_SECONDS, GETS, PUT_SECONDS
@@ -62,7 +62,6 @@ _OF_TEXT = (
 _FINGERPRINT = select(FingerprintRow.digest).where(FingerprintRow.digest == bindparam("digest"))
 _INSERT_FINGERPRINT = insert(Base.metadata.tables[FingerprintRow.__tablename__])
 _INSERT = insert(Base.metadata.tables[CacheRow.__tablename__]).returning(CacheRow.id)
-_AGAIN = "Run `kv-memory add --stale` to compress the text again; until then answer from the text."
 _OUTCOMES = {CacheNotFoundError: "missing", FingerprintMismatchError: "mismatch", CorruptCacheError: "corrupt"}
 
 
@@ -92,12 +91,13 @@ class Caches(Eviction):
             ConfigError: The cache cannot be stored in this format.
             StoreFullError: No space left. Nothing of this cache is kept, and everything else is untouched.
         """
-        if re.fullmatch("[0-9a-f]{64}", text_sha256) is None:
+        if not is_blob_key(text_sha256):
             raise ConfigError("text_sha256 must be a SHA-256 hex digest", where=f"text_sha256={text_sha256[:80]!r}")
         start_s = time.perf_counter()
         with span("store.put", text_sha256=text_sha256, keep_ratio=cache.keep_ratio):
             # The blob records the hash of its text, so a row that names another text's blob is detected.
             data = replace(cache, text_sha256=text_sha256).to_bytes(storage=storage)
+            key = blob_key(data)
             info = CacheInfo(
                 text_sha256=text_sha256,
                 fingerprint=cache.fingerprint.digest,
@@ -107,11 +107,11 @@ class Caches(Eviction):
                 n_kept=cache.n_kept,
                 dtype=stored_dtype(storage, cache.fingerprint.dtype),
                 size_bytes=len(data),
-                blob_key="",  # known when it is stored, as are the times
+                blob_key=key,
                 fidelity=cache.fidelity if fidelity is None else fidelity,
                 refined_steps=cache.refined_steps,
                 pinned=False,
-                created_at=utc_now(),
+                created_at=utc_now(),  # replaced when it is stored, as is `expires_at`
                 last_used_at=None,
                 expires_at=None,
             )
@@ -120,20 +120,19 @@ class Caches(Eviction):
             for _ in range(3):
                 there: CacheRow | None = None
 
-                def add_row(session: Session, key: str) -> list[str]:
+                def add_row(session: Session) -> list[str]:
                     nonlocal info, there
                     row = session.scalar(_AT_RATIO, names)
                     if row is not None and (row.expires_at is None or row.expires_at > utc_now()):
                         there = row
                         return [] if key == row.blob_key else [key]
-                    info = replace(info, blob_key=key)
                     info, gone = self._insert(session, info, cache.fingerprint, instead_of=row)
                     return gone
 
-                self.references.put(data, add_row)
+                self.references.put_all({key: data}, add_row)
                 if there is None:
                     break
-                if self.references.is_sound(there):
+                if self.references.verify(there) is None:
                     return _cache_info(there)
             else:
                 raise StoreError("the cache changed each time", where=f"text {text_sha256}", next_step="Try again.")
@@ -152,16 +151,13 @@ class Caches(Eviction):
         gone: list[str] = []
         if instead_of is not None:
             gone.append(instead_of.blob_key)
-            session.delete(instead_of)
-            session.flush()
+            session.execute(delete(CacheRow).where(CacheRow.id == instead_of.id))
         # Core tables, not ORM classes: they take a third of the time, and each put waits for it.
         connection = session.connection()
         if connection.scalar(_FINGERPRINT, {"digest": info.fingerprint}) is None:
             connection.execute(_INSERT_FINGERPRINT, {"digest": info.fingerprint, "json": fingerprint.to_json()})
         row_id = connection.scalar(_INSERT, {"collection_id": self.collection_id, **vars(info)})
-        if limits.max_size_bytes is not None or limits.store_max_size_bytes is not None:
-            gone += self._evict(session, limits, now, spare=row_id)
-        return info, gone
+        return info, gone + self._evict(session, limits, now, spare=row_id)
 
     def get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> DistilledCache:
         """A distilled cache, its tensors mapped from the file.
@@ -216,14 +212,15 @@ class Caches(Eviction):
             except FileNotFoundError:
                 continue  # removed after step 2: the next round finds no row, or a missing blob
             except CorruptCacheError as error:
-                # The row of a sound blob that is of something else is deleted; a damaged blob is quarantined.
-                if isinstance(error, MisfiledError):
-                    refused = self.references.drop_misfiled(row)
-                else:
-                    refused = self.references.quarantine_with_rows(row.blob_key, row.size_bytes)
-                if refused:
-                    raise self._corrupt(error.what, row.blob_key, text_sha256) from error
-                continue  # another writer has deleted or replaced the cache
+                if not self.references.refuse(row, error):
+                    continue  # another writer has deleted or replaced the cache
+                with self.catalog.read() as session:
+                    where = documents.place_of(session, self.collection_id, text_sha256)
+                raise CorruptCacheError(
+                    f"a distilled cache is damaged and was quarantined: {error.what}",
+                    where=f"{where}, blob {row.blob_key}",
+                    next_step="Run `kv-memory add --stale` to compress the text again; meanwhile answer from the text.",
+                ) from error
             # 4. Note the time of use, for eviction.
             self.uses.note(row.id)
             return cache, row.size_bytes
@@ -310,8 +307,9 @@ class Caches(Eviction):
 
     def put_prefix(self, key: str, data: bytes) -> None:
         """Store the cache of a shared prefix, as safetensors bytes, replacing any under the same key."""
+        blob = blob_key(data)
 
-        def add_row(session: Session, blob: str) -> list[str]:
+        def add_row(session: Session) -> list[str]:
             row = session.scalar(self._prefix(key))
             left = [] if row is None or row.blob_key == blob else [row.blob_key]
             if row is None:
@@ -320,7 +318,7 @@ class Caches(Eviction):
             row.blob_key, row.size_bytes = blob, len(data)
             return left
 
-        self.references.put(data, add_row)
+        self.references.put_all({blob: data}, add_row)
 
     def get_prefix(self, key: str) -> Path | None:
         """The safetensors file of a shared prefix, checked like a cache; None if the key has no prefix.
@@ -336,7 +334,7 @@ class Caches(Eviction):
             try:
                 return self.references.verified_path(row.blob_key, row.size_bytes)
             except CorruptCacheError as error:
-                if self.references.quarantine_with_rows(row.blob_key, row.size_bytes):
+                if self.references.refuse(row, error):
                     raise CorruptCacheError(
                         error.what,
                         where=f"prefix {key!r}, blob {row.blob_key}",
@@ -346,13 +344,6 @@ class Caches(Eviction):
 
     def _prefix(self, key: str) -> Any:
         return select(PrefixRow).where(PrefixRow.collection_id == self.collection_id, PrefixRow.key == key)
-
-    def _corrupt(self, what: str, key: str, text_sha256: str) -> CorruptCacheError:
-        with self.catalog.read() as session:
-            where = documents.place_of(session, self.collection_id, text_sha256)
-        return CorruptCacheError(
-            f"a distilled cache is damaged and was quarantined: {what}", where=f"{where}, blob {key}", next_step=_AGAIN
-        )
 
     def _not_found(self, session: Session, text_sha256: str, wanted: Fingerprint, keep: float | Keep) -> CacheError:
         keep_ratio = None if isinstance(keep, Keep) else check_keep_ratio(keep)

@@ -293,7 +293,7 @@ class _Copy:
                     raise CorruptCacheError("the blob's bytes changed", where=f"blob {info.blob_key}")
                 return data, fingerprint
             except (CorruptCacheError, FileNotFoundError):
-                if references.quarantine_if_damaged(info.blob_key, info.size_bytes):
+                if references.verify(info, again=True) is not None:
                     self._damaged.append(info.blob_key)
                 return None
 

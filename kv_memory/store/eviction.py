@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -62,18 +61,6 @@ def read_limits(session: Session, collection_id: int) -> Limits:
     return Limits(max_size_bytes=max_size_bytes, ttl_s=ttl_s, store_max_size_bytes=of_store)
 
 
-def write_limits(session: Session, collection_id: int, limits: Limits) -> None:
-    """Set the limits of a collection and its store."""
-    row = session.get_one(CollectionRow, collection_id)
-    row.max_size_bytes, row.ttl_s = limits.max_size_bytes, limits.ttl_s
-    option = session.get(OptionRow, _BUDGET)
-    value = {"max_size_bytes": limits.store_max_size_bytes}
-    if option is not None:
-        option.value = value
-    elif limits.store_max_size_bytes is not None:
-        session.add(OptionRow(key=_BUDGET, value=value))
-
-
 _FLUSH_EVERY = 256  # caches with a time of last use that a crash may lose; a write per get would cost an fsync each
 
 
@@ -83,12 +70,12 @@ class LastUses:
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         self._lock = threading.Lock()
-        self._used: dict[int, float] = {}
+        self._used: dict[int, datetime] = {}
 
     def note(self, row_id: int) -> None:
         """Record that the cache of a row was used now."""
         with self._lock:
-            self._used[row_id] = time.time()
+            self._used[row_id] = datetime.now(UTC)
             full = len(self._used) >= _FLUSH_EVERY
         if full:
             self.flush()
@@ -103,8 +90,7 @@ class LastUses:
         """Write the times in the buffer in a writing transaction."""
         with self._lock:
             used, self._used = self._used, {}
-        for row_id, at in used.items():
-            last_used_at = datetime.fromtimestamp(at, UTC)
+        for row_id, last_used_at in used.items():
             session.execute(update(CacheRow).where(CacheRow.id == row_id).values(last_used_at=last_used_at))
 
 
@@ -132,7 +118,9 @@ class Eviction(CollectionPart):
             StoreFullError: Pinned caches exceed a limit. The limits are set nevertheless.
         """
         with self.catalog.write() as session:
-            write_limits(session, self.collection_id, limits)
+            row = session.get_one(CollectionRow, self.collection_id)
+            row.max_size_bytes, row.ttl_s = limits.max_size_bytes, limits.ttl_s
+            session.merge(OptionRow(key=_BUDGET, value={"max_size_bytes": limits.store_max_size_bytes}))
         return self.make_room()
 
     def make_room(self) -> int:
@@ -177,40 +165,33 @@ class Eviction(CollectionPart):
         Raises:
             StoreFullError: Caches that are pinned or just added exceed a limit; roll back.
         """
-        self.uses.write(session)
         gone: list[str] = []
-        everywhere = true()
-        for scope, limit in (
-            (CacheRow.collection_id == self.collection_id, limits.max_size_bytes),
-            (everywhere, limits.store_max_size_bytes),
+        for name, scope, limit in (
+            ("collection", CacheRow.collection_id == self.collection_id, limits.max_size_bytes),
+            ("store", true(), limits.store_max_size_bytes),
         ):
             if limit is None:
                 continue
+            self.uses.write(session)
             excess = (session.scalar(select(func.coalesce(func.sum(CacheRow.size_bytes), 0)).where(scope)) or 0) - limit
             if excess <= 0:
                 continue
-            oldest_first = (
-                select(CacheRow.id, CacheRow.blob_key, CacheRow.size_bytes)
-                .where(scope, CacheRow.pinned.is_(False), CacheRow.id != spare)
-                # Expired caches come first, whatever their last use.
-                .order_by(alive(now), func.coalesce(CacheRow.last_used_at, CacheRow.created_at), CacheRow.id)
-            )
-            ids: list[int] = []
-            with session.execute(oldest_first.execution_options(yield_per=200)) as candidates:
-                for row_id, key, size_bytes in candidates:
-                    ids.append(row_id)
-                    gone.append(key)
-                    excess -= size_bytes
-                    if excess <= 0:
-                        break
+            # Expired caches come first, whatever their last use.
+            order = alive(now), func.coalesce(CacheRow.last_used_at, CacheRow.created_at), CacheRow.id
+            freed_before = func.sum(CacheRow.size_bytes).over(order_by=order) - CacheRow.size_bytes
+            ranked = select(CacheRow.id, freed_before.label("freed_before"))
+            ranked_rows = ranked.where(scope, CacheRow.pinned.is_(False), CacheRow.id != spare).subquery()
+            first = select(ranked_rows.c.id).where(ranked_rows.c.freed_before < excess)
+            evicted = delete(CacheRow).where(CacheRow.id.in_(first)).returning(CacheRow.blob_key, CacheRow.size_bytes)
+            for key, size_bytes in session.execute(evicted):
+                gone.append(key)
+                excess -= size_bytes
             if excess > 0:
                 raise StoreFullError(
                     f"the size limit of {limit:,} bytes is exceeded by {excess:,} bytes that are pinned or new",
-                    where="collection" if scope is not everywhere else "store",
+                    where=name,
                     next_step="Raise the limit (`kv-memory budget`) or unpin documents (`kv-memory unpin`).",
                 )
-            for start in range(0, len(ids), 500):
-                session.execute(delete(CacheRow).where(CacheRow.id.in_(ids[start : start + 500])))
         if gone:
             EVICTIONS.labels(self.collection).inc(len(gone))
             _LOG.info("evicted %d distilled caches to stay within the size limit", len(gone))

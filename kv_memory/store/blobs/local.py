@@ -22,7 +22,7 @@ from diskcache.core import DBNAME, MODE_BINARY, UNKNOWN
 
 from kv_memory.errors import CorruptCacheError, StoreError
 from kv_memory.store.error_mapping import raise_mapped
-from kv_memory.store.fs import fsync_folder, private_file, private_folder, private_opener
+from kv_memory.store.fs import fsync_folder, private_file, private_folder, private_opener, walk_files
 
 
 def blob_key(data: bytes) -> str:
@@ -60,9 +60,9 @@ class BlobAudit:
         freed_bytes: Size of the removed files in bytes; 0 without `repair`.
     """
 
-    keys: frozenset[str]
-    young: frozenset[str]
-    strays: tuple[str, ...]
+    keys: set[str]
+    young: set[str]
+    strays: list[str]
     freed_bytes: int
 
 
@@ -96,27 +96,25 @@ class DiskBlobs:
         A diskcache interrupted while it begins a transaction never ends it: no process could write any more.
         """
         try:
-            yield self._open() if self._opened is None else self._opened  # not `or`: an empty one is false
+            with self._lock:
+                if self._opened is None:
+                    private_file(self.folder / DBNAME)
+                    # The defaults evict silently, even what was just written. The catalog has size limits and expiry.
+                    self._opened = diskcache.Cache(
+                        str(self.folder),
+                        timeout=self._timeout_s,
+                        disk=SafeTensorsDisk,
+                        eviction_policy="none" if self.size_limit is None else "least-recently-used",
+                        cull_limit=0 if self.size_limit is None else 2,  # per put; more might evict the new one
+                        size_limit=self.size_limit or 2**62,
+                    )
+                cache = self._opened
+            yield cache
         except Exception as error:
             raise_mapped(error, self.where)
         except BaseException:
             self.close()
             raise
-
-    def _open(self) -> Any:
-        with self._lock:
-            if self._opened is None:
-                private_file(self.folder / DBNAME)
-                self._opened = diskcache.Cache(
-                    str(self.folder),
-                    timeout=self._timeout_s,
-                    disk=SafeTensorsDisk,
-                    # The defaults evict silently, even what was just written. The catalog has size limits and expiry.
-                    eviction_policy="none" if self.size_limit is None else "least-recently-used",
-                    cull_limit=0 if self.size_limit is None else 2,  # per put; more might evict what was just written
-                    size_limit=2**62 if self.size_limit is None else self.size_limit,
-                )
-            return self._opened
 
     def warm(self) -> None:
         """Open diskcache now instead of at the first use."""
@@ -141,30 +139,26 @@ class DiskBlobs:
             # for this thread's connection and not as a setting, with which opening would sync 40 times instead of
             # twice.
             cache.reset("sqlite_synchronous", 2 if self.durable else 0, update=False)
-            files: list[_File] = []
+            files: dict[str, _File] = {}
             try:
                 # 1. Write the files, before the transaction, for which other processes wait.
                 for key, data in blobs.items():
-                    files.append(disk.write(key, data, durable=self.durable))
+                    files[key] = disk.write(key, data, durable=self.durable)
                 if self.durable:
-                    for folder in {os.path.dirname(file.path) for file in files}:
+                    for folder in {os.path.dirname(file.path) for file in files.values()}:
                         fsync_folder(folder)
-                # 2. Insert their rows.
+                # 2. Insert their rows. Of two processes with the same blob the second drops its own file, and not the
+                # first one's, which a reader may be about to open. A row without its file gets the new one.
                 with cache.transact():
-                    for (key, data), file in zip(blobs.items(), list(files), strict=True):
-                        # `add`, not `set`: of two processes with the same blob the second drops its own file. `set`
-                        # would drop the first one's, which a reader may be about to open.
-                        if replace:
+                    for key, file in files.items():
+                        if replace or not _has(cache, key):
                             cache.set(key, file)
-                        elif not (cache.add(key, file) or self.has(key)):  # a row without its file
-                            files.append(disk.write(key, data, durable=self.durable))
-                            if self.durable:
-                                fsync_folder(os.path.dirname(files[-1].path))
-                            cache.set(key, files[-1])
+                        else:
+                            disk.remove(file.name)
             except Exception:
                 # diskcache leaves a file behind if it could not write the row. After Ctrl-C it is unknown whether
                 # it did: the files stay, and a later audit removes those without a row.
-                for file in files:
+                for file in files.values():
                     with suppress(OSError):
                         os.unlink(file.path)
                 raise
@@ -185,11 +179,8 @@ class DiskBlobs:
 
     def has(self, key: str) -> bool:
         """Whether the blob exists; its bytes are not checked."""
-        with suppress(CorruptCacheError):
-            if (file := self.open(key)) is not None:
-                file.close()
-                return True
-        return False
+        with self._cache() as cache:
+            return _has(cache, key)
 
     def delete(self, key: str) -> int:
         """Remove a blob if it exists; returns the number of bytes freed."""
@@ -229,7 +220,10 @@ class DiskBlobs:
             young: set[str] = set()
             freed_bytes = 0
             latest = time.time() - min_age_s
-            for path, status in disk.files():
+            own = {os.path.join(disk.root, DBNAME + suffix) for suffix in ("", "-wal", "-shm", "-journal")}
+            for path, status in walk_files(disk.root):
+                if path in own:
+                    continue
                 if path in keys:
                     if status.st_mtime > latest:
                         young.add(keys[path])
@@ -239,12 +233,7 @@ class DiskBlobs:
                         freed_bytes += status.st_size
                         with suppress(FileNotFoundError):
                             os.unlink(path)
-            return BlobAudit(
-                keys=frozenset(keys.values()),
-                young=frozenset(young),
-                strays=tuple(sorted(strays)),
-                freed_bytes=freed_bytes,
-            )
+            return BlobAudit(keys=set(keys.values()), young=young, strays=strays, freed_bytes=freed_bytes)
 
     def close(self) -> None:
         """Close this thread's connection; those of other threads close with their threads."""
@@ -252,6 +241,14 @@ class DiskBlobs:
             if self._opened is not None:
                 self._opened.close()
                 self._opened = None
+
+
+def _has(cache: Any, key: str) -> bool:
+    with suppress(CorruptCacheError):  # of a tampered row
+        if (file := cache.get(key, read=True)) is not None:
+            file.close()
+            return True
+    return False
 
 
 _NO_FILE = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
@@ -283,15 +280,6 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
             return None
         path = os.path.realpath(os.path.join(self.root, filename))
         return path if path.startswith(self.root + os.sep) else None
-
-    def files(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Paths and states of all files in the folder but diskcache's database."""
-        own = {os.path.join(self.root, DBNAME + suffix) for suffix in ("", "-wal", "-shm", "-journal")}
-        for folder, _, names in os.walk(self.root):
-            for path in (os.path.join(folder, name) for name in names):
-                with suppress(FileNotFoundError):  # removed by another process
-                    if path not in own:
-                        yield path, os.lstat(path)
 
     def put(self, key: Any) -> tuple[str, bool]:
         """The stored form of a key."""
