@@ -104,7 +104,8 @@ class BlobReferences:
         except BaseException:
             self.delete_unreferenced([*left, *blobs])
             raise
-        self.delete_unreferenced(left)
+        if left:
+            self.delete_unreferenced(left)
 
     def delete_unreferenced(self, keys: Iterable[str]) -> int:
         """Do what `remove_unnamed` does; what cannot be removed now is left to `gc`, and no error is raised."""

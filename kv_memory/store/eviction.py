@@ -61,6 +61,7 @@ def read_limits(session: Session, collection_id: int) -> Limits:
     return Limits(max_size_bytes=max_size_bytes, ttl_s=ttl_s, store_max_size_bytes=of_store)
 
 
+_EVICTED_AT_ONCE = 500  # variables in a statement of SQLite
 _FLUSH_EVERY = 256  # caches with a time of last use that a crash may lose; a write per get would cost an fsync each
 
 
@@ -174,24 +175,30 @@ class Eviction(CollectionPart):
                 continue
             self.uses.write(session)
             excess = (session.scalar(select(func.coalesce(func.sum(CacheRow.size_bytes), 0)).where(scope)) or 0) - limit
-            if excess <= 0:
-                continue
-            # Expired caches come first, whatever their last use.
-            order = alive(now), func.coalesce(CacheRow.last_used_at, CacheRow.created_at), CacheRow.id
-            freed_before = func.sum(CacheRow.size_bytes).over(order_by=order) - CacheRow.size_bytes
-            ranked = select(CacheRow.id, freed_before.label("freed_before"))
-            ranked_rows = ranked.where(scope, CacheRow.pinned.is_(False), CacheRow.id != spare).subquery()
-            first = select(ranked_rows.c.id).where(ranked_rows.c.freed_before < excess)
-            evicted = delete(CacheRow).where(CacheRow.id.in_(first)).returning(CacheRow.blob_key, CacheRow.size_bytes)
-            for key, size_bytes in session.execute(evicted):
-                gone.append(key)
-                excess -= size_bytes
-            if excess > 0:
-                raise StoreFullError(
-                    f"the size limit of {limit:,} bytes is exceeded by {excess:,} bytes that are pinned or new",
-                    where=name,
-                    next_step="Raise the limit (`kv-memory budget`) or unpin documents (`kv-memory unpin`).",
-                )
+            oldest_first = (
+                select(CacheRow.id, CacheRow.blob_key, CacheRow.size_bytes)
+                .where(scope, CacheRow.pinned.is_(False), CacheRow.id != spare)
+                # Expired caches come first, whatever their last use.
+                .order_by(alive(now), func.coalesce(CacheRow.last_used_at, CacheRow.created_at), CacheRow.id)
+                .limit(_EVICTED_AT_ONCE)
+            )
+            while excess > 0:
+                freed = 0
+                ids: list[int] = []
+                for row_id, key, size_bytes in session.execute(oldest_first).all():
+                    if freed >= excess:
+                        break
+                    freed += size_bytes
+                    ids.append(row_id)
+                    gone.append(key)
+                if not ids:
+                    raise StoreFullError(
+                        f"the size limit of {limit:,} bytes is exceeded by {excess:,} bytes that are pinned or new",
+                        where=name,
+                        next_step="Raise the limit (`kv-memory budget`) or unpin documents (`kv-memory unpin`).",
+                    )
+                excess -= freed
+                session.execute(delete(CacheRow).where(CacheRow.id.in_(ids)))
         if gone:
             EVICTIONS.labels(self.collection).inc(len(gone))
             _LOG.info("evicted %d distilled caches to stay within the size limit", len(gone))

@@ -168,7 +168,7 @@ class DiskBlobs:
 
         Args:
             key: Name of the blob.
-            fresh: Whether to drop a local copy and fetch the blob from the store again; no effect here, in the store.
+            fresh: Whether a copy in the tier in front of an object store is dropped first; no effect here.
 
         Raises:
             CorruptCacheError: diskcache's row of the blob was tampered with.
@@ -299,16 +299,44 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
             raise TypeError(f"blobs are files written before, got {type(value).__name__}")
         return value.size_bytes, MODE_BINARY, value.name, None
 
-    def write(self, key: str, data: bytes | Path, *, durable: bool) -> _File:
-        """Write a file, or link one; to be durable its folder must be synced too."""
+    def write(self, key: str, data: bytes | Path, *, durable: bool, again: bool = True) -> _File:
+        """Write a file, or link one, and once more if it vanishes; to be durable its folder must be synced too."""
         name, path = self.filename()
+        temporary, folder = path + ".tmp", os.path.dirname(path)
         try:
-            self._create(path, key, data, durable)
-        except FileNotFoundError as error:
+            if folder not in self._durable_folders:  # new, or made by a process that has not synced it yet
+                private_folder(Path(folder))
+                if durable:
+                    fsync_folder(self.root)
+                self._durable_folders.add(folder)
+            if isinstance(data, Path):
+                try:
+                    os.link(data, temporary)
+                except OSError:  # another file system, or one without links
+                    data = data.read_bytes()
+                    if blob_key(data) != key:
+                        raise CorruptCacheError("the blob changed meanwhile", where=f"blob {key}") from None
+            if isinstance(data, bytes):
+                with open(temporary, "xb", opener=private_opener) as file:
+                    file.write(data)
+            if durable:
+                with open(temporary, "rb+") as file:
+                    os.utime(temporary)  # a linked file is as young as a written one, for `audit`
+                    os.fsync(file.fileno())
+            os.rename(temporary, path)
+            return _File(name, path, os.path.getsize(path))
+        except BaseException as error:
+            for leftover in (temporary, path):
+                with suppress(OSError):
+                    os.unlink(leftover)
+            if not isinstance(error, FileNotFoundError):
+                raise
             if isinstance(data, Path) and not data.exists():
                 raise CorruptCacheError("the blob was removed meanwhile", where=f"blob {key}") from error
-            self._create(path, key, data, durable)  # a purge has taken the unfinished file for a leftover
-        return _File(name, path, os.path.getsize(path))
+            if not again:
+                raise
+        # A purge has taken the unfinished file for a leftover.
+        return self.write(key, data, durable=durable, again=False)
 
     def filename(self, key: Any = UNKNOWN, value: Any = UNKNOWN) -> tuple[str, str]:
         """A new name for a value's file, as a relative and an absolute path.
@@ -344,33 +372,3 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
             # Its folder stays even if it is empty: another process may be about to write into it.
             with suppress(FileNotFoundError):
                 (os.rmdir if os.path.isdir(path) else os.unlink)(path)
-
-    def _create(self, path: str, key: str, data: bytes | Path, durable: bool) -> None:
-        temporary = path + ".tmp"
-        folder = os.path.dirname(path)
-        if folder not in self._durable_folders:  # new, or made by a process that has not synced it yet
-            private_folder(Path(folder))
-            if durable:
-                fsync_folder(self.root)
-            self._durable_folders.add(folder)
-        try:
-            if isinstance(data, Path):
-                try:
-                    os.link(data, temporary)
-                except OSError:  # another file system, or one without links
-                    data = data.read_bytes()
-                    if blob_key(data) != key:
-                        raise CorruptCacheError("the blob changed meanwhile", where=f"blob {key}") from None
-            if isinstance(data, bytes):
-                with open(temporary, "xb", opener=private_opener) as file:
-                    file.write(data)
-            if durable:
-                with open(temporary, "rb+") as file:
-                    os.utime(temporary)  # a linked file is as young as a written one, for `audit`
-                    os.fsync(file.fileno())
-            os.rename(temporary, path)
-        except BaseException:
-            for name in (temporary, path):
-                with suppress(OSError):
-                    os.unlink(name)
-            raise
