@@ -262,10 +262,7 @@ def load_cache(row: CacheRow, path: Path) -> DistilledCache:
 def check_header(row: CacheRow, path: Path) -> None:
     """Do what `load_cache` does with the header of the file alone, and without torch, which takes seconds to import.
 
-    Raises:
-        CorruptCacheError: The file was removed since it was verified.
-        MisfiledError: Blob and row differ, or the blob is not a distilled cache.
-        FingerprintMismatchError: The blob has another format version.
+    Errors are the same, but for `CorruptCacheError` if the file was removed since it was verified.
     """
     try:
         with safe_open(path, framework="np") as file:

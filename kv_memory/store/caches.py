@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -44,18 +44,11 @@ _SAME = (
     & (CacheRow.text_sha256 == bindparam("text"))
     & (CacheRow.fingerprint == bindparam("digest"))
 )
+_IDENTITY = CacheRow.text_sha256, CacheRow.fingerprint, CacheRow.keep_ratio
 _AT_RATIO = select(CacheRow).where(_SAME, CacheRow.keep_ratio == bindparam("ratio"))
 # Columns, and the time as SQLite has it: half of the time of ORM objects, for each `get`.
 _OF_TEXT = (
-    select(
-        CacheRow.id,
-        CacheRow.blob_key,
-        CacheRow.size_bytes,
-        CacheRow.text_sha256,
-        CacheRow.fingerprint,
-        CacheRow.keep_ratio,
-        CacheRow.n_tokens,
-    )
+    select(CacheRow.id, CacheRow.blob_key, CacheRow.size_bytes, CacheRow.n_tokens, *_IDENTITY)
     .where(_SAME, or_(CacheRow.expires_at.is_(None), CacheRow.expires_at > bindparam("now", type_=DateTime())))
     .order_by(CacheRow.id.desc())
 )
@@ -68,14 +61,7 @@ _OUTCOMES = {CacheNotFoundError: "missing", FingerprintMismatchError: "mismatch"
 class Caches(Eviction):
     """Caches and prefixes of one collection: the part of `Store` that needs blobs."""
 
-    def put(
-        self,
-        text_sha256: str,
-        cache: DistilledCache,
-        *,
-        fidelity: float | None = None,
-        storage: StorageName = "auto",
-    ) -> CacheInfo:
+    def put(self, text_sha256: str, cache: DistilledCache, *, storage: StorageName = "auto") -> CacheInfo:
         """Store a distilled cache: the blob first, then its row. Both are durable when this returns.
 
         The text need not be in a document yet. If the collection already has a sound cache of this text, fingerprint
@@ -84,7 +70,6 @@ class Caches(Eviction):
         Args:
             text_sha256: SHA-256 hex digest of the UTF-8 text of the cache.
             cache: Cache to store.
-            fidelity: Last held-out probe KL in nats; None takes the cache's own.
             storage: Number format of keys and values in the blob, see `DistilledCache.to_bytes`; `get` recognises it.
 
         Raises:
@@ -108,12 +93,9 @@ class Caches(Eviction):
                 dtype=stored_dtype(storage, cache.fingerprint.dtype),
                 size_bytes=len(data),
                 blob_key=key,
-                fidelity=cache.fidelity if fidelity is None else fidelity,
+                fidelity=cache.fidelity,
                 refined_steps=cache.refined_steps,
-                pinned=False,
                 created_at=utc_now(),  # replaced when it is stored, as is `expires_at`
-                last_used_at=None,
-                expires_at=None,
             )
             names = {"collection": self.collection_id, "text": text_sha256}
             names |= {"digest": info.fingerprint, "ratio": info.keep_ratio}
@@ -246,13 +228,11 @@ class Caches(Eviction):
         """Whether `get` would find a sound cache; nothing is quarantined, which `get` and `check` do."""
         with self.catalog.read() as session:
             row = self._find(session, text_sha256, fingerprint, keep_ratio)
-        if row is None:
-            return False
-        try:
-            check_header(row, self.references.verified_path(row.blob_key, row.size_bytes))
-        except (CorruptCacheError, FingerprintMismatchError):
-            return False
-        return True
+        if row is not None:
+            with suppress(CorruptCacheError, FingerprintMismatchError):
+                check_header(row, self.references.verified_path(row.blob_key, row.size_bytes))
+                return True
+        return False
 
     def _find(self, session: Session, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep) -> Any:
         """The columns of _OF_TEXT at a keep ratio; for a `Keep` of the cache that it gives, else of the newest one."""
@@ -266,19 +246,13 @@ class Caches(Eviction):
         fitting = (row for row in rows if keep.fits(row.keep_ratio, row.n_tokens, fingerprint))
         return next(fitting, rows[0])
 
-    def delete(
-        self, text_sha256: str, *, fingerprint: Fingerprint | None = None, keep_ratio: float | None = None
-    ) -> int:
-        """Delete a text's caches, all of them or those under the given settings, and return their number."""
-        statement = delete(CacheRow).where(
+    def delete(self, text_sha256: str) -> int:
+        """Delete a text's caches, and return their number."""
+        these = delete(CacheRow).where(
             CacheRow.collection_id == self.collection_id, CacheRow.text_sha256 == text_sha256
         )
-        if fingerprint is not None:
-            statement = statement.where(CacheRow.fingerprint == fingerprint.digest)
-        if keep_ratio is not None:
-            statement = statement.where(CacheRow.keep_ratio == check_keep_ratio(keep_ratio))
         with self.catalog.write() as session:
-            keys = session.scalars(statement.returning(CacheRow.blob_key)).all()
+            keys = session.scalars(these.returning(CacheRow.blob_key)).all()
         self.references.delete_unreferenced(keys)
         return len(keys)
 

@@ -84,12 +84,9 @@ _OBJECTS_FAILED: _Kind = (
 
 
 def store_error(error: BaseException, where: str) -> StoreError | None:
-    """The store's error for a foreign one; None if the store does not know it.
+    """The store's error for one of the disk, SQLite, PostgreSQL, diskcache or obstore; None for any other.
 
-    Args:
-        error: Foreign error: an `OSError`, an error of SQLite (bare or wrapped by SQLAlchemy), of PostgreSQL or of
-            obstore, or diskcache's `Timeout`.
-        where: File, folder or URL at which it occurred.
+    `where` is the file, folder or URL at which it occurred.
     """
     if isinstance(error, DBAPIError) and isinstance(error.orig, sqlite3.Error):
         error = error.orig

@@ -48,8 +48,7 @@ class Limits:
     ttl_s: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_size_bytes", "store_max_size_bytes", "ttl_s"):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be above 0 or None, got {value}", where=name)
 
@@ -152,19 +151,10 @@ class Eviction(CollectionPart):
         return len(changed)
 
     def _evict(self, session: Session, limits: Limits, now: datetime, *, spare: int | None) -> list[str]:
-        """Delete rows while a size limit is exceeded: expired caches first, then the least recently used.
+        """Delete rows while a size limit is exceeded, expired caches first, and return their blob keys.
 
-        Args:
-            session: Session of a writing transaction.
-            limits: Limits to enforce.
-            now: Time at which expiry is judged.
-            spare: Id of the row that was just added, which is not evicted; None for no such row.
-
-        Returns:
-            Blob keys of the deleted rows, for `BlobReferences.delete_unreferenced`.
-
-        Raises:
-            StoreFullError: Caches that are pinned or just added exceed a limit; roll back.
+        `spare` is the row that was just added, which stays. If it or pinned caches exceed a limit, `StoreFullError`
+        rolls the transaction back.
         """
         gone: list[str] = []
         for name, scope, limit in (

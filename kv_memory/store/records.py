@@ -145,10 +145,10 @@ class CacheInfo:
     blob_key: str
     fidelity: float | None
     refined_steps: int
-    pinned: bool
+    pinned: bool = False
     created_at: datetime
-    last_used_at: datetime | None
-    expires_at: datetime | None
+    last_used_at: datetime | None = None
+    expires_at: datetime | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

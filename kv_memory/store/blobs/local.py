@@ -124,9 +124,7 @@ class DiskBlobs:
     def put(self, blobs: Mapping[str, bytes | Path], *, replace: bool = False) -> None:
         """Store blobs durably; with `replace`, an existing key gets the new bytes, otherwise it keeps the old ones.
 
-        Args:
-            blobs: Bytes by key, or a file with them, which is linked and must never be written to.
-            replace: Whether to replace existing blobs.
+        A blob is given as its bytes, or as a file with them, which is linked and must never be written to.
 
         Raises:
             CorruptCacheError: A file does not exist any more.
@@ -166,9 +164,7 @@ class DiskBlobs:
     def open(self, key: str, *, fresh: bool = False) -> BufferedReader | None:
         """The file of a blob, open for reading; None if the blob does not exist.
 
-        Args:
-            key: Name of the blob.
-            fresh: Whether a copy in the tier in front of an object store is dropped first; no effect here.
+        With `fresh`, a copy in the tier in front of an object store is dropped first; no effect here.
 
         Raises:
             CorruptCacheError: diskcache's row of the blob was tampered with.
@@ -196,10 +192,7 @@ class DiskBlobs:
     def audit(self, *, min_age_s: float, repair: bool = False) -> BlobAudit:
         """List the contents and, with `repair`, remove what belongs to no blob.
 
-        Args:
-            min_age_s: Age in seconds from which a file without a row counts as a leftover; a younger one may be a
-                write in progress.
-            repair: Whether to remove strays.
+        A file without a row is a leftover from an age of `min_age_s`; a younger one may be a write in progress.
         """
         with self._cache() as cache:
             disk: SafeTensorsDisk = cache.disk
@@ -220,14 +213,12 @@ class DiskBlobs:
             young: set[str] = set()
             freed_bytes = 0
             latest = time.time() - min_age_s
-            own = {os.path.join(disk.root, DBNAME + suffix) for suffix in ("", "-wal", "-shm", "-journal")}
+            own = os.path.join(disk.root, DBNAME)  # and with `-wal`, `-shm`, `-journal`
             for path, status in walk_files(disk.root):
-                if path in own:
-                    continue
                 if path in keys:
                     if status.st_mtime > latest:
                         young.add(keys[path])
-                elif status.st_mtime <= latest:
+                elif status.st_mtime <= latest and not path.startswith(own):
                     strays.append(os.path.relpath(path, disk.root))
                     if repair:
                         freed_bytes += status.st_size

@@ -70,15 +70,7 @@ class ObjectBlobs:
                 # Options given here replace those of the environment, this one too.
                 "allow_http": os.environ.get("AWS_ALLOW_HTTP", "").lower() in {"1", "true"},
             }
-            options["retry_config"] = {
-                "max_retries": 5,
-                "backoff": {
-                    "init_backoff": timedelta(milliseconds=100),
-                    "max_backoff": timedelta(seconds=5),
-                    "base": 2,
-                },
-                "retry_timeout": retry_timeout,
-            }
+            options["retry_config"] = {"max_retries": 5, "retry_timeout": retry_timeout}  # pauses of 0.1 s, doubled
         elif not self._local.is_absolute():
             raise ConfigError(
                 "the folder in a file:// URL must be an absolute path", where="blobs", next_step="Write file:///FOLDER."
