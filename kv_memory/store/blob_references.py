@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from sqlalchemy import delete, select, union
+from sqlalchemy import delete, select, true
 from sqlalchemy.orm import Session
 
 from kv_memory.cache.fingerprint import Fingerprint
@@ -42,14 +42,13 @@ _TRIES = 10  # to store a blob that another process keeps removing
 _REMOVED_AT_ONCE = 50  # blobs in one transaction, for which other writers wait
 
 
-def named_blobs(session: Session, keys: Iterable[str] | None = None) -> dict[str, int]:
-    """The blobs that a row of any collection names, with their sizes in bytes; all of them, or those of the keys."""
-    named: dict[str, int] = {}
-    for batch in [None] if keys is None else batches(keys):
-        of = [select(table.blob_key, table.size_bytes) for table in (CacheRow, PrefixRow)]
-        if batch is not None:
-            of = [statement.where(statement.selected_columns.blob_key.in_(batch)) for statement in of]
-        named.update((key, size_bytes) for key, size_bytes in session.execute(union(*of)))
+def named_blobs(session: Session, keys: Iterable[str] | None = None) -> set[str]:
+    """The blobs that a row of any collection names; all of them, or those of the keys."""
+    named: set[str] = set()
+    for table in (CacheRow, PrefixRow):
+        conditions = [true()] if keys is None else [table.blob_key.in_(batch) for batch in batches(keys)]
+        for condition in conditions:
+            named.update(session.scalars(select(table.blob_key).where(condition)))
     return named
 
 
@@ -64,13 +63,7 @@ class MisfiledError(CorruptCacheError):
 
 
 class BlobReferences:
-    """The blobs of a store and the rows that name them. Thread-safe.
-
-    Args:
-        catalog: Catalog with the rows.
-        blobs: Storage of the bytes.
-        quarantine: Folder for damaged blobs, which must exist.
-    """
+    """The blobs of a store and the rows that name them; `quarantine` is an existing folder. Thread-safe."""
 
     def __init__(self, catalog: Catalog, blobs: DiskBlobs | ObjectBlobs, quarantine: Path) -> None:
         self.catalog = catalog
@@ -81,10 +74,8 @@ class BlobReferences:
     def put_all(self, blobs: Mapping[str, bytes | Path], add_rows: Callable[[Session], Collection[str]]) -> None:
         """Store blobs, then their rows in one transaction.
 
-        Args:
-            blobs: Blobs by name, see `DiskBlobs.put`.
-            add_rows: Function that writes the rows in the session; returns the names of blobs that may have no row
-                afterwards. What it raises rolls the transaction back.
+        `add_rows` writes the rows, and returns the names of blobs that may have no row afterwards. What it raises rolls
+        the transaction back.
 
         Raises:
             StoreError: A blob was removed each time it was stored.
@@ -118,19 +109,13 @@ class BlobReferences:
         freed_bytes = 0
         for batch in batches(set(keys), _REMOVED_AT_ONCE):
             with self.catalog.write() as session:
-                unnamed = set(batch) - named_blobs(session, batch).keys()
-                freed_bytes += sum(self.blobs.delete(key) for key in unnamed)
+                freed_bytes += sum(self.blobs.delete(key) for key in set(batch) - named_blobs(session, batch))
         return freed_bytes
 
     def verify(self, row: CacheRow | PrefixRow | CacheInfo, *, again: bool = False) -> CorruptCacheError | None:
-        """Check the blob of a row and, for a `CacheRow`, compare the two; what is wrong is refused.
+        """Check the blob of a row and, for a `CacheRow`, compare the two; refuse what is wrong and return the reason.
 
-        Args:
-            row: Row of a cache or a prefix.
-            again: Whether to hash the file even if it was hashed before.
-
-        Returns:
-            Reason of the refusal; None if the blob is sound, or was removed or replaced meanwhile.
+        None if the blob is sound, or was removed or replaced meanwhile. `again` is as in `verified_path`.
         """
         try:
             path = self.verified_path(row.blob_key, row.size_bytes, again=again)
@@ -145,8 +130,7 @@ class BlobReferences:
     def refuse(self, row: Any, error: CorruptCacheError) -> bool:
         """Delete the row of a misfiled blob, or all rows of a damaged one, and quarantine a blob that has no row left.
 
-        Returns:
-            False if the rows are gone or changed, or another process has replaced the blob.
+        False if the rows are gone or changed, or another process has replaced the blob.
         """
         key: str = row.blob_key
         with self.catalog.write() as session:
@@ -164,12 +148,8 @@ class BlobReferences:
     def verified_path(self, key: str, size_bytes: int | None, *, again: bool = False) -> Path:
         """The file of a blob, after a check of its length and SHA-256.
 
-        A file is hashed once per process, and again if it was replaced or written to since.
-
-        Args:
-            key: Name of the blob, which is its SHA-256.
-            size_bytes: Size of the blob in bytes according to the catalog; None if it is unknown.
-            again: Whether to hash the file even if it was hashed before.
+        A file is hashed once per process, and once more if it was replaced or written to since, or if `again` is set.
+        `size_bytes` is its length according to the catalog; None if that is unknown.
 
         Raises:
             CorruptCacheError: The blob is missing, or its bytes are wrong.
@@ -225,14 +205,13 @@ class BlobReferences:
     def quarantine(self, key: str) -> None:
         """Move a damaged blob to the quarantine folder, for inspection; a missing one is no error."""
         self._hashed.pop(key, None)
-        try:
-            file = self.blobs.open(key)
-        except CorruptCacheError:
-            file = None  # the entry points outside the folder: drop the entry, and leave that file alone
-        if file is not None:
-            file.close()
-            with mapped(self.quarantine_folder), suppress(FileNotFoundError):  # another process may be faster
-                os.replace(file.name, self.quarantine_folder / f"{key}.safetensors")
+        with suppress(
+            CorruptCacheError
+        ):  # an entry that points outside the folder is dropped, and that file left alone
+            if (file := self.blobs.open(key)) is not None:
+                file.close()
+                with mapped(self.quarantine_folder), suppress(FileNotFoundError):  # another process may be faster
+                    os.replace(file.name, self.quarantine_folder / f"{key}.safetensors")
         self.blobs.delete(key)
 
 

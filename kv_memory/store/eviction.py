@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sqlalchemy import bindparam, delete, func, select, true, update
+from sqlalchemy import ColumnElement, bindparam, delete, func, select, true, update
 from sqlalchemy.orm import Session
 
 from kv_memory.errors import ConfigError, StoreError, StoreFullError
@@ -140,15 +140,14 @@ class Eviction(CollectionPart):
             DocumentNotFoundError: The collection has no such document.
         """
         with self.catalog.write() as session:
-            row = documents.find_document(session, self.collection_id, document_id)
-            texts = select(PassageRow.text_sha256).where(PassageRow.document_pk == row.id)
-            changed = session.scalars(
-                update(CacheRow)
-                .where(CacheRow.collection_id == self.collection_id, CacheRow.text_sha256.in_(texts))
-                .values(pinned=pinned)
-                .returning(CacheRow.id)
-            ).all()
-        return len(changed)
+            pin = update(CacheRow).where(self._of_document(session, document_id)).values(pinned=pinned)
+            return len(session.scalars(pin.returning(CacheRow.id)).all())
+
+    def _of_document(self, session: Session, document_id: str) -> ColumnElement[bool]:
+        """Condition for the caches of a document's passages."""
+        row = documents.find_document(session, self.collection_id, document_id)
+        texts = select(PassageRow.text_sha256).where(PassageRow.document_pk == row.id)
+        return (CacheRow.collection_id == self.collection_id) & CacheRow.text_sha256.in_(texts)
 
     def _evict(self, session: Session, limits: Limits, now: datetime, *, spare: int | None) -> list[str]:
         """Delete rows while a size limit is exceeded, expired caches first, and return their blob keys.

@@ -63,7 +63,7 @@ def _differences(references: BlobReferences, audit: BlobAudit, named: AbstractSe
     missing = {key for key in named - audit.keys if not references.blobs.has(key)}
     orphans = audit.keys - audit.young - named
     with references.catalog.read() as session:
-        return missing & named_blobs(session, missing).keys(), orphans - named_blobs(session, orphans).keys()
+        return missing & named_blobs(session, missing), orphans - named_blobs(session, orphans)
 
 
 def gc(part: CollectionPart) -> GcReport:
@@ -71,7 +71,7 @@ def gc(part: CollectionPart) -> GcReport:
     references = part.references
     audit = references.blobs.audit(min_age_s=GRACE_S, repair=True)
     with part.catalog.read() as session:
-        named = named_blobs(session).keys()
+        named = named_blobs(session)
     missing, orphans = _differences(references, audit, named)
     # Rows first, in a transaction of their own: if it fails, no blob has been removed under a row that stays.
     with part.catalog.write() as session:

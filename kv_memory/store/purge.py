@@ -42,7 +42,7 @@ def purge(part: CollectionPart, index_folder: Path, ids: Iterable[str]) -> Purge
         # in progress finds its blob removed, and stores it again.
         audit = blobs.audit(min_age_s=-1.0, repair=True)
         with catalog.read() as session:
-            named = named_blobs(session).keys()
+            named = named_blobs(session)
         freed_bytes = audit.freed_bytes + references.remove_unnamed(keys | (audit.keys - named))
         if isinstance(blobs, ObjectBlobs):
             # Copies of blobs that another machine purged; anything in the tier may be dropped at any time.

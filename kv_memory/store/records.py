@@ -17,7 +17,6 @@ class PassageRecord:
 
     Attributes:
         text: Exact text that is tokenised; None if it is not kept.
-        n_tokens: Length of the passage in tokens.
         text_sha256: SHA-256 hex digest of the UTF-8 text, the key of its distilled caches. Computed from the text
             unless given.
         terms: Hashes of words with their counts, for retrieval if the text is not kept; without them, no question finds
@@ -98,8 +97,8 @@ class DocumentSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredPassage(PassageRecord):
-    """A passage as it is stored in a collection.
+class StoredPassage:
+    """A passage as it is stored in a collection; other fields are as in `PassageRecord`.
 
     Attributes:
         document_id: Id of its document.
@@ -109,7 +108,11 @@ class StoredPassage(PassageRecord):
 
     document_id: str
     ordinal: int
+    text: str | None
+    text_sha256: str
+    n_tokens: int
     metadata: dict[str, Any]
+    terms: Mapping[str, int] | None = field(default=None, repr=False, hash=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +124,8 @@ class CacheInfo:
         fingerprint: Digest of the fingerprint it was made under.
         method: Name and settings of the selector, or `adapter`.
         keep_ratio: Share of entries kept, in (0, 1]: as requested, or as a budget gave it for this text.
-        n_tokens: Length of the text in tokens.
         n_kept: Number of entries kept per layer and head; the rounded average if heads keep different numbers.
         dtype: Number format of keys and values in the blob: `bfloat16`, `int8`, ...
-        size_bytes: Size of the blob in bytes.
         blob_key: Name of the blob, which is the SHA-256 hex digest of its bytes.
         fidelity: Last held-out probe KL in nats, lower is better; None if it was not measured.
         refined_steps: Number of gradient steps of refinement.
@@ -157,7 +158,6 @@ class CheckReport:
 
     Attributes:
         n_blobs: Number of sound blobs that rows name.
-        size_bytes: Size of these blobs in bytes.
         damaged: Keys of blobs with wrong bytes; they are quarantined, and their rows deleted.
         misfiled: `text_sha256` of caches with a row that named the blob of something else; these rows are deleted.
         missing: Keys of blobs that rows name and that do not exist. `Store.gc` deletes the rows.
@@ -192,7 +192,6 @@ class GcReport:
         n_dangling_rows: Number of rows with a missing blob.
         n_unreferenced_caches: Number of this collection's caches with a text that is in no passage.
         n_strays: Number of leftovers of interrupted writes.
-        freed_bytes: Size of the removed files in bytes.
     """
 
     n_orphan_blobs: int
@@ -214,7 +213,6 @@ class PurgeReport:
         n_orphan_blobs: Number of other blobs that no row named.
         n_quarantined: Number of files in quarantine, which cannot be attributed to documents.
         n_strays: Number of leftovers of interrupted writes.
-        freed_bytes: Size of the removed blobs and files in bytes.
     """
 
     documents: tuple[str, ...]
@@ -253,7 +251,6 @@ class TransferProgress:
 
     Attributes:
         step: Present step. An export copies, then packs; an import unpacks, verifies, then copies.
-        n_documents: Number of documents copied.
         size_bytes: Number of bytes done in this step.
         size_bytes_total: Estimated number of bytes of this step; 0 if it is unknown.
     """

@@ -31,11 +31,7 @@ def blob_key(data: bytes) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a path that diskcache would change, because it expands `$NAME` in paths.
-
-    Raises:
-        StoreError: The path has the name of an environment variable in it.
-    """
+    """Refuse, with a `StoreError`, a path that diskcache would change, because it expands `$NAME` in paths."""
     if os.path.expandvars(folder) != str(folder):
         raise StoreError(
             "a store's path must not contain the name of an environment variable",
@@ -347,9 +343,9 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
             raise CorruptCacheError("a blob's row was not written by this package", where=self.root)
         try:
             return open(path, "rb")  # the caller closes it
-        except FileNotFoundError:
-            raise
         except OSError as error:
+            if error.errno == errno.ENOENT:
+                raise
             if error.errno in _NO_FILE:
                 raise CorruptCacheError("the path of a blob is not a regular file", where=path) from error
             # Mapped here, because `Cache.get` treats every OSError as a missing key; a forbidden file, or one too many
