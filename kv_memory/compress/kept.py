@@ -16,7 +16,7 @@ from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
 
 if TYPE_CHECKING:
-    from kv_memory.compress.matching import Match  # it selects with `top_k_mask`
+    from kv_memory.compress.fitting import FittedHeads  # made by a module that selects with `top_k_mask`
 
 
 def pad(rows: Sequence[Sequence[int]], *, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +118,12 @@ class Kept(NamedTuple):
 
 
 def extract(
-    backbone: Backbone, cache: PositionedCache, selected: torch.Tensor, *, row: int = 0, match: Match | None = None
+    backbone: Backbone,
+    cache: PositionedCache,
+    selected: torch.Tensor,
+    *,
+    row: int = 0,
+    fitted: FittedHeads | None = None,
 ) -> Kept:
     """Extract the selected entries, with the rotary embedding removed from their keys.
 
@@ -127,7 +132,7 @@ def extract(
         cache: Cache of prefix and window, as prefilled.
         selected: Mask of the selected entries, bool `(num_layers or 1, num_kv_heads or 1, n_tokens)`.
         row: Row in the cache's batch.
-        match: Fitted keys, values and biases that replace the selected entries; None for no fit.
+        fitted: Fitted entries that replace the selected ones; None for no fit.
     """
     n_prefix, n_tokens = len(backbone.prefix_ids), selected.shape[-1]
     mask = selected.expand(backbone.num_layers, backbone.num_kv_heads, -1)
@@ -140,8 +145,8 @@ def extract(
     )  # (n_entries, head_dim) each, head by head
     check_finite(backbone, keys, values)
     bias = None
-    if match is not None:
-        keys, values, bias = match.keys, match.values.to(values.dtype), match.bias.to(torch.float16)
+    if fitted is not None:
+        keys, values, bias = fitted.keys, fitted.values.to(values.dtype), fitted.bias.to(torch.float16)
     counts = mask.sum(-1)  # (num_layers, num_kv_heads)
     inside = torch.arange(n_tokens, device=mask.device).expand_as(mask)[mask]  # (n_entries,)
     free = backbone.rope.rotate_flat(

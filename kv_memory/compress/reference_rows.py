@@ -9,8 +9,9 @@ what answers are made of. The very questions asked later did not serve better th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from kv_memory.model.kv_cache import PositionedCache
 
 REPEAT = "\n\nRepeat the previous text exactly.\n"
 REPEAT_FROM = "\n\nRepeat the previous text exactly, from here on: "
-REQUEST_TOKENS, CUE_TOKENS = 48, 8
+_REQUEST_TOKENS, _CUE_TOKENS = 48, 8
+EXTRA_TOKENS = _REQUEST_TOKENS + _CUE_TOKENS  # most tokens before a part that the model is asked to repeat
 QUESTION_TOKENS = 64  # most tokens of a question with its wrapper and its answer
 _QUESTIONS = (
     ("Who built the tower?", "Jan Novak"),
@@ -85,8 +87,8 @@ class ReferenceRows:
 def repeat_rows(backbone: Backbone, ids: torch.Tensor, part_tokens: int) -> Iterator[list[int]]:
     """Yield requests to repeat a document `(1, n)` part by part, each with the part it requests."""
     for start in range(0, ids.shape[1], part_tokens):
-        request = backbone.encode(REPEAT if start == 0 else REPEAT_FROM)[:REQUEST_TOKENS]
-        cue = ids[0, max(0, start - CUE_TOKENS) : start].tolist()
+        request = backbone.encode(REPEAT if start == 0 else REPEAT_FROM)[:_REQUEST_TOKENS]
+        cue = ids[0, max(0, start - _CUE_TOKENS) : start].tolist()
         yield [*request, *cue, *ids[0, start : start + part_tokens].tolist()]
 
 
@@ -108,9 +110,9 @@ def record_rows(
         Rows of each layer, for each document.
     """
     # 1. Requests: some questions side by side, on copies of a short document's cache; parts of the document one by one.
-    recorder = _Recorder(backbone, len(documents), step=-(-max(map(len, documents)) // _RECORDED))
-    questions, n_entries = _questions(backbone), cache.layer(0)[0].shape[2]
-    at_once = max(1, _COPIED_ENTRIES // n_entries)
+    recorder = _Recorder(backbone, step=-(-max(map(len, documents)) // _RECORDED))
+    questions = [(backbone.encode_question(q) + backbone.encode(f" {a}"))[-QUESTION_TOKENS:] for q, a in _QUESTIONS]
+    at_once = max(1, _COPIED_ENTRIES // cache.layer(0)[0].shape[2])
     parts = [list(repeat_rows(backbone, ids[None], part_tokens)) for ids in documents]
     # 2. Run them and record queries.
     n_positions = [
@@ -128,16 +130,11 @@ def record_rows(
     return found
 
 
-def _questions(backbone: Backbone) -> list[list[int]]:
-    return [(backbone.encode_question(q) + backbone.encode(f" {a}"))[-QUESTION_TOKENS:] for q, a in _QUESTIONS]
-
-
 class _Recorder:
     """Records queries while requests are prefilled behind several documents; an `AttentionObserver`."""
 
-    def __init__(self, backbone: Backbone, n_documents: int, *, step: int) -> None:
+    def __init__(self, backbone: Backbone, *, step: int) -> None:
         self._backbone = backbone
-        self._n_documents = n_documents
         self._step = step  # heads record every `step`-th token, with different offsets, to cover all
         self._parts: list[list[ReferenceRows]] = [[] for _ in range(backbone.num_layers)]  # by layer and pass
         self._real = torch.empty(0, 0, dtype=torch.bool)  # (rows, n), for the current pass
@@ -174,36 +171,22 @@ class _Recorder:
             self.sizes[-1].append(len(first))
             start += n
         self._picked = torch.cat(picked, 1)
-        # 3. Prefill, on copies if a document has several rows.
+        # 3. Prefill, on copies if a document has several rows. Hooks record 1 / r of the states that enter each layer.
+        ragged = lengths if len(ids) > 1 else None
         behind = cache if many == 1 else _copies(cache, many, room=ids.shape[1])
-        with self._norms():
-            ragged = lengths if len(ids) > 1 else None
+        with self._backbone.lock, ExitStack() as hooks:  # locked: hooks would also see other threads' passes
+            for index, module in enumerate(self._backbone.layers):
+                note = partial(self._note, index)
+                hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
             self._backbone.prefill(ids, behind, lengths=ragged, context=ForwardContext(observer=self))
         if many == 1:
             cache.rewind(ids.shape[1])
             cache.next_positions = before  # `rewind` assumes rows of equal length
         return behind.n_positions
 
-    @contextmanager
-    def _norms(self) -> Iterator[None]:
-        """Record 1 over the norm of the hidden states that enter each layer."""
-
-        def note(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            self._scales[layer] = 1 / hidden.float().norm(dim=-1).clamp_min(1e-6)
-
-        with self._backbone.lock:  # the hooks would also see a forward pass of another thread
-            handles = [
-                module.register_forward_pre_hook(
-                    lambda _, args, kwargs, layer=index: note(layer, args, kwargs), with_kwargs=True
-                )
-                for index, module in enumerate(self._backbone.layers)
-            ]
-            try:
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
+    def _note(self, layer: int, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self._scales[layer] = 1 / hidden.float().norm(dim=-1).clamp_min(1e-6)
 
     def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, kind: AttentionKind) -> None:
         """Record one layer's queries; see `AttentionObserver`."""

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.combined import combined_scores
 from kv_memory.compress.kept import Kept, check_finite, extract, pad, top_k_mask
-from kv_memory.compress.matching import Matched, MatchedDocument, match_documents
+from kv_memory.compress.matching import Matched, MatchedDocument
 from kv_memory.compress.prefill import prefill_documents
 from kv_memory.compress.selectors import Selector
 from kv_memory.model.backbone import Backbone
@@ -108,8 +108,9 @@ class WindowCompressor:
         else:
             cache, scored = prefilled or self.prefill(windows)
             if isinstance(scored, list):
-                matches = match_documents(scored, n_kept.tolist(), [window.forced for window in windows])
-                return [extract(backbone, cache, match.selected, row=i, match=match) for i, match in enumerate(matches)]
+                assert isinstance(self._selector, Matched)
+                found = self._selector.match(scored, n_kept.tolist(), [window.forced for window in windows])
+                return [extract(backbone, cache, own, row=i, fitted=fitted) for i, (own, fitted) in enumerate(found)]
             assert self._selector is not None
             n_tokens = torch.tensor([len(window.ids) for window in windows])
             selected = top_k_mask(scored, n_tokens, n_kept, budget=self._selector.budget, forced=forced)
