@@ -140,9 +140,8 @@ class Compressor:
             EmptyDocumentError: The text is blank.
             ConfigError: keep_ratio or a span is out of range.
         """
-        document = self._encode(text)
-        kept, unasked = document.spans(keep_spans, "keep_spans"), document.spans(unasked_spans, "unasked_spans")
-        return self._compress(document.ids, None, keep_ratio, kept, unasked)
+        document = PrefilledDocument(self, self._encode(text), None)
+        return document.keep(keep_ratio, keep_spans=keep_spans, unasked_spans=unasked_spans)
 
     @torch.no_grad()
     def prefill(self, text: str) -> PrefilledDocument:
@@ -217,9 +216,8 @@ class Compressor:
         fingerprint = self.fingerprint()
         for group in groups.values():
             if len(group) > 1:
-                kept = self._windows.compress([self._windows_of(rows[i], ratios[i])[0] for i in group])
-                for i, own in zip(group, kept, strict=True):
-                    made[i] = own.to_cache(n_tokens=len(rows[i]), keep_ratio=ratios[i], fingerprint=fingerprint)
+                windows = [self._windows_of(rows[i], ratios[i])[0] for i in group]
+                made.update(zip(group, self._windows.compress(windows, fingerprint), strict=True))
         return [
             made[i] if i in made else self.compress_ids(ids, keep_ratio=ratio)
             for i, (ids, ratio) in enumerate(zip(rows, ratios, strict=True))
@@ -251,32 +249,31 @@ class Compressor:
         # 1. Compress window by window.
         windows = self._windows_of(ids, keep_ratio, keep_spans)
         read: Sequence[PrefilledWindow | None] = prefilled or [None] * len(windows)
-        parts = [self._windows.compress([window], own)[0] for window, own in zip(windows, read, strict=True)]
-        starts = [start for start, _ in windows_of(len(ids), self.window_tokens)]
         spans = repr(sorted(map(tuple, keep_spans))) if keep_spans else ""
         fingerprint = self.fingerprint(keep_spans=hashlib.sha256(spans.encode()).hexdigest() if spans else "")
-        if self.refine is None:
-            kept = parts[0] if len(parts) == 1 else join(parts, starts)
-            return kept.to_cache(n_tokens=len(ids), keep_ratio=keep_ratio, fingerprint=fingerprint)
+        parts = [
+            self._windows.compress([window], fingerprint, own)[0] for window, own in zip(windows, read, strict=True)
+        ]
         # 2. Refine each window as a document of its own, one at a time, as in prefill, to limit memory.
-        refined = []
-        for window, part, start in zip(windows, parts, starts, strict=True):
-            cache = part.to_cache(n_tokens=len(window.ids), keep_ratio=keep_ratio, fingerprint=self.fingerprint())
+        start = 0
+        for i, window in enumerate(windows if self.refine is not None else ()):
             unasked = [(max(a - start, 0), min(b - start, len(window.ids))) for a, b in unasked_spans]
-            refined += refine_batch(
+            (parts[i],) = refine_batch(
                 self.backbone,
                 [window.ids],
-                [cache],
+                [parts[i]],
                 settings=self.refine,
                 fixed=[window.forced],  # entries held out of compression are not moved either
                 unasked=[[(a, b) for a, b in unasked if a < b]],
             )
-        parts = [part.with_entries_of(cache) for part, cache in zip(parts, refined, strict=True)]
-        fidelities = [cache.fidelity * cache.n_tokens for cache in refined if cache.fidelity is not None]
+            start += len(window.ids)
+        # 3. Join.
+        fidelities = [part.fidelity * part.n_tokens for part in parts if part.fidelity is not None]
         return replace(
-            join(parts, starts).to_cache(n_tokens=len(ids), keep_ratio=keep_ratio, fingerprint=fingerprint),
-            refined_steps=max(cache.refined_steps for cache in refined),
-            fidelity=sum(fidelities) / len(ids) if len(fidelities) == len(refined) else None,
+            parts[0] if len(parts) == 1 else join(parts),
+            fingerprint=fingerprint,
+            refined_steps=max(part.refined_steps for part in parts),
+            fidelity=sum(fidelities) / len(ids) if len(fidelities) == len(parts) else None,
         )
 
     def _windows_of(self, ids: Sequence[int], keep_ratio: float, keep_spans: Sequence[Span] = ()) -> list[Window]:
@@ -286,12 +283,8 @@ class Compressor:
             if not 0 <= start < end <= len(ids):
                 raise ConfigError(f"span ({start}, {end}) does not lie within {len(ids)} tokens", where="keep_spans")
             forced[start:end] = True
-        windows = []
-        for start, end in windows_of(len(ids), self.window_tokens):
-            n_free = int((~forced[start:end]).sum())
-            n_kept = end - start - n_free + (n_kept_for(n_free, keep_ratio) if n_free else 0)
-            windows.append(Window(ids[start:end], n_kept, forced[start:end]))
-        return windows
+        spans = windows_of(len(ids), self.window_tokens)
+        return [Window(ids[start:end], forced[start:end], keep_ratio) for start, end in spans]
 
     def _encode(self, text: str) -> _Encoded:
         """Encode a document in the prompt form's wrapper."""
@@ -303,19 +296,12 @@ class Compressor:
 
 
 class _Encoded(NamedTuple):
-    """A document as tokens.
+    """A document as tokens."""
 
-    Attributes:
-        ids: Token ids, with the wrapper.
-        offsets: Span of characters of each token of the text.
-        n_before: Number of tokens before the text.
-        n_chars: Length of the text in characters.
-    """
-
-    ids: list[int]
-    offsets: list[Span]
-    n_before: int
-    n_chars: int
+    ids: list[int]  # with the wrapper
+    offsets: list[Span]  # span of characters of each token of the text
+    n_before: int  # number of tokens before the text
+    n_chars: int  # length of the text
 
     def spans(self, spans: Sequence[Span], where: str) -> list[Span]:
         """Spans of tokens that touch the given spans of characters."""
