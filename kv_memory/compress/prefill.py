@@ -7,15 +7,13 @@ other forms everything is decided during one pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.kept import top_k_mask
-from kv_memory.errors import ModelError
 from kv_memory.model.attention import ForwardContext
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
@@ -90,17 +88,10 @@ class PrefillRouting:
         return self._choose(self.scores) if self._selected is None else self._selected
 
 
-@dataclass(frozen=True)
-class DocumentPrefill:
-    """Prefilled documents with their scores and selection.
+class DocumentPrefill(NamedTuple):
+    """Prefilled documents with their scores and selection; shapes as in `PrefillRouting`."""
 
-    Attributes:
-        cache: Cache of prefix and documents, rotated, padded.
-        selected: Mask of the kept entries, bool `(num_layers or 1, batch, num_kv_heads or 1, n_tokens)`.
-        scores: Scores `(num_layers, batch, num_kv_heads or 1, n_tokens)`, float32.
-    """
-
-    cache: PositionedCache
+    cache: PositionedCache  # of prefix and documents, rotated, padded
     selected: torch.Tensor
     scores: torch.Tensor
 
@@ -136,29 +127,19 @@ def prefill_documents(
         watching.look(config.eta, hidden)
     cache = backbone.prefixed_cache(n_tokens, room=room, batch_size=batch)
     backbone.prefill(ids, cache, lengths=lengths if batch > 1 else None, context=ForwardContext(routing=watching))
-    return DocumentPrefill(cache=cache, selected=watching.selected, scores=watching.scores)
+    return DocumentPrefill(cache, watching.selected, watching.scores)
 
 
 def hidden_after(
     backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, *, layer: int, lengths: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Run only the first `layer` decoder layers and return the output of the last of them.
+    """Run only the first `layer` decoder layers, and return the output of the last of them.
 
-    Args:
-        backbone: Model to run.
-        ids: `(batch, n)`, token ids, padded on the right.
-        cache: Cache that is filled up to `layer`; it must not be used afterwards.
-        layer: Number of layers to run, at least 1.
-        lengths: `(batch,)`, real tokens per row; all of them if None.
+    Arguments as in `Backbone.prefill`; the cache must not be used afterwards.
 
     Returns:
         Hidden states `(batch, n, hidden_size)`, in the model's dtype.
-
-    Raises:
-        ModelError: The model has no such layer.
     """
-    if not 1 <= layer <= backbone.num_layers:
-        raise ModelError(f"layer must be in the range 1 to {backbone.num_layers}, got {layer}", where=backbone.name)
     caught: list[torch.Tensor] = []
 
     def stop(_module: nn.Module, _args: Any, output: Any) -> None:

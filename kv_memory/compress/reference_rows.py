@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from kv_memory.compress.kept import pad
+from kv_memory.compress.refine.batching import gather_entries
 from kv_memory.model.attention import AttentionKind, ForwardContext, soft_capped
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
@@ -172,8 +173,10 @@ class _Recorder:
             start += n
         self._picked = torch.cat(picked, 1)
         # 3. Prefill, on copies if a document has several rows. Hooks record 1 / r of the states that enter each layer.
-        ragged = lengths if len(ids) > 1 else None
-        behind = cache if many == 1 else _copies(cache, many, room=ids.shape[1])
+        behind, ragged = cache, lengths if len(ids) > 1 else None
+        if many > 1:
+            entries = gather_entries(self._backbone, cache, before - len(self._backbone.prefix_ids))
+            behind = entries.cache(torch.arange(len(rows), device=device).repeat_interleave(many))
         with self._backbone.lock, ExitStack() as hooks:  # locked: hooks would also see other threads' passes
             for index, module in enumerate(self._backbone.layers):
                 note = partial(self._note, index)
@@ -215,19 +218,6 @@ class _Recorder:
                 kind=kind,
             )
         )
-
-
-def _copies(cache: PositionedCache, n: int, *, room: int) -> PositionedCache:
-    """Repeat the cache of each document `n` times in the batch, with room for more entries."""
-    layers = [cache.layer(index) for index in range(len(cache.layers))]
-    keys, values = (
-        [torch.nn.functional.pad(layer[part].repeat_interleave(n, 0), (0, 0, 0, room)) for layer in layers]
-        for part in (0, 1)
-    )
-    where = cache.key_positions(0).repeat_interleave(n, 0)
-    copies = PositionedCache(keys, values, positions=[where], next_position=0, n_positions=cache.n_positions)
-    copies.next_positions = cache.next_positions.repeat_interleave(n)
-    return copies
 
 
 def _in_one_regime(

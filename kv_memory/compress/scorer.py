@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
 from kv_memory.config import Budget
+
+if TYPE_CHECKING:
+    from kv_memory.compress.adapter import AdapterConfig
 
 FLOOR = 1e-3  # attention far below this gets the same score as no attention
 
@@ -17,25 +20,16 @@ ScorerKind = Literal["token", "head", "layer"]
 
 
 class Scorer(nn.Module):
-    """Scores document tokens from hidden states, without ever seeing a question.
+    """Scores document tokens from hidden states, without ever seeing a question; of the kind and size in the config."""
 
-    Args:
-        kind: Kind of scorer, see `ScorerKind`.
-        hidden_size: Hidden size of the model.
-        inner_size: Width of the scorer's hidden layer.
-        num_layers: Number of layers of the model.
-        num_kv_heads: Number of KV heads of the model.
-    """
-
-    def __init__(
-        self, *, kind: ScorerKind, hidden_size: int, inner_size: int, num_layers: int, num_kv_heads: int
-    ) -> None:
+    def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
-        self.kind = kind
-        self._num_layers = num_layers
-        n_out = {"token": 1, "head": num_layers * num_kv_heads, "layer": num_kv_heads}[kind]
-        n_heads = num_layers if kind == "layer" else 1
-        self.heads = nn.ModuleList(_head(hidden_size, inner_size, n_out) for _ in range(n_heads))
+        self.kind = config.scorer
+        self._num_layers = config.num_layers
+        per_layer = config.num_kv_heads
+        n_out = {"token": 1, "head": config.num_layers * per_layer, "layer": per_layer}[self.kind]
+        n_heads = config.num_layers if self.kind == "layer" else 1
+        self.heads = nn.ModuleList(_head(config.hidden_size, config.scorer_size, n_out) for _ in range(n_heads))
 
     def forward(self, hidden: torch.Tensor, layer: int = 0) -> torch.Tensor:
         """Score every token.

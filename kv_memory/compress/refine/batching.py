@@ -49,23 +49,9 @@ class Entries:
         cache.next_positions = self.next_positions[rows]
         return cache
 
-    def ask(
-        self, backbone: Backbone, ids: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor, wanted: torch.Tensor
-    ) -> torch.Tensor:
-        """Logits at some tokens of rows behind the documents.
-
-        Args:
-            backbone: The model.
-            ids: `(rows, n)`, token ids, padded on the right.
-            lengths: `(rows,)`, real tokens of each row.
-            rows: `(rows,)`, index of the document that each row follows.
-            wanted: Bool `(rows, n)`; tokens with a next token to predict.
-
-        Returns:
-            Logits `(number of wanted, vocab_size)`, row by row, in the model's dtype.
-        """
-        hidden = backbone.prefill(ids, self.cache(rows), lengths=lengths)
-        logits: torch.Tensor = backbone.head(hidden[wanted])
+    def ask(self, backbone: Backbone, batch: RowBatch) -> torch.Tensor:
+        """Logits at the wanted tokens of a batch, `(number of wanted, vocab_size)`, in the model's dtype."""
+        logits: torch.Tensor = backbone.head(batch.hidden(backbone, self.cache(batch.documents)))
         return logits
 
 
@@ -157,9 +143,8 @@ def join_entries(
     def joined(which: int, fill: int = 0) -> list[torch.Tensor]:
         rows = [torch.cat([part[which] for part in own], 2) for own in parts]
         most = max(row.shape[2] for row in rows)
-        for i, row in enumerate(rows):
-            room = row.new_full((*row.shape[:2], most - row.shape[2], *row.shape[3:]), fill)
-            rows[i] = torch.cat([row, room], 2)
+        rooms = [row.new_full((*row.shape[:2], most - row.shape[2], *row.shape[3:]), fill) for row in rows]
+        rows = [torch.cat(pair, 2) for pair in zip(rows, rooms, strict=True)]
         return list(torch.stack(rows, 1))  # (groups, num_kv_heads, most, ...) for each layer
 
     return Entries(
@@ -213,6 +198,10 @@ class RowBatch:
     lengths: torch.Tensor
     documents: torch.Tensor
     wanted: torch.Tensor
+
+    def hidden(self, backbone: Backbone, cache: PositionedCache) -> torch.Tensor:
+        """Inputs of the head at the wanted tokens behind a cache of as many rows: `(number of wanted, hidden_size)`."""
+        return backbone.prefill(self.ids, cache, lengths=self.lengths)[self.wanted]
 
 
 def batch_rows(

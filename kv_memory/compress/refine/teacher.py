@@ -68,8 +68,7 @@ class Teacher:
         """
         for batch in batch_rows(self._backbone, rows, self._ends, at_once=self._at_once):
             with self._behind(batch.documents) as cache:
-                ragged = batch.lengths if len(batch.index) > 1 else None
-                hidden = self._backbone.prefill(batch.ids, cache, lengths=ragged)[batch.wanted]
+                hidden = batch.hidden(self._backbone, cache)
             sizes = [rows[index].n_wanted for index in batch.index]
             for index, part in zip(batch.index, hidden.split(sizes), strict=True):
                 yield index, self._backbone.head(part)
