@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 
@@ -140,8 +139,7 @@ class Compressor:
             EmptyDocumentError: The text is blank.
             ConfigError: keep_ratio or a span is out of range.
         """
-        document = PrefilledDocument(self, self._encode(text), None)
-        return document.keep(keep_ratio, keep_spans=keep_spans, unasked_spans=unasked_spans)
+        return self._encode(text).keep(keep_ratio, keep_spans=keep_spans, unasked_spans=unasked_spans)
 
     @torch.no_grad()
     def prefill(self, text: str) -> PrefilledDocument:
@@ -158,9 +156,9 @@ class Compressor:
         """
         document = self._encode(text)
         if self.adapter is not None:
-            return PrefilledDocument(self, document, None)
+            return document
         windows = self._windows_of(document.ids, 1.0)
-        return PrefilledDocument(self, document, [self._windows.prefill([window]) for window in windows])
+        return replace(document, windows=[self._windows.prefill([window]) for window in windows])
 
     def ratio_for(self, text: str, keep: float | Keep, *, keep_spans: Sequence[Span] = ()) -> float:
         """Compute the keep_ratio at which `compress` keeps a text within a budget.
@@ -286,22 +284,34 @@ class Compressor:
         spans = windows_of(len(ids), self.window_tokens)
         return [Window(ids[start:end], forced[start:end], keep_ratio) for start, end in spans]
 
-    def _encode(self, text: str) -> _Encoded:
+    def _encode(self, text: str) -> PrefilledDocument:
         """Encode a document in the prompt form's wrapper."""
         if not text.strip():
             raise EmptyDocumentError("the document is empty", next_step="Pass text with at least one word.")
         before, after = self.backbone.document_wrapper
         ids, offsets = self.backbone.encode_with_offsets(text)
-        return _Encoded([*before, *ids, *after], offsets, len(before), len(text))
+        return PrefilledDocument(self, [*before, *ids, *after], offsets, len(before), len(text))
 
 
-class _Encoded(NamedTuple):
-    """A document as tokens."""
+@dataclass(frozen=True, eq=False)
+class PrefilledDocument:
+    """A document as tokens, to be compressed at several ratios; `Compressor.prefill` also prefills and scores it.
 
-    ids: list[int]  # with the wrapper
-    offsets: list[Span]  # span of characters of each token of the text
-    n_before: int  # number of tokens before the text
-    n_chars: int  # length of the text
+    Attributes:
+        compressor: Compressor that made it.
+        ids: Token ids, with the wrapper.
+        offsets: Span of characters of each token of the text.
+        n_before: Number of tokens before the text.
+        n_chars: Length of the text in characters.
+        windows: Prefilled windows; None for windows to prefill at each ratio.
+    """
+
+    compressor: Compressor
+    ids: list[int]
+    offsets: list[Span]
+    n_before: int
+    n_chars: int
+    windows: Sequence[PrefilledWindow] | None = None
 
     def spans(self, spans: Sequence[Span], where: str) -> list[Span]:
         """Spans of tokens that touch the given spans of characters."""
@@ -316,19 +326,9 @@ class _Encoded(NamedTuple):
                 result.append((touched[0], touched[-1] + 1))
         return result
 
-
-class PrefilledDocument:
-    """A document prefilled and scored once, to be compressed at several ratios; made by `Compressor.prefill`."""
-
-    def __init__(self, compressor: Compressor, document: _Encoded, windows: Sequence[PrefilledWindow] | None) -> None:
-        self._compressor = compressor
-        self._document = document
-        self._windows = windows
-
     def keep(
         self, keep_ratio: float, *, keep_spans: Sequence[Span] = (), unasked_spans: Sequence[Span] = ()
     ) -> DistilledCache:
         """Return the cache that `Compressor.compress` makes of the text; arguments and errors are the same."""
-        kept = self._document.spans(keep_spans, "keep_spans")
-        unasked = self._document.spans(unasked_spans, "unasked_spans")
-        return self._compressor._compress(self._document.ids, self._windows, keep_ratio, kept, unasked)
+        kept, unasked = self.spans(keep_spans, "keep_spans"), self.spans(unasked_spans, "unasked_spans")
+        return self.compressor._compress(self.ids, self.windows, keep_ratio, kept, unasked)

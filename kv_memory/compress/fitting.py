@@ -144,8 +144,8 @@ def output_errors(
     `sum over queries and heads of (P / (1 - P))^2 (v - o)^T M (v - o) / r^2`, with 1 - P held at 0.01 or more.
 
     Args:
-        weights: P, attention of the rows to the entries, `(group, m, n)`.
-        values: v, values of the entries, `(n, head_dim)`.
+        weights: P, `(group, m, n)`.
+        values: v, `(n, head_dim)`.
         output: o, output of prefix and document, `(group, m, head_dim)`.
         metric: M of each query head, `(group, head_dim, head_dim)`.
         scale: 1 / r, `(group, m)`.
@@ -223,13 +223,8 @@ def refit_errors(heads: HeadGroup, fitted: FittedHeads, metric: torch.Tensor) ->
     In a least-squares fit with the system G, losing the j-th value v costs `v^2 / (G^-1)[j, j]` (Optimal Brain
     Surgeon, Hassibi and Stork, 1993): nothing where the others can stand in for it.
 
-    Args:
-        heads: Entries and rows of the heads.
-        fitted: Current entries.
-        metric: M, mean over the query heads that share a KV head, `(heads, head_dim, head_dim)`.
-
-    Returns:
-        Errors `(heads, kept)`, on the scale of `output_errors`; 0 where they are not finite.
+    `metric` is M, mean over the query heads that share a KV head, `(heads, head_dim, head_dim)`. Errors are
+    `(heads, kept)`, on the scale of `output_errors`; 0 where they are not finite.
     """
     gram = fitted.gram
     if gram is None:
@@ -260,7 +255,7 @@ def _solve(
 def bounded_ridge(
     gram: torch.Tensor, right: torch.Tensor, settings: MatchSettings, fixed: torch.Tensor, n_real: torch.Tensor
 ) -> torch.Tensor:
-    """Weights w in [0.01, 100] that minimise `w^T G w - 2 b^T w + ridge |w - 1|^2`, for each head.
+    """Weights w in [0.01, 100] that minimise `w^T G w - 2 b^T w + ridge |w - 1|^2`, for each head: `(heads, n)`.
 
     Block principal pivoting: weights beyond a bound are held at it, and released when their slope points back inside.
 
@@ -270,9 +265,6 @@ def bounded_ridge(
         settings: Settings with the ridge, in mean diagonals of G.
         fixed: Bool `(heads, n)`; entries with weight 1.
         n_real: Number of entries of each head, `(heads,)`.
-
-    Returns:
-        Weights `(heads, n)`.
     """
     ridge = _ridge(gram, settings.weight_ridge, n_real)
     system, wanted = gram + ridge, right + ridge.diagonal(dim1=1, dim2=2)

@@ -18,7 +18,6 @@ from kv_memory.compress.descent import descend
 from kv_memory.compress.fitting import FittedHeads, HeadGroup, fit_heads, refit_errors
 from kv_memory.compress.match_settings import MatchSettings
 from kv_memory.compress.reference_rows import ReferenceRows
-from kv_memory.model.kv_cache import PositionedCache
 
 _STAGE_RIDGES = (1e-2, 1e-1)  # ridges tried in the fits of stages, which need not be the best
 _HELD_OUT = 4  # one position in four is held out, to choose the ridge
@@ -32,12 +31,9 @@ class HeadRows:
     """One KV head of one document, and the rows of the query heads that share it.
 
     Attributes:
-        cache: Cache of prefix and document, as prefilled.
-        row: Row of the document in the cache's batch.
-        layer: Index of the layer.
-        head: Index of the KV head.
+        keys: Keys of prefix and document in their cache, `(n_prefix + n_tokens, head_dim)`, rotated.
+        values: Their values, in the same shape.
         n_prefix: Number of tokens of the prefix.
-        n_tokens: Number of tokens of the document.
         rows: Reference rows of the query heads.
         total: Logsumexp over prefix, document and own request, `(group, m)`.
         rest: Attention to prefix and own request, `(group, m)`.
@@ -45,23 +41,14 @@ class HeadRows:
         metric: M, mean over the query heads, times the weight of the layer, `(head_dim, head_dim)`.
     """
 
-    cache: PositionedCache
-    row: int
-    layer: int
-    head: int
+    keys: torch.Tensor
+    values: torch.Tensor
     n_prefix: int
-    n_tokens: int
     rows: ReferenceRows
     total: torch.Tensor
     rest: torch.Tensor
     target: torch.Tensor
     metric: torch.Tensor
-
-    def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of prefix and document, `(n_prefix + n_tokens, head_dim)` each, float32."""
-        keys, values = self.cache.layer(self.layer)
-        own = self.row, self.head, slice(self.n_prefix + self.n_tokens)
-        return keys[own].float(), values[own].float()
 
 
 class KeptHead(NamedTuple):
@@ -70,6 +57,10 @@ class KeptHead(NamedTuple):
     of: HeadRows
     kept: torch.Tensor  # positions in the document, `(kept,)`, in order
     fixed: torch.Tensor  # bool `(kept,)`; entries that are neither moved nor biased
+
+    def entries(self, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values at these positions of the sequence, `(n, head_dim)` each, float32."""
+        return self.of.keys[where].float(), self.of.values[where].float()
 
 
 def refitted_errors(heads: Sequence[KeptHead], settings: MatchSettings) -> list[torch.Tensor]:
@@ -88,7 +79,7 @@ def fitted_entries(heads: Sequence[KeptHead], settings: MatchSettings) -> list[F
     """Fit and move the entries of each head; they stay unchanged without a fit, or where a head keeps nothing."""
     found = []
     for head in heads:
-        keys, values = (tensor[head.of.n_prefix + head.kept] for tensor in head.of.entries())
+        keys, values = head.entries(head.of.n_prefix + head.kept)
         found.append(FittedHeads(keys, values, values.new_zeros(len(keys))))
     for indices, group in _groups(heads, settings.max_final_rows, settings.rows_per_step) if settings.fit else ():
         parts = [(part.real, descend(part, fit_heads(part, settings), settings)) for part in group.parts()]
@@ -155,7 +146,7 @@ def _group_of(heads: Sequence[KeptHead], picked: Sequence[tuple[torch.Tensor, in
     inside = pad_sequence([head.kept for head in heads], batch_first=True)  # (heads, most kept)
     real = torch.arange(inside.shape[1], device=device) < counts[:, None]  # (heads, most kept)
     where = inside + torch.tensor([head.of.n_prefix for head in heads], device=device)[:, None]
-    found = [[part[own] for part in head.of.entries()] for head, own in zip(heads, where, strict=True)]
+    found = [head.entries(own) for head, own in zip(heads, where, strict=True)]
     keys, values = (torch.stack(parts) for parts in zip(*found, strict=True))  # (heads, most kept, head_dim)
     # 3. Attention of the rows to the entries, relative to the full cache.
     logits = rows.logits(keys, where, slice(None))  # (heads, rows, most kept)

@@ -84,15 +84,62 @@ class Matched:
         metrics = [_metric(backbone, layer, self.settings) for layer in range(backbone.num_layers)]
         documents = []
         for row, n_tokens in enumerate(sizes):
+            layers = [[part[row] for part in cache.layer(index)] for index in range(backbone.num_layers)]
             found = [
-                _scored(backbone, cache, (row, layer, head), n_tokens, reference[row][layer], metric, self.settings)
-                for layer, metric in enumerate(metrics)
+                self._scored(backbone, entries, head, n_tokens, of_layer, metric)
+                for entries, of_layer, metric in zip(layers, reference[row], metrics, strict=True)
                 for head in range(backbone.num_kv_heads)
             ]
             scores = torch.stack([own for _, own in found]).view(backbone.num_layers, -1, n_tokens)
             check_finite(backbone, scores)
             documents.append(MatchedDocument([head for head, _ in found], scores))
         return documents
+
+    def _scored(
+        self,
+        backbone: Backbone,
+        entries: Sequence[torch.Tensor],
+        head: int,
+        n_tokens: int,
+        reference: ReferenceRows,
+        metric: torch.Tensor,
+    ) -> tuple[HeadRows, torch.Tensor]:
+        """Compute the fit's targets for one KV head of a layer, and the scores of its entries, `(n_tokens,)`.
+
+        `entries` are keys and values of the layer, `(num_kv_heads, n, head_dim)`; `metric` is M of each query head.
+        """
+        # 1. The rows of the query heads that share the KV head; `group` heads with `m` queries each.
+        n_prefix, group = len(backbone.prefix_ids), backbone.num_heads // backbone.num_kv_heads
+        own = slice(head * group, (head + 1) * group)
+        rows, metric = ReferenceRows.merged([reference], lambda tensors: tensors[0][own]), metric[own]
+        m, device = rows.query.shape[1], rows.query.device
+        total, rest = (torch.empty(group, m, device=device) for _ in range(2))  # see `HeadRows`
+        target, scores = torch.empty(group, m, backbone.head_dim, device=device), torch.zeros(n_tokens, device=device)
+        keys, values = (part[head, : n_prefix + n_tokens] for part in entries)  # (n_prefix + n_tokens, head_dim)
+        made = HeadRows(keys, values, n_prefix, rows, total, rest, target, metric.mean(0))
+        keys, values = keys.float(), values.float()
+        places = torch.arange(len(keys), device=device)
+        size = max(1, _LOGITS // (group * len(keys)))
+        for start in range(0, m, size):
+            block = slice(start, start + size)
+            # 2. Attention of the rows to prefix and document, with their own request in the denominator.
+            logits = rows.logits(keys, places, block)  # (group, block, n_prefix + n_tokens)
+            highest = torch.maximum(logits.amax(-1), rows.own[:, block])[..., None]  # (group, block, 1)
+            weights = logits.sub_(highest).exp_()
+            sums = weights.sum(-1, keepdim=True) + (rows.own[:, block, None] - highest).exp()
+            weights = weights.div_(sums)
+            before, inside = weights[..., :n_prefix], weights[..., n_prefix:]
+            # 3. Targets of the fit: the attention outside the document, and the output of the document's entries.
+            total[:, block] = (sums.log() + highest)[..., 0]
+            rest[:, block] = before.sum(-1) + (rows.own[:, block] - total[:, block]).exp()
+            target[:, block] = inside @ values[n_prefix:]  # (group, block, head_dim)
+            # 4. Scores: the highest attention, or the sum of the errors that losing each entry would cause.
+            if self.settings.score == "attention":
+                scores = torch.maximum(scores, inside.amax((0, 1)))
+                continue
+            output = target[:, block] + before @ values[:n_prefix]
+            scores += output_errors(inside, values[n_prefix:], output, metric, rows.scale[:, block])
+        return made, scores
 
     def match(
         self, documents: Sequence[MatchedDocument], n_kept: Sequence[int], forced: Sequence[torch.Tensor]
@@ -146,50 +193,3 @@ def _metric(backbone: Backbone, layer: int, settings: MatchSettings) -> torch.Te
     parts: torch.Tensor = weight.reshape(len(weight), backbone.num_heads, -1).transpose(0, 1)
     counts = math.exp(settings.depth_weight * layer / max(1, backbone.num_layers - 1))
     return parts.transpose(1, 2) @ parts * counts
-
-
-def _scored(
-    backbone: Backbone,
-    cache: PositionedCache,
-    where: tuple[int, int, int],
-    n_tokens: int,
-    reference: ReferenceRows,
-    metric: torch.Tensor,
-    settings: MatchSettings,
-) -> tuple[HeadRows, torch.Tensor]:
-    """Compute the fit's targets for one KV head, and the scores of its entries, `(n_tokens,)`.
-
-    `where` is the row in the cache's batch, the layer and the KV head; `metric` is M of each query head of the layer.
-    """
-    # 1. The rows of the query heads that share the KV head; `group` heads with `m` queries each.
-    row, layer, head = where
-    group, n_prefix = backbone.num_heads // backbone.num_kv_heads, len(backbone.prefix_ids)
-    own = slice(head * group, (head + 1) * group)
-    rows, metric = ReferenceRows.merged([reference], lambda tensors: tensors[0][own]), metric[own]
-    m, device = rows.query.shape[1], rows.query.device
-    total, rest = (torch.empty(group, m, device=device) for _ in range(2))  # see `HeadRows`
-    target, scores = torch.empty(group, m, backbone.head_dim, device=device), torch.zeros(n_tokens, device=device)
-    made = HeadRows(cache, row, layer, head, n_prefix, n_tokens, rows, total, rest, target, metric.mean(0))
-    keys, values = made.entries()  # (n_prefix + n_tokens, head_dim)
-    places = torch.arange(len(keys), device=device)
-    size = max(1, _LOGITS // (group * len(keys)))
-    for start in range(0, m, size):
-        block = slice(start, start + size)
-        # 2. Attention of the rows to prefix and document, with their own request in the denominator.
-        logits = rows.logits(keys, places, block)  # (group, block, n_prefix + n_tokens)
-        highest = torch.maximum(logits.amax(-1), rows.own[:, block])[..., None]  # (group, block, 1)
-        weights = logits.sub_(highest).exp_()
-        sums = weights.sum(-1, keepdim=True) + (rows.own[:, block, None] - highest).exp()
-        weights = weights.div_(sums)
-        before, inside = weights[..., :n_prefix], weights[..., n_prefix:]
-        # 3. Targets of the fit: the attention outside the document, and the output of the document's entries.
-        total[:, block] = (sums.log() + highest)[..., 0]
-        rest[:, block] = before.sum(-1) + (rows.own[:, block] - total[:, block]).exp()
-        target[:, block] = inside @ values[n_prefix:]  # (group, block, head_dim)
-        # 4. Scores: the highest attention, or the sum of the errors that losing each entry would cause.
-        if settings.score == "attention":
-            scores = torch.maximum(scores, inside.amax((0, 1)))
-            continue
-        output = target[:, block] + before @ values[:n_prefix]
-        scores += output_errors(inside, values[n_prefix:], output, metric, rows.scale[:, block])
-    return made, scores

@@ -108,14 +108,8 @@ def prefill_documents(
 ) -> DocumentPrefill:
     """Prefill documents behind the shared prefix, score and select their tokens, and route what the adapter routes.
 
-    Args:
-        adapter: Adapter attached to the model.
-        ids: `(batch, n_tokens)`, token ids, padded on the right.
-        lengths: `(batch,)`, tokens of each document.
-        n_kept: `(batch,)`, number of entries to keep, between 1 and each length.
-        forced: Bool `(batch, n_tokens)`; tokens that are kept whatever their score.
-        routed: True to use the LoRA.
-        room: Number of further tokens that the cache must hold behind the documents.
+    `ids` are token ids, `(batch, n_tokens)`, padded on the right, and `room` is the number of further tokens that the
+    cache must hold behind the documents. The other arguments are those of `PrefillRouting`.
     """
     backbone, config = adapter.backbone, adapter.config
     batch, n_tokens = ids.shape

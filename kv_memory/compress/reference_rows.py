@@ -69,15 +69,12 @@ class ReferenceRows:
         return ReferenceRows(**{n: merge([getattr(r, n) for r in several]) for n in names}, kind=several[0].kind)
 
     def logits(self, keys: torch.Tensor, where: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Attention logits towards document keys.
+        """Attention logits towards document keys, `(query heads, rows, n)`, float32; -inf behind a sliding window.
 
         Args:
             keys: Keys, float32, rotated: `(n, head_dim)` of one KV head, or `(query heads, n, head_dim)`.
             where: Positions of the keys, `(n,)` or `(query heads, n)`.
             rows: Range of queries.
-
-        Returns:
-            Logits `(query heads, rows, n)`, float32; -inf where a sliding window hides the key.
         """
         logits = soft_capped((self.query[:, rows].float() * self.kind.scaling) @ keys.mT, self.kind.softcap)
         if self.kind.window is not None:
@@ -97,7 +94,7 @@ def repeat_rows(backbone: Backbone, ids: torch.Tensor, part_tokens: int) -> Iter
 def record_rows(
     backbone: Backbone, documents: Sequence[torch.Tensor], cache: PositionedCache, *, part_tokens: int
 ) -> list[list[ReferenceRows]]:
-    """Run the reference rows behind each document of a batch, and record every layer's queries.
+    """Run the reference rows behind each document of a batch: the rows of each layer, for each document.
 
     Args:
         backbone: The model.
@@ -106,9 +103,6 @@ def record_rows(
         cache: Cache of prefix and documents, as prefilled, with room for a part and its request. It is restored
             afterwards, except for the frequencies of a rope that depends on the length.
         part_tokens: Length of the repeated parts, in tokens.
-
-    Returns:
-        Rows of each layer, for each document.
     """
     # 1. Requests: some questions side by side, on copies of a short document's cache; parts of the document one by one.
     recorder = _Recorder(backbone, step=-(-max(map(len, documents)) // _RECORDED))

@@ -21,22 +21,18 @@ from torch.utils.hooks import RemovableHandle
 from kv_memory.model.attention import ForwardContext
 
 # Not an attribute of the modules: threads that decode while another thread compresses must not see its mask.
-_MASK: ContextVar[torch.Tensor | None] = ContextVar("kv_memory_routing", default=None)
-
-
-def current_mask() -> torch.Tensor | None:
-    """Mask of the running layer, as returned by `Routing.enter`."""
-    return _MASK.get()
+# It holds the mask of the running layer, as returned by `Routing.enter`.
+MASK: ContextVar[torch.Tensor | None] = ContextVar("kv_memory_routing", default=None)
 
 
 @contextmanager
 def routed_with(mask: torch.Tensor | None) -> Iterator[None]:
     """Run with this mask, for code that runs part of a layer again without the hooks around it."""
-    token = _MASK.set(mask)
+    token = MASK.set(mask)
     try:
         yield
     finally:
-        _MASK.reset(token)
+        MASK.reset(token)
 
 
 class RoutedLinear(lora.Linear):
@@ -49,10 +45,11 @@ class RoutedLinear(lora.Linear):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`(batch, n, in_features)` to `(batch, n, out_features)`, in the frozen layer's dtype."""
         result: torch.Tensor = self.base_layer(x, *args, **kwargs)
-        mask = _MASK.get()
+        mask = MASK.get()
         if mask is None:
             return result
-        lora_a, lora_b = self.lora_A["default"], self.lora_B["default"]
+        lora_a: Any = self.lora_A["default"]
+        lora_b: Any = self.lora_B["default"]
         tokens, flat = x.flatten(0, -2), result.flatten(0, -2)
         rows = mask.flatten().nonzero()[:, 0] if mask.shape == x.shape[:-1] else None  # None: every token
         picked = self.lora_dropout["default"]((tokens if rows is None else tokens[rows]).to(lora_a.weight.dtype))
@@ -79,12 +76,12 @@ def install_routing(layers: Iterable[nn.Module]) -> list[RemovableHandle]:
         def before(_module: nn.Module, args: Any, kwargs: dict[str, Any], index: int = index) -> None:
             context: ForwardContext | None = kwargs.get("kv_memory")
             if context is None or context.routing is None:
-                _MASK.set(None)
+                MASK.set(None)
             else:
-                _MASK.set(context.routing.enter(index, args[0] if args else kwargs["hidden_states"]))
+                MASK.set(context.routing.enter(index, args[0] if args else kwargs["hidden_states"]))
 
         def after(_module: nn.Module, args: Any, output: Any) -> None:
-            _MASK.set(None)
+            MASK.set(None)
 
         # Hooks on the layers, not on the model: gradient checkpointing runs a layer again, possibly in another thread,
         # with its original arguments, and so finds its mask.

@@ -61,17 +61,9 @@ def _head(hidden_size: int, inner_size: int, n_out: int) -> nn.Module:
 def attention_scores(received: torch.Tensor, real: torch.Tensor, *, budget: Budget) -> torch.Tensor:
     """Convert received attention to the scores that a scorer is trained to predict, on the same scale.
 
-    Scores are logarithms of the attention. Where heads share one budget the scale is the same for all, because scores
-    are compared across heads. Where each head has its own budget, only the order within a head matters, and every row
-    is scaled to mean 0 and standard deviation 1.
-
-    Args:
-        received: Received attention `(..., n_tokens)`, 0 to 1.
-        real: Bool, the same shape; False for padding.
-        budget: Distribution of entries among the heads, see `Budget`.
-
-    Returns:
-        Scores, in the same shape.
+    Scores are logarithms of the attention, `(..., n_tokens)`, 0 to 1; `real` is False for padding. Where heads share
+    one budget the scale is the same for all, because scores are compared across heads. Where each head has its own
+    budget, only the order within a head matters, and every row is scaled to mean 0 and standard deviation 1.
     """
     logs = (received + FLOOR).log()
     if budget == "model":

@@ -46,16 +46,11 @@ class PrefilledWindow(NamedTuple):
 
 
 class WindowCompressor:
-    """Prefills windows, selects the entries to keep, and extracts them.
+    """Prefills windows, selects the entries to keep, and extracts them; arguments as in `Compressor`.
 
     Several windows are prefilled side by side, each as if it were alone. Only an adapter by itself, and `matched`,
-    take more than one; `batch_kind` says which ones.
-
-    Args:
-        backbone: Model that prefills the windows.
-        selector: Training-free selector; with an adapter, the one whose scores join the adapter's, or None.
-        adapter: Adapter attached to the same backbone.
-        routed: True to use the adapter's LoRA; False uses only its selection.
+    take more than one; `batch_kind` says which ones. With an adapter, `selector` is the one whose scores join the
+    adapter's, or None.
     """
 
     def __init__(self, backbone: Backbone, selector: Selector | None, adapter: Adapter | None, *, routed: bool) -> None:
@@ -77,12 +72,9 @@ class WindowCompressor:
     def compress(
         self, windows: Sequence[Window], fingerprint: Fingerprint, prefilled: PrefilledWindow | None = None
     ) -> list[DistilledCache]:
-        """Compress windows side by side, or in halves where memory does not hold them together.
+        """Compress windows of one `batch_kind` side by side, or in halves where memory does not hold them together.
 
-        Args:
-            windows: Windows of one `batch_kind`.
-            fingerprint: Fingerprint of the results.
-            prefilled: The same windows, as `prefill` returned them; None to prefill them here.
+        They are prefilled here, unless `prefilled` is what `prefill` returned for them.
 
         Raises:
             OutOfMemoryError: Memory does not hold a single one of them.

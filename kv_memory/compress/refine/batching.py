@@ -109,10 +109,7 @@ def join_entries(
         backbone: Model that prefilled them.
         entries: Entries of all documents.
         lengths: `(documents,)`, tokens of each document.
-        groups: Indices of the documents that each result is joined from, in order.
-
-    Returns:
-        Entries with the groups as documents.
+        groups: Indices of the documents that each document of the result is joined from, in order.
     """
     if [list(group) for group in groups] == [[index] for index in range(len(lengths))]:
         return entries
