@@ -221,6 +221,7 @@ class Compressor:
             for i, (ids, ratio) in enumerate(zip(rows, ratios, strict=True))
         ]
 
+    @torch.no_grad()
     def compress_ids(
         self,
         ids: Sequence[int],
@@ -228,19 +229,9 @@ class Compressor:
         keep_ratio: float,
         keep_spans: Sequence[Span] = (),
         unasked_spans: Sequence[Span] = (),
+        prefilled: Sequence[PrefilledWindow] | None = None,
     ) -> DistilledCache:
-        """Compress a document given as token ids, with spans of tokens; see `compress`."""
-        return self._compress(ids, None, keep_ratio, keep_spans, unasked_spans)
-
-    @torch.no_grad()
-    def _compress(
-        self,
-        ids: Sequence[int],
-        prefilled: Sequence[PrefilledWindow] | None,
-        keep_ratio: float,
-        keep_spans: Sequence[Span],
-        unasked_spans: Sequence[Span],
-    ) -> DistilledCache:
+        """Compress a document given as token ids, with spans of tokens; see `compress` and `prefill`."""
         keep_ratio = check_keep_ratio(keep_ratio)
         if not ids:
             raise EmptyDocumentError("the document has no tokens")
@@ -331,4 +322,6 @@ class PrefilledDocument:
     ) -> DistilledCache:
         """Return the cache that `Compressor.compress` makes of the text; arguments and errors are the same."""
         kept, unasked = self.spans(keep_spans, "keep_spans"), self.spans(unasked_spans, "unasked_spans")
-        return self.compressor._compress(self.ids, self.windows, keep_ratio, kept, unasked)
+        return self.compressor.compress_ids(
+            self.ids, keep_ratio=keep_ratio, keep_spans=kept, unasked_spans=unasked, prefilled=self.windows
+        )

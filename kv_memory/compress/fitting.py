@@ -27,32 +27,19 @@ class HeadGroup:
 
     A row is a query of one of the query heads that share a KV head. Rows from `n_learned` on are held out, to choose
     the ridge of the values; they stand last so that either part is a view.
-
-    Attributes:
-        rows: Reference rows, with one query head for each head; a padded row has the scale 0, and contributes nothing.
-        total: Logsumexp of each row over everything it sees, `(heads, rows)`.
-        rest: P of everything but the document's entries, `(heads, rows)`.
-        target: Output of the document's entries together, `(heads, rows, head_dim)`.
-        n_learned: Number of rows that are not held out.
-        where: Positions of the kept entries, `(heads, kept)`.
-        keys: Keys of the kept entries, `(heads, kept, head_dim)`, rotated.
-        values: Values of the kept entries, `(heads, kept, head_dim)`.
-        weights: P of the kept entries, `(heads, rows, kept)`; 0 for padding.
-        real: Bool `(heads, kept)`; False for padding.
-        fixed: Bool `(heads, kept)`; entries that are neither moved nor biased.
     """
 
-    rows: ReferenceRows
-    total: torch.Tensor
-    rest: torch.Tensor
-    target: torch.Tensor
-    n_learned: int
-    where: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    weights: torch.Tensor
-    real: torch.Tensor
-    fixed: torch.Tensor
+    rows: ReferenceRows  # one query head for each head; a padded row has the scale 0, and contributes nothing
+    total: torch.Tensor  # `(heads, rows)`, logsumexp of each row over everything it sees
+    rest: torch.Tensor  # `(heads, rows)`, P of everything but the document's entries
+    target: torch.Tensor  # `(heads, rows, head_dim)`, output of the document's entries together
+    n_learned: int  # rows that are not held out
+    where: torch.Tensor  # `(heads, kept)`, positions of the kept entries
+    keys: torch.Tensor  # `(heads, kept, head_dim)`, rotated
+    values: torch.Tensor  # `(heads, kept, head_dim)`
+    weights: torch.Tensor  # `(heads, rows, kept)`, P of the kept entries; 0 for padding
+    real: torch.Tensor  # bool `(heads, kept)`; False for padding
+    fixed: torch.Tensor  # bool `(heads, kept)`; entries that are neither moved nor biased
 
     @property
     def used(self) -> torch.Tensor:
@@ -112,19 +99,12 @@ class HeadGroup:
 
 @dataclass(frozen=True, eq=False)
 class FittedHeads:
-    """Fitted entries of several heads, side by side or one behind the other.
+    """Fitted entries of several heads, side by side or one behind the other."""
 
-    Attributes:
-        keys: Keys `(..., kept, head_dim)`, rotated.
-        values: Values `(..., kept, head_dim)`.
-        bias: Biases `(..., kept)`.
-        gram: X^T X over all rows, `(heads, kept, kept)`, see `HeadGroup.shares`; None if unknown.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    bias: torch.Tensor
-    gram: torch.Tensor | None = None
+    keys: torch.Tensor  # `(..., kept, head_dim)`, rotated
+    values: torch.Tensor  # `(..., kept, head_dim)`
+    bias: torch.Tensor  # `(..., kept)`
+    gram: torch.Tensor | None = None  # `(heads, kept, kept)`, X^T X over all rows, see `shares`; None if unknown
 
     def of(self, head: int, real: torch.Tensor) -> FittedHeads:
         """Entries of one of several heads, without its padding; `real` is a bool `(kept,)`."""

@@ -28,27 +28,16 @@ _UNEVEN = 1.5  # size of the largest head of a group relative to the smallest, a
 
 @dataclass(frozen=True, eq=False)
 class HeadRows:
-    """One KV head of one document, and the rows of the query heads that share it.
+    """One KV head of one document, and the rows of the `group` query heads that share it."""
 
-    Attributes:
-        keys: Keys of prefix and document in their cache, `(n_prefix + n_tokens, head_dim)`, rotated.
-        values: Their values, in the same shape.
-        n_prefix: Number of tokens of the prefix.
-        rows: Reference rows of the query heads.
-        total: Logsumexp over prefix, document and own request, `(group, m)`.
-        rest: Attention to prefix and own request, `(group, m)`.
-        target: Output of the document's entries together, `(group, m, head_dim)`.
-        metric: M, mean over the query heads, times the weight of the layer, `(head_dim, head_dim)`.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
+    keys: torch.Tensor  # of prefix and document in their cache, `(n_prefix + n_tokens, head_dim)`, rotated
+    values: torch.Tensor  # in the same shape
     n_prefix: int
-    rows: ReferenceRows
-    total: torch.Tensor
-    rest: torch.Tensor
-    target: torch.Tensor
-    metric: torch.Tensor
+    rows: ReferenceRows  # with `m` rows for each query head
+    total: torch.Tensor  # `(group, m)`, logsumexp over prefix, document and own request
+    rest: torch.Tensor  # `(group, m)`, attention to prefix and own request
+    target: torch.Tensor  # `(group, m, head_dim)`, output of the document's entries together
+    metric: torch.Tensor  # `(head_dim, head_dim)`, M, mean over the query heads, times the weight of the layer
 
 
 class KeptHead(NamedTuple):

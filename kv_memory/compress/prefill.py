@@ -7,6 +7,7 @@ other forms everything is decided during one pass.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +20,11 @@ from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
 
 
+@dataclass(kw_only=True, eq=False)
 class PrefillRouting:
     """Scores, selects and routes in each layer while documents are prefilled; a `Routing`.
 
-    Args:
+    Attributes:
         adapter: Adapter that scores, and that decides which tokens are routed.
         lengths: `(batch,)`, tokens of each document.
         n_kept: `(batch,)`, number of entries to keep of each document, see `top_k_mask`.
@@ -30,43 +32,36 @@ class PrefillRouting:
         routed: True to use the LoRA; False prefills with the frozen weights alone, for selection without the LoRA.
     """
 
-    def __init__(
-        self,
-        adapter: Adapter,
-        *,
-        lengths: torch.Tensor,
-        n_kept: torch.Tensor,
-        forced: torch.Tensor | None = None,
-        routed: bool = True,
-    ) -> None:
-        self._adapter = adapter
-        self._lengths = lengths
-        self._n_kept = n_kept
-        self._forced = forced
-        self._routed = routed
-        self._strength = adapter.config.strength(n_kept / lengths)[:, None]  # (batch, 1)
-        self._scores: list[torch.Tensor | None] = [None] * adapter.backbone.num_layers
+    adapter: Adapter
+    lengths: torch.Tensor
+    n_kept: torch.Tensor
+    forced: torch.Tensor | None = None
+    routed: bool = True
+
+    def __post_init__(self) -> None:
+        self._strength = self.adapter.config.strength(self.n_kept / self.lengths)[:, None]  # (batch, 1)
+        self._scores: list[torch.Tensor | None] = [None] * self.adapter.backbone.num_layers
         self._selected: torch.Tensor | None = None  # for all layers at once; None with scorers of the kind `layer`
 
     def look(self, layer: int, hidden: torch.Tensor) -> None:
         """Score from the input of a layer: for this layer, or for all layers."""
-        scores = self._adapter.scorer(hidden, layer)
-        if self._adapter.config.scorer == "layer":
+        scores = self.adapter.scorer(hidden, layer)
+        if self.adapter.config.scorer == "layer":
             self._scores[layer] = scores[0]
             return
         self._scores = [scores[index if scores.shape[0] > 1 else 0] for index in range(len(self._scores))]
         self._selected = self._choose(scores)
 
     def _choose(self, scores: torch.Tensor) -> torch.Tensor:
-        budget = self._adapter.config.budget
-        return top_k_mask(scores, self._lengths, self._n_kept, budget=budget, forced=self._forced)
+        budget = self.adapter.config.budget
+        return top_k_mask(scores, self.lengths, self.n_kept, budget=budget, forced=self.forced)
 
     def enter(self, layer: int, hidden: torch.Tensor) -> torch.Tensor | None:
         """Score and select where it is due, and return the mask of this layer; see `Routing`."""
-        config = self._adapter.config
+        config = self.adapter.config
         if config.scorer == "layer" or (layer == config.eta and self._selected is None):
             self.look(layer, hidden)
-        if layer < config.first_routed_layer or not self._routed:
+        if layer < config.first_routed_layer or not self.routed:
             return None
         strength = self._strength.to(hidden.device)
         if config.routed == "document":
@@ -113,7 +108,7 @@ def prefill_documents(
     """
     backbone, config = adapter.backbone, adapter.config
     batch, n_tokens = ids.shape
-    watching = PrefillRouting(adapter, lengths=lengths, n_kept=n_kept, forced=forced, routed=routed)
+    watching = PrefillRouting(adapter=adapter, lengths=lengths, n_kept=n_kept, forced=forced, routed=routed)
     if config.scorer != "layer" and config.first_routed_layer < config.eta:
         first = backbone.prefixed_cache(n_tokens, batch_size=batch)
         with torch.no_grad():  # the layers below eta are frozen here: nothing to train

@@ -44,21 +44,13 @@ _BLOCK = 256  # queries with their attention to their own request in memory at o
 
 @dataclass(frozen=True, eq=False)
 class ReferenceRows:
-    """Recorded queries of one layer behind a document.
+    """Recorded queries of one layer behind a document."""
 
-    Attributes:
-        query: Queries `(num_heads, m, head_dim)`, rotated, in the model's dtype.
-        own: Logsumexp of each query's logits over the keys of its own request, `(num_heads, m)`, float32.
-        positions: Positions of the queries, `(num_heads, m)`.
-        scale: 1 over the norm of the hidden state that enters the layer, `(num_heads, m)`, float32.
-        kind: Rule of the layer; layers may differ in their windows.
-    """
-
-    query: torch.Tensor
-    own: torch.Tensor
-    positions: torch.Tensor
-    scale: torch.Tensor
-    kind: AttentionKind
+    query: torch.Tensor  # `(num_heads, m, head_dim)`, rotated, in the model's dtype
+    own: torch.Tensor  # `(num_heads, m)`, float32, logsumexp of each query's logits over the keys of its own request
+    positions: torch.Tensor  # `(num_heads, m)`
+    scale: torch.Tensor  # `(num_heads, m)`, float32, 1 over the norm of the hidden state that enters the layer
+    kind: AttentionKind  # rule of the layer; layers may differ in their windows
 
     @staticmethod
     def merged(

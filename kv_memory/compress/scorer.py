@@ -26,10 +26,18 @@ class Scorer(nn.Module):
         super().__init__()
         self.kind = config.scorer
         self._num_layers = config.num_layers
-        per_layer = config.num_kv_heads
-        n_out = {"token": 1, "head": config.num_layers * per_layer, "layer": per_layer}[self.kind]
+        n_out = {"token": 1, "head": config.num_layers * config.num_kv_heads, "layer": config.num_kv_heads}[self.kind]
         n_heads = config.num_layers if self.kind == "layer" else 1
-        self.heads = nn.ModuleList(_head(config.hidden_size, config.scorer_size, n_out) for _ in range(n_heads))
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                # Hidden states of middle layers have a few huge dimensions, which without the norm drown all others.
+                nn.LayerNorm(config.hidden_size),
+                nn.Linear(config.hidden_size, config.scorer_size),
+                nn.GELU(),
+                nn.Linear(config.scorer_size, n_out),
+            )
+            for _ in range(n_heads)
+        )
 
     def forward(self, hidden: torch.Tensor, layer: int = 0) -> torch.Tensor:
         """Score every token.
@@ -46,16 +54,6 @@ class Scorer(nn.Module):
         scores: torch.Tensor = head(hidden.float()).transpose(1, 2)  # (batch, n_out, n_tokens)
         rows: torch.Tensor = scores.unflatten(1, (self._num_layers if self.kind == "head" else 1, -1))
         return rows.transpose(0, 1)
-
-
-def _head(hidden_size: int, inner_size: int, n_out: int) -> nn.Module:
-    return nn.Sequential(
-        # Hidden states of middle layers have a few huge dimensions; without the norm they would drown all others.
-        nn.LayerNorm(hidden_size),
-        nn.Linear(hidden_size, inner_size),
-        nn.GELU(),
-        nn.Linear(inner_size, n_out),
-    )
 
 
 def attention_scores(received: torch.Tensor, real: torch.Tensor, *, budget: Budget) -> torch.Tensor:

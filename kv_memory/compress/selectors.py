@@ -50,13 +50,10 @@ class Selector(Protocol):
 
 
 class ReceivedAttention:
-    """Observer: attention that each document token receives, per layer and KV head.
+    """Observer: attention that each of a document's `n_tokens` receives, per layer and KV head.
 
-    Args:
-        backbone: Model with the observed layers and heads; its prefix precedes the document.
-        n_tokens: Number of tokens of the document.
-        reduce: `mean` over the queries that could see a token, or `max` over queries and over the query heads that
-            share a KV head.
+    `reduce` is `mean` over the queries that could see a token, or `max` over queries and over the query heads that
+    share a KV head.
     """
 
     def __init__(self, backbone: Backbone, *, n_tokens: int, reduce: Literal["mean", "max"]) -> None:

@@ -140,9 +140,9 @@ class WindowCompressor:
     ) -> tuple[PositionedCache, torch.Tensor]:
         """Prefill with the adapter, which scores, selects and routes; return the cache and the selection."""
         ids, lengths = pad([window.ids for window in windows], device=self._backbone.device)
-        budgets, forced = n_kept.to(ids.device), forced.to(ids.device)
+        n_kept, forced = n_kept.to(ids.device), forced.to(ids.device)
         reading = prefill_documents(
-            adapter, ids, lengths, budgets, forced=forced, routed=self._routed, room=self.extra_tokens
+            adapter, ids, lengths, n_kept, forced=forced, routed=self._routed, room=self.extra_tokens
         )
         if self._selector is None:
             return reading.cache, reading.selected

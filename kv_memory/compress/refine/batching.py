@@ -71,11 +71,9 @@ def gather_entries(
         backbone: Model that prefilled them.
         cache: Cache of prefix and documents, from `prefixed_cache`.
         lengths: `(documents,)`, tokens of each document.
-        selected: Mask of the selected entries, bool `(num_layers or 1, documents, num_kv_heads or 1, n_tokens)`; None
-            for all.
+        selected: Bool `(num_layers or 1, documents, num_kv_heads or 1, n_tokens)`; None for all.
         scores: Scores `(num_layers, documents, num_kv_heads or 1, n_tokens)`; entries get the bias `s -
-            stop_gradient(s)`, which is 0, but through which the gradient reaches the scorer (the paper's
-            straight-through).
+            stop_gradient(s)`: 0, but the gradient reaches the scorer through it (the paper's straight-through).
     """
     n_prefix = len(backbone.prefix_ids)
     layers = [cache.layer(index) for index in range(backbone.num_layers)]
@@ -160,17 +158,11 @@ CPU_TOKENS, GPU_TOKENS = 256, 1024  # of one batch, with its activations in memo
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens that follow a document.
+    """Tokens that follow a document."""
 
-    Attributes:
-        document: Index of the document.
-        ids: Token ids of the row.
-        n_given: Number of given tokens, at least 1; the tokens behind them are to be predicted.
-    """
-
-    document: int
+    document: int  # index of the document
     ids: tuple[int, ...]
-    n_given: int
+    n_given: int  # given tokens, at least 1; the tokens behind them are to be predicted
 
     @property
     def n_wanted(self) -> int:
@@ -180,21 +172,13 @@ class Row:
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Rows as tensors.
+    """Rows as tensors."""
 
-    Attributes:
-        index: Indices of the rows in the list they come from.
-        ids: `(rows, n)`, token ids, padded on the right.
-        lengths: `(rows,)`, real tokens of each row.
-        documents: `(rows,)`, index of each row's document.
-        wanted: Bool `(rows, n)`; tokens with a next token to predict.
-    """
-
-    index: list[int]
-    ids: torch.Tensor
-    lengths: torch.Tensor
-    documents: torch.Tensor
-    wanted: torch.Tensor
+    index: list[int]  # of the rows in the list they come from
+    ids: torch.Tensor  # `(rows, n)`, token ids, padded on the right
+    lengths: torch.Tensor  # `(rows,)`, real tokens of each row
+    documents: torch.Tensor  # `(rows,)`, index of each row's document
+    wanted: torch.Tensor  # bool `(rows, n)`; tokens with a next token to predict
 
     def hidden(self, backbone: Backbone, cache: PositionedCache) -> torch.Tensor:
         """Inputs of the head at the wanted tokens behind a cache of as many rows: `(number of wanted, hidden_size)`."""
@@ -211,8 +195,8 @@ def batch_rows(
         rows: Rows in any order.
         ends: Position of the first token behind each document.
         at_once: Most rows of a batch.
-        max_tokens: Most tokens of a batch, padding included; a single row may be longer. None: as many as keep the
-            device busy.
+        max_tokens: Most tokens of a batch, padding included, unless it is a single row. None: what keeps the device
+            busy.
     """
     if max_tokens is None:
         max_tokens = CPU_TOKENS if backbone.device.type == "cpu" else GPU_TOKENS

@@ -33,14 +33,10 @@ class Predictions:
 
     Logits of a few hundred positions over 50,000 tokens and more would take more memory than the prefill of the
     document.
-
-    Attributes:
-        ids: Likeliest tokens, `(n, k)`.
-        log_probs: Log-probabilities `(n, k + 1)`, float32; the last is that of all other tokens together.
     """
 
-    ids: torch.Tensor
-    log_probs: torch.Tensor
+    ids: torch.Tensor  # `(n, k)`, the likeliest tokens
+    log_probs: torch.Tensor  # `(n, k + 1)`, float32; the last is that of all other tokens together
 
     @classmethod
     def of(cls, logits: torch.Tensor, *, k: int = 256) -> Predictions:

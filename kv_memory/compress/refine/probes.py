@@ -39,19 +39,12 @@ _WRAPPER_TOKENS = 96  # most tokens of a request with its wrapper; longer ones a
 
 @dataclass(frozen=True)
 class Probe:
-    """A sequence that is run behind a document.
-
-    Attributes:
-        kind: Kind of probe.
-        row: Tokens of the probe; the wanted ones are predicted as from the full cache.
-        held_out: True for a probe that is never trained on, but decides which state is kept.
-        question: Question without the prompt form's wrapper; empty for other kinds.
-    """
+    """A sequence that is run behind a document."""
 
     kind: ProbeKind
-    row: Row
-    held_out: bool
-    question: str = ""
+    row: Row  # the wanted tokens are predicted as from the full cache
+    held_out: bool  # never trained on, but decides which state is kept
+    question: str = ""  # without the prompt form's wrapper; empty for other kinds
 
 
 class ProbeSettings(NamedTuple):

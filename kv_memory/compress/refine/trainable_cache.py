@@ -93,15 +93,10 @@ class TrainableCache:
 
 @dataclass(frozen=True, eq=False)
 class TrainableCaches:
-    """Several trainables side by side.
+    """Several trainables side by side."""
 
-    Attributes:
-        entries: Their current entries behind the shared prefix, each layer padded to its fullest head.
-        masks: Bool `(trainables, num_kv_heads, n)` for each layer; True where their entries lie.
-    """
-
-    entries: Entries
-    masks: list[torch.Tensor]
+    entries: Entries  # their current entries behind the shared prefix, each layer padded to its fullest head
+    masks: list[torch.Tensor]  # by layer: bool `(trainables, num_kv_heads, n)`; True where their entries lie
 
     @property
     def n_entries(self) -> float:
