@@ -286,23 +286,14 @@ class Compressor:
 
 @dataclass(frozen=True, eq=False)
 class PrefilledDocument:
-    """A document as tokens, to be compressed at several ratios; `Compressor.prefill` also prefills and scores it.
-
-    Attributes:
-        compressor: Compressor that made it.
-        ids: Token ids, with the wrapper.
-        offsets: Span of characters of each token of the text.
-        n_before: Number of tokens before the text.
-        n_chars: Length of the text in characters.
-        windows: Prefilled windows; None for windows to prefill at each ratio.
-    """
+    """A document as tokens, to be compressed at several ratios; `Compressor.prefill` also prefills and scores it."""
 
     compressor: Compressor
-    ids: list[int]
-    offsets: list[Span]
-    n_before: int
-    n_chars: int
-    windows: Sequence[PrefilledWindow] | None = None
+    ids: list[int]  # with the wrapper
+    offsets: list[Span]  # span of characters of each token of the text
+    n_before: int  # tokens before the text
+    n_chars: int  # length of the text
+    windows: Sequence[PrefilledWindow] | None = None  # None for windows to prefill at each ratio
 
     def spans(self, spans: Sequence[Span], where: str) -> list[Span]:
         """Spans of tokens that touch the given spans of characters."""

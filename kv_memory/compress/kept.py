@@ -89,16 +89,9 @@ def extract(
     row: int = 0,
     fitted: FittedHeads | None = None,
 ) -> DistilledCache:
-    """Extract the selected entries of a window, with the rotary embedding removed from their keys.
+    """Extract the entries of the window in one row of a cache, with the rotary embedding removed from their keys.
 
-    Args:
-        backbone: Model that prefilled them.
-        cache: Cache of prefix and window, as prefilled.
-        selected: Mask of the selected entries, bool `(num_layers or 1, num_kv_heads or 1, n_tokens)`.
-        keep_ratio: Keep ratio that was asked for.
-        fingerprint: Fingerprint of the result.
-        row: Row in the cache's batch.
-        fitted: Fitted entries that replace the selected ones; None for no fit.
+    `selected` is their mask, bool `(num_layers or 1, num_kv_heads or 1, n_tokens)`; `fitted` replaces them.
     """
     n_prefix, n_tokens = len(backbone.prefix_ids), selected.shape[-1]
     mask = selected.expand(backbone.num_layers, backbone.num_kv_heads, -1)

@@ -23,17 +23,11 @@ OBSERVED_QUERIES = 256  # processed at once: their attention is held in memory i
 
 
 class Selector(Protocol):
-    """Scores the tokens of a document.
+    """Scores the tokens of a document."""
 
-    Attributes:
-        name: Name with settings; part of the fingerprint.
-        extra_tokens: Most tokens that the selector runs behind the document.
-        budget: Distribution of entries among the heads.
-    """
-
-    name: str
-    extra_tokens: int
-    budget: Budget
+    name: str  # with settings; part of the fingerprint
+    extra_tokens: int  # most tokens that the selector runs behind the document
+    budget: Budget  # distribution of entries among the heads
 
     def score(self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache) -> torch.Tensor:
         """Prefill a document and score its tokens; higher is kept.

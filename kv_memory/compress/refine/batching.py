@@ -18,23 +18,14 @@ from kv_memory.model.kv_cache import NEVER, PositionedCache
 
 @dataclass(frozen=True)
 class Entries:
-    """Keys and values of several documents on their positions, the shared prefix included, layer by layer.
+    """Keys and values of several documents on their positions, the shared prefix included, layer by layer."""
 
-    Attributes:
-        keys: `(documents, num_kv_heads, n, head_dim)` for each layer, rotated; layers may differ in length.
-        values: Values, in the same shapes.
-        positions: `(documents, num_kv_heads or 1, n)` for each layer, or once for all, int32; `NEVER` for padding.
-        next_positions: `(documents,)`, position of the first token behind each document.
-        n_positions: Length of the sequence for which the keys were rotated.
-        bias: Bias added to the attention logits, `(documents, num_kv_heads, n)` for each layer; None for no bias.
-    """
-
-    keys: Sequence[torch.Tensor]
+    keys: Sequence[torch.Tensor]  # `(documents, num_kv_heads, n, head_dim)` each, rotated; layers may differ in `n`
     values: Sequence[torch.Tensor]
-    positions: Sequence[torch.Tensor]
-    next_positions: torch.Tensor
-    n_positions: int
-    bias: Sequence[torch.Tensor] | None = None
+    positions: Sequence[torch.Tensor]  # int32 `(documents, num_kv_heads or 1, n)`, or one for all; `NEVER` for padding
+    next_positions: torch.Tensor  # `(documents,)`, position of the first token behind each document
+    n_positions: int  # length of the sequence for which the keys were rotated
+    bias: Sequence[torch.Tensor] | None = None  # added to attention logits, `(documents, num_kv_heads, n)` each
 
     def cache(self, rows: torch.Tensor) -> PositionedCache:
         """Build a cache with one row for each of `rows`, the indices of the documents to follow."""

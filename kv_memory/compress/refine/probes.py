@@ -50,7 +50,7 @@ class Probe:
 class ProbeSettings(NamedTuple):
     """Settings of the probes of each document."""
 
-    n_probes: int  # training probes: questions and statements by `SHARES`; at most so many spans of either kind
+    n_probes: int  # training probes: questions and statements by `SHARES`; at most as many spans of either kind
     n_held_out: int  # held-out spans of either kind; three times as many questions and statements
     probe_tokens: int  # longest span or statement
     temperature: float  # for sampling questions and statements
