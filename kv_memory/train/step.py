@@ -64,8 +64,7 @@ class WeightedRows:
 
     def ask(self, backbone: Backbone, entries: Entries) -> torch.Tensor:
         """Logits at the wanted tokens: `(n_wanted, vocab_size)`."""
-        rows = self.rows
-        return entries.ask(backbone, rows.ids, rows.lengths, rows.documents, rows.wanted)
+        return entries.ask(backbone, self.rows)
 
 
 @torch.no_grad()
