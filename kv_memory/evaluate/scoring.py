@@ -197,10 +197,7 @@ class CaseScorer:
             beside = None if joined is None else kl_divergence(joined, log_probs)
             kl.append((kl_divergence(teacher.log_probs, log_probs), beside))
             # Greedy decoding would follow the same path to the same end, so this answer is known, and is not decoded.
-            known = self._generate and teacher.whole
-            if known:
-                rule, ids = first_token_rule(self._backbone, query.prompt), teacher.ids
-                known = rule.greedy(log_probs, ids) == list(ids)
+            known = self._generate and teacher.whole and _agrees(self._backbone, query, teacher, log_probs)
             texts.append(teacher.text if known else None)
         nll = _losses(asked, [query.reference for query in encoded])
         accuracy = _accuracy(asked, queries, encoded)
@@ -220,6 +217,11 @@ class CaseScorer:
                 answer=answer,
                 **{name: metrics[name](answer or "", own.references) for name in names},
             )
+
+
+def _agrees(backbone: Backbone, query: EncodedQuery, teacher: _Taught, log_probs: torch.Tensor) -> bool:
+    """Whether the likeliest token (of those that may open an answer) is the full model's at every token."""
+    return first_token_rule(backbone, query.prompt).greedy(log_probs, teacher.ids) == list(teacher.ids)
 
 
 def _losses(asked: PrefilledQuestions, rows: Sequence[Sequence[int]]) -> list[float]:

@@ -65,7 +65,7 @@ def check_lengths(backbone: Backbone, lengths: Sequence[int]) -> int:
 
 
 def haystack_text(settings: TaskSettings) -> str:
-    """All essays as one text; a DatasetError if there are none."""
+    """All essays as one text; a DatasetError without essays."""
     source, data = settings.haystack, data_folder(settings.data)
     if source is None:
         if data is None or not (data / "needle").is_dir():
