@@ -71,7 +71,10 @@ class WorkerEnded(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class JobEnded(Outcomes, Event):
-    """The job is `done` or `cancelled`, `elapsed_s` seconds after its start or resumption; `deleted` is of a sync."""
+    """The job is `done` or `cancelled`, `elapsed_s` seconds after it started or resumed.
+
+    `deleted` is the number of documents that a sync deleted.
+    """
 
     kind = "ended"
     state: str

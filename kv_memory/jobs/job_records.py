@@ -121,9 +121,9 @@ class FailedTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """The work that a document, or a whole job, has taken.
+    """Passages and tokens compressed for a document, or a whole job, and the sizes of their new caches in bytes.
 
-    Passages and tokens were compressed. `full_kv_bytes` is the size that their uncompressed caches would have.
+    `full_kv_bytes` is the size that the uncompressed caches would have.
     """
 
     n_passages: int = 0

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoint(NamedTuple):
-    """The state of a run after a step, and its parameters and optimiser state by name.
+    """The state of a run after a step, and its parameters and optimiser state as tensors, by name.
 
     The state is JSON-serialisable: `RunState`, `identity`, `stage`, and `score`, the mean KL, None if not evaluated.
     """
