@@ -92,11 +92,7 @@ def pipeline_of(store: Store, job: Job, *, device: str = "auto") -> IngestPipeli
 
 
 def work(queue: TaskQueue, sources: Sources, pipeline: IngestPipeline, *, alone: Callable[[], bool]) -> None:
-    """Process documents of a job until it ends, or until `alone` is true, e.g. because its driver has died.
-
-    Raises:
-        StoreError: The store cannot be used.
-    """
+    """Process documents of a job until it ends, or until `alone` is true, e.g. because its driver has died."""
     idle_s = _IDLE_S[0]
     while not alone():
         task = queue.claim()
@@ -112,11 +108,7 @@ def work(queue: TaskQueue, sources: Sources, pipeline: IngestPipeline, *, alone:
 
 
 def do_one(task: Task, sources: Sources, pipeline: IngestPipeline) -> TaskResult:
-    """Read and compress one document.
-
-    Raises:
-        StoreError: The store cannot be used; the document is not at fault.
-    """
+    """Read and compress one document; a StoreError is about the store, not the document."""
     start_s = time.perf_counter()
     try:
         read = sources.read(task)

@@ -51,8 +51,6 @@ class Backbone(PromptEncoder):
         weights_sha256: Hash of the weights, if known; else computed from the parameters.
 
     Attributes:
-        dtype: Dtype of the model's weights and of its caches.
-        device: Device of the model.
         kv_bytes_per_token: Size of one token in an uncompressed cache, in bytes.
 
     Raises:

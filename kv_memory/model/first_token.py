@@ -31,12 +31,7 @@ class FirstToken:
     """Picks the first tokens of one answer, up to its first visible character.
 
     One space is accepted as the very first token if the prompt does not end in white space: many tokenizers split it
-    from a digit, and the worked examples show `Answer: 3`.
-
-    Args:
-        tokenizer: Tokenizer of the model.
-        end_ids: Ids of the tokens that end an answer.
-        behind: Last token of the prompt; None if there is no prompt.
+    from a digit, and the worked examples show `Answer: 3`. `behind` is the prompt's last token; None without a prompt.
     """
 
     def __init__(self, tokenizer: Any, *, end_ids: Collection[int], behind: int | None) -> None:
@@ -77,9 +72,7 @@ class FirstToken:
     def greedy(self, log_probs: torch.Tensor, ids: Sequence[int]) -> list[int]:
         """The greedy choice at each position of an answer, given the answer's tokens before it.
 
-        Args:
-            log_probs: `(len(ids), vocab_size)`, log-probabilities at each position.
-            ids: Tokens of the answer.
+        `log_probs` are `(len(ids), vocab_size)`, at the positions of the answer's tokens `ids`.
         """
         best: list[int] = log_probs.argmax(-1).tolist()
         for step, row in enumerate(log_probs):

@@ -25,8 +25,6 @@ _FIXED_DATE = (
     "{% macro strftime_now(format) %}{{ '2024-07-26' if '-' in format else '26 Jul 2024' }}{% endmacro %}{{ '' }}"
 )
 _DOCUMENT, _SYSTEM, _ANSWER = "\ue000document\ue000", "\ue000system\ue000", "\ue000answer\ue000"
-
-
 _NOT_IN_DIGEST = {"name", "stop", "system_prompt", "answer_before", "answer_after"}
 
 
@@ -37,9 +35,6 @@ class PromptForm:
     Attributes:
         name: `chat`, `brief`, `passage`, or a custom name.
         prefix: Text before everything else, never compressed: system prompt, template head, worked examples.
-        document_before: Text before each document.
-        document_after: Text after each document.
-        question_before: Text before the question.
         question_after: Text between the question and the answer.
         system_prompt: Instructions in the prefix; not repeated if a conversation's turns contain the same ones.
         answer_before: Text before an earlier answer in a conversation of several turns.
@@ -106,10 +101,7 @@ def choose_form(prompt: PromptName | PromptForm, tokenizer: Any) -> PromptForm:
     """Resolve a prompt form: `auto` is the model's chat template, or `passage` if it has none.
 
     `brief` is the chat template with a system prompt that asks for a few words instead of sentences. A `PromptForm` is
-    returned unchanged.
-
-    Raises:
-        ConfigError: See `chat_form`.
+    returned unchanged. Errors as in `chat_form`.
     """
     if isinstance(prompt, PromptForm):
         return prompt
@@ -123,9 +115,7 @@ def choose_form(prompt: PromptName | PromptForm, tokenizer: Any) -> PromptForm:
 def chat_form(tokenizer: Any, *, system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> PromptForm:
     """The prompt form of a model's own chat template, with system prompt and template head as the shared prefix.
 
-    Args:
-        tokenizer: Transformers tokenizer with a chat template.
-        system_prompt: Text of the system turn; put before the documents if the template has no such turn.
+    The system prompt is put before the documents if the template has no system turn.
 
     Raises:
         ConfigError: The template is missing, cannot be rendered, or loses the text it is given.
@@ -173,8 +163,7 @@ def _between_turns(tokenizer: Any) -> str:
 def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     """Render a conversation with the tokenizer's chat template, up to the beginning of the reply.
 
-    Raises:
-        ConfigError: The template rejects the conversation, e.g. for an unknown role.
+    It is a ConfigError if the template rejects the conversation, e.g. for an unknown role.
     """
     try:
         template = tokenizer.get_chat_template()
@@ -191,12 +180,7 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> str:
 
 
 class PromptEncoder:
-    """A tokenizer and a prompt form; the basis of `Backbone`. Safe to use from several threads.
-
-    Args:
-        tokenizer: Tokenizer of the model.
-        prompt: Layout of prefix, documents and question.
-    """
+    """A tokenizer and a prompt form; the basis of `Backbone`. Safe to use from several threads."""
 
     def __init__(self, tokenizer: Any, prompt: PromptForm) -> None:
         self.tokenizer = tokenizer
