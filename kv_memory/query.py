@@ -226,7 +226,7 @@ class Reader:
         caches: Sequence[DistilledCache] = (),
         so_far: Answer | None = None,
     ) -> AnswerStream:
-        so_far, settings = so_far or Answer(), settings or DecodeSettings()
+        so_far = so_far or Answer()
         run = Run(self._compressor.backbone, [prompt], caches, self._layout, settings, so_far=[so_far])
         return AnswerStream(run, so_far)
 

@@ -15,13 +15,15 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.config import DecodeSettings, Layout
 from kv_memory.errors import DecodeTimeoutError
-from kv_memory.generate.answer import Answer, TextStream, iterate_in_thread
+from kv_memory.generate.answer import Answer, AnswerStream, TextStream, iterate_in_thread
 from kv_memory.generate.compose import compose
 from kv_memory.generate.constrain import JsonConstraint
 from kv_memory.generate.turns import Prompt
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.first_token import FirstToken
 from kv_memory.model.kv_cache import PositionedCache
+
+_DEFAULTS = DecodeSettings()
 
 
 class Generator:
@@ -68,14 +70,13 @@ class Generator:
 
     def stream(
         self, question: str, caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
-    ) -> Steps[str, None, None]:
+    ) -> AnswerStream:
         """Answer one question piece by piece; the pieces joined are the answer.
 
         Arguments and errors as in `generate_batch`. Errors before decoding are raised by the call itself, not by the
-        first piece. Close the iterator to stop early.
+        first piece.
         """
-        run = self.start([question], caches, settings=settings)
-        return (pieces[0] for pieces in run.steps() if pieces[0])
+        return AnswerStream(self.start([question], caches, settings=settings), Answer())
 
     async def astream(
         self, question: str, caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
@@ -105,7 +106,7 @@ class Generator:
         """
         documents = [token for text in texts for token in self.backbone.encode_document(text)]
         prompts = [Prompt(documents + self.backbone.encode_question(q), behind_prefix=True) for q in questions]
-        return Run(self.backbone, prompts, caches, self.layout, settings or DecodeSettings(), so_far=so_far)
+        return Run(self.backbone, prompts, caches, self.layout, settings, so_far=so_far)
 
 
 class Sampler:
@@ -155,14 +156,14 @@ class Run:
         prompts: Sequence[Prompt],
         caches: Sequence[DistilledCache],
         layout: Layout,
-        settings: DecodeSettings,
+        settings: DecodeSettings | None = None,
         *,
         read: tuple[PositionedCache, torch.Tensor] | None = None,
         so_far: Sequence[Answer] = (),
     ) -> None:
         self._start_s = time.perf_counter()
         self._backbone = backbone
-        self._settings = settings
+        self._settings = settings = settings or _DEFAULTS
         self._so_far = so_far or [Answer()] * len(prompts)
         self._lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
         width = int(self._lengths.max())
@@ -189,14 +190,22 @@ class Run:
         self._constraints = [
             None if settings.json_schema is None else JsonConstraint(backbone, settings.json_schema) for _ in prompts
         ]
-        self._end_ids = end_ids(backbone)
         self._openings = [
-            FirstToken(backbone.tokenizer, end_ids=self._end_ids, behind=prompt.ids[-1] if prompt.ids else None)
+            FirstToken(
+                tokenizer=backbone.tokenizer,
+                end_ids=backbone.end_ids,
+                behind=prompt.ids[-1] if prompt.ids else None,
+            )
             for prompt in prompts
         ]
         self._ttft_s = [0.0] * len(prompts)
         self._total_s = [0.0] * len(prompts)
 
+    def close(self) -> None:
+        """Free the cache; the decoded text stays."""
+        self._cache = None
+
+    @torch.no_grad()
     def steps(self) -> Steps[list[str], None, None]:
         """Decode token by token; each step yields the new text of every row, empty for rows that have ended.
 
@@ -204,20 +213,11 @@ class Run:
             DecodeTimeoutError: Decoding takes longer than `DecodeSettings.timeout_s`.
         """
         assert self._cache is not None, "a run is decoded once"
-        try:
-            yield from self._decode(self._cache)
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        """Free the cache; the decoded text stays."""
-        self._cache = None
-
-    @torch.no_grad()
-    def _decode(self, cache: PositionedCache) -> Steps[list[str], None, None]:
-        backbone, ragged = self._backbone, len(self._lengths) > 1 and bool((self._lengths != self._lengths[0]).any())
+        # Only this frame holds the cache from here on: it is freed with the last step, or when the steps are closed.
+        backbone, cache, self._cache = self._backbone, self._cache, None
         logits = self._first
         if logits is None:
+            ragged = bool((self._lengths != self._lengths[0]).any())
             logits = backbone.logits(self._ids, cache, lengths=self._lengths if ragged else None)
         rows = list(range(len(self._texts)))  # indices of rows still being decoded
         for step in range(self._settings.max_new_tokens):
@@ -231,7 +231,7 @@ class Run:
                     self._ttft_s[row] = now_s
                 self._total_s[row] = now_s
                 complete = constraint is not None and constraint.push(token)
-                pieces[row] = text.push(token, is_end=token in self._end_ids, is_last=last, is_complete=complete)
+                pieces[row] = text.push(token, is_end=token in backbone.end_ids, is_last=last, is_complete=complete)
             yield pieces
             going = [i for i, row in enumerate(rows) if not self._texts[row].finished]
             if not going:
@@ -276,17 +276,3 @@ class Run:
                 self._so_far, self._texts, self._lengths, self._ttft_s, self._total_s, strict=True
             )
         ]
-
-
-def first_token_rule(backbone: Backbone, prompt: Sequence[int]) -> FirstToken:
-    """The rule for the first tokens of an answer to this prompt."""
-    return FirstToken(backbone.tokenizer, end_ids=end_ids(backbone), behind=prompt[-1] if prompt else None)
-
-
-def end_ids(backbone: Backbone) -> list[int]:
-    """Tokens that end an answer: the tokenizer's end token and those of the model's generation settings."""
-    ids: list[int] = []
-    config = getattr(backbone.model, "generation_config", None)
-    for value in (backbone.tokenizer.eos_token_id, getattr(config, "eos_token_id", None)):
-        ids += value if isinstance(value, list) else [] if value is None else [value]
-    return list(dict.fromkeys(ids)) or [-1]

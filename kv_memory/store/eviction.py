@@ -24,8 +24,8 @@ from kv_memory.store.sql.schema import CacheRow, CollectionRow, OptionRow, Passa
 _LOG = logging.getLogger(__name__)
 
 _BUDGET = "budget"
-# Built once: each put runs it twice, and building it takes longer than running it.
-_LIMITS = select(
+# Built once: every put runs it, and building it takes longer than running it.
+SELECT_LIMITS = select(
     CollectionRow.max_size_bytes,
     CollectionRow.ttl_s,
     select(OptionRow.value).where(OptionRow.key == _BUDGET).scalar_subquery(),
@@ -56,7 +56,7 @@ class Limits:
 
 def read_limits(session: Session, collection_id: int) -> Limits:
     """The limits of a collection."""
-    max_size_bytes, ttl_s, shared = session.execute(_LIMITS, {"collection": collection_id}).one()
+    max_size_bytes, ttl_s, shared = session.execute(SELECT_LIMITS, {"collection": collection_id}).one()
     of_store = (shared or {}).get("max_size_bytes")
     return Limits(max_size_bytes=max_size_bytes, ttl_s=ttl_s, store_max_size_bytes=of_store)
 
@@ -137,7 +137,7 @@ class Eviction(Documents):
     def make_room(self) -> int:
         """Evict what exceeds the limits now, e.g. after caches were copied, and return the number of evicted caches."""
         with self.catalog.write() as session:
-            gone = self._evict(session, read_limits(session, self.collection_id), utc_now(), spare=None)
+            gone = self._evict(session, utc_now(), spare=None)
         self.references.delete_unreferenced(gone)
         return len(gone)
 
@@ -161,12 +161,11 @@ class Eviction(Documents):
             ).all()
         return len(changed)
 
-    def _evict(self, session: Session, limits: Limits, now: datetime, *, spare: int | None) -> list[str]:
+    def _evict(self, session: Session, now: datetime, *, spare: int | None) -> list[str]:
         """Delete rows while a size limit is exceeded: expired caches first, then the least recently used.
 
         Args:
             session: Session of a writing transaction.
-            limits: Limits to enforce.
             now: Time at which expiry is judged.
             spare: Id of the row that was just added, which is not evicted; None for no such row.
 
@@ -176,6 +175,7 @@ class Eviction(Documents):
         Raises:
             StoreFullError: Caches that are pinned or just added exceed a limit; roll back.
         """
+        limits = read_limits(session, self.collection_id)
         self.uses.write(session)
         gone: list[str] = []
         everywhere = true()

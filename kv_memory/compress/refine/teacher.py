@@ -118,7 +118,7 @@ class Teacher:
         as_answers: bool,
     ) -> list[list[int]]:
         last = batch.ids.gather(1, batch.lengths[:, None] - 1).flatten().tolist()
-        openings = [FirstToken(self._backbone.tokenizer, end_ids=ends, behind=token) for token in last]
+        openings = [FirstToken(tokenizer=self._backbone.tokenizer, end_ids=ends, behind=token) for token in last]
         # Noise is drawn on the CPU, so that a seed gives the same noise on every device.
         draws = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
         texts: list[list[int]] = [[] for _ in batch.index]
