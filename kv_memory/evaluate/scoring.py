@@ -81,7 +81,7 @@ class PrefilledQuestions:
         prompts = _behind_prefix([self._prompts[row] for row in rows])
         read = self._cache, self._first[list(rows)]
         run = Run(self._backbone, prompts, self._caches, self._layout, settings, read=read)
-        return [answer.text.strip() for answer in _decoded(run)]
+        return [answer.text.strip() for answer in run.decode()]
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -110,18 +110,12 @@ def greedy_answers(
     answers: list[Answer] = []
     # Decoding computes one row of logits per question; its copy of the cache takes the memory.
     for part in batches(backbone, len(prompts), n_entries=n_entries, n_tokens=1):
-        answers += _decoded(Run(backbone, _behind_prefix(prompts[part]), [full], layout, settings))
+        answers += Run(backbone, _behind_prefix(prompts[part]), [full], layout, settings).decode()
     return [(answer.text.strip(), answer.token_ids) for answer in answers]
 
 
 def _behind_prefix(prompts: Sequence[Sequence[int]]) -> list[Prompt]:
     return [Prompt([*ids], behind_prefix=True) for ids in prompts]
-
-
-def _decoded(run: Run) -> Sequence[Answer]:
-    for _ in run.steps():
-        pass
-    return run.results()
 
 
 class _Taught(NamedTuple):

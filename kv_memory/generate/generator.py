@@ -45,7 +45,7 @@ class Generator:
         self, question: str, caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
     ) -> Answer:
         """Answer one question; see `generate_batch` for arguments and errors."""
-        return self.generate_batch([question], caches, settings=settings)[0]
+        return self.start([question], caches, settings=settings).decode()[0]
 
     def generate_batch(
         self, questions: Sequence[str], caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
@@ -63,10 +63,7 @@ class Generator:
         """
         if not questions:
             return []
-        run = self.start(questions, caches, settings=settings)
-        for _ in run.steps():
-            pass
-        return run.results()
+        return self.start(questions, caches, settings=settings).decode()
 
     def stream(
         self, question: str, caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
@@ -93,7 +90,6 @@ class Generator:
         *,
         texts: Sequence[str] = (),
         settings: DecodeSettings | None = None,
-        so_far: Sequence[Answer] = (),
     ) -> Run:
         """Start a batch, for callers that need both the pieces and the statistics. Errors as in `generate_batch`.
 
@@ -102,11 +98,10 @@ class Generator:
             caches: Distilled caches of the documents, in order.
             texts: Documents to prefill as text after the caches and before the question: plain RAG, for comparison.
             settings: Decoding settings.
-            so_far: Answers before decoding, see `Run`.
         """
         documents = [token for text in texts for token in self.backbone.encode_document(text)]
         prompts = [Prompt(documents + self.backbone.encode_question(q), behind_prefix=True) for q in questions]
-        return Run(self.backbone, prompts, caches, self.layout, settings, so_far=so_far)
+        return Run(self.backbone, prompts, caches, self.layout, settings)
 
 
 class Sampler:
@@ -200,6 +195,12 @@ class Run:
         ]
         self._ttft_s = [0.0] * len(prompts)
         self._total_s = [0.0] * len(prompts)
+
+    def decode(self) -> list[Answer]:
+        """Decode to the end and return the answers; errors as in `steps`."""
+        for _ in self.steps():
+            pass
+        return self.results()
 
     def close(self) -> None:
         """Free the cache; the decoded text stays."""
