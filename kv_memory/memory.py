@@ -247,11 +247,7 @@ class KVMemory:
 
         The text comes from the store or, if it is not kept there, from the document's file. Documents whose file is
         gone or has changed, and documents without a text that are not files, are listed in the report's `errors` and
-        stay unchanged.
-
-        Args:
-            encoding: Encoding of the text files.
-            on_progress: Called after every passage.
+        stay unchanged. Arguments as in `add`.
         """
         return self.pipeline(on_progress=on_progress).refresh(encoding=encoding)
 
@@ -264,19 +260,13 @@ class KVMemory:
     ) -> IngestPipeline:
         """The pipeline behind `add`, for callers with too many documents to hold in memory.
 
-        Args:
-            on_progress: Called after every passage.
-            keep_text: True to keep texts, False not to; None follows the settings.
-            writer: Executor that stores caches while the next ones are compressed; None stores them at once.
+        Arguments as in `IngestPipeline`.
         """
         options: dict[str, Any] = {"keep_text": keep_text, "on_progress": on_progress, "writer": writer}
         return IngestPipeline(self.store, self.compressor, self.settings, **options)
 
     def remove(self, document_id: str | Path) -> None:
-        """Delete a document with its passages and caches.
-
-        Args:
-            document_id: Id of the document, or the path of a file that was added.
+        """Delete a document with its passages and caches, by its id or by the path of a file that was added.
 
         Raises:
             DocumentNotFoundError: There is no such document.

@@ -138,13 +138,9 @@ class Reader:
         settings: DecodeSettings | None = None,
         read_from: ReadFrom = "caches",
     ) -> AnswerStream:
-        """Answer a question from passages; without any, the answer is empty.
+        """Answer a question from passages of the store, best first; without any, the answer is empty.
 
-        Args:
-            question: Any text.
-            hits: Passages of the store, best first.
-            settings: Decoding settings.
-            read_from: Form in which the passages enter the model, see `KVMemory.ask`.
+        Other arguments as in `KVMemory.ask`.
 
         Raises:
             TextNotKeptError: `read_from` is `text`, and the text of a passage is not kept.

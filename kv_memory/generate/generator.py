@@ -91,13 +91,10 @@ class Generator:
         texts: Sequence[str] = (),
         settings: DecodeSettings | None = None,
     ) -> Run:
-        """Start a batch, for callers that need both the pieces and the statistics. Errors as in `generate_batch`.
+        """Start a batch, for callers that need both the pieces and the statistics.
 
-        Args:
-            questions: Questions to answer, at least one.
-            caches: Distilled caches of the documents, in order.
-            texts: Documents to prefill as text after the caches and before the question: plain RAG, for comparison.
-            settings: Decoding settings.
+        Arguments and errors as in `generate_batch`, but there is at least one question. `texts` are documents to
+        prefill as text after the caches and before the question: plain RAG, for comparison.
         """
         documents = [token for text in texts for token in self.backbone.encode_document(text)]
         prompts = [Prompt(documents + self.backbone.encode_question(q), behind_prefix=True) for q in questions]
@@ -193,7 +190,7 @@ class Run:
             )
             for prompt in prompts
         ]
-        self._ttft_s = [0.0] * len(prompts)
+        self._ttft_s = 0.0
         self._total_s = [0.0] * len(prompts)
 
     def decode(self) -> list[Answer]:
@@ -225,11 +222,10 @@ class Run:
             last = step + 1 == self._settings.max_new_tokens
             tokens = [self._pick(row, of_row, last) for row, of_row in zip(rows, logits, strict=True)]
             now_s = time.perf_counter() - self._start_s
+            self._ttft_s = self._ttft_s or now_s
             pieces = [""] * len(self._texts)
             for row, token in zip(rows, tokens, strict=True):
                 text, constraint = self._texts[row], self._constraints[row]
-                if step == 0:
-                    self._ttft_s[row] = now_s
                 self._total_s[row] = now_s
                 complete = constraint is not None and constraint.push(token)
                 pieces[row] = text.push(token, is_end=token in backbone.end_ids, is_last=last, is_complete=complete)
@@ -269,11 +265,11 @@ class Run:
                 finish_reason=text.finish_reason,
                 n_prompt_tokens=so_far.n_prompt_tokens + int(length),
                 n_cached_tokens=so_far.n_cached_tokens + self._n_cached,
-                ttft_s=so_far.ttft_s + ttft_s,
+                ttft_s=so_far.ttft_s + self._ttft_s,
                 total_s=so_far.total_s + total_s,
                 next_step=text.next_step,
             )
-            for so_far, text, length, ttft_s, total_s in zip(
-                self._so_far, self._texts, self._lengths, self._ttft_s, self._total_s, strict=True
+            for so_far, text, length, total_s in zip(
+                self._so_far, self._texts, self._lengths, self._total_s, strict=True
             )
         ]
