@@ -1,4 +1,36 @@
-"""The exceptions, bases before subclasses. Every error contains a description, the place, and the next step."""
+"""The exception tree. Every error contains a description, the place, and the next step.
+
+```
+KVMemoryError
+├── ConfigError                  a setting out of range, e.g. a budget below the smallest cache (also a ValueError)
+├── ModelError
+│   ├── ModelNotFoundError       no such hub id, folder or built-in weights
+│   ├── UnsupportedModelError    an architecture that cannot be compressed, or no usable tokenizer
+│   └── ContextWindowError       more positions than the model can address
+├── AdapterError                 an adapter folder that is missing or malformed, or trained on other weights
+├── DocumentError                also two texts under one id in one call
+│   ├── EmptyDocumentError       nothing but white space
+│   ├── UnreadableDocumentError  a path that cannot be opened, or bytes that are not text in the stated encoding
+│   ├── DocumentNotFoundError    an id that the collection does not hold (also a KeyError)
+│   └── TextNotKeptError         a text is needed that was not kept when its document was added
+├── CacheError
+│   ├── CacheNotFoundError       no distilled cache for this text and setting (also a KeyError)
+│   ├── CorruptCacheError        bytes that differ from those written; quarantined, never decoded
+│   └── FingerprintMismatchError a cache made by another model, adapter, prompt or format
+├── DecodeTimeoutError           an answer that exceeded its time limit (also a TimeoutError)
+├── UnsupportedRequestError      a request that a model cannot fulfil: tool calls, images
+├── DatasetError                 a training or evaluation set that is missing or unreadable
+│   └── BrokenLineError          a line that is not a valid example; named by number
+├── TrainingError                a loss that is not finite, or a checkpoint that cannot be resumed
+├── JobError                     a job that cannot run, e.g. because another process runs it, or is not in the store
+│   └── WorkerDiedError          a worker that was killed, or died, on a document or before its first
+└── StoreError                   also a folder without permission, or a store written by a newer version
+    ├── StoreFullError           no space left; the previous content is untouched
+    ├── StoreLockedError         another process locks the catalog for too long
+    ├── StoreConnectionError     a database or object store that does not answer, or disconnected
+    └── TransferError            an archive that is damaged, incomplete, too new, or does not fit the collection
+```
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from collections.abc import Generator as Steps
 from dataclasses import replace
 from typing import Any
@@ -101,37 +101,27 @@ class Generator:
         return Run(self.backbone, prompts, caches, self.layout, settings)
 
 
-class Sampler:
-    """Picks tokens for one answer, with its own random generator.
+def _sampler(settings: DecodeSettings, device: torch.device) -> Callable[[torch.Tensor], int]:
+    """A function that picks the tokens of one answer from `(vocab_size,)` logits, with its own random generator."""
+    if settings.temperature == 0:
+        return lambda logits: int(logits.argmax())
+    generator = torch.Generator(device=device)
+    if settings.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(settings.seed)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(settings.temperature))])
+    if settings.top_k:
+        warpers.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1:
+        warpers.append(TopPLogitsWarper(settings.top_p))
+    none: Any = torch.empty(1, 0, dtype=torch.long)
 
-    Args:
-        settings: Decoding settings; temperature 0 is greedy.
-        device: Device of the logits.
-    """
+    def pick(logits: torch.Tensor) -> int:
+        scores = warpers(none, logits[None].float())
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
 
-    def __init__(self, settings: DecodeSettings, *, device: torch.device) -> None:
-        self._greedy = settings.temperature == 0
-        self._warpers = LogitsProcessorList()
-        if self._greedy:
-            return
-        self._generator = torch.Generator(device=device)
-        if settings.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(settings.seed)
-        self._warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
-        if settings.top_k:
-            self._warpers.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(settings.top_p))
-
-    def pick(self, logits: torch.Tensor) -> int:
-        """The next token id from `(vocab_size,)` logits."""
-        if self._greedy:
-            return int(logits.argmax())
-        none: Any = torch.empty(1, 0, dtype=torch.long)
-        scores = self._warpers(none, logits[None].float())
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+    return pick
 
 
 class Run:
@@ -178,7 +168,7 @@ class Run:
         if settings.json_schema is not None:
             stop = settings.stop  # the schema determines where the answer ends
         self._texts = [TextStream(backbone.tokenizer, stop=stop) for _ in prompts]
-        self._samplers = [Sampler(settings, device=backbone.device) for _ in prompts]
+        self._samplers = [_sampler(settings, backbone.device) for _ in prompts]
         self._constraints = [
             None if settings.json_schema is None else JsonConstraint(backbone, settings.json_schema) for _ in prompts
         ]
@@ -240,7 +230,7 @@ class Run:
             logits = backbone.logits(torch.tensor(tokens)[:, None], cache)
 
     def _pick(self, row: int, logits: torch.Tensor, is_last: bool) -> int:
-        text, constraint, choose = self._texts[row], self._constraints[row], self._samplers[row].pick
+        text, constraint, choose = self._texts[row], self._constraints[row], self._samplers[row]
         logits = logits if constraint is None else constraint.mask(logits)
         if text.begun:
             return choose(logits)
