@@ -57,8 +57,7 @@ class LazyCompressor:
     def load(self, store: Store | None = None) -> Compressor:
         """The compressor. Errors as in `Adapter.load`.
 
-        Args:
-            store: Store that has the prefilled prefix, or gets it for the next process.
+        The prefilled prefix is loaded from the store, or put there for the next process.
         """
         with self._lock:
             if self._compressor is None:

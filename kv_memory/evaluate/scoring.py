@@ -15,8 +15,9 @@ from kv_memory.evaluate.cases import Case, EncodedQuery, Query, encode_query
 from kv_memory.evaluate.metrics import ALL_WANTED, TEXT_METRICS, kl_divergence, negative_log_likelihood
 from kv_memory.evaluate.question_records import Measured
 from kv_memory.evaluate.tasks.task import Task
-from kv_memory.generate import Answer, Prompt, Run, compose, first_token_rule
+from kv_memory.generate import Answer, Prompt, Run, compose
 from kv_memory.model.backbone import Backbone
+from kv_memory.model.first_token import FirstToken
 
 KL_TOKENS = 32  # length limit of the answer on which KL is measured
 _CPU_BYTES, _GPU_BYTES = 1 << 30, 4 << 30  # size limit of caches and logits of one batch
@@ -73,7 +74,7 @@ class PrefilledQuestions:
         prompts = _behind_prefix([self._prompts[row] for row in rows])
         read = self._cache, self._first[list(rows)]
         run = Run(self._backbone, prompts, self._caches, self._layout, settings, read=read)
-        return [answer.text.strip() for answer in _decoded(run)]
+        return [answer.text.strip() for answer in run.decode()]
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -102,18 +103,12 @@ def greedy_answers(
     answers: list[Answer] = []
     # Decoding computes one row of logits per question; its copy of the cache takes the memory.
     for part in batches(backbone, len(prompts), n_entries=n_entries, n_tokens=1):
-        answers += _decoded(Run(backbone, _behind_prefix(prompts[part]), [full], layout, settings))
+        answers += Run(backbone, _behind_prefix(prompts[part]), [full], layout, settings).decode()
     return [(answer.text.strip(), answer.token_ids) for answer in answers]
 
 
 def _behind_prefix(prompts: Sequence[Sequence[int]]) -> list[Prompt]:
     return [Prompt([*ids], behind_prefix=True) for ids in prompts]
-
-
-def _decoded(run: Run) -> Sequence[Answer]:
-    for _ in run.steps():
-        pass
-    return run.results()
 
 
 class _Taught(NamedTuple):
@@ -221,7 +216,9 @@ class CaseScorer:
 
 def _agrees(backbone: Backbone, query: EncodedQuery, teacher: _Taught, log_probs: torch.Tensor) -> bool:
     """Whether the likeliest token (of those that may open an answer) is the full model's at every token."""
-    return first_token_rule(backbone, query.prompt).greedy(log_probs, teacher.ids) == list(teacher.ids)
+    behind = query.prompt[-1] if query.prompt else None
+    opening = FirstToken(tokenizer=backbone.tokenizer, end_ids=backbone.end_ids, behind=behind)
+    return opening.greedy(log_probs, teacher.ids) == list(teacher.ids)
 
 
 def _losses(asked: PrefilledQuestions, rows: Sequence[Sequence[int]]) -> list[float]:

@@ -30,6 +30,7 @@ from kv_memory.jobs.job_records import Job, Outcome, Task, TaskResult, Work
 from kv_memory.jobs.leases import LEASE_S, TaskQueue
 from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.sources import Sources
+from kv_memory.lazy_compressor import LazyCompressor
 from kv_memory.memory import KVMemory
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
@@ -86,7 +87,8 @@ def run(
 
 def pipeline_of(store: Store, job: Job, *, device: str = "auto") -> IngestPipeline:
     """The pipeline of a memory with the job's settings; errors as in `KVMemory.open`."""
-    memory = KVMemory(store, MemorySettings(**job.settings.memory), device=device)
+    settings = MemorySettings(**job.settings.memory)
+    memory = KVMemory(store, settings, LazyCompressor(settings, device=device))
     # Storing mostly waits for the disk or a server.
     return memory.pipeline(writer=ThreadPoolExecutor(1, thread_name_prefix="writer"))
 

@@ -168,6 +168,15 @@ class Backbone(PromptEncoder):
             head_dim=self.head_dim,
         )
 
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: the tokenizer's end token and those of the model's generation settings."""
+        config = getattr(self.model, "generation_config", None)
+        ids: list[int] = []
+        for value in (self.tokenizer.eos_token_id, getattr(config, "eos_token_id", None)):
+            ids += value if isinstance(value, list) else [] if value is None else [value]
+        return frozenset(ids)
+
     @property
     def prefix(self) -> Prefix:
         """The shared prefix, prefilled on first use."""

@@ -28,7 +28,7 @@ from kv_memory.store import documents
 from kv_memory.store.blob_references import check_header, load_cache
 from kv_memory.store.blobs.local import blob_key, is_blob_key
 from kv_memory.store.documents import alive
-from kv_memory.store.eviction import Eviction, read_limits
+from kv_memory.store.eviction import SELECT_LIMITS, Eviction
 from kv_memory.store.metrics import BYTES_READ, BYTES_WRITTEN, GET_SECONDS, GETS, PUT_SECONDS
 from kv_memory.store.records import CacheInfo
 from kv_memory.store.sql.schema import Base, CacheRow, FingerprintRow, PrefixRow, utc_now
@@ -124,8 +124,8 @@ class Caches(Eviction):
     ) -> tuple[CacheInfo, list[str]]:
         """Insert a row and evict to make room for it; returns its final record, and the blob keys of deleted rows."""
         now = utc_now()
-        limits = read_limits(session, self.collection_id)
-        expires_at = None if limits.ttl_s is None else now + timedelta(seconds=limits.ttl_s)
+        of_collection, ttl_s, of_store = session.execute(SELECT_LIMITS, {"collection": self.collection_id}).one()
+        expires_at = None if ttl_s is None else now + timedelta(seconds=ttl_s)
         info = replace(info, created_at=now, expires_at=expires_at)
         gone: list[str] = []
         if instead_of is not None:
@@ -136,7 +136,9 @@ class Caches(Eviction):
         if connection.scalar(_FINGERPRINT, {"digest": info.fingerprint}) is None:
             connection.execute(_INSERT_FINGERPRINT, {"digest": info.fingerprint, "json": fingerprint.to_json()})
         row_id = connection.scalar(_INSERT, {"collection_id": self.collection_id, **vars(info)})
-        return info, gone + self._evict(session, limits, now, spare=row_id)
+        if of_collection is not None or of_store is not None:
+            gone += self._evict(session, now, spare=row_id)
+        return info, gone
 
     def get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> DistilledCache:
         """A distilled cache, its tensors mapped from the file.

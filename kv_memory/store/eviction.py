@@ -23,8 +23,8 @@ from kv_memory.store.sql.schema import CacheRow, CollectionRow, OptionRow, Passa
 _LOG = logging.getLogger(__name__)
 
 _BUDGET = "budget"
-# Built once: each put runs it twice, and building it takes longer than running it.
-_LIMITS = select(
+# Built once: every put runs it, and building it takes longer than running it.
+SELECT_LIMITS = select(
     CollectionRow.max_size_bytes,
     CollectionRow.ttl_s,
     select(OptionRow.value).where(OptionRow.key == _BUDGET).scalar_subquery(),
@@ -54,7 +54,7 @@ class Limits:
 
 def read_limits(session: Session, collection_id: int) -> Limits:
     """The limits of a collection."""
-    max_size_bytes, ttl_s, shared = session.execute(_LIMITS, {"collection": collection_id}).one()
+    max_size_bytes, ttl_s, shared = session.execute(SELECT_LIMITS, {"collection": collection_id}).one()
     of_store = (shared or {}).get("max_size_bytes")
     return Limits(max_size_bytes=max_size_bytes, ttl_s=ttl_s, store_max_size_bytes=of_store)
 
@@ -125,7 +125,7 @@ class Eviction(Documents):
     def make_room(self) -> int:
         """Evict what exceeds the limits now, e.g. after caches were copied, and return the number of evicted caches."""
         with self.catalog.write() as session:
-            gone = self._evict(session, read_limits(session, self.collection_id), utc_now(), spare=None)
+            gone = self._evict(session, utc_now(), spare=None)
         self.references.delete_unreferenced(gone)
         return len(gone)
 
@@ -148,12 +148,13 @@ class Eviction(Documents):
         texts = select(PassageRow.text_sha256).where(PassageRow.document_pk == row.id)
         return (CacheRow.collection_id == self.collection_id) & CacheRow.text_sha256.in_(texts)
 
-    def _evict(self, session: Session, limits: Limits, now: datetime, *, spare: int | None) -> list[str]:
+    def _evict(self, session: Session, now: datetime, *, spare: int | None) -> list[str]:
         """Delete rows while a size limit is exceeded, expired caches first, and return their blob keys.
 
         `spare` is the row that was just added, which stays. If it or pinned caches exceed a limit, `StoreFullError`
         rolls the transaction back.
         """
+        limits = read_limits(session, self.collection_id)
         gone: list[str] = []
         for name, scope, limit in (
             ("collection", CacheRow.collection_id == self.collection_id, limits.max_size_bytes),

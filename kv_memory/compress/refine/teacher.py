@@ -100,7 +100,7 @@ class Teacher:
             # Noise is drawn on the CPU, so that a seed gives the same noise on every device.
             draws = [torch.Generator().manual_seed(seeds[i]) for i in batch.index] if temperature and seeds else None
             last = batch.ids.gather(1, batch.lengths[:, None] - 1).flatten().tolist()
-            openings = [FirstToken(self._backbone.tokenizer, end_ids=ends, behind=token) for token in last]
+            openings = [FirstToken(tokenizer=self._backbone.tokenizer, end_ids=ends, behind=token) for token in last]
             with self._behind(batch.documents) as cache:
                 texts = self._go_on(batch, cache, most, ends, openings if as_answers else None, draws, temperature)
             found.update(zip(batch.index, texts, strict=True))
