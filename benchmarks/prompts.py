@@ -34,7 +34,7 @@ from kv_memory.compress import Compressor
 from kv_memory.datasets import Example, Question, read_examples
 from kv_memory.evaluate.metrics import contains, exact_match, f1
 from kv_memory.evaluate.tasks.task import in_hash_order
-from kv_memory.generate import Generation, Generator
+from kv_memory.generate import Answer, Generator
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.first_token import is_visible
 from kv_memory.model.prompts import PASSAGE, PromptForm, PromptName, chat_form, choose_form
@@ -109,7 +109,7 @@ def measure(loaded: Backbone, form: str, asked: Sequence[Example], args: argpars
         weights_sha256=loaded.weights_sha256,
     )
     compressor, generator = Compressor(backbone, selector="sink_recent"), Generator(backbone)
-    said: list[tuple[Generation, Question]] = []
+    said: list[tuple[Answer, Question]] = []
     start_s = time.perf_counter()
     for passage in asked:
         cache = compressor.compress(passage.context, keep_ratio=1.0)

@@ -28,10 +28,8 @@ class Conversation:
     Args:
         memory: Memory that provides the store and the model.
         conversation_id: Name of the conversation within the memory's collection.
-        keep_ratio: Share of the turns' tokens kept. If none of the three is given, the memory's setting applies.
-        keep_tokens: Number of tokens kept of each exchange, instead of a share.
-        max_bytes: Largest file size of an exchange's cache in bytes, instead of a share.
         top_k: Number of passages of old turns that one question recalls; None means the memory's own `top_k`.
+        keep: One of keep_ratio, keep_tokens and max_bytes of an exchange; without any, the memory's setting applies.
 
     Attributes:
         lock: Lock of this conversation in this process, to be held over several steps that belong together.
@@ -46,14 +44,7 @@ class Conversation:
     """
 
     def __init__(
-        self,
-        memory: KVMemory,
-        conversation_id: str,
-        *,
-        keep_ratio: float | None = None,
-        keep_tokens: int | None = None,
-        max_bytes: int | None = None,
-        top_k: int | None = None,
+        self, memory: KVMemory, conversation_id: str, *, top_k: int | None = None, **keep: float | None
     ) -> None:
         check_name(conversation_id, where="conversation_id")
         if top_k is not None and top_k < 1:
@@ -62,12 +53,7 @@ class Conversation:
         self.top_k = memory.settings.top_k if top_k is None else top_k
         # Escaped, so that no conversation of collection "a:b" has the name of one of collection "a".
         tenant = memory.collection.replace("%", "%25").replace(":", "%3A")
-        self._memory = memory.in_collection(
-            f"conversation:{tenant}:{conversation_id}",
-            keep_ratio=keep_ratio,
-            keep_tokens=keep_tokens,
-            max_bytes=max_bytes,
-        )
+        self._memory = memory.in_collection(f"conversation:{tenant}:{conversation_id}", **keep)
         self.keep = self._memory.settings.keep
         self.lock = _locks.setdefault(memory, {}).setdefault(conversation_id, threading.RLock())
 

@@ -50,15 +50,18 @@ class LazyCompressor:
         with self._lock:
             if self._backbone is None:
                 self._backbone = Backbone.load(
-                    self._settings.model, dtype=self._dtype, device=self._device, prompt=self._prompt
+                    self._settings.model,
+                    dtype=self._dtype,
+                    device=self._device,
+                    prompt=self._prompt,
+                    chat_options=self._settings.switches,
                 )
             return self._backbone
 
     def load(self, store: Store | None = None) -> Compressor:
         """The compressor. Errors as in `Adapter.load`.
 
-        Args:
-            store: Store that has the prefilled prefix, or gets it for the next process.
+        The prefilled prefix is loaded from the store, or put there for the next process.
         """
         with self._lock:
             if self._compressor is None:

@@ -9,12 +9,12 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mappi
 from concurrent.futures import Executor
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 from kv_memory.compress import Compressor
 from kv_memory.config import DecodeSettings, DtypeName, check_names
 from kv_memory.documents import DocumentLike, read_documents
+from kv_memory.documents.loaders import file_id
 from kv_memory.generate import Answer, AnswerStream, ReadFrom, iterate_in_thread
 from kv_memory.ingest.pipeline import AddProgress, AddReport, IngestPipeline
 from kv_memory.lazy_compressor import LazyCompressor
@@ -23,11 +23,10 @@ from kv_memory.model.prompts import PromptForm
 from kv_memory.query import Reader
 from kv_memory.retrieval.bm25 import CollectionIndex, Hit
 from kv_memory.settings import KEEP_NAMES, MemorySettings
-from kv_memory.store import Store
-from kv_memory.stored_documents import StoredDocuments
+from kv_memory.store import CheckReport, DocumentRecord, DocumentSummary, GcReport, Store, StoreStats
 
 
-class KVMemory(StoredDocuments):
+class KVMemory:
     """A collection of documents, each compressed once and stored as distilled caches. Created with `open`.
 
     Example:
@@ -40,12 +39,10 @@ class KVMemory(StoredDocuments):
         ```
     """
 
-    def __init__(
-        self, store: Store, settings: MemorySettings, model: LazyCompressor | None = None, *, device: str = "auto"
-    ) -> None:
-        super().__init__(store)
+    def __init__(self, store: Store, settings: MemorySettings, model: LazyCompressor) -> None:
+        self.store = store
         self.settings = settings
-        self._model = model or LazyCompressor(settings, device=device)
+        self._model = model
         self._index = CollectionIndex(store)
         self._others: dict[tuple[str, MemorySettings], KVMemory] = {}
         self._lock = threading.Lock()
@@ -158,10 +155,18 @@ class KVMemory(StoredDocuments):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def path(self) -> Path:
+        """Folder of the store."""
+        return self.store.path
+
+    @property
+    def collection(self) -> str:
+        """Name of the collection."""
+        return self.store.collection
 
     @property
     def backbone(self) -> Backbone:
@@ -243,11 +248,7 @@ class KVMemory(StoredDocuments):
 
         The text comes from the store or, if it is not kept there, from the document's file. Documents whose file is
         gone or has changed, and documents without a text that are not files, are listed in the report's `errors` and
-        stay unchanged.
-
-        Args:
-            encoding: Encoding of the text files.
-            on_progress: Called after every passage.
+        stay unchanged. Arguments as in `add`.
         """
         return self.pipeline(on_progress=on_progress).refresh(encoding=encoding)
 
@@ -260,19 +261,43 @@ class KVMemory(StoredDocuments):
     ) -> IngestPipeline:
         """The pipeline behind `add`, for callers with too many documents to hold in memory.
 
-        Args:
-            on_progress: Called after every passage.
-            keep_text: True to keep texts, False not to; None follows the settings.
-            writer: Executor that stores caches while the next ones are compressed; None stores them at once.
+        Arguments as in `IngestPipeline`.
         """
-        return IngestPipeline(
-            self.store,
-            self.compressor,
-            self.settings,
-            keep_text=keep_text,
-            on_progress=on_progress,
-            writer=writer,
-        )
+        options: dict[str, Any] = {"keep_text": keep_text, "on_progress": on_progress, "writer": writer}
+        return IngestPipeline(self.store, self.compressor, self.settings, **options)
+
+    def remove(self, document_id: str | Path) -> None:
+        """Delete a document with its passages and caches, by its id or by the path of a file that was added.
+
+        Raises:
+            DocumentNotFoundError: There is no such document.
+        """
+        id_ = file_id(document_id) if isinstance(document_id, Path) else document_id
+        self.store.delete_document(id_)
+
+    def documents(self) -> list[DocumentSummary]:
+        """All documents, without their texts, ordered by id."""
+        return self.store.documents()
+
+    def document(self, document_id: str) -> DocumentRecord:
+        """One document with its passages.
+
+        Raises:
+            DocumentNotFoundError: There is no such document.
+        """
+        return self.store.document(document_id)
+
+    def stats(self) -> StoreStats:
+        """Counts and sizes of the collection."""
+        return self.store.stats()
+
+    def check(self) -> CheckReport:
+        """Compare catalog and blobs, and verify every blob; damaged blobs are quarantined."""
+        return self.store.check()
+
+    def gc(self) -> GcReport:
+        """Delete caches and blobs that nothing refers to any more."""
+        return self.store.gc()
 
     # -- questions -----------------------------------------------------------------------------------------------
 
@@ -314,9 +339,7 @@ class KVMemory(StoredDocuments):
     def ask_many(
         self, questions: Sequence[str], *, document_id: str, settings: DecodeSettings | None = None
     ) -> list[Answer]:
-        """Answer several questions about one document as one batch.
-
-        The questions are answered from all passages of the document.
+        """Answer several questions from all passages of one document, as one batch.
 
         Raises:
             DocumentNotFoundError: There is no such document.

@@ -17,7 +17,6 @@ from kv_memory.errors import CacheNotFoundError, ConfigError, CorruptCacheError,
 from kv_memory.generate import (
     Answer,
     AnswerStream,
-    Generator,
     Prompt,
     ReadFrom,
     Run,
@@ -107,9 +106,7 @@ class Reader:
         self._store = store
         self._compressor = compressor
         self._fingerprint = compressor.fingerprint()
-        self._keep = settings.keep
-        self._storage = settings.storage
-        self._layout = settings.layout
+        self._settings = settings
 
     def has(self, text: str) -> bool:
         """Whether there is a cache of exactly this text under the current settings, whatever its keep_ratio."""
@@ -117,14 +114,14 @@ class Reader:
 
     def has_key(self, key: str) -> bool:
         """`has`, by the text's key."""
-        return self._store.has(key, self._fingerprint, self._keep)
+        return self._store.has(key, self._fingerprint, self._settings.keep)
 
     def sound(self, text: str) -> bool:
         """Whether there is such a cache and its bytes are intact.
 
         Loading checks the bytes too; this method has no side effect.
         """
-        return self._store.sound(key_of(text), self._fingerprint, self._keep)
+        return self._store.sound(key_of(text), self._fingerprint, self._settings.keep)
 
     def check(self, text: str) -> None:
         """Raise unless `has`.
@@ -134,7 +131,7 @@ class Reader:
             FingerprintMismatchError: The cache was made by another model, adapter or prompt.
         """
         if not self.has(text):
-            self._store.get(key_of(text), self._fingerprint, self._keep)
+            self._store.get(key_of(text), self._fingerprint, self._settings.keep)
 
     def answer(
         self,
@@ -144,13 +141,9 @@ class Reader:
         settings: DecodeSettings | None = None,
         read_from: ReadFrom = "caches",
     ) -> AnswerStream:
-        """Answer a question from passages; without any, the answer is empty.
+        """Answer a question from passages of the store, best first; without any, the answer is empty.
 
-        Args:
-            question: Any text.
-            hits: Passages of the store, best first.
-            settings: Decoding settings.
-            read_from: Form in which the passages enter the model, see `KVMemory.ask`.
+        Other arguments as in `KVMemory.ask`.
 
         Raises:
             TextNotKeptError: `read_from` is `text`, and the text of a passage is not kept.
@@ -176,12 +169,10 @@ class Reader:
             for i, p in enumerate(document.passages)
         )
         caches, loaded = self._load([Reference(key=hit.text_sha256) for hit in hits], Answer(sources=hits))
-        run = Generator(self._compressor.backbone, layout=self._layout).start(
-            questions, caches, settings=settings, so_far=[replace(loaded, question=question) for question in questions]
-        )
-        for _ in run.steps():
-            pass
-        return run.results()
+        backbone, layout = self._compressor.backbone, self._settings.layout
+        prompts = [Prompt(backbone.encode_question(question), behind_prefix=True) for question in questions]
+        so_far = [replace(loaded, question=question) for question in questions]
+        return Run(backbone, prompts, caches, layout, settings, so_far=so_far).decode()
 
     def reply(
         self,
@@ -229,8 +220,8 @@ class Reader:
         caches: Sequence[DistilledCache] = (),
         so_far: Answer | None = None,
     ) -> AnswerStream:
-        so_far, settings = so_far or Answer(), settings or DecodeSettings()
-        run = Run(self._compressor.backbone, [prompt], caches, self._layout, settings, so_far=[so_far])
+        so_far = so_far or Answer()
+        run = Run(self._compressor.backbone, [prompt], caches, self._settings.layout, settings, so_far=[so_far])
         return AnswerStream(run, so_far)
 
     def _load(self, references: Sequence[Reference], so_far: Answer) -> tuple[list[DistilledCache], Answer]:
@@ -244,7 +235,7 @@ class Reader:
                 store = self._store
                 if reference.collection not in (None, store.collection):
                     store = store.in_collection(str(reference.collection), create=False)
-                keep = self._keep if reference.keep_ratio is None else reference.keep_ratio
+                keep = self._settings.keep if reference.keep_ratio is None else reference.keep_ratio
                 text = reference.text
                 try:
                     caches.append(store.get(reference.key, self._fingerprint, keep))
@@ -276,7 +267,7 @@ class Reader:
         if key_of(text) == key:
             with contextlib.suppress(StoreError):  # the answer does not depend on storing it
                 again = self._compressor.compress(text, keep_ratio=self._compressor.ratio_for(text, keep))
-                store.put(key, again, storage=self._storage)
+                store.put(key, again, storage=self._settings.storage)
 
 
 def _texts(hits: Sequence[Hit]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ class MemorySettings:
             adapter alone, in twice the time.
         passage_tokens: Length of the longest passage in tokens, or `whole` (None) if documents are not split.
         prompt: Name of the prompt form: `auto`, `chat`, `brief` or `passage`.
+        chat_options: Variables of the model's chat template, e.g. `enable_thinking=true,reasoning_effort=high` or, in
+            Python, a dict. Those that make a model think before it answers are off unless named here.
         layout: Placement of documents, see `generate.compose`.
         refine_steps: Number of gradient steps that refine the cache of every passage, see `RefineSettings`: 8 or 48, or
             144 if little is kept; 0 for none. It comes closer to the full cache, for about 70, 270 or many hundred
@@ -99,6 +102,7 @@ class MemorySettings:
     selector: SelectorName = "matched"
     passage_tokens: int | None = 1024
     prompt: PromptName = "auto"
+    chat_options: str = ""
     layout: Layout = "source"
     refine_steps: int = 0
     min_fidelity: float | None = None
@@ -109,7 +113,7 @@ class MemorySettings:
         object.__setattr__(self, "model", concrete_name(self.model))
         if self.keep_ratio is self.keep_tokens is self.max_bytes is None:
             object.__setattr__(self, "keep_ratio", 0.25)
-        _ = self.keep  # raises for values that `Keep` rejects
+        _ = self.keep, self.switches  # they raise for values that are out of range or malformed
         check_choices(self)
         check_fields(
             self,
@@ -130,6 +134,24 @@ class MemorySettings:
         """The keep_ratio, token budget or size limit of each passage."""
         kept = {name: getattr(self, name) for name in KEEP_NAMES}
         return Keep(**kept, storage=self.storage)
+
+    @functools.cached_property
+    def switches(self) -> dict[str, Any]:
+        """The variables in `chat_options`; values are JSON, or else texts."""
+        found: dict[str, Any] = {}
+        for pair in filter(None, self.chat_options.split(",")):
+            name, equals, value = pair.partition("=")
+            if not equals or not name.strip().isidentifier():
+                raise ConfigError(
+                    f"not a variable of a chat template: {pair!r}",
+                    where="chat_options",
+                    next_step="Write NAME=VALUE, several with commas between them, e.g. enable_thinking=true.",
+                )
+            try:
+                found[name.strip()] = json.loads(value)
+            except ValueError:
+                found[name.strip()] = value.strip()
+        return found
 
     @property
     def top_k(self) -> int:
@@ -165,8 +187,8 @@ class MemorySettings:
             model = kept["model"] if kept.get("model") in DEFAULTS else concrete_name(EMBEDDED)
         # 2. Drop recorded values that the changes make void.
         if model != kept.get("model"):
-            # Adapter and prompt belong to one model, and the cost of int8 was measured on one model only.
-            for name in ("adapter", "prompt", "storage"):
+            # Adapter, prompt and chat template belong to a model, and the cost of int8 was measured on one model only.
+            for name in ("adapter", "prompt", "chat_options", "storage"):
                 kept.pop(name, None)
         if "refine_steps" in given:
             kept.pop("min_fidelity", None)  # newly given steps are exact, not a start towards the old fidelity
@@ -190,6 +212,8 @@ def _given(changes: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in changes.items():
         if isinstance(value, str) and name in WRITTEN:
             value = WRITTEN[name](value)
+        if name == "chat_options" and isinstance(value, Mapping):
+            value = ",".join(f"{key}={json.dumps(each)}" for key, each in value.items())
         if value != "auto" if name == "passage_tokens" else value is not None:
             given[name] = str(value) if isinstance(value, Path) else value
     if given.keys() & set(KEEP_NAMES):

@@ -9,7 +9,7 @@ from sqlalchemy import text as sql
 
 from kv_memory import KVMemory
 from kv_memory.compress import Compressor
-from kv_memory.generate import Generator
+from kv_memory.generate import Generator, Turn
 from kv_memory.query import Reference, key_of
 from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, SETTINGS, answerable, open_memory, wide_backbone
 from tests.reference import recorded_inputs
@@ -46,7 +46,7 @@ def test_the_text_in_the_reference_is_used_if_none_is_stored(tmp_path: Path, wid
         memory.add([("ferry", FERRY), ("lamp", LAMP)])
         give_ferry_the_lamps_cache(memory)
         reference = Reference(key=key_of(FERRY), text=FERRY)
-        (reply,) = memory.reader.reply_batch([FERRY_QUESTION], [reference], settings=SETTINGS)
+        reply = memory.reader.reply([Turn("user", FERRY_QUESTION)], [reference], settings=SETTINGS).answer
         assert reply.damaged == (key_of(FERRY),) and reply.text == from_text(wide)
 
 

@@ -37,7 +37,6 @@ def test_a_missing_cache_is_an_error(memory: KVMemory, wide: Any) -> None:
         for call in (
             lambda: memory.reader.reply(ASKED, [reference(FERRY), reference(WALRUS)]),
             lambda: memory.reader.reply(ASKED, [reference(FERRY, keep_ratio=0.5)]),
-            lambda: memory.reader.reply_batch([FERRY_QUESTION], [reference(WALRUS)]),
         ):
             with pytest.raises(CacheNotFoundError) as caught:
                 call()
@@ -49,14 +48,11 @@ def test_the_text_replaces_a_missing_cache(memory: KVMemory, wide: Any) -> None:
     cache = memory.store.get(key_of(FERRY), memory.compressor.fingerprint(), 0.25)
     expected = Generator(wide).generate(FERRY_QUESTION, [plain(wide, WALRUS), cache], settings=SAMPLED)
     references = [reference(WALRUS, text=WALRUS), reference(FERRY)]
-    for reply in (
-        memory.reader.reply(ASKED, references, settings=SAMPLED).answer,
-        *memory.reader.reply_batch([FERRY_QUESTION], references, settings=SAMPLED),
-    ):
-        assert reply.text == expected.text
-        assert reply.n_prompt_tokens == len(wide.encode_question(FERRY_QUESTION) + wide.encode_document(WALRUS))
-        assert reply.n_cached_tokens == 11 + cache.n_kept
-        assert reply.damaged == ()
+    reply = memory.reader.reply(ASKED, references, settings=SAMPLED).answer
+    assert reply.text == expected.text
+    assert reply.n_prompt_tokens == len(wide.encode_question(FERRY_QUESTION) + wide.encode_document(WALRUS))
+    assert reply.n_cached_tokens == 11 + cache.n_kept
+    assert reply.damaged == ()
     assert not memory.reader.has(WALRUS)  # nobody asked for it to be kept
 
 

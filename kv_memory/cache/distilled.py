@@ -103,8 +103,15 @@ class DistilledCache:
         if not 0 < self.keep_ratio <= 1:
             raise ConfigError(f"keep_ratio must lie in (0, 1], got {self.keep_ratio}", where="keep_ratio")
         # 1. Shape of the entries: (n_entries,) with counts, else (num_layers, num_kv_heads, n_kept).
-        if self.counts is not None:
-            shape: tuple[int, ...] = (self._n_counted(self.counts),)
+        shape: tuple[int, ...]
+        if (counts := self.counts) is not None:
+            if tuple(counts.shape) != heads or counts.is_floating_point():
+                raise ConfigError(
+                    f"counts must be integers of shape {heads}, got {tuple(counts.shape)}", where="counts"
+                )
+            if int(counts.min()) < 0 or int(counts.max()) > self.n_tokens or int(counts.max()) == 0:
+                raise ConfigError(f"counts must be in the range 0 to {self.n_tokens} and not all be 0", where="counts")
+            shape = (int(counts.sum()),)
         elif self.keys.ndim != 4:
             raise ConfigError(f"keys must have 4 dimensions, got shape {tuple(self.keys.shape)}", where="keys")
         else:
@@ -128,14 +135,6 @@ class DistilledCache:
             )
         if self.bias is not None:
             self._check_bias(self.bias)
-
-    def _n_counted(self, counts: torch.Tensor) -> int:
-        heads = (self.fingerprint.num_layers, self.fingerprint.num_kv_heads)
-        if tuple(counts.shape) != heads or counts.is_floating_point():
-            raise ConfigError(f"counts must be integers of shape {heads}, got {tuple(counts.shape)}", where="counts")
-        if int(counts.min()) < 0 or int(counts.max()) > self.n_tokens or int(counts.max()) == 0:
-            raise ConfigError(f"counts must be in the range 0 to {self.n_tokens} and not all be 0", where="counts")
-        return int(counts.sum())
 
     def _check_bias(self, bias: torch.Tensor) -> None:
         if self.fingerprint.format_version < 2:

@@ -162,22 +162,11 @@ class Adapter:
         seed: int = 0,
         zero_init: bool = True,
     ) -> Adapter:
-        """Create a new, untrained adapter for a model.
+        """Create a new, untrained adapter for a model that has none yet.
 
-        Args:
-            backbone: Model to attach the adapter to; it must have no adapter yet.
-            rank: Rank of the LoRA.
-            alpha: LoRA scaling; twice the rank if None.
-            targets: Projections that the LoRA adapts: `q` and `o` in the paper.
-            eta: Layer with the output that the scorer sees, see `AdapterConfig`; `default_eta` if None.
-            scorer: Kind of scorer, see `ScorerKind`.
-            scorer_size: Width of the scorer's hidden layer.
-            routed: Tokens that go through the LoRA, see `AdapterConfig`.
-            budget: Distribution of entries among the heads, see `Budget`.
-            first_routed_layer: Index of the first layer with routing, see `AdapterConfig`.
-            full_strength_ratio: Keep ratio up to which the LoRA acts in full, see `AdapterConfig`.
-            seed: Seed of the initial weights.
-            zero_init: True to start the LoRA as no change at all; False starts it at random, for tests.
+        `rank`, `alpha` (twice the rank if None) and `targets` (projections; `q` and `o` in the paper) are those of the
+        LoRA, which starts as no change at all; with `zero_init=False` it starts at random, for tests. `seed` decides
+        the initial weights, and `eta` is `default_eta` if None. All others are as in `AdapterConfig`.
         """
         config = AdapterConfig(
             base_model=backbone.name,
@@ -205,7 +194,7 @@ class Adapter:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             peft_model = _wrap(backbone, lora_config, None)
-            head = _make_scorer(config)
+            head = Scorer(config)
         return cls(backbone, config, peft_model, head.to(backbone.device))
 
     @classmethod
@@ -244,7 +233,7 @@ class Adapter:
                 next_step=f"Load {base_model}, or train an adapter for {backbone.name}.",
             )
         _refuse_second(backbone)
-        scorer = _make_scorer(config)
+        scorer = Scorer(config)
         try:
             scorer.load_state_dict(tensors)
             peft_model = _wrap(backbone, LoraConfig.from_pretrained(str(folder)), folder)
@@ -289,16 +278,6 @@ class Adapter:
         for handle in self._handles:
             handle.remove()
         _strip(self.backbone)
-
-
-def _make_scorer(config: AdapterConfig) -> Scorer:
-    return Scorer(
-        hidden_size=config.hidden_size,
-        inner_size=config.scorer_size,
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        kind=config.scorer,
-    )
 
 
 def _modules(backbone: Backbone, targets: Sequence[Target]) -> list[str]:

@@ -47,12 +47,8 @@ def combined_selector(adapter: Adapter | None) -> Matched:
 def combined_scores(backbone: Backbone, selector: Matched, ids: torch.Tensor, reading: DocumentPrefill) -> torch.Tensor:
     """Scores of the entries of one document, `(num_layers, 1, num_kv_heads, n_tokens)`.
 
-    Args:
-        backbone: The model.
-        selector: Selector that measures the output errors.
-        ids: `(1, n_tokens)`, token ids of the document.
-        reading: Adapter's prefill of this document alone, with room for `selector.extra_tokens`. Its cache is
-            restored afterwards.
+    `reading` is the adapter's prefill of this document alone, `ids` `(1, n_tokens)`, with room for
+    `selector.extra_tokens`. Its cache is restored afterwards.
     """
     errors = selector.documents(backbone, ids, reading.cache)[0].scores[:, None]
     return reading.scores + 0.5 * errors.clamp_min(_LEAST).log().to(reading.scores.device)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 
@@ -140,9 +139,7 @@ class Compressor:
             EmptyDocumentError: The text is blank.
             ConfigError: keep_ratio or a span is out of range.
         """
-        document = self._encode(text)
-        kept, unasked = document.spans(keep_spans, "keep_spans"), document.spans(unasked_spans, "unasked_spans")
-        return self._compress(document.ids, None, keep_ratio, kept, unasked)
+        return self._encode(text).keep(keep_ratio, keep_spans=keep_spans, unasked_spans=unasked_spans)
 
     @torch.no_grad()
     def prefill(self, text: str) -> PrefilledDocument:
@@ -159,9 +156,9 @@ class Compressor:
         """
         document = self._encode(text)
         if self.adapter is not None:
-            return PrefilledDocument(self, document, None)
+            return document
         windows = self._windows_of(document.ids, 1.0)
-        return PrefilledDocument(self, document, [self._windows.prefill([window]) for window in windows])
+        return replace(document, windows=[self._windows.prefill([window]) for window in windows])
 
     def ratio_for(self, text: str, keep: float | Keep, *, keep_spans: Sequence[Span] = ()) -> float:
         """Compute the keep_ratio at which `compress` keeps a text within a budget.
@@ -217,14 +214,14 @@ class Compressor:
         fingerprint = self.fingerprint()
         for group in groups.values():
             if len(group) > 1:
-                kept = self._windows.compress([self._windows_of(rows[i], ratios[i])[0] for i in group])
-                for i, own in zip(group, kept, strict=True):
-                    made[i] = own.to_cache(n_tokens=len(rows[i]), keep_ratio=ratios[i], fingerprint=fingerprint)
+                windows = [self._windows_of(rows[i], ratios[i])[0] for i in group]
+                made.update(zip(group, self._windows.compress(windows, fingerprint), strict=True))
         return [
             made[i] if i in made else self.compress_ids(ids, keep_ratio=ratio)
             for i, (ids, ratio) in enumerate(zip(rows, ratios, strict=True))
         ]
 
+    @torch.no_grad()
     def compress_ids(
         self,
         ids: Sequence[int],
@@ -232,51 +229,40 @@ class Compressor:
         keep_ratio: float,
         keep_spans: Sequence[Span] = (),
         unasked_spans: Sequence[Span] = (),
+        prefilled: Sequence[PrefilledWindow] | None = None,
     ) -> DistilledCache:
-        """Compress a document given as token ids, with spans of tokens; see `compress`."""
-        return self._compress(ids, None, keep_ratio, keep_spans, unasked_spans)
-
-    @torch.no_grad()
-    def _compress(
-        self,
-        ids: Sequence[int],
-        prefilled: Sequence[PrefilledWindow] | None,
-        keep_ratio: float,
-        keep_spans: Sequence[Span],
-        unasked_spans: Sequence[Span],
-    ) -> DistilledCache:
+        """Compress a document given as token ids, with spans of tokens; see `compress` and `prefill`."""
         keep_ratio = check_keep_ratio(keep_ratio)
         if not ids:
             raise EmptyDocumentError("the document has no tokens")
         # 1. Compress window by window.
         windows = self._windows_of(ids, keep_ratio, keep_spans)
         read: Sequence[PrefilledWindow | None] = prefilled or [None] * len(windows)
-        parts = [self._windows.compress([window], own)[0] for window, own in zip(windows, read, strict=True)]
-        starts = [start for start, _ in windows_of(len(ids), self.window_tokens)]
         spans = repr(sorted(map(tuple, keep_spans))) if keep_spans else ""
         fingerprint = self.fingerprint(keep_spans=hashlib.sha256(spans.encode()).hexdigest() if spans else "")
-        if self.refine is None:
-            kept = parts[0] if len(parts) == 1 else join(parts, starts)
-            return kept.to_cache(n_tokens=len(ids), keep_ratio=keep_ratio, fingerprint=fingerprint)
+        parts = [
+            self._windows.compress([window], fingerprint, own)[0] for window, own in zip(windows, read, strict=True)
+        ]
         # 2. Refine each window as a document of its own, one at a time, as in prefill, to limit memory.
-        refined = []
-        for window, part, start in zip(windows, parts, starts, strict=True):
-            cache = part.to_cache(n_tokens=len(window.ids), keep_ratio=keep_ratio, fingerprint=self.fingerprint())
+        start = 0
+        for i, window in enumerate(windows if self.refine is not None else ()):
             unasked = [(max(a - start, 0), min(b - start, len(window.ids))) for a, b in unasked_spans]
-            refined += refine_batch(
+            (parts[i],) = refine_batch(
                 self.backbone,
                 [window.ids],
-                [cache],
+                [parts[i]],
                 settings=self.refine,
                 fixed=[window.forced],  # entries held out of compression are not moved either
                 unasked=[[(a, b) for a, b in unasked if a < b]],
             )
-        parts = [part.with_entries_of(cache) for part, cache in zip(parts, refined, strict=True)]
-        fidelities = [cache.fidelity * cache.n_tokens for cache in refined if cache.fidelity is not None]
+            start += len(window.ids)
+        # 3. Join.
+        fidelities = [part.fidelity * part.n_tokens for part in parts if part.fidelity is not None]
         return replace(
-            join(parts, starts).to_cache(n_tokens=len(ids), keep_ratio=keep_ratio, fingerprint=fingerprint),
-            refined_steps=max(cache.refined_steps for cache in refined),
-            fidelity=sum(fidelities) / len(ids) if len(fidelities) == len(refined) else None,
+            parts[0] if len(parts) == 1 else join(parts),
+            fingerprint=fingerprint,
+            refined_steps=max(part.refined_steps for part in parts),
+            fidelity=sum(fidelities) / len(ids) if len(fidelities) == len(parts) else None,
         )
 
     def _windows_of(self, ids: Sequence[int], keep_ratio: float, keep_spans: Sequence[Span] = ()) -> list[Window]:
@@ -286,36 +272,28 @@ class Compressor:
             if not 0 <= start < end <= len(ids):
                 raise ConfigError(f"span ({start}, {end}) does not lie within {len(ids)} tokens", where="keep_spans")
             forced[start:end] = True
-        windows = []
-        for start, end in windows_of(len(ids), self.window_tokens):
-            n_free = int((~forced[start:end]).sum())
-            n_kept = end - start - n_free + (n_kept_for(n_free, keep_ratio) if n_free else 0)
-            windows.append(Window(ids[start:end], n_kept, forced[start:end]))
-        return windows
+        spans = windows_of(len(ids), self.window_tokens)
+        return [Window(ids[start:end], forced[start:end], keep_ratio) for start, end in spans]
 
-    def _encode(self, text: str) -> _Encoded:
+    def _encode(self, text: str) -> PrefilledDocument:
         """Encode a document in the prompt form's wrapper."""
         if not text.strip():
             raise EmptyDocumentError("the document is empty", next_step="Pass text with at least one word.")
         before, after = self.backbone.document_wrapper
         ids, offsets = self.backbone.encode_with_offsets(text)
-        return _Encoded([*before, *ids, *after], offsets, len(before), len(text))
+        return PrefilledDocument(self, [*before, *ids, *after], offsets, len(before), len(text))
 
 
-class _Encoded(NamedTuple):
-    """A document as tokens.
+@dataclass(frozen=True, eq=False)
+class PrefilledDocument:
+    """A document as tokens, to be compressed at several ratios; `Compressor.prefill` also prefills and scores it."""
 
-    Attributes:
-        ids: Token ids, with the wrapper.
-        offsets: Span of characters of each token of the text.
-        n_before: Number of tokens before the text.
-        n_chars: Length of the text in characters.
-    """
-
-    ids: list[int]
-    offsets: list[Span]
-    n_before: int
-    n_chars: int
+    compressor: Compressor
+    ids: list[int]  # with the wrapper
+    offsets: list[Span]  # span of characters of each token of the text
+    n_before: int  # tokens before the text
+    n_chars: int  # length of the text
+    windows: Sequence[PrefilledWindow] | None = None  # None for windows to prefill at each ratio
 
     def spans(self, spans: Sequence[Span], where: str) -> list[Span]:
         """Spans of tokens that touch the given spans of characters."""
@@ -330,19 +308,11 @@ class _Encoded(NamedTuple):
                 result.append((touched[0], touched[-1] + 1))
         return result
 
-
-class PrefilledDocument:
-    """A document prefilled and scored once, to be compressed at several ratios; made by `Compressor.prefill`."""
-
-    def __init__(self, compressor: Compressor, document: _Encoded, windows: Sequence[PrefilledWindow] | None) -> None:
-        self._compressor = compressor
-        self._document = document
-        self._windows = windows
-
     def keep(
         self, keep_ratio: float, *, keep_spans: Sequence[Span] = (), unasked_spans: Sequence[Span] = ()
     ) -> DistilledCache:
         """Return the cache that `Compressor.compress` makes of the text; arguments and errors are the same."""
-        kept = self._document.spans(keep_spans, "keep_spans")
-        unasked = self._document.spans(unasked_spans, "unasked_spans")
-        return self._compressor._compress(self._document.ids, self._windows, keep_ratio, kept, unasked)
+        kept, unasked = self.spans(keep_spans, "keep_spans"), self.spans(unasked_spans, "unasked_spans")
+        return self.compressor.compress_ids(
+            self.ids, keep_ratio=keep_ratio, keep_spans=kept, unasked_spans=unasked, prefilled=self.windows
+        )

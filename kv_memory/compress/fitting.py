@@ -6,12 +6,13 @@ numbers of entries, so those that keep fewer are padded with entries that get no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from kv_memory.compress.match_settings import MatchSettings
+from kv_memory.compress.reference_rows import ReferenceRows
 
 _LEAST, _MOST = 1e-2, 1e2  # bounds of an entry's weight, e to its bias
 _AT_ONCE = 2048  # entries of a head that are fitted together
@@ -21,53 +22,46 @@ _TINY = 1e-12  # lower bound of mean diagonals and divisors
 
 
 @dataclass(frozen=True, eq=False)
-class HeadSystem:
-    """Kept entries of some heads, and the attention and output of the whole document that they are fitted to.
+class HeadGroup:
+    """Kept entries of heads of one kind, and the attention and output of the whole document that they are fitted to.
 
     A row is a query of one of the query heads that share a KV head. Rows from `n_learned` on are held out, to choose
     the ridge of the values; they stand last so that either part is a view.
-
-    Attributes:
-        weights: P of the kept entries, `(heads, rows, kept)`; 0 for padding.
-        rest: P of everything but the document's entries, `(heads, rows)`.
-        target: Output of the document's entries together, `(heads, rows, head_dim)`.
-        values: Values of the kept entries, `(heads, kept, head_dim)`.
-        scale: 1 / r, `(heads, rows)`; 0 for a padded row, which contributes nothing.
-        real: Bool `(heads, kept)`; False for padding.
-        fixed: Bool `(heads, kept)`; entries that are neither moved nor biased.
-        n_learned: Number of rows that are not held out.
     """
 
-    weights: torch.Tensor
-    rest: torch.Tensor
-    target: torch.Tensor
-    values: torch.Tensor
-    scale: torch.Tensor
-    real: torch.Tensor
-    fixed: torch.Tensor
-    n_learned: int
+    rows: ReferenceRows  # one query head for each head; a padded row has the scale 0, and contributes nothing
+    total: torch.Tensor  # `(heads, rows)`, logsumexp of each row over everything it sees
+    rest: torch.Tensor  # `(heads, rows)`, P of everything but the document's entries
+    target: torch.Tensor  # `(heads, rows, head_dim)`, output of the document's entries together
+    n_learned: int  # rows that are not held out
+    where: torch.Tensor  # `(heads, kept)`, positions of the kept entries
+    keys: torch.Tensor  # `(heads, kept, head_dim)`, rotated
+    values: torch.Tensor  # `(heads, kept, head_dim)`
+    weights: torch.Tensor  # `(heads, rows, kept)`, P of the kept entries; 0 for padding
+    real: torch.Tensor  # bool `(heads, kept)`; False for padding
+    fixed: torch.Tensor  # bool `(heads, kept)`; entries that are neither moved nor biased
 
     @property
     def used(self) -> torch.Tensor:
         """Mask of the real rows, bool `(heads, rows)`; False for padding."""
-        return self.scale != 0
+        return self.rows.scale != 0
 
     @property
     def mean_scale(self) -> torch.Tensor:
         """Mean of 1 / r over the real rows, `(heads, 1)`."""
-        return self.scale.sum(1, keepdim=True) / self.used.sum(1, keepdim=True).clamp_min(1)
+        return self.rows.scale.sum(1, keepdim=True) / self.used.sum(1, keepdim=True).clamp_min(1)
 
     @property
     def row_scale(self) -> torch.Tensor:
         """1 / r divided by its mean, `(heads, rows, 1)`."""
-        return (self.scale / self.mean_scale)[..., None]
+        return (self.rows.scale / self.mean_scale)[..., None]
 
     @property
     def n_real(self) -> torch.Tensor:
         """Number of entries of each head, `(heads,)`; 1 for a head without entries."""
         return self.real.sum(1).clamp_min(1)
 
-    def parts(self) -> Iterator[tuple[slice, HeadSystem]]:
+    def parts(self) -> Iterator[HeadGroup]:
         """Split the entries into parts fitted apart: one system for a long document would not fit in memory.
 
         Each part stands in for a share of the dropped attention and output: the share that its entries have of the
@@ -75,7 +69,7 @@ class HeadSystem:
         """
         n = self.values.shape[1]
         if n <= _AT_ONCE:
-            yield slice(0, n), self
+            yield self
             return
         kept = self.weights.sum(2, keepdim=True).clamp_min(_TINY)
         missing = self.target - self.weights @ self.values  # output of the dropped entries, (heads, rows, head_dim)
@@ -83,38 +77,43 @@ class HeadSystem:
             own = slice(start, start + _AT_ONCE)
             weights, values = self.weights[..., own], self.values[:, own]
             share = weights.sum(2, keepdim=True) / kept
-            target, rest = weights @ values + share * missing, 1 - share[..., 0] * (1 - self.rest)
-            real, fixed = self.real[:, own], self.fixed[:, own]
-            yield own, replace(self, weights=weights, rest=rest, target=target, values=values, real=real, fixed=fixed)
+            yield replace(
+                self,
+                rest=1 - share[..., 0] * (1 - self.rest),
+                target=weights @ values + share * missing,
+                weights=weights,
+                values=values,
+                **{name: getattr(self, name)[:, own] for name in ("where", "keys", "real", "fixed")},
+            )
 
-    def shares(self, weight: torch.Tensor, *, start: int = 0) -> torch.Tensor:
-        """X: scaled coefficients of the entries' values in each row if their attention is `weight` times as much.
+    def moved_weights(self, keys: torch.Tensor, bias: torch.Tensor, some: slice) -> torch.Tensor:
+        """P of the entries in some rows, with other keys and biases: `(heads, some, kept)`."""
+        logits = self.rows.logits(keys, self.where, some)
+        return logits.sub_(self.total[:, some, None]).add_(bias[:, None]).exp_()
 
-        Args:
-            weight: Factors of the attention, `(heads, kept)`.
-            start: Index of the first row.
-
-        Returns:
-            X, `(heads, rows from start on, kept)`.
-        """
-        shares = self.weights[:, start:] * weight[:, None]
-        total = (self.rest[:, start:, None] + shares.sum(2, keepdim=True)).clamp_min(1e-6)
-        return shares.mul_(self.row_scale[:, start:] / total)
+    def shares(self, weights: torch.Tensor, some: slice = slice(None)) -> torch.Tensor:
+        """X: scaled coefficients of the entries' values in some rows, from their `weights`, which are overwritten."""
+        total = (self.rest[:, some, None] + weights.sum(2, keepdim=True)).clamp_min(1e-6)
+        return weights.mul_(self.row_scale[:, some] / total)
 
 
 @dataclass(frozen=True, eq=False)
 class FittedHeads:
-    """Fitted entries of some heads.
+    """Fitted entries of several heads, side by side or one behind the other."""
 
-    Attributes:
-        values: Values `(heads, kept, head_dim)`.
-        bias: Biases `(heads, kept)`.
-        gram: X^T X over all rows, `(heads, kept, kept)`, see `HeadSystem.shares`; None where some head kept its start.
-    """
+    keys: torch.Tensor  # `(..., kept, head_dim)`, rotated
+    values: torch.Tensor  # `(..., kept, head_dim)`
+    bias: torch.Tensor  # `(..., kept)`
+    gram: torch.Tensor | None = None  # `(heads, kept, kept)`, X^T X over all rows, see `shares`; None if unknown
 
-    values: torch.Tensor
-    bias: torch.Tensor
-    gram: torch.Tensor | None = None
+    def of(self, head: int, real: torch.Tensor) -> FittedHeads:
+        """Entries of one of several heads, without its padding; `real` is a bool `(kept,)`."""
+        return FittedHeads(self.keys[head, real], self.values[head, real], self.bias[head, real])
+
+    @staticmethod
+    def joined(parts: Sequence[FittedHeads]) -> FittedHeads:
+        """Concatenate the entries of several heads, or of parts of one head."""
+        return FittedHeads(*(torch.cat([getattr(part, name) for part in parts]) for name in ("keys", "values", "bias")))
 
 
 def output_errors(
@@ -125,8 +124,8 @@ def output_errors(
     `sum over queries and heads of (P / (1 - P))^2 (v - o)^T M (v - o) / r^2`, with 1 - P held at 0.01 or more.
 
     Args:
-        weights: P, attention of the rows to the entries, `(group, m, n)`.
-        values: v, values of the entries, `(n, head_dim)`.
+        weights: P, `(group, m, n)`.
+        values: v, `(n, head_dim)`.
         output: o, output of prefix and document, `(group, m, head_dim)`.
         metric: M of each query head, `(group, head_dim, head_dim)`.
         scale: 1 / r, `(group, m)`.
@@ -145,27 +144,21 @@ def output_errors(
     return odds.square_().mul_(left @ right).sum((0, 1)).clamp_min(0)
 
 
-def fit_heads(system: HeadSystem, settings: MatchSettings) -> FittedHeads:
+def fit_heads(heads: HeadGroup, settings: MatchSettings) -> FittedHeads:
     """Fit weights and values of the entries kept in some heads, so that they stand in for the whole document.
 
-    Args:
-        system: Entries and rows of the heads.
-        settings: Settings with the ridges.
-
-    Returns:
-        Fitted entries; a head keeps its start (no bias, the given values) unless the fit is closer on its held-out
-        rows.
+    A head keeps its start (no bias, the given values) unless the fit is closer on its held-out rows.
     """
-    values, n, n_real, fixed = system.values, system.n_learned, system.n_real, system.fixed
-    row_scale = system.row_scale
-    target = system.target * row_scale
+    values, n, n_real, fixed = heads.values, heads.n_learned, heads.n_real, heads.fixed
+    row_scale = heads.row_scale
+    target = heads.target * row_scale
     # 1. Weights that restore the attention of the rows to the whole document.
-    scaled = system.weights[:, :n] * row_scale[:, :n]  # (heads, learned, kept)
-    mass = ((1 - system.rest)[..., None] * row_scale)[:, :n]  # (heads, learned, 1)
+    scaled = heads.weights[:, :n] * row_scale[:, :n]  # (heads, learned, kept)
+    mass = ((1 - heads.rest)[..., None] * row_scale)[:, :n]  # (heads, learned, 1)
     weight = bounded_ridge(scaled.mT @ scaled, (scaled.mT @ mass)[..., 0], settings, fixed, n_real)  # (heads, kept)
     del scaled
     # 2. Systems of the values that restore the output, for the learned rows and for those held out.
-    shares = system.shares(weight)  # (heads, rows, kept)
+    shares = heads.shares(heads.weights * weight[:, None])  # (heads, rows, kept)
     residual, parts = target - shares @ values, (slice(0, n), slice(n, None))  # (heads, rows, head_dim)
     gram, gram_out = (shares[:, rows].mT @ shares[:, rows] for rows in parts)  # (heads, kept, kept)
     every, before = gram + gram_out, residual[:, n:].square().sum((1, 2))  # (heads, kept, kept), (heads,)
@@ -180,57 +173,47 @@ def fit_heads(system: HeadSystem, settings: MatchSettings) -> FittedHeads:
         move = _solve(gram, right, ridge, n_real)  # (heads, kept, head_dim)
         found.append(before + (move * (gram_out @ move - 2 * right_out)).sum((1, 2)))
     errors, best = torch.stack(found).nan_to_num(torch.inf, torch.inf).min(0)  # (heads,)
-    plain = system.shares(torch.ones_like(weight), start=n)
+    plain = heads.shares(heads.weights[:, n:].clone(), slice(n, None))
     at_start = (plain @ values - target[:, n:]).square().sum((1, 2))
     # 4. Values from all rows with the best ridge, unless the start is better.
     ridges = torch.tensor(settings.value_ridges, device=values.device)
     fitted = values + _solve(whole, right + right_out, ridges[best], n_real)
     better = (errors < at_start) & fitted.isfinite().all(2).all(1) & weight.isfinite().all(1)
     return FittedHeads(
+        heads.keys,
         torch.where(better[:, None, None], fitted, values),
         torch.where(better[:, None], weight.log(), 0.0),
         every if bool(better.all()) else None,
     )
 
 
-def value_moves(system: HeadSystem, shares: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """Changes of the values that take up a residual, by ridge regression; fixed values and padding do not change.
+def value_moves(heads: HeadGroup, shares: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """Changes of the values, `(heads, kept, head_dim)`, that take up a residual `(heads, rows, head_dim)`.
 
-    Args:
-        system: Entries of the heads.
-        shares: X of the moved entries, `(heads, rows, kept)`.
-        residual: Output to be added, `(heads, rows, head_dim)`.
-
-    Returns:
-        Changes `(heads, kept, head_dim)`.
+    Found by ridge regression with X in `shares`; fixed values and padding do not change.
     """
-    still = system.fixed | ~system.real
+    still = heads.fixed | ~heads.real
     gram = (shares.mT @ shares).masked_fill(still[:, :, None] | still[:, None], 0.0)
-    return _solve(gram, (shares.mT @ residual).masked_fill(still[..., None], 0.0), _MOVED_RIDGE, system.n_real)
+    return _solve(gram, (shares.mT @ residual).masked_fill(still[..., None], 0.0), _MOVED_RIDGE, heads.n_real)
 
 
-def refit_errors(system: HeadSystem, fitted: FittedHeads, metric: torch.Tensor) -> torch.Tensor:
+def refit_errors(heads: HeadGroup, fitted: FittedHeads, metric: torch.Tensor) -> torch.Tensor:
     """Error in the layer's output when one entry is removed and the values of all others are fitted again.
 
     In a least-squares fit with the system G, losing the j-th value v costs `v^2 / (G^-1)[j, j]` (Optimal Brain
     Surgeon, Hassibi and Stork, 1993): nothing where the others can stand in for it.
 
-    Args:
-        system: Entries and rows of the heads.
-        fitted: Current entries.
-        metric: M, mean over the query heads that share a KV head, `(heads, head_dim, head_dim)`.
-
-    Returns:
-        Errors `(heads, kept)`, on the scale of `output_errors`; 0 where they are not finite.
+    `metric` is M, mean over the query heads that share a KV head, `(heads, head_dim, head_dim)`. Errors are
+    `(heads, kept)`, on the scale of `output_errors`; 0 where they are not finite.
     """
     gram = fitted.gram
     if gram is None:
-        shares = system.shares(fitted.bias.exp())
+        shares = heads.shares(heads.weights * fitted.bias.exp()[:, None])
         gram = shares.mT @ shares
-    lower = torch.linalg.cholesky_ex(gram + _ridge(gram, _REFIT_RIDGE, system.n_real)).L
+    lower = torch.linalg.cholesky_ex(gram + _ridge(gram, _REFIT_RIDGE, heads.n_real)).L
     inverse = torch.cholesky_inverse(lower).diagonal(dim1=1, dim2=2).clamp_min(_TINY)
     loss = ((fitted.values @ metric) * fitted.values).sum(2) / inverse
-    errors: torch.Tensor = (loss * system.mean_scale.square()).nan_to_num(0.0, 0.0, 0.0)
+    errors: torch.Tensor = (loss * heads.mean_scale.square()).nan_to_num(0.0, 0.0, 0.0)
     return errors
 
 
@@ -252,7 +235,7 @@ def _solve(
 def bounded_ridge(
     gram: torch.Tensor, right: torch.Tensor, settings: MatchSettings, fixed: torch.Tensor, n_real: torch.Tensor
 ) -> torch.Tensor:
-    """Weights w in [0.01, 100] that minimise `w^T G w - 2 b^T w + ridge |w - 1|^2`, for each head.
+    """Weights w in [0.01, 100] that minimise `w^T G w - 2 b^T w + ridge |w - 1|^2`, for each head: `(heads, n)`.
 
     Block principal pivoting: weights beyond a bound are held at it, and released when their slope points back inside.
 
@@ -262,9 +245,6 @@ def bounded_ridge(
         settings: Settings with the ridge, in mean diagonals of G.
         fixed: Bool `(heads, n)`; entries with weight 1.
         n_real: Number of entries of each head, `(heads,)`.
-
-    Returns:
-        Weights `(heads, n)`.
     """
     ridge = _ridge(gram, settings.weight_ridge, n_real)
     system, wanted = gram + ridge, right + ridge.diagonal(dim1=1, dim2=2)

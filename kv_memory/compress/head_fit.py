@@ -9,116 +9,102 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from kv_memory.compress.descent import HeadGroup, MovedHeads, alike, descend
-from kv_memory.compress.fitting import HeadSystem, fit_heads, refit_errors
+from kv_memory.compress.descent import descend
+from kv_memory.compress.fitting import FittedHeads, HeadGroup, fit_heads, refit_errors
 from kv_memory.compress.match_settings import MatchSettings
 from kv_memory.compress.reference_rows import ReferenceRows
-from kv_memory.model.kv_cache import PositionedCache
 
 _STAGE_RIDGES = (1e-2, 1e-1)  # ridges tried in the fits of stages, which need not be the best
 _HELD_OUT = 4  # one position in four is held out, to choose the ridge
+_WEIGHTS = 1 << 19  # attention weights of one step of the descent, over all heads that are moved together
+_ON_A_GPU = 16  # times as many on a GPU, where kernel launches dominate small arrays
+_UNEVEN = 1.5  # size of the largest head of a group relative to the smallest, at most
 
 
 @dataclass(frozen=True, eq=False)
 class HeadRows:
-    """One KV head of one document, and the rows of the query heads that share it.
+    """One KV head of one document, and the rows of the `group` query heads that share it."""
 
-    Attributes:
-        cache: Cache of prefix and document, as prefilled.
-        row: Row of the document in the cache's batch.
-        layer: Index of the layer.
-        head: Index of the KV head.
-        n_prefix: Number of tokens of the prefix.
-        n_tokens: Number of tokens of the document.
-        rows: Reference rows of the query heads.
-        total: Logsumexp over prefix, document and own request, `(group, m)`.
-        rest: Attention to prefix and own request, `(group, m)`.
-        target: Output of the document's entries together, `(group, m, head_dim)`.
-        metric: M, mean over the query heads, times the weight of the layer, `(head_dim, head_dim)`.
-    """
-
-    cache: PositionedCache
-    row: int
-    layer: int
-    head: int
+    keys: torch.Tensor  # of prefix and document in their cache, `(n_prefix + n_tokens, head_dim)`, rotated
+    values: torch.Tensor  # in the same shape
     n_prefix: int
-    n_tokens: int
-    rows: ReferenceRows
-    total: torch.Tensor
-    rest: torch.Tensor
-    target: torch.Tensor
-    metric: torch.Tensor
-
-    def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of prefix and document, `(n_prefix + n_tokens, head_dim)` each, float32."""
-        keys, values = self.cache.layer(self.layer)
-        own = self.row, self.head, slice(self.n_prefix + self.n_tokens)
-        return keys[own].float(), values[own].float()
+    rows: ReferenceRows  # with `m` rows for each query head
+    total: torch.Tensor  # `(group, m)`, logsumexp over prefix, document and own request
+    rest: torch.Tensor  # `(group, m)`, attention to prefix and own request
+    target: torch.Tensor  # `(group, m, head_dim)`, output of the document's entries together
+    metric: torch.Tensor  # `(head_dim, head_dim)`, M, mean over the query heads, times the weight of the layer
 
 
-@dataclass(frozen=True, eq=False)
-class KeptHead:
-    """A head and the entries it keeps.
-
-    Attributes:
-        of: The head.
-        kept: Positions in the document, `(kept,)`, in order.
-        fixed: Bool `(kept,)`; entries that are neither moved nor biased.
-    """
+class KeptHead(NamedTuple):
+    """A head and the entries it keeps."""
 
     of: HeadRows
-    kept: torch.Tensor
-    fixed: torch.Tensor
+    kept: torch.Tensor  # positions in the document, `(kept,)`, in order
+    fixed: torch.Tensor  # bool `(kept,)`; entries that are neither moved nor biased
+
+    def entries(self, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values at these positions of the sequence, `(n, head_dim)` each, float32."""
+        return self.of.keys[where].float(), self.of.values[where].float()
 
 
 def refitted_errors(heads: Sequence[KeptHead], settings: MatchSettings) -> list[torch.Tensor]:
     """Error of losing each kept entry when all others are fitted again, `(kept,)` for each head."""
     found = [head.of.target.new_zeros(0) for head in heads]
     quick = replace(settings, value_ridges=_STAGE_RIDGES)
-    for indices, group in _groups(heads, settings.max_rows, settings):
+    for indices, group in _groups(heads, settings.max_rows, settings.rows_per_step):
         metric = torch.stack([heads[i].of.metric for i in indices])
-        errors = [refit_errors(part.system, fit_heads(part.system, quick), metric) for part in group.parts()]
+        errors = [refit_errors(part, fit_heads(part, quick), metric) for part in group.parts()]
         for i, own in zip(indices, torch.cat(errors, 1), strict=True):
             found[i] = own[: len(heads[i].kept)]
     return found
 
 
-def fitted_entries(heads: Sequence[KeptHead], settings: MatchSettings) -> list[MovedHeads]:
+def fitted_entries(heads: Sequence[KeptHead], settings: MatchSettings) -> list[FittedHeads]:
     """Fit and move the entries of each head; they stay unchanged without a fit, or where a head keeps nothing."""
     found = []
     for head in heads:
-        keys, values = (tensor[head.of.n_prefix + head.kept] for tensor in head.of.entries())
-        found.append(MovedHeads(keys, values, values.new_zeros(len(keys))))
-    for indices, group in _groups(heads, settings.max_final_rows, settings) if settings.fit else ():
-        parts = [
-            (part.system.real, descend(part, fit_heads(part.system, settings), settings)) for part in group.parts()
-        ]
+        keys, values = head.entries(head.of.n_prefix + head.kept)
+        found.append(FittedHeads(keys, values, values.new_zeros(len(keys))))
+    for indices, group in _groups(heads, settings.max_final_rows, settings.rows_per_step) if settings.fit else ():
+        parts = [(part.real, descend(part, fit_heads(part, settings), settings)) for part in group.parts()]
         for row, i in enumerate(indices):
-            found[i] = MovedHeads.joined([moved.of(row, real[row]) for real, moved in parts])
+            found[i] = FittedHeads.joined([fitted.of(row, real[row]) for real, fitted in parts])
     return found
 
 
-def _groups(heads: Sequence[KeptHead], most: int, settings: MatchSettings) -> Iterator[tuple[list[int], HeadGroup]]:
-    """Yield heads that are fitted together, with their indices; heads that keep nothing are left out.
-
-    Args:
-        heads: All heads.
-        most: Most rows of a head.
-        settings: Settings with the number of rows per step.
-    """
+def _groups(heads: Sequence[KeptHead], most: int, rows_per_step: int) -> Iterator[tuple[list[int], HeadGroup]]:
+    """Yield heads with entries that are fitted together, from at most `most` rows each, and their indices."""
     filled = [i for i, head in enumerate(heads) if len(head.kept)]
     used = {shape: _picked(shape[0], shape[1], most) for shape in {heads[i].of.total.shape for i in filled}}
     picked = {i: used[heads[i].of.total.shape] for i in filled}
     # Descent goes through the rows in turns. Heads of a group must have the same number, or padding would change them.
-    kinds = [(heads[i].of.rows.kind, -(-picked[i][1] // settings.rows_per_step)) for i in filled]
+    kinds = [(heads[i].of.rows.kind, -(-picked[i][1] // rows_per_step)) for i in filled]
     device = heads[0].of.total.device
-    for group in alike([len(heads[i].kept) for i in filled], kinds, settings.rows_per_step, device=device):
+    for group in alike([len(heads[i].kept) for i in filled], kinds, rows_per_step, device=device):
         indices = [filled[i] for i in group]
         yield indices, _group_of([heads[i] for i in indices], [picked[i] for i in indices])
+
+
+def alike(
+    sizes: Sequence[int], kinds: Sequence[object], rows_per_step: int, *, device: torch.device
+) -> Iterator[list[int]]:
+    """Yield indices of heads to fit and move together: of one kind, of similar `sizes` (kept entries), not too many."""
+    most = _WEIGHTS * (1 if device.type == "cpu" else _ON_A_GPU)
+    group: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: (repr(kinds[i]), sizes[i], i)):
+        too_large = (len(group) + 1) * sizes[index] * rows_per_step > most
+        uneven = bool(group) and sizes[index] > _UNEVEN * max(8, sizes[group[0]])
+        if group and (too_large or uneven or kinds[index] != kinds[group[0]]):
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
 
 
 def _group_of(heads: Sequence[KeptHead], picked: Sequence[tuple[torch.Tensor, int]]) -> HeadGroup:
@@ -149,21 +135,23 @@ def _group_of(heads: Sequence[KeptHead], picked: Sequence[tuple[torch.Tensor, in
     inside = pad_sequence([head.kept for head in heads], batch_first=True)  # (heads, most kept)
     real = torch.arange(inside.shape[1], device=device) < counts[:, None]  # (heads, most kept)
     where = inside + torch.tensor([head.of.n_prefix for head in heads], device=device)[:, None]
-    found = [[part[own] for part in head.of.entries()] for head, own in zip(heads, where, strict=True)]
+    found = [head.entries(own) for head, own in zip(heads, where, strict=True)]
     keys, values = (torch.stack(parts) for parts in zip(*found, strict=True))  # (heads, most kept, head_dim)
     # 3. Attention of the rows to the entries, relative to the full cache.
     logits = rows.logits(keys, where, slice(None))  # (heads, rows, most kept)
-    system = HeadSystem(
-        weights=logits.sub_(total[..., None]).exp_().mul_(real[:, None]),
+    return HeadGroup(
+        rows=rows,
+        total=total,
         rest=laid([head.of.rest for head in heads], 1.0),
         target=laid([head.of.target for head in heads]),
+        n_learned=n_learned,
+        where=where,
+        keys=keys,
         values=values * real[..., None],
-        scale=rows.scale,
+        weights=logits.sub_(total[..., None]).exp_().mul_(real[:, None]),
         real=real,
         fixed=pad_sequence([head.fixed for head in heads], batch_first=True),
-        n_learned=n_learned,
     )
-    return HeadGroup(rows, total, system, where, keys)
 
 
 def _picked(group: int, m: int, most: int) -> tuple[torch.Tensor, int]:

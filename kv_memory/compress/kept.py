@@ -1,10 +1,11 @@
-"""The entries of a window that are kept: selected by their scores (top-k), extracted from the cache, and joined."""
+"""The entries of a window that are kept: selected by their scores (top-k), extracted as a cache, and joined."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,7 +17,7 @@ from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
 
 if TYPE_CHECKING:
-    from kv_memory.compress.matching import Match  # it selects with `top_k_mask`
+    from kv_memory.compress.fitting import FittedHeads  # made by a module that selects with `top_k_mask`
 
 
 def pad(rows: Sequence[Sequence[int]], *, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,56 +79,19 @@ def top_k_mask(
     return mask
 
 
-class Kept(NamedTuple):
-    """Kept entries of a stretch of a document, layer by layer and head by head.
-
-    Attributes:
-        keys: `(n_entries, head_dim)`, without rotary embedding.
-        values: `(n_entries, head_dim)`.
-        positions: `(n_entries,)`, int32, positions inside the stretch.
-        counts: `(num_layers, num_kv_heads)`, number of entries of each head.
-        shared: True if all layers and heads keep the same tokens.
-        bias: `(n_entries,)`, float16; None for no bias.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    positions: torch.Tensor
-    counts: torch.Tensor
-    shared: bool
-    bias: torch.Tensor | None = None
-
-    def to_cache(self, *, n_tokens: int, keep_ratio: float, fingerprint: Fingerprint) -> DistilledCache:
-        """Build the cache of a document of `n_tokens`; it is dense if all heads keep the same number of entries."""
-        make = partial(DistilledCache, n_tokens=n_tokens, keep_ratio=keep_ratio, fingerprint=fingerprint)
-        if int(self.counts.min()) != int(self.counts.max()):
-            return make(self.keys, self.values, self.positions, counts=self.counts, bias=self.bias)
-        shape = (*self.counts.shape, int(self.counts[0, 0]))
-        positions = self.positions.view(shape)
-        return make(
-            self.keys.view(*shape, -1),
-            self.values.view(*shape, -1),
-            positions[0, 0] if self.shared else positions,
-            bias=None if self.bias is None else self.bias.view(shape),
-        )
-
-    def with_entries_of(self, cache: DistilledCache) -> Kept:
-        """Replace keys, values and biases by those of a cache with the same entries."""
-        bias = None if cache.bias is None else cache.bias.flatten()
-        return self._replace(keys=cache.keys.flatten(0, -2), values=cache.values.flatten(0, -2), bias=bias)
-
-
 def extract(
-    backbone: Backbone, cache: PositionedCache, selected: torch.Tensor, *, row: int = 0, match: Match | None = None
-) -> Kept:
-    """Extract the selected entries, with the rotary embedding removed from their keys.
+    backbone: Backbone,
+    cache: PositionedCache,
+    selected: torch.Tensor,
+    *,
+    keep_ratio: float,
+    fingerprint: Fingerprint,
+    row: int = 0,
+    fitted: FittedHeads | None = None,
+) -> DistilledCache:
+    """Extract the entries of the window in one row of a cache, with the rotary embedding removed from their keys.
 
-    Args:
-        backbone: Model that prefilled them.
-        cache: Cache of prefix and window, as prefilled.
-        selected: Mask of the selected entries, bool `(num_layers or 1, num_kv_heads or 1, n_tokens)`.
-        row: Row in the cache's batch.
-        match: Fitted keys, values and biases that replace the selected entries; None for no fit.
+    `selected` is their mask, bool `(num_layers or 1, num_kv_heads or 1, n_tokens)`; `fitted` replaces them.
     """
     n_prefix, n_tokens = len(backbone.prefix_ids), selected.shape[-1]
     mask = selected.expand(backbone.num_layers, backbone.num_kv_heads, -1)
@@ -140,33 +104,54 @@ def extract(
     )  # (n_entries, head_dim) each, head by head
     check_finite(backbone, keys, values)
     bias = None
-    if match is not None:
-        keys, values, bias = match.keys, match.values.to(values.dtype), match.bias.to(torch.float16)
+    if fitted is not None:
+        keys, values, bias = fitted.keys, fitted.values.to(values.dtype), fitted.bias.to(torch.float16)
     counts = mask.sum(-1)  # (num_layers, num_kv_heads)
     inside = torch.arange(n_tokens, device=mask.device).expand_as(mask)[mask]  # (n_entries,)
     free = backbone.rope.rotate_flat(
         keys, inside + n_prefix, counts.sum(1).tolist(), n_positions=cache.n_positions, inverse=True
     ).to(backbone.dtype)
-    return Kept(free, values, inside.to(torch.int32), counts, selected.shape[:2] == (1, 1), bias)
+    flat = DistilledCache(free, values, inside.to(torch.int32), n_tokens, keep_ratio, fingerprint, counts, bias)
+    return _dense(flat, shared=selected.shape[:2] == (1, 1))
 
 
-def join(parts: Sequence[Kept], starts: Sequence[int]) -> Kept:
-    """Join stretches of one document, which begin at `starts`, one behind the other in every head."""
-    sizes = [part.counts.flatten().tolist() for part in parts]
+def join(parts: Sequence[DistilledCache]) -> DistilledCache:
+    """Join the caches of consecutive windows of one document: their entries one behind the other in every head."""
+    counts = [part.head_counts for part in parts]
+    starts = itertools.accumulate((part.n_tokens for part in parts), initial=0)
 
-    def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        of_parts = [tensor.split(own) for tensor, own in zip(tensors, sizes, strict=True)]
+    def joined(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+        of_parts = [tensor.split(own.flatten().tolist()) for tensor, own in zip(tensors, counts, strict=True)]
         return torch.cat([piece for of_head in zip(*of_parts, strict=True) for piece in of_head])
 
     bias = None
     if any(part.bias is not None for part in parts):  # a window kept in full has none
-        none = [part.keys.new_zeros(len(part.keys), dtype=torch.float16) for part in parts]
-        bias = joined([own if part.bias is None else part.bias for part, own in zip(parts, none, strict=True)])
-    return Kept(
-        keys=joined([part.keys for part in parts]),
-        values=joined([part.values for part in parts]),
-        positions=joined([part.positions + start for part, start in zip(parts, starts, strict=True)]),
-        counts=torch.stack([part.counts for part in parts]).sum(0),
-        shared=all(part.shared for part in parts),
+        none = [part.keys.new_zeros(part.keys.shape[:-1], dtype=torch.float16) for part in parts]
+        bias = joined((one if p.bias is None else p.bias).flatten() for p, one in zip(parts, none, strict=True))
+    flat = replace(
+        parts[0],
+        keys=joined(part.keys.flatten(0, -2) for part in parts),
+        values=joined(part.values.flatten(0, -2) for part in parts),
+        positions=joined(part.flat_positions + start for part, start in zip(parts, starts, strict=False)),
+        n_tokens=sum(part.n_tokens for part in parts),
+        counts=torch.stack(counts).sum(0).to(parts[0].keys.device),
         bias=bias,
+    )
+    return _dense(flat, shared=not any(part.per_head for part in parts))
+
+
+def _dense(flat: DistilledCache, *, shared: bool) -> DistilledCache:
+    """The dense form if all heads keep equally many entries; `shared` if all layers and heads keep the same tokens."""
+    counts = flat.head_counts
+    if int(counts.min()) != int(counts.max()):
+        return flat
+    shape = (*counts.shape, int(counts[0, 0]))
+    positions = flat.positions.view(shape)
+    return replace(
+        flat,
+        keys=flat.keys.view(*shape, -1),
+        values=flat.values.view(*shape, -1),
+        positions=positions[0, 0] if shared else positions,
+        counts=None,
+        bias=None if flat.bias is None else flat.bias.view(shape),
     )

@@ -23,24 +23,16 @@ layer counts more than the same error in an early layer (`depth_weight`). All ar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from kv_memory.compress.descent import MovedHeads
-from kv_memory.compress.fitting import output_errors
+from kv_memory.compress.fitting import FittedHeads, output_errors
 from kv_memory.compress.head_fit import HeadRows, KeptHead, fitted_entries, refitted_errors
 from kv_memory.compress.kept import check_finite, top_k_mask
 from kv_memory.compress.match_settings import MatchSettings
-from kv_memory.compress.reference_rows import (
-    CUE_TOKENS,
-    QUESTION_TOKENS,
-    REQUEST_TOKENS,
-    ReferenceRows,
-    record_rows,
-)
+from kv_memory.compress.reference_rows import EXTRA_TOKENS, QUESTION_TOKENS, ReferenceRows, record_rows
 from kv_memory.config import Budget
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
@@ -48,33 +40,22 @@ from kv_memory.model.kv_cache import PositionedCache
 _LOGITS = 1 << 22  # attention logits that are held in memory at once
 
 
-@dataclass(frozen=True, eq=False)
-class Match:
-    """Kept entries of a document.
+class MatchedDocument(NamedTuple):
+    """One document with its reference rows and scores: all that matching needs for any number of entries."""
 
-    Attributes:
-        selected: Mask of the kept entries, bool `(num_layers, num_kv_heads, n)`.
-        keys: Keys `(n_entries, head_dim)`, layer by layer and head by head, rotated, float32.
-        values: Values, in the same shape and order.
-        bias: Biases `(n_entries,)`, float32.
-    """
-
-    selected: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    bias: torch.Tensor
+    heads: list[HeadRows]  # targets of the fit of each KV head, layer by layer
+    scores: torch.Tensor  # error that losing each entry would cause, `(num_layers, num_kv_heads, n_tokens)`, float32
 
 
 class Matched:
-    """The selector `matched`: as a `Selector` it only scores; `match_documents` also selects and fits."""
+    """The selector `matched`: as a `Selector` it only scores; `match` also selects and fits."""
 
     budget: Budget = "model"
 
     def __init__(self, settings: MatchSettings | None = None) -> None:
         self.settings = settings or MatchSettings()
         self.name = self.settings.name
-        request = REQUEST_TOKENS + CUE_TOKENS
-        self.extra_tokens = max(self.settings.part_tokens + request, QUESTION_TOKENS)
+        self.extra_tokens = max(self.settings.part_tokens + EXTRA_TOKENS, QUESTION_TOKENS)
 
     def score(self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache) -> torch.Tensor:
         """Score each entry by the error that losing it would cause, see `output_errors` and `MatchSettings.score`."""
@@ -103,74 +84,106 @@ class Matched:
         metrics = [_metric(backbone, layer, self.settings) for layer in range(backbone.num_layers)]
         documents = []
         for row, n_tokens in enumerate(sizes):
+            layers = [[part[row] for part in cache.layer(index)] for index in range(backbone.num_layers)]
             found = [
-                _scored(backbone, cache, (row, layer, head), n_tokens, reference[row][layer], metric, self.settings)
-                for layer, metric in enumerate(metrics)
+                self._scored(backbone, entries, head, n_tokens, of_layer, metric)
+                for entries, of_layer, metric in zip(layers, reference[row], metrics, strict=True)
                 for head in range(backbone.num_kv_heads)
             ]
             scores = torch.stack([own for _, own in found]).view(backbone.num_layers, -1, n_tokens)
             check_finite(backbone, scores)
-            documents.append(MatchedDocument(n_tokens, self.settings, [head for head, _ in found], scores))
+            documents.append(MatchedDocument([head for head, _ in found], scores))
         return documents
 
+    def _scored(
+        self,
+        backbone: Backbone,
+        entries: Sequence[torch.Tensor],
+        head: int,
+        n_tokens: int,
+        reference: ReferenceRows,
+        metric: torch.Tensor,
+    ) -> tuple[HeadRows, torch.Tensor]:
+        """Compute the fit's targets for one KV head of a layer, and the scores of its entries, `(n_tokens,)`.
 
-@dataclass(frozen=True, eq=False)
-class MatchedDocument:
-    """One document with its reference rows and scores: all that matching needs for any number of entries.
+        `entries` are keys and values of the layer, `(num_kv_heads, n, head_dim)`; `metric` is M of each query head.
+        """
+        # 1. The rows of the query heads that share the KV head; `group` heads with `m` queries each.
+        n_prefix, group = len(backbone.prefix_ids), backbone.num_heads // backbone.num_kv_heads
+        own = slice(head * group, (head + 1) * group)
+        rows, metric = ReferenceRows.merged([reference], lambda tensors: tensors[0][own]), metric[own]
+        m, device = rows.query.shape[1], rows.query.device
+        total, rest = (torch.empty(group, m, device=device) for _ in range(2))  # see `HeadRows`
+        target, scores = torch.empty(group, m, backbone.head_dim, device=device), torch.zeros(n_tokens, device=device)
+        keys, values = (part[head, : n_prefix + n_tokens] for part in entries)  # (n_prefix + n_tokens, head_dim)
+        made = HeadRows(keys, values, n_prefix, rows, total, rest, target, metric.mean(0))
+        keys, values = keys.float(), values.float()
+        places = torch.arange(len(keys), device=device)
+        size = max(1, _LOGITS // (group * len(keys)))
+        for start in range(0, m, size):
+            block = slice(start, start + size)
+            # 2. Attention of the rows to prefix and document, with their own request in the denominator.
+            logits = rows.logits(keys, places, block)  # (group, block, n_prefix + n_tokens)
+            highest = torch.maximum(logits.amax(-1), rows.own[:, block])[..., None]  # (group, block, 1)
+            weights = logits.sub_(highest).exp_()
+            sums = weights.sum(-1, keepdim=True) + (rows.own[:, block, None] - highest).exp()
+            weights = weights.div_(sums)
+            before, inside = weights[..., :n_prefix], weights[..., n_prefix:]
+            # 3. Targets of the fit: the attention outside the document, and the output of the document's entries.
+            total[:, block] = (sums.log() + highest)[..., 0]
+            rest[:, block] = before.sum(-1) + (rows.own[:, block] - total[:, block]).exp()
+            target[:, block] = inside @ values[n_prefix:]  # (group, block, head_dim)
+            # 4. Scores: the highest attention, or the sum of the errors that losing each entry would cause.
+            if self.settings.score == "attention":
+                scores = torch.maximum(scores, inside.amax((0, 1)))
+                continue
+            output = target[:, block] + before @ values[:n_prefix]
+            scores += output_errors(inside, values[n_prefix:], output, metric, rows.scale[:, block])
+        return made, scores
 
-    Attributes:
-        n_tokens: Number of tokens of the document.
-        settings: Settings of the selector.
-        heads: Targets of the fit of each KV head, layer by layer.
-        scores: Error that losing each entry would cause, `(num_layers, num_kv_heads, n_tokens)`, float32.
-    """
+    def match(
+        self, documents: Sequence[MatchedDocument], n_kept: Sequence[int], forced: Sequence[torch.Tensor]
+    ) -> list[tuple[torch.Tensor, FittedHeads]]:
+        """Prune several documents in stages and fit the kept entries, with the heads of all documents side by side.
 
-    n_tokens: int
-    settings: MatchSettings
-    heads: list[HeadRows]
-    scores: torch.Tensor
+        Args:
+            documents: Documents of one model, as scored by `documents`.
+            n_kept: Number of entries to keep of each document, on average over layers and heads.
+            forced: Bool `(n_tokens,)` for each document; tokens that are kept whatever their score, and neither moved
+                nor biased.
 
+        Returns:
+            Mask of each document's kept entries, bool `(num_layers, num_kv_heads, n_tokens)`, and these entries, one
+            behind the other, layer by layer and head by head.
+        """
+        settings, scores = self.settings, [document.scores for document in documents]
+        fixed = [own.to(one.device) for own, one in zip(forced, scores, strict=True)]
 
-def match_documents(
-    documents: Sequence[MatchedDocument], n_kept: Sequence[int], forced: Sequence[torch.Tensor]
-) -> list[Match]:
-    """Prune several documents in stages and fit the kept entries, with the heads of all documents side by side.
+        def choice(i: int, most: int) -> torch.Tensor:
+            n = torch.tensor([len(forced[i])])
+            return top_k_mask(scores[i][:, None], n, torch.tensor([most]), budget="model", forced=forced[i][None])[:, 0]
 
-    Args:
-        documents: Documents of one model, scored with the same settings.
-        n_kept: Number of entries to keep of each document, on average over layers and heads.
-        forced: Bool `(n_tokens,)` for each document; tokens that are kept whatever their score, and neither moved nor
-            biased.
-    """
-    settings, scores = documents[0].settings, [document.scores for document in documents]
-    fixed = [own.to(one.device) for own, one in zip(forced, scores, strict=True)]
+        def kept_of(i: int, chosen: torch.Tensor) -> list[KeptHead]:
+            of_heads = [own.nonzero()[:, 0] for own in chosen.flatten(0, 1)]
+            return [KeptHead(head, own, fixed[i][own]) for head, own in zip(documents[i].heads, of_heads, strict=True)]
 
-    def choice(i: int, most: int) -> torch.Tensor:
-        n = documents[i].n_tokens
-        return top_k_mask(
-            scores[i][:, None], torch.tensor([n]), torch.tensor([most]), budget="model", forced=forced[i][None]
-        )[:, 0]
-
-    def kept_of(i: int, chosen: torch.Tensor) -> list[KeptHead]:
-        of_heads = [own.nonzero()[:, 0] for own in chosen.flatten(0, 1)]
-        return [KeptHead(head, own, fixed[i][own]) for head, own in zip(documents[i].heads, of_heads, strict=True)]
-
-    # 1. Stages: keep a multiple of the budget, fit, and replace the scores by the errors of the fitted entries.
-    for stage in settings.stages if settings.fit else ():
-        some = [i for i, document in enumerate(documents) if round(n_kept[i] * stage) < document.n_tokens]
-        kept = [kept_of(i, choice(i, max(n_kept[i], round(n_kept[i] * stage)))) for i in some]
-        errors = iter(refitted_errors([head for heads in kept for head in heads], settings) if some else ())
-        for i, heads in zip(some, kept, strict=True):
-            scores[i] = torch.full_like(scores[i], -1.0)  # dropped: below every error
-            for own, head in zip(scores[i].flatten(0, 1), heads, strict=True):
-                own[head.kept] = next(errors)
-    # 2. Last selection.
-    chosen = [choice(i, most) for i, most in enumerate(n_kept)]  # each (num_layers, num_kv_heads, n_tokens)
-    kept = [kept_of(i, own) for i, own in enumerate(chosen)]
-    # 3. Last fit, of all heads of all documents together, and the results back to their documents.
-    found = iter(fitted_entries([head for heads in kept for head in heads], settings))
-    joined = [MovedHeads.joined([next(found) for _ in heads]) for heads in kept]
-    return [Match(own, made.keys, made.values, made.bias) for own, made in zip(chosen, joined, strict=True)]
+        # 1. Stages: keep a multiple of the budget, fit, and replace the scores by the errors of the fitted entries.
+        for stage in settings.stages if settings.fit else ():
+            some = [i for i, most in enumerate(n_kept) if round(most * stage) < len(forced[i])]
+            kept = [kept_of(i, choice(i, max(n_kept[i], round(n_kept[i] * stage)))) for i in some]
+            errors = iter(refitted_errors([head for heads in kept for head in heads], settings) if some else ())
+            for i, heads in zip(some, kept, strict=True):
+                scores[i] = torch.full_like(scores[i], -1.0)  # dropped: below every error
+                for own, head in zip(scores[i].flatten(0, 1), heads, strict=True):
+                    own[head.kept] = next(errors)
+        # 2. Last selection.
+        chosen = [choice(i, most) for i, most in enumerate(n_kept)]  # each (num_layers, num_kv_heads, n_tokens)
+        kept = [kept_of(i, own) for i, own in enumerate(chosen)]
+        # 3. Last fit, of all heads of all documents together, and the results back to their documents.
+        found = iter(fitted_entries([head for heads in kept for head in heads], settings))
+        return [
+            (own, FittedHeads.joined([next(found) for _ in heads])) for own, heads in zip(chosen, kept, strict=True)
+        ]
 
 
 def _metric(backbone: Backbone, layer: int, settings: MatchSettings) -> torch.Tensor:
@@ -180,62 +193,3 @@ def _metric(backbone: Backbone, layer: int, settings: MatchSettings) -> torch.Te
     parts: torch.Tensor = weight.reshape(len(weight), backbone.num_heads, -1).transpose(0, 1)
     counts = math.exp(settings.depth_weight * layer / max(1, backbone.num_layers - 1))
     return parts.transpose(1, 2) @ parts * counts
-
-
-def _scored(
-    backbone: Backbone,
-    cache: PositionedCache,
-    where: tuple[int, int, int],
-    n_tokens: int,
-    reference: ReferenceRows,
-    metric: torch.Tensor,
-    settings: MatchSettings,
-) -> tuple[HeadRows, torch.Tensor]:
-    """Compute the fit's targets for one KV head, and the scores of its entries, `(n_tokens,)`.
-
-    Args:
-        backbone: The model.
-        cache: Cache of prefix and document.
-        where: Row in the cache's batch, index of the layer, index of the KV head.
-        n_tokens: Number of tokens of the document.
-        reference: Reference rows of the layer.
-        metric: M of each query head, see `_metric`.
-        settings: Settings with the criterion of the score.
-    """
-    # 1. The rows of the query heads that share the KV head; `group` heads with `m` queries each.
-    row, layer, head = where
-    group, n_prefix = backbone.num_heads // backbone.num_kv_heads, len(backbone.prefix_ids)
-    own = slice(head * group, (head + 1) * group)
-    rows, metric = ReferenceRows.merged([reference], lambda tensors: tensors[0][own]), metric[own]
-    m, device = rows.query.shape[1], rows.query.device
-    total, rest = (torch.empty(group, m, device=device) for _ in range(2))  # see `HeadRows`
-    target, scores = torch.empty(group, m, backbone.head_dim, device=device), torch.zeros(n_tokens, device=device)
-    made = HeadRows(cache, row, layer, head, n_prefix, n_tokens, rows, total, rest, target, metric.mean(0))
-    keys, values = made.entries()  # (n_prefix + n_tokens, head_dim)
-    places = torch.arange(len(keys), device=device)
-    for block in _blocks(group * len(keys), m):
-        # 2. Attention of the rows to prefix and document, with their own request in the denominator.
-        logits = rows.logits(keys, places, block)  # (group, block, n_prefix + n_tokens)
-        highest = torch.maximum(logits.amax(-1), rows.own[:, block])[..., None]  # (group, block, 1)
-        weights = logits.sub_(highest).exp_()
-        sums = weights.sum(-1, keepdim=True) + (rows.own[:, block, None] - highest).exp()
-        weights = weights.div_(sums)
-        before, inside = weights[..., :n_prefix], weights[..., n_prefix:]
-        # 3. Targets of the fit: the attention outside the document, and the output of the document's entries.
-        total[:, block] = (sums.log() + highest)[..., 0]
-        rest[:, block] = before.sum(-1) + (rows.own[:, block] - total[:, block]).exp()
-        target[:, block] = inside @ values[n_prefix:]  # (group, block, head_dim)
-        # 4. Scores: the highest attention, or the sum of the errors that losing each entry would cause.
-        if settings.score == "attention":
-            scores = torch.maximum(scores, inside.amax((0, 1)))
-            continue
-        output = target[:, block] + before @ values[:n_prefix]
-        scores += output_errors(inside, values[n_prefix:], output, metric, rows.scale[:, block])
-    return made, scores
-
-
-def _blocks(n_logits: int, m: int) -> Iterator[slice]:
-    """Split `m` rows of `n_logits` each into blocks that fit in memory."""
-    size = max(1, _LOGITS // n_logits)
-    for start in range(0, m, size):
-        yield slice(start, min(start + size, m))

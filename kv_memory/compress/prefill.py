@@ -8,23 +8,23 @@ other forms everything is decided during one pass.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.kept import top_k_mask
-from kv_memory.errors import ModelError
 from kv_memory.model.attention import ForwardContext
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
 
 
+@dataclass(kw_only=True, eq=False)
 class PrefillRouting:
     """Scores, selects and routes in each layer while documents are prefilled; a `Routing`.
 
-    Args:
+    Attributes:
         adapter: Adapter that scores, and that decides which tokens are routed.
         lengths: `(batch,)`, tokens of each document.
         n_kept: `(batch,)`, number of entries to keep of each document, see `top_k_mask`.
@@ -32,43 +32,36 @@ class PrefillRouting:
         routed: True to use the LoRA; False prefills with the frozen weights alone, for selection without the LoRA.
     """
 
-    def __init__(
-        self,
-        adapter: Adapter,
-        *,
-        lengths: torch.Tensor,
-        n_kept: torch.Tensor,
-        forced: torch.Tensor | None = None,
-        routed: bool = True,
-    ) -> None:
-        self._adapter = adapter
-        self._lengths = lengths
-        self._n_kept = n_kept
-        self._forced = forced
-        self._routed = routed
-        self._strength = adapter.config.strength(n_kept / lengths)[:, None]  # (batch, 1)
-        self._scores: list[torch.Tensor | None] = [None] * adapter.backbone.num_layers
+    adapter: Adapter
+    lengths: torch.Tensor
+    n_kept: torch.Tensor
+    forced: torch.Tensor | None = None
+    routed: bool = True
+
+    def __post_init__(self) -> None:
+        self._strength = self.adapter.config.strength(self.n_kept / self.lengths)[:, None]  # (batch, 1)
+        self._scores: list[torch.Tensor | None] = [None] * self.adapter.backbone.num_layers
         self._selected: torch.Tensor | None = None  # for all layers at once; None with scorers of the kind `layer`
 
     def look(self, layer: int, hidden: torch.Tensor) -> None:
         """Score from the input of a layer: for this layer, or for all layers."""
-        scores = self._adapter.scorer(hidden, layer)
-        if self._adapter.config.scorer == "layer":
+        scores = self.adapter.scorer(hidden, layer)
+        if self.adapter.config.scorer == "layer":
             self._scores[layer] = scores[0]
             return
         self._scores = [scores[index if scores.shape[0] > 1 else 0] for index in range(len(self._scores))]
         self._selected = self._choose(scores)
 
     def _choose(self, scores: torch.Tensor) -> torch.Tensor:
-        budget = self._adapter.config.budget
-        return top_k_mask(scores, self._lengths, self._n_kept, budget=budget, forced=self._forced)
+        budget = self.adapter.config.budget
+        return top_k_mask(scores, self.lengths, self.n_kept, budget=budget, forced=self.forced)
 
     def enter(self, layer: int, hidden: torch.Tensor) -> torch.Tensor | None:
         """Score and select where it is due, and return the mask of this layer; see `Routing`."""
-        config = self._adapter.config
+        config = self.adapter.config
         if config.scorer == "layer" or (layer == config.eta and self._selected is None):
             self.look(layer, hidden)
-        if layer < config.first_routed_layer or not self._routed:
+        if layer < config.first_routed_layer or not self.routed:
             return None
         strength = self._strength.to(hidden.device)
         if config.routed == "document":
@@ -90,17 +83,10 @@ class PrefillRouting:
         return self._choose(self.scores) if self._selected is None else self._selected
 
 
-@dataclass(frozen=True)
-class DocumentPrefill:
-    """Prefilled documents with their scores and selection.
+class DocumentPrefill(NamedTuple):
+    """Prefilled documents with their scores and selection; shapes as in `PrefillRouting`."""
 
-    Attributes:
-        cache: Cache of prefix and documents, rotated, padded.
-        selected: Mask of the kept entries, bool `(num_layers or 1, batch, num_kv_heads or 1, n_tokens)`.
-        scores: Scores `(num_layers, batch, num_kv_heads or 1, n_tokens)`, float32.
-    """
-
-    cache: PositionedCache
+    cache: PositionedCache  # of prefix and documents, rotated, padded
     selected: torch.Tensor
     scores: torch.Tensor
 
@@ -117,18 +103,12 @@ def prefill_documents(
 ) -> DocumentPrefill:
     """Prefill documents behind the shared prefix, score and select their tokens, and route what the adapter routes.
 
-    Args:
-        adapter: Adapter attached to the model.
-        ids: `(batch, n_tokens)`, token ids, padded on the right.
-        lengths: `(batch,)`, tokens of each document.
-        n_kept: `(batch,)`, number of entries to keep, between 1 and each length.
-        forced: Bool `(batch, n_tokens)`; tokens that are kept whatever their score.
-        routed: True to use the LoRA.
-        room: Number of further tokens that the cache must hold behind the documents.
+    `ids` are token ids, `(batch, n_tokens)`, padded on the right, and `room` is the number of further tokens that the
+    cache must hold behind the documents. The other arguments are those of `PrefillRouting`.
     """
     backbone, config = adapter.backbone, adapter.config
     batch, n_tokens = ids.shape
-    watching = PrefillRouting(adapter, lengths=lengths, n_kept=n_kept, forced=forced, routed=routed)
+    watching = PrefillRouting(adapter=adapter, lengths=lengths, n_kept=n_kept, forced=forced, routed=routed)
     if config.scorer != "layer" and config.first_routed_layer < config.eta:
         first = backbone.prefixed_cache(n_tokens, batch_size=batch)
         with torch.no_grad():  # the layers below eta are frozen here: nothing to train
@@ -136,29 +116,19 @@ def prefill_documents(
         watching.look(config.eta, hidden)
     cache = backbone.prefixed_cache(n_tokens, room=room, batch_size=batch)
     backbone.prefill(ids, cache, lengths=lengths if batch > 1 else None, context=ForwardContext(routing=watching))
-    return DocumentPrefill(cache=cache, selected=watching.selected, scores=watching.scores)
+    return DocumentPrefill(cache, watching.selected, watching.scores)
 
 
 def hidden_after(
     backbone: Backbone, ids: torch.Tensor, cache: PositionedCache, *, layer: int, lengths: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Run only the first `layer` decoder layers and return the output of the last of them.
+    """Run only the first `layer` decoder layers, and return the output of the last of them.
 
-    Args:
-        backbone: Model to run.
-        ids: `(batch, n)`, token ids, padded on the right.
-        cache: Cache that is filled up to `layer`; it must not be used afterwards.
-        layer: Number of layers to run, at least 1.
-        lengths: `(batch,)`, real tokens per row; all of them if None.
+    Arguments as in `Backbone.prefill`; the cache must not be used afterwards.
 
     Returns:
         Hidden states `(batch, n, hidden_size)`, in the model's dtype.
-
-    Raises:
-        ModelError: The model has no such layer.
     """
-    if not 1 <= layer <= backbone.num_layers:
-        raise ModelError(f"layer must be in the range 1 to {backbone.num_layers}, got {layer}", where=backbone.name)
     caught: list[torch.Tensor] = []
 
     def stop(_module: nn.Module, _args: Any, output: Any) -> None:

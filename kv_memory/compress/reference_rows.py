@@ -9,20 +9,23 @@ what answers are made of. The very questions asked later did not serve better th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from kv_memory.compress.kept import pad
+from kv_memory.compress.refine.batching import gather_entries
 from kv_memory.model.attention import AttentionKind, ForwardContext, soft_capped
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
 
 REPEAT = "\n\nRepeat the previous text exactly.\n"
 REPEAT_FROM = "\n\nRepeat the previous text exactly, from here on: "
-REQUEST_TOKENS, CUE_TOKENS = 48, 8
+_REQUEST_TOKENS, _CUE_TOKENS = 48, 8
+EXTRA_TOKENS = _REQUEST_TOKENS + _CUE_TOKENS  # most tokens before a part that the model is asked to repeat
 QUESTION_TOKENS = 64  # most tokens of a question with its wrapper and its answer
 _QUESTIONS = (
     ("Who built the tower?", "Jan Novak"),
@@ -41,21 +44,13 @@ _BLOCK = 256  # queries with their attention to their own request in memory at o
 
 @dataclass(frozen=True, eq=False)
 class ReferenceRows:
-    """Recorded queries of one layer behind a document.
+    """Recorded queries of one layer behind a document."""
 
-    Attributes:
-        query: Queries `(num_heads, m, head_dim)`, rotated, in the model's dtype.
-        own: Logsumexp of each query's logits over the keys of its own request, `(num_heads, m)`, float32.
-        positions: Positions of the queries, `(num_heads, m)`.
-        scale: 1 over the norm of the hidden state that enters the layer, `(num_heads, m)`, float32.
-        kind: Rule of the layer; layers may differ in their windows.
-    """
-
-    query: torch.Tensor
-    own: torch.Tensor
-    positions: torch.Tensor
-    scale: torch.Tensor
-    kind: AttentionKind
+    query: torch.Tensor  # `(num_heads, m, head_dim)`, rotated, in the model's dtype
+    own: torch.Tensor  # `(num_heads, m)`, float32, logsumexp of each query's logits over the keys of its own request
+    positions: torch.Tensor  # `(num_heads, m)`
+    scale: torch.Tensor  # `(num_heads, m)`, float32, 1 over the norm of the hidden state that enters the layer
+    kind: AttentionKind  # rule of the layer; layers may differ in their windows
 
     @staticmethod
     def merged(
@@ -66,15 +61,12 @@ class ReferenceRows:
         return ReferenceRows(**{n: merge([getattr(r, n) for r in several]) for n in names}, kind=several[0].kind)
 
     def logits(self, keys: torch.Tensor, where: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Attention logits towards document keys.
+        """Attention logits towards document keys, `(query heads, rows, n)`, float32; -inf behind a sliding window.
 
         Args:
             keys: Keys, float32, rotated: `(n, head_dim)` of one KV head, or `(query heads, n, head_dim)`.
             where: Positions of the keys, `(n,)` or `(query heads, n)`.
             rows: Range of queries.
-
-        Returns:
-            Logits `(query heads, rows, n)`, float32; -inf where a sliding window hides the key.
         """
         logits = soft_capped((self.query[:, rows].float() * self.kind.scaling) @ keys.mT, self.kind.softcap)
         if self.kind.window is not None:
@@ -85,8 +77,8 @@ class ReferenceRows:
 def repeat_rows(backbone: Backbone, ids: torch.Tensor, part_tokens: int) -> Iterator[list[int]]:
     """Yield requests to repeat a document `(1, n)` part by part, each with the part it requests."""
     for start in range(0, ids.shape[1], part_tokens):
-        request = backbone.encode(REPEAT if start == 0 else REPEAT_FROM)[:REQUEST_TOKENS]
-        cue = ids[0, max(0, start - CUE_TOKENS) : start].tolist()
+        request = backbone.encode(REPEAT if start == 0 else REPEAT_FROM)[:_REQUEST_TOKENS]
+        cue = ids[0, max(0, start - _CUE_TOKENS) : start].tolist()
         yield [*request, *cue, *ids[0, start : start + part_tokens].tolist()]
 
 
@@ -94,7 +86,7 @@ def repeat_rows(backbone: Backbone, ids: torch.Tensor, part_tokens: int) -> Iter
 def record_rows(
     backbone: Backbone, documents: Sequence[torch.Tensor], cache: PositionedCache, *, part_tokens: int
 ) -> list[list[ReferenceRows]]:
-    """Run the reference rows behind each document of a batch, and record every layer's queries.
+    """Run the reference rows behind each document of a batch: the rows of each layer, for each document.
 
     Args:
         backbone: The model.
@@ -103,14 +95,11 @@ def record_rows(
         cache: Cache of prefix and documents, as prefilled, with room for a part and its request. It is restored
             afterwards, except for the frequencies of a rope that depends on the length.
         part_tokens: Length of the repeated parts, in tokens.
-
-    Returns:
-        Rows of each layer, for each document.
     """
     # 1. Requests: some questions side by side, on copies of a short document's cache; parts of the document one by one.
-    recorder = _Recorder(backbone, len(documents), step=-(-max(map(len, documents)) // _RECORDED))
-    questions, n_entries = _questions(backbone), cache.layer(0)[0].shape[2]
-    at_once = max(1, _COPIED_ENTRIES // n_entries)
+    recorder = _Recorder(backbone, step=-(-max(map(len, documents)) // _RECORDED))
+    questions = [(backbone.encode_question(q) + backbone.encode(f" {a}"))[-QUESTION_TOKENS:] for q, a in _QUESTIONS]
+    at_once = max(1, _COPIED_ENTRIES // cache.layer(0)[0].shape[2])
     parts = [list(repeat_rows(backbone, ids[None], part_tokens)) for ids in documents]
     # 2. Run them and record queries.
     n_positions = [
@@ -128,16 +117,11 @@ def record_rows(
     return found
 
 
-def _questions(backbone: Backbone) -> list[list[int]]:
-    return [(backbone.encode_question(q) + backbone.encode(f" {a}"))[-QUESTION_TOKENS:] for q, a in _QUESTIONS]
-
-
 class _Recorder:
     """Records queries while requests are prefilled behind several documents; an `AttentionObserver`."""
 
-    def __init__(self, backbone: Backbone, n_documents: int, *, step: int) -> None:
+    def __init__(self, backbone: Backbone, *, step: int) -> None:
         self._backbone = backbone
-        self._n_documents = n_documents
         self._step = step  # heads record every `step`-th token, with different offsets, to cover all
         self._parts: list[list[ReferenceRows]] = [[] for _ in range(backbone.num_layers)]  # by layer and pass
         self._real = torch.empty(0, 0, dtype=torch.bool)  # (rows, n), for the current pass
@@ -174,36 +158,24 @@ class _Recorder:
             self.sizes[-1].append(len(first))
             start += n
         self._picked = torch.cat(picked, 1)
-        # 3. Prefill, on copies if a document has several rows.
-        behind = cache if many == 1 else _copies(cache, many, room=ids.shape[1])
-        with self._norms():
-            ragged = lengths if len(ids) > 1 else None
+        # 3. Prefill, on copies if a document has several rows. Hooks record 1 / r of the states that enter each layer.
+        behind, ragged = cache, lengths if len(ids) > 1 else None
+        if many > 1:
+            entries = gather_entries(self._backbone, cache, before - len(self._backbone.prefix_ids))
+            behind = entries.cache(torch.arange(len(rows), device=device).repeat_interleave(many))
+        with self._backbone.lock, ExitStack() as hooks:  # locked: hooks would also see other threads' passes
+            for index, module in enumerate(self._backbone.layers):
+                note = partial(self._note, index)
+                hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
             self._backbone.prefill(ids, behind, lengths=ragged, context=ForwardContext(observer=self))
         if many == 1:
             cache.rewind(ids.shape[1])
             cache.next_positions = before  # `rewind` assumes rows of equal length
         return behind.n_positions
 
-    @contextmanager
-    def _norms(self) -> Iterator[None]:
-        """Record 1 over the norm of the hidden states that enter each layer."""
-
-        def note(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            self._scales[layer] = 1 / hidden.float().norm(dim=-1).clamp_min(1e-6)
-
-        with self._backbone.lock:  # the hooks would also see a forward pass of another thread
-            handles = [
-                module.register_forward_pre_hook(
-                    lambda _, args, kwargs, layer=index: note(layer, args, kwargs), with_kwargs=True
-                )
-                for index, module in enumerate(self._backbone.layers)
-            ]
-            try:
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
+    def _note(self, layer: int, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self._scales[layer] = 1 / hidden.float().norm(dim=-1).clamp_min(1e-6)
 
     def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, kind: AttentionKind) -> None:
         """Record one layer's queries; see `AttentionObserver`."""
@@ -232,19 +204,6 @@ class _Recorder:
                 kind=kind,
             )
         )
-
-
-def _copies(cache: PositionedCache, n: int, *, room: int) -> PositionedCache:
-    """Repeat the cache of each document `n` times in the batch, with room for more entries."""
-    layers = [cache.layer(index) for index in range(len(cache.layers))]
-    keys, values = (
-        [torch.nn.functional.pad(layer[part].repeat_interleave(n, 0), (0, 0, 0, room)) for layer in layers]
-        for part in (0, 1)
-    )
-    where = cache.key_positions(0).repeat_interleave(n, 0)
-    copies = PositionedCache(keys, values, positions=[where], next_position=0, n_positions=cache.n_positions)
-    copies.next_positions = cache.next_positions.repeat_interleave(n)
-    return copies
 
 
 def _in_one_regime(

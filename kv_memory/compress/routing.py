@@ -1,4 +1,4 @@
-"""The routed LoRA: a PEFT variant with a delta that reaches only the tokens of a mask.
+"""The routed LoRA: PEFT's, with a delta that reaches only the tokens of a mask.
 
 PEFT's activated LoRA does the same for the last tokens of a sequence; ours takes a mask. The mask comes with the
 forward pass (`ForwardContext.routing`): a hook on each decoder layer fetches it, makes it visible to the projections
@@ -15,62 +15,46 @@ from typing import Any
 
 import torch
 from peft.tuners import lora
-from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from kv_memory.model.attention import ForwardContext
 
 # Not an attribute of the modules: threads that decode while another thread compresses must not see its mask.
-_MASK: ContextVar[torch.Tensor | None] = ContextVar("kv_memory_routing", default=None)
-
-
-def current_mask() -> torch.Tensor | None:
-    """Mask of the running layer, as returned by `Routing.enter`."""
-    return _MASK.get()
+# It holds the mask of the running layer, as returned by `Routing.enter`.
+MASK: ContextVar[torch.Tensor | None] = ContextVar("kv_memory_routing", default=None)
 
 
 @contextmanager
 def routed_with(mask: torch.Tensor | None) -> Iterator[None]:
     """Run with this mask, for code that runs part of a layer again without the hooks around it."""
-    token = _MASK.set(mask)
+    token = MASK.set(mask)
     try:
         yield
     finally:
-        _MASK.reset(token)
+        MASK.reset(token)
 
 
-class RoutedVariant(LoraVariant):
-    """Adds the LoRA delta to routed tokens only, with the strength given by the mask."""
+class RoutedLinear(lora.Linear):
+    """PEFT's LoRA layer for `nn.Linear`, with a delta only for routed tokens, of the strength given by the mask.
 
-    @staticmethod
-    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
-        """Do nothing beyond LoRA's own setup."""
+    The result is the frozen layer's own without a mask, or where the delta was added in place (no gradients, bool mask
+    or one strength per token).
+    """
 
-    @staticmethod
-    def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Return the frozen layer's result, plus the delta where the mask is set.
-
-        Args:
-            module: LoRA layer.
-            active_adapter: Name of its adapter.
-            x: Input `(batch, n, in_features)`.
-            result: Result of the frozen layer, `(batch, n, out_features)`.
-            **kwargs: Arguments of other variants; unused.
-
-        Returns:
-            Tensor with the shape and dtype of `result`. It is `result` itself without a mask, or where the delta was
-            added in place (no gradients, bool mask or one strength per token).
-        """
-        mask = _MASK.get()
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`(batch, n, in_features)` to `(batch, n, out_features)`, in the frozen layer's dtype."""
+        result: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        mask = MASK.get()
         if mask is None:
             return result
-        lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        lora_a: Any = self.lora_A["default"]
+        lora_b: Any = self.lora_B["default"]
         tokens, flat = x.flatten(0, -2), result.flatten(0, -2)
         rows = mask.flatten().nonzero()[:, 0] if mask.shape == x.shape[:-1] else None  # None: every token
-        picked = module.lora_dropout[active_adapter]((tokens if rows is None else tokens[rows]).to(lora_a.weight.dtype))
-        delta: torch.Tensor = (lora_b(lora_a(picked)) * module.scaling[active_adapter]).to(result.dtype)
-        n_query: int | None = getattr(module, "routed_features", None)
+        picked = self.lora_dropout["default"]((tokens if rows is None else tokens[rows]).to(lora_a.weight.dtype))
+        delta: torch.Tensor = (lora_b(lora_a(picked)) * self.scaling["default"]).to(result.dtype)
+        n_query: int | None = getattr(self, "routed_features", None)
         if mask.is_floating_point():
             strength = mask.expand(x.shape[:-1]).flatten().to(result.dtype)
             delta = delta * (strength if rows is None else strength[rows])[:, None]
@@ -84,35 +68,20 @@ class RoutedVariant(LoraVariant):
         return result
 
 
-class RoutedLinear(lora.Linear):
-    """PEFT's LoRA layer for `nn.Linear`, with the routed variant."""
-
-    def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> LoraVariant:
-        """Return the routed variant, always."""
-        return RoutedVariant()
-
-
 def install_routing(layers: Iterable[nn.Module]) -> list[RemovableHandle]:
-    """Install hooks on the decoder layers that pass the forward pass's mask to the projections inside them.
-
-    Args:
-        layers: Decoder layers of the model, in order.
-
-    Returns:
-        Handles of the hooks.
-    """
+    """Install hooks that pass the forward pass's mask to the projections inside each decoder layer."""
     handles = []
     for index, layer in enumerate(layers):
 
         def before(_module: nn.Module, args: Any, kwargs: dict[str, Any], index: int = index) -> None:
             context: ForwardContext | None = kwargs.get("kv_memory")
             if context is None or context.routing is None:
-                _MASK.set(None)
+                MASK.set(None)
             else:
-                _MASK.set(context.routing.enter(index, args[0] if args else kwargs["hidden_states"]))
+                MASK.set(context.routing.enter(index, args[0] if args else kwargs["hidden_states"]))
 
         def after(_module: nn.Module, args: Any, output: Any) -> None:
-            _MASK.set(None)
+            MASK.set(None)
 
         # Hooks on the layers, not on the model: gradient checkpointing runs a layer again, possibly in another thread,
         # with its original arguments, and so finds its mask.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
 from kv_memory.config import Budget
+
+if TYPE_CHECKING:
+    from kv_memory.compress.adapter import AdapterConfig
 
 FLOOR = 1e-3  # attention far below this gets the same score as no attention
 
@@ -17,25 +20,24 @@ ScorerKind = Literal["token", "head", "layer"]
 
 
 class Scorer(nn.Module):
-    """Scores document tokens from hidden states, without ever seeing a question.
+    """Scores document tokens from hidden states, without ever seeing a question; of the kind and size in the config."""
 
-    Args:
-        kind: Kind of scorer, see `ScorerKind`.
-        hidden_size: Hidden size of the model.
-        inner_size: Width of the scorer's hidden layer.
-        num_layers: Number of layers of the model.
-        num_kv_heads: Number of KV heads of the model.
-    """
-
-    def __init__(
-        self, *, kind: ScorerKind, hidden_size: int, inner_size: int, num_layers: int, num_kv_heads: int
-    ) -> None:
+    def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
-        self.kind = kind
-        self._num_layers = num_layers
-        n_out = {"token": 1, "head": num_layers * num_kv_heads, "layer": num_kv_heads}[kind]
-        n_heads = num_layers if kind == "layer" else 1
-        self.heads = nn.ModuleList(_head(hidden_size, inner_size, n_out) for _ in range(n_heads))
+        self.kind = config.scorer
+        self._num_layers = config.num_layers
+        n_out = {"token": 1, "head": config.num_layers * config.num_kv_heads, "layer": config.num_kv_heads}[self.kind]
+        n_heads = config.num_layers if self.kind == "layer" else 1
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                # Hidden states of middle layers have a few huge dimensions, which without the norm drown all others.
+                nn.LayerNorm(config.hidden_size),
+                nn.Linear(config.hidden_size, config.scorer_size),
+                nn.GELU(),
+                nn.Linear(config.scorer_size, n_out),
+            )
+            for _ in range(n_heads)
+        )
 
     def forward(self, hidden: torch.Tensor, layer: int = 0) -> torch.Tensor:
         """Score every token.
@@ -54,30 +56,12 @@ class Scorer(nn.Module):
         return rows.transpose(0, 1)
 
 
-def _head(hidden_size: int, inner_size: int, n_out: int) -> nn.Module:
-    return nn.Sequential(
-        # Hidden states of middle layers have a few huge dimensions; without the norm they would drown all others.
-        nn.LayerNorm(hidden_size),
-        nn.Linear(hidden_size, inner_size),
-        nn.GELU(),
-        nn.Linear(inner_size, n_out),
-    )
-
-
 def attention_scores(received: torch.Tensor, real: torch.Tensor, *, budget: Budget) -> torch.Tensor:
     """Convert received attention to the scores that a scorer is trained to predict, on the same scale.
 
-    Scores are logarithms of the attention. Where heads share one budget the scale is the same for all, because scores
-    are compared across heads. Where each head has its own budget, only the order within a head matters, and every row
-    is scaled to mean 0 and standard deviation 1.
-
-    Args:
-        received: Received attention `(..., n_tokens)`, 0 to 1.
-        real: Bool, the same shape; False for padding.
-        budget: Distribution of entries among the heads, see `Budget`.
-
-    Returns:
-        Scores, in the same shape.
+    Scores are logarithms of the attention, `(..., n_tokens)`, 0 to 1; `real` is False for padding. Where heads share
+    one budget the scale is the same for all, because scores are compared across heads. Where each head has its own
+    budget, only the order within a head matters, and every row is scaled to mean 0 and standard deviation 1.
     """
     logs = (received + FLOOR).log()
     if budget == "model":

@@ -23,17 +23,11 @@ OBSERVED_QUERIES = 256  # processed at once: their attention is held in memory i
 
 
 class Selector(Protocol):
-    """Scores the tokens of a document.
+    """Scores the tokens of a document."""
 
-    Attributes:
-        name: Name with settings; part of the fingerprint.
-        extra_tokens: Most tokens that the selector runs behind the document.
-        budget: Distribution of entries among the heads.
-    """
-
-    name: str
-    extra_tokens: int
-    budget: Budget
+    name: str  # with settings; part of the fingerprint
+    extra_tokens: int  # most tokens that the selector runs behind the document
+    budget: Budget  # distribution of entries among the heads
 
     def score(self, backbone: Backbone, ids: torch.Tensor, cache: PositionedCache) -> torch.Tensor:
         """Prefill a document and score its tokens; higher is kept.
@@ -50,13 +44,10 @@ class Selector(Protocol):
 
 
 class ReceivedAttention:
-    """Observer: attention that each document token receives, per layer and KV head.
+    """Observer: attention that each of a document's `n_tokens` receives, per layer and KV head.
 
-    Args:
-        backbone: Model with the observed layers and heads; its prefix precedes the document.
-        n_tokens: Number of tokens of the document.
-        reduce: `mean` over the queries that could see a token, or `max` over queries and over the query heads that
-            share a KV head.
+    `reduce` is `mean` over the queries that could see a token, or `max` over queries and over the query heads that
+    share a KV head.
     """
 
     def __init__(self, backbone: Backbone, *, n_tokens: int, reduce: Literal["mean", "max"]) -> None:

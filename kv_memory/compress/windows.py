@@ -1,60 +1,56 @@
-"""WindowCompressor: chooses the entries to keep of windows, the stretches of documents that are prefilled at once."""
+"""WindowCompressor: makes the caches of windows, the stretches of documents that are prefilled at once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from kv_memory.cache.distilled import DistilledCache
+from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.compress.adapter import Adapter
 from kv_memory.compress.combined import combined_scores
-from kv_memory.compress.kept import Kept, check_finite, extract, pad, top_k_mask
-from kv_memory.compress.matching import Matched, MatchedDocument, match_documents
+from kv_memory.compress.fitting import FittedHeads
+from kv_memory.compress.kept import check_finite, extract, pad, top_k_mask
+from kv_memory.compress.matching import Matched, MatchedDocument
 from kv_memory.compress.prefill import prefill_documents
 from kv_memory.compress.selectors import Selector
+from kv_memory.config import n_kept_for
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
 
 
 class Window(NamedTuple):
-    """A stretch of a document.
-
-    Attributes:
-        ids: Token ids.
-        n_kept: Number of entries to keep, on average over layers and heads.
-        forced: Bool `(n_tokens,)`; tokens that are kept whatever their score.
-    """
+    """A stretch of a document."""
 
     ids: Sequence[int]
-    n_kept: int
-    forced: torch.Tensor
+    forced: torch.Tensor  # bool `(n_tokens,)`; tokens that are kept whatever their score
+    keep_ratio: float  # share of the other tokens to keep
+
+    @property
+    def n_kept(self) -> int:
+        """Number of entries to keep, on average over layers and heads."""
+        n_forced = int(self.forced.sum())
+        n_free = len(self.ids) - n_forced
+        return n_forced + (n_kept_for(n_free, self.keep_ratio) if n_free else 0)
 
 
 class PrefilledWindow(NamedTuple):
-    """Windows prefilled side by side, before any entry is dropped.
+    """Windows prefilled side by side, before any entry is dropped."""
 
-    Attributes:
-        cache: Cache of prefix and windows.
-        scored: Scores `(num_layers or 1, 1, num_kv_heads or 1, n_tokens)`; for `matched`, the documents to match.
-    """
-
-    cache: PositionedCache
-    scored: torch.Tensor | list[MatchedDocument]
+    cache: PositionedCache  # of prefix and windows
+    scored: torch.Tensor | list[MatchedDocument]  # `(num_layers or 1, 1, num_kv_heads or 1, n_tokens)`, or for `match`
 
 
 class WindowCompressor:
-    """Prefills windows, selects the entries to keep, and extracts them.
+    """Prefills windows, selects the entries to keep, and extracts them; arguments as in `Compressor`.
 
     Several windows are prefilled side by side, each as if it were alone. Only an adapter by itself, and `matched`,
-    take more than one; `batch_kind` says which ones.
-
-    Args:
-        backbone: Model that prefills the windows.
-        selector: Training-free selector; with an adapter, the one whose scores join the adapter's, or None.
-        adapter: Adapter attached to the same backbone.
-        routed: True to use the adapter's LoRA; False uses only its selection.
+    take more than one; `batch_kind` says which ones. With an adapter, `selector` is the one whose scores join the
+    adapter's, or None.
     """
 
     def __init__(self, backbone: Backbone, selector: Selector | None, adapter: Adapter | None, *, routed: bool) -> None:
@@ -73,53 +69,60 @@ class WindowCompressor:
             return None
         return regime(n) if regime(n) == regime(n + self.extra_tokens) else None
 
-    def compress(self, windows: Sequence[Window], prefilled: PrefilledWindow | None = None) -> list[Kept]:
-        """Compress windows side by side, or in halves where memory does not hold them together.
+    def compress(
+        self, windows: Sequence[Window], fingerprint: Fingerprint, prefilled: PrefilledWindow | None = None
+    ) -> list[DistilledCache]:
+        """Compress windows of one `batch_kind` side by side, or in halves where memory does not hold them together.
 
-        Args:
-            windows: Windows of one `batch_kind`.
-            prefilled: The same windows, as `prefill` returned them; None to prefill them here.
+        They are prefilled here, unless `prefilled` is what `prefill` returned for them.
 
         Raises:
             OutOfMemoryError: Memory does not hold a single one of them.
         """
         try:
-            return self._compress(windows, prefilled)
+            cache, chosen = self._choose(windows, prefilled)
+            make = partial(extract, self._backbone, cache, fingerprint=fingerprint)
+            return [
+                make(selected[..., : len(window.ids)], keep_ratio=window.keep_ratio, row=row, fitted=fitted)
+                for row, (window, (selected, fitted)) in enumerate(zip(windows, chosen, strict=True))
+            ]
         except torch.OutOfMemoryError:
             if len(windows) == 1:
                 raise
         # Outside the handler: its traceback keeps the tensors of the failed batch alive.
         half = len(windows) // 2
-        return [*self.compress(windows[:half]), *self.compress(windows[half:])]
+        return [*self.compress(windows[:half], fingerprint), *self.compress(windows[half:], fingerprint)]
 
-    def _compress(self, windows: Sequence[Window], prefilled: PrefilledWindow | None) -> list[Kept]:
+    def _choose(
+        self, windows: Sequence[Window], prefilled: PrefilledWindow | None
+    ) -> tuple[PositionedCache, Sequence[tuple[torch.Tensor, FittedHeads | None]]]:
+        """Cache of prefix and windows; and for each window the mask of the kept entries, and what they were fitted to.
+
+        A mask is bool, `(num_layers or 1, num_kv_heads or 1, n_tokens or more)`.
+        """
         backbone = self._backbone
         # 1. Keep a window in full: nothing is selected and nothing is routed.
         if len(windows) == 1 and windows[0].n_kept == len(windows[0].ids):
             cache = backbone.prefixed_cache(windows[0].n_kept)
             backbone.prefill(torch.tensor([windows[0].ids]), cache)
-            whole = torch.ones(1, 1, windows[0].n_kept, dtype=torch.bool, device=backbone.device)
-            return [extract(backbone, cache, whole)]
+            return cache, [(torch.ones(1, 1, windows[0].n_kept, dtype=torch.bool, device=backbone.device), None)]
         # 2. Prefill and score; `matched` selects and fits by itself.
         n_kept = torch.tensor([window.n_kept for window in windows])  # (batch,)
         forced = pad_sequence([window.forced for window in windows], batch_first=True)  # (batch, n_tokens)
         if self._adapter is not None:
             cache, selected = self._adapted(self._adapter, windows, n_kept, forced)
         else:
+            assert self._selector is not None
             cache, scored = prefilled or self.prefill(windows)
             if isinstance(scored, list):
-                matches = match_documents(scored, n_kept.tolist(), [window.forced for window in windows])
-                return [extract(backbone, cache, match.selected, row=i, match=match) for i, match in enumerate(matches)]
-            assert self._selector is not None
+                assert isinstance(self._selector, Matched)
+                return cache, self._selector.match(scored, n_kept.tolist(), [window.forced for window in windows])
             n_tokens = torch.tensor([len(window.ids) for window in windows])
             selected = top_k_mask(scored, n_tokens, n_kept, budget=self._selector.budget, forced=forced)
-        # 3. Extract; `selected` is (num_layers or 1, batch, num_kv_heads or 1, n_tokens).
-        return [
-            extract(backbone, cache, selected[:, i, :, : len(window.ids)], row=i) for i, window in enumerate(windows)
-        ]
+        return cache, [(own, None) for own in selected.unbind(1)]  # of (num_layers or 1, batch, ...)
 
     def prefill(self, windows: Sequence[Window]) -> PrefilledWindow:
-        """Prefill windows without an adapter, and let the selector score; `n_kept` and `forced` do not matter."""
+        """Prefill windows without an adapter, and let the selector score; only their `ids` matter."""
         assert self._selector is not None
         backbone, selector = self._backbone, self._selector
         ids, lengths = pad([window.ids for window in windows], device=backbone.device)  # (batch, n_tokens), (batch,)
@@ -136,16 +139,10 @@ class WindowCompressor:
         self, adapter: Adapter, windows: Sequence[Window], n_kept: torch.Tensor, forced: torch.Tensor
     ) -> tuple[PositionedCache, torch.Tensor]:
         """Prefill with the adapter, which scores, selects and routes; return the cache and the selection."""
-        device = self._backbone.device
-        ids, lengths = pad([window.ids for window in windows], device=device)
+        ids, lengths = pad([window.ids for window in windows], device=self._backbone.device)
+        n_kept, forced = n_kept.to(ids.device), forced.to(ids.device)
         reading = prefill_documents(
-            adapter,
-            ids,
-            lengths,
-            n_kept.to(device),
-            forced=forced.to(device),
-            routed=self._routed,
-            room=self.extra_tokens,
+            adapter, ids, lengths, n_kept, forced=forced, routed=self._routed, room=self.extra_tokens
         )
         if self._selector is None:
             return reading.cache, reading.selected

@@ -14,11 +14,7 @@ from kv_memory.errors import DatasetError, DocumentError
 
 
 def read_texts(path: Path, source: str, faults: Faults) -> Iterator[Example]:
-    """Read one file, or a folder in sorted order, by the rules of `read_documents`: any type that it reads.
-
-    Raises:
-        DatasetError: A document is broken or nothing is readable, and `faults` raises.
-    """
+    """Read a file, or a folder in sorted order, of any type that `read_documents` reads; errors go to `faults`."""
     # Always "skip": errors are reported below, as `DatasetError`.
     result = read_documents(path, on_error="skip")
     for error in result.errors:
@@ -34,8 +30,7 @@ def read_texts(path: Path, source: str, faults: Faults) -> Iterator[Example]:
 def read_archive(path: Path, source: str, faults: Faults) -> Iterator[Example]:
     """Read the files of known types in a tar archive, plain or compressed, in its order, without unpacking to disk.
 
-    Raises:
-        DatasetError: The archive is damaged, in both modes; or a document is broken, and `faults` raises.
+    Broken documents go to `faults`; a damaged archive is a DatasetError in both modes.
     """
     with reading(path), tarfile.open(path) as archive:
         for member in archive:

@@ -77,12 +77,8 @@ class Example:
 class Row(NamedTuple):
     """One question with its document, the form in which most sets store them.
 
-    Attributes:
-        context: Text of the document.
-        question: The question.
-        title: Title of the document, if known.
-        id: Id of the document in the set; empty if its text is to give one.
-        place: Place of the document in its file, if it is stored once for all its questions.
+    `id` is empty if the document's text is to give one. `place` is the document's place in its file, if it is stored
+    once for all its questions.
     """
 
     context: str
@@ -113,10 +109,9 @@ def grouped(rows: Iterable[Row], *, source: str) -> Iterator[Example]:
 
 
 def check_text(value: object, name: str) -> None:
-    """Refuse a value that is not text, is blank, or contains characters that tokenizers and databases reject.
+    """Raise a ConfigError for a value that is not text or is blank.
 
-    Raises:
-        ConfigError: The value is refused; the message states the reason and `name`.
+    Characters that tokenizers and databases reject are refused too.
     """
     if not isinstance(value, str):
         raise ConfigError(f"{name} must be text, got {type(value).__name__}", where=name)

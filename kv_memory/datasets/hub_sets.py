@@ -32,11 +32,7 @@ def hub_records(hub_id: str, *, split: Literal["train", "dev"]) -> Iterator[Reco
 
 
 def load_hub_set(*arguments: str | None, where: str, **options: Any) -> Any:
-    """What `datasets.load_dataset` returns for these arguments; `where` names the set in errors.
-
-    Raises:
-        DatasetError: The library is not installed, or the hub does not have the set.
-    """
+    """What `datasets.load_dataset` returns; `where` names the set in errors, which are those of `hub_records`."""
     try:
         from datasets import load_dataset
     except ImportError as error:

@@ -26,13 +26,7 @@ _SUFFIXES = (".jsonl.gz", ".json.gz", ".tar.gz", ".jsonl", ".json", ".tgz", ".ta
 
 @dataclass(kw_only=True)
 class Faults:
-    """Decides between raising and skipping, and counts what was skipped.
-
-    Attributes:
-        on_error: Mode, `raise` or `skip`.
-        on_skip: Callback for the message of each skipped fault.
-        n_skipped: Number of faults skipped so far.
-    """
+    """Decides between raising and skipping faults; counts those skipped, and passes their messages to `on_skip`."""
 
     on_error: OnError
     on_skip: Callable[[str], None] | None = None
@@ -43,9 +37,6 @@ class Faults:
         """Leave the block at a ConfigError or DatasetError, and report it as a BrokenLineError at this place.
 
         Blocks may be nested: a fault is reported once, by the innermost.
-
-        Raises:
-            BrokenLineError: Such an error occurred, and `on_error` is `raise`.
         """
         try:
             yield
@@ -96,11 +87,7 @@ def json_lines(path: Path, faults: Faults) -> Iterator[Record]:
 
 
 def json_file(path: Path) -> Iterator[Record]:
-    """Yield the one JSON value of a file.
-
-    Raises:
-        DatasetError: The file cannot be read, or is not JSON.
-    """
+    """Yield the one JSON value of a file; a DatasetError if it is not JSON, or as in `reading`."""
     with reading(path), _opened(path) as file:
         content = file.read().removeprefix(codecs.BOM_UTF8)
     try:
@@ -113,11 +100,7 @@ def json_file(path: Path) -> Iterator[Record]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn errors of the system and the decompressor into a DatasetError.
-
-    Raises:
-        DatasetError: The file cannot be read, or its compressed data are truncated or damaged.
-    """
+    """Turn errors of the system and the decompressor into a DatasetError."""
     try:
         yield
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
@@ -166,11 +149,7 @@ def title_of(record: Any) -> str:
 
 
 def items_of(record: Any, name: str) -> list[Any]:
-    """The list in the field `name`.
-
-    Raises:
-        DatasetError: The field is missing or not a list.
-    """
+    """The list in the field `name`; a DatasetError if the field is missing or not a list."""
     value = _field(record, name)
     if not isinstance(value, list):
         raise DatasetError(f"no list of {name}" if value is None else f"{name} must be a list")

@@ -117,7 +117,8 @@ def read_documents(
         ConfigError: A setting or the type of `source` is wrong; raised in both modes.
     """
     check_choice(on_error, OnError, where="on_error")
-    check_encoding(encoding)
+    if encoding != "utf-8":  # the default needs no check
+        check_encoding(encoding)
     documents: dict[str, Document] = {}
     errors: list[DocumentError] = []
     skipped: list[Path] = []
@@ -200,8 +201,8 @@ def _parts(item: DocumentLike, skipped: list[Path]) -> Sequence[Path | DocumentE
     if isinstance(item, Document):
         return [lambda: item]
     if isinstance(item, str):
-        kind = _kind_of(item)
-        if kind == "folder":
+        is_path = len(item) < _LONGEST_PATH and os.path.exists(item)
+        if is_path and os.path.isdir(item):
             return [
                 UnreadableDocumentError(
                     "this text is the name of a folder",
@@ -209,7 +210,7 @@ def _parts(item: DocumentLike, skipped: list[Path]) -> Sequence[Path | DocumentE
                     next_step=f"Pass Path({item!r}) to add its files, or (id, {item!r}) to add these words.",
                 )
             ]
-        notes = (f"This text is the name of a file; to add the file, pass Path({item!r}).",) if kind else ()
+        notes = (f"This text is the name of a file; to add the file, pass Path({item!r}).",) if is_path else ()
         id_ = f"text-{hashlib.sha256(item.encode(errors='replace')).hexdigest()[:12]}"
         return [partial(Document, id=id_, text=item, notes=notes)]
     if isinstance(item, tuple) and 2 <= len(item) <= 3:
@@ -299,13 +300,6 @@ def _printable(path: str) -> str:
     except UnicodeEncodeError:  # half a surrogate pair, which no path contains
         name = path.encode("utf-8", "backslashreplace").decode()
     return "".join(c if ord(c) >= 32 and c != "\x7f" else f"\\x{ord(c):02x}" for c in name)
-
-
-def _kind_of(text: str) -> Literal["folder", "file"] | None:
-    """What a text names on this disk."""
-    if len(text) > _LONGEST_PATH:
-        return None
-    return "folder" if os.path.isdir(text) else "file" if os.path.isfile(text) else None
 
 
 def _check_lines(text: str, *, where: str) -> None:

@@ -51,8 +51,6 @@ class Advice:
 
     Attributes:
         rows: Measured rows by falling keep_ratio; empty if no question could be generated.
-        recommendation: Recommended setting.
-        n_documents: Number of documents read.
         n_unanswered: Questions left out because the full cache gives no answer to them.
         n_too_long: Sampled passages that, with a question, are too long for the model's window.
         errors: Errors of documents that were left out.

@@ -28,14 +28,9 @@ _Column = dict[_Case, Record]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A row of the table: a method at a keep_ratio. Values that do not apply are None.
+    """A row of the table: a method at a keep_ratio, None for `full` and `none`. Values that do not apply are None.
 
     Attributes:
-        task: Name of the task.
-        method: Name of the method.
-        keep_ratio: keep_ratio of the row; None for `full` and `none`.
-        n: Number of questions.
-        n_documents: Number of documents.
         means: Mean over the questions, by metric.
         retention: (score - floor) / (ceiling - floor) of the task's main score. Floor and ceiling are `none` and
             `full` on the same documents; 1 means no loss. None if they are missing or equal.
@@ -111,11 +106,7 @@ def aggregate(
 
 
 def check_groups(task: str, by: Sequence[str]) -> None:
-    """Raise unless rows of this task can be grouped by these names.
-
-    Raises:
-        ConfigError: A name is not one of the task's groups; the error names the available ones.
-    """
+    """Raise a ConfigError, which names the available groups, unless rows of this task can be grouped by these names."""
     groups = TASKS[task].groups
     if unknown := [name for name in by if name not in groups]:
         raise ConfigError(

@@ -21,8 +21,7 @@ class Query:
         references: Correct answers, at least one.
         all_wanted: True if all references are required, False if any one of them is enough.
         given: Words that the answer begins with; they are prefilled and not measured.
-        choices: Choices of a multiple choice question; empty otherwise.
-        correct: Index of the correct choice.
+        choices: Choices of a multiple choice question, with the index `correct`; empty otherwise.
         span: Character span of given words and reference in the document; None if they are not from it.
     """
 
@@ -74,12 +73,9 @@ class Case:
 
 
 class EncodedQuery(NamedTuple):
-    """Token ids of a query.
+    """Token ids of the question in its wrapper with the given words, of the reference, and of each choice.
 
-    Attributes:
-        prompt: Token ids of the question in its wrapper, and of the given words.
-        reference: Token ids of the first reference, or of a list of all references if all are required.
-        choices: Token ids of each choice.
+    The reference is the first one, or a list of all of them if all are required.
     """
 
     prompt: tuple[int, ...]

@@ -28,11 +28,7 @@ T = TypeVar("T")
 
 
 def check_limits(keep_ratios: Sequence[float], time_limit_s: float | None) -> list[float]:
-    """The ratios without duplicates, in falling order.
-
-    Raises:
-        ConfigError: There is no ratio, one is outside (0, 1], or the time limit is not above 0.
-    """
+    """The ratios without duplicates, falling; a ConfigError if one of them, or the time limit, is out of range."""
     if time_limit_s is not None and time_limit_s <= 0:
         raise ConfigError(f"the time limit must be above 0, got {time_limit_s}", where="time_limit_s")
     if not keep_ratios:
@@ -42,15 +38,12 @@ def check_limits(keep_ratios: Sequence[float], time_limit_s: float | None) -> li
 
 @dataclass(frozen=True)
 class EvalProgress:
-    """Progress of an evaluation. A measurement is one document with one column.
+    """Progress of an evaluation before its next measurement, which is one document with one column.
 
     Attributes:
         n_done: Measurements done, including those found in the folder.
         n_measured: Measurements done by this call.
         n_total: Measurements in total: documents times columns.
-        document_id: Id of the next document.
-        method: Name of the next method, with its storage if that is not `auto`.
-        keep_ratio: keep_ratio of the next measurement.
     """
 
     n_done: int
@@ -97,12 +90,6 @@ class Bench:
     """Measures columns; the full model's answers are reused while the case stays the same.
 
     Caches of passages are reused while cases share them: the same passage occurs again at another place.
-
-    Args:
-        backbone: The model.
-        task: The task, which determines the metrics.
-        layout: Placement of documents.
-        generate: True to decode answers.
     """
 
     def __init__(self, backbone: Backbone, task: Task, layout: Layout, generate: bool) -> None:

@@ -49,12 +49,9 @@ _NEED_ADAPTER = {"adapter_selection", "adapter", "combined"}
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """One way to compress a document.
+    """One way to compress a document; its compressor is None for `none`.
 
-    Attributes:
-        name: Name from `METHODS`.
-        compressor: The compressor; None for `none`.
-        digest: Hash of everything that determines its caches: equal digests, equal results.
+    `digest` is a hash of everything that determines its caches: equal digests, equal results.
     """
 
     name: str
@@ -95,17 +92,11 @@ def make_methods(
     refine_from: RefineFrom = "auto",
     seed: int = 0,
 ) -> list[Method]:
-    """The methods with these names, in the order of `METHODS`.
+    """The methods with these names, in the order of `METHODS`; `seed` is that of `random`.
 
-    Args:
-        names: Names of the methods. None means all that can be run except for the parts of `matched`. Without an
-            adapter, methods that need one are left out; so is `combined` with an adapter that routes the tokens it
-            keeps.
-        backbone: The model.
-        adapter: Adapter for `adapter_selection`, `adapter`, `combined`, and as the start of `refined`.
-        refine: Settings of `refined`.
-        refine_from: Starting point of `refined`; `auto` means the adapter if there is one, else `matched`.
-        seed: Random seed of `random`.
+    Without names, these are all that can be run except for the parts of `matched`. Without an adapter, methods that
+    need one are left out; so is `combined` with an adapter that routes the tokens it keeps. `refine` and `refine_from`
+    are settings and starting point of `refined`; `auto` means the adapter if there is one, else `matched`.
 
     Raises:
         ConfigError: A name is unknown, or a method needs an adapter and `adapter` is None.

@@ -56,11 +56,7 @@ def exact_match_all(answer: str, references: Sequence[str]) -> float:
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """ROUGE-L F-measure with stemming, in [0, 1]; the best over the references (package `rouge-score`).
-
-    Raises:
-        ConfigError: The package is not installed.
-    """
+    """ROUGE-L F-measure with stemming, in [0, 1]; the best over the references. Errors as in `check_rouge`."""
     scores = check_rouge().score_multi(list(references), answer)
     return float(scores["rougeL"].fmeasure)
 

@@ -19,20 +19,15 @@ FILE_NAME = "examples.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Measures of one question; one that does not apply, or was not requested, is None. For the texts see `metrics`.
+    """Measures of one question, as in `metrics`; one that does not apply, or was not requested, is None.
 
     Attributes:
         kl: KL(full || method) in nats; the mean over the tokens of the full model's own answer, or of the reference,
             see `Task.kl_on`.
         nll: Mean negative log-likelihood per token of the first reference, in nats; or of a list of all references, if
             all are required.
-        f1: F1.
-        em: Exact match.
-        contains: Containment.
         accuracy: 1 if the correct choice has the highest mean log-likelihood per token, else 0.
-        rouge_l: ROUGE-L.
         kl_joined: The same as `kl`, against the joined full caches of the single documents; None for one document.
-        answer: The greedy answer.
     """
 
     kl: float
@@ -56,20 +51,14 @@ class Record:
     Attributes:
         key: Hash of everything that determines the figures: equal keys, equal figures.
         config: The same hash without the document; the lines of one column of a table share it.
-        task: Name of the task.
         document: Id of the example; cases with the same id differ in `group`.
         method: Name of the method; `adapter+int8` if its caches were stored as int8 and loaded again.
-        keep_ratio: keep_ratio of the column; None if the method has none.
-        model: Name of the model.
         weights: Hash of the model's weights.
         n_tokens: Number of tokens of the document in its wrapper, or of all documents.
         n_kept: Entries kept in every layer and head, summed over the documents.
         compress_s: Time in seconds in which the method compressed the document; None for `none`.
         prefill_s: Time in seconds of a plain prefill of the same document, measured alongside.
         size_bytes: Size of the cache in a store, in bytes; None for `full` and `none`, and in older files.
-        cell: Length and depth of a needle; None for other tasks.
-        group: Properties that distinguish the case in tables, see `Case`.
-        questions: Measures, one per question.
     """
 
     key: str
@@ -101,11 +90,7 @@ class Record:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
-        """The record of a line's object.
-
-        Raises:
-            TypeError, KeyError: The object is not a record.
-        """
+        """The record of a line's object; a TypeError or KeyError if the object is not a record."""
         values = {field.name: data[field.name] for field in fields(cls) if field.name in data}
         values["questions"] = tuple(Measured(**question) for question in data["questions"])
         values["cell"] = tuple(data["cell"]) if data.get("cell") else None

@@ -46,10 +46,7 @@ class AdviceRow:
     """Cost and fidelity of a keep_ratio, on the same passages and questions as all other rows.
 
     Attributes:
-        keep_ratio: Share of the entries kept.
         method: Name of the selector, or `adapter`; with `+STORAGE` appended if the storage is not `auto`.
-        n_passages: Number of passages measured.
-        n_questions: Number of questions about them.
         size_bytes: Mean size of a passage's cache in the store, in bytes.
         full_bytes: Mean size of its uncompressed cache, as the model computes it, in bytes.
         kl: KL to the full cache on its own answers, in nats; the mean over questions.
@@ -86,10 +83,8 @@ class Recommendation:
     """One recommended setting.
 
     Attributes:
-        keep_ratio: Recommended keep_ratio.
         meets: True if it was measured to meet the criteria.
         enough: True if there were enough passages and questions to judge.
-        reason: Explanation in a sentence or two.
         command: The `kv-memory add` command that uses the setting.
     """
 

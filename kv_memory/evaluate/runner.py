@@ -32,9 +32,7 @@ class Evaluation:
     """Results of an evaluation.
 
     Attributes:
-        task: Name of the task.
         rows: Rows of the table, over the documents that every column has.
-        records: Records from which the rows were aggregated.
         n_documents: Number of the task's documents under these settings; places of one passage count separately.
         n_finished: Number of these documents that every column has.
         complete: False if the time limit ended it early; the same call with the same folder resumes it.

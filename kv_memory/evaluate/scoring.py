@@ -15,8 +15,9 @@ from kv_memory.evaluate.cases import Case, EncodedQuery, Query, encode_query
 from kv_memory.evaluate.metrics import ALL_WANTED, TEXT_METRICS, kl_divergence, negative_log_likelihood
 from kv_memory.evaluate.question_records import Measured
 from kv_memory.evaluate.tasks.task import Task
-from kv_memory.generate import Answer, Prompt, Run, compose, first_token_rule
+from kv_memory.generate import Answer, Prompt, Run, compose
 from kv_memory.model.backbone import Backbone
+from kv_memory.model.first_token import FirstToken
 
 KL_TOKENS = 32  # length limit of the answer on which KL is measured
 _CPU_BYTES, _GPU_BYTES = 1 << 30, 4 << 30  # size limit of caches and logits of one batch
@@ -25,14 +26,8 @@ _CPU_BYTES, _GPU_BYTES = 1 << 30, 4 << 30  # size limit of caches and logits of 
 class PrefilledQuestions:
     """Questions prefilled once; each continuation is prefilled after them and then removed.
 
-    One prefill of the questions thus serves the full model's answer, the reference and every choice.
-
-    Args:
-        backbone: The model.
-        caches: Distilled caches of the document; empty for the floor.
-        prompts: Token ids of each question.
-        layout: Placement of documents, see `compose`.
-        n_new: Length of the longest continuation, in tokens.
+    One prefill of the questions thus serves the full model's answer, the reference and every choice. Without caches it
+    is the floor. `n_new` is the length of the longest continuation, in tokens.
 
     Raises:
         ContextWindowError: Caches, questions and continuations do not fit the model.
@@ -59,10 +54,9 @@ class PrefilledQuestions:
 
     @torch.no_grad()
     def follow(self, rows: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
-        """Log-probabilities at every token of a continuation of each question; a row of token ids may be empty.
+        """Yield log-probabilities at every token of a continuation of each question: `(len(row), vocab_size)`, float32.
 
-        Yields:
-            `(len(row), vocab_size)`, float32. One at a time, because together they are large.
+        A row of token ids may be empty. Results come one at a time, because together they are large.
         """
         rest, width = None, max(map(len, rows)) - 1
         if width > 0:  # rows are padded at their end, where attention does not reach; the last token needs no logits
@@ -80,7 +74,7 @@ class PrefilledQuestions:
         prompts = _behind_prefix([self._prompts[row] for row in rows])
         read = self._cache, self._first[list(rows)]
         run = Run(self._backbone, prompts, self._caches, self._layout, settings, read=read)
-        return [answer.text.strip() for answer in _decoded(run)]
+        return [answer.text.strip() for answer in run.decode()]
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -109,7 +103,7 @@ def greedy_answers(
     answers: list[Answer] = []
     # Decoding computes one row of logits per question; its copy of the cache takes the memory.
     for part in batches(backbone, len(prompts), n_entries=n_entries, n_tokens=1):
-        answers += _decoded(Run(backbone, _behind_prefix(prompts[part]), [full], layout, settings))
+        answers += Run(backbone, _behind_prefix(prompts[part]), [full], layout, settings).decode()
     return [(answer.text.strip(), answer.token_ids) for answer in answers]
 
 
@@ -117,22 +111,12 @@ def _behind_prefix(prompts: Sequence[Sequence[int]]) -> list[Prompt]:
     return [Prompt([*ids], behind_prefix=True) for ids in prompts]
 
 
-def _decoded(run: Run) -> Sequence[Answer]:
-    for _ in run.steps():
-        pass
-    return run.results()
-
-
 class _Taught(NamedTuple):
-    """The full cache's answer to one question.
+    """The full cache's answer to one question; its text is empty if the task measures on the reference.
 
-    Attributes:
-        ids: Tokens over which KL is measured: its own greedy answer, up to and including the token that ends it; or
-            the reference, if the task measures there. At most `KL_TOKENS`.
-        text: Decoded answer; empty if the task measures on the reference.
-        whole: True if `ids` is the complete answer.
-        log_probs: Log-probabilities at these tokens, `(len(ids), vocab_size)`, float32, on the model's device.
-        joined_log_probs: The same from the joined full caches of the single documents; None if there is one document.
+    KL is measured over `ids`, at most `KL_TOKENS`: its own greedy answer, up to and including the token that ends it
+    (`whole` if that is among them), or the reference. Log-probabilities at these tokens, also from the joined full
+    caches of several documents, are `(len(ids), vocab_size)`, float32, on the model's device.
     """
 
     ids: tuple[int, ...]
@@ -148,14 +132,8 @@ class CaseScorer:
     The full model's log-probabilities come from one teacher-forced pass, as for every method. Those of decoding were
     rejected: in bfloat16 the two differ in the last bits, and the full cache would have a KL to itself.
 
-    Args:
-        backbone: The model.
-        task: The task, which determines the metrics, where KL is measured and the length of answers.
-        case: The document and its questions.
-        full: Cache of one prefill of the document, or of all documents.
-        joined: Full cache of each document, if there are several.
-        layout: Placement of documents, see `compose`.
-        generate: True to decode answers if the task has text metrics.
+    `full` is the cache of one prefill of all documents, `joined` that of each document if there are several. With
+    `generate`, answers are decoded if the task has text metrics.
     """
 
     def __init__(
@@ -238,7 +216,9 @@ class CaseScorer:
 
 def _agrees(backbone: Backbone, query: EncodedQuery, teacher: _Taught, log_probs: torch.Tensor) -> bool:
     """Whether the likeliest token (of those that may open an answer) is the full model's at every token."""
-    return first_token_rule(backbone, query.prompt).greedy(log_probs, teacher.ids) == list(teacher.ids)
+    behind = query.prompt[-1] if query.prompt else None
+    opening = FirstToken(tokenizer=backbone.tokenizer, end_ids=backbone.end_ids, behind=behind)
+    return opening.greedy(log_probs, teacher.ids) == list(teacher.ids)
 
 
 def _losses(asked: PrefilledQuestions, rows: Sequence[Sequence[int]]) -> list[float]:

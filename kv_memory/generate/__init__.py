@@ -2,7 +2,7 @@
 
 from kv_memory.generate.answer import Answer, AnswerStream, ReadFrom, iterate_in_thread
 from kv_memory.generate.compose import compose
-from kv_memory.generate.generator import Generator, Run, first_token_rule
+from kv_memory.generate.generator import Generator, Run
 from kv_memory.generate.turns import Prompt, Role, Turn, encode_chat, encode_text_prompt, encode_turns
 
 __all__ = [
@@ -18,6 +18,5 @@ __all__ = [
     "encode_chat",
     "encode_text_prompt",
     "encode_turns",
-    "first_token_rule",
     "iterate_in_thread",
 ]

@@ -197,13 +197,13 @@ class TextStream:
         return 0
 
 
-async def iterate_in_thread(pieces: AnswerStream | Generator[str, None, None]) -> AsyncGenerator[str, None]:
-    """Iterate over a blocking iterator in asyncio: every step runs in a thread, and empty pieces are skipped.
+async def iterate_in_thread(stream: AnswerStream) -> AsyncGenerator[str, None]:
+    """The pieces of an answer in asyncio: every step runs in a thread, and empty pieces are skipped.
 
     A step of an answer is one token, with an empty piece where no text is ready. Cancelling then stops within a token,
     even in the middle of a character or of a possible stop string.
     """
-    steps = pieces.each_token() if isinstance(pieces, AnswerStream) else pieces
+    steps = stream.each_token()
     step: asyncio.Future[str | None] | None = None
     try:
         while True:
@@ -216,4 +216,4 @@ async def iterate_in_thread(pieces: AnswerStream | Generator[str, None, None]) -
     finally:
         if step is not None and not step.done():  # cancelled during a step, which cannot be interrupted
             await asyncio.wait([step])
-        pieces.close()
+        stream.close()

@@ -12,6 +12,8 @@ from kv_memory.config import Layout, check_choice
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import NEVER, PositionedCache
 
+_ANY = ("method", "adapter", "eta", "keep_spans", "format_version", "dtype")  # may differ between caches
+
 
 @torch.no_grad()
 def compose(
@@ -50,18 +52,12 @@ def compose(
         what=f"a prefix of {n_prefix:,}, {len(caches)} documents over {start - n_prefix:,} positions ({layout}), "
         f"a question of {n_question:,} and an answer of up to {n_new:,} tokens",
     )
+    mine = backbone.fingerprint(method="")
     for cache in caches:
         # Model, tokenizer, prompt and positions must match. The way the cache was compressed does not matter, so caches
         # of several methods, adapters and dtypes may be composed.
         made = cache.fingerprint
-        mine = backbone.fingerprint(
-            method=made.method,
-            adapter=made.adapter,
-            eta=made.eta,
-            keep_spans=made.keep_spans,
-            format_version=made.format_version,
-        )
-        made.check(replace(mine, dtype=made.dtype))
+        made.check(replace(mine, **{name: getattr(made, name) for name in _ANY}))
 
     n_positions = start + n_question
     if any(cache.counts is not None for cache in caches):

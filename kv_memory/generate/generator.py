@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from collections.abc import Generator as Steps
 from dataclasses import replace
 from typing import Any
@@ -15,13 +15,15 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.config import DecodeSettings, Layout
 from kv_memory.errors import DecodeTimeoutError
-from kv_memory.generate.answer import Answer, TextStream, iterate_in_thread
+from kv_memory.generate.answer import Answer, AnswerStream, TextStream, iterate_in_thread
 from kv_memory.generate.compose import compose
 from kv_memory.generate.constrain import JsonConstraint
 from kv_memory.generate.turns import Prompt
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.first_token import FirstToken
 from kv_memory.model.kv_cache import PositionedCache
+
+_DEFAULTS = DecodeSettings()
 
 
 class Generator:
@@ -43,7 +45,7 @@ class Generator:
         self, question: str, caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
     ) -> Answer:
         """Answer one question; see `generate_batch` for arguments and errors."""
-        return self.generate_batch([question], caches, settings=settings)[0]
+        return self.start([question], caches, settings=settings).decode()[0]
 
     def generate_batch(
         self, questions: Sequence[str], caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
@@ -61,21 +63,17 @@ class Generator:
         """
         if not questions:
             return []
-        run = self.start(questions, caches, settings=settings)
-        for _ in run.steps():
-            pass
-        return run.results()
+        return self.start(questions, caches, settings=settings).decode()
 
     def stream(
         self, question: str, caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
-    ) -> Steps[str, None, None]:
+    ) -> AnswerStream:
         """Answer one question piece by piece; the pieces joined are the answer.
 
         Arguments and errors as in `generate_batch`. Errors before decoding are raised by the call itself, not by the
-        first piece. Close the iterator to stop early.
+        first piece.
         """
-        run = self.start([question], caches, settings=settings)
-        return (pieces[0] for pieces in run.steps() if pieces[0])
+        return AnswerStream(self.start([question], caches, settings=settings), Answer())
 
     async def astream(
         self, question: str, caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
@@ -92,53 +90,38 @@ class Generator:
         *,
         texts: Sequence[str] = (),
         settings: DecodeSettings | None = None,
-        so_far: Sequence[Answer] = (),
     ) -> Run:
-        """Start a batch, for callers that need both the pieces and the statistics. Errors as in `generate_batch`.
+        """Start a batch, for callers that need both the pieces and the statistics.
 
-        Args:
-            questions: Questions to answer, at least one.
-            caches: Distilled caches of the documents, in order.
-            texts: Documents to prefill as text after the caches and before the question: plain RAG, for comparison.
-            settings: Decoding settings.
-            so_far: Answers before decoding, see `Run`.
+        Arguments and errors as in `generate_batch`, but there is at least one question. `texts` are documents to
+        prefill as text after the caches and before the question: plain RAG, for comparison.
         """
         documents = [token for text in texts for token in self.backbone.encode_document(text)]
         prompts = [Prompt(documents + self.backbone.encode_question(q), behind_prefix=True) for q in questions]
-        return Run(self.backbone, prompts, caches, self.layout, settings or DecodeSettings(), so_far=so_far)
+        return Run(self.backbone, prompts, caches, self.layout, settings)
 
 
-class Sampler:
-    """Picks tokens for one answer, with its own random generator.
+def _sampler(settings: DecodeSettings, device: torch.device) -> Callable[[torch.Tensor], int]:
+    """A function that picks the tokens of one answer from `(vocab_size,)` logits, with its own random generator."""
+    if settings.temperature == 0:
+        return lambda logits: int(logits.argmax())
+    generator = torch.Generator(device=device)
+    if settings.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(settings.seed)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(settings.temperature))])
+    if settings.top_k:
+        warpers.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1:
+        warpers.append(TopPLogitsWarper(settings.top_p))
+    none: Any = torch.empty(1, 0, dtype=torch.long)
 
-    Args:
-        settings: Decoding settings; temperature 0 is greedy.
-        device: Device of the logits.
-    """
+    def pick(logits: torch.Tensor) -> int:
+        scores = warpers(none, logits[None].float())
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
 
-    def __init__(self, settings: DecodeSettings, *, device: torch.device) -> None:
-        self._greedy = settings.temperature == 0
-        self._warpers = LogitsProcessorList()
-        if self._greedy:
-            return
-        self._generator = torch.Generator(device=device)
-        if settings.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(settings.seed)
-        self._warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
-        if settings.top_k:
-            self._warpers.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(settings.top_p))
-
-    def pick(self, logits: torch.Tensor) -> int:
-        """The next token id from `(vocab_size,)` logits."""
-        if self._greedy:
-            return int(logits.argmax())
-        none: Any = torch.empty(1, 0, dtype=torch.long)
-        scores = self._warpers(none, logits[None].float())
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+    return pick
 
 
 class Run:
@@ -155,14 +138,14 @@ class Run:
         prompts: Sequence[Prompt],
         caches: Sequence[DistilledCache],
         layout: Layout,
-        settings: DecodeSettings,
+        settings: DecodeSettings | None = None,
         *,
         read: tuple[PositionedCache, torch.Tensor] | None = None,
         so_far: Sequence[Answer] = (),
     ) -> None:
         self._start_s = time.perf_counter()
         self._backbone = backbone
-        self._settings = settings
+        self._settings = settings = settings or _DEFAULTS
         self._so_far = so_far or [Answer()] * len(prompts)
         self._lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
         width = int(self._lengths.max())
@@ -185,18 +168,32 @@ class Run:
         if settings.json_schema is not None:
             stop = settings.stop  # the schema determines where the answer ends
         self._texts = [TextStream(backbone.tokenizer, stop=stop) for _ in prompts]
-        self._samplers = [Sampler(settings, device=backbone.device) for _ in prompts]
+        self._samplers = [_sampler(settings, backbone.device) for _ in prompts]
         self._constraints = [
             None if settings.json_schema is None else JsonConstraint(backbone, settings.json_schema) for _ in prompts
         ]
-        self._end_ids = end_ids(backbone)
         self._openings = [
-            FirstToken(backbone.tokenizer, end_ids=self._end_ids, behind=prompt.ids[-1] if prompt.ids else None)
+            FirstToken(
+                tokenizer=backbone.tokenizer,
+                end_ids=backbone.end_ids,
+                behind=prompt.ids[-1] if prompt.ids else None,
+            )
             for prompt in prompts
         ]
-        self._ttft_s = [0.0] * len(prompts)
+        self._ttft_s = 0.0
         self._total_s = [0.0] * len(prompts)
 
+    def decode(self) -> list[Answer]:
+        """Decode to the end and return the answers; errors as in `steps`."""
+        for _ in self.steps():
+            pass
+        return self.results()
+
+    def close(self) -> None:
+        """Free the cache; the decoded text stays."""
+        self._cache = None
+
+    @torch.no_grad()
     def steps(self) -> Steps[list[str], None, None]:
         """Decode token by token; each step yields the new text of every row, empty for rows that have ended.
 
@@ -204,34 +201,24 @@ class Run:
             DecodeTimeoutError: Decoding takes longer than `DecodeSettings.timeout_s`.
         """
         assert self._cache is not None, "a run is decoded once"
-        try:
-            yield from self._decode(self._cache)
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        """Free the cache; the decoded text stays."""
-        self._cache = None
-
-    @torch.no_grad()
-    def _decode(self, cache: PositionedCache) -> Steps[list[str], None, None]:
-        backbone, ragged = self._backbone, len(self._lengths) > 1 and bool((self._lengths != self._lengths[0]).any())
+        # Only this frame holds the cache from here on: it is freed with the last step, or when the steps are closed.
+        backbone, cache, self._cache = self._backbone, self._cache, None
         logits = self._first
         if logits is None:
+            ragged = bool((self._lengths != self._lengths[0]).any())
             logits = backbone.logits(self._ids, cache, lengths=self._lengths if ragged else None)
         rows = list(range(len(self._texts)))  # indices of rows still being decoded
         for step in range(self._settings.max_new_tokens):
             last = step + 1 == self._settings.max_new_tokens
             tokens = [self._pick(row, of_row, last) for row, of_row in zip(rows, logits, strict=True)]
             now_s = time.perf_counter() - self._start_s
+            self._ttft_s = self._ttft_s or now_s
             pieces = [""] * len(self._texts)
             for row, token in zip(rows, tokens, strict=True):
                 text, constraint = self._texts[row], self._constraints[row]
-                if step == 0:
-                    self._ttft_s[row] = now_s
                 self._total_s[row] = now_s
                 complete = constraint is not None and constraint.push(token)
-                pieces[row] = text.push(token, is_end=token in self._end_ids, is_last=last, is_complete=complete)
+                pieces[row] = text.push(token, is_end=token in backbone.end_ids, is_last=last, is_complete=complete)
             yield pieces
             going = [i for i, row in enumerate(rows) if not self._texts[row].finished]
             if not going:
@@ -243,7 +230,7 @@ class Run:
             logits = backbone.logits(torch.tensor(tokens)[:, None], cache)
 
     def _pick(self, row: int, logits: torch.Tensor, is_last: bool) -> int:
-        text, constraint, choose = self._texts[row], self._constraints[row], self._samplers[row].pick
+        text, constraint, choose = self._texts[row], self._constraints[row], self._samplers[row]
         logits = logits if constraint is None else constraint.mask(logits)
         if text.begun:
             return choose(logits)
@@ -268,25 +255,11 @@ class Run:
                 finish_reason=text.finish_reason,
                 n_prompt_tokens=so_far.n_prompt_tokens + int(length),
                 n_cached_tokens=so_far.n_cached_tokens + self._n_cached,
-                ttft_s=so_far.ttft_s + ttft_s,
+                ttft_s=so_far.ttft_s + self._ttft_s,
                 total_s=so_far.total_s + total_s,
                 next_step=text.next_step,
             )
-            for so_far, text, length, ttft_s, total_s in zip(
-                self._so_far, self._texts, self._lengths, self._ttft_s, self._total_s, strict=True
+            for so_far, text, length, total_s in zip(
+                self._so_far, self._texts, self._lengths, self._total_s, strict=True
             )
         ]
-
-
-def first_token_rule(backbone: Backbone, prompt: Sequence[int]) -> FirstToken:
-    """The rule for the first tokens of an answer to this prompt."""
-    return FirstToken(backbone.tokenizer, end_ids=end_ids(backbone), behind=prompt[-1] if prompt else None)
-
-
-def end_ids(backbone: Backbone) -> list[int]:
-    """Tokens that end an answer: the tokenizer's end token and those of the model's generation settings."""
-    ids: list[int] = []
-    config = getattr(backbone.model, "generation_config", None)
-    for value in (backbone.tokenizer.eos_token_id, getattr(config, "eos_token_id", None)):
-        ids += value if isinstance(value, list) else [] if value is None else [value]
-    return list(dict.fromkeys(ids)) or [-1]

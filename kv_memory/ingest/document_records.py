@@ -54,11 +54,10 @@ def prepare_again(document: Document, old: DocumentRecord, count_tokens: CountTo
 
     It is split again if passages without kept text cannot be restored, because the tokenizer has changed.
     """
-    texts, keys = texts_in(old), {passage.text_sha256 for passage in old.passages}
-    if texts.keys() != keys:
-        split = split_passages(document.text, max_tokens=old.passage_tokens, count_tokens=count_tokens)
-        texts = _by_key(split)
-        if not texts.keys() >= keys:
+    texts = texts_in(old)
+    if not _covers(texts, old):
+        texts = _by_key(split_passages(document.text, max_tokens=old.passage_tokens, count_tokens=count_tokens))
+        if not _covers(texts, old):
             return prepare(document, old.passage_tokens, count_tokens, keep_text=keep_text)
     passages = tuple(_passage(texts[p.text_sha256], p.n_tokens, keep_text) for p in old.passages)
     record = replace(old, source_uri=document.source_uri, metadata=dict(document.metadata), passages=passages)
@@ -120,7 +119,7 @@ def prepare_from_file(old: DocumentRecord, count_tokens: CountTokens, *, encodin
     if document.content_sha256 != old.content_sha256:
         raise _lost(old, "its file now has a different text")
     texts = _by_key(split_passages(document.text, max_tokens=old.passage_tokens, count_tokens=count_tokens))
-    if texts.keys() >= {passage.text_sha256 for passage in old.passages}:
+    if _covers(texts, old):
         return Prepared(old, texts)
     # It was split with another tokenizer, so it is split again.
     again = replace(document, id=old.id, source_uri=old.source_uri, metadata=old.metadata)
@@ -130,6 +129,10 @@ def prepare_from_file(old: DocumentRecord, count_tokens: CountTokens, *, encodin
 def texts_in(record: DocumentRecord) -> dict[str, str]:
     """The texts that a stored document keeps, by their SHA-256."""
     return {passage.text_sha256: passage.text for passage in record.passages if passage.text is not None}
+
+
+def _covers(texts: Mapping[str, str], record: DocumentRecord) -> bool:
+    return all(passage.text_sha256 in texts for passage in record.passages)
 
 
 def _passage(text: str, n_tokens: int, keep_text: bool) -> PassageRecord:

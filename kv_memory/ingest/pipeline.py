@@ -236,7 +236,8 @@ class IngestPipeline:
                             )
                         )
             finally:
-                self._wait()
+                if self._writer is not None:
+                    self._wait()
             self._store.put_document(record, settings=settings)
             self._recorded = True
         if not self._recorded:  # no document has brought the settings, with which later calls continue

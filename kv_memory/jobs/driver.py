@@ -42,8 +42,6 @@ class JobRequest:
         sources: Files, folders, patterns, `hub:NAME`, `sql:URL`.
         sync: Folder that the collection is made equal to, instead of `sources`.
         force: True to sync even if that deletes documents from outside the folder, or all documents.
-        glob: Pattern for the files of a folder.
-        query: SQL query for the `sql:` sources.
         name: Name of the job; derived from the current time if None.
     """
 

@@ -21,12 +21,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class JobStarted(Event):
-    """A job starts or resumes.
-
-    Attributes:
-        sources: Names of the job's sources, for display.
-        resumed: True if the job was started before.
-    """
+    """A job starts, or resumes; its sources are named for display."""
 
     kind = "started"
     sources: tuple[str, ...]
@@ -35,19 +30,12 @@ class JobStarted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Progress(Event):
-    """The progress of a job.
+    """The progress of a job in numbers of documents; speeds are those of the last minute.
 
     Attributes:
         discovered: True once all documents are known; until then `total` grows.
-        total: Number of known documents.
-        done: Number of finished documents.
-        failed: Number of failed documents.
-        in_hand: Number of documents in progress.
         n_tokens: Number of tokens compressed in this job.
-        n_workers: Number of running workers.
         elapsed_s: Time since the job started or resumed, in seconds.
-        documents_per_s: Recent rate of documents per second.
-        tokens_per_s: Recent rate of tokens per second.
         left_s: Estimated remaining time in seconds; None while it is unknown.
     """
 
@@ -83,12 +71,9 @@ class WorkerEnded(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class JobEnded(Outcomes, Event):
-    """The job has ended.
+    """The job is `done` or `cancelled`, `elapsed_s` seconds after it started or resumed.
 
-    Attributes:
-        state: Final state, `done` or `cancelled`.
-        deleted: Number of documents deleted by a sync.
-        elapsed_s: Time since the job started or resumed, in seconds.
+    `deleted` is the number of documents that a sync deleted.
     """
 
     kind = "ended"

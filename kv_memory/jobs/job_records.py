@@ -57,13 +57,11 @@ class Job:
 
     Attributes:
         name: Name, unique in the store.
-        collection: Name of the collection that receives the documents.
         sources: Requested sources, `{"items": [SPEC, ...], "sync": bool}`.
         fingerprint: Digest of the caches' fingerprint; None until a worker has loaded the model.
         discovered: True once every document of the sources has a task.
         n_deleted: Number of documents deleted by a sync.
         n_unchanged: Number of documents that a sync found stored and unchanged; they have no tasks.
-        finished_at: Time of the end; None while the job is unfinished.
     """
 
     id: int
@@ -123,13 +121,9 @@ class FailedTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """The work that a document, or a whole job, has taken.
+    """Passages and tokens compressed for a document, or a whole job, and the sizes of their new caches in bytes.
 
-    Attributes:
-        n_passages: Number of passages compressed.
-        n_tokens: Number of tokens compressed.
-        cache_bytes: Size of the new distilled caches in bytes.
-        full_kv_bytes: Size that their uncompressed caches would have, in bytes.
+    `full_kv_bytes` is the size that the uncompressed caches would have.
     """
 
     n_passages: int = 0
@@ -145,7 +139,6 @@ class TaskResult(Work):
     Attributes:
         outcome: Kind of change to the document, where `unchanged` costs only a hash; None if it failed.
         error: Error of a failed document, in the form of `KVMemoryError.to_dict`; None if it is stored.
-        elapsed_s: Processing time in seconds.
     """
 
     outcome: Outcome | None = None
@@ -157,12 +150,7 @@ class TaskResult(Work):
 class Outcomes(Work):
     """Numbers of documents by outcome.
 
-    Attributes:
-        added: Number of new documents.
-        replaced: Number of documents with changed text, metadata or settings.
-        unchanged: Number of documents that needed no work.
-        failed: Number of failed documents.
-        cancelled: Number of documents left out because the job was cancelled.
+    Replaced ones had other text, metadata or settings; cancelled ones were left out because the job was cancelled.
     """
 
     added: int = 0
@@ -176,11 +164,8 @@ class Outcomes(Work):
 class Counts(Outcomes):
     """The progress of a job.
 
-    Attributes:
-        pending: Number of documents not yet claimed.
-        running: Number of documents in progress.
-        done_bytes: Size in bytes of the sources of done and failed documents, as far as known.
-        open_bytes: Size in bytes of the sources of pending and running documents, as far as known.
+    `done_bytes` and `open_bytes` are sizes of the sources of done and failed documents, and of pending and running
+    ones, as far as known.
     """
 
     pending: int = 0

@@ -37,11 +37,7 @@ class Ledger:
     # jobs
 
     def create(self, name: str, *, sources: Mapping[str, Any], settings: JobSettings) -> Job:
-        """Create a job without tasks.
-
-        Raises:
-            JobError: The name is taken or invalid.
-        """
+        """Create a job without tasks; a JobError if the name is taken or invalid."""
         if not 0 < len(name) <= 64 or not name.isprintable():
             raise JobError(
                 f"a job name must have 1 to 64 printable characters, got {name!r}",
@@ -66,11 +62,7 @@ class Ledger:
         return self.job(name)
 
     def job(self, name: str) -> Job:
-        """Look up a job by its name.
-
-        Raises:
-            JobError: The collection has no job of this name.
-        """
+        """Look up a job by its name; a JobError if the collection has no job of this name."""
         with self._catalog.read() as session:
             row = session.scalar(self._jobs().where(JobRow.name == name))
         if row is None:
@@ -92,11 +84,7 @@ class Ledger:
 
     @contextmanager
     def hold_driver_lock(self, job: Job) -> Iterator[None]:
-        """Hold the lock that lets nobody else drive the job.
-
-        Raises:
-            JobError: The job is already being driven.
-        """
+        """Hold the lock that lets nobody else drive the job; a JobError if another process holds it."""
         with self._catalog.hold(f"job {job.id}", wait=False) as had:
             if not had:
                 raise JobError(

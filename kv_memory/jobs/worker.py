@@ -30,6 +30,7 @@ from kv_memory.jobs.job_records import Job, Outcome, Task, TaskResult, Work
 from kv_memory.jobs.leases import LEASE_S, TaskQueue
 from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.sources import Sources
+from kv_memory.lazy_compressor import LazyCompressor
 from kv_memory.memory import KVMemory
 from kv_memory.settings import MemorySettings
 from kv_memory.store import Store
@@ -86,17 +87,14 @@ def run(
 
 def pipeline_of(store: Store, job: Job, *, device: str = "auto") -> IngestPipeline:
     """The pipeline of a memory with the job's settings; errors as in `KVMemory.open`."""
-    memory = KVMemory(store, MemorySettings(**job.settings.memory), device=device)
+    settings = MemorySettings(**job.settings.memory)
+    memory = KVMemory(store, settings, LazyCompressor(settings, device=device))
     # Storing mostly waits for the disk or a server.
     return memory.pipeline(writer=ThreadPoolExecutor(1, thread_name_prefix="writer"))
 
 
 def work(queue: TaskQueue, sources: Sources, pipeline: IngestPipeline, *, alone: Callable[[], bool]) -> None:
-    """Process documents of a job until it ends, or until `alone` is true, e.g. because its driver has died.
-
-    Raises:
-        StoreError: The store cannot be used.
-    """
+    """Process documents of a job until it ends, or until `alone` is true, e.g. because its driver has died."""
     idle_s = _IDLE_S[0]
     while not alone():
         task = queue.claim()
@@ -112,11 +110,7 @@ def work(queue: TaskQueue, sources: Sources, pipeline: IngestPipeline, *, alone:
 
 
 def do_one(task: Task, sources: Sources, pipeline: IngestPipeline) -> TaskResult:
-    """Read and compress one document.
-
-    Raises:
-        StoreError: The store cannot be used; the document is not at fault.
-    """
+    """Read and compress one document; a StoreError is about the store, not the document."""
     start_s = time.perf_counter()
     try:
         read = sources.read(task)

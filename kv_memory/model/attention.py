@@ -74,8 +74,6 @@ class ForwardContext:
 
     Attributes:
         cache: Cache with the positions of the keys; None if the tokens are alone in their sequence.
-        observer: Observer of every layer's queries and keys.
-        routing: Choice of the tokens that go through the adapter; None routes no token.
         masks: Masks of this pass, by layer (-1 if shared by all layers) and window; filled on demand.
     """
 

@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -52,8 +52,6 @@ class Backbone(PromptEncoder):
         weights_sha256: Hash of the weights, if known; else computed from the parameters.
 
     Attributes:
-        dtype: Dtype of the model's weights and of its caches.
-        device: Device of the model.
         kv_bytes_per_token: Size of one token in an uncompressed cache, in bytes.
 
     Raises:
@@ -66,13 +64,14 @@ class Backbone(PromptEncoder):
         tokenizer: Any,
         *,
         prompt: PromptName | PromptForm = "auto",
+        chat_options: Mapping[str, Any] | None = None,
         name: str | None = None,
         weights_sha256: str | None = None,
     ) -> None:
         config = model.config
         self.name: str = name or getattr(config, "_name_or_path", "") or type(model).__name__
         check_supported(config.model_type, where=self.name)
-        super().__init__(tokenizer, choose_form(prompt, tokenizer))
+        super().__init__(tokenizer, choose_form(prompt, tokenizer, chat_options))
         self.model = model.eval().requires_grad_(False)
         self.config = config
         self.lock = threading.RLock()  # rotary modules and routed layers hold state during a forward pass
@@ -107,6 +106,7 @@ class Backbone(PromptEncoder):
         dtype: DtypeName = "auto",
         device: str = "auto",
         prompt: PromptName | PromptForm = "auto",
+        chat_options: Mapping[str, Any] | None = None,
         revision: str | None = None,
     ) -> Backbone:
         """Load a model by name.
@@ -118,6 +118,7 @@ class Backbone(PromptEncoder):
                 float32.
             device: Torch device such as `cuda:1`; `auto` is a GPU if there is one, else the CPU.
             prompt: Prompt form, see `Backbone`; `auto` is the best form of a built-in model.
+            chat_options: Variables of the model's chat template, e.g. `{"enable_thinking": True}`.
             revision: Revision of a hub id.
 
         Raises:
@@ -131,7 +132,7 @@ class Backbone(PromptEncoder):
         model, tokenizer, weights = load_model(name, dtype=torch_dtype, device=device, revision=revision)
         if prompt == "auto" and (found := built_in(name)):
             prompt = found.prompt
-        return cls(model, tokenizer, prompt=prompt, name=name, weights_sha256=weights)
+        return cls(model, tokenizer, prompt=prompt, chat_options=chat_options, name=name, weights_sha256=weights)
 
     def fingerprint(
         self,
@@ -172,6 +173,15 @@ class Backbone(PromptEncoder):
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
         )
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: the tokenizer's end token and those of the model's generation settings."""
+        config = getattr(self.model, "generation_config", None)
+        ids: list[int] = []
+        for value in (self.tokenizer.eos_token_id, getattr(config, "eos_token_id", None)):
+            ids += value if isinstance(value, list) else [] if value is None else [value]
+        return frozenset(ids)
 
     @property
     def prefix(self) -> Prefix:
@@ -222,7 +232,8 @@ class Backbone(PromptEncoder):
 
     def empty_cache(self, capacity: int, *, batch_size: int = 1) -> PositionedCache:
         """An empty cache with room for `capacity` entries."""
-        self._check_process()
+        if os.getpid() != self._pid:
+            self._refuse_fork()
         shape = (self.num_layers, batch_size, self.num_kv_heads, capacity, self.head_dim)
         keys = torch.empty(shape, dtype=self.dtype, device=self.device)
         none = torch.empty(0, dtype=torch.int32, device=self.device)
@@ -242,7 +253,8 @@ class Backbone(PromptEncoder):
 
     def check_positions(self, n_positions: int, *, what: str) -> None:
         """Raise `ContextWindowError` unless the model can address `n_positions`."""
-        self._check_process()
+        if os.getpid() != self._pid:
+            self._refuse_fork()
         if n_positions > self.context_window:
             raise ContextWindowError(
                 f"{what} needs {n_positions:,} positions, the model has {self.context_window:,}",
@@ -250,13 +262,13 @@ class Backbone(PromptEncoder):
                 next_step="Retrieve fewer or shorter documents, lower max_new_tokens, or use layout='packed'.",
             )
 
-    def _check_process(self) -> None:
+    def _refuse_fork(self) -> None:
         """Refuse to compute in a forked child, where the threads that torch has started are missing: it would hang.
 
         Raises:
             ModelError: The model was loaded by the parent, which computes with several threads or on a GPU.
         """
-        if os.getpid() != self._pid and (torch.get_num_threads() > 1 or self.device.type != "cpu"):
+        if torch.get_num_threads() > 1 or self.device.type != "cpu":
             raise ModelError(
                 "the model was loaded before this process was forked",
                 where=self.name,
@@ -323,7 +335,8 @@ class Backbone(PromptEncoder):
         positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        self._check_process()
+        if os.getpid() != self._pid:
+            self._refuse_fork()
         ids = ids.to(self.device)  # (batch, n)
         n = ids.shape[1]
         # 1. Positions continue after each row's last token; with length-dependent frequencies, rotate the keys again.

@@ -133,11 +133,7 @@ def recorded_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prepared_folder(model: BuiltInModel) -> Path:
-    """The folder of a converted model.
-
-    Raises:
-        ModelNotFoundError: The model has not been prepared.
-    """
+    """The folder of a converted model; a ModelNotFoundError if it has not been prepared."""
     if not model.is_prepared:
         raise ModelNotFoundError(
             f"the built-in model {model.name} has not been prepared",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,22 +28,17 @@ def is_visible(text: str) -> bool:
     return first_visible(text) < len(text)
 
 
+@dataclass(frozen=True, kw_only=True)
 class FirstToken:
     """Picks the first tokens of one answer, up to its first visible character.
 
     One space is accepted as the very first token if the prompt does not end in white space: many tokenizers split it
-    from a digit, and the worked examples show `Answer: 3`.
-
-    Args:
-        tokenizer: Tokenizer of the model.
-        end_ids: Ids of the tokens that end an answer.
-        behind: Last token of the prompt; None if there is no prompt.
+    from a digit, and the worked examples show `Answer: 3`. `behind` is the prompt's last token; None without a prompt.
     """
 
-    def __init__(self, tokenizer: Any, *, end_ids: Collection[int], behind: int | None) -> None:
-        self._tokenizer = tokenizer
-        self._end_ids = frozenset(end_ids)
-        self._behind = behind
+    tokenizer: Any
+    end_ids: Collection[int]
+    behind: int | None
 
     def pick(
         self,
@@ -72,14 +68,12 @@ class FirstToken:
 
     def has_begun(self, ids: Sequence[int]) -> bool:
         """Whether an answer of these tokens has a visible character; an incomplete one at its end does not count."""
-        return is_visible(self._decode(ids).rstrip("\ufffd"))
+        return is_visible(self.tokenizer.decode(list(ids), skip_special_tokens=True).rstrip("\ufffd"))
 
     def greedy(self, log_probs: torch.Tensor, ids: Sequence[int]) -> list[int]:
         """The greedy choice at each position of an answer, given the answer's tokens before it.
 
-        Args:
-            log_probs: `(len(ids), vocab_size)`, log-probabilities at each position.
-            ids: Tokens of the answer.
+        `log_probs` are `(len(ids), vocab_size)`, at the positions of the answer's tokens `ids`.
         """
         best: list[int] = log_probs.argmax(-1).tolist()
         for step, row in enumerate(log_probs):
@@ -89,17 +83,15 @@ class FirstToken:
         return best
 
     def _fits(self, token: int, ids: Sequence[int], is_last: bool) -> bool:
-        if token in self._end_ids:
+        if token in self.end_ids:
             return False
-        return is_visible(self._decode([*ids, token])) or (not ids and not is_last and self._is_space(token))
+        if is_visible(self.tokenizer.decode([*ids, token], skip_special_tokens=True)):
+            return True
+        return not ids and not is_last and self._is_space(token)
 
     def _is_space(self, token: int) -> bool:
-        if self._behind is None:
+        if self.behind is None:
             return False
         # Decoded with the prompt's last token, because some tokenizers drop a leading space.
-        before: str = self._tokenizer.decode([self._behind])
-        return not before[-1:].isspace() and self._tokenizer.decode([self._behind, token]) == f"{before} "
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
-        return text
+        before: str = self.tokenizer.decode([self.behind])
+        return not before[-1:].isspace() and bool(self.tokenizer.decode([self.behind, token]) == f"{before} ")

@@ -148,10 +148,9 @@ class PositionedCache(DynamicCache):
         self.next_positions = self.next_positions - n_tokens
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Drop all other rows of the batch: a finished row would cost as much as one that is still being decoded.
+        """Drop all rows of the batch but these, in their new order.
 
-        Args:
-            rows: Indices of the rows to keep, in their new order.
+        A finished row would cost as much as one that is still being decoded.
         """
         index = torch.tensor(rows, device=self.next_positions.device)
 
@@ -215,12 +214,8 @@ class Prefix:
     """The shared beginning of every prompt, prefilled once and stored between runs.
 
     Unlike a distilled cache, it is stored with rotary embedding, because its positions never change. It is therefore
-    restored bit by bit.
-
-    Attributes:
-        keys: `(num_layers, num_kv_heads, n_tokens, head_dim)`, with rotary embedding.
-        values: `(num_layers, num_kv_heads, n_tokens, head_dim)`.
-        regime: Regime of the rotary frequencies, see `Rope.regime`.
+    restored bit by bit. Keys and values are `(num_layers, num_kv_heads, n_tokens, head_dim)`; for `regime` see
+    `Rope.regime`.
     """
 
     keys: torch.Tensor

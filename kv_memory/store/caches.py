@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,12 +25,13 @@ from kv_memory.errors import (
     StoreError,
 )
 from kv_memory.store import documents
-from kv_memory.store.blob_references import MisfiledError, check_header, load_cache
+from kv_memory.store.blob_references import check_header, load_cache
+from kv_memory.store.blobs.local import blob_key, is_blob_key
 from kv_memory.store.documents import alive
-from kv_memory.store.eviction import Eviction, read_limits
+from kv_memory.store.eviction import SELECT_LIMITS, Eviction
 from kv_memory.store.metrics import BYTES_READ, BYTES_WRITTEN, GET_SECONDS, GETS, PUT_SECONDS
 from kv_memory.store.records import CacheInfo
-from kv_memory.store.sql.schema import Base, CacheRow, FingerprintRow, PassageRow, PrefixRow, utc_now
+from kv_memory.store.sql.schema import Base, CacheRow, FingerprintRow, PrefixRow, utc_now
 from kv_memory.tracing import span
 
 if TYPE_CHECKING:
@@ -44,39 +44,24 @@ _SAME = (
     & (CacheRow.text_sha256 == bindparam("text"))
     & (CacheRow.fingerprint == bindparam("digest"))
 )
+_IDENTITY = CacheRow.text_sha256, CacheRow.fingerprint, CacheRow.keep_ratio
 _AT_RATIO = select(CacheRow).where(_SAME, CacheRow.keep_ratio == bindparam("ratio"))
 # Columns, and the time as SQLite has it: half of the time of ORM objects, for each `get`.
 _OF_TEXT = (
-    select(
-        CacheRow.id,
-        CacheRow.blob_key,
-        CacheRow.size_bytes,
-        CacheRow.text_sha256,
-        CacheRow.fingerprint,
-        CacheRow.keep_ratio,
-        CacheRow.n_tokens,
-    )
+    select(CacheRow.id, CacheRow.blob_key, CacheRow.size_bytes, CacheRow.n_tokens, *_IDENTITY)
     .where(_SAME, or_(CacheRow.expires_at.is_(None), CacheRow.expires_at > bindparam("now", type_=DateTime())))
     .order_by(CacheRow.id.desc())
 )
 _FINGERPRINT = select(FingerprintRow.digest).where(FingerprintRow.digest == bindparam("digest"))
 _INSERT_FINGERPRINT = insert(Base.metadata.tables[FingerprintRow.__tablename__])
 _INSERT = insert(Base.metadata.tables[CacheRow.__tablename__]).returning(CacheRow.id)
-_AGAIN = "Run `kv-memory add --stale` to compress the text again; until then answer from the text."
 _OUTCOMES = {CacheNotFoundError: "missing", FingerprintMismatchError: "mismatch", CorruptCacheError: "corrupt"}
 
 
 class Caches(Eviction):
     """Caches and prefixes of one collection: the part of `Store` that needs blobs."""
 
-    def put(
-        self,
-        text_sha256: str,
-        cache: DistilledCache,
-        *,
-        fidelity: float | None = None,
-        storage: StorageName = "auto",
-    ) -> CacheInfo:
+    def put(self, text_sha256: str, cache: DistilledCache, *, storage: StorageName = "auto") -> CacheInfo:
         """Store a distilled cache: the blob first, then its row. Both are durable when this returns.
 
         The text need not be in a document yet. If the collection already has a sound cache of this text, fingerprint
@@ -85,19 +70,19 @@ class Caches(Eviction):
         Args:
             text_sha256: SHA-256 hex digest of the UTF-8 text of the cache.
             cache: Cache to store.
-            fidelity: Last held-out probe KL in nats; None takes the cache's own.
             storage: Number format of keys and values in the blob, see `DistilledCache.to_bytes`; `get` recognises it.
 
         Raises:
             ConfigError: The cache cannot be stored in this format.
             StoreFullError: No space left. Nothing of this cache is kept, and everything else is untouched.
         """
-        if re.fullmatch("[0-9a-f]{64}", text_sha256) is None:
+        if not is_blob_key(text_sha256):
             raise ConfigError("text_sha256 must be a SHA-256 hex digest", where=f"text_sha256={text_sha256[:80]!r}")
         start_s = time.perf_counter()
         with span("store.put", text_sha256=text_sha256, keep_ratio=cache.keep_ratio):
             # The blob records the hash of its text, so a row that names another text's blob is detected.
             data = replace(cache, text_sha256=text_sha256).to_bytes(storage=storage)
+            key = blob_key(data)
             info = CacheInfo(
                 text_sha256=text_sha256,
                 fingerprint=cache.fingerprint.digest,
@@ -107,36 +92,29 @@ class Caches(Eviction):
                 n_kept=cache.n_kept,
                 dtype=stored_dtype(storage, cache.fingerprint.dtype),
                 size_bytes=len(data),
-                blob_key="",  # known when it is stored, as are the times
-                fidelity=cache.fidelity if fidelity is None else fidelity,
+                blob_key=key,
+                fidelity=cache.fidelity,
                 refined_steps=cache.refined_steps,
-                pinned=False,
-                created_at=utc_now(),
-                last_used_at=None,
-                expires_at=None,
+                created_at=utc_now(),  # replaced when it is stored, as is `expires_at`
             )
             names = {"collection": self.collection_id, "text": text_sha256}
             names |= {"digest": info.fingerprint, "ratio": info.keep_ratio}
-            for _ in range(3):
-                there: CacheRow | None = None
+            there: list[CacheRow] = []
 
-                def add_row(session: Session, key: str) -> list[str]:
-                    nonlocal info, there
-                    row = session.scalar(_AT_RATIO, names)
-                    if row is not None and (row.expires_at is None or row.expires_at > utc_now()):
-                        there = row
-                        return [] if key == row.blob_key else [key]
-                    info = replace(info, blob_key=key)
-                    info, gone = self._insert(session, info, cache.fingerprint, instead_of=row)
-                    return gone
+            def add_row(session: Session) -> list[str]:
+                nonlocal info
+                row = session.scalar(_AT_RATIO, names)
+                if row is not None and (row.expires_at is None or row.expires_at > utc_now()):
+                    there.append(row)
+                    return [] if key == row.blob_key else [key]
+                info, gone = self._insert(session, info, cache.fingerprint, instead_of=row)
+                return gone
 
-                self.references.put(data, add_row)
-                if there is None:
-                    break
-                if self.references.is_sound(there):
-                    return _cache_info(there)
-            else:
-                raise StoreError("the cache changed each time", where=f"text {text_sha256}", next_step="Try again.")
+            self.references.put_all({key: data}, add_row)
+            if there:
+                if self.references.verify(there[0]) is None:
+                    return _cache_info(there[0])
+                return self.put(text_sha256, cache, storage=storage)  # its blob was damaged, and the row is gone
         PUT_SECONDS.labels(self.collection).observe(time.perf_counter() - start_s)
         BYTES_WRITTEN.labels(self.collection).inc(len(data))
         return info
@@ -146,21 +124,20 @@ class Caches(Eviction):
     ) -> tuple[CacheInfo, list[str]]:
         """Insert a row and evict to make room for it; returns its final record, and the blob keys of deleted rows."""
         now = utc_now()
-        limits = read_limits(session, self.collection_id)
-        expires_at = None if limits.ttl_s is None else now + timedelta(seconds=limits.ttl_s)
+        of_collection, ttl_s, of_store = session.execute(SELECT_LIMITS, {"collection": self.collection_id}).one()
+        expires_at = None if ttl_s is None else now + timedelta(seconds=ttl_s)
         info = replace(info, created_at=now, expires_at=expires_at)
         gone: list[str] = []
         if instead_of is not None:
             gone.append(instead_of.blob_key)
-            session.delete(instead_of)
-            session.flush()
+            session.execute(delete(CacheRow).where(CacheRow.id == instead_of.id))
         # Core tables, not ORM classes: they take a third of the time, and each put waits for it.
         connection = session.connection()
         if connection.scalar(_FINGERPRINT, {"digest": info.fingerprint}) is None:
             connection.execute(_INSERT_FINGERPRINT, {"digest": info.fingerprint, "json": fingerprint.to_json()})
         row_id = connection.scalar(_INSERT, {"collection_id": self.collection_id, **vars(info)})
-        if limits.max_size_bytes is not None or limits.store_max_size_bytes is not None:
-            gone += self._evict(session, limits, now, spare=row_id)
+        if of_collection is not None or of_store is not None:
+            gone += self._evict(session, now, spare=row_id)
         return info, gone
 
     def get(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float | Keep) -> DistilledCache:
@@ -216,14 +193,15 @@ class Caches(Eviction):
             except FileNotFoundError:
                 continue  # removed after step 2: the next round finds no row, or a missing blob
             except CorruptCacheError as error:
-                # The row of a sound blob that is of something else is deleted; a damaged blob is quarantined.
-                if isinstance(error, MisfiledError):
-                    refused = self.references.drop_misfiled(row)
-                else:
-                    refused = self.references.quarantine_with_rows(row.blob_key, row.size_bytes)
-                if refused:
-                    raise self._corrupt(error.what, row.blob_key, text_sha256) from error
-                continue  # another writer has deleted or replaced the cache
+                if not self.references.refuse(row, error):
+                    continue  # another writer has deleted or replaced the cache
+                with self.catalog.read() as session:
+                    where = documents.place_of(session, self.collection_id, text_sha256)
+                raise CorruptCacheError(
+                    f"a distilled cache is damaged and was quarantined: {error.what}",
+                    where=f"{where}, blob {row.blob_key}",
+                    next_step="Run `kv-memory add --stale` to compress the text again; meanwhile answer from the text.",
+                ) from error
             # 4. Note the time of use, for eviction.
             self.uses.note(row.id)
             return cache, row.size_bytes
@@ -249,13 +227,11 @@ class Caches(Eviction):
         """Whether `get` would find a sound cache; nothing is quarantined, which `get` and `check` do."""
         with self.catalog.read() as session:
             row = self._find(session, text_sha256, fingerprint, keep_ratio)
-        if row is None:
-            return False
-        try:
-            check_header(row, self.references.verified_path(row.blob_key, row.size_bytes))
-        except (CorruptCacheError, FingerprintMismatchError):
-            return False
-        return True
+        if row is not None:
+            with suppress(CorruptCacheError, FingerprintMismatchError):
+                check_header(row, self.references.verified_path(row.blob_key, row.size_bytes))
+                return True
+        return False
 
     def _find(self, session: Session, text_sha256: str, fingerprint: Fingerprint, keep: float | Keep) -> Any:
         """The columns of _OF_TEXT at a keep ratio; for a `Keep` of the cache that it gives, else of the newest one."""
@@ -269,19 +245,13 @@ class Caches(Eviction):
         fitting = (row for row in rows if keep.fits(row.keep_ratio, row.n_tokens, fingerprint))
         return next(fitting, rows[0])
 
-    def delete(
-        self, text_sha256: str, *, fingerprint: Fingerprint | None = None, keep_ratio: float | None = None
-    ) -> int:
-        """Delete a text's caches, all of them or those under the given settings, and return their number."""
-        statement = delete(CacheRow).where(
+    def delete(self, text_sha256: str) -> int:
+        """Delete a text's caches, and return their number."""
+        these = delete(CacheRow).where(
             CacheRow.collection_id == self.collection_id, CacheRow.text_sha256 == text_sha256
         )
-        if fingerprint is not None:
-            statement = statement.where(CacheRow.fingerprint == fingerprint.digest)
-        if keep_ratio is not None:
-            statement = statement.where(CacheRow.keep_ratio == check_keep_ratio(keep_ratio))
         with self.catalog.write() as session:
-            keys = session.scalars(statement.returning(CacheRow.blob_key)).all()
+            keys = session.scalars(these.returning(CacheRow.blob_key)).all()
         self.references.delete_unreferenced(keys)
         return len(keys)
 
@@ -291,13 +261,12 @@ class Caches(Eviction):
         Raises:
             DocumentNotFoundError: The collection has no such document.
         """
-        statement = select(CacheRow).where(CacheRow.collection_id == self.collection_id).order_by(CacheRow.id)
+        these = CacheRow.collection_id == self.collection_id
         with self.catalog.read() as session:
             if document_id is not None:
-                row = documents.find_document(session, self.collection_id, document_id)
-                texts = select(PassageRow.text_sha256).where(PassageRow.document_pk == row.id)
-                statement = statement.where(CacheRow.text_sha256.in_(texts))
-            return [_cache_info(row) for row in session.scalars(statement)]
+                these = self._of_document(session, document_id)
+            rows = session.scalars(select(CacheRow).where(these).order_by(CacheRow.id))
+            return [_cache_info(row) for row in rows]
 
     def making(self, text_sha256: str, fingerprint: Fingerprint, keep_ratio: float) -> AbstractContextManager[bool]:
         """A lock on making this cache: wait for it by entering the context, call `has` again, then compress and `put`.
@@ -310,8 +279,9 @@ class Caches(Eviction):
 
     def put_prefix(self, key: str, data: bytes) -> None:
         """Store the cache of a shared prefix, as safetensors bytes, replacing any under the same key."""
+        blob = blob_key(data)
 
-        def add_row(session: Session, blob: str) -> list[str]:
+        def add_row(session: Session) -> list[str]:
             row = session.scalar(self._prefix(key))
             left = [] if row is None or row.blob_key == blob else [row.blob_key]
             if row is None:
@@ -320,7 +290,7 @@ class Caches(Eviction):
             row.blob_key, row.size_bytes = blob, len(data)
             return left
 
-        self.references.put(data, add_row)
+        self.references.put_all({blob: data}, add_row)
 
     def get_prefix(self, key: str) -> Path | None:
         """The safetensors file of a shared prefix, checked like a cache; None if the key has no prefix.
@@ -336,7 +306,7 @@ class Caches(Eviction):
             try:
                 return self.references.verified_path(row.blob_key, row.size_bytes)
             except CorruptCacheError as error:
-                if self.references.quarantine_with_rows(row.blob_key, row.size_bytes):
+                if self.references.refuse(row, error):
                     raise CorruptCacheError(
                         error.what,
                         where=f"prefix {key!r}, blob {row.blob_key}",
@@ -346,13 +316,6 @@ class Caches(Eviction):
 
     def _prefix(self, key: str) -> Any:
         return select(PrefixRow).where(PrefixRow.collection_id == self.collection_id, PrefixRow.key == key)
-
-    def _corrupt(self, what: str, key: str, text_sha256: str) -> CorruptCacheError:
-        with self.catalog.read() as session:
-            where = documents.place_of(session, self.collection_id, text_sha256)
-        return CorruptCacheError(
-            f"a distilled cache is damaged and was quarantined: {what}", where=f"{where}, blob {key}", next_step=_AGAIN
-        )
 
     def _not_found(self, session: Session, text_sha256: str, wanted: Fingerprint, keep: float | Keep) -> CacheError:
         keep_ratio = None if isinstance(keep, Keep) else check_keep_ratio(keep)

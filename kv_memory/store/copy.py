@@ -276,7 +276,7 @@ class _Copy:
                 path = references.verified_path(info.blob_key, info.size_bytes, again=not self._links)
                 return path if self._links else path.read_bytes()
             except (CorruptCacheError, FileNotFoundError):
-                if references.quarantine_if_damaged(info.blob_key, info.size_bytes):
+                if references.verify(info, again=True) is not None:
                     self._damaged.append(info.blob_key)
                 return None
 

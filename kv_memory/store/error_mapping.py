@@ -22,115 +22,141 @@ from kv_memory.errors import (
 )
 
 # EFBIG (a file size limit) is not a full disk, but the user's next step is the same: make room or raise the limit.
-_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_NO_SPACE = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+# Class, text with `{}` for the foreign error's own words, and next step.
+_Kind = tuple[type[StoreError], str, str]
+_FULL: _Kind = (
+    StoreFullError,
+    "no space left to write",
+    "Free some space (`kv-memory gc` removes unreferenced caches), then run the same command again.",
+)
+_LOCKED: _Kind = (
+    StoreLockedError,
+    "another process has held the store's lock for too long",
+    "Wait for it to finish, or stop it, then try again.",
+)
+_FORBIDDEN: _Kind = (
+    StoreError,
+    "no permission to read or write the store: {}",
+    "Give your user read and write permission on the folder, or open a store somewhere else.",
+)
+_SYSTEM: _Kind = (
+    StoreError,
+    "the operating system reported an error: {}",
+    "Check the disk and the path, then try again; the stored data is unchanged.",
+)
+_DAMAGED: _Kind = (
+    StoreError,
+    "the database is damaged: {}",
+    "Restore the folder from a backup, or move it away and add the documents again.",
+)
+_FAILED: _Kind = StoreError, "the database failed: {}", "Check the disk and its free space, then try again."
+_SERVER_FAILED: _Kind = StoreError, "the database failed: {}", "Check the server's log, then try again."
+_NO_ANSWER: _Kind = (
+    StoreConnectionError,
+    "the database does not answer: {}",
+    "Check that the server runs and can be reached, then try again; the stored data is unchanged.",
+)
 _LOGIN = (
     "Check the user, the password (`~/.pgpass`, PGPASSWORD) and the database name; the user needs the right to create "
     "the schema, or to use it and write to it."
 )
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_DATABASE: _Kind = StoreConnectionError, "there is no such database: {}", _LOGIN
+_REFUSED: _Kind = StoreError, "the database refused access: {}", _LOGIN
+_NO_BUCKET: _Kind = (
+    StoreConnectionError,
+    "there is no such bucket",
+    "Check its name, and the endpoint in the environment; the stored data is unchanged.",
+)
+_OBJECTS_REFUSED: _Kind = (
+    StoreError,
+    "the object store refused access: {}",
+    "Check the credentials in the environment and the bucket's policy, then try again.",
+)
+_OBJECTS_UNFIT: _Kind = StoreError, "the object store does not support this request: {}", "Check its URL."
+_OBJECTS_FAILED: _Kind = (
+    StoreConnectionError,
+    "the request to the object store failed: {}",
+    "Check its URL, the network and the service, then try again; the stored data is unchanged.",
+)
 
 
 def store_error(error: BaseException, where: str) -> StoreError | None:
-    """The store's error for a foreign one; None if the store does not know it.
+    """The store's error for one of the disk, SQLite, PostgreSQL, diskcache or obstore; None for any other.
 
-    Args:
-        error: Foreign error: an `OSError`, an error of SQLite (bare or wrapped by SQLAlchemy), of PostgreSQL or of
-            obstore, or diskcache's `Timeout`.
-        where: File, folder or URL at which it occurred.
+    `where` is the file, folder or URL at which it occurred.
     """
     if isinstance(error, DBAPIError) and isinstance(error.orig, sqlite3.Error):
         error = error.orig
-    if isinstance(error, DBAPIError):
-        return _of_postgres(error, where)
-    if type(error).__module__.startswith("obstore"):
-        return _of_objects(error, where)
     if isinstance(error, sqlite3.Error) and "no transaction is active" in str(error):
         # SQLite rolls back by itself when the disk is full; diskcache's own ROLLBACK then hides the real error.
         error = error.__context__ or error
-    if isinstance(error, sqlite3.Error):
-        return _of_sqlite(error, where)
-    if isinstance(error, diskcache.Timeout):
-        return _locked(where)
-    if not isinstance(error, OSError):
+    own = error.orig if isinstance(error, DBAPIError) else error
+    reason = next(iter(str(own).strip().splitlines()), type(own).__name__)[:300]
+    if isinstance(error, DBAPIError):
+        kind = _of_postgres(error)
+    elif isinstance(error, sqlite3.Error):
+        kind = _of_sqlite(error)
+    elif isinstance(error, diskcache.Timeout):
+        kind = _LOCKED
+    elif type(error).__module__.startswith("obstore"):
+        kind = _of_objects(error)
+    elif not isinstance(error, OSError):
         return None
-    if error.errno is None and "://" in where:  # obstore raises Python's own FileNotFoundError, without an errno
-        return _of_objects(error, where)
-    where = str(error.filename) if error.filename else where
-    if error.errno in _FULL:
-        return _full(where)
-    if error.errno in _FORBIDDEN:
-        return _forbidden(where, error.strerror or str(error))
-    return StoreError(
-        f"the operating system reported an error: {error.strerror or error}",
-        where=where,
-        next_step="Check the disk and the path, then try again; the stored data is unchanged.",
-    )
+    elif error.errno is None and "://" in where:  # obstore raises Python's own FileNotFoundError, without an errno
+        kind = _of_objects(error)
+    else:
+        kind = _FULL if error.errno in _NO_SPACE else _FORBIDDEN if error.errno in _NO_PERMISSION else _SYSTEM
+        where, reason = str(error.filename or where), error.strerror or reason
+    make, what, next_step = kind
+    return make(what.format(reason), where=where, next_step=next_step)
 
 
-def _of_sqlite(error: sqlite3.Error, where: str) -> StoreError:
+def _of_sqlite(error: sqlite3.Error) -> _Kind:
     # Names, not messages, which change between SQLite releases. An extended name starts with that of its primary.
     name: str = getattr(error, "sqlite_errorname", "") or ""
     # SHMSIZE: the shared memory file of the WAL could not grow, the first sign of a full disk.
     if name.startswith("SQLITE_FULL") or name == "SQLITE_IOERR_SHMSIZE":
-        return _full(where)
+        return _FULL
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) or "is locked" in str(error):
-        return _locked(where)
+        return _LOCKED
     if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM", "SQLITE_AUTH")):
-        return _forbidden(where, str(error))
-    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-        return StoreError(
-            f"the database is damaged: {error}",
-            where=where,
-            next_step="Restore the folder from a backup, or move it away and add the documents again.",
-        )
-    return StoreError(
-        f"the database failed: {error}",
-        where=where,
-        next_step="Check the disk and its free space, then try again.",
-    )
+        return _FORBIDDEN
+    return _DAMAGED if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) else _FAILED
 
 
-def _of_postgres(error: DBAPIError, where: str) -> StoreError | None:
-    state: str | None = getattr(error.orig, "sqlstate", None)
-    reason = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else type(error.orig).__name__
+def _of_postgres(error: DBAPIError) -> _Kind:
+    state: str = getattr(error.orig, "sqlstate", None) or ""  # psycopg has none without an answer
     if state in {"53100", "53200"}:  # the server's disk or memory
-        return _full(where)
+        return _FULL
     if state == "55P03":
-        return _locked(where)
-    if state is not None and state[:2] in {"28", "42"} and state not in {"42P01", "42703"}:
-        return StoreError(f"the database refused access: {reason}", where=where, next_step=_LOGIN)
+        return _LOCKED
+    if state[:2] in {"28", "42"} and state not in {"42P01", "42703"}:
+        return _REFUSED
     if error.orig is not None and (refusal := refused_login(error.orig)) is not None:
-        kind, what = refusal
-        return kind(f"{what}: {reason}", where=where, next_step=_LOGIN)
-    broken = state is None and isinstance(
-        error, OperationalError | InterfaceError
-    )  # without an answer psycopg has no code
-    if error.connection_invalidated or broken or (state or "")[:2] in {"08", "57", "53"}:
-        return StoreConnectionError(
-            f"the database does not answer: {reason}",
-            where=where,
-            next_step="Check that the server runs and can be reached, then try again; the stored data is unchanged.",
-        )
-    return StoreError(
-        f"the database failed: {reason}", where=where, next_step="Check the server's log, then try again."
-    )
+        return refusal
+    broken = not state and isinstance(error, OperationalError | InterfaceError)
+    if error.connection_invalidated or broken or state[:2] in {"08", "57", "53"}:
+        return _NO_ANSWER
+    return _SERVER_FAILED
 
 
-def refused_login(error: BaseException) -> tuple[type[StoreError], str] | None:
-    """The class and text for a connection refused for a lasting reason, by psycopg's error; None for any other.
+def refused_login(error: BaseException) -> _Kind | None:
+    """The kind of a connection refused for a lasting reason, by psycopg's error; None for any other.
 
     psycopg gives no code for a failed connection, only the server's message, so its words are searched. A refusal
     that is not in English counts as no answer: it is retried, then reported with its message.
     """
     text = str(error)
-    if getattr(error, "sqlstate", None) is not None or not any(
-        sign in text for sign in ("FATAL:", "no password supplied")
-    ):
+    signs = ("FATAL:", "no password supplied")
+    if getattr(error, "sqlstate", None) is not None or not any(sign in text for sign in signs):
         return None
     if "database" in text.rpartition("FATAL:")[2] and "does not exist" in text:
-        return StoreConnectionError, "there is no such database"
+        return _NO_DATABASE
     if any(sign in text for sign in ("password", "role", "pg_hba.conf", "authentication", "permission denied")):
-        return StoreError, "the database refused access"
+        return _REFUSED
     return None  # starting up, shutting down, no free connection slot
 
 
@@ -139,54 +165,14 @@ def no_such_bucket(error: BaseException) -> bool:
     return any(sign in str(error) for sign in ("NoSuchBucket", "bucket does not exist", "ContainerNotFound"))
 
 
-def _of_objects(error: BaseException, where: str) -> StoreError:
+def _of_objects(error: BaseException) -> _Kind:
     name = type(error).__name__
-    reason = next(iter(str(error).strip().splitlines()), name)[:300]
     if name in {"PermissionDeniedError", "UnauthenticatedError"}:
-        return StoreError(
-            f"the object store refused access: {reason}",
-            where=where,
-            next_step="Check the credentials in the environment and the bucket's policy, then try again.",
-        )
+        return _OBJECTS_REFUSED
     if no_such_bucket(error):
-        return StoreConnectionError(
-            "there is no such bucket",
-            where=where,
-            next_step="Check its name, and the endpoint in the environment; the stored data is unchanged.",
-        )
-    if name in {"InvalidPathError", "NotSupportedError", "UnknownConfigurationKeyError"}:
-        return StoreError(
-            f"the object store does not support this request: {reason}", where=where, next_step="Check its URL."
-        )
-    return StoreConnectionError(
-        f"the request to the object store failed: {reason}",
-        where=where,
-        next_step="Check its URL, the network and the service, then try again; the stored data is unchanged.",
-    )
-
-
-def _full(where: str) -> StoreFullError:
-    return StoreFullError(
-        "no space left to write",
-        where=where,
-        next_step="Free some space (`kv-memory gc` removes unreferenced caches), then run the same command again.",
-    )
-
-
-def _locked(where: str) -> StoreLockedError:
-    return StoreLockedError(
-        "another process has held the store's lock for too long",
-        where=where,
-        next_step="Wait for it to finish, or stop it, then try again.",
-    )
-
-
-def _forbidden(where: str, reason: str) -> StoreError:
-    return StoreError(
-        f"no permission to read or write the store: {reason}",
-        where=where,
-        next_step="Give your user read and write permission on the folder, or open a store somewhere else.",
-    )
+        return _NO_BUCKET
+    unfit = name in {"InvalidPathError", "NotSupportedError", "UnknownConfigurationKeyError"}
+    return _OBJECTS_UNFIT if unfit else _OBJECTS_FAILED
 
 
 @contextmanager

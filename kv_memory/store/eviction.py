@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sqlalchemy import bindparam, delete, func, select, true, update
+from sqlalchemy import ColumnElement, bindparam, delete, func, select, true, update
 from sqlalchemy.orm import Session
 
 from kv_memory.errors import ConfigError, StoreError, StoreFullError
@@ -24,8 +23,8 @@ from kv_memory.store.sql.schema import CacheRow, CollectionRow, OptionRow, Passa
 _LOG = logging.getLogger(__name__)
 
 _BUDGET = "budget"
-# Built once: each put runs it twice, and building it takes longer than running it.
-_LIMITS = select(
+# Built once: every put runs it, and building it takes longer than running it.
+SELECT_LIMITS = select(
     CollectionRow.max_size_bytes,
     CollectionRow.ttl_s,
     select(OptionRow.value).where(OptionRow.key == _BUDGET).scalar_subquery(),
@@ -48,31 +47,19 @@ class Limits:
     ttl_s: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_size_bytes", "store_max_size_bytes", "ttl_s"):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be above 0 or None, got {value}", where=name)
 
 
 def read_limits(session: Session, collection_id: int) -> Limits:
     """The limits of a collection."""
-    max_size_bytes, ttl_s, shared = session.execute(_LIMITS, {"collection": collection_id}).one()
+    max_size_bytes, ttl_s, shared = session.execute(SELECT_LIMITS, {"collection": collection_id}).one()
     of_store = (shared or {}).get("max_size_bytes")
     return Limits(max_size_bytes=max_size_bytes, ttl_s=ttl_s, store_max_size_bytes=of_store)
 
 
-def write_limits(session: Session, collection_id: int, limits: Limits) -> None:
-    """Set the limits of a collection and its store."""
-    row = session.get_one(CollectionRow, collection_id)
-    row.max_size_bytes, row.ttl_s = limits.max_size_bytes, limits.ttl_s
-    option = session.get(OptionRow, _BUDGET)
-    value = {"max_size_bytes": limits.store_max_size_bytes}
-    if option is not None:
-        option.value = value
-    elif limits.store_max_size_bytes is not None:
-        session.add(OptionRow(key=_BUDGET, value=value))
-
-
+_EVICTED_AT_ONCE = 500  # variables in a statement of SQLite
 _FLUSH_EVERY = 256  # caches with a time of last use that a crash may lose; a write per get would cost an fsync each
 
 
@@ -82,12 +69,12 @@ class LastUses:
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         self._lock = threading.Lock()
-        self._used: dict[int, float] = {}
+        self._used: dict[int, datetime] = {}
 
     def note(self, row_id: int) -> None:
         """Record that the cache of a row was used now."""
         with self._lock:
-            self._used[row_id] = time.time()
+            self._used[row_id] = datetime.now(UTC)
             full = len(self._used) >= _FLUSH_EVERY
         if full:
             self.flush()
@@ -102,8 +89,7 @@ class LastUses:
         """Write the times in the buffer in a writing transaction."""
         with self._lock:
             used, self._used = self._used, {}
-        for row_id, at in used.items():
-            last_used_at = datetime.fromtimestamp(at, UTC)
+        for row_id, last_used_at in used.items():
             session.execute(update(CacheRow).where(CacheRow.id == row_id).values(last_used_at=last_used_at))
 
 
@@ -131,13 +117,15 @@ class Eviction(Documents):
             StoreFullError: Pinned caches exceed a limit. The limits are set nevertheless.
         """
         with self.catalog.write() as session:
-            write_limits(session, self.collection_id, limits)
+            row = session.get_one(CollectionRow, self.collection_id)
+            row.max_size_bytes, row.ttl_s = limits.max_size_bytes, limits.ttl_s
+            session.merge(OptionRow(key=_BUDGET, value={"max_size_bytes": limits.store_max_size_bytes}))
         return self.make_room()
 
     def make_room(self) -> int:
         """Evict what exceeds the limits now, e.g. after caches were copied, and return the number of evicted caches."""
         with self.catalog.write() as session:
-            gone = self._evict(session, read_limits(session, self.collection_id), utc_now(), spare=None)
+            gone = self._evict(session, utc_now(), spare=None)
         self.references.delete_unreferenced(gone)
         return len(gone)
 
@@ -151,65 +139,55 @@ class Eviction(Documents):
             DocumentNotFoundError: The collection has no such document.
         """
         with self.catalog.write() as session:
-            row = documents.find_document(session, self.collection_id, document_id)
-            texts = select(PassageRow.text_sha256).where(PassageRow.document_pk == row.id)
-            changed = session.scalars(
-                update(CacheRow)
-                .where(CacheRow.collection_id == self.collection_id, CacheRow.text_sha256.in_(texts))
-                .values(pinned=pinned)
-                .returning(CacheRow.id)
-            ).all()
-        return len(changed)
+            pin = update(CacheRow).where(self._of_document(session, document_id)).values(pinned=pinned)
+            return len(session.scalars(pin.returning(CacheRow.id)).all())
 
-    def _evict(self, session: Session, limits: Limits, now: datetime, *, spare: int | None) -> list[str]:
-        """Delete rows while a size limit is exceeded: expired caches first, then the least recently used.
+    def _of_document(self, session: Session, document_id: str) -> ColumnElement[bool]:
+        """Condition for the caches of a document's passages."""
+        row = documents.find_document(session, self.collection_id, document_id)
+        texts = select(PassageRow.text_sha256).where(PassageRow.document_pk == row.id)
+        return (CacheRow.collection_id == self.collection_id) & CacheRow.text_sha256.in_(texts)
 
-        Args:
-            session: Session of a writing transaction.
-            limits: Limits to enforce.
-            now: Time at which expiry is judged.
-            spare: Id of the row that was just added, which is not evicted; None for no such row.
+    def _evict(self, session: Session, now: datetime, *, spare: int | None) -> list[str]:
+        """Delete rows while a size limit is exceeded, expired caches first, and return their blob keys.
 
-        Returns:
-            Blob keys of the deleted rows, for `BlobReferences.delete_unreferenced`.
-
-        Raises:
-            StoreFullError: Caches that are pinned or just added exceed a limit; roll back.
+        `spare` is the row that was just added, which stays. If it or pinned caches exceed a limit, `StoreFullError`
+        rolls the transaction back.
         """
-        self.uses.write(session)
+        limits = read_limits(session, self.collection_id)
         gone: list[str] = []
-        everywhere = true()
-        for scope, limit in (
-            (CacheRow.collection_id == self.collection_id, limits.max_size_bytes),
-            (everywhere, limits.store_max_size_bytes),
+        for name, scope, limit in (
+            ("collection", CacheRow.collection_id == self.collection_id, limits.max_size_bytes),
+            ("store", true(), limits.store_max_size_bytes),
         ):
             if limit is None:
                 continue
+            self.uses.write(session)
             excess = (session.scalar(select(func.coalesce(func.sum(CacheRow.size_bytes), 0)).where(scope)) or 0) - limit
-            if excess <= 0:
-                continue
             oldest_first = (
                 select(CacheRow.id, CacheRow.blob_key, CacheRow.size_bytes)
                 .where(scope, CacheRow.pinned.is_(False), CacheRow.id != spare)
                 # Expired caches come first, whatever their last use.
                 .order_by(alive(now), func.coalesce(CacheRow.last_used_at, CacheRow.created_at), CacheRow.id)
+                .limit(_EVICTED_AT_ONCE)
             )
-            ids: list[int] = []
-            with session.execute(oldest_first.execution_options(yield_per=200)) as candidates:
-                for row_id, key, size_bytes in candidates:
+            while excess > 0:
+                freed = 0
+                ids: list[int] = []
+                for row_id, key, size_bytes in session.execute(oldest_first).all():
+                    if freed >= excess:
+                        break
+                    freed += size_bytes
                     ids.append(row_id)
                     gone.append(key)
-                    excess -= size_bytes
-                    if excess <= 0:
-                        break
-            if excess > 0:
-                raise StoreFullError(
-                    f"the size limit of {limit:,} bytes is exceeded by {excess:,} bytes that are pinned or new",
-                    where="collection" if scope is not everywhere else "store",
-                    next_step="Raise the limit (`kv-memory budget`) or unpin documents (`kv-memory unpin`).",
-                )
-            for start in range(0, len(ids), 500):
-                session.execute(delete(CacheRow).where(CacheRow.id.in_(ids[start : start + 500])))
+                if not ids:
+                    raise StoreFullError(
+                        f"the size limit of {limit:,} bytes is exceeded by {excess:,} bytes that are pinned or new",
+                        where=name,
+                        next_step="Raise the limit (`kv-memory budget`) or unpin documents (`kv-memory unpin`).",
+                    )
+                excess -= freed
+                session.execute(delete(CacheRow).where(CacheRow.id.in_(ids)))
         if gone:
             EVICTIONS.labels(self.collection).inc(len(gone))
             _LOG.info("evicted %d distilled caches to stay within the size limit", len(gone))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -15,6 +17,14 @@ def fsync_folder(folder: str) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def walk_files(folder: Path | str) -> Iterator[tuple[str, os.stat_result]]:
+    """Paths and states of all files under a folder, without those that another process removes meanwhile."""
+    for base, _, names in os.walk(folder):
+        for path in (os.path.join(base, name) for name in names):
+            with suppress(FileNotFoundError):
+                yield path, os.lstat(path)
 
 
 def private_opener(path: str, flags: int) -> int:

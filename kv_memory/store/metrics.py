@@ -1,21 +1,10 @@
-"""Prometheus metrics: counters and times of this process, and the sizes of a collection.
-
-The counters are in prometheus_client's registry. An endpoint adds a collection's sizes to it:
-
-from prometheus_client import REGISTRY
-from kv_memory.store.metrics import StoreCollector
-
-REGISTRY.register(StoreCollector(memory.store))
-"""
+"""Prometheus metrics: counters and times of this process in prometheus_client's registry, and sizes of a collection."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 if TYPE_CHECKING:
     from kv_memory.store.store import Store
@@ -36,37 +25,20 @@ BYTES_WRITTEN = Counter("kv_memory_bytes_written", "bytes of blobs of new caches
 EVICTIONS = Counter("kv_memory_evictions", "distilled caches evicted to stay within a size limit", _LABELS)
 
 
-class StoreCollector(Collector):
-    """Sizes of one collection, collected at each scrape.
-
-    Args:
-        store: Store that stays open as long as it is scraped.
-    """
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def collect(self) -> Iterator[Metric]:
-        """The metric families."""
-        stats, limits = self._store.stats(), self._store.limits()
-        for name, value, text in (
-            ("documents", stats.n_documents, "documents of the collection"),
-            ("passages", stats.n_passages, "passages of the collection"),
-            ("caches", stats.n_caches, "distilled caches of the collection"),
-            ("cache_bytes", stats.cache_bytes, "bytes of the collection's distilled caches"),
-            ("quarantined_files", stats.n_quarantined, "quarantined files of the whole store"),
-            ("disk_bytes", stats.disk_bytes, "bytes of the store's folder, with all collections"),
-            ("max_size_bytes", limits.max_size_bytes or 0, "size limit of the collection in bytes; 0 for no limit"),
-        ):
-            family = GaugeMetricFamily(f"kv_memory_{name}", text, labels=_LABELS)
-            family.add_metric([self._store.collection], value)
-            yield family
-
-
 def prometheus_text(store: Store) -> str:
     """The sizes of a store's collection, and the counters of this process, in Prometheus's text format."""
     registry = CollectorRegistry()
-    registry.register(StoreCollector(store))
+    stats, limits = store.stats(), store.limits()
+    for name, value, text in (
+        ("documents", stats.n_documents, "documents of the collection"),
+        ("passages", stats.n_passages, "passages of the collection"),
+        ("caches", stats.n_caches, "distilled caches of the collection"),
+        ("cache_bytes", stats.cache_bytes, "bytes of the collection's distilled caches"),
+        ("quarantined_files", stats.n_quarantined, "quarantined files of the whole store"),
+        ("disk_bytes", stats.disk_bytes, "bytes of the store's folder, with all collections"),
+        ("max_size_bytes", limits.max_size_bytes or 0, "size limit of the collection in bytes; 0 for no limit"),
+    ):
+        Gauge(f"kv_memory_{name}", text, _LABELS, registry=registry).labels(store.collection).set(value)
     for metric in (GETS, GET_SECONDS, PUT_SECONDS, BYTES_READ, BYTES_WRITTEN, EVICTIONS):
         registry.register(metric)
     return generate_latest(registry).decode()

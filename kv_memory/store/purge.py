@@ -12,16 +12,14 @@ import shutil
 from collections.abc import Iterable
 
 from diskcache.core import DBNAME
-from sqlalchemy import delete, select
 
 from kv_memory.store import documents
 from kv_memory.store.blob_references import named_blobs
 from kv_memory.store.blobs.remote import ObjectBlobs
 from kv_memory.store.error_mapping import mapped
+from kv_memory.store.maintenance import UNUSED_FINGERPRINTS
 from kv_memory.store.records import PurgeReport
-from kv_memory.store.sql.catalog import batches
 from kv_memory.store.sql.engine import scrub_sqlite
-from kv_memory.store.sql.schema import CacheRow, FingerprintRow
 
 
 def purge(part: documents.Documents, ids: Iterable[str]) -> PurgeReport:
@@ -35,19 +33,17 @@ def purge(part: documents.Documents, ids: Iterable[str]) -> PurgeReport:
         with catalog.write() as session:
             for id_ in chosen:
                 keys.update(documents.delete_document(session, part.collection_id, id_))
-            session.execute(delete(FingerprintRow).where(FingerprintRow.digest.not_in(select(CacheRow.fingerprint))))
+            session.execute(UNUSED_FINGERPRINTS)
     with catalog.hold("purge"):
         # 2. Blobs without a row: theirs, and those of earlier deletions and interrupted writes, however young. A put
         # in progress finds its blob removed, and stores it again.
         audit = blobs.audit(min_age_s=-1.0, repair=True)
         with catalog.read() as session:
             named = named_blobs(session)
-        freed_bytes = audit.freed_bytes
-        for batch in batches(keys | (audit.keys - named.keys()), 50):
-            freed_bytes += references.remove_unnamed(batch)
+        freed_bytes = audit.freed_bytes + references.remove_unnamed(keys | (audit.keys - named))
         if isinstance(blobs, ObjectBlobs):
             # Copies of blobs that another machine purged; anything in the tier may be dropped at any time.
-            for key in blobs.tier.audit(min_age_s=0.0).keys - named.keys():
+            for key in blobs.tier.audit(min_age_s=0.0).keys - named:
                 blobs.tier.delete(key)
         # 3. Files that say what was in a document.
         n_quarantined = 0
@@ -63,9 +59,9 @@ def purge(part: documents.Documents, ids: Iterable[str]) -> PurgeReport:
         catalog.scrub()
     return PurgeReport(
         documents=chosen,
-        n_blobs=len(keys - named.keys()),
-        n_blobs_shared=len(keys & named.keys()),
-        n_orphan_blobs=len(audit.keys - named.keys() - keys),
+        n_blobs=len(keys - named),
+        n_blobs_shared=len(keys & named),
+        n_orphan_blobs=len(audit.keys - named - keys),
         n_quarantined=n_quarantined,
         n_strays=len(audit.strays),
         freed_bytes=freed_bytes,

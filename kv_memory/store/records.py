@@ -17,7 +17,6 @@ class PassageRecord:
 
     Attributes:
         text: Exact text that is tokenised; None if it is not kept.
-        n_tokens: Length of the passage in tokens.
         text_sha256: SHA-256 hex digest of the UTF-8 text, the key of its distilled caches. Computed from the text
             unless given.
         terms: Hashes of words with their counts, for retrieval if the text is not kept; without them, no question finds
@@ -54,9 +53,7 @@ class DocumentRecord:
 
     Attributes:
         id: Id of the document, unique in its collection.
-        content_sha256: SHA-256 hex digest of the document as it was read; distinguishes changed documents from
-            unchanged.
-        source_uri: Source of the document.
+        content_sha256: SHA-256 hex digest of the document as it was read, by which a change is noticed.
         metadata: JSON-serialisable metadata.
         passage_tokens: Length limit of its passages in tokens; None if it was not split.
         passages: Passages in the order of the text.
@@ -101,16 +98,12 @@ class DocumentSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredPassage:
-    """A passage as it is stored in a collection.
+    """A passage as it is stored in a collection; other fields are as in `PassageRecord`.
 
     Attributes:
         document_id: Id of its document.
         ordinal: Position in the document, from 0.
-        text: Exact text that is tokenised; None if it is not kept.
-        text_sha256: SHA-256 hex digest of the UTF-8 text.
-        n_tokens: Length of the passage in tokens.
         metadata: Metadata of the document.
-        terms: Hashes of words with their counts, for retrieval if the text is not kept.
     """
 
     document_id: str
@@ -131,10 +124,8 @@ class CacheInfo:
         fingerprint: Digest of the fingerprint it was made under.
         method: Name and settings of the selector, or `adapter`.
         keep_ratio: Share of entries kept, in (0, 1]: as requested, or as a budget gave it for this text.
-        n_tokens: Length of the text in tokens.
         n_kept: Number of entries kept per layer and head; the rounded average if heads keep different numbers.
         dtype: Number format of keys and values in the blob: `bfloat16`, `int8`, ...
-        size_bytes: Size of the blob in bytes.
         blob_key: Name of the blob, which is the SHA-256 hex digest of its bytes.
         fidelity: Last held-out probe KL in nats, lower is better; None if it was not measured.
         refined_steps: Number of gradient steps of refinement.
@@ -155,10 +146,10 @@ class CacheInfo:
     blob_key: str
     fidelity: float | None
     refined_steps: int
-    pinned: bool
+    pinned: bool = False
     created_at: datetime
-    last_used_at: datetime | None
-    expires_at: datetime | None
+    last_used_at: datetime | None = None
+    expires_at: datetime | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,14 +158,12 @@ class CheckReport:
 
     Attributes:
         n_blobs: Number of sound blobs that rows name.
-        size_bytes: Size of these blobs in bytes.
         damaged: Keys of blobs with wrong bytes; they are quarantined, and their rows deleted.
         misfiled: `text_sha256` of caches with a row that named the blob of something else; these rows are deleted.
         missing: Keys of blobs that rows name and that do not exist. `Store.gc` deletes the rows.
-        orphans: Keys of blobs that no row names, without those younger than ten minutes, which may belong to a put in
-            progress. `Store.gc` deletes them.
-        strays: Leftovers of interrupted writes, older than ten minutes: paths in the blob folder or object store, or
-            `row N` of diskcache's table. `Store.gc` deletes them.
+        orphans: Keys of blobs that no row names; see `strays`.
+        strays: Leftovers of interrupted writes: paths in the blob folder or object store, or `row N` of diskcache's
+            table. `Store.gc` deletes strays and orphans; younger ones than ten minutes may be of a put in progress.
         unreferenced: `text_sha256` of this collection's caches with a text that is in no passage: an interrupted or
             running `add` leaves them for its next run. `Store.gc` deletes them.
     """
@@ -202,9 +191,7 @@ class GcReport:
         n_orphan_blobs: Number of blobs that no row named, without those of the unreferenced caches.
         n_dangling_rows: Number of rows with a missing blob.
         n_unreferenced_caches: Number of this collection's caches with a text that is in no passage.
-        n_expired_caches: Number of expired caches.
         n_strays: Number of leftovers of interrupted writes.
-        freed_bytes: Size of the removed files in bytes.
     """
 
     n_orphan_blobs: int
@@ -222,12 +209,10 @@ class PurgeReport:
     Attributes:
         documents: Ids of the purged documents.
         n_blobs: Number of removed blobs of these documents' caches.
-        n_blobs_shared: Number of their blobs that stay, because caches of equal texts in other collections use them
-            too.
+        n_blobs_shared: Number of their blobs that stay, because other collections have caches of equal texts.
         n_orphan_blobs: Number of other blobs that no row named.
         n_quarantined: Number of files in quarantine, which cannot be attributed to documents.
         n_strays: Number of leftovers of interrupted writes.
-        freed_bytes: Size of the removed blobs and files in bytes.
     """
 
     documents: tuple[str, ...]
@@ -244,10 +229,8 @@ class StoreStats:
     """Counts of one collection, and the size of the whole folder.
 
     Attributes:
-        n_documents: Number of documents in the collection.
-        n_passages: Number of passages in the collection.
         n_tokens: Number of tokens in all passages of the collection.
-        n_caches: Number of caches in the collection, under all fingerprints and keep ratios.
+        n_caches: Number of caches, under all fingerprints and keep ratios.
         cache_bytes: Size of these caches' blobs in bytes; a blob shared with another collection counts in both.
         disk_bytes: Size of all files in the store's folder in bytes, over all collections.
         n_quarantined: Number of files in the folder's quarantine.
@@ -268,7 +251,6 @@ class TransferProgress:
 
     Attributes:
         step: Present step. An export copies, then packs; an import unpacks, verifies, then copies.
-        n_documents: Number of documents copied.
         size_bytes: Number of bytes done in this step.
         size_bytes_total: Estimated number of bytes of this step; 0 if it is unknown.
     """
@@ -286,7 +268,6 @@ class CopyReport:
     Attributes:
         collection: Name of the collection that was copied into.
         n_documents: Number of documents in the source.
-        n_added: Number of new documents.
         n_replaced: Number of documents that replaced others with their id.
         n_unchanged: Number of documents that existed already, with the same text.
         conflicts: Ids of documents that exist with other text, and were left unchanged.

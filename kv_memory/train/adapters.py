@@ -35,10 +35,8 @@ def new_adapter(backbone: Backbone, settings: TrainSettings) -> Adapter:
 def fit_settings(settings: TrainSettings, adapter: Adapter, *, given: Mapping[str, Any]) -> TrainSettings:
     """Settings with the structure of an existing adapter, which needs no warm-up unless it is chosen.
 
-    Args:
-        settings: Settings of the run.
-        adapter: Adapter to train further. Its `full_strength_ratio` is changed if given, as no weights depend on it.
-        given: Settings that the user chose explicitly, by name.
+    `given` are the settings that the user chose explicitly, by name. The adapter's `full_strength_ratio` is changed if
+    given, as no weights depend on it.
 
     Raises:
         ConfigError: A setting in `given` contradicts the adapter.

@@ -19,6 +19,7 @@ from kv_memory.train.settings import TrainSettings
 
 REPEAT = "\nRepeat: "
 CUE_TOKENS = 6  # tokens before a span, given to identify its start
+_MOST_JOINED = 3  # documents of one group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class Batches:
         for number in range(first, first + settings.batch_documents):
             n_joined = 1
             if rng.random() < settings.composition_share:
-                n_joined = rng.randint(2, settings.most_joined)
+                n_joined = rng.randint(2, _MOST_JOINED)
             members = [self._example(number)]
             members += [self._examples[rng.randrange(len(self._examples))] for _ in range(n_joined - 1)]
             rng.shuffle(members)
@@ -144,13 +145,10 @@ def _order(seed: int, epoch: int, n: int) -> list[int]:
 
 
 def split_batch(batch: Batch, n_parts: int, *, by_rows: bool) -> list[Batch]:
-    """Split a batch into parts that together have its groups and rows, each row once.
+    """Split a batch into at most `n_parts` (a power of 2) that together have its groups and rows, each row once.
 
-    Args:
-        batch: Batch to split.
-        n_parts: Number of parts, a power of 2. The result has fewer if nothing is left to divide.
-        by_rows: True also divides single groups by their rows, with their documents in every part, and drops parts
-            without rows. False is for the warm-up, whose loss covers all documents and needs no rows.
+    With `by_rows`, single groups are divided too, by their rows, with their documents in every part, and parts without
+    rows are dropped. The warm-up does without, as its loss covers all documents and needs no rows.
     """
     parts = [batch]
     for _ in range(n_parts.bit_length() - 1):

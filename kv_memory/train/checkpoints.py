@@ -36,11 +36,9 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoint(NamedTuple):
-    """The state of a run after a step.
+    """The state of a run after a step, and its parameters and optimiser state as tensors, by name.
 
-    Attributes:
-        state: JSON-serialisable `RunState`, `identity`, `stage`, and the `score`: the mean KL, None if not evaluated.
-        tensors: Parameters and optimiser state, by name.
+    The state is JSON-serialisable: `RunState`, `identity`, `stage`, and `score`, the mean KL, None if not evaluated.
     """
 
     state: Mapping[str, Any]
@@ -53,13 +51,10 @@ class RunState:
 
     Attributes:
         step: Number of steps done, over both stages.
-        n_tokens: Number of tokens processed.
         earlier_s: Seconds of the earlier parts of the run.
         pieces: Number of parts into which batches are split after the GPU ran out of memory; else 1.
         base_steps: Number of steps that the adapter was trained for before the run.
-        kl: KL of the adapter when it was last evaluated, see `TrainReport`; None before the first evaluation.
-        baseline: KL of the reconstruction selector, see `TrainReport`.
-        none: KL without any document, see `TrainReport`.
+        kl: KL of the adapter when it was last evaluated; None before. For the others see `TrainReport`.
     """
 
     step: int = 0
@@ -101,12 +96,7 @@ def by_ratio(data: Mapping[str, float] | None) -> dict[float, float] | None:
 
 
 class Checkpoints:
-    """The checkpoints of a run.
-
-    Args:
-        folder: Parent folder of the checkpoints, created with the first one.
-        keep: Number of newest checkpoints to keep, in addition to the best by evaluation.
-    """
+    """The checkpoints of a run, in a folder created with the first: the newest `keep`, and the best by evaluation."""
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
         self._folder = folder
@@ -122,11 +112,9 @@ class Checkpoints:
         return self._folder / f"step-{step:08d}"
 
     def save(self, checkpoint: Checkpoint, *, write_adapter: Callable[[Path], None]) -> Path:
-        """Write a checkpoint, then remove checkpoints that are no longer kept.
+        """Write a checkpoint, then remove those that are no longer kept; the best has the lowest `score`.
 
-        Args:
-            checkpoint: Checkpoint to write. The best has the lowest `state["score"]`.
-            write_adapter: Function that writes the adapter into a given folder.
+        `write_adapter` writes the adapter into a given folder.
 
         Raises:
             TrainingError: The checkpoint cannot be written; earlier ones are untouched.
@@ -275,11 +263,9 @@ _NAMES = {
 
 
 def check_resumable(then: Mapping[str, Any], now: Mapping[str, Any], *, where: Path) -> None:
-    """Raise unless a run with the identity `now` can resume from the checkpoint in `where`, with the state `then`.
+    """Raise a TrainingError unless a run of the identity `now` can resume from the checkpoint with the state `then`.
 
-    Raises:
-        TrainingError: The runs differ in settings, data, model, prompt form or number of processes; each difference is
-            named.
+    It names each difference in settings, data, model, prompt form or number of processes.
     """
     differences = [
         f"{name} was {was!r} and is {value!r}"

@@ -50,11 +50,8 @@ def read_sources(
 ) -> list[Example]:
     """The training examples of all sets, one set after the other.
 
-    Args:
-        sources: Names or paths of the sets, each with an optional share, see `split_share`. Above 1, some or all
-            examples are repeated.
-        seed: Random seed of the selection for fractional shares.
-        read: `read_examples`, perhaps with other arguments.
+    Each name or path may have a share, see `split_share`. A share above 1 repeats some or all examples; a fractional
+    one selects by `seed`.
 
     Raises:
         ConfigError: A share is out of range.
@@ -70,13 +67,13 @@ def read_sources(
     return found
 
 
-def hold_out(examples: Sequence[Example], n: int, *, most: float = 0.2) -> tuple[list[Example], list[Example]]:
-    """Hold out `n` documents (examples with the same id), at most a share of `most`: `(training, held out)`.
+def hold_out(examples: Sequence[Example], n: int) -> tuple[list[Example], list[Example]]:
+    """Hold out `n` documents (examples with the same id), at most a fifth of all: `(training, held out)`.
 
     The choice depends only on the documents' ids, so it is stable between runs and hardly changes when data are added.
     """
     distinct = {example.id: example for example in examples}
-    chosen = sample(distinct.values(), min(n, int(len(distinct) * most)))
+    chosen = sample(distinct.values(), min(n, len(distinct) // 5))
     ids = {example.id for example in chosen}
     return [example for example in examples if example.id not in ids], chosen
 
@@ -110,10 +107,7 @@ class Corpus(NamedTuple):
 def cut_corpus(pages: Sequence[Example], backbone: Backbone, *, window_tokens: int = WINDOW_TOKENS) -> Corpus:
     """Hold out a fifth of the pages by the hash of their ids, and cut all pages into windows and passages.
 
-    Args:
-        pages: Pages from `read_examples`; their questions, if any, are ignored.
-        backbone: Backbone with the tokenizer for counting, and the context window that limits the windows.
-        window_tokens: Longest window, in tokens.
+    Questions of the pages are ignored. Windows have at most `window_tokens`, or what the model's context window allows.
 
     Raises:
         DatasetError: There are no pages.

@@ -23,8 +23,6 @@ class Estimate:
     Attributes:
         warmup_step_s: Seconds per step of stage (a); 0 without this stage.
         step_s: Seconds per step of stage (b); 0 without this stage.
-        warmup_steps: Number of steps of stage (a).
-        steps: Number of steps of stage (b).
         total_s: Seconds for both stages, without evaluation.
         tokens_per_s: Tokens processed per second; the passes of teacher and student count once.
         peak_memory_bytes: Peak memory in bytes, of the GPU if there is one, else of the process.
@@ -100,11 +98,8 @@ def _time(gradients: Gradients, stage: Stage, n_steps: int) -> tuple[float, floa
 def fit_steps(estimate: Estimate, *, time_limit_s: float, evaluation_s: float = 0.0, eval_every: int = 0) -> Estimate:
     """The estimate for numbers of steps that fit a time limit, with a warm-up of at most 15 % of the time.
 
-    Args:
-        estimate: Estimate of the run; its `warmup_steps` are an upper limit.
-        time_limit_s: Time limit in seconds for the whole run.
-        evaluation_s: Seconds per evaluation.
-        eval_every: Number of steps between evaluations; 0 for no evaluation.
+    Its `warmup_steps` are an upper limit. The time limit is for the whole run, with an evaluation every `eval_every`
+    steps; 0 for no evaluation.
 
     Raises:
         ConfigError: The time is too short for a single step of stage (b).

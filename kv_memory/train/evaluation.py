@@ -33,11 +33,7 @@ _Case = tuple[torch.Tensor, torch.Tensor, list[WeightedRows]]
 class HeldOut:
     """Measures an adapter on held-out examples; those without questions, on spans of their own text.
 
-    Args:
-        examples: Held-out examples.
-        backbone: The model.
-        settings: Settings of the run, for the lengths of documents and answers.
-        ratios: Keep ratios of the measurements.
+    Documents and answers have the lengths of the run's settings.
 
     Raises:
         ConfigError: A keep ratio is outside (0, 1], or no keep ratio is given.
@@ -69,8 +65,7 @@ class HeldOut:
     def measure(self, adapter: Adapter | None = None) -> dict[float, float]:
         """KL(full ‖ distilled) by keep ratio, in nats per token, the mean over documents.
 
-        Args:
-            adapter: Adapter to measure; None measures the reconstruction selector, which needs no training.
+        Without an adapter, it is that of the reconstruction selector, which needs no training.
         """
         backbone, total = self._backbone, dict.fromkeys(self.ratios, 0.0)
         selector = Reconstruction(part_tokens=min(1024, backbone.context_window // 4))

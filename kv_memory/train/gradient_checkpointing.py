@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kv_memory.compress.routing import current_mask, routed_with
+from kv_memory.compress.routing import MASK, routed_with
 from kv_memory.model.backbone import Backbone, cache_argument
 from kv_memory.model.kv_cache import PositionedCache
 
@@ -63,7 +63,7 @@ def _checkpointed(plain: Callable[..., Any], index: int) -> Callable[..., Any]:
         cache = kwargs.get(name)
         if not torch.is_grad_enabled() or not isinstance(cache, PositionedCache):
             return plain(hidden_states, *args, **kwargs)
-        mask = current_mask()
+        mask = MASK.get()
 
         # Not an argument of `run`: checkpoint would refuse entries behind which others were since written in place.
         past = cache.layer(index)

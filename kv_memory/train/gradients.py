@@ -29,11 +29,7 @@ class Gradients:
     """Computes the gradient of any step.
 
     Attributes:
-        adapter: Adapter with the parameters.
-        batches: Source of the batches; every batch depends only on its number.
-        settings: Settings of the run.
         accelerator: Accelerate's `Accelerator`; each of its processes has its own batches.
-        gradient_checkpointing: Recompute layers in the backward pass, see `checkpointing`.
         pieces: Number of parts into which a batch is split, a power of 2; doubles when a GPU runs out of memory.
     """
 
@@ -45,12 +41,7 @@ class Gradients:
     pieces: int = 1
 
     def compute(self, step: int, stage: Stage, parameters: Sequence[torch.nn.Parameter]) -> Figures:
-        """Store the gradient of a step in `.grad` of the parameters.
-
-        Args:
-            step: Number of the step, from 0 over both stages.
-            stage: Stage, which determines the loss.
-            parameters: Parameters of this stage, from `trainable`.
+        """Store the gradient of a step, counted from 0 over both stages, in `.grad` of the stage's parameters.
 
         Returns:
             Means over the batches, of the loss also over processes; `n_tokens` is the sum over both.

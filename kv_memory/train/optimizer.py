@@ -14,14 +14,10 @@ from kv_memory.train.settings import TrainSettings
 
 
 class StageOptimizer:
-    """The parameters that a stage trains, and their AdamW; weight decay is for the scorer alone.
+    """The parameters that a stage trains, by name, and their AdamW; weight decay is for the scorer alone.
 
     Learning rates rise linearly over the first share of the stage, then decay linearly; they never reach 0. Parameters
     that the stage does not train are frozen.
-
-    Attributes:
-        stage: Stage of the run.
-        parameters: Trained parameters by name.
     """
 
     def __init__(self, adapter: Adapter, settings: TrainSettings, stage: Stage) -> None:
@@ -43,8 +39,7 @@ class StageOptimizer:
     def step(self, step: int) -> dict[str, float]:
         """Update the parameters by their gradients, and remove those, at a step counted from 0 over both stages.
 
-        Returns:
-            Learning rates by kind of parameter, as in `learning_rates`.
+        Returns the learning rates by kind of parameter, as in `learning_rates`.
         """
         place = step - self._begin
         factor = min((place + 1) / self._n_rise, (self._length - place) / max(1, self._length - self._n_rise + 1))

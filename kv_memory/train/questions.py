@@ -36,10 +36,7 @@ class QuestionWriter:
     """Writes questions and answers, reproducibly for a seed.
 
     Attributes:
-        backbone: The model, with its prompt form.
         n_questions: Most questions about a passage; what is no question, has no answer, or is a duplicate is dropped.
-        answer_tokens: Longest answer, in tokens.
-        seed: Random seed of the questions.
         batch_passages: Number of passages prefilled at once.
     """
 
@@ -53,12 +50,10 @@ class QuestionWriter:
     def write(
         self, passages: Sequence[str], *, path: Path | None = None, on_passage: Callable[[int, int], None] | None = None
     ) -> list[tuple[Question, ...]]:
-        """Questions about each passage, in order.
+        """Questions about each passage, in order; passages are texts without a wrapper, and not blank.
 
-        Args:
-            passages: Texts without a wrapper; must not be blank.
-            path: File of JSON lines that stores the questions; passages already in it are not processed again.
-            on_passage: Callback with the number of finished passages and the total.
+        The file `path`, of JSON lines, stores the questions; passages already in it are not processed again.
+        `on_passage` is called with the number of finished passages and the total.
 
         Raises:
             DatasetError: The file cannot be read or written.

@@ -50,8 +50,7 @@ class TrainRun:
         changes: Settings that the user chose, by the names of `TrainSettings`; all others come from the adapter to
             train further, from what suits a corpus, or from the preset, in this order.
         options: Options that do not affect the result of a step.
-        eval_data: Data set for evaluation; documents held out of the training data if None.
-        eval_documents: Number of documents to evaluate on.
+        eval_documents: Number of documents to evaluate on, held out of the training data.
         n_questions: Number of questions to write about each passage of a corpus.
         question_passages: Number of the corpus's passages to write questions about, drawn by their hash; all if None.
             The other passages are trained on by repeating and continuing spans of them, which needs no preparation.
@@ -73,7 +72,6 @@ class TrainRun:
     preset: str = "default"
     changes: Mapping[str, Any] = field(default_factory=dict)
     options: RunOptions = field(default_factory=RunOptions)
-    eval_data: str | None = None
     eval_documents: int = 24
     n_questions: int = 8
     question_passages: int | None = None
@@ -103,13 +101,8 @@ class TrainRun:
 class OpenRun:
     """A run with its model loaded and its data read.
 
-    Args:
-        run: Description of the run.
-        resume: Resume from the newest checkpoint.
-        dry_run: Write nothing; only `estimate` may be called.
-        on_note: Callback for messages to the user.
-        on_passage: Callback for each passage with written questions, see `QuestionWriter.write`.
-        on_progress: Callback after each step, see `Trainer`.
+    With `dry_run`, nothing is written, and only `estimate` may be called. `on_note` gets messages to the user, for
+    `on_passage` and `on_progress` see `QuestionWriter.write` and `Trainer`.
 
     Raises:
         KVMemoryError: A data set, the model or the adapter to train further is missing or unreadable; or the folder
@@ -225,11 +218,7 @@ def _read(run: TrainRun, on_note: Callable[[str], None]) -> tuple[list[Example],
     read = partial(read_examples, on_error="skip" if run.skip_errors else "raise", on_skip=on_skip)
     examples = read_sources(run.data, seed=run.settings.seed, read=read)
     measured: list[Example] = []
-    if run.options.eval_every and run.eval_data is not None:
-        contexts = {example.context for example in examples}
-        found = [example for example in read(run.eval_data, split="dev") if example.context not in contexts]
-        measured = hold_out(found, run.eval_documents, most=1.0)[1]
-    elif run.options.eval_every and run.corpus is None:
+    if run.options.eval_every and run.corpus is None:
         examples, measured = hold_out(examples, run.eval_documents)
     pages = [] if run.corpus is None else list(read(run.corpus))
     if len(skipped) > _SHOWN:

@@ -41,7 +41,6 @@ class TrainSettings:
         lr_scorer_distil: Learning rate of the scorer in stage (b); 0 freezes it.
         rise: Share of each stage in which the learning rate rises; it then decays linearly.
         weight_decay: Weight decay of AdamW on the scorer; the LoRA has none.
-        clip_norm: Norm to which longer gradients are clipped.
         forward_weight: Weight λ of KL(teacher‖student) in the objective; KL(student‖teacher) has 1 - λ.
         warmup_weight: Weight of the warm-up's loss in stage (b), relative to the distillation loss.
         ratio_power: Exponent of the keep ratio in the factor on the loss. At 0, small ratios, with the largest
@@ -50,8 +49,7 @@ class TrainSettings:
         max_ratio: Largest keep ratio, see `min_ratio`.
         max_tokens: Longest document in tokens, or joined documents together, wrappers included. A longer document is
             cut to a random window.
-        composition_share: Probability that a group joins several separately prefilled documents.
-        most_joined: Largest number of joined documents.
+        composition_share: Probability that a group joins two or three separately prefilled documents.
         questions_per_document: Maximum number of questions per document.
         spans_per_document: Number of spans of the document to repeat or continue; two more without questions.
         span_tokens: Length of a span in tokens.
@@ -83,7 +81,6 @@ class TrainSettings:
     lr_scorer_distil: float = 1e-4
     rise: float = 0.02
     weight_decay: float = 0.01
-    clip_norm: float = 1.0
     forward_weight: float = 0.6
     warmup_weight: float = 0.0
     ratio_power: float = 1.0
@@ -91,7 +88,6 @@ class TrainSettings:
     max_ratio: float = 0.5
     max_tokens: int = 400
     composition_share: float = 0.1
-    most_joined: int = 3
     questions_per_document: int = 5
     spans_per_document: int = 1
     span_tokens: int = 24
@@ -110,7 +106,6 @@ class TrainSettings:
         )
         check_at_least(self, 1, "rank", "scorer_size", "batch_documents", "accumulate", "max_tokens", "span_tokens")
         check_at_least(self, 1, "answer_tokens")
-        check_at_least(self, 2, "most_joined")
         for name in ("forward_weight", "composition_share", "rise", "question_weight"):
             check_fields(self, **{name: (0 <= getattr(self, name) <= 1, "in [0, 1]")})
         if self.questions_per_document + self.spans_per_document == 0:

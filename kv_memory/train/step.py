@@ -35,13 +35,10 @@ REQUEST = "\n\nRepeat the previous text exactly.\n"
 
 @dataclass(frozen=True)
 class StepResult:
-    """Result of one training step.
+    """The scalar loss of one training step, with its autograd graph.
 
-    Attributes:
-        loss: Scalar loss, with its autograd graph.
-        figures: Terms of the loss and other figures, for the log.
-        n_tokens: Number of tokens processed, in documents and rows.
-        weight: Weight of the loss relative to the other parts of the same batch.
+    `figures` are terms of the loss and others for the log; `n_tokens` counts documents and rows; `weight` is that of
+    the loss relative to the other parts of the same batch.
     """
 
     loss: torch.Tensor
@@ -52,11 +49,9 @@ class StepResult:
 
 @dataclass(frozen=True)
 class WeightedRows:
-    """Rows of similar length, and the weights of their predictions.
+    """Rows of similar length, and the loss weights of their predictions, `(n_wanted,)`.
 
-    Attributes:
-        rows: The rows; `wanted` covers answers and spans, and with `question_weight` also questions and requests.
-        weights: `(n_wanted,)`, loss weight of each prediction.
+    `rows.wanted` covers answers and spans, and with `question_weight` also questions and requests.
     """
 
     rows: RowBatch
@@ -64,8 +59,7 @@ class WeightedRows:
 
     def ask(self, backbone: Backbone, entries: Entries) -> torch.Tensor:
         """Logits at the wanted tokens: `(n_wanted, vocab_size)`."""
-        rows = self.rows
-        return entries.ask(backbone, rows.ids, rows.lengths, rows.documents, rows.wanted)
+        return entries.ask(backbone, self.rows)
 
 
 @torch.no_grad()
@@ -189,16 +183,10 @@ class _Received:
 
 
 def scorer_loss(scores: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor, *, budget: Budget) -> torch.Tensor:
-    """Mean squared error of scores from the targets of `attention_scores`.
+    """Mean squared error of scores from the targets of `attention_scores`, a scalar.
 
-    Args:
-        scores: `(num_layers, documents, num_kv_heads or 1, n_tokens)`.
-        labels: `(num_layers, documents, num_kv_heads, n_tokens)`, from `received_attention`.
-        lengths: `(documents,)`, length of each document in tokens.
-        budget: Distribution of entries over the heads, see `Budget`.
-
-    Returns:
-        Scalar loss.
+    Scores are `(num_layers, documents, num_kv_heads or 1, n_tokens)`; labels, from `received_attention`, have all
+    heads. `lengths` are those of the documents in tokens, `(documents,)`.
     """
     real = torch.arange(labels.shape[-1], device=labels.device) < lengths.to(labels.device)[:, None]
     real = real[None, :, None].expand_as(labels)

@@ -24,15 +24,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainProgress:
-    """Progress of a run after a step.
+    """Progress of a run after a step; `n_steps` is the total number of steps, over both stages.
 
-    Attributes:
-        step: Number of steps done.
-        n_steps: Total number of steps, over both stages.
-        stage: `warmup` or `distillation`.
-        loss: Loss of this step.
-        n_tokens: Number of tokens processed so far, by this and earlier parts of the run.
-        elapsed_s: Seconds so far, in this and earlier parts of the run.
+    `loss` is that of this step. `n_tokens` and `elapsed_s`, in seconds, include earlier parts of the run.
     """
 
     step: int
@@ -49,16 +43,12 @@ class TrainReport:
 
     Attributes:
         adapter: Folder of the finished adapter.
-        step: Number of steps done.
-        n_steps: Number of steps planned.
         best_step: Step of the finished adapter: the one with the best evaluation, or the last.
         loss: Mean loss over the last 50 steps; None without steps.
         kl: KL to the full cache of that adapter by keep ratio, in nats per token, on held-out examples; None if nothing
             was evaluated.
         baseline: KL of the reconstruction selector, which needs no training; None if not measured.
         none: KL without any document; None if not measured.
-        n_held_out: Number of documents in the evaluation.
-        n_examples: Number of training examples.
         n_tokens: Number of tokens processed.
         elapsed_s: Seconds of all parts of the run.
         settings: Settings of the run, with the final numbers of steps.
@@ -164,12 +154,8 @@ def write_card(
 ) -> Path:
     """Write the model card, `README.md`, into the folder of a finished adapter; return its path.
 
-    Args:
-        report: Report of the training run.
-        backbone: Model of the adapter.
-        command: Command that reproduces the adapter.
-        data: Names of the training sets, each with its licence; None if the licence is unknown.
-        begun_from: Adapter that was trained further; None if training started from scratch.
+    `command` reproduces the adapter. `data` are the names of the training sets, each with its licence, None if it is
+    unknown. `begun_from` is the adapter that was trained further.
     """
     path, model, hours = report.adapter / "README.md", built_in(backbone.name), report.elapsed_s / 3600
     settings, default = asdict(report.settings), asdict(TrainSettings())

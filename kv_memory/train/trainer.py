@@ -36,6 +36,7 @@ from kv_memory.train.settings import RunOptions, TrainSettings
 from kv_memory.train.train_report import TrainProgress, TrainReport, plot_log
 
 TRIM_EVERY = 25  # steps
+_CLIP_NORM = 1.0  # longer gradients are clipped to this norm
 
 logger = logging.getLogger(__name__)
 
@@ -96,12 +97,9 @@ class Trainer:
         self._state = RunState(base_steps=adapter.config.trained_steps)
 
     def estimate(self, *, n_steps: int = 3, spent_s: float = 0.0, evaluation_s: float = 0.0) -> Estimate:
-        """Estimate the cost of the run from a few steps without updates; nothing is written.
+        """Estimate the cost of the run from a few steps of each stage without updates; nothing is written.
 
-        Args:
-            n_steps: Number of measured steps of each stage.
-            spent_s: Seconds of the time limit that have passed, for steps that are fitted to it.
-            evaluation_s: Seconds per evaluation, for the same.
+        Steps are fitted to what is left of the time limit after `spent_s`, and to the seconds of each evaluation.
         """
         options, estimate = self._options, measure(self._gradients, n_steps=n_steps)
         if not options.fit_steps or options.time_limit_s is None:
@@ -221,7 +219,7 @@ class Trainer:
         # 1. Gradients, clipped; a step that is not finite ends the run before it changes a parameter.
         state, parameters = self._state, list(optimizer.parameters.values())
         figures = self._gradients.compute(state.step, optimizer.stage, parameters)
-        norm = float(self._accelerator.clip_grad_norm_(parameters, self.settings.clip_norm))
+        norm = float(self._accelerator.clip_grad_norm_(parameters, _CLIP_NORM))
         if not (math.isfinite(figures["loss"]) and math.isfinite(norm)):
             self._stop_diverged(figures["loss"], norm)
         # 2. The update.
@@ -315,8 +313,7 @@ def already_there(out: Path) -> TrainingError:
 def make_accelerator(device: torch.device) -> Any:
     """An `Accelerator` without mixed precision: the base model is bfloat16 already, and the adapter float32.
 
-    Raises:
-        TrainingError: Accelerate is not installed.
+    It is a TrainingError if Accelerate is not installed.
     """
     try:
         from accelerate import Accelerator

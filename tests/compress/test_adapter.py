@@ -307,7 +307,7 @@ def test_strength_scales_the_lora_delta() -> None:
 def test_lora_strength_falls_with_the_keep_ratio(routed: Any) -> None:
     adapter = Adapter.create(make_backbone(), rank=2, scorer="head", routed=routed, full_strength_ratio=1 / 16)
     lengths, hidden = torch.tensor([64, 64, 64, 64]), torch.randn(4, 64, 48)
-    watching = PrefillRouting(adapter, lengths=lengths, n_kept=torch.tensor([1, 4, 16, 64]))
+    watching = PrefillRouting(adapter=adapter, lengths=lengths, n_kept=torch.tensor([1, 4, 16, 64]))
     watching.look(adapter.config.eta, hidden)
     mask = watching.enter(adapter.config.eta, hidden)
     assert mask is not None
@@ -319,7 +319,7 @@ def test_lora_strength_falls_with_the_keep_ratio(routed: Any) -> None:
 def test_tokens_kept_by_any_head_are_routed() -> None:
     adapter = Adapter.create(make_backbone(), rank=2, scorer="layer")
     lengths, hidden = torch.tensor([5, 4]), torch.randn(2, 5, 48)
-    watching = PrefillRouting(adapter, lengths=lengths, n_kept=torch.tensor([2, 1]))
+    watching = PrefillRouting(adapter=adapter, lengths=lengths, n_kept=torch.tensor([2, 1]))
     mask = watching.enter(1, hidden)
     assert mask is not None and mask.shape == (2, 5)
     scores = adapter.scorer(hidden, 1)[0]

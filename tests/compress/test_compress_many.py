@@ -96,15 +96,15 @@ def test_a_document_of_several_parts_is_matched_alone() -> None:
 
 def test_matched_batches_are_halved_when_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     compressor, sizes = matching("llama"), []
-    match = windows_module.match_documents
+    match = Matched.match
 
-    def small(documents: Any, *args: Any) -> Any:
+    def small(self: Matched, documents: Any, *args: Any) -> Any:
         sizes.append(len(documents))
         if len(documents) > 3:
             raise torch.OutOfMemoryError("too much")
-        return match(documents, *args)
+        return match(self, documents, *args)
 
-    monkeypatch.setattr(windows_module, "match_documents", small)
+    monkeypatch.setattr(Matched, "match", small)
     made = compressor.compress_many(TEXTS, keep_ratio=0.3)
     assert sizes == [5, 2, 3]
     for text, ours in zip(TEXTS, made, strict=True):

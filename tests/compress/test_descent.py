@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from kv_memory.compress import Compressor, Matched, MatchSettings
-from kv_memory.compress.descent import HeadGroup, MovedHeads, alike, descend
-from kv_memory.compress.fitting import FittedHeads, HeadSystem, fit_heads
+from kv_memory.compress.descent import descend
+from kv_memory.compress.fitting import FittedHeads, HeadGroup, fit_heads
+from kv_memory.compress.head_fit import alike
 from kv_memory.compress.reference_rows import ReferenceRows
 from kv_memory.model.attention import AttentionKind
 from tests.reference import letters, padded, shared_backbone
@@ -46,55 +47,52 @@ def make_heads(*seeds: int, kept: tuple[int, ...] = (KEPT,), fixed: tuple[int, .
     stacked = {name: torch.stack(several) for name, several in parts.items()}
     marked = torch.zeros_like(real)
     marked[:, list(fixed)] = True
-    system = HeadSystem(
-        **{name: stacked[name] for name in ("weights", "rest", "target", "values", "scale")},
-        real=real,
-        fixed=marked,
-        n_learned=LEARNED,
-    )
     rows = ReferenceRows(
         **{name: stacked[name] for name in ("query", "own", "scale")},
         positions=torch.full((len(seeds), ROWS), 30),
         kind=AttentionKind(scaling=1.0),
     )
-    where = torch.arange(max(kept)).expand(len(seeds), -1)
-    return HeadGroup(rows, stacked["total"], system, where, stacked["keys"])
+    return HeadGroup(
+        **{name: stacked[name] for name in ("weights", "total", "rest", "target", "keys", "values")},
+        rows=rows,
+        where=torch.arange(max(kept)).expand(len(seeds), -1),
+        real=real,
+        fixed=marked,
+        n_learned=LEARNED,
+    )
 
 
-def start_of(heads: HeadGroup) -> MovedHeads:
-    fitted = fit_heads(heads.system, SETTINGS)
-    return MovedHeads(heads.keys, fitted.values, fitted.bias)
+def start_of(heads: HeadGroup) -> FittedHeads:
+    return fit_heads(heads, SETTINGS)
 
 
-def descended(heads: HeadGroup, settings: MatchSettings = SETTINGS) -> MovedHeads:
-    start = start_of(heads)
-    return descend(heads, FittedHeads(start.values, start.bias), settings)
+def descended(heads: HeadGroup, settings: MatchSettings = SETTINGS) -> FittedHeads:
+    return descend(heads, start_of(heads), settings)
 
 
 def run(
     seed: int = 0, *, fixed: tuple[int, ...] = (), settings: MatchSettings = SETTINGS
-) -> tuple[MovedHeads, MovedHeads]:
+) -> tuple[FittedHeads, FittedHeads]:
     """The start of one head, and what the descent makes of it."""
     heads = make_heads(seed, fixed=fixed)
-    start, found = (moved.of(0, heads.system.real[0]) for moved in (start_of(heads), descended(heads, settings)))
+    start, found = (moved.of(0, heads.real[0]) for moved in (start_of(heads), descended(heads, settings)))
     return start, found
 
 
-def error(moved: MovedHeads, seed: int, some: slice) -> float:
+def error(moved: FittedHeads, seed: int, some: slice) -> float:
     heads = make_heads(seed)
-    system = heads.system
     weights = (heads.rows.query[0, some] @ moved.keys.T - heads.total[0, some, None] + moved.bias).exp()
-    output = weights @ moved.values / (system.rest[0, some] + weights.sum(1))[:, None]
-    return float(((output - system.target[0, some]) * system.scale[0, some, None]).square().mean())
+    output = weights @ moved.values / (heads.rest[0, some] + weights.sum(1))[:, None]
+    return float(((output - heads.target[0, some]) * heads.rows.scale[0, some, None]).square().mean())
 
 
-def by_hand(seed: int, fixed: tuple[int, ...]) -> MovedHeads:
+def by_hand(seed: int, fixed: tuple[int, ...]) -> FittedHeads:
     """The same steps in float64, with gradients worked out by hand."""
     heads = make_heads(seed, fixed=fixed)
-    system, start, marked = heads.system, start_of(heads), heads.system.fixed[0]
+    start, marked = start_of(heads), heads.fixed[0]
     query, shift = heads.rows.query[0].double(), -heads.total[0].double()[:, None]
-    scale = (system.scale[0] / system.scale[0].mean()).double()[:, None]
-    target, rest, free = system.target[0].double(), system.rest[0].double()[:, None], (~marked).double()
+    scale = (heads.rows.scale[0] / heads.rows.scale[0].mean()).double()[:, None]
+    target, rest, free = heads.target[0].double(), heads.rest[0].double()[:, None], (~marked).double()
     size = (target * scale)[:LEARNED].square().mean()
     parts = [start.keys[0].double(), start.values[0].double(), start.bias[0].double()]
     units = [parts[0].std(), parts[1].std(), torch.tensor(1.0)]
@@ -132,7 +130,7 @@ def by_hand(seed: int, fixed: tuple[int, ...]) -> MovedHeads:
     v[moving] += torch.linalg.solve(
         own.T @ own + ridge * torch.eye(len(moving)).double(), own.T @ (target * scale - shares @ v)
     )
-    return MovedHeads(k, v, b)
+    return FittedHeads(k, v, b)
 
 
 @pytest.mark.parametrize("fixed", [(), (1, 4)])
@@ -191,8 +189,8 @@ def test_groups_have_similar_sizes_and_cover_every_head() -> None:
 def test_heads_with_nan_rows_are_left_unchanged(broken: str) -> None:
     heads = make_heads(0, 1, kept=(KEPT, KEPT))
     start = start_of(heads)
-    getattr(heads.system, broken)[0, 2] = torch.nan
-    found = descend(heads, FittedHeads(start.values, start.bias), SETTINGS)
+    (heads.target if broken == "target" else heads.rows.scale)[0, 2] = torch.nan
+    found = descend(heads, start, SETTINGS)
     assert found.keys.isfinite().all() and found.values.isfinite().all() and found.bias.isfinite().all()
     assert torch.equal(found.keys[0], heads.keys[0]) and not torch.equal(found.keys[1], heads.keys[1])
 
@@ -220,7 +218,7 @@ def test_heads_of_one_document_are_optimised_as_if_alone(name: str, monkeypatch:
     selector = Matched(MatchSettings(part_tokens=32, key_steps=20))
     document = Compressor(shared_backbone(name), selector=selector).prefill(letters(60))
     together = document.keep(0.3)
-    monkeypatch.setattr("kv_memory.compress.descent._WEIGHTS", 1)
+    monkeypatch.setattr("kv_memory.compress.head_fit._WEIGHTS", 1)
     alone = document.keep(0.3)
     torch.testing.assert_close(together.keys, alone.keys, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(together.values, alone.values, rtol=1e-3, atol=1e-3)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kv_memory.compress.fitting import FittedHeads, HeadSystem, bounded_ridge, fit_heads, refit_errors
+from kv_memory.compress.fitting import FittedHeads, HeadGroup, bounded_ridge, fit_heads, refit_errors
 from kv_memory.compress.match_settings import MatchSettings
+from kv_memory.compress.reference_rows import ReferenceRows
+from kv_memory.model.attention import AttentionKind
 
 SETTINGS = MatchSettings()
 
@@ -27,7 +29,7 @@ def head(n: int = 30, kept: int = 8, m: int = 40, group: int = 3, seed: int = 0)
     }
 
 
-def system_of(*given: dict[str, torch.Tensor]) -> HeadSystem:
+def system_of(*given: dict[str, torch.Tensor]) -> HeadGroup:
     """Heads side by side, padded; rows that are held out stand last."""
     held_out, most = given[0]["held_out"], max(len(one["values"]) for one in given)
     order = held_out.to(torch.uint8).argsort(stable=True)
@@ -37,20 +39,29 @@ def system_of(*given: dict[str, torch.Tensor]) -> HeadSystem:
         room[dim] = most - part.shape[dim]
         return torch.cat([part, part.new_zeros(room)], dim)
 
-    return HeadSystem(
+    def stacked(name: str) -> torch.Tensor:
+        return torch.stack([one[name][order] for one in given])
+
+    none, values = torch.zeros(len(given), len(order), 0), torch.stack([padded(one["values"], 0) for one in given])
+    return HeadGroup(
+        rows=ReferenceRows(none, none, none, stacked("scale"), AttentionKind(scaling=1.0)),
+        total=none,
+        rest=stacked("rest"),
+        target=stacked("target"),
+        n_learned=int((~held_out).sum()),
+        where=torch.arange(most).expand(len(given), -1),
+        keys=torch.zeros_like(values),
+        values=values,
         weights=torch.stack([padded(one["weights"], 1)[order] for one in given]),
-        values=torch.stack([padded(one["values"], 0) for one in given]),
         real=torch.stack([torch.arange(most) < len(one["values"]) for one in given]),
         fixed=torch.stack([padded(one["fixed"], 0) for one in given]),
-        n_learned=int((~held_out).sum()),
-        **{name: torch.stack([one[name][order] for one in given]) for name in ("rest", "target", "scale")},
     )
 
 
 def fit(given: dict[str, torch.Tensor]) -> FittedHeads:
     """Of one head, without the dimension of heads."""
     fitted = fit_heads(system_of(given), SETTINGS)
-    return FittedHeads(fitted.values[0], fitted.bias[0])
+    return FittedHeads(fitted.keys[0], fitted.values[0], fitted.bias[0])
 
 
 def by_loops(given: dict[str, torch.Tensor], settings: MatchSettings) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,7 +142,7 @@ def test_refit_errors_equal_the_cost_of_refitting_without_each_entry() -> None:
     ones = given["scale"] * 0 + 0.5
     shares = (given["weights"] / (given["rest"] + given["weights"].sum(-1))[:, None]).double()
     values = given["values"].double()
-    start = FittedHeads(given["values"][None], torch.zeros(1, n))
+    start = FittedHeads(torch.zeros(1, n, 6), given["values"][None], torch.zeros(1, n))
     (found,) = refit_errors(system_of({**given, "scale": ones}), start, metric)
     pull = torch.eye(n).double() * (0.01 * shares.square().sum(0).mean()).sqrt()
     left, right = torch.cat([shares, pull]), torch.cat([shares, pull]) @ values
@@ -203,9 +214,9 @@ def test_many_entries_are_fitted_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("kv_memory.compress.fitting._AT_ONCE", 10)
     parts = list(system.parts())
-    assert [own for own, _ in parts] == [slice(0, 10), slice(10, 20), slice(20, 30)]
-    torch.testing.assert_close(torch.stack([part.target for _, part in parts]).sum(0), system.target)
-    torch.testing.assert_close(torch.stack([1 - part.rest for _, part in parts]).sum(0), 1 - system.rest)
-    fitted = [fit_heads(part, SETTINGS) for _, part in parts]
+    assert [part.where[0].tolist() for part in parts] == [[*range(10)], [*range(10, 20)], [*range(20, 24)]]
+    torch.testing.assert_close(torch.stack([part.target for part in parts]).sum(0), system.target)
+    torch.testing.assert_close(torch.stack([1 - part.rest for part in parts]).sum(0), 1 - system.rest)
+    fitted = [fit_heads(part, SETTINGS) for part in parts]
     values, bias = torch.cat([part.values for part in fitted], 1), torch.cat([part.bias for part in fitted], 1)
     assert error(values, bias) < 0.8 * error(system.values, torch.zeros(1, 24))

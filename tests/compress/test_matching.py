@@ -315,7 +315,7 @@ def test_entries_of_batched_heads_are_fitted_in_parts(backbone: Any, monkeypatch
     monkeypatch.setattr("kv_memory.compress.fitting._AT_ONCE", 30)
     parts = document.keep(0.4)
     assert whole.counts is not None and int(whole.counts.max()) > 60, "three parts"
-    monkeypatch.setattr("kv_memory.compress.descent._WEIGHTS", 1)  # each head by itself
+    monkeypatch.setattr("kv_memory.compress.head_fit._WEIGHTS", 1)  # each head by itself
     alone = document.keep(0.4)
     torch.testing.assert_close(parts.values, alone.values, rtol=1e-3, atol=1e-3)
     assert not torch.equal(whole.positions, parts.positions) or not torch.allclose(whole.values, parts.values)

@@ -103,7 +103,8 @@ def test_a_finished_row_does_not_change_the_others() -> None:
     # From now on a token that the first answer reaches early ends an answer.
     end = free[0].token_ids[2]
     backbone.model.generation_config.eos_token_id = [2, end]
-    ended = Generator(backbone).generate_batch(QUESTIONS, [cache], settings=SAMPLED)
+    again = Backbone(backbone.model, backbone.tokenizer, prompt=backbone.prompt)
+    ended = Generator(again).generate_batch(QUESTIONS, [cache], settings=SAMPLED)
     assert len(ended[0].token_ids) <= 3 and ended[0].finish_reason == "stop"
     for before, after in zip(free, ended, strict=True):
         ids = list(before.token_ids)

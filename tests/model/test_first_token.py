@@ -46,7 +46,7 @@ def test_text_with_a_visible_character_is_visible(text: str) -> None:
 
 
 def opening(behind: str | None = ":") -> FirstToken:
-    return FirstToken(TOKENIZER, end_ids=[END], behind=ids_of(behind)[-1] if behind else None)
+    return FirstToken(tokenizer=TOKENIZER, end_ids=[END], behind=ids_of(behind)[-1] if behind else None)
 
 
 def logits_of(*ranked: int) -> torch.Tensor:

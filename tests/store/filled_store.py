@@ -22,7 +22,7 @@ def fill(store: Store, n: int = 3) -> None:
     store.update_settings({"model": "tiny", "keep_ratio": 0.25})
     store.put(sha("shared"), make_cache(99))
     for i in range(n):
-        store.put(sha(f"text {i}"), make_cache(i), fidelity=0.1 * i)
+        store.put(sha(f"text {i}"), replace(make_cache(i), fidelity=0.1 * i))
         store.put_document(document(f"d{i:03}", f"text {i}", "shared", metadata={"n": i, "ü": [None, "\ud800"]}))
     biased = make_cache(7, keep_ratio=0.5, fingerprint=replace(OTHER, format_version=2))
     biased = replace(biased, bias=torch.ones(biased.keys.shape[:-1], dtype=torch.float16))

@@ -86,6 +86,16 @@ def test_damage_takes_the_rows_of_every_collection_that_shares_the_blob(tmp_path
         assert two.caches() == []
 
 
+def test_check_quarantines_a_blob_whose_bytes_changed_without_a_trace_in_its_file_times(store: Store) -> None:
+    info = store.put(sha("x"), make_cache(1))
+    file = blob_file(store, info.blob_key)
+    flip_a_bit(file)
+    status = file.stat()
+    store.references._hashed[info.blob_key] = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+    assert store.check().damaged == (info.blob_key,)
+    assert store.caches() == [] and store.stats().n_quarantined == 1
+
+
 def test_an_intact_blob_that_is_not_a_cache_is_quarantined(store: Store) -> None:
     store.put(sha("x"), make_cache(1))
     store.put_prefix("p", b"no tensors in here")

@@ -95,4 +95,3 @@ def test_held_out_documents_do_not_depend_on_order_or_duplicates() -> None:
     assert hold_out([*reversed(data), *data], 2)[1] == kept_out
     assert len(hold_out(data, 50)[1]) == 2  # a fifth
     assert hold_out(data[:3], 5) == (data[:3], [])
-    assert len(hold_out(data, 50, most=1.0)[1]) == 10

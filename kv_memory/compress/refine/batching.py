@@ -18,23 +18,14 @@ from kv_memory.model.kv_cache import NEVER, PositionedCache
 
 @dataclass(frozen=True)
 class Entries:
-    """Keys and values of several documents on their positions, the shared prefix included, layer by layer.
+    """Keys and values of several documents on their positions, the shared prefix included, layer by layer."""
 
-    Attributes:
-        keys: `(documents, num_kv_heads, n, head_dim)` for each layer, rotated; layers may differ in length.
-        values: Values, in the same shapes.
-        positions: `(documents, num_kv_heads or 1, n)` for each layer, or once for all, int32; `NEVER` for padding.
-        next_positions: `(documents,)`, position of the first token behind each document.
-        n_positions: Length of the sequence for which the keys were rotated.
-        bias: Bias added to the attention logits, `(documents, num_kv_heads, n)` for each layer; None for no bias.
-    """
-
-    keys: Sequence[torch.Tensor]
+    keys: Sequence[torch.Tensor]  # `(documents, num_kv_heads, n, head_dim)` each, rotated; layers may differ in `n`
     values: Sequence[torch.Tensor]
-    positions: Sequence[torch.Tensor]
-    next_positions: torch.Tensor
-    n_positions: int
-    bias: Sequence[torch.Tensor] | None = None
+    positions: Sequence[torch.Tensor]  # int32 `(documents, num_kv_heads or 1, n)`, or one for all; `NEVER` for padding
+    next_positions: torch.Tensor  # `(documents,)`, position of the first token behind each document
+    n_positions: int  # length of the sequence for which the keys were rotated
+    bias: Sequence[torch.Tensor] | None = None  # added to attention logits, `(documents, num_kv_heads, n)` each
 
     def cache(self, rows: torch.Tensor) -> PositionedCache:
         """Build a cache with one row for each of `rows`, the indices of the documents to follow."""
@@ -49,23 +40,9 @@ class Entries:
         cache.next_positions = self.next_positions[rows]
         return cache
 
-    def ask(
-        self, backbone: Backbone, ids: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor, wanted: torch.Tensor
-    ) -> torch.Tensor:
-        """Logits at some tokens of rows behind the documents.
-
-        Args:
-            backbone: The model.
-            ids: `(rows, n)`, token ids, padded on the right.
-            lengths: `(rows,)`, real tokens of each row.
-            rows: `(rows,)`, index of the document that each row follows.
-            wanted: Bool `(rows, n)`; tokens with a next token to predict.
-
-        Returns:
-            Logits `(number of wanted, vocab_size)`, row by row, in the model's dtype.
-        """
-        hidden = backbone.prefill(ids, self.cache(rows), lengths=lengths)
-        logits: torch.Tensor = backbone.head(hidden[wanted])
+    def ask(self, backbone: Backbone, batch: RowBatch) -> torch.Tensor:
+        """Logits at the wanted tokens of a batch, `(number of wanted, vocab_size)`, in the model's dtype."""
+        logits: torch.Tensor = backbone.head(batch.hidden(backbone, self.cache(batch.documents)))
         return logits
 
 
@@ -85,11 +62,9 @@ def gather_entries(
         backbone: Model that prefilled them.
         cache: Cache of prefix and documents, from `prefixed_cache`.
         lengths: `(documents,)`, tokens of each document.
-        selected: Mask of the selected entries, bool `(num_layers or 1, documents, num_kv_heads or 1, n_tokens)`; None
-            for all.
+        selected: Bool `(num_layers or 1, documents, num_kv_heads or 1, n_tokens)`; None for all.
         scores: Scores `(num_layers, documents, num_kv_heads or 1, n_tokens)`; entries get the bias `s -
-            stop_gradient(s)`, which is 0, but through which the gradient reaches the scorer (the paper's
-            straight-through).
+            stop_gradient(s)`: 0, but the gradient reaches the scorer through it (the paper's straight-through).
     """
     n_prefix = len(backbone.prefix_ids)
     layers = [cache.layer(index) for index in range(backbone.num_layers)]
@@ -123,10 +98,7 @@ def join_entries(
         backbone: Model that prefilled them.
         entries: Entries of all documents.
         lengths: `(documents,)`, tokens of each document.
-        groups: Indices of the documents that each result is joined from, in order.
-
-    Returns:
-        Entries with the groups as documents.
+        groups: Indices of the documents that each document of the result is joined from, in order.
     """
     if [list(group) for group in groups] == [[index] for index in range(len(lengths))]:
         return entries
@@ -157,9 +129,8 @@ def join_entries(
     def joined(which: int, fill: int = 0) -> list[torch.Tensor]:
         rows = [torch.cat([part[which] for part in own], 2) for own in parts]
         most = max(row.shape[2] for row in rows)
-        for i, row in enumerate(rows):
-            room = row.new_full((*row.shape[:2], most - row.shape[2], *row.shape[3:]), fill)
-            rows[i] = torch.cat([row, room], 2)
+        rooms = [row.new_full((*row.shape[:2], most - row.shape[2], *row.shape[3:]), fill) for row in rows]
+        rows = [torch.cat(pair, 2) for pair in zip(rows, rooms, strict=True)]
         return list(torch.stack(rows, 1))  # (groups, num_kv_heads, most, ...) for each layer
 
     return Entries(
@@ -178,17 +149,11 @@ CPU_TOKENS, GPU_TOKENS = 256, 1024  # of one batch, with its activations in memo
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens that follow a document.
+    """Tokens that follow a document."""
 
-    Attributes:
-        document: Index of the document.
-        ids: Token ids of the row.
-        n_given: Number of given tokens, at least 1; the tokens behind them are to be predicted.
-    """
-
-    document: int
+    document: int  # index of the document
     ids: tuple[int, ...]
-    n_given: int
+    n_given: int  # given tokens, at least 1; the tokens behind them are to be predicted
 
     @property
     def n_wanted(self) -> int:
@@ -198,21 +163,17 @@ class Row:
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Rows as tensors.
+    """Rows as tensors."""
 
-    Attributes:
-        index: Indices of the rows in the list they come from.
-        ids: `(rows, n)`, token ids, padded on the right.
-        lengths: `(rows,)`, real tokens of each row.
-        documents: `(rows,)`, index of each row's document.
-        wanted: Bool `(rows, n)`; tokens with a next token to predict.
-    """
+    index: list[int]  # of the rows in the list they come from
+    ids: torch.Tensor  # `(rows, n)`, token ids, padded on the right
+    lengths: torch.Tensor  # `(rows,)`, real tokens of each row
+    documents: torch.Tensor  # `(rows,)`, index of each row's document
+    wanted: torch.Tensor  # bool `(rows, n)`; tokens with a next token to predict
 
-    index: list[int]
-    ids: torch.Tensor
-    lengths: torch.Tensor
-    documents: torch.Tensor
-    wanted: torch.Tensor
+    def hidden(self, backbone: Backbone, cache: PositionedCache) -> torch.Tensor:
+        """Inputs of the head at the wanted tokens behind a cache of as many rows: `(number of wanted, hidden_size)`."""
+        return backbone.prefill(self.ids, cache, lengths=self.lengths)[self.wanted]
 
 
 def batch_rows(
@@ -225,8 +186,8 @@ def batch_rows(
         rows: Rows in any order.
         ends: Position of the first token behind each document.
         at_once: Most rows of a batch.
-        max_tokens: Most tokens of a batch, padding included; a single row may be longer. None: as many as keep the
-            device busy.
+        max_tokens: Most tokens of a batch, padding included, unless it is a single row. None: what keeps the device
+            busy.
     """
     if max_tokens is None:
         max_tokens = CPU_TOKENS if backbone.device.type == "cpu" else GPU_TOKENS

@@ -8,29 +8,15 @@ import torch
 
 
 def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
-    """KL(p ‖ q) in nats, token by token.
-
-    Args:
-        p_logits: Logits of p, `(..., vocab_size)`, any dtype.
-        q_logits: Logits of q, in the same shape.
-
-    Returns:
-        Divergences `(...)`, float32.
-    """
+    """KL(p ‖ q) in nats, token by token: logits `(..., vocab_size)` of any dtype to `(...)`, float32."""
     p, q = torch.log_softmax(p_logits.float(), -1), torch.log_softmax(q_logits.float(), -1)
     return (p.exp() * (p - q)).sum(-1)
 
 
 def distillation_loss(teacher: torch.Tensor, student: torch.Tensor, *, forward_weight: float) -> torch.Tensor:
-    """`λ·KL(teacher‖student) + (1-λ)·KL(student‖teacher)`, token by token (KV-Distill, section 3.3).
+    """`λ·KL(teacher‖student) + (1-λ)·KL(student‖teacher)` in nats, token by token (KV-Distill, section 3.3).
 
-    Args:
-        teacher: Logits of the teacher, `(..., vocab_size)`.
-        student: Logits of the student, in the same shape.
-        forward_weight: λ, weight of the forward KL, in [0, 1]; 0.6 in the paper.
-
-    Returns:
-        Losses `(...)`, float32, nats.
+    Logits `(..., vocab_size)` to losses `(...)`, float32. λ is `forward_weight`, in [0, 1]; 0.6 in the paper.
     """
     return _both_ways(torch.log_softmax(teacher.float(), -1), torch.log_softmax(student.float(), -1), forward_weight)
 
@@ -47,14 +33,10 @@ class Predictions:
 
     Logits of a few hundred positions over 50,000 tokens and more would take more memory than the prefill of the
     document.
-
-    Attributes:
-        ids: Likeliest tokens, `(n, k)`.
-        log_probs: Log-probabilities `(n, k + 1)`, float32; the last is that of all other tokens together.
     """
 
-    ids: torch.Tensor
-    log_probs: torch.Tensor
+    ids: torch.Tensor  # `(n, k)`, the likeliest tokens
+    log_probs: torch.Tensor  # `(n, k + 1)`, float32; the last is that of all other tokens together
 
     @classmethod
     def of(cls, logits: torch.Tensor, *, k: int = 256) -> Predictions:

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from kv_memory.cache.distilled import DistilledCache
-from kv_memory.compress.refine.batching import Entries, Row, RowBatch, batch_rows
+from kv_memory.compress.refine.batching import Row, RowBatch, batch_rows
 from kv_memory.compress.refine.loss import Predictions, kl_divergence
 from kv_memory.compress.refine.optimizer_state import ProbeTarget, Progress
 from kv_memory.compress.refine.probes import ProbeKind, chance, make_probes
@@ -57,8 +57,8 @@ def refine_batch(
         ContextWindowError: Document and probes do not fit the model.
     """
     # 1. Check lengths and room for the probes.
-    settings = settings or RefineSettings()
-    held_fast = [None] * len(documents) if fixed is None else list(fixed)
+    settings, unasked = settings or RefineSettings(), unasked or [()] * len(documents)
+    fixed = fixed or [None] * len(documents)
     for ids, cache in zip(documents, caches, strict=True):
         if len(ids) != cache.n_tokens:
             raise ConfigError(
@@ -73,9 +73,9 @@ def refine_batch(
     # 3. Refine in groups. Where rotary frequencies depend on the length of the sequence, each document is refined
     # alone: beside a longer one it would get the frequencies of that one.
     for group in [[index] for index in todo] if backbone.rope.varies else _groups(backbone, documents, todo, settings):
-        secret = None if unasked is None else [unasked[i] for i in group]
-        run = _Run(backbone, [documents[i] for i in group], [caches[i] for i in group], settings, secret)
-        for index, cache in zip(group, run.refine([held_fast[i] for i in group]), strict=True):
+        run = _Run(backbone, settings, [documents[i] for i in group])
+        held, secret = [fixed[i] for i in group], [unasked[i] for i in group]
+        for index, cache in zip(group, run.refine([caches[i] for i in group], held, secret), strict=True):
             refined[index] = cache
     return refined
 
@@ -96,30 +96,26 @@ def _groups(
 class _Run:
     """Refinement of a group of documents."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        documents: Sequence[Sequence[int]],
-        caches: Sequence[DistilledCache],
-        settings: RefineSettings,
-        unasked: Sequence[Sequence[tuple[int, int]]] | None,
-    ) -> None:
+    def __init__(self, backbone: Backbone, settings: RefineSettings, documents: Sequence[Sequence[int]]) -> None:
         self._backbone = backbone
-        self._documents = documents
-        self._caches = caches
         self._settings = settings
-        self._unasked = unasked
+        self._documents = documents
         self._n_positions = len(backbone.prefix_ids) + max(map(len, documents))
 
     @torch.no_grad()
-    def refine(self, fixed: Sequence[torch.Tensor | None]) -> list[DistilledCache]:
+    def refine(
+        self,
+        caches: Sequence[DistilledCache],
+        fixed: Sequence[torch.Tensor | None],
+        unasked: Sequence[Sequence[tuple[int, int]]],
+    ) -> list[DistilledCache]:
         """Prepare the probes, run the rounds, and return each document's best state."""
         # 1. Probes, with the predictions of the full cache.
         settings = self._settings
-        asked = self._prepare()
-        # 2. TrainableCaches, evaluated at the start.
+        asked = self._prepare(unasked)
+        # 2. Trainable caches, evaluated at the start.
         going = []
-        for ids, cache, own, held_fast in zip(self._documents, self._caches, asked, fixed, strict=True):
+        for ids, cache, own, held_fast in zip(self._documents, caches, asked, fixed, strict=True):
             trainable = TrainableCache(self._backbone, cache, n_positions=self._n_positions, fixed=held_fast)
             draw = chance(settings.seed, ids, "order")
             going.append(Progress(trainable, own, lr=self._rate_for(trainable, len(ids)), draw=draw))
@@ -140,11 +136,11 @@ class _Run:
         share = int(trainable.counts.sum()) / (trainable.counts.numel() * n_tokens)
         return min(0.05, max(0.005, 0.01 * 0.125 / share))
 
-    def _prepare(self) -> list[list[ProbeTarget]]:
+    def _prepare(self, unasked: Sequence[Sequence[tuple[int, int]]]) -> list[list[ProbeTarget]]:
         settings = self._settings
         # The teacher stays local, so that its caches are freed before trainables are made.
         teacher = Teacher(self._backbone, self._documents, room=settings.extra_tokens, max_entries=settings.max_entries)
-        probes = make_probes(self._backbone, teacher, self._documents, settings.probes, unasked=self._unasked)
+        probes = make_probes(self._backbone, teacher, self._documents, settings.probes, unasked=unasked)
         every = [probe for own in probes for probe in own]
         taught: dict[int, Predictions | torch.Tensor] = {}
         for index, logits in teacher.logits([probe.row for probe in every]):
@@ -153,13 +149,7 @@ class _Run:
         return [[next(asked) for _ in own] for own in probes]
 
     def _round(self, active: Sequence[Progress], n_steps: int, rate: float) -> None:
-        """Run steps from the best state so far, with a fresh optimiser, until the end or until nothing is gained.
-
-        Args:
-            active: Documents that take the steps.
-            n_steps: Number of steps.
-            rate: Factor of the learning rate.
-        """
+        """Run steps from the best state so far, with a fresh optimiser, until the end or until nothing is gained."""
         # 1. Steps, with an evaluation every `evaluate_every` steps and at the end.
         settings = self._settings
         for progress in active:
@@ -197,24 +187,20 @@ class _Run:
         for batch in self._batches(rows, together):
             with torch.enable_grad():
                 graph = together.leaves()
-                hidden = _hidden(self._backbone, graph, batch)
+                hidden = batch.hidden(self._backbone, graph.cache(batch.documents))
                 parts = [(chosen[i][1], rows[i].n_wanted * sizes[rows[i].document]) for i in batch.index]
                 leaves = [*graph.keys, *graph.values, *(graph.bias or ())]
                 found = torch.autograd.grad(hidden, leaves, self._before_head(hidden, parts))
             # 3. The part of each document, added to its trainable.
             n = self._backbone.num_layers
             for index in sorted(set(batch.documents.tolist())):
-                keys, values, bias = (
-                    together.entries_of(index, own) for own in (found[:n], found[n : 2 * n], found[2 * n :])
-                )
-                trainables[index].add_gradient([keys, values, bias[:, None]])
+                parts_of = [found[:n], found[n : 2 * n], found[2 * n :]]  # keys, values, biases
+                trainables[index].add_gradient([together.entries_of(index, own) for own in parts_of])
 
     def _before_head(self, hidden: torch.Tensor, parts: Sequence[tuple[ProbeTarget, int]]) -> torch.Tensor:
-        """Gradient of the loss at the input of the head, row by row: logits of all rows at once are large.
+        """Gradient of the loss at `hidden`, the input of the head: row by row, as logits of all rows at once are large.
 
-        Args:
-            hidden: Hidden states of a batch, `(n_wanted, hidden_size)`.
-            parts: Probe and divisor of the loss for each row of the batch.
+        `parts` are the probe and the divisor of the loss for each row.
         """
         gradients: list[torch.Tensor] = []
         for (asked, divisor), part in zip(parts, hidden.split([a.probe.row.n_wanted for a, _ in parts]), strict=True):
@@ -234,7 +220,7 @@ class _Run:
         rows = [replace(asked.probe.row, document=i) for i, asked in chosen]
         found: dict[int, float] = {}
         for batch in self._batches(rows, together):
-            hidden = _hidden(self._backbone, together.entries, batch)
+            hidden = batch.hidden(self._backbone, together.entries.cache(batch.documents))
             for i, part in zip(batch.index, hidden.split([rows[i].n_wanted for i in batch.index]), strict=True):
                 taught = chosen[i][1].taught
                 assert isinstance(taught, torch.Tensor)
@@ -261,8 +247,3 @@ class _Run:
             refined_steps=n_steps,
             fidelity=max(0.0, fidelity) if math.isfinite(fidelity) else None,  # rounding may go below zero
         )
-
-
-def _hidden(backbone: Backbone, entries: Entries, batch: RowBatch) -> torch.Tensor:
-    """Inputs of the head at the wanted tokens of rows behind the entries: `(n_wanted, hidden_size)`."""
-    return backbone.prefill(batch.ids, entries.cache(batch.documents), lengths=batch.lengths)[batch.wanted]

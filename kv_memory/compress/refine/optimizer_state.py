@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -14,14 +14,8 @@ from kv_memory.compress.refine.probes import KINDS, SHARES, Probe, ProbeKind
 from kv_memory.compress.refine.trainable_cache import TrainableCache
 
 
-@dataclass(frozen=True)
-class ProbeTarget:
-    """A probe with the predictions of the full cache.
-
-    Attributes:
-        probe: The probe.
-        taught: Predictions of the full cache; for a held-out probe full logits, `(n_wanted, vocab_size)`.
-    """
+class ProbeTarget(NamedTuple):
+    """A probe with the predictions of the full cache; for a held-out probe full logits, `(n_wanted, vocab_size)`."""
 
     probe: Probe
     taught: Predictions | torch.Tensor
@@ -39,18 +33,14 @@ class Progress:
         self.n_steps = 0
         self.start: dict[ProbeKind, float] = {}
         self.best: tuple[float, int, list[torch.Tensor]] = (math.inf, 0, [])  # mean held-out KL, steps, moves
-        self.gained = False  # in this round
-        self.looks_without_gain = 0
-        self.stopped = False
         self._lr = lr
-        self._lowest = math.inf
-        self._optimizer = torch.optim.Adam(trainable.moves, lr=lr)
         self._draw = draw
         self._queues: dict[ProbeKind, list[ProbeTarget]] = {kind: [] for kind in KINDS}
+        self.begin_round()
 
     def begin_round(self) -> None:
         """Start a round with a fresh optimiser."""
-        self.gained, self.stopped, self.looks_without_gain = False, False, 0
+        self.gained, self.stopped, self.looks_without_gain = False, False, 0  # in this round
         self._lowest = self.best[0]
         self._optimizer = torch.optim.Adam(self.trainable.moves, lr=self._lr)
 

@@ -39,38 +39,22 @@ _WRAPPER_TOKENS = 96  # most tokens of a request with its wrapper; longer ones a
 
 @dataclass(frozen=True)
 class Probe:
-    """A sequence that is run behind a document.
-
-    Attributes:
-        kind: Kind of probe.
-        row: Tokens of the probe; the wanted ones are predicted as from the full cache.
-        held_out: True for a probe that is never trained on, but decides which state is kept.
-        question: Question without the prompt form's wrapper; empty for other kinds.
-    """
+    """A sequence that is run behind a document."""
 
     kind: ProbeKind
-    row: Row
-    held_out: bool
-    question: str = ""
+    row: Row  # the wanted tokens are predicted as from the full cache
+    held_out: bool  # never trained on, but decides which state is kept
+    question: str = ""  # without the prompt form's wrapper; empty for other kinds
 
 
 class ProbeSettings(NamedTuple):
-    """Settings of the probes of each document.
+    """Settings of the probes of each document."""
 
-    Attributes:
-        n_probes: Number of training probes: questions and statements by `SHARES`; spans of either kind as many as
-            cover the document, at most this many.
-        n_held_out: Number of held-out spans of either kind; three times as many questions and statements.
-        probe_tokens: Longest span or statement, in tokens.
-        temperature: Sampling temperature of questions and statements.
-        seed: Seed of all random choices. A document's probes do not depend on the other documents of the batch.
-    """
-
-    n_probes: int
-    n_held_out: int
-    probe_tokens: int
-    temperature: float
-    seed: int
+    n_probes: int  # training probes: questions and statements by `SHARES`; at most as many spans of either kind
+    n_held_out: int  # held-out spans of either kind; three times as many questions and statements
+    probe_tokens: int  # longest span or statement
+    temperature: float  # for sampling questions and statements
+    seed: int  # of all random choices; a document's probes do not depend on the other documents of the batch
 
     @property
     def room(self) -> int:
@@ -92,14 +76,9 @@ def make_probes(
     *,
     unasked: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> list[list[Probe]]:
-    """Make probes of every kind about each document.
+    """Make probes of every kind about each document, given as token ids, which `teacher` prefilled.
 
-    Args:
-        backbone: The model.
-        teacher: Teacher that prefilled the documents.
-        documents: Token ids of each document, wrappers included.
-        settings: Number and kind of the probes.
-        unasked: Spans of tokens of each document that no probe quotes.
+    No probe quotes the spans of tokens of each document in `unasked`.
     """
     makers = [
         _Maker(backbone, index, ids, settings, unasked[index] if unasked else ()) for index, ids in enumerate(documents)
@@ -256,9 +235,6 @@ class _Maker:
 
     def _stretches(self) -> list[tuple[int, int]]:
         """Document without the spans that must not be asked for, in pieces long enough for a span."""
-        pieces, begin = [], 0
-        for start, end in self._unasked:
-            pieces.append((begin, start))
-            begin = end
-        pieces.append((begin, len(self._ids)))
+        edges = [0, *(edge for span in self._unasked for edge in span), len(self._ids)]
+        pieces = zip(edges[::2], edges[1::2], strict=True)
         return [(a, b) for a, b in pieces if b - a >= _LEAST or not self._unasked]

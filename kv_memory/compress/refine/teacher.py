@@ -68,8 +68,7 @@ class Teacher:
         """
         for batch in batch_rows(self._backbone, rows, self._ends, at_once=self._at_once):
             with self._behind(batch.documents) as cache:
-                ragged = batch.lengths if len(batch.index) > 1 else None
-                hidden = self._backbone.prefill(batch.ids, cache, lengths=ragged)[batch.wanted]
+                hidden = batch.hidden(self._backbone, cache)
             sizes = [rows[index].n_wanted for index in batch.index]
             for index, part in zip(batch.index, hidden.split(sizes), strict=True):
                 yield index, self._backbone.head(part)
@@ -85,25 +84,25 @@ class Teacher:
         seeds: Sequence[int] | None = None,
         as_answers: bool = False,
     ) -> list[list[int]]:
-        """Continue each row.
+        """Continue each row, of which nothing is predicted; return the new tokens of each.
 
         Args:
-            rows: Rows to continue; nothing in them is predicted.
+            rows: Rows to continue.
             most: Most tokens to decode.
             ends: Tokens that end a text; the end token is part of the result.
             temperature: Sampling temperature; 0 takes the likeliest token.
             seeds: Seed of each row, so that a text does not depend on its batch; needed above temperature 0.
             as_answers: True for texts that begin with something visible, as answers to users do, see `FirstToken`.
-
-        Returns:
-            New tokens of each row.
         """
         found: dict[int, list[int]] = {}
         # Each decoding step loads all weights from memory: the more rows share that, the better.
         for batch in batch_rows(self._backbone, rows, self._ends, at_once=self._at_once, max_tokens=_DECODED_TOKENS):
+            # Noise is drawn on the CPU, so that a seed gives the same noise on every device.
+            draws = [torch.Generator().manual_seed(seeds[i]) for i in batch.index] if temperature and seeds else None
+            last = batch.ids.gather(1, batch.lengths[:, None] - 1).flatten().tolist()
+            openings = [FirstToken(tokenizer=self._backbone.tokenizer, end_ids=ends, behind=token) for token in last]
             with self._behind(batch.documents) as cache:
-                chosen = None if not temperature or seeds is None else [seeds[index] for index in batch.index]
-                texts = self._go_on(batch, cache, most, ends, temperature, chosen, as_answers)
+                texts = self._go_on(batch, cache, most, ends, openings if as_answers else None, draws, temperature)
             found.update(zip(batch.index, texts, strict=True))
         return [found[index] for index in range(len(rows))]
 
@@ -113,14 +112,10 @@ class Teacher:
         cache: PositionedCache,
         most: int,
         ends: set[int],
+        openings: Sequence[FirstToken] | None,
+        draws: Sequence[torch.Generator] | None,
         temperature: float,
-        seeds: Sequence[int] | None,
-        as_answers: bool,
     ) -> list[list[int]]:
-        last = batch.ids.gather(1, batch.lengths[:, None] - 1).flatten().tolist()
-        openings = [FirstToken(self._backbone.tokenizer, end_ids=ends, behind=token) for token in last]
-        # Noise is drawn on the CPU, so that a seed gives the same noise on every device.
-        draws = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
         texts: list[list[int]] = [[] for _ in batch.index]
         rows = list(range(len(texts)))  # still being decoded
         logits = self._backbone.logits(batch.ids, cache, lengths=batch.lengths if len(texts) > 1 else None)
@@ -132,7 +127,7 @@ class Teacher:
                 scores = scores / temperature - noise.log()  # Gumbel trick: the argmax is a sample
             tokens = scores.argmax(-1)
             for i, row in enumerate(rows):
-                if as_answers and not openings[row].has_begun(texts[row]):
+                if openings is not None and not openings[row].has_begun(texts[row]):
                     tokens[i] = openings[row].likeliest(scores[i], texts[row])
                 texts[row].append(int(tokens[i]))
             going = [i for i, row in enumerate(rows) if texts[row][-1] not in ends]

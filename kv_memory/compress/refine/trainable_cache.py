@@ -93,15 +93,10 @@ class TrainableCache:
 
 @dataclass(frozen=True, eq=False)
 class TrainableCaches:
-    """Several trainables side by side.
+    """Several trainables side by side."""
 
-    Attributes:
-        entries: Their current entries behind the shared prefix, each layer padded to its fullest head.
-        masks: Bool `(num_kv_heads, n)` for each trainable and layer; True where its entries lie.
-    """
-
-    entries: Entries
-    masks: list[list[torch.Tensor]]
+    entries: Entries  # their current entries behind the shared prefix, each layer padded to its fullest head
+    masks: list[torch.Tensor]  # by layer: bool `(trainables, num_kv_heads, n)`; True where their entries lie
 
     @property
     def n_entries(self) -> float:
@@ -121,38 +116,38 @@ class TrainableCaches:
         return replace(self.entries, keys=keys, values=values, bias=bias)
 
     def entries_of(self, index: int, layers: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Entries of one trainable in tensors shaped like `entries.keys` or `entries.bias`: `(n_entries, ...)`."""
-        return torch.cat([layer[index][mask] for layer, mask in zip(layers, self.masks[index], strict=True)])
+        """Entries of one trainable in tensors shaped like `entries.keys` or `entries.bias`: `(n_entries, ... or 1)`."""
+        found = torch.cat([layer[index][mask[index]] for layer, mask in zip(layers, self.masks, strict=True)])
+        return found.view(len(found), -1)
 
 
 def side_by_side(backbone: Backbone, trainables: Sequence[TrainableCache], *, n_positions: int) -> TrainableCaches:
     """Assemble the current trainables so that rows can follow them; keys are rotated for `n_positions` in all."""
+    n_prefix, device = len(backbone.prefix_ids), backbone.device
+    masks = []
+    for counts in torch.stack([trainable.counts for trainable in trainables], 1):  # (trainables, num_kv_heads)
+        slot = torch.arange(n_prefix + int(counts.max()))  # on the CPU, as `counts`
+        masks.append(((slot >= n_prefix) & (slot < n_prefix + counts[..., None])).to(device))
+
+    def laid(of_trainables: Sequence[torch.Tensor], fill: int = 0) -> list[torch.Tensor]:
+        """Entries `(n_entries, ...)` of each trainable, layer by layer: `(trainables, num_kv_heads, n, ...)`."""
+        split = [part.split(own.per_layer) for part, own in zip(of_trainables, trainables, strict=True)]
+        rows = [torch.cat(own) for own in zip(*split, strict=True)]
+        layers = [own.new_full((*mask.shape, *own.shape[1:]), fill) for own, mask in zip(rows, masks, strict=True)]
+        for layer, mask, own in zip(layers, masks, rows, strict=True):
+            layer[mask] = own
+        return layers
+
+    moved = [[part.to(backbone.dtype) for part in trainable.moved()] for trainable in trainables]
+    keys, values, bias = (
+        laid([k for k, _, _ in moved]),
+        laid([v for _, v, _ in moved]),
+        laid([b[:, 0] for *_, b in moved]),
+    )
+    positions = laid([trainable.positions.to(torch.int32) for trainable in trainables], NEVER)
     prefix = backbone.prefix_for(n_positions)
-    n_prefix, n_heads, device = len(backbone.prefix_ids), backbone.num_kv_heads, backbone.device
-    longest = torch.stack([trainable.counts.amax(1) for trainable in trainables]).amax(0).tolist()
-    split = [
-        [part.to(backbone.dtype).split(trainable.per_layer) for part in trainable.moved()] for trainable in trainables
-    ]
-    where = [trainable.positions.to(torch.int32).split(trainable.per_layer) for trainable in trainables]
-    keys, values, biases, positions = [], [], [], []
-    masks: list[list[torch.Tensor]] = [[] for _ in trainables]
-    for layer, most in enumerate(longest):
-        shape = (len(trainables), n_heads, n_prefix + most)
-        key = torch.zeros(*shape, backbone.head_dim, dtype=backbone.dtype, device=device)  # (trainables, heads, n, dim)
-        value, place = torch.zeros_like(key), torch.full(shape, NEVER, dtype=torch.int32, device=device)
-        bias = key.new_zeros(shape)
+    for layer, (key, value, where) in enumerate(zip(keys, values, positions, strict=True)):
         key[:, :, :n_prefix], value[:, :, :n_prefix] = prefix.keys[layer], prefix.values[layer]
-        place[:, :, :n_prefix] = torch.arange(n_prefix, device=device)
-        slot = torch.arange(n_prefix + most)  # on the CPU, as `counts`
-        for index, trainable in enumerate(trainables):
-            mask = ((slot >= n_prefix) & (slot < n_prefix + trainable.counts[layer][:, None])).to(device)  # (heads, n)
-            key[index][mask], value[index][mask], added = (part[layer] for part in split[index])
-            bias[index][mask] = added[:, 0]
-            place[index][mask] = where[index][layer]
-            masks[index].append(mask)
-        keys.append(key)
-        values.append(value)
-        biases.append(bias)
-        positions.append(place)
+        where[:, :, :n_prefix] = torch.arange(n_prefix, device=device)
     ends = torch.tensor([trainable.next_position for trainable in trainables], device=device)
-    return TrainableCaches(Entries(keys, values, positions, ends, n_positions, biases), masks)
+    return TrainableCaches(Entries(keys, values, positions, ends, n_positions, bias), masks)

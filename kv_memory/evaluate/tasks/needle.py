@@ -52,11 +52,7 @@ def needle_cases(backbone: Backbone, settings: TaskSettings) -> list[Case]:
 
 
 def check_lengths(backbone: Backbone, lengths: Sequence[int]) -> int:
-    """The longest of these lengths.
-
-    Raises:
-        ConfigError: The longest length does not fit the window.
-    """
+    """The longest of these lengths; a ConfigError if it does not fit the window."""
     longest = max(lengths)
     if longest > (window := room_for_document(backbone)):
         raise ConfigError(
@@ -69,11 +65,7 @@ def check_lengths(backbone: Backbone, lengths: Sequence[int]) -> int:
 
 
 def haystack_text(settings: TaskSettings) -> str:
-    """All essays as one text.
-
-    Raises:
-        DatasetError: There are no essays.
-    """
+    """All essays as one text; a DatasetError without essays."""
     source, data = settings.haystack, data_folder(settings.data)
     if source is None:
         if data is None or not (data / "needle").is_dir():
@@ -95,11 +87,7 @@ def _needle(draw: random.Random) -> tuple[str, Query]:
 
 
 def part_of(backbone: Backbone, hay: str, n_tokens: int, draw: random.Random) -> str:
-    """A part of the haystack that begins with a sentence and has at least `n_tokens` tokens.
-
-    Raises:
-        DatasetError: The haystack is shorter.
-    """
+    """A part that begins with a sentence and has at least `n_tokens`; a DatasetError if the haystack is shorter."""
     starts = [0, *(match.end() for match in SENTENCE_END.finditer(hay))]
     for start in (draw.choice(starts), 0):
         part = hay[start : start + 12 * n_tokens + 1000]  # in characters; a token of prose has four or five

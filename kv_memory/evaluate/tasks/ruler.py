@@ -59,11 +59,7 @@ class _Maker:
         return self.backbone.count_tokens([text])[0]
 
     def filled(self, make: Callable[[int], str], least: int, most: int) -> str:
-        """`make(n)` for the largest n from `least` to `most` that fits the length.
-
-        Raises:
-            ConfigError: Even `make(least)` does not fit.
-        """
+        """`make(n)` for the largest n from `least` to `most` that fits the length; a ConfigError if none does."""
         low, high = least - 1, most
         while low < high:
             middle = (low + high + 1) // 2

@@ -123,10 +123,8 @@ class Task:
     """One of the tasks.
 
     Attributes:
-        name: Name of the task.
         cases: Function that makes its documents with their questions.
         score: Main score, used for retention; None if it has none.
-        text_metrics: Metrics of decoded answers.
         max_new_tokens: Length limit of an answer, in tokens.
         kl_on: Text on which KL is measured: the full model's own greedy answer, or the reference.
         groups: Names by which its rows can be grouped, see `Case.group`.
@@ -176,16 +174,10 @@ def choose(
     together: int = 1,
     cut_long: bool = False,
 ) -> list[Example]:
-    """The first documents of a suitable length, in the order of `in_hash_order`.
+    """The first documents of a suitable length, in the order of `in_hash_order`; `cut_long` truncates longer ones.
 
-    Args:
-        examples: All examples.
-        backbone: Model whose tokenizer counts the tokens, and whose window is the limit.
-        settings: Bounds of the length, and number of documents.
-        what: Name of the set, for the error.
-        least: Lower bound of the task itself, in tokens.
-        together: Number of documents that are used together.
-        cut_long: True to truncate documents that are too long; otherwise they are left out.
+    `least` is the lower bound of the task itself in tokens, `together` the number of documents that are used together,
+    and `what` the name of the set, for the error.
 
     Raises:
         ConfigError: The window is too small for the requested documents.

@@ -17,8 +17,6 @@ class WorkerEnd:
     """The end of a worker.
 
     Attributes:
-        worker: Name of the worker in the ledger.
-        reason: Reason of the end, for display.
         n_deaths: Number of processes that died as this worker, without an `error`; 0 for a normal end.
         error: Error that keeps every worker from processing documents, in the form of `KVMemoryError.to_dict`; None
             for any other end.

@@ -220,13 +220,8 @@ class Share:
 def share_of(machines: Sequence[Mapping[str, float]], *, n_workers: int, n_gpus: float | None) -> Share:
     """The share of the cluster for one actor, with at most the cores of the smallest machine.
 
-    Args:
-        machines: Resources of each machine, by Ray's names.
-        n_workers: Number of actors that must fit into the cluster.
-        n_gpus: Number of GPUs per actor; None for one if the cluster has any.
-
-    Raises:
-        JobError: No machine has that many GPUs.
+    `machines` are the resources of each machine, by Ray's names. `n_gpus` are GPUs per actor; None for one if the
+    cluster has any. It is a JobError if no machine has that many GPUs.
     """
     cores = [cores for machine in machines if (cores := machine.get("CPU", 0))]  # a head node often has no cores
     most_gpus = max((machine.get("GPU", 0) for machine in machines), default=0)

@@ -26,12 +26,7 @@ _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "
 
 
 def parse_sources(texts: Sequence[str], *, glob: str | None = None, query: str | None = None) -> list[dict[str, Any]]:
-    """Turn the user's arguments into specs.
-
-    Args:
-        texts: Files, folders, patterns; `hub:NAME`; `sql:URL`.
-        glob: Pattern for the files of folders.
-        query: SQL query for the `sql:` sources.
+    """Turn the user's arguments into specs: files, folders, patterns; `hub:NAME`; `sql:URL`, which needs a query.
 
     Raises:
         ConfigError: A name or URL is malformed, a `sql:` source has no query, or an option is given without a source
@@ -135,11 +130,7 @@ class Sources:
                 source.close()
 
     def read(self, item: SourceItem) -> ReadItem:
-        """Read one document; its source stays open for the next one.
-
-        Raises:
-            KVMemoryError: The document cannot be read.
-        """
+        """Read one document; its source stays open for the next one. Errors as in `Source.read`."""
         base, behind, _ = item.uri.partition("#")
         source = self._by_uri.get(base) if behind else self._files
         if source is None:

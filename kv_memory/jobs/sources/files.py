@@ -22,13 +22,10 @@ def is_pattern(text: str) -> bool:
 
 
 class FileSource(Source):
-    """The files below a folder, the files that match a pattern, or one file.
+    """The files below a folder, the files that match a pattern such as `notes/**/*.md`, or one file.
 
-    Args:
-        path: A file, a folder, or a pattern such as `notes/**/*.md`.
-        glob: Pattern for the names of a folder's files; None selects files of known types. A pattern with a slash is
-            matched against the path below the folder.
-        encoding: Encoding of text files without a byte order mark.
+    `glob` is a pattern for the names of a folder's files; without it, files of known types are selected. A pattern with
+    a slash is matched against the path below the folder.
     """
 
     def __init__(self, path: str, *, glob: str | None = None, encoding: str = "utf-8") -> None:

@@ -18,23 +18,14 @@ _MOST_CHARS = 1000  # longest value kept as metadata; longer ones are texts them
 
 @dataclass(frozen=True, kw_only=True)
 class ReadItem:
-    """A document read by a worker.
-
-    Attributes:
-        document: Document with its text.
-        whole: True if the document is already a passage and must not be split.
-    """
+    """A document read by a worker; `whole` if it is already a passage and must not be split."""
 
     document: Document
     whole: bool = False
 
 
 class Source(Protocol):
-    """A source of documents.
-
-    Attributes:
-        uri: Beginning of the uris of its documents, up to the `#`.
-    """
+    """A source of documents; `uri` is the beginning of their uris, up to the `#`."""
 
     uri: str
 

@@ -31,11 +31,7 @@ _ROWS_AT_ONCE = 500
 
 
 def check_url(url: str) -> str:
-    """The URL of a database for display, without its password.
-
-    Raises:
-        ConfigError: The text is not a database URL.
-    """
+    """The URL of a database for display, without its password; a ConfigError if it is no database URL."""
     try:
         return make_url(url).render_as_string(hide_password=True)
     except ArgumentError as error:
@@ -47,16 +43,11 @@ def check_url(url: str) -> str:
 
 
 class SqlSource(Source):
-    """The rows of a query.
+    """The rows of a query with a column for the key and one for the text, which the settings name.
 
     Reading a document does not run the query for all rows, but for one: `SELECT * FROM (QUERY) WHERE id = ...`.
-    Databases answer that at once if the key is indexed.
-
-    Args:
-        number: Number of the source in its job. It stands for the URL in uris, because a URL may contain a password.
-        url: URL of the database, in SQLAlchemy's form.
-        query: SELECT statement with a column for the key and one for the text.
-        settings: Settings with the names of these columns.
+    Databases answer that at once if the key is indexed. In uris, the number of the source in its job stands for the
+    URL, because a URL may contain a password.
     """
 
     def __init__(self, number: int, url: str, query: str, settings: JobSettings) -> None:

@@ -22,7 +22,7 @@ from diskcache.core import DBNAME, MODE_BINARY, UNKNOWN
 
 from kv_memory.errors import CorruptCacheError, StoreError
 from kv_memory.store.error_mapping import raise_mapped
-from kv_memory.store.fs import fsync_folder, private_file, private_folder, private_opener
+from kv_memory.store.fs import fsync_folder, private_file, private_folder, private_opener, walk_files
 
 
 def blob_key(data: bytes) -> str:
@@ -31,11 +31,7 @@ def blob_key(data: bytes) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a path that diskcache would change, because it expands `$NAME` in paths.
-
-    Raises:
-        StoreError: The path has the name of an environment variable in it.
-    """
+    """Refuse, with a `StoreError`, a path that diskcache would change, because it expands `$NAME` in paths."""
     if os.path.expandvars(folder) != str(folder):
         raise StoreError(
             "a store's path must not contain the name of an environment variable",
@@ -60,9 +56,9 @@ class BlobAudit:
         freed_bytes: Size of the removed files in bytes; 0 without `repair`.
     """
 
-    keys: frozenset[str]
-    young: frozenset[str]
-    strays: tuple[str, ...]
+    keys: set[str]
+    young: set[str]
+    strays: list[str]
     freed_bytes: int
 
 
@@ -96,27 +92,25 @@ class DiskBlobs:
         A diskcache interrupted while it begins a transaction never ends it: no process could write any more.
         """
         try:
-            yield self._open() if self._opened is None else self._opened  # not `or`: an empty one is false
+            with self._lock:
+                if self._opened is None:
+                    private_file(self.folder / DBNAME)
+                    # The defaults evict silently, even what was just written. The catalog has size limits and expiry.
+                    self._opened = diskcache.Cache(
+                        str(self.folder),
+                        timeout=self._timeout_s,
+                        disk=SafeTensorsDisk,
+                        eviction_policy="none" if self.size_limit is None else "least-recently-used",
+                        cull_limit=0 if self.size_limit is None else 2,  # per put; more might evict the new one
+                        size_limit=self.size_limit or 2**62,
+                    )
+                cache = self._opened
+            yield cache
         except Exception as error:
             raise_mapped(error, self.where)
         except BaseException:
             self.close()
             raise
-
-    def _open(self) -> Any:
-        with self._lock:
-            if self._opened is None:
-                private_file(self.folder / DBNAME)
-                self._opened = diskcache.Cache(
-                    str(self.folder),
-                    timeout=self._timeout_s,
-                    disk=SafeTensorsDisk,
-                    # The defaults evict silently, even what was just written. The catalog has size limits and expiry.
-                    eviction_policy="none" if self.size_limit is None else "least-recently-used",
-                    cull_limit=0 if self.size_limit is None else 2,  # per put; more might evict what was just written
-                    size_limit=2**62 if self.size_limit is None else self.size_limit,
-                )
-            return self._opened
 
     def warm(self) -> None:
         """Open diskcache now instead of at the first use."""
@@ -126,9 +120,7 @@ class DiskBlobs:
     def put(self, blobs: Mapping[str, bytes | Path], *, replace: bool = False) -> None:
         """Store blobs durably; with `replace`, an existing key gets the new bytes, otherwise it keeps the old ones.
 
-        Args:
-            blobs: Bytes by key, or a file with them, which is linked and must never be written to.
-            replace: Whether to replace existing blobs.
+        A blob is given as its bytes, or as a file with them, which is linked and must never be written to.
 
         Raises:
             CorruptCacheError: A file does not exist any more.
@@ -141,30 +133,26 @@ class DiskBlobs:
             # for this thread's connection and not as a setting, with which opening would sync 40 times instead of
             # twice.
             cache.reset("sqlite_synchronous", 2 if self.durable else 0, update=False)
-            files: list[_File] = []
+            files: dict[str, _File] = {}
             try:
                 # 1. Write the files, before the transaction, for which other processes wait.
                 for key, data in blobs.items():
-                    files.append(disk.write(key, data, durable=self.durable))
+                    files[key] = disk.write(key, data, durable=self.durable)
                 if self.durable:
-                    for folder in {os.path.dirname(file.path) for file in files}:
+                    for folder in {os.path.dirname(file.path) for file in files.values()}:
                         fsync_folder(folder)
-                # 2. Insert their rows.
+                # 2. Insert their rows. Of two processes with the same blob the second drops its own file, and not the
+                # first one's, which a reader may be about to open. A row without its file gets the new one.
                 with cache.transact():
-                    for (key, data), file in zip(blobs.items(), list(files), strict=True):
-                        # `add`, not `set`: of two processes with the same blob the second drops its own file. `set`
-                        # would drop the first one's, which a reader may be about to open.
-                        if replace:
+                    for key, file in files.items():
+                        if replace or not _has(cache, key):
                             cache.set(key, file)
-                        elif not (cache.add(key, file) or self.has(key)):  # a row without its file
-                            files.append(disk.write(key, data, durable=self.durable))
-                            if self.durable:
-                                fsync_folder(os.path.dirname(files[-1].path))
-                            cache.set(key, files[-1])
+                        else:
+                            disk.remove(file.name)
             except Exception:
                 # diskcache leaves a file behind if it could not write the row. After Ctrl-C it is unknown whether
                 # it did: the files stay, and a later audit removes those without a row.
-                for file in files:
+                for file in files.values():
                     with suppress(OSError):
                         os.unlink(file.path)
                 raise
@@ -172,9 +160,7 @@ class DiskBlobs:
     def open(self, key: str, *, fresh: bool = False) -> BufferedReader | None:
         """The file of a blob, open for reading; None if the blob does not exist.
 
-        Args:
-            key: Name of the blob.
-            fresh: Whether to drop a local copy and fetch the blob from the store again; no effect here, in the store.
+        With `fresh`, a copy in the tier in front of an object store is dropped first; no effect here.
 
         Raises:
             CorruptCacheError: diskcache's row of the blob was tampered with.
@@ -185,11 +171,8 @@ class DiskBlobs:
 
     def has(self, key: str) -> bool:
         """Whether the blob exists; its bytes are not checked."""
-        with suppress(CorruptCacheError):
-            if (file := self.open(key)) is not None:
-                file.close()
-                return True
-        return False
+        with self._cache() as cache:
+            return _has(cache, key)
 
     def delete(self, key: str) -> int:
         """Remove a blob if it exists; returns the number of bytes freed."""
@@ -205,10 +188,7 @@ class DiskBlobs:
     def audit(self, *, min_age_s: float, repair: bool = False) -> BlobAudit:
         """List the contents and, with `repair`, remove what belongs to no blob.
 
-        Args:
-            min_age_s: Age in seconds from which a file without a row counts as a leftover; a younger one may be a
-                write in progress.
-            repair: Whether to remove strays.
+        A file without a row is a leftover from an age of `min_age_s`; a younger one may be a write in progress.
         """
         with self._cache() as cache:
             disk: SafeTensorsDisk = cache.disk
@@ -229,22 +209,18 @@ class DiskBlobs:
             young: set[str] = set()
             freed_bytes = 0
             latest = time.time() - min_age_s
-            for path, status in disk.files():
+            own = os.path.join(disk.root, DBNAME)  # and with `-wal`, `-shm`, `-journal`
+            for path, status in walk_files(disk.root):
                 if path in keys:
                     if status.st_mtime > latest:
                         young.add(keys[path])
-                elif status.st_mtime <= latest:
+                elif status.st_mtime <= latest and not path.startswith(own):
                     strays.append(os.path.relpath(path, disk.root))
                     if repair:
                         freed_bytes += status.st_size
                         with suppress(FileNotFoundError):
                             os.unlink(path)
-            return BlobAudit(
-                keys=frozenset(keys.values()),
-                young=frozenset(young),
-                strays=tuple(sorted(strays)),
-                freed_bytes=freed_bytes,
-            )
+            return BlobAudit(keys=set(keys.values()), young=young, strays=strays, freed_bytes=freed_bytes)
 
     def close(self) -> None:
         """Close this thread's connection; those of other threads close with their threads."""
@@ -252,6 +228,14 @@ class DiskBlobs:
             if self._opened is not None:
                 self._opened.close()
                 self._opened = None
+
+
+def _has(cache: Any, key: str) -> bool:
+    with suppress(CorruptCacheError):  # of a tampered row
+        if (file := cache.get(key, read=True)) is not None:
+            file.close()
+            return True
+    return False
 
 
 _NO_FILE = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
@@ -284,15 +268,6 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
         path = os.path.realpath(os.path.join(self.root, filename))
         return path if path.startswith(self.root + os.sep) else None
 
-    def files(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Paths and states of all files in the folder but diskcache's database."""
-        own = {os.path.join(self.root, DBNAME + suffix) for suffix in ("", "-wal", "-shm", "-journal")}
-        for folder, _, names in os.walk(self.root):
-            for path in (os.path.join(folder, name) for name in names):
-                with suppress(FileNotFoundError):  # removed by another process
-                    if path not in own:
-                        yield path, os.lstat(path)
-
     def put(self, key: Any) -> tuple[str, bool]:
         """The stored form of a key."""
         if type(key) is not str:
@@ -311,16 +286,44 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
             raise TypeError(f"blobs are files written before, got {type(value).__name__}")
         return value.size_bytes, MODE_BINARY, value.name, None
 
-    def write(self, key: str, data: bytes | Path, *, durable: bool) -> _File:
-        """Write a file, or link one; to be durable its folder must be synced too."""
+    def write(self, key: str, data: bytes | Path, *, durable: bool, again: bool = True) -> _File:
+        """Write a file, or link one, and once more if it vanishes; to be durable its folder must be synced too."""
         name, path = self.filename()
+        temporary, folder = path + ".tmp", os.path.dirname(path)
         try:
-            self._create(path, key, data, durable)
-        except FileNotFoundError as error:
+            if folder not in self._durable_folders:  # new, or made by a process that has not synced it yet
+                private_folder(Path(folder))
+                if durable:
+                    fsync_folder(self.root)
+                self._durable_folders.add(folder)
+            if isinstance(data, Path):
+                try:
+                    os.link(data, temporary)
+                except OSError:  # another file system, or one without links
+                    data = data.read_bytes()
+                    if blob_key(data) != key:
+                        raise CorruptCacheError("the blob changed meanwhile", where=f"blob {key}") from None
+            if isinstance(data, bytes):
+                with open(temporary, "xb", opener=private_opener) as file:
+                    file.write(data)
+            if durable:
+                with open(temporary, "rb+") as file:
+                    os.utime(temporary)  # a linked file is as young as a written one, for `audit`
+                    os.fsync(file.fileno())
+            os.rename(temporary, path)
+            return _File(name, path, os.path.getsize(path))
+        except BaseException as error:
+            for leftover in (temporary, path):
+                with suppress(OSError):
+                    os.unlink(leftover)
+            if not isinstance(error, FileNotFoundError):
+                raise
             if isinstance(data, Path) and not data.exists():
                 raise CorruptCacheError("the blob was removed meanwhile", where=f"blob {key}") from error
-            self._create(path, key, data, durable)  # a purge has taken the unfinished file for a leftover
-        return _File(name, path, os.path.getsize(path))
+            if not again:
+                raise
+        # A purge has taken the unfinished file for a leftover.
+        return self.write(key, data, durable=durable, again=False)
 
     def filename(self, key: Any = UNKNOWN, value: Any = UNKNOWN) -> tuple[str, str]:
         """A new name for a value's file, as a relative and an absolute path.
@@ -340,9 +343,9 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
             raise CorruptCacheError("a blob's row was not written by this package", where=self.root)
         try:
             return open(path, "rb")  # the caller closes it
-        except FileNotFoundError:
-            raise
         except OSError as error:
+            if error.errno == errno.ENOENT:
+                raise
             if error.errno in _NO_FILE:
                 raise CorruptCacheError("the path of a blob is not a regular file", where=path) from error
             # Mapped here, because `Cache.get` treats every OSError as a missing key; a forbidden file, or one too many
@@ -356,33 +359,3 @@ class SafeTensorsDisk(diskcache.Disk):  # type: ignore[misc]
             # Its folder stays even if it is empty: another process may be about to write into it.
             with suppress(FileNotFoundError):
                 (os.rmdir if os.path.isdir(path) else os.unlink)(path)
-
-    def _create(self, path: str, key: str, data: bytes | Path, durable: bool) -> None:
-        temporary = path + ".tmp"
-        folder = os.path.dirname(path)
-        if folder not in self._durable_folders:  # new, or made by a process that has not synced it yet
-            private_folder(Path(folder))
-            if durable:
-                fsync_folder(self.root)
-            self._durable_folders.add(folder)
-        try:
-            if isinstance(data, Path):
-                try:
-                    os.link(data, temporary)
-                except OSError:  # another file system, or one without links
-                    data = data.read_bytes()
-                    if blob_key(data) != key:
-                        raise CorruptCacheError("the blob changed meanwhile", where=f"blob {key}") from None
-            if isinstance(data, bytes):
-                with open(temporary, "xb", opener=private_opener) as file:
-                    file.write(data)
-            if durable:
-                with open(temporary, "rb+") as file:
-                    os.utime(temporary)  # a linked file is as young as a written one, for `audit`
-                    os.fsync(file.fileno())
-            os.rename(temporary, path)
-        except BaseException:
-            for name in (temporary, path):
-                with suppress(OSError):
-                    os.unlink(name)
-            raise

@@ -27,24 +27,21 @@ class ObjectBlobs:
     """Blobs as objects named `PREFIX/ab/abcd…`, by their SHA-256.
 
     Credentials and endpoint come from the environment, as the service's own tools read them (`AWS_ACCESS_KEY_ID`,
-    `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_KEY`, ...).
+    `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_KEY`, ...). One request takes
+    `KV_MEMORY_BLOBS_TIMEOUT_S` seconds at most, 60 unless set; a failing one is retried for
+    `KV_MEMORY_BLOBS_RETRY_S` seconds with growing pauses, 30 unless set.
 
     Args:
         url: `s3://BUCKET/PREFIX`, `gs://...`, `az://...` or `file:///FOLDER`.
         tier: Local copies of the objects in use.
-        timeout_s: Time limit for one request, in seconds; None for `KV_MEMORY_BLOBS_TIMEOUT_S`, 60 unless set.
-        retry_s: Time for which a failing request is retried, with growing pauses, in seconds; None for
-            `KV_MEMORY_BLOBS_RETRY_S`, 30 unless set.
 
     Raises:
         ConfigError: The URL has another form, obstore is not installed, or a variable is not a number of seconds.
     """
 
-    def __init__(
-        self, url: str, tier: DiskBlobs, *, timeout_s: float | None = None, retry_s: float | None = None
-    ) -> None:
-        timeout_s = _seconds("KV_MEMORY_BLOBS_TIMEOUT_S", 60.0) if timeout_s is None else timeout_s
-        retry_s = _seconds("KV_MEMORY_BLOBS_RETRY_S", 30.0) if retry_s is None else retry_s
+    def __init__(self, url: str, tier: DiskBlobs) -> None:
+        timeout = _seconds("KV_MEMORY_BLOBS_TIMEOUT_S", 60.0)
+        retry_timeout = _seconds("KV_MEMORY_BLOBS_RETRY_S", 30.0)
         try:
             import obstore
             from obstore.store import from_url
@@ -68,20 +65,12 @@ class ObjectBlobs:
         options: dict[str, Any] = {}
         if self._local is None:
             options["client_options"] = {
-                "timeout": timedelta(seconds=timeout_s),
+                "timeout": timeout,
                 "connect_timeout": timedelta(seconds=5),
                 # Options given here replace those of the environment, this one too.
                 "allow_http": os.environ.get("AWS_ALLOW_HTTP", "").lower() in {"1", "true"},
             }
-            options["retry_config"] = {
-                "max_retries": 5,
-                "backoff": {
-                    "init_backoff": timedelta(milliseconds=100),
-                    "max_backoff": timedelta(seconds=5),
-                    "base": 2,
-                },
-                "retry_timeout": timedelta(seconds=retry_s),
-            }
+            options["retry_config"] = {"max_retries": 5, "retry_timeout": retry_timeout}  # pauses of 0.1 s, doubled
         elif not self._local.is_absolute():
             raise ConfigError(
                 "the folder in a file:// URL must be an absolute path", where="blobs", next_step="Write file:///FOLDER."
@@ -97,17 +86,15 @@ class ObjectBlobs:
 
     def put(self, blobs: Mapping[str, bytes | Path]) -> None:
         """See `DiskBlobs.put`; existing objects are replaced."""
-        for key, data in blobs.items():
-            self._put(key, data if isinstance(data, bytes) else data.read_bytes())
-
-    def _put(self, key: str, data: bytes) -> None:
-        with mapped(self.where):
-            # Overwrites an existing object: it may be damaged, and checking takes as long as writing.
-            self._obstore.put(self._store, _name(key), data)
-            with suppress(FileNotFoundError):  # deleted meanwhile: no row named it yet, and the caller looks again
-                self._make_durable(key)
-        with suppress(StoreError):  # the tier is only for speed; the blob is already safe
-            self.tier.put({key: data}, replace=True)
+        for key, given in blobs.items():
+            data = given if isinstance(given, bytes) else given.read_bytes()
+            with mapped(self.where):
+                # Overwrites an existing object: it may be damaged, and checking takes as long as writing.
+                self._obstore.put(self._store, _name(key), data)
+                with suppress(FileNotFoundError):  # deleted meanwhile: no row named it yet, and the caller looks again
+                    self._make_durable(key)
+            with suppress(StoreError):  # the tier is only for speed; the blob is already safe
+                self.tier.put({key: data}, replace=True)
 
     def open(self, key: str, *, fresh: bool = False) -> BufferedReader | None:
         """See `DiskBlobs.open`; a blob that is not in the tier is downloaded."""
@@ -119,8 +106,6 @@ class ObjectBlobs:
             if (file := self.tier.open(key)) is not None:
                 return file
         data = self._fetch(key)
-        if data is not None and blob_key(data) != key:
-            data = self._fetch_again(key, data)
         if data is None:
             return None
         self.tier.put({key: data}, replace=True)
@@ -141,11 +126,10 @@ class ObjectBlobs:
         """See `DiskBlobs.delete`."""
         self.tier.delete(key)
         size_bytes = self._size_bytes(key)
-        if size_bytes is None:
-            return 0
-        with mapped(self.where), suppress(FileNotFoundError):
-            self._obstore.delete(self._store, _name(key))
-        return size_bytes
+        if size_bytes is not None:
+            with mapped(self.where), suppress(FileNotFoundError):
+                self._obstore.delete(self._store, _name(key))
+        return size_bytes or 0
 
     def audit(self, *, min_age_s: float, repair: bool = False) -> BlobAudit:
         """See `DiskBlobs.audit`; objects that are not blobs are strays, and so are those of the tier."""
@@ -153,8 +137,7 @@ class ObjectBlobs:
         latest = datetime.now(UTC) - timedelta(seconds=min_age_s)
         keys: set[str] = set()
         young: set[str] = set()
-        strays = list(tier.strays)
-        freed_bytes = tier.freed_bytes
+        strays, freed_bytes = tier.strays, tier.freed_bytes
         with mapped(self.where):
             for chunk in self._obstore.list(self._store, chunk_size=1000):
                 for entry in chunk:
@@ -168,9 +151,7 @@ class ObjectBlobs:
                     if repair:
                         self._obstore.delete(self._store, entry["path"])
                         freed_bytes += entry["size"]
-        return BlobAudit(
-            keys=frozenset(keys), young=frozenset(young), strays=tuple(sorted(strays)), freed_bytes=freed_bytes
-        )
+        return BlobAudit(keys=keys, young=young, strays=strays, freed_bytes=freed_bytes)
 
     def close(self) -> None:
         """Close the tier."""
@@ -188,32 +169,30 @@ class ObjectBlobs:
             return size
 
     def _fetch(self, key: str) -> bytes | None:
-        with mapped(self.where):
-            try:
-                return bytes(self._obstore.get(self._store, _name(key)).bytes())
-            except FileNotFoundError as error:
-                if no_such_bucket(error):
-                    raise
-                return None
-
-    def _fetch_again(self, key: str, wrong: bytes) -> bytes | None:
-        """Fetch a blob again after wrong bytes; they are returned only if the object itself is damaged.
+        """Fetch a blob; wrong bytes are returned only if the object itself is damaged.
 
         `BlobReferences` quarantines a damaged blob and deletes it, so a faulty connection must not be believed.
 
         Raises:
-            StoreConnectionError: The answers differ.
+            StoreConnectionError: Two answers are wrong, and differ.
         """
-        again = self._fetch(key)
-        if again is None or blob_key(again) == key:
-            return again
-        if again != wrong or self._size_bytes(key) != len(again):
-            raise StoreConnectionError(
-                "the object store returned different bytes on each read",
-                where=f"{self.where}, blob {key}",
-                next_step="Check the network and any proxy on the way, then try again; the stored data is unchanged.",
-            )
-        return again
+        wrong: bytes | None = None
+        for _ in range(2):
+            with mapped(self.where):
+                try:
+                    data = bytes(self._obstore.get(self._store, _name(key)).bytes())
+                except FileNotFoundError as error:
+                    if no_such_bucket(error):
+                        raise
+                    return None
+            if blob_key(data) == key or (data == wrong and self._size_bytes(key) == len(data)):
+                return data
+            wrong = data
+        raise StoreConnectionError(
+            "the object store returned different bytes on each read",
+            where=f"{self.where}, blob {key}",
+            next_step="Check the network and any proxy on the way, then try again; the stored data is unchanged.",
+        )
 
     def _make_durable(self, key: str) -> None:
         # Services answer once the object is durable; files in a folder must be synced.
@@ -228,7 +207,7 @@ class ObjectBlobs:
         fsync_folder(str(self._local))
 
 
-def _seconds(variable: str, default: float) -> float:
+def _seconds(variable: str, default: float) -> timedelta:
     text = os.environ.get(variable, "").strip()
     try:
         seconds = float(text) if text else default
@@ -236,7 +215,7 @@ def _seconds(variable: str, default: float) -> float:
         seconds = math.nan
     if not 0 < seconds < math.inf:
         raise ConfigError(f"{variable} must be a number of seconds above 0, got {text!r}", where=variable)
-    return seconds
+    return timedelta(seconds=seconds)
 
 
 def _name(key: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from kv_memory.compress import Adapter, Compressor
 from kv_memory.compress.kept import pad
 from kv_memory.compress.prefill import prefill_documents
-from kv_memory.compress.refine.batching import gather_entries, join_entries
+from kv_memory.compress.refine.batching import RowBatch, gather_entries, join_entries
 from kv_memory.generate import compose
 from tests.conftest import make_backbone
 from tests.reference import assert_close, letters, shared_backbone
@@ -20,13 +20,18 @@ DOCUMENTS = [letters(30, seed=1), letters(45, seed=2), letters(20, seed=3)]
 QUESTION = letters(12, seed=9)
 
 
-def every(backbone: Any, rows: list[int], entries: Any) -> torch.Tensor:
-    """Logits after every token of the question, behind each document of `rows`: `(rows, n, vocab_size)`."""
+def asked(backbone: Any, rows: list[int]) -> RowBatch:
+    """The question behind each document of `rows`, with every token wanted."""
     ids = torch.tensor([backbone.encode(QUESTION)] * len(rows))
     lengths = torch.full((len(rows),), ids.shape[1])
+    return RowBatch(list(range(len(rows))), ids, lengths, torch.tensor(rows), torch.ones_like(ids, dtype=torch.bool))
+
+
+def every(backbone: Any, rows: list[int], entries: Any) -> torch.Tensor:
+    """Logits after every token of the question, behind each document of `rows`: `(rows, n, vocab_size)`."""
+    batch = asked(backbone, rows)
     with torch.no_grad():
-        out = entries.ask(backbone, ids, lengths, torch.tensor(rows), torch.ones_like(ids, dtype=torch.bool))
-    return out.unflatten(0, ids.shape)
+        return entries.ask(backbone, batch).unflatten(0, batch.ids.shape)
 
 
 def alone(backbone: Any, caches: list[Any]) -> torch.Tensor:
@@ -116,9 +121,7 @@ def test_score_bias_is_zero_but_carries_a_gradient(name: str, scorer: Any) -> No
     without = gather_entries(backbone, reading.cache, lengths, reading.selected)
     biased = gather_entries(backbone, reading.cache, lengths, reading.selected, reading.scores)
     assert_close(every(backbone, [0, 1, 2], biased), every(backbone, [0, 1, 2], without))
-    asked = torch.tensor([backbone.encode(QUESTION)] * 3)
-    wanted = torch.ones_like(asked, dtype=torch.bool)
-    logits = biased.ask(backbone, asked, torch.tensor([12] * 3), torch.arange(3), wanted)
+    logits = biased.ask(backbone, asked(backbone, [0, 1, 2]))
     logits.log_softmax(-1)[:, 7].sum().backward()
     for parameter in adapter.scorer.parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0

@@ -99,7 +99,7 @@ def held_out(name: str, settings: RefineSettings) -> tuple[Teacher, list[Probe]]
     together, alone = (
         Teacher(backbone, ids, room=settings.extra_tokens, max_entries=n) for n in (settings.max_entries, 1)
     )
-    (probes,) = made_once(backbone, together, ids, settings.probes, unasked=None)
+    (probes,) = made_once(backbone, together, ids, settings.probes, unasked=[()])
     return alone, [probe for probe in probes if probe.held_out]
 
 
