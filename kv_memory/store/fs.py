@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 
@@ -27,9 +28,8 @@ def walk_files(folder: Path | str) -> Iterator[tuple[str, os.stat_result]]:
                 yield path, os.lstat(path)
 
 
-def private_opener(path: str, flags: int) -> int:
-    """Open a file that only its owner may read; also for `open(..., opener=private_opener)`."""
-    return os.open(path, flags, 0o600)
+# For `open(..., opener=private_opener)`: a new file may only be read by its owner.
+private_opener = partial(os.open, mode=0o600)
 
 
 def private_file(path: Path) -> None:
