@@ -13,38 +13,20 @@ from kv_memory import errors
 from kv_memory.errors import *  # noqa: F403 (all of them)
 
 if TYPE_CHECKING:
-    from kv_memory.cache.distilled import DistilledCache
-    from kv_memory.cache.fingerprint import Fingerprint
-    from kv_memory.cache.keep import Keep
-    from kv_memory.compress import Compressor
-    from kv_memory.config import DecodeSettings
-    from kv_memory.conversation import Conversation
-    from kv_memory.documents import Document
-    from kv_memory.generate import Generator, Turn
-    from kv_memory.generate.answer import Answer
-    from kv_memory.memory import KVMemory
-    from kv_memory.model.backbone import Backbone
-    from kv_memory.query import Reference
-    from kv_memory.store import Store
-
-__all__ = [
-    "Answer",
-    "Backbone",
-    "Compressor",
-    "Conversation",
-    "DecodeSettings",
-    "DistilledCache",
-    "Document",
-    "Fingerprint",
-    "Generator",
-    "KVMemory",
-    "Keep",
-    "Reference",
-    "Store",
-    "Turn",
-    "__version__",
-]
-__all__ += errors.__all__
+    from kv_memory.cache.distilled import DistilledCache as DistilledCache
+    from kv_memory.cache.fingerprint import Fingerprint as Fingerprint
+    from kv_memory.cache.keep import Keep as Keep
+    from kv_memory.compress import Compressor as Compressor
+    from kv_memory.config import DecodeSettings as DecodeSettings
+    from kv_memory.conversation import Conversation as Conversation
+    from kv_memory.documents import Document as Document
+    from kv_memory.generate import Generator as Generator
+    from kv_memory.generate import Turn as Turn
+    from kv_memory.generate.answer import Answer as Answer
+    from kv_memory.memory import KVMemory as KVMemory
+    from kv_memory.model.backbone import Backbone as Backbone
+    from kv_memory.query import Reference as Reference
+    from kv_memory.store import Store as Store
 
 __version__ = "0.1.0"
 
@@ -64,6 +46,8 @@ _LAZY = {
     "Store": "kv_memory.store",
     "Turn": "kv_memory.generate",
 }
+
+__all__ = [*_LAZY, *(name for name in dir(errors) if name.endswith("Error")), "__version__"]
 
 # Hidden from type checkers: to them a module-level __getattr__ would make every misspelt name valid.
 if not TYPE_CHECKING:

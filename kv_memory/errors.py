@@ -34,37 +34,6 @@ KVMemoryError
 
 from __future__ import annotations
 
-__all__ = [
-    "AdapterError",
-    "BrokenLineError",
-    "CacheError",
-    "CacheNotFoundError",
-    "ConfigError",
-    "ContextWindowError",
-    "CorruptCacheError",
-    "DatasetError",
-    "DecodeTimeoutError",
-    "DocumentError",
-    "DocumentNotFoundError",
-    "EmptyDocumentError",
-    "FingerprintMismatchError",
-    "JobError",
-    "KVMemoryError",
-    "ModelError",
-    "ModelNotFoundError",
-    "StoreConnectionError",
-    "StoreError",
-    "StoreFullError",
-    "StoreLockedError",
-    "TextNotKeptError",
-    "TrainingError",
-    "TransferError",
-    "UnreadableDocumentError",
-    "UnsupportedModelError",
-    "UnsupportedRequestError",
-    "WorkerDiedError",
-]
-
 
 class KVMemoryError(Exception):
     """Base of every error this package raises on purpose.

@@ -44,10 +44,8 @@ class KVMemoryChatMessageHistory(BaseChatMessageHistory):
         conversation_id: Name of the conversation, in the memory's collection.
         window_tokens: Size of the window in tokens of its messages' texts; None for no limit.
         window_turns: Size of the window in messages; None for no limit.
-        keep_ratio: Share of the old turns' tokens kept; the memory's setting if this and the next two are None.
-        keep_tokens: Number of tokens kept of each exchange, instead of `keep_ratio`.
-        max_bytes: Maximum size of an exchange's cache file in bytes, instead of `keep_ratio`.
         top_k: Number of passages of old turns that a question recalls; the memory's `top_k` if None.
+        keep: One of keep_ratio, keep_tokens and max_bytes of an exchange; without any, the memory's setting applies.
 
     Attributes:
         conversation: The turns that have left the window.
@@ -73,23 +71,14 @@ class KVMemoryChatMessageHistory(BaseChatMessageHistory):
         *,
         window_tokens: int | None = 1000,
         window_turns: int | None = None,
-        keep_ratio: float | None = None,
-        keep_tokens: int | None = None,
-        max_bytes: int | None = None,
         top_k: int | None = None,
+        **keep: float | None,
     ) -> None:
         for name, value in (("window_tokens", window_tokens), ("window_turns", window_turns)):
             if value is not None and value < 0:
                 raise ConfigError(f"{name} must be 0 or more, or None, got {value}", where=name)
         self._memory = memory
-        self.conversation = Conversation(
-            memory,
-            conversation_id,
-            keep_ratio=keep_ratio,
-            keep_tokens=keep_tokens,
-            max_bytes=max_bytes,
-            top_k=top_k,
-        )
+        self.conversation = Conversation(memory, conversation_id, top_k=top_k, **keep)
         self._window_tokens = math.inf if window_tokens is None else window_tokens
         self._window_turns = math.inf if window_turns is None else window_turns
 
