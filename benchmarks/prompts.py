@@ -59,10 +59,7 @@ def main() -> None:
         metavar="FORM",
     )
     parser.add_argument(
-        "--data",
-        default="squad",
-        choices=["squad", "dolly"],
-        help="data set, training share (default: squad)",
+        "--data", default="squad", choices=["squad", "dolly"], help="data set, training share (default: squad)"
     )
     parser.add_argument("--n-questions", type=int, default=100, help="(default: 100)")
     parser.add_argument("--max-tokens", type=int, default=32, help="longest answer (default: 32)")

@@ -167,11 +167,7 @@ def text_engine(memory: KVMemory, retriever: KVMemoryStoreRetriever, max_tokens:
 
 
 def measure(
-    memory: KVMemory,
-    questions: Sequence[tuple[str, tuple[str, ...]]],
-    none: Sequence[str],
-    top_k: int,
-    max_tokens: int,
+    memory: KVMemory, questions: Sequence[tuple[str, tuple[str, ...]]], none: Sequence[str], top_k: int, max_tokens: int
 ) -> dict[str, Any]:
     """One top-k: every question from caches and from text."""
     usage = Usage()

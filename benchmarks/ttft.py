@@ -42,9 +42,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="document lengths, in tokens")
     parser.add_argument("--keep-ratio", type=ratio_of, default=0.125, help="share of tokens kept (default: 0.125)")
     parser.add_argument(
-        "--selector",
-        choices=["reconstruction", "attention", "sink_recent"],
-        help="use this instead of the adapter",
+        "--selector", choices=["reconstruction", "attention", "sink_recent"], help="use this instead of the adapter"
     )
     parser.add_argument("--processes", type=int, default=3, help="new processes that ask the questions (default: 3)")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")

@@ -57,12 +57,7 @@ class KVMemoryError(Exception):
 
     def to_dict(self) -> dict[str, str | None]:
         """The error as a machine-readable dict: `error`, `what`, `where`, `next_step`."""
-        return {
-            "error": type(self).__name__,
-            "what": self.what,
-            "where": self.where,
-            "next_step": self.next_step,
-        }
+        return {"error": type(self).__name__, "what": self.what, "where": self.where, "next_step": self.next_step}
 
 
 class ConfigError(KVMemoryError, ValueError):

@@ -276,10 +276,7 @@ FILLER = ["the weather in Bergen", "a recipe for onion soup", "train tickets", "
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not BUILT_IN["smollm2"].is_prepared,
-    reason="smollm2 is not prepared (`make setup`)",
-)
+@pytest.mark.skipif(not BUILT_IN["smollm2"].is_prepared, reason="smollm2 is not prepared (`make setup`)")
 def test_a_fact_from_many_turns_ago_is_recalled(tmp_path: Path) -> None:
     said: list[Turn] = []
     for number in range(16):

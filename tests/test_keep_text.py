@@ -8,14 +8,7 @@ from typing import Any
 
 import pytest
 
-from kv_memory import (
-    Conversation,
-    CorruptCacheError,
-    KVMemory,
-    TextNotKeptError,
-    Turn,
-    UnreadableDocumentError,
-)
+from kv_memory import Conversation, CorruptCacheError, KVMemory, TextNotKeptError, Turn, UnreadableDocumentError
 from kv_memory.query import Reference, key_of
 from kv_memory.settings import MemorySettings
 from kv_memory.store import PassageRecord, export_collection, import_archive

@@ -9,11 +9,7 @@ import pytest
 
 from kv_memory import DecodeSettings, KVMemory
 from kv_memory.compress import Compressor
-from kv_memory.errors import (
-    ConfigError,
-    ContextWindowError,
-    DocumentNotFoundError,
-)
+from kv_memory.errors import ConfigError, ContextWindowError, DocumentNotFoundError
 from kv_memory.generate import Generator
 from kv_memory.ingest.pipeline import AddProgress
 from tests.memories import (

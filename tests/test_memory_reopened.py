@@ -11,12 +11,7 @@ import torch
 
 from kv_memory import KVMemory
 from kv_memory.compress import Adapter, Compressor
-from kv_memory.errors import (
-    AdapterError,
-    DocumentNotFoundError,
-    FingerprintMismatchError,
-    StoreError,
-)
+from kv_memory.errors import AdapterError, DocumentNotFoundError, FingerprintMismatchError, StoreError
 from kv_memory.generate import Generator
 from kv_memory.settings import MemorySettings
 from tests.conftest import make_model, make_tokenizer

@@ -19,10 +19,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 
 # Import names whose distribution is called differently.
-DISTRIBUTIONS = {
-    "bs4": "beautifulsoup4",
-    "llama_index": "llama-index-core",
-}
+DISTRIBUTIONS = {"bs4": "beautifulsoup4", "llama_index": "llama-index-core"}
 
 
 def shipped_files() -> set[str]:

@@ -11,12 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kv_memory import DecodeSettings, KVMemory
-from kv_memory.errors import (
-    CacheNotFoundError,
-    ConfigError,
-    ContextWindowError,
-    FingerprintMismatchError,
-)
+from kv_memory.errors import CacheNotFoundError, ConfigError, ContextWindowError, FingerprintMismatchError
 from kv_memory.generate import Generator, Turn
 from kv_memory.query import Reference, key_of
 from tests.conftest import make_tokenizer

@@ -10,11 +10,7 @@ import pytest
 
 from kv_memory import KVMemory
 from kv_memory.compress import Compressor
-from kv_memory.errors import (
-    CacheNotFoundError,
-    CorruptCacheError,
-    StoreFullError,
-)
+from kv_memory.errors import CacheNotFoundError, CorruptCacheError, StoreFullError
 from kv_memory.generate import Generator
 from kv_memory.query import key_of
 from tests.memories import FERRY, FERRY_QUESTION, SETTINGS, blob_of, open_memory

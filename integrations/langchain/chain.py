@@ -77,9 +77,7 @@ def create_kv_chain(
 
 
 def create_kv_retrieval_chain(
-    retriever: BaseRetriever,
-    llm: Runnable[Any, Any],
-    prompt: BasePromptTemplate[Any] | None = None,
+    retriever: BaseRetriever, llm: Runnable[Any, Any], prompt: BasePromptTemplate[Any] | None = None
 ) -> Runnable[dict[str, Any], dict[str, Any]]:
     """A retriever and `create_kv_chain`: `{"input": text}` to `{"input", "context", "answer"}`.
 

@@ -73,11 +73,7 @@ def json_schema_of(schema: dict[str, Any] | type) -> dict[str, Any]:
 
 
 def structured(
-    model: Runnable[LanguageModelInput, AIMessage],
-    schema: dict[str, Any] | type,
-    *,
-    method: str,
-    include_raw: bool,
+    model: Runnable[LanguageModelInput, AIMessage], schema: dict[str, Any] | type, *, method: str, include_raw: bool
 ) -> Runnable[LanguageModelInput, Any]:
     """The runnable that `ChatKVMemory.with_structured_output` returns."""
     check_choice(method, Method, where="method")

@@ -113,10 +113,7 @@ class _FromCaches:
             text = context.format(context_str=DOCUMENTS_ABOVE)
             before.append(ChatMessage(role=MessageRole.SYSTEM, content=text))
         return KVMemorySynthesizer(
-            self._llm,
-            prefix_messages=[*before, *history],
-            streaming=streaming,
-            callback_manager=self.callback_manager,
+            self._llm, prefix_messages=[*before, *history], streaming=streaming, callback_manager=self.callback_manager
         )
 
 

@@ -57,12 +57,7 @@ class KVMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     ) -> None:
         super().__init__(**options)
         self._conversation = Conversation(
-            memory,
-            conversation_id,
-            keep_ratio=keep_ratio,
-            keep_tokens=keep_tokens,
-            max_bytes=max_bytes,
-            top_k=top_k,
+            memory, conversation_id, keep_ratio=keep_ratio, keep_tokens=keep_tokens, max_bytes=max_bytes, top_k=top_k
         )
 
     @property

@@ -28,12 +28,7 @@ _NAMES = ("cached", "text")  # the same in the names of counts
 
 @command("model", *KEEP_NAMES)
 def demo(
-    *,
-    docs: Path | None = None,
-    changes: Changes,
-    questions: Path | None = None,
-    limit: int | None = None,
-    out: Output,
+    *, docs: Path | None = None, changes: Changes, questions: Path | None = None, limit: int | None = None, out: Output
 ) -> Any:
     """Try it: answers from distilled caches and from text, side by side.
 

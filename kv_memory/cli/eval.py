@@ -135,13 +135,7 @@ def evaluate_task(
         adapter_ = None if chosen.adapter is None else Adapter.load(chosen.adapter, backbone)
     with track_eval(out) as tracker:
         result = evaluate(
-            task,
-            backbone=backbone,
-            adapter=adapter_,
-            settings=settings,
-            refine=refine,
-            on_progress=tracker,
-            **options,
+            task, backbone=backbone, adapter=adapter_, settings=settings, refine=refine, on_progress=tracker, **options
         )
     _print(out, result.rows)
     if not result.complete:

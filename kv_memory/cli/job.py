@@ -116,14 +116,7 @@ def run(
 
 
 @command(json_lines=_JSON_LINES)
-def resume(
-    name: str | None = None,
-    *,
-    retry_failed: bool = False,
-    workers: Workers,
-    place: Place,
-    out: Output,
-) -> None:
+def resume(name: str | None = None, *, retry_failed: bool = False, workers: Workers, place: Place, out: Output) -> None:
     """Resume a job after Ctrl-C, a crash or a failure.
 
     Completed documents are not compressed again.

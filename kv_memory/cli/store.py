@@ -97,12 +97,7 @@ def gc(*, place: Place, out: Output) -> Any:
 
 @command()
 def budget(
-    *,
-    max_size: str | None = None,
-    store_max_size: str | None = None,
-    ttl: str | None = None,
-    place: Place,
-    out: Output,
+    *, max_size: str | None = None, store_max_size: str | None = None, ttl: str | None = None, place: Place, out: Output
 ) -> Any:
     """Show or change the size limits and the lifetime of caches.
 

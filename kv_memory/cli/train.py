@@ -73,13 +73,7 @@ def train(
         from kv_memory.train import Estimate, OpenRun, RunOptions, TrainRun, TrainSettings
 
         found = given.gather(
-            _known(),
-            data=data,
-            corpus=corpus,
-            model=model,
-            init=init,
-            steps=steps,
-            time_limit_s=time_limit,
+            _known(), data=data, corpus=corpus, model=model, init=init, steps=steps, time_limit_s=time_limit
         )
         changes, options = found[TrainSettings], found[RunOptions]
         fits = options.get("time_limit_s") is not None and "steps" not in changes

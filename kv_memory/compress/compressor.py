@@ -119,12 +119,7 @@ class Compressor:
         )
 
     def compress(
-        self,
-        text: str,
-        *,
-        keep_ratio: float,
-        keep_spans: Sequence[Span] = (),
-        unasked_spans: Sequence[Span] = (),
+        self, text: str, *, keep_ratio: float, keep_spans: Sequence[Span] = (), unasked_spans: Sequence[Span] = ()
     ) -> DistilledCache:
         """Compress one document.
 

@@ -99,10 +99,7 @@ class ReadResult:
 
 
 def read_documents(
-    source: DocumentLike | Iterable[DocumentLike],
-    *,
-    encoding: str = "utf-8",
-    on_error: OnError = "raise",
+    source: DocumentLike | Iterable[DocumentLike], *, encoding: str = "utf-8", on_error: OnError = "raise"
 ) -> ReadResult:
     """Read texts, files and folders.
 

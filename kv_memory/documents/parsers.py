@@ -169,9 +169,7 @@ def _read_pdf(raw: bytes, where: str) -> Content:
     ocr = "Run text recognition (OCR) over it first, e.g. `ocrmypdf in.pdf out.pdf`."
     if not text.strip():
         raise EmptyDocumentError(
-            f"the PDF has {len(pages)} page(s) and no text; it was probably scanned",
-            where=where,
-            next_step=ocr,
+            f"the PDF has {len(pages)} page(s) and no text; it was probably scanned", where=where, next_step=ocr
         )
     few = len(text) < _FEW_ON_PAGE * len(pages)
     notes = (

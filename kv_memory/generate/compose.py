@@ -65,13 +65,7 @@ def compose(
             backbone, caches, layout, spans, n_positions=n_positions, room=n_question + n_new, rows=batch_size
         )
     n_entries = n_prefix + sum(cache.n_kept for cache in caches)
-    shape = (
-        backbone.num_layers,
-        batch_size,
-        backbone.num_kv_heads,
-        n_entries + n_question + n_new,
-        backbone.head_dim,
-    )
+    shape = (backbone.num_layers, batch_size, backbone.num_kv_heads, n_entries + n_question + n_new, backbone.head_dim)
     keys = torch.empty(shape, dtype=backbone.dtype, device=backbone.device)
     values = torch.empty_like(keys)
     prefix = backbone.prefix_for(n_positions)

@@ -174,9 +174,7 @@ class Run:
         ]
         self._openings = [
             FirstToken(
-                tokenizer=backbone.tokenizer,
-                end_ids=backbone.end_ids,
-                behind=prompt.ids[-1] if prompt.ids else None,
+                tokenizer=backbone.tokenizer, end_ids=backbone.end_ids, behind=prompt.ids[-1] if prompt.ids else None
             )
             for prompt in prompts
         ]

@@ -244,12 +244,7 @@ def _biased(
 
 
 def _mask(
-    context: ForwardContext,
-    layer: int,
-    position_ids: torch.Tensor | None,
-    new: int,
-    length: int,
-    window: int | None,
+    context: ForwardContext, layer: int, position_ids: torch.Tensor | None, new: int, length: int, window: int | None
 ) -> torch.Tensor | None:
     """Visibility of keys: `(1 or batch, 1 or num_kv_heads, new, at least seq_len)`; None if queries see all keys."""
     cache = context.cache

@@ -41,12 +41,7 @@ class FirstToken:
     behind: int | None
 
     def pick(
-        self,
-        choose: Callable[[torch.Tensor], int],
-        logits: torch.Tensor,
-        ids: Sequence[int],
-        *,
-        is_last: bool = False,
+        self, choose: Callable[[torch.Tensor], int], logits: torch.Tensor, ids: Sequence[int], *, is_last: bool = False
     ) -> int:
         """Pick the next token after `ids` among those allowed here; the first pick if no finite logit is of such one.
 

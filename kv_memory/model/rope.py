@@ -32,11 +32,7 @@ class Rope:
     """
 
     def __init__(
-        self,
-        rotary: nn.Module,
-        *,
-        layer_types: Sequence[str | None],
-        lock: AbstractContextManager[Any] | None = None,
+        self, rotary: nn.Module, *, layer_types: Sequence[str | None], lock: AbstractContextManager[Any] | None = None
     ) -> None:
         self._rotary = rotary
         self._lock = lock if lock is not None else threading.RLock()

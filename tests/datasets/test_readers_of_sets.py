@@ -261,10 +261,7 @@ def as_archive(folder: Path, name: str) -> Path:
     return path
 
 
-WANTED = {
-    ("handbook/sub/a.md", "Anchors", "# Anchors\n\nThey hold."),
-    ("handbook/b.txt", "b", "Boats float."),
-}
+WANTED = {("handbook/sub/a.md", "Anchors", "# Anchors\n\nThey hold."), ("handbook/b.txt", "b", "Boats float.")}
 
 
 def test_a_folder_gives_examples_without_questions(corpus: Path) -> None:

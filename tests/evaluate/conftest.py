@@ -37,13 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "squad" / "dev.json", json.dumps({"data": [{"title": "t", "paragraphs": paragraphs}]}))
     options = ["a pier", "the whale oil", "no", "an office in the harbour"]
     stories = [
-        {
-            "article_id": str(i),
-            "article": prose(i, 9),
-            "question": "What is it?",
-            "options": options,
-            "gold_label": i,
-        }
+        {"article_id": str(i), "article": prose(i, 9), "question": "What is it?", "options": options, "gold_label": i}
         for i in range(2)
     ]
     write(folder / "quality" / "dev_sample.jsonl", "".join(json.dumps(story) + "\n" for story in stories))

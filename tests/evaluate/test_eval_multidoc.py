@@ -104,8 +104,7 @@ def test_no_distractor_contains_an_answer(roomy: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_places", "places"),
-    [(None, [1, 2, 3, 4]), (1, [1]), (2, [1, 4]), (3, [1, 3, 4]), (9, [1, 2, 3, 4])],
+    ("n_places", "places"), [(None, [1, 2, 3, 4]), (1, [1]), (2, [1, 4]), (3, [1, 3, 4]), (9, [1, 2, 3, 4])]
 )
 def test_places_are_evenly_spaced(roomy: Any, articles: Path, n_places: int | None, places: list[int]) -> None:
     found = cases(roomy, articles, n_documents=1, k=(4,), n_places=n_places)

@@ -81,10 +81,7 @@ def test_the_passage_form_continues_the_format_of_its_examples() -> None:
     assert text == "Question: What burned?\nAnswer: Whale oil.\nQuestion: Where?\nAnswer:"
 
 
-@pytest.mark.parametrize(
-    ("form", "head"),
-    [("chatml", [("system", DEFAULT_SYSTEM_PROMPT)]), ("gemma", [])],
-)
+@pytest.mark.parametrize(("form", "head"), [("chatml", [("system", DEFAULT_SYSTEM_PROMPT)]), ("gemma", [])])
 def test_a_chat_after_a_document_equals_the_rendered_template(form: str, head: list[tuple[str, str]]) -> None:
     backbone = make(form)
     before = "" if head else f"{DEFAULT_SYSTEM_PROMPT}\n\n"
@@ -98,8 +95,7 @@ def test_a_chat_after_a_document_equals_the_rendered_template(form: str, head: l
 def test_instructions_join_the_following_user_turn() -> None:
     talk = [Turn("system", "Be brief. "), *TALK[:2], Turn("system", "In French."), *TALK[2:]]
     assert encode_turns(make("short"), talk) == encode_turns(
-        make("short"),
-        [Turn("user", "Be brief.\n\nWhat burned?"), TALK[1], Turn("user", "In French.\n\nWhere?")],
+        make("short"), [Turn("user", "Be brief.\n\nWhat burned?"), TALK[1], Turn("user", "In French.\n\nWhere?")]
     )
 
 

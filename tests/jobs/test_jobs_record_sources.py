@@ -14,13 +14,7 @@ from typing import Any
 
 import pytest
 
-from kv_memory.errors import (
-    BrokenLineError,
-    DatasetError,
-    EmptyDocumentError,
-    KVMemoryError,
-    UnreadableDocumentError,
-)
+from kv_memory.errors import BrokenLineError, DatasetError, EmptyDocumentError, KVMemoryError, UnreadableDocumentError
 from kv_memory.jobs import JobSettings
 from kv_memory.jobs.job_records import SourceItem
 from kv_memory.jobs.sources import name_of, parse_sources

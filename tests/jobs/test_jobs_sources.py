@@ -9,11 +9,7 @@ from typing import Any
 
 import pytest
 
-from kv_memory.errors import (
-    ConfigError,
-    KVMemoryError,
-    UnreadableDocumentError,
-)
+from kv_memory.errors import ConfigError, KVMemoryError, UnreadableDocumentError
 from kv_memory.jobs.job_records import SourceItem
 from kv_memory.jobs.sources.files import path_of
 from kv_memory.jobs.sources.source import ReadItem, uri_of

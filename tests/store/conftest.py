@@ -39,13 +39,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Where catalog and blobs are. What the modules of CONTRACT say holds for all of them, but for tests marked `embedded`,
 # which look into the files of the first.
 PAIRS = ["sqlite-disk", "sqlite-s3", "postgres-folder", "postgres-s3"]
-CONTRACT = {
-    "test_store_caches",
-    "test_store_documents",
-    "test_store_upkeep",
-    "test_store_budgets",
-    "test_store_locks",
-}
+CONTRACT = {"test_store_caches", "test_store_documents", "test_store_upkeep", "test_store_budgets", "test_store_locks"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -25,13 +25,7 @@ from store_samples import FINGERPRINT, blob_file, document, equal, make_cache, s
 
 from kv_memory.errors import KVMemoryError, StoreError, StoreFullError, TransferError
 from kv_memory.memory import KVMemory
-from kv_memory.store import (
-    Store,
-    TransferProgress,
-    export_collection,
-    import_archive,
-    open_archive,
-)
+from kv_memory.store import Store, TransferProgress, export_collection, import_archive, open_archive
 from kv_memory.store.sql.schema import CacheRow
 from tests.memories import FERRY_QUESTION, LAMP_QUESTION, SETTINGS, open_memory
 

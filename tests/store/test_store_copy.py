@@ -15,13 +15,7 @@ from sqlalchemy import select, update
 from store_samples import FINGERPRINT, blob_file, blob_files, document, equal, make_cache, sha
 
 from kv_memory.errors import ConfigError, TransferError
-from kv_memory.store import (
-    CacheInfo,
-    Store,
-    copy_collection,
-    export_collection,
-    import_archive,
-)
+from kv_memory.store import CacheInfo, Store, copy_collection, export_collection, import_archive
 from kv_memory.store.sql.schema import PassageRow
 
 
@@ -39,10 +33,7 @@ def test_passages_without_their_text_are_copied(full: Store, fresh: Store) -> No
         assert len(others) == 1
 
 
-ELSEWHERE = [
-    pytest.param("sqlite-folder"),
-    pytest.param("postgres-s3", marks=[pytest.mark.postgres, pytest.mark.s3]),
-]
+ELSEWHERE = [pytest.param("sqlite-folder"), pytest.param("postgres-s3", marks=[pytest.mark.postgres, pytest.mark.s3])]
 
 
 @pytest.mark.parametrize("pair", ELSEWHERE)

@@ -59,11 +59,7 @@ def server() -> Iterator[Server]:
         made = Server(Path(folder))
         hba = Path(folder) / "pg_hba.conf"
         hba.write_text("local all bob scram-sha-256\n" + hba.read_text())
-        made.run(
-            "CREATE ROLE bob LOGIN PASSWORD 'right'",
-            "CREATE ROLE poor LOGIN",
-            "SELECT pg_reload_conf()",
-        )
+        made.run("CREATE ROLE bob LOGIN PASSWORD 'right'", "CREATE ROLE poor LOGIN", "SELECT pg_reload_conf()")
         yield made
         made.close()
 

@@ -12,12 +12,7 @@ from typing import Any
 import pytest
 from store_samples import FINGERPRINT, make_cache, sha
 
-from kv_memory.errors import (
-    ConfigError,
-    StoreConnectionError,
-    StoreError,
-    StoreFullError,
-)
+from kv_memory.errors import ConfigError, StoreConnectionError, StoreError, StoreFullError
 from kv_memory.store import Store
 from kv_memory.store.sql.catalog import Catalog
 from kv_memory.store.sql.schema import SCHEMA_HEAD

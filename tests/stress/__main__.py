@@ -25,16 +25,7 @@ from typing import Any
 from tests import services
 from tests.stress.samples import PAIRS, place
 
-COUNTS = (
-    "kills",
-    "flips",
-    "mismatches",
-    "races",
-    "corrupt_reads",
-    "dangling_rows",
-    "lost_documents",
-    "executed",
-)
+COUNTS = ("kills", "flips", "mismatches", "races", "corrupt_reads", "dangling_rows", "lost_documents", "executed")
 ROOT = Path(__file__).parents[2]
 # Each part runs in a process of its own that has one thread, because it forks.
 PART = "import sys; from tests.stress.__main__ import part; part(*sys.argv[1:])"

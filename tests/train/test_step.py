@@ -16,13 +16,7 @@ from kv_memory.datasets import Example, Question
 from kv_memory.errors import ConfigError, DatasetError
 from kv_memory.train.batches import Batch, Batches
 from kv_memory.train.settings import TrainSettings, preset
-from kv_memory.train.step import (
-    distillation_step,
-    label_rows,
-    received_attention,
-    scorer_loss,
-    warmup_step,
-)
+from kv_memory.train.step import distillation_step, label_rows, received_attention, scorer_loss, warmup_step
 from tests.conftest import make_backbone
 from tests.reference import letters, shared_backbone
 

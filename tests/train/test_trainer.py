@@ -19,11 +19,7 @@ import torch
 from accelerate import Accelerator
 
 from kv_memory.compress.adapter import Adapter
-from kv_memory.errors import (
-    ConfigError,
-    DatasetError,
-    TrainingError,
-)
+from kv_memory.errors import ConfigError, DatasetError, TrainingError
 from kv_memory.train import gradients
 from kv_memory.train.adapters import fit_settings, new_adapter, trainable
 from kv_memory.train.batches import Batches

@@ -94,9 +94,7 @@ def part_of(backbone: Backbone, hay: str, n_tokens: int, draw: random.Random) ->
         if backbone.count_tokens([part])[0] >= n_tokens:
             return part
     raise DatasetError(
-        f"the haystack is shorter than {n_tokens:,} tokens",
-        where="haystack",
-        next_step="Set haystack to a longer one.",
+        f"the haystack is shorter than {n_tokens:,} tokens", where="haystack", next_step="Set haystack to a longer one."
     )
 
 

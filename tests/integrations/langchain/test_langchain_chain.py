@@ -16,12 +16,7 @@ from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder, Prom
 from langchain_core.runnables import ConfigurableField, Runnable
 
 from kv_memory import ConfigError, KVMemory, Reference, Turn, errors
-from kv_memory.integrations.langchain import (
-    ChatKVMemory,
-    KVMemoryRetriever,
-    create_kv_chain,
-    create_kv_retrieval_chain,
-)
+from kv_memory.integrations.langchain import ChatKVMemory, KVMemoryRetriever, create_kv_chain, create_kv_retrieval_chain
 from kv_memory.integrations.references import DOCUMENTS_ABOVE
 from kv_memory.query import key_of
 from tests.integrations.langchain.test_langchain_structured import Pier

@@ -11,12 +11,7 @@ from langchain_core.messages import AIMessageChunk
 from langgraph.graph import END, START, StateGraph
 
 from kv_memory import KVMemory
-from kv_memory.integrations.langchain import (
-    ChatKVMemory,
-    KVMemoryRetriever,
-    create_kv_chain,
-    create_kv_retrieval_chain,
-)
+from kv_memory.integrations.langchain import ChatKVMemory, KVMemoryRetriever, create_kv_chain, create_kv_retrieval_chain
 from tests.integrations.langchain.test_langchain_chain import asked, documents
 from tests.memories import FERRY_QUESTION, LAMP_QUESTION
 from tests.reference import recorded_inputs

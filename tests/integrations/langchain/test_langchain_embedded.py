@@ -19,10 +19,7 @@ from kv_memory.model.embedded import BUILT_IN
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not BUILT_IN["smollm2"].is_prepared,
-        reason="smollm2 is not prepared (`make setup`)",
-    ),
+    pytest.mark.skipif(not BUILT_IN["smollm2"].is_prepared, reason="smollm2 is not prepared (`make setup`)"),
     # LangChain recommends LangGraph's checkpoints, and keeps this class until its version 2.
     pytest.mark.filterwarnings("ignore:RunnableWithMessageHistory is deprecated"),
 ]

@@ -26,10 +26,7 @@ from typing import Any
 import pytest
 import torch
 from langchain_core.indexing.base import DocumentIndex
-from langchain_tests.integration_tests import (
-    ChatModelIntegrationTests,
-    RetrieversIntegrationTests,
-)
+from langchain_tests.integration_tests import ChatModelIntegrationTests, RetrieversIntegrationTests
 from langchain_tests.integration_tests.indexer import AsyncDocumentIndexTestSuite, DocumentIndexerTestSuite
 from langchain_tests.unit_tests import ChatModelUnitTests
 

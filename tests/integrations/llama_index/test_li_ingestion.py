@@ -12,10 +12,7 @@ from llama_index.core.storage.docstore import SimpleDocumentStore
 
 from kv_memory import ConfigError, KVMemory
 from kv_memory.errors import DocumentError
-from kv_memory.integrations.llama_index import (
-    KVCompressTransform,
-    KVMemoryRetriever,
-)
+from kv_memory.integrations.llama_index import KVCompressTransform, KVMemoryRetriever
 from kv_memory.query import key_of
 from tests.integrations.llama_index.li_samples import (
     Run,

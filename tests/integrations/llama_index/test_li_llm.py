@@ -307,10 +307,7 @@ def test_unknown_options_are_refused_before_anything_is_made(
 def test_tokens_are_counted_by_llama_index(memory: KVMemory) -> None:
     counter = TokenCountingHandler(tokenizer=lambda text: [])
     llm = KVMemoryLLM(memory, max_tokens=4, callback_manager=CallbackManager([counter]))
-    usage = [
-        llm.chat(ASKED, kv_ids=keys_of(FERRY)).raw["usage"],
-        list(llm.stream_complete("Why?"))[-1].raw["usage"],
-    ]
+    usage = [llm.chat(ASKED, kv_ids=keys_of(FERRY)).raw["usage"], list(llm.stream_complete("Why?"))[-1].raw["usage"]]
     assert counter.prompt_llm_token_count == sum(use["prompt_tokens"] for use in usage)
     assert counter.completion_llm_token_count == sum(use["completion_tokens"] for use in usage) == 8
 

@@ -12,10 +12,7 @@ from llama_index.core.response_synthesizers import ResponseMode, get_response_sy
 from pydantic import BaseModel
 
 from kv_memory import KVMemory
-from kv_memory.integrations.llama_index import (
-    KVMemoryLLM,
-    KVMemoryQueryEngine,
-)
+from kv_memory.integrations.llama_index import KVMemoryLLM, KVMemoryQueryEngine
 from tests.integrations.llama_index.li_samples import (
     WordRetriever,
     engine_over,
@@ -90,10 +87,7 @@ async def test_events_and_callbacks_equal_those_of_a_stock_engine(
         engine: Any
         if kind == "stock":
             synthesizer = get_response_synthesizer(
-                llm=llm,
-                response_mode=ResponseMode.SIMPLE_SUMMARIZE,
-                streaming=streaming,
-                callback_manager=manager,
+                llm=llm, response_mode=ResponseMode.SIMPLE_SUMMARIZE, streaming=streaming, callback_manager=manager
             )
             engine = RetrieverQueryEngine(retriever, synthesizer, callback_manager=manager)
         else:
