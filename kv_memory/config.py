@@ -200,5 +200,5 @@ def check_name(name: object, *, where: str, most: int | None = None) -> None:
     """
     fits = isinstance(name, str) and name.strip() and not _UNFIT_FOR_NAMES.search(name)
     if not fits or (most is not None and len(str(name)) > most):
-        kind = "non-empty str" if most is None else f"str of 1 to {most} characters,"
-        raise ConfigError(f"{where} must be a {kind} without control characters, got {name!r}", where=where)
+        kind = "non-empty str" if most is None else f"str of 1 to {most} characters"
+        raise ConfigError(f"not a name: {where} must be a {kind} without control characters, got {name!r}", where=where)

@@ -15,7 +15,8 @@ from kv_memory.query import Reference
 
 # By memory and conversation id, because a server creates a new object for every request. Without the lock, two
 # concurrent `add` calls would take the same number, and the second would replace the first one's turns.
-_locks: weakref.WeakKeyDictionary[KVMemory, dict[str, threading.RLock]] = weakref.WeakKeyDictionary()
+_locks: weakref.WeakKeyDictionary[KVMemory, weakref.WeakValueDictionary[str, threading.RLock]]
+_locks = weakref.WeakKeyDictionary()
 _NAMES = {"system": "Instructions", "user": "User", "assistant": "Assistant"}
 
 
@@ -55,7 +56,8 @@ class Conversation:
         tenant = memory.collection.replace("%", "%25").replace(":", "%3A")
         self._memory = memory.in_collection(f"conversation:{tenant}:{conversation_id}", **keep)
         self.keep = self._memory.settings.keep
-        self.lock = _locks.setdefault(memory, {}).setdefault(conversation_id, threading.RLock())
+        locks = _locks.setdefault(memory, weakref.WeakValueDictionary())
+        self.lock = locks.setdefault(conversation_id, threading.RLock())
 
     def add(self, turns: Sequence[Turn]) -> None:
         """Compress turns, in the order they were spoken.

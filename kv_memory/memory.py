@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
+from weakref import WeakValueDictionary
 
 from kv_memory.compress import Compressor
 from kv_memory.config import DecodeSettings, DtypeName, check_names
@@ -24,6 +26,8 @@ from kv_memory.query import Reader
 from kv_memory.retrieval.bm25 import CollectionIndex, Hit
 from kv_memory.settings import KEEP_NAMES, MemorySettings
 from kv_memory.store import CheckReport, DocumentRecord, DocumentSummary, GcReport, Store, StoreStats
+
+_MOST_LATEST = 64  # collections that stay open without a user
 
 
 class KVMemory:
@@ -44,7 +48,9 @@ class KVMemory:
         self.settings = settings
         self._model = model
         self._index = CollectionIndex(store)
-        self._others: dict[tuple[str, MemorySettings], KVMemory] = {}
+        # Other collections: those in use, and the latest, whose search index the next request is likely to need.
+        self._others: WeakValueDictionary[tuple[str, MemorySettings], KVMemory] = WeakValueDictionary()
+        self._latest: OrderedDict[tuple[str, MemorySettings], KVMemory] = OrderedDict()
         self._lock = threading.Lock()
         self._extend_lock = threading.Lock()  # not `_lock`: other collections would wait for it
 
@@ -143,13 +149,14 @@ class KVMemory:
             if found is None:
                 found = KVMemory(self.store.in_collection(name), settings, self._model)
                 self._others[name, settings] = found
+            self._latest[name, settings] = found
+            self._latest.move_to_end((name, settings))
+            if len(self._latest) > _MOST_LATEST:
+                self._latest.popitem(last=False)
             return found
 
     def close(self) -> None:
         """Close the store; the model is freed with the object."""
-        for other in self._others.values():
-            other.close()
-        self._others.clear()
         self.store.close()
 
     def __enter__(self) -> Self:

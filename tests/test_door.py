@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from kv_memory import Conversation, Document, KVMemory, KVMemoryError, Reference, Turn
+from kv_memory.conversation import _locks
 from tests.memories import open_memory
 
 HALF = "half \ud83d emoji"
@@ -84,3 +87,14 @@ def test_a_file_whose_name_is_not_utf8_is_added_listed_refreshed_and_removed(tmp
         assert half.refresh().replaced == [id_]
         memory.remove(path)
         assert memory.documents() == []
+
+
+def test_sessions_that_come_and_go_are_forgotten(memory: KVMemory) -> None:
+    held = memory.in_collection("held")
+    gone = [weakref.ref(memory.in_collection(f"session {number}")) for number in range(200)]
+    for number in range(200):
+        Conversation(memory, f"session {number}").recall("Why?")
+    gc.collect()
+    assert sum(ref() is not None for ref in gone) <= 64
+    assert len(_locks[memory]) <= 1
+    assert memory.in_collection("held") is held

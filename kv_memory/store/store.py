@@ -105,6 +105,7 @@ class Store(Caches):
         collection_id = _find_collection(self.catalog, collection, create=create)
         store = Store(self.path, collection, collection_id, self.references)
         store._owns_connections = False
+        store.uses = self.uses
         return store
 
     def close(self) -> None:
