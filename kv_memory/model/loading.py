@@ -89,7 +89,7 @@ def load_model(name: str, *, dtype: torch.dtype, device: str, revision: str | No
     where = str(prepared_folder(model_built_in)) if model_built_in else name
     local_only = not Path(where).is_dir() and not _reaches_hub(name, revision)
     not_found = ModelNotFoundError(
-        "no copy of this model here, and the hub cannot be reached" if local_only else "no such model",
+        "no such model here, and the hub cannot be reached" if local_only else "no such model",
         where=name,
         next_step=f"Use {', '.join(BUILT_IN)}, a local folder with config.json and safetensors weights, or a hub id "
         "(`owner/model`; needs a network or a filled hub cache).",

@@ -77,6 +77,6 @@ def test_a_hub_that_cannot_be_reached_is_asked_once() -> None:
         check=True,
         env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"},
     )
-    assert done.stdout.splitlines() == ["no copy of this model here, and the hub cannot be reached"]
+    assert done.stdout.splitlines() == ["no such model here, and the hub cannot be reached"]
     assert "Retry" not in done.stderr
     assert time.perf_counter() - started < 60  # the retries alone would take 24 s for each file
