@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from typing import Any
 
 from kv_memory.compress import Adapter, Compressor, RefineSettings
 from kv_memory.config import DtypeName
@@ -43,6 +44,11 @@ class LazyCompressor:
         self._compressor: Compressor | None = None
         self._prefix_shared = False
         self._lock = threading.RLock()
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Type and device, as options of `KVMemory.open`."""
+        return {"dtype": self._dtype, "device": self._device}
 
     @property
     def backbone(self) -> Backbone:

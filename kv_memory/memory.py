@@ -17,6 +17,7 @@ from kv_memory.compress import Compressor
 from kv_memory.config import DecodeSettings, DtypeName, check_names
 from kv_memory.documents import DocumentLike, read_documents
 from kv_memory.documents.loaders import file_id
+from kv_memory.errors import CacheNotFoundError
 from kv_memory.generate import Answer, AnswerStream, ReadFrom, iterate_in_thread
 from kv_memory.ingest.pipeline import AddProgress, AddReport, IngestPipeline
 from kv_memory.lazy_compressor import LazyCompressor
@@ -158,6 +159,10 @@ class KVMemory:
     def close(self) -> None:
         """Close the store; the model is freed with the object."""
         self.store.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies, also in another process, open the same store with the same settings; each loads the model itself."""
+        return _reopened, (self.path, self.settings, self.collection, self._model.place)
 
     def __enter__(self) -> Self:
         return self
@@ -366,7 +371,13 @@ class KVMemory:
         Iterate for the text, then read `.answer`. Arguments and errors as in `ask`.
         """
         hits = self.retrieve(question, top_k=top_k)
-        return self.reader.answer(question, hits, settings=settings, read_from=read_from)
+        try:
+            return self.reader.answer(question, hits, settings=settings, read_from=read_from)
+        except CacheNotFoundError:
+            again = self.retrieve(question, top_k=top_k)  # a document may have been replaced since it was found
+            if again == hits:
+                raise
+            return self.reader.answer(question, again, settings=settings, read_from=read_from)
 
     async def aask(
         self,
@@ -399,3 +410,7 @@ class KVMemory:
     def reader(self) -> Reader:
         """Replies to whole conversations from referenced caches; the framework integrations are built on it."""
         return Reader(self.store, self.compressor, self.settings)
+
+
+def _reopened(path: Path, settings: MemorySettings, collection: str, place: dict[str, Any]) -> KVMemory:
+    return KVMemory.open(path, settings, collection=collection, create=False, load_model=False, **place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
@@ -17,8 +18,8 @@ from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, R
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.configurable import RunnableConfigurableFields
 
-from kv_memory import ConfigError, Reference
-from kv_memory.query import key_of
+from kv_memory import CacheNotFoundError, ConfigError, Reference
+from kv_memory.query import Reader, key_of
 
 from ..references import DOCUMENTS_ABOVE, KV_ID, reference_options
 from .chat_model import ChatKVMemory
@@ -61,13 +62,13 @@ def create_kv_chain(
         chain.invoke({"context": KVMemoryRetriever(memory).invoke(question), "input": question})
         ```
     """
-    is_plain = _check_llm(llm)
+    model, is_plain = _model_in(llm)
     parser = output_parser or (_Text() if is_plain else None)
     asked = prompt or _PROMPT
 
     def answer(values: Mapping[str, Any]) -> Runnable[Any, Any]:
         # Returned, not run: LangChain streams a runnable that a lambda returns; one run inside would not stream.
-        options = reference_options(_references(values, document_variable_name))
+        options = reference_options(_references(values, document_variable_name, model.memory.reader))
         seen = {**values, document_variable_name: DOCUMENTS_ABOVE}
         shown = RunnableLambda[Any, Any](lambda _: seen, name="documents_above")
         chain: Runnable[Any, Any] = shown | asked | RunnableLambda(_without_remark) | llm.bind(**options)
@@ -77,22 +78,28 @@ def create_kv_chain(
 
 
 def create_kv_retrieval_chain(
-    retriever: BaseRetriever, llm: Runnable[Any, Any], prompt: BasePromptTemplate[Any] | None = None
+    retriever: Runnable[Any, list[Document]], llm: Runnable[Any, Any], prompt: BasePromptTemplate[Any] | None = None
 ) -> Runnable[dict[str, Any], dict[str, Any]]:
     """A retriever and `create_kv_chain`: `{"input": text}` to `{"input", "context", "answer"}`.
 
     The output has the form of LangChain's `create_retrieval_chain`.
 
     Args:
-        retriever: A `KVMemoryRetriever` or `KVMemoryIndex`; documents of other retrievers are prefilled as text.
+        retriever: A `KVMemoryRetriever` or `KVMemoryIndex`, or any runnable that returns documents, e.g. one that
+            looks at the chat history. Retrievers are given the input's text, other runnables the whole input. Documents
+            without a cache are prefilled as text.
         llm: See `create_kv_chain`.
         prompt: See `create_kv_chain`.
 
     Raises:
         ConfigError: The LLM is not a `ChatKVMemory`.
     """
-    find = (itemgetter("input") | retriever).with_config(run_name="retrieve_documents")
-    return RunnablePassthrough.assign(context=find).assign(answer=create_kv_chain(llm, prompt))
+    find = itemgetter("input") | retriever if isinstance(retriever, BaseRetriever) else retriever
+    found = RunnablePassthrough.assign(context=find.with_config(run_name="retrieve_documents"))
+    # A document may be replaced between being found and being loaded: then both are done once more.
+    return found.assign(answer=create_kv_chain(llm, prompt)).with_retry(
+        retry_if_exception_type=(CacheNotFoundError,), wait_exponential_jitter=False, stop_after_attempt=2
+    )
 
 
 class _Text(StrOutputParser):
@@ -122,8 +129,8 @@ def _without_remark(prompt: PromptValue) -> PromptValue:
     return ChatPromptValue(messages=[message for message in prompt.messages if message.content != DOCUMENTS_ABOVE])
 
 
-def _check_llm(llm: Runnable[Any, Any]) -> bool:
-    """Whether `llm` answers with messages; raises `ConfigError` unless it wraps a `ChatKVMemory`."""
+def _model_in(llm: Runnable[Any, Any]) -> tuple[ChatKVMemory, bool]:
+    """The `ChatKVMemory` that `llm` wraps, and whether it answers with messages; a `ConfigError` if there is none."""
     inner: Any = llm
     is_plain = True
     while not isinstance(inner, ChatKVMemory):
@@ -139,10 +146,10 @@ def _check_llm(llm: Runnable[Any, Any]) -> bool:
                 where="llm of create_kv_chain",
                 next_step="Pass ChatKVMemory(memory), or use LangChain's create_stuff_documents_chain with this LLM.",
             )
-    return is_plain
+    return inner, is_plain
 
 
-def _references(values: Mapping[str, Any], name: str) -> list[Reference]:
+def _references(values: Mapping[str, Any], name: str, reader: Reader) -> list[Reference]:
     documents = values.get(name) if isinstance(values, Mapping) else None
     if not isinstance(documents, Sequence) or not all(isinstance(document, Document) for document in documents):
         raise ConfigError(
@@ -155,7 +162,9 @@ def _references(values: Mapping[str, Any], name: str) -> list[Reference]:
         text = document.page_content
         mark = Reference.parse(document.metadata[KV_ID]) if document.metadata.get(KV_ID) else None
         if mark is not None and (not text or mark.key == key_of(text)):
-            references.append(mark)
+            # The text helps only where the cache is gone, e.g. because the document was replaced since it was found.
+            gone = bool(text.strip()) and mark.collection is None and not reader.has_key(mark.key)
+            references.append(replace(mark, text=text) if gone else mark)
         elif text.strip():  # never compressed, or changed since by a step between the retriever and this chain
             references.append(Reference(key=key_of(text), text=text))
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llama_index.core import Settings
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.callbacks import CallbackManager
@@ -41,7 +42,7 @@ class KVMemoryQueryEngine(RetrieverQueryEngine):
     def from_defaults(
         cls,
         retriever: BaseRetriever | BaseIndex[Any],
-        llm: KVMemoryLLM,
+        llm: KVMemoryLLM | None = None,
         *,
         on_missing: OnMissing = "text",
         metadata_mode: MetadataMode = MetadataMode.LLM,
@@ -56,7 +57,7 @@ class KVMemoryQueryEngine(RetrieverQueryEngine):
 
         Args:
             retriever: Any retriever, or an index to take the retriever from.
-            llm: A `KVMemoryLLM`; its memory holds the caches.
+            llm: A `KVMemoryLLM`, whose memory holds the caches; `Settings.llm` if None.
             on_missing: Action for a node without a cache, see `KVMemoryRetriever`.
             metadata_mode: Metadata to include in a node's text.
             text_qa_template: See `KVMemorySynthesizer`.
@@ -69,7 +70,8 @@ class KVMemoryQueryEngine(RetrieverQueryEngine):
         Raises:
             ConfigError: The LLM is not a `KVMemoryLLM`; the message names the fix.
         """
-        memory = check_llm(llm, where="llm of KVMemoryQueryEngine").memory
+        llm = check_llm(llm or Settings._llm, where="llm of KVMemoryQueryEngine")
+        memory = llm.memory
         if isinstance(retriever, BaseIndex):
             retriever = retriever.as_retriever(similarity_top_k=similarity_top_k or memory.settings.top_k)
         manager = callback_manager or retriever.callback_manager
