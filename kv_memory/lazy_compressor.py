@@ -37,8 +37,7 @@ class LazyCompressor:
         prompt_form: PromptForm | None = None,
     ) -> None:
         self._settings = settings
-        self._dtype = dtype
-        self._device = device
+        self.place: dict[str, Any] = {"dtype": dtype, "device": device}
         self._backbone = backbone
         self._prompt = prompt_form or settings.prompt
         self._compressor: Compressor | None = None
@@ -46,21 +45,12 @@ class LazyCompressor:
         self._lock = threading.RLock()
 
     @property
-    def place(self) -> dict[str, Any]:
-        """Type and device, as options of `KVMemory.open`."""
-        return {"dtype": self._dtype, "device": self._device}
-
-    @property
     def backbone(self) -> Backbone:
         """The model. Errors as in `Backbone.load`."""
         with self._lock:
             if self._backbone is None:
                 self._backbone = Backbone.load(
-                    self._settings.model,
-                    dtype=self._dtype,
-                    device=self._device,
-                    prompt=self._prompt,
-                    chat_options=self._settings.switches,
+                    self._settings.model, **self.place, prompt=self._prompt, chat_options=self._settings.switches
                 )
             return self._backbone
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections import OrderedDict
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypedDict, Unpack
 from weakref import WeakValueDictionary
 
 from kv_memory.compress import Compressor
@@ -28,7 +28,16 @@ from kv_memory.retrieval.bm25 import CollectionIndex, Hit
 from kv_memory.settings import KEEP_NAMES, MemorySettings
 from kv_memory.store import CheckReport, DocumentRecord, DocumentSummary, GcReport, Store, StoreStats
 
-_MOST_LATEST = 64  # collections that stay open without a user
+
+class AskOptions(TypedDict, total=False):
+    """Options of a question: the number of passages (see `KVMemory.retrieve`), decoding, and the passages' form.
+
+    `read_from="caches"` keeps the text out of the prompt; `text` puts it there, as in plain RAG, for comparison.
+    """
+
+    top_k: int | None
+    settings: DecodeSettings | None
+    read_from: ReadFrom
 
 
 class KVMemory:
@@ -51,7 +60,7 @@ class KVMemory:
         self._index = CollectionIndex(store)
         # Other collections: those in use, and the latest, whose search index the next request is likely to need.
         self._others: WeakValueDictionary[tuple[str, MemorySettings], KVMemory] = WeakValueDictionary()
-        self._latest: OrderedDict[tuple[str, MemorySettings], KVMemory] = OrderedDict()
+        self._latest: deque[KVMemory] = deque(maxlen=64)
         self._lock = threading.Lock()
         self._extend_lock = threading.Lock()  # not `_lock`: other collections would wait for it
 
@@ -150,14 +159,13 @@ class KVMemory:
             if found is None:
                 found = KVMemory(self.store.in_collection(name), settings, self._model)
                 self._others[name, settings] = found
-            self._latest[name, settings] = found
-            self._latest.move_to_end((name, settings))
-            if len(self._latest) > _MOST_LATEST:
-                self._latest.popitem(last=False)
+            self._latest.append(found)
             return found
 
     def close(self) -> None:
         """Close the store; the model is freed with the object."""
+        for other in list(self._others.values()):
+            other.close()
         self.store.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -322,22 +330,12 @@ class KVMemory:
         """
         return self._index.retrieve(question, top_k=self.settings.top_k if top_k is None else top_k)
 
-    def ask(
-        self,
-        question: str,
-        *,
-        top_k: int | None = None,
-        settings: DecodeSettings | None = None,
-        read_from: ReadFrom = "caches",
-    ) -> Answer:
+    def ask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
         """Answer a question from the passages that match it.
 
         Args:
             question: Any text.
-            top_k: See `retrieve`.
-            settings: Decoding settings.
-            read_from: `caches` keeps the text out of the prompt. `text` puts it into the prompt, as in plain RAG, for
-                comparison.
+            options: See `AskOptions`.
 
         Raises:
             CacheNotFoundError: A passage has no cache under the current model, adapter and prompt.
@@ -346,7 +344,7 @@ class KVMemory:
             TextNotKeptError: `read_from` is `text`, and the text of a passage is not kept.
             ContextWindowError: Passages, question and answer do not fit the model.
         """
-        return self.stream(question, top_k=top_k, settings=settings, read_from=read_from).answer
+        return self.stream(question, **options).answer
 
     def ask_many(
         self, questions: Sequence[str], *, document_id: str, settings: DecodeSettings | None = None
@@ -373,36 +371,21 @@ class KVMemory:
         hits = self.retrieve(question, top_k=top_k)
         try:
             return self.reader.answer(question, hits, settings=settings, read_from=read_from)
-        except CacheNotFoundError:
-            again = self.retrieve(question, top_k=top_k)  # a document may have been replaced since it was found
-            if again == hits:
+        except CacheNotFoundError:  # a document may have been replaced since it was found
+            if hits == (hits := self.retrieve(question, top_k=top_k)):
                 raise
-            return self.reader.answer(question, again, settings=settings, read_from=read_from)
+            return self.reader.answer(question, hits, settings=settings, read_from=read_from)
 
-    async def aask(
-        self,
-        question: str,
-        *,
-        top_k: int | None = None,
-        settings: DecodeSettings | None = None,
-        read_from: ReadFrom = "caches",
-    ) -> Answer:
+    async def aask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
         """`ask` for asyncio: every step runs in a thread; cancelling it stops within a token."""
-        stream = await asyncio.to_thread(self.stream, question, top_k=top_k, settings=settings, read_from=read_from)
+        stream = await asyncio.to_thread(self.stream, question, **options)
         async for _ in iterate_in_thread(stream):
             pass
         return stream.answer
 
-    async def astream(
-        self,
-        question: str,
-        *,
-        top_k: int | None = None,
-        settings: DecodeSettings | None = None,
-        read_from: ReadFrom = "caches",
-    ) -> AsyncIterator[str]:
+    async def astream(self, question: str, **options: Unpack[AskOptions]) -> AsyncIterator[str]:
         """`stream` for asyncio: every step runs in a thread, so that the model never blocks the event loop."""
-        stream = await asyncio.to_thread(self.stream, question, top_k=top_k, settings=settings, read_from=read_from)
+        stream = await asyncio.to_thread(self.stream, question, **options)
         async for piece in iterate_in_thread(stream):
             yield piece
 
