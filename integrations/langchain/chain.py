@@ -130,7 +130,7 @@ def _without_remark(prompt: PromptValue) -> PromptValue:
 
 
 def _model_in(llm: Runnable[Any, Any]) -> tuple[ChatKVMemory, bool]:
-    """The `ChatKVMemory` that `llm` wraps, and whether it answers with messages; a `ConfigError` if there is none."""
+    """The `ChatKVMemory` that `llm` wraps, and whether it answers with messages; a `ConfigError` without one."""
     inner: Any = llm
     is_plain = True
     while not isinstance(inner, ChatKVMemory):

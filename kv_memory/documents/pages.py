@@ -30,7 +30,7 @@ _BLANK_LINES = re.compile(r"\n{3,}")
 
 
 class Page(NamedTuple):
-    """The title and the text of a page; each is empty if there is none."""
+    """The title and the text of a page, empty where it lacks them."""
 
     title: str
     text: str

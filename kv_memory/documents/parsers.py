@@ -99,7 +99,7 @@ def _content(text: str, title: str, notes: tuple[str, ...], **metadata: Any) -> 
 
 
 def _first_heading(text: str, file_type: str) -> str:
-    """The title of the front matter, or the first heading outside fenced code; empty if there is none."""
+    """The title of the front matter, or the first heading outside fenced code, or an empty text."""
     if front := _FRONT_MATTER.match(text):
         if title := _FRONT_TITLE.search(front[1]):
             return _unquoted(title[1].strip())

@@ -148,7 +148,7 @@ def _reaches_hub(name: str, revision: str | None) -> bool:
 
     try:
         HfApi().model_info(name, revision=revision, timeout=10)
-    except (HfHubHTTPError, HFValidationError):  # it answers that there is none, or the id is malformed
+    except (HfHubHTTPError, HFValidationError):  # it answers that it has no such model, or that the id is malformed
         return True
     except Exception:  # offline mode; a connection failed or timed out, of whichever HTTP library the hub's uses
         return False
