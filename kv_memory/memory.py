@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypedDict, Unpack
 from weakref import WeakValueDictionary
@@ -170,7 +170,8 @@ class KVMemory:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies, also in another process, open the same store with the same settings; each loads the model itself."""
-        return _reopened, (self.path, self.settings, self.collection, self._model.place)
+        options = {**self._model.place, "collection": self.collection, "create": False, "load_model": False}
+        return partial(KVMemory.open, self.path, self.settings, **options), ()
 
     def __enter__(self) -> Self:
         return self
@@ -393,7 +394,3 @@ class KVMemory:
     def reader(self) -> Reader:
         """Replies to whole conversations from referenced caches; the framework integrations are built on it."""
         return Reader(self.store, self.compressor, self.settings)
-
-
-def _reopened(path: Path, settings: MemorySettings, collection: str, place: dict[str, Any]) -> KVMemory:
-    return KVMemory.open(path, settings, collection=collection, create=False, load_model=False, **place)
