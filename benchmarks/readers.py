@@ -25,7 +25,7 @@ from bs4 import BeautifulSoup
 from kv_memory import KVMemoryError
 from kv_memory.documents import read_file
 from kv_memory.documents.decoding import decode_text
-from kv_memory.documents.pages import _NO_TEXT
+from kv_memory.documents.pages import NO_TEXT
 from kv_memory.documents.parsers import FILE_TYPES
 from kv_memory.retrieval.tokenize import words_of
 
@@ -69,7 +69,7 @@ def _plain_words(path: Path) -> set[str]:
         warnings.simplefilter("ignore")
         decoded = decode_text(path.read_bytes(), encoding="utf-8", where=str(path), is_page=True)
         soup = BeautifulSoup(decoded.text, "html.parser")
-    for tag in soup.select(f"{_NO_TEXT}, title"):
+    for tag in soup.select(f"{NO_TEXT}, title"):
         tag.extract()
     return set(words_of(soup.get_text(" ")))
 

@@ -67,30 +67,31 @@ def add(
 
 
 def _read(paths: Sequence[str], id_: str | None, extra: dict[str, str], encoding: str, skip_errors: bool) -> ReadResult:
-    from kv_memory.documents import Document, read_documents
+    from kv_memory.documents import read_documents
+    from kv_memory.documents.decoding import Decoded, check_encoding, decode_text
 
     if id_ is not None and "-" not in paths:
         raise ConfigError(
             "--id needs a text from stdin, but `-` is not among the paths", where="--id", next_step="Add `-` as a path."
         )
     sources: list[DocumentLike] = []
+    stdin = Decoded("")
     for path in paths:
         if path != "-":
             sources.append(Path(path))
             continue
-        text = _stdin_text(encoding)
-        sources.append(text if id_ is None else (id_, text))
+        stdin = decode_text(sys.stdin.buffer.read(), encoding=check_encoding(encoding), where="stdin")
+        sources.append(stdin.text if id_ is None else (id_, stdin.text))
     read = read_documents(sources, encoding=encoding, on_error="skip" if skip_errors else "raise")
-    if not extra:
-        return read
-    documents: list[Document] = [dataclasses.replace(d, metadata={**d.metadata, **extra}) for d in read.documents]
+    documents = [
+        dataclasses.replace(
+            document,
+            metadata={**document.metadata, **extra},
+            notes=stdin.notes if document.text == stdin.text else document.notes,
+        )
+        for document in read.documents
+    ]
     return dataclasses.replace(read, documents=tuple(documents))
-
-
-def _stdin_text(encoding: str) -> str:
-    from kv_memory.documents.decoding import check_encoding, decode_text
-
-    return decode_text(sys.stdin.buffer.read(), encoding=check_encoding(encoding), where="stdin").text
 
 
 def _add(out: Output, memory: KVMemory, read: ReadResult | None, *, stale: bool, encoding: str) -> AddReport:

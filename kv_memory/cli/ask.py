@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """How questions are answered.
+    """Options of an answer.
 
     Attributes:
         top_k (N): Maximum number of passages to answer from.  [default: 1 for smollm2, 3 for others]

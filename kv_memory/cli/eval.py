@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """What an evaluation needs besides the arguments of `Backbone.load` and `evaluate`, and the task's documents.
+    """Options of an evaluation besides the arguments of `Backbone.load` and `evaluate`, and the task's documents.
 
     Attributes:
         model: A built-in model, a model folder, or a Hugging Face hub id; `embedded` is qwen-0.5b, or smollm2 if only

@@ -32,7 +32,7 @@ def hub_records(hub_id: str, *, split: Literal["train", "dev"]) -> Iterator[Reco
 
 
 def load_hub_set(*arguments: str | None, where: str, **options: Any) -> Any:
-    """What `datasets.load_dataset` returns; `where` names the set in errors, which are those of `hub_records`."""
+    """The value of `datasets.load_dataset`; `where` names the set in errors, which are those of `hub_records`."""
     try:
         from datasets import load_dataset
     except ImportError as error:

@@ -115,21 +115,25 @@ def decode_text(raw: bytes, *, encoding: str, where: str, is_page: bool = False)
         )
     body = raw[len(mark) :]
     declared = _declared_codec(body) if is_page and not mark else None
-    for candidate in dict.fromkeys((codec, declared or codec)):
+    candidates = dict.fromkeys((codec, declared or codec))
+    # 1. An encoding in which every byte is valid.
+    errors: list[UnicodeError] = []
+    for candidate in candidates:
         try:
             return _without_nuls(body.decode(candidate), raw, where, is_page=is_page)
         except UnicodeError as error:
-            lenient, first = body.decode(candidate, "replace"), error
-            n_replaced = lenient.count(_REPLACED)
-            n_valid = sum(not character.isascii() for character in lenient) - n_replaced
-            if n_replaced and n_valid >= n_replaced * (_VALID_IN_UTF8 if candidate == "utf-8" else _VALID_ELSEWHERE):
-                noted = (f"{n_replaced} invalid byte(s) of {candidate} replaced by U+FFFD",)
-                return _without_nuls(lenient, raw, where, is_page=is_page, notes=noted)
-            if candidate == codec:
-                refused = first  # the error of the encoding that the user can change
+            errors.append(error)
+    # 2. An encoding in which nearly all are.
+    for candidate in candidates:
+        text = body.decode(candidate, "replace")
+        n_replaced = text.count(_REPLACED)
+        n_valid = sum(not character.isascii() for character in text) - n_replaced
+        if n_replaced and n_valid >= n_replaced * (_VALID_IN_UTF8 if candidate == "utf-8" else _VALID_ELSEWHERE):
+            noted = (f"{n_replaced} invalid byte(s) of {candidate} replaced by U+FFFD",)
+            return _without_nuls(text, raw, where, is_page=is_page, notes=noted)
     if b"\0" in body and not codec.startswith(("utf-16", "utf-32")):
         raise _binary(raw.index(b"\0"), where)
-    raise _undecodable(refused, body, codec, len(mark), where) from refused
+    raise _undecodable(errors[0], body, codec, len(mark), where) from errors[0]  # of the one that the user can change
 
 
 def _declared_codec(page: bytes) -> str | None:

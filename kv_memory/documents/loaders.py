@@ -224,7 +224,7 @@ def _parts(item: DocumentLike, skipped: list[Path]) -> Sequence[Path | DocumentE
         if error is None:
             files.append(found)
         else:
-            failed.append(_unreadable(error, found))
+            failed.append(unreadable(error, found))
     skipped.extend(sorted(left_out))
     if not files and not failed:
         known = f"Known types are {', '.join(FILE_TYPES)}; pass the path of a file of another type itself."
@@ -277,10 +277,11 @@ def _read_bytes(path: str | os.PathLike[str]) -> tuple[Path, bytes]:
             )
         return resolved, resolved.read_bytes()
     except (OSError, RuntimeError, ValueError) as error:  # loop of links: RuntimeError up to 3.12; NUL: ValueError
-        raise _unreadable(error, path) from error
+        raise unreadable(error, path) from error
 
 
-def _unreadable(error: Exception, path: str | os.PathLike[str]) -> UnreadableDocumentError:
+def unreadable(error: Exception, path: str | os.PathLike[str]) -> UnreadableDocumentError:
+    """The error for a file or folder that cannot be read."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         what, step = "no such file or folder", f"Check the path; relative ones start at {Path.cwd()}."
     elif isinstance(error, PermissionError):

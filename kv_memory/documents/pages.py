@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 # What is no text of a page: scripts and styles, navigation, form controls, what is hidden or embedded, and annotations
 # of words (the reading of Chinese characters, the source of a formula).
-_NO_TEXT = (
+NO_TEXT = (
     "script, style, template, noscript, noframes, head, nav, [role=navigation], [hidden], button, select, datalist, "
     "textarea, input, progress, meter, iframe, object, canvas, audio, video, svg, img, rt, rp, rtc, annotation, "
     "annotation-xml"
@@ -44,7 +44,7 @@ def read_page(html: str) -> Page:
     titles = [node for node in tree.query("title") if node.namespace != "svg"]  # a picture's title is not the page's
     headings = titles or tree.query("h1, h2")
     title = " ".join(headings[0].to_text().split()) if headings else ""
-    for node in tree.query(_NO_TEXT):
+    for node in tree.query(NO_TEXT):
         if node.parent is not None:
             node.parent.remove_child(node)
     for node in tree.query(", ".join((_BLOCKS, *_SAME_AS))):

@@ -44,7 +44,7 @@ _FEW_ON_PAGE = 20  # characters a page of a PDF
 
 
 class Content(NamedTuple):
-    r"""What a file contains.
+    r"""The content of a file.
 
     Attributes:
         text: Text, with newlines as `\n`.

@@ -54,7 +54,7 @@ def check_device(device: str) -> str:
     """
     try:
         torch.empty(0, device=device)
-    except (AssertionError, RuntimeError, NotImplementedError) as error:
+    except (AssertionError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"device {device!r} cannot be used: {reason}",

@@ -314,7 +314,7 @@ def _retire_caches(session: Session, collection_id: int, texts: Iterable[str]) -
 
 
 def place_of(session: Session, collection_id: int, text_sha256: str) -> str:
-    """Where a text stands, for errors: its document and passage, or its hash."""
+    """The place of a text, for errors: its document and passage, or its hash."""
     places = _passages(collection_id, DocumentRow.document_id, PassageRow.ordinal)
     found = session.execute(places.where(PassageRow.text_sha256 == text_sha256).limit(1)).first()
     return f"text {text_sha256}" if found is None else f"document {found[0]!r}, passage {found[1]}"

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 from kv_memory.compress.refine.batching import Row
-from kv_memory.compress.refine.teacher import Teacher, end_ids
+from kv_memory.compress.refine.teacher import Teacher, stop_ids
 from kv_memory.datasets import Question
 from kv_memory.errors import DatasetError
 from kv_memory.model.backbone import Backbone
@@ -116,7 +116,7 @@ class QuestionWriter:
         answers = teacher.decode(
             [Row(number, tuple(ids), len(ids)) for number, ids in rows],
             most=self.answer_tokens,
-            ends=end_ids(backbone),
+            ends=stop_ids(backbone),
             as_answers=True,
         )
         found: list[list[tuple[str, str]]] = [[] for _ in passages]
@@ -144,7 +144,7 @@ class QuestionWriter:
         """Tokens that contain a question mark or a line break, and tokens that end an answer."""
         tokenizer = self.backbone.tokenizer
         texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-        return {token for token, text in enumerate(texts) if "?" in text or "\n" in text} | end_ids(self.backbone)
+        return {token for token, text in enumerate(texts) if "?" in text or "\n" in text} | stop_ids(self.backbone)
 
     def _texts(self, tokens: Sequence[Sequence[int]]) -> list[str]:
         """Decoded texts, each cut at a stop string, which may be inside its last token."""

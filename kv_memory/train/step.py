@@ -21,7 +21,7 @@ from kv_memory.compress.kept import pad
 from kv_memory.compress.prefill import prefill_documents
 from kv_memory.compress.refine.batching import Entries, Row, RowBatch, batch_rows, gather_entries, join_entries
 from kv_memory.compress.refine.loss import distillation_loss
-from kv_memory.compress.refine.teacher import end_ids
+from kv_memory.compress.refine.teacher import stop_ids
 from kv_memory.compress.scorer import attention_scores
 from kv_memory.config import Budget, n_kept_for
 from kv_memory.model.attention import AttentionKind, ForwardContext, attention_probabilities
@@ -70,7 +70,7 @@ def answered_rows(batch: Batch, teacher: Entries, backbone: Backbone, settings: 
     if asked:
         ids, lengths = pad([row.ids for row in asked], device=backbone.device)
         cache = teacher.cache(torch.tensor([row.document for row in asked], device=backbone.device))
-        ends = end_ids(backbone)
+        ends = stop_ids(backbone)
         logits = backbone.logits(ids, cache, lengths=lengths)
         for _ in range(settings.answer_tokens):
             tokens = logits.argmax(-1)

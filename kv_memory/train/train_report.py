@@ -1,4 +1,4 @@
-"""What a run reports: its progress, its result, the plot of its log, and the model card of its adapter."""
+"""The reports of a run: its progress, its result, the plot of its log, and the model card of its adapter."""
 
 from __future__ import annotations
 

@@ -40,6 +40,11 @@ def test_add_prints_a_summary_on_stdout_and_progress_on_stderr(kv: Run, quick: l
     assert "document 1 of 1: ferry" in done.err
 
 
+def test_replaced_bytes_of_stdin_are_noted(kv: Run, quick: list[str]) -> None:
+    done = kv("add", "-", "--id", "cafe", "--json", *quick, stdin="naïve café ".encode() + b"\xe9!")
+    assert done.json["notes"] == ["1 invalid byte(s) of utf-8 replaced by U+FFFD [cafe]"]
+
+
 def test_stdin_without_an_id_gets_an_id_from_its_text(kv: Run, quick: list[str]) -> None:
     assert kv("add", "-", "--json", *quick, stdin="Some text.").json["added"][0].startswith("text-")
 

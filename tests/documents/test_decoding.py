@@ -76,6 +76,12 @@ def test_a_text_in_another_encoding_is_refused(codec, stated):
         decoded(text.encode(codec), stated)
 
 
+def test_an_encoding_in_which_all_bytes_are_valid_comes_first():
+    page = b"<meta charset=windows-1252><p>" + "Ã©".encode("cp1252") * 3 + b"caf\xe9"  # mostly valid as UTF-8
+    found = decode_text(page, encoding="utf-8", where="a", is_page=True)
+    assert found.text.endswith("Ã©Ã©Ã©café") and found.notes == ()
+
+
 def test_a_nul_in_a_page_is_replaced_and_noted():
     found = decode_text(b"<p>one\0two", encoding="utf-8", where="a", is_page=True)
     assert found.text == "<p>one\ufffdtwo"

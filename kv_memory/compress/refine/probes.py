@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 from kv_memory.compress.refine.batching import Row
-from kv_memory.compress.refine.teacher import Teacher, end_ids
+from kv_memory.compress.refine.teacher import Teacher, stop_ids
 from kv_memory.model.backbone import Backbone
 
 ProbeKind = Literal["question", "statement", "continuation", "repetition"]
@@ -83,7 +83,7 @@ def make_probes(
     makers = [
         _Maker(backbone, index, ids, settings, unasked[index] if unasked else ()) for index, ids in enumerate(documents)
     ]
-    ends = end_ids(backbone)
+    ends = stop_ids(backbone)
 
     def decoded(rows: list[tuple[_Maker, Row]], **options: Any) -> list[tuple[_Maker, Row, list[int]]]:
         texts = teacher.decode([row for _, row in rows], ends=ends, **options)

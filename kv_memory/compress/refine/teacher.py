@@ -16,7 +16,7 @@ from kv_memory.model.kv_cache import PositionedCache
 _DECODED_TOKENS = 4096  # most prompt tokens of the rows that are decoded as one batch
 
 
-def end_ids(backbone: Backbone) -> set[int]:
+def stop_ids(backbone: Backbone) -> set[int]:
     """Tokens that end an answer: the end token, and the first token of each of the prompt form's stop strings."""
     stops = {ids[0] for stop in backbone.prompt.stop if (ids := backbone.encode(stop))}
     end = backbone.tokenizer.eos_token_id

@@ -46,7 +46,7 @@ _DOTS = "...."  # replaces the most frequent word, which is noise
 
 @dataclass(frozen=True)
 class _Maker:
-    """What a document is made from: the model that counts tokens, essays, their words, a length, and randomness."""
+    """The ingredients of a document: the model that counts tokens, essays, their words, a length, and randomness."""
 
     kind: RulerKind
     backbone: Backbone

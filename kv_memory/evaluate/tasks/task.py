@@ -1,4 +1,4 @@
-"""What all tasks share: their settings, and how documents are chosen and truncated."""
+"""The base of all tasks: their settings, and the choice and truncation of documents."""
 
 from __future__ import annotations
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kv_memory.documents import read_file
-from kv_memory.documents.loaders import file_id, path_of, walk_folder
+from kv_memory.documents.loaders import file_id, path_of, unreadable, walk_folder
 from kv_memory.documents.parsers import FILE_TYPES
 from kv_memory.jobs.job_records import SourceItem
-from kv_memory.jobs.sources.source import ReadItem, Source, unreadable, uri_of
+from kv_memory.jobs.sources.source import ReadItem, Source, uri_of
 
 
 def is_pattern(text: str) -> bool:
@@ -76,4 +76,4 @@ def _item(path: Path) -> SourceItem:
 
 def _failed(path: Path, error: Exception) -> SourceItem:
     name = file_id(path.absolute())
-    return SourceItem(document_id=name, uri=uri_of(path), error=unreadable(name, error).to_dict())
+    return SourceItem(document_id=name, uri=uri_of(path), error=unreadable(error, path).to_dict())

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from kv_memory.datasets.hub_sets import load_hub_set
+from kv_memory.documents.loaders import unreadable
 from kv_memory.errors import BrokenLineError, ConfigError, KVMemoryError, UnreadableDocumentError
 from kv_memory.jobs.job_records import JobSettings, SourceItem
-from kv_memory.jobs.sources.source import ReadItem, Source, changed, read_record, record_id, unreadable, uri_of
+from kv_memory.jobs.sources.source import ReadItem, Source, changed, read_record, record_id, uri_of
 
 _BATCH_ROWS = 256  # held in memory at once
 
@@ -39,7 +40,7 @@ class JsonLinesSource(Source):
                         yield SourceItem(document_id=id_, uri=f"{self.uri}#{offset}", size_bytes=len(line))
                     offset += len(line)
         except OSError as error:
-            raise unreadable(self._path, error) from error
+            raise unreadable(error, self._path) from error
 
     def read(self, item: SourceItem) -> ReadItem:
         """See `Source.read`."""
@@ -48,7 +49,7 @@ class JsonLinesSource(Source):
                 file.seek(int(item.locator))
                 record = _object(file.readline())
         except OSError as error:
-            raise unreadable(self._path, error) from error
+            raise unreadable(error, self._path) from error
         except ValueError as error:
             raise BrokenLineError(
                 f"not a JSON object: {error}", where=item.uri, next_step="Fix the line, or leave it out."

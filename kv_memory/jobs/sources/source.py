@@ -91,14 +91,6 @@ def changed(item: SourceItem) -> UnreadableDocumentError:
     )
 
 
-def unreadable(name: str | Path, error: Exception) -> UnreadableDocumentError:
-    """The error for a file or folder that cannot be read."""
-    reason = getattr(error, "strerror", None) or error
-    return UnreadableDocumentError(
-        f"cannot be read: {reason}", where=str(name), next_step="Check the path and its permissions."
-    )
-
-
 def uri_of(path: Path) -> str:
     """The uri of a file as named; links are not resolved, because the name determines the type."""
     return path.absolute().as_uri()

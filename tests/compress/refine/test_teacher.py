@@ -9,7 +9,7 @@ import torch
 
 from kv_memory.compress import Compressor
 from kv_memory.compress.refine.batching import Row, batch_rows
-from kv_memory.compress.refine.teacher import Teacher, end_ids
+from kv_memory.compress.refine.teacher import Teacher, stop_ids
 from kv_memory.config import DecodeSettings
 from kv_memory.generate import Generator, compose
 from tests.reference import assert_close, letters, shared_backbone
@@ -36,7 +36,7 @@ def test_teacher_decodes_the_same_tokens_as_the_generator(name: str, max_entries
     texts = DOCUMENTS if max_entries > 1 and name != "phi3_longrope" else DOCUMENTS[:1]
     teacher = Teacher(backbone, [backbone.encode(text) for text in texts], room=ROOM, max_entries=max_entries)
     rows = rows_of(backbone, documents=len(texts))
-    found = teacher.decode(rows, most=8, ends=end_ids(backbone), as_answers=True)
+    found = teacher.decode(rows, most=8, ends=stop_ids(backbone), as_answers=True)
     caches = [plain(backbone, text) for text in texts]
     for row, text in zip(rows, found, strict=True):
         question = QUESTIONS[rows.index(row) % len(QUESTIONS)]
