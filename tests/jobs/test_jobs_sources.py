@@ -85,7 +85,7 @@ def test_links_to_files_and_folders(tree: Path, tmp_path: Path) -> None:
     items = {item.uri.rpartition("/")[2]: item for item in sources_of(tree).items()}
     assert sorted(items) == ["a.txt", "b.md", "broken.txt", "c.md", "link.md"]
     assert items["link.md"].document_id == str((tmp_path / "outside.txt").resolve())
-    assert items["broken.txt"].error is not None and "No such file" in str(items["broken.txt"].error["what"])
+    assert items["broken.txt"].error is not None and "no such file or folder" in str(items["broken.txt"].error["what"])
 
 
 @pytest.mark.skipif(os.name == "nt" or os.getuid() == 0, reason="root may read everything")
