@@ -124,6 +124,10 @@ class DecodeTimeoutError(KVMemoryError, TimeoutError):
     """Decoding took longer than `DecodeSettings.timeout_s`."""
 
 
+class QueueFullError(KVMemoryError):
+    """More requests wait for the model than its queue admits. The request was not started."""
+
+
 class UnsupportedRequestError(KVMemoryError):
     """The model cannot fulfil the request, e.g. call tools or look at an image."""
 
