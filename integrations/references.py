@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+import regex
+
 from kv_memory import EmptyDocumentError, KVMemory, Reference, TextNotKeptError
 from kv_memory.query import key_of
 
@@ -22,6 +24,12 @@ DOCUMENTS_ABOVE = "(see the documents above)"  # replaces a template's variable 
 # the context. `raise`: raise an error.
 OnMissing = Literal["text", "compress", "skip", "raise"]
 _log = logging.getLogger(__name__)
+_VISIBLE = regex.compile(r"[^\s\p{Default_Ignorable_Code_Point}]")
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has nothing but white space and invisible characters, which no question finds."""
+    return _VISIBLE.search(text) is None
 
 
 def mark_of(key: str) -> str:
@@ -73,7 +81,7 @@ def reference_to(
         FingerprintMismatchError: The cache was made by another model, adapter or prompt, with `raise`.
     """
     reader = memory.reader
-    if not text.strip():
+    if is_blank(text):
         if mark is not None:
             return _marked(memory, Reference.parse(mark).key, on_missing=on_missing, document_id=document_id)
         if on_missing == "raise":

@@ -16,7 +16,7 @@ from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, NodeRelat
 from kv_memory import KVMemory, Reference
 from kv_memory.query import key_of
 
-from ..references import KV_ID, OnMissing, mark_of, reference_to
+from ..references import KV_ID, OnMissing, is_blank, mark_of, reference_to
 
 _locks: weakref.WeakKeyDictionary[KVMemory, threading.Lock] = weakref.WeakKeyDictionary()
 # In the metadata of the document in the store:
@@ -36,11 +36,11 @@ def text_of(node: BaseNode, mode: MetadataMode) -> str:
 
 def node_reference(memory: KVMemory, node: BaseNode, *, on_missing: OnMissing, mode: MetadataMode) -> Reference | None:
     """The reference to a node's cache; see `reference_to` for a node without one."""
-    if (mark := node.metadata.get(KV_ID)) and not node.get_content(metadata_mode=MetadataMode.NONE).strip():
+    if (mark := node.metadata.get(KV_ID)) and is_blank(node.get_content(metadata_mode=MetadataMode.NONE)):
         # A passage without a stored text. Metadata alone does not count as a node's text.
         return reference_to(memory, "", on_missing=on_missing, document_id=document_of(node), mark=str(mark))
     text = text_of(node, mode)
-    if on_missing == "compress" and text.strip() and not memory.reader.has(text):
+    if on_missing == "compress" and not is_blank(text) and not memory.reader.has(text):
         # Not in `reference_to`, so that deleting the node deletes its cache. A postprocessor may have changed the text,
         # and both will be requested.
         document_id = document_of(node)
@@ -73,7 +73,7 @@ def texts_by_document(nodes: Iterable[BaseNode], mode: MetadataMode) -> dict[str
     documents: dict[str, dict[str, str]] = {}
     for node in nodes:
         text = text_of(node, mode)
-        if text.strip():
+        if not is_blank(text):
             documents.setdefault(document_of(node), {})[node.node_id] = text
     return documents
 

@@ -205,8 +205,9 @@ def test_metadata_mode_decides_which_metadata_are_compressed(empty: KVMemory) ->
         assert retriever.retrieve(FERRY_QUESTION)[0].node.metadata["kv_id"] == key_of(text)
 
 
-def test_nodes_without_text_pass(empty: KVMemory) -> None:
-    nodes = [TextNode(text=" "), ImageNode(image="aGk="), text_node("ferry", FERRY)]
+@pytest.mark.parametrize("blank", [" ", "\u3000\n", "\u200b\ufeff", "\u00ad\u2060"])
+def test_nodes_without_text_pass(empty: KVMemory, blank: str) -> None:
+    nodes = [TextNode(text=blank), ImageNode(image="aGk="), text_node("ferry", FERRY)]
     assert KVCompressTransform(empty)(nodes) == nodes
     assert texts_in(empty) == {"ferry": [FERRY]}
 
