@@ -15,6 +15,8 @@ import regex
 from kv_memory import EmptyDocumentError, KVMemory, Reference, TextNotKeptError
 from kv_memory.query import key_of
 
+from .llms import readable
+
 KV_ID = "kv_id"  # in the metadata of a document or node: str(Reference)
 KV_IDS = "kv_ids"  # in the options of a call or a message: [str(Reference)], in the order of composition
 KV_TEXTS = "kv_texts"  # beside them: {key: text}, for references that may have no cache
@@ -44,7 +46,7 @@ def reference_options(references: Iterable[Reference]) -> dict[str, Any]:
     """References, each once, as options of a call; an empty list of them still means "from caches"."""
     known = {str(reference): reference for reference in references}
     options: dict[str, Any] = {KV_IDS: list(known)}
-    texts = {reference.key: reference.text for reference in known.values() if reference.text is not None}
+    texts = {reference.key: readable(reference.text) for reference in known.values() if reference.text is not None}
     return {**options, KV_TEXTS: texts} if texts else options
 
 
