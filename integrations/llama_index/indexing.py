@@ -155,7 +155,7 @@ class KVMemoryVectorStore(BasePydanticVectorStore):
         if self.compress:
             hashes = source_hashes(nodes)
             for document_id, texts in texts_by_document(nodes, self.metadata_mode).items():
-                # Without `replaces`: the inner store keeps the nodes of earlier versions until it is told otherwise.
+                # Without `replaces`: the inner store keeps the nodes of earlier versions until they are deleted.
                 put_texts(self._memory, document_id, texts, source_hash=hashes.get(document_id))
 
     def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
