@@ -91,7 +91,9 @@ def _reasoning_in(message: BaseMessage) -> set[str]:
 
 def _blocks(message: BaseMessage) -> list[dict[str, Any]]:
     """The content as blocks with a type; a `non_standard` block stands for what it wraps."""
-    content = [message.content] if isinstance(message.content, str) else message.content
+    content: list[Any] = [message.content] if isinstance(message.content, str) else list(message.content)
     blocks = [{"type": "text", "text": block} if isinstance(block, str) else block for block in content]
-    wrapped = (block.get("value") if block.get("type") == "non_standard" else None for block in blocks)
-    return [{"type": "unknown", **(inner or block)} for inner, block in zip(wrapped, blocks, strict=True)]
+    return [
+        {"type": "unknown", **(block.get("value", {}) if block.get("type") == "non_standard" else block)}
+        for block in blocks
+    ]
