@@ -92,7 +92,7 @@ def _reasoning_in(message: BaseMessage) -> set[str]:
 def _blocks(message: BaseMessage) -> list[dict[str, Any]]:
     """The content as blocks with a type; a `non_standard` block stands for what it wraps."""
     content: list[Any] = [message.content] if isinstance(message.content, str) else list(message.content)
-    blocks = [{"type": "text", "text": block} if isinstance(block, str) else block for block in content]
+    blocks: list[Any] = [{"type": "text", "text": block} if isinstance(block, str) else block for block in content]
     return [
         {"type": "unknown", **(block.get("value", {}) if block.get("type") == "non_standard" else block)}
         for block in blocks
