@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kv_memory.cli.options import Changes, Place, command
 from kv_memory.cli.output import Output, plain
 from kv_memory.config import DecodeSettings
-from kv_memory.errors import KVMemoryError
+from kv_memory.errors import ConfigError, KVMemoryError
 from kv_memory.settings import KEEP_NAMES
 
 if TYPE_CHECKING:
@@ -133,11 +134,17 @@ def chat(*, asking: Asking, changes: Changes, place: Place, out: Output) -> Any:
     pipe. /sources shows where the last answer came from; /quit or Ctrl-D ends; Ctrl-C stops an answer.
     """
     answers: list[Answer] = []
-    given = asking.arguments()
+    given, lines = asking.arguments(), _typed_lines(out)
+    if not sys.stdin.isatty():  # asked before the model is loaded, which would be for nothing
+        first = next(lines, None)
+        if first is None:
+            place.open_store(out).close()  # an error of the store comes first
+            raise ConfigError("no question on stdin", where="stdin", next_step="Write one question a line.")
+        lines = itertools.chain([first], lines)
     with place.open_memory(out, **changes) as memory:
         if sys.stdin.isatty():
             out.note("Each question is answered on its own; earlier ones are not remembered. /sources, /quit")
-        for line in _typed_lines(out):
+        for line in lines:
             if line == "/quit":
                 break
             if line == "/sources":

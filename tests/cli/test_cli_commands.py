@@ -341,7 +341,8 @@ def test_models_lists_architectures_and_built_in_models(kv: Run) -> None:
     assert found["architectures"]["qwen3"] == "Qwen3"
     assert {model["name"]: model["license"] for model in found["models"]} == dict.fromkeys(BUILT_IN, "Apache-2.0")
     assert {model["state"] for model in found["models"]} <= {"ready", "missing"}
-    assert found["device"] and found["dtype"] in {"bfloat16", "float32"}
+    placed = kv("models", "--device", "--json").json
+    assert placed["device"] and placed["dtype"] in {"bfloat16", "float32"} and not {"device", "dtype"} & found.keys()
     assert "Qwen3" in kv("models").out
 
 
