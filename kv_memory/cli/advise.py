@@ -51,7 +51,7 @@ def advise_on(
         seed (N): Seed of passages and questions.
         time_limit (SECONDS): Stop after this time, with the results so far.
     """
-    out.stopped = "Nothing was stored. With --time-limit, the command stops with the results so far."
+    out.stopped = "Nothing was stored. Run the same command again; with --time-limit, it stops with the results so far."
     settings = MemorySettings.resolve({}, **changes)
     ratios = [ratio_of(text) for text in keep_ratio or ()]
     # Checked before the model and its library are loaded, so that a typo fails at once.

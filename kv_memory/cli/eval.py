@@ -133,10 +133,18 @@ def evaluate_task(
 
         backbone = Backbone.load(chosen.model, **found[Backbone.load])
         adapter_ = None if chosen.adapter is None else Adapter.load(chosen.adapter, backbone)
-    with track_eval(out) as tracker:
-        result = evaluate(
-            task, backbone=backbone, adapter=adapter_, settings=settings, refine=refine, on_progress=tracker, **options
-        )
+    measured = {"backbone": backbone, "adapter": adapter_, "settings": settings, "refine": refine, **options}
+    try:
+        with track_eval(out) as tracker:
+            result = evaluate(task, on_progress=tracker, **measured)
+    except KeyboardInterrupt:
+        if folder is not None:
+            from kv_memory.evaluate.question_records import FILE_NAME
+
+            file = folder / FILE_NAME
+            n_kept = len(file.read_bytes().splitlines()) if file.is_file() else 0
+            out.stopped = f"The {n_kept:,} results so far are kept in {folder}; {again}."
+        raise
     _print(out, result.rows)
     if not result.complete:
         done = f"{result.n_finished} of {result.n_documents} documents finished"

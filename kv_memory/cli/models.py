@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_memory.cli.options import command
-from kv_memory.cli.output import Output, size_text
+from kv_memory.cli.output import Name, Output, size_text
 from kv_memory.cli.progress import Tracker
 from kv_memory.errors import ModelNotFoundError
 from kv_memory.model.embedded import BUILT_IN, DEFAULTS, EMBEDDED, SUPPORTED, BuiltInModel, default_model
@@ -29,7 +29,7 @@ def models(*, prepare: str | None = None, weights: list[Path] | None = None, dev
     listed = [_describe(model) for model in BUILT_IN.values()]
     out.table(
         ("Built in", "Model", "License", "Download", "State"),
-        [(m["name"], m["title"], m["license"], size_text(m["size_bytes"]), _state_text(m)) for m in listed],
+        [(m["name"], m["title"], m["license"], size_text(m["size_bytes"]), Name(_state_text(m))) for m in listed],
         right=["Download"],
     )
     default = default_model().name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -187,6 +188,7 @@ def test_ctrl_c_during_add_keeps_documents_and_the_next_run_resumes(
         (notes / f"{number:03}.txt").write_text(f"Pier {number} has a ferry. " * 12)
     with process("add", "notes", *quick, cwd=tmp_path) as ran:
         assert ran.stderr
+        assert "passages of 80 documents to compress" in ran.stderr.readline()
         assert "tokens/s" in ran.stderr.readline()  # the first passage is compressed
         time.sleep(0.4)
         ran.send_signal(signal.SIGINT)
@@ -194,7 +196,9 @@ def test_ctrl_c_during_add_keeps_documents_and_the_next_run_resumes(
     assert ran.returncode == 130, err
     last = err.strip().splitlines()[-1]
     assert last.startswith("Stopped. ") and last.endswith("stored; run the same command to resume.")
-    n_stored = int(last.split()[1])
+    n_stored, n_passages = map(int, re.findall(r"(\d+) (?:documents?|passages?)", last))
     assert n_stored < 80
+    assert kv("stats", "--json").json["n_caches"] == n_passages  # also those of the document that was not finished
     report = kv("add", "notes", *quick, "--json").json
+    assert report["n_passages"] == kv("stats", "--json").json["n_caches"] - n_passages
     assert len(report["unchanged"]) == n_stored and len(report["added"]) == 80 - n_stored
