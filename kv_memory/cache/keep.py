@@ -108,7 +108,7 @@ class Keep:
         return 1.0  # all tokens are held out
 
     def size_bytes(self, n_tokens: int, fingerprint: Fingerprint) -> int:
-        """Estimated size of a document's cache file in bytes, at most 3 kB above the true one; errors of `ratio_for`."""
+        """Estimated size of a document's cache file in bytes, at most 3 kB too high; errors of `ratio_for`."""
         ratio = self.ratio_for(n_tokens, fingerprint)
         windows = windows_of(n_tokens, _window_tokens(fingerprint) or n_tokens)
         n_kept = sum(n_kept_for(end - start, ratio) for start, end in windows)

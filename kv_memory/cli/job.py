@@ -172,11 +172,11 @@ def _drive(
         try:
             ended = drive(store, job, engine, resumed=resumed, retry_failed=retry_failed, on_event=tracker)
         except KeyboardInterrupt:
-            counts = Ledger(store).counts(job)
-            out.stopped = (
-                f"{count_text(counts.done, 'document')} done and stored, {counts.open:,}{'' if job.discovered else '+'} "
-                f"to do; `{go_on}` resumes the job."
-            )
+            ledger = Ledger(store)
+            counts = ledger.counts(job)
+            more = "" if ledger.job(job.name).discovered else "+"
+            done = f"{count_text(counts.done, 'document')} done and stored, {counts.open:,}{more} to do"
+            out.stopped = f"{done}; `{go_on}` resumes the job."
             raise
     print_ended(out, ended)
     n_documents = ended.added + ended.replaced + ended.unchanged + ended.failed + ended.cancelled
