@@ -135,7 +135,7 @@ def chat(*, asking: Asking, changes: Changes, place: Place, out: Output) -> Any:
     pipe. /sources shows where the last answer came from; /quit or Ctrl-D ends; Ctrl-C stops an answer.
     """
     answers: list[Answer] = []
-    out.stopped = "The store is unchanged; run the same command to go on with other questions."
+    out.stopped = "The store is unchanged; run the same command to ask other questions."
     given, lines = asking.arguments(), _typed_lines(out)
     if not sys.stdin.isatty():  # asked before the model is loaded, which would be for nothing
         first = next(lines, None)
