@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from kv_memory.cli.config_file import Given, Setting, list_settings_option, settings_of
 from kv_memory.cli.options import command
 from kv_memory.cli.output import Output
-from kv_memory.cli.progress import track_eval
+from kv_memory.cli.progress import count_text, track_eval
 from kv_memory.config import ratio_of
 from kv_memory.errors import ConfigError
 from kv_memory.model.embedded import EMBEDDED
@@ -143,7 +143,7 @@ def evaluate_task(
 
             file = folder / FILE_NAME
             n_kept = len(file.read_bytes().splitlines()) if file.is_file() else 0
-            out.stopped = f"The {n_kept:,} results so far are kept in {folder}; {again}."
+            out.stopped = f"{count_text(n_kept, 'result')} kept in {folder}; {again}."
         raise
     _print(out, result.rows)
     if not result.complete:
