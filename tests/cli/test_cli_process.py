@@ -93,6 +93,7 @@ WITHOUT_A_MODEL = [
 ]
 
 
+@pytest.mark.slow
 def test_commands_that_need_no_model_load_no_model_library(python: list[str], store: Path, tmp_path: Path) -> None:
     """Each in a process of its own, forked from one that has imported the command line only."""
     script = (
