@@ -19,6 +19,7 @@ from kv_memory.documents import DocumentLike, read_documents
 from kv_memory.documents.loaders import file_id
 from kv_memory.errors import CacheNotFoundError
 from kv_memory.generate import Answer, AnswerStream, ReadFrom, iterate_in_thread
+from kv_memory.generate.scheduler import MAX_BATCH, MAX_QUEUE
 from kv_memory.ingest.pipeline import AddProgress, AddReport, IngestPipeline
 from kv_memory.lazy_compressor import LazyCompressor
 from kv_memory.model.backbone import Backbone
@@ -72,6 +73,8 @@ class KVMemory:
         *,
         dtype: DtypeName = "auto",
         device: str = "auto",
+        max_batch: int = MAX_BATCH,
+        max_queue: int = MAX_QUEUE,
         collection: str = "default",
         catalog: str | None = None,
         blobs: str | None = None,
@@ -90,6 +93,8 @@ class KVMemory:
             settings: All settings, instead of the recorded ones.
             dtype: Type of the model's weights and caches; `auto` takes bfloat16 where that is fast.
             device: Device of the model: `auto`, `cpu`, `cuda`, ...
+            max_batch: Largest number of questions, of all threads and tasks, decoded together.
+            max_queue: Largest number of further questions that wait; one more raises `QueueFullError`.
             collection: Name of the collection. Tenants are collections; a lookup never leaves its own.
             catalog: URL of a PostgreSQL database, for a new store; see `Store.open`.
             blobs: URL of an object store, for a new store; see `Store.open`.
@@ -109,7 +114,7 @@ class KVMemory:
         """
         check_names(changes, {*MemorySettings.__dataclass_fields__, *(cls.open.__kwdefaults__ or ())})
         given = {} if settings is None else dataclasses.asdict(settings)
-        load: dict[str, Any] = {"dtype": dtype, "device": device}
+        load: dict[str, Any] = {"dtype": dtype, "device": device, "max_batch": max_batch, "max_queue": max_queue}
         if isinstance(changes.get("model"), Backbone):
             load["backbone"] = changes["model"]
             changes["model"] = changes["model"].name
@@ -170,7 +175,7 @@ class KVMemory:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies, also in another process, open the same store with the same settings; each loads the model itself."""
-        options = {**self._model.place, "collection": self.collection, "create": False, "load_model": False}
+        options = {**self._model.options, "collection": self.collection, "create": False, "load_model": False}
         return partial(KVMemory.open, self.path, self.settings, **options), ()
 
     def __enter__(self) -> Self:
@@ -344,6 +349,8 @@ class KVMemory:
             CorruptCacheError: A cache is damaged, and the text that would replace it is not kept.
             TextNotKeptError: `read_from` is `text`, and the text of a passage is not kept.
             ContextWindowError: Passages, question and answer do not fit the model.
+            QueueFullError: `max_batch` questions are being answered, and `max_queue` wait.
+            DecodeFailedError: Decoding failed or was interrupted for the questions that were decoded together.
         """
         return self.stream(question, **options).answer
 
@@ -393,4 +400,4 @@ class KVMemory:
     @cached_property
     def reader(self) -> Reader:
         """Replies to whole conversations from referenced caches; the framework integrations are built on it."""
-        return Reader(self.store, self.compressor, self.settings)
+        return Reader(self.store, self.compressor, self.settings, self._model.scheduler)
