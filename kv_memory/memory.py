@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -376,24 +377,32 @@ class KVMemory:
 
         Iterate for the text, then read `.answer`. Arguments and errors as in `ask`.
         """
+        return self._stream(question, {"top_k": top_k, "settings": settings, "read_from": read_from})
+
+    def _stream(self, question: str, options: AskOptions, *, called_s: float | None = None) -> AnswerStream:
+        """`stream`; `called_s` is `time.perf_counter()` at the call, if that was earlier, in another thread."""
+        waited_s = 0.0 if called_s is None else time.perf_counter() - called_s
+        top_k, settings = options.get("top_k"), options.get("settings")
         hits = self.retrieve(question, top_k=top_k)
+        reply: dict[str, Any] = {"settings": settings, "read_from": options.get("read_from", "caches")}
+        reply["start_s"] = time.perf_counter() - waited_s  # without retrieval
         try:
-            return self.reader.answer(question, hits, settings=settings, read_from=read_from)
+            return self.reader.answer(question, hits, **reply)
         except CacheNotFoundError:  # a document may have been replaced since it was found
             if hits == (hits := self.retrieve(question, top_k=top_k)):
                 raise
-            return self.reader.answer(question, hits, settings=settings, read_from=read_from)
+            return self.reader.answer(question, hits, **reply)
 
     async def aask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
-        """`ask` for asyncio: every step runs in a thread; cancelling it stops within a token."""
-        stream = await asyncio.to_thread(self.stream, question, **options)
+        """`ask` for asyncio: questions of all tasks are decoded together; cancelling one stops it within a token."""
+        stream = await asyncio.to_thread(self._stream, question, options, called_s=time.perf_counter())
         async for _ in iterate_in_thread(stream):
             pass
         return stream.answer
 
     async def astream(self, question: str, **options: Unpack[AskOptions]) -> AsyncIterator[str]:
         """`stream` for asyncio: every step runs in a thread, so that the model never blocks the event loop."""
-        stream = await asyncio.to_thread(self.stream, question, **options)
+        stream = await asyncio.to_thread(self._stream, question, options, called_s=time.perf_counter())
         async for piece in iterate_in_thread(stream):
             yield piece
 

@@ -145,10 +145,11 @@ class Reader:
         *,
         settings: DecodeSettings | None = None,
         read_from: ReadFrom = "caches",
+        start_s: float | None = None,
     ) -> AnswerStream:
         """Answer a question from passages of the store, best first; without any, the answer is empty.
 
-        Other arguments as in `KVMemory.ask`.
+        `start_s` as in `reply`, other arguments as in `KVMemory.ask`.
 
         Raises:
             TextNotKeptError: `read_from` is `text`, and the text of a passage is not kept.
@@ -162,7 +163,8 @@ class Reader:
         # No texts: a missing cache is an error here, and for a damaged one the text is taken from the store.
         references = [Reference(key=hit.text_sha256) for hit in hits] if read_from == "caches" else ()
         texts = _texts(hits) if read_from == "text" else ()
-        return self.reply([Turn("user", question)], references, texts=texts, settings=settings, so_far=so_far)
+        turns = [Turn("user", question)]
+        return self.reply(turns, references, texts=texts, settings=settings, so_far=so_far, start_s=start_s)
 
     def answer_batch(
         self, questions: Sequence[str], document: DocumentRecord, *, settings: DecodeSettings | None = None
@@ -189,6 +191,7 @@ class Reader:
         texts: Sequence[str] = (),
         settings: DecodeSettings | None = None,
         so_far: Answer | None = None,
+        start_s: float | None = None,
     ) -> AnswerStream:
         """Reply to a conversation, from distilled caches after the shared prefix.
 
@@ -198,6 +201,8 @@ class Reader:
             texts: Documents to prefill as text after the caches.
             settings: Decoding settings.
             so_far: Answer as far as it is known: its question, its sources.
+            start_s: `time.perf_counter()` when the question arrived, from which its times and `timeout_s` count; None
+                for now.
 
         Raises:
             CacheNotFoundError: A reference without a text has no cache.
@@ -207,7 +212,7 @@ class Reader:
             ConfigError: The turns are invalid, see `encode_turns`.
             QueueFullError: More requests wait for the model than its queue admits.
         """
-        start_s = time.perf_counter()
+        start_s = time.perf_counter() if start_s is None else start_s
         self._generator.scheduler.check_room()
         backbone = self._compressor.backbone
         prompt = encode_turns(backbone, turns)

@@ -22,7 +22,7 @@ from kv_memory.model.backbone import Backbone
 from kv_memory.model.first_token import FirstToken
 from kv_memory.model.kv_cache import PositionedCache
 
-AHEAD = 16  # most pieces decoded ahead of whoever takes them: a slow one is then left out, until it has taken some
+AHEAD = 16  # most pieces decoded before they are taken: a slow consumer's request then pauses until it takes some
 _DEFAULTS = DecodeSettings()
 
 

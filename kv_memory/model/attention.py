@@ -194,6 +194,8 @@ def _attend_by_head(
     padding, was rejected: it took twice the time of caches with equal numbers in every head.
     """
     length, group = key.shape[2], query.shape[1] // key.shape[1]
+    if mask is None and query.shape[2] == 1 and kind.softcap is None and (bias is None or bias.shape[2] >= length):
+        return _decode_by_head(query, key, value, bias, starts, kind)
     outs = []
     for head, start in enumerate(starts):
         own = slice(head, head + 1)
@@ -208,6 +210,32 @@ def _attend_by_head(
         k, v = key[:, own, start:], value[:, own, start:]  # (batch, 1, n_own, head_dim)
         outs.append(_attend_masked(module, queries, k, v, part, kind))
     return torch.cat(outs, dim=2)  # (batch, new, num_heads, head_dim)
+
+
+def _decode_by_head(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    starts: Sequence[int],
+    kind: AttentionKind,
+) -> torch.Tensor:
+    """`_attend_by_head` for one token that sees all entries: the same, with fewer steps.
+
+    With several requests of a few hundred entries, the steps around SDPA took longer than SDPA.
+    """
+    batch, heads, _, dim = query.shape
+    queries = query.reshape(batch, key.shape[1], heads // key.shape[1], dim)
+    bias = None if bias is None else bias[:, :, None, : key.shape[2]].to(query.dtype)
+    outs = []
+    for head, start in enumerate(starts):
+        own = slice(head, head + 1)
+        added = None if bias is None else bias[:, own, :, start:]
+        out = nn.functional.scaled_dot_product_attention(
+            queries[:, own], key[:, own, start:], value[:, own, start:], attn_mask=added, scale=kind.scaling
+        )
+        outs.append(out)
+    return torch.cat(outs, dim=1).view(batch, 1, heads, dim)
 
 
 def _attend_masked(
