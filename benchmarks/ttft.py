@@ -188,10 +188,7 @@ def ask(args: argparse.Namespace) -> dict[str, Any]:
             return time.perf_counter() - start_s + generator.generate(QUESTION, [cache], settings=one).ttft_s
 
         def from_text() -> float:
-            run = generator.start([QUESTION], texts=[text], settings=one)
-            for _ in run.steps():
-                pass
-            return run.results()[0].ttft_s
+            return generator.stream(QUESTION, texts=[text], settings=one).answer.ttft_s
 
         def from_nothing() -> float:
             return generator.generate(QUESTION, settings=one).ttft_s

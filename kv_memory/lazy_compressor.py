@@ -9,6 +9,7 @@ from typing import Any
 from kv_memory.compress import Adapter, Compressor, RefineSettings
 from kv_memory.config import DtypeName
 from kv_memory.errors import CorruptCacheError, StoreFullError
+from kv_memory.generate.scheduler import MAX_BATCH, MAX_QUEUE, Scheduler
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.embedded import adapter_folder
 from kv_memory.model.prompts import PromptForm
@@ -25,6 +26,11 @@ class LazyCompressor:
         device: Device of the model.
         backbone: The model, if it is loaded already.
         prompt_form: Prompt form, instead of the one that the settings name.
+        max_batch: See `Scheduler`.
+        max_queue: See `Scheduler`.
+
+    Attributes:
+        scheduler: Scheduler of the model, for all that is decoded with it.
     """
 
     def __init__(
@@ -35,9 +41,12 @@ class LazyCompressor:
         device: str = "auto",
         backbone: Backbone | None = None,
         prompt_form: PromptForm | None = None,
+        max_batch: int = MAX_BATCH,
+        max_queue: int = MAX_QUEUE,
     ) -> None:
         self._settings = settings
-        self.place: dict[str, Any] = {"dtype": dtype, "device": device}
+        self._place: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.scheduler = Scheduler(max_batch=max_batch, max_queue=max_queue)
         self._backbone = backbone
         self._prompt = prompt_form or settings.prompt
         self._compressor: Compressor | None = None
@@ -45,12 +54,17 @@ class LazyCompressor:
         self._lock = threading.RLock()
 
     @property
+    def options(self) -> dict[str, Any]:
+        """Options of `KVMemory.open` that concern the running model, and are not recorded in the store."""
+        return {**self._place, "max_batch": self.scheduler.max_batch, "max_queue": self.scheduler.max_queue}
+
+    @property
     def backbone(self) -> Backbone:
         """The model. Errors as in `Backbone.load`."""
         with self._lock:
             if self._backbone is None:
                 self._backbone = Backbone.load(
-                    self._settings.model, **self.place, prompt=self._prompt, chat_options=self._settings.switches
+                    self._settings.model, **self._place, prompt=self._prompt, chat_options=self._settings.switches
                 )
             return self._backbone
 
