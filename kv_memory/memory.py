@@ -76,6 +76,7 @@ class KVMemory:
         catalog: str | None = None,
         blobs: str | None = None,
         tier_size_bytes: int | None = None,
+        hot_size_bytes: int | None = None,
         create: bool = True,
         load_model: bool = True,
         **changes: Any,
@@ -94,6 +95,8 @@ class KVMemory:
             catalog: URL of a PostgreSQL database, for a new store; see `Store.open`.
             blobs: URL of an object store, for a new store; see `Store.open`.
             tier_size_bytes: Size limit in bytes for local copies of an object store's blobs.
+            hot_size_bytes: Size limit in bytes of caches that stay composed in memory for further questions; 0 keeps
+                none. None means 512 MiB, or a sixteenth of the machine's memory if that is less.
             create: True to create the store if it does not exist.
             load_model: True to load the model now, so that its errors are raised here. False loads it at first use;
                 listing, checking and removing need no model.
@@ -109,7 +112,7 @@ class KVMemory:
         """
         check_names(changes, {*MemorySettings.__dataclass_fields__, *(cls.open.__kwdefaults__ or ())})
         given = {} if settings is None else dataclasses.asdict(settings)
-        load: dict[str, Any] = {"dtype": dtype, "device": device}
+        load: dict[str, Any] = {"dtype": dtype, "device": device, "hot_size_bytes": hot_size_bytes}
         if isinstance(changes.get("model"), Backbone):
             load["backbone"] = changes["model"]
             changes["model"] = changes["model"].name
@@ -170,7 +173,13 @@ class KVMemory:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies, also in another process, open the same store with the same settings; each loads the model itself."""
-        options = {**self._model.place, "collection": self.collection, "create": False, "load_model": False}
+        options = {
+            **self._model.place,
+            "hot_size_bytes": self._model.hot_size_bytes,
+            "collection": self.collection,
+            "create": False,
+            "load_model": False,
+        }
         return partial(KVMemory.open, self.path, self.settings, **options), ()
 
     def __enter__(self) -> Self:
