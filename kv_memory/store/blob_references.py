@@ -168,6 +168,7 @@ class BlobReferences:
                         )
                     identity = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
                     if again or fresh or self._hashed.get(key) != identity:
+                        self._loaded.pop(key, None)  # it may be mapped from a file that was written to
                         if hashlib.file_digest(file, "sha256").hexdigest() != key:
                             self._hashed.pop(key, None)
                             raise CorruptCacheError("the blob's bytes do not match its SHA-256", where=f"blob {key}")
