@@ -135,11 +135,12 @@ def _assemble(
 
     # 5. Positions by layer. Heads with equal numbers of entries need no padding, and if their positions are equal too,
     #    one row serves all.
-    rows: torch.Tensor | list[torch.Tensor] = [row.to(like.device) for row in _layers(positions, filled)]
+    by_layer = [row.to(like.device) for row in _layers(positions, filled)]
+    rows: torch.Tensor | list[torch.Tensor] = by_layer
     ragged = any(cache.counts is not None for cache in caches)
     if not ragged:
         per_head = layout == "source" and any(cache.per_head for cache in caches)
-        rows = torch.cat(rows) if per_head else rows[0][0, 0]
+        rows = torch.cat(by_layer) if per_head else by_layer[0][0, 0]
     return Composed(
         keys=_layers(keys, lengths),
         values=_layers(values, lengths),
