@@ -80,6 +80,7 @@ class KVMemory:
         catalog: str | None = None,
         blobs: str | None = None,
         tier_size_bytes: int | None = None,
+        hot_size_bytes: int | None = None,
         create: bool = True,
         load_model: bool = True,
         **changes: Any,
@@ -100,6 +101,8 @@ class KVMemory:
             catalog: URL of a PostgreSQL database, for a new store; see `Store.open`.
             blobs: URL of an object store, for a new store; see `Store.open`.
             tier_size_bytes: Size limit in bytes for local copies of an object store's blobs.
+            hot_size_bytes: Size limit in bytes of caches that stay composed in memory for further questions; 0 keeps
+                none. None means 512 MiB, or a sixteenth of the machine's memory if that is less.
             create: True to create the store if it does not exist.
             load_model: True to load the model now, so that its errors are raised here. False loads it at first use;
                 listing, checking and removing need no model.
@@ -116,6 +119,7 @@ class KVMemory:
         check_names(changes, {*MemorySettings.__dataclass_fields__, *(cls.open.__kwdefaults__ or ())})
         given = {} if settings is None else dataclasses.asdict(settings)
         load: dict[str, Any] = {"dtype": dtype, "device": device, "max_batch": max_batch, "max_queue": max_queue}
+        load["hot_size_bytes"] = hot_size_bytes
         if isinstance(changes.get("model"), Backbone):
             load["backbone"] = changes["model"]
             changes["model"] = changes["model"].name
