@@ -7,7 +7,7 @@ import threading
 from typing import Any
 
 from kv_memory.compress import Adapter, Compressor, RefineSettings
-from kv_memory.config import DtypeName
+from kv_memory.config import DtypeName, WeightsName
 from kv_memory.errors import CorruptCacheError, StoreFullError
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.embedded import adapter_folder
@@ -23,6 +23,7 @@ class LazyCompressor:
         settings: Settings that name model, adapter and selector.
         dtype: Type of the model's weights and caches.
         device: Device of the model.
+        weights: Weights of questions and answers, see `Backbone.load`.
         backbone: The model, if it is loaded already.
         prompt_form: Prompt form, instead of the one that the settings name.
     """
@@ -33,11 +34,12 @@ class LazyCompressor:
         *,
         dtype: DtypeName = "auto",
         device: str = "auto",
+        weights: WeightsName = "plain",
         backbone: Backbone | None = None,
         prompt_form: PromptForm | None = None,
     ) -> None:
         self._settings = settings
-        self.place: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.place: dict[str, Any] = {"dtype": dtype, "device": device, "weights": weights}
         self._backbone = backbone
         self._prompt = prompt_form or settings.prompt
         self._compressor: Compressor | None = None
