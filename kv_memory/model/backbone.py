@@ -99,7 +99,8 @@ class Backbone(PromptEncoder):
         self.device: torch.device = model.device
         self.kv_bytes_per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
         model.set_attn_implementation(ATTENTION)
-        self.weights = check_choice(weights, WeightsName, where="weights")
+        check_choice(weights, WeightsName, where="weights")
+        self.weights: WeightsName = weights
         if weights == "int8":
             add_int8_weights(model)
         self._prefix: Prefix | None = None
