@@ -14,6 +14,7 @@ from kv_memory.errors import ConfigError
 
 Layout = Literal["source", "packed"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+WeightsName = Literal["plain", "int8"]
 # The type of keys and values in a file; `auto` is the type the model computes in.
 StorageName = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 # How a document's entries are divided among the heads. `head`: the same number in every layer and KV head. `model`: one

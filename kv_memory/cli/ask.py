@@ -105,7 +105,7 @@ def _print_cost(out: Output, answer: Answer) -> None:
 
 
 @command(*KEEP_NAMES)
-def ask(question: str, *, asking: Asking, changes: Changes, place: Place, out: Output) -> Any:
+def ask(question: str, *, weights: str = "plain", asking: Asking, changes: Changes, place: Place, out: Output) -> Any:
     """Answer a question from the passages that match it.
 
     Passages are found by their words (BM25). The answer is decoded from their distilled caches; their text does not
@@ -114,10 +114,11 @@ def ask(question: str, *, asking: Asking, changes: Changes, place: Place, out: O
 
     Options:
         question (QUESTION): The question, in quotes.
+        weights (NAME): `plain`, or `int8`: about twice as fast on a CPU, and a little less exact.
     """
     given = asking.arguments()
     out.stopped = "The store is unchanged; run the same command to ask again."
-    with place.open_memory(out, **changes) as memory:
+    with place.open_memory(out, weights=weights, **changes) as memory:
         if out.as_json:
             return _answer_json(memory.ask(question, **given))
         answer = _answer_aloud(out, memory.stream(question, **given))
@@ -128,11 +129,14 @@ def ask(question: str, *, asking: Asking, changes: Changes, place: Place, out: O
 
 
 @command(*KEEP_NAMES)
-def chat(*, asking: Asking, changes: Changes, place: Place, out: Output) -> Any:
+def chat(*, weights: str = "plain", asking: Asking, changes: Changes, place: Place, out: Output) -> Any:
     """Ask one question after another.
 
     Each question is answered on its own: earlier questions and answers are not remembered. Lines may also come from a
     pipe. /sources shows where the last answer came from; /quit or Ctrl-D ends; Ctrl-C stops an answer.
+
+    Options:
+        weights (NAME): `plain`, or `int8`: about twice as fast on a CPU, and a little less exact.
     """
     answers: list[Answer] = []
     out.stopped = "The store is unchanged; run the same command to ask other questions."
@@ -143,7 +147,7 @@ def chat(*, asking: Asking, changes: Changes, place: Place, out: Output) -> Any:
             place.open_store(out).close()  # an error of the store comes first
             raise ConfigError("no question on stdin", where="stdin", next_step="Write one question a line.")
         lines = itertools.chain([first], lines)
-    with place.open_memory(out, **changes) as memory:
+    with place.open_memory(out, weights=weights, **changes) as memory:
         if sys.stdin.isatty():
             out.note("Each question is answered on its own; earlier ones are not remembered. /sources, /quit")
         for line in lines:

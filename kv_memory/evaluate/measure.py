@@ -115,7 +115,7 @@ class Bench:
             config=config,
             task=self._task.name,
             document=case.id,
-            method=column.name,
+            method=column.name if self._backbone.weights == "plain" else f"{column.name}@{self._backbone.weights}",
             keep_ratio=column.keep_ratio,
             model=self._backbone.name,
             weights=self._backbone.weights_sha256,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_memory.compress import Adapter, RefineSettings
-from kv_memory.config import Layout, StorageName, check_choice
+from kv_memory.config import Layout, StorageName, WeightsName, check_choice
 from kv_memory.evaluate.aggregate import Row, aggregate, check_groups
 from kv_memory.evaluate.measure import Bench, Column, EvalProgress, check_limits
 from kv_memory.evaluate.methods import RefineFrom, make_methods
@@ -71,7 +71,8 @@ def evaluate(
 
     Args:
         task: `squad`, `quality`, `squality`, `needle`, `spans`, `multidoc`, `ruler` or `qa`.
-        backbone: The model.
+        backbone: The model. With int8 weights, KL is measured against its plain ones, and methods are named
+            `full@int8` and so on.
         methods: full, none, random, sink_recent, attention, reconstruction, matched_score, matched_fit,
             matched_one_stage, matched_fixed_keys, matched_even_layers, matched, adapter_selection, adapter, combined or
             refined; None means all that can be run.
@@ -112,7 +113,7 @@ def evaluate(
     ]
     known = {record.key: record for record in load_records(Path(out))} if out is not None else {}
     cases = found_task.cases(backbone, settings)
-    configs = {column: _config(found_task, column, settings, layout, generate) for column in columns}
+    configs = {column: _config(found_task, column, settings, layout, generate, backbone.weights) for column in columns}
     keys = [
         [hashlib.sha256(f"{configs[column]}:{case.digest}".encode()).hexdigest() for column in columns]
         for case in cases
@@ -146,7 +147,9 @@ def evaluate(
     )
 
 
-def _config(task: Task, column: Column, settings: TaskSettings, layout: Layout, generate: bool) -> str:
+def _config(
+    task: Task, column: Column, settings: TaskSettings, layout: Layout, generate: bool, weights: WeightsName
+) -> str:
     decides: dict[str, Any] = {
         "version": _MEASURES_VERSION,
         "task": task.name,
@@ -160,6 +163,8 @@ def _config(task: Task, column: Column, settings: TaskSettings, layout: Layout, 
     }
     if column.storage != "auto":  # omitted if `auto`, so that results from before this setting stay valid
         decides["storage"] = column.storage
+    if weights != "plain":
+        decides["weights"] = weights
     if column.joined:
         decides["joined"] = True
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

@@ -193,6 +193,13 @@ def test_ask_options_reach_the_decoder(kv: Run, store: Path) -> None:
     assert len(kv("ask", "ferry lighthouse", "--json", "--top-k", 2).json["sources"]) == 2
 
 
+def test_ask_with_int8_weights(kv: Run, store: Path) -> None:
+    asked = ("ask", "When does the ferry leave?", "--max-new-tokens", 4, "--json")
+    assert kv(*asked, "--weights", "int8").json["text"]
+    refused = kv(*asked, "--weights", "int3")
+    assert refused.code != 0 and refused.json["error"]["where"] == "weights"
+
+
 def test_ask_prints_answer_sources_and_time(kv: Run, store: Path) -> None:
     ask = ["ask", "When does the ferry to Skarholm leave?", "--max-new-tokens", "12"]
     text = kv(*ask, "--json").json["text"]
