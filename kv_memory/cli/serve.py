@@ -35,6 +35,10 @@ def serve(
             ) from error
         from kv_memory.serve.keys import Keys
     out.stopped = "The server has stopped; what was added is stored."
+    from kv_memory.memory import KVMemory
+
+    batching = {"max_batch": limits.max_batch, "max_queue": limits.max_queue}
+    changes |= {name: n for name, n in batching.items() if name in (KVMemory.open.__kwdefaults__ or ())}
     with place.open_memory(out, create=True, **changes) as memory:
         listening = listen(host, port, Keys(memory.store))
         shown = f"[{host}]" if ":" in host else host

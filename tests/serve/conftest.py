@@ -62,6 +62,15 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             yield server
 
 
+@pytest.fixture(scope="package")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server for requests made at random."""
+    with open_memory(tmp_path_factory.mktemp("fuzzed") / "store", wide_backbone(), keep_text=True) as memory:
+        memory.add([("0", FERRY), ("lamp", LAMP)])
+        with running(memory, ServeSettings(default_tokens=2, max_tokens=8)) as server:
+            yield server
+
+
 @pytest.fixture
 def http(shared: Running) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=shared.url, timeout=30) as client:

@@ -32,7 +32,6 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "unknown field": ({"temprature": 1}, 400, "temprature"),
     "unknown field of kv_memory": ({"kv_memory": {"colection": "x"}}, 400, "kv_memory.colection"),
     "unknown document": ({"kv_memory": {"document_ids": ["ferry", "nothing"]}}, 404, "nothing"),
-    "unknown document with top_k": ({"kv_memory": {"document_ids": ["nothing"], "top_k": 1}}, 404, "nothing"),
     "no documents": ({"kv_memory": {"document_ids": []}}, 400, "document_ids"),
     "a number as text": ({"temperature": "0.5"}, 400, "temperature"),
     "a bool as number": ({"max_tokens": True}, 400, "max_tokens"),
