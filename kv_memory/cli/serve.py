@@ -27,6 +27,7 @@ def serve(
         try:
             from kv_memory.serve.app import create_app
             from kv_memory.serve.server import Server, is_loopback, listen
+            from kv_memory.serve.sources import model_name
         except ImportError as error:
             raise ConfigError(
                 f"the server needs a package that is not installed: {error.name}",
@@ -45,7 +46,13 @@ def serve(
         url = f"http://{shown}:{listening.getsockname()[1]}/v1"
         with listening:
             app = create_app(memory, limits, loopback=is_loopback(host))
-            server = Server(app, limits, on_ready=lambda: out.note(f"Serving {memory.path} on {url}"))
+
+            def on_ready() -> None:
+                out.note(f"Serving {memory.path} on {url}")
+                if out.as_json:
+                    out.json({"url": url, "model": model_name(memory)})
+
+            server = Server(app, limits, on_ready=on_ready)
             server.run(sockets=[listening])
     if not server.started:
         out.code = FAILED
