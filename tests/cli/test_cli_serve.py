@@ -28,7 +28,7 @@ def started(process: subprocess.Popen[str]) -> str:
     """The base URL of a server that runs with `--json`."""
     assert process.stdout is not None
     line = process.stdout.readline()
-    assert line, process.communicate()[1]
+    assert '"url"' in line, (line, process.communicate())
     return str(json.loads(line)["url"])
 
 

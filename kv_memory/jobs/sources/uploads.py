@@ -26,7 +26,7 @@ def write_uploads(path: Path, documents: Sequence[Document]) -> None:
         try:
             with open(temporary, "w", encoding="utf-8", opener=private_opener) as file:
                 for each in documents:
-                    record = {"id": each.id, "text": each.text, "metadata": dict(each.metadata)}
+                    record = {"id": each.id, "text": each.text, "metadata": dict(each.metadata), "notes": each.notes}
                     file.write(json.dumps(record) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -65,4 +65,5 @@ class UploadSource(Source):
                 record = json.loads(file.readline())
         except FileNotFoundError as error:
             raise changed(item) from error
-        return ReadItem(document=Document(id=record["id"], text=record["text"], metadata=record["metadata"]))
+        record["notes"] = tuple(record["notes"])
+        return ReadItem(document=Document(**record))
