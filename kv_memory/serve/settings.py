@@ -44,8 +44,8 @@ class ServeSettings:
     request_timeout_s: float = 300.0
     client_timeout_s: float = 30.0
     stop_timeout_s: float = 30.0
-    allowed_hosts: str = ""
-    allowed_origins: str = ""
+    allowed_hosts: str | None = None
+    allowed_origins: str | None = None
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "max_tokens", "default_tokens", "max_batch", "max_jobs")
@@ -57,9 +57,11 @@ class ServeSettings:
     @property
     def hosts(self) -> tuple[str, ...]:
         """`allowed_hosts`, one by one."""
-        return tuple(each.strip().lower() for each in self.allowed_hosts.split(",") if each.strip())
+        return tuple(each.strip().lower() for each in (self.allowed_hosts or "").split(",") if each.strip())
 
     @property
     def origins(self) -> tuple[str, ...]:
         """`allowed_origins`, one by one."""
-        return tuple(each.strip().lower().rstrip("/") for each in self.allowed_origins.split(",") if each.strip())
+        return tuple(
+            each.strip().lower().rstrip("/") for each in (self.allowed_origins or "").split(",") if each.strip()
+        )
