@@ -162,7 +162,7 @@ class Reader:
             return AnswerStream(self._generator.scheduler, None, nothing)
         # No texts: a missing cache is an error here, and for a damaged one the text is taken from the store.
         references = [Reference(key=hit.text_sha256) for hit in hits] if read_from == "caches" else ()
-        texts = _texts(hits) if read_from == "text" else ()
+        texts = texts_of(hits) if read_from == "text" else ()
         turns = [Turn("user", question)]
         return self.reply(turns, references, texts=texts, settings=settings, so_far=so_far, start_s=start_s)
 
@@ -271,7 +271,8 @@ class Reader:
                 store.put(key, again, storage=self._settings.storage)
 
 
-def _texts(hits: Sequence[Hit]) -> list[str]:
+def texts_of(hits: Sequence[Hit]) -> list[str]:
+    """The texts of passages; a `TextNotKeptError` if one is not kept."""
     lacking = next((hit for hit in hits if hit.text is None), None)
     if lacking is not None:
         raise TextNotKeptError(

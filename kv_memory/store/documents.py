@@ -140,8 +140,13 @@ class Documents:
         with self.catalog.read() as session:
             return _record(session, find_document(session, self.collection_id, id))
 
-    def documents(self) -> list[DocumentSummary]:
-        """All documents without their text, ordered by id."""
+    def documents(self, *, after: str | None = None, limit: int | None = None) -> list[DocumentSummary]:
+        """Documents without their text, ordered by id.
+
+        Args:
+            after: Id that the listed ones come after; None begins with the first.
+            limit: Largest number of documents; None lists all.
+        """
         n_tokens = func.coalesce(func.sum(PassageRow.n_tokens), 0)
         statement = (
             select(DocumentRow, func.count(PassageRow.id), func.count(PassageRow.text), n_tokens)
@@ -150,7 +155,10 @@ class Documents:
             .where(DocumentRow.collection_id == self.collection_id)
             .group_by(DocumentRow.id)
             .order_by(DocumentRow.document_id)
+            .limit(limit)
         )
+        if after is not None:
+            statement = statement.where(DocumentRow.document_id > after)
         with self.catalog.read() as session:
             return [
                 DocumentSummary(**_shared(row), n_passages=n_passages, n_texts=n_texts, n_tokens=n_tokens)
