@@ -24,18 +24,22 @@ from kv_memory.lazy_compressor import LazyCompressor
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.prompts import PromptForm
 from kv_memory.query import Reader
-from kv_memory.retrieval.bm25 import CollectionIndex, Hit
+from kv_memory.retrieval.filters import Filter
+from kv_memory.retrieval.retriever import Hit, Retriever
 from kv_memory.settings import KEEP_NAMES, MemorySettings
 from kv_memory.store import CheckReport, DocumentRecord, DocumentSummary, GcReport, Store, StoreStats
 
 
 class AskOptions(TypedDict, total=False):
-    """Options of a question: the number of passages (see `KVMemory.retrieve`), decoding, and the passages' form.
+    """Options of a question: which passages (see `KVMemory.retrieve`), decoding, and the passages' form.
 
     `read_from="caches"` keeps the text out of the prompt; `text` puts it there, as in plain RAG, for comparison.
     """
 
     top_k: int | None
+    document_ids: Collection[str] | None
+    filter: Filter | None
+    min_score: float | None
     settings: DecodeSettings | None
     read_from: ReadFrom
 
@@ -57,7 +61,7 @@ class KVMemory:
         self.store = store
         self.settings = settings
         self._model = model
-        self._index = CollectionIndex(store)
+        self._retriever = Retriever(store)
         # Other collections: those in use, and the latest, whose search index the next request is likely to need.
         self._others: WeakValueDictionary[tuple[str, MemorySettings], KVMemory] = WeakValueDictionary()
         self._latest: deque[KVMemory] = deque(maxlen=64)
@@ -322,14 +326,36 @@ class KVMemory:
 
     # -- questions -----------------------------------------------------------------------------------------------
 
-    def retrieve(self, question: str, *, top_k: int | None = None) -> list[Hit]:
+    def retrieve(
+        self,
+        question: str,
+        *,
+        top_k: int | None = None,
+        document_ids: Collection[str] | None = None,
+        filter: Filter | None = None,
+        min_score: float | None = None,
+    ) -> list[Hit]:
         """The passages that match a question best, by BM25.
 
         Args:
             question: Any text.
             top_k: Largest number of passages; None means 1 for `smollm2` and 3 for other models.
+            document_ids: Ids of the documents to search; None for all.
+            filter: Metadata of the documents to search: a value, or a list of values of which one is enough, by name,
+                e.g. `{"year": [2025, 2026]}`.
+            min_score: Least score (`Hit.score`) of a passage.
+
+        Raises:
+            DocumentNotFoundError: The collection has no document with one of the ids.
+            ConfigError: An argument is malformed, or no document has metadata of a name in the filter.
         """
-        return self._index.retrieve(question, top_k=self.settings.top_k if top_k is None else top_k)
+        return self._retriever.retrieve(
+            question,
+            top_k=self.settings.top_k if top_k is None else top_k,
+            document_ids=document_ids,
+            filter=filter,
+            min_score=min_score,
+        )
 
     def ask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
         """Answer a question from the passages that match it.
@@ -339,6 +365,8 @@ class KVMemory:
             options: See `AskOptions`.
 
         Raises:
+            DocumentNotFoundError: The collection has no document with one of the ids.
+            ConfigError: An option is malformed, or no document has metadata of a name in the filter.
             CacheNotFoundError: A passage has no cache under the current model, adapter and prompt.
             FingerprintMismatchError: A cache was made by another model, adapter or prompt.
             CorruptCacheError: A cache is damaged, and the text that would replace it is not kept.
@@ -362,6 +390,9 @@ class KVMemory:
         question: str,
         *,
         top_k: int | None = None,
+        document_ids: Collection[str] | None = None,
+        filter: Filter | None = None,
+        min_score: float | None = None,
         settings: DecodeSettings | None = None,
         read_from: ReadFrom = "caches",
     ) -> AnswerStream:
@@ -369,11 +400,12 @@ class KVMemory:
 
         Iterate for the text, then read `.answer`. Arguments and errors as in `ask`.
         """
-        hits = self.retrieve(question, top_k=top_k)
+        wanted: dict[str, Any] = {"document_ids": document_ids, "filter": filter, "min_score": min_score}
+        hits = self.retrieve(question, top_k=top_k, **wanted)
         try:
             return self.reader.answer(question, hits, settings=settings, read_from=read_from)
         except CacheNotFoundError:  # a document may have been replaced since it was found
-            if hits == (hits := self.retrieve(question, top_k=top_k)):
+            if hits == (hits := self.retrieve(question, top_k=top_k, **wanted)):
                 raise
             return self.reader.answer(question, hits, settings=settings, read_from=read_from)
 

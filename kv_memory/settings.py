@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from kv_memory.cache.keep import Keep
 from kv_memory.config import (
+    LANGUAGES,
     Layout,
     SelectorName,
     StorageName,
@@ -92,6 +93,8 @@ class MemorySettings:
             them a store holds caches, the documents' ids and metadata, and hashes of words; see
             `kv_memory.retrieval.tokenize` for what the hashes protect. Unchanged documents that are added again gain or
             lose their text without being compressed again.
+        language: Language of added documents, whose stems and stop words questions are matched by: `auto` detects it,
+            `none` matches words as they are written, or an ISO 639 code, e.g. `de`.
     """
 
     model: str = DEFAULTS[0]
@@ -108,6 +111,7 @@ class MemorySettings:
     min_fidelity: float | None = None
     storage: StorageName = "auto"
     keep_text: bool = False
+    language: str = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", concrete_name(self.model))
@@ -127,6 +131,7 @@ class MemorySettings:
                 "a KL in nats above 0, e.g. 0.1, or None",
             ),
             keep_text=(isinstance(self.keep_text, bool), "True or False"),
+            language=(self.language in {"auto", "none", *LANGUAGES}, f"auto, none or one of {', '.join(LANGUAGES)}"),
         )
 
     @functools.cached_property

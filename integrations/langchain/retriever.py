@@ -21,7 +21,7 @@ from pydantic import Field
 from kv_memory import ConfigError, DocumentNotFoundError, KVMemory, TextNotKeptError
 from kv_memory.config import check_choice
 from kv_memory.query import key_of
-from kv_memory.retrieval.bm25 import Hit
+from kv_memory.retrieval.retriever import Hit
 
 from ..references import KV_ID, OnMissing, mark_of, reference_to
 

@@ -18,7 +18,7 @@ from llama_index.core.schema import (
 
 from kv_memory import KVMemory, Reference
 from kv_memory.config import check_choice
-from kv_memory.retrieval.bm25 import Hit
+from kv_memory.retrieval.retriever import Hit
 
 from ..references import OnMissing
 from .nodes import marked, node_reference

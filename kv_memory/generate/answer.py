@@ -11,7 +11,7 @@ from kv_memory.model.first_token import first_visible, is_visible
 
 if TYPE_CHECKING:
     from kv_memory.generate.generator import Run
-    from kv_memory.retrieval.bm25 import Hit
+    from kv_memory.retrieval.retriever import Hit
 
 FinishReason = Literal["stop", "length"]
 ReadFrom = Literal["caches", "text"]
@@ -24,7 +24,7 @@ class Answer:
     Attributes:
         question: The question, unchanged; empty for a reply to several turns and for a continued text.
         text: Decoded text, without the stop string; if there is a question, also without surrounding space. It is empty
-            if no passage shares a word with the question, and rarely otherwise: see `next_step`.
+            if no passage matches the question, and rarely otherwise: see `next_step`.
         sources: Passages it was answered from, best first.
         finish_reason: `stop` (end token, stop string or complete JSON), `length` (cut at max_new_tokens), or
             `no_sources`.

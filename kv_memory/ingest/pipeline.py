@@ -26,6 +26,7 @@ from kv_memory.ingest.document_records import (
     prepare_passages,
     texts_in,
 )
+from kv_memory.retrieval.language import language_of
 from kv_memory.settings import MemorySettings
 from kv_memory.store import DocumentRecord, Store, StoredPassage
 from kv_memory.tracing import span
@@ -157,6 +158,7 @@ class IngestPipeline:
             extend=extend,
             drop=drop,
             keep_text=self._keep_text,
+            language=self._settings.language,
         )
         if old is not None and made.texts.keys() <= cached and _same(old, made.record):
             report.unchanged.append(document)
@@ -180,7 +182,9 @@ class IngestPipeline:
                 if all(passage.text is not None for passage in missing[summary.id]):
                     made = Prepared(record, texts_in(record))
                 else:
-                    made = prepare_from_file(record, self._count_tokens, encoding=encoding)
+                    made = prepare_from_file(
+                        record, self._count_tokens, encoding=encoding, language=self._settings.language
+                    )
             except TextNotKeptError as error:
                 report.errors.append(error)
             else:
@@ -196,18 +200,20 @@ class IngestPipeline:
         """
         found = self._store.find_document(document.id, self.fingerprint, self._settings.keep)
         old, cached = found or (None, set[str]())
-        limit = self._settings.passage_tokens
+        limit, language = self._settings.passage_tokens, self._settings.language
+        form: dict[str, Any] = {"keep_text": self._keep_text, "language": language}
         if old is None or (old.content_sha256, old.passage_tokens) != (document.content_sha256, limit):
             (report.added if old is None else report.replaced).append(document.id)
             report.notes += [f"{note} [{document.id}]" for note in document.notes]
-            made = prepare(document, limit, self._count_tokens, keep_text=self._keep_text)
+            made = prepare(document, limit, self._count_tokens, **form)
             return made._replace(cached=cached)
-        kept = all((passage.text is not None) == self._keep_text for passage in old.passages)
+        found_by = self._keep_text, language_of(document.text, language)
+        kept = all((passage.text is not None, passage.language) == found_by for passage in old.passages)
         if kept and old.metadata == document.metadata and all(p.text_sha256 in cached for p in old.passages):
             report.unchanged.append(document.id)
             return None
         report.replaced.append(document.id)  # the passages are unchanged; the metadata may have changed
-        made = prepare_again(document, old, self._count_tokens, keep_text=self._keep_text)
+        made = prepare_again(document, old, self._count_tokens, **form)
         return made._replace(cached=cached)
 
     def _compress(self, todo: list[Prepared], report: AddReport, start_s: float) -> AddReport:
@@ -302,6 +308,6 @@ class IngestPipeline:
 
 
 def _same(old: DocumentRecord, new: DocumentRecord) -> bool:
-    """Whether two records agree in content, metadata and kept texts, so that nothing has to be written."""
-    kept = [[passage.text is not None for passage in record.passages] for record in (old, new)]
+    """Whether two records agree in content, metadata, kept texts and language, so that nothing has to be written."""
+    kept = [[(passage.text is not None, passage.language) for passage in record.passages] for record in (old, new)]
     return (old.content_sha256, old.metadata) == (new.content_sha256, new.metadata) and kept[0] == kept[1]

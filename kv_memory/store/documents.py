@@ -22,7 +22,14 @@ from kv_memory.store.sql.catalog import batches
 from kv_memory.store.sql.schema import CacheRow, CollectionRow, DocumentRow, PassageRow, utc_now
 
 # Columns under the names of the fields of `PassageRecord` and `StoredPassage`.
-_PASSAGE = (PassageRow.text, PassageRow.n_tokens, PassageRow.text_sha256, PassageRow.terms)
+_PASSAGE = (
+    PassageRow.text,
+    PassageRow.n_tokens,
+    PassageRow.text_sha256,
+    PassageRow.terms,
+    PassageRow.language,
+    PassageRow.headings,
+)
 _STORED = (*_PASSAGE, PassageRow.ordinal, DocumentRow.document_id, DocumentRow.details.label("metadata"))
 
 
@@ -103,9 +110,7 @@ class Documents:
             row.updated_at = utc_now()
             session.flush()
             rows = [
-                # Terms serve retrieval where the text is not kept.
-                {**vars(passage), "terms": passage.terms and dict(passage.terms) if passage.text is None else None}
-                | {"document_pk": row.id, "ordinal": ordinal}
+                {**_values(passage), "document_pk": row.id, "ordinal": ordinal}
                 for ordinal, passage in enumerate(record.passages)
             ]
             if rows:
@@ -156,6 +161,13 @@ class Documents:
                 DocumentSummary(**_shared(row), n_passages=n_passages, n_texts=n_texts, n_tokens=n_tokens)
                 for row, n_passages, n_texts, n_tokens in session.execute(statement)
             ]
+
+    def metadata(self) -> dict[str, dict[str, Any]]:
+        """The metadata of all documents by id."""
+        rows = select(DocumentRow.document_id, DocumentRow.details)
+        with self.catalog.read() as session:
+            found = session.execute(rows.where(DocumentRow.collection_id == self.collection_id))
+            return {document_id: details for document_id, details in found}
 
     def has_document(self, id: str) -> bool:
         """Whether the collection has a document with this id."""
@@ -254,6 +266,13 @@ def _check(record: DocumentRecord) -> None:
             where=f"document {record.id!r}",
             next_step="Decode the document with the right encoding, or remove the NUL characters.",
         )
+
+
+def _values(passage: PassageRecord) -> dict[str, Any]:
+    """A passage's columns: terms serve retrieval where the text is not kept, and headings are text too."""
+    if passage.text is not None:
+        return {**vars(passage), "terms": None}
+    return {**vars(passage), "terms": passage.terms and dict(passage.terms), "headings": ""}
 
 
 def _row(session: Session, collection_id: int, document_id: str) -> DocumentRow | None:

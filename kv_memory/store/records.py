@@ -19,8 +19,11 @@ class PassageRecord:
         text: Exact text that is tokenised; None if it is not kept.
         text_sha256: SHA-256 hex digest of the UTF-8 text, the key of its distilled caches. Computed from the text
             unless given.
-        terms: Hashes of words with their counts, for retrieval if the text is not kept; without them, no question finds
-            the passage.
+        terms: Hashes of words and stems with their counts, for retrieval if the text is not kept; without them, no
+            question finds the passage.
+        language: ISO 639 code of the language whose stems it is found by; empty for words only.
+        headings: Headings above it in its document, one a line; not stored where the text is not kept, because their
+            words are among the terms.
 
     Raises:
         UnreadableDocumentError: The text has half a surrogate pair, which UTF-8 cannot encode.
@@ -31,6 +34,8 @@ class PassageRecord:
     n_tokens: int
     text_sha256: str = ""
     terms: Mapping[str, int] | None = field(default=None, repr=False, hash=False)
+    language: str = ""
+    headings: str = ""
 
     def __post_init__(self) -> None:
         if self.text_sha256:
@@ -113,6 +118,8 @@ class StoredPassage:
     n_tokens: int
     metadata: dict[str, Any]
     terms: Mapping[str, int] | None = field(default=None, repr=False, hash=False)
+    language: str = ""
+    headings: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -179,7 +179,7 @@ def test_ask_prints_answer_sources_and_time(kv: Run, store: Path) -> None:
 def test_a_question_without_a_known_word_is_reported(kv: Run, store: Path) -> None:
     done = kv("ask", "xyzzy")
     assert (done.code, done.out) == (0, "")
-    assert "No passage shares a word" in done.err
+    assert "No passage matches the question" in done.err
     assert kv("ask", "xyzzy", "--json").json["finish_reason"] == "no_sources"
 
 

@@ -101,9 +101,12 @@ class PassageRow(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     document_pk: Mapped[int] = mapped_column(ForeignKey("document.id", ondelete="CASCADE"))
     ordinal: Mapped[int]
-    # The text, if the user asked to keep it; otherwise hashes of its words with their counts, for retrieval.
+    # The text and the headings above it, if the user asked to keep texts; otherwise hashes of their words and stems
+    # with their counts, for retrieval.
     text: Mapped[str | None] = mapped_column(Text)
+    headings: Mapped[str] = mapped_column(Text)
     terms: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    language: Mapped[str] = mapped_column(String(8))
     text_sha256: Mapped[str] = mapped_column(String(64), index=True)
     n_tokens: Mapped[int]
 
