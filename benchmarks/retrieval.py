@@ -17,15 +17,19 @@ import json
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
+from kv_memory.config import RetrieverName
 from kv_memory.datasets import read_examples
 from kv_memory.documents import Document, read_documents
-from kv_memory.ingest.document_records import prepare
+from kv_memory.ingest.document_records import prepare, with_vectors
 from kv_memory.model.embedded import BUILT_IN, prepared_folder
-from kv_memory.retrieval.retriever import Retriever
+from kv_memory.retrieval.encoder import Encoder
+from kv_memory.retrieval.minilm import built_in_encoder
+from kv_memory.retrieval.retriever import Hit, Retriever
 from kv_memory.store import Store
 
 QUESTIONS = Path(__file__).with_name("nats_questions.jsonl")
@@ -43,10 +47,20 @@ def main() -> None:
     """Fill a store with each set, ask, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nats", type=Path, help="tar archive or folder of the NATS documentation; none leaves it out")
-    parser.add_argument("--passage-tokens", type=int, nargs="+", default=[256, 1024], help="for NATS (default: 256 1024)")
+    parser.add_argument(
+        "--passage-tokens", type=int, nargs="+", default=[256, 1024], help="for NATS (default: 256 1024)"
+    )
     parser.add_argument("--questions", type=int, default=1900, help="of SQuAD, spread over all (default: 1900)")
+    parser.add_argument(
+        "--retriever",
+        nargs="+",
+        choices=get_args(RetrieverName),
+        default=get_args(RetrieverName),
+        help="(default: all)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
     args = parser.parse_args()
+    encoder = None if set(args.retriever) == {"bm25"} else built_in_encoder("minilm")
     with tempfile.TemporaryDirectory(prefix="kv-memory-bench-") as scratch:
         sets = [("SQuAD", *squad(args.questions), None)]
         if args.nats is not None:
@@ -54,9 +68,8 @@ def main() -> None:
             sets += [(f"NATS, {n} tokens", read_documents(folder).documents, None, n) for n in args.passage_tokens]
         for number, (name, documents, asked, limit) in enumerate(sets):
             with Store.open(Path(scratch) / f"store-{number}") as store:
-                fill(store, documents, limit)
-                rows = measure(store, asked or nats(store))
-                for row in rows:
+                fill(store, documents, limit, encoder)
+                for row in measure(store, asked or nats(store), args.retriever, encoder):
                     print(json.dumps({"set": name} | row) if args.json else line(name, row), flush=True)
 
 
@@ -92,8 +105,8 @@ def nats(store: Store) -> list[Asked]:
     return [each for each in asked if each.right]  # without those whose evidence a split has cut
 
 
-def fill(store: Store, documents: Any, limit: int | None) -> None:
-    """Store the documents with their texts, and without caches."""
+def fill(store: Store, documents: Any, limit: int | None, encoder: Encoder | None) -> None:
+    """Store the documents with their texts and vectors, and without caches."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(prepared_folder(BUILT_IN["smollm2"]))
@@ -102,35 +115,41 @@ def fill(store: Store, documents: Any, limit: int | None) -> None:
         return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
 
     for document in documents:
-        store.put_document(prepare(document, limit, count, keep_text=True, language="auto").record)
+        made = prepare(document, limit, count, keep_text=True, language="auto")
+        store.put_document(with_vectors(made.record, made.texts, encoder))
 
 
-def measure(store: Store, asked: list[Asked]) -> Iterator[dict[str, Any]]:
+def measure(
+    store: Store, asked: list[Asked], names: Sequence[RetrieverName], encoder: Encoder | None
+) -> Iterator[dict[str, Any]]:
     """The recall of each retriever."""
-    retriever = Retriever(store)
-    retriever.retrieve("", top_k=1)  # builds the index
-    started = time.perf_counter()
-    ranks = [rank(retriever, each) for each in asked]
-    elapsed_s = time.perf_counter() - started
-    yield {
-        "retriever": "bm25",
-        "n_passages": len(store.passages()),
-        "n_questions": len(asked),
-        **{f"recall@{k}": sum(rank < k for rank in ranks) / len(ranks) for k in (1, 3, LARGEST)},
-        "ms_per_question": 1000 * elapsed_s / len(asked),
-    }
+    retriever, n_passages = Retriever(store), len(store.passages())
+    for name in names:
+        retrieve = partial(retriever.retrieve, top_k=LARGEST, retriever=name, encoder=encoder)
+        retrieve("")  # loads or builds the index
+        started = time.perf_counter()
+        ranks = [rank(retrieve(each.question), each) for each in asked]
+        elapsed_s = time.perf_counter() - started
+        yield {
+            "retriever": name,
+            "n_passages": n_passages,
+            "n_questions": len(asked),
+            **{f"recall@{k}": sum(rank < k for rank in ranks) / len(ranks) for k in (1, 3, LARGEST)},
+            "ms_per_question": 1000 * elapsed_s / len(asked),
+        }
 
 
-def rank(retriever: Retriever, asked: Asked) -> int:
+def rank(found: list[Hit], asked: Asked) -> int:
     """The rank of the first right passage, from 0."""
-    hits = [(hit.document_id, hit.ordinal) for hit in retriever.retrieve(asked.question, top_k=LARGEST)]
+    hits = [(hit.document_id, hit.ordinal) for hit in found]
     return next((rank for rank, place in enumerate(hits) if place in asked.right), LARGEST)
 
 
 def line(name: str, row: dict[str, Any]) -> str:
     """A row of a Markdown table."""
     shares = " | ".join(f"{row[f'recall@{k}']:.3f}" for k in (1, 3, LARGEST))
-    return f"| {name} | {row['retriever']} | {row['n_questions']} | {shares} | {row['ms_per_question']:.1f} |"
+    counts = f"{row['n_passages']:,} | {row['n_questions']:,}"
+    return f"| {name} | {row['retriever']} | {counts} | {shares} | {row['ms_per_question']:.1f} |"
 
 
 if __name__ == "__main__":

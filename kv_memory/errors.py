@@ -17,6 +17,7 @@ KVMemoryError
 │   ├── CacheNotFoundError       no distilled cache for this text and setting (also a KeyError)
 │   ├── CorruptCacheError        bytes that differ from those written; quarantined, never decoded
 │   └── FingerprintMismatchError a cache made by another model, adapter, prompt or format
+├── EncoderError                 an encoder that is not given or fails, or passages without a vector of it
 ├── DecodeTimeoutError           an answer that exceeded its time limit (also a TimeoutError)
 ├── UnsupportedRequestError      a request that a model cannot fulfil: tool calls, images
 ├── DatasetError                 a training or evaluation set that is missing or unreadable
@@ -118,6 +119,10 @@ class CorruptCacheError(CacheError):
 
 class FingerprintMismatchError(CacheError):
     """The cache was made by another model, adapter, prompt or format."""
+
+
+class EncoderError(KVMemoryError):
+    """The encoder of the retriever is not given or fails, or passages have no vector of it."""
 
 
 class DecodeTimeoutError(KVMemoryError, TimeoutError):

@@ -130,11 +130,11 @@ def _print_cost(out: Output, answer: Answer) -> None:
     )
 
 
-@command(*KEEP_NAMES)
+@command(*KEEP_NAMES, "retriever")
 def ask(question: str, *, asking: Asking, changes: Changes, place: Place, out: Output) -> Any:
     """Answer a question from the passages that match it.
 
-    Passages are found by their words (BM25). The answer is decoded from their distilled caches; their text does not
+    Passages are found by the store's retriever. The answer is decoded from their distilled caches; their text does not
     enter the prompt, unless --text is given. Caches of the amount given are preferred; a passage without one is
     answered from the cache that it has.
 
@@ -152,7 +152,7 @@ def ask(question: str, *, asking: Asking, changes: Changes, place: Place, out: O
             _print_cost(out, answer)
 
 
-@command(*KEEP_NAMES)
+@command(*KEEP_NAMES, "retriever")
 def chat(*, asking: Asking, changes: Changes, place: Place, out: Output) -> Any:
     """Ask one question after another.
 

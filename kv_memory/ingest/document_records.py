@@ -14,8 +14,10 @@ from kv_memory.documents.headings import headings_above
 from kv_memory.documents.loaders import path_of
 from kv_memory.documents.splitter import CountTokens
 from kv_memory.errors import ConfigError, DocumentError, EmptyDocumentError, TextNotKeptError
+from kv_memory.retrieval.encoder import Encoder
 from kv_memory.retrieval.hashed_terms import terms_of
 from kv_memory.retrieval.language import language_of
+from kv_memory.retrieval.vectors import to_bytes
 from kv_memory.store import DocumentRecord, PassageRecord
 
 
@@ -43,7 +45,8 @@ class _Form(NamedTuple):
         whole = PassageRecord(text=text, n_tokens=n_tokens, language=self.language, headings=headings)
         if self.keep_text:
             return whole
-        return replace(whole, text=None, terms=terms_of(f"{headings}\n{text}", self.language), headings="")
+        # The store leaves the headings out; until then they serve the encoder.
+        return replace(whole, text=None, terms=terms_of(f"{headings}\n{text}", self.language))
 
 
 def prepare(
@@ -147,10 +150,38 @@ def prepare_from_file(old: DocumentRecord, count_tokens: CountTokens, *, encodin
         raise _lost(old, "its file now has a different text")
     texts = _by_key(split_passages(document.text, max_tokens=old.passage_tokens, count_tokens=count_tokens))
     if _covers(texts, old):
-        return Prepared(old, texts)
+        headings = _headings(document, [texts[passage.text_sha256] for passage in old.passages])
+        passages = map(lambda passage, above: replace(passage, headings=above), old.passages, headings)
+        return Prepared(replace(old, passages=tuple(passages)), texts)
     # It was split with another tokenizer, so it is split again.
     again = replace(document, id=old.id, source_uri=old.source_uri, metadata=old.metadata)
     return prepare(again, old.passage_tokens, count_tokens, keep_text=False, language=language)
+
+
+def lacks_vectors(record: DocumentRecord, encoder: Encoder | None) -> bool:
+    """Whether a passage has no vector of this encoder; False without an encoder."""
+    return encoder is not None and any(passage.encoder != encoder.name for passage in record.passages)
+
+
+def with_vectors(record: DocumentRecord, texts: Mapping[str, str], encoder: Encoder | None) -> DocumentRecord:
+    """The record with vectors of this encoder, as far as the texts are known; unchanged without an encoder.
+
+    Raises:
+        EncoderError: The encoder fails.
+    """
+    if encoder is None:
+        return record
+    title = str(record.metadata.get("title") or "")
+    # A passage rarely repeats what it is about: title and headings say it.
+    todo = {
+        index: "\n".join(filter(None, (title, passage.headings, texts[passage.text_sha256])))
+        for index, passage in enumerate(record.passages)
+        if passage.encoder != encoder.name and passage.text_sha256 in texts
+    }
+    passages = list(record.passages)
+    for index, vector in zip(todo, encoder.embed(list(todo.values())), strict=True):
+        passages[index] = replace(passages[index], encoder=encoder.name, vector=to_bytes(vector))
+    return replace(record, passages=tuple(passages))
 
 
 def texts_in(record: DocumentRecord) -> dict[str, str]:

@@ -20,15 +20,18 @@ from kv_memory.documents import Document
 from kv_memory.errors import KVMemoryError, TextNotKeptError
 from kv_memory.ingest.document_records import (
     Prepared,
+    lacks_vectors,
     prepare,
     prepare_again,
     prepare_from_file,
     prepare_passages,
     texts_in,
+    with_vectors,
 )
+from kv_memory.retrieval.encoder import Encoder
 from kv_memory.retrieval.language import language_of
 from kv_memory.settings import MemorySettings
-from kv_memory.store import DocumentRecord, Store, StoredPassage
+from kv_memory.store import DocumentRecord, Store
 from kv_memory.tracing import span
 
 _BATCH_ON_GPU = 8  # passages; each holds a lock in the catalog meanwhile, on PostgreSQL with its own connection
@@ -100,6 +103,7 @@ class IngestPipeline:
         keep_text: True to keep the texts of added documents, False not to; None follows the settings.
         on_progress: Callback after every batch of passages.
         writer: Executor that stores the caches of a batch while the next one is compressed; None stores them at once.
+        encoder: Encoder whose vectors are stored with the passages; None stores no vectors.
         batch_size: Number of passages of a document compressed at once, grouped by similar length. None means 8 on a
             GPU, which a single passage does not fill, and 1 elsewhere.
     """
@@ -113,9 +117,11 @@ class IngestPipeline:
         keep_text: bool | None = None,
         on_progress: Callable[[AddProgress], None] | None = None,
         writer: Executor | None = None,
+        encoder: Encoder | None = None,
         batch_size: int | None = None,
     ) -> None:
         self._store = store
+        self._encoder = encoder
         self._compressor = compressor
         self._settings = settings
         self._count_tokens = compressor.backbone.count_tokens
@@ -160,35 +166,40 @@ class IngestPipeline:
             keep_text=self._keep_text,
             language=self._settings.language,
         )
-        if old is not None and made.texts.keys() <= cached and _same(old, made.record):
+        same = old is not None and _same(old, made.record) and not lacks_vectors(old, self._encoder)
+        if same and made.texts.keys() <= cached:
             report.unchanged.append(document)
             return self._compress([], report, start_s)
         (report.added if old is None else report.replaced).append(document)
         return self._compress([made._replace(cached=cached)], report, start_s)
 
     def refresh(self, *, encoding: str = "utf-8") -> AddReport:
-        """Compress every stored passage that has no cache under the current settings; see `KVMemory.refresh`."""
+        """Make the caches and vectors that stored passages lack under the current settings; see `KVMemory.refresh`."""
         start_s, report = time.perf_counter(), AddReport()
-        missing: dict[str, list[StoredPassage]] = {}
+        uncached: dict[str, set[str]] = {}  # hashes of texts by document
         for passage in self._store.missing(self.fingerprint, self._settings.keep):
-            missing.setdefault(passage.document_id, []).append(passage)
+            uncached.setdefault(passage.document_id, set()).add(passage.text_sha256)
+        name = None if self._encoder is None else self._encoder.name
+        no_vector = set() if name is None else self._store.documents_without_vectors(name)
         todo: list[Prepared] = []
         for summary in self._store.documents():
-            if summary.id not in missing:
+            if summary.id not in uncached and summary.id not in no_vector:
                 report.unchanged.append(summary.id)
                 continue
             record = self._store.document(summary.id)
+            needed = uncached.get(summary.id, set())
+            cached = {passage.text_sha256 for passage in record.passages} - needed
+            if name is not None:
+                needed = needed | {passage.text_sha256 for passage in record.passages if passage.encoder != name}
             try:
-                if all(passage.text is not None for passage in missing[summary.id]):
-                    made = Prepared(record, texts_in(record))
-                else:
+                made = Prepared(record, texts_in(record))
+                if not needed <= made.texts.keys():
                     made = prepare_from_file(
                         record, self._count_tokens, encoding=encoding, language=self._settings.language
                     )
             except TextNotKeptError as error:
                 report.errors.append(error)
             else:
-                cached = {p.text_sha256 for p in record.passages} - {p.text_sha256 for p in missing[summary.id]}
                 todo.append(made._replace(cached=cached))
                 report.replaced.append(summary.id)
         return self._compress(todo, report, start_s)
@@ -209,6 +220,7 @@ class IngestPipeline:
             return made._replace(cached=cached)
         found_by = self._keep_text, language_of(document.text, language)
         kept = all((passage.text is not None, passage.language) == found_by for passage in old.passages)
+        kept = kept and not lacks_vectors(old, self._encoder)
         if kept and old.metadata == document.metadata and all(p.text_sha256 in cached for p in old.passages):
             report.unchanged.append(document.id)
             return None
@@ -244,7 +256,7 @@ class IngestPipeline:
             finally:
                 if self._writer is not None:
                     self._wait()
-            self._store.put_document(record, settings=settings)
+            self._store.put_document(with_vectors(record, texts, self._encoder), settings=settings)
             self._recorded = True
         if not self._recorded:  # no document has brought the settings, with which later calls continue
             if self._store.settings() != settings:

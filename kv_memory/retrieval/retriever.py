@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
+from kv_memory.config import RetrieverName
 from kv_memory.errors import DocumentNotFoundError
-from kv_memory.retrieval.bm25 import CollectionIndex
+from kv_memory.retrieval.bm25 import CollectionIndex, Row
+from kv_memory.retrieval.encoder import Encoder
 from kv_memory.retrieval.filters import Filter, check_request, matching_documents
+from kv_memory.retrieval.vectors import VectorIndex
 from kv_memory.store import Store
+
+_FUSION_K = 60  # as in the paper (Cormack et al., 2009)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +27,8 @@ class Hit:
     Attributes:
         document_id: Id of the document that contains the passage.
         ordinal: Position of the passage in the document, from 0.
-        score: Score, the higher the better; comparable within one question only.
+        score: Score, the higher the better: of `bm25` above 0, comparable within one question only; of `embedding` the
+            cosine; of `hybrid` in (0, 1], from ranks alone.
         text: Text of the passage; None if it is not kept.
         text_sha256: SHA-256 of the text, in hex: the key of its distilled cache.
         metadata: Metadata of the document.
@@ -36,6 +42,23 @@ class Hit:
     metadata: Mapping[str, Any]
 
 
+class RetrieveOptions(TypedDict, total=False):
+    """Which passages to retrieve for a question.
+
+    Attributes:
+        top_k: Largest number of passages; None means 1 for `smollm2` and 3 for other models.
+        document_ids: Ids of the documents to search; None for all.
+        filter: Metadata of the documents to search, e.g. `{"year": [2025, 2026]}`: a value, or a list of values of
+            which one is enough, by name.
+        min_score: Least score (`Hit.score`) of a passage.
+    """
+
+    top_k: int | None
+    document_ids: Collection[str] | None
+    filter: Filter | None
+    min_score: float | None
+
+
 class Retriever:
     """Retrieves passages of the latest revision of one collection; thread-safe.
 
@@ -46,6 +69,7 @@ class Retriever:
     def __init__(self, collection: Store) -> None:
         self._collection = collection
         self._bm25 = CollectionIndex(collection)
+        self._vectors = VectorIndex(collection)
         self._lock = threading.Lock()
         self._metadata: tuple[int, dict[str, dict[str, Any]]] = (-1, {})
 
@@ -54,6 +78,8 @@ class Retriever:
         question: str,
         *,
         top_k: int,
+        retriever: RetrieverName = "bm25",
+        encoder: Encoder | None = None,
         document_ids: Collection[str] | None = None,
         filter: Filter | None = None,
         min_score: float | None = None,
@@ -65,24 +91,30 @@ class Retriever:
         Args:
             question: Any text.
             top_k: Maximum number of passages; it may exceed the number of passages in the collection.
+            retriever: By words (`bm25`), by vectors (`embedding`), or by the ranks of both (`hybrid`).
+            encoder: Encoder of the question, for vectors.
             document_ids: Ids of the documents to search; None for all.
             filter: Metadata of the documents to search, see `matching_documents`.
             min_score: Least score of a passage.
 
         Returns:
-            Hits with a score above 0; hits with equal scores are in the order of document id and ordinal.
+            Hits; those with equal scores are in the order of document id and ordinal. With `bm25` only passages that
+            share a word with the question.
 
         Raises:
             ConfigError: An argument is malformed, or no document has metadata of a name in the filter.
             DocumentNotFoundError: The collection has no document with one of the ids.
+            EncoderError: A passage has no vector of the encoder, or the encoder fails.
         """
         check_request(top_k=top_k, document_ids=document_ids, filter=filter, min_score=min_score)
-        rows, scores = self._bm25.scores(question)
-        found = np.flatnonzero(scores > 0 if min_score is None else (scores > 0) & (scores >= min_score))
+        rows, scored = self._scored(question, retriever, encoder)
         if document_ids is not None or filter:
-            # Before the best are taken: few of them may be among the wanted documents.
+            # Before passages are ranked: few of the best may be in the wanted documents.
             wanted = matching_documents(self._documents(), document_ids, filter)
-            found = np.array([row for row in found if rows[row][0] in wanted], dtype=np.intp)
+            allowed = np.fromiter((row[0] in wanted for row in rows), dtype=bool, count=len(rows))
+            scored = [np.where(allowed, scores, -np.inf) for scores in scored]
+        scores = scored[0] if len(scored) == 1 else fused(scored)
+        found = np.flatnonzero(np.isfinite(scores) if min_score is None else scores >= min_score)
         # Not the top-k of bm25s, which breaks ties at random. Rows are in the order for ties, and the sort is stable.
         hits: list[Hit] = []
         for row in found[np.argsort(-scores[found], kind="stable")]:
@@ -107,6 +139,25 @@ class Retriever:
                 break
         return hits
 
+    def _scored(
+        self, question: str, retriever: RetrieverName, encoder: Encoder | None
+    ) -> tuple[list[Row], list[np.ndarray]]:
+        """All passages, and their scores by each way of scoring: (n_passages,), -inf where a passage is not found."""
+        rows, scored = list[Row](), list[np.ndarray]()
+        if retriever != "embedding":
+            rows, scores = self._bm25.scores(question)
+            scored.append(np.where(scores > 0, scores, -np.inf))
+        if retriever != "bm25":
+            assert encoder is not None, "the settings name one"
+            by_vector, cosines = self._vectors.scores(question, encoder)
+            if retriever == "embedding":
+                rows = by_vector
+            elif by_vector != rows:  # a document was put between the two
+                place = dict(zip(by_vector, cosines, strict=True))
+                cosines = np.array([place.get(row, -np.inf) for row in rows], dtype=np.float32)
+            scored.append(cosines)
+        return rows, scored
+
     def _documents(self) -> dict[str, dict[str, Any]]:
         """The metadata of all documents by id, loaded once a revision."""
         revision = self._collection.revision
@@ -114,3 +165,20 @@ class Retriever:
             if self._metadata[0] != revision:
                 self._metadata = revision, self._collection.metadata()
             return self._metadata[1]
+
+
+def fused(scored: Sequence[np.ndarray]) -> np.ndarray:
+    """Reciprocal rank fusion: the mean of (k + 1) / (k + rank) over several ways of scoring, so 1 is the first in all.
+
+    Args:
+        scored: Scores (n,) of the same passages; -inf where one is not found.
+
+    Returns:
+        Fused scores (n,), -inf for passages found by none.
+    """
+    total = np.zeros(len(scored[0]))
+    for scores in scored:
+        found = np.flatnonzero(np.isfinite(scores))
+        best_first = found[np.argsort(-scores[found], kind="stable")]
+        total[best_first] += (_FUSION_K + 1) / (_FUSION_K + 1 + np.arange(len(found))) / len(scored)
+    return np.where(total > 0, total, -np.inf)

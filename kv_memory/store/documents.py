@@ -17,7 +17,7 @@ from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.cache.keep import Keep
 from kv_memory.errors import ConfigError, DocumentNotFoundError, UnreadableDocumentError
 from kv_memory.store.blob_references import BlobReferences
-from kv_memory.store.records import DocumentRecord, DocumentSummary, PassageRecord, StoredPassage
+from kv_memory.store.records import DocumentRecord, DocumentSummary, PassageRecord, StoredPassage, StoredVector
 from kv_memory.store.sql.catalog import batches
 from kv_memory.store.sql.schema import CacheRow, CollectionRow, DocumentRow, PassageRow, utc_now
 
@@ -30,6 +30,7 @@ _PASSAGE = (
     PassageRow.language,
     PassageRow.headings,
 )
+_VECTOR = (PassageRow.encoder, PassageRow.vector)
 _STORED = (*_PASSAGE, PassageRow.ordinal, DocumentRow.document_id, DocumentRow.details.label("metadata"))
 
 
@@ -208,6 +209,18 @@ class Documents:
         with self.catalog.read() as session:
             return [StoredPassage(**row._asdict()) for row in session.execute(_passages(self.collection_id, *_STORED))]
 
+    def vectors(self) -> list[StoredVector]:
+        """The vectors of all passages, ordered by document id and ordinal."""
+        columns = (DocumentRow.document_id, PassageRow.ordinal, PassageRow.text_sha256, *_VECTOR)
+        with self.catalog.read() as session:
+            return [StoredVector(**row._asdict()) for row in session.execute(_passages(self.collection_id, *columns))]
+
+    def documents_without_vectors(self, encoder: str) -> set[str]:
+        """The ids of documents with a passage that has no vector of this encoder."""
+        lacking = _passages(self.collection_id, DocumentRow.document_id).where(PassageRow.encoder != encoder)
+        with self.catalog.read() as session:
+            return set(session.scalars(lacking.order_by(None).distinct()))
+
     def missing(self, fingerprint: Fingerprint, keep_ratio: float | Keep) -> list[StoredPassage]:
         """The passages without a cache under these settings, ordered by document id and ordinal."""
         keep = keep_ratio if isinstance(keep_ratio, Keep) else Keep(keep_ratio=keep_ratio)
@@ -304,7 +317,9 @@ def _shared(row: DocumentRow) -> dict[str, Any]:
 
 
 def _record(session: Session, row: DocumentRow) -> DocumentRecord:
-    passages = session.execute(select(*_PASSAGE).where(PassageRow.document_pk == row.id).order_by(PassageRow.ordinal))
+    passages = session.execute(
+        select(*_PASSAGE, *_VECTOR).where(PassageRow.document_pk == row.id).order_by(PassageRow.ordinal)
+    )
     return DocumentRecord(**_shared(row), passages=tuple(PassageRecord(**each._asdict()) for each in passages))
 
 

@@ -24,6 +24,8 @@ class PassageRecord:
         language: ISO 639 code of the language whose stems it is found by; empty for words only.
         headings: Headings above it in its document, one a line; not stored where the text is not kept, because their
             words are among the terms.
+        encoder: Name of the encoder that made the vector; empty without one.
+        vector: Vector of the passage, for retrieval: little-endian float16 numbers.
 
     Raises:
         UnreadableDocumentError: The text has half a surrogate pair, which UTF-8 cannot encode.
@@ -36,6 +38,8 @@ class PassageRecord:
     terms: Mapping[str, int] | None = field(default=None, repr=False, hash=False)
     language: str = ""
     headings: str = ""
+    encoder: str = ""
+    vector: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.text_sha256:
@@ -120,6 +124,17 @@ class StoredPassage:
     terms: Mapping[str, int] | None = field(default=None, repr=False, hash=False)
     language: str = ""
     headings: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredVector:
+    """The vector of a passage; fields are as in `PassageRecord` and `StoredPassage`."""
+
+    document_id: str
+    ordinal: int
+    text_sha256: str
+    encoder: str
+    vector: bytes | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,18 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, DateTime, Double, ForeignKey, MetaData, String, Text, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    DateTime,
+    Double,
+    ForeignKey,
+    LargeBinary,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+)
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -107,6 +118,9 @@ class PassageRow(Base):
     headings: Mapped[str] = mapped_column(Text)
     terms: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     language: Mapped[str] = mapped_column(String(8))
+    # The vector that an encoder made of it, for retrieval; the name is empty without one.
+    encoder: Mapped[str] = mapped_column(String(255))
+    vector: Mapped[bytes | None] = mapped_column(LargeBinary)
     text_sha256: Mapped[str] = mapped_column(String(64), index=True)
     n_tokens: Mapped[int]
 
