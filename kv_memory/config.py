@@ -19,7 +19,7 @@ StorageName = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 # How a document's entries are divided among the heads. `head`: the same number in every layer and KV head. `model`: one
 # ranking over all heads, so that a head may keep many entries or none (as in KVzip); the total is the same.
 Budget = Literal["head", "model"]
-# How passages are found: by words, by vectors of an encoder, or by both ranks together.
+# How passages are found: by words, by vectors of an encoder, or by both together.
 RetrieverName = Literal["bm25", "hybrid", "embedding"]
 # ISO 639 codes of the languages with stems, and the names of their Snowball stemmers.
 # fmt: off

@@ -96,8 +96,8 @@ class MemorySettings:
             lose their text without being compressed again.
         language: Language of added documents, whose stems and stop words questions are matched by: `auto` detects it,
             `none` matches words as they are written, or an ISO 639 code, e.g. `de`.
-        retriever: How passages are found: `bm25` (by words), `embedding` (by the vectors of an encoder), or `hybrid`
-            (by both ranks).
+        retriever: Way of finding passages: `bm25` (by words), `embedding` (by the vectors of an encoder), or `hybrid`
+            (by both together).
         encoder: Name of the encoder whose vectors are stored with added documents: `minilm` is built in, others are
             objects passed to `KVMemory.open`; `none` stores no vectors.
     """

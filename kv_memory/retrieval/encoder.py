@@ -91,7 +91,7 @@ def as_encoder(given: EncoderLike) -> Encoder:
             list of texts to their vectors, or `(name, function)`.
 
     Raises:
-        ConfigError: It is none of these, or has no name.
+        ConfigError: It is something else, or has no name.
     """
     if isinstance(given, _Wrapped):
         return given

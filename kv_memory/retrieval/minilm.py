@@ -110,7 +110,7 @@ def built_in_encoder(name: str) -> Encoder:
     """The built-in encoder with this name, which is the only one so far.
 
     Raises:
-        EncoderError: There is none of this name.
+        EncoderError: No built-in encoder has this name.
         ModelNotFoundError: It is not prepared.
     """
     if name == MINILM:

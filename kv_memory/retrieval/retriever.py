@@ -17,8 +17,6 @@ from kv_memory.retrieval.filters import Filter, check_request, matching_document
 from kv_memory.retrieval.vectors import VectorIndex
 from kv_memory.store import Store
 
-_FUSION_K = 60  # as in the paper (Cormack et al., 2009)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Hit:
@@ -28,7 +26,7 @@ class Hit:
         document_id: Id of the document that contains the passage.
         ordinal: Position of the passage in the document, from 0.
         score: Score, the higher the better: of `bm25` above 0, comparable within one question only; of `embedding` the
-            cosine; of `hybrid` in (0, 1], from ranks alone.
+            cosine; of `hybrid` the mean of both as shares of the best, in (0, 1].
         text: Text of the passage; None if it is not kept.
         text_sha256: SHA-256 of the text, in hex: the key of its distilled cache.
         metadata: Metadata of the document.
@@ -91,7 +89,7 @@ class Retriever:
         Args:
             question: Any text.
             top_k: Maximum number of passages; it may exceed the number of passages in the collection.
-            retriever: By words (`bm25`), by vectors (`embedding`), or by the ranks of both (`hybrid`).
+            retriever: Way of finding: by words (`bm25`), by vectors (`embedding`), or by both (`hybrid`).
             encoder: Encoder of the question, for vectors.
             document_ids: Ids of the documents to search; None for all.
             filter: Metadata of the documents to search, see `matching_documents`.
@@ -168,17 +166,19 @@ class Retriever:
 
 
 def fused(scored: Sequence[np.ndarray]) -> np.ndarray:
-    """Reciprocal rank fusion: the mean of (k + 1) / (k + rank) over several ways of scoring, so 1 is the first in all.
+    """The mean of several scores, each as a share of its best one; 1 is the best in all.
+
+    Reciprocal rank fusion was rejected: it forgets by how much the first is ahead of the second, and then finds the
+    right passage first less often than BM25 alone (docs/retrieval.md).
 
     Args:
-        scored: Scores (n,) of the same passages; -inf where one is not found.
+        scored: Scores (n,) of the same passages; -inf, or 0 and below, where one does not match.
 
     Returns:
-        Fused scores (n,), -inf for passages found by none.
+        Fused scores (n,) in (0, 1], and -inf for passages that match in none.
     """
     total = np.zeros(len(scored[0]))
     for scores in scored:
-        found = np.flatnonzero(np.isfinite(scores))
-        best_first = found[np.argsort(-scores[found], kind="stable")]
-        total[best_first] += (_FUSION_K + 1) / (_FUSION_K + 1 + np.arange(len(found))) / len(scored)
+        positive = np.maximum(scores, 0)
+        total += positive / max(positive.max(initial=0), np.finfo(np.float32).tiny) / len(scored)
     return np.where(total > 0, total, -np.inf)

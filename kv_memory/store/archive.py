@@ -299,7 +299,7 @@ def _verify(store: Store) -> None:
                 if isinstance(row, PassageRow) and row.text is not None and _digest(row.text) != row.text_sha256:
                     raise ValueError("the text of a passage does not match its SHA-256")
                 if isinstance(row, PassageRow) and not _fits(row.encoder, row.vector):
-                    raise ValueError("the vector of a passage is none, or has no encoder")
+                    raise ValueError("a passage has a malformed vector, or one without an encoder")
                 terms = (row.terms or {}) if isinstance(row, PassageRow) else {}
                 if not all(_WORD_HASH.fullmatch(word) and type(n) is int and n > 0 for word, n in terms.items()):
                     raise ValueError("the terms of a passage must map hashes of words to positive integers")

@@ -187,9 +187,8 @@ def test_settings_that_cannot_be_are_refused(tmp_path, options):
         KVMemory.open(tmp_path / "store", load_model=False, **options)
 
 
-def test_ranks_are_fused():
-    first, second = np.array([3.0, 2.0, 1.0, -np.inf]), np.array([-np.inf, 0.9, 0.1, -np.inf])
-    scores = fused([first, second])
-    assert np.argsort(-scores[:3]).tolist() == [1, 2, 0]
-    assert scores[3] == -np.inf
-    assert fused([first, first])[0] == 1
+def test_scores_are_fused():
+    by_word, by_vector = np.array([4.0, 3.0, 1.0, -np.inf, -np.inf]), np.array([-0.1, 0.8, 0.2, 0.4, -0.2])
+    assert fused([by_word, by_vector]).tolist() == [0.5, 0.875, 0.25, 0.25, -np.inf]
+    assert fused([by_word, np.full(5, -np.inf)])[0] == 0.5
+    assert fused([np.zeros(0), np.zeros(0)]).tolist() == []
