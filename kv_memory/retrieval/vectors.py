@@ -91,6 +91,6 @@ def _unfit(what: str, encoder: str, *, where: str = "") -> EncoderError:
     return EncoderError(
         what,
         where=f"{where}encoder {encoder}",
-        next_step=f"Run `kv-memory add --stale --encoder {encoder}` (in Python: KVMemory.refresh), which computes missing "
+        next_step=f"Run `kv-memory add --stale --encoder {encoder}` (KVMemory.refresh), which computes missing "
         "vectors from kept texts and unchanged files, and add other documents again; or retrieve with `bm25`.",
     )
