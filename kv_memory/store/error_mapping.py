@@ -52,11 +52,6 @@ _DAMAGED: _Kind = (
     "the database is damaged: {}",
     "Restore the folder from a backup, or move it away and add the documents again.",
 )
-_UNRELEASED: _Kind = (
-    StoreError,
-    "a version from before the first release wrote the store: {}",
-    "Make a new store and add the documents again.",
-)
 _FAILED: _Kind = StoreError, "the database failed: {}", "Check the disk and its free space, then try again."
 _SERVER_FAILED: _Kind = StoreError, "the database failed: {}", "Check the server's log, then try again."
 _NO_ANSWER: _Kind = (
@@ -129,8 +124,6 @@ def _of_sqlite(error: sqlite3.Error) -> _Kind:
         return _LOCKED
     if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM", "SQLITE_AUTH")):
         return _FORBIDDEN
-    if any(words in str(error) for words in ("no such column", "has no column named")):
-        return _UNRELEASED
     return _DAMAGED if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) else _FAILED
 
 
@@ -140,9 +133,7 @@ def _of_postgres(error: DBAPIError) -> _Kind:
         return _FULL
     if state == "55P03":
         return _LOCKED
-    if state == "42703":  # a column is missing
-        return _UNRELEASED
-    if state[:2] in {"28", "42"} and state != "42P01":
+    if state[:2] in {"28", "42"} and state not in {"42P01", "42703"}:
         return _REFUSED
     if error.orig is not None and (refusal := refused_login(error.orig)) is not None:
         return refusal

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import json
+import sqlite3
+from contextlib import closing
+
 import pytest
 
 from kv_memory import KVMemory
 from kv_memory.errors import ConfigError, DocumentNotFoundError
+from kv_memory.retrieval.hashed_terms import terms_of
 from tests.memories import wide_backbone
 
 PAGES = {
@@ -100,6 +105,27 @@ def test_another_language_setting_is_taken_over_without_compressing_again(memory
         assert found(again, "compressing") == []
         assert found(again, "compressed") == ["prices"]
         assert again.add([(name, text, {}) for name, text in PAGES.items()]).unchanged == list(PAGES)
+
+
+def test_passages_from_before_stems_are_found_by_their_words_until_added_again(memory, backbone):
+    path, kept = memory.path, memory.settings.keep_text
+    memory.close()
+    with closing(sqlite3.connect(path / "catalog.sqlite")) as connection, connection:
+        for column in ("language", "headings", "encoder", "vector"):
+            connection.execute(f"ALTER TABLE passage DROP COLUMN {column}")
+        connection.execute("UPDATE alembic_version SET version_num = '0002'")
+        if not kept:  # terms were those of the words
+            for id_, document_id in connection.execute(
+                "SELECT passage.id, document_id FROM passage JOIN document ON document.id = document_pk"
+            ).fetchall():
+                words = json.dumps(terms_of(PAGES[document_id]))
+                connection.execute("UPDATE passage SET terms = ? WHERE id = ?", (words, id_))
+        connection.execute("UPDATE collection SET revision = revision + 1")
+    with KVMemory.open(path, model=backbone) as again:
+        assert (found(again, "compressed"), found(again, "compressing")) == (["prices"], [])
+        report = again.add([(name, text, {}) for name, text in PAGES.items()])
+        assert (sorted(report.replaced), report.n_passages) == (sorted(PAGES), 0)
+        assert found(again, "compressing") == ["prices"]
 
 
 def test_an_unknown_language_is_refused(tmp_path):

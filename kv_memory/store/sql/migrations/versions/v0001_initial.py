@@ -46,10 +46,6 @@ def upgrade() -> None:
         *_columns(sa.Integer(), "ordinal", "n_tokens"),
         *_columns(sa.Text(), "text", nullable=True),
         *_columns(sa.JSON(), "terms", nullable=True),
-        *_columns(sa.Text(), "headings"),
-        *_columns(sa.String(8), "language"),
-        *_columns(sa.String(255), "encoder"),
-        *_columns(sa.LargeBinary(), "vector", nullable=True),
         sa.Column("text_sha256", sa.String(64), nullable=False, index=True),
         sa.UniqueConstraint("document_pk", "ordinal"),
     )
