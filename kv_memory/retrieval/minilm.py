@@ -147,10 +147,9 @@ class MiniLM:
     @functools.cached_property
     def _loaded(self) -> tuple[Any, Any]:
         import transformers
-        from tokenizers import Tokenizer
-        from transformers import AutoModel
+        from transformers import AutoModel, PreTrainedTokenizerFast
 
-        tokenizer = Tokenizer.from_file(str(folder() / "tokenizer.json"))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder() / "tokenizer.json")).backend_tokenizer
         tokenizer.no_padding()
         tokenizer.no_truncation()
         transformers.utils.logging.disable_progress_bar()

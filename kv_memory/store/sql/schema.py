@@ -115,11 +115,11 @@ class PassageRow(Base):
     # The text and the headings above it, if the user asked to keep texts; otherwise hashes of their words and stems
     # with their counts, for retrieval.
     text: Mapped[str | None] = mapped_column(Text)
-    headings: Mapped[str] = mapped_column(Text, server_default="")
+    headings: Mapped[str] = mapped_column(Text, server_default=text("''"))
     terms: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
-    language: Mapped[str] = mapped_column(String(8), server_default="")
+    language: Mapped[str] = mapped_column(String(8), server_default=text("''"))
     # The vector that an encoder made of it, for retrieval; the name is empty without one.
-    encoder: Mapped[str] = mapped_column(String(255), server_default="")
+    encoder: Mapped[str] = mapped_column(String(255), server_default=text("''"))
     vector: Mapped[bytes | None] = mapped_column(LargeBinary)
     text_sha256: Mapped[str] = mapped_column(String(64), index=True)
     n_tokens: Mapped[int]

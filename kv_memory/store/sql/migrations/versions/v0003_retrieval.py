@@ -17,5 +17,5 @@ depends_on = None
 def upgrade() -> None:
     """Add the columns."""
     for name, kind in (("headings", sa.Text()), ("language", sa.String(8)), ("encoder", sa.String(255))):
-        op.add_column("passage", sa.Column(name, kind, nullable=False, server_default=""))
+        op.add_column("passage", sa.Column(name, kind, nullable=False, server_default=sa.text("''")))
     op.add_column("passage", sa.Column("vector", sa.LargeBinary(), nullable=True))
