@@ -26,6 +26,7 @@ from sqlalchemy.types import TypeDecorator
 
 # The newest migration. Written here, so that opening a store at head need not import Alembic; a test checks it.
 SCHEMA_HEAD = "0003"
+_EMPTY = text("''")  # a default of the database, for rows from before their column
 
 
 def utc_now() -> datetime:
@@ -115,11 +116,11 @@ class PassageRow(Base):
     # The text and the headings above it, if the user asked to keep texts; otherwise hashes of their words and stems
     # with their counts, for retrieval.
     text: Mapped[str | None] = mapped_column(Text)
-    headings: Mapped[str] = mapped_column(Text, server_default=text("''"))
+    headings: Mapped[str] = mapped_column(Text, server_default=_EMPTY)
     terms: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
-    language: Mapped[str] = mapped_column(String(8), server_default=text("''"))
+    language: Mapped[str] = mapped_column(String(8), server_default=_EMPTY)
     # The vector that an encoder made of it, for retrieval; the name is empty without one.
-    encoder: Mapped[str] = mapped_column(String(255), server_default=text("''"))
+    encoder: Mapped[str] = mapped_column(String(255), server_default=_EMPTY)
     vector: Mapped[bytes | None] = mapped_column(LargeBinary)
     text_sha256: Mapped[str] = mapped_column(String(64), index=True)
     n_tokens: Mapped[int]
