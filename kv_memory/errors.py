@@ -19,6 +19,8 @@ KVMemoryError
 │   └── FingerprintMismatchError a cache made by another model, adapter, prompt or format
 ├── EncoderError                 an encoder that is not given or fails, or passages without a vector of it
 ├── DecodeTimeoutError           an answer that exceeded its time limit (also a TimeoutError)
+├── DecodeFailedError            an answer that was being decoded together with others when that failed
+├── QueueFullError               more requests than the queue in front of the model admits
 ├── UnsupportedRequestError      a request that a model cannot fulfil: tool calls, images
 ├── DatasetError                 a training or evaluation set that is missing or unreadable
 │   └── BrokenLineError          a line that is not a valid example; named by number
@@ -127,6 +129,10 @@ class EncoderError(KVMemoryError):
 
 class DecodeTimeoutError(KVMemoryError, TimeoutError):
     """Decoding took longer than `DecodeSettings.timeout_s`."""
+
+
+class DecodeFailedError(KVMemoryError):
+    """The forward pass in which this answer was decoded together with others failed, or was interrupted."""
 
 
 class QueueFullError(KVMemoryError):
