@@ -20,6 +20,19 @@ StorageName = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 # How a document's entries are divided among the heads. `head`: the same number in every layer and KV head. `model`: one
 # ranking over all heads, so that a head may keep many entries or none (as in KVzip); the total is the same.
 Budget = Literal["head", "model"]
+# How passages are found: by words, by vectors of an encoder, or by both together.
+RetrieverName = Literal["bm25", "hybrid", "embedding"]
+# ISO 639 codes of the languages with stems, and the names of their Snowball stemmers.
+# fmt: off
+LANGUAGES = {
+    "ar": "arabic", "ca": "catalan", "cs": "czech", "da": "danish", "de": "german", "el": "greek", "en": "english",
+    "eo": "esperanto", "es": "spanish", "et": "estonian", "eu": "basque", "fa": "persian", "fi": "finnish",
+    "fr": "french", "ga": "irish", "hi": "hindi", "hu": "hungarian", "hy": "armenian", "id": "indonesian",
+    "it": "italian", "lt": "lithuanian", "ne": "nepali", "nl": "dutch", "no": "norwegian", "pl": "polish",
+    "pt": "portuguese", "ro": "romanian", "ru": "russian", "sr": "serbian", "st": "sesotho", "sv": "swedish",
+    "ta": "tamil", "tr": "turkish", "yi": "yiddish"
+}
+# fmt: on
 # `combined`: an adapter's scorer and the scores of `matched` together. The others work without an adapter.
 SelectorName = Literal["matched", "reconstruction", "attention", "sink_recent", "combined"]
 

@@ -26,7 +26,7 @@ from kv_memory.generate import (
     encode_text_prompt,
     encode_turns,
 )
-from kv_memory.retrieval.bm25 import Hit
+from kv_memory.retrieval.retriever import Hit
 from kv_memory.settings import MemorySettings
 from kv_memory.store import DocumentRecord, Store
 from kv_memory.tracing import span

@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 from kv_memory.cache.keep import Keep
 from kv_memory.config import (
+    LANGUAGES,
     Layout,
+    RetrieverName,
     SelectorName,
     StorageName,
     check_choices,
@@ -25,7 +27,7 @@ from kv_memory.errors import ConfigError
 from kv_memory.model.embedded import BUILT_IN, DEFAULTS, EMBEDDED, SHIPPED, built_in, concrete_name, recorded_settings
 from kv_memory.model.prompts import PromptName
 
-NO_ADAPTER = "none"  # the name a caller passes for "no adapter"
+NO_ADAPTER = NO_ENCODER = "none"  # the name a caller passes for "no adapter" and "no encoder"
 KEEP_NAMES = ("keep_ratio", "keep_tokens", "max_bytes")  # settings of which one replaces the others
 _REFINE_STEPS = 48  # if only min_fidelity is given
 # A model of 135M parameters loses the thread in long passages. int8 costs it less than half a point of F1 at 1/4, 1/8
@@ -92,6 +94,12 @@ class MemorySettings:
             them a store holds caches, the documents' ids and metadata, and hashes of words; see
             `kv_memory.retrieval.tokenize` for what the hashes protect. Unchanged documents that are added again gain or
             lose their text without being compressed again.
+        language: Language of added documents, whose stems and stop words questions are matched by: `auto` detects it,
+            `none` matches words as they are written, or an ISO 639 code, e.g. `de`.
+        retriever: Way of finding passages: `bm25` (by words), `embedding` (by the vectors of an encoder), or `hybrid`
+            (by both together).
+        encoder: Name of the encoder whose vectors are stored with added documents: `minilm` is built in, others are
+            objects passed to `KVMemory.open`; `none` stores no vectors.
     """
 
     model: str = DEFAULTS[0]
@@ -108,11 +116,16 @@ class MemorySettings:
     min_fidelity: float | None = None
     storage: StorageName = "auto"
     keep_text: bool = False
+    language: str = "auto"
+    retriever: RetrieverName = "bm25"
+    encoder: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", concrete_name(self.model))
         if self.keep_ratio is self.keep_tokens is self.max_bytes is None:
             object.__setattr__(self, "keep_ratio", 0.25)
+        if self.encoder is None and self.retriever != "bm25":
+            object.__setattr__(self, "encoder", "minilm")
         _ = self.keep, self.switches  # they raise for values that are out of range or malformed
         check_choices(self)
         check_fields(
@@ -127,6 +140,8 @@ class MemorySettings:
                 "a KL in nats above 0, e.g. 0.1, or None",
             ),
             keep_text=(isinstance(self.keep_text, bool), "True or False"),
+            encoder=(self.encoder is None or (isinstance(self.encoder, str) and bool(self.encoder)), "a name or None"),
+            language=(self.language in {"auto", "none", *LANGUAGES}, f"auto, none or one of {', '.join(LANGUAGES)}"),
         )
 
     @functools.cached_property
@@ -231,6 +246,14 @@ def _given(changes: Mapping[str, Any]) -> dict[str, Any]:
             where="min_fidelity",
             next_step="Drop one.",
         )
+    if given.get("encoder") == NO_ENCODER:
+        if given.get("retriever", "bm25") != "bm25":
+            raise ConfigError(
+                f"retriever {given['retriever']!r} needs an encoder, and encoder='none' means no encoder",
+                where="encoder",
+                next_step="Drop one, or use retriever 'bm25'.",
+            )
+        given |= {"encoder": None, "retriever": "bm25"}
     # Naming a training-free selector means no adapter; `combined` is the exception: it needs one.
     if adapter == NO_ADAPTER or (adapter is None and selector not in {None, "combined"}):
         given["adapter"] = None

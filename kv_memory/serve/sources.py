@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_memory.config import DecodeSettings
-from kv_memory.errors import CacheNotFoundError, UnsupportedRequestError
+from kv_memory.errors import CacheNotFoundError
 from kv_memory.generate import Answer, AnswerStream, Turn
 from kv_memory.memory import KVMemory
 from kv_memory.query import Reference, texts_of
@@ -108,13 +108,10 @@ class Target:
         if ids is not None and choice.top_k is None:
             return [hit for id_ in dict.fromkeys(ids) for hit in self._whole(id_)]
         options: dict[str, Any] = {"document_ids": ids, "filter": choice.filter, "min_score": choice.min_score}
-        given = {name: value for name, value in options.items() if value is not None}
-        if missing := given.keys() - KVMemory.retrieve.__kwdefaults__.keys():
-            raise UnsupportedRequestError(f"{min(missing)!r} is not supported", where="kv_memory")
         asked = [turn.text for turn in turns if turn.role == "user"]
         # "And on Sundays?" may share no word with any passage; with what was asked before, it does.
         for question in dict.fromkeys((asked[-1], "\n".join(asked))) if asked else ():
-            if hits := self.memory.retrieve(question, top_k=choice.top_k, **given):
+            if hits := self.memory.retrieve(question, top_k=choice.top_k, **options):
                 return hits
         return []
 
