@@ -21,7 +21,7 @@ from kv_memory.documents.loaders import file_id
 from kv_memory.errors import CacheNotFoundError
 from kv_memory.generate import Answer, AnswerStream, ReadFrom, iterate_in_thread
 from kv_memory.generate.scheduler import MAX_BATCH, MAX_QUEUE
-from kv_memory.ingest.pipeline import AddProgress, AddReport, IngestPipeline
+from kv_memory.ingest.pipeline import AddPlan, AddProgress, AddReport, IngestPipeline
 from kv_memory.lazy_compressor import LazyCompressor
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.prompts import PromptForm
@@ -80,6 +80,7 @@ class KVMemory:
         catalog: str | None = None,
         blobs: str | None = None,
         tier_size_bytes: int | None = None,
+        hot_size_bytes: int | None = None,
         create: bool = True,
         load_model: bool = True,
         **changes: Any,
@@ -100,6 +101,8 @@ class KVMemory:
             catalog: URL of a PostgreSQL database, for a new store; see `Store.open`.
             blobs: URL of an object store, for a new store; see `Store.open`.
             tier_size_bytes: Size limit in bytes for local copies of an object store's blobs.
+            hot_size_bytes: Size limit in bytes of caches that stay composed in memory for further questions; 0 keeps
+                none. None means 512 MiB, or a sixteenth of the machine's memory if that is less.
             create: True to create the store if it does not exist.
             load_model: True to load the model now, so that its errors are raised here. False loads it at first use;
                 listing, checking and removing need no model.
@@ -116,6 +119,7 @@ class KVMemory:
         check_names(changes, {*MemorySettings.__dataclass_fields__, *(cls.open.__kwdefaults__ or ())})
         given = {} if settings is None else dataclasses.asdict(settings)
         load: dict[str, Any] = {"dtype": dtype, "device": device, "max_batch": max_batch, "max_queue": max_queue}
+        load["hot_size_bytes"] = hot_size_bytes
         if isinstance(changes.get("model"), Backbone):
             load["backbone"] = changes["model"]
             changes["model"] = changes["model"].name
@@ -282,6 +286,7 @@ class KVMemory:
     def pipeline(
         self,
         *,
+        on_plan: Callable[[AddPlan], None] | None = None,
         on_progress: Callable[[AddProgress], None] | None = None,
         keep_text: bool | None = None,
         writer: Executor | None = None,
@@ -290,7 +295,8 @@ class KVMemory:
 
         Arguments as in `IngestPipeline`.
         """
-        options: dict[str, Any] = {"keep_text": keep_text, "on_progress": on_progress, "writer": writer}
+        options: dict[str, Any] = {"on_plan": on_plan, "on_progress": on_progress}
+        options |= {"keep_text": keep_text, "writer": writer}
         return IngestPipeline(self.store, self.compressor, self.settings, **options)
 
     def remove(self, document_id: str | Path) -> None:

@@ -22,6 +22,7 @@ from kv_memory.config import DtypeName
 from kv_memory.errors import ContextWindowError, ModelError
 from kv_memory.model.attention import ATTENTION, ForwardContext, PackedRow, soft_capped
 from kv_memory.model.embedded import EMBEDDED, built_in, concrete_name
+from kv_memory.model.hot import HotCaches
 from kv_memory.model.kv_cache import NEVER, PackedCache, PositionedCache, Prefix
 from kv_memory.model.loading import best_device, best_dtype, check_device, check_supported, hash_parameters, load_model
 from kv_memory.model.prompts import PromptEncoder, PromptForm, PromptName, choose_form
@@ -53,6 +54,7 @@ class Backbone(PromptEncoder):
 
     Attributes:
         kv_bytes_per_token: Size of one token in an uncompressed cache, in bytes.
+        hot: Composed caches that stay in memory; none unless it is given a limit.
 
     Raises:
         UnsupportedModelError: The architecture is not supported; the message names those that are.
@@ -95,6 +97,7 @@ class Backbone(PromptEncoder):
         self.device: torch.device = model.device
         self.kv_bytes_per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
         model.set_attn_implementation(ATTENTION)
+        self.hot = HotCaches()
         self._prefix: Prefix | None = None
         self._pid = os.getpid()
 
