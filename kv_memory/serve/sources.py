@@ -12,7 +12,7 @@ from kv_memory.errors import CacheNotFoundError
 from kv_memory.generate import Answer, AnswerStream, Turn
 from kv_memory.memory import KVMemory
 from kv_memory.query import Reference, texts_of
-from kv_memory.retrieval.bm25 import Hit
+from kv_memory.retrieval.retriever import Hit
 from kv_memory.serve.auth import Access
 from kv_memory.serve.errors import ApiError
 from kv_memory.serve.schemas import Choice
