@@ -109,7 +109,7 @@ class Target:
             return [hit for id_ in dict.fromkeys(ids) for hit in self._whole(id_)]
         options: dict[str, Any] = {"document_ids": ids, "filter": choice.filter, "min_score": choice.min_score}
         given = {name: value for name, value in options.items() if value is not None}
-        if missing := given.keys() - KVMemory.retrieve.__kwdefaults__.keys():
+        if missing := given.keys() - (KVMemory.retrieve.__kwdefaults__ or {}).keys():
             raise UnsupportedRequestError(f"{min(missing)!r} is not supported", where="kv_memory")
         asked = [turn.text for turn in turns if turn.role == "user"]
         # "And on Sundays?" may share no word with any passage; with what was asked before, it does.
