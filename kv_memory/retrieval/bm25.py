@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from kv_memory.errors import ConfigError, DocumentNotFoundError
+from kv_memory.retrieval.near_duplicates import Distinct
 from kv_memory.retrieval.tokenize import hash_word, terms_of, words_of
 from kv_memory.store import Store
 from kv_memory.store.fs import private_folder
@@ -85,7 +86,8 @@ class CollectionIndex:
     def retrieve(self, question: str, *, top_k: int) -> list[Hit]:
         """Retrieve the passages that share words with the question, best first.
 
-        A passage that was removed or changed since the index was built is skipped.
+        A passage that was removed or changed since the index was built is skipped, and so is one that repeats a better
+        one, see `Distinct`.
 
         Args:
             question: Any text.
@@ -102,7 +104,9 @@ class CollectionIndex:
         _, rows, scorer = self._latest()
         if scorer is None:
             return []
-        scores = scorer.get_scores_from_ids(scorer.get_tokens_ids([hash_word(word) for word in words_of(question)]))
+        asked = [hash_word(word) for word in words_of(question)]
+        scores = scorer.get_scores_from_ids(scorer.get_tokens_ids(asked))
+        distinct = Distinct(asked)
         found = np.flatnonzero(scores > 0)
         # Not the top-k of bm25s, which breaks ties at random. Rows are in the order for ties, and the sort is stable.
         hits: list[Hit] = []
@@ -112,7 +116,7 @@ class CollectionIndex:
                 passage = self._collection.passage(document_id, ordinal)
             except DocumentNotFoundError:
                 continue
-            if passage.text_sha256 != text_sha256:
+            if passage.text_sha256 != text_sha256 or not distinct.take(_terms(passage)):
                 continue
             hits.append(
                 Hit(
@@ -141,6 +145,10 @@ class CollectionIndex:
             return self._index
 
 
+def _terms(passage: StoredPassage) -> Mapping[str, int]:
+    return passage.terms or {} if passage.text is None else terms_of(passage.text)
+
+
 def _build(passages: Sequence[StoredPassage], header: dict[str, int]) -> _Index:
     ordered = sorted(passages, key=lambda passage: (passage.document_id, passage.ordinal))
     rows = [(p.document_id, p.ordinal, p.text_sha256) for p in ordered]
@@ -148,7 +156,7 @@ def _build(passages: Sequence[StoredPassage], header: dict[str, int]) -> _Index:
     vocabulary: dict[str, int] = {}
     ids: list[list[int]] = []
     for passage in ordered:
-        terms = Counter(passage.terms or {} if passage.text is None else terms_of(passage.text))
+        terms = Counter(_terms(passage))
         terms += Counter(terms_of(str(passage.metadata.get("title") or "")))  # a passage rarely names its document
         ids.append([id_ for term, n in terms.items() for id_ in [vocabulary.setdefault(term, len(vocabulary))] * n])
     if not vocabulary:  # bm25s would divide by a mean length of 0
