@@ -13,6 +13,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from kv_memory.errors import ConfigError
 
 Layout = Literal["source", "packed"]
+PassageOrder = Literal["best_last", "best_first"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 # The type of keys and values in a file; `auto` is the type the model computes in.
 StorageName = Literal["auto", "float32", "bfloat16", "float16", "int8"]

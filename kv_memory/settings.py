@@ -13,6 +13,7 @@ from typing import Any, Literal
 from kv_memory.cache.keep import Keep
 from kv_memory.config import (
     Layout,
+    PassageOrder,
     SelectorName,
     StorageName,
     check_choices,
@@ -80,6 +81,7 @@ class MemorySettings:
         chat_options: Variables of the model's chat template, e.g. `enable_thinking=true,reasoning_effort=high` or, in
             Python, a dict. Those that make a model think before it answers are off unless named here.
         layout: Placement of documents, see `generate.compose`.
+        order: Order of the passages found for a question. `best_last` puts the best one next to the question.
         refine_steps: Number of gradient steps that refine the cache of every passage, see `RefineSettings`: 8 or 48, or
             144 if little is kept; 0 for none. It comes closer to the full cache, for about 70, 270 or many hundred
             prefills.
@@ -104,6 +106,7 @@ class MemorySettings:
     prompt: PromptName = "auto"
     chat_options: str = ""
     layout: Layout = "source"
+    order: PassageOrder = "best_last"
     refine_steps: int = 0
     min_fidelity: float | None = None
     storage: StorageName = "auto"
