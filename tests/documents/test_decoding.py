@@ -69,6 +69,24 @@ def test_a_few_invalid_bytes_are_replaced_and_noted(raw, encoding, text):
     assert found.notes[0].startswith("1 invalid byte(s) of ")
 
 
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        (b"<meta charset=utf-8><p>plain words \xff here", "plain words \ufffd here"),
+        (b"<meta charset=gb2312><p>\x80 \xd6\xd0", "\ufffd 中"),  # browsers show a euro sign, which Python's GBK lacks
+        (b'<?xml version="1.0" encoding="euc-jp"?><p>' + b"word " * 100 + b"\x8f \xff", "word \ufffd \ufffd"),
+    ],
+)
+def test_a_page_that_declares_its_encoding_may_be_plain_beside_its_invalid_bytes(page, text):
+    found = decode_text(page, encoding="utf-8", where="a", is_page=True)
+    assert found.text.endswith(text) and "replaced by U+FFFD" in found.notes[0]
+
+
+def test_a_declaration_does_not_turn_a_text_of_another_encoding_into_replacements():
+    with pytest.raises(UnreadableDocumentError, match="at byte offset"):
+        decoded(b"<meta charset=utf-8><p>" + "Füße, Größe, Äpfel".encode("cp1252"), is_page=True)
+
+
 @pytest.mark.parametrize(("codec", "stated"), [("cp1252", "utf-8"), ("gbk", "utf-8"), ("gbk", "shift_jis")])
 def test_a_text_in_another_encoding_is_refused(codec, stated):
     text = "naïve café, déjà vu" if codec == "cp1252" else "镕朱汉字编码" * 20
