@@ -327,7 +327,7 @@ class KVMemory:
 
         Args:
             question: Any text.
-            top_k: Largest number of passages; None means 1 for `smollm2` and 3 for other models.
+            top_k: Largest number of passages; None means 1 for `smollm2` and `qwen-0.5b`, and 3 for other models.
         """
         return self._index.retrieve(question, top_k=self.settings.top_k if top_k is None else top_k)
 

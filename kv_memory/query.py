@@ -8,12 +8,11 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.cache.keep import Keep
 from kv_memory.compress import Compressor
-from kv_memory.config import DecodeSettings, PassageOrder, check_choice, check_keep_ratio
+from kv_memory.config import DecodeSettings, check_choice, check_keep_ratio
 from kv_memory.errors import CacheNotFoundError, ConfigError, CorruptCacheError, StoreError, TextNotKeptError
 from kv_memory.generate import (
     Answer,
@@ -25,6 +24,7 @@ from kv_memory.generate import (
     encode_chat,
     encode_text_prompt,
     encode_turns,
+    place_ranked,
 )
 from kv_memory.retrieval.bm25 import Hit
 from kv_memory.settings import MemorySettings
@@ -32,21 +32,10 @@ from kv_memory.store import DocumentRecord, Store
 from kv_memory.tracing import span
 
 _REFERENCE = re.compile(r"(?P<key>[0-9a-f]{64})(?:@(?P<ratio>[0-9.e-]+))?(?:/(?P<collection>.+))?", re.DOTALL)
-T = TypeVar("T")
 _ADD_AGAIN = (
     "Its text is not kept, so it cannot be used instead: add the document again, or run `kv-memory add --stale` if it "
     "is an unchanged file."
 )
-
-
-def in_order(ranked: Sequence[T], order: PassageOrder) -> list[T]:
-    """Passages in the order of their positions; `ranked` are best first.
-
-    For caches only: passages are compressed apart, and do not see those before them. The model then attends most to
-    what is next to the question. In one prefill of all texts, it answers better from the first (docs/fidelity.md,
-    "Several documents").
-    """
-    return list(ranked) if order == "best_first" else list(reversed(ranked))
 
 
 def key_of(text: str) -> str:
@@ -202,7 +191,7 @@ class Reader:
         Args:
             turns: The conversation; its last turn is the user's.
             references: Caches to place before the conversation, in this order.
-            ranked: True if the references are best first; they are then placed as the settings' `order` says.
+            ranked: True if the references are best first; they are then placed by the settings `order` and `rank_bias`.
             texts: Documents to prefill as text after the caches.
             settings: Decoding settings.
             so_far: Answer as far as it is known: its question, its sources.
@@ -219,7 +208,7 @@ class Reader:
         documents = [token for text in texts for token in backbone.encode_document(text)]
         caches, so_far = self._load(references, so_far or Answer())
         if ranked:  # not before loading, whose errors name the best passage
-            caches = in_order(caches, self._settings.order)
+            caches = place_ranked(caches, order=self._settings.order, rank_bias=self._settings.rank_bias)
         return self._start(Prompt([*documents, *prompt.ids], behind_prefix=True), settings, caches, so_far)
 
     def reply_alone(self, turns: Sequence[Turn], *, settings: DecodeSettings | None = None) -> AnswerStream:

@@ -19,7 +19,7 @@ from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.configurable import RunnableConfigurableFields
 
 from kv_memory import CacheNotFoundError, ConfigError, Reference
-from kv_memory.query import Reader, in_order, key_of
+from kv_memory.query import Reader, key_of
 
 from ..references import DOCUMENTS_ABOVE, KV_ID, reference_options
 from .chat_model import ChatKVMemory
@@ -68,8 +68,7 @@ def create_kv_chain(
 
     def answer(values: Mapping[str, Any]) -> Runnable[Any, Any]:
         # Returned, not run: LangChain streams a runnable that a lambda returns; one run inside would not stream.
-        references = _references(values, document_variable_name, model.memory.reader)
-        options = reference_options(in_order(references, model.memory.settings.order))
+        options = reference_options(_references(values, document_variable_name, model.memory.reader))
         seen = {**values, document_variable_name: DOCUMENTS_ABOVE}
         shown = RunnableLambda[Any, Any](lambda _: seen, name="documents_above")
         chain: Runnable[Any, Any] = shown | asked | RunnableLambda(_without_remark) | llm.bind(**options)

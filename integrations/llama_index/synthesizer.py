@@ -18,7 +18,6 @@ from llama_index.core.types import RESPONSE_TEXT_TYPE
 
 from kv_memory import ConfigError
 from kv_memory.config import check_choice
-from kv_memory.query import in_order
 
 from ..references import OnMissing, references_in
 from .llm import KVMemoryLLM
@@ -158,10 +157,8 @@ class KVMemorySynthesizer(BaseSynthesizer):
                 where="get_response",
                 next_step="Call synthesize(query, nodes=[...]).",
             )
-        memory = self._kv_llm.memory
-        references = references_to(memory, nodes, on_missing=self._on_missing, mode=self._metadata_mode)
-        placed = in_order(references, memory.settings.order)
-        return CachedPrompt.of(self._text_qa_template, placed, self._prefix_messages)
+        references = references_to(self._kv_llm.memory, nodes, on_missing=self._on_missing, mode=self._metadata_mode)
+        return CachedPrompt.of(self._text_qa_template, references, self._prefix_messages)
 
 
 # A placeholder, because the base class answers without asking the LLM if there are no nodes.

@@ -24,7 +24,8 @@ class Asking:
     """Options of an answer.
 
     Attributes:
-        top_k (N): Maximum number of passages to answer from.  [default: 1 for smollm2, 3 for others]
+        top_k (N): Maximum number of passages to answer from.  [default: 1 for smollm2 and qwen-0.5b, 3 for
+            others]
         max_new_tokens (N): Maximum length of an answer in tokens.
         temperature (T): 0 decodes greedily; above 0 samples.
         seed (N): Seed for repeatable sampling.  [default: random]

@@ -57,6 +57,7 @@ def evaluate(
     refine: RefineSettings | None = None,
     refine_from: RefineFrom = "auto",
     layout: Layout = "source",
+    rank_bias: float = 0.0,
     storage: StorageName = "auto",
     generate: bool = True,
     by: Sequence[str] | None = None,
@@ -81,6 +82,7 @@ def evaluate(
         refine: Settings of `refined`.
         refine_from: Starting point of `refined`, see `make_methods`.
         layout: Placement of documents, see `compose`.
+        rank_bias: multidoc: bias of the other passages, see `MemorySettings`.
         storage: Storage type in which every compressed cache is written and loaded before it is used. Unless it is
             `auto`, the methods are named `adapter+int8` and so on. `full` and `none` are not affected.
         generate: False skips metrics of decoded answers (F1 and similar) for speed.
@@ -112,12 +114,12 @@ def evaluate(
     ]
     known = {record.key: record for record in load_records(Path(out))} if out is not None else {}
     cases = found_task.cases(backbone, settings)
-    configs = {column: _config(found_task, column, settings, layout, generate) for column in columns}
+    configs = {column: _config(found_task, column, settings, layout, generate, rank_bias) for column in columns}
     keys = [
         [hashlib.sha256(f"{configs[column]}:{case.digest}".encode()).hexdigest() for column in columns]
         for case in cases
     ]
-    bench = Bench(backbone, found_task, layout, generate)
+    bench = Bench(backbone, found_task, layout, generate, rank_bias=rank_bias)
     n_done, n_measured, complete = 0, 0, True
     # Document by document: the full model is asked once for all methods, and an interrupted run stays paired.
     for (case, column), key in zip(product(cases, columns), chain.from_iterable(keys), strict=True):
@@ -146,7 +148,9 @@ def evaluate(
     )
 
 
-def _config(task: Task, column: Column, settings: TaskSettings, layout: Layout, generate: bool) -> str:
+def _config(
+    task: Task, column: Column, settings: TaskSettings, layout: Layout, generate: bool, rank_bias: float
+) -> str:
     decides: dict[str, Any] = {
         "version": _MEASURES_VERSION,
         "task": task.name,
@@ -160,6 +164,8 @@ def _config(task: Task, column: Column, settings: TaskSettings, layout: Layout, 
     }
     if column.storage != "auto":  # omitted if `auto`, so that results from before this setting stay valid
         decides["storage"] = column.storage
+    if rank_bias:
+        decides["rank_bias"] = rank_bias
     if column.joined:
         decides["joined"] = True
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

@@ -3,6 +3,7 @@
 from kv_memory.generate.answer import Answer, AnswerStream, ReadFrom, iterate_in_thread
 from kv_memory.generate.compose import compose
 from kv_memory.generate.generator import Generator, Run
+from kv_memory.generate.ranked import add_bias, place_ranked
 from kv_memory.generate.turns import Prompt, Role, Turn, encode_chat, encode_text_prompt, encode_turns
 
 __all__ = [
@@ -14,9 +15,11 @@ __all__ = [
     "Role",
     "Run",
     "Turn",
+    "add_bias",
     "compose",
     "encode_chat",
     "encode_text_prompt",
     "encode_turns",
     "iterate_in_thread",
+    "place_ranked",
 ]

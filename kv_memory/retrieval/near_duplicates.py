@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 
 SIMILAR = 0.8  # weighted Jaccard similarity from which on two passages are near-duplicates
 PART = 0.5  # least length of a part of a passage, as a share of it; shorter ones share all their words by chance
-PART_WORDS = 16  # least length of a part in words, for the same reason
+FEW = 32  # number of words below which every word counts: only a passage with the same words is a near-duplicate
 
 
 class Distinct:
@@ -20,8 +20,10 @@ class Distinct:
 
     A passage repeats one that was taken if their words are nearly the same (weighted Jaccard similarity of at least
     0.8), or if it is a part of the other, without a word of its own. The whole is taken after the part, because it has
-    more. Versions that differ in a date or a number are near-duplicates, unless the question has a word that the
-    earlier one lacks: to compare two years, a question needs both.
+    more. In a short passage every word counts: "Room 12 is free." is not repeated by "Room 14 is free."
+
+    Versions that differ in a date or a number are near-duplicates, unless the question has a word that the earlier one
+    lacks: to compare two years, a question needs both.
 
     Args:
         question: Terms of the question.
@@ -41,6 +43,6 @@ class Distinct:
     def _repeats(self, terms: Mapping[str, int], taken: Mapping[str, int]) -> bool:
         n, n_taken = sum(terms.values()), sum(taken.values())
         shared = sum(min(count, taken.get(term, 0)) for term, count in terms.items())
-        same = shared >= SIMILAR * (n + n_taken - shared)
-        part = shared == n >= max(PART * n_taken, PART_WORDS)
+        same = shared >= (SIMILAR if n >= FEW else 1) * (n + n_taken - shared)
+        part = shared == n >= max(PART * n_taken, FEW)
         return n > 0 and (same or part) and self._question.isdisjoint(terms.keys() - taken.keys())
