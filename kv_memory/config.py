@@ -56,6 +56,21 @@ def ratio_of(text: str) -> float:
     return check_keep_ratio(value)
 
 
+def check_rank_bias(bias: float) -> float:
+    """Return `bias` if it is a finite number, 0 or less.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if isinstance(bias, bool) or not isinstance(bias, int | float) or not -math.inf < bias <= 0:
+        raise ConfigError(
+            f"rank_bias must be a number, 0 or less, got {bias!r}",
+            where="rank_bias",
+            next_step="Pass for example -1, or 0 to treat all passages alike.",
+        )
+    return bias
+
+
 _SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _TIMES = {"": 1, "s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 

@@ -19,6 +19,7 @@ from kv_memory.config import (
     check_choices,
     check_fields,
     check_names,
+    check_rank_bias,
     ratio_of,
     size_of,
 )
@@ -123,15 +124,12 @@ class MemorySettings:
             object.__setattr__(self, "keep_ratio", 0.25)
         _ = self.keep, self.switches  # they raise for values that are out of range or malformed
         check_choices(self)
+        check_rank_bias(self.rank_bias)
         check_fields(
             self,
             model=(isinstance(self.model, str) and bool(self.model), "a name, a folder or a hub id"),
             adapter=(self.adapter is None or isinstance(self.adapter, str), "a folder or None"),
             passage_tokens=(self.passage_tokens is None or _is_int(self.passage_tokens, 16), "at least 16 or None"),
-            rank_bias=(
-                isinstance(self.rank_bias, int | float) and -math.inf < self.rank_bias <= 0,
-                "a number, 0 or less",
-            ),
             refine_steps=(_is_int(self.refine_steps, 0), "a whole number, 0 or more"),
             min_fidelity=(
                 self.min_fidelity is None

@@ -82,10 +82,12 @@ def test_the_best_passage_is_next_to_the_question_unless_told_otherwise(
     tmp_path: Path, wide: Any, monkeypatch: pytest.MonkeyPatch, order: Any
 ) -> None:
     placed: list[list[str | None]] = []
+    biased: set[str | None] = set()
 
     class Noting(query.Run):
         def __init__(self, backbone: Any, prompts: Any, caches: Sequence[DistilledCache], *args: Any, **options: Any):
             placed.append([cache.text_sha256 for cache in caches])
+            biased.update(cache.text_sha256 for cache in caches if cache.bias is not None)
             super().__init__(backbone, prompts, caches, *args, **options)
 
     monkeypatch.setattr(query, "Run", Noting)
@@ -99,6 +101,7 @@ def test_the_best_passage_is_next_to_the_question_unless_told_otherwise(
             answer = memory.ask(question, top_k=2, settings=SETTINGS, read_from=read_from)  # type: ignore[arg-type]
             assert [hit.text_sha256 for hit in answer.sources] == found
     assert placed == [found[::-1] if order == "best_last" else found, []]
+    assert biased == {found[1]}  # caches of this selector have none of their own
 
 
 # -- replies -----------------------------------------------------------------------------------------------------------

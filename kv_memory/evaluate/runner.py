@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_memory.compress import Adapter, RefineSettings
-from kv_memory.config import Layout, StorageName, check_choice
+from kv_memory.config import Layout, StorageName, check_choice, check_rank_bias
 from kv_memory.evaluate.aggregate import Row, aggregate, check_groups
 from kv_memory.evaluate.measure import Bench, Column, EvalProgress, check_limits
 from kv_memory.evaluate.methods import RefineFrom, make_methods
@@ -104,6 +104,7 @@ def evaluate(
     check_groups(task, by or ())
     check_choice(layout, Layout, where="layout")
     check_choice(storage, StorageName, where="storage")
+    check_rank_bias(rank_bias)
     ratios = check_limits(keep_ratios, time_limit_s)
     made = make_methods(methods, backbone, adapter=adapter, refine=refine, refine_from=refine_from, seed=settings.seed)
     columns = [
@@ -164,7 +165,7 @@ def _config(
     }
     if column.storage != "auto":  # omitted if `auto`, so that results from before this setting stay valid
         decides["storage"] = column.storage
-    if rank_bias:
+    if rank_bias and task.together:
         decides["rank_bias"] = rank_bias
     if column.joined:
         decides["joined"] = True
