@@ -165,7 +165,7 @@ def _config(
     }
     if column.storage != "auto":  # omitted if `auto`, so that results from before this setting stay valid
         decides["storage"] = column.storage
-    if rank_bias and task.together:
+    if rank_bias and task.together and (column.joined or column.method.ratios):  # the others join nothing
         decides["rank_bias"] = rank_bias
     if column.joined:
         decides["joined"] = True
