@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import logging
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, closing
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from kv_memory import ConfigError, DecodeSettings, KVMemory, Turn, UnsupportedRequestError
+from kv_memory import ConfigError, DecodeSettings, KVMemory, UnsupportedRequestError
 from kv_memory.config import check_names
 from kv_memory.generate import Answer, AnswerStream, Role, iterate_in_thread
 from kv_memory.settings import MemorySettings
@@ -35,6 +37,7 @@ _SYNONYMS = {
     "num_output": "max_new_tokens",
     "timeout": "timeout_s",
 }
+_log = logging.getLogger(__name__)
 _TOOLS = {"tools", "tool_choice", "functions", "function_call", "tool_required"}
 
 
@@ -53,7 +56,8 @@ class MemoryLLM(BaseModel):
 
     Raises:
         ConfigError: An option is unknown or out of range (pydantic's `ValidationError` if it has the wrong type).
-        UnsupportedRequestError: The messages or options of a call contain tools, images or audio.
+        UnsupportedRequestError: The messages or options of a call contain tools, images or audio. The reasoning of
+            other models is left out of the prompt, and logged.
         CacheNotFoundError: A reference has no cache in the store, and no text came with it.
         FingerprintMismatchError: A cache was made by another model, adapter or prompt.
         ContextWindowError: The caches and messages do not fit the model's context window.
@@ -145,12 +149,23 @@ def refuse_content(kind: str, *, where: str) -> NoReturn:
     )
 
 
-def readable(turn: Turn) -> Turn:
-    """A turn with NUL replaced by U+FFFD and lone surrogates by `?`.
+def readable(text: str) -> str:
+    """A text with NUL replaced by U+FFFD and half surrogate pairs (half an emoji) by `?`.
 
-    A turn that cannot be compressed would otherwise block its chat permanently.
+    No tokenizer takes them, so a history that holds one would fail with every later question.
     """
-    return Turn(turn.role, turn.text.replace("\0", "\ufffd").encode(errors="replace").decode())
+    return text.replace("\0", "\ufffd").encode(errors="replace").decode()
+
+
+REASONING = frozenset({"reasoning", "reasoning_content", "thinking", "redacted_thinking", "thought"})
+
+
+@cache
+def log_left_out(kind: str) -> None:
+    """Log that reasoning is left out of prompts: once in a process for each kind, since histories come again."""
+    _log.warning(
+        "the reasoning of another model in a chat history (%s) is left out of the prompt; this is logged once", kind
+    )
 
 
 class Trim:

@@ -10,8 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+import regex
+
 from kv_memory import EmptyDocumentError, KVMemory, Reference, TextNotKeptError
 from kv_memory.query import key_of
+
+from .llms import readable
 
 KV_ID = "kv_id"  # in the metadata of a document or node: str(Reference)
 KV_IDS = "kv_ids"  # in the options of a call or a message: [str(Reference)], in the order of composition
@@ -22,6 +26,12 @@ DOCUMENTS_ABOVE = "(see the documents above)"  # replaces a template's variable 
 # the context. `raise`: raise an error.
 OnMissing = Literal["text", "compress", "skip", "raise"]
 _log = logging.getLogger(__name__)
+_VISIBLE = regex.compile(r"[^\s\p{Default_Ignorable_Code_Point}]")
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has nothing but white space and invisible characters, which no question finds."""
+    return _VISIBLE.search(text) is None
 
 
 def mark_of(key: str) -> str:
@@ -36,7 +46,7 @@ def reference_options(references: Iterable[Reference]) -> dict[str, Any]:
     """References, each once, as options of a call; an empty list of them still means "from caches"."""
     known = {str(reference): reference for reference in references}
     options: dict[str, Any] = {KV_IDS: list(known)}
-    texts = {reference.key: reference.text for reference in known.values() if reference.text is not None}
+    texts = {reference.key: readable(reference.text) for reference in known.values() if reference.text is not None}
     return {**options, KV_TEXTS: texts} if texts else options
 
 
@@ -73,7 +83,7 @@ def reference_to(
         FingerprintMismatchError: The cache was made by another model, adapter or prompt, with `raise`.
     """
     reader = memory.reader
-    if not text.strip():
+    if is_blank(text):
         if mark is not None:
             return _marked(memory, Reference.parse(mark).key, on_missing=on_missing, document_id=document_id)
         if on_missing == "raise":

@@ -84,6 +84,24 @@ class Conversation:
                 keep_text=True,  # conversations are displayed again
             )
 
+    def follow(self, turns: Sequence[Turn]) -> None:
+        """Hold exactly these turns, of a chat that is stored elsewhere; those that are held already cost nothing.
+
+        From the first difference on, e.g. because the chat was edited or taken up at an earlier point, turns that were
+        held are removed. Errors as in `add`.
+        """
+        spoken = [turn for turn in turns if turn.text.strip()]
+        n_held, differs = 0, False
+        with self.lock:
+            for summary in self._memory.documents():
+                held = [Turn(*turn) for turn in summary.metadata["turns"]]
+                differs = differs or spoken[n_held : n_held + len(held)] != held
+                if differs:
+                    self._memory.remove(summary.id)
+                else:
+                    n_held += len(held)
+            self.add(spoken[n_held:])
+
     def recall(self, question: str) -> list[Reference]:
         """References to earlier passages that match a question, in the order they were spoken; empty if none match."""
         hits = self._memory.retrieve(question, top_k=self.top_k)

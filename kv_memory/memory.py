@@ -19,7 +19,7 @@ from kv_memory.documents import DocumentLike, read_documents
 from kv_memory.documents.loaders import file_id
 from kv_memory.errors import CacheNotFoundError
 from kv_memory.generate import Answer, AnswerStream, ReadFrom, iterate_in_thread
-from kv_memory.ingest.pipeline import AddProgress, AddReport, IngestPipeline
+from kv_memory.ingest.pipeline import AddPlan, AddProgress, AddReport, IngestPipeline
 from kv_memory.lazy_compressor import LazyCompressor
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.prompts import PromptForm
@@ -276,6 +276,7 @@ class KVMemory:
     def pipeline(
         self,
         *,
+        on_plan: Callable[[AddPlan], None] | None = None,
         on_progress: Callable[[AddProgress], None] | None = None,
         keep_text: bool | None = None,
         writer: Executor | None = None,
@@ -284,7 +285,8 @@ class KVMemory:
 
         Arguments as in `IngestPipeline`.
         """
-        options: dict[str, Any] = {"keep_text": keep_text, "on_progress": on_progress, "writer": writer}
+        options: dict[str, Any] = {"on_plan": on_plan, "on_progress": on_progress}
+        options |= {"keep_text": keep_text, "writer": writer}
         return IngestPipeline(self.store, self.compressor, self.settings, **options)
 
     def remove(self, document_id: str | Path) -> None:

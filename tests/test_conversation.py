@@ -113,6 +113,21 @@ def test_turns_persist_when_the_store_is_reopened(memory: KVMemory, wide: Any) -
         assert old.turns() == [BISCUIT, NICE, TEA]
 
 
+def test_a_conversation_follows_a_chat_that_is_stored_elsewhere(memory: KVMemory, wide: Any) -> None:
+    n_blobs = cache_blobs(memory)
+    old = Conversation(memory, "alice")
+    old.follow([BISCUIT, NICE])
+    with recorded_inputs(wide) as inputs:
+        old.follow([BISCUIT, Turn("user", " "), NICE, TEA])
+    assert len(inputs) == 1 and old.turns() == [BISCUIT, NICE, TEA]
+    old.follow([BISCUIT, NICE, COFFEE, TEA])  # edited: from the difference on, it is made again
+    assert old.turns() == [BISCUIT, NICE, COFFEE, TEA] and old.recall("coffee")
+    old.follow([BISCUIT])  # half of what was added at once
+    assert old.turns() == [BISCUIT] and old.recall("tea") == [] and cache_blobs(memory) == n_blobs + 1
+    old.follow([])
+    assert old.turns() == [] and cache_blobs(memory) == n_blobs and memory.check().ok
+
+
 def test_clear_removes_turns_and_caches(memory: KVMemory) -> None:
     n_blobs = cache_blobs(memory)
     old = Conversation(memory, "alice")

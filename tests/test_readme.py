@@ -73,10 +73,16 @@ def test_the_example_prints_what_the_readme_shows(tmp_path: Path, said: str) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("said", ["smollm2"], indirect=True)  # on both models they would take two minutes more
-@pytest.mark.parametrize(("framework", "answer"), [("llama_index", "Agnes Holm"), ("langchain", "1931")])
-@pytest.mark.parametrize("path", ["README.md", "docs/integrations.md"])
-def test_snippets_for_frameworks_run_as_printed(
-    path: str, framework: str, answer: str, tmp_path: Path, said: str
-) -> None:
-    (example,) = (example for example in examples(path) if f"integrations.{framework}" in example)
+@pytest.mark.parametrize(
+    ("path", "uses", "answer"),
+    [
+        ("README.md", "KVMemoryQueryEngine", "Agnes Holm"),
+        ("README.md", "create_kv_retrieval_chain", "1931"),
+        ("docs/integrations.md", "KVMemoryQueryEngine", "Agnes Holm"),
+        ("docs/integrations.md", "create_kv_retrieval_chain", "1931"),
+        ("docs/integrations.md", "create_kv_history", "Biscuit"),
+    ],
+)
+def test_snippets_for_frameworks_run_as_printed(path: str, uses: str, answer: str, tmp_path: Path, said: str) -> None:
+    (example,) = (example for example in examples(path) if uses in example)
     assert answer in run(example, tmp_path, said)

@@ -1,4 +1,4 @@
-"""kv-memory under LangChain: answers from distilled caches through LangChain's chains, indexes and histories.
+"""kv-memory under LangChain: answers from distilled caches through LangChain's chains, indexes and chats.
 
 ```python
 from kv_memory import KVMemory
@@ -12,21 +12,22 @@ print(chain.invoke({"input": "When does the ferry to Skarholm leave?"})["answer"
 
 `ChatKVMemory` is also an ordinary chat model. `KVMemoryRetriever` finds documents with their caches, alone or around
 another retriever, and `create_kv_chain` answers from them. `KVMemoryIndex` keeps caches in sync with a document source
-through LangChain's `index`. `KVMemoryChatMessageHistory` holds chats of any length. All need the extra `langchain`.
+through LangChain's `index`. `create_kv_history` keeps the prompts of long chats short, e.g. in a graph of LangGraph
+with a checkpointer. All need the extra `langchain`.
 """
 
 from __future__ import annotations
 
 from .chain import create_kv_chain, create_kv_retrieval_chain
 from .chat_model import ChatKVMemory
-from .history import KVMemoryChatMessageHistory
+from .history import create_kv_history
 from .retriever import KVMemoryIndex, KVMemoryRetriever
 
 __all__ = [
     "ChatKVMemory",
-    "KVMemoryChatMessageHistory",
     "KVMemoryIndex",
     "KVMemoryRetriever",
     "create_kv_chain",
+    "create_kv_history",
     "create_kv_retrieval_chain",
 ]

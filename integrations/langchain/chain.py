@@ -21,7 +21,7 @@ from langchain_core.runnables.configurable import RunnableConfigurableFields
 from kv_memory import CacheNotFoundError, ConfigError, Reference
 from kv_memory.query import Reader, key_of
 
-from ..references import DOCUMENTS_ABOVE, KV_ID, reference_options
+from ..references import DOCUMENTS_ABOVE, KV_ID, is_blank, reference_options
 from .chat_model import ChatKVMemory
 
 _PROMPT = ChatPromptTemplate.from_messages(
@@ -163,9 +163,9 @@ def _references(values: Mapping[str, Any], name: str, reader: Reader) -> list[Re
         mark = Reference.parse(document.metadata[KV_ID]) if document.metadata.get(KV_ID) else None
         if mark is not None and (not text or mark.key == key_of(text)):
             # The text helps only where the cache is gone, e.g. because the document was replaced since it was found.
-            gone = bool(text.strip()) and mark.collection is None and not reader.has_key(mark.key)
+            gone = not is_blank(text) and mark.collection is None and not reader.has_key(mark.key)
             references.append(replace(mark, text=text) if gone else mark)
-        elif text.strip():  # never compressed, or changed since by a step between the retriever and this chain
+        elif not is_blank(text):  # never compressed, or changed since by a step between the retriever and this chain
             references.append(Reference(key=key_of(text), text=text))
         else:
             _log.warning("a document without text is left out of the context: %s", document.id)

@@ -19,7 +19,7 @@ from langchain_core.tools import BaseTool
 from kv_memory import ConfigError, KVMemory
 from kv_memory.generate import Answer, AnswerStream
 
-from ..llms import MemoryLLM, answer_in_thread, refuse_tools, reply_details, trimmed, trimmed_in_thread
+from ..llms import MemoryLLM, answer_in_thread, readable, refuse_tools, reply_details, trimmed, trimmed_in_thread
 from ..references import references_in
 from .messages import recalled, turns_of
 from .structured import structured
@@ -96,7 +96,7 @@ class ChatKVMemory(MemoryLLM, BaseChatModel):
 
     def get_token_ids(self, text: str) -> list[int]:
         """The token ids of a text, by the model's own tokenizer."""
-        return self.memory.backbone.encode_text(text)
+        return self.memory.backbone.encode_text(readable(text))
 
     def _generate(
         self,

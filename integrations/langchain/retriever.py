@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -22,8 +23,11 @@ from kv_memory import ConfigError, DocumentNotFoundError, KVMemory, TextNotKeptE
 from kv_memory.config import check_choice
 from kv_memory.query import key_of
 from kv_memory.retrieval.bm25 import Hit
+from kv_memory.store import DocumentRecord
 
-from ..references import KV_ID, OnMissing, mark_of, reference_to
+from ..references import KV_ID, OnMissing, is_blank, mark_of, reference_to
+
+_log = logging.getLogger(__name__)
 
 
 class KVMemoryRetriever(BaseRetriever):
@@ -124,17 +128,24 @@ class KVMemoryIndex(DocumentIndex):
     def upsert(self, items: Sequence[Document], /, **kwargs: Any) -> UpsertResponse:
         """Compress and store documents, replacing those of the same id. A document without an id gets a random one.
 
-        A document that cannot be stored raises, because `index` ignores `failed`; the documents before it are stored.
+        A document without text is stored without a cache and logged: it is never found, but `get`, `delete` and the
+        record manager of `index` know it. Any other document that cannot be stored raises, because `index` ignores
+        `failed`; the documents before it are stored.
 
         Raises:
-            DocumentError: A document has no text.
+            DocumentError: A document's text is not valid text.
             ConfigError: A document's metadata is not JSON-serialisable.
             StoreError: A document cannot be written.
         """
         succeeded: list[str] = []
         for item in items:
-            id_ = item.id or str(uuid.uuid4())
-            self.memory.add_passages(id_, [item.page_content], metadata=_without_mark(item.metadata), keep_text=True)
+            id_, text, metadata = item.id or str(uuid.uuid4()), item.page_content, _without_mark(item.metadata)
+            if is_blank(text):
+                _log.warning("a document without text is stored without a cache: %s", id_)
+                record = DocumentRecord(id=id_, content_sha256=key_of(text), metadata=metadata)
+                self.memory.store.put_document(record)
+            else:
+                self.memory.add_passages(id_, [text], metadata=metadata, keep_text=True)
             succeeded.append(id_)
         return UpsertResponse(succeeded=succeeded, failed=[])
 
@@ -160,7 +171,8 @@ class KVMemoryIndex(DocumentIndex):
     def get(self, ids: Sequence[str], /, **kwargs: Any) -> list[Document]:
         """The documents of these ids; missing ids are ignored.
 
-        A document that `memory.add` has split into passages is returned with these joined by empty lines.
+        A document that `memory.add` has split into passages is returned with these joined by empty lines, a blank one
+        with the empty text.
 
         Raises:
             TextNotKeptError: A document was added by `memory.add` without keeping its text.

@@ -21,7 +21,7 @@ from llama_index.core.vector_stores.types import (
 
 from kv_memory import ConfigError, DocumentNotFoundError, KVMemory
 
-from .nodes import forget_all, forget_nodes, put_texts, texts_by_document
+from .nodes import forget_all, forget_nodes, put_texts, source_hashes, texts_by_document
 
 _log = logging.getLogger(__name__)
 
@@ -29,9 +29,10 @@ _log = logging.getLogger(__name__)
 class KVCompressTransform(TransformComponent):
     """Compresses every node into a distilled cache and passes it on unchanged. Nodes with a cache cost nothing.
 
-    All nodes of a document must come in one call, as `IngestionPipeline` sends them: a document that comes again
-    replaces its earlier version, and caches of removed text are deleted. Deletions of documents reach only a
-    `KVMemoryVectorStore`. The store keeps the texts too, so that its own retriever returns complete nodes.
+    Nodes of one document may come in several calls: each call adds its own. Caches are removed only for a reason. Nodes
+    of a changed document, recognised by the hash of the source document that parsers put into nodes, replace those of
+    its earlier version; a node that comes again with another text replaces its own. Deletions of documents reach only
+    a `KVMemoryVectorStore`. The store keeps the texts too, so that its own retriever returns complete nodes.
 
     A pipeline's cache of transformations never applies to this one: a cache hit would leave a store without its
     distilled caches. With a persisted `IngestionCache`, put this transform into its own pipeline with
@@ -65,10 +66,11 @@ class KVCompressTransform(TransformComponent):
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Compress nodes; with `show_progress` a bar counts documents."""
-        documents = texts_by_document(nodes, self.metadata_mode)
+        documents, hashes = texts_by_document(nodes, self.metadata_mode), source_hashes(nodes)
         shown = get_tqdm_iterable(list(documents.items()), bool(kwargs.get("show_progress")), "Compressing documents")
         for document_id, texts in shown:
-            put_texts(self._memory, document_id, texts, extend=False, keep_text=True)
+            source_hash = hashes.get(document_id)
+            put_texts(self._memory, document_id, texts, source_hash=source_hash, replaces=True, keep_text=True)
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
@@ -151,9 +153,10 @@ class KVMemoryVectorStore(BasePydanticVectorStore):
 
     def _compress(self, nodes: Sequence[BaseNode]) -> None:
         if self.compress:
+            hashes = source_hashes(nodes)
             for document_id, texts in texts_by_document(nodes, self.metadata_mode).items():
-                # `extend`, because an index adds the nodes of a long document in several batches.
-                put_texts(self._memory, document_id, texts, extend=True)
+                # Without `replaces`: the inner store keeps the nodes of earlier versions until they are deleted.
+                put_texts(self._memory, document_id, texts, source_hash=hashes.get(document_id))
 
     def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
         """Delete a document's nodes, then its caches."""

@@ -33,7 +33,16 @@ from llama_index.core.prompts import BasePromptTemplate
 from kv_memory import ConfigError
 from kv_memory.generate import Answer, AnswerStream
 
-from ..llms import MemoryLLM, answer_in_thread, closed, refuse_tools, reply_details, trimmed, trimmed_in_thread
+from ..llms import (
+    MemoryLLM,
+    answer_in_thread,
+    closed,
+    readable,
+    refuse_tools,
+    reply_details,
+    trimmed,
+    trimmed_in_thread,
+)
 from ..references import references_in
 from .messages import turns_of
 
@@ -159,7 +168,7 @@ class KVMemoryLLM(MemoryLLM, CustomLLM):
                 assert self.completion_to_prompt is not None
                 prompt, formatted = self.completion_to_prompt(prompt), True
             if formatted:
-                return self.memory.reader.complete(prompt, settings=self._decode_settings(options))
+                return self.memory.reader.complete(readable(prompt), settings=self._decode_settings(options))
         return self._start_chat([ChatMessage(role=MessageRole.USER, content=prompt)], options)
 
     def _start_chat(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> AnswerStream:
@@ -170,7 +179,7 @@ class KVMemoryLLM(MemoryLLM, CustomLLM):
             return reader.reply(turns, references, settings=settings)
         if self.messages_to_prompt not in (None, generic_messages_to_prompt):
             assert self.messages_to_prompt is not None
-            return reader.complete(self.messages_to_prompt(messages), settings=settings)
+            return reader.complete(readable(self.messages_to_prompt(messages)), settings=settings)
         return reader.reply_alone(turns, settings=settings)
 
 

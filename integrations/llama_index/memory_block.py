@@ -11,7 +11,6 @@ from llama_index.core.memory import BaseMemoryBlock
 
 from kv_memory import Conversation, KVMemory
 
-from ..llms import readable
 from ..references import KV_IDS
 from .messages import message_with, turns_of
 
@@ -76,4 +75,4 @@ class KVMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
 
     async def _aput(self, messages: list[ChatMessage]) -> None:
         spoken = [message for message in messages if KV_IDS not in message.additional_kwargs]
-        await asyncio.to_thread(self._conversation.add, [readable(turn) for turn in turns_of(spoken)])
+        await asyncio.to_thread(self._conversation.add, turns_of(spoken))

@@ -12,7 +12,7 @@ from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
 
 from kv_memory import Reference, Turn
 
-from ..llms import ROLES, refuse_content, refuse_tools
+from ..llms import REASONING, ROLES, log_left_out, readable, refuse_content, refuse_tools
 from ..references import DOCUMENTS_ABOVE, KV_IDS, reference_options
 
 KV_QA_PROMPT = PromptTemplate("{query_str}")
@@ -24,7 +24,7 @@ def message_with(references: Iterable[Reference]) -> ChatMessage:
 
 
 def turns_of(messages: Sequence[ChatMessage]) -> list[Turn]:
-    """Messages as turns, without those that only carry references.
+    """Messages as turns, without the reasoning of models and without messages that only carry references.
 
     Raises:
         UnsupportedRequestError: A message is from or for a tool, or contains more than text.
@@ -34,11 +34,16 @@ def turns_of(messages: Sequence[ChatMessage]) -> list[Turn]:
         role, where = ROLES.get(message.role.value), f"role {message.role.value!r}"
         if role is None or message.additional_kwargs.get("tool_calls"):
             refuse_tools(where=f"message of {where}")
+        reasoning = {kind for kind, value in message.additional_kwargs.items() if value} & REASONING
         for block in message.blocks:
-            if not isinstance(block, TextBlock):
+            if block.block_type in REASONING:
+                reasoning.add(type(block).__name__)
+            elif not isinstance(block, TextBlock):
                 refuse_content(f"a {type(block).__name__}", where=where)
-        text = "\n".join(block.text for block in message.blocks if isinstance(block, TextBlock))
-        if text.strip() or KV_IDS not in message.additional_kwargs:
+        for kind in reasoning:
+            log_left_out(kind)
+        text = readable("\n".join(block.text for block in message.blocks if isinstance(block, TextBlock)))
+        if text.strip() or not (reasoning or KV_IDS in message.additional_kwargs):
             turns.append(Turn(role, text))
     return turns
 

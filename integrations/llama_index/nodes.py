@@ -11,15 +11,17 @@ import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, NodeWithScore
+from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, NodeRelationship, NodeWithScore, RelatedNodeInfo
 
 from kv_memory import KVMemory, Reference
 from kv_memory.query import key_of
 
-from ..references import KV_ID, OnMissing, mark_of, reference_to
+from ..references import KV_ID, OnMissing, is_blank, mark_of, reference_to
 
 _locks: weakref.WeakKeyDictionary[KVMemory, threading.Lock] = weakref.WeakKeyDictionary()
-_NODES = "nodes"  # in the metadata of the document in the store: {node_id: [keys of its texts]}
+# In the metadata of the document in the store:
+_NODES = "nodes"  # {node_id: [keys of its texts]}
+_SOURCE_HASH = "source_hash"  # LlamaIndex's hash of the document that its nodes were made from; None if unknown
 
 
 def document_of(node: BaseNode) -> str:
@@ -34,14 +36,16 @@ def text_of(node: BaseNode, mode: MetadataMode) -> str:
 
 def node_reference(memory: KVMemory, node: BaseNode, *, on_missing: OnMissing, mode: MetadataMode) -> Reference | None:
     """The reference to a node's cache; see `reference_to` for a node without one."""
-    if (mark := node.metadata.get(KV_ID)) and not node.get_content(metadata_mode=MetadataMode.NONE).strip():
+    if (mark := node.metadata.get(KV_ID)) and is_blank(node.get_content(metadata_mode=MetadataMode.NONE)):
         # A passage without a stored text. Metadata alone does not count as a node's text.
         return reference_to(memory, "", on_missing=on_missing, document_id=document_of(node), mark=str(mark))
     text = text_of(node, mode)
-    if on_missing == "compress" and text.strip() and not memory.reader.has(text):
+    if on_missing == "compress" and not is_blank(text) and not memory.reader.has(text):
         # Not in `reference_to`, so that deleting the node deletes its cache. A postprocessor may have changed the text,
         # and both will be requested.
-        put_texts(memory, document_of(node), {node.node_id: text}, extend=True, beside=True)
+        document_id = document_of(node)
+        source_hash = source_hashes([node]).get(document_id)
+        put_texts(memory, document_id, {node.node_id: text}, source_hash=source_hash, beside=True)
     return reference_to(memory, text, on_missing=on_missing, document_id=document_of(node))
 
 
@@ -69,9 +73,15 @@ def texts_by_document(nodes: Iterable[BaseNode], mode: MetadataMode) -> dict[str
     documents: dict[str, dict[str, str]] = {}
     for node in nodes:
         text = text_of(node, mode)
-        if text.strip():
+        if not is_blank(text):
             documents.setdefault(document_of(node), {})[node.node_id] = text
     return documents
+
+
+def source_hashes(nodes: Iterable[BaseNode]) -> dict[str, str]:
+    """The hash of each document that nodes were made from, where they know it: `{document_id: hash}`."""
+    sources = (node.relationships.get(NodeRelationship.SOURCE) for node in nodes)
+    return {s.node_id: s.hash for s in sources if isinstance(s, RelatedNodeInfo) and s.hash}
 
 
 def put_texts(
@@ -79,31 +89,37 @@ def put_texts(
     document_id: str,
     texts: Mapping[str, str],
     *,
-    extend: bool,
+    source_hash: str | None,
+    replaces: bool = False,
     beside: bool = False,
     keep_text: bool | None = None,
 ) -> None:
-    """Compress the nodes of one document, `{node_id: text}`; with `extend`, its other nodes stay.
+    """Compress nodes of one document, `{node_id: text}`, beside its other nodes.
 
-    With `beside`, the earlier texts of these nodes stay too. `keep_text` is as in `KVMemory.add_passages`.
+    With `replaces`, these are removed if their `source_hash` is another one, i.e. the document has changed, and a text
+    that comes again belongs to the new node, because parsers make random node ids. With `beside`, the earlier texts of
+    the same nodes stay too. `keep_text` is as in `KVMemory.add_passages`.
     """
     nodes = {id_: [key_of(text)] for id_, text in texts.items()}
     metadata: dict[str, Any] = {}
-    stale: set[str] = set()
     with _lock(memory):
-        if extend and memory.store.has_document(document_id):
+        if memory.store.has_document(document_id):
             metadata = memory.document(document_id).metadata
-            before = metadata.get(_NODES, {})
-            if beside:
-                nodes = {id_: [*before.get(id_, []), *keys] for id_, keys in nodes.items()}
-            nodes = {**before, **nodes}
-            stale = _keys(before) - _keys(nodes)  # keys of texts that nodes no longer have
+        known = metadata.get(_SOURCE_HASH) or source_hash
+        has_changed = replaces and source_hash not in (None, known)
+        if has_changed:
+            metadata, known = {}, source_hash
+        before = metadata.get(_NODES, {})
+        if beside:
+            nodes = {id_: [*before.get(id_, []), *keys] for id_, keys in nodes.items()}
+        again = _keys(nodes) if replaces else set()
+        nodes = {**{id_: keys for id_, keys in before.items() if not again.issuperset(keys)}, **nodes}
         memory.add_passages(
             document_id,
             list(texts.values()),
-            metadata={**metadata, _NODES: nodes},
-            extend=extend,
-            drop=stale,
+            metadata={**metadata, _NODES: nodes, _SOURCE_HASH: known},
+            extend=not has_changed,
+            drop=_keys(before) - _keys(nodes),  # keys of texts that nodes no longer have
             keep_text=keep_text,
         )
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kv_memory import KVMemory
+from tests.memories import open_memory
 
 _RAN = pytest.StashKey[dict[str, bool]]()
 
@@ -34,3 +36,10 @@ def llm(memory: KVMemory) -> Any:
     from kv_memory.integrations.langchain import ChatKVMemory
 
     return ChatKVMemory(memory, max_tokens=4)
+
+
+@pytest.fixture
+def empty(tmp_path: Path, wide: Any) -> Iterator[KVMemory]:
+    """A KVMemory without documents."""
+    with open_memory(tmp_path / "empty", wide) as memory:
+        yield memory

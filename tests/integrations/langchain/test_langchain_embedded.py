@@ -7,21 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from langchain_core.messages import AIMessage, HumanMessage
-from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
-from langchain_core.runnables.history import RunnableWithMessageHistory
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, MessagesState, StateGraph
 
-from kv_memory import KVMemory
+from kv_memory import Conversation, KVMemory
 from kv_memory.integrations import langchain
-from kv_memory.integrations.langchain import ChatKVMemory, KVMemoryChatMessageHistory
+from kv_memory.integrations.langchain import ChatKVMemory, create_kv_history
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.embedded import BUILT_IN
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not BUILT_IN["smollm2"].is_prepared, reason="smollm2 is not prepared (`make setup`)"),
-    # LangChain recommends LangGraph's checkpoints, and keeps this class until its version 2.
-    pytest.mark.filterwarnings("ignore:RunnableWithMessageHistory is deprecated"),
 ]
 FILLER = {
     "the weather in Bergen": "It rains there on most days of the year.",
@@ -45,27 +43,25 @@ def test_the_quick_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_a_fact_of_turn_3_is_recalled_in_a_long_chat(tmp_path: Path) -> None:
     with KVMemory.open(tmp_path / "store", model=Backbone.load("smollm2", dtype="float32", device="cpu")) as memory:
-        options: Any = {
-            "keep_ratio": 1.0,
-            "window_tokens": 80,
-        }  # a longer window of chatter is what so small a model goes on with
-        kept = KVMemoryChatMessageHistory(memory, "alice", **options)
+        # A longer window of chatter is what so small a model goes on with.
+        chat = create_kv_history(memory, keep_ratio=1.0, window_tokens=80) | ChatKVMemory(memory, max_tokens=12)
+
+        def answer(state: MessagesState) -> Any:
+            return {"messages": [chat.invoke(state["messages"])]}
+
+        graph = StateGraph(MessagesState).add_node(answer).add_edge(START, "answer")
+        app: Any = graph.compile(InMemorySaver())
+        said: list[BaseMessage] = []
         for number in range(12):
-            topic, answer = list(FILLER.items())[number % len(FILLER)]
+            topic, reply = list(FILLER.items())[number % len(FILLER)]
             question = f"Tell me something about {topic}, please ({number})."
             if number == 1:  # turns 3 and 4
-                question, answer = "By the way, my dog is called Biscuit.", "What a nice name for a dog!"
-            kept.add_messages([HumanMessage(question), AIMessage(answer)])
-        talk = RunnableWithMessageHistory(
-            ChatPromptTemplate.from_messages([MessagesPlaceholder("history"), ("human", "{input}")])
-            | ChatKVMemory(memory, max_tokens=12),
-            lambda session_id: KVMemoryChatMessageHistory(memory, session_id, **options),
-            input_messages_key="input",
-            history_messages_key="history",
-        )
-        session: Any = {"configurable": {"session_id": "alice"}}
-        message = talk.invoke({"input": "What is my dog called?"}, session)
+                question, reply = "By the way, my dog is called Biscuit.", "What a nice name for a dog!"
+            said += [HumanMessage(question), AIMessage(reply)]
+        thread: Any = {"configurable": {"thread_id": "alice"}}
+        app.update_state(thread, {"messages": said})
+        message = app.invoke({"messages": [HumanMessage("What is my dog called?")]}, thread)["messages"][-1]
         assert "Biscuit" in message.text
         usage = message.usage_metadata
         assert usage["input_tokens"] - usage["input_token_details"]["cache_read"] < 150
-        assert len(kept.conversation.turns()) > 14
+        assert len(Conversation(memory, "alice").turns()) > 14

@@ -1,4 +1,4 @@
-"""KVMemoryRetriever and KVMemoryIndex beyond LangChain's standard suites."""
+"""KVMemoryRetriever beyond LangChain's standard suites."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
-from langchain_core.indexing import InMemoryRecordManager, aindex, index
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.vectorstores import InMemoryVectorStore
 
@@ -179,114 +178,9 @@ def test_on_missing_skip_and_raise(memory: KVMemory, wide: Any) -> None:
 
 
 def test_documents_without_text_are_left_out(memory: KVMemory, caplog: pytest.LogCaptureFixture) -> None:
-    inner = fixed("", FERRY, " \n")
+    inner = fixed("", FERRY, "\u200b\n")
     with caplog.at_level(logging.WARNING):
         (ferry,) = KVMemoryRetriever(memory, retriever=inner).invoke("?")
     assert ferry.page_content == FERRY and caplog.text.count("without text") == 2
     with pytest.raises(errors.EmptyDocumentError):
         KVMemoryRetriever(memory, retriever=inner, on_missing="raise").invoke("?")
-
-
-# -- the index ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def manager() -> InMemoryRecordManager:
-    manager = InMemoryRecordManager(namespace="docs")
-    manager.create_schema()
-    return manager
-
-
-def texts(memory: KVMemory) -> list[str]:
-    return sorted(passage.text for passage in memory.store.passages())
-
-
-def test_indexing_keeps_caches_in_sync(memory: KVMemory, manager: InMemoryRecordManager, wide: Any) -> None:
-    documents = [
-        Document(page_content=f"Note {i}.", metadata={"source": f"{i}.txt", "pages": [i, None], "deep": {"a": 1.5}})
-        for i in range(4)
-    ]
-
-    def run(*wanted: Document) -> dict[str, int]:
-        found = index(list(wanted), manager, kv_index, cleanup="full", key_encoder="sha256")
-        return {name: n for name, n in found.items() if n}
-
-    with open_memory(memory.path.parent / "empty", wide) as own:
-        kv_index = KVMemoryIndex(own)
-        assert run(*documents[:3]) == {"num_added": 3}
-        assert texts(own) == ["Note 0.", "Note 1.", "Note 2."] and cache_blobs(own) == 3
-        found = kv_index.get([summary.id for summary in own.documents()])
-        assert sorted((d.page_content, repr(d.metadata)) for d in found) == [
-            (d.page_content, repr(d.metadata)) for d in documents[:3]
-        ]
-        with recorded_inputs(wide) as inputs:
-            assert run(*documents[:3]) == {"num_skipped": 3}
-        assert inputs == []
-        documents[1].page_content = "Note 1, in other words."
-        with recorded_inputs(wide) as inputs:
-            assert run(documents[0], documents[1], documents[3]) == {"num_added": 2, "num_skipped": 1, "num_deleted": 2}
-        assert len([ids for ids in inputs if ids.shape[1] > 1]) == 2  # what stayed was not read again
-        assert texts(own) == ["Note 0.", "Note 1, in other words.", "Note 3."]
-        assert cache_blobs(own) == 3 and own.check().ok
-        (hit,) = kv_index.invoke("words", k=1)
-        assert hit.page_content == "Note 1, in other words." and kv_index.get([str(hit.id)])[0].id == hit.id
-        reply = ChatKVMemory(own, max_tokens=4).invoke("words?", kv_ids=[hit.metadata["kv_id"]])
-        assert reply.usage_metadata is not None
-        assert run() == {"num_deleted": 3}
-        assert texts(own) == [] and cache_blobs(own) == 0
-
-
-async def test_indexing_asynchronously(memory: KVMemory, manager: InMemoryRecordManager) -> None:
-    kv_index = KVMemoryIndex(memory)
-    found = await aindex([Document(page_content=KIOSK)], manager, kv_index, cleanup="full", key_encoder="sha256")
-    assert found["num_added"] == 1 and memory.reader.has(KIOSK)
-    found = await aindex([], manager, kv_index, cleanup="full", key_encoder="sha256")
-    assert found["num_deleted"] == 1 and not memory.reader.has(KIOSK)
-    assert memory.reader.has(FERRY)  # what came another way is not LangChain's to delete
-
-
-def test_a_text_in_two_documents_keeps_its_cache(memory: KVMemory) -> None:
-    kv_index = KVMemoryIndex(memory)
-    kv_index.upsert([Document(page_content=KIOSK, id="a"), Document(page_content=KIOSK, id="b")])
-    kv_index.delete(["a"])
-    assert memory.reader.has(KIOSK)
-    kv_index.delete(["b"])
-    assert not memory.reader.has(KIOSK)
-
-
-def test_a_found_document_can_be_upserted_again(memory: KVMemory) -> None:
-    kv_index = KVMemoryIndex(memory)
-    kv_index.upsert([Document(page_content=KIOSK, id="a", metadata={"n": 1})])
-    (found,) = kv_index.invoke("waffles")
-    assert found.metadata == {"n": 1, "kv_id": key_of(KIOSK)}
-    kv_index.upsert([found])
-    assert kv_index.get(["a"]) == [Document(page_content=KIOSK, id="a", metadata={"n": 1})]
-
-
-def test_passages_of_a_document_are_joined(memory: KVMemory) -> None:
-    memory.add_passages("two", ["One.", "Two."])
-    assert KVMemoryIndex(memory).get(["two", "none"]) == [Document(page_content="One.\n\nTwo.", id="two")]
-
-
-@pytest.mark.parametrize(
-    ("document", "error"),
-    [
-        (Document(page_content=" \n", id="blank"), errors.EmptyDocumentError),
-        (Document(page_content="a\0b", id="binary"), errors.UnreadableDocumentError),
-        (Document(page_content="A text.", id="odd", metadata={"when": object()}), ConfigError),
-    ],
-)
-def test_documents_that_cannot_be_stored_are_refused(
-    memory: KVMemory, document: Document, error: type[Exception]
-) -> None:
-    before = memory.documents()
-    with pytest.raises(error):
-        KVMemoryIndex(memory).upsert([document])
-    assert memory.documents() == before and memory.check().ok
-
-
-def test_delete_without_ids_is_refused(memory: KVMemory) -> None:
-    with pytest.raises(ValueError, match="no ids"):
-        KVMemoryIndex(memory).delete()
-    assert KVMemoryIndex(memory).delete([])["num_deleted"] == 0
-    assert len(memory.documents()) == 2
