@@ -25,6 +25,7 @@ from kv_memory.generate import (
     encode_chat,
     encode_text_prompt,
     encode_turns,
+    place_ranked,
 )
 from kv_memory.retrieval.retriever import Hit
 from kv_memory.settings import MemorySettings
@@ -164,7 +165,9 @@ class Reader:
         references = [Reference(key=hit.text_sha256) for hit in hits] if read_from == "caches" else ()
         texts = texts_of(hits) if read_from == "text" else ()
         turns = [Turn("user", question)]
-        return self.reply(turns, references, texts=texts, settings=settings, so_far=so_far, start_s=start_s)
+        return self.reply(
+            turns, references, ranked=True, texts=texts, settings=settings, so_far=so_far, start_s=start_s
+        )
 
     def answer_batch(
         self, questions: Sequence[str], document: DocumentRecord, *, settings: DecodeSettings | None = None
@@ -188,6 +191,7 @@ class Reader:
         turns: Sequence[Turn],
         references: Sequence[Reference] = (),
         *,
+        ranked: bool = False,
         texts: Sequence[str] = (),
         settings: DecodeSettings | None = None,
         so_far: Answer | None = None,
@@ -198,6 +202,7 @@ class Reader:
         Args:
             turns: The conversation; its last turn is the user's.
             references: Caches to place before the conversation, in this order.
+            ranked: True if the references are best first; they are then placed by the settings `order` and `rank_bias`.
             texts: Documents to prefill as text after the caches.
             settings: Decoding settings.
             so_far: Answer as far as it is known: its question, its sources.
@@ -218,6 +223,8 @@ class Reader:
         prompt = encode_turns(backbone, turns)
         documents = [token for text in texts for token in backbone.encode_document(text)]
         caches, so_far = self._load(references, so_far or Answer())
+        if ranked:  # not before loading, whose errors name the best passage
+            caches = place_ranked(caches, order=self._settings.order, rank_bias=self._settings.rank_bias)
         whole = Prompt([*documents, *prompt.ids], behind_prefix=True)
         return self._generator.reply(whole, caches, settings=settings, so_far=so_far, start_s=start_s)
 

@@ -14,12 +14,14 @@ from kv_memory.cache.keep import Keep
 from kv_memory.config import (
     LANGUAGES,
     Layout,
+    PassageOrder,
     RetrieverName,
     SelectorName,
     StorageName,
     check_choices,
     check_fields,
     check_names,
+    check_rank_bias,
     ratio_of,
     size_of,
 )
@@ -29,6 +31,8 @@ from kv_memory.model.prompts import PromptName
 
 NO_ADAPTER = NO_ENCODER = "none"  # the name a caller passes for "no adapter" and "no encoder"
 KEEP_NAMES = ("keep_ratio", "keep_tokens", "max_bytes")  # settings of which one replaces the others
+# Among several passages, these lose more answers than the second and third passage add: docs/fidelity.md.
+_ONE_PASSAGE = {"smollm2", "qwen-0.5b"}
 _REFINE_STEPS = 48  # if only min_fidelity is given
 # A model of 135M parameters loses the thread in long passages. int8 costs it less than half a point of F1 at 1/4, 1/8
 # and 1/16: docs/fidelity.md.
@@ -82,6 +86,9 @@ class MemorySettings:
         chat_options: Variables of the model's chat template, e.g. `enable_thinking=true,reasoning_effort=high` or, in
             Python, a dict. Those that make a model think before it answers are off unless named here.
         layout: Placement of documents, see `generate.compose`.
+        order: Order of the passages found for a question. `best_last` puts the best one next to the question.
+        rank_bias: Bias of the passages behind the best one, at most 0: at -1, their attention has 0.37 times its
+            weight. 0 treats all alike.
         refine_steps: Number of gradient steps that refine the cache of every passage, see `RefineSettings`: 8 or 48, or
             144 if little is kept; 0 for none. It comes closer to the full cache, for about 70, 270 or many hundred
             prefills.
@@ -112,6 +119,8 @@ class MemorySettings:
     prompt: PromptName = "auto"
     chat_options: str = ""
     layout: Layout = "source"
+    order: PassageOrder = "best_last"
+    rank_bias: float = -1.0
     refine_steps: int = 0
     min_fidelity: float | None = None
     storage: StorageName = "auto"
@@ -128,6 +137,7 @@ class MemorySettings:
             object.__setattr__(self, "encoder", "minilm")
         _ = self.keep, self.switches  # they raise for values that are out of range or malformed
         check_choices(self)
+        check_rank_bias(self.rank_bias)
         check_fields(
             self,
             model=(isinstance(self.model, str) and bool(self.model), "a name, a folder or a hub id"),
@@ -170,8 +180,8 @@ class MemorySettings:
 
     @property
     def top_k(self) -> int:
-        """Default number of passages to answer from: 1 for `smollm2`, which cannot handle more, otherwise 3."""
-        return 1 if built_in(self.model) is BUILT_IN["smollm2"] else 3
+        """Default number of passages to answer from: 1 for `smollm2` and `qwen-0.5b`, otherwise 3."""
+        return 1 if (found := built_in(self.model)) is not None and found.name in _ONE_PASSAGE else 3
 
     @classmethod
     def resolve(cls, recorded: Mapping[str, Any], **changes: Any) -> MemorySettings:

@@ -26,7 +26,8 @@ class Asking:
     """Options of an answer.
 
     Attributes:
-        top_k (N): Maximum number of passages to answer from.  [default: 1 for smollm2, 3 for others]
+        top_k (N): Maximum number of passages to answer from.  [default: 1 for smollm2 and qwen-0.5b, 3 for
+            others]
         id_ (ID): Document to search; repeatable.  [default: all]
         where (KEY=VALUE): Search only documents with this metadata; repeatable: several values of a key admit each of
             them, several keys must all match.

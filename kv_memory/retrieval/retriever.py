@@ -14,6 +14,8 @@ from kv_memory.errors import DocumentNotFoundError
 from kv_memory.retrieval.bm25 import CollectionIndex, Row
 from kv_memory.retrieval.encoder import Encoder
 from kv_memory.retrieval.filters import Filter, check_request, matching_documents
+from kv_memory.retrieval.hashed_terms import terms_of, terms_of_question
+from kv_memory.retrieval.near_duplicates import Distinct
 from kv_memory.retrieval.vectors import VectorIndex
 from kv_memory.store import Store
 
@@ -44,7 +46,7 @@ class RetrieveOptions(TypedDict, total=False):
     """Which passages to retrieve for a question.
 
     Attributes:
-        top_k: Largest number of passages; None means 1 for `smollm2` and 3 for other models.
+        top_k: Largest number of passages; None means 1 for `smollm2` and `qwen-0.5b`, and 3 for other models.
         document_ids: Ids of the documents to search; None for all.
         filter: Metadata of the documents to search, e.g. `{"year": [2025, 2026]}`: a value, or a list of values of
             which one is enough, by name.
@@ -84,7 +86,8 @@ class Retriever:
     ) -> list[Hit]:
         """Retrieve the passages that match the question, best first.
 
-        A passage that was removed or changed meanwhile is skipped.
+        A passage that was removed or changed meanwhile is skipped, and so is one that repeats a better one, see
+        `Distinct`.
 
         Args:
             question: Any text.
@@ -115,20 +118,24 @@ class Retriever:
         found = np.flatnonzero(np.isfinite(scores) if min_score is None else scores >= min_score)
         # Not the top-k of bm25s, which breaks ties at random. Rows are in the order for ties, and the sort is stable.
         hits: list[Hit] = []
+        distinct = Distinct(terms_of_question(question, ()))
         for row in found[np.argsort(-scores[found], kind="stable")]:
             document_id, ordinal, text_sha256 = rows[row]
             try:
                 passage = self._collection.passage(document_id, ordinal)
             except DocumentNotFoundError:
                 continue
+            text, terms = passage.text, passage.terms or {}
             if passage.text_sha256 != text_sha256:
+                continue
+            if not distinct.take(terms if text is None else terms_of(text, passage.language)):
                 continue
             hits.append(
                 Hit(
                     document_id=document_id,
                     ordinal=ordinal,
                     score=float(scores[row]),
-                    text=passage.text,
+                    text=text,
                     text_sha256=text_sha256,
                     metadata=passage.metadata,
                 )

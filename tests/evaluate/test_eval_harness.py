@@ -269,6 +269,7 @@ def test_the_adapter_with_and_without_its_lora(data: Path) -> None:
         ({"methods": ["random"], "keep_ratios": [0.0]}, r"keep_ratio must lie in \(0, 1\]"),
         ({"methods": ["random"], "keep_ratios": []}, "no keep_ratio is given"),
         ({"layout": "loose"}, "unknown layout 'loose'"),
+        ({"rank_bias": 1}, "rank_bias must be a number, 0 or less"),
         ({"storage": "int4"}, "unknown storage 'int4'"),
         ({"time_limit_s": 0}, "time limit must be above 0"),
     ],
