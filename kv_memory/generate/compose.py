@@ -46,6 +46,25 @@ def compose(
         ContextWindowError: The model cannot address this many positions. Raised before any work.
         FingerprintMismatchError: A cache belongs to another model or prompt.
     """
+    spans = check_fit(backbone, caches, layout=layout, n_question=n_question, n_new=n_new)
+    start = len(backbone.prefix_ids) + sum(spans)
+    n_positions, room = start + n_question, n_question + n_new
+    hot = backbone.hot
+    # Only caches from a store come back as the same objects, by which what is kept is found.
+    if not hot.limit_bytes or batch_size > 1 or not caches or not all(cache.text_sha256 for cache in caches):
+        return _assemble(backbone, caches, spans, layout, n_positions, room).cache(n_positions, batch_size=batch_size)
+    key = (*caches, layout, backbone.rope.regime(n_positions))
+    if (lent := hot.lend(key, room, n_positions)) is not None:
+        return lent
+    room = -(-room // _ROOM_STEP) * _ROOM_STEP  # a longer question or answer may follow
+    composed = _assemble(backbone, caches, spans, layout, n_positions, room)
+    return hot.keep(key, composed, n_positions, size_bytes=sum(cache.size_bytes for cache in caches))
+
+
+def check_fit(
+    backbone: Backbone, caches: Sequence[DistilledCache], *, layout: Layout, n_question: int, n_new: int
+) -> list[int]:
+    """Raise what `compose` would raise for these arguments; the number of positions of each document."""
     check_choice(layout, Layout, where="layout")
     n_prefix = len(backbone.prefix_ids)
     spans = [cache.n_tokens if layout == "source" else cache.span for cache in caches]  # positions of each document
@@ -61,18 +80,7 @@ def compose(
         # of several methods, adapters and dtypes may be composed.
         made = cache.fingerprint
         made.check(replace(mine, **{name: getattr(made, name) for name in _ANY}))
-
-    n_positions, room = start + n_question, n_question + n_new
-    hot = backbone.hot
-    # Only caches from a store come back as the same objects, by which what is kept is found.
-    if not hot.limit_bytes or batch_size > 1 or not caches or not all(cache.text_sha256 for cache in caches):
-        return _assemble(backbone, caches, spans, layout, n_positions, room).cache(n_positions, batch_size=batch_size)
-    key = (*caches, layout, backbone.rope.regime(n_positions))
-    if (lent := hot.lend(key, room, n_positions)) is not None:
-        return lent
-    room = -(-room // _ROOM_STEP) * _ROOM_STEP  # a longer question or answer may follow
-    composed = _assemble(backbone, caches, spans, layout, n_positions, room)
-    return hot.keep(key, composed, n_positions, size_bytes=sum(cache.size_bytes for cache in caches))
+    return spans
 
 
 def _assemble(

@@ -10,7 +10,7 @@ from functools import partial
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.config import DecodeSettings, Layout
 from kv_memory.generate.answer import Answer, AnswerStream, iterate_in_thread
-from kv_memory.generate.compose import compose
+from kv_memory.generate.compose import check_fit, compose
 from kv_memory.generate.request import Request
 from kv_memory.generate.scheduler import Scheduler
 from kv_memory.generate.turns import Prompt
@@ -93,8 +93,12 @@ class Generator:
     ) -> AnswerStream:
         """`stream` for an encoded prompt; `so_far` and `start_s` as in `Request`."""
         start_s = time.perf_counter() if start_s is None else start_s
-        cache = self._compose([prompt], caches, settings or _DEFAULTS)
-        request = self._request(prompt, caches, settings, so_far, start_s, lambda _: cache)
+        composed = partial(self._compose, [prompt], caches, settings or _DEFAULTS)
+        if self.scheduler.is_full:  # composed at its turn, so that those who wait take no memory
+            self._check_fit([prompt], caches, settings or _DEFAULTS)
+            request = self._request(prompt, caches, settings, so_far, start_s, composed)
+        else:
+            request = self._request(prompt, caches, settings, so_far, start_s, composed())
         return AnswerStream(self.scheduler, request, so_far or Answer())
 
     def reply_batch(
@@ -111,9 +115,12 @@ class Generator:
             return []
         start_s = time.perf_counter() if start_s is None else start_s
         whole = self._compose(prompts, caches, settings or _DEFAULTS)
+        n = (settings or _DEFAULTS).max_new_tokens
         known = so_far or [Answer()] * len(prompts)
         return self.scheduler.answers(
-            partial(self._request, prompt, caches, settings, answer, start_s, lambda room: whole.copy(room=room))
+            partial(
+                self._request, prompt, caches, settings, answer, start_s, partial(whole.copy, room=len(prompt.ids) + n)
+            )
             for prompt, answer in zip(prompts, known, strict=True)
         )
 
@@ -124,14 +131,13 @@ class Generator:
         settings: DecodeSettings | None,
         so_far: Answer | None,
         start_s: float,
-        make_cache: Callable[[int], PositionedCache],
+        cache: PositionedCache | Callable[[], PositionedCache],
     ) -> Request:
-        settings = settings or _DEFAULTS
         n_prefix = len(self.backbone.prefix_ids) if prompt.behind_prefix else 0
         return Request(
             self.backbone,
             prompt,
-            make_cache(len(prompt.ids) + settings.max_new_tokens),
+            cache,
             settings,
             n_cached=n_prefix + sum(cache.n_kept for cache in caches),
             so_far=so_far,
@@ -142,13 +148,22 @@ class Generator:
         self, prompts: Sequence[Prompt], caches: Sequence[DistilledCache], settings: DecodeSettings
     ) -> PositionedCache:
         """The cache that all prompts follow, with room for the longest and its answer."""
-        longest, room = max(len(prompt.ids) for prompt in prompts), settings.max_new_tokens
+        longest, n_new = self._check_fit(prompts, caches, settings)
+        if not prompts[0].behind_prefix:
+            return self.backbone.empty_cache(longest + n_new)
+        return compose(self.backbone, caches, layout=self.layout, n_question=longest, n_new=n_new)
+
+    def _check_fit(
+        self, prompts: Sequence[Prompt], caches: Sequence[DistilledCache], settings: DecodeSettings
+    ) -> tuple[int, int]:
+        """Length of the longest prompt and of the longest answer; raises what composing would raise."""
+        longest, n_new = max(len(prompt.ids) for prompt in prompts), settings.max_new_tokens
         if prompts[0].behind_prefix:
-            return compose(self.backbone, caches, layout=self.layout, n_question=longest, n_new=room)
-        self.backbone.check_positions(
-            longest + room, what=f"a prompt of {longest:,} and an answer of up to {room:,} tokens"
-        )
-        return self.backbone.empty_cache(longest + room)
+            check_fit(self.backbone, caches, layout=self.layout, n_question=longest, n_new=n_new)
+        else:
+            what = f"a prompt of {longest:,} and an answer of up to {n_new:,} tokens"
+            self.backbone.check_positions(longest + n_new, what=what)
+        return longest, n_new
 
     def _prompt(self, question: str, texts: Sequence[str] = ()) -> Prompt:
         documents = [token for text in texts for token in self.backbone.encode_document(text)]

@@ -32,7 +32,8 @@ class Request:
     Args:
         backbone: The model; the same for all requests of a scheduler.
         prompt: Tokens to prefill.
-        cache: Cache to prefill them into, with room for prompt and answer; the request consumes it.
+        cache: Cache to prefill them into, with room for prompt and answer, which the request consumes; or a function
+            that makes it, called when it is the request's turn.
         settings: Decoding settings.
         first: Logits of the first token, `(vocab_size,)`, if the prompt is in the cache already; else None.
         n_cached: Entries of the cache that count as cached.
@@ -54,7 +55,7 @@ class Request:
         self,
         backbone: Backbone,
         prompt: Prompt,
-        cache: PositionedCache,
+        cache: PositionedCache | Callable[[], PositionedCache],
         settings: DecodeSettings | None = None,
         *,
         first: torch.Tensor | None = None,
@@ -69,7 +70,7 @@ class Request:
         self.backbone = backbone
         self._so_far = so_far or Answer()
         self._n_prompt, self._n_cached = len(prompt.ids), n_cached
-        self.cache: PositionedCache | None = cache
+        self._cache: PositionedCache | Callable[[], PositionedCache] | None = cache
         self.pieces: deque[str] = deque()
         self.ahead: float = AHEAD
         self.error: BaseException | None = None
@@ -95,6 +96,15 @@ class Request:
     def paused(self) -> bool:
         """Whether decoding pauses until some pieces are taken."""
         return len(self.pieces) >= self.ahead
+
+    def cache(self) -> PositionedCache | None:
+        """The cache, made now if it is not yet; None if the request is over."""
+        made = cache = self._cache
+        if cache is not None and not isinstance(cache, PositionedCache):
+            made = cache()
+            self._cache = None if self.over else made  # it may have been closed meanwhile
+        assert made is None or isinstance(made, PositionedCache)
+        return made
 
     def next_ids(self, limit: int) -> list[int]:
         """Tokens to prefill in the next pass, at most `limit` of a prompt; none if the limit is 0."""
@@ -129,7 +139,7 @@ class Request:
 
     def end(self, error: BaseException | None = None) -> None:
         """Decode nothing more, and free the cache; the text stays."""
-        self.cache = None
+        self._cache = None
         self.error = error
         self.over = True
 

@@ -24,6 +24,7 @@ from kv_memory.config import check_at_least
 from kv_memory.errors import DecodeFailedError, QueueFullError
 from kv_memory.generate.answer import Answer
 from kv_memory.generate.request import Request
+from kv_memory.model.kv_cache import PositionedCache
 
 MAX_BATCH = 16
 MAX_QUEUE = 256
@@ -67,8 +68,17 @@ class Scheduler:
         with self._lock:
             self._check_room()
 
+    @property
+    def is_full(self) -> bool:
+        """Whether a request that joins now would have to wait for its turn."""
+        with self._lock:
+            return self._n_ready() >= self.max_batch
+
+    def _n_ready(self) -> int:
+        return sum(not (one.over or one.paused) for one in self._requests)
+
     def _check_room(self) -> None:
-        if sum(not (one.over or one.paused) for one in self._requests) >= self.max_batch + self.max_queue:
+        if self._n_ready() >= self.max_batch + self.max_queue:
             raise QueueFullError(
                 f"{self.max_batch} requests are being answered, and {self.max_queue} wait",
                 where="max_queue",
@@ -234,8 +244,15 @@ class Scheduler:
 
     @torch.no_grad()
     def _run(self, step: list[_Row]) -> None:
-        rows = [(request, request.cache, ids) for request, ids in step]
-        taken = [(request, cache, ids) for request, cache, ids in rows if cache is not None]  # others were closed
+        taken: list[tuple[Request, PositionedCache, list[int]]] = []
+        for request, ids in step:
+            try:
+                cache = request.cache()
+            except Exception as error:  # composing failed
+                request.end(error)
+                continue
+            if cache is not None:  # it was not closed meanwhile
+                taken.append((request, cache, ids))
         if not taken:
             return
         logits = taken[0][0].backbone.packed_logits([(ids, cache) for _, cache, ids in taken])

@@ -20,10 +20,11 @@ import torch
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.compress import Compressor, Reconstruction
 from kv_memory.config import DecodeSettings
-from kv_memory.errors import ConfigError, DecodeFailedError, DecodeTimeoutError, QueueFullError
+from kv_memory.errors import ConfigError, ContextWindowError, DecodeFailedError, DecodeTimeoutError, QueueFullError
 from kv_memory.generate import AnswerStream, Generator, Scheduler, iterate_in_thread
 from kv_memory.generate.request import AHEAD, Request
 from kv_memory.generate.scheduler import CHUNK_TOKENS
+from kv_memory.model.kv_cache import PositionedCache
 from tests.reference import letters, recorded_inputs, shared_backbone
 
 SAMPLED = DecodeSettings(max_new_tokens=30, temperature=1.0, top_p=0.95)
@@ -216,6 +217,44 @@ def test_the_queue_is_bounded(backbone: Any, jobs: list[Any], expected: list[tup
     assert fourth.answer.token_ids == expected[3] and streams[2].answer.token_ids == expected[2]
 
 
+def test_those_who_wait_take_no_memory(
+    backbone: Any, jobs: list[Any], expected: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[PositionedCache]] = []
+    init: Callable[..., None] = PositionedCache.__init__
+
+    def noted(self: PositionedCache, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(PositionedCache, "__init__", noted)
+    generator = scheduled(backbone, max_batch=2)
+    streams = [start(generator, job) for job in jobs[:6]]
+    assert len(made) == 2
+    with pytest.raises(ContextWindowError):  # at the call all the same
+        generator.stream("why?", jobs[0][1], settings=DecodeSettings(max_new_tokens=500))
+    most = [0]
+
+    def count() -> None:
+        most[0] = max(most[0], sum(cache() is not None for cache in made))
+
+    with before_each_pass(backbone, count):
+        assert [stream.answer.token_ids for stream in streams] == expected[:6]
+    assert most == [2] and len(made) == 6
+
+
+def test_a_cache_that_cannot_be_composed_at_its_turn_is_an_error_of_its_request_alone(
+    backbone: Any, jobs: list[Any], expected: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = scheduled(backbone, max_batch=1)
+    first, second = start(generator, jobs[0]), start(generator, jobs[1])
+    monkeypatch.setattr(second._request, "_cache", lambda: 1 // 0)
+    third = start(generator, jobs[2])
+    assert third.answer.token_ids == expected[2] and first.answer.token_ids == expected[0]
+    with pytest.raises(ZeroDivisionError):
+        list(second)
+
+
 @pytest.mark.parametrize("limits", [{"max_batch": 0}, {"max_queue": -1}])
 def test_limits_out_of_range_are_refused(limits: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=next(iter(limits))):
@@ -262,7 +301,7 @@ def test_a_stream_that_is_lost_leaves_its_place_and_frees_its_cache(
     lost = start(generator, jobs[3])
     next(lost)
     request: Any = lost._request
-    cache = weakref.ref(request.cache)
+    cache = weakref.ref(request.cache())
     with pytest.raises(QueueFullError):
         start(generator, jobs[0])
     del lost
