@@ -118,7 +118,7 @@ class Retriever:
         found = np.flatnonzero(np.isfinite(scores) if min_score is None else scores >= min_score)
         # Not the top-k of bm25s, which breaks ties at random. Rows are in the order for ties, and the sort is stable.
         hits: list[Hit] = []
-        distinct = Distinct(terms_of_question(question, ()))
+        distinct: Distinct | None = None
         for row in found[np.argsort(-scores[found], kind="stable")]:
             document_id, ordinal, text_sha256 = rows[row]
             try:
@@ -128,6 +128,7 @@ class Retriever:
             text, terms = passage.text, passage.terms or {}
             if passage.text_sha256 != text_sha256:
                 continue
+            distinct = distinct or Distinct(terms_of_question(question, (passage.language,)))
             if not distinct.take(terms if text is None else terms_of(text, passage.language)):
                 continue
             hits.append(
