@@ -45,6 +45,7 @@ class Request:
         ahead: Number of pieces at which decoding pauses until some are taken.
         error: Error that ended the request, until it is raised.
         over: Whether nothing more will be decoded.
+        delayed: Whether it has waited for others, or been in a step: from then on, its time limit is looked at.
         waiter: Completed when the request has news, or shall lead; None if nobody waits.
 
     Raises:
@@ -74,7 +75,7 @@ class Request:
         self.pieces: deque[str] = deque()
         self.ahead: float = AHEAD
         self.error: BaseException | None = None
-        self.over = False
+        self.over = self.delayed = False
         self.waiter: Future[None] | None = None
         self._todo = list(prompt.ids)  # tokens to prefill next
         stop = (*settings.stop, *(backbone.prompt.stop if prompt.behind_prefix else ()))
@@ -113,6 +114,7 @@ class Request:
     def prefilled(self, n: int, logits: torch.Tensor, likeliest: int) -> None:
         """Note that `n` tokens are in the cache; if they were the last, `take` the next one from their logits."""
         self._todo = self._todo[n:]
+        self.delayed = True
         if not self._todo and not self.over:
             self.take(logits, likeliest)
 
@@ -151,7 +153,7 @@ class Request:
     def check_time(self) -> None:
         """End with a `DecodeTimeoutError` if the time limit is over."""
         left_s = self.left_s()
-        if left_s is not None and left_s < 0 and not self.over:
+        if left_s is not None and left_s < 0 and self.delayed and not self.over:
             what = (
                 f"the answer is not complete after {self._settings.timeout_s:g} s; {len(self._text.token_ids):,} tokens"
             )

@@ -191,7 +191,9 @@ class Scheduler:
                 self._requests.append(request)
             if self._leader is None and (step := self._next_step()):
                 self._leader, self._step = request, step
+                request.delayed |= all(one is not request for one, _ in step)
                 return partial(self._lead, request, step)
+            request.delayed = True
             if request.waiter is None:
                 request.waiter = Future()
                 request.waiter.set_running_or_notify_cancel()  # asyncio would cancel it together with its task

@@ -25,7 +25,6 @@ from kv_memory import DecodeSettings, KVMemory, Reference, Turn
 from kv_memory.integrations.llama_index import KVMemoryLLM, KVMemoryQueryEngine, KVMemoryVectorStore
 from kv_memory.query import key_of
 from tests.memories import FERRY, LAMP
-from tests.reference import recorded_inputs
 
 WALRUS = "The walrus sleeps on the ice all day."
 
@@ -100,9 +99,17 @@ def sent_keys(events: Sequence[Any]) -> list[list[str]]:
 def recorded_texts(backbone: Any) -> Iterator[list[str]]:
     """What was prefilled while the block ran, text by text; tokens that were decoded are left out."""
     texts: list[str] = []
-    with recorded_inputs(backbone) as inputs:
+
+    def record(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        ids, packed = kwargs["input_ids"][0], kwargs["kv_memory"].packed
+        parts = [ids[row.tokens] for row in packed] or [ids]  # answers that are decoded together share a pass
+        texts.extend(backbone.tokenizer.decode(part) for part in parts if len(part) > 1)
+
+    handle = backbone.decoder.register_forward_pre_hook(record, with_kwargs=True)
+    try:
         yield texts
-    texts += [backbone.tokenizer.decode(ids[0]) for ids in inputs if ids.shape[1] > 1]
+    finally:
+        handle.remove()
 
 
 def prompt_of(backbone: Any, *turns: str) -> str:
