@@ -27,7 +27,6 @@ from kv_memory.model.backbone import Backbone
 from kv_memory.model.prompts import PromptForm
 from kv_memory.query import Reader
 from kv_memory.retrieval.encoder import Encoder, as_encoder
-from kv_memory.retrieval.filters import Filter
 from kv_memory.retrieval.minilm import built_in_encoder
 from kv_memory.retrieval.retriever import Hit, RetrieveOptions, Retriever
 from kv_memory.settings import KEEP_NAMES, MemorySettings
@@ -364,31 +363,20 @@ class KVMemory:
 
     # -- questions -----------------------------------------------------------------------------------------------
 
-    def retrieve(
-        self,
-        question: str,
-        *,
-        top_k: int | None = None,
-        document_ids: Collection[str] | None = None,
-        filter: Filter | None = None,
-        min_score: float | None = None,
-    ) -> list[Hit]:
-        """The passages that match a question best, by the retriever of the settings; arguments as in `RetrieveOptions`.
+    def retrieve(self, question: str, **options: Unpack[RetrieveOptions]) -> list[Hit]:
+        """The passages that match a question best, by the retriever of the settings; options as in `RetrieveOptions`.
 
         Raises:
             DocumentNotFoundError: The collection has no document with one of the ids.
             ConfigError: An option is malformed, or no document has metadata of a name in the filter.
             EncoderError: The encoder is not given or fails, or passages have no vector of it.
         """
-        return self._retriever.retrieve(
-            question,
-            top_k=self.settings.top_k if top_k is None else top_k,
-            retriever=self.settings.retriever,
-            encoder=None if self.settings.retriever == "bm25" else self.encoder,
-            document_ids=document_ids,
-            filter=filter,
-            min_score=min_score,
-        )
+        given: dict[str, Any] = {**options}
+        if given.get("top_k") is None:
+            given["top_k"] = self.settings.top_k
+        retriever = self.settings.retriever
+        encoder = None if retriever == "bm25" else self.encoder
+        return self._retriever.retrieve(question, retriever=retriever, encoder=encoder, **given)
 
     def ask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
         """Answer a question from the passages that match it.
@@ -397,10 +385,7 @@ class KVMemory:
             question: Any text.
             options: See `AskOptions`.
 
-        Raises:
-            DocumentNotFoundError: The collection has no document with one of the ids.
-            ConfigError: An option is malformed, or no document has metadata of a name in the filter.
-            EncoderError: The encoder is not given or fails, or passages have no vector of it.
+        Raises: those of `retrieve`, and
             CacheNotFoundError: A passage has no cache under the current model, adapter and prompt.
             FingerprintMismatchError: A cache was made by another model, adapter or prompt.
             CorruptCacheError: A cache is damaged, and the text that would replace it is not kept.
@@ -421,19 +406,9 @@ class KVMemory:
         """
         return self.reader.answer_batch(questions, self.document(document_id), settings=settings)
 
-    def stream(
-        self,
-        question: str,
-        *,
-        settings: DecodeSettings | None = None,
-        read_from: ReadFrom = "caches",
-        **passages: Unpack[RetrieveOptions],
-    ) -> AnswerStream:
-        """`ask`, piece by piece.
-
-        Iterate for the text, then read `.answer`. Arguments and errors as in `ask`.
-        """
-        return self._stream(question, {"settings": settings, "read_from": read_from, **passages})
+    def stream(self, question: str, **options: Unpack[AskOptions]) -> AnswerStream:
+        """`ask`, piece by piece: iterate for the text, then read `.answer`. Arguments and errors as in `ask`."""
+        return self._stream(question, options)
 
     def _stream(self, question: str, options: AskOptions, *, called_s: float | None = None) -> AnswerStream:
         """`stream`; `called_s` is `time.perf_counter()` at the call, if that was earlier, in another thread."""

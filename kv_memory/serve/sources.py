@@ -99,9 +99,7 @@ class Target:
         so_far = Answer(sources=tuple(hits), read_from=read_from)
         references = [Reference(key=hit.text_sha256) for hit in hits] if read_from == "caches" else ()
         texts = texts_of(hits) if read_from == "text" else ()
-        return self.memory.reader.reply(
-            turns, references, ranked=True, texts=texts, settings=settings, so_far=so_far
-        )
+        return self.memory.reader.reply(turns, references, ranked=True, texts=texts, settings=settings, so_far=so_far)
 
     def _find(self, turns: Sequence[Turn]) -> list[Hit]:
         """The passages to answer from; none is fine: the model then replies without."""
